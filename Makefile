@@ -1,0 +1,46 @@
+# `make help` lists the targets. Everything runs in .venv, which `make setup` fills from requirements.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-full test-gpu test-slurm lint format bench bench-kernels clean-demo
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.ready ## create .venv and install the pinned requirements (no compiler, no GPU needed)
+
+# torch goes first and alone: the other packages then accept the build that is there. deepspeed (and antlr4, which hydra
+# needs) are source packages: without build isolation they see that torch, and with DS_BUILD_OPS=0 they compile nothing.
+$(VENV)/.ready: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "megatron_tn needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $$(sed -n 's/^\(torch==[^ ;]*\).*/\1/p' requirements.txt) setuptools wheel
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation -r requirements.txt
+	$(PIP) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+demo: setup ## raw text -> cleaned shards -> trained, resumed and sampled model, in runs/demo
+	$(BIN)/python -m launch.demo
+
+test: setup ## every CPU test (a covering set where the product is large)
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not slurm and not full"
+
+test-full: setup ## the whole products, on CPU
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not slurm"
+
+test-gpu: setup ## what needs a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+test-slurm: setup ## training under a real SLURM on this machine (root; installs Debian's slurm if it is missing)
+	$(BIN)/python -m pytest -m slurm
+
+lint: setup ## style, import order, layering
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup ## rewrite the sources in the project's style
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .

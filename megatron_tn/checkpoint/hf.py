@@ -1,0 +1,219 @@
+"""The released layout: config.json and safetensors files, read and written tensor-parallel rank by rank.
+
+Names and shapes are those of the released TransNormerLLM family, so models trained here load there and theirs here.
+Decay rates, which the family derives from the layer's place, are also stored (`decay_rates`, [L][H]) and compared when
+a model is loaded: a model read with other rates than it was trained with would be silently wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from megatron_tn.config import ConfigError, ModelConfig
+from megatron_tn.model.decay import decay_rates
+from megatron_tn.model.transnormer import TransNormerLM, empty_model
+from megatron_tn.parallel.context import ParallelContext
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_ACTS = {"swish": "silu", "silu": "silu", "none": "none", "1+elu": "1+elu"}
+
+
+def config_from_released(values: dict[str, Any]) -> ModelConfig:
+    """A released config.json as a `ModelConfig`.
+
+    Raises:
+        ConfigError: a field is missing, or names something this model does not have.
+    """
+    problems = []
+    required = ("vocab_size", "decoder_embed_dim", "decoder_layers", "decoder_attention_heads", "glu_dim")
+    problems += [f"config.json has no {name}" for name in required if name not in values]
+    act, norm = values.get("linear_act_fun", "swish"), values.get("norm_type", "simplermsnorm")
+    if act not in _ACTS:
+        problems.append(f"config.json: linear_act_fun={act!r} is not one of {', '.join(_ACTS)}")
+    if norm not in ("simplermsnorm", "rmsnorm"):
+        problems.append(f"config.json: norm_type={norm!r} is not one of simplermsnorm, rmsnorm")
+    if values.get("bias", False):
+        problems.append("config.json: bias=true, but this model has no biases")
+    if values.get("hidden_dim", values.get("decoder_embed_dim")) != values.get("decoder_embed_dim"):
+        problems.append(
+            f"config.json: hidden_dim={values['hidden_dim']} differs from "
+            f"decoder_embed_dim={values['decoder_embed_dim']}"
+        )
+    if problems:
+        raise ConfigError(problems)
+    extra = values.get("megatron_tn", {})  # variants that the released family does not have
+    layers = values["decoder_layers"]
+    config = ModelConfig(
+        name=extra.get("name", "released"),
+        vocab_size=values["vocab_size"],
+        embed_dim=values["decoder_embed_dim"],
+        layers=layers,
+        heads=values["decoder_attention_heads"],
+        glu_dim=values["glu_dim"],
+        scale_embedding=not values.get("no_scale_embedding", False),
+        norm=norm,
+        norm_eps=extra.get("norm_eps", 1e-6),
+        act=_ACTS[act],
+        glu_act=extra.get("glu_act", "none"),
+        gate=extra.get("gate", True),
+        lrpe=[bool(flag) for flag in values.get("linear_use_lrpe_list") or [1] + [0] * (layers - 1)],
+        decay=extra.get("decay", "released"),
+        decay_temperature=extra.get("decay_temperature", True),
+        init_std=values.get("init_std", 0.02),
+        pad_id=values.get("pad_token_id", 0),
+        bos_id=values.get("bos_token_id", 1),
+        eos_id=values.get("eos_token_id", 2),
+    )
+    stored = values.get("decay_rates")
+    if stored is not None and not _same_rates(stored, all_decay_rates(config)):
+        raise ConfigError(
+            f"config.json: the stored decay_rates are not those of decay={config.decay!r}, "
+            f"decay_temperature={config.decay_temperature}: the model was trained with other rates"
+        )
+    return config
+
+
+def config_to_released(config: ModelConfig) -> dict[str, Any]:
+    """A `ModelConfig` as the fields of a released config.json, plus decay_rates and the variants under one key."""
+    return {
+        "architectures": ["TransnormerForCausalLM"],
+        "model_type": "transnormer",
+        "vocab_size": config.vocab_size,
+        "decoder_embed_dim": config.embed_dim,
+        "hidden_dim": config.embed_dim,
+        "decoder_layers": config.layers,
+        "decoder_attention_heads": config.heads,
+        "glu_dim": config.glu_dim,
+        "linear_use_lrpe_list": [int(flag) for flag in config.lrpe_layers],
+        "linear_act_fun": config.act,
+        "norm_type": config.norm,
+        "no_scale_embedding": not config.scale_embedding,
+        "add_bos_token": False,
+        "bias": False,
+        "init_std": config.init_std,
+        "pad_token_id": config.pad_id,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": config.eos_id,
+        "tie_word_embeddings": True,
+        "decay_rates": all_decay_rates(config),
+        "megatron_tn": {
+            "name": config.name,
+            "norm_eps": config.norm_eps,
+            "glu_act": config.glu_act,
+            "gate": config.gate,
+            "decay": config.decay,
+            "decay_temperature": config.decay_temperature,
+        },
+    }
+
+
+def load_pretrained(
+    directory: str | Path,
+    context: ParallelContext | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> TransNormerLM:
+    """Build a model from a directory in the released layout: config.json and safetensors files.
+
+    Each tensor-parallel rank of `context` reads its own slices.
+
+    Raises:
+        FileNotFoundError: no such directory, no config.json in it, or no weights.
+        ConfigError: the config does not fit the model or the layout; a tensor is missing, has another shape, or is
+            there and unknown.
+    """
+    directory = Path(directory)
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"{directory} has no config.json: not a model in the released layout")
+    config = config_from_released(json.loads((directory / "config.json").read_text()))
+    context = context or ParallelContext()
+    model = empty_model(config, context, device, dtype)
+    files = _tensor_files(directory)
+    specs = model.shard_specs()
+    problems = [f"{directory}: tensor {name} is missing" for name in specs if name not in files]
+    unknown = files.keys() - specs.keys() - {"lm_head.weight"}  # the head is tied; a file may repeat it
+    problems += [f"{directory}: unknown tensor {name}" for name in sorted(unknown)]
+    if problems:
+        raise ConfigError(problems)
+    axis = context.tp
+    parameters = dict(model.named_parameters())
+    for file in sorted(set(files.values())):
+        with safe_open(file, framework="pt") as tensors:
+            for name, spec in specs.items():
+                if files[name] != file:
+                    continue
+                view = tensors.get_slice(name)
+                if tuple(view.get_shape()) != spec.shape:
+                    raise ConfigError(
+                        f"{file}: {name} has shape {view.get_shape()}, but config.json makes it {list(spec.shape)}"
+                    )
+                local = torch.zeros(spec.local_shape(axis.size))
+                offset = 0
+                for box in spec.boxes(axis.rank, axis.size):
+                    part = view[tuple(slice(*edges) for edges in box)].float()
+                    dim = spec.dim or 0
+                    local.narrow(dim, offset, part.shape[dim]).copy_(part)
+                    offset += local.shape[dim] // spec.blocks
+                with torch.no_grad():
+                    parameters[name].copy_(local)
+    return model
+
+
+def save_pretrained(model: TransNormerLM, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write `model` in the released layout; global rank 0 writes. Collective over tensor parallel."""
+    directory = Path(directory)
+    weights = {}
+    for name, parameter in model.named_parameters():
+        whole = parameter.shard_spec.gather(parameter.detach(), model.context.tp)
+        weights[name] = whole.to(device="cpu", dtype=dtype or parameter.dtype).contiguous()
+    if model.context.is_first:
+        write_released(weights, model.config, directory)
+
+
+def write_released(weights: dict[str, torch.Tensor], config: ModelConfig, directory: Path) -> None:
+    """Write whole logical tensors and their config.json, each file under a temporary name first."""
+    directory.mkdir(parents=True, exist_ok=True)
+    weights_tmp, config_tmp = directory / f"{WEIGHTS_FILE}.tmp", directory / "config.json.tmp"
+    save_file(weights, weights_tmp, metadata={"format": "pt"})
+    weights_tmp.replace(directory / WEIGHTS_FILE)
+    config_tmp.write_text(json.dumps(config_to_released(config), indent=1) + "\n")
+    config_tmp.replace(directory / "config.json")
+
+
+def all_decay_rates(config: ModelConfig) -> list[list[float]]:
+    """Decay rates [L][H] of a model."""
+    return [
+        decay_rates(config.heads, layer, config.layers, form=config.decay, temperature=config.decay_temperature)
+        for layer in range(config.layers)
+    ]
+
+
+def _same_rates(a: list[list[float]], b: list[list[float]]) -> bool:
+    a, b = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
+    return a.shape == b.shape and bool(torch.allclose(a, b, rtol=1e-5, atol=1e-9))
+
+
+def _tensor_files(directory: Path) -> dict[str, Path]:
+    """Tensor name -> the safetensors file that holds it."""
+    index = directory / INDEX_FILE
+    if index.is_file():
+        weight_map = json.loads(index.read_text())["weight_map"]
+        names = {name: Path(file) for name, file in weight_map.items()}
+        if outside := [str(file) for file in names.values() if file.name != str(file)]:
+            raise ConfigError(f"{index}: {outside[0]!r} is not a plain file name in the model's directory")
+        return {name: directory / file for name, file in names.items()}
+    files: dict[str, Path] = {}
+    whole = directory / WEIGHTS_FILE  # other safetensors files beside it are not weights
+    for file in [whole] if whole.is_file() else sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            files.update(dict.fromkeys(tensors.keys(), file))
+    if not files:
+        raise FileNotFoundError(f"{directory} has no *.safetensors files")
+    return files

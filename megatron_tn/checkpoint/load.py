@@ -1,0 +1,123 @@
+"""Read a checkpoint into any engine and layout: each rank reads the stored pieces that overlap what it owns."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_tn.checkpoint.manifest import KINDS, Manifest, Piece, Trainable
+from megatron_tn.checkpoint.reshard import overlaps, pieces_of_local_range, span_of, view_of
+from megatron_tn.checkpoint.save import rank_file
+from megatron_tn.config import ConfigError, ModelConfig, from_mapping
+from megatron_tn.model.transnormer import TransNormerLM, empty_model
+from megatron_tn.parallel.context import ParallelContext
+
+
+class Reader:
+    """Open files of one checkpoint. Use as a context manager.
+
+    Raises:
+        ConfigError: a file is missing or damaged, a tensor is incomplete or of another shape.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest):
+        self.directory = directory
+        self.manifest = manifest
+        self._files: dict[str, object] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stack.close()
+
+    def fill(self, kind: str, name: str, shape: tuple[int, ...], piece: Piece, destination: Tensor) -> None:
+        """Fill `destination` [piece.stop - piece.start], contiguous, with that piece of logical tensor kind/name."""
+        stored_shape = self.manifest.shapes.get(name)
+        if stored_shape != list(shape):
+            raise ConfigError(f"{self.directory}: {name} has shape {stored_shape}, but the model needs {list(shape)}")
+        staging = torch.empty(destination.shape, dtype=torch.float32)
+        filled = 0
+        for stored in self.manifest.pieces.get(f"{kind}/{name}", []):
+            for rectangle in overlaps(stored, piece):
+                first, last = span_of(stored, rectangle)
+                values = self._read(stored)[first:last]
+                target = view_of(piece, staging, rectangle)
+                target.copy_(view_of(stored, values, rectangle, first))
+                filled += target.numel()
+        if filled != piece.stop - piece.start:
+            missing = piece.stop - piece.start - filled
+            raise ConfigError(f"{self.directory}: {missing} elements of {kind}/{name} are in none of its files")
+        with torch.no_grad():
+            destination.copy_(staging)
+
+    def rng(self, rank: int) -> dict[str, Tensor]:
+        stored = self._open(rank_file(rank))
+        return {key: stored.get_tensor(key) for key in stored.keys() if key.startswith("rng/")}  # noqa: SIM118
+
+    def _read(self, piece: Piece):
+        try:
+            return self._open(piece.file).get_slice(piece.key)
+        except SafetensorError as error:
+            raise ConfigError(f"{self.directory / piece.file} is damaged: {error}") from None
+
+    def _open(self, file: str):
+        if file not in self._files:
+            path = self.directory / file
+            try:
+                self._files[file] = self._stack.enter_context(safe_open(path, framework="pt"))
+            except FileNotFoundError:
+                raise ConfigError(f"{path} is missing") from None
+            except SafetensorError as error:
+                raise ConfigError(f"{path} is damaged: {error}") from None
+        return self._files[file]
+
+
+def load_checkpoint(engine: Trainable, directory: Path) -> Manifest:
+    """Restore masters, moments, the optimizer's step and, at the same world size, RNG states. Returns the manifest."""
+    manifest = Manifest.read(directory)
+    context, specs = engine.context, engine.model.shard_specs()
+    with Reader(directory, manifest) as reader:
+        for owned in engine.owned_ranges():
+            spec = specs[owned.name]
+            for piece, at in pieces_of_local_range(spec, context.tp.rank, context.tp.size, owned.start, owned.stop):
+                for kind in KINDS:
+                    destination = owned.values[kind][at : at + piece.stop - piece.start]
+                    reader.fill(kind, owned.name, spec.shape, piece, destination)
+        if math.prod(manifest.layout.values()) == context.world_size:
+            rng = reader.rng(context.rank)
+            torch.set_rng_state(rng["rng/cpu"])
+            if torch.cuda.is_available() and "rng/cuda" in rng:
+                torch.cuda.set_rng_state(rng["rng/cuda"])
+    engine.refresh(manifest.optimizer_step)
+    return manifest
+
+
+def load_model(
+    directory: Path,
+    context: ParallelContext | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> TransNormerLM:
+    """The model alone, without an engine. dtype None: the precision it was trained in."""
+    manifest = Manifest.read(directory)
+    config = from_mapping(ModelConfig, manifest.config["model"])
+    context = context or ParallelContext()
+    trained = torch.bfloat16 if manifest.config["engine"]["precision"] == "bf16" else torch.float32
+    model = empty_model(config, context, device, dtype or trained)
+    with Reader(directory, manifest) as reader:
+        for name, parameter in model.named_parameters():
+            spec = parameter.shard_spec
+            local = torch.zeros(parameter.shape)
+            # Rounded to the training precision first: the model that was trained is the one with rounded weights.
+            for piece, at in pieces_of_local_range(spec, context.tp.rank, context.tp.size, 0, local.numel()):
+                reader.fill("param", name, spec.shape, piece, local.view(-1)[at : at + piece.stop - piece.start])
+            with torch.no_grad():
+                parameter.copy_(local.to(trained))
+    return model

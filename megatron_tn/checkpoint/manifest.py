@@ -1,0 +1,109 @@
+"""The checkpoint format: a folder of safetensors files and a JSON manifest. No pickle is ever written or read.
+
+    step_00000500/
+      manifest.json              what is here; written last, so its presence means the checkpoint is whole
+      rank_00000.safetensors     fp32 masters and moments that rank 0 owned, and its RNG state
+      ...
+
+Every tensor has its logical (released) name under its kind: param/NAME, exp_avg/NAME, exp_avg_sq/NAME. A piece is an
+element range of a box of the logical tensor, flattened in row-major order: the box says which slice a tensor-parallel
+rank held, the range which part of that slice a ZeRO rank owned. Padding is in no box, so it is never saved.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_tn.config import ConfigError
+from megatron_tn.model.transnormer import TransNormerLM
+from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.parallel.sharding import Box, OwnedRange
+
+FORMAT = "megatron_tn checkpoint"
+VERSION = 1
+MANIFEST = "manifest.json"
+KINDS = ("param", "exp_avg", "exp_avg_sq")
+
+
+class Trainable(Protocol):
+    """What a checkpoint needs of an engine; see `engine.base.Engine` for the meaning of each."""
+
+    model: TransNormerLM
+    context: ParallelContext
+    partitioned: bool
+
+    def owned_ranges(self) -> list[OwnedRange]: ...
+
+    def refresh(self, optimizer_step: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, stop) of `box` of a logical tensor, flattened; in `file` under `key`, fp32 [stop - start]."""
+
+    box: Box
+    start: int
+    stop: int
+    file: str = ""
+    key: str = ""
+
+
+@dataclass
+class Manifest:
+    """step: optimizer steps done. training: what the loop needs to go on (tokens, data position, ...)."""
+
+    step: int
+    optimizer_step: int
+    config: dict[str, Any]
+    layout: dict[str, int]
+    shapes: dict[str, list[int]]
+    pieces: dict[str, list[Piece]] = field(default_factory=dict)  # kind/NAME -> pieces
+    training: dict[str, Any] = field(default_factory=dict)
+    padded_vocab: int = 0
+
+    def to_json(self) -> str:
+        values = asdict(self)
+        values["pieces"] = {name: [asdict(piece) for piece in pieces] for name, pieces in self.pieces.items()}
+        return json.dumps({"format": FORMAT, "version": VERSION} | values)
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """Read and check the manifest of the checkpoint in `directory`.
+
+        Raises:
+            ConfigError: it is absent, not JSON, of another format or version, or names a file outside its folder.
+        """
+        path = directory / MANIFEST
+        if not path.is_file():
+            raise ConfigError(f"{directory} is not a checkpoint: it has no {MANIFEST}")
+        try:
+            values = json.loads(path.read_text())
+            found = values.pop("format", None), values.pop("version", None)
+            if found != (FORMAT, VERSION):
+                raise ConfigError(f"{path}: format and version are {found}, expected {(FORMAT, VERSION)}")
+            values["pieces"] = {
+                name: [Piece(**(item | {"box": tuple(tuple(edge) for edge in item["box"])})) for item in items]
+                for name, items in values["pieces"].items()
+            }
+            manifest = cls(**values)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{path} is damaged: {error}") from None
+        for pieces in manifest.pieces.values():
+            for piece in pieces:
+                if Path(piece.file).name != piece.file or not piece.file.endswith(".safetensors"):
+                    raise ConfigError(f"{path}: {piece.file!r} is not a safetensors file in its own folder")
+        return manifest
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints in `folder`, oldest first. One that was being written when its process died has no manifest."""
+    return sorted(path for path in folder.glob("step_*") if (path / MANIFEST).is_file() and path.suffix != ".tmp")

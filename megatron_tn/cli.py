@@ -1,0 +1,124 @@
+"""From a command line to a checked config: Hydra composes `conf/`, dataclasses come out, bad input exits with 2."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_tn.config import ConfigError, from_mapping, known_keys, to_mapping, unknown_key
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+BAD_INPUT = 2  # exit code
+
+
+def command(
+    kind: type, config_name: str, literal: tuple[str, ...] = ()
+) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
+    """Decorator: `function(config: kind)` becomes a command line over conf/`config_name`.yaml.
+
+    literal: settings whose value is free text, taken to the letter; Hydra's own syntax would trim and parse it.
+
+    The dataclass's defaults enter Hydra as the schema `config_name`_schema, so that every key it does not have is
+    refused, with the nearest known one. In a multirun every job's run_dir is a folder of its own below run_dir.
+    """
+
+    def decorate(function: Callable[[Any], None]) -> Callable[[], None]:
+        ConfigStore.instance().store(f"{config_name}_schema", to_mapping(kind()))
+
+        texts: dict[str, str] = {}
+
+        def run(composed: DictConfig) -> None:
+            with bad_input_exits():
+                values = OmegaConf.to_container(composed, resolve=True) | texts
+                if HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN:
+                    job = HydraConfig.get().job
+                    values["run_dir"] = f"{values['run_dir']}/{job.num}_{job.override_dirname}"
+                function(from_mapping(kind, values))
+
+        def main() -> None:
+            logging.basicConfig(level=logging.INFO, format="%(message)s")
+            pairs = [word.partition("=") for word in sys.argv[1:]]
+            texts.update({key: value for key, equals, value in pairs if equals and key in literal})
+            # The deepspeed launcher adds --local_rank, which says nothing that LOCAL_RANK does not.
+            aside = {*literal, "--local_rank"}
+            sys.argv[1:] = ["".join(pair) for pair in pairs if pair[0] not in aside]
+            with bad_input_exits():
+                check_overrides(sys.argv[1:], kind, config_name)
+            hydra.main(version_base=None, config_path=str(CONF), config_name=config_name)(run)()
+
+        return main
+
+    return decorate
+
+
+@contextlib.contextmanager
+def bad_input_exits() -> Iterator[None]:
+    """Print a ConfigError's problems, one line each and on one rank alone, and exit with code 2."""
+    try:
+        yield
+    except ConfigError as error:
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            for problem in error.problems:
+                print(f"error: {problem}", file=sys.stderr, flush=True)
+        sys.exit(BAD_INPUT)
+
+
+def check_overrides(words: list[str], kind: type, config_name: str) -> None:
+    """Compose once before Hydra does, to turn its errors into one line each.
+
+    Raises:
+        ConfigError: an unknown key, an unknown choice of a group, a word that is not an override.
+    """
+    words = [word for word in words if not word.startswith("-")]
+    try:
+        parsed = OverridesParser.create().parse_overrides(words)
+    except HydraException as error:
+        raise ConfigError(f"not an override: {_first_line(error)}") from None
+    # Of a sweep (model=385m,1b) the first choice stands for all: their keys are the same.
+    words = [
+        f"{override.input_line.split('=', 1)[0]}={next(override.sweep_string_iterator())}"
+        if override.is_sweep_override()
+        else word
+        for word, override in zip(words, parsed, strict=True)
+    ]
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base=None):
+            hydra.compose(config_name, overrides=words)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error, words, kind)) from None
+
+
+def _explain(error: Exception, words: list[str], kind: type) -> list[str]:
+    groups = [folder.name for folder in CONF.iterdir() if folder.is_dir()]
+    known = known_keys(kind)
+    problems = []
+    for word in words:
+        key, _, value = word.lstrip("+~").partition("=")
+        if key in groups:
+            choices = sorted(str(path.relative_to(CONF / key).with_suffix("")) for path in (CONF / key).rglob("*.yaml"))
+            if value not in choices:
+                close = difflib.get_close_matches(value, choices, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                problems.append(f"{key}={value}: conf/{key} has {', '.join(choices)}{hint}")
+        elif key not in known:
+            problems.append(unknown_key(key, sorted({*known, *groups})))
+    return problems or [_first_line(error)]
+
+
+def _first_line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error).strip().split("\n")[0])

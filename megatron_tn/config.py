@@ -1,0 +1,346 @@
+"""The settings of a run: dataclasses, their defaults, and the checks that relate one setting to another.
+
+Hydra composes `conf/` and the command line into a plain mapping; `from_mapping` turns it into a `TrainConfig`. Nothing
+deeper in the package ever sees a DictConfig. The dataclasses are the only place where a default is written down, and
+`conf/` holds named departures from them (a model size, an engine, a cluster).
+
+Errors are collected, not raised one at a time: `ConfigError` carries every problem found, one line each, naming the
+setting, its value and the relation it breaks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+class ConfigError(ValueError):
+    """One or more settings are wrong. `problems` holds one line for each; command lines exit with code 2."""
+
+    def __init__(self, problems: Iterable[str] | str):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ModelConfig:
+    """Shape and variant of a TransNormerLLM (arXiv 2307.14995; the released family's semantics are the default)."""
+
+    name: str = "385m"
+    vocab_size: int = 64000  # V, the true vocabulary; padded rows are added by the vocabulary-parallel embedding
+    embed_dim: int = 1024  # D
+    layers: int = 24  # L
+    heads: int = 8  # H; the released sizes keep D / H = 128
+    glu_dim: int = 2816  # F
+    scale_embedding: bool = True  # x = E[ids] * sqrt(D); the 3B and larger models leave it out
+    norm: Literal["simplermsnorm", "rmsnorm"] = "simplermsnorm"
+    norm_eps: float = 1e-6
+    act: Literal["silu", "none", "1+elu"] = "silu"  # on q and k only
+    glu_act: Literal["none", "silu"] = "none"
+    gate: bool = True  # the output gate u of the token mixer
+    lrpe: Literal["first", "all", "none"] | list[bool] = "first"  # which layers apply LRPE
+    decay: Literal["released", "paper", "none"] = "released"  # form of the per-head decay rates
+    decay_temperature: bool = True  # the factor 1 - l/(L-1): later layers decay more slowly
+    init_std: float = 0.02
+    pad_id: int = 0
+    bos_id: int = 1
+    eos_id: int = 2
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.heads
+
+    @property
+    def lrpe_layers(self) -> list[bool]:
+        if isinstance(self.lrpe, list):
+            return list(self.lrpe)
+        return [self.lrpe == "all" or (self.lrpe == "first" and layer == 0) for layer in range(self.layers)]
+
+    def problems(self, tp: int = 1) -> list[str]:
+        """Relations inside the model, and those to a tensor-parallel size."""
+        found = [
+            f"model.{name}={getattr(self, name)} must be at least 1"
+            for name in ("vocab_size", "embed_dim", "layers", "heads", "glu_dim")
+            if getattr(self, name) < 1
+        ]
+        if found:
+            return found
+        if self.embed_dim % self.heads:
+            found.append(f"model.embed_dim={self.embed_dim} is not divisible by model.heads={self.heads}")
+        if isinstance(self.lrpe, list) and len(self.lrpe) != self.layers:
+            found.append(f"model.lrpe has {len(self.lrpe)} entries but model.layers={self.layers}")
+        for name in ("pad_id", "bos_id", "eos_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                found.append(f"model.{name}={getattr(self, name)} is not below model.vocab_size={self.vocab_size}")
+        for name in ("heads", "glu_dim"):
+            if getattr(self, name) % tp:
+                found.append(f"model.{name}={getattr(self, name)} is not divisible by parallel.tp={tp}")
+        return found
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ParallelConfig:
+    """How the world is laid out. The data-parallel size is what is left: world / (tp x cp)."""
+
+    tp: int = 1  # tensor parallel: heads of GLA, columns and rows of SGLU, rows of the vocabulary
+    cp: int = 1  # context parallel: contiguous slices of the sequence
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EngineConfig:
+    """Who owns gradients, masters and the optimizer step."""
+
+    name: Literal["deepspeed", "local"] = "deepspeed"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["bf16", "fp32"] = "bf16"  # of parameters and activations; masters and moments are always fp32
+    gradient_dtype: Literal["fp32", "bf16"] = "fp32"  # in which microbatch gradients accumulate and are reduced
+    reduce_bucket_elements: int = 50_000_000
+    compile: bool = False  # torch.compile each block
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DataConfig:
+    manifest: str = ""  # manifest.json of tokenised WebDataset shards (python -m data_pipeline.run writes one)
+    sequence_length: int = 2048  # tokens
+    global_batch: int = 64  # sequences per optimizer step, over all ranks
+    micro_batch: int = 1  # sequences per forward pass of one rank
+    isolate_documents: bool = False  # attention state is reset at document boundaries; the paper cuts without isolation
+    workers: int = 1  # reader processes per data-parallel rank; 0 reads in the training process
+
+
+@dataclass(frozen=True, config=_STRICT)
+class OptimConfig:
+    """AdamW: NVIDIA apex's FusedAdam where it is installed, torch's fused AdamW otherwise."""
+
+    lr: float = 3e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # of matrices; vectors (norm weights) and LRPE's theta are not decayed
+    clip_norm: float = 1.0  # of the global gradient; 0 turns clipping off
+    fused: Literal["auto", "apex", "torch"] = "auto"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ScheduleConfig:
+    name: Literal["cosine", "wsd", "constant"] = "cosine"
+    steps: int = 1000  # optimizer steps of the whole run
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2  # of the steps, at the end of a warm-up-stable-decay schedule
+    min_lr_ratio: float = 0.1  # final learning rate over peak
+
+
+@dataclass(frozen=True, config=_STRICT)
+class CheckpointConfig:
+    every: int = 500  # steps; 0 saves only at the end and on preemption
+    keep: int = 3  # newest checkpoints kept; 0 keeps all
+    resume: str = "auto"  # auto: the newest whole one in run_dir; none: start afresh; or the path of one
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EvaluationConfig:
+    manifest: str = ""  # held-out shards; empty turns evaluation off
+    every: int = 0  # steps; 0 evaluates at the end only
+    max_documents: int = 256
+
+
+@dataclass(frozen=True, config=_STRICT)
+class WandbConfig:
+    mode: Literal["online", "offline", "disabled"] = "offline"
+    project: str = "megatron_tn"
+    entity: str | None = None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LoggingConfig:
+    every: int = 1  # steps between records of log.jsonl
+    progress: bool = True  # progress bar on rank 0
+    wandb: WandbConfig = dataclasses.field(default_factory=WandbConfig)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ClusterConfig:
+    """The hardware, by its datasheet: what plans and utilisation figures are counted against."""
+
+    name: str = "local"
+    gpus_per_node: int = 0
+    gpu_memory_gib: float = 0.0
+    bf16_tflops: float | None = None  # dense peak of one GPU
+    memory_bandwidth_gbs: float | None = None
+    interconnect_gbs: float | None = None  # between nodes, per GPU
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainConfig:
+    """A whole run. `python -m megatron_tn.train` prints it resolved, and writes it to run_dir/config.json."""
+
+    run_dir: str = "runs/default"
+    seed: int = 0
+    nodes: int = 1
+    deterministic: bool = False  # bitwise repeatable kernels, at some cost in speed
+    distributed_timeout_s: int = 1800  # of any collective
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
+    cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
+
+    def problems(self, world_size: int | None = None) -> list[str]:
+        """Every relation between settings that does not hold, one line each (empty when all is well).
+
+        `world_size` adds the relations to the number of processes; without it they are left out.
+        """
+        tp, cp = self.parallel.tp, self.parallel.cp
+        found = [f"parallel.{name}={size} must be at least 1" for name, size in (("tp", tp), ("cp", cp)) if size < 1]
+        if found:
+            return found
+        found += self.model.problems(tp)
+        if cp > 1:
+            found.append(f"parallel.cp={cp}: context parallelism is not built yet, parallel.cp must be 1")
+        data = self.data
+        for section, name in (
+            ("data", "sequence_length"),
+            ("data", "global_batch"),
+            ("data", "micro_batch"),
+            ("schedule", "steps"),
+            ("logging", "every"),
+        ):
+            value = getattr(getattr(self, section), name)
+            if value < 1:
+                found.append(f"{section}.{name}={value} must be at least 1")
+        if self.schedule.warmup_steps >= self.schedule.steps > 0:
+            found.append(
+                f"schedule.warmup_steps={self.schedule.warmup_steps} must be below schedule.steps={self.schedule.steps}"
+            )
+        if self.optim.lr <= 0:
+            found.append(f"optim.lr={self.optim.lr} must be above 0")
+        if world_size is not None:
+            if world_size % (tp * cp):
+                found.append(
+                    f"world size {world_size} is not a multiple of parallel.tp={tp} x parallel.cp={cp} = {tp * cp}"
+                )
+            elif data.micro_batch > 0 and data.global_batch > 0:
+                dp = world_size // (tp * cp)
+                if data.global_batch % (data.micro_batch * dp):
+                    found.append(
+                        f"data.global_batch={data.global_batch} is not a multiple of data.micro_batch="
+                        f"{data.micro_batch} x data-parallel size {dp} = {data.micro_batch * dp}"
+                    )
+        return found
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EvaluateConfig:
+    """Settings of `python -m megatron_tn.evaluate`."""
+
+    checkpoint: str = ""  # a checkpoint folder, a folder of them (the newest is taken), or a released model's folder
+    manifest: str = ""  # held-out shards
+    train_manifest: str = ""  # shards to count the unigram baseline on; empty leaves that baseline out
+    tokenizer: str = ""  # tokenizer.json; empty looks beside the checkpoint
+    max_documents: int = 0  # 0: all
+    batch_tokens: int = 8192
+    device: str = "auto"
+    precision: Literal["trained", "bf16", "fp32"] = "trained"
+    output: str = ""  # JSON file for the result, which is printed as well
+
+
+@dataclass(frozen=True, config=_STRICT)
+class GenerateConfig:
+    """Settings of `python -m megatron_tn.generate`."""
+
+    checkpoint: str = ""
+    prompt: str = ""
+    tokenizer: str = ""
+    max_new_tokens: int = 128
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    device: str = "auto"
+    precision: Literal["trained", "bf16", "fp32"] = "trained"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ConvertConfig:
+    """Settings of `python -m megatron_tn.convert`."""
+
+    checkpoint: str = ""
+    output: str = ""  # folder to write in the released layout; empty describes the checkpoint
+    precision: Literal["trained", "bf16", "fp32"] = "trained"
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """A config dataclass as nested plain dictionaries, ready for JSON or Hydra."""
+    return dataclasses.asdict(config)
+
+
+def from_mapping(kind: type, values: Mapping[str, Any]) -> Any:
+    """Build config dataclass `kind` from nested plain mappings; every bad key or value is in one `ConfigError`."""
+    try:
+        return TypeAdapter(kind).validate_python(dict(values))
+    except ValidationError as error:
+        known = known_keys(kind)
+        raise ConfigError([_describe(item, known) for item in error.errors()]) from None
+
+
+def load(path: Path, kind: type = TrainConfig) -> Any:
+    """Read a config written by `save`."""
+    return from_mapping(kind, json.loads(path.read_text()))
+
+
+def save(config: Any, path: Path) -> None:
+    path.write_text(json.dumps(to_mapping(config), indent=1) + "\n")
+
+
+def known_keys(kind: type, prefix: str = "") -> list[str]:
+    """Dotted names of all settings below config dataclass `kind`."""
+    keys = []
+    for field in dataclasses.fields(kind):
+        name = f"{prefix}{field.name}"
+        keys.append(name)
+        if field.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(field.default_factory):
+            keys += known_keys(field.default_factory, f"{name}.")
+    return keys
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """One line that refuses `key` and names the nearest known ones."""
+    known = list(known)
+    close = difflib.get_close_matches(key, known, n=2, cutoff=0.5)
+    if not close:  # right name in the wrong group: model.lr for optim.lr
+        close = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    return f"unknown setting {key}" + (f"; did you mean {' or '.join(close)}?" if close else "")
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Settings that differ between two resolved configs, as 'name: old -> new'."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return lines
+
+
+def _describe(item: Any, known: list[str]) -> str:
+    # A union (model.lrpe) adds its branch to the location; names of settings stop before it.
+    key = ".".join(str(part) for part in item["loc"] if isinstance(part, str) and "[" not in part)
+    if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return unknown_key(key, known)
+    return f"{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"

@@ -1,0 +1,240 @@
+"""DeepSpeed ZeRO 0-3 (arXiv 1910.02054), the main engine.
+
+DeepSpeed averages gradients over data-parallel ranks and accumulation steps on its own; here the loss is already
+divided by the step's target tokens over all of them, so that averaging is cancelled. Masters and moments are reached
+as flat fp32 ranges of each local parameter, whatever the stage keeps them in.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tn.config import TrainConfig
+from megatron_tn.engine.base import MOMENTS, StepResult
+from megatron_tn.engine.local import set_optimizer_step
+from megatron_tn.model.transnormer import TransNormerLM
+from megatron_tn.optim.groups import build_adamw, parameter_groups
+from megatron_tn.parallel.context import Axis, ParallelContext
+from megatron_tn.parallel.gradients import gradient_norm
+from megatron_tn.parallel.sharding import OwnedRange
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+
+import deepspeed
+from deepspeed.utils import groups, logger, safe_get_full_grad
+
+logger.setLevel(logging.ERROR)  # its warnings are about choices that are made here on purpose
+warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated", category=FutureWarning)  # DeepSpeed's calls
+# On a CPU DeepSpeed would compile a shared-memory all-reduce with g++ at start-up: 95 s, and a lock left behind when it
+# is killed. Declaring that operator incompatible makes DeepSpeed take gloo's.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class ModelParallelUnit:
+    """The layout, in the words DeepSpeed asks for it.
+
+    Data parallelism is stated as dp x cp, both as "data" and as "sequence data": ranks that hold slices of one sequence
+    see different tokens, so ZeRO must reduce gradients over them and may partition over them.
+    """
+
+    def __init__(self, context: ParallelContext):
+        self._tensor = _with_group(context.tp, context.rank)
+        self._data = _with_group(context.data, context.rank)
+
+    def get_model_parallel_rank(self) -> int:
+        return self._tensor.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._tensor.size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._tensor.group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._data.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._data.size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._data.group
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_sequence_data_parallel_rank = get_data_parallel_rank
+    get_sequence_data_parallel_world_size = get_data_parallel_world_size
+    get_sequence_data_parallel_group = get_data_parallel_group
+
+
+def _with_group(axis: Axis, rank: int) -> Axis:
+    """DeepSpeed takes a missing group for the whole world, so an axis of size 1 needs a group of its own."""
+    if axis.group is not None:
+        return axis
+    return Axis(dist.new_group([rank], use_local_synchronization=True), 0, 1)
+
+
+def deepspeed_settings(config: TrainConfig, data_size: int) -> dict:
+    """The DeepSpeed configuration that a run's settings amount to."""
+    engine = config.engine
+    low_precision = engine.precision == "bf16"
+    # Without ZeRO, DeepSpeed accumulates in the parameters' type; it has no fp32 accumulation there.
+    gradient_dtype = engine.gradient_dtype if engine.zero_stage > 0 and low_precision else engine.precision
+    accumulation = config.data.global_batch // (config.data.micro_batch * data_size)
+    return {
+        "train_micro_batch_size_per_gpu": config.data.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optim.clip_norm,
+        "bf16": {"enabled": low_precision, "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": gradient_dtype},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+        "zero_optimization": {
+            "stage": engine.zero_stage,
+            "reduce_bucket_size": engine.reduce_bucket_elements,
+            "allgather_bucket_size": engine.reduce_bucket_elements,
+            "stage3_prefetch_bucket_size": engine.reduce_bucket_elements,
+            "overlap_comm": torch.cuda.is_available() and engine.zero_stage >= 2,
+            "contiguous_gradients": True,
+        },
+    }
+
+
+class DeepSpeedEngine:
+    """See `engine.base.Engine`."""
+
+    def __init__(self, model: TransNormerLM, config: TrainConfig):
+        self.model = model
+        self.context = model.context
+        self.stage = config.engine.zero_stage
+        self.partitioned = self.stage > 0
+        self.clip_norm = config.optim.clip_norm
+        self.bare = self.stage == 0 and config.engine.precision == "fp32"  # DeepSpeed wraps no optimizer then
+        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        named = [(name, parameter, parameter.dim()) for name, parameter in model.named_parameters()]
+        optimizer = build_adamw(parameter_groups(named, config.optim.weight_decay), config.optim)
+        settings = deepspeed_settings(config, self.context.data.size)
+        if self.bare:
+            settings["gradient_clipping"] = 0.0  # done in step(), where a non-finite norm can still be refused
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=settings,
+            mpu=ModelParallelUnit(self.context),
+            dist_init_required=False,
+        )
+        # The torch (or apex) optimizer underneath the wrapper, which holds learning rates and moments.
+        self.inner = getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def forward_backward(
+        self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, *, scale: Tensor, last: bool
+    ) -> Tensor:
+        self.engine.set_gradient_accumulation_boundary(last)
+        loss = self.engine(tokens, targets=targets, cu_seqlens=cu_seqlens, reduction="sum").loss * scale
+        # DeepSpeed will divide by the number of data-parallel ranks.
+        self.engine.backward(loss * self.context.data.size, scale_wrt_gas=False)
+        if not last:
+            self.engine.step()  # counts the microbatch
+        return loss.detach()
+
+    def step(self, lr: float) -> StepResult:
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+        if self.bare:
+            return self._bare_step()
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return StepResult(float(norm), self.engine.was_step_applied())
+
+    def _bare_step(self) -> StepResult:
+        gradients = [(parameter.shard_spec, parameter.grad) for parameter in self.names]
+        norm = gradient_norm(gradients, self.context.tp, gradients[0][1].device).item()
+        if not norm < float("inf"):
+            self.engine.zero_grad()
+            return StepResult(norm, False)
+        if self.clip_norm and norm > self.clip_norm:
+            for _, gradient in gradients:
+                gradient.mul_(self.clip_norm / (norm + 1e-6))
+        self.engine.step()
+        return StepResult(norm, True)
+
+    def named_logical_gradients(self) -> dict[str, Tensor]:
+        found = {}
+        for parameter, name in self.names.items():
+            spec = parameter.shard_spec
+            local = safe_get_full_grad(parameter).view(spec.local_shape(self.context.tp.size))
+            found[name] = spec.gather(local, self.context.tp)
+        return found
+
+    def owned_ranges(self) -> list[OwnedRange]:
+        return [
+            OwnedRange(name, start, stop, self._values(master, offset, stop - start))
+            for name, start, stop, master, offset in self._placements()
+        ]
+
+    def _values(self, master: Tensor, offset: int, length: int) -> dict[str, Tensor]:
+        state = self.inner.state[master]
+        for moment in MOMENTS:
+            if moment not in state:
+                state[moment] = torch.zeros_like(master, requires_grad=False)
+        state.setdefault("step", torch.zeros((), device=master.device))
+        values = {"param": master.detach()} | {moment: state[moment] for moment in MOMENTS}
+        return {kind: tensor.view(-1).narrow(0, offset, length) for kind, tensor in values.items()}
+
+    def _placements(self) -> Iterator[tuple[str, int, int, Tensor, int]]:
+        """(name, start, stop in the local parameter, the optimizer's tensor that holds it, offset in that tensor)."""
+        if self.stage == 0:
+            pairs = [(p, p) for p in self.names]
+            if not self.bare:
+                low = [p for group in self.optimizer.fp16_groups for p in group]
+                masters = [p for group in self.optimizer.fp32_groups for p in group]
+                pairs = list(zip(low, masters, strict=True))
+            for parameter, master in pairs:
+                yield self.names[parameter], 0, parameter.numel(), master, 0
+        elif self.stage == 3:
+            for parameter, name in self.names.items():
+                group, offset, padded = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+                start = min(self.context.data.rank * padded, parameter.ds_numel)
+                stop = min(start + padded, parameter.ds_numel)
+                yield name, start, stop, self.optimizer.fp32_partitioned_groups_flat[group], offset
+        else:
+            flat = getattr(self.optimizer, "fp32_groups_flat_partition", None)  # stage 1 in bf16
+            flat = flat if flat is not None else self.optimizer.single_partition_of_fp32_groups
+            for parameter, name in self.names.items():
+                mapping = parameter._hp_mapping
+                if mapping is not None:
+                    start = mapping.lp_fragment_address.start
+                    stop = start + mapping.lp_fragment_address.numel
+                    yield name, start, stop, flat[mapping.param_group_index], mapping.hp_fragment_address.start
+
+    @torch.no_grad()
+    def refresh(self, optimizer_step: int) -> None:
+        set_optimizer_step(self.inner, optimizer_step)
+        if self.stage == 0 and not self.bare:
+            for low, high in zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True):
+                for parameter, master in zip(low, high, strict=True):
+                    parameter.copy_(master)
+        elif self.stage == 3:
+            # What a ZeRO 3 step does after the update: drop gathered copies, cast masters, gather the small ones again.
+            self.optimizer.parameter_offload.partition_all_parameters()
+            for index in range(len(self.optimizer.fp32_partitioned_groups_flat)):
+                self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
+            if persistent := self.optimizer.persistent_parameters:
+                persistent[0].all_gather(persistent)
+            self.optimizer.invalidate_secondary_tensor()
+        elif self.stage > 0:
+            self.optimizer.update_lp_params()
+
+
+def shutdown() -> None:
+    """Forget the layout that DeepSpeed keeps in module globals, so that another run can start in this process."""
+    groups.mpu = None

@@ -1,0 +1,122 @@
+"""The engine without a framework: bf16 or fp32 parameters, fp32 masters on every data-parallel rank, one all-reduce.
+
+It shards nothing, so it is the shortest statement of what every other engine must equal.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron_tn.config import TrainConfig
+from megatron_tn.engine.base import MOMENTS, StepResult
+from megatron_tn.model.transnormer import TransNormerLM
+from megatron_tn.optim.groups import build_adamw, parameter_groups
+from megatron_tn.parallel.collectives import all_reduce_
+from megatron_tn.parallel.gradients import gradient_norm
+from megatron_tn.parallel.sharding import OwnedRange
+
+
+class LocalEngine:
+    """See `engine.base.Engine`. Gradients accumulate in fp32, in one flat buffer that is reduced at once."""
+
+    partitioned = False
+
+    def __init__(self, model: TransNormerLM, config: TrainConfig):
+        self.model = model
+        self.context = model.context
+        self.clip_norm = config.optim.clip_norm
+        named = list(model.named_parameters())
+        self.names = [name for name, _ in named]
+        self.parameters = [parameter for _, parameter in named]
+        # An fp32 parameter is its own master; a bf16 one gets a copy.
+        self.masters = [
+            parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
+            for parameter in self.parameters
+        ]
+        sizes = [parameter.numel() for parameter in self.parameters]
+        self.flat_gradient = torch.zeros(sum(sizes), device=self.parameters[0].device)
+        self.gradients = [
+            part.view_as(parameter)
+            for part, parameter in zip(self.flat_gradient.split(sizes), self.parameters, strict=True)
+        ]
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.register_post_accumulate_grad_hook(_accumulate_into(gradient))
+        dimensions = [parameter.dim() for parameter in self.parameters]
+        groups = parameter_groups(zip(self.names, self.masters, dimensions, strict=True), config.optim.weight_decay)
+        self.optimizer = build_adamw(groups, config.optim)
+
+    def forward_backward(
+        self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, *, scale: Tensor, last: bool
+    ) -> Tensor:
+        loss = self.model(tokens, targets=targets, cu_seqlens=cu_seqlens, reduction="sum").loss * scale
+        loss.backward()
+        if last:
+            all_reduce_(self.flat_gradient, self.context.data)
+        return loss.detach()
+
+    @torch.no_grad()
+    def step(self, lr: float) -> StepResult:
+        specs = [parameter.shard_spec for parameter in self.parameters]
+        device = self.flat_gradient.device
+        norm = gradient_norm(zip(specs, self.gradients, strict=True), self.context.tp, device).item()
+        applied = norm < float("inf")
+        if applied:
+            if self.clip_norm and norm > self.clip_norm:
+                self.flat_gradient.mul_(self.clip_norm / (norm + 1e-6))
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            for master, gradient in zip(self.masters, self.gradients, strict=True):
+                master.grad = gradient
+            self.optimizer.step()
+            self._copy_masters()
+        for master in self.masters:
+            master.grad = None
+        self.flat_gradient.zero_()
+        return StepResult(norm, applied)
+
+    def named_logical_gradients(self) -> dict[str, Tensor]:
+        return {
+            name: parameter.shard_spec.gather(gradient, self.context.tp)
+            for name, parameter, gradient in zip(self.names, self.parameters, self.gradients, strict=True)
+        }
+
+    def owned_ranges(self) -> list[OwnedRange]:
+        ranges = []
+        for name, master in zip(self.names, self.masters, strict=True):
+            state = self.optimizer.state[master]
+            for moment in MOMENTS:
+                if moment not in state:
+                    state[moment] = torch.zeros_like(master)
+            state.setdefault("step", torch.zeros((), device=master.device))
+            values = {"param": master.detach().view(-1)} | {moment: state[moment].view(-1) for moment in MOMENTS}
+            ranges.append(OwnedRange(name, 0, master.numel(), values))
+        return ranges
+
+    def refresh(self, optimizer_step: int) -> None:
+        set_optimizer_step(self.optimizer, optimizer_step)
+        self._copy_masters()
+
+    @torch.no_grad()
+    def _copy_masters(self) -> None:
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if parameter is not master:
+                parameter.copy_(master)
+
+
+def _accumulate_into(gradient: Tensor):
+    def hook(parameter: nn.Parameter) -> None:
+        gradient.add_(parameter.grad)
+        parameter.grad = None
+
+    return hook
+
+
+def set_optimizer_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """AdamW's bias correction counts steps: per parameter in torch, per group in apex."""
+    for group in optimizer.param_groups:
+        if "step" in group:
+            group["step"] = step
+    for state in optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"].fill_(step)

@@ -1,0 +1,85 @@
+"""Held-out bits per byte of a checkpoint or a released model, beside what simpler models make of the same bytes.
+
+python -m megatron_tn.evaluate checkpoint=runs/demo/checkpoints/latest manifest=runs/demo/data/heldout/manifest.json
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+
+from data_pipeline.shards import read_documents
+from data_pipeline.stream import InputError, Manifest
+from megatron_tn.cli import command
+from megatron_tn.config import ConfigError, EvaluateConfig, TrainConfig
+from megatron_tn.evaluation.baselines import compressor_bits_per_byte, unigram_bits_per_byte
+from megatron_tn.evaluation.perplexity import evaluate_documents
+from megatron_tn.loading import load_any_model, load_tokenizer
+from megatron_tn.model.transnormer import TransNormerLM
+
+
+@command(EvaluateConfig, "evaluate")
+def main(config: EvaluateConfig) -> None:
+    model = load_any_model(config.checkpoint, config.device, config.precision)
+    tokenizer = load_tokenizer(config.tokenizer, config.checkpoint)
+    documents, text_bytes = held_out_documents(config.manifest, config.max_documents)
+    if max(int(ids.max()) for ids in documents) >= model.config.vocab_size:
+        raise ConfigError(
+            f"manifest={config.manifest} holds token ids beyond model.vocab_size={model.config.vocab_size}"
+        )
+    found = evaluate_documents(model, documents, text_bytes, batch_tokens=config.batch_tokens)
+    result: dict[str, Any] = {
+        "checkpoint": config.checkpoint,
+        "manifest": config.manifest,
+        "documents": found.documents,
+        "tokens": found.tokens,
+        "text_bytes": found.text_bytes,
+        "nats_per_token": found.nats_per_token,
+        "bits_per_byte": {"model": found.bits_per_byte},
+    }
+    if config.train_manifest:
+        training = (document.tokens for document in read_documents(_manifest(config.train_manifest)))
+        result["bits_per_byte"]["unigram"] = unigram_bits_per_byte(
+            training, documents, found.text_bytes, model.config.vocab_size
+        )
+    texts = (tokenizer.decode(list(ids)).encode() for ids in track(documents, "compressors", transient=True))
+    result["bits_per_byte"] |= compressor_bits_per_byte(texts)
+    if config.output:
+        Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+def held_out_loss(model: TransNormerLM, config: TrainConfig) -> dict[str, float]:
+    """For the training loop: the held-out loss as two named figures. Every rank evaluates the same documents, so that
+    engines that gather parameters in the forward pass stay in step."""
+    documents, text_bytes = held_out_documents(config.evaluation.manifest, config.evaluation.max_documents)
+    found = evaluate_documents(model, documents, text_bytes, window=config.data.sequence_length)
+    return {"heldout_loss": found.nats_per_token, "heldout_bits_per_byte": found.bits_per_byte}
+
+
+@functools.lru_cache(maxsize=2)
+def held_out_documents(manifest: str, most: int) -> tuple[list[np.ndarray], list[int]]:
+    """Ids and UTF-8 bytes of the first `most` documents (0: all) of a shard folder."""
+    documents, text_bytes = [], []
+    for document in read_documents(_manifest(manifest)):
+        documents.append(document.tokens)
+        text_bytes.append(document.metadata["bytes"])
+        if len(documents) == most:
+            break
+    return documents, text_bytes
+
+
+def _manifest(path: str) -> Manifest:
+    try:
+        return Manifest.load(path)
+    except InputError as error:
+        raise ConfigError(error.problems) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""How well a model predicts documents it has not seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_tn.model.transnormer import TransNormerLM
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Sums over documents. nats: negative log-likelihood; tokens: predicted ones, eos included; text_bytes: UTF-8."""
+
+    nats: float
+    tokens: int
+    text_bytes: int
+    documents: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.text_bytes
+
+    @property
+    def nats_per_token(self) -> float:
+        return self.nats / self.tokens
+
+
+@torch.no_grad()
+def document_nats(
+    model: TransNormerLM,
+    documents: Sequence[np.ndarray],
+    *,
+    batch_tokens: int = 8192,
+    window: int = 512,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[float]:
+    """Negative log-likelihood, in nats, of each document (ids [n], bos first) given its first id.
+
+    Documents of similar length run side by side, `window` tokens at a time with the recurrent state carried over, so
+    memory does not depend on their length and each sees all of its own past. `progress(n)` is told of n more done.
+    """
+    device = next(model.parameters()).device
+    order = sorted(range(len(documents)), key=lambda i: -len(documents[i]))
+    rows = max(batch_tokens // window, 1)
+    nats = [0.0] * len(documents)
+    for start in range(0, len(order), rows):
+        chosen = order[start : start + rows]
+        longest = len(documents[chosen[0]])
+        tokens = np.zeros((len(chosen), longest), dtype=np.int64)
+        targets = np.full((len(chosen), longest), IGNORE, dtype=np.int64)
+        for row, index in enumerate(chosen):
+            ids = documents[index]
+            tokens[row, : len(ids)] = ids
+            targets[row, : len(ids) - 1] = ids[1:]
+        sums = _row_nats(model, torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device), window)
+        for index, value in zip(chosen, sums.tolist(), strict=True):
+            nats[index] = value
+        progress(len(chosen))
+    return nats
+
+
+def _row_nats(model: TransNormerLM, tokens: Tensor, targets: Tensor, window: int) -> Tensor:
+    """tokens, targets [B, N] -> fp64 [B]: the summed loss of each row."""
+    total = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
+    state = None
+    for first in range(0, tokens.shape[1], window):
+        piece = slice(first, first + window)
+        out = model(tokens[:, piece], targets=targets[:, piece], reduction="none", state=state, return_state=True)
+        total += out.loss.double().sum(1)
+        state = out.state
+    return total
+
+
+def evaluate_documents(
+    model: TransNormerLM, documents: Sequence[np.ndarray], text_bytes: Sequence[int], **options
+) -> HeldOut:
+    """`document_nats`, summed. `text_bytes`: UTF-8 bytes of each document's text."""
+    nats = document_nats(model, documents, **options)
+    tokens = sum(len(ids) - 1 for ids in documents)
+    return HeldOut(math.fsum(nats), tokens, sum(text_bytes), len(documents))

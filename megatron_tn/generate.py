@@ -1,0 +1,38 @@
+"""Continue a text with a trained model.
+
+python -m megatron_tn.generate checkpoint=runs/demo/checkpoints/latest prompt="def "
+"""
+
+from __future__ import annotations
+
+import sys
+
+from megatron_tn.cli import command
+from megatron_tn.config import ConfigError, GenerateConfig
+from megatron_tn.inference.generator import generate
+from megatron_tn.inference.sampler import Sampler
+from megatron_tn.loading import load_any_model, load_tokenizer
+
+
+@command(GenerateConfig, "generate", literal=("prompt",))
+def main(config: GenerateConfig) -> None:
+    sampler = Sampler(config.temperature, config.top_k, config.top_p)
+    if problems := sampler.problems():
+        raise ConfigError(problems)
+    tokenizer = load_tokenizer(config.tokenizer, config.checkpoint)
+    model = load_any_model(config.checkpoint, config.device, config.precision)
+    prompt = [model.config.bos_id, *tokenizer.encode(config.prompt, add_special_tokens=False).ids]
+    ids = list(prompt[1:])
+    shown = ""
+    for chosen in generate(model, prompt, max_new_tokens=config.max_new_tokens, sampler=sampler, seed=config.seed):
+        ids.append(chosen)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):  # the bytes of a character may still be coming
+            sys.stdout.write(text[len(shown) :])
+            sys.stdout.flush()
+            shown = text
+    sys.stdout.write(tokenizer.decode(ids)[len(shown) :] + "\n")
+
+
+if __name__ == "__main__":
+    main()

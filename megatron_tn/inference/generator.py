@@ -1,0 +1,39 @@
+"""Decoding: the prompt in one pass, then one token at a time from a state whose size never grows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from megatron_tn.inference.sampler import Sampler
+from megatron_tn.model.transnormer import TransNormerLM
+
+
+@torch.inference_mode()
+def generate(
+    model: TransNormerLM, prompt: Sequence[int], *, max_new_tokens: int, sampler: Sampler, seed: int = 0
+) -> Iterator[int]:
+    """Ids that follow `prompt`, until the end-of-document id (which is not yielded) or `max_new_tokens` of them.
+
+    Tensor-parallel ranks must all call this with the same arguments; each yields the same ids.
+
+    Raises:
+        ValueError: the prompt is empty or holds an id outside the vocabulary.
+    """
+    if not prompt:
+        raise ValueError("the prompt has no tokens; begin a document with its bos id")
+    if max(prompt) >= model.config.vocab_size or min(prompt) < 0:
+        raise ValueError(f"the prompt holds id {max(prompt)}, but the vocabulary has {model.config.vocab_size} entries")
+    device = next(model.parameters()).device
+    draw = torch.Generator().manual_seed(seed)
+    tokens = torch.tensor([list(prompt)], device=device)
+    state = None
+    for _ in range(max_new_tokens):
+        out = model(tokens, state=state, return_state=True)
+        state = out.state
+        chosen = sampler(out.logits[:, -1], draw)
+        if chosen.item() == model.config.eos_id:
+            return
+        yield chosen.item()
+        tokens = chosen.view(1, 1).to(device)

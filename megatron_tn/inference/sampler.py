@@ -1,0 +1,43 @@
+"""From the logits of one position to the next token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """temperature 0 takes the likeliest token. top_k keeps the k likeliest (0: all); top_p the fewest that reach p."""
+
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.temperature < 0:
+            found.append(f"temperature={self.temperature} must be at least 0")
+        if self.top_k < 0:
+            found.append(f"top_k={self.top_k} must be at least 0")
+        if not 0 < self.top_p <= 1:
+            found.append(f"top_p={self.top_p} must be above 0 and at most 1")
+        return found
+
+    def __call__(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """logits [B, V] -> ids [B]. Drawn on the CPU, so that a seed gives the same text on every device."""
+        logits = logits.float().cpu()
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        logits = logits / self.temperature
+        if self.top_k:
+            kth = logits.topk(min(self.top_k, logits.shape[-1])).values[..., -1:]
+            logits = logits.masked_fill(logits < kth, float("-inf"))
+        if self.top_p < 1:
+            ordered, order = logits.sort(descending=True)
+            before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+            dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= self.top_p)
+            logits = logits.masked_fill(dropped, float("-inf"))
+        return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)

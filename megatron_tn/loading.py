@@ -1,0 +1,69 @@
+"""Finding what a command line names: a checkpoint or a released model, and its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from megatron_tn.checkpoint.hf import load_pretrained
+from megatron_tn.checkpoint.load import load_model
+from megatron_tn.checkpoint.manifest import MANIFEST, whole_checkpoints
+from megatron_tn.config import ConfigError
+from megatron_tn.model.transnormer import TransNormerLM
+
+
+def load_any_model(path: str, device: str, precision: str) -> TransNormerLM:
+    """The model in a checkpoint folder, in the newest of a folder of checkpoints, or in a released model's folder.
+
+    precision "trained" keeps what the weights were trained or stored in; device "auto" takes a GPU where there is one.
+
+    Raises:
+        ConfigError: there is none of these at `path`.
+    """
+    directory = resolve_checkpoint(path)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = {"trained": None, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    if (directory / MANIFEST).is_file():
+        return load_model(directory, device=device, dtype=dtype)
+    return load_pretrained(directory, device=device, dtype=dtype or torch.float32)
+
+
+def load_tokenizer(path: str, checkpoint: str) -> Tokenizer:
+    """tokenizer.json at `path`, or, where that is empty, in the checkpoint's folder or its run's.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    place = tokenizer_path(path, checkpoint)
+    if place is None:
+        raise ConfigError(f"tokenizer={path!r}: there is no tokenizer.json there or beside checkpoint={checkpoint}")
+    try:
+        return Tokenizer.from_file(str(place))
+    except Exception as error:  # the library raises nothing narrower
+        raise ConfigError(f"tokenizer={place} cannot be read: {error}") from None
+
+
+def tokenizer_path(path: str, checkpoint: str) -> Path | None:
+    """Where that tokenizer.json is, if there is one."""
+    directory = resolve_checkpoint(checkpoint)
+    near = [folder / "tokenizer.json" for folder in (directory, *list(directory.absolute().parents)[:2])]
+    return next((place for place in ([Path(path)] if path else near) if place.is_file()), None)
+
+
+def resolve_checkpoint(path: str) -> Path:
+    if not path:
+        raise ConfigError("checkpoint is not set: name a checkpoint's folder or a released model's")
+    directory = Path(path)
+    if directory.name == "latest":
+        directory = directory.parent
+    if (directory / MANIFEST).is_file() or (
+        (directory / "config.json").is_file() and (any(directory.glob("*.safetensors")))
+    ):
+        return directory
+    for folder in (directory, directory / "checkpoints"):
+        if there := whole_checkpoints(folder):
+            return there[-1]
+    raise ConfigError(f"checkpoint={path}: there is no checkpoint and no released model")

@@ -1,0 +1,107 @@
+"""Gated linear attention, the token mixer of TransNormerLLM.
+
+q, k, v, u = W_qkvu x
+q, k = LRPE(act(q)), LRPE(act(k))                               LRPE only in the layers that are given it
+o_t = sum over s <= t of exp(-r (t - s)) (q_t . k_s) v_s        no softmax, no scale
+y = norm(o over all heads) * u
+out = W_o y
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kernels import activation, apply_rms_scale, gate_with_square_sum, lightning_attention, lrpe
+from megatron_tn.config import ModelConfig
+from megatron_tn.model.decay import decay_rates
+from megatron_tn.parallel.collectives import copy_to, reduce_from
+from megatron_tn.parallel.context import Axis
+from megatron_tn.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_tn.parallel.sharding import ShardSpec, mark
+
+
+class LRPE(nn.Module):
+    """Linearised relative position encoding (arXiv 2307.09270): x -> [x cos(theta t), x sin(theta t)].
+
+    A feature map, so the width of q and k doubles. theta [H, 1, d] is learnt, split by heads.
+    """
+
+    def __init__(self, heads: int, head_dim: int, axis: Axis):
+        super().__init__()
+        spec = ShardSpec((heads, 1, head_dim), dim=0)
+        self.theta = mark(nn.Parameter(torch.empty(spec.local_shape(axis.size))), spec)
+
+    def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return lrpe(q, self.theta, positions), lrpe(k, self.theta, positions)
+
+
+class GateNorm(nn.Module):
+    """The weight of norm(o): one per channel over all heads, so split by heads. Empty for SimpleRMSNorm."""
+
+    def __init__(self, width: int, axis: Axis):
+        super().__init__()
+        spec = ShardSpec((width,), dim=0)
+        self.weight = mark(nn.Parameter(torch.empty(spec.local_shape(axis.size))), spec)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return u * self.weight
+
+
+class GatedLinearAttention(nn.Module):
+    """x [B, N, D] -> [B, N, D], with the recurrent state [B, H / tp, K, d] going in and coming out on request.
+
+    The norm is over ALL heads together, which live on different ranks. Its per-token scale commutes with the gate and
+    with W_o, so each rank forms (o * u) W_o^T and its part of sum(o^2); both are reduced, and the scale comes last.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, axis: Axis):
+        super().__init__()
+        self.axis = axis
+        self.act = config.act
+        self.gate = config.gate
+        self.eps = config.norm_eps
+        self.embed_dim = config.embed_dim
+        self.heads = config.heads // axis.size
+        self.qkvu_proj = ColumnParallelLinear(config.embed_dim, 4 * config.embed_dim, axis, blocks=4)
+        self.out_proj = RowParallelLinear(config.embed_dim, config.embed_dim, axis)
+        self.lrpe = LRPE(config.heads, config.head_dim, axis) if config.lrpe_layers[layer] else None
+        self.norm = GateNorm(config.embed_dim, axis) if config.norm == "rmsnorm" else None
+        rates = decay_rates(config.heads, layer, config.layers, form=config.decay, temperature=config.decay_temperature)
+        # Kept as numbers and made a tensor where they are used: engines cast buffers to the parameters' type, and
+        # ZeRO 3 casts every tensor made while a model is built, but rates must stay fp32.
+        self.rates = tuple(rates[axis.rank * self.heads : (axis.rank + 1) * self.heads])
+        self._decay: Tensor | None = None
+
+    def decay(self, device: torch.device) -> Tensor:
+        """Rates of this rank's heads, fp32 [H / tp]."""
+        if self._decay is None or self._decay.device != device:
+            self._decay = torch.tensor(self.rates, dtype=torch.float32, device=device)
+        return self._decay
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        state: Tensor | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        q, k, v, u = self.qkvu_proj(copy_to(x, self.axis)).chunk(4, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in (q, k, v))
+        q, k = activation(q, self.act), activation(k, self.act)
+        if self.lrpe is not None:
+            q, k = self.lrpe(q, k, positions)
+        o = lightning_attention(
+            q, k, v, self.decay(x.device), initial_state=state, cu_seqlens=cu_seqlens, return_state=return_state
+        )
+        o, state = o if return_state else (o, None)
+        o = o.flatten(-2)
+        if not self.gate:
+            u = torch.ones_like(u)
+        if self.norm is not None:
+            u = self.norm(u)
+        y, square_sum = gate_with_square_sum(o, u)
+        square_sum = reduce_from(square_sum, self.axis)
+        return apply_rms_scale(self.out_proj(y), square_sum, self.embed_dim, self.eps), state

@@ -1,0 +1,38 @@
+"""One layer: x + GLA(norm(x)), then x + SGLU(norm(x))."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megatron_tn.config import ModelConfig
+from megatron_tn.model.attention import GatedLinearAttention
+from megatron_tn.model.norm import NORMS
+from megatron_tn.model.sglu import SGLU
+from megatron_tn.parallel.context import Axis
+
+
+class Block(nn.Module):
+    """x [B, N, D] -> [B, N, D], and the token mixer's state when it is asked for."""
+
+    def __init__(self, config: ModelConfig, layer: int, axis: Axis):
+        super().__init__()
+        norm = NORMS[config.norm]
+        self.token_norm = norm(config.embed_dim, config.norm_eps)
+        self.token_mixer = GatedLinearAttention(config, layer, axis)
+        self.channel_norm = norm(config.embed_dim, config.norm_eps)
+        self.channel_mixer = SGLU(config, axis)
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor | None = None,
+        state: Tensor | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        mixed, state = self.token_mixer(
+            self.token_norm(x), positions, cu_seqlens=cu_seqlens, state=state, return_state=return_state
+        )
+        x = x + mixed
+        x = x + self.channel_mixer(self.channel_norm(x))
+        return x, state

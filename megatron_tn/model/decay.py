@@ -1,0 +1,45 @@
+"""Decay rates of the token mixer, the one definition of them, indexed by global head and layer.
+
+The state of head h in layer l fades by exp(-rate) per position. Rates are fixed, never learnt (the paper's learnt decay
+gave NaN).
+"""
+
+from __future__ import annotations
+
+import math
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """ALiBi's per-head slopes (arXiv 2108.12409): 2^(-8(h+1)/H) for H a power of two.
+
+    For other H: the slopes of the largest power of two below H, then every second slope of twice that power.
+    """
+
+    def geometric(count: int) -> list[float]:
+        return [2.0 ** (-8.0 * (head + 1) / count) for head in range(count)]
+
+    power = 2 ** math.floor(math.log2(heads))
+    return geometric(power) + geometric(2 * power)[0::2][: heads - power]
+
+
+def decay_rates(
+    heads: int, layer: int, layers: int, *, form: str = "released", temperature: bool = True
+) -> list[float]:
+    """Rates r >= 0 per position of all H heads of one layer.
+
+    form "released": slope(h) * (1 - l/(L-1) + 1e-5), as the released weights were trained.
+    form "paper":    (8h/H) * (1 - l/L) with h = 1..H, equation 10 of arXiv 2307.14995.
+    form "none":     0, no decay.
+    temperature=False leaves out the factor that depends on the layer.
+    """
+    if form == "none":
+        return [0.0] * heads
+    if form == "released":
+        slopes = alibi_slopes(heads)
+        factor = 1 - layer / max(layers - 1, 1) + 1e-5
+    elif form == "paper":
+        slopes = [8 * (head + 1) / heads for head in range(heads)]
+        factor = 1 - layer / layers
+    else:
+        raise ValueError(f"decay form {form!r} is not one of released, paper, none")
+    return [slope * (factor if temperature else 1.0) for slope in slopes]

@@ -1,0 +1,27 @@
+"""Simple gated linear unit, the channel mixer: out = W_3 (act(W_1 x) * W_2 x), by default without an activation."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from kernels import sglu
+from megatron_tn.config import ModelConfig
+from megatron_tn.parallel.collectives import copy_to
+from megatron_tn.parallel.context import Axis
+from megatron_tn.parallel.linear import ColumnParallelLinear, RowParallelLinear
+
+
+class SGLU(nn.Module):
+    """x [B, N, D] -> [B, N, D]. W_1, W_2 [F, D] are split by rows, W_3 [D, F] by columns."""
+
+    def __init__(self, config: ModelConfig, axis: Axis):
+        super().__init__()
+        self.axis = axis
+        self.act = config.glu_act
+        self.l1 = ColumnParallelLinear(config.embed_dim, config.glu_dim, axis)
+        self.l2 = ColumnParallelLinear(config.embed_dim, config.glu_dim, axis)
+        self.l3 = RowParallelLinear(config.glu_dim, config.embed_dim, axis)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = copy_to(x, self.axis)
+        return self.l3(sglu(self.l1(x), self.l2(x), self.act))

@@ -1,0 +1,84 @@
+"""Conjugate collectives: each is the other's backward (Megatron-LM, arXiv 1909.08053, section 3).
+
+    copy_to      identity forward,    all-reduce backward    into a column-parallel region
+    reduce_from  all-reduce forward,  identity backward      out of a row-parallel region
+    gather_from  all-gather forward,  own slice backward     out of a column-parallel region, along the last dimension
+
+On an axis of size 1 all are no-ops, so that no model code asks whether tp > 1.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tn.parallel.context import Axis
+
+
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        # Reduced on a copy: autograd may hand the same gradient tensor to several nodes.
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class _ReduceFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None
+
+
+class _GatherFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+        ctx.start, ctx.length = axis.rank * x.shape[-1], x.shape[-1]
+        return all_gather(x, axis, dim=-1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad.narrow(-1, ctx.start, ctx.length), None
+
+
+def copy_to(x: Tensor, axis: Axis) -> Tensor:
+    """x, the same on every rank of `axis`, enters work that is split over it; its gradients are summed."""
+    return x if axis.size == 1 else _CopyTo.apply(x, axis.group)
+
+
+def reduce_from(x: Tensor, axis: Axis) -> Tensor:
+    """The sum of every rank's x leaves split work; the gradient of the sum is each x's."""
+    return x if axis.size == 1 else _ReduceFrom.apply(x, axis.group)
+
+
+def gather_from(x: Tensor, axis: Axis) -> Tensor:
+    """Every rank's x [..., n], side by side [..., n * size]; each rank's gradient is its own columns."""
+    return x if axis.size == 1 else _GatherFrom.apply(x, axis)
+
+
+def all_reduce_(x: Tensor, axis: Axis, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+    """Reduce x over `axis` in place, outside autograd; returns x."""
+    if axis.size > 1:
+        dist.all_reduce(x, op=op, group=axis.group)
+    return x
+
+
+def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
+    """Every rank's x, concatenated along `dim` in rank order, outside autograd. Shapes must agree over ranks."""
+    if axis.size == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(axis.size)]
+    dist.all_gather(parts, x.contiguous(), group=axis.group)
+    return torch.cat(parts, dim=dim)

@@ -1,0 +1,84 @@
+"""The process layout of a run, passed to whoever needs it and never global.
+
+Ranks are laid out with tensor parallel fastest, then context parallel, then data parallel:
+
+    rank = (dp_rank * cp + cp_rank) * tp + tp_rank
+
+so that a tensor-parallel group, which talks most, sits on neighbouring GPUs of one node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of the layout: the ranks that differ in it alone. Size 1 has no group and costs nothing."""
+
+    group: dist.ProcessGroup | None = None
+    rank: int = 0
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """dp, cp, tp: the three axes. `data` is dp x cp: the ranks that hold the same parameters and see other tokens."""
+
+    dp: Axis = field(default_factory=Axis)
+    cp: Axis = field(default_factory=Axis)
+    tp: Axis = field(default_factory=Axis)
+    data: Axis = field(default_factory=Axis)
+
+    @classmethod
+    def create(cls, tp: int = 1, cp: int = 1) -> ParallelContext:
+        """Lay the initialised default process group out as dp x cp x tp; without one, a single process.
+
+        Every rank must call this, with the same sizes, because groups are made collectively.
+
+        Raises:
+            ValueError: the world size is not a multiple of tp x cp.
+        """
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if tp < 1 or cp < 1 or world % (tp * cp):
+            raise ValueError(f"world size {world} is not a multiple of tp={tp} x cp={cp} = {tp * cp}")
+        if not dist.is_initialized():
+            return cls()
+        dp = world // (tp * cp)
+        rank = dist.get_rank()
+        dp_rank, cp_rank, tp_rank = rank // (cp * tp), rank // tp % cp, rank % tp
+
+        def axis(ranks_of_all_groups: list[list[int]]) -> Axis:
+            mine = next(ranks for ranks in ranks_of_all_groups if rank in ranks)
+            if len(mine) == 1:
+                return Axis()
+            # new_group is collective: every rank makes every group, and keeps its own.
+            groups = [dist.new_group(ranks) for ranks in ranks_of_all_groups]
+            return Axis(groups[ranks_of_all_groups.index(mine)], mine.index(rank), len(mine))
+
+        def at(d: int, c: int, t: int) -> int:
+            return (d * cp + c) * tp + t
+
+        context = cls(
+            dp=axis([[at(d, c, t) for d in range(dp)] for c in range(cp) for t in range(tp)]),
+            cp=axis([[at(d, c, t) for c in range(cp)] for d in range(dp) for t in range(tp)]),
+            tp=axis([[at(d, c, t) for t in range(tp)] for d in range(dp) for c in range(cp)]),
+            data=axis([[at(d, c, t) for d in range(dp) for c in range(cp)] for t in range(tp)]),
+        )
+        assert (context.dp.rank, context.cp.rank, context.tp.rank) == (dp_rank, cp_rank, tp_rank)
+        return context
+
+    @property
+    def world_size(self) -> int:
+        return self.data.size * self.tp.size
+
+    @property
+    def rank(self) -> int:
+        return (self.dp.rank * self.cp.size + self.cp.rank) * self.tp.size + self.tp.rank
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is global rank 0, the one that prints and writes what all ranks share."""
+        return self.rank == 0

@@ -1,0 +1,70 @@
+"""The vocabulary, split by rows over tensor parallel: input embedding and output head share one weight."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_tn.parallel.collectives import copy_to, gather_from, reduce_from
+from megatron_tn.parallel.context import Axis
+from megatron_tn.parallel.loss import vocab_parallel_cross_entropy
+from megatron_tn.parallel.sharding import ShardSpec, mark
+
+
+def padded_vocab(vocab_size: int, tp: int) -> int:
+    """The true vocabulary rounded up to a multiple of the tensor-parallel size."""
+    return -(-vocab_size // tp) * tp
+
+
+class VocabParallelEmbedding(nn.Module):
+    """E[ids], ids [...] int64 in [0, vocab_size) -> [..., D], whole on every rank.
+
+    Rows beyond the true vocabulary are padding: zero, never looked up, masked out of the loss and of the logits.
+    """
+
+    def __init__(self, vocab_size: int, embed_dim: int, axis: Axis):
+        super().__init__()
+        self.axis = axis
+        self.vocab_size = vocab_size
+        spec = ShardSpec((vocab_size, embed_dim), dim=0, padded=padded_vocab(vocab_size, axis.size))
+        self.weight = mark(nn.Parameter(torch.empty(spec.local_shape(axis.size))), spec)
+        self.vocab_start = axis.rank * spec.local_shape(axis.size)[0]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.axis.size == 1:
+            return F.embedding(ids, self.weight)
+        local = ids - self.vocab_start
+        rows = self.weight.shape[0]
+        elsewhere = (local < 0) | (local >= rows)
+        embedded = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return reduce_from(embedded.masked_fill(elsewhere.unsqueeze(-1), 0), self.axis)
+
+
+class VocabParallelHead(nn.Module):
+    """The output head: logits, or the loss without ever forming the logits. Its weight is the embedding's (tied).
+
+    It is a module of its own, holding the same parameter, so that engines that gather parameters around a module's
+    forward (ZeRO 3) do so here too.
+    """
+
+    def __init__(self, embedding: VocabParallelEmbedding):
+        super().__init__()
+        self.axis = embedding.axis
+        self.vocab_size = embedding.vocab_size
+        self.vocab_start = embedding.vocab_start
+        self.weight = embedding.weight
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """hidden [..., D] -> logits [..., V], the true vocabulary, on every rank.
+
+        With targets [...] (ids, -100 to ignore): the sum of the losses, fp32, and each token's loss [...], fp32 and
+        outside autograd.
+        """
+        hidden = copy_to(hidden, self.axis)
+        if targets is None:
+            logits = gather_from(F.linear(hidden, self.weight), self.axis)
+            return logits[..., : self.vocab_size]
+        return vocab_parallel_cross_entropy(
+            hidden, self.weight, targets, axis=self.axis, vocab_start=self.vocab_start, vocab_size=self.vocab_size
+        )

@@ -1,0 +1,28 @@
+"""The global gradient norm, with each logical element counted once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from megatron_tn.parallel.collectives import all_reduce_
+from megatron_tn.parallel.context import Axis
+from megatron_tn.parallel.sharding import ShardSpec
+
+
+def gradient_norm(gradients: Iterable[tuple[ShardSpec, Tensor]], axis: Axis, device: torch.device) -> Tensor:
+    """Norm over all logical elements, a scalar, the same on every rank of `axis`.
+
+    Parameters that tensor-parallel ranks repeat are counted on the first of them only. Padding rows have no gradient.
+    """
+    # On a CPU a long fp32 sum loses digits that the GPU's tree of partial sums keeps.
+    precision = torch.float64 if device.type == "cpu" else torch.float32
+    counted = [
+        torch.linalg.vector_norm(gradient, dtype=precision)
+        for spec, gradient in gradients
+        if not spec.replicated or axis.rank == 0
+    ]
+    square = torch.stack(counted).square().sum() if counted else torch.zeros((), dtype=precision, device=device)
+    return all_reduce_(square, axis).sqrt()

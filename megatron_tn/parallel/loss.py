@@ -1,0 +1,29 @@
+"""Cross-entropy over a vocabulary that is split by rows, without the full logits on any rank."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kernels import linear_cross_entropy
+from megatron_tn.parallel.context import Axis
+
+IGNORE = -100  # a target that counts for nothing
+
+
+def vocab_parallel_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, axis: Axis, vocab_start: int, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """hidden [..., D], weight [V_local, D], targets [...] -> sum of losses (fp32 scalar), losses [...] (fp32).
+
+    The gradient of hidden is this rank's part only: hidden must have come through `copy_to`.
+    """
+    loss_sum, token_losses = linear_cross_entropy(
+        hidden.flatten(0, -2),
+        weight,
+        targets.flatten(),
+        ignore_index=IGNORE,
+        vocab_start=vocab_start,
+        vocab_size=vocab_size,
+        group=axis.group,
+    )
+    return loss_sum, token_losses.view(targets.shape)

@@ -1,0 +1,57 @@
+"""Joining the world: who this process is, by torchrun, the deepspeed launcher, srun, or alone."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import subprocess
+
+import torch
+import torch.distributed as dist
+
+
+def world_size() -> int:
+    """Number of processes the launcher started, before any of them is joined."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+
+
+def join_world(timeout_s: int) -> torch.device:
+    """Initialise the default process group and return this process's device.
+
+    torchrun and deepspeed set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Under plain srun they are
+    taken from SLURM's own variables. A process on its own makes a world of one. NCCL carries CUDA tensors, gloo CPU
+    tensors.
+    """
+    _translate_slurm()
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # deepspeed insists on the variable
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return device
+
+
+def leave_world() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _translate_slurm() -> None:
+    if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+        return
+    hosts = subprocess.run(
+        ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
+    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    os.environ.setdefault("MASTER_ADDR", hosts[0])
+    # Jobs that share a node must not share a port; all ranks of a job must agree on it.
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))

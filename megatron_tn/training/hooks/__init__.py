@@ -1,0 +1,29 @@
+"""What happens around the steps, one concern a file. A hook sees the run; it never changes what a step computes."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from megatron_tn.training.state import TrainingState
+from megatron_tn.training.step import StepReport
+
+
+class Hook(Protocol):
+    def on_start(self, state: TrainingState) -> None:
+        """Before the first step of this process; `state.step` steps are done already."""
+
+    def on_step(self, state: TrainingState, report: StepReport) -> None:
+        """After a step; `state` counts it."""
+
+    def on_stop(self, state: TrainingState) -> None:
+        """After the last step of this process, also when it stops early or fails."""
+
+
+class NullHook:
+    """Does nothing; hooks derive from it and say only what they do."""
+
+    def on_start(self, state: TrainingState) -> None: ...
+
+    def on_step(self, state: TrainingState, report: StepReport) -> None: ...
+
+    def on_stop(self, state: TrainingState) -> None: ...

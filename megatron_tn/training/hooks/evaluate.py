@@ -1,0 +1,30 @@
+"""Held-out loss during training. Disturbs neither the data position nor any random state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from megatron_tn.training.hooks import NullHook
+from megatron_tn.training.state import TrainingState
+from megatron_tn.training.step import StepReport
+
+
+class EvaluateEvery(NullHook):
+    """Calls `evaluate()` on all ranks, and `record(values, step)` with what it found. last: the run's last step."""
+
+    def __init__(
+        self,
+        evaluate: Callable[[], dict[str, Any]],
+        record: Callable[[dict[str, Any], int], None],
+        every: int,
+        last: int,
+    ):
+        self.evaluate = evaluate
+        self.record = record
+        self.every = every
+        self.last = last
+
+    def on_step(self, state: TrainingState, report: StepReport) -> None:
+        if (self.every and state.step % self.every == 0) or state.step == self.last:
+            self.record(self.evaluate(), state.step)

@@ -1,0 +1,85 @@
+"""What can be known to be wrong before anything is started or overwritten, all of it at once."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from megatron_tn.checkpoint.manifest import Manifest, whole_checkpoints
+from megatron_tn.config import ConfigError, TrainConfig, differences, load, to_mapping
+
+FROZEN = "config.json"
+CHECKPOINTS = "checkpoints"
+
+
+def frozen_config(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
+    """The config this process must run, and lines that say what differs from an earlier start of the same run.
+
+    The first start writes the resolved config to run_dir/config.json. A job that SLURM requeued runs exactly that,
+    whatever has happened to YAML files since. A person who starts the run again gets what they asked for.
+    """
+    path = Path(config.run_dir) / FROZEN
+    if not path.is_file():
+        return config, []
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+    changed = differences(json.loads(path.read_text()), to_mapping(config))
+    if not changed:
+        return config, []
+    side = f"{path} wins, because SLURM requeued this job" if requeued else "the new settings win"
+    return load(path) if requeued else config, [f"settings differ from those in {path}; {side}:", *changed]
+
+
+def problems_before_start(config: TrainConfig, world_size: int, tokenizer_vocab: int | None) -> list[str]:
+    """One line for each thing that would make the run fail later. tokenizer_vocab: of the shards, where known."""
+    found = config.problems(world_size)
+    if tokenizer_vocab is not None and config.model.vocab_size < tokenizer_vocab:
+        found.append(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the {tokenizer_vocab} entries of the "
+            f"tokenizer that made data.manifest={config.data.manifest}"
+        )
+    run_dir = Path(config.run_dir)
+    existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        found.append(f"run_dir={config.run_dir} cannot be written: no permission in {existing}")
+    if not found:
+        try:
+            if (start := checkpoint_to_resume(config)) is not None:
+                found += _checkpoint_problems(config, start)
+        except ConfigError as error:
+            found += error.problems
+    return found
+
+
+def checkpoint_to_resume(config: TrainConfig) -> Path | None:
+    """The checkpoint that checkpoint.resume asks for, or None for a fresh start.
+
+    Raises:
+        ConfigError: one was asked for by name and is not there, or a fresh start would mix with an earlier run's files.
+    """
+    asked = config.checkpoint.resume
+    folder = Path(config.run_dir) / CHECKPOINTS
+    there = whole_checkpoints(folder)
+    if asked == "auto":
+        return there[-1] if there else None
+    if asked == "none":
+        if there:
+            raise ConfigError(
+                f"checkpoint.resume=none, but run_dir={config.run_dir} already holds {there[-1].name}; choose another "
+                "run_dir, or resume with checkpoint.resume=auto"
+            )
+        return None
+    if not Path(asked).is_dir():
+        raise ConfigError(f"checkpoint.resume={asked} does not exist")
+    Manifest.read(Path(asked))
+    return Path(asked)
+
+
+def _checkpoint_problems(config: TrainConfig, directory: Path) -> list[str]:
+    manifest = Manifest.read(directory)
+    stored, wanted = manifest.config["model"], to_mapping(config.model)
+    changed = [line for line in differences(stored, wanted) if not line.startswith(("name:", "init_std:"))]
+    found = [f"checkpoint {directory} holds another model: {line}" for line in changed]
+    if manifest.step > config.schedule.steps:
+        found.append(f"checkpoint {directory} is at step {manifest.step}, past schedule.steps={config.schedule.steps}")
+    return found

@@ -1,0 +1,67 @@
+"""One optimizer step, whatever the engine and the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tn.engine.base import Engine
+from megatron_tn.parallel.collectives import all_reduce_
+
+
+class Microbatch(Protocol):
+    """tokens, targets [b, N] int64 (target -100 counts for nothing); cu_seqlens int32 or None."""
+
+    tokens: Tensor
+    targets: Tensor
+    cu_seqlens: Tensor | None
+
+
+class StepReport(NamedTuple):
+    """What a step did.
+
+    loss: mean over all the step's target tokens, nats. tokens: how many those were. applied: False when the gradient
+    was not finite and nothing changed. stop: some rank was told to stop.
+    """
+
+    loss: float
+    tokens: int
+    lr: float
+    grad_norm: float
+    applied: bool
+    stop: bool
+
+
+def train_step(
+    engine: Engine, microbatches: Sequence[Microbatch], lr: float, device: torch.device, *, stop: bool = False
+) -> StepReport:
+    """Forward and backward over this rank's microbatches, then one update.
+
+    The target tokens of the whole step are counted first, over microbatches and data-parallel ranks, and every loss is
+    divided by that one number: each token weighs the same, however unevenly padding falls.
+    """
+    context = engine.context
+    count = torch.tensor(float(sum(int((batch.targets != -100).sum()) for batch in microbatches)), device=device)
+    all_reduce_(count, context.data)
+    scale = 1 / count.clamp(min=1)
+    loss = torch.zeros((), device=device)
+    for index, batch in enumerate(microbatches):
+        loss += engine.forward_backward(
+            batch.tokens.to(device, non_blocking=True),
+            batch.targets.to(device, non_blocking=True),
+            None if batch.cu_seqlens is None else batch.cu_seqlens.to(device, non_blocking=True),
+            scale=scale,
+            last=index == len(microbatches) - 1,
+        )
+    # Tensor-parallel ranks hold the same loss. One reduction over the world tells every rank the loss of all and
+    # whether any of them was told to stop.
+    summary = torch.stack([loss / context.tp.size, torch.tensor(float(stop), device=device)])
+    if context.world_size > 1:
+        dist.all_reduce(summary)
+    result = engine.step(lr)
+    mean_loss, stops = summary.tolist()
+    return StepReport(mean_loss, int(count), lr, result.grad_norm, result.applied, stops > 0)

@@ -1,0 +1,65 @@
+"""Small models, batches and references that many tests share."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from megatron_tn.config import DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
+from megatron_tn.model.init import initialize
+from megatron_tn.model.transnormer import TransNormerLM, empty_model
+
+# Eight heads and a GLU width of 96 divide by every tensor-parallel size up to 8; 101 does not, so rows are padded.
+TINY = ModelConfig(name="tiny", vocab_size=101, embed_dim=64, layers=3, heads=8, glu_dim=96, init_std=0.05)
+
+
+def tiny_config(**changes) -> TrainConfig:
+    """A TrainConfig around TINY. `changes`: model, parallel, ... as whole dataclasses, or fields of the top level."""
+    defaults = {
+        "model": TINY,
+        "engine": EngineConfig(name="local", precision="fp32"),
+        "data": DataConfig(sequence_length=24, global_batch=4, micro_batch=1),
+        "optim": OptimConfig(lr=1e-2, clip_norm=1.0),
+    }
+    return dataclasses.replace(TrainConfig(), **(defaults | changes))
+
+
+def random_batch(
+    rows: int, length: int, config: ModelConfig = TINY, seed: int = 0, ignored: float = 0.2
+) -> tuple[Tensor, Tensor]:
+    """tokens, targets [rows, length]; a share of the targets is ignored, unevenly over rows."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, config.vocab_size, (rows, length + 1), generator=draw)
+    targets = ids[:, 1:].clone()
+    share = torch.linspace(0, 2 * ignored, rows).unsqueeze(1)
+    targets[torch.rand(targets.shape, generator=draw) < share] = -100
+    return ids[:, :-1].contiguous(), targets
+
+
+def reference_model(config: ModelConfig, seed: int, dtype: torch.dtype = torch.float64) -> TransNormerLM:
+    """One process, whole model, in fp64."""
+    model = empty_model(config, None, "cpu", dtype)
+    initialize(model, seed)
+    return model
+
+
+def reference_gradients(
+    config: ModelConfig, seed: int, tokens: Tensor, targets: Tensor, dtype: torch.dtype = torch.float64
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and every gradient of one process over the whole batch."""
+    model = reference_model(config, seed, dtype)
+    loss = model.loss(tokens, targets)
+    loss.backward()
+    return loss.item(), model.named_logical_gradients()
+
+
+def relative_errors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
+    """Per parameter, ||found - wanted|| / ||wanted||; one under 1e-6 of the largest norm is compared to that."""
+    floor = 1e-6 * max(value.norm().item() for value in wanted.values())
+    assert found.keys() == wanted.keys()
+    return {
+        name: ((found[name].double() - value.double()).norm() / max(value.norm().item(), floor)).item()
+        for name, value in wanted.items()
+    }
