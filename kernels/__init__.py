@@ -1,0 +1,30 @@
+"""GPU operators of TransNormerLLM, each with a plain PyTorch form that runs anywhere.
+
+The public functions are below; their docstrings are the reference. Needs torch alone: triton is used where it is.
+"""
+
+from kernels.activation import activation
+from kernels.cross_entropy.op import linear_cross_entropy
+from kernels.dispatch import set_backend
+from kernels.lightning.op import lightning_attention
+from kernels.lrpe.op import lrpe
+from kernels.norm_gate.op import apply_rms_scale, gate_with_square_sum
+from kernels.sglu.op import sglu
+from kernels.srmsnorm.op import simple_rms_norm
+
+# Hugging Face's transformers takes any package of this name for its own kernel hub and asks for its version, from the
+# metadata of the distribution that holds it or from here. A version under every one it accepts makes it answer "not
+# available" and leave us alone.
+__version__ = "0.0.0"
+
+__all__ = [
+    "activation",
+    "apply_rms_scale",
+    "gate_with_square_sum",
+    "lightning_attention",
+    "linear_cross_entropy",
+    "lrpe",
+    "set_backend",
+    "sglu",
+    "simple_rms_norm",
+]

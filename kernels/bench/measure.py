@@ -1,0 +1,52 @@
+"""Time, memory and the floor that a device's copy bandwidth sets."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+MIB = 2**20
+
+
+def milliseconds(function: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
+    """Median time of `function`, after three runs to warm up; on a GPU between events, with a cold L2 cache."""
+    for _ in range(3):
+        function()
+    if device.type != "cuda":
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            function()
+            times.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(times)
+    flush = torch.empty(256 * MIB, dtype=torch.int8, device=device)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, stop in events:
+        flush.zero_()
+        start.record()
+        function()
+        stop.record()
+    torch.cuda.synchronize(device)
+    return statistics.median(start.elapsed_time(stop) for start, stop in events)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a millisecond of a large copy on `device`, reads and writes both counted."""
+    size = (1024 if device.type == "cuda" else 64) * MIB
+    source = torch.ones(size, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / milliseconds(lambda: target.copy_(source), device)
+
+
+def extra_memory(function: Callable[[], object], device: torch.device) -> float | None:
+    """MiB allocated at the peak of `function` beyond what was there before; None where it cannot be read (CPU)."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = function()
+    peak = torch.cuda.max_memory_allocated(device)
+    del result
+    return (peak - before) / MIB

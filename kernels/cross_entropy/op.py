@@ -1,0 +1,156 @@
+"""Cross-entropy of a linear head, fused so that the logits of all tokens never exist, vocabulary-parallel or not."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kernels.cross_entropy.pieces import form_logits, sum_weight_gradient
+from kernels.numerics import accumulation_dtype
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    vocab_start: int = 0,
+    vocab_size: int | None = None,
+    group: dist.ProcessGroup | None = None,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sum over tokens of -log softmax(hidden weight^T)[target], in nats, and every token's own part of it.
+
+    hidden: [T, D]. weight: [V_local, D], this rank's rows, vocab_start .. vocab_start + V_local, of the vocabulary
+        padded to the ranks' multiple. Both of one floating type.
+    targets: [T] int64, global token ids, or ignore_index for tokens without a loss.
+    vocab_size: the true vocabulary (default: all rows of all ranks). Rows beyond it are padding, take no part in the
+        softmax and get a gradient of zero.
+    group: the ranks that hold the vocabulary's other rows; None for this process alone.
+    chunk_tokens: tokens whose logits exist at a time (default: a 32nd of T, or more where that would be few).
+
+    Returns (loss_sum, token_losses [T]), fp32 (fp64 for fp64 inputs), equal on all ranks of the group. loss_sum is
+    differentiable in hidden and weight; token_losses, 0 where ignored, is not. The gradients are formed in the forward
+    pass, chunk by chunk, and only scaled in the backward; hidden's is this rank's partial sum, which the caller
+    all-reduces over the group. weight's is summed in fp32.
+    Raises ValueError for shapes or types that do not fit and, on CPU, for targets outside the vocabulary (checking
+    them on a GPU would halt it: there they lose their target logit and no error is raised).
+    """
+    _check(hidden, weight, targets, vocab_start, vocab_size, chunk_tokens)
+    ranks = 1 if group is None else group.size()
+    vocab_size = weight.shape[0] * ranks if vocab_size is None else vocab_size
+    chunk = chunk_tokens or default_chunk_tokens(hidden.shape[0], weight.shape[0], hidden.is_cuda)
+    rows, kept = torch.ops.megatron_tn.local_targets(
+        targets, ignore_index, vocab_start, min(weight.shape[0], max(vocab_size - vocab_start, 0)), vocab_size
+    )
+    return _LinearCrossEntropy.apply(
+        hidden,
+        weight,
+        rows,
+        kept,
+        vocab_size - vocab_start,
+        group if ranks > 1 else None,
+        chunk,
+        torch.is_grad_enabled(),
+    )
+
+
+def default_chunk_tokens(tokens: int, rows: int, cuda: bool) -> int:
+    """A 32nd of the tokens, which keeps the chunk's logits and their gradient under an eighth of all logits in bf16;
+    more where the chunk would be too small to fill the machine: 2^24 logits on a GPU, 2^21 (8 MiB) on a CPU."""
+    return min(tokens, max(-(-tokens // 32), 2 ** (24 if cuda else 21) // rows, 1))
+
+
+@torch.library.custom_op("megatron_tn::local_targets", mutates_args=())
+def _local_targets(
+    targets: Tensor, ignore_index: int, vocab_start: int, rows: int, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """The local row of every target, -1 where it is another rank's or ignored; and which targets are not ignored."""
+    kept = targets != ignore_index
+    if not targets.is_cuda:
+        wrong = kept & ((targets < 0) | (targets >= vocab_size))
+        if bool(wrong.any()):
+            at = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"targets[{at}]={int(targets[at])} is neither ignore_index={ignore_index} nor in "
+                f"0 .. vocab_size - 1 = {vocab_size - 1}"
+            )
+    row = targets - vocab_start
+    return torch.where(kept & (row >= 0) & (row < rows), row, -1), kept
+
+
+@_local_targets.register_fake
+def _local_targets_fake(targets, ignore_index, vocab_start, rows, vocab_size):
+    return torch.empty_like(targets), torch.empty_like(targets, dtype=torch.bool)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    # Not a custom operator, because those take no process group. What it calls is registered, and the FLOP counter
+    # sees its products.
+    @staticmethod
+    def forward(ctx, hidden, weight, rows, kept, true_rows, group, chunk, grad_enabled):
+        wide = accumulation_dtype(hidden.dtype)
+        needs_hidden, needs_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
+        dhidden = torch.empty_like(hidden) if needs_hidden else None
+        dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_weight else None
+        losses = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
+
+        for start in range(0, hidden.shape[0], chunk):
+            piece = slice(start, start + chunk)
+            logits = form_logits(hidden[piece], weight)
+            logits[:, max(true_rows, 0) :] = float("-inf")
+            owned = rows[piece] >= 0
+            row = rows[piece].clamp(min=0)[:, None]
+
+            highest = logits.amax(dim=1)
+            if group is not None:
+                dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+            picked = logits.gather(1, row)[:, 0].sub_(highest).masked_fill_(~owned, 0)
+            exponentials = logits.sub_(highest[:, None]).exp_()
+            sums = torch.stack((exponentials.sum(dim=1), picked))
+            if group is not None:
+                dist.all_reduce(sums, group=group)
+            losses[piece] = (sums[0].log() - sums[1]).masked_fill_(~kept[piece], 0)
+
+            if needs_hidden or needs_weight:
+                # d loss / d logits = softmax - one_hot(target), and 0 for an ignored token
+                dlogits = exponentials.mul_(torch.where(kept[piece], sums[0].reciprocal(), 0)[:, None])
+                dlogits.scatter_add_(1, row, -owned.to(wide)[:, None])
+                dlogits = dlogits.to(hidden.dtype)
+            if needs_hidden:
+                torch.mm(dlogits, weight, out=dhidden[piece])
+            if needs_weight:
+                sum_weight_gradient(dweight, dlogits, hidden[piece])
+
+        ctx.save_for_backward(dhidden, dweight)
+        ctx.dtype = weight.dtype
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
+
+    @staticmethod
+    def backward(ctx, dloss, _):
+        dhidden, dweight = ctx.saved_tensors
+        if dhidden is not None:
+            dhidden = dhidden * dloss.to(dhidden.dtype)
+        if dweight is not None:
+            dweight = (dweight * dloss).to(ctx.dtype)
+        return dhidden, dweight, None, None, None, None, None, None
+
+
+def _check(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_start: int, vocab_size: int | None, chunk: int | None
+) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden.shape={tuple(hidden.shape)} and weight.shape={tuple(weight.shape)} must be [T, D] and [V, D]"
+        )
+    if hidden.dtype != weight.dtype or not torch.is_floating_point(hidden):
+        raise ValueError(f"hidden.dtype={hidden.dtype} and weight.dtype={weight.dtype} must be one floating type")
+    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(
+            f"targets is {tuple(targets.shape)} {targets.dtype}; it must be [T] = ({hidden.shape[0]},) int64"
+        )
+    if vocab_start < 0 or (vocab_size is not None and vocab_size < 1):
+        raise ValueError(f"vocab_start={vocab_start} must be >= 0 and vocab_size={vocab_size} >= 1")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk_tokens={chunk} must be >= 1")

@@ -1,0 +1,63 @@
+"""SGLU's product: the gated linear unit whose gate stays linear (arXiv 2307.14995, equation 10)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.numerics import accumulation_dtype
+
+ACTS = ("none", "silu")
+
+
+def sglu(a: Tensor, b: Tensor, act: str = "none") -> Tensor:
+    """act(a) * b. a, b: alike in shape (any) and floating type, which the result has too; strides are free.
+
+    act: "none" (the released models) or "silu" (SwiGLU). Raises ValueError for another, or where a and b differ.
+    """
+    if act not in ACTS:
+        raise ValueError(f"act={act!r} is not one of {ACTS}")
+    if a.shape != b.shape or a.dtype != b.dtype:
+        raise ValueError(
+            f"a is {tuple(a.shape)} {a.dtype} and b is {tuple(b.shape)} {b.dtype}; they must be alike in shape and type"
+        )
+    return torch.ops.megatron_tn.sglu_forward(a, b, act)
+
+
+@torch.library.custom_op("megatron_tn::sglu_forward", mutates_args=())
+def _forward(a: Tensor, b: Tensor, act: str) -> Tensor:
+    if act == "none":
+        return (a * b).contiguous()
+    return (F.silu(a.to(accumulation_dtype(a.dtype))) * b).to(a.dtype).contiguous()
+
+
+@torch.library.custom_op("megatron_tn::sglu_backward", mutates_args=())
+def _backward(dy: Tensor, a: Tensor, b: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    if act == "none":
+        return (dy * b).contiguous(), (dy * a).contiguous()
+    wide = a.to(accumulation_dtype(a.dtype))
+    gate = torch.sigmoid(wide)
+    da = dy * b.to(wide.dtype) * (gate * (1 + wide * (1 - gate)))
+    db = dy * (wide * gate)
+    return da.to(a.dtype).contiguous(), db.to(b.dtype).contiguous()
+
+
+@_forward.register_fake
+def _forward_fake(a, b, act):
+    return a.new_empty(a.shape)
+
+
+@_backward.register_fake
+def _backward_fake(dy, a, b, act):
+    return a.new_empty(a.shape), b.new_empty(b.shape)
+
+
+def _save(ctx, inputs, output):
+    a, b, ctx.act = inputs
+    ctx.save_for_backward(a, b)
+
+
+def _differentiate(ctx, dy):
+    return *torch.ops.megatron_tn.sglu_backward(dy, *ctx.saved_tensors, ctx.act), None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,99 @@
+"""Fixtures that put an operator on a machine: PyTorch on the CPU, Triton's interpreter, or Triton on a GPU."""
+
+import contextlib
+import functools
+import importlib.util
+import sys
+
+import pytest
+import torch
+
+from kernels import dispatch
+
+TRITON_MODULES = ("kernels.lightning.triton_scan", "kernels.srmsnorm.triton_norm")
+
+
+@functools.cache
+def interpreted_module(name: str):
+    """A private copy of a module of Triton kernels, whose kernels run in Triton's interpreter.
+
+    Triton decides when a kernel is defined, from TRITON_INTERPRET; a copy leaves the real module as it is, for the
+    tests that compile it.
+    """
+    spec = importlib.util.find_spec(name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def interpreted_language():
+    """Let Triton's own library (tl.sum, tl.cdiv), written in Triton and defined for compilation, be interpreted.
+
+    The interpreter replaces attributes of the language and, after a kernel that calls another, leaves some replaced;
+    all are put back, since other tests compile.
+    """
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    parts = (tl, tl.core, tl.standard, tl.math, tl.core.tensor, tl.core.tensor_descriptor_base)
+    saved = [dict(vars(part)) for part in parts]
+    for module in (tl, tl.standard):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, JITFunction):
+                setattr(module, name, InterpretedFunction(value.fn))
+    try:
+        yield
+    finally:
+        for part, attributes in zip(parts, saved, strict=True):
+            for name, value in attributes.items():
+                if vars(part)[name] is not value:
+                    setattr(part, name, value)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """torch.empty hands out NaN, so that an element a kernel leaves unwritten shows."""
+    empty = torch.empty
+
+    def poison(*args, **kwargs):
+        x = empty(*args, **kwargs)
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch, "empty", poison)
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def triton_device(request, monkeypatch, poisoned):
+    """Run every operator by its Triton kernel, on outputs filled with NaN; gives the device for the inputs."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    with contextlib.ExitStack() as stack:
+        if request.param == "cuda":
+            require_cuda()
+            device = "cuda"
+        else:
+            if torch.cuda.is_available():
+                pytest.skip("the GPU runs these kernels itself")
+            device = "cpu"
+            monkeypatch.setenv("TRITON_INTERPRET", "1")
+            stack.enter_context(interpreted_language())
+            for name in TRITON_MODULES:
+                package, leaf = name.rsplit(".", 1)
+                monkeypatch.setitem(sys.modules, name, interpreted_module(name))
+                monkeypatch.setattr(importlib.import_module(package), leaf, interpreted_module(name), raising=False)
+        dispatch.set_backend("triton")
+        stack.callback(dispatch.set_backend, "auto")
+        yield device
+
+
+@pytest.fixture
+def cuda(poisoned):
+    """For tests on a GPU alone."""
+    require_cuda()
+    return "cuda"
+
+
+def require_cuda() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")

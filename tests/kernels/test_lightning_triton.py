@@ -1,0 +1,137 @@
+"""The Triton kernel of lightning attention, in the interpreter (fp32, fp16) or on a GPU, on outputs filled with NaN."""
+
+import pytest
+import torch
+
+import kernels
+from kernels.lightning.configs import TILES, tile_for
+from tests.kernels.support import TOLERANCE, WIDTHS, Attention, assert_close
+
+BOUNDS = (0, 5, 5, 37, 38, 103, 104, 104)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 65, 129])
+def test_any_length(triton_device, length, dtype):
+    Attention.random(length=length, batch=1, rates=(0.0, 0.5), dtype=dtype, device=triton_device).check()
+
+
+@pytest.mark.parametrize("widths", WIDTHS, ids="{0[0]}x{0[1]}".format)
+def test_any_width(triton_device, widths):
+    Attention.random(length=35, batch=1, widths=widths, rates=(0.05,), device=triton_device).check()
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-5, 8.0, 1e4])
+def test_any_rate(triton_device, rate):
+    Attention.random(length=70, batch=1, rates=(rate,), device=triton_device).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_packed_documents(triton_device, dtype):
+    Attention.random(length=104, bounds=BOUNDS, dtype=dtype, device=triton_device).check()
+
+
+def test_documents_do_not_leak(triton_device):
+    case = Attention.random(length=104, bounds=BOUNDS, rates=(0.0,), device=triton_device)
+    document = slice(38, 103)
+    before = case.run()
+    for x in (case.q, case.k, case.v, case.do):
+        x[:, document] = 3 * x[:, document] - 1
+    for name, old, new in zip(["o", "state", "dq", "dk", "dv", "dinitial"], before, case.run(), strict=True):
+        inside = torch.zeros_like(old, dtype=torch.bool)
+        inside[4 if name in ("state", "dinitial") else (slice(None), document)] = True
+        assert torch.equal(old[~inside], new[~inside]), name
+        assert not torch.equal(old[inside], new[inside]), name
+
+
+def test_views_of_a_fused_projection(triton_device):
+    case = Attention.random(length=40, batch=2, widths=(16, 16), rates=(0.1, 0.0), device=triton_device)
+    fused = torch.stack((case.q, case.k, case.v, case.v), dim=2).requires_grad_()
+    q, k, v, _ = fused.unbind(2)
+    o = kernels.lightning_attention(q, k, v, case.decay)
+    o.backward(case.do.transpose(1, 2).contiguous().transpose(1, 2))
+    case.initial_state.zero_()
+    case.dstate.zero_()
+    plain = case.run()
+    assert torch.equal(o, plain[0])
+    for got, expected in zip(fused.grad.unbind(2), plain[2:5], strict=False):
+        assert torch.equal(got, expected)
+
+
+def test_expanded_output_gradient(triton_device):
+    """sum() hands back a gradient whose strides are all zero."""
+    case = Attention.random(length=40, batch=1, rates=(0.1,), device=triton_device)
+    q, k, v, begin = case.leaves()
+    kernels.lightning_attention(q, k, v, case.decay, initial_state=begin).sum().backward()
+    case.do.fill_(1)
+    case.dstate.zero_()
+    assert_close("dq dk dv dinitial", (q.grad, k.grad, v.grad, begin.grad), case.expected()[2:], 1e-5)
+
+
+def test_fp16_states_beyond_its_range(triton_device):
+    """A slow head's state passes 65504 while o, q being small, does not: scaled on its way into the product."""
+    case = Attention.random(length=96, batch=1, rates=(0.0,), dtype=torch.float16, device=triton_device)
+    case.k = (case.k.abs() * 60).to(torch.float16)
+    case.v = (case.v.abs() * 60).to(torch.float16)
+    case.q = (case.q * 0.01).to(torch.float16)
+    case.do, case.dstate = case.do * 1e-3, case.dstate * 1e-3
+    values, expected = case.run(), case.expected()
+    assert values[1].max() > 65504
+    assert_close("o state", values[:2], expected[:2], 1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("widths", WIDTHS, ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_on_the_gpu(cuda, widths, dtype):
+    Attention.random(length=257, widths=widths, dtype=dtype, device=cuda).check()
+
+
+@pytest.mark.gpu
+def test_bf16_packed_on_the_gpu(cuda):
+    Attention.random(length=104, bounds=BOUNDS, dtype=torch.bfloat16, device=cuda).check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_long_sequences_on_the_gpu(cuda, dtype):
+    """Against the fp64 chunked form on the same device, which the CPU tests hold to the recurrence."""
+    rates = (0.0, 1e-5, 1e-3, 0.3, 8.0)
+    case = Attention.random(length=65537, batch=1, widths=(64, 64), rates=rates, dtype=dtype, device=cuda)
+    exact = Attention(*(x.double() if x is not None and x.is_floating_point() else x for x in vars(case).values()))
+    values, expected = case.run(), exact.run()
+    for head in range(len(rates)):
+        pick = [(x[:, :, head] if i not in (1, 5) else x[:, head]) for i, x in enumerate(values)]
+        want = [(x[:, :, head] if i not in (1, 5) else x[:, head]) for i, x in enumerate(expected)]
+        assert_close("o state dq dk dv dinitial", pick, want, max(TOLERANCE[dtype], 1e-4))
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits_on_the_gpu(cuda):
+    """Positions 2^18 and a time stride of 16384 elements make offsets of 2^32."""
+    length, stride = 2**18 + 3, 16384
+    fused = torch.empty(1, length, 1, stride, dtype=torch.bfloat16, device=cuda)
+    q, k, v = (fused[..., 32 * i : 32 * i + 32] for i in range(3))
+    torch.manual_seed(0)
+    for x in (q, k, v):
+        x.copy_(torch.randn(x.shape, device=cuda))
+    decay = torch.tensor([0.01], device=cuda)
+    o = kernels.lightning_attention(q, k, v, decay)
+    expected = kernels.lightning_attention(q.contiguous(), k.contiguous(), v.contiguous(), decay)
+    assert torch.equal(o, expected)
+
+
+@pytest.mark.gpu
+def test_two_runs_agree_bitwise_on_the_gpu(cuda):
+    case = Attention.random(length=513, widths=(128, 128), dtype=torch.bfloat16, device=cuda)
+    assert all(torch.equal(a, b) for a, b in zip(case.run(), case.run(), strict=True))
+
+
+def test_tiles_cover_every_width_and_refuse_old_gpus():
+    for capability in (8, 9, 10):
+        for element_bytes in (2, 4):
+            for width in (16, 32, 64, 128, 256):
+                assert tile_for(capability, element_bytes, width, 16).out == 16
+    assert set(TILES) == {8, 9}
+    with pytest.raises(ValueError, match="older than the oldest"):
+        tile_for(7, 2, 64, 64)

@@ -1,0 +1,112 @@
+"""What PyTorch's own machinery sees of the operators: opcheck, torch.compile, fake tensors and the FLOP counter."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import kernels
+
+
+def leaf(*shape, dtype=torch.float32):
+    return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+
+def operators():
+    ops = torch.ops.megatron_tn
+    q, k, v = leaf(1, 9, 2, 4), leaf(1, 9, 2, 4), leaf(1, 9, 2, 6)
+    decay, state, packed = torch.tensor([0.0, 0.5]), leaf(1, 2, 4, 6), leaf(3, 2, 4, 6)
+    bounds = torch.tensor([0, 4, 9, 9], dtype=torch.int32)
+    x, y, s = leaf(2, 9, 8), leaf(2, 9, 8), leaf(2, 9).square().detach().requires_grad_()
+    theta, positions = leaf(2, 1, 4), torch.arange(9)
+    targets = torch.tensor([0, 3, -100])
+    return {
+        "lightning_forward": (ops.lightning_forward, (q, k, v, decay, None, None)),
+        "lightning_forward+state": (ops.lightning_forward, (q, k, v, decay, state, None)),
+        "lightning_forward+packed": (ops.lightning_forward, (q, k, v, decay, packed, bounds)),
+        "lightning_backward": (
+            ops.lightning_backward,
+            tuple(None if a is None else a.detach() for a in (v, state, q, k, v, decay, state, None)),
+        ),
+        "srmsnorm_forward": (ops.srmsnorm_forward, (x, 1e-6)),
+        "srmsnorm_backward": (ops.srmsnorm_backward, (y.detach(), x.detach(), 1e-6)),
+        "gate_forward": (ops.gate_forward, (x, y)),
+        "gate_forward+views": (ops.gate_forward, (x.transpose(0, 1), y.transpose(0, 1))),
+        "gate_backward": (ops.gate_backward, tuple(a.detach() for a in (y, s, x, y))),
+        "rms_scale_forward": (ops.rms_scale_forward, (x, s, 8, 1e-6)),
+        "rms_scale_backward": (ops.rms_scale_backward, (*(a.detach() for a in (y, x, s)), 8, 1e-6)),
+        "sglu_forward": (ops.sglu_forward, (x, y, "silu")),
+        "sglu_backward": (ops.sglu_backward, (*(a.detach() for a in (y, x, y)), "none")),
+        "lrpe_forward": (ops.lrpe_forward, (q, theta, positions)),
+        "lrpe_backward": (
+            ops.lrpe_backward,
+            (torch.randn(1, 9, 2, 8), *(a.detach() for a in (q, theta)), positions),
+        ),
+        "local_targets": (ops.local_targets, (targets, -100, 2, 4, 6)),
+    }
+
+
+@pytest.mark.parametrize("name", operators())
+def test_opcheck(name):
+    torch.library.opcheck(*operators()[name])
+
+
+def block(x, theta, decay, weight, targets):
+    """Every operator once, as a layer and a loss would use them."""
+    batch, total, width = x.shape
+    qkvu = kernels.simple_rms_norm(x).view(batch, total, 2, width // 2).repeat(1, 1, 1, 4)
+    q, k, v, u = qkvu.chunk(4, dim=-1)
+    q, k = (kernels.lrpe(kernels.activation(z, "silu"), theta, torch.arange(total)) for z in (q, k))
+    o = kernels.lightning_attention(q, k, v, decay).flatten(2)
+    y, square_sum = kernels.gate_with_square_sum(o, u.flatten(2))
+    y = kernels.sglu(x, kernels.apply_rms_scale(y, square_sum, width))
+    return kernels.linear_cross_entropy(y.flatten(0, 1), weight, targets)[0]
+
+
+def block_inputs():
+    torch.manual_seed(0)
+    return leaf(2, 9, 8), leaf(2, 1, 4), torch.tensor([0.1, 0.5]), leaf(11, 8), torch.randint(0, 11, (18,))
+
+
+def test_compile_without_a_graph_break():
+    x, theta, decay, weight, targets = block_inputs()
+    eager = block(x, theta, decay, weight, targets)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")(x, theta, decay, weight, targets)
+    torch.testing.assert_close(compiled, eager)
+    for got, expected in zip(
+        torch.autograd.grad(compiled, (x, theta, weight)), torch.autograd.grad(eager, (x, theta, weight)), strict=True
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+def test_fake_tensors_run_a_block():
+    with FakeTensorMode() as mode:
+        x, theta, decay, weight, targets = (mode.from_tensor(t) for t in block_inputs())
+        x, theta, weight = (t.detach().requires_grad_() for t in (x, theta, weight))
+        block(x, theta, decay, weight, targets).backward()
+        assert (x.grad.shape, theta.grad.shape, weight.grad.shape) == (x.shape, theta.shape, weight.shape)
+
+
+def flops(function) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("total", [5, 200])
+def test_lightning_flops(total):
+    """Forward: k_t^T v_t and q_t S, 2 K V each; backward twice that. No chunk size enters."""
+    q, k, v = leaf(3, total, 2, 8), leaf(3, total, 2, 8), leaf(3, total, 2, 16)
+    forward = 3 * total * 2 * (2 * 8 * 16 + 2 * 8 * 16)
+    decay = torch.zeros(2)
+    assert flops(lambda: kernels.lightning_attention(q, k, v, decay)) == forward
+    assert flops(lambda: kernels.lightning_attention(q, k, v, decay).sum().backward()) == 3 * forward
+
+
+def test_cross_entropy_flops():
+    """One product forward, two for the gradients, whatever the chunk; none of them when no gradient is wanted."""
+    hidden, weight, targets = leaf(30, 8), leaf(50, 8), torch.zeros(30, dtype=torch.int64)
+    product = 2 * 30 * 8 * 50
+    assert flops(lambda: kernels.linear_cross_entropy(hidden, weight, targets, chunk_tokens=7)) == 3 * product
+    with torch.no_grad():
+        assert flops(lambda: kernels.linear_cross_entropy(hidden, weight, targets)) == product

@@ -1,0 +1,62 @@
+"""SimpleRMSNorm against its fp64 definition, in PyTorch and in Triton."""
+
+import pytest
+import torch
+
+import kernels
+from kernels.srmsnorm import reference
+from tests.kernels.support import TOLERANCE, assert_close
+
+
+def check(shape, dtype, device, eps=1e-6, scale=1.0):
+    torch.manual_seed(0)
+    x = (torch.randn(shape, dtype=torch.float64) * scale).to(device, dtype).requires_grad_()
+    dy = torch.randn(shape, dtype=torch.float64).to(device, dtype)
+    y = kernels.simple_rms_norm(x, eps)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    exact = x.detach().double().cpu().requires_grad_()
+    expected = reference.simple_rms_norm(exact, eps)
+    (dexpected,) = torch.autograd.grad(expected, exact, dy.double().cpu())
+    assert (y.dtype, y.shape, dx.dtype) == (dtype, x.shape, dtype)
+    tolerance = max(TOLERANCE[dtype] / 10, 1e-12) if dtype.itemsize >= 4 else TOLERANCE[dtype]
+    assert_close("y dx", (y, dx), (expected, dexpected), tolerance)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("shape", [(7,), (3, 8), (2, 5, 257), (4, 2048)], ids=str)
+def test_torch(shape, dtype):
+    check(shape, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(7,), (3, 8), (2, 5, 257), (4, 2048)], ids=str)
+def test_triton(triton_device, shape, dtype):
+    check(shape, dtype, triton_device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [80, 1024, 2560, 4096, 12288])
+def test_bf16_on_the_gpu(cuda, width):
+    check((33, width), torch.bfloat16, cuda)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_eps_and_scale(scale):
+    check((5, 64), torch.float32, "cpu", eps=1e-3, scale=scale)
+
+
+def test_bf16_statistics_are_not_rounded():
+    x = torch.full((1, 4096), 1.0, dtype=torch.bfloat16)
+    assert torch.equal(kernels.simple_rms_norm(x, eps=0.0), x)  # a bf16 sum of squares would stop at 256
+
+
+def test_strided_rows(triton_device):
+    x = torch.randn(6, 3, 40, device=triton_device)[:, 1]
+    assert torch.equal(kernels.simple_rms_norm(x), kernels.simple_rms_norm(x.clone()))
+
+
+def test_refusals_name_the_argument():
+    with pytest.raises(ValueError, match="eps=-1 must be >= 0"):
+        kernels.simple_rms_norm(torch.ones(2), eps=-1)
+    with pytest.raises(ValueError, match=r"x.dtype=torch.int64 must be"):
+        kernels.simple_rms_norm(torch.ones(2, dtype=torch.int64))
