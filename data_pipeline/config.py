@@ -1,0 +1,208 @@
+"""The pipeline's settings: dataclasses, and the way from YAML and the command line to them.
+
+Hydra composes, pydantic checks. An unknown key is let through composition on purpose, so that one on the command line
+and one in a file meet the same refusal, all of them at once.
+"""
+
+import dataclasses
+import difflib
+import functools
+import operator
+import typing
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from data_pipeline.errors import InputError
+from data_pipeline.filters import RULES, Garbled, Length, Lines, Repetition, Symbols
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+STRICT = ConfigDict(extra="forbid")
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Tree:
+    """A folder whose files are the documents. `path`: a folder, or `stdlib` for the running Python's standard library.
+    `fill`: installed packages whose sources are added, one by one, while the source has fewer than `minimum_bytes`."""
+
+    kind: Literal["tree"]
+    path: str
+    suffixes: tuple[str, ...] = (".py",)
+    exclude: tuple[str, ...] = ("site-packages", "dist-packages", "__pycache__", ".git", "node_modules")
+    fill: tuple[str, ...] = ()
+    minimum_bytes: Count = 0
+
+
+@dataclass(frozen=True, config=STRICT)
+class Jsonl:
+    """JSON lines, plain or .gz: a document a line. `path`: a folder, of which the files that match `glob` are read."""
+
+    kind: Literal["jsonl"]
+    path: str
+    glob: str = "**/*.jsonl*"
+    text_key: str = "text"
+    id_key: str = "id"
+
+
+@dataclass(frozen=True, config=STRICT)
+class Rules:
+    """The rules and their thresholds (see `filters/`); null turns one off."""
+
+    length: Length | None = dataclasses.field(default_factory=Length)
+    garbled: Garbled | None = dataclasses.field(default_factory=Garbled)
+    symbols: Symbols | None = dataclasses.field(default_factory=Symbols)
+    lines: Lines | None = dataclasses.field(default_factory=Lines)
+    repetition: Repetition | None = dataclasses.field(default_factory=Repetition)
+
+    def active(self) -> dict[str, typing.Any]:
+        """The rules that are on, by name, in the order in which they are asked."""
+        return {name: rule for name in RULES if (rule := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True, config=STRICT)
+class NearDuplicates:
+    """MinHash with locality-sensitive hashing: runs of `words` words; two documents are near duplicates with even odds
+    at a similarity of about (1 / buckets) ** (1 / hashes)."""
+
+    words: Positive = 5
+    buckets: Positive = 14
+    hashes: Positive = 8
+
+
+@dataclass(frozen=True, config=STRICT)
+class TokenizerSettings:
+    """`file`: an existing tokenizer.json; null trains one of `vocab_size` entries on at most `sample_bytes` of the
+    training split. bos, eos, pad: the entries that play these parts."""
+
+    vocab_size: Positive = 64_000
+    file: str | None = None
+    sample_bytes: Positive = 1_000_000_000
+    bos: str = "<s>"
+    eos: str = "</s>"
+    pad: str = "<pad>"
+
+
+@dataclass(frozen=True, config=STRICT)
+class Settings:
+    """Everything a run depends on. All but `output`, `workers` and `overwrite` decide the bytes of what it writes.
+
+    `tasks`: into how many independent pieces the per-document stages are cut; `workers`: how many run at once.
+    """
+
+    output: str
+    sources: dict[str, Annotated[Tree | Jsonl, Field(discriminator="kind")]]
+    input: str | None = None
+    rules: Rules = dataclasses.field(default_factory=Rules)
+    exact_duplicates: bool = True
+    near_duplicates: NearDuplicates | None = dataclasses.field(default_factory=NearDuplicates)
+    heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    tokenizer: TokenizerSettings = dataclasses.field(default_factory=TokenizerSettings)
+    shard_tokens: Positive = 50_000_000
+    tasks: Positive = 8
+    workers: Positive = 2
+    overwrite: bool = False
+
+
+SETTINGS = TypeAdapter(Settings)
+FREE = ("output", "workers", "overwrite")  # settings that leave the bytes of the output alone
+
+
+def compose(overrides: list[str], directory: Path = CONF) -> Settings:
+    """Settings from `directory`/pipeline.yaml, its groups, and overrides in Hydra's grammar. Raises InputError with a
+    line for each unknown key, wrong value and unknown choice of a group."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    groups = {path.name for path in directory.iterdir() if path.is_dir()} if directory.is_dir() else set()
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        chosen = [o for o in parsed if o.key_or_group in groups]
+        if problems := [line for o in chosen if (line := _unknown_choice(directory, o.key_or_group, o.value()))]:
+            raise InputError(*problems)
+        # `++` adds or overrides: a key that does not exist is reported below, with its neighbours.
+        lines = [o.input_line if o in chosen or o.input_line[0] in "+~" else f"++{o.input_line}" for o in parsed]
+        with initialize_config_dir(str(directory), version_base="1.3"):
+            config = hydra_compose("pipeline", lines)
+        data = OmegaConf.to_container(config, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(" ".join(str(error).split())) from None
+    return parse(data, extra_names=groups)
+
+
+def parse(data: dict, extra_names: set[str] = frozenset()) -> Settings:
+    """Settings from plain data; raises InputError naming every key that is unknown, missing or of a wrong value."""
+    try:
+        return SETTINGS.validate_python(data)
+    except ValidationError as error:
+        names = sorted({*known_keys(Settings, data), *extra_names})
+        raise InputError(*dict.fromkeys(_line(item, names) for item in error.errors())) from None
+
+
+def difference(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """`key: old -> new` for every leaf in which two nested dictionaries differ."""
+    lines = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += difference(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
+    return lines
+
+
+def _unknown_choice(directory: Path, group: str, choice: object) -> str | None:
+    choices = sorted(path.stem for path in (directory / group).glob("*.yaml"))
+    if choice in choices:
+        return None
+    return f"{group}={choice}: no such choice{_nearest(str(choice), choices)}; there are {', '.join(choices)}"
+
+
+def _line(error: dict, names: list[str]) -> str:
+    location = [str(part) for part in error["loc"]]
+    if location[0] == "sources" and len(location) > 3:
+        del location[2]  # pydantic names the kind of the source between its name and the key
+    key = ".".join(location)
+    if error["type"] == "unexpected_keyword_argument":
+        return f"{key}: unknown setting{_nearest(key, names)}"
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{key}: missing; give it as {key}=..."
+    if error["input"] is None and key.startswith("sources."):
+        return f"{key}: missing; give input=FOLDER, or {key}=..."
+    return f"{key}={error['input']!r}: {error['msg']}"
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    leaf = name.rpartition(".")[2]
+    close = close or [n for n in names if difflib.get_close_matches(leaf, [n.rpartition(".")[2]], cutoff=0.7)][:1]
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def known_keys(cls: type, data: object = None, prefix: str = "") -> list[str]:
+    """Dotted names of all settings of a dataclass; a mapping's keys are those that `data` has."""
+    keys = []
+    for field in dataclasses.fields(cls):
+        name, here = f"{prefix}{field.name}", data.get(field.name) if isinstance(data, dict) else None
+        keys.append(name)
+        if typing.get_origin(field.type) is dict:
+            kinds = _dataclasses(typing.get_args(field.type)[1])
+            entries = here if isinstance(here, dict) else {}
+            keys += [key for entry in entries for kind in kinds for key in known_keys(kind, None, f"{name}.{entry}.")]
+        else:
+            keys += [key for kind in _dataclasses(field.type) for key in known_keys(kind, here, f"{name}.")]
+    return keys
+
+
+def _dataclasses(hint: object) -> list[type]:
+    parts = typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return [hint]
+    return functools.reduce(operator.iadd, (_dataclasses(part) for part in parts), [])

@@ -1,0 +1,38 @@
+"""The same thing over and over."""
+
+from collections import Counter
+
+from pydantic.dataclasses import dataclass
+
+from data_pipeline.filters.base import RULE, Drop
+
+
+@dataclass(frozen=True, config=RULE)
+class Repetition:
+    """Shares, at most: `max_duplicate_lines` of the characters that lie in lines seen before in the document (lines of
+    fewer than `shortest_line` characters do not count: code repeats `else:` and closing brackets by its nature);
+    `max_top_words` of the words that are the commonest run of `words` words, in texts of `min_words` words or more."""
+
+    max_duplicate_lines: float = 0.5
+    shortest_line: int = 12
+    max_top_words: float = 0.2
+    words: int = 3
+    min_words: int = 60
+
+    def __call__(self, text: str) -> Drop | None:
+        share = self._duplicate_lines(text)
+        if share > self.max_duplicate_lines:
+            return Drop("max_duplicate_lines", share, self.max_duplicate_lines)
+        share = self._top_words(text.split())
+        return Drop("max_top_words", share, self.max_top_words) if share > self.max_top_words else None
+
+    def _duplicate_lines(self, text: str) -> float:
+        lines = [line for raw in text.splitlines() if len(line := raw.strip()) >= self.shortest_line]
+        total = sum(map(len, lines))
+        return 1 - sum(map(len, set(lines))) / total if total else 0.0
+
+    def _top_words(self, words: list[str]) -> float:
+        if len(words) < max(self.min_words, self.words):
+            return 0.0
+        runs = Counter(zip(*(words[start:] for start in range(self.words)), strict=False))
+        return runs.most_common(1)[0][1] * self.words / len(words)

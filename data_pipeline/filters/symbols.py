@@ -1,0 +1,27 @@
+"""Text that is mostly punctuation, or hardly contains a letter."""
+
+import re
+
+from pydantic.dataclasses import dataclass
+
+from data_pipeline.filters.base import RULE, Drop
+
+SYMBOLS = re.compile(r"(?:[^\w\s]|_)+")
+LETTERS = re.compile(r"[^\W\d_]+")
+
+
+@dataclass(frozen=True, config=RULE)
+class Symbols:
+    """Shares of the characters that are not white space. Prose has about 0.05 symbols and 0.95 letters, Python source
+    0.2 and 0.7; a table of numbers has few letters, a line drawing many symbols."""
+
+    max_symbols: float = 0.5
+    min_letters: float = 0.3
+
+    def __call__(self, text: str) -> Drop | None:
+        visible = max(len("".join(text.split())), 1)
+        symbols = sum(map(len, SYMBOLS.findall(text))) / visible
+        if symbols > self.max_symbols:
+            return Drop("max_symbols", symbols, self.max_symbols)
+        letters = sum(map(len, LETTERS.findall(text))) / visible
+        return Drop("min_letters", letters, self.min_letters) if letters < self.min_letters else None

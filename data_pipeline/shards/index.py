@@ -1,0 +1,97 @@
+"""Where each document's tokens lie in a tar shard, so that a reader seeks instead of scanning.
+
+An index is an .npy file of int64 [documents, 3]: byte offset of the `.tokens` payload in the tar, its length in tokens
+(bos and eos included), and the document's UTF-8 bytes of text.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.errors import InputError
+
+OFFSET, TOKENS, TEXT_BYTES = range(3)
+
+
+def safe_members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Each member of a tar, in order. Raises InputError naming the member that is a link, a device or a folder, or that
+    has an absolute name or one leading out of the archive; and naming the shard when it is no tar or ends early."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isreg():
+                    kind = "a link" if member.issym() or member.islnk() else "not a plain file"
+                    raise InputError(f"shard {path.name}: member {member.name!r} is {kind}: refused")
+                if member.name.startswith(("/", "\\")) or ".." in member.name.replace("\\", "/").split("/"):
+                    raise InputError(f"shard {path.name}: member {member.name!r} leads out of the archive: refused")
+                yield tar, member
+    except (tarfile.TarError, EOFError) as error:
+        raise InputError(f"shard {path.name}: not a whole tar file: {error}") from None
+    except OSError as error:
+        raise InputError(f"shard {path.name}: {error.strerror or error}") from None
+
+
+def build_index(path: Path, itemsize: int) -> tuple[np.ndarray, list[dict]]:
+    """Reads a shard back: its index [documents, 3] and each document's metadata. `itemsize`: bytes of a stored token.
+    Raises InputError naming the shard and member for a duplicate or unpaired key and for metadata that disagrees."""
+    rows, metadata, keys = [], [], set()
+    pending: dict[str, tuple[dict, int]] = {}
+    for tar, member in safe_members(path):
+        key, _, extension = member.name.partition(".")
+        where = f"shard {path.name}: member {member.name!r}"
+        if extension == "json" and key not in pending and key not in keys:
+            payload = tar.extractfile(member).read()
+            if len(payload) != member.size:
+                raise InputError(f"{where}: truncated")
+            pending[key] = (_metadata(payload, where), member.size)
+        elif extension == "tokens" and key in pending:
+            record, _ = pending.pop(key)
+            if member.size != record["tokens"] * itemsize:
+                raise InputError(f"{where}: {member.size} bytes are not tokens={record['tokens']} of {itemsize} bytes")
+            keys.add(key)
+            rows.append((member.offset_data, record["tokens"], record["bytes"]))
+            metadata.append(record)
+        else:
+            raise InputError(f"{where}: duplicate key, or not one .json followed by its .tokens")
+    if pending:
+        raise InputError(f"shard {path.name}: key {next(iter(pending))!r} has metadata but no tokens")
+    return np.array(rows, dtype=np.int64).reshape(-1, 3), metadata
+
+
+def _metadata(payload: bytes, where: str) -> dict:
+    try:
+        record = json.loads(payload)
+    except ValueError as error:
+        raise InputError(f"{where}: not JSON: {error}") from None
+    sizes = ("tokens", "bytes")
+    if not isinstance(record, dict) or any(type(record.get(key)) is not int or record[key] < 0 for key in sizes):
+        raise InputError(f"{where}: metadata lacks a count of tokens or bytes")
+    return record
+
+
+def dump_index(index: np.ndarray) -> bytes:
+    """An index as the bytes of an .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, index, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def load_index(path: Path, *, documents: int, tokens: int, size: int, itemsize: int) -> np.ndarray:
+    """The index [documents, 3] of a shard with these figures. Raises InputError naming the file when it holds a pickle,
+    is damaged, or does not fit the shard."""
+    try:
+        index = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"index {path.name}: {error}") from None
+    if not isinstance(index, np.ndarray) or index.dtype != np.int64 or index.shape != (documents, 3):
+        raise InputError(f"index {path.name}: not int64 [{documents}, 3]")
+    lengths, offsets = index[:, TOKENS], index[:, OFFSET]
+    if (lengths < 1).any() or lengths.sum() != tokens:
+        raise InputError(f"index {path.name}: lengths sum to {lengths.sum()} tokens, the manifest says {tokens}")
+    if (offsets < 0).any() or (lengths > (size - offsets) // itemsize).any():
+        raise InputError(f"index {path.name}: a document lies outside the shard's {size} bytes")
+    return index

@@ -1,0 +1,238 @@
+"""manifest.json: what a folder of shards holds, and how to tell whether it still holds it.
+
+Every name in a manifest is a plain file name in the manifest's own folder. A manifest may come from anywhere, so a name
+that could lead elsewhere (a slash, a leading dot) is refused before any file is touched.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from data_pipeline.errors import InputError
+
+FORMAT = "megatron_tn.shards"
+VERSION = 1
+SHOWN_PROBLEMS = 10
+
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=200)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, strict=True)]
+STRICT = ConfigDict(extra="forbid")
+
+
+@checked_dataclass(frozen=True, config=STRICT)
+class TokenizerInfo:
+    """The tokenizer that made the shards: a file beside the manifest, and the ids a reader needs without loading it."""
+
+    file: FileName
+    sha256: Sha256
+    vocab_size: Count
+    bos: Count
+    eos: Count
+    pad: Count
+
+
+@checked_dataclass(frozen=True, config=STRICT)
+class Shard:
+    """One tar file. `tokens` counts bos and eos; `text_bytes` is UTF-8 bytes of text; `size` is the tar's, in bytes;
+    `shortest_document` is in tokens and bounds how many documents a sequence can touch."""
+
+    name: FileName
+    documents: Count
+    tokens: Count
+    text_bytes: Count
+    shortest_document: Count
+    size: Count
+    sha256: Sha256
+    index: FileName
+    index_sha256: Sha256
+
+
+@checked_dataclass(frozen=True, config=STRICT)
+class Totals:
+    """Sums over the shards, for people and for a cross-check."""
+
+    shards: Count
+    documents: Count
+    tokens: Count
+    text_bytes: Count
+
+
+@checked_dataclass(frozen=True, config=STRICT)
+class Content:
+    """The JSON document itself."""
+
+    format: Literal["megatron_tn.shards"]
+    version: Literal[1]
+    tokenizer: TokenizerInfo
+    dtype: Literal["uint16", "uint32"]
+    shards: tuple[Shard, ...]
+    totals: Totals
+
+
+CONTENT = TypeAdapter(Content)
+
+
+def total(shards: tuple[Shard, ...] | list[Shard]) -> Totals:
+    return Totals(
+        shards=len(shards),
+        documents=sum(shard.documents for shard in shards),
+        tokens=sum(shard.tokens for shard in shards),
+        text_bytes=sum(shard.text_bytes for shard in shards),
+    )
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The smallest stored dtype that holds every id below `vocab_size`."""
+    if not 0 < vocab_size <= 2**32:
+        raise InputError(f"vocab_size={vocab_size} must be between 1 and 2**32, the widest token that shards can hold")
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a whole file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A checked manifest and the folder it was found in. Make one with `load` or `create`."""
+
+    content: Content
+    directory: Path
+
+    @classmethod
+    def create(cls, directory: str | Path, tokenizer: TokenizerInfo, shards: list[Shard]) -> "Manifest":
+        """A manifest of `shards` in `directory`; raises InputError when they contradict each other."""
+        content = Content(
+            format=FORMAT,
+            version=VERSION,
+            tokenizer=tokenizer,
+            dtype=token_dtype(tokenizer.vocab_size),
+            shards=tuple(shards),
+            totals=total(shards),
+        )
+        _refuse(f"shards in {directory}", _contradictions(content))
+        return cls(content, Path(directory))
+
+    @classmethod
+    def load(cls, path: str | Path, *, check_files: bool = True) -> "Manifest":
+        """Reads and checks `path`. With `check_files`, every shard and index must be there, and every shard of its full
+        size: one stat each; `verify` is what reads and hashes them. Raises InputError naming each bad shard."""
+        path = Path(path)
+        try:
+            content = CONTENT.validate_json(path.read_bytes())
+        except OSError as error:
+            raise InputError(f"manifest {path}: {error.strerror or error}") from None
+        except ValidationError as error:
+            raise InputError(
+                *(
+                    f"manifest {path}: {'.'.join(map(str, e['loc'])) or 'document'}={_short(e['input'])}: {e['msg']}"
+                    for e in error.errors()[:SHOWN_PROBLEMS]
+                )
+            ) from None
+        _refuse(f"manifest {path}", _contradictions(content))
+        manifest = cls(content, path.parent)
+        if check_files:
+            _refuse(f"manifest {path}", manifest.missing_or_truncated())
+        return manifest
+
+    def save(self) -> Path:
+        """Writes manifest.json whole or not at all; returns its path."""
+        path = self.directory / "manifest.json"
+        replace_file(path, json.dumps(CONTENT.dump_python(self.content, mode="json"), indent=1).encode() + b"\n")
+        return path
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        return self.content.shards
+
+    @property
+    def tokenizer(self) -> TokenizerInfo:
+        return self.content.tokenizer
+
+    @property
+    def dtype(self) -> np.dtype:
+        """How tokens lie on disk: little-endian uint16 or uint32."""
+        return np.dtype(self.content.dtype).newbyteorder("<")
+
+    @property
+    def totals(self) -> Totals:
+        return self.content.totals
+
+    @functools.cached_property
+    def content_hash(self) -> str:
+        """sha256 over everything the manifest says, shard hashes included; where the folder lies does not count."""
+        canonical = json.dumps(CONTENT.dump_python(self.content, mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def missing_or_truncated(self) -> list[str]:
+        """One line for each shard that `file_problem` finds fault with."""
+        return [problem for shard in self.shards if (problem := self.file_problem(shard))]
+
+    def file_problem(self, shard: Shard) -> str | None:
+        """One line when the shard or its index is absent, or the shard is not of its recorded size. Reads nothing."""
+        try:
+            size = os.stat(self.directory / shard.name).st_size
+            os.stat(self.directory / shard.index)
+        except OSError as error:
+            return f"shard {shard.name}: missing or unreadable: {error.filename}: {error.strerror}"
+        if size == shard.size:
+            return None
+        kind = "truncated" if size < shard.size else "altered"
+        return f"shard {shard.name}: {kind}: {size} bytes on disk, {shard.size} in the manifest"
+
+
+def _contradictions(content: Content) -> list[str]:
+    problems = []
+    for field in ("name", "index", "sha256"):
+        # A copy of a shard under a second name would feed its documents twice.
+        repeated = [value for value, n in Counter(getattr(s, field) for s in content.shards).items() if n > 1]
+        problems += [f"duplicated shard: {field}={value} is listed more than once" for value in repeated]
+    for shard in content.shards:
+        if not 0 < shard.documents * shard.shortest_document <= shard.tokens:
+            problems.append(
+                f"shard {shard.name}: documents={shard.documents} of at least shortest_document="
+                f"{shard.shortest_document} tokens do not fit tokens={shard.tokens}"
+            )
+    if (expected := total(content.shards)) != content.totals:
+        problems.append(f"totals={content.totals} are not the sums over the shards, {expected}")
+    if content.dtype != (needed := token_dtype(content.tokenizer.vocab_size)):
+        problems.append(f"dtype={content.dtype} is not {needed}, which vocab_size={content.tokenizer.vocab_size} needs")
+    for name in ("bos", "eos", "pad"):
+        if (value := getattr(content.tokenizer, name)) >= content.tokenizer.vocab_size:
+            problems.append(f"tokenizer.{name}={value} is not below vocab_size={content.tokenizer.vocab_size}")
+    return problems
+
+
+def _refuse(where: str, problems: list[str]) -> None:
+    if problems:
+        lines = [f"{where}: {problem}" for problem in problems[:SHOWN_PROBLEMS]]
+        if len(problems) > SHOWN_PROBLEMS:
+            lines.append(f"{where}: and {len(problems) - SHOWN_PROBLEMS} more")
+        raise InputError(*lines)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes `data` to a temporary name, makes it durable, then renames: readers see the old file or the new one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

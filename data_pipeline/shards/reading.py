@@ -1,0 +1,37 @@
+"""Reads whole documents back from shards, in stored order: for evaluation, checks and people."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_pipeline.errors import InputError
+from data_pipeline.shards.index import OFFSET, TOKENS, build_index
+from data_pipeline.shards.manifest import Manifest, Shard
+
+
+@dataclass(frozen=True)
+class StoredDocument:
+    """`tokens`: int64 [n], bos and eos included; `metadata`: id, source, bytes (of UTF-8 text), tokens."""
+
+    tokens: np.ndarray
+    metadata: dict
+
+
+def read_documents(manifest: Manifest) -> Iterator[StoredDocument]:
+    """Every document of every shard, in the manifest's order. Raises InputError naming a shard that cannot be read."""
+    for shard in manifest.shards:
+        yield from read_shard(manifest, shard)
+
+
+def read_shard(manifest: Manifest, shard: Shard) -> Iterator[StoredDocument]:
+    """Every document of one shard."""
+    path = manifest.directory / shard.name
+    index, metadata = build_index(path, manifest.dtype.itemsize)
+    with path.open("rb") as file:
+        for (offset, tokens), record in zip(index[:, [OFFSET, TOKENS]].tolist(), metadata, strict=True):
+            file.seek(offset)
+            payload = file.read(tokens * manifest.dtype.itemsize)
+            if len(payload) != tokens * manifest.dtype.itemsize:
+                raise InputError(f"shard {shard.name}: truncated in document {record.get('id')!r}")
+            yield StoredDocument(np.frombuffer(payload, manifest.dtype).astype(np.int64), record)

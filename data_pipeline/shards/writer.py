@@ -1,0 +1,105 @@
+"""Writes documents to tar shards whose bytes depend on nothing but the documents."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.shards.index import TEXT_BYTES, TOKENS, build_index, dump_index
+from data_pipeline.shards.manifest import Shard, replace_file, sha256_of
+
+
+class ShardWriter:
+    """Cuts a sequence of documents into shards PREFIX-00000.tar, ... of about `shard_tokens` tokens each.
+
+    A shard gets its final name only when it is whole and its index lies beside it. Use as a context manager; `shards`
+    lists what was written, in order. A document longer than `shard_tokens` gets a shard of its own.
+    """
+
+    def __init__(self, directory: str | Path, prefix: str, *, dtype: np.dtype, shard_tokens: int):
+        self.directory = Path(directory)
+        self.prefix = prefix
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.shard_tokens = shard_tokens
+        self.shards: list[Shard] = []
+        self._file = None
+        self._tar = None
+        self._documents = 0
+        self._tokens = 0
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind, value, trace) -> None:
+        if kind is None:
+            self._finish()
+        elif self._file is not None:
+            with contextlib.suppress(OSError):  # a full disk is what brought us here, and the file goes anyway
+                self._tar.close()
+                self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+    @property
+    def _name(self) -> str:
+        return f"{self.prefix}-{len(self.shards):05d}"
+
+    @property
+    def _temporary(self) -> Path:
+        return self.directory / f"{self._name}.tar.tmp"
+
+    def write(self, tokens: np.ndarray, *, id: str, source: str, text_bytes: int) -> None:
+        """Appends a document: `tokens` [n] with bos and eos, `text_bytes` the UTF-8 length of its text. Raises
+        ValueError when an id does not fit the stored dtype, rather than wrapping it round."""
+        if tokens.size == 0 or tokens.min() < 0 or tokens.max() > np.iinfo(self.dtype).max:
+            raise ValueError(f"document {id!r}: no tokens, or an id outside {self.dtype}")
+        if self._file is not None and self._tokens + tokens.size > self.shard_tokens:
+            self._finish()
+        if self._file is None:
+            self._start()
+        metadata = {"id": id, "source": source, "bytes": text_bytes, "tokens": int(tokens.size)}
+        self._tar.write(
+            {
+                "__key__": f"{self._name}_{self._documents:07d}",
+                "json": json.dumps(metadata, ensure_ascii=False, sort_keys=True).encode(),
+                "tokens": tokens.astype(self.dtype).tobytes(),
+            }
+        )
+        self._documents += 1
+        self._tokens += tokens.size
+
+    def _start(self) -> None:
+        # Imported here because webdataset brings torch with it: two seconds that readers of shards need not pay.
+        from webdataset import TarWriter
+
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._file = self._temporary.open("wb")
+        self._tar = TarWriter(self._file, user="", group="", mtime=0, encoder=False)
+        self._documents = self._tokens = 0
+
+    def _finish(self) -> None:
+        if self._file is None:
+            return
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        # The index is made from what is on disk, so a shard that cannot be read back is found here and not in training.
+        index, _ = build_index(self._temporary, self.dtype.itemsize)
+        index_path = self.directory / f"{self._name}.index.npy"
+        replace_file(index_path, dump_index(index))
+        shard = Shard(
+            name=f"{self._name}.tar",
+            documents=len(index),
+            tokens=int(index[:, TOKENS].sum()),
+            text_bytes=int(index[:, TEXT_BYTES].sum()),
+            shortest_document=int(index[:, TOKENS].min()),
+            size=self._temporary.stat().st_size,
+            sha256=sha256_of(self._temporary),
+            index=index_path.name,
+            index_sha256=sha256_of(index_path),
+        )
+        os.replace(self._temporary, self.directory / shard.name)
+        self._file = self._tar = None
+        self.shards.append(shard)

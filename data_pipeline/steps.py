@@ -1,0 +1,130 @@
+"""The pieces that stages are made of beside datatrove's own: all are datatrove steps, so its executors run them."""
+
+import fcntl
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.readers import JsonlReader
+from datatrove.pipeline.writers import JsonlWriter
+
+from data_pipeline.document import text_bytes
+from data_pipeline.filters import Filter
+from data_pipeline.shards.manifest import replace_file
+
+
+class HoldTask(PipelineStep):
+    """First step of every stage: one process at a time works on a task.
+
+    When a run is killed, its workers may live on for a while and write. They stop here before they take another task,
+    and the next run's worker waits here until they are done with the last. The lock goes with the process, or when it
+    takes its next task.
+    """
+
+    type = "🔒 - LOCK"
+    name = "hold task"
+    _held = None
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.folder = folder
+        self.runner = os.getpid()
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = (self.folder / f"{rank:05d}").open("w")
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        HoldTask._held = lock
+        if self.runner not in (os.getpid(), os.getppid()):
+            os._exit(1)
+        return data
+
+
+class TaskReader(JsonlReader):
+    """Reads what task `rank` of an earlier stage wrote, nothing if it wrote nothing.
+
+    datatrove's own share of a folder is every world_size-th file; an empty task leaves no file, and all the others
+    would then read their neighbour's, while duplicates are recorded by task and place.
+    """
+
+    name = "task output"
+
+    def __init__(self, folder: Path):
+        super().__init__(str(folder), compression=None, add_file_path=False)
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        name = f"{rank:05d}.jsonl"
+        if self.data_folder.isfile(name):
+            yield from self.read_files_shard([name])
+
+
+class TaskWriter(JsonlWriter):
+    """Writes documents to the file of task `rank`, and passes them on."""
+
+    name = "task output"
+
+    def __init__(self, folder: Path):
+        super().__init__(str(folder), output_filename="${rank}.jsonl", compression=None)
+
+
+class Tally(PipelineStep):
+    """Counts the documents that pass: folder/RANK.json holds {source: [documents, bytes]}."""
+
+    type = "📊 - STATS"
+    name = "tally"
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.folder = folder
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        counts = defaultdict(lambda: [0, 0])
+        for document in data:
+            count = counts[document.metadata["source"]]
+            count[0] += 1
+            count[1] += text_bytes(document)
+            yield document
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replace_file(self.folder / f"{rank:05d}.json", json.dumps(counts, sort_keys=True).encode())
+
+
+class ApplyRules(PipelineStep):
+    """Asks each rule in turn; the first that objects has the document recorded and dropped."""
+
+    type = "🔻 - FILTER"
+    name = "rules"
+
+    def __init__(self, rules: dict[str, Filter], drops: Path):
+        super().__init__()
+        self.rules = rules
+        self.drops = drop_writer(drops, rule_drop)
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        with self.drops as drops:
+            for document in data:
+                for name, rule in self.rules.items():
+                    if drop := rule(document.text):
+                        reason = {"measure": drop.measure, "value": drop.value, "threshold": drop.threshold}
+                        document.metadata["drop"] = {"filter": name, **reason}
+                        drops.write(document, rank)
+                        break
+                else:
+                    yield document
+
+
+def drop_writer(folder: Path, reason) -> JsonlWriter:
+    """Records dropped documents in folder/RANK.jsonl: id, source, bytes, and what `reason(document)` gives: filter,
+    measure, value, threshold."""
+
+    def record(_, document: Document) -> dict:
+        identity = {"id": document.id, "source": document.metadata["source"], "bytes": text_bytes(document)}
+        return {**identity, **reason(document)}
+
+    return JsonlWriter(str(folder), output_filename="${rank}.jsonl", compression=None, adapter=record)
+
+
+def rule_drop(document: Document) -> dict:
+    return document.metadata["drop"]

@@ -1,0 +1,159 @@
+"""Reads a rank's share of each step's global batch ahead of time."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from data_pipeline.errors import InputError
+from data_pipeline.stream.sample import Batch
+from data_pipeline.stream.token_stream import TokenStream
+
+Plan = Callable[[int], tuple[int, int] | None]
+
+
+class BatchLoader:
+    """Iterates steps, each a list of microbatches: the contiguous share of data-parallel rank `rank` of `size`.
+
+    `plan(step)` gives the step's global batch as (first sample, number of samples), or None when training is over. The
+    share of rank r is samples [first + r * share, first + (r + 1) * share), in microbatches of `micro_batch` samples.
+    `workers`: 0 reads ahead in a thread, more in that many processes; `prefetch`: steps read ahead (by each process).
+    Iteration starts at `step`, which may be set before and is the next step at any time. Raises InputError when a
+    global batch does not divide. Leaves torch's global random state alone. `close`, or a with statement, stops it.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        plan: Plan,
+        *,
+        micro_batch: int,
+        rank: int = 0,
+        size: int = 1,
+        workers: int = 0,
+        step: int = 0,
+        prefetch: int = 2,
+    ):
+        for name, value, least in (("micro_batch", micro_batch, 1), ("workers", workers, 0), ("prefetch", prefetch, 1)):
+            if value < least:
+                raise InputError(f"{name}={value} must be at least {least}")
+        if not 0 <= rank < size:
+            raise InputError(f"rank={rank} must be in [0, size={size})")
+        self.stream = stream
+        self.plan = plan
+        self.micro_batch = micro_batch
+        self.rank = rank
+        self.size = size
+        self.workers = workers
+        self.step = step
+        self.prefetch = prefetch
+        self._running: Iterator[list[Batch]] | None = None
+        self._share(step)  # a batch that does not divide is an error before anything is started
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        self.close()
+        self._running = running = self._in_processes() if self.workers else self._in_thread()
+        for microbatches in running:
+            self.step += 1
+            for batch in microbatches:
+                self.stream.record(batch)
+            yield microbatches
+
+    def close(self) -> None:
+        """Stops the reading ahead and waits for it to end."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+    def __enter__(self) -> "BatchLoader":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _share(self, step: int) -> range | None:
+        planned = self.plan(step)
+        if planned is None:
+            return None
+        first, samples = planned
+        if samples < 1 or samples % (self.size * self.micro_batch):
+            raise InputError(
+                f"global batch of step {step}: {samples} samples are not divisible by size={self.size} data-parallel "
+                f"ranks x micro_batch={self.micro_batch}"
+            )
+        share = samples // self.size
+        return range(first + self.rank * share, first + (self.rank + 1) * share)
+
+    def _shares(self) -> Iterator[range]:
+        step = self.step
+        while (share := self._share(step)) is not None:
+            yield share
+            step += 1
+
+    def _in_thread(self) -> Iterator[list[Batch]]:
+        ready: queue.Queue = queue.Queue(maxsize=self.prefetch)
+        stop = threading.Event()
+        reader = _Shares(self.stream, self.micro_batch)
+
+        def put(item) -> None:
+            while not stop.is_set():
+                try:
+                    return ready.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        def read_ahead() -> None:
+            try:
+                for share in self._shares():
+                    if stop.is_set():
+                        return
+                    put(reader[share])
+                put(None)
+            except BaseException as error:
+                put(error)
+
+        thread = threading.Thread(target=read_ahead, name="batch-loader", daemon=True)
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+            thread.join()
+
+    def _in_processes(self) -> Iterator[list[Batch]]:
+        loader = DataLoader(
+            _Shares(self.stream, self.micro_batch),
+            sampler=self._shares(),
+            batch_size=None,
+            num_workers=self.workers,
+            prefetch_factor=self.prefetch,
+            collate_fn=_as_it_is,
+            # DataLoader draws a seed for its workers; from its own generator, or training would depend on `workers`.
+            generator=torch.Generator(),
+        )
+        batches = iter(loader)
+        try:
+            yield from batches
+        finally:
+            del batches  # the iterator's finaliser is what ends the processes
+
+
+class _Shares(Dataset):
+    def __init__(self, stream: TokenStream, micro_batch: int):
+        self.stream = stream
+        self.micro_batch = micro_batch
+
+    def __getitem__(self, share: range) -> list[Batch]:
+        return [
+            self.stream.read(share[start : start + self.micro_batch])
+            for start in range(0, len(share), self.micro_batch)
+        ]
+
+
+def _as_it_is(item):
+    return item

@@ -1,0 +1,199 @@
+"""The map from a global sample index to a sample."""
+
+import functools
+import hashlib
+import json
+import logging
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from data_pipeline.errors import InputError
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.stream.order import EpochOrder, sequences_per_epoch
+from data_pipeline.stream.sample import IGNORED, Batch, Sample, collate
+from data_pipeline.stream.shard_view import DamagedShard, ShardView
+from data_pipeline.stream.state import Damage, Ledger, StreamState
+
+logger = logging.getLogger(__name__)
+
+# Part of the stream's hash: any change to the order that the classes here produce must raise it.
+ORDER_VERSION = 1
+
+
+class DamageLimitError(RuntimeError):
+    """More samples could not be read than the run allows."""
+
+
+class TokenStream:
+    """Global sample 0, 1, 2, ... across epochs without end, each found at once from (manifest, seed, index) alone.
+
+    Sample p of an epoch holds tokens [p * N, p * N + N] of that epoch's documents laid end to end: N inputs and, one
+    further on, N targets, so each token is a target once an epoch (the first of all excepted). The last sample of an
+    epoch is filled with the pad id and targets of -100. Order: see `EpochOrder`. Neither ranks nor workers enter.
+
+    With `isolate_documents`, the target at a document's last token is -100 and batches carry `cu_seqlens`; a sample
+    then has room for `max_documents` segments, by default and at least as many as N tokens of this manifest can touch.
+    `max_damaged`: how many samples may prove unreadable before it is an error. Thread-safe and picklable.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        sequence_length: int,
+        seed: int,
+        isolate_documents: bool = False,
+        max_documents: int | None = None,
+        window: int = 4,
+        max_damaged: int = 100,
+    ):
+        for name, value, least in (("sequence_length", sequence_length, 1), ("window", window, 1), ("seed", seed, 0)):
+            if value < least:
+                raise InputError(f"{name}={value} must be at least {least}")
+        if manifest.totals.tokens < 2:
+            raise InputError(f"manifest in {manifest.directory}: tokens={manifest.totals.tokens}, a sample needs 2")
+        self.manifest = manifest
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self.max_documents = self._segment_bound(max_documents) if isolate_documents else None
+        self.window = window
+        self.max_damaged = max_damaged
+        self.ledger = Ledger()
+        self.damaged = 0  # samples recorded as unreadable since this stream was made
+        self.samples_per_epoch = sequences_per_epoch(manifest.totals.tokens, sequence_length)
+        self._open_caches()
+
+    def _segment_bound(self, asked: int | None) -> int:
+        # A continuation in front and a beginning (or padding) at the end take a token or more; all between is whole.
+        shortest = min(shard.shortest_document for shard in self.manifest.shards)
+        bound = 1 if self.sequence_length == 1 else 2 + (self.sequence_length - 2) // shortest
+        if asked is not None and asked < bound:
+            raise InputError(
+                f"max_documents={asked} is below {bound}: sequence_length={self.sequence_length} tokens can touch as "
+                f"many documents, the shortest being of {shortest} tokens"
+            )
+        return asked or bound
+
+    @functools.cached_property
+    def stream_hash(self) -> str:
+        """sha256 over everything that decides what a sample index means."""
+        identity = {
+            "order_version": ORDER_VERSION,
+            "manifest": self.manifest.content_hash,
+            "sequence_length": self.sequence_length,
+            "seed": self.seed,
+            "isolate_documents": self.max_documents is not None,
+            "window": self.window,
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def sample(self, index: int) -> Sample:
+        """Global sample `index`; records nothing. A sample in the ledger, or one that cannot be read, is padding."""
+        if index < 0:
+            raise InputError(f"sample index={index} must not be negative")
+        if index in self.ledger:
+            return self._padding(None)
+        epoch, position = divmod(index, self.samples_per_epoch)
+        try:
+            return self._read(epoch, position)
+        except DamagedShard as error:
+            return self._padding(Damage(index, str(error)))
+
+    def read(self, indices: Sequence[int]) -> Batch:
+        """The batch of these samples, recording nothing: what a prefetching reader calls."""
+        return collate(indices, [self.sample(index) for index in indices], self.max_documents)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The batch of these samples; those that could not be read enter the ledger. Raises DamageLimitError."""
+        batch = self.read(indices)
+        self.record(batch)
+        return batch
+
+    def record(self, batch: Batch) -> None:
+        """Enters a batch's unreadable samples in the ledger, when it is used and not when it is read ahead, so that a
+        checkpoint knows nothing of what a topology happened to prefetch. Raises DamageLimitError."""
+        for damage in batch.damaged:
+            if damage.index in self.ledger:
+                continue
+            self.ledger.add(damage.index, damage.index + 1)
+            self.damaged += 1
+            logger.warning("sample %d is fed as padding: %s", damage.index, damage.reason)
+            if self.damaged > self.max_damaged:
+                raise DamageLimitError(
+                    f"{self.damaged} samples could not be read, max_damaged={self.max_damaged}; the last: "
+                    f"{damage.reason}"
+                )
+
+    def state(self, next_sample: int) -> StreamState:
+        """What a checkpoint keeps when `next_sample` is the first sample not yet trained on."""
+        return StreamState(self.stream_hash, self.seed, next_sample, self.ledger.ranges)
+
+    def restore(self, state: StreamState) -> int:
+        """Takes over a checkpoint's ledger, returns its next sample. Raises InputError when it is another stream's."""
+        if state.stream_hash != self.stream_hash:
+            raise InputError(
+                f"stream state has stream_hash={state.stream_hash} (seed={state.seed}), this stream is "
+                f"{self.stream_hash} (seed={self.seed}): shards, sequence length, seed, window or isolation differ"
+            )
+        self.ledger = Ledger(state.skipped)
+        return state.next_sample
+
+    def _read(self, epoch: int, position: int) -> Sample:
+        length, order = self.sequence_length, self._order(epoch)
+        start = order.sequence(position) * length
+        present = min(length + 1, order.tokens - start)
+        buffer = np.full(length + 1, self.manifest.tokenizer.pad, dtype=np.int64)
+        starts: list[int] = []
+        filled, place = 0, int(np.searchsorted(order.ends, start, side="right"))
+        while filled < present:
+            begin = start + filled - (int(order.ends[place - 1]) if place else 0)
+            count = min(int(order.ends[place]) - start, present) - filled
+            view = self._view(epoch, int(order.shards[place]))
+            piece = buffer[filled : filled + count]
+            starts += [filled + at for at in view.read(begin, piece)]
+            if piece.max() >= self.manifest.tokenizer.vocab_size:
+                raise DamagedShard(f"shard {view.path.name}: token {piece.max()} is not below the vocabulary size")
+            filled, place = filled + count, place + 1
+        targets = buffer[1:].copy()
+        targets[present - 1 :] = IGNORED
+        if self.max_documents is not None:
+            targets[[at - 1 for at in starts if at > 0]] = IGNORED
+        if present < length:
+            starts.append(present)
+        segments = [0, *(at for at in starts if 0 < at < length)]
+        return Sample(torch.from_numpy(buffer[:-1]), torch.from_numpy(targets), torch.tensor(segments))
+
+    def _padding(self, damage: Damage | None) -> Sample:
+        tokens = torch.full((self.sequence_length,), self.manifest.tokenizer.pad, dtype=torch.int64)
+        return Sample(tokens, torch.full_like(tokens, IGNORED), torch.zeros(1, dtype=torch.int64), damage)
+
+    def _open_caches(self) -> None:
+        tokens = np.array([shard.tokens for shard in self.manifest.shards], dtype=np.int64)
+        self._orders = functools.lru_cache(maxsize=2)(
+            lambda epoch: EpochOrder(
+                tokens, sequence_length=self.sequence_length, seed=self.seed, epoch=epoch, window=self.window
+            )
+        )
+        # A window's shards are all in use at once, and the next window begins before the last one is done with.
+        self._views = functools.lru_cache(maxsize=2 * self.window + 2)(
+            lambda epoch, number: ShardView.open(self.manifest, number, seed=self.seed, epoch=epoch)
+        )
+        self._lock = threading.Lock()
+
+    def _order(self, epoch: int) -> EpochOrder:
+        with self._lock:
+            return self._orders(epoch)
+
+    def _view(self, epoch: int, number: int) -> ShardView:
+        with self._lock:
+            return self._views(epoch, number)
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_orders", "_views", "_lock")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._open_caches()

@@ -1,0 +1,246 @@
+"""The pipeline end to end on a small planted corpus: what it drops, what it writes, and that a kill loses nothing."""
+
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data_pipeline import tokenizer as tokenizers
+from data_pipeline.config import compose
+from data_pipeline.document import in_heldout
+from data_pipeline.errors import InputError
+from data_pipeline.run import main, run
+from data_pipeline.shards import Manifest, read_documents
+from data_pipeline.shards.verify import verify
+from data_pipeline.stream import TokenStream
+from tests.data_pipeline.corpus import plant, prose
+
+ROOT = Path(__file__).resolve().parents[2]
+OPTIONS = ["tasks=3", "workers=2", "tokenizer.vocab_size=450", "heldout_fraction=0.2", "shard_tokens=6000"]
+
+
+def arguments(source, output, *more):
+    return ["pipeline=text", f"input={source}", f"output={output}", *OPTIONS, *more]
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    source = tmp_path_factory.mktemp("corpus") / "text"
+    return source, plant(source)
+
+
+@pytest.fixture(scope="module")
+def output(planted, tmp_path_factory):
+    output = tmp_path_factory.mktemp("output") / "data"
+    run(compose(arguments(planted[0], output)))
+    return output
+
+
+def drops(output):
+    return [json.loads(line) for path in sorted(output.glob("drops/*/*.jsonl")) for line in path.open()]
+
+
+def documents(output):
+    """{id: (split, text)} of everything in the shards, decoded."""
+    tokenizer, found = tokenizers.load(output / "tokenizer.json"), {}
+    for split in ("train", "heldout"):
+        manifest = Manifest.load(output / split / "manifest.json")
+        assert verify(manifest) == []
+        for document in read_documents(manifest):
+            assert document.metadata["id"] not in found
+            found[document.metadata["id"]] = (split, tokenizer.decode(document.tokens[1:-1].tolist()))
+    return found
+
+
+def fingerprint(output):
+    """Hashes of what a run gives its users."""
+    files = [path for path in output.rglob("*") if path.is_file() and "work" not in path.parts and path.name != ".lock"]
+    return {
+        str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+        if path.name != "pipeline.json"
+    }
+
+
+def test_planted_defects_are_dropped_for_the_right_reason_and_nothing_else_is(planted, output):
+    source, expected = planted
+    found = {}
+    for drop in drops(output):
+        assert set(drop) == {"id", "source", "bytes", "filter", "measure", "value", "threshold"}
+        found.setdefault(drop["filter"], set()).add(drop["id"].removeprefix("main/"))
+    for name in ("length", "garbled", "symbols", "repetition"):
+        assert found[name] == expected[name]
+    for name in ("exact_duplicate", "near_duplicate"):
+        assert found[name] < expected[name]
+        assert len(found[name]) == 2
+    assert set(found) == set(expected)
+    kept = {path.name for path in source.iterdir()} - set().union(*found.values())
+    assert {identity.removeprefix("main/") for identity in documents(output)} == kept
+
+
+def test_documents_survive_to_the_byte_on_the_side_that_their_hash_says(planted, output):
+    for identity, (split, text) in documents(output).items():
+        assert text == (planted[0] / identity.removeprefix("main/")).read_bytes().decode()
+        assert (split == "heldout") == in_heldout(text, 0.2)
+    assert {split for split, _ in documents(output).values()} == {"train", "heldout"}
+
+
+def test_report_adds_up(output):
+    report = json.loads((output / "report.json").read_text())
+    stages = {stage["stage"]: stage for stage in report["stages"]}
+    assert stages["read"]["documents"] == 50
+    for unit in ("documents", "bytes"):
+        gone = sum(entry[unit] for entry in report["drops"].values())
+        assert stages["read"][unit] - gone == stages["near"][unit]
+    assert stages["near"]["documents"] == sum(split["documents"] for split in report["splits"].values())
+    assert stages["near"]["bytes"] == sum(split["text_bytes"] for split in report["splits"].values())
+
+
+def test_the_stream_reads_what_the_pipeline_wrote(output):
+    manifest = Manifest.load(output / "train" / "manifest.json")
+    stream = TokenStream(manifest, sequence_length=64, seed=0)
+    assert stream.batch(range(4)).tokens.max() < manifest.tokenizer.vocab_size == 450
+
+
+def test_a_complete_run_is_left_alone(planted, output, capsys):
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*.tar")}
+    assert main(arguments(planted[0], output)) == 0
+    assert "already complete" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*.tar")}
+
+
+def test_workers_do_not_change_a_byte(planted, output, tmp_path):
+    run(compose(arguments(planted[0], tmp_path / "again", "workers=1")))
+    assert fingerprint(tmp_path / "again") == fingerprint(output)
+
+
+@pytest.mark.parametrize(
+    ("stage", "kill"),
+    [("rules", os.killpg), ("near_pairs", os.killpg), ("shards", os.killpg), ("near", os.kill)],
+    ids=["rules", "near_pairs", "shards", "workers_live_on"],
+)
+def test_killed_and_run_again_gives_the_same_bytes(planted, output, tmp_path, stage, kill):
+    again = tmp_path / "data"
+    command = [sys.executable, "-m", "data_pipeline.run", *arguments(planted[0], again)]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    try:
+        # The marker of the stage's first task: others are under way.
+        while not list(again.glob(f"work/stages/*_{stage}/completions/*")) and process.poll() is None:
+            assert time.monotonic() < deadline, "the stage never began"
+            time.sleep(0.01)
+        kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert process.returncode == -signal.SIGKILL
+        assert not (again / "report.json").exists()
+        run(compose(arguments(planted[0], again)))
+        assert fingerprint(again) == fingerprint(output)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_task_without_documents_leaves_the_others_in_place(tmp_path):
+    """Seven tasks for six files, one of which has nothing left: places of duplicates are counted by task."""
+    source = tmp_path / "text"
+    source.mkdir()
+    for number, text in enumerate([prose(1), "short", prose(1), prose(2), prose(3), prose(2)]):
+        (source / f"{number}.txt").write_text(text)
+    run(compose(arguments(source, tmp_path / "data", "tasks=7", "heldout_fraction=0")))
+    stored = read_documents(Manifest.load(tmp_path / "data/train/manifest.json"))
+    kept = [document.metadata["id"][5] for document in stored]
+    assert sorted({"0": "a", "2": "a", "3": "b", "5": "b"}.get(name, name) for name in kept) == ["4", "a", "b"]
+    assert not (tmp_path / "data/heldout").exists()
+
+
+def test_jsonl_and_an_existing_tokenizer(output, tmp_path):
+    source = tmp_path / "lines"
+    source.mkdir()
+    lines = [json.dumps({"id": f"d{n}", "text": prose(n), "url": "x"}) for n in range(6)]
+    bad = ["", "{broken", '{"text": 3}', '{"text": ""}', '{"no": "text"}', '{"text": "\\ud800 lone"}']
+    (source / "a.jsonl").write_text("\n".join(lines[:3] + bad) + "\n")
+    (source / "b.jsonl.gz").write_bytes(gzip.compress("\n".join(lines[3:]).encode()))
+    existing = output / "tokenizer.json"
+    result = tmp_path / "data"
+    override = f"tokenizer.file={existing}"
+    run(compose(["pipeline=jsonl", f"input={source}", f"output={result}", *OPTIONS, "heldout_fraction=0", override]))
+    stored = read_documents(Manifest.load(result / "train" / "manifest.json"))
+    assert sorted(document.metadata["id"] for document in stored) == [f"main/d{n}" for n in range(6)]
+    assert (result / "tokenizer.json").read_bytes() == existing.read_bytes()
+
+
+BAD = {
+    "unknown key": ("tokenizer.vocab_sise=3", "did you mean tokenizer.vocab_size?"),
+    "unknown rule": ("rules.lenght.min_bytes=3", "did you mean rules.length?"),
+    "unknown choice": ("pipeline=txt", "did you mean text?"),
+    "wrong value": ("heldout_fraction=2", "heldout_fraction=2: Input should be less than 1"),
+    "wrong type": ("tasks=many", "tasks='many'"),
+    "vocabulary too small": ("tokenizer.vocab_size=100", "tokenizer.vocab_size=100 must be at least 358"),
+    "no such input": ("input=/no/such/folder", "sources.main.path=/no/such/folder: no such folder"),
+    "no input": ("input=null", "sources.main.path: missing; give input=FOLDER"),
+    "no such tokenizer": ("tokenizer.file=/no/such.json", "tokenizer.file=/no/such.json"),
+    "not Hydra's grammar": ("a b", "a b"),
+}
+
+
+@pytest.mark.parametrize(("override", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_clear_line_and_starts_nothing(planted, tmp_path, override, message, capsys):
+    assert main(arguments(planted[0], tmp_path / "data", override)) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not (tmp_path / "data").exists()
+
+
+def test_all_problems_come_at_once(tmp_path, capsys):
+    assert main([f"output={tmp_path}/x", "sources.stdlib.pth=a", "shard_token=1", "workers=0"]) == 2
+    errors = capsys.readouterr().err
+    for message in ("sources.stdlib.path?", "shard_tokens?", "workers=0"):
+        assert message in errors
+
+
+def test_an_unknown_key_in_a_file_is_refused_the_same_way(tmp_path):
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline.yaml").write_text("defaults: [pipeline: demo, _self_]\noutput: x\n")
+    demo = (ROOT / "conf/pipeline/demo.yaml").read_text()
+    (tmp_path / "pipeline/demo.yaml").write_text(demo.replace("heldout_fraction:", "heldout_fracton:"))
+    with pytest.raises(InputError, match=r"^heldout_fracton: unknown setting; did you mean heldout_fraction\?$"):
+        compose([], tmp_path)
+
+
+def test_another_run_s_output_is_not_overwritten(planted, output, tmp_path, capsys):
+    before = fingerprint(output)
+    assert main(arguments(planted[0], output, "tokenizer.vocab_size=460")) == 2
+    assert "settings.tokenizer.vocab_size: 450 -> 460" in capsys.readouterr().err
+    assert fingerprint(output) == before
+    (tmp_path / "thesis.tex").write_text("mine")
+    assert main(arguments(planted[0], tmp_path)) == 2
+    assert "thesis.tex" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+
+def test_too_little_text_says_what_is_missing(tmp_path, capsys):
+    assert (
+        main([f"output={tmp_path}/x", "sources.stdlib.minimum_bytes=1_000_000_000_000", "sources.stdlib.fill=[nope]"])
+        == 2
+    )
+    errors = capsys.readouterr().err
+    assert "sources.stdlib.minimum_bytes=1000000000000: only" in errors
+    assert "package nope" in errors
+
+
+def test_the_standard_library_is_enough_for_the_demo():
+    from data_pipeline.readers import list_inputs
+
+    inputs = list_inputs(compose(["output=x"]).sources)
+    assert sum(size for _, size in inputs) >= 10_000_000
+    assert not [name for name, _ in inputs if "site-packages" in name or "__pycache__" in name]
