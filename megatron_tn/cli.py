@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def command(
                 function(from_mapping(kind, values))
 
         def main() -> None:
-            logging.basicConfig(level=logging.INFO, format="%(message)s")
+            logging.basicConfig(level=logging.INFO if is_first_process() else logging.WARNING, format="%(message)s")
             pairs = [word.partition("=") for word in sys.argv[1:]]
             texts.update({key: value for key, equals, value in pairs if equals and key in literal})
             # The deepspeed launcher adds --local_rank, which says nothing that LOCAL_RANK does not.
@@ -66,15 +67,22 @@ def command(
     return decorate
 
 
+def is_first_process() -> bool:
+    """Whether the launcher called this process rank 0; known before any process group is."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
 @contextlib.contextmanager
 def bad_input_exits() -> Iterator[None]:
     """Print a ConfigError's problems, one line each and on one rank alone, and exit with code 2."""
     try:
         yield
     except ConfigError as error:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        if is_first_process():
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2)  # a launcher stops every rank as soon as one ends; the first must get its lines out
         sys.exit(BAD_INPUT)
 
 

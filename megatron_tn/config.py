@@ -81,9 +81,10 @@ class ModelConfig:
         for name in ("pad_id", "bos_id", "eos_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 found.append(f"model.{name}={getattr(self, name)} is not below model.vocab_size={self.vocab_size}")
-        for name in ("heads", "glu_dim"):
-            if getattr(self, name) % tp:
-                found.append(f"model.{name}={getattr(self, name)} is not divisible by parallel.tp={tp}")
+        if self.heads % tp:
+            found.append(f"model.heads={self.heads} is not divisible by parallel.tp={tp}")
+        if self.glu_dim < tp:
+            found.append(f"model.glu_dim={self.glu_dim} is smaller than parallel.tp={tp}")
         return found
 
 

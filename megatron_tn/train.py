@@ -6,8 +6,8 @@ torchrun --nproc-per-node 8 -m megatron_tn.train model=7b parallel.tp=8 data.man
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import json
 import logging
 from typing import Any
 
@@ -87,7 +87,7 @@ def open_batches(
         manifest, sequence_length=data.sequence_length, seed=config.seed, isolate_documents=data.isolate_documents
     )
     if state.stream:
-        stream.restore(StreamState(**state.stream))
+        stream.restore(StreamState.from_json(json.dumps(state.stream)))
     begun, at = state.step, state.samples
 
     def plan(step: int) -> tuple[int, int] | None:
@@ -114,7 +114,7 @@ def stream_state(stream: TokenStream, next_sample: int) -> dict[str, Any]:
     states = [mine] * dist.get_world_size()
     if len(states) > 1:
         dist.all_gather_object(states, mine)
-    return dataclasses.asdict(StreamState.merge(states))
+    return json.loads(StreamState.merge(states).to_json())
 
 
 if __name__ == "__main__":

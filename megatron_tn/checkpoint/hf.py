@@ -154,13 +154,12 @@ def load_pretrained(
                     raise ConfigError(
                         f"{file}: {name} has shape {view.get_shape()}, but config.json makes it {list(spec.shape)}"
                     )
-                local = torch.zeros(spec.local_shape(axis.size))
-                offset = 0
+                local = torch.zeros(spec.local_shape(axis.rank, axis.size))
+                offset, dim = 0, spec.dim or 0
                 for box in spec.boxes(axis.rank, axis.size):
-                    part = view[tuple(slice(*edges) for edges in box)].float()
-                    dim = spec.dim or 0
+                    part = view[tuple(slice(*edge) for edge in box)].float()
                     local.narrow(dim, offset, part.shape[dim]).copy_(part)
-                    offset += local.shape[dim] // spec.blocks
+                    offset += part.shape[dim]
                 with torch.no_grad():
                     parameters[name].copy_(local)
     return model

@@ -99,7 +99,7 @@ def pieces_of_local_range(spec: ShardSpec, rank: int, size: int, start: int, sto
     """
     if spec.blocks > 1 and spec.dim != 0:
         raise ValueError(f"a parameter of {spec.blocks} blocks must be split along dimension 0, not {spec.dim}")
-    block_elements = math.prod(spec.local_shape(size)) // spec.blocks
+    block_elements = math.prod(spec.local_shape(rank, size)) // spec.blocks
     for index, box in enumerate(spec.boxes(rank, size)):
         origin = index * block_elements
         elements = math.prod(stop - start for start, stop in box)

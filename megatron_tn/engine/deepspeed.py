@@ -32,7 +32,7 @@ import deepspeed
 from deepspeed.utils import groups, logger, safe_get_full_grad
 
 logger.setLevel(logging.ERROR)  # its warnings are about choices that are made here on purpose
-warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated", category=FutureWarning)  # DeepSpeed's calls
+warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated", category=FutureWarning)  # its calls
 # On a CPU DeepSpeed would compile a shared-memory all-reduce with g++ at start-up: 95 s, and a lock left behind when it
 # is killed. Declaring that operator incompatible makes DeepSpeed take gloo's.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -171,7 +171,7 @@ class DeepSpeedEngine:
         found = {}
         for parameter, name in self.names.items():
             spec = parameter.shard_spec
-            local = safe_get_full_grad(parameter).view(spec.local_shape(self.context.tp.size))
+            local = safe_get_full_grad(parameter).view(spec.local_shape(self.context.tp.rank, self.context.tp.size))
             found[name] = spec.gather(local, self.context.tp)
         return found
 

@@ -30,7 +30,7 @@ class LRPE(nn.Module):
     def __init__(self, heads: int, head_dim: int, axis: Axis):
         super().__init__()
         spec = ShardSpec((heads, 1, head_dim), dim=0)
-        self.theta = mark(nn.Parameter(torch.empty(spec.local_shape(axis.size))), spec)
+        self.theta = mark(nn.Parameter(torch.empty(spec.local_shape(axis.rank, axis.size))), spec)
 
     def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         return lrpe(q, self.theta, positions), lrpe(k, self.theta, positions)
@@ -42,7 +42,7 @@ class GateNorm(nn.Module):
     def __init__(self, width: int, axis: Axis):
         super().__init__()
         spec = ShardSpec((width,), dim=0)
-        self.weight = mark(nn.Parameter(torch.empty(spec.local_shape(axis.size))), spec)
+        self.weight = mark(nn.Parameter(torch.empty(spec.local_shape(axis.rank, axis.size))), spec)
 
     def forward(self, u: Tensor) -> Tensor:
         return u * self.weight

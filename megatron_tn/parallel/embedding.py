@@ -28,8 +28,8 @@ class VocabParallelEmbedding(nn.Module):
         self.axis = axis
         self.vocab_size = vocab_size
         spec = ShardSpec((vocab_size, embed_dim), dim=0, padded=padded_vocab(vocab_size, axis.size))
-        self.weight = mark(nn.Parameter(torch.empty(spec.local_shape(axis.size))), spec)
-        self.vocab_start = axis.rank * spec.local_shape(axis.size)[0]
+        self.weight = mark(nn.Parameter(torch.empty(spec.local_shape(axis.rank, axis.size))), spec)
+        self.vocab_start = axis.rank * (spec.padded // axis.size)
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.axis.size == 1:

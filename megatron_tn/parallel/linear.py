@@ -22,7 +22,7 @@ class ColumnParallelLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, axis: Axis, *, blocks: int = 1):
         super().__init__()
         spec = ShardSpec((out_features, in_features), dim=0, blocks=blocks)
-        self.weight = mark(nn.Parameter(torch.empty(spec.local_shape(axis.size))), spec)
+        self.weight = mark(nn.Parameter(torch.empty(spec.local_shape(axis.rank, axis.size))), spec)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
@@ -38,7 +38,7 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.axis = axis
         spec = ShardSpec((out_features, in_features), dim=1)
-        self.weight = mark(nn.Parameter(torch.empty(spec.local_shape(axis.size))), spec)
+        self.weight = mark(nn.Parameter(torch.empty(spec.local_shape(axis.rank, axis.size))), spec)
 
     def forward(self, x: Tensor) -> Tensor:
         return reduce_from(F.linear(x, self.weight), self.axis)

@@ -27,6 +27,8 @@ class ShardSpec:
     dim: the dimension that is split over tensor parallel, or None for a parameter every rank holds whole.
     blocks: equal parts along `dim` that are split one by one.
     padded: length of `dim` after padding (the vocabulary); 0 means no padding.
+
+    A block whose length does not divide is split as evenly as it goes: parts differ by one at most.
     """
 
     shape: tuple[int, ...]
@@ -38,55 +40,66 @@ class ShardSpec:
     def replicated(self) -> bool:
         return self.dim is None
 
-    def local_shape(self, tp: int) -> tuple[int, ...]:
-        """Shape of one rank's part, padding included."""
+    def _parts(self, rank: int, size: int) -> list[tuple[int, int]]:
+        """[start, stop) along `dim` of each block's part that the rank holds, counted with padding."""
+        block = (self.padded or self.shape[self.dim]) // self.blocks
+        start, stop = block * rank // size, block * (rank + 1) // size
+        return [(index * block + start, index * block + stop) for index in range(self.blocks)]
+
+    def local_shape(self, rank: int, size: int) -> tuple[int, ...]:
+        """Shape of a rank's part, padding included."""
         if self.dim is None:
             return self.shape
         shape = list(self.shape)
-        shape[self.dim] = (self.padded or shape[self.dim]) // tp
+        shape[self.dim] = sum(stop - start for start, stop in self._parts(rank, size))
         return tuple(shape)
 
     def boxes(self, rank: int, size: int) -> list[Box]:
         """Boxes of the logical tensor that rank `rank` of `size` holds, in the order in which they are stacked.
 
-        Rows that are padding belong to no box, so a box may be shorter than its part of the local tensor, or empty.
+        Padding belongs to no box, so a box may be shorter than its part of the local tensor, or empty.
         """
         whole = [(0, length) for length in self.shape]
         if self.dim is None:
             return [tuple(whole)]
         length = self.shape[self.dim]
-        block = (self.padded or length) // self.blocks
-        part = block // size
-        found = []
-        for index in range(self.blocks):
-            start = min(index * block + rank * part, length)
-            stop = min(start + part, length)
-            box = list(whole)
-            box[self.dim] = (start, stop)
-            found.append(tuple(box))
-        return found
+        edges = [(min(start, length), min(stop, length)) for start, stop in self._parts(rank, size)]
+        return [(*whole[: self.dim], edge, *whole[self.dim + 1 :]) for edge in edges]
 
     def take(self, logical: Tensor, rank: int, size: int) -> Tensor:
-        """Rank `rank`'s part of the whole tensor, padding rows zero. A new tensor."""
+        """Rank `rank`'s part of the whole tensor, padding zero. A new tensor."""
         if self.dim is None:
             return logical.clone()
-        local = logical.new_zeros(self.local_shape(size))
-        offset = 0
-        for box in self.boxes(rank, size):
-            start, stop = box[self.dim]
-            local.narrow(self.dim, offset, stop - start).copy_(logical.narrow(self.dim, start, stop - start))
-            offset += local.shape[self.dim] // self.blocks
-        return local
+        parts = [logical[tuple(slice(*edge) for edge in box)] for box in self.boxes(rank, size)]
+        local = torch.cat(parts, dim=self.dim)
+        return _extended(local, self.dim, self.local_shape(rank, size)[self.dim] - local.shape[self.dim])
 
     def gather(self, local: Tensor, axis: Axis) -> Tensor:
         """The whole tensor from every rank's part, on every rank, padding removed. Collective over `axis`."""
         if self.dim is None or (axis.size == 1 and not self.padded):
             return local.clone()
-        # [rank, block, ...] -> [block, rank, ...] along the split dimension.
-        parts = all_gather(local.unsqueeze(0), axis)
-        parts = parts.unflatten(self.dim + 1, (self.blocks, -1)).movedim(0, self.dim + 1)
-        whole = parts.flatten(self.dim, self.dim + 2)
-        return whole.narrow(self.dim, 0, self.shape[self.dim]).contiguous()
+        dim = self.dim
+        # Parts are made equally long for the collective, and cut back after it.
+        longest = max(self.local_shape(rank, axis.size)[dim] for rank in range(axis.size)) // self.blocks
+        local = local.unflatten(dim, (self.blocks, -1))
+        local = _extended(local, dim + 1, longest - local.shape[dim + 1])
+        parts = all_gather(local.unsqueeze(0), axis).unbind(0)
+        pieces = [
+            parts[rank].select(dim, block).narrow(dim, 0, stop - start)
+            for block in range(self.blocks)
+            for rank in range(axis.size)
+            for start, stop in [self._parts(rank, axis.size)[block]]
+        ]
+        return torch.cat(pieces, dim=dim).narrow(dim, 0, self.shape[dim]).contiguous()
+
+
+def _extended(x: Tensor, dim: int, by: int) -> Tensor:
+    """x with `by` zeros more along `dim`."""
+    if by == 0:
+        return x
+    shape = list(x.shape)
+    shape[dim] = by
+    return torch.cat([x, x.new_zeros(shape)], dim=dim)
 
 
 def mark(parameter: torch.nn.Parameter, spec: ShardSpec) -> torch.nn.Parameter:

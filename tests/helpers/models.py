@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,14 @@ from megatron_tn.model.transnormer import TransNormerLM, empty_model
 
 # Eight heads and a GLU width of 96 divide by every tensor-parallel size up to 8; 101 does not, so rows are padded.
 TINY = ModelConfig(name="tiny", vocab_size=101, embed_dim=64, layers=3, heads=8, glu_dim=96, init_std=0.05)
+
+
+class Rows(NamedTuple):
+    """A microbatch."""
+
+    tokens: Tensor
+    targets: Tensor
+    cu_seqlens: Tensor | None = None
 
 
 def tiny_config(**changes) -> TrainConfig:

@@ -1,0 +1,50 @@
+"""No step is skipped in silence (promise 7): a non-finite value on one rank stops the update on all of them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from megatron_tn.config import EngineConfig, ParallelConfig
+from megatron_tn.engine.build import build_engine, initialize_engine
+from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.training.state import TrainingState
+from megatron_tn.training.step import train_step
+from tests.engine.test_parity import LOCAL, ZERO, name_of
+from tests.helpers.models import Rows, random_batch, tiny_config
+from tests.helpers.ranks import run_ranks
+
+BF16 = [EngineConfig(name="deepspeed", zero_stage=stage, precision="bf16") for stage in range(4)]
+
+
+def poisoned_step(tp: int, engine_config: EngineConfig) -> tuple:
+    context = ParallelContext.create(tp)
+    engine = build_engine(
+        tiny_config(engine=engine_config, parallel=ParallelConfig(tp=tp)), context, torch.device("cpu")
+    )
+    initialize_engine(engine, 3)
+    state = TrainingState()
+    tokens, targets = random_batch(2, 16)
+    reports, masters = [], []
+    for step in range(3):
+        if step == 1 and context.rank == 1:
+            # A bad cosmic ray on one rank only: its gradients become NaN on the way back.
+            weight = engine.model.model.layers[1].channel_mixer.l1.weight
+            hook = weight.register_hook(lambda gradient: gradient * float("nan"))
+        reports.append(train_step(engine, [Rows(tokens[:1], targets[:1])], 1e-2, torch.device("cpu")))
+        state.count(reports[-1], samples=1)
+        masters.append(torch.cat([owned.values["param"].clone() for owned in engine.owned_ranges()]))
+        if step == 1 and context.rank == 1:
+            hook.remove()
+    return [r.applied for r in reports], [torch.equal(a, b) for a, b in itertools.pairwise(masters)], state
+
+
+@pytest.mark.parametrize("engine", [LOCAL, *ZERO, *BF16], ids=lambda e: f"{name_of(e)}-{e.precision}")
+@pytest.mark.parametrize("tp", [1, 2])
+def test_one_bad_rank_stops_the_update_everywhere(engine, tp):
+    for applied, unchanged, state in run_ranks(2, poisoned_step, tp, engine):
+        assert applied == [True, False, True]
+        assert unchanged == [True, False]
+        assert (state.step, state.optimizer_step) == (3, 2)

@@ -1,0 +1,85 @@
+"""The model computes what the released one computes: logits, loss, every gradient, prefill and decoding, at any tp."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_tn import ParallelContext, load_pretrained
+from tests.helpers.golden import NAMES, golden, relative_to_max
+from tests.helpers.ranks import run_ranks
+
+LOGITS, GRADIENT = 2e-5, 1e-4
+
+
+def compute(name: str, tp: int) -> dict:
+    """Everything the golden files hold, from a model of this layout."""
+    wanted = golden(name)
+    context = ParallelContext.create(tp=tp)
+    model = load_pretrained(wanted.directory, context)
+    ids = wanted.io["input_ids"]
+    loss = model.loss(ids, wanted.targets)
+    loss.backward()
+    with torch.no_grad():
+        half = ids.shape[1] // 2
+        out = model(ids[:, :half], return_state=True)
+        decoded = [out.logits]
+        state_after_prefill = out.state.layers[0]
+        for at in range(half, ids.shape[1]):
+            out = model(ids[:, at : at + 1], state=out.state, return_state=True)
+            decoded.append(out.logits)
+        return {
+            "logits": model(ids).logits,
+            "loss": loss.detach(),
+            "decode_logits": torch.cat(decoded, dim=1),
+            "state": state_after_prefill,
+            "final_hidden": model.model(ids)[0],
+            "gradients": model.named_logical_gradients(),
+        }
+
+
+def check(found: dict, name: str) -> None:
+    wanted = golden(name)
+    assert relative_to_max(found["logits"], wanted.io["logits"]) < LOGITS
+    assert relative_to_max(found["decode_logits"], wanted.io["decode_logits"]) < LOGITS
+    assert relative_to_max(found["final_hidden"], wanted.io["final_hidden"]) < LOGITS
+    torch.testing.assert_close(found["loss"], wanted.io["loss"][0], rtol=1e-6, atol=0)
+    assert found["gradients"].keys() == wanted.gradients.keys()
+    for parameter, gradient in wanted.gradients.items():
+        error = (found["gradients"][parameter] - gradient).norm() / gradient.norm()
+        assert error < GRADIENT, parameter
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_process(name):
+    found = compute(name, tp=1)
+    check(found, name)
+    wanted = golden(name).io["state_after_prefill_block_0"]
+    assert relative_to_max(found["state"], wanted) < LOGITS
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hidden_state_after_the_first_block(name):
+    wanted = golden(name)
+    model = load_pretrained(wanted.directory)
+    ids = wanted.io["input_ids"]
+    with torch.no_grad():
+        x = model.model.embed_tokens(ids) * model.model.scale
+        x, _ = model.model.layers[0](x, torch.arange(ids.shape[1]))
+    assert relative_to_max(x, wanted.io["after_block_0"]) < LOGITS
+
+
+@pytest.mark.parametrize(("name", "tp"), [("heads4", 2), ("heads4", 4), ("heads6_noscale", 2), ("heads6_noscale", 3)])
+def test_tensor_parallel(name, tp):
+    for found in run_ranks(tp, compute, name, tp):
+        check(found, name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_through_the_logits_equal_those_through_the_loss(name):
+    wanted = golden(name)
+    model = load_pretrained(wanted.directory)
+    logits = model(wanted.io["input_ids"]).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.targets.flatten()).backward()
+    for parameter, gradient in model.named_logical_gradients().items():
+        assert (gradient - wanted.gradients[parameter]).norm() < GRADIENT * wanted.gradients[parameter].norm()
