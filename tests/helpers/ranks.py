@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 import os
 import tempfile
 import traceback
@@ -22,7 +23,8 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     A failure in any rank fails the test with that rank's traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, args=(size, folder, function, args), nprocs=size, join=True)
+        multiprocessing.set_forkserver_preload(["tests.helpers.preload"])
+        mp.start_processes(_rank, (size, folder, function, args), nprocs=size, start_method="forkserver")
         return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(size)]
 
 

@@ -1,0 +1,129 @@
+"""The released layout: what is written is read back, and what does not fit is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_tn import load_pretrained
+from megatron_tn.checkpoint.hf import config_from_released, config_to_released, save_pretrained
+from megatron_tn.config import ConfigError
+from tests.helpers.golden import NAMES, golden
+from tests.helpers.models import TINY, random_batch, reference_model
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"norm": "rmsnorm"}, {"decay": "paper"}, {"lrpe": "all"}, {"gate": False}], ids=str
+)
+def test_an_exported_model_is_the_same_model(tmp_path, change):
+    model = reference_model(dataclasses.replace(TINY, **change), seed=1, dtype=torch.float32)
+    save_pretrained(model, tmp_path)
+    again = load_pretrained(tmp_path)
+    tokens, _ = random_batch(2, 15)
+    assert torch.equal(model(tokens).logits, again(tokens).logits)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_released_files_survive_a_round_trip(tmp_path, name):
+    directory = golden(name).directory
+    save_pretrained(load_pretrained(directory), tmp_path)
+    assert {k: v.tolist() for k, v in load_file(tmp_path / "model.safetensors").items()} == {
+        k: v.tolist() for k, v in load_file(directory / "model.safetensors").items()
+    }
+    released, written = (json.loads((d / "config.json").read_text()) for d in (directory, tmp_path))
+    assert released.items() <= written.items()
+
+
+def test_decay_rates_are_stored_for_every_layer_and_head():
+    rates = config_to_released(TINY)["decay_rates"]
+    assert [len(layer) for layer in rates] == [TINY.heads] * TINY.layers
+    assert rates[0][0] == pytest.approx(0.5 * 1.00001)
+
+
+def test_other_decay_rates_are_refused():
+    stored = config_to_released(TINY)
+    stored["decay_rates"][1][2] *= 1.01
+    with pytest.raises(ConfigError, match="stored decay_rates"):
+        config_from_released(stored)
+
+
+def test_absent_decay_rates_mean_the_released_form():
+    stored = config_to_released(TINY)
+    del stored["decay_rates"], stored["megatron_tn"]
+    config = config_from_released(stored)
+    assert (config.decay, config.decay_temperature) == ("released", True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bias": True}, "no biases"),
+        ({"linear_act_fun": "gelu"}, "linear_act_fun='gelu'"),
+        ({"norm_type": "layernorm"}, "norm_type='layernorm'"),
+        ({"hidden_dim": 32}, "hidden_dim=32 differs from decoder_embed_dim=64"),
+        ({"glu_dim": None}, "no glu_dim"),
+    ],
+    ids=["bias", "act", "norm", "hidden", "missing"],
+)
+def test_a_config_that_is_not_this_model_is_refused(change, message):
+    stored = config_to_released(TINY) | change
+    stored = {key: value for key, value in stored.items() if value is not None}
+    with pytest.raises(ConfigError, match=message):
+        config_from_released(stored)
+
+
+def edit_weights(directory, edit):
+    path = directory / "model.safetensors"
+    weights = load_file(path)
+    edit(weights)
+    save_file(weights, path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda w: w.pop("model.layers.0.token_mixer.lrpe.theta"), "lrpe.theta is missing"),
+        (lambda w: w.update(extra=torch.zeros(1)), "unknown tensor extra"),
+        (lambda w: w.update({"model.layers.1.channel_mixer.l1.weight": torch.zeros(95, 64)}), r"has shape \[95, 64\]"),
+    ],
+    ids=["missing", "unknown", "shape"],
+)
+def test_weights_that_do_not_fit_are_refused(tmp_path, edit, message):
+    save_pretrained(reference_model(TINY, seed=1, dtype=torch.float32), tmp_path)
+    edit_weights(tmp_path, edit)
+    with pytest.raises(ConfigError, match=message):
+        load_pretrained(tmp_path)
+
+
+def test_a_repeated_head_is_accepted(tmp_path):
+    save_pretrained(reference_model(TINY, seed=1, dtype=torch.float32), tmp_path)
+    edit_weights(tmp_path, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
+    load_pretrained(tmp_path)
+
+
+def test_sharded_files_are_read_by_their_index_and_only_inside_the_folder(tmp_path):
+    model = reference_model(TINY, seed=1, dtype=torch.float32)
+    save_pretrained(model, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(weights)
+    files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in files.items():
+        save_file({name: weights[name] for name in part}, tmp_path / file)
+    index = {name: file for file, part in files.items() for name in part}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    tokens, _ = random_batch(1, 5)
+    assert torch.equal(load_pretrained(tmp_path)(tokens).logits, model(tokens).logits)
+    index[names[0]] = "../a.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(ConfigError, match=r"'\.\./a.safetensors' is not a plain file name"):
+        load_pretrained(tmp_path)
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        load_pretrained(tmp_path)

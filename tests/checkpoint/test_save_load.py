@@ -1,0 +1,265 @@
+"""One format for every engine and layout: saved anywhere, loaded anywhere, bitwise; whole or absent."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_tn.checkpoint.load import Reader, load_checkpoint, load_model
+from megatron_tn.checkpoint.manifest import MANIFEST, Manifest, Piece, whole_checkpoints
+from megatron_tn.checkpoint.save import CheckpointError, save_checkpoint
+from megatron_tn.config import ConfigError, EngineConfig, ParallelConfig, to_mapping
+from megatron_tn.engine.build import build_engine, initialize_engine
+from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.training.step import train_step
+from tests.engine.test_parity import LOCAL, RMSNORM, ZERO
+from tests.helpers.models import TINY, Rows, random_batch, tiny_config
+from tests.helpers.ranks import run_ranks
+
+CPU = torch.device("cpu")
+
+
+def make_engine(tp: int, engine: EngineConfig):
+    context = ParallelContext.create(tp)
+    config = tiny_config(model=RMSNORM, engine=engine, parallel=ParallelConfig(tp=tp))
+    return config, build_engine(config, context, CPU)
+
+
+def one_step(engine, seed: int) -> float:
+    """One step on the same four rows, however many ranks share them."""
+    context = engine.context
+    tokens, targets = random_batch(4, 24, RMSNORM, seed=seed)
+    share = 4 // context.data.size
+    mine = slice(context.data.rank * share, (context.data.rank + 1) * share)
+    return train_step(engine, [Rows(tokens[mine], targets[mine])], 1e-2, CPU).loss
+
+
+def save_after_two_steps(folder: Path, tp: int, engine_config: EngineConfig) -> float:
+    """Save at step 2; return the loss of the step after it."""
+    config, engine = make_engine(tp, engine_config)
+    initialize_engine(engine, seed=5)
+    for seed in range(2):
+        one_step(engine, seed)
+    options = {"config": to_mapping(config), "training": {"step": 2, "tokens": 1}}
+    save_checkpoint(engine, folder, step=2, optimizer_step=2, **options)
+    return one_step(engine, seed=2)
+
+
+def load_and_step(checkpoint: Path, again: Path, tp: int, engine_config: EngineConfig) -> float:
+    """Load, save what was loaded, and take the next step."""
+    config, engine = make_engine(tp, engine_config)
+    manifest = load_checkpoint(engine, checkpoint)
+    save_checkpoint(
+        engine, again, step=2, optimizer_step=manifest.optimizer_step, config=to_mapping(config), training={}
+    )
+    return one_step(engine, seed=2)
+
+
+def logical(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every kind/NAME of a checkpoint as one whole tensor."""
+    manifest = Manifest.read(checkpoint)
+    found = {}
+    with Reader(checkpoint, manifest) as reader:
+        for key in manifest.pieces:
+            kind, _, name = key.partition("/")
+            shape = tuple(manifest.shapes[name])
+            whole = torch.empty(shape)
+            box = tuple((0, length) for length in shape)
+            reader.fill(kind, name, shape, Piece(box, 0, whole.numel()), whole.view(-1))
+            found[key] = whole
+    return found
+
+
+# (world, tp, engine) at the save -> at the load: every engine and tensor-parallel size on both sides at least once.
+MOVES = [
+    ((4, 2, ZERO[1]), (4, 1, ZERO[3])),
+    ((4, 1, ZERO[3]), (2, 2, ZERO[2])),
+    ((2, 2, ZERO[2]), (4, 4, ZERO[1])),
+    ((4, 4, ZERO[0]), (1, 1, LOCAL)),
+    ((1, 1, LOCAL), (2, 1, ZERO[2])),
+]
+
+
+def label(side) -> str:
+    world, tp, engine = side
+    return f"{world}x{engine.name[:5]}{engine.zero_stage}tp{tp}"
+
+
+@pytest.mark.parametrize(("saved", "loaded"), MOVES, ids=[f"{label(a)}-to-{label(b)}" for a, b in MOVES])
+def test_any_layout_loads_what_any_other_saved(tmp_path, saved, loaded):
+    world, tp, engine = saved
+    loss = run_ranks(world, save_after_two_steps, tmp_path / "a", tp, engine)[0]
+    world, tp, engine = loaded
+    checkpoint = tmp_path / "a" / "step_00000002"
+    losses = run_ranks(world, load_and_step, checkpoint, tmp_path / "b", tp, engine)
+    assert losses == pytest.approx([loss] * world, rel=1e-5)
+    before, after = logical(checkpoint), logical(tmp_path / "b" / "step_00000002")
+    assert before.keys() == after.keys()
+    for key in before:
+        assert torch.equal(before[key], after[key]), key
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    run_ranks(1, save_after_two_steps, folder, 1, LOCAL)
+    return folder / "step_00000002"
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path) -> Path:
+    """A checkpoint that a test may damage."""
+    return Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name))
+
+
+def test_only_fp32_values_without_padding_are_stored(checkpoint):
+    manifest = Manifest.read(checkpoint)
+    stored = sum(piece.stop - piece.start for pieces in manifest.pieces.values() for piece in pieces)
+    parameters = sum(torch.Size(shape).numel() for shape in manifest.shapes.values())
+    assert stored == 3 * parameters
+    assert {path.suffix for path in checkpoint.iterdir()} == {".json", ".safetensors"}
+
+
+def test_the_model_alone_can_be_loaded(checkpoint):
+    model = load_model(checkpoint)
+    stored = logical(checkpoint)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, stored[f"param/{name}"])
+
+
+def damage_file(copy: Path) -> None:
+    file = copy / "rank_00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def remove_file(copy: Path) -> None:
+    (copy / "rank_00000.safetensors").unlink()
+
+
+def edit(copy: Path, **changes) -> None:
+    path = copy / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def remove_piece(copy: Path) -> None:
+    pieces = json.loads((copy / MANIFEST).read_text())["pieces"]
+    pieces["exp_avg/model.final_norm.weight"] = []
+    edit(copy, pieces=pieces)
+
+
+def name_a_file_elsewhere(copy: Path) -> None:
+    pieces = json.loads((copy / MANIFEST).read_text())["pieces"]
+    pieces["exp_avg/model.final_norm.weight"][0]["file"] = "../outside.safetensors"
+    edit(copy, pieces=pieces)
+
+
+def name_a_pickle(copy: Path) -> None:
+    pieces = json.loads((copy / MANIFEST).read_text())["pieces"]
+    pieces["exp_avg/model.final_norm.weight"][0]["file"] = "rank_00000.pt"
+    edit(copy, pieces=pieces)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (damage_file, "rank_00000.safetensors is damaged"),
+        (remove_file, "rank_00000.safetensors is missing"),
+        (lambda copy: (copy / MANIFEST).unlink(), "is not a checkpoint"),
+        (lambda copy: (copy / MANIFEST).write_text("{"), "is damaged"),
+        (lambda copy: edit(copy, version=99), "format and version"),
+        (remove_piece, "64 elements of exp_avg/model.final_norm.weight are in none"),
+        (name_a_file_elsewhere, "not a safetensors file in its own folder"),
+        (name_a_pickle, "not a safetensors file in its own folder"),
+    ],
+    ids=["truncated", "missing", "no manifest", "bad json", "version", "incomplete", "traversal", "pickle"],
+)
+def test_damage_is_named(copy, harm, message):
+    harm(copy)
+    _, engine = make_engine(1, LOCAL)
+    with pytest.raises(ConfigError, match=message):
+        load_checkpoint(engine, copy)
+
+
+def test_another_model_is_refused(checkpoint):
+    engine = build_engine(tiny_config(), ParallelContext(), CPU)  # norm=simplermsnorm: fewer parameters, same shapes
+    load_checkpoint(engine, checkpoint)
+    engine = build_engine(tiny_config(model=dataclasses.replace(TINY, glu_dim=95)), ParallelContext(), CPU)
+    with pytest.raises(
+        ConfigError, match=r"channel_mixer.l1.weight has shape \[96, 64\], but the model needs \[95, 64\]"
+    ):
+        load_checkpoint(engine, checkpoint)
+
+
+def test_old_checkpoints_go_only_after_the_new_one_is_whole(tmp_path):
+    config, engine = make_engine(1, LOCAL)
+    initialize_engine(engine, seed=5)
+    for step in (1, 2, 3):
+        options = {"config": to_mapping(config), "training": {}, "keep": 2}
+        save_checkpoint(engine, tmp_path, step=step, optimizer_step=step, **options)
+    assert [path.name for path in whole_checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
+
+
+def test_a_failed_save_leaves_the_old_ones_and_says_why(tmp_path, monkeypatch):
+    config, engine = make_engine(1, LOCAL)
+    initialize_engine(engine, seed=5)
+    options = {"config": to_mapping(config), "training": {}, "keep": 1}
+    save_checkpoint(engine, tmp_path, step=1, optimizer_step=1, **options)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("megatron_tn.checkpoint.save.save_file", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save_checkpoint(engine, tmp_path, step=2, optimizer_step=2, **options)
+    assert [path.name for path in whole_checkpoints(tmp_path)] == ["step_00000001"]
+
+
+KILLED_SAVE = """
+import sys, time, threading, os, signal, random
+from pathlib import Path
+from tests.checkpoint.test_save_load import *
+folder, delay = Path(sys.argv[1]), float(sys.argv[2])
+config, engine = make_engine(1, LOCAL)
+initialize_engine(engine, seed=5)
+options = {"config": to_mapping(config), "training": {}}
+save = lambda step: save_checkpoint(engine, folder, step=step, optimizer_step=step, **options)
+save(1)
+threading.Timer(delay, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+for step in range(2, 1000):
+    save(step)
+"""
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.005, 0.02, 0.05])
+def test_kill_9_inside_a_save_leaves_a_whole_checkpoint(tmp_path, delay):
+    died = subprocess.run(
+        [sys.executable, "-c", KILLED_SAVE, tmp_path, str(delay)], cwd=Path(__file__).parents[2], check=False
+    )
+    assert died.returncode == -signal.SIGKILL
+    last = whole_checkpoints(tmp_path)[-1]
+    config, engine = make_engine(1, LOCAL)
+    load_checkpoint(engine, last)
+    # The next save of the step that was cut short overwrites what is left of it.
+    following = int(last.name[-8:]) + 1
+    options = {"config": to_mapping(config), "training": {}}
+    saved = save_checkpoint(engine, tmp_path, step=following, optimizer_step=following, **options)
+    load_checkpoint(engine, saved)
+    assert not list(tmp_path.glob(f"step_{following:08d}.tmp"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_no_permission_is_an_error_that_names_the_folder(tmp_path):
+    config, engine = make_engine(1, LOCAL)
+    initialize_engine(engine, seed=5)
+    tmp_path.chmod(0o500)
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        save_checkpoint(engine, tmp_path, step=1, optimizer_step=1, config=to_mapping(config), training={})

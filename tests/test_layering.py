@@ -1,0 +1,95 @@
+"""Who may import whom, as docs/design states it: checked on the syntax tree, imports inside functions included."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("kernels", "data_pipeline", "megatron_tn", "launch")
+
+# Part of the project -> the other parts it may import. A module is in the longest part that is a prefix of its name.
+# Command lines (megatron_tn/*.py) may import every part, and of data_pipeline what reads shards.
+ALLOWED = {
+    "kernels": [],
+    "data_pipeline": [],
+    "megatron_tn.config": [],
+    "megatron_tn.parallel": ["kernels", "megatron_tn.config"],
+    "megatron_tn.model": ["kernels", "megatron_tn.parallel", "megatron_tn.config"],
+    "megatron_tn.optim": ["megatron_tn.config"],
+    "megatron_tn.engine": ["megatron_tn.model", "megatron_tn.parallel", "megatron_tn.optim", "megatron_tn.config"],
+    "megatron_tn.checkpoint": ["megatron_tn.model", "megatron_tn.parallel", "megatron_tn.config"],
+    "megatron_tn.inference": ["megatron_tn.model", "megatron_tn.parallel", "megatron_tn.config"],
+    "megatron_tn.evaluation": ["megatron_tn.inference", "megatron_tn.model", "megatron_tn.config"],
+    "megatron_tn.training": [
+        "megatron_tn.engine",
+        "megatron_tn.checkpoint",
+        "megatron_tn.optim",
+        "megatron_tn.evaluation",
+        "megatron_tn.parallel",
+        "megatron_tn.config",
+    ],
+    "megatron_tn.planning": ["megatron_tn.model", "megatron_tn.parallel", "megatron_tn.engine", "megatron_tn.config"],
+    "megatron_tn": ["megatron_tn", "data_pipeline.stream", "data_pipeline.shards"],
+    "launch": ["megatron_tn.config", "megatron_tn.planning"],
+}
+
+
+def is_in(module: str, part: str) -> bool:
+    return module == part or module.startswith(f"{part}.")
+
+
+def part_of(module: str) -> str:
+    return max((part for part in ALLOWED if is_in(module, part)), key=len)
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """(line, module) of every import of a project module, wherever in the file it stands."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import hides which part it reaches into"
+            # `from kernels import lrpe` reaches the package; `from megatron_tn import cli` the module below it.
+            below = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += [(node.lineno, name if module_exists(name) else node.module) for name in below]
+    return [(line, module) for line, module in found if module.split(".")[0] in PACKAGES]
+
+
+def module_exists(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return path.with_suffix(".py").is_file() or path.is_dir()
+
+
+def modules() -> list[Path]:
+    return [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_stay_within_what_the_design_allows(path):
+    own = part_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    for line, module in imports(path):
+        allowed = is_in(module, own) or any(is_in(module, part) for part in ALLOWED[own])
+        assert allowed, f"{path.relative_to(ROOT)}:{line}: {own} must not import {module}"
+
+
+def test_the_check_can_fail(tmp_path):
+    offender = tmp_path / "offender.py"
+    offender.write_text("def late():\n    from megatron_tn.engine import base\n    import data_pipeline.stream\n")
+    assert [module for _, module in imports(offender)] == ["megatron_tn.engine.base", "data_pipeline.stream"]
+
+
+def test_kernels_import_torch_and_triton_alone():
+    outside = {"torch", "triton", "numpy"}
+    for path in (ROOT / "kernels").rglob("*.py"):
+        if "bench" in path.parts:
+            continue  # measuring may use what it likes
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                top = name.split(".")[0]
+                assert top in outside | {"kernels"} or top in __import__("sys").stdlib_module_names, f"{path}: {name}"
