@@ -114,6 +114,9 @@ class DataConfig:
     sequence_length: int = 2048  # tokens
     global_batch: int = 64  # sequences per optimizer step, over all ranks
     micro_batch: int = 1  # sequences per forward pass of one rank
+    shuffle_window: int = (
+        32  # shards whose sequences are mixed, so that neighbours in a batch are not neighbours in text
+    )
     isolate_documents: bool = False  # attention state is reset at document boundaries; the paper cuts without isolation
     workers: int = 1  # reader processes per data-parallel rank; 0 reads in the training process
 
@@ -187,6 +190,7 @@ class TrainConfig:
     run_dir: str = "runs/default"
     seed: int = 0
     nodes: int = 1
+    stop_after: int = 0  # end after this step, saved and within the same schedule; 0: after schedule.steps
     deterministic: bool = False  # bitwise repeatable kernels, at some cost in speed
     distributed_timeout_s: int = 1800  # of any collective
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -199,6 +203,11 @@ class TrainConfig:
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
     cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this process is done."""
+        return min(self.stop_after or self.schedule.steps, self.schedule.steps)
 
     def problems(self, world_size: int | None = None) -> list[str]:
         """Every relation between settings that does not hold, one line each (empty when all is well).
@@ -253,7 +262,7 @@ class EvaluateConfig:
     train_manifest: str = ""  # shards to count the unigram baseline on; empty leaves that baseline out
     tokenizer: str = ""  # tokenizer.json; empty looks beside the checkpoint
     max_documents: int = 0  # 0: all
-    batch_tokens: int = 8192
+    batch_tokens: int = 4096  # of documents scored side by side
     device: str = "auto"
     precision: Literal["trained", "bf16", "fp32"] = "trained"
     output: str = ""  # JSON file for the result, which is printed as well

@@ -84,7 +84,11 @@ def open_batches(
     """The stream, and this rank's microbatches of every step from `state` to the schedule's end."""
     data = config.data
     stream = TokenStream(
-        manifest, sequence_length=data.sequence_length, seed=config.seed, isolate_documents=data.isolate_documents
+        manifest,
+        sequence_length=data.sequence_length,
+        seed=config.seed,
+        isolate_documents=data.isolate_documents,
+        window=data.shuffle_window,
     )
     if state.stream:
         stream.restore(StreamState.from_json(json.dumps(state.stream)))
@@ -94,7 +98,7 @@ def open_batches(
         # Counted from where the stream stands, so that a changed batch size neither repeats nor skips a sample.
         first, samples = batch_of_step(step, data.global_batch)
         first += at - batch_of_step(begun, data.global_batch)[0]
-        return (first, samples) if step < config.schedule.steps else None
+        return (first, samples) if step < config.last_step else None
 
     batches = BatchLoader(
         stream,

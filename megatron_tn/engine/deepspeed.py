@@ -7,6 +7,8 @@ as flat fp32 ranges of each local parameter, whatever the stage keeps them in.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import warnings
@@ -125,13 +127,14 @@ class DeepSpeedEngine:
         settings = deepspeed_settings(config, self.context.data.size)
         if self.bare:
             settings["gradient_clipping"] = 0.0  # done in step(), where a non-finite norm can still be refused
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=settings,
-            mpu=ModelParallelUnit(self.context),
-            dist_init_required=False,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory figures unasked
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=settings,
+                mpu=ModelParallelUnit(self.context),
+                dist_init_required=False,
+            )
         # The torch (or apex) optimizer underneath the wrapper, which holds learning rates and moments.
         self.inner = getattr(self.optimizer, "optimizer", self.optimizer)
 

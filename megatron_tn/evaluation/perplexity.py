@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_tn.model.transnormer import TransNormerLM
+from megatron_tn.model.transnormer import RecurrentState, TransNormerLM
 
 IGNORE = -100
 
@@ -38,8 +38,8 @@ def document_nats(
     model: TransNormerLM,
     documents: Sequence[np.ndarray],
     *,
-    batch_tokens: int = 8192,
-    window: int = 512,
+    batch_tokens: int = 4096,
+    window: int = 256,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[float]:
     """Negative log-likelihood, in nats, of each document (ids [n], bos first) given its first id.
@@ -60,21 +60,30 @@ def document_nats(
             ids = documents[index]
             tokens[row, : len(ids)] = ids
             targets[row, : len(ids) - 1] = ids[1:]
-        sums = _row_nats(model, torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device), window)
+        lengths = [len(documents[index]) for index in chosen]
+        sums = _row_nats(
+            model, torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device), lengths, window
+        )
         for index, value in zip(chosen, sums.tolist(), strict=True):
             nats[index] = value
         progress(len(chosen))
     return nats
 
 
-def _row_nats(model: TransNormerLM, tokens: Tensor, targets: Tensor, window: int) -> Tensor:
-    """tokens, targets [B, N] -> fp64 [B]: the summed loss of each row."""
+def _row_nats(model: TransNormerLM, tokens: Tensor, targets: Tensor, lengths: list[int], window: int) -> Tensor:
+    """tokens, targets [B, N], rows from the longest document to the shortest -> fp64 [B]: the summed loss of each row.
+
+    A row leaves the batch at the window after its document's end, so little is spent on padding.
+    """
     total = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
     state = None
     for first in range(0, tokens.shape[1], window):
-        piece = slice(first, first + window)
-        out = model(tokens[:, piece], targets=targets[:, piece], reduction="none", state=state, return_state=True)
-        total += out.loss.double().sum(1)
+        rows = sum(length > first for length in lengths)
+        if state is not None:
+            state = RecurrentState([layer[:rows] for layer in state.layers], state.position)
+        piece = (slice(rows), slice(first, first + window))
+        out = model(tokens[piece], targets=targets[piece], reduction="none", state=state, return_state=True)
+        total[:rows] += out.loss.double().sum(1)
         state = out.state
     return total
 

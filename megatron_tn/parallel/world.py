@@ -53,5 +53,5 @@ def _translate_slurm() -> None:
     os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
     os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
     os.environ.setdefault("MASTER_ADDR", hosts[0])
-    # Jobs that share a node must not share a port; all ranks of a job must agree on it.
-    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
+    # Jobs that share a node must not share a port; all ranks of a job must agree on it. Ephemeral ports begin at 32768.
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 10000))

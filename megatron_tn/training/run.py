@@ -65,7 +65,7 @@ class Run:
         finally:
             if kind is not None:
                 self.status("failed", error=f"{kind.__name__}: {error}")
-            elif self.state.step >= self.config.schedule.steps:
+            elif self.state.step >= self.config.last_step:
                 self.status("finished")
             else:
                 self.status("preempted")
@@ -91,7 +91,7 @@ class Run:
         evaluate: Callable[[], dict[str, Any]] | None,
     ) -> Sequence[Hook]:
         """The hooks that the config asks for, started. Sinks are on global rank 0 alone; saving is on all ranks."""
-        config, last = self.config, self.config.schedule.steps
+        config, last = self.config, self.config.last_step
         hooks: list[Hook] = []
         record: Callable[[dict[str, Any], int], None] = lambda values, step: None  # noqa: E731
         if self.is_first:

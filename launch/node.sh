@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# One node's share of a run: torchrun, its trainers, and the way of signals to them.
+#   launch/node.sh TORCHRUN_OPTION... -- OVERRIDE...          (called by local.sh, and by train.sbatch once a node)
+#
+# SIGUSR1 (the time is nearly up) and SIGTERM (somebody wants us gone; also Ctrl-C and a closed terminal) mean: save a
+# checkpoint and stop. torchrun does not do that: USR1 kills it, and after TERM it gives its workers 30 s and exits 1.
+# So torchrun and everything below it start with these signals ignored, and this shell tells the trainers, each once and
+# only when it listens: a trainer that is still importing has no handler yet, and would miss the signal.
+set -euo pipefail
+
+asked='' interrupts=0
+trap 'asked=USR1' USR1
+trap 'asked=TERM' TERM HUP
+trap 'asked=TERM; interrupts=$((interrupts + 1))' INT
+
+# shellcheck source=launch/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+torchrun_options=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do torchrun_options+=("$1"); shift; done
+[ $# -gt 0 ] || { echo "launch/node.sh: usage: node.sh TORCHRUN_OPTION... -- OVERRIDE..." >&2; exit 2; }
+shift
+
+# SIGQUIT stays with torchrun, as the way to end it at once. -P keeps the current folder off torchrun's own module path.
+(
+  trap '' USR1 TERM HUP INT
+  exec "$MEGATRON_TN_PYTHON" -P -m launch.torchrun --signals-to-handle=SIGQUIT "${torchrun_options[@]}" \
+    -m megatron_tn.train "$@"
+) &
+torchrun=$!
+
+trainers() { # prints the PID and the caught-signals mask (hexadecimal) of every child of torchrun
+  cat /proc/[0-9]*/status 2>/dev/null |
+    awk -v parent="$torchrun" '/^Pid:/{pid = $2} /^PPid:/{ppid = $2} /^SigCgt:/{if (ppid == parent) print pid, $2}'
+}
+
+told=' '
+tell() { # SIGNAL: pass it on to the trainers that catch it and have not been told
+  local pid mask bit=$(($(kill -l "$1") - 1))
+  while read -r pid mask; do
+    [[ $told != *" $pid "* ]] || continue
+    (((0x$mask >> bit) & 1)) || continue
+    if kill -s "$1" "$pid" 2>/dev/null; then told+="$pid "; fi
+  done < <(trainers)
+}
+
+announced=''
+while kill -0 "$torchrun" 2>/dev/null; do
+  if [ -z "$asked" ]; then
+    wait "$torchrun" || :  # comes back when torchrun ends, or early for a signal
+  else
+    if [ -z "$announced" ]; then
+      announced=yes
+      echo "launch/node.sh: SIG$asked: telling the trainers to save a checkpoint and stop" >&2
+      # train.sbatch cannot see a signal that went to the job's steps alone; TERM means that nobody wants a requeue
+      if [ "$asked" = TERM ] && [ -n "${RUN_MARK:-}" ]; then { : >"$RUN_MARK.terminated"; } 2>/dev/null || :; fi
+    fi
+    if [ "$interrupts" -ge 2 ]; then  # the second Ctrl-C: somebody is in a hurry
+      while read -r pid _; do kill -KILL "$pid" 2>/dev/null || :; done < <(trainers)
+      kill -KILL "$torchrun" 2>/dev/null || :
+      exit 130
+    fi
+    tell "$asked"
+    sleep 0.5 || :
+  fi
+done
+code=0
+wait "$torchrun" || code=$?
+
+# srun reports the largest exit code of all nodes, which after a failure is that of the ones it killed: the first says why
+if [ "$code" -ne 0 ] && [ -n "${RUN_MARK:-}" ]; then (set -o noclobber; echo "$code" >"$RUN_MARK.failed") 2>/dev/null || :; fi
+exit "$code"
