@@ -86,6 +86,8 @@ def load_checkpoint(engine: Trainable, directory: Path) -> Manifest:
     with Reader(directory, manifest) as reader:
         for owned in engine.owned_ranges():
             spec = specs[owned.name]
+            for values in owned.values.values():
+                values.zero_()  # padding is in no file, and memory that nobody wrote may hold NaN
             for piece, at in pieces_of_local_range(spec, context.tp.rank, context.tp.size, owned.start, owned.stop):
                 for kind in KINDS:
                     destination = owned.values[kind][at : at + piece.stop - piece.start]

@@ -108,6 +108,28 @@ def test_any_layout_loads_what_any_other_saved(tmp_path, saved, loaded):
         assert torch.equal(before[key], after[key]), key
 
 
+def load_into_poisoned_memory(checkpoint: Path, tp: int, engine_config: EngineConfig) -> tuple[float, bool]:
+    """The step after a load when all that the engine allocated held NaN before it."""
+    _, engine = make_engine(tp, engine_config)
+    for owned in engine.owned_ranges():
+        for values in owned.values.values():
+            values.fill_(float("nan"))
+    load_checkpoint(engine, checkpoint)
+    tokens, targets = random_batch(4, 24, RMSNORM, seed=2)
+    share = 4 // engine.context.data.size
+    mine = slice(engine.context.data.rank * share, (engine.context.data.rank + 1) * share)
+    report = train_step(engine, [Rows(tokens[mine], targets[mine])], 1e-2, CPU)
+    return report.loss, report.applied
+
+
+@pytest.mark.parametrize("engine", [LOCAL, ZERO[1], ZERO[3]], ids=lambda e: f"{e.name}{e.zero_stage}")
+def test_a_load_leaves_nothing_of_what_memory_held(checkpoint, engine):
+    """The vocabulary's padding rows are in no file, and must not keep what was there."""
+    found = run_ranks(2, load_into_poisoned_memory, checkpoint, 2, engine)
+    assert all(applied for _, applied in found)
+    assert len({loss for loss, _ in found}) == 1
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")

@@ -1,0 +1,92 @@
+"""Bad input: one clear line each, exit code 2, before anything is started or overwritten."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch.distributed as dist
+
+from megatron_tn.convert import main as convert
+from megatron_tn.evaluate import main as evaluate
+from megatron_tn.generate import main as generate
+from megatron_tn.train import main as train
+from tests.helpers.training import SMALL, call
+
+
+@pytest.mark.parametrize(
+    ("words", "messages"),
+    [
+        (["model.embd_dim=64"], ["unknown setting model.embd_dim; did you mean model.embed_dim"]),
+        (["lr=3"], ["unknown setting lr; did you mean optim.lr"]),
+        (["engine=zero4"], ["engine=zero4: conf/engine has local, zero0, zero1, zero2, zero3; did you mean zero"]),
+        (["engine.zero_stage=7"], ["engine.zero_stage=7: input should be 0, 1, 2 or 3"]),
+        (["optim.lr=fast"], ["optim.lr='fast': input should be a valid number"]),
+        (["parallel.tp=3"], ["model.heads=4 is not divisible by parallel.tp=3", "world size 1 is not a multiple of"]),
+        (["parallel.tp=2"], ["world size 1 is not a multiple of parallel.tp=2 x parallel.cp=1 = 2"]),
+        (
+            ["data.global_batch=3", "data.micro_batch=2"],
+            ["data.global_batch=3 is not a multiple of data.micro_batch=2"],
+        ),
+        (["model.vocab_size=300"], ["model.vocab_size=300 is smaller than the 401 entries of the tokenizer"]),
+        (["checkpoint.resume=nowhere"], ["checkpoint.resume=nowhere does not exist"]),
+        (["data.manifest=nowhere.json"], ["data.manifest: manifest nowhere.json: No such file"]),
+        (["schedule.warmup_steps=5000"], ["schedule.warmup_steps=5000 must be below schedule.steps=1000"]),
+        (["what is this"], ["not an override"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) and "=" in value[0] else "",
+)
+def test_settings(shards, tmp_path, capsys, words, messages):
+    run = tmp_path / "run"
+    assert call(train, *SMALL, f"data.manifest={shards}", f"run_dir={run}", *words) == 2
+    said = capsys.readouterr().err
+    for message in messages:
+        assert f"error: {message}" in said
+    assert "Traceback" not in said
+    assert not run.exists()
+    assert not dist.is_initialized()
+
+
+def test_every_problem_is_named_at_once(tmp_path, capsys):
+    assert call(train, *SMALL, "parallel.tp=3", "data.micro_batch=0", "optim.lr=-1", f"run_dir={tmp_path / 'run'}") == 2
+    said = capsys.readouterr().err
+    for name in ("model.heads=4", "data.micro_batch=0", "optim.lr=-1", "data.manifest is not set", "world size 1"):
+        assert name in said
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated"])
+def test_shards(shards, tmp_path, capsys, harm):
+    copy = shutil.copytree(shards.parent, tmp_path / "shards")
+    victim = sorted(copy.glob("*.tar"))[0]
+    if harm == "missing":
+        victim.unlink()
+    else:
+        victim.write_bytes(victim.read_bytes()[:-1000])
+    assert call(train, *SMALL, f"data.manifest={copy / 'manifest.json'}", f"run_dir={tmp_path / 'run'}") == 2
+    said = capsys.readouterr().err
+    assert victim.name in said
+    assert harm in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_that_cannot_be_made(shards, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert call(train, *SMALL, f"data.manifest={shards}", f"run_dir={tmp_path / 'file' / 'run'}") == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("main", [generate, evaluate, convert], ids=["generate", "evaluate", "convert"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [([], "checkpoint is not set"), (["checkpoint=nowhere"], "checkpoint=nowhere: there is no checkpoint")],
+    ids=["unset", "absent"],
+)
+def test_checkpoints_that_are_not_there(capsys, main, words, message):
+    assert call(main, *words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_deepspeed_launchers_argument_is_no_setting(shards, tmp_path, capsys):
+    words = (*SMALL, f"data.manifest={shards}", f"run_dir={tmp_path / 'run'}", "--local_rank=0", "parallel.tp=3")
+    assert call(train, *words) == 2
+    assert "local_rank" not in capsys.readouterr().err

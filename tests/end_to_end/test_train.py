@@ -1,0 +1,117 @@
+"""Training through its command line: interrupted equals uninterrupted, whoever interrupts."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_tn import load_pretrained
+from megatron_tn.checkpoint.load import load_model
+from megatron_tn.convert import main as convert
+from megatron_tn.evaluate import main as evaluate
+from megatron_tn.generate import main as generate_main
+from tests.helpers.training import SMALL, call, losses, start_ranks, train_ranks
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def trained(shards, tmp_path_factory) -> Path:
+    """An uninterrupted run: tensor parallel 2 x ZeRO 1 in bf16."""
+    folder = tmp_path_factory.mktemp("trained")
+    settings = (*SMALL, f"data.manifest={shards}", f"schedule.steps={STEPS}", "parallel.tp=2", "checkpoint.keep=0")
+    settings = (*settings, f"evaluation.manifest={shards}", "evaluation.max_documents=20", "logging.wandb.mode=offline")
+    train_ranks(2, *settings, f"run_dir={folder / 'run'}", folder=folder)
+    return folder / "run"
+
+
+def settings_of(run: Path) -> tuple[str, ...]:
+    manifest = json.loads((run / "config.json").read_text())["data"]["manifest"]
+    return (*SMALL, f"data.manifest={manifest}", f"schedule.steps={STEPS}", "parallel.tp=2", "checkpoint.keep=0")
+
+
+def test_it_learns_and_leaves_everything_behind(trained):
+    curve = losses(trained)
+    assert list(curve) == list(range(1, STEPS + 1))
+    assert curve[STEPS] < curve[1] - 0.5
+    status = json.loads((trained / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("finished", STEPS)
+    last = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()][-1]
+    assert last["step"] == STEPS
+    assert 0 < last["heldout_bits_per_byte"] < 8
+    assert list((trained / "wandb").glob("offline-run-*/*.wandb"))
+    assert (trained / "tokenizer.json").is_file()
+
+
+def test_two_interruptions_change_nothing(trained, tmp_path):
+    """Loss, masters, moments, optimizer step, data position and RNG, bitwise; the vocabulary divides by no rank."""
+    run = tmp_path / "run"
+    for stop in (5, 9, 0):
+        train_ranks(2, *settings_of(trained), f"run_dir={run}", f"stop_after={stop}", folder=tmp_path)
+    assert losses(run) == losses(trained)
+    name = f"checkpoints/step_{STEPS:08d}"
+    for rank in range(2):
+        one, other = (load_file(folder / name / f"rank_0000{rank}.safetensors") for folder in (run, trained))
+        assert one.keys() == other.keys()
+        for key in one:
+            assert torch.equal(one[key], other[key]), key
+    one, other = (json.loads((folder / name / "manifest.json").read_text()) for folder in (run, trained))
+    for key in ("step", "optimizer_step", "training", "pieces", "shapes"):
+        assert one[key] == other[key], key
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["TERM", "USR1"])
+def test_a_signal_to_one_rank_saves_one_step_on_all(trained, tmp_path, number):
+    run = tmp_path / "run"
+    ranks = start_ranks(2, *settings_of(trained), f"run_dir={run}", folder=tmp_path)
+    until = time.time() + 120
+    while not ((run / "log.jsonl").is_file() and (run / "log.jsonl").read_text().count("\n") >= 2):
+        assert time.time() < until, "no steps were taken"
+        assert all(process.poll() is None for process in ranks)
+        time.sleep(0.02)
+    ranks[1].send_signal(number)
+    said = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], said
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "preempted"
+    assert 2 <= status["step"] < STEPS
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{status['step']:08d}"]
+    assert losses(run) == {step: loss for step, loss in losses(trained).items() if step <= status["step"]}
+    train_ranks(2, *settings_of(trained), f"run_dir={run}", folder=tmp_path)
+    assert losses(run) == losses(trained)
+
+
+def test_exported_model_is_the_trained_one(trained, tmp_path):
+    assert call(convert, f"checkpoint={trained}", f"output={tmp_path / 'export'}") == 0
+    tokens = torch.arange(1, 33).view(1, -1)
+    exported = load_pretrained(tmp_path / "export", dtype=torch.bfloat16)
+    assert torch.equal(exported(tokens).logits, load_model(trained / f"checkpoints/step_{STEPS:08d}")(tokens).logits)
+    assert (tmp_path / "export" / "tokenizer.json").is_file()
+
+
+def test_generate_continues_a_prompt_with_spaces_and_signs(trained, capsys):
+    words = (f"checkpoint={trained / 'checkpoints' / 'latest'}", "max_new_tokens=12", "temperature=0", "device=cpu")
+    said = []
+    for _ in range(2):
+        assert call(generate_main, *words, "prompt= the cat's (${x}), [y=1] ") == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    assert said[0].startswith(" the cat's (${x}), [y=1] ")
+    assert len(said[0]) > len(" the cat's (${x}), [y=1] ") + 4
+
+
+def test_evaluate_agrees_with_the_loop(trained, tmp_path):
+    manifest = json.loads((trained / "config.json").read_text())["data"]["manifest"]
+    output = tmp_path / "evaluation.json"
+    words = (f"checkpoint={trained}", f"manifest={manifest}", f"train_manifest={manifest}", "max_documents=20")
+    assert call(evaluate, *words, f"output={output}", "device=cpu") == 0
+    found = json.loads(output.read_text())
+    in_loop = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()][-1]
+    assert found["bits_per_byte"]["model"] == pytest.approx(in_loop["heldout_bits_per_byte"], rel=5e-3)
+    assert set(found["bits_per_byte"]) == {"model", "unigram", "gzip -9", "xz -9"}

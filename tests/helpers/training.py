@@ -1,0 +1,90 @@
+"""Starting the real command line in tests: in this process for what fails early, in its own ranks for what trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# A model that trains in seconds; 401 vocabulary entries divide by nothing.
+SMALL = (
+    "model=demo",
+    "model.vocab_size=401",
+    "model.embed_dim=32",
+    "model.layers=2",
+    "model.glu_dim=48",
+    "data.sequence_length=32",
+    "data.global_batch=4",
+    "data.micro_batch=1",
+    "data.workers=0",
+    "optim.lr=1e-2",
+    "schedule.warmup_steps=2",
+    "logging=quiet",
+)
+
+
+def call(main: Callable[[], None], *overrides: str) -> int:
+    """Run a command line here, with these words after its name; return its exit code."""
+    before = sys.argv
+    sys.argv = ["program", *overrides]
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code or 0
+    finally:
+        sys.argv = before
+    return 0
+
+
+def start_ranks(size: int, *overrides: str, folder: Path) -> list[subprocess.Popen]:
+    """`size` processes of megatron_tn.train, as a launcher would start them, with no compiler on their PATH."""
+    empty = folder / "empty_path"
+    empty.mkdir(exist_ok=True)
+    assert not any(shutil.which(name, path=str(empty)) for name in ("cc", "gcc", "g++", "c++", "clang", "ninja"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        **os.environ,
+        "PATH": str(empty),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "megatron_tn.train", *overrides],
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+def train_ranks(size: int, *overrides: str, folder: Path) -> None:
+    """Train to the end; a rank that fails fails the test with what it said."""
+    ranks = start_ranks(size, *overrides, folder=folder)
+    for rank, process in enumerate(ranks):
+        _, said = process.communicate(timeout=300)
+        if process.returncode:
+            pytest.fail(f"rank {rank} exited with {process.returncode}:\n{said}")
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """step -> loss; every step must stand in the log once."""
+    records = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    steps = [record["step"] for record in records if "loss" in record]
+    assert len(steps) == len(set(steps))
+    return {record["step"]: record["loss"] for record in records if "loss" in record}
