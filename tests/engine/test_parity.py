@@ -14,7 +14,7 @@ from megatron_tn.optim.schedule import learning_rate
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.training.step import train_step
 from tests.helpers.models import TINY, Rows, random_batch, reference_gradients, relative_errors, tiny_config
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import run_ranks, this_device
 
 SEED, LENGTH, BATCH = 7, 24, 12
 LOCAL = EngineConfig(name="local", precision="fp32")
@@ -29,7 +29,7 @@ def name_of(engine: EngineConfig) -> str:
 def gradients_of(tp: int, cases: list[tuple[EngineConfig, int, str]]) -> dict[Any, Any]:
     """(engine, accumulation, norm) -> (gradients, gradient norm), of one step of the same global batch."""
     context = ParallelContext.create(tp)
-    tokens, targets = random_batch(BATCH, LENGTH)
+    tokens, targets = (part.to(this_device()) for part in random_batch(BATCH, LENGTH))
     share = BATCH // context.data.size
     mine = slice(context.data.rank * share, (context.data.rank + 1) * share)
     found = {}
@@ -41,17 +41,18 @@ def gradients_of(tp: int, cases: list[tuple[EngineConfig, int, str]]) -> dict[An
             parallel=ParallelConfig(tp=tp),
             data=DataConfig(sequence_length=LENGTH, global_batch=BATCH, micro_batch=micro),
         )
-        engine = build_engine(config, context, torch.device("cpu"))
+        engine = build_engine(config, context, this_device())
         initialize_engine(engine, SEED)
         scale = 1 / (targets != -100).sum()
         for index, (ids, wanted) in enumerate(zip(tokens[mine].split(micro), targets[mine].split(micro), strict=True)):
             engine.forward_backward(ids, wanted, None, scale=scale, last=index == accumulation - 1)
         gradients = engine.named_logical_gradients()
+        gradients = {name: gradient.cpu() for name, gradient in gradients.items()}
         found[name_of(engine_config), accumulation, norm] = gradients, engine.step(1e-3).grad_norm
     return found
 
 
-def check_gradients(world: int, tp: int, cases: list[tuple[EngineConfig, int, str]]) -> None:
+def check_gradients(world: int, tp: int, cases: list[tuple[EngineConfig, int, str]], device: str = "cpu") -> None:
     tokens, targets = random_batch(BATCH, LENGTH)
     wanted, bound = {}, {}
     for norm in {norm for *_, norm in cases}:
@@ -60,7 +61,7 @@ def check_gradients(world: int, tp: int, cases: list[tuple[EngineConfig, int, st
         _, single = reference_gradients(config, SEED, tokens, targets, torch.float32)
         # 1e-5, or twice the error of one process in the same precision where that is larger.
         bound[norm] = {name: max(1e-5, 2 * error) for name, error in relative_errors(single, wanted[norm]).items()}
-    for rank, found in enumerate(run_ranks(world, gradients_of, tp, cases)):
+    for rank, found in enumerate(run_ranks(world, gradients_of, tp, cases, device=device)):
         for case, (gradients, grad_norm) in found.items():
             reference = wanted[case[-1]]
             for parameter, error in relative_errors(gradients, reference).items():
@@ -93,7 +94,7 @@ def train(tp: int, engine_config: EngineConfig, steps: int, model=RMSNORM) -> di
         data=DataConfig(sequence_length=LENGTH, global_batch=4, micro_batch=1),
         optim=OptimConfig(lr=1e-2, clip_norm=0.5),
     )
-    engine = build_engine(config, context, torch.device("cpu"))
+    engine = build_engine(config, context, this_device())
     initialize_engine(engine, SEED)
     share = 4 // context.data.size
     reports = []
@@ -102,9 +103,9 @@ def train(tp: int, engine_config: EngineConfig, steps: int, model=RMSNORM) -> di
         mine = range(context.data.rank * share, (context.data.rank + 1) * share)
         batches = [Rows(tokens[i : i + 1], targets[i : i + 1]) for i in mine]
         lr = learning_rate(step, config.optim, config.schedule)
-        reports.append(train_step(engine, batches, lr, torch.device("cpu")))
-    owned = {(r.name, r.start): r.values["param"].clone() for r in engine.owned_ranges()}
-    whole = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+        reports.append(train_step(engine, batches, lr, this_device()))
+    owned = {(r.name, r.start): r.values["param"].clone().cpu() for r in engine.owned_ranges()}
+    whole = {name: p.detach().clone().cpu() for name, p in engine.model.named_parameters()}
     return {
         "losses": [r.loss for r in reports],
         "norms": [r.grad_norm for r in reports],

@@ -17,23 +17,38 @@ import torch.multiprocessing as mp
 TIMEOUT_S = 300
 
 
-def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run_ranks(size: int, function: Callable[..., Any], *args: Any, device: str = "cpu") -> list[Any]:
     """[function(*args) on rank 0, on rank 1, ...]; the default group is initialised. `function` must be importable.
 
-    A failure in any rank fails the test with that rank's traceback.
+    device "cuda" gives each rank a GPU and NCCL; `this_device()` says which. A failure in any rank fails the test with
+    that rank's traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.set_forkserver_preload(["tests.helpers.preload"])
-        mp.start_processes(_rank, (size, folder, function, args), nprocs=size, start_method="forkserver")
+        # A process that has looked at CUDA cannot be forked.
+        method = "spawn" if torch.cuda.is_available() else "forkserver"
+        mp.start_processes(_rank, (size, folder, device, function, args), nprocs=size, start_method=method)
         return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(size)]
 
 
-def _rank(rank: int, size: int, folder: str, function: Callable[..., Any], args: tuple) -> None:
+def this_device() -> torch.device:
+    """The device of this rank, or of this process where there are no ranks."""
+    return torch.device(_device)
+
+
+_device = "cpu"
+
+
+def _rank(rank: int, size: int, folder: str, device: str, function: Callable[..., Any], args: tuple) -> None:
+    global _device
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
+    if device == "cuda":
+        _device = f"cuda:{rank}"
+        torch.cuda.set_device(rank)
     # A file store needs no port, so tests can run side by side.
     dist.init_process_group(
-        "gloo",
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=size,

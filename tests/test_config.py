@@ -1,0 +1,96 @@
+"""Settings: strict, all problems at once, and every file in conf/ holds."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import hydra
+import pytest
+from omegaconf import OmegaConf
+
+import megatron_tn.train
+from megatron_tn import cli
+from megatron_tn.config import (
+    ConfigError,
+    DataConfig,
+    ParallelConfig,
+    TrainConfig,
+    differences,
+    from_mapping,
+    known_keys,
+    load,
+    save,
+    to_mapping,
+)
+
+GROUPS = {"model", "parallel", "engine", "data", "optim", "schedule", "logging", "cluster", "experiment"}
+CHOICES = [
+    f"{path.parent.relative_to(cli.CONF)}={path.stem}"
+    for group in sorted(GROUPS)
+    for path in sorted((cli.CONF / group).rglob("*.yaml"))
+]
+
+
+def compose(*overrides: str) -> TrainConfig:
+    assert megatron_tn.train.main  # importing it registers the schema
+    with hydra.initialize_config_dir(str(cli.CONF), version_base=None):
+        return from_mapping(TrainConfig, OmegaConf.to_container(hydra.compose("config", list(overrides)), resolve=True))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_file_in_conf_composes(choice):
+    config = compose(choice)
+    assert isinstance(config, TrainConfig)
+    if not choice.startswith(("parallel", "experiment")):
+        assert config.problems(world_size=1) == []
+
+
+def test_one_spelling_of_the_command_line():
+    config = compose("model=7b", "parallel.tp=8", "parallel.cp=1", "engine=zero1", "cluster=a100_80g", "nodes=16")
+    assert (config.model.layers, config.parallel.tp, config.engine.zero_stage, config.nodes) == (30, 8, 1, 16)
+    assert config.cluster.gpu_memory_gib == pytest.approx(80, rel=0.1)
+
+
+def test_mappings_come_back_as_they_were(tmp_path):
+    config = compose("model=demo", "model.lrpe=[true,false,true,false]")
+    save(config, tmp_path / "config.json")
+    assert load(tmp_path / "config.json") == config == from_mapping(TrainConfig, to_mapping(config))
+
+
+def test_all_bad_keys_and_values_are_in_one_error():
+    bad = {"model": {"emb_dim": 3, "act": "gelu"}, "engine": {"zero_stage": 4}, "learning_rate": 1}
+    with pytest.raises(ConfigError) as caught:
+        from_mapping(TrainConfig, bad)
+    text = str(caught.value)
+    assert len(caught.value.problems) == 4
+    assert "unknown setting model.emb_dim; did you mean model.embed_dim" in text
+    assert "model.act='gelu'" in text
+    assert "engine.zero_stage=4" in text
+    assert "unknown setting learning_rate" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "world", "problem"),
+    [
+        ({"parallel": ParallelConfig(tp=3)}, 3, "model.heads=8 is not divisible by parallel.tp=3"),
+        ({"parallel": ParallelConfig(tp=0)}, 1, "parallel.tp=0 must be at least 1"),
+        ({"parallel": ParallelConfig(tp=2)}, 3, "world size 3 is not a multiple of parallel.tp=2 x parallel.cp=1 = 2"),
+        ({"parallel": ParallelConfig(cp=2)}, 2, "parallel.cp must be 1"),
+        ({"data": DataConfig(global_batch=6, micro_batch=4)}, 1, "data.global_batch=6 is not a multiple of"),
+        ({"data": DataConfig(sequence_length=0)}, 1, "data.sequence_length=0 must be at least 1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_relations_that_do_not_hold_are_named(change, world, problem):
+    found = dataclasses.replace(TrainConfig(), **change).problems(world)
+    assert any(problem in line for line in found), found
+
+
+def test_differences_name_each_setting():
+    old, new = to_mapping(TrainConfig()), to_mapping(TrainConfig(seed=3, data=DataConfig(global_batch=8)))
+    assert differences(old, new) == ["data.global_batch: 64 -> 8", "seed: 0 -> 3"]
+
+
+def test_every_setting_is_known_by_its_dotted_name():
+    known = known_keys(TrainConfig)
+    assert {"run_dir", "model.embed_dim", "logging.wandb.mode", "cluster.gpu_memory_gib"} <= set(known)
