@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full test-gpu test-slurm lint format bench bench-kernels clean-demo
+.PHONY: help setup demo train test test-full test-gpu test-slurm lint format bench bench-kernels
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ $(VENV)/.ready: requirements.txt pyproject.toml
 demo: setup ## raw text -> cleaned shards -> trained, resumed and sampled model, in runs/demo
 	$(BIN)/python -m launch.demo
 
+train: setup ## train on this machine: make train ARGS="model=demo run_dir=runs/mine ..."
+	launch/local.sh $(ARGS)
+
 test: setup ## every CPU test (a covering set where the product is large)
 	$(BIN)/python -m pytest -n 2 -m "not gpu and not slurm and not full"
 
@@ -33,6 +36,11 @@ test-full: setup ## the whole products, on CPU
 
 test-gpu: setup ## what needs a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+bench: bench-kernels ## every benchmark
+
+bench-kernels: setup ## operators: correctness, then time, floor and memory
+	$(BIN)/python -m kernels.bench
 
 test-slurm: setup ## training under a real SLURM on this machine (root; installs Debian's slurm if it is missing)
 	$(BIN)/python -m pytest -m slurm
