@@ -21,9 +21,9 @@ def operators():
     theta, positions = leaf(2, 1, 4), torch.arange(9)
     targets = torch.tensor([0, 3, -100])
     return {
-        "lightning_forward": (ops.lightning_forward, (q, k, v, decay, None, None)),
-        "lightning_forward+state": (ops.lightning_forward, (q, k, v, decay, state, None)),
-        "lightning_forward+packed": (ops.lightning_forward, (q, k, v, decay, packed, bounds)),
+        "lightning_forward": (ops.lightning_forward, (q, k, v, decay, None, None, False)),
+        "lightning_forward+state": (ops.lightning_forward, (q, k, v, decay, state, None, True)),
+        "lightning_forward+packed": (ops.lightning_forward, (q, k, v, decay, packed, bounds, True)),
         "lightning_backward": (
             ops.lightning_backward,
             tuple(None if a is None else a.detach() for a in (v, state, q, k, v, decay, state, None)),

@@ -32,7 +32,7 @@ def scan(capability: int, element_bytes: int, summed: int, reverse: bool):
     types = dict.fromkeys(pointers, TYPES[element_bytes])
     types |= {"decay_pointer": "*fp32", "first_state_pointer": "*fp32", "last_state_pointer": "*fp32"}
     types["bounds_pointer"] = "*i32"
-    constants = {"REVERSE": reverse, "PACKED": reverse, "HAS_FIRST": True, "HAS_LAST": True}
+    constants = {"REVERSE": reverse, "PACKED": reverse, "HAS_FIRST": True, "HAS_LAST": True, "RAGGED": True}
     constants |= {"CHUNK": tile.chunk, "SUMMED": summed, "OUT": tile.out}
     return compiled(scan_kernel, capability, types, constants, num_warps=tile.warps, num_stages=tile.stages)
 
