@@ -42,7 +42,7 @@ _SINGLE = {
     32: Tile(32, 16, 4, 1, 216),
     64: Tile(32, 16, 8, 1, 216),
     128: Tile(16, 32, 8, 1, 216),
-    256: Tile(16, 16, 8, 1, 216),
+    256: Tile(32, 16, 8, 1, 216),
 }
 
 # Compute capability, major: 8 is the A100 (163 KiB of shared memory a program), 9 the H100 and H200 (227 KiB).

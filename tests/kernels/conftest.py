@@ -16,6 +16,8 @@ TRITON_MODULES = (
     "kernels.lightning.triton_scan",
     "kernels.lightning.triton_segments",
     "kernels.lightning.launch",
+    "kernels.norm_gate.triton_norm_gate",
+    "kernels.sglu.triton_sglu",
     "kernels.srmsnorm.triton_norm",
 )
 

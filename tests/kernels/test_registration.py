@@ -30,6 +30,8 @@ def operators():
         ),
         "srmsnorm_forward": (ops.srmsnorm_forward, (x, 1e-6)),
         "srmsnorm_backward": (ops.srmsnorm_backward, (y.detach(), x.detach(), 1e-6)),
+        "add_srmsnorm_forward": (ops.add_srmsnorm_forward, (x, y, 1e-6)),
+        "add_srmsnorm_backward": (ops.add_srmsnorm_backward, (*(a.detach() for a in (y, y, x)), 1e-6)),
         "gate_forward": (ops.gate_forward, (x, y)),
         "gate_forward+views": (ops.gate_forward, (x.transpose(0, 1), y.transpose(0, 1))),
         "gate_backward": (ops.gate_backward, tuple(a.detach() for a in (y, s, x, y))),
