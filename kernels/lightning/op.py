@@ -45,26 +45,34 @@ def lightning_attention(
     not fit.
     """
     check_inputs(q, k, v, decay, initial_state, cu_seqlens)
-    o, state = torch.ops.megatron_tn.lightning_forward(q, k, v, decay, initial_state, cu_seqlens)
+    o, state = torch.ops.megatron_tn.lightning_forward(q, k, v, decay, initial_state, cu_seqlens, return_state)
     return (o, state) if return_state else o
 
 
 @torch.library.custom_op("megatron_tn::lightning_forward", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    return_state: bool,
 ) -> tuple[Tensor, Tensor]:
+    # A state nobody wants is empty: at 1024 positions it would be a quarter of an output to write.
     if not q.is_cuda:
         check_values(decay, cu_seqlens, q.shape[1])
     if _backend(q, v) == "triton":
-        from kernels.lightning import triton_scan
+        from kernels.lightning import launch
 
-        return triton_scan.forward(q, k, v, decay, initial_state, cu_seqlens)
-    return chunked.forward(q, k, v, decay, initial_state, cu_seqlens)
+        return launch.forward(q, k, v, decay, initial_state, cu_seqlens, return_state)
+    o, state = chunked.forward(q, k, v, decay, initial_state, cu_seqlens)
+    return o, state if return_state else state.new_empty(0)
 
 
 @_forward.register_fake
-def _forward_fake(q, k, v, decay, initial_state, cu_seqlens):
-    return v.new_empty(v.shape), _empty_state(q, v, cu_seqlens)
+def _forward_fake(q, k, v, decay, initial_state, cu_seqlens, return_state):
+    return v.new_empty(v.shape), _empty_state(q, v, cu_seqlens, return_state)
 
 
 @torch.library.custom_op("megatron_tn::lightning_backward", mutates_args=())
@@ -79,26 +87,31 @@ def _backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if _backend(q, v) == "triton":
-        from kernels.lightning import triton_scan
+        from kernels.lightning import launch
 
-        return triton_scan.backward(do, dstate, q, k, v, decay, initial_state, cu_seqlens)
-    return chunked.backward(do, dstate, q, k, v, decay, initial_state, cu_seqlens)
+        return launch.backward(do, dstate, q, k, v, decay, initial_state, cu_seqlens)
+    *gradients, dinitial = chunked.backward(do, dstate, q, k, v, decay, initial_state, cu_seqlens)
+    return *gradients, dinitial if initial_state is not None else dinitial.new_empty(0)
 
 
 @_backward.register_fake
 def _backward_fake(do, dstate, q, k, v, decay, initial_state, cu_seqlens):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), _empty_state(q, v, cu_seqlens)
+    dinitial = _empty_state(q, v, cu_seqlens, initial_state is not None)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dinitial
 
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # a state nobody used then costs no tensor of zeros
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.state_wanted = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx, do, dstate):
     q, k, v, decay, initial_state, cu_seqlens = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(v)
+    if not ctx.state_wanted:
+        dstate = None
     dq, dk, dv, dinitial = torch.ops.megatron_tn.lightning_backward(
         do, dstate, q, k, v, decay, initial_state, cu_seqlens
     )
@@ -106,7 +119,7 @@ def _differentiate(ctx, do, dstate):
         dinitial = None
     else:
         dinitial = dinitial.to(initial_state.dtype)
-    return dq, dk, dv, None, dinitial, None
+    return dq, dk, dv, None, dinitial, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -134,6 +147,7 @@ def _backend(q: Tensor, v: Tensor) -> str:
     return dispatch.choose("lightning_attention", q, unsupported)
 
 
-def _empty_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def _empty_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, wanted: bool) -> Tensor:
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return q.new_empty(rows, q.shape[2], q.shape[3], v.shape[3], dtype=accumulation_dtype(q.dtype))
+    shape = (rows, q.shape[2], q.shape[3], v.shape[3]) if wanted else (0,)
+    return q.new_empty(shape, dtype=accumulation_dtype(q.dtype))

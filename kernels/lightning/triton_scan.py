@@ -3,22 +3,25 @@
     scan(a, b, c)_t = sum over s <= t of exp(-r (t - s)) (a_t . b_s) c_s
 
 is o for (q, k, v) and dq for (do, v, k); with s >= t instead ("reverse") it is dk for (v, do, q) and dv for (k, q, do).
-A program owns one head of one row (or document) and a slice of c's width, and walks the chunks with its slice of the
-state in registers; nothing is written but the result. See chunked.py for the formulas within a chunk.
+A program owns one head of one row (or document, or segment of a row) and a slice of c's width, and walks the chunks
+with its slice of the state in registers; nothing is written but the result. See chunked.py for the formulas within a
+chunk, segments.py for the states that segments start from, launch.py for the sizes.
 
-Products take operands in the inputs' type and sum in fp32; a fp32 product uses no tf32.
+Everything is transposed, [slice of c's width, ...], because the tensor cores of Hopper take their left operand from
+registers: the state and c then stand there as they are, and of a chunk only the small square of scores passes through
+shared memory. Products take operands in the inputs' type and sum in fp32; a fp32 product uses no tf32.
+
+Only the chunk at a sequence's end may be partly filled. Its missing rows lie beyond the sequence, where descriptors
+read zeros and write nothing, and matter to the fading alone: of the state that the forward scan hands on, and of the
+state that the reverse scan starts from.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from kernels.lightning.configs import tile_for
 
 
 @triton.jit
-def _narrow(x, dtype: tl.constexpr):
+def narrow(x, dtype: tl.constexpr):
     """x as an operand of type `dtype`, and the factor it was divided by: 1, except where fp16 would overflow."""
     scale = 1.0
     if dtype == tl.float16:
@@ -29,24 +32,36 @@ def _narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _load(pointer, stride, rows, width, count, columns):
-    """A [rows, columns] tile whose rows lie `stride` apart; zero past `count` rows and `width` columns."""
-    mask = (rows[:, None] < count) & (columns[None, :] < width)
-    return tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+def load_tile(x, row, head, position, column, time_stride, width, held, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+              DESCRIPTORS: tl.constexpr):  # fmt: skip
+    """The [ROWS, COLUMNS] tile of x at `position` and `column`, zero outside the sequence and past `width`.
+
+    x: a descriptor of [B, T, H, width], or a pointer to position 0 of the row and head, whose rows lie `time_stride`
+    apart and of which `held` [ROWS] says which to read.
+    """
+    if DESCRIPTORS:
+        return x.load([row, position, head, column]).reshape(ROWS, COLUMNS)
+    else:
+        columns = column + tl.arange(0, COLUMNS)
+        mask = held[:, None] & (columns[None, :] < width)
+        pointers = x + position.to(tl.int64) * time_stride + (tl.arange(0, ROWS)[:, None] * time_stride + columns)
+        return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
 def scan_kernel(
-    a_pointer,
-    b_pointer,
-    c_pointer,
-    out_pointer,
+    a,  # [B, T, H, summed width], a descriptor or a pointer, as are b, c and out
+    b,  # [B, T, H, summed width]
+    c,  # [B, T, H, c's width]
+    out,  # [B, T, H, c's width]; a pointer in any case when PACKED: documents must not write into each other
     decay_pointer,  # [heads], fp32
-    first_state_pointer,  # [rows, heads, summed width, c's width], fp32, any strides
-    last_state_pointer,
+    first_state_pointer,  # [rows, heads, segments, summed width, c's width], fp32, any strides
+    last_state_pointer,  # [rows, heads, summed width, c's width]
     bounds_pointer,  # cu_seqlens
     total,
     heads,
+    segments,
+    segment,  # positions a segment, a multiple of CHUNK where there are several
     summed_width,
     c_width,
     a_row,  # strides in elements: from row to row, from position to position, from head to head
@@ -64,165 +79,105 @@ def scan_kernel(
     state_summed,  # strides of both states within [summed width, c's width]; a head's state is contiguous
     state_c,
     REVERSE: tl.constexpr,
+    RAGGED: tl.constexpr,  # whether a chunk may be partly filled
     PACKED: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     HAS_LAST: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     CHUNK: tl.constexpr,
     SUMMED: tl.constexpr,  # summed_width rounded up to a power of two
     OUT: tl.constexpr,  # the slice of c's width that this program owns
+    STAGES: tl.constexpr,
 ):
-    row_head = tl.program_id(0).to(tl.int64)
+    row_head = tl.program_id(0)
     row = row_head // heads
     head = row_head % heads
-    if PACKED:
-        start = tl.load(bounds_pointer + row).to(tl.int64)
-        length = tl.load(bounds_pointer + row + 1) - start
-        row = row * 0
+    column = tl.program_id(1) * OUT
+    part = tl.program_id(2)
+    if REVERSE:
+        start = (segments - 1 - part) * segment
     else:
-        start = row * 0
-        length = total
-    a_pointer += row * a_row + head * a_head
-    b_pointer += row * b_row + head * b_head
-    c_pointer += row * c_row + head * c_head
-    out_pointer += row * out_row + head * out_head
+        start = part * segment
+    length = tl.minimum(total - start, segment)
+    if PACKED:
+        start = tl.load(bounds_pointer + row).to(tl.int32)
+        length = tl.load(bounds_pointer + row + 1).to(tl.int32) - start
+        row = row * 0
+    if not DESCRIPTORS:
+        a += row.to(tl.int64) * a_row + head.to(tl.int64) * a_head
+        b += row.to(tl.int64) * b_row + head.to(tl.int64) * b_head
+        c += row.to(tl.int64) * c_row + head.to(tl.int64) * c_head
+    if PACKED or not DESCRIPTORS:
+        out += row.to(tl.int64) * out_row + head.to(tl.int64) * out_head
 
     i = tl.arange(0, CHUNK)
     summed = tl.arange(0, SUMMED)
-    column = tl.program_id(1) * OUT + tl.arange(0, OUT)
-    state_at = row_head * summed_width * c_width + summed[:, None] * state_summed + column[None, :] * state_c
-    state_mask = (summed[:, None] < summed_width) & (column[None, :] < c_width)
+    columns = column + tl.arange(0, OUT)
+    state_at = columns[:, None] * state_c + summed[None, :] * state_summed
+    state_mask = (columns[:, None] < c_width) & (summed[None, :] < summed_width)
+    state_size = summed_width * c_width
     if HAS_FIRST:
-        state = tl.load(first_state_pointer + state_at, mask=state_mask, other=0.0)
+        first_at = (row_head.to(tl.int64) * segments + part) * state_size
+        state = tl.load(first_state_pointer + first_at + state_at, mask=state_mask, other=0.0)
     else:
-        state = tl.zeros([SUMMED, OUT], dtype=tl.float32)
+        state = tl.zeros([OUT, SUMMED], dtype=tl.float32)
 
-    dtype: tl.constexpr = a_pointer.dtype.element_ty
+    # within[j, i] = exp(-r |i - j|) on the side that i may see. `near`: how far a row is from the state that the chunk
+    # starts with; what it writes fades over the rest of the chunk.
+    dtype: tl.constexpr = a.dtype if DESCRIPTORS else a.dtype.element_ty
     rate = tl.load(decay_pointer + head)
-    distance = i[:, None] - i[None, :]
     if REVERSE:
-        distance = -distance
+        distance = i[:, None] - i[None, :]
+        near = CHUNK - 1 - i
+    else:
+        distance = i[None, :] - i[:, None]
+        near = i + 1
     within = tl.where(distance >= 0, tl.exp(-rate * tl.maximum(distance, 0).to(tl.float32)), 0.0)
-    from_start = tl.exp(-rate * (i + 1).to(tl.float32))
+    read_fade = tl.exp(-rate * near.to(tl.float32))
+    write_fade = tl.exp(-rate * (CHUNK - near).to(tl.float32))
+    across = tl.exp(-rate * CHUNK)
 
     chunks = tl.cdiv(length, CHUNK)
-    for step in range(chunks):
+    for step in tl.range(0, chunks, num_stages=STAGES):
         if REVERSE:
             begin = (chunks - 1 - step) * CHUNK
         else:
             begin = step * CHUNK
-        position = start + begin  # 64 bits: its product with a stride passes 2^31
-        count = tl.minimum(length - begin, CHUNK)
-        to_end = tl.exp(-rate * tl.maximum(count - 1 - i, 0).to(tl.float32))
-        if REVERSE:
-            read_fade = to_end
-            write_fade = from_start
+        position = start + begin
+        held = begin + i < length
+        if RAGGED and (HAS_FIRST if REVERSE else HAS_LAST):
+            rows = tl.minimum(length - begin, CHUNK)
+            if REVERSE:
+                near = rows - 1 - i
+            read_fade = tl.exp(-rate * tl.maximum(near, 0).to(tl.float32))
+            write_fade = tl.exp(-rate * tl.maximum(rows - near, 0).to(tl.float32))
+            across = tl.exp(-rate * rows.to(tl.float32))
+        a_t = load_tile(a, row, head, position, 0, a_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS).trans()
+        b_tile = load_tile(b, row, head, position, 0, b_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS)
+        c_t = load_tile(c, row, head, position, column, c_time, c_width, held, CHUNK, OUT, DESCRIPTORS).trans()
+
+        scores = tl.dot(b_tile, a_t, input_precision="ieee") * within
+        if PACKED:  # descriptors have read on into the next document
+            scores = tl.where(held[:, None], scores, 0.0)
+            c_t = tl.where(held[None, :], c_t, 0.0)
+        scores, scores_scale = narrow(scores, dtype)
+        carried, carried_scale = narrow(state, dtype)
+        tile = tl.dot(carried, a_t, input_precision="ieee") * (read_fade * carried_scale)[None, :]
+        if dtype == tl.float16:
+            tile += tl.dot(c_t, scores, input_precision="ieee") * scores_scale
         else:
-            read_fade = from_start
-            write_fade = to_end
+            tile = tl.dot(c_t, scores, tile, input_precision="ieee")
 
-        a = _load(a_pointer + position * a_time, a_time, i, summed_width, count, summed)
-        b = _load(b_pointer + position * b_time, b_time, i, summed_width, count, summed)
-        c = _load(c_pointer + position * c_time, c_time, i, c_width, count, column)
+        if PACKED or not DESCRIPTORS:
+            mask = (columns[:, None] < c_width) & held[None, :]
+            out_at = position.to(tl.int64) * out_time + (i[None, :] * out_time + columns[:, None])
+            tl.store(out + out_at, tile.to(dtype), mask=mask)
+        else:
+            out.store([row, position, head, column], tile.to(dtype).trans().reshape(1, CHUNK, 1, OUT))
 
-        scores = tl.dot(a, tl.trans(b), input_precision="ieee") * within
-        scores, scores_scale = _narrow(scores, dtype)
-        carried, carried_scale = _narrow(state, dtype)
-        out = tl.dot(a, carried, input_precision="ieee") * (read_fade[:, None] * carried_scale)
-        out += tl.dot(scores, c, input_precision="ieee") * scores_scale
-        out_mask = (i[:, None] < count) & (column[None, :] < c_width)
-        out_at = position * out_time + i[:, None] * out_time + column[None, :]
-        tl.store(out_pointer + out_at, out.to(out_pointer.dtype.element_ty), mask=out_mask)
+        faded = (c_t * write_fade[None, :]).to(dtype)
+        state = tl.dot(faded, b_tile, state * across, input_precision="ieee")
 
-        faded = (c.to(tl.float32) * write_fade[:, None]).to(dtype)
-        state = state * tl.exp(-rate * count.to(tl.float32)) + tl.dot(tl.trans(b), faded, input_precision="ieee")
-
-    if HAS_LAST:
-        tl.store(last_state_pointer + state_at, state, mask=state_mask)
-
-
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """o in v's type and the final state in fp32; shapes as in `kernels.lightning_attention`."""
-    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    state = _new_state(q, v, cu_seqlens)
-    _scan(q, k, v, o, decay, cu_seqlens, first=initial_state, last=state)
-    return o, state
-
-
-def backward(
-    do: Tensor,
-    dstate: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and of the initial state (fp32). do [B, T, H, V]; dstate None means zero."""
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    dinitial = _new_state(q, v, cu_seqlens)
-    _scan(do, v, k, dq, decay, cu_seqlens, first=initial_state, transposed=True)
-    _scan(v, do, q, dk, decay, cu_seqlens, first=dstate, transposed=True, reverse=True)
-    _scan(k, q, do, dv, decay, cu_seqlens, first=dstate, last=dinitial, reverse=True)
-    return dq, dk, dv, dinitial
-
-
-def _scan(
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    out: Tensor,
-    decay: Tensor,
-    cu_seqlens: Tensor | None,
-    *,
-    first: Tensor | None = None,
-    last: Tensor | None = None,
-    transposed: bool = False,
-    reverse: bool = False,
-) -> None:
-    """out [B, T, H, C] = scan(a, b, c). first, last: the states to start from and to write, [rows, H, K, V] of which
-    the kernel sums over K, or over V when `transposed`."""
-    a, b, c = (x if x.stride(-1) == 1 else x.contiguous() for x in (a, b, c))
-    first = None if first is None else first.to(torch.float32).contiguous()
-    batch, total, heads, summed_width = a.shape
-    c_width = c.shape[-1]
-    rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    summed = max(16, triton.next_power_of_2(summed_width))
-    capability = torch.cuda.get_device_capability(a.device)[0] if a.is_cuda else 9
-    tile = tile_for(capability, a.element_size(), summed, max(16, triton.next_power_of_2(c_width)))
-    with torch.cuda.device_of(a):  # Triton launches on the current device
-        scan_kernel[(rows * heads, triton.cdiv(c_width, tile.out))](
-            a,
-            b,
-            c,
-            out,
-            decay.to(torch.float32),
-            first,
-            last,
-            cu_seqlens,
-            total,
-            heads,
-            summed_width,
-            c_width,
-            *a.stride()[:3],
-            *b.stride()[:3],
-            *c.stride()[:3],
-            *out.stride()[:3],
-            *((1, summed_width) if transposed else (c_width, 1)),
-            REVERSE=reverse,
-            PACKED=cu_seqlens is not None,
-            HAS_FIRST=first is not None,
-            HAS_LAST=last is not None,
-            CHUNK=tile.chunk,
-            SUMMED=summed,
-            OUT=tile.out,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-
-
-def _new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return torch.empty(rows, q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32, device=q.device)
+    if HAS_LAST and part == segments - 1:
+        last_at = row_head.to(tl.int64) * state_size
+        tl.store(last_state_pointer + last_at + state_at, state, mask=state_mask)

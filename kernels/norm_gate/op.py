@@ -8,7 +8,10 @@ the scale is applied.
 import torch
 from torch import Tensor
 
+from kernels import dispatch
 from kernels.numerics import accumulation_dtype
+
+MAX_TRITON_WIDTH = 65536
 
 
 def gate_with_square_sum(o: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,12 +43,20 @@ def apply_rms_scale(y: Tensor, square_sum: Tensor, width: int, eps: float = 1e-6
 
 @torch.library.custom_op("megatron_tn::gate_forward", mutates_args=())
 def _gate_forward(o: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    if _backend(o) == "triton":
+        from kernels.norm_gate import triton_norm_gate
+
+        return triton_norm_gate.gate_forward(o, u)
     norm = torch.linalg.vector_norm(o, dim=-1, dtype=accumulation_dtype(o.dtype))
     return (o * u).contiguous(), norm.square()
 
 
 @torch.library.custom_op("megatron_tn::gate_backward", mutates_args=())
 def _gate_backward(dy: Tensor, dsquare_sum: Tensor, o: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    if _backend(o) == "triton":
+        from kernels.norm_gate import triton_norm_gate
+
+        return triton_norm_gate.gate_backward(dy, dsquare_sum, o, u)
     wide = dsquare_sum.dtype
     do = torch.addcmul(dy.to(wide) * u, o.to(wide), 2 * dsquare_sum.unsqueeze(-1))
     return do.to(o.dtype).contiguous(), (dy * o).contiguous()
@@ -74,11 +85,19 @@ _gate_forward.register_autograd(_gate_differentiate, setup_context=_gate_save)
 
 @torch.library.custom_op("megatron_tn::rms_scale_forward", mutates_args=())
 def _scale_forward(y: Tensor, square_sum: Tensor, width: int, eps: float) -> Tensor:
+    if _backend(y, square_sum) == "triton":
+        from kernels.norm_gate import triton_norm_gate
+
+        return triton_norm_gate.scale_forward(y, square_sum, width, eps)
     return (y * _scale(square_sum, width, eps)).to(y.dtype).contiguous()
 
 
 @torch.library.custom_op("megatron_tn::rms_scale_backward", mutates_args=())
 def _scale_backward(dout: Tensor, y: Tensor, square_sum: Tensor, width: int, eps: float) -> tuple[Tensor, Tensor]:
+    if _backend(y, square_sum) == "triton":
+        from kernels.norm_gate import triton_norm_gate
+
+        return triton_norm_gate.scale_backward(dout, y, square_sum, width, eps)
     scale = _scale(square_sum, width, eps)
     along = torch.linalg.vecdot(dout.to(scale.dtype), y.to(scale.dtype))
     return (dout * scale).to(y.dtype).contiguous(), along * scale.squeeze(-1) ** 3 * (-0.5 / width)
@@ -110,3 +129,12 @@ _scale_forward.register_autograd(_scale_differentiate, setup_context=_scale_save
 def _scale(square_sum: Tensor, width: int, eps: float) -> Tensor:
     """[...] -> [..., 1]"""
     return torch.rsqrt(square_sum / width + eps).unsqueeze(-1)
+
+
+def _backend(*tensors: Tensor) -> str:
+    unsupported = None
+    if any(x.dtype == torch.float64 for x in tensors):
+        unsupported = "its fp32 sums cannot serve float64 inputs"
+    elif tensors[0].shape[-1] > MAX_TRITON_WIDTH:
+        unsupported = f"the width {tensors[0].shape[-1]} exceeds {MAX_TRITON_WIDTH}"
+    return dispatch.choose("norm_gate", tensors[0], unsupported)

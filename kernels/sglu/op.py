@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import dispatch
 from kernels.numerics import accumulation_dtype
 
 ACTS = ("none", "silu")
@@ -25,6 +26,10 @@ def sglu(a: Tensor, b: Tensor, act: str = "none") -> Tensor:
 
 @torch.library.custom_op("megatron_tn::sglu_forward", mutates_args=())
 def _forward(a: Tensor, b: Tensor, act: str) -> Tensor:
+    if _backend(a) == "triton":
+        from kernels.sglu import triton_sglu
+
+        return triton_sglu.forward(a, b, act)
     if act == "none":
         return (a * b).contiguous()
     return (F.silu(a.to(accumulation_dtype(a.dtype))) * b).to(a.dtype).contiguous()
@@ -32,6 +37,10 @@ def _forward(a: Tensor, b: Tensor, act: str) -> Tensor:
 
 @torch.library.custom_op("megatron_tn::sglu_backward", mutates_args=())
 def _backward(dy: Tensor, a: Tensor, b: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    if _backend(a) == "triton":
+        from kernels.sglu import triton_sglu
+
+        return triton_sglu.backward(dy, a, b, act)
     if act == "none":
         return (dy * b).contiguous(), (dy * a).contiguous()
     wide = a.to(accumulation_dtype(a.dtype))
@@ -61,3 +70,8 @@ def _differentiate(ctx, dy):
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _backend(a: Tensor) -> str:
+    unsupported = "its fp32 arithmetic cannot serve float64 inputs" if a.dtype == torch.float64 else None
+    return dispatch.choose("sglu", a, unsupported)

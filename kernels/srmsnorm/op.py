@@ -15,11 +15,30 @@ def simple_rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     x: [..., D] of any floating type; statistics in fp32 (fp64 for fp64), the result in x's type. The backward pass
     recomputes the statistics, so nothing but x is kept. Raises ValueError for eps < 0, no dimension or no float type.
     """
+    _check(x, eps)
+    return torch.ops.megatron_tn.srmsnorm_forward(x, eps)
+
+
+def add_simple_rms_norm(x: Tensor, residual: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """(s, simple_rms_norm(s)) of s = x + residual, in one pass: what stands between two sublayers.
+
+    x, residual: [..., D], alike in shape and floating type. s is rounded to that type before the norm is taken, as two
+    separate operators would. Raises ValueError where they differ, or for what simple_rms_norm refuses.
+    """
+    if x.shape != residual.shape or x.dtype != residual.dtype:
+        raise ValueError(
+            f"x is {tuple(x.shape)} {x.dtype} and residual is {tuple(residual.shape)} {residual.dtype}; "
+            "they must be alike in shape and type"
+        )
+    _check(x, eps)
+    return torch.ops.megatron_tn.add_srmsnorm_forward(x, residual, eps)
+
+
+def _check(x: Tensor, eps: float) -> None:
     if x.dim() == 0 or not torch.is_floating_point(x):
         raise ValueError(f"x.shape={tuple(x.shape)}, x.dtype={x.dtype} must be [..., D] of a floating type")
     if eps < 0:
         raise ValueError(f"eps={eps} must be >= 0")
-    return torch.ops.megatron_tn.srmsnorm_forward(x, eps)
 
 
 @torch.library.custom_op("megatron_tn::srmsnorm_forward", mutates_args=())
@@ -37,11 +56,7 @@ def _backward(dy: Tensor, x: Tensor, eps: float) -> Tensor:
         from kernels.srmsnorm import triton_norm
 
         return triton_norm.backward(dy, x, eps)
-    scale = _scale(x, eps)
-    wide_dy, wide_x = dy.to(scale.dtype), x.to(scale.dtype)
-    along = torch.linalg.vecdot(wide_dy, wide_x).unsqueeze(-1)
-    dx = torch.addcmul(wide_dy * scale, wide_x, -along * scale**3 / x.shape[-1])
-    return dx.to(x.dtype, memory_format=torch.contiguous_format)
+    return _plain_backward(dy, x, eps).to(x.dtype, memory_format=torch.contiguous_format)
 
 
 @_forward.register_fake
@@ -64,6 +79,56 @@ def _differentiate(ctx, dy):
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+
+
+@torch.library.custom_op("megatron_tn::add_srmsnorm_forward", mutates_args=())
+def _add_forward(x: Tensor, residual: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if _backend(x) == "triton":
+        from kernels.srmsnorm import triton_norm
+
+        return triton_norm.add_forward(x, residual, eps)
+    total = (x + residual).contiguous()
+    return total, (total * _scale(total, eps)).to(x.dtype)
+
+
+@torch.library.custom_op("megatron_tn::add_srmsnorm_backward", mutates_args=())
+def _add_backward(dtotal: Tensor, dy: Tensor, total: Tensor, eps: float) -> Tensor:
+    if _backend(total) == "triton":
+        from kernels.srmsnorm import triton_norm
+
+        return triton_norm.add_backward(dtotal, dy, total, eps)
+    return (dtotal + _plain_backward(dy, total, eps)).to(total.dtype, memory_format=torch.contiguous_format)
+
+
+@_add_forward.register_fake
+def _add_forward_fake(x, residual, eps):
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@_add_backward.register_fake
+def _add_backward_fake(dtotal, dy, total, eps):
+    return total.new_empty(total.shape)
+
+
+def _add_save(ctx, inputs, output):
+    ctx.eps = inputs[2]
+    ctx.save_for_backward(output[0])
+
+
+def _add_differentiate(ctx, dtotal, dy):
+    dx = torch.ops.megatron_tn.add_srmsnorm_backward(dtotal, dy, *ctx.saved_tensors, ctx.eps)
+    return dx, dx, None
+
+
+_add_forward.register_autograd(_add_differentiate, setup_context=_add_save)
+
+
+def _plain_backward(dy: Tensor, x: Tensor, eps: float) -> Tensor:
+    """The gradient of x, in the accumulation type."""
+    scale = _scale(x, eps)
+    wide_dy, wide_x = dy.to(scale.dtype), x.to(scale.dtype)
+    along = torch.linalg.vecdot(wide_dy, wide_x).unsqueeze(-1)
+    return torch.addcmul(wide_dy * scale, wide_x, -along * scale**3 / x.shape[-1])
 
 
 def _scale(x: Tensor, eps: float) -> Tensor:

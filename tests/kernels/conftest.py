@@ -7,10 +7,19 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo  # before a test replaces torch.empty, which its tables list by identity
 
 from kernels import dispatch
 
-TRITON_MODULES = ("kernels.lightning.triton_scan", "kernels.srmsnorm.triton_norm")
+# In the order of import: a copy finds the copies of those before it.
+TRITON_MODULES = (
+    "kernels.lightning.triton_scan",
+    "kernels.lightning.triton_segments",
+    "kernels.lightning.launch",
+    "kernels.norm_gate.triton_norm_gate",
+    "kernels.sglu.triton_sglu",
+    "kernels.srmsnorm.triton_norm",
+)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from kernels.bench.cases import Case
 
 def doubling(factor: float) -> Case:
     x = torch.ones(8, 4, requires_grad=True)
-    return Case("doubling", lambda x: factor * x, [x], torch.ones(8, 4), lambda x: 2 * x)
+    return Case("doubling", lambda x: factor * x, [x], [torch.ones(8, 4)], lambda x: 2 * x)
 
 
 @pytest.mark.parametrize("factor", [2.001, float("nan")])

@@ -26,7 +26,7 @@ def compare(names, function, definition, inputs, tolerance):
     out, expected_inputs = function(*inputs), exactly(inputs)
     expected = definition(*expected_inputs)
     torch.manual_seed(1)
-    gradient = torch.randn(out.shape, dtype=torch.float64).to(out.dtype)
+    gradient = torch.randn(out.shape, dtype=torch.float64).to(out.device, out.dtype)
     values = torch.autograd.grad(out, inputs, gradient)
     wanted = torch.autograd.grad(expected, expected_inputs, gradient.double())
     assert [x.dtype for x in (out, *values)] == [x.dtype for x in (inputs[0], *inputs)]
@@ -87,6 +87,43 @@ def test_sglu_takes_views_of_a_fused_projection():
     assert torch.equal(out, (a * b))
     out.sum().backward()
     assert torch.equal(fused.grad, torch.cat((b, a), dim=-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(8,), (2, 3, 65), (3, 2500)], ids=str)
+def test_triton_norm_and_gate(triton_device, shape, dtype):
+    inputs = [x.detach().to(triton_device).requires_grad_() for x in leaves(shape, shape, dtype=dtype)]
+    compare("y do du", norm_gate, norm_gate_reference.norm_gate, inputs, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("act", ["none", "silu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_triton_sglu(triton_device, dtype, act):
+    inputs = [x.detach().to(triton_device).requires_grad_() for x in leaves((3, 5, 431), (3, 5, 431), dtype=dtype)]
+    compare(
+        "y da db",
+        lambda a, b: kernels.sglu(a, b, act),
+        lambda a, b: sglu_reference.sglu(a, b, act),
+        inputs,
+        TOLERANCE[dtype],
+    )
+
+
+def test_triton_takes_strided_rows(triton_device):
+    o, u = torch.randn(6, 3, 80, device=triton_device)[:, 1].chunk(2, dim=-1)
+    y, square_sum = kernels.gate_with_square_sum(o, u)
+    plain, plain_sum = kernels.gate_with_square_sum(o.clone(), u.clone())
+    assert torch.equal(y, plain)
+    assert torch.equal(square_sum, plain_sum)
+    assert torch.equal(kernels.sglu(o, u), kernels.sglu(o.clone(), u.clone()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [1024, 2560, 4096, 12288])
+def test_bf16_on_the_gpu(cuda, width):
+    inputs = [x.detach().to(cuda).requires_grad_() for x in leaves((33, width), (33, width), dtype=torch.bfloat16)]
+    compare("y do du", norm_gate, norm_gate_reference.norm_gate, inputs, TOLERANCE[torch.bfloat16])
+    compare("y da db", kernels.sglu, sglu_reference.sglu, inputs, TOLERANCE[torch.bfloat16])
 
 
 @pytest.mark.parametrize("batched", [False, True], ids=["shared", "per-row"])

@@ -44,6 +44,39 @@ def test_documents_do_not_leak(triton_device):
         assert not torch.equal(old[inside], new[inside]), name
 
 
+@pytest.fixture
+def short_segments(monkeypatch):
+    """Cut every sequence into segments of two chunks, as only long ones on a GPU would be."""
+    from kernels.lightning import launch
+
+    lengths = []
+
+    def two_chunks(tile, programs, length):
+        lengths.append(2 * tile.chunk)
+        return min(2 * tile.chunk, length)
+
+    monkeypatch.setattr(launch, "segment_length", two_chunks)
+    yield
+    assert lengths
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("length", [256, 259, 383])
+def test_segments_of_a_sequence(triton_device, short_segments, length, dtype):
+    """Rates at which nothing is skipped between segments, at which much is, and at which almost all is."""
+    rates = (0.0, 0.9, 8.0)
+    Attention.random(length=length, batch=1, rates=rates, dtype=dtype, device=triton_device).check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("widths", [(64, 64), (128, 128), (256, 128)], ids="{0[0]}x{0[1]}".format)
+def test_bf16_segments_on_the_gpu(cuda, short_segments, widths):
+    case = Attention.random(
+        length=515, batch=2, widths=widths, rates=(0.0, 0.01, 8.0), dtype=torch.bfloat16, device=cuda
+    )
+    case.check()
+
+
 def test_views_of_a_fused_projection(triton_device):
     case = Attention.random(length=40, batch=2, widths=(16, 16), rates=(0.1, 0.0), device=triton_device)
     fused = torch.stack((case.q, case.k, case.v, case.v), dim=2).requires_grad_()

@@ -21,15 +21,17 @@ def operators():
     theta, positions = leaf(2, 1, 4), torch.arange(9)
     targets = torch.tensor([0, 3, -100])
     return {
-        "lightning_forward": (ops.lightning_forward, (q, k, v, decay, None, None)),
-        "lightning_forward+state": (ops.lightning_forward, (q, k, v, decay, state, None)),
-        "lightning_forward+packed": (ops.lightning_forward, (q, k, v, decay, packed, bounds)),
+        "lightning_forward": (ops.lightning_forward, (q, k, v, decay, None, None, False)),
+        "lightning_forward+state": (ops.lightning_forward, (q, k, v, decay, state, None, True)),
+        "lightning_forward+packed": (ops.lightning_forward, (q, k, v, decay, packed, bounds, True)),
         "lightning_backward": (
             ops.lightning_backward,
             tuple(None if a is None else a.detach() for a in (v, state, q, k, v, decay, state, None)),
         ),
         "srmsnorm_forward": (ops.srmsnorm_forward, (x, 1e-6)),
         "srmsnorm_backward": (ops.srmsnorm_backward, (y.detach(), x.detach(), 1e-6)),
+        "add_srmsnorm_forward": (ops.add_srmsnorm_forward, (x, y, 1e-6)),
+        "add_srmsnorm_backward": (ops.add_srmsnorm_backward, (*(a.detach() for a in (y, y, x)), 1e-6)),
         "gate_forward": (ops.gate_forward, (x, y)),
         "gate_forward+views": (ops.gate_forward, (x.transpose(0, 1), y.transpose(0, 1))),
         "gate_backward": (ops.gate_backward, tuple(a.detach() for a in (y, s, x, y))),

@@ -34,6 +34,46 @@ def test_triton(triton_device, shape, dtype):
     check(shape, dtype, triton_device)
 
 
+def check_add(shape, dtype, device):
+    """Against the two operators one after the other, in fp64 from the rounded sum on."""
+    torch.manual_seed(0)
+    x, r = ((torch.randn(shape, dtype=torch.float64)).to(device, dtype).requires_grad_() for _ in range(2))
+    ds, dy = ((torch.randn(shape, dtype=torch.float64)).to(device, dtype) for _ in range(2))
+    s, y = kernels.add_simple_rms_norm(x, r)
+    dx, dr = torch.autograd.grad((s, y), (x, r), (ds, dy))
+    assert torch.equal(s, x + r)
+    assert torch.equal(dx, dr)
+    exact = s.detach().double().cpu().requires_grad_()
+    expected = reference.simple_rms_norm(exact, 1e-6)
+    (dexpected,) = torch.autograd.grad((exact * 1, expected), exact, (ds.double().cpu(), dy.double().cpu()))
+    assert (y.dtype, y.shape, dx.dtype) == (dtype, x.shape, dtype)
+    tolerance = max(TOLERANCE[dtype] / 10, 1e-12) if dtype.itemsize >= 4 else TOLERANCE[dtype]
+    assert_close("y dx", (y, dx), (expected, dexpected), tolerance)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("shape", [(7,), (2, 5, 257)], ids=str)
+def test_torch_with_the_residual_add(shape, dtype):
+    check_add(shape, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(7,), (2, 5, 257), (4, 2048)], ids=str)
+def test_triton_with_the_residual_add(triton_device, shape, dtype):
+    check_add(shape, dtype, triton_device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [2560, 4096])
+def test_bf16_with_the_residual_add_on_the_gpu(cuda, width):
+    check_add((33, width), torch.bfloat16, cuda)
+
+
+def test_the_residual_must_fit():
+    with pytest.raises(ValueError, match=r"residual is \(3,\) torch.float32; they must be alike"):
+        kernels.add_simple_rms_norm(torch.ones(2, 3), torch.ones(3))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("width", [80, 1024, 2560, 4096, 12288])
 def test_bf16_on_the_gpu(cuda, width):

@@ -1,0 +1,53 @@
+"""What others offer in lightning attention's place, where it is installed: measured beside it, never imported else."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+LONGEST_SOFTMAX = 32768  # its time grows with the square of the length
+LEFT_PRODUCT = 8192  # the length at which the paper compares with the masked product
+
+
+@dataclass(frozen=True)
+class Peer:
+    """function(q, k, v), each [B, T, H, d]."""
+
+    name: str
+    function: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def attention_peers(length: int, decay: Tensor, device: torch.device) -> tuple[Peer, ...]:
+    """The peers that make sense at sequences of `length` positions."""
+    if device.type != "cuda":
+        return ()
+    peers = []
+    try:
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        peers.append(Peer("flash-linear-attention", lambda q, k, v: chunk_simple_gla(q, k, v, g_gamma=-decay)[0]))
+    except ImportError:
+        pass
+    if length <= LONGEST_SOFTMAX:
+        peers.append(Peer("softmax, cuDNN", _cudnn))
+    if length == LEFT_PRODUCT:
+        peers.append(Peer("left product, PyTorch", lambda q, k, v: _left_product(q, k, v, decay)))
+    return tuple(peers)
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
+    return out.transpose(1, 2)
+
+
+def _left_product(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+    """(q k^T * mask) v with the mask [H, T, T] materialised, in the inputs' type."""
+    i = torch.arange(q.shape[1], device=q.device)
+    distance = (i[:, None] - i).float()
+    mask = torch.exp(-decay[:, None, None] * distance.clamp(min=0)).tril().to(q.dtype)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return ((q @ k.mT * mask) @ v).transpose(1, 2)
