@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from data_pipeline.errors import InputError
 
 FORMAT = "megatron_tn.shards"
-VERSION = 1
+VERSION = 2
 SHOWN_PROBLEMS = 10
 
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=200)]
@@ -42,11 +42,21 @@ class TokenizerInfo:
 
 
 @checked_dataclass(frozen=True, config=STRICT)
+class SourceInfo:
+    """What is known of a source: the category that it belongs to, and how often an epoch of training goes over it."""
+
+    category: str = ""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+
+
+@checked_dataclass(frozen=True, config=STRICT)
 class Shard:
-    """One tar file. `tokens` counts bos and eos; `text_bytes` is UTF-8 bytes of text; `size` is the tar's, in bytes;
-    `shortest_document` is in tokens and bounds how many documents a sequence can touch."""
+    """One tar file of documents of one source. `tokens` counts bos and eos; `text_bytes` is UTF-8 bytes of text;
+    `size` is the tar's, in bytes; `shortest_document` is in tokens and bounds how many documents a sequence can touch.
+    """
 
     name: FileName
+    source: str
     documents: Count
     tokens: Count
     text_bytes: Count
@@ -72,9 +82,10 @@ class Content:
     """The JSON document itself."""
 
     format: Literal["megatron_tn.shards"]
-    version: Literal[1]
+    version: Literal[2]
     tokenizer: TokenizerInfo
     dtype: Literal["uint16", "uint32"]
+    sources: dict[str, SourceInfo]
     shards: tuple[Shard, ...]
     totals: Totals
 
@@ -112,13 +123,22 @@ class Manifest:
     directory: Path
 
     @classmethod
-    def create(cls, directory: str | Path, tokenizer: TokenizerInfo, shards: list[Shard]) -> "Manifest":
-        """A manifest of `shards` in `directory`; raises InputError when they contradict each other."""
+    def create(
+        cls,
+        directory: str | Path,
+        tokenizer: TokenizerInfo,
+        shards: list[Shard],
+        sources: dict[str, SourceInfo] | None = None,
+    ) -> "Manifest":
+        """A manifest of `shards` in `directory`; of `sources`, those that have a shard are kept. Raises InputError when
+        the shards contradict each other."""
+        known = sources or {}
         content = Content(
             format=FORMAT,
             version=VERSION,
             tokenizer=tokenizer,
             dtype=token_dtype(tokenizer.vocab_size),
+            sources={name: known.get(name, SourceInfo()) for name in sorted({shard.source for shard in shards})},
             shards=tuple(shards),
             totals=total(shards),
         )
@@ -156,6 +176,10 @@ class Manifest:
     @property
     def shards(self) -> tuple[Shard, ...]:
         return self.content.shards
+
+    @property
+    def sources(self) -> dict[str, SourceInfo]:
+        return self.content.sources
 
     @property
     def tokenizer(self) -> TokenizerInfo:
@@ -205,6 +229,8 @@ def _contradictions(content: Content) -> list[str]:
                 f"shard {shard.name}: documents={shard.documents} of at least shortest_document="
                 f"{shard.shortest_document} tokens do not fit tokens={shard.tokens}"
             )
+    if (used := {shard.source for shard in content.shards}) != set(content.sources):
+        problems.append(f"sources={sorted(content.sources)} are not those of the shards, {sorted(used)}")
     if (expected := total(content.shards)) != content.totals:
         problems.append(f"totals={content.totals} are not the sums over the shards, {expected}")
     if content.dtype != (needed := token_dtype(content.tokenizer.vocab_size)):

@@ -69,6 +69,8 @@ def _shard_problems(manifest: Manifest, shard: Shard, seen: dict[str, str]) -> l
         return [f"shard {shard.name}: its index {shard.index} is altered"]
     if built[:, TEXT_BYTES].sum() != shard.text_bytes or built[:, TOKENS].min() != shard.shortest_document:
         return [f"shard {shard.name}: text_bytes or shortest_document in the manifest are not the documents'"]
+    if strangers := {record["source"] for record in metadata} - {shard.source}:
+        return [f"shard {shard.name}: holds source {min(strangers)!r}, the manifest says {shard.source!r}"]
     return [*_token_problems(manifest, shard, built), *_duplicate_problems(shard, metadata, seen)]
 
 
