@@ -10,42 +10,16 @@ import functools
 import operator
 import typing
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.errors import InputError
 from data_pipeline.filters import RULES, Garbled, Length, Lines, Repetition, Symbols
+from data_pipeline.sources import STRICT, AnySource, Positive
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-STRICT = ConfigDict(extra="forbid")
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-
-
-@dataclass(frozen=True, config=STRICT)
-class Tree:
-    """A folder whose files are the documents. `path`: a folder, or `stdlib` for the running Python's standard library.
-    `fill`: installed packages whose sources are added, one by one, while the source has fewer than `minimum_bytes`."""
-
-    kind: Literal["tree"]
-    path: str
-    suffixes: tuple[str, ...] = (".py",)
-    exclude: tuple[str, ...] = ("site-packages", "dist-packages", "__pycache__", ".git", "node_modules")
-    fill: tuple[str, ...] = ()
-    minimum_bytes: Count = 0
-
-
-@dataclass(frozen=True, config=STRICT)
-class Jsonl:
-    """JSON lines, plain or .gz: a document a line. `path`: a folder, of which the files that match `glob` are read."""
-
-    kind: Literal["jsonl"]
-    path: str
-    glob: str = "**/*.jsonl*"
-    text_key: str = "text"
-    id_key: str = "id"
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -94,7 +68,7 @@ class Settings:
     """
 
     output: str
-    sources: dict[str, Annotated[Tree | Jsonl, Field(discriminator="kind")]]
+    sources: dict[str, AnySource]
     input: str | None = None
     rules: Rules = dataclasses.field(default_factory=Rules)
     exact_duplicates: bool = True

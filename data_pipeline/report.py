@@ -15,6 +15,7 @@ def write_report(output: Path, work: Path, splits: tuple[str, ...]) -> dict:
     tallies = [(name, _tally(folder)) for name in STAGES if (folder := work / "tally" / name).is_dir()]
     report = {
         "stages": [{"stage": name, **_sum(tally), "sources": tally} for name, tally in tallies],
+        "quarantine": _quarantine(output / "quarantine"),
         "drops": _drops(output / "drops"),
         "splits": {split: _split(Manifest.load(output / split / "manifest.json")) for split in splits},
     }
@@ -47,6 +48,18 @@ def _drops(folder: Path) -> dict[str, dict]:
                 entry["bytes"] += record["bytes"]
                 entry["measures"][record["measure"]] += 1
     return drops
+
+
+def _quarantine(folder: Path) -> dict[str, dict]:
+    """{reason: documents (or files that could not be read on), bytes}."""
+    reasons: dict[str, dict] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_bytes().splitlines():
+            record = json.loads(line)
+            entry = reasons.setdefault(record["reason"], {"documents": 0, "bytes": 0})
+            entry["documents"] += 1
+            entry["bytes"] += record["bytes"]
+    return dict(sorted(reasons.items()))
 
 
 def _split(manifest: Manifest) -> dict:

@@ -8,7 +8,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from data_pipeline.config import Settings
 from data_pipeline.dedup import exact, near
-from data_pipeline.readers import build_readers
+from data_pipeline.readers import ReadSources
 from data_pipeline.steps import ApplyRules, HoldTask, Tally, TaskReader, TaskWriter
 from data_pipeline.tokenise import MakeTokenizer, WriteManifests, WriteShards
 
@@ -55,7 +55,7 @@ def build_stages(settings: Settings, output: Path, work: Path) -> list[Stage]:
     add(
         "rules",
         settings.tasks,
-        *build_readers(settings.sources),
+        ReadSources(settings.sources, output / "quarantine"),
         tally("read"),
         ApplyRules(settings.rules.active(), drops / "rules"),
         tally("rules"),
@@ -78,5 +78,5 @@ def build_stages(settings: Settings, output: Path, work: Path) -> list[Stage]:
     add("tokenizer", 1, made)
     split, records = (settings.tokenizer, settings.heldout_fraction), work / "records"
     add("shards", settings.tasks, TaskReader(documents), WriteShards(*split, settings.shard_tokens, output, records))
-    add("manifests", 1, WriteManifests(*split, output, records))
+    add("manifests", 1, WriteManifests(*split, settings.sources, output, records))
     return stages

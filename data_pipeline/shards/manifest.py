@@ -147,8 +147,9 @@ class Manifest:
 
     @classmethod
     def load(cls, path: str | Path, *, check_files: bool = True) -> "Manifest":
-        """Reads and checks `path`. With `check_files`, every shard and index must be there, and every shard of its full
-        size: one stat each; `verify` is what reads and hashes them. Raises InputError naming each bad shard."""
+        """Reads and checks `path`. With `check_files`, the tokenizer must be the one that made the shards, every shard
+        and index must be there, and every shard of its full size: one stat each; `verify` is what reads and hashes
+        them. Raises InputError naming each bad file."""
         path = Path(path)
         try:
             content = CONTENT.validate_json(path.read_bytes())
@@ -164,7 +165,7 @@ class Manifest:
         _refuse(f"manifest {path}", _contradictions(content))
         manifest = cls(content, path.parent)
         if check_files:
-            _refuse(f"manifest {path}", manifest.missing_or_truncated())
+            _refuse(f"manifest {path}", [*manifest.tokenizer_problems(), *manifest.missing_or_truncated()])
         return manifest
 
     def save(self) -> Path:
@@ -199,6 +200,17 @@ class Manifest:
         """sha256 over everything the manifest says, shard hashes included; where the folder lies does not count."""
         canonical = json.dumps(CONTENT.dump_python(self.content, mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def tokenizer_problems(self) -> list[str]:
+        """One line when the tokenizer beside the shards is absent or not the one that made them."""
+        name = self.tokenizer.file
+        try:
+            found = sha256_of(self.directory / name)
+        except OSError as error:
+            return [f"tokenizer {name}: missing or unreadable: {error.strerror}"]
+        if found == self.tokenizer.sha256:
+            return []
+        return [f"tokenizer {name}: altered: its sha256 is {found}, that of the shards {self.tokenizer.sha256}"]
 
     def missing_or_truncated(self) -> list[str]:
         """One line for each shard that `file_problem` finds fault with."""

@@ -51,9 +51,12 @@ class ShardWriter:
     def _temporary(self) -> Path:
         return self.directory / f"{self._name}.tar.tmp"
 
-    def write(self, tokens: np.ndarray, *, id: str, source: str, text_bytes: int, language: str = "") -> None:
+    def write(
+        self, tokens: np.ndarray, *, id: str, source: str, text_bytes: int, language: str = "", key: str = ""
+    ) -> None:
         """Appends a document: `tokens` [n] with bos and eos, `text_bytes` the UTF-8 length of its text, `language` its
-        code where it is known. Raises ValueError when an id does not fit the stored dtype, rather than wrapping it.
+        code and `key` its own name, such as a URL, where they are known. Raises ValueError when an id does not fit the
+        stored dtype, rather than wrapping it.
         """
         if tokens.size == 0 or tokens.min() < 0 or tokens.max() > np.iinfo(self.dtype).max:
             raise ValueError(f"document {id!r}: no tokens, or an id outside {self.dtype}")
@@ -63,6 +66,8 @@ class ShardWriter:
         if self._file is None:
             self._start(source)
         metadata = {"id": id, "source": source, "language": language, "bytes": text_bytes, "tokens": int(tokens.size)}
+        if key:
+            metadata["key"] = key
         self._tar.write(
             {
                 "__key__": f"{self._name}_{self._documents:07d}",
