@@ -16,6 +16,7 @@ def write_report(output: Path, work: Path, splits: tuple[str, ...]) -> dict:
     report = {
         "stages": [{"stage": name, **_sum(tally), "sources": tally} for name, tally in tallies],
         "quarantine": _quarantine(output / "quarantine"),
+        "edits": _edits(output / "edits"),
         "drops": _drops(output / "drops"),
         "splits": {split: _split(Manifest.load(output / split / "manifest.json")) for split in splits},
     }
@@ -48,6 +49,19 @@ def _drops(folder: Path) -> dict[str, dict]:
                 entry["bytes"] += record["bytes"]
                 entry["measures"][record["measure"]] += 1
     return drops
+
+
+def _edits(folder: Path) -> dict[str, dict]:
+    """{edit: documents, and the sum of their values}."""
+    edits: dict[str, dict] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        with path.open("rb") as lines:
+            for line in lines:
+                record = json.loads(line)
+                entry = edits.setdefault(record["edit"], {"documents": 0, "value": 0})
+                entry["documents"] += 1
+                entry["value"] += record["value"]
+    return dict(sorted(edits.items()))
 
 
 def _quarantine(folder: Path) -> dict[str, dict]:

@@ -44,7 +44,10 @@ def run(settings: Settings) -> dict:
         from data_pipeline.tokenise import splits
 
         work = output / "work"
-        stages = build_stages(settings, output, work)
+        try:
+            stages = build_stages(settings, output, work)
+        except OSError as error:
+            raise StageError(f"output={output}: {error}") from error
         with (work / "pipeline.log").open("a", buffering=1) as log, show(stages) as display:
             for stage in stages:
                 try:

@@ -57,7 +57,9 @@ def build_stages(settings: Settings, output: Path, work: Path) -> list[Stage]:
         settings.tasks,
         ReadSources(settings.sources, output / "quarantine"),
         tally("read"),
-        ApplyRules(settings.rules.active(), drops / "rules"),
+        ApplyRules(
+            settings.rules.active(), settings.edits.active(), settings.language, drops / "rules", output / "edits"
+        ),
         tally("rules"),
         TaskWriter(documents),
         *([exact.signatures(work)] if settings.exact_duplicates else []),

@@ -259,6 +259,7 @@ def test_a_full_disk_stops_with_one_line_and_the_next_run_completes(planted, out
     """A limit on the size of a file stands for a disk that is full: writing fails in the middle of a stage."""
     again = tmp_path / "data"
     limited = (
+        "from data_pipeline.filters.language import identifier; identifier(); "  # it unpacks its model to a file
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); "
         "from data_pipeline.run import main; sys.exit(main(sys.argv[1:]))"
     )
@@ -287,3 +288,28 @@ def test_another_tokenizer_file_of_the_same_name_is_another_run(planted, output,
     tokenizer.write_bytes(tokenizer.read_bytes() + b"\n")
     assert main(options) == 2
     assert "inputs.tokenizer_sha256" in capsys.readouterr().err
+
+
+def test_edits_are_made_and_recorded_and_the_language_is_kept(tmp_path):
+    source = tmp_path / "text"
+    source.mkdir()
+    for number in range(6):
+        (source / f"{number}.txt").write_text(prose(number))
+    (source / "0.txt").write_text(prose(0) + "See <b>this</b>!!!!! http://a.example/x\n")
+    output = tmp_path / "data"
+    run(compose(arguments(source, output, "heldout_fraction=0")))
+    records = [json.loads(line) for path in output.glob("edits/*.jsonl") for line in path.open()]
+    assert {record["id"] for record in records} == {"main/0.txt"}
+    assert {record["edit"]: (record["value"], record["threshold"]) for record in records} == {
+        "html": (2, 0),
+        "urls": (1, 0),
+        "punctuation": (5, 3),
+    }
+    assert records[0]["bytes_before"] - records[0]["bytes_after"] == len("<b></b>!!!! http://a.example/x")
+    tokenizer = tokenizers.load(output / "tokenizer.json")
+    for document in read_documents(Manifest.load(output / "train/manifest.json")):
+        assert document.metadata["language"] == "en"
+        if document.metadata["id"] == "main/0.txt":
+            assert tokenizer.decode(document.tokens[1:-1].tolist()) == prose(0) + "See this!\n"
+    report = json.loads((output / "report.json").read_text())
+    assert report["edits"]["urls"] == {"documents": 1, "value": 1}

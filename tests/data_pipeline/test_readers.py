@@ -291,7 +291,7 @@ def test_sources_keep_their_categories_epochs_and_shards(tmp_path):
         "tasks=2",
         "tokenizer.vocab_size=400",
         "~sources.main",
-        f"sources={{wiki: {{kind: jsonl, path: {tmp_path}/wiki, category: encyclopedia, epochs: 1.5, language: en}}, "
+        f"sources={{wiki: {{kind: jsonl, path: {tmp_path}/wiki, category: encyclopedia, epochs: 1.5, language: tlh}}, "
         f"web: {{kind: jsonl, path: {tmp_path}/web}}}}",
     ]
     run(compose(settings))
@@ -299,4 +299,4 @@ def test_sources_keep_their_categories_epochs_and_shards(tmp_path):
     assert (manifest.sources["wiki"].category, manifest.sources["wiki"].epochs) == ("encyclopedia", 1.5)
     assert {shard.source for shard in manifest.shards} == {"wiki", "web"}
     for document in read_documents(manifest):
-        assert document.metadata["language"] == ("en" if document.metadata["source"] == "wiki" else "")
+        assert document.metadata["language"] == {"wiki": "tlh", "web": "en"}[document.metadata["source"]]
