@@ -87,6 +87,16 @@ class NearDuplicates:
 
 
 @dataclass(frozen=True, config=STRICT)
+class LineDuplicates:
+    """Lines of `min_characters` or more that are in `min_documents` documents or more are taken out of all of them; a
+    document of which less than `min_kept` of the characters is left is dropped."""
+
+    min_documents: Annotated[int, Field(ge=2)] = 20
+    min_characters: Positive = 20
+    min_kept: Annotated[float, Field(ge=0, le=1)] = 0.3
+
+
+@dataclass(frozen=True, config=STRICT)
 class TokenizerSettings:
     """`file`: an existing tokenizer.json; null trains one of `vocab_size` entries on at most `sample_bytes` of the
     training split. bos, eos, pad: the entries that play these parts."""
@@ -113,6 +123,7 @@ class Settings:
     language: Language | None = None
     rules: Rules = dataclasses.field(default_factory=Rules)
     exact_duplicates: bool = True
+    line_duplicates: LineDuplicates | None = None
     near_duplicates: NearDuplicates | None = dataclasses.field(default_factory=NearDuplicates)
     heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     tokenizer: TokenizerSettings = dataclasses.field(default_factory=TokenizerSettings)

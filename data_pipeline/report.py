@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data_pipeline.shards.manifest import Manifest, replace_file
 
-STAGES = ("read", "rules", "exact", "near")
+STAGES = ("read", "rules", "exact", "lines", "near")
 
 
 def write_report(output: Path, work: Path, splits: tuple[str, ...]) -> dict:
