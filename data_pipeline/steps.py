@@ -17,6 +17,8 @@ from data_pipeline.filters import BEFORE_EDITS, Drop, Filter, Language
 from data_pipeline.filters.language import identifier
 from data_pipeline.shards.manifest import replace_file
 
+EXCERPT = 300  # characters of a dropped document that its record keeps
+
 
 class HoldTask(PipelineStep):
     """First step of every stage: one process at a time works on a task.
@@ -73,7 +75,7 @@ class TaskWriter(JsonlWriter):
 
 
 class Tally(PipelineStep):
-    """Counts the documents that pass: folder/RANK.json holds {source: [documents, bytes]}."""
+    """Counts the documents that pass: folder/RANK.json holds [source, language, documents, bytes] for each pair."""
 
     type = "📊 - STATS"
     name = "tally"
@@ -85,12 +87,13 @@ class Tally(PipelineStep):
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         counts = defaultdict(lambda: [0, 0])
         for document in data:
-            count = counts[document.metadata["source"]]
+            count = counts[document.metadata["source"], document.metadata.get("language", "")]
             count[0] += 1
             count[1] += text_bytes(document)
             yield document
         self.folder.mkdir(parents=True, exist_ok=True)
-        replace_file(self.folder / f"{rank:05d}.json", json.dumps(counts, sort_keys=True).encode())
+        rows = [[*key, *count] for key, count in sorted(counts.items())]
+        replace_file(self.folder / f"{rank:05d}.json", json.dumps(rows).encode())
 
 
 class ApplyRules(PipelineStep):
@@ -165,12 +168,12 @@ def _edit_record(_, document: Document) -> dict:
 
 
 def drop_writer(folder: Path, reason) -> JsonlWriter:
-    """Records dropped documents in folder/RANK.jsonl: id, source, bytes, and what `reason(document)` gives: filter,
-    measure, value, threshold."""
+    """Records dropped documents in folder/RANK.jsonl: id, source, bytes, what `reason(document)` gives (filter,
+    measure, value, threshold), and how the text begins."""
 
     def record(_, document: Document) -> dict:
         identity = {"id": document.id, "source": document.metadata["source"], "bytes": text_bytes(document)}
-        return {**identity, **reason(document)}
+        return {**identity, **reason(document), "excerpt": document.text[:EXCERPT]}
 
     return JsonlWriter(str(folder), output_filename="${rank}.jsonl", compression=None, adapter=record)
 
