@@ -15,15 +15,15 @@ NEVER_NEXT = frozenset(re.findall(r"\w+", "the a an of and to in is was are were
 
 @dataclass(frozen=True, config=RULE)
 class BrokenSentences:
-    """Share of sentence ends that a lower-case word follows, in texts of `min_sentences` or more: real text has few
-    (abbreviations), shuffled words have most. Holds for every script that has capitals."""
+    """Share of sentence ends within a line that a lower-case word follows, in texts of `min_sentences` or more: real
+    text has few (abbreviations), shuffled words have most. Holds for every script that has capitals."""
 
     max_share: float = 0.5
     min_sentences: int = 4
 
     def __call__(self, text: str) -> Drop | None:
-        words = text.split()
-        following = [after for word, after in itertools.pairwise(words) if ENDS.search(word)]
+        lines = (itertools.pairwise(line.split()) for line in text.splitlines())
+        following = [after for word, after in itertools.chain.from_iterable(lines) if ENDS.search(word)]
         if len(following) < self.min_sentences:
             return None
         share = sum(word[0].islower() for word in following) / len(following)

@@ -15,10 +15,10 @@ STOP_WORDS = frozenset(re.findall(r"\w+", "the be to of and that have with is in
 @dataclass(frozen=True, config=RULE)
 class Words:
     """`min_words`, `max_words`: how many; `min_mean_length`, `max_mean_length`: characters a word; `min_alphabetic`:
-    share of what stands between spaces that has a letter. Not asked of text that is mostly in a script without
+    share of words and numbers that has a letter. Not asked of text that is mostly in a script without
     spaces."""
 
-    min_words: int = 20
+    min_words: int = 10
     max_words: int = 1_000_000
     min_mean_length: float = 2.5
     max_mean_length: float = 12.0
@@ -37,7 +37,7 @@ class Words:
             return Drop("min_mean_length", mean, self.min_mean_length)
         if mean > self.max_mean_length:
             return Drop("max_mean_length", mean, self.max_mean_length)
-        pieces = text.split()
+        pieces = [piece for piece in text.split() if any(map(str.isalnum, piece))]
         share = sum(any(map(str.isalpha, piece)) for piece in pieces) / len(pieces)
         return Drop("min_alphabetic", share, self.min_alphabetic) if share < self.min_alphabetic else None
 

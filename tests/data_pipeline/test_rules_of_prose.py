@@ -65,7 +65,7 @@ DROPPED = {
     "too few words": (Words(), "one two three", "min_words", 3),
     "long words": (Words(), "extraordinarilylongwords " * 30, "max_mean_length", 24),
     "short words": (Words(), "a b c d e " * 10, "min_mean_length", 1),
-    "numbers": (Words(), "the 1 2 3 4 5 6 7 " * 40, "min_alphabetic", 1 / 8),
+    "numbers": (Words(), "the 1 2 3 4 5 6 7 | " * 40, "min_alphabetic", 1 / 8),
     "key words": (StopWords(), "cheap shoes boots sandals " * 20, "min_different", 0),
     "shuffled": (BrokenSentences(), shuffled(STORY * 2), "max_share", None),
     "shuffled without marks": (WordOrder(), shuffled(STORY * 3, lower=True), "max_share", None),
