@@ -10,57 +10,70 @@ import functools
 import operator
 import typing
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from data_pipeline.edits import EDITS, Characters, Html, Numbers, Punctuation, Urls
 from data_pipeline.errors import InputError
-from data_pipeline.filters import RULES, Garbled, Length, Lines, Repetition, Symbols
+from data_pipeline.filters import (
+    RULES,
+    Boilerplate,
+    BrokenSentences,
+    Garbled,
+    Keyboard,
+    Language,
+    Length,
+    Lines,
+    Logs,
+    Repetition,
+    StopWords,
+    Symbols,
+    WordOrder,
+    Words,
+)
+from data_pipeline.sources import STRICT, AnySource, Positive
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-STRICT = ConfigDict(extra="forbid")
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-
-
-@dataclass(frozen=True, config=STRICT)
-class Tree:
-    """A folder whose files are the documents. `path`: a folder, or `stdlib` for the running Python's standard library.
-    `fill`: installed packages whose sources are added, one by one, while the source has fewer than `minimum_bytes`."""
-
-    kind: Literal["tree"]
-    path: str
-    suffixes: tuple[str, ...] = (".py",)
-    exclude: tuple[str, ...] = ("site-packages", "dist-packages", "__pycache__", ".git", "node_modules")
-    fill: tuple[str, ...] = ()
-    minimum_bytes: Count = 0
-
-
-@dataclass(frozen=True, config=STRICT)
-class Jsonl:
-    """JSON lines, plain or .gz: a document a line. `path`: a folder, of which the files that match `glob` are read."""
-
-    kind: Literal["jsonl"]
-    path: str
-    glob: str = "**/*.jsonl*"
-    text_key: str = "text"
-    id_key: str = "id"
 
 
 @dataclass(frozen=True, config=STRICT)
 class Rules:
-    """The rules and their thresholds (see `filters/`); null turns one off."""
+    """The rules and their thresholds (see `filters/`); null turns one off, and those that only prose has to pass are
+    off until a pipeline turns them on."""
 
     length: Length | None = dataclasses.field(default_factory=Length)
     garbled: Garbled | None = dataclasses.field(default_factory=Garbled)
     symbols: Symbols | None = dataclasses.field(default_factory=Symbols)
     lines: Lines | None = dataclasses.field(default_factory=Lines)
+    logs: Logs | None = dataclasses.field(default_factory=Logs)
     repetition: Repetition | None = dataclasses.field(default_factory=Repetition)
+    boilerplate: Boilerplate | None = None
+    words: Words | None = None
+    keyboard: Keyboard | None = None
+    broken_sentences: BrokenSentences | None = None
+    stop_words: StopWords | None = None
+    word_order: WordOrder | None = None
 
     def active(self) -> dict[str, typing.Any]:
         """The rules that are on, by name, in the order in which they are asked."""
         return {name: rule for name in RULES if (rule := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True, config=STRICT)
+class Edits:
+    """The edits and their thresholds (see `edits/`), off until a pipeline turns them on: code is not to be edited."""
+
+    characters: Characters | None = None
+    html: Html | None = None
+    urls: Urls | None = None
+    punctuation: Punctuation | None = None
+    numbers: Numbers | None = None
+
+    def active(self) -> dict[str, typing.Any]:
+        """The edits that are on, by name, in the order in which they are made."""
+        return {name: edit for name in EDITS if (edit := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -71,6 +84,16 @@ class NearDuplicates:
     words: Positive = 5
     buckets: Positive = 14
     hashes: Positive = 8
+
+
+@dataclass(frozen=True, config=STRICT)
+class LineDuplicates:
+    """Lines of `min_characters` or more that are in `min_documents` documents or more are taken out of all of them; a
+    document of which less than `min_kept` of the characters is left is dropped."""
+
+    min_documents: Annotated[int, Field(ge=2)] = 20
+    min_characters: Positive = 20
+    min_kept: Annotated[float, Field(ge=0, le=1)] = 0.3
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -94,10 +117,13 @@ class Settings:
     """
 
     output: str
-    sources: dict[str, Annotated[Tree | Jsonl, Field(discriminator="kind")]]
+    sources: dict[str, AnySource]
     input: str | None = None
+    edits: Edits = dataclasses.field(default_factory=Edits)
+    language: Language | None = None
     rules: Rules = dataclasses.field(default_factory=Rules)
     exact_duplicates: bool = True
+    line_duplicates: LineDuplicates | None = None
     near_duplicates: NearDuplicates | None = dataclasses.field(default_factory=NearDuplicates)
     heldout_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     tokenizer: TokenizerSettings = dataclasses.field(default_factory=TokenizerSettings)

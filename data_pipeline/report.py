@@ -1,51 +1,104 @@
-"""report.json: documents and bytes in and out of each stage and rule, and what came out."""
+"""report.json and report.html: what went in and out of each stage, what each rule dropped, and what came out."""
 
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 from data_pipeline.shards.manifest import Manifest, replace_file
 
-STAGES = ("read", "rules", "exact", "near")
+STAGES = ("read", "rules", "exact", "lines", "near")
+EXAMPLES = 3  # kept of each rule and measure
 
 
 def write_report(output: Path, work: Path, splits: tuple[str, ...]) -> dict:
-    """Writes output/report.json from tallies, drops and manifests; returns it. Equal runs write equal reports, so it
-    holds no times."""
+    """Writes output/report.json and report.html from tallies, drops and manifests; returns the report. Equal runs write
+    equal reports, so it holds no times."""
+    from data_pipeline.report_page import page
+
+    results = {split: _split(Manifest.load(output / split / "manifest.json")) for split in splits}
+    bytes_per_token = sum(s["text_bytes"] for s in results.values()) / sum(s["tokens"] for s in results.values())
     tallies = [(name, _tally(folder)) for name in STAGES if (folder := work / "tally" / name).is_dir()]
     report = {
-        "stages": [{"stage": name, **_sum(tally), "sources": tally} for name, tally in tallies],
+        "stages": [{"stage": name, **_stage(tally, bytes_per_token)} for name, tally in tallies],
+        "quarantine": _quarantine(output / "quarantine"),
+        "edits": _edits(output / "edits"),
         "drops": _drops(output / "drops"),
-        "splits": {split: _split(Manifest.load(output / split / "manifest.json")) for split in splits},
+        "splits": results,
     }
     replace_file(output / "report.json", json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")
+    replace_file(output / "report.html", page(report).encode())
     return report
 
 
-def _tally(folder: Path) -> dict[str, dict[str, int]]:
-    counts = defaultdict(lambda: {"documents": 0, "bytes": 0})
+def _tally(folder: Path) -> dict[tuple[str, str], tuple[int, int]]:
+    """{(source, language): (documents, bytes)} over all tasks."""
+    counts: dict[tuple[str, str], tuple[int, int]] = {}
     for path in sorted(folder.glob("*.json")):
-        for source, (documents, size) in json.loads(path.read_bytes()).items():
-            counts[source]["documents"] += documents
-            counts[source]["bytes"] += size
-    return dict(sorted(counts.items()))
+        for source, language, documents, size in json.loads(path.read_bytes()):
+            before = counts.get((source, language), (0, 0))
+            counts[source, language] = (before[0] + documents, before[1] + size)
+    return counts
 
 
-def _sum(tally: dict[str, dict[str, int]]) -> dict[str, int]:
-    return {key: sum(counts[key] for counts in tally.values()) for key in ("documents", "bytes")}
+def _stage(tally: dict[tuple[str, str], tuple[int, int]], bytes_per_token: float) -> dict:
+    """Totals, and the same by source and by language. Tokens before the tokenizer are estimates: bytes by what a token
+    of the result has."""
+
+    def total(counts: list[tuple[int, int]]) -> dict[str, int]:
+        size = sum(count[1] for count in counts)
+        documents = sum(count[0] for count in counts)
+        return {"documents": documents, "bytes": size, "tokens_estimated": round(size / bytes_per_token)}
+
+    grouped: list[dict[str, list[tuple[int, int]]]] = [defaultdict(list), defaultdict(list)]
+    for key, count in tally.items():
+        for names, name in zip(grouped, key, strict=True):
+            names[name].append(count)
+    sources, languages = ({name: total(counts) for name, counts in sorted(names.items())} for names in grouped)
+    return {**total(list(tally.values())), "sources": sources, "languages": languages}
+
+
+def _records(paths: list[Path]) -> Iterator[dict]:
+    for path in paths:
+        with path.open("rb") as lines:
+            yield from map(json.loads, lines)
+
+
+def _quarantine(folder: Path) -> dict[str, dict]:
+    """{reason: documents (or files that could not be read on), bytes, examples}."""
+    reasons: dict[str, dict] = {}
+    for record in _records(sorted(folder.glob("*.jsonl"))):
+        entry = reasons.setdefault(record["reason"], {"documents": 0, "bytes": 0, "examples": []})
+        entry["documents"] += 1
+        entry["bytes"] += record["bytes"]
+        if len(entry["examples"]) < EXAMPLES:
+            entry["examples"].append({key: record[key] for key in ("id", "detail")})
+    return dict(sorted(reasons.items()))
+
+
+def _edits(folder: Path) -> dict[str, dict]:
+    """{edit: documents, and the sum of their values}."""
+    edits: dict[str, dict] = {}
+    for record in _records(sorted(folder.glob("*.jsonl"))):
+        entry = edits.setdefault(record["edit"], {"documents": 0, "value": 0})
+        entry["documents"] += 1
+        entry["value"] += record["value"]
+    return dict(sorted(edits.items()))
 
 
 def _drops(folder: Path) -> dict[str, dict]:
-    """{rule: documents, bytes, and of those by measure}."""
+    """{rule: documents, bytes, of those by measure and by source, and examples with value and threshold}."""
     drops: dict[str, dict] = {}
-    for path in sorted(folder.glob("*/*.jsonl")):
-        with path.open("rb") as lines:
-            for line in lines:
-                record = json.loads(line)
-                entry = drops.setdefault(record["filter"], {"documents": 0, "bytes": 0, "measures": defaultdict(int)})
-                entry["documents"] += 1
-                entry["bytes"] += record["bytes"]
-                entry["measures"][record["measure"]] += 1
+    for record in _records(sorted(folder.glob("*/*.jsonl"))):
+        empty = {"documents": 0, "bytes": 0, "measures": defaultdict(int), "sources": defaultdict(int), "examples": []}
+        entry = drops.setdefault(record["filter"], empty)
+        entry["documents"] += 1
+        entry["bytes"] += record["bytes"]
+        entry["measures"][record["measure"]] += 1
+        entry["sources"][record["source"]] += 1
+        if sum(example["measure"] == record["measure"] for example in entry["examples"]) < EXAMPLES:
+            keys = ("id", "measure", "value", "threshold", "excerpt")
+            entry["examples"].append({key: record[key] for key in keys})
     return drops
 
 

@@ -22,7 +22,7 @@ from data_pipeline.config import FREE, Settings, compose, difference
 from data_pipeline.errors import InputError
 
 # Raised when the same settings and sources give other bytes than before, so that no run is finished by two versions.
-PIPELINE_VERSION = 1
+PIPELINE_VERSION = 2
 RECORD = "pipeline.json"
 
 
@@ -44,7 +44,10 @@ def run(settings: Settings) -> dict:
         from data_pipeline.tokenise import splits
 
         work = output / "work"
-        stages = build_stages(settings, output, work)
+        try:
+            stages = build_stages(settings, output, work)
+        except OSError as error:
+            raise StageError(f"output={output}: {error}") from error
         with (work / "pipeline.log").open("a", buffering=1) as log, show(stages) as display:
             for stage in stages:
                 try:
@@ -64,7 +67,7 @@ def check(settings: Settings) -> dict:
     from data_pipeline.readers import list_inputs
     from data_pipeline.tokenise import describe
 
-    problems, inputs = [], []
+    problems, inputs, tokenizer_hash = [], [], None
     for name, source in settings.sources.items():
         try:
             inputs += list_inputs({name: source})
@@ -74,7 +77,7 @@ def check(settings: Settings) -> dict:
         problems.append("sources: empty; there is nothing to read")
     if settings.tokenizer.file:
         try:
-            describe(settings.tokenizer.file, settings.tokenizer)
+            tokenizer_hash = describe(settings.tokenizer.file, settings.tokenizer).sha256
         except InputError as error:
             problems += error.problems
     elif settings.tokenizer.vocab_size < tokenizer.SMALLEST:
@@ -87,7 +90,8 @@ def check(settings: Settings) -> dict:
         raise InputError(*problems)
     decisive = TypeAdapter(Settings).dump_python(settings, mode="json", exclude=set(FREE))
     digest = hashlib.sha256(json.dumps(sorted(inputs)).encode()).hexdigest()
-    return {"version": PIPELINE_VERSION, "inputs": {"files": len(inputs), "sha256": digest}, "settings": decisive}
+    read = {"files": len(inputs), "sha256": digest, "tokenizer_sha256": tokenizer_hash}
+    return {"version": PIPELINE_VERSION, "inputs": read, "settings": decisive}
 
 
 def _prepare(output: Path, record: dict, overwrite: bool) -> None:

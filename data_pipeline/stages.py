@@ -8,7 +8,8 @@ from datatrove.pipeline.base import PipelineStep
 
 from data_pipeline.config import Settings
 from data_pipeline.dedup import exact, near
-from data_pipeline.readers import build_readers
+from data_pipeline.dedup.lines import CountLines, FindLines, RemoveLines
+from data_pipeline.readers import ReadSources
 from data_pipeline.steps import ApplyRules, HoldTask, Tally, TaskReader, TaskWriter
 from data_pipeline.tokenise import MakeTokenizer, WriteManifests, WriteShards
 
@@ -51,26 +52,37 @@ def build_stages(settings: Settings, output: Path, work: Path) -> list[Stage]:
     def tally(name: str) -> Tally:
         return Tally(work / "tally" / name)
 
-    documents = work / "ruled"
+    documents, priorities = work / "ruled", {name: source.priority for name, source in settings.sources.items()}
     add(
         "rules",
         settings.tasks,
-        *build_readers(settings.sources),
+        ReadSources(settings.sources, output / "quarantine"),
         tally("read"),
-        ApplyRules(settings.rules.active(), drops / "rules"),
+        ApplyRules(
+            settings.rules.active(), settings.edits.active(), settings.language, drops / "rules", output / "edits"
+        ),
         tally("rules"),
         TaskWriter(documents),
-        *([exact.signatures(work)] if settings.exact_duplicates else []),
+        *([exact.signatures(priorities, work)] if settings.exact_duplicates else []),
     )
     if settings.exact_duplicates:
         add("exact_find", 1, exact.find(work))
         removal = exact.remove(work, drops / "exact_duplicates")
         add("exact", settings.tasks, TaskReader(documents), removal, tally("exact"), TaskWriter(work / "unique"))
         documents = work / "unique"
+    if options := settings.line_duplicates:
+        counts, often = work / "lines" / "counts", work / "lines" / "often"
+        # The step that counts passes documents on; nobody takes them.
+        add("line_counts", settings.tasks, TaskReader(documents), CountLines(options, counts))
+        add("line_find", settings.tasks, FindLines(options, counts, often))
+        removal = RemoveLines(options, often, drops / "line_duplicates", output / "edits")
+        add("lines", settings.tasks, TaskReader(documents), removal, tally("lines"), TaskWriter(work / "lined"))
+        documents = work / "lined"
     if options := settings.near_duplicates:
-        add("near_signatures", settings.tasks, TaskReader(documents), near.signatures(options, work))
+        noted = near.note_priorities(priorities, work)
+        add("near_signatures", settings.tasks, TaskReader(documents), noted, near.signatures(options, work))
         add("near_pairs", options.buckets, near.buckets(options, work))
-        add("near_clusters", 1, near.cluster(options, work))
+        add("near_clusters", 1, near.cluster(work))
         removal = near.remove(options, work, drops / "near_duplicates")
         add("near", settings.tasks, TaskReader(documents), removal, tally("near"), TaskWriter(work / "clean"))
         documents = work / "clean"
@@ -78,5 +90,5 @@ def build_stages(settings: Settings, output: Path, work: Path) -> list[Stage]:
     add("tokenizer", 1, made)
     split, records = (settings.tokenizer, settings.heldout_fraction), work / "records"
     add("shards", settings.tasks, TaskReader(documents), WriteShards(*split, settings.shard_tokens, output, records))
-    add("manifests", 1, WriteManifests(*split, output, records))
+    add("manifests", 1, WriteManifests(*split, settings.sources, output, records))
     return stages

@@ -15,8 +15,9 @@ from data_pipeline import tokenizer as tokenizers
 from data_pipeline.config import TokenizerSettings
 from data_pipeline.document import in_heldout, text_bytes, text_hash
 from data_pipeline.errors import InputError
-from data_pipeline.shards.manifest import Manifest, Shard, replace_file, token_dtype
+from data_pipeline.shards.manifest import Manifest, Shard, SourceInfo, replace_file, token_dtype
 from data_pipeline.shards.writer import ShardWriter
+from data_pipeline.sources import Source
 
 SPLITS = ("train", "heldout")
 SHARDS = TypeAdapter(dict[str, list[Shard]])
@@ -101,6 +102,8 @@ class WriteShards(PipelineStep):
                         id=document.id,
                         source=document.metadata["source"],
                         text_bytes=text_bytes(document),
+                        language=document.metadata.get("language", ""),
+                        key=document.metadata.get("key", ""),
                     )
         self.records.mkdir(parents=True, exist_ok=True)
         record = {"train": train.shards, "heldout": heldout.shards}
@@ -114,10 +117,18 @@ class WriteManifests(PipelineStep):
     type = "📦 - SHARDS"
     name = "write manifests"
 
-    def __init__(self, settings: TokenizerSettings, heldout_fraction: float, output: Path, records: Path):
+    def __init__(
+        self,
+        settings: TokenizerSettings,
+        heldout_fraction: float,
+        sources: dict[str, Source],
+        output: Path,
+        records: Path,
+    ):
         super().__init__()
         self.settings = settings
         self.heldout_fraction = heldout_fraction
+        self.sources = {name: SourceInfo(source.category, source.epochs) for name, source in sources.items()}
         self.output = output
         self.records = records
 
@@ -130,7 +141,7 @@ class WriteManifests(PipelineStep):
             if not shards:
                 raise InputError(f"{split} split: no document is left for it; see the drops in {self.output / 'drops'}")
             replace_file(self.output / split / source.name, source.read_bytes())
-            Manifest.create(self.output / split, info, shards).save()
+            Manifest.create(self.output / split, info, shards, self.sources).save()
         return data
 
 

@@ -1,5 +1,6 @@
-"""Exact duplicates: one copy stays, the same one in every run."""
+"""Exact duplicates: one copy stays, of the source of highest priority, and the same one in every run."""
 
+import functools
 from pathlib import Path
 
 from datatrove.data import Document
@@ -20,24 +21,29 @@ def _text(document: Document) -> str:
     return document.text
 
 
-CONFIG = ExactDedupConfig(content_getter=_text, hash_config=HASH)
+def _priority(priorities: dict[str, int], document: Document) -> int:
+    return priorities[document.metadata["source"]] + 1  # datatrove counts from 1
 
 
-def signatures(work: Path) -> PipelineStep:
-    """Per task: a hash of each document."""
-    return ExactDedupSignature(str(work / "exact" / "signatures"), CONFIG)
+def _config(priorities: dict[str, int]) -> ExactDedupConfig:
+    return ExactDedupConfig(_text, functools.partial(_priority, priorities), HASH)
+
+
+def signatures(priorities: dict[str, int], work: Path) -> PipelineStep:
+    """Per task: a hash of each document. `priorities`: of each source, the highest stays."""
+    return ExactDedupSignature(str(work / "exact" / "signatures"), _config(priorities))
 
 
 def find(work: Path) -> PipelineStep:
     """In one task: which places hold a hash that another place has too."""
-    return ExactFindDedups(str(work / "exact" / "signatures"), str(work / "exact" / "duplicates"), CONFIG)
+    return ExactFindDedups(str(work / "exact" / "signatures"), str(work / "exact" / "duplicates"), _config({}))
 
 
 def remove(work: Path, drops: Path) -> PipelineStep:
     """Per task: drops those, recording the hash that they share with the copy that stays."""
     # The folder is listed even when no duplicate was found and nothing wrote to it.
     (work / "exact" / "duplicates").mkdir(parents=True, exist_ok=True)
-    return ExactDedupFilter(str(work / "exact" / "duplicates"), CONFIG, drop_writer(drops, _reason))
+    return ExactDedupFilter(str(work / "exact" / "duplicates"), _config({}), drop_writer(drops, _reason))
 
 
 def _reason(document: Document) -> dict:

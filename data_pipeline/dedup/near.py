@@ -1,14 +1,16 @@
-"""Near duplicates: datatrove's MinHash in its four stages, with words that suit code and text without spaces."""
+"""Near duplicates: datatrove's MinHash in four stages, with words that suit code and text without spaces, and with our
+own choice of who stays: the copy of the source of highest priority, where datatrove keeps any."""
 
 import re
+from collections import defaultdict
 from pathlib import Path
 
-from datatrove.data import Document
+import numpy as np
+from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup.minhash import (
     MinhashConfig,
     MinhashDedupBuckets,
-    MinhashDedupCluster,
     MinhashDedupFilter,
     MinhashDedupSignature,
 )
@@ -56,11 +58,84 @@ def buckets(settings: NearDuplicates, work: Path) -> PipelineStep:
     )
 
 
-def cluster(settings: NearDuplicates, work: Path) -> PipelineStep:
+class NotePriorities(PipelineStep):
+    """Per task: the priority of each document's source, uint16 [documents]."""
+
+    type = "🫂 - DEDUP"
+    name = "note priorities"
+
+    def __init__(self, priorities: dict[str, int], folder: Path):
+        super().__init__()
+        self.priorities = priorities
+        self.folder = folder
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        noted = []
+        for document in data:
+            noted.append(self.priorities[document.metadata["source"]])
+            yield document
+        self.folder.mkdir(parents=True, exist_ok=True)
+        np.save(self.folder / f"{rank:05d}.npy", np.array(noted, dtype=np.uint16))
+
+
+class Cluster(PipelineStep):
+    """In one task: joins pairs to clusters and writes, for datatrove's filter, which documents of each task go and to
+    which cluster they belong. Of a cluster stays the document of the highest priority, of those the first."""
+
+    type = "🫂 - DEDUP"
+    name = "clusters"
+
+    def __init__(self, pairs: Path, priorities: Path, output: Path):
+        super().__init__()
+        self.pairs = pairs
+        self.priorities = priorities
+        self.output = output
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        clusters = self._clusters()
+        priorities = {int(path.stem): np.load(path, allow_pickle=False) for path in self.priorities.glob("*.npy")}
+        removed, numbered = defaultdict(list), defaultdict(list)
+        for number, members in enumerate(clusters):
+            stays = min(members, key=lambda place: (-int(priorities[place[0]][place[1]]), place))
+            for task, document in members:
+                numbered[task].append((document, number))
+                if (task, document) != stays:
+                    removed[task].append(document)
+        self.output.mkdir(parents=True, exist_ok=True)
+        for task, places in numbered.items():
+            np.array(sorted(places), dtype="<u4").tofile(self.output / f"{task:06d}.clusters")
+            np.array(sorted(removed[task]), dtype="<u4").tofile(self.output / f"{task:06d}.remove")
+        return data
+
+    def _clusters(self) -> list[list[tuple[int, int]]]:
+        """Connected (task, document) places, each cluster sorted, clusters by their first place."""
+        leader: dict[tuple[int, int], tuple[int, int]] = {}
+
+        def find(place: tuple[int, int]) -> tuple[int, int]:
+            root = place
+            while (above := leader.setdefault(root, root)) != root:
+                root = above
+            while place != root:  # what was passed now points at the root: the next search is short
+                leader[place], place = root, leader[place]
+            return root
+
+        for path in sorted(self.pairs.glob("*.dups")):
+            for first, one, second, other in np.fromfile(path, dtype="<u4").reshape(-1, 4).tolist():
+                low, high = sorted((find((first, one)), find((second, other))))
+                leader[high] = low
+        clusters = defaultdict(list)
+        for place in sorted(leader):
+            clusters[find(place)].append(place)
+        return list(clusters.values())
+
+
+def note_priorities(priorities: dict[str, int], work: Path) -> PipelineStep:
+    return NotePriorities(priorities, work / "near" / "priorities")
+
+
+def cluster(work: Path) -> PipelineStep:
     """In one task: connected pairs, and who stays of each cluster."""
-    return MinhashDedupCluster(
-        str(work / "near" / "pairs"), str(work / "near" / "remove"), minhash_config(settings), save_cluster_id=True
-    )
+    return Cluster(work / "near" / "pairs", work / "near" / "priorities", work / "near" / "remove")
 
 
 def remove(settings: NearDuplicates, work: Path, drops: Path) -> PipelineStep:

@@ -1,19 +1,51 @@
 """Rules that keep or drop a document. One file a rule; `RULES` is the order in which they are asked."""
 
 from data_pipeline.filters.base import Drop, Filter
+from data_pipeline.filters.boilerplate import Boilerplate, Logs
 from data_pipeline.filters.garbled import Garbled
+from data_pipeline.filters.keyboard import Keyboard
+from data_pipeline.filters.language import Language
 from data_pipeline.filters.length import Length
 from data_pipeline.filters.lines import Lines
 from data_pipeline.filters.repetition import Repetition
+from data_pipeline.filters.scrambled import BrokenSentences, WordOrder
 from data_pipeline.filters.symbols import Symbols
+from data_pipeline.filters.words import StopWords, Words
 
+# Asked of the text as it came; all others of the text as it was edited.
+BEFORE_EDITS = ("garbled",)
 # Cheap rules first: a document is charged to the first that drops it.
 RULES: dict[str, type[Filter]] = {
-    "length": Length,
     "garbled": Garbled,
+    "length": Length,
     "symbols": Symbols,
     "lines": Lines,
+    "logs": Logs,
     "repetition": Repetition,
+    "boilerplate": Boilerplate,
+    "words": Words,
+    "keyboard": Keyboard,
+    "broken_sentences": BrokenSentences,
+    "stop_words": StopWords,
+    "word_order": WordOrder,
 }
 
-__all__ = ["RULES", "Drop", "Filter", "Garbled", "Length", "Lines", "Repetition", "Symbols"]
+__all__ = [
+    "BEFORE_EDITS",
+    "RULES",
+    "Boilerplate",
+    "BrokenSentences",
+    "Drop",
+    "Filter",
+    "Garbled",
+    "Keyboard",
+    "Language",
+    "Length",
+    "Lines",
+    "Logs",
+    "Repetition",
+    "StopWords",
+    "Symbols",
+    "WordOrder",
+    "Words",
+]

@@ -14,11 +14,11 @@ class Drop:
     """Why a document goes: the measure, what it was, and the threshold it crossed."""
 
     measure: str
-    value: float
-    threshold: float
+    value: float | str
+    threshold: float | str
 
 
 class Filter(Protocol):
-    """Text -> None to keep it, or the reason to drop it."""
+    """Text -> None to keep it, or the reason to drop it. A rule that has `languages` is asked of those alone."""
 
     def __call__(self, text: str) -> Drop | None: ...

@@ -1,49 +1,42 @@
-"""Trees of source code or text: each file a document."""
+"""Trees of source code, text or pages: each file a document."""
 
+import functools
 import importlib.util
 import os
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from datatrove.data import Document, DocumentsPipeline
-from datatrove.pipeline.base import PipelineStep
+from datatrove.io import get_datafolder
 
-from data_pipeline.config import Tree
 from data_pipeline.errors import InputError
+from data_pipeline.readers.base import File, Found, Items, Quarantined, opener, too_large
+from data_pipeline.readers.html import SUFFIXES, decode_page, page_text
+from data_pipeline.sources import Tree
+
+COMPRESSED = (".gz", ".zst")
 
 
-@dataclass(frozen=True)
-class File:
-    """`id`: source name and path within the source; `size` in bytes."""
-
-    id: str
-    path: Path
-    size: int
-
-
-class TreeReader(PipelineStep):
-    """Reads every file of a source as UTF-8. Undecodable bytes become U+FFFD, for the rule on garbled text to judge."""
-
-    type = "📖 - READER"
-    name = "tree"
-
-    def __init__(self, name: str, source: Tree):
-        super().__init__()
-        self.source_name = name
-        self.source = source
-
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        yield from data or ()
-        for file in tree_files(self.source_name, self.source)[rank::world_size]:
-            text = file.path.read_bytes().decode("utf-8", errors="replace").removeprefix("\ufeff")
-            if text:
-                yield Document(text=text, id=file.id, metadata={"source": self.source_name})
+def read_file(file: BinaryIO, source: Tree, name: str) -> Items:
+    """The one document of a file. Undecodable bytes become U+FFFD, for the rule on garbled text to judge."""
+    data = file.read(source.max_document_bytes + 1)
+    for suffix in COMPRESSED:
+        name = name.removesuffix(suffix)
+    if len(data) > source.max_document_bytes:
+        yield too_large("", len(data), source)
+    elif name.lower().endswith(SUFFIXES):
+        yield page_text(decode_page(data), "")
+    elif not (text := data.decode("utf-8", errors="replace").removeprefix("\ufeff")) or text.isspace():
+        yield Quarantined("", "empty", "the file is empty", len(data))
+    else:
+        yield Found("", text)
 
 
 def tree_files(name: str, source: Tree) -> list[File]:
     """The files of a source, sorted. Raises InputError when the folder is absent, empty or under `minimum_bytes`."""
+    if "://" in source.path:
+        return _remote_files(name, source)
     root = Path(sysconfig.get_path("stdlib") if source.path == "stdlib" else source.path)
     if not root.is_dir():
         raise InputError(f"sources.{name}.path={source.path}: no such folder")
@@ -70,10 +63,31 @@ def tree_files(name: str, source: Tree) -> list[File]:
 
 
 def _walk(root: Path, prefix: str, source: Tree) -> Iterator[File]:
+    here = get_datafolder("/")
     for folder, folders, names in os.walk(root):
         folders[:] = [entry for entry in folders if entry not in source.exclude]
         for entry in names:
             path = Path(folder, entry)
             # A link may lead out of the tree, or name a file of it twice.
             if entry.endswith(source.suffixes) and path.is_file() and not path.is_symlink():
-                yield File(prefix + path.relative_to(root).as_posix(), path, path.stat().st_size)
+                open_it = (
+                    opener(here, str(path.absolute()))
+                    if path.suffix in COMPRESSED
+                    else functools.partial(path.open, "rb")
+                )
+                yield File(prefix + path.relative_to(root).as_posix(), open_it, path.stat().st_size)
+
+
+def _remote_files(name: str, source: Tree) -> list[File]:
+    try:
+        folder = get_datafolder(source.path)
+        paths = [path for path in folder.list_files() if path.endswith(source.suffixes)]
+        paths = sorted(path for path in paths if not set(path.split("/")) & set(source.exclude))
+        files = [File(f"{name}/{path}", opener(folder, path), folder.size(path)) for path in paths]
+    except (OSError, ImportError, ValueError) as error:
+        raise InputError(f"sources.{name}.path={source.path}: {' '.join(str(error).split())}") from None
+    if not files:
+        raise InputError(f"sources.{name}.path={source.path}: no file ends in {' '.join(source.suffixes)}")
+    if (total := sum(file.size for file in files)) < source.minimum_bytes:
+        raise InputError(f"sources.{name}.minimum_bytes={source.minimum_bytes}: only {total} bytes in {source.path}")
+    return files

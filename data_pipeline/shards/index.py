@@ -1,7 +1,8 @@
 """Where each document's tokens lie in a tar shard, so that a reader seeks instead of scanning.
 
-An index is an .npy file of int64 [documents, 3]: byte offset of the `.tokens` payload in the tar, its length in tokens
-(bos and eos included), and the document's UTF-8 bytes of text.
+An index is an .npy file of int64 [documents, 4]: byte offset of the `.tokens` payload in the tar, its length in tokens
+(bos and eos included), the document's UTF-8 bytes of text, and its language: the ASCII bytes of the code, such as `en`,
+read as a little-endian number, 0 where it is not known.
 """
 
 import io
@@ -14,7 +15,9 @@ import numpy as np
 
 from data_pipeline.errors import InputError
 
-OFFSET, TOKENS, TEXT_BYTES = range(3)
+OFFSET, TOKENS, TEXT_BYTES, LANGUAGE = range(4)
+COLUMNS = 4
+LONGEST_LANGUAGE = 7  # bytes of a code: the eighth would reach the sign of an int64
 
 
 def safe_members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
@@ -35,8 +38,20 @@ def safe_members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]
         raise InputError(f"shard {path.name}: {error.strerror or error}") from None
 
 
+def language_number(code: str) -> int:
+    """How an index stores a language code; raises InputError for one that is too long or not ASCII."""
+    if len(code) > LONGEST_LANGUAGE or not code.isascii():
+        raise InputError(f"language={code!r} is not an ASCII code of at most {LONGEST_LANGUAGE} characters")
+    return int.from_bytes(code.encode(), "little")
+
+
+def language_code(number: int) -> str:
+    """The code that `language_number` made."""
+    return int(number).to_bytes(8, "little").rstrip(b"\0").decode("ascii", "replace")
+
+
 def build_index(path: Path, itemsize: int) -> tuple[np.ndarray, list[dict]]:
-    """Reads a shard back: its index [documents, 3] and each document's metadata. `itemsize`: bytes of a stored token.
+    """Reads a shard back: its index [documents, 4] and each document's metadata. `itemsize`: bytes of a stored token.
     Raises InputError naming the shard and member for a duplicate or unpaired key and for metadata that disagrees."""
     rows, metadata, keys = [], [], set()
     pending: dict[str, tuple[dict, int]] = {}
@@ -53,13 +68,13 @@ def build_index(path: Path, itemsize: int) -> tuple[np.ndarray, list[dict]]:
             if member.size != record["tokens"] * itemsize:
                 raise InputError(f"{where}: {member.size} bytes are not tokens={record['tokens']} of {itemsize} bytes")
             keys.add(key)
-            rows.append((member.offset_data, record["tokens"], record["bytes"]))
+            rows.append((member.offset_data, record["tokens"], record["bytes"], language_number(record["language"])))
             metadata.append(record)
         else:
             raise InputError(f"{where}: duplicate key, or not one .json followed by its .tokens")
     if pending:
         raise InputError(f"shard {path.name}: key {next(iter(pending))!r} has metadata but no tokens")
-    return np.array(rows, dtype=np.int64).reshape(-1, 3), metadata
+    return np.array(rows, dtype=np.int64).reshape(-1, COLUMNS), metadata
 
 
 def _metadata(payload: bytes, where: str) -> dict:
@@ -70,6 +85,8 @@ def _metadata(payload: bytes, where: str) -> dict:
     sizes = ("tokens", "bytes")
     if not isinstance(record, dict) or any(type(record.get(key)) is not int or record[key] < 0 for key in sizes):
         raise InputError(f"{where}: metadata lacks a count of tokens or bytes")
+    if any(type(record.setdefault(key, "")) is not str for key in ("source", "language")):
+        raise InputError(f"{where}: metadata has a source or language that is no string")
     return record
 
 
@@ -81,14 +98,14 @@ def dump_index(index: np.ndarray) -> bytes:
 
 
 def load_index(path: Path, *, documents: int, tokens: int, size: int, itemsize: int) -> np.ndarray:
-    """The index [documents, 3] of a shard with these figures. Raises InputError naming the file when it holds a pickle,
+    """The index [documents, 4] of a shard with these figures. Raises InputError naming the file when it holds a pickle,
     is damaged, or does not fit the shard."""
     try:
         index = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"index {path.name}: {error}") from None
-    if not isinstance(index, np.ndarray) or index.dtype != np.int64 or index.shape != (documents, 3):
-        raise InputError(f"index {path.name}: not int64 [{documents}, 3]")
+    if not isinstance(index, np.ndarray) or index.dtype != np.int64 or index.shape != (documents, COLUMNS):
+        raise InputError(f"index {path.name}: not int64 [{documents}, {COLUMNS}]")
     lengths, offsets = index[:, TOKENS], index[:, OFFSET]
     if (lengths < 1).any() or lengths.sum() != tokens:
         raise InputError(f"index {path.name}: lengths sum to {lengths.sum()} tokens, the manifest says {tokens}")

@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from data_pipeline.errors import InputError
 
 FORMAT = "megatron_tn.shards"
-VERSION = 1
+VERSION = 2
 SHOWN_PROBLEMS = 10
 
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=200)]
@@ -42,11 +42,21 @@ class TokenizerInfo:
 
 
 @checked_dataclass(frozen=True, config=STRICT)
+class SourceInfo:
+    """What is known of a source: the category that it belongs to, and how often an epoch of training goes over it."""
+
+    category: str = ""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+
+
+@checked_dataclass(frozen=True, config=STRICT)
 class Shard:
-    """One tar file. `tokens` counts bos and eos; `text_bytes` is UTF-8 bytes of text; `size` is the tar's, in bytes;
-    `shortest_document` is in tokens and bounds how many documents a sequence can touch."""
+    """One tar file of documents of one source. `tokens` counts bos and eos; `text_bytes` is UTF-8 bytes of text;
+    `size` is the tar's, in bytes; `shortest_document` is in tokens and bounds how many documents a sequence can touch.
+    """
 
     name: FileName
+    source: str
     documents: Count
     tokens: Count
     text_bytes: Count
@@ -72,9 +82,10 @@ class Content:
     """The JSON document itself."""
 
     format: Literal["megatron_tn.shards"]
-    version: Literal[1]
+    version: Literal[2]
     tokenizer: TokenizerInfo
     dtype: Literal["uint16", "uint32"]
+    sources: dict[str, SourceInfo]
     shards: tuple[Shard, ...]
     totals: Totals
 
@@ -112,13 +123,22 @@ class Manifest:
     directory: Path
 
     @classmethod
-    def create(cls, directory: str | Path, tokenizer: TokenizerInfo, shards: list[Shard]) -> "Manifest":
-        """A manifest of `shards` in `directory`; raises InputError when they contradict each other."""
+    def create(
+        cls,
+        directory: str | Path,
+        tokenizer: TokenizerInfo,
+        shards: list[Shard],
+        sources: dict[str, SourceInfo] | None = None,
+    ) -> "Manifest":
+        """A manifest of `shards` in `directory`; of `sources`, those that have a shard are kept. Raises InputError when
+        the shards contradict each other."""
+        known = sources or {}
         content = Content(
             format=FORMAT,
             version=VERSION,
             tokenizer=tokenizer,
             dtype=token_dtype(tokenizer.vocab_size),
+            sources={name: known.get(name, SourceInfo()) for name in sorted({shard.source for shard in shards})},
             shards=tuple(shards),
             totals=total(shards),
         )
@@ -127,8 +147,9 @@ class Manifest:
 
     @classmethod
     def load(cls, path: str | Path, *, check_files: bool = True) -> "Manifest":
-        """Reads and checks `path`. With `check_files`, every shard and index must be there, and every shard of its full
-        size: one stat each; `verify` is what reads and hashes them. Raises InputError naming each bad shard."""
+        """Reads and checks `path`. With `check_files`, the tokenizer must be the one that made the shards, every shard
+        and index must be there, and every shard of its full size: one stat each; `verify` is what reads and hashes
+        them. Raises InputError naming each bad file."""
         path = Path(path)
         try:
             content = CONTENT.validate_json(path.read_bytes())
@@ -144,7 +165,7 @@ class Manifest:
         _refuse(f"manifest {path}", _contradictions(content))
         manifest = cls(content, path.parent)
         if check_files:
-            _refuse(f"manifest {path}", manifest.missing_or_truncated())
+            _refuse(f"manifest {path}", [*manifest.tokenizer_problems(), *manifest.missing_or_truncated()])
         return manifest
 
     def save(self) -> Path:
@@ -156,6 +177,10 @@ class Manifest:
     @property
     def shards(self) -> tuple[Shard, ...]:
         return self.content.shards
+
+    @property
+    def sources(self) -> dict[str, SourceInfo]:
+        return self.content.sources
 
     @property
     def tokenizer(self) -> TokenizerInfo:
@@ -175,6 +200,17 @@ class Manifest:
         """sha256 over everything the manifest says, shard hashes included; where the folder lies does not count."""
         canonical = json.dumps(CONTENT.dump_python(self.content, mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def tokenizer_problems(self) -> list[str]:
+        """One line when the tokenizer beside the shards is absent or not the one that made them."""
+        name = self.tokenizer.file
+        try:
+            found = sha256_of(self.directory / name)
+        except OSError as error:
+            return [f"tokenizer {name}: missing or unreadable: {error.strerror}"]
+        if found == self.tokenizer.sha256:
+            return []
+        return [f"tokenizer {name}: altered: its sha256 is {found}, that of the shards {self.tokenizer.sha256}"]
 
     def missing_or_truncated(self) -> list[str]:
         """One line for each shard that `file_problem` finds fault with."""
@@ -205,6 +241,8 @@ def _contradictions(content: Content) -> list[str]:
                 f"shard {shard.name}: documents={shard.documents} of at least shortest_document="
                 f"{shard.shortest_document} tokens do not fit tokens={shard.tokens}"
             )
+    if (used := {shard.source for shard in content.shards}) != set(content.sources):
+        problems.append(f"sources={sorted(content.sources)} are not those of the shards, {sorted(used)}")
     if (expected := total(content.shards)) != content.totals:
         problems.append(f"totals={content.totals} are not the sums over the shards, {expected}")
     if content.dtype != (needed := token_dtype(content.tokenizer.vocab_size)):

@@ -18,7 +18,7 @@ from data_pipeline.shards.manifest import Manifest, Shard, sha256_of
 def verify(manifest: Manifest, *, progress: bool = False) -> list[str]:
     """One line for each shard that is missing, truncated, altered or duplicated, each that the manifest does not list,
     and each document id that occurs twice; an empty list when all is well."""
-    problems = list(_tokenizer_problems(manifest))
+    problems = manifest.tokenizer_problems()
     seen: dict[str, str] = {}
     for shard in _tracked(manifest.shards, progress):
         problems += _shard_problems(manifest, shard, seen)
@@ -36,15 +36,6 @@ def _tracked(shards: tuple[Shard, ...], progress: bool) -> Iterator[Shard]:
     from rich.progress import track
 
     return iter(track(shards, description="verify", console=Console(stderr=True)))
-
-
-def _tokenizer_problems(manifest: Manifest) -> Iterator[str]:
-    path = manifest.directory / manifest.tokenizer.file
-    try:
-        if sha256_of(path) != manifest.tokenizer.sha256:
-            yield f"tokenizer {path.name}: altered: its sha256 is not the manifest's"
-    except OSError as error:
-        yield f"tokenizer {path.name}: missing or unreadable: {error.strerror}"
 
 
 def _shard_problems(manifest: Manifest, shard: Shard, seen: dict[str, str]) -> list[str]:
@@ -69,6 +60,8 @@ def _shard_problems(manifest: Manifest, shard: Shard, seen: dict[str, str]) -> l
         return [f"shard {shard.name}: its index {shard.index} is altered"]
     if built[:, TEXT_BYTES].sum() != shard.text_bytes or built[:, TOKENS].min() != shard.shortest_document:
         return [f"shard {shard.name}: text_bytes or shortest_document in the manifest are not the documents'"]
+    if strangers := {record["source"] for record in metadata} - {shard.source}:
+        return [f"shard {shard.name}: holds source {min(strangers)!r}, the manifest says {shard.source!r}"]
     return [*_token_problems(manifest, shard, built), *_duplicate_problems(shard, metadata, seen)]
 
 

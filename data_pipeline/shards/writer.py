@@ -14,8 +14,9 @@ from data_pipeline.shards.manifest import Shard, replace_file, sha256_of
 class ShardWriter:
     """Cuts a sequence of documents into shards PREFIX-00000.tar, ... of about `shard_tokens` tokens each.
 
-    A shard gets its final name only when it is whole and its index lies beside it. Use as a context manager; `shards`
-    lists what was written, in order. A document longer than `shard_tokens` gets a shard of its own.
+    A shard holds documents of one source, so that the stream can mix sources by sums over shards alone: a change of
+    source begins another. A document longer than `shard_tokens` gets a shard of its own. A shard gets its final name
+    only when it is whole and its index lies beside it. Use as a context manager; `shards` lists what was written.
     """
 
     def __init__(self, directory: str | Path, prefix: str, *, dtype: np.dtype, shard_tokens: int):
@@ -28,6 +29,7 @@ class ShardWriter:
         self._tar = None
         self._documents = 0
         self._tokens = 0
+        self._source = ""
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -49,16 +51,23 @@ class ShardWriter:
     def _temporary(self) -> Path:
         return self.directory / f"{self._name}.tar.tmp"
 
-    def write(self, tokens: np.ndarray, *, id: str, source: str, text_bytes: int) -> None:
-        """Appends a document: `tokens` [n] with bos and eos, `text_bytes` the UTF-8 length of its text. Raises
-        ValueError when an id does not fit the stored dtype, rather than wrapping it round."""
+    def write(
+        self, tokens: np.ndarray, *, id: str, source: str, text_bytes: int, language: str = "", key: str = ""
+    ) -> None:
+        """Appends a document: `tokens` [n] with bos and eos, `text_bytes` the UTF-8 length of its text, `language` its
+        code and `key` its own name, such as a URL, where they are known. Raises ValueError when an id does not fit the
+        stored dtype, rather than wrapping it.
+        """
         if tokens.size == 0 or tokens.min() < 0 or tokens.max() > np.iinfo(self.dtype).max:
             raise ValueError(f"document {id!r}: no tokens, or an id outside {self.dtype}")
-        if self._file is not None and self._tokens + tokens.size > self.shard_tokens:
+        full = self._tokens + tokens.size > self.shard_tokens
+        if self._file is not None and (full or source != self._source):
             self._finish()
         if self._file is None:
-            self._start()
-        metadata = {"id": id, "source": source, "bytes": text_bytes, "tokens": int(tokens.size)}
+            self._start(source)
+        metadata = {"id": id, "source": source, "language": language, "bytes": text_bytes, "tokens": int(tokens.size)}
+        if key:
+            metadata["key"] = key
         self._tar.write(
             {
                 "__key__": f"{self._name}_{self._documents:07d}",
@@ -69,7 +78,7 @@ class ShardWriter:
         self._documents += 1
         self._tokens += tokens.size
 
-    def _start(self) -> None:
+    def _start(self, source: str) -> None:
         # Imported here because webdataset brings torch with it: two seconds that readers of shards need not pay.
         from webdataset import TarWriter
 
@@ -77,6 +86,7 @@ class ShardWriter:
         self._file = self._temporary.open("wb")
         self._tar = TarWriter(self._file, user="", group="", mtime=0, encoder=False)
         self._documents = self._tokens = 0
+        self._source = source
 
     def _finish(self) -> None:
         if self._file is None:
@@ -91,6 +101,7 @@ class ShardWriter:
         replace_file(index_path, dump_index(index))
         shard = Shard(
             name=f"{self._name}.tar",
+            source=self._source,
             documents=len(index),
             tokens=int(index[:, TOKENS].sum()),
             text_bytes=int(index[:, TEXT_BYTES].sum()),

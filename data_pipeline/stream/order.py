@@ -27,11 +27,20 @@ class EpochOrder:
     Shards are permuted, their documents laid end to end (permuted within each shard, by whoever reads it), and all of
     it cut into sequences of `sequence_length` + 1 tokens with stride `sequence_length`. So that neighbours in a batch
     are not neighbours in text, sequences are permuted within windows of `window` consecutive shards. Memory: two
-    numbers a shard, plus one a sequence of the windows in use.
+    numbers a shard, plus one a sequence of the windows in use. `key` tells one group of shards from another.
     """
 
-    def __init__(self, shard_tokens: np.ndarray, *, sequence_length: int, seed: int, epoch: int, window: int):
-        self.shards = permutation(len(shard_tokens), seed, epoch, "shards")
+    def __init__(
+        self,
+        shard_tokens: np.ndarray,
+        *,
+        sequence_length: int,
+        seed: int,
+        epoch: int,
+        window: int,
+        key: tuple[str, ...] = (),
+    ):
+        self.shards = permutation(len(shard_tokens), seed, epoch, "shards", *key)
         self.ends = np.cumsum(shard_tokens[self.shards])  # [shards]: tokens up to and including each, in epoch order
         self.tokens = int(self.ends[-1])
         self.sequences = sequences_per_epoch(self.tokens, sequence_length)
@@ -40,7 +49,7 @@ class EpochOrder:
         self._window_ends = np.minimum(-(-self.ends[closing] // sequence_length), self.sequences)
         # Bound per instance: a cache on the function would keep every epoch alive.
         self._within_window = functools.lru_cache(maxsize=4)(
-            lambda number, length: permutation(length, seed, epoch, "window", number)
+            lambda number, length: permutation(length, seed, epoch, "window", number, *key)
         )
 
     def sequence(self, position: int) -> int:

@@ -11,6 +11,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.shards.index import OFFSET, TOKENS, load_index
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.stream.order import permutation
+from data_pipeline.stream.score_filter import KeptCounts, ScoreFilter, count_row, kept_documents
 
 
 class DamagedShard(Exception):
@@ -19,7 +20,7 @@ class DamagedShard(Exception):
 
 @dataclass(frozen=True)
 class ShardView:
-    """`ends` [documents]: tokens up to and including each document; `offsets` [documents]: bytes into the tar."""
+    """`ends` [documents]: tokens up to and including each kept document; `offsets` [documents]: bytes into the tar."""
 
     path: Path
     dtype: np.dtype
@@ -28,8 +29,18 @@ class ShardView:
     _file: FileIO = field(repr=False)
 
     @classmethod
-    def open(cls, manifest: Manifest, number: int, *, seed: int, epoch: int) -> "ShardView":
-        """Shard `number` of `manifest` in the document order of `epoch`; raises DamagedShard."""
+    def open(
+        cls,
+        manifest: Manifest,
+        number: int,
+        *,
+        seed: int,
+        epoch: int,
+        filter: ScoreFilter | None = None,
+        counts: KeptCounts | None = None,
+    ) -> "ShardView":
+        """Shard `number` of `manifest` in the document order of `epoch`, without what `filter` drops. Raises
+        DamagedShard, also when the filter keeps something else now than when `counts` were made."""
         shard = manifest.shards[number]
         path = manifest.directory / shard.name
         try:
@@ -40,6 +51,8 @@ class ShardView:
                 size=shard.size,
                 itemsize=manifest.dtype.itemsize,
             )
+            if filter is not None:
+                index = _kept(manifest, number, index, filter, counts)
             file = FileIO(path)
         except (InputError, OSError) as error:
             raise DamagedShard(f"shard {shard.name}: {error}") from None
@@ -73,3 +86,16 @@ class ShardView:
         if len(data) != size:
             raise DamagedShard(f"shard {self.path.name}: ends inside the {size} bytes at byte {offset}")
         return data
+
+
+def _kept(manifest: Manifest, number: int, index: np.ndarray, filter: ScoreFilter, counts: KeptCounts) -> np.ndarray:
+    """The rows of a shard's index that the filter keeps, checked against what was counted."""
+    shard = manifest.shards[number]
+    kept, digest = kept_documents(manifest.directory, shard, index, filter)
+    counted = (
+        *(int(column[number]) for column in (counts.documents, counts.tokens, counts.shortest)),
+        counts.scores_sha256[number],
+    )
+    if count_row(shard, index, kept, digest) != counted:
+        raise InputError(f"scores {filter.scores} are not those that the filter was counted from")
+    return index[kept]

@@ -5,15 +5,18 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 
 from data_pipeline.errors import InputError
 from data_pipeline.shards.manifest import Manifest
+from data_pipeline.stream.interleave import Interleave
+from data_pipeline.stream.mixture import Mixture, make_groups
 from data_pipeline.stream.order import EpochOrder, sequences_per_epoch
 from data_pipeline.stream.sample import IGNORED, Batch, Sample, collate
+from data_pipeline.stream.score_filter import KeptCounts, ScoreFilter
 from data_pipeline.stream.shard_view import DamagedShard, ShardView
 from data_pipeline.stream.state import Damage, Ledger, StreamState
 
@@ -21,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 # Part of the stream's hash: any change to the order that the classes here produce must raise it.
 ORDER_VERSION = 1
+MOST_VIEWS = 256  # shards open at once: each holds a file descriptor, of which a process often has 1024
 
 
 class DamageLimitError(RuntimeError):
@@ -28,11 +32,16 @@ class DamageLimitError(RuntimeError):
 
 
 class TokenStream:
-    """Global sample 0, 1, 2, ... across epochs without end, each found at once from (manifest, seed, index) alone.
+    """Global sample 0, 1, 2, ... across epochs without end, each found at once from (manifest, filter, mixture, seed,
+    index) alone.
 
-    Sample p of an epoch holds tokens [p * N, p * N + N] of that epoch's documents laid end to end: N inputs and, one
-    further on, N targets, so each token is a target once an epoch (the first of all excepted). The last sample of an
-    epoch is filled with the pad id and targets of -100. Order: see `EpochOrder`. Neither ranks nor workers enter.
+    The stages are: shards -> documents -> `filter` (what the scores beside the shards keep) -> `mixture` over sources
+    -> packing -> batches. Sources that are mixed are each packed by themselves; without a mixture, and where the
+    manifest gives all sources the same epochs, all are packed together. `samples_per_epoch` is the mixture's epoch.
+
+    Sample p of a source's epoch holds tokens [p * N, p * N + N] of that epoch's documents laid end to end: N inputs
+    and, one further on, N targets, so each token is a target once an epoch (the first of all excepted). The last sample
+    of an epoch is filled with the pad id and targets of -100. Order: see `EpochOrder`. Neither ranks nor workers enter.
 
     With `isolate_documents`, the target at a document's last token is -100 and batches carry `cu_seqlens`; a sample
     then has room for `max_documents` segments, by default and at least as many as N tokens of this manifest can touch.
@@ -49,13 +58,17 @@ class TokenStream:
         max_documents: int | None = None,
         window: int = 4,
         max_damaged: int = 100,
+        filter: ScoreFilter | None = None,
+        mixture: Mixture | None = None,
     ):
         for name, value, least in (("sequence_length", sequence_length, 1), ("window", window, 1), ("seed", seed, 0)):
             if value < least:
                 raise InputError(f"{name}={value} must be at least {least}")
-        if manifest.totals.tokens < 2:
-            raise InputError(f"manifest in {manifest.directory}: tokens={manifest.totals.tokens}, a sample needs 2")
         self.manifest = manifest
+        self.filter = filter
+        self.mixture = mixture
+        self.counts = KeptCounts.load(manifest, filter) if filter else None
+        tokens = self._kept_tokens()
         self.sequence_length = sequence_length
         self.seed = seed
         self.max_documents = self._segment_bound(max_documents) if isolate_documents else None
@@ -63,12 +76,22 @@ class TokenStream:
         self.max_damaged = max_damaged
         self.ledger = Ledger()
         self.damaged = 0  # samples recorded as unreadable since this stream was made
-        self.samples_per_epoch = sequences_per_epoch(manifest.totals.tokens, sequence_length)
+        self.groups = make_groups(manifest, tokens, mixture, sequence_length)
+        self.samples_per_epoch = sum(group.samples for group in self.groups)
         self._open_caches()
+
+    def _kept_tokens(self) -> np.ndarray:
+        """Tokens of each shard that the filter keeps, int64 [shards]."""
+        whole = np.array([shard.tokens for shard in self.manifest.shards], dtype=np.int64)
+        tokens = self.counts.tokens if self.counts else whole
+        if (total := int(tokens.sum())) < 2:
+            raise InputError(f"manifest in {self.manifest.directory}: tokens={total} are kept, a sample needs 2")
+        return tokens
 
     def _segment_bound(self, asked: int | None) -> int:
         # A continuation in front and a beginning (or padding) at the end take a token or more; all between is whole.
-        shortest = min(shard.shortest_document for shard in self.manifest.shards)
+        kept = self.counts.shortest if self.counts else (shard.shortest_document for shard in self.manifest.shards)
+        shortest = min(int(length) for length in kept if length)
         bound = 1 if self.sequence_length == 1 else 2 + (self.sequence_length - 2) // shortest
         if asked is not None and asked < bound:
             raise InputError(
@@ -88,6 +111,10 @@ class TokenStream:
             "isolate_documents": self.max_documents is not None,
             "window": self.window,
         }
+        if self.filter:
+            identity |= {"filter": self.filter.filter_hash, "kept": self.counts.content_hash}
+        if self.mixture:
+            identity["mixture"] = {"epochs": self.mixture.epochs, "weights": self.mixture.weights}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def sample(self, index: int) -> Sample:
@@ -96,9 +123,11 @@ class TokenStream:
             raise InputError(f"sample index={index} must not be negative")
         if index in self.ledger:
             return self._padding(None)
-        epoch, position = divmod(index, self.samples_per_epoch)
+        number, place = self._interleave.locate(index)
+        group = self.groups[number]
+        epoch, position = divmod(place, sequences_per_epoch(int(group.tokens.sum()), self.sequence_length))
         try:
-            return self._read(epoch, position)
+            return self._read(epoch, position, number)
         except DamagedShard as error:
             return self._padding(Damage(index, str(error)))
 
@@ -127,6 +156,13 @@ class TokenStream:
                     f"{damage.reason}"
                 )
 
+    def skip(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Feeds the samples of these half-open ranges of global indices as padding, from now on and, by the ledger in
+        the state, in every run that goes on from here. The samples of step k are those that the loader's plan gives.
+        Call it before iteration starts. Raises InputError for an empty or negative range."""
+        for first, stop in ranges:
+            self.ledger.add(first, stop)
+
     def state(self, next_sample: int) -> StreamState:
         """What a checkpoint keeps when `next_sample` is the first sample not yet trained on."""
         return StreamState(self.stream_hash, self.seed, next_sample, self.ledger.ranges)
@@ -136,13 +172,14 @@ class TokenStream:
         if state.stream_hash != self.stream_hash:
             raise InputError(
                 f"stream state has stream_hash={state.stream_hash} (seed={state.seed}), this stream is "
-                f"{self.stream_hash} (seed={self.seed}): shards, sequence length, seed, window or isolation differ"
+                f"{self.stream_hash} (seed={self.seed}): shards, filter, mixture, sequence length, seed, window or "
+                "isolation differ"
             )
         self.ledger = Ledger(state.skipped)
         return state.next_sample
 
-    def _read(self, epoch: int, position: int) -> Sample:
-        length, order = self.sequence_length, self._order(epoch)
+    def _read(self, epoch: int, position: int, group: int) -> Sample:
+        length, order, shards = self.sequence_length, self._order(epoch, group), self.groups[group].shards
         start = order.sequence(position) * length
         present = min(length + 1, order.tokens - start)
         buffer = np.full(length + 1, self.manifest.tokenizer.pad, dtype=np.int64)
@@ -151,7 +188,7 @@ class TokenStream:
         while filled < present:
             begin = start + filled - (int(order.ends[place - 1]) if place else 0)
             count = min(int(order.ends[place]) - start, present) - filled
-            view = self._view(epoch, int(order.shards[place]))
+            view = self._view(epoch, int(shards[order.shards[place]]))
             piece = buffer[filled : filled + count]
             starts += [filled + at for at in view.read(begin, piece)]
             if piece.max() >= self.manifest.tokenizer.vocab_size:
@@ -171,28 +208,35 @@ class TokenStream:
         return Sample(tokens, torch.full_like(tokens, IGNORED), torch.zeros(1, dtype=torch.int64), damage)
 
     def _open_caches(self) -> None:
-        tokens = np.array([shard.tokens for shard in self.manifest.shards], dtype=np.int64)
-        self._orders = functools.lru_cache(maxsize=2)(
-            lambda epoch: EpochOrder(
-                tokens, sequence_length=self.sequence_length, seed=self.seed, epoch=epoch, window=self.window
+        self._interleave = Interleave([group.samples for group in self.groups], seed=self.seed)
+        self._orders = functools.lru_cache(maxsize=2 * len(self.groups))(
+            lambda epoch, group: EpochOrder(
+                self.groups[group].tokens,
+                sequence_length=self.sequence_length,
+                seed=self.seed,
+                epoch=epoch,
+                window=self.window,
+                key=self.groups[group].key,
             )
         )
         # A window's shards are all in use at once, and the next window begins before the last one is done with.
-        self._views = functools.lru_cache(maxsize=2 * self.window + 2)(
-            lambda epoch, number: ShardView.open(self.manifest, number, seed=self.seed, epoch=epoch)
+        self._views = functools.lru_cache(maxsize=min((2 * self.window + 2) * len(self.groups), MOST_VIEWS))(
+            lambda epoch, number: ShardView.open(
+                self.manifest, number, seed=self.seed, epoch=epoch, filter=self.filter, counts=self.counts
+            )
         )
         self._lock = threading.Lock()
 
-    def _order(self, epoch: int) -> EpochOrder:
+    def _order(self, epoch: int, group: int = 0) -> EpochOrder:
         with self._lock:
-            return self._orders(epoch)
+            return self._orders(epoch, group)
 
     def _view(self, epoch: int, number: int) -> ShardView:
         with self._lock:
             return self._views(epoch, number)
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_orders", "_views", "_lock")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_orders", "_views", "_lock", "_interleave")}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)

@@ -10,13 +10,17 @@ WORDS = [
 ]
 
 
+JOINTS = (" of the ", " and a ", " with ", " ", " in the ", " has a ", " by a ", " that was ", " for this ", " or ")
+
+
 def prose(seed: int, sentences: int = 30) -> str:
-    """Sentences of random words: no two seeds share runs of words."""
+    """Sentences of random words with the small words of English between them: no two seeds share long runs of words."""
     generator = random.Random(seed)
-    lines = [
-        " ".join(generator.choices(WORDS, k=generator.randint(6, 14))).capitalize() + f" {generator.randint(0, 9999)}."
-        for _ in range(sentences)
-    ]
+    lines = []
+    for _ in range(sentences):
+        words = generator.choices(WORDS, k=generator.randint(6, 14))
+        line = "".join(word + generator.choice(JOINTS) for word in words[:-1]) + words[-1]
+        lines.append(f"{line.capitalize()} {generator.randint(0, 9999)}.")
     return "\n".join(lines) + "\n"
 
 

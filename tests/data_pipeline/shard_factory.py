@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.shards.manifest import Manifest, TokenizerInfo, token_dtype
+from data_pipeline.shards.manifest import Manifest, SourceInfo, TokenizerInfo, token_dtype
 from data_pipeline.shards.writer import ShardWriter
 
 PAD, BOS, EOS = 0, 1, 2
@@ -19,8 +19,14 @@ def make_shards(
     vocab_size: int = 5000,
     longest: int = 90,
     seed: int = 0,
+    sources: dict[str, float] | None = None,
+    categories: dict[str, str] | None = None,
+    epochs: dict[str, float] | None = None,
+    languages: tuple[str, ...] = ("",),
 ) -> Manifest:
-    """Saves a manifest of documents of 3 to `longest` tokens: bos, random ids, eos."""
+    """Saves a manifest of documents of 3 to `longest` tokens: bos, random ids, eos. `sources`: their shares of the
+    documents; the ids of each source leave a remainder of their own when divided by the number of sources."""
+    shares = sources or {"random": 1.0}
     random = np.random.default_rng(seed)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = b"{}"
@@ -34,9 +40,24 @@ def make_shards(
         pad=PAD,
     )
     with ShardWriter(directory, "part", dtype=np.dtype(token_dtype(vocab_size)), shard_tokens=shard_tokens) as writer:
-        for number in range(documents):
-            body = random.integers(4, vocab_size, random.integers(1, longest - 1))
-            writer.write(np.array([BOS, *body, EOS]), id=f"d{number}", source="random", text_bytes=3 * len(body))
-    manifest = Manifest.create(directory, info, writer.shards)
+        number = 0
+        for remainder, (source, share) in enumerate(sorted(shares.items())):
+            for _ in range(round(documents * share)):
+                body = random.integers(4, vocab_size, random.integers(1, longest - 1))
+                if sources:
+                    body = random.integers(2, vocab_size // len(shares), len(body)) * len(shares) + remainder
+                writer.write(
+                    np.array([BOS, *body, EOS]),
+                    id=f"d{number}",
+                    source=source,
+                    text_bytes=3 * len(body),
+                    language=languages[number % len(languages)],
+                )
+                number += 1
+    known = {
+        name: SourceInfo(category=(categories or {}).get(name, ""), epochs=(epochs or {}).get(name, 1.0))
+        for name in shares
+    }
+    manifest = Manifest.create(directory, info, writer.shards, known)
     manifest.save()
     return manifest

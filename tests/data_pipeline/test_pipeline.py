@@ -5,6 +5,8 @@ import gzip
 import hashlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,7 +76,7 @@ def test_planted_defects_are_dropped_for_the_right_reason_and_nothing_else_is(pl
     source, expected = planted
     found = {}
     for drop in drops(output):
-        assert set(drop) == {"id", "source", "bytes", "filter", "measure", "value", "threshold"}
+        assert set(drop) == {"id", "source", "bytes", "filter", "measure", "value", "threshold", "excerpt"}
         found.setdefault(drop["filter"], set()).add(drop["id"].removeprefix("main/"))
     for name in ("length", "garbled", "symbols", "repetition"):
         assert found[name] == expected[name]
@@ -173,8 +175,15 @@ def test_jsonl_and_an_existing_tokenizer(output, tmp_path):
     result = tmp_path / "data"
     override = f"tokenizer.file={existing}"
     run(compose(["pipeline=jsonl", f"input={source}", f"output={result}", *OPTIONS, "heldout_fraction=0", override]))
-    stored = read_documents(Manifest.load(result / "train" / "manifest.json"))
-    assert sorted(document.metadata["id"] for document in stored) == [f"main/d{n}" for n in range(6)]
+    stored = list(read_documents(Manifest.load(result / "train" / "manifest.json")))
+    assert sorted(document.metadata["key"] for document in stored) == [f"d{n}" for n in range(6)]
+    assert stored[0].metadata["id"] == "main/a.jsonl:1"
+    quarantined = json.loads((result / "report.json").read_text())["quarantine"]
+    assert {reason: entry["documents"] for reason, entry in quarantined.items()} == {
+        "not_json": 2,
+        "no_text": 2,
+        "empty": 1,
+    }
     assert (result / "tokenizer.json").read_bytes() == existing.read_bytes()
 
 
@@ -244,3 +253,63 @@ def test_the_standard_library_is_enough_for_the_demo():
     inputs = list_inputs(compose(["output=x"]).sources)
     assert sum(size for _, size in inputs) >= 10_000_000
     assert not [name for name, _ in inputs if "site-packages" in name or "__pycache__" in name]
+
+
+def test_a_full_disk_stops_with_one_line_and_the_next_run_completes(planted, output, tmp_path):
+    """A limit on the size of a file stands for a disk that is full: writing fails in the middle of a stage."""
+    again = tmp_path / "data"
+    limited = (
+        "from data_pipeline.filters.language import identifier; identifier(); "  # it unpacks its model to a file
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); "
+        "from data_pipeline.run import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", limited, *arguments(planted[0], again)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert re.search(r"^stage \w+: .*File too large", result.stderr, re.MULTILINE)
+    assert "Traceback" not in result.stderr
+    assert not (again / "report.json").exists()
+    run(compose(arguments(planted[0], again)))
+    assert fingerprint(again) == fingerprint(output)
+
+
+def test_a_tokenizer_that_is_not_the_shards_own_is_refused(output, tmp_path):
+    shutil.copytree(output / "train", tmp_path / "train")
+    (tmp_path / "train/tokenizer.json").write_bytes((output / "tokenizer.json").read_bytes() + b" ")
+    with pytest.raises(InputError, match=r"tokenizer tokenizer\.json: altered: its sha256 is"):
+        Manifest.load(tmp_path / "train/manifest.json")
+
+
+def test_another_tokenizer_file_of_the_same_name_is_another_run(planted, output, tmp_path, capsys):
+    tokenizer = tmp_path / "tokenizer.json"
+    shutil.copy(output / "tokenizer.json", tokenizer)
+    options = arguments(planted[0], tmp_path / "data", f"tokenizer.file={tokenizer}")
+    run(compose(options))
+    tokenizer.write_bytes(tokenizer.read_bytes() + b"\n")
+    assert main(options) == 2
+    assert "inputs.tokenizer_sha256" in capsys.readouterr().err
+
+
+def test_edits_are_made_and_recorded_and_the_language_is_kept(tmp_path):
+    source = tmp_path / "text"
+    source.mkdir()
+    for number in range(6):
+        (source / f"{number}.txt").write_text(prose(number))
+    (source / "0.txt").write_text(prose(0) + "See <b>this</b>!!!!! http://a.example/x\n")
+    output = tmp_path / "data"
+    run(compose(arguments(source, output, "heldout_fraction=0")))
+    records = [json.loads(line) for path in output.glob("edits/*.jsonl") for line in path.open()]
+    assert {record["id"] for record in records} == {"main/0.txt"}
+    assert {record["edit"]: (record["value"], record["threshold"]) for record in records} == {
+        "html": (2, 0),
+        "urls": (1, 0),
+        "punctuation": (5, 3),
+    }
+    assert records[0]["bytes_before"] - records[0]["bytes_after"] == len("<b></b>!!!! http://a.example/x")
+    tokenizer = tokenizers.load(output / "tokenizer.json")
+    for document in read_documents(Manifest.load(output / "train/manifest.json")):
+        assert document.metadata["language"] == "en"
+        if document.metadata["id"] == "main/0.txt":
+            assert tokenizer.decode(document.tokens[1:-1].tolist()) == prose(0) + "See this!\n"
+    report = json.loads((output / "report.json").read_text())
+    assert report["edits"]["urls"] == {"documents": 1, "value": 1}

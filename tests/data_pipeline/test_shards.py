@@ -146,7 +146,7 @@ def test_a_name_that_leads_elsewhere_is_refused(manifest, field, name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: r.update(version=2), "version=2"),
+        (lambda r: r.update(version=1), "version=1"),
         (lambda r: r.update(extra=1), "extra"),
         (lambda r: r.pop("dtype"), "dtype"),
         (lambda r: r.update(dtype="uint32"), "vocab_size=5000 needs"),
@@ -155,6 +155,8 @@ def test_a_name_that_leads_elsewhere_is_refused(manifest, field, name):
         (lambda r: r["shards"][0].update(tokens=-9), "tokens=-9"),
         (lambda r: r["tokenizer"].update(eos=5000), "tokenizer.eos=5000 is not below vocab_size=5000"),
         (lambda r: r.update(directory="/etc"), "directory"),
+        (lambda r: r["shards"][0].update(source="x"), "sources="),
+        (lambda r: r["sources"]["random"].update(epochs=-1), "epochs=-1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

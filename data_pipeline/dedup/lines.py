@@ -1,0 +1,145 @@
+"""Lines that many documents share: menus, notices, watermarks. They go, and what is left of the documents stays.
+
+Three stages: each task counts its lines, each of as many parts of the hashes is summed up over all tasks, and each task
+takes out the lines that were found too often. Lines of code in Markdown stay.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
+
+from data_pipeline.config import LineDuplicates
+from data_pipeline.document import text_bytes
+from data_pipeline.edits.base import outside_protected
+from data_pipeline.shards.manifest import replace_file
+from data_pipeline.steps import drop_writer, rule_drop
+
+COUNTED = np.dtype([("hash", "<u8"), ("documents", "<u4")])
+
+
+def line_hash(line: str) -> int:
+    """64 bits of a line, in which case, digits and white space do not count: page 3 of 7 is page 4 of 7."""
+    letters = "".join("0" if c.isdigit() else c for c in " ".join(line.lower().split()))
+    return int.from_bytes(hashlib.blake2b(letters.encode(), digest_size=8).digest(), "little")
+
+
+class CountLines(PipelineStep):
+    """Per task: in how many of its documents each line is, sorted by hash. Passes the documents on."""
+
+    type = "🫂 - DEDUP"
+    name = "count lines"
+
+    def __init__(self, settings: LineDuplicates, folder: Path):
+        super().__init__()
+        self.settings = settings
+        self.folder = folder
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        counts: Counter[int] = Counter()
+        for document in data:
+            counts.update({line_hash(line) for line in lines_of(document.text, self.settings)})
+            yield document
+        counted = np.array(sorted(counts.items()), dtype=COUNTED)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        np.save(self.folder / f"{rank:05d}.npy", counted)
+
+
+class FindLines(PipelineStep):
+    """Per part of the hashes: which lines are in `min_documents` documents or more, over all tasks."""
+
+    type = "🫂 - DEDUP"
+    name = "find lines"
+
+    def __init__(self, settings: LineDuplicates, counts: Path, output: Path):
+        super().__init__()
+        self.settings = settings
+        self.counts = counts
+        self.output = output
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        bounds = np.array([rank * 2**64 // world_size, (rank + 1) * 2**64 // world_size - 1], dtype=np.uint64)
+        parts = []
+        for path in sorted(self.counts.glob("*.npy")):
+            counted = np.load(path, mmap_mode="r", allow_pickle=False)
+            first = np.searchsorted(counted["hash"], bounds[0], side="left")
+            last = np.searchsorted(counted["hash"], bounds[1], side="right")
+            parts.append(np.array(counted[first:last]))
+        together = np.concatenate(parts)
+        hashes, places = np.unique(together["hash"], return_inverse=True)
+        documents = np.bincount(places, weights=together["documents"], minlength=len(hashes)).astype(np.uint32)
+        often = documents >= self.settings.min_documents
+        found = np.empty(int(often.sum()), dtype=COUNTED)
+        found["hash"], found["documents"] = hashes[often], documents[often]
+        self.output.mkdir(parents=True, exist_ok=True)
+        np.save(self.output / f"{rank:05d}.npy", found)
+        return data
+
+
+class RemoveLines(PipelineStep):
+    """Per task: takes those lines out, recording it as an edit, and drops documents of which less than `min_kept` of
+    the characters is left."""
+
+    type = "🫂 - DEDUP"
+    name = "remove lines"
+
+    def __init__(self, settings: LineDuplicates, found: Path, drops: Path, edited: Path):
+        super().__init__()
+        self.settings = settings
+        self.found = found
+        self.drops = drop_writer(drops, rule_drop)
+        self.edited = edited
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        found = np.concatenate([np.load(path, allow_pickle=False) for path in sorted(self.found.glob("*.npy"))])
+        often = dict(zip(found["hash"].tolist(), found["documents"].tolist(), strict=True))
+        records = []
+        with self.drops as drops:
+            for document in data:
+                before, text = text_bytes(document), document.text
+                hits = [often[h] for line in lines_of(text, self.settings) if (h := line_hash(line)) in often]
+                if hits:
+                    document.text = outside_protected(text, lambda piece: self._without(piece, often))
+                    kept = len(document.text.strip()) / len(text)
+                    if kept < self.settings.min_kept:
+                        reason = {"measure": "min_kept", "value": kept, "threshold": self.settings.min_kept}
+                        document.metadata["drop"] = {"filter": "line_duplicates", **reason}
+                        document.text = text
+                        drops.write(document, rank)
+                        continue
+                    if document.text != text:
+                        records.append(self._record(document, max(hits), before))
+                yield document
+        if records:
+            self.edited.mkdir(parents=True, exist_ok=True)
+            lines = b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
+            replace_file(self.edited / f"lines-{rank:05d}.jsonl", lines)
+
+    def _without(self, piece: str, often: dict[int, int]) -> str:
+        lines = piece.splitlines(keepends=True)
+        return "".join(line for line in lines if not (_counts(line, self.settings) and line_hash(line) in often))
+
+    def _record(self, document: Document, documents: int, before: int) -> dict:
+        return {
+            "id": document.id,
+            "source": document.metadata["source"],
+            "edit": "line_duplicates",
+            "measure": "documents",
+            "value": documents,
+            "threshold": self.settings.min_documents,
+            "bytes_before": before,
+            "bytes_after": text_bytes(document),
+        }
+
+
+def lines_of(text: str, settings: LineDuplicates) -> list[str]:
+    """The lines that are compared."""
+    return [line for line in text.splitlines() if _counts(line, settings)]
+
+
+def _counts(line: str, settings: LineDuplicates) -> bool:
+    return len(line.strip()) >= settings.min_characters

@@ -1,0 +1,38 @@
+"""Special characters: one form for each, and none that nobody sees."""
+
+import re
+import unicodedata
+
+from pydantic.dataclasses import dataclass
+
+from data_pipeline.edits.base import Edit
+from data_pipeline.filters.base import RULE
+
+# Invisible: zero-width space, word joiner, soft hyphen, byte order mark, direction marks and controls, tags; controls
+# other than tab and line feed; the replacement character; private use. The zero-width joiners stay: emoji and the
+# scripts of India and Persia are spelled with them.
+REMOVED = re.compile(
+    "[\u200b\u2060\u00ad\ufeff\u200e\u200f\u202a-\u202e\u2066-\u2069\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\ufffd"
+    "\ue000-\uf8ff\U000e0000-\U000e007f]"
+)
+LINES = re.compile("\r\n?|[\x0c\x85\u2028\u2029]")
+SPACES = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f]")
+
+
+@dataclass(frozen=True, config=RULE)
+class Characters:
+    """Removes invisible and undecodable characters, makes every line end a line feed and every space but the
+    ideographic one a space, and composes accents (NFC), when there are more than `max_count` to change."""
+
+    max_count: int = 0
+
+    def __call__(self, text: str) -> Edit | None:
+        changed, removed = REMOVED.subn("", text)
+        changed, lines = LINES.subn("\n", changed)
+        changed, spaces = SPACES.subn(" ", changed)
+        count = removed + lines + spaces
+        if not unicodedata.is_normalized("NFC", changed):
+            composed = unicodedata.normalize("NFC", changed)
+            count += max(1, len(changed) - len(composed))
+            changed = composed
+        return Edit("special_characters", count, self.max_count, changed) if count > self.max_count else None

@@ -1,0 +1,30 @@
+"""Repeated punctuation."""
+
+import functools
+import re
+
+from pydantic.dataclasses import dataclass
+
+from data_pipeline.edits.base import Edit, substitute
+from data_pipeline.filters.base import RULE
+
+MARKS = "!?,;:.…~。，！？、；：～"  # noqa: RUF001  (full-width marks are meant)
+
+
+@functools.cache
+def _runs(longest: int) -> re.Pattern:
+    return re.compile(rf"([{MARKS}])\1{{{longest},}}")
+
+
+@dataclass(frozen=True, config=RULE)
+class Punctuation:
+    """Cuts a mark that is repeated more than `max_run` times to one, a full stop to an ellipsis of three. Rules and
+    markers of Markdown are made of other characters."""
+
+    max_run: int = 3
+
+    def __call__(self, text: str) -> Edit | None:
+        runs = _runs(self.max_run)
+        longest = max((len(match.group()) for match in runs.finditer(text)), default=0)
+        changed, count = substitute(runs, lambda match: "..." if match[1] == "." else match[1], text)
+        return Edit("longest_run", longest, self.max_run, changed) if count else None

@@ -1,0 +1,28 @@
+"""Fingers on a keyboard."""
+
+import re
+
+from pydantic.dataclasses import dataclass
+
+from data_pipeline.filters.base import RULE, Drop
+
+VOWELS = "aeiouyàáâãäåæèéêëìíîïòóôõöøùúûüýāăąēėęěīįōőœūůűų"
+LATIN = re.compile(r"(?<!\S)[\"'(\u201c\u2018]?([a-z\u00df-\u00ff\u0101-\u017e]{4,})[.,;:!?\"')\u201d\u2019]*(?!\S)")
+IMPLAUSIBLE = re.compile(rf"[^{VOWELS}]{{5,}}|^[^{VOWELS}]+$")
+
+
+@dataclass(frozen=True, config=RULE)
+class Keyboard:
+    """Share of lower-case Latin words of four letters or more that nobody could speak: without a vowel, or with five
+    consonants on end. Words inside code or an address do not stand alone and are not asked, nor are texts with fewer
+    than `min_words`."""
+
+    max_share: float = 0.15
+    min_words: int = 15
+
+    def __call__(self, text: str) -> Drop | None:
+        words = LATIN.findall(text)
+        if len(words) < self.min_words:
+            return None
+        share = sum(IMPLAUSIBLE.search(word) is not None for word in words) / len(words)
+        return Drop("max_share", share, self.max_share) if share > self.max_share else None

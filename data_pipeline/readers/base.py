@@ -1,0 +1,113 @@
+"""What all readers give: documents, or the reason why there is none."""
+
+import io
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+from datatrove.io import get_datafolder
+from zstandard import ZstdError
+
+from data_pipeline.errors import InputError
+from data_pipeline.sources import Parquet, Source, Warc
+
+DAMAGED = (EOFError, zlib.error, ZstdError)  # beside the OSError without a number that gzip and fastwarc raise
+
+
+@dataclass(frozen=True)
+class Found:
+    """A document. `place`: where in its file, empty for the whole; `extra`: metadata beside source and language."""
+
+    place: str
+    text: str
+    extra: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """Something that is no document: `place` in the file, `reason` (a fixed word for counting), `detail` for people,
+    and its size in bytes where it is known."""
+
+    place: str
+    reason: str
+    detail: str
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class File:
+    """`id`: source name and path within the source; `open` gives its bytes, decompressed for all readers that cannot do
+    that better themselves; `size` on disk, in bytes."""
+
+    id: str
+    open: Callable[[], BinaryIO]
+    size: int
+
+
+Items = Iterator[Found | Quarantined]
+
+
+def too_large(place: str, size: int, source: Source) -> Quarantined:
+    detail = f"{size} bytes or more, max_document_bytes={source.max_document_bytes}"
+    return Quarantined(place, "too_large", detail, size)
+
+
+def guarded(items: Items) -> Items:
+    """The items of a file up to the place where it cannot be read on, and then the reason: what came before stays.
+
+    An error of the disk or the network goes on to fail the stage, which is then run again: half a file must not be
+    taken for the whole because a connection broke.
+    """
+    try:
+        yield from items
+    except (*DAMAGED, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, PermissionError):
+            raise
+        yield Quarantined("", "unreadable", f"{type(error).__name__}: {error}")
+
+
+def glob_files(name: str, source: Source) -> list[File]:
+    """The files of a source that match its glob, sorted. Raises InputError when the folder is absent or none match."""
+    try:
+        folder = get_datafolder(source.path)
+        # Refused here and not by datatrove, for which an absent folder is an empty one.
+        if not folder.fs.isdir(folder.path):
+            raise InputError(f"sources.{name}.path={source.path}: no such folder")
+        paths = folder.list_files(glob_pattern=source.glob)
+        packed = None if isinstance(source, Warc | Parquet) else "infer"
+        files = [File(f"{name}/{path}", opener(folder, path, packed), folder.size(path)) for path in sorted(paths)]
+    except (OSError, ImportError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"sources.{name}.path={source.path}: {' '.join(str(error).split())}") from None
+    if not files:
+        raise InputError(f"sources.{name}.path={source.path}: no file matches glob={source.glob}")
+    return files
+
+
+def opener(folder, path: str, compression: str | None = "infer") -> Callable[[], BinaryIO]:
+    """Opens a file of a datatrove folder, decompressed by its suffix unless `compression` is None."""
+    if compression is None:
+        return lambda: folder.open(path, "rb")
+    return lambda: io.BufferedReader(_AsItComes(folder.open(path, "rb", compression=compression)))
+
+
+class _AsItComes(io.RawIOBase):
+    """Hands on what a decompressor has, where its own buffer would first fill up, meet the damage behind it and lose
+    what it had."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        data = self._file.read1(len(buffer)) if hasattr(self._file, "read1") else self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()

@@ -1,0 +1,93 @@
+"""Where text comes from: the settings of each kind of source."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid")
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+SCHEME = re.compile(r"([A-Za-z][\w+.-]+):(//|:)?")
+
+
+def _openable(path: str) -> str:
+    """A local path, or a URL of a file system that fsspec knows. `pipe:cat x` is a shell command in the language of
+    WebDataset, so anything before a colon that is no such file system is refused."""
+    if match := SCHEME.match(path):
+        from fsspec import available_protocols
+
+        scheme, slashes = match.groups()
+        if not slashes or scheme not in available_protocols():
+            raise ValueError(f"{scheme}: is no file system that fsspec opens: refused")
+    return path
+
+
+Location = Annotated[str, AfterValidator(_openable)]
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class Source:
+    """What all kinds have in common. `path`: a folder, local or on any file system of fsspec, such as s3://bucket/crawl.
+
+    `category`: for the mixture and the report; `epochs`: how often an epoch of training goes over the source;
+    `priority`: of duplicates, the copy in the source of the highest stays; `language`: the code of all documents, where
+    it is known ("" for code and the like), null to identify each; `max_document_bytes`: larger ones are quarantined
+    unread.
+    """
+
+    path: Location
+    category: str = ""
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    priority: Annotated[int, Field(ge=0, le=1000)] = 0
+    language: str | None = None
+    max_document_bytes: Positive = 100_000_000
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class Tree(Source):
+    """A folder whose files are the documents: plain text, Markdown, source code; of .html, .htm and .xhtml, the text
+    that a reader of the page sees; each also as .gz and .zst when `suffixes` say so. `path` may be `stdlib` for the
+    running Python's standard library. `fill`: installed packages whose sources are added, one by one, while the source
+    has fewer than `minimum_bytes`."""
+
+    kind: Literal["tree"]
+    suffixes: tuple[str, ...] = (".py",)
+    exclude: tuple[str, ...] = ("site-packages", "dist-packages", "__pycache__", ".git", "node_modules")
+    fill: tuple[str, ...] = ()
+    minimum_bytes: Count = 0
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class Jsonl(Source):
+    """JSON lines, plain, .gz or .zst: a document a line, its text under `text_key`. `id_key`: where a line has a name
+    of its own, kept as `key` in the metadata. `html`: the text is a page to extract from."""
+
+    kind: Literal["jsonl"]
+    glob: str = "**/*.jsonl*"
+    text_key: str = "text"
+    id_key: str = "id"
+    html: bool = False
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class Parquet(Source):
+    """Parquet files: a document a row. Needs the package pyarrow."""
+
+    kind: Literal["parquet"]
+    glob: str = "**/*.parquet"
+    text_key: str = "text"
+    id_key: str = "id"
+    html: bool = False
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class Warc(Source):
+    """WARC files of a crawl: the text of each page that was fetched, and the plain text of WET files."""
+
+    kind: Literal["warc"]
+    glob: str = "**/*.warc*"
+
+
+AnySource = Annotated[Tree | Jsonl | Parquet | Warc, Field(discriminator="kind")]

@@ -1,0 +1,108 @@
+"""How often each source is gone over: a mixture by epochs or by weights, and the groups of shards that it makes."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from data_pipeline.errors import InputError
+from data_pipeline.shards.manifest import Manifest
+
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Mixture:
+    """Exactly one of the two, by names of sources or of categories of sources; 0 leaves one out.
+
+    `epochs`: how often an epoch of training goes over a source, 0.44 being less than half of it; sources not named
+    have the epochs of the manifest. `weights`: shares of the tokens of an epoch that is as long as the corpus; every
+    source must be named.
+    """
+
+    epochs: dict[str, Share] = Field(default_factory=dict)
+    weights: dict[str, Share] = Field(default_factory=dict)
+
+    def __post_init__(self):
+        if bool(self.epochs) == bool(self.weights):
+            raise ValueError("a mixture has either epochs or weights")
+
+    @classmethod
+    def parse(cls, data: dict) -> "Mixture":
+        """From plain data; raises InputError naming every wrong entry."""
+        try:
+            return TypeAdapter(cls).validate_python(data)
+        except ValidationError as error:
+            raise InputError(
+                *(f"mixture.{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors())
+            ) from None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Shards that are read as one corpus of its own. `shards`: their places in the manifest, int64 [n]; `tokens`: what
+    is kept of each, int64 [n]; `samples`: how many sequences of it an epoch of the mixture has. `key`: what tells the
+    group's random order from that of others; the only group of a stream has none."""
+
+    key: tuple[str, ...]
+    shards: np.ndarray
+    tokens: np.ndarray
+    samples: int
+
+
+def make_groups(manifest: Manifest, tokens: np.ndarray, mixture: Mixture | None, sequence_length: int) -> list[Group]:
+    """The groups of a stream over what is kept of each shard, `tokens` [shards]. Without a mixture the manifest's
+    epochs count; where they are all the same, all shards are one group. Raises InputError naming a source that does not
+    exist, is named twice or left out, or of which nothing is kept."""
+    sources = np.array([shard.source for shard in manifest.shards])
+    epochs = {name: info.epochs for name, info in manifest.sources.items()}
+    if mixture is None and len(set(epochs.values())) == 1:
+        return [Group((), np.arange(len(tokens)), tokens, _sequences(tokens, sequence_length))]
+    names = _members(manifest, (mixture.weights or mixture.epochs) if mixture else {})
+    named = {source for members in names.values() for source in members}
+    rest = sorted(set(manifest.sources) - named)
+    if mixture and mixture.weights and rest:
+        raise InputError(f"mixture.weights: no weight for {', '.join(rest)}; 0 leaves a source out")
+    shares = dict(mixture.weights or mixture.epochs) if mixture else {}
+    for source in rest:
+        names[source], shares[source] = [source], epochs[source]
+    if not any(shares.values()):
+        raise InputError("mixture: every source is left out")
+    by_weight = bool(mixture and mixture.weights)
+    whole = _sequences(tokens, sequence_length) / sum(shares.values()) if by_weight else 0.0
+    groups = []
+    for name in sorted(names):
+        if shares[name] == 0:
+            continue
+        shards = np.flatnonzero(np.isin(sources, names[name]))
+        if tokens[shards].sum() < 2:
+            raise InputError(f"mixture: fewer than 2 tokens are kept of {name}; leave it out with 0")
+        unit = whole if by_weight else _sequences(tokens[shards], sequence_length)
+        groups.append(Group((name,), shards, tokens[shards], max(1, round(shares[name] * unit))))
+    return groups
+
+
+def _sequences(tokens: np.ndarray, sequence_length: int) -> int:
+    """How many sequences cover these tokens so that each but the first is a target once."""
+    return -(-(int(tokens.sum()) - 1) // sequence_length)
+
+
+def _members(manifest: Manifest, asked: dict[str, float]) -> dict[str, list[str]]:
+    """The sources behind each name that a mixture gives."""
+    members, problems, taken = {}, [], {}
+    for name in asked:
+        found = [name] if name in manifest.sources else []
+        found = found or [source for source, info in manifest.sources.items() if info.category == name != ""]
+        if not found:
+            known = sorted({*manifest.sources, *(info.category for info in manifest.sources.values())} - {""})
+            problems.append(f"mixture: no source or category {name!r}; there are {', '.join(known)}")
+        for source in found:
+            if source in taken:
+                problems.append(f"mixture: source {source!r} is named by {taken[source]!r} and by {name!r}")
+            taken[source] = name
+        members[name] = found
+    if problems:
+        raise InputError(*problems)
+    return members

@@ -1,0 +1,170 @@
+"""The self-cleaning filter: which documents of a shard the stream keeps, by their scores.
+
+Thresholds come from config and scores from sidecars, so that a new threshold rewrites no shard. The stream finds its
+place by sums over shards, which need to know how much of each shard is kept: `KeptCounts`, counted once per filter by
+`python -m data_pipeline.stream.count` and cached beside the manifest.
+"""
+
+import functools
+import hashlib
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from data_pipeline.errors import InputError
+from data_pipeline.shards.index import LANGUAGE, TOKENS, language_code
+from data_pipeline.shards.manifest import Manifest, Shard
+from data_pipeline.shards.scores import MEASURES, ScoresName, load_scores
+
+Band = tuple[float | None, float | None]
+
+
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class ScoreFilter:
+    """Keeps a document when low <= score <= high; null leaves a side open.
+
+    `scores`: the name of the sidecars; `measure`: which of their columns; `bands`: (low, high) for a `source`, a
+    `source/language` or a `*/language`, the first that is given in the order source/language, source, */language;
+    `default`: the band of all others.
+    """
+
+    scores: ScoresName
+    measure: Literal[MEASURES] = "nats_per_token"
+    default: Band = (None, None)
+    bands: dict[str, Band] = Field(default_factory=dict)
+
+    def __post_init__(self):
+        for name, (low, high) in {"default": self.default, **self.bands}.items():
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"band {name}: low={low} is above high={high}")
+
+    @classmethod
+    def load(cls, text: str) -> "ScoreFilter":
+        """From a YAML file, or from inline JSON that begins with a brace. Raises InputError with a line a problem."""
+        from omegaconf import OmegaConf
+        from yaml import YAMLError
+
+        try:
+            if text.lstrip().startswith("{"):
+                return FILTER.validate_json(text)
+            return FILTER.validate_python(OmegaConf.to_container(OmegaConf.load(text)))
+        except OSError as error:
+            raise InputError(f"filter {text}: {error.strerror or error}") from None
+        except YAMLError as error:
+            raise InputError(f"filter {text}: {' '.join(str(error).split())}") from None
+        except ValidationError as error:
+            raise InputError(
+                *(
+                    f"filter: {'.'.join(map(str, e['loc'])) or 'document'}={e['input']!r}: {e['msg']}"
+                    for e in error.errors()
+                )
+            ) from None
+
+    def to_json(self) -> str:
+        return json.dumps(FILTER.dump_python(self, mode="json"), sort_keys=True)
+
+    @functools.cached_property
+    def filter_hash(self) -> str:
+        """sha256 of the filter, hex."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def keep(self, shard: Shard, index: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """Which documents stay, bool [documents], from the shard's index [documents, 4] and scores [documents, 2].
+        Raises InputError naming the first document that has no score."""
+        values = scores[:, MEASURES.index(self.measure)]
+        if not (scored := np.isfinite(values)).all():
+            raise InputError(
+                f"scores {self.scores} of shard {shard.name}: document {int(np.argmin(scored))} has no score; finish "
+                "scoring first"
+            )
+        kept = np.ones(len(values), dtype=bool)
+        for language in np.unique(index[:, LANGUAGE]):
+            here = index[:, LANGUAGE] == language
+            low, high = self.band(shard.source, language_code(language))
+            kept &= ~here | ((values >= _bound(low, -np.inf)) & (values <= _bound(high, np.inf)))
+        return kept
+
+    def band(self, source: str, language: str) -> Band:
+        """The band (low, high) of documents of this source and language."""
+        for name in (f"{source}/{language}", source, f"*/{language}"):
+            if name in self.bands:
+                return self.bands[name]
+        return self.default
+
+
+FILTER = TypeAdapter(ScoreFilter)
+
+
+def _bound(value: float | None, absent: float) -> np.float32:
+    # In the precision of the scores: 0.1 in a config keeps a document whose stored score is 0.1.
+    return np.float32(absent if value is None else value)
+
+
+@dataclass(frozen=True)
+class KeptCounts:
+    """What a filter keeps of each shard of a manifest: `documents`, `tokens`, `shortest` (tokens; 0 where nothing is
+    kept), int64 [shards], and `scores_sha256` [shards] of the sidecars that it was counted from."""
+
+    documents: np.ndarray
+    tokens: np.ndarray
+    shortest: np.ndarray
+    scores_sha256: tuple[str, ...]
+
+    @classmethod
+    def load(cls, manifest: Manifest, filter: ScoreFilter) -> "KeptCounts":
+        """Raises InputError naming the command that counts when there is no cache of this filter and manifest."""
+        path = counts_path(manifest, filter)
+        command = (
+            f"python -m data_pipeline.stream.count {manifest.directory}/manifest.json {shlex.quote(filter.to_json())}"
+        )
+        try:
+            record = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise InputError(f"{path}: what this filter keeps is not counted yet; run {command}") from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: {error}; remove it and run {command}") from None
+        try:
+            record = RECORD.validate_python(record)
+        except ValidationError as error:
+            raise InputError(f"{path}: {error.errors()[0]['msg']}; remove it and run {command}") from None
+        if (record["manifest"], record["filter"]) != (manifest.content_hash, filter.filter_hash):
+            raise InputError(f"{path}: counted for another manifest or filter; run {command}")
+        rows = record["shards"]
+        if len(rows) != len(manifest.shards):
+            raise InputError(f"{path}: {len(rows)} shards, the manifest has {len(manifest.shards)}; run {command}")
+        numbers = np.array([row[:3] for row in rows], dtype=np.int64).reshape(-1, 3)
+        return cls(*numbers.T.copy(), tuple(row[3] for row in rows))
+
+    @functools.cached_property
+    def content_hash(self) -> str:
+        """sha256 over all counts and the scores behind them."""
+        parts = [self.documents.tolist(), self.tokens.tolist(), self.shortest.tolist(), self.scores_sha256]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+Row = tuple[int, int, int, str]
+RECORD = TypeAdapter(dict[Literal["manifest", "filter", "shards"], str | list[Row]])
+
+
+def counts_path(manifest: Manifest, filter: ScoreFilter) -> Path:
+    """Where the counts of a filter are cached. The manifest is part of the name: one folder may see several."""
+    both = hashlib.sha256(f"{manifest.content_hash} {filter.filter_hash}".encode()).hexdigest()
+    return manifest.directory / f"kept-{both[:16]}.json"
+
+
+def kept_documents(directory: Path, shard: Shard, index: np.ndarray, filter: ScoreFilter) -> tuple[np.ndarray, str]:
+    """Which documents of a shard stay, bool [documents], and the sha256 of the scores that say so."""
+    scores, digest = load_scores(directory, shard, filter.scores)
+    return filter.keep(shard, index, scores), digest
+
+
+def count_row(shard: Shard, index: np.ndarray, kept: np.ndarray, digest: str) -> Row:
+    """A shard's entry in the cache: documents, tokens and shortest document kept, and the scores' sha256."""
+    lengths = index[kept, TOKENS]
+    return int(kept.sum()), int(lengths.sum()), int(lengths.min()) if len(lengths) else 0, digest

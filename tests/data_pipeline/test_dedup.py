@@ -1,0 +1,85 @@
+"""Duplicates across sources: whose copy stays, and the lines that many documents share."""
+
+import json
+
+import pytest
+
+from data_pipeline.config import compose
+from data_pipeline.dedup.lines import line_hash
+from data_pipeline.run import run
+from data_pipeline.shards import Manifest, read_documents
+from tests.data_pipeline.corpus import prose
+
+
+def clean(tmp_path, sources, *options, tasks=3):
+    """Runs the pipeline over {source: ([texts], settings)}; kept ids, drops and edits."""
+    entries = []
+    for name, (texts, settings) in sources.items():
+        (tmp_path / name).mkdir()
+        for number, text in enumerate(texts):
+            (tmp_path / name / f"{number:03d}.txt").write_text(text)
+        entries.append(f"{name}: {{kind: tree, path: {tmp_path / name}, suffixes: [.txt]{settings}}}")
+    output = tmp_path / "out"
+    arguments = [f"output={output}", "~sources.main", f"sources={{{', '.join(entries)}}}", f"tasks={tasks}"]
+    run(compose(["pipeline=text", *arguments, "heldout_fraction=0", "tokenizer.vocab_size=400", *options]))
+    kept = {d.metadata["id"] for d in read_documents(Manifest.load(output / "train/manifest.json"))}
+    drops = [json.loads(line) for path in output.glob("drops/*/*.jsonl") for line in path.open()]
+    edits = [json.loads(line) for path in output.glob("edits/*.jsonl") for line in path.open()]
+    return kept, drops, edits
+
+
+@pytest.mark.parametrize("first", ["a", "b", "c"])
+@pytest.mark.parametrize("kind", ["exact_duplicate", "near_duplicate"])
+def test_the_copy_of_the_source_of_highest_priority_stays(tmp_path, first, kind):
+    def copy(number, source):
+        text = prose(number)
+        return text if kind == "exact_duplicate" else text.replace("river", f"brook{source}", 1)
+
+    sources = {
+        name: ([copy(number, name) for number in range(5)] + [prose(ord(name))], f", priority: {3 * (name == first)}")
+        for name in "abc"
+    }
+    kept, drops, _ = clean(tmp_path, sources)
+    assert kept == {f"{first}/{n:03d}.txt" for n in range(5)} | {f"{name}/005.txt" for name in "abc"}
+    assert {drop["filter"] for drop in drops} == {kind}
+    assert len(drops) == 10
+
+
+NOTICE = "This article is brought to you by the friends of page 3.\n"
+
+
+def test_lines_that_many_documents_share_are_taken_out(tmp_path):
+    code = "```\nThe same long line of code in every document.\n```\n"
+    texts = [prose(n) + NOTICE.replace("3", str(n)) + code for n in range(8)]
+    few = [prose(50 + n) + "This line is found in but a few of the documents.\n" for n in range(3)]
+    mostly = ["\n".join([prose(90, sentences=3)] + [NOTICE.replace("page", "PAGE").strip()] * 30)]
+    options = ["line_duplicates.min_documents=4", "rules.repetition=null", "near_duplicates=null"]
+    kept, drops, edits = clean(tmp_path, {"a": (texts + few + mostly, "")}, *options)
+    lines = [edit for edit in edits if edit["edit"] == "line_duplicates"]
+    assert {edit["id"] for edit in lines} == {f"a/{n:03d}.txt" for n in range(8)}
+    for edit in lines:
+        assert (edit["measure"], edit["value"], edit["threshold"]) == ("documents", 9, 4)
+        assert edit["bytes_before"] - edit["bytes_after"] == len(NOTICE)
+    assert [(drop["id"], drop["filter"], drop["measure"]) for drop in drops] == [
+        ("a/011.txt", "line_duplicates", "min_kept")
+    ]
+    assert drops[0]["value"] < drops[0]["threshold"] == 0.3
+    assert kept == {f"a/{n:03d}.txt" for n in range(11)}
+
+
+def test_lines_are_equal_but_for_case_digits_and_space():
+    assert line_hash("Page 3  of 7\n") == line_hash("page 4 of 9")
+    assert line_hash("page of") != line_hash("page 3 of")
+
+
+def test_the_number_of_tasks_does_not_change_what_stays(tmp_path):
+    results = []
+    for tasks in (1, 4):
+        folder = tmp_path / str(tasks)
+        folder.mkdir()
+        sources = {
+            "a": ([prose(n) + NOTICE for n in range(6)], ""),
+            "b": ([prose(n) for n in range(6)], ", priority: 1"),
+        }
+        results.append(clean(folder, sources, "line_duplicates.min_documents=5", tasks=tasks))
+    assert results[0][0] == results[1][0] == {f"b/{n:03d}.txt" for n in range(6)}

@@ -1,0 +1,302 @@
+"""Every kind of source gives its documents; what is none is named, counted, quarantined, and the rest goes on."""
+
+import gzip
+import io
+import json
+import os
+import sys
+
+import pytest
+import zstandard
+from pydantic import TypeAdapter
+
+from data_pipeline.config import compose
+from data_pipeline.errors import InputError
+from data_pipeline.readers import ReadSources, list_inputs
+from data_pipeline.run import main, run
+from data_pipeline.shards import Manifest, read_documents
+from data_pipeline.sources import AnySource
+from tests.data_pipeline.corpus import prose
+
+PAGE = """<!DOCTYPE html><html><head><title>Head</title><script>var hidden = 1;</script></head><body>
+<nav><a href="/">Home</a> <a href="/about">About us</a></nav><main><h1>Pears</h1>
+<p>The pear tree in the <b>garden</b> bears fruit &amp; shade, every year, to those who sit under it.</p>
+<pre>def eat(pear):
+    return None</pre><ul><li>sweet</li><li>sour</li></ul></main>
+<footer>Imprint and cookies</footer></body></html>"""
+
+
+def source(path, **options):
+    return TypeAdapter(AnySource).validate_python({"path": str(path), **options})
+
+
+def read(tmp_path, **sources):
+    """Documents {id: (text, metadata)} and quarantine {id: reason} of one task."""
+    step = ReadSources(sources, tmp_path / "quarantine")
+    documents = {document.id: (document.text, document.metadata) for document in step.run()}
+    records = [
+        json.loads(line)
+        for path in (tmp_path / "quarantine").glob("*.jsonl")
+        for line in path.read_bytes().splitlines()
+    ]
+    assert all(set(record) == {"id", "source", "bytes", "reason", "detail"} for record in records)
+    return documents, {record["id"]: record["reason"] for record in records}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".zst", zstandard.compress)], ids=["plain", "gz", "zst"]
+)
+def test_json_lines_in_every_compression(tmp_path, suffix, pack):
+    lines = b"\n".join(json.dumps({"text": prose(n), "id": n}).encode() for n in range(3))
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(lines))
+    documents, quarantine = read(tmp_path, web=source(tmp_path, kind="jsonl", language="en"))
+    name = f"a.jsonl{suffix}"
+    metadata = {"source": "web", "language": "en"}
+    assert documents == {f"web/{name}:{n + 1}": (prose(n), {**metadata, "key": str(n)}) for n in range(3)}
+    assert not quarantine
+
+
+BAD_LINES = {
+    "not json": (b"{broken", "not_json"),
+    "a list": (b"[1]", "not_json"),
+    "undecodable": (b'{"text": "a\xff"}', "not_json"),
+    "lone surrogate": (b'{"text": "\\ud800"}', "not_json"),
+    "number": (b'{"text": 3}', "no_text"),
+    "no text": (b'{"x": ""}', "no_text"),
+    "empty": (b'{"text": ""}', "empty"),
+    "blank": (b'{"text": " \\n "}', "empty"),
+    "duplicate key": (b'{"text": "a", "text": "b"}', "duplicate_key"),
+    "too large": (b'{"text": "' + b"x" * 5000 + b'"}', "too_large"),
+}
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES.values(), ids=BAD_LINES)
+def test_a_bad_line_is_quarantined_and_the_next_is_read(tmp_path, line, reason):
+    good = json.dumps({"text": 'said "text": twice'}).encode()
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([good, line, good, b"", good]))
+    documents, quarantine = read(tmp_path, web=source(tmp_path, kind="jsonl", max_document_bytes=3000))
+    assert list(documents) == ["web/a.jsonl:1", "web/a.jsonl:3", "web/a.jsonl:5"]
+    assert quarantine == {"web/a.jsonl:2": reason}
+
+
+class Gigabyte(io.RawIOBase):
+    """A line of a gigabyte, then one that is small, made as they are read."""
+
+    def __init__(self):
+        self.left, self.tail = 1 << 30, io.BytesIO(b'\n{"text": "small"}\n')
+        self.largest = 0
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        self.largest = max(self.largest, len(buffer))
+        if not self.left:
+            return self.tail.readinto(buffer)
+        count = min(len(buffer), self.left)
+        buffer[:count] = b"x" * count
+        self.left -= count
+        return count
+
+
+def test_a_document_of_a_gigabyte_is_named_and_never_held(tmp_path):
+    import tracemalloc
+
+    from data_pipeline.readers.lines import read_jsonl
+
+    tracemalloc.start()
+    items = list(read_jsonl(io.BufferedReader(Gigabyte()), source(tmp_path, kind="jsonl", max_document_bytes=1 << 20)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (items[0].reason, items[0].bytes) == ("too_large", (1 << 30) + 1)
+    assert items[1].text == "small"
+    assert peak < 16 << 20
+
+
+def test_a_file_of_a_gigabyte_is_not_read(tmp_path):
+    with (tmp_path / "large.txt").open("wb") as file:
+        file.truncate(1 << 30)
+    (tmp_path / "small.txt").write_text("small")
+    documents, quarantine = read(
+        tmp_path, t=source(tmp_path, kind="tree", suffixes=[".txt"], max_document_bytes=10_000)
+    )
+    assert list(documents) == ["t/small.txt"]
+    assert quarantine == {"t/large.txt": "too_large"}
+
+
+def damage_second_member(first, second):
+    broken = bytearray(gzip.compress(second))
+    broken[len(broken) // 2] ^= 0xFF
+    return gzip.compress(first) + bytes(broken)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.jsonl.gz", damage_second_member(b'{"text": "one"}\n', os.urandom(4000).hex().encode())),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n') + b"garbage"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n' + os.urandom(9000).hex().encode())[:-700]),
+        ("a.jsonl.zst", zstandard.compress(b'{"text": "one"}\n') + b"garbage"),
+    ],
+    ids=["corrupt member", "garbage after a member", "cut off", "corrupt zst"],
+)
+def test_a_corrupt_compressed_file_gives_what_came_before_and_its_name(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}')
+    documents, quarantine = read(tmp_path, web=source(tmp_path, kind="jsonl"))
+    assert "two" in [text for text, _ in documents.values()]
+    assert quarantine[f"web/{name}"] == "unreadable"
+
+
+def test_a_tree_of_pages_markdown_and_packed_files(tmp_path):
+    (tmp_path / "page.html").write_text(PAGE)
+    (tmp_path / "latin.htm").write_bytes(
+        "<p>Düsseldorf hält große Bäume für schön, und zwar sehr.</p>".encode("latin-1")
+    )
+    (tmp_path / "empty.html").write_text("<html><body><script>x()</script></body></html>")
+    (tmp_path / "notes.md").write_text("# Notes\n\n* `code` and $x^2$\n")
+    (tmp_path / "more.txt.gz").write_bytes(gzip.compress(b"packed text"))
+    (tmp_path / "void.txt").write_text(" \n")
+    (tmp_path / "bytes.txt").write_bytes(b"good \xff bad")
+    (tmp_path / "secret.txt").symlink_to("/etc/passwd")
+    suffixes = [".html", ".htm", ".md", ".txt", ".txt.gz"]
+    documents, quarantine = read(tmp_path, t=source(tmp_path, kind="tree", suffixes=suffixes))
+    texts = {name.removeprefix("t/"): text for name, (text, _) in documents.items()}
+    assert "The pear tree in the garden bears fruit & shade" in texts["page.html"]
+    assert "def eat(pear):\n    return None" in texts["page.html"]
+    assert not any(word in texts["page.html"] for word in ("hidden", "About us", "<", "Imprint"))
+    assert "Düsseldorf hält große Bäume für schön" in texts["latin.htm"]
+    assert texts["notes.md"] == "# Notes\n\n* `code` and $x^2$\n"
+    assert texts["more.txt.gz"] == "packed text"
+    assert texts["bytes.txt"] == "good \ufffd bad"
+    assert set(texts) == {"page.html", "latin.htm", "notes.md", "more.txt.gz", "bytes.txt"}
+    assert quarantine == {"t/empty.html": "empty", "t/void.txt": "empty"}
+
+
+def warc_record(kind, body, uri="http://pears.example/"):
+    form = "application/http; msgtype=response" if kind == "response" else "text/plain"
+    head = (
+        f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: {uri}\r\nWARC-Record-ID: <urn:uuid:0>\r\n"
+        f"WARC-Date: 2026-01-01T00:00:00Z\r\nContent-Type: {form}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body + b"\r\n\r\n"
+
+
+def response(body, content_type):
+    return b"HTTP/1.1 200 OK\r\nContent-Type: " + content_type.encode() + b"\r\n\r\n" + body
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
+def test_warc_pages_and_texts(tmp_path, packed):
+    records = [
+        warc_record("warcinfo", b"software: x"),
+        warc_record("response", response(PAGE.encode(), "text/html; charset=utf-8")),
+        warc_record("response", response(b"\x89PNG", "image/png")),
+        warc_record("conversion", "Ein Text über Birnen.".encode()),
+        warc_record("response", response(b"<html></html>", "text/html")),
+        warc_record("response", response(PAGE.encode() * 100, "text/html")),
+    ]
+    data = b"".join(gzip.compress(record) if packed else record for record in records)
+    (tmp_path / ("a.warc.gz" if packed else "a.warc")).write_bytes(data)
+    documents, quarantine = read(tmp_path, crawl=source(tmp_path, kind="warc", max_document_bytes=20_000))
+    texts = [text for text, _ in documents.values()]
+    assert len(texts) == 2
+    assert "bears fruit & shade" in texts[0]
+    assert texts[1] == "Ein Text über Birnen."
+    assert {metadata["key"] for _, metadata in documents.values()} == {"http://pears.example/"}
+    assert sorted(quarantine.values()) == ["empty", "too_large"]
+
+
+@pytest.mark.parametrize("damage", ["corrupt", "cut off"])
+def test_a_corrupt_warc_member_leaves_what_came_before(tmp_path, damage):
+    good = gzip.compress(warc_record("response", response(PAGE.encode(), "text/html")))
+    broken = bytearray(gzip.compress(warc_record("response", response(os.urandom(3000).hex().encode(), "text/html"))))
+    if damage == "corrupt":
+        broken[60:90] = b"\xff" * 30
+    else:
+        del broken[-300:]
+    (tmp_path / "a.warc.gz").write_bytes(good + bytes(broken))
+    documents, quarantine = read(tmp_path, crawl=source(tmp_path, kind="warc"))
+    assert "bears fruit & shade" in documents["crawl/a.warc.gz:1"][0]
+    assert set(quarantine.values()) == {"unreadable"}
+    assert len(documents) == 1
+
+
+def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table({"text": ["one", "", None, PAGE], "id": ["a", "b", "c", "d"], "other": [1, 2, 3, 4]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-30])
+    documents, quarantine = read(tmp_path, p=source(tmp_path, kind="parquet"))
+    assert documents["p/a.parquet:1"] == ("one", {"source": "p", "key": "a"})
+    assert documents["p/a.parquet:4"][0] == PAGE
+    assert quarantine == {"p/a.parquet:2": "empty", "p/a.parquet:3": "no_text", "p/b.parquet": "unreadable"}
+    documents, _ = read(tmp_path, p=source(tmp_path, kind="parquet", html=True, glob="a.parquet"))
+    assert "bears fruit & shade" in documents["p/a.parquet:4"][0]
+
+
+def test_parquet_without_pyarrow_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"sources\.p\.kind=parquet needs the package pyarrow: pip install pyarrow"):
+        list_inputs({"p": source(tmp_path, kind="parquet")})
+
+
+@pytest.mark.parametrize("kind", ["tree", "jsonl"])
+def test_any_file_system_of_fsspec(tmp_path, kind):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    folder = f"/readers-{kind}"
+    memory.pipe(f"{folder}/deep/a.jsonl.gz", gzip.compress(b'{"text": "one"}\n'))
+    memory.pipe(f"{folder}/node_modules/b.txt", b"not this")
+    memory.pipe(f"{folder}/b.txt", b"two")
+    options = {"suffixes": [".txt"]} if kind == "tree" else {}
+    documents, _ = read(tmp_path, r=source(f"memory://{folder}", kind=kind, **options))
+    expected = {"tree": {"r/b.txt": "two"}, "jsonl": {"r/deep/a.jsonl.gz:1": "one"}}
+    assert {name: text for name, (text, _) in documents.items()} == expected[kind]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("pipe:cat /etc/passwd", "pipe: is no file system"),
+        ("pipe://cat", "pipe: is no file system"),
+        ("nosuch://bucket", "nosuch: is no file system"),
+        ("memory://nothing-here", "no such folder|no file"),
+    ],
+)
+@pytest.mark.parametrize("pipeline", ["jsonl", "text"])
+def test_a_url_that_is_no_folder_is_refused_before_anything_is_written(tmp_path, pipeline, path, message, capsys):
+    assert main([f"pipeline={pipeline}", f"input='{path}'", f"output={tmp_path}/out"]) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1
+    import re
+
+    assert re.search(message, errors[0])
+    assert not (tmp_path / "out").exists()
+
+
+def test_sources_keep_their_categories_epochs_and_shards(tmp_path):
+    for name, numbers in (("wiki", range(20)), ("web", range(100, 120))):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"text": prose(n)}) for n in numbers]
+        (tmp_path / name / "a.jsonl").write_text("\n".join(lines))
+    output = tmp_path / "out"
+    settings = [
+        "pipeline=jsonl",
+        f"output={output}",
+        "tasks=2",
+        "tokenizer.vocab_size=400",
+        "~sources.main",
+        f"sources={{wiki: {{kind: jsonl, path: {tmp_path}/wiki, category: encyclopedia, epochs: 1.5, language: tlh}}, "
+        f"web: {{kind: jsonl, path: {tmp_path}/web}}}}",
+    ]
+    run(compose(settings))
+    manifest = Manifest.load(output / "train/manifest.json")
+    assert (manifest.sources["wiki"].category, manifest.sources["wiki"].epochs) == ("encyclopedia", 1.5)
+    assert {shard.source for shard in manifest.shards} == {"wiki", "web"}
+    for document in read_documents(manifest):
+        assert document.metadata["language"] == {"wiki": "tlh", "web": "en"}[document.metadata["source"]]

@@ -1,0 +1,212 @@
+"""The self-cleaning filter in the stream: thresholds from config, scores from sidecars, counts from their cache."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.shards import read_documents
+from data_pipeline.shards.reading import read_shard
+from data_pipeline.shards.scores import save_scores, scores_path
+from data_pipeline.stream import IGNORED, InputError, Manifest, ScoreFilter, TokenStream, batches_hash
+from data_pipeline.stream import count as counting
+from data_pipeline.stream.score_filter import KeptCounts, counts_path
+from tests.data_pipeline.shard_factory import make_shards
+
+BAND = ScoreFilter(scores="small", default=(0.2, 0.8))
+
+
+def score(document):
+    """A score in [0, 1] that follows from the document."""
+    return float(np.float32(document.tokens.sum() % 997 / 997))
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    manifest = make_shards(tmp_path, documents=150, sources={"a": 0.5, "b": 0.3, "c": 0.2}, languages=("en", "de"))
+    for shard in manifest.shards:
+        values = np.array([score(document) for document in read_shard(manifest, shard)])
+        save_scores(tmp_path, shard, "small", np.stack([values, values / 3], axis=1))
+    return manifest
+
+
+def make_stream(manifest, filter=BAND, **options):
+    return TokenStream(manifest, **{"sequence_length": 16, "seed": 4, "filter": filter, **options})
+
+
+def targets_of_an_epoch(stream):
+    targets = torch.cat([stream.sample(index).targets for index in range(stream.samples_per_epoch)])
+    return targets[targets != IGNORED].numpy()
+
+
+def test_the_stream_feeds_what_the_band_keeps_and_nothing_else(manifest):
+    counting.count(manifest, BAND)
+    kept = [document for document in read_documents(manifest) if 0.2 <= score(document) <= 0.8]
+    tokens = np.concatenate([document.tokens for document in kept])
+    fed = targets_of_an_epoch(make_stream(manifest))
+    assert 0 < len(tokens) < manifest.totals.tokens
+    missing = np.bincount(tokens, minlength=5000) - np.bincount(fed, minlength=5000)
+    assert missing.sum() == 1  # the first token of the epoch
+    assert (missing >= 0).all()
+
+
+def test_bands_by_source_and_language(manifest):
+    filter = ScoreFilter(
+        scores="small", default=(0.9, None), bands={"a": (None, 0.5), "b/de": (0.4, 0.6), "*/en": (None, None)}
+    )
+
+    def kept(document):
+        source, language = document.metadata["source"], document.metadata["language"]
+        if source == "a":
+            return score(document) <= 0.5
+        if (source, language) == ("b", "de"):
+            return 0.4 <= score(document) <= 0.6
+        return language == "en" or score(document) >= 0.9
+
+    counts = counting.count(manifest, filter)
+    chosen = [document for document in read_documents(manifest) if kept(document)]
+    assert counts.documents.sum() == len(chosen)
+    assert counts.tokens.sum() == sum(len(document.tokens) for document in chosen)
+
+
+def test_missing_counts_name_the_command_which_then_works(manifest, capsys):
+    with pytest.raises(InputError) as caught:
+        make_stream(manifest)
+    command = str(caught.value).partition("; run ")[2]
+    assert command.startswith("python -m data_pipeline.stream.count ")
+    import shlex
+
+    assert counting.main(shlex.split(command)[3:]) == 0
+    assert f"of {manifest.totals.documents} documents" in capsys.readouterr().out
+    assert make_stream(manifest).samples_per_epoch > 0
+
+
+@pytest.mark.parametrize("torn", [b"", b'["part-00004", [1, 2'], ids=["between lines", "within a line"])
+def test_a_killed_count_goes_on_where_it_was(manifest, torn, monkeypatch):
+    expected = counting.count(manifest, BAND)
+    path = counts_path(manifest, BAND)
+    path.unlink()
+    counted, work = [], counting.count_shard
+
+    def stop_at_the_fourth(directory, itemsize, filter, shard):
+        counted.append(shard.name)
+        if len(counted) == 4:
+            raise KeyboardInterrupt
+        return work(directory, itemsize, filter, shard)
+
+    monkeypatch.setattr(counting, "count_shard", stop_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        counting.count(manifest, BAND)
+    assert not path.exists()
+    with path.with_suffix(".progress").open("ab") as notes:
+        notes.write(torn)
+    again = counting.count(manifest, BAND)
+    assert again.content_hash == expected.content_hash
+    assert counted[4:] == [shard.name for shard in manifest.shards[3:]]
+    assert not path.with_suffix(".progress").exists()
+
+
+def test_counting_in_processes_is_the_same(manifest):
+    assert counting.count(manifest, BAND, workers=2).content_hash == KeptCounts.load(manifest, BAND).content_hash
+    path = counts_path(manifest, BAND)
+    before = path.read_bytes()
+    path.unlink()
+    counting.count(manifest, BAND)
+    assert path.read_bytes() == before
+
+
+def test_a_filter_that_keeps_all_changes_no_sample_and_names_another_stream(manifest):
+    everything = ScoreFilter(scores="small")
+    counting.count(manifest, everything)
+    filtered, plain = make_stream(manifest, everything), make_stream(manifest, None)
+    indices = range(plain.samples_per_epoch)
+    assert batches_hash([filtered.batch(indices)]) == batches_hash([plain.batch(indices)])
+    assert filtered.stream_hash != plain.stream_hash
+
+
+def test_scores_that_changed_since_counting_are_damage_and_never_other_data(manifest):
+    counting.count(manifest, BAND)
+    before = make_stream(manifest)
+    shard = manifest.shards[1]
+    save_scores(manifest.directory, shard, "small", np.full((shard.documents, 2), 0.5))
+    after = make_stream(manifest)
+    assert after.stream_hash == before.stream_hash
+    damaged = 0
+    for index in range(before.samples_per_epoch):
+        sample = after.sample(index)
+        damaged += sample.damage is not None
+        assert sample.damage or torch.equal(sample.tokens, before.sample(index).tokens)
+        assert sample.damage is None or "counted from" in sample.damage.reason
+    assert damaged
+
+
+def test_a_document_without_a_score_is_named(manifest, capsys):
+    shard = manifest.shards[2]
+    values = np.full((shard.documents, 2), 0.5)
+    values[1] = np.nan
+    save_scores(manifest.directory, shard, "small", values)
+    path = manifest.directory / "filter.yaml"
+    path.write_text("scores: small\ndefault: [0.2, 0.8]\n")
+    assert counting.main([str(manifest.directory / "manifest.json"), str(path)]) == 2
+    assert f"shard {shard.name}: document 1 has no score" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"x", pickle.dumps([1]), "float64", "short"], ids=["absent", "empty", "text", "pickle", 1, 2]
+)
+def test_a_bad_sidecar_is_refused_by_name(manifest, content):
+    shard = manifest.shards[0]
+    path = scores_path(manifest.directory, shard, "small")
+    path.unlink()
+    if content == "float64":
+        np.save(path, np.zeros((shard.documents, 2)))
+    elif content == "short":
+        np.save(path, np.zeros((1, 2), np.float32))
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=path.name):
+        counting.count(manifest, BAND)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("/no/such.yaml", "/no/such.yaml: No such file"),
+        ("{", "filter"),
+        ('{"scores": "../x"}', "scores='../x'"),
+        ('{"scores": "a", "measure": "bits"}', "measure='bits'"),
+        ('{"scores": "a", "default": [2, 1]}', "low=2.0 is above high=1.0"),
+        ('{"scores": "a", "treshold": 2}', "treshold"),
+    ],
+    ids=str,
+)
+def test_a_bad_filter_is_one_clear_line(manifest, text, message, capsys):
+    assert counting.main([str(manifest.directory / "manifest.json"), text]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_a_filter_that_keeps_nothing_is_refused(manifest):
+    counting.count(manifest, none := ScoreFilter(scores="small", default=(5, 6)))
+    with pytest.raises(InputError, match="tokens=0 are kept"):
+        make_stream(manifest, none)
+
+
+def test_a_damaged_cache_names_the_command(manifest):
+    counting.count(manifest, BAND)
+    path = counts_path(manifest, BAND)
+    for content in ("{", "[]", '{"manifest": 3}', json.dumps(json.loads(path.read_text()) | {"shards": []})):
+        path.write_text(content)
+        with pytest.raises(InputError, match=r"data_pipeline\.stream\.count"):
+            make_stream(manifest)
+
+
+def test_isolation_bounds_follow_what_is_kept(manifest):
+    counting.count(manifest, BAND)
+    stream = make_stream(manifest, isolate_documents=True)
+    most = max(len(stream.sample(index).document_starts) for index in range(stream.samples_per_epoch))
+    assert most <= stream.max_documents
+    assert Manifest.load(manifest.directory / "manifest.json").content_hash == manifest.content_hash
