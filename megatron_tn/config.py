@@ -236,6 +236,10 @@ class TrainConfig:
             found.append(
                 f"schedule.warmup_steps={self.schedule.warmup_steps} must be below schedule.steps={self.schedule.steps}"
             )
+        if self.optim.fused == "apex" and self.engine.name == "deepspeed" and self.engine.zero_stage == 0:
+            found.append(
+                "optim.fused=apex does not go with engine.zero_stage=0, where DeepSpeed flattens apex's masters"
+            )
         if self.optim.lr <= 0:
             found.append(f"optim.lr={self.optim.lr} must be above 0")
         if world_size is not None:

@@ -8,6 +8,7 @@ as flat fp32 ranges of each local parameter, whatever the stage keeps them in.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import logging
 import os
@@ -123,7 +124,9 @@ class DeepSpeedEngine:
         self.bare = self.stage == 0 and config.engine.precision == "fp32"  # DeepSpeed wraps no optimizer then
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         named = [(name, parameter, parameter.dim()) for name, parameter in model.named_parameters()]
-        optimizer = build_adamw(parameter_groups(named, config.optim.weight_decay), config.optim)
+        # Stage 0 wraps apex's optimizer in a flat form of its own, which nothing here would gain from.
+        settings = config.optim if self.stage else dataclasses.replace(config.optim, fused="torch")
+        optimizer = build_adamw(parameter_groups(named, config.optim.weight_decay), settings)
         settings = deepspeed_settings(config, self.context.data.size)
         if self.bare:
             settings["gradient_clipping"] = 0.0  # done in step(), where a non-finite norm can still be refused

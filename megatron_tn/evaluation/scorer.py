@@ -1,0 +1,22 @@
+"""A trained model as the scorer of self-cleaning (`data_pipeline.selfclean.scorer.Scorer`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_tn.evaluation.perplexity import document_nats
+from megatron_tn.model.transnormer import TransNormerLM
+
+
+class ModelScorer:
+    """batch_tokens: tokens scored side by side; more fills a GPU, less keeps a CPU's cache."""
+
+    def __init__(self, model: TransNormerLM, batch_tokens: int = 4096):
+        self.model = model
+        self.batch_tokens = batch_tokens
+
+    def document_nats(self, documents: Sequence[np.ndarray]) -> list[float]:
+        """Negative log-likelihood in nats of each document (ids int64 [n], bos first), given its first id."""
+        return document_nats(self.model, documents, batch_tokens=self.batch_tokens)

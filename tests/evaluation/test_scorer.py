@@ -1,0 +1,23 @@
+"""A model behind the self-cleaning protocol."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from data_pipeline.selfclean.score import score_shards
+from data_pipeline.shards.reading import read_documents
+from data_pipeline.shards.scores import load_scores
+from megatron_tn.evaluation.perplexity import document_nats
+from megatron_tn.evaluation.scorer import ModelScorer
+from tests.data_pipeline.shard_factory import make_shards
+from tests.helpers.models import TINY, reference_model
+
+
+def test_shards_are_scored_with_a_model(tmp_path):
+    manifest = make_shards(tmp_path, documents=12, vocab_size=TINY.vocab_size)
+    model = reference_model(TINY, seed=1)
+    assert score_shards(manifest, ModelScorer(model), "tiny") == 12
+    documents = [document.tokens for document in read_documents(manifest)]
+    scores = np.concatenate([load_scores(tmp_path, shard, "tiny")[0] for shard in manifest.shards])
+    expected = [nats / (len(ids) - 1) for ids, nats in zip(documents, document_nats(model, documents), strict=True)]
+    np.testing.assert_allclose(scores[:, 0], expected, rtol=1e-6)
