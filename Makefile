@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train test test-full test-gpu test-slurm lint format bench bench-kernels
+.PHONY: help setup demo train test test-full test-gpu test-slurm lint format bench bench-kernels tune
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,8 +39,11 @@ test-gpu: setup ## what needs a CUDA device
 
 bench: bench-kernels ## every benchmark
 
-bench-kernels: setup ## operators: correctness, then time, floor and memory
+bench-kernels: setup ## every kernel: correctness, then time against the memory's floor and against peers
 	$(BIN)/python -m kernels.bench
+
+tune: setup ## time the candidate tiles of lightning attention on this GPU (the table is kernels/lightning/configs.py)
+	$(BIN)/python -m kernels.bench.tune
 
 test-slurm: setup ## training under a real SLURM on this machine (root; installs Debian's slurm if it is missing)
 	$(BIN)/python -m pytest -m slurm

@@ -9,6 +9,7 @@ from kernels.dispatch import set_backend
 from kernels.lightning.op import lightning_attention
 from kernels.lrpe.op import lrpe
 from kernels.norm_gate.op import apply_rms_scale, gate_with_square_sum
+from kernels.self_check import self_check
 from kernels.sglu.op import sglu
 from kernels.srmsnorm.op import add_simple_rms_norm, simple_rms_norm
 
@@ -25,6 +26,7 @@ __all__ = [
     "lightning_attention",
     "linear_cross_entropy",
     "lrpe",
+    "self_check",
     "set_backend",
     "sglu",
     "simple_rms_norm",

@@ -5,10 +5,12 @@ tensors where Triton is installed and the operator's kernel supports the inputs,
 made inside the registered operators, so compiled and fake-tensor code never sees it.
 """
 
+import contextlib
 import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
 
 from torch import Tensor
 
@@ -30,6 +32,18 @@ def set_backend(name: str) -> None:
     global _override
     _check(name, "name")
     _override = None if name == "auto" else name
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """set_backend for the length of a `with` block."""
+    global _override
+    before = _override
+    set_backend(name)
+    try:
+        yield
+    finally:
+        _override = before
 
 
 def requested_backend() -> str:

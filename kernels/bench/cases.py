@@ -22,6 +22,7 @@ class Case:
     inputs: list[Tensor]
     gradients: list[Tensor]
     exact: Callable[..., Tensor | tuple[Tensor, ...]]  # the same in fp64
+    spared_bytes: int = 0  # of the backward pass's count below, what this operator need not move
     peers: tuple[Peer, ...] = ()  # others' kernels for the same, or for what it replaces, on inputs of the same sizes
 
     @property
@@ -32,7 +33,7 @@ class Case:
     @property
     def backward_bytes(self) -> int:
         """Each input and each output's gradient read once, each input's gradient written once."""
-        return self.forward_bytes + sum(x.nbytes for x in self.inputs)
+        return self.forward_bytes + sum(x.nbytes for x in self.inputs) - self.spared_bytes
 
     def worst_error(self) -> float:
         """The largest relative error in norm of the outputs and the gradients."""
@@ -73,7 +74,7 @@ def _attention(batch: int, length: int, heads: int, width: int, dtype: torch.dty
         inputs,
         [_random(1, batch, length, heads, width, dtype=dtype, device=device)[0].detach()],
         lambda q, k, v: kernels.lightning_attention(q, k, v, decay),  # fp64 runs the chunked PyTorch form
-        attention_peers(length, decay, device),
+        peers=attention_peers(length, decay, device),
     )
 
 
@@ -90,12 +91,19 @@ def _add_norm(rows: int, columns: int, dtype: torch.dtype, device: torch.device)
         return total, reference.simple_rms_norm(total)
 
     x, residual, dtotal, dy = _random(4, rows, columns, dtype=dtype, device=device)
-    name = f"add_simple_rms_norm {rows} x {columns}"
-    return Case(name, kernels.add_simple_rms_norm, [x, residual], [dtotal.detach(), dy.detach()], exact)
+    return Case(
+        f"add_simple_rms_norm {rows} x {columns}",
+        kernels.add_simple_rms_norm,
+        [x, residual],
+        [dtotal.detach(), dy.detach()],
+        exact,
+        spared_bytes=2 * x.nbytes,  # the sum stands for both inputs, and one gradient serves both
+    )
 
 
 def _gate(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """Both steps, with the tensor between them: 5 readings and writings more than a single kernel's floor."""
+    """Both steps, with the tensor between them that a tensor-parallel group needs: 13 readings and writings forward and
+    backward, where one kernel for one rank would have 8."""
 
     def function(o, u):
         y, square_sum = kernels.gate_with_square_sum(o, u)

@@ -82,7 +82,8 @@ class Scan:
         self.summed = max(16, triton.next_power_of_2(summed_width))
         self.tile = tile_for(capability, a.element_size(), self.summed, max(16, triton.next_power_of_2(c.shape[-1])))
         self.slices = triton.cdiv(c.shape[-1], self.tile.out)
-        self.descriptors = capability >= HOPPER and a.element_size() == 2 and all(map(_describable, (a, b, c)))
+        described = all(map(_describable, (a, b, c))) and c.shape[-1] * c.element_size() % 16 == 0  # the output's rows
+        self.descriptors = capability >= HOPPER and a.element_size() == 2 and described
         if not self.descriptors:
             a, b, c = (x if x.stride(-1) == 1 else x.contiguous() for x in (a, b, c))
         self.inputs = (a, b, c)
@@ -105,15 +106,12 @@ class Scan:
         """Write the scan to `out` [B, T, H, C], contiguous, and the final state to `last`, laid out as `first`."""
         a, b, c = self.inputs
         packed = self.cu_seqlens is not None
-        described_out = out if packed or not _describable(out) else self._as_argument(out, self.tile.out)
-        if self.descriptors and not packed and described_out is out:
-            raise ValueError(f"out.stride()={out.stride()} cannot be described while the inputs can")
         strides = [x for tensor in (a, b, c, out) for x in tensor.stride()[:3]]
         self._launch(
             scan_kernel,
             self.segments,
             *(self._as_argument(x, n) for x, n in ((a, self.summed), (b, self.summed), (c, self.tile.out))),
-            described_out,
+            out if packed else self._as_argument(out, self.tile.out),
             self.decay,
             self.first,
             last,

@@ -114,7 +114,7 @@ def test_triton_takes_strided_rows(triton_device):
     y, square_sum = kernels.gate_with_square_sum(o, u)
     plain, plain_sum = kernels.gate_with_square_sum(o.clone(), u.clone())
     assert torch.equal(y, plain)
-    assert torch.equal(square_sum, plain_sum)
+    assert relative_error(square_sum, plain_sum) < 1e-6  # summed in another order: unaligned rows are read otherwise
     assert torch.equal(kernels.sglu(o, u), kernels.sglu(o.clone(), u.clone()))
 
 

@@ -91,6 +91,24 @@ def test_views_of_a_fused_projection(triton_device):
         assert torch.equal(got, expected)
 
 
+def test_aligned_views_whose_output_is_not(triton_device):
+    """One head of width 12 in rows of 16: bulk copies could read the inputs, but not write rows of 24 bytes."""
+    case = Attention.random(
+        length=40, batch=1, widths=(12, 12), rates=(0.1,), dtype=torch.float16, device=triton_device
+    )
+    for name in "qkv":
+        padded = torch.zeros(1, 40, 1, 16, dtype=torch.float16, device=triton_device)
+        padded[..., :12] = getattr(case, name)
+        setattr(case, name, padded[..., :12])
+    leaves = [x.detach().requires_grad_() for x in (case.q, case.k, case.v)]
+    o = kernels.lightning_attention(*leaves, case.decay)
+    gradients = torch.autograd.grad(o, leaves, case.do)
+    case.initial_state.zero_()
+    case.dstate.zero_()
+    expected = case.expected()
+    assert_close("o dq dk dv", (o, *gradients), (expected[0], *expected[2:5]), TOLERANCE[torch.float16])
+
+
 def test_expanded_output_gradient(triton_device):
     """sum() hands back a gradient whose strides are all zero."""
     case = Attention.random(length=40, batch=1, rates=(0.1,), device=triton_device)

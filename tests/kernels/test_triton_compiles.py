@@ -101,13 +101,37 @@ def test_lightning_segment_states(capability, element_bytes, summed):
     assert spilled <= SPILLED.get((capability, element_bytes, summed), 0)
 
 
+def row_kernels():
+    from kernels.norm_gate import triton_norm_gate as gate
+    from kernels.srmsnorm import triton_norm as norm
+
+    scale = {"eps": "fp32", "square_sum_pointer": "*fp32", "dsquare_sum_pointer": "*fp32"}
+    names = {
+        norm: ("forward_kernel", "backward_kernel", "add_forward_kernel", "add_backward_kernel"),
+        gate: ("gate_forward_kernel", "gate_backward_kernel", "scale_forward_kernel", "scale_backward_kernel"),
+    }
+    return [(getattr(module, name), scale) for module, kernels in names.items() for name in kernels]
+
+
 @pytest.mark.parametrize("capability", sorted(TILES))
 @pytest.mark.parametrize("width", [64, 16384])
-def test_srmsnorm(capability, width):
+def test_row_kernels(capability, width):
     from kernels.rows import block_for
-    from kernels.srmsnorm.triton_norm import backward_kernel, forward_kernel
 
     block, warps = block_for(width)
-    for kernel in (forward_kernel, backward_kernel):
-        types = {name: "*bf16" for name in kernel.arg_names if name.endswith("pointer")} | {"eps": "fp32"}
-        assert compiled(kernel, capability, types, {"WIDTH": block}, num_warps=warps).metadata.shared <= 48 * 1024
+    for kernel, special in row_kernels():
+        types = {name: "*bf16" for name in kernel.arg_names if name.endswith("pointer")} | special
+        shared, spilled = resources(compiled(kernel, capability, types, {"WIDTH": block}, num_warps=warps))
+        assert shared <= 48 * 1024, kernel
+        assert spilled == 0, kernel
+
+
+@pytest.mark.parametrize("capability", sorted(TILES))
+@pytest.mark.parametrize("silu", [False, True])
+def test_sglu(capability, silu):
+    from kernels.sglu import triton_sglu
+
+    for kernel in (triton_sglu.forward_kernel, triton_sglu.backward_kernel):
+        types = {name: "*bf16" for name in kernel.arg_names if name.endswith("pointer")}
+        constants = {"SILU": silu, "BLOCK": triton_sglu.BLOCK}
+        assert resources(compiled(kernel, capability, types, constants, num_warps=triton_sglu.WARPS))[1] == 0

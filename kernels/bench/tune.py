@@ -1,0 +1,71 @@
+"""`python -m kernels.bench.tune`: times candidate tiles of lightning attention on this GPU, forward + backward.
+
+It writes nothing: the table in kernels/lightning/configs.py is pinned by hand from what this prints, so that a tile
+changes in a commit, for all ranks and runs at once.
+"""
+
+import itertools
+import sys
+
+import torch
+
+import kernels
+from kernels.bench.measure import milliseconds
+from kernels.lightning.configs import TILES, Tile
+
+CHUNKS, SLICES, STAGES = (32, 64, 128), (32, 64, 128), (2, 3, 4)
+WIDTHS = (64, 128, 256)  # summed widths worth a tile of their own: the narrower ones are seldom met
+
+
+def candidates(pinned: Tile) -> list[Tile]:
+    """The tiles to try in place of `pinned`, itself first. Eight warps only where both groups of four have rows."""
+    tiles = [pinned]
+    for chunk, out, stages in itertools.product(CHUNKS, SLICES, STAGES):
+        tile = Tile(chunk, out, 8 if out >= 128 else 4, stages, pinned.programs)
+        if tile != pinned:
+            tiles.append(tile)
+    return tiles
+
+
+def tune(width: int, device: torch.device, time=milliseconds) -> list[tuple[float, Tile]]:
+    """(milliseconds, tile) of the candidates that run, the fastest first: 32 rows of 1024, 32 heads, q and k of
+    `width` and v of 128 at most."""
+    row = TILES[min(torch.cuda.get_device_capability(device)[0], max(TILES))][2]
+    q, k, do, v = (
+        torch.randn(32, 1024, 32, size, dtype=torch.bfloat16, device=device).requires_grad_()
+        for size in (width, width, min(width, 128), min(width, 128))
+    )
+    decay = torch.logspace(-8, 0, 32, base=2, device=device)
+
+    def both():
+        o = kernels.lightning_attention(q, k, v, decay)
+        return torch.autograd.grad(o, (q, k, v), do.detach())
+
+    pinned, results = row[width], []
+    try:
+        for tile in candidates(pinned):
+            row[width] = tile
+            try:
+                results.append((time(both, device), tile))
+            except Exception as error:  # a tile too large is refused by the compiler or the driver in many ways
+                print(f"width {width}: {tile} does not run: {str(error).splitlines()[0][:80]}")
+    finally:
+        row[width] = pinned
+    return sorted(results, key=lambda result: result[0])
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("tuning needs a CUDA device")
+        return 1
+    device = torch.device("cuda")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    for width in WIDTHS:
+        pinned = TILES[min(torch.cuda.get_device_capability()[0], max(TILES))][2][width]
+        for time, tile in tune(width, device)[:5]:
+            print(f"width {width}: {time:.3f} ms  {tile}{'  (pinned)' if tile == pinned else ''}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

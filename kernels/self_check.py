@@ -1,0 +1,126 @@
+"""The kernels judged where they are about to be used: on this device and compiler, at the model's own widths.
+
+A kernel that is right in one version of Triton, or on one GPU, may be wrong in the next without a word. A few
+milliseconds before the first step show it.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import dispatch
+from kernels.lightning.op import lightning_attention
+from kernels.norm_gate import reference as norm_gate_reference
+from kernels.norm_gate.op import apply_rms_scale, gate_with_square_sum
+from kernels.sglu import reference as sglu_reference
+from kernels.sglu.op import sglu
+from kernels.srmsnorm import reference as srmsnorm_reference
+from kernels.srmsnorm.op import simple_rms_norm
+
+logger = logging.getLogger(__name__)
+
+# Relative error in norm against fp64 that each type may have: the bounds that the tests hold the kernels to.
+LARGEST_ERROR = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+
+
+class KernelMismatchError(RuntimeError):
+    """A kernel disagrees with its definition on this device."""
+
+
+@dataclass(frozen=True)
+class _Check:
+    operator: str
+    function: Callable[..., Tensor]
+    definition: Callable[..., Tensor]  # the same in fp64
+    shapes: tuple[tuple[int, ...], ...]
+
+
+def self_check(
+    *,
+    heads: int,
+    key_width: int,
+    value_width: int,
+    glu_width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    decay: Tensor | None = None,
+    length: int = 4097,
+    fall_back: bool = False,
+) -> dict[str, float]:
+    """Compare every operator, forward and backward, with its fp64 definition; returns each one's largest error.
+
+    heads, key_width, value_width: of lightning attention on this rank (key_width doubled in a layer with LRPE).
+        The norms are checked at width heads * value_width, the gated product at glu_width.
+    decay: [heads], the rates (default: from 0 to 1, slow and fast heads at once).
+    length: positions; the default is odd and long enough that few heads are cut into segments.
+    fall_back: where one is wrong, log it, have every operator run in PyTorch from here on, and check that instead.
+
+    Raises KernelMismatchError naming the operator, its error and the bound.
+    """
+    if decay is None:
+        decay = torch.linspace(0, 1, heads, device=device)
+    errors = {}
+    for check in _checks(heads, key_width, value_width, glu_width, decay, length):
+        error = errors[check.operator] = _worst_error(check, dtype, device)
+        if error <= LARGEST_ERROR[dtype]:  # NaN is not
+            continue
+        message = (
+            f"{check.operator} at {check.shapes} in {dtype} on {device} is off by {error:.1e} relative to fp64, "
+            f"more than {LARGEST_ERROR[dtype]:.0e}"
+        )
+        if not fall_back or dispatch.requested_backend() == "torch":
+            raise KernelMismatchError(message)
+        logger.error("%s; all operators run in PyTorch from here on", message)
+        dispatch.set_backend("torch")
+        return self_check(
+            heads=heads,
+            key_width=key_width,
+            value_width=value_width,
+            glu_width=glu_width,
+            dtype=dtype,
+            device=device,
+            decay=decay,
+            length=length,
+        )
+    return errors
+
+
+def _checks(
+    heads: int, key_width: int, value_width: int, glu_width: int, decay: Tensor, length: int
+) -> Iterator[_Check]:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return lightning_attention(q, k, v, decay)
+
+    def norm_gate(o: Tensor, u: Tensor) -> Tensor:
+        y, square_sum = gate_with_square_sum(o, u)
+        return apply_rms_scale(y, square_sum, o.shape[-1])
+
+    key, value = (1, length, heads, key_width), (1, length, heads, value_width)
+    rows = (65, heads * value_width)
+    yield _Check("lightning_attention", attention, attention, (key, key, value))
+    yield _Check("simple_rms_norm", simple_rms_norm, srmsnorm_reference.simple_rms_norm, (rows,))
+    yield _Check("norm_gate", norm_gate, norm_gate_reference.norm_gate, (rows, rows))
+    yield _Check("sglu", sglu, sglu_reference.sglu, ((65, glu_width),) * 2)
+
+
+def _worst_error(check: _Check, dtype: torch.dtype, device: torch.device) -> float:
+    """The largest relative error in norm of the output and the inputs' gradients, on fixed random inputs."""
+    generator = torch.Generator(device).manual_seed(0)  # of its own: training's random state stays as it is
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    inputs = [draw(shape).requires_grad_() for shape in check.shapes]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    with torch.enable_grad():
+        out = check.function(*inputs)
+        gradient = draw(out.shape)
+        values = (out, *torch.autograd.grad(out, inputs, gradient))
+        with dispatch.backend("torch"):  # lightning attention is judged by its chunked form, free of kernels
+            wanted = check.definition(*exact)
+            expected = (wanted, *torch.autograd.grad(wanted, exact, gradient.double()))
+    errors = [((x.double() - y).norm() / y.norm()).item() for x, y in zip(values, expected, strict=True)]
+    return max(errors) if all(error == error for error in errors) else float("nan")

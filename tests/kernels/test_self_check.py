@@ -1,0 +1,96 @@
+"""The check at start: passes on right kernels, catches each one broken on purpose, and falls back."""
+
+import importlib
+import logging
+
+import pytest
+import torch
+
+import kernels
+from kernels import dispatch
+from kernels.self_check import KernelMismatchError, self_check
+
+SHAPES = {"heads": 2, "key_width": 16, "value_width": 24, "glu_width": 40, "length": 67}
+
+
+def check(device: str, dtype=torch.float32, **changes) -> dict[str, float]:
+    return self_check(**{**SHAPES, "dtype": dtype, "device": torch.device(device)} | changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_plain_pytorch_passes(dtype):
+    assert list(check("cpu", dtype)) == ["lightning_attention", "simple_rms_norm", "norm_gate", "sglu"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_kernels_pass(triton_device, dtype):
+    check(triton_device, dtype)
+
+
+def break_output(monkeypatch, module: str, function: str, wrong) -> None:
+    """Let `module`.`function` return its results, the first of them changed by `wrong`, for fp32 inputs."""
+    found = importlib.import_module(module)
+    right = getattr(found, function)
+
+    def broken(*args):
+        result = right(*args)
+        if args[0].dtype != torch.float32:
+            return result  # fp64 is what the operator is judged by
+        return (wrong(result[0]), *result[1:]) if isinstance(result, tuple) else wrong(result)
+
+    monkeypatch.setattr(found, function, broken)
+
+
+def off_by_a_hundredth(x):
+    return x * 1.01
+
+
+def with_a_nan(x):
+    x.view(-1)[0] = float("nan")
+    return x
+
+
+@pytest.mark.parametrize("wrong", [off_by_a_hundredth, with_a_nan])
+@pytest.mark.parametrize(
+    ("module", "function", "operator"),
+    [
+        ("kernels.lightning.chunked", "forward", "lightning_attention"),
+        ("kernels.lightning.chunked", "backward", "lightning_attention"),
+        ("kernels.srmsnorm.op", "_plain_backward", "simple_rms_norm"),
+    ],
+    ids=lambda p: p if isinstance(p, str) else p.__name__,
+)
+def test_a_broken_operator_is_named(monkeypatch, module, function, operator, wrong):
+    break_output(monkeypatch, module, function, wrong)
+    with pytest.raises(KernelMismatchError, match=f"{operator} at .* is off by .* more than 1e-04"):
+        check("cpu")
+
+
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [
+        ("kernels.lightning.launch", "forward"),
+        ("kernels.lightning.launch", "backward"),
+        ("kernels.srmsnorm.triton_norm", "backward"),
+        ("kernels.norm_gate.triton_norm_gate", "scale_forward"),
+        ("kernels.sglu.triton_sglu", "backward"),
+    ],
+)
+def test_a_broken_kernel_makes_all_fall_back(triton_device, monkeypatch, caplog, module, function):
+    break_output(monkeypatch, module, function, off_by_a_hundredth)
+    with pytest.raises(KernelMismatchError):
+        check(triton_device)
+    with caplog.at_level(logging.ERROR, logger="kernels.self_check"):
+        check(triton_device, fall_back=True)
+    assert "run in PyTorch from here on" in caplog.text
+    assert dispatch.requested_backend() == "torch"
+    x = torch.ones(1, 4, device=triton_device)
+    assert torch.allclose(kernels.simple_rms_norm(x), x)
+
+
+def test_the_random_state_is_left_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    check("cpu")
+    assert torch.equal(torch.rand(4), expected)
