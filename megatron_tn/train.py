@@ -18,6 +18,7 @@ from megatron_tn.cli import command
 from megatron_tn.config import ConfigError, TrainConfig
 from megatron_tn.engine.build import build_engine
 from megatron_tn.evaluate import held_out_loss
+from megatron_tn.model.check import check_kernels
 from megatron_tn.optim.schedule import batch_of_step, learning_rate
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.world import world_size
@@ -36,6 +37,7 @@ def main(config: TrainConfig) -> None:
     with Preemption() as preemption, Run(config) as run:
         context = ParallelContext.create(config.parallel.tp, config.parallel.cp)
         engine = build_engine(config, context, run.device)
+        check_kernels(engine.model, run.device)
         state = run.restore(engine)
         run.keep_tokenizer(manifest.directory / manifest.tokenizer.file)
         stream, batches = open_batches(config, manifest, context, state)
