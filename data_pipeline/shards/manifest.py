@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FORMAT = "megatron_tn.shards"
 VERSION = 2
 SHOWN_PROBLEMS = 10
+ROOM = 4  # shards that a cache must hold: two that are read ahead, one that is asked for and one in use
 
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=200)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -179,6 +180,8 @@ class Manifest:
             ) from None
         _refuse(f"manifest {path}", _contradictions(content))
         manifest = cls(content, path.parent, remote)
+        if remote and cache_bytes < (least := ROOM * max((shard.size for shard in content.shards), default=0)):
+            raise InputError(f"cache_bytes={cache_bytes} is below {least}, which {ROOM} of the largest shards take")
         if check_files:
             _refuse(f"manifest {path}", [*manifest.tokenizer_problems(), *manifest.missing_or_truncated()])
         return manifest

@@ -7,6 +7,7 @@ full, the files that were not used for longest go; who has one open keeps readin
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import logging
 import os
 import random
@@ -95,7 +96,10 @@ class Remote:
         raise OSError(f"{self.url}/{name}: not there, or max_bytes={self.max_bytes} is too small for what is in use")
 
     def prefetch(self, wanted: list[tuple[str, int, str]]) -> None:
-        """Begins to download files (name, size, sha256) that will soon be asked for; failures show when they are."""
+        """Begins to download files (name, size, sha256) that will soon be asked for, as many as fit into half of the
+        cache; failures show when they are asked for."""
+        room = itertools.accumulate(size for _, size, _ in wanted)
+        wanted = [item for item, total in zip(wanted, room, strict=True) if total <= self.max_bytes // 2]
         with self._guard:
             new = [item for item in wanted if item[0] not in self._asked and not (self.folder / item[0]).exists()]
             self._asked.update(item[0] for item in new)

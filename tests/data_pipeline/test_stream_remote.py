@@ -13,7 +13,7 @@ from tests.data_pipeline.shard_factory import make_shards
 
 @pytest.fixture
 def local(tmp_path):
-    return make_shards(tmp_path / "local", documents=120, shard_tokens=400)
+    return make_shards(tmp_path / "local", documents=160, shard_tokens=300)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_the_same_stream_as_from_local_disk(local, url, tmp_path):
 
 
 def test_the_cache_stays_within_its_bound_and_nothing_is_lost(local, url, tmp_path):
-    bound = 3 * max(shard.size for shard in local.shards)
+    bound = 5 * max(shard.size for shard in local.shards)
     assert sum(shard.size for shard in local.shards) > 2 * bound
     stream, largest = make_stream(load(url, tmp_path, cache_bytes=bound)), 0
     for index in range(stream.samples_per_epoch):
@@ -62,6 +62,12 @@ def test_what_comes_next_is_there_before_it_is_asked_for(url, tmp_path):
     stream.manifest.remote._pool.shutdown(wait=True)
     here = {path.name for path in (tmp_path / "cache").glob("*.tar")}
     assert len(here) >= stream.window + 1
+
+
+def test_a_cache_too_small_to_read_ahead_is_refused(local, url, tmp_path):
+    least = 4 * max(shard.size for shard in local.shards)
+    with pytest.raises(InputError, match=f"cache_bytes=1000 is below {least}"):
+        load(url, tmp_path, cache_bytes=1000)
 
 
 class Flaky:
