@@ -9,7 +9,7 @@ from typing import Protocol
 # LaTeX environments and formulas, Markdown links, rules and table rows. The longest constructs stand first. Each has a
 # greatest length: looking for ends that never come must not take the square of a hostile text's length.
 PROTECTED = re.compile(
-    r"(?P<fence>^(?P<mark>```+|~~~+)[^\n]*\n.*?(?:^(?P=mark)[^\n]*$|\Z))"
+    r"(?P<fence>^(?P<mark>`{3,20}|~{3,20})[^\n]*\n.*?(?:^(?P=mark)[^\n]*$|\Z))"
     r"|(?:(?<=\n\n)|\A)(?:(?: {4}|\t)[^\n]*(?:\n|\Z))+"
     r"|\\begin\{(?P<name>[A-Za-z]+\*?)\}.{0,5000}?\\end\{(?P=name)\}"
     r"|\$\$.{1,2000}?\$\$|\\\[.{1,2000}?\\\]|\\\(.{1,2000}?\\\)"

@@ -168,7 +168,7 @@ class Remote:
         """Puts a file of `size` bytes in place of what is to come, so that other processes count it, and removes what
         was not used for longest until the cache is within its bound."""
         with (self.folder / ".lock").open("w") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of this opening: lockf would let the threads of a process by
             with temporary.open("wb") as file:
                 file.truncate(size)
             files = list(_files(self.folder))

@@ -1,5 +1,6 @@
 """Shards on a remote file system: the same batches, a cache that stays within its bound, retries, and damage named."""
 
+import fcntl
 import pickle
 
 import fsspec
@@ -33,8 +34,10 @@ def make_stream(manifest):
 
 
 def cached_bytes(tmp_path):
-    """What shards and indexes take, while other threads put files there and take them away."""
-    return sum(stat.st_size for path, stat in remote._files(tmp_path / "cache") if path.suffix in (".tar", ".npy"))
+    """What shards and indexes take at one moment: while the lock is held, nothing is taken away."""
+    with (tmp_path / "cache" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return sum(stat.st_size for path, stat in remote._files(tmp_path / "cache") if path.suffix in (".tar", ".npy"))
 
 
 def test_the_same_stream_as_from_local_disk(local, url, tmp_path):
