@@ -12,7 +12,7 @@ Count = Annotated[int, Field(ge=0)]
 SCHEME = re.compile(r"([A-Za-z][\w+.-]+):(//|:)?")
 
 
-def _openable(path: str) -> str:
+def openable(path: str) -> str:
     """A local path, or a URL of a file system that fsspec knows. `pipe:cat x` is a shell command in the language of
     WebDataset, so anything before a colon that is no such file system is refused."""
     if match := SCHEME.match(path):
@@ -24,7 +24,7 @@ def _openable(path: str) -> str:
     return path
 
 
-Location = Annotated[str, AfterValidator(_openable)]
+Location = Annotated[str, AfterValidator(openable)]
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 # Code and formulas mean what they say to the character: fenced and inline code, code indented below an empty line,
-# LaTeX environments and formulas, Markdown links, rules and table rows. The longest constructs stand first.
+# LaTeX environments and formulas, Markdown links, rules and table rows. The longest constructs stand first. Each has a
+# greatest length: looking for ends that never come must not take the square of a hostile text's length.
 PROTECTED = re.compile(
-    r"(?P<fence>^(?P<mark>```+|~~~+)[^\n]*\n.*?(?:^(?P=mark)[^\n]*$|\Z))"
+    r"(?P<fence>^(?P<mark>`{3,20}|~{3,20})[^\n]*\n.*?(?:^(?P=mark)[^\n]*$|\Z))"
     r"|(?:(?<=\n\n)|\A)(?:(?: {4}|\t)[^\n]*(?:\n|\Z))+"
-    r"|\\begin\{(?P<name>[A-Za-z]+\*?)\}.*?\\end\{(?P=name)\}"
-    r"|\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\)"
+    r"|\\begin\{(?P<name>[A-Za-z]+\*?)\}.{0,5000}?\\end\{(?P=name)\}"
+    r"|\$\$.{1,2000}?\$\$|\\\[.{1,2000}?\\\]|\\\(.{1,2000}?\\\)"
     r"|\$(?! )[^$\n]{1,300}?(?<! )\$"
-    r"|(?P<ticks>`+)(?!`)[^\n]*?(?<!`)(?P=ticks)(?!`)"
-    r"|\[[^\[\]\n]*\]\([^()\s]*\)"
+    r"|(?<!`)(?P<ticks>`{1,3})(?!`)[^\n]{1,500}?(?<!`)(?P=ticks)(?!`)"
+    r"|\[[^\[\]\n]{0,1000}\]\([^()\s]{0,2000}\)"
     r"|^[ \t]*\|[^\n]*\|[ \t]*$"
     r"|^[ \t]*(?P<rule>[-=*_])(?:[ \t]*(?P=rule)){2,}[ \t]*$",
     re.MULTILINE | re.DOTALL,

@@ -10,8 +10,9 @@ import json
 import os
 from collections import Counter
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -19,9 +20,13 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from data_pipeline.errors import InputError
 
+if TYPE_CHECKING:
+    from data_pipeline.shards.remote import Remote
+
 FORMAT = "megatron_tn.shards"
 VERSION = 2
 SHOWN_PROBLEMS = 10
+ROOM = 4  # shards that a cache must hold: two that are read ahead, one that is asked for and one in use
 
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=200)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -117,10 +122,12 @@ def sha256_of(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A checked manifest and the folder it was found in. Make one with `load` or `create`."""
+    """A checked manifest and the folder it was found in, or the cache of the `remote` one. Make one with `load` or
+    `create`."""
 
     content: Content
     directory: Path
+    remote: "Remote | None" = None
 
     @classmethod
     def create(
@@ -146,11 +153,20 @@ class Manifest:
         return cls(content, Path(directory))
 
     @classmethod
-    def load(cls, path: str | Path, *, check_files: bool = True) -> "Manifest":
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        check_files: bool = True,
+        cache: str | Path | None = None,
+        cache_bytes: int = 100_000_000_000,
+    ) -> "Manifest":
         """Reads and checks `path`. With `check_files`, the tokenizer must be the one that made the shards, every shard
         and index must be there, and every shard of its full size: one stat each; `verify` is what reads and hashes
-        them. Raises InputError naming each bad file."""
-        path = Path(path)
+        them. A `path` that is a URL of fsspec is read through `cache`, a local folder (see `remote.default_cache`) of
+        at most `cache_bytes`. Raises InputError naming each bad file."""
+        remote = _open_remote(str(path), cache, cache_bytes)
+        path = Path(path) if remote is None else remote.folder / str(path).rpartition("/")[2]
         try:
             content = CONTENT.validate_json(path.read_bytes())
         except OSError as error:
@@ -163,7 +179,9 @@ class Manifest:
                 )
             ) from None
         _refuse(f"manifest {path}", _contradictions(content))
-        manifest = cls(content, path.parent)
+        manifest = cls(content, path.parent, remote)
+        if remote and cache_bytes < (least := ROOM * max((shard.size for shard in content.shards), default=0)):
+            raise InputError(f"cache_bytes={cache_bytes} is below {least}, which {ROOM} of the largest shards take")
         if check_files:
             _refuse(f"manifest {path}", [*manifest.tokenizer_problems(), *manifest.missing_or_truncated()])
         return manifest
@@ -201,11 +219,26 @@ class Manifest:
         canonical = json.dumps(CONTENT.dump_python(self.content, mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
+    def local(self, name: str, *, size: int | None = None, sha256: str | None = None) -> Path:
+        """Where a file of this manifest can be opened, once it is downloaded if it has to be. Raises OSError."""
+        return self.remote.fetch(name, size=size, sha256=sha256) if self.remote else self.directory / name
+
+    def open(self, name: str, *, size: int | None = None, sha256: str | None = None) -> FileIO:
+        """A file of this manifest, opened. Raises OSError."""
+        if self.remote:
+            return self.remote.open(name, size=size, sha256=sha256)
+        return FileIO(self.directory / name)
+
+    def read(self, name: str, *, sha256: str | None = None) -> bytes:
+        """All of a file of this manifest. Raises OSError."""
+        with self.open(name, sha256=sha256) as file:
+            return file.readall()
+
     def tokenizer_problems(self) -> list[str]:
         """One line when the tokenizer beside the shards is absent or not the one that made them."""
         name = self.tokenizer.file
         try:
-            found = sha256_of(self.directory / name)
+            found = sha256_of(self.local(name))
         except OSError as error:
             return [f"tokenizer {name}: missing or unreadable: {error.strerror}"]
         if found == self.tokenizer.sha256:
@@ -213,8 +246,21 @@ class Manifest:
         return [f"tokenizer {name}: altered: its sha256 is {found}, that of the shards {self.tokenizer.sha256}"]
 
     def missing_or_truncated(self) -> list[str]:
-        """One line for each shard that `file_problem` finds fault with."""
+        """One line for each shard that `file_problem` finds fault with; of remote ones, by one listing."""
+        if self.remote:
+            return self._remote_problems()
         return [problem for shard in self.shards if (problem := self.file_problem(shard))]
+
+    def _remote_problems(self) -> list[str]:
+        sizes = self.remote.sizes()
+        problems = []
+        for shard in self.shards:
+            if shard.name not in sizes or shard.index not in sizes:
+                problems.append(f"shard {shard.name}: it or its index is missing in {self.remote.url}")
+            elif sizes[shard.name] != shard.size:
+                kind = "truncated" if sizes[shard.name] < shard.size else "altered"
+                problems.append(f"shard {shard.name}: {kind}: {sizes[shard.name]} bytes, {shard.size} in the manifest")
+        return problems
 
     def file_problem(self, shard: Shard) -> str | None:
         """One line when the shard or its index is absent, or the shard is not of its recorded size. Reads nothing."""
@@ -227,6 +273,22 @@ class Manifest:
             return None
         kind = "truncated" if size < shard.size else "altered"
         return f"shard {shard.name}: {kind}: {size} bytes on disk, {shard.size} in the manifest"
+
+
+def _open_remote(path: str, cache: str | Path | None, cache_bytes: int) -> "Remote | None":
+    """The remote folder of a manifest's URL, its manifest.json fetched anew; None for a local path."""
+    from data_pipeline.shards.remote import Remote, default_cache, is_remote
+
+    if not is_remote(path):
+        return None
+    url, _, name = path.rpartition("/")
+    remote = Remote(url, Path(cache) if cache else default_cache(url), cache_bytes)
+    (remote.folder / name).unlink(missing_ok=True)
+    try:
+        remote.fetch(name)
+    except OSError as error:
+        raise InputError(f"manifest {path}: {error}") from None
+    return remote
 
 
 def _contradictions(content: Content) -> list[str]:

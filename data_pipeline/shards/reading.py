@@ -26,7 +26,7 @@ def read_documents(manifest: Manifest) -> Iterator[StoredDocument]:
 
 def read_shard(manifest: Manifest, shard: Shard) -> Iterator[StoredDocument]:
     """Every document of one shard."""
-    path = manifest.directory / shard.name
+    path = manifest.local(shard.name, size=shard.size, sha256=shard.sha256)
     index, metadata = build_index(path, manifest.dtype.itemsize)
     with path.open("rb") as file:
         for (offset, tokens), record in zip(index[:, [OFFSET, TOKENS]].tolist(), metadata, strict=True):

@@ -7,6 +7,7 @@ not scored.
 
 import hashlib
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -14,15 +15,16 @@ import numpy as np
 from pydantic import Field
 
 from data_pipeline.errors import InputError
+from data_pipeline.shards.index import read_npy
 from data_pipeline.shards.manifest import Shard, replace_file
 
 ScoresName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=60)]
 MEASURES = ("nats_per_token", "nats_per_byte")
 
 
-def scores_path(directory: Path, shard: Shard, name: str) -> Path:
-    """Where the scores `name` of a shard lie."""
-    return directory / f"{shard.name.removesuffix('.tar')}.{name}.scores.npy"
+def scores_file(shard: Shard, name: str) -> str:
+    """The file beside the shard that holds its scores `name`."""
+    return f"{shard.name.removesuffix('.tar')}.{name}.scores.npy"
 
 
 def save_scores(directory: Path, shard: Shard, name: str, scores: np.ndarray) -> Path:
@@ -31,22 +33,19 @@ def save_scores(directory: Path, shard: Shard, name: str, scores: np.ndarray) ->
         raise ValueError(f"shard {shard.name}: scores {scores.shape} for {shard.documents} documents")
     buffer = io.BytesIO()
     np.save(buffer, scores.astype(np.float32), allow_pickle=False)
-    replace_file(path := scores_path(directory, shard, name), buffer.getvalue())
+    replace_file(path := directory / scores_file(shard, name), buffer.getvalue())
     return path
 
 
-def load_scores(directory: Path, shard: Shard, name: str) -> tuple[np.ndarray, str]:
-    """A shard's scores, float32 [documents, 2], and the sha256 of their file. Raises InputError naming the file when it
-    is absent, damaged, holds a pickle or does not fit the shard."""
-    path = scores_path(directory, shard, name)
+def load_scores(read: Callable[[str], bytes], shard: Shard, name: str) -> tuple[np.ndarray, str]:
+    """A shard's scores, float32 [documents, 2], and the sha256 of their file, which `read` gives by its name. Raises
+    InputError naming the file when it is absent, damaged, holds a pickle or does not fit the shard."""
+    file = scores_file(shard, name)
     try:
-        data = path.read_bytes()
-        scores = np.load(io.BytesIO(data), allow_pickle=False)
+        data = read(file)
+        scores = read_npy(data, (shard.documents, len(MEASURES)), np.float32)
     except OSError as error:
-        raise InputError(f"scores {path.name}: {error.strerror or error}") from None
-    except (ValueError, EOFError) as error:
-        raise InputError(f"scores {path.name}: {error}") from None
-    expected = (shard.documents, len(MEASURES))
-    if not isinstance(scores, np.ndarray) or scores.dtype != np.float32 or scores.shape != expected:
-        raise InputError(f"scores {path.name}: not float32 [{shard.documents}, {len(MEASURES)}]")
+        raise InputError(f"scores {file}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise InputError(f"scores {file}: {error}") from None
     return scores, hashlib.sha256(data).hexdigest()

@@ -52,7 +52,7 @@ def count_shard(directory: Path, itemsize: int, filter: ScoreFilter, shard: Shar
     index = load_index(
         directory / shard.index, documents=shard.documents, tokens=shard.tokens, size=shard.size, itemsize=itemsize
     )
-    return count_row(shard, index, *kept_documents(directory, shard, index, filter))
+    return count_row(shard, index, *kept_documents(lambda name: (directory / name).read_bytes(), shard, index, filter))
 
 
 def _noted(progress: Path) -> dict[str, Row]:

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -124,7 +125,7 @@ class KeptCounts:
             f"python -m data_pipeline.stream.count {manifest.directory}/manifest.json {shlex.quote(filter.to_json())}"
         )
         try:
-            record = json.loads(path.read_bytes())
+            record = json.loads(manifest.local(path.name).read_bytes())
         except FileNotFoundError:
             raise InputError(f"{path}: what this filter keeps is not counted yet; run {command}") from None
         except (OSError, ValueError) as error:
@@ -158,9 +159,12 @@ def counts_path(manifest: Manifest, filter: ScoreFilter) -> Path:
     return manifest.directory / f"kept-{both[:16]}.json"
 
 
-def kept_documents(directory: Path, shard: Shard, index: np.ndarray, filter: ScoreFilter) -> tuple[np.ndarray, str]:
-    """Which documents of a shard stay, bool [documents], and the sha256 of the scores that say so."""
-    scores, digest = load_scores(directory, shard, filter.scores)
+def kept_documents(
+    read: Callable[[str], bytes], shard: Shard, index: np.ndarray, filter: ScoreFilter
+) -> tuple[np.ndarray, str]:
+    """Which documents of a shard stay, bool [documents], and the sha256 of the scores that say so, a file that `read`
+    gives by its name."""
+    scores, digest = load_scores(read, shard, filter.scores)
     return filter.keep(shard, index, scores), digest
 
 

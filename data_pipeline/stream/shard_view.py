@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.errors import InputError
-from data_pipeline.shards.index import OFFSET, TOKENS, load_index
+from data_pipeline.shards.index import OFFSET, TOKENS, parse_index
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.stream.order import permutation
 from data_pipeline.stream.score_filter import KeptCounts, ScoreFilter, count_row, kept_documents
@@ -42,10 +42,10 @@ class ShardView:
         """Shard `number` of `manifest` in the document order of `epoch`, without what `filter` drops. Raises
         DamagedShard, also when the filter keeps something else now than when `counts` were made."""
         shard = manifest.shards[number]
-        path = manifest.directory / shard.name
         try:
-            index = load_index(
-                manifest.directory / shard.index,
+            index = parse_index(
+                manifest.read(shard.index, sha256=shard.index_sha256),
+                shard.index,
                 documents=shard.documents,
                 tokens=shard.tokens,
                 size=shard.size,
@@ -53,11 +53,13 @@ class ShardView:
             )
             if filter is not None:
                 index = _kept(manifest, number, index, filter, counts)
-            file = FileIO(path)
+            file = manifest.open(shard.name, size=shard.size, sha256=shard.sha256)
         except (InputError, OSError) as error:
             raise DamagedShard(f"shard {shard.name}: {error}") from None
         index = index[permutation(len(index), seed, epoch, "documents", number)]
-        return cls(path, manifest.dtype, np.cumsum(index[:, TOKENS]), index[:, OFFSET].copy(), file)
+        return cls(
+            manifest.directory / shard.name, manifest.dtype, np.cumsum(index[:, TOKENS]), index[:, OFFSET].copy(), file
+        )
 
     def read(self, start: int, out: np.ndarray) -> list[int]:
         """Fills `out` [n] with the tokens from `start` on; returns the places in `out` where a document begins.
@@ -91,7 +93,7 @@ class ShardView:
 def _kept(manifest: Manifest, number: int, index: np.ndarray, filter: ScoreFilter, counts: KeptCounts) -> np.ndarray:
     """The rows of a shard's index that the filter keeps, checked against what was counted."""
     shard = manifest.shards[number]
-    kept, digest = kept_documents(manifest.directory, shard, index, filter)
+    kept, digest = kept_documents(manifest.read, shard, index, filter)
     counted = (
         *(int(column[number]) for column in (counts.documents, counts.tokens, counts.shortest)),
         counts.scores_sha256[number],

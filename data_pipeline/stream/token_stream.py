@@ -189,6 +189,7 @@ class TokenStream:
             begin = start + filled - (int(order.ends[place - 1]) if place else 0)
             count = min(int(order.ends[place]) - start, present) - filled
             view = self._view(epoch, int(shards[order.shards[place]]))
+            self._prefetch(shards[order.shards[place + 1 : place + 1 + self.window]])
             piece = buffer[filled : filled + count]
             starts += [filled + at for at in view.read(begin, piece)]
             if piece.max() >= self.manifest.tokenizer.vocab_size:
@@ -202,6 +203,12 @@ class TokenStream:
             starts.append(present)
         segments = [0, *(at for at in starts if 0 < at < length)]
         return Sample(torch.from_numpy(buffer[:-1]), torch.from_numpy(targets), torch.tensor(segments))
+
+    def _prefetch(self, numbers: np.ndarray) -> None:
+        """Asks for the shards that come next, when they are far away."""
+        if self.manifest.remote:
+            coming = [self.manifest.shards[number] for number in numbers]
+            self.manifest.remote.prefetch([(shard.name, shard.size, shard.sha256) for shard in coming])
 
     def _padding(self, damage: Damage | None) -> Sample:
         tokens = torch.full((self.sequence_length,), self.manifest.tokenizer.pad, dtype=torch.int64)

@@ -77,7 +77,7 @@ def test_hostile_text_takes_linear_time(name):
     """A regular expression that backtracks would take minutes."""
     import time
 
-    began = time.perf_counter()
+    began = time.process_time()
     for piece in ("<b ", "$a", "[a](", "`", "\\begin{a}", "http://", "!", "&a", "    x\n", "|", "- ", "1'000'"):
         EDITS[name]()(piece * (20_000 // len(piece)) + "!!!!! <b>x</b> http://a.example/ 1'000")
-    assert time.perf_counter() - began < 10
+    assert time.process_time() - began < 2

@@ -274,3 +274,15 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="killed"):
         replace_file(path, b"new")
     assert path.read_bytes() == b"old"
+
+
+def test_indexes_are_read_by_many_threads_at_once(manifest):
+    """numpy's own reader parses Python source, which two threads of Python 3.11 cannot do at once."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    shard = manifest.shards[0]
+    sizes = {"documents": shard.documents, "tokens": shard.tokens, "size": shard.size, "itemsize": 2}
+    expected = load_index(manifest.directory / shard.index, **sizes)
+    with ThreadPoolExecutor(8) as pool:
+        for index in pool.map(lambda _: load_index(manifest.directory / shard.index, **sizes), range(2000)):
+            assert np.array_equal(index, expected)

@@ -9,7 +9,7 @@ import torch
 
 from data_pipeline.shards import read_documents
 from data_pipeline.shards.reading import read_shard
-from data_pipeline.shards.scores import save_scores, scores_path
+from data_pipeline.shards.scores import save_scores, scores_file
 from data_pipeline.stream import IGNORED, InputError, Manifest, ScoreFilter, TokenStream, batches_hash
 from data_pipeline.stream import count as counting
 from data_pipeline.stream.score_filter import KeptCounts, counts_path
@@ -158,7 +158,7 @@ def test_a_document_without_a_score_is_named(manifest, capsys):
 )
 def test_a_bad_sidecar_is_refused_by_name(manifest, content):
     shard = manifest.shards[0]
-    path = scores_path(manifest.directory, shard, "small")
+    path = manifest.directory / scores_file(shard, "small")
     path.unlink()
     if content == "float64":
         np.save(path, np.zeros((shard.documents, 2)))

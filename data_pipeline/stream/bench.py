@@ -1,0 +1,155 @@
+"""How fast the stream reads and starts: `python -m data_pipeline.stream.bench reader|start [--folder FOLDER]`.
+
+reader: tokens a second of one process from local disk, beside plain webdataset on the same shards. start: seconds from
+nothing to the first batch at step 10^6 of a manifest of 100 000 shards and 2 trillion tokens, with a filter; all shards
+are links to one. Prints a line of JSON.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.shards.manifest import Manifest, Shard, TokenizerInfo, replace_file, sha256_of
+from data_pipeline.shards.scores import save_scores, scores_file
+from data_pipeline.shards.writer import ShardWriter
+
+DOCUMENT = 670  # tokens
+LENGTH = 2048  # tokens a sample
+BATCH = 8  # samples
+SHARDS, SHARD_TOKENS = 100_000, 20_000_000  # of the simulated manifest
+STEP, GLOBAL_BATCH = 10**6, 512  # sequences a step
+
+
+def write_shards(folder: Path, shards: int, shard_tokens: int) -> Manifest:
+    """A manifest of documents of DOCUMENT random tokens."""
+    generator = np.random.default_rng(0)
+    replace_file(folder / "tokenizer.json", b"{}")
+    digest = sha256_of(folder / "tokenizer.json")
+    info = TokenizerInfo(file="tokenizer.json", sha256=digest, vocab_size=64_000, bos=1, eos=2, pad=0)
+    with ShardWriter(folder, "bench", dtype=np.dtype("uint16"), shard_tokens=shard_tokens) as writer:
+        for number in range(shards * (shard_tokens // DOCUMENT)):
+            tokens = generator.integers(3, 64_000, DOCUMENT)
+            writer.write(tokens, id=str(number), source="bench", text_bytes=4 * DOCUMENT)
+    manifest = Manifest.create(folder, info, writer.shards)
+    manifest.save()
+    return manifest
+
+
+def reader(folder: Path) -> dict:
+    """Tokens a second of one process: the second of two passes, from the page cache."""
+    import webdataset
+
+    from data_pipeline.stream import TokenStream
+
+    manifest = write_shards(folder, shards=4, shard_tokens=5_000_000)
+    results = {"tokens": manifest.totals.tokens}
+    for isolate in (False, True):
+        stream = TokenStream(manifest, sequence_length=LENGTH, seed=0, isolate_documents=isolate)
+        for _ in range(2):
+            began, read = time.perf_counter(), 0
+            for first in range(0, stream.samples_per_epoch - BATCH, BATCH):
+                read += stream.batch(range(first, first + BATCH)).tokens.numel()
+            seconds = time.perf_counter() - began
+        results["isolated" if isolate else "cut"] = round(read / seconds)
+    urls = [str(folder / shard.name) for shard in manifest.shards]
+    for _ in range(2):
+        began = time.perf_counter()
+        documents = webdataset.WebDataset(urls, shardshuffle=False, nodesplitter=webdataset.single_node_only)
+        read = sum(np.frombuffer(sample["tokens"], "<u2").size for sample in documents)
+        results["plain_webdataset"] = round(read / (time.perf_counter() - began))
+    return results
+
+
+def start(folder: Path) -> dict:
+    """Seconds to the first batch of one rank in 64 at a far step, and the process's memory."""
+    prepare(folder)
+    from data_pipeline.stream import BatchLoader, ScoreFilter, TokenStream
+
+    began = time.perf_counter()
+    manifest = Manifest.load(folder / "manifest.json")
+    loaded = time.perf_counter()
+    stream = TokenStream(
+        manifest, sequence_length=LENGTH, seed=0, filter=ScoreFilter(scores="bench", default=(0.1, None))
+    )
+    built = time.perf_counter()
+    plan = lambda step: (step * GLOBAL_BATCH, GLOBAL_BATCH)  # noqa: E731
+    with BatchLoader(stream, plan, micro_batch=BATCH, rank=5, size=64, step=STEP) as loader:
+        (batch,) = next(iter(loader))
+    ended = time.perf_counter()
+    if batch.damaged:
+        raise RuntimeError(f"the first batch is damaged: {batch.damaged[0].reason}")
+    return {
+        "shards": len(manifest.shards),
+        "tokens": manifest.totals.tokens,
+        "seconds": round(ended - began, 2),
+        "of_which_manifest": round(loaded - began, 2),
+        "of_which_filter_counts_and_order": round(built - loaded, 2),
+        "of_which_first_batch": round(ended - built, 2),
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
+
+
+def prepare(folder: Path) -> None:
+    """The simulated manifest, its links and the counts of its filter; in a process of its own, so that what it takes is
+    not measured."""
+    import multiprocessing
+
+    process = multiprocessing.get_context("spawn").Process(target=_prepare, args=(folder,))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError("the simulated manifest could not be made")
+
+
+def _prepare(folder: Path) -> None:
+    from data_pipeline.stream.score_filter import ScoreFilter, counts_path
+
+    real = write_shards(folder, shards=1, shard_tokens=SHARD_TOKENS).shards[0]
+    scores = np.random.default_rng(1).random((real.documents, 2))
+    digest = sha256_of(save_scores(folder, real, "bench", scores))
+    shards = []
+    for number in range(SHARDS):
+        record = {field: getattr(real, field) for field in real.__dataclass_fields__}
+        record |= {"name": f"s{number:06d}.tar", "index": f"s{number:06d}.npy", "sha256": f"{number:064x}"}
+        shards.append(shard := Shard(**record))
+        os.symlink(real.name, folder / shard.name)
+        os.symlink(real.index, folder / shard.index)
+        os.symlink(scores_file(real, "bench"), folder / scores_file(shard, "bench"))
+    manifest = Manifest.create(folder, Manifest.load(folder / "manifest.json").tokenizer, shards)
+    manifest.save()
+    filter = ScoreFilter(scores="bench", default=(0.1, None))
+    kept = int((scores[:, 0].astype(np.float32) >= np.float32(0.1)).sum())
+    rows = list(itertools.repeat([kept, kept * DOCUMENT, DOCUMENT, digest], SHARDS))
+    record = {"manifest": manifest.content_hash, "filter": filter.filter_hash, "shards": rows}
+    replace_file(counts_path(manifest, filter), json.dumps(record).encode())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipeline.stream.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", choices=["reader", "start"])
+    parser.add_argument("--folder", type=Path, help="an empty folder for the shards (default: a temporary one)")
+    options = parser.parse_args(arguments)
+    if options.folder and options.folder.is_dir() and any(options.folder.iterdir()):
+        print(f"--folder={options.folder} is not empty", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        print(json.dumps({"reader": reader, "start": start}[options.what](folder)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""Shards on a remote file system: the same batches, a cache that stays within its bound, retries, and damage named."""
+
+import fcntl
+import pickle
+
+import fsspec
+import pytest
+
+from data_pipeline.shards import read_documents, remote
+from data_pipeline.shards.remote import Remote
+from data_pipeline.stream import BatchLoader, InputError, Manifest, TokenStream, batches_hash
+from tests.data_pipeline.shard_factory import make_shards
+
+
+@pytest.fixture
+def local(tmp_path):
+    return make_shards(tmp_path / "local", documents=160, shard_tokens=300)
+
+
+@pytest.fixture
+def url(local, tmp_path):
+    memory, root = fsspec.filesystem("memory"), f"/shards-{tmp_path.name}"
+    for path in local.directory.iterdir():
+        memory.pipe(f"{root}/{path.name}", path.read_bytes())
+    return f"memory:/{root}"
+
+
+def load(url, tmp_path, **options):
+    return Manifest.load(f"{url}/manifest.json", cache=tmp_path / "cache", **options)
+
+
+def make_stream(manifest):
+    return TokenStream(manifest, sequence_length=16, seed=2)
+
+
+def cached_bytes(tmp_path):
+    """What shards and indexes take at one moment: while the lock is held, nothing is taken away."""
+    with (tmp_path / "cache" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return sum(stat.st_size for path, stat in remote._files(tmp_path / "cache") if path.suffix in (".tar", ".npy"))
+
+
+def test_the_same_stream_as_from_local_disk(local, url, tmp_path):
+    far, near = make_stream(load(url, tmp_path)), make_stream(local)
+    assert far.stream_hash == near.stream_hash
+    indices = range(near.samples_per_epoch)
+    assert batches_hash([far.batch(indices)]) == batches_hash([near.batch(indices)])
+    assert [d.metadata for d in read_documents(load(url, tmp_path))] == [d.metadata for d in read_documents(local)]
+
+
+def test_the_cache_stays_within_its_bound_and_nothing_is_lost(local, url, tmp_path):
+    bound = 5 * max(shard.size for shard in local.shards)
+    assert sum(shard.size for shard in local.shards) > 2 * bound
+    stream, largest = make_stream(load(url, tmp_path, cache_bytes=bound)), 0
+    for index in range(stream.samples_per_epoch):
+        assert stream.sample(index).damage is None
+        largest = max(largest, cached_bytes(tmp_path))
+    assert 0 < largest <= bound
+    assert (tmp_path / "cache" / "manifest.json").exists()
+
+
+def test_what_comes_next_is_there_before_it_is_asked_for(url, tmp_path):
+    stream = make_stream(load(url, tmp_path))
+    stream.sample(0)
+    stream.manifest.remote._pool.shutdown(wait=True)
+    here = {path.name for path in (tmp_path / "cache").glob("*.tar")}
+    assert len(here) >= stream.window + 1
+
+
+def test_a_cache_too_small_to_read_ahead_is_refused(local, url, tmp_path):
+    least = 4 * max(shard.size for shard in local.shards)
+    with pytest.raises(InputError, match=f"cache_bytes=1000 is below {least}"):
+        load(url, tmp_path, cache_bytes=1000)
+
+
+class Flaky:
+    """A file system whose opens fail or are cut short so many times."""
+
+    def __init__(self, inner, failures, cut):
+        self.inner, self.left, self.cut = inner, failures, cut
+
+    def size(self, path):
+        return self.inner.size(path)
+
+    def exists(self, path):
+        return self.inner.exists(path)
+
+    def open(self, path, mode):
+        if self.left and path.endswith(".tar"):
+            self.left -= 1
+            if not self.cut:
+                raise ConnectionError("connection reset")
+            import io
+
+            return io.BytesIO(self.inner.cat_file(path)[:-700])
+        return self.inner.open(path, mode)
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["refused", "cut short"])
+@pytest.mark.parametrize(("failures", "whole"), [(2, True), (3, False)])
+def test_retries_with_backoff_and_then_damage(local, url, tmp_path, monkeypatch, cut, failures, whole):
+    manifest = load(url, tmp_path)
+    waits = []
+    manifest.remote.attempts, manifest.remote.first_wait = 3, 1.0
+    manifest.remote.prefetch = lambda wanted: None
+    flaky = Flaky(fsspec.filesystem("memory"), failures, cut)
+    monkeypatch.setattr(Remote, "_filesystem", lambda self: (flaky, self.url.removeprefix("memory:/")))
+    monkeypatch.setattr("time.sleep", waits.append)
+    sample = make_stream(manifest).sample(0)
+    assert (sample.damage is None) == whole
+    assert 0.5 <= waits[0] <= 1.0 <= waits[1] <= 2.0
+    if not whole:
+        assert "3 attempts" in sample.damage.reason
+    assert not list((tmp_path / "cache").glob(".*.tmp"))
+
+
+def test_an_altered_shard_is_damage_and_never_data(local, url, tmp_path, monkeypatch):
+    memory, root = fsspec.filesystem("memory"), url.removeprefix("memory:/")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    shard = local.shards[0]
+    data = bytearray(memory.cat_file(f"{root}/{shard.name}"))
+    data[600] ^= 1
+    memory.pipe(f"{root}/{shard.name}", bytes(data))
+    stream = make_stream(load(url, tmp_path))
+    reasons = {s.damage.reason for i in range(stream.samples_per_epoch) if (s := stream.sample(i)).damage}
+    assert reasons
+    assert all("sha256 is not the manifest's" in reason for reason in reasons)
+
+
+def test_a_stream_moves_to_reader_processes(url, tmp_path):
+    stream = make_stream(load(url, tmp_path))
+    stream.sample(0)
+    again = pickle.loads(pickle.dumps(stream))
+    assert again.sample(3).tokens.equal(stream.sample(3).tokens)
+    with BatchLoader(stream, lambda step: (step * 4, 4), micro_batch=4, workers=0) as loader:
+        assert next(iter(loader))[0].indices == (0, 1, 2, 3)
+
+
+def test_missing_and_truncated_remote_shards_are_named_at_load(local, url, tmp_path):
+    memory, root = fsspec.filesystem("memory"), url.removeprefix("memory:/")
+    memory.rm(f"{root}/{local.shards[1].name}")
+    memory.pipe(f"{root}/{local.shards[2].name}", b"short")
+    with pytest.raises(InputError) as caught:
+        load(url, tmp_path)
+    assert f"shard {local.shards[1].name}: it or its index is missing" in str(caught.value)
+    assert f"shard {local.shards[2].name}: truncated: 5 bytes" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("pipe:cat manifest.json", "pipe: is no file system"),
+        ("pipe://x/manifest.json", "pipe: is no file system"),
+        ("memory://nowhere/manifest.json", "not there"),
+    ],
+)
+def test_a_url_that_cannot_be_opened_is_refused_by_name(tmp_path, path, message):
+    with pytest.raises(InputError, match=message):
+        Manifest.load(path, cache=tmp_path / "cache")
