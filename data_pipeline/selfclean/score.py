@@ -11,7 +11,7 @@ import numpy as np
 from data_pipeline.selfclean.scorer import Scorer
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.reading import read_shard
-from data_pipeline.shards.scores import save_scores, scores_path
+from data_pipeline.shards.scores import save_scores, scores_file
 
 
 def score_shards(
@@ -30,7 +30,7 @@ def score_shards(
     """
     scored = 0
     for shard in manifest.shards[rank::size]:
-        if scores_path(manifest.directory, shard, name).exists():
+        if (manifest.directory / scores_file(shard, name)).exists():
             progress(shard.documents)
             continue
         documents = list(read_shard(manifest, shard))

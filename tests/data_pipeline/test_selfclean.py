@@ -28,7 +28,7 @@ def test_every_document_is_scored_per_token_and_per_byte(tmp_path):
     manifest = make_shards(tmp_path)
     assert score_shards(manifest, LengthScorer(), "small") == manifest.totals.documents
     for shard in manifest.shards:
-        scores, _ = load_scores(tmp_path, shard, "small")
+        scores, _ = load_scores(lambda file: (tmp_path / file).read_bytes(), shard, "small")
         assert scores[:, 0] == pytest.approx(2.0)
         stored = list(read_shard(manifest, shard))
         expected = [2 * (len(d.tokens) - 1) / d.metadata["bytes"] for d in stored]

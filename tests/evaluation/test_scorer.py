@@ -18,6 +18,10 @@ def test_shards_are_scored_with_a_model(tmp_path):
     model = reference_model(TINY, seed=1)
     assert score_shards(manifest, ModelScorer(model), "tiny") == 12
     documents = [document.tokens for document in read_documents(manifest)]
-    scores = np.concatenate([load_scores(tmp_path, shard, "tiny")[0] for shard in manifest.shards])
+
+    def read(file: str) -> bytes:
+        return (tmp_path / file).read_bytes()
+
+    scores = np.concatenate([load_scores(read, shard, "tiny")[0] for shard in manifest.shards])
     expected = [nats / (len(ids) - 1) for ids, nats in zip(documents, document_nats(model, documents), strict=True)]
     np.testing.assert_allclose(scores[:, 0], expected, rtol=1e-6)
