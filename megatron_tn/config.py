@@ -117,6 +117,10 @@ class DataConfig:
     shuffle_window: int = (
         32  # shards whose sequences are mixed, so that neighbours in a batch are not neighbours in text
     )
+    filter: str = ""  # self-cleaning: a YAML file or inline JSON of data_pipeline.stream.ScoreFilter; empty keeps all
+    mixture: dict[str, dict[str, float]] = dataclasses.field(
+        default_factory=dict
+    )  # {epochs: {...}} or {weights: {...}}
     isolate_documents: bool = False  # attention state is reset at document boundaries; the paper cuts without isolation
     workers: int = 1  # reader processes per data-parallel rank; 0 reads in the training process
 
@@ -326,7 +330,7 @@ def known_keys(kind: type, prefix: str = "") -> list[str]:
     for field in dataclasses.fields(kind):
         name = f"{prefix}{field.name}"
         keys.append(name)
-        if field.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(field.default_factory):
+        if dataclasses.is_dataclass(field.default_factory):
             keys += known_keys(field.default_factory, f"{name}.")
     return keys
 

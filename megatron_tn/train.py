@@ -13,7 +13,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from data_pipeline.stream import BatchLoader, InputError, Manifest, StreamState, TokenStream
+from data_pipeline.stream import BatchLoader, InputError, Manifest, Mixture, ScoreFilter, StreamState, TokenStream
+from megatron_tn.checkpoint.manifest import Manifest as Checkpoint
 from megatron_tn.cli import command
 from megatron_tn.config import ConfigError, TrainConfig
 from megatron_tn.engine.build import build_engine
@@ -23,7 +24,7 @@ from megatron_tn.optim.schedule import batch_of_step, learning_rate
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.world import world_size
 from megatron_tn.training.preemption import Preemption
-from megatron_tn.training.preflight import frozen_config, problems_before_start
+from megatron_tn.training.preflight import checkpoint_to_resume, frozen_config, problems_before_start
 from megatron_tn.training.run import Run
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import train_step
@@ -33,14 +34,14 @@ log = logging.getLogger(__name__)
 
 @command(TrainConfig, "config")
 def main(config: TrainConfig) -> None:
-    config, manifest = preflight(config)
+    config, stream = preflight(config)
     with Preemption() as preemption, Run(config) as run:
         context = ParallelContext.create(config.parallel.tp, config.parallel.cp)
         engine = build_engine(config, context, run.device)
         check_kernels(engine.model, run.device)
         state = run.restore(engine)
-        run.keep_tokenizer(manifest.directory / manifest.tokenizer.file)
-        stream, batches = open_batches(config, manifest, context, state)
+        run.keep_tokenizer(stream.manifest.directory / stream.manifest.tokenizer.file)
+        batches = open_batches(config, stream, context, state)
         evaluate = functools.partial(held_out_loss, engine.model, config) if config.evaluation.manifest else None
         hooks = run.hooks(engine, stream_state=functools.partial(stream_state, stream), evaluate=evaluate)
         for microbatches in batches:
@@ -54,8 +55,8 @@ def main(config: TrainConfig) -> None:
         batches.close()
 
 
-def preflight(config: TrainConfig) -> tuple[TrainConfig, Manifest]:
-    """Everything that can be checked before anything is started or overwritten.
+def preflight(config: TrainConfig) -> tuple[TrainConfig, TokenStream]:
+    """Everything that can be checked before anything is started or overwritten; the data, opened where it goes on.
 
     Raises:
         ConfigError: with every problem found.
@@ -64,54 +65,68 @@ def preflight(config: TrainConfig) -> tuple[TrainConfig, Manifest]:
     for note in notes:
         log.warning(note)
     problems: list[str] = []
-    manifest = None
-    for name, path in (("data.manifest", config.data.manifest), ("evaluation.manifest", config.evaluation.manifest)):
-        if not path and name == "data.manifest":
-            problems.append("data.manifest is not set: name the manifest.json that `python -m data_pipeline.run` wrote")
-        elif path:
-            try:
-                loaded = Manifest.load(path)
-                manifest = manifest or loaded
-            except InputError as error:
-                problems += [f"{name}: {problem}" for problem in error.problems]
-    problems += problems_before_start(config, world_size(), manifest and manifest.tokenizer.vocab_size)
+    stream = None
+    try:
+        if config.evaluation.manifest:
+            Manifest.load(config.evaluation.manifest)
+    except InputError as error:
+        problems += [f"evaluation.manifest: {problem}" for problem in error.problems]
+    try:
+        stream = open_stream(config)
+    except InputError as error:
+        problems += [f"data.manifest: {problem}" for problem in error.problems]
+    problems += problems_before_start(config, world_size(), stream and stream.manifest.tokenizer.vocab_size)
+    if not problems and (start := checkpoint_to_resume(config)):
+        try:
+            stream.restore(StreamState.from_json(json.dumps(Checkpoint.read(start).training["stream"])))
+        except InputError as error:
+            problems += [f"checkpoint {start} was trained on other data: {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(problems)
-    return config, manifest
+    return config, stream
 
 
-def open_batches(
-    config: TrainConfig, manifest: Manifest, context: ParallelContext, state: TrainingState
-) -> tuple[TokenStream, BatchLoader]:
-    """The stream, and this rank's microbatches of every step from `state` to the schedule's end."""
+def open_stream(config: TrainConfig) -> TokenStream:
+    """The data as the config describes it, from its beginning.
+
+    Raises:
+        InputError: there is none, it is damaged, or the filter or mixture does not fit it.
+    """
     data = config.data
-    stream = TokenStream(
-        manifest,
+    if not data.manifest:
+        raise InputError("not set: name the manifest.json that `python -m data_pipeline.run` wrote")
+    return TokenStream(
+        Manifest.load(data.manifest),
         sequence_length=data.sequence_length,
         seed=config.seed,
         isolate_documents=data.isolate_documents,
         window=data.shuffle_window,
+        filter=ScoreFilter.load(data.filter) if data.filter else None,
+        mixture=Mixture.parse(data.mixture) if data.mixture else None,
     )
-    if state.stream:
-        stream.restore(StreamState.from_json(json.dumps(state.stream)))
-    begun, at = state.step, state.samples
+
+
+def open_batches(
+    config: TrainConfig, stream: TokenStream, context: ParallelContext, state: TrainingState
+) -> BatchLoader:
+    """This rank's microbatches of every step from `state` to the schedule's end."""
+    begun, at, size = state.step, state.samples, config.data.global_batch
 
     def plan(step: int) -> tuple[int, int] | None:
         # Counted from where the stream stands, so that a changed batch size neither repeats nor skips a sample.
-        first, samples = batch_of_step(step, data.global_batch)
-        first += at - batch_of_step(begun, data.global_batch)[0]
+        first, samples = batch_of_step(step, size)
+        first += at - batch_of_step(begun, size)[0]
         return (first, samples) if step < config.last_step else None
 
-    batches = BatchLoader(
+    return BatchLoader(
         stream,
         plan,
-        micro_batch=data.micro_batch,
+        micro_batch=config.data.micro_batch,
         rank=context.dp.rank,
         size=context.dp.size,
-        workers=data.workers,
+        workers=config.data.workers,
         step=begun,
     )
-    return stream, batches
 
 
 def stream_state(stream: TokenStream, next_sample: int) -> dict[str, Any]:

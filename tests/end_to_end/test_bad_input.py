@@ -33,6 +33,8 @@ from tests.helpers.training import SMALL, call
         (["data.manifest=nowhere.json"], ["data.manifest: manifest nowhere.json: No such file"]),
         (["schedule.warmup_steps=5000"], ["schedule.warmup_steps=5000 must be below schedule.steps=1000"]),
         (["what is this"], ["not an override"]),
+        (["+data.mixture.epochs.wiki=2"], ["data.manifest: mixture"]),
+        (["data.filter=nowhere.yaml"], ["data.manifest: filter nowhere.yaml: No such file"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) and "=" in value[0] else "",
 )
@@ -50,8 +52,14 @@ def test_settings(shards, tmp_path, capsys, words, messages):
 def test_every_problem_is_named_at_once(tmp_path, capsys):
     assert call(train, *SMALL, "parallel.tp=3", "data.micro_batch=0", "optim.lr=-1", f"run_dir={tmp_path / 'run'}") == 2
     said = capsys.readouterr().err
-    for name in ("model.heads=4", "data.micro_batch=0", "optim.lr=-1", "data.manifest is not set", "world size 1"):
+    for name in ("model.heads=4", "data.micro_batch=0", "optim.lr=-1", "data.manifest: not set", "world size 1"):
         assert name in said
+
+
+def test_a_filter_whose_counts_are_missing_names_the_command_that_makes_them(shards, tmp_path, capsys):
+    band = 'data.filter=\'{"scores": "small", "default": [1.0, 3.0]}\''
+    assert call(train, *SMALL, f"data.manifest={shards}", f"run_dir={tmp_path / 'run'}", band) == 2
+    assert "python -m data_pipeline.stream.count" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("harm", ["missing", "truncated"])
