@@ -114,13 +114,10 @@ class DataConfig:
     sequence_length: int = 2048  # tokens
     global_batch: int = 64  # sequences per optimizer step, over all ranks
     micro_batch: int = 1  # sequences per forward pass of one rank
-    shuffle_window: int = (
-        32  # shards whose sequences are mixed, so that neighbours in a batch are not neighbours in text
-    )
+    shuffle_window: int = 32  # shards whose sequences are mixed; a batch of neighbours in text teaches less
     filter: str = ""  # self-cleaning: a YAML file or inline JSON of data_pipeline.stream.ScoreFilter; empty keeps all
-    mixture: dict[str, dict[str, float]] = dataclasses.field(
-        default_factory=dict
-    )  # {epochs: {...}} or {weights: {...}}
+    # Sources by {epochs: {...}} or {weights: {...}}; on the command line: +data.mixture.epochs.wiki=1.5
+    mixture: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     isolate_documents: bool = False  # attention state is reset at document boundaries; the paper cuts without isolation
     workers: int = 1  # reader processes per data-parallel rank; 0 reads in the training process
 
