@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ class WeightsAndBiases(NullHook):
         self._run = None
 
     def on_start(self, state: TrainingState) -> None:
+        self._tick = time.perf_counter()
         id_file = self.run_dir / "wandb_id"
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:8])
@@ -46,7 +48,15 @@ class WeightsAndBiases(NullHook):
             self._give_up(error)
 
     def on_step(self, state: TrainingState, report: StepReport) -> None:
-        values = {"loss": report.loss, "lr": report.lr, "grad_norm": report.grad_norm, "tokens": state.tokens}
+        now = time.perf_counter()
+        values = {
+            "loss": report.loss,
+            "lr": report.lr,
+            "grad_norm": report.grad_norm,
+            "tokens": state.tokens,
+            "tokens_per_second": report.tokens / (now - self._tick),
+        }
+        self._tick = now
         self.log(values, state.step)
 
     def log(self, values: dict[str, Any], step: int) -> None:
