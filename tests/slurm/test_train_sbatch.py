@@ -2,8 +2,11 @@
 
 import os
 import signal
+import sys
 
 import pytest
+
+from tests.slurm.cluster import ROOT
 
 pytestmark = pytest.mark.slurm
 
@@ -84,3 +87,10 @@ def test_run_dir_is_required(cluster, training):
     assert (job.field("JobState"), job.field("ExitCode")) == ("FAILED", "2:0")
     assert len(job.output().splitlines()) == 1
     assert "run_dir=" in job.output()
+
+
+def test_srun_alone_starts_the_ranks(cluster, training, uninterrupted, run):
+    words = ("-m", "megatron_tn.train", *training, f"run_dir={run.path}", "stop_after=6")
+    cluster.call("srun", "--nodes=2", "--ntasks=2", "--chdir", str(ROOT), sys.executable, *words)
+    assert run.status()["state"] == "finished"
+    assert run.losses() == uninterrupted.losses()[:6]
