@@ -114,9 +114,9 @@ def _accumulate_into(gradient: Tensor):
 
 def set_optimizer_step(optimizer: torch.optim.Optimizer, step: int) -> None:
     """AdamW's bias correction counts steps: per parameter in torch, per group in apex."""
-    for group in optimizer.param_groups:
-        if "step" in group:
-            group["step"] = step
+    if not isinstance(optimizer, torch.optim.AdamW):
+        for group in optimizer.param_groups:
+            group["step"] = step  # apex makes it at its first step, and would begin at one
     for state in optimizer.state.values():
         if torch.is_tensor(state.get("step")):
             state["step"].fill_(step)
