@@ -63,6 +63,7 @@ def save_checkpoint(
             tensors["rng/cuda"] = torch.cuda.get_rng_state()
         file = partial / rank_file(context.rank)
         save_file(tensors, file, metadata={"pieces": json.dumps(pieces)})
+        readable_like(partial, file)
         _fsync(file)
 
     def publish() -> None:
@@ -136,6 +137,11 @@ def _together(action, path: Path) -> None:
     if failed.item():
         reason = f"{type(error).__name__}: {error}" if error else "another rank failed"
         raise CheckpointError(f"checkpoint {path} could not be written: {reason}") from error
+
+
+def readable_like(folder: Path, file: Path) -> None:
+    """safetensors makes files that their owner alone can read; colleagues may read what they can read of the folder."""
+    file.chmod(folder.stat().st_mode & 0o666)
 
 
 def _fsync(path: Path) -> None:

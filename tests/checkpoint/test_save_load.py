@@ -151,6 +151,11 @@ def test_only_fp32_values_without_padding_are_stored(checkpoint):
     assert {path.suffix for path in checkpoint.iterdir()} == {".json", ".safetensors"}
 
 
+def test_files_are_as_readable_as_their_folder(checkpoint):
+    folder = checkpoint.stat().st_mode & 0o666
+    assert {path.stat().st_mode & 0o777 for path in checkpoint.iterdir()} == {folder & ~0o111}
+
+
 def test_the_model_alone_can_be_loaded(checkpoint):
     model = load_model(checkpoint)
     stored = logical(checkpoint)
