@@ -47,8 +47,7 @@ def command(
             with bad_input_exits():
                 values = OmegaConf.to_container(composed, resolve=True) | texts
                 if HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN:
-                    job = HydraConfig.get().job
-                    values["run_dir"] = f"{values['run_dir']}/{job.num}_{job.override_dirname}"
+                    values["run_dir"] = f"{values['run_dir']}/{job_name(HydraConfig.get(), sys.argv[1:])}"
                 function(from_mapping(kind, values))
 
         def main() -> None:
@@ -65,6 +64,14 @@ def command(
         return main
 
     return decorate
+
+
+def job_name(job: DictConfig, words: list[str]) -> str:
+    """A sweep's job by its number and the settings that the sweep varies: 0_model.decay=none."""
+    parsed = OverridesParser.create().parse_overrides([word for word in words if not word.startswith("-")])
+    swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
+    varied = [word for word in job.overrides.task if word.lstrip("+").partition("=")[0] in swept]
+    return "_".join([str(job.job.num), *varied]).replace("/", "-")
 
 
 def is_first_process() -> bool:

@@ -32,7 +32,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 import deepspeed
-from deepspeed.utils import groups, logger, safe_get_full_grad
+from deepspeed.utils import logger, safe_get_full_grad
 
 logger.setLevel(logging.ERROR)  # its warnings are about choices that are made here on purpose
 warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated", category=FutureWarning)  # its calls
@@ -239,8 +239,3 @@ class DeepSpeedEngine:
             self.optimizer.invalidate_secondary_tensor()
         elif self.stage > 0:
             self.optimizer.update_lp_params()
-
-
-def shutdown() -> None:
-    """Forget the layout that DeepSpeed keeps in module globals, so that another run can start in this process."""
-    groups.mpu = None

@@ -10,9 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_tn.model.transnormer import RecurrentState, TransNormerLM
-
-IGNORE = -100
+from megatron_tn.model.transnormer import IGNORE, RecurrentState, TransNormerLM
 
 
 @dataclass(frozen=True)

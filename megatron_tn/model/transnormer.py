@@ -20,6 +20,7 @@ from megatron_tn.model.block import Block
 from megatron_tn.model.norm import NORMS
 from megatron_tn.parallel.context import Axis, ParallelContext
 from megatron_tn.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
+from megatron_tn.parallel.loss import IGNORE
 from megatron_tn.parallel.sharding import ShardSpec
 
 
@@ -123,7 +124,7 @@ class TransNormerLM(nn.Module):
             return ModelOutput(logits=self.lm_head(hidden), state=state)
         loss, token_losses = self.lm_head(hidden, targets)
         if reduction == "mean":
-            loss = loss / (targets != -100).sum().clamp(min=1)
+            loss = loss / (targets != IGNORE).sum().clamp(min=1)
         elif reduction == "none":
             loss = token_losses
         return ModelOutput(loss=loss, token_losses=token_losses, state=state)

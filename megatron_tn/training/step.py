@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_tn.engine.base import Engine
 from megatron_tn.parallel.collectives import all_reduce_
+from megatron_tn.parallel.loss import IGNORE
 
 
 class Microbatch(Protocol):
@@ -45,7 +46,7 @@ def train_step(
     divided by that one number: each token weighs the same, however unevenly padding falls.
     """
     context = engine.context
-    count = torch.tensor(float(sum(int((batch.targets != -100).sum()) for batch in microbatches)), device=device)
+    count = torch.tensor(sum(int((batch.targets != IGNORE).sum()) for batch in microbatches), device=device)
     all_reduce_(count, context.data)
     scale = 1 / count.clamp(min=1)
     loss = torch.zeros((), device=device)
@@ -63,5 +64,5 @@ def train_step(
     if context.world_size > 1:
         dist.all_reduce(summary)
     result = engine.step(lr)
-    mean_loss, stops = summary.tolist()
-    return StepReport(mean_loss, int(count), lr, result.grad_norm, result.applied, stops > 0)
+    mean_loss, stops, tokens = torch.cat([summary.double(), count.view(1)]).tolist()  # read by the host at once
+    return StepReport(mean_loss, int(tokens), lr, result.grad_norm, result.applied, stops > 0)

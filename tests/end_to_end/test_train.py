@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from megatron_tn.checkpoint.load import load_model
 from megatron_tn.convert import main as convert
 from megatron_tn.evaluate import main as evaluate
 from megatron_tn.generate import main as generate_main
-from tests.helpers.training import SMALL, call, losses, start_ranks, train_ranks
+from tests.helpers.training import ROOT, SMALL, call, losses, start_ranks, train_ranks
 
 STEPS = 12
 
@@ -115,3 +117,15 @@ def test_evaluate_agrees_with_the_loop(trained, tmp_path):
     in_loop = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()][-1]
     assert found["bits_per_byte"]["model"] == pytest.approx(in_loop["heldout_bits_per_byte"], rel=5e-3)
     assert set(found["bits_per_byte"]) == {"model", "unigram", "gzip -9", "xz -9"}
+
+
+def test_a_sweep_gives_every_job_a_folder_named_by_what_it_varies(shards, tmp_path):
+    words = (*SMALL, f"data.manifest={shards}", f"run_dir={tmp_path / 'sweep'}", "schedule.steps=3")
+    command = [sys.executable, "-m", "megatron_tn.train", "--multirun", *words, "model.decay=released,none", "seed=1,2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    names = ["0_model.decay=released_seed=1", "1_model.decay=released_seed=2"]
+    names += ["2_model.decay=none_seed=1", "3_model.decay=none_seed=2"]
+    curves = [losses(tmp_path / "sweep" / name) for name in names]
+    assert len({tuple(curve.values()) for curve in curves}) == 4
+    assert all(list(curve) == [1, 2, 3] for curve in curves)
