@@ -148,7 +148,13 @@ class ScheduleConfig:
 class CheckpointConfig:
     every: int = 500  # steps; 0 saves only at the end and on preemption
     keep: int = 3  # newest checkpoints kept; 0 keeps all
-    resume: str = "auto"  # auto: the newest whole one in run_dir; none: start afresh; or the path of one
+    keep_every: int = 0  # of the older ones, those at multiples of so many steps stay as well; 0: none for that
+    keep_best: int = 0  # and so many with the lowest held-out loss, of those that were evaluated at their own step
+    # Training goes on while a save is written, for host memory of one copy of what the rank owns (12 bytes a parameter
+    # without ZeRO). On by default: a step that waits for a shared file system stops every GPU.
+    async_save: bool = True
+    on_failure: Literal["report", "abort"] = "report"  # of a save that could not be written; the last of a run aborts
+    resume: str = "auto"  # auto: the newest whole one in run_dir; none: start afresh; a step of run_dir; or a path
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from megatron_tn.checkpoint.background import CheckpointWriter, Save
 from megatron_tn.checkpoint.load import load_checkpoint
-from megatron_tn.checkpoint.save import save_checkpoint
+from megatron_tn.checkpoint.retention import Retention
 from megatron_tn.config import TrainConfig, save, to_mapping
 from megatron_tn.engine.base import Engine
 from megatron_tn.engine.build import initialize_engine
@@ -112,20 +113,23 @@ class Run:
         if evaluate is not None:
             hooks.append(EvaluateEvery(evaluate, record, config.evaluation.every, last))
 
-        def save_now(state: TrainingState) -> None:
-            state.stream = stream_state(state.samples)
-            save_checkpoint(
-                engine,
-                self.checkpoints,
-                step=state.step,
-                optimizer_step=state.optimizer_step,
-                config=to_mapping(config),
-                training=state.to_json(),
-                keep=config.checkpoint.keep,
-            )
-            self.status("running")
+        keep = config.checkpoint
+        writer = CheckpointWriter(
+            self.checkpoints,
+            Retention(newest=keep.keep, every=keep.keep_every, best=keep.keep_best),
+            background=keep.async_save,
+            timeout_s=config.distributed_timeout_s,
+        )
 
-        hooks.append(CheckpointEvery(save_now, config.checkpoint.every, last))
+        def save_now(state: TrainingState) -> Save | None:
+            state.stream = stream_state(state.samples)
+            content = {"config": to_mapping(config), "training": state.to_json()}
+            before = writer.save(engine, state.step, optimizer_step=state.optimizer_step, **content)
+            self.status("running")
+            return before
+
+        abort = keep.on_failure == "abort"
+        hooks.append(CheckpointEvery(writer, save_now, record, every=keep.every, last=last, abort=abort))
         for hook in hooks:
             self.started.append(hook)
             hook.on_start(self.state)

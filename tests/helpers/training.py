@@ -84,7 +84,13 @@ def train_ranks(size: int, *overrides: str, folder: Path) -> None:
 
 def losses(run_dir: Path) -> dict[int, float]:
     """step -> loss; every step must stand in the log once."""
-    records = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    steps = [record["step"] for record in records if "loss" in record]
+    found = records(run_dir, "loss")
+    steps = [record["step"] for record in found]
     assert len(steps) == len(set(steps))
-    return {record["step"]: record["loss"] for record in records if "loss" in record}
+    return {record["step"]: record["loss"] for record in found}
+
+
+def records(run_dir: Path, key: str) -> list[dict]:
+    """The records of log.jsonl that have `key`."""
+    found = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    return [record for record in found if key in record]
