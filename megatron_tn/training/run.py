@@ -129,7 +129,8 @@ class Run:
             return before
 
         abort = keep.on_failure == "abort"
-        hooks.append(CheckpointEvery(writer, save_now, record, every=keep.every, last=last, abort=abort))
+        end = last if keep.at_end else 0
+        hooks.append(CheckpointEvery(writer, save_now, record, every=keep.every, last=end, abort=abort))
         for hook in hooks:
             self.started.append(hook)
             hook.on_start(self.state)
