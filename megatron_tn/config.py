@@ -120,6 +120,23 @@ class DataConfig:
     mixture: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     isolate_documents: bool = False  # attention state is reset at document boundaries; the paper cuts without isolation
     workers: int = 1  # reader processes per data-parallel rank; 0 reads in the training process
+    # Batches that are not trained on, each by the number of the step that would: [17, "100-299"]. Kept in checkpoints.
+    skip_batches: list[int | str] = dataclasses.field(default_factory=list)
+
+    @property
+    def skipped(self) -> set[int]:
+        """skip_batches, with ranges spelled out.
+
+        Raises:
+            ValueError: an entry is neither a number from 1 nor a range of them.
+        """
+        found: set[int] = set()
+        for entry in self.skip_batches:
+            first, dash, last = str(entry).partition("-")
+            if not (first.isdecimal() and (last.isdecimal() or not dash) and 1 <= int(first) <= int(last or first)):
+                raise ValueError(f"data.skip_batches: {entry!r} is neither a step from 1 nor a range such as '100-299'")
+            found.update(range(int(first), int(last or first) + 1))
+        return found
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -155,7 +172,26 @@ class CheckpointConfig:
     # without ZeRO). On by default: a step that waits for a shared file system stops every GPU.
     async_save: bool = True
     on_failure: Literal["report", "abort"] = "report"  # of a save that could not be written; the last of a run aborts
-    resume: str = "auto"  # auto: the newest whole one in run_dir; none: start afresh; a step of run_dir; or a path
+    resume: int | str = "auto"  # auto: the newest whole one in run_dir; none: start afresh; a step there; a path
+
+
+@dataclass(frozen=True, config=_STRICT)
+class GuardConfig:
+    """What happens when a step goes wrong. All ranks decide the same, from numbers that were reduced over all of them.
+
+    rewind goes back to the newest checkpoint and skips the batch that went wrong, for good (docs/checkpoints.md).
+    """
+
+    nonfinite: Literal["skip", "rewind", "abort"] = "skip"  # the update is never applied; skip goes on with the next
+    max_consecutive: int = 10  # steps in a row that are not finite, after which the run aborts
+    spike: Literal["off", "report", "rewind", "abort"] = "report"
+    # A loss is a spike when it is above the median of the last spike_window losses by spike_sigmas standard deviations
+    # (from the median absolute deviation, which spikes do not move) and by spike_nats.
+    spike_window: int = 128  # steps; nothing is a spike before half of it is known
+    spike_sigmas: float = 8.0
+    spike_nats: float = 0.5
+    skip_before: int = 0  # batches before the bad one that a rewind skips as well
+    max_rewinds: int = 5  # of a run, after which it aborts
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -208,6 +244,7 @@ class TrainConfig:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
     cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
@@ -240,6 +277,30 @@ class TrainConfig:
             value = getattr(getattr(self, section), name)
             if value < 1:
                 found.append(f"{section}.{name}={value} must be at least 1")
+        try:
+            beyond = [batch for batch in data.skipped if batch > self.schedule.steps]
+            if beyond:
+                found.append(f"data.skip_batches: {max(beyond)} is past schedule.steps={self.schedule.steps}")
+        except ValueError as error:
+            found.append(str(error))
+        for section, name, least in (
+            ("checkpoint", "every", 0),
+            ("checkpoint", "keep", 0),
+            ("checkpoint", "keep_every", 0),
+            ("checkpoint", "keep_best", 0),
+            ("guard", "max_consecutive", 1),
+            ("guard", "spike_window", 2),
+            ("guard", "skip_before", 0),
+            ("guard", "max_rewinds", 0),
+        ):
+            value = getattr(getattr(self, section), name)
+            if value < least:
+                found.append(f"{section}.{name}={value} must be at least {least}")
+        if self.checkpoint.keep_best and not (self.evaluation.manifest and self.evaluation.every):
+            found.append(
+                f"checkpoint.keep_best={self.checkpoint.keep_best} needs held-out losses: set evaluation.manifest and "
+                "evaluation.every"
+            )
         if self.schedule.warmup_steps >= self.schedule.steps > 0:
             found.append(
                 f"schedule.warmup_steps={self.schedule.warmup_steps} must be below schedule.steps={self.schedule.steps}"

@@ -1,8 +1,9 @@
 """Tensor files of a checkpoint: safetensors, written and read in place.
 
 The format is 8 bytes of header length (little-endian), a JSON header {name: {dtype, shape, data_offsets}}, and the
-tensors' bytes. The safetensors library copies a file whole in memory and holds Python's lock meanwhile, which would
-stop the training that goes on beside a save; and it maps files, so that nobody can say how much of one was read.
+tensors' bytes. The safetensors library reads and writes the same files. Here the sha256 is taken in the pass that
+writes, and reading is by exact byte ranges instead of a memory map: a rank reads what it needs and can count it, and a
+file that is cut short under its reader is an error with a name instead of a bus error.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_tn.checkpoint.manifest import MANIFEST, whole_checkpoints
+from megatron_tn.checkpoint.manifest import MANIFEST, step_of, whole_checkpoints
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def being_read(checkpoint: Path) -> bool:
 
 
 def _describe(path: Path, *, with_loss: bool) -> Saved:
-    step = int(path.name.removeprefix("step_").partition("-")[0])
+    step = step_of(path)
     if not with_loss:
         return Saved(path, step)
     held_out = json.loads((path / MANIFEST).read_text())["training"].get("held_out") or {}

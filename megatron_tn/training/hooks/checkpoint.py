@@ -18,8 +18,8 @@ class CheckpointEvery(NullHook):
     """Calls `save(state)` on all ranks, which begins a save with `writer` and returns the one before it, and reports
     each save once it is written.
 
-    every: steps; 0 leaves only the stop and the end. last: the run's last step, 0 for no save at the end. abort: whether
-    a save that fails ends the run; one that nothing will follow always does.
+    every: steps; 0 leaves only the stop and the end. last: the run's last step, 0 for no save at the end. abort:
+    whether a save that fails ends the run; one that nothing will follow always does.
     """
 
     def __init__(

@@ -27,4 +27,6 @@ class EvaluateEvery(NullHook):
 
     def on_step(self, state: TrainingState, report: StepReport) -> None:
         if (self.every and state.step % self.every == 0) or state.step == self.last:
-            self.record(self.evaluate(), state.step)
+            found = self.evaluate()
+            state.held_out = {"step": state.step, **found}
+            self.record(found, state.step)
