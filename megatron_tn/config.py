@@ -236,7 +236,9 @@ class TrainConfig:
     nodes: int = 1
     stop_after: int = 0  # end after this step, saved and within the same schedule; 0: after schedule.steps
     deterministic: bool = False  # bitwise repeatable kernels, at some cost in speed
-    distributed_timeout_s: int = 1800  # of any collective
+    distributed_timeout_s: int = 1800  # of any collective, and of what may take long: starting, compiling, evaluating
+    # A rank that has not moved for so long makes the run end, with the rank that all wait for named; 0: never.
+    hang_timeout_s: int = 600
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
@@ -296,6 +298,11 @@ class TrainConfig:
             value = getattr(getattr(self, section), name)
             if value < least:
                 found.append(f"{section}.{name}={value} must be at least {least}")
+        if not 0 <= self.hang_timeout_s < self.distributed_timeout_s:
+            found.append(
+                f"hang_timeout_s={self.hang_timeout_s} must be from 0 to below distributed_timeout_s="
+                f"{self.distributed_timeout_s}: collectives that give up first would hide the rank they waited for"
+            )
         if self.checkpoint.keep_best and not (self.evaluation.manifest and self.evaluation.every):
             found.append(
                 f"checkpoint.keep_best={self.checkpoint.keep_best} needs held-out losses: set evaluation.manifest and "

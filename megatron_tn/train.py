@@ -40,6 +40,7 @@ from megatron_tn.training.preflight import checkpoint_to_resume, frozen_config, 
 from megatron_tn.training.run import Run
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import skipped_step, train_step
+from megatron_tn.training.watchdog import Progress
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def train(config: TrainConfig) -> None:
         evaluate = functools.partial(held_out_loss, engine.model, config) if config.evaluation.manifest else None
         hooks = run.hooks(engine, stream_state=functools.partial(stream_state, stream), evaluate=evaluate)
         guard = Guard(config.guard, run.report)
-        for microbatches in batches_from(state, config, stream, context):
+        for microbatches in batches_from(state, config, stream, context, run.progress):
             lr = learning_rate(state.step, config.optim, config.schedule)
             if state.skips_next:
                 report = skipped_step(lr)
@@ -124,17 +125,20 @@ def open_stream(config: TrainConfig) -> TokenStream:
 
 
 def batches_from(
-    state: TrainingState, config: TrainConfig, stream: TokenStream, context: ParallelContext
+    state: TrainingState, config: TrainConfig, stream: TokenStream, context: ParallelContext, progress: Progress
 ) -> Iterator[list[Batch]]:
     """This rank's microbatches of every step from `state` on; after a rewind, which sets `state` back, from there."""
     while state.step < config.last_step:
         with open_batches(config, stream, context, state) as loader:
             expected = state.step
+            progress.at("data", expected + 1)
             for microbatches in loader:
-                yield microbatches
                 expected += 1
+                progress.at("step")
+                yield microbatches
                 if state.step != expected:
                     break
+                progress.at("data", expected + 1)
 
 
 def open_batches(

@@ -31,6 +31,7 @@ from megatron_tn.training.hooks.journal import Journal
 from megatron_tn.training.hooks.weights_and_biases import WeightsAndBiases
 from megatron_tn.training.preflight import CHECKPOINTS, FROZEN, checkpoint_to_resume
 from megatron_tn.training.state import TrainingState
+from megatron_tn.training.watchdog import Progress, Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -49,32 +50,54 @@ class Run:
         self.sinks: list[Sink] = []
         self.state = TrainingState()
         self.is_first = False
+        self.progress = Progress()
 
     def __enter__(self) -> Run:
         if self.config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        self.device = join_world(self.config.distributed_timeout_s)
+        try:
+            self.device = join_world(self.config.distributed_timeout_s)
+        except RuntimeError as error:
+            rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+            raise RuntimeError(
+                f"rank {rank} of {size} could not join the others at {os.environ.get('MASTER_ADDR')}:"
+                f"{os.environ.get('MASTER_PORT')} within distributed_timeout_s={self.config.distributed_timeout_s}: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
         self.is_first = dist.get_rank() == 0
         torch.manual_seed(self.config.seed)
         if self.is_first:
             self.directory.mkdir(parents=True, exist_ok=True)
             save(self.config, self.directory / FROZEN)
         self.status("running")
+        self.watchdog = Watchdog(
+            self.directory,
+            self.progress,
+            timeout_s=self.config.hang_timeout_s,
+            long_s=self.config.distributed_timeout_s,
+        )
+        self.watchdog.__enter__()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
+        self.progress.at("stop")
+        why = f"{kind.__name__}: {error}" if kind else ""
+        if kind is not None and (other := self.watchdog.explain(error)):
+            log.error("rank %d stops: %s", dist.get_rank(), other)
+            why = f"{other} (here: {why})"
         try:
             for hook in self.started:
                 hook.on_stop(self.state)
         finally:
             if kind is not None:
-                self.status("failed", error=f"{kind.__name__}: {error}")
+                self.status("failed", error=why)
             elif self.state.step >= self.config.last_step:
                 self.status("finished")
             else:
                 self.status("preempted")
             leave_world()
+            self.watchdog.__exit__(None, None, None)
 
     def restore(self, engine: Engine) -> TrainingState:
         """Load the checkpoint to resume from, or give the engine its initial values."""
@@ -149,7 +172,12 @@ class Run:
             if config.logging.progress:
                 hooks.append(ConsoleProgress(last))
         if evaluate is not None:
-            hooks.append(EvaluateEvery(evaluate, self.record, config.evaluation.every, last))
+
+            def evaluate_now() -> dict[str, Any]:
+                with self.progress.during("evaluate"):
+                    return evaluate()
+
+            hooks.append(EvaluateEvery(evaluate_now, self.record, config.evaluation.every, last))
         self.writer = CheckpointWriter(
             self.checkpoints,
             Retention(newest=keep.keep, every=keep.keep_every, best=keep.keep_best),
@@ -158,9 +186,10 @@ class Run:
         )
 
         def save_now(state: TrainingState) -> Save | None:
-            state.stream = stream_state(state.samples)
-            content = {"config": to_mapping(config), "training": state.to_json()}
-            before = self.writer.save(engine, state.step, optimizer_step=state.optimizer_step, **content)
+            with self.progress.during("save"):
+                state.stream = stream_state(state.samples)
+                content = {"config": to_mapping(config), "training": state.to_json()}
+                before = self.writer.save(engine, state.step, optimizer_step=state.optimizer_step, **content)
             self.status("running")
             return before
 

@@ -124,7 +124,9 @@ def diagnose(tp: int, engine_config: EngineConfig, fault: str) -> tuple[bool, li
     return report.applied, found, unchanged, train_step(engine, batches, 1e-2, CPU).applied
 
 
-CASES = [(1, engine) for engine in (LOCAL, *ZERO, BF16[1], BF16[3])] + [(2, LOCAL), (2, ZERO[1])]
+CASES = [(1, LOCAL), (1, ZERO[0]), (1, ZERO[3]), (1, BF16[1]), (2, ZERO[1])]
+MORE = [(tp, engine) for tp in (1, 2) for engine in (LOCAL, *ZERO, *BF16) if (tp, engine) not in CASES]
+CASES += [pytest.param(*case, marks=pytest.mark.full) for case in MORE]
 
 
 @pytest.mark.parametrize(
