@@ -383,9 +383,12 @@ class GenerateConfig:
 class ConvertConfig:
     """Settings of `python -m megatron_tn.convert`."""
 
+    # The command's first word sets it: python -m megatron_tn.convert verify checkpoint=...
+    action: Literal["describe", "verify", "export"] = "describe"
     checkpoint: str = ""
-    output: str = ""  # folder to write in the released layout; empty describes the checkpoint
+    output: str = ""  # export: folder to write in the released layout
     precision: Literal["trained", "bf16", "fp32"] = "trained"
+    json: bool = False  # describe, verify: print JSON
 
 
 def to_mapping(config: Any) -> dict[str, Any]:

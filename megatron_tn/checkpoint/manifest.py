@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+
 from megatron_tn.checkpoint.files import FileRecord
 from megatron_tn.config import ConfigError
 from megatron_tn.model.transnormer import TransNormerLM
@@ -57,13 +59,16 @@ class Piece:
 
 @dataclass
 class Manifest:
-    """step: optimizer steps done. training: what the loop needs to go on (tokens, data position, ...)."""
+    """step: optimizer steps done, optimizer_step: those that were applied. training: what the loop needs to go on
+    (tokens, data position, ...)."""
 
-    step: int
-    optimizer_step: int
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    step: NonNegativeInt
+    optimizer_step: NonNegativeInt
     config: dict[str, Any]
-    layout: dict[str, int]
-    shapes: dict[str, list[int]]
+    layout: dict[str, PositiveInt]
+    shapes: dict[str, list[PositiveInt]]
     pieces: dict[str, list[Piece]] = field(default_factory=dict)  # kind/NAME -> pieces
     files: dict[str, FileRecord] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -87,18 +92,15 @@ class Manifest:
         try:
             values = json.loads(path.read_text())
             found = values.pop("format", None), values.pop("version", None)
-            if found != (FORMAT, VERSION):
-                raise ConfigError(f"{path}: format and version are {found}, expected {(FORMAT, VERSION)}")
-            values["pieces"] = {
-                name: [Piece(**(item | {"box": tuple(tuple(edge) for edge in item["box"])})) for item in items]
-                for name, items in values["pieces"].items()
-            }
-            values["files"] = {name: FileRecord(**record) for name, record in values["files"].items()}
-            manifest = cls(**values)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            if isinstance(error, ConfigError):
-                raise
+        except (ValueError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} is damaged: {error}") from None
+        if found != (FORMAT, VERSION):
+            raise ConfigError(f"{path}: format and version are {found}, expected {(FORMAT, VERSION)}")
+        try:
+            manifest = TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            places = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+            raise ConfigError(f"{path} is damaged: {places[0]}") from None
         named = {piece.file for pieces in manifest.pieces.values() for piece in pieces} | manifest.files.keys()
         for file in sorted(named):
             if Path(file).name != file or not file.endswith(".safetensors"):

@@ -94,7 +94,7 @@ def test_a_signal_to_one_rank_saves_one_step_on_all(trained, tmp_path, number):
 
 
 def test_exported_model_is_the_trained_one(trained, tmp_path):
-    assert call(convert, f"checkpoint={trained}", f"output={tmp_path / 'export'}") == 0
+    assert call(convert, "export", f"checkpoint={trained}", f"output={tmp_path / 'export'}") == 0
     tokens = torch.arange(1, 33).view(1, -1)
     exported = load_pretrained(tmp_path / "export", dtype=torch.bfloat16)
     assert torch.equal(exported(tokens).logits, load_model(trained / f"checkpoints/step_{STEPS:08d}")(tokens).logits)
