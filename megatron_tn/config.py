@@ -212,6 +212,10 @@ class WandbConfig:
 class LoggingConfig:
     every: int = 1  # steps between records of log.jsonl
     progress: bool = True  # progress bar on rank 0
+    ranks_every: int = 100  # steps between reports of how ranks differ in speed, and of peak memory; 0: none
+    profile: bool = False  # write a Chrome trace and a table of kernels of a few steps of rank 0 to run_dir/profile
+    profile_skip: int = 10  # steps of this process before the first one that is profiled
+    profile_steps: int = 3
     wandb: WandbConfig = dataclasses.field(default_factory=WandbConfig)
 
 
@@ -294,6 +298,9 @@ class TrainConfig:
             ("guard", "spike_window", 2),
             ("guard", "skip_before", 0),
             ("guard", "max_rewinds", 0),
+            ("logging", "ranks_every", 0),
+            ("logging", "profile_skip", 0),
+            ("logging", "profile_steps", 1),
         ):
             value = getattr(getattr(self, section), name)
             if value < least:

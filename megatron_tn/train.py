@@ -54,7 +54,12 @@ def train(config: TrainConfig) -> None:
         state = run.restore(engine)
         run.keep_tokenizer(stream.manifest.directory / stream.manifest.tokenizer.file)
         evaluate = functools.partial(held_out_loss, engine.model, config) if config.evaluation.manifest else None
-        hooks = run.hooks(engine, stream_state=functools.partial(stream_state, stream), evaluate=evaluate)
+        hooks = run.hooks(
+            engine,
+            stream_state=functools.partial(stream_state, stream),
+            evaluate=evaluate,
+            interrupted=lambda: preemption.received is not None,
+        )
         guard = Guard(config.guard, run.report)
         for microbatches in batches_from(state, config, stream, context, run.progress):
             lr = learning_rate(state.step, config.optim, config.schedule)

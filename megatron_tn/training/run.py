@@ -26,8 +26,10 @@ from megatron_tn.training.guard import Rewind
 from megatron_tn.training.hooks import Hook, Sink
 from megatron_tn.training.hooks.checkpoint import CheckpointEvery
 from megatron_tn.training.hooks.console import ConsoleProgress
-from megatron_tn.training.hooks.evaluate import EvaluateEvery
+from megatron_tn.training.hooks.evaluate import EvaluateEvery, Interrupted
 from megatron_tn.training.hooks.journal import Journal
+from megatron_tn.training.hooks.profile import Profile
+from megatron_tn.training.hooks.ranks import RankReport
 from megatron_tn.training.hooks.weights_and_biases import WeightsAndBiases
 from megatron_tn.training.preflight import CHECKPOINTS, FROZEN, checkpoint_to_resume
 from megatron_tn.training.state import TrainingState
@@ -148,19 +150,25 @@ class Run:
             sink.record(values, step)
 
     def report(self, line: str, values: dict[str, Any], step: int) -> None:
-        """Say something out of the ordinary once, on rank 0, and record it."""
+        """Say something out of the ordinary once, on rank 0, and record its values."""
         if self.is_first:
             log.error("%s", line)
-        self.record(values, step)
+        if values:
+            self.record(values, step)
 
     def hooks(
         self,
         engine: Engine,
         *,
         stream_state: Callable[[int], dict[str, Any]],
-        evaluate: Callable[[], dict[str, Any]] | None,
+        evaluate: Callable[..., dict[str, Any]] | None,
+        interrupted: Callable[[], bool],
     ) -> Sequence[Hook]:
-        """The hooks that the config asks for, started. Sinks are on global rank 0 alone; saving is on all ranks."""
+        """The hooks that the config asks for, started. Sinks are on global rank 0 alone; saving is on all ranks.
+
+        evaluate(progress=f): held-out figures; calls f, on all ranks, every few documents. interrupted: whether this
+        rank was told to stop.
+        """
         config, last, keep = self.config, self.config.last_step, self.config.checkpoint
         hooks: list[Hook] = []
         if self.is_first:
@@ -171,13 +179,25 @@ class Run:
             hooks += self.sinks
             if config.logging.progress:
                 hooks.append(ConsoleProgress(last))
+            if config.logging.profile:
+                skip, steps = config.logging.profile_skip, config.logging.profile_steps
+                hooks.append(Profile(self.directory / "profile", skip, steps))
         if evaluate is not None:
+
+            def go_on(_documents: int) -> None:
+                self.progress.at("evaluate")
+                if anywhere(interrupted()):
+                    self.report("the evaluation is left, to stop in time", {}, self.state.step)
+                    raise Interrupted
 
             def evaluate_now() -> dict[str, Any]:
                 with self.progress.during("evaluate"):
-                    return evaluate()
+                    return evaluate(progress=go_on)
 
             hooks.append(EvaluateEvery(evaluate_now, self.record, config.evaluation.every, last))
+        if config.logging.ranks_every:
+            every = config.logging.ranks_every
+            hooks.append(RankReport(engine.model, self.progress, self.report, self.record, every))
         self.writer = CheckpointWriter(
             self.checkpoints,
             Retention(newest=keep.keep, every=keep.keep_every, best=keep.keep_best),
@@ -213,3 +233,11 @@ class Run:
         partial = self.directory / "status.tmp"
         partial.write_text(json.dumps(values) + "\n")
         partial.replace(self.directory / "status.json")
+
+
+def anywhere(here: bool) -> bool:
+    """Whether something holds on any rank. Collective, on the CPU: a GPU is not waited for."""
+    flag = torch.tensor(int(here))
+    if dist.get_world_size() > 1:
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
