@@ -113,10 +113,8 @@ def test_a_profile_of_the_steps_that_were_asked_for(words, uninterrupted, tmp_pa
     run = tmp_path / "run"
     profile = ("logging.profile=true", "logging.profile_skip=2", "logging.profile_steps=2")
     train_forked(2, *words, f"run_dir={run}", *profile)
-    assert sorted(path.name for path in (run / "profile").iterdir()) == [
-        "steps_3_to_4.trace.json.gz",
-        "steps_3_to_4.txt",
-    ]
+    names = ["steps_3_to_4.trace.json.gz", "steps_3_to_4.txt"]
+    assert sorted(path.name for path in (run / "profile").iterdir()) == names
     with gzip.open(run / "profile" / "steps_3_to_4.trace.json.gz", "rt") as file:
         events = json.load(file)["traceEvents"]
     assert sum(event.get("name", "").startswith("ProfilerStep#") for event in events) == 2
@@ -147,9 +145,8 @@ def test_a_save_that_fails_is_reported_and_training_goes_on(words, uninterrupted
     run, said = tmp_path / "run", tmp_path / "said"
     train_forked(2, *words, f"run_dir={run}", "checkpoint.every=2", function=fail_to_write, args=(str(said), 1))
     assert losses(run) == losses(uninterrupted)
-    assert [
-        record["checkpoint/step"] for record in records(run, "checkpoint/failed") if record["checkpoint/failed"]
-    ] == [2]
+    saves = records(run, "checkpoint/failed")
+    assert [record["checkpoint/step"] for record in saves if record["checkpoint/failed"]] == [2]
     assert "rank 1: OSError: [Errno 28] No space left on device" in (tmp_path / "said.0").read_text()
     assert [path.name for path in whole_checkpoints(run / "checkpoints")] == ["step_00000004", "step_00000006"]
 
