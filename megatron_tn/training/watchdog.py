@@ -14,6 +14,7 @@ import json
 import linecache
 import os
 import shutil
+import signal
 import socket
 import sys
 import threading
@@ -91,6 +92,7 @@ class Watchdog:
         self.folder = run_dir / "ranks" / start[0]
 
     def __enter__(self) -> Watchdog:
+        faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)  # kill -USR2 PID prints its stacks
         if self.timeout_s:
             self._write()
             for thread in self._threads:
@@ -103,6 +105,7 @@ class Watchdog:
             if thread.is_alive():
                 thread.join(2 * self.interval_s)
         faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(signal.SIGUSR2)
 
     def explain(self, error: BaseException) -> str:
         """After this rank failed: which rank failed first, or has died, if another's end is why. Empty when unknown.
