@@ -125,7 +125,7 @@ class Watchdog:
             return "; ".join(f"{name_of(sign)} failed: {sign['failed']}" for sign in first)
         silent = self._silent(signs)
         if not signs.get(0, {}).get("alive") and self.rank == min(rank for rank in signs if signs[rank]["alive"]):
-            _replace_status(self.run_dir / "status.json", f"no sign of life: {', '.join(silent)}")  # rank 0 cannot
+            self._replace_status(f"no sign of life: {', '.join(silent)}")  # rank 0 cannot
         dead = "; ".join(f"{who} gives no sign of life: it has died or was stopped" for who in silent)
         return dead or "all ranks are alive, but the connection between them failed; NCCL_DEBUG=INFO says more"
 
@@ -165,7 +165,7 @@ class Watchdog:
             os.write(descriptor, text.encode())
             os.close(descriptor)
             shutil.copyfile(self._report, self.run_dir / "hang.txt")
-            _replace_status(self.run_dir / "status.json", text.splitlines()[0])
+            self._replace_status(text.splitlines()[0])
             print(text, file=sys.stderr, flush=True)
         time.sleep(2 * self.interval_s)  # a launcher kills the others as soon as one rank ends
         os._exit(HANG_EXIT)
@@ -229,6 +229,15 @@ class Watchdog:
             os.pwrite(descriptor, json.dumps(sign).encode().ljust(BYTES), 0)
             os.close(descriptor)
 
+    def _replace_status(self, error: str) -> None:
+        """The rank that writes status.json may be the one that hangs."""
+        path = self.run_dir / "status.json"
+        values = json.loads(path.read_text()) | {"state": "failed", "time": time.time(), "error": error}
+        values["step"] = max(values["step"], self.progress.step - 1)  # steps done
+        partial = path.with_suffix(".tmp")
+        partial.write_text(json.dumps(values) + "\n")
+        partial.replace(path)
+
 
 def where_is(frame: FrameType) -> tuple[bool, str]:
     """Whether a thread waits in a collective or for the GPU; and the project's line, or the last one, it stands at."""
@@ -274,12 +283,5 @@ def name_of(sign: dict[str, Any]) -> str:
 
 def place_of(sign: dict[str, Any]) -> str:
     doing = "waits at" if sign["waiting"] else "is at"
-    return f"step {sign['step']}, {sign['phase']}, {doing} {sign['place'] or 'code outside this project'}"
-
-
-def _replace_status(path: Path, error: str) -> None:
-    """The rank that writes status.json may be the one that hangs."""
-    values = json.loads(path.read_text()) | {"state": "failed", "time": time.time(), "error": error}
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(values) + "\n")
-    partial.replace(path)
+    seen = "" if sign["alive"] else "last seen in "
+    return f"{seen}step {sign['step']}, {sign['phase']}, {doing} {sign['place'] or 'code outside this project'}"

@@ -107,7 +107,7 @@ def test_a_rank_that_sleeps_is_named_with_its_line(start):
     assert "time.sleep" not in (ranks.run / "stacks" / "rank_00000.txt").read_text()
     assert "all_reduce" in (ranks.run / "stacks" / "rank_00000.txt").read_text()
     assert "in step" in (ranks.run / "stacks" / "rank_00001.txt").read_text()
-    assert ranks.status()["state"] == "failed"
+    assert (ranks.status()["state"], ranks.status()["step"]) == ("failed", 3)
     assert "the others wait for rank 1" in ranks.status()["error"]
     assert "the others wait for rank 1" in (ranks.run / "hang.txt").read_text()
 
