@@ -122,8 +122,9 @@ def take_snapshot(
                 key = f"{kind}/{owned.name}/{len(pieces)}"
                 sources[key] = owned.values[kind][at : at + piece.stop - piece.start]
                 pieces.append(replace(piece, file=rank_file(context.rank), key=key))
-    on_gpu = any(source.is_cuda for source in sources.values())
-    block = (memory or HostMemory()).take(sum(source.numel() for source in sources.values()), on_gpu)
+    # Memory that is not kept is not worth locking.
+    pinned = memory is not None and any(source.is_cuda for source in sources.values())
+    block = (memory or HostMemory()).take(sum(source.numel() for source in sources.values()), pinned)
     parts = block.split([source.numel() for source in sources.values()])
     tensors = {}
     for (key, source), part in zip(sources.items(), parts, strict=True):

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 
 from megatron_tn.engine.base import Engine
 from megatron_tn.training.step import Microbatch, run_microbatch
@@ -31,12 +33,14 @@ class _Watch:
 
     def look(self, what: str, tensor: Tensor) -> None:
         self.seen += 1
+        if isinstance(tensor, DTensor):  # asking the whole of it would be collective, and ranks differ in what they ask
+            tensor = tensor.to_local()
         if self.found is None and tensor.is_floating_point() and not tensor.isfinite().all():
             self.found = (what, self.seen)
 
 
 @contextlib.contextmanager
-def _watching(model: nn.Module) -> Iterator[_Watch]:
+def watching(model: nn.Module) -> Iterator[_Watch]:
     """Look at the parameters now, and until the block ends at every module's output and every gradient."""
     watch = _Watch()
     for name, parameter in model.named_parameters():
@@ -55,14 +59,28 @@ def _watching(model: nn.Module) -> Iterator[_Watch]:
 
         return hook
 
-    handles = [module.register_forward_hook(after(name)) for name, module in model.named_modules() if name]
-    handles += [parameter.register_hook(gradient_of(name)) for name, parameter in model.named_parameters()]
+    def before(prefix: str):
+        def hook(module: nn.Module, inputs) -> None:
+            # FSDP2 swaps whole parameters in just before a block runs: gradients are theirs, not those of the shards.
+            for name, parameter in module.named_parameters(prefix=prefix):
+                if parameter.requires_grad and id(parameter) not in hooked:
+                    hooked[id(parameter)] = parameter.register_hook(gradient_of(name))
+
+        return hook
+
+    hooked: dict[int, RemovableHandle] = {}
+    before("")(model, ())
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(before(name)))
+        if name:
+            handles.append(module.register_forward_hook(after(name)))
     try:
         # A compiled block does not run hooks that came after its compilation.
         with torch.compiler.set_stance("force_eager"):
             yield watch
     finally:
-        for handle in handles:
+        for handle in (*handles, *hooked.values()):
             handle.remove()
 
 
@@ -74,7 +92,7 @@ def find_nonfinite(engine: Engine, microbatches: Sequence[Microbatch], device: t
     """
 
     tokens = sum(batch.targets.numel() for batch in microbatches)
-    with _watching(engine.model) as watch:
+    with watching(engine.model) as watch:
         for batch in microbatches:
             run_microbatch(engine, batch, torch.tensor(1 / tokens, device=device), device, last=False)
     # However that went, the engine must not apply these gradients: one more pass makes them all NaN, which every engine

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -21,9 +22,11 @@ from megatron_tn.checkpoint.retention import Retention
 from megatron_tn.checkpoint.save import CheckpointError, save_checkpoint, write_tensors
 from megatron_tn.config import to_mapping
 from megatron_tn.engine.build import initialize_engine
+from megatron_tn.parallel.world import join_world
 from tests.checkpoint.test_save_load import make_engine, one_step
 from tests.engine.test_parity import LOCAL, ZERO
 from tests.helpers.ranks import run_ranks
+from tests.helpers.training import fork_ranks
 
 
 def content(config, step: int) -> dict:
@@ -116,7 +119,9 @@ def test_a_write_that_fails_on_one_rank_is_known_to_all_and_the_next_succeeds(tm
 
 def save_for_ever(folder: Path, ready) -> None:
     torch.set_num_threads(1)
-    config, engine = make_engine(1, LOCAL)
+    if "RANK" in os.environ:
+        join_world(60)
+    config, engine = make_engine(int(os.environ.get("WORLD_SIZE", "1")), LOCAL)
     initialize_engine(engine, seed=5)
     writer = CheckpointWriter(folder, Retention(newest=2), background=True, timeout_s=60)
     first = max([int(path.name[5:13]) for path in whole_checkpoints(folder)], default=0) + 1
@@ -125,26 +130,27 @@ def save_for_ever(folder: Path, ready) -> None:
         for owned in engine.owned_ranges():
             for values in owned.values.values():
                 values.fill_(step)
-        writer.save(engine, step, **content(config, step))
-        if step % 5 == 0:  # the same step saved again, as after a rewind
-            writer.save(engine, step, **content(config, step))
+        for _ in range(1 + (step % 5 == 0)):  # now and then the same step again, as after a rewind
+            before = writer.save(engine, step, **content(config, step))
+            if before and before.error:
+                sys.exit(f"another rank is gone: {before.error}")
         if step == first + 1:
             ready.set()
 
 
-def kill_and_load(folder: Path, times: int) -> int:
-    """Kill a process that saves, at random moments; after each the last checkpoint must be whole. Returns its step."""
+def kill_and_load(folder: Path, times: int, ranks: int = 1) -> None:
+    """Kill one of the processes that save, at random moments; after each the last checkpoint must be whole."""
     draw, forkserver = random.Random(6), multiprocessing.get_context("forkserver")
-    forkserver.set_forkserver_preload(["tests.helpers.preload"])
     last = 0
     for _ in range(times):
         ready = forkserver.Event()
-        process = forkserver.Process(target=save_for_ever, args=(folder, ready))
-        process.start()
+        processes = fork_ranks(ranks, save_for_ever, folder, ready)
         assert ready.wait(120)
         time.sleep(draw.random() * 0.06)
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        os.kill(draw.choice(processes).pid, signal.SIGKILL)
+        for process in processes:
+            process.join(120)
+        assert all(process.exitcode for process in processes)
         newest = whole_checkpoints(folder)[-1]
         manifest = Manifest.read(newest)
         assert manifest.step > last  # the new process went on from what it found and saved at least once more
@@ -158,13 +164,14 @@ def kill_and_load(folder: Path, times: int) -> int:
     writer.save(engine, last + 1, **content(config, last + 1))
     writer.close()
     assert all(path.suffix == "" and "again" not in path.name for path in folder.iterdir())  # what was partial is gone
-    return last
 
 
-def test_kill_9_at_random_moments(tmp_path):
-    kill_and_load(tmp_path, 8)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_kill_9_at_random_moments(tmp_path, ranks):
+    kill_and_load(tmp_path, 7 - 2 * ranks, ranks)
 
 
 @pytest.mark.full
-def test_kill_9_at_50_random_moments(tmp_path):
-    kill_and_load(tmp_path, 50)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_kill_9_at_50_random_moments(tmp_path, ranks):
+    kill_and_load(tmp_path, 50, ranks)

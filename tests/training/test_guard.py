@@ -6,11 +6,15 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from megatron_tn.config import EngineConfig, GuardConfig, ParallelConfig
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.parallel.context import ParallelContext
-from megatron_tn.training.diagnose import Culprit, find_nonfinite
+from megatron_tn.training.diagnose import Culprit, find_nonfinite, watching
 from megatron_tn.training.guard import Guard, TrainingAborted, spike_height
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport, train_step
@@ -146,3 +150,28 @@ def test_the_first_activation_is_named():
             (1, "the output of model.layers.1.channel_mixer")
         ]
         assert all(unchanged)
+
+
+def watch_sharded() -> tuple[str, int] | None:
+    """A weight's gradient on rank 1 is not finite, in a model whose parameters FSDP2 shards."""
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    if dist.get_rank() == 1:
+
+        def poison(module, inputs) -> None:
+            module.weight.register_hook(lambda gradient: gradient * math.nan)
+
+        model[1].register_forward_pre_hook(poison)
+    with watching(model) as watch:
+        model(torch.randn(4, 8)).sum().backward()
+    return watch.found
+
+
+def test_parameters_that_fsdp2_swaps_in_are_watched():
+    healthy, found = run_ranks(2, watch_sharded)
+    assert healthy is None
+    assert found[0] == "the gradient of 1.weight"
