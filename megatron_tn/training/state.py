@@ -15,7 +15,7 @@ class TrainingState:
 
     step: optimizer steps taken or skipped. The next step, number step + 1 in the log, trains on batch number step + 1.
     optimizer_step: steps that were applied; what AdamW's bias correction counts.
-    tokens: target tokens trained on.
+    tokens: target tokens seen, also by updates that were refused.
     samples: sequences taken from the stream, which is also the next one's index.
     stream: the token stream's state at the last save, as plain JSON values.
     skip: numbers of batches that are not trained on, past and to come. The ledger that every resume goes on with.
