@@ -17,6 +17,7 @@ TRITON_MODULES = (
     "kernels.lightning.triton_segments",
     "kernels.lightning.launch",
     "kernels.norm_gate.triton_norm_gate",
+    "kernels.cross_entropy.triton_softmax",
     "kernels.sglu.triton_sglu",
     "kernels.srmsnorm.triton_norm",
 )

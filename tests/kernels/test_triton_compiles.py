@@ -135,3 +135,16 @@ def test_sglu(capability, silu):
         types = {name: "*bf16" for name in kernel.arg_names if name.endswith("pointer")}
         constants = {"SILU": silu, "BLOCK": triton_sglu.BLOCK}
         assert resources(compiled(kernel, capability, types, constants, num_warps=triton_sglu.WARPS))[1] == 0
+
+
+@pytest.mark.parametrize("capability", sorted(TILES))
+def test_cross_entropy(capability):
+    from kernels.cross_entropy import triton_softmax
+
+    special = {"logits_pointer": "*fp32", "rows_pointer": "*i64", "kept_pointer": "*i1"}
+    special |= dict.fromkeys(("highest_pointer", "sums_pointer", "normalizer_pointer"), "*fp32")
+    for kernel in (triton_softmax.statistics_kernel, triton_softmax.gradient_kernel):
+        types = {"gradient_pointer": "*bf16"} | special
+        types = {name: types[name] for name in kernel.arg_names if name in types}
+        constants = {"BLOCK": triton_softmax.BLOCK}
+        assert resources(compiled(kernel, capability, types, constants, num_warps=triton_softmax.WARPS))[1] == 0
