@@ -6,6 +6,7 @@ The public functions are below; their docstrings are the reference. Needs torch 
 from kernels.activation import activation
 from kernels.cross_entropy.op import linear_cross_entropy
 from kernels.dispatch import set_backend
+from kernels.lightning.gla import gla
 from kernels.lightning.op import lightning_attention
 from kernels.lrpe.op import lrpe
 from kernels.norm_gate.op import apply_rms_scale, gate_with_square_sum
@@ -23,6 +24,7 @@ __all__ = [
     "add_simple_rms_norm",
     "apply_rms_scale",
     "gate_with_square_sum",
+    "gla",
     "lightning_attention",
     "linear_cross_entropy",
     "lrpe",

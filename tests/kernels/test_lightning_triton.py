@@ -46,16 +46,16 @@ def test_documents_do_not_leak(triton_device):
 
 @pytest.fixture
 def short_segments(monkeypatch):
-    """Cut every sequence into segments of two chunks, as only long ones on a GPU would be."""
+    """Cut every sequence into short segments, as only long ones on a GPU would be."""
     from kernels.lightning import launch
 
     lengths = []
 
-    def two_chunks(tile, programs, length):
-        lengths.append(2 * tile.chunk)
-        return min(2 * tile.chunk, length)
+    def short(capability, element_bytes, rows, total, *widths):
+        lengths.append(total)
+        return min(128, total)
 
-    monkeypatch.setattr(launch, "segment_length", two_chunks)
+    monkeypatch.setattr(launch, "plan_segment", short)
     yield
     assert lengths
 

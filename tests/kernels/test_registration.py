@@ -26,7 +26,7 @@ def operators():
         "lightning_forward+packed": (ops.lightning_forward, (q, k, v, decay, packed, bounds, True)),
         "lightning_backward": (
             ops.lightning_backward,
-            tuple(None if a is None else a.detach() for a in (v, state, q, k, v, decay, state, None)),
+            tuple(None if a is None else a.detach() for a in (v, state, q, k, v, decay, state, None, None)),
         ),
         "srmsnorm_forward": (ops.srmsnorm_forward, (x, 1e-6)),
         "srmsnorm_backward": (ops.srmsnorm_backward, (y.detach(), x.detach(), 1e-6)),

@@ -1,0 +1,61 @@
+"""The Triton kernels of gated linear attention, in the interpreter (fp32, fp16) or on a GPU, on outputs of NaN."""
+
+import pytest
+import torch
+
+from tests.kernels.gla_support import Gated
+
+BOUNDS = (0, 5, 5, 37, 38, 103, 104, 104)
+
+
+@pytest.mark.parametrize("with_lrpe", [False, True], ids=["plain", "lrpe"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("length", [1, 33, 65])
+def test_any_length(triton_device, length, dtype, with_lrpe):
+    Gated.random(
+        length=length, batch=1, rates=(0.0, 0.5), dtype=dtype, with_lrpe=with_lrpe, begin=3, device=triton_device
+    ).check()
+
+
+@pytest.mark.parametrize("width", [8, 48, 80, 128])
+def test_any_width_with_lrpe(triton_device, width):
+    Gated.random(length=35, batch=1, width=width, rates=(0.05,), device=triton_device).check()
+
+
+@pytest.mark.parametrize("act", ["none", "1+elu"])
+@pytest.mark.parametrize("with_lrpe", [False, True], ids=["plain", "lrpe"])
+def test_every_activation(triton_device, act, with_lrpe):
+    """At a width that is padded, where 1 + elu makes ones of zeros."""
+    case = Gated.random(
+        length=33, width=24, batch=1, rates=(0.1, 1.0), act=act, with_lrpe=with_lrpe, device=triton_device
+    )
+    case.check()
+
+
+def test_without_a_gate(triton_device):
+    Gated.random(length=33, batch=1, rates=(0.1,), gate=False, with_lrpe=False, device=triton_device).check()
+
+
+@pytest.mark.parametrize("with_lrpe", [False, True], ids=["plain", "lrpe"])
+def test_packed_documents(triton_device, with_lrpe):
+    Gated.random(length=104, bounds=BOUNDS, begin=7, with_lrpe=with_lrpe, device=triton_device).check()
+
+
+def test_positions_in_the_millions(triton_device):
+    Gated.random(length=40, batch=2, begin=3_000_000, device=triton_device).check()
+
+
+@pytest.fixture
+def short_pieces(monkeypatch):
+    """Segments of 64 positions and stretches of 32, as only long sequences on a GPU would have."""
+    from kernels.lightning import launch
+
+    monkeypatch.setattr(launch, "plan_segment", lambda capability, size, rows, total, *widths: min(64, total))
+    monkeypatch.setattr(launch, "THETA_STRETCH", 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("bounds", [None, (0, 70, 70, 71, 200, 203, 203)], ids=["rows", "packed"])
+def test_segments_and_stretches(triton_device, short_pieces, bounds, dtype):
+    rates = (0.0, 0.02, 0.9)
+    Gated.random(length=203, batch=1, rates=rates, bounds=bounds, dtype=dtype, device=triton_device).check()
