@@ -267,7 +267,8 @@ class Scan:
             stretches = sequences.total // THETA_STRETCH + sequences.count
         # In half precision bf16: a state may be beyond fp16.
         dtype = torch.float32 if self.inputs[0].dtype == torch.float32 else torch.bfloat16
-        return torch.empty(stretches + 1, *self.state_shape, dtype=dtype, device=self.device)
+        shape = (stretches + 1, self.heads, self.slices, 2, self.tile.out, self.summed)
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def run(
         self,

@@ -95,7 +95,7 @@ def scan_kernel(
     chunk_pointer,  # of the chunks' starts in their sequence, [heads, chunk_rows, 2, width], fp32
     begin_pointer,  # of the sequences' starts, [heads, sequences, 2, width], fp32
     flow_pointer,  # [programs / slices, c's width], fp32: each program's part of theta's gradient
-    crossing_pointer,  # [stretches, heads, 2, c's width, summed width]: states between stretches
+    crossing_pointer,  # [stretches, heads, slices, 2, OUT, SUMMED]: states between stretches
     total,
     heads,
     segments,
@@ -197,8 +197,6 @@ def scan_kernel(
         angles = summed
         angle_width = summed_width
     ok_columns = angles < angle_width
-    cos = 1.0
-    sin = 0.0
     if LRPE:
         cos_within, sin_within = table_row(within_pointer, head, CHUNK, i[:, None], angles[None, :], angle_width)
         if begin_pointer is not None:
@@ -206,7 +204,6 @@ def scan_kernel(
     if FLOW:
         flow = tl.zeros([OUT], dtype=tl.float32)
         crossing = tl.zeros([OUT], dtype=tl.float32)
-        crossing_at = columns[:, None] * summed_width + summed[None, :]
         # Slots of a sequence's stretches: sequences of a row share a boundary's number, but for one more each.
         if PACKED:
             stretch = start // FLOW + number
@@ -228,6 +225,8 @@ def scan_kernel(
             if begin_pointer is not None:
                 cos, sin = turned(cos, sin, cos_begin, sin_begin)
             cos, sin = turned(cos_within, sin_within, cos[None, :], sin[None, :])
+        else:
+            cos, sin = 1.0, 0.0
         if RAGGED and (HAS_FIRST if REVERSE else HAS_LAST):
             rows = tl.minimum(held_length - begin, CHUNK)
             if REVERSE:
@@ -238,18 +237,18 @@ def scan_kernel(
 
         if FLOW:
             boundary = offset + begin + (CHUNK if REVERSE else 0)
-            slot = ((stretch + boundary // FLOW).to(tl.int64) * heads + head) * 2 * c_width * summed_width
-            kept = crossing_pointer + slot + crossing_at
+            slot = ((stretch + boundary // FLOW).to(tl.int64) * heads + head) * slices + program % slices
+            kept = crossing_pointer + slot * (2 * OUT * SUMMED)
+            crossing_at = tl.arange(0, OUT)[:, None] * SUMMED + summed[None, :]
             if REVERSE:
                 if (boundary % FLOW == 0) & (boundary < length):
-                    before_cos = tl.load(kept, mask=state_mask, other=0.0).to(tl.float32)
-                    before_sin = tl.load(kept + c_width * summed_width, mask=state_mask, other=0.0).to(tl.float32)
-                    crossing += tl.sum(state * before_sin - other * before_cos, axis=1)
+                    crossing += tl.sum(state * tl.load(kept + OUT * SUMMED + crossing_at).to(tl.float32), axis=1)
+                    crossing -= tl.sum(other * tl.load(kept + crossing_at).to(tl.float32), axis=1)
             else:
                 if (boundary % FLOW == 0) & (boundary > 0):
                     kind = crossing_pointer.dtype.element_ty
-                    tl.store(kept, state.to(kind), mask=state_mask)
-                    tl.store(kept + c_width * summed_width, other.to(kind), mask=state_mask)
+                    tl.store(kept + crossing_at, state.to(kind))
+                    tl.store(kept + OUT * SUMMED + crossing_at, other.to(kind))
 
         a_tile = load_tile(a, row, head, position, 0, a_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS)
         b_tile = load_tile(b, row, head, position, 0, b_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS)

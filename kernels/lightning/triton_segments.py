@@ -92,8 +92,6 @@ def piece_states_kernel(
     else:
         angles = summed
         angle_width = summed_width
-    cos = 1.0
-    sin = 0.0
     state = tl.zeros([OUT, SUMMED], dtype=tl.float32)
     if LRPE:
         other = tl.zeros([OUT, SUMMED], dtype=tl.float32)
@@ -118,6 +116,8 @@ def piece_states_kernel(
             if begin_pointer is not None:
                 cos, sin = turned(cos, sin, cos_begin, sin_begin)
             cos, sin = turned(cos_within, sin_within, cos[None, :], sin[None, :])
+        else:
+            cos, sin = 1.0, 0.0
         b_tile = load_tile(b, row, head, position, 0, b_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS)
         c_tile = load_tile(c, row, head, position, column, c_time, c_width, held, CHUNK, OUT, DESCRIPTORS)
         ok = held[:, None] & (angles < angle_width)[None, :]

@@ -7,7 +7,7 @@ import tempfile
 
 import pytest
 
-from kernels.lightning.configs import TILES
+from kernels.lightning.configs import LRPE_TILES, THETA_STRETCH, TILES, tile_for
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
@@ -43,12 +43,16 @@ def resources(kernel) -> tuple[int, int]:
     return kernel.metadata.shared, int(re.search(r"STACK:(\d+)", report)[1])
 
 
-def compile_scan(capability: int, element_bytes: int, summed: int, states: bool = False, **constants):
-    """The scan, or the pass for its segments' states, as launched for full widths: by descriptors where there are."""
-    from kernels.lightning.triton_scan import scan_kernel
-    from kernels.lightning.triton_segments import segment_states_kernel
+def compile_scan(capability: int, element_bytes: int, summed: int, states: bool = False, lrpe: str = "", **constants):
+    """The scan, or the pass for its pieces' states, as launched for full widths: by descriptors where there are.
 
-    tile = TILES[capability][element_bytes][summed]
+    lrpe: "summed" or "out" for that tile in a layer with LRPE, where `summed` is the width before doubling.
+    """
+    from kernels.lightning.triton_features import ACTIVATIONS
+    from kernels.lightning.triton_scan import scan_kernel
+    from kernels.lightning.triton_segments import piece_states_kernel
+
+    tile = tile_for(capability, element_bytes, summed, 256 if not lrpe else summed, lrpe or None)
     described = capability >= 9 and element_bytes == 2
     types = {}
     for name, columns in {"a": summed, "b": summed, "c": tile.out, "out": tile.out}.items():
@@ -56,10 +60,18 @@ def compile_scan(capability: int, element_bytes: int, summed: int, states: bool 
             types[name] = f"tensordesc<{TYPES[element_bytes][1:]}[1, {tile.chunk}, 1, {columns}]>"
         else:
             types[name] = TYPES[element_bytes]
-    types |= dict.fromkeys(("decay_pointer", "first_state_pointer", "last_state_pointer", "states_pointer"), "*fp32")
-    types["bounds_pointer"] = "*i32"
+    pointers = ("decay", "first_state", "last_state", "states", "chunk", "flow")
+    types |= {f"{name}_pointer": "*fp32" for name in pointers}
+    types |= {f"{name}_pointer": "*i32" for name in ("bounds", "document", "first")}
+    types |= {"raw": TYPES[element_bytes], "crossing_pointer": TYPES[element_bytes]}
+    types["within_pointer"] = "*fp16" if element_bytes == 2 else "*fp32"
+    constants = {"FEATURES": 0, "ACT": 0, "LRPE": bool(lrpe), "begin_pointer": None, "CUT": True} | constants
+    if lrpe:
+        constants |= {"FEATURES": 1 if lrpe == "summed" else 2, "ACT": ACTIVATIONS["silu"]}
+    kernel = piece_states_kernel if states else scan_kernel
+    if not states:
+        constants = {"FLOW": THETA_STRETCH if lrpe == "out" else 0} | constants
     constants |= {"DESCRIPTORS": described, "CHUNK": tile.chunk, "SUMMED": summed, "OUT": tile.out}
-    kernel = segment_states_kernel if states else scan_kernel
     return compiled(
         kernel, capability, types, constants | {"STAGES": tile.stages}, num_warps=tile.warps, num_stages=tile.stages
     )
@@ -96,7 +108,9 @@ def test_lightning_scan_of_documents_with_states(capability, element_bytes, summ
 
 @pytest.mark.parametrize(("capability", "element_bytes", "summed"), TILE_KEYS)
 def test_lightning_segment_states(capability, element_bytes, summed):
-    shared, spilled = resources(compile_scan(capability, element_bytes, summed, states=True, REVERSE=True))
+    shared, spilled = resources(
+        compile_scan(capability, element_bytes, summed, states=True, REVERSE=True, PACKED=False, WITH_LAST=False)
+    )
     assert shared <= SHARED_MEMORY[capability]
     assert spilled <= SPILLED.get((capability, element_bytes, summed), 0)
 
