@@ -8,6 +8,7 @@ from kernels.cross_entropy.op import linear_cross_entropy
 from kernels.dispatch import set_backend
 from kernels.lightning.gla import gla
 from kernels.lightning.op import lightning_attention
+from kernels.lightning.state import gla_state, lightning_state
 from kernels.lrpe.op import lrpe
 from kernels.norm_gate.op import apply_rms_scale, gate_with_square_sum
 from kernels.self_check import self_check
@@ -25,7 +26,9 @@ __all__ = [
     "apply_rms_scale",
     "gate_with_square_sum",
     "gla",
+    "gla_state",
     "lightning_attention",
+    "lightning_state",
     "linear_cross_entropy",
     "lrpe",
     "self_check",

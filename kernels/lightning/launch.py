@@ -50,24 +50,27 @@ def backward(
     cu_seqlens: Tensor | None,
     starts: Tensor | None = None,
     features: "Features | None" = None,
-    out: tuple[Tensor, Tensor, Tensor] | None = None,
+    out: tuple[Tensor | None, Tensor, Tensor] | None = None,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v, of the initial state (fp32; empty where there is none) and of theta (None without).
 
     dstate None means zero. starts: the forward pass's, None or empty to find them again. out: where to write the first
-    three, of any strides. state: the final state, which theta's gradient wants beside dstate.
+    three, of any strides; dq may be None, to leave it out, unless theta's gradient is wanted. state: the final state,
+    which theta's gradient wants beside dstate.
     """
     features = features or Features()
     dq, dk, dv = out or (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     sequences = Sequences.of(q, v, cu_seqlens, features)
     first = _given(initial_state)
 
-    for_dq = Scan(do, v, k, decay, sequences, features, side=OUT_SIDE)
-    if sequences.cut:
-        first = starts if starts is not None and starts.numel() else for_dq.segment_starts(first)
-    crossing = for_dq.new_crossing()
-    flow_q = for_dq.run(dq, first, raw=q, crossing=crossing)
+    flow_q = crossing = None
+    if dq is not None:
+        for_dq = Scan(do, v, k, decay, sequences, features, side=OUT_SIDE)
+        if sequences.cut:
+            first = starts if starts is not None and starts.numel() else for_dq.segment_starts(first)
+        crossing = for_dq.new_crossing()
+        flow_q = for_dq.run(dq, first, raw=q, crossing=crossing)
 
     for_dv = Scan(k, q, do, decay, sequences, features, side=SUMMED_SIDE, reverse=True)
     dinitial = for_dv.new_state(initial_state is not None)

@@ -64,7 +64,7 @@ def _forward(
     # A state nobody wants is empty: at 1024 positions it would be a quarter of an output to write.
     if not q.is_cuda:
         check_values(decay, cu_seqlens, q.shape[1])
-    if _backend(q, v) == "triton":
+    if backend(q, v) == "triton":
         from kernels.lightning import launch
 
         return launch.forward(q, k, v, decay, initial_state, cu_seqlens, return_state)
@@ -90,7 +90,7 @@ def _backward(
     cu_seqlens: Tensor | None,
     starts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if _backend(q, v) == "triton":
+    if backend(q, v) == "triton":
         from kernels.lightning import launch
 
         return launch.backward(do, dstate, q, k, v, decay, initial_state, cu_seqlens, starts)[:4]
@@ -142,7 +142,8 @@ def _backward_flops(do_shape, dstate_shape, q_shape, k_shape, v_shape, *args, ou
     return 2 * _forward_flops(q_shape, k_shape, v_shape)
 
 
-def _backend(q: Tensor, v: Tensor) -> str:
+def backend(q: Tensor, v: Tensor) -> str:
+    """Which implementation runs for q [B, T, H, K] and v [B, T, H, V]."""
     unsupported = None
     if q.dtype == torch.float64:
         unsupported = "tensor cores' fp32 sums cannot serve float64 inputs"

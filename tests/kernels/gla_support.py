@@ -105,3 +105,23 @@ class Gated:
         assert_close(NAMES, got[:5], wanted[:5], tolerance or TOLERANCE[dtype])
         if self.theta is not None:
             assert_close("dtheta", got[5:], wanted[5:], tolerance or THETA_TOLERANCE[dtype])
+
+    def check_state_alone(self) -> None:
+        """gla_state and its gradients, as gla has them where its other results are not used."""
+        leaves = self.leaves()
+        theta = leaves[2] if self.theta is not None else None
+        state = kernels.gla_state(
+            leaves[0],
+            self.decay,
+            theta,
+            act=self.act,
+            positions=self.positions,
+            initial_state=leaves[1],
+            cu_seqlens=self.cu_seqlens,
+        )
+        got = [state, *torch.autograd.grad(state, leaves, self.dstate)]
+        self.dy, self.dsquare_sum = torch.zeros_like(self.dy), torch.zeros_like(self.dsquare_sum)
+        wanted = self.exact()[2:]
+        assert_close("state dqkvu dinitial", got[:3], wanted[:3], TOLERANCE[self.qkvu.dtype])
+        if self.theta is not None:
+            assert_close("dtheta", got[3:], wanted[3:], THETA_TOLERANCE[self.qkvu.dtype])

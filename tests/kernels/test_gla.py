@@ -46,6 +46,12 @@ def test_positions_in_the_millions():
         assert relative_error(case.run()[index], near.run()[index]) < 1e-5
 
 
+@pytest.mark.parametrize("with_lrpe", [False, True], ids=["plain", "lrpe"])
+@pytest.mark.parametrize("bounds", [None, BOUNDS], ids=["rows", "packed"])
+def test_the_state_alone(bounds, with_lrpe):
+    Gated.random(length=200, bounds=bounds, with_lrpe=with_lrpe, begin=5).check_state_alone()
+
+
 def test_views_and_results():
     """A strided qkvu, no state, and gradients from one result at a time."""
     case = Gated.random(length=20)

@@ -68,6 +68,21 @@ def test_segments_of_a_sequence(triton_device, short_segments, length, dtype):
     Attention.random(length=length, batch=1, rates=rates, dtype=dtype, device=triton_device).check()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_segments_of_packed_documents(triton_device, short_segments, dtype):
+    bounds = (0, 0, 130, 131, 390, 518, 520, 520)
+    Attention.random(length=520, bounds=bounds, rates=(0.0, 0.9), dtype=dtype, device=triton_device).check()
+
+
+@pytest.mark.parametrize("bounds", [None, (0, 0, 130, 131, 260, 260)], ids=["rows", "packed"])
+def test_the_state_alone(triton_device, short_segments, bounds):
+    Attention.random(length=260, batch=2, bounds=bounds, rates=(0.0, 0.9), device=triton_device).check_state_alone()
+
+
+def test_the_state_of_one_segment(triton_device):
+    Attention.random(length=40, batch=2, bounds=None, device=triton_device).check_state_alone()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("widths", [(64, 64), (128, 128), (256, 128)], ids="{0[0]}x{0[1]}".format)
 def test_bf16_segments_on_the_gpu(cuda, short_segments, widths):

@@ -7,7 +7,7 @@ import tempfile
 
 import pytest
 
-from kernels.lightning.configs import LRPE_TILES, THETA_STRETCH, TILES, tile_for
+from kernels.lightning.configs import THETA_STRETCH, TILES, tile_for
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
