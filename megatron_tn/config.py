@@ -147,6 +147,7 @@ class ScheduleConfig:
 @dataclass(frozen=True, config=_STRICT)
 class CheckpointConfig:
     every: int = 500  # steps; 0 saves only at the end and on preemption
+    at_end: bool = True  # save when the run ends; False is for benchmarks
     keep: int = 3  # newest checkpoints kept; 0 keeps all
     resume: str = "auto"  # auto: the newest whole one in run_dir; none: start afresh; or the path of one
 
@@ -256,6 +257,21 @@ class TrainConfig:
                         f"{data.micro_batch} x data-parallel size {dp} = {data.micro_batch * dp}"
                     )
         return found
+
+
+@dataclass(frozen=True, config=_STRICT)
+class BenchmarkSettings:
+    steps: int = 12  # measured steps, after warm-up, of each of the models side by side
+    loop_steps: int = 0  # steps of the whole training command (data, optimizer, logging); 0 leaves it out
+    peer: Literal["none", "llama"] = "none"  # a model of the same shape, measured in the same process
+    output: str = ""  # JSON lines file that the rows are appended to
+
+
+@dataclass(frozen=True, config=_STRICT)
+class BenchmarkConfig(TrainConfig):
+    """Settings of `python -m megatron_tn.benchmark`: a run's, and how it is measured."""
+
+    benchmark: BenchmarkSettings = dataclasses.field(default_factory=BenchmarkSettings)
 
 
 @dataclass(frozen=True, config=_STRICT)

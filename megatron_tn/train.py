@@ -32,8 +32,7 @@ from megatron_tn.training.step import train_step
 log = logging.getLogger(__name__)
 
 
-@command(TrainConfig, "config")
-def main(config: TrainConfig) -> None:
+def train(config: TrainConfig) -> None:
     config, stream = preflight(config)
     with Preemption() as preemption, Run(config) as run:
         context = ParallelContext.create(config.parallel.tp, config.parallel.cp)
@@ -137,6 +136,8 @@ def stream_state(stream: TokenStream, next_sample: int) -> dict[str, Any]:
         dist.all_gather_object(states, mine)
     return json.loads(StreamState.merge(states).to_json())
 
+
+main = command(TrainConfig, "config")(train)
 
 if __name__ == "__main__":
     main()

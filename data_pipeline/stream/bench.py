@@ -28,15 +28,15 @@ SHARDS, SHARD_TOKENS = 100_000, 20_000_000  # of the simulated manifest
 STEP, GLOBAL_BATCH = 10**6, 512  # sequences a step
 
 
-def write_shards(folder: Path, shards: int, shard_tokens: int) -> Manifest:
+def write_shards(folder: Path, shards: int, shard_tokens: int, vocab_size: int = 64_000) -> Manifest:
     """A manifest of documents of DOCUMENT random tokens."""
     generator = np.random.default_rng(0)
     replace_file(folder / "tokenizer.json", b"{}")
     digest = sha256_of(folder / "tokenizer.json")
-    info = TokenizerInfo(file="tokenizer.json", sha256=digest, vocab_size=64_000, bos=1, eos=2, pad=0)
+    info = TokenizerInfo(file="tokenizer.json", sha256=digest, vocab_size=vocab_size, bos=1, eos=2, pad=0)
     with ShardWriter(folder, "bench", dtype=np.dtype("uint16"), shard_tokens=shard_tokens) as writer:
         for number in range(shards * (shard_tokens // DOCUMENT)):
-            tokens = generator.integers(3, 64_000, DOCUMENT)
+            tokens = generator.integers(3, vocab_size, DOCUMENT)
             writer.write(tokens, id=str(number), source="bench", text_bytes=4 * DOCUMENT)
     manifest = Manifest.create(folder, info, writer.shards)
     manifest.save()

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from kernels import apply_rms_scale, gla
 from megatron_tn.config import ModelConfig
-from megatron_tn.model.decay import decay_rates
 from megatron_tn.parallel.collectives import copy_to, reduce_from
 from megatron_tn.parallel.context import Axis
 from megatron_tn.parallel.linear import ColumnParallelLinear, RowParallelLinear
@@ -48,6 +47,8 @@ class GateNorm(nn.Module):
 class GatedLinearAttention(nn.Module):
     """x [B, N, D] -> [B, N, D], with the recurrent state [B, H / tp, K, d] going in and coming out on request.
 
+    decay: rates of this rank's heads in this layer, fp32 [H / tp].
+
     The norm is over ALL heads together, which live on different ranks. Its per-token scale commutes with the gate and
     with W_o, so each rank forms (o * u) W_o^T and its part of sum(o^2); both are reduced, and the scale comes last.
     """
@@ -64,22 +65,12 @@ class GatedLinearAttention(nn.Module):
         self.out_proj = RowParallelLinear(config.embed_dim, config.embed_dim, axis)
         self.lrpe = LRPE(config.heads, config.head_dim, axis) if config.lrpe_layers[layer] else None
         self.norm = GateNorm(config.embed_dim, axis) if config.norm == "rmsnorm" else None
-        rates = decay_rates(config.heads, layer, config.layers, form=config.decay, temperature=config.decay_temperature)
-        # Kept as numbers and made a tensor where they are used: engines cast buffers to the parameters' type, and
-        # ZeRO 3 casts every tensor made while a model is built, but rates must stay fp32.
-        self.rates = tuple(rates[axis.rank * self.heads : (axis.rank + 1) * self.heads])
-        self._decay: Tensor | None = None
-
-    def decay(self, device: torch.device) -> Tensor:
-        """Rates of this rank's heads, fp32 [H / tp]."""
-        if self._decay is None or self._decay.device != device:
-            self._decay = torch.tensor(self.rates, dtype=torch.float32, device=device)
-        return self._decay
 
     def forward(
         self,
         x: Tensor,
         positions: Tensor,
+        decay: Tensor,
         *,
         cu_seqlens: Tensor | None = None,
         state: Tensor | None = None,
@@ -87,7 +78,7 @@ class GatedLinearAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         y, square_sum, state = gla(
             self.qkvu_proj(copy_to(x, self.axis)),
-            self.decay(x.device),
+            decay,
             None if self.lrpe is None else self.lrpe.theta,
             act=self.act,
             gate=self.gate,

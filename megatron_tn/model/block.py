@@ -26,12 +26,13 @@ class Block(nn.Module):
         self,
         x: Tensor,
         positions: Tensor,
+        decay: Tensor,
         cu_seqlens: Tensor | None = None,
         state: Tensor | None = None,
         return_state: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         mixed, state = self.token_mixer(
-            self.token_norm(x), positions, cu_seqlens=cu_seqlens, state=state, return_state=return_state
+            self.token_norm(x), positions, decay, cu_seqlens=cu_seqlens, state=state, return_state=return_state
         )
         x = x + mixed
         x = x + self.channel_mixer(self.channel_norm(x))

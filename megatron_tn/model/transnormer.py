@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megatron_tn.config import ConfigError, ModelConfig
 from megatron_tn.model.block import Block
+from megatron_tn.model.decay import decay_rates
 from megatron_tn.model.norm import NORMS
 from megatron_tn.parallel.context import Axis, ParallelContext
 from megatron_tn.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
@@ -53,6 +54,23 @@ class TransNormerModel(nn.Module):
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.embed_dim, axis)
         self.layers = nn.ModuleList(Block(config, layer, axis) for layer in range(config.layers))
         self.final_norm = NORMS[config.norm](config.embed_dim, config.norm_eps)
+        # Rates of this rank's heads, layer by layer. Numbers, made a tensor at the first forward pass: engines cast
+        # buffers to the parameters' type, and ZeRO 3 every tensor made while a model is built, but rates stay fp32.
+        # An argument of the blocks, so that one compiled block serves all layers.
+        heads = config.heads // axis.size
+        self.rates = [
+            decay_rates(config.heads, layer, config.layers, form=config.decay, temperature=config.decay_temperature)[
+                axis.rank * heads : (axis.rank + 1) * heads
+            ]
+            for layer in range(config.layers)
+        ]
+        self._decay: Tensor | None = None
+
+    def decay(self, device: torch.device) -> Tensor:
+        """fp32 [L, H / tp]."""
+        if self._decay is None or self._decay.device != device:
+            self._decay = torch.tensor(self.rates, dtype=torch.float32, device=device)
+        return self._decay
 
     def forward(
         self,
@@ -64,10 +82,11 @@ class TransNormerModel(nn.Module):
         x = self.embed_tokens(tokens) * self.scale
         start = 0 if state is None else state.position
         positions = document_positions(tokens.shape[1], cu_seqlens, tokens.device) + start
+        decay = self.decay(x.device)
         states = []
         for layer, block in enumerate(self.layers):
             before = None if state is None else state.layers[layer]
-            x, after = block(x, positions, cu_seqlens, before, return_state)
+            x, after = block(x, positions, decay[layer], cu_seqlens, before, return_state)
             states.append(after)
         x = self.final_norm(x)
         return x, RecurrentState(states, start + tokens.shape[1]) if return_state else None

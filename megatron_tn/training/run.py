@@ -125,7 +125,7 @@ class Run:
             )
             self.status("running")
 
-        hooks.append(CheckpointEvery(save_now, config.checkpoint.every, last))
+        hooks.append(CheckpointEvery(save_now, config.checkpoint.every, last if config.checkpoint.at_end else 0))
         for hook in hooks:
             self.started.append(hook)
             hook.on_start(self.state)

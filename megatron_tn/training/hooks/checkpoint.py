@@ -10,7 +10,8 @@ from megatron_tn.training.step import StepReport
 
 
 class CheckpointEvery(NullHook):
-    """Calls `save(state)` on all ranks. every: steps; 0 leaves only the stop and the end. last: the run's last step."""
+    """Calls `save(state)` on all ranks. every: steps; 0 leaves only the stop and the end. last: the run's last step,
+    0 for no save at the end."""
 
     def __init__(self, save: Callable[[TrainingState], object], every: int, last: int):
         self.save = save
