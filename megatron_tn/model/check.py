@@ -27,5 +27,6 @@ def check_kernels(model: TransNormerLM, device: torch.device) -> None:
             glu_width=config.glu_dim // tp,
             dtype=model.lm_head.weight.dtype,
             device=device,
+            act=config.act,
             fall_back=True,
         )
