@@ -55,12 +55,12 @@ _HOPPER_HALF_LRPE = {
     "out": Tile(32, 128, 8, 2, 132),
 }
 _AMPERE_HALF_LRPE = {
-    "summed": Tile(32, 32, 4, 2, 216),
-    "out": Tile(32, 32, 4, 2, 216),
+    "summed": Tile(16, 32, 4, 2, 216),
+    "out": Tile(16, 32, 8, 2, 216),
 }
 _SINGLE_LRPE = {
-    "summed": Tile(16, 16, 4, 1, 216),
-    "out": Tile(16, 16, 4, 1, 216),
+    "summed": Tile(16, 16, 8, 1, 216),
+    "out": Tile(16, 16, 8, 1, 216),
 }
 LRPE_TILES = {8: {2: _AMPERE_HALF_LRPE, 4: _SINGLE_LRPE}, 9: {2: _HOPPER_HALF_LRPE, 4: _SINGLE_LRPE}}
 

@@ -67,15 +67,26 @@ def load_tile(x, row, head, position, column, time_stride, width, held, ROWS: tl
 
 
 @triton.jit
+def fenced(x, dtype: tl.constexpr):
+    """x, computed where its tile was loaded: the compiler else moves the map behind the change to a tensor core's
+    operand layout, which repeats every element over several threads, and runs out of registers."""
+    if dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=dtype, is_pure=False, pack=2)
+    else:
+        return x
+
+
+@triton.jit
 def to_features(x, cos, sin, ok, dtype: tl.constexpr, ACT: tl.constexpr, LRPE: tl.constexpr):
     """The tile's features, twice the same without LRPE. ok: where x is not padding, which may have features too."""
     wide = activate(x.to(tl.float32), ACT, dtype == tl.bfloat16)
     if ACT == 2:
         wide = tl.where(ok, wide, 0.0)
     if LRPE:
-        return (wide * cos).to(dtype), (wide * sin).to(dtype)
+        return fenced((wide * cos).to(dtype), dtype), fenced((wide * sin).to(dtype), dtype)
     else:
-        return wide.to(dtype), wide.to(dtype)
+        feature = fenced(wide.to(dtype), dtype)
+        return feature, feature
 
 
 @triton.jit
@@ -218,8 +229,6 @@ def scan_kernel(
             begin = step * CHUNK
         position = start + offset + begin
         held = begin + i < held_length
-        if FEATURES == OUT_SIDE:  # asked for early, used last
-            raw_tile = load_tile(raw, row, head, position, column, raw_time, c_width, held, CHUNK, OUT, False)
         if LRPE:
             cos, sin = table_row(chunk_pointer, head, chunk_rows, (offset + begin) // CHUNK, angles, angle_width)
             if begin_pointer is not None:
@@ -286,6 +295,8 @@ def scan_kernel(
         else:
             tile = tl.dot(c_t, scores, tile, input_precision="ieee")
 
+        if FEATURES == OUT_SIDE:  # not earlier: it would hold registers through the products
+            raw_tile = load_tile(raw, row, head, position, column, raw_time, c_width, held, CHUNK, OUT, False)
         faded = (c_t * write_fade[None, :]).to(dtype)
         if LRPE and FEATURES == OUT_SIDE:
             carried, carried_scale = narrow(other, dtype)
