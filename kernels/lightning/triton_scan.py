@@ -71,7 +71,7 @@ def fenced(x, dtype: tl.constexpr):
     """x, computed where its tile was loaded: the compiler else moves the map behind the change to a tensor core's
     operand layout, which repeats every element over several threads, and runs out of registers."""
     if dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=dtype, is_pure=False, pack=2)
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
     else:
         return x
 
