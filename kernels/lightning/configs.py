@@ -48,22 +48,6 @@ _SINGLE = {
 # Compute capability, major: 8 is the A100 (163 KiB of shared memory a program), 9 the H100 and H200 (227 KiB).
 TILES = {8: {2: _AMPERE_HALF, 4: _SINGLE}, 9: {2: _HOPPER_HALF, 4: _SINGLE}}
 
-# The same for a layer with LRPE, keyed by the width before it doubles, up to 128. A program holds two states, so the
-# tiles are smaller; `summed` where the doubled width is summed over (o, dv), `out` where it is the result's (dq, dk).
-_HOPPER_HALF_LRPE = {
-    "summed": Tile(64, 128, 8, 2, 132),
-    "out": Tile(32, 128, 8, 2, 132),
-}
-_AMPERE_HALF_LRPE = {
-    "summed": Tile(16, 32, 4, 2, 216),
-    "out": Tile(16, 32, 8, 2, 216),
-}
-_SINGLE_LRPE = {
-    "summed": Tile(16, 16, 8, 1, 216),
-    "out": Tile(16, 16, 8, 1, 216),
-}
-LRPE_TILES = {8: {2: _AMPERE_HALF_LRPE, 4: _SINGLE_LRPE}, 9: {2: _HOPPER_HALF_LRPE, 4: _SINGLE_LRPE}}
-
 # Positions between which theta's gradient counts from the middle, a multiple of every tile's chunk. Its rounding error
 # grows with this; states of this spacing are written and read once.
 THETA_STRETCH = 512
@@ -76,21 +60,15 @@ _SHORTEST_SEGMENT = 1024
 _GRAIN = 128  # a multiple of every tile's chunk
 
 
-def tile_for(capability: int, element_bytes: int, summed_width: int, out_width: int, lrpe: str | None = None) -> Tile:
+def tile_for(capability: int, element_bytes: int, summed_width: int, out_width: int) -> Tile:
     """The tile for inputs of `element_bytes`, both widths being powers of two of at least 16.
-
-    lrpe: "summed" or "out" in a layer with LRPE, whose widths are those before doubling.
 
     capability: the major compute capability; newer architectures than the table's take its newest row. Raises
     ValueError for one that is older.
     """
     if capability < min(TILES):
         raise ValueError(f"capability={capability}.x is older than the oldest with tiles, {min(TILES)}.x (Ampere)")
-    architecture = min(capability, max(TILES))
-    if lrpe is not None:
-        tile = LRPE_TILES[architecture][element_bytes][lrpe]
-    else:
-        tile = TILES[architecture][element_bytes][summed_width]
+    tile = TILES[min(capability, max(TILES))][element_bytes][summed_width]
     if out_width >= tile.out:
         return tile
     # Fewer rows than two warp groups would both compute the same ones.
@@ -118,12 +96,7 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def plan_segment(
-    capability: int, element_bytes: int, rows: int, total: int, heads: int, key: int, value: int, lrpe: bool
-) -> int:
-    """Positions a segment for `rows` rows of `total` positions, the same for all scans of a call.
-
-    key, value: the widths of q and of v, before LRPE doubles the first.
-    """
-    tile = tile_for(capability, element_bytes, padded(key), padded(value), "summed" if lrpe else None)
+def plan_segment(capability: int, element_bytes: int, rows: int, total: int, heads: int, key: int, value: int) -> int:
+    """Positions a segment for `rows` rows of `total` positions and q, v of these widths, for all scans of a call."""
+    tile = tile_for(capability, element_bytes, padded(key), padded(value))
     return segment_length(tile, rows * heads * -(-value // tile.out), total)

@@ -48,7 +48,7 @@ def gla(
     check_gla(qkvu, decay, theta, act, positions, initial_state, cu_seqlens)
     if initial_state is None and not return_state and qkvu.is_cuda:
         positions = None  # only distances matter
-    y, square_sum, state, _, _ = torch.ops.megatron_tn.gla_forward(
+    y, square_sum, state, *_ = torch.ops.megatron_tn.gla_forward(
         qkvu, decay, theta, act, gate, positions, initial_state, cu_seqlens, return_state
     )
     return y, square_sum, state if return_state else None
@@ -65,18 +65,24 @@ def _forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     return_state: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, the sum of o^2, the final state, and for the backward pass o (empty where y is o) and the segments' starts."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, the sum of o^2, the final state; for the backward pass o (empty where y is o), the states that segments start
+    from, and the features of q and k [B, T, 2, H, K] (empty where they are q and k, or will be found again)."""
     if not qkvu.is_cuda:
         check_values(decay, cu_seqlens, qkvu.shape[1])
         check_positions(positions, cu_seqlens, qkvu.shape[1])
     q, k, v, u = parts(qkvu, decay)
     if backend(v, theta) == "triton":
         from kernels.lightning import launch
+        from kernels.lightning.launch_gla import FeatureMap
         from kernels.lightning.triton_gate import gate as apply_gate
 
-        features = launch.Features(act, theta, positions)
-        o, state, starts = launch.forward(q, k, v, decay, initial_state, cu_seqlens, return_state, features)
+        feature_map = FeatureMap(decay.shape[0], act, theta, positions)
+        features = qkvu.new_empty(0)
+        if not feature_map.trivial:
+            features = feature_map.apply(qkvu)
+            q, k = features.unbind(2)
+        o, state, starts = launch.forward(q, k, v, decay, initial_state, cu_seqlens, return_state)
         y, square_sum = apply_gate(o.flatten(2), u.flatten(2), gate)
     else:
         o, y, square_sum, state = gla_plain.forward(
@@ -84,8 +90,8 @@ def _forward(
         )
         y = y.flatten(2)
         state = state if return_state else state.new_empty(0)
-        starts = empty_starts(v, v, _key(v, theta), cu_seqlens)
-    return y, square_sum, state, o if gate else o.new_empty(0), starts
+        starts, features = empty_starts(v, v, _key(v, theta), cu_seqlens), _empty_features(v, act, theta)
+    return y, square_sum, state, o if gate else o.new_empty(0), starts, features
 
 
 @_forward.register_fake
@@ -98,6 +104,7 @@ def _forward_fake(qkvu, decay, theta, act, gate, positions, initial_state, cu_se
         empty_state(v, v, key, cu_seqlens, return_state),
         qkvu.new_empty(v.shape if gate else (0,)),
         empty_starts(v, v, key, cu_seqlens),
+        _empty_features(v, act, theta),
     )
 
 
@@ -116,26 +123,28 @@ def _backward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     starts: Tensor | None,
+    features: Tensor | None,
     state: Tensor | None,
     theta_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of qkvu, of theta and of the initial state, the last two empty where there are none.
 
-    o: [B, T, H, d], or flat. starts, state: what the forward pass returned; state for a theta with dstate.
+    o: [B, T, H, d], or flat. starts, features, state: what the forward pass returned; state for a theta with dstate.
     """
     q, k, v, u = parts(qkvu, decay)
     o = o.view(v.shape)
     dqkvu = torch.empty(qkvu.shape, dtype=qkvu.dtype, device=qkvu.device)
     dq, dk, dv, du = parts(dqkvu, decay)
     if backend(v, theta) == "triton":
-        from kernels.lightning import launch
+        from kernels.lightning import launch_gla
         from kernels.lightning.triton_gate import gate_gradient
 
         do = gate_gradient(dy, dsquare_sum, o.flatten(2), u.flatten(2), du.flatten(2), gate).view(v.shape)
-        features = launch.Features(act, theta, positions, flow=theta_wanted)
-        *_, dinitial, dtheta = launch.backward(
-            do, dstate, q, k, v, decay, initial_state, cu_seqlens, starts, features, (dq, dk, dv), state
-        )
+        feature_map = launch_gla.FeatureMap(decay.shape[0], act, theta, positions)
+        dinitial, dtheta = launch_gla.backward(
+            do, dstate, qkvu, dqkvu, (q, k, v), (dq, dk, dv), None if feature_map.trivial else features, decay,
+            feature_map, initial_state, cu_seqlens, starts, state, theta_wanted,
+        )  # fmt: skip
     else:
         dinitial, dtheta = gla_plain.backward(
             None if dy is None else dy.view(v.shape), dsquare_sum, dstate, o, q, k, v, u, decay, theta, act, gate,
@@ -149,8 +158,8 @@ def _backward(
 
 @_backward.register_fake
 def _backward_fake(
-    dy, dsquare_sum, dstate, o, qkvu, decay, theta, act, gate, positions, initial_state, cu_seqlens, starts, state,
-    theta_wanted,
+    dy, dsquare_sum, dstate, o, qkvu, decay, theta, act, gate, positions, initial_state, cu_seqlens, starts,
+    features, state, theta_wanted,
 ):  # fmt: skip
     v = parts(qkvu, decay)[2]
     return (
@@ -163,17 +172,18 @@ def _backward_fake(
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     qkvu, decay, theta, ctx.act, ctx.gate, positions, initial_state, cu_seqlens, ctx.state_wanted = inputs
-    y, _, state, o, starts = output
+    y, _, state, o, starts, features = output
     kept = state if ctx.state_wanted and theta is not None else None
-    ctx.save_for_backward(qkvu, decay, theta, positions, initial_state, cu_seqlens, o if ctx.gate else y, starts, kept)
+    o = o if ctx.gate else y
+    ctx.save_for_backward(qkvu, decay, theta, positions, initial_state, cu_seqlens, o, starts, features, kept)
 
 
 def _differentiate(ctx, dy, dsquare_sum, dstate, *_):
-    qkvu, decay, theta, positions, initial_state, cu_seqlens, o, starts, state = ctx.saved_tensors
+    qkvu, decay, theta, positions, initial_state, cu_seqlens, o, starts, features, state = ctx.saved_tensors
     theta_wanted = theta is not None and ctx.needs_input_grad[2]
     dqkvu, dtheta, dinitial = torch.ops.megatron_tn.gla_backward(
         dy, dsquare_sum, dstate if ctx.state_wanted else None, o, qkvu, decay, theta, ctx.act, ctx.gate, positions,
-        initial_state, cu_seqlens, starts, state, theta_wanted,
+        initial_state, cu_seqlens, starts, features, state, theta_wanted,
     )  # fmt: skip
     if initial_state is not None:
         dinitial = dinitial.to(initial_state.dtype)
@@ -229,3 +239,11 @@ def backend(v: Tensor, theta: Tensor | None) -> str:
 
 def _key(v: Tensor, theta: Tensor | None) -> int:
     return v.shape[-1] * (1 if theta is None else 2)
+
+
+def _empty_features(v: Tensor, act: str, theta: Tensor | None) -> Tensor:
+    """What the features look like that a kernel has made; plain PyTorch keeps none."""
+    if not v.is_cuda or v.dtype == torch.float64 or (act == "none" and theta is None):
+        return v.new_empty(0)
+    batch, total, heads, _ = v.shape
+    return v.new_empty(batch, total, 2, heads, _key(v, theta))

@@ -1,6 +1,6 @@
 """The launches of lightning attention's Triton kernels: which tensors, tiles, descriptors and segments each gets."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -8,12 +8,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.lightning.configs import THETA_STRETCH, Tile, padded, plan_segment, tile_for
-from kernels.lightning.triton_features import ACTIVATIONS, phases_kernel
 from kernels.lightning.triton_scan import scan_kernel
 from kernels.lightning.triton_segments import combine_kernel, piece_states_kernel
 
 HOPPER = 9  # the first architecture with bulk tensor copies
-PLAIN, SUMMED_SIDE, OUT_SIDE = 0, 1, 2  # which operands of a scan are features, as in triton_scan.py
 
 
 def forward(
@@ -24,14 +22,12 @@ def forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     return_state: bool,
-    features: "Features | None" = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o in v's type, contiguous; the final state in fp32, empty unless it is wanted; the states that segments start
     from, which the backward pass takes again, empty where there are none. Shapes as in `lightning_attention`."""
-    features = features or Features()
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    sequences = Sequences.of(q, v, cu_seqlens, features)
-    scan = Scan(q, k, v, decay, sequences, features, side=SUMMED_SIDE)
+    sequences = Sequences.of(q, v, cu_seqlens)
+    scan = Scan(q, k, v, decay, sequences)
     state = scan.new_state(return_state)
     first = _given(initial_state)
     starts = scan.segment_starts(first) if sequences.cut else None
@@ -49,47 +45,40 @@ def backward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     starts: Tensor | None = None,
-    features: "Features | None" = None,
     out: tuple[Tensor | None, Tensor, Tensor] | None = None,
-    state: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v, of the initial state (fp32; empty where there is none) and of theta (None without).
+    crossing: bool = False,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v, of the initial state (fp32; empty where there is none), and the far part of theta's.
 
     dstate None means zero. starts: the forward pass's, None or empty to find them again. out: where to write the first
-    three, of any strides; dq may be None, to leave it out, unless theta's gradient is wanted. state: the final state,
-    which theta's gradient wants beside dstate.
+    three, of any strides; dq may be None, to leave it out, unless the last is wanted. crossing: whether it is, q and k
+    being features of width 2 d (see CROSSING in triton_scan.py): then [H, d] in fp64, otherwise None.
     """
-    features = features or Features()
     dq, dk, dv = out or (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    sequences = Sequences.of(q, v, cu_seqlens, features)
-    first = _given(initial_state)
-
-    flow_q = crossing = None
+    sequences = Sequences.of(q, v, cu_seqlens)
+    first, last = _given(initial_state), _given(dstate)
+    between = flow = None
     if dq is not None:
-        for_dq = Scan(do, v, k, decay, sequences, features, side=OUT_SIDE)
+        for_dq = Scan(do, v, k, decay, sequences, transposed=True)
         if sequences.cut:
             first = starts if starts is not None and starts.numel() else for_dq.segment_starts(first)
-        crossing = for_dq.new_crossing()
-        flow_q = for_dq.run(dq, first, raw=q, crossing=crossing)
+        if crossing:
+            between = for_dq.new_crossing()
+            flow = torch.empty(sequences.pieces, *for_dq.state_shape[:2], dtype=torch.float32, device=q.device)
+        for_dq.run(dq, first, crossing=between)
 
-    for_dv = Scan(k, q, do, decay, sequences, features, side=SUMMED_SIDE, reverse=True)
+    for_dv = Scan(k, q, do, decay, sequences, reverse=True)
     dinitial = for_dv.new_state(initial_state is not None)
-    last = _given(dstate)
     if sequences.cut:
         last = for_dv.segment_starts(last)
     for_dv.run(dv, last, last=None if initial_state is None else dinitial)
-    for_dk = Scan(v, do, q, decay, sequences, features, side=OUT_SIDE, reverse=True)
-    flow_k = for_dk.run(dk, last, raw=k, crossing=crossing)
-    dtheta = None
-    if flow_q is not None:
-        dtheta = (flow_q + flow_k).sum(0, dtype=torch.float64)
-        # What crosses a sequence's ends is not a difference of two of its positions: it counts from position 0.
-        if initial_state is not None:
-            dtheta += features.crossing(initial_state, dinitial, features.first_origin(sequences))
-        if dstate is not None:
-            dtheta -= features.crossing(state, dstate, features.last_origin(sequences))
-        dtheta = dtheta[:, None]
-    return dq, dk, dv, dinitial, dtheta
+    for_dk = Scan(v, do, q, decay, sequences, transposed=True, reverse=True)
+    for_dk.run(dk, last, crossing=between, flow=flow)
+    far = None
+    if crossing:
+        cos, sin = flow.sum(0, dtype=torch.float64).chunk(2, dim=-1)
+        far = (cos + sin) * THETA_STRETCH
+    return dq, dk, dv, dinitial, far
 
 
 def state(
@@ -98,83 +87,13 @@ def state(
     decay: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    features: "Features | None" = None,
 ) -> Tensor:
     """The final state alone, fp32; shapes as in `lightning_state`."""
-    features = features or Features()
-    sequences = Sequences.of(k, v, cu_seqlens, features, states_alone=True)
-    scan = Scan(k, k, v, decay, sequences, features, side=SUMMED_SIDE)
+    sequences = Sequences.of(k, v, cu_seqlens, states_alone=True)
+    scan = Scan(k, k, v, decay, sequences)
     last = scan.new_state(True)
     scan.segment_starts(_given(initial_state), last)
     return last
-
-
-@dataclass
-class Features:
-    """The feature map of q and k, and the tables that LRPE reads (see triton_features.py)."""
-
-    act: str = "none"
-    theta: Tensor | None = None  # [H, 1, d]
-    positions: Tensor | None = None  # None where only distances matter; otherwise [T] or [B, T]
-    flow: bool = False  # whether theta's gradient is wanted
-    tables: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    begin: Tensor | None = None
-
-    @property
-    def none(self) -> bool:
-        return self.act == "none" and self.theta is None
-
-    def of_chunks(self, chunk: int, total: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin within a chunk [H, chunk, 2, d], as precise as `dtype` needs, and of chunks' starts."""
-        if chunk not in self.tables:
-            within = torch.float32 if dtype == torch.float32 else torch.float16
-            self.tables[chunk] = self._table(chunk, 1, within), self._table(triton.cdiv(total, chunk), chunk)
-        return self.tables[chunk]
-
-    def of_begins(self, sequences: "Sequences") -> Tensor | None:
-        """cos and sin at the first position of every sequence, [H, sequences, 2, d]; None where it does not matter."""
-        if self.positions is None:
-            return None
-        if self.begin is None:
-            x = self.positions
-            rows, stride = None, 0 if x.dim() == 1 else x.stride(0)
-            if sequences.bounds is not None:
-                rows, stride = sequences.bounds, x.stride(-1)
-            self.begin = self._table(sequences.count, 1, steps=x, rows_of=rows, stride=stride, last=sequences.total - 1)
-        return self.begin
-
-    def first_origin(self, sequences: "Sequences") -> Tensor:
-        """Where the first stretch of every sequence has its middle, [sequences] fp64."""
-        begin = torch.zeros(sequences.count, dtype=torch.float64, device=self.theta.device)
-        if self.positions is not None:
-            if sequences.bounds is None:
-                begin += self.positions[..., 0]
-            else:
-                begin += self.positions.flatten()[sequences.bounds[:-1].clamp(max=sequences.total - 1).long()]
-        return begin + (THETA_STRETCH - 1) / 2
-
-    def last_origin(self, sequences: "Sequences") -> Tensor:
-        """The same of its last stretch."""
-        length = sequences.total if sequences.bounds is None else sequences.bounds.diff()
-        return self.first_origin(sequences) + (length - 1) // THETA_STRETCH * THETA_STRETCH * (length > 0)
-
-    @staticmethod
-    def crossing(state: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
-        """[H, d] fp64: the sum over sequences of weight times what turning their states would change."""
-        (cos, sin), (dcos, dsin) = (x.to(torch.float64).chunk(2, dim=2) for x in (state, gradient))
-        return torch.einsum("nhk,n->hk", (dcos * sin - dsin * cos).sum(-1), weight)
-
-    def _table(self, rows, step, dtype=torch.float32, *, steps=None, rows_of=None, stride=0, last=0) -> Tensor:
-        """cos and sin of theta times 0, step, 2 step, ..., or of steps[rows_of[0]], steps[rows_of[1]], ..."""
-        heads, _, width = self.theta.shape
-        table = torch.empty(heads, rows, 2, width, dtype=dtype, device=self.theta.device)
-        block = 16
-        theta = self.theta.contiguous()
-        with torch.cuda.device_of(table):
-            phases_kernel[(heads, triton.cdiv(rows, block))](
-                theta, steps, rows_of, table, rows, width, step, stride, last, WIDTH=padded(width), BLOCK=block
-            )
-        return table
 
 
 @dataclass(frozen=True)
@@ -195,12 +114,9 @@ class Sequences:
         return self.segments > 1
 
     @classmethod
-    def of(
-        cls, q: Tensor, v: Tensor, bounds: Tensor | None, features: Features, states_alone: bool = False
-    ) -> "Sequences":
+    def of(cls, q: Tensor, v: Tensor, bounds: Tensor | None, states_alone: bool = False) -> "Sequences":
         batch, total, heads, width = q.shape
-        lrpe = features.theta is not None
-        segment = plan_segment(_capability(q), q.element_size(), batch, total, heads, width, v.shape[-1], lrpe)
+        segment = plan_segment(_capability(q), q.element_size(), batch, total, heads, width, v.shape[-1])
         segments = triton.cdiv(total, segment)
         if bounds is None:
             return cls(batch, total, segment, segments, batch * segments, None)
@@ -217,7 +133,7 @@ class Sequences:
 
 
 class Scan:
-    """scan(a, b, c) with its tile chosen. side: which operands are features, if there are any."""
+    """scan(a, b, c) with its tile chosen. transposed: states are [K, V] and the kernel sums over V, not over K."""
 
     def __init__(
         self,
@@ -226,43 +142,31 @@ class Scan:
         c: Tensor,
         decay: Tensor,
         sequences: Sequences,
-        features: Features,
         *,
-        side: int,
+        transposed: bool = False,
         reverse: bool = False,
     ):
-        self.heads = a.shape[2]
-        self.sizes = (a.shape[3], c.shape[3])  # the width summed over and c's, before doubling
+        self.heads, self.device = a.shape[2], a.device
+        self.sizes = summed, width = (a.shape[3], c.shape[3])
         self.decay, self.sequences, self.reverse = decay.to(torch.float32), sequences, reverse
-        self.features, self.side = features, PLAIN if features.none else side
-        doubled = features.theta is not None
-        # A state is [K, V]; the width summed over is K where queries and keys are, on the summed side.
-        key, value = self.sizes if side == SUMMED_SIDE else self.sizes[::-1]
-        strides = (value, 1) if side == SUMMED_SIDE else (1, value)
-        self.state_shape = (self.heads, key * (1 + doubled), value)
-        self.state_layout = (*strides, key * value, self.state_shape[1] * value)
+        self.state_shape = (self.heads, width, summed) if transposed else (self.heads, summed, width)
+        self.state_strides = (1, summed) if transposed else (width, 1)
 
-        self.summed = padded(self.sizes[0])
-        self.tile = _tile(a, self.sizes[1], features, side)
-        self.slices = triton.cdiv(self.sizes[1], self.tile.out)
-        self.descriptors = a.dtype.itemsize == 2 and _capability(a) >= HOPPER and all(map(_describable, (a, b, c)))
+        capability = _capability(a)
+        self.summed = padded(summed)
+        self.tile = tile_for(capability, a.element_size(), self.summed, padded(width))
+        self.slices = triton.cdiv(width, self.tile.out)
+        self.descriptors = a.dtype.itemsize == 2 and capability >= HOPPER and all(map(_describable, (a, b, c)))
         if not self.descriptors:
             a, b, c = (x if x.stride(-1) == 1 else x.contiguous() for x in (a, b, c))
         self.inputs = (a, b, c)
-        self.device = a.device
-        self.tables = (None, None, None, 1)
-        if doubled:
-            within, chunks = features.of_chunks(self.tile.chunk, sequences.total, a.dtype)
-            self.tables = (within, chunks, features.of_begins(sequences), chunks.shape[1])
 
     def new_state(self, wanted: bool) -> Tensor:
         shape = (self.sequences.count, *self.state_shape) if wanted else (0,)
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
-    def new_crossing(self) -> Tensor | None:
-        """Room for the states between stretches (see scan_kernel)."""
-        if not self.features.flow:
-            return None
+    def new_crossing(self) -> Tensor:
+        """Room for the states between stretches (see CROSSING in triton_scan.py)."""
         sequences = self.sequences
         if sequences.bounds is None:
             stretches = sequences.count * triton.cdiv(sequences.total, THETA_STRETCH)
@@ -270,8 +174,7 @@ class Scan:
             stretches = sequences.total // THETA_STRETCH + sequences.count
         # In half precision bf16: a state may be beyond fp16.
         dtype = torch.float32 if self.inputs[0].dtype == torch.float32 else torch.bfloat16
-        shape = (stretches + 1, self.heads, self.slices, 2, self.tile.out, self.summed)
-        return torch.empty(shape, dtype=dtype, device=self.device)
+        return torch.empty(stretches + 1, *self.state_shape, dtype=dtype, device=self.device)
 
     def run(
         self,
@@ -279,63 +182,51 @@ class Scan:
         first: Tensor | None,
         *,
         last: Tensor | None = None,
-        raw: Tensor | None = None,
         crossing: Tensor | None = None,
-    ) -> Tensor | None:
+        flow: Tensor | None = None,
+    ) -> None:
         """Write the scan to `out` [B, T, H, C] and the final state to `last`. first: the state each piece starts from.
 
-        raw: what `out` is the gradient of, where it runs back through the feature map. Returns the parts of theta's
-        gradient [pieces, H, C], where that is wanted.
+        crossing: the states between stretches, written forward and read in reverse, where they and the own ones make
+        `flow` [pieces, H, C].
         """
         a, b, c = self.inputs
         sequences = self.sequences
         descriptors = self.descriptors and _describable(out)
         packed = sequences.bounds is not None
-        flow = None
-        if self.side != OUT_SIDE:
-            raw = None
-        elif raw.stride(-1) != 1:
-            raw = raw.contiguous()
-        if self.side == OUT_SIDE and self.features.flow:
-            flow = torch.empty(sequences.pieces, self.heads, self.sizes[1], dtype=torch.float32, device=self.device)
-        raw_strides = raw.stride()[:3] if raw is not None else (0, 0, 0)
         with torch.cuda.device_of(a):  # Triton launches on the current device
             scan_kernel[(sequences.pieces * self.heads * self.slices,)](
                 self._argument(a, self.summed, descriptors),
                 self._argument(b, self.summed, descriptors),
                 self._argument(c, self.tile.out, descriptors),
                 out if packed else self._argument(out, self.tile.out, descriptors),
-                raw,
                 self.decay,
                 first,
                 last,
                 sequences.bounds,
                 sequences.document,
                 sequences.first,
-                *self.tables[:3],
+                crossing,
                 flow,
-                crossing if flow is not None else None,
                 sequences.total,
                 self.heads,
                 sequences.segments,
                 sequences.segment,
                 sequences.count,
-                self.tables[3],
                 self.slices,
                 *self.sizes,
                 *a.stride()[:3],
                 *b.stride()[:3],
                 *c.stride()[:3],
                 *out.stride()[:3],
-                *raw_strides,
-                *self.state_layout,
+                *self.state_strides,
                 REVERSE=self.reverse,
                 RAGGED=packed or sequences.total % self.tile.chunk != 0,
                 PACKED=packed,
                 CUT=sequences.cut,
                 HAS_FIRST=first is not None,
                 HAS_LAST=last is not None,
-                FLOW=0 if flow is None else THETA_STRETCH,
+                CROSSING=0 if crossing is None else THETA_STRETCH,
                 DESCRIPTORS=descriptors,
                 **self._constants(),
             )
@@ -359,18 +250,16 @@ class Scan:
                 sequences.bounds,
                 sequences.document,
                 sequences.first,
-                *self.tables[:3],
                 sequences.total,
                 self.heads,
                 sequences.segments,
                 sequences.segment,
                 sequences.count,
-                self.tables[3],
                 self.slices,
                 *self.sizes,
                 *b.stride()[:3],
                 *c.stride()[:3],
-                *self.state_layout,
+                *self.state_strides,
                 REVERSE=self.reverse,
                 PACKED=packed,
                 CUT=sequences.cut,
@@ -378,7 +267,7 @@ class Scan:
                 DESCRIPTORS=self.descriptors,
                 **self._constants(),
             )
-            size, block = self.state_layout[3], 1024
+            size, block = self.sizes[0] * self.sizes[1], 1024
             combine_kernel[(sequences.count * self.heads, triton.cdiv(size, block))](
                 states,
                 given,
@@ -399,9 +288,6 @@ class Scan:
 
     def _constants(self) -> dict:
         return {
-            "FEATURES": self.side,
-            "ACT": ACTIVATIONS[self.features.act],
-            "LRPE": self.features.theta is not None,
             "CHUNK": self.tile.chunk,
             "SUMMED": self.summed,
             "OUT": self.tile.out,
@@ -411,11 +297,6 @@ class Scan:
 
     def _argument(self, x: Tensor, columns: int, described: bool) -> Tensor | TensorDescriptor:
         return _descriptor(x, self.tile, columns) if described else x
-
-
-def _tile(x: Tensor, out_width: int, features: Features, side: int) -> Tile:
-    lrpe = None if features.theta is None else ("summed" if side == SUMMED_SIDE else "out")
-    return tile_for(_capability(x), x.element_size(), padded(x.shape[-1]), padded(out_width), lrpe)
 
 
 def _capability(x: Tensor) -> int:

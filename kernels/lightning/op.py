@@ -162,19 +162,14 @@ def empty_state(q: Tensor, v: Tensor, key: int, cu_seqlens: Tensor | None, wante
 def empty_starts(q: Tensor, v: Tensor, key: int, cu_seqlens: Tensor | None) -> Tensor:
     """What the states that segments start from look like: [pieces, H, key, V], empty where nothing is cut.
 
-    A function of shapes and device alone, since traced code must know it. key: doubled in a layer with LRPE.
+    A function of shapes and device alone, since traced code must know it. q: [B, T, H, ...]; key: its features' width.
     """
-    batch, total, heads, width = q.shape
+    batch, total, heads = q.shape[:3]
     shape = (0,)
-    if q.is_cuda and q.dtype != torch.float64 and max(width, v.shape[-1]) <= MAX_TRITON_WIDTH:
-        capability = torch.cuda.get_device_capability(q.device)[0] if torch.cuda.is_available() else 9
-        lrpe = key != width
-        segment = (
-            total
-            if capability < min(TILES)
-            else plan_segment(capability, q.element_size(), batch, total, heads, width, v.shape[-1], lrpe)
-        )
-        if segment < total:
+    if q.is_cuda and q.dtype != torch.float64 and max(key, v.shape[-1]) <= MAX_TRITON_WIDTH:
+        capability = torch.cuda.get_device_capability(q.device)[0] if torch.cuda.is_available() else max(TILES)
+        if capability >= min(TILES):
+            segment = plan_segment(capability, q.element_size(), batch, total, heads, key, v.shape[-1])
             pieces = batch * -(-total // segment) if cu_seqlens is None else total // segment + cu_seqlens.shape[0] - 1
-            shape = (pieces, heads, key, v.shape[-1])
+            shape = (pieces, heads, key, v.shape[-1]) if segment < total else shape
     return q.new_empty(shape, dtype=torch.float32)

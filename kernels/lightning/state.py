@@ -88,8 +88,12 @@ def _gla_state(
     _, k, v, _ = parts(qkvu, decay)
     if backend(v, theta) == "triton":
         from kernels.lightning import launch
+        from kernels.lightning.launch_gla import FeatureMap
 
-        return launch.state(k, v, decay, initial_state, cu_seqlens, launch.Features(act, theta, positions))
+        feature_map = FeatureMap(decay.shape[0], act, theta, positions)
+        if not feature_map.trivial:
+            k = feature_map.apply(qkvu)[:, :, 1]
+        return launch.state(k, v, decay, initial_state, cu_seqlens)
     return gla_plain.forward(k, k, v, v, decay, theta, act, False, positions, initial_state, cu_seqlens)[3].clone()
 
 
@@ -110,12 +114,13 @@ def _gla_state_backward(
     dq, dk, dv, du = parts(dqkvu, decay)
     do = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
     if backend(v, theta) == "triton":
-        from kernels.lightning import launch
+        from kernels.lightning import launch_gla
 
-        features = launch.Features(act, theta, positions, flow=theta is not None)
-        *_, dinitial, dtheta = launch.backward(
-            do, dstate, k, k, v, decay, initial_state, cu_seqlens, None, features,
-            (None if theta is None else dq, dk, dv), state,
+        feature_map = launch_gla.FeatureMap(decay.shape[0], act, theta, positions)
+        features = None if feature_map.trivial else feature_map.apply(qkvu)
+        dinitial, dtheta = launch_gla.backward(
+            do, dstate, qkvu, dqkvu, (k, k, v), (None if theta is None else dq, dk, dv), features, decay, feature_map,
+            initial_state, cu_seqlens, None, state, theta is not None,
         )  # fmt: skip
     else:
         dinitial, dtheta = gla_plain.backward(

@@ -1,15 +1,17 @@
-"""The feature map of queries and keys inside the scan: the activation, and LRPE's cosine and sine.
+"""The feature map of queries and keys beside the scan: the activation, with LRPE's cosine and sine behind it.
 
-An angle theta t splits as theta (C n + i) + theta t0: position i of chunk n of a document that begins at t0. The three
-parts have tables of their own, made once a call with angles reduced in fp64, and meet by the addition theorems in fp32:
-no sine is taken in the scan, and a long position is as exact as a short one.
+One kernel reads q and k from the fused projection and writes their features, another turns the features' gradients into
+those of q and k. Within the scan the map cost more than these passes: what tensor cores read must come straight from
+memory (docs/performance.md has the measurement).
+
+An angle theta t is counted in turns, as a 64-bit fraction: multiplied by an integer t, its overflow is exactly the
+whole turns, so a position in the millions is as exact as a short one.
 """
 
 import triton
 import triton.language as tl
 
 ACTIVATIONS = {"none": 0, "silu": 1, "1+elu": 2}
-NONE = tl.constexpr(0)
 SILU = tl.constexpr(1)
 ONE_PLUS_ELU = tl.constexpr(2)
 
@@ -49,52 +51,143 @@ def slope(x, ACT: tl.constexpr, QUICK: tl.constexpr):
 
 
 @triton.jit
-def table_row(pointer, head, rows, row, columns, width):
-    """cos and sin of row `row`, fp32, from a table [heads, rows, 2, width]; columns past the width are zero."""
-    at = pointer + ((head * rows + row).to(tl.int64) * 2) * width + columns
-    cos = tl.load(at, mask=columns < width, other=0.0).to(tl.float32)
-    sin = tl.load(at + width, mask=columns < width, other=0.0).to(tl.float32)
+def turn_fraction(theta):
+    """theta in turns, less the whole ones, in units of 2^-64."""
+    turns = theta.to(tl.float64) * 0.15915494309189535
+    turns -= tl.floor(turns + 0.5)
+    return (turns * 18446744073709551616.0).to(tl.int64)
+
+
+@triton.jit
+def cos_sin(position, fraction, QUICK: tl.constexpr):
+    """cos and sin of theta t, fp32. position: [rows], int64; fraction: [columns], of turn_fraction."""
+    turned = (position[:, None] * fraction[None, :]) >> 32
+    angle = turned.to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2^32
+    if QUICK:
+        cos = tl.inline_asm_elementwise("cos.approx.f32 $0, $1;", "=f,f", [angle], tl.float32, is_pure=True, pack=1)
+        sin = tl.inline_asm_elementwise("sin.approx.f32 $0, $1;", "=f,f", [angle], tl.float32, is_pure=True, pack=1)
+    else:
+        cos, sin = tl.cos(angle), tl.sin(angle)
     return cos, sin
 
 
 @triton.jit
-def turned(cos, sin, by_cos, by_sin):
-    """cos and sin of the sum of two angles."""
-    return cos * by_cos - sin * by_sin, sin * by_cos + cos * by_sin
+def positions_of(token, total, positions_pointer, positions_row, positions_time, held):
+    """The position of each token, int64: its place in its row where none are given."""
+    row = token // total
+    place = token - row * total
+    if positions_pointer is not None:
+        at = positions_pointer + row.to(tl.int64) * positions_row + place * positions_time
+        return tl.load(at, mask=held, other=0).to(tl.int64)
+    else:
+        return place.to(tl.int64)
 
 
 @triton.jit
-def phases_kernel(
-    theta_pointer,  # [heads, width]
-    steps_pointer,  # [rows], integers, or None: row r then stands for r * step
-    rows_pointer,  # [rows], the index into steps_pointer's values, or None: r itself
-    table_pointer,  # [heads, rows, 2, width]
-    rows,
-    width,
-    step,
-    steps_stride,
-    last_step,  # the greatest index into steps
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+def features_kernel(
+    x_pointer,  # [tokens, 4 D]: q | k | v | u, D = H d
+    theta_pointer,  # [D], or None: no LRPE
+    positions_pointer,
+    features_pointer,  # [tokens, 2, D], or [tokens, 2, H, 2, d] with LRPE
+    x_row,
+    tokens,
+    total,
+    positions_row,
+    positions_time,
+    width,  # D
+    head_width,  # d
+    ACT: tl.constexpr,
+    QUICK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """cos and sin of theta times an integer. In turns and fp64, whose fraction is what counts."""
-    head = tl.program_id(0)
-    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    column = tl.arange(0, WIDTH)
-    held = row < rows
-    if steps_pointer is not None:
-        index = row
-        if rows_pointer is not None:
-            index = tl.minimum(tl.load(rows_pointer + row, mask=held, other=0).to(tl.int32), last_step)
-        count = tl.load(steps_pointer + index.to(tl.int64) * steps_stride, mask=held, other=0).to(tl.float64)
-    else:
-        count = (row * step).to(tl.float64)
-    theta = tl.load(theta_pointer + head * width + column, mask=column < width, other=0.0).to(tl.float64)
-    turns = count[:, None] * (theta * 0.15915494309189535)[None, :]
-    turns -= tl.floor(turns + 0.5)
-    angle = (turns * 6.283185307179586).to(tl.float32)
-    at = ((head * rows + row).to(tl.int64)[:, None] * 2) * width + column[None, :]
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    held = token < tokens
     mask = held[:, None] & (column < width)[None, :]
-    dtype = table_pointer.dtype.element_ty
-    tl.store(table_pointer + at, tl.cos(angle).to(dtype), mask=mask)
-    tl.store(table_pointer + at + width, tl.sin(angle).to(dtype), mask=mask)
+    dtype = features_pointer.dtype.element_ty
+    x_at = x_pointer + token.to(tl.int64)[:, None] * x_row + column[None, :]
+    q = activate(tl.load(x_at, mask=mask, other=0.0).to(tl.float32), ACT, QUICK)
+    k = activate(tl.load(x_at + width, mask=mask, other=0.0).to(tl.float32), ACT, QUICK)
+    if theta_pointer is not None:
+        fraction = turn_fraction(tl.load(theta_pointer + column, mask=column < width, other=0.0))
+        position = positions_of(token, total, positions_pointer, positions_row, positions_time, held)
+        cos, sin = cos_sin(position, fraction, QUICK)
+        doubled = column + (column // head_width) * head_width
+        at = features_pointer + token.to(tl.int64)[:, None] * (4 * width) + doubled[None, :]
+        tl.store(at, (q * cos).to(dtype), mask=mask)
+        tl.store(at + head_width, (q * sin).to(dtype), mask=mask)
+        tl.store(at + 2 * width, (k * cos).to(dtype), mask=mask)
+        tl.store(at + 2 * width + head_width, (k * sin).to(dtype), mask=mask)
+    else:
+        at = features_pointer + token.to(tl.int64)[:, None] * (2 * width) + column[None, :]
+        tl.store(at, q.to(dtype), mask=mask)
+        tl.store(at + width, k.to(dtype), mask=mask)
+
+
+@triton.jit
+def feature_gradients_kernel(
+    x_pointer,  # see features_kernel
+    theta_pointer,
+    positions_pointer,
+    place_pointer,  # [total], tokens' places in their sequence; None where every row is one
+    gradient_pointer,  # [tokens, 2, ...] as the features
+    out_pointer,  # [tokens, 4 D], of which q's and k's parts are written; without LRPE it may be the gradient itself
+    flow_pointer,  # [programs along tokens, D], fp32: the near part of theta's gradient; None if it is not wanted
+    x_row,
+    gradient_row,
+    out_row,
+    tokens,
+    total,
+    positions_row,
+    positions_time,
+    width,
+    head_width,
+    stretch,  # positions a stretch, see CROSSING in triton_scan.py
+    ACT: tl.constexpr,
+    QUICK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    dtype = out_pointer.dtype.element_ty
+    if theta_pointer is not None:
+        fraction = turn_fraction(tl.load(theta_pointer + column, mask=column < width, other=0.0))
+    if flow_pointer is not None:
+        flow = tl.zeros([COLUMNS], dtype=tl.float32)
+    for step in range(STEPS):
+        token = (tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)
+        held = token < tokens
+        mask = held[:, None] & (column < width)[None, :]
+        x_at = x_pointer + token.to(tl.int64)[:, None] * x_row + column[None, :]
+        q = tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
+        k = tl.load(x_at + width, mask=mask, other=0.0).to(tl.float32)
+        from_row = gradient_pointer + token.to(tl.int64)[:, None] * gradient_row
+        if theta_pointer is not None:
+            position = positions_of(token, total, positions_pointer, positions_row, positions_time, held)
+            cos, sin = cos_sin(position, fraction, QUICK)
+            at = from_row + (column + (column // head_width) * head_width)[None, :]
+            dq_cos = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+            dq_sin = tl.load(at + head_width, mask=mask, other=0.0).to(tl.float32)
+            dk_cos = tl.load(at + 2 * width, mask=mask, other=0.0).to(tl.float32)
+            dk_sin = tl.load(at + 2 * width + head_width, mask=mask, other=0.0).to(tl.float32)
+            if flow_pointer is not None:
+                terms = activate(q, ACT, QUICK) * (dq_sin * cos - dq_cos * sin)
+                terms += activate(k, ACT, QUICK) * (dk_sin * cos - dk_cos * sin)
+                place = token % total
+                if place_pointer is not None:
+                    place = tl.load(place_pointer + place, mask=held, other=0).to(tl.int32)
+                weight = (place % stretch).to(tl.float32) - (stretch - 1) * 0.5
+                flow += tl.sum(tl.where(mask, terms * weight[:, None], 0.0), axis=0)
+            dq = dq_cos * cos + dq_sin * sin
+            dk = dk_cos * cos + dk_sin * sin
+        else:
+            dq = tl.load(from_row + column[None, :], mask=mask, other=0.0).to(tl.float32)
+            dk = tl.load(from_row + width + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        to = out_pointer + token.to(tl.int64)[:, None] * out_row + column[None, :]
+        tl.store(to, (dq * slope(q, ACT, QUICK)).to(dtype), mask=mask)
+        tl.store(to + width, (dk * slope(k, ACT, QUICK)).to(dtype), mask=mask)
+    if flow_pointer is not None:
+        at = tl.program_id(0).to(tl.int64) * width + column
+        tl.store(flow_pointer + at, flow, mask=column < width)

@@ -8,9 +8,8 @@ is all that `lightning_state` wants.
 import triton
 import triton.language as tl
 
-from kernels.lightning.triton_features import table_row, turned
 from kernels.lightning.triton_place import find_piece, sequence
-from kernels.lightning.triton_scan import OUT_SIDE, SUMMED_SIDE, load_tile, to_features
+from kernels.lightning.triton_scan import load_tile
 
 
 @triton.jit
@@ -22,15 +21,11 @@ def piece_states_kernel(
     bounds_pointer,  # see find_piece
     document_pointer,
     first_pointer,
-    within_pointer,  # see scan_kernel
-    chunk_pointer,
-    begin_pointer,
     total,
     heads,
     segments,
     segment,  # positions a segment, a multiple of CHUNK
     sequences,
-    chunk_rows,
     slices,
     summed_width,
     c_width,
@@ -42,15 +37,10 @@ def piece_states_kernel(
     c_head,
     state_summed,  # strides within [summed width, c's width]
     state_c,
-    state_other,
-    state_size,
     REVERSE: tl.constexpr,
     PACKED: tl.constexpr,
     CUT: tl.constexpr,
     WITH_LAST: tl.constexpr,  # whether the last piece's state is wanted: no other starts from it
-    FEATURES: tl.constexpr,
-    ACT: tl.constexpr,
-    LRPE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     CHUNK: tl.constexpr,
     SUMMED: tl.constexpr,
@@ -86,18 +76,7 @@ def piece_states_kernel(
     if not WITH_LAST:
         skipped = tl.where(is_last, chunks, skipped)
 
-    if FEATURES == OUT_SIDE:
-        angles = columns
-        angle_width = c_width
-    else:
-        angles = summed
-        angle_width = summed_width
     state = tl.zeros([OUT, SUMMED], dtype=tl.float32)
-    if LRPE:
-        other = tl.zeros([OUT, SUMMED], dtype=tl.float32)
-        cos_within, sin_within = table_row(within_pointer, head, CHUNK, i[:, None], angles[None, :], angle_width)
-        if begin_pointer is not None:
-            cos_begin, sin_begin = table_row(begin_pointer, head, sequences, number, angles, angle_width)
     for step in tl.range(skipped, chunks, num_stages=STAGES):
         if REVERSE:
             begin = (chunks - 1 - step) * CHUNK
@@ -111,41 +90,17 @@ def piece_states_kernel(
         else:
             write_fade = tl.exp(-rate * tl.maximum(rows - 1 - i, 0).to(tl.float32))
         across = tl.exp(-rate * rows.to(tl.float32))
-        if LRPE:
-            cos, sin = table_row(chunk_pointer, head, chunk_rows, (offset + begin) // CHUNK, angles, angle_width)
-            if begin_pointer is not None:
-                cos, sin = turned(cos, sin, cos_begin, sin_begin)
-            cos, sin = turned(cos_within, sin_within, cos[None, :], sin[None, :])
-        else:
-            cos, sin = 1.0, 0.0
         b_tile = load_tile(b, row, head, position, 0, b_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS)
-        c_tile = load_tile(c, row, head, position, column, c_time, c_width, held, CHUNK, OUT, DESCRIPTORS)
-        ok = held[:, None] & (angles < angle_width)[None, :]
-        if FEATURES == SUMMED_SIDE:
-            b_tile, b_other = to_features(b_tile, cos, sin, ok, dtype, ACT, LRPE)
-        if FEATURES == OUT_SIDE:
-            c_tile, c_other = to_features(c_tile, cos, sin, ok, dtype, ACT, LRPE)
-        c_t = c_tile.trans()
+        c_t = load_tile(c, row, head, position, column, c_time, c_width, held, CHUNK, OUT, DESCRIPTORS).trans()
         if PACKED:  # descriptors have read on into the next document
             c_t = tl.where(held[None, :], c_t, 0.0)
         faded = (c_t * write_fade[None, :]).to(dtype)
-        if LRPE:
-            if FEATURES == OUT_SIDE:
-                other_t = c_other.trans()
-                if PACKED:
-                    other_t = tl.where(held[None, :], other_t, 0.0)
-                other_faded = (other_t * write_fade[None, :]).to(dtype)
-                other = tl.dot(other_faded, b_tile, other * across, input_precision="ieee")
-            else:
-                other = tl.dot(faded, b_other, other * across, input_precision="ieee")
         state = tl.dot(faded, b_tile, state * across, input_precision="ieee")
 
     at = columns[:, None] * state_c + summed[None, :] * state_summed
     mask = (columns[:, None] < c_width) & (summed[None, :] < summed_width)
-    pointer = states_pointer + piece_head.to(tl.int64) * state_size + at
-    tl.store(pointer, state, mask=mask)
-    if LRPE:
-        tl.store(pointer + state_other, other, mask=mask)
+    own = states_pointer + piece_head.to(tl.int64) * (summed_width * c_width)
+    tl.store(own + at, state, mask=mask)
 
 
 @triton.jit

@@ -19,6 +19,7 @@ TRITON_MODULES = (
     "kernels.lightning.triton_segments",
     "kernels.lightning.triton_gate",
     "kernels.lightning.launch",
+    "kernels.lightning.launch_gla",
     "kernels.norm_gate.triton_norm_gate",
     "kernels.sglu.triton_sglu",
     "kernels.srmsnorm.triton_norm",

@@ -63,11 +63,13 @@ def gla_operators(decay, bounds):
         "gla_forward+lrpe": (ops.gla_forward, (qkvu, decay, theta, "silu", False, positions, state, bounds, True)),
         "gla_backward": (
             ops.gla_backward,
-            plain(y, None, None, o, qkvu, decay, None, "none", True, None, narrow, None, None, None, False),
+            plain(y, None, None, o, qkvu, decay, None, "none", True, None, narrow, None, None, None, None, False),
         ),
         "gla_backward+lrpe": (
             ops.gla_backward,
-            plain(y, sums, state, o, qkvu, decay, theta, "silu", True, positions, state, bounds, None, state, True),
+            plain(
+                y, sums, state, o, qkvu, decay, theta, "silu", True, positions, state, bounds, None, None, state, True
+            ),
         ),
         "lightning_state": (ops.lightning_state, (leaf(1, 9, 2, 4), leaf(1, 9, 2, 6), decay, None, bounds)),
         "lightning_state_backward": (
