@@ -1,4 +1,4 @@
-"""Gated linear attention under measurement: the mixer between its projections, lightning attention being a part of it."""
+"""Gated linear attention under measurement: the mixer between its projections, with lightning attention within."""
 
 from collections.abc import Iterator
 
