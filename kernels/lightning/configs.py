@@ -1,5 +1,6 @@
 """The Triton tile of every input type and width, per architecture: pinned, so that all ranks and runs agree."""
 
+import functools
 from dataclasses import dataclass, replace
 
 
@@ -75,6 +76,7 @@ def tile_for(capability: int, element_bytes: int, summed_width: int, out_width: 
     return replace(tile, out=out_width, warps=min(tile.warps, 4))
 
 
+@functools.cache
 def segment_length(tile: Tile, programs: int, length: int) -> int:
     """Positions a segment for `programs` programs over sequences of `length`: `length` itself for no split.
 

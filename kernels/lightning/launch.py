@@ -1,5 +1,6 @@
 """The launches of lightning attention's Triton kernels: which tensors, tiles, descriptors and segments each gets."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -230,7 +231,6 @@ class Scan:
                 DESCRIPTORS=descriptors,
                 **self._constants(),
             )
-        return flow
 
     def segment_starts(self, given: Tensor | None, last: Tensor | None = None) -> Tensor:
         """The state every piece starts from, [pieces, H, ...] as the states are; the final states go to `last`.
@@ -300,7 +300,12 @@ class Scan:
 
 
 def _capability(x: Tensor) -> int:
-    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else HOPPER
+    return _capability_of(x.device) if x.is_cuda else HOPPER
+
+
+@functools.cache
+def _capability_of(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def _given(state: Tensor | None) -> Tensor | None:
@@ -309,22 +314,33 @@ def _given(state: Tensor | None) -> Tensor | None:
 
 def _describable(x: Tensor) -> bool:
     """Whether bulk copies can read and write x: 16-byte aligned rows, each element of its own."""
-    step = 16 // x.element_size()
-    row, time, head, one = x.stride()
-    b, t, h, width = x.shape
+    return x.data_ptr() % 16 == 0 and _describable_layout(x.shape, x.stride(), x.element_size())
+
+
+# A launch's preparation costs the host as much as the launch: what depends on shapes alone is done once.
+@functools.lru_cache(maxsize=4096)
+def _describable_layout(shape: torch.Size, strides: tuple[int, ...], element_bytes: int) -> bool:
+    step = 16 // element_bytes
+    aligned = all(s > 0 and s % step == 0 for s, n in zip(strides[:3], shape[:3], strict=True) if n > 1)
     # Copies are of whole 16 bytes, so a width that is not would reach into the next head.
-    return (
-        one == 1
-        and width % step == 0
-        and (b == 1 or (row > 0 and row % step == 0))
-        and (t == 1 or (time > 0 and time % step == 0))
-        and (h == 1 or (head > 0 and head % step == 0))
-        and x.data_ptr() % 16 == 0
-    )
+    return aligned and strides[3] == 1 and shape[3] % step == 0
+
+
+_templates: dict[tuple, dict] = {}  # the fields of a descriptor but for its tensor
 
 
 def _descriptor(x: Tensor, tile: Tile, columns: int) -> TensorDescriptor:
     """x [B, T, H, width] in tiles of one row and head, `tile.chunk` positions and `columns` of the width."""
-    # The stride of a dimension of one is never used, but must look like one.
-    strides = [s if n > 1 else 16 for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, tile.chunk, 1, columns])
+    key = (x.shape, x.stride(), x.dtype, tile.chunk, columns)
+    fields = _templates.get(key)
+    if fields is None:
+        if len(_templates) >= 4096:
+            _templates.clear()
+        # The stride of a dimension of one is never used, but must look like one.
+        strides = [s if n > 1 else 16 for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
+        descriptor = TensorDescriptor(x, list(x.shape), [*strides, 1], [1, tile.chunk, 1, columns])
+        _templates[key] = {name: value for name, value in vars(descriptor).items() if name != "base"}
+        return descriptor
+    descriptor = object.__new__(TensorDescriptor)
+    vars(descriptor).update(fields, base=x)
+    return descriptor
