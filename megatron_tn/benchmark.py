@@ -1,6 +1,6 @@
 """How fast a config trains on this machine, beside the matrix rate of the same minutes and a model of the same shape.
 
-python -m megatron_tn.benchmark model=1b engine=zero1 engine.compile=true data.micro_batch=8 data.global_batch=8 \
+python -m megatron_tn.benchmark model=1b engine=zero1 engine.compile=blocks data.micro_batch=8 data.global_batch=8 \
     benchmark.peer=llama benchmark.loop_steps=40
 torchrun --nproc-per-node 2 -m megatron_tn.benchmark model=7b parallel.tp=2 ...
 
@@ -66,7 +66,10 @@ class Row:
 
 
 def benchmark(config: BenchmarkConfig) -> None:
-    if problems := config.problems(world_size()):
+    problems = config.problems(world_size())
+    if 0 < config.benchmark.loop_steps <= LOOP_WARM_UP:
+        problems.append(f"benchmark.loop_steps={config.benchmark.loop_steps} must be 0 or above {LOOP_WARM_UP}")
+    if problems:
         raise ConfigError(problems)
     rows = list(measure(config))
     table = Table("model", "what", "N", "tokens a step", "ms", "tokens/s", "utilisation", "of TFLOP/s", "peak GiB")
@@ -205,6 +208,10 @@ def loop_row(config: BenchmarkConfig, shards: Path, rate: float) -> Row:
     train(from_mapping(TrainConfig, values))
     records = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
     speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record][LOOP_WARM_UP:]
+    if not speeds:
+        raise RuntimeError(
+            f"the training command was stopped after {len(records)} steps; {LOOP_WARM_UP + 1} are needed"
+        )
     tokens = data.global_batch * data.sequence_length
     return Row(
         config.model.name,

@@ -100,12 +100,16 @@ class ParallelConfig:
 class EngineConfig:
     """Who owns gradients, masters and the optimizer step."""
 
-    name: Literal["deepspeed", "local"] = "deepspeed"
+    name: Literal["deepspeed", "fsdp2", "local"] = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["bf16", "fp32"] = "bf16"  # of parameters and activations; masters and moments are always fp32
     gradient_dtype: Literal["fp32", "bf16"] = "fp32"  # in which microbatch gradients accumulate and are reduced
     reduce_bucket_elements: int = 50_000_000
-    compile: bool = False  # torch.compile each block
+    reshard_after_forward: bool = True  # fsdp2: free a block's gathered weights between its forward and backward pass
+    recompute: Literal["none", "selective", "full"] = "none"  # activations made again in the backward pass
+    recompute_every: int = 1  # of every so many blocks, the first recomputes
+    # Blocks compiled by inductor; cuda_graphs replays them besides, which hides the host where models are small.
+    compile: Literal["none", "blocks", "cuda_graphs"] = "none"
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -120,6 +124,23 @@ class DataConfig:
     mixture: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     isolate_documents: bool = False  # attention state is reset at document boundaries; the paper cuts without isolation
     workers: int = 1  # reader processes per data-parallel rank; 0 reads in the training process
+    # Batches that are not trained on, each by the number of the step that would: [17, "100-299"]. Kept in checkpoints.
+    skip_batches: list[int | str] = dataclasses.field(default_factory=list)
+
+    @property
+    def skipped(self) -> set[int]:
+        """skip_batches, with ranges spelled out.
+
+        Raises:
+            ValueError: an entry is neither a number from 1 nor a range of them.
+        """
+        found: set[int] = set()
+        for entry in self.skip_batches:
+            first, dash, last = str(entry).partition("-")
+            if not (first.isdecimal() and (last.isdecimal() or not dash) and 1 <= int(first) <= int(last or first)):
+                raise ValueError(f"data.skip_batches: {entry!r} is neither a step from 1 nor a range such as '100-299'")
+            found.update(range(int(first), int(last or first) + 1))
+        return found
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -149,7 +170,32 @@ class CheckpointConfig:
     every: int = 500  # steps; 0 saves only at the end and on preemption
     at_end: bool = True  # save when the run ends; False is for benchmarks
     keep: int = 3  # newest checkpoints kept; 0 keeps all
-    resume: str = "auto"  # auto: the newest whole one in run_dir; none: start afresh; or the path of one
+    keep_every: int = 0  # of the older ones, those at multiples of so many steps stay as well; 0: none for that
+    keep_best: int = 0  # and so many with the lowest held-out loss, of those that were evaluated at their own step
+    # Training goes on while a save is written, for host memory of one copy of what the rank owns (12 bytes a parameter
+    # without ZeRO). On by default: a step that waits for a shared file system stops every GPU.
+    async_save: bool = True
+    on_failure: Literal["report", "abort"] = "report"  # of a save that could not be written; the last of a run aborts
+    resume: int | str = "auto"  # auto: the newest whole one in run_dir; none: start afresh; a step there; a path
+
+
+@dataclass(frozen=True, config=_STRICT)
+class GuardConfig:
+    """What happens when a step goes wrong. All ranks decide the same, from numbers that were reduced over all of them.
+
+    rewind goes back to the newest checkpoint and skips the batch that went wrong, for good (docs/checkpoints.md).
+    """
+
+    nonfinite: Literal["skip", "rewind", "abort"] = "skip"  # the update is never applied; skip goes on with the next
+    max_consecutive: int = 10  # steps in a row that are not finite, after which the run aborts
+    spike: Literal["off", "report", "rewind", "abort"] = "report"
+    # A loss is a spike when it is above the median of the last spike_window losses by spike_sigmas standard deviations
+    # (from the median absolute deviation, which spikes do not move) and by spike_nats.
+    spike_window: int = 128  # steps; nothing is a spike before half of it is known
+    spike_sigmas: float = 8.0
+    spike_nats: float = 0.5
+    skip_before: int = 0  # batches before the bad one that a rewind skips as well
+    max_rewinds: int = 5  # of a run, after which it aborts
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -170,6 +216,10 @@ class WandbConfig:
 class LoggingConfig:
     every: int = 1  # steps between records of log.jsonl
     progress: bool = True  # progress bar on rank 0
+    ranks_every: int = 100  # steps between reports of how ranks differ in speed, and of peak memory; 0: none
+    profile: bool = False  # write a Chrome trace and a table of kernels of a few steps of rank 0 to run_dir/profile
+    profile_skip: int = 10  # steps of this process before the first one that is profiled
+    profile_steps: int = 3
     wandb: WandbConfig = dataclasses.field(default_factory=WandbConfig)
 
 
@@ -194,7 +244,9 @@ class TrainConfig:
     nodes: int = 1
     stop_after: int = 0  # end after this step, saved and within the same schedule; 0: after schedule.steps
     deterministic: bool = False  # bitwise repeatable kernels, at some cost in speed
-    distributed_timeout_s: int = 1800  # of any collective
+    distributed_timeout_s: int = 1800  # of any collective, and of what may take long: starting, compiling, evaluating
+    # A rank that has not moved for so long makes the run end, with the rank that all wait for named; 0: never.
+    hang_timeout_s: int = 600
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
@@ -202,6 +254,7 @@ class TrainConfig:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
     cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
@@ -228,12 +281,45 @@ class TrainConfig:
             ("data", "sequence_length"),
             ("data", "global_batch"),
             ("data", "micro_batch"),
+            ("engine", "recompute_every"),
             ("schedule", "steps"),
             ("logging", "every"),
         ):
             value = getattr(getattr(self, section), name)
             if value < 1:
                 found.append(f"{section}.{name}={value} must be at least 1")
+        try:
+            beyond = [batch for batch in data.skipped if batch > self.schedule.steps]
+            if beyond:
+                found.append(f"data.skip_batches: {max(beyond)} is past schedule.steps={self.schedule.steps}")
+        except ValueError as error:
+            found.append(str(error))
+        for section, name, least in (
+            ("checkpoint", "every", 0),
+            ("checkpoint", "keep", 0),
+            ("checkpoint", "keep_every", 0),
+            ("checkpoint", "keep_best", 0),
+            ("guard", "max_consecutive", 1),
+            ("guard", "spike_window", 2),
+            ("guard", "skip_before", 0),
+            ("guard", "max_rewinds", 0),
+            ("logging", "ranks_every", 0),
+            ("logging", "profile_skip", 0),
+            ("logging", "profile_steps", 1),
+        ):
+            value = getattr(getattr(self, section), name)
+            if value < least:
+                found.append(f"{section}.{name}={value} must be at least {least}")
+        if not 0 <= self.hang_timeout_s < self.distributed_timeout_s:
+            found.append(
+                f"hang_timeout_s={self.hang_timeout_s} must be from 0 to below distributed_timeout_s="
+                f"{self.distributed_timeout_s}: collectives that give up first would hide the rank they waited for"
+            )
+        if self.checkpoint.keep_best and not (self.evaluation.manifest and self.evaluation.every):
+            found.append(
+                f"checkpoint.keep_best={self.checkpoint.keep_best} needs held-out losses: set evaluation.manifest and "
+                "evaluation.every"
+            )
         if self.schedule.warmup_steps >= self.schedule.steps > 0:
             found.append(
                 f"schedule.warmup_steps={self.schedule.warmup_steps} must be below schedule.steps={self.schedule.steps}"
@@ -309,9 +395,12 @@ class GenerateConfig:
 class ConvertConfig:
     """Settings of `python -m megatron_tn.convert`."""
 
+    # The command's first word sets it: python -m megatron_tn.convert verify checkpoint=...
+    action: Literal["describe", "verify", "export"] = "describe"
     checkpoint: str = ""
-    output: str = ""  # folder to write in the released layout; empty describes the checkpoint
+    output: str = ""  # export: folder to write in the released layout
     precision: Literal["trained", "bf16", "fp32"] = "trained"
+    json: bool = False  # describe, verify: print JSON
 
 
 def to_mapping(config: Any) -> dict[str, Any]:

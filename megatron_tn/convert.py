@@ -1,7 +1,8 @@
-"""Describe a checkpoint, or write its model in the released layout.
+"""Describe a checkpoint, verify it, or write its model in the released layout.
 
-python -m megatron_tn.convert checkpoint=runs/demo/checkpoints/latest
-python -m megatron_tn.convert checkpoint=runs/demo/checkpoints/latest output=runs/demo/export
+python -m megatron_tn.convert describe checkpoint=runs/demo                         (the newest; or one's folder)
+python -m megatron_tn.convert verify   checkpoint=runs/demo/checkpoints/step_00000110     exit code 1: it is damaged
+python -m megatron_tn.convert export   checkpoint=runs/demo output=runs/demo/export
 """
 
 from __future__ import annotations
@@ -9,20 +10,46 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from rich.console import Console
+from rich.table import Table
 
 from megatron_tn.checkpoint.hf import save_pretrained
-from megatron_tn.checkpoint.manifest import Manifest
+from megatron_tn.checkpoint.manifest import KINDS, MANIFEST, Manifest
+from megatron_tn.checkpoint.verify import verify
 from megatron_tn.cli import command
-from megatron_tn.config import ConvertConfig
+from megatron_tn.config import ConfigError, ConvertConfig
 from megatron_tn.loading import load_any_model, resolve_checkpoint, tokenizer_path
 
+DAMAGED = 1  # exit code
 
-@command(ConvertConfig, "convert")
-def main(config: ConvertConfig) -> None:
-    if not config.output:
-        print(json.dumps(describe(resolve_checkpoint(config.checkpoint)), indent=1))
+
+def convert(config: ConvertConfig) -> None:
+    if config.action == "export":
+        export(config)
         return
+    directory = resolve_checkpoint(config.checkpoint)
+    if not (directory / MANIFEST).is_file():
+        raise ConfigError(f"checkpoint={config.checkpoint} is a released model, not a checkpoint: it has no {MANIFEST}")
+    if config.action == "verify":
+        problems = verify(directory)
+        if config.json:
+            print(json.dumps({"checkpoint": str(directory), "whole": not problems, "problems": problems}, indent=1))
+        else:
+            print(*problems or [f"{directory} is whole"], sep="\n")
+        sys.exit(DAMAGED if problems else 0)
+    if config.json:
+        print(json.dumps(describe(directory), indent=1))
+    else:
+        show(describe(directory))
+
+
+def export(config: ConvertConfig) -> None:
+    if not config.output:
+        raise ConfigError("output is not set: name a folder to write the model to")
     model = load_any_model(config.checkpoint, "cpu", config.precision)
     save_pretrained(model, config.output)
     if (tokenizer := tokenizer_path("", config.checkpoint)) is not None:
@@ -30,19 +57,72 @@ def main(config: ConvertConfig) -> None:
     print(f"wrote {config.output}")
 
 
-def describe(directory: Path) -> dict:
+def describe(directory: Path) -> dict[str, Any]:
     """What a checkpoint holds, from its manifest alone."""
     manifest = Manifest.read(directory)
+    training, config, engine = manifest.training, manifest.config, manifest.config["engine"]
     return {
         "checkpoint": str(directory),
         "step": manifest.step,
-        "tokens": manifest.training["tokens"],
-        "saved by": manifest.layout | {"engine": manifest.config["engine"]["name"]},
+        "optimizer_step": manifest.optimizer_step,
+        "tokens": training.get("tokens"),
+        "samples": training.get("samples"),
+        "skipped_batches": training.get("skip", []),
+        "rewinds": training.get("rewinds", []),
+        "held_out": training.get("held_out", {}),
+        "saved_by": manifest.layout | {"engine": engine["name"], "zero_stage": engine["zero_stage"]},
+        "precision": engine["precision"],
         "parameters": sum(math.prod(shape) for shape in manifest.shapes.values()),
-        "model": manifest.config["model"],
+        "bytes": sum(record.size for record in manifest.files.values()),
+        "files": {name: record.size for name, record in sorted(manifest.files.items())},
+        "model": config["model"],
+        "data": config["data"]["manifest"],
         "padded_vocab": manifest.padded_vocab,
-        "files": sorted({piece.file for pieces in manifest.pieces.values() for piece in pieces}),
+        "tensors": {
+            name: {"shape": shape, "pieces": {kind: len(manifest.pieces.get(f"{kind}/{name}", [])) for kind in KINDS}}
+            for name, shape in manifest.shapes.items()
+        },
     }
+
+
+def show(facts: dict[str, Any]) -> None:
+    """The same for people: a table of facts and one of tensors."""
+    console = Console()
+    saved_by = " x ".join(f"{name} {value}" for name, value in facts["saved_by"].items())
+    model = facts["model"]
+    rewinds = [f"from {one['from']} to {one['to']}, by {one['by']}" for one in facts["rewinds"]]
+    summary = Table(show_header=False, title=facts["checkpoint"])
+    for name, value in {
+        "step": f"{facts['step']:,}, of which {facts['optimizer_step']:,} were applied",
+        "tokens": f"{facts['tokens'] or 0:,} in {facts['samples'] or 0:,} sequences",
+        "skipped batches": ", ".join(map(str, facts["skipped_batches"])) or "none",
+        "rewinds": "; ".join(rewinds) or "none",
+        "held out": ", ".join(f"{name} {value:g}" for name, value in facts["held_out"].items()) or "not evaluated",
+        "saved by": f"{saved_by}, trained in {facts['precision']}",
+        "size": f"{facts['bytes'] / 2**30:.3f} GiB in {len(facts['files'])} files",
+        "model": f"{model['name']}: {facts['parameters']:,} parameters, {model['layers']} layers of width "
+        f"{model['embed_dim']}, {model['heads']} heads, vocabulary {model['vocab_size']:,}",
+        "data": facts["data"],
+    }.items():
+        summary.add_row(name, str(value))
+    console.print(summary)
+    tensors = Table("tensor", "shape", "elements", "pieces")
+    for name, tensor in facts["tensors"].items():
+        counts = sorted(set(tensor["pieces"].values()))
+        tensors.add_row(
+            name, " x ".join(map(str, tensor["shape"])), f"{math.prod(tensor['shape']):,}", "-".join(map(str, counts))
+        )
+    console.print(tensors)
+
+
+_run = command(ConvertConfig, "convert")(convert)
+
+
+def main() -> None:
+    """The command line, whose first word may name the action."""
+    if len(sys.argv) > 1 and sys.argv[1] in get_args(get_type_hints(ConvertConfig)["action"]):
+        sys.argv[1] = f"action={sys.argv[1]}"
+    _run()
 
 
 if __name__ == "__main__":

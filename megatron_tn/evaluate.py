@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,13 @@ def main(config: EvaluateConfig) -> None:
     print(json.dumps(result, indent=1))
 
 
-def held_out_loss(model: TransNormerLM, config: TrainConfig) -> dict[str, float]:
+def held_out_loss(
+    model: TransNormerLM, config: TrainConfig, progress: Callable[[int], None] = lambda done: None
+) -> dict[str, float]:
     """For the training loop: the held-out loss as two named figures. Every rank evaluates the same documents, so that
-    engines that gather parameters in the forward pass stay in step."""
+    engines that gather parameters in the forward pass stay in step. `progress(n)` is told of n more documents done."""
     documents, text_bytes = held_out_documents(config.evaluation.manifest, config.evaluation.max_documents)
-    found = evaluate_documents(model, documents, text_bytes, window=config.data.sequence_length)
+    found = evaluate_documents(model, documents, text_bytes, window=config.data.sequence_length, progress=progress)
     return {"heldout_loss": found.nats_per_token, "heldout_bits_per_byte": found.bits_per_byte}
 
 

@@ -9,25 +9,38 @@ from __future__ import annotations
 import functools
 import json
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
 
-from data_pipeline.stream import BatchLoader, InputError, Manifest, Mixture, ScoreFilter, StreamState, TokenStream
+from data_pipeline.stream import (
+    Batch,
+    BatchLoader,
+    InputError,
+    Manifest,
+    Mixture,
+    ScoreFilter,
+    StreamState,
+    TokenStream,
+)
 from megatron_tn.checkpoint.manifest import Manifest as Checkpoint
 from megatron_tn.cli import command
 from megatron_tn.config import ConfigError, TrainConfig
-from megatron_tn.engine.build import build_engine
+from megatron_tn.engine.build import DTYPES, build_engine
 from megatron_tn.evaluate import held_out_loss
 from megatron_tn.model.check import check_kernels
 from megatron_tn.optim.schedule import batch_of_step, learning_rate
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.world import world_size
+from megatron_tn.training.diagnose import find_nonfinite
+from megatron_tn.training.guard import Guard
 from megatron_tn.training.preemption import Preemption
 from megatron_tn.training.preflight import checkpoint_to_resume, frozen_config, problems_before_start
 from megatron_tn.training.run import Run
 from megatron_tn.training.state import TrainingState
-from megatron_tn.training.step import train_step
+from megatron_tn.training.step import skipped_step, train_step
+from megatron_tn.training.watchdog import Progress
 
 log = logging.getLogger(__name__)
 
@@ -37,21 +50,32 @@ def train(config: TrainConfig) -> None:
     with Preemption() as preemption, Run(config) as run:
         context = ParallelContext.create(config.parallel.tp, config.parallel.cp)
         engine = build_engine(config, context, run.device)
-        check_kernels(engine.model, run.device)
+        check_kernels(engine.model, run.device, DTYPES[config.engine.precision])
         state = run.restore(engine)
         run.keep_tokenizer(stream.manifest.directory / stream.manifest.tokenizer.file)
-        batches = open_batches(config, stream, context, state)
         evaluate = functools.partial(held_out_loss, engine.model, config) if config.evaluation.manifest else None
-        hooks = run.hooks(engine, stream_state=functools.partial(stream_state, stream), evaluate=evaluate)
-        for microbatches in batches:
+        hooks = run.hooks(
+            engine,
+            stream_state=functools.partial(stream_state, stream),
+            evaluate=evaluate,
+            interrupted=lambda: preemption.received is not None,
+        )
+        guard = Guard(config.guard, run.report)
+        for microbatches in batches_from(state, config, stream, context, run.progress):
             lr = learning_rate(state.step, config.optim, config.schedule)
-            report = train_step(engine, microbatches, lr, run.device, stop=preemption.received is not None)
+            if state.skips_next:
+                report = skipped_step(lr)
+            else:
+                report = train_step(engine, microbatches, lr, run.device, stop=preemption.received is not None)
             state.count(report, samples=context.dp.size * sum(len(batch.indices) for batch in microbatches))
+            diagnose = functools.partial(find_nonfinite, engine, microbatches, run.device)
+            if rewind := guard.check(state, report, diagnose):
+                run.rewind(engine, rewind)
+                continue
             for hook in hooks:
                 hook.on_step(state, report)
             if report.stop:
                 break
-        batches.close()
 
 
 def preflight(config: TrainConfig) -> tuple[TrainConfig, TokenStream]:
@@ -103,6 +127,23 @@ def open_stream(config: TrainConfig) -> TokenStream:
         filter=ScoreFilter.load(data.filter) if data.filter else None,
         mixture=Mixture.parse(data.mixture) if data.mixture else None,
     )
+
+
+def batches_from(
+    state: TrainingState, config: TrainConfig, stream: TokenStream, context: ParallelContext, progress: Progress
+) -> Iterator[list[Batch]]:
+    """This rank's microbatches of every step from `state` on; after a rewind, which sets `state` back, from there."""
+    while state.step < config.last_step:
+        with open_batches(config, stream, context, state) as loader:
+            expected = state.step
+            progress.at("data", expected + 1)
+            for microbatches in loader:
+                expected += 1
+                progress.at("step")
+                yield microbatches
+                if state.step != expected:
+                    break
+                progress.at("data", expected + 1)
 
 
 def open_batches(

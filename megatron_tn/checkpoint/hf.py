@@ -15,7 +15,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megatron_tn.checkpoint.save import readable_like
 from megatron_tn.config import ConfigError, ModelConfig
 from megatron_tn.model.decay import decay_rates
 from megatron_tn.model.transnormer import TransNormerLM, empty_model
@@ -182,7 +181,8 @@ def write_released(weights: dict[str, torch.Tensor], config: ModelConfig, direct
     directory.mkdir(parents=True, exist_ok=True)
     weights_tmp, config_tmp = directory / f"{WEIGHTS_FILE}.tmp", directory / "config.json.tmp"
     save_file(weights, weights_tmp, metadata={"format": "pt"})
-    readable_like(directory, weights_tmp)
+    # safetensors makes files that their owner alone can read; colleagues may read what they can read of the folder.
+    weights_tmp.chmod(directory.stat().st_mode & 0o666)
     weights_tmp.replace(directory / WEIGHTS_FILE)
     config_tmp.write_text(json.dumps(config_to_released(config), indent=1) + "\n")
     config_tmp.replace(directory / "config.json")

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_tn.checkpoint.manifest import KINDS, Manifest, Piece, Trainable
-from megatron_tn.checkpoint.reshard import overlaps, pieces_of_local_range, span_of, view_of
-from megatron_tn.checkpoint.save import rank_file
+from megatron_tn.checkpoint.files import TensorFile
+from megatron_tn.checkpoint.manifest import KINDS, Manifest, Piece, Trainable, rank_file
+from megatron_tn.checkpoint.reshard import overlaps, pieces_of_local_range, spans_of, view_of
+from megatron_tn.checkpoint.retention import reading
 from megatron_tn.config import ConfigError, ModelConfig, from_mapping
 from megatron_tn.model.transnormer import TransNormerLM, empty_model
 from megatron_tn.parallel.context import ParallelContext
 
 
 class Reader:
-    """Open files of one checkpoint. Use as a context manager.
+    """Open files of one checkpoint, which no run removes meanwhile. Use as a context manager.
+
+    Only bytes that are needed are read; `bytes_read` counts them.
 
     Raises:
         ConfigError: a file is missing or damaged, a tensor is incomplete or of another shape.
@@ -28,10 +30,11 @@ class Reader:
     def __init__(self, directory: Path, manifest: Manifest):
         self.directory = directory
         self.manifest = manifest
-        self._files: dict[str, object] = {}
+        self._files: dict[str, TensorFile] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Reader:
+        self._stack.enter_context(reading(self.directory))
         return self
 
     def __exit__(self, *_) -> None:
@@ -46,11 +49,15 @@ class Reader:
         filled = 0
         for stored in self.manifest.pieces.get(f"{kind}/{name}", []):
             for rectangle in overlaps(stored, piece):
-                first, last = span_of(stored, rectangle)
-                values = self._read(stored)[first:last]
-                target = view_of(piece, staging, rectangle)
-                target.copy_(view_of(stored, values, rectangle, first))
-                filled += target.numel()
+                for part, first, last in spans_of(stored, rectangle):
+                    target = view_of(piece, staging, part)
+                    if target.is_contiguous() and target.numel() == last - first:
+                        self._open(stored.file).read(stored.key, first, target.view(-1))
+                    else:
+                        values = torch.empty(last - first)
+                        self._open(stored.file).read(stored.key, first, values)
+                        target.copy_(view_of(stored, values, part, first))
+                    filled += target.numel()
         if filled != piece.stop - piece.start:
             missing = piece.stop - piece.start - filled
             raise ConfigError(f"{self.directory}: {missing} elements of {kind}/{name} are in none of its files")
@@ -59,24 +66,16 @@ class Reader:
 
     def rng(self, rank: int) -> dict[str, Tensor]:
         stored = self._open(rank_file(rank))
-        return {key: stored.get_tensor(key) for key in stored.keys() if key.startswith("rng/")}  # noqa: SIM118
+        return {key: stored.get(key) for key in stored.entries if key.startswith("rng/")}
 
-    def _read(self, piece: Piece):
-        try:
-            return self._open(piece.file).get_slice(piece.key)
-        except SafetensorError as error:
-            raise ConfigError(f"{self.directory / piece.file} is damaged: {error}") from None
+    @property
+    def bytes_read(self) -> int:
+        return sum(file.bytes_read for file in self._files.values())
 
-    def _open(self, file: str):
-        if file not in self._files:
-            path = self.directory / file
-            try:
-                self._files[file] = self._stack.enter_context(safe_open(path, framework="pt"))
-            except FileNotFoundError:
-                raise ConfigError(f"{path} is missing") from None
-            except SafetensorError as error:
-                raise ConfigError(f"{path} is damaged: {error}") from None
-        return self._files[file]
+    def _open(self, name: str) -> TensorFile:
+        if name not in self._files:
+            self._files[name] = self._stack.enter_context(closing(TensorFile(self.directory / name)))
+        return self._files[name]
 
 
 def load_checkpoint(engine: Trainable, directory: Path) -> Manifest:

@@ -1,13 +1,16 @@
 """The checkpoint format: a folder of safetensors files and a JSON manifest. No pickle is ever written or read.
 
     step_00000500/
-      manifest.json              what is here; written last, so its presence means the checkpoint is whole
+      manifest.json              what is here, with every file's size and sha256; written last, so that it means "whole"
       rank_00000.safetensors     fp32 masters and moments that rank 0 owned, and its RNG state
       ...
 
 Every tensor has its logical (released) name under its kind: param/NAME, exp_avg/NAME, exp_avg_sq/NAME. A piece is an
 element range of a box of the logical tensor, flattened in row-major order: the box says which slice a tensor-parallel
 rank held, the range which part of that slice a ZeRO rank owned. Padding is in no box, so it is never saved.
+
+Beside whole checkpoints a folder may hold step_N.tmp (being written, or cut short) and step_N.old (being removed, or
+set aside by a rewind); neither is ever read.
 """
 
 from __future__ import annotations
@@ -17,13 +20,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+
+from megatron_tn.checkpoint.files import FileRecord
 from megatron_tn.config import ConfigError
 from megatron_tn.model.transnormer import TransNormerLM
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.sharding import Box, OwnedRange
 
 FORMAT = "megatron_tn checkpoint"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 
@@ -53,14 +59,18 @@ class Piece:
 
 @dataclass
 class Manifest:
-    """step: optimizer steps done. training: what the loop needs to go on (tokens, data position, ...)."""
+    """step: optimizer steps done, optimizer_step: those that were applied. training: what the loop needs to go on
+    (tokens, data position, ...)."""
 
-    step: int
-    optimizer_step: int
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    step: NonNegativeInt
+    optimizer_step: NonNegativeInt
     config: dict[str, Any]
-    layout: dict[str, int]
-    shapes: dict[str, list[int]]
+    layout: dict[str, PositiveInt]
+    shapes: dict[str, list[PositiveInt]]
     pieces: dict[str, list[Piece]] = field(default_factory=dict)  # kind/NAME -> pieces
+    files: dict[str, FileRecord] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     padded_vocab: int = 0
 
@@ -82,21 +92,19 @@ class Manifest:
         try:
             values = json.loads(path.read_text())
             found = values.pop("format", None), values.pop("version", None)
-            if found != (FORMAT, VERSION):
-                raise ConfigError(f"{path}: format and version are {found}, expected {(FORMAT, VERSION)}")
-            values["pieces"] = {
-                name: [Piece(**(item | {"box": tuple(tuple(edge) for edge in item["box"])})) for item in items]
-                for name, items in values["pieces"].items()
-            }
-            manifest = cls(**values)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            if isinstance(error, ConfigError):
-                raise
+        except (ValueError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} is damaged: {error}") from None
-        for pieces in manifest.pieces.values():
-            for piece in pieces:
-                if Path(piece.file).name != piece.file or not piece.file.endswith(".safetensors"):
-                    raise ConfigError(f"{path}: {piece.file!r} is not a safetensors file in its own folder")
+        if found != (FORMAT, VERSION):
+            raise ConfigError(f"{path}: format and version are {found}, expected {(FORMAT, VERSION)}")
+        try:
+            manifest = TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            places = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+            raise ConfigError(f"{path} is damaged: {places[0]}") from None
+        named = {piece.file for pieces in manifest.pieces.values() for piece in pieces} | manifest.files.keys()
+        for file in sorted(named):
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise ConfigError(f"{path}: {file!r} is not a safetensors file in its own folder")
         return manifest
 
 
@@ -104,6 +112,16 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step_").partition("-")[0])
+
+
+def rank_file(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints in `folder`, oldest first. One that was being written when its process died has no manifest."""
-    return sorted(path for path in folder.glob("step_*") if (path / MANIFEST).is_file() and path.suffix != ".tmp")
+    found = (path for path in folder.glob("step_*") if path.suffix not in (".tmp", ".old"))
+    return sorted(path for path in found if (path / MANIFEST).is_file())

@@ -17,6 +17,8 @@ from torch import Tensor
 from megatron_tn.checkpoint.manifest import Piece
 from megatron_tn.parallel.sharding import ShardSpec
 
+SMALL_GAP = 256  # fp32 elements between two rows that cost less to read than a call to leave them out
+
 
 class Rectangle(NamedTuple):
     """Rows [top, bottom) and columns [left, right) of the logical matrix."""
@@ -86,10 +88,18 @@ def view_of(piece: Piece, values: Tensor, rectangle: Rectangle, first: int = 0) 
     return torch.as_strided(values, shape, (grid.width, 1), values.storage_offset() + offset)
 
 
-def span_of(piece: Piece, rectangle: Rectangle) -> tuple[int, int]:
-    """The contiguous range of a piece's elements that holds the rectangle."""
+def spans_of(piece: Piece, rectangle: Rectangle) -> Iterator[tuple[Rectangle, int, int]]:
+    """What to read of a piece to have the rectangle: parts of it, each with the element range that holds it.
+
+    Rows that lie side by side are one range. Where a wide gap is between them each is read by itself, so that a rank
+    that takes one eighth of every row does not read the other seven.
+    """
     grid = Grid.of(piece)
-    return grid.offset(rectangle.top, rectangle.left), grid.offset(rectangle.bottom - 1, rectangle.right - 1) + 1
+    gap = grid.width - (rectangle.right - rectangle.left)
+    rows = 1 if gap > SMALL_GAP else rectangle.bottom - rectangle.top
+    for top in range(rectangle.top, rectangle.bottom, rows):
+        part = Rectangle(top, top + rows, rectangle.left, rectangle.right)
+        yield part, grid.offset(part.top, part.left), grid.offset(part.bottom - 1, part.right - 1) + 1
 
 
 def pieces_of_local_range(spec: ShardSpec, rank: int, size: int, start: int, stop: int) -> Iterator[tuple[Piece, int]]:

@@ -1,33 +1,73 @@
-"""Write a checkpoint: every rank its own file, the manifest last, then one rename. Whole or absent, never between."""
+"""Write a checkpoint: every rank its own file, the manifest last, then one rename. Whole or absent, never between.
+
+`take_snapshot` copies what this rank owns to the host; after that the engine may go on. `write_snapshot` does the rest,
+wherever it is called: `save_checkpoint` at once, `background.CheckpointWriter` in a thread.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 
-from megatron_tn.checkpoint.manifest import (
-    KINDS,
-    MANIFEST,
-    Manifest,
-    Piece,
-    Trainable,
-    checkpoint_name,
-    whole_checkpoints,
-)
+from megatron_tn.checkpoint.files import FileRecord, sync_folder, write_tensors
+from megatron_tn.checkpoint.manifest import KINDS, MANIFEST, Manifest, Piece, Trainable, checkpoint_name, rank_file
 from megatron_tn.checkpoint.reshard import pieces_of_local_range
+from megatron_tn.checkpoint.retention import Retention, apply_retention, remove
+from megatron_tn.parallel.sharding import OwnedRange
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written; what was there before is untouched."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """This rank's part of a checkpoint, on the host.
+
+    tensors: key -> fp32 [n] or uint8 [n], views of host memory. manifest: without pieces and files of other ranks.
+    """
+
+    folder: Path
+    rank: int
+    world_size: int
+    tensors: dict[str, Tensor]
+    manifest: Manifest
+
+
+class HostMemory:
+    """One block of host memory that snapshots reuse, page-locked where a GPU copies into it.
+
+    Registered with CUDA rather than taken from torch's pinned allocator, which rounds up to a power of two: at a size
+    where masters and moments of a rank take 70 GiB that would ask for 128.
+    """
+
+    def __init__(self) -> None:
+        self._block = torch.empty(0)
+        self._pinned = False
+
+    def take(self, elements: int, pinned: bool) -> Tensor:
+        """fp32 [elements]; what an earlier call returned is overwritten."""
+        if self._block.numel() < elements:
+            self.release()
+            self._block = torch.empty(elements)
+            if pinned and elements:
+                # Where the operating system refuses to lock so much, copies are slower and otherwise the same.
+                size = elements * self._block.element_size()
+                self._pinned = int(torch.cuda.cudart().cudaHostRegister(self._block.data_ptr(), size, 0)) == 0
+        return self._block[:elements]
+
+    def release(self) -> None:
+        if self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._block.data_ptr())
+        self._block, self._pinned = torch.empty(0), False
 
 
 def save_checkpoint(
@@ -38,115 +78,159 @@ def save_checkpoint(
     optimizer_step: int,
     config: dict[str, Any],
     training: dict[str, Any],
-    keep: int = 0,
+    retention: Retention | None = None,
 ) -> Path:
     """Save masters, moments and training state as `folder`/step_NNNNNNNN. Collective over all ranks.
-
-    keep: how many of the newest whole checkpoints stay; 0 keeps all. Older ones go only after the new one is whole.
 
     Raises:
         CheckpointError: on every rank, when any rank could not write.
     """
-    context = engine.context
-    final = folder / checkpoint_name(step)
+    snapshot = take_snapshot(engine, folder, step=step, optimizer_step=optimizer_step, config=config, training=training)
+    return write_snapshot(snapshot, retention)
+
+
+@torch.no_grad()
+def take_snapshot(
+    engine: Trainable,
+    folder: Path,
+    *,
+    step: int,
+    optimizer_step: int,
+    config: dict[str, Any],
+    training: dict[str, Any],
+    memory: HostMemory | None = None,
+) -> Snapshot:
+    """Copy to the host what this rank will write. When it returns, the engine may change again. Not collective.
+
+    memory: host memory to reuse; the snapshot that used it last must have been written.
+    """
+    context, specs = engine.context, engine.model.shard_specs()
+    manifest = Manifest(
+        step=step,
+        optimizer_step=optimizer_step,
+        config=config,
+        layout={"dp": context.dp.size, "cp": context.cp.size, "tp": context.tp.size},
+        shapes={name: list(spec.shape) for name, spec in specs.items()},
+        training=training,
+        padded_vocab=specs["model.embed_tokens.weight"].padded,
+    )
+    sources: dict[str, Tensor] = {}
+    for owned, located in _written_here(engine):
+        for kind in KINDS:
+            pieces = manifest.pieces.setdefault(f"{kind}/{owned.name}", [])
+            for piece, at in located:
+                key = f"{kind}/{owned.name}/{len(pieces)}"
+                sources[key] = owned.values[kind][at : at + piece.stop - piece.start]
+                pieces.append(replace(piece, file=rank_file(context.rank), key=key))
+    # Memory that is not kept is not worth locking.
+    pinned = memory is not None and any(source.is_cuda for source in sources.values())
+    block = (memory or HostMemory()).take(sum(source.numel() for source in sources.values()), pinned)
+    parts = block.split([source.numel() for source in sources.values()])
+    tensors = {}
+    for (key, source), part in zip(sources.items(), parts, strict=True):
+        tensors[key] = part.copy_(source.detach(), non_blocking=True)
+    tensors["rng/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["rng/cuda"] = torch.cuda.get_rng_state()
+        torch.cuda.current_stream().synchronize()
+    return Snapshot(folder, context.rank, context.world_size, tensors, manifest)
+
+
+def write_snapshot(
+    snapshot: Snapshot, retention: Retention | None = None, group: dist.ProcessGroup | None = None
+) -> Path:
+    """Write all ranks' snapshots of one step. Collective over `group`, which carries CPU tensors and spans all ranks.
+
+    Raises:
+        CheckpointError: on every rank, when any rank could not write.
+    """
+    folder, first = snapshot.folder, snapshot.rank == 0
+    final = folder / checkpoint_name(snapshot.manifest.step)
     partial = final.with_suffix(".tmp")
 
     def prepare() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in (*folder.glob("step_*.tmp"), *folder.glob("step_*.old")):
+            shutil.rmtree(leftover)
+        for again in folder.glob("step_*-again"):  # died between the renames of publish
+            _replace(again)
         partial.mkdir()
 
-    def write() -> None:
-        tensors, pieces = _owned_tensors(engine)
-        tensors["rng/cpu"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            tensors["rng/cuda"] = torch.cuda.get_rng_state()
-        file = partial / rank_file(context.rank)
-        save_file(tensors, file, metadata={"pieces": json.dumps(pieces)})
-        readable_like(partial, file)
-        _fsync(file)
+    def write() -> FileRecord:
+        return write_tensors(partial / rank_file(snapshot.rank), snapshot.tensors)
 
     def publish() -> None:
-        manifest = Manifest(
-            step=step,
-            optimizer_step=optimizer_step,
-            config=config,
-            layout={"dp": context.dp.size, "cp": context.cp.size, "tp": context.tp.size},
-            shapes={name: list(spec.shape) for name, spec in engine.model.shard_specs().items()},
-            training=training,
-            padded_vocab=engine.model.shard_specs()["model.embed_tokens.weight"].padded,
-        )
-        for rank in range(context.world_size):
-            with safe_open(partial / rank_file(rank), framework="pt") as stored:
-                for name, items in json.loads(stored.metadata()["pieces"]).items():
-                    manifest.pieces.setdefault(name, []).extend(Piece(**item) for item in items)
-        path = partial / MANIFEST
-        path.write_text(manifest.to_json())
-        _fsync(path)
-        _fsync(partial)
-        if final.exists():  # an earlier save of the same step, after a rewind
-            shutil.rmtree(final)
-        partial.rename(final)
-        _fsync(folder)
-        for old in whole_checkpoints(folder)[:-keep] if keep else []:
-            shutil.rmtree(old)
+        manifest = replace(snapshot.manifest, pieces={}, files={})
+        for rank, (record, pieces) in enumerate(contents):
+            manifest.files[rank_file(rank)] = record
+            for name, items in pieces.items():
+                manifest.pieces.setdefault(name, []).extend(items)
+        with (partial / MANIFEST).open("w") as file:
+            file.write(manifest.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(partial)
+        if not final.exists():
+            partial.rename(final)
+        else:  # saved again: at every moment one of the two stands under a name that readers look for
+            _replace(partial.rename(final.with_name(f"{final.name}-again")))
+        sync_folder(folder)
 
-    for action, everyone in ((prepare, False), (write, True), (publish, False)):
-        _together(action if everyone or context.is_first else None, partial)
+    try:
+        _together(prepare if first else None, snapshot, group)
+        record = _together(write, snapshot, group)
+        contents = _gather((record, snapshot.manifest.pieces), snapshot, group)
+        _together(publish if first else None, snapshot, group)
+    except CheckpointError as error:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk is not helped by what is left
+        raise CheckpointError(f"checkpoint {final} could not be written: {error}") from None
+    if first and retention is not None:
+        apply_retention(folder, retention)
     return final
 
 
-def rank_file(rank: int) -> str:
-    return f"rank_{rank:05d}.safetensors"
+def _replace(again: Path) -> None:
+    """step_N-again takes the place of step_N."""
+    final = again.with_name(again.name.removesuffix("-again"))
+    if final.exists():
+        remove(final)
+    again.rename(final)
 
 
-def _owned_tensors(engine: Trainable) -> tuple[dict[str, torch.Tensor], dict[str, list[dict]]]:
-    """What this rank writes: key -> fp32 [n] on the CPU, and kind/NAME -> pieces. Repeated values are written once."""
+def _written_here(engine: Trainable) -> list[tuple[OwnedRange, list[tuple[Piece, int]]]]:
+    """What this rank writes: owned ranges and their pieces. Values that several ranks hold are written by the first."""
     context, specs = engine.context, engine.model.shard_specs()
-    tensors: dict[str, torch.Tensor] = {}
-    pieces: dict[str, list[dict]] = {}
     if not engine.partitioned and context.data.rank > 0:
-        return tensors, pieces
-    for owned in engine.owned_ranges():
-        spec = specs[owned.name]
-        if spec.replicated and context.tp.rank > 0:
-            continue
-        located = list(pieces_of_local_range(spec, context.tp.rank, context.tp.size, owned.start, owned.stop))
-        for kind in KINDS:
-            for piece, at in located:
-                name = f"{kind}/{owned.name}"
-                key = f"{name}/{len(pieces.setdefault(name, []))}"
-                values = owned.values[kind][at : at + piece.stop - piece.start]
-                tensors[key] = values.detach().to("cpu", torch.float32, copy=True)
-                pieces[name].append(asdict(Piece(piece.box, piece.start, piece.stop, rank_file(context.rank), key)))
-    return tensors, pieces
+        return []
+    return [
+        (owned, list(pieces_of_local_range(spec, context.tp.rank, context.tp.size, owned.start, owned.stop)))
+        for owned in engine.owned_ranges()
+        if not (spec := specs[owned.name]).replicated or context.tp.rank == 0
+    ]
 
 
-def _together(action, path: Path) -> None:
-    """Run `action` where there is one, and let every rank learn whether it went well anywhere."""
-    error: Exception | None = None
+def _gather(value: Any, snapshot: Snapshot, group: dist.ProcessGroup | None) -> list[Any]:
+    """Every rank's value, in rank order, on rank 0; an empty list on the others."""
+    if snapshot.world_size == 1:
+        return [value]
+    found = [None] * snapshot.world_size if snapshot.rank == 0 else None
+    dist.gather_object(value, found, dst=0, group=group)
+    return found or []
+
+
+def _together(action: Callable[[], Any] | None, snapshot: Snapshot, group: dist.ProcessGroup | None) -> Any:
+    """Run `action` where there is one; returns what it returned here, once it has gone well on every rank."""
+    result, failure = None, ""
     try:
         if action is not None:
-            action()
+            result = action()
     except Exception as caught:
-        error = caught
-    failed = torch.tensor(float(error is not None))
-    if dist.is_initialized():
-        failed = failed.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(failed)
-    if failed.item():
-        reason = f"{type(error).__name__}: {error}" if error else "another rank failed"
-        raise CheckpointError(f"checkpoint {path} could not be written: {reason}") from error
-
-
-def readable_like(folder: Path, file: Path) -> None:
-    """safetensors makes files that their owner alone can read; colleagues may read what they can read of the folder."""
-    file.chmod(folder.stat().st_mode & 0o666)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        failure = f"rank {snapshot.rank}: {type(caught).__name__}: {caught}"
+    failures = [failure]
+    if snapshot.world_size > 1:
+        failures = [""] * snapshot.world_size
+        dist.all_gather_object(failures, failure, group=group)
+    if any(failures):
+        raise CheckpointError("; ".join(filter(None, failures)))
+    return result

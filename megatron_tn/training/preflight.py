@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
-from megatron_tn.checkpoint.manifest import Manifest, whole_checkpoints
+from megatron_tn.checkpoint.manifest import Manifest, checkpoint_name, step_of, whole_checkpoints
 from megatron_tn.config import ConfigError, TrainConfig, differences, load, to_mapping
 
 FROZEN = "config.json"
@@ -22,12 +23,16 @@ def frozen_config(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     path = Path(config.run_dir) / FROZEN
     if not path.is_file():
         return config, []
+    # A requeued job goes on where it was, also when its first start was asked to begin from an older checkpoint.
     requeued = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+    frozen = load(path) if requeued else config
+    if requeued and whole_checkpoints(Path(config.run_dir) / CHECKPOINTS):
+        frozen = replace(frozen, checkpoint=replace(frozen.checkpoint, resume="auto"))
     changed = differences(json.loads(path.read_text()), to_mapping(config))
     if not changed:
-        return config, []
+        return frozen, []
     side = f"{path} wins, because SLURM requeued this job" if requeued else "the new settings win"
-    return load(path) if requeued else config, [f"settings differ from those in {path}; {side}:", *changed]
+    return frozen, [f"settings differ from those in {path}; {side}:", *changed]
 
 
 def problems_before_start(config: TrainConfig, world_size: int, tokenizer_vocab: int | None) -> list[str]:
@@ -69,10 +74,12 @@ def checkpoint_to_resume(config: TrainConfig) -> Path | None:
                 "run_dir, or resume with checkpoint.resume=auto"
             )
         return None
-    if not Path(asked).is_dir():
-        raise ConfigError(f"checkpoint.resume={asked} does not exist")
-    Manifest.read(Path(asked))
-    return Path(asked)
+    start = folder / checkpoint_name(int(asked)) if str(asked).isdecimal() else Path(asked)
+    if not start.is_dir():
+        steps = ", ".join(str(step_of(path)) for path in there) or "none"
+        raise ConfigError(f"checkpoint.resume={asked} does not exist; run_dir={config.run_dir} has steps: {steps}")
+    Manifest.read(start)
+    return start
 
 
 def _checkpoint_problems(config: TrainConfig, directory: Path) -> list[str]:
@@ -82,4 +89,10 @@ def _checkpoint_problems(config: TrainConfig, directory: Path) -> list[str]:
     found = [f"checkpoint {directory} holds another model: {line}" for line in changed]
     if manifest.step > config.schedule.steps:
         found.append(f"checkpoint {directory} is at step {manifest.step}, past schedule.steps={config.schedule.steps}")
+    ledger = manifest.training.get("skip", [])
+    if trained := sorted(batch for batch in config.data.skipped if batch <= manifest.step and batch not in ledger):
+        found.append(
+            f"data.skip_batches: checkpoint {directory} has trained on batch {trained[0]} already; resume from one "
+            f"before it, with checkpoint.resume=STEP and a step below {trained[0]}"
+        )
     return found

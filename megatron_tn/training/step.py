@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -26,7 +27,7 @@ class StepReport(NamedTuple):
     """What a step did.
 
     loss: mean over all the step's target tokens, nats. tokens: how many those were. applied: False when the gradient
-    was not finite and nothing changed. stop: some rank was told to stop.
+    was not finite and nothing changed. stop: some rank was told to stop. skipped: the batch was not trained on at all.
     """
 
     loss: float
@@ -35,6 +36,27 @@ class StepReport(NamedTuple):
     grad_norm: float
     applied: bool
     stop: bool
+    skipped: bool = False
+
+    @property
+    def finite(self) -> bool:
+        return self.applied and math.isfinite(self.loss)
+
+
+def skipped_step(lr: float) -> StepReport:
+    """The step of a batch that is not trained on: it counts for the schedule and for nothing else."""
+    return StepReport(math.nan, 0, lr, math.nan, applied=False, stop=False, skipped=True)
+
+
+def run_microbatch(engine: Engine, batch: Microbatch, scale: Tensor, device: torch.device, *, last: bool) -> Tensor:
+    """Forward and backward of one microbatch; returns scale x the sum of its token losses, on the device."""
+    return engine.forward_backward(
+        batch.tokens.to(device, non_blocking=True),
+        batch.targets.to(device, non_blocking=True),
+        None if batch.cu_seqlens is None else batch.cu_seqlens.to(device, non_blocking=True),
+        scale=scale,
+        last=last,
+    )
 
 
 def train_step(
@@ -51,13 +73,7 @@ def train_step(
     scale = 1 / count.clamp(min=1)
     loss = torch.zeros((), device=device)
     for index, batch in enumerate(microbatches):
-        loss += engine.forward_backward(
-            batch.tokens.to(device, non_blocking=True),
-            batch.targets.to(device, non_blocking=True),
-            None if batch.cu_seqlens is None else batch.cu_seqlens.to(device, non_blocking=True),
-            scale=scale,
-            last=index == len(microbatches) - 1,
-        )
+        loss += run_microbatch(engine, batch, scale, device, last=index == len(microbatches) - 1)
     # Tensor-parallel ranks hold the same loss. One reduction over the world tells every rank the loss of all and
     # whether any of them was told to stop.
     summary = torch.stack([loss / context.tp.size, torch.tensor(float(stop), device=device)])

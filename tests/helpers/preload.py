@@ -3,4 +3,5 @@
 import megatron_tn.checkpoint.load
 import megatron_tn.checkpoint.save
 import megatron_tn.engine.build
-import megatron_tn.engine.deepspeed  # noqa: F401
+import megatron_tn.engine.deepspeed
+import megatron_tn.train  # noqa: F401

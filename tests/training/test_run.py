@@ -117,6 +117,47 @@ def test_wandb_keeps_one_id_for_a_run(tmp_path, monkeypatch):
     assert seen[0] == seen[1]
 
 
+def test_wandb_shows_one_curve_after_a_rewind(tmp_path, monkeypatch):
+    """What is told to each part of a run, by id."""
+    import wandb
+
+    told: dict[str, list[int]] = {}
+
+    class Part:
+        def __init__(self, name: str):
+            self.steps = told.setdefault(name, [])
+
+        def log(self, values, step):
+            self.steps.append(step)
+
+        def finish(self): ...
+
+    monkeypatch.setattr(wandb, "init", lambda **settings: Part(settings["id"]))
+    journal, board = Journal(tmp_path / "log.jsonl", 1, 1), WeightsAndBiases(WandbConfig(), tmp_path, {})
+    state = TrainingState()
+
+    def take(steps: int) -> None:
+        for _ in range(steps):
+            state.count(REPORT, samples=1)
+            for hook in (journal, board):
+                hook.on_step(state, REPORT)
+
+    for hook in (journal, board):
+        hook.on_start(state)
+    take(6)
+    state.become(TrainingState(step=4, rewinds=[{"from": 7, "to": 4}]))
+    for hook in (journal, board):
+        hook.on_rewind(state)
+    take(3)
+    board.on_stop(state)
+    # A restart goes on with the same part, and tells nothing twice.
+    again = WeightsAndBiases(WandbConfig(), tmp_path, {})
+    again.on_start(state)
+    first = (tmp_path / "wandb_id").read_text()
+    assert told == {first: [1, 2, 3, 4, 5, 6], f"{first}-r1": [1, 2, 3, 4, 5, 6, 7]}
+    assert steps_in(tmp_path / "log.jsonl") == [1, 2, 3, 4, 5, 6, 7]
+
+
 def test_ranks_from_srun(tmp_path, monkeypatch):
     scontrol = tmp_path / "scontrol"
     scontrol.write_text("#!/bin/sh\nprintf 'node7\\nnode8\\n'\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
@@ -15,8 +15,17 @@ class Hook(Protocol):
     def on_step(self, state: TrainingState, report: StepReport) -> None:
         """After a step; `state` counts it."""
 
+    def on_rewind(self, state: TrainingState) -> None:
+        """The run went back: steps after `state.step` will be taken again. `on_step` was not called for the last."""
+
     def on_stop(self, state: TrainingState) -> None:
         """After the last step of this process, also when it stops early or fails."""
+
+
+class Sink(Hook, Protocol):
+    """A hook that also takes named values: the log, or a copy of it. On global rank 0."""
+
+    def record(self, values: dict[str, Any], step: int) -> None: ...
 
 
 class NullHook:
@@ -25,5 +34,7 @@ class NullHook:
     def on_start(self, state: TrainingState) -> None: ...
 
     def on_step(self, state: TrainingState, report: StepReport) -> None: ...
+
+    def on_rewind(self, state: TrainingState) -> None: ...
 
     def on_stop(self, state: TrainingState) -> None: ...

@@ -2,23 +2,63 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from typing import Any
 
+from megatron_tn.checkpoint.background import CheckpointWriter, Save
 from megatron_tn.training.hooks import NullHook
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
 
+log = logging.getLogger(__name__)
+
 
 class CheckpointEvery(NullHook):
-    """Calls `save(state)` on all ranks. every: steps; 0 leaves only the stop and the end. last: the run's last step,
-    0 for no save at the end."""
+    """Calls `save(state)` on all ranks, which begins a save with `writer` and returns the one before it, and reports
+    each save once it is written.
 
-    def __init__(self, save: Callable[[TrainingState], object], every: int, last: int):
+    every: steps; 0 leaves only the stop and the end. last: the run's last step, 0 for no save at the end. abort:
+    whether a save that fails ends the run; one that nothing will follow always does.
+    """
+
+    def __init__(
+        self,
+        writer: CheckpointWriter,
+        save: Callable[[TrainingState], Save | None],
+        record: Callable[[dict[str, Any], int], None],
+        *,
+        every: int,
+        last: int,
+        abort: bool,
+    ):
+        self.writer = writer
         self.save = save
+        self.record = record
         self.every = every
         self.last = last
+        self.abort = abort
 
     def on_step(self, state: TrainingState, report: StepReport) -> None:
+        self._report(self.writer.finished(), state)
         due = self.every and state.step % self.every == 0
-        if due or report.stop or state.step == self.last:
-            self.save(state)
+        final = report.stop or state.step == self.last
+        if due or final:
+            self._report(self.save(state), state)
+        if final:
+            self._report(self.writer.wait(), state, fatal=True)
+
+    def on_stop(self, state: TrainingState) -> None:
+        done = self.writer.close()  # one is still under way when the run fails or a step raises
+        if done is not None and done.error is not None:
+            log.error("%s", done.error)
+
+    def _report(self, save: Save | None, state: TrainingState, *, fatal: bool = False) -> None:
+        if save is None:
+            return
+        if save.error is not None:
+            if fatal or self.abort:
+                raise save.error
+            log.error("%s; training goes on (checkpoint.on_failure=report)", save.error)
+        figures = {"step": save.step, "pause_s": save.pause_s, "write_s": save.write_s, "failed": bool(save.error)}
+        self.record({f"checkpoint/{name}": value for name, value in figures.items()}, state.step)

@@ -38,6 +38,9 @@ class ConsoleProgress(NullHook):
         self._first = state.step
 
     def on_step(self, state: TrainingState, report: StepReport) -> None:
+        if report.skipped:
+            self._console.print(f"step {state.step}: its batch is skipped (data.skip_batches or a rewind)")
+            return
         now = time.perf_counter()
         speed = report.tokens / (now - self._tick)
         self._tick = now
@@ -54,6 +57,10 @@ class ConsoleProgress(NullHook):
             self._console.print(
                 f"step {state.step}: gradient norm is {report.grad_norm}: the update was skipped", style="bold red"
             )
+
+    def on_rewind(self, state: TrainingState) -> None:
+        self._began = self._tick = time.perf_counter()
+        self._first = state.step
 
     def on_stop(self, state: TrainingState) -> None:
         self._progress.stop()

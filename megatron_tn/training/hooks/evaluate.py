@@ -10,6 +10,10 @@ from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
 
 
+class Interrupted(Exception):
+    """The evaluation was left because the run was told to stop. On every rank."""
+
+
 class EvaluateEvery(NullHook):
     """Calls `evaluate()` on all ranks, and `record(values, step)` with what it found. last: the run's last step."""
 
@@ -27,4 +31,9 @@ class EvaluateEvery(NullHook):
 
     def on_step(self, state: TrainingState, report: StepReport) -> None:
         if (self.every and state.step % self.every == 0) or state.step == self.last:
-            self.record(self.evaluate(), state.step)
+            try:
+                found = self.evaluate()
+            except Interrupted:
+                return
+            state.held_out = {"step": state.step, **found}
+            self.record(found, state.step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -30,11 +31,18 @@ class Journal(NullHook):
         if self.path.exists():
             self._set_aside(state.step)
         self._file = self.path.open("a", buffering=1)
-        self._since = time.perf_counter()
+        self._since, self._tokens, self._steps = time.perf_counter(), 0, 0
+
+    def on_rewind(self, state: TrainingState) -> None:
+        self._file.close()
+        self.on_start(state)
 
     def on_step(self, state: TrainingState, report: StepReport) -> None:
         self._tokens += report.tokens
         self._steps += 1
+        if report.skipped:
+            self.write({"step": state.step, "skipped": True, "tokens": state.tokens, "time": time.time()})
+            return
         if state.step % self.every and report.applied and not report.stop:
             return
         now = time.perf_counter()
@@ -59,9 +67,13 @@ class Journal(NullHook):
         if self._file:
             self._file.close()
 
+    def record(self, values: dict[str, Any], step: int) -> None:
+        self.write({"step": step, **values})
+
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record at once."""
-        self._file.write(json.dumps(record) + "\n")
+        """Append one record at once. JSON knows no NaN and no infinity: they become null."""
+        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
+        self._file.write(json.dumps(finite) + "\n")
 
     def _set_aside(self, step: int) -> None:
         kept, later = [], []

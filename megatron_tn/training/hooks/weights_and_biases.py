@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 import uuid
@@ -17,7 +18,11 @@ log = logging.getLogger(__name__)
 
 
 class WeightsAndBiases(NullHook):
-    """One run id for all processes of a run: it is kept in run_dir/wandb_id."""
+    """One run id for all processes of a run: it is kept in run_dir/wandb_id.
+
+    wandb cannot take back what it was told. So the part of a run that follows a rewind has an id of its own, ID-r1,
+    ID-r2, ..., begins with the journal's records up to there, and shows one clean curve; the parts share a group.
+    """
 
     def __init__(self, config: WandbConfig, run_dir: Path, run_config: dict[str, Any]):
         self.config = config
@@ -33,12 +38,15 @@ class WeightsAndBiases(NullHook):
         try:
             import wandb
 
+            first = id_file.read_text().strip()
+            part = f"-r{len(state.rewinds)}" if state.rewinds else ""
             self._run = wandb.init(
                 project=self.config.project,
                 entity=self.config.entity,
                 mode=self.config.mode,
-                id=id_file.read_text().strip(),
-                name=self.run_dir.name,
+                id=first + part,
+                name=self.run_dir.name + part,
+                group=first,
                 dir=self.run_dir,
                 resume="allow",
                 config=self.run_config,
@@ -46,8 +54,26 @@ class WeightsAndBiases(NullHook):
             )
         except Exception as error:
             self._give_up(error)
+        told = self.run_dir / f"wandb_id{part}.told"
+        if part and not told.exists():
+            self._retell(state.step)
+            told.touch()
+
+    def on_rewind(self, state: TrainingState) -> None:
+        self.on_stop(state)
+        self.on_start(state)
+
+    def _retell(self, last: int) -> None:
+        """The journal up to step `last`, told again to a new part."""
+        journal = self.run_dir / "log.jsonl"
+        for line in journal.read_text().splitlines() if journal.is_file() else []:
+            values = json.loads(line)
+            if (step := values.pop("step")) <= last:
+                self.record({name: v for name, v in values.items() if isinstance(v, int | float)}, step)
 
     def on_step(self, state: TrainingState, report: StepReport) -> None:
+        if report.skipped:
+            return
         now = time.perf_counter()
         values = {
             "loss": report.loss,
@@ -57,9 +83,9 @@ class WeightsAndBiases(NullHook):
             "tokens_per_second": report.tokens / (now - self._tick),
         }
         self._tick = now
-        self.log(values, state.step)
+        self.record(values, state.step)
 
-    def log(self, values: dict[str, Any], step: int) -> None:
+    def record(self, values: dict[str, Any], step: int) -> None:
         if self._run is not None:
             try:
                 self._run.log(values, step=step)

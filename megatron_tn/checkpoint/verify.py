@@ -1,0 +1,121 @@
+"""Is a checkpoint all there? Every file's size and hash, every element of every tensor exactly once, nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_tn.checkpoint.files import CHUNK_BYTES, TensorFile
+from megatron_tn.checkpoint.manifest import KINDS, MANIFEST, Manifest, Piece
+from megatron_tn.checkpoint.reshard import rectangles
+from megatron_tn.config import ConfigError, TrainConfig, from_mapping
+from megatron_tn.model.transnormer import empty_model
+
+
+def verify(directory: Path) -> list[str]:
+    """One line for each thing that is wrong; empty when the checkpoint is whole. Reads every byte once."""
+    try:
+        manifest = Manifest.read(directory)
+    except ConfigError as error:
+        return error.problems
+    found = _content_problems(manifest)
+    for name, record in sorted(manifest.files.items()):
+        found += _file_problems(directory / name, record.size, record.sha256, manifest)
+    known = {MANIFEST, *manifest.files}
+    strangers = sorted(path.name for path in directory.iterdir() if path.name not in known)
+    return found + [f"{directory / name} is not part of the checkpoint" for name in strangers]
+
+
+def _content_problems(manifest: Manifest) -> list[str]:
+    """What is wrong with the manifest by itself."""
+    found = []
+    try:
+        config = from_mapping(TrainConfig, manifest.config)
+        found += config.model.problems()
+        if not found:
+            model = empty_model(config.model, None, "meta", torch.float32)
+            shapes = {name: list(spec.shape) for name, spec in model.shard_specs().items()}
+            for name in sorted(shapes.keys() | manifest.shapes.keys()):
+                if shapes.get(name) != manifest.shapes.get(name):
+                    found.append(f"{name}: shape {manifest.shapes.get(name)}, but the model has {shapes.get(name)}")
+    except ConfigError as error:
+        found += [f"{MANIFEST}: config: {problem}" for problem in error.problems]
+    if manifest.training.get("step", manifest.step) != manifest.step:
+        found.append(f"{MANIFEST}: step={manifest.step}, but training.step={manifest.training['step']}")
+    ranks, files = math.prod(manifest.layout.values()), len(manifest.files)
+    if ranks != files:
+        found.append(f"{MANIFEST}: layout {manifest.layout} is of {ranks} ranks, but {files} files are listed")
+    wanted = {f"{kind}/{name}" for kind in KINDS for name in manifest.shapes}
+    found += [f"{name}: no such tensor in shapes" for name in sorted(manifest.pieces.keys() - wanted)]
+    for name in sorted(wanted):
+        pieces, shape = manifest.pieces.get(name, []), manifest.shapes[name.partition("/")[2]]
+        wrong = [piece for piece in pieces if not _fits(piece, shape)]
+        if wrong:
+            found.append(f"{name}: a piece in {wrong[0].file} lies outside shape {shape}: box {wrong[0].box}")
+            continue
+        times = times_covered(pieces, shape)
+        for count, what in ((times[0], "in none of the files"), (times[2], "stored more than once")):
+            if count:
+                found.append(f"{name}: {count} of {math.prod(shape)} elements are {what}")
+    return found
+
+
+def _fits(piece: Piece, shape: Sequence[int]) -> bool:
+    """Whether a piece is a range of a box of a tensor of this shape."""
+    if len(piece.box) != len(shape):
+        return False
+    inside = all(0 <= start < stop <= length for (start, stop), length in zip(piece.box, shape, strict=True))
+    # As everything that reads pieces assumes, a box is cut along the first two dimensions at most.
+    whole = all(edges == (0, length) for edges, length in zip(piece.box[2:], shape[2:], strict=True))
+    return inside and whole and 0 <= piece.start < piece.stop <= math.prod(stop - start for start, stop in piece.box)
+
+
+def times_covered(pieces: Sequence[Piece], shape: Sequence[int]) -> tuple[int, int, int]:
+    """How many elements of a tensor are in no piece, in one, and in several."""
+    areas = [area for piece in pieces for area in rectangles(piece)]
+    rows = np.unique([0, shape[0], *(edge for area in areas for edge in (area.top, area.bottom))])
+    width = math.prod(shape[1:])
+    columns = np.unique([0, width, *(edge for area in areas for edge in (area.left, area.right))])
+    # Between two neighbouring edges all elements are covered alike, so one count stands for each cell of the grid.
+    count = np.zeros((len(rows) - 1, len(columns) - 1), dtype=np.int32)
+    for area in areas:
+        top, bottom = np.searchsorted(rows, (area.top, area.bottom))
+        left, right = np.searchsorted(columns, (area.left, area.right))
+        count[top:bottom, left:right] += 1
+    elements = np.diff(rows)[:, None] * np.diff(columns)[None, :]
+    return tuple(int(elements[mask].sum()) for mask in (count == 0, count == 1, count > 1))
+
+
+def _file_problems(path: Path, size: int, sha256: str, manifest: Manifest) -> list[str]:
+    """What is wrong with one file: first what its header says, then its bytes."""
+    try:
+        with closing(TensorFile(path)) as file:
+            entries = dict(file.entries)
+    except ConfigError as error:
+        return error.problems
+    found = []
+    pieces = {piece.key: piece for pieces in manifest.pieces.values() for piece in pieces if piece.file == path.name}
+    for key, piece in pieces.items():
+        if key not in entries:
+            found.append(f"{path}: {key} is missing")
+        elif entries[key][:2] != (torch.float32, (piece.stop - piece.start,)):
+            found.append(
+                f"{path}: {key} is {entries[key][0]} {list(entries[key][1])}, not {piece.stop - piece.start} fp32"
+            )
+    strangers = sorted(key for key in entries.keys() - pieces.keys() if not key.startswith("rng/"))
+    found += [f"{path}: {key} belongs to no tensor" for key in strangers]
+    if path.stat().st_size != size:
+        return [*found, f"{path} has {path.stat().st_size} bytes, but {size} were written"]
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    if (digested := digest.hexdigest()) != sha256:
+        found.append(f"{path} is damaged: its sha256 is {digested[:16]}..., but {sha256[:16]}... was written")
+    return found

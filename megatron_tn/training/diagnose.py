@@ -1,0 +1,109 @@
+"""Which tensor of which rank was not finite first. Runs a step's batch again, watching everything."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
+
+from megatron_tn.engine.base import Engine
+from megatron_tn.training.step import Microbatch, run_microbatch
+
+
+class Culprit(NamedTuple):
+    """rank: global. tensor: in words. when: how many tensors of the pass were looked at before it."""
+
+    rank: int
+    tensor: str
+    when: int
+
+
+class _Watch:
+    """The first tensor that is not finite, in the order in which tensors come to be."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self.found: tuple[str, int] | None = None
+
+    def look(self, what: str, tensor: Tensor) -> None:
+        self.seen += 1
+        if isinstance(tensor, DTensor):  # asking the whole of it would be collective, and ranks differ in what they ask
+            tensor = tensor.to_local()
+        if self.found is None and tensor.is_floating_point() and not tensor.isfinite().all():
+            self.found = (what, self.seen)
+
+
+@contextlib.contextmanager
+def watching(model: nn.Module) -> Iterator[_Watch]:
+    """Look at the parameters now, and until the block ends at every module's output and every gradient."""
+    watch = _Watch()
+    for name, parameter in model.named_parameters():
+        watch.look(f"parameter {name}", parameter.detach())
+
+    def gradient_of(what: str):
+        return lambda gradient: watch.look(f"the gradient of {what}", gradient)
+
+    def after(name: str):
+        def hook(module: nn.Module, inputs, output) -> None:
+            for tensor in output if isinstance(output, tuple) else (output,):
+                if isinstance(tensor, Tensor):
+                    watch.look(f"the output of {name}", tensor.detach())
+                    if tensor.requires_grad:
+                        tensor.register_hook(gradient_of(f"the output of {name}"))
+
+        return hook
+
+    def before(prefix: str):
+        def hook(module: nn.Module, inputs) -> None:
+            # FSDP2 swaps whole parameters in just before a block runs: gradients are theirs, not those of the shards.
+            for name, parameter in module.named_parameters(prefix=prefix):
+                if parameter.requires_grad and id(parameter) not in hooked:
+                    hooked[id(parameter)] = parameter.register_hook(gradient_of(name))
+
+        return hook
+
+    hooked: dict[int, RemovableHandle] = {}
+    before("")(model, ())
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(before(name)))
+        if name:
+            handles.append(module.register_forward_hook(after(name)))
+    try:
+        # A compiled block does not run hooks that came after its compilation.
+        with torch.compiler.set_stance("force_eager"):
+            yield watch
+    finally:
+        for handle in (*handles, *hooked.values()):
+            handle.remove()
+
+
+def find_nonfinite(engine: Engine, microbatches: Sequence[Microbatch], device: torch.device) -> list[Culprit]:
+    """Rerun `microbatches` on unchanged weights; returns the ranks that met a non-finite value first, each with its
+    tensor, or an empty list when it does not happen again. Leaves weights, moments and gradients as they were.
+
+    Collective over all ranks. Meant for the step that was not applied: it costs one more step and a host read a tensor.
+    """
+
+    tokens = sum(batch.targets.numel() for batch in microbatches)
+    with watching(engine.model) as watch:
+        for batch in microbatches:
+            run_microbatch(engine, batch, torch.tensor(1 / tokens, device=device), device, last=False)
+    # However that went, the engine must not apply these gradients: one more pass makes them all NaN, which every engine
+    # refuses on every rank, and clears.
+    run_microbatch(engine, microbatches[0], torch.tensor(float("nan"), device=device), device, last=True)
+    if engine.step(0.0).applied:
+        raise RuntimeError("an engine applied a gradient that is not finite")
+    mine = watch.found and Culprit(dist.get_rank() if dist.is_initialized() else 0, *watch.found)
+    everyone = [mine]
+    if engine.context.world_size > 1:
+        everyone = [None] * engine.context.world_size
+        dist.all_gather_object(everyone, mine)
+    found = [culprit for culprit in everyone if culprit]
+    return [culprit for culprit in found if culprit.when == min(one.when for one in found)]

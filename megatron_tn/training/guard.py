@@ -1,0 +1,97 @@
+"""Steps that went wrong: values that are not finite, and loss spikes.
+
+The decision is made on every rank, from the loss and the gradient norm that all ranks share, so all decide the same
+without asking each other. An update that is not finite is never applied (the engine sees to that, before the update); a
+spike is known from the loss of a step whose update is then undone by the rewind.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from megatron_tn.config import GuardConfig
+from megatron_tn.training.diagnose import Culprit
+from megatron_tn.training.state import TrainingState
+from megatron_tn.training.step import StepReport
+
+
+class TrainingAborted(RuntimeError):
+    """The guard's settings say that this run must not go on."""
+
+
+class Rewind(NamedTuple):
+    """Go back, and do not train on these batches again."""
+
+    batches: list[int]
+    reason: str
+
+
+class Guard:
+    """`check` follows every step, on every rank.
+
+    report: takes a line for people, and named values of a step for the log; called on every rank.
+    """
+
+    def __init__(self, config: GuardConfig, report: Callable[[str, dict[str, Any], int], None]):
+        self.config = config
+        self.report = report
+
+    def check(
+        self, state: TrainingState, report: StepReport, diagnose: Callable[[], Sequence[Culprit]]
+    ) -> Rewind | None:
+        """Look at the step that `state` has just counted; None: go on. diagnose: finds who was not finite first.
+
+        Raises:
+            TrainingAborted: on every rank.
+        """
+        if report.skipped:
+            return None
+        if not report.finite:
+            return self._nonfinite(state, report, diagnose())
+        state.nonfinite_in_a_row = 0
+        height = spike_height(report.loss, state.recent_losses, self.config)
+        known = len(state.recent_losses)
+        state.recent_losses = [*state.recent_losses, report.loss][-self.config.spike_window :]
+        if self.config.spike == "off" or height is None:
+            return None
+        reason = f"step {state.step}: loss {report.loss:.4f} is {height:.3f} nats above the median of the last {known}"
+        return self._act(self.config.spike, state, f"{reason} steps, a spike", "spike")
+
+    def _nonfinite(self, state: TrainingState, report: StepReport, culprits: Sequence[Culprit]) -> Rewind | None:
+        state.nonfinite_in_a_row += 1
+        where = "; ".join(f"rank {culprit.rank}: {culprit.tensor}" for culprit in culprits)
+        where = where or "no tensor when the batch was run again: a fault that does not repeat, as of hardware"
+        reason = f"step {state.step}: loss {report.loss}, gradient norm {report.grad_norm}; first not finite: {where}"
+        row = state.nonfinite_in_a_row
+        if row >= self.config.max_consecutive:
+            raise TrainingAborted(
+                f"{reason}; {row} steps in a row were not finite (guard.max_consecutive={self.config.max_consecutive})"
+            )
+        return self._act(self.config.nonfinite, state, reason, "nonfinite")
+
+    def _act(self, action: str, state: TrainingState, reason: str, kind: str) -> Rewind | None:
+        reason = f"{reason}; batch {state.step}"
+        if action == "abort":
+            raise TrainingAborted(f"{reason} (guard.{kind}=abort)")
+        self.report(f"{reason} (guard.{kind}={action})", {f"guard/{kind}": reason}, state.step)
+        if action != "rewind":
+            return None
+        if len([one for one in state.rewinds if one["by"] == "guard"]) >= self.config.max_rewinds:
+            raise TrainingAborted(f"{reason}; the run was rewound guard.max_rewinds={self.config.max_rewinds} times")
+        first = max(state.step - self.config.skip_before, 1)
+        return Rewind(list(range(first, state.step + 1)), reason)
+
+
+def spike_height(loss: float, recent: Sequence[float], config: GuardConfig) -> float | None:
+    """How far a loss is above the median of recent ones, in nats, when that is a spike."""
+    if len(recent) < max(config.spike_window // 2, 2):
+        return None
+    median = statistics.median(recent)
+    # 1.4826 x the median absolute deviation is the standard deviation of a normal distribution.
+    sigma = 1.4826 * statistics.median(abs(value - median) for value in recent)
+    height = loss - median
+    threshold = max(config.spike_sigmas * sigma, config.spike_nats)
+    return height if height > threshold and math.isfinite(height) else None

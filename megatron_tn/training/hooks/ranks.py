@@ -1,0 +1,126 @@
+"""What the ranks have that differs between them: how fast each computes and reads, how much memory it took.
+
+A step takes as long everywhere, since ranks wait for each other; so each times what it does alone, its forward passes
+and its wait for data, and every so many steps one small all-gather on the CPU tells who is slow. Where the forward pass
+itself waits for others (tensor parallel, ZeRO 3, FSDP2) a slow rank slows its group, and the group is what stands out.
+"""
+
+from __future__ import annotations
+
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megatron_tn.training.hooks import NullHook
+from megatron_tn.training.state import TrainingState
+from megatron_tn.training.step import StepReport
+from megatron_tn.training.watchdog import Progress
+
+SLOW = 1.2  # times the median, above which a rank is named to people
+GIB = 2**30
+
+
+class RankReport(NullHook):
+    """On all ranks. report: takes a line for people and named values; record: named values alone. every: steps."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        progress: Progress,
+        report: Callable[[str, dict[str, Any], int], None],
+        record: Callable[[dict[str, Any], int], None],
+        every: int,
+    ):
+        self.model = model
+        self.progress = progress
+        self.report = report
+        self.record = record
+        self.every = every
+        self._marks: list[Any] = []  # alternately before and after a forward pass
+
+    def on_start(self, state: TrainingState) -> None:
+        self.hosts = [socket.gethostname()] * dist.get_world_size()
+        if len(self.hosts) > 1:
+            dist.all_gather_object(self.hosts, self.hosts[0])
+        # Hooks around the whole model, which is not compiled as a whole.
+        self._handles = [
+            self.model.register_forward_pre_hook(lambda *_: self._mark()),
+            self.model.register_forward_hook(lambda *_: self._mark()),
+        ]
+        self._begin(state)
+
+    def on_step(self, state: TrainingState, report: StepReport) -> None:
+        # The host has waited for this step's loss, so all marks have been passed.
+        self._forward_s += _seconds_between(self._marks)
+        self._marks.clear()
+        if state.step % self.every == 0:
+            self._tell(state)
+            self._begin(state)
+
+    def on_rewind(self, state: TrainingState) -> None:
+        self._begin(state)
+
+    def on_stop(self, state: TrainingState) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _mark(self) -> None:
+        if not torch.is_grad_enabled():
+            return  # an evaluation
+        if torch.cuda.is_available():
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def _begin(self, state: TrainingState) -> None:
+        self._first, self._forward_s, self._data_s = state.step, 0.0, self.progress.seconds["data"]
+        self._marks.clear()
+
+    def _tell(self, state: TrainingState) -> None:
+        steps = max(state.step - self._first, 1)
+        on_gpu = torch.cuda.is_available()
+        mine = [
+            self._forward_s / steps,
+            (self.progress.seconds["data"] - self._data_s) / steps,
+            torch.cuda.max_memory_allocated() / GIB if on_gpu else 0.0,
+            torch.cuda.max_memory_reserved() / GIB if on_gpu else 0.0,
+        ]
+        everyone = [torch.tensor(mine, dtype=torch.float64) for _ in self.hosts]
+        if len(everyone) > 1:
+            dist.all_gather(everyone, everyone[0].clone())  # gloo: the GPU is not waited for
+        forward, data, allocated, reserved = (values.tolist() for values in torch.stack(everyone).unbind(1))
+        values: dict[str, Any] = {}
+        lines = []
+        for name, what, seconds in (("forward", "forward passes", forward), ("data", "waiting for data", data)):
+            slowest = max(range(len(seconds)), key=seconds.__getitem__)
+            median = statistics.median(seconds)
+            values |= {f"ranks/{name}_s": median, f"ranks/{name}_s_max": seconds[slowest]}
+            values[f"ranks/{name}_slowest"] = f"rank {slowest} ({self.hosts[slowest]})"
+            # Waiting for data is nothing to speak of as long as it is short beside the forward passes.
+            if seconds[slowest] > SLOW * median and seconds[slowest] - median > (SLOW - 1) * statistics.median(forward):
+                lines.append(
+                    f"rank {slowest} on host {self.hosts[slowest]} is slow: {what} take {seconds[slowest]:.3g} s a "
+                    f"step, {median:.3g} s in the median of {len(seconds)} ranks"
+                )
+        if on_gpu:
+            values |= {"memory/allocated_gib": max(allocated), "memory/reserved_gib": max(reserved)}
+        if lines:
+            self.report(f"step {state.step}: {'; '.join(lines)}", values, state.step)
+        else:
+            self.record(values, state.step)
+
+
+def _seconds_between(marks: list[Any]) -> float:
+    """Summed over pairs of marks; a pass that raised has no end."""
+    pairs = list(zip(marks[::2], marks[1::2], strict=False))
+    if pairs and not isinstance(pairs[0][0], float):
+        return sum(begin.elapsed_time(end) for begin, end in pairs) / 1000
+    return sum(end - begin for begin, end in pairs)

@@ -1,0 +1,81 @@
+"""Which checkpoints stay."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_tn.checkpoint.manifest import MANIFEST, whole_checkpoints
+from megatron_tn.checkpoint.retention import Retention, Saved, apply_retention, reading, remove, superfluous
+
+LOSSES = {100: 3.0, 200: 2.0, 300: None, 400: 2.5, 500: 2.1, 600: 2.2}
+SAVED = [Saved(Path(f"step_{step:08d}"), step, loss) for step, loss in LOSSES.items()]
+
+
+@pytest.mark.parametrize(
+    ("retention", "stays"),
+    [
+        (Retention(), [100, 200, 300, 400, 500, 600]),
+        (Retention(every=100, best=1), [100, 200, 300, 400, 500, 600]),
+        (Retention(newest=1), [600]),
+        (Retention(newest=2), [500, 600]),
+        (Retention(newest=9), [100, 200, 300, 400, 500, 600]),
+        (Retention(newest=1, every=200), [200, 400, 600]),
+        (Retention(newest=1, best=2), [200, 500, 600]),
+        (Retention(newest=2, every=300, best=1), [200, 300, 500, 600]),
+        (Retention(newest=1, best=9), [100, 200, 400, 500, 600]),
+    ],
+    ids=str,
+)
+def test_what_stays(retention, stays):
+    gone = superfluous(list(reversed(SAVED)), retention)
+    assert [one.step for one in SAVED if one.path not in gone] == stays
+
+
+def make(folder: Path, step: int, held_out: dict | None = None) -> Path:
+    path = folder / f"step_{step:08d}"
+    path.mkdir()
+    (path / MANIFEST).write_text(json.dumps({"training": {"held_out": held_out}}))
+    return path
+
+
+def test_the_loss_counts_at_its_own_step_only(tmp_path):
+    make(tmp_path, 100, {"step": 100, "heldout_loss": 2.0})
+    make(tmp_path, 200, {"step": 100, "heldout_loss": 1.0})  # carried over from an earlier evaluation
+    make(tmp_path, 300)
+    assert [path.name for path in apply_retention(tmp_path, Retention(newest=1, best=1))] == ["step_00000200"]
+
+
+def test_one_that_another_process_reads_is_left_until_it_is_done(tmp_path):
+    first, _ = make(tmp_path, 1), make(tmp_path, 2)
+    program = "import sys, pathlib; from megatron_tn.checkpoint.retention import reading\n"
+    program += "with reading(pathlib.Path(sys.argv[1])): print('open', flush=True); sys.stdin.read()"
+    reader = subprocess.Popen(
+        [sys.executable, "-c", program, first], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert reader.stdout.readline() == "open\n"
+    assert apply_retention(tmp_path, Retention(newest=1)) == []
+    reader.communicate("")
+    assert apply_retention(tmp_path, Retention(newest=1)) == [first]
+
+
+def test_a_removal_cut_short_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
+    first, second = make(tmp_path, 1), make(tmp_path, 2)
+
+    def die(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        remove(first)
+    assert whole_checkpoints(tmp_path) == [second]
+
+
+def test_two_readers_may_read_at_once(tmp_path):
+    first = make(tmp_path, 1)
+    with reading(first), reading(first):
+        pass

@@ -1,0 +1,179 @@
+"""A rank that stops, dies, sleeps or fails: the others name it and end, with stacks, in the set time."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.training import SMALL, fork_ranks, records, train_here
+
+TIMEOUT = 2
+WORDS = (*SMALL, "engine=local", "schedule.steps=100000", "checkpoint.every=0", f"hang_timeout_s={TIMEOUT}")
+
+
+def train_until(overrides: tuple[str, ...], said: str, fault: str) -> None:
+    """Train; at step 4 rank 1 has a fault. What a process says goes to `said`.RANK."""
+    import megatron_tn.train as module
+
+    rank = os.environ["RANK"]
+    descriptor = os.open(f"{said}.{rank}", os.O_CREAT | os.O_WRONLY)
+    os.dup2(descriptor, 2)
+    real = module.train_step
+    taken = 0
+
+    def step(*arguments, **options):
+        nonlocal taken
+        taken += 1
+        if rank == "1" and taken == 4:
+            if fault == "sleeps":
+                time.sleep(1000)
+            if fault == "holds Python's lock":
+                ctypes.PyDLL(None).sleep(1000)
+            if fault == "fails":
+                raise ValueError("the dog ate it")
+        return real(*arguments, **options)
+
+    module.train_step = step
+    if fault == "reads for ever":
+        generate = module.batches_from
+
+        def batches_from(*arguments):
+            for number, batch in enumerate(generate(*arguments)):
+                if rank == "1" and number == 3:
+                    arguments[-1].at("data", 4)
+                    time.sleep(1000)
+                yield batch
+
+        module.batches_from = batches_from
+    train_here(overrides)
+
+
+class Ranks:
+    """Two ranks of a run that was told to do something at step 4."""
+
+    def __init__(self, folder: Path, words: tuple[str, ...], fault: str):
+        self.run = folder / "run"
+        self.said = folder / "said"
+        self.processes = fork_ranks(2, train_until, (*words, f"run_dir={self.run}"), str(self.said), fault)
+
+    def wait_for_steps(self, steps: int) -> None:
+        until = time.monotonic() + 60
+        while not (self.run / "log.jsonl").is_file() or len(records(self.run, "loss")) < steps:
+            assert time.monotonic() < until, self.words_of(0)
+            time.sleep(0.01)
+
+    def wait(self, rank: int, seconds: float = 60) -> int:
+        self.processes[rank].join(seconds)
+        assert self.processes[rank].exitcode is not None, self.words_of(rank)
+        return self.processes[rank].exitcode
+
+    def words_of(self, rank: int) -> str:
+        return Path(f"{self.said}.{rank}").read_text()
+
+    def status(self) -> dict:
+        return json.loads((self.run / "status.json").read_text())
+
+
+@pytest.fixture
+def start(shards, tmp_path):
+    started: list[Ranks] = []
+
+    def start_ranks(fault: str) -> Ranks:
+        started.append(Ranks(tmp_path, (*WORDS, f"data.manifest={shards}"), fault))
+        return started[0]
+
+    yield start_ranks
+    for process in started[0].processes:
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def test_a_rank_that_sleeps_is_named_with_its_line(start):
+    ranks = start("sleeps")
+    ranks.wait_for_steps(3)
+    began = time.monotonic()
+    assert [ranks.wait(rank) for rank in (0, 1)] == [75, 75]
+    assert time.monotonic() - began < 3 * TIMEOUT
+    said = ranks.words_of(0) + ranks.words_of(1)
+    assert said.count("the others wait for rank 1 (host ") == 1
+    assert "time.sleep(1000)" in said
+    assert "time.sleep" not in (ranks.run / "stacks" / "rank_00000.txt").read_text()
+    assert "all_reduce" in (ranks.run / "stacks" / "rank_00000.txt").read_text()
+    assert "in step" in (ranks.run / "stacks" / "rank_00001.txt").read_text()
+    assert (ranks.status()["state"], ranks.status()["step"]) == ("failed", 3)
+    assert "the others wait for rank 1" in ranks.status()["error"]
+    assert "the others wait for rank 1" in (ranks.run / "hang.txt").read_text()
+
+
+def test_a_rank_that_reads_data_for_ever_is_named(start):
+    ranks = start("reads for ever")
+    assert [ranks.wait(rank) for rank in (0, 1)] == [75, 75]
+    said = ranks.words_of(0) + ranks.words_of(1)
+    assert "the others wait for rank 1 (host " in said
+    assert "step 4, data, is at" in said
+
+
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.full)])
+def test_a_rank_that_was_stopped_is_named(start, victim):
+    ranks = start("")
+    ranks.wait_for_steps(2)
+    process = ranks.processes[victim].pid
+    os.kill(process, signal.SIGSTOP)
+    assert ranks.wait(1 - victim) == 75
+    said = ranks.words_of(1 - victim)
+    assert f"hang: no progress for {TIMEOUT} s (hang_timeout_s={TIMEOUT}): rank {victim} (host " in said
+    assert "no sign of life" in said
+    assert ranks.status()["state"] == "failed"
+    os.kill(process, signal.SIGCONT)  # woken up, it ends as well
+    assert ranks.wait(victim) in (1, 75)
+
+
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.full)])
+def test_a_rank_that_dies_is_named_at_once(start, victim):
+    ranks = start("")
+    ranks.wait_for_steps(2)
+    os.kill(ranks.processes[victim].pid, signal.SIGKILL)
+    assert ranks.wait(1 - victim, 30) == 1
+    said = ranks.words_of(1 - victim)
+    assert f"rank {1 - victim} stops: rank {victim} (host " in said
+    assert "gives no sign of life: it has died or was stopped" in said
+    assert ranks.status()["state"] == "failed"
+
+
+def test_a_rank_that_fails_is_named_with_its_error(start):
+    ranks = start("fails")
+    assert [ranks.wait(rank) for rank in (0, 1)] == [1, 1]
+    assert "rank 0 stops: rank 1 (host " in ranks.words_of(0)
+    assert "failed: ValueError: the dog ate it" in ranks.words_of(0)
+    assert "failed: ValueError: the dog ate it" in ranks.status()["error"]
+
+
+def test_code_that_holds_pythons_lock_ends_too(start):
+    ranks = start("holds Python's lock")
+    assert ranks.wait(1) == 1
+    assert "in step" in ranks.words_of(1)  # the stack, from a thread that needs no lock
+    assert ranks.wait(0) == 75
+    assert "rank 1 (host " in ranks.words_of(0)
+    assert "no sign of life" in ranks.words_of(0)
+
+
+def test_ranks_that_never_came_are_an_error_that_says_where(shards, tmp_path):
+    words = (*WORDS, f"data.manifest={shards}", f"run_dir={tmp_path / 'run'}", "distributed_timeout_s=3")
+    (rank,) = fork_ranks(1, train_alone, words, str(tmp_path / "said"))
+    rank.join(60)
+    assert rank.exitcode == 1
+    said = (tmp_path / "said.0").read_text()
+    assert "rank 0 of 2 could not join the others at 127.0.0.1:" in said
+    assert "within distributed_timeout_s=3" in said
+
+
+def train_alone(overrides: tuple[str, ...], said: str) -> None:
+    os.environ["WORLD_SIZE"] = "2"
+    train_until(overrides, said, "")

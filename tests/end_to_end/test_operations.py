@@ -1,0 +1,163 @@
+"""What operators rely on: the slow rank's name, profiles, being told to stop at any moment, saves that fail."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from megatron_tn.checkpoint.manifest import whole_checkpoints
+from tests.helpers.training import SMALL, fork_ranks, losses, records, train_forked, train_here
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def words(shards) -> tuple[str, ...]:
+    evaluation = (f"evaluation.manifest={shards}", "evaluation.every=2", "evaluation.max_documents=80")
+    return (*SMALL, "engine=local", f"schedule.steps={STEPS}", f"data.manifest={shards}", *evaluation)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(words, tmp_path_factory):
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    train_forked(2, *words, f"run_dir={run}", "checkpoint.every=2", "checkpoint.keep=1", "checkpoint.keep_best=1")
+    return run
+
+
+def test_the_best_checkpoint_stays(uninterrupted):
+    found = {record["step"]: record["heldout_loss"] for record in records(uninterrupted, "heldout_loss")}
+    best = min(found, key=found.get)
+    assert [path.name for path in whole_checkpoints(uninterrupted / "checkpoints")] == [
+        f"step_{step:08d}" for step in sorted({best, STEPS})
+    ]
+
+
+def signal_at(overrides: tuple[str, ...], moment: str) -> None:
+    """Rank 1 is told to stop while kernels are checked, or within the evaluation after step 4."""
+    import megatron_tn.train as module
+
+    if os.environ["RANK"] == "1" and moment == "warm-up":
+        module.check_kernels = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+    if os.environ["RANK"] == "1" and moment == "evaluation":
+        real, times = module.held_out_loss, []
+
+        def held_out_loss(*arguments, **options):
+            times.append(1)
+            if len(times) == 2:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return real(*arguments, **options)
+
+        module.held_out_loss = held_out_loss
+    train_here(overrides)
+
+
+@pytest.mark.parametrize(("moment", "step"), [("warm-up", 1), ("evaluation", 5)])
+def test_told_to_stop_at_any_moment_it_saves_and_goes_on(words, uninterrupted, tmp_path, moment, step):
+    run = tmp_path / "run"
+    train_forked(2, *words, f"run_dir={run}", function=signal_at, args=(moment,))
+    assert json.loads((run / "status.json").read_text())["state"] == "preempted"
+    assert [path.name for path in whole_checkpoints(run / "checkpoints")] == [f"step_{step:08d}"]
+    evaluated = [record["step"] for record in records(run, "heldout_loss")]
+    assert evaluated == [2][: step // 2]  # the one that was under way is left
+    train_forked(2, *words, f"run_dir={run}")
+    assert losses(run) == losses(uninterrupted)
+    last = {record["step"]: record["heldout_loss"] for record in records(run, "heldout_loss")}[STEPS]
+    assert last == records(uninterrupted, "heldout_loss")[-1]["heldout_loss"]
+
+
+def slow_rank(overrides: tuple[str, ...], said: str, what: str) -> None:
+    """Rank 1 computes, or reads, slowly."""
+    import megatron_tn.train as module
+
+    if os.environ["RANK"] == "0":
+        os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY), 2)
+    elif what == "forward":
+        build = module.build_engine
+
+        def build_engine(*arguments):
+            engine = build(*arguments)
+            engine.model.model.layers[0].register_forward_hook(lambda *_: time.sleep(0.1))
+            return engine
+
+        module.build_engine = build_engine
+    else:
+        open_batches = module.open_batches
+
+        def slow_batches(*arguments):
+            loader = open_batches(*arguments)
+            record = loader.stream.record
+            loader.stream.record = lambda batch: (time.sleep(0.1), record(batch))
+            return loader
+
+        module.open_batches = slow_batches
+    train_here(overrides)
+
+
+@pytest.mark.parametrize(("what", "words_of"), [("forward", "forward passes take"), ("data", "waiting for data take")])
+def test_the_slow_rank_is_named(words, tmp_path, what, words_of):
+    arguments = (*words, f"run_dir={tmp_path / 'run'}", "logging.ranks_every=3", "evaluation.every=0", "stop_after=3")
+    train_forked(2, *arguments, function=slow_rank, args=(str(tmp_path / "said"), what))
+    (record,) = records(tmp_path / "run", "ranks/forward_s")
+    assert record["step"] == 3
+    assert record[f"ranks/{what}_slowest"].startswith("rank 1 (")
+    assert record[f"ranks/{what}_s_max"] >= 0.2  # two microbatches a step
+    assert f"is slow: {words_of}" in (tmp_path / "said").read_text()
+
+
+def test_a_profile_of_the_steps_that_were_asked_for(words, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    profile = ("logging.profile=true", "logging.profile_skip=2", "logging.profile_steps=2")
+    train_forked(2, *words, f"run_dir={run}", *profile)
+    names = ["steps_3_to_4.trace.json.gz", "steps_3_to_4.txt"]
+    assert sorted(path.name for path in (run / "profile").iterdir()) == names
+    with gzip.open(run / "profile" / "steps_3_to_4.trace.json.gz", "rt") as file:
+        events = json.load(file)["traceEvents"]
+    assert sum(event.get("name", "").startswith("ProfilerStep#") for event in events) == 2
+    table = (run / "profile" / "steps_3_to_4.txt").read_text()
+    assert "Self CPU" in table
+    assert "aten::mm" in table
+    assert losses(run) == losses(uninterrupted)
+
+
+def fail_to_write(overrides: tuple[str, ...], said: str, from_save: int) -> None:
+    """Rank 1 cannot write from that save on."""
+    from megatron_tn.checkpoint import save
+
+    os.dup2(os.open(f"{said}.{os.environ['RANK']}", os.O_CREAT | os.O_WRONLY), 2)
+    real, times = save.write_tensors, []
+
+    def write_tensors(*arguments):
+        times.append(1)
+        if os.environ["RANK"] == "1" and len(times) == from_save:
+            raise OSError(28, "No space left on device")
+        return real(*arguments)
+
+    save.write_tensors = write_tensors
+    train_here(overrides)
+
+
+def test_a_save_that_fails_is_reported_and_training_goes_on(words, uninterrupted, tmp_path):
+    run, said = tmp_path / "run", tmp_path / "said"
+    train_forked(2, *words, f"run_dir={run}", "checkpoint.every=2", function=fail_to_write, args=(str(said), 1))
+    assert losses(run) == losses(uninterrupted)
+    saves = records(run, "checkpoint/failed")
+    assert [record["checkpoint/step"] for record in saves if record["checkpoint/failed"]] == [2]
+    assert "rank 1: OSError: [Errno 28] No space left on device" in (tmp_path / "said.0").read_text()
+    assert [path.name for path in whole_checkpoints(run / "checkpoints")] == ["step_00000004", "step_00000006"]
+
+
+@pytest.mark.parametrize(("more", "save"), [((), 3), (("checkpoint.on_failure=abort",), 1)], ids=["the last", "abort"])
+def test_a_save_that_fails_ends_the_run_when_it_must(words, tmp_path, more, save):
+    arguments = (*words, f"run_dir={tmp_path / 'run'}", "checkpoint.every=2", *more)
+    ranks = fork_ranks(2, fail_to_write, arguments, str(tmp_path / "said"), save)
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [1, 1]
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert "could not be written: rank 1: OSError" in status["error"]

@@ -1,0 +1,142 @@
+"""Rewinding and skipping through the command line: whoever asks for it, the run is as if the batch had never been."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_tn.checkpoint.manifest import Manifest, whole_checkpoints
+from megatron_tn.train import main as train
+from tests.helpers.training import SMALL, call, losses, records, train_forked, train_here
+
+STEPS, BAD, BATCH = 12, 7, 4
+WORDS = (*SMALL, f"schedule.steps={STEPS}", "checkpoint.every=4", "checkpoint.keep=0", "engine=zero1")
+WORDS = (*WORDS, "guard.spike=rewind", "guard.spike_nats=3", "guard.spike_window=4")
+
+
+def train_with_a_bad_batch(overrides: tuple[str, ...], fault: str) -> None:
+    """As if batch BAD were poison: whoever trains on it gets a high loss, or no finite one."""
+    import megatron_tn.train as module
+
+    real = module.train_step
+
+    def step(engine, microbatches, lr, device, *, stop):
+        poisoned = any(index // BATCH == BAD - 1 for batch in microbatches for index in batch.indices)
+        if poisoned and fault == "nan":
+            parameter = next(engine.model.parameters())
+            hook = parameter.register_hook(lambda gradient: gradient * math.nan)
+            report = real(engine, microbatches, lr, device, stop=stop)
+            hook.remove()
+            return report
+        report = real(engine, microbatches, lr, device, stop=stop)
+        return report._replace(loss=report.loss + 5) if poisoned else report
+
+    module.train_step = step
+    train_here(overrides)
+
+
+def last_checkpoint(run: Path) -> tuple[Manifest, dict[str, str]]:
+    manifest = Manifest.read(whole_checkpoints(run / "checkpoints")[-1])
+    return manifest, {name: record.sha256 for name, record in manifest.files.items()}
+
+
+def assert_same_run(run: Path, wanted: Path) -> None:
+    """The same curve, each step once and in order, and bitwise the same end."""
+    assert losses(run) == losses(wanted)
+    steps = [record["step"] for record in records(run, "loss") + records(run, "skipped")]
+    assert sorted(steps) == list(range(1, STEPS + 1))
+    (manifest, files), (wanted_manifest, wanted_files) = last_checkpoint(run), last_checkpoint(wanted)
+    assert files == wanted_files
+    assert manifest.optimizer_step == wanted_manifest.optimizer_step == STEPS - 1
+    for key in ("step", "tokens", "samples", "skip", "stream", "recent_losses"):
+        assert manifest.training[key] == wanted_manifest.training[key], key
+
+
+@pytest.fixture(scope="module")
+def words(shards) -> tuple[str, ...]:
+    return (*WORDS, f"data.manifest={shards}")
+
+
+@pytest.fixture(scope="module")
+def wanted(words, tmp_path_factory) -> Path:
+    """The run that was told from the start to leave the batch out."""
+    run = tmp_path_factory.mktemp("wanted") / "run"
+    train_forked(2, *words, f"run_dir={run}", f"data.skip_batches=[{BAD}]")
+    assert [record["step"] for record in records(run, "skipped")] == [BAD]
+    tokens = {record["step"]: record["tokens"] for record in records(run, "tokens")}
+    assert tokens[BAD] == tokens[BAD - 1]
+    rates = {record["step"]: record["lr"] for record in records(run, "lr")}
+    assert rates[BAD + 1] < rates[BAD - 1]  # the schedule goes by the step, and the batch has used its step up
+    return run
+
+
+def test_a_spike_rewinds_by_itself(words, wanted, tmp_path):
+    run = tmp_path / "run"
+    arguments = (*words, "logging.wandb.mode=offline", f"run_dir={run}")
+    train_forked(2, *arguments, function=train_with_a_bad_batch, args=("spike",))
+    assert_same_run(run, wanted)
+    (rewind,) = records(run, "rewind/from")
+    assert (rewind["step"], rewind["rewind/from"], rewind["rewind/skip"]) == (4, BAD, [BAD])
+    superseded = [json.loads(line) for line in (run / "log.superseded.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in superseded if "loss" in record] == [5, 6]
+    assert any("guard/spike" in record for record in superseded)
+    (note,) = last_checkpoint(run)[0].training["rewinds"]
+    assert (note["from"], note["to"], note["skip"], note["by"]) == (BAD, 4, [BAD], "guard")
+    first = (run / "wandb_id").read_text()
+    parts = {path.stem.removeprefix("run-") for path in (run / "wandb").glob("offline-run-*/*.wandb")}
+    assert parts == {first, f"{first}-r1"}
+
+
+def test_a_value_that_is_not_finite_rewinds_before_there_is_a_checkpoint(words, wanted, tmp_path):
+    run = tmp_path / "run"
+    arguments = (*words, "checkpoint.every=0", "guard.nonfinite=rewind", f"run_dir={run}")
+    train_forked(2, *arguments, function=train_with_a_bad_batch, args=("nan",))
+    assert_same_run(run, wanted)
+    assert records(run, "rewind/from")[0]["step"] == 0
+
+
+def test_the_ledger_outlives_three_restarts(words, wanted, tmp_path):
+    run = tmp_path / "run"
+    listed = (f"data.skip_batches=[{BAD}]",)
+    for stop, skip in ((3, listed), (5, ()), (9, listed), (0, ())):
+        train_forked(2, *words, f"run_dir={run}", f"stop_after={stop}", *skip)
+    assert_same_run(run, wanted)
+
+
+def test_rewinding_by_hand(words, wanted, tmp_path, capsys):
+    run = tmp_path / "run"
+    train_forked(2, *words, f"run_dir={run}", "stop_after=9")
+    assert call(train, *words, f"run_dir={run}", f"data.skip_batches=[{BAD}]") == 2
+    assert f"step_00000009 has trained on batch {BAD} already; resume from one before it" in capsys.readouterr().err
+    assert call(train, *words, f"run_dir={run}", "checkpoint.resume=5") == 2
+    assert f"checkpoint.resume=5 does not exist; run_dir={run} has steps: 4, 8, 9" in capsys.readouterr().err
+    rewound = (f"run_dir={run}", "checkpoint.resume=4", f"data.skip_batches=['{BAD}-{BAD}']")
+    train_forked(2, *words, *rewound, "stop_after=5", "checkpoint.at_end=false")
+    assert [path.name for path in whole_checkpoints(run / "checkpoints")] == ["step_00000004"]  # 8 and 9 are no more
+    train_forked(2, *words, *rewound)
+    assert_same_run(run, wanted)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("data.skip_batches=[0]", "data.skip_batches: 0 is neither a step from 1 nor a range"),
+        ("data.skip_batches=['9-7']", "data.skip_batches: '9-7' is neither"),
+        ("data.skip_batches=[13]", "data.skip_batches: 13 is past schedule.steps=12"),
+        ("checkpoint.keep_best=1", "checkpoint.keep_best=1 needs held-out losses"),
+        ("guard.max_consecutive=0", "guard.max_consecutive=0 must be at least 1"),
+        ("guard.spike=explode", "guard.spike='explode': input should be"),
+    ],
+)
+def test_settings(words, tmp_path, capsys, word, message):
+    assert call(train, *words, f"run_dir={tmp_path / 'run'}", word) == 2
+    assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_the_curve_is_ordered(wanted):
+    steps = [record["step"] for record in records(wanted, "time")]
+    assert all(a < b for a, b in itertools.pairwise(steps))
