@@ -74,6 +74,17 @@ def test_segments_of_packed_documents(triton_device, short_segments, dtype):
     Attention.random(length=520, bounds=bounds, rates=(0.0, 0.9), dtype=dtype, device=triton_device).check()
 
 
+def test_documents_in_segments_do_not_leak(triton_device, short_segments):
+    case = Attention.random(length=300, bounds=(0, 5, 140, 300), rates=(0.0,), device=triton_device)
+    before, document = case.run(), slice(5, 140)
+    for x in (case.q, case.k, case.v, case.do):
+        x[:, document] = 3 * x[:, document] - 1
+    for name, old, new in zip(["o", "state", "dq", "dk", "dv", "dinitial"], before, case.run(), strict=True):
+        inside = torch.zeros_like(old, dtype=torch.bool)
+        inside[1 if name in ("state", "dinitial") else (slice(None), document)] = True
+        assert torch.equal(old[~inside], new[~inside]), name
+
+
 @pytest.mark.parametrize("bounds", [None, (0, 0, 130, 131, 260, 260)], ids=["rows", "packed"])
 def test_the_state_alone(triton_device, short_segments, bounds):
     Attention.random(length=260, batch=2, bounds=bounds, rates=(0.0, 0.9), device=triton_device).check_state_alone()
