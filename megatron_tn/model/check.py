@@ -27,5 +27,6 @@ def check_kernels(model: TransNormerLM, device: torch.device, dtype: torch.dtype
             glu_width=config.glu_dim // tp,
             dtype=dtype,
             device=device,
+            act=config.act,
             fall_back=True,
         )
