@@ -274,8 +274,6 @@ class TrainConfig:
         if found:
             return found
         found += self.model.problems(tp)
-        if cp > 1:
-            found.append(f"parallel.cp={cp}: context parallelism is not built yet, parallel.cp must be 1")
         data = self.data
         for section, name in (
             ("data", "sequence_length"),
@@ -320,6 +318,8 @@ class TrainConfig:
                 f"checkpoint.keep_best={self.checkpoint.keep_best} needs held-out losses: set evaluation.manifest and "
                 "evaluation.every"
             )
+        if data.sequence_length < cp:
+            found.append(f"data.sequence_length={data.sequence_length} is smaller than parallel.cp={cp}")
         if self.schedule.warmup_steps >= self.schedule.steps > 0:
             found.append(
                 f"schedule.warmup_steps={self.schedule.warmup_steps} must be below schedule.steps={self.schedule.steps}"

@@ -75,7 +75,11 @@ def test_all_bad_keys_and_values_are_in_one_error():
         ({"parallel": ParallelConfig(tp=3)}, 3, "model.heads=8 is not divisible by parallel.tp=3"),
         ({"parallel": ParallelConfig(tp=0)}, 1, "parallel.tp=0 must be at least 1"),
         ({"parallel": ParallelConfig(tp=2)}, 3, "world size 3 is not a multiple of parallel.tp=2 x parallel.cp=1 = 2"),
-        ({"parallel": ParallelConfig(cp=2)}, 2, "parallel.cp must be 1"),
+        (
+            {"parallel": ParallelConfig(cp=4), "data": DataConfig(sequence_length=3)},
+            4,
+            "data.sequence_length=3 is smaller than parallel.cp=4",
+        ),
         ({"data": DataConfig(global_batch=6, micro_batch=4)}, 1, "data.global_batch=6 is not a multiple of"),
         ({"data": DataConfig(sequence_length=0)}, 1, "data.sequence_length=0 must be at least 1"),
     ],

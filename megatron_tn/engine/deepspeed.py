@@ -84,13 +84,13 @@ def _with_group(axis: Axis, rank: int) -> Axis:
     return Axis(dist.new_group([rank], use_local_synchronization=True), 0, 1)
 
 
-def deepspeed_settings(config: TrainConfig, data_size: int) -> dict:
+def deepspeed_settings(config: TrainConfig, dp: int) -> dict:
     """The DeepSpeed configuration that a run's settings amount to."""
     engine = config.engine
     low_precision = engine.precision == "bf16"
     # Without ZeRO, DeepSpeed accumulates in the parameters' type; it has no fp32 accumulation there.
     gradient_dtype = engine.gradient_dtype if engine.zero_stage > 0 and low_precision else engine.precision
-    accumulation = config.data.global_batch // (config.data.micro_batch * data_size)
+    accumulation = config.data.global_batch // (config.data.micro_batch * dp)
     return {
         "train_micro_batch_size_per_gpu": config.data.micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -126,7 +126,7 @@ class DeepSpeedEngine:
         # Stage 0 wraps apex's optimizer in a flat form of its own, which nothing here would gain from.
         settings = config.optim if self.stage else dataclasses.replace(config.optim, fused="torch")
         optimizer = build_adamw(parameter_groups(named, config.optim.weight_decay), settings)
-        settings = deepspeed_settings(config, self.context.data.size)
+        settings = deepspeed_settings(config, self.context.dp.size)
         if self.bare:
             settings["gradient_clipping"] = 0.0  # done in step(), where a non-finite norm can still be refused
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory figures unasked

@@ -25,7 +25,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class FSDP2Engine:
-    """See `engine.base.Engine`. `model` comes with fp32 parameters on the meta device, and gets storage once sharded."""
+    """See `engine.base.Engine`. `model` has fp32 parameters on the meta device; they get storage once sharded."""
 
     partitioned = True
 

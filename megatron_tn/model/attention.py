@@ -9,6 +9,8 @@ out = W_o y
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,9 @@ from megatron_tn.parallel.collectives import copy_to, reduce_from
 from megatron_tn.parallel.context import Axis
 from megatron_tn.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_tn.parallel.sharding import ShardSpec, mark
+from megatron_tn.parallel.state_passing import SequenceSlice
+
+Attend = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
 
 
 class LRPE(nn.Module):
@@ -30,6 +35,10 @@ class LRPE(nn.Module):
         super().__init__()
         spec = ShardSpec((heads, 1, head_dim), dim=0)
         self.theta = mark(nn.Parameter(torch.empty(spec.local_shape(axis.rank, axis.size))), spec)
+
+    def forward(self, attend: Attend, qkvu: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """attend(qkvu, theta), within this module: ZeRO 3 gathers a weight around the call of the module it is in."""
+        return attend(qkvu, self.theta)
 
 
 class GateNorm(nn.Module):
@@ -75,19 +84,27 @@ class GatedLinearAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         state: Tensor | None = None,
         return_state: bool = False,
+        part: SequenceSlice | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        y, square_sum, state = gla(
-            self.qkvu_proj(copy_to(x, self.axis)),
-            decay,
-            None if self.lrpe is None else self.lrpe.theta,
-            act=self.act,
-            gate=self.gate,
-            positions=positions,
-            initial_state=state,
-            cu_seqlens=cu_seqlens,
-            return_state=return_state,
-        )
+        def attend(qkvu: Tensor, theta: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+            start = state
+            if part is not None:  # of sequences that context-parallel ranks share
+                start = part.incoming_state(qkvu, decay, theta, self.act, positions)
+            return gla(
+                qkvu,
+                decay,
+                theta,
+                act=self.act,
+                gate=self.gate,
+                positions=positions,
+                initial_state=start,
+                cu_seqlens=cu_seqlens,
+                return_state=return_state,
+            )
+
+        qkvu = self.qkvu_proj(copy_to(x, self.axis))
+        y, square_sum, state_after = attend(qkvu, None) if self.lrpe is None else self.lrpe(attend, qkvu)
         if self.norm is not None:
             y = self.norm(y)  # weights commute with the gate
         square_sum = reduce_from(square_sum, self.axis)
-        return apply_rms_scale(self.out_proj(y), square_sum, self.embed_dim, self.eps), state
+        return apply_rms_scale(self.out_proj(y), square_sum, self.embed_dim, self.eps), state_after

@@ -9,6 +9,7 @@ from megatron_tn.model.attention import GatedLinearAttention
 from megatron_tn.model.norm import NORMS
 from megatron_tn.model.sglu import SGLU
 from megatron_tn.parallel.context import Axis
+from megatron_tn.parallel.state_passing import SequenceSlice
 
 
 class Block(nn.Module):
@@ -30,9 +31,16 @@ class Block(nn.Module):
         cu_seqlens: Tensor | None = None,
         state: Tensor | None = None,
         return_state: bool = False,
+        part: SequenceSlice | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         mixed, state = self.token_mixer(
-            self.token_norm(x), positions, decay, cu_seqlens=cu_seqlens, state=state, return_state=return_state
+            self.token_norm(x),
+            positions,
+            decay,
+            cu_seqlens=cu_seqlens,
+            state=state,
+            return_state=return_state,
+            part=part,
         )
         x = x + mixed
         x = x + self.channel_mixer(self.channel_norm(x))

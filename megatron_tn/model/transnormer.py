@@ -23,6 +23,7 @@ from megatron_tn.parallel.context import Axis, ParallelContext
 from megatron_tn.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
 from megatron_tn.parallel.loss import IGNORE
 from megatron_tn.parallel.sharding import ShardSpec
+from megatron_tn.parallel.state_passing import SequenceSlice
 
 
 class RecurrentState(NamedTuple):
@@ -78,15 +79,18 @@ class TransNormerModel(nn.Module):
         cu_seqlens: Tensor | None = None,
         state: RecurrentState | None = None,
         return_state: bool = False,
+        part: SequenceSlice | None = None,
     ) -> tuple[Tensor, RecurrentState | None]:
-        x = self.embed_tokens(tokens) * self.scale
         start = 0 if state is None else state.position
         positions = document_positions(tokens.shape[1], cu_seqlens, tokens.device) + start
+        if part is not None:
+            tokens, positions, cu_seqlens = part.take(tokens), part.take(positions), part.cu_seqlens
+        x = self.embed_tokens(tokens) * self.scale
         decay = self.decay(x.device)
         states = []
         for layer, block in enumerate(self.layers):
             before = None if state is None else state.layers[layer]
-            x, after = block(x, positions, decay[layer], cu_seqlens, before, return_state)
+            x, after = block(x, positions, decay[layer], cu_seqlens, before, return_state, part)
             states.append(after)
         x = self.final_norm(x)
         return x, RecurrentState(states, start + tokens.shape[1]) if return_state else None
@@ -127,6 +131,10 @@ class TransNormerLM(nn.Module):
         cu_seqlens [n + 1] int32: document boundaries of a packed sequence (B is 1); documents do not see each other.
         state: continue after the tokens that led to it; with return_state, `out.state` continues after these.
 
+        Context-parallel ranks are all given the whole sequences. With targets and no state each works on its slice:
+        its loss is then its tokens' share, and the shares of the group add up to the loss; token_losses are the
+        slice's. Otherwise each rank does the whole.
+
         Raises:
             ValueError: an unknown reduction; cu_seqlens with a batch, or together with a state.
         """
@@ -138,10 +146,13 @@ class TransNormerLM(nn.Module):
             raise ValueError(
                 "cu_seqlens cannot be combined with state or return_state: a state belongs to one document"
             )
-        hidden, state = self.model(tokens, cu_seqlens, state, return_state)
+        part = None
+        if self.context.cp.size > 1 and targets is not None and state is None and not return_state:
+            part = SequenceSlice(self.context.cp, tokens.shape[1], cu_seqlens, tokens.device)
+        hidden, state = self.model(tokens, cu_seqlens, state, return_state, part)
         if targets is None:
             return ModelOutput(logits=self.lm_head(hidden), state=state)
-        loss, token_losses = self.lm_head(hidden, targets)
+        loss, token_losses = self.lm_head(hidden, targets if part is None else part.take(targets))
         if reduction == "mean":
             loss = loss / (targets != IGNORE).sum().clamp(min=1)
         elif reduction == "none":

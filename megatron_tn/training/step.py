@@ -65,11 +65,12 @@ def train_step(
     """Forward and backward over this rank's microbatches, then one update.
 
     The target tokens of the whole step are counted first, over microbatches and data-parallel ranks, and every loss is
-    divided by that one number: each token weighs the same, however unevenly padding falls.
+    divided by that one number: each token weighs the same, however unevenly padding falls. Context-parallel ranks are
+    given the same sequences, and count them once; the model cuts them into slices.
     """
     context = engine.context
     count = torch.tensor(sum(int((batch.targets != IGNORE).sum()) for batch in microbatches), device=device)
-    all_reduce_(count, context.data)
+    all_reduce_(count, context.dp)
     scale = 1 / count.clamp(min=1)
     loss = torch.zeros((), device=device)
     for index, batch in enumerate(microbatches):

@@ -27,19 +27,19 @@ def name_of(engine: EngineConfig) -> str:
     return f"zero{engine.zero_stage}" if engine.name == "deepspeed" else engine.name
 
 
-def gradients_of(tp: int, cases: list[tuple[EngineConfig, int, str]]) -> dict[Any, Any]:
+def gradients_of(tp: int, cp: int, cases: list[tuple[EngineConfig, int, str]]) -> dict[Any, Any]:
     """(engine, accumulation, norm) -> (gradients, gradient norm), of one step of the same global batch."""
-    context = ParallelContext.create(tp)
+    context = ParallelContext.create(tp, cp)
     tokens, targets = (part.to(this_device()) for part in random_batch(BATCH, LENGTH))
-    share = BATCH // context.data.size
-    mine = slice(context.data.rank * share, (context.data.rank + 1) * share)
+    share = BATCH // context.dp.size
+    mine = slice(context.dp.rank * share, (context.dp.rank + 1) * share)
     found = {}
     for engine_config, accumulation, norm in cases:
         micro = share // accumulation
         config = tiny_config(
             model=dataclasses.replace(TINY, norm=norm),
             engine=engine_config,
-            parallel=ParallelConfig(tp=tp),
+            parallel=ParallelConfig(tp=tp, cp=cp),
             data=DataConfig(sequence_length=LENGTH, global_batch=BATCH, micro_batch=micro),
         )
         engine = build_engine(config, context, this_device())
@@ -53,7 +53,9 @@ def gradients_of(tp: int, cases: list[tuple[EngineConfig, int, str]]) -> dict[An
     return found
 
 
-def check_gradients(world: int, tp: int, cases: list[tuple[EngineConfig, int, str]], device: str = "cpu") -> None:
+def check_gradients(
+    world: int, tp: int, cases: list[tuple[EngineConfig, int, str]], device: str = "cpu", cp: int = 1
+) -> None:
     tokens, targets = random_batch(BATCH, LENGTH)
     wanted, bound = {}, {}
     for norm in {norm for *_, norm in cases}:
@@ -62,7 +64,7 @@ def check_gradients(world: int, tp: int, cases: list[tuple[EngineConfig, int, st
         _, single = reference_gradients(config, SEED, tokens, targets, torch.float32)
         # 1e-5, or twice the error of one process in the same precision where that is larger.
         bound[norm] = {name: max(1e-5, 2 * error) for name, error in relative_errors(single, wanted[norm]).items()}
-    for rank, found in enumerate(run_ranks(world, gradients_of, tp, cases, device=device)):
+    for rank, found in enumerate(run_ranks(world, gradients_of, tp, cp, cases, device=device)):
         for case, (gradients, grad_norm) in found.items():
             reference = wanted[case[-1]]
             for parameter, error in relative_errors(gradients, reference).items():
@@ -71,18 +73,25 @@ def check_gradients(world: int, tp: int, cases: list[tuple[EngineConfig, int, st
             assert grad_norm == pytest.approx(total, rel=1e-6), (rank, case)
 
 
-@pytest.mark.parametrize(("world", "tp"), [(2, 1), (2, 2), (4, 2)], ids=lambda n: str(n))
-def test_gradients_equal_one_fp64_process(world, tp):
+@pytest.mark.parametrize(
+    ("world", "tp", "cp"), [(2, 1, 1), (2, 2, 1), (4, 2, 1), (4, 1, 2), (4, 2, 2), (4, 1, 4)], ids=str
+)
+def test_gradients_equal_one_fp64_process(world, tp, cp):
     covering = [(engine, 1 + 2 * (index % 2), TINY.norm) for index, engine in enumerate([LOCAL, *ZERO, FSDP2])]
-    check_gradients(world, tp, [*covering, (ZERO[1], 1, "rmsnorm"), (ZERO[2], 3, "rmsnorm")])
+    check_gradients(world, tp, [*covering, (ZERO[1], 1, "rmsnorm"), (ZERO[2], 3, "rmsnorm")], cp=cp)
+
+
+LAYOUTS = [
+    (world, tp, cp) for world in (1, 2, 4) for tp in (1, 2, 4) for cp in (1, 2, 4) if world in (tp * cp, 2 * tp * cp)
+]
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("world", "tp"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)], ids=lambda n: str(n))
-def test_gradients_equal_one_fp64_process_in_every_layout(world, tp):
+@pytest.mark.parametrize(("world", "tp", "cp"), LAYOUTS, ids=str)
+def test_gradients_equal_one_fp64_process_in_every_layout(world, tp, cp):
     engines = [LOCAL, *ZERO, FSDP2]
     norms = ("simplermsnorm", "rmsnorm")
-    check_gradients(world, tp, [(engine, n, norm) for engine in engines for n in (1, 3) for norm in norms])
+    check_gradients(world, tp, [(engine, n, norm) for engine in engines for n in (1, 3) for norm in norms], cp=cp)
 
 
 def train(tp: int, engine_config: EngineConfig, steps: int, model=RMSNORM) -> dict[str, Any]:

@@ -1,0 +1,100 @@
+"""Context parallelism: slices of any length, documents cut by them, and nothing that leaks (promises 2 and 13)."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from megatron_tn.model.init import initialize
+from megatron_tn.model.transnormer import empty_model
+from megatron_tn.parallel.collectives import all_reduce_
+from megatron_tn.parallel.context import Axis, ParallelContext
+from megatron_tn.parallel.state_passing import SequenceSlice
+from tests.helpers.models import TINY, random_batch, reference_model, relative_errors
+from tests.helpers.ranks import run_ranks
+
+# Some slices lie within one document, some hold several, one bound falls on a slice's edge, two documents are empty.
+LENGTH = 37
+BOUNDS = [0, 3, 3, 18, 20, 33, LENGTH, LENGTH]
+SLOW = dataclasses.replace(TINY, lrpe="all", decay="none")  # nothing fades: what leaks, shows
+
+
+def on_ranks(tp: int, cp: int, packed: bool, changed: bool = False, only_later: bool = False) -> dict:
+    """Loss and whole gradients of one sequence in fp64, and the token losses by position; `changed`: document 2 is."""
+    context = ParallelContext.create(tp, cp)
+    model = empty_model(SLOW, context, "cpu", torch.float64)
+    initialize(model, 0)
+    tokens, targets = one_row(changed, only_later)
+    bounds = torch.tensor(BOUNDS, dtype=torch.int32) if packed else None
+    out = model(tokens, targets=targets, cu_seqlens=bounds, reduction="sum")
+    out.loss.backward()
+    for parameter in model.parameters():
+        all_reduce_(parameter.grad, context.cp)
+    part = SequenceSlice(context.cp, LENGTH, None, torch.device("cpu")) if cp > 1 else None
+    start = part.start if part else 0
+    losses = all_reduce_(out.loss.detach().clone(), context.cp)
+    return {
+        "loss": losses,
+        "gradients": model.named_logical_gradients(),
+        "token_losses": {start + i: value for i, value in enumerate(out.token_losses[0].tolist())},
+    }
+
+
+def one_row(changed: bool = False, only_later: bool = False):
+    tokens, targets = random_batch(1, LENGTH)
+    if changed:
+        within = slice(BOUNDS[2], BOUNDS[3])
+        tokens = tokens.clone()
+        tokens[:, within] = (tokens[:, within] + 7) % SLOW.vocab_size
+    if only_later:
+        targets = targets.clone()
+        targets[:, : BOUNDS[3]] = -100
+    return tokens, targets
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one_document", "packed"])
+@pytest.mark.parametrize(("world", "tp", "cp"), [(2, 1, 2), (4, 1, 4), (4, 2, 2)], ids=str)
+def test_slices_equal_the_whole_sequence(world, tp, cp, packed):
+    model = reference_model(SLOW, 0)
+    tokens, targets = one_row()
+    bounds = torch.tensor(BOUNDS, dtype=torch.int32) if packed else None
+    out = model(tokens, targets=targets, cu_seqlens=bounds, reduction="sum")
+    out.loss.backward()
+    wanted = model.named_logical_gradients()
+    seen = {}
+    for found in run_ranks(world, on_ranks, tp, cp, packed):
+        assert found["loss"].item() == pytest.approx(out.loss.item(), rel=1e-12)
+        assert max(relative_errors(found["gradients"], wanted).values()) < 1e-11
+        seen |= found["token_losses"]
+    assert sorted(seen) == list(range(LENGTH))
+    assert torch.allclose(torch.tensor([seen[i] for i in range(LENGTH)]), out.token_losses[0].detach().float())
+
+
+@pytest.mark.full
+def test_eight_ranks_agree():
+    model = reference_model(SLOW, 0)
+    tokens, targets = one_row()
+    model(tokens, targets=targets, reduction="sum").loss.backward()
+    wanted = model.named_logical_gradients()
+    for found in run_ranks(8, on_ranks, 1, 8, False):
+        assert max(relative_errors(found["gradients"], wanted).values()) < 1e-11
+
+
+def leak(tp: int, cp: int) -> list[dict]:
+    return [on_ranks(tp, cp, True, changed, only_later) for only_later in (False, True) for changed in (False, True)]
+
+
+@pytest.mark.parametrize(("world", "tp", "cp"), [(2, 1, 2), (4, 2, 2)], ids=str)
+def test_a_changed_document_changes_no_other_by_anything(world, tp, cp):
+    others = {*range(BOUNDS[2]), *range(BOUNDS[3], LENGTH)}
+    for before, after, later_before, later_after in run_ranks(world, leak, tp, cp):
+        for position in others & before["token_losses"].keys():
+            assert before["token_losses"][position] == after["token_losses"][position]
+        assert before["loss"] != after["loss"]
+        for name, gradient in later_before["gradients"].items():
+            assert torch.equal(gradient, later_after["gradients"][name]), name
+
+
+def test_a_sequence_shorter_than_the_ranks_is_refused():
+    with pytest.raises(ValueError, match=r"a sequence of 3 tokens cannot be cut into parallel\.cp=4 slices"):
+        SequenceSlice(Axis(None, 0, 4), 3, None, torch.device("cpu"))
