@@ -7,11 +7,13 @@ import triton
 from torch import Tensor
 
 from kernels.lightning import launch
-from kernels.lightning.configs import THETA_STRETCH
+from kernels.lightning.configs import THETA_STRETCH, padded
 from kernels.lightning.triton_features import ACTIVATIONS, feature_gradients_kernel, features_kernel
 from kernels.rows import as_rows
 
-ROWS, COLUMNS, STEPS, WARPS = 8, 512, 8, 4
+# Tokens and columns a program reads at once, how often, with how many warps: measured best for the gradients with LRPE,
+# all alike for the others.
+ROWS, COLUMNS, STEPS, WARPS = 2, 2048, 8, 8
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,16 @@ class FeatureMap:
         width = fused // 4 // self.heads
         shape = (batch, total, 2, self.heads, width if self.theta is None else 2 * width)
         features = torch.empty(shape, dtype=qkvu.dtype, device=qkvu.device)
-        rows = as_rows(qkvu)
+        rows, constants = as_rows(qkvu), self._constants(qkvu)
         with torch.cuda.device_of(qkvu):
-            features_kernel[(triton.cdiv(batch * total, ROWS), triton.cdiv(fused // 4, COLUMNS))](
+            features_kernel[(triton.cdiv(batch * total, ROWS), triton.cdiv(fused // 4, constants["COLUMNS"]))](
                 rows,
                 self._theta,
                 self.positions,
                 features,
                 rows.stride(0),
                 *self._numbers(batch, total, width),
-                **self._constants(qkvu),
+                **constants,
             )
         return features
 
@@ -61,8 +63,9 @@ class FeatureMap:
             flow = torch.empty(programs, fused // 4, dtype=torch.float32, device=qkvu.device)
             place = places(bounds, total)
         rows, source = as_rows(qkvu), dqkvu if dfeatures is None else dfeatures
+        constants = self._constants(qkvu)
         with torch.cuda.device_of(qkvu):
-            feature_gradients_kernel[(programs, triton.cdiv(fused // 4, COLUMNS))](
+            feature_gradients_kernel[(programs, triton.cdiv(fused // 4, constants["COLUMNS"]))](
                 rows,
                 self._theta,
                 self.positions,
@@ -76,7 +79,7 @@ class FeatureMap:
                 *self._numbers(batch, total, width),
                 THETA_STRETCH,
                 STEPS=STEPS,
-                **self._constants(qkvu),
+                **constants,
             )
         return None if flow is None else flow.sum(0, dtype=torch.float64).view(self.heads, width)
 
@@ -94,7 +97,7 @@ class FeatureMap:
             "ACT": ACTIVATIONS[self.act],
             "QUICK": x.dtype == torch.bfloat16,
             "ROWS": ROWS,
-            "COLUMNS": COLUMNS,
+            "COLUMNS": min(COLUMNS, padded(x.shape[-1] // 4)),
             "num_warps": WARPS,
         }
 
