@@ -21,7 +21,12 @@ import kernels  # noqa: F401 (registers the operators named below)
 
 # The operators that do the block's floating-point work. Their outputs are what the next operators need anyway.
 COSTLY = frozenset(
-    {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.megatron_tn.lightning_forward.default}
+    {
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.megatron_tn.lightning_forward.default,
+        torch.ops.megatron_tn.gla_forward.default,
+    }
 )
 
 
