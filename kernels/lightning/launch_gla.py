@@ -58,10 +58,10 @@ class FeatureMap:
         batch, total, fused = qkvu.shape
         width = fused // 4 // self.heads
         programs = triton.cdiv(batch * total, ROWS * STEPS)
-        flow = place = None
+        flow = weight = None
         if theta_wanted:
             flow = torch.empty(programs, fused // 4, dtype=torch.float32, device=qkvu.device)
-            place = places(bounds, total)
+            weight = weights(bounds, total)
         rows, source = as_rows(qkvu), dqkvu if dfeatures is None else dfeatures
         constants = self._constants(qkvu)
         with torch.cuda.device_of(qkvu):
@@ -69,7 +69,7 @@ class FeatureMap:
                 rows,
                 self._theta,
                 self.positions,
-                place,
+                weight,
                 source,
                 dqkvu,
                 flow,
@@ -78,6 +78,7 @@ class FeatureMap:
                 fused,
                 *self._numbers(batch, total, width),
                 THETA_STRETCH,
+                middle(total),
                 STEPS=STEPS,
                 **constants,
             )
@@ -102,13 +103,20 @@ class FeatureMap:
         }
 
 
-def places(bounds: Tensor | None, total: int) -> Tensor | None:
-    """Every token's place in its document [T], int32; None where rows are not packed."""
+def middle(length: int | Tensor) -> float | Tensor:
+    """The middle of the first stretch of sequences of `length` positions, from which theta's gradient counts."""
+    if isinstance(length, Tensor):
+        return (length.clamp(min=1, max=THETA_STRETCH) - 1) / 2
+    return (min(length, THETA_STRETCH) - 1) / 2
+
+
+def weights(bounds: Tensor | None, total: int) -> Tensor | None:
+    """Every token's distance from the middle of its stretch [T], fp32; None where rows are not packed."""
     if bounds is None:
         return None
     token = torch.arange(total, dtype=torch.int32, device=bounds.device)
     document = torch.searchsorted(bounds, token, right=True) - 1
-    return (token - bounds[document]).to(torch.int32)
+    return ((token - bounds[document]) % THETA_STRETCH - middle(bounds.diff())[document]).to(torch.float32)
 
 
 def backward(
@@ -174,7 +182,7 @@ def _first_origin(feature_map: FeatureMap, qkvu: Tensor, bounds: Tensor | None) 
             begin += feature_map.positions[..., 0]
         else:
             begin += feature_map.positions.flatten()[bounds[:-1].clamp(max=qkvu.shape[1] - 1).long()]
-    return begin + (THETA_STRETCH - 1) / 2
+    return begin + (middle(qkvu.shape[1]) if bounds is None else middle(bounds.diff()))
 
 
 def _last_origin(feature_map: FeatureMap, qkvu: Tensor, bounds: Tensor | None) -> Tensor:
