@@ -48,15 +48,38 @@ def gla(
     check_gla(qkvu, decay, theta, act, positions, initial_state, cu_seqlens)
     if initial_state is None and not return_state and qkvu.is_cuda:
         positions = None  # only distances matter
+    # An operator of its own, whose result selective recomputation need not keep. It has no gradient: gla's runs back
+    # through the features to qkvu, for which one gradient is enough.
+    features = None
+    if act != "none" or theta is not None:
+        fixed = None if theta is None else theta.detach()
+        features = torch.ops.megatron_tn.gla_features(qkvu.detach(), fixed, act, positions, decay.shape[0])
     y, square_sum, state, *_ = torch.ops.megatron_tn.gla_forward(
-        qkvu, decay, theta, act, gate, positions, initial_state, cu_seqlens, return_state
+        qkvu, features, decay, theta, act, gate, positions, initial_state, cu_seqlens, return_state
     )
     return y, square_sum, state if return_state else None
+
+
+@torch.library.custom_op("megatron_tn::gla_features", mutates_args=())
+def _features(qkvu: Tensor, theta: Tensor | None, act: str, positions: Tensor | None, heads: int) -> Tensor:
+    """The features of q and k, [B, T, 2, H, d or 2 d]; empty where plain PyTorch runs, which keeps none."""
+    v = parts(qkvu, heads)[2]
+    if backend(v, theta) == "triton":
+        from kernels.lightning.launch_gla import FeatureMap
+
+        return FeatureMap(heads, act, theta, positions).apply(qkvu)
+    return _empty_features(v, theta)
+
+
+@_features.register_fake
+def _features_fake(qkvu, theta, act, positions, heads):
+    return _empty_features(parts(qkvu, heads)[2], theta)
 
 
 @torch.library.custom_op("megatron_tn::gla_forward", mutates_args=())
 def _forward(
     qkvu: Tensor,
+    features: Tensor | None,
     decay: Tensor,
     theta: Tensor | None,
     act: str,
@@ -65,22 +88,20 @@ def _forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     return_state: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, the sum of o^2, the final state; for the backward pass o (empty where y is o), the states that segments start
-    from, and the features of q and k [B, T, 2, H, K] (empty where they are q and k, or will be found again)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, the sum of o^2, the final state; for the backward pass o (empty where y is o) and what segments start from.
+
+    features: of gla_features, None where q and k are their own.
+    """
     if not qkvu.is_cuda:
         check_values(decay, cu_seqlens, qkvu.shape[1])
         check_positions(positions, cu_seqlens, qkvu.shape[1])
-    q, k, v, u = parts(qkvu, decay)
+    q, k, v, u = parts(qkvu, decay.shape[0])
     if backend(v, theta) == "triton":
         from kernels.lightning import launch
-        from kernels.lightning.launch_gla import FeatureMap
         from kernels.lightning.triton_gate import gate as apply_gate
 
-        feature_map = FeatureMap(decay.shape[0], act, theta, positions)
-        features = qkvu.new_empty(0)
-        if not feature_map.trivial:
-            features = feature_map.apply(qkvu)
+        if features is not None:
             q, k = features.unbind(2)
         o, state, starts = launch.forward(q, k, v, decay, initial_state, cu_seqlens, return_state)
         y, square_sum = apply_gate(o.flatten(2), u.flatten(2), gate)
@@ -90,13 +111,13 @@ def _forward(
         )
         y = y.flatten(2)
         state = state if return_state else state.new_empty(0)
-        starts, features = empty_starts(v, v, _key(v, theta), cu_seqlens), _empty_features(v, act, theta)
-    return y, square_sum, state, o if gate else o.new_empty(0), starts, features
+        starts = empty_starts(v, v, _key(v, theta), cu_seqlens)
+    return y, square_sum, state, o if gate else o.new_empty(0), starts
 
 
 @_forward.register_fake
-def _forward_fake(qkvu, decay, theta, act, gate, positions, initial_state, cu_seqlens, return_state):
-    v = parts(qkvu, decay)[2]
+def _forward_fake(qkvu, features, decay, theta, act, gate, positions, initial_state, cu_seqlens, return_state):
+    v = parts(qkvu, decay.shape[0])[2]
     key = _key(v, theta)
     return (
         qkvu.new_empty(*v.shape[:2], v.shape[2] * v.shape[3]),
@@ -104,7 +125,6 @@ def _forward_fake(qkvu, decay, theta, act, gate, positions, initial_state, cu_se
         empty_state(v, v, key, cu_seqlens, return_state),
         qkvu.new_empty(v.shape if gate else (0,)),
         empty_starts(v, v, key, cu_seqlens),
-        _empty_features(v, act, theta),
     )
 
 
@@ -129,12 +149,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of qkvu, of theta and of the initial state, the last two empty where there are none.
 
-    o: [B, T, H, d], or flat. starts, features, state: what the forward pass returned; state for a theta with dstate.
+    o: [B, T, H, d], or flat. features: of gla_features. starts, state: what the forward pass returned; state is for a
+    theta with dstate.
     """
-    q, k, v, u = parts(qkvu, decay)
+    q, k, v, u = parts(qkvu, decay.shape[0])
     o = o.view(v.shape)
     dqkvu = torch.empty(qkvu.shape, dtype=qkvu.dtype, device=qkvu.device)
-    dq, dk, dv, du = parts(dqkvu, decay)
+    dq, dk, dv, du = parts(dqkvu, decay.shape[0])
     if backend(v, theta) == "triton":
         from kernels.lightning import launch_gla
         from kernels.lightning.triton_gate import gate_gradient
@@ -142,7 +163,7 @@ def _backward(
         do = gate_gradient(dy, dsquare_sum, o.flatten(2), u.flatten(2), du.flatten(2), gate).view(v.shape)
         feature_map = launch_gla.FeatureMap(decay.shape[0], act, theta, positions)
         dinitial, dtheta = launch_gla.backward(
-            do, dstate, qkvu, dqkvu, (q, k, v), (dq, dk, dv), None if feature_map.trivial else features, decay,
+            do, dstate, qkvu, dqkvu, (q, k, v), (dq, dk, dv), features, decay,
             feature_map, initial_state, cu_seqlens, starts, state, theta_wanted,
         )  # fmt: skip
     else:
@@ -161,7 +182,7 @@ def _backward_fake(
     dy, dsquare_sum, dstate, o, qkvu, decay, theta, act, gate, positions, initial_state, cu_seqlens, starts,
     features, state, theta_wanted,
 ):  # fmt: skip
-    v = parts(qkvu, decay)[2]
+    v = parts(qkvu, decay.shape[0])[2]
     return (
         qkvu.new_empty(qkvu.shape),
         theta.new_empty(theta.shape) if theta_wanted else qkvu.new_empty(0),
@@ -171,8 +192,8 @@ def _backward_fake(
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    qkvu, decay, theta, ctx.act, ctx.gate, positions, initial_state, cu_seqlens, ctx.state_wanted = inputs
-    y, _, state, o, starts, features = output
+    qkvu, features, decay, theta, ctx.act, ctx.gate, positions, initial_state, cu_seqlens, ctx.state_wanted = inputs
+    y, _, state, o, starts = output
     kept = state if ctx.state_wanted and theta is not None else None
     o = o if ctx.gate else y
     ctx.save_for_backward(qkvu, decay, theta, positions, initial_state, cu_seqlens, o, starts, features, kept)
@@ -180,7 +201,7 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, dy, dsquare_sum, dstate, *_):
     qkvu, decay, theta, positions, initial_state, cu_seqlens, o, starts, features, state = ctx.saved_tensors
-    theta_wanted = theta is not None and ctx.needs_input_grad[2]
+    theta_wanted = theta is not None and ctx.needs_input_grad[3]
     dqkvu, dtheta, dinitial = torch.ops.megatron_tn.gla_backward(
         dy, dsquare_sum, dstate if ctx.state_wanted else None, o, qkvu, decay, theta, ctx.act, ctx.gate, positions,
         initial_state, cu_seqlens, starts, features, state, theta_wanted,
@@ -189,6 +210,7 @@ def _differentiate(ctx, dy, dsquare_sum, dstate, *_):
         dinitial = dinitial.to(initial_state.dtype)
     return (
         dqkvu,
+        None,
         None,
         dtheta if theta_wanted else None,
         None,
@@ -204,7 +226,7 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.megatron_tn.gla_forward)
-def _forward_flops(qkvu_shape, decay_shape, theta_shape, *args, out_shape=None, **kwargs) -> int:
+def _forward_flops(qkvu_shape, features_shape, decay_shape, theta_shape, *args, out_shape=None, **kwargs) -> int:
     """4 B T H K d with K the features' width: the recurrence's two products a position."""
     batch, total, fused = qkvu_shape
     width = fused // 4 // decay_shape[0]
@@ -214,13 +236,12 @@ def _forward_flops(qkvu_shape, decay_shape, theta_shape, *args, out_shape=None, 
 @register_flop_formula(torch.ops.megatron_tn.gla_backward)
 def _backward_flops(dy, dsquare_sum, dstate, o, qkvu_shape, decay_shape, theta_shape, *args, out_shape=None, **kwargs):
     """Two products for each of the forward's; finding states again is not counted."""
-    return 2 * _forward_flops(qkvu_shape, decay_shape, theta_shape)
+    return 2 * _forward_flops(qkvu_shape, None, decay_shape, theta_shape)
 
 
-def parts(qkvu: Tensor, decay: Tensor) -> tuple[Tensor, ...]:
+def parts(qkvu: Tensor, heads: int) -> tuple[Tensor, ...]:
     """q, k, v, u: views [B, T, H, d] of [B, T, 4 H d]."""
     batch, total, fused = qkvu.shape
-    heads = decay.shape[0]
     return qkvu.view(batch, total, 4, heads, fused // 4 // heads).unbind(2)
 
 
@@ -241,9 +262,9 @@ def _key(v: Tensor, theta: Tensor | None) -> int:
     return v.shape[-1] * (1 if theta is None else 2)
 
 
-def _empty_features(v: Tensor, act: str, theta: Tensor | None) -> Tensor:
-    """What the features look like that a kernel has made; plain PyTorch keeps none."""
-    if not v.is_cuda or v.dtype == torch.float64 or (act == "none" and theta is None):
+def _empty_features(v: Tensor, theta: Tensor | None) -> Tensor:
+    """What the features that a kernel makes look like; plain PyTorch keeps none."""
+    if not v.is_cuda or v.dtype == torch.float64:
         return v.new_empty(0)
     batch, total, heads, _ = v.shape
     return v.new_empty(batch, total, 2, heads, _key(v, theta))

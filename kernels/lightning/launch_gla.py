@@ -7,11 +7,13 @@ import triton
 from torch import Tensor
 
 from kernels.lightning import launch
-from kernels.lightning.configs import THETA_STRETCH
+from kernels.lightning.configs import THETA_STRETCH, padded
 from kernels.lightning.triton_features import ACTIVATIONS, feature_gradients_kernel, features_kernel
 from kernels.rows import as_rows
 
-ROWS, COLUMNS, STEPS, WARPS = 8, 512, 8, 4
+# Tokens and columns a program reads at once, how often, with how many warps: measured best for the gradients with LRPE,
+# all alike for the others.
+ROWS, COLUMNS, STEPS, WARPS = 2, 2048, 8, 8
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,16 @@ class FeatureMap:
         width = fused // 4 // self.heads
         shape = (batch, total, 2, self.heads, width if self.theta is None else 2 * width)
         features = torch.empty(shape, dtype=qkvu.dtype, device=qkvu.device)
-        rows = as_rows(qkvu)
+        rows, constants = as_rows(qkvu), self._constants(qkvu)
         with torch.cuda.device_of(qkvu):
-            features_kernel[(triton.cdiv(batch * total, ROWS), triton.cdiv(fused // 4, COLUMNS))](
+            features_kernel[(triton.cdiv(batch * total, ROWS), triton.cdiv(fused // 4, constants["COLUMNS"]))](
                 rows,
                 self._theta,
                 self.positions,
                 features,
                 rows.stride(0),
                 *self._numbers(batch, total, width),
-                **self._constants(qkvu),
+                **constants,
             )
         return features
 
@@ -56,17 +58,18 @@ class FeatureMap:
         batch, total, fused = qkvu.shape
         width = fused // 4 // self.heads
         programs = triton.cdiv(batch * total, ROWS * STEPS)
-        flow = place = None
+        flow = weight = None
         if theta_wanted:
             flow = torch.empty(programs, fused // 4, dtype=torch.float32, device=qkvu.device)
-            place = places(bounds, total)
+            weight = weights(bounds, total)
         rows, source = as_rows(qkvu), dqkvu if dfeatures is None else dfeatures
+        constants = self._constants(qkvu)
         with torch.cuda.device_of(qkvu):
-            feature_gradients_kernel[(programs, triton.cdiv(fused // 4, COLUMNS))](
+            feature_gradients_kernel[(programs, triton.cdiv(fused // 4, constants["COLUMNS"]))](
                 rows,
                 self._theta,
                 self.positions,
-                place,
+                weight,
                 source,
                 dqkvu,
                 flow,
@@ -75,8 +78,9 @@ class FeatureMap:
                 fused,
                 *self._numbers(batch, total, width),
                 THETA_STRETCH,
+                middle(total),
                 STEPS=STEPS,
-                **self._constants(qkvu),
+                **constants,
             )
         return None if flow is None else flow.sum(0, dtype=torch.float64).view(self.heads, width)
 
@@ -94,18 +98,25 @@ class FeatureMap:
             "ACT": ACTIVATIONS[self.act],
             "QUICK": x.dtype == torch.bfloat16,
             "ROWS": ROWS,
-            "COLUMNS": COLUMNS,
+            "COLUMNS": min(COLUMNS, padded(x.shape[-1] // 4)),
             "num_warps": WARPS,
         }
 
 
-def places(bounds: Tensor | None, total: int) -> Tensor | None:
-    """Every token's place in its document [T], int32; None where rows are not packed."""
+def middle(length: int | Tensor) -> float | Tensor:
+    """The middle of the first stretch of sequences of `length` positions, from which theta's gradient counts."""
+    if isinstance(length, Tensor):
+        return (length.clamp(min=1, max=THETA_STRETCH) - 1) / 2
+    return (min(length, THETA_STRETCH) - 1) / 2
+
+
+def weights(bounds: Tensor | None, total: int) -> Tensor | None:
+    """Every token's distance from the middle of its stretch [T], fp32; None where rows are not packed."""
     if bounds is None:
         return None
     token = torch.arange(total, dtype=torch.int32, device=bounds.device)
     document = torch.searchsorted(bounds, token, right=True) - 1
-    return (token - bounds[document]).to(torch.int32)
+    return ((token - bounds[document]) % THETA_STRETCH - middle(bounds.diff())[document]).to(torch.float32)
 
 
 def backward(
@@ -171,7 +182,7 @@ def _first_origin(feature_map: FeatureMap, qkvu: Tensor, bounds: Tensor | None) 
             begin += feature_map.positions[..., 0]
         else:
             begin += feature_map.positions.flatten()[bounds[:-1].clamp(max=qkvu.shape[1] - 1).long()]
-    return begin + (THETA_STRETCH - 1) / 2
+    return begin + (middle(qkvu.shape[1]) if bounds is None else middle(bounds.diff()))
 
 
 def _last_origin(feature_map: FeatureMap, qkvu: Tensor, bounds: Tensor | None) -> Tensor:

@@ -85,7 +85,7 @@ def _gla_state(
     if not qkvu.is_cuda:
         check_values(decay, cu_seqlens, qkvu.shape[1])
         check_positions(positions, cu_seqlens, qkvu.shape[1])
-    _, k, v, _ = parts(qkvu, decay)
+    _, k, v, _ = parts(qkvu, decay.shape[0])
     if backend(v, theta) == "triton":
         from kernels.lightning import launch
         from kernels.lightning.launch_gla import FeatureMap
@@ -110,8 +110,8 @@ def _gla_state_backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dqkvu = torch.empty(qkvu.shape, dtype=qkvu.dtype, device=qkvu.device)
-    _, k, v, _ = parts(qkvu, decay)
-    dq, dk, dv, du = parts(dqkvu, decay)
+    _, k, v, _ = parts(qkvu, decay.shape[0])
+    dq, dk, dv, du = parts(dqkvu, decay.shape[0])
     do = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
     if backend(v, theta) == "triton":
         from kernels.lightning import launch_gla
@@ -147,7 +147,7 @@ def _state_backward_fake(dstate, k, v, decay, initial_state, cu_seqlens):
 
 @_gla_state.register_fake
 def _gla_state_fake(qkvu, decay, theta, act, positions, initial_state, cu_seqlens):
-    v = parts(qkvu, decay)[2]
+    v = parts(qkvu, decay.shape[0])[2]
     return empty_state(v, v, v.shape[-1] * (1 if theta is None else 2), cu_seqlens, True)
 
 

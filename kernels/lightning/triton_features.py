@@ -130,7 +130,7 @@ def feature_gradients_kernel(
     x_pointer,  # see features_kernel
     theta_pointer,
     positions_pointer,
-    place_pointer,  # [total], tokens' places in their sequence; None where every row is one
+    weight_pointer,  # [total], fp32, tokens' distances from the middle of their stretch; None: of rows not packed
     gradient_pointer,  # [tokens, 2, ...] as the features
     out_pointer,  # [tokens, 4 D], of which q's and k's parts are written; without LRPE it may be the gradient itself
     flow_pointer,  # [programs along tokens, D], fp32: the near part of theta's gradient; None if it is not wanted
@@ -144,6 +144,7 @@ def feature_gradients_kernel(
     width,
     head_width,
     stretch,  # positions a stretch, see CROSSING in triton_scan.py
+    middle,  # of a row's first stretch
     ACT: tl.constexpr,
     QUICK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -176,9 +177,10 @@ def feature_gradients_kernel(
                 terms = activate(q, ACT, QUICK) * (dq_sin * cos - dq_cos * sin)
                 terms += activate(k, ACT, QUICK) * (dk_sin * cos - dk_cos * sin)
                 place = token % total
-                if place_pointer is not None:
-                    place = tl.load(place_pointer + place, mask=held, other=0).to(tl.int32)
-                weight = (place % stretch).to(tl.float32) - (stretch - 1) * 0.5
+                if weight_pointer is not None:
+                    weight = tl.load(weight_pointer + place, mask=held, other=0.0)
+                else:
+                    weight = (place % stretch).to(tl.float32) - middle
                 flow += tl.sum(tl.where(mask, terms * weight[:, None], 0.0), axis=0)
             dq = dq_cos * cos + dq_sin * sin
             dk = dk_cos * cos + dk_sin * sin

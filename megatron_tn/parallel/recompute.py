@@ -20,7 +20,14 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import kernels  # noqa: F401 (registers the operators named below)
 
 # The operators that do the block's floating-point work. Their outputs are what the next operators need anyway.
-COSTLY = frozenset({torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.megatron_tn.gla_forward.default})
+COSTLY = frozenset(
+    {
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.megatron_tn.lightning_forward.default,
+        torch.ops.megatron_tn.gla_forward.default,
+    }
+)
 
 
 def recompute_blocks(blocks: Iterable[nn.Module], policy: str, every: int = 1, *, compiled: bool = False) -> None:

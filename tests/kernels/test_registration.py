@@ -59,8 +59,12 @@ def gla_operators(decay, bounds):
         return tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
 
     return {
-        "gla_forward": (ops.gla_forward, (qkvu, decay, None, "silu", True, None, None, None, False)),
-        "gla_forward+lrpe": (ops.gla_forward, (qkvu, decay, theta, "silu", False, positions, state, bounds, True)),
+        "gla_features": (ops.gla_features, plain(qkvu, theta, "silu", positions, 2)),
+        "gla_forward": (ops.gla_forward, (qkvu, None, decay, None, "silu", True, None, None, None, False)),
+        "gla_forward+lrpe": (
+            ops.gla_forward,
+            (qkvu, None, decay, theta, "silu", False, positions, state, bounds, True),
+        ),
         "gla_backward": (
             ops.gla_backward,
             plain(y, None, None, o, qkvu, decay, None, "none", True, None, narrow, None, None, None, None, False),

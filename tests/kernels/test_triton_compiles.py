@@ -119,9 +119,9 @@ def test_what_stands_around_the_scan_of_gla(capability):
     """The gate, the feature map and the walk over segments."""
     from kernels.lightning import launch_gla, triton_features, triton_gate, triton_segments
 
-    names = ("sum", "dsum", "theta", "states", "given", "last", "decay", "flow")
+    names = ("sum", "dsum", "theta", "states", "given", "last", "decay", "flow", "weight")
     fp32 = {f"{name}_pointer": "*fp32" for name in names}
-    integers = dict.fromkeys(("positions_pointer", "place_pointer", "bounds_pointer", "first_pointer"), "*i32")
+    integers = dict.fromkeys(("positions_pointer", "bounds_pointer", "first_pointer"), "*i32")
     features = {"ACT": 1, "QUICK": True, "ROWS": launch_gla.ROWS, "COLUMNS": launch_gla.COLUMNS}
     cases = (
         (triton_gate.gate_kernel, {"GATE": True, "WIDTH": 4096}, 8),
@@ -132,6 +132,7 @@ def test_what_stands_around_the_scan_of_gla(capability):
     )
     for kernel, constants, warps in cases:
         types = {name: "*bf16" for name in kernel.arg_names if name.endswith("pointer")} | fp32 | integers
+        types["middle"] = "fp32"
         shared, _ = resources(compiled(kernel, capability, types, constants, num_warps=warps))
         assert shared <= 48 * 1024, kernel
 
