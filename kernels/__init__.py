@@ -6,7 +6,9 @@ The public functions are below; their docstrings are the reference. Needs torch 
 from kernels.activation import activation
 from kernels.cross_entropy.op import linear_cross_entropy
 from kernels.dispatch import set_backend
+from kernels.lightning.gla import gla
 from kernels.lightning.op import lightning_attention
+from kernels.lightning.state import gla_state, lightning_state
 from kernels.lrpe.op import lrpe
 from kernels.norm_gate.op import apply_rms_scale, gate_with_square_sum
 from kernels.self_check import self_check
@@ -23,7 +25,10 @@ __all__ = [
     "add_simple_rms_norm",
     "apply_rms_scale",
     "gate_with_square_sum",
+    "gla",
+    "gla_state",
     "lightning_attention",
+    "lightning_state",
     "linear_cross_entropy",
     "lrpe",
     "self_check",

@@ -5,13 +5,14 @@ milliseconds before the first step show it.
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from kernels import dispatch
+from kernels.lightning.gla import gla
 from kernels.lightning.op import lightning_attention
 from kernels.norm_gate import reference as norm_gate_reference
 from kernels.norm_gate.op import apply_rms_scale, gate_with_square_sum
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # Relative error in norm against fp64 that each type may have: the bounds that the tests hold the kernels to.
 LARGEST_ERROR = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+# theta's gradient is a sum of terms that cancel; its bounds are its own.
+LARGEST_THETA_ERROR = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 
 class KernelMismatchError(RuntimeError):
@@ -36,6 +39,7 @@ class _Check:
     function: Callable[..., Tensor]
     definition: Callable[..., Tensor]  # the same in fp64
     shapes: tuple[tuple[int, ...], ...]
+    bounds: Mapping[torch.dtype, float] = field(default_factory=lambda: LARGEST_ERROR)
 
 
 def self_check(
@@ -46,6 +50,7 @@ def self_check(
     glu_width: int,
     dtype: torch.dtype,
     device: torch.device,
+    act: str = "silu",
     decay: Tensor | None = None,
     length: int = 4097,
     fall_back: bool = False,
@@ -53,7 +58,9 @@ def self_check(
     """Compare every operator, forward and backward, with its fp64 definition; returns each one's largest error.
 
     heads, key_width, value_width: of lightning attention on this rank (key_width doubled in a layer with LRPE).
-        The norms are checked at width heads * value_width, the gated product at glu_width.
+        The norms are checked at width heads * value_width, the gated product at glu_width, and gated linear attention
+        with heads of value_width, with LRPE where key_width is twice that.
+    act: the activation of q and k.
     decay: [heads], the rates (default: from 0 to 1, slow and fast heads at once).
     length: positions; the default is odd and long enough that few heads are cut into segments.
     fall_back: where one is wrong, log it, have every operator run in PyTorch from here on, and check that instead.
@@ -63,13 +70,13 @@ def self_check(
     if decay is None:
         decay = torch.linspace(0, 1, heads, device=device)
     errors = {}
-    for check in _checks(heads, key_width, value_width, glu_width, decay, length):
+    for check in _checks(heads, key_width, value_width, glu_width, act, decay, length, dtype):
         error = errors[check.operator] = _worst_error(check, dtype, device)
-        if error <= LARGEST_ERROR[dtype]:  # NaN is not
+        if error <= check.bounds[dtype]:  # NaN is not
             continue
         message = (
             f"{check.operator} at {check.shapes} in {dtype} on {device} is off by {error:.1e} relative to fp64, "
-            f"more than {LARGEST_ERROR[dtype]:.0e}"
+            f"more than {check.bounds[dtype]:.0e}"
         )
         if not fall_back or dispatch.requested_backend() == "torch":
             raise KernelMismatchError(message)
@@ -82,6 +89,7 @@ def self_check(
             glu_width=glu_width,
             dtype=dtype,
             device=device,
+            act=act,
             decay=decay,
             length=length,
         )
@@ -89,10 +97,32 @@ def self_check(
 
 
 def _checks(
-    heads: int, key_width: int, value_width: int, glu_width: int, decay: Tensor, length: int
+    heads: int,
+    key_width: int,
+    value_width: int,
+    glu_width: int,
+    act: str,
+    decay: Tensor,
+    length: int,
+    dtype: torch.dtype,
 ) -> Iterator[_Check]:
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return lightning_attention(q, k, v, decay)
+
+    with_lrpe = key_width == 2 * value_width
+
+    def mixer(qkvu: Tensor, theta: Tensor | None = None) -> Tensor:
+        y, square_sum, _ = gla(qkvu, decay, theta, act=act)
+        return apply_rms_scale(y, square_sum, y.shape[-1])
+
+    def mixer_with_lrpe(qkvu: Tensor) -> Tensor:
+        j = torch.arange(heads * value_width, device=qkvu.device)
+        return mixer(qkvu, (10000.0 ** (-j / j.numel())).view(heads, 1, value_width))
+
+    def of_theta(theta: Tensor) -> Tensor:
+        generator = torch.Generator(theta.device).manual_seed(1)
+        qkvu = torch.randn((1, length, 4 * heads * value_width), generator=generator, device=theta.device)
+        return mixer(qkvu.to(dtype).to(theta.dtype), theta)
 
     def norm_gate(o: Tensor, u: Tensor) -> Tensor:
         y, square_sum = gate_with_square_sum(o, u)
@@ -101,6 +131,11 @@ def _checks(
     key, value = (1, length, heads, key_width), (1, length, heads, value_width)
     rows = (65, heads * value_width)
     yield _Check("lightning_attention", attention, attention, (key, key, value))
+    fused = (1, length, 4 * heads * value_width)
+    yield _Check("gla", *(2 * [mixer_with_lrpe if with_lrpe else mixer]), (fused,))
+    if with_lrpe:
+        theta = (heads, 1, value_width)
+        yield _Check("gla_theta", of_theta, of_theta, (theta,), LARGEST_THETA_ERROR)
     yield _Check("simple_rms_norm", simple_rms_norm, srmsnorm_reference.simple_rms_norm, (rows,))
     yield _Check("norm_gate", norm_gate, norm_gate_reference.norm_gate, (rows, rows))
     yield _Check("sglu", sglu, sglu_reference.sglu, ((65, glu_width),) * 2)

@@ -1,6 +1,6 @@
 """How fast a config trains on this machine, beside the matrix rate of the same minutes and a model of the same shape.
 
-python -m megatron_tn.benchmark model=1b engine=zero1 engine.compile=true data.micro_batch=8 data.global_batch=8 \
+python -m megatron_tn.benchmark model=1b engine=zero1 engine.compile=blocks data.micro_batch=8 data.global_batch=8 \
     benchmark.peer=llama benchmark.loop_steps=40
 torchrun --nproc-per-node 2 -m megatron_tn.benchmark model=7b parallel.tp=2 ...
 

@@ -100,12 +100,16 @@ class ParallelConfig:
 class EngineConfig:
     """Who owns gradients, masters and the optimizer step."""
 
-    name: Literal["deepspeed", "local"] = "deepspeed"
+    name: Literal["deepspeed", "fsdp2", "local"] = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["bf16", "fp32"] = "bf16"  # of parameters and activations; masters and moments are always fp32
     gradient_dtype: Literal["fp32", "bf16"] = "fp32"  # in which microbatch gradients accumulate and are reduced
     reduce_bucket_elements: int = 50_000_000
-    compile: bool = False  # torch.compile each block
+    reshard_after_forward: bool = True  # fsdp2: free a block's gathered weights between its forward and backward pass
+    recompute: Literal["none", "selective", "full"] = "none"  # activations made again in the backward pass
+    recompute_every: int = 1  # of every so many blocks, the first recomputes
+    # Blocks compiled by inductor; cuda_graphs replays them besides, which hides the host where models are small.
+    compile: Literal["none", "blocks", "cuda_graphs"] = "none"
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -277,6 +281,7 @@ class TrainConfig:
             ("data", "sequence_length"),
             ("data", "global_batch"),
             ("data", "micro_batch"),
+            ("engine", "recompute_every"),
             ("schedule", "steps"),
             ("logging", "every"),
         ):

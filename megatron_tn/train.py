@@ -27,7 +27,7 @@ from data_pipeline.stream import (
 from megatron_tn.checkpoint.manifest import Manifest as Checkpoint
 from megatron_tn.cli import command
 from megatron_tn.config import ConfigError, TrainConfig
-from megatron_tn.engine.build import build_engine
+from megatron_tn.engine.build import DTYPES, build_engine
 from megatron_tn.evaluate import held_out_loss
 from megatron_tn.model.check import check_kernels
 from megatron_tn.optim.schedule import batch_of_step, learning_rate
@@ -50,7 +50,7 @@ def train(config: TrainConfig) -> None:
     with Preemption() as preemption, Run(config) as run:
         context = ParallelContext.create(config.parallel.tp, config.parallel.cp)
         engine = build_engine(config, context, run.device)
-        check_kernels(engine.model, run.device)
+        check_kernels(engine.model, run.device, DTYPES[config.engine.precision])
         state = run.restore(engine)
         run.keep_tokenizer(stream.manifest.directory / stream.manifest.tokenizer.file)
         evaluate = functools.partial(held_out_loss, engine.model, config) if config.evaluation.manifest else None

@@ -1,10 +1,12 @@
 """`python -m kernels.bench`: correctness first, then time against the memory's floor, on the device there is."""
 
 import importlib.util
+import itertools
 import sys
 
 import torch
 
+from kernels.bench import lightning_cases
 from kernels.bench.cases import Case, cases
 from kernels.bench.measure import MIB, copy_bandwidth, extra_memory, milliseconds
 
@@ -60,7 +62,8 @@ def main() -> int:
 
         triton = f"Triton {module.__version__}"
     print(f"{name}, torch {torch.__version__}, {triton}, copy bandwidth {bandwidth / 1e6:.1f} GB/s\n{HEADER}")
-    right = [report(small, case, bandwidth, device) for small, case in cases(device)]
+    every_case = itertools.chain(cases(device), lightning_cases.cases(device))
+    right = [report(small, case, bandwidth, device) for small, case in every_case]
     return 0 if all(right) else 1
 
 

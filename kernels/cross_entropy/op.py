@@ -4,7 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.cross_entropy.pieces import form_logits, sum_weight_gradient
+from kernels import dispatch
+from kernels.cross_entropy.pieces import add_weight_gradient, form_logits
 from kernels.numerics import accumulation_dtype
 
 
@@ -27,7 +28,7 @@ def linear_cross_entropy(
     vocab_size: the true vocabulary (default: all rows of all ranks). Rows beyond it are padding, take no part in the
         softmax and get a gradient of zero.
     group: the ranks that hold the vocabulary's other rows; None for this process alone.
-    chunk_tokens: tokens whose logits exist at a time (default: a 32nd of T, or more where that would be few).
+    chunk_tokens: tokens whose logits exist at a time (default: `default_chunk_tokens`).
 
     Returns (loss_sum, token_losses [T]), fp32 (fp64 for fp64 inputs), equal on all ranks of the group. loss_sum is
     differentiable in hidden and weight; token_losses, 0 where ignored, is not. The gradients are formed in the forward
@@ -56,9 +57,10 @@ def linear_cross_entropy(
 
 
 def default_chunk_tokens(tokens: int, rows: int, cuda: bool) -> int:
-    """A 32nd of the tokens, which keeps the chunk's logits and their gradient under an eighth of all logits in bf16;
-    more where the chunk would be too small to fill the machine: 2^24 logits on a GPU, 2^21 (8 MiB) on a CPU."""
-    return min(tokens, max(-(-tokens // 32), 2 ** (24 if cuda else 21) // rows, 1))
+    """A 16th of the tokens: their fp32 logits, which the gradient is written over, are an eighth of all logits in bf16.
+    On a CPU, where the gradient is formed beside them, a 32nd. More where the chunk would be too small to fill the
+    machine: 2^24 logits on a GPU, 2^21 (8 MiB) on a CPU."""
+    return min(tokens, max(-(-tokens // (16 if cuda else 32)), 2 ** (24 if cuda else 21) // rows, 1))
 
 
 @torch.library.custom_op("megatron_tn::local_targets", mutates_args=())
@@ -84,6 +86,51 @@ def _local_targets_fake(targets, ignore_index, vocab_start, rows, vocab_size):
     return torch.empty_like(targets), torch.empty_like(targets, dtype=torch.bool)
 
 
+@torch.library.custom_op("megatron_tn::softmax_statistics", mutates_args=())
+def _statistics(logits: Tensor, rows: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """logits [n, V], of whose columns the first `columns` count; rows [n], the target's column or -1 -> the highest
+    logit [n]; and, [2, n], the sum of exp(logit - highest) and the target's logit, 0 where there is none."""
+    if _backend(logits) == "triton":
+        from kernels.cross_entropy import triton_softmax
+
+        return triton_softmax.statistics(logits, rows, columns)
+    if columns == 0:  # a rank whose rows are all padding
+        highest = logits.new_full(logits.shape[:1], torch.finfo(logits.dtype).min)
+        return highest, logits.new_zeros(2, logits.shape[0])
+    true = logits[:, :columns]
+    highest = true.amax(dim=1)
+    picked = true.gather(1, rows.clamp(min=0)[:, None])[:, 0].masked_fill_(rows < 0, 0)
+    return highest, torch.stack(((true - highest[:, None]).exp_().sum(dim=1), picked))
+
+
+@_statistics.register_fake
+def _statistics_fake(logits, rows, columns):
+    return logits.new_empty(logits.shape[:1]), logits.new_empty(2, logits.shape[0])
+
+
+@torch.library.custom_op("megatron_tn::softmax_gradient_", mutates_args=("logits",))
+def _gradient_(
+    logits: Tensor, rows: Tensor, kept: Tensor, normalizer: Tensor, columns: int, dtype: torch.dtype
+) -> None:
+    """Write softmax - one_hot(target), zero for tokens not kept and for padding, over logits [n, V]: as `dtype`, from
+    the start of every row's own memory."""
+    if _backend(logits) == "triton":
+        from kernels.cross_entropy import triton_softmax
+
+        triton_softmax.gradient_(logits, rows, kept, normalizer, columns, dtype)
+        return
+    gradient = (logits - normalizer[:, None]).exp_()
+    gradient.scatter_add_(1, rows.clamp(min=0)[:, None], -(rows >= 0).to(logits.dtype)[:, None])
+    gradient.masked_fill_(~kept[:, None], 0)
+    gradient[:, columns:] = 0
+    logits.view(dtype)[:, : logits.shape[1]] = gradient
+
+
+@_gradient_.register_fake
+def _gradient_fake(logits, rows, kept, normalizer, columns, dtype):
+    return None
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     # Not a custom operator, because those take no process group. What it calls is registered, and the FLOP counter
     # sees its products.
@@ -92,35 +139,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = accumulation_dtype(hidden.dtype)
         needs_hidden, needs_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         dhidden = torch.empty_like(hidden) if needs_hidden else None
-        dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_weight else None
+        dweight = torch.empty(weight.shape, dtype=wide, device=weight.device) if needs_weight else None
         losses = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
 
+        columns = min(max(true_rows, 0), weight.shape[0])
         for start in range(0, hidden.shape[0], chunk):
             piece = slice(start, start + chunk)
             logits = form_logits(hidden[piece], weight)
-            logits[:, max(true_rows, 0) :] = float("-inf")
-            owned = rows[piece] >= 0
-            row = rows[piece].clamp(min=0)[:, None]
-
-            highest = logits.amax(dim=1)
+            highest, sums = torch.ops.megatron_tn.softmax_statistics(logits, rows[piece], columns)
             if group is not None:
+                local = highest
+                highest = highest.clone()
                 dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-            picked = logits.gather(1, row)[:, 0].sub_(highest).masked_fill_(~owned, 0)
-            exponentials = logits.sub_(highest[:, None]).exp_()
-            sums = torch.stack((exponentials.sum(dim=1), picked))
-            if group is not None:
+                sums[0] *= (local - highest).exp()
                 dist.all_reduce(sums, group=group)
-            losses[piece] = (sums[0].log() - sums[1]).masked_fill_(~kept[piece], 0)
-
+            normalizer = highest + sums[0].log()
+            losses[piece] = (normalizer - sums[1]).masked_fill_(~kept[piece], 0)
             if needs_hidden or needs_weight:
-                # d loss / d logits = softmax - one_hot(target), and 0 for an ignored token
-                dlogits = exponentials.mul_(torch.where(kept[piece], sums[0].reciprocal(), 0)[:, None])
-                dlogits.scatter_add_(1, row, -owned.to(wide)[:, None])
-                dlogits = dlogits.to(hidden.dtype)
+                torch.ops.megatron_tn.softmax_gradient_(
+                    logits, rows[piece], kept[piece], normalizer, columns, hidden.dtype
+                )
+                dlogits = logits.view(hidden.dtype)[:, : weight.shape[0]]
             if needs_hidden:
                 torch.mm(dlogits, weight, out=dhidden[piece])
             if needs_weight:
-                sum_weight_gradient(dweight, dlogits, hidden[piece])
+                add_weight_gradient(dweight, dlogits, hidden[piece], first=start == 0)
 
         ctx.save_for_backward(dhidden, dweight)
         ctx.dtype = weight.dtype
@@ -133,7 +176,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if dhidden is not None:
             dhidden = dhidden * dloss.to(dhidden.dtype)
         if dweight is not None:
-            dweight = (dweight * dloss).to(ctx.dtype)
+            dweight = torch.mul(dweight, dloss, out=torch.empty_like(dweight, dtype=ctx.dtype))
         return dhidden, dweight, None, None, None, None, None, None
 
 
@@ -154,3 +197,8 @@ def _check(
         raise ValueError(f"vocab_start={vocab_start} must be >= 0 and vocab_size={vocab_size} >= 1")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk_tokens={chunk} must be >= 1")
+
+
+def _backend(logits: Tensor) -> str:
+    unsupported = "fp64 is for references" if logits.dtype == torch.float64 else None
+    return dispatch.choose("linear_cross_entropy", logits, unsupported)

@@ -14,10 +14,14 @@ def form_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(hidden.to(wide), weight.to(wide).T)
 
 
-def sum_weight_gradient(total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
-    """total [V, D], in the accumulation type, += dlogits [n, V]^T hidden [n, D]."""
-    if hidden.is_cuda and hidden.dtype != total.dtype:
-        torch.addmm(total, dlogits.T, hidden, out_dtype=total.dtype, out=total)
+def add_weight_gradient(total: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
+    """total [V, D], in the accumulation type, += dlogits [n, V]^T hidden [n, D]; or = for the first."""
+    wide = hidden.is_cuda and hidden.dtype != total.dtype
+    if not wide:
+        dlogits, hidden = dlogits.to(total.dtype), hidden.to(total.dtype)
+    out = {"out_dtype": total.dtype, "out": total} if wide else {"out": total}
+    if first:
+        torch.mm(dlogits.T, hidden, **out)
     else:
         # Not total.addmm_(...), which PyTorch's FLOP counter does not know.
-        torch.addmm(total, dlogits.to(total.dtype).T, hidden.to(total.dtype), out=total)
+        torch.addmm(total, dlogits.T, hidden, **out)

@@ -5,6 +5,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from kernels.activation import ACTIVATIONS
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -21,18 +23,57 @@ def check_inputs(
         raise ValueError(f"k.shape={tuple(k.shape)} must equal q.shape={tuple(q.shape)}")
     if v.shape[:3] != q.shape[:3]:
         raise ValueError(f"v.shape={tuple(v.shape)} must equal q.shape={tuple(q.shape)} but for the last dimension")
-    batch, total, heads, width = q.shape
+    _, total, heads, width = q.shape
     if total < 1:
         raise ValueError(f"q.shape={tuple(q.shape)}: the length T={total} must be at least 1")
-    _check_decay(decay, heads)
+    _check_rest(q, decay, heads, initial_state, cu_seqlens, (width, v.shape[3]))
+
+
+def check_gla(
+    qkvu: Tensor,
+    decay: Tensor,
+    theta: Tensor | None,
+    act: str,
+    positions: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Raise ValueError unless the arguments of `gla` fit together. Looks at shapes and types alone."""
+    if qkvu.dim() != 3 or qkvu.dtype not in DTYPES or qkvu.stride(-1) != 1:
+        raise ValueError(
+            f"qkvu.shape={tuple(qkvu.shape)}, strides {qkvu.stride()}, {qkvu.dtype} must be [B, T, 4 H d], its last "
+            f"dimension contiguous, of a type in {DTYPES}"
+        )
+    batch, total, fused = qkvu.shape
+    if decay.dim() != 1 or fused % (4 * decay.shape[0]):
+        raise ValueError(f"qkvu.shape[2]={fused} must be 4 H d with H from decay.shape={tuple(decay.shape)} = [H]")
+    heads, width = decay.shape[0], fused // 4 // decay.shape[0]
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act={act!r} is not one of the activations {sorted(ACTIVATIONS)}")
+    if theta is not None and theta.shape != (heads, 1, width):
+        raise ValueError(f"theta.shape={tuple(theta.shape)} must be [H, 1, d] = {(heads, 1, width)}")
+    if positions is not None:
+        if positions.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"positions.dtype={positions.dtype} must be int32 or int64: floats lose long positions")
+        if positions.shape not in ((total,), (batch, total)):
+            raise ValueError(f"positions.shape={tuple(positions.shape)} must be [T] = {(total,)} or [B, T]")
+    if total < 1:
+        raise ValueError(f"qkvu.shape={tuple(qkvu.shape)}: the length T={total} must be at least 1")
+    key = width if theta is None else 2 * width
+    _check_rest(qkvu, decay, heads, initial_state, cu_seqlens, (key, width))
+
+
+def check_positions(positions: Tensor | None, cu_seqlens: Tensor | None, total: int) -> None:
+    """Raise ValueError unless positions rise by 1 within every row or document. Reads values: CPU only."""
+    if positions is None or total == 1:
+        return
+    steps = positions.diff(dim=-1) == 1
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, q)
-    if initial_state is not None:
-        rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        expected = (rows, heads, width, v.shape[3])
-        if initial_state.shape != expected:
-            raise ValueError(f"initial_state.shape={tuple(initial_state.shape)} must be {tuple(expected)}")
-        _check_wide_type("initial_state", initial_state)
+        starts = cu_seqlens[(cu_seqlens > 0) & (cu_seqlens < total)].long()
+        steps = steps.index_fill(-1, starts - 1, True)
+    if not bool(steps.all()):
+        index = (~steps).nonzero()[0].tolist()
+        raise ValueError(f"positions must rise by 1 within a row or document, and do not after index {index}")
 
 
 def check_values(decay: Tensor, cu_seqlens: Tensor | None, total: int) -> None:
@@ -43,6 +84,26 @@ def check_values(decay: Tensor, cu_seqlens: Tensor | None, total: int) -> None:
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in itertools.pairwise(bounds)):
             raise ValueError(f"cu_seqlens={bounds} must rise from 0 to T={total}")
+
+
+def _check_rest(
+    x: Tensor,
+    decay: Tensor,
+    heads: int,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    widths: tuple[int, int],
+) -> None:
+    """x: [B, T, ...], on the inputs' device. widths: of a state."""
+    _check_decay(decay, heads)
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, x)
+    if initial_state is not None:
+        rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        expected = (rows, heads, *widths)
+        if initial_state.shape != expected:
+            raise ValueError(f"initial_state.shape={tuple(initial_state.shape)} must be {tuple(expected)}")
+        _check_wide_type("initial_state", initial_state)
 
 
 def _check_decay(decay: Tensor, heads: int) -> None:
@@ -59,7 +120,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
     if cu_seqlens.device != q.device:
         raise ValueError(f"cu_seqlens.device={cu_seqlens.device} must be that of q, {q.device}")
     if q.shape[0] != 1:
-        raise ValueError(f"q.shape[0]={q.shape[0]}: with cu_seqlens the documents share one row, so B must be 1")
+        raise ValueError(f"B={q.shape[0]}: with cu_seqlens the documents share one row, so B must be 1")
 
 
 def _check_wide_type(name: str, x: Tensor) -> None:

@@ -1,5 +1,6 @@
 """The Triton tile of every input type and width, per architecture: pinned, so that all ranks and runs agree."""
 
+import functools
 from dataclasses import dataclass, replace
 
 
@@ -48,6 +49,10 @@ _SINGLE = {
 # Compute capability, major: 8 is the A100 (163 KiB of shared memory a program), 9 the H100 and H200 (227 KiB).
 TILES = {8: {2: _AMPERE_HALF, 4: _SINGLE}, 9: {2: _HOPPER_HALF, 4: _SINGLE}}
 
+# Positions between which theta's gradient counts from the middle, a multiple of every tile's chunk. Its rounding error
+# grows with this; states of this spacing are written and read once.
+THETA_STRETCH = 512
+
 # The cost of a segment beyond its scan, in positions of a scan: starting a program, and the states' own pass, which
 # reads two tensors for a scan's four, and of fast heads only what has not faded. Chosen from measured times.
 _COST_OF_START = 256
@@ -71,6 +76,7 @@ def tile_for(capability: int, element_bytes: int, summed_width: int, out_width: 
     return replace(tile, out=out_width, warps=min(tile.warps, 4))
 
 
+@functools.cache
 def segment_length(tile: Tile, programs: int, length: int) -> int:
     """Positions a segment for `programs` programs over sequences of `length`: `length` itself for no split.
 
@@ -85,3 +91,14 @@ def segment_length(tile: Tile, programs: int, length: int) -> int:
         if segment >= _SHORTEST_SEGMENT and cost < least:
             best, least = segment, cost
     return best
+
+
+def padded(width: int) -> int:
+    """The width as kernels hold it: the next power of two, at least 16."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def plan_segment(capability: int, element_bytes: int, rows: int, total: int, heads: int, key: int, value: int) -> int:
+    """Positions a segment for `rows` rows of `total` positions and q, v of these widths, for all scans of a call."""
+    tile = tile_for(capability, element_bytes, padded(key), padded(value))
+    return segment_length(tile, rows * heads * -(-value // tile.out), total)

@@ -1,15 +1,16 @@
 """The launches of lightning attention's Triton kernels: which tensors, tiles, descriptors and segments each gets."""
 
-from collections.abc import Callable
+import functools
+from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.lightning.configs import Tile, segment_length, tile_for
+from kernels.lightning.configs import THETA_STRETCH, Tile, padded, plan_segment, tile_for
 from kernels.lightning.triton_scan import scan_kernel
-from kernels.lightning.triton_segments import combine_kernel, segment_states_kernel
+from kernels.lightning.triton_segments import combine_kernel, piece_states_kernel
 
 HOPPER = 9  # the first architecture with bulk tensor copies
 
@@ -22,13 +23,17 @@ def forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     return_state: bool,
-) -> tuple[Tensor, Tensor]:
-    """o in v's type and the final state in fp32, empty unless it is wanted; shapes as in `lightning_attention`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o in v's type, contiguous; the final state in fp32, empty unless it is wanted; the states that segments start
+    from, which the backward pass takes again, empty where there are none. Shapes as in `lightning_attention`."""
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    state = _new_state(q, v, cu_seqlens, return_state)
-    scan = Scan(q, k, v, decay, cu_seqlens, first=initial_state)
-    scan.run(o, last=state if return_state else None)
-    return o, state
+    sequences = Sequences.of(q, v, cu_seqlens)
+    scan = Scan(q, k, v, decay, sequences)
+    state = scan.new_state(return_state)
+    first = _given(initial_state)
+    starts = scan.segment_starts(first) if sequences.cut else None
+    scan.run(o, first if starts is None else starts, last=state if return_state else None)
+    return o, state, scan.new_state(False) if starts is None else starts
 
 
 def backward(
@@ -40,24 +45,96 @@ def backward(
     decay: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and of the initial state (fp32; empty where there is none). dstate None means zero."""
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    dinitial = _new_state(q, v, cu_seqlens, initial_state is not None)
-    Scan(do, v, k, decay, cu_seqlens, first=initial_state, transposed=True).run(dq)
-    for_dv = Scan(k, q, do, decay, cu_seqlens, first=dstate, reverse=True)
-    for_dv.run(dv, last=None if initial_state is None else dinitial)
-    for_dk = Scan(v, do, q, decay, cu_seqlens, first=dstate, transposed=True, reverse=True, like=for_dv)
-    for_dk.run(dk)
-    return dq, dk, dv, dinitial
+    starts: Tensor | None = None,
+    out: tuple[Tensor | None, Tensor, Tensor] | None = None,
+    crossing: bool = False,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v, of the initial state (fp32; empty where there is none), and the far part of theta's.
+
+    dstate None means zero. starts: the forward pass's, None or empty to find them again. out: where to write the first
+    three, of any strides; dq may be None, to leave it out, unless the last is wanted. crossing: whether it is, q and k
+    being features of width 2 d (see CROSSING in triton_scan.py): then [H, d] in fp64, otherwise None.
+    """
+    dq, dk, dv = out or (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    sequences = Sequences.of(q, v, cu_seqlens)
+    first, last = _given(initial_state), _given(dstate)
+    between = flow = None
+    if dq is not None:
+        for_dq = Scan(do, v, k, decay, sequences, transposed=True)
+        if sequences.cut:
+            first = starts if starts is not None and starts.numel() else for_dq.segment_starts(first)
+        if crossing:
+            between = for_dq.new_crossing()
+            flow = torch.empty(sequences.pieces, *for_dq.state_shape[:2], dtype=torch.float32, device=q.device)
+        for_dq.run(dq, first, crossing=between)
+
+    for_dv = Scan(k, q, do, decay, sequences, reverse=True)
+    dinitial = for_dv.new_state(initial_state is not None)
+    if sequences.cut:
+        last = for_dv.segment_starts(last)
+    for_dv.run(dv, last, last=None if initial_state is None else dinitial)
+    for_dk = Scan(v, do, q, decay, sequences, transposed=True, reverse=True)
+    for_dk.run(dk, last, crossing=between, flow=flow)
+    far = None
+    if crossing:
+        cos, sin = flow.sum(0, dtype=torch.float64).chunk(2, dim=-1)
+        far = (cos + sin) * THETA_STRETCH
+    return dq, dk, dv, dinitial, far
+
+
+def state(
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """The final state alone, fp32; shapes as in `lightning_state`."""
+    sequences = Sequences.of(k, v, cu_seqlens, states_alone=True)
+    scan = Scan(k, k, v, decay, sequences)
+    last = scan.new_state(True)
+    scan.segment_starts(_given(initial_state), last)
+    return last
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The rows or packed documents of a call, and how they are cut into pieces, the same for all its scans."""
+
+    count: int
+    total: int
+    segment: int
+    segments: int  # of a row; of packed documents, as if they were one
+    pieces: int
+    bounds: Tensor | None
+    document: Tensor | None = None
+    first: Tensor | None = None
+
+    @property
+    def cut(self) -> bool:
+        return self.segments > 1
+
+    @classmethod
+    def of(cls, q: Tensor, v: Tensor, bounds: Tensor | None, states_alone: bool = False) -> "Sequences":
+        batch, total, heads, width = q.shape
+        segment = plan_segment(_capability(q), q.element_size(), batch, total, heads, width, v.shape[-1])
+        segments = triton.cdiv(total, segment)
+        if bounds is None:
+            return cls(batch, total, segment, segments, batch * segments, None)
+        count = bounds.shape[0] - 1
+        if segments == 1 and not states_alone:
+            return cls(count, total, total, 1, count, bounds)
+        # Reading nothing of the device: as many pieces as any documents of this total and number could have.
+        pieces = total // segment + count
+        parts = ((bounds.diff() + (segment - 1)) // segment).clamp_(min=1)
+        first = torch.nn.functional.pad(parts.cumsum(0, dtype=torch.int32), (1, 0))
+        index = torch.arange(pieces, dtype=torch.int32, device=bounds.device)
+        document = torch.searchsorted(first[1:], index, right=True, out_int32=True)
+        return cls(count, total, segment, max(segments, 2), pieces, bounds, document, first)
 
 
 class Scan:
-    """scan(a, b, c) with a tile and segments chosen, and the states at the segments' starts known.
-
-    first: the state to start from, [rows, H, K, V], of which the kernel sums over K, or over V when `transposed`.
-    like: a scan of the same states the other way round, whose segments are then taken over.
-    """
+    """scan(a, b, c) with its tile chosen. transposed: states are [K, V] and the kernel sums over V, not over K."""
 
     def __init__(
         self,
@@ -65,136 +142,205 @@ class Scan:
         b: Tensor,
         c: Tensor,
         decay: Tensor,
-        cu_seqlens: Tensor | None,
+        sequences: Sequences,
         *,
-        first: Tensor | None = None,
         transposed: bool = False,
         reverse: bool = False,
-        like: "Scan | None" = None,
     ):
-        batch, self.total, self.heads, summed_width = a.shape
-        self.rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.sizes = (summed_width, c.shape[-1])
-        self.state_strides = (1, summed_width) if transposed else (c.shape[-1], 1)
-        self.decay, self.cu_seqlens, self.reverse = decay.to(torch.float32), cu_seqlens, reverse
+        self.heads, self.device = a.shape[2], a.device
+        self.sizes = summed, width = (a.shape[3], c.shape[3])
+        self.decay, self.sequences, self.reverse = decay.to(torch.float32), sequences, reverse
+        self.state_shape = (self.heads, width, summed) if transposed else (self.heads, summed, width)
+        self.state_strides = (1, summed) if transposed else (width, 1)
 
-        capability = torch.cuda.get_device_capability(a.device)[0] if a.is_cuda else HOPPER
-        self.summed = max(16, triton.next_power_of_2(summed_width))
-        self.tile = tile_for(capability, a.element_size(), self.summed, max(16, triton.next_power_of_2(c.shape[-1])))
-        self.slices = triton.cdiv(c.shape[-1], self.tile.out)
-        described = all(map(_describable, (a, b, c))) and c.shape[-1] * c.element_size() % 16 == 0  # the output's rows
-        self.descriptors = capability >= HOPPER and a.element_size() == 2 and described
+        capability = _capability(a)
+        self.summed = padded(summed)
+        self.tile = tile_for(capability, a.element_size(), self.summed, padded(width))
+        self.slices = triton.cdiv(width, self.tile.out)
+        self.descriptors = a.dtype.itemsize == 2 and capability >= HOPPER and all(map(_describable, (a, b, c)))
         if not self.descriptors:
             a, b, c = (x if x.stride(-1) == 1 else x.contiguous() for x in (a, b, c))
         self.inputs = (a, b, c)
 
-        if like is not None:
-            self.segment = like.segment
-        elif cu_seqlens is None:
-            self.segment = segment_length(self.tile, self.rows * self.heads * self.slices, self.total)
-        else:
-            self.segment = self.total
-        self.segments = triton.cdiv(self.total, self.segment)
-        if like is not None:
-            self.first = like.first
-        else:
-            self.first = None if first is None else first.to(torch.float32).contiguous()
-            if self.segments > 1:
-                self.first = self._segment_starts()
+    def new_state(self, wanted: bool) -> Tensor:
+        shape = (self.sequences.count, *self.state_shape) if wanted else (0,)
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
 
-    def run(self, out: Tensor, last: Tensor | None = None) -> None:
-        """Write the scan to `out` [B, T, H, C], contiguous, and the final state to `last`, laid out as `first`."""
+    def new_crossing(self) -> Tensor:
+        """Room for the states between stretches (see CROSSING in triton_scan.py)."""
+        sequences = self.sequences
+        if sequences.bounds is None:
+            stretches = sequences.count * triton.cdiv(sequences.total, THETA_STRETCH)
+        else:
+            stretches = sequences.total // THETA_STRETCH + sequences.count
+        # In half precision bf16: a state may be beyond fp16.
+        dtype = torch.float32 if self.inputs[0].dtype == torch.float32 else torch.bfloat16
+        return torch.empty(stretches + 1, *self.state_shape, dtype=dtype, device=self.device)
+
+    def run(
+        self,
+        out: Tensor,
+        first: Tensor | None,
+        *,
+        last: Tensor | None = None,
+        crossing: Tensor | None = None,
+        flow: Tensor | None = None,
+    ) -> None:
+        """Write the scan to `out` [B, T, H, C] and the final state to `last`. first: the state each piece starts from.
+
+        crossing: the states between stretches, written forward and read in reverse, where they and the own ones make
+        `flow` [pieces, H, C].
+        """
         a, b, c = self.inputs
-        packed = self.cu_seqlens is not None
-        strides = [x for tensor in (a, b, c, out) for x in tensor.stride()[:3]]
-        self._launch(
-            scan_kernel,
-            self.segments,
-            *(self._as_argument(x, n) for x, n in ((a, self.summed), (b, self.summed), (c, self.tile.out))),
-            out if packed else self._as_argument(out, self.tile.out),
-            self.decay,
-            self.first,
-            last,
-            self.cu_seqlens,
-            self.total,
-            self.heads,
-            self.segments,
-            self.segment,
-            *self.sizes,
-            *strides,
-            *self.state_strides,
-            RAGGED=packed or self.total % self.tile.chunk != 0,
-            PACKED=packed,
-            HAS_FIRST=self.first is not None,
-            HAS_LAST=last is not None,
-        )
+        sequences = self.sequences
+        descriptors = self.descriptors and _describable(out)
+        packed = sequences.bounds is not None
+        with torch.cuda.device_of(a):  # Triton launches on the current device
+            scan_kernel[(sequences.pieces * self.heads * self.slices,)](
+                self._argument(a, self.summed, descriptors),
+                self._argument(b, self.summed, descriptors),
+                self._argument(c, self.tile.out, descriptors),
+                out if packed else self._argument(out, self.tile.out, descriptors),
+                self.decay,
+                first,
+                last,
+                sequences.bounds,
+                sequences.document,
+                sequences.first,
+                crossing,
+                flow,
+                sequences.total,
+                self.heads,
+                sequences.segments,
+                sequences.segment,
+                sequences.count,
+                self.slices,
+                *self.sizes,
+                *a.stride()[:3],
+                *b.stride()[:3],
+                *c.stride()[:3],
+                *out.stride()[:3],
+                *self.state_strides,
+                REVERSE=self.reverse,
+                RAGGED=packed or sequences.total % self.tile.chunk != 0,
+                PACKED=packed,
+                CUT=sequences.cut,
+                HAS_FIRST=first is not None,
+                HAS_LAST=last is not None,
+                CROSSING=0 if crossing is None else THETA_STRETCH,
+                DESCRIPTORS=descriptors,
+                **self._constants(),
+            )
 
-    def _segment_starts(self) -> Tensor:
-        """The state every segment starts from, in scan order: [B, H, segments, size], `first`'s own layout within."""
+    def segment_starts(self, given: Tensor | None, last: Tensor | None = None) -> Tensor:
+        """The state every piece starts from, [pieces, H, ...] as the states are; the final states go to `last`.
+
+        given: the states that sequences start from.
+        """
         _, b, c = self.inputs
-        size = self.sizes[0] * self.sizes[1]
-        states = torch.empty(self.rows, self.heads, self.segments, size, dtype=torch.float32, device=b.device)
-        if self.first is None:
-            states[:, :, 0].zero_()
-        else:
-            states[:, :, 0].copy_(self.first.view(self.rows, self.heads, size))
-        self._launch(
-            segment_states_kernel,
-            self.segments - 1,
-            self._as_argument(b, self.summed),
-            self._as_argument(c, self.tile.out),
-            states,
-            self.decay,
-            self.total,
-            self.heads,
-            self.segments,
-            self.segment,
-            *self.sizes,
-            *b.stride()[:3],
-            *c.stride()[:3],
-            *self.state_strides,
-        )
-        block = 1024
-        first_segment = self.total - (self.segments - 1) * self.segment if self.reverse else self.segment
-        with torch.cuda.device_of(states):
-            combine_kernel[(self.rows * self.heads, triton.cdiv(size, block))](
-                states, self.decay, self.heads, self.segments, self.segment, first_segment, size, BLOCK=block
+        sequences = self.sequences
+        packed = sequences.bounds is not None
+        states = torch.empty(sequences.pieces, *self.state_shape, dtype=torch.float32, device=self.device)
+        with torch.cuda.device_of(b):
+            piece_states_kernel[(sequences.pieces * self.heads * self.slices,)](
+                self._argument(b, self.summed, self.descriptors),
+                self._argument(c, self.tile.out, self.descriptors),
+                states,
+                self.decay,
+                sequences.bounds,
+                sequences.document,
+                sequences.first,
+                sequences.total,
+                self.heads,
+                sequences.segments,
+                sequences.segment,
+                sequences.count,
+                self.slices,
+                *self.sizes,
+                *b.stride()[:3],
+                *c.stride()[:3],
+                *self.state_strides,
+                REVERSE=self.reverse,
+                PACKED=packed,
+                CUT=sequences.cut,
+                WITH_LAST=last is not None,
+                DESCRIPTORS=self.descriptors,
+                **self._constants(),
+            )
+            size, block = self.sizes[0] * self.sizes[1], 1024
+            combine_kernel[(sequences.count * self.heads, triton.cdiv(size, block))](
+                states,
+                given,
+                last,
+                self.decay,
+                sequences.bounds,
+                sequences.first,
+                sequences.total,
+                self.heads,
+                sequences.segments,
+                sequences.segment,
+                size,
+                REVERSE=self.reverse,
+                PACKED=packed,
+                BLOCK=block,
             )
         return states
 
-    def _launch(self, kernel: Callable, parts: int, *arguments, **constants) -> None:
-        with torch.cuda.device_of(self.inputs[0]):  # Triton launches on the current device
-            kernel[(self.rows * self.heads, self.slices, parts)](
-                *arguments,
-                **constants,
-                REVERSE=self.reverse,
-                DESCRIPTORS=self.descriptors,
-                CHUNK=self.tile.chunk,
-                SUMMED=self.summed,
-                OUT=self.tile.out,
-                STAGES=self.tile.stages,
-                num_warps=self.tile.warps,
-            )
+    def _constants(self) -> dict:
+        return {
+            "CHUNK": self.tile.chunk,
+            "SUMMED": self.summed,
+            "OUT": self.tile.out,
+            "STAGES": self.tile.stages,
+            "num_warps": self.tile.warps,
+        }
 
-    def _as_argument(self, x: Tensor, columns: int) -> Tensor | TensorDescriptor:
-        return _descriptor(x, self.tile, columns) if self.descriptors else x
+    def _argument(self, x: Tensor, columns: int, described: bool) -> Tensor | TensorDescriptor:
+        return _descriptor(x, self.tile, columns) if described else x
+
+
+def _capability(x: Tensor) -> int:
+    return _capability_of(x.device) if x.is_cuda else HOPPER
+
+
+@functools.cache
+def _capability_of(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def _given(state: Tensor | None) -> Tensor | None:
+    return None if state is None else state.to(torch.float32).contiguous()
 
 
 def _describable(x: Tensor) -> bool:
-    """Whether bulk copies can read x: 16-byte aligned rows, each element of its own."""
-    step = 16 // x.element_size()
-    aligned = all(s > 0 and s % step == 0 for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1)
-    return x.stride(-1) == 1 and aligned and x.data_ptr() % 16 == 0
+    """Whether bulk copies can read and write x: 16-byte aligned rows, each element of its own."""
+    return x.data_ptr() % 16 == 0 and _describable_layout(x.shape, x.stride(), x.element_size())
+
+
+# A launch's preparation costs the host as much as the launch: what depends on shapes alone is done once.
+@functools.lru_cache(maxsize=4096)
+def _describable_layout(shape: torch.Size, strides: tuple[int, ...], element_bytes: int) -> bool:
+    step = 16 // element_bytes
+    aligned = all(s > 0 and s % step == 0 for s, n in zip(strides[:3], shape[:3], strict=True) if n > 1)
+    # Copies are of whole 16 bytes, so a width that is not would reach into the next head.
+    return aligned and strides[3] == 1 and shape[3] % step == 0
+
+
+_templates: dict[tuple, dict] = {}  # the fields of a descriptor but for its tensor
 
 
 def _descriptor(x: Tensor, tile: Tile, columns: int) -> TensorDescriptor:
     """x [B, T, H, width] in tiles of one row and head, `tile.chunk` positions and `columns` of the width."""
-    # The stride of a dimension of one is never used, but must look like one.
-    strides = [s if n > 1 else 16 for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, tile.chunk, 1, columns])
-
-
-def _new_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, wanted: bool) -> Tensor:
-    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    shape = (rows, q.shape[2], q.shape[3], v.shape[3]) if wanted else (0,)
-    return torch.empty(shape, dtype=torch.float32, device=q.device)
+    key = (x.shape, x.stride(), x.dtype, tile.chunk, columns)
+    fields = _templates.get(key)
+    if fields is None:
+        if len(_templates) >= 4096:
+            _templates.clear()
+        # The stride of a dimension of one is never used, but must look like one.
+        strides = [s if n > 1 else 16 for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
+        descriptor = TensorDescriptor(x, list(x.shape), [*strides, 1], [1, tile.chunk, 1, columns])
+        _templates[key] = {name: value for name, value in vars(descriptor).items() if name != "base"}
+        return descriptor
+    descriptor = object.__new__(TensorDescriptor)
+    vars(descriptor).update(fields, base=x)
+    return descriptor

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels import dispatch
 from kernels.lightning import chunked
 from kernels.lightning.check import check_inputs, check_values
+from kernels.lightning.configs import TILES, plan_segment
 from kernels.numerics import accumulation_dtype
 
 MAX_TRITON_WIDTH = 256
@@ -45,7 +46,7 @@ def lightning_attention(
     not fit.
     """
     check_inputs(q, k, v, decay, initial_state, cu_seqlens)
-    o, state = torch.ops.megatron_tn.lightning_forward(q, k, v, decay, initial_state, cu_seqlens, return_state)
+    o, state, _ = torch.ops.megatron_tn.lightning_forward(q, k, v, decay, initial_state, cu_seqlens, return_state)
     return (o, state) if return_state else o
 
 
@@ -58,21 +59,23 @@ def _forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     return_state: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, the final state, and the states that the kernels' segments start from, for the backward pass."""
     # A state nobody wants is empty: at 1024 positions it would be a quarter of an output to write.
     if not q.is_cuda:
         check_values(decay, cu_seqlens, q.shape[1])
-    if _backend(q, v) == "triton":
+    if backend(q, v) == "triton":
         from kernels.lightning import launch
 
         return launch.forward(q, k, v, decay, initial_state, cu_seqlens, return_state)
     o, state = chunked.forward(q, k, v, decay, initial_state, cu_seqlens)
-    return o, state if return_state else state.new_empty(0)
+    return o, state if return_state else state.new_empty(0), empty_starts(q, v, q.shape[-1], cu_seqlens)
 
 
 @_forward.register_fake
 def _forward_fake(q, k, v, decay, initial_state, cu_seqlens, return_state):
-    return v.new_empty(v.shape), _empty_state(q, v, cu_seqlens, return_state)
+    state = empty_state(q, v, q.shape[-1], cu_seqlens, return_state)
+    return v.new_empty(v.shape), state, empty_starts(q, v, q.shape[-1], cu_seqlens)
 
 
 @torch.library.custom_op("megatron_tn::lightning_backward", mutates_args=())
@@ -85,35 +88,36 @@ def _backward(
     decay: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    starts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if _backend(q, v) == "triton":
+    if backend(q, v) == "triton":
         from kernels.lightning import launch
 
-        return launch.backward(do, dstate, q, k, v, decay, initial_state, cu_seqlens)
+        return launch.backward(do, dstate, q, k, v, decay, initial_state, cu_seqlens, starts)[:4]
     *gradients, dinitial = chunked.backward(do, dstate, q, k, v, decay, initial_state, cu_seqlens)
     return *gradients, dinitial if initial_state is not None else dinitial.new_empty(0)
 
 
 @_backward.register_fake
-def _backward_fake(do, dstate, q, k, v, decay, initial_state, cu_seqlens):
-    dinitial = _empty_state(q, v, cu_seqlens, initial_state is not None)
+def _backward_fake(do, dstate, q, k, v, decay, initial_state, cu_seqlens, starts):
+    dinitial = empty_state(q, v, q.shape[-1], cu_seqlens, initial_state is not None)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dinitial
 
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # a state nobody used then costs no tensor of zeros
     *tensors, ctx.state_wanted = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, output[2])
 
 
-def _differentiate(ctx, do, dstate):
-    q, k, v, decay, initial_state, cu_seqlens = ctx.saved_tensors
+def _differentiate(ctx, do, dstate, _):
+    q, k, v, decay, initial_state, cu_seqlens, starts = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(v)
     if not ctx.state_wanted:
         dstate = None
     dq, dk, dv, dinitial = torch.ops.megatron_tn.lightning_backward(
-        do, dstate, q, k, v, decay, initial_state, cu_seqlens
+        do, dstate, q, k, v, decay, initial_state, cu_seqlens, starts
     )
     if initial_state is None:
         dinitial = None
@@ -138,7 +142,8 @@ def _backward_flops(do_shape, dstate_shape, q_shape, k_shape, v_shape, *args, ou
     return 2 * _forward_flops(q_shape, k_shape, v_shape)
 
 
-def _backend(q: Tensor, v: Tensor) -> str:
+def backend(q: Tensor, v: Tensor) -> str:
+    """Which implementation runs for q [B, T, H, K] and v [B, T, H, V]."""
     unsupported = None
     if q.dtype == torch.float64:
         unsupported = "tensor cores' fp32 sums cannot serve float64 inputs"
@@ -147,7 +152,24 @@ def _backend(q: Tensor, v: Tensor) -> str:
     return dispatch.choose("lightning_attention", q, unsupported)
 
 
-def _empty_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, wanted: bool) -> Tensor:
+def empty_state(q: Tensor, v: Tensor, key: int, cu_seqlens: Tensor | None, wanted: bool) -> Tensor:
+    """What a state [rows or documents, H, key, V] looks like; empty where it is not wanted."""
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    shape = (rows, q.shape[2], q.shape[3], v.shape[3]) if wanted else (0,)
+    shape = (rows, q.shape[2], key, v.shape[3]) if wanted else (0,)
     return q.new_empty(shape, dtype=accumulation_dtype(q.dtype))
+
+
+def empty_starts(q: Tensor, v: Tensor, key: int, cu_seqlens: Tensor | None) -> Tensor:
+    """What the states that segments start from look like: [pieces, H, key, V], empty where nothing is cut.
+
+    A function of shapes and device alone, since traced code must know it. q: [B, T, H, ...]; key: its features' width.
+    """
+    batch, total, heads = q.shape[:3]
+    shape = (0,)
+    if q.is_cuda and q.dtype != torch.float64 and max(key, v.shape[-1]) <= MAX_TRITON_WIDTH:
+        capability = torch.cuda.get_device_capability(q.device)[0] if torch.cuda.is_available() else max(TILES)
+        if capability >= min(TILES):
+            segment = plan_segment(capability, q.element_size(), batch, total, heads, key, v.shape[-1])
+            pieces = batch * -(-total // segment) if cu_seqlens is None else total // segment + cu_seqlens.shape[0] - 1
+            shape = (pieces, heads, key, v.shape[-1]) if segment < total else shape
+    return q.new_empty(shape, dtype=torch.float32)

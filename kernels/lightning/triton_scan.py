@@ -3,9 +3,11 @@
     scan(a, b, c)_t = sum over s <= t of exp(-r (t - s)) (a_t . b_s) c_s
 
 is o for (q, k, v) and dq for (do, v, k); with s >= t instead ("reverse") it is dk for (v, do, q) and dv for (k, q, do).
-A program owns one head of one row (or document, or segment of a row) and a slice of c's width, and walks the chunks
+A program owns one head of one piece (a sequence or a segment of one) and a slice of c's width, and walks the chunks
 with its slice of the state in registers; nothing is written but the result. See chunked.py for the formulas within a
-chunk, segments.py for the states that segments start from, launch.py for the sizes.
+chunk, triton_segments.py for the states that segments start from, launch.py for the sizes.
+
+For LRPE the scans of dq and dk also find what theta's gradient needs of pairs that are far apart: see CROSSING below.
 
 Everything is transposed, [slice of c's width, ...], because the tensor cores of Hopper take their left operand from
 registers: the state and c then stand there as they are, and of a chunk only the small square of scores passes through
@@ -18,6 +20,8 @@ state that the reverse scan starts from.
 
 import triton
 import triton.language as tl
+
+from kernels.lightning.triton_place import find_piece
 
 
 @triton.jit
@@ -48,6 +52,11 @@ def load_tile(x, row, head, position, column, time_stride, width, held, ROWS: tl
         return tl.load(pointers, mask=mask, other=0.0)
 
 
+# CROSSING. theta's gradient is the sum over pairs of (t - s) w_ts; sum_s w_ts is what dq's features say of the angle
+# at t, -sum_t w_ts what dk's say at s. Multiplied by t and s, these would be terms of the size of t that cancel. They
+# are multiplied by the position in a stretch of CROSSING positions instead, and at each boundary between stretches
+# CROSSING times the sum of w over the pairs on its two sides is added: the product of the two states there, turned by a
+# quarter. The scan of dq leaves its states for the scan of dk, whose `flow` is the sum of these products.
 @triton.jit
 def scan_kernel(
     a,  # [B, T, H, summed width], a descriptor or a pointer, as are b, c and out
@@ -55,13 +64,19 @@ def scan_kernel(
     c,  # [B, T, H, c's width]
     out,  # [B, T, H, c's width]; a pointer in any case when PACKED: documents must not write into each other
     decay_pointer,  # [heads], fp32
-    first_state_pointer,  # [rows, heads, segments, summed width, c's width], fp32, any strides
-    last_state_pointer,  # [rows, heads, summed width, c's width]
-    bounds_pointer,  # cu_seqlens
+    first_state_pointer,  # [pieces, heads, summed width, c's width], fp32, any strides
+    last_state_pointer,  # [sequences, heads, summed width, c's width]
+    bounds_pointer,  # see find_piece
+    document_pointer,
+    first_pointer,
+    crossing_pointer,  # [stretches, heads, c's width, summed width]: states between stretches
+    flow_pointer,  # [pieces, heads, c's width], fp32
     total,
     heads,
     segments,
     segment,  # positions a segment, a multiple of CHUNK where there are several
+    sequences,
+    slices,
     summed_width,
     c_width,
     a_row,  # strides in elements: from row to row, from position to position, from head to head
@@ -81,28 +96,28 @@ def scan_kernel(
     REVERSE: tl.constexpr,
     RAGGED: tl.constexpr,  # whether a chunk may be partly filled
     PACKED: tl.constexpr,
+    CUT: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     HAS_LAST: tl.constexpr,
+    CROSSING: tl.constexpr,  # 0, or the length of a stretch
     DESCRIPTORS: tl.constexpr,
     CHUNK: tl.constexpr,
     SUMMED: tl.constexpr,  # summed_width rounded up to a power of two
     OUT: tl.constexpr,  # the slice of c's width that this program owns
     STAGES: tl.constexpr,
 ):
-    row_head = tl.program_id(0)
-    row = row_head // heads
-    head = row_head % heads
-    column = tl.program_id(1) * OUT
-    part = tl.program_id(2)
-    if REVERSE:
-        start = (segments - 1 - part) * segment
-    else:
-        start = part * segment
-    length = tl.minimum(total - start, segment)
+    program = tl.program_id(0)
+    column = (program % slices) * OUT
+    piece_head = program // slices
+    head = piece_head % heads
+    number, start, length, offset, held_length, is_last = find_piece(
+        piece_head // heads, total, segments, segment, bounds_pointer, document_pointer, first_pointer, sequences,
+        REVERSE, PACKED, CUT
+    )  # fmt: skip
     if PACKED:
-        start = tl.load(bounds_pointer + row).to(tl.int32)
-        length = tl.load(bounds_pointer + row + 1).to(tl.int32) - start
-        row = row * 0
+        row = number * 0
+    else:
+        row = number
     if not DESCRIPTORS:
         a += row.to(tl.int64) * a_row + head.to(tl.int64) * a_head
         b += row.to(tl.int64) * b_row + head.to(tl.int64) * b_head
@@ -117,8 +132,8 @@ def scan_kernel(
     state_mask = (columns[:, None] < c_width) & (summed[None, :] < summed_width)
     state_size = summed_width * c_width
     if HAS_FIRST:
-        first_at = (row_head.to(tl.int64) * segments + part) * state_size
-        state = tl.load(first_state_pointer + first_at + state_at, mask=state_mask, other=0.0)
+        first_at = first_state_pointer + piece_head.to(tl.int64) * state_size + state_at
+        state = tl.load(first_at, mask=state_mask, other=0.0)
     else:
         state = tl.zeros([OUT, SUMMED], dtype=tl.float32)
 
@@ -137,21 +152,47 @@ def scan_kernel(
     write_fade = tl.exp(-rate * (CHUNK - near).to(tl.float32))
     across = tl.exp(-rate * CHUNK)
 
-    chunks = tl.cdiv(length, CHUNK)
+    if CROSSING:
+        # Every sequence has a slot for each boundary within it; packed ones, whose lengths differ, one more each.
+        if PACKED:
+            slot = start // CROSSING + number
+        else:
+            slot = number * ((total + CROSSING - 1) // CROSSING)
+        flow = tl.zeros([OUT], dtype=tl.float32)
+
+    chunks = tl.cdiv(held_length, CHUNK)
     for step in tl.range(0, chunks, num_stages=STAGES):
         if REVERSE:
             begin = (chunks - 1 - step) * CHUNK
         else:
             begin = step * CHUNK
-        position = start + begin
-        held = begin + i < length
+        position = start + offset + begin
+        held = begin + i < held_length
         if RAGGED and (HAS_FIRST if REVERSE else HAS_LAST):
-            rows = tl.minimum(length - begin, CHUNK)
+            rows = tl.minimum(held_length - begin, CHUNK)
             if REVERSE:
                 near = rows - 1 - i
             read_fade = tl.exp(-rate * tl.maximum(near, 0).to(tl.float32))
             write_fade = tl.exp(-rate * tl.maximum(rows - near, 0).to(tl.float32))
             across = tl.exp(-rate * rows.to(tl.float32))
+
+        if CROSSING:
+            boundary = offset + begin + (CHUNK if REVERSE else 0)
+            kept = crossing_pointer + ((slot + boundary // CROSSING) * heads + head).to(tl.int64) * state_size
+            if REVERSE:
+                if (boundary % CROSSING == 0) & (boundary < length):
+                    half = c_width // 2
+                    partner = tl.where(columns < half, columns + half, columns - half)
+                    before = tl.load(
+                        kept + partner[:, None] * summed_width + summed[None, :], mask=state_mask, other=0.0
+                    )
+                    turn = tl.sum(state * before.to(tl.float32), axis=1)
+                    flow += tl.where(columns < half, turn, -turn)
+            else:
+                if (boundary % CROSSING == 0) & (boundary > 0):
+                    at = kept + columns[:, None] * summed_width + summed[None, :]
+                    tl.store(at, state.to(crossing_pointer.dtype.element_ty), mask=state_mask)
+
         a_t = load_tile(a, row, head, position, 0, a_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS).trans()
         b_tile = load_tile(b, row, head, position, 0, b_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS)
         c_t = load_tile(c, row, head, position, column, c_time, c_width, held, CHUNK, OUT, DESCRIPTORS).trans()
@@ -178,6 +219,8 @@ def scan_kernel(
         faded = (c_t * write_fade[None, :]).to(dtype)
         state = tl.dot(faded, b_tile, state * across, input_precision="ieee")
 
-    if HAS_LAST and part == segments - 1:
-        last_at = row_head.to(tl.int64) * state_size
-        tl.store(last_state_pointer + last_at + state_at, state, mask=state_mask)
+    if HAS_LAST and is_last:
+        last_at = last_state_pointer + (number * heads + head).to(tl.int64) * state_size + state_at
+        tl.store(last_at, state, mask=state_mask)
+    if CROSSING and REVERSE:
+        tl.store(flow_pointer + piece_head.to(tl.int64) * c_width + columns, flow, mask=columns < c_width)

@@ -1,25 +1,32 @@
 """The states that segments of a long sequence start from, so that one head's segments can be scanned side by side.
 
-First every segment's own state, as if it started from nothing (the only extra reading of two inputs that splitting
-costs), then a walk over the segments that fades and adds them up.
+First every piece's own state, as if it started from nothing (the only extra reading of two inputs that cutting costs),
+then a walk over a sequence's pieces that fades and adds them up. The state after the last piece comes out too, which
+is all that `lightning_state` wants.
 """
 
 import triton
 import triton.language as tl
 
+from kernels.lightning.triton_place import find_piece, sequence
 from kernels.lightning.triton_scan import load_tile
 
 
 @triton.jit
-def segment_states_kernel(
+def piece_states_kernel(
     b,  # [B, T, H, summed width], a descriptor or a pointer, as is c
     c,  # [B, T, H, c's width]
-    states_pointer,  # [B, heads, segments, summed width, c's width], fp32: segment s writes what s + 1 starts from
+    states_pointer,  # [pieces, heads, summed width, c's width], fp32
     decay_pointer,  # [heads], fp32
+    bounds_pointer,  # see find_piece
+    document_pointer,
+    first_pointer,
     total,
     heads,
     segments,
     segment,  # positions a segment, a multiple of CHUNK
+    sequences,
+    slices,
     summed_width,
     c_width,
     b_row,  # strides in elements: from row to row, from position to position, from head to head
@@ -31,19 +38,27 @@ def segment_states_kernel(
     state_summed,  # strides within [summed width, c's width]
     state_c,
     REVERSE: tl.constexpr,
+    PACKED: tl.constexpr,
+    CUT: tl.constexpr,
+    WITH_LAST: tl.constexpr,  # whether the last piece's state is wanted: no other starts from it
     DESCRIPTORS: tl.constexpr,
     CHUNK: tl.constexpr,
     SUMMED: tl.constexpr,
     OUT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Segments count in scan order; the last has no successor and is not read. A short one is the sequence's end, which
-    forward is never read and in reverse comes first, where the rows that it lacks add nothing."""
-    row_head = tl.program_id(0)
-    row = row_head // heads
-    head = row_head % heads
-    column = tl.program_id(1) * OUT
-    part = tl.program_id(2)
+    program = tl.program_id(0)
+    column = (program % slices) * OUT
+    piece_head = program // slices
+    head = piece_head % heads
+    number, start, _, offset, held_length, is_last = find_piece(
+        piece_head // heads, total, segments, segment, bounds_pointer, document_pointer, first_pointer, sequences,
+        REVERSE, PACKED, CUT
+    )  # fmt: skip
+    if PACKED:
+        row = number * 0
+    else:
+        row = number
     if not DESCRIPTORS:
         b += row.to(tl.int64) * b_row + head.to(tl.int64) * b_head
         c += row.to(tl.int64) * c_row + head.to(tl.int64) * c_head
@@ -51,21 +66,15 @@ def segment_states_kernel(
     dtype: tl.constexpr = b.dtype if DESCRIPTORS else b.dtype.element_ty
     rate = tl.load(decay_pointer + head)
     i = tl.arange(0, CHUNK)
-    if REVERSE:
-        write_fade = tl.exp(-rate * (i + 1).to(tl.float32))
-    else:
-        write_fade = tl.exp(-rate * (CHUNK - 1 - i).to(tl.float32))
-    across = tl.exp(-rate * CHUNK)
+    columns = column + tl.arange(0, OUT)
+    summed = tl.arange(0, SUMMED)
 
-    # exp(-104) is zero in fp32, denormals included: what is further than that from the segment's end leaves nothing.
-    if REVERSE:
-        start = (segments - 1 - part) * segment
-    else:
-        start = part * segment
-    length = tl.minimum(total - start, segment)
-    chunks = tl.cdiv(length, CHUNK)
+    # exp(-104) is zero in fp32, denormals included: what is further than that from the piece's end leaves nothing.
+    chunks = tl.cdiv(held_length, CHUNK)
     reach = tl.minimum(104.0 / tl.maximum(rate, 1e-6), 1e8).to(tl.int32)
-    skipped = tl.maximum(chunks - 1 - reach // CHUNK, 0)
+    skipped = tl.maximum(chunks - 2 - reach // CHUNK, 0)
+    if not WITH_LAST:
+        skipped = tl.where(is_last, chunks, skipped)
 
     state = tl.zeros([OUT, SUMMED], dtype=tl.float32)
     for step in tl.range(skipped, chunks, num_stages=STAGES):
@@ -73,41 +82,69 @@ def segment_states_kernel(
             begin = (chunks - 1 - step) * CHUNK
         else:
             begin = step * CHUNK
-        position = start + begin
-        held = begin + i < length
+        position = start + offset + begin
+        held = begin + i < held_length
+        rows = tl.minimum(held_length - begin, CHUNK)
+        if REVERSE:
+            write_fade = tl.exp(-rate * (i + 1).to(tl.float32))
+        else:
+            write_fade = tl.exp(-rate * tl.maximum(rows - 1 - i, 0).to(tl.float32))
+        across = tl.exp(-rate * rows.to(tl.float32))
         b_tile = load_tile(b, row, head, position, 0, b_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS)
         c_t = load_tile(c, row, head, position, column, c_time, c_width, held, CHUNK, OUT, DESCRIPTORS).trans()
-        state = tl.dot((c_t * write_fade[None, :]).to(dtype), b_tile, state * across, input_precision="ieee")
+        if PACKED:  # descriptors have read on into the next document
+            c_t = tl.where(held[None, :], c_t, 0.0)
+        faded = (c_t * write_fade[None, :]).to(dtype)
+        state = tl.dot(faded, b_tile, state * across, input_precision="ieee")
 
-    columns = column + tl.arange(0, OUT)
-    summed = tl.arange(0, SUMMED)
     at = columns[:, None] * state_c + summed[None, :] * state_summed
     mask = (columns[:, None] < c_width) & (summed[None, :] < summed_width)
-    slot = row_head.to(tl.int64) * segments + part + 1
-    tl.store(states_pointer + slot * (summed_width * c_width) + at, state, mask=mask)
+    own = states_pointer + piece_head.to(tl.int64) * (summed_width * c_width)
+    tl.store(own + at, state, mask=mask)
 
 
 @triton.jit
 def combine_kernel(
-    states_pointer,  # [B, heads, segments, size], fp32; slot 0 holds the sequence's own first state
+    states_pointer,  # [pieces, heads, size], fp32: in, every piece's own state; out, the state that it starts from
+    given_pointer,  # [sequences, heads, size], fp32, or None: the state that a sequence starts from
+    last_pointer,  # [sequences, heads, size], fp32, or None: the state after it
     decay_pointer,  # [heads], fp32
+    bounds_pointer,  # see find_piece
+    first_pointer,
+    total,
     heads,
     segments,
     segment,  # positions a segment
-    first_segment,  # positions in the first of them in scan order
     size,  # elements of a state
+    REVERSE: tl.constexpr,
+    PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """slot s = exp(-r segment) slot s - 1 + slot s, in order."""
-    row_head = tl.program_id(0)
+    """A sequence's pieces in the order of the scan: state = exp(-r length of the piece) state + its own state."""
+    number = tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
-    rate = tl.load(decay_pointer + row_head % heads)
-    across = tl.exp(-rate * first_segment.to(tl.float32))
-    pointer = states_pointer + row_head.to(tl.int64) * segments * size + at
-    state = tl.load(pointer, mask=mask, other=0.0)
-    for _ in range(1, segments):
-        pointer += size
-        state = state * across + tl.load(pointer, mask=mask, other=0.0)
+    rate = tl.load(decay_pointer + head)
+    _, length = sequence(number, total, bounds_pointer, PACKED)
+    if PACKED:
+        first = tl.load(first_pointer + number)
+        parts = tl.load(first_pointer + number + 1) - first
+    else:
+        first = number * segments
+        parts = segments + number * 0
+    end = (number * heads + head).to(tl.int64) * size + at
+    state = tl.zeros([BLOCK], dtype=tl.float32)
+    if given_pointer is not None:
+        state = tl.load(given_pointer + end, mask=mask, other=0.0)
+    for part in range(parts):
+        if REVERSE:
+            rows = tl.minimum(length - (parts - 1 - part) * segment, segment)
+        else:
+            rows = tl.minimum(length - part * segment, segment)
+        pointer = states_pointer + ((first + part) * heads + head).to(tl.int64) * size + at
+        own = tl.load(pointer, mask=mask, other=0.0)
         tl.store(pointer, state, mask=mask)
-        across = tl.exp(-rate * segment.to(tl.float32))
+        state = state * tl.exp(-rate * rows.to(tl.float32)) + own
+    if last_pointer is not None:
+        tl.store(last_pointer + end, state, mask=mask)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from megatron_tn.model.transnormer import TransNormerLM
@@ -52,3 +53,13 @@ class Engine(Protocol):
     def refresh(self, optimizer_step: int) -> None:
         """After owned ranges were written: bring the model's parameters in line, and set the step AdamW has counted."""
         ...
+
+
+def set_optimizer_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """AdamW's bias correction counts steps: per parameter in torch, per group in apex."""
+    if not isinstance(optimizer, torch.optim.AdamW):
+        for group in optimizer.param_groups:
+            group["step"] = step  # apex makes it at its first step, and would begin at one
+    for state in optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"].fill_(step)

@@ -6,26 +6,37 @@ import torch
 
 from megatron_tn.config import TrainConfig
 from megatron_tn.engine.base import Engine
+from megatron_tn.engine.fsdp2 import DTYPES, FSDP2Engine
 from megatron_tn.engine.local import LocalEngine
 from megatron_tn.model.init import initial_value
 from megatron_tn.model.transnormer import empty_model
 from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.parallel.recompute import recompute_blocks
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+COMPILE_MODES = {"blocks": None, "cuda_graphs": "reduce-overhead"}
 
 
 def build_engine(config: TrainConfig, context: ParallelContext, device: torch.device) -> Engine:
-    """Model -> placement and type -> compilation of each block -> engine. Parameters are not initialised yet."""
-    # 1. The layers hold this rank's tensor-parallel part from the start: nothing whole is ever made.
-    # 2. Parameters live in the computing type; the engine keeps fp32 masters.
-    model = empty_model(config.model, context, device, DTYPES[config.engine.precision])
-    # 3. One compiled graph a block: compile time does not grow with depth.
-    if config.engine.compile:
+    """Model -> placement and type -> recomputation -> compilation -> engine. Parameters are not initialised yet."""
+    settings = config.engine
+    # 1. The layers hold this rank's tensor-parallel part from the start: nothing whole is ever made. Parameters live in
+    #    the computing type and the engine keeps fp32 masters; FSDP2's are the masters, and get storage once sharded.
+    if settings.name == "fsdp2":
+        model = empty_model(config.model, context, "meta", torch.float32)
+    else:
+        model = empty_model(config.model, context, device, DTYPES[settings.precision])
+    # 2. Recomputation changes what a block's forward keeps, so compilers and engines must see it.
+    compiled = settings.compile != "none"
+    recompute_blocks(model.model.layers, settings.recompute, settings.recompute_every, compiled=compiled)
+    # 3. One compiled graph serves all blocks of a kind: compile time does not grow with depth.
+    if compiled:
         for block in model.model.layers:
-            block.compile()
-    # 4. The engine shards gradients, masters and moments over data parallelism.
-    if config.engine.name == "local":
+            block.compile(mode=COMPILE_MODES[settings.compile])
+    # 4. The engine shards parameters, gradients, masters and moments over data parallelism.
+    if settings.name == "local":
         return LocalEngine(model, config)
+    if settings.name == "fsdp2":
+        return FSDP2Engine(model, config, device)
     from megatron_tn.engine.deepspeed import DeepSpeedEngine  # importing it takes a second
 
     return DeepSpeedEngine(model, config)

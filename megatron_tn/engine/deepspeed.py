@@ -20,8 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tn.config import TrainConfig
-from megatron_tn.engine.base import MOMENTS, StepResult
-from megatron_tn.engine.local import set_optimizer_step
+from megatron_tn.engine.base import MOMENTS, StepResult, set_optimizer_step
 from megatron_tn.model.transnormer import TransNormerLM
 from megatron_tn.optim.groups import build_adamw, parameter_groups
 from megatron_tn.parallel.context import Axis, ParallelContext

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_tn.config import TrainConfig
-from megatron_tn.engine.base import MOMENTS, StepResult
+from megatron_tn.engine.base import MOMENTS, StepResult, set_optimizer_step
 from megatron_tn.model.transnormer import TransNormerLM
 from megatron_tn.optim.groups import build_adamw, parameter_groups
 from megatron_tn.parallel.collectives import all_reduce_
@@ -110,13 +110,3 @@ def _accumulate_into(gradient: Tensor):
         parameter.grad = None
 
     return hook
-
-
-def set_optimizer_step(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """AdamW's bias correction counts steps: per parameter in torch, per group in apex."""
-    if not isinstance(optimizer, torch.optim.AdamW):
-        for group in optimizer.param_groups:
-            group["step"] = step  # apex makes it at its first step, and would begin at one
-    for state in optimizer.state.values():
-        if torch.is_tensor(state.get("step")):
-            state["step"].fill_(step)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernels import activation, apply_rms_scale, gate_with_square_sum, lightning_attention, lrpe
+from kernels import apply_rms_scale, gla
 from megatron_tn.config import ModelConfig
 from megatron_tn.parallel.collectives import copy_to, reduce_from
 from megatron_tn.parallel.context import Axis
@@ -21,9 +21,9 @@ from megatron_tn.parallel.sharding import ShardSpec, mark
 
 
 class LRPE(nn.Module):
-    """Linearised relative position encoding (arXiv 2307.09270): x -> [x cos(theta t), x sin(theta t)].
+    """theta [H, 1, d] of the linearised relative position encoding (arXiv 2307.09270), learnt and split by heads.
 
-    A feature map, so the width of q and k doubles. theta [H, 1, d] is learnt, split by heads.
+    x -> [x cos(theta t), x sin(theta t)] is a feature map, so the width of q and k doubles (within `kernels.gla`).
     """
 
     def __init__(self, heads: int, head_dim: int, axis: Axis):
@@ -31,20 +31,17 @@ class LRPE(nn.Module):
         spec = ShardSpec((heads, 1, head_dim), dim=0)
         self.theta = mark(nn.Parameter(torch.empty(spec.local_shape(axis.rank, axis.size))), spec)
 
-    def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return lrpe(q, self.theta, positions), lrpe(k, self.theta, positions)
-
 
 class GateNorm(nn.Module):
-    """The weight of norm(o): one per channel over all heads, so split by heads. Empty for SimpleRMSNorm."""
+    """The weight of norm(o), for the ablation norm=rmsnorm: one per channel over all heads, so split by heads."""
 
     def __init__(self, width: int, axis: Axis):
         super().__init__()
         spec = ShardSpec((width,), dim=0)
         self.weight = mark(nn.Parameter(torch.empty(spec.local_shape(axis.rank, axis.size))), spec)
 
-    def forward(self, u: Tensor) -> Tensor:
-        return u * self.weight
+    def forward(self, y: Tensor) -> Tensor:
+        return y * self.weight
 
 
 class GatedLinearAttention(nn.Module):
@@ -79,18 +76,18 @@ class GatedLinearAttention(nn.Module):
         state: Tensor | None = None,
         return_state: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        q, k, v, u = self.qkvu_proj(copy_to(x, self.axis)).chunk(4, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in (q, k, v))
-        q, k = activation(q, self.act), activation(k, self.act)
-        if self.lrpe is not None:
-            q, k = self.lrpe(q, k, positions)
-        o = lightning_attention(q, k, v, decay, initial_state=state, cu_seqlens=cu_seqlens, return_state=return_state)
-        o, state = o if return_state else (o, None)
-        o = o.flatten(-2)
-        if not self.gate:
-            u = torch.ones_like(u)
+        y, square_sum, state = gla(
+            self.qkvu_proj(copy_to(x, self.axis)),
+            decay,
+            None if self.lrpe is None else self.lrpe.theta,
+            act=self.act,
+            gate=self.gate,
+            positions=positions,
+            initial_state=state,
+            cu_seqlens=cu_seqlens,
+            return_state=return_state,
+        )
         if self.norm is not None:
-            u = self.norm(u)
-        y, square_sum = gate_with_square_sum(o, u)
+            y = self.norm(y)  # weights commute with the gate
         square_sum = reduce_from(square_sum, self.axis)
         return apply_rms_scale(self.out_proj(y), square_sum, self.embed_dim, self.eps), state

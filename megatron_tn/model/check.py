@@ -8,8 +8,8 @@ from kernels import self_check
 from megatron_tn.model.transnormer import TransNormerLM
 
 
-def check_kernels(model: TransNormerLM, device: torch.device) -> None:
-    """Compare the operators with their fp64 definitions at the widths this rank will use; on a GPU alone.
+def check_kernels(model: TransNormerLM, device: torch.device, dtype: torch.dtype) -> None:
+    """Compare the operators with their fp64 definitions at the widths and in the type of this rank; on a GPU alone.
 
     A kernel that is wrong here is logged, and all operators run in plain PyTorch instead.
 
@@ -25,7 +25,8 @@ def check_kernels(model: TransNormerLM, device: torch.device) -> None:
             key_width=key_width,
             value_width=config.head_dim,
             glu_width=config.glu_dim // tp,
-            dtype=model.lm_head.weight.dtype,
+            dtype=dtype,
             device=device,
+            act=config.act,
             fall_back=True,
         )

@@ -21,7 +21,7 @@ from megatron_tn.config import ConfigError, EngineConfig, ModelConfig, ParallelC
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.training.step import train_step
-from tests.engine.test_parity import LOCAL, RMSNORM, ZERO
+from tests.engine.test_parity import FSDP2, LOCAL, RMSNORM, ZERO
 from tests.helpers.models import TINY, Rows, random_batch, tiny_config
 from tests.helpers.ranks import run_ranks
 
@@ -89,7 +89,8 @@ MOVES = [
     ((4, 1, ZERO[3]), (2, 2, ZERO[2])),
     ((2, 2, ZERO[2]), (4, 4, ZERO[1])),
     ((4, 4, ZERO[0]), (1, 1, LOCAL)),
-    ((1, 1, LOCAL), (2, 1, ZERO[2])),
+    ((1, 1, LOCAL), (4, 2, FSDP2)),
+    ((4, 1, FSDP2), (2, 2, ZERO[2])),
 ]
 
 
@@ -126,7 +127,7 @@ def load_into_poisoned_memory(checkpoint: Path, tp: int, engine_config: EngineCo
     return report.loss, report.applied
 
 
-@pytest.mark.parametrize("engine", [LOCAL, ZERO[1], ZERO[3]], ids=lambda e: f"{e.name}{e.zero_stage}")
+@pytest.mark.parametrize("engine", [LOCAL, ZERO[1], ZERO[3], FSDP2], ids=lambda e: f"{e.name}{e.zero_stage}")
 def test_a_load_leaves_nothing_of_what_memory_held(checkpoint, engine):
     """The vocabulary's padding rows are in no file, and must not keep what was there."""
     found = run_ranks(2, load_into_poisoned_memory, checkpoint, 2, engine)

@@ -19,11 +19,12 @@ from tests.helpers.ranks import run_ranks, this_device
 SEED, LENGTH, BATCH = 7, 24, 12
 LOCAL = EngineConfig(name="local", precision="fp32")
 ZERO = [EngineConfig(name="deepspeed", zero_stage=stage, precision="fp32") for stage in range(4)]
+FSDP2 = EngineConfig(name="fsdp2", precision="fp32")
 RMSNORM = dataclasses.replace(TINY, norm="rmsnorm")
 
 
 def name_of(engine: EngineConfig) -> str:
-    return "local" if engine.name == "local" else f"zero{engine.zero_stage}"
+    return f"zero{engine.zero_stage}" if engine.name == "deepspeed" else engine.name
 
 
 def gradients_of(tp: int, cases: list[tuple[EngineConfig, int, str]]) -> dict[Any, Any]:
@@ -72,14 +73,14 @@ def check_gradients(world: int, tp: int, cases: list[tuple[EngineConfig, int, st
 
 @pytest.mark.parametrize(("world", "tp"), [(2, 1), (2, 2), (4, 2)], ids=lambda n: str(n))
 def test_gradients_equal_one_fp64_process(world, tp):
-    covering = [(engine, 1 + 2 * (index % 2), TINY.norm) for index, engine in enumerate([LOCAL, *ZERO])]
+    covering = [(engine, 1 + 2 * (index % 2), TINY.norm) for index, engine in enumerate([LOCAL, *ZERO, FSDP2])]
     check_gradients(world, tp, [*covering, (ZERO[1], 1, "rmsnorm"), (ZERO[2], 3, "rmsnorm")])
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(("world", "tp"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)], ids=lambda n: str(n))
 def test_gradients_equal_one_fp64_process_in_every_layout(world, tp):
-    engines = [LOCAL, *ZERO]
+    engines = [LOCAL, *ZERO, FSDP2]
     norms = ("simplermsnorm", "rmsnorm")
     check_gradients(world, tp, [(engine, n, norm) for engine in engines for n in (1, 3) for norm in norms])
 
@@ -114,7 +115,7 @@ def train(tp: int, engine_config: EngineConfig, steps: int, model=RMSNORM) -> di
     }
 
 
-@pytest.mark.parametrize("engine", [LOCAL, *ZERO], ids=name_of)
+@pytest.mark.parametrize("engine", [LOCAL, *ZERO, FSDP2], ids=name_of)
 def test_twenty_steps_of_training_equal_one_process(engine):
     alone = run_ranks(1, train, 1, LOCAL, 20)[0]
     for found in run_ranks(4, train, 2, engine, 20):

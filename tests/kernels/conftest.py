@@ -13,10 +13,15 @@ from kernels import dispatch
 
 # In the order of import: a copy finds the copies of those before it.
 TRITON_MODULES = (
+    "kernels.lightning.triton_features",
+    "kernels.lightning.triton_place",
     "kernels.lightning.triton_scan",
     "kernels.lightning.triton_segments",
+    "kernels.lightning.triton_gate",
     "kernels.lightning.launch",
+    "kernels.lightning.launch_gla",
     "kernels.norm_gate.triton_norm_gate",
+    "kernels.cross_entropy.triton_softmax",
     "kernels.sglu.triton_sglu",
     "kernels.srmsnorm.triton_norm",
 )

@@ -1,5 +1,7 @@
 """The fused linear cross-entropy against the fp64 definition with whole logits, on one rank and on two."""
 
+import importlib
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -57,6 +59,40 @@ def test_one_rank(dtype, chunk):
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_one_rank_on_the_gpu(cuda, dtype):
     check(dtype, 7, cuda)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_triton(triton_device, dtype, monkeypatch):
+    """Rows of more than one block, and of a width that no block divides, in the interpreter and on the GPU."""
+    triton_softmax = importlib.import_module("kernels.cross_entropy.triton_softmax")
+    monkeypatch.setattr(triton_softmax, "BLOCK", 16)
+    check(dtype, 7, triton_device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_triton_statistics_and_gradient_in_place(triton_device, dtype):
+    """Against fp64; extreme logits, a row of which is whole columns apart; the padding's logits are poisoned."""
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 9000, generator=draw) * 30
+    logits[:, 8000:] = float("nan")
+    logits[1] -= 1e2
+    rows = torch.tensor([0, 4095, -1, 7999, 4096])
+    kept = torch.tensor([True, True, True, True, False])
+    exact = logits[:, :8000].double()
+    normalizer = exact.logsumexp(1)
+    wanted = (exact - normalizer[:, None]).exp()
+    wanted[[0, 1, 3], rows[[0, 1, 3]]] -= 1
+    wanted[4] = 0
+
+    logits, rows, kept = (x.to(triton_device) for x in (logits, rows, kept))
+    highest, sums = torch.ops.megatron_tn.softmax_statistics(logits, rows, 8000)
+    assert_close("normalizer", [highest + sums[0].log()], [normalizer], 1e-6)
+    picked = exact[range(5), rows.cpu().clamp(min=0)] * (rows.cpu() >= 0)
+    assert torch.equal(sums[1].cpu().double(), picked)
+    torch.ops.megatron_tn.softmax_gradient_(logits, rows, kept, normalizer.float().to(triton_device), 8000, dtype)
+    gradient = logits.view(dtype)[:, :9000]
+    assert not gradient[:, 8000:].any()
+    assert_close("gradient", [gradient[:, :8000]], [wanted], 1e-5 if dtype == torch.float32 else 5e-4)
 
 
 def two_ranks(rank: int, folder: str) -> None:
@@ -123,7 +159,7 @@ def test_all_tokens_ignored():
 
 
 def test_default_chunk_bounds_the_logits():
-    assert default_chunk_tokens(16384, 64000, cuda=True) == 512
+    assert default_chunk_tokens(16384, 64000, cuda=True) == 1024
     assert default_chunk_tokens(4096, 4096, cuda=False) == 512
     assert default_chunk_tokens(10, 64000, cuda=True) == 10
 

@@ -46,16 +46,16 @@ def test_documents_do_not_leak(triton_device):
 
 @pytest.fixture
 def short_segments(monkeypatch):
-    """Cut every sequence into segments of two chunks, as only long ones on a GPU would be."""
+    """Cut every sequence into short segments, as only long ones on a GPU would be."""
     from kernels.lightning import launch
 
     lengths = []
 
-    def two_chunks(tile, programs, length):
-        lengths.append(2 * tile.chunk)
-        return min(2 * tile.chunk, length)
+    def short(capability, element_bytes, rows, total, *widths):
+        lengths.append(total)
+        return min(128, total)
 
-    monkeypatch.setattr(launch, "segment_length", two_chunks)
+    monkeypatch.setattr(launch, "plan_segment", short)
     yield
     assert lengths
 
@@ -66,6 +66,32 @@ def test_segments_of_a_sequence(triton_device, short_segments, length, dtype):
     """Rates at which nothing is skipped between segments, at which much is, and at which almost all is."""
     rates = (0.0, 0.9, 8.0)
     Attention.random(length=length, batch=1, rates=rates, dtype=dtype, device=triton_device).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_segments_of_packed_documents(triton_device, short_segments, dtype):
+    bounds = (0, 0, 130, 131, 390, 518, 520, 520)
+    Attention.random(length=520, bounds=bounds, rates=(0.0, 0.9), dtype=dtype, device=triton_device).check()
+
+
+def test_documents_in_segments_do_not_leak(triton_device, short_segments):
+    case = Attention.random(length=300, bounds=(0, 5, 140, 300), rates=(0.0,), device=triton_device)
+    before, document = case.run(), slice(5, 140)
+    for x in (case.q, case.k, case.v, case.do):
+        x[:, document] = 3 * x[:, document] - 1
+    for name, old, new in zip(["o", "state", "dq", "dk", "dv", "dinitial"], before, case.run(), strict=True):
+        inside = torch.zeros_like(old, dtype=torch.bool)
+        inside[1 if name in ("state", "dinitial") else (slice(None), document)] = True
+        assert torch.equal(old[~inside], new[~inside]), name
+
+
+@pytest.mark.parametrize("bounds", [None, (0, 0, 130, 131, 260, 260)], ids=["rows", "packed"])
+def test_the_state_alone(triton_device, short_segments, bounds):
+    Attention.random(length=260, batch=2, bounds=bounds, rates=(0.0, 0.9), device=triton_device).check_state_alone()
+
+
+def test_the_state_of_one_segment(triton_device):
+    Attention.random(length=40, batch=2, bounds=None, device=triton_device).check_state_alone()
 
 
 @pytest.mark.gpu

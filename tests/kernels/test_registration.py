@@ -26,8 +26,9 @@ def operators():
         "lightning_forward+packed": (ops.lightning_forward, (q, k, v, decay, packed, bounds, True)),
         "lightning_backward": (
             ops.lightning_backward,
-            tuple(None if a is None else a.detach() for a in (v, state, q, k, v, decay, state, None)),
+            tuple(None if a is None else a.detach() for a in (v, state, q, k, v, decay, state, None, None)),
         ),
+        **gla_operators(decay, bounds),
         "srmsnorm_forward": (ops.srmsnorm_forward, (x, 1e-6)),
         "srmsnorm_backward": (ops.srmsnorm_backward, (y.detach(), x.detach(), 1e-6)),
         "add_srmsnorm_forward": (ops.add_srmsnorm_forward, (x, y, 1e-6)),
@@ -48,6 +49,41 @@ def operators():
     }
 
 
+def gla_operators(decay, bounds):
+    ops = torch.ops.megatron_tn
+    qkvu, theta, positions = leaf(1, 9, 32), leaf(2, 1, 4), torch.arange(9)
+    state, narrow = leaf(3, 2, 8, 4), leaf(1, 2, 4, 4)
+    y, o, sums = torch.randn(1, 9, 8), torch.randn(1, 9, 2, 4), torch.rand(1, 9)
+
+    def plain(*arguments):
+        return tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
+
+    return {
+        "gla_forward": (ops.gla_forward, (qkvu, decay, None, "silu", True, None, None, None, False)),
+        "gla_forward+lrpe": (ops.gla_forward, (qkvu, decay, theta, "silu", False, positions, state, bounds, True)),
+        "gla_backward": (
+            ops.gla_backward,
+            plain(y, None, None, o, qkvu, decay, None, "none", True, None, narrow, None, None, None, None, False),
+        ),
+        "gla_backward+lrpe": (
+            ops.gla_backward,
+            plain(
+                y, sums, state, o, qkvu, decay, theta, "silu", True, positions, state, bounds, None, None, state, True
+            ),
+        ),
+        "lightning_state": (ops.lightning_state, (leaf(1, 9, 2, 4), leaf(1, 9, 2, 6), decay, None, bounds)),
+        "lightning_state_backward": (
+            ops.lightning_state_backward,
+            plain(narrow, leaf(1, 9, 2, 4), leaf(1, 9, 2, 4), decay, narrow, None),
+        ),
+        "gla_state": (ops.gla_state, (qkvu, decay, theta, "silu", positions, state, bounds)),
+        "gla_state_backward": (
+            ops.gla_state_backward,
+            plain(state, state, qkvu, decay, theta, "silu", positions, state, bounds),
+        ),
+    }
+
+
 @pytest.mark.parametrize("name", operators())
 def test_opcheck(name):
     torch.library.opcheck(*operators()[name])
@@ -59,8 +95,13 @@ def block(x, theta, decay, weight, targets):
     qkvu = kernels.simple_rms_norm(x).view(batch, total, 2, width // 2).repeat(1, 1, 1, 4)
     q, k, v, u = qkvu.chunk(4, dim=-1)
     q, k = (kernels.lrpe(kernels.activation(z, "silu"), theta, torch.arange(total)) for z in (q, k))
-    o = kernels.lightning_attention(q, k, v, decay).flatten(2)
+    state = kernels.lightning_state(k, v, decay)
+    o = kernels.lightning_attention(q, k, v, decay, initial_state=state).flatten(2)
     y, square_sum = kernels.gate_with_square_sum(o, u.flatten(2))
+    y = kernels.apply_rms_scale(y, square_sum, width)
+    fused = y.repeat(1, 1, 4)
+    state = kernels.gla_state(fused, decay, theta, act="silu")
+    y, square_sum, _ = kernels.gla(fused, decay, theta, act="silu", initial_state=state)
     y = kernels.sglu(x, kernels.apply_rms_scale(y, square_sum, width))
     return kernels.linear_cross_entropy(y.flatten(0, 1), weight, targets)[0]
 
@@ -103,6 +144,16 @@ def test_lightning_flops(total):
     decay = torch.zeros(2)
     assert flops(lambda: kernels.lightning_attention(q, k, v, decay)) == forward
     assert flops(lambda: kernels.lightning_attention(q, k, v, decay).sum().backward()) == 3 * forward
+
+
+@pytest.mark.parametrize("with_lrpe", [False, True])
+def test_gla_flops(with_lrpe):
+    """Those of lightning attention at the features' width."""
+    qkvu, theta = leaf(3, 20, 4 * 2 * 8), leaf(2, 1, 8) if with_lrpe else None
+    forward = 4 * 3 * 20 * 2 * 8 * 8 * (2 if with_lrpe else 1)
+    assert flops(lambda: kernels.gla(qkvu, torch.zeros(2), theta, act="silu")) == forward
+    assert flops(lambda: kernels.gla(qkvu, torch.zeros(2), theta, act="silu")[0].sum().backward()) == 3 * forward
+    assert flops(lambda: kernels.gla_state(qkvu, torch.zeros(2), theta, act="silu")) == forward // 2
 
 
 def test_cross_entropy_flops():

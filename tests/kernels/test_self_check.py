@@ -19,12 +19,14 @@ def check(device: str, dtype=torch.float32, **changes) -> dict[str, float]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_plain_pytorch_passes(dtype):
-    assert list(check("cpu", dtype)) == ["lightning_attention", "simple_rms_norm", "norm_gate", "sglu"]
+    names = ["lightning_attention", "gla", "gla_theta", "simple_rms_norm", "norm_gate", "sglu"]
+    assert list(check("cpu", dtype, key_width=48)) == names
+    assert list(check("cpu", dtype)) == [name for name in names if name != "gla_theta"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_the_kernels_pass(triton_device, dtype):
-    check(triton_device, dtype)
+    check(triton_device, dtype, key_width=48)
 
 
 def break_output(monkeypatch, module: str, function: str, wrong) -> None:
@@ -56,6 +58,7 @@ def with_a_nan(x):
     [
         ("kernels.lightning.chunked", "forward", "lightning_attention"),
         ("kernels.lightning.chunked", "backward", "lightning_attention"),
+        ("kernels.lightning.gla_plain", "forward", "gla"),
         ("kernels.srmsnorm.op", "_plain_backward", "simple_rms_norm"),
     ],
     ids=lambda p: p if isinstance(p, str) else p.__name__,
@@ -71,6 +74,7 @@ def test_a_broken_operator_is_named(monkeypatch, module, function, operator, wro
     [
         ("kernels.lightning.launch", "forward"),
         ("kernels.lightning.launch", "backward"),
+        ("kernels.lightning.triton_gate", "gate"),
         ("kernels.srmsnorm.triton_norm", "backward"),
         ("kernels.norm_gate.triton_norm_gate", "scale_forward"),
         ("kernels.sglu.triton_sglu", "backward"),

@@ -7,7 +7,7 @@ import tempfile
 
 import pytest
 
-from kernels.lightning.configs import TILES
+from kernels.lightning.configs import THETA_STRETCH, TILES
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
@@ -15,6 +15,8 @@ SHARED_MEMORY = {8: 163 * 1024, 9: 227 * 1024}  # bytes a program may use
 TYPES = {2: "*bf16", 4: "*fp32"}
 # Bytes a thread may spill, where a tile as measured fastest does not quite fit its registers; none elsewhere.
 SPILLED = {(9, 2, 256): 24}
+# (capability, bytes, whether dk) -> the same of scans that find theta's gradient too, mostly where stretches meet.
+SPILLED_CROSSING = {(8, 2, False): 8, (8, 2, True): 16, (9, 2, False): 40, (9, 2, True): 24}
 
 
 def compiled(kernel, capability: int, types: dict[str, str], constants: dict, **options):
@@ -44,9 +46,9 @@ def resources(kernel) -> tuple[int, int]:
 
 
 def compile_scan(capability: int, element_bytes: int, summed: int, states: bool = False, **constants):
-    """The scan, or the pass for its segments' states, as launched for full widths: by descriptors where there are."""
+    """The scan, or the pass for its pieces' states, as launched for full widths: by descriptors where there are."""
     from kernels.lightning.triton_scan import scan_kernel
-    from kernels.lightning.triton_segments import segment_states_kernel
+    from kernels.lightning.triton_segments import piece_states_kernel
 
     tile = TILES[capability][element_bytes][summed]
     described = capability >= 9 and element_bytes == 2
@@ -56,10 +58,12 @@ def compile_scan(capability: int, element_bytes: int, summed: int, states: bool 
             types[name] = f"tensordesc<{TYPES[element_bytes][1:]}[1, {tile.chunk}, 1, {columns}]>"
         else:
             types[name] = TYPES[element_bytes]
-    types |= dict.fromkeys(("decay_pointer", "first_state_pointer", "last_state_pointer", "states_pointer"), "*fp32")
-    types["bounds_pointer"] = "*i32"
+    types |= {f"{name}_pointer": "*fp32" for name in ("decay", "first_state", "last_state", "states", "flow")}
+    types |= {f"{name}_pointer": "*i32" for name in ("bounds", "document", "first")}
+    types["crossing_pointer"] = TYPES[element_bytes]
+    kernel = piece_states_kernel if states else scan_kernel
+    constants = {"CUT": True} | ({} if states else {"CROSSING": 0}) | constants
     constants |= {"DESCRIPTORS": described, "CHUNK": tile.chunk, "SUMMED": summed, "OUT": tile.out}
-    kernel = segment_states_kernel if states else scan_kernel
     return compiled(
         kernel, capability, types, constants | {"STAGES": tile.stages}, num_warps=tile.warps, num_stages=tile.stages
     )
@@ -94,9 +98,49 @@ def test_lightning_scan_of_documents_with_states(capability, element_bytes, summ
     assert shared <= SHARED_MEMORY[capability]
 
 
+@pytest.mark.parametrize(("capability", "element_bytes", "summed"), [key for key in TILE_KEYS if key[2] == 128])
+@pytest.mark.parametrize("reverse", [False, True], ids=["dq", "dk"])
+def test_scan_for_the_gradient_of_theta(capability, element_bytes, summed, reverse):
+    constants = {"REVERSE": reverse, "RAGGED": False, "PACKED": False, "HAS_FIRST": False, "HAS_LAST": False}
+    kernel = compile_scan(capability, element_bytes, summed, CROSSING=THETA_STRETCH, **constants)
+    shared, spilled = resources(kernel)
+    assert shared <= SHARED_MEMORY[capability]
+    assert spilled <= SPILLED_CROSSING.get((capability, element_bytes, reverse), 0)
+
+
+def test_stretches_hold_whole_chunks():
+    """theta's gradient counts at the boundaries between them, which only chunks' ends can be."""
+    tiles = [tile for table in TILES.values() for row in table.values() for tile in row.values()]
+    assert all(THETA_STRETCH % tile.chunk == 0 for tile in tiles)
+
+
+@pytest.mark.parametrize("capability", sorted(TILES))
+def test_what_stands_around_the_scan_of_gla(capability):
+    """The gate, the feature map and the walk over segments."""
+    from kernels.lightning import launch_gla, triton_features, triton_gate, triton_segments
+
+    names = ("sum", "dsum", "theta", "states", "given", "last", "decay", "flow")
+    fp32 = {f"{name}_pointer": "*fp32" for name in names}
+    integers = dict.fromkeys(("positions_pointer", "place_pointer", "bounds_pointer", "first_pointer"), "*i32")
+    features = {"ACT": 1, "QUICK": True, "ROWS": launch_gla.ROWS, "COLUMNS": launch_gla.COLUMNS}
+    cases = (
+        (triton_gate.gate_kernel, {"GATE": True, "WIDTH": 4096}, 8),
+        (triton_gate.gate_gradient_kernel, {"GATE": True, "WIDTH": 4096}, 8),
+        (triton_features.features_kernel, features, launch_gla.WARPS),
+        (triton_features.feature_gradients_kernel, features | {"STEPS": launch_gla.STEPS}, launch_gla.WARPS),
+        (triton_segments.combine_kernel, {"REVERSE": True, "PACKED": True, "BLOCK": 1024}, 4),
+    )
+    for kernel, constants, warps in cases:
+        types = {name: "*bf16" for name in kernel.arg_names if name.endswith("pointer")} | fp32 | integers
+        shared, _ = resources(compiled(kernel, capability, types, constants, num_warps=warps))
+        assert shared <= 48 * 1024, kernel
+
+
 @pytest.mark.parametrize(("capability", "element_bytes", "summed"), TILE_KEYS)
 def test_lightning_segment_states(capability, element_bytes, summed):
-    shared, spilled = resources(compile_scan(capability, element_bytes, summed, states=True, REVERSE=True))
+    shared, spilled = resources(
+        compile_scan(capability, element_bytes, summed, states=True, REVERSE=True, PACKED=False, WITH_LAST=False)
+    )
     assert shared <= SHARED_MEMORY[capability]
     assert spilled <= SPILLED.get((capability, element_bytes, summed), 0)
 
@@ -135,3 +179,16 @@ def test_sglu(capability, silu):
         types = {name: "*bf16" for name in kernel.arg_names if name.endswith("pointer")}
         constants = {"SILU": silu, "BLOCK": triton_sglu.BLOCK}
         assert resources(compiled(kernel, capability, types, constants, num_warps=triton_sglu.WARPS))[1] == 0
+
+
+@pytest.mark.parametrize("capability", sorted(TILES))
+def test_cross_entropy(capability):
+    from kernels.cross_entropy import triton_softmax
+
+    special = {"logits_pointer": "*fp32", "rows_pointer": "*i64", "kept_pointer": "*i1"}
+    special |= dict.fromkeys(("highest_pointer", "sums_pointer", "normalizer_pointer"), "*fp32")
+    for kernel in (triton_softmax.statistics_kernel, triton_softmax.gradient_kernel):
+        types = {"gradient_pointer": "*bf16"} | special
+        types = {name: types[name] for name in kernel.arg_names if name in types}
+        constants = {"BLOCK": triton_softmax.BLOCK}
+        assert resources(compiled(kernel, capability, types, constants, num_warps=triton_softmax.WARPS))[1] == 0

@@ -1,0 +1,140 @@
+"""Recomputation changes what is kept, never what comes out; a block compiles without a break at our operators."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from megatron_tn.config import EngineConfig, ParallelConfig
+from megatron_tn.engine.build import build_engine, initialize_engine
+from megatron_tn.model.init import initialize
+from megatron_tn.model.transnormer import empty_model
+from megatron_tn.parallel import recompute
+from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.parallel.recompute import _keep_and_replay, recompute_blocks
+from tests.helpers.models import TINY, random_batch, tiny_config
+from tests.helpers.ranks import run_ranks, this_device
+
+
+def bytes_of(x: torch.Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def backward(monkeypatch, policy: str, every: int = 1) -> tuple[int, dict[str, torch.Tensor]]:
+    """Bytes that the forward pass keeps, without parameters and inputs, and every gradient."""
+    model = empty_model(dataclasses.replace(TINY, lrpe="all"), None, "cpu", torch.float32)
+    initialize(model, 0)
+    recompute_blocks(model.model.layers, policy, every)
+    put_aside: list[dict] = []
+
+    def keep_and_replay():
+        forward, again = _keep_and_replay()
+        put_aside.append(forward.kept)
+        return forward, again
+
+    monkeypatch.setattr(recompute, "_keep_and_replay", keep_and_replay)
+    known = {parameter.data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        if x.data_ptr() not in known:
+            kept[x.data_ptr()] = bytes_of(x)
+        return x
+
+    tokens, targets = random_batch(2, 64)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = model.loss(tokens, targets)
+    for outputs in (outputs for block in put_aside for outputs in block.values()):
+        for x in torch.utils._pytree.tree_leaves(list(outputs)):
+            kept[x.data_ptr()] = bytes_of(x)
+    loss.backward()
+    assert not any(outputs for block in put_aside for outputs in block.values())  # all given back
+    return sum(kept.values()), model.named_logical_gradients()
+
+
+@pytest.mark.parametrize("policy", ["selective", "full"])
+def test_gradients_are_those_of_no_recomputation(monkeypatch, policy):
+    _, wanted = backward(monkeypatch, "none")
+    _, found = backward(monkeypatch, policy)
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        assert torch.equal(found[name], gradient), name
+
+
+def test_each_policy_keeps_less(monkeypatch):
+    none, _ = backward(monkeypatch, "none")
+    selective, _ = backward(monkeypatch, "selective")
+    second, _ = backward(monkeypatch, "full", every=2)
+    full, _ = backward(monkeypatch, "full")
+    assert selective < 0.8 * none
+    assert full < 0.5 * none
+    assert full < second < none
+
+
+def test_an_unknown_policy_is_refused():
+    with pytest.raises(ValueError, match="policy='some' is not one of none, selective, full"):
+        recompute_blocks([], "some")
+
+
+def gradients(engine_config: EngineConfig, tp: int) -> dict[str, torch.Tensor]:
+    context = ParallelContext.create(tp)
+    config = tiny_config(engine=engine_config, parallel=ParallelConfig(tp=tp))
+    engine = build_engine(config, context, this_device())
+    initialize_engine(engine, 3)
+    tokens, targets = (part.to(this_device()) for part in random_batch(2, 24, seed=context.data.rank))
+    engine.forward_backward(tokens, targets, None, scale=torch.tensor(0.01, device=this_device()), last=True)
+    found = engine.named_logical_gradients()
+    engine.step(1e-3)
+    return found
+
+
+def all_gradients(tp: int, cases: list[EngineConfig]) -> list[dict[str, torch.Tensor]]:
+    return [gradients(case, tp) for case in cases]
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_every_engine_recomputes(tp):
+    kinds = [("local", 0), ("deepspeed", 1), ("deepspeed", 3), ("fsdp2", 0)]
+    cases = [
+        EngineConfig(name=name, zero_stage=stage, precision="fp32", recompute=policy)
+        for name, stage in kinds
+        for policy in ("none", "selective", "full")
+    ]
+    for found in run_ranks(2, all_gradients, tp, cases):
+        for case, result in zip(cases, found, strict=True):
+            for name, gradient in result.items():
+                assert torch.allclose(gradient, found[0][name], rtol=0, atol=2e-6 * found[0][name].norm()), (case, name)
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_a_block_is_one_graph(policy):
+    model = empty_model(TINY, None, "cpu", torch.float32)
+    initialize(model, 0)
+    tokens, targets = random_batch(2, 24)
+    wanted = model.loss(tokens, targets)
+    recompute_blocks(model.model.layers, policy, compiled=True)
+    torch._dynamo.reset()
+    compiled = CompileCounterWithBackend("aot_eager")
+    for block in model.model.layers:
+        block.compile(backend=compiled, fullgraph=True)
+    loss = model.loss(tokens, targets)
+    loss.backward()
+    assert torch.allclose(loss, wanted, rtol=1e-6)
+    # The first block has LRPE; all others share a graph, whatever their decay rates.
+    assert compiled.frame_count == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "stage"), [("local", 0), ("deepspeed", 1), ("deepspeed", 3), ("fsdp2", 0)])
+def test_compiled_and_recomputed_on_the_gpu(name, stage):
+    eager = EngineConfig(name="local", precision="fp32")
+    compiled = [
+        EngineConfig(name=name, zero_stage=stage, precision="fp32", compile="blocks", recompute=policy)
+        for policy in ("none", "full")
+    ]
+    (wanted, *found) = run_ranks(1, all_gradients, 1, [eager, *compiled], device="cuda")[0]
+    for result in found:
+        for parameter, gradient in result.items():
+            difference = (gradient - wanted[parameter]).norm() / wanted[parameter].norm()
+            assert difference < 1e-4, parameter

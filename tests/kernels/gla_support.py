@@ -1,0 +1,127 @@
+"""Random inputs of gated linear attention, run by the operator and by its fp64 definition."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import kernels
+from kernels.activation import activation
+from kernels.lightning.reference import recurrence
+from kernels.lrpe.reference import lrpe
+from tests.kernels.support import TOLERANCE, assert_close
+
+# theta's gradient has a bound of its own.
+THETA_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+NAMES = "y norm state dqkvu dinitial"
+
+
+@dataclass
+class Gated:
+    """qkvu with theta (or None), and gradients for the three results."""
+
+    qkvu: Tensor
+    decay: Tensor
+    theta: Tensor | None
+    act: str
+    gate: bool
+    positions: Tensor
+    initial_state: Tensor
+    cu_seqlens: Tensor | None
+    dy: Tensor
+    dsquare_sum: Tensor
+    dstate: Tensor
+
+    @classmethod
+    def random(cls, *, length=70, batch=2, width=16, rates=(0.0, 0.02, 1.0), with_lrpe=True, act="silu", gate=True,
+               begin=0, bounds=None, dtype=torch.float32, device="cpu", seed=0):  # fmt: skip
+        generator = torch.Generator().manual_seed(seed)
+        heads = len(rates)
+        batch = batch if bounds is None else 1
+        rows = batch if bounds is None else len(bounds) - 1
+
+        def draw(*shape, dtype=dtype):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        key = width * (2 if with_lrpe else 1)
+        theta = 10000.0 ** (-torch.arange(heads * width) / (heads * width))
+        positions = torch.arange(length)
+        bounds = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+        if bounds is not None:
+            positions = positions - bounds.long()[torch.searchsorted(bounds, positions, right=True) - 1]
+        return cls(
+            draw(batch, length, 4 * heads * width),
+            torch.tensor(rates, dtype=torch.float32, device=device),
+            theta.view(heads, 1, width).to(device, wide) if with_lrpe else None,
+            act,
+            gate,
+            (positions + begin).to(device),
+            draw(rows, heads, key, width, dtype=wide),
+            None if bounds is None else bounds.to(device),
+            draw(batch, length, heads * width),
+            draw(batch, length, dtype=wide) * 0.1,
+            draw(rows, heads, key, width, dtype=wide),
+        )
+
+    def leaves(self) -> list[Tensor]:
+        leaves = (self.qkvu, self.initial_state, self.theta)
+        return [x.detach().clone().requires_grad_() for x in leaves if x is not None]
+
+    def run(self) -> list[Tensor]:
+        """y, the square sum, the state and the gradients of qkvu, the initial state and theta."""
+        leaves = self.leaves()
+        results = kernels.gla(
+            leaves[0],
+            self.decay,
+            leaves[2] if self.theta is not None else None,
+            act=self.act,
+            gate=self.gate,
+            positions=self.positions,
+            initial_state=leaves[1],
+            cu_seqlens=self.cu_seqlens,
+            return_state=True,
+        )
+        return [*results, *torch.autograd.grad(results, leaves, (self.dy, self.dsquare_sum, self.dstate))]
+
+    def exact(self) -> list[Tensor]:
+        """The same by the recurrence and autograd, in fp64."""
+        leaves = [x.detach().double().cpu().requires_grad_() for x in self.leaves()]
+        heads = self.decay.shape[0]
+        q, k, v, u = leaves[0].unflatten(-1, (4, heads, -1)).unbind(2)
+        q, k = activation(q, self.act), activation(k, self.act)
+        if self.theta is not None:
+            q, k = (lrpe(x, leaves[2], self.positions.cpu()) for x in (q, k))
+        bounds = None if self.cu_seqlens is None else self.cu_seqlens.cpu()
+        o, state = recurrence(q, k, v, self.decay.double().cpu(), initial_state=leaves[1], cu_seqlens=bounds)
+        results = ((o * u if self.gate else o).flatten(2), o.square().sum((-1, -2)), state)
+        gradients = [x.double().cpu() for x in (self.dy, self.dsquare_sum, self.dstate)]
+        return [*results, *torch.autograd.grad(results, leaves, gradients)]
+
+    def check(self, tolerance: float | None = None) -> None:
+        dtype = self.qkvu.dtype
+        got, wanted = self.run(), self.exact()
+        got[1], wanted[1] = got[1].sqrt(), wanted[1].sqrt()
+        assert_close(NAMES, got[:5], wanted[:5], tolerance or TOLERANCE[dtype])
+        if self.theta is not None:
+            assert_close("dtheta", got[5:], wanted[5:], tolerance or THETA_TOLERANCE[dtype])
+
+    def check_state_alone(self) -> None:
+        """gla_state and its gradients, as gla has them where its other results are not used."""
+        leaves = self.leaves()
+        theta = leaves[2] if self.theta is not None else None
+        state = kernels.gla_state(
+            leaves[0],
+            self.decay,
+            theta,
+            act=self.act,
+            positions=self.positions,
+            initial_state=leaves[1],
+            cu_seqlens=self.cu_seqlens,
+        )
+        got = [state, *torch.autograd.grad(state, leaves, self.dstate)]
+        self.dy, self.dsquare_sum = torch.zeros_like(self.dy), torch.zeros_like(self.dsquare_sum)
+        wanted = self.exact()[2:]
+        assert_close("state dqkvu dinitial", got[:3], wanted[:3], TOLERANCE[self.qkvu.dtype])
+        if self.theta is not None:
+            assert_close("dtheta", got[3:], wanted[3:], THETA_TOLERANCE[self.qkvu.dtype])
