@@ -31,6 +31,10 @@ class LRPE(nn.Module):
         spec = ShardSpec((heads, 1, head_dim), dim=0)
         self.theta = mark(nn.Parameter(torch.empty(spec.local_shape(axis.rank, axis.size))), spec)
 
+    def forward(self) -> Tensor:
+        # Called, not looked into: ZeRO 3 gathers the parameters of the modules that it sees called.
+        return self.theta
+
 
 class GateNorm(nn.Module):
     """The weight of norm(o), for the ablation norm=rmsnorm: one per channel over all heads, so split by heads."""
@@ -79,7 +83,7 @@ class GatedLinearAttention(nn.Module):
         y, square_sum, state = gla(
             self.qkvu_proj(copy_to(x, self.axis)),
             decay,
-            None if self.lrpe is None else self.lrpe.theta,
+            None if self.lrpe is None else self.lrpe(),
             act=self.act,
             gate=self.gate,
             positions=positions,
