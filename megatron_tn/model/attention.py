@@ -9,8 +9,6 @@ out = W_o y
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -21,8 +19,6 @@ from megatron_tn.parallel.context import Axis
 from megatron_tn.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_tn.parallel.sharding import ShardSpec, mark
 from megatron_tn.parallel.state_passing import SequenceSlice
-
-Attend = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
 
 
 class LRPE(nn.Module):
@@ -36,9 +32,9 @@ class LRPE(nn.Module):
         spec = ShardSpec((heads, 1, head_dim), dim=0)
         self.theta = mark(nn.Parameter(torch.empty(spec.local_shape(axis.rank, axis.size))), spec)
 
-    def forward(self, attend: Attend, qkvu: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """attend(qkvu, theta), within this module: ZeRO 3 gathers a weight around the call of the module it is in."""
-        return attend(qkvu, self.theta)
+    def forward(self) -> Tensor:
+        # Called, not looked into: ZeRO 3 gathers the parameters of the modules that it sees called.
+        return self.theta
 
 
 class GateNorm(nn.Module):
@@ -86,25 +82,22 @@ class GatedLinearAttention(nn.Module):
         return_state: bool = False,
         part: SequenceSlice | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        def attend(qkvu: Tensor, theta: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-            start = state
-            if part is not None:  # of sequences that context-parallel ranks share
-                start = part.incoming_state(qkvu, decay, theta, self.act, positions)
-            return gla(
-                qkvu,
-                decay,
-                theta,
-                act=self.act,
-                gate=self.gate,
-                positions=positions,
-                initial_state=start,
-                cu_seqlens=cu_seqlens,
-                return_state=return_state,
-            )
-
         qkvu = self.qkvu_proj(copy_to(x, self.axis))
-        y, square_sum, state_after = attend(qkvu, None) if self.lrpe is None else self.lrpe(attend, qkvu)
+        theta = None if self.lrpe is None else self.lrpe()
+        if part is not None:  # of sequences that context-parallel ranks share
+            state = part.incoming_state(qkvu, decay, theta, self.act, positions)
+        y, square_sum, state = gla(
+            qkvu,
+            decay,
+            theta,
+            act=self.act,
+            gate=self.gate,
+            positions=positions,
+            initial_state=state,
+            cu_seqlens=cu_seqlens,
+            return_state=return_state,
+        )
         if self.norm is not None:
             y = self.norm(y)  # weights commute with the gate
         square_sum = reduce_from(square_sum, self.axis)
-        return apply_rms_scale(self.out_proj(y), square_sum, self.embed_dim, self.eps), state_after
+        return apply_rms_scale(self.out_proj(y), square_sum, self.embed_dim, self.eps), state

@@ -55,7 +55,7 @@ def watching(model: nn.Module) -> Iterator[_Watch]:
                 if isinstance(tensor, Tensor):
                     watch.look(f"the output of {name}", tensor.detach())
                     if tensor.requires_grad:
-                        tensor.register_hook(gradient_of(f"the output of {name}"))
+                        handles.append(tensor.register_hook(gradient_of(f"the output of {name}")))
 
         return hook
 
@@ -69,8 +69,8 @@ def watching(model: nn.Module) -> Iterator[_Watch]:
         return hook
 
     hooked: dict[int, RemovableHandle] = {}
+    handles: list[RemovableHandle] = []
     before("")(model, ())
-    handles = []
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(before(name)))
         if name:

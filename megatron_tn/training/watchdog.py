@@ -145,7 +145,9 @@ class Watchdog:
     def _limit(self) -> float:
         progress = self.progress
         compiling = progress.phase == "step" and progress.step == progress.first_step
-        return self.timeout_s if progress.phase in ("data", "step") and not compiling else self.long_s
+        short = progress.phase in ("data", "step") and not compiling
+        # A rank that failed waits for nobody for long, be it a save whose other ranks are gone.
+        return self.timeout_s if short or self.failure else self.long_s
 
     @property
     def _report(self) -> Path:
@@ -232,11 +234,12 @@ class Watchdog:
     def _replace_status(self, error: str) -> None:
         """The rank that writes status.json may be the one that hangs."""
         path = self.run_dir / "status.json"
-        values = json.loads(path.read_text()) | {"state": "failed", "time": time.time(), "error": error}
-        values["step"] = max(values["step"], self.progress.step - 1)  # steps done
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps(values) + "\n")
-        partial.replace(path)
+        with contextlib.suppress(OSError, ValueError):
+            values = json.loads(path.read_text()) | {"state": "failed", "time": time.time(), "error": error}
+            values["step"] = max(values["step"], self.progress.step - 1)  # steps done
+            partial = path.with_suffix(".tmp")
+            partial.write_text(json.dumps(values) + "\n")
+            partial.replace(path)
 
 
 def where_is(frame: FrameType) -> tuple[bool, str]:

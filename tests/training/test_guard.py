@@ -144,8 +144,10 @@ def test_the_rank_and_the_tensor_are_found_and_nothing_is_changed(tp, engine):
         assert next_applied
 
 
-def test_the_first_activation_is_named():
-    for _, found, unchanged, _ in run_ranks(2, diagnose, 1, LOCAL, "activation"):
+@pytest.mark.parametrize("engine", [LOCAL, EngineConfig(name="fsdp2", precision="fp32")], ids=lambda e: e.name)
+def test_the_first_activation_is_named(engine):
+    for applied, found, unchanged, next_applied in run_ranks(2, diagnose, 1, engine, "activation"):
+        assert (applied, next_applied) == (False, True)
         assert [(culprit.rank, culprit.tensor) for culprit in found] == [
             (1, "the output of model.layers.1.channel_mixer")
         ]

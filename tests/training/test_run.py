@@ -163,7 +163,8 @@ def test_ranks_from_srun(tmp_path, monkeypatch):
     scontrol.write_text("#!/bin/sh\nprintf 'node7\\nnode8\\n'\n")
     scontrol.chmod(0o755)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is put back as it was, whatever the code under test sets
+        monkeypatch.delenv(name)
     slurm = {"PROCID": "3", "LOCALID": "1", "STEP_NUM_TASKS": "4", "STEP_NODELIST": "node[7-8]", "JOB_ID": "54321"}
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
@@ -172,5 +173,3 @@ def test_ranks_from_srun(tmp_path, monkeypatch):
     world._translate_slurm()
     found = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")]
     assert found == ["3", "4", "1", "node7", "24321"]
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name)
