@@ -159,16 +159,22 @@ class Remote:
                 raise OSError(f"{written} bytes came, the manifest says {size}")
             if sha256 is not None and digest.hexdigest() != sha256:
                 raise OSError("its sha256 is not the manifest's")
-            os.replace(temporary, path)
+            with self._locked():  # a listing may miss a file that is renamed meanwhile
+                os.replace(temporary, path)
             self.downloads += 1
         finally:
             temporary.unlink(missing_ok=True)
 
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with (self.folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of this opening: lockf would let the threads of a process by
+            yield
+
     def _make_room(self, temporary: Path, size: int) -> None:
         """Puts a file of `size` bytes in place of what is to come, so that other processes count it, and removes what
         was not used for longest until the cache is within its bound."""
-        with (self.folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of this opening: lockf would let the threads of a process by
+        with self._locked():
             with temporary.open("wb") as file:
                 file.truncate(size)
             files = list(_files(self.folder))

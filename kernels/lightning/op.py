@@ -164,12 +164,13 @@ def empty_starts(q: Tensor, v: Tensor, key: int, cu_seqlens: Tensor | None) -> T
 
     A function of shapes and device alone, since traced code must know it. q: [B, T, H, ...]; key: its features' width.
     """
-    batch, total, heads = q.shape[:3]
+    # Plain numbers: a compiler that traces with symbolic sizes fixes them here, as the plan below depends on each.
+    batch, total, heads, key = (int(size) for size in (*q.shape[:3], key))
     shape = (0,)
     if q.is_cuda and q.dtype != torch.float64 and max(key, v.shape[-1]) <= MAX_TRITON_WIDTH:
         capability = torch.cuda.get_device_capability(q.device)[0] if torch.cuda.is_available() else max(TILES)
         if capability >= min(TILES):
-            segment = plan_segment(capability, q.element_size(), batch, total, heads, key, v.shape[-1])
+            segment = plan_segment(capability, q.element_size(), batch, total, heads, key, int(v.shape[-1]))
             pieces = batch * -(-total // segment) if cu_seqlens is None else total // segment + cu_seqlens.shape[0] - 1
             shape = (pieces, heads, key, v.shape[-1]) if segment < total else shape
     return q.new_empty(shape, dtype=torch.float32)

@@ -19,7 +19,10 @@ from tests.helpers.training import SMALL, call
     [
         (["model.embd_dim=64"], ["unknown setting model.embd_dim; did you mean model.embed_dim"]),
         (["lr=3"], ["unknown setting lr; did you mean optim.lr"]),
-        (["engine=zero4"], ["engine=zero4: conf/engine has local, zero0, zero1, zero2, zero3; did you mean zero"]),
+        (
+            ["engine=zero4"],
+            ["engine=zero4: conf/engine has fsdp2, local, zero0, zero1, zero2, zero3; did you mean zero"],
+        ),
         (["engine.zero_stage=7"], ["engine.zero_stage=7: input should be 0, 1, 2 or 3"]),
         (["optim.lr=fast"], ["optim.lr='fast': input should be a valid number"]),
         (["parallel.tp=3"], ["model.heads=4 is not divisible by parallel.tp=3", "world size 1 is not a multiple of"]),

@@ -159,7 +159,8 @@ def test_code_that_holds_pythons_lock_ends_too(start):
     ranks = start("holds Python's lock")
     assert ranks.wait(1) == 1
     assert "in step" in ranks.words_of(1)  # the stack, from a thread that needs no lock
-    assert ranks.wait(0) == 75
+    # Rank 1 is ended as rank 0 gives up, or just before, which rank 0 then meets as a broken connection.
+    assert ranks.wait(0) in (1, 75)
     assert "rank 1 (host " in ranks.words_of(0)
     assert "no sign of life" in ranks.words_of(0)
 
