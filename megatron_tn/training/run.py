@@ -33,6 +33,7 @@ from megatron_tn.training.hooks.ranks import RankReport
 from megatron_tn.training.hooks.weights_and_biases import WeightsAndBiases
 from megatron_tn.training.preflight import CHECKPOINTS, FROZEN, checkpoint_to_resume
 from megatron_tn.training.state import TrainingState
+from megatron_tn.training.throughput import Work
 from megatron_tn.training.watchdog import Progress, Watchdog
 
 log = logging.getLogger(__name__)
@@ -163,19 +164,21 @@ class Run:
         stream_state: Callable[[int], dict[str, Any]],
         evaluate: Callable[..., dict[str, Any]] | None,
         interrupted: Callable[[], bool],
+        flops_per_token: int,
     ) -> Sequence[Hook]:
         """The hooks that the config asks for, started. Sinks are on global rank 0 alone; saving is on all ranks.
 
         evaluate(progress=f): held-out figures; calls f, on all ranks, every few documents. interrupted: whether this
-        rank was told to stop.
+        rank was told to stop. flops_per_token: forward and backward, by the model's formula.
         """
         config, last, keep = self.config, self.config.last_step, self.config.checkpoint
         hooks: list[Hook] = []
         if self.is_first:
             log_file = self.directory / "log.jsonl"
-            self.sinks.append(Journal(log_file, config.logging.every, engine.context.world_size))
+            work = Work(flops_per_token, engine.context.world_size, config.cluster.bf16_tflops)
+            self.sinks.append(Journal(log_file, config.logging.every, work))
             if config.logging.wandb.mode != "disabled":
-                self.sinks.append(WeightsAndBiases(config.logging.wandb, self.directory, to_mapping(config)))
+                self.sinks.append(WeightsAndBiases(config.logging.wandb, self.directory, to_mapping(config), work))
             hooks += self.sinks
             if config.logging.progress:
                 hooks.append(ConsoleProgress(last))

@@ -15,7 +15,9 @@ from megatron_tn.training.hooks.weights_and_biases import WeightsAndBiases
 from megatron_tn.training.preflight import frozen_config
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
+from megatron_tn.training.throughput import Work
 
+WORK = Work(flops_per_token=6_000_000_000, processes=2, peak_tflops=400.0)
 REPORT = StepReport(loss=2.5, tokens=100, lr=1e-3, grad_norm=1.0, applied=True, stop=False)
 
 
@@ -66,10 +68,10 @@ def steps_in(path) -> list[int]:
 
 def test_a_rewound_run_leaves_one_clean_curve_and_loses_nothing(tmp_path):
     path = tmp_path / "log.jsonl"
-    run_steps(Journal(path, 1, 1), 1, 6)
+    run_steps(Journal(path, 1, WORK), 1, 6)
     with path.open("a") as file:
         file.write('{"step": 7, "lo')  # the process died while it wrote
-    run_steps(Journal(path, 1, 1), 5, 8)
+    run_steps(Journal(path, 1, WORK), 5, 8)
     assert steps_in(path) == [1, 2, 3, 4, 5, 6, 7, 8]
     set_aside = (tmp_path / "log.superseded.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in set_aside[:2]] == [5, 6]
@@ -77,8 +79,17 @@ def test_a_rewound_run_leaves_one_clean_curve_and_loses_nothing(tmp_path):
 
 
 def test_every_so_many_steps(tmp_path):
-    run_steps(Journal(tmp_path / "log.jsonl", 3, 1), 1, 7)
+    run_steps(Journal(tmp_path / "log.jsonl", 3, WORK), 1, 7)
     assert steps_in(tmp_path / "log.jsonl") == [3, 6]
+
+
+def test_throughput_says_what_it_was_divided_by(tmp_path):
+    run_steps(Journal(tmp_path / "log.jsonl", 1, WORK), 1, 2)
+    record = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert record["model_tflops"] == pytest.approx(6e9 * record["tokens_per_second"] / 2 / 1e12)
+    assert record["utilisation"] == pytest.approx(record["model_tflops"] / record["peak_tflops"])
+    assert record["peak_tflops"] == 400.0
+    assert "utilisation" not in Work(6, 1, None).rates(1e3)
 
 
 @pytest.mark.parametrize("moment", ["init", "log", "finish"])
@@ -100,7 +111,7 @@ def test_wandb_never_stops_training(tmp_path, monkeypatch, caplog, moment):
         return Broken()
 
     monkeypatch.setattr(wandb, "init", init)
-    hook, state = WeightsAndBiases(WandbConfig(), tmp_path, {}), TrainingState()
+    hook, state = WeightsAndBiases(WandbConfig(), tmp_path, {}, WORK), TrainingState()
     hook.on_start(state)
     hook.on_step(state, REPORT)
     hook.on_stop(state)
@@ -113,7 +124,7 @@ def test_wandb_keeps_one_id_for_a_run(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(wandb, "init", lambda **settings: seen.append(settings["id"]))
     for _ in range(2):
-        WeightsAndBiases(WandbConfig(), tmp_path, {}).on_start(TrainingState())
+        WeightsAndBiases(WandbConfig(), tmp_path, {}, WORK).on_start(TrainingState())
     assert seen[0] == seen[1]
 
 
@@ -133,7 +144,7 @@ def test_wandb_shows_one_curve_after_a_rewind(tmp_path, monkeypatch):
         def finish(self): ...
 
     monkeypatch.setattr(wandb, "init", lambda **settings: Part(settings["id"]))
-    journal, board = Journal(tmp_path / "log.jsonl", 1, 1), WeightsAndBiases(WandbConfig(), tmp_path, {})
+    journal, board = Journal(tmp_path / "log.jsonl", 1, WORK), WeightsAndBiases(WandbConfig(), tmp_path, {}, WORK)
     state = TrainingState()
 
     def take(steps: int) -> None:
@@ -151,7 +162,7 @@ def test_wandb_shows_one_curve_after_a_rewind(tmp_path, monkeypatch):
     take(3)
     board.on_stop(state)
     # A restart goes on with the same part, and tells nothing twice.
-    again = WeightsAndBiases(WandbConfig(), tmp_path, {})
+    again = WeightsAndBiases(WandbConfig(), tmp_path, {}, WORK)
     again.on_start(state)
     first = (tmp_path / "wandb_id").read_text()
     assert told == {first: [1, 2, 3, 4, 5, 6], f"{first}-r1": [1, 2, 3, 4, 5, 6, 7]}

@@ -12,16 +12,17 @@ from typing import Any
 from megatron_tn.training.hooks import NullHook
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
+from megatron_tn.training.throughput import Work
 
 
 class Journal(NullHook):
     """Writes records on global rank 0. After a resume, later steps of the earlier run are set aside, so that the log is
     one clean curve; they go to log.superseded.jsonl, and nothing is lost."""
 
-    def __init__(self, path: Path, every: int, world_size: int):
+    def __init__(self, path: Path, every: int, work: Work):
         self.path = path
         self.every = every
-        self.world_size = world_size
+        self.work = work
         self._file = None
         self._tokens = 0
         self._steps = 0
@@ -55,9 +56,9 @@ class Journal(NullHook):
                 "grad_norm": report.grad_norm,
                 "applied": report.applied,
                 "tokens": state.tokens,
-                "tokens_per_second": self._tokens / seconds,
+                **self.work.rates(self._tokens / seconds),
                 "step_seconds": seconds / self._steps,
-                "world_size": self.world_size,
+                "world_size": self.work.processes,
                 "time": time.time(),
             }
         )

@@ -13,6 +13,7 @@ from megatron_tn.config import WandbConfig
 from megatron_tn.training.hooks import NullHook
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
+from megatron_tn.training.throughput import Work
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +25,11 @@ class WeightsAndBiases(NullHook):
     ID-r2, ..., begins with the journal's records up to there, and shows one clean curve; the parts share a group.
     """
 
-    def __init__(self, config: WandbConfig, run_dir: Path, run_config: dict[str, Any]):
+    def __init__(self, config: WandbConfig, run_dir: Path, run_config: dict[str, Any], work: Work):
         self.config = config
         self.run_dir = run_dir
         self.run_config = run_config
+        self.work = work
         self._run = None
 
     def on_start(self, state: TrainingState) -> None:
@@ -80,7 +82,7 @@ class WeightsAndBiases(NullHook):
             "lr": report.lr,
             "grad_norm": report.grad_norm,
             "tokens": state.tokens,
-            "tokens_per_second": report.tokens / (now - self._tick),
+            **self.work.rates(report.tokens / (now - self._tick)),
         }
         self._tick = now
         self.record(values, state.step)
