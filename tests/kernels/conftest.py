@@ -21,7 +21,7 @@ TRITON_MODULES = (
     "kernels.lightning.launch",
     "kernels.lightning.launch_gla",
     "kernels.norm_gate.triton_norm_gate",
-    "kernels.cross_entropy.triton_softmax",
+    "kernels.cross_entropy.triton_head",
     "kernels.sglu.triton_sglu",
     "kernels.srmsnorm.triton_norm",
 )
