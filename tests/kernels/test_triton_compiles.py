@@ -183,6 +183,21 @@ def test_sglu(capability, silu):
 
 
 @pytest.mark.parametrize("capability", sorted(TILES))
+@pytest.mark.parametrize("with_lrpe", [False, True], ids=["plain", "lrpe"])
+def test_decoding_step(capability, with_lrpe):
+    from kernels.lightning import triton_step
+
+    types = dict.fromkeys(("x_pointer", "theta_pointer", "y_pointer"), "*bf16") | {"positions_pointer": "*i64"}
+    types |= dict.fromkeys(("decay_pointer", "state_pointer", "new_state_pointer", "sums_pointer"), "*fp32")
+    constants = {"ACT": 1, "QUICK": True, "GATE": True, "SUMMED": 256 if with_lrpe else 128, "SLICE": triton_step.SLICE}
+    if not with_lrpe:
+        constants |= {"theta_pointer": None, "positions_pointer": None}
+        types = {name: type_ for name, type_ in types.items() if name not in constants}
+    kernel = compiled(triton_step.step_kernel, capability, types, constants, num_warps=triton_step.WARPS)
+    assert resources(kernel)[1] == 0
+
+
+@pytest.mark.parametrize("capability", sorted(TILES))
 def test_cross_entropy(capability):
     from kernels.cross_entropy import triton_head
     from kernels.cross_entropy.tiles import TILES as HEAD_TILES
