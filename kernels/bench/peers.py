@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+LONGEST_AUTHORS = 8192  # beyond, theirs takes minutes to compile and start
 LONGEST_SOFTMAX = 32768  # its time grows with the square of the length
 LEFT_PRODUCT = 8192  # the length at which the paper compares with the masked product
 
@@ -37,7 +38,8 @@ def attention_peers(length: int, decay: Tensor, device: torch.device) -> tuple[P
         def authors(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return lightning_attn_func(*(x.transpose(1, 2).contiguous() for x in (q, k, v)), decay).transpose(1, 2)
 
-        peers.append(Peer("the authors' lightning_attn", authors))
+        if length <= LONGEST_AUTHORS:
+            peers.append(Peer("the authors' lightning_attn", authors))
     except ImportError:
         pass
     if length <= LONGEST_SOFTMAX:
