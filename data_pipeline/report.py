@@ -5,10 +5,33 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_pipeline.shards.manifest import Manifest, replace_file
+from datatrove.data import DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
+
+from data_pipeline.files import replace_file
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.steps import read_tally
+from data_pipeline.tokenise import METADATA
 
 STAGES = ("read", "rules", "exact", "lines", "near")
 EXAMPLES = 3  # kept of each rule and measure
+
+
+class WriteReport(PipelineStep):
+    """In one task, when the manifests are there: report.json and report.html."""
+
+    type = "📊 - STATS"
+    name = "write report"
+
+    def __init__(self, output: Path, work: Path, splits: tuple[str, ...]):
+        super().__init__()
+        self.output = output
+        self.work = work
+        self.splits = splits
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        write_report(self.output, self.work, self.splits)
+        return data
 
 
 def write_report(output: Path, work: Path, splits: tuple[str, ...]) -> dict:
@@ -18,27 +41,18 @@ def write_report(output: Path, work: Path, splits: tuple[str, ...]) -> dict:
 
     results = {split: _split(Manifest.load(output / split / "manifest.json")) for split in splits}
     bytes_per_token = sum(s["text_bytes"] for s in results.values()) / sum(s["tokens"] for s in results.values())
-    tallies = [(name, _tally(folder)) for name in STAGES if (folder := work / "tally" / name).is_dir()]
+    tallies = [(name, read_tally(folder)) for name in STAGES if (folder := work / "tally" / name).is_dir()]
     report = {
         "stages": [{"stage": name, **_stage(tally, bytes_per_token)} for name, tally in tallies],
         "quarantine": _quarantine(output / "quarantine"),
         "edits": _edits(output / "edits"),
         "drops": _drops(output / "drops"),
+        "tokenizer": json.loads((output / METADATA).read_bytes()),
         "splits": results,
     }
     replace_file(output / "report.json", json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")
     replace_file(output / "report.html", page(report).encode())
     return report
-
-
-def _tally(folder: Path) -> dict[tuple[str, str], tuple[int, int]]:
-    """{(source, language): (documents, bytes)} over all tasks."""
-    counts: dict[tuple[str, str], tuple[int, int]] = {}
-    for path in sorted(folder.glob("*.json")):
-        for source, language, documents, size in json.loads(path.read_bytes()):
-            before = counts.get((source, language), (0, 0))
-            counts[source, language] = (before[0] + documents, before[1] + size)
-    return counts
 
 
 def _stage(tally: dict[tuple[str, str], tuple[int, int]], bytes_per_token: float) -> dict:
