@@ -39,7 +39,8 @@ def write_report(output: Path, work: Path, splits: tuple[str, ...]) -> dict:
     equal reports, so it holds no times."""
     from data_pipeline.report_page import page
 
-    results = {split: _split(Manifest.load(output / split / "manifest.json")) for split in splits}
+    manifests = {split: Manifest.load(output / split / "manifest.json") for split in splits}
+    results = {split: _split(manifest) for split, manifest in manifests.items()}
     bytes_per_token = sum(s["text_bytes"] for s in results.values()) / sum(s["tokens"] for s in results.values())
     tallies = [(name, read_tally(folder)) for name in STAGES if (folder := work / "tally" / name).is_dir()]
     report = {
@@ -48,6 +49,7 @@ def write_report(output: Path, work: Path, splits: tuple[str, ...]) -> dict:
         "edits": _edits(output / "edits"),
         "drops": _drops(output / "drops"),
         "tokenizer": json.loads((output / METADATA).read_bytes()),
+        "sources": _sources(manifests),
         "splits": results,
     }
     replace_file(output / "report.json", json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")
@@ -114,6 +116,20 @@ def _drops(folder: Path) -> dict[str, dict]:
             keys = ("id", "measure", "value", "threshold", "excerpt")
             entry["examples"].append({key: record[key] for key in keys})
     return drops
+
+
+def _sources(manifests: dict[str, Manifest]) -> dict[str, dict]:
+    """{source: category, epochs, and its documents, bytes and tokens in the shards of all splits}."""
+    sources: dict[str, dict] = {}
+    for manifest in manifests.values():
+        for shard in manifest.shards:
+            info = manifest.sources[shard.source]
+            empty = {"category": info.category, "epochs": info.epochs, "documents": 0, "bytes": 0, "tokens": 0}
+            entry = sources.setdefault(shard.source, empty)
+            entry["documents"] += shard.documents
+            entry["bytes"] += shard.text_bytes
+            entry["tokens"] += shard.tokens
+    return dict(sorted(sources.items()))
 
 
 def _split(manifest: Manifest) -> dict:

@@ -39,7 +39,7 @@ class ReadSources(PipelineStep):
                 for item in _items(file, source):
                     identity = f"{file.id}:{item.place}" if item.place else file.id
                     if isinstance(item, Quarantined):
-                        size = item.bytes or file.size
+                        size = item.bytes if item.place else item.bytes or file.size
                         record = {"id": identity, "source": name, "bytes": size}
                         records.append({**record, "reason": item.reason, "detail": item.detail})
                     else:

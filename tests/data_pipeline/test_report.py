@@ -58,6 +58,9 @@ def test_each_rule_has_examples_with_value_and_threshold(output):
     assert drops["length"]["sources"] == {"bad": 1}
 
 
+VOID = ("meta", "rect", "path", "br")
+
+
 class Seen(HTMLParser):
     def __init__(self):
         super().__init__()
@@ -65,11 +68,11 @@ class Seen(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
-        if tag not in ("meta", "rect", "path"):
+        if tag not in VOID:
             self.open.append(tag)
 
     def handle_endtag(self, tag):
-        if tag not in ("rect", "path"):
+        if tag not in VOID:
             assert self.open.pop() == tag
 
     def handle_data(self, data):
