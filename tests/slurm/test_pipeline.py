@@ -13,7 +13,7 @@ import pytest
 
 from data_pipeline.config import compose
 from data_pipeline.run import run
-from tests.slurm.cluster import ROOT, clean_environment, wait_for
+from tests.slurm.cluster import ROOT, Job, clean_environment, wait_for
 
 pytestmark = pytest.mark.slurm
 DEMO = ["pipeline=demo", "sources.stdlib.fill=[]", "sources.stdlib.minimum_bytes=0", "tasks=3"]
@@ -114,6 +114,17 @@ def test_a_failed_task_is_named_with_its_log_and_the_next_run_does_only_what_is_
     assert fingerprint(output) == local
     assert done == {path: path.stat().st_mtime_ns for path in done}
     assert json.loads((output / "work/stages/00_rules/ranks_to_run.json").read_text()) == [1]
+
+
+def test_pipeline_sbatch_runs_it_on_one_node(cluster, source, local, tmp_path):
+    log = tmp_path / "log"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where the checkout has no .venv of its own
+    options = ["--parsable", "--cpus-per-task=2", f"--output={log}", f"--export=ALL,PATH={path}"]
+    script = str(ROOT / "launch/pipeline.sbatch")
+    job = Job(cluster, cluster.call("sbatch", *options, script, *source, f"output={tmp_path}/data"), log)
+    job.wait_for_end()
+    assert (job.field("JobState"), job.field("ExitCode")) == ("COMPLETED", "0:0"), job.output()
+    assert fingerprint(tmp_path / "data") == local
 
 
 @pytest.mark.parametrize(
