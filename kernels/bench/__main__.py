@@ -17,7 +17,7 @@ from kernels.bench.report import Report
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__)
     parser.add_argument("--output", type=Path, help="folder for rows.json and attention.png (default: none)")
-    parser.add_argument("--only", default="", help="operators whose name holds this")
+    parser.add_argument("--only", default="", help="operators whose name holds one of these, with commas between")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -32,7 +32,7 @@ def main() -> int:
     print(f"{name}, torch {torch.__version__}, Triton {triton}, copy bandwidth {bandwidth / 1e6:.1f} GB/s")
     report = Report(bandwidth, device)
     for small, case in itertools.chain.from_iterable(m.cases(device) for m in (lightning_cases, cases, model_cases)):
-        if arguments.only in case.operator:
+        if any(name in case.operator for name in arguments.only.split(",")):
             report.add(small, case)
     if arguments.output:
         report.write(arguments.output, machine)
