@@ -17,7 +17,7 @@ import zstandard
 from data_pipeline.config import EDITS, RULES, compose
 from data_pipeline.run import main, run
 from data_pipeline.shards import Manifest
-from tests.data_pipeline.corpus import plant
+from tests.data_pipeline.corpus import plant, prose
 from tests.data_pipeline.test_pipeline import ROOT, arguments, fingerprint
 from tests.data_pipeline.test_readers import PAGE, read, response, source, warc_record
 
