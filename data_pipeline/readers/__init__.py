@@ -1,5 +1,6 @@
 """Where documents come from: datatrove steps, made from the settings of the sources."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import BinaryIO
@@ -7,8 +8,8 @@ from typing import BinaryIO
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from data_pipeline.files import replace_file
-from data_pipeline.readers.base import File, Items, Quarantined, glob_files, guarded
+from data_pipeline.files import replacing
+from data_pipeline.readers.base import File, Found, Items, Quarantined, glob_files, guarded
 from data_pipeline.readers.lines import read_jsonl
 from data_pipeline.readers.parquet import read_parquet, require_pyarrow
 from data_pipeline.readers.tree import read_file, tree_files
@@ -16,6 +17,8 @@ from data_pipeline.readers.warc import read_warc
 from data_pipeline.sources import Jsonl, Parquet, Source, Tree, Warc
 
 __all__ = ["ReadSources", "list_files", "list_inputs"]
+
+LONGEST_DETAIL = 500  # characters: an address may be as long as it likes
 
 
 class ReadSources(PipelineStep):
@@ -33,24 +36,39 @@ class ReadSources(PipelineStep):
         self.quarantine = quarantine
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        records = []
-        for name, source in self.sources.items():
-            for file in list_files(name, source)[rank::world_size]:
-                for item in _items(file, source):
-                    identity = f"{file.id}:{item.place}" if item.place else file.id
-                    if isinstance(item, Quarantined):
-                        size = item.bytes if item.place else item.bytes or file.size
-                        record = {"id": identity, "source": name, "bytes": size}
-                        records.append({**record, "reason": item.reason, "detail": item.detail})
-                    else:
-                        metadata = {"source": name, **item.extra}
-                        if source.language is not None:
-                            metadata["language"] = source.language
-                        yield Document(text=item.text, id=identity, metadata=metadata)
-        if records:
-            self.quarantine.mkdir(parents=True, exist_ok=True)
-            lines = b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
-            replace_file(self.quarantine / f"{rank:05d}.jsonl", lines)
+        # Written as they come: of a file of garbage, every line is a record.
+        with contextlib.ExitStack() as stack:
+            records = None
+            for name, source in self.sources.items():
+                for file in list_files(name, source)[rank::world_size]:
+                    for item in _items(file, source):
+                        if isinstance(item, Found):
+                            yield _document(item, file, name, source)
+                            continue
+                        if records is None:
+                            self.quarantine.mkdir(parents=True, exist_ok=True)
+                            records = stack.enter_context(replacing(self.quarantine / f"{rank:05d}.jsonl"))
+                        record = _record(item, file, name)
+                        records.write(
+                            json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+                        )
+
+
+def _document(item: Found, file: File, name: str, source: Source) -> Document:
+    metadata = {"source": name, **item.extra}
+    if source.language is not None:
+        metadata["language"] = source.language
+    return Document(text=item.text, id=_identity(item, file), metadata=metadata)
+
+
+def _record(item: Quarantined, file: File, name: str) -> dict:
+    size = item.bytes if item.place else item.bytes or file.size
+    detail = item.detail if len(item.detail) <= LONGEST_DETAIL else item.detail[:LONGEST_DETAIL] + "..."
+    return {"id": _identity(item, file), "source": name, "bytes": size, "reason": item.reason, "detail": detail}
+
+
+def _identity(item: Found | Quarantined, file: File) -> str:
+    return f"{file.id}:{item.place}" if item.place else file.id
 
 
 def list_files(name: str, source: Source) -> list[File]:

@@ -1,5 +1,7 @@
 """WARC files, by fastwarc."""
 
+import itertools
+from collections.abc import Iterator
 from typing import BinaryIO
 
 from fastwarc.warc import ArchiveIterator, WarcRecordType
@@ -8,42 +10,77 @@ from data_pipeline.readers.base import Found, Items, Quarantined, too_large
 from data_pipeline.readers.html import decode_page, page_text
 from data_pipeline.sources import Warc
 
+CHUNK = 1 << 20
+MOST_RESTARTS = 1000  # in a file: one made of beginnings of records is no crawl
 PAGES = ("text/html", "application/xhtml+xml")
 
 
 def read_warc(file: BinaryIO, source: Warc) -> Items:
     """A document for each page fetched (`response`) and for each text of a WET file (`conversion`). `file` as it is on
-    disk: fastwarc decompresses it record by record."""
-    held = None
-    try:
-        # What follows a record tells whether its length was true: a document is handed on when the next is reached.
-        for item in _records(file, source):
+    disk: fastwarc decompresses it record by record.
+
+    What follows a record tells whether its length was true, so a document is handed on when the next is reached. Where
+    none follows, reading goes on at the next place that looks like a record.
+    """
+    number, place, held = 0, 0, None
+    for again in itertools.count():
+        try:
+            for count, at, item in _records(file, source, number):
+                if held:
+                    yield held
+                number, place, held = count, at, item
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            if "header" not in str(error):  # fastwarc tells bad headers from bad compression
+                if held:
+                    yield held
+                raise
+            if isinstance(held, Found):
+                detail = f"no record follows it: its Content-Length is false, or the file is damaged here: {error}"
+                held = Quarantined(held.place, "false_length", detail, len(held.text))
             if held:
                 yield held
-            held = item
-    except OSError as error:
-        if error.errno is not None or not held:
-            raise
-        if isinstance(held, Found) and "header" in str(error):  # fastwarc tells bad headers from bad compression
-            detail = f"no record follows it: its Content-Length is false, or the file is damaged here: {error}"
-            held = Quarantined(held.place, "false_length", detail, len(held.text))
-        yield held
-        raise
-    if held:
-        yield held
+            if again == MOST_RESTARTS or (place := _next_record(file, place)) is None:
+                raise
+            held = None
+            file.seek(place)
+            continue
+        if held:
+            yield held
+        return
 
 
-def _records(file: BinaryIO, source: Warc) -> Items:
-    kinds = WarcRecordType.response | WarcRecordType.conversion
-    for number, record in enumerate(ArchiveIterator(file, record_types=kinds, parse_http=False), 1):
+def _records(file: BinaryIO, source: Warc, number: int) -> Iterator[tuple[int, int, Found | Quarantined | None]]:
+    """(how many pages and texts there were, where in the file, what it gives) of each record from here on."""
+    for record in ArchiveIterator(file, record_types=WarcRecordType.any_type, parse_http=False):
+        if record.record_type not in (WarcRecordType.response, WarcRecordType.conversion):
+            yield number, record.stream_pos, None
+            continue
+        number += 1
         try:
             item = _record(record, str(number), source)
         except OSError as error:  # this record's own encoding; the next may be whole
             if error.errno is not None:
                 raise
             item = Quarantined(str(number), "unreadable", f"{type(error).__name__}: {error}")
-        if item:
-            yield item
+        yield number, record.stream_pos, item
+
+
+def _next_record(file: BinaryIO, after: int) -> int | None:
+    """Where the next record begins that lies after the one at `after`: a line that begins as a header does, or in a
+    compressed file a member."""
+    file.seek(after)
+    head = file.read(2)
+    mark, skip = (b"\x1f\x8b\x08", 0) if head == b"\x1f\x8b" else (b"\nWARC/1.", 1)
+    at, rest = after + 2, b""
+    while chunk := file.read(CHUNK):
+        found = (window := rest + chunk).find(mark)
+        if found >= 0:
+            return at - len(rest) + found + skip
+        rest = window[-len(mark) + 1 :]
+        at += len(chunk)
+    return None
 
 
 def _record(record, place: str, source: Warc) -> Found | Quarantined | None:

@@ -17,7 +17,7 @@ import zstandard
 from data_pipeline.config import EDITS, RULES, compose
 from data_pipeline.run import main, run
 from data_pipeline.shards import Manifest
-from tests.data_pipeline.corpus import plant
+from tests.data_pipeline.corpus import plant, prose
 from tests.data_pipeline.test_pipeline import ROOT, arguments, fingerprint
 from tests.data_pipeline.test_readers import PAGE, read, response, source, warc_record
 
@@ -110,16 +110,36 @@ def lie(record: bytes, more: int) -> bytes:
 @pytest.mark.parametrize("packed", [bytes, gzip.compress], ids=["plain", "gz"])
 @pytest.mark.parametrize(
     ("more", "reason"),
-    [(-100, "false_length"), (-10, "false_length"), (60, "false_length"), (10**12, "unreadable")],
+    [
+        (-100, "false_length"),
+        (-10, "false_length"),
+        (60, "false_length"),
+        (250, "false_length"),
+        (10**12, "unreadable"),
+    ],
 )
 def test_a_warc_record_with_a_false_length_is_never_taken_for_a_document(tmp_path, packed, more, reason):
-    good = [warc_record("conversion", f"Good text number {n}.".encode()) for n in range(3)]
+    """And reading goes on behind it, unless it claims all the rest of the file."""
+    good = [warc_record("conversion", f"Good text number {n}.".encode()) for n in range(4)]
     long = warc_record("conversion", b"A text that is rather long and has many words. " * 20)
-    (tmp_path / "a.warc.gz").write_bytes(b"".join(packed(r) for r in [good[0], lie(long, more), *good[1:]]))
+    asked = warc_record("request", b"GET / HTTP/1.1")
+    records = [good[0], asked, lie(long, more), *good[1:3], lie(asked, -3), good[3]]
+    (tmp_path / "a.warc.gz").write_bytes(b"".join(map(packed, records)))
     (tmp_path / "b.warc").write_bytes(good[0])
     documents, quarantine = read(tmp_path, crawl=source(tmp_path, kind="warc"))
-    assert set(documents) == {"crawl/a.warc.gz:1", "crawl/b.warc:1"}
-    assert quarantine["crawl/a.warc.gz:2"] == reason
+    texts = [text for text, _ in documents.values()]
+    wanted = [0, 1, 2, 3, 0] if reason == "false_length" else [0, 0]
+    assert texts == [f"Good text number {n}." for n in wanted]
+    assert quarantine == {"crawl/a.warc.gz:2": reason}
+
+
+def test_a_file_of_beginnings_of_records_ends(tmp_path):
+    (tmp_path / "a.warc").write_bytes(warc_record("conversion", b"Good text.") + b"\nWARC/1.0 " * 200_000)
+    began = time.perf_counter()
+    documents, quarantine = read(tmp_path, crawl=source(tmp_path, kind="warc"))
+    assert time.perf_counter() - began < 5
+    assert not documents
+    assert quarantine == {"crawl/a.warc:1": "false_length", "crawl/a.warc": "unreadable"}
 
 
 HTTP = {
@@ -256,3 +276,38 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(small_disk,
     assert main(arguments(texts, output)) == 0
     assert fingerprint(output) == fingerprint(tmp_path / "undisturbed")
     assert Manifest.load(output / "train/manifest.json").totals.documents
+
+
+@pytest.mark.parametrize("pipeline", ["warc", "jsonl", "text", "parquet"])
+def test_from_the_command_line_the_rest_goes_on_and_the_report_counts_what_did_not(tmp_path, pipeline, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    texts = [prose(number) for number in range(12)]
+    if pipeline == "warc":
+        records = [warc_record("conversion", text.encode()) for text in texts]
+        records[3] = lie(records[3], 7)
+        (folder / "a.warc").write_bytes(b"".join(records))
+        reason = "false_length"
+    elif pipeline == "jsonl":
+        lines = [json.dumps({"text": text}).encode() for text in texts]
+        lines[3] = LINES["nested 100 000 deep"][0]
+        (folder / "a.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines)))
+        reason = "not_json"
+    elif pipeline == "text":
+        for number, text in enumerate(texts):
+            (folder / f"{number}.txt").write_text(text if number != 3 else " ")
+        reason = "empty"
+    else:
+        arrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        cells = [text.encode() if number != 3 else b"\xff" for number, text in enumerate(texts)]
+        parquet.write_table(arrow.table({"text": cells}), folder / "a.parquet")
+        reason = "undecodable"
+    options = ["tokenizer.vocab_size=400", "tasks=2", "heldout_fraction=0"]
+    assert main([f"pipeline={pipeline}", f"input={folder}", f"output={tmp_path}/out", *options]) == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert {name: entry["documents"] for name, entry in report["quarantine"].items()} == {reason: 1}
+    assert report["splits"]["train"]["documents"] == 11
+    (line,) = [line for path in (tmp_path / "out/quarantine").glob("*.jsonl") for line in path.open()]
+    assert json.loads(line)["reason"] == reason

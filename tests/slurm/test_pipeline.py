@@ -85,7 +85,8 @@ def test_a_failed_task_is_named_with_its_log_and_the_next_run_does_only_what_is_
     output.mkdir()
     # A folder where task 1 of the first stage must write its file.
     obstacle = output / "work/ruled/00001.jsonl/x"
-    process = start(cluster, *source, *SLURM, "slurm.wait=false", f"output={output}")
+    # Two arrays, of which only the second is what the next stage depends on: it must not run on what the first left.
+    process = start(cluster, *source, *SLURM, "slurm.max_array_size=2", "slurm.wait=false", f"output={output}")
     wait_for(lambda: (output / "work").is_dir(), 60, lambda: "no output")
     obstacle.mkdir(parents=True)
     out, errors = process.communicate(timeout=60)
@@ -103,7 +104,9 @@ def test_a_failed_task_is_named_with_its_log_and_the_next_run_does_only_what_is_
     assert "following the jobs of an earlier start" in errors
     assert "stage rules, task 1: IsADirectoryError" in errors
     assert "work/stages/00_rules/logs/task_00001.log" in errors
-    assert not cluster.call("squeue", "--noheader", "--format=%A")  # what depended on it is gone
+    # What depended on it leaves the queue.
+    wait_for(lambda: not cluster.call("squeue", "--noheader", "--format=%A"), 60, lambda: cluster.call("squeue"))
+    assert not list(output.glob("work/stages/*_exact_find/completions/*"))
 
     shutil.rmtree(obstacle.parent)
     done = {path: path.stat().st_mtime_ns for path in (output / "work/stages/00_rules/completions").iterdir()}
