@@ -6,7 +6,6 @@ Exit code 0: all is as the manifest says. 1: it is not, one line a finding. 2: t
 import argparse
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
@@ -23,9 +22,12 @@ def verify(manifest: Manifest, *, progress: bool = False) -> list[str]:
     for shard in _tracked(manifest.shards, progress):
         problems += _shard_problems(manifest, shard, seen)
     listed = {shard.name for shard in manifest.shards}
-    for path in sorted(manifest.directory.glob("*.tar")):
-        if path.name not in listed:
-            problems.append(f"shard {path.name}: lies beside the manifest, which does not list it")
+    beside = (
+        manifest.remote.names() if manifest.remote else sorted(path.name for path in manifest.directory.glob("*.tar"))
+    )
+    for name in beside:
+        if name.endswith(".tar") and name not in listed:
+            problems.append(f"shard {name}: lies beside the manifest, which does not list it")
     return problems
 
 
@@ -41,6 +43,12 @@ def _tracked(shards: tuple[Shard, ...], progress: bool) -> Iterator[Shard]:
 def _shard_problems(manifest: Manifest, shard: Shard, seen: dict[str, str]) -> list[str]:
     """`seen` maps a document id to the shard that held it first."""
     path, itemsize = manifest.directory / shard.name, manifest.dtype.itemsize
+    if manifest.remote:
+        try:
+            for name in (shard.name, shard.index):
+                manifest.remote.fetch(name, fresh=True)  # what is there now, and not what a cache still has
+        except OSError as error:
+            return [f"shard {shard.name}: missing or unreadable: {error}"]
     if problem := manifest.file_problem(shard):
         return [problem]
     if sha256_of(path) != shard.sha256:
@@ -84,7 +92,7 @@ def _duplicate_problems(shard: Shard, metadata: list[dict], seen: dict[str, str]
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.shards.verify", description=__doc__.splitlines()[0])
-    parser.add_argument("manifest", type=Path, help="a manifest.json")
+    parser.add_argument("manifest", help="a manifest.json: a path, or a URL of fsspec")
     try:
         manifest = Manifest.load(parser.parse_args(arguments).manifest, check_files=False)
     except InputError as error:

@@ -47,12 +47,12 @@ def reader(folder: Path) -> dict:
     """Tokens a second of one process: the second of two passes, from the page cache."""
     import webdataset
 
-    from data_pipeline.stream import TokenStream
+    from data_pipeline.stream import build_stream
 
     manifest = write_shards(folder, shards=4, shard_tokens=5_000_000)
     results = {"tokens": manifest.totals.tokens}
     for isolate in (False, True):
-        stream = TokenStream(manifest, sequence_length=LENGTH, seed=0, isolate_documents=isolate)
+        stream = build_stream(manifest, sequence_length=LENGTH, seed=0, isolate_documents=isolate)
         for _ in range(2):
             began, read = time.perf_counter(), 0
             for first in range(0, stream.samples_per_epoch - BATCH, BATCH):
@@ -71,12 +71,12 @@ def reader(folder: Path) -> dict:
 def start(folder: Path) -> dict:
     """Seconds to the first batch of one rank in 64 at a far step, and the process's memory."""
     prepare(folder)
-    from data_pipeline.stream import BatchLoader, ScoreFilter, TokenStream
+    from data_pipeline.stream import BatchLoader, ScoreFilter, build_stream
 
     began = time.perf_counter()
     manifest = Manifest.load(folder / "manifest.json")
     loaded = time.perf_counter()
-    stream = TokenStream(
+    stream = build_stream(
         manifest, sequence_length=LENGTH, seed=0, filter=ScoreFilter(scores="bench", default=(0.1, None))
     )
     built = time.perf_counter()
@@ -110,7 +110,7 @@ def prepare(folder: Path) -> None:
 
 
 def _prepare(folder: Path) -> None:
-    from data_pipeline.stream.score_filter import ScoreFilter, counts_path
+    from data_pipeline.stream.score_filter import ScoreFilter, counts_file
 
     real = write_shards(folder, shards=1, shard_tokens=SHARD_TOKENS).shards[0]
     scores = np.random.default_rng(1).random((real.documents, 2))
@@ -129,7 +129,7 @@ def _prepare(folder: Path) -> None:
     kept = int((scores[:, 0].astype(np.float32) >= np.float32(0.1)).sum())
     rows = list(itertools.repeat([kept, kept * DOCUMENT, DOCUMENT, digest], SHARDS))
     record = {"manifest": manifest.content_hash, "filter": filter.filter_hash, "shards": rows}
-    replace_file(counts_path(manifest, filter), json.dumps(record).encode())
+    replace_file(folder / counts_file(manifest, filter), json.dumps(record).encode())
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from data_pipeline.stream import IGNORED, BatchLoader, DamageLimitError, Manifest, StreamState, TokenStream
+from data_pipeline.stream import IGNORED, BatchLoader, DamageLimitError, Manifest, StreamState, build_stream
 from tests.data_pipeline.shard_factory import PAD, make_shards
 
 LENGTH = 16
@@ -19,7 +19,7 @@ def manifest(tmp_path):
 
 
 def make_stream(manifest, **options):
-    return TokenStream(manifest, sequence_length=LENGTH, seed=9, **options)
+    return build_stream(manifest, sequence_length=LENGTH, seed=9, **options)
 
 
 def truncate(path):
