@@ -168,6 +168,9 @@ class TokenStream:
         while filled < present:
             begin = start + filled - (int(order.ends[place - 1]) if place else 0)
             count = min(int(order.ends[place]) - start, present) - filled
+            if count == 0:  # a shard of which the filter keeps nothing
+                place += 1
+                continue
             view = self._view(epoch, int(shards[order.shards[place]]))
             self._prefetch(shards[order.shards[place + 1 : place + 1 + self.window]])
             piece = buffer[filled : filled + count]

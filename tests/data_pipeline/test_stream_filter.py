@@ -52,6 +52,16 @@ def test_the_stream_feeds_what_the_band_keeps_and_nothing_else(manifest):
     assert (missing >= 0).all()
 
 
+def test_a_shard_of_which_nothing_is_kept_is_passed_over(manifest):
+    empty = manifest.shards[2]
+    save_scores(manifest.directory, empty, "small", np.full((empty.documents, 2), 0.9))
+    counts = counting.count(manifest, BAND)
+    assert counts.tokens[2] == 0
+    stream = make_stream(manifest, sequence_length=4000)
+    assert len(targets_of_an_epoch(stream)) == counts.tokens.sum() - 1
+    assert stream.damaged == 0
+
+
 def test_bands_by_source_and_language(manifest):
     filter = ScoreFilter(
         scores="small", default=(0.9, None), bands={"a": (None, 0.5), "b/de": (0.4, 0.6), "*/en": (None, None)}
