@@ -182,6 +182,29 @@ def test_stages_and_filters_are_named_as_module_and_object():
             load_document_stage(name)
 
 
+def test_the_trainer_s_settings_make_the_same_stream(manifest):
+    from megatron_tn.config import DataConfig, TrainConfig
+    from megatron_tn.train import open_stream
+
+    counting.count(manifest, german)
+    data = DataConfig(
+        manifest=f"{manifest.directory}/manifest.json",
+        sequence_length=LENGTH,
+        shuffle_window=3,
+        filter=f"{__name__}:german",
+        document_stages=[f"{__name__}:masked"],
+        max_damaged=7,
+    )
+    stream = open_stream(dataclasses.replace(TrainConfig(), seed=3, data=data))
+    stage = DocumentStage(f"{__name__}:masked", masked)
+    wanted = build_stream(
+        manifest, sequence_length=LENGTH, seed=3, window=3, filter=german, document_stages=[stage], max_damaged=7
+    )
+    assert stream.stream_hash == wanted.stream_hash
+    assert stream.max_damaged == 7
+    assert batches_hash([everything(stream)]) == batches_hash([everything(wanted)])
+
+
 def test_a_filter_of_one_s_own_is_counted_and_kept_to(manifest):
     with pytest.raises(InputError, match=r"not counted yet; run data_pipeline\.stream\.count\.count"):
         build_stream(manifest, sequence_length=LENGTH, seed=3, filter=german)
