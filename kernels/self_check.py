@@ -19,7 +19,7 @@ from kernels.norm_gate.op import apply_rms_scale, gate_with_square_sum
 from kernels.sglu import reference as sglu_reference
 from kernels.sglu.op import sglu
 from kernels.srmsnorm import reference as srmsnorm_reference
-from kernels.srmsnorm.op import simple_rms_norm
+from kernels.srmsnorm.op import add_simple_rms_norm, simple_rms_norm
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +128,12 @@ def _checks(
         y, square_sum = gate_with_square_sum(o, u)
         return apply_rms_scale(y, square_sum, o.shape[-1])
 
+    def residual_norm(x: Tensor, update: Tensor) -> Tensor:
+        return torch.cat(add_simple_rms_norm(x, update), dim=-1)
+
+    def exact_residual_norm(x: Tensor, update: Tensor) -> Tensor:
+        return torch.cat((x + update, srmsnorm_reference.simple_rms_norm(x + update)), dim=-1)
+
     key, value = (1, length, heads, key_width), (1, length, heads, value_width)
     rows = (65, heads * value_width)
     yield _Check("lightning_attention", attention, attention, (key, key, value))
@@ -137,6 +143,7 @@ def _checks(
         theta = (heads, 1, value_width)
         yield _Check("gla_theta", of_theta, of_theta, (theta,), LARGEST_THETA_ERROR)
     yield _Check("simple_rms_norm", simple_rms_norm, srmsnorm_reference.simple_rms_norm, (rows,))
+    yield _Check("add_simple_rms_norm", residual_norm, exact_residual_norm, (rows, rows))
     yield _Check("norm_gate", norm_gate, norm_gate_reference.norm_gate, (rows, rows))
     yield _Check("sglu", sglu, sglu_reference.sglu, ((65, glu_width),) * 2)
 

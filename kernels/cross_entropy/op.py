@@ -4,8 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels import dispatch
-from kernels.cross_entropy.pieces import add_weight_gradient, form_logits
+from kernels.cross_entropy.pieces import add_weight_gradient, head_exponentials, head_gradient_, head_totals_
 from kernels.numerics import accumulation_dtype
 
 
@@ -57,10 +56,9 @@ def linear_cross_entropy(
 
 
 def default_chunk_tokens(tokens: int, rows: int, cuda: bool) -> int:
-    """A 16th of the tokens: their fp32 logits, which the gradient is written over, are an eighth of all logits in bf16.
-    On a CPU, where the gradient is formed beside them, a 32nd. More where the chunk would be too small to fill the
-    machine: 2^24 logits on a GPU, 2^21 (8 MiB) on a CPU."""
-    return min(tokens, max(-(-tokens // (16 if cuda else 32)), 2 ** (24 if cuda else 21) // rows, 1))
+    """An 8th of the tokens, so that what is kept of their logits, in bf16, is an 8th of all logits; on a CPU, where it
+    may be fp32, a 32nd. More where the chunk would not fill the machine: 2^24 logits on a GPU, 2^21 on a CPU."""
+    return min(tokens, max(-(-tokens // (8 if cuda else 32)), 2 ** (24 if cuda else 21) // rows, 1))
 
 
 @torch.library.custom_op("megatron_tn::local_targets", mutates_args=())
@@ -86,51 +84,6 @@ def _local_targets_fake(targets, ignore_index, vocab_start, rows, vocab_size):
     return torch.empty_like(targets), torch.empty_like(targets, dtype=torch.bool)
 
 
-@torch.library.custom_op("megatron_tn::softmax_statistics", mutates_args=())
-def _statistics(logits: Tensor, rows: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """logits [n, V], of whose columns the first `columns` count; rows [n], the target's column or -1 -> the highest
-    logit [n]; and, [2, n], the sum of exp(logit - highest) and the target's logit, 0 where there is none."""
-    if _backend(logits) == "triton":
-        from kernels.cross_entropy import triton_softmax
-
-        return triton_softmax.statistics(logits, rows, columns)
-    if columns == 0:  # a rank whose rows are all padding
-        highest = logits.new_full(logits.shape[:1], torch.finfo(logits.dtype).min)
-        return highest, logits.new_zeros(2, logits.shape[0])
-    true = logits[:, :columns]
-    highest = true.amax(dim=1)
-    picked = true.gather(1, rows.clamp(min=0)[:, None])[:, 0].masked_fill_(rows < 0, 0)
-    return highest, torch.stack(((true - highest[:, None]).exp_().sum(dim=1), picked))
-
-
-@_statistics.register_fake
-def _statistics_fake(logits, rows, columns):
-    return logits.new_empty(logits.shape[:1]), logits.new_empty(2, logits.shape[0])
-
-
-@torch.library.custom_op("megatron_tn::softmax_gradient_", mutates_args=("logits",))
-def _gradient_(
-    logits: Tensor, rows: Tensor, kept: Tensor, normalizer: Tensor, columns: int, dtype: torch.dtype
-) -> None:
-    """Write softmax - one_hot(target), zero for tokens not kept and for padding, over logits [n, V]: as `dtype`, from
-    the start of every row's own memory."""
-    if _backend(logits) == "triton":
-        from kernels.cross_entropy import triton_softmax
-
-        triton_softmax.gradient_(logits, rows, kept, normalizer, columns, dtype)
-        return
-    gradient = (logits - normalizer[:, None]).exp_()
-    gradient.scatter_add_(1, rows.clamp(min=0)[:, None], -(rows >= 0).to(logits.dtype)[:, None])
-    gradient.masked_fill_(~kept[:, None], 0)
-    gradient[:, columns:] = 0
-    logits.view(dtype)[:, : logits.shape[1]] = gradient
-
-
-@_gradient_.register_fake
-def _gradient_fake(logits, rows, kept, normalizer, columns, dtype):
-    return None
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     # Not a custom operator, because those take no process group. What it calls is registered, and the FLOP counter
     # sees its products.
@@ -140,41 +93,45 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         dhidden = torch.empty_like(hidden) if needs_hidden else None
         dweight = torch.empty(weight.shape, dtype=wide, device=weight.device) if needs_weight else None
-        losses = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
+        losses, scales = [], []
 
+        hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
         columns = min(max(true_rows, 0), weight.shape[0])
         for start in range(0, hidden.shape[0], chunk):
             piece = slice(start, start + chunk)
-            logits = form_logits(hidden[piece], weight)
-            highest, sums = torch.ops.megatron_tn.softmax_statistics(logits, rows[piece], columns)
+            h = hidden[piece]
+            exponentials, reference, picked, highest, sums = head_exponentials(h, weight, rows[piece], columns)
             if group is not None:
-                local = highest
-                highest = highest.clone()
                 dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-                sums[0] *= (local - highest).exp()
-                dist.all_reduce(sums, group=group)
-            normalizer = highest + sums[0].log()
-            losses[piece] = (normalizer - sums[1]).masked_fill_(~kept[piece], 0)
+            reference, total = head_totals_(exponentials, sums, reference, h, weight, highest, columns)
+            if group is not None:
+                both = torch.stack((total, picked))
+                dist.all_reduce(both, group=group)
+                total, picked = both.unbind()
+            normalizer = highest + total.log()
+            losses.append((normalizer - picked).masked_fill_(~kept[piece], 0))
             if needs_hidden or needs_weight:
-                torch.ops.megatron_tn.softmax_gradient_(
-                    logits, rows[piece], kept[piece], normalizer, columns, hidden.dtype
-                )
-                dlogits = logits.view(hidden.dtype)[:, : weight.shape[0]]
-            if needs_hidden:
-                torch.mm(dlogits, weight, out=dhidden[piece])
+                scale, scaled = head_gradient_(exponentials, h, rows[piece], kept[piece], reference, normalizer, picked)
+                scales.append(scale)
             if needs_weight:
-                add_weight_gradient(dweight, dlogits, hidden[piece], first=start == 0)
+                add_weight_gradient(dweight, exponentials, scaled, first=start == 0)
+            if needs_hidden and exponentials.dtype == hidden.dtype:
+                torch.mm(exponentials, weight, out=dhidden[piece])
+            elif needs_hidden:  # scaled before it is narrowed
+                dhidden[piece] = torch.mm(exponentials, weight.to(wide)) * scale[:, None]
+                scale.fill_(1)
 
-        ctx.save_for_backward(dhidden, dweight)
+        ctx.save_for_backward(dhidden, dweight, torch.cat(scales) if needs_hidden else None)
         ctx.dtype = weight.dtype
+        losses = torch.cat(losses)
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
 
     @staticmethod
     def backward(ctx, dloss, _):
-        dhidden, dweight = ctx.saved_tensors
+        dhidden, dweight, scales = ctx.saved_tensors
         if dhidden is not None:
-            dhidden = dhidden * dloss.to(dhidden.dtype)
+            dhidden = torch.mul(dhidden, (scales * dloss)[:, None], out=torch.empty_like(dhidden))
         if dweight is not None:
             dweight = torch.mul(dweight, dloss, out=torch.empty_like(dweight, dtype=ctx.dtype))
         return dhidden, dweight, None, None, None, None, None, None
@@ -197,8 +154,3 @@ def _check(
         raise ValueError(f"vocab_start={vocab_start} must be >= 0 and vocab_size={vocab_size} >= 1")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk_tokens={chunk} must be >= 1")
-
-
-def _backend(logits: Tensor) -> str:
-    unsupported = "fp64 is for references" if logits.dtype == torch.float64 else None
-    return dispatch.choose("linear_cross_entropy", logits, unsupported)

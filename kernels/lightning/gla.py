@@ -4,14 +4,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import dispatch
 from kernels.lightning import gla_plain
 from kernels.lightning.check import check_gla, check_positions, check_values
-from kernels.lightning.op import MAX_TRITON_WIDTH, empty_starts, empty_state
+from kernels.lightning.fused import backend, parts
+from kernels.lightning.op import empty_starts, empty_state
+from kernels.lightning.step import gla_step
 from kernels.numerics import accumulation_dtype
-
-MAX_TRITON_LRPE_WIDTH = 128
-MAX_TRITON_ROW = 65536
 
 
 def gla(
@@ -46,6 +44,10 @@ def gla(
     Raises ValueError naming the argument that does not fit.
     """
     check_gla(qkvu, decay, theta, act, positions, initial_state, cu_seqlens)
+    one_token = qkvu.shape[1] == 1 and initial_state is not None and cu_seqlens is None
+    if one_token and not _tracked(qkvu, theta, initial_state):
+        y, square_sum, state = gla_step(qkvu, initial_state, decay, theta, act, gate, positions)
+        return y, square_sum, state if return_state else None
     if initial_state is None and not return_state and qkvu.is_cuda:
         positions = None  # only distances matter
     # An operator of its own, whose result selective recomputation need not keep. It has no gradient: gla's runs back
@@ -239,23 +241,8 @@ def _backward_flops(dy, dsquare_sum, dstate, o, qkvu_shape, decay_shape, theta_s
     return 2 * _forward_flops(qkvu_shape, None, decay_shape, theta_shape)
 
 
-def parts(qkvu: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """q, k, v, u: views [B, T, H, d] of [B, T, 4 H d]."""
-    batch, total, fused = qkvu.shape
-    return qkvu.view(batch, total, 4, heads, fused // 4 // heads).unbind(2)
-
-
-def backend(v: Tensor, theta: Tensor | None) -> str:
-    """Which implementation runs for v [B, T, H, d]."""
-    width, unsupported = v.shape[-1], None
-    limit = MAX_TRITON_WIDTH if theta is None else MAX_TRITON_LRPE_WIDTH
-    if v.dtype == torch.float64:
-        unsupported = "tensor cores' fp32 sums cannot serve float64 inputs"
-    elif width > limit:
-        unsupported = f"the width {width} exceeds {limit}{'' if theta is None else ', the most that LRPE may double'}"
-    elif width * v.shape[2] > MAX_TRITON_ROW:
-        unsupported = f"H d = {width * v.shape[2]} exceeds {MAX_TRITON_ROW}"
-    return dispatch.choose("gla", v, unsupported)
+def _tracked(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _key(v: Tensor, theta: Tensor | None) -> int:

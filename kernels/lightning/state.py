@@ -6,7 +6,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels.lightning import chunked, gla_plain
 from kernels.lightning.check import check_gla, check_inputs, check_positions, check_values
-from kernels.lightning.gla import backend, parts
+from kernels.lightning.fused import backend, parts
 from kernels.lightning.op import backend as plain_backend
 from kernels.lightning.op import empty_state
 from kernels.numerics import accumulation_dtype

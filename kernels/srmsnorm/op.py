@@ -34,6 +34,34 @@ def add_simple_rms_norm(x: Tensor, residual: Tensor, eps: float = 1e-6) -> tuple
     return torch.ops.megatron_tn.add_srmsnorm_forward(x, residual, eps)
 
 
+def branch_simple_rms_norm(x: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """(x, simple_rms_norm(x)) for a branch that leaves a stream: the gradients of the two, the stream's and the
+    branch's, are summed in the same pass that takes the second through the norm.
+
+    x: [..., D]. The first result is x itself, under autograd. Raises ValueError as simple_rms_norm does.
+    """
+    _check(x, eps)
+    return _Branch.apply(x, eps)
+
+
+class _Branch(torch.autograd.Function):
+    # Not a registered operator, because those may not hand back their input. What it calls is registered.
+    @staticmethod
+    def forward(ctx, x, eps):
+        ctx.save_for_backward(x)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        return x, torch.ops.megatron_tn.srmsnorm_forward(x, eps)
+
+    @staticmethod
+    def backward(ctx, dx, dy):
+        if dy is None:
+            return dx, None
+        if dx is None:
+            return torch.ops.megatron_tn.srmsnorm_backward(dy, *ctx.saved_tensors, ctx.eps), None
+        return torch.ops.megatron_tn.add_srmsnorm_backward(dx, dy, *ctx.saved_tensors, ctx.eps), None
+
+
 def _check(x: Tensor, eps: float) -> None:
     if x.dim() == 0 or not torch.is_floating_point(x):
         raise ValueError(f"x.shape={tuple(x.shape)}, x.dtype={x.dtype} must be [..., D] of a floating type")

@@ -33,8 +33,9 @@ class Block(nn.Module):
         return_state: bool = False,
         part: SequenceSlice | None = None,
     ) -> tuple[Tensor, Tensor | None]:
+        x, normed = self.token_norm(x)
         mixed, state = self.token_mixer(
-            self.token_norm(x),
+            normed,
             positions,
             decay,
             cu_seqlens=cu_seqlens,
@@ -42,6 +43,5 @@ class Block(nn.Module):
             return_state=return_state,
             part=part,
         )
-        x = x + mixed
-        x = x + self.channel_mixer(self.channel_norm(x))
-        return x, state
+        x, normed = self.channel_norm(x, mixed)  # of x + mixed
+        return x + self.channel_mixer(normed), state

@@ -5,19 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernels import simple_rms_norm
+from kernels import add_simple_rms_norm, branch_simple_rms_norm
 from megatron_tn.parallel.sharding import ShardSpec, mark
 
 
 class SimpleRMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) over the last dimension, statistics in fp32 (arXiv 2307.14995, equation 12)."""
+    """x / sqrt(mean(x^2) + eps) over the last dimension, statistics in fp32 (arXiv 2307.14995, equation 12).
+
+    It stands where a branch leaves the residual stream: x, and what the branch before it adds to x (if one does), go
+    in; their sum and the normed sum come out. Sum and norm are one pass over memory, forward and backward.
+    """
 
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return simple_rms_norm(x, self.eps)
+    def forward(self, x: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return branch_simple_rms_norm(x, self.eps) if update is None else add_simple_rms_norm(x, update, self.eps)
 
 
 class RMSNorm(SimpleRMSNorm):
@@ -27,8 +31,9 @@ class RMSNorm(SimpleRMSNorm):
         super().__init__(width, eps)
         self.weight = mark(nn.Parameter(torch.empty(width)), ShardSpec((width,)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.weight
+    def forward(self, x: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, normed = super().forward(x, update)
+        return x, normed * self.weight
 
 
 NORMS = {"simplermsnorm": SimpleRMSNorm, "rmsnorm": RMSNorm}

@@ -92,7 +92,7 @@ class TransNormerModel(nn.Module):
             before = None if state is None else state.layers[layer]
             x, after = block(x, positions, decay[layer], cu_seqlens, before, return_state, part)
             states.append(after)
-        x = self.final_norm(x)
+        _, x = self.final_norm(x)
         return x, RecurrentState(states, start + tokens.shape[1]) if return_state else None
 
 

@@ -27,6 +27,7 @@ from data_pipeline.stream import (
 )
 from data_pipeline.stream import count as counting
 from data_pipeline.stream import pipeline as stages_of
+from data_pipeline.stream.score_filter import counts_file
 from tests.data_pipeline.shard_factory import BOS, EOS, make_shards
 
 LENGTH = 16
@@ -206,6 +207,7 @@ def test_the_trainer_s_settings_make_the_same_stream(manifest):
 
 
 def test_a_filter_of_one_s_own_is_counted_and_kept_to(manifest):
+    (manifest.directory / counts_file(manifest, german)).unlink(missing_ok=True)
     with pytest.raises(InputError, match=r"not counted yet; run data_pipeline\.stream\.count\.count"):
         build_stream(manifest, sequence_length=LENGTH, seed=3, filter=german)
     counts = counting.count(manifest, german)

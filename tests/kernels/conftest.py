@@ -20,8 +20,9 @@ TRITON_MODULES = (
     "kernels.lightning.triton_gate",
     "kernels.lightning.launch",
     "kernels.lightning.launch_gla",
+    "kernels.lightning.triton_step",
     "kernels.norm_gate.triton_norm_gate",
-    "kernels.cross_entropy.triton_softmax",
+    "kernels.cross_entropy.triton_head",
     "kernels.sglu.triton_sglu",
     "kernels.srmsnorm.triton_norm",
 )

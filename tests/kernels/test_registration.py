@@ -46,6 +46,20 @@ def operators():
             (torch.randn(1, 9, 2, 8), *(a.detach() for a in (q, theta)), positions),
         ),
         "local_targets": (ops.local_targets, (targets, -100, 2, 4, 6)),
+        **head_operators(),
+    }
+
+
+def head_operators():
+    """The steps of the cross-entropy, called under no autograd of their own."""
+    ops = torch.ops.megatron_tn
+    hidden, weight, exponentials = torch.randn(3, 4), torch.randn(5, 4), torch.rand(3, 5)
+    rows, kept = torch.tensor([0, 3, -1]), torch.tensor([True, True, False])
+    a, b, c = torch.randn(3, 3).unbind()
+    return {
+        "head_exponentials": (ops.head_exponentials, (hidden, weight, rows, 4)),
+        "head_totals_": (ops.head_totals_, (exponentials, a, b, hidden, weight, c, 4)),
+        "head_gradient_": (ops.head_gradient_, (exponentials, hidden, rows, kept, a, b, c)),
     }
 
 
@@ -80,6 +94,7 @@ def gla_operators(decay, bounds):
             ops.lightning_state_backward,
             plain(narrow, leaf(1, 9, 2, 4), leaf(1, 9, 2, 4), decay, narrow, None),
         ),
+        "gla_step": (ops.gla_step, plain(qkvu[:, :1], narrow, decay, None, "silu", True, positions[:1])),
         "gla_state": (ops.gla_state, (qkvu, decay, theta, "silu", positions, state, bounds)),
         "gla_state_backward": (
             ops.gla_state_backward,

@@ -19,7 +19,8 @@ def check(device: str, dtype=torch.float32, **changes) -> dict[str, float]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_plain_pytorch_passes(dtype):
-    names = ["lightning_attention", "gla", "gla_theta", "simple_rms_norm", "norm_gate", "sglu"]
+    norms = ["simple_rms_norm", "add_simple_rms_norm", "norm_gate"]
+    names = ["lightning_attention", "gla", "gla_theta", *norms, "sglu"]
     assert list(check("cpu", dtype, key_width=48)) == names
     assert list(check("cpu", dtype)) == [name for name in names if name != "gla_theta"]
 

@@ -69,6 +69,24 @@ def test_bf16_with_the_residual_add_on_the_gpu(cuda, width):
     check_add((33, width), torch.bfloat16, cuda)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+def test_a_branch_leaves_the_stream_as_it_is(dtype):
+    """Equal to the norm beside the stream itself, whichever of the two results a loss depends on."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 33, dtype=dtype)
+    dstream, dnormed = torch.randn_like(x), torch.randn_like(x)
+    for used in [(0,), (1,), (0, 1)]:
+        leaf, same = (x.clone().requires_grad_() for _ in range(2))
+        stream, normed = kernels.branch_simple_rms_norm(leaf * 1)
+        assert torch.equal(stream, x)
+        assert torch.equal(normed, kernels.simple_rms_norm(x))
+        exact = same * 1
+        pairs = [((stream, dstream), (exact, dstream)), ((normed, dnormed), (kernels.simple_rms_norm(exact), dnormed))]
+        (dx,) = torch.autograd.grad([pairs[i][0][0] for i in used], leaf, [pairs[i][0][1] for i in used])
+        (expected,) = torch.autograd.grad([pairs[i][1][0] for i in used], same, [pairs[i][1][1] for i in used])
+        assert_close("dx", (dx,), (expected,), TOLERANCE[dtype])
+
+
 def test_the_residual_must_fit():
     with pytest.raises(ValueError, match=r"residual is \(3,\) torch.float32; they must be alike"):
         kernels.add_simple_rms_norm(torch.ones(2, 3), torch.ones(3))

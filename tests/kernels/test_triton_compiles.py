@@ -183,13 +183,49 @@ def test_sglu(capability, silu):
 
 
 @pytest.mark.parametrize("capability", sorted(TILES))
-def test_cross_entropy(capability):
-    from kernels.cross_entropy import triton_softmax
+@pytest.mark.parametrize("with_lrpe", [False, True], ids=["plain", "lrpe"])
+def test_decoding_step(capability, with_lrpe):
+    from kernels.lightning import triton_step
 
-    special = {"logits_pointer": "*fp32", "rows_pointer": "*i64", "kept_pointer": "*i1"}
-    special |= dict.fromkeys(("highest_pointer", "sums_pointer", "normalizer_pointer"), "*fp32")
-    for kernel in (triton_softmax.statistics_kernel, triton_softmax.gradient_kernel):
-        types = {"gradient_pointer": "*bf16"} | special
-        types = {name: types[name] for name in kernel.arg_names if name in types}
-        constants = {"BLOCK": triton_softmax.BLOCK}
-        assert resources(compiled(kernel, capability, types, constants, num_warps=triton_softmax.WARPS))[1] == 0
+    types = dict.fromkeys(("x_pointer", "theta_pointer", "y_pointer"), "*bf16") | {"positions_pointer": "*i64"}
+    types |= dict.fromkeys(("decay_pointer", "state_pointer", "new_state_pointer", "sums_pointer"), "*fp32")
+    constants = {"ACT": 1, "QUICK": True, "GATE": True, "SUMMED": 256 if with_lrpe else 128, "SLICE": triton_step.SLICE}
+    if not with_lrpe:
+        constants |= {"theta_pointer": None, "positions_pointer": None}
+        types = {name: type_ for name, type_ in types.items() if name not in constants}
+    kernel = compiled(triton_step.step_kernel, capability, types, constants, num_warps=triton_step.WARPS)
+    assert resources(kernel)[1] == 0
+
+
+@pytest.mark.parametrize("capability", sorted(TILES))
+def test_cross_entropy(capability):
+    from kernels.cross_entropy import triton_head
+    from kernels.cross_entropy.tiles import TILES as HEAD_TILES
+
+    tile = HEAD_TILES[capability]
+    blocks = {
+        "hidden": (tile.tokens, tile.depth),
+        "weight": (tile.vocabulary, tile.depth),
+        "out": (tile.tokens, tile.vocabulary),
+    }
+    described = capability >= 9
+    for repair in (False, True):
+        types = {name: f"tensordesc<bf16[{r}, {c}]>" if described else "*bf16" for name, (r, c) in blocks.items()}
+        types |= dict.fromkeys(("reference_pointer", "highest_pointer", "sums_pointer"), "*fp32") | {"limit": "fp32"}
+        constants = {"REPAIR": repair, "BLOCK_T": tile.tokens, "BLOCK_V": tile.vocabulary, "BLOCK_D": tile.depth}
+        constants |= {"STAGES": tile.stages, "DESCRIPTORS": described}
+        kernel = compiled(
+            triton_head.exponentials_kernel, capability, types, constants, num_warps=tile.warps, num_stages=tile.stages
+        )
+        shared, spilled = resources(kernel)
+        assert shared <= SHARED_MEMORY[capability]
+        assert spilled == 0
+    types = dict.fromkeys(("hidden_pointer", "weight_pointer", "exponentials_pointer", "scaled_pointer"), "*bf16")
+    types |= {"rows_pointer": "*i64", "kept_pointer": "*i1", "limit": "fp32"}
+    for kernel, constants in (
+        (triton_head.reference_kernel, {"BLOCK": 1024}),
+        (triton_head.totals_kernel, {"BLOCK": 64, "BLOCK_T": 32}),
+        (triton_head.gradient_kernel, {"BLOCK": 1024}),
+    ):
+        found = {n: types.get(n, "*fp32") for n in kernel.arg_names if n.endswith("pointer") or n in types}
+        assert resources(compiled(kernel, capability, found, constants, num_warps=4))[1] == 0

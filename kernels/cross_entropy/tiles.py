@@ -1,0 +1,18 @@
+"""The Triton tile of the head's product, per architecture: pinned, so that all ranks and runs agree."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class HeadTile:
+    """tokens x vocabulary: the logits a program forms, `depth` of the width at a time. warps, stages: Triton's."""
+
+    tokens: int
+    vocabulary: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# Compute capability, major: 8 is the A100 (163 KiB of shared memory a program), 9 the H100 and H200 (227 KiB).
+TILES = {8: HeadTile(128, 128, 32, 8, 3), 9: HeadTile(64, 256, 64, 4, 4)}

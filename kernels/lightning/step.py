@@ -1,0 +1,46 @@
+"""One token of decoding: the state's update and the output, of the fused projection."""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels.lightning import gla_plain
+from kernels.lightning.fused import backend, parts
+from kernels.numerics import accumulation_dtype
+
+
+@torch.library.custom_op("megatron_tn::gla_step", mutates_args=())
+def gla_step(
+    qkvu: Tensor,
+    state: Tensor,
+    decay: Tensor,
+    theta: Tensor | None,
+    act: str,
+    gate: bool,
+    positions: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gla` for one token: qkvu [B, 1, 4 H d] and state [B, H, K, d] fp32 -> y, the sum of o^2, the next state.
+
+    positions: [1] or [B, 1]. Outside autograd, which has `gla_forward`.
+    """
+    q, k, v, u = parts(qkvu, decay.shape[0])
+    if backend(v, theta) == "triton":
+        from kernels.lightning import triton_step
+
+        return triton_step.step(qkvu, state, decay, theta, act, gate, positions)
+    _, y, square_sum, state = gla_plain.forward(q, k, v, u, decay, theta, act, gate, positions, state, None)
+    return y.flatten(2).contiguous(), square_sum, state
+
+
+@gla_step.register_fake
+def _fake(qkvu, state, decay, theta, act, gate, positions):
+    batch, _, fused = qkvu.shape
+    wide = accumulation_dtype(qkvu.dtype)
+    return qkvu.new_empty(batch, 1, fused // 4), qkvu.new_empty(batch, 1, dtype=wide), state.new_empty(state.shape)
+
+
+@register_flop_formula(torch.ops.megatron_tn.gla_step)
+def _flops(qkvu_shape, state_shape, *args, out_shape=None, **kwargs) -> int:
+    """4 B H K d: the recurrence's two products."""
+    batch, heads, summed, width = state_shape
+    return 4 * batch * heads * summed * width

@@ -1,0 +1,121 @@
+"""One token of decoding in one kernel: a program owns a head's state, a slice of the value width wide.
+
+The state is read, faded, added to, read out and written: 8 bytes moved an element, beside which all else is small. Key
+and query are activated (and turned, with LRPE) by every program that needs them, in fp32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.lightning.configs import padded
+from kernels.lightning.triton_features import ACTIVATIONS, activate, cos_sin, turn_fraction
+
+SLICE, WARPS = 32, 4  # columns of the state: rows of 128 bytes
+
+
+@triton.jit
+def step_kernel(
+    x_pointer,  # [B, 4 H d]: q | k | v | u
+    theta_pointer,  # [H d], or None: no LRPE
+    positions_pointer,  # [B] or [1], or None: 0
+    decay_pointer,  # [H] fp32
+    state_pointer,  # [B, H, K, d] fp32
+    new_state_pointer,  # [B, H, K, d] fp32
+    y_pointer,  # [B, H d]
+    sums_pointer,  # [B, H, slices] fp32: parts of the sum of o^2
+    x_row,
+    positions_row,
+    heads,
+    width,  # d
+    summed_width,  # K: d, or 2 d with LRPE
+    slices,
+    ACT: tl.constexpr,
+    QUICK: tl.constexpr,
+    GATE: tl.constexpr,
+    SUMMED: tl.constexpr,
+    SLICE: tl.constexpr,
+):
+    piece = tl.program_id(0) % slices
+    row_head = tl.program_id(0) // slices
+    row = row_head // heads
+    head = row_head % heads
+    i = tl.arange(0, SUMMED)
+    column = piece * SLICE + tl.arange(0, SLICE)
+    held = i < summed_width
+    wanted = column < width
+    source = tl.where(i < width, i, i - width)  # the second half of LRPE's features are the same elements' sines
+
+    x = x_pointer + row.to(tl.int64) * x_row + head * width
+    part = heads * width
+    q = activate(tl.load(x + source, mask=held, other=0.0).to(tl.float32), ACT, QUICK)
+    k = activate(tl.load(x + part + source, mask=held, other=0.0).to(tl.float32), ACT, QUICK)
+    if theta_pointer is not None:
+        position = tl.zeros([1], tl.int64)
+        if positions_pointer is not None:
+            position += tl.load(positions_pointer + row * positions_row).to(tl.int64)
+        fraction = turn_fraction(tl.load(theta_pointer + head * width + source, mask=held, other=0.0))
+        cos, sin = cos_sin(position, fraction, QUICK)
+        turn = tl.where(i < width, tl.reshape(cos, [SUMMED]), tl.reshape(sin, [SUMMED]))
+        q *= turn
+        k *= turn
+    # One plus the exponential of a padded zero is not zero.
+    q = tl.where(held, q, 0.0)
+    k = tl.where(held, k, 0.0)
+    v = tl.load(x + 2 * part + column, mask=wanted, other=0.0).to(tl.float32)
+
+    at = row_head.to(tl.int64) * summed_width * width + i[:, None] * width + column[None, :]
+    mask = held[:, None] & wanted[None, :]
+    state = tl.load(state_pointer + at, mask=mask, other=0.0)
+    state = state * tl.exp(-tl.load(decay_pointer + head)) + k[:, None] * v[None, :]
+    tl.store(new_state_pointer + at, state, mask=mask)
+    o = tl.sum(state * q[:, None], 0)
+    tl.store(sums_pointer + tl.program_id(0), tl.sum(o * o, 0))
+    if GATE:
+        o *= tl.load(x + 3 * part + column, mask=wanted, other=0.0).to(tl.float32)
+    y_at = y_pointer + row_head.to(tl.int64) * width + column
+    tl.store(y_at, o.to(y_pointer.dtype.element_ty), mask=wanted)
+
+
+def step(
+    qkvu: Tensor,
+    state: Tensor,
+    decay: Tensor,
+    theta: Tensor | None,
+    act: str,
+    gate: bool,
+    positions: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `gla_step` in step.py."""
+    batch, _, fused = qkvu.shape
+    _, heads, summed, width = state.shape
+    slices = triton.cdiv(width, SLICE)
+    state, qkvu = state.contiguous(), qkvu if qkvu.stride(-1) == 1 else qkvu.contiguous()
+    new_state = torch.empty(state.shape, dtype=torch.float32, device=qkvu.device)
+    y = torch.empty(batch, 1, fused // 4, dtype=qkvu.dtype, device=qkvu.device)
+    sums = torch.empty(batch, 1, heads * slices, dtype=torch.float32, device=qkvu.device)
+    with torch.cuda.device_of(qkvu):
+        step_kernel[(batch * heads * slices,)](
+            qkvu,
+            None if theta is None else theta.contiguous(),
+            positions,
+            decay.to(torch.float32),
+            state,
+            new_state,
+            y,
+            sums,
+            qkvu.stride(0),
+            0 if positions is None or positions.dim() == 1 else positions.stride(0),
+            heads,
+            width,
+            summed,
+            slices,
+            ACT=ACTIVATIONS[act],
+            QUICK=qkvu.dtype == torch.bfloat16,
+            GATE=gate,
+            SUMMED=padded(summed),
+            SLICE=SLICE,
+            num_warps=WARPS,
+        )
+    return y, sums.sum(-1), new_state

@@ -1,0 +1,96 @@
+"""One token of decoding against the fp64 recurrence, and against gla token by token."""
+
+import pytest
+import torch
+
+import kernels
+from tests.kernels.gla_support import Gated
+from tests.kernels.support import TOLERANCE, assert_close
+
+LRPE = pytest.mark.parametrize("with_lrpe", [False, True], ids=["plain", "lrpe"])
+
+
+def decode(case: Gated):
+    """The three results without autograd, which is what takes the one-token kernel."""
+    with torch.no_grad():
+        return kernels.gla(
+            case.qkvu,
+            case.decay,
+            case.theta,
+            act=case.act,
+            gate=case.gate,
+            positions=case.positions,
+            initial_state=case.initial_state,
+            return_state=True,
+        )
+
+
+def check(**sizes) -> None:
+    case = Gated.random(length=1, begin=70_001, **sizes)
+    got, wanted = decode(case), case.exact()[:3]
+    assert_close("y norm state", (got[0], got[1].sqrt(), got[2]), (wanted[0], wanted[1].sqrt(), wanted[2]),
+                 TOLERANCE[case.qkvu.dtype])  # fmt: skip
+    assert got[0].dtype == case.qkvu.dtype
+    assert got[1].shape == case.qkvu.shape[:2]
+
+
+@LRPE
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_plain_pytorch(dtype, with_lrpe):
+    check(dtype=dtype, with_lrpe=with_lrpe)
+
+
+@LRPE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [8, 48, 80])
+def test_triton(triton_device, width, dtype, with_lrpe):
+    check(dtype=dtype, width=width, with_lrpe=with_lrpe, batch=3, device=triton_device)
+
+
+@pytest.mark.parametrize("act", ["none", "1+elu"])
+def test_triton_with_other_activations_and_no_gate(triton_device, act):
+    check(act=act, gate=False, with_lrpe=act == "none", device=triton_device)
+
+
+@pytest.mark.gpu
+@LRPE
+@pytest.mark.parametrize("batch", [1, 256])
+@pytest.mark.parametrize("width", [64, 128])
+def test_bf16_on_the_gpu(cuda, width, batch, with_lrpe):
+    check(dtype=torch.bfloat16, width=width, batch=batch, with_lrpe=with_lrpe, device=cuda)
+
+
+@LRPE
+def test_triton_views_and_a_position_for_each_row(triton_device, with_lrpe):
+    """A row of a wider tensor, and sequences of a batch that are at different positions."""
+    case = Gated.random(length=1, batch=3, with_lrpe=with_lrpe, device=triton_device)
+    case.positions = torch.tensor([[5], [0], [4096]], device=triton_device)
+    wide = torch.full((3, 1, 2 * case.qkvu.shape[-1]), float("nan"), device=triton_device)
+    wide[..., : case.qkvu.shape[-1]] = case.qkvu
+    case.qkvu = wide[..., : case.qkvu.shape[-1]]
+    together = decode(case)
+    for row in range(3):
+        one = Gated(**vars(case))
+        one.qkvu, one.positions = case.qkvu[row : row + 1], case.positions[row]
+        one.initial_state = case.initial_state[row : row + 1]
+        one.dy, one.dsquare_sum, one.dstate = (x[:1] for x in (case.dy, case.dsquare_sum, case.dstate))
+        wanted = one.exact()[:3]
+        assert_close("y norm state", [x[row : row + 1] for x in together], wanted, 1e-5)
+
+
+@LRPE
+def test_step_by_step_equals_the_whole(with_lrpe):
+    case = Gated.random(length=9, with_lrpe=with_lrpe)
+    y, square_sum, state = decode(case)
+    now = case.initial_state
+    for t in range(9):
+        step = Gated(**vars(case))
+        step.qkvu, step.positions, step.initial_state = case.qkvu[:, t : t + 1], case.positions[t : t + 1], now
+        out, norm, now = decode(step)
+        assert_close("y norm", (out[:, 0], norm[:, 0]), (y[:, t], square_sum[:, t]), 1e-5)
+    assert_close("state", [now], [state], 1e-5)
+
+
+def test_gradients_are_not_lost():
+    """With autograd on, one token goes the way that has a backward pass."""
+    Gated.random(length=1).check()
