@@ -119,11 +119,17 @@ class DataConfig:
     global_batch: int = 64  # sequences per optimizer step, over all ranks
     micro_batch: int = 1  # sequences per forward pass of one rank
     shuffle_window: int = 32  # shards whose sequences are mixed; a batch of neighbours in text teaches less
-    filter: str = ""  # self-cleaning: a YAML file or inline JSON of data_pipeline.stream.ScoreFilter; empty keeps all
+    # Self-cleaning: a YAML file or inline JSON of data_pipeline.stream.ScoreFilter, or a filter of one's own as
+    # module:object; empty keeps all.
+    filter: str = ""
+    # Functions of data_pipeline.stream.Document, as module:function: applied to each document, which keeps its length.
+    document_stages: list[str] = dataclasses.field(default_factory=list)
     # Sources by {epochs: {...}} or {weights: {...}}; on the command line: +data.mixture.epochs.wiki=1.5
     mixture: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     isolate_documents: bool = False  # attention state is reset at document boundaries; the paper cuts without isolation
     workers: int = 1  # reader processes per data-parallel rank; 0 reads in the training process
+    max_damaged: int = 100  # unreadable samples that a rank feeds as padding before it stops
+    cache_bytes: int = 100_000_000_000  # of the local copies of a remote manifest's shards, on each node
     # Batches that are not trained on, each by the number of the step that would: [17, "100-299"]. Kept in checkpoints.
     skip_batches: list[int | str] = dataclasses.field(default_factory=list)
 
@@ -301,6 +307,8 @@ class TrainConfig:
             ("guard", "spike_window", 2),
             ("guard", "skip_before", 0),
             ("guard", "max_rewinds", 0),
+            ("data", "workers", 0),
+            ("data", "max_damaged", 0),
             ("logging", "ranks_every", 0),
             ("logging", "profile_skip", 0),
             ("logging", "profile_steps", 1),

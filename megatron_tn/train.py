@@ -6,23 +6,28 @@ torchrun --nproc-per-node 8 -m megatron_tn.train model=7b parallel.tp=8 data.man
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from webdataset import DataPipeline
 
 from data_pipeline.stream import (
     Batch,
-    BatchLoader,
     InputError,
     Manifest,
     Mixture,
-    ScoreFilter,
     StreamState,
     TokenStream,
+    batches,
+    build_stream,
+    load_document_stage,
+    load_filter,
 )
 from megatron_tn.checkpoint.manifest import Manifest as Checkpoint
 from megatron_tn.cli import command
@@ -63,7 +68,7 @@ def train(config: TrainConfig) -> None:
             flops_per_token=training_flops_per_token(config.model),
         )
         guard = Guard(config.guard, run.report)
-        for microbatches in batches_from(state, config, stream, context, run.progress):
+        for microbatches in batches_from(state, config, stream, context, run.device, run.progress):
             lr = learning_rate(state.step, config.optim, config.schedule)
             if state.skips_next:
                 report = skipped_step(lr)
@@ -120,26 +125,33 @@ def open_stream(config: TrainConfig) -> TokenStream:
     data = config.data
     if not data.manifest:
         raise InputError("not set: name the manifest.json that `python -m data_pipeline.run` wrote")
-    return TokenStream(
-        Manifest.load(data.manifest),
+    return build_stream(
+        Manifest.load(data.manifest, cache_bytes=data.cache_bytes),
         sequence_length=data.sequence_length,
         seed=config.seed,
         isolate_documents=data.isolate_documents,
         window=data.shuffle_window,
-        filter=ScoreFilter.load(data.filter) if data.filter else None,
+        max_damaged=data.max_damaged,
+        filter=load_filter(data.filter) if data.filter else None,
+        document_stages=[load_document_stage(name) for name in data.document_stages],
         mixture=Mixture.parse(data.mixture) if data.mixture else None,
     )
 
 
 def batches_from(
-    state: TrainingState, config: TrainConfig, stream: TokenStream, context: ParallelContext, progress: Progress
+    state: TrainingState,
+    config: TrainConfig,
+    stream: TokenStream,
+    context: ParallelContext,
+    device: torch.device,
+    progress: Progress,
 ) -> Iterator[list[Batch]]:
     """This rank's microbatches of every step from `state` on; after a rewind, which sets `state` back, from there."""
     while state.step < config.last_step:
-        with open_batches(config, stream, context, state) as loader:
+        with contextlib.closing(iter(open_batches(config, stream, context, state, device))) as steps:
             expected = state.step
             progress.at("data", expected + 1)
-            for microbatches in loader:
+            for microbatches in steps:
                 expected += 1
                 progress.at("step")
                 yield microbatches
@@ -149,8 +161,8 @@ def batches_from(
 
 
 def open_batches(
-    config: TrainConfig, stream: TokenStream, context: ParallelContext, state: TrainingState
-) -> BatchLoader:
+    config: TrainConfig, stream: TokenStream, context: ParallelContext, state: TrainingState, device: torch.device
+) -> DataPipeline:
     """This rank's microbatches of every step from `state` to the schedule's end."""
     begun, at, size = state.step, state.samples, config.data.global_batch
 
@@ -160,14 +172,17 @@ def open_batches(
         first += at - batch_of_step(begun, size)[0]
         return (first, samples) if step < config.last_step else None
 
-    return BatchLoader(
-        stream,
-        plan,
-        micro_batch=config.data.micro_batch,
-        rank=context.dp.rank,
-        size=context.dp.size,
-        workers=config.data.workers,
-        step=begun,
+    return DataPipeline(
+        lambda: stream,  # shards -> documents -> filter -> mixture -> packing: see data_pipeline.stream.pipeline
+        batches(
+            plan,
+            micro_batch=config.data.micro_batch,
+            rank=context.dp.rank,
+            size=context.dp.size,
+            workers=config.data.workers,
+            step=begun,
+            device=device,
+        ),
     )
 
 

@@ -220,6 +220,11 @@ class Manifest:
         canonical = json.dumps(CONTENT.dump_python(self.content, mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
+    @property
+    def place(self) -> str:
+        """The folder or URL that the manifest was loaded from."""
+        return self.remote.url if self.remote else str(self.directory)
+
     def local(self, name: str, *, size: int | None = None, sha256: str | None = None) -> Path:
         """Where a file of this manifest can be opened, once it is downloaded if it has to be. Raises OSError."""
         return self.remote.fetch(name, size=size, sha256=sha256) if self.remote else self.directory / name
@@ -230,10 +235,16 @@ class Manifest:
             return self.remote.open(name, size=size, sha256=sha256)
         return FileIO(self.directory / name)
 
-    def read(self, name: str, *, sha256: str | None = None) -> bytes:
-        """All of a file of this manifest. Raises OSError."""
+    def read(self, name: str, *, sha256: str | None = None, fresh: bool = False) -> bytes:
+        """All of a file of this manifest; of a remote one, downloaded anew when it is `fresh` or the cached copy has
+        another hash. Raises OSError."""
+        if self.remote and fresh:
+            self.remote.fetch(name, sha256=sha256, fresh=True)
         with self.open(name, sha256=sha256) as file:
-            return file.readall()
+            data = file.readall()
+        if self.remote and sha256 and not fresh and hashlib.sha256(data).hexdigest() != sha256:
+            return self.read(name, sha256=sha256, fresh=True)
+        return data
 
     def tokenizer_problems(self) -> list[str]:
         """One line when the tokenizer beside the shards is absent or not the one that made them."""
@@ -253,12 +264,16 @@ class Manifest:
         return [problem for shard in self.shards if (problem := self.file_problem(shard))]
 
     def _remote_problems(self) -> list[str]:
-        sizes = self.remote.sizes()
+        wanted = [name for shard in self.shards for name in (shard.name, shard.index)]
+        try:
+            sizes = self.remote.sizes(wanted)
+        except OSError as error:
+            return [str(error)]
         problems = []
         for shard in self.shards:
             if shard.name not in sizes or shard.index not in sizes:
                 problems.append(f"shard {shard.name}: it or its index is missing in {self.remote.url}")
-            elif sizes[shard.name] != shard.size:
+            elif sizes[shard.name] not in (shard.size, None):
                 kind = "truncated" if sizes[shard.name] < shard.size else "altered"
                 problems.append(f"shard {shard.name}: {kind}: {sizes[shard.name]} bytes, {shard.size} in the manifest")
         return problems
@@ -278,16 +293,15 @@ class Manifest:
 
 def _open_remote(path: str, cache: str | Path | None, cache_bytes: int) -> "Remote | None":
     """The remote folder of a manifest's URL, its manifest.json fetched anew; None for a local path."""
-    from data_pipeline.shards.remote import Remote, default_cache, is_remote
+    from data_pipeline.shards.remote import CacheFull, Remote, default_cache, is_remote
 
     if not is_remote(path):
         return None
     url, _, name = path.rpartition("/")
     remote = Remote(url, Path(cache) if cache else default_cache(url), cache_bytes)
-    (remote.folder / name).unlink(missing_ok=True)
     try:
-        remote.fetch(name)
-    except OSError as error:
+        remote.fetch(name, fresh=True)
+    except (OSError, CacheFull) as error:
         raise InputError(f"manifest {path}: {error}") from None
     return remote
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline.errors import InputError
-from data_pipeline.shards.index import OFFSET, TOKENS, build_index
+from data_pipeline.shards.index import OFFSET, TOKENS, build_index, parse_index
 from data_pipeline.shards.manifest import Manifest, Shard
 
 
@@ -16,6 +16,18 @@ class StoredDocument:
 
     tokens: np.ndarray
     metadata: dict
+
+
+def shard_index(manifest: Manifest, shard: Shard) -> np.ndarray:
+    """A shard's index, int64 [documents, 4], checked against the manifest. Raises InputError or OSError."""
+    return parse_index(
+        manifest.read(shard.index, sha256=shard.index_sha256),
+        shard.index,
+        documents=shard.documents,
+        tokens=shard.tokens,
+        size=shard.size,
+        itemsize=manifest.dtype.itemsize,
+    )
 
 
 def read_documents(manifest: Manifest) -> Iterator[StoredDocument]:

@@ -5,6 +5,7 @@ full, the files that were not used for longest go; who has one open keeps readin
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import itertools
@@ -14,20 +15,23 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.errors import InputError
+from data_pipeline.shards.manifest import sha256_of
 from data_pipeline.sources import SCHEME, openable
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 4 << 20
 EVICTED = (".tar", ".npy")  # what the cache may lose; manifests, tokenizers and counts stay
 LONGEST_WAIT = 30.0  # seconds between two attempts
+STALLED = 60.0  # seconds without a byte after which an attempt over HTTP has failed
+ASKING = 16  # files whose sizes are asked for at once
 
 
 def is_remote(path: str) -> bool:
@@ -41,8 +45,8 @@ def is_remote(path: str) -> bool:
     return True
 
 
-class Absent(OSError):
-    """A file that the remote folder does not have: trying again is of no use."""
+class CacheFull(Exception):
+    """The disk of the cache is full. No OSError: it says nothing of the data, and must not be taken for damage."""
 
 
 @dataclass
@@ -53,7 +57,7 @@ class Remote:
     url: str
     folder: Path
     max_bytes: int = 100_000_000_000
-    attempts: int = 6
+    attempts: int = 8
     first_wait: float = 0.5
     downloads: int = 0  # by this process, for tests and logs
     _asked: set[str] = field(default_factory=set, repr=False)
@@ -75,15 +79,23 @@ class Remote:
         self._asked = set()
         self._start()
 
-    def fetch(self, name: str, *, size: int | None = None, sha256: str | None = None) -> Path:
-        """The local copy of a file, downloaded if it is not there. Raises OSError when no attempt gave the file that
-        `size` and `sha256` describe."""
+    def fetch(
+        self,
+        name: str,
+        *,
+        size: int | None = None,
+        sha256: str | None = None,
+        fresh: bool = False,
+        attempts: int | None = None,
+    ) -> Path:
+        """The local copy of a file, downloaded if it is not there or is to be `fresh`. Raises FileNotFoundError when
+        there is none, OSError when no attempt gave the file that `size` and `sha256` describe, CacheFull."""
         path = self.folder / name
         with self._guard:
             lock = self._locks.setdefault(name, threading.Lock())
         with lock:
-            if not path.exists() or (size is not None and path.stat().st_size != size):
-                self._download(name, path, size, sha256)
+            if fresh or not path.exists() or (size is not None and path.stat().st_size != size):
+                self._retry(name, lambda: self._attempt(name, path, size, sha256), attempts)
             with contextlib.suppress(FileNotFoundError):  # another download needed its room already
                 os.utime(path)  # used now
         return path
@@ -91,9 +103,10 @@ class Remote:
     def open(self, name: str, *, size: int | None = None, sha256: str | None = None) -> FileIO:
         """`fetch`, opened: from then on no other download can take it away. Raises OSError."""
         for _ in range(self.attempts):
-            with contextlib.suppress(FileNotFoundError):
-                return FileIO(self.fetch(name, size=size, sha256=sha256))
-        raise OSError(f"{self.url}/{name}: not there, or max_bytes={self.max_bytes} is too small for what is in use")
+            path = self.fetch(name, size=size, sha256=sha256)
+            with contextlib.suppress(FileNotFoundError):  # another download needed its room already
+                return FileIO(path)
+        raise OSError(f"{self.url}/{name}: max_bytes={self.max_bytes} of {self.folder} is too small for what is in use")
 
     def prefetch(self, wanted: list[tuple[str, int, str]]) -> None:
         """Begins to download files (name, size, sha256) that will soon be asked for, as many as fit into half of the
@@ -108,15 +121,46 @@ class Remote:
         for name, size, sha256 in new:
             self._pool.submit(self._try, name, size, sha256)
 
-    def sizes(self) -> dict[str, int]:
-        """{name: bytes} of the remote folder, by one listing."""
+    def sizes(self, names: list[str]) -> dict[str, int | None]:
+        """{name: bytes} of those of these files that the remote folder has, None where it does not say: by one listing,
+        or, where there is none that has sizes (plain HTTP), by asking for each. Raises OSError."""
         filesystem, root = self._filesystem()
-        return {entry["name"].rpartition("/")[2]: entry["size"] for entry in filesystem.ls(root, detail=True)}
+        try:
+            listing = self._retry("", lambda: filesystem.ls(root, detail=True))
+        except (OSError, NotImplementedError):
+            listing = []
+        found = {entry["name"].rpartition("/")[2]: entry["size"] for entry in listing}
+        unknown = [name for name in names if found.get(name) is None] if None in found.values() or not found else []
+        with ThreadPoolExecutor(ASKING) as pool:
+            answers = pool.map(self._size, unknown)
+            found |= {name: size for name, (there, size) in zip(unknown, answers, strict=True) if there}
+        return found
+
+    def _size(self, name: str) -> tuple[bool, int | None]:
+        """Whether a file is there, and its bytes if the server says so."""
+        filesystem, root = self._filesystem()
+        try:
+            return True, self._retry(name, lambda: filesystem.info(f"{root}/{name}").get("size"))
+        except FileNotFoundError:
+            return False, None
+
+    def names(self) -> list[str]:
+        """The names in the remote folder; none where it cannot be listed."""
+        filesystem, root = self._filesystem()
+        with contextlib.suppress(Exception):
+            return sorted(entry.rpartition("/")[2] for entry in filesystem.ls(root, detail=False))
+        return []
+
+    def put(self, name: str) -> None:
+        """Copies a file of the cache to the remote folder. Raises what the file system raises."""
+        filesystem, root = self._filesystem()
+        filesystem.pipe_file(f"{root}/{name}", (self.folder / name).read_bytes())
 
     def _try(self, name: str, size: int, sha256: str) -> None:
         try:
-            self.fetch(name, size=size, sha256=sha256)
-        except OSError as error:
+            # Once: who needs the file tries again, and a process that ends need not wait for it.
+            self.fetch(name, size=size, sha256=sha256, attempts=1)
+        except (OSError, CacheFull) as error:
             logger.warning("prefetch of %s: %s", name, error)
         finally:
             with self._guard:
@@ -125,45 +169,66 @@ class Remote:
     def _filesystem(self):
         import fsspec
 
-        return fsspec.core.url_to_fs(self.url)
+        options = {}
+        if self.url.startswith(("http://", "https://")):
+            try:
+                from aiohttp import ClientTimeout
+            except ImportError:
+                raise InputError(f"manifest in {self.url}: needs the package aiohttp (pip install aiohttp)") from None
+            # Its default gives up on any file that takes more than five minutes, however steadily it comes.
+            options["client_kwargs"] = {"timeout": ClientTimeout(sock_connect=STALLED, sock_read=STALLED)}
+        try:
+            return fsspec.core.url_to_fs(self.url, **options)
+        except ImportError as error:
+            raise InputError(f"manifest in {self.url}: {error}") from None
 
-    def _download(self, name: str, path: Path, size: int | None, sha256: str | None) -> None:
+    def _retry(self, name: str, attempt: Callable[[], Any], attempts: int | None = None) -> Any:
+        """What `attempt` gives, tried again after growing waits. Raises FileNotFoundError, which is final, and OSError
+        when all attempts failed."""
         # Waits of its own, so that ranks do not come back all at once, and without touching the global random state.
         generator, problem = random.Random(uuid.uuid4().int), None
-        for attempt in range(self.attempts):
-            if attempt:
-                time.sleep(min(self.first_wait * 2 ** (attempt - 1), LONGEST_WAIT) * generator.uniform(0.5, 1.0))
+        attempts = attempts or self.attempts
+        for number in range(attempts):
+            if number:
+                time.sleep(min(self.first_wait * 2 ** (number - 1), LONGEST_WAIT) * generator.uniform(0.5, 1.0))
             try:
-                return self._attempt(name, path, size, sha256)
-            except Absent:
+                return attempt()
+            except (CacheFull, InputError, NotImplementedError):
                 raise
             except Exception as error:  # each file system has errors of its own
+                if _says_absent(error):
+                    raise FileNotFoundError(errno.ENOENT, "not there", f"{self.url}/{name}") from None
                 problem = error
-                logger.warning("download of %s/%s, attempt %d: %s", self.url, name, attempt + 1, error)
-        raise OSError(f"{self.url}/{name}: {self.attempts} attempts: {problem}")
+                logger.warning("%s/%s, attempt %d: %s: %s", self.url, name, number + 1, type(error).__name__, error)
+        raise OSError(f"{self.url}/{name}: {attempts} attempts: {str(problem) or type(problem).__name__}")
 
     def _attempt(self, name: str, path: Path, size: int | None, sha256: str | None) -> None:
         filesystem, root = self._filesystem()
-        if not filesystem.exists(f"{root}/{name}"):
-            raise Absent(f"{self.url}/{name}: not there")
         temporary = self.folder / f".{name}.{uuid.uuid4().hex}.tmp"
-        digest, written = hashlib.sha256(), 0
+        room = temporary.with_suffix(".room")
         try:
-            self._make_room(temporary, filesystem.size(f"{root}/{name}") if size is None else size)
-            with filesystem.open(f"{root}/{name}", "rb") as source, temporary.open("r+b") as target:
-                while chunk := source.read(CHUNK):
-                    digest.update(chunk)
-                    written += target.write(chunk)
-                target.truncate()
-            if size is not None and written != size:
+            self._make_room(room, size or 0)
+            try:
+                filesystem.get_file(f"{root}/{name}", str(temporary))
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                if not self._make_room(room, size or 0, at_least=size or 1):
+                    raise CacheFull(
+                        f"cache {self.folder}: {error.strerror}, and nothing in it can be removed"
+                    ) from None
+                raise
+            if size is not None and (written := temporary.stat().st_size) != size:
                 raise OSError(f"{written} bytes came, the manifest says {size}")
-            if sha256 is not None and digest.hexdigest() != sha256:
+            if sha256 is not None and sha256_of(temporary) != sha256:
                 raise OSError("its sha256 is not the manifest's")
             with self._locked():  # a listing may miss a file that is renamed meanwhile
                 os.replace(temporary, path)
+                room.unlink()
             self.downloads += 1
         finally:
             temporary.unlink(missing_ok=True)
+            room.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -171,20 +236,32 @@ class Remote:
             fcntl.flock(lock, fcntl.LOCK_EX)  # of this opening: lockf would let the threads of a process by
             yield
 
-    def _make_room(self, temporary: Path, size: int) -> None:
-        """Puts a file of `size` bytes in place of what is to come, so that other processes count it, and removes what
-        was not used for longest until the cache is within its bound."""
+    def _make_room(self, room: Path, size: int, *, at_least: int = 0) -> int:
+        """Puts an empty file that counts as `size` bytes in place of what is to come, so that other processes count it,
+        and removes what was not used for longest until the cache is within its bound and `at_least` so many bytes are
+        gone. Returns how many went."""
+        freed = 0
         with self._locked():
-            with temporary.open("wb") as file:
+            with room.open("wb") as file:
                 file.truncate(size)
-            files = list(_files(self.folder))
+            files = [(path, stat) for path, stat in _files(self.folder) if path.suffix != ".tmp"]
             total = sum(stat.st_size for _, stat in files)
             for path, stat in sorted(files, key=lambda item: item[1].st_mtime_ns):
-                if total <= self.max_bytes:
+                if total - freed <= self.max_bytes and freed >= at_least:
                     break
                 if path.suffix in EVICTED:
                     path.unlink(missing_ok=True)
-                    total -= stat.st_size
+                    freed += stat.st_size
+        return freed
+
+
+def _says_absent(error: BaseException) -> bool:
+    """Whether an error says that a file is not there. fsspec's HTTP says so of whatever fails while it asks for a
+    file's size: then the reason counts, which is the server's answer."""
+    if not isinstance(error, FileNotFoundError):
+        return False
+    cause = error.__cause__
+    return cause is None or getattr(cause, "status", None) in (404, 410)
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:

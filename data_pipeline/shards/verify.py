@@ -49,9 +49,12 @@ def verify(manifest: Manifest, *, workers: int = 1, content: bool = False, progr
     if content:
         problems += _doubles(manifest, [found.texts for found in checked], "text")
     listed = {shard.name for shard in manifest.shards}
-    for path in sorted(manifest.directory.glob("*.tar")):
-        if path.name not in listed:
-            problems.append(f"shard {path.name}: lies beside the manifest, which does not list it")
+    beside = (
+        manifest.remote.names() if manifest.remote else sorted(path.name for path in manifest.directory.glob("*.tar"))
+    )
+    for name in beside:
+        if name.endswith(".tar") and name not in listed:
+            problems.append(f"shard {name}: lies beside the manifest, which does not list it")
     return problems
 
 
@@ -79,6 +82,9 @@ def _tracked(checked: Iterable[Checked], total: int, progress: bool) -> Iterator
 def _check_shard(manifest: Manifest, shard: Shard) -> Checked:
     path, itemsize = manifest.directory / shard.name, manifest.dtype.itemsize
     try:
+        if manifest.remote:
+            for name in (shard.name, shard.index):
+                manifest.remote.fetch(name, fresh=True)  # what is there now, and not what a cache still has
         if problem := manifest.file_problem(shard):
             return _bad(problem)
         if sha256_of(path) != shard.sha256:
@@ -97,7 +103,7 @@ def _check_shard(manifest: Manifest, shard: Shard) -> Checked:
     except InputError as error:
         return _bad(*error.problems)
     except OSError as error:
-        return _bad(f"shard {shard.name}: unreadable: {error}")
+        return _bad(f"shard {shard.name}: missing or unreadable: {error}")
     if built[:, TEXT_BYTES].sum() != shard.text_bytes or built[:, TOKENS].min() != shard.shortest_document:
         return _bad(f"shard {shard.name}: text_bytes or shortest_document in the manifest are not the documents'")
     if strangers := {record["source"] for record in metadata} - {shard.source}:
@@ -148,7 +154,7 @@ def _doubles(manifest: Manifest, hashes: list[np.ndarray], what: str) -> Iterato
 def _place(manifest: Manifest, starts: np.ndarray, at: int) -> tuple[Shard, str]:
     number = int(np.searchsorted(starts, at, side="right")) - 1
     shard = manifest.shards[number]
-    return shard, _identities(manifest.directory / shard.name, manifest.dtype.itemsize)[at - int(starts[number])]
+    return shard, _identities(manifest.local(shard.name), manifest.dtype.itemsize)[at - int(starts[number])]
 
 
 @functools.lru_cache(maxsize=8)
@@ -162,7 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("manifest", type=Path, help="a manifest.json")
+    parser.add_argument("manifest", help="a manifest.json: a path, or a URL of fsspec")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a CPU)")
     parser.add_argument("--content", action="store_true", help="also name documents that have the same text")
     given = parser.parse_args(arguments)

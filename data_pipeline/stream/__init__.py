@@ -1,10 +1,20 @@
-"""The training-time stream: global sample index -> tokens, whatever the topology, from any point at once."""
+"""The training-time stream: global sample index -> tokens, whatever the topology, from any point at once. Its stages,
+one after the other, are in `pipeline`."""
 
 from data_pipeline.errors import InputError
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.reading import StoredDocument, read_documents
+from data_pipeline.stream.corpus import Corpus, Document, DocumentStage
 from data_pipeline.stream.loader import BatchLoader
 from data_pipeline.stream.mixture import Mixture
+from data_pipeline.stream.pipeline import (
+    batches,
+    build_stream,
+    compose,
+    load_document_stage,
+    load_filter,
+    token_stages,
+)
 from data_pipeline.stream.sample import IGNORED, Batch, Sample, batches_hash
 from data_pipeline.stream.score_filter import ScoreFilter
 from data_pipeline.stream.state import Ledger, StreamState
@@ -14,7 +24,10 @@ __all__ = [
     "IGNORED",
     "Batch",
     "BatchLoader",
+    "Corpus",
     "DamageLimitError",
+    "Document",
+    "DocumentStage",
     "InputError",
     "Ledger",
     "Manifest",
@@ -24,6 +37,12 @@ __all__ = [
     "StoredDocument",
     "StreamState",
     "TokenStream",
+    "batches",
     "batches_hash",
+    "build_stream",
+    "compose",
+    "load_document_stage",
+    "load_filter",
     "read_documents",
+    "token_stages",
 ]

@@ -1,11 +1,14 @@
 """How fast the stream reads and starts: `python -m data_pipeline.stream.bench reader|start [--folder FOLDER]`.
 
-reader: tokens a second of one process from local disk, beside plain webdataset on the same shards. start: seconds from
-nothing to the first batch at step 10^6 of a manifest of 100 000 shards and 2 trillion tokens, with a filter; all shards
-are links to one. Prints a line of JSON.
+reader: tokens a second of one process from local disk, beside plain webdataset and, where it is installed, Hugging Face
+datasets on the same shards. start: seconds from
+nothing to the first batch at step 10^6 of a manifest of 100 000 shards (--shards) and 2 trillion tokens, with a filter;
+all shards are links to one. Prints a line of JSON.
 """
 
 import argparse
+import importlib.metadata
+import importlib.util
 import itertools
 import json
 import os
@@ -14,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,11 +25,20 @@ from data_pipeline.shards.manifest import Manifest, Shard, TokenizerInfo, replac
 from data_pipeline.shards.scores import save_scores, scores_file
 from data_pipeline.shards.writer import ShardWriter
 
+if TYPE_CHECKING:
+    from data_pipeline.stream import Document
+
 DOCUMENT = 670  # tokens
 LENGTH = 2048  # tokens a sample
 BATCH = 8  # samples
 SHARDS, SHARD_TOKENS = 100_000, 20_000_000  # of the simulated manifest
 STEP, GLOBAL_BATCH = 10**6, 512  # sequences a step
+ROUNDS = 5
+
+
+def unchanged(document: "Document") -> np.ndarray:
+    """A stage of a user's own, at its cheapest."""
+    return document.tokens
 
 
 def write_shards(folder: Path, shards: int, shard_tokens: int, vocab_size: int = 64_000) -> Manifest:
@@ -44,39 +57,78 @@ def write_shards(folder: Path, shards: int, shard_tokens: int, vocab_size: int =
 
 
 def reader(folder: Path) -> dict:
-    """Tokens a second of one process: the second of two passes, from the page cache."""
-    import webdataset
-
-    from data_pipeline.stream import TokenStream
+    """Tokens a second of one process, each way of reading the same shards in turn, the best of ROUNDS: on a machine
+    that others use too, a slow round says most of the others. The first round fills the page cache."""
+    from data_pipeline.stream import load_document_stage
 
     manifest = write_shards(folder, shards=4, shard_tokens=5_000_000)
-    results = {"tokens": manifest.totals.tokens}
-    for isolate in (False, True):
-        stream = TokenStream(manifest, sequence_length=LENGTH, seed=0, isolate_documents=isolate)
-        for _ in range(2):
-            began, read = time.perf_counter(), 0
-            for first in range(0, stream.samples_per_epoch - BATCH, BATCH):
-                read += stream.batch(range(first, first + BATCH)).tokens.numel()
-            seconds = time.perf_counter() - began
-        results["isolated" if isolate else "cut"] = round(read / seconds)
-    urls = [str(folder / shard.name) for shard in manifest.shards]
-    for _ in range(2):
-        began = time.perf_counter()
-        documents = webdataset.WebDataset(urls, shardshuffle=False, nodesplitter=webdataset.single_node_only)
-        read = sum(np.frombuffer(sample["tokens"], "<u2").size for sample in documents)
-        results["plain_webdataset"] = round(read / (time.perf_counter() - began))
-    return results
+    ways = {
+        "batches": lambda: stream_batches(manifest),
+        "batches_isolated": lambda: stream_batches(manifest, isolate_documents=True),
+        "batches_with_a_document_stage": lambda: stream_batches(
+            manifest, document_stages=[load_document_stage("data_pipeline.stream.bench:unchanged")]
+        ),
+        "webdataset_documents": lambda: webdataset_documents(manifest),
+        "datasets_documents": lambda: datasets_documents(manifest),
+    }
+    if importlib.util.find_spec("datasets") is None:
+        del ways["datasets_documents"]
+        print("Hugging Face datasets is not installed (pip install datasets): left out", file=sys.stderr)
+    best = dict.fromkeys(ways, 0.0)
+    for _ in range(ROUNDS):
+        for name, read in ways.items():
+            began = time.perf_counter()
+            tokens = read()
+            best[name] = max(best[name], tokens / (time.perf_counter() - began))
+    packages = [name for name in ("torch", "webdataset", "datasets") if importlib.util.find_spec(name)]
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {"tokens": manifest.totals.tokens, "versions": versions} | {name: round(rate) for name, rate in best.items()}
 
 
-def start(folder: Path) -> dict:
+def stream_batches(manifest: Manifest, **options) -> int:
+    """An epoch of batches through the whole pipeline, in this process; how many tokens came."""
+    from webdataset import DataPipeline
+
+    from data_pipeline.stream import batches, compose, token_stages
+
+    stream = compose(token_stages(manifest, sequence_length=LENGTH, seed=0, **options))
+    steps = stream.samples_per_epoch // BATCH
+    plan = lambda step: (step * BATCH, BATCH) if step < steps else None  # noqa: E731
+    return sum(
+        batch.tokens.numel()
+        for step in DataPipeline(lambda: stream, batches(plan, micro_batch=BATCH))
+        for batch in step
+    )
+
+
+def webdataset_documents(manifest: Manifest) -> int:
+    """Every document by plain webdataset, in stored order, neither shuffled nor packed."""
+    import webdataset
+
+    urls = [str(manifest.directory / shard.name) for shard in manifest.shards]
+    documents = webdataset.WebDataset(urls, shardshuffle=False, nodesplitter=webdataset.single_node_only)
+    return sum(np.frombuffer(document["tokens"], "<u2").size for document in documents)
+
+
+def datasets_documents(manifest: Manifest) -> int:
+    """The same by Hugging Face datasets, streaming."""
+    from datasets import load_dataset
+
+    urls = [str(manifest.directory / shard.name) for shard in manifest.shards]
+    documents = load_dataset("webdataset", data_files={"train": urls}, split="train", streaming=True)
+    return sum(np.frombuffer(document["tokens"], "<u2").size for document in documents)
+
+
+def start(folder: Path, shards: int = SHARDS) -> dict:
     """Seconds to the first batch of one rank in 64 at a far step, and the process's memory."""
-    prepare(folder)
-    from data_pipeline.stream import BatchLoader, ScoreFilter, TokenStream
+    prepare(folder, shards)
+    from data_pipeline.stream import BatchLoader, ScoreFilter, build_stream
 
+    imported = peak_memory_mb()
     began = time.perf_counter()
     manifest = Manifest.load(folder / "manifest.json")
     loaded = time.perf_counter()
-    stream = TokenStream(
+    stream = build_stream(
         manifest, sequence_length=LENGTH, seed=0, filter=ScoreFilter(scores="bench", default=(0.1, None))
     )
     built = time.perf_counter()
@@ -93,30 +145,36 @@ def start(folder: Path) -> dict:
         "of_which_manifest": round(loaded - began, 2),
         "of_which_filter_counts_and_order": round(built - loaded, 2),
         "of_which_first_batch": round(ended - built, 2),
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_memory_mb": peak_memory_mb(),
+        "of_which_python_and_torch": imported,
     }
 
 
-def prepare(folder: Path) -> None:
+def peak_memory_mb() -> int:
+    """The most that this process has had in memory."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def prepare(folder: Path, shards: int) -> None:
     """The simulated manifest, its links and the counts of its filter; in a process of its own, so that what it takes is
     not measured."""
     import multiprocessing
 
-    process = multiprocessing.get_context("spawn").Process(target=_prepare, args=(folder,))
+    process = multiprocessing.get_context("spawn").Process(target=_prepare, args=(folder, shards))
     process.start()
     process.join()
     if process.exitcode:
         raise RuntimeError("the simulated manifest could not be made")
 
 
-def _prepare(folder: Path) -> None:
-    from data_pipeline.stream.score_filter import ScoreFilter, counts_path
+def _prepare(folder: Path, count: int) -> None:
+    from data_pipeline.stream.score_filter import ScoreFilter, counts_file
 
     real = write_shards(folder, shards=1, shard_tokens=SHARD_TOKENS).shards[0]
     scores = np.random.default_rng(1).random((real.documents, 2))
     digest = sha256_of(save_scores(folder, real, "bench", scores))
     shards = []
-    for number in range(SHARDS):
+    for number in range(count):
         record = {field: getattr(real, field) for field in real.__dataclass_fields__}
         record |= {"name": f"s{number:06d}.tar", "index": f"s{number:06d}.npy", "sha256": f"{number:064x}"}
         shards.append(shard := Shard(**record))
@@ -127,9 +185,9 @@ def _prepare(folder: Path) -> None:
     manifest.save()
     filter = ScoreFilter(scores="bench", default=(0.1, None))
     kept = int((scores[:, 0].astype(np.float32) >= np.float32(0.1)).sum())
-    rows = list(itertools.repeat([kept, kept * DOCUMENT, DOCUMENT, digest], SHARDS))
+    rows = list(itertools.repeat([kept, kept * DOCUMENT, DOCUMENT, digest], count))
     record = {"manifest": manifest.content_hash, "filter": filter.filter_hash, "shards": rows}
-    replace_file(counts_path(manifest, filter), json.dumps(record).encode())
+    replace_file(folder / counts_file(manifest, filter), json.dumps(record).encode())
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -140,14 +198,18 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("what", choices=["reader", "start"])
     parser.add_argument("--folder", type=Path, help="an empty folder for the shards (default: a temporary one)")
+    parser.add_argument("--shards", type=int, default=SHARDS, help=f"of the simulated manifest (default {SHARDS})")
     options = parser.parse_args(arguments)
+    if options.shards < 1:
+        print(f"--shards={options.shards} must be at least 1", file=sys.stderr)
+        return 2
     if options.folder and options.folder.is_dir() and any(options.folder.iterdir()):
         print(f"--folder={options.folder} is not empty", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        print(json.dumps({"reader": reader, "start": start}[options.what](folder)))
+        print(json.dumps(reader(folder) if options.what == "reader" else start(folder, options.shards)))
     return 0
 
 

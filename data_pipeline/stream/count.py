@@ -1,7 +1,9 @@
 """Counts what a filter keeps of each shard: `python -m data_pipeline.stream.count MANIFEST FILTER [--workers N]`.
 
-FILTER is a YAML file or inline JSON (see conf/selfclean). Only indexes and scores are read. Counted shards are noted as
-they are done, so that a run that was killed goes on where it was. Exit code 2 and a line a problem for bad input.
+MANIFEST is a path, or a URL of fsspec. FILTER is a YAML file or inline JSON (see conf/selfclean.yaml), or module:object
+of a filter of one's own. Only indexes and scores are read. Counted shards are noted as they are done, so that a run
+that was killed goes on where it was. The result is cached beside the manifest. Exit code 2 and a line a problem for bad
+input.
 """
 
 import argparse
@@ -14,45 +16,61 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from data_pipeline.errors import InputError
-from data_pipeline.shards.index import load_index
 from data_pipeline.shards.manifest import Manifest, Shard, replace_file
-from data_pipeline.stream.score_filter import KeptCounts, Row, ScoreFilter, count_row, counts_path, kept_documents
+from data_pipeline.shards.reading import shard_index
+from data_pipeline.stream.pipeline import load_filter
+from data_pipeline.stream.score_filter import DocumentFilter, KeptCounts, Row, count_row, counts_file
 
 CHUNK = 16  # shards that a worker takes at once
 
 
-def count(manifest: Manifest, filter: ScoreFilter, *, workers: int = 1) -> KeptCounts:
-    """Counts the shards that are not counted yet, caches the result beside the manifest, and returns it. Raises
-    InputError naming the scores or index that cannot be used."""
-    path = counts_path(manifest, filter)
-    if path.exists():
-        return KeptCounts.load(manifest, filter)
-    progress = path.with_suffix(".progress")
+def count(manifest: Manifest, filter: DocumentFilter, *, workers: int = 1, publish: bool = True) -> KeptCounts:
+    """Counts the shards that are not counted yet, caches the result beside the manifest, and returns it. Of a remote
+    manifest, the cache of its shards on this machine keeps it as well, or alone without `publish`. Raises InputError
+    naming the scores or index that cannot be used, or the place that cannot be written to."""
+    name = counts_file(manifest, filter)
+    path = manifest.directory / name
+    if not path.exists():
+        progress = path.with_suffix(".progress")
+        record = {
+            "manifest": manifest.content_hash,
+            "filter": filter.filter_hash,
+            "shards": _count_rest(manifest, filter, workers, progress),
+        }
+        replace_file(path, json.dumps(record).encode() + b"\n")
+        os.unlink(progress)
+    if manifest.remote and publish:
+        try:
+            manifest.remote.put(name)
+        except Exception as error:  # each file system has errors of its own
+            raise InputError(
+                f"{manifest.place}/{name}: cannot be written: {error or type(error).__name__}; the counts are in "
+                f"{path}: with --local that is enough, and every machine that trains needs them there"
+            ) from None
+    return KeptCounts.load(manifest, filter)
+
+
+def _count_rest(manifest: Manifest, filter: DocumentFilter, workers: int, progress: Path) -> list[Row]:
+    """What is kept of every shard; those that `progress` has not noted are counted, and noted."""
     done = _noted(progress)
     todo = [shard for shard in manifest.shards if shard.name not in done]
     with progress.open("ab") as notes, ProcessPoolExecutor(workers) as pool:
-        work = functools.partial(count_shard, manifest.directory, manifest.dtype.itemsize, filter)
+        work = functools.partial(count_shard, manifest, filter)
         rows: Iterable[Row] = map(work, todo) if workers == 1 else pool.map(work, todo, chunksize=CHUNK)
         for shard, row in zip(todo, rows, strict=True):
             done[shard.name] = row
             notes.write(json.dumps([shard.name, row]).encode() + b"\n")
             notes.flush()
-    record = {
-        "manifest": manifest.content_hash,
-        "filter": filter.filter_hash,
-        "shards": [done[shard.name] for shard in manifest.shards],
-    }
-    replace_file(path, json.dumps(record).encode() + b"\n")
-    os.unlink(progress)
-    return KeptCounts.load(manifest, filter)
+    return [done[shard.name] for shard in manifest.shards]
 
 
-def count_shard(directory: Path, itemsize: int, filter: ScoreFilter, shard: Shard) -> Row:
-    """What `filter` keeps of one shard."""
-    index = load_index(
-        directory / shard.index, documents=shard.documents, tokens=shard.tokens, size=shard.size, itemsize=itemsize
-    )
-    return count_row(shard, index, *kept_documents(lambda name: (directory / name).read_bytes(), shard, index, filter))
+def count_shard(manifest: Manifest, filter: DocumentFilter, shard: Shard) -> Row:
+    """What `filter` keeps of one shard. Scores are fetched anew: those in a cache may be of an earlier scoring."""
+    try:
+        index = shard_index(manifest, shard)
+        return count_row(index, *filter.kept(functools.partial(manifest.read, fresh=True), shard, index))
+    except OSError as error:
+        raise InputError(f"shard {shard.name}: index {shard.index}: {error}") from None
 
 
 def _noted(progress: Path) -> dict[str, Row]:
@@ -71,22 +89,26 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("manifest", help="a manifest.json")
-    parser.add_argument("filter", help="a YAML file, or inline JSON")
+    parser.add_argument("manifest", help="a manifest.json: a path, or a URL of fsspec")
+    parser.add_argument("filter", help="a YAML file, inline JSON, or module:object")
+    parser.add_argument(
+        "--local", action="store_true", help="keep the counts of a remote manifest in this machine's cache alone"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
     options = parser.parse_args(arguments)
     try:
         if options.workers < 1:
             raise InputError(f"--workers={options.workers} must be at least 1")
-        filter = ScoreFilter.load(options.filter)
+        filter = load_filter(options.filter)
         manifest = Manifest.load(options.manifest, check_files=False)
-        counts = count(manifest, filter, workers=options.workers)
+        counts = count(manifest, filter, workers=options.workers, publish=not options.local)
     except InputError as error:
         print(*error.problems, sep="\n", file=sys.stderr)
         return 2
     totals = manifest.totals
+    path = manifest.directory / counts_file(manifest, filter)
     print(
-        f"{counts_path(manifest, filter)}: keeps {counts.documents.sum()} of {totals.documents} documents, "
+        f"{path}: keeps {counts.documents.sum()} of {totals.documents} documents, "
         f"{counts.tokens.sum()} of {totals.tokens} tokens"
     )
     return 0

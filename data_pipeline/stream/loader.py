@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data_pipeline.errors import InputError
+from data_pipeline.stream.device import on_device
 from data_pipeline.stream.sample import Batch
 from data_pipeline.stream.token_stream import TokenStream
 
@@ -20,6 +21,7 @@ class BatchLoader:
     `plan(step)` gives the step's global batch as (first sample, number of samples), or None when training is over. The
     share of rank r is samples [first + r * share, first + (r + 1) * share), in microbatches of `micro_batch` samples.
     `workers`: 0 reads ahead in a thread, more in that many processes; `prefetch`: steps read ahead (by each process).
+    `device`: where batches are put, one step ahead (see `on_device`); their `target_tokens` are known to the host.
     Iteration starts at `step`, which may be set before and is the next step at any time. Raises InputError when a
     global batch does not divide. Leaves torch's global random state alone. `close`, or a with statement, stops it.
     """
@@ -35,6 +37,7 @@ class BatchLoader:
         workers: int = 0,
         step: int = 0,
         prefetch: int = 2,
+        device: torch.device | None = None,
     ):
         for name, value, least in (("micro_batch", micro_batch, 1), ("workers", workers, 0), ("prefetch", prefetch, 1)):
             if value < least:
@@ -49,17 +52,22 @@ class BatchLoader:
         self.workers = workers
         self.step = step
         self.prefetch = prefetch
+        self.device = device
         self._running: Iterator[list[Batch]] | None = None
         self._share(step)  # a batch that does not divide is an error before anything is started
 
     def __iter__(self) -> Iterator[list[Batch]]:
         self.close()
-        self._running = running = self._in_processes() if self.workers else self._in_thread()
-        for microbatches in running:
-            self.step += 1
-            for batch in microbatches:
-                self.stream.record(batch)
-            yield microbatches
+        read = self._in_processes() if self.workers else self._in_thread()
+        self._running = running = on_device(read, self.device)
+        try:
+            for microbatches in running:
+                self.step += 1
+                for batch in microbatches:
+                    self.stream.record(batch)
+                yield microbatches
+        finally:
+            running.close()
 
     def close(self) -> None:
         """Stops the reading ahead and waits for it to end."""

@@ -26,12 +26,14 @@ class Sample:
 class Batch:
     """Without isolation `tokens`, `targets` are int64 [b, N] and `cu_seqlens` is None. With it they are [1, b * N], and
     `cu_seqlens` is int32 [b * max_documents + 1]: 0, the start of each segment, then b * N repeated to the end.
-    `indices`: the global sample indices, in order; `damaged`: those that could not be read and are padding."""
+    `indices`: the global sample indices, in order; `target_tokens`: how many targets count, known without asking the
+    device that the tensors may be on; `damaged`: the samples that could not be read and are padding."""
 
     tokens: torch.Tensor
     targets: torch.Tensor
     cu_seqlens: torch.Tensor | None
     indices: tuple[int, ...]
+    target_tokens: int
     damaged: tuple[Damage, ...] = ()
 
 
@@ -40,13 +42,14 @@ def collate(indices: Sequence[int], samples: Sequence[Sample], max_documents: in
     tokens = torch.stack([sample.tokens for sample in samples])
     targets = torch.stack([sample.targets for sample in samples])
     damaged = tuple(sample.damage for sample in samples if sample.damage)
+    counted = int((targets != IGNORED).sum())
     if max_documents is None:
-        return Batch(tokens, targets, None, tuple(indices), damaged)
+        return Batch(tokens, targets, None, tuple(indices), counted, damaged)
     length = tokens.shape[1]
     cu_seqlens = torch.full((len(samples) * max_documents + 1,), tokens.numel(), dtype=torch.int32)
     starts = torch.cat([sample.document_starts + place * length for place, sample in enumerate(samples)])
     cu_seqlens[: len(starts)] = starts
-    return Batch(tokens.view(1, -1), targets.view(1, -1), cu_seqlens, tuple(indices), damaged)
+    return Batch(tokens.view(1, -1), targets.view(1, -1), cu_seqlens, tuple(indices), counted, damaged)
 
 
 def batches_hash(batches: Iterable[Batch]) -> str:

@@ -1,4 +1,4 @@
-"""The self-cleaning filter: which documents of a shard the stream keeps, by their scores.
+"""Which documents of a shard the stream keeps: the self-cleaning filter, or one of the user's own.
 
 Thresholds come from config and scores from sidecars, so that a new threshold rewrites no shard. The stream finds its
 place by sums over shards, which need to know how much of each shard is kept: `KeptCounts`, counted once per filter by
@@ -11,8 +11,7 @@ import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -24,6 +23,17 @@ from data_pipeline.shards.manifest import Manifest, Shard
 from data_pipeline.shards.scores import MEASURES, ScoresName, load_scores
 
 Band = tuple[float | None, float | None]
+
+
+class DocumentFilter(Protocol):
+    """What the stream asks of a filter. `filter_hash`: hex, another one for every filter that keeps other documents."""
+
+    filter_hash: str
+
+    def kept(self, read: Callable[[str], bytes], shard: Shard, index: np.ndarray) -> tuple[np.ndarray, str]:
+        """Which documents of a shard stay, bool [documents], from its index [documents, 4] and what files beside it
+        hold, which `read` gives by name; and the sha256 of those files, or "". Raises InputError."""
+        ...
 
 
 @checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -75,6 +85,11 @@ class ScoreFilter:
         """sha256 of the filter, hex."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    def kept(self, read: Callable[[str], bytes], shard: Shard, index: np.ndarray) -> tuple[np.ndarray, str]:
+        """See `DocumentFilter`. Raises InputError naming the scores that are absent or damaged."""
+        scores, digest = load_scores(read, shard, self.scores)
+        return self.keep(shard, index, scores), digest
+
     def keep(self, shard: Shard, index: np.ndarray, scores: np.ndarray) -> np.ndarray:
         """Which documents stay, bool [documents], from the shard's index [documents, 4] and scores [documents, 2].
         Raises InputError naming the first document that has no score."""
@@ -118,22 +133,18 @@ class KeptCounts:
     scores_sha256: tuple[str, ...]
 
     @classmethod
-    def load(cls, manifest: Manifest, filter: ScoreFilter) -> "KeptCounts":
+    def load(cls, manifest: Manifest, filter: DocumentFilter) -> "KeptCounts":
         """Raises InputError naming the command that counts when there is no cache of this filter and manifest."""
-        path = counts_path(manifest, filter)
-        command = (
-            f"python -m data_pipeline.stream.count {manifest.directory}/manifest.json {shlex.quote(filter.to_json())}"
-        )
+        name, command = counts_file(manifest, filter), count_command(manifest, filter)
+        path = f"{manifest.place}/{name}"
         try:
-            record = json.loads(manifest.local(path.name).read_bytes())
+            record = RECORD.validate_json(manifest.read(name))
         except FileNotFoundError:
             raise InputError(f"{path}: what this filter keeps is not counted yet; run {command}") from None
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: {error}; remove it and run {command}") from None
-        try:
-            record = RECORD.validate_python(record)
         except ValidationError as error:
             raise InputError(f"{path}: {error.errors()[0]['msg']}; remove it and run {command}") from None
+        except OSError as error:
+            raise InputError(f"{path}: {error}") from None
         if (record["manifest"], record["filter"]) != (manifest.content_hash, filter.filter_hash):
             raise InputError(f"{path}: counted for another manifest or filter; run {command}")
         rows = record["shards"]
@@ -141,6 +152,11 @@ class KeptCounts:
             raise InputError(f"{path}: {len(rows)} shards, the manifest has {len(manifest.shards)}; run {command}")
         numbers = np.array([row[:3] for row in rows], dtype=np.int64).reshape(-1, 3)
         return cls(*numbers.T.copy(), tuple(row[3] for row in rows))
+
+    def row(self, number: int) -> "Row":
+        """What was counted of shard `number`."""
+        counted = (int(column[number]) for column in (self.documents, self.tokens, self.shortest))
+        return *counted, self.scores_sha256[number]
 
     @functools.cached_property
     def content_hash(self) -> str:
@@ -153,22 +169,22 @@ Row = tuple[int, int, int, str]
 RECORD = TypeAdapter(dict[Literal["manifest", "filter", "shards"], str | list[Row]])
 
 
-def counts_path(manifest: Manifest, filter: ScoreFilter) -> Path:
-    """Where the counts of a filter are cached. The manifest is part of the name: one folder may see several."""
+def counts_file(manifest: Manifest, filter: DocumentFilter) -> str:
+    """The file beside the manifest that caches the counts of a filter. The manifest is part of the name: one folder may
+    see several."""
     both = hashlib.sha256(f"{manifest.content_hash} {filter.filter_hash}".encode()).hexdigest()
-    return manifest.directory / f"kept-{both[:16]}.json"
+    return f"kept-{both[:16]}.json"
 
 
-def kept_documents(
-    read: Callable[[str], bytes], shard: Shard, index: np.ndarray, filter: ScoreFilter
-) -> tuple[np.ndarray, str]:
-    """Which documents of a shard stay, bool [documents], and the sha256 of the scores that say so, a file that `read`
-    gives by its name."""
-    scores, digest = load_scores(read, shard, filter.scores)
-    return filter.keep(shard, index, scores), digest
+def count_command(manifest: Manifest, filter: DocumentFilter) -> str:
+    """How to count what a filter keeps."""
+    if isinstance(filter, ScoreFilter):
+        argument = shlex.quote(filter.to_json())
+        return f"python -m data_pipeline.stream.count {manifest.place}/manifest.json {argument}"
+    return f"data_pipeline.stream.count.count(manifest, {filter!r})"
 
 
-def count_row(shard: Shard, index: np.ndarray, kept: np.ndarray, digest: str) -> Row:
+def count_row(index: np.ndarray, kept: np.ndarray, digest: str) -> Row:
     """A shard's entry in the cache: documents, tokens and shortest document kept, and the scores' sha256."""
     lengths = index[kept, TOKENS]
     return int(kept.sum()), int(lengths.sum()), int(lengths.min()) if len(lengths) else 0, digest

@@ -1,17 +1,11 @@
 """One shard as an epoch sees it: its documents permuted and laid end to end."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from io import FileIO
-from pathlib import Path
 
 import numpy as np
-
-from data_pipeline.errors import InputError
-from data_pipeline.shards.index import OFFSET, TOKENS, parse_index
-from data_pipeline.shards.manifest import Manifest
-from data_pipeline.stream.order import permutation
-from data_pipeline.stream.score_filter import KeptCounts, ScoreFilter, count_row, kept_documents
 
 
 class DamagedShard(Exception):
@@ -20,84 +14,54 @@ class DamagedShard(Exception):
 
 @dataclass(frozen=True)
 class ShardView:
-    """`ends` [documents]: tokens up to and including each kept document; `offsets` [documents]: bytes into the tar."""
+    """`ends` [documents]: tokens up to and including each kept document; `offsets` [documents]: bytes into the tar;
+    `edit`: what becomes of the tokens [n] of the document at a place, as many."""
 
-    path: Path
+    name: str
     dtype: np.dtype
     ends: np.ndarray
     offsets: np.ndarray
-    _file: FileIO = field(repr=False)
-
-    @classmethod
-    def open(
-        cls,
-        manifest: Manifest,
-        number: int,
-        *,
-        seed: int,
-        epoch: int,
-        filter: ScoreFilter | None = None,
-        counts: KeptCounts | None = None,
-    ) -> "ShardView":
-        """Shard `number` of `manifest` in the document order of `epoch`, without what `filter` drops. Raises
-        DamagedShard, also when the filter keeps something else now than when `counts` were made."""
-        shard = manifest.shards[number]
-        try:
-            index = parse_index(
-                manifest.read(shard.index, sha256=shard.index_sha256),
-                shard.index,
-                documents=shard.documents,
-                tokens=shard.tokens,
-                size=shard.size,
-                itemsize=manifest.dtype.itemsize,
-            )
-            if filter is not None:
-                index = _kept(manifest, number, index, filter, counts)
-            file = manifest.open(shard.name, size=shard.size, sha256=shard.sha256)
-        except (InputError, OSError) as error:
-            raise DamagedShard(f"shard {shard.name}: {error}") from None
-        index = index[permutation(len(index), seed, epoch, "documents", number)]
-        return cls(
-            manifest.directory / shard.name, manifest.dtype, np.cumsum(index[:, TOKENS]), index[:, OFFSET].copy(), file
-        )
+    file: FileIO = field(repr=False)
+    edit: Callable[[int, np.ndarray], np.ndarray] | None = None
 
     def read(self, start: int, out: np.ndarray) -> list[int]:
         """Fills `out` [n] with the tokens from `start` on; returns the places in `out` where a document begins.
 
-        Positioned reads, not a memory map: a file truncated under a map kills the process with SIGBUS, a short read can
-        be reported. From the page cache both cost about the same for documents of a kilobyte.
+        Only what is asked for is read, unless documents are edited: an edit sees whole ones.
         """
         document = int(np.searchsorted(self.ends, start, side="right"))
-        begin = start - (int(self.ends[document - 1]) if document else 0)
-        itemsize, filled, starts = self.dtype.itemsize, 0, []
+        begin = start - self._end(document - 1)
+        filled, starts = 0, []
         while filled < len(out):
             if begin == 0:
                 starts.append(filled)
-            length = int(self.ends[document]) - (int(self.ends[document - 1]) if document else 0)
-            count = min(length - begin, len(out) - filled)
-            data = self._pread(count * itemsize, int(self.offsets[document]) + begin * itemsize)
-            out[filled : filled + count] = np.frombuffer(data, self.dtype)
+            count = min(self._end(document) - self._end(document - 1) - begin, len(out) - filled)
+            if self.edit is None:
+                out[filled : filled + count] = self._tokens(document, begin, count)
+            else:
+                out[filled : filled + count] = self.document(document)[begin : begin + count]
             filled, document, begin = filled + count, document + 1, 0
         return starts
 
-    def _pread(self, size: int, offset: int) -> bytes:
+    def document(self, place: int) -> np.ndarray:
+        """The tokens of the document at a place, int64 [n]."""
+        tokens = self._tokens(place, 0, self._end(place) - self._end(place - 1)).astype(np.int64)
+        return tokens if self.edit is None else self.edit(place, tokens)
+
+    def _end(self, place: int) -> int:
+        return int(self.ends[place]) if place >= 0 else 0
+
+    def _tokens(self, place: int, begin: int, count: int) -> np.ndarray:
+        """`count` stored tokens of a document, from its token `begin` on.
+
+        Positioned reads, not a memory map: a file truncated under a map kills the process with SIGBUS, a short read can
+        be reported. From the page cache both cost about the same for documents of a kilobyte.
+        """
+        size, offset = count * self.dtype.itemsize, int(self.offsets[place]) + begin * self.dtype.itemsize
         try:
-            data = os.pread(self._file.fileno(), size, offset)
+            data = os.pread(self.file.fileno(), size, offset)
         except OSError as error:
-            raise DamagedShard(f"shard {self.path.name}: {error.strerror} at byte {offset}") from None
+            raise DamagedShard(f"shard {self.name}: {error.strerror} at byte {offset}") from None
         if len(data) != size:
-            raise DamagedShard(f"shard {self.path.name}: ends inside the {size} bytes at byte {offset}")
-        return data
-
-
-def _kept(manifest: Manifest, number: int, index: np.ndarray, filter: ScoreFilter, counts: KeptCounts) -> np.ndarray:
-    """The rows of a shard's index that the filter keeps, checked against what was counted."""
-    shard = manifest.shards[number]
-    kept, digest = kept_documents(manifest.read, shard, index, filter)
-    counted = (
-        *(int(column[number]) for column in (counts.documents, counts.tokens, counts.shortest)),
-        counts.scores_sha256[number],
-    )
-    if count_row(shard, index, kept, digest) != counted:
-        raise InputError(f"scores {filter.scores} are not those that the filter was counted from")
-    return index[kept]
+            raise DamagedShard(f"shard {self.name}: ends inside the {size} bytes at byte {offset}")
+        return np.frombuffer(data, self.dtype)

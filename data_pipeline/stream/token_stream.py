@@ -11,12 +11,10 @@ import numpy as np
 import torch
 
 from data_pipeline.errors import InputError
-from data_pipeline.shards.manifest import Manifest
+from data_pipeline.stream.corpus import Corpus
 from data_pipeline.stream.interleave import Interleave
-from data_pipeline.stream.mixture import Mixture, make_groups
 from data_pipeline.stream.order import EpochOrder, sequences_per_epoch
 from data_pipeline.stream.sample import IGNORED, Batch, Sample, collate
-from data_pipeline.stream.score_filter import KeptCounts, ScoreFilter
 from data_pipeline.stream.shard_view import DamagedShard, ShardView
 from data_pipeline.stream.state import Damage, Ledger, StreamState
 
@@ -32,66 +30,54 @@ class DamageLimitError(RuntimeError):
 
 
 class TokenStream:
-    """Global sample 0, 1, 2, ... across epochs without end, each found at once from (manifest, filter, mixture, seed,
-    index) alone.
+    """Global sample 0, 1, 2, ... across epochs without end, each found at once from (corpus, sequence length, index)
+    alone: the last stage before batches.
 
-    The stages are: shards -> documents -> `filter` (what the scores beside the shards keep) -> `mixture` over sources
-    -> packing -> batches. Sources that are mixed are each packed by themselves; without a mixture, and where the
-    manifest gives all sources the same epochs, all are packed together. `samples_per_epoch` is the mixture's epoch.
+    Sources that are mixed are each packed by themselves; without a mixture, and where the manifest gives all sources
+    the same epochs, all are packed together. `samples_per_epoch` is the mixture's epoch.
 
     Sample p of a source's epoch holds tokens [p * N, p * N + N] of that epoch's documents laid end to end: N inputs
     and, one further on, N targets, so each token is a target once an epoch (the first of all excepted). The last sample
     of an epoch is filled with the pad id and targets of -100. Order: see `EpochOrder`. Neither ranks nor workers enter.
 
     With `isolate_documents`, the target at a document's last token is -100 and batches carry `cu_seqlens`; a sample
-    then has room for `max_documents` segments, by default and at least as many as N tokens of this manifest can touch.
+    then has room for `max_documents` segments, by default and at least as many as N tokens of this corpus can touch.
     `max_damaged`: how many samples may prove unreadable before it is an error. Thread-safe and picklable.
     """
 
     def __init__(
         self,
-        manifest: Manifest,
+        corpus: Corpus,
         *,
         sequence_length: int,
-        seed: int,
         isolate_documents: bool = False,
         max_documents: int | None = None,
         window: int = 4,
         max_damaged: int = 100,
-        filter: ScoreFilter | None = None,
-        mixture: Mixture | None = None,
     ):
-        for name, value, least in (("sequence_length", sequence_length, 1), ("window", window, 1), ("seed", seed, 0)):
+        for name, value, least in (
+            ("sequence_length", sequence_length, 1),
+            ("window", window, 1),
+            ("seed", corpus.seed, 0),
+        ):
             if value < least:
                 raise InputError(f"{name}={value} must be at least {least}")
-        self.manifest = manifest
-        self.filter = filter
-        self.mixture = mixture
-        self.counts = KeptCounts.load(manifest, filter) if filter else None
-        tokens = self._kept_tokens()
+        self.corpus = corpus
+        self.manifest = corpus.manifest
+        self.seed = corpus.seed
         self.sequence_length = sequence_length
-        self.seed = seed
+        self.groups = corpus.groups(sequence_length)
+        self.samples_per_epoch = sum(group.samples for group in self.groups)
         self.max_documents = self._segment_bound(max_documents) if isolate_documents else None
         self.window = window
         self.max_damaged = max_damaged
         self.ledger = Ledger()
         self.damaged = 0  # samples recorded as unreadable since this stream was made
-        self.groups = make_groups(manifest, tokens, mixture, sequence_length)
-        self.samples_per_epoch = sum(group.samples for group in self.groups)
         self._open_caches()
-
-    def _kept_tokens(self) -> np.ndarray:
-        """Tokens of each shard that the filter keeps, int64 [shards]."""
-        whole = np.array([shard.tokens for shard in self.manifest.shards], dtype=np.int64)
-        tokens = self.counts.tokens if self.counts else whole
-        if (total := int(tokens.sum())) < 2:
-            raise InputError(f"manifest in {self.manifest.directory}: tokens={total} are kept, a sample needs 2")
-        return tokens
 
     def _segment_bound(self, asked: int | None) -> int:
         # A continuation in front and a beginning (or padding) at the end take a token or more; all between is whole.
-        kept = self.counts.shortest if self.counts else (shard.shortest_document for shard in self.manifest.shards)
-        shortest = min(int(length) for length in kept if length)
+        shortest = self.corpus.shortest
         bound = 1 if self.sequence_length == 1 else 2 + (self.sequence_length - 2) // shortest
         if asked is not None and asked < bound:
             raise InputError(
@@ -103,18 +89,12 @@ class TokenStream:
     @functools.cached_property
     def stream_hash(self) -> str:
         """sha256 over everything that decides what a sample index means."""
-        identity = {
+        identity = self.corpus.identity() | {
             "order_version": ORDER_VERSION,
-            "manifest": self.manifest.content_hash,
             "sequence_length": self.sequence_length,
-            "seed": self.seed,
             "isolate_documents": self.max_documents is not None,
             "window": self.window,
         }
-        if self.filter:
-            identity |= {"filter": self.filter.filter_hash, "kept": self.counts.content_hash}
-        if self.mixture:
-            identity["mixture"] = {"epochs": self.mixture.epochs, "weights": self.mixture.weights}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def sample(self, index: int) -> Sample:
@@ -172,8 +152,8 @@ class TokenStream:
         if state.stream_hash != self.stream_hash:
             raise InputError(
                 f"stream state has stream_hash={state.stream_hash} (seed={state.seed}), this stream is "
-                f"{self.stream_hash} (seed={self.seed}): shards, filter, mixture, sequence length, seed, window or "
-                "isolation differ"
+                f"{self.stream_hash} (seed={self.seed}): shards (also ones added later), filter, document "
+                "stages, mixture, sequence length, seed, window or isolation differ"
             )
         self.ledger = Ledger(state.skipped)
         return state.next_sample
@@ -188,12 +168,15 @@ class TokenStream:
         while filled < present:
             begin = start + filled - (int(order.ends[place - 1]) if place else 0)
             count = min(int(order.ends[place]) - start, present) - filled
+            if count == 0:  # a shard of which the filter keeps nothing
+                place += 1
+                continue
             view = self._view(epoch, int(shards[order.shards[place]]))
             self._prefetch(shards[order.shards[place + 1 : place + 1 + self.window]])
             piece = buffer[filled : filled + count]
             starts += [filled + at for at in view.read(begin, piece)]
             if piece.max() >= self.manifest.tokenizer.vocab_size:
-                raise DamagedShard(f"shard {view.path.name}: token {piece.max()} is not below the vocabulary size")
+                raise DamagedShard(f"shard {view.name}: token {piece.max()} is not below the vocabulary size")
             filled, place = filled + count, place + 1
         targets = buffer[1:].copy()
         targets[present - 1 :] = IGNORED
@@ -228,9 +211,7 @@ class TokenStream:
         )
         # A window's shards are all in use at once, and the next window begins before the last one is done with.
         self._views = functools.lru_cache(maxsize=min((2 * self.window + 2) * len(self.groups), MOST_VIEWS))(
-            lambda epoch, number: ShardView.open(
-                self.manifest, number, seed=self.seed, epoch=epoch, filter=self.filter, counts=self.counts
-            )
+            self.corpus.view
         )
         self._lock = threading.Lock()
 

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from megatron_tn.engine.base import Engine
 from megatron_tn.parallel.collectives import all_reduce_
-from megatron_tn.parallel.loss import IGNORE
 
 
 class Microbatch(Protocol):
-    """tokens, targets [b, N] int64 (target -100 counts for nothing); cu_seqlens int32 or None."""
+    """tokens, targets [b, N] int64 (target -100 counts for nothing); cu_seqlens int32 or None; how many targets count.
+    The tensors may be on the device already."""
 
     tokens: Tensor
     targets: Tensor
     cu_seqlens: Tensor | None
+    target_tokens: int
 
 
 class StepReport(NamedTuple):
@@ -69,7 +70,7 @@ def train_step(
     given the same sequences, and count them once; the model cuts them into slices.
     """
     context = engine.context
-    count = torch.tensor(sum(int((batch.targets != IGNORE).sum()) for batch in microbatches), device=device)
+    count = torch.full((), sum(batch.target_tokens for batch in microbatches), dtype=torch.int64, device=device)
     all_reduce_(count, context.dp)
     scale = 1 / count.clamp(min=1)
     loss = torch.zeros((), device=device)
@@ -80,6 +81,27 @@ def train_step(
     summary = torch.stack([loss / context.tp.size, torch.tensor(float(stop), device=device)])
     if context.world_size > 1:
         dist.all_reduce(summary)
+    # Copied before the engine decides, which waits for the device: reading it afterwards waits no second time, and the
+    # host prepares the next step while the optimizer runs.
+    figures = HostCopy(torch.cat([summary.double(), count.view(1)]))
     result = engine.step(lr)
-    mean_loss, stops, tokens = torch.cat([summary.double(), count.view(1)]).tolist()  # read by the host at once
+    mean_loss, stops, tokens = figures.read().tolist()
     return StepReport(mean_loss, int(tokens), lr, result.grad_norm, result.applied, stops > 0)
+
+
+class HostCopy:
+    """A copy of a tensor on its way to the host, which does not wait for it before `read`."""
+
+    def __init__(self, tensor: Tensor):
+        self._done = None
+        self._host = tensor
+        if tensor.device.type == "cuda":
+            self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def read(self) -> Tensor:
+        if self._done is not None:
+            self._done.synchronize()
+        return self._host

@@ -22,7 +22,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.run import main, run
 from data_pipeline.shards import Manifest, read_documents
 from data_pipeline.shards.verify import verify
-from data_pipeline.stream import TokenStream
+from data_pipeline.stream import build_stream
 from tests.data_pipeline.corpus import plant, prose
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,7 +108,7 @@ def test_report_adds_up(output):
 
 def test_the_stream_reads_what_the_pipeline_wrote(output):
     manifest = Manifest.load(output / "train" / "manifest.json")
-    stream = TokenStream(manifest, sequence_length=64, seed=0)
+    stream = build_stream(manifest, sequence_length=64, seed=0)
     assert stream.batch(range(4)).tokens.max() < manifest.tokenizer.vocab_size == 450
 
 

@@ -1,12 +1,14 @@
 """Promises 1 and 21 at run time: a sample that cannot be read is padding, recorded and bounded, and alone."""
 
+import contextlib
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from data_pipeline.stream import IGNORED, BatchLoader, DamageLimitError, Manifest, StreamState, TokenStream
+from data_pipeline.stream import IGNORED, BatchLoader, DamageLimitError, Manifest, StreamState, build_stream, device
 from tests.data_pipeline.shard_factory import PAD, make_shards
 
 LENGTH = 16
@@ -19,7 +21,7 @@ def manifest(tmp_path):
 
 
 def make_stream(manifest, **options):
-    return TokenStream(manifest, sequence_length=LENGTH, seed=9, **options)
+    return build_stream(manifest, sequence_length=LENGTH, seed=9, **options)
 
 
 def truncate(path):
@@ -98,3 +100,23 @@ def test_the_ledger_knows_what_was_consumed_and_not_what_was_read_ahead(manifest
         damaged = {d.index for batch in next(steps) for d in batch.damaged}
         assert {index for index in range(100) if index in subject.ledger} == damaged
         assert damaged <= set(range(4))
+
+
+@pytest.mark.parametrize("workers", [0, 1], ids="workers={}".format)
+def test_what_is_copied_to_a_device_ahead_is_neither_recorded_nor_reordered(manifest, workers, monkeypatch):
+    """The device is pretended: see tests/training/test_gpu.py for a real one."""
+    events = []
+    monkeypatch.setattr(device, "_moved", lambda batch, _: events.append(("moved", batch.indices[0])) or batch)
+    monkeypatch.setattr(device, "_arrived", lambda step, _: step)
+    monkeypatch.setattr("torch.cuda.Stream", lambda _: SimpleNamespace(record_event=lambda: None))
+    monkeypatch.setattr("torch.cuda.stream", lambda _: contextlib.nullcontext())
+    for shard in manifest.shards:
+        truncate(manifest.directory / shard.name)
+    subject = make_stream(manifest)
+    plan = lambda step: (step * 2, 2) if step < 5 else None  # noqa: E731
+    with BatchLoader(subject, plan, micro_batch=2, workers=workers, device=torch.device("cuda")) as loader:
+        for number, (batch,) in enumerate(loader):
+            assert batch.indices == (2 * number, 2 * number + 1)
+            assert len(events) == min(number + 2, 5)
+            assert all(index < 2 * number + 2 for first, stop in subject.ledger.ranges for index in range(first, stop))
+    assert number == 4

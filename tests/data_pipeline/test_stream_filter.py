@@ -10,9 +10,9 @@ import torch
 from data_pipeline.shards import read_documents
 from data_pipeline.shards.reading import read_shard
 from data_pipeline.shards.scores import save_scores, scores_file
-from data_pipeline.stream import IGNORED, InputError, Manifest, ScoreFilter, TokenStream, batches_hash
+from data_pipeline.stream import IGNORED, InputError, Manifest, ScoreFilter, batches_hash, build_stream
 from data_pipeline.stream import count as counting
-from data_pipeline.stream.score_filter import KeptCounts, counts_path
+from data_pipeline.stream.score_filter import KeptCounts, counts_file
 from tests.data_pipeline.shard_factory import make_shards
 
 BAND = ScoreFilter(scores="small", default=(0.2, 0.8))
@@ -33,7 +33,7 @@ def manifest(tmp_path):
 
 
 def make_stream(manifest, filter=BAND, **options):
-    return TokenStream(manifest, **{"sequence_length": 16, "seed": 4, "filter": filter, **options})
+    return build_stream(manifest, **{"sequence_length": 16, "seed": 4, "filter": filter, **options})
 
 
 def targets_of_an_epoch(stream):
@@ -50,6 +50,16 @@ def test_the_stream_feeds_what_the_band_keeps_and_nothing_else(manifest):
     missing = np.bincount(tokens, minlength=5000) - np.bincount(fed, minlength=5000)
     assert missing.sum() == 1  # the first token of the epoch
     assert (missing >= 0).all()
+
+
+def test_a_shard_of_which_nothing_is_kept_is_passed_over(manifest):
+    empty = manifest.shards[2]
+    save_scores(manifest.directory, empty, "small", np.full((empty.documents, 2), 0.9))
+    counts = counting.count(manifest, BAND)
+    assert counts.tokens[2] == 0
+    stream = make_stream(manifest, sequence_length=4000)
+    assert len(targets_of_an_epoch(stream)) == counts.tokens.sum() - 1
+    assert stream.damaged == 0
 
 
 def test_bands_by_source_and_language(manifest):
@@ -86,15 +96,15 @@ def test_missing_counts_name_the_command_which_then_works(manifest, capsys):
 @pytest.mark.parametrize("torn", [b"", b'["part-00004", [1, 2'], ids=["between lines", "within a line"])
 def test_a_killed_count_goes_on_where_it_was(manifest, torn, monkeypatch):
     expected = counting.count(manifest, BAND)
-    path = counts_path(manifest, BAND)
+    path = manifest.directory / counts_file(manifest, BAND)
     path.unlink()
     counted, work = [], counting.count_shard
 
-    def stop_at_the_fourth(directory, itemsize, filter, shard):
+    def stop_at_the_fourth(manifest, filter, shard):
         counted.append(shard.name)
         if len(counted) == 4:
             raise KeyboardInterrupt
-        return work(directory, itemsize, filter, shard)
+        return work(manifest, filter, shard)
 
     monkeypatch.setattr(counting, "count_shard", stop_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
@@ -110,7 +120,7 @@ def test_a_killed_count_goes_on_where_it_was(manifest, torn, monkeypatch):
 
 def test_counting_in_processes_is_the_same(manifest):
     assert counting.count(manifest, BAND, workers=2).content_hash == KeptCounts.load(manifest, BAND).content_hash
-    path = counts_path(manifest, BAND)
+    path = manifest.directory / counts_file(manifest, BAND)
     before = path.read_bytes()
     path.unlink()
     counting.count(manifest, BAND)
@@ -197,7 +207,7 @@ def test_a_filter_that_keeps_nothing_is_refused(manifest):
 
 def test_a_damaged_cache_names_the_command(manifest):
     counting.count(manifest, BAND)
-    path = counts_path(manifest, BAND)
+    path = manifest.directory / counts_file(manifest, BAND)
     for content in ("{", "[]", '{"manifest": 3}', json.dumps(json.loads(path.read_text()) | {"shards": []})):
         path.write_text(content)
         with pytest.raises(InputError, match=r"data_pipeline\.stream\.count"):

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from data_pipeline.stream import BatchLoader, InputError, Mixture, StreamState, TokenStream, batches_hash
+from data_pipeline.stream import BatchLoader, InputError, Mixture, StreamState, batches_hash, build_stream
 from data_pipeline.stream.interleave import BLOCK, Interleave
 from tests.data_pipeline.shard_factory import make_shards
 
@@ -20,7 +20,7 @@ def manifest(tmp_path_factory):
 
 
 def make_stream(manifest, mixture=None, **options):
-    return TokenStream(manifest, sequence_length=LENGTH, seed=5, mixture=mixture, **options)
+    return build_stream(manifest, sequence_length=LENGTH, seed=5, mixture=mixture, **options)
 
 
 def tokens_of(manifest, *sources):

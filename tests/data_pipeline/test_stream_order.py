@@ -15,8 +15,8 @@ from data_pipeline.stream import (
     Ledger,
     Manifest,
     StreamState,
-    TokenStream,
     batches_hash,
+    build_stream,
 )
 from tests.data_pipeline.shard_factory import PAD, make_shards
 
@@ -29,7 +29,7 @@ def manifest(tmp_path_factory):
 
 
 def stream(manifest, **options):
-    return TokenStream(manifest, **{"sequence_length": LENGTH, "seed": 3, **options})
+    return build_stream(manifest, **{"sequence_length": LENGTH, "seed": 3, **options})
 
 
 def plan(step):

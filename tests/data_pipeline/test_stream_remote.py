@@ -1,14 +1,21 @@
 """Shards on a remote file system: the same batches, a cache that stays within its bound, retries, and damage named."""
 
+import errno
 import fcntl
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 
-from data_pipeline.shards import read_documents, remote
-from data_pipeline.shards.remote import Remote
-from data_pipeline.stream import BatchLoader, InputError, Manifest, TokenStream, batches_hash
+from data_pipeline.shards import read_documents, remote, verify
+from data_pipeline.shards.remote import CacheFull, Remote
+from data_pipeline.shards.scores import save_scores
+from data_pipeline.stream import BatchLoader, InputError, Manifest, ScoreFilter, batches_hash, build_stream
+from data_pipeline.stream import count as counting
+from data_pipeline.stream.score_filter import counts_file
 from tests.data_pipeline.shard_factory import make_shards
 
 
@@ -30,7 +37,7 @@ def load(url, tmp_path, **options):
 
 
 def make_stream(manifest):
-    return TokenStream(manifest, sequence_length=16, seed=2)
+    return build_stream(manifest, sequence_length=16, seed=2)
 
 
 def cached_bytes(tmp_path):
@@ -74,26 +81,17 @@ def test_a_cache_too_small_to_read_ahead_is_refused(local, url, tmp_path):
 
 
 class Flaky:
-    """A file system whose opens fail or are cut short so many times."""
+    """A file system whose downloads of shards fail or are cut short so many times."""
 
     def __init__(self, inner, failures, cut):
         self.inner, self.left, self.cut = inner, failures, cut
 
-    def size(self, path):
-        return self.inner.size(path)
-
-    def exists(self, path):
-        return self.inner.exists(path)
-
-    def open(self, path, mode):
-        if self.left and path.endswith(".tar"):
-            self.left -= 1
-            if not self.cut:
-                raise ConnectionError("connection reset")
-            import io
-
-            return io.BytesIO(self.inner.cat_file(path)[:-700])
-        return self.inner.open(path, mode)
+    def get_file(self, path, target):
+        failing = self.left and path.endswith(".tar")
+        self.left -= bool(failing)
+        if failing and not self.cut:
+            raise ConnectionError("connection reset")
+        Path(target).write_bytes(self.inner.cat_file(path)[: -700 if failing else None])
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["refused", "cut short"])
@@ -157,3 +155,120 @@ def test_missing_and_truncated_remote_shards_are_named_at_load(local, url, tmp_p
 def test_a_url_that_cannot_be_opened_is_refused_by_name(tmp_path, path, message):
     with pytest.raises(InputError, match=message):
         Manifest.load(path, cache=tmp_path / "cache")
+
+
+BAND = ScoreFilter(scores="s", default=(0.3, None))
+
+
+@pytest.fixture
+def scored(local, url):
+    """The remote shards, with scores."""
+    memory, root = fsspec.filesystem("memory"), url.removeprefix("memory:/")
+    for shard in local.shards:
+        path = save_scores(local.directory, shard, "s", np.random.default_rng(3).random((shard.documents, 2)))
+        memory.pipe(f"{root}/{path.name}", path.read_bytes())
+    return root
+
+
+def test_counts_are_cached_beside_a_remote_manifest_for_every_machine(local, url, scored, tmp_path):
+    counting.count(load(url, tmp_path), BAND)
+    elsewhere = Manifest.load(f"{url}/manifest.json", cache=tmp_path / "elsewhere")
+    stream = build_stream(elsewhere, sequence_length=16, seed=2, filter=BAND)
+    counting.count(local, BAND)
+    assert stream.stream_hash == build_stream(local, sequence_length=16, seed=2, filter=BAND).stream_hash
+    assert not [d for i in range(stream.samples_per_epoch) for d in stream.read([i]).damaged]
+
+
+def test_a_killed_count_of_remote_shards_goes_on_where_it_was(local, url, scored, tmp_path, monkeypatch):
+    counted, work = [], counting.count_shard
+
+    def stop_at_the_fourth(manifest, filter, shard):
+        counted.append(shard.name)
+        if len(counted) == 4:
+            raise KeyboardInterrupt
+        return work(manifest, filter, shard)
+
+    monkeypatch.setattr(counting, "count_shard", stop_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        counting.count(load(url, tmp_path), BAND)
+    counts = counting.count(load(url, tmp_path), BAND)
+    assert counted[4:] == [shard.name for shard in local.shards[3:]]
+    assert counts.content_hash == counting.count(local, BAND).content_hash
+
+
+def test_scores_that_were_made_again_are_not_taken_from_the_cache(local, url, scored, tmp_path):
+    memory, shard = fsspec.filesystem("memory"), local.shards[0]
+    counting.count(load(url, tmp_path), BAND)
+    stream = build_stream(load(url, tmp_path), sequence_length=16, seed=2, filter=BAND)
+    stream.read(range(stream.samples_per_epoch))  # now the cache has the scores
+    path = save_scores(local.directory, shard, "s", np.random.default_rng(4).random((shard.documents, 2)))
+    memory.pipe(f"{scored}/{path.name}", path.read_bytes())
+    name = counts_file(local, BAND)
+    memory.rm(f"{scored}/{name}")
+    (tmp_path / "cache" / name).unlink()
+    other = Manifest.load(f"{url}/manifest.json", cache=tmp_path / "other")
+    assert counting.count(other, BAND).content_hash == counting.count(local, BAND).content_hash
+    again = build_stream(load(url, tmp_path), sequence_length=16, seed=2, filter=BAND)
+    assert not again.read(range(again.samples_per_epoch)).damaged
+
+
+def test_verify_reads_what_is_there_and_not_what_is_cached(local, url, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MEGATRON_TN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    memory, root = fsspec.filesystem("memory"), url.removeprefix("memory:/")
+    assert verify.main([f"{url}/manifest.json", "--workers=1"]) == 0  # memory:// is this process's own
+    altered = bytearray(memory.cat_file(f"{root}/{local.shards[0].name}"))
+    altered[600] ^= 1
+    memory.pipe(f"{root}/{local.shards[0].name}", bytes(altered))
+    memory.pipe(f"{root}/{local.shards[1].name}", b"short")
+    memory.rm(f"{root}/{local.shards[2].name}")
+    memory.pipe(f"{root}/stray.tar", b"")
+    assert verify.main([f"{url}/manifest.json", "--workers=1"]) == 1
+    found = capsys.readouterr().err
+    for number, kind in enumerate(["altered", "truncated", "missing"]):
+        assert f"shard {local.shards[number].name}: {kind}" in found
+    assert "shard stray.tar: lies beside the manifest" in found
+    assert len(found.splitlines()) == 4
+
+
+@pytest.fixture
+def small_disk(monkeypatch):
+    """A disk that holds `bytes` of shards in one folder."""
+
+    def install(folder, size):
+        def get_file(filesystem, source, target, **options):
+            data = filesystem.cat_file(source)
+            used = sum(stat.st_size for path, stat in remote._files(folder) if path.suffix in remote.EVICTED)
+            if used + len(data) > size:
+                Path(target).write_bytes(data[:100])
+                raise OSError(errno.ENOSPC, "No space left on device")
+            Path(target).write_bytes(data)
+
+        monkeypatch.setattr(type(fsspec.filesystem("memory")), "get_file", get_file)
+
+    monkeypatch.setattr("random.Random.uniform", lambda *_: 0.0)
+    return install
+
+
+def test_a_full_disk_takes_from_the_cache_and_loses_nothing(local, url, tmp_path, small_disk):
+    expected = make_stream(local).batch(range(40))
+    manifest = load(url, tmp_path)
+    small_disk(tmp_path / "cache", 6 * max(shard.size for shard in local.shards))
+    stream = make_stream(manifest)
+    assert batches_hash([stream.batch(range(40))]) == batches_hash([expected])
+
+
+def test_a_disk_that_stays_full_stops_the_run_and_is_no_damage(url, tmp_path, small_disk):
+    manifest = load(url, tmp_path)
+    small_disk(tmp_path / "cache", 10)
+    stream = make_stream(manifest)
+    with pytest.raises(CacheFull, match=r"cache .*: No space left on device, and nothing in it can be removed"):
+        stream.batch(range(4))
+    assert stream.state(0).skipped == ()
+
+
+def test_many_ranks_load_one_url_at_once(local, tmp_path):
+    """Ranks of one node share a cache: none may take away the manifest that another is about to read."""
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: load(f"file://{local.directory}", tmp_path).content_hash, range(64)))
+    assert set(found) == {local.content_hash}

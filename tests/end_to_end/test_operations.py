@@ -88,11 +88,10 @@ def slow_rank(overrides: tuple[str, ...], said: str, what: str) -> None:
     else:
         open_batches = module.open_batches
 
-        def slow_batches(*arguments):
-            loader = open_batches(*arguments)
-            record = loader.stream.record
-            loader.stream.record = lambda batch: (time.sleep(0.1), record(batch))
-            return loader
+        def slow_batches(config, stream, *others):
+            record = stream.record
+            stream.record = lambda batch: (time.sleep(0.1), record(batch))
+            return open_batches(config, stream, *others)
 
         module.open_batches = slow_batches
     train_here(overrides)

@@ -23,6 +23,10 @@ class Rows(NamedTuple):
     targets: Tensor
     cu_seqlens: Tensor | None = None
 
+    @property
+    def target_tokens(self) -> int:
+        return int((self.targets != -100).sum())
+
 
 def tiny_config(**changes) -> TrainConfig:
     """A TrainConfig around TINY. `changes`: model, parallel, ... as whole dataclasses, or fields of the top level."""

@@ -1,0 +1,145 @@
+"""The stream as a WebDataset pipeline: shards -> documents -> filter -> your stages -> mixture -> packing -> batches.
+
+    stages = token_stages(manifest, sequence_length=2048, seed=0, filter=ScoreFilter.load("conf/selfclean.yaml"))
+    for step in webdataset.DataPipeline(*stages, batches(plan, micro_batch=8)):
+        ...
+
+A stage is what `webdataset.DataPipeline` takes: a callable of what the stage before it gives. Up to packing that is a
+`Corpus` and not an iterator of documents, since an iterator could only find sample 10^12 by reading all before it; so
+global batch k stays a function of (manifest, filter, stages, mixture, seed, k) whatever is put in between. From
+`batches` on it is an iterator, and any stage of webdataset's own may follow.
+
+Every stage has a name and can be left out or replaced: `token_stages` is a list. A stage of your own takes a `Corpus`
+and gives one (`each_document` makes one from a function of a document).
+"""
+
+import dataclasses
+import functools
+import importlib
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from data_pipeline.errors import InputError
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.stream.corpus import Corpus, DocumentStage
+from data_pipeline.stream.loader import BatchLoader, Plan
+from data_pipeline.stream.mixture import Mixture
+from data_pipeline.stream.score_filter import DocumentFilter, KeptCounts, ScoreFilter
+from data_pipeline.stream.token_stream import TokenStream
+
+Stage = Callable[..., Any]
+NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:object
+CorpusStage = Callable[[Corpus], Corpus]
+
+
+def token_stages(
+    manifest: Manifest,
+    *,
+    sequence_length: int,
+    seed: int,
+    filter: DocumentFilter | None = None,
+    document_stages: Iterable[DocumentStage] = (),
+    mixture: Mixture | None = None,
+    **packing: Any,
+) -> list[Stage]:
+    """The stages from shards to samples. `packing`: the other arguments of `TokenStream`."""
+    return [
+        shards(manifest),
+        documents(seed),
+        *([keep(filter)] if filter else []),
+        *(each_document(stage) for stage in document_stages),
+        *([mix(mixture)] if mixture else []),
+        pack(sequence_length, **packing),
+    ]
+
+
+def compose(stages: Iterable[Stage]) -> Any:
+    """What the last stage gives: of `token_stages`, the `TokenStream` that finds any sample and keeps the ledger."""
+    first, *others = stages
+    return functools.reduce(lambda given, stage: stage(given), others, first())
+
+
+def build_stream(manifest: Manifest, **options: Any) -> TokenStream:
+    """`compose` of `token_stages` with these arguments."""
+    return compose(token_stages(manifest, **options))
+
+
+def shards(manifest: Manifest) -> Callable[[], Corpus]:
+    """The shards of a manifest, each document of which is kept and read as it is stored."""
+    return lambda: Corpus(manifest)
+
+
+def documents(seed: int) -> CorpusStage:
+    """Shards, and documents within each, in an order of `seed` and of the epoch."""
+    return _stage("documents", lambda corpus: dataclasses.replace(corpus, seed=seed))
+
+
+def keep(filter: DocumentFilter) -> CorpusStage:
+    """The documents that a filter keeps, by the cache of `data_pipeline.stream.count`. Raises InputError naming that
+    command when there is none."""
+
+    def stage(corpus: Corpus) -> Corpus:
+        if corpus.filter is not None:
+            raise InputError(f"keep({filter}): the documents are filtered already, by {corpus.filter}")
+        return dataclasses.replace(corpus, filter=filter, counts=KeptCounts.load(corpus.manifest, filter))
+
+    return _stage("keep", stage)
+
+
+def each_document(stage: DocumentStage) -> CorpusStage:
+    """Every document through a function of it alone, which must give as many token ids."""
+    return _stage(
+        f"each_document({stage.name})",
+        lambda corpus: dataclasses.replace(corpus, document_stages=(*corpus.document_stages, stage)),
+    )
+
+
+def mix(mixture: Mixture) -> CorpusStage:
+    """Sources gone over as often as the mixture says."""
+    return _stage("mix", lambda corpus: dataclasses.replace(corpus, mixture=mixture))
+
+
+def pack(sequence_length: int, **options: Any) -> Callable[[Corpus], TokenStream]:
+    """Documents laid end to end and cut into samples; `options` are those of `TokenStream`."""
+    return _stage("pack", lambda corpus: TokenStream(corpus, sequence_length=sequence_length, **options))
+
+
+def batches(plan: Plan, **options: Any) -> Callable[[TokenStream], BatchLoader]:
+    """A rank's microbatches, step by step; `options` are those of `BatchLoader`."""
+    return lambda stream: BatchLoader(stream, plan, **options)
+
+
+def load_filter(text: str) -> DocumentFilter:
+    """A YAML file or inline JSON of a `ScoreFilter`, or `module:object` of a filter of one's own. Raises InputError."""
+    if NAME.fullmatch(text):
+        return _load("filter", text)
+    return ScoreFilter.load(text)
+
+
+def load_document_stage(name: str) -> DocumentStage:
+    """`module:function`, the name under which it is part of the stream. Raises InputError."""
+    return DocumentStage(name, _load("document stage", name))
+
+
+def _load(what: str, name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{what} {name!r}: {error}; it must be module:name, importable from here") from None
+
+
+def _stage(name: str, function: Callable[[Corpus], Any]) -> Callable[[Corpus], Any]:
+    """`function`, refusing what is no corpus: a stage that iterates cannot be followed by one that finds."""
+
+    def stage(corpus: Corpus) -> Any:
+        if not isinstance(corpus, Corpus):
+            raise InputError(
+                f"stage {name} was given a {type(corpus).__name__}: every stage before packing must give a Corpus; "
+                "each_document makes such a stage from a function of a document"
+            )
+        return function(corpus)
+
+    stage.__name__ = stage.__qualname__ = name
+    return stage
