@@ -151,7 +151,12 @@ def figures(samples: list[Sample], decided: dict[str, str], weighted: bool) -> F
         right = counts["keep"]["keep"] + counts["drop"]["drop"]
         total = sum(sum(row.values()) for row in counts.values())
         caught, missed = counts["drop"]["drop"], counts["keep"]["drop"]
-        estimates = [wilson(right, total), wilson(caught, sum(counts["drop"].values())), wilson(caught, caught + missed)]
+        both = all(sum(row.values()) for row in counts.values())
+        estimates = [
+            wilson(right, total),
+            wilson(caught, sum(counts["drop"].values())),
+            wilson(caught, caught + missed) if both else None,
+        ]
         return Figures(len(samples), answered, counts, *estimates)
     dropped = [(sizes[key], bad, n) for key, (n, bad) in cells.items() if key[3] == "drop"]
     kept = [(sizes[key], bad, n) for key, (n, bad) in cells.items() if key[3] == "keep"]
@@ -201,7 +206,10 @@ def _share(cells: Cells) -> Estimate | None:
 
 def _recall(dropped: Cells, kept: Cells) -> Estimate | None:
     """caught / (caught + missed), both weighted sums. The limits are those r for which the interval of
-    (1 - r) caught - r missed, which falls with r, just touches 0."""
+    (1 - r) caught - r missed, which falls with r, just touches 0. None without decided samples on both sides: of what
+    is kept nothing would be known, or of what is dropped."""
+    if not dropped or not kept:
+        return None
     caught, caught_below, caught_above = _sum(dropped)
     missed, missed_below, missed_above = _sum(kept)
     if not caught + missed:

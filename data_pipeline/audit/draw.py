@@ -32,8 +32,8 @@ def draw(
     """Samples of every source and language, `tails_and_borders` of each, and their texts cut at `max_characters`; in
     random order, so that whoever stops early has judged a random part. A text that was sampled twice is given once.
 
-    `progress(stage, done, total)` is told of the shards read for `scores` and for `texts`. Raises InputError naming scores, index or shard that cannot be
-    used, or that nothing is scored.
+    `progress(stage, done, total)` is told of the shards read for `scores` and for `texts`. Raises InputError naming
+    scores, index or shard that cannot be used, or that nothing is scored.
     """
     from data_pipeline.tokenizer import load
 
@@ -41,9 +41,7 @@ def draw(
     chosen: dict[tuple[int, int], tuple[Group, Chosen]] = {}
     for group in sorted(values):
         low, high = filter.band(*group)
-        for one in tails_and_borders(
-            values[group], low, high, each=each, seed=_group_seed(seed, group), border=border
-        ):
+        for one in tails_and_borders(values[group], low, high, each=each, seed=_group_seed(seed, group), border=border):
             number, position = map(int, places[group][one.index])
             chosen[number, position] = (group, one)
     if not chosen:
