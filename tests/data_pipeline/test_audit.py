@@ -48,12 +48,17 @@ class TestSampling:
         assert chosen == tails_and_borders(scores, low=100, high=900, each=4, seed=0)
         assert chosen != tails_and_borders(scores, low=100, high=900, each=4, seed=1)
 
-    @pytest.mark.parametrize("low", [None, -5.0, 3.0, 50.0, 200.0])
-    @pytest.mark.parametrize("high", [None, 300.0, 96.0, 50.0])
+    @pytest.mark.parametrize(
+        ("low", "high"),
+        [
+            (low, high)
+            for low in (None, -5.0, 3.0, 50.0, 200.0)
+            for high in (None, 300.0, 96.0, 50.0)
+            if low is None or high is None or low <= high
+        ],
+    )
     @pytest.mark.parametrize("documents", [0, 1, 2, 5, 100])
     def test_strata_cover_every_document_once_and_agree_with_the_filter(self, low, high, documents):
-        if low is not None and high is not None and low > high:
-            pytest.skip("no band")
         ordered = np.arange(documents, dtype=np.float32)
         found = strata(ordered, low, high, width=3)
         covered = [index for _, _, start, stop in found for index in range(start, stop)]

@@ -84,6 +84,9 @@ function showPiece(found) {
   state.shown.end = found.end;
   const left = found.held - found.end;
   find("rest").hidden = !left;
+  // Looked at anew: an end that is still in sight after a short piece is no news to the observer otherwise.
+  observer.unobserve(find("rest"));
+  if (left) observer.observe(find("rest"));
   find("left").textContent = left ? `${whole(left)} more characters` : "";
   const cut = found.characters - found.held;
   find("end").textContent = left ? "" : cut > 0
@@ -91,12 +94,17 @@ function showPiece(found) {
     : found.held ? "End of the document" : "The document is empty";
 }
 
+const observer = new IntersectionObserver(entries => {
+  if (entries.some(entry => entry.isIntersecting)) more();
+}, { rootMargin: "600px" });
+
 async function more() {
   const shown = state.shown;
   if (state.loading || !shown || shown.end >= shown.held) return;
   state.loading = true;
   try {
     const found = await request(`/api/document?position=${state.position}&start=${shown.end}`);
+    state.loading = false;
     if (state.shown === shown) showPiece(found);
   } catch (problem) {
     fail(problem);
@@ -228,7 +236,6 @@ find("next").addEventListener("click", () => once(next));
 find("more").addEventListener("click", more);
 find("help-button").addEventListener("click", () => find("help").showModal());
 for (const link of ["to-summary", "done-summary"]) find(link).href = address("/summary");
-new IntersectionObserver(entries => { if (entries.some(entry => entry.isIntersecting)) more(); }, { rootMargin: "600px" }).observe(find("rest"));
 document.addEventListener("visibilitychange", async () => {
   if (document.hidden) return watch.pause();
   watch.resume();

@@ -31,27 +31,32 @@ export function visible(text) {
   return nodes;
 }
 
-const BLOCK = 20_000;  // characters of a block, which the browser lays out only when it comes near the window
+const BLOCK = 8_000;  // characters of a block, which the browser lays out only when it comes near the window
 
-/** Appends a piece of a text to `area` in blocks that end at line ends. A line that is longer goes on in its block. */
+/** Appends a piece of a text to `area` in blocks. They end at line ends; a line that is longer than a block is cut, and
+ *  its cut is marked: one block of a million characters would be laid out anew with every piece. */
 export function append(area, piece) {
   let start = 0;
   while (start < piece.length) {
     let stop = Math.min(start + BLOCK, piece.length);
-    const line = piece.lastIndexOf("\n", stop - 1);
-    const ends = line >= start;
-    if (stop < piece.length && ends) stop = line + 1;
-    if (stop < piece.length && /[\ud800-\udbff]/.test(piece[stop - 1])) stop += 1;
-    let block = area.lastElementChild;
-    if (!block || block.dataset.open !== "yes") {
-      block = make("div", { className: "block", dir: "auto" });
-      area.append(block);
+    if (stop < piece.length) {
+      const line = piece.lastIndexOf("\n", stop - 1);
+      if (line >= start) stop = line + 1;
+      else if (/[\ud800-\udbff]/.test(piece[stop - 1])) stop += 1;
     }
     const closed = piece[stop - 1] === "\n";
+    const before = area.lastElementChild;
+    let block = before?.classList.contains("cut") && Number(before.dataset.size) < BLOCK ? before : null;
+    if (!block) {
+      block = make("div", { className: "block", dir: "auto" });
+      block.dataset.size = 0;
+      area.append(block);
+    }
     // The last line end of a block is the block's own.
     block.append(visible(piece.slice(start, closed ? stop - 1 : stop)));
-    if (closed && !block.textContent) block.append("\n");
-    block.dataset.open = closed ? "no" : "yes";
+    if (closed && !block.firstChild) block.append("\n");
+    block.dataset.size = Number(block.dataset.size) + stop - start;
+    block.classList.toggle("cut", !closed);
     start = stop;
   }
 }
