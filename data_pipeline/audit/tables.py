@@ -13,7 +13,7 @@ def show(found: Summary, problems: list[str], console: Console | None = None) ->
     for problem in problems:
         console.print(f"warning: {escape(problem)}", style="yellow")
     how = "strata weighted by their documents" if found.weighted else "the sample is not stratified: unweighted"
-    table = _table(f"Filter against people ({how}; 95 % intervals)", "")
+    table = _table(f"Filter's drops against people's ({how}; 95 % intervals)", "")
     _row(table, "all", found.overall)
     for title, groups in (("source", found.sources), ("language", found.languages), ("place", found.places)):
         table.add_section()
@@ -45,7 +45,7 @@ def show(found: Summary, problems: list[str], console: Console | None = None) ->
 
 def _table(title: str, first: str) -> Table:
     table = Table(title=title, title_justify="left")
-    for header in (first, "samples", "judged", "agreement", "precision of drops", "recall of drops"):
+    for header in (first, "samples", "judged", "agreement", "precision", "recall"):
         table.add_column(header, justify="left" if header == first else "right")
     return table
 
@@ -58,4 +58,4 @@ def _row(table: Table, name: str, figures: Figures) -> None:
 def _estimate(estimate: Estimate | None) -> str:
     if estimate is None:
         return "—"
-    return f"{estimate.value:.1%} ({estimate.low:.1%} to {estimate.high:.1%})"
+    return f"{estimate.value:.1%} ({100 * estimate.low:.1f} to {100 * estimate.high:.1f})"
