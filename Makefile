@@ -40,7 +40,7 @@ test-gpu: setup ## what needs a CUDA device
 bench: bench-kernels ## every benchmark
 
 bench-kernels: setup ## every kernel: correctness, then time against the memory's floor and against peers
-	$(BIN)/python -m kernels.bench
+	$(BIN)/python -m kernels.bench --output runs/kernels
 
 tune: setup ## time the candidate tiles of lightning attention on this GPU (the table is kernels/lightning/configs.py)
 	$(BIN)/python -m kernels.bench.tune

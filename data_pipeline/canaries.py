@@ -15,7 +15,7 @@ from pathlib import Path
 
 from data_pipeline.canary_texts import GOOD, NOISE
 from data_pipeline.config import Settings, compose
-from data_pipeline.errors import InputError
+from data_pipeline.errors import InputError, StageError
 from data_pipeline.sources import Jsonl
 
 SOURCE = "canaries"
@@ -108,11 +108,13 @@ def _planted(output: Path) -> dict[str, str]:
 
 def measure(settings: Settings, per_kind: int) -> dict:
     """Plants, runs, scores, and adds the scores to the run's report."""
+    from data_pipeline.files import replace_file
     from data_pipeline.report_page import page
     from data_pipeline.run import run
-    from data_pipeline.shards.manifest import replace_file
 
     output = Path(settings.output)
+    if settings.executor != "local":
+        raise InputError(f"executor={settings.executor}: canaries are measured with executor=local")
     report = run(plant(settings, per_kind))
     report["canaries"] = score(output)
     replace_file(output / "report.json", json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")
@@ -121,8 +123,6 @@ def measure(settings: Settings, per_kind: int) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from data_pipeline.run import StageError
-
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or {"-h", "--help"} & set(given):
         print(__doc__)

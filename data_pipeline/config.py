@@ -10,7 +10,7 @@ import functools
 import operator
 import typing
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -99,21 +99,53 @@ class LineDuplicates:
 @dataclass(frozen=True, config=STRICT)
 class TokenizerSettings:
     """`file`: an existing tokenizer.json; null trains one of `vocab_size` entries on at most `sample_bytes` of the
-    training split. bos, eos, pad: the entries that play these parts."""
+    training split. `weights`: how many parts of the sample each category of the sources gets; null gives it what it has
+    of the text that an epoch of training sees, but no less than `min_share` of the sample. A category that has less
+    than its part leaves the rest to the others. bos, eos, pad: the entries that play these parts."""
 
     vocab_size: Positive = 64_000
     file: str | None = None
     sample_bytes: Positive = 1_000_000_000
+    weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
+    min_share: Annotated[float, Field(ge=0, le=0.1)] = 0.02
     bos: str = "<s>"
     eos: str = "</s>"
     pad: str = "<pad>"
 
 
 @dataclass(frozen=True, config=STRICT)
-class Settings:
-    """Everything a run depends on. All but `output`, `workers` and `overwrite` decide the bytes of what it writes.
+class Slurm:
+    """How `executor=slurm` submits each stage as a job array: what sbatch calls `partition`, `time`, `qos` and
+    `cpus_per_task` (quote a time in YAML, which reads 24:00:00 as a number); memory in GB a CPU; `at_once`: array tasks
+    that run at the same time, null for no limit; `tasks_per_job`: tasks of a stage that one array task works through;
+    `max_array_size`: the cluster's MaxArraySize.
 
-    `tasks`: into how many independent pieces the per-document stages are cut; `workers`: how many run at once.
+    `env_command`: shell lines before the task, such as `module load python`; `sbatch_args`, `srun_args`: further
+    options without their dashes, such as {account: lab}. `wait`: follow the jobs to the end; without it the command
+    returns when they are submitted, and running it again shows how far they are.
+    """
+
+    partition: str | None = None
+    time: str | int = "24:00:00"
+    cpus_per_task: Positive = 1
+    mem_per_cpu_gb: Positive = 4
+    qos: str | None = None
+    at_once: Positive | None = None
+    tasks_per_job: Positive = 1
+    max_array_size: Positive = 1001
+    job_name: str = "pipeline"
+    env_command: str | None = None
+    sbatch_args: dict[str, str | int | float] = dataclasses.field(default_factory=dict)
+    srun_args: dict[str, str | int | float] = dataclasses.field(default_factory=dict)
+    wait: bool = True
+
+
+@dataclass(frozen=True, config=STRICT)
+class Settings:
+    """Everything a run depends on. All but those in FREE decide the bytes of what it writes.
+
+    `tasks`: into how many independent pieces the per-document stages are cut; `executor`: what runs them, `workers`
+    processes of this machine or SLURM.
     """
 
     output: str
@@ -129,11 +161,13 @@ class Settings:
     tokenizer: TokenizerSettings = dataclasses.field(default_factory=TokenizerSettings)
     shard_tokens: Positive = 50_000_000
     tasks: Positive = 8
+    executor: Literal["local", "slurm"] = "local"
     workers: Positive = 2
+    slurm: Slurm = dataclasses.field(default_factory=Slurm)
     overwrite: bool = False
 
 
-FREE = ("output", "workers", "overwrite")  # settings that leave the bytes of the output alone
+FREE = ("output", "executor", "workers", "slurm", "overwrite")  # settings that leave the bytes of the output alone
 
 
 def compose(overrides: list[str], directory: Path = CONF) -> Settings:

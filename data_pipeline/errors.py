@@ -1,4 +1,4 @@
-"""The one error that a user's input may raise: each problem a line of its own, shown without a traceback."""
+"""The errors that a command line shows without a traceback."""
 
 
 class InputError(ValueError):
@@ -11,3 +11,7 @@ class InputError(ValueError):
     def __reduce__(self):
         # The default would hand the joined text back as one problem when the error crosses a process boundary.
         return type(self), self.problems
+
+
+class StageError(RuntimeError):
+    """A stage failed for a reason that is not the input's; running again continues with it."""

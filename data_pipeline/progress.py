@@ -45,6 +45,10 @@ class Display:
             done = f"{stage.tasks} tasks" if fresh else "already complete"
             self.progress.console.print(f"{stage.name:{self.width}}  {done}, {time.perf_counter() - began:.1f} s")
 
+    def tell(self, line: str) -> None:
+        """Shows a line above the bars."""
+        self.progress.console.print(line)
+
 
 @contextlib.contextmanager
 def show(stages: list[Stage]) -> Iterator[Display]:

@@ -5,10 +5,33 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_pipeline.shards.manifest import Manifest, replace_file
+from datatrove.data import DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
+
+from data_pipeline.files import replace_file
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.steps import read_tally
+from data_pipeline.tokenise import METADATA
 
 STAGES = ("read", "rules", "exact", "lines", "near")
 EXAMPLES = 3  # kept of each rule and measure
+
+
+class WriteReport(PipelineStep):
+    """In one task, when the manifests are there: report.json and report.html."""
+
+    type = "📊 - STATS"
+    name = "write report"
+
+    def __init__(self, output: Path, work: Path, splits: tuple[str, ...]):
+        super().__init__()
+        self.output = output
+        self.work = work
+        self.splits = splits
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        write_report(self.output, self.work, self.splits)
+        return data
 
 
 def write_report(output: Path, work: Path, splits: tuple[str, ...]) -> dict:
@@ -16,29 +39,22 @@ def write_report(output: Path, work: Path, splits: tuple[str, ...]) -> dict:
     equal reports, so it holds no times."""
     from data_pipeline.report_page import page
 
-    results = {split: _split(Manifest.load(output / split / "manifest.json")) for split in splits}
+    manifests = {split: Manifest.load(output / split / "manifest.json") for split in splits}
+    results = {split: _split(manifest) for split, manifest in manifests.items()}
     bytes_per_token = sum(s["text_bytes"] for s in results.values()) / sum(s["tokens"] for s in results.values())
-    tallies = [(name, _tally(folder)) for name in STAGES if (folder := work / "tally" / name).is_dir()]
+    tallies = [(name, read_tally(folder)) for name in STAGES if (folder := work / "tally" / name).is_dir()]
     report = {
         "stages": [{"stage": name, **_stage(tally, bytes_per_token)} for name, tally in tallies],
         "quarantine": _quarantine(output / "quarantine"),
         "edits": _edits(output / "edits"),
         "drops": _drops(output / "drops"),
+        "tokenizer": json.loads((output / METADATA).read_bytes()),
+        "sources": _sources(manifests),
         "splits": results,
     }
     replace_file(output / "report.json", json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")
     replace_file(output / "report.html", page(report).encode())
     return report
-
-
-def _tally(folder: Path) -> dict[tuple[str, str], tuple[int, int]]:
-    """{(source, language): (documents, bytes)} over all tasks."""
-    counts: dict[tuple[str, str], tuple[int, int]] = {}
-    for path in sorted(folder.glob("*.json")):
-        for source, language, documents, size in json.loads(path.read_bytes()):
-            before = counts.get((source, language), (0, 0))
-            counts[source, language] = (before[0] + documents, before[1] + size)
-    return counts
 
 
 def _stage(tally: dict[tuple[str, str], tuple[int, int]], bytes_per_token: float) -> dict:
@@ -100,6 +116,20 @@ def _drops(folder: Path) -> dict[str, dict]:
             keys = ("id", "measure", "value", "threshold", "excerpt")
             entry["examples"].append({key: record[key] for key in keys})
     return drops
+
+
+def _sources(manifests: dict[str, Manifest]) -> dict[str, dict]:
+    """{source: category, epochs, and its documents, bytes and tokens in the shards of all splits}."""
+    sources: dict[str, dict] = {}
+    for manifest in manifests.values():
+        for shard in manifest.shards:
+            info = manifest.sources[shard.source]
+            empty = {"category": info.category, "epochs": info.epochs, "documents": 0, "bytes": 0, "tokens": 0}
+            entry = sources.setdefault(shard.source, empty)
+            entry["documents"] += shard.documents
+            entry["bytes"] += shard.text_bytes
+            entry["tokens"] += shard.tokens
+    return dict(sorted(sources.items()))
 
 
 def _split(manifest: Manifest) -> dict:

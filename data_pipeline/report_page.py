@@ -4,14 +4,28 @@ from collections.abc import Iterable
 from html import escape
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: .5rem 0 1.5rem }
-th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd }
-th { text-align: left } td.n { text-align: right; font-variant-numeric: tabular-nums }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .5rem; margin: .2rem 0 .8rem }
-svg text { font: 13px system-ui, sans-serif } summary { cursor: pointer }
+:root { color-scheme: light dark; --text: #1d2129; --soft: #5c6470; --line: #d9dde3; --box: #f4f6f8; --back: #fff;
+  --bar: #2b6cb0; --band: #a8cbe8; --lost: #e59866 }
+@media (prefers-color-scheme: dark) { :root { --text: #e4e7eb; --soft: #9aa4b1; --line: #353c46; --box: #20252c;
+  --back: #15181d; --bar: #63a4e0; --band: #27476a; --lost: #b8683a } }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: var(--text);
+  background: var(--back) }
+h2 { margin: 2.2rem 0 .4rem; font-size: 1.2rem } p { margin: .3rem 0; color: var(--soft) }
+.wide { overflow-x: auto } table { border-collapse: collapse; margin: .5rem 0 1rem }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top }
+th { text-align: left; font-weight: 600; color: var(--soft); vertical-align: bottom } th.n { text-align: right }
+td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+small { color: var(--soft) } .figures { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1rem 0 1.5rem }
+.figures div { background: var(--box); border-radius: 8px; padding: .6rem 1rem } .figures b { display: block;
+  font-size: 1.25rem }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; background: var(--box); padding: .5rem;
+  margin: .2rem 0 .8rem; border-radius: 6px; max-height: 12rem; overflow: auto }
+details { border-bottom: 1px solid var(--line); padding: .25rem 0 } summary { cursor: pointer }
+svg text { font: 13px system-ui, sans-serif; fill: var(--text) } svg .soft { fill: var(--soft) }
+svg .bar { fill: var(--bar) } svg .band { fill: var(--band) } svg .lost { fill: var(--lost) }
 """
-WIDTH, HEIGHT, BAR, GAP = 1000, 130, 14, 46  # of the flow picture, in its own units
+WIDTH, HEIGHT, BAR, GAP = 1000, 150, 14, 62  # of the flow picture, in its own units
+FALL, NARROW = 34, 3  # how far below the bars losses run, and how thin at least
 
 
 def page(report: dict) -> str:
@@ -19,33 +33,40 @@ def page(report: dict) -> str:
     parts = [
         "<!DOCTYPE html>\n<html lang=en><head><meta charset=utf-8>",
         "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; style-src 'unsafe-inline'\">",
+        '<meta name=viewport content="width=device-width">',
         f"<title>Cleaning report</title><style>{STYLE}</style></head><body><h1>Cleaning report</h1>",
-        flow(report["stages"]),
-        "<h2>Stages</h2><p>Tokens before the tokenizer are estimates from bytes.</p>",
-        _stages(report["stages"]),
+        _figures(report),
+        flow([*report["stages"], *_final(report)]),
+        "<h2>Stages</h2><p>Tokens are estimates from bytes up to the last stage; those of the shards are counted.</p>",
+        _stages([*report["stages"], *_final(report)]),
         "<h2>By source</h2>",
         _groups(report["stages"], "sources"),
         "<h2>By language</h2><p>A language is known once the rules have run; — stands for none.</p>",
         _groups(report["stages"], "languages"),
-        "<h2>Quarantined</h2>",
+        "<h2>Quarantined</h2><p>What is no document, by reason: every one is a line in quarantine/.</p>",
         _table(
             ("reason", "documents", "bytes", "for example"),
             (
-                (name, e["documents"], e["bytes"], "; ".join(f"{x['id']}: {x['detail']}" for x in e["examples"][:1]))
+                (name, e["documents"], e["bytes"], "; ".join(f"{x['id']}: {x['detail']}" for x in e["examples"]))
                 for name, e in report["quarantine"].items()
             ),
         ),
+        "<h2>Drops</h2><p>By rule, with the measures that it took, the sources, and examples.</p>",
+        *(_rule(name, entry, report) for name, entry in _by_documents(report["drops"])),
         "<h2>Edits</h2>",
         _table(
             ("edit", "documents", "sum of values"),
             ((name, entry["documents"], entry["value"]) for name, entry in report["edits"].items()),
         ),
-        "<h2>Drops</h2>",
-        *(_rule(name, entry) for name, entry in report["drops"].items()),
+        *_tokenizer(report["tokenizer"]),
         "<h2>Shards</h2>",
         _table(
-            ("split", *next(iter(report["splits"].values()))),
+            ("split", *(name.replace("_", " ") for name in next(iter(report["splits"].values())))),
             ((name, *entry.values()) for name, entry in report["splits"].items()),
+        ),
+        _table(
+            ("source", "category", "epochs", "documents", "bytes", "tokens"),
+            ((name, *entry.values()) for name, entry in report["sources"].items()),
         ),
         *(_canaries(report["canaries"]) if report.get("canaries") else ()),
         "</body></html>\n",
@@ -53,68 +74,134 @@ def page(report: dict) -> str:
     return "\n".join(parts)
 
 
+def _final(report: dict) -> list[dict]:
+    """The shards as a last stage, their tokens counted."""
+    splits = report["splits"].values()
+    sums = {key: sum(split[key] for split in splits) for key in ("documents", "text_bytes", "tokens")}
+    return [
+        {
+            "stage": "shards",
+            "documents": sums["documents"],
+            "bytes": sums["text_bytes"],
+            "tokens_estimated": sums["tokens"],
+        }
+    ]
+
+
+def _figures(report: dict) -> str:
+    (final,) = _final(report)
+    first = report["stages"][0] if report["stages"] else final
+    quarantined = sum(entry["documents"] for entry in report["quarantine"].values())
+    figures = (
+        (f"{first['documents']:,}", "documents read"),
+        (f"{final['documents']:,}", f"kept, {_share(final['documents'], first['documents'])}"),
+        (f"{_short(final['bytes'])}B", f"of {_short(first['bytes'])}B of text"),
+        (_short(final["tokens_estimated"]), "tokens"),
+        (f"{sum(split['shards'] for split in report['splits'].values()):,}", "shards"),
+        (f"{quarantined:,}", "quarantined"),
+    )
+    return f"<div class=figures>{''.join(f'<div><b>{value}</b>{name}</div>' for value, name in figures)}</div>"
+
+
 def flow(stages: list[dict]) -> str:
-    """A picture of the bytes that stages pass on: a bar a stage, a band to the next, and what branches off."""
+    """A picture of the bytes that stages pass on: a bar a stage, a band to the next, and what falls out of it."""
     largest = max((stage["bytes"] for stage in stages), default=0) or 1
-    step = WIDTH / max(len(stages), 1)
+    step = (WIDTH - BAR - 120) / max(len(stages) - 1, 1)  # the last bar's words need room
     heights = [stage["bytes"] / largest * HEIGHT for stage in stages]
     shapes = []
     for place, (stage, height) in enumerate(zip(stages, heights, strict=True)):
         left, top = place * step, GAP
-        if place + 1 < len(stages):
-            after, right = heights[place + 1], (place + 1) * step
-            shapes.append(
-                f'<path fill="#9ecae1" d="M{left + BAR:.1f},{top} L{right:.1f},{top} L{right:.1f},{top + after:.1f} '
-                f'L{left + BAR:.1f},{top + after:.1f} Z"/>'
-            )
-            if height > after:
-                bend = left + BAR + step / 3
-                shapes.append(
-                    f'<path fill="#f4b183" d="M{left + BAR:.1f},{top + after:.1f} L{left + BAR:.1f},{top + height:.1f} '
-                    f"Q{bend:.1f},{top + height:.1f} {bend:.1f},{top + HEIGHT + 20} L{bend + height - after:.1f},"
-                    f"{top + HEIGHT + 20} Q{bend + height - after:.1f},{top + after:.1f} {left + BAR:.1f},"
-                    f'{top + after:.1f} Z"/>'
-                )
         lost = stages[place - 1]["bytes"] - stage["bytes"] if place else 0
-        share = f" (−{lost / stages[place - 1]['bytes']:.1%})" if lost and stages[place - 1]["bytes"] else ""  # noqa: RUF001
-        shapes.append(f'<rect x="{left:.1f}" y="{top}" width="{BAR}" height="{max(height, 1):.1f}" fill="#2b6cb0"/>')
-        shapes.append(f'<text x="{left:.1f}" y="16">{escape(stage["stage"])}{share}</text>')
-        shapes.append(f'<text x="{left:.1f}" y="34">{_short(stage["bytes"])}B, {stage["documents"]:,} docs</text>')
-    view = f"0 0 {WIDTH} {GAP + HEIGHT + 24}"
+        if place:
+            shapes.append(_band(left - step + BAR, left, top, heights[place - 1], height))
+        share = _lost(lost / stages[place - 1]["bytes"]) if place and stages[place - 1]["bytes"] else ""
+        shapes.append(f'<rect class="bar" x="{left:.1f}" y="{top}" width="{BAR}" height="{max(height, 1):.1f}"/>')
+        shapes.append(f'<text x="{left:.1f}" y="14">{escape(stage["stage"])}</text>')
+        shapes.append(f'<text class="soft" x="{left:.1f}" y="32">{_short(stage["bytes"])}B {escape(share)}</text>')
+        shapes.append(f'<text class="soft" x="{left:.1f}" y="50">{stage["documents"]:,} docs</text>')
+    view = f"0 0 {WIDTH} {GAP + HEIGHT + FALL + 8}"
     return f'<svg viewBox="{view}" width="100%" role="img" aria-label="bytes by stage">{"".join(shapes)}</svg>'
+
+
+def _lost(share: float) -> str:
+    if share <= 0:
+        return ""
+    return "−<0.1%" if share < 0.001 else f"−{share:.1%}"  # noqa: RUF001
+
+
+def _band(left: float, right: float, top: float, before: float, after: float) -> str:
+    """What goes from a bar to the next, and below it, bending down, what does not."""
+    band = f"M{left:.1f},{top} H{right:.1f} V{top + after:.1f} H{left:.1f} Z"
+    if before <= after:
+        return f'<path class="band" d="{band}"/>'
+    wide, bottom = max(before - after, NARROW), GAP + HEIGHT + FALL
+    low, edge = top + after + wide, left + (right - left) * 0.45
+    lost = (
+        f"M{left:.1f},{top + after:.1f} H{edge:.1f} Q{edge + wide:.1f},{top + after:.1f} {edge + wide:.1f},{low:.1f} "
+        f"V{bottom} H{edge:.1f} V{low:.1f} H{left:.1f} Z"
+    )
+    return f'<path class="band" d="{band}"/><path class="lost" d="{lost}"/>'
 
 
 def _stages(stages: list[dict]) -> str:
     rows = []
     for before, stage in zip([None, *stages], stages, strict=False):
+        row = [stage["stage"]]
         for key in ("documents", "bytes", "tokens_estimated"):
             into = before[key] if before else stage[key]
-            kept = f"{stage[key] / into:.2%}" if into else ""
-            rows.append((stage["stage"], key.replace("_", " "), into, stage[key], into - stage[key], kept))
-    return _table(("stage", "of", "in", "out", "gone", "kept"), rows)
+            row += [into, stage[key], _share(stage[key], into)]
+        rows.append(row)
+    units = ("documents", "bytes", "tokens")
+    return _table(("stage", *(f"{unit} {side}" for unit in units for side in ("in", "out", "kept"))), rows)
 
 
 def _groups(stages: list[dict], kind: str) -> str:
     names = sorted({name for stage in stages for name in stage[kind]})
-    header = (kind[:-1], *(f"{stage['stage']}: {unit}" for stage in stages for unit in ("documents", "bytes")))
-    rows = [
-        (name or "—", *(stage[kind].get(name, {}).get(unit, 0) for stage in stages for unit in ("documents", "bytes")))
-        for name in names
-    ]
-    return _table(header, rows)
+    nothing = {"documents": 0, "bytes": 0, "tokens_estimated": 0}
+    header = (kind[:-1], *(stage["stage"] for stage in stages))
+    return _table(header, ((name or "—", *(stage[kind].get(name, nothing) for stage in stages)) for name in names))
 
 
-def _rule(name: str, entry: dict) -> str:
-    counts = ", ".join(f"{key} {count:,}" for key, count in sorted(entry["measures"].items()))
+def _by_documents(drops: dict) -> list[tuple[str, dict]]:
+    return sorted(drops.items(), key=lambda item: (-item[1]["documents"], item[0]))
+
+
+def _tokenizer(tokenizer: dict) -> tuple[str, ...]:
+    sample, proven = tokenizer["sample"], tokenizer["round_trip"]
+    rows = []
+    for name in sorted({*sample, *proven}):
+        part, proof = sample.get(name, {}), proven.get(name, {"documents": 0, "bytes": 0})
+        share = f"{part['share']:.1%}" if part else ""
+        taken = [part.get(key, "") for key in ("available_bytes", "wanted_bytes", "bytes", "documents")]
+        rows.append((name, share, *taken, proof["documents"], proof["bytes"]))
+    sampled = ("share", "bytes there", "bytes wanted", "bytes taken", "documents taken")
+    words = "Trained on this sample" if tokenizer["trained"] else "An existing file"
+    return (
+        "<h2>Tokenizer</h2>",
+        f"<p>{words}; {tokenizer['vocab_size']:,} entries. Documents proven came back from their tokens to the byte.",
+        "</p>",
+        _table(("category", *sampled, "documents proven", "bytes proven"), rows),
+    )
+
+
+def _rule(name: str, entry: dict, report: dict) -> str:
+    read = report["stages"][0]["documents"] if report["stages"] else 0
+    share = entry["documents"] / max(read, 1)
     examples = "".join(
         f"<p>{escape(str(e['id']))}: {escape(str(e['measure']))} {_value(e['value'])}, threshold "
         f"{_value(e['threshold'])}</p><pre>{escape(e['excerpt'])}</pre>"
         for e in entry["examples"]
     )
+    counts, sources = _counts(entry["measures"]), _counts(entry["sources"])
     return (
-        f"<details><summary><b>{escape(name)}</b>: {entry['documents']:,} documents, {_short(entry['bytes'])}B "
-        f"({escape(counts)})</summary>{examples}</details>"
+        f"<details><summary><b>{escape(name)}</b>: {entry['documents']:,} documents, {share:.1%} of those read, "
+        f"{_short(entry['bytes'])}B <small>({escape(counts)}; from {escape(sources)})</small></summary>"
+        f"{examples}</details>"
     )
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{key} {count:,}" for key, count in sorted(counts.items()))
 
 
 def _canaries(canaries: dict) -> tuple[str, ...]:
@@ -128,19 +215,32 @@ def _canaries(canaries: dict) -> tuple[str, ...]:
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    lines = [
-        "<tr>" + "".join(f"<td{' class=n' * isinstance(v, int | float)}>{_value(v)}</td>" for v in row) + "</tr>"
-        for row in rows
-    ]
-    if not lines:
+    rows = [list(row) for row in rows]
+    if not rows:
         return "<p>None.</p>"
-    return f"<table><tr>{''.join(f'<th>{escape(h)}</th>' for h in header)}</tr>{''.join(lines)}</table>"
+    lines = [
+        "<tr>" + "".join(f"<td{' class=n' * _is_figure(v)}>{_value(v)}</td>" for v in row) + "</tr>" for row in rows
+    ]
+    figures = [_is_figure(value) for value in rows[0]]
+    head = "".join(f"<th{' class=n' * n}>{escape(h)}</th>" for h, n in zip(header, figures, strict=True))
+    return f"<div class=wide><table><tr>{head}</tr>{''.join(lines)}</table></div>"
+
+
+def _is_figure(value: object) -> bool:
+    return isinstance(value, int | float | dict) or (isinstance(value, str) and value.endswith("%"))
 
 
 def _value(value: object) -> str:
+    if isinstance(value, dict):  # documents, bytes and tokens of a stage
+        rest = f"{_short(value['bytes'])}B, {_short(value['tokens_estimated'])} tokens"
+        return f"{value['documents']:,}<br><small>{rest}</small>"
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.1%}" if whole else ""
 
 
 def _short(count: float) -> str:

@@ -1,7 +1,8 @@
 """From sources to shards: `python -m data_pipeline.run pipeline=demo output=runs/demo/data`.
 
 Arguments are Hydra overrides of conf/pipeline.yaml. A run that was killed goes on where it was; a complete one is left
-as it is. Exit code 2 and a line a problem for bad input, before anything is written; 1 when a stage fails.
+as it is. Exit code 2 and a line a problem for bad input, before anything is written; 1 when a stage fails, with the
+stage, the task and its log; 130 when interrupted.
 """
 
 import argparse
@@ -19,45 +20,77 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from data_pipeline.config import FREE, Settings, compose, difference
-from data_pipeline.errors import InputError
+from data_pipeline.errors import InputError, StageError
+from data_pipeline.files import explain, replace_file
 
 # Raised when the same settings and sources give other bytes than before, so that no run is finished by two versions.
-PIPELINE_VERSION = 2
+PIPELINE_VERSION = 3
 RECORD = "pipeline.json"
 
 
-class StageError(RuntimeError):
-    """A stage failed for a reason that is not the input's; running again continues with it."""
-
-
-def run(settings: Settings) -> dict:
-    """Runs every stage that is not complete and returns the report. Raises InputError for what the user can mend
-    and StageError for the rest."""
+def run(settings: Settings) -> dict | None:
+    """Runs every stage that is not complete and returns the report, or None when the jobs of `executor=slurm` are not
+    waited for. Raises InputError for what the user can mend and StageError for the rest."""
     output = Path(settings.output)
     record = check(settings)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tasks are the parallelism
     with _exclusive(output):
         _prepare(output, record, settings.overwrite)
         from data_pipeline.progress import show
-        from data_pipeline.report import write_report
         from data_pipeline.stages import build_stages
-        from data_pipeline.tokenise import splits
 
-        work = output / "work"
+        # Absolute: a SLURM job may begin in another folder.
+        work = output.absolute() / "work"
         try:
-            stages = build_stages(settings, output, work)
+            stages = build_stages(settings, output.absolute(), work)
+            log = (work / "pipeline.log").open("a", buffering=1)
         except OSError as error:
-            raise StageError(f"output={output}: {error}") from error
-        with (work / "pipeline.log").open("a", buffering=1) as log, show(stages) as display:
-            for stage in stages:
-                try:
-                    with display.stage(stage), _quiet(log):
-                        stage.executor(settings.workers).run()
-                except InputError:
-                    raise
-                except Exception as error:
-                    raise StageError(f"stage {stage.name}: {type(error).__name__}: {error}; see {log.name}") from error
-        return write_report(output, work, splits(settings.heldout_fraction))
+            raise StageError(f"output={output}: {explain(error, output)}") from error
+        with log, show(stages) as display:
+            if settings.executor == "slurm":
+                complete = _run_on_slurm(settings, stages, work, log, display)
+            else:
+                _run_here(settings, stages, work, log, display)
+                complete = True
+    return json.loads((output / "report.json").read_bytes()) if complete else None
+
+
+def _run_here(settings: Settings, stages: list, work: Path, log, display) -> None:
+    from data_pipeline.executors import Queue, TaskError
+
+    queue = Queue(work)
+    if live := queue.live(list(queue.jobs().values())):
+        raise InputError(
+            f"output={settings.output}: SLURM jobs {' '.join(live)} of an earlier start are still in the queue: follow "
+            "them with executor=slurm, or scancel them"
+        )
+    for stage in stages:
+        try:
+            with display.stage(stage), _quiet(log):
+                stage.local_executor(settings.workers).run()
+        except InputError:
+            raise
+        except TaskError as error:
+            if isinstance(error.error, InputError):
+                raise error.error from None
+            where = f"stage {stage.name}, task {error.rank}"
+            raise StageError(f"{where}: {explain(error.error, work)}; log: {stage.task_log(error.rank)}") from error
+        except Exception as error:
+            line = str(error) if isinstance(error, StageError) else explain(error, work)
+            raise StageError(f"stage {stage.name}: {line}; log: {log.name}") from error
+
+
+def _run_on_slurm(settings: Settings, stages: list, work: Path, log, display) -> bool:
+    from data_pipeline.executors import Queue, run_on_slurm
+
+    queue = Queue(work)
+    try:
+        with _quiet(log):
+            return run_on_slurm(settings.slurm, stages, queue, display.stage, display.tell)
+    except KeyboardInterrupt:
+        jobs = " ".join(queue.live(list(queue.jobs().values())))
+        display.tell(f"jobs {jobs} go on: run the same command to follow them, or scancel {jobs}")
+        raise
 
 
 def check(settings: Settings) -> dict:
@@ -65,6 +98,7 @@ def check(settings: Settings) -> dict:
     and its input. Raises InputError with all problems."""
     from data_pipeline import tokenizer
     from data_pipeline.readers import list_inputs
+    from data_pipeline.sample import weight_problems
     from data_pipeline.tokenise import describe
 
     problems, inputs, tokenizer_hash = [], [], None
@@ -86,12 +120,27 @@ def check(settings: Settings) -> dict:
     existing = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         problems.append(f"output={output}: {existing} is not a folder that may be written to")
+    problems += weight_problems(settings.tokenizer, settings.sources)
+    problems += _slurm_problems(settings) if settings.executor == "slurm" else []
     if problems:
         raise InputError(*problems)
     decisive = TypeAdapter(Settings).dump_python(settings, mode="json", exclude=set(FREE))
     digest = hashlib.sha256(json.dumps(sorted(inputs)).encode()).hexdigest()
     read = {"files": len(inputs), "sha256": digest, "tokenizer_sha256": tokenizer_hash}
     return {"version": PIPELINE_VERSION, "inputs": read, "settings": decisive}
+
+
+def _slurm_problems(settings: Settings) -> list[str]:
+    problems = []
+    if settings.slurm.partition is None:
+        problems.append("slurm.partition: missing; executor=slurm needs slurm.partition=NAME (sinfo lists them)")
+    if missing := [command for command in ("sbatch", "squeue", "scancel") if shutil.which(command) is None]:
+        problems.append(f"executor=slurm: no {' '.join(missing)} on this machine: it is no SLURM login node")
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        problems.append(
+            "executor=slurm: this is a task of a job array, which cannot submit the stages: use a login node"
+        )
+    return problems
 
 
 def _prepare(output: Path, record: dict, overwrite: bool) -> None:
@@ -112,7 +161,7 @@ def _prepare(output: Path, record: dict, overwrite: bool) -> None:
     elif held:
         raise InputError(f"output={output} holds {held[0]!r} and no {RECORD}: it is no run of this pipeline")
     (output / "work").mkdir()
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    replace_file(path, json.dumps(record, indent=1).encode() + b"\n")
 
 
 @contextlib.contextmanager
@@ -161,6 +210,12 @@ def main(arguments: list[str] | None = None) -> int:
     except StageError as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where it was", file=sys.stderr)
+        return 130
+    if report is None:
+        print(f"the jobs are in the queue; the same command follows them, and {settings.output}/report.json comes last")
+        return 0
     for split, figures in report["splits"].items():
         print(f"{settings.output}/{split}: " + ", ".join(f"{value} {key}" for key, value in figures.items()))
     print(f"{time.perf_counter() - began:.1f} s; every stage and every drop by rule: {settings.output}/report.json")

@@ -34,7 +34,8 @@ class Source:
     `category`: for the mixture and the report; `epochs`: how often an epoch of training goes over the source;
     `priority`: of duplicates, the copy in the source of the highest stays; `language`: the code of all documents, where
     it is known ("" for code and the like), null to identify each; `max_document_bytes`: larger ones are quarantined
-    unread.
+    unread; `max_expansion`: a compressed file that gives more than so many times its size, and more than the largest
+    document, is a bomb: what came before stays, and the rest is quarantined unread.
     """
 
     path: Location
@@ -43,6 +44,7 @@ class Source:
     priority: Annotated[int, Field(ge=0, le=1000)] = 0
     language: str | None = None
     max_document_bytes: Positive = 100_000_000
+    max_expansion: Positive = 200
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -73,13 +75,15 @@ class Jsonl(Source):
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class Parquet(Source):
-    """Parquet files: a document a row. Needs the package pyarrow."""
+    """Parquet files: a document a row. Needs the package pyarrow. `max_row_group_bytes`: of the columns that are read,
+    uncompressed; a larger row group is quarantined unread, since Parquet has no smaller bound on what one takes."""
 
     kind: Literal["parquet"]
     glob: str = "**/*.parquet"
     text_key: str = "text"
     id_key: str = "id"
     html: bool = False
+    max_row_group_bytes: Positive = 4_000_000_000
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -88,6 +92,11 @@ class Warc(Source):
 
     kind: Literal["warc"]
     glob: str = "**/*.warc*"
+
+
+def category_of(name: str, source: Source) -> str:
+    """The category of a source: its own, or else its name."""
+    return source.category or name
 
 
 AnySource = Annotated[Tree | Jsonl | Parquet | Warc, Field(discriminator="kind")]

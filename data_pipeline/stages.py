@@ -3,39 +3,60 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
 from data_pipeline.config import Settings
 from data_pipeline.dedup import exact, near
 from data_pipeline.dedup.lines import CountLines, FindLines, RemoveLines
+from data_pipeline.executors import LocalExecutor, last_error, name_tasks
 from data_pipeline.readers import ReadSources
-from data_pipeline.steps import ApplyRules, HoldTask, Tally, TaskReader, TaskWriter
-from data_pipeline.tokenise import MakeTokenizer, WriteManifests, WriteShards
+from data_pipeline.report import WriteReport
+from data_pipeline.sample import SampleText
+from data_pipeline.steps import ApplyRules, BeginTask, Tally, TaskReader, TaskWriter, missing_tasks
+from data_pipeline.tokenise import MakeTokenizer, WriteManifests, WriteShards, splits
 
 
 @dataclass(frozen=True)
 class Stage:
-    """`steps` run once for each of `tasks`; a task marked complete is not run again."""
+    """`steps` run once for each of `tasks` when stage `after` is complete; a task marked complete is not run again."""
 
     name: str
     steps: list[PipelineStep]
     tasks: int
     folder: Path
+    after: "Stage | None" = None
 
-    def executor(self, workers: int) -> LocalPipelineExecutor:
-        return LocalPipelineExecutor(
-            [HoldTask(self.folder / "locks"), *self.steps],
-            tasks=self.tasks,
-            workers=min(workers, self.tasks),
-            logging_dir=str(self.folder),
-            # Workers inherit the modules: a second less a stage. Nothing here holds threads of its own or a GPU.
-            start_method="fork",
-        )
+    def all_steps(self) -> list[PipelineStep]:
+        before = (self.after.folder, self.after.tasks) if self.after else ()
+        return [BeginTask(self.folder, *before), *self.steps]
+
+    def local_executor(self, workers: int) -> LocalExecutor:
+        workers = min(workers, self.tasks)
+        return LocalExecutor(self.all_steps(), tasks=self.tasks, workers=workers, logging_dir=str(self.folder))
 
     def completed(self) -> int:
         """How many tasks are marked complete."""
-        return len(list((self.folder / "completions").glob("*")))
+        return self.tasks - len(missing_tasks(self.folder, self.tasks))
+
+    def task_log(self, rank: int) -> Path:
+        return self.folder / "logs" / f"task_{rank:05d}.log"
+
+    def failed_tasks(self) -> list[tuple[int, str]]:
+        """(task, error) of the tasks that are not complete and have an error in their log."""
+        missing = missing_tasks(self.folder, self.tasks)
+        return [(rank, error) for rank in missing if (error := last_error(self.task_log(rank)))]
+
+    def failure(self, job: str | None) -> str:
+        """Why a SLURM job ended without the stage being complete."""
+        if failed := self.failed_tasks():
+            rank, error = failed[0]
+            more = f"; {len(failed) - 1} more tasks failed" if len(failed) > 1 else ""
+            return f"stage {self.name}, task {rank}: {error}; log: {self.task_log(rank)}{more}"
+        missing = missing_tasks(self.folder, self.tasks)
+        return (
+            f"stage {self.name}: SLURM job {job} is gone and {name_tasks(missing)} not complete: cancelled, out of "
+            f"time or memory, or never started; logs: {self.folder / 'slurm_logs'}"
+        )
 
 
 def build_stages(settings: Settings, output: Path, work: Path) -> list[Stage]:
@@ -47,9 +68,13 @@ def build_stages(settings: Settings, output: Path, work: Path) -> list[Stage]:
     stages: list[Stage] = []
 
     def add(name: str, tasks: int, *steps: PipelineStep) -> None:
-        stages.append(Stage(name, list(steps), tasks, work / "stages" / f"{len(stages):02d}_{name}"))
+        folder = work / "stages" / f"{len(stages):02d}_{name}"
+        stages.append(Stage(name, list(steps), tasks, folder, stages[-1] if stages else None))
+
+    tallied: list[str] = []
 
     def tally(name: str) -> Tally:
+        tallied.append(name)
         return Tally(work / "tally" / name)
 
     documents, priorities = work / "ruled", {name: source.priority for name, source in settings.sources.items()}
@@ -86,9 +111,14 @@ def build_stages(settings: Settings, output: Path, work: Path) -> list[Stage]:
         removal = near.remove(options, work, drops / "near_duplicates")
         add("near", settings.tasks, TaskReader(documents), removal, tally("near"), TaskWriter(work / "clean"))
         documents = work / "clean"
-    made = MakeTokenizer(settings.tokenizer, settings.heldout_fraction, documents, output / "tokenizer.json")
-    add("tokenizer", 1, made)
-    split, records = (settings.tokenizer, settings.heldout_fraction), work / "records"
-    add("shards", settings.tasks, TaskReader(documents), WriteShards(*split, settings.shard_tokens, output, records))
-    add("manifests", 1, WriteManifests(*split, settings.sources, output, records))
+    tokens, heldout, records = settings.tokenizer, settings.heldout_fraction, work / "records"
+    sample = None
+    if not tokens.file:
+        sample = SampleText(tokens, settings.sources, work / "tally" / tallied[-1], heldout, work / "sample")
+        add("tokenizer_sample", settings.tasks, TaskReader(documents), sample)
+    add("tokenizer", 1, MakeTokenizer(tokens, work / "sample", output / "tokenizer.json"))
+    write = WriteShards(tokens, heldout, settings.sources, settings.shard_tokens, output, records)
+    add("shards", settings.tasks, TaskReader(documents), write)
+    add("manifests", 1, WriteManifests(tokens, heldout, settings.sources, output, records, sample))
+    add("report", 1, WriteReport(output, work, splits(heldout)))
     return stages

@@ -1,77 +1,115 @@
 """The pieces that stages are made of beside datatrove's own: all are datatrove steps, so its executors run them."""
 
+import errno
 import fcntl
 import json
 import os
+import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
+import orjson
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
 
 from data_pipeline.document import text_bytes
 from data_pipeline.edits import Editor
+from data_pipeline.errors import StageError
+from data_pipeline.files import replace_file, replacing
 from data_pipeline.filters import BEFORE_EDITS, Drop, Filter, Language
 from data_pipeline.filters.language import identifier
-from data_pipeline.shards.manifest import replace_file
 
+MARKER_SECONDS = 60  # how late a shared file system may show the markers of the stage before
 EXCERPT = 300  # characters of a dropped document that its record keeps
 
 
-class HoldTask(PipelineStep):
-    """First step of every stage: one process at a time works on a task.
+class BeginTask(PipelineStep):
+    """First step of every stage: sees that the stage before is complete, and holds the task for this process.
 
-    When a run is killed, its workers may live on for a while and write. They stop here before they take another task,
-    and the next run's worker waits here until they are done with the last. The lock goes with the process, or when it
-    takes its next task.
+    The markers are what the executors' own dependencies rely on; a cluster that lost a part of an array in between must
+    not make a stage run on half its input. The lock goes with the process, or when it takes its next task: workers of a
+    killed run may live on for a moment, and the next run's worker waits here until they are done.
     """
 
     type = "🔒 - LOCK"
-    name = "hold task"
+    name = "begin task"
     _held = None
+
+    def __init__(self, stage: Path, before: Path | None = None, tasks_before: int = 0):
+        super().__init__()
+        self.stage = stage
+        self.before = before
+        self.tasks_before = tasks_before
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        self._see_stage_before()
+        (self.stage / "locks").mkdir(parents=True, exist_ok=True)
+        lock = (self.stage / "locks" / f"{rank:05d}").open("w")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        except OSError as error:  # a shared file system without locks: there SLURM alone starts the tasks
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        BeginTask._held = lock
+        return data
+
+    def _see_stage_before(self) -> None:
+        for attempt in range(MARKER_SECONDS):
+            if not self.before or not (missing := missing_tasks(self.before, self.tasks_before)):
+                return
+            time.sleep(attempt and 1)
+        raise StageError(f"stage {self.before.name}: {len(missing)} tasks are not complete, the first is {missing[0]}")
+
+
+def missing_tasks(stage: Path, tasks: int) -> list[int]:
+    """The tasks of a stage's folder that have no completion marker."""
+    folder = stage / "completions"
+    done = set(os.listdir(folder)) if folder.is_dir() else set()
+    return [rank for rank in range(tasks) if f"{rank:05d}" not in done]
+
+
+class TaskReader(PipelineStep):
+    """Reads what task `rank` of an earlier stage wrote: duplicates are recorded by task and place in the task's file.
+    A file that is not there or not whole is an error, where datatrove's own reader would go on without it."""
+
+    type = "📖 - READER"
+    name = "task output"
 
     def __init__(self, folder: Path):
         super().__init__()
         self.folder = folder
-        self.runner = os.getpid()
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        yield from read_documents(self.folder / f"{rank:05d}.jsonl")
+
+
+def read_documents(path: Path) -> Iterator[Document]:
+    """The documents that a TaskWriter wrote to `path`."""
+    with path.open("rb") as lines:
+        for line in lines:
+            record = orjson.loads(line)
+            yield Document(text=record["text"], id=record["id"], metadata=record["metadata"])
+
+
+class TaskWriter(PipelineStep):
+    """Writes documents to the file of task `rank`, empty when there are none, and passes them on."""
+
+    type = "💽 - WRITER"
+    name = "task output"
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.folder = folder
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = (self.folder / f"{rank:05d}").open("w")
-        fcntl.lockf(lock, fcntl.LOCK_EX)
-        HoldTask._held = lock
-        if self.runner not in (os.getpid(), os.getppid()):
-            os._exit(1)
-        return data
-
-
-class TaskReader(JsonlReader):
-    """Reads what task `rank` of an earlier stage wrote, nothing if it wrote nothing.
-
-    datatrove's own share of a folder is every world_size-th file; an empty task leaves no file, and all the others
-    would then read their neighbour's, while duplicates are recorded by task and place.
-    """
-
-    name = "task output"
-
-    def __init__(self, folder: Path):
-        super().__init__(str(folder), compression=None, add_file_path=False)
-
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        name = f"{rank:05d}.jsonl"
-        if self.data_folder.isfile(name):
-            yield from self.read_files_shard([name])
-
-
-class TaskWriter(JsonlWriter):
-    """Writes documents to the file of task `rank`, and passes them on."""
-
-    name = "task output"
-
-    def __init__(self, folder: Path):
-        super().__init__(str(folder), output_filename="${rank}.jsonl", compression=None)
+        with replacing(self.folder / f"{rank:05d}.jsonl") as file:
+            for document in data:
+                record = {"text": document.text, "id": document.id, "metadata": document.metadata}
+                file.write(orjson.dumps(record) + b"\n")
+                yield document
 
 
 class Tally(PipelineStep):
@@ -94,6 +132,16 @@ class Tally(PipelineStep):
         self.folder.mkdir(parents=True, exist_ok=True)
         rows = [[*key, *count] for key, count in sorted(counts.items())]
         replace_file(self.folder / f"{rank:05d}.json", json.dumps(rows).encode())
+
+
+def read_tally(folder: Path) -> dict[tuple[str, str], tuple[int, int]]:
+    """{(source, language): (documents, bytes)} over all tasks of a Tally."""
+    counts: dict[tuple[str, str], tuple[int, int]] = {}
+    for path in sorted(folder.glob("*.json")):
+        for source, language, documents, size in json.loads(path.read_bytes()):
+            before = counts.get((source, language), (0, 0))
+            counts[source, language] = (before[0] + documents, before[1] + size)
+    return counts
 
 
 class ApplyRules(PipelineStep):

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from datatrove.data import DocumentsPipeline
+import orjson
+from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.batching import batched
 from pydantic import TypeAdapter
@@ -15,27 +16,31 @@ from data_pipeline import tokenizer as tokenizers
 from data_pipeline.config import TokenizerSettings
 from data_pipeline.document import in_heldout, text_bytes, text_hash
 from data_pipeline.errors import InputError
-from data_pipeline.shards.manifest import Manifest, Shard, SourceInfo, replace_file, token_dtype
+from data_pipeline.files import replace_file
+from data_pipeline.sample import SampleText
+from data_pipeline.shards.manifest import Manifest, Shard, SourceInfo, token_dtype
 from data_pipeline.shards.writer import ShardWriter
-from data_pipeline.sources import Source
+from data_pipeline.sources import Source, category_of
 
 SPLITS = ("train", "heldout")
 SHARDS = TypeAdapter(dict[str, list[Shard]])
 BATCH = 64  # documents encoded in one call
-PROOF = 16  # one document in so many is decoded again and compared
+PROVEN_FIRST = 4  # documents of each category that every task decodes again and compares
+PROOF = 16  # and of the rest, one in so many
+SHOWN = 20  # characters of each text from a difference on
+METADATA = "tokenizer.metadata.json"
 
 
 class MakeTokenizer(PipelineStep):
-    """In one task: output/tokenizer.json, trained on the training split alone, or copied from where it exists."""
+    """In one task: output/tokenizer.json, trained on the sample, or copied from where it exists."""
 
     type = "🔤 - TOKENIZER"
     name = "make tokenizer"
 
-    def __init__(self, settings: TokenizerSettings, heldout_fraction: float, clean: Path, path: Path):
+    def __init__(self, settings: TokenizerSettings, sample: Path, path: Path):
         super().__init__()
         self.settings = settings
-        self.heldout_fraction = heldout_fraction
-        self.clean = clean
+        self.sample = sample
         self.path = path
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
@@ -43,21 +48,48 @@ class MakeTokenizer(PipelineStep):
         if self.settings.file:
             shutil.copyfile(self.settings.file, temporary)
         else:
-            size = sum(path.stat().st_size for path in self.clean.glob("*.jsonl"))
-            share = min(1.0, self.settings.sample_bytes / max(size, 1))
-            tokenizers.train(lambda: self._sample(share), self.settings.vocab_size).save(str(temporary))
+            tokenizers.train(self._texts, self.settings.vocab_size).save(str(temporary))
         temporary.replace(self.path)
         return data
 
-    def _sample(self, share: float) -> Iterator[str]:
-        for path in sorted(self.clean.glob("*.jsonl")):
-            with path.open(encoding="utf-8") as lines:
-                for line in lines:
-                    text = json.loads(line)["text"]
-                    # Other digits of the hash than those that choose the split.
-                    chosen = int(text_hash(text)[16:32], 16) < share * 2**64
-                    if chosen and not in_heldout(text, self.heldout_fraction):
-                        yield text
+    def _texts(self) -> Iterator[str]:
+        for path in sorted(self.sample.glob("*.jsonl")):
+            with path.open("rb") as lines:
+                yield from map(orjson.loads, lines)
+
+
+class RoundTrip:
+    """Decodes what was encoded and compares, for some documents of each category: the first few and one in PROOF of the
+    rest. `proven`: {category: [documents, bytes]} that came back to the byte."""
+
+    def __init__(self, path: Path, tokenizer, categories: dict[str, str]):
+        self.path = path
+        self.tokenizer = tokenizer
+        self.categories = categories
+        self.proven: dict[str, list[int]] = {}
+
+    def check(self, document: Document, ids: list[int]) -> None:
+        """Raises InputError naming the category, the document and the first difference."""
+        category = self.categories[document.metadata["source"]]
+        proven = self.proven.setdefault(category, [0, 0])
+        if proven[0] >= PROVEN_FIRST and int(text_hash(document.text)[32:48], 16) % PROOF:
+            return
+        decoded = self.tokenizer.decode(ids, skip_special_tokens=False)
+        if decoded != document.text:
+            place, given, came = first_difference(document.text, decoded)
+            raise InputError(
+                f"tokenizer {self.path}: category {category!r}, document {document.id!r} does not decode to its own "
+                f"text: from character {place} it is {given!r} and becomes {came!r}"
+            )
+        proven[0] += 1
+        proven[1] += text_bytes(document)
+
+
+def first_difference(text: str, other: str) -> tuple[int, str, str]:
+    """(first character in which two texts differ, what each has from there on)."""
+    pairs = enumerate(zip(text, other, strict=False))
+    place = next((at for at, (one, two) in pairs if one != two), min(len(text), len(other)))
+    return place, text[place : place + SHOWN], other[place : place + SHOWN]
 
 
 class WriteShards(PipelineStep):
@@ -70,11 +102,18 @@ class WriteShards(PipelineStep):
     name = "write shards"
 
     def __init__(
-        self, settings: TokenizerSettings, heldout_fraction: float, shard_tokens: int, output: Path, records: Path
+        self,
+        settings: TokenizerSettings,
+        heldout_fraction: float,
+        sources: dict[str, Source],
+        shard_tokens: int,
+        output: Path,
+        records: Path,
     ):
         super().__init__()
         self.settings = settings
         self.heldout_fraction = heldout_fraction
+        self.categories = {name: category_of(name, source) for name, source in sources.items()}
         self.shard_tokens = shard_tokens
         self.output = output
         self.records = records
@@ -82,6 +121,7 @@ class WriteShards(PipelineStep):
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         path = self.output / "tokenizer.json"
         info, tokenizer = describe(path, self.settings), tokenizers.load(path)
+        round_trip = RoundTrip(path, tokenizer, self.categories)
         dtype = np.dtype(token_dtype(info.vocab_size))
         train, heldout = (
             ShardWriter(self.output / split, f"{split}-{rank:05d}", dtype=dtype, shard_tokens=self.shard_tokens)
@@ -93,9 +133,7 @@ class WriteShards(PipelineStep):
                 encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
                 for document, encoding in zip(documents, encodings, strict=True):
                     ids = encoding.ids
-                    proof = int(text_hash(document.text)[32:48], 16) % PROOF == 0
-                    if proof and tokenizer.decode(ids, skip_special_tokens=False) != document.text:
-                        raise InputError(f"tokenizer {path}: document {document.id!r} does not decode to its own text")
+                    round_trip.check(document, ids)
                     side = heldout if in_heldout(document.text, self.heldout_fraction) else train
                     side.write(
                         np.array([info.bos, *ids, info.eos]),
@@ -107,12 +145,14 @@ class WriteShards(PipelineStep):
                     )
         self.records.mkdir(parents=True, exist_ok=True)
         record = {"train": train.shards, "heldout": heldout.shards}
+        replace_file(self.records / f"{rank:05d}.proof", json.dumps(round_trip.proven).encode())
         replace_file(self.records / f"{rank:05d}.json", SHARDS.dump_json(record))
         return None
 
 
 class WriteManifests(PipelineStep):
-    """In one task, when all shards are written: a manifest and a copy of the tokenizer beside each split's shards."""
+    """In one task, when all shards are written: a manifest and a copy of the tokenizer beside each split's shards, and
+    output/tokenizer.metadata.json: what the tokenizer was trained on, and what was decoded to prove it."""
 
     type = "📦 - SHARDS"
     name = "write manifests"
@@ -124,6 +164,7 @@ class WriteManifests(PipelineStep):
         sources: dict[str, Source],
         output: Path,
         records: Path,
+        sample: SampleText | None,
     ):
         super().__init__()
         self.settings = settings
@@ -131,11 +172,20 @@ class WriteManifests(PipelineStep):
         self.sources = {name: SourceInfo(source.category, source.epochs) for name, source in sources.items()}
         self.output = output
         self.records = records
+        self.sample = sample
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         records = [SHARDS.validate_json(path.read_bytes()) for path in sorted(self.records.glob("*.json"))]
         source = self.output / "tokenizer.json"
         info = describe(source, self.settings)
+        metadata = {
+            "vocab_size": info.vocab_size,
+            "sha256": info.sha256,
+            "trained": not self.settings.file,
+            "sample": self.sample.summary() if self.sample else {},
+            "round_trip": self._proven(),
+        }
+        replace_file(self.output / METADATA, json.dumps(metadata, indent=1, ensure_ascii=False).encode() + b"\n")
         for split in splits(self.heldout_fraction):
             shards = [shard for record in records for shard in record[split]]
             if not shards:
@@ -143,6 +193,15 @@ class WriteManifests(PipelineStep):
             replace_file(self.output / split / source.name, source.read_bytes())
             Manifest.create(self.output / split, info, shards, self.sources).save()
         return data
+
+    def _proven(self) -> dict[str, dict[str, int]]:
+        proven: dict[str, dict[str, int]] = {}
+        for path in sorted(self.records.glob("*.proof")):
+            for category, (documents, size) in json.loads(path.read_bytes()).items():
+                entry = proven.setdefault(category, {"documents": 0, "bytes": 0})
+                entry["documents"] += documents
+                entry["bytes"] += size
+        return dict(sorted(proven.items()))
 
 
 def splits(heldout_fraction: float) -> tuple[str, ...]:

@@ -12,13 +12,17 @@ def show(found: Summary, problems: list[str], console: Console | None = None) ->
     console = console or Console(highlight=False)
     for problem in problems:
         console.print(f"warning: {escape(problem)}", style="yellow")
-    how = "strata weighted by their documents" if found.weighted else "the sample is not stratified: unweighted"
-    table = _table(f"Filter's drops against people's ({how}; 95 % intervals)", "")
+    how = (
+        "Filter against people, strata weighted by documents"
+        if found.weighted
+        else "Filter against people, sample not stratified: unweighted"
+    )
+    table = _table(f"{how}; 95 % intervals", "")
     _row(table, "all", found.overall)
-    for title, groups in (("source", found.sources), ("language", found.languages), ("place", found.places)):
+    for title, groups in (("source ", found.sources), ("language ", found.languages), ("", found.places)):
         table.add_section()
         for name, figures in groups.items():
-            _row(table, f"{title} {name or '—'}", figures)
+            _row(table, f"{title}{name or '—'}", figures)
     console.print(table)
     counts = found.overall.counts
     grid = Table(title="Samples, unweighted", title_justify="left")
@@ -44,7 +48,7 @@ def show(found: Summary, problems: list[str], console: Console | None = None) ->
 
 
 def _table(title: str, first: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", padding=(0, 1))
     for header in (first, "samples", "judged", "agreement", "precision", "recall"):
         table.add_column(header, justify="left" if header == first else "right")
     return table
@@ -58,4 +62,4 @@ def _row(table: Table, name: str, figures: Figures) -> None:
 def _estimate(estimate: Estimate | None) -> str:
     if estimate is None:
         return "—"
-    return f"{estimate.value:.1%} ({100 * estimate.low:.1f} to {100 * estimate.high:.1f})"
+    return f"{estimate.value:.0%} ({100 * estimate.low:.0f}-{100 * estimate.high:.0f})"

@@ -6,6 +6,7 @@ takes out the lines that were found too often. Lines of code in Markdown stay.
 
 import hashlib
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -16,15 +17,16 @@ from datatrove.pipeline.base import PipelineStep
 from data_pipeline.config import LineDuplicates
 from data_pipeline.document import text_bytes
 from data_pipeline.edits.base import outside_protected
-from data_pipeline.shards.manifest import replace_file
+from data_pipeline.files import replace_file
 from data_pipeline.steps import drop_writer, rule_drop
 
+DIGIT = re.compile(r"\d")
 COUNTED = np.dtype([("hash", "<u8"), ("documents", "<u4")])
 
 
 def line_hash(line: str) -> int:
     """64 bits of a line, in which case, digits and white space do not count: page 3 of 7 is page 4 of 7."""
-    letters = "".join("0" if c.isdigit() else c for c in " ".join(line.lower().split()))
+    letters = DIGIT.sub("0", " ".join(line.lower().split()))
     return int.from_bytes(hashlib.blake2b(letters.encode(), digest_size=8).digest(), "little")
 
 

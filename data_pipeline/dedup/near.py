@@ -1,6 +1,8 @@
 """Near duplicates: datatrove's MinHash in four stages, with words that suit code and text without spaces, and with our
 own choice of who stays: the copy of the source of highest priority, where datatrove keeps any."""
 
+import functools
+import hashlib
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -14,7 +16,7 @@ from datatrove.pipeline.dedup.minhash import (
     MinhashDedupFilter,
     MinhashDedupSignature,
 )
-from datatrove.utils.text import TextNormConfig
+from datatrove.utils.text import TextNormConfig, simplify_text
 from datatrove.utils.word_tokenizers import WordTokenizer
 
 from data_pipeline.config import NearDuplicates
@@ -24,6 +26,10 @@ from data_pipeline.steps import drop_writer
 # A character of a script that puts no spaces between words is a word.
 SPACELESS = r"\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 WORD = re.compile(rf"[^\W{SPACELESS}]+|\w")
+
+
+PIECE = 4096  # runs of words whose permutations are taken at once: 4 MB with 112 hashes
+MULTIPLIER, MIXER = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)  # odd, their bits evenly set
 
 
 class Words(WordTokenizer):
@@ -40,6 +46,35 @@ class Words(WordTokenizer):
         return [match.span() for match in WORD.finditer(text)]
 
 
+class Signature(MinhashDedupSignature):
+    """datatrove's signatures over hashes that cost a tenth: each word is hashed once, a run of words is a polynomial of
+    its words' hashes, and the permutations are taken in pieces, so that memory does not grow with the document."""
+
+    def get_shingles(self, text: str) -> np.ndarray:
+        """uint64 [runs, 1], each different run once, sorted."""
+        words = self.word_tokenizer.word_tokenize(simplify_text(text, self.config.norm_config))
+        runs = len(words) - self.config.n_grams + 1
+        if runs < 1:
+            return np.empty((0, 1), np.uint64)
+        numbers = np.fromiter(map(_word_hash, words), np.uint64, len(words))
+        hashes = np.zeros(runs, np.uint64)
+        for place in range(self.config.n_grams):  # modulo 2**64, which is what numpy's uint64 does
+            hashes = hashes * MULTIPLIER + numbers[place : place + runs]
+        hashes ^= hashes >> np.uint64(32)  # the low bits of a polynomial know little of its first words
+        return np.unique(hashes * MIXER).reshape(-1, 1)
+
+    def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
+        parts = [
+            super(Signature, self).get_signature(shingles[at : at + PIECE]) for at in range(0, len(shingles), PIECE)
+        ]
+        return np.min(np.array(parts, dtype=np.uint64), axis=0).tolist()
+
+
+@functools.lru_cache(maxsize=1 << 18)
+def _word_hash(word: str) -> int:
+    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
+
+
 def minhash_config(settings: NearDuplicates) -> MinhashConfig:
     # Stripping diacritics walks over every character in Python and hardly ever changes what is similar.
     norm = TextNormConfig(norm_unicode_diacritics=False)
@@ -48,7 +83,7 @@ def minhash_config(settings: NearDuplicates) -> MinhashConfig:
 
 def signatures(settings: NearDuplicates, work: Path) -> PipelineStep:
     """Per task: each document's signature."""
-    return MinhashDedupSignature(str(work / "near" / "signatures"), minhash_config(settings), Words())
+    return Signature(str(work / "near" / "signatures"), minhash_config(settings), Words())
 
 
 def buckets(settings: NearDuplicates, work: Path) -> PipelineStep:

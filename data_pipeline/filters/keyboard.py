@@ -1,6 +1,7 @@
 """Fingers on a keyboard."""
 
 import re
+from collections import Counter
 
 from pydantic.dataclasses import dataclass
 
@@ -24,5 +25,5 @@ class Keyboard:
         words = LATIN.findall(text)
         if len(words) < self.min_words:
             return None
-        share = sum(IMPLAUSIBLE.search(word) is not None for word in words) / len(words)
+        share = sum(count for word, count in Counter(words).items() if IMPLAUSIBLE.search(word)) / len(words)
         return Drop("max_share", share, self.max_share) if share > self.max_share else None

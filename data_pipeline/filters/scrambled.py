@@ -8,6 +8,7 @@ from pydantic.dataclasses import dataclass
 from data_pipeline.filters.base import RULE, Drop
 
 ENDS = re.compile(r"[^\W\d_]{3,}[.!?][\"')\]”’]*$|^[.!?]$")  # noqa: RUF001  (typographic quotes are meant)
+LAST = frozenset(".!?\"')]”’")  # noqa: RUF001  (what ENDS ends in: asking first is cheaper)
 # After these articles comes a noun or what describes one, and never one of those.
 ARTICLES = frozenset(("the", "an"))
 NEVER_NEXT = frozenset(re.findall(r"\w+", "the a an of and to in is was are were with by from for at that it be or"))
@@ -23,7 +24,8 @@ class BrokenSentences:
 
     def __call__(self, text: str) -> Drop | None:
         lines = (itertools.pairwise(line.split()) for line in text.splitlines())
-        following = [after for word, after in itertools.chain.from_iterable(lines) if ENDS.search(word)]
+        pairs = itertools.chain.from_iterable(lines)
+        following = [after for word, after in pairs if word[-1] in LAST and ENDS.search(word)]
         if len(following) < self.min_sentences:
             return None
         share = sum(word[0].islower() for word in following) / len(following)

@@ -7,12 +7,12 @@ from typing import BinaryIO
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
+from data_pipeline.files import replace_file
 from data_pipeline.readers.base import File, Items, Quarantined, glob_files, guarded
 from data_pipeline.readers.lines import read_jsonl
 from data_pipeline.readers.parquet import read_parquet, require_pyarrow
 from data_pipeline.readers.tree import read_file, tree_files
 from data_pipeline.readers.warc import read_warc
-from data_pipeline.shards.manifest import replace_file
 from data_pipeline.sources import Jsonl, Parquet, Source, Tree, Warc
 
 __all__ = ["ReadSources", "list_files", "list_inputs"]
@@ -39,7 +39,7 @@ class ReadSources(PipelineStep):
                 for item in _items(file, source):
                     identity = f"{file.id}:{item.place}" if item.place else file.id
                     if isinstance(item, Quarantined):
-                        size = item.bytes or file.size
+                        size = item.bytes if item.place else item.bytes or file.size
                         record = {"id": identity, "source": name, "bytes": size}
                         records.append({**record, "reason": item.reason, "detail": item.detail})
                     else:

@@ -1,6 +1,7 @@
 """What all readers give: documents, or the reason why there is none."""
 
 import io
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,12 @@ from data_pipeline.errors import InputError
 from data_pipeline.sources import Parquet, Source, Warc
 
 DAMAGED = (EOFError, zlib.error, ZstdError)  # beside the OSError without a number that gzip and fastwarc raise
+# What the libraries that read may raise on content that they did not expect.
+UNEXPECTED = (ValueError, LookupError, ArithmeticError, RecursionError, RuntimeError)
+
+
+class Bomb(EOFError):
+    """A compressed file that expands beyond its source's bounds."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,12 @@ def guarded(items: Items) -> Items:
     """
     try:
         yield from items
+    except Bomb as error:
+        yield Quarantined("", "bomb", str(error))
+    except InputError:
+        raise
+    except UNEXPECTED as error:
+        yield Quarantined("", "reader_error", f"{type(error).__name__}: {error}")
     except (*DAMAGED, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, PermissionError):
             raise
@@ -76,7 +89,10 @@ def glob_files(name: str, source: Source) -> list[File]:
             raise InputError(f"sources.{name}.path={source.path}: no such folder")
         paths = folder.list_files(glob_pattern=source.glob)
         packed = None if isinstance(source, Warc | Parquet) else "infer"
-        files = [File(f"{name}/{path}", opener(folder, path, packed), folder.size(path)) for path in sorted(paths)]
+        files = [
+            File(f"{name}/{printable(path)}", opener(folder, path, source, packed), folder.size(path))
+            for path in sorted(paths)
+        ]
     except (OSError, ImportError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -86,19 +102,31 @@ def glob_files(name: str, source: Source) -> list[File]:
     return files
 
 
-def opener(folder, path: str, compression: str | None = "infer") -> Callable[[], BinaryIO]:
+def printable(path: str) -> str:
+    """A path as text that can be stored: bytes of a file name that are no UTF-8 are spelled out."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def opener(folder, path: str, source: Source, compression: str | None = "infer") -> Callable[[], BinaryIO]:
     """Opens a file of a datatrove folder, decompressed by its suffix unless `compression` is None."""
     if compression is None:
         return lambda: folder.open(path, "rb")
-    return lambda: io.BufferedReader(_AsItComes(folder.open(path, "rb", compression=compression)))
+
+    def open_packed() -> BinaryIO:
+        most = max(folder.size(path) * source.max_expansion, source.max_document_bytes)
+        return io.BufferedReader(_AsItComes(folder.open(path, "rb", compression=compression), most, source))
+
+    return open_packed
 
 
 class _AsItComes(io.RawIOBase):
     """Hands on what a decompressor has, where its own buffer would first fill up, meet the damage behind it and lose
-    what it had."""
+    what it had. Raises Bomb after `most` bytes."""
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: BinaryIO, most: int, source: Source):
         self._file = file
+        self._left = most
+        self._bounds = f"max_expansion={source.max_expansion}, max_document_bytes={source.max_document_bytes}"
 
     def readable(self) -> bool:
         return True
@@ -106,6 +134,9 @@ class _AsItComes(io.RawIOBase):
     def readinto(self, buffer) -> int:
         data = self._file.read1(len(buffer)) if hasattr(self._file, "read1") else self._file.read(len(buffer))
         buffer[: len(data)] = data
+        self._left -= len(data)
+        if self._left < 0:
+            raise Bomb(f"expands beyond {self._bounds}")
         return len(data)
 
     def close(self) -> None:

@@ -34,8 +34,13 @@ def _line(line: bytes, place: str, source: Jsonl) -> Found | Quarantined:
     if not isinstance(record, dict):
         return Quarantined(place, "not_json", f"a {type(record).__name__} and no object", len(line))
     # JSON readers silently take the last of two values. Only lines that spell the key twice pay for looking.
-    if line.count(f'"{source.text_key}"'.encode()) > 1 and (twice := _repeated(line)):
-        return Quarantined(place, "duplicate_key", f"key {twice!r} is there twice", len(line))
+    if line.count(f'"{source.text_key}"'.encode()) > 1:
+        try:
+            twice = _repeated(line)
+        except RecursionError:
+            return Quarantined(place, "not_json", "nested too deep to look for keys that are there twice", len(line))
+        if twice:
+            return Quarantined(place, "duplicate_key", f"key {twice!r} is there twice", len(line))
     return from_record(record, place, source)
 
 

@@ -11,7 +11,7 @@ from typing import BinaryIO
 from datatrove.io import get_datafolder
 
 from data_pipeline.errors import InputError
-from data_pipeline.readers.base import File, Found, Items, Quarantined, opener, too_large
+from data_pipeline.readers.base import File, Found, Items, Quarantined, opener, printable, too_large
 from data_pipeline.readers.html import SUFFIXES, decode_page, page_text
 from data_pipeline.sources import Tree
 
@@ -71,11 +71,11 @@ def _walk(root: Path, prefix: str, source: Tree) -> Iterator[File]:
             # A link may lead out of the tree, or name a file of it twice.
             if entry.endswith(source.suffixes) and path.is_file() and not path.is_symlink():
                 open_it = (
-                    opener(here, str(path.absolute()))
+                    opener(here, str(path.absolute()), source)
                     if path.suffix in COMPRESSED
                     else functools.partial(path.open, "rb")
                 )
-                yield File(prefix + path.relative_to(root).as_posix(), open_it, path.stat().st_size)
+                yield File(prefix + printable(path.relative_to(root).as_posix()), open_it, path.stat().st_size)
 
 
 def _remote_files(name: str, source: Tree) -> list[File]:
@@ -83,7 +83,7 @@ def _remote_files(name: str, source: Tree) -> list[File]:
         folder = get_datafolder(source.path)
         paths = [path for path in folder.list_files() if path.endswith(source.suffixes)]
         paths = sorted(path for path in paths if not set(path.split("/")) & set(source.exclude))
-        files = [File(f"{name}/{path}", opener(folder, path), folder.size(path)) for path in paths]
+        files = [File(f"{name}/{path}", opener(folder, path, source), folder.size(path)) for path in paths]
     except (OSError, ImportError, ValueError) as error:
         raise InputError(f"sources.{name}.path={source.path}: {' '.join(str(error).split())}") from None
     if not files:

@@ -81,7 +81,7 @@ def build_index(path: Path, itemsize: int) -> tuple[np.ndarray, list[dict]]:
 def _metadata(payload: bytes, where: str) -> dict:
     try:
         record = json.loads(payload)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON: {error}") from None
     sizes = ("tokens", "bytes")
     if not isinstance(record, dict) or any(type(record.get(key)) is not int or record[key] < 0 for key in sizes):

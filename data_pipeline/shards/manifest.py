@@ -19,6 +19,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from data_pipeline.errors import InputError
+from data_pipeline.files import replace_file
 
 if TYPE_CHECKING:
     from data_pipeline.shards.remote import Remote
@@ -326,13 +327,3 @@ def _refuse(where: str, problems: list[str]) -> None:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Writes `data` to a temporary name, makes it durable, then renames: readers see the old file or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

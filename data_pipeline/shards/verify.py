@@ -1,11 +1,19 @@
 """Reads every shard of a manifest to the last byte: `python -m data_pipeline.shards.verify MANIFEST`.
 
-Exit code 0: all is as the manifest says. 1: it is not, one line a finding. 2: the manifest itself cannot be read.
+Exit code 0: all is as the manifest says. 1: it is not, one line a finding. 2: the manifest itself, or an argument,
+cannot be used. 130: interrupted.
 """
 
 import argparse
+import functools
+import hashlib
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +23,31 @@ from data_pipeline.shards.index import OFFSET, TEXT_BYTES, TOKENS, build_index, 
 from data_pipeline.shards.manifest import Manifest, Shard, sha256_of
 
 
-def verify(manifest: Manifest, *, progress: bool = False) -> list[str]:
+@dataclass(frozen=True)
+class Checked:
+    """What a shard gave: its problems, and 64 bits of each document's id and of its tokens, uint64 [documents]."""
+
+    problems: list[str]
+    ids: np.ndarray
+    texts: np.ndarray
+
+
+NOTHING = np.empty(0, np.uint64)
+
+
+def verify(manifest: Manifest, *, workers: int = 1, content: bool = False, progress: bool = False) -> list[str]:
     """One line for each shard that is missing, truncated, altered or duplicated, each that the manifest does not list,
-    and each document id that occurs twice; an empty list when all is well."""
+    and each document id that occurs twice, in one shard or in two; with `content`, also each document whose tokens
+    another has. An empty list when all is well. `workers`: processes; memory is 16 bytes a document."""
     problems = manifest.tokenizer_problems()
-    seen: dict[str, str] = {}
-    for shard in _tracked(manifest.shards, progress):
-        problems += _shard_problems(manifest, shard, seen)
+    check = functools.partial(_check_shard, manifest)
+    checked = []
+    for found in _tracked(_map(check, manifest.shards, workers), len(manifest.shards), progress):
+        problems += found.problems
+        checked.append(found)
+    problems += _doubles(manifest, [found.ids for found in checked], "id")
+    if content:
+        problems += _doubles(manifest, [found.texts for found in checked], "text")
     listed = {shard.name for shard in manifest.shards}
     for path in sorted(manifest.directory.glob("*.tar")):
         if path.name not in listed:
@@ -29,23 +55,34 @@ def verify(manifest: Manifest, *, progress: bool = False) -> list[str]:
     return problems
 
 
-def _tracked(shards: tuple[Shard, ...], progress: bool) -> Iterator[Shard]:
+def _map(check: Callable[[Shard], Checked], shards: tuple[Shard, ...], workers: int) -> Iterator[Checked]:
+    """In the order of the shards, whichever worker is first."""
+    if workers == 1 or len(shards) < 2:
+        yield from map(check, shards)
+        return
+    with ProcessPoolExecutor(min(workers, len(shards)), get_context("spawn")) as pool:
+        try:
+            yield from pool.map(check, shards)
+        except BrokenProcessPool:
+            raise InputError(f"workers={workers}: one was killed; is the memory enough for so many?") from None
+
+
+def _tracked(checked: Iterable[Checked], total: int, progress: bool) -> Iterator[Checked]:
     if not progress:
-        return iter(shards)
+        return iter(checked)
     from rich.console import Console
     from rich.progress import track
 
-    return iter(track(shards, description="verify", console=Console(stderr=True)))
+    return iter(track(checked, total=total, description="verify", console=Console(stderr=True)))
 
 
-def _shard_problems(manifest: Manifest, shard: Shard, seen: dict[str, str]) -> list[str]:
-    """`seen` maps a document id to the shard that held it first."""
+def _check_shard(manifest: Manifest, shard: Shard) -> Checked:
     path, itemsize = manifest.directory / shard.name, manifest.dtype.itemsize
-    if problem := manifest.file_problem(shard):
-        return [problem]
-    if sha256_of(path) != shard.sha256:
-        return [f"shard {shard.name}: altered: its sha256 is not the manifest's"]
     try:
+        if problem := manifest.file_problem(shard):
+            return _bad(problem)
+        if sha256_of(path) != shard.sha256:
+            return _bad(f"shard {shard.name}: altered: its sha256 is not the manifest's")
         built, metadata = build_index(path, itemsize)
         stored = load_index(
             manifest.directory / shard.index,
@@ -54,43 +91,94 @@ def _shard_problems(manifest: Manifest, shard: Shard, seen: dict[str, str]) -> l
             size=shard.size,
             itemsize=itemsize,
         )
+        if sha256_of(manifest.directory / shard.index) != shard.index_sha256 or not np.array_equal(built, stored):
+            return _bad(f"shard {shard.name}: its index {shard.index} is altered")
+        data = path.read_bytes()
     except InputError as error:
-        return list(error.problems)
-    if sha256_of(manifest.directory / shard.index) != shard.index_sha256 or not np.array_equal(built, stored):
-        return [f"shard {shard.name}: its index {shard.index} is altered"]
+        return _bad(*error.problems)
+    except OSError as error:
+        return _bad(f"shard {shard.name}: unreadable: {error}")
     if built[:, TEXT_BYTES].sum() != shard.text_bytes or built[:, TOKENS].min() != shard.shortest_document:
-        return [f"shard {shard.name}: text_bytes or shortest_document in the manifest are not the documents'"]
+        return _bad(f"shard {shard.name}: text_bytes or shortest_document in the manifest are not the documents'")
     if strangers := {record["source"] for record in metadata} - {shard.source}:
-        return [f"shard {shard.name}: holds source {min(strangers)!r}, the manifest says {shard.source!r}"]
-    return [*_token_problems(manifest, shard, built), *_duplicate_problems(shard, metadata, seen)]
-
-
-def _token_problems(manifest: Manifest, shard: Shard, index: np.ndarray) -> Iterator[str]:
-    info, data = manifest.tokenizer, (manifest.directory / shard.name).read_bytes()
-    for row, (offset, count) in enumerate(index[:, [OFFSET, TOKENS]].tolist()):
+        return _bad(f"shard {shard.name}: holds source {min(strangers)!r}, the manifest says {shard.source!r}")
+    problems, texts = [], np.empty(len(built), np.uint64)
+    for row, (offset, count) in enumerate(built[:, [OFFSET, TOKENS]].tolist()):
         tokens = np.frombuffer(data, manifest.dtype, count, offset)
-        if tokens.max() >= info.vocab_size:
-            yield f"shard {shard.name}: document {row}: token {tokens.max()} is not below vocab_size={info.vocab_size}"
-        if tokens[0] != info.bos or tokens[-1] != info.eos:
-            yield f"shard {shard.name}: document {row}: does not begin with bos={info.bos} and end with eos={info.eos}"
+        problems += _token_problems(manifest, shard, row, tokens)
+        texts[row] = _hash(tokens.tobytes())
+    ids = np.array([_hash(str(record.get("id")).encode()) for record in metadata], np.uint64)
+    return Checked(problems, ids, texts)
 
 
-def _duplicate_problems(shard: Shard, metadata: list[dict], seen: dict[str, str]) -> Iterator[str]:
-    for record in metadata:
-        first = seen.setdefault(identity := str(record.get("id")), shard.name)
-        if first != shard.name:
-            yield f"shard {shard.name}: document {identity!r} is already in {first}"
+def _bad(*problems: str) -> Checked:
+    return Checked(list(problems), NOTHING, NOTHING)
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def _token_problems(manifest: Manifest, shard: Shard, row: int, tokens: np.ndarray) -> Iterator[str]:
+    info = manifest.tokenizer
+    if tokens.max() >= info.vocab_size:
+        yield f"shard {shard.name}: document {row}: token {tokens.max()} is not below vocab_size={info.vocab_size}"
+    if tokens[0] != info.bos or tokens[-1] != info.eos:
+        yield f"shard {shard.name}: document {row}: does not begin with bos={info.bos} and end with eos={info.eos}"
+
+
+def _doubles(manifest: Manifest, hashes: list[np.ndarray], what: str) -> Iterator[str]:
+    """A line for each document whose hash an earlier one has."""
+    together = np.concatenate(hashes) if hashes else NOTHING
+    order = np.argsort(together, kind="stable")
+    same = np.flatnonzero(together[order][1:] == together[order][:-1]) + 1
+    if not len(same):
+        return
+    starts = np.cumsum([0, *map(len, hashes)])
+    firsts = order[np.searchsorted(together[order], together[order][same], side="left")]
+    for later, first in sorted(zip(order[same].tolist(), firsts.tolist(), strict=True)):
+        (shard, identity), (other, earlier) = (_place(manifest, starts, at) for at in (later, first))
+        where = f"already in {other.name}" if other != shard else "twice in it"
+        if what == "id":
+            yield f"shard {shard.name}: document {identity!r} is {where}"
+        else:
+            yield f"shard {shard.name}: document {identity!r} has the text of {earlier!r} in {other.name}"
+
+
+def _place(manifest: Manifest, starts: np.ndarray, at: int) -> tuple[Shard, str]:
+    number = int(np.searchsorted(starts, at, side="right")) - 1
+    shard = manifest.shards[number]
+    return shard, _identities(manifest.directory / shard.name, manifest.dtype.itemsize)[at - int(starts[number])]
+
+
+@functools.lru_cache(maxsize=8)
+def _identities(path: Path, itemsize: int) -> list[str]:
+    return [str(record.get("id")) for record in build_index(path, itemsize)[1]]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data_pipeline.shards.verify", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipeline.shards.verify",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("manifest", type=Path, help="a manifest.json")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a CPU)")
+    parser.add_argument("--content", action="store_true", help="also name documents that have the same text")
+    given = parser.parse_args(arguments)
     try:
-        manifest = Manifest.load(parser.parse_args(arguments).manifest, check_files=False)
+        if given.workers < 1:
+            raise InputError(f"--workers={given.workers} must be at least 1")
+        manifest = Manifest.load(given.manifest, check_files=False)
+        progress = sys.stderr.isatty()
+        problems = verify(manifest, workers=given.workers, content=given.content, progress=progress)
     except InputError as error:
         print(*error.problems, sep="\n", file=sys.stderr)
         return 2
-    if problems := verify(manifest, progress=sys.stderr.isatty()):
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    if problems:
         print(*problems, sep="\n", file=sys.stderr)
         return 1
     totals = manifest.totals

@@ -1,13 +1,14 @@
-"""The operators under measurement: their inputs, what they must agree with, and the bytes they cannot avoid."""
+"""What is measured: an operator's inputs, what it must agree with, and the bytes it cannot avoid."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from kernels.bench.peers import Peer, attention_peers
+from kernels.bench.peers import Peer
 from kernels.norm_gate import reference as norm_gate_reference
 from kernels.sglu import reference as sglu_reference
 from kernels.srmsnorm import reference
@@ -15,20 +16,29 @@ from kernels.srmsnorm import reference
 
 @dataclass(frozen=True)
 class Case:
-    """function(*inputs) is measured forward, and forward + backward with `gradients` at its outputs."""
+    """function(*inputs) is measured forward, and forward + backward with `gradients` at its outputs.
 
-    name: str
+    Without gradients the forward pass alone is.
+    """
+
+    operator: str
+    shape: str
     function: Callable[..., Tensor | tuple[Tensor, ...]]
     inputs: list[Tensor]
     gradients: list[Tensor]
     exact: Callable[..., Tensor | tuple[Tensor, ...]]  # the same in fp64
     spared_bytes: int = 0  # of the backward pass's count below, what this operator need not move
     peers: tuple[Peer, ...] = ()  # others' kernels for the same, or for what it replaces, on inputs of the same sizes
+    chained: bool = False  # several operators in a row, each of which rounds
+    length: int | None = None  # positions in a row, where that is what time is plotted against
+    output_bytes: int | None = None  # where they are not those of `gradients`
+    products: Callable[[], object] | None = None  # what the floor is the time of, where it is not the memory's
 
     @property
     def forward_bytes(self) -> int:
         """Each input read once, each output written once."""
-        return sum(x.nbytes for x in (*self.inputs, *self.gradients))
+        written = sum(x.nbytes for x in self.gradients) if self.output_bytes is None else self.output_bytes
+        return sum(x.nbytes for x in self.inputs) + written
 
     @property
     def backward_bytes(self) -> int:
@@ -38,7 +48,7 @@ class Case:
     def worst_error(self) -> float:
         """The largest relative error in norm of the outputs and the gradients."""
         got = _with_gradients(self.function, self.inputs, self.gradients)
-        exact_inputs = [x.detach().double().requires_grad_() for x in self.inputs]
+        exact_inputs = [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in self.inputs]
         wanted = _with_gradients(self.exact, exact_inputs, self.gradients)
         return max(((g.double() - w).norm() / w.norm()).item() for g, w in zip(got, wanted, strict=True))
 
@@ -46,42 +56,52 @@ class Case:
         return self.function(*self.inputs)
 
     def both(self) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(self.forward(), self.inputs, self.gradients)
+        return torch.autograd.grad(self.forward(), self.leaves, self.gradients)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [x for x in self.inputs if x.requires_grad]
 
 
 def cases(device: torch.device) -> Iterator[tuple[Case, Case]]:
     """Pairs of a case small enough to be judged in fp64 and the case to time, of the same widths and type."""
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
-    heads, width = (32, 128) if gpu else (4, 64)
-    for length in (1024, 2048, 8192, 32768, 131072) if gpu else (512,):
-        batch = max(32768 // length, 1) if gpu else 8
-        yield _attention(1, 321, heads, width, dtype, device), _attention(batch, length, heads, width, dtype, device)
-    if gpu:
-        yield _attention(1, 321, 8, width, dtype, device), _attention(1, 131072, 8, width, dtype, device)
-    rows = 32768 if gpu else 4096
-    for columns in (2048, 4096) if gpu else (256,):
-        for build in (_norm, _add_norm, _gate, _sglu):
-            yield build(65, columns, dtype, device), build(rows, columns, dtype, device)
-
-
-def _attention(batch: int, length: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> Case:
-    decay = torch.logspace(-8, 0, heads, base=2, device=device)
-    inputs = _random(3, batch, length, heads, width, dtype=dtype, device=device)
-    return Case(
-        f"lightning attention B {batch} N {length} H {heads} d {width}",
-        lambda q, k, v: kernels.lightning_attention(q, k, v, decay),
-        inputs,
-        [_random(1, batch, length, heads, width, dtype=dtype, device=device)[0].detach()],
-        lambda q, k, v: kernels.lightning_attention(q, k, v, decay),  # fp64 runs the chunked PyTorch form
-        peers=attention_peers(length, decay, device),
-    )
+    for build in (_norm, _branch_norm, _add_norm, _gate, _sglu):
+        for rows in (4096, 32768) if gpu else (4096,):
+            for columns in (2048, 4096) if gpu else (256,):
+                yield build(65, columns, dtype, device), build(rows, columns, dtype, device)
 
 
 def _norm(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Case:
-    (x, dy) = _random(2, rows, columns, dtype=dtype, device=device)
+    (x, dy) = random_inputs(2, rows, columns, dtype=dtype, device=device)
     return Case(
-        f"simple_rms_norm {rows} x {columns}", kernels.simple_rms_norm, [x], [dy.detach()], reference.simple_rms_norm
+        "simple_rms_norm",
+        f"{rows} x {columns}",
+        kernels.simple_rms_norm,
+        [x],
+        [dy.detach()],
+        reference.simple_rms_norm,
+        peers=(Peer("torch.nn.functional.rms_norm", lambda x: F.rms_norm(x, x.shape[-1:], eps=1e-6)),),
+    )
+
+
+def _branch_norm(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """The stream itself is not moved forward; backward its gradient is read beside the norm's."""
+
+    def exact(x):
+        return x * 1, reference.simple_rms_norm(x)
+
+    x, dx, dy = random_inputs(3, rows, columns, dtype=dtype, device=device)
+    return Case(
+        "branch_simple_rms_norm",
+        f"{rows} x {columns}",
+        kernels.branch_simple_rms_norm,
+        [x],
+        [dx.detach(), dy.detach()],
+        exact,
+        output_bytes=x.nbytes,
+        spared_bytes=-x.nbytes,
     )
 
 
@@ -90,9 +110,10 @@ def _add_norm(rows: int, columns: int, dtype: torch.dtype, device: torch.device)
         total = x + residual
         return total, reference.simple_rms_norm(total)
 
-    x, residual, dtotal, dy = _random(4, rows, columns, dtype=dtype, device=device)
+    x, residual, dtotal, dy = random_inputs(4, rows, columns, dtype=dtype, device=device)
     return Case(
-        f"add_simple_rms_norm {rows} x {columns}",
+        "add_simple_rms_norm",
+        f"{rows} x {columns}",
         kernels.add_simple_rms_norm,
         [x, residual],
         [dtotal.detach(), dy.detach()],
@@ -109,20 +130,23 @@ def _gate(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> 
         y, square_sum = kernels.gate_with_square_sum(o, u)
         return kernels.apply_rms_scale(y, square_sum, columns)
 
-    o, u, dy = _random(3, rows, columns, dtype=dtype, device=device)
-    return Case(f"norm and gate {rows} x {columns}", function, [o, u], [dy.detach()], norm_gate_reference.norm_gate)
+    o, u, dy = random_inputs(3, rows, columns, dtype=dtype, device=device)
+    return Case("norm and gate", f"{rows} x {columns}", function, [o, u], [dy.detach()], norm_gate_reference.norm_gate)
 
 
 def _sglu(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Case:
-    a, b, dy = _random(3, rows, columns, dtype=dtype, device=device)
-    return Case(f"sglu {rows} x {columns}", kernels.sglu, [a, b], [dy.detach()], sglu_reference.sglu)
+    a, b, dy = random_inputs(3, rows, columns, dtype=dtype, device=device)
+    return Case("sglu", f"{rows} x {columns}", kernels.sglu, [a, b], [dy.detach()], sglu_reference.sglu)
 
 
-def _random(count: int, *shape: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+def random_inputs(count: int, *shape: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     return [torch.randn(*shape, dtype=dtype, device=device).requires_grad_() for _ in range(count)]
 
 
 def _with_gradients(function: Callable, inputs: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
     out = function(*inputs)
     out = (out,) if isinstance(out, Tensor) else out
-    return [*out, *torch.autograd.grad(out, inputs, [g.to(o.dtype) for g, o in zip(gradients, out, strict=True)])]
+    if not gradients:
+        return list(out)
+    leaves = [x for x in inputs if x.requires_grad]
+    return [*out, *torch.autograd.grad(out, leaves, [g.to(o.dtype) for g, o in zip(gradients, out, strict=True)])]

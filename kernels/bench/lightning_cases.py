@@ -1,4 +1,4 @@
-"""Gated linear attention under measurement: the mixer between its projections, with lightning attention within."""
+"""Lightning attention, gated linear attention around it, and one token of decoding, under measurement."""
 
 from collections.abc import Iterator
 
@@ -6,39 +6,94 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels.bench.cases import Case
+from kernels.bench.cases import Case, random_inputs
+from kernels.bench.peers import attention_peers
 
 
 def cases(device: torch.device) -> Iterator[tuple[Case, Case]]:
     """Pairs of a case small enough to be judged in fp64 and the case to time, as kernels/bench/cases.py has them."""
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
-    heads, width = (32, 128) if gpu else (4, 32)
+    heads, width = (32, 128) if gpu else (4, 64)
+    sizes = (heads, width, dtype, device)
+    for length in (1024, 2048, 8192, 32768, 131072) if gpu else (512,):
+        batch = max(32768 // length, 1) if gpu else 8
+        yield _attention(1, 321, *sizes), _attention(batch, length, *sizes)
+    if gpu:
+        yield _attention(1, 321, 8, width, dtype, device), _attention(1, 131072, 8, width, dtype, device)
     for length in (1024, 32768) if gpu else (256,):
         batch = max(32768 // length, 1) if gpu else 4
         for with_lrpe in (False, True):
-            shape = (heads, width, with_lrpe, dtype, device)
-            yield _mixer(1, 321, *shape), _mixer(batch, length, *shape)
+            yield _mixer(1, 321, with_lrpe, *sizes), _mixer(batch, length, with_lrpe, *sizes)
+    for with_lrpe in (False, True):
+        for batch in (1, 16, 256) if gpu else (4,):
+            yield _step(3, with_lrpe, *sizes), _step(batch, with_lrpe, *sizes)
+
+
+def _attention(batch: int, length: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> Case:
+    decay = torch.logspace(-8, 0, heads, base=2, device=device)
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return kernels.lightning_attention(q, k, v, decay)
+
+    return Case(
+        "lightning attention",
+        f"B {batch} N {length} H {heads} d {width}",
+        function,
+        random_inputs(3, batch, length, heads, width, dtype=dtype, device=device),
+        [random_inputs(1, batch, length, heads, width, dtype=dtype, device=device)[0].detach()],
+        function,  # fp64 runs the chunked PyTorch form
+        peers=attention_peers(length, decay, device),
+        length=length if heads > 8 else None,
+    )
+
+
+def _theta(heads: int, width: int, device: torch.device) -> Tensor:
+    return (10000.0 ** (-torch.arange(heads * width, device=device) / (heads * width))).view(heads, 1, width)
 
 
 def _mixer(
-    batch: int, length: int, heads: int, width: int, with_lrpe: bool, dtype: torch.dtype, device: torch.device
+    batch: int, length: int, with_lrpe: bool, heads: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> Case:
     """Counted as one kernel: qkvu read and y written, then qkvu and dy read and dqkvu written. theta's own gradient is
     judged by the self-check, whose bound for it is its own."""
     decay = torch.logspace(-8, 0, heads, base=2, device=device)
-    theta = (10000.0 ** (-torch.arange(heads * width, device=device) / (heads * width))).view(heads, 1, width)
-    theta.requires_grad_()
+    theta = _theta(heads, width, device).requires_grad_()
 
     def function(qkvu: Tensor) -> Tensor:
         return kernels.gla(qkvu, decay, theta if with_lrpe else None, act="silu")[0]
 
-    qkvu = torch.randn(batch, length, 4 * heads * width, dtype=dtype, device=device).requires_grad_()
-    dy = torch.randn(batch, length, heads * width, dtype=dtype, device=device)
     return Case(
-        f"gla{' with LRPE' if with_lrpe else ''} B {batch} N {length} H {heads} d {width}",
+        f"gla{' with LRPE' if with_lrpe else ''}",
+        f"B {batch} N {length} H {heads} d {width}",
         function,
-        [qkvu],
-        [dy],
+        random_inputs(1, batch, length, 4 * heads * width, dtype=dtype, device=device),
+        [torch.randn(batch, length, heads * width, dtype=dtype, device=device)],
         function,
+    )
+
+
+def _step(batch: int, with_lrpe: bool, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """One token of decoding: the state, in fp32, is read and written."""
+    decay = torch.logspace(-8, 0, heads, base=2, device=device)
+    theta = _theta(heads, width, device) if with_lrpe else None
+    positions = torch.tensor([1000], device=device)
+
+    def function(qkvu: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            y, _, state = kernels.gla(
+                qkvu, decay, theta, act="silu", positions=positions, initial_state=state, return_state=True
+            )
+        return y, state
+
+    qkvu = torch.randn(batch, 1, 4 * heads * width, dtype=dtype, device=device)
+    state = torch.randn(batch, heads, 2 * width if with_lrpe else width, width, device=device)
+    return Case(
+        f"decoding step{' with LRPE' if with_lrpe else ''}",
+        f"B {batch} H {heads} d {width}",
+        function,
+        [qkvu, state],
+        [],
+        function,
+        output_bytes=qkvu.nbytes // 4 + state.nbytes,
     )

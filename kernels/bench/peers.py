@@ -8,16 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+LONGEST_AUTHORS = 8192  # beyond, theirs takes minutes to compile and start
 LONGEST_SOFTMAX = 32768  # its time grows with the square of the length
 LEFT_PRODUCT = 8192  # the length at which the paper compares with the masked product
 
 
 @dataclass(frozen=True)
 class Peer:
-    """function(q, k, v), each [B, T, H, d]."""
+    """function, of the same inputs as the case's own."""
 
     name: str
-    function: Callable[[Tensor, Tensor, Tensor], Tensor]
+    function: Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 def attention_peers(length: int, decay: Tensor, device: torch.device) -> tuple[Peer, ...]:
@@ -29,6 +30,16 @@ def attention_peers(length: int, decay: Tensor, device: torch.device) -> tuple[P
         from fla.ops.simple_gla import chunk_simple_gla
 
         peers.append(Peer("flash-linear-attention", lambda q, k, v: chunk_simple_gla(q, k, v, g_gamma=-decay)[0]))
+    except ImportError:
+        pass
+    try:
+        from lightning_attn.ops import lightning_attn_func
+
+        def authors(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return lightning_attn_func(*(x.transpose(1, 2).contiguous() for x in (q, k, v)), decay).transpose(1, 2)
+
+        if length <= LONGEST_AUTHORS:
+            peers.append(Peer("the authors' lightning_attn", authors))
     except ImportError:
         pass
     if length <= LONGEST_SOFTMAX:

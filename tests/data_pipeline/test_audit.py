@@ -345,7 +345,7 @@ class TestDraw:
             file.append(answer(sample.id, sample.verdict))
         assert main(["summary", f"samples={path}"]) == 0
         table = capsys.readouterr().out
-        assert "100.0%" in table
+        assert "100% (" in table
         assert "strata weighted" in table
         assert main([*arguments, "filter={scores: small}"]) == 2
         assert "overwrite=true" in capsys.readouterr().err

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from data_pipeline.config import compose
+from data_pipeline.config import NearDuplicates, compose
 from data_pipeline.dedup.lines import line_hash
 from data_pipeline.run import run
 from data_pipeline.shards import Manifest, read_documents
@@ -83,3 +83,22 @@ def test_the_number_of_tasks_does_not_change_what_stays(tmp_path):
         }
         results.append(clean(folder, sources, "line_duplicates.min_documents=5", tasks=tasks))
     assert results[0][0] == results[1][0] == {f"b/{n:03d}.txt" for n in range(6)}
+
+
+def test_signatures_estimate_the_similarity_and_do_not_depend_on_the_pieces(tmp_path, monkeypatch):
+    from data_pipeline.dedup import near
+
+    step = near.signatures(NearDuplicates(words=3, buckets=50, hashes=8), tmp_path)
+    letters = str.maketrans("0123456789", "abcdefghij")  # all numbers are alike to it
+    words = [str(number).translate(letters) for number in range(6000)]
+    one, other = " ".join(words[:5000]), " ".join(words[1000:])
+    first, second = ([hash for bucket in signature(step, text) for hash in bucket] for text in (one, other))
+    estimate = sum(a == b for a, b in zip(first, second, strict=True)) / 400
+    assert estimate == pytest.approx(4000 / 6000, abs=0.08)  # three standard deviations
+    monkeypatch.setattr(near, "PIECE", 100)
+    assert [hash for bucket in signature(step, one) for hash in bucket] == first
+    assert step.get_shingles("two words").shape == (0, 1)
+
+
+def signature(step, text):
+    return step.get_signature(step.get_shingles(text))

@@ -266,7 +266,8 @@ def test_a_full_disk_stops_with_one_line_and_the_next_run_completes(planted, out
     command = [sys.executable, "-c", limited, *arguments(planted[0], again)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1
-    assert re.search(r"^stage \w+: .*File too large", result.stderr, re.MULTILINE)
+    line = r"^stage \w+, task \d+: .*File too large.*/data.*; [\d,]+ bytes are free there; log: \S+/task_\d+\.log$"
+    assert re.search(line, result.stderr, re.MULTILINE)
     assert "Traceback" not in result.stderr
     assert not (again / "report.json").exists()
     run(compose(arguments(planted[0], again)))

@@ -1,6 +1,8 @@
 """The report's figures, and that its page shows hostile documents as text only."""
 
 import json
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
@@ -58,6 +60,9 @@ def test_each_rule_has_examples_with_value_and_threshold(output):
     assert drops["length"]["sources"] == {"bad": 1}
 
 
+VOID = ("meta", "rect", "path", "br")
+
+
 class Seen(HTMLParser):
     def __init__(self):
         super().__init__()
@@ -65,11 +70,11 @@ class Seen(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
-        if tag not in ("meta", "rect", "path"):
+        if tag not in VOID:
             self.open.append(tag)
 
     def handle_endtag(self, tag):
-        if tag not in ("rect", "path"):
+        if tag not in VOID:
             assert self.open.pop() == tag
 
     def handle_data(self, data):
@@ -99,3 +104,28 @@ def test_the_flow_shows_what_is_lost():
     assert "−75.0%" in picture  # noqa: RUF001
     assert picture.count("<rect") == 2
     assert flow([]).startswith("<svg")
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_a_browser_runs_nothing_of_a_hostile_document(output, tmp_path):
+    hostile = "<script>document.title='run'</script><img src=x onerror=\"document.title='run'\">"
+    report = json.loads((output / "report.json").read_text())
+    for entry in report["drops"].values():
+        for example in entry["examples"]:
+            example |= {"id": hostile, "excerpt": "</pre></details>" + hostile}
+    report["quarantine"] = {hostile: {"documents": 1, "bytes": 1, "examples": [{"id": hostile, "detail": hostile}]}}
+    report["sources"] = {hostile: {**next(iter(report["sources"].values())), "category": hostile}}
+    (tmp_path / "report.html").write_text(page(report))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", "--dump-dom"]
+    url = (tmp_path / "report.html").as_uri()
+    shown = subprocess.run(["chromium", *flags, url], capture_output=True, text=True, timeout=60).stdout
+    assert "<title>Cleaning report</title>" in shown
+    assert "<script" not in shown
+    assert "<img" not in shown
+    # The policy alone holds as well: the same page with the texts put in as they are.
+    (tmp_path / "raw.html").write_text(page(report).replace("</h1>", f"</h1>{hostile}"))
+    shown = subprocess.run(
+        ["chromium", *flags, (tmp_path / "raw.html").as_uri()], capture_output=True, text=True
+    ).stdout
+    assert "<script" in shown
+    assert "<title>Cleaning report</title>" in shown

@@ -135,6 +135,60 @@ def test_duplicates_are_named(manifest):
         load(manifest)
 
 
+def write_documents(directory, *shards):
+    """A manifest of shards of documents (id, tokens), whole and consistent."""
+    manifest = make_shards(directory, documents=5)
+    written = []
+    for number, documents in enumerate(shards):
+        with ShardWriter(directory, f"own{number}", dtype=manifest.dtype, shard_tokens=10_000) as writer:
+            for identity, tokens in documents:
+                writer.write(np.array([1, *tokens, 2]), id=identity, source="s", text_bytes=3)
+        written += writer.shards
+    for shard in manifest.shards:
+        (directory / shard.name).unlink()
+    manifest = Manifest.create(directory, manifest.tokenizer, written)
+    manifest.save()
+    return manifest
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_doubled_documents_are_named_within_a_shard_and_across(tmp_path, workers):
+    first, second = [("a", [7, 8]), ("b", [9]), ("a", [5])], [("c", [9]), ("b", [6])]
+    manifest = write_documents(tmp_path, first, second)
+    doubled = [
+        "shard own0-00000.tar: document 'a' is twice in it",
+        "shard own1-00000.tar: document 'b' is already in own0-00000.tar",
+    ]
+    assert verify(manifest, workers=workers) == doubled
+    same = "shard own1-00000.tar: document 'c' has the text of 'b' in own0-00000.tar"
+    assert verify(manifest, workers=workers, content=True) == [*doubled, same]
+
+
+def test_workers_find_the_same_in_the_same_order(manifest):
+    alter(shard_path(manifest, 0))
+    truncate(shard_path(manifest, 2))
+    os.unlink(shard_path(manifest, 3))
+    assert verify(manifest, workers=2) == verify(manifest, workers=1)
+    assert len(verify(manifest, workers=2)) == 3
+
+
+def test_verify_s_arguments(manifest, capsys):
+    assert main([str(manifest.directory / "manifest.json"), "--workers=0"]) == 2
+    assert "--workers=0 must be at least 1" in capsys.readouterr().err
+    assert main([str(manifest.directory / "manifest.json"), "--workers=2", "--content"]) == 0
+
+
+def test_metadata_nested_too_deep_is_refused(manifest):
+    path = shard_path(manifest, 0)
+    with tarfile.open(path, "w") as tar:
+        data = b"[" * 100_000 + b"]" * 100_000
+        info = tarfile.TarInfo("a.json")
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+    with pytest.raises(InputError, match="not JSON"):
+        build_index(path, 2)
+
+
 @pytest.mark.parametrize("name", ["../x.tar", "/etc/passwd", "a/b.tar", ".hidden", "pipe:cat x", "a\x00b", ""])
 @pytest.mark.parametrize("field", ["name", "index", "file"])
 def test_a_name_that_leads_elsewhere_is_refused(manifest, field, name):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from kernels import dispatch
 from kernels.activation import activation
 from kernels.lightning.reference import recurrence
 from kernels.lrpe.reference import lrpe
@@ -50,7 +51,7 @@ class Gated:
         bounds = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
         if bounds is not None:
             positions = positions - bounds.long()[torch.searchsorted(bounds, positions, right=True) - 1]
-        return cls(
+        case = cls(
             draw(batch, length, 4 * heads * width),
             torch.tensor(rates, dtype=torch.float32, device=device),
             theta.view(heads, 1, width).to(device, wide) if with_lrpe else None,
@@ -60,9 +61,25 @@ class Gated:
             draw(rows, heads, key, width, dtype=wide),
             None if bounds is None else bounds.to(device),
             draw(batch, length, heads * width),
-            draw(batch, length, dtype=wide) * 0.1,
+            draw(batch, length, dtype=wide),
             draw(rows, heads, key, width, dtype=wide),
         )
+        # As the norm behind the mixer gives it: o times this is of the size of the gate's own part of o's gradient.
+        case.dsquare_sum *= 0.5 / case.square_sum().sqrt()
+        return case
+
+    def square_sum(self) -> Tensor:
+        with torch.no_grad(), dispatch.backend("torch"):
+            return kernels.gla(
+                self.qkvu,
+                self.decay,
+                self.theta,
+                act=self.act,
+                gate=self.gate,
+                positions=self.positions,
+                initial_state=self.initial_state,
+                cu_seqlens=self.cu_seqlens,
+            )[1]
 
     def leaves(self) -> list[Tensor]:
         leaves = (self.qkvu, self.initial_state, self.theta)

@@ -3,30 +3,52 @@
 import pytest
 import torch
 
-from kernels.bench.__main__ import report
 from kernels.bench.cases import Case
+from kernels.bench.report import Report, Row, plot
 
 
 def doubling(factor: float) -> Case:
     x = torch.ones(8, 4, requires_grad=True)
-    return Case("doubling", lambda x: factor * x, [x], [torch.ones(8, 4)], lambda x: 2 * x)
+    return Case("doubling", "8 x 4", lambda x: factor * x, [x], [torch.ones(8, 4)], lambda x: 2 * x)
 
 
 @pytest.mark.parametrize("factor", [2.001, float("nan")])
 def test_a_wrong_operator_is_not_timed(factor, capsys):
-    assert not report(doubling(factor), doubling(factor), 1.0, torch.device("cpu"))
+    report = Report(1.0, torch.device("cpu"))
+    report.add(doubling(factor), doubling(factor))
     printed = capsys.readouterr().out
     assert "WRONG" in printed
-    assert "fwd" not in printed
+    assert (report.rows, report.wrong) == ([], 1)
 
 
 def test_a_right_operator_is_timed_against_its_bytes(capsys):
     case = doubling(2.0)
     assert (case.forward_bytes, case.backward_bytes) == (2 * 128, 3 * 128)
-    assert report(case, case, 64.0, torch.device("cpu"))
-    forward, both = capsys.readouterr().out.splitlines()
-    assert f"{256 / 64:.3f}" in forward
-    assert f"{640 / 64:.3f}" in both
+    report = Report(64.0, torch.device("cpu"))
+    report.add(case, case)
+    assert [row.part for row in report.rows] == ["forward", "both"]
+    assert [row.floor_ms for row in report.rows] == [256 / 64, 640 / 64]
+    title, _, forward, both = capsys.readouterr().out.strip().splitlines()
+    assert title == "doubling"
+    assert "4.000" in forward
+    assert "10.000" in both
+
+
+def test_rows_and_picture_are_written(tmp_path):
+    import json
+
+    report = Report(1.0, torch.device("cpu"))
+    for length in (1024, 2048):
+        for by in ("", "a peer"):
+            report.rows.append(
+                Row("lightning attention", f"B 2 N {length} H 4 d 8", by, "both", 1.0, 0.5, None, None, length)
+            )
+    report.write(tmp_path / "out", {"device": "a machine"})
+    written = json.loads((tmp_path / "out/rows.json").read_text())
+    assert written["machine"] == {"device": "a machine"}
+    assert len(written["rows"]) == 4
+    assert (tmp_path / "out/attention.png").read_bytes().startswith(b"\x89PNG")
+    assert not plot(report.rows[:1], tmp_path / "none.png", "a machine")
 
 
 def test_tuning_orders_tiles_and_puts_the_pinned_one_back(monkeypatch):

@@ -1,0 +1,238 @@
+"""datatrove's two executors, as the pipeline uses them: processes of this machine, and SLURM job arrays.
+
+Both keep the same completion markers, so a run that one of them began the other can end.
+"""
+
+import copy
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+
+from datatrove.executor.local import LocalPipelineExecutor
+from datatrove.executor.slurm import SlurmPipelineExecutor
+
+from data_pipeline.config import Slurm
+from data_pipeline.errors import InputError, StageError
+from data_pipeline.shards.manifest import replace_file
+
+ROOT = Path(__file__).resolve().parents[1]
+ORPHAN_SECONDS = 0.5  # how often a worker looks whether its run is still there
+POLL_SECONDS = 2.0  # how often the queue is asked
+PATIENCE = 15  # polls for which a job may be out of the queue before its markers are seen on a shared file system
+SHOWN_TASKS = 5
+
+
+class TaskError(StageError):
+    """A task raised an error; `rank` says which task."""
+
+    def __init__(self, rank: int, error: Exception):
+        super().__init__(f"{type(error).__name__}: {error}")
+        self.rank = rank
+        self.error = error
+
+
+class LocalExecutor(LocalPipelineExecutor):
+    """datatrove's local executor over a pool that notices when a worker is killed, where datatrove's waits for ever for
+    the task that the worker took with it, and whose workers end when their run is killed."""
+
+    def run(self) -> None:
+        ranks = self.get_incomplete_ranks()
+        if not ranks:
+            return
+        self.save_executor_as_json()
+        if self.workers == 1:
+            for rank in ranks:
+                try:
+                    _run_task(self, rank)
+                except Exception as error:
+                    raise TaskError(rank, error) from error
+            return
+        # Workers are forked and find the executor there: nothing has to be pickled.
+        context, started = get_context("fork"), (os.getpid(), self)
+        with ProcessPoolExecutor(min(self.workers, len(ranks)), context, _start_worker, started) as pool:
+            futures = {pool.submit(_run_in_worker, rank): rank for rank in ranks}
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except BrokenProcessPool:
+                running = [rank for rank in self.get_incomplete_ranks() if self.task_log(rank).exists()]
+                raise StageError(
+                    f"a worker was killed (is the memory enough for workers={self.workers}?); "
+                    f"{name_tasks(running)} {'was' if len(running) == 1 else 'were'} under way"
+                ) from None
+            except BaseException as error:
+                pool.shutdown(wait=False, cancel_futures=True)  # what runs may end, nothing more begins
+                raise (TaskError(futures[future], error) if isinstance(error, Exception) else error) from None
+
+    def task_log(self, rank: int) -> Path:
+        return Path(self.logging_dir.path) / "logs" / f"task_{rank:05d}.log"
+
+
+_worker_executor: LocalExecutor | None = None
+
+
+def _start_worker(parent: int, executor: LocalExecutor) -> None:
+    global _worker_executor
+    _worker_executor = executor
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(ORPHAN_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _run_in_worker(rank: int) -> None:
+    _run_task(_worker_executor, rank)
+
+
+def _run_task(executor: LocalExecutor, rank: int) -> None:
+    task = copy.copy(executor)
+    task.pipeline = copy.deepcopy(executor.pipeline)  # steps keep counts and open files
+    task._run_for_rank(rank, local_rank=rank)
+
+
+class SlurmExecutor(SlurmPipelineExecutor):
+    """datatrove's SLURM executor, less the extra job a stage that adds up statistics which the report has anyway."""
+
+    def launch_merge_stats(self) -> None:
+        pass
+
+
+def slurm_executor(settings: Slurm, name: str, steps: list, tasks: int, folder: Path, depends) -> SlurmExecutor:
+    """A stage as a job array that starts when `depends`, the executor of the stage before, has succeeded."""
+    # The job runs this interpreter and this code, whatever the node's own environment is.
+    path = f"export PATH={Path(sys.executable).parent}:$PATH PYTHONPATH={ROOT}${{PYTHONPATH:+:$PYTHONPATH}}"
+    return SlurmExecutor(
+        steps,
+        tasks=tasks,
+        time=str(settings.time),
+        partition=settings.partition,
+        cpus_per_task=settings.cpus_per_task,
+        mem_per_cpu_gb=settings.mem_per_cpu_gb,
+        workers=settings.at_once or -1,
+        tasks_per_job=settings.tasks_per_job,
+        max_array_size=settings.max_array_size,
+        job_name=f"{settings.job_name}_{name}",
+        qos=settings.qos,
+        env_command="\n".join(part for part in (settings.env_command, path) if part),
+        # A stage whose predecessor failed can never start: it leaves the queue instead of staying there for ever.
+        sbatch_args={"kill-on-invalid-dep": "yes", **settings.sbatch_args},
+        srun_args=dict(settings.srun_args) or None,
+        depends=depends,
+        logging_dir=str(folder.absolute()),
+    )
+
+
+class Queue:
+    """The jobs of a run: {stage: job id} in work/slurm.json, and what SLURM says of them."""
+
+    def __init__(self, work: Path):
+        self.path = work / "slurm.json"
+
+    def jobs(self) -> dict[str, str]:
+        return json.loads(self.path.read_bytes()) if self.path.is_file() else {}
+
+    def record(self, jobs: dict[str, str]) -> None:
+        replace_file(self.path, json.dumps(jobs, indent=1).encode() + b"\n")
+
+    def live(self, jobs: list[str]) -> list[str]:
+        """Those of `jobs` that are waiting or running. When SLURM does not answer, all may be."""
+        if not jobs or shutil.which("squeue") is None:
+            return []
+        found = []
+        for job in jobs:
+            asked = subprocess.run(
+                ["squeue", "--noheader", "--format=%A", "--job", job], capture_output=True, text=True
+            )
+            if asked.stdout.strip() or (asked.returncode and "Invalid job id" not in asked.stderr):
+                found.append(job)
+        return found
+
+    def cancel(self, jobs: list[str]) -> None:
+        if jobs:
+            subprocess.run(["scancel", *jobs], capture_output=True)
+
+
+def run_on_slurm(settings: Slurm, stages: list, queue: Queue, follow: Callable, tell: Callable[[str], None]) -> bool:
+    """Submits the stages that are not complete as job arrays, each depending on the one before, and follows them:
+    `follow(stage)` is a context that shows its progress, `tell` shows a line. Returns whether all is complete: False
+    when `wait` is off. Raises StageError naming stage, task and log when a job fails."""
+    if live := queue.live(list(queue.jobs().values())):
+        tell(f"following the jobs of an earlier start that are still in the queue: {' '.join(live)}")
+        if not settings.wait:
+            return False
+        _follow(stages, queue, follow)
+    if any(stage.completed() < stage.tasks for stage in stages):
+        _submit(settings, stages, queue)
+        tell(f"submitted jobs {' '.join(queue.jobs().values())}")
+        if not settings.wait:
+            return False
+    _follow(stages, queue, follow)
+    return True
+
+
+def _submit(settings: Slurm, stages: list, queue: Queue) -> None:
+    executors, previous = {}, None
+    for stage in stages:
+        executors[stage.name] = previous = slurm_executor(
+            settings, stage.name, stage.all_steps(), stage.tasks, stage.folder, previous
+        )
+    error = None
+    try:
+        previous.run()  # submits those that it depends on first
+    except subprocess.CalledProcessError as failed:
+        error = failed
+    # datatrove writes -1 for a stage with nothing left to do.
+    jobs = {name: executor.job_id for name, executor in executors.items() if executor.job_id not in (None, -1)}
+    if error:
+        queue.cancel(list(jobs.values()))
+        raise InputError(
+            f"executor=slurm: sbatch refused a stage with exit code {error.returncode}: its message is above"
+        )
+    queue.record(jobs)
+
+
+def _follow(stages: list, queue: Queue, follow: Callable) -> None:
+    jobs = queue.jobs()
+    for stage in stages:
+        with follow(stage):
+            patience = PATIENCE
+            while stage.completed() < stage.tasks:
+                if stage.name not in jobs or not queue.live([jobs[stage.name]]):
+                    patience -= 1
+                if not patience or (patience < PATIENCE and stage.failed_tasks()):
+                    queue.cancel(list(jobs.values()))  # later stages, where the cluster keeps them in the queue
+                    raise StageError(stage.failure(jobs.get(stage.name)))
+                time.sleep(POLL_SECONDS)
+
+
+def name_tasks(ranks: list[int]) -> str:
+    """`task 3`, or `tasks 1, 2, 3 and 4 more`."""
+    shown = ", ".join(map(str, ranks[:SHOWN_TASKS]))
+    more = f" and {len(ranks) - SHOWN_TASKS} more" if len(ranks) > SHOWN_TASKS else ""
+    return f"task{'s' * (len(ranks) != 1)} {shown or 'none'}{more}"
+
+
+def last_error(log: Path) -> str | None:
+    """The error in a task's log: the last line of the last traceback; None when there is no traceback."""
+    if not log.is_file():
+        return None
+    found = None
+    for line in log.read_text(errors="replace").splitlines():
+        if line.startswith("Traceback"):
+            found = ""
+        elif found is not None and re.match(r"[A-Za-z_][\w.]*(?:: |$)", line):
+            found = line
+    return found or None

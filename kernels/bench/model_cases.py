@@ -1,0 +1,128 @@
+"""The output head with its loss, and whole layers, under measurement: work that the matrix products bound."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels
+from kernels.bench.cases import Case, random_inputs
+from kernels.bench.peers import Peer
+from kernels.cross_entropy import reference as head_reference
+
+
+def cases(device: torch.device) -> Iterator[tuple[Case, Case]]:
+    """Pairs of a case small enough to be judged in fp64 and the case to time, as kernels/bench/cases.py has them."""
+    gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if gpu else torch.float32
+    size = (16384, 64000) if gpu else (256, 2048)
+    for width in (2048, 4096) if gpu else (64,):
+        yield _head(65, 4096, width, dtype, device), _head(*size, width, dtype, device)
+    for width in (2048, 4096) if gpu else (64,):
+        yield _layer(65, width, dtype, device), _layer(16384 if gpu else 256, width, dtype, device)
+
+
+def _head(tokens: int, vocabulary: int, width: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """The floor is its three products, in the inputs' type."""
+    targets = torch.randint(vocabulary, (tokens,), device=device)
+    (hidden,) = random_inputs(1, tokens, width, dtype=dtype, device=device)
+    weight = (torch.randn(vocabulary, width, dtype=dtype, device=device) * 0.02).requires_grad_()
+
+    def function(hidden: Tensor, weight: Tensor) -> Tensor:
+        return kernels.linear_cross_entropy(hidden, weight, targets)[0]
+
+    def exact(hidden: Tensor, weight: Tensor) -> Tensor:
+        return head_reference.linear_cross_entropy(hidden, weight, targets)[0]
+
+    def products() -> tuple[Tensor, ...]:
+        h, w = hidden.detach(), weight.detach()
+        logits = h @ w.T
+        return logits, logits @ w, logits.T @ h
+
+    return Case(
+        "linear_cross_entropy",
+        f"T {tokens} V {vocabulary} D {width}",
+        function,
+        [hidden, weight],
+        [torch.ones((), device=device)],
+        exact,
+        products=products,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """One layer with its weights: x + GLA(norm(x)), then x + GLU(norm(x)).
+
+    branch: x -> x and its norm. add: x, update -> their sum and its norm. product: of the GLU's two projections.
+    """
+
+    heads: int
+    decay: Tensor
+    branch: Callable[[Tensor], tuple[Tensor, Tensor]]
+    add: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    product: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, x: Tensor, qkvu: Tensor, out: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+        x, normed = self.branch(x)
+        y, square_sum, _ = kernels.gla(F.linear(normed, qkvu), self.decay, act="silu")
+        mixed = kernels.apply_rms_scale(F.linear(y, out), square_sum, x.shape[-1])
+        x, normed = self.add(x, mixed)
+        return x + F.linear(self.product(F.linear(normed, w1), F.linear(normed, w2)), w3)
+
+
+def _layer(tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """SimpleRMSNorm and SGLU; beside it LayerNorm and SwiGLU, as PyTorch runs them and as its compiler does. The hidden
+    width of the GLU is 8/3 of the layer's, a multiple of 128; rows are of 2048 positions."""
+    heads = max(width // 128, 1)
+    decay = torch.logspace(-8, 0, heads, base=2, device=device)
+    length = min(tokens, 2048)
+    x = torch.randn(tokens // length, length, width, dtype=dtype, device=device).requires_grad_()
+    glu = -(-8 * width // 3 // 128) * 128
+    shapes = ((4 * width, width), (width, width), (glu, width), (glu, width), (width, glu))
+    weights = [(torch.randn(s, dtype=dtype, device=device) * s[1] ** -0.5).requires_grad_() for s in shapes]
+    scale, shift = (torch.randn(width, dtype=dtype, device=device).requires_grad_() for _ in range(2))
+
+    def layer_norm(x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], scale, shift)
+
+    def plain_branch(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, layer_norm(x)
+
+    def plain_add(x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+        return plain_branch(x + update)
+
+    def swiglu(a: Tensor, b: Tensor) -> Tensor:
+        return F.silu(a) * b
+
+    ours = _Layer(heads, decay, kernels.branch_simple_rms_norm, kernels.add_simple_rms_norm, kernels.sglu)
+    theirs = _Layer(heads, decay, plain_branch, plain_add, swiglu)
+
+    def products() -> list[Tensor]:
+        # The products of a layer, forward and backward, each as a product of its own.
+        flat, made = x.detach().view(-1, width), []
+        for weight in weights:
+            w = weight.detach()
+            rows = flat if w.shape[1] == width else flat.new_empty(flat.shape[0], w.shape[1])
+            out = rows @ w.T
+            made += [out, out @ w, out.T @ rows]
+        return made
+
+    peers = (
+        Peer("LayerNorm and SwiGLU, PyTorch", theirs),
+        Peer("LayerNorm and SwiGLU, compiled", torch.compile(theirs.__call__)),
+        Peer("SimpleRMSNorm and SGLU, compiled", torch.compile(ours.__call__)),
+    )
+    return Case(
+        "layer",
+        f"T {tokens} D {width} F {glu}",
+        ours,
+        [x, *weights],
+        [torch.randn_like(x)],
+        ours,
+        chained=True,
+        peers=peers if device.type == "cuda" else peers[:1],
+        products=products,
+    )

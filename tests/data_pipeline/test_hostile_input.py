@@ -1,0 +1,258 @@
+"""Input made to do harm: each piece is named and quarantined with its reason, memory and time stay bounded, and the
+rest goes on. Damage that is not malicious is in test_readers.py."""
+
+import gzip
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from data_pipeline.config import EDITS, RULES, compose
+from data_pipeline.run import main, run
+from data_pipeline.shards import Manifest
+from tests.data_pipeline.corpus import plant
+from tests.data_pipeline.test_pipeline import ROOT, arguments, fingerprint
+from tests.data_pipeline.test_readers import PAGE, read, response, source, warc_record
+
+GOOD = b'{"text": "good"}'
+LINES = {
+    "nested 100 000 deep": (b'{"text": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not_json"),
+    "nested deep with a key twice": (
+        b'{"text": "a", "text": "b", "x": ' + b"[" * 1000 + b"]" * 1000 + b"}",
+        "not_json",
+    ),
+    "NaN": (b'{"text": NaN}', "not_json"),
+    "infinity": (b'{"text": Infinity}', "not_json"),
+    "a number of 5000 digits": (b'{"text": "a", "id": ' + b"9" * 5000 + b"}", "not_json"),
+    "a number for a text": (b'{"text": 1e300}', "no_text"),
+    "an object for a text": (b'{"text": {"text": "a"}}', "no_text"),
+    "undecodable": (b'{"text": "\xff\xfe"}', "not_json"),
+}
+
+
+@pytest.mark.parametrize(("line", "reason"), LINES.values(), ids=LINES)
+def test_a_hostile_line_is_named_and_the_next_is_read(tmp_path, line, reason):
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([GOOD, line, GOOD]))
+    documents, quarantine = read(tmp_path, web=source(tmp_path, kind="jsonl"))
+    assert list(documents) == ["web/a.jsonl:1", "web/a.jsonl:3"]
+    assert quarantine == {"web/a.jsonl:2": reason}
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [("gz", gzip.compress), ("zst", zstandard.compress)], ids=["gz", "zst"])
+def test_a_bomb_is_named_and_not_expanded(tmp_path, suffix, pack):
+    """A hundred megabytes of zeros behind a good line: reading stops at the bound."""
+    (tmp_path / f"a.jsonl.{suffix}").write_bytes(pack(GOOD + b"\n" + bytes(100_000_000)))
+    (tmp_path / "b.jsonl").write_bytes(GOOD)
+    bounds = {"max_document_bytes": 1_000_000, "max_expansion": 20}
+    documents, quarantine = read(tmp_path, web=source(tmp_path, kind="jsonl", **bounds))
+    assert set(documents) == {f"web/a.jsonl.{suffix}:1", "web/b.jsonl:1"}
+    assert quarantine == {f"web/a.jsonl.{suffix}": "bomb"}
+    (record,) = [json.loads(line) for line in (tmp_path / "quarantine/00000.jsonl").open()]
+    assert record["detail"] == "expands beyond max_expansion=20, max_document_bytes=1000000"
+
+
+def test_text_that_packs_well_is_no_bomb(tmp_path):
+    lines = b"\n".join(GOOD for _ in range(20_000))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    documents, quarantine = read(tmp_path, web=source(tmp_path, kind="jsonl"))
+    assert len(documents) == 20_000
+    assert not quarantine
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from data_pipeline.readers import ReadSources
+from tests.data_pipeline.test_readers import source
+def read(folder):
+    sources = {kind: source(folder, kind=kind, max_document_bytes=10_000_000, **options) for kind, options in
+               (("jsonl", {}), ("tree", {"suffixes": [".txt", ".txt.gz"]}))}
+    return sum(len(document.text) for document in ReadSources(sources, Path(folder, "quarantine")).run())
+read(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+read(sys.argv[2])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_documents_of_a_gigabyte_cost_no_memory(tmp_path):
+    """Measured in a process of its own: a line and a file of 1 GiB each (sparse), and a packed file that gives one."""
+    small, large = tmp_path / "small", tmp_path / "large"
+    for folder, size in ((small, 1), (large, 1 << 30)):
+        folder.mkdir()
+        for name in ("a.jsonl", "b.txt"):
+            (folder / name).write_bytes(GOOD + b"\n")
+            with (folder / name).open("r+b") as file:
+                file.truncate(size + len(GOOD))
+        (folder / "c.txt.gz").write_bytes(gzip.compress(b"x") if folder is small else gzip.compress(bytes(1 << 28), 1))
+    command = [sys.executable, "-c", MEMORY, small, large]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 100_000  # KiB: some times max_document_bytes
+    reasons = [json.loads(line)["reason"] for line in (large / "quarantine/00000.jsonl").open()]
+    assert sorted(reasons) == ["too_large"] * 3
+
+
+def lie(record: bytes, more: int) -> bytes:
+    """The record with a Content-Length that is wrong by `more` bytes."""
+    head, _, rest = record.partition(b"Content-Length: ")
+    length, _, body = rest.partition(b"\r\n")
+    return head + b"Content-Length: " + str(int(length) + more).encode() + b"\r\n" + body
+
+
+@pytest.mark.parametrize("packed", [bytes, gzip.compress], ids=["plain", "gz"])
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [(-100, "false_length"), (-10, "false_length"), (60, "false_length"), (10**12, "unreadable")],
+)
+def test_a_warc_record_with_a_false_length_is_never_taken_for_a_document(tmp_path, packed, more, reason):
+    good = [warc_record("conversion", f"Good text number {n}.".encode()) for n in range(3)]
+    long = warc_record("conversion", b"A text that is rather long and has many words. " * 20)
+    (tmp_path / "a.warc.gz").write_bytes(b"".join(packed(r) for r in [good[0], lie(long, more), *good[1:]]))
+    (tmp_path / "b.warc").write_bytes(good[0])
+    documents, quarantine = read(tmp_path, crawl=source(tmp_path, kind="warc"))
+    assert set(documents) == {"crawl/a.warc.gz:1", "crawl/b.warc:1"}
+    assert quarantine["crawl/a.warc.gz:2"] == reason
+
+
+HTTP = {
+    "no such charset": (response(PAGE.encode(), "text/html; charset=nonsense"), None),
+    "a codec that is no charset": (response(PAGE.encode(), "text/html; charset=zlib_codec"), None),
+    "not gzip as it says": (
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Encoding: gzip\r\n\r\nno",
+        "unreadable",
+    ),
+    "chunks that are none": (
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        "unreadable",
+    ),
+    "a bomb": (
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Encoding: gzip\r\n\r\n" + gzip.compress(bytes(10**8)),
+        "too_large",
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "reason"), HTTP.values(), ids=HTTP)
+def test_a_hostile_response_leaves_its_neighbours(tmp_path, body, reason):
+    records = [b"A first text.", body, b"A last text."]
+    kinds = ["conversion", "response", "conversion"]
+    data = b"".join(warc_record(kind, record) for kind, record in zip(kinds, records, strict=True))
+    (tmp_path / "a.warc").write_bytes(data)
+    documents, quarantine = read(tmp_path, crawl=source(tmp_path, kind="warc", max_document_bytes=1_000_000))
+    assert "crawl/a.warc:1" in documents
+    assert quarantine.get("crawl/a.warc:2") == reason
+    assert ("crawl/a.warc:2" in documents) == (reason is None)
+    assert "crawl/a.warc:3" in documents or quarantine["crawl/a.warc"] == "unreadable"
+
+
+def test_a_page_of_nested_elements_is_named_at_once(tmp_path):
+    """The extractor takes the square of their number: 200 000 took ten minutes."""
+    (tmp_path / "deep.html").write_text("<div>" * 200_000 + "text")
+    (tmp_path / "wide.html").write_text("<main>" + "<div>Some words of text.</div>" * 5000 + "</main>")
+    began = time.perf_counter()
+    documents, quarantine = read(tmp_path, t=source(tmp_path, kind="tree", suffixes=[".html"]))
+    assert time.perf_counter() - began < 5
+    assert list(documents) == ["t/wide.html"]
+    assert quarantine == {"t/deep.html": "too_deep"}
+
+
+def test_a_file_name_that_is_no_text_is_spelled_out(tmp_path):
+    for name, data in ((b"\xff.txt", b"words"), (b"\xfe.txt", b"")):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(data)
+    documents, quarantine = read(tmp_path, t=source(tmp_path, kind="tree", suffixes=[".txt"]))
+    assert list(documents) == [r"t/\xff.txt"]
+    assert quarantine == {r"t/\xfe.txt": "empty"}
+
+
+def test_parquet_of_a_wrong_schema_and_rows_that_are_no_text(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    tables = {
+        "absent": arrow.table({"body": ["a", "b"]}),
+        "numbers": arrow.table({"text": [1, 2]}),
+        "structs": arrow.table({"text": [{"a": 1}]}),
+        "bytes": arrow.table({"text": [b"\xff\xfe", b"abc"]}),
+        "words": arrow.table({"text": arrow.array(["one", "one"]).dictionary_encode()}),
+        "large": arrow.table({"text": ["x" * 100_000]}),
+    }
+    for name, table in tables.items():
+        parquet.write_table(table, tmp_path / f"{name}.parquet", compression="none")
+    documents, quarantine = read(tmp_path, p=source(tmp_path, kind="parquet", max_row_group_bytes=50_000))
+    assert list(documents) == ["p/bytes.parquet:2", "p/words.parquet:1", "p/words.parquet:2"]
+    assert quarantine == {
+        "p/absent.parquet": "wrong_schema",
+        "p/numbers.parquet": "wrong_schema",
+        "p/structs.parquet": "wrong_schema",
+        "p/bytes.parquet:1": "undecodable",
+        "p/large.parquet:row group 0": "too_large",
+    }
+
+
+@pytest.mark.parametrize("url", ["pipe:touch victim", "pipe://touch victim", "simplecache::pipe://touch victim"])
+def test_a_shell_command_is_no_path_anywhere(tmp_path, url, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["pipeline=jsonl", f"input='{url}'", "output=out"]) == 2
+    assert main(["output=out", f"tokenizer.file='{url}'"]) == 2
+    from data_pipeline.shards.verify import main as verify
+
+    assert verify([f"{url}/manifest.json"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+# Each unit, repeated, looks for an end that never comes.
+UNITS = [
+    *("<script>", "<script ", "<!--", "<!doctype ", "<a b=", "<div ", "<br ", "&amp", "www.", "http://a.", "[a]("),
+    *("`", "```\n", "$x", "\\begin{a}", "\\[", "| ", "- ", "\n    x", "!?", "1'000", "\u00c3\u0080", "e\u0301"),
+    *("a" * 40 + " ", ".\n", "the of ", "{", "\n\n", " "),
+]
+
+
+@pytest.mark.parametrize("name", [*RULES, *EDITS])
+def test_no_rule_and_no_edit_takes_the_square_of_a_hostile_text(name):
+    step = {**RULES, **EDITS}[name]()
+    for unit in UNITS:
+        began = time.process_time()
+        step((unit * 400_000)[:400_000])
+        assert time.process_time() - began < 2, unit
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk with room for half of a run."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a disk needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this machine does not let root mount")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(small_disk, tmp_path, capsys):
+    texts = tmp_path / "text"
+    plant(texts)
+    run(compose(arguments(texts, tmp_path / "undisturbed")))
+    output = small_disk / "data"
+    capsys.readouterr()
+    assert main(arguments(texts, output)) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.match(r"(output=|stage \w+).*No space left on device.*/disk/data.*; [\d,]+ bytes are free there", error)
+    assert not (output / "report.json").exists()
+    for path in output.rglob("*.tar"):
+        subprocess.run(["tar", "tf", path], check=True, capture_output=True)  # what has its name is whole
+    subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
+    assert main(arguments(texts, output)) == 0
+    assert fingerprint(output) == fingerprint(tmp_path / "undisturbed")
+    assert Manifest.load(output / "train/manifest.json").totals.documents

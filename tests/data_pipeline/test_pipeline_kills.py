@@ -1,0 +1,140 @@
+"""kill -9 at any point, of the run or of one of its workers: the same command then gives the bytes of a run that nobody
+disturbed, nothing lost and nothing doubled."""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.config import compose
+from data_pipeline.run import run
+from tests.data_pipeline.corpus import plant
+from tests.data_pipeline.test_pipeline import ROOT, arguments, fingerprint
+
+SLOW = "tasks=6"  # more, shorter tasks: more places to be killed in
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    source = tmp_path_factory.mktemp("corpus") / "text"
+    plant(source, good=60)
+    return source
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source, tmp_path_factory) -> dict[str, str]:
+    output = tmp_path_factory.mktemp("undisturbed") / "data"
+    run(compose(arguments(source, output, SLOW)))
+    return fingerprint(output)
+
+
+@contextlib.contextmanager
+def started(source: Path, output: Path):
+    command = [sys.executable, "-m", "data_pipeline.run", *arguments(source, output, SLOW)]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def workers(process: subprocess.Popen) -> list[int]:
+    with contextlib.suppress(OSError):
+        return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    return []
+
+
+def wait_for_stage(output: Path, process: subprocess.Popen, stage: str) -> None:
+    deadline = time.monotonic() + 60
+    while not list(output.glob(f"work/stages/*_{stage}/logs/*")) and process.poll() is None:
+        assert time.monotonic() < deadline, "the stage never began"
+        time.sleep(0.002)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+@pytest.mark.parametrize("stage", ["rules", "shards"])
+def test_a_killed_worker_ends_the_run_with_one_line(source, undisturbed, tmp_path, stage):
+    """A pool that only replaces the worker would wait for its task for ever."""
+    with started(source, tmp_path / "data") as process:
+        wait_for_stage(tmp_path / "data", process, stage)
+        os.kill(random.choice(workers(process)), signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+    if process.returncode:  # else the worker had just become idle for good
+        assert process.returncode == 1
+        line = errors.strip().splitlines()[-1]
+        assert line.startswith(f"stage {stage}: a worker was killed (is the memory enough for workers=2?); task")
+    run(compose(arguments(source, tmp_path / "data", SLOW)))
+    assert fingerprint(tmp_path / "data") == undisturbed
+
+
+def test_workers_end_when_their_run_is_killed(source, tmp_path):
+    with started(source, tmp_path / "data") as process:
+        wait_for_stage(tmp_path / "data", process, "rules")
+        left = workers(process)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        deadline = time.monotonic() + 10
+        while alive := [pid for pid in left if Path(f"/proc/{pid}/cmdline").exists() and not zombie(pid)]:
+            assert time.monotonic() < deadline, alive
+            time.sleep(0.05)
+
+
+def zombie(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return ") Z " in Path(f"/proc/{pid}/stat").read_text()
+    return True
+
+
+def disturb(source: Path, output: Path, seed: int) -> str:
+    """Kills the run, its workers or one of them after a random time; returns what was killed, `complete` when the run
+    was faster."""
+    generator = random.Random(seed)
+    with started(source, output) as process:
+        # Importing takes the first second, and the stages less than another.
+        try:
+            process.wait(timeout=generator.uniform(0.6, 2.2))
+            assert process.returncode == 0, process.stderr.read()
+            return "complete"
+        except subprocess.TimeoutExpired:
+            children = workers(process)
+            kind = generator.choice(["all", "run", "worker"] if children else ["all", "run"])
+        if kind == "worker":
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(generator.choice(children), signal.SIGKILL)
+            _, errors = process.communicate(timeout=60)
+            assert process.returncode in (0, 1), errors
+        elif kind == "run":  # its workers live on for a moment, into the next run
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return kind
+
+
+@pytest.mark.parametrize(
+    ("runs", "kills"),
+    [pytest.param(1, 3, id="3-kills"), pytest.param(6, 4, id="20-kills", marks=pytest.mark.full)],
+)
+def test_killed_at_random_points_the_bytes_are_the_same(source, undisturbed, tmp_path, runs, kills):
+    for number in range(runs):
+        output, done = tmp_path / f"data{number}", 0
+        for attempt in range(3 * kills):
+            kind = disturb(source, output, seed=1000 * number + attempt)
+            print(number, attempt, kind)
+            done += kind != "complete"
+            if done == kills or kind == "complete":
+                break
+        assert done
+        run(compose(arguments(source, output, SLOW)))
+        assert fingerprint(output) == undisturbed
+        leftover = [path for path in output.rglob("*.tmp") if "work" not in path.relative_to(output).parts]
+        assert not leftover
