@@ -167,13 +167,18 @@ class Settings:
     overwrite: bool = False
 
 
-SETTINGS = TypeAdapter(Settings)
 FREE = ("output", "executor", "workers", "slurm", "overwrite")  # settings that leave the bytes of the output alone
 
 
 def compose(overrides: list[str], directory: Path = CONF) -> Settings:
     """Settings from `directory`/pipeline.yaml, its groups, and overrides in Hydra's grammar. Raises InputError with a
     line for each unknown key, wrong value and unknown choice of a group."""
+    data, groups = compose_plain("pipeline", overrides, directory)
+    return parse(data, extra_names=groups)
+
+
+def compose_plain(root: str, overrides: list[str], directory: Path = CONF) -> tuple[dict, set[str]]:
+    """What `directory`/`root`.yaml and the overrides say, unchecked, and the names of the groups there are."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -190,19 +195,18 @@ def compose(overrides: list[str], directory: Path = CONF) -> Settings:
         # `++` adds or overrides: a key that does not exist is reported below, with its neighbours.
         lines = [o.input_line if o in chosen or o.input_line[0] in "+~" else f"++{o.input_line}" for o in parsed]
         with initialize_config_dir(str(directory), version_base="1.3"):
-            config = hydra_compose("pipeline", lines)
-        data = OmegaConf.to_container(config, resolve=True)
+            config = hydra_compose(root, lines)
+        return OmegaConf.to_container(config, resolve=True), groups
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(" ".join(str(error).split())) from None
-    return parse(data, extra_names=groups)
 
 
-def parse(data: dict, extra_names: set[str] = frozenset()) -> Settings:
+def parse(data: dict, extra_names: set[str] = frozenset(), cls: type = Settings) -> typing.Any:
     """Settings from plain data; raises InputError naming every key that is unknown, missing or of a wrong value."""
     try:
-        return SETTINGS.validate_python(data)
+        return TypeAdapter(cls).validate_python(data)
     except ValidationError as error:
-        names = sorted({*known_keys(Settings, data), *extra_names})
+        names = sorted({*known_keys(cls, data), *extra_names})
         raise InputError(*dict.fromkeys(_line(item, names) for item in error.errors())) from None
 
 

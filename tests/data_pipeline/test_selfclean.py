@@ -1,9 +1,7 @@
-"""Scores beside shards, computed once; and which documents people are shown."""
+"""Scores beside shards, computed once."""
 
-import numpy as np
 import pytest
 
-from data_pipeline.audit.sampling import tails_and_borders
 from data_pipeline.selfclean.score import score_shards
 from data_pipeline.shards.reading import read_shard
 from data_pipeline.shards.scores import load_scores
@@ -51,24 +49,3 @@ def test_processes_share_the_shards(tmp_path):
     scored = [score_shards(manifest, LengthScorer(), "small", rank=rank, size=3) for rank in range(3)]
     assert sum(scored) == manifest.totals.documents
     assert min(scored) > 0
-
-
-def test_people_see_both_tails_and_both_borders():
-    scores = np.arange(100.0)
-    scores[50] = np.nan
-    chosen = tails_and_borders(scores, low=20.2, high=80.2, each=3, seed=0)
-    places = {place: sorted(c.index for c in chosen if c.place == place) for place in {c.place for c in chosen}}
-    assert places == {
-        "low tail": [0, 1, 2],
-        "low border": [19, 20, 21],
-        "high border": [79, 80, 81],
-        "high tail": [97, 98, 99],
-    }
-    assert chosen == tails_and_borders(scores, low=20.2, high=80.2, each=3, seed=0)
-    assert chosen != tails_and_borders(scores, low=20.2, high=80.2, each=3, seed=1)
-
-
-def test_an_open_side_has_no_border_and_nobody_is_shown_twice():
-    chosen = tails_and_borders(np.array([3.0, 1.0, 2.0, np.nan]), low=None, high=2.5, each=2, seed=0)
-    assert sorted(c.index for c in chosen) == [0, 1, 2]
-    assert {c.place for c in chosen} == {"low tail", "high border"}

@@ -1,0 +1,119 @@
+"""People judge a sample of documents: `python -m data_pipeline.audit [draw | judge | summary] samples=FILE ...`.
+
+draw     draws a sample of scored shards: manifest=... filter=conf/selfclean.yaml [each=20 ...]
+judge    (the default) serves the page: one document at a time, keep / drop / unsure by keyboard
+summary  prints how far the filter and the answers agree
+
+Arguments are Hydra overrides of conf/audit.yaml. Exit code 2 and a line a problem for bad input.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from data_pipeline.audit.settings import AuditSettings, compose_audit
+from data_pipeline.errors import InputError
+
+COMMANDS = ("draw", "judge", "summary")
+
+
+def draw(settings: AuditSettings) -> None:
+    """Writes settings.samples from the shards of settings.manifest."""
+    from rich.console import Console
+
+    from data_pipeline.audit.draw import draw as draw_samples
+    from data_pipeline.audit.samples import write_samples
+    from data_pipeline.shards.manifest import Manifest
+    from data_pipeline.stream.score_filter import ScoreFilter
+
+    if missing := [name for name in ("manifest", "filter") if getattr(settings, name) is None]:
+        raise InputError(*(f"{name}: missing; draw needs {name}=..." for name in missing))
+    inline = isinstance(settings.filter, dict)
+    chosen = ScoreFilter.load(json.dumps(settings.filter) if inline else settings.filter)
+    manifest = Manifest.load(settings.manifest)
+    console = Console(stderr=True, highlight=False)
+    with console.status("drawing") as status:
+        samples = draw_samples(
+            manifest,
+            chosen,
+            each=settings.each,
+            seed=settings.seed,
+            border=settings.border,
+            max_characters=settings.max_characters,
+            progress=lambda stage, done, total: status.update(f"{stage}: {done} of {total} shards"),
+        )
+        count = write_samples(Path(settings.samples), samples, overwrite=settings.overwrite)
+    print(f"{settings.samples}: {count} documents of {manifest.totals.documents}; judge them with")
+    print(f"  python -m data_pipeline.audit samples={settings.samples}")
+
+
+def judge(settings: AuditSettings) -> None:
+    """Serves the page until Ctrl-C."""
+    from data_pipeline.audit.answers import AnswersFile
+    from data_pipeline.audit.app import Audit
+    from data_pipeline.audit.samples import Samples
+    from data_pipeline.audit.server import AuditServer
+
+    samples = Samples.load(settings.samples)
+    answers = _answers(settings, AnswersFile)
+    folder = answers.path.absolute().parent
+    target = answers.path if answers.path.exists() else next(p for p in (folder, *folder.parents) if p.exists())
+    if not os.access(target, os.W_OK):
+        raise InputError(f"answers={answers.path}: {target} may not be written to")
+    audit = Audit(samples, answers, settings.auditor_name, show_verdict=settings.show_verdict)
+    server = AuditServer(audit, settings.host, settings.port, settings.token)
+    for problem in answers.problems():
+        print(f"warning: {problem}", file=sys.stderr)
+    done = audit.session()["answered"]
+    print(f"{len(samples)} documents, {done} judged by {audit.auditor}; answers go to {answers.path}")
+    print(f"open {server.url} (Ctrl-C stops it; every answer is saved as it is given)", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print()
+    finally:
+        server.server_close()
+
+
+def summarise(settings: AuditSettings) -> None:
+    """Prints the summary as tables."""
+    from data_pipeline.audit.agreement import summary
+    from data_pipeline.audit.answers import AnswersFile
+    from data_pipeline.audit.samples import Samples
+    from data_pipeline.audit.tables import show
+
+    samples = Samples.load(settings.samples)
+    answers = _answers(settings, AnswersFile)
+    if not answers.path.exists():
+        raise InputError(f"answers={answers.path}: there is no such file; judge some documents first")
+    show(summary(samples.entries, answers.all()), answers.problems())
+
+
+def _answers(settings: AuditSettings, kind: type):
+    path = Path(settings.answers_path)
+    if path.exists() and path.samefile(settings.samples):
+        raise InputError(f"answers={path} is the file of samples={settings.samples}")
+    return kind(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipeline.audit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="samples=FILE port=8765 auditor=NAME ...")
+    given = parser.parse_args(arguments).overrides
+    command = given.pop(0) if given and "=" not in given[0] else "judge"
+    try:
+        if command not in COMMANDS:
+            raise InputError(f"{command}: no such command; there are {', '.join(COMMANDS)}, then KEY=VALUE")
+        {"draw": draw, "judge": judge, "summary": summarise}[command](compose_audit(given))
+    except InputError as error:
+        print(*error.problems, sep="\n", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
