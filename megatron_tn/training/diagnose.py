@@ -47,7 +47,8 @@ def watching(model: nn.Module) -> Iterator[_Watch]:
         watch.look(f"parameter {name}", parameter.detach())
 
     def gradient_of(what: str):
-        return lambda gradient: watch.look(f"the gradient of {what}", gradient)
+        # None: the output has no part in the loss.
+        return lambda gradient: None if gradient is None else watch.look(f"the gradient of {what}", gradient)
 
     def after(name: str):
         def hook(module: nn.Module, inputs, output) -> None:
