@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 
 _STRICT = ConfigDict(extra="forbid")
@@ -110,6 +110,21 @@ class EngineConfig:
     recompute_every: int = 1  # of every so many blocks, the first recomputes
     # Blocks compiled by inductor; cuda_graphs replays them besides, which hides the host where models are small.
     compile: Literal["none", "blocks", "cuda_graphs"] = "none"
+    # deepspeed: a DeepSpeed configuration of one's own, laid over ours. A JSON file, read once, which becomes part
+    # of the run's config. Keys that other settings decide must agree with them.
+    deepspeed_config: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @field_validator("deepspeed_config", mode="before")
+    @classmethod
+    def _read_deepspeed_config(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if not value:
+            return {}
+        try:
+            return json.loads(Path(value).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{value!r} is not a JSON file that can be read: {error}") from None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -169,6 +184,30 @@ class ScheduleConfig:
     warmup_steps: int = 100
     decay_fraction: float = 0.2  # of the steps, at the end of a warm-up-stable-decay schedule
     min_lr_ratio: float = 0.1  # final learning rate over peak
+    # The batch may grow: from ramp_from sequences (0: data.global_batch throughout) by ramp_increment at a time, spread
+    # evenly over the first ramp_steps steps, to data.global_batch.
+    ramp_from: int = 0
+    ramp_increment: int = 0
+    ramp_steps: int = 0
+
+    def ramp_problems(self, global_batch: int, multiple: int) -> list[str]:
+        """multiple: sequences in one microbatch of all ranks."""
+        if self.ramp_from == self.ramp_increment == self.ramp_steps == 0:
+            return []
+        shown = f"schedule.ramp_from={self.ramp_from}, schedule.ramp_increment={self.ramp_increment}"
+        if self.ramp_from < 1 or self.ramp_increment < 1:
+            return [f"{shown}: a batch-size ramp needs both to be at least 1"]
+        found = []
+        if self.ramp_from >= global_batch or (global_batch - self.ramp_from) % self.ramp_increment:
+            found.append(f"{shown} do not lead to data.global_batch={global_batch} in whole increments")
+        elif self.ramp_steps < (increments := (global_batch - self.ramp_from) // self.ramp_increment):
+            found.append(
+                f"schedule.ramp_steps={self.ramp_steps} is below the {increments} increments from schedule.ramp_from="
+                f"{self.ramp_from} to data.global_batch={global_batch}"
+            )
+        if self.ramp_from % multiple or self.ramp_increment % multiple:
+            found.append(f"{shown} must be multiples of data.micro_batch x data-parallel size = {multiple}")
+        return found
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -336,6 +375,8 @@ class TrainConfig:
             found.append(
                 "optim.fused=apex does not go with engine.zero_stage=0, where DeepSpeed flattens apex's masters"
             )
+        if self.engine.deepspeed_config and self.engine.name != "deepspeed":
+            found.append(f"engine.deepspeed_config is set, but engine.name={self.engine.name} is not deepspeed")
         if self.optim.lr <= 0:
             found.append(f"optim.lr={self.optim.lr} must be above 0")
         if world_size is not None:
@@ -350,6 +391,7 @@ class TrainConfig:
                         f"data.global_batch={data.global_batch} is not a multiple of data.micro_batch="
                         f"{data.micro_batch} x data-parallel size {dp} = {data.micro_batch * dp}"
                     )
+                found += self.schedule.ramp_problems(data.global_batch, data.micro_batch * dp)
         return found
 
 

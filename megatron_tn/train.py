@@ -164,12 +164,13 @@ def open_batches(
     config: TrainConfig, stream: TokenStream, context: ParallelContext, state: TrainingState, device: torch.device
 ) -> DataPipeline:
     """This rank's microbatches of every step from `state` to the schedule's end."""
-    begun, at, size = state.step, state.samples, config.data.global_batch
+    begun, at = state.step, state.samples
+    batch_of = functools.partial(batch_of_step, global_batch=config.data.global_batch, schedule=config.schedule)
 
     def plan(step: int) -> tuple[int, int] | None:
         # Counted from where the stream stands, so that a changed batch size neither repeats nor skips a sample.
-        first, samples = batch_of_step(step, size)
-        first += at - batch_of_step(begun, size)[0]
+        first, samples = batch_of(step)
+        first += at - batch_of(begun)[0]
         return (first, samples) if step < config.last_step else None
 
     return DataPipeline(

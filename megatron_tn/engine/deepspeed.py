@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_tn.config import TrainConfig
 from megatron_tn.engine.base import MOMENTS, StepResult, set_optimizer_step
+from megatron_tn.engine.deepspeed_settings import deepspeed_settings
 from megatron_tn.model.transnormer import TransNormerLM
 from megatron_tn.optim.groups import build_adamw, parameter_groups
 from megatron_tn.parallel.context import Axis, ParallelContext
@@ -82,33 +83,6 @@ def _with_group(axis: Axis, rank: int) -> Axis:
     if axis.group is not None:
         return axis
     return Axis(dist.new_group([rank], use_local_synchronization=True), 0, 1)
-
-
-def deepspeed_settings(config: TrainConfig, dp: int) -> dict:
-    """The DeepSpeed configuration that a run's settings amount to."""
-    engine = config.engine
-    low_precision = engine.precision == "bf16"
-    # Without ZeRO, DeepSpeed accumulates in the parameters' type; it has no fp32 accumulation there.
-    gradient_dtype = engine.gradient_dtype if engine.zero_stage > 0 and low_precision else engine.precision
-    accumulation = config.data.global_batch // (config.data.micro_batch * dp)
-    return {
-        "train_micro_batch_size_per_gpu": config.data.micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.optim.clip_norm,
-        "bf16": {"enabled": low_precision, "check_grad_overflow": True},
-        "data_types": {"grad_accum_dtype": gradient_dtype},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": None,
-        "wall_clock_breakdown": False,
-        "zero_optimization": {
-            "stage": engine.zero_stage,
-            "reduce_bucket_size": engine.reduce_bucket_elements,
-            "allgather_bucket_size": engine.reduce_bucket_elements,
-            "stage3_prefetch_bucket_size": engine.reduce_bucket_elements,
-            "overlap_comm": torch.cuda.is_available() and engine.zero_stage >= 2,
-            "contiguous_gradients": True,
-        },
-    }
 
 
 class DeepSpeedEngine:

@@ -30,6 +30,20 @@ def learning_rate(step: int, optim: OptimConfig, schedule: ScheduleConfig) -> fl
     return optim.lr * factor
 
 
-def batch_of_step(step: int, global_batch: int) -> tuple[int, int]:
-    """(first sample, number of samples) of optimizer step `step`. The one place a batch-size ramp would change."""
-    return step * global_batch, global_batch
+def batch_of_step(step: int, global_batch: int, schedule: ScheduleConfig) -> tuple[int, int]:
+    """(first sample, number of samples) of optimizer step `step`, counted from 0.
+
+    With a ramp the batch begins at schedule.ramp_from sequences and grows by schedule.ramp_increment, at times spread
+    evenly over the first schedule.ramp_steps steps, to global_batch (as in arXiv 2005.14165, appendix B). The learning
+    rate stays a function of the step.
+    """
+    if not schedule.ramp_from:
+        return step * global_batch, global_batch
+    sizes = range(schedule.ramp_from, global_batch, schedule.ramp_increment)
+    first = 0
+    for index, size in enumerate(sizes):
+        begin, end = (-(-schedule.ramp_steps * i // len(sizes)) for i in (index, index + 1))
+        if step < end:
+            return first + (step - begin) * size, size
+        first += (end - begin) * size
+    return first + (step - schedule.ramp_steps) * global_batch, global_batch

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_tn.checkpoint.manifest import Manifest, checkpoint_name, step_of, whole_checkpoints
 from megatron_tn.config import ConfigError, TrainConfig, differences, load, to_mapping
+from megatron_tn.engine.deepspeed_settings import deepspeed_settings
 
 FROZEN = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -48,7 +49,10 @@ def problems_before_start(config: TrainConfig, world_size: int, tokenizer_vocab:
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
         found.append(f"run_dir={config.run_dir} cannot be written: no permission in {existing}")
     if not found:
+        dp = world_size // (config.parallel.tp * config.parallel.cp)
         try:
+            if config.engine.name == "deepspeed":
+                deepspeed_settings(config, dp)
             if (start := checkpoint_to_resume(config)) is not None:
                 found += _checkpoint_problems(config, start)
         except ConfigError as error:

@@ -52,6 +52,19 @@ def test_settings(shards, tmp_path, capsys, words, messages):
     assert not dist.is_initialized()
 
 
+def test_a_deepspeed_config_that_contradicts_the_run(shards, tmp_path, capsys):
+    """Named before anything starts; a free key in the same file is none of the problems."""
+    file, run = tmp_path / "deepspeed.json", tmp_path / "run"
+    file.write_text('{"zero_optimization": {"stage": 3, "reduce_bucket_size": 1000}, "optimizer": {"type": "Adam"}}')
+    words = (f"engine.deepspeed_config={file}", f"data.manifest={shards}", f"run_dir={run}")
+    assert call(train, *SMALL, *words) == 2
+    said = capsys.readouterr().err
+    assert "zero_optimization.stage=3 contradicts engine.zero_stage, by which it is 1" in said
+    assert "optimizer={'type': 'Adam'} is not taken; its place is optim" in said
+    assert said.count("error:") == 2
+    assert not run.exists()
+
+
 def test_every_problem_is_named_at_once(tmp_path, capsys):
     assert call(train, *SMALL, "parallel.tp=3", "data.micro_batch=0", "optim.lr=-1", f"run_dir={tmp_path / 'run'}") == 2
     said = capsys.readouterr().err

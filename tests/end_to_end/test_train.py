@@ -74,6 +74,22 @@ def test_two_interruptions_change_nothing(trained, tmp_path):
         assert one[key] == other[key], key
 
 
+def test_a_growing_batch_is_resumed_within_its_growth_at_another_layout(trained, tmp_path):
+    """Two data-parallel ranks throughout, against one rank that is stopped and goes on with two."""
+    deepspeed = tmp_path / "deepspeed.json"  # buckets of a DeepSpeed file of one's own change nothing of the figures
+    deepspeed.write_text('{"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000}}')
+    ramp = ("schedule.ramp_from=2", "schedule.ramp_increment=2", "schedule.ramp_steps=6", "engine.precision=fp32")
+    settings = (*settings_of(trained), *ramp, "parallel.tp=1", "data.global_batch=6", "schedule.steps=9")
+    train_ranks(2, *settings, f"run_dir={tmp_path / 'whole'}", folder=tmp_path)
+    train_ranks(1, *settings, f"run_dir={tmp_path / 'cut'}", "stop_after=4", folder=tmp_path)
+    own = f"engine.deepspeed_config={deepspeed}"
+    train_ranks(2, *settings, f"run_dir={tmp_path / 'cut'}", own, folder=tmp_path)
+    whole, cut = (records(tmp_path / name, "samples") for name in ("whole", "cut"))
+    assert [r["samples"] for r in whole] == [2, 4, 6, 10, 14, 18, 24, 30, 36]
+    assert [r["samples"] for r in cut] == [r["samples"] for r in whole]
+    assert [r["loss"] for r in cut] == pytest.approx([r["loss"] for r in whole], rel=1e-5)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["TERM", "USR1"])
 def test_a_signal_to_one_rank_saves_one_step_on_all(trained, tmp_path, number):
     run = tmp_path / "run"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from megatron_tn.config import OptimConfig, ScheduleConfig
@@ -40,9 +42,37 @@ def test_no_warm_up():
     assert rates(warmup_steps=0)[0] == 1.0
 
 
-def test_batches_follow_each_other():
-    ends = [sum(batch_of_step(step, 6)) for step in range(4)]
-    assert [batch_of_step(step, 6)[0] for step in range(1, 5)] == ends
+@pytest.mark.parametrize(
+    ("ramp", "sizes"),
+    [
+        ({}, [6] * 10),
+        ({"ramp_from": 2, "ramp_increment": 2, "ramp_steps": 5}, [2, 2, 2, 4, 4, 6, 6, 6, 6, 6]),
+        ({"ramp_from": 1, "ramp_increment": 1, "ramp_steps": 5}, [1, 2, 3, 4, 5, 6, 6, 6, 6, 6]),
+        ({"ramp_from": 3, "ramp_increment": 3, "ramp_steps": 4}, [3, 3, 3, 3, 6, 6, 6, 6, 6, 6]),
+    ],
+    ids=["constant", "two increments", "one a step", "one increment"],
+)
+def test_batches_grow_and_follow_each_other(ramp, sizes):
+    batches = [batch_of_step(step, 6, ScheduleConfig(**ramp)) for step in range(10)]
+    assert [samples for _, samples in batches] == sizes
+    assert [first for first, _ in batches] == [sum(sizes[:step]) for step in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("ramp", "problem"),
+    [
+        ({"ramp_from": 2}, "a batch-size ramp needs both to be at least 1"),
+        ({"ramp_increment": 2, "ramp_steps": 9}, "a batch-size ramp needs both to be at least 1"),
+        ({"ramp_from": 8, "ramp_increment": 2, "ramp_steps": 9}, "do not lead to data.global_batch=8"),
+        ({"ramp_from": 2, "ramp_increment": 4, "ramp_steps": 9}, "do not lead to data.global_batch=8"),
+        ({"ramp_from": 2, "ramp_increment": 2, "ramp_steps": 2}, "schedule.ramp_steps=2 is below the 3 increments"),
+        ({"ramp_from": 5, "ramp_increment": 1, "ramp_steps": 9}, "multiples of .* data-parallel size = 2"),
+    ],
+    ids=lambda p: ",".join(f"{k}={v}" for k, v in p.items()) if isinstance(p, dict) else "",
+)
+def test_a_ramp_that_does_not_fit_is_named(ramp, problem):
+    (found,) = ScheduleConfig(**ramp).ramp_problems(8, 2)
+    assert re.search(problem, found)
 
 
 @pytest.mark.parametrize(

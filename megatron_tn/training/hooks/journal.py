@@ -56,6 +56,7 @@ class Journal(NullHook):
                 "grad_norm": report.grad_norm,
                 "applied": report.applied,
                 "tokens": state.tokens,
+                "samples": state.samples,
                 **self.work.rates(self._tokens / seconds),
                 "step_seconds": seconds / self._steps,
                 "world_size": self.work.processes,

@@ -1,0 +1,107 @@
+"""What DeepSpeed is told: what the run's settings decide, and what a DeepSpeed file of the user's own adds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from megatron_tn.config import ConfigError, TrainConfig
+
+# Keys that may not be there at all, and what does their work here.
+REFUSED = {
+    "optimizer": "optim",
+    "scheduler": "schedule",
+    "fp16": "engine.precision (bf16 or fp32)",
+    "amp": "engine.precision (bf16 or fp32)",
+    "torch_autocast": "engine.precision (bf16 or fp32)",
+    "activation_checkpointing": "engine.recompute",
+    "pipeline": "parallel",
+    "tensor_parallel": "parallel.tp",
+    "sequence_parallel_size": "parallel.cp",
+    "zero_optimization.offload_optimizer": "nothing yet: checkpoints here read masters and moments on the device",
+    "zero_optimization.offload_param": "nothing yet: checkpoints here read parameters on the device",
+}
+
+
+def deepspeed_settings(config: TrainConfig, dp: int) -> dict:
+    """The DeepSpeed configuration that a run's settings amount to, with the user's own laid over it.
+
+    Raises:
+        ConfigError: the user's configuration contradicts a setting, or asks for what this engine does not do.
+    """
+    engine = config.engine
+    low_precision = engine.precision == "bf16"
+    # Without ZeRO, DeepSpeed accumulates in the parameters' type; it has no fp32 accumulation there.
+    gradient_dtype = engine.gradient_dtype if engine.zero_stage > 0 and low_precision else engine.precision
+    accumulation = config.data.global_batch // (config.data.micro_batch * dp)
+    ours = {
+        "train_micro_batch_size_per_gpu": config.data.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optim.clip_norm,
+        "bf16": {"enabled": low_precision, "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": gradient_dtype},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+        "zero_optimization": {
+            "stage": engine.zero_stage,
+            "reduce_bucket_size": engine.reduce_bucket_elements,
+            "allgather_bucket_size": engine.reduce_bucket_elements,
+            "stage3_prefetch_bucket_size": engine.reduce_bucket_elements,
+            "overlap_comm": torch.cuda.is_available() and engine.zero_stage >= 2,
+            "contiguous_gradients": True,
+        },
+    }
+    problems: list[str] = []
+    settings = _merged(ours, engine.deepspeed_config, _decided(config, ours), problems)
+    if problems:
+        raise ConfigError(problems)
+    return settings
+
+
+def _decided(config: TrainConfig, ours: dict) -> dict[str, tuple[str, Any]]:
+    """Dotted DeepSpeed key -> the setting of the run that decides it, and the value that it has by that."""
+    found = {
+        "train_batch_size": ("data.global_batch", config.data.global_batch),
+        "train_micro_batch_size_per_gpu": ("data.micro_batch", config.data.micro_batch),
+        "gradient_accumulation_steps": (
+            "data.global_batch / (data.micro_batch x data-parallel size)",
+            ours["gradient_accumulation_steps"],
+        ),
+        "gradient_clipping": ("optim.clip_norm", config.optim.clip_norm),
+        "data_types.grad_accum_dtype": ("engine.gradient_dtype", ours["data_types"]["grad_accum_dtype"]),
+        "zero_optimization.stage": ("engine.zero_stage", config.engine.zero_stage),
+    }
+    return found | {f"bf16.{key}": ("engine.precision", value) for key, value in ours["bf16"].items()}
+
+
+def _merged(
+    ours: Mapping[str, Any],
+    theirs: Mapping[str, Any],
+    decided: Mapping[str, tuple[str, Any]],
+    problems: list[str],
+    prefix: str = "",
+) -> dict[str, Any]:
+    """`theirs` laid over `ours`, mapping by mapping. DeepSpeed's own "auto" leaves a value to us."""
+    merged = dict(ours)
+    for key, value in theirs.items():
+        name = prefix + key
+        if name in REFUSED and not (isinstance(value, Mapping) and value.get("enabled") is False):
+            problems.append(f"engine.deepspeed_config: {name}={value!r} is not taken; its place is {REFUSED[name]}")
+        elif name in REFUSED or value == "auto":
+            continue
+        elif name in decided:
+            setting, wanted = decided[name]
+            if value != wanted:
+                problems.append(
+                    f"engine.deepspeed_config: {name}={value!r} contradicts {setting}, by which it is {wanted!r}"
+                )
+        elif isinstance(value, Mapping):
+            merged[key] = _merged(ours.get(key, {}), value, decided, problems, f"{name}.")
+        elif isinstance(ours.get(key), Mapping):
+            problems.append(f"engine.deepspeed_config: {name}={value!r} must be a mapping")
+        else:
+            merged[key] = value
+    return merged
