@@ -6,6 +6,7 @@ The public functions are below; their docstrings are the reference. Needs torch 
 from kernels.activation import activation
 from kernels.cross_entropy.op import linear_cross_entropy
 from kernels.dispatch import set_backend
+from kernels.embedding.op import scaled_embedding
 from kernels.lightning.gla import gla
 from kernels.lightning.op import lightning_attention
 from kernels.lightning.state import gla_state, lightning_state
@@ -32,6 +33,7 @@ __all__ = [
     "lightning_state",
     "linear_cross_entropy",
     "lrpe",
+    "scaled_embedding",
     "self_check",
     "set_backend",
     "sglu",

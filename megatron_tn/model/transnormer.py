@@ -51,8 +51,8 @@ class TransNormerModel(nn.Module):
 
     def __init__(self, config: ModelConfig, axis: Axis):
         super().__init__()
-        self.scale = math.sqrt(config.embed_dim) if config.scale_embedding else 1.0
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.embed_dim, axis)
+        scale = math.sqrt(config.embed_dim) if config.scale_embedding else 1.0
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.embed_dim, axis, scale)
         self.layers = nn.ModuleList(Block(config, layer, axis) for layer in range(config.layers))
         self.final_norm = NORMS[config.norm](config.embed_dim, config.norm_eps)
         # Rates of this rank's heads, layer by layer. Numbers, made a tensor at the first forward pass: engines cast
@@ -85,7 +85,7 @@ class TransNormerModel(nn.Module):
         positions = document_positions(tokens.shape[1], cu_seqlens, tokens.device) + start
         if part is not None:
             tokens, positions, cu_seqlens = part.take(tokens), part.take(positions), part.cu_seqlens
-        x = self.embed_tokens(tokens) * self.scale
+        x = self.embed_tokens(tokens)
         decay = self.decay(x.device)
         states = []
         for layer, block in enumerate(self.layers):

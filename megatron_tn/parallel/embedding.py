@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import scaled_embedding
 from megatron_tn.parallel.collectives import copy_to, gather_from, reduce_from
 from megatron_tn.parallel.context import Axis
 from megatron_tn.parallel.loss import vocab_parallel_cross_entropy
@@ -18,27 +19,25 @@ def padded_vocab(vocab_size: int, tp: int) -> int:
 
 
 class VocabParallelEmbedding(nn.Module):
-    """E[ids], ids [...] int64 in [0, vocab_size) -> [..., D], whole on every rank.
+    """scale x E[ids], ids [...] int64 in [0, vocab_size) -> [..., D], whole on every rank.
 
     Rows beyond the true vocabulary are padding: zero, never looked up, masked out of the loss and of the logits.
     """
 
-    def __init__(self, vocab_size: int, embed_dim: int, axis: Axis):
+    def __init__(self, vocab_size: int, embed_dim: int, axis: Axis, scale: float = 1.0):
         super().__init__()
         self.axis = axis
+        self.scale = scale
         self.vocab_size = vocab_size
         spec = ShardSpec((vocab_size, embed_dim), dim=0, padded=padded_vocab(vocab_size, axis.size))
         self.weight = mark(nn.Parameter(torch.empty(spec.local_shape(axis.rank, axis.size))), spec)
         self.vocab_start = axis.rank * (spec.padded // axis.size)
 
     def forward(self, ids: Tensor) -> Tensor:
-        if self.axis.size == 1:
-            return F.embedding(ids, self.weight)
-        local = ids - self.vocab_start
-        rows = self.weight.shape[0]
-        elsewhere = (local < 0) | (local >= rows)
-        embedded = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return reduce_from(embedded.masked_fill(elsewhere.unsqueeze(-1), 0), self.axis)
+        embedded = scaled_embedding(
+            ids, self.weight, self.scale, row_start=self.vocab_start, vocab_size=self.vocab_size
+        )
+        return reduce_from(embedded, self.axis)
 
 
 class VocabParallelHead(nn.Module):

@@ -23,6 +23,7 @@ TRITON_MODULES = (
     "kernels.lightning.triton_step",
     "kernels.norm_gate.triton_norm_gate",
     "kernels.cross_entropy.triton_head",
+    "kernels.embedding.triton_embedding",
     "kernels.sglu.triton_sglu",
     "kernels.srmsnorm.triton_norm",
 )

@@ -40,6 +40,11 @@ def operators():
         "rms_scale_backward": (ops.rms_scale_backward, (*(a.detach() for a in (y, x, s)), 8, 1e-6)),
         "sglu_forward": (ops.sglu_forward, (x, y, "silu")),
         "sglu_backward": (ops.sglu_backward, (*(a.detach() for a in (y, x, y)), "none")),
+        "scaled_embedding": (ops.scaled_embedding, (targets.clamp(min=0), leaf(5, 4), 2.0, 1, 6)),
+        "scaled_embedding_backward": (
+            ops.scaled_embedding_backward,
+            (torch.randn(3, 4), targets.clamp(min=0), 5, 2.0, 1),
+        ),
         "lrpe_forward": (ops.lrpe_forward, (q, theta, positions)),
         "lrpe_backward": (
             ops.lrpe_backward,

@@ -183,6 +183,16 @@ def test_sglu(capability, silu):
 
 
 @pytest.mark.parametrize("capability", sorted(TILES))
+def test_embedding(capability):
+    from kernels.embedding import triton_embedding
+
+    types = {"ids_pointer": "*i64", "weight_pointer": "*bf16", "y_pointer": "*bf16", "scale": "fp32"}
+    constants = {"BLOCK": triton_embedding.BLOCK}
+    kernel = compiled(triton_embedding.forward_kernel, capability, types, constants, num_warps=triton_embedding.WARPS)
+    assert resources(kernel)[1] == 0
+
+
+@pytest.mark.parametrize("capability", sorted(TILES))
 @pytest.mark.parametrize("with_lrpe", [False, True], ids=["plain", "lrpe"])
 def test_decoding_step(capability, with_lrpe):
     from kernels.lightning import triton_step

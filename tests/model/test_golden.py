@@ -64,7 +64,7 @@ def test_hidden_state_after_the_first_block(name):
     model = load_pretrained(wanted.directory)
     ids = wanted.io["input_ids"]
     with torch.no_grad():
-        x = model.model.embed_tokens(ids) * model.model.scale
+        x = model.model.embed_tokens(ids)
         x, _ = model.model.layers[0](x, torch.arange(ids.shape[1]), model.model.decay(x.device)[0])
     assert relative_to_max(x, wanted.io["after_block_0"]) < LOGITS
 

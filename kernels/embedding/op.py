@@ -1,0 +1,79 @@
+"""The embedding's rows times a constant, of a vocabulary that may be split by rows over ranks."""
+
+import torch
+from torch import Tensor
+
+from kernels import dispatch
+
+
+def scaled_embedding(
+    ids: Tensor, weight: Tensor, scale: float = 1.0, *, row_start: int = 0, vocab_size: int | None = None
+) -> Tensor:
+    """weight[ids - row_start] * scale, in weight's type; zero where that row is not among this rank's.
+
+    ids: [...] int64, below vocab_size (default: the rows up to this rank's last).
+    weight: [V_local, D], rows row_start .. row_start + V_local of the vocabulary.
+    Returns [..., D]; ranks' results add up to the whole vocabulary's. Differentiable in weight.
+    Raises ValueError for shapes or types that do not fit and, on CPU, for ids outside the vocabulary (checking them on
+    a GPU would halt it: there they give zero).
+    """
+    if ids.dtype != torch.int64:
+        raise ValueError(f"ids.dtype={ids.dtype} must be int64")
+    if weight.dim() != 2 or not torch.is_floating_point(weight):
+        raise ValueError(f"weight.shape={tuple(weight.shape)}, weight.dtype={weight.dtype} must be [V, D], floating")
+    if row_start < 0:
+        raise ValueError(f"row_start={row_start} must be >= 0")
+    vocab_size = row_start + weight.shape[0] if vocab_size is None else vocab_size
+    return torch.ops.megatron_tn.scaled_embedding(ids, weight, scale, row_start, vocab_size)
+
+
+@torch.library.custom_op("megatron_tn::scaled_embedding", mutates_args=())
+def _forward(ids: Tensor, weight: Tensor, scale: float, row_start: int, vocab_size: int) -> Tensor:
+    if not ids.is_cuda and (wrong := ids[(ids < 0) | (ids >= vocab_size)]).numel():
+        raise ValueError(f"ids holds {int(wrong[0])}, which is not in 0 .. vocab_size - 1 = {vocab_size - 1}")
+    if dispatch.choose("scaled_embedding", weight) == "triton":
+        from kernels.embedding import triton_embedding
+
+        return triton_embedding.forward(ids, weight, scale, row_start)
+    rows, elsewhere = _local(ids, weight.shape[0], row_start)
+    return (weight[rows] * scale).masked_fill_(elsewhere.unsqueeze(-1), 0)
+
+
+@torch.library.custom_op("megatron_tn::scaled_embedding_backward", mutates_args=())
+def _backward(dy: Tensor, ids: Tensor, vocabulary: int, scale: float, row_start: int) -> Tensor:
+    """The gradient of the weight, [vocabulary, D]. PyTorch's own, which sorts the ids: the same from run to run."""
+    rows, elsewhere = _local(ids, vocabulary, row_start)
+    dy = (dy * scale).masked_fill_(elsewhere.unsqueeze(-1), 0)
+    return torch.ops.aten.embedding_dense_backward(dy, rows, vocabulary, -1, False)
+
+
+@_forward.register_fake
+def _forward_fake(ids, weight, scale, row_start, vocab_size):
+    return weight.new_empty(*ids.shape, weight.shape[1])
+
+
+@_backward.register_fake
+def _backward_fake(dy, ids, vocabulary, scale, row_start):
+    return dy.new_empty(vocabulary, dy.shape[-1])
+
+
+def _save(ctx, inputs, output):
+    ids, weight, ctx.scale, ctx.row_start, _ = inputs
+    ctx.vocabulary = weight.shape[0]  # not the weight, which an engine may have taken apart by then
+    ctx.save_for_backward(ids)
+
+
+def _differentiate(ctx, dy):
+    (ids,) = ctx.saved_tensors
+    dweight = torch.ops.megatron_tn.scaled_embedding_backward(dy, ids, ctx.vocabulary, ctx.scale, ctx.row_start)
+    return None, dweight, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _local(ids: Tensor, vocabulary: int, row_start: int) -> tuple[Tensor, Tensor]:
+    """This rank's rows for ids, 0 where they are another's; and where they are."""
+    rows = ids - row_start
+    elsewhere = (rows < 0) | (rows >= vocabulary)
+    return rows.masked_fill(elsewhere, 0), elsewhere
