@@ -426,6 +426,18 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class ScoreConfig:
+    """Settings of `python -m megatron_tn.score`."""
+
+    checkpoint: str = ""  # a checkpoint folder, a folder of them (the newest is taken), or a released model's folder
+    manifest: str = ""  # of the shards to score
+    name: str = ""  # of the scores; empty: eval- and the first digits of the model's hash
+    batch_tokens: int = 16384  # of documents scored side by side; a GPU takes more than a CPU
+    device: str = "auto"
+    precision: Literal["trained", "bf16", "fp32"] = "trained"
+
+
+@dataclass(frozen=True, config=_STRICT)
 class GenerateConfig:
     """Settings of `python -m megatron_tn.generate`."""
 

@@ -32,7 +32,13 @@ ALLOWED = {
         "megatron_tn.config",
     ],
     "megatron_tn.planning": ["megatron_tn.model", "megatron_tn.parallel", "megatron_tn.engine", "megatron_tn.config"],
-    "megatron_tn": ["kernels", "megatron_tn", "data_pipeline.stream", "data_pipeline.shards"],
+    "megatron_tn": [
+        "kernels",
+        "megatron_tn",
+        "data_pipeline.stream",
+        "data_pipeline.shards",
+        "data_pipeline.selfclean",
+    ],
     "launch": ["megatron_tn.config", "megatron_tn.planning"],
 }
 

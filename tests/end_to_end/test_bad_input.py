@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron_tn.convert import main as convert
 from megatron_tn.evaluate import main as evaluate
 from megatron_tn.generate import main as generate
+from megatron_tn.score import main as score
 from megatron_tn.train import main as train
 from tests.helpers.training import SMALL, call
 
@@ -99,7 +100,7 @@ def test_a_run_folder_that_cannot_be_made(shards, tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("main", [generate, evaluate, convert], ids=["generate", "evaluate", "convert"])
+@pytest.mark.parametrize("main", [generate, evaluate, convert, score], ids=["generate", "evaluate", "convert", "score"])
 @pytest.mark.parametrize(
     ("words", "message"),
     [([], "checkpoint is not set"), (["checkpoint=nowhere"], "checkpoint=nowhere: there is no checkpoint")],
@@ -108,6 +109,18 @@ def test_a_run_folder_that_cannot_be_made(shards, tmp_path, capsys):
 def test_checkpoints_that_are_not_there(capsys, main, words, message):
     assert call(main, *words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_scoring_names_every_problem(capsys):
+    assert call(score, "name=a/b", "batch_tokens=0", "manifest=nowhere.json", "checkpoint=nowhere") == 2
+    said = capsys.readouterr().err
+    for problem in (
+        "batch_tokens=0 must be",
+        "name='a/b' must be",
+        "manifest nowhere.json",
+        "checkpoint=nowhere: there",
+    ):
+        assert problem in said
 
 
 def test_the_deepspeed_launchers_argument_is_no_setting(shards, tmp_path, capsys):

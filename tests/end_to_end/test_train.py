@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.reading import read_shard
+from data_pipeline.shards.scores import load_scores
+from data_pipeline.stream.count import count
+from data_pipeline.stream.score_filter import ScoreFilter
 from megatron_tn import load_pretrained
 from megatron_tn.checkpoint.load import load_model
 from megatron_tn.convert import main as convert
 from megatron_tn.evaluate import main as evaluate
+from megatron_tn.evaluation.perplexity import document_nats
 from megatron_tn.generate import main as generate_main
+from megatron_tn.loading import load_any_model
+from megatron_tn.score import main as score
 from tests.helpers.training import ROOT, SMALL, call, losses, records, start_ranks, train_ranks
 
 STEPS = 12
@@ -139,6 +149,34 @@ def test_evaluate_agrees_with_the_loop(trained, tmp_path):
     (in_loop,) = records(trained, "heldout_bits_per_byte")
     assert found["bits_per_byte"]["model"] == pytest.approx(in_loop["heldout_bits_per_byte"], rel=5e-3)
     assert set(found["bits_per_byte"]) == {"model", "unigram", "gzip -9", "xz -9"}
+
+
+def test_scores_are_written_once_and_are_the_models(trained, tmp_path, capsys, monkeypatch):
+    """Two processes share the shards; a third finds nothing left, and the stream's filter reads what they wrote."""
+    source = Path(json.loads((trained / "config.json").read_text())["data"]["manifest"]).parent
+    shards = tmp_path / "shards"
+    shutil.copytree(source, shards)
+    words = (f"checkpoint={trained}", f"manifest={shards / 'manifest.json'}", "device=cpu", "precision=fp32")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        assert call(score, *words) == 0
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    assert call(score, *words) == 0
+    said = capsys.readouterr().out.splitlines()
+    name, counts = said[0].partition(":")[0], [int(line.split()[1]) for line in said]
+    manifest = Manifest.load(shards / "manifest.json")
+    assert counts == [counts[0], manifest.totals.documents - counts[0], 0]
+    assert name.startswith("eval-")
+    model = load_any_model(str(trained), "cpu", "fp32")
+    for shard in manifest.shards:
+        found, _ = load_scores(manifest.read, shard, name)
+        documents = [document.tokens for document in read_shard(manifest, shard)]
+        nats = np.array(document_nats(model, documents)) / [len(ids) - 1 for ids in documents]
+        np.testing.assert_allclose(found[:, 0], nats, rtol=1e-4)
+    kept = ScoreFilter(scores=name, default=(0.0, float(np.median(found[:, 0]))))
+    assert 0 < count(manifest, kept).documents.sum() < manifest.totals.documents
 
 
 def test_a_sweep_gives_every_job_a_folder_named_by_what_it_varies(shards, tmp_path):

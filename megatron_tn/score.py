@@ -1,0 +1,99 @@
+"""Scores every document of a folder of shards by a model, for self-cleaning: how surprising it is, by token and byte.
+
+python -m megatron_tn.score checkpoint=runs/eval manifest=data/train/manifest.json
+torchrun --nproc-per-node 8 -m megatron_tn.score ...                                 each process takes every 8th shard
+
+Scores are written beside the shards, once: a shard that has those of this model is passed over, so that a run that was
+killed goes on where it stopped. `data.filter` and `python -m data_pipeline.audit draw` read them by their name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from data_pipeline.selfclean.score import score_shards
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.stream import InputError
+from megatron_tn.checkpoint.manifest import MANIFEST
+from megatron_tn.cli import command
+from megatron_tn.config import ConfigError, ScoreConfig
+from megatron_tn.evaluation.scorer import ModelScorer
+from megatron_tn.loading import load_any_model, resolve_checkpoint
+
+
+@command(ScoreConfig, "score")
+def main(config: ScoreConfig) -> None:
+    manifest, name = checked(config)
+    rank, size, local = (int(os.environ.get(key, default)) for key, default in _PROCESS)
+    device = config.device
+    if device == "auto" and torch.cuda.is_available():
+        device = f"cuda:{local}"
+    model = load_any_model(config.checkpoint, device, config.precision)
+    if manifest.tokenizer.vocab_size > model.config.vocab_size:
+        raise ConfigError(
+            f"manifest={config.manifest} was made with a tokenizer of {manifest.tokenizer.vocab_size} entries, more "
+            f"than model.vocab_size={model.config.vocab_size} of checkpoint={config.checkpoint}"
+        )
+    scorer = ModelScorer(model, batch_tokens=config.batch_tokens)
+    columns = (TextColumn(f"scores {name}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True, disable=rank > 0, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=sum(shard.documents for shard in manifest.shards[rank::size]))
+        scored = score_shards(
+            manifest, scorer, name, rank=rank, size=size, progress=lambda documents: bar.advance(task, documents)
+        )
+    whose = f" (process {rank} of {size})" if size > 1 else ""
+    print(f"{name}: {scored} documents scored{whose}; the others had scores already")
+
+
+_PROCESS = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))  # as torchrun sets them
+
+
+def checked(config: ScoreConfig) -> tuple[Manifest, str]:
+    """The shards, and the name that the scores will have.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    problems, manifest, name = [], None, config.name
+    if config.batch_tokens < 1:
+        problems.append(f"batch_tokens={config.batch_tokens} must be at least 1")
+    if name and not re.fullmatch("[A-Za-z0-9_-]{1,60}", name):
+        problems.append(f"name={name!r} must be up to 60 letters, digits, _ or -: it becomes part of file names")
+    try:
+        if not config.manifest:
+            raise InputError("not set: name the manifest.json of the shards to score")
+        manifest = Manifest.load(config.manifest)
+    except InputError as error:
+        problems += [f"manifest: {problem}" for problem in error.problems]
+    try:
+        directory = resolve_checkpoint(config.checkpoint)
+        name = name or f"eval-{model_hash(directory)[:16]}"
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return manifest, name
+
+
+def model_hash(directory: Path) -> str:
+    """sha256 of what decides a model's scores, hex: a checkpoint's manifest, which holds a digest of every file, or a
+    released model's config and weights."""
+    files = [directory / MANIFEST]
+    if not files[0].is_file():
+        files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
+    found = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
+
+
+if __name__ == "__main__":
+    main()
