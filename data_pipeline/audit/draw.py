@@ -37,7 +37,7 @@ def draw(
     """
     from data_pipeline.tokenizer import load
 
-    values, places = _scores(manifest, filter, progress)
+    values, places = group_scores(manifest, filter.scores, filter.measure, progress)
     chosen: dict[tuple[int, int], tuple[Group, Chosen]] = {}
     for group in sorted(values):
         low, high = filter.band(*group)
@@ -88,14 +88,14 @@ def draw(
         yield order[place]
 
 
-def _scores(
-    manifest: Manifest, filter: ScoreFilter, progress: Progress
+def group_scores(
+    manifest: Manifest, name: str, measure: str, progress: Progress
 ) -> tuple[dict[Group, np.ndarray], dict[Group, np.ndarray]]:
-    """{source and language: scores float32 [documents]}, and the [shard, position] of each."""
+    """{source and language: scores `name` by `measure`, float32 [documents]}, and the [shard, position] of each."""
     values, places = defaultdict(list), defaultdict(list)
-    column = MEASURES.index(filter.measure)
+    column = MEASURES.index(measure)
     for number, shard in enumerate(manifest.shards):
-        scores, _ = load_scores(manifest.read, shard, filter.scores)
+        scores, _ = load_scores(manifest.read, shard, name)
         try:
             data = manifest.read(shard.index, sha256=shard.index_sha256)
         except OSError as error:

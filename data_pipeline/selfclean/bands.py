@@ -1,0 +1,68 @@
+"""Chooses the band of scores that is kept, by quantiles per source and language.
+
+Too predictable a document is boilerplate, too surprising a one noise; how predictable good text is differs between
+sources and languages, so each has its own band where it has documents enough to tell.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from data_pipeline.stream.score_filter import Band, ScoreFilter
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """Keeps documents from quantile `low` to quantile `high` of their group; `sources` overrides both for a source.
+
+    A source/language of fewer than `minimum` scored documents takes the band of its source, a source of fewer takes
+    that of all documents.
+    """
+
+    low: float = 0.02
+    high: float = 0.98
+    minimum: int = 1000
+    sources: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name, (low, high) in {"all": (self.low, self.high), **self.sources}.items():
+            if not 0 <= low < high <= 1:
+                raise ValueError(f"quantiles of {name}: 0 <= low={low} < high={high} <= 1 does not hold")
+        if self.minimum < 1:
+            raise ValueError(f"minimum={self.minimum} must be at least 1")
+
+
+def choose_bands(
+    scores: Mapping[tuple[str, str], np.ndarray], quantiles: Quantiles, *, name: str, measure: str
+) -> ScoreFilter:
+    """The filter over the scores `name` whose thresholds are scores of documents, which stay themselves.
+
+    scores: {(source, language): float [documents]} of one measure; NaN, a document that was not scored, is passed over.
+    Raises ValueError when no document is scored or an override names a source that has none.
+    """
+    groups = {key: found for key, values in scores.items() if len(found := values[np.isfinite(values)])}
+    if not groups:
+        raise ValueError(f"scores {name}: no document has a score")
+    sources = sorted({source for source, _ in groups})
+    if unknown := sorted(set(quantiles.sources) - set(sources)):
+        raise ValueError(f"quantiles of {', '.join(unknown)}: no such source is scored, there are {', '.join(sources)}")
+    pooled = {source: np.concatenate([v for (s, _), v in groups.items() if s == source]) for source in sources}
+    everything = np.concatenate(list(groups.values()))
+    usual = (quantiles.low, quantiles.high)
+    bands = {}
+    for source, values in pooled.items():
+        if len(values) >= quantiles.minimum:
+            bands[source] = _band(values, quantiles.sources.get(source, usual))
+        elif source in quantiles.sources:
+            bands[source] = _band(everything, quantiles.sources[source])
+    for (source, language), values in sorted(groups.items()):
+        if len(values) >= quantiles.minimum:
+            bands[f"{source}/{language}"] = _band(values, quantiles.sources.get(source, usual))
+    return ScoreFilter(scores=name, measure=measure, default=_band(everything, usual), bands=bands)
+
+
+def _band(values: np.ndarray, quantiles: tuple[float, float]) -> Band:
+    # Scores of documents, not points between them: what is kept does not depend on how a quantile is interpolated.
+    low, high = np.quantile(values, quantiles, method="inverted_cdf")
+    return float(low), float(high)

@@ -1,0 +1,60 @@
+"""Settings of `python -m data_pipeline.selfclean`; their defaults for people are in conf/rounds.yaml."""
+
+import sys
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from data_pipeline.config import compose_plain, parse
+from data_pipeline.shards.scores import MEASURES
+from data_pipeline.sources import STRICT, Positive
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class QuantileSettings:
+    """See `bands.Quantiles`."""
+
+    low: Share = 0.02
+    high: Share = 0.98
+    minimum: Positive = 1000
+    sources: dict[str, tuple[Share, Share]] = Field(default_factory=dict)
+
+    def __post_init__(self):
+        for name, (low, high) in {"quantiles": (self.low, self.high), **self.sources}.items():
+            if low >= high:
+                raise ValueError(f"{name}: low={low} must be below high={high}")
+
+
+@dataclass(frozen=True, config=STRICT)
+class RoundsSettings:
+    """manifest: of the shards to clean; output: folder of the rounds; rounds: how many there are to be.
+
+    model: of the evaluation model, a choice of conf/model; train, score: further words for the trainer and the scorer.
+    measure, quantiles: what is kept of each source and language. each: documents for every place of every source and
+    language in the sample that people judge, 0 for none; audit: whether to wait for their answers before the next
+    round; precision: the share of dropped documents that they must find rightly dropped.
+    """
+
+    manifest: str
+    output: str
+    rounds: Positive = 1
+    model: str = "385m"
+    train: list[str] = Field(default_factory=list)
+    score: list[str] = Field(default_factory=list)
+    measure: Literal[MEASURES] = "nats_per_token"
+    quantiles: QuantileSettings = Field(default_factory=QuantileSettings)
+    each: Annotated[int, Field(ge=0)] = 20
+    audit: Literal["skip", "wait"] = "skip"
+    precision: Share = 0.8
+    seed: Annotated[int, Field(ge=0)] = 0
+    trainer: list[str] = Field(default_factory=lambda: [sys.executable, "-m", "megatron_tn.train"])
+    scorer: list[str] = Field(default_factory=lambda: [sys.executable, "-m", "megatron_tn.score"])
+
+
+def compose_rounds(overrides: list[str]) -> RoundsSettings:
+    """From conf/rounds.yaml and overrides in Hydra's grammar; raises InputError with a line a problem."""
+    data, _ = compose_plain("rounds", overrides)
+    return parse(data, cls=RoundsSettings)
