@@ -103,7 +103,7 @@ class Round:
         parts = [
             self.manifest.content_hash,
             previous,
-            self.settings.model,
+            self.settings.evaluation_model,
             self.settings.train,
             self.settings.trainer[1:],
         ]
@@ -113,7 +113,7 @@ class Round:
         self.folder.mkdir(parents=True, exist_ok=True)
         manifest = f"manifest={self.settings.manifest}"
         run_dir = self.folder / "train"
-        words = [f"model={self.settings.model}", f"data.{manifest}", f"run_dir={run_dir}"]
+        words = [f"model={self.settings.evaluation_model}", f"data.{manifest}", f"run_dir={run_dir}"]
         if self.before:
             words.append(f"data.filter={self.before.filter}")
         self._program("train", [*self.settings.trainer, *words, *self.settings.train], say)

@@ -32,7 +32,7 @@ class QuantileSettings:
 class RoundsSettings:
     """manifest: of the shards to clean; output: folder of the rounds; rounds: how many there are to be.
 
-    model: of the evaluation model, a choice of conf/model; train, score: further words for the trainer and the scorer.
+    evaluation_model: what is trained, a choice of conf/model; train, score: further words for the trainer and scorer.
     measure, quantiles: what is kept of each source and language. each: documents for every place of every source and
     language in the sample that people judge, 0 for none; audit: whether to wait for their answers before the next
     round; precision: the share of dropped documents that they must find rightly dropped.
@@ -41,7 +41,7 @@ class RoundsSettings:
     manifest: str
     output: str
     rounds: Positive = 1
-    model: str = "385m"
+    evaluation_model: str = "385m"
     train: list[str] = Field(default_factory=list)
     score: list[str] = Field(default_factory=list)
     measure: Literal[MEASURES] = "nats_per_token"

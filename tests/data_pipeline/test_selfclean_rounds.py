@@ -72,7 +72,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_two_rounds(start, tmp_path, capsys):
-    assert start("rounds=2", "model=demo", "train=['schedule.steps=3']", "each=4") == 0
+    assert start("rounds=2", "evaluation_model=demo", "train=['schedule.steps=3']", "each=4") == 0
     first, second = tmp_path / "out/round_01", tmp_path / "out/round_02"
     ran = log(tmp_path)
     assert [line[0] for line in ran] == ["train", "score", "train", "score"]
