@@ -12,6 +12,7 @@ from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.sharding import OwnedRange
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class StepResult(NamedTuple):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from megatron_tn.config import TrainConfig
-from megatron_tn.engine.base import Engine
-from megatron_tn.engine.fsdp2 import DTYPES, FSDP2Engine
+from megatron_tn.engine.base import DTYPES, Engine
+from megatron_tn.engine.fsdp2 import FSDP2Engine
 from megatron_tn.engine.local import LocalEngine
-from megatron_tn.model.init import initial_value
+from megatron_tn.model.init import fill_initial
 from megatron_tn.model.transnormer import empty_model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.recompute import recompute_blocks
@@ -23,6 +23,10 @@ def build_engine(config: TrainConfig, context: ParallelContext, device: torch.de
     #    the computing type and the engine keeps fp32 masters; FSDP2's are the masters, and get storage once sharded.
     if settings.name == "fsdp2":
         model = empty_model(config.model, context, "meta", torch.float32)
+    elif settings.name == "deepspeed" and settings.zero_stage == 3:
+        from megatron_tn.engine.deepspeed import partitioned_model
+
+        model = partitioned_model(config, context, device)  # each parameter is partitioned as soon as it is made
     else:
         model = empty_model(config.model, context, device, DTYPES[settings.precision])
     # 2. Recomputation changes what a block's forward keeps, so compilers and engines must see it.
@@ -47,13 +51,9 @@ def initialize_engine(engine: Engine, seed: int) -> None:
     """Give the fp32 masters their initial values, the same for every engine and layout, and reset the moments."""
     axis = engine.context.tp
     specs = engine.model.shard_specs()
-    name, local = None, None
     for owned in engine.owned_ranges():
-        if owned.name != name:
-            name, spec = owned.name, specs[owned.name]
-            whole = initial_value(name, spec.shape, engine.model.config, seed)
-            local = spec.take(whole, axis.rank, axis.size).view(-1)
-        owned.values["param"].copy_(local[owned.start : owned.stop])
+        spec, config = specs[owned.name], engine.model.config
+        fill_initial(owned.values["param"], owned.name, spec, axis.rank, axis.size, owned.start, config, seed)
         owned.values["exp_avg"].zero_()
         owned.values["exp_avg_sq"].zero_()
     engine.refresh(optimizer_step=0)

@@ -17,16 +17,16 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_tn.config import TrainConfig
-from megatron_tn.engine.base import MOMENTS, StepResult, set_optimizer_step
+from megatron_tn.engine.base import DTYPES, MOMENTS, StepResult, set_optimizer_step
 from megatron_tn.engine.deepspeed_settings import deepspeed_settings
-from megatron_tn.model.transnormer import TransNormerLM
+from megatron_tn.model.transnormer import TransNormerLM, empty_model
 from megatron_tn.optim.groups import build_adamw, parameter_groups
 from megatron_tn.parallel.context import Axis, ParallelContext
 from megatron_tn.parallel.gradients import gradient_norm
-from megatron_tn.parallel.sharding import OwnedRange
+from megatron_tn.parallel.sharding import OwnedRange, mark
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
@@ -85,6 +85,34 @@ def _with_group(axis: Axis, rank: int) -> Axis:
     return Axis(dist.new_group([rank], use_local_synchronization=True), 0, 1)
 
 
+def partitioned_model(config: TrainConfig, context: ParallelContext, device: torch.device) -> TransNormerLM:
+    """A model for ZeRO 3: each parameter gets storage and is partitioned before the next one does.
+
+    Not within `zero.Init` as a context, which replaces tensor constructors for the whole process.
+    """
+    unit = ModelParallelUnit(context)
+    model = empty_model(config.model, context, "meta", DTYPES[config.engine.precision])
+    partition, made = None, {}
+    for module in model.modules():
+        for name, empty in module.named_parameters(recurse=False):
+            if empty not in made:
+                made[empty] = mark(nn.Parameter(torch.empty_like(empty, device=device)), empty.shard_spec)
+            parameter = made[empty]  # the head's is the embedding's
+            module.register_parameter(name, parameter)
+            if partition is None:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    deepspeed.zero.Init(
+                        module=module,
+                        data_parallel_group=unit.get_data_parallel_group(),
+                        config_dict_or_path=deepspeed_settings(config, context.dp.size),
+                        mpu=unit,
+                    )
+                partition = parameter.convert_to_zero_parameters
+            else:
+                partition(param_list=[parameter])
+    return model
+
+
 class DeepSpeedEngine:
     """See `engine.base.Engine`."""
 
@@ -96,7 +124,7 @@ class DeepSpeedEngine:
         self.clip_norm = config.optim.clip_norm
         self.bare = self.stage == 0 and config.engine.precision == "fp32"  # DeepSpeed wraps no optimizer then
         self.names = {parameter: name for name, parameter in model.named_parameters()}
-        named = [(name, parameter, parameter.dim()) for name, parameter in model.named_parameters()]
+        named = [(name, p, len(p.shard_spec.shape)) for name, p in model.named_parameters()]  # ZeRO 3's are flat by now
         # Stage 0 wraps apex's optimizer in a flat form of its own, which nothing here would gain from.
         settings = config.optim if self.stage else dataclasses.replace(config.optim, fused="torch")
         optimizer = build_adamw(parameter_groups(named, config.optim.weight_decay), settings)

@@ -14,14 +14,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from megatron_tn.config import TrainConfig
-from megatron_tn.engine.base import MOMENTS, StepResult, set_optimizer_step
+from megatron_tn.engine.base import DTYPES, MOMENTS, StepResult, set_optimizer_step
 from megatron_tn.model.transnormer import TransNormerLM
 from megatron_tn.optim.groups import build_adamw, parameter_groups
 from megatron_tn.parallel.context import Axis
 from megatron_tn.parallel.gradients import gradient_norm
 from megatron_tn.parallel.sharding import OwnedRange, mark
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class FSDP2Engine:

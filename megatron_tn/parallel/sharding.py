@@ -66,6 +66,16 @@ class ShardSpec:
         edges = [(min(start, length), min(stop, length)) for start, stop in self._parts(rank, size)]
         return [(*whole[: self.dim], edge, *whole[self.dim + 1 :]) for edge in edges]
 
+    def local_rows(self, rank: int, size: int) -> list[tuple[int, int]]:
+        """For each of `boxes`, the rows [start, stop) of the local tensor where it is laid, padding included."""
+        if self.dim != 0:
+            return [(0, self.shape[0])]
+        edges, at = [], 0
+        for start, stop in self._parts(rank, size):
+            edges.append((at, at + stop - start))
+            at += stop - start
+        return edges
+
     def take(self, logical: Tensor, rank: int, size: int) -> Tensor:
         """Rank `rank`'s part of the whole tensor, padding zero. A new tensor."""
         if self.dim is None:
