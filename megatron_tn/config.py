@@ -275,6 +275,7 @@ class ClusterConfig:
     name: str = "local"
     gpus_per_node: int = 0
     gpu_memory_gib: float = 0.0
+    outside_allocator_gib: float = 1.5  # what a plan leaves a process for CUDA's context, kernels and NCCL's buffers
     bf16_tflops: float | None = None  # dense peak of one GPU
     memory_bandwidth_gbs: float | None = None
     interconnect_gbs: float | None = None  # between nodes, per GPU

@@ -29,6 +29,7 @@ ALLOWED = {
         "megatron_tn.optim",
         "megatron_tn.evaluation",
         "megatron_tn.parallel",
+        "megatron_tn.planning",
         "megatron_tn.config",
     ],
     "megatron_tn.planning": ["megatron_tn.model", "megatron_tn.parallel", "megatron_tn.engine", "megatron_tn.config"],

@@ -1,5 +1,5 @@
-"""Initial values, the same for every layout: an element depends on the seed, its parameter's released name and its place
-in the logical tensor, and on nothing else.
+"""Initial values, the same for every layout: an element depends on the seed, its parameter's released name and its
+place in the logical tensor, and on nothing else.
 
 A matrix is a grid of tiles, each drawn from a generator of its own. Whoever holds a part of it draws the tiles that the
 part touches, one at a time, so that a rank makes about what it keeps and never holds a whole parameter.
@@ -59,7 +59,7 @@ def _tile(name: str, row: int, column: int, shape: tuple[int, ...], std: float, 
 def initial_parts(
     name: str, spec: ShardSpec, rank: int, size: int, start: int, stop: int, config: ModelConfig, seed: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """Elements [start, stop) of rank `rank`'s flattened local part, as (first element, values), a band of rows at a time.
+    """Elements [start, stop) of rank `rank`'s flat local part, as (first element, values), a band of rows at a time.
 
     What no piece covers is padding, zero.
     """

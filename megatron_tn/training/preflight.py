@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_tn.checkpoint.manifest import Manifest, checkpoint_name, step_of, whole_checkpoints
 from megatron_tn.config import ConfigError, TrainConfig, differences, load, to_mapping
 from megatron_tn.engine.deepspeed_settings import deepspeed_settings
+from megatron_tn.planning.memory import memory_problems
 
 FROZEN = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -55,6 +56,7 @@ def problems_before_start(config: TrainConfig, world_size: int, tokenizer_vocab:
                 deepspeed_settings(config, dp)
             if (start := checkpoint_to_resume(config)) is not None:
                 found += _checkpoint_problems(config, start)
+            found += memory_problems(config, world_size)
         except ConfigError as error:
             found += error.problems
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_parts_are_parts_of_one_value(spec, size):
     for rank in range(size):
         wanted = spec.take(whole, rank, size).view(-1)
         cuts = [0, wanted.numel() // 3 + 1, wanted.numel() - 2, wanted.numel()]
-        found = [torch.full((stop - start,), float("nan")) for start, stop in zip(cuts, cuts[1:], strict=False)]
+        found = [torch.full((stop - start,), float("nan")) for start, stop in itertools.pairwise(cuts)]
         for part, start in zip(found, cuts, strict=False):
             fill_initial(part, NAME, spec, rank, size, start, TINY, 3)
         assert torch.equal(torch.cat(found), wanted)

@@ -1,0 +1,65 @@
+"""The plan's figure beside what a GPU's allocator took: `make test-gpu`."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+
+import pytest
+import torch
+
+from megatron_tn.config import DataConfig, EngineConfig, ModelConfig, TrainConfig, from_mapping
+from megatron_tn.engine.build import build_engine, initialize_engine
+from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.planning.memory import GIB, plan_memory
+from tests.helpers.ranks import run_ranks, this_device
+from tests.helpers.sizes import compose_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a CUDA device"),
+]
+LAYERS, ROWS, LENGTH = 24, 8, 2048
+
+
+def planned_config(engine: EngineConfig) -> TrainConfig:
+    return dataclasses.replace(
+        TrainConfig(),
+        model=from_mapping(ModelConfig, compose_model("385m") | {"layers": LAYERS}),
+        engine=engine,
+        data=DataConfig(sequence_length=LENGTH, global_batch=2 * ROWS, micro_batch=ROWS),
+    )
+
+
+def reserved(config: TrainConfig) -> int:
+    """Two steps of two microbatches each, from nothing."""
+    device = this_device()
+    engine = build_engine(config, ParallelContext.create(), device)
+    initialize_engine(engine, 0)
+    tokens = torch.randint(3, config.model.vocab_size, (ROWS, LENGTH), device=device)
+    scale = torch.tensor(1 / (2 * tokens.numel()), device=device)
+    for _ in range(2):
+        for last in (False, True):
+            engine.forward_backward(tokens, tokens, None, scale=scale, last=last)
+        engine.step(1e-4)
+    torch.cuda.synchronize()
+    print({"allocated": round(torch.cuda.max_memory_allocated() / GIB, 2)}, flush=True)
+    gc.collect()
+    return torch.cuda.max_memory_reserved()
+
+
+CASES = {
+    f"{name}-{recompute}": EngineConfig(**kind, recompute=recompute)
+    for name, kind in {"local": {"name": "local"}, "zero1": {"zero_stage": 1}}.items()
+    for recompute in ("none", "full")
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_plan_is_within_a_tenth_of_the_measured_peak(name):
+    config = planned_config(CASES[name])
+    plan = plan_memory(config, 1)
+    (measured,) = run_ranks(1, reserved, config, device="cuda")
+    kinds = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in plan.kinds.items())
+    print(f"\n{name}: {plan.reserved / GIB:.2f} GiB predicted, {measured / GIB:.2f} measured ({kinds})")
+    assert plan.reserved == pytest.approx(measured, rel=0.10)
