@@ -65,7 +65,7 @@ def plan_memory(config: TrainConfig, world_size: int) -> MemoryPlan:
     work = {
         "activations kept for backward": kept,
         "temporaries at the peak": peak - kept + CUBLAS,
-        "engine buffers": buffer_bytes(config, world_size),
+        "engine buffers": buffer_bytes(config, world_size, peak),
     }
     allocated = sum(state.values()) + sum(work.values())
     work["allocator slack"] = int(SLACK * allocated)
@@ -99,10 +99,15 @@ def state_bytes(config: TrainConfig, world_size: int) -> dict[str, int]:
     }
 
 
-def buffer_bytes(config: TrainConfig, world_size: int) -> int:
-    """What engines hold for a while to gather parameters and reduce gradients, bytes."""
+def buffer_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
+    """What engines hold for a while to gather parameters and to reduce and convert gradients, bytes.
+
+    activations: the peak of a microbatch. Where the engine's own peak comes when activations are gone, they make room
+    for it, but not for flat tensors, which are longer than any piece that activations leave in the allocator.
+    """
     engine, model = config.engine, config.model
     tp = config.parallel.tp
+    data = world_size // tp
     width = 2 if engine.precision == "bf16" else 4
     local = math.ceil(parameter_count(model) / tp)
     embedding = math.ceil(model.vocab_size * model.embed_dim / tp)
@@ -113,14 +118,17 @@ def buffer_bytes(config: TrainConfig, world_size: int) -> int:
         # there as computed while another's are reduced in fp32.
         gathered = local if not engine.reshard_after_forward else embedding + 2 * min(block, local)
         return gathered * width + block * (width + 4) + embedding * (width + 4)
-    if engine.name == "deepspeed" and engine.zero_stage == 3:
-        return min(local, ZERO3_LIVE + bucket) * width + 2 * bucket * width
-    if engine.name == "deepspeed" and engine.zero_stage > 0:
-        # Buckets on their way (two where they overlap with backward), and the parameters as they were first made,
-        # before DeepSpeed made flat ones of them: freed, in segments of the allocator that are too small for much else.
-        first = local * width if engine.precision == "bf16" else 0
-        return bucket * width * engine.zero_stage + first
-    return 0
+    if engine.name == "local" or engine.zero_stage == 0:
+        return 0
+    if engine.zero_stage == 3:
+        gathered = min(local, ZERO3_LIVE + bucket) * width
+        return gathered + 2 * bucket * width + 4 * min(math.ceil(local / data), ZERO3_LIVE)  # the step's flat gradient
+    if engine.zero_stage == 2:
+        return 2 * bucket * width + width * math.ceil(local / data)
+    # Stage 1 keeps gradients in the computing type until the last microbatch is done, then makes them flat twice, once
+    # in fp32: 8 bytes a parameter in bf16, of which an fp32 flat one is never in the activations' place.
+    flat = 4 * local
+    return bucket * width + max(flat, (2 * width + 4) * local - activations)
 
 
 def activation_bytes(config: TrainConfig, device: str = "cuda") -> tuple[int, int]:

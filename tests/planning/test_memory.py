@@ -17,14 +17,14 @@ from megatron_tn.config import (
     TrainConfig,
     from_mapping,
 )
-from megatron_tn.engine.build import build_engine
+from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.model.init import initialize
 from megatron_tn.model.transnormer import empty_model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.recompute import recompute_blocks
 from megatron_tn.plan import main
 from megatron_tn.planning.live import LiveMemory, saved_bytes
-from megatron_tn.planning.memory import GIB, activation_bytes, plan_memory, state_bytes
+from megatron_tn.planning.memory import GIB, activation_bytes, buffer_bytes, plan_memory, state_bytes
 from megatron_tn.training.preflight import problems_before_start
 from tests.engine.test_parity import ZERO
 from tests.helpers.models import TINY, random_batch, tiny_config
@@ -161,6 +161,34 @@ def test_the_largest_model_is_planned_in_seconds():
     plan = plan_memory(config, 512)
     assert time.monotonic() - began < 60
     assert 30 * GIB < plan.total < 300 * GIB
+
+
+def step_peak(config: TrainConfig) -> int:
+    """Bytes of tensors alive at the peak of an engine's second step."""
+    context = ParallelContext.create(config.parallel.tp)
+    tokens, targets = random_batch(1, config.data.sequence_length, config.model)
+    with LiveMemory() as memory:
+        engine = build_engine(config, context, torch.device("cpu"))
+        initialize_engine(engine, 0)
+        for _ in range(2):
+            memory.peak = memory.current
+            engine.forward_backward(tokens, targets, None, scale=torch.tensor(1e-3), last=True)
+            engine.step(1e-4)
+    return memory.peak
+
+
+@pytest.mark.parametrize("engine", [EngineConfig(name="local"), *BF16[1:3]], ids=["local", "zero1", "zero2"])
+def test_engines_take_what_is_planned_at_their_peak(engine):
+    config = tiny_config(
+        model=dataclasses.replace(WIDE, vocab_size=1024, embed_dim=384, glu_dim=1024),
+        engine=dataclasses.replace(engine, reduce_bucket_elements=200_000),
+        data=DataConfig(sequence_length=64, global_batch=2, micro_batch=1),
+    )
+    _, activations = activation_bytes(config, device="cpu")
+    planned = sum(state_bytes(config, 2).values()) + buffer_bytes(config, 2, activations) + activations
+    for peak in run_ranks(2, step_peak, config):
+        print(f"{planned} planned, {peak} alive")
+        assert planned == pytest.approx(peak, rel=0.10)
 
 
 # Peaks of the allocator measured on one H200 (docs/performance.md): 16384 tokens a microbatch, bf16.
