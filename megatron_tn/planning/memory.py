@@ -155,8 +155,10 @@ def activation_bytes(config: TrainConfig, device: str = "cuda") -> tuple[int, in
 def step_model(config: TrainConfig) -> TransNormerLM:
     """The model as an engine runs it, on a rank of the layout that needs most, its groups being stand-ins."""
     tp, cp = config.parallel.tp, config.parallel.cp
-    axes = {"tp": _axis(tp, 0), "cp": _axis(cp, cp - 1)}  # the last slice of a sequence is the longest
-    model = empty_model(config.model, ParallelContext(**axes), "cpu", DTYPES[config.engine.precision])
+    layout = {"tp": _axis(tp, 0), "cp": _axis(cp, cp - 1)}  # the last slice of a sequence is the longest
+    if getattr(config.parallel, "sequence", False):
+        layout["sequence"] = True
+    model = empty_model(config.model, ParallelContext(**layout), "cpu", DTYPES[config.engine.precision])
     recompute_blocks(model.model.layers, config.engine.recompute, config.engine.recompute_every)
     return model
 
@@ -216,12 +218,14 @@ WORKSPACE = {torch.ops.megatron_tn.gla_backward.default: _gla_backward_bytes}
 
 
 def remedies(config: TrainConfig, world_size: int) -> list[tuple[str, MemoryPlan]]:
-    """Changes of one or two settings that make the run fit cluster.gpu_memory_gib, the least first; else the best."""
+    """Changes that make the run fit cluster.gpu_memory_gib, one setting each or all at once; else the nearest to it."""
     engine, data = config.engine, config.data
     full = replace(engine, recompute="full", recompute_every=1)
     candidates: list[tuple[str, TrainConfig]] = []
-    if data.micro_batch > 1:
-        candidates.append(("data.micro_batch=1", replace(config, data=replace(data, micro_batch=1))))
+    rows = data.micro_batch
+    while rows > 1:
+        rows //= 2
+        candidates.append((f"data.micro_batch={rows}", replace(config, data=replace(data, micro_batch=rows))))
     if engine.recompute == "none":
         candidates.append(("engine.recompute=selective", replace(config, engine=replace(full, recompute="selective"))))
     if (engine.recompute, engine.recompute_every) != ("full", 1):
@@ -238,9 +242,19 @@ def remedies(config: TrainConfig, world_size: int) -> list[tuple[str, MemoryPlan
     least = replace(least, data=replace(data, micro_batch=1))
     stage = " engine=zero3" if engine.name == "deepspeed" and engine.zero_stage < 3 else ""
     candidates.append((f"data.micro_batch=1 engine.recompute=full{stage}", least))
-    plans = [(name, plan_memory(c, world_size)) for name, c in candidates if not c.problems(world_size)]
-    fitting = [(name, plan) for name, plan in plans if plan.total <= config.cluster.gpu_memory_gib * GIB]
-    return fitting or sorted(plans, key=lambda pair: pair[1].total)[:1]
+    plans: dict[str, MemoryPlan] = {}
+    fitting: dict[str, MemoryPlan] = {}
+    for name, candidate in candidates:
+        setting = name.partition("=")[0]
+        # The first value of a setting that fits costs least; all at once is for when no single one does.
+        if setting in {fit.partition("=")[0] for fit in fitting} or candidate.problems(world_size):
+            continue
+        if " " in name and fitting:
+            continue
+        plans[name] = plan_memory(candidate, world_size)
+        if plans[name].total <= config.cluster.gpu_memory_gib * GIB:
+            fitting[name] = plans[name]
+    return list(fitting.items()) or sorted(plans.items(), key=lambda pair: pair[1].total)[:1]
 
 
 def memory_problems(config: TrainConfig, world_size: int) -> list[str]:

@@ -71,7 +71,8 @@ def test_the_command_line_says_when_it_does_not_fit(capsys):
     said = capsys.readouterr().err
     assert "GiB, but cluster.gpu_memory_gib=79.1 (parameters 1.9" in said
     assert "data.micro_batch=32" in said
-    assert "engine.recompute=full needs" in said
+    assert "data.micro_batch=16 needs" in said
+    assert "engine.recompute=selective needs" in said
 
 
 def test_a_run_that_does_not_fit_is_refused_before_it_starts(tmp_path):
