@@ -17,11 +17,11 @@ BLOCK = 512  # bytes to which CUDA's caching allocator rounds each request up
 class LiveMemory(TorchDispatchMode):
     """Use as a context manager. A storage counts from the operator that made it until it is freed.
 
-    current, peak: bytes now and at most. rounding: of each storage. workspace: operator -> bytes that it needs while it
-    runs, beside its inputs and outputs, as a function of its arguments.
+    current, peak: bytes now and at most. rounding: of each storage. workspace: operator's name -> bytes that it needs
+    while it runs, beside its inputs and outputs, as a function of its arguments.
     """
 
-    def __init__(self, rounding: int = 1, workspace: Mapping[Any, Callable[..., int]] | None = None):
+    def __init__(self, rounding: int = 1, workspace: Mapping[str, Callable[..., int]] | None = None):
         super().__init__()
         self.rounding = rounding
         self.workspace = workspace or {}
@@ -33,8 +33,8 @@ class LiveMemory(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self.add(tensor)
-        if operator in self.workspace:
-            self.peak = max(self.peak, self.current + self.workspace[operator](*args, **(kwargs or {})))
+        if needs := self.workspace.get(str(operator)):
+            self.peak = max(self.peak, self.current + needs(*args, **(kwargs or {})))
         return out
 
     def add(self, tensor: Tensor) -> None:

@@ -175,6 +175,7 @@ def stand_ins(device: str) -> Iterator[None]:
         stack.enter_context(mock.patch.object(logging.getLogger("kernels.dispatch"), "disabled", True))
         for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter", "reduce_scatter_tensor"):
             stack.enter_context(mock.patch.object(dist, name, _silent))
+        stack.enter_context(mock.patch.object(dist.distributed_c10d, "_resolve_process_group", _Group.of_name))
         yield
 
 
@@ -192,6 +193,11 @@ class _Group:
 
     def __init__(self, rank: int, size: int):
         self._rank, self._size = rank, size
+        self.group_name = f"stand-in {rank} {size}"  # operators take groups by name
+
+    @classmethod
+    def of_name(cls, name: str) -> _Group:
+        return cls(*map(int, name.split()[1:]))
 
     def rank(self) -> int:
         return self._rank
@@ -214,7 +220,21 @@ def _gla_backward_bytes(dy, dsquare_sum, dstate, o, qkvu, decay, theta, *args, *
     return part if theta is None else 5 * part
 
 
-WORKSPACE = {torch.ops.megatron_tn.gla_backward.default: _gla_backward_bytes}
+def _rows_bytes(x: Tensor, rows: int) -> int:
+    """Of x [.., D] with `rows` tokens in place of its own."""
+    return rows * x.shape[-1] * x.element_size()
+
+
+# Sequence parallel's products hold the gathered tokens, and sums that are not shared out yet, within one operator.
+WORKSPACE = {
+    "megatron_tn.gla_backward.default": _gla_backward_bytes,
+    "megatron_tn.column_forward.default": lambda x, weights, group, rows: _rows_bytes(x, rows),
+    "megatron_tn.column_backward.default": lambda grads, x, weights, group, rows: 2 * _rows_bytes(x, rows),
+    "megatron_tn.row_forward.default": lambda x, weight, group, rows, also=None: (
+        rows * weight.shape[0] * x.element_size()
+    ),
+    "megatron_tn.row_backward.default": lambda grad, also, x, weight, group, rows: _rows_bytes(grad, rows),
+}
 
 
 def remedies(config: TrainConfig, world_size: int) -> list[tuple[str, MemoryPlan]]:
