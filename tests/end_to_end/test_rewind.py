@@ -33,7 +33,8 @@ def train_with_a_bad_batch(overrides: tuple[str, ...], fault: str) -> None:
             hook.remove()
             return report
         report = real(engine, microbatches, lr, device, stop=stop)
-        return report._replace(loss=report.loss + 5) if poisoned else report
+        # High enough for a spike by eight of the deviations that so few, falling losses have.
+        return report._replace(loss=report.loss + 20) if poisoned else report
 
     module.train_step = step
     train_here(overrides)
