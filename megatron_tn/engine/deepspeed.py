@@ -26,6 +26,7 @@ from megatron_tn.model.transnormer import TransNormerLM, empty_model
 from megatron_tn.optim.groups import build_adamw, parameter_groups
 from megatron_tn.parallel.context import Axis, ParallelContext
 from megatron_tn.parallel.gradients import gradient_norm
+from megatron_tn.parallel.main_gradient import MainGradient, attach
 from megatron_tn.parallel.sharding import OwnedRange, mark
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -141,6 +142,33 @@ class DeepSpeedEngine:
             )
         # The torch (or apex) optimizer underneath the wrapper, which holds learning rates and moments.
         self.inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        self.main_gradients = self._attach_main_gradients()
+
+    def _attach_main_gradients(self) -> list[MainGradient]:
+        """Have gradients summed where DeepSpeed's optimizer for bf16 at stage 1 keeps its fp32 sums.
+
+        By itself it lets every bf16 gradient live until the backward pass is done, and then widens and adds each.
+        Other stages take gradients from autograd one by one, to reduce them at once: they have no such sums.
+        """
+        optimizer = self.optimizer
+        if not hasattr(optimizer, "fp32_groups_gradients") or optimizer.grad_acc_dtype != torch.float32:
+            return []
+        found = []
+        for parameters, sums in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
+            for parameter, total in zip(parameters, sums, strict=True):
+                found.append(attach(parameter, total.view(parameter.shape)))
+                parameter._hp_grad = total  # where DeepSpeed's own functions look for it
+        optimizer.fp32_groups_has_gradients = [[True] * len(sums) for sums in optimizer.fp32_groups_gradients]
+        # Called after every backward pass, before the reduction; and to make room for the next step's sums, which the
+        # first gradient does.
+        optimizer.update_hp_grads = self._finish_main_gradients
+        optimizer.clear_hp_grads = lambda: None
+        return found
+
+    def _finish_main_gradients(self, **_) -> None:
+        if self.engine.is_gradient_accumulation_boundary():
+            for main in self.main_gradients:
+                main.finish()
 
     def forward_backward(
         self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, *, scale: Tensor, last: bool

@@ -42,6 +42,7 @@ def deepspeed_settings(config: TrainConfig, dp: int) -> dict:
         "gradient_clipping": config.optim.clip_norm,
         "bf16": {"enabled": low_precision, "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": gradient_dtype},
+        "communication_data_type": gradient_dtype,  # DeepSpeed would narrow fp32 sums to bf16 to reduce them
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
@@ -72,6 +73,7 @@ def _decided(config: TrainConfig, ours: dict) -> dict[str, tuple[str, Any]]:
         ),
         "gradient_clipping": ("optim.clip_norm", config.optim.clip_norm),
         "data_types.grad_accum_dtype": ("engine.gradient_dtype", ours["data_types"]["grad_accum_dtype"]),
+        "communication_data_type": ("engine.gradient_dtype", ours["communication_data_type"]),
         "zero_optimization.stage": ("engine.zero_stage", config.engine.zero_stage),
     }
     return found | {f"bf16.{key}": ("engine.precision", value) for key, value in ours["bf16"].items()}

@@ -14,6 +14,7 @@ from megatron_tn.model.transnormer import TransNormerLM
 from megatron_tn.optim.groups import build_adamw, parameter_groups
 from megatron_tn.parallel.collectives import all_reduce_
 from megatron_tn.parallel.gradients import gradient_norm
+from megatron_tn.parallel.main_gradient import attach
 from megatron_tn.parallel.sharding import OwnedRange
 
 
@@ -35,13 +36,14 @@ class LocalEngine:
             for parameter in self.parameters
         ]
         sizes = [parameter.numel() for parameter in self.parameters]
-        self.flat_gradient = torch.zeros(sum(sizes), device=self.parameters[0].device)
+        self.flat_gradient = torch.empty(sum(sizes), device=self.parameters[0].device)
         self.gradients = [
             part.view_as(parameter)
             for part, parameter in zip(self.flat_gradient.split(sizes), self.parameters, strict=True)
         ]
-        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            parameter.register_post_accumulate_grad_hook(_accumulate_into(gradient))
+        self.main_gradients = [
+            attach(parameter, gradient) for parameter, gradient in zip(self.parameters, self.gradients, strict=True)
+        ]
         dimensions = [parameter.dim() for parameter in self.parameters]
         groups = parameter_groups(zip(self.names, self.masters, dimensions, strict=True), config.optim.weight_decay)
         self.optimizer = build_adamw(groups, config.optim)
@@ -52,6 +54,8 @@ class LocalEngine:
         loss = self.model(tokens, targets=targets, cu_seqlens=cu_seqlens, reduction="sum").loss * scale
         loss.backward()
         if last:
+            for main in self.main_gradients:
+                main.finish()
             all_reduce_(self.flat_gradient, self.context.data)
         return loss.detach()
 
@@ -72,7 +76,6 @@ class LocalEngine:
             self._copy_masters()
         for master in self.masters:
             master.grad = None
-        self.flat_gradient.zero_()
         return StepResult(norm, applied)
 
     def named_logical_gradients(self) -> dict[str, Tensor]:
@@ -102,11 +105,3 @@ class LocalEngine:
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if parameter is not master:
                 parameter.copy_(master)
-
-
-def _accumulate_into(gradient: Tensor):
-    def hook(parameter: nn.Parameter) -> None:
-        gradient.add_(parameter.grad)
-        parameter.grad = None
-
-    return hook

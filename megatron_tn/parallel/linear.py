@@ -8,7 +8,33 @@ from torch import Tensor, nn
 
 from megatron_tn.parallel.collectives import reduce_from
 from megatron_tn.parallel.context import Axis
+from megatron_tn.parallel.main_gradient import weight_gradient
 from megatron_tn.parallel.sharding import ShardSpec, mark
+
+
+class _Linear(torch.autograd.Function):
+    """x weight^T, whose weight's gradient goes to its main gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.main = weight.main_gradient
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, weight = ctx.saved_tensors
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        return dx, weight_gradient(weight, ctx.main, dy, x) if ctx.needs_input_grad[1] else None
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [.., in], weight [out, in] -> [.., out]."""
+    # A compiler cannot follow a sum that lives outside its graph, and hooks want to see a gradient: autograd hands one
+    # out then, which is added to the sum after.
+    if not hasattr(weight, "main_gradient") or torch.compiler.is_compiling() or weight._backward_hooks:
+        return F.linear(x, weight)
+    return _Linear.apply(x, weight)
 
 
 class ColumnParallelLinear(nn.Module):
@@ -25,7 +51,7 @@ class ColumnParallelLinear(nn.Module):
         self.weight = mark(nn.Parameter(torch.empty(spec.local_shape(axis.rank, axis.size))), spec)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 class RowParallelLinear(nn.Module):
@@ -41,4 +67,4 @@ class RowParallelLinear(nn.Module):
         self.weight = mark(nn.Parameter(torch.empty(spec.local_shape(axis.rank, axis.size))), spec)
 
     def forward(self, x: Tensor) -> Tensor:
-        return reduce_from(F.linear(x, self.weight), self.axis)
+        return reduce_from(linear(x, self.weight), self.axis)

@@ -1,0 +1,74 @@
+"""Gradients summed where the optimizer reads them: in fp32, by the products that make them.
+
+A weight's gradient dy^T x is a matrix product. Written by autograd, it is rounded to the weight's type, stored, read
+again, widened and added to an fp32 sum: 16 bytes of traffic a parameter in bf16. As the product's own epilogue the sum
+takes 4 (the first microbatch) or 8, and sees no rounding (Megatron-LM calls this gradient accumulation fusion, and the
+tensor `main_grad`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class MainGradient:
+    """A parameter's gradient over the microbatches of a step, in `sum`, fp32, of the parameter's shape.
+
+    What `sum` holds before the first addition of a step is not looked at, so nobody need clear it.
+    """
+
+    def __init__(self, sum: Tensor):
+        self.sum = sum
+        self.empty = True
+
+    def add(self, gradient: Tensor) -> None:
+        """gradient: of sum's shape, any floating type."""
+        if self.empty:
+            self.sum.copy_(gradient)
+        else:
+            self.sum.add_(gradient)
+        self.empty = False
+
+    def add_product(self, dy: Tensor, x: Tensor) -> None:
+        """dy [.., out] and x [.., in], alike in leading dimensions and type: adds dy^T x [out, in]."""
+        dy, x = dy.flatten(0, -2).T, x.flatten(0, -2)
+        if x.dtype != self.sum.dtype and not x.is_cuda:
+            self.add(dy @ x)  # a CPU has no product that widens
+            return
+        options = {"out": self.sum} if x.dtype == self.sum.dtype else {"out": self.sum, "out_dtype": self.sum.dtype}
+        if self.empty:
+            torch.mm(dy, x, **options)
+        else:
+            # Not sum.addmm_(...), which PyTorch's FLOP counter does not know.
+            torch.addmm(self.sum, dy, x, **options)
+        self.empty = False
+
+    def finish(self) -> Tensor:
+        """The sum, zero where nothing was added; the next addition begins a new one."""
+        if self.empty:
+            self.sum.zero_()
+        self.empty = True
+        return self.sum
+
+
+def attach(parameter: nn.Parameter, sum: Tensor) -> MainGradient:
+    """Have `parameter`'s gradients added to `sum`, by `weight_gradient` or as soon as autograd has one."""
+    main = parameter.main_gradient = MainGradient(sum)
+    parameter.register_post_accumulate_grad_hook(_take)
+    return main
+
+
+@torch.no_grad()
+def _take(parameter: nn.Parameter) -> None:
+    if parameter.grad is not None:  # autograd comes by for a gradient that a product took, too
+        parameter.main_gradient.add(parameter.grad)
+        parameter.grad = None
+
+
+def weight_gradient(weight: Tensor, main: MainGradient | None, dy: Tensor, x: Tensor) -> Tensor | None:
+    """dy^T x, the gradient of weight in y = x weight^T, for autograd; None where `main` took it."""
+    if main is None:
+        return dy.flatten(0, -2).T @ x.flatten(0, -2)
+    main.add_product(dy, x)
+    return None
