@@ -49,6 +49,10 @@ class SequenceSlice:
             self.fills = (first == last).float()
             self.first, self.last = first[axis.rank : axis.rank + 1], last[axis.rank : axis.rank + 1]
 
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
     def take(self, x: Tensor) -> Tensor:
         """x [..., N] -> this rank's [..., n]."""
         return x[..., self.start : self.stop]

@@ -156,9 +156,8 @@ def step_model(config: TrainConfig) -> TransNormerLM:
     """The model as an engine runs it, on a rank of the layout that needs most, its groups being stand-ins."""
     tp, cp = config.parallel.tp, config.parallel.cp
     layout = {"tp": _axis(tp, 0), "cp": _axis(cp, cp - 1)}  # the last slice of a sequence is the longest
-    if getattr(config.parallel, "sequence", False):
-        layout["sequence"] = True
-    model = empty_model(config.model, ParallelContext(**layout), "cpu", DTYPES[config.engine.precision])
+    context = ParallelContext(**layout, sequence_parallel=config.parallel.sequence_parallel)
+    model = empty_model(config.model, context, "cpu", DTYPES[config.engine.precision])
     recompute_blocks(model.model.layers, config.engine.recompute, config.engine.recompute_every)
     return model
 
@@ -230,10 +229,10 @@ WORKSPACE = {
     "megatron_tn.gla_backward.default": _gla_backward_bytes,
     "megatron_tn.column_forward.default": lambda x, weights, group, rows: _rows_bytes(x, rows),
     "megatron_tn.column_backward.default": lambda grads, x, weights, group, rows: 2 * _rows_bytes(x, rows),
-    "megatron_tn.row_forward.default": lambda x, weight, group, rows, also=None: (
+    "megatron_tn.row_forward.default": lambda x, weight, group, rows, beside=None: (
         rows * weight.shape[0] * x.element_size()
     ),
-    "megatron_tn.row_backward.default": lambda grad, also, x, weight, group, rows: _rows_bytes(grad, rows),
+    "megatron_tn.row_backward.default": lambda grad, beside, x, weight, group, rows: _rows_bytes(grad, rows),
 }
 
 
