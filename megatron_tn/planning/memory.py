@@ -252,6 +252,9 @@ def remedies(config: TrainConfig, world_size: int) -> list[tuple[str, MemoryPlan
     if engine.name == "deepspeed":
         for stage in range(engine.zero_stage + 1, 4):
             candidates.append((f"engine=zero{stage}", replace(config, engine=replace(engine, zero_stage=stage))))
+    if config.parallel.tp > 1 and not config.parallel.sequence_parallel:
+        shared = replace(config, parallel=replace(config.parallel, sequence_parallel=True))
+        candidates.append(("parallel.sequence_parallel=true", shared))
     limit = config.parallel.tp * 8
     tp = config.parallel.tp * 2
     while tp <= limit:
@@ -291,7 +294,8 @@ def memory_problems(config: TrainConfig, world_size: int) -> list[str]:
         offered = f"nothing tried is enough, the closest is {offered}: take more nodes"
     return [
         f"a rank needs {plan.total / GIB:.1f} GiB, but cluster.gpu_memory_gib={limit} ({kinds}), with parallel.tp="
-        f"{config.parallel.tp}, parallel.cp={config.parallel.cp}, engine.name={config.engine.name}, engine.zero_stage="
+        f"{config.parallel.tp}, parallel.cp={config.parallel.cp}, parallel.sequence_parallel="
+        f"{str(config.parallel.sequence_parallel).lower()}, engine.name={config.engine.name}, engine.zero_stage="
         f"{config.engine.zero_stage}, engine.recompute={config.engine.recompute}, data.micro_batch="
         f"{config.data.micro_batch}, data.sequence_length={config.data.sequence_length}; in GiB: {offered or 'none'}"
     ]

@@ -125,6 +125,32 @@ def test_a_block_is_one_graph(policy):
     assert compiled.frame_count == 2
 
 
+def compiled_gradients(sequence_parallel: bool, policy: str) -> list[dict[str, torch.Tensor]]:
+    """Eager and compiled, of blocks that must not break at a collective; and the number of graphs."""
+    found = []
+    context = ParallelContext.create(2, sequence_parallel=sequence_parallel)
+    tokens, targets = random_batch(3, 7)
+    for backend in (None, CompileCounterWithBackend("aot_eager")):
+        model = empty_model(TINY, context, "cpu", torch.float32)
+        initialize(model, 0)
+        recompute_blocks(model.model.layers, policy, compiled=backend is not None)
+        if backend is not None:
+            torch._dynamo.reset()
+            for block in model.model.layers:
+                block.compile(backend=backend, fullgraph=True)
+        model.loss(tokens, targets).backward()
+        found.append(model.named_logical_gradients())
+    return found
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence_parallel"])
+def test_a_block_over_tensor_parallel_ranks_is_one_graph(sequence_parallel, policy):
+    for eager, compiled in run_ranks(2, compiled_gradients, sequence_parallel, policy):
+        for name, gradient in eager.items():
+            assert torch.allclose(compiled[name], gradient, rtol=0, atol=2e-6 * gradient.norm()), name
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "stage"), [("local", 0), ("deepspeed", 1), ("deepspeed", 3), ("fsdp2", 0)])
 def test_compiled_and_recomputed_on_the_gpu(name, stage):
