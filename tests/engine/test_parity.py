@@ -11,6 +11,7 @@ import torch
 from megatron_tn.config import DataConfig, EngineConfig, OptimConfig, ParallelConfig
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.optim.schedule import learning_rate
+from megatron_tn.parallel import products
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.training.step import train_step
 from tests.helpers.models import TINY, Rows, random_batch, reference_gradients, relative_errors, tiny_config
@@ -33,9 +34,15 @@ def name_of(engine: EngineConfig) -> str:
 
 
 def gradients_of(
-    tp: int, cp: int, cases: list[tuple[EngineConfig, int, str]], sequence_parallel: bool = False
+    tp: int,
+    cp: int,
+    cases: list[tuple[EngineConfig, int, str]],
+    sequence_parallel: bool = False,
+    chunk_tokens: int | None = None,
 ) -> dict[Any, Any]:
     """(engine, accumulation, norm) -> (gradients, gradient norm), of one step of the same global batch."""
+    if chunk_tokens:
+        products.CHUNK_TOKENS[this_device().type] = chunk_tokens
     context = ParallelContext.create(tp, cp, sequence_parallel=sequence_parallel)
     tokens, targets = (part.to(this_device()) for part in random_batch(BATCH, LENGTH))
     share = BATCH // context.dp.size
@@ -67,7 +74,9 @@ def check_gradients(
     device: str = "cpu",
     cp: int = 1,
     sequence_parallel: bool = False,
+    chunk_tokens: int | None = None,
 ) -> None:
+    """chunk_tokens: products over tensor-parallel ranks are cut into chunks of as few."""
     tokens, targets = random_batch(BATCH, LENGTH)
     wanted, bound = {}, {}
     for norm in {norm for *_, norm in cases}:
@@ -76,7 +85,7 @@ def check_gradients(
         _, single = reference_gradients(config, SEED, tokens, targets, torch.float32)
         # 1e-5, or twice the error of one process in the same precision where that is larger.
         bound[norm] = {name: max(1e-5, 2 * error) for name, error in relative_errors(single, wanted[norm]).items()}
-    ranks = run_ranks(world, gradients_of, tp, cp, cases, sequence_parallel, device=device)
+    ranks = run_ranks(world, gradients_of, tp, cp, cases, sequence_parallel, chunk_tokens, device=device)
     for rank, found in enumerate(ranks):
         for case, (gradients, grad_norm) in found.items():
             reference = wanted[case[-1]]
