@@ -85,8 +85,9 @@ class GatedLinearAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         qkvu = self.qkvu_proj(x, slices)
         theta = None if self.lrpe is None else self.lrpe()
+        features = None
         if part is not None:  # of sequences that context-parallel ranks share
-            state = part.incoming_state(qkvu, decay, theta, self.act, positions)
+            state, features = part.incoming_state(qkvu, decay, theta, self.act, positions)
         y, square_sum, state = gla(
             qkvu,
             decay,
@@ -97,6 +98,7 @@ class GatedLinearAttention(nn.Module):
             initial_state=state,
             cu_seqlens=cu_seqlens,
             return_state=return_state,
+            features=features,
         )
         if self.norm is not None:
             y = self.norm(y)  # weights commute with the gate

@@ -125,10 +125,10 @@ def test_a_block_is_one_graph(policy):
     assert compiled.frame_count == 2
 
 
-def compiled_gradients(sequence_parallel: bool, policy: str) -> list[dict[str, torch.Tensor]]:
-    """Eager and compiled, of blocks that must not break at a collective; and the number of graphs."""
+def compiled_gradients(tp: int, cp: int, sequence_parallel: bool, policy: str) -> list[dict[str, torch.Tensor]]:
+    """Eager and compiled, of blocks that must not break at a collective."""
     found = []
-    context = ParallelContext.create(2, sequence_parallel=sequence_parallel)
+    context = ParallelContext.create(tp, cp, sequence_parallel=sequence_parallel)
     tokens, targets = random_batch(3, 7)
     for backend in (None, CompileCounterWithBackend("aot_eager")):
         model = empty_model(TINY, context, "cpu", torch.float32)
@@ -144,9 +144,9 @@ def compiled_gradients(sequence_parallel: bool, policy: str) -> list[dict[str, t
 
 
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])
-@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence_parallel"])
-def test_a_block_over_tensor_parallel_ranks_is_one_graph(sequence_parallel, policy):
-    for eager, compiled in run_ranks(2, compiled_gradients, sequence_parallel, policy):
+@pytest.mark.parametrize(("tp", "cp", "shared"), [(2, 1, False), (2, 1, True), (1, 2, False)], ids=str)
+def test_a_block_over_ranks_is_one_graph(tp, cp, shared, policy):
+    for eager, compiled in run_ranks(2, compiled_gradients, tp, cp, shared, policy):
         for name, gradient in eager.items():
             assert torch.allclose(compiled[name], gradient, rtol=0, atol=2e-6 * gradient.norm()), name
 
