@@ -14,8 +14,9 @@ where its result is wanted. In flight meanwhile:
     row, forward       reduction of a chunk          the product of the next chunk
     row, backward      all-gather of the gradient    products of this rank's own slice
 
-They are registered operators, so that compilers, selective recomputation and dry runs see each as one; those take a
-process group by its name.
+The products are registered operators, so that compilers, selective recomputation and dry runs see each as one; those
+take a process group by its name. Column products backward are PyTorch's own operators, collectives that are begun and
+waited for among them; so are the products for the weights' gradients.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
+
+collectives = torch.ops._c10d_functional  # asynchronous; wait_tensor gives the result
 
 # A product is cut into chunks, so that one's collective runs beside the next one's product, where that pays: on devices
 # named here, into CHUNKS at most, of as many tokens at least (shorter products leave a GPU idle).
@@ -70,33 +73,6 @@ def _column_forward(x: Tensor, weights: list[Tensor], group: str, rows: int) -> 
     return outs
 
 
-@torch.library.custom_op("megatron_tn::column_backward", mutates_args=())
-def _column_backward(
-    gradients: list[Tensor], x: Tensor, weights: list[Tensor], group: str, rows: int
-) -> tuple[Tensor, list[Tensor]]:
-    """The gradients of x and of the weights."""
-    ranks = _resolve(group)
-    gathering = _Gathering(x, ranks, rows) if rows else None
-    tokens = rows or x.shape[0]
-    dx = x.new_empty(ranks.size() * x.shape[0] if rows else tokens, x.shape[1])
-    dx[tokens:].zero_()
-    for index, (gradient, weight) in enumerate(zip(gradients, weights, strict=True)):
-        if index == 0:
-            torch.mm(gradient, weight, out=dx[:tokens])
-        else:
-            dx[:tokens].addmm_(gradient, weight)
-    dx, reduction = start_sum_of_gradients(dx, ranks, rows)
-    x = x if gathering is None else gathering.wait()
-    dweights = [torch.mm(gradient.t(), x) for gradient in gradients]
-    reduction.wait()
-    return dx, dweights
-
-
-def start_sum_of_gradients(dx: Tensor, ranks: dist.ProcessGroup, rows: int) -> tuple[Tensor, dist.Work]:
-    """Each rank's columns make a part of dx [T, in], or [ranks * S, in]: the sum, or this rank's slice of it."""
-    return start_reduce_scatter(dx, ranks) if rows else start_all_reduce_(dx, ranks)
-
-
 @torch.library.custom_op("megatron_tn::row_forward", mutates_args=())
 def _row_forward(
     x: Tensor, weight: Tensor, group: str, rows: int, beside: Tensor | None = None
@@ -106,7 +82,7 @@ def _row_forward(
     summed = x.new_empty(0)
     if beside is not None:
         start = start_reduce_scatter if rows else start_all_reduce_
-        summed, work = start(_padded(beside, ranks.size()) if rows else beside.clone(), ranks)
+        summed, work = start(padded(beside, ranks.size()) if rows else beside.clone(), ranks)
         in_flight.append(work)
     size = slice_length(rows, ranks.size()) if rows else x.shape[0]
     y = x.new_empty(size, weight.shape[0])
@@ -124,17 +100,16 @@ def _row_forward(
 
 @torch.library.custom_op("megatron_tn::row_backward", mutates_args=())
 def _row_backward(
-    gradient: Tensor, beside: Tensor, x: Tensor, weight: Tensor, group: str, rows: int
+    gradient: Tensor, beside: Tensor, weight: Tensor, group: str, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From slices of the gradients of both results: the gradients of x, of the weight, and of `beside` (if any)."""
+    """From slices of both results' gradients: the gradient of x; the first of the two whole; the second, if any."""
     ranks = _resolve(group)
     gathering = _Gathering(gradient, ranks, rows)
     small = _Gathering(beside, ranks, rows) if beside.numel() else None
-    dx = torch.empty_like(x)
+    dx = gradient.new_empty(rows, weight.shape[1])
     for tokens, piece in gathering:
         torch.mm(piece, weight, out=dx[tokens])
-    dweight = torch.mm(gathering.whole.t(), x)
-    return dx, dweight, beside.new_empty(0) if small is None else small.wait().clone()
+    return dx, gathering.whole, beside.new_empty(0) if small is None else small.wait()
 
 
 class _Gathering:
@@ -189,7 +164,7 @@ def _chunks(tokens: int, device: torch.device) -> list[slice]:
     return [slice(*pair) for pair in itertools.pairwise(edges)]
 
 
-def _padded(x: Tensor, ranks: int) -> Tensor:
+def padded(x: Tensor, ranks: int) -> Tensor:
     """x [rows, ...] filled up with zeros to a multiple of the ranks."""
     rows = x.shape[0]
     missing = ranks * slice_length(rows, ranks) - rows
@@ -217,11 +192,6 @@ def _column_forward_fake(x, weights, group, rows):
     return [x.new_empty(rows or x.shape[0], weight.shape[0]) for weight in weights]
 
 
-@_column_backward.register_fake
-def _column_backward_fake(gradients, x, weights, group, rows):
-    return x.new_empty(x.shape), [weight.new_empty(weight.shape) for weight in weights]
-
-
 @_row_forward.register_fake
 def _row_forward_fake(x, weight, group, rows, beside=None):
     size = slice_length(rows, _resolve(group).size()) if rows else x.shape[0]
@@ -229,8 +199,9 @@ def _row_forward_fake(x, weight, group, rows, beside=None):
 
 
 @_row_backward.register_fake
-def _row_backward_fake(gradient, beside, x, weight, group, rows):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), beside.new_empty(rows if beside.numel() else 0)
+def _row_backward_fake(gradient, beside, weight, group, rows):
+    dx, whole = gradient.new_empty(rows, weight.shape[1]), gradient.new_empty(rows, gradient.shape[1])
+    return dx, whole, beside.new_empty(rows if beside.numel() else 0)
 
 
 def _column_save(ctx, inputs, output):
@@ -240,8 +211,29 @@ def _column_save(ctx, inputs, output):
 
 def _column_differentiate(ctx, gradients):
     x, *weights = ctx.saved_tensors
-    dx, dweights = torch.ops.megatron_tn.column_backward(gradients, x, weights, ctx.group, ctx.rows)
-    return dx, dweights, None, None
+    if ctx.rows:
+        x = collectives.all_gather_into_tensor(x.contiguous(), _resolve(ctx.group).size(), ctx.group)
+    dx = torch.mm(gradients[0], weights[0])
+    for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
+        torch.addmm(dx, gradient, weight, out=dx)  # not dx.addmm_, which PyTorch's FLOP counter does not know
+    dx = start_sum_of_gradients(dx, ctx.group, ctx.rows)
+    if ctx.rows:
+        x = collectives.wait_tensor(x)[: ctx.rows]
+    dweights = [_weight_gradient(gradient, x) for gradient in gradients]
+    return collectives.wait_tensor(dx), dweights, None, None
+
+
+def start_sum_of_gradients(dx: Tensor, group: str, rows: int) -> Tensor:
+    """Each rank's columns make a part of dx [T, in]: the sum, or this rank's slice of it, when it was waited for."""
+    if not rows:
+        return collectives.all_reduce(dx, "sum", group)  # of a copy: compilers do not know the form that works in place
+    ranks = _resolve(group).size()
+    return collectives.reduce_scatter_tensor(padded(dx, ranks), "sum", ranks, group)
+
+
+def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """Of W in y = x W^T."""
+    return torch.mm(dy.t(), x)
 
 
 def _row_save(ctx, inputs, output):
@@ -253,10 +245,10 @@ def _row_save(ctx, inputs, output):
 def _row_differentiate(ctx, gradient, beside):
     x, weight = ctx.saved_tensors
     if ctx.rows:
-        dx, dweight, beside = torch.ops.megatron_tn.row_backward(gradient, beside, x, weight, ctx.group, ctx.rows)
+        dx, gradient, beside = torch.ops.megatron_tn.row_backward(gradient, beside, weight, ctx.group, ctx.rows)
     else:  # the gradient of a sum is each one's
-        dx, dweight = torch.mm(gradient, weight), torch.mm(gradient.t(), x)
-    return dx, dweight, None, None, beside if ctx.has_beside else None
+        dx = torch.mm(gradient, weight)
+    return dx, _weight_gradient(gradient, x), None, None, beside if ctx.has_beside else None
 
 
 _column_forward.register_autograd(_column_differentiate, setup_context=_column_save)
@@ -268,16 +260,11 @@ def _column_flops(x_shape, weight_shapes, group, rows, *args, out_shape=None, **
     return sum(2 * (rows or x_shape[0]) * outputs * inputs for outputs, inputs in weight_shapes)
 
 
-@register_flop_formula(torch.ops.megatron_tn.column_backward)
-def _column_backward_flops(gradient_shapes, x_shape, weight_shapes, group, rows, out_shape=None, **kwargs) -> int:
-    return 2 * _column_flops(x_shape, weight_shapes, group, rows)
-
-
 @register_flop_formula(torch.ops.megatron_tn.row_forward)
 def _row_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * x_shape[0] * weight_shape[0] * weight_shape[1]
 
 
 @register_flop_formula(torch.ops.megatron_tn.row_backward)
-def _row_backward_flops(gradient_shape, beside_shape, x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * _row_flops(x_shape, weight_shape)
+def _row_backward_flops(gradient_shape, beside_shape, weight_shape, group, rows, out_shape=None, **kwargs) -> int:
+    return 2 * rows * weight_shape[0] * weight_shape[1]

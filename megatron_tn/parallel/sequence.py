@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_tn.parallel.collectives import copy_to
 from megatron_tn.parallel.context import Axis
-from megatron_tn.parallel.products import slice_length
+from megatron_tn.parallel.products import padded
 
 
 class TokenSlices:
@@ -60,10 +60,8 @@ class _AllGather(torch.autograd.Function):
 
 
 def _scattered_sum(x: Tensor, axis: Axis) -> Tensor:
-    size = slice_length(x.shape[0], axis.size)
-    missing = axis.size * size - x.shape[0]
-    x = torch.cat([x, x.new_zeros(missing, x.shape[1])]) if missing else x.contiguous()
-    out = x.new_empty(size, x.shape[1])
+    x = padded(x, axis.size)
+    out = x.new_empty(x.shape[0] // axis.size, x.shape[1])
     dist.reduce_scatter_tensor(out, x, group=axis.group)
     return out
 

@@ -228,11 +228,9 @@ def _rows_bytes(x: Tensor, rows: int) -> int:
 WORKSPACE = {
     "megatron_tn.gla_backward.default": _gla_backward_bytes,
     "megatron_tn.column_forward.default": lambda x, weights, group, rows: _rows_bytes(x, rows),
-    "megatron_tn.column_backward.default": lambda grads, x, weights, group, rows: 2 * _rows_bytes(x, rows),
     "megatron_tn.row_forward.default": lambda x, weight, group, rows, beside=None: (
         rows * weight.shape[0] * x.element_size()
     ),
-    "megatron_tn.row_backward.default": lambda grad, beside, x, weight, group, rows: _rows_bytes(grad, rows),
 }
 
 
