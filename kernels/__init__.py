@@ -7,7 +7,7 @@ from kernels.activation import activation
 from kernels.cross_entropy.op import linear_cross_entropy
 from kernels.dispatch import set_backend
 from kernels.embedding.op import scaled_embedding
-from kernels.lightning.gla import gla
+from kernels.lightning.gla import gla, gla_features
 from kernels.lightning.op import lightning_attention
 from kernels.lightning.state import gla_state, lightning_state
 from kernels.lrpe.op import lrpe
@@ -28,6 +28,7 @@ __all__ = [
     "branch_simple_rms_norm",
     "gate_with_square_sum",
     "gla",
+    "gla_features",
     "gla_state",
     "lightning_attention",
     "lightning_state",

@@ -114,7 +114,9 @@ def measure(config: BenchmarkConfig) -> Iterator[Row]:
 
 def engine_rows(config: BenchmarkConfig, device: torch.device) -> Iterator[Row]:
     """Forward, loss and backward, and the same with the update, of the config's engine on random tokens."""
-    context = ParallelContext.create(config.parallel.tp, config.parallel.cp)
+    context = ParallelContext.create(
+        config.parallel.tp, config.parallel.cp, sequence_parallel=config.parallel.sequence_parallel
+    )
     engine = build_engine(config, context, device)
     for owned in engine.owned_ranges():
         owned.values["param"].normal_(0, config.model.init_std)

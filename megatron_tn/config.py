@@ -94,6 +94,8 @@ class ParallelConfig:
 
     tp: int = 1  # tensor parallel: heads of GLA, columns and rows of SGLU, rows of the vocabulary
     cp: int = 1  # context parallel: contiguous slices of the sequence
+    # Megatron's: between the split layers tensor-parallel ranks share the tokens out, where they would repeat the work.
+    sequence_parallel: bool = False
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -320,6 +322,10 @@ class TrainConfig:
         if found:
             return found
         found += self.model.problems(tp)
+        if self.parallel.sequence_parallel and tp == 1:
+            found.append(
+                "parallel.sequence_parallel=true shares tokens out over tensor-parallel ranks, but parallel.tp=1"
+            )
         data = self.data
         for section, name in (
             ("data", "sequence_length"),

@@ -54,7 +54,9 @@ log = logging.getLogger(__name__)
 def train(config: TrainConfig) -> None:
     config, stream = preflight(config)
     with Preemption() as preemption, Run(config) as run:
-        context = ParallelContext.create(config.parallel.tp, config.parallel.cp)
+        context = ParallelContext.create(
+            config.parallel.tp, config.parallel.cp, sequence_parallel=config.parallel.sequence_parallel
+        )
         engine = build_engine(config, context, run.device)
         check_kernels(engine.model, run.device, DTYPES[config.engine.precision])
         state = run.restore(engine)

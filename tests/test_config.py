@@ -73,6 +73,11 @@ def test_all_bad_keys_and_values_are_in_one_error():
     ("change", "world", "problem"),
     [
         ({"parallel": ParallelConfig(tp=3)}, 3, "model.heads=8 is not divisible by parallel.tp=3"),
+        (
+            {"parallel": ParallelConfig(sequence_parallel=True)},
+            1,
+            "parallel.sequence_parallel=true shares tokens out over tensor-parallel ranks, but parallel.tp=1",
+        ),
         ({"parallel": ParallelConfig(tp=0)}, 1, "parallel.tp=0 must be at least 1"),
         ({"parallel": ParallelConfig(tp=2)}, 3, "world size 3 is not a multiple of parallel.tp=2 x parallel.cp=1 = 2"),
         (

@@ -23,6 +23,7 @@ def gla(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     return_state: bool = False,
+    features: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The token mixer of TransNormerLLM between its two projections (arXiv 2307.14995, section 3.1).
 
@@ -37,6 +38,7 @@ def gla(
     gate: False for y = o, an ablation in which u has no part.
     positions: the t, integers, [T] or [B, T], which rise by 1 within a row or document; None counts each from 0. Only a
         state that comes in or goes out depends on where they start. Values are checked on CPU alone.
+    features: of `gla_features`, where they were formed ahead of an initial_state that was on its way.
 
     Returns y [B, T, H d], the sum over heads and widths of o^2 [B, T] in fp32 (fp64 for fp64), which `apply_rms_scale`
     wants once it is summed over ranks, and the final state, None unless asked for. Gradients reach qkvu, theta and
@@ -50,16 +52,26 @@ def gla(
         return y, square_sum, state if return_state else None
     if initial_state is None and not return_state and qkvu.is_cuda:
         positions = None  # only distances matter
-    # An operator of its own, whose result selective recomputation need not keep. It has no gradient: gla's runs back
-    # through the features to qkvu, for which one gradient is enough.
-    features = None
-    if act != "none" or theta is not None:
-        fixed = None if theta is None else theta.detach()
-        features = torch.ops.megatron_tn.gla_features(qkvu.detach(), fixed, act, positions, decay.shape[0])
+    if features is None:
+        features = gla_features(qkvu, decay, theta, act=act, positions=positions)
     y, square_sum, state, *_ = torch.ops.megatron_tn.gla_forward(
         qkvu, features, decay, theta, act, gate, positions, initial_state, cu_seqlens, return_state
     )
     return y, square_sum, state if return_state else None
+
+
+def gla_features(
+    qkvu: Tensor, decay: Tensor, theta: Tensor | None = None, *, act: str, positions: Tensor | None = None
+) -> Tensor | None:
+    """What `gla` forms of q and k before it looks at a state; its arguments, its own form. None where there is nothing.
+
+    An operator of its own, whose result selective recomputation need not keep. It has no gradient: gla's runs back
+    through the features to qkvu, for which one gradient is enough.
+    """
+    if act == "none" and theta is None:
+        return None
+    fixed = None if theta is None else theta.detach()
+    return torch.ops.megatron_tn.gla_features(qkvu.detach(), fixed, act, positions, decay.shape[0])
 
 
 @torch.library.custom_op("megatron_tn::gla_features", mutates_args=())

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from megatron_tn.config import TrainConfig
 from megatron_tn.engine.base import DTYPES, MOMENTS, StepResult, set_optimizer_step
 from megatron_tn.engine.deepspeed_settings import deepspeed_settings
+from megatron_tn.model.sglu import SGLU
 from megatron_tn.model.transnormer import TransNormerLM, empty_model
 from megatron_tn.optim.groups import build_adamw, parameter_groups
 from megatron_tn.parallel.context import Axis, ParallelContext
@@ -33,7 +34,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 import deepspeed
-from deepspeed.utils import logger, safe_get_full_grad
+from deepspeed.utils import logger, safe_get_full_grad, set_z3_leaf_modules
 
 logger.setLevel(logging.ERROR)  # its warnings are about choices that are made here on purpose
 warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated", category=FutureWarning)  # its calls
@@ -93,6 +94,8 @@ def partitioned_model(config: TrainConfig, context: ParallelContext, device: tor
     """
     unit = ModelParallelUnit(context)
     model = empty_model(config.model, context, "meta", DTYPES[config.engine.precision])
+    if context.tp.size > 1:
+        set_z3_leaf_modules(model, [SGLU])  # gathered as one: its products of one input are a single operator
     partition, made = None, {}
     for module in model.modules():
         for name, empty in module.named_parameters(recurse=False):

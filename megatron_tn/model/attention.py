@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from kernels import apply_rms_scale, gla
 from megatron_tn.config import ModelConfig
-from megatron_tn.parallel.collectives import copy_to, reduce_from
 from megatron_tn.parallel.context import Axis
 from megatron_tn.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_tn.parallel.sequence import TokenSlices
 from megatron_tn.parallel.sharding import ShardSpec, mark
 from megatron_tn.parallel.state_passing import SequenceSlice
 
@@ -52,6 +52,7 @@ class GateNorm(nn.Module):
 class GatedLinearAttention(nn.Module):
     """x [B, N, D] -> [B, N, D], with the recurrent state [B, H / tp, K, d] going in and coming out on request.
 
+    slices: x and the result are this rank's slice [S, D] of the tokens; in between it holds all, and its heads.
     decay: rates of this rank's heads in this layer, fp32 [H / tp].
 
     The norm is over ALL heads together, which live on different ranks. Its per-token scale commutes with the gate and
@@ -60,7 +61,6 @@ class GatedLinearAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, axis: Axis):
         super().__init__()
-        self.axis = axis
         self.act = config.act
         self.gate = config.gate
         self.eps = config.norm_eps
@@ -81,11 +81,13 @@ class GatedLinearAttention(nn.Module):
         state: Tensor | None = None,
         return_state: bool = False,
         part: SequenceSlice | None = None,
+        slices: TokenSlices | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        qkvu = self.qkvu_proj(copy_to(x, self.axis))
+        qkvu = self.qkvu_proj(x, slices)
         theta = None if self.lrpe is None else self.lrpe()
+        features = None
         if part is not None:  # of sequences that context-parallel ranks share
-            state = part.incoming_state(qkvu, decay, theta, self.act, positions)
+            state, features = part.incoming_state(qkvu, decay, theta, self.act, positions)
         y, square_sum, state = gla(
             qkvu,
             decay,
@@ -96,8 +98,9 @@ class GatedLinearAttention(nn.Module):
             initial_state=state,
             cu_seqlens=cu_seqlens,
             return_state=return_state,
+            features=features,
         )
         if self.norm is not None:
             y = self.norm(y)  # weights commute with the gate
-        square_sum = reduce_from(square_sum, self.axis)
-        return apply_rms_scale(self.out_proj(y), square_sum, self.embed_dim, self.eps), state
+        out, square_sum = self.out_proj(y, slices, beside=square_sum)
+        return apply_rms_scale(out, square_sum, self.embed_dim, self.eps), state

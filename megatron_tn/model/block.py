@@ -9,11 +9,12 @@ from megatron_tn.model.attention import GatedLinearAttention
 from megatron_tn.model.norm import NORMS
 from megatron_tn.model.sglu import SGLU
 from megatron_tn.parallel.context import Axis
+from megatron_tn.parallel.sequence import TokenSlices
 from megatron_tn.parallel.state_passing import SequenceSlice
 
 
 class Block(nn.Module):
-    """x [B, N, D] -> [B, N, D], and the token mixer's state when it is asked for."""
+    """x [B, N, D] -> [B, N, D], or its slices -> slices; and the token mixer's state when it is asked for."""
 
     def __init__(self, config: ModelConfig, layer: int, axis: Axis):
         super().__init__()
@@ -32,8 +33,9 @@ class Block(nn.Module):
         state: Tensor | None = None,
         return_state: bool = False,
         part: SequenceSlice | None = None,
+        slices: TokenSlices | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        x, normed = self.token_norm(x)
+        x, normed = self.token_norm(x, slices=slices)
         mixed, state = self.token_mixer(
             normed,
             positions,
@@ -42,6 +44,7 @@ class Block(nn.Module):
             state=state,
             return_state=return_state,
             part=part,
+            slices=slices,
         )
-        x, normed = self.channel_norm(x, mixed)  # of x + mixed
-        return x + self.channel_mixer(normed), state
+        x, normed = self.channel_norm(x, mixed, slices)  # of x + mixed
+        return x + self.channel_mixer(normed, slices), state

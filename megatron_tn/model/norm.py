@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import add_simple_rms_norm, branch_simple_rms_norm
+from megatron_tn.parallel.sequence import TokenSlices
 from megatron_tn.parallel.sharding import ShardSpec, mark
 
 
@@ -20,20 +21,27 @@ class SimpleRMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
 
-    def forward(self, x: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, update: Tensor | None = None, slices: TokenSlices | None = None
+    ) -> tuple[Tensor, Tensor]:
         return branch_simple_rms_norm(x, self.eps) if update is None else add_simple_rms_norm(x, update, self.eps)
 
 
 class RMSNorm(SimpleRMSNorm):
-    """SimpleRMSNorm times a learnt weight [D], which every tensor-parallel rank holds whole."""
+    """SimpleRMSNorm times a learnt weight [D], which every tensor-parallel rank holds whole.
+
+    slices: the tokens are shared out over the ranks, so that each sees a part of the weight's gradient.
+    """
 
     def __init__(self, width: int, eps: float):
         super().__init__(width, eps)
         self.weight = mark(nn.Parameter(torch.empty(width)), ShardSpec((width,)))
 
-    def forward(self, x: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, update: Tensor | None = None, slices: TokenSlices | None = None
+    ) -> tuple[Tensor, Tensor]:
         x, normed = super().forward(x, update)
-        return x, normed * self.weight
+        return x, normed * (self.weight if slices is None else slices.repeated(self.weight))
 
 
 NORMS = {"simplermsnorm": SimpleRMSNorm, "rmsnorm": RMSNorm}

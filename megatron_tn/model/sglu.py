@@ -6,22 +6,21 @@ from torch import Tensor, nn
 
 from kernels import sglu
 from megatron_tn.config import ModelConfig
-from megatron_tn.parallel.collectives import copy_to
 from megatron_tn.parallel.context import Axis
-from megatron_tn.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_tn.parallel.linear import ColumnParallelLinear, RowParallelLinear, column_parallel
+from megatron_tn.parallel.sequence import TokenSlices
 
 
 class SGLU(nn.Module):
-    """x [B, N, D] -> [B, N, D]. W_1, W_2 [F, D] are split by rows, W_3 [D, F] by columns."""
+    """x [B, N, D] -> [B, N, D], or its slices -> slices. W_1, W_2 [F, D] are split by rows, W_3 [D, F] by columns."""
 
     def __init__(self, config: ModelConfig, axis: Axis):
         super().__init__()
-        self.axis = axis
         self.act = config.glu_act
         self.l1 = ColumnParallelLinear(config.embed_dim, config.glu_dim, axis)
         self.l2 = ColumnParallelLinear(config.embed_dim, config.glu_dim, axis)
         self.l3 = RowParallelLinear(config.glu_dim, config.embed_dim, axis)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = copy_to(x, self.axis)
-        return self.l3(sglu(self.l1(x), self.l2(x), self.act))
+    def forward(self, x: Tensor, slices: TokenSlices | None = None) -> Tensor:
+        gate, value = column_parallel(x, (self.l1, self.l2), slices)
+        return self.l3(sglu(gate, value, self.act), slices)

@@ -22,6 +22,7 @@ from megatron_tn.model.norm import NORMS
 from megatron_tn.parallel.context import Axis, ParallelContext
 from megatron_tn.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
 from megatron_tn.parallel.loss import IGNORE
+from megatron_tn.parallel.sequence import TokenSlices
 from megatron_tn.parallel.sharding import ShardSpec
 from megatron_tn.parallel.state_passing import SequenceSlice
 
@@ -47,7 +48,7 @@ class ModelOutput(NamedTuple):
 
 
 class TransNormerModel(nn.Module):
-    """ids [B, N] -> hidden [B, N, D], normed."""
+    """ids [B, N] -> hidden [B, N, D], normed; or this rank's slice of it, [S, D]."""
 
     def __init__(self, config: ModelConfig, axis: Axis):
         super().__init__()
@@ -80,19 +81,20 @@ class TransNormerModel(nn.Module):
         state: RecurrentState | None = None,
         return_state: bool = False,
         part: SequenceSlice | None = None,
+        slices: TokenSlices | None = None,
     ) -> tuple[Tensor, RecurrentState | None]:
         start = 0 if state is None else state.position
         positions = document_positions(tokens.shape[1], cu_seqlens, tokens.device) + start
         if part is not None:
             tokens, positions, cu_seqlens = part.take(tokens), part.take(positions), part.cu_seqlens
-        x = self.embed_tokens(tokens)
+        x = self.embed_tokens(tokens, slices)
         decay = self.decay(x.device)
         states = []
         for layer, block in enumerate(self.layers):
             before = None if state is None else state.layers[layer]
-            x, after = block(x, positions, decay[layer], cu_seqlens, before, return_state, part)
+            x, after = block(x, positions, decay[layer], cu_seqlens, before, return_state, part, slices)
             states.append(after)
-        _, x = self.final_norm(x)
+        _, x = self.final_norm(x, slices=slices)
         return x, RecurrentState(states, start + tokens.shape[1]) if return_state else None
 
 
@@ -133,7 +135,8 @@ class TransNormerLM(nn.Module):
 
         Context-parallel ranks are all given the whole sequences. With targets and no state each works on its slice:
         its loss is then its tokens' share, and the shares of the group add up to the loss; token_losses are the
-        slice's. Otherwise each rank does the whole.
+        slice's. Otherwise each rank does the whole. Likewise sequence parallelism shares tokens out where there are
+        targets and no state, and nowhere else: decoding has a token or so a row.
 
         Raises:
             ValueError: an unknown reduction; cu_seqlens with a batch, or together with a state.
@@ -146,13 +149,18 @@ class TransNormerLM(nn.Module):
             raise ValueError(
                 "cu_seqlens cannot be combined with state or return_state: a state belongs to one document"
             )
-        part = None
-        if self.context.cp.size > 1 and targets is not None and state is None and not return_state:
-            part = SequenceSlice(self.context.cp, tokens.shape[1], cu_seqlens, tokens.device)
-        hidden, state = self.model(tokens, cu_seqlens, state, return_state, part)
+        part = slices = None
+        training = targets is not None and state is None and not return_state
+        batch, length = tokens.shape
+        if self.context.cp.size > 1 and training:
+            part = SequenceSlice(self.context.cp, length, cu_seqlens, tokens.device)
+            length = part.length
+        if self.context.sequence_parallel and training:
+            slices = TokenSlices(self.context.tp, batch, length)
+        hidden, state = self.model(tokens, cu_seqlens, state, return_state, part, slices)
         if targets is None:
             return ModelOutput(logits=self.lm_head(hidden), state=state)
-        loss, token_losses = self.lm_head(hidden, targets if part is None else part.take(targets))
+        loss, token_losses = self.lm_head(hidden, targets if part is None else part.take(targets), slices)
         if reduction == "mean":
             loss = loss / (targets != IGNORE).sum().clamp(min=1)
         elif reduction == "none":

@@ -22,28 +22,39 @@ class Axis:
     rank: int = 0
     size: int = 1
 
+    @property
+    def name(self) -> str:
+        """What registered operators, which take no group, know the group by; empty where there is none."""
+        return "" if self.group is None else self.group.group_name
+
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """dp, cp, tp: the three axes. `data` is dp x cp: the ranks that hold the same parameters and see other tokens."""
+    """dp, cp, tp: the three axes. `data` is dp x cp: the ranks that hold the same parameters and see other tokens.
+
+    sequence_parallel: between its split regions, tensor parallelism shares tokens out instead of repeating them.
+    """
 
     dp: Axis = field(default_factory=Axis)
     cp: Axis = field(default_factory=Axis)
     tp: Axis = field(default_factory=Axis)
     data: Axis = field(default_factory=Axis)
+    sequence_parallel: bool = False
 
     @classmethod
-    def create(cls, tp: int = 1, cp: int = 1) -> ParallelContext:
+    def create(cls, tp: int = 1, cp: int = 1, *, sequence_parallel: bool = False) -> ParallelContext:
         """Lay the initialised default process group out as dp x cp x tp; without one, a single process.
 
         Every rank must call this, with the same sizes, because groups are made collectively.
 
         Raises:
-            ValueError: the world size is not a multiple of tp x cp.
+            ValueError: the world size is not a multiple of tp x cp; sequence_parallel with tp=1.
         """
         world = dist.get_world_size() if dist.is_initialized() else 1
         if tp < 1 or cp < 1 or world % (tp * cp):
             raise ValueError(f"world size {world} is not a multiple of tp={tp} x cp={cp} = {tp * cp}")
+        if sequence_parallel and tp == 1:
+            raise ValueError("sequence_parallel=True shares tokens out over tensor-parallel ranks, but tp=1")
         if not dist.is_initialized():
             return cls()
         dp = world // (tp * cp)
@@ -66,6 +77,7 @@ class ParallelContext:
             cp=axis([[at(d, c, t) for c in range(cp)] for d in range(dp) for t in range(tp)]),
             tp=axis([[at(d, c, t) for t in range(tp)] for d in range(dp) for c in range(cp)]),
             data=axis([[at(d, c, t) for d in range(dp) for c in range(cp)] for t in range(tp)]),
+            sequence_parallel=sequence_parallel,
         )
         assert (context.dp.rank, context.cp.rank, context.tp.rank) == (dp_rank, cp_rank, tp_rank)
         return context

@@ -10,6 +10,7 @@ from kernels import scaled_embedding
 from megatron_tn.parallel.collectives import copy_to, gather_from, reduce_from
 from megatron_tn.parallel.context import Axis
 from megatron_tn.parallel.loss import vocab_parallel_cross_entropy
+from megatron_tn.parallel.sequence import TokenSlices
 from megatron_tn.parallel.sharding import ShardSpec, mark
 
 
@@ -19,7 +20,7 @@ def padded_vocab(vocab_size: int, tp: int) -> int:
 
 
 class VocabParallelEmbedding(nn.Module):
-    """scale x E[ids], ids [...] int64 in [0, vocab_size) -> [..., D], whole on every rank.
+    """scale x E[ids], ids [B, N] int64 in [0, vocab_size) -> [B, N, D], whole on every rank, or its slice [S, D].
 
     Rows beyond the true vocabulary are padding: zero, never looked up, masked out of the loss and of the logits.
     """
@@ -33,11 +34,11 @@ class VocabParallelEmbedding(nn.Module):
         self.weight = mark(nn.Parameter(torch.empty(spec.local_shape(axis.rank, axis.size))), spec)
         self.vocab_start = axis.rank * (spec.padded // axis.size)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, slices: TokenSlices | None = None) -> Tensor:
         embedded = scaled_embedding(
             ids, self.weight, self.scale, row_start=self.vocab_start, vocab_size=self.vocab_size
         )
-        return reduce_from(embedded, self.axis)
+        return reduce_from(embedded, self.axis) if slices is None else slices.reduce_scatter(embedded)
 
 
 class VocabParallelHead(nn.Module):
@@ -54,13 +55,15 @@ class VocabParallelHead(nn.Module):
         self.vocab_start = embedding.vocab_start
         self.weight = embedding.weight
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """hidden [..., D] -> logits [..., V], the true vocabulary, on every rank.
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, slices: TokenSlices | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """hidden [..., D], or its slice [S, D] -> logits [..., V], the true vocabulary, on every rank.
 
         With targets [...] (ids, -100 to ignore): the sum of the losses, fp32, and each token's loss [...], fp32 and
         outside autograd.
         """
-        hidden = copy_to(hidden, self.axis)
+        hidden = copy_to(hidden, self.axis) if slices is None else slices.all_gather(hidden)
         if targets is None:
             logits = gather_from(F.linear(hidden, self.weight), self.axis)
             return logits[..., : self.vocab_size]

@@ -1,63 +1,96 @@
-"""Linear layers whose weight is split over tensor parallel. No bias anywhere, as in the released family."""
+"""Linear layers whose weight is split over tensor parallel. No bias anywhere, as in the released family.
+
+`slices` says that, between the split regions, each rank holds a slice of the tokens (sequence parallelism); without it
+every rank holds them whole.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_tn.parallel.collectives import reduce_from
 from megatron_tn.parallel.context import Axis
-from megatron_tn.parallel.main_gradient import weight_gradient
+from megatron_tn.parallel.main_gradient import MainGradient, main_gradient, weight_gradient
+from megatron_tn.parallel.products import column_products, input_gradient, row_product
+from megatron_tn.parallel.sequence import TokenSlices
 from megatron_tn.parallel.sharding import ShardSpec, mark
 
 
-class _Linear(torch.autograd.Function):
-    """x weight^T, whose weight's gradient goes to its main gradient."""
+class _Products(torch.autograd.Function):
+    """x [T, in] -> x W_i^T each, without a reduction; gradients of weights go where an engine sums them."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.main = weight.main_gradient
-        return F.linear(x, weight)
+    def forward(ctx, x: Tensor, mains: list[MainGradient | None], *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        ctx.mains = mains
+        return tuple(torch.mm(x, weight.t()) for weight in weights)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
-        x, weight = ctx.saved_tensors
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
-        return dx, weight_gradient(weight, ctx.main, dy, x) if ctx.needs_input_grad[1] else None
+    def backward(ctx, *gradients: Tensor):
+        x, *weights = ctx.saved_tensors
+        dx = input_gradient(gradients, weights) if ctx.needs_input_grad[0] else None
+        return dx, None, *map(weight_gradient, ctx.mains, gradients, [x] * len(weights))
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [.., in], weight [out, in] -> [.., out]."""
-    # A compiler cannot follow a sum that lives outside its graph, and hooks want to see a gradient: autograd hands one
-    # out then, which is added to the sum after.
-    if not hasattr(weight, "main_gradient") or torch.compiler.is_compiling() or weight._backward_hooks:
-        return F.linear(x, weight)
-    return _Linear.apply(x, weight)
+def _products(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """x [.., in], weights [out_i, in] -> [.., out_i] each."""
+    mains = [main_gradient(weight) for weight in weights]
+    if None in mains:
+        return [F.linear(x, weight) for weight in weights]
+    return [out.unflatten(0, x.shape[:-1]) for out in _Products.apply(x.flatten(0, -2), mains, *weights)]
 
 
 class ColumnParallelLinear(nn.Module):
     """y_local = x W_local^T with W [out, in] split along `out`, block by block for a fused projection.
 
-    Input x [..., in] is the same on every rank; output [..., out / tp] is this rank's columns, each block's in turn.
-    Inputs are not copied into the split region here: layers that share an input share one `copy_to`, done by the
-    caller, so that their input gradients are reduced once.
+    Input x [..., in] is the same on every rank, or its slice [S, in]; output [..., out / tp], of [B, N] tokens where
+    there are slices, is this rank's columns, each block's in turn.
     """
 
     def __init__(self, in_features: int, out_features: int, axis: Axis, *, blocks: int = 1):
         super().__init__()
+        self.axis = axis
         spec = ShardSpec((out_features, in_features), dim=0, blocks=blocks)
         self.weight = mark(nn.Parameter(torch.empty(spec.local_shape(axis.rank, axis.size))), spec)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+    def forward(self, x: Tensor, slices: TokenSlices | None = None) -> Tensor:
+        if self.axis.size == 1:
+            return _products(x, [self.weight])[0]
+        return _columns(x, [self.weight], self.axis, slices)[0]
+
+
+def column_parallel(
+    x: Tensor, layers: Sequence[ColumnParallelLinear], slices: TokenSlices | None = None
+) -> list[Tensor]:
+    """Each layer's output for one input x, which is gathered once, as its gradient is reduced once.
+
+    Over ranks, and where engines keep main gradients, the weights are read without a call to their layers. An engine
+    that gathers weights as modules are called must be told to do so around the caller (`partitioned_model` of
+    engine.deepspeed).
+    """
+    axis = layers[0].axis
+    if axis.size == 1 and main_gradient(layers[0].weight) is None:
+        return [layer(x) for layer in layers]
+    weights = [layer.weight for layer in layers]
+    return _products(x, weights) if axis.size == 1 else _columns(x, weights, axis, slices)
+
+
+def _columns(x: Tensor, weights: list[Tensor], axis: Axis, slices: TokenSlices | None) -> list[Tensor]:
+    if slices is None:
+        shape, rows = x.shape[:-1], 0
+    else:
+        shape, rows = slices.shape, slices.rows
+    outs = column_products(x.flatten(0, -2), weights, axis.name, rows)
+    return [out.unflatten(0, shape) for out in outs]
 
 
 class RowParallelLinear(nn.Module):
     """y = sum over ranks of x_local W_local^T with W [out, in] split along `in`.
 
-    Input [..., in / tp] is this rank's part; output [..., out] is whole, on every rank.
+    Input [B, N, in / tp] is this rank's part; output [B, N, out] is whole on every rank, or this rank's slice [S, out].
     """
 
     def __init__(self, in_features: int, out_features: int, axis: Axis):
@@ -66,5 +99,16 @@ class RowParallelLinear(nn.Module):
         spec = ShardSpec((out_features, in_features), dim=1)
         self.weight = mark(nn.Parameter(torch.empty(spec.local_shape(axis.rank, axis.size))), spec)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return reduce_from(linear(x, self.weight), self.axis)
+    def forward(
+        self, x: Tensor, slices: TokenSlices | None = None, *, beside: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """With beside [B, N], this rank's part of another sum over ranks, that is reduced as well, hidden behind y:
+        (y, it), in its own type."""
+        if self.axis.size == 1:
+            (y,) = _products(x, [self.weight])
+            return y if beside is None else (y, beside)
+        shape, rows = (x.shape[:-1], 0) if slices is None else ((-1,), slices.rows)
+        flat = None if beside is None else beside.flatten()
+        y, summed = row_product(x.flatten(0, -2), self.weight, self.axis.name, rows, flat)
+        y = y.unflatten(0, shape)
+        return y if beside is None else (y, summed.view(y.shape[:-1]))

@@ -31,8 +31,8 @@ class MainGradient:
         self.empty = False
 
     def add_product(self, dy: Tensor, x: Tensor) -> None:
-        """dy [.., out] and x [.., in], alike in leading dimensions and type: adds dy^T x [out, in]."""
-        dy, x = dy.flatten(0, -2).T, x.flatten(0, -2)
+        """dy [T, out] and x [T, in], of one type: adds dy^T x [out, in]."""
+        dy = dy.t()
         if x.dtype != self.sum.dtype and not x.is_cuda:
             self.add(dy @ x)  # a CPU has no product that widens
             return
@@ -53,7 +53,8 @@ class MainGradient:
 
 
 def attach(parameter: nn.Parameter, sum: Tensor) -> MainGradient:
-    """Have `parameter`'s gradients added to `sum`, by `weight_gradient` or as soon as autograd has one."""
+    """Have `parameter`'s gradients added to `sum`, by a product that knows of it (`weight_gradient`), or as soon as
+    autograd has one."""
     main = parameter.main_gradient = MainGradient(sum)
     parameter.register_post_accumulate_grad_hook(_take)
     return main
@@ -66,9 +67,20 @@ def _take(parameter: nn.Parameter) -> None:
         parameter.grad = None
 
 
-def weight_gradient(weight: Tensor, main: MainGradient | None, dy: Tensor, x: Tensor) -> Tensor | None:
-    """dy^T x, the gradient of weight in y = x weight^T, for autograd; None where `main` took it."""
+def main_gradient(weight: Tensor) -> MainGradient | None:
+    """Where a product may add its gradient of `weight` itself; None where autograd is to be given it.
+
+    That is where no engine attached anything; where a hook wants to see the gradient; and under a compiler, which
+    cannot follow a sum outside its graph.
+    """
+    if torch.compiler.is_compiling() or weight._backward_hooks:
+        return None
+    return getattr(weight, "main_gradient", None)
+
+
+def weight_gradient(main: MainGradient | None, dy: Tensor, x: Tensor) -> Tensor | None:
+    """dy^T x, the gradient of W in y [T, out] = x [T, in] W^T, for autograd; None where `main` took it."""
     if main is None:
-        return dy.flatten(0, -2).T @ x.flatten(0, -2)
+        return torch.mm(dy.t(), x)
     main.add_product(dy, x)
     return None

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import kernels  # noqa: F401 (registers the operators named below)
+import kernels  # noqa: F401 (registers operators named below)
+import megatron_tn.parallel.products  # noqa: F401 (likewise)
 
 # The operators that do the block's floating-point work. Their outputs are what the next operators need anyway.
 COSTLY = frozenset(
@@ -26,6 +27,8 @@ COSTLY = frozenset(
         torch.ops.aten.addmm.default,
         torch.ops.megatron_tn.lightning_forward.default,
         torch.ops.megatron_tn.gla_forward.default,
+        torch.ops.megatron_tn.column_forward.default,
+        torch.ops.megatron_tn.row_forward.default,
     }
 )
 

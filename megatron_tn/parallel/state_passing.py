@@ -14,8 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import gla_state
-from megatron_tn.parallel.collectives import all_gather
+from kernels import gla_features, gla_state
 from megatron_tn.parallel.context import Axis
 
 
@@ -49,6 +48,10 @@ class SequenceSlice:
             self.fills = (first == last).float()
             self.first, self.last = first[axis.rank : axis.rank + 1], last[axis.rank : axis.rank + 1]
 
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
     def take(self, x: Tensor) -> Tensor:
         """x [..., N] -> this rank's [..., n]."""
         return x[..., self.start : self.stop]
@@ -65,8 +68,11 @@ class SequenceSlice:
         nothing = torch.zeros_like(through)
         return torch.cat([before, nothing[rank:]]), torch.cat([nothing[: rank + 1], after])
 
-    def incoming_state(self, qkvu: Tensor, decay: Tensor, theta: Tensor | None, act: str, positions: Tensor) -> Tensor:
-        """The state that `kernels.gla` starts from on this rank, for the slice's projection qkvu [B, n, 4 H d].
+    def incoming_state(
+        self, qkvu: Tensor, decay: Tensor, theta: Tensor | None, act: str, positions: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The state that `kernels.gla` starts from on this rank, for the slice's projection qkvu [B, n, 4 H d], and
+        `kernels.gla_features` of it, formed while states were on their way.
 
         [B, H, K, d], or with documents [documents, H, K, d]. Collective over the axis, as is its backward pass.
         """
@@ -74,27 +80,40 @@ class SequenceSlice:
         documents = own.shape[0]
         if self.cu_seqlens is not None:
             own = own.index_select(0, self.last)
-        incoming = _PassStates.apply(own, *self.weights(decay.to(own.dtype)), self.axis)
+        arriving = _start_gather(own.detach(), self.axis)
+        features = gla_features(qkvu, decay, theta, act=act, positions=positions)
+        incoming = _PassStates.apply(own, arriving, *self.weights(decay.to(own.dtype)), self.axis)
         if self.cu_seqlens is not None:
             incoming = incoming.new_zeros(documents, *incoming.shape[1:]).index_add(0, self.first, incoming)
-        return incoming
+        return incoming, features
 
 
 class _PassStates(torch.autograd.Function):
+    """From this rank's own state, and all ranks' in flight, to the one that it starts from."""
+
     @staticmethod
-    def forward(ctx, own: Tensor, received: Tensor, sent: Tensor, axis: Axis) -> Tensor:
+    def forward(ctx, own: Tensor, arriving: Tensor, received: Tensor, sent: Tensor, axis: Axis) -> Tensor:
         ctx.save_for_backward(sent)
         ctx.axis = axis
-        return _combine(own, received, axis)
+        return _combine(arriving, received)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        return _combine(gradient, *ctx.saved_tensors, ctx.axis), None, None, None
+        return _combine(_start_gather(gradient, ctx.axis), *ctx.saved_tensors), None, None, None, None
 
 
-def _combine(states: Tensor, weights: Tensor, axis: Axis) -> Tensor:
+def _start_gather(state: Tensor, axis: Axis) -> Tensor:
+    """Every rank's [B, H, K, d], [cp * B, H, K, d], on their way: `_combine` waits for them.
+
+    Not dist.all_gather_into_tensor: a compiler can follow these operators, and whoever waits needs the tensor alone.
+    """
+    return torch.ops._c10d_functional.all_gather_into_tensor(state.contiguous(), axis.size, axis.name)
+
+
+def _combine(arriving: Tensor, weights: Tensor) -> Tensor:
     """Every rank's [B, H, K, d], weighted by [cp, H] and summed."""
-    return torch.einsum("rh,rbhkv->bhkv", weights, all_gather(states.unsqueeze(0), axis))
+    states = torch.ops._c10d_functional.wait_tensor(arriving).unflatten(0, (weights.shape[0], -1))
+    return torch.einsum("rh,rbhkv->bhkv", weights, states)
 
 
 def _document_of(position: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -156,9 +156,8 @@ def step_model(config: TrainConfig) -> TransNormerLM:
     """The model as an engine runs it, on a rank of the layout that needs most, its groups being stand-ins."""
     tp, cp = config.parallel.tp, config.parallel.cp
     layout = {"tp": _axis(tp, 0), "cp": _axis(cp, cp - 1)}  # the last slice of a sequence is the longest
-    if getattr(config.parallel, "sequence", False):
-        layout["sequence"] = True
-    model = empty_model(config.model, ParallelContext(**layout), "cpu", DTYPES[config.engine.precision])
+    context = ParallelContext(**layout, sequence_parallel=config.parallel.sequence_parallel)
+    model = empty_model(config.model, context, "cpu", DTYPES[config.engine.precision])
     recompute_blocks(model.model.layers, config.engine.recompute, config.engine.recompute_every)
     return model
 
@@ -229,11 +228,9 @@ def _rows_bytes(x: Tensor, rows: int) -> int:
 WORKSPACE = {
     "megatron_tn.gla_backward.default": _gla_backward_bytes,
     "megatron_tn.column_forward.default": lambda x, weights, group, rows: _rows_bytes(x, rows),
-    "megatron_tn.column_backward.default": lambda grads, x, weights, group, rows: 2 * _rows_bytes(x, rows),
-    "megatron_tn.row_forward.default": lambda x, weight, group, rows, also=None: (
+    "megatron_tn.row_forward.default": lambda x, weight, group, rows, beside=None: (
         rows * weight.shape[0] * x.element_size()
     ),
-    "megatron_tn.row_backward.default": lambda grad, also, x, weight, group, rows: _rows_bytes(grad, rows),
 }
 
 
@@ -253,6 +250,9 @@ def remedies(config: TrainConfig, world_size: int) -> list[tuple[str, MemoryPlan
     if engine.name == "deepspeed":
         for stage in range(engine.zero_stage + 1, 4):
             candidates.append((f"engine=zero{stage}", replace(config, engine=replace(engine, zero_stage=stage))))
+    if config.parallel.tp > 1 and not config.parallel.sequence_parallel:
+        shared = replace(config, parallel=replace(config.parallel, sequence_parallel=True))
+        candidates.append(("parallel.sequence_parallel=true", shared))
     limit = config.parallel.tp * 8
     tp = config.parallel.tp * 2
     while tp <= limit:
@@ -292,7 +292,8 @@ def memory_problems(config: TrainConfig, world_size: int) -> list[str]:
         offered = f"nothing tried is enough, the closest is {offered}: take more nodes"
     return [
         f"a rank needs {plan.total / GIB:.1f} GiB, but cluster.gpu_memory_gib={limit} ({kinds}), with parallel.tp="
-        f"{config.parallel.tp}, parallel.cp={config.parallel.cp}, engine.name={config.engine.name}, engine.zero_stage="
+        f"{config.parallel.tp}, parallel.cp={config.parallel.cp}, parallel.sequence_parallel="
+        f"{str(config.parallel.sequence_parallel).lower()}, engine.name={config.engine.name}, engine.zero_stage="
         f"{config.engine.zero_stage}, engine.recompute={config.engine.recompute}, data.micro_batch="
         f"{config.data.micro_batch}, data.sequence_length={config.data.sequence_length}; in GiB: {offered or 'none'}"
     ]

@@ -32,9 +32,10 @@ CPU = torch.device("cpu")
 WIDE = dataclasses.replace(TINY, embed_dim=1024, glu_dim=1536, layers=1)
 
 
-def make_engine(tp: int, engine: EngineConfig, model: ModelConfig = RMSNORM):
-    context = ParallelContext.create(tp)
-    config = tiny_config(model=model, engine=engine, parallel=ParallelConfig(tp=tp))
+def make_engine(tp: int, engine: EngineConfig, model: ModelConfig = RMSNORM, sequence_parallel: bool = False):
+    context = ParallelContext.create(tp, sequence_parallel=sequence_parallel)
+    parallel = ParallelConfig(tp=tp, sequence_parallel=sequence_parallel)
+    config = tiny_config(model=model, engine=engine, parallel=parallel)
     return config, build_engine(config, context, CPU)
 
 
@@ -47,9 +48,9 @@ def one_step(engine, seed: int) -> float:
     return train_step(engine, [Rows(tokens[mine], targets[mine])], 1e-2, CPU).loss
 
 
-def save_after_two_steps(folder: Path, tp: int, engine_config: EngineConfig) -> float:
+def save_after_two_steps(folder: Path, tp: int, engine_config: EngineConfig, sequence_parallel: bool = False) -> float:
     """Save at step 2; return the loss of the step after it."""
-    config, engine = make_engine(tp, engine_config)
+    config, engine = make_engine(tp, engine_config, sequence_parallel=sequence_parallel)
     initialize_engine(engine, seed=5)
     for seed in range(2):
         one_step(engine, seed)
@@ -58,9 +59,11 @@ def save_after_two_steps(folder: Path, tp: int, engine_config: EngineConfig) -> 
     return one_step(engine, seed=2)
 
 
-def load_and_step(checkpoint: Path, again: Path, tp: int, engine_config: EngineConfig) -> float:
+def load_and_step(
+    checkpoint: Path, again: Path, tp: int, engine_config: EngineConfig, sequence_parallel: bool = False
+) -> float:
     """Load, save what was loaded, and take the next step."""
-    config, engine = make_engine(tp, engine_config)
+    config, engine = make_engine(tp, engine_config, sequence_parallel=sequence_parallel)
     manifest = load_checkpoint(engine, checkpoint)
     save_checkpoint(
         engine, again, step=2, optimizer_step=manifest.optimizer_step, config=to_mapping(config), training={}
@@ -83,11 +86,12 @@ def logical(checkpoint: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-# (world, tp, engine) at the save -> at the load: every engine and tensor-parallel size on both sides at least once.
+# (world, tp, engine[, sequence parallel]) at the save -> at the load: every engine and tensor-parallel size on both
+# sides at least once.
 MOVES = [
-    ((4, 2, ZERO[1]), (4, 1, ZERO[3])),
-    ((4, 1, ZERO[3]), (2, 2, ZERO[2])),
-    ((2, 2, ZERO[2]), (4, 4, ZERO[1])),
+    ((4, 2, ZERO[1], True), (4, 1, ZERO[3])),
+    ((4, 1, ZERO[3]), (2, 2, ZERO[2], True)),
+    ((2, 2, ZERO[2], True), (4, 4, ZERO[1])),
     ((4, 4, ZERO[0]), (1, 1, LOCAL)),
     ((1, 1, LOCAL), (4, 2, FSDP2)),
     ((4, 1, FSDP2), (2, 2, ZERO[2])),
@@ -95,17 +99,17 @@ MOVES = [
 
 
 def label(side) -> str:
-    world, tp, engine = side
-    return f"{world}x{engine.name[:5]}{engine.zero_stage}tp{tp}"
+    world, tp, engine, *shared = side
+    return f"{world}x{engine.name[:5]}{engine.zero_stage}tp{tp}" + "sp" * bool(shared)
 
 
 @pytest.mark.parametrize(("saved", "loaded"), MOVES, ids=[f"{label(a)}-to-{label(b)}" for a, b in MOVES])
 def test_any_layout_loads_what_any_other_saved(tmp_path, saved, loaded):
-    world, tp, engine = saved
-    loss = run_ranks(world, save_after_two_steps, tmp_path / "a", tp, engine)[0]
-    world, tp, engine = loaded
+    world, *layout = saved
+    loss = run_ranks(world, save_after_two_steps, tmp_path / "a", *layout)[0]
+    world, *layout = loaded
     checkpoint = tmp_path / "a" / "step_00000002"
-    losses = run_ranks(world, load_and_step, checkpoint, tmp_path / "b", tp, engine)
+    losses = run_ranks(world, load_and_step, checkpoint, tmp_path / "b", *layout)
     assert losses == pytest.approx([loss] * world, rel=1e-5)
     before, after = logical(checkpoint), logical(tmp_path / "b" / "step_00000002")
     assert before.keys() == after.keys()

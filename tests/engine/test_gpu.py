@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from megatron_tn import load_pretrained
 from megatron_tn.config import EngineConfig
-from tests.engine.test_parity import LOCAL, RMSNORM, ZERO, check_gradients, name_of, train
+from megatron_tn.parallel import products
+from megatron_tn.parallel.context import ParallelContext
+from tests.engine.test_parity import ALL_PARTITIONED, FSDP2, LOCAL, RMSNORM, ZERO, check_gradients, name_of, train
 from tests.engine.test_replicas import replicated
 from tests.helpers.golden import NAMES, golden, relative_to_max
 from tests.helpers.models import TINY
@@ -15,6 +19,7 @@ from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.gpu
 GPUS = torch.cuda.device_count()
+TWO = pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices")
 LAYOUTS = [
     pytest.param(1, 1, marks=pytest.mark.skipif(GPUS < 1, reason="needs a CUDA device"), id="1-gpu"),
     pytest.param(2, 1, marks=pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices"), id="2-gpus-dp2"),
@@ -52,20 +57,64 @@ def test_gradients_equal_one_fp64_process(world, tp):
     check_gradients(world, tp, [*cases, (ZERO[1], 1, "rmsnorm"), (ZERO[3], 3, "rmsnorm")], device="cuda")
 
 
-def train_each(tp: int, engines: list[EngineConfig]) -> dict[str, list[float]]:
-    return {name_of(engine): train(tp, engine, 10, TINY)["losses"] for engine in engines}
+def train_each(tp: int, engines: list[EngineConfig], sequence_parallel: bool) -> dict[str, list[float]]:
+    return {name_of(engine): train(tp, engine, 10, TINY, sequence_parallel)["losses"] for engine in engines}
+
+
+@TWO
+@pytest.mark.parametrize("cut", [False, True], ids=["whole products", "products in chunks"])
+def test_gradients_under_sequence_parallelism_equal_one_fp64_process(cut):
+    recomputed = [dataclasses.replace(LOCAL, recompute=policy) for policy in ("selective", "full")]
+    for engines in ([LOCAL, *ZERO, ALL_PARTITIONED, FSDP2], recomputed[:1], recomputed[1:]):
+        cases = [(engine, n, norm) for engine in engines for n, norm in ((1, TINY.norm), (3, "rmsnorm"))]
+        check_gradients(2, 2, cases, device="cuda", sequence_parallel=True, chunk_tokens=8 if cut else None)
 
 
 @pytest.mark.parametrize(("world", "tp"), LAYOUTS)
 def test_bf16_training_follows_fp32(world, tp):
     exact = run_ranks(1, train, 1, LOCAL, 10, TINY)[0]["losses"]
-    for name, losses in run_ranks(world, train_each, tp, BF16, device="cuda")[0].items():
-        assert losses == pytest.approx(exact, rel=0.02), name
-        assert losses[-1] < losses[0] - 0.1, name
+    for sequence_parallel in (False, True) if tp > 1 else (False,):
+        found = run_ranks(world, train_each, tp, BF16, sequence_parallel, device="cuda")[0]
+        for name, losses in found.items():
+            assert losses == pytest.approx(exact, rel=0.02), name
+            assert losses[-1] < losses[0] - 0.1, name
 
 
-@pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices")
-def test_replicated_parameters_are_bit_equal_after_twenty_steps():
-    one, other = (replicated(found) for found in run_ranks(2, train, 2, BF16[1], 20, RMSNORM, device="cuda"))
+@TWO
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence_parallel"])
+def test_replicated_parameters_are_bit_equal_after_twenty_steps(sequence_parallel):
+    ranks = run_ranks(2, train, 2, BF16[1], 20, RMSNORM, sequence_parallel, device="cuda")
+    one, other = (replicated(found) for found in ranks)
     for name in one:
         assert torch.equal(one[name], other[name]), name
+
+
+def products_of(cut: bool) -> list[torch.Tensor]:
+    """Both products, forward and backward, in bf16, whole and under sequence parallelism, in one chunk or several."""
+    products.CHUNK_TOKENS["cuda"] = 512 if cut else 1 << 30
+    context = ParallelContext.create(2)
+    draw = torch.Generator("cuda").manual_seed(context.tp.rank)
+    found = []
+    for rows in (0, 4099):
+        size = products.slice_length(rows, 2) if rows else 4099
+        inputs = [(size, 512), (768, 512), (256, 512), (4099, 384), (512, 384)]
+        leaves = [
+            torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=draw).requires_grad_() for shape in inputs
+        ]
+        x, one, two, y, w = leaves
+        beside = torch.rand(4099, device="cuda", generator=draw).requires_grad_()
+        outs = products.column_products(x, [one, two], context.tp.name, rows)
+        outs += products.row_product(y, w, context.tp.name, rows, beside)
+        torch.autograd.backward(outs, [out.detach().sin() for out in outs])
+        found += [x.detach() for x in outs] + [leaf.grad for leaf in (*leaves, beside)]
+    torch.cuda.synchronize()
+    return [x.float().cpu() for x in found]
+
+
+@TWO
+def test_products_in_chunks_are_the_whole_ones():
+    for cut, whole in zip(
+        run_ranks(2, products_of, True, device="cuda"), run_ranks(2, products_of, False, device="cuda"), strict=True
+    ):
+        for one, other in zip(cut, whole, strict=True):
+            assert (one - other).norm() < 2e-3 * other.norm()

@@ -11,6 +11,7 @@ import torch
 from megatron_tn.config import DataConfig, EngineConfig, OptimConfig, ParallelConfig
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.optim.schedule import learning_rate
+from megatron_tn.parallel import products
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.training.step import train_step
 from tests.helpers.models import TINY, Rows, random_batch, reference_gradients, relative_errors, tiny_config
@@ -20,16 +21,29 @@ SEED, LENGTH, BATCH = 7, 24, 12
 LOCAL = EngineConfig(name="local", precision="fp32")
 ZERO = [EngineConfig(name="deepspeed", zero_stage=stage, precision="fp32") for stage in range(4)]
 FSDP2 = EngineConfig(name="fsdp2", precision="fp32")
+# Nothing here is so large that ZeRO 3 would cut it up, unless it must.
+ALL_PARTITIONED = dataclasses.replace(
+    ZERO[3], deepspeed_config={"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+)
 RMSNORM = dataclasses.replace(TINY, norm="rmsnorm")
 
 
 def name_of(engine: EngineConfig) -> str:
-    return f"zero{engine.zero_stage}" if engine.name == "deepspeed" else engine.name
+    name = f"zero{engine.zero_stage}" if engine.name == "deepspeed" else engine.name
+    return f"{name} partitioned" if engine.deepspeed_config else name
 
 
-def gradients_of(tp: int, cp: int, cases: list[tuple[EngineConfig, int, str]]) -> dict[Any, Any]:
+def gradients_of(
+    tp: int,
+    cp: int,
+    cases: list[tuple[EngineConfig, int, str]],
+    sequence_parallel: bool = False,
+    chunk_tokens: int | None = None,
+) -> dict[Any, Any]:
     """(engine, accumulation, norm) -> (gradients, gradient norm), of one step of the same global batch."""
-    context = ParallelContext.create(tp, cp)
+    if chunk_tokens:
+        products.CHUNK_TOKENS[this_device().type] = chunk_tokens
+    context = ParallelContext.create(tp, cp, sequence_parallel=sequence_parallel)
     tokens, targets = (part.to(this_device()) for part in random_batch(BATCH, LENGTH))
     share = BATCH // context.dp.size
     mine = slice(context.dp.rank * share, (context.dp.rank + 1) * share)
@@ -39,7 +53,7 @@ def gradients_of(tp: int, cp: int, cases: list[tuple[EngineConfig, int, str]]) -
         config = tiny_config(
             model=dataclasses.replace(TINY, norm=norm),
             engine=engine_config,
-            parallel=ParallelConfig(tp=tp, cp=cp),
+            parallel=ParallelConfig(tp=tp, cp=cp, sequence_parallel=sequence_parallel),
             data=DataConfig(sequence_length=LENGTH, global_batch=BATCH, micro_batch=micro),
         )
         engine = build_engine(config, context, this_device())
@@ -54,8 +68,15 @@ def gradients_of(tp: int, cp: int, cases: list[tuple[EngineConfig, int, str]]) -
 
 
 def check_gradients(
-    world: int, tp: int, cases: list[tuple[EngineConfig, int, str]], device: str = "cpu", cp: int = 1
+    world: int,
+    tp: int,
+    cases: list[tuple[EngineConfig, int, str]],
+    device: str = "cpu",
+    cp: int = 1,
+    sequence_parallel: bool = False,
+    chunk_tokens: int | None = None,
 ) -> None:
+    """chunk_tokens: products over tensor-parallel ranks are cut into chunks of as few."""
     tokens, targets = random_batch(BATCH, LENGTH)
     wanted, bound = {}, {}
     for norm in {norm for *_, norm in cases}:
@@ -64,7 +85,8 @@ def check_gradients(
         _, single = reference_gradients(config, SEED, tokens, targets, torch.float32)
         # 1e-5, or twice the error of one process in the same precision where that is larger.
         bound[norm] = {name: max(1e-5, 2 * error) for name, error in relative_errors(single, wanted[norm]).items()}
-    for rank, found in enumerate(run_ranks(world, gradients_of, tp, cp, cases, device=device)):
+    ranks = run_ranks(world, gradients_of, tp, cp, cases, sequence_parallel, chunk_tokens, device=device)
+    for rank, found in enumerate(ranks):
         for case, (gradients, grad_norm) in found.items():
             reference = wanted[case[-1]]
             for parameter, error in relative_errors(gradients, reference).items():
@@ -81,26 +103,44 @@ def test_gradients_equal_one_fp64_process(world, tp, cp):
     check_gradients(world, tp, [*covering, (ZERO[1], 1, "rmsnorm"), (ZERO[2], 3, "rmsnorm")], cp=cp)
 
 
+@pytest.mark.parametrize(("world", "tp", "cp"), [(2, 2, 1), (4, 2, 1), (4, 4, 1), (4, 2, 2)], ids=str)
+def test_gradients_under_sequence_parallelism_equal_one_fp64_process(world, tp, cp):
+    covering = [(engine, 1 + 2 * (index % 2), TINY.norm) for index, engine in enumerate([*ZERO, FSDP2, LOCAL])]
+    cases = [*covering, (ZERO[1], 3, "rmsnorm"), (ZERO[2], 1, "rmsnorm"), (FSDP2, 3, "rmsnorm")]
+    check_gradients(world, tp, cases, cp=cp, sequence_parallel=True)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence_parallel"])
+def test_weights_that_zero3_cuts_up_are_there_when_products_share_an_input(sequence_parallel):
+    check_gradients(4, 2, [(ALL_PARTITIONED, 3, "rmsnorm")], sequence_parallel=sequence_parallel)
+
+
 LAYOUTS = [
     (world, tp, cp) for world in (1, 2, 4) for tp in (1, 2, 4) for cp in (1, 2, 4) if world in (tp * cp, 2 * tp * cp)
 ]
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence_parallel"])
 @pytest.mark.parametrize(("world", "tp", "cp"), LAYOUTS, ids=str)
-def test_gradients_equal_one_fp64_process_in_every_layout(world, tp, cp):
-    engines = [LOCAL, *ZERO, FSDP2]
+def test_gradients_equal_one_fp64_process_in_every_layout(world, tp, cp, sequence_parallel):
+    if sequence_parallel and tp == 1:
+        pytest.skip("there is no tensor parallelism to share tokens out over")
+    engines = [LOCAL, *ZERO, ALL_PARTITIONED, FSDP2]
     norms = ("simplermsnorm", "rmsnorm")
-    check_gradients(world, tp, [(engine, n, norm) for engine in engines for n in (1, 3) for norm in norms], cp=cp)
+    cases = [(engine, n, norm) for engine in engines for n in (1, 3) for norm in norms]
+    check_gradients(world, tp, cases, cp=cp, sequence_parallel=sequence_parallel)
 
 
-def train(tp: int, engine_config: EngineConfig, steps: int, model=RMSNORM) -> dict[str, Any]:
+def train(
+    tp: int, engine_config: EngineConfig, steps: int, model=RMSNORM, sequence_parallel: bool = False
+) -> dict[str, Any]:
     """Losses, gradient norms and, after the last step, this rank's parameters."""
-    context = ParallelContext.create(tp)
+    context = ParallelContext.create(tp, sequence_parallel=sequence_parallel)
     config = tiny_config(
         model=model,
         engine=engine_config,
-        parallel=ParallelConfig(tp=tp),
+        parallel=ParallelConfig(tp=tp, sequence_parallel=sequence_parallel),
         data=DataConfig(sequence_length=LENGTH, global_batch=4, micro_batch=1),
         optim=OptimConfig(lr=1e-2, clip_norm=0.5),
     )
@@ -124,10 +164,16 @@ def train(tp: int, engine_config: EngineConfig, steps: int, model=RMSNORM) -> di
     }
 
 
-@pytest.mark.parametrize("engine", [LOCAL, *ZERO, FSDP2], ids=name_of)
-def test_twenty_steps_of_training_equal_one_process(engine):
+@pytest.mark.parametrize(
+    ("engine", "sequence_parallel"),
+    [
+        *(pytest.param(engine, False, id=name_of(engine)) for engine in (LOCAL, *ZERO, FSDP2)),
+        pytest.param(ZERO[1], True, id="zero1-sequence_parallel"),
+    ],
+)
+def test_twenty_steps_of_training_equal_one_process(engine, sequence_parallel):
     alone = run_ranks(1, train, 1, LOCAL, 20)[0]
-    for found in run_ranks(4, train, 2, engine, 20):
+    for found in run_ranks(4, train, 2, engine, 20, RMSNORM, sequence_parallel):
         assert found["losses"] == pytest.approx(alone["losses"], rel=2e-4)
         assert found["norms"] == pytest.approx(alone["norms"], rel=2e-3)
     assert alone["losses"][-1] < alone["losses"][0] - 0.1

@@ -77,9 +77,9 @@ def test_an_unknown_policy_is_refused():
         recompute_blocks([], "some")
 
 
-def gradients(engine_config: EngineConfig, tp: int) -> dict[str, torch.Tensor]:
-    context = ParallelContext.create(tp)
-    config = tiny_config(engine=engine_config, parallel=ParallelConfig(tp=tp))
+def gradients(engine_config: EngineConfig, tp: int, sequence_parallel: bool = False) -> dict[str, torch.Tensor]:
+    context = ParallelContext.create(tp, sequence_parallel=sequence_parallel)
+    config = tiny_config(engine=engine_config, parallel=ParallelConfig(tp=tp, sequence_parallel=sequence_parallel))
     engine = build_engine(config, context, this_device())
     initialize_engine(engine, 3)
     tokens, targets = (part.to(this_device()) for part in random_batch(2, 24, seed=context.data.rank))
@@ -89,19 +89,19 @@ def gradients(engine_config: EngineConfig, tp: int) -> dict[str, torch.Tensor]:
     return found
 
 
-def all_gradients(tp: int, cases: list[EngineConfig]) -> list[dict[str, torch.Tensor]]:
-    return [gradients(case, tp) for case in cases]
+def all_gradients(tp: int, cases: list[EngineConfig], sequence_parallel: bool = False) -> list[dict[str, torch.Tensor]]:
+    return [gradients(case, tp, sequence_parallel) for case in cases]
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_every_engine_recomputes(tp):
+@pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, False), (2, True)], ids=str)
+def test_every_engine_recomputes(tp, sequence_parallel):
     kinds = [("local", 0), ("deepspeed", 1), ("deepspeed", 3), ("fsdp2", 0)]
     cases = [
         EngineConfig(name=name, zero_stage=stage, precision="fp32", recompute=policy)
         for name, stage in kinds
         for policy in ("none", "selective", "full")
     ]
-    for found in run_ranks(2, all_gradients, tp, cases):
+    for found in run_ranks(2, all_gradients, tp, cases, sequence_parallel):
         for case, result in zip(cases, found, strict=True):
             for name, gradient in result.items():
                 assert torch.allclose(gradient, found[0][name], rtol=0, atol=2e-6 * found[0][name].norm()), (case, name)
@@ -123,6 +123,32 @@ def test_a_block_is_one_graph(policy):
     assert torch.allclose(loss, wanted, rtol=1e-6)
     # The first block has LRPE; all others share a graph, whatever their decay rates.
     assert compiled.frame_count == 2
+
+
+def compiled_gradients(tp: int, cp: int, sequence_parallel: bool) -> list[dict[str, torch.Tensor]]:
+    """Eager, and of blocks compiled with each policy, which must not break at a collective."""
+    context = ParallelContext.create(tp, cp, sequence_parallel=sequence_parallel)
+    tokens, targets = random_batch(3, 7)
+    found = []
+    for compiled, policy in ((False, "none"), (True, "none"), (True, "selective"), (True, "full")):
+        model = empty_model(TINY, context, "cpu", torch.float32)
+        initialize(model, 0)
+        recompute_blocks(model.model.layers, policy, compiled=compiled)
+        if compiled:
+            torch._dynamo.reset()
+            for block in model.model.layers:
+                block.compile(backend="aot_eager", fullgraph=True)
+        model.loss(tokens, targets).backward()
+        found.append(model.named_logical_gradients())
+    return found
+
+
+@pytest.mark.parametrize(("tp", "cp", "shared"), [(2, 1, False), (2, 1, True), (1, 2, False)], ids=str)
+def test_a_block_over_ranks_is_one_graph(tp, cp, shared):
+    for eager, *compiled in run_ranks(2, compiled_gradients, tp, cp, shared):
+        for found in compiled:
+            for name, gradient in eager.items():
+                assert torch.allclose(found[name], gradient, rtol=0, atol=2e-6 * gradient.norm()), name
 
 
 @pytest.mark.gpu

@@ -47,6 +47,21 @@ def test_packed_documents(triton_device, with_lrpe):
     Gated.random(length=104, bounds=BOUNDS, begin=7, with_lrpe=with_lrpe, device=triton_device).check()
 
 
+@pytest.mark.parametrize("with_lrpe", [False, True], ids=["plain", "lrpe"])
+def test_features_formed_ahead_are_its_own(triton_device, with_lrpe):
+    case = Gated.random(length=33, batch=1, rates=(0.1,), begin=5, with_lrpe=with_lrpe, device=triton_device)
+    inputs, settings = (case.qkvu, case.decay, case.theta), {"act": case.act, "positions": case.positions}
+    ready = kernels.gla_features(*inputs, **settings)
+    assert ready.shape == (1, 33, 2, 1, 32 if with_lrpe else 16)
+    settings["initial_state"] = case.initial_state
+    y, square_sum, _ = kernels.gla(*inputs, **settings)
+    found, found_sum, _ = kernels.gla(*inputs, **settings, features=ready)
+    assert torch.equal(found, y)
+    assert torch.equal(found_sum, square_sum)
+    changed, *_ = kernels.gla(*inputs, **settings, features=2 * ready)  # they are what it reads
+    assert not torch.allclose(changed, y)
+
+
 def test_positions_in_the_millions(triton_device):
     Gated.random(length=40, batch=2, begin=3_000_000, device=triton_device).check()
 

@@ -7,10 +7,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_tn.config import ModelConfig, from_mapping
+from megatron_tn.config import ModelConfig, ParallelConfig, from_mapping
 from megatron_tn.model.flops import forward_flops_per_token, parameter_count, training_flops_per_token
 from megatron_tn.model.transnormer import TransNormerLM, empty_model
-from tests.helpers.models import TINY
+from megatron_tn.planning.memory import stand_ins, step_model
+from tests.helpers.models import TINY, tiny_config
 from tests.helpers.sizes import SIZES, compose_model
 
 
@@ -27,6 +28,19 @@ def test_training_flops_agree_with_the_counter(length):
     body = sum(count for part, count in parts.items() if part != "head")
     assert forward == pytest.approx(length * body, rel=0.02)
     assert counter.get_total_flops() == pytest.approx(3 * length * body, rel=0.02)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence_parallel"])
+def test_ranks_share_the_operations_out(sequence_parallel):
+    config = tiny_config(
+        model=from_mapping(ModelConfig, compose_model("385m") | {"layers": 2}),
+        parallel=ParallelConfig(tp=2, sequence_parallel=sequence_parallel),
+    )
+    length = 2047  # odd, so that the last slice has a token less
+    tokens = torch.zeros(1, length, dtype=torch.int64)
+    with stand_ins("cpu"), FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+        step_model(config)(tokens, targets=tokens).loss.backward()
+    assert counter.get_total_flops() == pytest.approx(length * training_flops_per_token(config.model) / 2, rel=0.02)
 
 
 def test_the_loss_costs_three_products_with_the_vocabulary():

@@ -12,10 +12,10 @@ from tests.helpers.ranks import run_ranks
 LOGITS, GRADIENT = 2e-5, 1e-4
 
 
-def compute(name: str, tp: int) -> dict:
+def compute(name: str, tp: int, sequence_parallel: bool = False) -> dict:
     """Everything the golden files hold, from a model of this layout."""
     wanted = golden(name)
-    context = ParallelContext.create(tp=tp)
+    context = ParallelContext.create(tp=tp, sequence_parallel=sequence_parallel)
     model = load_pretrained(wanted.directory, context)
     ids = wanted.io["input_ids"]
     loss = model.loss(ids, wanted.targets)
@@ -70,8 +70,9 @@ def test_hidden_state_after_the_first_block(name):
 
 
 @pytest.mark.parametrize(("name", "tp"), [("heads4", 2), ("heads4", 4), ("heads6_noscale", 2), ("heads6_noscale", 3)])
-def test_tensor_parallel(name, tp):
-    for found in run_ranks(tp, compute, name, tp):
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence_parallel"])
+def test_tensor_parallel(name, tp, sequence_parallel):
+    for found in run_ranks(tp, compute, name, tp, sequence_parallel):
         check(found, name)
 
 

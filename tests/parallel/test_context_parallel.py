@@ -1,4 +1,5 @@
-"""Context parallelism: slices of any length, documents cut by them, and nothing that leaks (promises 2 and 13)."""
+"""Context and sequence parallelism: slices of any length, documents cut by them, and nothing that leaks (promises 2
+and 13)."""
 
 import dataclasses
 
@@ -7,6 +8,7 @@ import torch
 
 from megatron_tn.model.init import initialize
 from megatron_tn.model.transnormer import empty_model
+from megatron_tn.parallel import products
 from megatron_tn.parallel.collectives import all_reduce_
 from megatron_tn.parallel.context import Axis, ParallelContext
 from megatron_tn.parallel.state_passing import SequenceSlice
@@ -19,9 +21,14 @@ BOUNDS = [0, 3, 3, 18, 20, 33, LENGTH, LENGTH]
 SLOW = dataclasses.replace(TINY, lrpe="all", decay="none")  # nothing fades: what leaks, shows
 
 
-def on_ranks(tp: int, cp: int, packed: bool, changed: bool = False, only_later: bool = False) -> dict:
-    """Loss and whole gradients of one sequence in fp64, and the token losses by position; `changed`: document 2 is."""
-    context = ParallelContext.create(tp, cp)
+def on_ranks(
+    tp: int, cp: int, packed: bool, changed: bool = False, only_later: bool = False, *, shared: bool = False
+) -> dict:
+    """Loss and whole gradients of one sequence in fp64, and the token losses by position; `changed`: document 2 is.
+
+    shared: by sequence parallelism.
+    """
+    context = ParallelContext.create(tp, cp, sequence_parallel=shared)
     model = empty_model(SLOW, context, "cpu", torch.float64)
     initialize(model, 0)
     tokens, targets = one_row(changed, only_later)
@@ -52,8 +59,18 @@ def one_row(changed: bool = False, only_later: bool = False):
     return tokens, targets
 
 
+def on_ranks_each_way(tp: int, cp: int, packed: bool) -> list[dict]:
+    """Without and with sequence parallelism, where there is tensor parallelism; and with products cut into chunks."""
+    found = [on_ranks(tp, cp, packed)]
+    if tp > 1:
+        found.append(on_ranks(tp, cp, packed, shared=True))
+        products.CHUNK_TOKENS["cpu"] = 3
+        found += [on_ranks(tp, cp, packed), on_ranks(tp, cp, packed, shared=True)]
+    return found
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["one_document", "packed"])
-@pytest.mark.parametrize(("world", "tp", "cp"), [(2, 1, 2), (4, 1, 4), (4, 2, 2)], ids=str)
+@pytest.mark.parametrize(("world", "tp", "cp"), [(2, 1, 2), (4, 1, 4), (2, 2, 1), (4, 2, 2), (4, 4, 1)], ids=str)
 def test_slices_equal_the_whole_sequence(world, tp, cp, packed):
     model = reference_model(SLOW, 0)
     tokens, targets = one_row()
@@ -61,13 +78,14 @@ def test_slices_equal_the_whole_sequence(world, tp, cp, packed):
     out = model(tokens, targets=targets, cu_seqlens=bounds, reduction="sum")
     out.loss.backward()
     wanted = model.named_logical_gradients()
-    seen = {}
-    for found in run_ranks(world, on_ranks, tp, cp, packed):
-        assert found["loss"].item() == pytest.approx(out.loss.item(), rel=1e-12)
-        assert max(relative_errors(found["gradients"], wanted).values()) < 1e-11
-        seen |= found["token_losses"]
-    assert sorted(seen) == list(range(LENGTH))
-    assert torch.allclose(torch.tensor([seen[i] for i in range(LENGTH)]), out.token_losses[0].detach().float())
+    for each_rank in zip(*run_ranks(world, on_ranks_each_way, tp, cp, packed), strict=True):
+        seen = {}
+        for found in each_rank:
+            assert found["loss"].item() == pytest.approx(out.loss.item(), rel=1e-12)
+            assert max(relative_errors(found["gradients"], wanted).values()) < 1e-11
+            seen |= found["token_losses"]
+        assert sorted(seen) == list(range(LENGTH))
+        assert torch.allclose(torch.tensor([seen[i] for i in range(LENGTH)]), out.token_losses[0].detach().float())
 
 
 @pytest.mark.full
@@ -80,14 +98,20 @@ def test_eight_ranks_agree():
         assert max(relative_errors(found["gradients"], wanted).values()) < 1e-11
 
 
-def leak(tp: int, cp: int) -> list[dict]:
-    return [on_ranks(tp, cp, True, changed, only_later) for only_later in (False, True) for changed in (False, True)]
+def leak(tp: int, cp: int, shared: bool) -> list[dict]:
+    return [
+        on_ranks(tp, cp, True, changed, only_later, shared=shared)
+        for only_later in (False, True)
+        for changed in (False, True)
+    ]
 
 
-@pytest.mark.parametrize(("world", "tp", "cp"), [(2, 1, 2), (4, 2, 2)], ids=str)
-def test_a_changed_document_changes_no_other_by_anything(world, tp, cp):
+@pytest.mark.parametrize(
+    ("world", "tp", "cp", "shared"), [(2, 1, 2, False), (4, 2, 2, False), (2, 2, 1, True), (4, 2, 2, True)], ids=str
+)
+def test_a_changed_document_changes_no_other_by_anything(world, tp, cp, shared):
     others = {*range(BOUNDS[2]), *range(BOUNDS[3], LENGTH)}
-    for before, after, later_before, later_after in run_ranks(world, leak, tp, cp):
+    for before, after, later_before, later_after in run_ranks(world, leak, tp, cp, shared):
         for position in others & before["token_losses"].keys():
             assert before["token_losses"][position] == after["token_losses"][position]
         assert before["loss"] != after["loss"]

@@ -86,10 +86,18 @@ def test_a_run_that_does_not_fit_is_refused_before_it_starts(tmp_path):
 WIDE = ModelConfig(vocab_size=512, embed_dim=128, layers=4, heads=4, glu_dim=384)
 
 
-def shape(tp: int = 1, cp: int = 1, recompute: str = "none", every: int = 1, lrpe: str = "first", rows: int = 2):
+def shape(
+    tp: int = 1,
+    cp: int = 1,
+    recompute: str = "none",
+    every: int = 1,
+    lrpe: str = "first",
+    rows: int = 2,
+    shared: bool = False,
+):
     return tiny_config(
         model=dataclasses.replace(WIDE, lrpe=lrpe),
-        parallel=ParallelConfig(tp=tp, cp=cp),
+        parallel=ParallelConfig(tp=tp, cp=cp, sequence_parallel=shared),
         engine=EngineConfig(name="local", precision="fp32", recompute=recompute, recompute_every=every),
         data=DataConfig(sequence_length=256, global_batch=rows, micro_batch=rows),
     )
@@ -97,7 +105,8 @@ def shape(tp: int = 1, cp: int = 1, recompute: str = "none", every: int = 1, lrp
 
 def measured(config: TrainConfig) -> tuple[int, int, int]:
     """A real microbatch: bytes kept for backward and at most, and what autograd saved by its own hooks."""
-    context = ParallelContext.create(config.parallel.tp, config.parallel.cp)
+    parallel = config.parallel
+    context = ParallelContext.create(parallel.tp, parallel.cp, sequence_parallel=parallel.sequence_parallel)
     model = empty_model(config.model, context, "cpu", torch.float32)
     initialize(model, 0)
     recompute_blocks(model.model.layers, config.engine.recompute, config.engine.recompute_every)
@@ -130,6 +139,10 @@ SHAPES = {
     "tp2 selective": shape(tp=2, recompute="selective"),
     "cp2": shape(cp=2),
     "tp2 full": shape(tp=2, recompute="full"),
+    "tp2 shared": shape(tp=2, shared=True),
+    "tp2 shared selective": shape(tp=2, recompute="selective", shared=True),
+    "tp2 shared full": shape(tp=2, recompute="full", shared=True),
+    "tp2 cp2 shared": shape(tp=2, cp=2, rows=1, shared=True),
 }
 
 
@@ -152,6 +165,8 @@ def test_recomputation_and_parallelism_save_what_they_should():
     assert kept["full"] < kept["every second"] < kept["none"]
     assert kept["full"] < kept["selective"] < kept["none"]
     assert kept["tp2"] < kept["none"]
+    assert kept["tp2 shared"] < 0.85 * kept["tp2"]
+    assert kept["tp2 shared full"] < 0.65 * kept["tp2 full"]
     assert kept["cp2"] < 0.6 * kept["none"]
 
 
