@@ -39,6 +39,7 @@ from megatron_tn.train import train
 
 GIB = 2**30
 WARM_UP = 4  # steps: the compilers are done after two, the allocator after three
+GROUP = 4  # steps in a row between two samples of the matrix rate
 LOOP_WARM_UP = 10  # steps of the training command that are left out
 
 
@@ -126,14 +127,14 @@ def engine_rows(config: BenchmarkConfig, device: torch.device) -> Iterator[Row]:
     microbatches = data.global_batch // (data.micro_batch * context.dp.size)
     scale = torch.tensor(1 / (data.global_batch * data.sequence_length), device=device)
 
-    def step() -> list[float]:
+    def step() -> list:
         marks = [mark(device)]
         for index in range(microbatches):
             engine.forward_backward(tokens, targets, None, scale=scale, last=index == microbatches - 1)
         marks.append(mark(device))
         engine.step(1e-5)
         marks.append(mark(device))
-        return elapsed(marks)
+        return marks
 
     times, rate, peak = sampled(step, config.benchmark.steps, device)
     shared = (
@@ -152,7 +153,7 @@ def peer_row(config: BenchmarkConfig, device: torch.device) -> Row:
     model = llama(config.model, device)
     tokens, targets = random_tokens(config, config.data.sequence_length, device)
 
-    def step() -> list[float]:
+    def step() -> list:
         for parameter in model.parameters():
             parameter.grad = None
         marks = [mark(device)]
@@ -160,7 +161,7 @@ def peer_row(config: BenchmarkConfig, device: torch.device) -> Row:
         loss, _ = linear_cross_entropy(hidden.flatten(0, 1), model.embed_tokens.weight, targets.flatten())
         (loss / targets.numel()).backward()
         marks.append(mark(device))
-        return elapsed(marks)
+        return marks
 
     times, rate, peak = sampled(step, config.benchmark.steps, device)
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -242,22 +243,23 @@ def random_tokens(config: BenchmarkConfig, length: int, device: torch.device) ->
     return tuple(torch.randint(3, config.model.vocab_size, shape, device=device, generator=draw) for _ in range(2))
 
 
-def sampled(
-    step: Callable[[], list[float]], count: int, device: torch.device
-) -> tuple[list[list[float]], float, float]:
-    """`count` steps' times, the median matrix rate between them, and the peak of memory in GiB."""
+def sampled(step: Callable[[], list], count: int, device: torch.device) -> tuple[list[list[float]], float, float]:
+    """`count` steps' times, the median matrix rate between them, and the peak of memory in GiB.
+
+    step: runs one and gives its marks. The host does not wait between steps, beyond what they wait for themselves, as
+    in training.
+    """
     for _ in range(WARM_UP):
-        step()
+        elapsed(step())
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times, peak, rates = [], 0.0, []
-    for index in range(count):
-        if index % 3 == 0:
-            peak = max(peak, peak_gib())
-            rates.append(matmul_tflops(device))
-            step()  # the first after a pause of the host finds an idle queue
-        times.append(step())
-    return times, statistics.median(rates), max(peak, peak_gib())
+    while len(times) < count:
+        peak = max(peak, peak_gib())
+        rates.append(matmul_tflops(device))
+        _, *group = [step() for _ in range(1 + GROUP)]  # the first finds an idle queue
+        times += [elapsed(marks) for marks in group]
+    return times[:count], statistics.median(rates), max(peak, peak_gib())
 
 
 def matmul_tflops(device: torch.device, size: int = 8192, repeats: int = 20) -> float:

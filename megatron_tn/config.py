@@ -112,9 +112,31 @@ class EngineConfig:
     recompute_every: int = 1  # of every so many blocks, the first recomputes
     # Blocks compiled by inductor; cuda_graphs replays them besides, which hides the host where models are small.
     compile: Literal["none", "blocks", "cuda_graphs"] = "none"
+    # local and zero1: a microbatch's forward and backward pass is captured as one CUDA graph, and replayed.
+    cuda_graph: bool = False
     # deepspeed: a DeepSpeed configuration of one's own, laid over ours. A JSON file, read once, which becomes part
     # of the run's config. Keys that other settings decide must agree with them.
     deepspeed_config: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def problems(self, cp: int = 1) -> list[str]:
+        """Relations inside the engine's settings, and those to a context-parallel size."""
+        found = []
+        if self.deepspeed_config and self.name != "deepspeed":
+            found.append(f"engine.deepspeed_config is set, but engine.name={self.name} is not deepspeed")
+        if not self.cuda_graph:
+            return found
+        sums_its_own = self.zero_stage == 1 and self.precision == "bf16" and self.gradient_dtype == "fp32"
+        if self.name != "local" and not (self.name == "deepspeed" and sums_its_own):
+            found.append(
+                "engine.cuda_graph=true goes with engine=local, or engine=zero1 with engine.precision=bf16 and "
+                f"engine.gradient_dtype=fp32; here engine.name={self.name}, engine.zero_stage={self.zero_stage}, "
+                f"engine.precision={self.precision}, engine.gradient_dtype={self.gradient_dtype}"
+            )
+        if self.compile != "none":
+            found.append(f"engine.cuda_graph=true captures eager passes, but engine.compile={self.compile} is not none")
+        if cp > 1:
+            found.append(f"engine.cuda_graph=true does not go with parallel.cp={cp}, whose slices the host works out")
+        return found
 
     @field_validator("deepspeed_config", mode="before")
     @classmethod
@@ -382,8 +404,7 @@ class TrainConfig:
             found.append(
                 "optim.fused=apex does not go with engine.zero_stage=0, where DeepSpeed flattens apex's masters"
             )
-        if self.engine.deepspeed_config and self.engine.name != "deepspeed":
-            found.append(f"engine.deepspeed_config is set, but engine.name={self.engine.name} is not deepspeed")
+        found += self.engine.problems(cp)
         if self.optim.lr <= 0:
             found.append(f"optim.lr={self.optim.lr} must be above 0")
         if world_size is not None:

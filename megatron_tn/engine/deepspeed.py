@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from megatron_tn.config import TrainConfig
 from megatron_tn.engine.base import DTYPES, MOMENTS, StepResult, set_optimizer_step
 from megatron_tn.engine.deepspeed_settings import deepspeed_settings
+from megatron_tn.engine.passes import CapturedPasses
 from megatron_tn.model.sglu import SGLU
 from megatron_tn.model.transnormer import TransNormerLM, empty_model
 from megatron_tn.optim.groups import build_adamw, parameter_groups
@@ -146,6 +147,9 @@ class DeepSpeedEngine:
         # The torch (or apex) optimizer underneath the wrapper, which holds learning rates and moments.
         self.inner = getattr(self.optimizer, "optimizer", self.optimizer)
         self.main_gradients = self._attach_main_gradients()
+        self.passes = None
+        if config.engine.cuda_graph:
+            self.passes = CapturedPasses(model, self.main_gradients, grow=self.context.data.size)
 
     def _attach_main_gradients(self) -> list[MainGradient]:
         """Have gradients summed where DeepSpeed's optimizer for bf16 at stage 1 keeps its fp32 sums.
@@ -177,6 +181,14 @@ class DeepSpeedEngine:
         self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, *, scale: Tensor, last: bool
     ) -> Tensor:
         self.engine.set_gradient_accumulation_boundary(last)
+        if self.passes is not None:
+            # DeepSpeed's part comes after the passes: the reduction of the sums.
+            loss = self.passes(tokens, targets, cu_seqlens, scale)
+            self._finish_main_gradients()
+            self.engine.allreduce_gradients()
+            if not last:
+                self.engine.step()
+            return loss
         loss = self.engine(tokens, targets=targets, cu_seqlens=cu_seqlens, reduction="sum").loss * scale
         # DeepSpeed will divide by the number of data-parallel ranks.
         self.engine.backward(loss * self.context.data.size, scale_wrt_gas=False)

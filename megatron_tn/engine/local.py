@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megatron_tn.config import TrainConfig
 from megatron_tn.engine.base import MOMENTS, StepResult, set_optimizer_step
+from megatron_tn.engine.passes import CapturedPasses, Passes
 from megatron_tn.model.transnormer import TransNormerLM
 from megatron_tn.optim.groups import build_adamw, parameter_groups
 from megatron_tn.parallel.collectives import all_reduce_
@@ -44,6 +45,7 @@ class LocalEngine:
         self.main_gradients = [
             attach(parameter, gradient) for parameter, gradient in zip(self.parameters, self.gradients, strict=True)
         ]
+        self.passes = (CapturedPasses if config.engine.cuda_graph else Passes)(model, self.main_gradients)
         dimensions = [parameter.dim() for parameter in self.parameters]
         groups = parameter_groups(zip(self.names, self.masters, dimensions, strict=True), config.optim.weight_decay)
         self.optimizer = build_adamw(groups, config.optim)
@@ -51,13 +53,12 @@ class LocalEngine:
     def forward_backward(
         self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, *, scale: Tensor, last: bool
     ) -> Tensor:
-        loss = self.model(tokens, targets=targets, cu_seqlens=cu_seqlens, reduction="sum").loss * scale
-        loss.backward()
+        loss = self.passes(tokens, targets, cu_seqlens, scale)
         if last:
             for main in self.main_gradients:
                 main.finish()
             all_reduce_(self.flat_gradient, self.context.data)
-        return loss.detach()
+        return loss
 
     @torch.no_grad()
     def step(self, lr: float) -> StepResult:

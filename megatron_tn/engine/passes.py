@@ -1,0 +1,101 @@
+"""A microbatch's forward and backward pass, as it is or as one CUDA graph: captured once, replayed by a single launch.
+
+Python launches about fifty kernels a layer. Where they are short (small models, few tokens) the GPU waits for it; a
+replay leaves the host nothing to do. The graph holds the addresses of parameters and gradient sums, which never move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_tn.model.transnormer import ModelOutput, TransNormerLM
+from megatron_tn.parallel.main_gradient import MainGradient
+
+WARM_UP = 2  # eager passes before the first capture: kernels are compiled, and choices made, in them
+
+
+class _Graph(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor | None]
+    loss: Tensor
+
+
+class Passes:
+    """(tokens, targets, cu_seqlens, scale) -> scale x the sum of token losses, detached, with gradients in `mains`.
+
+    grow: what the loss is multiplied by for the backward pass alone.
+    """
+
+    def __init__(self, model: TransNormerLM, mains: Sequence[MainGradient], grow: float = 1.0):
+        self.model = model
+        self.mains = mains
+        self.grow = grow
+
+    def __call__(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, scale: Tensor) -> Tensor:
+        return self._run(self.model, tokens, targets, cu_seqlens, scale)
+
+    def _run(
+        self,
+        call: Callable[..., ModelOutput],
+        tokens: Tensor,
+        targets: Tensor,
+        cu_seqlens: Tensor | None,
+        scale: Tensor,
+    ) -> Tensor:
+        loss = call(tokens, targets=targets, cu_seqlens=cu_seqlens, reduction="sum").loss * scale
+        (loss * self.grow).backward()
+        return loss.detach()
+
+
+class CapturedPasses(Passes):
+    """The same, replayed. A graph for each shape of microbatch, and another for those that find the sums empty: writing
+    and adding differ. On a CPU, and while a hook wants to see gradients, passes run as they are.
+    """
+
+    def __init__(self, model: TransNormerLM, mains: Sequence[MainGradient], grow: float = 1.0):
+        super().__init__(model, mains, grow)
+        self.eager = 0
+        self.graphs: dict[tuple, _Graph] = {}
+
+    def __call__(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, scale: Tensor) -> Tensor:
+        inputs = [tokens, targets, cu_seqlens, scale]
+        if any(parameter._backward_hooks for parameter in self.model.parameters()):
+            self.graphs.clear()  # their memory is wanted
+            return super().__call__(*inputs)
+        if tokens.device.type != "cuda" or self.eager < WARM_UP:
+            self.eager += 1
+            return super().__call__(*inputs)
+        shapes = tuple(None if x is None else (x.shape, x.dtype) for x in inputs)
+        key = (*shapes, tuple(main.empty for main in self.mains))
+        if key not in self.graphs:
+            self.graphs[key] = self._capture(inputs)
+        found = self.graphs[key]
+        for place, value in zip(found.inputs, inputs, strict=True):
+            if place is not None:
+                place.copy_(value, non_blocking=True)
+        # Whoever watches the model's forward pass sees the replay in its place.
+        for before in self.model._forward_pre_hooks.values():
+            before(self.model, (tokens,))
+        found.graph.replay()
+        for after in self.model._forward_hooks.values():
+            after(self.model, (tokens,), found.loss)
+        for main in self.mains:
+            main.empty = False
+        return found.loss.clone()
+
+    def _capture(self, inputs: list[Tensor | None]) -> _Graph:
+        places = [None if x is None else x.clone() for x in inputs]
+        empty = [main.empty for main in self.mains]
+        graph = torch.cuda.CUDAGraph()
+        # One pool for all: graphs run one after the other, and leave nothing behind but the loss, which is copied.
+        pool = next(iter(self.graphs.values())).graph.pool() if self.graphs else None
+        # Not a call of the model, whose hooks would be captured instead of run.
+        with torch.cuda.graph(graph, pool=pool):
+            loss = self._run(self.model.forward, *places)
+        for main, was in zip(self.mains, empty, strict=True):
+            main.empty = was  # nothing has run yet
+        return _Graph(graph, places, loss)
