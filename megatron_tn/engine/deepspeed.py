@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from megatron_tn.config import TrainConfig
 from megatron_tn.engine.base import DTYPES, MOMENTS, StepResult, set_optimizer_step
 from megatron_tn.engine.deepspeed_settings import deepspeed_settings
-from megatron_tn.engine.passes import CapturedPasses
+from megatron_tn.engine.passes import CapturedPasses, capture_stream, on_stream
 from megatron_tn.model.sglu import SGLU
 from megatron_tn.model.transnormer import TransNormerLM, empty_model
 from megatron_tn.optim.groups import build_adamw, parameter_groups
@@ -136,7 +136,10 @@ class DeepSpeedEngine:
         settings = deepspeed_settings(config, self.context.dp.size)
         if self.bare:
             settings["gradient_clipping"] = 0.0  # done in step(), where a non-finite norm can still be refused
-        with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory figures unasked
+        stream = capture_stream(next(model.parameters()).device) if config.engine.cuda_graph else None
+        # Its bf16 optimizer prints memory figures unasked. It keeps nodes of the backward graph, which belong to the
+        # stream that they are made on.
+        with contextlib.redirect_stdout(io.StringIO()), on_stream(stream):
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
@@ -149,7 +152,7 @@ class DeepSpeedEngine:
         self.main_gradients = self._attach_main_gradients()
         self.passes = None
         if config.engine.cuda_graph:
-            self.passes = CapturedPasses(model, self.main_gradients, grow=self.context.data.size)
+            self.passes = CapturedPasses(model, self.main_gradients, stream, grow=self.context.data.size)
 
     def _attach_main_gradients(self) -> list[MainGradient]:
         """Have gradients summed where DeepSpeed's optimizer for bf16 at stage 1 keeps its fp32 sums.

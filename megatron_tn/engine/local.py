@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megatron_tn.config import TrainConfig
 from megatron_tn.engine.base import MOMENTS, StepResult, set_optimizer_step
-from megatron_tn.engine.passes import CapturedPasses, Passes
+from megatron_tn.engine.passes import CapturedPasses, Passes, capture_stream
 from megatron_tn.model.transnormer import TransNormerLM
 from megatron_tn.optim.groups import build_adamw, parameter_groups
 from megatron_tn.parallel.collectives import all_reduce_
@@ -45,7 +45,9 @@ class LocalEngine:
         self.main_gradients = [
             attach(parameter, gradient) for parameter, gradient in zip(self.parameters, self.gradients, strict=True)
         ]
-        self.passes = (CapturedPasses if config.engine.cuda_graph else Passes)(model, self.main_gradients)
+        self.passes = Passes(model, self.main_gradients)
+        if config.engine.cuda_graph:
+            self.passes = CapturedPasses(model, self.main_gradients, capture_stream(self.flat_gradient.device))
         dimensions = [parameter.dim() for parameter in self.parameters]
         groups = parameter_groups(zip(self.names, self.masters, dimensions, strict=True), config.optim.weight_decay)
         self.optimizer = build_adamw(groups, config.optim)

@@ -6,7 +6,8 @@ replay leaves the host nothing to do. The graph holds the addresses of parameter
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,24 @@ class _Graph(NamedTuple):
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor | None]
     loss: Tensor
+
+
+def capture_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """The stream that passes are captured on; None on a CPU, where nothing is."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+@contextlib.contextmanager
+def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Work of the block runs on `stream`, after what is queued, and before what comes after the block."""
+    if stream is None:
+        yield
+        return
+    outside = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(outside)
+    with torch.cuda.stream(stream):
+        yield
+    outside.wait_stream(stream)
 
 
 class Passes:
@@ -54,10 +73,15 @@ class Passes:
 class CapturedPasses(Passes):
     """The same, replayed. A graph for each shape of microbatch, and another for those that find the sums empty: writing
     and adding differ. On a CPU, and while a hook wants to see gradients, passes run as they are.
+
+    stream: of `capture_stream`; the one on which whatever keeps nodes of the backward graph was made.
     """
 
-    def __init__(self, model: TransNormerLM, mains: Sequence[MainGradient], grow: float = 1.0):
+    def __init__(
+        self, model: TransNormerLM, mains: Sequence[MainGradient], stream: torch.cuda.Stream | None, grow: float = 1.0
+    ):
         super().__init__(model, mains, grow)
+        self.stream = stream
         self.eager = 0
         self.graphs: dict[tuple, _Graph] = {}
 
@@ -66,9 +90,12 @@ class CapturedPasses(Passes):
         if any(parameter._backward_hooks for parameter in self.model.parameters()):
             self.graphs.clear()  # their memory is wanted
             return super().__call__(*inputs)
-        if tokens.device.type != "cuda" or self.eager < WARM_UP:
-            self.eager += 1
+        if self.stream is None:
             return super().__call__(*inputs)
+        if self.eager < WARM_UP:
+            self.eager += 1
+            with on_stream(self.stream):
+                return super().__call__(*inputs)
         shapes = tuple(None if x is None else (x.shape, x.dtype) for x in inputs)
         key = (*shapes, tuple(main.empty for main in self.mains))
         if key not in self.graphs:
@@ -94,7 +121,7 @@ class CapturedPasses(Passes):
         # One pool for all: graphs run one after the other, and leave nothing behind but the loss, which is copied.
         pool = next(iter(self.graphs.values())).graph.pool() if self.graphs else None
         # Not a call of the model, whose hooks would be captured instead of run.
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=self.stream):
             loss = self._run(self.model.forward, *places)
         for main, was in zip(self.mains, empty, strict=True):
             main.empty = was  # nothing has run yet
