@@ -53,6 +53,7 @@ class Passes:
         self.model = model
         self.mains = mains
         self.grow = grow
+        self.watchers: list[Callable[[], None]] = []  # called before and after a replay, which calls no hook
 
     def __call__(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, scale: Tensor) -> Tensor:
         return self._run(self.model, tokens, targets, cu_seqlens, scale)
@@ -104,12 +105,11 @@ class CapturedPasses(Passes):
         for place, value in zip(found.inputs, inputs, strict=True):
             if place is not None:
                 place.copy_(value, non_blocking=True)
-        # Whoever watches the model's forward pass sees the replay in its place.
-        for before in self.model._forward_pre_hooks.values():
-            before(self.model, (tokens,))
+        for watcher in self.watchers:
+            watcher()
         found.graph.replay()
-        for after in self.model._forward_hooks.values():
-            after(self.model, (tokens,), found.loss)
+        for watcher in self.watchers:
+            watcher()
         for main in self.mains:
             main.empty = False
         return found.loss.clone()

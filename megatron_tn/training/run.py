@@ -200,7 +200,7 @@ class Run:
             hooks.append(EvaluateEvery(evaluate_now, self.record, config.evaluation.every, last))
         if config.logging.ranks_every:
             every = config.logging.ranks_every
-            hooks.append(RankReport(engine.model, self.progress, self.report, self.record, every))
+            hooks.append(RankReport(engine, self.progress, self.report, self.record, every))
         self.writer = CheckpointWriter(
             self.checkpoints,
             Retention(newest=keep.keep, every=keep.keep_every, best=keep.keep_best),

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
+from megatron_tn.engine.base import Engine
 from megatron_tn.training.hooks import NullHook
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
@@ -31,13 +31,13 @@ class RankReport(NullHook):
 
     def __init__(
         self,
-        model: nn.Module,
+        engine: Engine,
         progress: Progress,
         report: Callable[[str, dict[str, Any], int], None],
         record: Callable[[dict[str, Any], int], None],
         every: int,
     ):
-        self.model = model
+        self.engine = engine
         self.progress = progress
         self.report = report
         self.record = record
@@ -50,9 +50,12 @@ class RankReport(NullHook):
             dist.all_gather_object(self.hosts, self.hosts[0])
         # Hooks around the whole model, which is not compiled as a whole.
         self._handles = [
-            self.model.register_forward_pre_hook(lambda *_: self._mark()),
-            self.model.register_forward_hook(lambda *_: self._mark()),
+            self.engine.model.register_forward_pre_hook(lambda *_: self._mark()),
+            self.engine.model.register_forward_hook(lambda *_: self._mark()),
         ]
+        # Passes that are replayed as one graph: forward and backward together.
+        if passes := getattr(self.engine, "passes", None):
+            passes.watchers.append(self._mark)
         self._begin(state)
 
     def on_step(self, state: TrainingState, report: StepReport) -> None:
