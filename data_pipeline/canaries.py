@@ -43,13 +43,12 @@ def plant(settings: Settings, per_kind: int, seed: int = 0) -> Settings:
 
 
 def _hosts(settings: Settings, wanted: int, seed: int) -> list[str]:
-    """A random sample of the first prose that is found of a length to be made something of. Tables and code are no
-    prose: no order of their words is wrong."""
+    """A random sample of the first texts that are found to make canaries of."""
     from data_pipeline.readers import ReadSources
 
     texts = []
     for document in ReadSources(settings.sources, Path(f"{settings.output}.canaries/quarantine")).run():
-        if HOST_BYTES[0] <= len(document.text) <= HOST_BYTES[1] and _is_prose(document.text):
+        if is_host(document.text):
             texts.append(document.text)
             if len(texts) == 20 * wanted:
                 break
@@ -60,7 +59,11 @@ def _hosts(settings: Settings, wanted: int, seed: int) -> list[str]:
     return random.Random(seed).sample(texts, wanted)
 
 
-def _is_prose(text: str) -> bool:
+def is_host(text: str) -> bool:
+    """Whether a canary can be made of a text: prose of a length to be made something of. Tables and code are no prose:
+    no order of their words is wrong."""
+    if not HOST_BYTES[0] <= len(text) <= HOST_BYTES[1]:
+        return False
     visible = "".join(text.split())
     return sum(map(str.isalpha, visible)) >= 0.85 * len(visible) and len(SENTENCE.findall(text)) >= 8
 
