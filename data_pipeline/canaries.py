@@ -19,6 +19,7 @@ from data_pipeline.errors import InputError, StageError
 from data_pipeline.sources import Jsonl
 
 SOURCE = "canaries"
+STAGES = ("rules", "exact_duplicates", "line_duplicates", "near_duplicates")  # folders of drops/, in their order
 SENTENCE = re.compile(r"[.!?]\s")
 HOST_BYTES = (800, 20_000)  # a text shorter says too little to be shuffled, a longer one makes a canary too easy
 
@@ -69,14 +70,22 @@ def is_host(text: str) -> bool:
 
 
 def score(output: Path) -> dict:
-    """What a planted run did: for each kind how many were planted, dropped, and by which rule, and over all kinds the
-    recall of noise, the shares of odd-looking and of real text lost, and the precision of the drops among canaries. A
-    good document that goes as a duplicate is not lost: its like stays."""
+    """What a planted run did: for each kind how many were planted, dropped, and by which rule; for each stage the
+    recall of the noise that reached it and the precision of its drops among canaries (null when it dropped none); and
+    over all the recall of noise, the shares of odd-looking and of real text lost, and the precision. A good document
+    that goes as a duplicate is not lost: its like stays."""
     kinds = _planted(output)
-    dropped = {}
-    for path in sorted(output.glob("drops/*/*.jsonl")):
-        for record in map(json.loads, path.read_bytes().splitlines()):
-            dropped[record["id"]] = record["filter"]
+    dropped, stages = {}, {}
+    left = {identity for identity, kind in kinds.items() if kind in NOISE}
+    for stage in STAGES:
+        rules = {}
+        for path in sorted(output.glob(f"drops/{stage}/*.jsonl")):
+            for record in map(json.loads, path.read_bytes().splitlines()):
+                rules[record["id"]] = record["filter"]
+        if rules:
+            stages[stage] = _stage(rules, left, kinds)
+        left -= rules.keys()
+        dropped |= rules
     entries = {}
     for kind in (*NOISE, *GOOD):
         members = [identity for identity, its_kind in kinds.items() if its_kind == kind]
@@ -97,7 +106,23 @@ def score(output: Path) -> dict:
         "odd_good_text_lost": lost / sum(e["planted"] for e in odd),
         "real_text_lost": real_lost / max(real, 1),
     }
-    return {"summary": summary, "kinds": entries}
+    return {"summary": summary, "stages": stages, "kinds": entries}
+
+
+def _stage(rules: dict[str, str], reached: set[str], kinds: dict[str, str]) -> dict:
+    """One stage's figures. rules: {document: the rule that dropped it here}; reached: noise that was still there."""
+    caught = dict.fromkeys(NOISE, 0)
+    for identity in rules.keys() & reached:
+        caught[kinds[identity]] += 1
+    lost = sum(kinds.get(identity) in GOOD and not rule.endswith("_duplicate") for identity, rule in rules.items())
+    dropped = sum(caught.values())
+    return {
+        "noise_reached": len(reached),
+        "noise_dropped": dropped,
+        "recall": dropped / max(len(reached), 1),
+        "precision": dropped / (dropped + lost) if dropped + lost else None,
+        "by_kind": {kind: count for kind, count in caught.items() if count},
+    }
 
 
 def _planted(output: Path) -> dict[str, str]:
@@ -145,6 +170,10 @@ def main(arguments: list[str] | None = None) -> int:
     for kind, entry in scores["kinds"].items():
         by = ", ".join(f"{rule} {count}" for rule, count in entry["by"].items())
         print(f"{kind:20} {'noise' if entry['noise'] else 'good':5} {entry['dropped']:4} of {entry['planted']:4}  {by}")
+    for stage, entry in scores["stages"].items():
+        dropped = f"{entry['noise_dropped']:4} of {entry['noise_reached']:4} of the noise that reached it"
+        precision = "" if entry["precision"] is None else f", precision {entry['precision']:.4f}"
+        print(f"{stage:20} {dropped}, recall {entry['recall']:.4f}{precision}")
     print(", ".join(f"{name} {value:.4f}" for name, value in scores["summary"].items()))
     return 0
 
