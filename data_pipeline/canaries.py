@@ -19,6 +19,7 @@ from data_pipeline.errors import InputError, StageError
 from data_pipeline.sources import Jsonl
 
 SOURCE = "canaries"
+STAGES = ("rules", "exact_duplicates", "line_duplicates", "near_duplicates")  # folders of drops/, in their order
 SENTENCE = re.compile(r"[.!?]\s")
 HOST_BYTES = (800, 20_000)  # a text shorter says too little to be shuffled, a longer one makes a canary too easy
 
@@ -43,13 +44,12 @@ def plant(settings: Settings, per_kind: int, seed: int = 0) -> Settings:
 
 
 def _hosts(settings: Settings, wanted: int, seed: int) -> list[str]:
-    """A random sample of the first prose that is found of a length to be made something of. Tables and code are no
-    prose: no order of their words is wrong."""
+    """A random sample of the first texts that are found to make canaries of."""
     from data_pipeline.readers import ReadSources
 
     texts = []
     for document in ReadSources(settings.sources, Path(f"{settings.output}.canaries/quarantine")).run():
-        if HOST_BYTES[0] <= len(document.text) <= HOST_BYTES[1] and _is_prose(document.text):
+        if is_host(document.text):
             texts.append(document.text)
             if len(texts) == 20 * wanted:
                 break
@@ -60,20 +60,32 @@ def _hosts(settings: Settings, wanted: int, seed: int) -> list[str]:
     return random.Random(seed).sample(texts, wanted)
 
 
-def _is_prose(text: str) -> bool:
+def is_host(text: str) -> bool:
+    """Whether a canary can be made of a text: prose of a length to be made something of. Tables and code are no prose:
+    no order of their words is wrong."""
+    if not HOST_BYTES[0] <= len(text) <= HOST_BYTES[1]:
+        return False
     visible = "".join(text.split())
     return sum(map(str.isalpha, visible)) >= 0.85 * len(visible) and len(SENTENCE.findall(text)) >= 8
 
 
 def score(output: Path) -> dict:
-    """What a planted run did: for each kind how many were planted, dropped, and by which rule, and over all kinds the
-    recall of noise, the shares of odd-looking and of real text lost, and the precision of the drops among canaries. A
-    good document that goes as a duplicate is not lost: its like stays."""
+    """What a planted run did: for each kind how many were planted, dropped, and by which rule; for each stage the
+    recall of the noise that reached it and the precision of its drops among canaries (null when it dropped none); and
+    over all the recall of noise, the shares of odd-looking and of real text lost, and the precision. A good document
+    that goes as a duplicate is not lost: its like stays."""
     kinds = _planted(output)
-    dropped = {}
-    for path in sorted(output.glob("drops/*/*.jsonl")):
-        for record in map(json.loads, path.read_bytes().splitlines()):
-            dropped[record["id"]] = record["filter"]
+    dropped, stages = {}, {}
+    left = {identity for identity, kind in kinds.items() if kind in NOISE}
+    for stage in STAGES:
+        rules = {}
+        for path in sorted(output.glob(f"drops/{stage}/*.jsonl")):
+            for record in map(json.loads, path.read_bytes().splitlines()):
+                rules[record["id"]] = record["filter"]
+        if rules:
+            stages[stage] = _stage(rules, left, kinds)
+        left -= rules.keys()
+        dropped |= rules
     entries = {}
     for kind in (*NOISE, *GOOD):
         members = [identity for identity, its_kind in kinds.items() if its_kind == kind]
@@ -94,7 +106,23 @@ def score(output: Path) -> dict:
         "odd_good_text_lost": lost / sum(e["planted"] for e in odd),
         "real_text_lost": real_lost / max(real, 1),
     }
-    return {"summary": summary, "kinds": entries}
+    return {"summary": summary, "stages": stages, "kinds": entries}
+
+
+def _stage(rules: dict[str, str], reached: set[str], kinds: dict[str, str]) -> dict:
+    """One stage's figures. rules: {document: the rule that dropped it here}; reached: noise that was still there."""
+    caught = dict.fromkeys(NOISE, 0)
+    for identity in rules.keys() & reached:
+        caught[kinds[identity]] += 1
+    lost = sum(kinds.get(identity) in GOOD and not rule.endswith("_duplicate") for identity, rule in rules.items())
+    dropped = sum(caught.values())
+    return {
+        "noise_reached": len(reached),
+        "noise_dropped": dropped,
+        "recall": dropped / max(len(reached), 1),
+        "precision": dropped / (dropped + lost) if dropped + lost else None,
+        "by_kind": {kind: count for kind, count in caught.items() if count},
+    }
 
 
 def _planted(output: Path) -> dict[str, str]:
@@ -142,6 +170,10 @@ def main(arguments: list[str] | None = None) -> int:
     for kind, entry in scores["kinds"].items():
         by = ", ".join(f"{rule} {count}" for rule, count in entry["by"].items())
         print(f"{kind:20} {'noise' if entry['noise'] else 'good':5} {entry['dropped']:4} of {entry['planted']:4}  {by}")
+    for stage, entry in scores["stages"].items():
+        dropped = f"{entry['noise_dropped']:4} of {entry['noise_reached']:4} of the noise that reached it"
+        precision = "" if entry["precision"] is None else f", precision {entry['precision']:.4f}"
+        print(f"{stage:20} {dropped}, recall {entry['recall']:.4f}{precision}")
     print(", ".join(f"{name} {value:.4f}" for name, value in scores["summary"].items()))
     return 0
 

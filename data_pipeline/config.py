@@ -7,6 +7,7 @@ and one in a file meet the same refusal, all of them at once.
 import dataclasses
 import difflib
 import functools
+import json
 import operator
 import typing
 from pathlib import Path
@@ -17,6 +18,7 @@ from pydantic.dataclasses import dataclass
 
 from data_pipeline.edits import EDITS, Characters, Html, Numbers, Punctuation, Urls
 from data_pipeline.errors import InputError
+from data_pipeline.files import replace_file
 from data_pipeline.filters import (
     RULES,
     Boilerplate,
@@ -220,6 +222,17 @@ def difference(old: dict, new: dict, prefix: str = "") -> list[str]:
         elif before != after:
             lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
     return lines
+
+
+def keep_settings(output: str, settings: dict, what: str) -> None:
+    """Notes in `output`/settings.json what decides the bytes of what is made there, or, when that is noted already,
+    raises InputError naming every setting that is another one now. what: what `output` holds, for the message."""
+    path, now = Path(output) / "settings.json", json.loads(json.dumps(settings))
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, json.dumps(now, indent=1).encode() + b"\n")
+    elif changed := difference(json.loads(path.read_text()), now):
+        raise InputError(*(f"output={output} holds {what} with other settings: {line}" for line in changed))
 
 
 def _unknown_choice(directory: Path, group: str, choice: object) -> str | None:

@@ -210,8 +210,13 @@ def _canaries(canaries: dict) -> tuple[str, ...]:
         for kind, e in canaries["kinds"].items()
     )
     header = ("kind", "planted", "dropped", "share dropped", "by stage or rule")
+    stages = (
+        (stage, *(e[key] for key in ("noise_reached", "noise_dropped", "recall", "precision")), _counts(e["by_kind"]))
+        for stage, e in canaries["stages"].items()
+    )
+    columns = ("stage", "noise that reached it", "dropped", "recall", "precision", "by kind")
     summary = ", ".join(f"{key} {value:.4f}" for key, value in canaries["summary"].items())
-    return "<h2>Canaries</h2>", f"<p>{escape(summary)}</p>", _table(header, rows)
+    return "<h2>Canaries</h2>", f"<p>{escape(summary)}</p>", _table(header, rows), _table(columns, stages)
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
@@ -236,6 +241,8 @@ def _value(value: object) -> str:
         return f"{value['documents']:,}<br><small>{rest}</small>"
     if isinstance(value, int):
         return f"{value:,}"
+    if value is None:
+        return ""
     return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
 
 

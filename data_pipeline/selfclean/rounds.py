@@ -16,7 +16,7 @@ from data_pipeline.audit.agreement import decisions, wilson
 from data_pipeline.audit.answers import read_answers
 from data_pipeline.audit.draw import draw, group_scores
 from data_pipeline.audit.samples import Samples, write_samples
-from data_pipeline.config import difference
+from data_pipeline.config import keep_settings
 from data_pipeline.errors import InputError
 from data_pipeline.files import replace_file
 from data_pipeline.selfclean.bands import Quantiles, choose_bands
@@ -39,7 +39,8 @@ def run_rounds(settings: RoundsSettings, say=print) -> list[dict]:
     sources = sorted({shard.source for shard in manifest.shards})
     if unknown := sorted(set(settings.quantiles.sources) - set(sources)):
         raise InputError(f"quantiles.sources={', '.join(unknown)}: no such source; there are {', '.join(sources)}")
-    _keep_settings(settings, manifest)
+    decisive = {key: value for key, value in dataclasses.asdict(settings).items() if key not in FREE}
+    keep_settings(settings.output, decisive | {"manifest_hash": manifest.content_hash}, "rounds")
     reports, before = [], None
     quantiles = Quantiles(**dataclasses.asdict(settings.quantiles))
     for number in range(1, settings.rounds + 1):
@@ -57,20 +58,6 @@ def run_rounds(settings: RoundsSettings, say=print) -> list[dict]:
 
 # What may change between two starts; everything else decides what was done already.
 FREE = ("rounds", "audit", "score", "trainer", "scorer", "manifest", "output")
-
-
-def _keep_settings(settings: RoundsSettings, manifest: Manifest) -> None:
-    """Writes what the rounds depend on into their folder; raises InputError naming what has changed since."""
-    path = Path(settings.output) / "settings.json"
-    now = {k: v for k, v in dataclasses.asdict(settings).items() if k not in FREE}
-    now = json.loads(json.dumps(now | {"manifest_hash": manifest.content_hash}))
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps(now, indent=1).encode() + b"\n")
-    elif changed := difference(json.loads(path.read_text()), now):
-        raise InputError(
-            *(f"output={settings.output} holds rounds with other settings: {line}" for line in changed),
-        )
 
 
 class Round:

@@ -34,6 +34,21 @@ def test_noise_goes_and_good_text_stays(output):
     assert canaries["summary"]["precision"] >= 0.98
 
 
+def test_each_stage_has_its_recall_and_precision(output):
+    canaries = json.loads((output / "report.json").read_text())["canaries"]
+    stages = canaries["stages"]
+    noise = [entry for kind, entry in canaries["kinds"].items() if kind in NOISE]
+    assert stages["rules"]["noise_reached"] == PER_KIND * len(NOISE)
+    reached, dropped = ([entry[f"noise_{key}"] for entry in stages.values()] for key in ("reached", "dropped"))
+    assert [*reached[1:], reached[-1] - dropped[-1]] == [a - b for a, b in zip(reached, dropped, strict=True)]
+    assert sum(dropped) == sum(entry["dropped"] for entry in noise)
+    # Rules cannot know that a text is there twice, and deduplication takes that alone.
+    assert stages["rules"]["recall"] >= 0.95 * (len(NOISE) - 1) / len(NOISE)
+    assert stages["near_duplicates"]["by_kind"]["near_duplicate"] >= 0.95 * PER_KIND
+    assert all(stages[stage]["precision"] >= 0.98 for stage in ("rules", "near_duplicates")), stages
+    assert all(entry["precision"] is None for entry in stages.values() if not entry["noise_dropped"]), stages
+
+
 def test_each_kind_is_caught_by_the_rule_made_for_it(output):
     kinds = score(output)["kinds"]
     for kind, rules in {
@@ -54,6 +69,8 @@ def test_the_page_shows_them(output):
     page = (output / "report.html").read_text()
     assert "<h2>Canaries</h2>" in page
     assert all(f"<td>{kind}</td>" in page for kind in (*NOISE, *GOOD))
+    assert "<th>stage</th>" in page
+    assert "<td>rules</td>" in page
 
 
 @pytest.mark.parametrize("make", {**NOISE, **GOOD}.values(), ids={**NOISE, **GOOD})

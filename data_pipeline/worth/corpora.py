@@ -1,0 +1,181 @@
+"""The corpora: real text, held-out text, raw text with noise planted, and what cleaning leaves of it, cut to one size.
+
+Real and held-out text come first: gathered, freed of exact and near duplicates, tokenised by a tokenizer trained on the
+real text. Held-out documents are left as they are, by noise and by cleaning alike, so that they favour no corpus.
+"""
+
+import dataclasses
+import json
+import random
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.canaries import is_host
+from data_pipeline.canary_texts import NOISE
+from data_pipeline.config import compose, keep_settings
+from data_pipeline.document import text_hash
+from data_pipeline.errors import InputError
+from data_pipeline.files import replace_file, replacing
+from data_pipeline.run import run
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.reading import StoredDocument, read_documents
+from data_pipeline.shards.writer import ShardWriter
+from data_pipeline.tokenizer import load
+from data_pipeline.worth.gather import gather
+from data_pipeline.worth.settings import WorthSettings
+
+PARTS = 16  # files of JSON lines, so that the pipeline has as many tasks
+REAL, NEAR_DUPLICATE = "real", "near_duplicate"
+
+
+def make_corpora(settings: WorthSettings, say=print) -> dict:
+    """Makes what is not there yet below `settings.output` and returns what corpora.json says. Raises InputError and
+    StageError."""
+    output = Path(settings.output)
+    decisive = {key: value for key, value in dataclasses.asdict(settings).items() if key not in ("output", "workers")}
+    keep_settings(settings.output, decisive, "corpora")
+    result = output / "corpora.json"
+    if result.exists():
+        return json.loads(result.read_bytes())
+
+    say("gathering text of the installed packages")
+    packages = _once(output / "packages.json", lambda: _gather(settings, output))
+    common = [f"tasks={PARTS}", f"workers={settings.workers}"]
+    say("real text: duplicates go, a tokenizer is trained, a part is held out")
+    words = ["pipeline=raw", f"input={output}/gathered", f"output={output}/real", "exact_duplicates=true"]
+    words += ["near_duplicates={words: 5}", f"heldout_fraction={settings.heldout_fraction}"]
+    run(compose([*words, f"tokenizer.vocab_size={settings.vocab_size}", *common]))
+    real = Manifest.load(str(output / "real/train/manifest.json"))
+    say("planting noise")
+    planted = _once(output / "planted.json", lambda: plant(real, settings, output / "planted"))
+    common += [f"input={output}/planted", "heldout_fraction=0", f"tokenizer.file={output}/real/tokenizer.json"]
+    whole = {}
+    for name, pipeline in (("raw", "raw"), ("cleaned", "mixed")):
+        say(f"{name}: pipeline={pipeline}")
+        run(compose([f"pipeline={pipeline}", f"output={output}/pipelines/{name}", *common]))
+        whole[name] = Manifest.load(f"{output}/pipelines/{name}/train/manifest.json")
+
+    tokens = min(manifest.totals.tokens for manifest in whole.values())
+    figures = {}
+    for name, manifest in whole.items():
+        say(f"{name}: cut to {tokens} tokens")
+        cut(manifest, tokens, settings.seed, output / name)
+        figures[name] = describe(output / name, manifest, planted)
+    shutil.copytree(output / "real/heldout", output / "heldout", dirs_exist_ok=True)
+    heldout = Manifest.load(str(output / "heldout/manifest.json"))
+    summary = {
+        "settings": decisive,
+        "tokens": tokens,
+        "vocab_size": heldout.tokenizer.vocab_size,
+        "planted": planted,
+        "corpora": figures,
+        "heldout": dataclasses.asdict(heldout.totals),
+        "packages": packages,
+    }
+    replace_file(result, json.dumps(summary, indent=1).encode() + b"\n")
+    return summary
+
+
+def _once(path: Path, make) -> dict:
+    """What `make()` gave, from `path` when it was made before."""
+    if not path.exists():
+        replace_file(path, json.dumps(make(), indent=1).encode() + b"\n")
+    return json.loads(path.read_bytes())
+
+
+def _gather(settings: WorthSettings, output: Path) -> dict:
+    limits = {"documentation": settings.documentation_bytes, "source": settings.source_bytes}
+    return gather(output / "gathered", limits, settings.packages, PARTS)
+
+
+def plant(real: Manifest, settings: WorthSettings, folder: Path) -> dict:
+    """Writes the real documents and the noise made from them to `folder`/NN.jsonl, in the order of their hashes.
+    Returns {kind: {documents, bytes}}, REAL among the kinds. Raises InputError when no document can be made noise of.
+    """
+    decode = load(real.directory / real.tokenizer.file).decode
+    texts, hosts, size = [], [], 0
+    for document in read_documents(real):
+        text = decode(document.tokens[1:-1].tolist())
+        texts.append((identity := f"{REAL}/{document.metadata['key']}", text))
+        size += document.metadata["bytes"]
+        if is_host(text):
+            hosts.append((identity, text))
+    if not hosts:
+        raise InputError("noise: none of the real documents is prose of a length to make noise of")
+    counts = {REAL: {"documents": len(texts), "bytes": size}}
+    generator = random.Random(settings.seed)
+    generator.shuffle(hosts)
+    share = size * settings.noise / (1 - settings.noise) / len(NOISE)  # bytes of each kind
+    for kind, make in NOISE.items():
+        count, made = 0, 0
+        while made < share:
+            host, original = hosts[count % len(hosts)]
+            text = make(original, generator)
+            texts.append((f"{kind}/{count}/{host}", text))
+            count, made = count + 1, made + len(text.encode())
+        counts[kind] = {"documents": count, "bytes": made}
+    texts.sort(key=lambda entry: text_hash(entry[0]))
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(PARTS):
+        with replacing(folder / f"{number:02d}.jsonl") as file:
+            for identity, text in texts[number::PARTS]:
+                file.write(json.dumps({"id": identity, "text": text}).encode() + b"\n")
+    return counts
+
+
+def cut(manifest: Manifest, tokens: int, seed: int, folder: Path) -> None:
+    """Writes a random choice of the documents of a manifest as a corpus of its own: as many as fit into `tokens`."""
+    if (folder / "manifest.json").exists():
+        return
+    documents = list(read_documents(manifest))
+    left, chosen = tokens, []
+    for place in np.random.default_rng(seed).permutation(len(documents)):
+        if (size := len(documents[place].tokens)) > left:
+            break
+        left -= size
+        chosen.append(documents[place])
+    shard_tokens = max(tokens // 8, 1)
+    with ShardWriter(folder, "part", dtype=manifest.dtype, shard_tokens=shard_tokens) as writer:
+        for document in chosen:
+            record = document.metadata
+            writer.write(
+                document.tokens,
+                id=record["id"],
+                source=record["source"],
+                text_bytes=record["bytes"],
+                language=record["language"],
+                key=record["key"],
+            )
+    info = manifest.tokenizer
+    shutil.copyfile(manifest.directory / info.file, folder / info.file)
+    Manifest.create(folder, info, writer.shards, manifest.content.sources).save()
+
+
+def describe(folder: Path, whole: Manifest, planted: dict) -> dict:
+    """What a corpus holds after it was cut, the share of its tokens that is noise, and of every kind that was planted,
+    the share of documents that cleaning took before the cut."""
+    corpus = Manifest.load(str(folder / "manifest.json"))
+    tokens, left = Counter(), Counter()
+    for kind, size in _kinds(list(read_documents(corpus))):
+        tokens[kind] += size
+    for kind, _ in _kinds(list(read_documents(whole))):
+        left[kind] += 1
+    return {
+        **dataclasses.asdict(corpus.totals),
+        "noise": 1 - tokens[REAL] / corpus.totals.tokens,
+        "taken": {kind: max(1 - left[kind] / count["documents"], 0.0) for kind, count in planted.items()},
+    }
+
+
+def _kinds(documents: list[StoredDocument]) -> Iterator[tuple[str, int]]:
+    """The kind and tokens of each document: REAL, or of what noise. A near duplicate whose original is gone stands for
+    it, and is real: of the two, cleaning may take either."""
+    there = {document.metadata["key"] for document in documents}
+    for document in documents:
+        kind, _, rest = document.metadata["key"].partition("/")
+        host = rest.partition("/")[2]
+        yield REAL if kind == NEAR_DUPLICATE and host not in there else kind, len(document.tokens)
