@@ -16,6 +16,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -72,7 +73,21 @@ def benchmark(config: BenchmarkConfig) -> None:
         problems.append(f"benchmark.loop_steps={config.benchmark.loop_steps} must be 0 or above {LOOP_WARM_UP}")
     if problems:
         raise ConfigError(problems)
-    rows = list(measure(config))
+    first = int(os.environ.get("RANK", 0)) == 0
+    rows = []
+    try:
+        for row in measure(config):
+            rows.append(row)
+            if first and config.benchmark.output:
+                derived = {"tokens_per_second": row.tokens_per_second, "utilisation": row.utilisation}
+                with open(config.benchmark.output, "a") as file:
+                    file.write(json.dumps(dataclasses.asdict(row) | derived) + "\n")
+    finally:  # what was measured is not lost with what comes after it
+        if first and rows:
+            show(rows)
+
+
+def show(rows: list[Row]) -> None:
     table = Table("model", "what", "N", "tokens a step", "ms", "tokens/s", "utilisation", "of TFLOP/s", "peak GiB")
     for row in rows:
         table.add_row(
@@ -87,11 +102,6 @@ def benchmark(config: BenchmarkConfig) -> None:
             f"{row.peak_gib:.1f}",
         )
     Console(highlight=False, width=140).print(table)
-    if config.benchmark.output:
-        with open(config.benchmark.output, "a") as file:
-            for row in rows:
-                derived = {"tokens_per_second": row.tokens_per_second, "utilisation": row.utilisation}
-                file.write(json.dumps(dataclasses.asdict(row) | derived) + "\n")
 
 
 def measure(config: BenchmarkConfig) -> Iterator[Row]:

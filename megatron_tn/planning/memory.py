@@ -31,6 +31,7 @@ GIB = 2**30
 # The allocator holds more than what lives in it: pieces of its segments that nothing fits. A share of what is alive.
 SLACK = 0.03
 CUBLAS = 32 * 2**20  # a matrix product's workspace on Hopper, from the allocator as well
+REDUCED_AT_ONCE = 5 * 10**8  # elements that DeepSpeed lays together to reduce them
 ZERO3_LIVE = 10**9  # elements that DeepSpeed keeps gathered (stage3_max_live_parameters)
 
 
@@ -125,10 +126,12 @@ def buffer_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
         return gathered + 2 * bucket * width + 4 * min(math.ceil(local / data), ZERO3_LIVE)  # the step's flat gradient
     if engine.zero_stage == 2:
         return 2 * bucket * width + width * math.ceil(local / data)
-    # Stage 1 keeps gradients in the computing type until the last microbatch is done, then makes them flat twice, once
-    # in fp32: 8 bytes a parameter in bf16, of which an fp32 flat one is never in the activations' place.
-    flat = 4 * local
-    return bucket * width + max(flat, (2 * width + 4) * local - activations)
+    if width == 2 and engine.gradient_dtype == "fp32":
+        # Gradients are summed in place, and reduced there; DeepSpeed first lays those together that are small enough.
+        return 4 * local if local <= REDUCED_AT_ONCE else 0
+    # Else stage 1 keeps gradients in the computing type until the last microbatch is done, then makes them flat twice,
+    # once in fp32, which is never in the activations' place.
+    return bucket * width + max(4 * local, (2 * width + 4) * local - activations)
 
 
 def activation_bytes(config: TrainConfig, device: str = "cuda") -> tuple[int, int]:
@@ -249,6 +252,8 @@ def remedies(config: TrainConfig, world_size: int) -> list[tuple[str, MemoryPlan
         candidates.append(("engine.recompute=full", replace(config, engine=full)))
     if engine.name == "deepspeed":
         for stage in range(engine.zero_stage + 1, 4):
+            if stage == 3:  # of the two that shard everything, the faster one first (docs/performance.md)
+                candidates.append(("engine=fsdp2", replace(config, engine=replace(engine, name="fsdp2"))))
             candidates.append((f"engine=zero{stage}", replace(config, engine=replace(engine, zero_stage=stage))))
     if config.parallel.tp > 1 and not config.parallel.sequence_parallel:
         shared = replace(config, parallel=replace(config.parallel, sequence_parallel=True))
