@@ -1,6 +1,7 @@
 """The same thing over and over."""
 
 from collections import Counter
+from collections.abc import Iterator
 
 from pydantic.dataclasses import dataclass
 
@@ -11,20 +12,28 @@ from data_pipeline.filters.base import RULE, Drop
 class Repetition:
     """Shares, at most: `max_duplicate_lines` of the characters that lie in lines seen before in the document (lines of
     fewer than `shortest_line` characters do not count: code repeats `else:` and closing brackets by its nature);
-    `max_top_words` of the words that are the commonest run of `words` words, in texts of `min_words` words or more."""
+    `max_top_words` of the words that are the commonest run of `words` words, and `max_repeated_words` of the words that
+    end a run of `run` words seen before, in texts of `min_words` words or more. The last finds whole passages that come
+    again where no line does; 1 asks for none."""
 
     max_duplicate_lines: float = 0.5
     shortest_line: int = 12
     max_top_words: float = 0.2
     words: int = 3
+    max_repeated_words: float = 1.0
+    run: int = 10
     min_words: int = 60
 
     def __call__(self, text: str) -> Drop | None:
         share = self._duplicate_lines(text)
         if share > self.max_duplicate_lines:
             return Drop("max_duplicate_lines", share, self.max_duplicate_lines)
-        share = self._top_words(text.split())
-        return Drop("max_top_words", share, self.max_top_words) if share > self.max_top_words else None
+        words = text.split()
+        share = self._top_words(words)
+        if share > self.max_top_words:
+            return Drop("max_top_words", share, self.max_top_words)
+        share = self._repeated_words(words) if self.max_repeated_words < 1 else 0.0
+        return Drop("max_repeated_words", share, self.max_repeated_words) if share > self.max_repeated_words else None
 
     def _duplicate_lines(self, text: str) -> float:
         lines = [line for raw in text.splitlines() if len(line := raw.strip()) >= self.shortest_line]
@@ -34,5 +43,14 @@ class Repetition:
     def _top_words(self, words: list[str]) -> float:
         if len(words) < max(self.min_words, self.words):
             return 0.0
-        runs = Counter(zip(*(words[start:] for start in range(self.words)), strict=False))
-        return runs.most_common(1)[0][1] * self.words / len(words)
+        return Counter(_runs(words, self.words)).most_common(1)[0][1] * self.words / len(words)
+
+    def _repeated_words(self, words: list[str]) -> float:
+        if len(words) < max(self.min_words, self.run):
+            return 0.0
+        ends = len(words) - self.run + 1
+        return (ends - len(set(_runs(words, self.run)))) / len(words)
+
+
+def _runs(words: list[str], length: int) -> Iterator[tuple[str, ...]]:
+    return zip(*(words[start:] for start in range(length)), strict=False)

@@ -60,6 +60,15 @@ DROPPED = {
     "numbers": (Symbols(), " ".join(str(NOISE.random()) for _ in range(50)), "min_letters", 0.0),
     "blob": (Lines(max_line=1000), "".join(NOISE.choices(string.ascii_letters, k=1001)), "max_line", 1001),
     "minified": (Lines(max_mean=100), ("var a=1;" * 20 + "\n") * 3, "max_mean", 160),
+    "links alone": (Lines(max_bullets=0.9), "Read also:\n" + "- another page\n" * 19, "max_bullets", 0.95),
+    "teasers": (Lines(max_ellipses=0.3), "The farmer counted his hens and…\nHe slept.\n" * 5, "max_ellipses", 0.5),
+    # On one line, where no run of three words is common.
+    "a passage again and again": (
+        Repetition(max_repeated_words=0.3),
+        " ".join(PROSE.split() * 8),
+        "max_repeated_words",
+        (7 * len(PROSE.split()) - 9) / (8 * len(PROSE.split())),
+    ),
     "repeated lines": (Repetition(), "the same line again\n" * 30, "max_duplicate_lines", 29 / 30),
     "repeated words": (Repetition(), "buy it now " * 40, "max_top_words", 1.0),
 }
