@@ -64,7 +64,8 @@ class Run:
         words += [f"data.manifest={self.arm.manifest}", f"evaluation.manifest={heldout}"]
         words += [f"data.filter={self.arm.filter}"] if self.arm.filter else []
         program("megatron_tn.train", [*words, *overrides], self.folder)
-        words = [f"checkpoint={self.folder}", f"manifest={heldout}", f"output={self.evaluation}"]
+        # Side by side as many tokens as a training step has, so they fit wherever that does.
+        words = [f"checkpoint={self.folder}", f"manifest={heldout}", f"output={self.evaluation}", "batch_tokens=16384"]
         program("megatron_tn.evaluate", words, self.folder)
         console.print(f"{self.arm.name}, seed {self.seed}: {perplexity(self):.3f} held-out perplexity")
 

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from megatron_tn.model.transnormer import IGNORE, RecurrentState, TransNormerLM
 
+# Batches are as long as a multiple of this: Triton compiles a kernel anew for each argument that ceases to be one.
+ALIGNMENT = 16
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -51,7 +54,7 @@ def document_nats(
     nats = [0.0] * len(documents)
     for start in range(0, len(order), rows):
         chosen = order[start : start + rows]
-        longest = len(documents[chosen[0]])
+        longest = -(-len(documents[chosen[0]]) // ALIGNMENT) * ALIGNMENT
         tokens = np.zeros((len(chosen), longest), dtype=np.int64)
         targets = np.full((len(chosen), longest), IGNORE, dtype=np.int64)
         for row, index in enumerate(chosen):
@@ -75,7 +78,7 @@ def _row_nats(model: TransNormerLM, tokens: Tensor, targets: Tensor, lengths: li
     """
     total = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
     state = None
-    for first in range(0, tokens.shape[1], window):
+    for first in range(0, lengths[0], window):
         rows = sum(length > first for length in lengths)
         if state is not None:
             state = RecurrentState([layer[:rows] for layer in state.layers], state.position)
