@@ -1,9 +1,9 @@
 """Gradients summed where the optimizer reads them: in fp32, by the products that make them.
 
 A weight's gradient dy^T x is a matrix product. Written by autograd, it is rounded to the weight's type, stored, read
-again, widened and added to an fp32 sum: 16 bytes of traffic a parameter in bf16. As the product's own epilogue the sum
-takes 4 (the first microbatch) or 8, and sees no rounding (Megatron-LM calls this gradient accumulation fusion, and the
-tensor `main_grad`).
+again, widened and added to an fp32 sum: 12 bytes of traffic a parameter in bf16, and 4 to clear the sum. As the
+product's own epilogue the sum takes 4 (the first microbatch) or 8, and sees no rounding. Megatron-LM calls this
+gradient accumulation fusion, and the tensor `main_grad`.
 """
 
 from __future__ import annotations
@@ -44,12 +44,11 @@ class MainGradient:
             torch.addmm(self.sum, dy, x, **options)
         self.empty = False
 
-    def finish(self) -> Tensor:
-        """The sum, zero where nothing was added; the next addition begins a new one."""
+    def finish(self) -> None:
+        """The sum is whole, zero where nothing was added; the next addition begins a new one."""
         if self.empty:
             self.sum.zero_()
         self.empty = True
-        return self.sum
 
 
 def attach(parameter: nn.Parameter, sum: Tensor) -> MainGradient:
