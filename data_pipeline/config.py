@@ -16,19 +16,22 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.edits import EDITS, Characters, Html, Numbers, Punctuation, Urls
+from data_pipeline.edits import EDITS, Characters, Html, Notices, Numbers, Punctuation, Urls
 from data_pipeline.errors import InputError
 from data_pipeline.files import replace_file
 from data_pipeline.filters import (
     RULES,
     Boilerplate,
     BrokenSentences,
+    CurlyBrackets,
     Garbled,
     Keyboard,
     Language,
     Length,
+    LineEnds,
     Lines,
     Logs,
+    Placeholder,
     Repetition,
     StopWords,
     Symbols,
@@ -52,9 +55,12 @@ class Rules:
     logs: Logs | None = dataclasses.field(default_factory=Logs)
     repetition: Repetition | None = dataclasses.field(default_factory=Repetition)
     boilerplate: Boilerplate | None = None
+    placeholder: Placeholder | None = None
+    curly_brackets: CurlyBrackets | None = None
     words: Words | None = None
     keyboard: Keyboard | None = None
     broken_sentences: BrokenSentences | None = None
+    line_ends: LineEnds | None = None
     stop_words: StopWords | None = None
     word_order: WordOrder | None = None
 
@@ -69,6 +75,7 @@ class Edits:
 
     characters: Characters | None = None
     html: Html | None = None
+    notices: Notices | None = None
     urls: Urls | None = None
     punctuation: Punctuation | None = None
     numbers: Numbers | None = None

@@ -16,8 +16,8 @@ from datatrove.pipeline.base import PipelineStep
 
 from data_pipeline.config import LineDuplicates
 from data_pipeline.document import text_bytes
-from data_pipeline.edits.base import outside_protected
 from data_pipeline.files import replace_file
+from data_pipeline.protected import outside_protected
 from data_pipeline.steps import drop_writer, rule_drop
 
 DIGIT = re.compile(r"\d")

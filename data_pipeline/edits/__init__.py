@@ -3,17 +3,19 @@
 from data_pipeline.edits.base import Edit, Editor
 from data_pipeline.edits.characters import Characters
 from data_pipeline.edits.html import Html
+from data_pipeline.edits.notices import Notices
 from data_pipeline.edits.numbers import Numbers
 from data_pipeline.edits.punctuation import Punctuation
 from data_pipeline.edits.urls import Urls
 
-# Characters first: what it standardises is what the others look for.
+# Characters first: what it standardises is what the others look for. Notices after tags: by lines that people see.
 EDITS: dict[str, type[Editor]] = {
     "characters": Characters,
     "html": Html,
+    "notices": Notices,
     "urls": Urls,
     "punctuation": Punctuation,
     "numbers": Numbers,
 }
 
-__all__ = ["EDITS", "Characters", "Edit", "Editor", "Html", "Numbers", "Punctuation", "Urls"]
+__all__ = ["EDITS", "Characters", "Edit", "Editor", "Html", "Notices", "Numbers", "Punctuation", "Urls"]

@@ -5,8 +5,9 @@ import re
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.edits.base import Edit, outside_protected, substitute
+from data_pipeline.edits.base import Edit, substitute
 from data_pipeline.filters.base import RULE
+from data_pipeline.protected import outside_protected
 
 # Names of HTML alone: `<stdin>`, `List<int>` and a heart `<3` are no tags.
 NAMES = (

@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_pipeline.edits import EDITS, Characters, Html, Numbers, Punctuation, Urls
+from data_pipeline.edits import EDITS, Characters, Html, Notices, Numbers, Punctuation, Urls
 
 # ruff: noqa: RUF001  (unusual characters are what is tested)
 EDITED = {
@@ -14,6 +14,13 @@ EDITED = {
     "tags": (Html(), "a <b>bold</b> word<br/>and <a href='x'>link</a>", "a bold word\nand link", "html_tags", 5),
     "scripts": (Html(), "a<script>if (x < 1) y()</script> b<!-- c -->", "a b", "html_tags", 2),
     "entities": (Html(), "salt &amp; pepper &#8211; &lt;3", "salt & pepper – <3", "html_tags", 3),
+    "notices": (
+        Notices(),
+        "The mill.\nWe use cookies on this site.\nIt stood by a river.\nPlease enable JavaScript!\nTerms of Use\n",
+        "The mill.\nIt stood by a river.\n",
+        "notices",
+        3,
+    ),
     "urls": (Urls(), "See https://a.example/b?c=d#e, or www.f.example. End", "See, or. End", "urls", 2),
     "url in brackets": (Urls(), "source (http://a.example/x) says", "source says", "urls", 1),
     "chinese url": (Urls(), "见http://a.example/x。好", "见。好", "urls", 1),
@@ -48,6 +55,14 @@ KEPT = {
     "numbers": "1,234.56 and 3.14 and 10:30 and -5 and 2026-11-22 and 6'2\" and it's 1990's",
     "chinese": "春眠不觉晓，处处闻啼鸟。《诗》……——“好”！\n",
     "emoji": "👩‍👩‍👧 and می‌خواهم",
+    "notices in code": "Call it so:\n\n    TEXT = 'We use cookies on this site'\n\nand\n\n```\nPrivacy policy\n```\n",
+    "a notice with a link": "Read our [privacy policy](/privacy) for more.\n",
+    "a notice in a table": "| Privacy policy | short |\n",
+    "a paragraph on privacy": "Our privacy policy "
+    + "is a long text that nobody reads to its end, " * 5
+    + "they say.\n",
+    "a wrapped paragraph": "The shop changed its\nPrivacy Policy and its prices in\nthe same week.\n",
+    "javascript": "JavaScript is a language of the web.\nCode in JavaScript runs in browsers.\n",
     "ellipsis": "well... and so on?! Yes!!!",
 }
 
@@ -66,8 +81,8 @@ def test_a_page_goes_through_the_extractor():
 
 @pytest.mark.parametrize("name", EDITS)
 def test_a_threshold_that_is_not_crossed_leaves_the_text(name):
-    text = "a\u200bb <b>c</b> http://a.example !!!!! １"
-    (field,) = EDITS[name].__dataclass_fields__
+    text = "a\u200bb <b>c</b> http://a.example !!!!! １\nPrivacy policy\n"
+    field = next(iter(EDITS[name].__dataclass_fields__))
     assert EDITS[name](**{field: 100})(text) is None
     assert EDITS[name]()(text) is not None
 

@@ -296,17 +296,20 @@ def test_edits_are_made_and_recorded_and_the_language_is_kept(tmp_path):
     source.mkdir()
     for number in range(6):
         (source / f"{number}.txt").write_text(prose(number))
-    (source / "0.txt").write_text(prose(0) + "See <b>this</b>!!!!! http://a.example/x\n")
+    (source / "0.txt").write_text(prose(0) + "We use cookies.\nSee <b>this</b>!!!!! http://a.example/x\n")
     output = tmp_path / "data"
     run(compose(arguments(source, output, "heldout_fraction=0")))
     records = [json.loads(line) for path in output.glob("edits/*.jsonl") for line in path.open()]
     assert {record["id"] for record in records} == {"main/0.txt"}
     assert {record["edit"]: (record["value"], record["threshold"]) for record in records} == {
         "html": (2, 0),
+        "notices": (1, 0),
         "urls": (1, 0),
         "punctuation": (5, 3),
     }
-    assert records[0]["bytes_before"] - records[0]["bytes_after"] == len("<b></b>!!!! http://a.example/x")
+    assert records[0]["bytes_before"] - records[0]["bytes_after"] == len(
+        "We use cookies.\n<b></b>!!!! http://a.example/x"
+    )
     tokenizer = tokenizers.load(output / "tokenizer.json")
     for document in read_documents(Manifest.load(output / "train/manifest.json")):
         assert document.metadata["language"] == "en"

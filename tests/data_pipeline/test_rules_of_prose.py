@@ -8,15 +8,18 @@ import pytest
 from data_pipeline.filters import (
     Boilerplate,
     BrokenSentences,
+    CurlyBrackets,
     Keyboard,
     Language,
+    LineEnds,
     Logs,
+    Placeholder,
     StopWords,
     WordOrder,
     Words,
 )
 from tests.data_pipeline.corpus import prose
-from tests.data_pipeline.test_filters import CHINESE, CODE, LATEX, PROSE
+from tests.data_pipeline.test_filters import CHINESE, CODE, LATEX, PROSE, TABLE
 
 STORY = (
     "When the old miller died he left the mill to his eldest son. The second got the donkey, and the youngest was left "
@@ -34,8 +37,42 @@ LICENSE = (
     "provided that the above notice is kept in all copies. The software comes as it is, and nobody is liable for what "
     "it does to those who use it. The names of the authors may not be used to promote what is derived from it.\n"
 )
-RULES = [Words(), StopWords(), BrokenSentences(), WordOrder(), Keyboard(), Boilerplate(), Logs()]
-GOOD = {"story": STORY, "poem": POEM, "czech": CZECH, "license": LICENSE, "chinese": CHINESE, "made up": prose(1)}
+# No line of it ends a sentence.
+VERSE = (
+    "Where the river bends below the mill,\nAnd the reeds stand up in the cold,\nA heron waits on one leg still\n"
+    "For the fish that swam here of old —\n\nThe wheel that turned is turning no more,\nThe miller is gone,\n"
+    "And nobody knocks at the crooked door\nBut the wind and the rain;\n\nO the wind and the rain and the years,\n"
+    "The grass on the roof, the owl in the hall,\nThe song of the wheel that nobody hears\nAnd the moss on the wall\n"
+)
+MANUAL = (
+    "# Mill\n\nGrinds **grain** of any kind; see [the site](https://mill.example/terms).\n\n## What it can do\n\n"
+    + "".join(
+        f"- grind {grain} of the year\n" for grain in ("wheat", "rye", "barley", "oats", "maize", "rice", "spelt")
+    )
+    + "\n## How it is called\n\n```js\nmill({grain: 'rye'}, {stones: {upper: 1, lower: 2}})\n```\n\n"
+    + TABLE
+    + "\n## Who made it\n\nThe miller and his sons, with a little help from the cat\n"
+)
+ARTICLE = (
+    r"\section{The mill}\label{sec:mill} As \cite{miller2020} has shown, the wheel turns at $v_{max}$ or less, "
+    r"and \emph{never} faster \footnote{Unless it rains.}; see \ref{fig:wheel} for what was measured, and "
+    "\\begin{equation}\n\\frac{a}{b} = \\sum_{i} x_{i}\n\\end{equation}\nfor the law that it obeys.\n"
+)
+RULES = [
+    *(Words(), StopWords(), BrokenSentences(), WordOrder(), Keyboard(), Boilerplate(), Logs()),
+    *(LineEnds(), Placeholder(), CurlyBrackets()),
+]
+GOOD = {
+    "story": STORY,
+    "poem": POEM,
+    "verse": VERSE,
+    "czech": CZECH,
+    "license": LICENSE,
+    "chinese": CHINESE,
+    "manual": MANUAL,
+    "article": ARTICLE,
+    "made up": prose(1),
+}
 
 
 @pytest.mark.parametrize("text", GOOD.values(), ids=GOOD)
@@ -59,6 +96,9 @@ def shuffled(text, lower=False):
 
 MENU = "Home\nAbout us\nSign in | Sign up\nShopping cart\nAccept all cookies\nPrivacy policy\nContact us\nThe weather\n"
 LOG = "".join(f"2026-11-22 03:0{n % 10}:11,20{n} INFO worker-{n}: processed {n * 7} items\n" for n in range(20))
+TITLES = "".join(f"The {word} of the old mill and what became of it\n" for word in "ABCDEFGHIJKLMNOP")
+CHINESE_TITLES = "".join(f"老磨坊主的{word}和那只猫\n" for word in "一二三四五六七八九十百千")
+STYLE = "The mill stands by the river. " + "p.mill { color: red; margin: 0 } " * 20
 MASHED = " ".join("".join(random.Random(n).choices("asdfghjkl", k=6)) for n in range(60))
 
 DROPPED = {
@@ -72,6 +112,11 @@ DROPPED = {
     "mashed": (Keyboard(), MASHED, "max_share", None),
     "menu": (Boilerplate(), MENU, "max_share", None),
     "log": (Logs(), LOG, "max_share", 1.0),
+    "titles": (LineEnds(), TITLES + STORY, "min_share", 1 / 17),
+    "chinese titles": (LineEnds(), CHINESE_TITLES, "min_share", 0),
+    "placeholder": (Placeholder(), STORY + "Lorem ipsum dolor sit amet. LOREM IPSUM.", "max_count", 2),
+    "style sheet": (CurlyBrackets(), STYLE, "max_per_word", 20 / (6 + 20 * 7)),
+    "template": (CurlyBrackets(), "Dear {{ user.name }}, the {{ mill }} is open. " * 4, "max_per_word", 4 / 10),
 }
 
 

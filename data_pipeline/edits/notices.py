@@ -1,0 +1,67 @@
+"""Lines that a web page says to every visitor."""
+
+import functools
+import re
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from data_pipeline.edits.base import Edit
+from data_pipeline.filters.base import RULE
+from data_pipeline.protected import PROTECTED
+
+# Those of C4 (arXiv 1910.10683), except that C4 takes every line with the word `javascript`: that would take the
+# language's name out of what is written about it.
+PHRASES = (
+    "terms of use",
+    "privacy policy",
+    "cookie policy",
+    "use cookies",
+    "uses cookies",
+    "use of cookies",
+    "enable javascript",
+    "activate javascript",
+    "turn on javascript",
+    "requires javascript",
+    "without javascript",
+    "javascript enabled",
+    "javascript to be enabled",
+    "javascript must be enabled",
+    "javascript is required",
+    "javascript is disabled",
+    "javascript is not enabled",
+    "javascript is turned off",
+    "javascript has been disabled",
+)
+
+
+@dataclass(frozen=True, config=RULE)
+class Notices:
+    """Removes lines of at most `max_words` words with one of the `phrases` (in lower case), when there are more than
+    `max_count` of them. A line that goes on in the next, or goes on from the one before, is part of a paragraph and
+    stays; so does one with code, a formula or a link of Markdown."""
+
+    max_count: int = 0
+    max_words: int = 40
+    phrases: tuple[str, ...] = Field(default=PHRASES)
+
+    def __call__(self, text: str) -> Edit | None:
+        if not _pattern(self.phrases).search(text.lower()):
+            return None
+        lines = text.split("\n")
+        seen = PROTECTED.sub(lambda match: re.sub(r"[^\n]", "\0", match.group()), text).split("\n")
+        following = [*seen[1:], ""]
+        kept = [line for line, *pair in zip(lines, seen, following, strict=True) if not self._is_notice(*pair)]
+        count = len(lines) - len(kept)
+        return Edit("notices", count, self.max_count, "\n".join(kept)) if count > self.max_count else None
+
+    def _is_notice(self, line: str, following: str) -> bool:
+        """line: with its protected characters as null."""
+        wrapped = line.lstrip()[:1].islower() or following.lstrip()[:1].islower()
+        short = len(line.split()) <= self.max_words
+        return short and not wrapped and "\0" not in line and _pattern(self.phrases).search(line.lower()) is not None
+
+
+@functools.cache
+def _pattern(phrases: tuple[str, ...]) -> re.Pattern:
+    return re.compile(rf"\b(?:{'|'.join(map(re.escape, phrases))})\b")

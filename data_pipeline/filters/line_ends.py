@@ -1,0 +1,34 @@
+"""Lists of titles, names and menu entries: lines that end as no sentence, verse or statement does."""
+
+import itertools
+
+from pydantic.dataclasses import dataclass
+
+from data_pipeline.filters.base import RULE, Drop
+from data_pipeline.filters.lines import BULLETS
+
+
+@dataclass(frozen=True, config=RULE)
+class LineEnds:
+    """Share of lines that end in a mark of any kind, at least, in texts of `min_lines` lines or more of `languages`
+    (Thai, for one, has no full stop). Items of lists do not count, nor lines that go on in the next, which then begins
+    in lower case.
+
+    C4 takes out every line without a full stop, which would take headings, verse and tables; FineWeb drops pages where
+    the share is below 0.12."""
+
+    min_share: float = 0.12
+    min_lines: int = 10
+    languages: tuple[str, ...] = ("en", "zh")
+
+    def __call__(self, text: str) -> Drop | None:
+        lines = [line for raw in text.splitlines() if (line := raw.strip())]
+        ends = [
+            line[-1]
+            for line, following in itertools.pairwise([*lines, ""])
+            if not (following[:1].islower() or line.startswith(BULLETS))
+        ]
+        if len(ends) < self.min_lines:
+            return None
+        share = sum(not end.isalnum() for end in ends) / len(ends)
+        return Drop("min_share", share, self.min_share) if share < self.min_share else None
