@@ -14,8 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_pipeline.canary_texts import GOOD, NOISE
+from data_pipeline.cli import command, overrides
 from data_pipeline.config import Settings, compose
-from data_pipeline.errors import InputError, StageError
+from data_pipeline.errors import InputError
 from data_pipeline.sources import Jsonl
 
 SOURCE = "canaries"
@@ -150,23 +151,14 @@ def measure(settings: Settings, per_kind: int) -> dict:
     return report["canaries"]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or {"-h", "--help"} & set(given):
-        print(__doc__)
-        return 0 if given else 2
+@command
+def main(arguments: list[str]) -> None:
+    given = overrides("data_pipeline.canaries", __doc__, arguments)
     counts = [part for part in given if part.startswith("per_kind=")]
-    try:
-        number = counts[-1].partition("=")[2] if counts else "50"
-        if not number.isdigit() or int(number) < 1:
-            raise InputError(f"per_kind={number} must be a whole number of at least 1")
-        scores = measure(compose([part for part in given if part not in counts]), int(number))
-    except InputError as error:
-        print(*error.problems, sep="\n", file=sys.stderr)
-        return 2
-    except StageError as error:
-        print(error, file=sys.stderr)
-        return 1
+    number = counts[-1].partition("=")[2] if counts else "50"
+    if not number.isdigit() or int(number) < 1:
+        raise InputError(f"per_kind={number} must be a whole number of at least 1")
+    scores = measure(compose([part for part in given if part not in counts]), int(number))
     for kind, entry in scores["kinds"].items():
         by = ", ".join(f"{rule} {count}" for rule, count in entry["by"].items())
         print(f"{kind:20} {'noise' if entry['noise'] else 'good':5} {entry['dropped']:4} of {entry['planted']:4}  {by}")
@@ -175,7 +167,6 @@ def main(arguments: list[str] | None = None) -> int:
         precision = "" if entry["precision"] is None else f", precision {entry['precision']:.4f}"
         print(f"{stage:20} {dropped}, recall {entry['recall']:.4f}{precision}")
     print(", ".join(f"{name} {value:.4f}" for name, value in scores["summary"].items()))
-    return 0
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ as it is. Exit code 2 and a line a problem for bad input, before anything is wri
 stage, the task and its log; 130 when interrupted.
 """
 
-import argparse
 import contextlib
 import fcntl
 import hashlib
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from data_pipeline.cli import command, overrides
 from data_pipeline.config import FREE, Settings, compose, difference
 from data_pipeline.errors import InputError, StageError
 from data_pipeline.files import explain, replace_file
@@ -193,33 +193,17 @@ def _quiet(log) -> Iterator[None]:
         yield
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_pipeline.run",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="pipeline=demo output=FOLDER tasks=8 ...")
+@command
+def main(arguments: list[str]) -> None:
     began = time.perf_counter()
-    try:
-        settings = compose(parser.parse_args(arguments).overrides)
-        report = run(settings)
-    except InputError as error:
-        print(*error.problems, sep="\n", file=sys.stderr)
-        return 2
-    except StageError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on where it was", file=sys.stderr)
-        return 130
+    settings = compose(overrides("data_pipeline.run", __doc__, arguments))
+    report = run(settings)
     if report is None:
         print(f"the jobs are in the queue; the same command follows them, and {settings.output}/report.json comes last")
-        return 0
+        return
     for split, figures in report["splits"].items():
         print(f"{settings.output}/{split}: " + ", ".join(f"{value} {key}" for key, value in figures.items()))
     print(f"{time.perf_counter() - began:.1f} s; every stage and every drop by rule: {settings.output}/report.json")
-    return 0
 
 
 if __name__ == "__main__":

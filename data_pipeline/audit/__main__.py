@@ -7,16 +7,14 @@ summary  prints how far the filter and the answers agree
 Arguments are Hydra overrides of conf/audit.yaml. Exit code 2 and a line a problem for bad input.
 """
 
-import argparse
 import json
 import os
 import sys
 from pathlib import Path
 
 from data_pipeline.audit.settings import AuditSettings, compose_audit
+from data_pipeline.cli import command, overrides
 from data_pipeline.errors import InputError
-
-COMMANDS = ("draw", "judge", "summary")
 
 
 def draw(settings: AuditSettings) -> None:
@@ -98,21 +96,16 @@ def _answers(settings: AuditSettings, kind: type):
     return kind(path)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_pipeline.audit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="samples=FILE port=8765 auditor=NAME ...")
-    given = parser.parse_args(arguments).overrides
-    command = given.pop(0) if given and "=" not in given[0] else "judge"
-    try:
-        if command not in COMMANDS:
-            raise InputError(f"{command}: no such command; there are {', '.join(COMMANDS)}, then KEY=VALUE")
-        {"draw": draw, "judge": judge, "summary": summarise}[command](compose_audit(given))
-    except InputError as error:
-        print(*error.problems, sep="\n", file=sys.stderr)
-        return 2
-    return 0
+COMMANDS = {"draw": draw, "judge": judge, "summary": summarise}
+
+
+@command
+def main(arguments: list[str]) -> None:
+    given = overrides("data_pipeline.audit", __doc__, arguments)
+    name = given.pop(0) if given and "=" not in given[0] else "judge"
+    if name not in COMMANDS:
+        raise InputError(f"{name}: no such command; there are {', '.join(COMMANDS)}, then KEY=VALUE")
+    COMMANDS[name](compose_audit(given))
 
 
 if __name__ == "__main__":

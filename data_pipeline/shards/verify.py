@@ -4,7 +4,6 @@ Exit code 0: all is as the manifest says. 1: it is not, one line a finding. 2: t
 cannot be used. 130: interrupted.
 """
 
-import argparse
 import functools
 import hashlib
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.cli import command, parser
 from data_pipeline.errors import InputError
 from data_pipeline.shards.index import OFFSET, TEXT_BYTES, TOKENS, build_index, load_index
 from data_pipeline.shards.manifest import Manifest, Shard, sha256_of
@@ -162,28 +162,17 @@ def _identities(path: Path, itemsize: int) -> list[str]:
     return [str(record.get("id")) for record in build_index(path, itemsize)[1]]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_pipeline.shards.verify",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("manifest", help="a manifest.json: a path, or a URL of fsspec")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a CPU)")
-    parser.add_argument("--content", action="store_true", help="also name documents that have the same text")
-    given = parser.parse_args(arguments)
-    try:
-        if given.workers < 1:
-            raise InputError(f"--workers={given.workers} must be at least 1")
-        manifest = Manifest.load(given.manifest, check_files=False)
-        progress = sys.stderr.isatty()
-        problems = verify(manifest, workers=given.workers, content=given.content, progress=progress)
-    except InputError as error:
-        print(*error.problems, sep="\n", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+@command
+def main(arguments: list[str]) -> int:
+    options = parser("data_pipeline.shards.verify", __doc__)
+    options.add_argument("manifest", help="a manifest.json: a path, or a URL of fsspec")
+    options.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a CPU)")
+    options.add_argument("--content", action="store_true", help="also name documents that have the same text")
+    given = options.parse_args(arguments)
+    if given.workers < 1:
+        raise InputError(f"--workers={given.workers} must be at least 1")
+    manifest = Manifest.load(given.manifest, check_files=False)
+    problems = verify(manifest, workers=given.workers, content=given.content, progress=sys.stderr.isatty())
     if problems:
         print(*problems, sep="\n", file=sys.stderr)
         return 1

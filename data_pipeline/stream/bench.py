@@ -1,12 +1,10 @@
 """How fast the stream reads and starts: `python -m data_pipeline.stream.bench reader|start [--folder FOLDER]`.
 
 reader: tokens a second of one process from local disk, beside plain webdataset and, where it is installed, Hugging Face
-datasets on the same shards. start: seconds from
-nothing to the first batch at step 10^6 of a manifest of 100 000 shards (--shards) and 2 trillion tokens, with a filter;
-all shards are links to one. Prints a line of JSON.
+datasets on the same shards. start: seconds from nothing to the first batch at step 10^6 of a manifest of 100 000 shards
+(--shards) and 2 trillion tokens, with a filter; all shards are links to one. Prints a line of JSON.
 """
 
-import argparse
 import importlib.metadata
 import importlib.util
 import itertools
@@ -21,6 +19,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data_pipeline.cli import command, parser
+from data_pipeline.errors import InputError
 from data_pipeline.shards.manifest import Manifest, Shard, TokenizerInfo, replace_file, sha256_of
 from data_pipeline.shards.scores import save_scores, scores_file
 from data_pipeline.shards.writer import ShardWriter
@@ -190,27 +190,21 @@ def _prepare(folder: Path, count: int) -> None:
     replace_file(folder / counts_file(manifest, filter), json.dumps(record).encode())
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_pipeline.stream.bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("what", choices=["reader", "start"])
-    parser.add_argument("--folder", type=Path, help="an empty folder for the shards (default: a temporary one)")
-    parser.add_argument("--shards", type=int, default=SHARDS, help=f"of the simulated manifest (default {SHARDS})")
-    options = parser.parse_args(arguments)
-    if options.shards < 1:
-        print(f"--shards={options.shards} must be at least 1", file=sys.stderr)
-        return 2
-    if options.folder and options.folder.is_dir() and any(options.folder.iterdir()):
-        print(f"--folder={options.folder} is not empty", file=sys.stderr)
-        return 2
+@command
+def main(arguments: list[str]) -> None:
+    options = parser("data_pipeline.stream.bench", __doc__)
+    options.add_argument("what", choices=["reader", "start"])
+    options.add_argument("--folder", type=Path, help="an empty folder for the shards (default: a temporary one)")
+    options.add_argument("--shards", type=int, default=SHARDS, help=f"of the simulated manifest (default {SHARDS})")
+    given = options.parse_args(arguments)
+    if given.shards < 1:
+        raise InputError(f"--shards={given.shards} must be at least 1")
+    if given.folder and given.folder.is_dir() and any(given.folder.iterdir()):
+        raise InputError(f"--folder={given.folder} is not empty")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = options.folder or Path(temporary)
+        folder = given.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        print(json.dumps(reader(folder) if options.what == "reader" else start(folder, options.shards)))
-    return 0
+        print(json.dumps(reader(folder) if given.what == "reader" else start(folder, given.shards)))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ that was killed goes on where it was. The result is cached beside the manifest. 
 input.
 """
 
-import argparse
 import functools
 import json
 import os
@@ -15,6 +14,7 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from data_pipeline.cli import command, parser
 from data_pipeline.errors import InputError
 from data_pipeline.shards.manifest import Manifest, Shard, replace_file
 from data_pipeline.shards.reading import shard_index
@@ -83,35 +83,27 @@ def _noted(progress: Path) -> dict[str, Row]:
     return {name: tuple(row) for name, row in map(json.loads, whole.splitlines())}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_pipeline.stream.count",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("manifest", help="a manifest.json: a path, or a URL of fsspec")
-    parser.add_argument("filter", help="a YAML file, inline JSON, or module:object")
-    parser.add_argument(
+@command
+def main(arguments: list[str]) -> None:
+    options = parser("data_pipeline.stream.count", __doc__)
+    options.add_argument("manifest", help="a manifest.json: a path, or a URL of fsspec")
+    options.add_argument("filter", help="a YAML file, inline JSON, or module:object")
+    options.add_argument(
         "--local", action="store_true", help="keep the counts of a remote manifest in this machine's cache alone"
     )
-    parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
-    options = parser.parse_args(arguments)
-    try:
-        if options.workers < 1:
-            raise InputError(f"--workers={options.workers} must be at least 1")
-        filter = load_filter(options.filter)
-        manifest = Manifest.load(options.manifest, check_files=False)
-        counts = count(manifest, filter, workers=options.workers, publish=not options.local)
-    except InputError as error:
-        print(*error.problems, sep="\n", file=sys.stderr)
-        return 2
+    options.add_argument("--workers", type=int, default=1, help="processes (default 1)")
+    given = options.parse_args(arguments)
+    if given.workers < 1:
+        raise InputError(f"--workers={given.workers} must be at least 1")
+    filter = load_filter(given.filter)
+    manifest = Manifest.load(given.manifest, check_files=False)
+    counts = count(manifest, filter, workers=given.workers, publish=not given.local)
     totals = manifest.totals
     path = manifest.directory / counts_file(manifest, filter)
     print(
         f"{path}: keeps {counts.documents.sum()} of {totals.documents} documents, "
         f"{counts.tokens.sum()} of {totals.tokens} tokens"
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -7,34 +7,21 @@ where it was. Exit code 2 and a line a problem for bad input; 1 when a stage of 
 
 import sys
 
-from data_pipeline.errors import InputError, StageError
+from data_pipeline.cli import command, overrides
 from data_pipeline.worth.corpora import make_corpora
 from data_pipeline.worth.settings import compose_worth
 
 
-def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return 0 if arguments else 2
-    try:
-        settings = compose_worth(arguments)
-        summary = make_corpora(settings, say=lambda line: print(line, flush=True))
-    except InputError as error:
-        print(*error.problems, sep="\n", file=sys.stderr)
-        return 2
-    except StageError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+@command
+def main(arguments: list[str]) -> None:
+    settings = compose_worth(overrides("data_pipeline.worth", __doc__, arguments))
+    summary = make_corpora(settings, say=lambda line: print(line, flush=True))
     for name, found in summary["corpora"].items():
         print(f"{name}: {found['documents']} documents, {found['tokens']} tokens, {100 * found['noise']:.1f} % noise")
         if taken := ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in found["taken"].items() if share):
             print(f"  taken before the cut: {taken}")
     heldout = summary["heldout"]
     print(f"heldout: {heldout['documents']} documents, {heldout['tokens']} tokens; {settings.output}/corpora.json")
-    return 0
 
 
 if __name__ == "__main__":

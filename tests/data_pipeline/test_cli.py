@@ -1,0 +1,56 @@
+"""What the command lines have in common: help, and errors as lines and an exit code."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from data_pipeline.cli import command
+from data_pipeline.errors import InputError, StageError
+from tests.data_pipeline.test_pipeline import ROOT
+
+MODULES = ("run", "canaries", "selfclean", "worth", "audit", "stream.count", "stream.bench", "shards.verify")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_help_is_the_module_s_own_text(module, capsys):
+    package = f"data_pipeline.{module}"
+    inner = "__main__" if module in ("selfclean", "worth", "audit") else ""
+    found = importlib.import_module(f"{package}.{inner}".rstrip("."))
+    with pytest.raises(SystemExit, match="0"):
+        found.main(["--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: python -m {package} ")
+    assert found.__doc__.strip() in shown
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "shown"),
+    [
+        (InputError("a=1: wrong", "b=2: wrong"), 2, "a=1: wrong\nb=2: wrong\n"),
+        (StageError("stage rules, task 3: no room"), 1, "stage rules, task 3: no room\n"),
+        (KeyboardInterrupt(), 130, "interrupted: run the same command again\n"),
+    ],
+    ids=["input", "stage", "interrupt"],
+)
+def test_an_error_is_lines_and_an_exit_code(error, code, shown, capsys):
+    @command
+    def main(arguments):
+        raise error
+
+    assert main(["x"]) == code
+    assert capsys.readouterr() == ("", shown)
+
+
+def test_what_main_returns_is_the_exit_code_and_nothing_is_0():
+    assert command(lambda arguments: len(arguments))(["a", "b", "c"]) == 3
+    assert command(lambda arguments: None)([]) == 0
+
+
+def test_the_process_s_own_arguments_and_exit_code_are_used():
+    words = [sys.executable, "-m", "data_pipeline.shards.verify", "/no/such/manifest.json"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("manifest /no/such/manifest.json: ")
+    assert len(done.stderr.splitlines()) == 1
