@@ -21,7 +21,9 @@ from data_pipeline.sources import Jsonl
 
 SOURCE = "canaries"
 STAGES = ("rules", "exact_duplicates", "line_duplicates", "near_duplicates")  # folders of drops/, in their order
+DUPLICATE = "_duplicate"  # how the names of the rules end that leave one of several alike
 SENTENCE = re.compile(r"[.!?]\s")
+FIGURES = ("recall", "precision", "precision_with_real")
 HOST_BYTES = (800, 20_000)  # a text shorter says too little to be shuffled, a longer one makes a canary too easy
 
 
@@ -71,58 +73,74 @@ def is_host(text: str) -> bool:
 
 
 def score(output: Path) -> dict:
-    """What a planted run did: for each kind how many were planted, dropped, and by which rule; for each stage the
-    recall of the noise that reached it and the precision of its drops among canaries (null when it dropped none); and
-    over all the recall of noise, the shares of odd-looking and of real text lost, and the precision. A good document
-    that goes as a duplicate is not lost: its like stays."""
+    """What a planted run did.
+
+    summary: recall and precision over all, and the shares of odd-looking and of real text that are lost;
+    stages: {stage: figures of all noise that reached it, and `kinds`, the same of each kind};
+    kinds: {kind: planted, dropped, by which rule, and figures of noise or the share lost of good text}.
+
+    Figures are as `_figures` counts them. A good document that goes as a duplicate is not lost: its like stays."""
     kinds = _planted(output)
     dropped, stages = {}, {}
-    left = {identity for identity, kind in kinds.items() if kind in NOISE}
+    noise = {identity for identity, kind in kinds.items() if kind in NOISE}
+    left = set(noise)
     for stage in STAGES:
         rules = {}
         for path in sorted(output.glob(f"drops/{stage}/*.jsonl")):
             for record in map(json.loads, path.read_bytes().splitlines()):
                 rules[record["id"]] = record["filter"]
         if rules:
-            stages[stage] = _stage(rules, left, kinds)
+            by_kind = {kind: {identity for identity in left if kinds[identity] == kind} for kind in NOISE}
+            stages[stage] = {
+                **_figures(left, rules, set(rules.values()), kinds),
+                "kinds": {kind: _kind_figures(members, rules, kinds) for kind, members in by_kind.items() if members},
+            }
         left -= rules.keys()
         dropped |= rules
     entries = {}
     for kind in (*NOISE, *GOOD):
-        members = [identity for identity, its_kind in kinds.items() if its_kind == kind]
-        rules = Counter(dropped[identity] for identity in members if identity in dropped)
-        gone = sum(rules.values())
-        entry = {"planted": len(members), "dropped": gone, "rate": gone / len(members), "by": dict(rules.most_common())}
-        entries[kind] = {"noise": kind in NOISE, **entry}
-    noise = [entries[kind] for kind in NOISE]
-    odd = [entries[kind] for kind in GOOD]
-    real_lost = sum(identity not in kinds and not rule.endswith("_duplicate") for identity, rule in dropped.items())
+        members = {identity for identity, its_kind in kinds.items() if its_kind == kind}
+        by = Counter(dropped[identity] for identity in members if identity in dropped)
+        entry = {"noise": kind in NOISE, "planted": len(members), "dropped": by.total(), "by": dict(by.most_common())}
+        lost = sum(count for rule, count in by.items() if not rule.endswith(DUPLICATE))
+        figures = _kind_figures(members, dropped, kinds)
+        entries[kind] = entry | ({k: figures[k] for k in FIGURES} if kind in NOISE else {"lost": lost / len(members)})
     read = json.loads((output / "report.json").read_bytes())["stages"][0]["sources"]
     real = sum(entry["documents"] for source, entry in read.items() if source != SOURCE)
-    caught = sum(e["dropped"] for e in noise)
-    lost = sum(count for e in odd for rule, count in e["by"].items() if not rule.endswith("_duplicate"))
+    real_lost = sum(identity not in kinds and not rule.endswith(DUPLICATE) for identity, rule in dropped.items())
+    over_all = _figures(noise, dropped, set(dropped.values()), kinds)
     summary = {
-        "recall": caught / sum(e["planted"] for e in noise),
-        "precision": caught / max(caught + lost, 1),
-        "odd_good_text_lost": lost / sum(e["planted"] for e in odd),
+        **{name: over_all[name] for name in FIGURES},
+        "odd_good_text_lost": sum(entries[kind]["lost"] for kind in GOOD) / len(GOOD),
         "real_text_lost": real_lost / max(real, 1),
     }
     return {"summary": summary, "stages": stages, "kinds": entries}
 
 
-def _stage(rules: dict[str, str], reached: set[str], kinds: dict[str, str]) -> dict:
-    """One stage's figures. rules: {document: the rule that dropped it here}; reached: noise that was still there."""
-    caught = dict.fromkeys(NOISE, 0)
-    for identity in rules.keys() & reached:
-        caught[kinds[identity]] += 1
-    lost = sum(kinds.get(identity) in GOOD and not rule.endswith("_duplicate") for identity, rule in rules.items())
-    dropped = sum(caught.values())
+def _kind_figures(members: set[str], rules: dict[str, str], kinds: dict[str, str]) -> dict:
+    """Figures of one kind of noise: for its precision answer the rules that took any of it."""
+    return _figures(members, rules, {rules[identity] for identity in members if identity in rules}, kinds)
+
+
+def _figures(reached: set[str], rules: dict[str, str], answering: set[str], kinds: dict[str, str]) -> dict:
+    """Of the noise that was there, how much went; of all that the rules `answering` took, how much was noise.
+
+    `precision` is over planted documents, of which it is known what they are; `precision_with_real` counts every real
+    one as good, so that it is too low where the sources hold noise of their own. null when nothing was taken.
+
+    rules: {document: the rule that dropped it}; kinds: {planted document: its kind}.
+    """
+    taken = [identity for identity, rule in rules.items() if rule in answering]
+    noise = sum(kinds.get(identity) in NOISE for identity in taken)
+    lost = [i for i in taken if kinds.get(i) not in NOISE and not rules[i].endswith(DUPLICATE)]
+    odd = sum(identity in kinds for identity in lost)
+    dropped = len(reached & rules.keys())
     return {
-        "noise_reached": len(reached),
-        "noise_dropped": dropped,
+        "reached": len(reached),
+        "dropped": dropped,
         "recall": dropped / max(len(reached), 1),
-        "precision": dropped / (dropped + lost) if dropped + lost else None,
-        "by_kind": {kind: count for kind, count in caught.items() if count},
+        "precision": noise / (noise + odd) if noise + odd else None,
+        "precision_with_real": noise / (noise + len(lost)) if noise + len(lost) else None,
     }
 
 
@@ -163,9 +181,8 @@ def main(arguments: list[str]) -> None:
         by = ", ".join(f"{rule} {count}" for rule, count in entry["by"].items())
         print(f"{kind:20} {'noise' if entry['noise'] else 'good':5} {entry['dropped']:4} of {entry['planted']:4}  {by}")
     for stage, entry in scores["stages"].items():
-        dropped = f"{entry['noise_dropped']:4} of {entry['noise_reached']:4} of the noise that reached it"
-        precision = "" if entry["precision"] is None else f", precision {entry['precision']:.4f}"
-        print(f"{stage:20} {dropped}, recall {entry['recall']:.4f}{precision}")
+        line = f"{stage:20} {entry['dropped']:4} of {entry['reached']:4} of the noise that reached it"
+        print(line, *(f"{name} {entry[name]:.4f}" for name in FIGURES if entry[name] is not None), sep=", ")
     print(", ".join(f"{name} {value:.4f}" for name, value in scores["summary"].items()))
 
 

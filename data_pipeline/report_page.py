@@ -205,18 +205,24 @@ def _counts(counts: dict[str, int]) -> str:
 
 
 def _canaries(canaries: dict) -> tuple[str, ...]:
-    rows = (
-        (kind, e["planted"], e["dropped"], e["rate"], ", ".join(f"{k} {v}" for k, v in e["by"].items()))
+    figures = ("recall", "precision", "precision_with_real")
+    names = ("recall", "precision", "precision were all real text good")
+    kinds = (
+        (kind, e["planted"], e["dropped"], *(e.get(key) for key in (*figures, "lost")), _counts(e["by"]))
         for kind, e in canaries["kinds"].items()
     )
-    header = ("kind", "planted", "dropped", "share dropped", "by stage or rule")
     stages = (
-        (stage, *(e[key] for key in ("noise_reached", "noise_dropped", "recall", "precision")), _counts(e["by_kind"]))
-        for stage, e in canaries["stages"].items()
+        (stage, kind, *(e[key] for key in ("reached", "dropped", *figures)))
+        for stage, whole in canaries["stages"].items()
+        for kind, e in (("all noise", whole), *whole["kinds"].items())
     )
-    columns = ("stage", "noise that reached it", "dropped", "recall", "precision", "by kind")
     summary = ", ".join(f"{key} {value:.4f}" for key, value in canaries["summary"].items())
-    return "<h2>Canaries</h2>", f"<p>{escape(summary)}</p>", _table(header, rows), _table(columns, stages)
+    return (
+        "<h2>Canaries</h2>",
+        f"<p>{escape(summary)}</p>",
+        _table(("kind", "planted", "dropped", *names, "good text lost", "by rule"), kinds),
+        _table(("stage", "kind", "reached it", "dropped", *names), stages),
+    )
 
 
 def _table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
