@@ -7,8 +7,9 @@ from pydantic.dataclasses import dataclass
 
 from data_pipeline.filters.base import RULE, Drop
 
-ENDS = re.compile(r"[^\W\d_]{3,}[.!?][\"')\]”’]*$|^[.!?]$")  # noqa: RUF001  (typographic quotes are meant)
-LAST = frozenset(".!?\"')]”’")  # noqa: RUF001  (what ENDS ends in: asking first is cheaper)
+# A full stop alone: after "O night!" or "Come!" a verse or a speaker goes on in lower case.
+ENDS = re.compile(r"[^\W\d_]{3,}\.[\"')\]”’]*$|^\.$")  # noqa: RUF001  (typographic quotes are meant)
+LAST = frozenset(".\"')]”’")  # noqa: RUF001  (what ENDS ends in: asking first is cheaper)
 # After these articles comes a noun or what describes one, and never one of those.
 ARTICLES = frozenset(("the", "an"))
 NEVER_NEXT = frozenset(re.findall(r"\w+", "the a an of and to in is was are were with by from for at that it be or"))
@@ -16,7 +17,7 @@ NEVER_NEXT = frozenset(re.findall(r"\w+", "the a an of and to in is was are were
 
 @dataclass(frozen=True, config=RULE)
 class BrokenSentences:
-    """Share of sentence ends within a line that a lower-case word follows, in texts of `min_sentences` or more: real
+    """Share of full stops within a line that a lower-case word follows, in texts of `min_sentences` or more: real
     text has few (abbreviations), shuffled words have most. Holds for every script that has capitals."""
 
     max_share: float = 0.5

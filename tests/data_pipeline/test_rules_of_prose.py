@@ -44,6 +44,11 @@ VERSE = (
     "And nobody knocks at the crooked door\nBut the wind and the rain;\n\nO the wind and the rain and the years,\n"
     "The grass on the roof, the owl in the hall,\nThe song of the wheel that nobody hears\nAnd the moss on the wall\n"
 )
+DRAMA = (
+    "MILLER:\nWhat, ho! who knocks? is't thou, my cat? come in!\nO night! o rain! that ever I was born!\n\n"
+    "CAT:\nFear not, my lord! the king is at the gate;\n'Go!' said he, 'go! and bring the miller here!'\n\n"
+    "MILLER:\nAlack! what shall I say? what shall I wear?\nO cat! good cat! thou art my only heir.\n"
+)
 MANUAL = (
     "# Mill\n\nGrinds **grain** of any kind; see [the site](https://mill.example/terms).\n\n## What it can do\n\n"
     + "".join(
@@ -66,6 +71,7 @@ GOOD = {
     "story": STORY,
     "poem": POEM,
     "verse": VERSE,
+    "drama": DRAMA,
     "czech": CZECH,
     "license": LICENSE,
     "chinese": CHINESE,
