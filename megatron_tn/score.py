@@ -45,9 +45,12 @@ def main(config: ScoreConfig) -> None:
     columns = (TextColumn(f"scores {name}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True, disable=rank > 0, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=sum(shard.documents for shard in manifest.shards[rank::size]))
-        scored = score_shards(
-            manifest, scorer, name, rank=rank, size=size, progress=lambda documents: bar.advance(task, documents)
-        )
+        try:
+            scored = score_shards(
+                manifest, scorer, name, rank=rank, size=size, progress=lambda documents: bar.advance(task, documents)
+            )
+        except InputError as error:
+            raise ConfigError(error.problems) from None
     whose = f" (process {rank} of {size})" if size > 1 else ""
     print(f"{name}: {scored} documents scored{whose}; the others had scores already")
 

@@ -26,11 +26,11 @@ def score_shards(
     """Writes the scores `name` beside every shard that has none yet; returns how many documents were scored.
 
     Process `rank` of `size` takes every size-th shard. `progress(n)` is told of n more documents done. A document
-    without text (bos and eos alone) scores NaN per byte.
+    without text (bos and eos alone) scores NaN per byte. Raises InputError where a remote folder cannot be written to.
     """
-    scored = 0
+    scored, there = 0, manifest.names()
     for shard in manifest.shards[rank::size]:
-        if (manifest.directory / scores_file(shard, name)).exists():
+        if scores_file(shard, name) in there:
             progress(shard.documents)
             continue
         documents = list(read_shard(manifest, shard))
@@ -38,7 +38,8 @@ def score_shards(
         predicted = np.array([len(document.tokens) - 1 for document in documents])
         text_bytes = np.array([document.metadata["bytes"] for document in documents], dtype=float)
         text_bytes[text_bytes == 0] = np.nan
-        save_scores(manifest.directory, shard, name, np.stack([nats / predicted, nats / text_bytes], axis=1))
+        path = save_scores(manifest.directory, shard, name, np.stack([nats / predicted, nats / text_bytes], axis=1))
+        manifest.publish(path.name)
         scored += len(documents)
         progress(len(documents))
     return scored

@@ -246,6 +246,19 @@ class Manifest:
             return self.read(name, sha256=sha256, fresh=True)
         return data
 
+    def names(self) -> set[str]:
+        """The files that lie beside the manifest; none of a remote one that cannot be listed."""
+        return set(self.remote.names() if self.remote else os.listdir(self.directory))
+
+    def publish(self, name: str) -> None:
+        """Copies a file that was written to `directory` to where a remote manifest came from. Raises InputError."""
+        if not self.remote:
+            return
+        try:
+            self.remote.put(name)
+        except Exception as error:  # each file system has errors of its own
+            raise InputError(f"{self.place}/{name}: cannot be written: {error or type(error).__name__}") from None
+
     def tokenizer_problems(self) -> list[str]:
         """One line when the tokenizer beside the shards is absent or not the one that made them."""
         name = self.tokenizer.file

@@ -147,14 +147,16 @@ class Remote:
     def names(self) -> list[str]:
         """The names in the remote folder; none where it cannot be listed."""
         filesystem, root = self._filesystem()
+        filesystem.invalidate_cache(root)  # what others have put there since
         with contextlib.suppress(Exception):
-            return sorted(entry.rpartition("/")[2] for entry in filesystem.ls(root, detail=False))
+            return [entry.rpartition("/")[2] for entry in filesystem.ls(root, detail=False)]
         return []
 
     def put(self, name: str) -> None:
         """Copies a file of the cache to the remote folder. Raises what the file system raises."""
         filesystem, root = self._filesystem()
-        filesystem.pipe_file(f"{root}/{name}", (self.folder / name).read_bytes())
+        data = (self.folder / name).read_bytes()
+        self._retry(name, lambda: filesystem.pipe_file(f"{root}/{name}", data))
 
     def _try(self, name: str, size: int, sha256: str) -> None:
         try:
@@ -193,7 +195,7 @@ class Remote:
                 time.sleep(min(self.first_wait * 2 ** (number - 1), LONGEST_WAIT) * generator.uniform(0.5, 1.0))
             try:
                 return attempt()
-            except (CacheFull, InputError, NotImplementedError):
+            except (CacheFull, InputError, NotImplementedError, PermissionError):
                 raise
             except Exception as error:  # each file system has errors of its own
                 if _says_absent(error):

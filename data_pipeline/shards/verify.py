@@ -49,10 +49,7 @@ def verify(manifest: Manifest, *, workers: int = 1, content: bool = False, progr
     if content:
         problems += _doubles(manifest, [found.texts for found in checked], "text")
     listed = {shard.name for shard in manifest.shards}
-    beside = (
-        manifest.remote.names() if manifest.remote else sorted(path.name for path in manifest.directory.glob("*.tar"))
-    )
-    for name in beside:
+    for name in sorted(manifest.names()):
         if name.endswith(".tar") and name not in listed:
             problems.append(f"shard {name}: lies beside the manifest, which does not list it")
     return problems

@@ -39,13 +39,13 @@ def count(manifest: Manifest, filter: DocumentFilter, *, workers: int = 1, publi
         }
         replace_file(path, json.dumps(record).encode() + b"\n")
         os.unlink(progress)
-    if manifest.remote and publish:
+    if publish:
         try:
-            manifest.remote.put(name)
-        except Exception as error:  # each file system has errors of its own
+            manifest.publish(name)
+        except InputError as error:
             raise InputError(
-                f"{manifest.place}/{name}: cannot be written: {error or type(error).__name__}; the counts are in "
-                f"{path}: with --local that is enough, and every machine that trains needs them there"
+                f"{error}; the counts are in {path}: with --local that is enough, and every machine that trains needs "
+                "them there"
             ) from None
     return KeptCounts.load(manifest, filter)
 

@@ -10,13 +10,15 @@ import fsspec
 import numpy as np
 import pytest
 
+from data_pipeline.selfclean.score import score_shards
 from data_pipeline.shards import read_documents, remote, verify
 from data_pipeline.shards.remote import CacheFull, Remote
-from data_pipeline.shards.scores import save_scores
+from data_pipeline.shards.scores import load_scores, save_scores
 from data_pipeline.stream import BatchLoader, InputError, Manifest, ScoreFilter, batches_hash, build_stream
 from data_pipeline.stream import count as counting
 from data_pipeline.stream.score_filter import counts_file
 from tests.data_pipeline.shard_factory import make_shards
+from tests.data_pipeline.test_selfclean import LengthScorer
 
 
 @pytest.fixture
@@ -177,6 +179,16 @@ def test_counts_are_cached_beside_a_remote_manifest_for_every_machine(local, url
     counting.count(local, BAND)
     assert stream.stream_hash == build_stream(local, sequence_length=16, seed=2, filter=BAND).stream_hash
     assert not [d for i in range(stream.samples_per_epoch) for d in stream.read([i]).damaged]
+
+
+def test_scores_lie_beside_remote_shards_for_every_machine(url, tmp_path):
+    here, elsewhere = (Manifest.load(f"{url}/manifest.json", cache=tmp_path / name) for name in ("here", "elsewhere"))
+    assert score_shards(here, LengthScorer(), "s", rank=0, size=2) > 0
+    assert score_shards(elsewhere, LengthScorer(), "s", rank=1, size=2) > 0
+    assert score_shards(elsewhere, unasked := LengthScorer(), "s") == unasked.asked == 0
+    for shard in here.shards:
+        assert load_scores(here.read, shard, "s")[1] == load_scores(elsewhere.read, shard, "s")[1]
+    assert counting.count(load(url, tmp_path), BAND).documents.sum() == here.totals.documents
 
 
 def test_a_killed_count_of_remote_shards_goes_on_where_it_was(local, url, scored, tmp_path, monkeypatch):
