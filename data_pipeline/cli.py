@@ -6,12 +6,13 @@ import sys
 from collections.abc import Callable
 
 from data_pipeline.errors import InputError, StageError
+from data_pipeline.files import NO_ROOM
 
 
 def command(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
     """Decorator: `main(arguments)` as a command line that takes the process's arguments when it is given none, and
-    returns an exit code. 0: what main returns, if anything; 2: bad input, a line a problem; 1: a stage failed;
-    130: interrupted."""
+    returns an exit code: what main returns, or else 0; 2 for bad input, a line a problem; 1 where a stage failed or a
+    disk is full; 130 when interrupted."""
 
     @functools.wraps(main)
     def guarded(arguments: list[str] | None = None) -> int:
@@ -22,6 +23,11 @@ def command(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
             return 2
         except StageError as error:
             print(error, file=sys.stderr)
+            return 1
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            print(f"{error}: make room and run the same command again", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print("interrupted: run the same command again", file=sys.stderr)

@@ -38,7 +38,7 @@ from data_pipeline.filters import (
     WordOrder,
     Words,
 )
-from data_pipeline.sources import STRICT, AnySource, Positive
+from data_pipeline.sources import STRICT, AnySource, LocalFolder, Positive
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -157,7 +157,7 @@ class Settings:
     processes of this machine or SLURM.
     """
 
-    output: str
+    output: LocalFolder
     sources: dict[str, AnySource]
     input: str | None = None
     edits: Edits = dataclasses.field(default_factory=Edits)

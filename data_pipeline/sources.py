@@ -24,7 +24,15 @@ def openable(path: str) -> str:
     return path
 
 
+def local(path: str) -> str:
+    """A path of this machine. A URL would be taken for one: `s3://bucket/x` for a folder of the name `s3:`."""
+    if "://" in path:
+        raise ValueError("is a URL: output goes to a folder of this machine, or one that it shares")
+    return path
+
+
 Location = Annotated[str, AfterValidator(openable)]
+LocalFolder = Annotated[str, AfterValidator(local)]
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

@@ -86,7 +86,7 @@ def glob_files(name: str, source: Source) -> list[File]:
         folder = get_datafolder(source.path)
         # Refused here and not by datatrove, for which an absent folder is an empty one.
         if not folder.fs.isdir(folder.path):
-            raise InputError(f"sources.{name}.path={source.path}: no such folder")
+            raise no_folder(name, source, file=folder.fs.isfile(folder.path))
         paths = folder.list_files(glob_pattern=source.glob)
         packed = None if isinstance(source, Warc | Parquet) else "infer"
         files = [
@@ -100,6 +100,12 @@ def glob_files(name: str, source: Source) -> list[File]:
     if not files:
         raise InputError(f"sources.{name}.path={source.path}: no file matches glob={source.glob}")
     return files
+
+
+def no_folder(name: str, source: Source, *, file: bool) -> InputError:
+    """The error for a source whose `path` is none, and perhaps a file."""
+    what = "is a file: give its folder, and its name as the source's glob" if file else "no such folder"
+    return InputError(f"sources.{name}.path={source.path}: {what}")
 
 
 def printable(path: str) -> str:

@@ -33,8 +33,8 @@ def _line(line: bytes, place: str, source: Jsonl) -> Found | Quarantined:
         return Quarantined(place, "not_json", str(error), len(line))
     if not isinstance(record, dict):
         return Quarantined(place, "not_json", f"a {type(record).__name__} and no object", len(line))
-    # JSON readers silently take the last of two values. Only lines that spell the key twice pay for looking.
-    if line.count(f'"{source.text_key}"'.encode()) > 1:
+    # JSON readers silently take the last of two values. Only lines that spell a key twice pay for looking.
+    if any(line.count(f'"{key}"'.encode()) > 1 for key in (source.text_key, source.id_key)):
         try:
             twice = _repeated(line)
         except RecursionError:

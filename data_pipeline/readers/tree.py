@@ -11,7 +11,7 @@ from typing import BinaryIO
 from datatrove.io import get_datafolder
 
 from data_pipeline.errors import InputError
-from data_pipeline.readers.base import File, Found, Items, Quarantined, opener, printable, too_large
+from data_pipeline.readers.base import File, Found, Items, Quarantined, no_folder, opener, printable, too_large
 from data_pipeline.readers.html import SUFFIXES, decode_page, page_text
 from data_pipeline.sources import Tree
 
@@ -39,7 +39,7 @@ def tree_files(name: str, source: Tree) -> list[File]:
         return _remote_files(name, source)
     root = Path(sysconfig.get_path("stdlib") if source.path == "stdlib" else source.path)
     if not root.is_dir():
-        raise InputError(f"sources.{name}.path={source.path}: no such folder")
+        raise no_folder(name, source, file=root.is_file())
     files = list(_walk(root, f"{name}/", source))
     absent = []
     for package in source.fill:

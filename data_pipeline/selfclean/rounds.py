@@ -17,7 +17,7 @@ from data_pipeline.audit.answers import read_answers
 from data_pipeline.audit.draw import draw, group_scores
 from data_pipeline.audit.samples import Samples, write_samples
 from data_pipeline.config import keep_settings
-from data_pipeline.errors import InputError
+from data_pipeline.errors import InputError, StageError
 from data_pipeline.files import replace_file
 from data_pipeline.selfclean.bands import Quantiles, choose_bands
 from data_pipeline.selfclean.settings import RoundsSettings
@@ -34,7 +34,8 @@ class WaitingForPeople(Exception):
 
 
 def run_rounds(settings: RoundsSettings, say=print) -> list[dict]:
-    """All rounds that are not done; returns every round's report. Raises InputError, and WaitingForPeople."""
+    """All rounds that are not done; returns every round's report. Raises InputError, StageError when training or
+    scoring fails, and WaitingForPeople."""
     manifest = Manifest.load(settings.manifest)
     sources = sorted({shard.source for shard in manifest.shards})
     if unknown := sorted(set(settings.quantiles.sources) - set(sources)):
@@ -124,7 +125,7 @@ class Round:
         say(f"round {self.number}: {' '.join(command)}")
         finished = subprocess.run(command, check=False)
         if finished.returncode:
-            raise InputError(
+            raise StageError(
                 f"round {self.number}: {name} ended with exit code {finished.returncode}; its words above say why; the "
                 "same command of yours goes on from here"
             )

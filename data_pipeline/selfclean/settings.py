@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 
 from data_pipeline.config import compose_plain, parse
 from data_pipeline.shards.scores import MEASURES
-from data_pipeline.sources import STRICT, Positive
+from data_pipeline.sources import STRICT, LocalFolder, Positive
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -39,7 +39,7 @@ class RoundsSettings:
     """
 
     manifest: str
-    output: str
+    output: LocalFolder
     rounds: Positive = 1
     evaluation_model: str = "385m"
     train: list[str] = Field(default_factory=list)

@@ -6,7 +6,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.config import compose_plain, parse
-from data_pipeline.sources import STRICT, Count, Positive
+from data_pipeline.sources import STRICT, Count, LocalFolder, Positive
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -18,7 +18,7 @@ class WorthSettings:
     heldout_fraction: of the real documents, kept from training. workers: processes of the pipeline.
     """
 
-    output: str
+    output: LocalFolder
     packages: list[str] | None = None
     documentation_bytes: Positive = 17_000_000
     source_bytes: Positive = 8_000_000

@@ -1,5 +1,6 @@
 """What the command lines have in common: help, and errors as lines and an exit code."""
 
+import errno
 import importlib
 import subprocess
 import sys
@@ -30,9 +31,14 @@ def test_help_is_the_module_s_own_text(module, capsys):
     [
         (InputError("a=1: wrong", "b=2: wrong"), 2, "a=1: wrong\nb=2: wrong\n"),
         (StageError("stage rules, task 3: no room"), 1, "stage rules, task 3: no room\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "counts"),
+            1,
+            "[Errno 28] No space left on device: 'counts': make room and run the same command again\n",
+        ),
         (KeyboardInterrupt(), 130, "interrupted: run the same command again\n"),
     ],
-    ids=["input", "stage", "interrupt"],
+    ids=["input", "stage", "full disk", "interrupt"],
 )
 def test_an_error_is_lines_and_an_exit_code(error, code, shown, capsys):
     @command
@@ -41,6 +47,15 @@ def test_an_error_is_lines_and_an_exit_code(error, code, shown, capsys):
 
     assert main(["x"]) == code
     assert capsys.readouterr() == ("", shown)
+
+
+def test_another_error_is_no_bad_input_and_keeps_its_traceback():
+    @command
+    def main(arguments):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output"):
+        main([])
 
 
 def test_what_main_returns_is_the_exit_code_and_nothing_is_0():

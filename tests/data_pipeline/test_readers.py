@@ -66,6 +66,7 @@ BAD_LINES = {
     "empty": (b'{"text": ""}', "empty"),
     "blank": (b'{"text": " \\n "}', "empty"),
     "duplicate key": (b'{"text": "a", "text": "b"}', "duplicate_key"),
+    "a name twice": (b'{"text": "a", "id": 1, "id": 2}', "duplicate_key"),
     "too large": (b'{"text": "' + b"x" * 5000 + b'"}', "too_large"),
 }
 

@@ -101,7 +101,7 @@ def test_a_stopped_run_goes_on_and_ends_alike(start, tmp_path, capsys):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     (tmp_path / "log").unlink()
     (tmp_path / "fail").touch()
-    assert start("rounds=1") == 2
+    assert start("rounds=1") == 1
     assert "score ended with exit code 7" in capsys.readouterr().err
     (tmp_path / "fail").unlink()
     assert start("rounds=1") == 0
