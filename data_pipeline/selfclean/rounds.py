@@ -6,11 +6,15 @@ leaves a file that means it is done, so that a killed run goes on where it was; 
 their own, resume by themselves.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from data_pipeline.audit.agreement import decisions, wilson
 from data_pipeline.audit.answers import read_answers
@@ -44,17 +48,30 @@ def run_rounds(settings: RoundsSettings, say=print) -> list[dict]:
     keep_settings(settings.output, decisive | {"manifest_hash": manifest.content_hash}, "rounds")
     reports, before = [], None
     quantiles = Quantiles(**dataclasses.asdict(settings.quantiles))
-    for number in range(1, settings.rounds + 1):
-        one = Round(settings, manifest, number, quantiles, before)
-        if not one.report.exists():
-            one.run(say)
-        reports.append(json.loads(one.report.read_text()))
-        if number < settings.rounds:
-            if settings.audit == "wait" and settings.each:
-                one.wait()
-            quantiles = one.next_quantiles()
-        before = one
+    with _exclusive(Path(settings.output)) as lock:
+        for number in range(1, settings.rounds + 1):
+            one = Round(settings, manifest, number, quantiles, before)
+            if not one.report.exists():
+                one.run(say, lock)
+            reports.append(json.loads(one.report.read_text()))
+            if number < settings.rounds:
+                if settings.audit == "wait" and settings.each:
+                    one.wait()
+                quantiles = one.next_quantiles()
+            before = one
     return reports
+
+
+@contextlib.contextmanager
+def _exclusive(output: Path) -> Iterator[IO]:
+    """Holds `output` for this process and for those that the lock is handed to: a trainer outlives a killed start, and
+    a second one must not write to the same run."""
+    with (output / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"output={output}: another start, or what a killed one began, is still at work") from None
+        yield lock
 
 
 # What may change between two starts; everything else decides what was done already.
@@ -97,16 +114,16 @@ class Round:
         ]
         return f"round{self.number}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
 
-    def run(self, say) -> None:
+    def run(self, say, lock: IO) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         manifest = f"manifest={self.settings.manifest}"
         run_dir = self.folder / "train"
         words = [f"model={self.settings.evaluation_model}", f"data.{manifest}", f"run_dir={run_dir}"]
         if self.before:
             words.append(f"data.filter={self.before.filter}")
-        self._program("train", [*self.settings.trainer, *words, *self.settings.train], say)
+        self._program("train", [*self.settings.trainer, *words, *self.settings.train], say, lock)
         words = [f"checkpoint={run_dir}", manifest, f"name={self.scores}", *self.settings.score]
-        self._program("score", [*self.settings.scorer, *words], say)
+        self._program("score", [*self.settings.scorer, *words], say, lock)
         if not self.filter.exists():
             values, _ = group_scores(self.manifest, self.scores, self.settings.measure, lambda *_: None)
             chosen = choose_bands(values, self.quantiles, name=self.scores, measure=self.settings.measure)
@@ -118,12 +135,12 @@ class Round:
             write_samples(self.samples, samples)
         replace_file(self.report, json.dumps(self._figures(chosen, counts), indent=1).encode() + b"\n")
 
-    def _program(self, name: str, command: list[str], say) -> None:
+    def _program(self, name: str, command: list[str], say, lock: IO) -> None:
         done = self.folder / f"{name}.done"
         if done.exists():
             return
         say(f"round {self.number}: {' '.join(command)}")
-        finished = subprocess.run(command, check=False)
+        finished = subprocess.run(command, check=False, pass_fds=(lock.fileno(),))
         if finished.returncode:
             raise StageError(
                 f"round {self.number}: {name} ended with exit code {finished.returncode}; its words above say why; the "

@@ -1,8 +1,11 @@
 """Rounds of self-cleaning with stand-ins for the trainer and the scorer: steps, resumption, thresholds, people."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from data_pipeline.selfclean.__main__ import main
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.scores import load_scores
 from data_pipeline.stream.score_filter import KeptCounts, ScoreFilter
+from tests.data_pipeline.test_pipeline import ROOT
 from tests.helpers.shards import make_text_shards
 
 # Each notes its words in `log`; the scorer's scores grow with a document's length, and a file named `fail` stops it.
@@ -114,6 +118,30 @@ def test_a_stopped_run_goes_on_and_ends_alike(start, tmp_path, capsys):
         assert start("rounds=1") == 0
         assert files(tmp_path / "out") == whole
     assert len(log(tmp_path)) == 3
+
+
+def test_what_a_killed_start_left_at_work_keeps_a_second_one_out(start, tmp_path, capsys):
+    began = tmp_path / "began"
+    (tmp_path / "trainer.py").write_text(f"import pathlib, sys; pathlib.Path({str(began)!r}).touch(); sys.stdin.read()")
+    programs = [f"{n}=[{sys.executable},{tmp_path / n}.py,{tmp_path / 'log'}]" for n in ("trainer", "scorer")]
+    words = [f"manifest={tmp_path / 'shards/manifest.json'}", f"output={tmp_path / 'out'}", *programs]
+    command = [sys.executable, "-m", "data_pipeline.selfclean", *words]
+    read, write = os.pipe()  # the trainer ends when its input does
+    with subprocess.Popen(command, cwd=ROOT, stdin=read, stdout=subprocess.DEVNULL) as process:
+        wait_until(began.exists)
+        process.kill()
+    os.close(read)
+    assert main(words) == 2
+    assert "what a killed one began, is still at work" in capsys.readouterr().err
+    os.close(write)
+    wait_until(lambda: main(words) == 0)
+
+
+def wait_until(happened) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def judge(samples: Path, verdict: str) -> None:
