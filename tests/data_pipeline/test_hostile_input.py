@@ -15,6 +15,7 @@ import pytest
 import zstandard
 
 from data_pipeline.config import EDITS, RULES, compose
+from data_pipeline.protected import PROTECTED
 from data_pipeline.run import main, run
 from data_pipeline.shards import Manifest
 from tests.data_pipeline.corpus import plant, prose
@@ -243,6 +244,14 @@ def test_no_rule_and_no_edit_takes_the_square_of_a_hostile_text(name):
     for unit in UNITS:
         began = time.process_time()
         step((unit * 400_000)[:400_000])
+        assert time.process_time() - began < 2, unit
+
+
+def test_looking_for_protected_parts_does_not_either():
+    """Steps look for them where they have found something to do, which the units alone do not give them."""
+    for unit in [*UNITS, "\\(", "$$ x", "~~~\n", "``` ``", "[[", "_ _"]:
+        began = time.process_time()
+        PROTECTED.sub("", (unit * 100_000)[:100_000])
         assert time.process_time() - began < 2, unit
 
 
