@@ -1,5 +1,6 @@
 """JSON lines."""
 
+import codecs
 import json
 from typing import BinaryIO
 
@@ -17,6 +18,8 @@ def read_jsonl(file: BinaryIO, source: Jsonl) -> Items:
     number, bound = 0, source.max_document_bytes
     while line := file.readline(bound + 1):
         number += 1
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
         if len(line) > bound:
             size = len(line)
             while not line.endswith(b"\n") and (line := file.readline(CHUNK)):

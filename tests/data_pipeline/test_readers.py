@@ -80,6 +80,13 @@ def test_a_bad_line_is_quarantined_and_the_next_is_read(tmp_path, line, reason):
     assert quarantine == {"web/a.jsonl:2": reason}
 
 
+def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_line(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two"}\r\n')
+    documents, quarantine = read(tmp_path, web=source(tmp_path, kind="jsonl"))
+    assert [text for text, _ in documents.values()] == ["one", "two"]
+    assert not quarantine
+
+
 class Gigabyte(io.RawIOBase):
     """A line of a gigabyte, then one that is small, made as they are read."""
 
