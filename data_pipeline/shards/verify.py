@@ -9,7 +9,6 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -19,6 +18,7 @@ import numpy as np
 
 from data_pipeline.cli import command, parser
 from data_pipeline.errors import InputError
+from data_pipeline.pool import process_pool
 from data_pipeline.shards.index import OFFSET, TEXT_BYTES, TOKENS, build_index, load_index
 from data_pipeline.shards.manifest import Manifest, Shard, sha256_of
 
@@ -60,7 +60,7 @@ def _map(check: Callable[[Shard], Checked], shards: tuple[Shard, ...], workers: 
     if workers == 1 or len(shards) < 2:
         yield from map(check, shards)
         return
-    with ProcessPoolExecutor(min(workers, len(shards)), get_context("spawn")) as pool:
+    with process_pool(min(workers, len(shards)), get_context("spawn")) as pool:
         try:
             yield from pool.map(check, shards)
         except BrokenProcessPool:

@@ -11,11 +11,11 @@ import json
 import os
 import sys
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from data_pipeline.cli import command, parser
 from data_pipeline.errors import InputError
+from data_pipeline.pool import process_pool
 from data_pipeline.shards.manifest import Manifest, Shard, replace_file
 from data_pipeline.shards.reading import shard_index
 from data_pipeline.stream.pipeline import load_filter
@@ -54,7 +54,7 @@ def _count_rest(manifest: Manifest, filter: DocumentFilter, workers: int, progre
     """What is kept of every shard; those that `progress` has not noted are counted, and noted."""
     done = _noted(progress)
     todo = [shard for shard in manifest.shards if shard.name not in done]
-    with progress.open("ab") as notes, ProcessPoolExecutor(workers) as pool:
+    with progress.open("ab") as notes, process_pool(workers) as pool:
         work = functools.partial(count_shard, manifest, filter)
         rows: Iterable[Row] = map(work, todo) if workers == 1 else pool.map(work, todo, chunksize=CHUNK)
         for shard, row in zip(todo, rows, strict=True):

@@ -1,7 +1,12 @@
 """The self-cleaning filter in the stream: thresholds from config, scores from sidecars, counts from their cache."""
 
 import json
+import os
 import pickle
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +19,7 @@ from data_pipeline.stream import IGNORED, InputError, Manifest, ScoreFilter, bat
 from data_pipeline.stream import count as counting
 from data_pipeline.stream.score_filter import KeptCounts, counts_file
 from tests.data_pipeline.shard_factory import make_shards
+from tests.data_pipeline.test_pipeline import ROOT
 
 BAND = ScoreFilter(scores="small", default=(0.2, 0.8))
 
@@ -116,6 +122,26 @@ def test_a_killed_count_goes_on_where_it_was(manifest, torn, monkeypatch):
     assert again.content_hash == expected.content_hash
     assert counted[4:] == [shard.name for shard in manifest.shards[3:]]
     assert not path.with_suffix(".progress").exists()
+
+
+def test_an_interrupted_count_says_so_in_one_line_and_goes_on(tmp_path):
+    """Ctrl-C reaches every process of the terminal."""
+    manifest = make_shards(tmp_path, documents=1500, shard_tokens=100)
+    for shard in manifest.shards:
+        save_scores(tmp_path, shard, "s", np.ones((shard.documents, 2)))
+    words = [str(tmp_path / "manifest.json"), '{"scores": "s", "default": [0, null]}', "--workers", "2"]
+    command = [sys.executable, "-m", "data_pipeline.stream.count", *words]
+    options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, cwd=ROOT, **options) as process:
+        while not any(path.stat().st_size for path in tmp_path.glob("*.progress")):
+            assert process.poll() is None
+            time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "interrupted: run the same command again\n")
+    (progress,) = tmp_path.glob("*.progress")
+    assert 0 < len(progress.read_bytes().splitlines()) < len(manifest.shards)
+    assert counting.main(words) == 0
 
 
 def test_counting_in_processes_is_the_same(manifest):
