@@ -183,7 +183,7 @@ def main(arguments: list[str]) -> None:
     for stage, entry in scores["stages"].items():
         line = f"{stage:20} {entry['dropped']:4} of {entry['reached']:4} of the noise that reached it"
         print(line, *(f"{name} {entry[name]:.4f}" for name in FIGURES if entry[name] is not None), sep=", ")
-    print(", ".join(f"{name} {value:.4f}" for name, value in scores["summary"].items()))
+    print(", ".join(f"{name} {value:.4f}" for name, value in scores["summary"].items() if value is not None))
 
 
 if __name__ == "__main__":

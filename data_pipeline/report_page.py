@@ -216,7 +216,7 @@ def _canaries(canaries: dict) -> tuple[str, ...]:
         for stage, whole in canaries["stages"].items()
         for kind, e in (("all noise", whole), *whole["kinds"].items())
     )
-    summary = ", ".join(f"{key} {value:.4f}" for key, value in canaries["summary"].items())
+    summary = ", ".join(f"{key} {value:.4f}" for key, value in canaries["summary"].items() if value is not None)
     return (
         "<h2>Canaries</h2>",
         f"<p>{escape(summary)}</p>",
