@@ -2,12 +2,14 @@
 
 import io
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from datatrove.io import get_datafolder
+from fsspec.utils import glob_translate
 from zstandard import ZstdError
 
 from data_pipeline.errors import InputError
@@ -87,7 +89,9 @@ def glob_files(name: str, source: Source) -> list[File]:
         # Refused here and not by datatrove, for which an absent folder is an empty one.
         if not folder.fs.isdir(folder.path):
             raise no_folder(name, source, file=folder.fs.isfile(folder.path))
-        paths = folder.list_files(glob_pattern=source.glob)
+        # Matched here: asked for a pattern, fsspec would read the folder's own name as a part of it.
+        matches = re.compile(glob_translate(source.glob)).match
+        paths = [path for path in folder.list_files() if matches(path)]
         packed = None if isinstance(source, Warc | Parquet) else "infer"
         files = [
             File(f"{name}/{printable(path)}", opener(folder, path, source, packed), folder.size(path))

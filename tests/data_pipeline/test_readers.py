@@ -267,6 +267,22 @@ def test_any_file_system_of_fsspec(tmp_path, kind):
     assert {name: text for name, (text, _) in documents.items()} == expected[kind]
 
 
+@pytest.mark.parametrize("name", ["a [2020-21] b", "st*r", "日本"])
+def test_a_folder_s_name_is_no_pattern(tmp_path, name):
+    for folder in (name, "star", "a 2 b"):
+        (tmp_path / folder / "deep").mkdir(parents=True)
+        (tmp_path / folder / "deep/a[1].jsonl").write_text('{"text": "of {folder}"}'.replace("{folder}", folder))
+    (tmp_path / name / "ab.jsonl").write_text('{"text": "above"}')
+    documents, _ = read(tmp_path, web=source(tmp_path / name, kind="jsonl"))
+    assert {id: text for id, (text, _) in documents.items()} == {
+        "web/ab.jsonl:1": "above",
+        "web/deep/a[1].jsonl:1": f"of {name}",
+    }
+    (tmp_path / name / "b.jsonl").write_text('{"text": "beside"}')
+    documents, _ = read(tmp_path, web=source(tmp_path / name, kind="jsonl", glob="b.jsonl"))
+    assert list(documents) == ["web/b.jsonl:1"]
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [
