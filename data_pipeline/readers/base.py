@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from datatrove.io import get_datafolder
+from datatrove.io import DataFolder, get_datafolder
 from fsspec.utils import glob_translate
 from zstandard import ZstdError
 
@@ -85,10 +85,7 @@ def guarded(items: Items) -> Items:
 def glob_files(name: str, source: Source) -> list[File]:
     """The files of a source that match its glob, sorted. Raises InputError when the folder is absent or none match."""
     try:
-        folder = get_datafolder(source.path)
-        # Refused here and not by datatrove, for which an absent folder is an empty one.
-        if not folder.fs.isdir(folder.path):
-            raise no_folder(name, source, file=folder.fs.isfile(folder.path))
+        folder = open_folder(name, source)
         # Matched here: asked for a pattern, fsspec would read the folder's own name as a part of it.
         matches = re.compile(glob_translate(source.glob)).match
         paths = [path for path in folder.list_files() if matches(path)]
@@ -104,6 +101,16 @@ def glob_files(name: str, source: Source) -> list[File]:
     if not files:
         raise InputError(f"sources.{name}.path={source.path}: no file matches glob={source.glob}")
     return files
+
+
+def open_folder(name: str, source: Source) -> DataFolder:
+    """The folder of a source, local or remote. Raises InputError when there is none, for datatrove takes an absent one
+    for an empty one, and what the file system raises when it cannot be asked."""
+    # fsspec's HTTP finds nothing below a path that ends in a slash; `/` and `memory://` are nothing without theirs.
+    folder = get_datafolder(re.sub("(?<=[^:/])/+$", "", source.path))
+    if not folder.fs.isdir(folder.path):
+        raise no_folder(name, source, file=folder.fs.isfile(folder.path))
+    return folder
 
 
 def no_folder(name: str, source: Source, *, file: bool) -> InputError:

@@ -11,7 +11,17 @@ from typing import BinaryIO
 from datatrove.io import get_datafolder
 
 from data_pipeline.errors import InputError
-from data_pipeline.readers.base import File, Found, Items, Quarantined, no_folder, opener, printable, too_large
+from data_pipeline.readers.base import (
+    File,
+    Found,
+    Items,
+    Quarantined,
+    no_folder,
+    open_folder,
+    opener,
+    printable,
+    too_large,
+)
 from data_pipeline.readers.html import SUFFIXES, decode_page, page_text
 from data_pipeline.sources import Tree
 
@@ -80,11 +90,13 @@ def _walk(root: Path, prefix: str, source: Tree) -> Iterator[File]:
 
 def _remote_files(name: str, source: Tree) -> list[File]:
     try:
-        folder = get_datafolder(source.path)
+        folder = open_folder(name, source)
         paths = [path for path in folder.list_files() if path.endswith(source.suffixes)]
         paths = sorted(path for path in paths if not set(path.split("/")) & set(source.exclude))
         files = [File(f"{name}/{path}", opener(folder, path, source), folder.size(path)) for path in paths]
     except (OSError, ImportError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"sources.{name}.path={source.path}: {' '.join(str(error).split())}") from None
     if not files:
         raise InputError(f"sources.{name}.path={source.path}: no file ends in {' '.join(source.suffixes)}")

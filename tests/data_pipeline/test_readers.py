@@ -1,10 +1,13 @@
 """Every kind of source gives its documents; what is none is named, counted, quarantined, and the rest goes on."""
 
+import functools
 import gzip
 import io
 import json
 import os
 import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import zstandard
@@ -265,6 +268,39 @@ def test_any_file_system_of_fsspec(tmp_path, kind):
     documents, _ = read(tmp_path, r=source(f"memory://{folder}", kind=kind, **options))
     expected = {"tree": {"r/b.txt": "two"}, "jsonl": {"r/deep/a.jsonl.gz:1": "one"}}
     assert {name: text for name, (text, _) in documents.items()} == expected[kind]
+
+
+@pytest.fixture
+def web(tmp_path):
+    """The URL of a web server that lists its folder, in which lies crawl/deep/a.jsonl."""
+    (tmp_path / "served/crawl/deep").mkdir(parents=True)
+    (tmp_path / "served/crawl/deep/a.jsonl").write_text('{"text": "far"}')
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path / "served")) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("path", ["", "/", "/crawl", "/crawl/"])
+@pytest.mark.parametrize("kind", ["jsonl", "tree"])
+def test_a_web_server_s_folder(web, tmp_path, kind, path):
+    pytest.importorskip("aiohttp")
+    options = {"suffixes": [".jsonl"]} if kind == "tree" else {}
+    documents, _ = read(tmp_path, w=source(web + path, kind=kind, **options))
+    (identity,) = documents
+    assert identity.removesuffix(":1") == ("w/deep/a.jsonl" if "crawl" in path else "w/crawl/deep/a.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "tree"])
+def test_a_server_that_does_not_answer_is_not_taken_for_an_empty_folder(tmp_path, kind):
+    pytest.importorskip("aiohttp")
+    with pytest.raises(InputError, match=r"path=http://127\.0\.0\.1:9/x: .*onnect"):
+        read(tmp_path, w=source("http://127.0.0.1:9/x", kind=kind))
 
 
 @pytest.mark.parametrize("name", ["a [2020-21] b", "st*r", "日本"])
