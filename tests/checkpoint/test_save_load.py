@@ -21,7 +21,7 @@ from megatron_tn.config import ConfigError, EngineConfig, ModelConfig, ParallelC
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.training.step import train_step
-from tests.engine.test_parity import FSDP2, LOCAL, RMSNORM, ZERO
+from tests.engine.test_parity import FSDP2, LAYOUTS, LOCAL, RMSNORM, ZERO, name_of
 from tests.helpers.models import TINY, Rows, random_batch, tiny_config
 from tests.helpers.ranks import run_ranks
 
@@ -32,25 +32,29 @@ CPU = torch.device("cpu")
 WIDE = dataclasses.replace(TINY, embed_dim=1024, glu_dim=1536, layers=1)
 
 
-def make_engine(tp: int, engine: EngineConfig, model: ModelConfig = RMSNORM, sequence_parallel: bool = False):
-    context = ParallelContext.create(tp, sequence_parallel=sequence_parallel)
-    parallel = ParallelConfig(tp=tp, sequence_parallel=sequence_parallel)
+def make_engine(
+    tp: int, engine: EngineConfig, model: ModelConfig = RMSNORM, cp: int = 1, sequence_parallel: bool = False
+):
+    context = ParallelContext.create(tp, cp, sequence_parallel=sequence_parallel)
+    parallel = ParallelConfig(tp=tp, cp=cp, sequence_parallel=sequence_parallel)
     config = tiny_config(model=model, engine=engine, parallel=parallel)
     return config, build_engine(config, context, CPU)
 
 
 def one_step(engine, seed: int) -> float:
     """One step on the same four rows, however many ranks share them."""
-    context = engine.context
-    tokens, targets = random_batch(4, 24, RMSNORM, seed=seed)
-    share = 4 // context.data.size
-    mine = slice(context.data.rank * share, (context.data.rank + 1) * share)
+    dp = engine.context.dp
+    tokens, targets = random_batch(4, 23, RMSNORM, seed=seed)
+    share = 4 // dp.size
+    mine = slice(dp.rank * share, (dp.rank + 1) * share)
     return train_step(engine, [Rows(tokens[mine], targets[mine])], 1e-2, CPU).loss
 
 
-def save_after_two_steps(folder: Path, tp: int, engine_config: EngineConfig, sequence_parallel: bool = False) -> float:
+def save_after_two_steps(
+    folder: Path, tp: int, engine_config: EngineConfig, cp: int = 1, sequence_parallel: bool = False
+) -> float:
     """Save at step 2; return the loss of the step after it."""
-    config, engine = make_engine(tp, engine_config, sequence_parallel=sequence_parallel)
+    config, engine = make_engine(tp, engine_config, RMSNORM, cp, sequence_parallel)
     initialize_engine(engine, seed=5)
     for seed in range(2):
         one_step(engine, seed)
@@ -60,10 +64,10 @@ def save_after_two_steps(folder: Path, tp: int, engine_config: EngineConfig, seq
 
 
 def load_and_step(
-    checkpoint: Path, again: Path, tp: int, engine_config: EngineConfig, sequence_parallel: bool = False
+    checkpoint: Path, again: Path, tp: int, engine_config: EngineConfig, cp: int = 1, sequence_parallel: bool = False
 ) -> float:
     """Load, save what was loaded, and take the next step."""
-    config, engine = make_engine(tp, engine_config, sequence_parallel=sequence_parallel)
+    config, engine = make_engine(tp, engine_config, RMSNORM, cp, sequence_parallel)
     manifest = load_checkpoint(engine, checkpoint)
     save_checkpoint(
         engine, again, step=2, optimizer_step=manifest.optimizer_step, config=to_mapping(config), training={}
@@ -86,21 +90,22 @@ def logical(checkpoint: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-# (world, tp, engine[, sequence parallel]) at the save -> at the load: every engine and tensor-parallel size on both
-# sides at least once.
+# (world, tp, engine[, cp, sequence parallel]) at the save -> at the load: every engine, tensor-parallel and
+# context-parallel size on both sides at least once.
 MOVES = [
-    ((4, 2, ZERO[1], True), (4, 1, ZERO[3])),
-    ((4, 1, ZERO[3]), (2, 2, ZERO[2], True)),
-    ((2, 2, ZERO[2], True), (4, 4, ZERO[1])),
+    ((4, 2, ZERO[1], 2, True), (4, 1, ZERO[3])),
+    ((4, 1, ZERO[3], 4), (2, 2, ZERO[2], 1, True)),
+    ((2, 2, ZERO[2], 1, True), (4, 4, ZERO[1])),
     ((4, 4, ZERO[0]), (1, 1, LOCAL)),
-    ((1, 1, LOCAL), (4, 2, FSDP2)),
-    ((4, 1, FSDP2), (2, 2, ZERO[2])),
+    ((1, 1, LOCAL), (4, 2, FSDP2, 2)),
+    ((4, 1, FSDP2, 2), (4, 1, ZERO[0], 4)),
 ]
 
 
 def label(side) -> str:
-    world, tp, engine, *shared = side
-    return f"{world}x{engine.name[:5]}{engine.zero_stage}tp{tp}" + "sp" * bool(shared)
+    world, tp, engine, *more = side
+    cp, shared = (*more, *(1, False)[len(more) :])
+    return f"{world}x{engine.name[:5]}{engine.zero_stage}tp{tp}cp{cp}" + "sp" * shared
 
 
 @pytest.mark.parametrize(("saved", "loaded"), MOVES, ids=[f"{label(a)}-to-{label(b)}" for a, b in MOVES])
@@ -115,6 +120,54 @@ def test_any_layout_loads_what_any_other_saved(tmp_path, saved, loaded):
     assert before.keys() == after.keys()
     for key in before:
         assert torch.equal(before[key], after[key]), key
+
+
+ENGINES = (LOCAL, *ZERO, FSDP2)
+
+
+def save_by_each_engine(folder: Path, tp: int, cp: int) -> dict[Path, float]:
+    """Checkpoint -> loss of the step after it."""
+    found = {}
+    for engine in ENGINES:
+        place = folder / name_of(engine)
+        found[place / "step_00000002"] = save_after_two_steps(place, tp, engine, cp)
+    return found
+
+
+def load_into_each_engine(checkpoints: dict[Path, float], tp: int, cp: int) -> int:
+    """Load every checkpoint into an engine of every kind, one after the other; returns how many loads went well."""
+    whole = {checkpoint: logical(checkpoint) for checkpoint in checkpoints}
+    loads = 0
+    for kind in ENGINES:
+        _, engine = make_engine(tp, kind, RMSNORM, cp)
+        specs, axis = engine.model.shard_specs(), engine.context.tp
+        for checkpoint, loss in checkpoints.items():
+            load_checkpoint(engine, checkpoint)
+            for owned in engine.owned_ranges():
+                for key, values in owned.values.items():
+                    local = specs[owned.name].take(whole[checkpoint][f"{key}/{owned.name}"], axis.rank, axis.size)
+                    wanted = local.flatten()[owned.start : owned.stop]
+                    assert torch.equal(values, wanted), (kind, checkpoint, key, owned.name)
+            assert one_step(engine, seed=2) == pytest.approx(loss, rel=1e-5), (kind, checkpoint)
+            loads += 1
+    return loads
+
+
+@pytest.fixture(scope="module")
+def of_every_layout(tmp_path_factory) -> dict[Path, float]:
+    """Saved in each layout of four processes or fewer, by each engine."""
+    found = {}
+    for world, tp, cp in LAYOUTS:
+        folder = tmp_path_factory.mktemp("layout")
+        found |= run_ranks(world, save_by_each_engine, folder, tp, cp)[0]
+    assert len(found) == len(LAYOUTS) * len(ENGINES) == 54
+    return found
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("world", "tp", "cp"), LAYOUTS, ids=str)
+def test_every_layout_loads_what_every_other_saved(of_every_layout, world, tp, cp):
+    assert run_ranks(world, load_into_each_engine, of_every_layout, tp, cp) == [54 * len(ENGINES)] * world
 
 
 def load_into_poisoned_memory(checkpoint: Path, tp: int, engine_config: EngineConfig) -> tuple[float, bool]:
@@ -282,7 +335,12 @@ def save_wide(folder: Path, tp: int, engine_config: EngineConfig) -> None:
 
 @pytest.mark.parametrize(
     ("saved", "loaded"),
-    [((1, 1, LOCAL), (4, 4, ZERO[1])), ((2, 2, ZERO[1]), (4, 2, ZERO[3])), ((2, 1, ZERO[3]), (2, 2, ZERO[1]))],
+    [
+        ((1, 1, LOCAL), (4, 4, ZERO[1])),
+        ((2, 2, ZERO[1]), (4, 2, ZERO[3])),
+        ((2, 1, ZERO[3]), (2, 2, ZERO[1])),
+        ((2, 2, ZERO[2]), (4, 1, FSDP2)),
+    ],
     ids=lambda side: label(side),
 )
 def test_a_rank_reads_what_it_needs_and_little_more(tmp_path, saved, loaded):
