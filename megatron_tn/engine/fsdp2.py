@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from megatron_tn.config import TrainConfig
 from megatron_tn.engine.base import DTYPES, MOMENTS, StepResult, set_optimizer_step
@@ -46,6 +46,7 @@ class FSDP2Engine:
             fully_shard(block, **sharding)
         # The embedding, which is the head as well, is needed from the first operation to the last.
         fully_shard(model, **(sharding | {"reshard_after_forward": False}))
+        model.register_forward_hook(_free_after_evaluation)
         model.to_empty(device=device)
         # FSDP put parameters of its own in place of the model's.
         self.parameters = [mark(new, spec) for new, spec in zip(model.parameters(), self.specs, strict=True)]
@@ -107,6 +108,16 @@ class FSDP2Engine:
 
     def refresh(self, optimizer_step: int) -> None:
         set_optimizer_step(self.optimizer, optimizer_step)
+
+
+def _free_after_evaluation(model: TransNormerLM, inputs, output) -> None:
+    """Weights that wait for a backward pass which does not come would stand in the shards' place: a save would miss
+    the shards, and after a load the next forward pass would still take the old weights."""
+    if torch.is_grad_enabled():
+        return
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _mesh(axis: Axis, device: torch.device) -> DeviceMesh:

@@ -170,6 +170,43 @@ def test_every_layout_loads_what_every_other_saved(of_every_layout, world, tp, c
     assert run_ranks(world, load_into_each_engine, of_every_layout, tp, cp) == [54 * len(ENGINES)] * world
 
 
+def save_and_go_back(folder: Path, engine_config: EngineConfig, evaluates: bool) -> list[float]:
+    """Two saved steps, then the first one again; held-out losses after the first step, and after it was loaded."""
+    config, engine = make_engine(1, engine_config)
+    initialize_engine(engine, seed=5)
+    tokens, targets = random_batch(2, 24, RMSNORM, seed=9)
+
+    @torch.no_grad()
+    def evaluate() -> float:
+        return engine.model(tokens, targets=targets, return_state=True).loss.item() if evaluates else 0.0
+
+    losses = []
+    for step in (1, 2):
+        one_step(engine, seed=step)
+        losses.append(evaluate())
+        options = {"config": to_mapping(config), "training": {}}
+        save_checkpoint(engine, folder, step=step, optimizer_step=step, **options)
+    load_checkpoint(engine, folder / "step_00000001")
+    losses.append(evaluate())
+    return losses
+
+
+UNTIL_BACKWARD = dataclasses.replace(FSDP2, reshard_after_forward=False)
+
+
+@pytest.mark.parametrize(
+    "engine", [LOCAL, ZERO[1], ZERO[3], FSDP2, UNTIL_BACKWARD], ids=["local", "zero1", "zero3", "fsdp2", "fsdp2 kept"]
+)
+def test_an_evaluation_changes_neither_a_save_nor_a_load(tmp_path, engine):
+    """Engines that gather weights for a forward pass must not save, or go on with, what an evaluation gathered."""
+    found = run_ranks(2, save_and_go_back, tmp_path / "a", engine, True)
+    run_ranks(2, save_and_go_back, tmp_path / "b", engine, False)
+    for first, second, again in found:
+        assert first == again != second
+    evaluated, plain = (logical(tmp_path / name / "step_00000002") for name in ("a", "b"))
+    assert all(torch.equal(evaluated[key], plain[key]) for key in plain)
+
+
 def load_into_poisoned_memory(checkpoint: Path, tp: int, engine_config: EngineConfig) -> tuple[float, bool]:
     """The step after a load when all that the engine allocated held NaN before it."""
     _, engine = make_engine(tp, engine_config)
