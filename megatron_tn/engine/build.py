@@ -21,17 +21,20 @@ def build_engine(config: TrainConfig, context: ParallelContext, device: torch.de
     settings = config.engine
     # 1. The layers hold this rank's tensor-parallel part from the start: nothing whole is ever made. Parameters live in
     #    the computing type and the engine keeps fp32 masters; FSDP2's are the masters, and get storage once sharded.
+    zero3 = settings.name == "deepspeed" and settings.zero_stage == 3
     if settings.name == "fsdp2":
         model = empty_model(config.model, context, "meta", torch.float32)
-    elif settings.name == "deepspeed" and settings.zero_stage == 3:
+    elif zero3:
         from megatron_tn.engine.deepspeed import partitioned_model
 
         model = partitioned_model(config, context, device)  # each parameter is partitioned as soon as it is made
     else:
         model = empty_model(config.model, context, device, DTYPES[settings.precision])
-    # 2. Recomputation changes what a block's forward keeps, so compilers and engines must see it.
+    # 2. Recomputation changes what a block's forward keeps, so compilers and engines must see it. ZeRO 3's hooks break
+    #    a compiled block up, so that it is the interpreter that recomputes.
     compiled = settings.compile != "none"
-    recompute_blocks(model.model.layers, settings.recompute, settings.recompute_every, compiled=compiled)
+    one_graph = compiled and not zero3
+    recompute_blocks(model.model.layers, settings.recompute, settings.recompute_every, one_graph=one_graph)
     # 3. One compiled graph serves all blocks of a kind: compile time does not grow with depth.
     if compiled:
         for block in model.model.layers:

@@ -33,11 +33,11 @@ COSTLY = frozenset(
 )
 
 
-def recompute_blocks(blocks: Iterable[nn.Module], policy: str, every: int = 1, *, compiled: bool = False) -> None:
+def recompute_blocks(blocks: Iterable[nn.Module], policy: str, every: int = 1, *, one_graph: bool = False) -> None:
     """Have every `every`-th block, the first included, recompute by `policy`. In place; no module or name is added.
 
     Blocks are changed before they are compiled, and before an engine hooks into them: recomputation calls a block's
-    forward, whose inner modules then fetch their sharded weights again. compiled: the blocks will be.
+    forward, whose inner modules then fetch their sharded weights again. one_graph: each block will be compiled as one.
 
     Raises:
         ValueError: an unknown policy.
@@ -47,7 +47,7 @@ def recompute_blocks(blocks: Iterable[nn.Module], policy: str, every: int = 1, *
     if policy not in ("selective", "full"):
         raise ValueError(f"policy={policy!r} is not one of none, selective, full")
     settings = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in a block draws random numbers
-    if policy == "selective" and compiled:
+    if policy == "selective" and one_graph:
         settings["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_costly)
     elif policy == "selective":
         settings["context_fn"] = _keep_and_replay
