@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
 from megatron_tn.parallel import products
 from megatron_tn.parallel.sequence import TokenSlices
-from tests.engine.test_parity import LOCAL, RMSNORM, ZERO, train
+from tests.engine.test_parity import FSDP2, LOCAL, RMSNORM, ZERO, name_of, train
 from tests.helpers.ranks import run_ranks
 
 STEPS = 20
+WAYS = pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence_parallel"])
+ENGINES = {name_of(engine): engine for engine in (LOCAL, *ZERO, FSDP2)}
+LAYOUTS = [(2, 1, False), (2, 1, True), (2, 2, False), (2, 2, True), (4, 1, False), (4, 1, True)]  # tp, cp, sequence
+COVERING = [
+    ("local", LAYOUTS[0]),
+    ("zero1", LAYOUTS[1]),
+    ("zero2", LAYOUTS[3]),
+    ("zero3", LAYOUTS[0]),
+    ("fsdp2", LAYOUTS[5]),
+]
+REST = [(name, layout) for name in ENGINES for layout in LAYOUTS if (name, layout) not in COVERING]
 
 
-def replicated(found: dict) -> dict[str, torch.Tensor]:
-    """Norm weights before the mixers and at the end: every rank holds these whole."""
-    return {name: value for name, value in found["whole"].items() if name.endswith(("_norm.weight",))}
+def replicated(found: dict) -> dict[tuple[str, int], torch.Tensor]:
+    """Masters of norm weights before the mixers and at the end, which every tensor-parallel rank holds whole: by name
+    and first element, as much as the engine leaves this rank."""
+    return {place: value for place, value in found["owned"].items() if place[0].endswith("_norm.weight")}
 
 
 def train_without_a_reduction(tp: int, sequence_parallel: bool) -> dict:
@@ -27,22 +41,25 @@ def train_without_a_reduction(tp: int, sequence_parallel: bool) -> dict:
     return train(tp, LOCAL, STEPS, RMSNORM, sequence_parallel)
 
 
-WAYS = pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence_parallel"])
-
-
-@WAYS
-def test_replicated_parameters_are_bit_equal_after_twenty_steps(sequence_parallel):
-    for engine in (ZERO[1],) if sequence_parallel else (LOCAL, ZERO[1]):
-        ranks = run_ranks(4, train, 2, engine, STEPS, RMSNORM, sequence_parallel)
-        first = replicated(ranks[0])
-        assert len(first) == 2 * RMSNORM.layers + 1
-        for other in ranks[1:]:
-            for name, value in replicated(other).items():
-                assert torch.equal(value, first[name]), name
-        assert not torch.equal(first["model.final_norm.weight"], torch.ones(RMSNORM.embed_dim))
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [*COVERING, *(pytest.param(*case, marks=pytest.mark.full) for case in REST)],
+    ids=str,
+)
+def test_replicated_parameters_are_bit_equal_after_twenty_steps(name, layout):
+    tp, cp, shared = layout
+    ranks = [replicated(found) for found in run_ranks(4, train, tp, ENGINES[name], STEPS, RMSNORM, shared, cp)]
+    holders = Counter(place for found in ranks for place, value in found.items() if value.numel())
+    assert len({parameter for parameter, _ in holders}) == 2 * RMSNORM.layers + 1
+    assert all(count % tp == 0 for count in holders.values())
+    first = {place: value for found in reversed(ranks) for place, value in found.items()}
+    for found in ranks:
+        for place, value in found.items():
+            assert torch.equal(value, first[place]), place
+    assert all((value != 1).any() for value in first.values() if value.numel())  # trained
 
 
 @WAYS
 def test_a_reduction_left_out_makes_them_differ(sequence_parallel):
     one, other = (replicated(found) for found in run_ranks(2, train_without_a_reduction, 2, sequence_parallel))
-    assert any(not torch.equal(one[name], other[name]) for name in one)
+    assert any(not torch.equal(one[place], other[place]) for place in one)
