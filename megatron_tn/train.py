@@ -95,7 +95,7 @@ def preflight(config: TrainConfig) -> tuple[TrainConfig, TokenStream]:
     """
     config, notes = frozen_config(config)
     for note in notes:
-        log.warning(note)
+        log.info(note)  # by one rank: the others log warnings alone
     problems: list[str] = []
     stream = None
     try:

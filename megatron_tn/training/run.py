@@ -217,7 +217,8 @@ class Run:
             return before
 
         abort, end = keep.on_failure == "abort", last if keep.at_end else 0
-        hooks.append(CheckpointEvery(self.writer, save_now, self.record, every=keep.every, last=end, abort=abort))
+        tell = self.report, self.record
+        hooks.append(CheckpointEvery(self.writer, save_now, *tell, every=keep.every, last=end, abort=abort))
         for hook in hooks:
             self.started.append(hook)
             hook.on_start(self.state)

@@ -147,7 +147,21 @@ def test_a_save_that_fails_is_reported_and_training_goes_on(words, uninterrupted
     saves = records(run, "checkpoint/failed")
     assert [record["checkpoint/step"] for record in saves if record["checkpoint/failed"]] == [2]
     assert "rank 1: OSError: [Errno 28] No space left on device" in (tmp_path / "said.0").read_text()
+    assert "OSError" not in (tmp_path / "said.1").read_text()  # said once, not once a rank
     assert [path.name for path in whole_checkpoints(run / "checkpoints")] == ["step_00000004", "step_00000006"]
+
+
+def train_and_say(overrides: tuple[str, ...], said: str) -> None:
+    os.dup2(os.open(f"{said}.{os.environ['RANK']}", os.O_CREAT | os.O_WRONLY), 2)
+    train_here(overrides)
+
+
+def test_settings_that_changed_are_said_once(words, tmp_path):
+    arguments = (*words, f"run_dir={tmp_path / 'run'}", "evaluation.every=0")
+    train_forked(2, *arguments, "stop_after=1")
+    train_forked(2, *arguments, "stop_after=2", function=train_and_say, args=(str(tmp_path / "said"),))
+    assert "the new settings win:\nstop_after: 1 -> 2\n" in (tmp_path / "said.0").read_text()
+    assert "stop_after" not in (tmp_path / "said.1").read_text()
 
 
 @pytest.mark.parametrize(("more", "save"), [((), 3), (("checkpoint.on_failure=abort",), 1)], ids=["the last", "abort"])

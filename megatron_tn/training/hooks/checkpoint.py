@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +10,10 @@ from megatron_tn.training.hooks import NullHook
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
 
-log = logging.getLogger(__name__)
-
 
 class CheckpointEvery(NullHook):
     """Calls `save(state)` on all ranks, which begins a save with `writer` and returns the one before it, and reports
-    each save once it is written.
+    each save once it is written. report: takes a line for people, which is printed once; record: named values alone.
 
     every: steps; 0 leaves only the stop and the end. last: the run's last step, 0 for no save at the end. abort:
     whether a save that fails ends the run; one that nothing will follow always does.
@@ -26,6 +23,7 @@ class CheckpointEvery(NullHook):
         self,
         writer: CheckpointWriter,
         save: Callable[[TrainingState], Save | None],
+        report: Callable[[str, dict[str, Any], int], None],
         record: Callable[[dict[str, Any], int], None],
         *,
         every: int,
@@ -34,6 +32,7 @@ class CheckpointEvery(NullHook):
     ):
         self.writer = writer
         self.save = save
+        self.report = report
         self.record = record
         self.every = every
         self.last = last
@@ -51,7 +50,7 @@ class CheckpointEvery(NullHook):
     def on_stop(self, state: TrainingState) -> None:
         done = self.writer.close()  # one is still under way when the run fails or a step raises
         if done is not None and done.error is not None:
-            log.error("%s", done.error)
+            self.report(str(done.error), {}, state.step)
 
     def _report(self, save: Save | None, state: TrainingState, *, fatal: bool = False) -> None:
         if save is None:
@@ -59,6 +58,6 @@ class CheckpointEvery(NullHook):
         if save.error is not None:
             if fatal or self.abort:
                 raise save.error
-            log.error("%s; training goes on (checkpoint.on_failure=report)", save.error)
+            self.report(f"{save.error}; training goes on (checkpoint.on_failure=report)", {}, state.step)
         figures = {"step": save.step, "pause_s": save.pause_s, "write_s": save.write_s, "failed": bool(save.error)}
         self.record({f"checkpoint/{name}": value for name, value in figures.items()}, state.step)
