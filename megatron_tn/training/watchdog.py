@@ -77,6 +77,7 @@ class Watchdog:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.run_dir = run_dir
         self.failure = ""
+        self._lost = False  # whether that failure is another rank's: a collective that broke
         self._main = threading.main_thread().ident
         self._count = 0
         self._done = threading.Event()
@@ -112,14 +113,12 @@ class Watchdog:
 
         Takes a few seconds when the error came out of a collective.
         """
+        self._lost = from_collective(error)  # first: signs of life go on meanwhile
         self.failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        if not self.timeout_s or self.size == 1 or not from_collective(error):
-            self._write()
+        self._write()
+        if not self.timeout_s or self.size == 1 or not self._lost:
             return ""
-        self._write(lost=True)
         signs = self._observe()
-        if mine := signs.get(self.rank):
-            mine["lost"] = True
         first = [sign for sign in signs.values() if sign["failed"] and not sign["lost"]]
         if first:
             return "; ".join(f"{name_of(sign)} failed: {sign['failed']}" for sign in first)
@@ -206,7 +205,7 @@ class Watchdog:
                 signs[rank] = json.loads((self.folder / f"{rank:05d}.json").read_text())
         return signs
 
-    def _write(self, lost: bool = False) -> None:
+    def _write(self) -> None:
         self._count += 1
         frames = sys._current_frames()
         waiting, place = where_is(frames[self._main]) if self._main in frames else (False, "")
@@ -223,7 +222,7 @@ class Watchdog:
             "place": place[:500],
             "waiting": waiting,
             "failed": self.failure[:1000],
-            "lost": lost,
+            "lost": self._lost,
         }
         # In place: a network file system shows a changed file at once to who opens it, a replaced one after a while.
         with contextlib.suppress(OSError):

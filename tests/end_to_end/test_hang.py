@@ -55,12 +55,12 @@ def train_until(overrides: tuple[str, ...], said: str, fault: str) -> None:
 
 
 class Ranks:
-    """Two ranks of a run that was told to do something at step 4."""
+    """Ranks of a run that was told to do something at step 4."""
 
-    def __init__(self, folder: Path, words: tuple[str, ...], fault: str):
+    def __init__(self, folder: Path, words: tuple[str, ...], fault: str, size: int = 2):
         self.run = folder / "run"
         self.said = folder / "said"
-        self.processes = fork_ranks(2, train_until, (*words, f"run_dir={self.run}"), str(self.said), fault)
+        self.processes = fork_ranks(size, train_until, (*words, f"run_dir={self.run}"), str(self.said), fault)
 
     def wait_for_steps(self, steps: int) -> None:
         until = time.monotonic() + 60
@@ -84,8 +84,8 @@ class Ranks:
 def start(shards, tmp_path):
     started: list[Ranks] = []
 
-    def start_ranks(fault: str) -> Ranks:
-        started.append(Ranks(tmp_path, (*WORDS, f"data.manifest={shards}"), fault))
+    def start_ranks(fault: str, size: int = 2) -> Ranks:
+        started.append(Ranks(tmp_path, (*WORDS, f"data.manifest={shards}"), fault, size))
         return started[0]
 
     yield start_ranks
@@ -145,6 +145,19 @@ def test_a_rank_that_dies_is_named_at_once(start, victim):
     assert f"rank {1 - victim} stops: rank {victim} (host " in said
     assert "gives no sign of life: it has died or was stopped" in said
     assert ranks.status()["state"] == "failed"
+
+
+def test_of_several_that_are_left_none_is_taken_for_the_one_that_died(start):
+    """Their collectives break one after the other, and each meets the others' broken connections."""
+    ranks = start("", 4)
+    ranks.wait_for_steps(2)
+    os.kill(ranks.processes[2].pid, signal.SIGKILL)
+    left = (0, 1, 3)
+    assert [ranks.wait(rank, 30) for rank in left] == [1, 1, 1]
+    for rank in left:
+        assert f"rank {rank} stops: rank 2 (host " in ranks.words_of(rank)
+        assert "gives no sign of life: it has died or was stopped" in ranks.words_of(rank)
+    assert ranks.status()["error"].startswith("rank 2 (host ")
 
 
 def test_a_rank_that_fails_is_named_with_its_error(start):
