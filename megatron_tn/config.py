@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -305,6 +307,61 @@ class ClusterConfig:
     interconnect_gbs: float | None = None  # between nodes, per GPU
 
 
+# Setting -> the least and the largest value it may have.
+BOUNDS: dict[str, tuple[int, float]] = {
+    **dict.fromkeys(
+        (
+            "nodes",
+            "distributed_timeout_s",
+            "data.sequence_length",
+            "data.global_batch",
+            "data.micro_batch",
+            "data.shuffle_window",
+            "engine.reduce_bucket_elements",
+            "engine.recompute_every",
+            "schedule.steps",
+            "guard.max_consecutive",
+            "logging.every",
+            "logging.profile_steps",
+        ),
+        (1, math.inf),
+    ),
+    **dict.fromkeys(
+        (
+            "stop_after",
+            "data.workers",
+            "data.max_damaged",
+            "data.cache_bytes",
+            "optim.weight_decay",
+            "optim.clip_norm",
+            "schedule.warmup_steps",
+            "schedule.ramp_from",
+            "schedule.ramp_increment",
+            "schedule.ramp_steps",
+            "checkpoint.every",
+            "checkpoint.keep",
+            "checkpoint.keep_every",
+            "checkpoint.keep_best",
+            "guard.spike_sigmas",
+            "guard.spike_nats",
+            "guard.skip_before",
+            "guard.max_rewinds",
+            "evaluation.every",
+            "evaluation.max_documents",
+            "logging.ranks_every",
+            "logging.profile_skip",
+            "cluster.gpus_per_node",
+            "cluster.gpu_memory_gib",
+            "cluster.outside_allocator_gib",
+        ),
+        (0, math.inf),
+    ),
+    "guard.spike_window": (2, math.inf),
+    "schedule.decay_fraction": (0, 1),
+    "schedule.min_lr_ratio": (0, 1),
+}
+
+
 @dataclass(frozen=True, config=_STRICT)
 class TrainConfig:
     """A whole run. `python -m megatron_tn.train` prints it resolved, and writes it to run_dir/config.json."""
@@ -349,41 +406,17 @@ class TrainConfig:
                 "parallel.sequence_parallel=true shares tokens out over tensor-parallel ranks, but parallel.tp=1"
             )
         data = self.data
-        for section, name in (
-            ("data", "sequence_length"),
-            ("data", "global_batch"),
-            ("data", "micro_batch"),
-            ("engine", "recompute_every"),
-            ("schedule", "steps"),
-            ("logging", "every"),
-        ):
-            value = getattr(getattr(self, section), name)
-            if value < 1:
-                found.append(f"{section}.{name}={value} must be at least 1")
+        for name, (least, most) in BOUNDS.items():
+            value = functools.reduce(getattr, name.split("."), self)
+            if not least <= value <= most:
+                allowed = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+                found.append(f"{name}={value} must be {allowed}")
         try:
             beyond = [batch for batch in data.skipped if batch > self.schedule.steps]
             if beyond:
                 found.append(f"data.skip_batches: {max(beyond)} is past schedule.steps={self.schedule.steps}")
         except ValueError as error:
             found.append(str(error))
-        for section, name, least in (
-            ("checkpoint", "every", 0),
-            ("checkpoint", "keep", 0),
-            ("checkpoint", "keep_every", 0),
-            ("checkpoint", "keep_best", 0),
-            ("guard", "max_consecutive", 1),
-            ("guard", "spike_window", 2),
-            ("guard", "skip_before", 0),
-            ("guard", "max_rewinds", 0),
-            ("data", "workers", 0),
-            ("data", "max_damaged", 0),
-            ("logging", "ranks_every", 0),
-            ("logging", "profile_skip", 0),
-            ("logging", "profile_steps", 1),
-        ):
-            value = getattr(getattr(self, section), name)
-            if value < least:
-                found.append(f"{section}.{name}={value} must be at least {least}")
         if not 0 <= self.hang_timeout_s < self.distributed_timeout_s:
             found.append(
                 f"hang_timeout_s={self.hang_timeout_s} must be from 0 to below distributed_timeout_s="
@@ -405,8 +438,12 @@ class TrainConfig:
                 "optim.fused=apex does not go with engine.zero_stage=0, where DeepSpeed flattens apex's masters"
             )
         found += self.engine.problems(cp)
-        if self.optim.lr <= 0:
-            found.append(f"optim.lr={self.optim.lr} must be above 0")
+        for name in ("lr", "eps"):
+            if not 0 < (value := getattr(self.optim, name)) < math.inf:
+                found.append(f"optim.{name}={value} must be above 0, and finite")
+        for name in ("beta1", "beta2"):
+            if not 0 <= (value := getattr(self.optim, name)) < 1:
+                found.append(f"optim.{name}={value} must be from 0 to below 1")
         if world_size is not None:
             if world_size % (tp * cp):
                 found.append(

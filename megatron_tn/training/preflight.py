@@ -80,7 +80,7 @@ def checkpoint_to_resume(config: TrainConfig) -> Path | None:
                 "run_dir, or resume with checkpoint.resume=auto"
             )
         return None
-    start = folder / checkpoint_name(int(asked)) if str(asked).isdecimal() else Path(asked)
+    start = folder / checkpoint_name(int(asked)) if str(asked).isdecimal() else Path(str(asked))
     if not start.is_dir():
         steps = ", ".join(str(step_of(path)) for path in there) or "none"
         raise ConfigError(f"checkpoint.resume={asked} does not exist; run_dir={config.run_dir} has steps: {steps}")
