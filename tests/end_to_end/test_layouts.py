@@ -1,0 +1,69 @@
+"""The whole loop in layouts that meet nowhere else: data, evaluation, recomputation and saves, against one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.training import SMALL, losses, records, train_forked
+
+# 33 tokens are shared unevenly by every number of ranks; documents end within slices and go on over several.
+WORDS = (
+    *SMALL,
+    *("model.layers=4", "model.norm=rmsnorm", "model.lrpe=all", "engine.precision=fp32"),
+    *("data.sequence_length=33", "data.global_batch=12", "data.isolate_documents=true", "schedule.steps=4"),
+    *("evaluation.every=2", "evaluation.max_documents=20", "checkpoint.every=2"),
+)
+LAYOUTS = {
+    "cp2 zero2": ("parallel.cp=2", "engine=zero2"),
+    "cp4 fsdp2": ("parallel.cp=4", "engine=fsdp2"),
+    "tp2 fsdp2, every second block": ("parallel.tp=2", "engine=fsdp2", "engine.recompute_every=2"),
+    "tp2 cp2 zero3, sequence parallel": (
+        *("parallel.tp=2", "parallel.cp=2", "parallel.sequence_parallel=true", "engine=zero3"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def words(shards) -> tuple[str, ...]:
+    return (*WORDS, f"data.manifest={shards}", f"evaluation.manifest={shards}")
+
+
+@pytest.fixture(scope="module")
+def alone(words, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("alone") / "run"
+    train_forked(1, *words, "engine=local", f"run_dir={run}")
+    return run
+
+
+def held_out(run: Path) -> list[float]:
+    return [record["heldout_loss"] for record in records(run, "heldout_loss")]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_layout_trains_as_one_process_does(words, alone, tmp_path, layout):
+    run = tmp_path / "run"
+    train_forked(4, *words, *layout, "engine.recompute=full", f"run_dir={run}")
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
+    norms, wanted = ([record["grad_norm"] for record in records(of, "grad_norm")] for of in (run, alone))
+    assert norms == pytest.approx(wanted, rel=1e-5)
+    assert held_out(run) == pytest.approx(held_out(alone), rel=1e-5)
+    assert len(held_out(run)) == 2
+
+
+def test_a_run_goes_on_in_one_layout_after_another(words, tmp_path):
+    """Within the growth of the batch, with a batch left out that was named at the first start alone."""
+    growing = ("schedule.steps=8", "schedule.ramp_from=4", "schedule.ramp_increment=4", "schedule.ramp_steps=6")
+    words = (*words, *growing, "evaluation.every=0", "checkpoint.keep=0")
+    train_forked(1, *words, "engine=local", f"run_dir={tmp_path / 'whole'}", "data.skip_batches=[5]")
+    cut = (*words, f"run_dir={tmp_path / 'cut'}")
+    train_forked(4, *cut, *LAYOUTS["cp2 zero2"], "stop_after=3", "data.skip_batches=[5]")
+    train_forked(4, *cut, *LAYOUTS["tp2 fsdp2, every second block"], "stop_after=6")
+    train_forked(2, *cut, "engine=zero1", "checkpoint.resume=4", "stop_after=7")  # rewound by hand
+    train_forked(4, *cut, *LAYOUTS["tp2 cp2 zero3, sequence parallel"])
+    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    for key in ("samples", "tokens"):
+        found, wanted = ([record[key] for record in records(tmp_path / name, key)] for name in ("cut", "whole"))
+        assert found == wanted
+    assert [record["step"] for record in records(tmp_path / "cut", "skipped")] == [5]
