@@ -25,6 +25,7 @@ from megatron_tn.engine.deepspeed_settings import deepspeed_settings
 from megatron_tn.engine.passes import CapturedPasses, capture_stream, on_stream
 from megatron_tn.model.sglu import SGLU
 from megatron_tn.model.transnormer import TransNormerLM, empty_model
+from megatron_tn.optim.clipping import clip_gradients
 from megatron_tn.optim.groups import build_adamw, parameter_groups
 from megatron_tn.parallel.context import Axis, ParallelContext
 from megatron_tn.parallel.gradients import gradient_norm
@@ -149,10 +150,21 @@ class DeepSpeedEngine:
             )
         # The torch (or apex) optimizer underneath the wrapper, which holds learning rates and moments.
         self.inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        if self.stage:
+            self._clip_within_update()
         self.main_gradients = self._attach_main_gradients()
         self.passes = None
         if config.engine.cuda_graph:
             self.passes = CapturedPasses(model, self.main_gradients, stream, grow=self.context.data.size)
+
+    def _clip_within_update(self) -> None:
+        """DeepSpeed has found the norm by the time it calls its optimizer's step, and would have made a pass over all
+        gradients to clip them."""
+        self.optimizer.clip_grad = 0.0
+        self.optimizer.unscale_and_clip_grads = lambda *_: None  # stages 2 and 3; the loss is not scaled
+        self.inner.register_step_pre_hook(
+            lambda *_: clip_gradients(self.inner, float(self.optimizer._global_grad_norm), self.clip_norm)
+        )
 
     def _attach_main_gradients(self) -> list[MainGradient]:
         """Have gradients summed where DeepSpeed's optimizer for bf16 at stage 1 keeps its fp32 sums.
@@ -214,9 +226,7 @@ class DeepSpeedEngine:
         if not norm < float("inf"):
             self.engine.zero_grad()
             return StepResult(norm, False)
-        if self.clip_norm and norm > self.clip_norm:
-            for _, gradient in gradients:
-                gradient.mul_(self.clip_norm / (norm + 1e-6))
+        clip_gradients(self.inner, norm, self.clip_norm)
         self.engine.step()
         return StepResult(norm, True)
 

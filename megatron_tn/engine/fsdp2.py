@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from megatron_tn.config import TrainConfig
 from megatron_tn.engine.base import DTYPES, MOMENTS, StepResult, set_optimizer_step
 from megatron_tn.model.transnormer import TransNormerLM
+from megatron_tn.optim.clipping import clip_gradients
 from megatron_tn.optim.groups import build_adamw, parameter_groups
 from megatron_tn.parallel.context import Axis
 from megatron_tn.parallel.gradients import gradient_norm
@@ -73,12 +74,11 @@ class FSDP2Engine:
         norm = gradient_norm(pairs, self.context.tp, device, sharded_over=self.context.data).item()
         applied = norm < float("inf")
         if applied:
-            if self.clip_norm and norm > self.clip_norm:
-                torch._foreach_mul_(gradients, self.clip_norm / (norm + 1e-6))
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             for master, gradient in zip(self.masters, gradients, strict=True):
                 master.grad = gradient
+            clip_gradients(self.optimizer, norm, self.clip_norm)
             self.optimizer.step()
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             parameter.grad = master.grad = None

@@ -12,6 +12,7 @@ from megatron_tn.config import TrainConfig
 from megatron_tn.engine.base import MOMENTS, StepResult, set_optimizer_step
 from megatron_tn.engine.passes import CapturedPasses, Passes, capture_stream
 from megatron_tn.model.transnormer import TransNormerLM
+from megatron_tn.optim.clipping import clip_gradients
 from megatron_tn.optim.groups import build_adamw, parameter_groups
 from megatron_tn.parallel.collectives import all_reduce_
 from megatron_tn.parallel.gradients import gradient_norm
@@ -69,12 +70,11 @@ class LocalEngine:
         norm = gradient_norm(zip(specs, self.gradients, strict=True), self.context.tp, device).item()
         applied = norm < float("inf")
         if applied:
-            if self.clip_norm and norm > self.clip_norm:
-                self.flat_gradient.mul_(self.clip_norm / (norm + 1e-6))
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             for master, gradient in zip(self.masters, self.gradients, strict=True):
                 master.grad = gradient
+            clip_gradients(self.optimizer, norm, self.clip_norm)
             self.optimizer.step()
             self._copy_masters()
         for master in self.masters:
