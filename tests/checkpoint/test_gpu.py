@@ -72,7 +72,7 @@ def test_host_memory_is_page_locked_and_reused():
 
 
 def find_on_the_gpu(engine_config: EngineConfig) -> tuple[bool, list[str], bool]:
-    config = tiny_config(model=MEDIUM, engine=dataclasses.replace(engine_config, compile=True))
+    config = tiny_config(model=MEDIUM, engine=dataclasses.replace(engine_config, compile="blocks"))
     engine = build_engine(config, ParallelContext.create(), this_device())
     initialize_engine(engine, 3)
     one_step(engine, 0)

@@ -45,7 +45,7 @@ def test_batches_reach_the_device_unchanged_and_the_host_waits_for_none(tmp_path
         for step in loader:
             busy = busy @ busy.T / 2048  # work that a copy could be made to wait for
             found += step
-    assert waits == []
+    assert not [str(wait.message) for wait in waits]
     assert all(batch.tokens.device == device for batch in found)
     assert batches_hash(map(on_host, found)) == batches_hash(expected)
     for batch, wanted in zip(found, expected, strict=True):
@@ -61,7 +61,8 @@ class no_waits(warnings.catch_warnings):
 
     def __enter__(self):
         found = super().__enter__()
-        warnings.simplefilter("always")
+        warnings.simplefilter("ignore")  # among others, that this debug mode is a prototype
+        warnings.filterwarnings("always", message="called a synchronizing")
         torch.cuda.set_sync_debug_mode("warn")
         return found
 
@@ -92,6 +93,6 @@ def waits_of_a_step(folder: str) -> list[list[str]]:
 
 
 def test_a_step_of_the_local_engine_waits_once(tmp_path):
-    (found,) = run_ranks(waits_of_a_step, 1, str(tmp_path), device="cuda")
+    (found,) = run_ranks(1, waits_of_a_step, str(tmp_path), device="cuda")
     assert len(found) == 9
     assert all(len(waits) == 1 for waits in found), found
