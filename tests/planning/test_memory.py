@@ -175,6 +175,19 @@ def test_recomputation_and_parallelism_save_what_they_should():
     assert kept["cp2"] < 0.6 * kept["none"]
 
 
+def test_a_machine_with_a_gpu_plans_as_one_without(monkeypatch):
+    config = tiny_config(engine=EngineConfig(name="local", precision="bf16"))
+    alone = activation_bytes(config)
+
+    def capability(device=None):
+        assert torch.device(device).type == "cuda", "the plan's tensors are on no GPU, whatever they say"
+        return 9, 0
+
+    monkeypatch.setattr("kernels.lightning.op.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("kernels.lightning.op.torch.cuda.get_device_capability", capability)
+    assert activation_bytes(config) == alone
+
+
 def test_the_largest_model_is_planned_in_seconds():
     model = from_mapping(ModelConfig, compose_model("175b"))
     config = dataclasses.replace(TrainConfig(), model=model, parallel=ParallelConfig(tp=8))
