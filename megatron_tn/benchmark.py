@@ -30,7 +30,7 @@ from torch import Tensor
 
 from data_pipeline.stream.bench import write_shards
 from kernels import linear_cross_entropy
-from megatron_tn.cli import command
+from megatron_tn.cli import command, run_program
 from megatron_tn.config import BenchmarkConfig, ConfigError, ModelConfig, TrainConfig, from_mapping, to_mapping
 from megatron_tn.engine.build import build_engine
 from megatron_tn.model.flops import parameter_count
@@ -316,4 +316,4 @@ def release() -> None:
 main = command(BenchmarkConfig, "benchmark")(benchmark)
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import difflib
+import gc
 import logging
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -64,6 +67,35 @@ def command(
         return main
 
     return decorate
+
+
+def run_program(main: Callable[[], None]) -> NoReturn:
+    """Run a command line that trains, and end this process with its exit code.
+
+    Python's own end would abort a process, now and then, whose work is done: a thread that needs the interpreter while
+    it is torn down is ended inside C++, which C++ answers with SIGABRT. gloo's threads need it to let go of a tensor, a
+    moment after its collective was waited for. So all that Python does at its end is done here, but for that tearing
+    down; `multiprocessing` ends its processes in the same way.
+    """
+    code: Any = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException as error:
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1
+        sys.excepthook(type(error), error, error.__traceback__)
+    if code is not None and not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+    try:
+        threading._shutdown()  # waits for threads that are no daemons
+        atexit._run_exitfuncs()
+        gc.collect()  # closes files that nobody closed
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code or 0)
 
 
 def job_name(job: DictConfig, words: list[str]) -> str:

@@ -30,7 +30,7 @@ from data_pipeline.stream import (
     load_filter,
 )
 from megatron_tn.checkpoint.manifest import Manifest as Checkpoint
-from megatron_tn.cli import command
+from megatron_tn.cli import command, run_program
 from megatron_tn.config import ConfigError, TrainConfig
 from megatron_tn.engine.build import DTYPES, build_engine
 from megatron_tn.evaluate import held_out_loss
@@ -201,4 +201,4 @@ def stream_state(stream: TokenStream, next_sample: int) -> dict[str, Any]:
 main = command(TrainConfig, "config")(train)
 
 if __name__ == "__main__":
-    main()
+    run_program(main)
