@@ -7,7 +7,7 @@ from kernels.activation import activation
 from kernels.cross_entropy.op import linear_cross_entropy
 from kernels.dispatch import set_backend
 from kernels.embedding.op import scaled_embedding
-from kernels.lightning.gla import gla, gla_features
+from kernels.lightning.gla import gla, gla_features, gla_gradients, gla_query_features_
 from kernels.lightning.op import lightning_attention
 from kernels.lightning.state import gla_state, lightning_state
 from kernels.lrpe.op import lrpe
@@ -29,6 +29,8 @@ __all__ = [
     "gate_with_square_sum",
     "gla",
     "gla_features",
+    "gla_gradients",
+    "gla_query_features_",
     "gla_state",
     "lightning_attention",
     "lightning_state",

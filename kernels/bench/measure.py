@@ -47,10 +47,15 @@ def host_milliseconds(function: Callable[[], object], device: torch.device, repe
 
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes a millisecond of a large copy on `device`, reads and writes both counted."""
-    size = (1024 if device.type == "cuda" else 64) * MIB
-    source = torch.ones(size, dtype=torch.int8, device=device)
+    size = (2048 if device.type == "cuda" else 128) * MIB
+    return size / copy_milliseconds(size, device)
+
+
+def copy_milliseconds(size: int, device: torch.device) -> float:
+    """Time of a copy that moves `size` bytes, reads and writes both counted."""
+    source = torch.ones(max(size // 2, 1), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / milliseconds(lambda: target.copy_(source), device)
+    return milliseconds(lambda: target.copy_(source), device)
 
 
 def extra_memory(function: Callable[[], object], device: torch.device) -> float | None:

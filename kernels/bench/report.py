@@ -7,18 +7,20 @@ from pathlib import Path
 import torch
 
 from kernels.bench.cases import Case
-from kernels.bench.measure import MIB, extra_memory, milliseconds
+from kernels.bench.measure import MIB, copy_milliseconds, extra_memory, milliseconds
 
 # Relative error in norm that a result may have before its speed is worth printing.
 LARGEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 ROUNDINGS = 4  # times as much for operators in a row
-COLUMNS = f"{'':<42}{'error':>9}  {'pass':<9}{'ms':>9}{'floor':>9}{'ratio':>7}{'extra MiB':>11}"
+COLUMNS = f"{'':<42}{'error':>9}  {'pass':<9}{'ms':>9}{'floor':>9}{'ratio':>7}{'copies':>9}{'extra MiB':>11}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One time. floor_ms: what the memory, or the products alone, take. extra_mib: at the peak, beside inputs, outputs
-    and gradients; None on a CPU. by: whose kernel, empty for this package's."""
+    """One time. floor_ms: what the memory, or products alone, take. copies_ms: what copies of as many bytes take, one
+    a pass; of small tensors more than the floor, since a copy starts and drains as well; None beside products.
+    extra_mib: at the peak, beside inputs, outputs and gradients; None on a CPU. by: whose kernel, empty for this
+    package's."""
 
     operator: str
     shape: str
@@ -26,6 +28,7 @@ class Row:
     part: str
     milliseconds: float
     floor_ms: float
+    copies_ms: float | None
     extra_mib: float | None
     error: float | None
     length: int | None
@@ -52,9 +55,13 @@ class Report:
             print(f"{case.shape:<42}{error:>9.1e}  WRONG: the largest error allowed is {limit}; not timed")
             return
         floors = [case.forward_bytes / self.bandwidth, (case.forward_bytes + case.backward_bytes) / self.bandwidth]
+        copies = [None, None]
         if case.products:
             floors = [None, milliseconds(case.products, self.device)]
-        self._time(case, "", error, case.forward, case.both, floors)
+        else:
+            copies = [copy_milliseconds(size, self.device) for size in (case.forward_bytes, case.backward_bytes)]
+            copies[1] += copies[0]
+        self._time(case, "", error, case.forward, case.both, floors, copies)
         for peer in case.peers:
 
             def forward(peer=peer):
@@ -64,20 +71,23 @@ class Report:
                 return torch.autograd.grad(forward(), case.leaves, case.gradients)
 
             try:
-                self._time(case, peer.name, None, forward, both, floors)
+                self._time(case, peer.name, None, forward, both, floors, copies)
             except Exception as failure:  # others' packages fail in many ways; the table goes on
                 print(f"  {peer.name}: does not run: {(str(failure).splitlines() or [''])[0][:90]}")
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _time(self, case: Case, by: str, error: float | None, forward, both, floors: list[float | None]) -> None:
+    def _time(
+        self, case: Case, by: str, error: float | None, forward, both,
+        floors: list[float | None], copies: list[float | None],
+    ) -> None:  # fmt: skip
         outputs = sum(x.nbytes for x in (case.gradients if case.output_bytes is None else ())) + (
             case.output_bytes or 0
         )
-        parts = [("forward", forward, floors[0], outputs)]
+        parts = [("forward", forward, floors[0], copies[0], outputs)]
         if case.gradients:
-            parts.append(("both", both, floors[1], sum(x.nbytes for x in case.leaves)))
-        for part, function, floor, results in parts:
+            parts.append(("both", both, floors[1], copies[1], sum(x.nbytes for x in case.leaves)))
+        for part, function, floor, copy, results in parts:
             if floor is None:
                 continue
             memory = extra_memory(function, self.device)
@@ -88,16 +98,17 @@ class Report:
                 part,
                 milliseconds(function, self.device),
                 floor,
+                copy,
                 None if memory is None else memory - results / MIB,
                 error,
                 case.length,
             )
             self.rows.append(row)
             name, shown = f"  {by}" if by else case.shape, "-" if row.extra_mib is None else f"{row.extra_mib:.0f}"
-            exact = "" if error is None else f"{error:.1e}"
+            exact, copied = "" if error is None else f"{error:.1e}", "-" if copy is None else f"{copy:.3f}"
             print(
                 f"{name:<42}{exact:>9}  {part:<9}{row.milliseconds:>9.3f}{floor:>9.3f}"
-                f"{row.milliseconds / floor:>7.2f}{shown:>11}",
+                f"{row.milliseconds / floor:>7.2f}{copied:>9}{shown:>11}",
                 flush=True,
             )
 

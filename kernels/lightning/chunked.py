@@ -94,6 +94,17 @@ def backward(
     return (*gradients, _documents(dstates[layout.first], cu_seqlens))
 
 
+def initial_gradient(q: Tensor, do: Tensor, decay: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The gradient of the initial state as `backward` gives it where dstate is None."""
+    dtype = accumulation_dtype(q.dtype)
+    layout = _layout(q, do, cu_seqlens)
+    fading = _Fading.of(decay, layout, dtype)
+    qc, doc = (layout.split(x, dtype) for x in (q, do))
+    states = qc.new_empty(layout.slots, *qc.shape[1:3], q.shape[-1], do.shape[-1])
+    _state_gradients(qc, doc.mul_(fading.from_start), fading, layout, None, out=states)
+    return _documents(states[layout.first], cu_seqlens)
+
+
 def _layout(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> ChunkLayout:
     total = q.shape[1]
     # Long enough that the states written out (one of K x V a chunk) are no more than the inputs.

@@ -1,5 +1,7 @@
 """The fused projection q | k | v | u: its parts, and which implementation takes it."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,10 @@ from kernels.lightning.op import MAX_TRITON_WIDTH
 
 MAX_TRITON_LRPE_WIDTH = 128
 MAX_TRITON_ROW = 65536
+
+# Given the gradient of the initial state, as far as the output reaches it, returns what to call for that of the final
+# state: a slice of a sequence sends the one to the slices before it and gets the other from those after it.
+Exchange = Callable[[Tensor], Callable[[], Tensor]]
 
 
 def parts(qkvu: Tensor, heads: int) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels.lightning import gla_plain
 from kernels.lightning.check import check_gla, check_positions, check_values
-from kernels.lightning.fused import backend, parts
+from kernels.lightning.fused import Exchange, backend, parts
 from kernels.lightning.op import empty_starts, empty_state
 from kernels.lightning.step import gla_step
 from kernels.numerics import accumulation_dtype
@@ -61,33 +61,69 @@ def gla(
 
 
 def gla_features(
-    qkvu: Tensor, decay: Tensor, theta: Tensor | None = None, *, act: str, positions: Tensor | None = None
+    qkvu: Tensor,
+    decay: Tensor,
+    theta: Tensor | None = None,
+    *,
+    act: str,
+    positions: Tensor | None = None,
+    keys_alone: bool = False,
 ) -> Tensor | None:
     """What `gla` forms of q and k before it looks at a state; its arguments, its own form. None where there is nothing.
 
     An operator of its own, whose result selective recomputation need not keep. It has no gradient: gla's runs back
-    through the features to qkvu, for which one gradient is enough.
+    through the features to qkvu, for which one gradient is enough. keys_alone: leave those of q to
+    `gla_query_features_`; a state needs none.
     """
     if act == "none" and theta is None:
         return None
     fixed = None if theta is None else theta.detach()
-    return torch.ops.megatron_tn.gla_features(qkvu.detach(), fixed, act, positions, decay.shape[0])
+    return torch.ops.megatron_tn.gla_features(qkvu.detach(), fixed, act, positions, decay.shape[0], keys_alone)
+
+
+def gla_query_features_(
+    features: Tensor | None,
+    qkvu: Tensor,
+    theta: Tensor | None = None,
+    *,
+    act: str,
+    positions: Tensor | None = None,
+) -> None:
+    """Put those of q into the features that `gla_features` made with keys_alone from the same arguments."""
+    if features is not None:
+        fixed = None if theta is None else theta.detach()
+        torch.ops.megatron_tn.gla_query_features_(features, qkvu.detach(), fixed, act, positions)
 
 
 @torch.library.custom_op("megatron_tn::gla_features", mutates_args=())
-def _features(qkvu: Tensor, theta: Tensor | None, act: str, positions: Tensor | None, heads: int) -> Tensor:
+def _features(
+    qkvu: Tensor, theta: Tensor | None, act: str, positions: Tensor | None, heads: int, keys_alone: bool = False
+) -> Tensor:
     """The features of q and k, [B, T, 2, H, d or 2 d]; empty where plain PyTorch runs, which keeps none."""
     v = parts(qkvu, heads)[2]
     if backend(v, theta) == "triton":
         from kernels.lightning.launch_gla import FeatureMap
 
-        return FeatureMap(heads, act, theta, positions).apply(qkvu)
+        return FeatureMap(heads, act, theta, positions).apply(qkvu, queries=not keys_alone)
     return _empty_features(v, theta)
 
 
+@torch.library.custom_op("megatron_tn::gla_query_features_", mutates_args=("features",))
+def _query_features_(features: Tensor, qkvu: Tensor, theta: Tensor | None, act: str, positions: Tensor | None) -> None:
+    if features.numel():
+        from kernels.lightning.launch_gla import FeatureMap
+
+        FeatureMap(features.shape[3], act, theta, positions).apply(qkvu, features, keys=False)
+
+
 @_features.register_fake
-def _features_fake(qkvu, theta, act, positions, heads):
+def _features_fake(qkvu, theta, act, positions, heads, keys_alone=False):
     return _empty_features(parts(qkvu, heads)[2], theta)
+
+
+@_query_features_.register_fake
+def _query_features_fake(features, qkvu, theta, act, positions):
+    return None
 
 
 @torch.library.custom_op("megatron_tn::gla_forward", mutates_args=())
@@ -142,11 +178,10 @@ def _forward_fake(qkvu, features, decay, theta, act, gate, positions, initial_st
     )
 
 
-@torch.library.custom_op("megatron_tn::gla_backward", mutates_args=())
-def _backward(
+def gla_gradients(
     dy: Tensor | None,
     dsquare_sum: Tensor | None,
-    dstate: Tensor | None,
+    dstate: Tensor | Exchange | None,
     o: Tensor,
     qkvu: Tensor,
     decay: Tensor,
@@ -161,8 +196,10 @@ def _backward(
     state: Tensor | None,
     theta_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of qkvu, of theta and of the initial state, the last two empty where there are none.
+    """gla's backward pass: the gradients of qkvu, of theta and of the initial state, the last two empty without one.
 
+    dstate: of the final state; None for zero; or, where slices of a sequence lie on several ranks, the exchange that
+    gives it, begun before dq is formed and waited for after.
     o: [B, T, H, d], or flat. features: of gla_features. starts, state: what the forward pass returned; state is for a
     theta with dstate.
     """
@@ -189,6 +226,31 @@ def _backward(
         dinitial = dinitial.new_empty(0, dtype=accumulation_dtype(v.dtype))
     dtheta = qkvu.new_empty(0) if dtheta is None or not theta_wanted else dtheta.to(theta.dtype)
     return dqkvu, dtheta, dinitial.to(accumulation_dtype(v.dtype))
+
+
+@torch.library.custom_op("megatron_tn::gla_backward", mutates_args=())
+def _backward(
+    dy: Tensor | None,
+    dsquare_sum: Tensor | None,
+    dstate: Tensor | None,
+    o: Tensor,
+    qkvu: Tensor,
+    decay: Tensor,
+    theta: Tensor | None,
+    act: str,
+    gate: bool,
+    positions: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    starts: Tensor | None,
+    features: Tensor | None,
+    state: Tensor | None,
+    theta_wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return gla_gradients(
+        dy, dsquare_sum, dstate, o, qkvu, decay, theta, act, gate, positions, initial_state, cu_seqlens, starts,
+        features, state, theta_wanted,
+    )  # fmt: skip
 
 
 @_backward.register_fake

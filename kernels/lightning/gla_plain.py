@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels.activation import ACTIVATIONS
 from kernels.lightning import chunked
+from kernels.lightning.fused import Exchange
 from kernels.numerics import accumulation_dtype
 
 
@@ -78,7 +79,7 @@ def forward(
 def backward(
     dy: Tensor | None,
     dsquare_sum: Tensor | None,
-    dstate: Tensor | None,
+    dstate: Tensor | Exchange | None,
     o: Tensor,
     q: Tensor,
     k: Tensor,
@@ -106,6 +107,8 @@ def backward(
             out[3].copy_(dy * wide)
     positions, table = _table(theta, positions, q.shape[1], dtype)
     fq, fk = (features(x, act, table, dtype) for x in (q, k))
+    if callable(dstate):
+        dstate = dstate(chunked.initial_gradient(fq, do, decay, cu_seqlens))()
     dfq, dfk, dv, dinitial = chunked.backward(do, dstate, fq, fk, v.to(dtype), decay, initial_state, cu_seqlens)
     dq, dangle_q = feature_gradients(dfq, q, act, table)
     dk, dangle_k = feature_gradients(dfk, k, act, table)

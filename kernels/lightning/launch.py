@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -47,39 +48,81 @@ def backward(
     cu_seqlens: Tensor | None,
     starts: Tensor | None = None,
     out: tuple[Tensor | None, Tensor, Tensor] | None = None,
-    crossing: bool = False,
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v, of the initial state (fp32; empty where there is none), and the far part of theta's.
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, and of the initial state (fp32; empty where there is none).
 
     dstate None means zero. starts: the forward pass's, None or empty to find them again. out: where to write the first
-    three, of any strides; dq may be None, to leave it out, unless the last is wanted. crossing: whether it is, q and k
-    being features of width 2 d (see CROSSING in triton_scan.py): then [H, d] in fp64, otherwise None.
+    three, of any strides; dq may be None, to leave it out.
     """
     dq, dk, dv = out or (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     sequences = Sequences.of(q, v, cu_seqlens)
-    first, last = _given(initial_state), _given(dstate)
-    between = flow = None
     if dq is not None:
-        for_dq = Scan(do, v, k, decay, sequences, transposed=True)
-        if sequences.cut:
-            first = starts if starts is not None and starts.numel() else for_dq.segment_starts(first)
-        if crossing:
-            between = for_dq.new_crossing()
-            flow = torch.empty(sequences.pieces, *for_dq.state_shape[:2], dtype=torch.float32, device=q.device)
-        for_dq.run(dq, first, crossing=between)
+        query_gradient(dq, do, k, v, decay, initial_state, starts, sequences)
+    dinitial, _ = key_value_gradients(dk, dv, do, q, k, v, dstate, decay, sequences, initial_state is not None)
+    return dq, dk, dv, dinitial
 
+
+class Crossing(NamedTuple):
+    """What theta's gradient needs of states between the two halves of a backward pass (CROSSING in triton_scan.py)."""
+
+    between: Tensor
+    flow: Tensor
+
+
+def query_gradient(
+    dq: Tensor,
+    do: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    initial_state: Tensor | None,
+    starts: Tensor | None,
+    sequences: "Sequences",
+    crossing: bool = False,
+) -> Crossing | None:
+    """The half of the backward pass that no gradient of a final state enters. Arguments as in `backward`.
+
+    crossing: whether q and k are features of width 2 d and theta's gradient is wanted.
+    """
+    scan = Scan(do, v, k, decay, sequences, transposed=True)
+    first = _given(initial_state)
+    if sequences.cut:
+        first = starts if starts is not None and starts.numel() else scan.segment_starts(first)
+    kept = None
+    if crossing:
+        flow = torch.empty(sequences.pieces, *scan.state_shape[:2], dtype=torch.float32, device=do.device)
+        kept = Crossing(scan.new_crossing(), flow)
+    scan.run(dq, first, crossing=kept and kept.between)
+    return kept
+
+
+def key_value_gradients(
+    dk: Tensor,
+    dv: Tensor,
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dstate: Tensor | None,
+    decay: Tensor,
+    sequences: "Sequences",
+    initial_wanted: bool,
+    crossing: Crossing | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The other half: the gradient of the initial state too, and the far part of theta's, [H, d] in fp64."""
     for_dv = Scan(k, q, do, decay, sequences, reverse=True)
-    dinitial = for_dv.new_state(initial_state is not None)
+    dinitial = for_dv.new_state(initial_wanted)
+    last = _given(dstate)
     if sequences.cut:
         last = for_dv.segment_starts(last)
-    for_dv.run(dv, last, last=None if initial_state is None else dinitial)
+    for_dv.run(dv, last, last=dinitial if initial_wanted else None)
     for_dk = Scan(v, do, q, decay, sequences, transposed=True, reverse=True)
-    for_dk.run(dk, last, crossing=between, flow=flow)
-    far = None
-    if crossing:
-        cos, sin = flow.sum(0, dtype=torch.float64).chunk(2, dim=-1)
-        far = (cos + sin) * THETA_STRETCH
-    return dq, dk, dv, dinitial, far
+    if crossing is None:
+        for_dk.run(dk, last)
+        return dinitial, None
+    for_dk.run(dk, last, crossing=crossing.between, flow=crossing.flow)
+    cos, sin = crossing.flow.sum(0, dtype=torch.float64).chunk(2, dim=-1)
+    return dinitial, (cos + sin) * THETA_STRETCH
 
 
 def state(
@@ -88,10 +131,12 @@ def state(
     decay: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    reverse: bool = False,
 ) -> Tensor:
-    """The final state alone, fp32; shapes as in `lightning_state`."""
+    """The final state alone, fp32; shapes as in `lightning_state`. reverse: of q and do as k and v, the gradient of the
+    initial state, initial_state being the final one's."""
     sequences = Sequences.of(k, v, cu_seqlens, states_alone=True)
-    scan = Scan(k, k, v, decay, sequences)
+    scan = Scan(k, k, v, decay, sequences, reverse=reverse)
     last = scan.new_state(True)
     scan.segment_starts(_given(initial_state), last)
     return last

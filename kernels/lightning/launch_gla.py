@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels.lightning import launch
 from kernels.lightning.configs import THETA_STRETCH, padded
+from kernels.lightning.fused import Exchange
 from kernels.lightning.triton_features import ACTIVATIONS, feature_gradients_kernel, features_kernel
 from kernels.rows import as_rows
 
@@ -29,12 +30,13 @@ class FeatureMap:
     def trivial(self) -> bool:
         return self.act == "none" and self.theta is None
 
-    def apply(self, qkvu: Tensor) -> Tensor:
-        """The features of q and k, [B, T, 2, H, d] or [B, T, 2, H, 2 d]."""
+    def apply(self, qkvu: Tensor, features: Tensor | None = None, *, queries: bool = True, keys: bool = True) -> Tensor:
+        """The features of q and k, [B, T, 2, H, d] or [B, T, 2, H, 2 d]; in `features` where it is given."""
         batch, total, fused = qkvu.shape
         width = fused // 4 // self.heads
         shape = (batch, total, 2, self.heads, width if self.theta is None else 2 * width)
-        features = torch.empty(shape, dtype=qkvu.dtype, device=qkvu.device)
+        if features is None:
+            features = torch.empty(shape, dtype=qkvu.dtype, device=qkvu.device)
         rows, constants = as_rows(qkvu), self._constants(qkvu)
         with torch.cuda.device_of(qkvu):
             features_kernel[(triton.cdiv(batch * total, ROWS), triton.cdiv(fused // 4, constants["COLUMNS"]))](
@@ -44,6 +46,8 @@ class FeatureMap:
                 features,
                 rows.stride(0),
                 *self._numbers(batch, total, width),
+                QUERIES=queries,
+                KEYS=keys,
                 **constants,
             )
         return features
@@ -121,11 +125,11 @@ def weights(bounds: Tensor | None, total: int) -> Tensor | None:
 
 def backward(
     do: Tensor,
-    dstate: Tensor | None,
+    dstate: Tensor | Exchange | None,
     qkvu: Tensor,
     dqkvu: Tensor,
     parts: tuple[Tensor, Tensor, Tensor],
-    gradients: tuple[Tensor | None, Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor, Tensor],
     features: Tensor | None,
     decay: Tensor,
     feature_map: FeatureMap,
@@ -137,8 +141,8 @@ def backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Writes dq, dk, dv; returns the gradients of the initial state (fp32, empty without one) and of theta.
 
-    parts, gradients: q, k, v and where their gradients go, views of qkvu and dqkvu; dq may be None: it is not wanted.
-    features: of q and k, None where they are q and k themselves.
+    parts, gradients: q, k, v and where their gradients go, views of qkvu and dqkvu. features: of q and k, None where
+    they are q and k themselves.
     """
     q, k, v = parts
     dq, dk, dv = gradients
@@ -147,14 +151,19 @@ def backward(
         q, k = features.unbind(2)
         if feature_map.theta is not None:
             dfeatures = torch.empty(features.shape, dtype=features.dtype, device=features.device)
-            dq, dk = (None if dq is None else dfeatures[:, :, 0]), dfeatures[:, :, 1]
-    *_, dinitial, far = launch.backward(
-        do, dstate, q, k, v, decay, initial_state, cu_seqlens, starts, (dq, dk, dv), theta_wanted
+            dq, dk = dfeatures.unbind(2)
+    sequences = launch.Sequences.of(q, v, cu_seqlens)
+    arriving = None
+    if callable(dstate):
+        arriving = dstate(launch.state(q, do, decay, None, cu_seqlens, reverse=True))
+    crossing = launch.query_gradient(dq, do, k, v, decay, initial_state, starts, sequences, theta_wanted)
+    if arriving is not None:
+        dstate = arriving()
+    dinitial, far = launch.key_value_gradients(
+        dk, dv, do, q, k, v, dstate, decay, sequences, initial_state is not None, crossing
     )
     dtheta = None
     if not feature_map.trivial:
-        if dq is None:
-            (dqkvu.chunk(4, dim=-1)[0] if dfeatures is None else dfeatures[:, :, 0]).zero_()
         dtheta = feature_map.gradients(dfeatures, qkvu, dqkvu, cu_seqlens, theta_wanted)
     if not theta_wanted:
         return dinitial, None

@@ -93,7 +93,7 @@ def _backward(
     if backend(q, v) == "triton":
         from kernels.lightning import launch
 
-        return launch.backward(do, dstate, q, k, v, decay, initial_state, cu_seqlens, starts)[:4]
+        return launch.backward(do, dstate, q, k, v, decay, initial_state, cu_seqlens, starts)
     *gradients, dinitial = chunked.backward(do, dstate, q, k, v, decay, initial_state, cu_seqlens)
     return *gradients, dinitial if initial_state is not None else dinitial.new_empty(0)
 

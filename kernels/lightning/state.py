@@ -7,9 +7,9 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels.lightning import chunked, gla_plain
 from kernels.lightning.check import check_gla, check_inputs, check_positions, check_values
 from kernels.lightning.fused import backend, parts
+from kernels.lightning.gla import gla_features
 from kernels.lightning.op import backend as plain_backend
 from kernels.lightning.op import empty_state
-from kernels.numerics import accumulation_dtype
 
 
 def lightning_state(
@@ -39,11 +39,15 @@ def gla_state(
     positions: Tensor | None = None,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    features: Tensor | None = None,
 ) -> Tensor:
-    """The state that `gla` returns, without its output; arguments as there. Gradients reach qkvu (its q and u parts get
-    zeros), theta and initial_state."""
+    """The state that `gla` returns, without its output; arguments as there. It has no gradient: what a final state is
+    for enters `gla_gradients`. features: of `gla_features`, those of q unused."""
     check_gla(qkvu, decay, theta, act, positions, initial_state, cu_seqlens)
-    return torch.ops.megatron_tn.gla_state(qkvu, decay, theta, act, positions, initial_state, cu_seqlens)
+    qkvu, theta, initial_state = (None if x is None else x.detach() for x in (qkvu, theta, initial_state))
+    if features is None:
+        features = gla_features(qkvu, decay, theta, act=act, positions=positions, keys_alone=True)
+    return torch.ops.megatron_tn.gla_state(qkvu, features, decay, theta, act, positions, initial_state, cu_seqlens)
 
 
 @torch.library.custom_op("megatron_tn::lightning_state", mutates_args=())
@@ -66,7 +70,7 @@ def _state_backward(
         from kernels.lightning import launch
 
         out = (None, *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v)))
-        _, dk, dv, dinitial, _ = launch.backward(do, dstate, k, k, v, decay, initial_state, cu_seqlens, out=out)
+        _, dk, dv, dinitial = launch.backward(do, dstate, k, k, v, decay, initial_state, cu_seqlens, out=out)
     else:
         _, dk, dv, dinitial = chunked.backward(do, dstate, k, k, v, decay, initial_state, cu_seqlens)
     return dk, dv, dinitial if initial_state is not None else dinitial.new_empty(0)
@@ -75,6 +79,7 @@ def _state_backward(
 @torch.library.custom_op("megatron_tn::gla_state", mutates_args=())
 def _gla_state(
     qkvu: Tensor,
+    features: Tensor | None,
     decay: Tensor,
     theta: Tensor | None,
     act: str,
@@ -88,50 +93,10 @@ def _gla_state(
     _, k, v, _ = parts(qkvu, decay.shape[0])
     if backend(v, theta) == "triton":
         from kernels.lightning import launch
-        from kernels.lightning.launch_gla import FeatureMap
 
-        feature_map = FeatureMap(decay.shape[0], act, theta, positions)
-        if not feature_map.trivial:
-            k = feature_map.apply(qkvu)[:, :, 1]
+        k = k if features is None else features[:, :, 1]
         return launch.state(k, v, decay, initial_state, cu_seqlens)
     return gla_plain.forward(k, k, v, v, decay, theta, act, False, positions, initial_state, cu_seqlens)[3].clone()
-
-
-@torch.library.custom_op("megatron_tn::gla_state_backward", mutates_args=())
-def _gla_state_backward(
-    dstate: Tensor,
-    state: Tensor,
-    qkvu: Tensor,
-    decay: Tensor,
-    theta: Tensor | None,
-    act: str,
-    positions: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dqkvu = torch.empty(qkvu.shape, dtype=qkvu.dtype, device=qkvu.device)
-    _, k, v, _ = parts(qkvu, decay.shape[0])
-    dq, dk, dv, du = parts(dqkvu, decay.shape[0])
-    do = torch.zeros(v.shape, dtype=v.dtype, device=v.device)
-    if backend(v, theta) == "triton":
-        from kernels.lightning import launch_gla
-
-        feature_map = launch_gla.FeatureMap(decay.shape[0], act, theta, positions)
-        features = None if feature_map.trivial else feature_map.apply(qkvu)
-        dinitial, dtheta = launch_gla.backward(
-            do, dstate, qkvu, dqkvu, (k, k, v), (None if theta is None else dq, dk, dv), features, decay, feature_map,
-            initial_state, cu_seqlens, None, state, theta is not None,
-        )  # fmt: skip
-    else:
-        dinitial, dtheta = gla_plain.backward(
-            None, None, dstate, do, k, k, v, v, decay, theta, act, False, positions, initial_state, cu_seqlens,
-            (dq, dk, dv, du),
-        )  # fmt: skip
-    dq.zero_()
-    du.zero_()
-    wide = accumulation_dtype(v.dtype)
-    dinitial = dinitial.to(wide) if initial_state is not None else dinitial.new_empty(0, dtype=wide)
-    return dqkvu, qkvu.new_empty(0) if theta is None else dtheta.to(theta.dtype), dinitial
 
 
 @_state.register_fake
@@ -146,16 +111,9 @@ def _state_backward_fake(dstate, k, v, decay, initial_state, cu_seqlens):
 
 
 @_gla_state.register_fake
-def _gla_state_fake(qkvu, decay, theta, act, positions, initial_state, cu_seqlens):
+def _gla_state_fake(qkvu, features, decay, theta, act, positions, initial_state, cu_seqlens):
     v = parts(qkvu, decay.shape[0])[2]
     return empty_state(v, v, v.shape[-1] * (1 if theta is None else 2), cu_seqlens, True)
-
-
-@_gla_state_backward.register_fake
-def _gla_state_backward_fake(dstate, state, qkvu, decay, theta, act, positions, initial_state, cu_seqlens):
-    dtheta = qkvu.new_empty(0) if theta is None else theta.new_empty(theta.shape)
-    dinitial = dstate.new_empty(dstate.shape if initial_state is not None else (0,))
-    return qkvu.new_empty(qkvu.shape), dtheta, dinitial
 
 
 def _save(ctx, inputs, output):
@@ -168,22 +126,7 @@ def _differentiate(ctx, dstate):
     return dk, dv, None, None if initial_state is None else dinitial.to(initial_state.dtype), None
 
 
-def _gla_save(ctx, inputs, output):
-    qkvu, decay, theta, ctx.act, positions, initial_state, cu_seqlens = inputs
-    ctx.save_for_backward(output, qkvu, decay, theta, positions, initial_state, cu_seqlens)
-
-
-def _gla_differentiate(ctx, dstate):
-    state, qkvu, decay, theta, positions, initial_state, cu_seqlens = ctx.saved_tensors
-    dqkvu, dtheta, dinitial = torch.ops.megatron_tn.gla_state_backward(
-        dstate, state, qkvu, decay, theta, ctx.act, positions, initial_state, cu_seqlens
-    )
-    dinitial = None if initial_state is None else dinitial.to(initial_state.dtype)
-    return dqkvu, None, None if theta is None else dtheta, None, None, dinitial, None
-
-
 _state.register_autograd(_differentiate, setup_context=_save)
-_gla_state.register_autograd(_gla_differentiate, setup_context=_gla_save)
 
 
 @register_flop_formula(torch.ops.megatron_tn.lightning_state)
@@ -199,14 +142,7 @@ def _backward_flops(dstate_shape, k_shape, v_shape, *args, out_shape=None, **kwa
 
 
 @register_flop_formula(torch.ops.megatron_tn.gla_state)
-def _gla_flops(qkvu_shape, decay_shape, theta_shape, *args, out_shape=None, **kwargs) -> int:
+def _gla_flops(qkvu_shape, features_shape, decay_shape, theta_shape, *args, out_shape=None, **kwargs) -> int:
     batch, total, fused = qkvu_shape
     width = fused // 4 // decay_shape[0]
     return 2 * batch * total * decay_shape[0] * width * width * (1 if theta_shape is None else 2)
-
-
-@register_flop_formula(torch.ops.megatron_tn.gla_state_backward)
-def _gla_backward_flops(
-    dstate_shape, state_shape, qkvu_shape, decay_shape, theta_shape, *args, out_shape=None, **kwargs
-) -> int:
-    return 2 * _gla_flops(qkvu_shape, decay_shape, theta_shape)

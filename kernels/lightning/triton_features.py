@@ -96,6 +96,8 @@ def features_kernel(
     positions_time,
     width,  # D
     head_width,  # d
+    QUERIES: tl.constexpr,  # whether those of q are wanted
+    KEYS: tl.constexpr,
     ACT: tl.constexpr,
     QUICK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -105,24 +107,36 @@ def features_kernel(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     held = token < tokens
     mask = held[:, None] & (column < width)[None, :]
-    dtype = features_pointer.dtype.element_ty
     x_at = x_pointer + token.to(tl.int64)[:, None] * x_row + column[None, :]
-    q = activate(tl.load(x_at, mask=mask, other=0.0).to(tl.float32), ACT, QUICK)
-    k = activate(tl.load(x_at + width, mask=mask, other=0.0).to(tl.float32), ACT, QUICK)
     if theta_pointer is not None:
         fraction = turn_fraction(tl.load(theta_pointer + column, mask=column < width, other=0.0))
         position = positions_of(token, total, positions_pointer, positions_row, positions_time, held)
         cos, sin = cos_sin(position, fraction, QUICK)
         doubled = column + (column // head_width) * head_width
         at = features_pointer + token.to(tl.int64)[:, None] * (4 * width) + doubled[None, :]
-        tl.store(at, (q * cos).to(dtype), mask=mask)
-        tl.store(at + head_width, (q * sin).to(dtype), mask=mask)
-        tl.store(at + 2 * width, (k * cos).to(dtype), mask=mask)
-        tl.store(at + 2 * width + head_width, (k * sin).to(dtype), mask=mask)
+        if QUERIES:
+            store_turned(x_at, at, head_width, cos, sin, mask, ACT, QUICK)
+        if KEYS:
+            store_turned(x_at + width, at + 2 * width, head_width, cos, sin, mask, ACT, QUICK)
     else:
         at = features_pointer + token.to(tl.int64)[:, None] * (2 * width) + column[None, :]
-        tl.store(at, q.to(dtype), mask=mask)
-        tl.store(at + width, k.to(dtype), mask=mask)
+        if QUERIES:
+            store_activated(x_at, at, mask, ACT, QUICK)
+        if KEYS:
+            store_activated(x_at + width, at + width, mask, ACT, QUICK)
+
+
+@triton.jit
+def store_activated(x_at, at, mask, ACT: tl.constexpr, QUICK: tl.constexpr):
+    x = activate(tl.load(x_at, mask=mask, other=0.0).to(tl.float32), ACT, QUICK)
+    tl.store(at, x.to(at.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_turned(x_at, at, head_width, cos, sin, mask, ACT: tl.constexpr, QUICK: tl.constexpr):
+    x = activate(tl.load(x_at, mask=mask, other=0.0).to(tl.float32), ACT, QUICK)
+    tl.store(at, (x * cos).to(at.dtype.element_ty), mask=mask)
+    tl.store(at + head_width, (x * sin).to(at.dtype.element_ty), mask=mask)
 
 
 @triton.jit

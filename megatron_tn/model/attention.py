@@ -85,21 +85,20 @@ class GatedLinearAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         qkvu = self.qkvu_proj(x, slices)
         theta = None if self.lrpe is None else self.lrpe()
-        features = None
         if part is not None:  # of sequences that context-parallel ranks share
-            state, features = part.incoming_state(qkvu, decay, theta, self.act, positions)
-        y, square_sum, state = gla(
-            qkvu,
-            decay,
-            theta,
-            act=self.act,
-            gate=self.gate,
-            positions=positions,
-            initial_state=state,
-            cu_seqlens=cu_seqlens,
-            return_state=return_state,
-            features=features,
-        )
+            y, square_sum = part.attend(qkvu, decay, theta, act=self.act, gate=self.gate, positions=positions)
+        else:
+            y, square_sum, state = gla(
+                qkvu,
+                decay,
+                theta,
+                act=self.act,
+                gate=self.gate,
+                positions=positions,
+                initial_state=state,
+                cu_seqlens=cu_seqlens,
+                return_state=return_state,
+            )
         if self.norm is not None:
             y = self.norm(y)  # weights commute with the gate
         out, square_sum = self.out_proj(y, slices, beside=square_sum)

@@ -27,6 +27,7 @@ COSTLY = frozenset(
         torch.ops.aten.addmm.default,
         torch.ops.megatron_tn.lightning_forward.default,
         torch.ops.megatron_tn.gla_forward.default,
+        torch.ops.megatron_tn.gla_state.default,
         torch.ops.megatron_tn.column_forward.default,
         torch.ops.megatron_tn.row_forward.default,
     }

@@ -11,11 +11,17 @@ gradient takes the same way back. A slice that a document boundary cuts off from
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
 
-from kernels import gla_features, gla_state
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels import gla_features, gla_gradients, gla_query_features_, gla_state
 from megatron_tn.parallel.context import Axis
+
+collectives = torch.ops._c10d_functional
 
 
 class SequenceSlice:
@@ -36,6 +42,7 @@ class SequenceSlice:
         self.start, self.stop = bounds[axis.rank], bounds[axis.rank + 1]
         self.lengths = torch.tensor(bounds, device=device).diff()
         self.cu_seqlens = None
+        self.edges = None  # the documents that the slice begins and ends in
         # Whether the document at a slice's end goes on in the next one, and whether it fills the slice.
         self.goes_on = torch.ones(axis.size - 1, device=device)
         self.fills = torch.ones(axis.size, device=device)
@@ -46,7 +53,7 @@ class SequenceSlice:
             last = _document_of(edges[1:] - 1, cu_seqlens)
             self.goes_on = (last[:-1] == first[1:]).float()
             self.fills = (first == last).float()
-            self.first, self.last = first[axis.rank : axis.rank + 1], last[axis.rank : axis.rank + 1]
+            self.edges = torch.stack([first[axis.rank], last[axis.rank]])
 
     @property
     def length(self) -> int:
@@ -68,52 +75,118 @@ class SequenceSlice:
         nothing = torch.zeros_like(through)
         return torch.cat([before, nothing[rank:]]), torch.cat([nothing[: rank + 1], after])
 
-    def incoming_state(
-        self, qkvu: Tensor, decay: Tensor, theta: Tensor | None, act: str, positions: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """The state that `kernels.gla` starts from on this rank, for the slice's projection qkvu [B, n, 4 H d], and
-        `kernels.gla_features` of it, formed while states were on their way.
+    def attend(
+        self, qkvu: Tensor, decay: Tensor, theta: Tensor | None, *, act: str, gate: bool, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`kernels.gla` on this slice's projection qkvu [B, n, 4 H d], as a part of its sequence: y and the sum of o^2.
 
-        [B, H, K, d], or with documents [documents, H, K, d]. Collective over the axis, as is its backward pass.
+        Collective over the axis, as is its backward pass.
         """
-        own = gla_state(qkvu, decay, theta, act=act, positions=positions, cu_seqlens=self.cu_seqlens)
-        documents = own.shape[0]
-        if self.cu_seqlens is not None:
-            own = own.index_select(0, self.last)
-        arriving = _start_gather(own.detach(), self.axis)
-        features = gla_features(qkvu, decay, theta, act=act, positions=positions)
-        incoming = _PassStates.apply(own, arriving, *self.weights(decay.to(own.dtype)), self.axis)
-        if self.cu_seqlens is not None:
-            incoming = incoming.new_zeros(documents, *incoming.shape[1:]).index_add(0, self.first, incoming)
-        return incoming, features
+        weights = self.weights(decay.to(torch.promote_types(qkvu.dtype, torch.float32)))
+        return _SliceAttention.apply(
+            qkvu, decay, theta, act, gate, positions, self.cu_seqlens, *weights, self.edges, self.axis
+        )
 
 
-class _PassStates(torch.autograd.Function):
-    """From this rank's own state, and all ranks' in flight, to the one that it starts from."""
+class _SliceAttention(torch.autograd.Function):
+    """States, and backward their gradients, are on their way while the rank goes on with what needs none of them:
 
-    @staticmethod
-    def forward(ctx, own: Tensor, arriving: Tensor, received: Tensor, sent: Tensor, axis: Axis) -> Tensor:
-        ctx.save_for_backward(sent)
-        ctx.axis = axis
-        return _combine(arriving, received)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return _combine(_start_gather(gradient, ctx.axis), *ctx.saved_tensors), None, None, None, None
-
-
-def _start_gather(state: Tensor, axis: Axis) -> Tensor:
-    """Every rank's [B, H, K, d], [cp * B, H, K, d], on their way: `_combine` waits for them.
-
-    Not dist.all_gather_into_tensor: a compiler can follow these operators, and whoever waits needs the tensor alone.
+    forward: features of k, own state, [gather: features of q], o
+    backward: gradient of o, own part of the initial state's, [gather: dq], dk and dv, from there through the features
     """
-    return torch.ops._c10d_functional.all_gather_into_tensor(state.contiguous(), axis.size, axis.name)
+
+    @staticmethod
+    def forward(ctx, qkvu, decay, theta, act, gate, positions, cu_seqlens, received, sent, edges, axis):
+        features = gla_features(qkvu, decay, theta, act=act, positions=positions, keys_alone=True)
+        own = gla_state(qkvu, decay, theta, act=act, positions=positions, cu_seqlens=cu_seqlens, features=features)
+        # Not dist.all_gather_into_tensor: a compiler can follow these operators.
+        arriving = own if edges is None else own.index_select(0, edges[1:])
+        arriving = collectives.all_gather_into_tensor(arriving, axis.size, axis.name)
+        gla_query_features_(features, qkvu, theta, act=act, positions=positions)
+        initial = _combine(collectives.wait_tensor(arriving), received)
+        if edges is not None:
+            initial = torch.zeros_like(own).index_add(0, edges[:1], initial)
+        y, square_sum, state, o, starts = torch.ops.megatron_tn.gla_forward(
+            qkvu, features, decay, theta, act, gate, positions, initial, cu_seqlens, theta is not None
+        )
+        ctx.act, ctx.gate, ctx.group = act, gate, axis.name
+        o = o if gate else y
+        state = None if theta is None else state
+        ctx.save_for_backward(
+            o, qkvu, decay, theta, positions, initial, cu_seqlens, starts, features, state, sent, edges
+        )
+        return y, square_sum
+
+    @staticmethod
+    def backward(ctx, dy, dsquare_sum):
+        o, qkvu, decay, theta, *rest = ctx.saved_tensors
+        theta_wanted = theta is not None and ctx.needs_input_grad[2]
+        dqkvu, dtheta = torch.ops.megatron_tn.gla_slice_backward(
+            dy, dsquare_sum, o, qkvu, decay, theta, ctx.act, ctx.gate, *rest, ctx.group, theta_wanted
+        )
+        return dqkvu, None, dtheta if theta_wanted else None, *[None] * 8
 
 
-def _combine(arriving: Tensor, weights: Tensor) -> Tensor:
-    """Every rank's [B, H, K, d], weighted by [cp, H] and summed."""
-    states = torch.ops._c10d_functional.wait_tensor(arriving).unflatten(0, (weights.shape[0], -1))
-    return torch.einsum("rh,rbhkv->bhkv", weights, states)
+@torch.library.custom_op("megatron_tn::gla_slice_backward", mutates_args=())
+def _slice_backward(
+    dy: Tensor,
+    dsquare_sum: Tensor,
+    o: Tensor,
+    qkvu: Tensor,
+    decay: Tensor,
+    theta: Tensor | None,
+    act: str,
+    gate: bool,
+    positions: Tensor,
+    initial_state: Tensor,
+    cu_seqlens: Tensor | None,
+    starts: Tensor,
+    features: Tensor | None,
+    state: Tensor | None,
+    sent: Tensor,
+    edges: Tensor | None,
+    group: str,
+    theta_wanted: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of qkvu and of theta (empty where it is not wanted). One operator, its exchange included."""
+    ranks = dist.distributed_c10d._resolve_process_group(group)
+
+    def exchange(own: Tensor) -> Callable[[], Tensor]:
+        leaving = own if edges is None else own.index_select(0, edges[:1])
+        gathered = leaving.new_empty(ranks.size() * leaving.shape[0], *leaving.shape[1:])
+        work = dist.all_gather_into_tensor(gathered, leaving.contiguous(), group=ranks, async_op=True)
+
+        def arrived() -> Tensor:
+            work.wait()
+            gradient = _combine(gathered, sent)
+            return gradient if edges is None else torch.zeros_like(own).index_add(0, edges[1:], gradient)
+
+        return arrived
+
+    dqkvu, dtheta, _ = gla_gradients(
+        dy, dsquare_sum, exchange, o, qkvu, decay, theta, act, gate, positions, initial_state, cu_seqlens, starts,
+        features, state, theta_wanted,
+    )  # fmt: skip
+    return dqkvu, dtheta
+
+
+@_slice_backward.register_fake
+def _slice_backward_fake(dy, dsquare_sum, o, qkvu, decay, theta, act, gate, *rest):
+    return qkvu.new_empty(qkvu.shape), theta.new_empty(theta.shape) if rest[-1] else qkvu.new_empty(0)
+
+
+@register_flop_formula(torch.ops.megatron_tn.gla_slice_backward)
+def _slice_backward_flops(dy, dsquare_sum, o, qkvu_shape, decay_shape, theta_shape, *args, out_shape=None, **kwargs):
+    """Four products of B T H K d multiplications, and another for the initial state's gradient on its own."""
+    batch, tokens, fused = qkvu_shape
+    width = fused // 4 // decay_shape[0]
+    return 10 * batch * tokens * decay_shape[0] * width * width * (1 if theta_shape is None else 2)
+
+
+def _combine(gathered: Tensor, weights: Tensor) -> Tensor:
+    """Every rank's [B, H, K, d], one after the other, weighted by [cp, H] and summed."""
+    states = gathered.unflatten(0, (weights.shape[0], -1))
+    return torch.einsum("rh,rbhkv->bhkv", weights, states.to(weights.dtype))
 
 
 def _document_of(position: Tensor, cu_seqlens: Tensor) -> Tensor:

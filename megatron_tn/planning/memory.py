@@ -216,7 +216,7 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _gla_backward_bytes(dy, dsquare_sum, dstate, o, qkvu, decay, theta, *args, **kwargs) -> int:
+def _gla_gradients_bytes(qkvu: Tensor, theta: Tensor | None) -> int:
     """The gradient of o; with LRPE those of q's and k's features, twice as wide, as well (kernels/lightning/gla.py)."""
     part = qkvu.numel() // 4 * qkvu.element_size()
     return part if theta is None else 5 * part
@@ -229,7 +229,12 @@ def _rows_bytes(x: Tensor, rows: int) -> int:
 
 # Sequence parallel's products hold the gathered tokens, and sums that are not shared out yet, within one operator.
 WORKSPACE = {
-    "megatron_tn.gla_backward.default": _gla_backward_bytes,
+    "megatron_tn.gla_backward.default": lambda dy, dsquare_sum, dstate, o, qkvu, decay, theta, *rest: (
+        _gla_gradients_bytes(qkvu, theta)
+    ),
+    "megatron_tn.gla_slice_backward.default": lambda dy, dsquare_sum, o, qkvu, decay, theta, *rest: (
+        _gla_gradients_bytes(qkvu, theta)
+    ),
     "megatron_tn.column_forward.default": lambda x, weights, group, rows: _rows_bytes(x, rows),
     "megatron_tn.row_forward.default": lambda x, weight, group, rows, beside=None: (
         rows * weight.shape[0] * x.element_size()

@@ -124,21 +124,34 @@ class Gated:
             assert_close("dtheta", got[5:], wanted[5:], tolerance or THETA_TOLERANCE[dtype])
 
     def check_state_alone(self) -> None:
-        """gla_state and its gradients, as gla has them where its other results are not used."""
-        leaves = self.leaves()
-        theta = leaves[2] if self.theta is not None else None
-        state = kernels.gla_state(
-            leaves[0],
-            self.decay,
-            theta,
-            act=self.act,
-            positions=self.positions,
-            initial_state=leaves[1],
-            cu_seqlens=self.cu_seqlens,
-        )
-        got = [state, *torch.autograd.grad(state, leaves, self.dstate)]
-        self.dy, self.dsquare_sum = torch.zeros_like(self.dy), torch.zeros_like(self.dsquare_sum)
-        wanted = self.exact()[2:]
-        assert_close("state dqkvu dinitial", got[:3], wanted[:3], TOLERANCE[self.qkvu.dtype])
+        """gla_state, as gla has it."""
+        settings = {"act": self.act, "positions": self.positions, "initial_state": self.initial_state}
+        state = kernels.gla_state(self.qkvu, self.decay, self.theta, **settings, cu_seqlens=self.cu_seqlens)
+        assert_close("state", [state], [self.exact()[2]], TOLERANCE[self.qkvu.dtype])
+
+    def check_exchange(self) -> None:
+        """gla_gradients where the final state's gradient comes in exchange for the initial one's."""
+        heads, given = self.decay.shape[0], {"act": self.act, "positions": self.positions}
+        features = kernels.gla_features(self.qkvu, self.decay, self.theta, **given, keys_alone=True)
+        kernels.gla_query_features_(features, self.qkvu, self.theta, **given)
+        y, _, state, o, starts = torch.ops.megatron_tn.gla_forward(
+            self.qkvu, features, self.decay, self.theta, self.act, self.gate, self.positions, self.initial_state,
+            self.cu_seqlens, True,
+        )  # fmt: skip
+        sent = []
+
+        def exchange(dinitial: Tensor):
+            sent.append(dinitial.clone())
+            return lambda: self.dstate
+
+        dqkvu, dtheta, _ = kernels.gla_gradients(
+            self.dy, self.dsquare_sum, exchange, o if self.gate else y.unflatten(2, (heads, -1)), self.qkvu, self.decay,
+            self.theta, self.act, self.gate, self.positions, self.initial_state, self.cu_seqlens, starts, features,
+            state, self.theta is not None,
+        )  # fmt: skip
+        wanted = self.exact()
+        assert_close("dqkvu", [dqkvu], wanted[3:4], TOLERANCE[self.qkvu.dtype])
         if self.theta is not None:
-            assert_close("dtheta", got[3:], wanted[3:], THETA_TOLERANCE[self.qkvu.dtype])
+            assert_close("dtheta", [dtheta], wanted[5:], THETA_TOLERANCE[self.qkvu.dtype])
+        self.dstate = torch.zeros_like(self.dstate)
+        assert_close("dinitial", sent, self.exact()[4:5], TOLERANCE[self.qkvu.dtype])

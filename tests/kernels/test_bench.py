@@ -28,6 +28,7 @@ def test_a_right_operator_is_timed_against_its_bytes(capsys):
     report.add(case, case)
     assert [row.part for row in report.rows] == ["forward", "both"]
     assert [row.floor_ms for row in report.rows] == [256 / 64, 640 / 64]
+    assert 0 < report.rows[0].copies_ms < report.rows[1].copies_ms
     title, _, forward, both = capsys.readouterr().out.strip().splitlines()
     assert title == "doubling"
     assert "4.000" in forward
@@ -41,7 +42,7 @@ def test_rows_and_picture_are_written(tmp_path):
     for length in (1024, 2048):
         for by in ("", "a peer"):
             report.rows.append(
-                Row("lightning attention", f"B 2 N {length} H 4 d 8", by, "both", 1.0, 0.5, None, None, length)
+                Row("lightning attention", f"B 2 N {length} H 4 d 8", by, "both", 1.0, 0.5, None, None, None, length)
             )
     report.write(tmp_path / "out", {"device": "a machine"})
     written = json.loads((tmp_path / "out/rows.json").read_text())

@@ -49,8 +49,10 @@ def test_positions_in_the_millions():
 
 @pytest.mark.parametrize("with_lrpe", [False, True], ids=["plain", "lrpe"])
 @pytest.mark.parametrize("bounds", [None, BOUNDS], ids=["rows", "packed"])
-def test_the_state_alone(bounds, with_lrpe):
-    Gated.random(length=200, bounds=bounds, with_lrpe=with_lrpe, begin=5).check_state_alone()
+def test_a_slice_of_a_sequence(bounds, with_lrpe):
+    case = Gated.random(length=200, bounds=bounds, with_lrpe=with_lrpe, begin=5)
+    case.check_state_alone()
+    case.check_exchange()
 
 
 def test_views_and_results():

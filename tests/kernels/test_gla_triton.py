@@ -85,11 +85,12 @@ def test_segments_and_stretches(triton_device, short_pieces, bounds, dtype):
 
 @pytest.mark.parametrize("with_lrpe", [False, True], ids=["plain", "lrpe"])
 @pytest.mark.parametrize("bounds", [None, (0, 70, 70, 71, 130, 133, 133)], ids=["rows", "packed"])
-def test_the_state_alone(triton_device, short_pieces, bounds, with_lrpe):
+def test_a_slice_of_a_sequence(triton_device, short_pieces, bounds, with_lrpe):
     case = Gated.random(
         length=133, batch=1, rates=(0.0, 0.9), bounds=bounds, begin=5, with_lrpe=with_lrpe, device=triton_device
     )
     case.check_state_alone()
+    case.check_exchange()
 
 
 @pytest.mark.gpu

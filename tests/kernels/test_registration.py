@@ -100,11 +100,11 @@ def gla_operators(decay, bounds):
             plain(narrow, leaf(1, 9, 2, 4), leaf(1, 9, 2, 4), decay, narrow, None),
         ),
         "gla_step": (ops.gla_step, plain(qkvu[:, :1], narrow, decay, None, "silu", True, positions[:1])),
-        "gla_state": (ops.gla_state, (qkvu, decay, theta, "silu", positions, state, bounds)),
-        "gla_state_backward": (
-            ops.gla_state_backward,
-            plain(state, state, qkvu, decay, theta, "silu", positions, state, bounds),
+        "gla_query_features_": (
+            ops.gla_query_features_,
+            plain(torch.empty(0), qkvu, theta, "silu", positions),
         ),
+        "gla_state": (ops.gla_state, plain(qkvu, None, decay, theta, "silu", positions, state, bounds)),
     }
 
 
