@@ -108,7 +108,7 @@ def backward(
     positions, table = _table(theta, positions, q.shape[1], dtype)
     fq, fk = (features(x, act, table, dtype) for x in (q, k))
     if callable(dstate):
-        dstate = dstate(chunked.initial_gradient(fq, do, decay, cu_seqlens))()
+        dstate = dstate(chunked.initial_gradient(fq, do, decay, cu_seqlens).to(accumulation_dtype(v.dtype)))()
     dfq, dfk, dv, dinitial = chunked.backward(do, dstate, fq, fk, v.to(dtype), decay, initial_state, cu_seqlens)
     dq, dangle_q = feature_gradients(dfq, q, act, table)
     dk, dangle_k = feature_gradients(dfk, k, act, table)

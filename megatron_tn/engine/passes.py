@@ -120,8 +120,10 @@ class CapturedPasses(Passes):
         graph = torch.cuda.CUDAGraph()
         # One pool for all: graphs run one after the other, and leave nothing behind but the loss, which is copied.
         pool = next(iter(self.graphs.values())).graph.pool() if self.graphs else None
+        # Other threads (the batch loader's, which pins memory, and NCCL's watchdog) go on calling into CUDA meanwhile.
+        mode = "thread_local"
         # Not a call of the model, whose hooks would be captured instead of run.
-        with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+        with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode=mode):
             loss = self._run(self.model.forward, *places)
         for main, was in zip(self.mains, empty, strict=True):
             main.empty = was  # nothing has run yet

@@ -186,7 +186,7 @@ def _slice_backward_flops(dy, dsquare_sum, o, qkvu_shape, decay_shape, theta_sha
 def _combine(gathered: Tensor, weights: Tensor) -> Tensor:
     """Every rank's [B, H, K, d], one after the other, weighted by [cp, H] and summed."""
     states = gathered.unflatten(0, (weights.shape[0], -1))
-    return torch.einsum("rh,rbhkv->bhkv", weights, states.to(weights.dtype))
+    return torch.einsum("rh,rbhkv->bhkv", weights, states)
 
 
 def _document_of(position: Tensor, cu_seqlens: Tensor) -> Tensor:

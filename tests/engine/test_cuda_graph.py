@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_tn.config import DataConfig, EngineConfig
+from megatron_tn.config import DataConfig, EngineConfig, ParallelConfig
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.training.diagnose import find_nonfinite
@@ -19,11 +19,18 @@ ENGINES = [EngineConfig(name="local", precision="bf16"), EngineConfig(name="deep
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def run(engine_config: EngineConfig, accumulation: int, packed: bool) -> tuple[list[float], list[torch.Tensor]]:
-    """Losses and gradient norms of six steps, and the masters after them; one step's passes are looked at."""
+def run(
+    engine_config: EngineConfig, accumulation: int, packed: bool, tp: int = 1
+) -> tuple[list[float], list[torch.Tensor]]:
+    """Losses and gradient norms of six steps, and the masters after them; one step's passes are looked at.
+
+    tp: with sequence parallelism; other ranks are data-parallel, and see the same batches.
+    """
     length = 48
     data = DataConfig(sequence_length=length, global_batch=2 * accumulation, micro_batch=1 if packed else 2)
-    engine = build_engine(tiny_config(engine=engine_config, data=data), ParallelContext.create(), this_device())
+    context = ParallelContext.create(tp, sequence_parallel=tp > 1)
+    parallel = ParallelConfig(tp=tp, sequence_parallel=tp > 1)
+    engine = build_engine(tiny_config(engine=engine_config, data=data, parallel=parallel), context, this_device())
     initialize_engine(engine, 3)
     bounds = torch.tensor([0, 7, 20, length, length], dtype=torch.int32, device=this_device()) if packed else None
     found = []
@@ -53,6 +60,18 @@ def test_replayed_passes_are_the_eager_ones(engine, accumulation, packed, device
     for one, other in zip(masters, others, strict=True):
         assert torch.equal(one, other)
     assert len(set(found)) == len(found)  # every step was another's
+
+
+@pytest.mark.parametrize("tp", [1, 2], ids=["dp2", "tp2"])
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(2))])
+def test_replayed_collectives_are_the_eager_ones(engine, tp, device):
+    captured = dataclasses.replace(engine, cuda_graph=True)
+    both = zip(*(run_ranks(2, run, one, 2, False, tp, device=device) for one in (engine, captured)), strict=True)
+    for (wanted, masters), (found, others) in both:
+        assert found == wanted
+        for one, other in zip(masters, others, strict=True):
+            assert torch.equal(one, other)
 
 
 def test_what_does_not_go_with_it_is_refused_by_name():

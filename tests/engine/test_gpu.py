@@ -18,17 +18,15 @@ from tests.helpers.models import TINY
 from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.gpu
-GPUS = torch.cuda.device_count()
-TWO = pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices")
+TWO = pytest.mark.gpu(2)
 LAYOUTS = [
-    pytest.param(1, 1, marks=pytest.mark.skipif(GPUS < 1, reason="needs a CUDA device"), id="1-gpu"),
-    pytest.param(2, 1, marks=pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices"), id="2-gpus-dp2"),
-    pytest.param(2, 2, marks=pytest.mark.skipif(GPUS < 2, reason="needs two CUDA devices"), id="2-gpus-tp2"),
+    pytest.param(1, 1, id="1-gpu"),
+    pytest.param(2, 1, marks=TWO, id="2-gpus-dp2"),
+    pytest.param(2, 2, marks=TWO, id="2-gpus-tp2"),
 ]
 BF16 = [EngineConfig(name="deepspeed", zero_stage=stage, precision="bf16") for stage in range(4)]
 
 
-@pytest.mark.skipif(GPUS < 1, reason="needs a CUDA device")
 @pytest.mark.parametrize("name", NAMES)
 def test_golden_vectors(name):
     wanted = golden(name)
@@ -68,6 +66,14 @@ def test_gradients_under_sequence_parallelism_equal_one_fp64_process(cut):
     for engines in ([LOCAL, *ZERO, ALL_PARTITIONED, FSDP2], recomputed[:1], recomputed[1:]):
         cases = [(engine, n, norm) for engine in engines for n, norm in ((1, TINY.norm), (3, "rmsnorm"))]
         check_gradients(2, 2, cases, device="cuda", sequence_parallel=True, chunk_tokens=8 if cut else None)
+
+
+@TWO
+def test_gradients_of_context_parallel_slices_equal_one_fp64_process():
+    recomputed = [dataclasses.replace(LOCAL, recompute=policy) for policy in ("selective", "full")]
+    cases = [(engine, n, TINY.norm) for engine in (LOCAL, *ZERO, FSDP2) for n in (1, 3)]
+    check_gradients(2, 1, cases, device="cuda", cp=2)
+    check_gradients(2, 1, [(engine, 1, "rmsnorm") for engine in recomputed], device="cuda", cp=2)
 
 
 @pytest.mark.parametrize(("world", "tp"), LAYOUTS)

@@ -141,6 +141,7 @@ class Gated:
         sent = []
 
         def exchange(dinitial: Tensor):
+            assert (dinitial.shape, dinitial.dtype) == (self.dstate.shape, self.dstate.dtype)
             sent.append(dinitial.clone())
             return lambda: self.dstate
 

@@ -13,7 +13,7 @@ from megatron_tn.parallel.collectives import all_reduce_
 from megatron_tn.parallel.context import Axis, ParallelContext
 from megatron_tn.parallel.state_passing import SequenceSlice
 from tests.helpers.models import TINY, random_batch, reference_model, relative_errors
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import run_ranks, this_device
 
 # Some slices lie within one document, some hold several, one bound falls on a slice's edge, two documents are empty.
 LENGTH = 37
@@ -86,6 +86,32 @@ def test_slices_equal_the_whole_sequence(world, tp, cp, packed):
             seen |= found["token_losses"]
         assert sorted(seen) == list(range(LENGTH))
         assert torch.allclose(torch.tensor([seen[i] for i in range(LENGTH)]), out.token_losses[0].detach().float())
+
+
+def in_single_precision(cp: int) -> dict:
+    """Token losses and whole gradients of packed documents, in fp32."""
+    device = this_device()
+    context = ParallelContext.create(1, cp)
+    model = empty_model(TINY, context, device, torch.float32)
+    initialize(model, 0)
+    tokens, targets = (part.to(device) for part in random_batch(1, 301))
+    bounds = torch.tensor([0, 30, 30, 175, 200, 301, 301], dtype=torch.int32, device=device)
+    out = model(tokens, targets=targets, cu_seqlens=bounds, reduction="sum")
+    out.loss.backward()
+    for parameter in model.parameters():
+        all_reduce_(parameter.grad, context.cp)
+    gradients = {name: gradient.cpu() for name, gradient in model.named_logical_gradients().items()}
+    return {"token_losses": out.token_losses[0].cpu(), "gradients": gradients}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(2))])
+def test_slices_in_single_precision(device):
+    (whole,) = run_ranks(1, in_single_precision, 1, device=device)
+    ranks = run_ranks(2, in_single_precision, 2, device=device)
+    losses = torch.cat([found["token_losses"] for found in ranks])
+    torch.testing.assert_close(losses, whole["token_losses"], rtol=1e-5, atol=1e-5)
+    for found in ranks:
+        assert max(relative_errors(found["gradients"], whole["gradients"]).values()) < 2e-5
 
 
 @pytest.mark.full

@@ -14,10 +14,7 @@ from tests.data_pipeline.shard_factory import make_shards
 from tests.helpers.models import TINY, tiny_config
 from tests.helpers.ranks import run_ranks
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 LENGTH = 24
 
 
