@@ -1,14 +1,13 @@
 """Reads a rank's share of each step's global batch ahead of time."""
 
-import queue
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data_pipeline.errors import InputError
-from data_pipeline.stream.device import on_device
+from data_pipeline.stream.ahead import read_ahead
+from data_pipeline.stream.device import receive, send
 from data_pipeline.stream.sample import Batch
 from data_pipeline.stream.token_stream import TokenStream
 
@@ -20,8 +19,8 @@ class BatchLoader:
 
     `plan(step)` gives the step's global batch as (first sample, number of samples), or None when training is over. The
     share of rank r is samples [first + r * share, first + (r + 1) * share), in microbatches of `micro_batch` samples.
-    `workers`: 0 reads ahead in a thread, more in that many processes; `prefetch`: steps read ahead (by each process).
-    `device`: where batches are put, one step ahead (see `on_device`); their `target_tokens` are known to the host.
+    `workers`: 0 reads in a thread, more in that many processes; `prefetch`: steps ahead, of the thread that collects
+    them and of each process. `device`: where the thread puts them; their `target_tokens` are known to the host.
     Iteration starts at `step`, which may be set before and is the next step at any time. Raises InputError when a
     global batch does not divide. Leaves torch's global random state alone. `close`, or a with statement, stops it.
     """
@@ -58,10 +57,10 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[list[Batch]]:
         self.close()
-        read = self._in_processes() if self.workers else self._in_thread()
-        self._running = running = on_device(read, self.device)
+        steps = self._in_processes() if self.workers else self._here()
+        self._running = running = read_ahead(send(steps, self.device), self.prefetch)
         try:
-            for microbatches in running:
+            for microbatches in map(receive, running):
                 self.step += 1
                 for batch in microbatches:
                     self.stream.record(batch)
@@ -100,40 +99,12 @@ class BatchLoader:
             yield share
             step += 1
 
-    def _in_thread(self) -> Iterator[list[Batch]]:
-        ready: queue.Queue = queue.Queue(maxsize=self.prefetch)
-        stop = threading.Event()
+    def _here(self) -> Generator[list[Batch]]:
         reader = _Shares(self.stream, self.micro_batch)
+        for share in self._shares():
+            yield reader[share]
 
-        def put(item) -> None:
-            while not stop.is_set():
-                try:
-                    return ready.put(item, timeout=0.1)
-                except queue.Full:
-                    continue
-
-        def read_ahead() -> None:
-            try:
-                for share in self._shares():
-                    if stop.is_set():
-                        return
-                    put(reader[share])
-                put(None)
-            except BaseException as error:
-                put(error)
-
-        thread = threading.Thread(target=read_ahead, name="batch-loader", daemon=True)
-        thread.start()
-        try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stop.set()
-            thread.join()
-
-    def _in_processes(self) -> Iterator[list[Batch]]:
+    def _in_processes(self) -> Generator[list[Batch]]:
         loader = DataLoader(
             _Shares(self.stream, self.micro_batch),
             sampler=self._shares(),
@@ -144,11 +115,9 @@ class BatchLoader:
             # DataLoader draws a seed for its workers; from its own generator, or training would depend on `workers`.
             generator=torch.Generator(),
         )
-        batches = iter(loader)
-        try:
-            yield from batches
-        finally:
-            del batches  # the iterator's finaliser is what ends the processes
+        # Started here, not where it is iterated: only in the main thread can PyTorch see at once that a process died.
+        # The iterator's finaliser is what ends the processes, so nothing but the generator may hold it.
+        return (step for step in iter(loader))
 
 
 class _Shares(Dataset):

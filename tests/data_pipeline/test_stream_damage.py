@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -107,16 +108,22 @@ def test_what_is_copied_to_a_device_ahead_is_neither_recorded_nor_reordered(mani
     """The device is pretended: see tests/training/test_gpu.py for a real one."""
     events = []
     monkeypatch.setattr(device, "_moved", lambda batch, _: events.append(("moved", batch.indices[0])) or batch)
-    monkeypatch.setattr(device, "_arrived", lambda step, _: step)
+    monkeypatch.setattr("data_pipeline.stream.loader.receive", lambda sent: sent.microbatches)
+    monkeypatch.setattr("torch.cuda.set_device", lambda _: None)
     monkeypatch.setattr("torch.cuda.Stream", lambda _: SimpleNamespace(record_event=lambda: None))
     monkeypatch.setattr("torch.cuda.stream", lambda _: contextlib.nullcontext())
     for shard in manifest.shards:
         truncate(manifest.directory / shard.name)
     subject = make_stream(manifest)
     plan = lambda step: (step * 2, 2) if step < 5 else None  # noqa: E731
-    with BatchLoader(subject, plan, micro_batch=2, workers=workers, device=torch.device("cuda")) as loader:
-        for number, (batch,) in enumerate(loader):
+    settings = {"micro_batch": 2, "workers": workers, "device": torch.device("cuda"), "prefetch": 1}
+    with BatchLoader(subject, plan, **settings) as steps:
+        for number, (batch,) in enumerate(steps):
             assert batch.indices == (2 * number, 2 * number + 1)
-            assert len(events) == min(number + 2, 5)
+            wanted = min(number + 3, 5)  # the one at hand, one that waits, and one that the thread holds
+            until = time.time() + 30
+            while len(events) < wanted and time.time() < until:
+                time.sleep(0.01)
+            assert len(events) == wanted
             assert all(index < 2 * number + 2 for first, stop in subject.ledger.ranges for index in range(first, stop))
     assert number == 4

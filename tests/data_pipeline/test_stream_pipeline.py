@@ -87,9 +87,9 @@ def test_leaving_a_pipeline_early_stops_its_reading(manifest):
     )
     steps = iter(pipeline)
     next(steps)
-    assert any(thread.name == "batch-loader" for thread in threading.enumerate())
+    assert any(thread.name == "read-ahead" for thread in threading.enumerate())
     steps.close()
-    assert not any(thread.name == "batch-loader" for thread in threading.enumerate())
+    assert not any(thread.name == "read-ahead" for thread in threading.enumerate())
 
 
 def test_documents_can_be_looked_at_before_they_are_packed(manifest):
