@@ -105,6 +105,5 @@ class LocalEngine:
 
     @torch.no_grad()
     def _copy_masters(self) -> None:
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if parameter is not master:
-                parameter.copy_(master)
+        if self.parameters[0] is not self.masters[0]:
+            torch._foreach_copy_(self.parameters, self.masters)

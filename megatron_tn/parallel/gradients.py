@@ -26,10 +26,8 @@ def gradient_norm(
     """
     # On a CPU a long fp32 sum loses digits that the GPU's tree of partial sums keeps.
     precision = torch.float64 if device.type == "cpu" else torch.float32
-    counted = [
-        torch.linalg.vector_norm(gradient, dtype=precision)
-        for spec, gradient in gradients
-        if not spec.replicated or axis.rank == 0
-    ]
-    square = torch.stack(counted).square().sum() if counted else torch.zeros((), dtype=precision, device=device)
+    counted = [gradient for spec, gradient in gradients if not spec.replicated or axis.rank == 0]
+    square = torch.zeros((), dtype=precision, device=device)
+    if counted:  # in a few launches, however many parameters there are
+        square = torch.stack(torch._foreach_norm(counted, dtype=precision)).square().sum()
     return all_reduce_(all_reduce_(square, sharded_over), axis).sqrt()
