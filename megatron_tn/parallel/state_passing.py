@@ -100,18 +100,24 @@ class _SliceAttention(torch.autograd.Function):
         features = gla_features(qkvu, decay, theta, act=act, positions=positions, keys_alone=True)
         own = gla_state(qkvu, decay, theta, act=act, positions=positions, cu_seqlens=cu_seqlens, features=features)
         # Not dist.all_gather_into_tensor: a compiler can follow these operators.
-        arriving = own if edges is None else own.index_select(0, edges[1:])
-        arriving = collectives.all_gather_into_tensor(arriving, axis.size, axis.name)
+        arriving = collectives.all_gather_into_tensor(_pick(own, edges, 1), axis.size, axis.name)
         gla_query_features_(features, qkvu, theta, act=act, positions=positions)
         initial = _combine(collectives.wait_tensor(arriving), received)
-        if edges is not None:
-            initial = torch.zeros_like(own).index_add(0, edges[:1], initial)
         y, square_sum, state, o, starts = torch.ops.megatron_tn.gla_forward(
-            qkvu, features, decay, theta, act, gate, positions, initial, cu_seqlens, theta is not None
+            qkvu,
+            features,
+            decay,
+            theta,
+            act,
+            gate,
+            positions,
+            _place(initial, edges, 0, cu_seqlens),
+            cu_seqlens,
+            theta is not None,
         )
         ctx.act, ctx.gate, ctx.group = act, gate, axis.name
         o = o if gate else y
-        state = None if theta is None else state
+        state = None if theta is None else _pick(state, edges, 1)
         ctx.save_for_backward(
             o, qkvu, decay, theta, positions, initial, cu_seqlens, starts, features, state, sent, edges
         )
@@ -152,17 +158,18 @@ def _slice_backward(
     ranks = dist.distributed_c10d._resolve_process_group(group)
 
     def exchange(own: Tensor) -> Callable[[], Tensor]:
-        leaving = own if edges is None else own.index_select(0, edges[:1])
+        leaving = _pick(own, edges, 0)
         gathered = leaving.new_empty(ranks.size() * leaving.shape[0], *leaving.shape[1:])
         work = dist.all_gather_into_tensor(gathered, leaving.contiguous(), group=ranks, async_op=True)
 
         def arrived() -> Tensor:
             work.wait()
-            gradient = _combine(gathered, sent)
-            return gradient if edges is None else torch.zeros_like(own).index_add(0, edges[1:], gradient)
+            return _place(_combine(gathered, sent), edges, 1, cu_seqlens)
 
         return arrived
 
+    initial_state = _place(initial_state, edges, 0, cu_seqlens)
+    state = None if state is None else _place(state, edges, 1, cu_seqlens)
     dqkvu, dtheta, _ = gla_gradients(
         dy, dsquare_sum, exchange, o, qkvu, decay, theta, act, gate, positions, initial_state, cu_seqlens, starts,
         features, state, theta_wanted,
@@ -187,6 +194,23 @@ def _combine(gathered: Tensor, weights: Tensor) -> Tensor:
     """Every rank's [B, H, K, d], one after the other, weighted by [cp, H] and summed."""
     states = gathered.unflatten(0, (weights.shape[0], -1))
     return torch.einsum("rh,rbhkv->bhkv", weights, states)
+
+
+# What crosses an edge of a slice is the state of one document, [1, H, K, d], and that is what is kept for the backward
+# pass: those of all documents could take more memory than the activations. edges is None for whole sequences.
+
+
+def _pick(states: Tensor, edges: Tensor | None, edge: int) -> Tensor:
+    """Of the documents' states, that of the one at the slice's beginning (edge 0) or end (1)."""
+    return states if edges is None else states.index_select(0, edges[edge : edge + 1])
+
+
+def _place(state: Tensor, edges: Tensor | None, edge: int, cu_seqlens: Tensor | None) -> Tensor:
+    """The reverse: all other documents' are zero."""
+    if edges is None:
+        return state
+    states = state.new_zeros(cu_seqlens.shape[0] - 1, *state.shape[1:])
+    return states.index_copy_(0, edges[edge : edge + 1], state)
 
 
 def _document_of(position: Tensor, cu_seqlens: Tensor) -> Tensor:

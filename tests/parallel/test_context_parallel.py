@@ -114,6 +114,24 @@ def test_slices_in_single_precision(device):
         assert max(relative_errors(found["gradients"], whole["gradients"]).values()) < 2e-5
 
 
+def states_kept() -> list[torch.Size]:
+    """Shapes of what the forward pass of packed documents keeps, of those that are states' own."""
+    shapes = []
+    model = empty_model(SLOW, ParallelContext.create(1, 2), "cpu", torch.float64)
+    initialize(model, 0)
+    tokens, targets = one_row()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append(x.shape) or x, lambda x: x):
+        model(tokens, targets=targets, cu_seqlens=torch.tensor(BOUNDS, dtype=torch.int32))
+    width = SLOW.embed_dim // SLOW.heads
+    return [shape for shape in shapes if shape[1:] == (SLOW.heads, 2 * width, width)]
+
+
+def test_of_many_documents_the_states_at_the_edges_are_kept():
+    for shapes in run_ranks(2, states_kept):
+        assert len(shapes) == 2 * SLOW.layers  # the state before, and for theta's gradient the one after
+        assert {shape[0] for shape in shapes} == {1}
+
+
 @pytest.mark.full
 def test_eight_ranks_agree():
     model = reference_model(SLOW, 0)
