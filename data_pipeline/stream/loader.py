@@ -1,5 +1,8 @@
 """Reads a rank's share of each step's global batch ahead of time."""
 
+import os
+import signal
+import threading
 from collections.abc import Callable, Generator, Iterator
 
 import torch
@@ -57,8 +60,9 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[list[Batch]]:
         self.close()
-        steps = self._in_processes() if self.workers else self._here()
-        self._running = running = read_ahead(send(steps, self.device), self.prefetch)
+        # No name for the steps: this frame, kept by whoever iterates, would keep the reader processes after `close`.
+        running = read_ahead(send(self._in_processes() if self.workers else self._here(), self.device), self.prefetch)
+        self._running = running
         try:
             for microbatches in map(receive, running):
                 self.step += 1
@@ -112,6 +116,7 @@ class BatchLoader:
             num_workers=self.workers,
             prefetch_factor=self.prefetch,
             collate_fn=_as_it_is,
+            worker_init_fn=_end_by_parent_alone,
             # DataLoader draws a seed for its workers; from its own generator, or training would depend on `workers`.
             generator=torch.Generator(),
         )
@@ -126,11 +131,31 @@ class _Shares(Dataset):
         self.micro_batch = micro_batch
 
     def __getitem__(self, share: range) -> list[Batch]:
-        return [
-            self.stream.read(share[start : start + self.micro_batch])
-            for start in range(0, len(share), self.micro_batch)
-        ]
+        try:
+            return [
+                self.stream.read(share[start : start + self.micro_batch])
+                for start in range(0, len(share), self.micro_batch)
+            ]
+        except StopIteration as error:  # of a document stage: whoever iterates would take it for the end of the data
+            raise RuntimeError("a document stage or filter raised StopIteration") from error
 
 
 def _as_it_is(item):
     return item
+
+
+def _end_by_parent_alone(_worker: int) -> None:
+    """In a reader process: SIGTERM ends it when its parent sends it, and nobody else's does.
+
+    A scheduler that tells a job to stop (SLURM, a container's runtime) tells every process of it. The trainer then goes
+    on to the end of its step and saves; a reader that died first would make it fail instead.
+    """
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait_for_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait_for_parent, name="signals", daemon=True).start()

@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import itertools
+import multiprocessing
+import subprocess
 import sys
 
 import numpy as np
@@ -226,3 +228,30 @@ def test_target_tokens_are_what_counts(manifest):
         batch = build_stream(manifest, sequence_length=LENGTH, seed=3, isolate_documents=isolate).batch(range(30))
         assert batch.target_tokens == int((batch.targets != -100).sum())
         assert torch.is_tensor(batch.tokens)
+
+
+def ends(document):
+    raise StopIteration
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stage_that_raises_stop_iteration_does_not_end_the_data(manifest, workers):
+    stage = DocumentStage("ends", ends)
+    stream = build_stream(manifest, sequence_length=LENGTH, seed=0, document_stages=[stage])
+    loader = BatchLoader(stream, lambda step: (step * 4, 4), micro_batch=4, workers=workers)
+    with loader, pytest.raises(RuntimeError, match="raised StopIteration"):
+        next(iter(loader))
+
+
+def test_only_its_parent_ends_a_reader_process(manifest):
+    stream = build_stream(manifest, sequence_length=LENGTH, seed=0)
+    with BatchLoader(stream, lambda step: (step * 4, 4), micro_batch=4, workers=1) as loader:
+        steps = iter(loader)
+        next(steps)
+        (reader,) = multiprocessing.active_children()
+        subprocess.run(["kill", "-TERM", str(reader.pid)], check=True)
+        for _ in range(20):
+            next(steps)
+        assert reader.is_alive()
+    reader.join(10)
+    assert not reader.is_alive()
