@@ -21,7 +21,8 @@ class Preemption:
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # Whoever told this process to stop may say so again, while it ends: that must not change its exit code.
+            signal.signal(number, signal.SIG_IGN if self.received else handler)
 
     def _remember(self, number: int, _frame) -> None:
         self.received = signal.Signals(number).name

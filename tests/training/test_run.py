@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
+import signal
+import sys
 
 import pytest
 
 from megatron_tn.config import OptimConfig, TrainConfig, WandbConfig, save
 from megatron_tn.parallel import world
+from megatron_tn.training.hooks.console import ConsoleProgress
 from megatron_tn.training.hooks.journal import Journal
 from megatron_tn.training.hooks.weights_and_biases import WeightsAndBiases
+from megatron_tn.training.preemption import Preemption
 from megatron_tn.training.preflight import frozen_config
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
@@ -76,6 +81,52 @@ def test_a_rewound_run_leaves_one_clean_curve_and_loses_nothing(tmp_path):
     set_aside = (tmp_path / "log.superseded.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in set_aside[:2]] == [5, 6]
     assert set_aside[2] == '{"step": 7, "lo'
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 4, "lo', b'{"step": \xff\xfe', b"\0" * 50], ids=["cut", "bytes", "zeros"])
+def test_a_last_line_that_a_dying_host_cut_short(tmp_path, torn):
+    run_steps(Journal(tmp_path / "log.jsonl", 1, WORK), 1, 3)
+    whole = (tmp_path / "log.jsonl").read_bytes()
+    (tmp_path / "log.jsonl").write_bytes(whole + torn)
+    run_steps(Journal(tmp_path / "log.jsonl", 1, WORK), 4, 5)
+    assert steps_in(tmp_path / "log.jsonl") == [1, 2, 3, 4, 5]
+    assert (tmp_path / "log.superseded.jsonl").read_bytes() == torn + b"\n"
+
+
+def test_a_last_line_without_its_end_stays_a_line(tmp_path):
+    run_steps(Journal(tmp_path / "log.jsonl", 1, WORK), 1, 3)
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(path.read_bytes()[:-1])
+    run_steps(Journal(tmp_path / "log.jsonl", 1, WORK), 4, 4)
+    assert steps_in(path) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), SystemExit(1)], ids=["print", "rich"])
+def test_progress_that_nobody_reads_any_more_stops_nothing(monkeypatch, caplog, error):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise error
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    hook, state = ConsoleProgress(3), TrainingState()
+    hook.on_start(state)
+    for _ in range(3):
+        state.count(REPORT, samples=1)
+        hook.on_step(state, REPORT)
+    hook.on_stop(state)
+    assert [record.message.partition(":")[0] for record in caplog.records] == ["progress cannot be printed"]
+
+
+def test_a_signal_that_comes_again_on_the_way_out_does_nothing():
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        with Preemption() as preemption:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR1)  # by default this ends a process
+        assert preemption.received == "SIGUSR1"
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def test_every_so_many_steps(tmp_path):

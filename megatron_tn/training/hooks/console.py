@@ -1,8 +1,15 @@
-"""What a person sees: a progress bar with loss, speed and time left; in a log file, a line now and then."""
+"""What a person sees: a progress bar with loss, speed and time left; in a log file, a line now and then.
+
+The terminal, the pipe or the disk behind it may go away. Training goes on without: log.jsonl has everything.
+"""
 
 from __future__ import annotations
 
+import functools
+import logging
 import time
+from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -11,12 +18,31 @@ from megatron_tn.training.hooks import NullHook
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
 
+log = logging.getLogger(__name__)
+
 LINE_EVERY_S = 10.0
+
+
+def while_it_is_there(method: Callable[..., None]) -> Callable[..., None]:
+    """Decorator of a method of ConsoleProgress: it does nothing once the console has gone."""
+
+    @functools.wraps(method)
+    def guarded(self: ConsoleProgress, *arguments: Any) -> None:
+        if self.gone:
+            return
+        try:
+            method(self, *arguments)
+        except (OSError, SystemExit) as error:  # rich leaves the program when a pipe is closed
+            self.gone = True
+            log.warning("progress cannot be printed: %r; training goes on (log.jsonl has everything)", error)
+
+    return guarded
 
 
 class ConsoleProgress(NullHook):
     def __init__(self, total_steps: int):
         self.total = total_steps
+        self.gone = False
         self._console = Console()
         self._progress = Progress(
             TextColumn("[bold]train"),
@@ -30,6 +56,7 @@ class ConsoleProgress(NullHook):
         )
         self._last_line = 0.0
 
+    @while_it_is_there
     def on_start(self, state: TrainingState) -> None:
         self._task = self._progress.add_task("", total=self.total, completed=state.step, loss=float("nan"), speed=0.0)
         if self._console.is_terminal:
@@ -37,6 +64,7 @@ class ConsoleProgress(NullHook):
         self._began = self._tick = time.perf_counter()
         self._first = state.step
 
+    @while_it_is_there
     def on_step(self, state: TrainingState, report: StepReport) -> None:
         if report.skipped:
             self._console.print(f"step {state.step}: its batch is skipped (data.skip_batches or a rewind)")
@@ -62,5 +90,6 @@ class ConsoleProgress(NullHook):
         self._began = self._tick = time.perf_counter()
         self._first = state.step
 
+    @while_it_is_there
     def on_stop(self, state: TrainingState) -> None:
         self._progress.stop()

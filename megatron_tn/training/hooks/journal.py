@@ -79,15 +79,17 @@ class Journal(NullHook):
 
     def _set_aside(self, step: int) -> None:
         kept, later = [], []
-        for line in self.path.read_text().splitlines():
+        # Bytes, since a line that a dying host cut short may hold any; all that are written are ASCII.
+        content = self.path.read_bytes()
+        for line in content.splitlines():
             try:
                 (later if json.loads(line)["step"] > step else kept).append(line)
             except (ValueError, KeyError, TypeError):
                 later.append(line)  # cut short when its process died
-        if not later:
+        if not later and content.endswith(b"\n"):
             return
-        with self.path.with_name("log.superseded.jsonl").open("a") as file:
-            file.writelines(f"{line}\n" for line in later)
+        with self.path.with_name("log.superseded.jsonl").open("ab") as file:
+            file.writelines(line + b"\n" for line in later)
         rewritten = self.path.with_suffix(".tmp")
-        rewritten.write_text("".join(f"{line}\n" for line in kept))
+        rewritten.write_bytes(b"".join(line + b"\n" for line in kept))
         os.replace(rewritten, self.path)
