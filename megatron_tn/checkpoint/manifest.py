@@ -16,6 +16,7 @@ set aside by a rewind); neither is ever read.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +33,8 @@ FORMAT = "megatron_tn checkpoint"
 VERSION = 2
 MANIFEST = "manifest.json"
 KINDS = ("param", "exp_avg", "exp_avg_sq")
+SECTIONS = ("model", "engine", "data")  # of the config, which readers of a checkpoint look into
+NAME = re.compile(r"step_\d{8,}(-again)?")  # see save.publish for -again
 
 
 class Trainable(Protocol):
@@ -101,6 +104,9 @@ class Manifest:
         except ValidationError as error:
             places = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
             raise ConfigError(f"{path} is damaged: {places[0]}") from None
+        for section in SECTIONS:
+            if not isinstance(manifest.config.get(section), dict):
+                raise ConfigError(f"{path} is damaged: its config has no {section}")
         named = {piece.file for pieces in manifest.pieces.values() for piece in pieces} | manifest.files.keys()
         for file in sorted(named):
             if Path(file).name != file or not file.endswith(".safetensors"):
@@ -122,6 +128,7 @@ def rank_file(rank: int) -> str:
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in `folder`, oldest first. One that was being written when its process died has no manifest."""
-    found = (path for path in folder.glob("step_*") if path.suffix not in (".tmp", ".old"))
+    """Checkpoints in `folder`, oldest first. One that was being written when its process died has no manifest; one
+    with a name of somebody's own, such as step_00000500_copy, is left alone."""
+    found = (path for path in folder.glob("step_*") if NAME.fullmatch(path.name))
     return sorted(path for path in found if (path / MANIFEST).is_file())

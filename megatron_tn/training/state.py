@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pydantic import ConfigDict
+
+from megatron_tn.config import from_mapping
 from megatron_tn.training.step import StepReport
 
 
@@ -24,6 +27,8 @@ class TrainingState:
     nonfinite_in_a_row: steps.
     held_out: the last held-out figures, and the "step" they were measured at.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     step: int = 0
     optimizer_step: int = 0
@@ -50,6 +55,11 @@ class TrainingState:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> TrainingState:
+        """Raises ConfigError when these are not the counters of a run."""
+        return from_mapping(cls, values)
 
     def count(self, report: StepReport, samples: int) -> None:
         """One more step, over so many sequences on all ranks together."""

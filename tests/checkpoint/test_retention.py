@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,3 +80,11 @@ def test_two_readers_may_read_at_once(tmp_path):
     first = make(tmp_path, 1)
     with reading(first), reading(first):
         pass
+
+
+def test_a_copy_under_a_name_of_its_own_is_no_checkpoint_of_the_run(tmp_path):
+    own = make(tmp_path, 100)
+    for name in ("step_00000100_copy", "step_00000200 (1)", "step_best", "step_00000300.bak"):
+        shutil.copytree(own, tmp_path / name)
+    assert whole_checkpoints(tmp_path) == [own]
+    assert apply_retention(tmp_path, Retention(newest=1)) == []
