@@ -6,13 +6,16 @@ import atexit
 import contextlib
 import difflib
 import gc
+import itertools
 import logging
+import multiprocessing
 import os
 import re
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,14 +23,19 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_tn.config import ConfigError, from_mapping, known_keys, to_mapping, unknown_key
 
+log = logging.getLogger(__name__)
+
 CONF = Path(__file__).resolve().parents[1] / "conf"
+MULTIRUN = ("-m", "--multirun")
 BAD_INPUT = 2  # exit code
+CLOSED_PIPE = 128 + signal.SIGPIPE  # exit code of a program whose reader went away, as of `... | head -1`
 
 
 def command(
@@ -38,7 +46,8 @@ def command(
     literal: settings whose value is free text, taken to the letter; Hydra's own syntax would trim and parse it.
 
     The dataclass's defaults enter Hydra as the schema `config_name`_schema, so that every key it does not have is
-    refused, with the nearest known one. In a multirun every job's run_dir is a folder of its own below run_dir.
+    refused, with the nearest known one. In a multirun every job's run_dir is a folder of its own below run_dir; a job
+    whose function returns True, because it was told to stop, is the last one.
     """
 
     def decorate(function: Callable[[Any], None]) -> Callable[[], None]:
@@ -47,11 +56,14 @@ def command(
         texts: dict[str, str] = {}
 
         def run(composed: DictConfig) -> None:
-            with bad_input_exits():
+            with bad_input_exits(), closed_pipe_exits():
                 values = OmegaConf.to_container(composed, resolve=True) | texts
-                if HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN:
+                multirun = HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN
+                if multirun:
                     values["run_dir"] = f"{values['run_dir']}/{job_name(HydraConfig.get(), sys.argv[1:])}"
-                function(from_mapping(kind, values))
+                if function(from_mapping(kind, values)) and multirun:
+                    log.info("told to stop: the sweep ends here, and the same command goes on with it")
+                    sys.exit(0)
 
         def main() -> None:
             logging.basicConfig(level=logging.INFO if is_first_process() else logging.WARNING, format="%(message)s")
@@ -59,7 +71,8 @@ def command(
             texts.update({key: value for key, equals, value in pairs if equals and key in literal})
             # The deepspeed launcher adds --local_rank, which says nothing that LOCAL_RANK does not.
             aside = {*literal, "--local_rank"}
-            sys.argv[1:] = ["".join(pair) for pair in pairs if pair[0] not in aside]
+            words = ["".join(pair) for pair in pairs if pair[0] not in aside]
+            sys.argv[1:] = sorted(words, key=lambda word: word not in MULTIRUN)  # Hydra takes it in front alone
             with bad_input_exits():
                 check_overrides(sys.argv[1:], kind, config_name)
             hydra.main(version_base=None, config_path=str(CONF), config_name=config_name)(run)()
@@ -88,12 +101,20 @@ def run_program(main: Callable[[], None]) -> NoReturn:
     if code is not None and not isinstance(code, int):
         print(code, file=sys.stderr)
         code = 1
+    if not code:  # the work is done: being told to stop now must not make it look like a death by signal
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
     try:
         threading._shutdown()  # waits for threads that are no daemons
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises when a reader dies
+        for child in multiprocessing.active_children():
+            if child.daemon:  # a reader that was left behind, since its storage does not answer: it would be waited for
+                child.kill()
         atexit._run_exitfuncs()
         gc.collect()  # closes files that nobody closed
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, AttributeError):  # its reader has gone, or there never was one
+                stream.flush()
     finally:
         os._exit(code or 0)
 
@@ -125,32 +146,77 @@ def bad_input_exits() -> Iterator[None]:
         sys.exit(BAD_INPUT)
 
 
+@contextlib.contextmanager
+def closed_pipe_exits() -> Iterator[None]:
+    """Leave quietly, as other programs do, when whoever read our output has gone."""
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would fail again at the end
+        sys.exit(CLOSED_PIPE)
+
+
 def check_overrides(words: list[str], kind: type, config_name: str) -> None:
-    """Compose once before Hydra does, to turn its errors into one line each.
+    """Compose before Hydra does, to turn its errors into one line each. Of a sweep every job is composed and checked,
+    so that none is refused after hours of those before it.
 
     Raises:
-        ConfigError: an unknown key, an unknown choice of a group, a word that is not an override.
+        ConfigError: an unknown key, an unknown choice of a group, a value that a setting cannot have, a word that is
+            not an override, a sweep without --multirun.
     """
-    words = [word for word in words if not word.startswith("-")]
+    multirun = any(word in MULTIRUN for word in words)
+    parsed, problems = [], []
+    for word in (word for word in words if not word.startswith("-")):
+        try:
+            parsed += OverridesParser.create().parse_overrides([word])
+        except HydraException as error:
+            problems.append(
+                f"not an override: {word!r}: {_first_line(error)}; it must be KEY=VALUE, and a value with spaces or "
+                """signs such as = ~ [ ( { , goes in quotes of its own: "run_dir='my runs/first'\""""
+            )
+    swept = [override for override in parsed if override.is_sweep_override()]
+    if swept and not multirun and not problems:
+        problems = [f"{override.input_line}: a sweep over several values needs --multirun" for override in swept]
+    if problems:
+        raise ConfigError(problems)
+    for job in itertools.product(*map(_values, parsed)):
+        problems += _job_problems(job, kind, config_name, values=bool(swept))
+    if problems:
+        raise ConfigError(dict.fromkeys(problems))
+
+
+def _values(override: Override) -> list[str]:
+    """The override as a word, once for each of its values."""
+    if not override.is_sweep_override():
+        return [override.input_line]
+    name = override.input_line.partition("=")[0]
     try:
-        parsed = OverridesParser.create().parse_overrides(words)
-    except HydraException as error:
-        raise ConfigError(f"not an override: {_first_line(error)}") from None
-    # Of a sweep (model=385m,1b) the first choice stands for all: their keys are the same.
-    words = [
-        f"{override.input_line.split('=', 1)[0]}={next(override.sweep_string_iterator())}"
-        if override.is_sweep_override()
-        else word
-        for word, override in zip(words, parsed, strict=True)
-    ]
+        return [f"{name}={value}" for value in override.sweep_string_iterator()]
+    except HydraException:
+        return []  # glob(*), which Hydra itself expands
+
+
+def _job_problems(words: Sequence[str], kind: type, config_name: str, *, values: bool) -> list[str]:
+    """values: whether to look at values too, and not at names alone."""
     try:
         with hydra.initialize_config_dir(str(CONF), version_base=None):
-            hydra.compose(config_name, overrides=words)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error, words, kind)) from None
+            composed = hydra.compose(config_name, overrides=list(words))
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        return _explain(error, words, kind)
+    if not values:
+        return []
+    try:
+        config = from_mapping(kind, OmegaConf.to_container(composed, resolve=True))
+    except ConfigError as error:
+        return error.problems
+    except OmegaConfBaseException:
+        return []  # refers to what Hydra knows of a job once it runs
+    return config.problems() if hasattr(config, "problems") else []
 
 
-def _explain(error: Exception, words: list[str], kind: type) -> list[str]:
+def _explain(error: Exception, words: Sequence[str], kind: type) -> list[str]:
     groups = [folder.name for folder in CONF.iterdir() if folder.is_dir()]
     known = known_keys(kind)
     problems = []
