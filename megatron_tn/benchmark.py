@@ -31,7 +31,15 @@ from torch import Tensor
 from data_pipeline.stream.bench import write_shards
 from kernels import linear_cross_entropy
 from megatron_tn.cli import command, run_program
-from megatron_tn.config import BenchmarkConfig, ConfigError, ModelConfig, TrainConfig, from_mapping, to_mapping
+from megatron_tn.config import (
+    LOOP_WARM_UP,
+    BenchmarkConfig,
+    ConfigError,
+    ModelConfig,
+    TrainConfig,
+    from_mapping,
+    to_mapping,
+)
 from megatron_tn.engine.build import build_engine
 from megatron_tn.model.flops import parameter_count
 from megatron_tn.parallel.context import ParallelContext
@@ -41,7 +49,6 @@ from megatron_tn.train import train
 GIB = 2**30
 WARM_UP = 4  # steps: the compilers are done after two, the allocator after three
 GROUP = 4  # steps in a row between two samples of the matrix rate
-LOOP_WARM_UP = 10  # steps of the training command that are left out
 
 
 @dataclasses.dataclass
@@ -68,10 +75,7 @@ class Row:
 
 
 def benchmark(config: BenchmarkConfig) -> None:
-    problems = config.problems(world_size())
-    if 0 < config.benchmark.loop_steps <= LOOP_WARM_UP:
-        problems.append(f"benchmark.loop_steps={config.benchmark.loop_steps} must be 0 or above {LOOP_WARM_UP}")
-    if problems:
+    if problems := config.problems(world_size()):
         raise ConfigError(problems)
     first = int(os.environ.get("RANK", 0)) == 0
     rows = []

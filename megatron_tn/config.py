@@ -15,6 +15,7 @@ import difflib
 import functools
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -175,19 +176,24 @@ class DataConfig:
     skip_batches: list[int | str] = dataclasses.field(default_factory=list)
 
     @property
-    def skipped(self) -> set[int]:
-        """skip_batches, with ranges spelled out.
+    def skip_ranges(self) -> list[tuple[int, int]]:
+        """The first and the last batch of each entry of skip_batches.
 
         Raises:
             ValueError: an entry is neither a number from 1 nor a range of them.
         """
-        found: set[int] = set()
+        found = []
         for entry in self.skip_batches:
             first, dash, last = str(entry).partition("-")
             if not (first.isdecimal() and (last.isdecimal() or not dash) and 1 <= int(first) <= int(last or first)):
                 raise ValueError(f"data.skip_batches: {entry!r} is neither a step from 1 nor a range such as '100-299'")
-            found.update(range(int(first), int(last or first) + 1))
+            found.append((int(first), int(last or first)))
         return found
+
+    @property
+    def skipped(self) -> set[int]:
+        """skip_batches, with ranges spelled out. Raises ValueError as `skip_ranges` does."""
+        return {batch for first, last in self.skip_ranges for batch in range(first, last + 1)}
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -307,6 +313,8 @@ class ClusterConfig:
     interconnect_gbs: float | None = None  # between nodes, per GPU
 
 
+MOST_SEED = 2**64 - 1  # the largest that torch takes
+
 # Setting -> the least and the largest value it may have.
 BOUNDS: dict[str, tuple[int, float]] = {
     **dict.fromkeys(
@@ -329,6 +337,8 @@ BOUNDS: dict[str, tuple[int, float]] = {
     **dict.fromkeys(
         (
             "stop_after",
+            "model.norm_eps",
+            "model.init_std",
             "data.workers",
             "data.max_damaged",
             "data.cache_bytes",
@@ -356,6 +366,7 @@ BOUNDS: dict[str, tuple[int, float]] = {
         ),
         (0, math.inf),
     ),
+    "seed": (0, MOST_SEED),
     "guard.spike_window": (2, math.inf),
     "schedule.decay_fraction": (0, 1),
     "schedule.min_lr_ratio": (0, 1),
@@ -364,7 +375,7 @@ BOUNDS: dict[str, tuple[int, float]] = {
 
 @dataclass(frozen=True, config=_STRICT)
 class TrainConfig:
-    """A whole run. `python -m megatron_tn.train` prints it resolved, and writes it to run_dir/config.json."""
+    """A whole run. `python -m megatron_tn.train` writes it, resolved, to run_dir/config.json."""
 
     run_dir: str = "runs/default"
     seed: int = 0
@@ -400,6 +411,8 @@ class TrainConfig:
         found = [f"parallel.{name}={size} must be at least 1" for name, size in (("tp", tp), ("cp", cp)) if size < 1]
         if found:
             return found
+        if not self.run_dir.strip():
+            found.append(f"run_dir={self.run_dir!r} must name a folder: the run's files would lie in the current one")
         found += self.model.problems(tp)
         if self.parallel.sequence_parallel and tp == 1:
             found.append(
@@ -412,9 +425,9 @@ class TrainConfig:
                 allowed = f"at least {least}" if most == math.inf else f"from {least} to {most}"
                 found.append(f"{name}={value} must be {allowed}")
         try:
-            beyond = [batch for batch in data.skipped if batch > self.schedule.steps]
-            if beyond:
-                found.append(f"data.skip_batches: {max(beyond)} is past schedule.steps={self.schedule.steps}")
+            last = max((last for _, last in data.skip_ranges), default=0)
+            if last > self.schedule.steps:
+                found.append(f"data.skip_batches: {last} is past schedule.steps={self.schedule.steps}")
         except ValueError as error:
             found.append(str(error))
         if not 0 <= self.hang_timeout_s < self.distributed_timeout_s:
@@ -441,10 +454,17 @@ class TrainConfig:
         for name in ("lr", "eps"):
             if not 0 < (value := getattr(self.optim, name)) < math.inf:
                 found.append(f"optim.{name}={value} must be above 0, and finite")
+        for name in ("model.norm_eps", "model.init_std", "optim.weight_decay"):
+            if functools.reduce(getattr, name.split("."), self) == math.inf:
+                found.append(f"{name}=inf must be finite")
+        for name in ("bf16_tflops", "memory_bandwidth_gbs", "interconnect_gbs"):
+            value = getattr(self.cluster, name)
+            if value is not None and not 0 < value < math.inf:
+                found.append(f"cluster.{name}={value} must be above 0, and finite, or null where it is not known")
         for name in ("beta1", "beta2"):
             if not 0 <= (value := getattr(self.optim, name)) < 1:
                 found.append(f"optim.{name}={value} must be from 0 to below 1")
-        if world_size is not None:
+        if world_size:
             if world_size % (tp * cp):
                 found.append(
                     f"world size {world_size} is not a multiple of parallel.tp={tp} x parallel.cp={cp} = {tp * cp}"
@@ -460,6 +480,9 @@ class TrainConfig:
         return found
 
 
+LOOP_WARM_UP = 10  # steps of the training command that a benchmark leaves out
+
+
 @dataclass(frozen=True, config=_STRICT)
 class BenchmarkSettings:
     steps: int = 12  # measured steps, after warm-up, of each of the models side by side
@@ -473,6 +496,15 @@ class BenchmarkConfig(TrainConfig):
     """Settings of `python -m megatron_tn.benchmark`: a run's, and how it is measured."""
 
     benchmark: BenchmarkSettings = dataclasses.field(default_factory=BenchmarkSettings)
+
+    def problems(self, world_size: int | None = None) -> list[str]:
+        found = super().problems(world_size)
+        if self.benchmark.steps < 1:
+            found.append(f"benchmark.steps={self.benchmark.steps} must be at least 1")
+        if not (self.benchmark.loop_steps == 0 or self.benchmark.loop_steps > LOOP_WARM_UP):
+            found.append(f"benchmark.loop_steps={self.benchmark.loop_steps} must be 0 or above {LOOP_WARM_UP}")
+        found += unwritable("benchmark.output", self.benchmark.output)
+        return found
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -544,13 +576,45 @@ def from_mapping(kind: type, values: Mapping[str, Any]) -> Any:
         raise ConfigError([_describe(item, known) for item in error.errors()]) from None
 
 
+def unwritable(name: str, path: str) -> list[str]:
+    """A line when setting `name`, the file that results will be written to, cannot be; none when `path` is empty."""
+    if not path:
+        return []
+    file = Path(path)
+    if file.is_dir():
+        return [f"{name}={path} is a folder: name a file"]
+    if not file.parent.is_dir():
+        return [f"{name}={path} cannot be written: there is no folder {file.parent}"]
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        return [f"{name}={path} cannot be written: no permission"]
+    return []
+
+
 def load(path: Path, kind: type = TrainConfig) -> Any:
-    """Read a config written by `save`."""
-    return from_mapping(kind, json.loads(path.read_text()))
+    """Read a config written by `save`. Raises ConfigError."""
+    return from_mapping(kind, read_mapping(path))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ConfigError: it cannot be read, or is no JSON object.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is damaged: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is damaged: it holds {type(values).__name__}, not settings")
+    return values
 
 
 def save(config: Any, path: Path) -> None:
-    path.write_text(json.dumps(to_mapping(config), indent=1) + "\n")
+    """As JSON. The file has its name when it is whole: a requeued job reads what a killed one left."""
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(json.dumps(to_mapping(config), indent=1) + "\n")
+    partial.replace(path)
 
 
 def known_keys(kind: type, prefix: str = "") -> list[str]:
@@ -585,9 +649,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return lines
 
 
+BRANCHES = ("int", "str")  # pydantic's names for the types of a union
+
+
 def _describe(item: Any, known: list[str]) -> str:
-    # A union (model.lrpe) adds its branch to the location; names of settings stop before it.
-    key = ".".join(str(part) for part in item["loc"] if isinstance(part, str) and "[" not in part)
+    # A union (model.lrpe, checkpoint.resume) adds its branch to the location; names of settings stop before it.
+    parts = [part for part in item["loc"] if isinstance(part, str) and "[" not in part and part not in BRANCHES]
+    key = ".".join(parts)
     if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return unknown_key(key, known)
     return f"{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"

@@ -50,6 +50,14 @@ def convert(config: ConvertConfig) -> None:
 def export(config: ConvertConfig) -> None:
     if not config.output:
         raise ConfigError("output is not set: name a folder to write the model to")
+    output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output={output} is a file: name a folder to write the model to")
+    # Of a run or a checkpoint, an export would overwrite config.json; a model exported to itself gains nothing.
+    if any((output / name).exists() for name in (MANIFEST, "status.json", "checkpoints")):
+        raise ConfigError(f"output={output} is the folder of a run or a checkpoint: name another to write the model to")
+    if output.exists() and output.samefile(resolve_checkpoint(config.checkpoint)):
+        raise ConfigError(f"output={output} is checkpoint={config.checkpoint} itself")
     model = load_any_model(config.checkpoint, "cpu", config.precision)
     save_pretrained(model, config.output)
     if (tokenizer := tokenizer_path("", config.checkpoint)) is not None:

@@ -17,22 +17,23 @@ from rich.progress import track
 from data_pipeline.shards import read_documents
 from data_pipeline.stream import InputError, Manifest
 from megatron_tn.cli import command
-from megatron_tn.config import ConfigError, EvaluateConfig, TrainConfig
+from megatron_tn.config import ConfigError, EvaluateConfig, TrainConfig, unwritable
 from megatron_tn.evaluation.baselines import compressor_bits_per_byte, unigram_bits_per_byte
 from megatron_tn.evaluation.perplexity import evaluate_documents
-from megatron_tn.loading import load_any_model, load_tokenizer
+from megatron_tn.loading import load_any_model, load_tokenizer, resolve_checkpoint
 from megatron_tn.model.transnormer import TransNormerLM
 
 
 @command(EvaluateConfig, "evaluate")
 def main(config: EvaluateConfig) -> None:
+    check(config)
     model = load_any_model(config.checkpoint, config.device, config.precision)
     tokenizer = load_tokenizer(config.tokenizer, config.checkpoint)
+    if problems := problems_of_held_out(
+        _manifest(config.manifest), f"manifest={config.manifest}", model.config.vocab_size
+    ):
+        raise ConfigError(problems)
     documents, text_bytes = held_out_documents(config.manifest, config.max_documents)
-    if max(int(ids.max()) for ids in documents) >= model.config.vocab_size:
-        raise ConfigError(
-            f"manifest={config.manifest} holds token ids beyond model.vocab_size={model.config.vocab_size}"
-        )
     found = evaluate_documents(model, documents, text_bytes, batch_tokens=config.batch_tokens)
     result: dict[str, Any] = {
         "checkpoint": config.checkpoint,
@@ -53,6 +54,37 @@ def main(config: EvaluateConfig) -> None:
     if config.output:
         Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
+
+
+def check(config: EvaluateConfig) -> None:
+    """Raises ConfigError with every problem that can be known before anything is read."""
+    problems = []
+    try:
+        resolve_checkpoint(config.checkpoint)
+    except ConfigError as error:
+        problems += error.problems
+    if not config.manifest:
+        problems.append("manifest is not set: name the manifest.json of held-out shards")
+    if config.max_documents < 0:
+        problems.append(f"max_documents={config.max_documents} must be at least 0")
+    if config.batch_tokens < 1:
+        problems.append(f"batch_tokens={config.batch_tokens} must be at least 1")
+    problems += unwritable("output", config.output)
+    if problems:
+        raise ConfigError(problems)
+
+
+def problems_of_held_out(manifest: Manifest, setting: str, vocab_size: int) -> list[str]:
+    """Why a model of so many entries cannot be evaluated on these shards. setting: the one that names them."""
+    totals = manifest.totals
+    if totals.tokens <= totals.documents:  # a document's first token is given
+        return [f"{setting} holds nothing to predict: {totals.tokens} tokens in {totals.documents} documents"]
+    if manifest.tokenizer.vocab_size > vocab_size:
+        return [
+            f"{setting} was made with a tokenizer of {manifest.tokenizer.vocab_size} entries, more than "
+            f"model.vocab_size={vocab_size}"
+        ]
+    return []
 
 
 def held_out_loss(

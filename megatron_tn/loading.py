@@ -20,11 +20,15 @@ def load_any_model(path: str, device: str, precision: str) -> TransNormerLM:
     precision "trained" keeps what the weights were trained or stored in; device "auto" takes a GPU where there is one.
 
     Raises:
-        ConfigError: there is none of these at `path`.
+        ConfigError: there is none of these at `path`, or no such device.
     """
     directory = resolve_checkpoint(path)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device={device} is not to be had here: {str(error).splitlines()[0]}") from None
     dtype = {"trained": None, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     if (directory / MANIFEST).is_file():
         return load_model(directory, device=device, dtype=dtype)

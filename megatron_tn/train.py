@@ -33,7 +33,7 @@ from megatron_tn.checkpoint.manifest import Manifest as Checkpoint
 from megatron_tn.cli import command, run_program
 from megatron_tn.config import ConfigError, TrainConfig
 from megatron_tn.engine.build import DTYPES, build_engine
-from megatron_tn.evaluate import held_out_loss
+from megatron_tn.evaluate import held_out_loss, problems_of_held_out
 from megatron_tn.model.check import check_kernels
 from megatron_tn.model.flops import training_flops_per_token
 from megatron_tn.optim.schedule import batch_of_step, learning_rate
@@ -51,8 +51,10 @@ from megatron_tn.training.watchdog import Progress
 log = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig) -> bool:
+    """Returns whether it was told to stop."""
     config, stream = preflight(config)
+    told_to_stop = False
     with Preemption() as preemption, Run(config) as run:
         context = ParallelContext.create(
             config.parallel.tp, config.parallel.cp, sequence_parallel=config.parallel.sequence_parallel
@@ -83,8 +85,9 @@ def train(config: TrainConfig) -> None:
                 continue
             for hook in hooks:
                 hook.on_step(state, report)
-            if report.stop:
+            if told_to_stop := report.stop:
                 break
+    return told_to_stop
 
 
 def preflight(config: TrainConfig) -> tuple[TrainConfig, TokenStream]:
@@ -100,7 +103,8 @@ def preflight(config: TrainConfig) -> tuple[TrainConfig, TokenStream]:
     stream = None
     try:
         if config.evaluation.manifest:
-            Manifest.load(config.evaluation.manifest)
+            held_out, path = Manifest.load(config.evaluation.manifest), config.evaluation.manifest
+            problems += problems_of_held_out(held_out, f"evaluation.manifest={path}", config.model.vocab_size)
     except InputError as error:
         problems += [f"evaluation.manifest: {problem}" for problem in error.problems]
     try:
@@ -110,7 +114,7 @@ def preflight(config: TrainConfig) -> tuple[TrainConfig, TokenStream]:
     problems += problems_before_start(config, world_size(), stream and stream.manifest.tokenizer.vocab_size)
     if not problems and (start := checkpoint_to_resume(config)):
         try:
-            stream.restore(StreamState.from_json(json.dumps(Checkpoint.read(start).training["stream"])))
+            stream.restore(StreamState.from_json(json.dumps(Checkpoint.read(start).training.get("stream", {}))))
         except InputError as error:
             problems += [f"checkpoint {start} was trained on other data: {problem}" for problem in error.problems]
     if problems:

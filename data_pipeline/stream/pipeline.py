@@ -113,13 +113,19 @@ def batches(plan: Plan, **options: Any) -> Callable[[TokenStream], BatchLoader]:
 def load_filter(text: str) -> DocumentFilter:
     """A YAML file or inline JSON of a `ScoreFilter`, or `module:object` of a filter of one's own. Raises InputError."""
     if NAME.fullmatch(text):
-        return _load("filter", text)
+        found = _load("filter", text)
+        if not (isinstance(getattr(found, "filter_hash", None), str) and callable(getattr(found, "kept", None))):
+            raise InputError(f"filter {text!r} is {found!r}, which has no filter_hash and no method kept")
+        return found
     return ScoreFilter.load(text)
 
 
 def load_document_stage(name: str) -> DocumentStage:
     """`module:function`, the name under which it is part of the stream. Raises InputError."""
-    return DocumentStage(name, _load("document stage", name))
+    function = _load("document stage", name)
+    if not callable(function):
+        raise InputError(f"document stage {name!r} is {function!r}, which is no function")
+    return DocumentStage(name, function)
 
 
 def _load(what: str, name: str) -> Any:

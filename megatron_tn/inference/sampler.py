@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,8 @@ class Sampler:
 
     def problems(self) -> list[str]:
         found = []
-        if self.temperature < 0:
-            found.append(f"temperature={self.temperature} must be at least 0")
+        if not 0 <= self.temperature < math.inf:
+            found.append(f"temperature={self.temperature} must be at least 0, and finite")
         if self.top_k < 0:
             found.append(f"top_k={self.top_k} must be at least 0")
         if not 0 < self.top_p <= 1:

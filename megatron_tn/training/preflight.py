@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_tn.checkpoint.manifest import Manifest, checkpoint_name, step_of, whole_checkpoints
-from megatron_tn.config import ConfigError, TrainConfig, differences, load, to_mapping
+from megatron_tn.config import ConfigError, TrainConfig, differences, load, read_mapping, to_mapping
 from megatron_tn.engine.deepspeed_settings import deepspeed_settings
 from megatron_tn.planning.memory import memory_problems
+from megatron_tn.training.state import TrainingState
 
 FROZEN = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -21,16 +21,23 @@ def frozen_config(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
 
     The first start writes the resolved config to run_dir/config.json. A job that SLURM requeued runs exactly that,
     whatever has happened to YAML files since. A person who starts the run again gets what they asked for.
+
+    Raises:
+        ConfigError: run_dir/config.json is damaged.
     """
     path = Path(config.run_dir) / FROZEN
     if not path.is_file():
         return config, []
     # A requeued job goes on where it was, also when its first start was asked to begin from an older checkpoint.
     requeued = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+    try:
+        before = read_mapping(path)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; move it away, and the run goes on with the settings of this command") from None
     frozen = load(path) if requeued else config
     if requeued and whole_checkpoints(Path(config.run_dir) / CHECKPOINTS):
         frozen = replace(frozen, checkpoint=replace(frozen.checkpoint, resume="auto"))
-    changed = differences(json.loads(path.read_text()), to_mapping(config))
+    changed = differences(before, to_mapping(config))
     if not changed:
         return frozen, []
     side = f"{path} wins, because SLURM requeued this job" if requeued else "the new settings win"
@@ -45,9 +52,11 @@ def problems_before_start(config: TrainConfig, world_size: int, tokenizer_vocab:
             f"model.vocab_size={config.model.vocab_size} is smaller than the {tokenizer_vocab} entries of the "
             f"tokenizer that made data.manifest={config.data.manifest}"
         )
-    run_dir = Path(config.run_dir)
-    existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+    checkpoints = Path(config.run_dir).absolute() / CHECKPOINTS
+    existing = next(folder for folder in (checkpoints, *checkpoints.parents) if folder.exists())
+    if not existing.is_dir():
+        found.append(f"run_dir={config.run_dir} cannot be written: {existing} is not a folder")
+    elif not os.access(existing, os.W_OK | os.X_OK):
         found.append(f"run_dir={config.run_dir} cannot be written: no permission in {existing}")
     if not found:
         dp = world_size // (config.parallel.tp * config.parallel.cp)
@@ -81,10 +90,13 @@ def checkpoint_to_resume(config: TrainConfig) -> Path | None:
             )
         return None
     start = folder / checkpoint_name(int(asked)) if str(asked).isdecimal() else Path(str(asked))
-    if not start.is_dir():
+    if not str(asked).strip() or not start.is_dir():
         steps = ", ".join(str(step_of(path)) for path in there) or "none"
         raise ConfigError(f"checkpoint.resume={asked} does not exist; run_dir={config.run_dir} has steps: {steps}")
-    Manifest.read(start)
+    try:
+        Manifest.read(start)
+    except ConfigError as error:
+        raise ConfigError(f"checkpoint.resume={asked}: {error}") from None
     return start
 
 
@@ -95,7 +107,10 @@ def _checkpoint_problems(config: TrainConfig, directory: Path) -> list[str]:
     found = [f"checkpoint {directory} holds another model: {line}" for line in changed]
     if manifest.step > config.schedule.steps:
         found.append(f"checkpoint {directory} is at step {manifest.step}, past schedule.steps={config.schedule.steps}")
-    ledger = manifest.training.get("skip", [])
+    try:
+        ledger = TrainingState.from_json(manifest.training).skip
+    except ConfigError as error:
+        return [*found, *(f"checkpoint {directory} is damaged: training: {problem}" for problem in error.problems)]
     if trained := sorted(batch for batch in config.data.skipped if batch <= manifest.step and batch not in ledger):
         found.append(
             f"data.skip_batches: checkpoint {directory} has trained on batch {trained[0]} already; resume from one "

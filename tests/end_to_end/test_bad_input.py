@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.writer import ShardWriter
+from megatron_tn.benchmark import main as benchmark
 from megatron_tn.convert import main as convert
 from megatron_tn.evaluate import main as evaluate
 from megatron_tn.generate import main as generate
+from megatron_tn.plan import main as plan
 from megatron_tn.score import main as score
 from megatron_tn.train import main as train
 from tests.helpers.training import SMALL, call
@@ -47,6 +52,17 @@ from tests.helpers.training import SMALL, call
         (["what is this"], ["not an override"]),
         (["+data.mixture.epochs.wiki=2"], ["data.manifest: mixture"]),
         (["data.filter=nowhere.yaml"], ["data.manifest: filter nowhere.yaml: No such file"]),
+        (["data.filter=os:getcwd"], ["data.manifest: filter 'os:getcwd' is <built-in function getcwd>, which has no"]),
+        (["data.document_stages=[os:sep]"], ["data.manifest: document stage 'os:sep' is '/', which is no function"]),
+        (["model=null"], ["model=null: conf/model has 13b, "]),
+        (["optim.lr=1e-3,1e-2"], ["optim.lr=1e-3,1e-2: a sweep over several values needs --multirun"]),
+        (["seed=18446744073709551616"], ["seed=18446744073709551616 must be from 0 to 18446744073709551615"]),
+        (["model.norm_eps=-1", "model.init_std=nan"], ["model.norm_eps=-1.0 must be at least 0", "model.init_std=nan"]),
+        (["optim.weight_decay=inf"], ["optim.weight_decay=inf must be finite"]),
+        (["cluster.bf16_tflops=0"], ["cluster.bf16_tflops=0.0 must be above 0"]),
+        (["data.skip_batches=['1-99999999999']"], ["data.skip_batches: 99999999999 is past schedule.steps=1000"]),
+        (["checkpoint.resume=null"], ["checkpoint.resume=None: input should be a valid integer"]),
+        (["checkpoint.resume=/"], ["checkpoint.resume=/: / is not a checkpoint"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) and "=" in value[0] else "",
 )
@@ -100,6 +116,90 @@ def test_shards(shards, tmp_path, capsys, harm):
     assert victim.name in said
     assert harm in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_without_a_name(shards, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(train, *SMALL, f"data.manifest={shards}", "run_dir=") == 2
+    assert "run_dir='' must name a folder" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_that_hydra_cannot_read_is_told_how_to_be_written(shards, tmp_path, capsys):
+    assert call(train, *SMALL, f"data.manifest={shards}", f"run_dir={tmp_path}/my [first] run") == 2
+    said = capsys.readouterr().err
+    assert f"error: not an override: 'run_dir={tmp_path}/my [first] run'" in said
+    assert "in quotes of its own" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "messages"),
+    [
+        (["model=demo,nosuch"], ["model=nosuch: conf/model has"]),
+        (
+            ["optim.lr=1e-3,-1,fast", "model.decay=paper,papre"],
+            ["optim.lr=-1.0 must be above 0", "optim.lr='fast': input", "model.decay='papre': input should be"],
+        ),
+    ],
+    ids=["choice", "values"],
+)
+def test_a_sweep_is_checked_before_its_first_job(shards, tmp_path, capsys, words, messages):
+    run = tmp_path / "run"
+    assert call(train, *SMALL, f"data.manifest={shards}", f"run_dir={run}", *words, "--multirun") == 2
+    said = capsys.readouterr().err
+    for message in messages:
+        assert said.count(f"error: {message}") == 1
+    assert not run.exists()
+
+
+def test_checkpoints_that_could_not_be_saved_at_the_end(shards, tmp_path, capsys):
+    (tmp_path / "checkpoints").write_text("in the way")
+    assert call(train, *SMALL, f"data.manifest={shards}", f"run_dir={tmp_path}") == 2
+    assert f"cannot be written: {tmp_path / 'checkpoints'} is not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b'{"seed": ', b"[]", b"\xff\xfe"], ids=["torn", "list", "bytes"])
+def test_a_frozen_config_that_is_damaged(shards, tmp_path, capsys, content):
+    (tmp_path / "config.json").write_bytes(content)
+    assert call(train, *SMALL, f"data.manifest={shards}", f"run_dir={tmp_path}") == 2
+    assert f"error: {tmp_path / 'config.json'} is damaged" in capsys.readouterr().err
+    assert (tmp_path / "config.json").read_bytes() == content
+
+
+def test_held_out_shards_without_anything_to_predict(shards, tmp_path, capsys):
+    manifest = Manifest.load(shards)
+    shutil.copy(manifest.directory / "tokenizer.json", tmp_path)
+    with ShardWriter(tmp_path, "part", dtype=np.dtype("uint16"), shard_tokens=100) as writer:
+        writer.write(np.array([1]), id="only", source="test", text_bytes=1)
+    Manifest.create(tmp_path, manifest.content.tokenizer, writer.shards).save()
+    held_out = f"evaluation.manifest={tmp_path / 'manifest.json'}"
+    assert call(train, *SMALL, f"data.manifest={shards}", f"run_dir={tmp_path / 'run'}", held_out) == 2
+    assert f"error: {held_out} holds nothing to predict" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "messages"),
+    [
+        (
+            generate,
+            ["max_new_tokens=-1", "seed=-1", "temperature=nan"],
+            ["max_new_tokens=-1 must", "seed=-1 must", "temperature=nan must"],
+        ),
+        (
+            evaluate,
+            ["max_documents=-1", "batch_tokens=0", "output=/nowhere/file"],
+            ["manifest is not set", "max_documents=-1 must", "batch_tokens=0 must", "output=/nowhere/file cannot"],
+        ),
+        (benchmark, ["benchmark.steps=0", "benchmark.loop_steps=-1"], ["benchmark.steps=0", "benchmark.loop_steps=-1"]),
+        (plan, ["nodes=0"], ["nodes=0 must be at least 1"]),
+    ],
+    ids=["generate", "evaluate", "benchmark", "plan"],
+)
+def test_values_that_other_commands_cannot_have(capsys, main, words, messages):
+    assert call(main, *words) == 2
+    said = capsys.readouterr().err
+    for message in messages:
+        assert f"error: {message}" in said
 
 
 def test_a_run_folder_that_cannot_be_made(shards, tmp_path, capsys):

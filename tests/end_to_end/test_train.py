@@ -121,6 +121,15 @@ def test_a_signal_to_one_rank_saves_one_step_on_all(trained, tmp_path, number):
     assert losses(run) == losses(trained)
 
 
+@pytest.mark.parametrize("output", ["", "checkpoints/step_00000012"], ids=["run", "checkpoint"])
+def test_an_export_does_not_overwrite_a_run(trained, capsys, output):
+    before = (trained / "config.json").read_bytes()
+    assert call(convert, "export", f"checkpoint={trained}", f"output={trained / output}") == 2
+    assert "is the folder of a run or a checkpoint" in capsys.readouterr().err
+    assert (trained / "config.json").read_bytes() == before
+    assert not (trained / output / "model.safetensors").exists()
+
+
 def test_exported_model_is_the_trained_one(trained, tmp_path):
     assert call(convert, "export", f"checkpoint={trained}", f"output={tmp_path / 'export'}") == 0
     tokens = torch.arange(1, 33).view(1, -1)
