@@ -18,7 +18,7 @@ from megatron_tn.checkpoint.background import CheckpointWriter, Save
 from megatron_tn.checkpoint.load import load_checkpoint
 from megatron_tn.checkpoint.manifest import step_of, whole_checkpoints
 from megatron_tn.checkpoint.retention import Retention, set_aside
-from megatron_tn.config import TrainConfig, save, to_mapping
+from megatron_tn.config import ConfigError, TrainConfig, save, to_mapping
 from megatron_tn.engine.base import Engine
 from megatron_tn.engine.build import initialize_engine
 from megatron_tn.parallel.world import join_world, leave_world
@@ -34,7 +34,7 @@ from megatron_tn.training.hooks.weights_and_biases import WeightsAndBiases
 from megatron_tn.training.preflight import CHECKPOINTS, FROZEN, checkpoint_to_resume
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.throughput import Work
-from megatron_tn.training.watchdog import Progress, Watchdog
+from megatron_tn.training.watchdog import Progress, Watchdog, living_run
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ class Run:
             ) from error
         self.is_first = dist.get_rank() == 0
         torch.manual_seed(self.config.seed)
+        self._refuse_a_second_run()
         if self.is_first:
             self.directory.mkdir(parents=True, exist_ok=True)
             save(self.config, self.directory / FROZEN)
@@ -101,6 +102,19 @@ class Run:
                 self.status("preempted")
             leave_world()
             self.watchdog.__exit__(None, None, None)
+
+    def _refuse_a_second_run(self) -> None:
+        """Two runs in one folder would write over each other's checkpoints and log. Collective.
+
+        Raises:
+            ConfigError: on every rank.
+        """
+        found = [living_run(self.directory) if self.is_first else ""]
+        if dist.get_world_size() > 1:
+            dist.broadcast_object_list(found, src=0)
+        if found[0]:
+            leave_world()
+            raise ConfigError(f"run_dir={self.config.run_dir} is in use: {found[0]} trains in it")
 
     def restore(self, engine: Engine) -> TrainingState:
         """Load the checkpoint to resume from, or give the engine its initial values."""
@@ -139,7 +153,7 @@ class Run:
             initialize_engine(engine, self.config.seed)
             self.state.become(TrainingState())
         else:
-            self.state.become(TrainingState(**load_checkpoint(engine, start).training))
+            self.state.become(TrainingState.from_json(load_checkpoint(engine, start).training))
 
     def _note_rewind(self, step: int, batches: list[int], by: str, reason: str) -> None:
         note = {"from": step, "to": self.state.step, "skip": batches, "by": by, "reason": reason}

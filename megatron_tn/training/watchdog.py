@@ -241,6 +241,45 @@ class Watchdog:
             partial.replace(path)
 
 
+def living_run(run_dir: Path) -> str:
+    """The first rank of a run that is under way in a folder, by its signs of life; empty when there is none.
+
+    Takes a few seconds where a run on another host ended without saying so.
+    """
+    status = _read_json(run_dir / "status.json")
+    before = {path: _read_json(path) for path in run_dir.glob("ranks/*/00000.json")}
+    before = {path: sign for path, sign in before.items() if not _has_ended(sign)}
+    if status.get("state") != "running" or not before:
+        return ""
+    time.sleep(1.5 * MOST_INTERVAL_S)
+    for path, sign in before.items():
+        after = _read_json(path)
+        if after.get("count") != sign.get("count"):
+            return name_of(after)
+    return ""
+
+
+def _has_ended(sign: dict[str, Any]) -> bool:
+    """Whether a sign of life is that of a process of this host that is no more."""
+    if sign.get("host") != socket.gethostname() or not isinstance(sign.get("pid"), int):
+        return False
+    try:
+        os.kill(sign["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; an empty one where there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text())
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
 def where_is(frame: FrameType) -> tuple[bool, str]:
     """Whether a thread waits in a collective or for the GPU; and the project's line, or the last one, it stands at."""
     waiting, place, own = False, "", Path(__file__).parents[2]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
 from megatron_tn.checkpoint.manifest import whole_checkpoints
-from tests.helpers.training import SMALL, fork_ranks, losses, records, train_forked, train_here
+from tests.helpers.training import ROOT, SMALL, fork_ranks, losses, records, train_forked, train_here
 
 STEPS = 6
 
@@ -68,6 +71,63 @@ def test_told_to_stop_at_any_moment_it_saves_and_goes_on(words, uninterrupted, t
     assert losses(run) == losses(uninterrupted)
     last = {record["step"]: record["heldout_loss"] for record in records(run, "heldout_loss")}[STEPS]
     assert last == records(uninterrupted, "heldout_loss")[-1]["heldout_loss"]
+
+
+def start_alone(*words: str) -> subprocess.Popen:
+    """One process with reader processes, all in a process group of their own."""
+    command = [sys.executable, "-m", "megatron_tn.train", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, process_group=0)
+
+
+def until_step(run, step: int) -> None:
+    deadline = time.time() + 60
+    while time.time() < deadline:
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            if max(losses(run), default=0) >= step:
+                return
+        time.sleep(0.05)
+    raise TimeoutError(f"{run} is not at step {step}")
+
+
+def test_a_signal_to_every_process_readers_included_saves_as_well(words, tmp_path):
+    """As SLURM and containers send it."""
+    run = tmp_path / "run"
+    many = ("data.workers=2", "schedule.steps=100000", "evaluation.every=0")
+    process = start_alone(*words, f"run_dir={run}", *many)
+    until_step(run, 3)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert json.loads((run / "status.json").read_text())["state"] == "preempted"
+    assert len(whole_checkpoints(run / "checkpoints")) == 1
+
+
+def test_a_second_run_in_the_same_folder_is_refused(words, tmp_path):
+    run = tmp_path / "run"
+    many = ("data.workers=1", "schedule.steps=100000", "evaluation.every=0", f"run_dir={run}")
+    first = start_alone(*words, *many)
+    until_step(run, 1)
+    second = start_alone(*words, *many)
+    _, said = second.communicate(timeout=60)
+    assert second.returncode == 2, said
+    assert f"run_dir={run} is in use: rank 0 (host " in said
+    first.kill()
+    first.communicate()
+    third = start_alone(*words, *many, "stop_after=2")  # the first one died without a word
+    _, said = third.communicate(timeout=60)
+    assert third.returncode == 0, said
+
+
+def test_a_sweep_that_is_told_to_stop_begins_no_other_job(words, tmp_path):
+    many = ("schedule.steps=100000", "evaluation.every=0", f"run_dir={tmp_path}", "seed=1,2", "--multirun")
+    process = start_alone(*words, *many)
+    until_step(tmp_path / "0_seed=1", 2)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert json.loads((tmp_path / "0_seed=1" / "status.json").read_text())["state"] == "preempted"
+    assert not (tmp_path / "1_seed=2").exists()
 
 
 def slow_rank(overrides: tuple[str, ...], said: str, what: str) -> None:
