@@ -166,6 +166,7 @@ class Sequences:
         segments = triton.cdiv(total, segment)
         if bounds is None:
             return cls(batch, total, segment, segments, batch * segments, None)
+        bounds = bounds.contiguous()  # kernels step from one to the next
         count = bounds.shape[0] - 1
         if segments == 1 and not states_alone:
             return cls(count, total, total, 1, count, bounds)
@@ -194,7 +195,7 @@ class Scan:
     ):
         self.heads, self.device = a.shape[2], a.device
         self.sizes = summed, width = (a.shape[3], c.shape[3])
-        self.decay, self.sequences, self.reverse = decay.to(torch.float32), sequences, reverse
+        self.decay, self.sequences, self.reverse = decay.to(torch.float32).contiguous(), sequences, reverse
         self.state_shape = (self.heads, width, summed) if transposed else (self.heads, summed, width)
         self.state_strides = (1, summed) if transposed else (width, 1)
 

@@ -153,6 +153,7 @@ def backward(
             dfeatures = torch.empty(features.shape, dtype=features.dtype, device=features.device)
             dq, dk = dfeatures.unbind(2)
     sequences = launch.Sequences.of(q, v, cu_seqlens)
+    cu_seqlens = sequences.bounds
     arriving = None
     if callable(dstate):
         arriving = dstate(launch.state(q, do, decay, None, cu_seqlens, reverse=True))

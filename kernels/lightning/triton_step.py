@@ -100,7 +100,7 @@ def step(
             qkvu,
             None if theta is None else theta.contiguous(),
             positions,
-            decay.to(torch.float32),
+            decay.to(torch.float32).contiguous(),
             state,
             new_state,
             y,

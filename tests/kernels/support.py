@@ -24,6 +24,11 @@ def assert_close(names: str, values, expected, tolerance: float) -> None:
     assert all(error <= tolerance for error in errors.values()), f"{errors} exceed {tolerance}"
 
 
+def strided(x: Tensor) -> Tensor:
+    """x as a column of a wider tensor, so that its last dimension is not contiguous."""
+    return torch.stack((x + 1, x, x + 1), dim=-1)[..., 1]
+
+
 @dataclass
 class Attention:
     """Random inputs of lightning attention with output and state gradients, as leaves on one device."""

@@ -5,7 +5,7 @@ import torch
 
 import kernels
 from tests.kernels.gla_support import Gated
-from tests.kernels.support import relative_error
+from tests.kernels.support import relative_error, strided
 
 BOUNDS = (0, 5, 5, 37, 38, 103, 104, 104)
 
@@ -64,6 +64,13 @@ def test_features_formed_ahead_are_its_own(triton_device, with_lrpe):
 
 def test_positions_in_the_millions(triton_device):
     Gated.random(length=40, batch=2, begin=3_000_000, device=triton_device).check()
+
+
+def test_everything_beside_qkvu_has_strides(triton_device):
+    case = Gated.random(length=104, bounds=BOUNDS, begin=7, device=triton_device)
+    for name in ("decay", "theta", "positions", "initial_state", "cu_seqlens", "dy", "dsquare_sum", "dstate"):
+        setattr(case, name, strided(getattr(case, name)))
+    case.check()
 
 
 @pytest.fixture

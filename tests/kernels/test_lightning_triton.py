@@ -5,7 +5,7 @@ import torch
 
 import kernels
 from kernels.lightning.configs import TILES, tile_for
-from tests.kernels.support import TOLERANCE, WIDTHS, Attention, assert_close
+from tests.kernels.support import TOLERANCE, WIDTHS, Attention, assert_close, strided
 
 BOUNDS = (0, 5, 5, 37, 38, 103, 104, 104)
 
@@ -115,6 +115,17 @@ def test_views_of_a_fused_projection(triton_device):
     assert torch.equal(o, plain[0])
     for got, expected in zip(fused.grad.unbind(2), plain[2:5], strict=False):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("bounds", [None, (0, 5, 40)], ids=["rows", "packed"])
+def test_rates_and_bounds_with_strides(triton_device, bounds):
+    """A layer's column of a table of rates, and every second bound of a longer list."""
+    case = Attention.random(length=40, bounds=bounds, device=triton_device)
+    case.decay = strided(case.decay)
+    case.cu_seqlens = None if bounds is None else strided(case.cu_seqlens)
+    case.check()
+    case.decay = torch.tensor([0.3], device=triton_device).expand(3)  # one rate for all heads
+    case.check()
 
 
 def test_aligned_views_whose_output_is_not(triton_device):

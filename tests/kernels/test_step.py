@@ -5,7 +5,7 @@ import torch
 
 import kernels
 from tests.kernels.gla_support import Gated
-from tests.kernels.support import TOLERANCE, assert_close
+from tests.kernels.support import TOLERANCE, assert_close, strided
 
 LRPE = pytest.mark.parametrize("with_lrpe", [False, True], ids=["plain", "lrpe"])
 
@@ -64,6 +64,7 @@ def test_bf16_on_the_gpu(cuda, width, batch, with_lrpe):
 def test_triton_views_and_a_position_for_each_row(triton_device, with_lrpe):
     """A row of a wider tensor, and sequences of a batch that are at different positions."""
     case = Gated.random(length=1, batch=3, with_lrpe=with_lrpe, device=triton_device)
+    case.decay = strided(case.decay)
     case.positions = torch.tensor([[5], [0], [4096]], device=triton_device)
     wide = torch.full((3, 1, 2 * case.qkvu.shape[-1]), float("nan"), device=triton_device)
     wide[..., : case.qkvu.shape[-1]] = case.qkvu
