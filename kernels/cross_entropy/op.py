@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.cross_entropy.pieces import add_weight_gradient, head_exponentials, head_gradient_, head_totals_
-from kernels.numerics import accumulation_dtype
+from kernels.numerics import accumulation_dtype, product
 
 
 def linear_cross_entropy(
@@ -118,7 +118,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if needs_hidden and exponentials.dtype == hidden.dtype:
                 torch.mm(exponentials, weight, out=dhidden[piece])
             elif needs_hidden:  # scaled before it is narrowed
-                dhidden[piece] = torch.mm(exponentials, weight.to(wide)) * scale[:, None]
+                dhidden[piece] = product(exponentials, weight.to(wide)) * scale[:, None]
                 scale.fill_(1)
 
         ctx.save_for_backward(dhidden, dweight, torch.cat(scales) if needs_hidden else None)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import dispatch
-from kernels.numerics import accumulation_dtype
+from kernels.numerics import accumulation_dtype, product
 
 # How far a logit may lie above its row's reference, in nats: a sum of 1e10 such exponentials is finite in fp32.
 LIMIT = 60.0
@@ -31,7 +31,7 @@ def head_exponentials(
 
         return triton_head.exponentials(hidden, weight, rows, columns)
     wide = accumulation_dtype(hidden.dtype)
-    logits = torch.mm(hidden.to(wide), weight.to(wide).T)
+    logits = product(hidden.to(wide), weight.to(wide).T)
     picked = logits.gather(1, rows.clamp(min=0)[:, None])[:, 0].masked_fill_(rows < 0, 0)
     logits[:, columns:] = float("-inf")
     # A rank may hold padding alone.

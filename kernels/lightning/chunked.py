@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels.lightning.layout import ChunkLayout, packed_documents, whole_rows
-from kernels.numerics import accumulation_dtype
+from kernels.numerics import accumulation_dtype, in_own_types
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class _Fading:
         return cls(within, from_start[..., None], to_end[:, None, :, :, None], across[..., None, None])
 
 
+@in_own_types
 def forward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -56,6 +57,7 @@ def forward(
     return layout.join(o, v.dtype), _documents(states[layout.last], cu_seqlens)
 
 
+@in_own_types
 def backward(
     do: Tensor,
     dstate: Tensor | None,
@@ -94,6 +96,7 @@ def backward(
     return (*gradients, _documents(dstates[layout.first], cu_seqlens))
 
 
+@in_own_types
 def initial_gradient(q: Tensor, do: Tensor, decay: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """The gradient of the initial state as `backward` gives it where dstate is None."""
     dtype = accumulation_dtype(q.dtype)

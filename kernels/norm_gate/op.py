@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
-from kernels.numerics import accumulation_dtype
+from kernels.numerics import accumulation_dtype, dot
 
 MAX_TRITON_WIDTH = 65536
 
@@ -99,7 +99,7 @@ def _scale_backward(dout: Tensor, y: Tensor, square_sum: Tensor, width: int, eps
 
         return triton_norm_gate.scale_backward(dout, y, square_sum, width, eps)
     scale = _scale(square_sum, width, eps)
-    along = torch.linalg.vecdot(dout.to(scale.dtype), y.to(scale.dtype))
+    along = dot(dout.to(scale.dtype), y.to(scale.dtype))
     return (dout * scale).to(y.dtype).contiguous(), along * scale.squeeze(-1) ** 3 * (-0.5 / width)
 
 

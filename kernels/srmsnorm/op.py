@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
-from kernels.numerics import accumulation_dtype
+from kernels.numerics import accumulation_dtype, dot
 
 MAX_TRITON_WIDTH = 65536
 
@@ -155,7 +155,7 @@ def _plain_backward(dy: Tensor, x: Tensor, eps: float) -> Tensor:
     """The gradient of x, in the accumulation type."""
     scale = _scale(x, eps)
     wide_dy, wide_x = dy.to(scale.dtype), x.to(scale.dtype)
-    along = torch.linalg.vecdot(wide_dy, wide_x).unsqueeze(-1)
+    along = dot(wide_dy, wide_x).unsqueeze(-1)
     return torch.addcmul(wide_dy * scale, wide_x, -along * scale**3 / x.shape[-1])
 
 

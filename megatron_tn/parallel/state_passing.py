@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import gla_features, gla_gradients, gla_query_features_, gla_state
+from kernels.numerics import in_own_types
 from megatron_tn.parallel.context import Axis
 
 collectives = torch.ops._c10d_functional
@@ -190,6 +191,7 @@ def _slice_backward_flops(dy, dsquare_sum, o, qkvu_shape, decay_shape, theta_sha
     return 10 * batch * tokens * decay_shape[0] * width * width * (1 if theta_shape is None else 2)
 
 
+@in_own_types
 def _combine(gathered: Tensor, weights: Tensor) -> Tensor:
     """Every rank's [B, H, K, d], one after the other, weighted by [cp, H] and summed."""
     states = gathered.unflatten(0, (weights.shape[0], -1))

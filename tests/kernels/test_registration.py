@@ -146,6 +146,18 @@ def test_compile_without_a_graph_break():
         torch.testing.assert_close(got, expected)
 
 
+def test_autocast_changes_nothing():
+    """It reaches into operators, and would make bf16 of their fp32 products and states."""
+
+    def run(enabled):
+        x, theta, decay, weight, targets = block_inputs()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = block(x, theta, decay, weight, targets)
+            return loss, *torch.autograd.grad(loss, (x, theta, weight))
+
+    assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
+
+
 def test_fake_tensors_run_a_block():
     with FakeTensorMode() as mode:
         x, theta, decay, weight, targets = (mode.from_tensor(t) for t in block_inputs())
