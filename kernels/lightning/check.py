@@ -45,7 +45,7 @@ def check_gla(
             f"dimension contiguous, of a type in {DTYPES}"
         )
     batch, total, fused = qkvu.shape
-    if decay.dim() != 1 or fused % (4 * decay.shape[0]):
+    if decay.dim() != 1 or decay.shape[0] == 0 or fused % (4 * decay.shape[0]):
         raise ValueError(f"qkvu.shape[2]={fused} must be 4 H d with H from decay.shape={tuple(decay.shape)} = [H]")
     heads, width = decay.shape[0], fused // 4 // decay.shape[0]
     if act not in ACTIVATIONS:
@@ -76,10 +76,20 @@ def check_positions(positions: Tensor | None, cu_seqlens: Tensor | None, total: 
         raise ValueError(f"positions must rise by 1 within a row or document, and do not after index {index}")
 
 
+def check_formed_ahead(features: Tensor | None, positions: Tensor | None, packed: bool) -> None:
+    """Raise ValueError where features were formed without the positions that a state of packed documents counts in."""
+    if packed and features is not None and positions is None:
+        raise ValueError(
+            "positions=None: where cu_seqlens packs documents, features formed ahead and a state must be given theirs"
+        )
+
+
 def check_values(decay: Tensor, cu_seqlens: Tensor | None, total: int) -> None:
-    """Raise ValueError unless the rates are >= 0 and cu_seqlens rises from 0 to `total`. Reads values: CPU only."""
-    if not bool((decay >= 0).all()):
-        raise ValueError(f"decay={decay.tolist()} must be >= 0 at every head")
+    """Raise ValueError unless the rates are finite and >= 0 and cu_seqlens rises from 0 to `total`. Reads values: CPU
+    only."""
+    if not bool(((decay >= 0) & decay.isfinite()).all()):
+        # Of an infinite rate not even the position itself would be left: exp(-inf * 0) is NaN.
+        raise ValueError(f"decay={decay.tolist()} must be >= 0 and finite at every head")
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in itertools.pairwise(bounds)):

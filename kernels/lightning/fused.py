@@ -22,6 +22,13 @@ def parts(qkvu: Tensor, heads: int) -> tuple[Tensor, ...]:
     return qkvu.view(batch, total, 4, heads, fused // 4 // heads).unbind(2)
 
 
+def document_positions(cu_seqlens: Tensor, total: int) -> Tensor:
+    """[total], every document's counted from 0."""
+    place = torch.arange(total, device=cu_seqlens.device)
+    bounds = cu_seqlens.to(place.dtype)
+    return place - bounds[torch.searchsorted(bounds, place, right=True) - 1]
+
+
 def backend(v: Tensor, theta: Tensor | None) -> str:
     """Which implementation runs for v [B, T, H, d]."""
     width, unsupported = v.shape[-1], None

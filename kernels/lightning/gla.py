@@ -5,8 +5,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.lightning import gla_plain
-from kernels.lightning.check import check_gla, check_positions, check_values
-from kernels.lightning.fused import Exchange, backend, parts
+from kernels.lightning.check import check_formed_ahead, check_gla, check_positions, check_values
+from kernels.lightning.fused import Exchange, backend, document_positions, parts
 from kernels.lightning.op import empty_starts, empty_state
 from kernels.lightning.step import gla_step
 from kernels.numerics import accumulation_dtype
@@ -38,7 +38,8 @@ def gla(
     gate: False for y = o, an ablation in which u has no part.
     positions: the t, integers, [T] or [B, T], which rise by 1 within a row or document; None counts each from 0. Only a
         state that comes in or goes out depends on where they start. Values are checked on CPU alone.
-    features: of `gla_features`, where they were formed ahead of an initial_state that was on its way.
+    features: of `gla_features` with the same positions, where they were formed ahead of an initial_state that was on
+        its way.
 
     Returns y [B, T, H d], the sum over heads and widths of o^2 [B, T] in fp32 (fp64 for fp64), which `apply_rms_scale`
     wants once it is summed over ranks, and the final state, None unless asked for. Gradients reach qkvu, theta and
@@ -50,7 +51,11 @@ def gla(
     if one_token and not _tracked(qkvu, theta, initial_state):
         y, square_sum, state = gla_step(qkvu, initial_state, decay, theta, act, gate, positions)
         return y, square_sum, state if return_state else None
-    if initial_state is None and not return_state and qkvu.is_cuda:
+    if theta is not None and (initial_state is not None or return_state):
+        check_formed_ahead(features, positions, cu_seqlens is not None)
+        if positions is None and cu_seqlens is not None:
+            positions = document_positions(cu_seqlens, qkvu.shape[1])
+    elif features is None and qkvu.is_cuda:
         positions = None  # only distances matter
     if features is None:
         features = gla_features(qkvu, decay, theta, act=act, positions=positions)
@@ -73,7 +78,7 @@ def gla_features(
 
     An operator of its own, whose result selective recomputation need not keep. It has no gradient: gla's runs back
     through the features to qkvu, for which one gradient is enough. keys_alone: leave those of q to
-    `gla_query_features_`; a state needs none.
+    `gla_query_features_`; a state needs none. positions: None counts through the row, whatever is packed into it.
     """
     if act == "none" and theta is None:
         return None
@@ -110,7 +115,8 @@ def _features(
 
 @torch.library.custom_op("megatron_tn::gla_query_features_", mutates_args=("features",))
 def _query_features_(features: Tensor, qkvu: Tensor, theta: Tensor | None, act: str, positions: Tensor | None) -> None:
-    if features.numel():
+    # Plain PyTorch keeps none, though room for them may be there (_empty_features).
+    if features.numel() and backend(parts(qkvu, features.shape[3])[2], theta) == "triton":
         from kernels.lightning.launch_gla import FeatureMap
 
         FeatureMap(features.shape[3], act, theta, positions).apply(qkvu, features, keys=False)

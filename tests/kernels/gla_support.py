@@ -123,6 +123,15 @@ class Gated:
         if self.theta is not None:
             assert_close("dtheta", got[5:], wanted[5:], tolerance or THETA_TOLERANCE[dtype])
 
+    def check_without_positions(self) -> None:
+        """None counts each document from 0, as each run alone would."""
+        wanted, self.positions = self.exact(), None
+        got = self.run()
+        assert_close("state dqkvu dinitial dtheta", got[2:], wanted[2:], 1e-4)
+        given = {"initial_state": self.initial_state, "cu_seqlens": self.cu_seqlens}
+        alone = kernels.gla_state(self.qkvu, self.decay, self.theta, act=self.act, **given)
+        assert_close("state", [alone], wanted[2:3], TOLERANCE[self.qkvu.dtype])
+
     def check_state_alone(self) -> None:
         """gla_state, as gla has it."""
         settings = {"act": self.act, "positions": self.positions, "initial_state": self.initial_state}

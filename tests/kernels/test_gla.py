@@ -28,6 +28,28 @@ def test_packed_documents(with_lrpe):
     Gated.random(length=200, bounds=BOUNDS, with_lrpe=with_lrpe).check()
 
 
+@pytest.mark.parametrize("bounds", [None, BOUNDS], ids=["rows", "packed"])
+def test_positions_left_out(bounds):
+    Gated.random(length=200, bounds=bounds).check_without_positions()
+
+
+def test_room_for_features_is_left_alone_where_none_are_kept():
+    """As on a GPU whose operators run in PyTorch."""
+    case = Gated.random(length=9)
+    features = torch.zeros(2, 9, 2, 3, 32)
+    kernels.gla_query_features_(features, case.qkvu, case.theta, act="silu", positions=case.positions)
+    assert not features.any()
+
+
+def test_features_of_packed_documents_need_positions():
+    case = Gated.random(length=200, bounds=BOUNDS)
+    features = kernels.gla_features(case.qkvu, case.decay, case.theta, act="silu")
+    settings = {"act": "silu", "cu_seqlens": case.cu_seqlens, "features": features}
+    for call in (kernels.gla_state, lambda *inputs, **others: kernels.gla(*inputs, **others, return_state=True)):
+        with pytest.raises(ValueError, match="positions=None: where cu_seqlens packs documents"):
+            call(case.qkvu, case.decay, case.theta, **settings)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype):
     Gated.random(length=130, width=64, dtype=dtype).check()
@@ -76,6 +98,7 @@ def test_views_and_results():
     ("changes", "message"),
     [
         ({"qkvu": torch.zeros(2, 70, 190)}, r"qkvu.shape\[2\]=190 must be 4 H d"),
+        ({"decay": torch.zeros(0)}, r"qkvu.shape\[2\]=192 must be 4 H d with H from decay.shape=\(0,\)"),
         ({"qkvu": torch.zeros(70, 192)}, r"must be \[B, T, 4 H d\]"),
         ({"qkvu": torch.zeros(2, 0, 192)}, "length T=0 must be at least 1"),
         ({"act": "relu"}, "act='relu' is not one of the activations"),

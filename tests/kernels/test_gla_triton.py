@@ -47,6 +47,10 @@ def test_packed_documents(triton_device, with_lrpe):
     Gated.random(length=104, bounds=BOUNDS, begin=7, with_lrpe=with_lrpe, device=triton_device).check()
 
 
+def test_positions_left_out(triton_device):
+    Gated.random(length=104, bounds=BOUNDS, device=triton_device).check_without_positions()
+
+
 @pytest.mark.parametrize("with_lrpe", [False, True], ids=["plain", "lrpe"])
 def test_features_formed_ahead_are_its_own(triton_device, with_lrpe):
     case = Gated.random(length=33, batch=1, rates=(0.1,), begin=5, with_lrpe=with_lrpe, device=triton_device)
@@ -60,6 +64,12 @@ def test_features_formed_ahead_are_its_own(triton_device, with_lrpe):
     assert torch.equal(found_sum, square_sum)
     changed, *_ = kernels.gla(*inputs, **settings, features=2 * ready)  # they are what it reads
     assert not torch.allclose(changed, y)
+    # Without a state too, where positions would not matter if the features had not been formed from them.
+    del settings["initial_state"]
+    leaf = case.qkvu.clone().requires_grad_()
+    results = [kernels.gla(leaf, *inputs[1:], **settings, features=given)[0] for given in (None, ready)]
+    gradients = [torch.autograd.grad(y, leaf, case.dy)[0] for y in results]
+    assert relative_error(*gradients) < 1e-5
 
 
 def test_positions_in_the_millions(triton_device):
