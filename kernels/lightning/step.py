@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.lightning import gla_plain
+from kernels.lightning.check import check_values
 from kernels.lightning.fused import backend, parts
 from kernels.numerics import accumulation_dtype
 
@@ -23,6 +24,8 @@ def gla_step(
 
     positions: [1] or [B, 1]. Outside autograd, which has `gla_forward`.
     """
+    if not qkvu.is_cuda:
+        check_values(decay, None, 1)
     q, k, v, u = parts(qkvu, decay.shape[0])
     if backend(v, theta) == "triton":
         from kernels.lightning import triton_step
@@ -36,7 +39,11 @@ def gla_step(
 def _fake(qkvu, state, decay, theta, act, gate, positions):
     batch, _, fused = qkvu.shape
     wide = accumulation_dtype(qkvu.dtype)
-    return qkvu.new_empty(batch, 1, fused // 4), qkvu.new_empty(batch, 1, dtype=wide), state.new_empty(state.shape)
+    return (
+        qkvu.new_empty(batch, 1, fused // 4),
+        qkvu.new_empty(batch, 1, dtype=wide),
+        state.new_empty(state.shape, dtype=wide),
+    )
 
 
 @register_flop_formula(torch.ops.megatron_tn.gla_step)

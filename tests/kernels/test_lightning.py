@@ -127,7 +127,9 @@ def test_state_is_fp32_for_half_inputs_and_optional():
     o, state = kernels.lightning_attention(case.q, case.k, case.v, case.decay, return_state=True)
     assert (o.dtype, state.dtype, tuple(state.shape)) == (torch.bfloat16, torch.float32, (2, 3, 16, 24))
     assert torch.equal(o, kernels.lightning_attention(case.q, case.k, case.v, case.decay))
-    assert relative_error(state, case.expected()[1] * 0 + state) == 0
+    assert relative_error(state, case.expected()[1]) > 1e-2  # which had an initial state
+    case.initial_state.zero_()
+    assert relative_error(state, case.expected()[1]) < 1e-6
 
 
 @pytest.mark.parametrize("bounds", [None, BOUNDS], ids=["rows", "packed"])
@@ -151,7 +153,8 @@ def broken(**changes):
         ({"q": lambda x: x[0]}, r"q.shape=\(70, 3, 16\) must have four"),
         ({"decay": lambda x: x[:2]}, r"decay.shape=\(2,\) must be \[H\] = \(3,\)"),
         ({"decay": lambda x: x.bfloat16()}, "decay.dtype=torch.bfloat16"),
-        ({"decay": lambda x: -x}, "must be >= 0 at every head"),
+        ({"decay": lambda x: -x}, "must be >= 0 and finite at every head"),
+        ({"decay": lambda x: x / 0}, r"decay=\[nan, inf, inf\] must be >= 0 and finite"),
         ({"cu_seqlens": lambda x: x - 1}, r"cu_seqlens=\[-1, 29, 69\] must rise from 0 to T=70"),
         ({"cu_seqlens": lambda x: x.flip(0)}, "must rise from 0"),
         ({"cu_seqlens": lambda x: x.float()}, "cu_seqlens.dtype=torch.float32"),

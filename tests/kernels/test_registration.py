@@ -100,6 +100,10 @@ def gla_operators(decay, bounds):
             plain(narrow, leaf(1, 9, 2, 4), leaf(1, 9, 2, 4), decay, narrow, None),
         ),
         "gla_step": (ops.gla_step, plain(qkvu[:, :1], narrow, decay, None, "silu", True, positions[:1])),
+        "gla_step+wide_state": (
+            ops.gla_step,
+            plain(qkvu[:, :1], narrow.double(), decay, None, "silu", True, positions[:1]),
+        ),
         "gla_query_features_": (
             ops.gla_query_features_,
             plain(torch.empty(0), qkvu, theta, "silu", positions),

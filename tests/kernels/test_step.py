@@ -92,6 +92,13 @@ def test_step_by_step_equals_the_whole(with_lrpe):
     assert_close("state", [now], [state], 1e-5)
 
 
+def test_a_negative_rate_is_refused():
+    case = Gated.random(length=1)
+    case.decay = -case.decay
+    with pytest.raises(ValueError, match="must be >= 0 and finite at every head"):
+        decode(case)
+
+
 def test_gradients_are_not_lost():
     """With autograd on, one token goes the way that has a backward pass."""
     Gated.random(length=1).check()
