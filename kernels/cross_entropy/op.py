@@ -36,9 +36,14 @@ def linear_cross_entropy(
     Raises ValueError for shapes or types that do not fit and, on CPU, for targets outside the vocabulary (checking
     them on a GPU would halt it: there they lose their target logit and no error is raised).
     """
-    _check(hidden, weight, targets, vocab_start, vocab_size, chunk_tokens)
+    _check(hidden, weight, targets, vocab_start, chunk_tokens)
     ranks = 1 if group is None else group.size()
-    vocab_size = weight.shape[0] * ranks if vocab_size is None else vocab_size
+    held = weight.shape[0] * ranks
+    vocab_size = held if vocab_size is None else vocab_size
+    if not 1 <= vocab_size <= held:
+        raise ValueError(
+            f"vocab_size={vocab_size} must be >= 1 and at most the {held} rows that {ranks} x weight.shape[0] makes"
+        )
     chunk = chunk_tokens or default_chunk_tokens(hidden.shape[0], weight.shape[0], hidden.is_cuda)
     rows, kept = torch.ops.megatron_tn.local_targets(
         targets, ignore_index, vocab_start, min(weight.shape[0], max(vocab_size - vocab_start, 0)), vocab_size
@@ -137,12 +142,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dhidden, dweight, None, None, None, None, None, None
 
 
-def _check(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_start: int, vocab_size: int | None, chunk: int | None
-) -> None:
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_start: int, chunk: int | None) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or 0 in (len(hidden), len(weight)):
         raise ValueError(
-            f"hidden.shape={tuple(hidden.shape)} and weight.shape={tuple(weight.shape)} must be [T, D] and [V, D]"
+            f"hidden.shape={tuple(hidden.shape)} and weight.shape={tuple(weight.shape)} must be [T, D] and [V, D], "
+            "with T and V at least 1"
         )
     if hidden.dtype != weight.dtype or not torch.is_floating_point(hidden):
         raise ValueError(f"hidden.dtype={hidden.dtype} and weight.dtype={weight.dtype} must be one floating type")
@@ -150,7 +154,7 @@ def _check(
         raise ValueError(
             f"targets is {tuple(targets.shape)} {targets.dtype}; it must be [T] = ({hidden.shape[0]},) int64"
         )
-    if vocab_start < 0 or (vocab_size is not None and vocab_size < 1):
-        raise ValueError(f"vocab_start={vocab_start} must be >= 0 and vocab_size={vocab_size} >= 1")
+    if vocab_start < 0:
+        raise ValueError(f"vocab_start={vocab_start} must be >= 0")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk_tokens={chunk} must be >= 1")

@@ -200,6 +200,8 @@ def exponentials(
         reference_kernel[(tokens,)](
             hidden, weight, rows, reference, picked, depth, hidden.stride(0), weight.stride(0), BLOCK=1024, num_warps=4
         )
+        if columns == 0:  # row 0 is padding, whose logit may lie above those that count: totals_ replaces this one
+            reference.fill_(torch.finfo(reference.dtype).min)
         _launch(hidden, weight, out, reference, highest, sums, columns, 0.0, False, tile)
     return out, reference, picked, highest.amax(0), sums.sum(0)
 

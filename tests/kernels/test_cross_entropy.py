@@ -9,7 +9,7 @@ import torch.distributed as dist
 import kernels
 from kernels.cross_entropy import reference
 from kernels.cross_entropy.op import default_chunk_tokens
-from kernels.cross_entropy.pieces import head_exponentials, head_totals_
+from kernels.cross_entropy.pieces import head_exponentials, head_gradient_, head_totals_
 from kernels.cross_entropy.tiles import TILES, HeadTile
 from tests.kernels.support import assert_close, relative_error
 
@@ -100,11 +100,14 @@ def test_triton_where_the_target_is_far_below_the_highest_logit(triton_dtype, tr
 def test_triton_of_a_rank_with_padding_alone(triton_dtype, triton_device):
     hidden, weight, _ = inputs(triton_dtype, device=triton_device)
     rows = torch.full(hidden.shape[:1], -1, device=triton_device)
+    weight = weight.detach() * 100  # padding may hold anything
     made = head_exponentials(hidden, weight, rows, 0)
     highest = torch.full_like(made[3], 3.0)  # another rank's
-    _, total = head_totals_(made[0], made[4], made[1], hidden, weight, highest, 0)
+    used, total = head_totals_(made[0], made[4], made[1], hidden, weight, highest, 0)
     assert not made[0].any()
     assert not total.any()
+    scale, _ = head_gradient_(made[0], hidden, rows, rows < 0, used, highest + 1, made[2])
+    assert torch.allclose(scale, torch.full_like(scale, -1).exp())
 
 
 def two_ranks(rank: int, folder: str) -> None:
@@ -192,6 +195,9 @@ def test_targets_outside_the_vocabulary_are_refused(target):
         ({"targets": torch.ones(22, dtype=torch.int64)}, r"targets is \(22,\)"),
         ({"targets": torch.ones(23, dtype=torch.int32)}, "torch.int32; it must be"),
         ({"vocab_start": -1}, "vocab_start=-1 must be >= 0"),
+        ({"vocab_size": PADDED + 1}, "vocab_size=45 must be >= 1 and at most the 44 rows"),
+        ({"vocab_size": 0}, "vocab_size=0 must be >= 1 and at most the 44 rows"),
+        ({"hidden": torch.ones(0, 16)}, r"hidden.shape=\(0, 16\) and .* with T and V at least 1"),
         ({"chunk_tokens": 0}, "chunk_tokens=0 must be >= 1"),
     ],
     ids=lambda p: "+".join(p) if isinstance(p, dict) else "",
