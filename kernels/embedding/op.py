@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
+from kernels.numerics import accumulation_dtype
 
 
 def scaled_embedding(
@@ -43,8 +44,10 @@ def _forward(ids: Tensor, weight: Tensor, scale: float, row_start: int, vocab_si
 def _backward(dy: Tensor, ids: Tensor, vocabulary: int, scale: float, row_start: int) -> Tensor:
     """The gradient of the weight, [vocabulary, D]. PyTorch's own, which sorts the ids: the same from run to run."""
     rows, elsewhere = _local(ids, vocabulary, row_start)
-    dy = (dy * scale).masked_fill_(elsewhere.unsqueeze(-1), 0)
-    return torch.ops.aten.embedding_dense_backward(dy, rows, vocabulary, -1, False)
+    # On a CPU PyTorch sums in the gradient's own type, and a bf16 sum of ones stops at 256.
+    wide = dy if dy.is_cuda else dy.to(accumulation_dtype(dy.dtype))
+    wide = (wide * scale).masked_fill_(elsewhere.unsqueeze(-1), 0)
+    return torch.ops.aten.embedding_dense_backward(wide, rows, vocabulary, -1, False).to(dy.dtype)
 
 
 @_forward.register_fake

@@ -48,6 +48,16 @@ def test_bf16_on_the_gpu(cuda):
     check(torch.bfloat16, cuda)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_gradient_of_a_frequent_token(dtype):
+    """Summed in fp32: in the gradient's own type the sum would stop where a term is lost to rounding."""
+    weight = torch.zeros(4, 8, dtype=dtype, requires_grad=True)
+    dy = torch.rand(20000, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    y = kernels.scaled_embedding(torch.zeros(20000, dtype=torch.int64), weight)
+    (dweight,) = torch.autograd.grad(y, weight, dy)
+    assert_close("dweight", [dweight[0]], [dy.double().sum(0)], TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_two_steps_bit_by_bit(dtype):
     ids, weight, _ = inputs(dtype)
