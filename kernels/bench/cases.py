@@ -46,11 +46,12 @@ class Case:
         return self.forward_bytes + sum(x.nbytes for x in self.inputs) - self.spared_bytes
 
     def worst_error(self) -> float:
-        """The largest relative error in norm of the outputs and the gradients."""
+        """The largest relative error in norm of the outputs and the gradients; NaN where one is."""
         got = _with_gradients(self.function, self.inputs, self.gradients)
         exact_inputs = [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in self.inputs]
         wanted = _with_gradients(self.exact, exact_inputs, self.gradients)
-        return max(((g.double() - w).norm() / w.norm()).item() for g, w in zip(got, wanted, strict=True))
+        errors = [((g.double() - w).norm() / w.norm()).item() for g, w in zip(got, wanted, strict=True)]
+        return max(errors) if all(error == error for error in errors) else float("nan")  # max() may pass NaN over
 
     def forward(self) -> Tensor | tuple[Tensor, ...]:
         return self.function(*self.inputs)

@@ -69,10 +69,12 @@ def reference_gradients(
 
 
 def relative_errors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
-    """Per parameter, ||found - wanted|| / ||wanted||; one under 1e-6 of the largest norm is compared to that."""
+    """Per parameter, ||found - wanted|| / ||wanted||; one under 1e-6 of the largest norm is compared to that. Infinity
+    where a gradient is not finite: NaN may be passed over by max()."""
     floor = 1e-6 * max(value.norm().item() for value in wanted.values())
     assert found.keys() == wanted.keys()
-    return {
+    errors = {
         name: ((found[name].double() - value.double()).norm() / max(value.norm().item(), floor)).item()
         for name, value in wanted.items()
     }
+    return {name: error if error == error else float("inf") for name, error in errors.items()}

@@ -1,5 +1,7 @@
 """The benchmark measures nothing that is wrong."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -18,6 +20,26 @@ def test_a_wrong_operator_is_not_timed(factor, capsys):
     report.add(doubling(factor), doubling(factor))
     printed = capsys.readouterr().out
     assert "WRONG" in printed
+    assert (report.rows, report.wrong) == ([], 1)
+
+
+class NoGradient(torch.autograd.Function):
+    """Twice x, whose gradient is NaN."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * float("nan")
+
+
+def test_an_operator_whose_gradient_is_nan_is_not_timed(capsys):
+    case = dataclasses.replace(doubling(2.0), function=NoGradient.apply)
+    report = Report(1.0, torch.device("cpu"))
+    report.add(case, case)
+    assert "WRONG" in capsys.readouterr().out
     assert (report.rows, report.wrong) == ([], 1)
 
 
