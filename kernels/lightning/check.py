@@ -23,6 +23,7 @@ def check_inputs(
         raise ValueError(f"k.shape={tuple(k.shape)} must equal q.shape={tuple(q.shape)}")
     if v.shape[:3] != q.shape[:3]:
         raise ValueError(f"v.shape={tuple(v.shape)} must equal q.shape={tuple(q.shape)} but for the last dimension")
+    _check_devices(q, k=k, v=v)
     _, total, heads, width = q.shape
     if total < 1:
         raise ValueError(f"q.shape={tuple(q.shape)}: the length T={total} must be at least 1")
@@ -50,6 +51,7 @@ def check_gla(
     heads, width = decay.shape[0], fused // 4 // decay.shape[0]
     if act not in ACTIVATIONS:
         raise ValueError(f"act={act!r} is not one of the activations {sorted(ACTIVATIONS)}")
+    _check_devices(qkvu, theta=theta, positions=positions)
     if theta is not None and theta.shape != (heads, 1, width):
         raise ValueError(f"theta.shape={tuple(theta.shape)} must be [H, 1, d] = {(heads, 1, width)}")
     if positions is not None:
@@ -76,9 +78,20 @@ def check_positions(positions: Tensor | None, cu_seqlens: Tensor | None, total: 
         raise ValueError(f"positions must rise by 1 within a row or document, and do not after index {index}")
 
 
-def check_formed_ahead(features: Tensor | None, positions: Tensor | None, packed: bool) -> None:
-    """Raise ValueError where features were formed without the positions that a state of packed documents counts in."""
-    if packed and features is not None and positions is None:
+def check_features(
+    features: Tensor | None, qkvu: Tensor, heads: int, with_lrpe: bool, positions: Tensor | None, positions_matter: bool
+) -> None:
+    """Raise ValueError unless features formed ahead, empty where none are kept, are of this qkvu; and where they were
+    formed without the positions that a state of packed documents counts in."""
+    if features is None:
+        return
+    batch, total, fused = qkvu.shape
+    expected = (batch, total, 2, heads, fused // 4 // heads * (2 if with_lrpe else 1))
+    if features.dtype != qkvu.dtype or (features.numel() and features.shape != expected):
+        raise ValueError(
+            f"features is {tuple(features.shape)} {features.dtype}; of this qkvu they are {expected} {qkvu.dtype}"
+        )
+    if positions_matter and positions is None:
         raise ValueError(
             "positions=None: where cu_seqlens packs documents, features formed ahead and a state must be given theirs"
         )
@@ -105,6 +118,7 @@ def _check_rest(
     widths: tuple[int, int],
 ) -> None:
     """x: [B, T, ...], on the inputs' device. widths: of a state."""
+    _check_devices(x, decay=decay, initial_state=initial_state, cu_seqlens=cu_seqlens)
     _check_decay(decay, heads)
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, x)
@@ -114,6 +128,12 @@ def _check_rest(
         if initial_state.shape != expected:
             raise ValueError(f"initial_state.shape={tuple(initial_state.shape)} must be {tuple(expected)}")
         _check_wide_type("initial_state", initial_state)
+
+
+def _check_devices(x: Tensor, **others: Tensor | None) -> None:
+    for name, other in others.items():
+        if other is not None and other.device.type != x.device.type:
+            raise ValueError(f"{name}.device={other.device} must be that of the other inputs, {x.device}")
 
 
 def _check_decay(decay: Tensor, heads: int) -> None:
@@ -126,9 +146,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"cu_seqlens.shape={tuple(cu_seqlens.shape)} must be [n + 1] with n >= 1 documents")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"cu_seqlens.dtype={cu_seqlens.dtype} must be int32")
-    if cu_seqlens.device != q.device:
-        raise ValueError(f"cu_seqlens.device={cu_seqlens.device} must be that of q, {q.device}")
+        raise ValueError(f"cu_seqlens.dtype={cu_seqlens.dtype} must be int32 (int64 is taken too)")
     if q.shape[0] != 1:
         raise ValueError(f"B={q.shape[0]}: with cu_seqlens the documents share one row, so B must be 1")
 

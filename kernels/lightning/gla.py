@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.lightning import gla_plain
-from kernels.lightning.check import check_formed_ahead, check_gla, check_positions, check_values
+from kernels.lightning.check import check_features, check_gla, check_positions, check_values
 from kernels.lightning.fused import Exchange, backend, document_positions, parts
 from kernels.lightning.op import empty_starts, empty_state
 from kernels.lightning.step import gla_step
@@ -51,12 +51,13 @@ def gla(
     if one_token and not _tracked(qkvu, theta, initial_state):
         y, square_sum, state = gla_step(qkvu, initial_state, decay, theta, act, gate, positions)
         return y, square_sum, state if return_state else None
-    if theta is not None and (initial_state is not None or return_state):
-        check_formed_ahead(features, positions, cu_seqlens is not None)
-        if positions is None and cu_seqlens is not None:
-            positions = document_positions(cu_seqlens, qkvu.shape[1])
-    elif features is None and qkvu.is_cuda:
-        positions = None  # only distances matter
+    positions_matter = theta is not None and (initial_state is not None or return_state)
+    packed = positions_matter and cu_seqlens is not None
+    check_features(features, qkvu, decay.shape[0], theta is not None, positions, packed)
+    if packed and positions is None:
+        positions = document_positions(cu_seqlens, qkvu.shape[1])
+    elif not positions_matter and features is None and qkvu.is_cuda:
+        positions = None  # only distances do
     if features is None:
         features = gla_features(qkvu, decay, theta, act=act, positions=positions)
     y, square_sum, state, *_ = torch.ops.megatron_tn.gla_forward(

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.lightning import chunked, gla_plain
-from kernels.lightning.check import check_formed_ahead, check_gla, check_inputs, check_positions, check_values
+from kernels.lightning.check import check_features, check_gla, check_inputs, check_positions, check_values
 from kernels.lightning.fused import backend, document_positions, parts
 from kernels.lightning.gla import gla_features
 from kernels.lightning.op import backend as plain_backend
@@ -44,9 +44,10 @@ def gla_state(
     """The state that `gla` returns, without its output; arguments as there. It has no gradient: what a final state is
     for enters `gla_gradients`. features: of `gla_features`, those of q unused."""
     check_gla(qkvu, decay, theta, act, positions, initial_state, cu_seqlens)
-    if theta is not None and cu_seqlens is not None:
-        check_formed_ahead(features, positions, packed=True)
-        positions = document_positions(cu_seqlens, qkvu.shape[1]) if positions is None else positions
+    packed = theta is not None and cu_seqlens is not None
+    check_features(features, qkvu, decay.shape[0], theta is not None, positions, packed)
+    if positions is None and packed:
+        positions = document_positions(cu_seqlens, qkvu.shape[1])
     qkvu, theta, initial_state = (None if x is None else x.detach() for x in (qkvu, theta, initial_state))
     if features is None:
         features = gla_features(qkvu, decay, theta, act=act, positions=positions, keys_alone=True)
