@@ -15,7 +15,8 @@ SHARED_MEMORY = {8: 163 * 1024, 9: 227 * 1024}  # bytes a program may use
 TYPES = {2: "*bf16", 4: "*fp32"}
 # Bytes a thread may spill, where a tile as measured fastest does not quite fit its registers; none elsewhere.
 SPILLED = {(9, 2, 256): 24}
-# (capability, bytes, whether dk) -> the same of scans that find theta's gradient too, mostly where stretches meet.
+# (capability, bytes, whether dk) -> the same of scans that find theta's gradient too, mostly where stretches meet, at
+# a summed width of 128.
 SPILLED_CROSSING = {(8, 2, False): 8, (8, 2, True): 16, (9, 2, False): 40, (9, 2, True): 24}
 
 
@@ -98,14 +99,15 @@ def test_lightning_scan_of_documents_with_states(capability, element_bytes, summ
     assert shared <= SHARED_MEMORY[capability]
 
 
-@pytest.mark.parametrize(("capability", "element_bytes", "summed"), [key for key in TILE_KEYS if key[2] == 128])
+@pytest.mark.parametrize(("capability", "element_bytes", "summed"), [key for key in TILE_KEYS if key[2] <= 128])
 @pytest.mark.parametrize("reverse", [False, True], ids=["dq", "dk"])
 def test_scan_for_the_gradient_of_theta(capability, element_bytes, summed, reverse):
     constants = {"REVERSE": reverse, "RAGGED": False, "PACKED": False, "HAS_FIRST": False, "HAS_LAST": False}
     kernel = compile_scan(capability, element_bytes, summed, CROSSING=THETA_STRETCH, **constants)
     shared, spilled = resources(kernel)
     assert shared <= SHARED_MEMORY[capability]
-    assert spilled <= SPILLED_CROSSING.get((capability, element_bytes, reverse), 0)
+    allowed = SPILLED_CROSSING.get((capability, element_bytes, reverse), 0) if summed == 128 else 0
+    assert spilled <= allowed
 
 
 def test_stretches_hold_whole_chunks():
@@ -123,18 +125,30 @@ def test_what_stands_around_the_scan_of_gla(capability):
     fp32 = {f"{name}_pointer": "*fp32" for name in names}
     integers = dict.fromkeys(("positions_pointer", "bounds_pointer", "first_pointer"), "*i32")
     features = {"ACT": 1, "QUICK": True, "ROWS": launch_gla.ROWS, "COLUMNS": launch_gla.COLUMNS}
+    steps = features | {"STEPS": launch_gla.STEPS}
+    without_lrpe = dict.fromkeys(("theta_pointer", "positions_pointer"))
     cases = (
         (triton_gate.gate_kernel, {"GATE": True, "WIDTH": 4096}, 8),
         (triton_gate.gate_gradient_kernel, {"GATE": True, "WIDTH": 4096}, 8),
-        (triton_features.features_kernel, features, launch_gla.WARPS),
-        (triton_features.feature_gradients_kernel, features | {"STEPS": launch_gla.STEPS}, launch_gla.WARPS),
+        *(
+            (triton_features.features_kernel, features | wanted | lrpe, launch_gla.WARPS)
+            for wanted in ({"QUERIES": q, "KEYS": k} for q, k in ((True, True), (True, False), (False, True)))
+            for lrpe in ({}, without_lrpe)
+        ),
+        (triton_features.feature_gradients_kernel, steps, launch_gla.WARPS),
+        (
+            triton_features.feature_gradients_kernel,
+            steps | without_lrpe | dict.fromkeys(("weight_pointer", "flow_pointer")),
+            launch_gla.WARPS,
+        ),
         (triton_segments.combine_kernel, {"REVERSE": True, "PACKED": True, "BLOCK": 1024}, 4),
     )
     for kernel, constants, warps in cases:
         types = {name: "*bf16" for name in kernel.arg_names if name.endswith("pointer")} | fp32 | integers
         types["middle"] = "fp32"
-        shared, _ = resources(compiled(kernel, capability, types, constants, num_warps=warps))
+        shared, spilled = resources(compiled(kernel, capability, types, constants, num_warps=warps))
         assert shared <= 48 * 1024, kernel
+        assert spilled == 0, (kernel, constants)
 
 
 @pytest.mark.parametrize(("capability", "element_bytes", "summed"), TILE_KEYS)
