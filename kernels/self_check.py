@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
+from kernels.cross_entropy import reference as cross_entropy_reference
+from kernels.cross_entropy.op import linear_cross_entropy
+from kernels.embedding import reference as embedding_reference
+from kernels.embedding.op import scaled_embedding
 from kernels.lightning.gla import gla
 from kernels.lightning.op import lightning_attention
 from kernels.norm_gate import reference as norm_gate_reference
@@ -27,6 +31,9 @@ logger = logging.getLogger(__name__)
 LARGEST_ERROR = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 # theta's gradient is a sum of terms that cancel; its bounds are its own.
 LARGEST_THETA_ERROR = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+
+TOKENS = 65  # of the operators that see a token at a time
+VOCABULARY = 4099  # some whole tiles of the head, and a part of one
 
 
 class KernelMismatchError(RuntimeError):
@@ -50,16 +57,19 @@ def self_check(
     glu_width: int,
     dtype: torch.dtype,
     device: torch.device,
+    embed_width: int | None = None,
     act: str = "silu",
     decay: Tensor | None = None,
     length: int = 4097,
     fall_back: bool = False,
 ) -> dict[str, float]:
-    """Compare every operator, forward and backward, with its fp64 definition; returns each one's largest error.
+    """Compare the operators of a training step, forward and backward, with their fp64 definitions; returns each one's
+    largest error.
 
     heads, key_width, value_width: of lightning attention on this rank (key_width doubled in a layer with LRPE).
         The norms are checked at width heads * value_width, the gated product at glu_width, and gated linear attention
         with heads of value_width, with LRPE where key_width is twice that.
+    embed_width: of the embedding and the head, which hold heads of all ranks (default: heads * value_width).
     act: the activation of q and k.
     decay: [heads], the rates (default: from 0 to 1, slow and fast heads at once).
     length: positions; the default is odd and long enough that few heads are cut into segments.
@@ -69,8 +79,9 @@ def self_check(
     """
     if decay is None:
         decay = torch.linspace(0, 1, heads, device=device)
+    embed_width = embed_width or heads * value_width
     errors = {}
-    for check in _checks(heads, key_width, value_width, glu_width, act, decay, length, dtype):
+    for check in _checks(heads, key_width, value_width, glu_width, embed_width, act, decay, length, dtype):
         error = errors[check.operator] = _worst_error(check, dtype, device)
         if error <= check.bounds[dtype]:  # NaN is not
             continue
@@ -89,6 +100,7 @@ def self_check(
             glu_width=glu_width,
             dtype=dtype,
             device=device,
+            embed_width=embed_width,
             act=act,
             decay=decay,
             length=length,
@@ -101,6 +113,7 @@ def _checks(
     key_width: int,
     value_width: int,
     glu_width: int,
+    embed_width: int,
     act: str,
     decay: Tensor,
     length: int,
@@ -134,8 +147,25 @@ def _checks(
     def exact_residual_norm(x: Tensor, update: Tensor) -> Tensor:
         return torch.cat((x + update, srmsnorm_reference.simple_rms_norm(x + update)), dim=-1)
 
+    # Logits of the size of one, by a factor that rounds nothing.
+    small = 2.0 ** -(embed_width.bit_length() // 2)
+    ids = torch.arange(TOKENS, device=decay.device) * 63 % VOCABULARY
+    targets = ids.masked_fill(ids % 5 == 1, -100)
+
+    def head(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight * small, targets, chunk_tokens=TOKENS // 2)[0]
+
+    def exact_head(hidden: Tensor, weight: Tensor) -> Tensor:
+        return cross_entropy_reference.linear_cross_entropy(hidden, weight * small, targets)[0]
+
+    def embedding(weight: Tensor) -> Tensor:
+        return scaled_embedding(ids, weight, 3.0)
+
+    def exact_embedding(weight: Tensor) -> Tensor:
+        return embedding_reference.scaled_embedding(ids, weight, 3.0)
+
     key, value = (1, length, heads, key_width), (1, length, heads, value_width)
-    rows = (65, heads * value_width)
+    rows = (TOKENS, heads * value_width)
     yield _Check("lightning_attention", attention, attention, (key, key, value))
     fused = (1, length, 4 * heads * value_width)
     yield _Check("gla", *(2 * [mixer_with_lrpe if with_lrpe else mixer]), (fused,))
@@ -145,7 +175,10 @@ def _checks(
     yield _Check("simple_rms_norm", simple_rms_norm, srmsnorm_reference.simple_rms_norm, (rows,))
     yield _Check("add_simple_rms_norm", residual_norm, exact_residual_norm, (rows, rows))
     yield _Check("norm_gate", norm_gate, norm_gate_reference.norm_gate, (rows, rows))
-    yield _Check("sglu", sglu, sglu_reference.sglu, ((65, glu_width),) * 2)
+    yield _Check("sglu", sglu, sglu_reference.sglu, ((TOKENS, glu_width),) * 2)
+    vocabulary = (VOCABULARY, embed_width)
+    yield _Check("scaled_embedding", embedding, exact_embedding, (vocabulary,))
+    yield _Check("linear_cross_entropy", head, exact_head, ((TOKENS, embed_width), vocabulary))
 
 
 def _worst_error(check: _Check, dtype: torch.dtype, device: torch.device) -> float:

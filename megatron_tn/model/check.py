@@ -27,6 +27,7 @@ def check_kernels(model: TransNormerLM, device: torch.device, dtype: torch.dtype
             glu_width=config.glu_dim // tp,
             dtype=dtype,
             device=device,
+            embed_width=config.embed_dim,
             act=config.act,
             fall_back=True,
         )

@@ -20,24 +20,34 @@ def check(device: str, dtype=torch.float32, **changes) -> dict[str, float]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_plain_pytorch_passes(dtype):
     norms = ["simple_rms_norm", "add_simple_rms_norm", "norm_gate"]
-    names = ["lightning_attention", "gla", "gla_theta", *norms, "sglu"]
+    names = ["lightning_attention", "gla", "gla_theta", *norms, "sglu", "scaled_embedding", "linear_cross_entropy"]
     assert list(check("cpu", dtype, key_width=48)) == names
     assert list(check("cpu", dtype)) == [name for name in names if name != "gla_theta"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_the_kernels_pass(triton_device, dtype):
-    check(triton_device, dtype, key_width=48)
+    if dtype == torch.float32 and triton_device == "cpu":
+        check(triton_device, dtype, key_width=48)
+    else:  # the head, which comes last, has no kernel for these types
+        with pytest.raises(ValueError, match="cannot run linear_cross_entropy"):
+            check(triton_device, dtype, key_width=48)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("embed_width", [64, 4096])
+def test_the_kernels_pass_in_bf16_on_the_gpu(cuda, embed_width):
+    check(cuda, torch.bfloat16, key_width=48, embed_width=embed_width)
 
 
 def break_output(monkeypatch, module: str, function: str, wrong) -> None:
-    """Let `module`.`function` return its results, the first of them changed by `wrong`, for fp32 inputs."""
+    """Let `module`.`function` return its results, the first of them changed by `wrong`, but for fp64."""
     found = importlib.import_module(module)
     right = getattr(found, function)
 
     def broken(*args):
         result = right(*args)
-        if args[0].dtype != torch.float32:
+        if any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in args):
             return result  # fp64 is what the operator is judged by
         return (wrong(result[0]), *result[1:]) if isinstance(result, tuple) else wrong(result)
 
@@ -61,6 +71,7 @@ def with_a_nan(x):
         ("kernels.lightning.chunked", "backward", "lightning_attention"),
         ("kernels.lightning.gla_plain", "forward", "gla"),
         ("kernels.srmsnorm.op", "_plain_backward", "simple_rms_norm"),
+        ("kernels.cross_entropy.op", "head_exponentials", "linear_cross_entropy"),
     ],
     ids=lambda p: p if isinstance(p, str) else p.__name__,
 )
@@ -79,9 +90,13 @@ def test_a_broken_operator_is_named(monkeypatch, module, function, operator, wro
         ("kernels.srmsnorm.triton_norm", "backward"),
         ("kernels.norm_gate.triton_norm_gate", "scale_forward"),
         ("kernels.sglu.triton_sglu", "backward"),
+        ("kernels.embedding.triton_embedding", "forward"),
+        ("kernels.cross_entropy.triton_head", "exponentials"),
     ],
 )
 def test_a_broken_kernel_makes_all_fall_back(triton_device, monkeypatch, caplog, module, function):
+    if module == "kernels.cross_entropy.triton_head" and triton_device == "cuda":
+        pytest.skip("the head has no kernel for fp32 on a GPU")
     break_output(monkeypatch, module, function, off_by_a_hundredth)
     with pytest.raises(KernelMismatchError):
         check(triton_device)
