@@ -17,12 +17,14 @@ MAX_TRITON_WIDTH = 65536
 def gate_with_square_sum(o: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """o, u: [..., D] -> (o * u [..., D] in their type, the sum of o^2 over D [...] in fp32, fp64 for fp64).
 
-    Differentiable in both, through both results. Raises ValueError where shapes or types differ.
+    Differentiable in both, through both results. Raises ValueError where shapes or types differ, or do not fit.
     """
     if o.shape != u.shape or o.dtype != u.dtype:
         raise ValueError(
             f"o is {tuple(o.shape)} {o.dtype} and u is {tuple(u.shape)} {u.dtype}; they must be alike in shape and type"
         )
+    if o.dim() == 0 or not torch.is_floating_point(o):
+        raise ValueError(f"o.shape={tuple(o.shape)}, o.dtype={o.dtype} must be [..., D] of a floating type")
     return torch.ops.megatron_tn.gate_forward(o, u)
 
 
@@ -36,7 +38,7 @@ def apply_rms_scale(y: Tensor, square_sum: Tensor, width: int, eps: float = 1e-6
         raise ValueError(f"square_sum.shape={tuple(square_sum.shape)} must be y.shape[:-1]={tuple(y.shape[:-1])}")
     if square_sum.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"square_sum.dtype={square_sum.dtype} must be float32: sums of squares overflow or blur below")
-    if width < 1 or eps < 0:
+    if width < 1 or not eps >= 0:  # NaN is not
         raise ValueError(f"width={width} must be >= 1 and eps={eps} >= 0")
     return torch.ops.megatron_tn.rms_scale_forward(y, square_sum, width, eps)
 

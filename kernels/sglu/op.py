@@ -13,7 +13,8 @@ ACTS = ("none", "silu")
 def sglu(a: Tensor, b: Tensor, act: str = "none") -> Tensor:
     """act(a) * b. a, b: alike in shape (any) and floating type, which the result has too; strides are free.
 
-    act: "none" (the released models) or "silu" (SwiGLU). Raises ValueError for another, or where a and b differ.
+    act: "none" (the released models) or "silu" (SwiGLU). Raises ValueError for another, where a and b differ,
+    or for no float type.
     """
     if act not in ACTS:
         raise ValueError(f"act={act!r} is not one of {ACTS}")
@@ -21,6 +22,8 @@ def sglu(a: Tensor, b: Tensor, act: str = "none") -> Tensor:
         raise ValueError(
             f"a is {tuple(a.shape)} {a.dtype} and b is {tuple(b.shape)} {b.dtype}; they must be alike in shape and type"
         )
+    if not torch.is_floating_point(a):
+        raise ValueError(f"a.dtype={a.dtype} is not a floating type")
     return torch.ops.megatron_tn.sglu_forward(a, b, act)
 
 

@@ -65,7 +65,7 @@ class _Branch(torch.autograd.Function):
 def _check(x: Tensor, eps: float) -> None:
     if x.dim() == 0 or not torch.is_floating_point(x):
         raise ValueError(f"x.shape={tuple(x.shape)}, x.dtype={x.dtype} must be [..., D] of a floating type")
-    if eps < 0:
+    if not eps >= 0:  # NaN is not
         raise ValueError(f"eps={eps} must be >= 0")
 
 

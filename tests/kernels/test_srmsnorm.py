@@ -116,5 +116,7 @@ def test_strided_rows(triton_device):
 def test_refusals_name_the_argument():
     with pytest.raises(ValueError, match="eps=-1 must be >= 0"):
         kernels.simple_rms_norm(torch.ones(2), eps=-1)
+    with pytest.raises(ValueError, match="eps=nan must be >= 0"):
+        kernels.simple_rms_norm(torch.ones(2), eps=float("nan"))
     with pytest.raises(ValueError, match=r"x.dtype=torch.int64 must be"):
         kernels.simple_rms_norm(torch.ones(2, dtype=torch.int64))
