@@ -12,12 +12,14 @@ import logging
 import os
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "torch", "triton")
 ENVIRONMENT_VARIABLE = "MEGATRON_TN_KERNELS"
+OLDEST_CAPABILITY = 8  # the first with bf16 products; the tables of tiles begin with it
 
 _override: str | None = None
 _logged: set[tuple[str, str, str, str]] = set()
@@ -91,7 +93,16 @@ def _triton_obstacle(tensor: Tensor) -> str | None:
         return "triton is not installed (pip install triton)"
     if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"its inputs are on device {tensor.device.type!r}, not on a CUDA device"
+    # A plan's tensors only say that they are on a GPU (planning/memory.py), with one there or without.
+    there = torch.cuda.is_available() and tensor.device.type == "cuda"
+    if there and (capability := _capability(tensor.device)) < OLDEST_CAPABILITY:
+        return f"the GPU's compute capability {capability}.x is older than {OLDEST_CAPABILITY}.x (Ampere)"
     return None
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def _log_once(operator: str, device: str, backend: str, reason: str) -> None:

@@ -4,6 +4,7 @@ import importlib.metadata
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,6 +58,18 @@ def test_unknown_backends_are_named(monkeypatch):
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "fast")
     with pytest.raises(ValueError, match="MEGATRON_TN_KERNELS='fast' is not one of"):
         norm()
+
+
+def test_gpus_older_than_the_tiles_get_pytorch(monkeypatch):
+    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch, "_capability", lambda device: device.index)
+    volta, ampere = (SimpleNamespace(is_cuda=True, device=torch.device("cuda", index)) for index in (7, 8))
+    assert dispatch.choose("an operator", volta) == "torch"
+    assert dispatch.choose("an operator", ampere) == "triton"
+    kernels.set_backend("triton")
+    with pytest.raises(ValueError, match=r"compute capability 7.x is older than 8.x"):
+        dispatch.choose("an operator", volta)
 
 
 def test_float64_never_reaches_triton():
