@@ -200,6 +200,8 @@ def scan_kernel(
         scores = tl.dot(b_tile, a_t, input_precision="ieee") * within
         if PACKED:  # descriptors have read on into the next document
             scores = tl.where(held[:, None], scores, 0.0)
+            if dtype == tl.float16:  # whose scale is of all scores: the next document's would change the rounding here
+                scores = tl.where(held[None, :], scores, 0.0)
             c_t = tl.where(held[None, :], c_t, 0.0)
         scores, scores_scale = narrow(scores, dtype)
         carried, carried_scale = narrow(state, dtype)

@@ -44,6 +44,19 @@ def test_documents_do_not_leak(triton_device):
         assert not torch.equal(old[inside], new[inside]), name
 
 
+def test_a_document_beyond_the_range_of_fp16_scales_no_other(triton_device):
+    case = Attention.random(length=104, bounds=BOUNDS, rates=(0.0,), dtype=torch.float16, device=triton_device)
+    document = slice(38, 103)
+    case.q = case.q * 0.1
+    before = case.run()
+    for x in (case.q, case.k, case.do):
+        x[:, document] *= 300
+    for name, old, new in zip(["o", "state", "dq", "dk", "dv", "dinitial"], before, case.run(), strict=True):
+        inside = torch.zeros_like(old, dtype=torch.bool)
+        inside[4 if name in ("state", "dinitial") else (slice(None), document)] = True
+        assert torch.equal(old[~inside], new[~inside]), name
+
+
 @pytest.fixture
 def short_segments(monkeypatch):
     """Cut every sequence into short segments, as only long ones on a GPU would be."""
