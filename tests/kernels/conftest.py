@@ -70,14 +70,17 @@ def interpreted_language():
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """torch.empty hands out NaN, so that an element a kernel leaves unwritten shows."""
-    empty = torch.empty
+    """torch.empty and torch.empty_like hand out NaN, so that an element a kernel leaves unwritten shows."""
 
-    def poison(*args, **kwargs):
-        x = empty(*args, **kwargs)
-        return x.fill_(float("nan")) if x.is_floating_point() else x
+    def poison(empty):
+        def poisoned_empty(*args, **kwargs):
+            x = empty(*args, **kwargs)
+            return x.fill_(float("nan")) if x.is_floating_point() else x
 
-    monkeypatch.setattr(torch, "empty", poison)
+        return poisoned_empty
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
 
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
