@@ -84,8 +84,8 @@ class Ranks:
 def start(shards, tmp_path):
     started: list[Ranks] = []
 
-    def start_ranks(fault: str, size: int = 2) -> Ranks:
-        started.append(Ranks(tmp_path, (*WORDS, f"data.manifest={shards}"), fault, size))
+    def start_ranks(fault: str, size: int = 2, *more: str) -> Ranks:
+        started.append(Ranks(tmp_path, (*WORDS, f"data.manifest={shards}", *more), fault, size))
         return started[0]
 
     yield start_ranks
@@ -149,7 +149,8 @@ def test_a_rank_that_dies_is_named_at_once(start, victim):
 
 def test_of_several_that_are_left_none_is_taken_for_the_one_that_died(start):
     """Their collectives break one after the other, and each meets the others' broken connections."""
-    ranks = start("", 4)
+    # A rank whose neighbours live hears of it when they leave, half of this later and what their leaving takes.
+    ranks = start("", 4, "hang_timeout_s=8")
     ranks.wait_for_steps(2)
     os.kill(ranks.processes[2].pid, signal.SIGKILL)
     left = (0, 1, 3)
