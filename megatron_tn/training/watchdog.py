@@ -114,6 +114,7 @@ class Watchdog:
         Takes a few seconds when the error came out of a collective.
         """
         self._lost = from_collective(error)  # first: signs of life go on meanwhile
+        self.progress.at(self.progress.phase)  # what broke just before it was taken for a hang has its time to explain
         self.failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         self._write()
         if not self.timeout_s or self.size == 1 or not self._lost:
@@ -122,10 +123,10 @@ class Watchdog:
         first = [sign for sign in signs.values() if sign["failed"] and not sign["lost"]]
         if first:
             return "; ".join(f"{name_of(sign)} failed: {sign['failed']}" for sign in first)
-        silent = self._silent(signs)
-        if not signs.get(0, {}).get("alive") and self.rank == min(rank for rank in signs if signs[rank]["alive"]):
-            self._replace_status(f"no sign of life: {', '.join(silent)}")  # rank 0 cannot
-        dead = "; ".join(f"{who} gives no sign of life: it has died or was stopped" for who in silent)
+        dead = "; ".join(f"{who} gives no sign of life: it has died or was stopped" for who in self._silent(signs))
+        able = [rank for rank, sign in signs.items() if sign["alive"] or sign["failed"]]
+        if 0 not in able and self.rank == min(able):
+            self._replace_status(dead)  # rank 0 cannot
         return dead or "all ranks are alive, but the connection between them failed; NCCL_DEBUG=INFO says more"
 
     def _live(self) -> None:
