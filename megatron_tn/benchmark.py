@@ -137,7 +137,7 @@ def engine_rows(config: BenchmarkConfig, device: torch.device) -> Iterator[Row]:
         owned.values["param"].normal_(0, config.model.init_std)
     engine.refresh(optimizer_step=0)
     data = config.data
-    tokens, targets = random_tokens(config, data.sequence_length // context.cp.size, device)
+    tokens, targets = random_tokens(config, device)
     microbatches = data.global_batch // (data.micro_batch * context.dp.size)
     scale = torch.tensor(1 / (data.global_batch * data.sequence_length), device=device)
 
@@ -165,7 +165,7 @@ def peer_row(config: BenchmarkConfig, device: torch.device) -> Row:
     """Forward, loss and backward of a Hugging Face LLaMA of the same shape: compiled, sdpa, fused cross-entropy."""
     release()
     model = llama(config.model, device)
-    tokens, targets = random_tokens(config, config.data.sequence_length, device)
+    tokens, targets = random_tokens(config, device)
 
     def step() -> list:
         for parameter in model.parameters():
@@ -250,9 +250,10 @@ def write_random_shards(config: BenchmarkConfig, folder: Path) -> None:
     write_shards(folder, shards=4, shard_tokens=max(tokens // 4, 100_000), vocab_size=config.model.vocab_size)
 
 
-def random_tokens(config: BenchmarkConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of one microbatch, int64 [micro_batch, length]."""
-    shape = (config.data.micro_batch, length)
+def random_tokens(config: BenchmarkConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of one microbatch, int64 [micro_batch, sequence_length]; context-parallel ranks get the same
+    and the model cuts its slice."""
+    shape = (config.data.micro_batch, config.data.sequence_length)
     draw = torch.Generator(device).manual_seed(config.seed)
     return tuple(torch.randint(3, config.model.vocab_size, shape, device=device, generator=draw) for _ in range(2))
 

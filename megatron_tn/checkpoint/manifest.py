@@ -9,8 +9,8 @@ Every tensor has its logical (released) name under its kind: param/NAME, exp_avg
 element range of a box of the logical tensor, flattened in row-major order: the box says which slice a tensor-parallel
 rank held, the range which part of that slice a ZeRO rank owned. Padding is in no box, so it is never saved.
 
-Beside whole checkpoints a folder may hold step_N.tmp (being written, or cut short) and step_N.old (being removed, or
-set aside by a rewind); neither is ever read.
+Beside whole checkpoints a folder may hold step_N.tmp (being written, or cut short), step_N.old (being removed, or set
+aside by a rewind) and step_N.damaged-TIME (for a person to look at); none is ever read.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from megatron_tn.checkpoint.files import CHUNK_BYTES, TensorFile
-from megatron_tn.checkpoint.manifest import KINDS, MANIFEST, Manifest, Piece
+from megatron_tn.checkpoint.manifest import KINDS, MANIFEST, Manifest, Piece, whole_checkpoints
 from megatron_tn.checkpoint.reshard import rectangles
 from megatron_tn.config import ConfigError, TrainConfig, from_mapping
 from megatron_tn.model.transnormer import empty_model
@@ -30,6 +30,39 @@ def verify(directory: Path) -> list[str]:
     known = {MANIFEST, *manifest.files}
     strangers = sorted(path.name for path in directory.iterdir() if path.name not in known)
     return found + [f"{directory / name} is not part of the checkpoint" for name in strangers]
+
+
+def glance(directory: Path) -> list[str]:
+    """What is wrong that shows without reading a tensor: the manifest, files that are absent or of another size."""
+    try:
+        manifest = Manifest.read(directory)
+    except ConfigError as error:
+        return error.problems
+    found = []
+    for name, record in sorted(manifest.files.items()):
+        path = directory / name
+        if not path.is_file():
+            found.append(f"{path} is missing")
+        elif path.stat().st_size != record.size:
+            found.append(_wrong_size(path, record.size))
+    return found
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, dict[Path, list[str]]]:
+    """The newest checkpoint in `folder` that `glance` finds whole, and what is wrong with those after it.
+
+    Raises:
+        ConfigError: there are checkpoints, and none is whole: to start afresh is then for a person to decide.
+    """
+    damaged: dict[Path, list[str]] = {}
+    for checkpoint in reversed(whole_checkpoints(folder)):
+        if not (problems := glance(checkpoint)):
+            return checkpoint, damaged
+        damaged[checkpoint] = problems
+    if damaged:
+        lines = [line for problems in damaged.values() for line in problems]
+        raise ConfigError([*lines, f"no checkpoint in {folder} is whole; move them away to start afresh"])
+    return None, {}
 
 
 def _content_problems(manifest: Manifest) -> list[str]:
@@ -111,7 +144,7 @@ def _file_problems(path: Path, size: int, sha256: str, manifest: Manifest) -> li
     strangers = sorted(key for key in entries.keys() - pieces.keys() if not key.startswith("rng/"))
     found += [f"{path}: {key} belongs to no tensor" for key in strangers]
     if path.stat().st_size != size:
-        return [*found, f"{path} has {path.stat().st_size} bytes, but {size} were written"]
+        return [*found, _wrong_size(path, size)]
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -119,3 +152,7 @@ def _file_problems(path: Path, size: int, sha256: str, manifest: Manifest) -> li
     if (digested := digest.hexdigest()) != sha256:
         found.append(f"{path} is damaged: its sha256 is {digested[:16]}..., but {sha256[:16]}... was written")
     return found
+
+
+def _wrong_size(path: Path, size: int) -> str:
+    return f"{path} has {path.stat().st_size} bytes, but {size} were written"

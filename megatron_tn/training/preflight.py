@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_tn.checkpoint.manifest import Manifest, checkpoint_name, step_of, whole_checkpoints
+from megatron_tn.checkpoint.verify import newest_whole
 from megatron_tn.config import ConfigError, TrainConfig, differences, load, read_mapping, to_mapping
 from megatron_tn.engine.deepspeed_settings import deepspeed_settings
 from megatron_tn.planning.memory import memory_problems
@@ -75,13 +76,14 @@ def checkpoint_to_resume(config: TrainConfig) -> Path | None:
     """The checkpoint that checkpoint.resume asks for, or None for a fresh start.
 
     Raises:
-        ConfigError: one was asked for by name and is not there, or a fresh start would mix with an earlier run's files.
+        ConfigError: one was asked for by name and is not there, or a fresh start would mix with an earlier run's files,
+            or every checkpoint there is damaged.
     """
     asked = config.checkpoint.resume
     folder = Path(config.run_dir) / CHECKPOINTS
-    there = whole_checkpoints(folder)
     if asked == "auto":
-        return there[-1] if there else None
+        return newest_whole(folder)[0]
+    there = whole_checkpoints(folder)
     if asked == "none":
         if there:
             raise ConfigError(

@@ -18,6 +18,7 @@ from megatron_tn.checkpoint.background import CheckpointWriter, Save
 from megatron_tn.checkpoint.load import load_checkpoint
 from megatron_tn.checkpoint.manifest import step_of, whole_checkpoints
 from megatron_tn.checkpoint.retention import Retention, set_aside
+from megatron_tn.checkpoint.verify import glance
 from megatron_tn.config import ConfigError, TrainConfig, save, to_mapping
 from megatron_tn.engine.base import Engine
 from megatron_tn.engine.build import initialize_engine
@@ -122,14 +123,28 @@ class Run:
         self._load(engine, start)
         if start is not None and self.is_first:
             log.info("resumed from %s at step %d", start, self.state.step)
-        later = [path for path in whole_checkpoints(self.checkpoints) if step_of(path) > self.state.step]
-        if later:  # rewound by hand; a crash before the next save must not bring them back
-            self._note_rewind(step_of(later[-1]), [], "hand", f"checkpoint.resume={self.config.checkpoint.resume}")
-            if self.is_first:
-                for path in later:
-                    set_aside(path)
+        self._set_later_aside()
         self.state.add_skip(self.config.data.skipped)
         return self.state
+
+    def _set_later_aside(self) -> None:
+        """A crash before the next save must not bring back what lies after the checkpoint resumed from: damaged ones,
+        which stay as step_N.damaged-TIME for a person, or those that a person rewound from. Collective."""
+        later = [path for path in whole_checkpoints(self.checkpoints) if step_of(path) > self.state.step]
+        resume = self.config.checkpoint.resume
+        damage = [line for path in later for line in glance(path)] if resume == "auto" else []
+        dist.broadcast_object_list(found := [later, damage], src=0)  # before it renames
+        later, damage = found
+        if not later:
+            return
+        by, reason = ("damage", "; ".join(damage)) if damage else ("hand", f"checkpoint.resume={resume}")
+        self._note_rewind(step_of(later[-1]), [], by, reason)
+        for path in later if self.is_first else ():
+            if damage:
+                path = path.rename(path.with_suffix(f".damaged-{time.time():.0f}"))
+                log.error("a damaged checkpoint was left out, and is kept as %s: %s", path, reason)
+            else:
+                set_aside(path)
 
     def rewind(self, engine: Engine, rewind: Rewind) -> None:
         """Go back to the newest whole checkpoint, or to the beginning, and skip the batches that went wrong."""

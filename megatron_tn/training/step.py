@@ -78,7 +78,7 @@ def train_step(
         loss += run_microbatch(engine, batch, scale, device, last=index == len(microbatches) - 1)
     # Tensor-parallel ranks hold the same loss. One reduction over the world tells every rank the loss of all and
     # whether any of them was told to stop.
-    summary = torch.stack([loss / context.tp.size, torch.tensor(float(stop), device=device)])
+    summary = torch.stack([loss / context.tp.size, torch.full((), float(stop), device=device)])
     if context.world_size > 1:
         dist.all_reduce(summary)
     # Copied before the engine decides, which waits for the device: reading it afterwards waits no second time, and the

@@ -13,8 +13,9 @@ import time
 
 import pytest
 
-from megatron_tn.checkpoint.manifest import whole_checkpoints
-from tests.helpers.training import ROOT, SMALL, fork_ranks, losses, records, train_forked, train_here
+from megatron_tn.checkpoint.manifest import MANIFEST, Manifest, whole_checkpoints
+from megatron_tn.train import main as train
+from tests.helpers.training import ROOT, SMALL, call, fork_ranks, losses, records, train_forked, train_here
 
 STEPS = 6
 
@@ -234,3 +235,39 @@ def test_a_save_that_fails_ends_the_run_when_it_must(words, tmp_path, more, save
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "failed"
     assert "could not be written: rank 1: OSError" in status["error"]
+
+
+def cut(checkpoint) -> str:
+    path = checkpoint / "rank_00001.safetensors"
+    os.truncate(path, path.stat().st_size - 1)
+    return "rank_00001.safetensors has "
+
+
+def lose_a_file(checkpoint) -> str:
+    (checkpoint / "rank_00000.safetensors").unlink()
+    return "rank_00000.safetensors is missing"
+
+
+def spoil_the_manifest(checkpoint) -> str:
+    (checkpoint / MANIFEST).write_text("{")
+    return "manifest.json is damaged"
+
+
+@pytest.mark.parametrize("damage", [cut, lose_a_file, spoil_the_manifest])
+def test_a_damaged_newest_checkpoint_is_left_out_and_kept(words, uninterrupted, tmp_path, capsys, damage):
+    run = tmp_path / "run"
+    again = (*words, f"run_dir={run}")
+    train_forked(2, *again, "checkpoint.every=2", "stop_after=4")
+    second, fourth = whole_checkpoints(run / "checkpoints")
+    what = damage(fourth)
+    train_forked(2, *again)
+    assert losses(run) == losses(uninterrupted)
+    assert len(list((run / "checkpoints").glob("step_00000004.damaged-*"))) == 1
+    (rewind,) = Manifest.read(whole_checkpoints(run / "checkpoints")[-1]).training["rewinds"]
+    assert (rewind["from"], rewind["to"], rewind["by"]) == (4, 2, "damage")
+    assert what in rewind["reason"]
+
+    (second / MANIFEST).unlink()
+    damage(whole_checkpoints(run / "checkpoints")[-1])  # no other is left
+    assert call(train, *again) == 2
+    assert f"no checkpoint in {run / 'checkpoints'} is whole; move them away" in capsys.readouterr().err
