@@ -78,34 +78,37 @@ def _totals_fake(exponentials, sums, reference, hidden, weight, highest, columns
     return torch.empty_like(reference), torch.empty_like(reference)
 
 
-@torch.library.custom_op("megatron_tn::head_gradient_", mutates_args=("exponentials",))
+@torch.library.custom_op("megatron_tn::head_gradient_", mutates_args=("exponentials", "scaled"))
 def head_gradient_(
     exponentials: Tensor,
+    scaled: Tensor,
     hidden: Tensor,
     rows: Tensor,
     kept: Tensor,
     reference: Tensor,
     normalizer: Tensor,
     picked: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Take Z from every target's exponential; return 1 / Z [n], 0 where kept [n] is False, and hidden / Z [n, D].
+) -> Tensor:
+    """Take Z from every target's exponential; return 1 / Z [n], 0 where kept [n] is False; hidden / Z goes to `scaled`
+    [n, D], contiguous, of the exponentials' type.
 
     normalizer [n]: log of the sum of exp(logit). picked [n]: the targets' logits. rows [n]: their columns, or -1.
     """
     if _backend(hidden) == "triton":
         from kernels.cross_entropy import triton_head
 
-        return triton_head.gradient_(exponentials, hidden, rows, kept, reference, normalizer, picked)
+        return triton_head.gradient_(exponentials, scaled, hidden, rows, kept, reference, normalizer, picked)
     at = rows.clamp(min=0)[:, None]
     target = (picked - reference).exp_() - (normalizer - reference).exp_()
     exponentials.scatter_(1, at, torch.where(rows[:, None] >= 0, target[:, None], exponentials.gather(1, at)))
     scale = (reference - normalizer).exp_().masked_fill_(~kept, 0)
-    return scale, hidden * scale[:, None]
+    torch.mul(hidden, scale[:, None], out=scaled)
+    return scale
 
 
 @head_gradient_.register_fake
-def _gradient_fake(exponentials, hidden, rows, kept, reference, normalizer, picked):
-    return torch.empty_like(reference), hidden.new_empty(hidden.shape, dtype=exponentials.dtype)
+def _gradient_fake(exponentials, scaled, hidden, rows, kept, reference, normalizer, picked):
+    return torch.empty_like(reference)
 
 
 def add_weight_gradient(total: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:

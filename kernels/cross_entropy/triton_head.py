@@ -45,13 +45,13 @@ def reference_kernel(
 
 
 @triton.jit
-def exponentials_kernel(
+def form_tile(
     hidden,  # [n, D]: descriptors, or pointers
     weight,  # [V, D]
     out,  # [n, V]
-    reference_pointer,  # [n] fp32
-    highest_pointer,  # REPAIR: [n], the highest logits, read; otherwise [tiles, n], each tile's own, written
-    sums_pointer,  # [tiles, n] fp32
+    first_token,
+    first_column,
+    reference,  # [BLOCK_T] fp32
     tokens,
     columns,  # rows of the weight that count; those beyond are padding
     width,  # V
@@ -59,33 +59,16 @@ def exponentials_kernel(
     hidden_row,
     weight_row,
     out_row,
-    limit,  # how far a logit may lie above the reference
-    REPAIR: tl.constexpr,  # do the tiles again in which a row's highest logit does
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    # Tokens first: the programs of one wave share a few tiles of the weight, which is larger than the L2.
-    token_tiles = tl.cdiv(tokens, BLOCK_T)
-    first_token = (tl.program_id(0) % token_tiles) * BLOCK_T
-    tile = tl.program_id(0) // token_tiles
-    first_column = tile * BLOCK_V
-
+    """Store a tile's exponentials; its rows' highest logits and sums, [BLOCK_T] fp32."""
     token = first_token + tl.arange(0, BLOCK_T)
     column = first_column + tl.arange(0, BLOCK_V)
-    held = token < tokens
-    reference = tl.load(reference_pointer + token, mask=held, other=0.0)
-    if REPAIR:
-        highest = tl.load(highest_pointer + token, mask=held, other=0.0)
-        stale = highest - reference > limit
-        if tl.sum(stale.to(tl.int32), 0) == 0:
-            return
-        reference = tl.where(stale, highest, reference)
-
     logits = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
-    for start in tl.range(0, depth, BLOCK_D, num_stages=STAGES):
+    for start in range(0, depth, BLOCK_D):
         if DESCRIPTORS:
             h = hidden.load([first_token, start])
             w = weight.load([first_column, start])
@@ -93,7 +76,7 @@ def exponentials_kernel(
             at = start + tl.arange(0, BLOCK_D)
             h = tl.load(
                 hidden + token.to(tl.int64)[:, None] * hidden_row + at[None, :],
-                mask=held[:, None] & (at[None, :] < depth),
+                mask=(token < tokens)[:, None] & (at[None, :] < depth),
                 other=0.0,
             )
             w = tl.load(
@@ -103,19 +86,124 @@ def exponentials_kernel(
             )
         logits = tl.dot(h, w.T, logits, input_precision="ieee")
 
-    if first_column + BLOCK_V > columns:
-        logits = tl.where((column < columns)[None, :], logits, float("-inf"))
-    if not REPAIR:
-        at_tile = tile.to(tl.int64) * tokens + token
-        tl.store(highest_pointer + at_tile, tl.max(logits, 1), mask=held)
+    logits = tl.where((column < columns)[None, :], logits, float("-inf"))
+    highest = tl.max(logits, 1)
     exponentials = tl.exp2((logits - reference[:, None]) * LOG2_E)
-    tl.store(sums_pointer + tile.to(tl.int64) * tokens + token, tl.sum(exponentials, 1), mask=held)
     if DESCRIPTORS:
         out.store([first_token, first_column], exponentials.to(out.dtype))
     else:
-        mask = held[:, None] & (column[None, :] < width)
+        mask = (token < tokens)[:, None] & (column[None, :] < width)
         at_out = out + token.to(tl.int64)[:, None] * out_row + column[None, :]
         tl.store(at_out, exponentials.to(out.dtype.element_ty), mask=mask)
+    return highest, tl.sum(exponentials, 1)
+
+
+@triton.jit
+def exponentials_kernel(
+    hidden,  # [n, D]: descriptors, or pointers
+    weight,  # [V, D]
+    out,  # [n, V]
+    reference_pointer,  # [n] fp32
+    highest_pointer,  # [tiles, n] fp32: the highest logit of each tile
+    sums_pointer,  # [tiles, n] fp32
+    tokens,
+    columns,  # rows of the weight that count; those beyond are padding
+    width,  # V
+    depth,  # D
+    hidden_row,
+    weight_row,
+    out_row,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    # Tokens first: the tiles of one wave share a few of the weight, which is larger than the L2.
+    token_tiles = tl.cdiv(tokens, BLOCK_T)
+    tiles = token_tiles * tl.cdiv(width, BLOCK_V)
+    # As one loop with the product's: its loads run ahead across the border between two tiles.
+    for number in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES, flatten=PERSISTENT):
+        tile = number // token_tiles
+        first_token = (number % token_tiles) * BLOCK_T
+        token = first_token + tl.arange(0, BLOCK_T)
+        reference = tl.load(reference_pointer + token, mask=token < tokens, other=0.0)
+        highest, sums = form_tile(
+            hidden,
+            weight,
+            out,
+            first_token,
+            tile * BLOCK_V,
+            reference,
+            tokens,
+            columns,
+            width,
+            depth,
+            hidden_row,
+            weight_row,
+            out_row,
+            BLOCK_T,
+            BLOCK_V,
+            BLOCK_D,
+            DESCRIPTORS,
+        )
+        at_tile = tile.to(tl.int64) * tokens + token
+        tl.store(highest_pointer + at_tile, highest, mask=token < tokens)
+        tl.store(sums_pointer + at_tile, sums, mask=token < tokens)
+
+
+@triton.jit
+def repair_kernel(
+    hidden,
+    weight,
+    out,
+    reference_pointer,
+    highest_pointer,  # [n] fp32: the highest logits, of all ranks
+    sums_pointer,  # [tiles, n] fp32: written where a row of the tile is done again
+    tokens,
+    columns,
+    width,
+    depth,
+    hidden_row,
+    weight_row,
+    out_row,
+    limit,  # how far a logit may lie above the reference
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """Do the tiles again in which a row's highest logit lies more than `limit` above its reference."""
+    token_tiles = tl.cdiv(tokens, BLOCK_T)
+    first_token = (tl.program_id(0) % token_tiles) * BLOCK_T
+    tile = tl.program_id(0) // token_tiles
+    token = first_token + tl.arange(0, BLOCK_T)
+    reference = tl.load(reference_pointer + token, mask=token < tokens, other=0.0)
+    highest = tl.load(highest_pointer + token, mask=token < tokens, other=0.0)
+    stale = highest - reference > limit
+    if tl.sum(stale.to(tl.int32), 0) == 0:
+        return
+    _, sums = form_tile(
+        hidden,
+        weight,
+        out,
+        first_token,
+        tile * BLOCK_V,
+        tl.where(stale, highest, reference),
+        tokens,
+        columns,
+        width,
+        depth,
+        hidden_row,
+        weight_row,
+        out_row,
+        BLOCK_T,
+        BLOCK_V,
+        BLOCK_D,
+        DESCRIPTORS,
+    )
+    tl.store(sums_pointer + tile.to(tl.int64) * tokens + token, sums, mask=token < tokens)
 
 
 @triton.jit
@@ -202,7 +290,11 @@ def exponentials(
         )
         if columns == 0:  # row 0 is padding, whose logit may lie above those that count: totals_ replaces this one
             reference.fill_(torch.finfo(reference.dtype).min)
-        _launch(hidden, weight, out, reference, highest, sums, columns, 0.0, False, tile)
+        arguments, constants = _product_arguments(hidden, weight, out, reference, highest, sums, columns, tile)
+        programs = triton.cdiv(tokens, tile.tokens) * tiles
+        if tile.persistent:
+            programs = min(programs, _multiprocessors(hidden))
+        exponentials_kernel[(programs,)](*arguments, STAGES=tile.stages, PERSISTENT=tile.persistent, **constants)
     return out, reference, picked, highest.amax(0), sums.sum(0)
 
 
@@ -222,7 +314,8 @@ def totals_(
     used, total = torch.empty_like(reference), torch.empty_like(reference)
     repaired = torch.empty(tiles, tokens, dtype=torch.float32, device=hidden.device)
     with torch.cuda.device_of(hidden):
-        _launch(hidden, weight, out, reference, highest, repaired, columns, limit, True, tile)
+        arguments, constants = _product_arguments(hidden, weight, out, reference, highest, repaired, columns, tile)
+        repair_kernel[(triton.cdiv(tokens, tile.tokens) * tiles,)](*arguments, limit, **constants)
         totals_kernel[(triton.cdiv(tokens, 32),)](
             sums, repaired, reference, highest, used, total, tokens, tiles, limit, BLOCK_T=32, BLOCK=64, num_warps=4
         )
@@ -231,16 +324,16 @@ def totals_(
 
 def gradient_(
     out: Tensor,
+    scaled: Tensor,
     hidden: Tensor,
     rows: Tensor,
     kept: Tensor,
     reference: Tensor,
     normalizer: Tensor,
     picked: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """See `head_gradient_` in pieces.py."""
     tokens, depth = hidden.shape
-    scaled = torch.empty(tokens, depth, dtype=hidden.dtype, device=hidden.device)
     scale = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
     with torch.cuda.device_of(hidden):
         gradient_kernel[(tokens,)](
@@ -259,10 +352,10 @@ def gradient_(
             BLOCK=1024,
             num_warps=4,
         )
-    return scale, scaled
+    return scale
 
 
-def _launch(
+def _product_arguments(
     hidden: Tensor,
     weight: Tensor,
     out: Tensor,
@@ -270,38 +363,19 @@ def _launch(
     highest: Tensor,
     sums: Tensor,
     columns: int,
-    limit: float,
-    repair: bool,
     tile: HeadTile,
-) -> None:
-    tokens, depth = hidden.shape
-    width = weight.shape[0]
+) -> tuple[list, dict[str, int]]:
+    """What both kernels that form tiles are given: arguments in order, and constants."""
     described = _capability(hidden) >= 9 and all(map(_describable, (hidden, weight, out)))
-    arguments = (hidden, weight, out)
+    arguments: list = [hidden, weight, out]
     if described:
         blocks = ((tile.tokens, tile.depth), (tile.vocabulary, tile.depth), (tile.tokens, tile.vocabulary))
         arguments = [TensorDescriptor.from_tensor(x, list(block)) for x, block in zip(arguments, blocks, strict=True)]
-    exponentials_kernel[(triton.cdiv(tokens, tile.tokens) * triton.cdiv(width, tile.vocabulary),)](
-        *arguments,
-        reference,
-        highest,
-        sums,
-        tokens,
-        columns,
-        width,
-        depth,
-        hidden.stride(0),
-        weight.stride(0),
-        out.stride(0),
-        limit,
-        REPAIR=repair,
-        BLOCK_T=tile.tokens,
-        BLOCK_V=tile.vocabulary,
-        BLOCK_D=tile.depth,
-        STAGES=tile.stages,
-        DESCRIPTORS=described,
-        num_warps=tile.warps,
-    )
+    tokens, depth = hidden.shape
+    arguments += [reference, highest, sums, tokens, columns, weight.shape[0], depth]
+    arguments += [x.stride(0) for x in (hidden, weight, out)]
+    constants = {"BLOCK_T": tile.tokens, "BLOCK_V": tile.vocabulary, "BLOCK_D": tile.depth, "DESCRIPTORS": described}
+    return arguments, constants | {"num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def _tile(x: Tensor) -> HeadTile:
@@ -310,6 +384,11 @@ def _tile(x: Tensor) -> HeadTile:
 
 def _capability(x: Tensor) -> int:
     return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else max(TILES)
+
+
+def _multiprocessors(x: Tensor) -> int:
+    """Of the GPU; for the interpreter, so few that a program has several tiles, as there."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
 
 
 def _describable(x: Tensor) -> bool:

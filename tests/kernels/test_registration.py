@@ -64,7 +64,7 @@ def head_operators():
     return {
         "head_exponentials": (ops.head_exponentials, (hidden, weight, rows, 4)),
         "head_totals_": (ops.head_totals_, (exponentials, a, b, hidden, weight, c, 4)),
-        "head_gradient_": (ops.head_gradient_, (exponentials, hidden, rows, kept, a, b, c)),
+        "head_gradient_": (ops.head_gradient_, (exponentials, torch.empty(3, 4), hidden, rows, kept, a, b, c)),
     }
 
 

@@ -16,8 +16,8 @@ TYPES = {2: "*bf16", 4: "*fp32"}
 # Bytes a thread may spill, where a tile as measured fastest does not quite fit its registers; none elsewhere.
 SPILLED = {(9, 2, 256): 24}
 # (capability, bytes, whether dk) -> the same of scans that find theta's gradient too, mostly where stretches meet, at
-# a summed width of 128.
-SPILLED_CROSSING = {(8, 2, False): 8, (8, 2, True): 16, (9, 2, False): 40, (9, 2, True): 24}
+# a summed width of 128. The 56 are Triton 3.6's, as on the GPUs that were timed; 3.7 makes 40 of them.
+SPILLED_CROSSING = {(8, 2, False): 8, (8, 2, True): 16, (9, 2, False): 56, (9, 2, True): 24}
 
 
 def compiled(kernel, capability: int, types: dict[str, str], constants: dict, **options):
@@ -233,15 +233,15 @@ def test_cross_entropy(capability):
         "out": (tile.tokens, tile.vocabulary),
     }
     described = capability >= 9
-    for repair in (False, True):
+    for kernel in (triton_head.exponentials_kernel, triton_head.repair_kernel):
         types = {name: f"tensordesc<bf16[{r}, {c}]>" if described else "*bf16" for name, (r, c) in blocks.items()}
         types |= dict.fromkeys(("reference_pointer", "highest_pointer", "sums_pointer"), "*fp32") | {"limit": "fp32"}
-        constants = {"REPAIR": repair, "BLOCK_T": tile.tokens, "BLOCK_V": tile.vocabulary, "BLOCK_D": tile.depth}
-        constants |= {"STAGES": tile.stages, "DESCRIPTORS": described}
-        kernel = compiled(
-            triton_head.exponentials_kernel, capability, types, constants, num_warps=tile.warps, num_stages=tile.stages
+        constants = {"BLOCK_T": tile.tokens, "BLOCK_V": tile.vocabulary, "BLOCK_D": tile.depth}
+        constants |= {"DESCRIPTORS": described, "STAGES": tile.stages, "PERSISTENT": tile.persistent}
+        types, constants = ({n: v for n, v in d.items() if n in kernel.arg_names} for d in (types, constants))
+        shared, spilled = resources(
+            compiled(kernel, capability, types, constants, num_warps=tile.warps, num_stages=tile.stages)
         )
-        shared, spilled = resources(kernel)
         assert shared <= SHARED_MEMORY[capability]
         assert spilled == 0
     types = dict.fromkeys(("hidden_pointer", "weight_pointer", "exponentials_pointer", "scaled_pointer"), "*bf16")
