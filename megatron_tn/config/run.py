@@ -1,40 +1,21 @@
-"""The settings of a run: dataclasses, their defaults, and the checks that relate one setting to another.
-
-Hydra composes `conf/` and the command line into a plain mapping; `from_mapping` turns it into a `TrainConfig`. Nothing
-deeper in the package ever sees a DictConfig. The dataclasses are the only place where a default is written down, and
-`conf/` holds named departures from them (a model size, an engine, a cluster).
-
-Errors are collected, not raised one at a time: `ConfigError` carries every problem found, one line each, naming the
-setting, its value and the relation it breaks.
-"""
+"""The settings of a training run, and the relations between them."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import json
 import math
-import os
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, field_validator
+from pydantic import field_validator
 from pydantic.dataclasses import dataclass
 
-_STRICT = ConfigDict(extra="forbid")
+from megatron_tn.config.mapping import STRICT, from_mapping, read_mapping
 
 
-class ConfigError(ValueError):
-    """One or more settings are wrong. `problems` holds one line for each; command lines exit with code 2."""
-
-    def __init__(self, problems: Iterable[str] | str):
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
-        super().__init__("\n".join(self.problems))
-
-
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class ModelConfig:
     """Shape and variant of a TransNormerLLM (arXiv 2307.14995; the released family's semantics are the default)."""
 
@@ -91,7 +72,7 @@ class ModelConfig:
         return found
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class ParallelConfig:
     """How the world is laid out. The data-parallel size is what is left: world / (tp x cp)."""
 
@@ -101,7 +82,7 @@ class ParallelConfig:
     sequence_parallel: bool = False
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class EngineConfig:
     """Who owns gradients, masters and the optimizer step."""
 
@@ -121,8 +102,8 @@ class EngineConfig:
     # of the run's config. Keys that other settings decide must agree with them.
     deepspeed_config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def problems(self, cp: int = 1) -> list[str]:
-        """Relations inside the engine's settings, and those to a context-parallel size."""
+    def problems(self, tp: int = 1, cp: int = 1) -> list[str]:
+        """Relations inside the engine's settings, and those to a layout."""
         found = []
         if self.deepspeed_config and self.name != "deepspeed":
             found.append(f"engine.deepspeed_config is set, but engine.name={self.name} is not deepspeed")
@@ -139,6 +120,8 @@ class EngineConfig:
             found.append(f"engine.cuda_graph=true captures eager passes, but engine.compile={self.compile} is not none")
         if cp > 1:
             found.append(f"engine.cuda_graph=true does not go with parallel.cp={cp}, whose slices the host works out")
+        if tp > 1 and self.name == "deepspeed":  # a test of it on two GPUs did not come to its end
+            found.append(f"engine.cuda_graph=true with parallel.tp={tp} needs engine=local, not engine=zero1")
         return found
 
     @field_validator("deepspeed_config", mode="before")
@@ -154,7 +137,7 @@ class EngineConfig:
             raise ValueError(f"{value!r} is not a JSON file that can be read: {error}") from None
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class DataConfig:
     manifest: str = ""  # manifest.json of tokenised WebDataset shards (python -m data_pipeline.run writes one)
     sequence_length: int = 2048  # tokens
@@ -196,7 +179,7 @@ class DataConfig:
         return {batch for first, last in self.skip_ranges for batch in range(first, last + 1)}
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class OptimConfig:
     """AdamW: NVIDIA apex's FusedAdam where it is installed, torch's fused AdamW otherwise."""
 
@@ -209,7 +192,7 @@ class OptimConfig:
     fused: Literal["auto", "apex", "torch"] = "auto"
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class ScheduleConfig:
     name: Literal["cosine", "wsd", "constant"] = "cosine"
     steps: int = 1000  # optimizer steps of the whole run
@@ -242,7 +225,7 @@ class ScheduleConfig:
         return found
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class CheckpointConfig:
     every: int = 500  # steps; 0 saves only at the end and on preemption
     at_end: bool = True  # save when the run ends; False is for benchmarks
@@ -256,7 +239,7 @@ class CheckpointConfig:
     resume: int | str = "auto"  # auto: the newest whole one in run_dir; none: start afresh; a step there; a path
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class GuardConfig:
     """What happens when a step goes wrong. All ranks decide the same, from numbers that were reduced over all of them.
 
@@ -275,21 +258,21 @@ class GuardConfig:
     max_rewinds: int = 5  # of a run, after which it aborts
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class EvaluationConfig:
     manifest: str = ""  # held-out shards; empty turns evaluation off
     every: int = 0  # steps; 0 evaluates at the end only
     max_documents: int = 256
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class WandbConfig:
     mode: Literal["online", "offline", "disabled"] = "offline"
     project: str = "megatron_tn"
     entity: str | None = None
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class LoggingConfig:
     every: int = 1  # steps between records of log.jsonl
     progress: bool = True  # progress bar on rank 0
@@ -300,7 +283,7 @@ class LoggingConfig:
     wandb: WandbConfig = dataclasses.field(default_factory=WandbConfig)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class ClusterConfig:
     """The hardware, by its datasheet: what plans and utilisation figures are counted against."""
 
@@ -373,7 +356,7 @@ BOUNDS: dict[str, tuple[int, float]] = {
 }
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class TrainConfig:
     """A whole run. `python -m megatron_tn.train` writes it, resolved, to run_dir/config.json."""
 
@@ -450,7 +433,7 @@ class TrainConfig:
             found.append(
                 "optim.fused=apex does not go with engine.zero_stage=0, where DeepSpeed flattens apex's masters"
             )
-        found += self.engine.problems(cp)
+        found += self.engine.problems(tp, cp)
         for name in ("lr", "eps"):
             if not 0 < (value := getattr(self.optim, name)) < math.inf:
                 found.append(f"optim.{name}={value} must be above 0, and finite")
@@ -480,182 +463,6 @@ class TrainConfig:
         return found
 
 
-LOOP_WARM_UP = 10  # steps of the training command that a benchmark leaves out
-
-
-@dataclass(frozen=True, config=_STRICT)
-class BenchmarkSettings:
-    steps: int = 12  # measured steps, after warm-up, of each of the models side by side
-    loop_steps: int = 0  # steps of the whole training command (data, optimizer, logging); 0 leaves it out
-    peer: Literal["none", "llama"] = "none"  # a model of the same shape, measured in the same process
-    output: str = ""  # JSON lines file that the rows are appended to
-
-
-@dataclass(frozen=True, config=_STRICT)
-class BenchmarkConfig(TrainConfig):
-    """Settings of `python -m megatron_tn.benchmark`: a run's, and how it is measured."""
-
-    benchmark: BenchmarkSettings = dataclasses.field(default_factory=BenchmarkSettings)
-
-    def problems(self, world_size: int | None = None) -> list[str]:
-        found = super().problems(world_size)
-        if self.benchmark.steps < 1:
-            found.append(f"benchmark.steps={self.benchmark.steps} must be at least 1")
-        if not (self.benchmark.loop_steps == 0 or self.benchmark.loop_steps > LOOP_WARM_UP):
-            found.append(f"benchmark.loop_steps={self.benchmark.loop_steps} must be 0 or above {LOOP_WARM_UP}")
-        found += unwritable("benchmark.output", self.benchmark.output)
-        return found
-
-
-@dataclass(frozen=True, config=_STRICT)
-class EvaluateConfig:
-    """Settings of `python -m megatron_tn.evaluate`."""
-
-    checkpoint: str = ""  # a checkpoint folder, a folder of them (the newest is taken), or a released model's folder
-    manifest: str = ""  # held-out shards
-    train_manifest: str = ""  # shards to count the unigram baseline on; empty leaves that baseline out
-    tokenizer: str = ""  # tokenizer.json; empty looks beside the checkpoint
-    max_documents: int = 0  # 0: all
-    batch_tokens: int = 4096  # of documents scored side by side
-    device: str = "auto"
-    precision: Literal["trained", "bf16", "fp32"] = "trained"
-    output: str = ""  # JSON file for the result, which is printed as well
-
-
-@dataclass(frozen=True, config=_STRICT)
-class ScoreConfig:
-    """Settings of `python -m megatron_tn.score`."""
-
-    checkpoint: str = ""  # a checkpoint folder, a folder of them (the newest is taken), or a released model's folder
-    manifest: str = ""  # of the shards to score
-    name: str = ""  # of the scores; empty: eval- and the first digits of the model's hash
-    batch_tokens: int = 16384  # of documents scored side by side; a GPU takes more than a CPU
-    device: str = "auto"
-    precision: Literal["trained", "bf16", "fp32"] = "trained"
-
-
-@dataclass(frozen=True, config=_STRICT)
-class GenerateConfig:
-    """Settings of `python -m megatron_tn.generate`."""
-
-    checkpoint: str = ""
-    prompt: str = ""
-    tokenizer: str = ""
-    max_new_tokens: int = 128
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    device: str = "auto"
-    precision: Literal["trained", "bf16", "fp32"] = "trained"
-
-
-@dataclass(frozen=True, config=_STRICT)
-class ConvertConfig:
-    """Settings of `python -m megatron_tn.convert`."""
-
-    # The command's first word sets it: python -m megatron_tn.convert verify checkpoint=...
-    action: Literal["describe", "verify", "export"] = "describe"
-    checkpoint: str = ""
-    output: str = ""  # export: folder to write in the released layout
-    precision: Literal["trained", "bf16", "fp32"] = "trained"
-    json: bool = False  # describe, verify: print JSON
-
-
-def to_mapping(config: Any) -> dict[str, Any]:
-    """A config dataclass as nested plain dictionaries, ready for JSON or Hydra."""
-    return dataclasses.asdict(config)
-
-
-def from_mapping(kind: type, values: Mapping[str, Any]) -> Any:
-    """Build config dataclass `kind` from nested plain mappings; every bad key or value is in one `ConfigError`."""
-    try:
-        return TypeAdapter(kind).validate_python(dict(values))
-    except ValidationError as error:
-        known = known_keys(kind)
-        raise ConfigError([_describe(item, known) for item in error.errors()]) from None
-
-
-def unwritable(name: str, path: str) -> list[str]:
-    """A line when setting `name`, the file that results will be written to, cannot be; none when `path` is empty."""
-    if not path:
-        return []
-    file = Path(path)
-    if file.is_dir():
-        return [f"{name}={path} is a folder: name a file"]
-    if not file.parent.is_dir():
-        return [f"{name}={path} cannot be written: there is no folder {file.parent}"]
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
-        return [f"{name}={path} cannot be written: no permission"]
-    return []
-
-
 def load(path: Path, kind: type = TrainConfig) -> Any:
     """Read a config written by `save`. Raises ConfigError."""
     return from_mapping(kind, read_mapping(path))
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        ConfigError: it cannot be read, or is no JSON object.
-    """
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is damaged: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} is damaged: it holds {type(values).__name__}, not settings")
-    return values
-
-
-def save(config: Any, path: Path) -> None:
-    """As JSON. The file has its name when it is whole: a requeued job reads what a killed one left."""
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(json.dumps(to_mapping(config), indent=1) + "\n")
-    partial.replace(path)
-
-
-def known_keys(kind: type, prefix: str = "") -> list[str]:
-    """Dotted names of all settings below config dataclass `kind`."""
-    keys = []
-    for field in dataclasses.fields(kind):
-        name = f"{prefix}{field.name}"
-        keys.append(name)
-        if dataclasses.is_dataclass(field.default_factory):
-            keys += known_keys(field.default_factory, f"{name}.")
-    return keys
-
-
-def unknown_key(key: str, known: Iterable[str]) -> str:
-    """One line that refuses `key` and names the nearest known ones."""
-    known = list(known)
-    close = difflib.get_close_matches(key, known, n=2, cutoff=0.5)
-    if not close:  # right name in the wrong group: model.lr for optim.lr
-        close = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    return f"unknown setting {key}" + (f"; did you mean {' or '.join(close)}?" if close else "")
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Settings that differ between two resolved configs, as 'name: old -> new'."""
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            lines += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
-    return lines
-
-
-BRANCHES = ("int", "str")  # pydantic's names for the types of a union
-
-
-def _describe(item: Any, known: list[str]) -> str:
-    # A union (model.lrpe, checkpoint.resume) adds its branch to the location; names of settings stop before it.
-    parts = [part for part in item["loc"] if isinstance(part, str) and "[" not in part and part not in BRANCHES]
-    key = ".".join(parts)
-    if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return unknown_key(key, known)
-    return f"{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"

@@ -1,0 +1,117 @@
+"""Between config dataclasses, plain mappings and JSON files; and what is said of keys and values that do not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+STRICT = ConfigDict(extra="forbid")
+
+
+class ConfigError(ValueError):
+    """One or more settings are wrong. `problems` holds one line for each; command lines exit with code 2."""
+
+    def __init__(self, problems: Iterable[str] | str):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """A config dataclass as nested plain dictionaries, ready for JSON or Hydra."""
+    return dataclasses.asdict(config)
+
+
+def from_mapping(kind: type, values: Mapping[str, Any]) -> Any:
+    """Build config dataclass `kind` from nested plain mappings; every bad key or value is in one `ConfigError`."""
+    try:
+        return TypeAdapter(kind).validate_python(dict(values))
+    except ValidationError as error:
+        known = known_keys(kind)
+        raise ConfigError([_describe(item, known) for item in error.errors()]) from None
+
+
+def unwritable(name: str, path: str) -> list[str]:
+    """A line when setting `name`, the file that results will be written to, cannot be; none when `path` is empty."""
+    if not path:
+        return []
+    file = Path(path)
+    if file.is_dir():
+        return [f"{name}={path} is a folder: name a file"]
+    if not file.parent.is_dir():
+        return [f"{name}={path} cannot be written: there is no folder {file.parent}"]
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        return [f"{name}={path} cannot be written: no permission"]
+    return []
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ConfigError: it cannot be read, or is no JSON object.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is damaged: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is damaged: it holds {type(values).__name__}, not settings")
+    return values
+
+
+def save(config: Any, path: Path) -> None:
+    """As JSON. The file has its name when it is whole: a requeued job reads what a killed one left."""
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(json.dumps(to_mapping(config), indent=1) + "\n")
+    partial.replace(path)
+
+
+def known_keys(kind: type, prefix: str = "") -> list[str]:
+    """Dotted names of all settings below config dataclass `kind`."""
+    keys = []
+    for field in dataclasses.fields(kind):
+        name = f"{prefix}{field.name}"
+        keys.append(name)
+        if dataclasses.is_dataclass(field.default_factory):
+            keys += known_keys(field.default_factory, f"{name}.")
+    return keys
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """One line that refuses `key` and names the nearest known ones."""
+    known = list(known)
+    close = difflib.get_close_matches(key, known, n=2, cutoff=0.5)
+    if not close:  # right name in the wrong group: model.lr for optim.lr
+        close = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    return f"unknown setting {key}" + (f"; did you mean {' or '.join(close)}?" if close else "")
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Settings that differ between two resolved configs, as 'name: old -> new'."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return lines
+
+
+BRANCHES = ("int", "str")  # pydantic's names for the types of a union
+
+
+def _describe(item: Any, known: list[str]) -> str:
+    # A union (model.lrpe, checkpoint.resume) adds its branch to the location; names of settings stop before it.
+    parts = [part for part in item["loc"] if isinstance(part, str) and "[" not in part and part not in BRANCHES]
+    key = ".".join(parts)
+    if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return unknown_key(key, known)
+    return f"{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
