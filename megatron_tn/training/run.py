@@ -75,7 +75,6 @@ class Run:
         if self.is_first:
             self.directory.mkdir(parents=True, exist_ok=True)
             save(self.config, self.directory / FROZEN)
-        self.status("running")
         self.watchdog = Watchdog(
             self.directory,
             self.progress,
@@ -83,6 +82,7 @@ class Run:
             long_s=self.config.distributed_timeout_s,
         )
         self.watchdog.__enter__()
+        self.status("running")  # last: __exit__, which says how the run ended, is called from here on
         return self
 
     def __exit__(self, kind, error, trace) -> None:
