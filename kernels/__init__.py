@@ -14,7 +14,12 @@ from kernels.lrpe.op import lrpe
 from kernels.norm_gate.op import apply_rms_scale, gate_with_square_sum
 from kernels.self_check import self_check
 from kernels.sglu.op import sglu
-from kernels.srmsnorm.op import add_simple_rms_norm, branch_simple_rms_norm, simple_rms_norm
+from kernels.srmsnorm.op import (
+    add_scaled_simple_rms_norm,
+    add_simple_rms_norm,
+    branch_simple_rms_norm,
+    simple_rms_norm,
+)
 
 # Hugging Face's transformers takes any package of this name for its own kernel hub and asks for its version, from the
 # metadata of the distribution that holds it or from here. A version under every one it accepts makes it answer "not
@@ -23,6 +28,7 @@ __version__ = "0.0.0"
 
 __all__ = [
     "activation",
+    "add_scaled_simple_rms_norm",
     "add_simple_rms_norm",
     "apply_rms_scale",
     "branch_simple_rms_norm",

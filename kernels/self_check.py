@@ -20,10 +20,11 @@ from kernels.lightning.gla import gla
 from kernels.lightning.op import lightning_attention
 from kernels.norm_gate import reference as norm_gate_reference
 from kernels.norm_gate.op import apply_rms_scale, gate_with_square_sum
+from kernels.numerics import accumulation_dtype
 from kernels.sglu import reference as sglu_reference
 from kernels.sglu.op import sglu
 from kernels.srmsnorm import reference as srmsnorm_reference
-from kernels.srmsnorm.op import add_simple_rms_norm, simple_rms_norm
+from kernels.srmsnorm.op import add_scaled_simple_rms_norm, add_simple_rms_norm, simple_rms_norm
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +148,13 @@ def _checks(
     def exact_residual_norm(x: Tensor, update: Tensor) -> Tensor:
         return torch.cat((x + update, srmsnorm_reference.simple_rms_norm(x + update)), dim=-1)
 
+    def scaled_norm(x: Tensor, update: Tensor) -> Tensor:
+        square_sum = update.to(accumulation_dtype(update.dtype)).square().sum(-1)
+        return torch.cat(add_scaled_simple_rms_norm(x, update, square_sum), dim=-1)
+
+    def exact_scaled_norm(x: Tensor, update: Tensor) -> Tensor:
+        return exact_residual_norm(x, srmsnorm_reference.simple_rms_norm(update))
+
     # Logits of the size of one, by a factor that rounds nothing.
     small = 2.0 ** -(embed_width.bit_length() // 2)
     ids = torch.arange(TOKENS, device=decay.device) * 63 % VOCABULARY
@@ -174,6 +182,7 @@ def _checks(
         yield _Check("gla_theta", of_theta, of_theta, (theta,), LARGEST_THETA_ERROR)
     yield _Check("simple_rms_norm", simple_rms_norm, srmsnorm_reference.simple_rms_norm, (rows,))
     yield _Check("add_simple_rms_norm", residual_norm, exact_residual_norm, (rows, rows))
+    yield _Check("add_scaled_simple_rms_norm", scaled_norm, exact_scaled_norm, (rows, rows))
     yield _Check("norm_gate", norm_gate, norm_gate_reference.norm_gate, (rows, rows))
     yield _Check("sglu", sglu, sglu_reference.sglu, ((TOKENS, glu_width),) * 2)
     vocabulary = (VOCABULARY, embed_width)

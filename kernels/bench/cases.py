@@ -10,6 +10,7 @@ from torch import Tensor
 import kernels
 from kernels.bench.peers import Peer
 from kernels.norm_gate import reference as norm_gate_reference
+from kernels.numerics import accumulation_dtype
 from kernels.sglu import reference as sglu_reference
 from kernels.srmsnorm import reference
 
@@ -68,7 +69,7 @@ def cases(device: torch.device) -> Iterator[tuple[Case, Case]]:
     """Pairs of a case small enough to be judged in fp64 and the case to time, of the same widths and type."""
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
-    for build in (_norm, _branch_norm, _add_norm, _gate, _sglu):
+    for build in (_norm, _branch_norm, _add_norm, _add_scaled_norm, _gate, _sglu):
         for rows in (4096, 32768) if gpu else (4096,):
             for columns in (2048, 4096) if gpu else (256,):
                 yield build(65, columns, dtype, device), build(rows, columns, dtype, device)
@@ -120,6 +121,26 @@ def _add_norm(rows: int, columns: int, dtype: torch.dtype, device: torch.device)
         [dtotal.detach(), dy.detach()],
         exact,
         spared_bytes=2 * x.nbytes,  # the sum stands for both inputs, and one gradient serves both
+    )
+
+
+def _add_scaled_norm(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Case:
+    """With the norm over all heads still to be taken of what is added."""
+
+    def exact(x, residual, square_sum):
+        total = x + norm_gate_reference.rms_scale(residual, square_sum, columns)
+        return total, reference.simple_rms_norm(total)
+
+    x, residual, dtotal, dy = random_inputs(4, rows, columns, dtype=dtype, device=device)
+    square_sum = residual.detach().to(accumulation_dtype(dtype)).square().sum(-1).requires_grad_()
+    return Case(
+        "add_scaled_simple_rms_norm",
+        f"{rows} x {columns}",
+        kernels.add_scaled_simple_rms_norm,
+        [x, residual, square_sum],
+        [dtotal.detach(), dy.detach()],
+        exact,
+        spared_bytes=x.nbytes,  # the sum stands for one of its inputs
     )
 
 

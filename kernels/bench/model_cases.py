@@ -56,20 +56,20 @@ def _head(tokens: int, vocabulary: int, width: int, dtype: torch.dtype, device: 
 class _Layer:
     """One layer with its weights: x + GLA(norm(x)), then x + GLU(norm(x)).
 
-    branch: x -> x and its norm. add: x, update -> their sum and its norm. product: of the GLU's two projections.
+    branch: x -> x and its norm. add: x, update, the squares by which that is still to be normed -> their sum and its
+    norm. product: of the GLU's two projections.
     """
 
     heads: int
     decay: Tensor
     branch: Callable[[Tensor], tuple[Tensor, Tensor]]
-    add: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    add: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     product: Callable[[Tensor, Tensor], Tensor]
 
     def __call__(self, x: Tensor, qkvu: Tensor, out: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
         x, normed = self.branch(x)
         y, square_sum, _ = kernels.gla(F.linear(normed, qkvu), self.decay, act="silu")
-        mixed = kernels.apply_rms_scale(F.linear(y, out), square_sum, x.shape[-1])
-        x, normed = self.add(x, mixed)
+        x, normed = self.add(x, F.linear(y, out), square_sum)
         return x + F.linear(self.product(F.linear(normed, w1), F.linear(normed, w2)), w3)
 
 
@@ -91,13 +91,13 @@ def _layer(tokens: int, width: int, dtype: torch.dtype, device: torch.device) ->
     def plain_branch(x: Tensor) -> tuple[Tensor, Tensor]:
         return x, layer_norm(x)
 
-    def plain_add(x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
-        return plain_branch(x + update)
+    def plain_add(x: Tensor, update: Tensor, square_sum: Tensor) -> tuple[Tensor, Tensor]:
+        return plain_branch(x + kernels.apply_rms_scale(update, square_sum, width))
 
     def swiglu(a: Tensor, b: Tensor) -> Tensor:
         return F.silu(a) * b
 
-    ours = _Layer(heads, decay, kernels.branch_simple_rms_norm, kernels.add_simple_rms_norm, kernels.sglu)
+    ours = _Layer(heads, decay, kernels.branch_simple_rms_norm, kernels.add_scaled_simple_rms_norm, kernels.sglu)
     theirs = _Layer(heads, decay, plain_branch, plain_add, swiglu)
 
     def products() -> list[Tensor]:

@@ -25,13 +25,27 @@ def add_simple_rms_norm(x: Tensor, residual: Tensor, eps: float = 1e-6) -> tuple
     x, residual: [..., D], alike in shape and floating type. s is rounded to that type before the norm is taken, as two
     separate operators would. Raises ValueError where they differ, or for what simple_rms_norm refuses.
     """
-    if x.shape != residual.shape or x.dtype != residual.dtype:
-        raise ValueError(
-            f"x is {tuple(x.shape)} {x.dtype} and residual is {tuple(residual.shape)} {residual.dtype}; "
-            "they must be alike in shape and type"
-        )
-    _check(x, eps)
+    _check(x, eps, residual)
     return torch.ops.megatron_tn.add_srmsnorm_forward(x, residual, eps)
+
+
+def add_scaled_simple_rms_norm(
+    x: Tensor, residual: Tensor, square_sum: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """`add_simple_rms_norm` of x and `apply_rms_scale(residual, square_sum, D)`, in the same pass: a residual that is
+    still to be normed, by squares that were summed before a product that the norm's scale commutes with.
+
+    x, residual: [..., D], alike in shape and floating type. square_sum: [...], fp32 (fp64 for fp64), over D elements
+    whatever they were. The scaled residual is not rounded before it is added. Raises ValueError where they do not fit.
+    """
+    _check(x, eps, residual)
+    wide = accumulation_dtype(x.dtype)
+    if square_sum.shape != x.shape[:-1] or square_sum.dtype != wide:
+        raise ValueError(
+            f"square_sum is {tuple(square_sum.shape)} {square_sum.dtype}; it must be x.shape[:-1]="
+            f"{tuple(x.shape[:-1])} of {wide}"
+        )
+    return torch.ops.megatron_tn.add_scaled_srmsnorm_forward(x, residual, square_sum, eps)
 
 
 def branch_simple_rms_norm(x: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -62,7 +76,12 @@ class _Branch(torch.autograd.Function):
         return torch.ops.megatron_tn.add_srmsnorm_backward(dx, dy, *ctx.saved_tensors, ctx.eps), None
 
 
-def _check(x: Tensor, eps: float) -> None:
+def _check(x: Tensor, eps: float, residual: Tensor | None = None) -> None:
+    if residual is not None and (x.shape != residual.shape or x.dtype != residual.dtype):
+        raise ValueError(
+            f"x is {tuple(x.shape)} {x.dtype} and residual is {tuple(residual.shape)} {residual.dtype}; "
+            "they must be alike in shape and type"
+        )
     if x.dim() == 0 or not torch.is_floating_point(x):
         raise ValueError(f"x.shape={tuple(x.shape)}, x.dtype={x.dtype} must be [..., D] of a floating type")
     if not eps >= 0:  # NaN is not
@@ -114,7 +133,7 @@ def _add_forward(x: Tensor, residual: Tensor, eps: float) -> tuple[Tensor, Tenso
     if _backend(x) == "triton":
         from kernels.srmsnorm import triton_norm
 
-        return triton_norm.add_forward(x, residual, eps)
+        return triton_norm.add_forward(x, residual, None, eps)
     total = (x + residual).contiguous()
     return total, (total * _scale(total, eps)).to(x.dtype)
 
@@ -151,6 +170,53 @@ def _add_differentiate(ctx, dtotal, dy):
 _add_forward.register_autograd(_add_differentiate, setup_context=_add_save)
 
 
+@torch.library.custom_op("megatron_tn::add_scaled_srmsnorm_forward", mutates_args=())
+def _add_scaled_forward(x: Tensor, residual: Tensor, square_sum: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if _backend(x) == "triton":
+        from kernels.srmsnorm import triton_norm
+
+        return triton_norm.add_forward(x, residual, square_sum, eps)
+    total = (x + residual * _scale_of(square_sum, x.shape[-1], eps)).to(x.dtype).contiguous()
+    return total, (total * _scale(total, eps)).to(x.dtype)
+
+
+@torch.library.custom_op("megatron_tn::add_scaled_srmsnorm_backward", mutates_args=())
+def _add_scaled_backward(
+    dtotal: Tensor, dy: Tensor, total: Tensor, residual: Tensor, square_sum: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if _backend(total) == "triton":
+        from kernels.srmsnorm import triton_norm
+
+        return triton_norm.add_scaled_backward(dtotal, dy, total, residual, square_sum, eps)
+    dx, width = dtotal + _plain_backward(dy, total, eps), total.shape[-1]
+    scale = _scale_of(square_sum, width, eps)
+    along = dot(dx, residual.to(dx.dtype)) * scale.squeeze(-1) ** 3
+    narrow = [z.to(total.dtype, memory_format=torch.contiguous_format) for z in (dx, dx * scale)]
+    return *narrow, along * (-0.5 / width)
+
+
+@_add_scaled_forward.register_fake
+def _add_scaled_forward_fake(x, residual, square_sum, eps):
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@_add_scaled_backward.register_fake
+def _add_scaled_backward_fake(dtotal, dy, total, residual, square_sum, eps):
+    return total.new_empty(total.shape), total.new_empty(total.shape), square_sum.new_empty(square_sum.shape)
+
+
+def _add_scaled_save(ctx, inputs, output):
+    _, residual, square_sum, ctx.eps = inputs
+    ctx.save_for_backward(output[0], residual, square_sum)
+
+
+def _add_scaled_differentiate(ctx, dtotal, dy):
+    return *torch.ops.megatron_tn.add_scaled_srmsnorm_backward(dtotal, dy, *ctx.saved_tensors, ctx.eps), None
+
+
+_add_scaled_forward.register_autograd(_add_scaled_differentiate, setup_context=_add_scaled_save)
+
+
 def _plain_backward(dy: Tensor, x: Tensor, eps: float) -> Tensor:
     """The gradient of x, in the accumulation type."""
     scale = _scale(x, eps)
@@ -162,7 +228,12 @@ def _plain_backward(dy: Tensor, x: Tensor, eps: float) -> Tensor:
 def _scale(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean of x^2 + eps), [..., 1], in the accumulation type."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=accumulation_dtype(x.dtype))
-    return torch.rsqrt(norm.square() / x.shape[-1] + eps)
+    return _scale_of(norm.square().squeeze(-1), x.shape[-1], eps)
+
+
+def _scale_of(square_sum: Tensor, width: int, eps: float) -> Tensor:
+    """[...] -> [..., 1]"""
+    return torch.rsqrt(square_sum / width + eps).unsqueeze(-1)
 
 
 def _backend(x: Tensor) -> str:

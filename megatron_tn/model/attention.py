@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernels import apply_rms_scale, gla
+from kernels import gla
 from megatron_tn.config import ModelConfig
 from megatron_tn.parallel.context import Axis
 from megatron_tn.parallel.linear import ColumnParallelLinear, RowParallelLinear
@@ -50,21 +50,21 @@ class GateNorm(nn.Module):
 
 
 class GatedLinearAttention(nn.Module):
-    """x [B, N, D] -> [B, N, D], with the recurrent state [B, H / tp, K, d] going in and coming out on request.
+    """x [B, N, D] -> [B, N, D] and sum(o^2) [B, N], with the recurrent state [B, H / tp, K, d] going in and coming out
+    on request.
 
     slices: x and the result are this rank's slice [S, D] of the tokens; in between it holds all, and its heads.
     decay: rates of this rank's heads in this layer, fp32 [H / tp].
 
     The norm is over ALL heads together, which live on different ranks. Its per-token scale commutes with the gate and
-    with W_o, so each rank forms (o * u) W_o^T and its part of sum(o^2); both are reduced, and the scale comes last.
+    with W_o, so each rank forms (o * u) W_o^T and its part of sum(o^2); both are reduced, and the scale is taken last,
+    by the norm that adds the result to the residual stream.
     """
 
     def __init__(self, config: ModelConfig, layer: int, axis: Axis):
         super().__init__()
         self.act = config.act
         self.gate = config.gate
-        self.eps = config.norm_eps
-        self.embed_dim = config.embed_dim
         self.heads = config.heads // axis.size
         self.qkvu_proj = ColumnParallelLinear(config.embed_dim, 4 * config.embed_dim, axis, blocks=4)
         self.out_proj = RowParallelLinear(config.embed_dim, config.embed_dim, axis)
@@ -82,7 +82,7 @@ class GatedLinearAttention(nn.Module):
         return_state: bool = False,
         part: SequenceSlice | None = None,
         slices: TokenSlices | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         qkvu = self.qkvu_proj(x, slices)
         theta = None if self.lrpe is None else self.lrpe()
         if part is not None:  # of sequences that context-parallel ranks share
@@ -102,4 +102,4 @@ class GatedLinearAttention(nn.Module):
         if self.norm is not None:
             y = self.norm(y)  # weights commute with the gate
         out, square_sum = self.out_proj(y, slices, beside=square_sum)
-        return apply_rms_scale(out, square_sum, self.embed_dim, self.eps), state
+        return out, square_sum, state

@@ -36,7 +36,7 @@ class Block(nn.Module):
         slices: TokenSlices | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         x, normed = self.token_norm(x, slices=slices)
-        mixed, state = self.token_mixer(
+        mixed, square_sum, state = self.token_mixer(
             normed,
             positions,
             decay,
@@ -46,5 +46,5 @@ class Block(nn.Module):
             part=part,
             slices=slices,
         )
-        x, normed = self.channel_norm(x, mixed, slices)  # of x + mixed
+        x, normed = self.channel_norm(x, mixed, square_sum, slices)  # of x + mixed, once that is normed
         return x + self.channel_mixer(normed, slices), state

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernels import add_simple_rms_norm, branch_simple_rms_norm
+from kernels import add_scaled_simple_rms_norm, add_simple_rms_norm, branch_simple_rms_norm
 from megatron_tn.parallel.sequence import TokenSlices
 from megatron_tn.parallel.sharding import ShardSpec, mark
 
@@ -15,6 +15,9 @@ class SimpleRMSNorm(nn.Module):
 
     It stands where a branch leaves the residual stream: x, and what the branch before it adds to x (if one does), go
     in; their sum and the normed sum come out. Sum and norm are one pass over memory, forward and backward.
+
+    square_sum [..]: of the update before its last product, which is still to be normed by it (see
+    `GatedLinearAttention`).
     """
 
     def __init__(self, width: int, eps: float):
@@ -22,9 +25,17 @@ class SimpleRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(
-        self, x: Tensor, update: Tensor | None = None, slices: TokenSlices | None = None
+        self,
+        x: Tensor,
+        update: Tensor | None = None,
+        square_sum: Tensor | None = None,
+        slices: TokenSlices | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return branch_simple_rms_norm(x, self.eps) if update is None else add_simple_rms_norm(x, update, self.eps)
+        if update is None:
+            return branch_simple_rms_norm(x, self.eps)
+        if square_sum is None:
+            return add_simple_rms_norm(x, update, self.eps)
+        return add_scaled_simple_rms_norm(x, update, square_sum, self.eps)
 
 
 class RMSNorm(SimpleRMSNorm):
@@ -38,9 +49,13 @@ class RMSNorm(SimpleRMSNorm):
         self.weight = mark(nn.Parameter(torch.empty(width)), ShardSpec((width,)))
 
     def forward(
-        self, x: Tensor, update: Tensor | None = None, slices: TokenSlices | None = None
+        self,
+        x: Tensor,
+        update: Tensor | None = None,
+        square_sum: Tensor | None = None,
+        slices: TokenSlices | None = None,
     ) -> tuple[Tensor, Tensor]:
-        x, normed = super().forward(x, update)
+        x, normed = super().forward(x, update, square_sum)
         return x, normed * (self.weight if slices is None else slices.repeated(self.weight))
 
 

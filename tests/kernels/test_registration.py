@@ -33,6 +33,11 @@ def operators():
         "srmsnorm_backward": (ops.srmsnorm_backward, (y.detach(), x.detach(), 1e-6)),
         "add_srmsnorm_forward": (ops.add_srmsnorm_forward, (x, y, 1e-6)),
         "add_srmsnorm_backward": (ops.add_srmsnorm_backward, (*(a.detach() for a in (y, y, x)), 1e-6)),
+        "add_scaled_srmsnorm_forward": (ops.add_scaled_srmsnorm_forward, (x, y, s, 1e-6)),
+        "add_scaled_srmsnorm_backward": (
+            ops.add_scaled_srmsnorm_backward,
+            (*(a.detach() for a in (y, y, x, y, s)), 1e-6),
+        ),
         "gate_forward": (ops.gate_forward, (x, y)),
         "gate_forward+views": (ops.gate_forward, (x.transpose(0, 1), y.transpose(0, 1))),
         "gate_backward": (ops.gate_backward, tuple(a.detach() for a in (y, s, x, y))),
@@ -130,7 +135,8 @@ def block(x, theta, decay, weight, targets):
     fused = y.repeat(1, 1, 4)
     state = kernels.gla_state(fused, decay, theta, act="silu")
     y, square_sum, _ = kernels.gla(fused, decay, theta, act="silu", initial_state=state)
-    y = kernels.sglu(x, kernels.apply_rms_scale(y, square_sum, width))
+    x, y = kernels.add_scaled_simple_rms_norm(x, y, square_sum)
+    y = kernels.sglu(x, y)
     return kernels.linear_cross_entropy(y.flatten(0, 1), weight, targets)[0]
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import kernels
+from kernels.norm_gate import reference as norm_gate_reference
 from kernels.srmsnorm import reference
 from tests.kernels.support import TOLERANCE, assert_close
 
@@ -69,6 +70,44 @@ def test_bf16_with_the_residual_add_on_the_gpu(cuda, width):
     check_add((33, width), torch.bfloat16, cuda)
 
 
+def check_add_scaled(shape, dtype, device):
+    """Sum and gradients against the two operators one after the other in fp64; the norm against that of the sum."""
+    torch.manual_seed(0)
+    x, r = ((torch.randn(shape, dtype=torch.float64)).to(device, dtype).requires_grad_() for _ in range(2))
+    wide = torch.promote_types(dtype, torch.float32)
+    squares = (torch.rand(shape[:-1], dtype=torch.float64) * shape[-1] * 3).to(device, wide).requires_grad_()
+    ds, dy = ((torch.randn(shape, dtype=torch.float64)).to(device, dtype) for _ in range(2))
+    s, y = kernels.add_scaled_simple_rms_norm(x, r, squares)
+    found = torch.autograd.grad((s, y), (x, r, squares), (ds, dy))
+    assert [z.dtype for z in (s, y, *found)] == [dtype] * 4 + [wide]
+    exact = [z.detach().double().cpu().requires_grad_() for z in (x, r, squares)]
+    total = exact[0] + norm_gate_reference.rms_scale(*exact[1:], width=shape[-1])
+    # The norm is of the sum as it was rounded.
+    rounded = total + (s.detach().double().cpu() - total.detach())
+    expected = reference.simple_rms_norm(rounded, 1e-6)
+    wanted = torch.autograd.grad((rounded, expected), exact, (ds.double().cpu(), dy.double().cpu()))
+    tolerance = max(TOLERANCE[dtype] / 10, 1e-12) if dtype.itemsize >= 4 else TOLERANCE[dtype]
+    assert_close("s y dx dr dsquares", (s, y, *found), (total, expected, *wanted), tolerance)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("shape", [(7,), (2, 5, 257)], ids=str)
+def test_torch_with_a_residual_to_be_scaled(shape, dtype):
+    check_add_scaled(shape, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(7,), (2, 5, 257), (4, 2048)], ids=str)
+def test_triton_with_a_residual_to_be_scaled(triton_device, shape, dtype):
+    check_add_scaled(shape, dtype, triton_device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [2560, 4096])
+def test_bf16_with_a_residual_to_be_scaled_on_the_gpu(cuda, width):
+    check_add_scaled((33, width), torch.bfloat16, cuda)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
 def test_a_branch_leaves_the_stream_as_it_is(dtype):
     """Equal to the norm beside the stream itself, whichever of the two results a loss depends on."""
@@ -88,8 +127,15 @@ def test_a_branch_leaves_the_stream_as_it_is(dtype):
 
 
 def test_the_residual_must_fit():
+    x = torch.ones(2, 3)
     with pytest.raises(ValueError, match=r"residual is \(3,\) torch.float32; they must be alike"):
-        kernels.add_simple_rms_norm(torch.ones(2, 3), torch.ones(3))
+        kernels.add_simple_rms_norm(x, torch.ones(3))
+    with pytest.raises(ValueError, match=r"residual is \(3,\) torch.float32; they must be alike"):
+        kernels.add_scaled_simple_rms_norm(x, torch.ones(3), torch.ones(2))
+    with pytest.raises(ValueError, match=r"square_sum is \(3,\) torch.float32; it must be x.shape\[:-1\]=\(2,\)"):
+        kernels.add_scaled_simple_rms_norm(x, x, torch.ones(3))
+    with pytest.raises(ValueError, match=r"square_sum is \(2,\) torch.float64; .* of torch.float32"):
+        kernels.add_scaled_simple_rms_norm(x, x, torch.ones(2).double())
 
 
 @pytest.mark.gpu

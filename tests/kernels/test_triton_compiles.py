@@ -161,15 +161,23 @@ def test_lightning_segment_states(capability, element_bytes, summed):
 
 
 def row_kernels():
+    """Each with its constants: an absent tensor is one."""
     from kernels.norm_gate import triton_norm_gate as gate
     from kernels.srmsnorm import triton_norm as norm
 
-    scale = {"eps": "fp32", "square_sum_pointer": "*fp32", "dsquare_sum_pointer": "*fp32"}
-    names = {
-        norm: ("forward_kernel", "backward_kernel", "add_forward_kernel", "add_backward_kernel"),
-        gate: ("gate_forward_kernel", "gate_backward_kernel", "scale_forward_kernel", "scale_backward_kernel"),
-    }
-    return [(getattr(module, name), scale) for module, kernels in names.items() for name in kernels]
+    scaling = ("r_pointer", "square_sum_pointer", "dr_pointer", "dsquare_sum_pointer")
+    return [
+        (norm.forward_kernel, {}),
+        (norm.backward_kernel, {}),
+        (norm.add_forward_kernel, {"SCALED": False, "square_sum_pointer": None}),
+        (norm.add_forward_kernel, {"SCALED": True}),
+        (norm.add_backward_kernel, {"SCALED": False} | dict.fromkeys(scaling)),
+        (norm.add_backward_kernel, {"SCALED": True}),
+        (gate.gate_forward_kernel, {}),
+        (gate.gate_backward_kernel, {}),
+        (gate.scale_forward_kernel, {}),
+        (gate.scale_backward_kernel, {}),
+    ]
 
 
 @pytest.mark.parametrize("capability", sorted(TILES))
@@ -178,9 +186,12 @@ def test_row_kernels(capability, width):
     from kernels.rows import block_for
 
     block, warps = block_for(width)
-    for kernel, special in row_kernels():
-        types = {name: "*bf16" for name in kernel.arg_names if name.endswith("pointer")} | special
-        shared, spilled = resources(compiled(kernel, capability, types, {"WIDTH": block}, num_warps=warps))
+    fp32 = {"eps": "fp32", "square_sum_pointer": "*fp32", "dsquare_sum_pointer": "*fp32"}
+    for kernel, constants in row_kernels():
+        types = {name: "*bf16" for name in kernel.arg_names if name.endswith("pointer")} | fp32
+        types = {name: type_ for name, type_ in types.items() if name not in constants}
+        constants = constants | {"WIDTH": block}
+        shared, spilled = resources(compiled(kernel, capability, types, constants, num_warps=warps))
         assert shared <= 48 * 1024, kernel
         assert spilled == 0, kernel
 
