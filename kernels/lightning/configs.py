@@ -31,12 +31,13 @@ _HOPPER_HALF = {
     128: Tile(64, 128, 8, 3, 132),
     256: Tile(32, 128, 8, 3, 132),
 }
+# With four warps the larger slices would not quite fit the registers where documents have states.
 _AMPERE_HALF = {
     16: Tile(32, 64, 4, 2, 216),
     32: Tile(32, 64, 4, 2, 216),
     64: Tile(32, 64, 4, 2, 216),
-    128: Tile(32, 64, 4, 2, 216),
-    256: Tile(32, 32, 4, 2, 216),
+    128: Tile(32, 64, 8, 2, 216),
+    256: Tile(32, 32, 8, 2, 216),
 }
 _SINGLE = {
     16: Tile(32, 16, 4, 1, 216),

@@ -13,11 +13,11 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 SHARED_MEMORY = {8: 163 * 1024, 9: 227 * 1024}  # bytes a program may use
 TYPES = {2: "*bf16", 4: "*fp32"}
-# Bytes a thread may spill, where a tile as measured fastest does not quite fit its registers; none elsewhere.
+# Bytes a thread may spill on Hopper, where a tile as measured fastest does not quite fit its registers; none elsewhere.
 SPILLED = {(9, 2, 256): 24}
 # (capability, bytes, whether dk) -> the same of scans that find theta's gradient too, mostly where stretches meet, at
 # a summed width of 128. The 56 are Triton 3.6's, as on the GPUs that were timed; 3.7 makes 40 of them.
-SPILLED_CROSSING = {(8, 2, False): 8, (8, 2, True): 16, (9, 2, False): 56, (9, 2, True): 24}
+SPILLED_CROSSING = {(9, 2, False): 56, (9, 2, True): 24}
 
 
 def compiled(kernel, capability: int, types: dict[str, str], constants: dict, **options):
@@ -93,10 +93,12 @@ def test_lightning_scan_the_other_way(capability, element_bytes, summed):
 
 @pytest.mark.parametrize(("capability", "element_bytes", "summed"), TILE_KEYS)
 def test_lightning_scan_of_documents_with_states(capability, element_bytes, summed):
-    """Loading and storing states may spill, outside the loop; the shared memory must do."""
+    """On Hopper loading and storing states may spill, outside the loop; on Ampere two registers, which of two versions
+    of Triton one spills, now here, now there."""
     constants = {"REVERSE": False, "RAGGED": True, "PACKED": True, "HAS_FIRST": True, "HAS_LAST": True}
-    shared, _ = resources(compile_scan(capability, element_bytes, summed, **constants))
+    shared, spilled = resources(compile_scan(capability, element_bytes, summed, **constants))
     assert shared <= SHARED_MEMORY[capability]
+    assert spilled <= 8 or capability > 8
 
 
 @pytest.mark.parametrize(("capability", "element_bytes", "summed"), [key for key in TILE_KEYS if key[2] <= 128])
