@@ -79,7 +79,7 @@ def state_bytes(config: TrainConfig, world_size: int) -> dict[str, int]:
 
     Tensor parallel divides everything; dp x cp divides moments and masters from ZeRO 1 on, gradients from 2 on,
     parameters at 3 (arXiv 1910.02054, figure 1). In fp32 a parameter is its own master where nothing is partitioned;
-    FSDP2's parameters are the masters.
+    ZeRO 1 to 3 copy masters out in fp32 too; FSDP2's parameters are the masters.
     """
     engine = config.engine
     data = world_size // config.parallel.tp
@@ -91,7 +91,7 @@ def state_bytes(config: TrainConfig, world_size: int) -> dict[str, int]:
     def over_data(count: int, from_stage: int) -> int:
         return math.ceil(count / data) if stage >= from_stage else count
 
-    separate_masters = engine.name != "fsdp2" and (engine.precision == "bf16" or stage in (1, 2))
+    separate_masters = engine.name != "fsdp2" and (engine.precision == "bf16" or stage > 0)
     return {
         "parameters": over_data(local * width, 3),
         "gradients": over_data(local * gradient_width, 2),
