@@ -9,11 +9,12 @@ import torch
 
 from megatron_tn.config import ConfigError, TrainConfig
 
-# Keys that may not be there at all, and what does their work here.
+# Keys that may not be there at all, unless switched off, and what does their work here.
 REFUSED = {
     "optimizer": "optim",
     "scheduler": "schedule",
     "fp16": "engine.precision (bf16 or fp32)",
+    "bfloat16": "engine.precision (bf16 or fp32)",  # an old name of bf16, which DeepSpeed passes over beside ours
     "amp": "engine.precision (bf16 or fp32)",
     "torch_autocast": "engine.precision (bf16 or fp32)",
     "activation_checkpointing": "engine.recompute",
@@ -22,6 +23,16 @@ REFUSED = {
     "sequence_parallel_size": "parallel.cp",
     "zero_optimization.offload_optimizer": "nothing yet: checkpoints here read masters and moments on the device",
     "zero_optimization.offload_param": "nothing yet: checkpoints here read parameters on the device",
+    "zero_optimization.cpu_offload": "nothing yet: checkpoints here read masters and moments on the device",
+    "zero_optimization.cpu_offload_param": "nothing yet: checkpoints here read parameters on the device",
+}
+
+# Keys that this engine relies on: what it relies on, and the value that they have by that.
+RELIED_ON = {
+    "gradient_allreduce_op": ("the mean over ranks, which this engine cancels", "mean"),
+    "managed_gradient_accumulation": ("this engine, which says which microbatch is a step's last", True),
+    "bf16.bf16_master_weights_and_grads": ("the masters, which are fp32", False),
+    "bf16.bf16_optimizer_states": ("the moments, which are fp32", False),
 }
 
 
@@ -29,7 +40,8 @@ def deepspeed_settings(config: TrainConfig, dp: int) -> dict:
     """The DeepSpeed configuration that a run's settings amount to, with the user's own laid over it.
 
     Raises:
-        ConfigError: the user's configuration contradicts a setting, or asks for what this engine does not do.
+        ConfigError: the user's configuration contradicts a setting, asks for what this engine does not do, or is none
+            that DeepSpeed takes.
     """
     engine = config.engine
     low_precision = engine.precision == "bf16"
@@ -57,14 +69,27 @@ def deepspeed_settings(config: TrainConfig, dp: int) -> dict:
     }
     problems: list[str] = []
     settings = _merged(ours, engine.deepspeed_config, _decided(config, ours), problems)
+    if engine.deepspeed_config and not problems:
+        problems += _refused_by_deepspeed(settings)
     if problems:
         raise ConfigError(problems)
     return settings
 
 
+def _refused_by_deepspeed(settings: dict) -> list[str]:
+    """What DeepSpeed would say of a key that it has removed, or does not know, once the run has begun."""
+    from megatron_tn.engine.deepspeed import deepspeed  # importing it takes a second
+
+    try:
+        deepspeed.DeepSpeedConfig(settings)
+    except Exception as error:  # its own, pydantic's, assertions
+        return [f"engine.deepspeed_config: DeepSpeed does not take it: {' '.join(str(error).split())}"]
+    return []
+
+
 def _decided(config: TrainConfig, ours: dict) -> dict[str, tuple[str, Any]]:
     """Dotted DeepSpeed key -> the setting of the run that decides it, and the value that it has by that."""
-    found = {
+    found = RELIED_ON | {
         "train_batch_size": ("data.global_batch", config.data.global_batch),
         "train_micro_batch_size_per_gpu": ("data.micro_batch", config.data.micro_batch),
         "gradient_accumulation_steps": (
@@ -90,7 +115,7 @@ def _merged(
     merged = dict(ours)
     for key, value in theirs.items():
         name = prefix + key
-        if name in REFUSED and not (isinstance(value, Mapping) and value.get("enabled") is False):
+        if name in REFUSED and not _switched_off(value):
             problems.append(f"engine.deepspeed_config: {name}={value!r} is not taken; its place is {REFUSED[name]}")
         elif name in REFUSED or value == "auto":
             continue
@@ -107,3 +132,10 @@ def _merged(
         else:
             merged[key] = value
     return merged
+
+
+def _switched_off(value: Any) -> bool:
+    """DeepSpeed's ways of saying no: null, false, {"enabled": false}, and of offloading {"device": "none"}."""
+    if isinstance(value, Mapping):
+        return value.get("enabled") is False or value.get("device") == "none"
+    return value is None or value is False

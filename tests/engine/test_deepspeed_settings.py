@@ -39,7 +39,8 @@ def test_keys_that_agree_and_auto_are_taken():
         "gradient_clipping": "auto",
         "bf16": {"enabled": True},
         "fp16": {"enabled": False},
-        "zero_optimization": {"stage": 1},
+        "gradient_allreduce_op": "mean",
+        "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "none"}, "offload_param": None},
     }
     assert deepspeed_settings(config(theirs), 2) == deepspeed_settings(config({}), 2)
 
@@ -55,7 +56,14 @@ def test_keys_that_agree_and_auto_are_taken():
         ({"optimizer": {"type": "Adam"}}, r"optimizer=.* is not taken; its place is optim"),
         ({"fp16": {"enabled": True}}, r"fp16=.* is not taken; its place is engine.precision"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, r"offload_optimizer=.* is not taken"),
+        ({"zero_optimization": {"cpu_offload": True}}, r"zero_optimization.cpu_offload=True is not taken"),
+        ({"bfloat16": {"enabled": True}}, r"bfloat16=.* is not taken; its place is engine.precision"),
         ({"zero_optimization": 2}, r"zero_optimization=2 must be a mapping"),
+        ({"gradient_allreduce_op": "sum"}, r"gradient_allreduce_op='sum' contradicts the mean over ranks"),
+        ({"managed_gradient_accumulation": False}, r"managed_gradient_accumulation=False contradicts this engine"),
+        ({"bf16": {"bf16_master_weights_and_grads": True}}, r"bf16.bf16_master_.*=True contradicts the masters"),
+        ({"zero_optimization": {"reduce_buckets": 3}}, r"DeepSpeed does not take it: .*reduce_buckets Extra inputs"),
+        ({"elasticity": {"enabled": True}}, r"DeepSpeed does not take it: Elastic training has been removed"),
     ],
     ids=lambda p: next(iter(p)) if isinstance(p, dict) else "",
 )
