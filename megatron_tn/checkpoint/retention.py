@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -43,7 +44,9 @@ def superfluous(saved: Sequence[Saved], retention: Retention) -> list[Path]:
     kept = {one.path for one in by_age[-max(retention.newest, 1) :]}
     if retention.every:
         kept |= {one.path for one in by_age if one.step % retention.every == 0}
-    evaluated = sorted((one for one in by_age if one.loss is not None), key=lambda one: one.loss)
+    # NaN is neither above nor below a number, and would leave the others unsorted.
+    evaluated = [one for one in by_age if one.loss is not None and not math.isnan(one.loss)]
+    evaluated.sort(key=lambda one: one.loss)
     kept |= {one.path for one in evaluated[: retention.best]}
     return [one.path for one in by_age if one.path not in kept]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,13 @@ SAVED = [Saved(Path(f"step_{step:08d}"), step, loss) for step, loss in LOSSES.it
 def test_what_stays(retention, stays):
     gone = superfluous(list(reversed(SAVED)), retention)
     assert [one.step for one in SAVED if one.path not in gone] == stays
+
+
+def test_a_loss_that_is_no_number_is_not_the_best():
+    losses = [math.nan, 3.0, 2.0, 2.5]
+    saved = [Saved(Path(f"step_{step:08d}"), step, loss) for step, loss in enumerate(losses)]
+    gone = superfluous(saved, Retention(newest=1, best=1))
+    assert [path.name for path in gone] == ["step_00000000", "step_00000001"]
 
 
 def make(folder: Path, step: int, held_out: dict | None = None) -> Path:
