@@ -203,15 +203,16 @@ def _same_rates(a: list[list[float]], b: list[list[float]]) -> bool:
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
     """Tensor name -> the safetensors file that holds it."""
-    index = directory / INDEX_FILE
-    if index.is_file():
+    # The whole file first, as transformers does: an export writes one, and leaves another model's shards as they are.
+    index, whole = directory / INDEX_FILE, directory / WEIGHTS_FILE
+    if index.is_file() and not whole.is_file():
         weight_map = json.loads(index.read_text())["weight_map"]
         names = {name: Path(file) for name, file in weight_map.items()}
         if outside := [str(file) for file in names.values() if file.name != str(file)]:
             raise ConfigError(f"{index}: {outside[0]!r} is not a plain file name in the model's directory")
         return {name: directory / file for name, file in names.items()}
     files: dict[str, Path] = {}
-    whole = directory / WEIGHTS_FILE  # other safetensors files beside it are not weights
+    # Other safetensors files beside the whole one are not weights.
     for file in [whole] if whole.is_file() else sorted(directory.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             files.update(dict.fromkeys(tensors.keys(), file))

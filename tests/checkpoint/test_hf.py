@@ -124,6 +124,17 @@ def test_sharded_files_are_read_by_their_index_and_only_inside_the_folder(tmp_pa
         load_pretrained(tmp_path)
 
 
+def test_an_export_beside_the_shards_of_another_model_is_the_one_that_is_read(tmp_path):
+    old, new = (reference_model(TINY, seed=seed, dtype=torch.float32) for seed in (1, 2))
+    save_pretrained(old, tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
+    index = dict.fromkeys(dict(old.named_parameters()), "a.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    save_pretrained(new, tmp_path)
+    tokens, _ = random_batch(1, 5)
+    assert torch.equal(load_pretrained(tmp_path)(tokens).logits, new(tokens).logits)
+
+
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         load_pretrained(tmp_path)
