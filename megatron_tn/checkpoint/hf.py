@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megatron_tn.config import ConfigError, ModelConfig
+from megatron_tn.config import ConfigError, ModelConfig, from_mapping, read_mapping
 from megatron_tn.model.decay import decay_rates
 from megatron_tn.model.transnormer import TransNormerLM, empty_model
 from megatron_tn.parallel.context import ParallelContext
@@ -33,7 +33,11 @@ def config_from_released(values: dict[str, Any]) -> ModelConfig:
     """
     problems = []
     required = ("vocab_size", "decoder_embed_dim", "decoder_layers", "decoder_attention_heads", "glu_dim")
-    problems += [f"config.json has no {name}" for name in required if name not in values]
+    for name in required:
+        if name not in values:
+            problems.append(f"config.json has no {name}")
+        elif not isinstance(values[name], int):
+            problems.append(f"config.json: {name}={values[name]!r} is not a whole number")
     act, norm = values.get("linear_act_fun", "swish"), values.get("norm_type", "simplermsnorm")
     if act not in _ACTS:
         problems.append(f"config.json: linear_act_fun={act!r} is not one of {', '.join(_ACTS)}")
@@ -46,31 +50,37 @@ def config_from_released(values: dict[str, Any]) -> ModelConfig:
             f"config.json: hidden_dim={values['hidden_dim']} differs from "
             f"decoder_embed_dim={values['decoder_embed_dim']}"
         )
+    extra = values.get("megatron_tn", {})  # variants that the released family does not have
+    if not isinstance(extra, dict):
+        problems.append(f"config.json: megatron_tn={extra!r} is not a mapping")
     if problems:
         raise ConfigError(problems)
-    extra = values.get("megatron_tn", {})  # variants that the released family does not have
     layers = values["decoder_layers"]
-    config = ModelConfig(
-        name=extra.get("name", "released"),
-        vocab_size=values["vocab_size"],
-        embed_dim=values["decoder_embed_dim"],
-        layers=layers,
-        heads=values["decoder_attention_heads"],
-        glu_dim=values["glu_dim"],
-        scale_embedding=not values.get("no_scale_embedding", False),
-        norm=norm,
-        norm_eps=extra.get("norm_eps", 1e-6),
-        act=_ACTS[act],
-        glu_act=extra.get("glu_act", "none"),
-        gate=extra.get("gate", True),
-        lrpe=[bool(flag) for flag in values.get("linear_use_lrpe_list") or [1] + [0] * (layers - 1)],
-        decay=extra.get("decay", "released"),
-        decay_temperature=extra.get("decay_temperature", True),
-        init_std=values.get("init_std", 0.02),
-        pad_id=values.get("pad_token_id", 0),
-        bos_id=values.get("bos_token_id", 1),
-        eos_id=values.get("eos_token_id", 2),
-    )
+    fields = {
+        "name": extra.get("name", "released"),
+        "vocab_size": values["vocab_size"],
+        "embed_dim": values["decoder_embed_dim"],
+        "layers": layers,
+        "heads": values["decoder_attention_heads"],
+        "glu_dim": values["glu_dim"],
+        "scale_embedding": not values.get("no_scale_embedding", False),
+        "norm": norm,
+        "norm_eps": extra.get("norm_eps", 1e-6),
+        "act": _ACTS[act],
+        "glu_act": extra.get("glu_act", "none"),
+        "gate": extra.get("gate", True),
+        "lrpe": [bool(flag) for flag in values.get("linear_use_lrpe_list") or [1] + [0] * (layers - 1)],
+        "decay": extra.get("decay", "released"),
+        "decay_temperature": extra.get("decay_temperature", True),
+        "init_std": values.get("init_std", 0.02),
+        "pad_id": values.get("pad_token_id", 0),
+        "bos_id": values.get("bos_token_id", 1),
+        "eos_id": values.get("eos_token_id", 2),
+    }
+    try:
+        config = from_mapping(ModelConfig, fields)
+    except ConfigError as error:
+        raise ConfigError([f"config.json: {problem}" for problem in error.problems]) from None
     stored = values.get("decay_rates")
     if stored is not None and not _same_rates(stored, all_decay_rates(config)):
         raise ConfigError(
@@ -126,13 +136,13 @@ def load_pretrained(
 
     Raises:
         FileNotFoundError: no such directory, no config.json in it, or no weights.
-        ConfigError: the config does not fit the model or the layout; a tensor is missing, has another shape, or is
-            there and unknown.
+        ConfigError: a file is damaged; the config does not fit the model or the layout; a tensor is missing, has
+            another shape, or is there and unknown.
     """
     directory = Path(directory)
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"{directory} has no config.json: not a model in the released layout")
-    config = config_from_released(json.loads((directory / "config.json").read_text()))
+    config = config_from_released(read_mapping(directory / "config.json"))
     context = context or ParallelContext()
     model = empty_model(config, context, device, dtype)
     files = _tensor_files(directory)
@@ -145,10 +155,13 @@ def load_pretrained(
     axis = context.tp
     parameters = dict(model.named_parameters())
     for file in sorted(set(files.values())):
-        with safe_open(file, framework="pt") as tensors:
+        with _opened(file) as tensors:
+            there = set(tensors.keys())
             for name, spec in specs.items():
                 if files[name] != file:
                     continue
+                if name not in there:
+                    raise ConfigError(f"{file} has no tensor {name}, which {INDEX_FILE} looks for in it")
                 view = tensors.get_slice(name)
                 if tuple(view.get_shape()) != spec.shape:
                     raise ConfigError(
@@ -196,8 +209,11 @@ def all_decay_rates(config: ModelConfig) -> list[list[float]]:
     ]
 
 
-def _same_rates(a: list[list[float]], b: list[list[float]]) -> bool:
-    a, b = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
+def _same_rates(a: Any, b: list[list[float]]) -> bool:
+    try:
+        a, b = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
+    except (TypeError, ValueError):  # words, or rows of unequal length
+        return False
     return a.shape == b.shape and bool(torch.allclose(a, b, rtol=1e-5, atol=1e-9))
 
 
@@ -206,7 +222,9 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
     # The whole file first, as transformers does: an export writes one, and leaves another model's shards as they are.
     index, whole = directory / INDEX_FILE, directory / WEIGHTS_FILE
     if index.is_file() and not whole.is_file():
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = read_mapping(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ConfigError(f"{index} is damaged: it has no weight_map of tensors' names to files")
         names = {name: Path(file) for name, file in weight_map.items()}
         if outside := [str(file) for file in names.values() if file.name != str(file)]:
             raise ConfigError(f"{index}: {outside[0]!r} is not a plain file name in the model's directory")
@@ -214,8 +232,18 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
     # Other safetensors files beside the whole one are not weights.
     for file in [whole] if whole.is_file() else sorted(directory.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
+        with _opened(file) as tensors:
             files.update(dict.fromkeys(tensors.keys(), file))
     if not files:
         raise FileNotFoundError(f"{directory} has no *.safetensors files")
     return files
+
+
+def _opened(file: Path) -> safe_open:
+    """To be used as a context manager. Raises ConfigError when the file is missing or damaged."""
+    try:
+        return safe_open(file, framework="pt")
+    except FileNotFoundError:
+        raise ConfigError(f"{file} is missing") from None
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{file} is damaged: {error}") from None

@@ -66,8 +66,12 @@ def test_absent_decay_rates_mean_the_released_form():
         ({"norm_type": "layernorm"}, "norm_type='layernorm'"),
         ({"hidden_dim": 32}, "hidden_dim=32 differs from decoder_embed_dim=64"),
         ({"glu_dim": None}, "no glu_dim"),
+        ({"decoder_layers": "many"}, "decoder_layers='many' is not a whole number"),
+        ({"megatron_tn": 3}, "megatron_tn=3 is not a mapping"),
+        ({"pad_token_id": "x"}, "config.json: pad_id='x': input should be a valid integer"),
+        ({"decay_rates": [[1.0], "x"]}, "the stored decay_rates are not those"),
     ],
-    ids=["bias", "act", "norm", "hidden", "missing"],
+    ids=["bias", "act", "norm", "hidden", "missing", "words", "no mapping", "id", "rates"],
 )
 def test_a_config_that_is_not_this_model_is_refused(change, message):
     stored = config_to_released(TINY) | change
@@ -95,6 +99,38 @@ def edit_weights(directory, edit):
 def test_weights_that_do_not_fit_are_refused(tmp_path, edit, message):
     save_pretrained(reference_model(TINY, seed=1, dtype=torch.float32), tmp_path)
     edit_weights(tmp_path, edit)
+    with pytest.raises(ConfigError, match=message):
+        load_pretrained(tmp_path)
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def index_of(file) -> str:
+    """An index that says that `file` holds every tensor."""
+    names = dict(reference_model(TINY, seed=1, dtype=torch.float32).named_parameters())
+    return json.dumps({"weight_map": dict.fromkeys(names, file)})
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "{", "config.json is damaged"),
+        ("config.json", "[]", "config.json is damaged: it holds list"),
+        ("model.safetensors", "{", "model.safetensors is damaged"),
+        (INDEX, "{}", "index.json is damaged: it has no weight_map"),
+        (INDEX, index_of(3), "index.json is damaged: it has no weight_map"),
+        (INDEX, index_of("a.safetensors"), "a.safetensors is missing"),
+        (INDEX, index_of("b.safetensors"), "b.safetensors has no tensor"),
+    ],
+    ids=["no JSON", "no mapping", "weights", "no map", "no file name", "missing", "elsewhere"],
+)
+def test_damaged_files_are_named(tmp_path, file, content, message):
+    save_pretrained(reference_model(TINY, seed=1, dtype=torch.float32), tmp_path)
+    if file == INDEX:
+        (tmp_path / "model.safetensors").unlink()
+        save_file({"another": torch.zeros(1)}, tmp_path / "b.safetensors")
+    (tmp_path / file).write_text(content)
     with pytest.raises(ConfigError, match=message):
         load_pretrained(tmp_path)
 
