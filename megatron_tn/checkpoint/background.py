@@ -78,11 +78,16 @@ class CheckpointWriter:
             return None
         return self.wait()
 
+    def join(self) -> None:
+        """Wait for the last save, and leave what became of it to whoever asks next."""
+        if self._thread is not None:
+            self._thread.join()
+
     def wait(self) -> Save | None:
         """The last save, once, when it is done, however long that takes."""
         if self._thread is None:
             return None
-        self._thread.join()
+        self.join()
         done, self._thread, self._current = self._current, None, None
         return done
 

@@ -148,7 +148,7 @@ class Run:
 
     def rewind(self, engine: Engine, rewind: Rewind) -> None:
         """Go back to the newest whole checkpoint, or to the beginning, and skip the batches that went wrong."""
-        self.writer.wait()
+        self.writer.join()
         start = [str(path) for path in whole_checkpoints(self.checkpoints)[-1:]]
         dist.broadcast_object_list(found := [start], src=0)  # one rank's view of a shared file system, for all
         before = self.state.step

@@ -100,6 +100,14 @@ def test_a_value_that_is_not_finite_rewinds_before_there_is_a_checkpoint(words, 
     assert records(run, "rewind/from")[0]["step"] == 0
 
 
+def test_the_save_that_a_rewind_waits_for_is_in_the_log(words, tmp_path):
+    run = tmp_path / "run"
+    arguments = (*words, "checkpoint.every=6", f"run_dir={run}")
+    train_forked(2, *arguments, function=train_with_a_bad_batch, args=("spike",))
+    assert records(run, "rewind/from")[0]["step"] == BAD - 1
+    assert [record["checkpoint/step"] for record in records(run, "checkpoint/pause_s")] == [BAD - 1, STEPS]
+
+
 def test_the_ledger_outlives_three_restarts(words, wanted, tmp_path):
     run = tmp_path / "run"
     listed = (f"data.skip_batches=[{BAD}]",)
