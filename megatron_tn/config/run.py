@@ -107,6 +107,11 @@ class EngineConfig:
         found = []
         if self.deepspeed_config and self.name != "deepspeed":
             found.append(f"engine.deepspeed_config is set, but engine.name={self.name} is not deepspeed")
+        if self.gradient_dtype == "bf16" and (self.name != "deepspeed" or self.precision != "bf16"):
+            found.append(
+                f"engine.gradient_dtype=bf16 needs DeepSpeed in bf16: engine.name={self.name}, engine.precision="
+                f"{self.precision} sum in fp32"
+            )
         if not self.cuda_graph:
             return found
         sums_its_own = self.zero_stage == 1 and self.precision == "bf16" and self.gradient_dtype == "fp32"

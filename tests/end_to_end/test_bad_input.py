@@ -58,6 +58,14 @@ from tests.helpers.training import SMALL, call
         (["optim.lr=1e-3,1e-2"], ["optim.lr=1e-3,1e-2: a sweep over several values needs --multirun"]),
         (["seed=18446744073709551616"], ["seed=18446744073709551616 must be from 0 to 18446744073709551615"]),
         (["model.norm_eps=-1", "model.init_std=nan"], ["model.norm_eps=-1.0 must be at least 0", "model.init_std=nan"]),
+        (
+            ["engine=fsdp2", "engine.gradient_dtype=bf16"],
+            ["engine.gradient_dtype=bf16 needs DeepSpeed in bf16: engine.name=fsdp2, engine.precision=bf16 sum"],
+        ),
+        (
+            ["engine.precision=fp32", "engine.gradient_dtype=bf16"],
+            ["engine.gradient_dtype=bf16 needs DeepSpeed in bf16: engine.name=deepspeed, engine.precision=fp32 sum"],
+        ),
         (["optim.weight_decay=inf"], ["optim.weight_decay=inf must be finite"]),
         (["cluster.bf16_tflops=0"], ["cluster.bf16_tflops=0.0 must be above 0"]),
         (["data.skip_batches=['1-99999999999']"], ["data.skip_batches: 99999999999 is past schedule.steps=1000"]),
