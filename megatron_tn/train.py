@@ -43,7 +43,7 @@ from megatron_tn.training.diagnose import find_nonfinite
 from megatron_tn.training.guard import Guard
 from megatron_tn.training.preemption import Preemption
 from megatron_tn.training.preflight import checkpoint_to_resume, frozen_config, problems_before_start
-from megatron_tn.training.run import Run
+from megatron_tn.training.run import Run, anywhere
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import skipped_step, train_step
 from megatron_tn.training.watchdog import Progress
@@ -75,7 +75,7 @@ def train(config: TrainConfig) -> bool:
         for microbatches in batches_from(state, config, stream, context, run.device, run.progress):
             lr = learning_rate(state.step, config.optim, config.schedule)
             if state.skips_next:
-                report = skipped_step(lr)
+                report = skipped_step(lr, stop=anywhere(preemption.received is not None))
             else:
                 report = train_step(engine, microbatches, lr, run.device, stop=preemption.received is not None)
             state.count(report, samples=context.dp.size * sum(len(batch.indices) for batch in microbatches))

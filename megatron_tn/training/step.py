@@ -44,9 +44,9 @@ class StepReport(NamedTuple):
         return self.applied and math.isfinite(self.loss)
 
 
-def skipped_step(lr: float) -> StepReport:
+def skipped_step(lr: float, *, stop: bool = False) -> StepReport:
     """The step of a batch that is not trained on: it counts for the schedule and for nothing else."""
-    return StepReport(math.nan, 0, lr, math.nan, applied=False, stop=False, skipped=True)
+    return StepReport(math.nan, 0, lr, math.nan, applied=False, stop=stop, skipped=True)
 
 
 def run_microbatch(engine: Engine, batch: Microbatch, scale: Tensor, device: torch.device, *, last: bool) -> Tensor:

@@ -74,6 +74,14 @@ def test_told_to_stop_at_any_moment_it_saves_and_goes_on(words, uninterrupted, t
     assert last == records(uninterrupted, "heldout_loss")[-1]["heldout_loss"]
 
 
+def test_told_to_stop_among_batches_that_are_left_out_it_stops_there(words, tmp_path):
+    run = tmp_path / "run"
+    skip = f"data.skip_batches=['1-{STEPS - 1}']"
+    train_forked(2, *words, skip, f"run_dir={run}", function=signal_at, args=("warm-up",))
+    assert json.loads((run / "status.json").read_text())["state"] == "preempted"
+    assert [path.name for path in whole_checkpoints(run / "checkpoints")] == ["step_00000001"]
+
+
 def start_alone(*words: str) -> subprocess.Popen:
     """One process with reader processes, all in a process group of their own."""
     command = [sys.executable, "-m", "megatron_tn.train", *words]
