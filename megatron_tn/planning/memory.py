@@ -269,11 +269,11 @@ def remedies(config: TrainConfig, world_size: int) -> list[tuple[str, MemoryPlan
     if config.parallel.tp > 1 and not config.parallel.sequence_parallel:
         shared = replace(config, parallel=replace(config.parallel, sequence_parallel=True))
         candidates.append(("parallel.sequence_parallel=true", shared))
-    limit = config.parallel.tp * 8
-    tp = config.parallel.tp * 2
-    while tp <= limit:
-        candidates.append((f"parallel.tp={tp}", replace(config, parallel=replace(config.parallel, tp=tp))))
-        tp *= 2
+    for axis in ("tp", "cp"):
+        for factor in (2, 4, 8):
+            size = factor * getattr(config.parallel, axis)
+            finer = replace(config, parallel=replace(config.parallel, **{axis: size}))
+            candidates.append((f"parallel.{axis}={size}", finer))
     least = replace(config, engine=replace(full, zero_stage=3 if engine.name == "deepspeed" else engine.zero_stage))
     least = replace(least, data=replace(data, micro_batch=1))
     stage = " engine=zero3" if engine.name == "deepspeed" and engine.zero_stage < 3 else ""

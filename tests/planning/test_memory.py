@@ -24,7 +24,7 @@ from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.recompute import recompute_blocks
 from megatron_tn.plan import main
 from megatron_tn.planning.live import LiveMemory, saved_bytes
-from megatron_tn.planning.memory import GIB, activation_bytes, buffer_bytes, plan_memory, state_bytes
+from megatron_tn.planning.memory import GIB, activation_bytes, buffer_bytes, memory_problems, plan_memory, state_bytes
 from megatron_tn.training.preflight import problems_before_start
 from tests.engine.test_parity import ZERO
 from tests.helpers.models import TINY, random_batch, tiny_config
@@ -100,6 +100,16 @@ def shape(
         engine=EngineConfig(name="local", precision="fp32", recompute=recompute, recompute_every=every),
         data=DataConfig(sequence_length=256, global_batch=rows, micro_batch=rows),
     )
+
+
+def test_a_sequence_too_long_for_a_rank_is_offered_to_several():
+    config = dataclasses.replace(
+        shape(recompute="full"),
+        data=DataConfig(sequence_length=1 << 18, global_batch=8, micro_batch=1),
+        cluster=ClusterConfig(gpu_memory_gib=1.5, outside_allocator_gib=0.0),
+    )
+    (problem,) = memory_problems(config, 8)
+    assert "in GiB: parallel.cp=4 needs 1.1" in problem
 
 
 def measured(config: TrainConfig) -> tuple[int, int, int]:
