@@ -225,6 +225,11 @@ class ScheduleConfig:
                 f"schedule.ramp_steps={self.ramp_steps} is below the {increments} increments from schedule.ramp_from="
                 f"{self.ramp_from} to data.global_batch={global_batch}"
             )
+        if self.ramp_steps >= self.steps:
+            found.append(
+                f"schedule.ramp_steps={self.ramp_steps} must be below schedule.steps={self.steps}: the batch would "
+                f"never reach data.global_batch={global_batch}"
+            )
         if self.ramp_from % multiple or self.ramp_increment % multiple:
             found.append(f"{shown} must be multiples of data.micro_batch x data-parallel size = {multiple}")
         return found

@@ -66,6 +66,7 @@ def test_batches_grow_and_follow_each_other(ramp, sizes):
         ({"ramp_from": 8, "ramp_increment": 2, "ramp_steps": 9}, "do not lead to data.global_batch=8"),
         ({"ramp_from": 2, "ramp_increment": 4, "ramp_steps": 9}, "do not lead to data.global_batch=8"),
         ({"ramp_from": 2, "ramp_increment": 2, "ramp_steps": 2}, "schedule.ramp_steps=2 is below the 3 increments"),
+        ({"ramp_from": 2, "ramp_increment": 2, "ramp_steps": 9, "steps": 9}, "=9 must be below schedule.steps=9"),
         ({"ramp_from": 5, "ramp_increment": 1, "ramp_steps": 9}, "multiples of .* data-parallel size = 2"),
     ],
     ids=lambda p: ",".join(f"{k}={v}" for k, v in p.items()) if isinstance(p, dict) else "",
