@@ -433,6 +433,14 @@ class TrainConfig:
                 f"checkpoint.keep_best={self.checkpoint.keep_best} needs held-out losses: set evaluation.manifest and "
                 "evaluation.every"
             )
+        elif self.checkpoint.keep_best and min(self.checkpoint.every, self.evaluation.every) > 0:
+            both = math.lcm(self.checkpoint.every, self.evaluation.every)
+            if both > self.schedule.steps:
+                found.append(
+                    f"checkpoint.keep_best={self.checkpoint.keep_best} keeps what is saved and evaluated at one step, "
+                    f"but the first multiple of checkpoint.every={self.checkpoint.every} and evaluation.every="
+                    f"{self.evaluation.every} is {both}, past schedule.steps={self.schedule.steps}"
+                )
         if data.sequence_length < cp:
             found.append(f"data.sequence_length={data.sequence_length} is smaller than parallel.cp={cp}")
         if self.schedule.warmup_steps >= self.schedule.steps > 0:

@@ -137,12 +137,17 @@ def test_rewinding_by_hand(words, wanted, tmp_path, capsys):
         ("data.skip_batches=['9-7']", "data.skip_batches: '9-7' is neither"),
         ("data.skip_batches=[13]", "data.skip_batches: 13 is past schedule.steps=12"),
         ("checkpoint.keep_best=1", "checkpoint.keep_best=1 needs held-out losses"),
+        (
+            "checkpoint.keep_best=1 evaluation.manifest=x evaluation.every=5",
+            "checkpoint.keep_best=1 keeps what is saved and evaluated at one step, but the first multiple of "
+            "checkpoint.every=4 and evaluation.every=5 is 20, past schedule.steps=12",
+        ),
         ("guard.max_consecutive=0", "guard.max_consecutive=0 must be at least 1"),
         ("guard.spike=explode", "guard.spike='explode': input should be"),
     ],
 )
 def test_settings(words, tmp_path, capsys, word, message):
-    assert call(train, *words, f"run_dir={tmp_path / 'run'}", word) == 2
+    assert call(train, *words, f"run_dir={tmp_path / 'run'}", *word.split()) == 2
     assert f"error: {message}" in capsys.readouterr().err
 
 
