@@ -215,6 +215,7 @@ def test_a_bad_sidecar_is_refused_by_name(manifest, content):
         ('{"scores": "a", "measure": "bits"}', "measure='bits'"),
         ('{"scores": "a", "default": [2, 1]}', "low=2.0 is above high=1.0"),
         ('{"scores": "a", "treshold": 2}', "treshold"),
+        (sys.executable, f"filter {sys.executable}: 'utf-8' codec can't decode"),
     ],
     ids=str,
 )
@@ -234,7 +235,9 @@ def test_a_filter_that_keeps_nothing_is_refused(manifest):
 def test_a_damaged_cache_names_the_command(manifest):
     counting.count(manifest, BAND)
     path = manifest.directory / counts_file(manifest, BAND)
-    for content in ("{", "[]", '{"manifest": 3}', json.dumps(json.loads(path.read_text()) | {"shards": []})):
+    whole = json.loads(path.read_text())
+    huge = whole | {"shards": [[10**30, *row[1:]] for row in whole["shards"]]}
+    for content in ("{", "[]", "{}", '{"manifest": 3}', json.dumps(whole | {"shards": []}), json.dumps(huge)):
         path.write_text(content)
         with pytest.raises(InputError, match=r"data_pipeline\.stream\.count"):
             make_stream(manifest)
