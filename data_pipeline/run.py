@@ -145,23 +145,25 @@ def _slurm_problems(settings: Settings) -> list[str]:
 
 def _prepare(output: Path, record: dict, overwrite: bool) -> None:
     """Makes `output` ready for the run `record`: new, or continuing that very run."""
-    path = output / RECORD
-    held = sorted(entry.name for entry in output.iterdir() if entry.name != ".lock")
-    if path.is_file():
-        if not (changed := difference(json.loads(path.read_bytes()), record)):
-            return
+    path, stages = output / RECORD, output / "work" / "stages"
+    held = sorted(entry.name for entry in output.iterdir() if entry.name not in (".lock", RECORD, f"{RECORD}.tmp"))
+    old = json.loads(path.read_bytes()) if path.is_file() else {}
+    changed = difference(old, record)
+    if held and not old:
+        raise InputError(f"output={output} holds {held[0]!r} and no {RECORD}: it is no run of this pipeline")
+    if old and changed:
         if not overwrite:
             raise InputError(
                 *(f"output={output} was made otherwise: {line}" for line in changed),
                 f"output={output}: choose another, or overwrite=true to lose what it holds",
             )
-        for name in held:
-            entry = output / name
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-    elif held:
-        raise InputError(f"output={output} holds {held[0]!r} and no {RECORD}: it is no run of this pipeline")
-    (output / "work").mkdir()
-    replace_file(path, json.dumps(record, indent=1).encode() + b"\n")
+        # Completion markers first and the record never: stopped in between, this can be done again, and a run of the
+        # old settings does not take what is left for complete.
+        for entry in (stages, *(output / name for name in held)):
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink(missing_ok=True)
+    if changed:
+        replace_file(path, json.dumps(record, indent=1).encode() + b"\n")
+    (output / "work").mkdir(exist_ok=True)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The pipeline end to end on a small planted corpus: what it drops, what it writes, and that a kill loses nothing."""
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import json
@@ -254,6 +255,36 @@ def test_another_run_s_output_is_not_overwritten(planted, output, tmp_path, caps
     assert main(arguments(planted[0], tmp_path)) == 2
     assert "thesis.tex" in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.parametrize("removals", range(5))
+def test_an_overwrite_that_is_interrupted_can_be_done_again_or_undone(planted, output, tmp_path, monkeypatch, removals):
+    shutil.copytree(output, copy := tmp_path / "data")
+    left, remove = iter(range(removals)), shutil.rmtree
+
+    def remove_some(folder):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        remove(folder)
+
+    monkeypatch.setattr("data_pipeline.run.shutil.rmtree", remove_some)
+    other = arguments(planted[0], copy, "tokenizer.vocab_size=460", "overwrite=true")
+    assert main(other) == 130
+    monkeypatch.undo()
+    again = other if removals % 2 else arguments(planted[0], copy)
+    assert main(again) == 0
+    assert (fingerprint(copy) == fingerprint(output)) == (again is not other)
+
+
+def test_a_run_that_could_not_note_its_settings_is_done_again(planted, tmp_path, monkeypatch):
+    def full(path, data):
+        path.with_name(f"{path.name}.tmp").touch()  # as a kill would leave it
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("data_pipeline.run.replace_file", full)
+    assert main(arguments(planted[0], tmp_path / "data")) == 1
+    monkeypatch.undo()
+    assert main(arguments(planted[0], tmp_path / "data")) == 0
 
 
 def test_too_little_text_says_what_is_missing(tmp_path, capsys):
