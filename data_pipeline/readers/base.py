@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import BinaryIO
 
 from datatrove.io import DataFolder, get_datafolder
@@ -91,7 +92,7 @@ def glob_files(name: str, source: Source) -> list[File]:
         folder = open_folder(name, source)
         # Matched here: asked for a pattern, fsspec would read the folder's own name as a part of it.
         matches = re.compile(glob_translate(source.glob)).match
-        paths = [path for path in folder.list_files() if matches(path)]
+        paths = [path for path in list_folder(folder) if matches(path)]
         packed = None if isinstance(source, Warc | Parquet) else "infer"
         files = [
             File(f"{name}/{printable(path)}", opener(folder, path, source, packed), folder.size(path))
@@ -104,6 +105,24 @@ def glob_files(name: str, source: Source) -> list[File]:
     if not files:
         raise InputError(f"sources.{name}.path={source.path}: no file matches glob={source.glob}")
     return files
+
+
+def list_folder(folder: DataFolder) -> list[str]:
+    """The files below a folder. Raises OSError for a local folder in it that cannot be listed, which fsspec leaves out
+    without a word."""
+    if not folder.is_local():
+        return folder.list_files()
+    found = [Path(inner, name) for inner, _, names in walk(Path(folder.path)) for name in names]
+    return [path.relative_to(folder.path).as_posix() for path in found]
+
+
+def walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` that raises the OSError of a folder that cannot be listed, instead of leaving it out."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    return os.walk(root, onerror=refuse)
 
 
 def open_folder(name: str, source: Source) -> DataFolder:

@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from data_pipeline.readers.base import (
     opener,
     printable,
     too_large,
+    walk,
 )
 from data_pipeline.readers.html import SUFFIXES, decode_page, page_text
 from data_pipeline.sources import Tree
@@ -50,7 +50,10 @@ def tree_files(name: str, source: Tree) -> list[File]:
     root = Path(sysconfig.get_path("stdlib") if source.path == "stdlib" else source.path)
     if not root.is_dir():
         raise no_folder(name, source, file=root.is_file())
-    files = list(_walk(root, f"{name}/", source))
+    try:
+        files = list(_walk(root, f"{name}/", source))
+    except OSError as error:
+        raise InputError(f"sources.{name}.path={source.path}: {error}") from None
     absent = []
     for package in source.fill:
         if sum(file.size for file in files) >= source.minimum_bytes:
@@ -74,7 +77,7 @@ def tree_files(name: str, source: Tree) -> list[File]:
 
 def _walk(root: Path, prefix: str, source: Tree) -> Iterator[File]:
     here = get_datafolder("/")
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in walk(root):
         folders[:] = [entry for entry in folders if entry not in source.exclude]
         for entry in names:
             path = Path(folder, entry)

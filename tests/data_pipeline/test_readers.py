@@ -1,5 +1,6 @@
 """Every kind of source gives its documents; what is none is named, counted, quarantined, and the rest goes on."""
 
+import errno
 import functools
 import gzip
 import io
@@ -173,6 +174,24 @@ def test_a_zst_file_of_many_frames_is_read_to_its_end(tmp_path):
     documents, quarantine = read(tmp_path, web=source(tmp_path, kind="jsonl"))
     assert [text for text, _ in documents.values()] == [prose(n) for n in range(30)]
     assert not quarantine
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "tree"])
+def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path, kind, monkeypatch):
+    (tmp_path / "shut").mkdir()
+    for name in ("a.jsonl", "shut/b.jsonl"):
+        (tmp_path / name).write_text('{"text": "one"}')
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("shut"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr("os.scandir", scandir)
+    options = {"suffixes": [".jsonl"]} if kind == "tree" else {}
+    with pytest.raises(InputError, match=rf"sources\.web\.path={tmp_path}: .*Permission denied: '{tmp_path}/shut'"):
+        read(tmp_path, web=source(tmp_path, kind=kind, **options))
 
 
 def test_a_zip_archive_is_named_and_not_taken_for_its_first_file(tmp_path):
