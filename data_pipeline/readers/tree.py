@@ -15,6 +15,7 @@ from data_pipeline.readers.base import (
     Found,
     Items,
     Quarantined,
+    list_folder,
     no_folder,
     open_folder,
     opener,
@@ -94,7 +95,7 @@ def _walk(root: Path, prefix: str, source: Tree) -> Iterator[File]:
 def _remote_files(name: str, source: Tree) -> list[File]:
     try:
         folder = open_folder(name, source)
-        paths = [path for path in folder.list_files() if path.endswith(source.suffixes)]
+        paths = [path for path in list_folder(folder) if path.endswith(source.suffixes)]
         paths = sorted(path for path in paths if not set(path.split("/")) & set(source.exclude))
         files = [File(f"{name}/{path}", opener(folder, path, source), folder.size(path)) for path in paths]
     except (OSError, ImportError, ValueError) as error:
