@@ -7,7 +7,6 @@ stage, the task and its log; 130 when interrupted.
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -42,7 +41,7 @@ def run(settings: Settings) -> dict | None:
         # Absolute: a SLURM job may begin in another folder.
         work = output.absolute() / "work"
         try:
-            stages = build_stages(settings, output.absolute(), work)
+            stages = build_stages(settings, output.absolute(), work, record["inputs"]["sha256"])
             log = (work / "pipeline.log").open("a", buffering=1)
         except OSError as error:
             raise StageError(f"output={output}: {explain(error, output)}") from error
@@ -97,7 +96,7 @@ def check(settings: Settings) -> dict:
     """Checks the settings against the machine and returns what identifies the run: the settings that decide its bytes,
     and its input. Raises InputError with all problems."""
     from data_pipeline import tokenizer
-    from data_pipeline.readers import list_inputs
+    from data_pipeline.readers import inputs_hash, list_inputs
     from data_pipeline.sample import weight_problems
     from data_pipeline.tokenise import describe
 
@@ -125,8 +124,7 @@ def check(settings: Settings) -> dict:
     if problems:
         raise InputError(*problems)
     decisive = TypeAdapter(Settings).dump_python(settings, mode="json", exclude=set(FREE))
-    digest = hashlib.sha256(json.dumps(sorted(inputs)).encode()).hexdigest()
-    read = {"files": len(inputs), "sha256": digest, "tokenizer_sha256": tokenizer_hash}
+    read = {"files": len(inputs), "sha256": inputs_hash(inputs), "tokenizer_sha256": tokenizer_hash}
     return {"version": PIPELINE_VERSION, "inputs": read, "settings": decisive}
 
 

@@ -20,7 +20,8 @@ from data_pipeline import tokenizer as tokenizers
 from data_pipeline.config import compose
 from data_pipeline.document import in_heldout
 from data_pipeline.errors import InputError
-from data_pipeline.run import main, run
+from data_pipeline.readers import ReadSources
+from data_pipeline.run import check, main, run
 from data_pipeline.shards import Manifest, read_documents
 from data_pipeline.shards.verify import verify
 from data_pipeline.stream import build_stream
@@ -274,6 +275,18 @@ def test_an_overwrite_that_is_interrupted_can_be_done_again_or_undone(planted, o
     again = other if removals % 2 else arguments(planted[0], copy)
     assert main(again) == 0
     assert (fingerprint(copy) == fingerprint(output)) == (again is not other)
+
+
+def test_files_that_come_while_a_run_reads_shift_none_to_another_task(planted, tmp_path):
+    """Tasks that listed another number of files would read some of them twice, or leave them out."""
+    shutil.copytree(planted[0], source := tmp_path / "text")
+    settings = compose(arguments(source, tmp_path / "data", "workers=1"))
+    record = check(settings)
+    (source / "another.txt").write_text(prose(77))
+    with pytest.raises(InputError, match="sources: files were added or removed, or have another size"):
+        list(
+            ReadSources(settings.sources, tmp_path / "quarantine", record["inputs"]["sha256"]).run(rank=1, world_size=3)
+        )
 
 
 def test_a_run_that_could_not_note_its_settings_is_done_again(planted, tmp_path, monkeypatch):
