@@ -174,8 +174,12 @@ def test_scores_that_changed_since_counting_are_damage_and_never_other_data(mani
         sample = after.sample(index)
         damaged += sample.damage is not None
         assert sample.damage or torch.equal(sample.tokens, before.sample(index).tokens)
-        assert sample.damage is None or "counted from" in sample.damage.reason
+        assert sample.damage is None or f"{counts_file(manifest, BAND)} was counted from" in sample.damage.reason
     assert damaged
+    os.unlink(manifest.directory / counts_file(manifest, BAND))  # as the message says
+    counting.count(manifest, BAND)
+    again = make_stream(manifest)
+    assert not again.batch(range(again.samples_per_epoch)).damaged
 
 
 def test_a_document_without_a_score_is_named(manifest, capsys):
