@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -105,6 +105,11 @@ class ScoreFilter:
             low, high = self.band(shard.source, language_code(language))
             kept &= ~here | ((values >= _bound(low, -np.inf)) & (values <= _bound(high, np.inf)))
         return kept
+
+    def unused_bands(self, sources: Collection[str]) -> list[str]:
+        """The names of bands that no document of these sources can have."""
+        known = {"*", *sources}
+        return sorted(name for name in self.bands if name not in sources and name.rpartition("/")[0] not in known)
 
     def band(self, source: str, language: str) -> Band:
         """The band (low, high) of documents of this source and language."""

@@ -230,6 +230,14 @@ def test_a_bad_filter_is_one_clear_line(manifest, text, message, capsys):
     assert message in errors[0]
 
 
+def test_a_band_of_a_source_that_is_not_there_is_named(manifest, capsys):
+    bands = dict.fromkeys((*manifest.sources, "a/en", "*/zh", "d", "d/en", "*"), (0.2, 0.8))
+    chosen = ScoreFilter(scores="small", bands=bands)
+    assert counting.main([str(manifest.directory / "manifest.json"), chosen.to_json()]) == 0
+    known = ", ".join(manifest.sources)
+    assert capsys.readouterr().err == f"warning: bands of *, d, d/en: no such source, there are {known}\n"
+
+
 def test_a_filter_that_keeps_nothing_is_refused(manifest):
     counting.count(manifest, none := ScoreFilter(scores="small", default=(5, 6)))
     with pytest.raises(InputError, match="tokens=0 are kept"):
