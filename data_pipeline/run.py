@@ -7,7 +7,6 @@ stage, the task and its log; 130 when interrupted.
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -42,7 +41,7 @@ def run(settings: Settings) -> dict | None:
         # Absolute: a SLURM job may begin in another folder.
         work = output.absolute() / "work"
         try:
-            stages = build_stages(settings, output.absolute(), work)
+            stages = build_stages(settings, output.absolute(), work, record["inputs"]["sha256"])
             log = (work / "pipeline.log").open("a", buffering=1)
         except OSError as error:
             raise StageError(f"output={output}: {explain(error, output)}") from error
@@ -97,7 +96,7 @@ def check(settings: Settings) -> dict:
     """Checks the settings against the machine and returns what identifies the run: the settings that decide its bytes,
     and its input. Raises InputError with all problems."""
     from data_pipeline import tokenizer
-    from data_pipeline.readers import list_inputs
+    from data_pipeline.readers import inputs_hash, list_inputs
     from data_pipeline.sample import weight_problems
     from data_pipeline.tokenise import describe
 
@@ -125,8 +124,7 @@ def check(settings: Settings) -> dict:
     if problems:
         raise InputError(*problems)
     decisive = TypeAdapter(Settings).dump_python(settings, mode="json", exclude=set(FREE))
-    digest = hashlib.sha256(json.dumps(sorted(inputs)).encode()).hexdigest()
-    read = {"files": len(inputs), "sha256": digest, "tokenizer_sha256": tokenizer_hash}
+    read = {"files": len(inputs), "sha256": inputs_hash(inputs), "tokenizer_sha256": tokenizer_hash}
     return {"version": PIPELINE_VERSION, "inputs": read, "settings": decisive}
 
 
@@ -145,23 +143,25 @@ def _slurm_problems(settings: Settings) -> list[str]:
 
 def _prepare(output: Path, record: dict, overwrite: bool) -> None:
     """Makes `output` ready for the run `record`: new, or continuing that very run."""
-    path = output / RECORD
-    held = sorted(entry.name for entry in output.iterdir() if entry.name != ".lock")
-    if path.is_file():
-        if not (changed := difference(json.loads(path.read_bytes()), record)):
-            return
+    path, stages = output / RECORD, output / "work" / "stages"
+    held = sorted(entry.name for entry in output.iterdir() if entry.name not in (".lock", RECORD, f"{RECORD}.tmp"))
+    old = json.loads(path.read_bytes()) if path.is_file() else {}
+    changed = difference(old, record)
+    if held and not old:
+        raise InputError(f"output={output} holds {held[0]!r} and no {RECORD}: it is no run of this pipeline")
+    if old and changed:
         if not overwrite:
             raise InputError(
                 *(f"output={output} was made otherwise: {line}" for line in changed),
                 f"output={output}: choose another, or overwrite=true to lose what it holds",
             )
-        for name in held:
-            entry = output / name
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-    elif held:
-        raise InputError(f"output={output} holds {held[0]!r} and no {RECORD}: it is no run of this pipeline")
-    (output / "work").mkdir()
-    replace_file(path, json.dumps(record, indent=1).encode() + b"\n")
+        # Completion markers first and the record never: stopped in between, this can be done again, and a run of the
+        # old settings does not take what is left for complete.
+        for entry in (stages, *(output / name for name in held)):
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink(missing_ok=True)
+    if changed:
+        replace_file(path, json.dumps(record, indent=1).encode() + b"\n")
+    (output / "work").mkdir(exist_ok=True)
 
 
 @contextlib.contextmanager

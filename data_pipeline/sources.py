@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from data_pipeline.shards.index import language_number
+
 STRICT = ConfigDict(extra="forbid")
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -31,6 +33,12 @@ def local(path: str) -> str:
     return path
 
 
+def storable(language: str) -> str:
+    """A language code that an index of a shard can hold."""
+    language_number(language)
+    return language
+
+
 Location = Annotated[str, AfterValidator(openable)]
 LocalFolder = Annotated[str, AfterValidator(local)]
 
@@ -50,7 +58,7 @@ class Source:
     category: str = ""
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     priority: Annotated[int, Field(ge=0, le=1000)] = 0
-    language: str | None = None
+    language: Annotated[str, AfterValidator(storable)] | None = None
     max_document_bytes: Positive = 100_000_000
     max_expansion: Positive = 200
 

@@ -59,8 +59,9 @@ class Stage:
         )
 
 
-def build_stages(settings: Settings, output: Path, work: Path) -> list[Stage]:
-    """All stages in order. `output` receives what users see, `work` what stages hand each other.
+def build_stages(settings: Settings, output: Path, work: Path, inputs: str) -> list[Stage]:
+    """All stages in order. `output` receives what users see, `work` what stages hand each other. `inputs`: the
+    `inputs_hash` of the sources' files.
 
     A document keeps its task from reading to shards: duplicates are recorded by (task, place in the task's file).
     """
@@ -81,7 +82,7 @@ def build_stages(settings: Settings, output: Path, work: Path) -> list[Stage]:
     add(
         "rules",
         settings.tasks,
-        ReadSources(settings.sources, output / "quarantine"),
+        ReadSources(settings.sources, output / "quarantine", inputs),
         tally("read"),
         ApplyRules(
             settings.rules.active(), settings.edits.active(), settings.language, drops / "rules", output / "edits"

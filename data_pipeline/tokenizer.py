@@ -104,4 +104,6 @@ def describe(path: str | Path, *, bos: str = BOS, eos: str = EOS, pad: str = PAD
         entries = {"bos": bos, "eos": eos, "pad": pad}
         raise InputError(*(f"tokenizer.{name}={entries[name]!r} is no entry of {path}" for name in missing))
     path = Path(path)
-    return TokenizerInfo(file=path.name, sha256=sha256_of(path), vocab_size=tokenizer.get_vocab_size(), **ids)
+    # Not the number of entries: ids of an existing tokenizer may leave some numbers out.
+    vocab_size = 1 + max(tokenizer.get_vocab().values())
+    return TokenizerInfo(file=path.name, sha256=sha256_of(path), vocab_size=vocab_size, **ids)

@@ -7,6 +7,7 @@ from pydantic.dataclasses import dataclass
 
 from data_pipeline.edits.base import Edit
 from data_pipeline.filters.base import RULE
+from data_pipeline.sources import Count
 
 # Invisible: zero-width space, word joiner, soft hyphen, byte order mark, direction marks and controls, tags; controls
 # other than tab and line feed; the replacement character; private use. The zero-width joiners stay: emoji and the
@@ -24,7 +25,7 @@ class Characters:
     """Removes invisible and undecodable characters, makes every line end a line feed and every space but the
     ideographic one a space, and composes accents (NFC), when there are more than `max_count` to change."""
 
-    max_count: int = 0
+    max_count: Count = 0
 
     def __call__(self, text: str) -> Edit | None:
         changed, removed = REMOVED.subn("", text)

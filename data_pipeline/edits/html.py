@@ -8,6 +8,7 @@ from pydantic.dataclasses import dataclass
 from data_pipeline.edits.base import Edit, substitute
 from data_pipeline.filters.base import RULE
 from data_pipeline.protected import outside_protected
+from data_pipeline.sources import Count
 
 # Names of HTML alone: `<stdin>`, `List<int>` and a heart `<3` are no tags.
 NAMES = (
@@ -36,7 +37,7 @@ class Html:
     """Takes HTML out when there are more than `max_count` tags and entities: a whole page goes through the extractor
     that reads pages, stray tags in other text are removed and entities become what they stand for."""
 
-    max_count: int = 0
+    max_count: Count = 0
 
     def __call__(self, text: str) -> Edit | None:
         if PAGE.search(text):

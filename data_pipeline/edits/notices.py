@@ -3,12 +3,12 @@
 import functools
 import re
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.edits.base import Edit
-from data_pipeline.filters.base import RULE
+from data_pipeline.filters.base import RULE, Phrases
 from data_pipeline.protected import PROTECTED
+from data_pipeline.sources import Count
 
 # Those of C4 (arXiv 1910.10683), except that C4 takes every line with the word `javascript`: that would take the
 # language's name out of what is written about it.
@@ -41,9 +41,9 @@ class Notices:
     `max_count` of them. A line that goes on in the next, or goes on from the one before, is part of a paragraph and
     stays; so does one with code, a formula or a link of Markdown."""
 
-    max_count: int = 0
-    max_words: int = 40
-    phrases: tuple[str, ...] = Field(default=PHRASES)
+    max_count: Count = 0
+    max_words: Count = 40
+    phrases: Phrases = PHRASES
 
     def __call__(self, text: str) -> Edit | None:
         if not _pattern(self.phrases).search(text.lower()):

@@ -6,6 +6,7 @@ from pydantic.dataclasses import dataclass
 
 from data_pipeline.edits.base import Edit, substitute
 from data_pipeline.filters.base import RULE
+from data_pipeline.sources import Count
 
 WIDE = re.compile("[\uff10-\uff19\uff21-\uff3a\uff41-\uff5a]")  # digits and letters as wide as a Chinese character
 GROUPED = re.compile("(?<![\\d.,])\\d{1,3}(?:['\u2019]\\d{3})+(?![\\d'\u2019])")
@@ -17,7 +18,7 @@ class Numbers:
     """Writes numbers one way when more than `max_count` are written another: wide digits and letters narrow, groups of
     thousands with a comma where they have an apostrophe, the minus sign as a hyphen."""
 
-    max_count: int = 0
+    max_count: Count = 0
 
     def __call__(self, text: str) -> Edit | None:
         changed, wide = substitute(WIDE, lambda match: chr(ord(match.group()) - 0xFEE0), text)

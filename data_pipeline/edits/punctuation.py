@@ -7,6 +7,7 @@ from pydantic.dataclasses import dataclass
 
 from data_pipeline.edits.base import Edit, substitute
 from data_pipeline.filters.base import RULE
+from data_pipeline.sources import Positive
 
 MARKS = "!?,;:.…~。，！？、；：～"  # noqa: RUF001  (full-width marks are meant)
 
@@ -21,7 +22,7 @@ class Punctuation:
     """Cuts a mark that is repeated more than `max_run` times to one, a full stop to an ellipsis of three. Rules and
     markers of Markdown are made of other characters."""
 
-    max_run: int = 3
+    max_run: Positive = 3
 
     def __call__(self, text: str) -> Edit | None:
         runs = _runs(self.max_run)

@@ -6,6 +6,7 @@ from pydantic.dataclasses import dataclass
 
 from data_pipeline.edits.base import Edit, substitute
 from data_pipeline.filters.base import RULE
+from data_pipeline.sources import Count
 
 STOPS = r"\s<>\"'`\])}\uff0c\u3002\u3001\uff09\u3011"  # what ends an address, full-width marks included
 URL = re.compile(rf" ?[<(\[]?(?<![A-Za-z0-9])(?:(?:https?|ftp)://|www\.)[^{STOPS}]*[^{STOPS}.,;:!?][>)\]]?")
@@ -16,7 +17,7 @@ class Urls:
     """Removes web addresses when there are more than `max_count`. The targets of Markdown links stay, and so do those
     in code."""
 
-    max_count: int = 0
+    max_count: Count = 0
 
     def __call__(self, text: str) -> Edit | None:
         changed, count = substitute(URL, "", text)

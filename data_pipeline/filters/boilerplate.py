@@ -3,10 +3,10 @@
 import functools
 import re
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.filters.base import RULE, Drop
+from data_pipeline.filters.base import RULE, Drop, Phrases, Share
+from data_pipeline.sources import Positive
 
 PHRASES = (
     "cookie",
@@ -48,8 +48,8 @@ LOG_LINE = re.compile(
 class Boilerplate:
     """Share of the characters that lie in sentences, or entries of menus, with one of the `phrases` (in lower case)."""
 
-    max_share: float = 0.3
-    phrases: tuple[str, ...] = Field(default=PHRASES)
+    max_share: Share = 0.3
+    phrases: Phrases = PHRASES
 
     def __call__(self, text: str) -> Drop | None:
         pattern = _pattern(self.phrases)
@@ -69,8 +69,8 @@ def _pattern(phrases: tuple[str, ...]) -> re.Pattern:
 class Logs:
     """Share of lines that begin with a time stamp or a log level, in texts of `min_lines` lines or more."""
 
-    max_share: float = 0.5
-    min_lines: int = 5
+    max_share: Share = 0.5
+    min_lines: Positive = 5
 
     def __call__(self, text: str) -> Drop | None:
         lines = [line for line in text.splitlines() if line.strip()]

@@ -4,7 +4,7 @@ import re
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.filters.base import RULE, Drop
+from data_pipeline.filters.base import RULE, Drop, Share
 
 # The replacement character, control characters other than white space, private use, and UTF-8 read as Latin-1 or
 # Windows-1252: an accented capital followed by what a continuation byte becomes.
@@ -19,7 +19,7 @@ GARBLED = re.compile(
 class Garbled:
     """`max_share`: garbled places (an undecodable byte, a stray control, a mojibake pair) a character, at most."""
 
-    max_share: float = 0.001
+    max_share: Share = 0.001
 
     def __call__(self, text: str) -> Drop | None:
         share = sum(1 for _ in GARBLED.finditer(text)) / max(len(text), 1)

@@ -5,7 +5,8 @@ from collections import Counter
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.filters.base import RULE, Drop
+from data_pipeline.filters.base import RULE, Drop, Share
+from data_pipeline.sources import Positive
 
 VOWELS = "aeiouyàáâãäåæèéêëìíîïòóôõöøùúûüýāăąēėęěīįōőœūůűų"
 LATIN = re.compile(r"(?<!\S)[\"'(\u201c\u2018]?([a-z\u00df-\u00ff\u0101-\u017e]{4,})[.,;:!?\"')\u201d\u2019]*(?!\S)")
@@ -18,8 +19,8 @@ class Keyboard:
     consonants on end. Words inside code or an address do not stand alone and are not asked, nor are texts with fewer
     than `min_words`."""
 
-    max_share: float = 0.15
-    min_words: int = 15
+    max_share: Share = 0.15
+    min_words: Positive = 15
 
     def __call__(self, text: str) -> Drop | None:
         words = LATIN.findall(text)

@@ -1,11 +1,12 @@
 """Which language a text is in, by py3langid, which brings its model with it and needs no download."""
 
 import functools
+from typing import Annotated
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.filters.base import RULE, Drop
+from data_pipeline.filters.base import RULE, Drop, Share
 
 NONE = "zxx"  # the code of text in no language
 LONGEST = 20_000  # characters that are looked at
@@ -17,8 +18,8 @@ class Language:
     text in no language at all goes in any case. `min_confidence`: the probability of the likeliest language, at
     least."""
 
-    allowed: tuple[str, ...] | None = None
-    min_confidence: float = Field(default=0.0, ge=0, le=1)
+    allowed: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    min_confidence: Share = 0.0
 
     def judge(self, text: str) -> tuple[str, Drop | None]:
         """The language's code, and the reason to drop the document or None."""

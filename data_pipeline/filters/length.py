@@ -2,15 +2,19 @@
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.filters.base import RULE, Drop
+from data_pipeline.filters.base import RULE, Drop, ordered
+from data_pipeline.sources import Count
 
 
 @dataclass(frozen=True, config=RULE)
 class Length:
     """Bounds in UTF-8 bytes, both inclusive."""
 
-    min_bytes: int = 100
-    max_bytes: int = 10_000_000
+    min_bytes: Count = 100
+    max_bytes: Count = 10_000_000
+
+    def __post_init__(self):
+        ordered(self, "min_bytes", "max_bytes")
 
     def __call__(self, text: str) -> Drop | None:
         size = len(text.encode())

@@ -4,8 +4,9 @@ import itertools
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.filters.base import RULE, Drop
+from data_pipeline.filters.base import RULE, Drop, Share
 from data_pipeline.filters.lines import BULLETS
+from data_pipeline.sources import Positive
 
 
 @dataclass(frozen=True, config=RULE)
@@ -17,8 +18,8 @@ class LineEnds:
     C4 takes out every line without a full stop, which would take headings, verse and tables; FineWeb drops pages where
     the share is below 0.12."""
 
-    min_share: float = 0.12
-    min_lines: int = 10
+    min_share: Share = 0.12
+    min_lines: Positive = 10
     languages: tuple[str, ...] = ("en", "zh")
 
     def __call__(self, text: str) -> Drop | None:

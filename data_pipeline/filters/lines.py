@@ -2,7 +2,8 @@
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.filters.base import RULE, Drop
+from data_pipeline.filters.base import RULE, Amount, Drop, Share
+from data_pipeline.sources import Count
 
 BULLETS = ("•", "‣", "●", "▪", "- ", "* ")
 ELLIPSES = ("...", "…")
@@ -14,10 +15,10 @@ class Lines:
     line needs higher bounds than code); and the shares, at most, that begin with a bullet and that end in an ellipsis,
     as in teasers of pages elsewhere (Gopher has 0.9 and 0.3)."""
 
-    max_mean: float = 2_000
-    max_line: int = 50_000
-    max_bullets: float = 1.0
-    max_ellipses: float = 1.0
+    max_mean: Amount = 2_000
+    max_line: Count = 50_000
+    max_bullets: Share = 1.0
+    max_ellipses: Share = 1.0
 
     def __call__(self, text: str) -> Drop | None:
         lines = [line for line in text.splitlines() if line.strip()] or [""]

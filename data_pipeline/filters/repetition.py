@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.filters.base import RULE, Drop
+from data_pipeline.filters.base import RULE, Drop, Share
+from data_pipeline.sources import Count, Positive
 
 
 @dataclass(frozen=True, config=RULE)
@@ -16,13 +17,13 @@ class Repetition:
     end a run of `run` words seen before, in texts of `min_words` words or more. The last finds whole passages that come
     again where no line does; 1 asks for none."""
 
-    max_duplicate_lines: float = 0.5
-    shortest_line: int = 12
-    max_top_words: float = 0.2
-    words: int = 3
-    max_repeated_words: float = 1.0
-    run: int = 10
-    min_words: int = 60
+    max_duplicate_lines: Share = 0.5
+    shortest_line: Count = 12
+    max_top_words: Share = 0.2
+    words: Positive = 3
+    max_repeated_words: Share = 1.0
+    run: Positive = 10
+    min_words: Count = 60
 
     def __call__(self, text: str) -> Drop | None:
         share = self._duplicate_lines(text)

@@ -5,7 +5,8 @@ import re
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.filters.base import RULE, Drop
+from data_pipeline.filters.base import RULE, Drop, Share
+from data_pipeline.sources import Positive
 
 # A full stop alone: after "O night!" or "Come!" a verse or a speaker goes on in lower case.
 ENDS = re.compile(r"[^\W\d_]{3,}\.[\"')\]”’]*$|^\.$")  # noqa: RUF001  (typographic quotes are meant)
@@ -20,8 +21,8 @@ class BrokenSentences:
     """Share of full stops within a line that a lower-case word follows, in texts of `min_sentences` or more: real
     text has few (abbreviations), shuffled words have most. Holds for every script that has capitals."""
 
-    max_share: float = 0.5
-    min_sentences: int = 4
+    max_share: Share = 0.5
+    min_sentences: Positive = 4
 
     def __call__(self, text: str) -> Drop | None:
         lines = (itertools.pairwise(line.split()) for line in text.splitlines())
@@ -38,8 +39,8 @@ class WordOrder:
     """Pairs of words that English never has, such as `the of`: share of all pairs, at most, once there are `min_pairs`
     of them. Catches shuffled words where there is no punctuation to tell."""
 
-    max_share: float = 0.004
-    min_pairs: int = 3
+    max_share: Share = 0.004
+    min_pairs: Positive = 3
     languages: tuple[str, ...] = ("en",)
 
     def __call__(self, text: str) -> Drop | None:

@@ -4,7 +4,7 @@ import re
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.filters.base import RULE, Drop
+from data_pipeline.filters.base import RULE, Drop, Share
 
 SYMBOLS = re.compile(r"(?:[^\w\s]|_)+")
 RULERS = re.compile(r"([^\w\s]|_)\1{3,}")
@@ -17,8 +17,8 @@ class Symbols:
     about 0.05 symbols and 0.95 letters, Python source 0.2 and 0.7; a table of numbers has few letters, a line drawing
     many symbols."""
 
-    max_symbols: float = 0.5
-    min_letters: float = 0.3
+    max_symbols: Share = 0.5
+    min_letters: Share = 0.3
 
     def __call__(self, text: str) -> Drop | None:
         text = RULERS.sub(r"\1", text)

@@ -2,11 +2,11 @@
 
 import re
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.filters.base import RULE, Drop
+from data_pipeline.filters.base import RULE, Amount, Drop, Phrases
 from data_pipeline.protected import PROTECTED
+from data_pipeline.sources import Count
 
 LATEX_ARGUMENT = re.compile(r"\\[A-Za-z]+\*?(?:\[[^\]\n]*\])?\{|[\^_}]\{")
 
@@ -15,8 +15,8 @@ LATEX_ARGUMENT = re.compile(r"\\[A-Za-z]+\*?(?:\[[^\]\n]*\])?\{|[\^_}]\{")
 class Placeholder:
     """How often one of the `phrases` (in lower case) is there, at most, code aside: C4 drops pages with any."""
 
-    max_count: int = 0
-    phrases: tuple[str, ...] = Field(default=("lorem ipsum",))
+    max_count: Count = 0
+    phrases: Phrases = ("lorem ipsum",)
 
     def __call__(self, text: str) -> Drop | None:
         if not self._count(text):
@@ -34,7 +34,7 @@ class CurlyBrackets:
     """Opening curly brackets a word, at most, outside code, formulas and the arguments of LaTeX: style sheets, scripts
     and templates that were taken for text have more. C4 drops pages with any, those that quote code among them."""
 
-    max_per_word: float = 0.1
+    max_per_word: Amount = 0.1
 
     def __call__(self, text: str) -> Drop | None:
         if text.count("{") <= self.max_per_word * len(text.split()):

@@ -4,7 +4,8 @@ import re
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.filters.base import RULE, Drop
+from data_pipeline.filters.base import RULE, Amount, Drop, Share, ordered
+from data_pipeline.sources import Count, Positive
 
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")  # noqa: RUF001  (the typographic apostrophe is meant)
 # Scripts that put no spaces between words: of what stands between spaces, nothing follows.
@@ -18,11 +19,15 @@ class Words:
     share of words and numbers that has a letter. Not asked of text that is mostly in a script without
     spaces."""
 
-    min_words: int = 10
-    max_words: int = 1_000_000
-    min_mean_length: float = 2.5
-    max_mean_length: float = 12.0
-    min_alphabetic: float = 0.5
+    min_words: Positive = 10
+    max_words: Positive = 1_000_000
+    min_mean_length: Amount = 2.5
+    max_mean_length: Amount = 12.0
+    min_alphabetic: Share = 0.5
+
+    def __post_init__(self):
+        ordered(self, "min_words", "max_words")
+        ordered(self, "min_mean_length", "max_mean_length")
 
     def __call__(self, text: str) -> Drop | None:
         if len(SPACELESS.findall(text)) > len(text) / 4:
@@ -47,8 +52,8 @@ class StopWords:
     """How many different ones of the commonest words there are, in texts of `min_words` words or more of `languages`:
     lists of key words and tables of names have none."""
 
-    min_different: int = 2
-    min_words: int = 50
+    min_different: Count = 2
+    min_words: Count = 50
     languages: tuple[str, ...] = ("en",)
 
     def __call__(self, text: str) -> Drop | None:

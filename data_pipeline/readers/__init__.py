@@ -1,6 +1,7 @@
 """Where documents come from: datatrove steps, made from the settings of the sources."""
 
 import contextlib
+import hashlib
 import json
 from pathlib import Path
 from typing import BinaryIO
@@ -8,6 +9,7 @@ from typing import BinaryIO
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
+from data_pipeline.errors import InputError
 from data_pipeline.files import replacing
 from data_pipeline.readers.base import File, Found, Items, Quarantined, glob_files, guarded
 from data_pipeline.readers.lines import read_jsonl
@@ -16,7 +18,7 @@ from data_pipeline.readers.tree import read_file, tree_files
 from data_pipeline.readers.warc import read_warc
 from data_pipeline.sources import Jsonl, Parquet, Source, Tree, Warc
 
-__all__ = ["ReadSources", "list_files", "list_inputs"]
+__all__ = ["ReadSources", "inputs_hash", "list_files", "list_inputs"]
 
 LONGEST_DETAIL = 500  # characters: an address may be as long as it likes
 
@@ -25,22 +27,28 @@ class ReadSources(PipelineStep):
     """Per task: the documents of every world_size-th file of each source, source by source.
 
     What is no document is recorded in quarantine/RANK.jsonl (id, source, bytes, reason, detail), and the rest goes on.
+    inputs: the `inputs_hash` of the files that the run began with; a task that finds others raises InputError, since
+    one more or less would give files to two tasks or to none.
     """
 
     type = "📖 - READER"
     name = "sources"
 
-    def __init__(self, sources: dict[str, Source], quarantine: Path):
+    def __init__(self, sources: dict[str, Source], quarantine: Path, inputs: str | None = None):
         super().__init__()
         self.sources = sources
         self.quarantine = quarantine
+        self.inputs = inputs
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        files = {name: list_files(name, source) for name, source in self.sources.items()}
+        if self.inputs not in (None, inputs_hash([item for found in files.values() for item in _inputs(found)])):
+            raise InputError("sources: files were added or removed, or have another size, since this run began")
         # Written as they come: of a file of garbage, every line is a record.
         with contextlib.ExitStack() as stack:
             records = None
             for name, source in self.sources.items():
-                for file in list_files(name, source)[rank::world_size]:
+                for file in files[name][rank::world_size]:
                     for item in _items(file, source):
                         if isinstance(item, Found):
                             yield _document(item, file, name, source)
@@ -80,7 +88,16 @@ def list_files(name: str, source: Source) -> list[File]:
 
 def list_inputs(sources: dict[str, Source]) -> list[tuple[str, int]]:
     """(identity, bytes) of every input file. Raises InputError as `list_files`."""
-    return [(file.id, file.size) for name, source in sources.items() for file in list_files(name, source)]
+    return [item for name, source in sources.items() for item in _inputs(list_files(name, source))]
+
+
+def inputs_hash(inputs: list[tuple[str, int]]) -> str:
+    """sha256 over what `list_inputs` gives, in any order, hex."""
+    return hashlib.sha256(json.dumps(sorted(inputs)).encode()).hexdigest()
+
+
+def _inputs(files: list[File]) -> list[tuple[str, int]]:
+    return [(file.id, file.size) for file in files]
 
 
 def _items(file: File, source: Source) -> Items:

@@ -1,21 +1,25 @@
 """What all readers give: documents, or the reason why there is none."""
 
 import io
+import lzma
 import os
 import re
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import BinaryIO
 
 from datatrove.io import DataFolder, get_datafolder
 from fsspec.utils import glob_translate
-from zstandard import ZstdError
+from zstandard import ZstdDecompressor, ZstdError
 
 from data_pipeline.errors import InputError
 from data_pipeline.sources import Parquet, Source, Warc
 
-DAMAGED = (EOFError, zlib.error, ZstdError)  # beside the OSError without a number that gzip and fastwarc raise
+# Beside the OSError without a number that gzip and fastwarc raise.
+DAMAGED = (EOFError, zlib.error, ZstdError, lzma.LZMAError, zipfile.BadZipFile)
 # What the libraries that read may raise on content that they did not expect.
 UNEXPECTED = (ValueError, LookupError, ArithmeticError, RecursionError, RuntimeError)
 
@@ -88,7 +92,7 @@ def glob_files(name: str, source: Source) -> list[File]:
         folder = open_folder(name, source)
         # Matched here: asked for a pattern, fsspec would read the folder's own name as a part of it.
         matches = re.compile(glob_translate(source.glob)).match
-        paths = [path for path in folder.list_files() if matches(path)]
+        paths = [path for path in list_folder(folder) if matches(path)]
         packed = None if isinstance(source, Warc | Parquet) else "infer"
         files = [
             File(f"{name}/{printable(path)}", opener(folder, path, source, packed), folder.size(path))
@@ -101,6 +105,24 @@ def glob_files(name: str, source: Source) -> list[File]:
     if not files:
         raise InputError(f"sources.{name}.path={source.path}: no file matches glob={source.glob}")
     return files
+
+
+def list_folder(folder: DataFolder) -> list[str]:
+    """The files below a folder. Raises OSError for a local folder in it that cannot be listed, which fsspec leaves out
+    without a word."""
+    if not folder.is_local():
+        return folder.list_files()
+    found = [Path(inner, name) for inner, _, names in walk(Path(folder.path)) for name in names]
+    return [path.relative_to(folder.path).as_posix() for path in found]
+
+
+def walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` that raises the OSError of a folder that cannot be listed, instead of leaving it out."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    return os.walk(root, onerror=refuse)
 
 
 def open_folder(name: str, source: Source) -> DataFolder:
@@ -130,10 +152,47 @@ def opener(folder, path: str, source: Source, compression: str | None = "infer")
         return lambda: folder.open(path, "rb")
 
     def open_packed() -> BinaryIO:
+        if path.endswith(".zip"):
+            raise zipfile.BadZipFile("an archive of files, of which only the first would be read: unpack it")
         most = max(folder.size(path) * source.max_expansion, source.max_document_bytes)
-        return io.BufferedReader(_AsItComes(folder.open(path, "rb", compression=compression), most, source))
+        if path.endswith(".zst"):
+            packed = _Zstandard(folder.open(path, "rb"))
+        else:
+            packed = folder.open(path, "rb", compression=compression)
+        return io.BufferedReader(_AsItComes(packed, most, source))
 
     return open_packed
+
+
+class _Zstandard:
+    """What the frames of a .zst file hold. Raises EOFError where the file ends inside a frame, which zstandard's own
+    reader takes for the end of the text."""
+
+    PIECE = 1024  # bytes decompressed at once: of the blocks of a bomb, which give 128 KiB for 4 bytes, 32 MiB
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._frame = None  # the decompressor of the frame that is not at its end
+        self._packed = b""
+        self._ready = memoryview(b"")
+
+    def read1(self, size: int) -> memoryview:
+        while not self._ready:
+            self._packed = self._packed or self._file.read(self.PIECE)
+            if not self._packed:
+                if self._frame:
+                    raise EOFError("the file ends inside a frame of zstd")
+                break
+            self._frame = self._frame or ZstdDecompressor().decompressobj()
+            self._ready = memoryview(self._frame.decompress(self._packed))
+            self._packed = b""
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+        data, self._ready = self._ready[:size], self._ready[size:]
+        return data
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class _AsItComes(io.RawIOBase):

@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +15,13 @@ from data_pipeline.readers.base import (
     Found,
     Items,
     Quarantined,
+    list_folder,
     no_folder,
     open_folder,
     opener,
     printable,
     too_large,
+    walk,
 )
 from data_pipeline.readers.html import SUFFIXES, decode_page, page_text
 from data_pipeline.sources import Tree
@@ -50,7 +51,10 @@ def tree_files(name: str, source: Tree) -> list[File]:
     root = Path(sysconfig.get_path("stdlib") if source.path == "stdlib" else source.path)
     if not root.is_dir():
         raise no_folder(name, source, file=root.is_file())
-    files = list(_walk(root, f"{name}/", source))
+    try:
+        files = list(_walk(root, f"{name}/", source))
+    except OSError as error:
+        raise InputError(f"sources.{name}.path={source.path}: {error}") from None
     absent = []
     for package in source.fill:
         if sum(file.size for file in files) >= source.minimum_bytes:
@@ -74,7 +78,7 @@ def tree_files(name: str, source: Tree) -> list[File]:
 
 def _walk(root: Path, prefix: str, source: Tree) -> Iterator[File]:
     here = get_datafolder("/")
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in walk(root):
         folders[:] = [entry for entry in folders if entry not in source.exclude]
         for entry in names:
             path = Path(folder, entry)
@@ -91,7 +95,7 @@ def _walk(root: Path, prefix: str, source: Tree) -> Iterator[File]:
 def _remote_files(name: str, source: Tree) -> list[File]:
     try:
         folder = open_folder(name, source)
-        paths = [path for path in folder.list_files() if path.endswith(source.suffixes)]
+        paths = [path for path in list_folder(folder) if path.endswith(source.suffixes)]
         paths = sorted(path for path in paths if not set(path.split("/")) & set(source.exclude))
         files = [File(f"{name}/{path}", opener(folder, path, source), folder.size(path)) for path in paths]
     except (OSError, ImportError, ValueError) as error:

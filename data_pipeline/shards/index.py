@@ -18,6 +18,7 @@ from data_pipeline.errors import InputError
 
 OFFSET, TOKENS, TEXT_BYTES, LANGUAGE = range(4)
 COLUMNS = 4
+MOST = 2**53  # tokens or bytes of a document
 LONGEST_LANGUAGE = 7  # bytes of a code: the eighth would reach the sign of an int64
 
 
@@ -86,8 +87,14 @@ def _metadata(payload: bytes, where: str) -> dict:
     sizes = ("tokens", "bytes")
     if not isinstance(record, dict) or any(type(record.get(key)) is not int or record[key] < 0 for key in sizes):
         raise InputError(f"{where}: metadata lacks a count of tokens or bytes")
+    if any(record[key] > MOST for key in sizes):
+        raise InputError(f"{where}: metadata counts more than {MOST} tokens or bytes")
     if any(type(record.setdefault(key, "")) is not str for key in ("source", "language")):
         raise InputError(f"{where}: metadata has a source or language that is no string")
+    try:
+        language_number(record["language"])
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     return record
 
 

@@ -31,7 +31,7 @@ ROOM = 4  # shards that a cache must hold: two that are read ahead, one that is 
 
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=200)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0, strict=True)]
+Count = Annotated[int, Field(ge=0, le=2**53, strict=True)]  # so that no sum of them that fits overflows an int64
 STRICT = ConfigDict(extra="forbid")
 
 
@@ -52,7 +52,7 @@ class SourceInfo:
     """What is known of a source: the category that it belongs to, and how often an epoch of training goes over it."""
 
     category: str = ""
-    epochs: Annotated[float, Field(gt=0)] = 1.0
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
 
 @checked_dataclass(frozen=True, config=STRICT)
@@ -233,7 +233,11 @@ class Manifest:
         """A file of this manifest, opened. Raises OSError."""
         if self.remote:
             return self.remote.open(name, size=size, sha256=sha256)
-        return FileIO(self.directory / name)
+        file = FileIO(self.directory / name)
+        if size is not None and (found := os.fstat(file.fileno()).st_size) != size:
+            file.close()
+            raise OSError(f"{found} bytes on disk, {size} in the manifest")
+        return file
 
     def read(self, name: str, *, sha256: str | None = None, fresh: bool = False) -> bytes:
         """All of a file of this manifest; of a remote one, downloaded anew when it is `fresh` or the cached copy has

@@ -1,5 +1,6 @@
 """Reads whole documents back from shards, in stored order: for evaluation, checks and people."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,8 +21,12 @@ class StoredDocument:
 
 def shard_index(manifest: Manifest, shard: Shard) -> np.ndarray:
     """A shard's index, int64 [documents, 4], checked against the manifest. Raises InputError or OSError."""
+    data = manifest.read(shard.index, sha256=shard.index_sha256)
+    # One of other documents may add up to the same sums, and would give tokens from between them.
+    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
+        raise InputError(f"index {shard.index}: its sha256 is not the manifest's")
     return parse_index(
-        manifest.read(shard.index, sha256=shard.index_sha256),
+        data,
         shard.index,
         documents=shard.documents,
         tokens=shard.tokens,

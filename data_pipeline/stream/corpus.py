@@ -12,7 +12,7 @@ from data_pipeline.shards.manifest import Manifest, Shard
 from data_pipeline.shards.reading import shard_index
 from data_pipeline.stream.mixture import Group, Mixture, make_groups
 from data_pipeline.stream.order import permutation
-from data_pipeline.stream.score_filter import DocumentFilter, KeptCounts, count_row
+from data_pipeline.stream.score_filter import DocumentFilter, KeptCounts, count_row, counts_file
 from data_pipeline.stream.shard_view import DamagedShard, ShardView
 
 
@@ -111,7 +111,10 @@ class Corpus:
                 counted = self.counts.row(number)
                 kept, digest = self.filter.kept(functools.partial(self.manifest.read, sha256=counted[-1]), shard, index)
                 if count_row(index, kept, digest) != counted:
-                    raise InputError("the scores are not those that the filter was counted from")
+                    cache = f"{self.manifest.place}/{counts_file(self.manifest, self.filter)}"
+                    raise InputError(
+                        f"the scores are not those that {cache} was counted from: remove it and count again"
+                    )
         except (InputError, OSError) as error:
             raise DamagedShard(f"shard {shard.name}: {error}") from None
         return index[kept], np.flatnonzero(kept)

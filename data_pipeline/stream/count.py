@@ -19,7 +19,7 @@ from data_pipeline.pool import process_pool
 from data_pipeline.shards.manifest import Manifest, Shard, replace_file
 from data_pipeline.shards.reading import shard_index
 from data_pipeline.stream.pipeline import load_filter
-from data_pipeline.stream.score_filter import DocumentFilter, KeptCounts, Row, count_row, counts_file
+from data_pipeline.stream.score_filter import DocumentFilter, KeptCounts, Row, ScoreFilter, count_row, counts_file
 
 CHUNK = 16  # shards that a worker takes at once
 
@@ -97,6 +97,12 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"--workers={given.workers} must be at least 1")
     filter = load_filter(given.filter)
     manifest = Manifest.load(given.manifest, check_files=False)
+    # No error: a split, or a part of the corpus, may lack a source that the filter has a band for.
+    if isinstance(filter, ScoreFilter) and (unused := filter.unused_bands(manifest.sources)):
+        print(
+            f"warning: bands of {', '.join(unused)}: no such source, there are {', '.join(manifest.sources)}",
+            file=sys.stderr,
+        )
     counts = count(manifest, filter, workers=given.workers, publish=not given.local)
     totals = manifest.totals
     path = manifest.directory / counts_file(manifest, filter)

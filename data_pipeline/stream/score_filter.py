@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from data_pipeline.errors import InputError
 from data_pipeline.shards.index import LANGUAGE, TOKENS, language_code
-from data_pipeline.shards.manifest import Manifest, Shard
+from data_pipeline.shards.manifest import Count, Manifest, Shard
 from data_pipeline.shards.scores import MEASURES, ScoresName, load_scores
 
 Band = tuple[float | None, float | None]
@@ -67,7 +67,7 @@ class ScoreFilter:
             return FILTER.validate_python(OmegaConf.to_container(OmegaConf.load(text)))
         except OSError as error:
             raise InputError(f"filter {text}: {error.strerror or error}") from None
-        except YAMLError as error:
+        except (YAMLError, UnicodeDecodeError) as error:
             raise InputError(f"filter {text}: {' '.join(str(error).split())}") from None
         except ValidationError as error:
             raise InputError(
@@ -105,6 +105,11 @@ class ScoreFilter:
             low, high = self.band(shard.source, language_code(language))
             kept &= ~here | ((values >= _bound(low, -np.inf)) & (values <= _bound(high, np.inf)))
         return kept
+
+    def unused_bands(self, sources: Collection[str]) -> list[str]:
+        """The names of bands that no document of these sources can have."""
+        known = {"*", *sources}
+        return sorted(name for name in self.bands if name not in sources and name.rpartition("/")[0] not in known)
 
     def band(self, source: str, language: str) -> Band:
         """The band (low, high) of documents of this source and language."""
@@ -145,9 +150,9 @@ class KeptCounts:
             raise InputError(f"{path}: {error.errors()[0]['msg']}; remove it and run {command}") from None
         except OSError as error:
             raise InputError(f"{path}: {error}") from None
-        if (record["manifest"], record["filter"]) != (manifest.content_hash, filter.filter_hash):
+        if (record.get("manifest"), record.get("filter")) != (manifest.content_hash, filter.filter_hash):
             raise InputError(f"{path}: counted for another manifest or filter; run {command}")
-        rows = record["shards"]
+        rows = record.get("shards", [])
         if len(rows) != len(manifest.shards):
             raise InputError(f"{path}: {len(rows)} shards, the manifest has {len(manifest.shards)}; run {command}")
         numbers = np.array([row[:3] for row in rows], dtype=np.int64).reshape(-1, 3)
@@ -166,7 +171,7 @@ class KeptCounts:
 
 
 Row = tuple[int, int, int, str]
-RECORD = TypeAdapter(dict[Literal["manifest", "filter", "shards"], str | list[Row]])
+RECORD = TypeAdapter(dict[Literal["manifest", "filter", "shards"], str | list[tuple[Count, Count, Count, str]]])
 
 
 def counts_file(manifest: Manifest, filter: DocumentFilter) -> str:

@@ -1,6 +1,7 @@
 """The pipeline end to end on a small planted corpus: what it drops, what it writes, and that a kill loses nothing."""
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import json
@@ -19,7 +20,8 @@ from data_pipeline import tokenizer as tokenizers
 from data_pipeline.config import compose
 from data_pipeline.document import in_heldout
 from data_pipeline.errors import InputError
-from data_pipeline.run import main, run
+from data_pipeline.readers import ReadSources
+from data_pipeline.run import check, main, run
 from data_pipeline.shards import Manifest, read_documents
 from data_pipeline.shards.verify import verify
 from data_pipeline.stream import build_stream
@@ -200,6 +202,20 @@ BAD = {
         "output=s3://bucket/x",
         "output='s3://bucket/x': Value error, is a URL: output goes to a folder",
     ),
+    "a bound below another": (
+        "rules.length={min_bytes: 100, max_bytes: 10}",
+        "min_bytes=100 must be at most max_bytes=10: nothing would be kept",
+    ),
+    "a share above 1": ("rules.garbled.max_share=2", "rules.garbled.max_share=2: Input should be less than or equal"),
+    "runs of no words": ("rules.repetition.words=0", "rules.repetition.words=0: Input should be greater than or equal"),
+    "runs of no marks": ("edits.punctuation.max_run=0", "edits.punctuation.max_run=0: Input should be greater"),
+    "no phrase": ("rules.boilerplate.phrases=[]", "rules.boilerplate.phrases=[]: Value error, must be one phrase or"),
+    "an empty phrase": ("edits.notices.phrases=[a, '']", "none of them empty, all in lower case"),
+    "a phrase in capitals": ("rules.placeholder.phrases=[TODO]", "none of them empty, all in lower case"),
+    "a language too long to be stored": (
+        "sources.main.language=zh-Hant-TW",
+        "sources.main.language='zh-Hant-TW': Value error, language='zh-Hant-TW' is not an ASCII code of at most 7",
+    ),
     "no input": ("input=null", "sources.main.path: missing; give input=FOLDER"),
     "no such tokenizer": ("tokenizer.file=/no/such.json", "tokenizer.file=/no/such.json"),
     "not Hydra's grammar": ("a b", "a b"),
@@ -240,6 +256,48 @@ def test_another_run_s_output_is_not_overwritten(planted, output, tmp_path, caps
     assert main(arguments(planted[0], tmp_path)) == 2
     assert "thesis.tex" in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.parametrize("removals", range(5))
+def test_an_overwrite_that_is_interrupted_can_be_done_again_or_undone(planted, output, tmp_path, monkeypatch, removals):
+    shutil.copytree(output, copy := tmp_path / "data")
+    left, remove = iter(range(removals)), shutil.rmtree
+
+    def remove_some(folder):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        remove(folder)
+
+    monkeypatch.setattr("data_pipeline.run.shutil.rmtree", remove_some)
+    other = arguments(planted[0], copy, "tokenizer.vocab_size=460", "overwrite=true")
+    assert main(other) == 130
+    monkeypatch.undo()
+    again = other if removals % 2 else arguments(planted[0], copy)
+    assert main(again) == 0
+    assert (fingerprint(copy) == fingerprint(output)) == (again is not other)
+
+
+def test_files_that_come_while_a_run_reads_shift_none_to_another_task(planted, tmp_path):
+    """Tasks that listed another number of files would read some of them twice, or leave them out."""
+    shutil.copytree(planted[0], source := tmp_path / "text")
+    settings = compose(arguments(source, tmp_path / "data", "workers=1"))
+    record = check(settings)
+    (source / "another.txt").write_text(prose(77))
+    with pytest.raises(InputError, match="sources: files were added or removed, or have another size"):
+        list(
+            ReadSources(settings.sources, tmp_path / "quarantine", record["inputs"]["sha256"]).run(rank=1, world_size=3)
+        )
+
+
+def test_a_run_that_could_not_note_its_settings_is_done_again(planted, tmp_path, monkeypatch):
+    def full(path, data):
+        path.with_name(f"{path.name}.tmp").touch()  # as a kill would leave it
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("data_pipeline.run.replace_file", full)
+    assert main(arguments(planted[0], tmp_path / "data")) == 1
+    monkeypatch.undo()
+    assert main(arguments(planted[0], tmp_path / "data")) == 0
 
 
 def test_too_little_text_says_what_is_missing(tmp_path, capsys):

@@ -1,12 +1,15 @@
 """Every kind of source gives its documents; what is none is named, counted, quarantined, and the rest goes on."""
 
+import errno
 import functools
 import gzip
 import io
 import json
+import lzma
 import os
 import sys
 import threading
+import zipfile
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -148,8 +151,11 @@ def damage_second_member(first, second):
         ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n') + b"garbage"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n' + os.urandom(9000).hex().encode())[:-700]),
         ("a.jsonl.zst", zstandard.compress(b'{"text": "one"}\n') + b"garbage"),
+        ("a.jsonl.zst", zstandard.compress(b'{"text": "one"}\n') + zstandard.compress(os.urandom(9000))[:-700]),
+        ("a.jsonl.zst", zstandard.compress(b'{"text": "one"}\n')[:-5]),
+        ("a.jsonl.xz", lzma.compress(b'{"text": "one"}\n')[:30] + bytes(30)),
     ],
-    ids=["corrupt member", "garbage after a member", "cut off", "corrupt zst"],
+    ids=["corrupt member", "garbage after a member", "cut off", "corrupt zst", "cut frame", "cut zst", "corrupt xz"],
 )
 def test_a_corrupt_compressed_file_gives_what_came_before_and_its_name(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
@@ -157,6 +163,45 @@ def test_a_corrupt_compressed_file_gives_what_came_before_and_its_name(tmp_path,
     documents, quarantine = read(tmp_path, web=source(tmp_path, kind="jsonl"))
     assert "two" in [text for text, _ in documents.values()]
     assert quarantine[f"web/{name}"] == "unreadable"
+
+
+def test_a_zst_file_of_many_frames_is_read_to_its_end(tmp_path):
+    """As `cat` and parallel packers make them, empty and skippable frames among the others."""
+    lines = [json.dumps({"text": prose(n)}).encode() + b"\n" for n in range(30)]
+    skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00skip"
+    frames = [zstandard.compress(line) for line in lines]
+    (tmp_path / "a.jsonl.zst").write_bytes(skippable.join([*frames, zstandard.compress(b"")]))
+    documents, quarantine = read(tmp_path, web=source(tmp_path, kind="jsonl"))
+    assert [text for text, _ in documents.values()] == [prose(n) for n in range(30)]
+    assert not quarantine
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "tree"])
+def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path, kind, monkeypatch):
+    (tmp_path / "shut").mkdir()
+    for name in ("a.jsonl", "shut/b.jsonl"):
+        (tmp_path / name).write_text('{"text": "one"}')
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("shut"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr("os.scandir", scandir)
+    options = {"suffixes": [".jsonl"]} if kind == "tree" else {}
+    with pytest.raises(InputError, match=rf"sources\.web\.path={tmp_path}: .*Permission denied: '{tmp_path}/shut'"):
+        read(tmp_path, web=source(tmp_path, kind=kind, **options))
+
+
+def test_a_zip_archive_is_named_and_not_taken_for_its_first_file(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.jsonl.zip", "w") as archive:
+        archive.writestr("one.jsonl", '{"text": "one"}')
+        archive.writestr("two.jsonl", '{"text": "two"}')
+    (tmp_path / "b.jsonl").write_text('{"text": "three"}')
+    documents, quarantine = read(tmp_path, web=source(tmp_path, kind="jsonl"))
+    assert list(documents) == ["web/b.jsonl:1"]
+    assert quarantine == {"web/a.jsonl.zip": "unreadable"}
 
 
 def test_a_tree_of_pages_markdown_and_packed_files(tmp_path):

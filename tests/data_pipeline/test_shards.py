@@ -211,6 +211,8 @@ def test_a_name_that_leads_elsewhere_is_refused(manifest, field, name):
         (lambda r: r.update(directory="/etc"), "directory"),
         (lambda r: r["shards"][0].update(source="x"), "sources="),
         (lambda r: r["sources"]["random"].update(epochs=-1), "epochs=-1"),
+        (lambda r: r["sources"]["random"].update(epochs=float("inf")), "epochs=inf"),
+        (lambda r: r["shards"][0].update(tokens=10**30), f"tokens={10**30}"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -277,14 +279,14 @@ def test_an_index_that_points_outside_is_refused(manifest, change):
         load_index(path, documents=shard.documents, tokens=shard.tokens, size=shard.size, itemsize=2)
 
 
-def hostile_tar(path, member):
+def hostile_tar(path, member, content=None):
     """A good document followed by `member`, a TarInfo."""
     with tarfile.open(path, "w") as tar:
         for name, data in (("a.json", b'{"tokens": 2, "bytes": 0}'), ("a.tokens", b"\1\0\2\0")):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-        tar.addfile(member, io.BytesIO(b"x" * member.size))
+        tar.addfile(member, io.BytesIO(content or b"x" * member.size))
 
 
 def member(name, kind=tarfile.REGTYPE, target="", size=0):
@@ -319,6 +321,20 @@ def test_a_hostile_member_is_refused_by_name(manifest, hostile, message):
     digest, size = hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size
     edit(manifest, lambda r: r["shards"][0].update(sha256=digest, size=size))
     assert any(manifest.shards[0].name in problem for problem in verify(load(manifest)))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (b'{"tokens": 2, "bytes": 1000000000000000000000000000000}', "more than"),
+        (b'{"tokens": 2, "bytes": 0, "language": "zh-Hant-TW"}', "language='zh-Hant-TW' is not an ASCII code"),
+    ],
+    ids=["number", "language"],
+)
+def test_metadata_that_no_index_can_hold_is_refused_by_name(tmp_path, metadata, message):
+    hostile_tar(path := tmp_path / "x.tar", member("b.json", size=len(metadata)), metadata)
+    with pytest.raises(InputError, match=f"shard x.tar: member 'b.json': .*{message}"):
+        build_index(path, 2)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

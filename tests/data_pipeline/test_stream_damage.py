@@ -6,6 +6,7 @@ import shutil
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,7 +34,12 @@ def overwrite_tokens(path):
     path.write_bytes(b"\xff" * path.stat().st_size)
 
 
-@pytest.mark.parametrize("damage", [truncate, overwrite_tokens, os.unlink], ids=lambda f: f.__name__)
+def lengthen(path):
+    """Another shard's documents would be read at this one's places, wherever they begin."""
+    path.write_bytes(path.read_bytes() + bytes(512))
+
+
+@pytest.mark.parametrize("damage", [truncate, overwrite_tokens, lengthen, os.unlink], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("part", ["name", "index"])
 def test_damage_after_the_start_becomes_padding_and_touches_nothing_else(manifest, damage, part):
     good = make_stream(manifest)
@@ -54,6 +60,19 @@ def test_damage_after_the_start_becomes_padding_and_touches_nothing_else(manifes
         else:
             assert torch.equal(batch.tokens[0], expected[index].tokens)
             assert torch.equal(batch.targets[0], expected[index].targets)
+
+
+def test_an_index_whose_sums_are_right_is_not_taken_for_the_shard_s(manifest):
+    shard = manifest.shards[2]
+    path = manifest.directory / shard.index
+    index = np.load(path)
+    np.save(path, index[::-1])
+    subject = make_stream(manifest)
+    batch = subject.batch(range(subject.samples_per_epoch))
+    assert batch.damaged
+    assert {damage.reason for damage in batch.damaged} == {
+        f"shard {shard.name}: index {shard.index}: its sha256 is not the manifest's"
+    }
 
 
 def test_an_open_file_that_is_truncated_does_not_kill_the_process(manifest):

@@ -174,8 +174,12 @@ def test_scores_that_changed_since_counting_are_damage_and_never_other_data(mani
         sample = after.sample(index)
         damaged += sample.damage is not None
         assert sample.damage or torch.equal(sample.tokens, before.sample(index).tokens)
-        assert sample.damage is None or "counted from" in sample.damage.reason
+        assert sample.damage is None or f"{counts_file(manifest, BAND)} was counted from" in sample.damage.reason
     assert damaged
+    os.unlink(manifest.directory / counts_file(manifest, BAND))  # as the message says
+    counting.count(manifest, BAND)
+    again = make_stream(manifest)
+    assert not again.batch(range(again.samples_per_epoch)).damaged
 
 
 def test_a_document_without_a_score_is_named(manifest, capsys):
@@ -215,6 +219,7 @@ def test_a_bad_sidecar_is_refused_by_name(manifest, content):
         ('{"scores": "a", "measure": "bits"}', "measure='bits'"),
         ('{"scores": "a", "default": [2, 1]}', "low=2.0 is above high=1.0"),
         ('{"scores": "a", "treshold": 2}', "treshold"),
+        (sys.executable, f"filter {sys.executable}: 'utf-8' codec can't decode"),
     ],
     ids=str,
 )
@@ -223,6 +228,14 @@ def test_a_bad_filter_is_one_clear_line(manifest, text, message, capsys):
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
     assert message in errors[0]
+
+
+def test_a_band_of_a_source_that_is_not_there_is_named(manifest, capsys):
+    bands = dict.fromkeys((*manifest.sources, "a/en", "*/zh", "d", "d/en", "*"), (0.2, 0.8))
+    chosen = ScoreFilter(scores="small", bands=bands)
+    assert counting.main([str(manifest.directory / "manifest.json"), chosen.to_json()]) == 0
+    known = ", ".join(manifest.sources)
+    assert capsys.readouterr().err == f"warning: bands of *, d, d/en: no such source, there are {known}\n"
 
 
 def test_a_filter_that_keeps_nothing_is_refused(manifest):
@@ -234,7 +247,9 @@ def test_a_filter_that_keeps_nothing_is_refused(manifest):
 def test_a_damaged_cache_names_the_command(manifest):
     counting.count(manifest, BAND)
     path = manifest.directory / counts_file(manifest, BAND)
-    for content in ("{", "[]", '{"manifest": 3}', json.dumps(json.loads(path.read_text()) | {"shards": []})):
+    whole = json.loads(path.read_text())
+    huge = whole | {"shards": [[10**30, *row[1:]] for row in whole["shards"]]}
+    for content in ("{", "[]", "{}", '{"manifest": 3}', json.dumps(whole | {"shards": []}), json.dumps(huge)):
         path.write_text(content)
         with pytest.raises(InputError, match=r"data_pipeline\.stream\.count"):
             make_stream(manifest)

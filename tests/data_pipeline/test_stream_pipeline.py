@@ -1,6 +1,7 @@
 """The stream as a WebDataset pipeline: its stages can be looked into, inserted, replaced, and order does not move."""
 
 import dataclasses
+import gc
 import hashlib
 import itertools
 import multiprocessing
@@ -244,6 +245,7 @@ def test_a_stage_that_raises_stop_iteration_does_not_end_the_data(manifest, work
 
 
 def test_only_its_parent_ends_a_reader_process(manifest):
+    gc.collect()  # the error of a test before this one may still hold that test's reader
     stream = build_stream(manifest, sequence_length=LENGTH, seed=0)
     with BatchLoader(stream, lambda step: (step * 4, 4), micro_batch=4, workers=1) as loader:
         steps = iter(loader)

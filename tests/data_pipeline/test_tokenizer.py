@@ -1,5 +1,6 @@
 """Decoding gives back the text to the byte, and training twice gives the same file."""
 
+import json
 import random
 
 import pytest
@@ -89,6 +90,15 @@ def test_description_matches_the_file(path):
 def test_refused_by_name(path, call, message):
     with pytest.raises(InputError, match=message):
         call(path)
+
+
+def test_a_vocabulary_with_numbers_left_out_holds_its_largest_id(path, tmp_path):
+    record = json.loads(path.read_text())
+    vocabulary = record["model"]["vocab"]
+    last = max(vocabulary, key=vocabulary.get)
+    vocabulary[last] += 100
+    (tmp_path / "gap.json").write_text(json.dumps(record))
+    assert tokenizers.describe(tmp_path / "gap.json").vocab_size == vocabulary[last] + 1
 
 
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
