@@ -48,21 +48,20 @@ def glance(directory: Path) -> list[str]:
     return found
 
 
-def newest_whole(folder: Path) -> tuple[Path | None, dict[Path, list[str]]]:
-    """The newest checkpoint in `folder` that `glance` finds whole, and what is wrong with those after it.
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder` that `glance` finds whole; None where there is none at all.
 
     Raises:
         ConfigError: there are checkpoints, and none is whole: to start afresh is then for a person to decide.
     """
-    damaged: dict[Path, list[str]] = {}
+    found = []
     for checkpoint in reversed(whole_checkpoints(folder)):
         if not (problems := glance(checkpoint)):
-            return checkpoint, damaged
-        damaged[checkpoint] = problems
-    if damaged:
-        lines = [line for problems in damaged.values() for line in problems]
-        raise ConfigError([*lines, f"no checkpoint in {folder} is whole; move them away to start afresh"])
-    return None, {}
+            return checkpoint
+        found += problems
+    if found:
+        raise ConfigError([*found, f"no checkpoint in {folder} is whole; move them away to start afresh"])
+    return None
 
 
 def _content_problems(manifest: Manifest) -> list[str]:

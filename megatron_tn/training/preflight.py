@@ -82,7 +82,7 @@ def checkpoint_to_resume(config: TrainConfig) -> Path | None:
     asked = config.checkpoint.resume
     folder = Path(config.run_dir) / CHECKPOINTS
     if asked == "auto":
-        return newest_whole(folder)[0]
+        return newest_whole(folder)
     there = whole_checkpoints(folder)
     if asked == "none":
         if there:
