@@ -4,6 +4,7 @@ The public functions are below; their docstrings are the reference. Needs torch 
 """
 
 from kernels.activation import activation
+from kernels.adamw.op import adamw_
 from kernels.cross_entropy.op import linear_cross_entropy
 from kernels.dispatch import set_backend
 from kernels.embedding.op import scaled_embedding
@@ -28,6 +29,7 @@ __version__ = "0.0.0"
 
 __all__ = [
     "activation",
+    "adamw_",
     "add_scaled_simple_rms_norm",
     "add_simple_rms_norm",
     "apply_rms_scale",

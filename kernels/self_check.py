@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
+from kernels.adamw import reference as adamw_reference
+from kernels.adamw.op import adamw_
 from kernels.cross_entropy import reference as cross_entropy_reference
 from kernels.cross_entropy.op import linear_cross_entropy
 from kernels.embedding import reference as embedding_reference
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 LARGEST_ERROR = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 # theta's gradient is a sum of terms that cancel; its bounds are its own.
 LARGEST_THETA_ERROR = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+# The optimizer's arithmetic is fp32, whatever the model's type.
+LARGEST_UPDATE_ERROR = dict.fromkeys(LARGEST_ERROR, 1e-6)
 
 TOKENS = 65  # of the operators that see a token at a time
 VOCABULARY = 4099  # some whole tiles of the head, and a part of one
@@ -48,6 +52,7 @@ class _Check:
     definition: Callable[..., Tensor]  # the same in fp64
     shapes: tuple[tuple[int, ...], ...]
     bounds: Mapping[torch.dtype, float] = field(default_factory=lambda: LARGEST_ERROR)
+    differentiable: bool = True
 
 
 def self_check(
@@ -172,6 +177,20 @@ def _checks(
     def exact_embedding(weight: Tensor) -> Tensor:
         return embedding_reference.scaled_embedding(ids, weight, 3.0)
 
+    settings = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "step": 3}
+
+    def update(master: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        state = [x.detach().float().clone() for x in (master, first, second)]
+        state[2].square_()
+        divisor = torch.full((), 2.0, device=master.device)
+        copy = torch.empty_like(state[0])
+        adamw_(state[0], gradient.detach().float(), *state[1:], divisor=divisor, copy=copy, **settings)
+        return torch.stack((*state, copy))
+
+    def exact_update(master: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        state = adamw_reference.adamw(master, gradient / 2, first, second.square(), **settings)
+        return torch.stack((*state, state[0]))
+
     key, value = (1, length, heads, key_width), (1, length, heads, value_width)
     rows = (TOKENS, heads * value_width)
     yield _Check("lightning_attention", attention, attention, (key, key, value))
@@ -188,6 +207,7 @@ def _checks(
     vocabulary = (VOCABULARY, embed_width)
     yield _Check("scaled_embedding", embedding, exact_embedding, (vocabulary,))
     yield _Check("linear_cross_entropy", head, exact_head, ((TOKENS, embed_width), vocabulary))
+    yield _Check("adamw", update, exact_update, (rows,) * 4, LARGEST_UPDATE_ERROR, differentiable=False)
 
 
 def _worst_error(check: _Check, dtype: torch.dtype, device: torch.device) -> float:
@@ -202,9 +222,10 @@ def _worst_error(check: _Check, dtype: torch.dtype, device: torch.device) -> flo
     with torch.enable_grad():
         out = check.function(*inputs)
         gradient = draw(out.shape)
-        values = (out, *torch.autograd.grad(out, inputs, gradient))
+        values = (out, *(torch.autograd.grad(out, inputs, gradient) if check.differentiable else ()))
         with dispatch.backend("torch"):  # lightning attention is judged by its chunked form, free of kernels
             wanted = check.definition(*exact)
-            expected = (wanted, *torch.autograd.grad(wanted, exact, gradient.double()))
+            gradients = torch.autograd.grad(wanted, exact, gradient.double()) if check.differentiable else ()
+            expected = (wanted, *gradients)
     errors = [((x.double() - y).norm() / y.norm()).item() for x, y in zip(values, expected, strict=True)]
     return max(errors) if all(error == error for error in errors) else float("nan")

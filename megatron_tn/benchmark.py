@@ -112,7 +112,8 @@ def measure(config: BenchmarkConfig) -> Iterator[Row]:
     """The rows of one config, in the order they are measured."""
     device = join_world(config.distributed_timeout_s)
     try:
-        yield from engine_rows(config, device)
+        for row in engine_rows(config, device):
+            yield row
         if config.benchmark.peer == "llama":
             yield peer_row(config, device)
         if config.benchmark.loop_steps:
@@ -120,11 +121,10 @@ def measure(config: BenchmarkConfig) -> Iterator[Row]:
             if dist.get_rank() == 0:
                 write_random_shards(config, shards)
             dist.barrier()
-            rate = matmul_tflops(device)
     finally:
         leave_world()
     if config.benchmark.loop_steps:
-        yield loop_row(config, shards, rate)
+        yield loop_row(config, shards, row.matmul_tflops)
 
 
 def engine_rows(config: BenchmarkConfig, device: torch.device) -> Iterator[Row]:
@@ -210,7 +210,11 @@ def llama(shape: ModelConfig, device: torch.device) -> torch.nn.Module:
 
 
 def loop_row(config: BenchmarkConfig, shards: Path, rate: float) -> Row:
-    """The training command on random documents: the median of its journal's later records."""
+    """The training command on random documents: the median of its journal's later records.
+
+    rate: that of the steps measured before, since nothing can be sampled between these. After them it would be that of
+    a GPU which has rested while the run was taken down.
+    """
     release()
     data = config.data
     run_dir = Path(config.run_dir) / "loop"

@@ -18,7 +18,7 @@ ALLOWED = {
     "megatron_tn.config": [],
     "megatron_tn.parallel": ["kernels", "megatron_tn.config"],
     "megatron_tn.model": ["kernels", "megatron_tn.parallel", "megatron_tn.config"],
-    "megatron_tn.optim": ["megatron_tn.config"],
+    "megatron_tn.optim": ["kernels", "megatron_tn.config"],
     "megatron_tn.engine": ["megatron_tn.model", "megatron_tn.parallel", "megatron_tn.optim", "megatron_tn.config"],
     "megatron_tn.checkpoint": ["megatron_tn.model", "megatron_tn.parallel", "megatron_tn.config"],
     "megatron_tn.inference": ["megatron_tn.model", "megatron_tn.parallel", "megatron_tn.config"],

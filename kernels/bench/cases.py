@@ -33,6 +33,7 @@ class Case:
     chained: bool = False  # several operators in a row, each of which rounds
     length: int | None = None  # positions in a row, where that is what time is plotted against
     output_bytes: int | None = None  # where they are not those of `gradients`
+    in_place: bool = False  # its outputs are among its inputs
     products: Callable[[], object] | None = None  # what the floor is the time of, where it is not the memory's
 
     @property

@@ -1,4 +1,4 @@
-"""The output head with its loss, and whole layers, under measurement: work that the matrix products bound."""
+"""The output head with its loss, whole layers, and the update that follows them, under measurement."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
+from kernels.adamw import reference as adamw_reference
 from kernels.bench.cases import Case, random_inputs
 from kernels.bench.peers import Peer
 from kernels.cross_entropy import reference as head_reference
@@ -22,6 +23,45 @@ def cases(device: torch.device) -> Iterator[tuple[Case, Case]]:
         yield _head(65, 4096, width, dtype, device), _head(*size, width, dtype, device)
     for width in (2048, 4096) if gpu else (64,):
         yield _layer(65, width, dtype, device), _layer(16384 if gpu else 256, width, dtype, device)
+    yield _adamw(4099, dtype, device), _adamw(2**28 if gpu else 2**20, dtype, device, in_place=True)
+
+
+def _adamw(elements: int, dtype: torch.dtype, device: torch.device, *, in_place: bool = False) -> Case:
+    """The update of fp32 masters with moments and of the copies to train on, clipping included. in_place: as it is,
+    which is timed; or of copies, so that it can be judged by what it was given."""
+    master, gradient, first, second = (torch.randn(elements, device=device) for _ in range(4))
+    divisor = torch.full((), 2.0, device=device)
+    copy = torch.empty(elements, dtype=dtype, device=device)
+    settings = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "step": 100}
+
+    def function(master: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
+        state = [x if in_place else x.clone() for x in (master, first, second)]
+        kernels.adamw_(state[0], gradient, *state[1:], divisor=divisor, copy=copy, **settings)
+        return tuple(state)
+
+    def exact(master: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
+        return adamw_reference.adamw(master, gradient / divisor, first, second, **settings)
+
+    parameter = torch.nn.Parameter(master.clone())
+    parameter.grad = gradient
+    theirs = torch.optim.AdamW([parameter], fused=True)
+    theirs.grad_scale = divisor
+
+    def torchs(*_: Tensor) -> None:
+        theirs.step()
+        copy.copy_(parameter)
+
+    return Case(
+        "adamw",
+        f"{elements} elements",
+        function,
+        [master, gradient, first, second.square()],
+        [],
+        exact,
+        output_bytes=3 * master.nbytes + copy.nbytes,
+        in_place=True,
+        peers=(Peer("torch.optim.AdamW(fused=True), and the copy", torchs),),
+    )
 
 
 def _head(tokens: int, vocabulary: int, width: int, dtype: torch.dtype, device: torch.device) -> Case:

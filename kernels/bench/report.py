@@ -91,6 +91,7 @@ class Report:
             if floor is None:
                 continue
             memory = extra_memory(function, self.device)
+            results = 0 if case.in_place else results
             row = Row(
                 case.operator,
                 case.shape,

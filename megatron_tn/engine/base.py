@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_tn.model.transnormer import TransNormerLM
+from megatron_tn.optim.adamw import FusedAdamW
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.sharding import OwnedRange
 
@@ -54,6 +55,18 @@ class Engine(Protocol):
     def refresh(self, optimizer_step: int) -> None:
         """After owned ranges were written: bring the model's parameters in line, and set the step AdamW has counted."""
         ...
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]:
+    """What AdamW keeps of `master`: moments, zero before the first step, and the number of steps (not in apex's)."""
+    if isinstance(optimizer, FusedAdamW):
+        return optimizer.state_of(master)
+    state = optimizer.state[master]
+    for moment in MOMENTS:
+        if moment not in state:
+            state[moment] = torch.zeros_like(master, requires_grad=False)
+    state.setdefault("step", torch.zeros((), device=master.device))
+    return state
 
 
 def set_optimizer_step(optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -20,12 +20,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_tn.config import TrainConfig
-from megatron_tn.engine.base import DTYPES, MOMENTS, StepResult, set_optimizer_step
+from megatron_tn.engine.base import DTYPES, MOMENTS, StepResult, optimizer_state, set_optimizer_step
+from megatron_tn.engine.clipping import clip_gradients, clipped_step
 from megatron_tn.engine.deepspeed_settings import deepspeed_settings
 from megatron_tn.engine.passes import CapturedPasses, capture_stream, on_stream
 from megatron_tn.model.sglu import SGLU
 from megatron_tn.model.transnormer import TransNormerLM, empty_model
-from megatron_tn.optim.clipping import clip_gradients
+from megatron_tn.optim.adamw import FusedAdamW
 from megatron_tn.optim.groups import build_adamw, parameter_groups
 from megatron_tn.parallel.context import Axis, ParallelContext
 from megatron_tn.parallel.gradients import gradient_norm
@@ -36,6 +37,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 import deepspeed
+from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.utils import logger, safe_get_full_grad, set_z3_leaf_modules
 
 logger.setLevel(logging.ERROR)  # its warnings are about choices that are made here on purpose
@@ -150,9 +152,11 @@ class DeepSpeedEngine:
             )
         # The torch (or apex) optimizer underneath the wrapper, which holds learning rates and moments.
         self.inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        if self.stage:
-            self._clip_within_update()
         self.main_gradients = self._attach_main_gradients()
+        if self.main_gradients and isinstance(self.inner, FusedAdamW):
+            self._update_without_waiting()
+        elif self.stage:
+            self._clip_within_update()
         self.passes = None
         if config.engine.cuda_graph:
             self.passes = CapturedPasses(model, self.main_gradients, stream, grow=self.context.data.size)
@@ -162,9 +166,13 @@ class DeepSpeedEngine:
         gradients to clip them."""
         self.optimizer.clip_grad = 0.0
         self.optimizer.unscale_and_clip_grads = lambda *_: None  # stages 2 and 3; the loss is not scaled
-        self.inner.register_step_pre_hook(
-            lambda *_: clip_gradients(self.inner, float(self.optimizer._global_grad_norm), self.clip_norm)
-        )
+        device = next(iter(self.names)).device
+
+        def clip(*_) -> None:
+            norm = torch.as_tensor(self.optimizer._global_grad_norm, device=device)
+            clip_gradients(self.inner, norm, self.clip_norm)
+
+        self.inner.register_step_pre_hook(clip)
 
     def _attach_main_gradients(self) -> list[MainGradient]:
         """Have gradients summed where DeepSpeed's optimizer for bf16 at stage 1 keeps its fp32 sums.
@@ -191,6 +199,40 @@ class DeepSpeedEngine:
         if self.engine.is_gradient_accumulation_boundary():
             for main in self.main_gradients:
                 main.finish()
+
+    def _update_without_waiting(self) -> None:
+        """Put in the place of DeepSpeed's step at stage 1, which waits for the norm before it queues the update, and
+        then copies every master."""
+        optimizer = self.optimizer
+        masters, gradients = optimizer.fp32_groups_flat_partition, optimizer.fp32_groups_gradient_flat_partition
+        self.inner.copies = {
+            master: parts[self.context.data.rank]
+            for master, parts in zip(masters, optimizer.bf16_partitioned_groups, strict=True)
+        }
+
+        @torch.no_grad()
+        def step() -> None:
+            sums = [(parameter.shard_spec, parameter.main_gradient.sum) for parameter in self.names]
+            norm = gradient_norm(sums, self.context.tp, masters[0].device)
+            for master, gradient in zip(masters, gradients, strict=True):
+                master.grad = gradient
+            norm = clipped_step(self.inner, norm, self.clip_norm)
+            optimizer._global_grad_norm, optimizer.overflow = norm, not norm < float("inf")
+            if not optimizer.overflow:
+                self._gather_partitions()
+
+        optimizer.step = step
+
+    def _gather_partitions(self) -> None:
+        """Every rank's part of the bf16 parameters of stage 1, to every rank."""
+        optimizer = self.optimizer
+        all_gather_dp_groups(
+            groups_flat=optimizer.bf16_groups_flat,
+            partitioned_param_groups=optimizer.bf16_partitioned_groups,
+            dp_process_group=optimizer.real_dp_process_group,
+            start_alignment_factor=optimizer.nccl_start_alignment_factor,
+            allgather_bucket_size=optimizer.allgather_bucket_size,
+        )
 
     def forward_backward(
         self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, *, scale: Tensor, last: bool
@@ -222,13 +264,13 @@ class DeepSpeedEngine:
 
     def _bare_step(self) -> StepResult:
         gradients = [(parameter.shard_spec, parameter.grad) for parameter in self.names]
-        norm = gradient_norm(gradients, self.context.tp, gradients[0][1].device).item()
-        if not norm < float("inf"):
+        norm = gradient_norm(gradients, self.context.tp, gradients[0][1].device)
+        if not norm.isfinite():
             self.engine.zero_grad()
-            return StepResult(norm, False)
+            return StepResult(norm.item(), False)
         clip_gradients(self.inner, norm, self.clip_norm)
         self.engine.step()
-        return StepResult(norm, True)
+        return StepResult(norm.item(), True)
 
     def named_logical_gradients(self) -> dict[str, Tensor]:
         found = {}
@@ -245,11 +287,7 @@ class DeepSpeedEngine:
         ]
 
     def _values(self, master: Tensor, offset: int, length: int) -> dict[str, Tensor]:
-        state = self.inner.state[master]
-        for moment in MOMENTS:
-            if moment not in state:
-                state[moment] = torch.zeros_like(master, requires_grad=False)
-        state.setdefault("step", torch.zeros((), device=master.device))
+        state = optimizer_state(self.inner, master)
         values = {"param": master.detach()} | {moment: state[moment] for moment in MOMENTS}
         return {kind: tensor.view(-1).narrow(0, offset, length) for kind, tensor in values.items()}
 

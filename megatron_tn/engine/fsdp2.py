@@ -14,9 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from megatron_tn.config import TrainConfig
-from megatron_tn.engine.base import DTYPES, MOMENTS, StepResult, set_optimizer_step
+from megatron_tn.engine.base import DTYPES, MOMENTS, StepResult, optimizer_state, set_optimizer_step
+from megatron_tn.engine.clipping import clipped_step
 from megatron_tn.model.transnormer import TransNormerLM
-from megatron_tn.optim.clipping import clip_gradients
 from megatron_tn.optim.groups import build_adamw, parameter_groups
 from megatron_tn.parallel.context import Axis
 from megatron_tn.parallel.gradients import gradient_norm
@@ -71,18 +71,15 @@ class FSDP2Engine:
         gradients = [parameter.grad.to_local() for parameter in self.parameters]
         device = gradients[0].device
         pairs = zip(self.specs, gradients, strict=True)
-        norm = gradient_norm(pairs, self.context.tp, device, sharded_over=self.context.data).item()
-        applied = norm < float("inf")
-        if applied:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            for master, gradient in zip(self.masters, gradients, strict=True):
-                master.grad = gradient
-            clip_gradients(self.optimizer, norm, self.clip_norm)
-            self.optimizer.step()
+        norm = gradient_norm(pairs, self.context.tp, device, sharded_over=self.context.data)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        for master, gradient in zip(self.masters, gradients, strict=True):
+            master.grad = gradient
+        norm = clipped_step(self.optimizer, norm, self.clip_norm)
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             parameter.grad = master.grad = None
-        return StepResult(norm, applied)
+        return StepResult(norm, norm < float("inf"))
 
     def named_logical_gradients(self) -> dict[str, Tensor]:
         return {
@@ -97,11 +94,7 @@ class FSDP2Engine:
             rows = parameter.shape[0]
             row = parameter.numel() // rows
             start = min(rank * -(-rows // size), rows) * row
-            state = self.optimizer.state[master]
-            for moment in MOMENTS:
-                if moment not in state:
-                    state[moment] = torch.zeros_like(master)
-            state.setdefault("step", torch.zeros((), device=master.device))
+            state = optimizer_state(self.optimizer, master)
             values = {"param": master.detach().view(-1)} | {moment: state[moment].view(-1) for moment in MOMENTS}
             ranges.append(OwnedRange(name, start, start + master.numel(), values))
         return ranges

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from megatron_tn.config import TrainConfig
-from megatron_tn.engine.base import MOMENTS, StepResult, set_optimizer_step
+from megatron_tn.engine.base import MOMENTS, StepResult, optimizer_state, set_optimizer_step
+from megatron_tn.engine.clipping import clipped_step
 from megatron_tn.engine.passes import CapturedPasses, Passes, capture_stream
 from megatron_tn.model.transnormer import TransNormerLM
-from megatron_tn.optim.clipping import clip_gradients
+from megatron_tn.optim.adamw import FusedAdamW
 from megatron_tn.optim.groups import build_adamw, parameter_groups
 from megatron_tn.parallel.collectives import all_reduce_
 from megatron_tn.parallel.gradients import gradient_norm
@@ -52,6 +53,8 @@ class LocalEngine:
         dimensions = [parameter.dim() for parameter in self.parameters]
         groups = parameter_groups(zip(self.names, self.masters, dimensions, strict=True), config.optim.weight_decay)
         self.optimizer = build_adamw(groups, config.optim)
+        if isinstance(self.optimizer, FusedAdamW) and self.parameters[0] is not self.masters[0]:
+            self.optimizer.copies = dict(zip(self.masters, self.parameters, strict=True))
 
     def forward_backward(
         self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, *, scale: Tensor, last: bool
@@ -67,19 +70,17 @@ class LocalEngine:
     def step(self, lr: float) -> StepResult:
         specs = [parameter.shard_spec for parameter in self.parameters]
         device = self.flat_gradient.device
-        norm = gradient_norm(zip(specs, self.gradients, strict=True), self.context.tp, device).item()
-        applied = norm < float("inf")
-        if applied:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            for master, gradient in zip(self.masters, self.gradients, strict=True):
-                master.grad = gradient
-            clip_gradients(self.optimizer, norm, self.clip_norm)
-            self.optimizer.step()
+        norm = gradient_norm(zip(specs, self.gradients, strict=True), self.context.tp, device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        for master, gradient in zip(self.masters, self.gradients, strict=True):
+            master.grad = gradient
+        norm = clipped_step(self.optimizer, norm, self.clip_norm)
+        if not isinstance(self.optimizer, FusedAdamW):
             self._copy_masters()
         for master in self.masters:
             master.grad = None
-        return StepResult(norm, applied)
+        return StepResult(norm, norm < float("inf"))
 
     def named_logical_gradients(self) -> dict[str, Tensor]:
         return {
@@ -90,11 +91,7 @@ class LocalEngine:
     def owned_ranges(self) -> list[OwnedRange]:
         ranges = []
         for name, master in zip(self.names, self.masters, strict=True):
-            state = self.optimizer.state[master]
-            for moment in MOMENTS:
-                if moment not in state:
-                    state[moment] = torch.zeros_like(master)
-            state.setdefault("step", torch.zeros((), device=master.device))
+            state = optimizer_state(self.optimizer, master)
             values = {"param": master.detach().view(-1)} | {moment: state[moment].view(-1) for moment in MOMENTS}
             ranges.append(OwnedRange(name, 0, master.numel(), values))
         return ranges

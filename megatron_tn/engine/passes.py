@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_tn.model.transnormer import ModelOutput, TransNormerLM
 from megatron_tn.parallel.main_gradient import MainGradient
+from megatron_tn.parallel.world import release_on_leaving
 
 WARM_UP = 2  # eager passes before the first capture: kernels are compiled, and choices made, in them
 
@@ -85,11 +86,18 @@ class CapturedPasses(Passes):
         self.stream = stream
         self.eager = 0
         self.graphs: dict[tuple, _Graph] = {}
+        release_on_leaving(self)
+
+    def release(self) -> None:
+        """Drop the graphs, with their memory. They are captured again where they are wanted."""
+        for captured in self.graphs.values():
+            captured.graph.reset()
+        self.graphs.clear()
 
     def __call__(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, scale: Tensor) -> Tensor:
         inputs = [tokens, targets, cu_seqlens, scale]
         if any(parameter._backward_hooks for parameter in self.model.parameters()):
-            self.graphs.clear()  # their memory is wanted
+            self.release()  # their memory is wanted
             return super().__call__(*inputs)
         if self.stream is None:
             return super().__call__(*inputs)

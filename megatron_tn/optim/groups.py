@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from megatron_tn.config import ConfigError, OptimConfig
-
-log = logging.getLogger(__name__)
+from megatron_tn.optim.adamw import FusedAdamW
 
 
 def is_decayed(name: str, dimensions: int) -> bool:
@@ -28,23 +26,22 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter, int]], weight_deca
 
 
 def build_adamw(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101): apex's FusedAdam where NVIDIA's apex is installed, else torch's fused AdamW.
+    """AdamW (arXiv 1711.05101), by the kernel that optim.fused names; "auto" is this package's on a GPU, torch's on a
+    CPU.
 
     Raises:
         ConfigError: optim.fused=apex without apex.
     """
     settings = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
-    on_cuda = groups[0]["params"][0].is_cuda
-    if config.fused == "apex" or (config.fused == "auto" and on_cuda):
+    if config.fused == "apex":
         try:
             from apex.optimizers import FusedAdam
         except ImportError:
-            if config.fused == "apex":
-                raise ConfigError(
-                    "optim.fused=apex, but NVIDIA's apex is not installed: build it from its source "
-                    "(the package called apex on PyPI is a different project), or set optim.fused=torch"
-                ) from None
-        else:
-            log.info("optimizer: apex FusedAdam")
-            return FusedAdam(groups, adam_w_mode=True, **settings)
+            raise ConfigError(
+                "optim.fused=apex, but NVIDIA's apex is not installed: build it from its source "
+                "(the package called apex on PyPI is a different project), or set optim.fused=auto"
+            ) from None
+        return FusedAdam(groups, adam_w_mode=True, **settings)
+    if config.fused == "triton" or (config.fused == "auto" and groups[0]["params"][0].is_cuda):
+        return FusedAdamW(groups, **settings)
     return torch.optim.AdamW(groups, fused=True, **settings)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import os
 import subprocess
+import weakref
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -38,7 +40,24 @@ def join_world(timeout_s: int) -> torch.device:
     return device
 
 
+class HoldsCommunicators(Protocol):
+    """What has captured collectives in CUDA graphs. NCCL waits for those graphs to go before a communicator does."""
+
+    def release(self) -> None: ...
+
+
+_holders: weakref.WeakSet[HoldsCommunicators] = weakref.WeakSet()
+
+
+def release_on_leaving(holder: HoldsCommunicators) -> None:
+    """Call `holder.release()` before the process groups are destroyed, if it lives until then: an engine that is part
+    of a reference cycle does, and its graphs would hold the process up for ever."""
+    _holders.add(holder)
+
+
 def leave_world() -> None:
+    for holder in list(_holders):
+        holder.release()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_tn.engine.base import Engine
 from megatron_tn.parallel.collectives import all_reduce_
+from megatron_tn.parallel.host_copy import HostCopy
 
 
 class Microbatch(Protocol):
@@ -87,21 +88,3 @@ def train_step(
     result = engine.step(lr)
     mean_loss, stops, tokens = figures.read().tolist()
     return StepReport(mean_loss, int(tokens), lr, result.grad_norm, result.applied, stops > 0)
-
-
-class HostCopy:
-    """A copy of a tensor on its way to the host, which does not wait for it before `read`."""
-
-    def __init__(self, tensor: Tensor):
-        self._done = None
-        self._host = tensor
-        if tensor.device.type == "cuda":
-            self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
-            self._host.copy_(tensor, non_blocking=True)
-            self._done = torch.cuda.Event()
-            self._done.record()
-
-    def read(self) -> Tensor:
-        if self._done is not None:
-            self._done.synchronize()
-        return self._host

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from megatron_tn.parallel.world import leave_world
+
 TIMEOUT_S = 300
 
 
@@ -61,4 +63,4 @@ def _rank(rank: int, size: int, folder: str, device: str, function: Callable[...
         traceback.print_exc()
         raise
     finally:
-        dist.destroy_process_group()
+        leave_world()

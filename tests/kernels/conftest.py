@@ -13,6 +13,7 @@ from kernels import dispatch
 
 # In the order of import: a copy finds the copies of those before it.
 TRITON_MODULES = (
+    "kernels.adamw.triton_adamw",
     "kernels.lightning.triton_features",
     "kernels.lightning.triton_place",
     "kernels.lightning.triton_scan",

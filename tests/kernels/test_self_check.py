@@ -20,7 +20,8 @@ def check(device: str, dtype=torch.float32, **changes) -> dict[str, float]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_plain_pytorch_passes(dtype):
     norms = ["simple_rms_norm", "add_simple_rms_norm", "add_scaled_simple_rms_norm", "norm_gate"]
-    names = ["lightning_attention", "gla", "gla_theta", *norms, "sglu", "scaled_embedding", "linear_cross_entropy"]
+    others = ["sglu", "scaled_embedding", "linear_cross_entropy", "adamw"]
+    names = ["lightning_attention", "gla", "gla_theta", *norms, *others]
     assert list(check("cpu", dtype, key_width=48)) == names
     assert list(check("cpu", dtype)) == [name for name in names if name != "gla_theta"]
 
@@ -115,3 +116,15 @@ def test_the_random_state_is_left_alone():
     torch.manual_seed(3)
     check("cpu")
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_an_update_that_is_off_is_named(triton_device, monkeypatch):
+    triton_adamw = importlib.import_module("kernels.adamw.triton_adamw")
+    right = triton_adamw.update_
+
+    def off(*tensors, step, **settings):
+        right(*tensors, step=step + 1, **settings)
+
+    monkeypatch.setattr(triton_adamw, "update_", off)
+    with pytest.raises(KernelMismatchError, match=r"adamw at .* more than 1e-06"):
+        check(triton_device)

@@ -266,3 +266,17 @@ def test_cross_entropy(capability):
     ):
         found = {n: types.get(n, "*fp32") for n in kernel.arg_names if n.endswith("pointer") or n in types}
         assert resources(compiled(kernel, capability, found, constants, num_warps=4))[1] == 0
+
+
+@pytest.mark.parametrize("capability", sorted(TILES))
+@pytest.mark.parametrize("plain", [False, True])
+def test_adamw(capability, plain):
+    from kernels.adamw import triton_adamw
+
+    names = ("master", "gradient", "first", "second", "divisor")
+    types = {f"{name}_pointer": "*fp32" for name in names} | {"copy_pointer": "*bf16", "elements": "i64"}
+    floats = ("kept", "step_size", "first_left", "second_left", "second_correction", "eps")
+    types |= dict.fromkeys(floats, "fp32")
+    constants = {"HAS_COPY": not plain, "HAS_DIVISOR": not plain, "BLOCK": triton_adamw.BLOCK}
+    kernel = compiled(triton_adamw.update_kernel, capability, types, constants, num_warps=triton_adamw.WARPS)
+    assert resources(kernel)[1] == 0

@@ -1,0 +1,55 @@
+"""AdamW's update (arXiv 1711.05101) of one parameter in one pass over its memory, the copy to train on included."""
+
+import torch
+from torch import Tensor
+
+from kernels import dispatch
+from kernels.adamw import reference
+
+
+def adamw_(
+    master: Tensor,
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+    divisor: Tensor | None = None,
+    copy: Tensor | None = None,
+) -> None:
+    """Update `master` and its moments by `gradient` / `divisor`, which is left as it is.
+
+    master, gradient, first, second: fp32, of one shape, contiguous. step: of this update, counted from 1.
+    divisor: fp32 of one element, on their device, which the host need not know; where it is NaN or infinite nothing
+    changes. copy: of that shape, any floating type, contiguous; takes the new master, rounded.
+
+    With a copy in bf16 30 bytes an element are moved. Raises ValueError where types, shapes or strides do not fit.
+    """
+    tensors = {"master": master, "gradient": gradient, "first": first, "second": second}
+    for name, tensor in (tensors | ({} if copy is None else {"copy": copy})).items():
+        if tensor.shape != master.shape or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name}.shape={tuple(tensor.shape)}, strides {tensor.stride()}: it must be contiguous, and of "
+                f"master's shape {tuple(master.shape)}"
+            )
+        if tensor.dtype != torch.float32 and name in tensors:
+            raise ValueError(f"{name}.dtype={tensor.dtype} must be float32")
+    if divisor is not None and (divisor.numel(), divisor.dtype) != (1, torch.float32):
+        raise ValueError(f"divisor.shape={tuple(divisor.shape)}, divisor.dtype={divisor.dtype} must be one float32")
+    settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": step}
+    if dispatch.choose("adamw", master) == "triton":
+        from kernels.adamw import triton_adamw
+
+        triton_adamw.update_(master, gradient, first, second, divisor, copy, **settings)
+        return
+    if divisor is not None:
+        gradient = gradient / divisor
+    targets, found = [master, first, second], list(reference.adamw(master, gradient, first, second, **settings))
+    if copy is not None:
+        targets, found = [*targets, copy], [*found, found[0].to(copy.dtype)]
+    for target, new in zip(targets, found, strict=True):
+        target.copy_(new if divisor is None else torch.where(divisor.isfinite(), new, target))
