@@ -111,6 +111,23 @@ def _gradient_fake(exponentials, scaled, hidden, rows, kept, reference, normaliz
     return torch.empty_like(reference)
 
 
+@torch.library.custom_op("megatron_tn::head_scaled", mutates_args=())
+def head_scaled(x: Tensor, factor: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x [n, D] times factor, a scalar, and times scales [n] row by row, in `dtype`; rounded once."""
+    unsupported = "fp64 is for references" if x.dtype == torch.float64 else None
+    if dispatch.choose("linear_cross_entropy", x, unsupported) == "triton":
+        from kernels.cross_entropy import triton_head
+
+        return triton_head.scaled(x, factor, scales, dtype)
+    factors = factor if scales is None else (scales * factor)[:, None]
+    return torch.mul(x, factors, out=torch.empty_like(x, dtype=dtype))
+
+
+@head_scaled.register_fake
+def _scaled_fake(x, factor, scales, dtype):
+    return torch.empty_like(x, dtype=dtype)
+
+
 def add_weight_gradient(total: Tensor, dlogits: Tensor, hidden: Tensor, *, first: bool) -> None:
     """total [V, D], in the accumulation type, += dlogits [n, V]^T hidden [n, D]; or = for the first."""
     out = {"out": total} if dlogits.dtype == total.dtype else {"out_dtype": total.dtype, "out": total}

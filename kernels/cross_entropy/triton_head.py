@@ -14,6 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.cross_entropy.tiles import TILES, HeadTile
 
+SCALE_BLOCK = 2048
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -270,6 +271,26 @@ def gradient_kernel(
         tl.store(scaled_pointer + token * depth + at, (h * scale).to(scaled_pointer.dtype.element_ty), mask=at < depth)
 
 
+@triton.jit
+def scale_kernel(
+    x_pointer,  # [n, D], contiguous
+    out_pointer,  # [n, D], contiguous
+    factor_pointer,  # one fp32
+    scales_pointer,  # [n] fp32
+    depth,
+    HAS_SCALES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    blocks = tl.cdiv(depth, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    at = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    factor = tl.load(factor_pointer)
+    if HAS_SCALES:
+        factor *= tl.load(scales_pointer + row)
+    x = tl.load(x_pointer + row * depth + at, mask=at < depth, other=0.0).to(tl.float32)
+    tl.store(out_pointer + row * depth + at, (x * factor).to(out_pointer.dtype.element_ty), mask=at < depth)
+
+
 def exponentials(
     hidden: Tensor, weight: Tensor, rows: Tensor, columns: int, tile: HeadTile | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -353,6 +374,17 @@ def gradient_(
             num_warps=4,
         )
     return scale
+
+
+def scaled(x: Tensor, factor: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """See `head_scaled` in pieces.py."""
+    rows, depth = x.shape
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    with torch.cuda.device_of(x):
+        scale_kernel[(rows * triton.cdiv(depth, SCALE_BLOCK),)](
+            x.contiguous(), out, factor, scales, depth, HAS_SCALES=scales is not None, BLOCK=SCALE_BLOCK, num_warps=4
+        )
+    return out
 
 
 def _product_arguments(

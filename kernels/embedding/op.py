@@ -4,16 +4,24 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
+from kernels.gradient_sum import GradientSum
 from kernels.numerics import accumulation_dtype
 
 
 def scaled_embedding(
-    ids: Tensor, weight: Tensor, scale: float = 1.0, *, row_start: int = 0, vocab_size: int | None = None
+    ids: Tensor,
+    weight: Tensor,
+    scale: float = 1.0,
+    *,
+    row_start: int = 0,
+    vocab_size: int | None = None,
+    gradient_sum: GradientSum | None = None,
 ) -> Tensor:
     """weight[ids - row_start] * scale, in weight's type; zero where that row is not among this rank's.
 
     ids: [...] int64, below vocab_size (default: the rows up to this rank's last).
     weight: [V_local, D], rows row_start .. row_start + V_local of the vocabulary.
+    gradient_sum: takes the gradient of weight, whose untouched rows are not visited then; autograd is given none.
     Returns [..., D]; ranks' results add up to the whole vocabulary's. Differentiable in weight.
     Raises ValueError for shapes or types that do not fit and, on CPU, for ids outside the vocabulary (checking them on
     a GPU would halt it: there they give zero).
@@ -25,6 +33,8 @@ def scaled_embedding(
     if row_start < 0:
         raise ValueError(f"row_start={row_start} must be >= 0")
     vocab_size = row_start + weight.shape[0] if vocab_size is None else vocab_size
+    if gradient_sum is not None:
+        return _AddedEmbedding.apply(ids, weight, scale, row_start, vocab_size, gradient_sum)
     return torch.ops.megatron_tn.scaled_embedding(ids, weight, scale, row_start, vocab_size)
 
 
@@ -73,6 +83,44 @@ def _differentiate(ctx, dy):
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+
+
+class _AddedEmbedding(torch.autograd.Function):
+    """The same, with a gradient that is added to a sum."""
+
+    @staticmethod
+    def forward(ctx, ids, weight, scale, row_start, vocab_size, gradient_sum):
+        ctx.save_for_backward(ids)
+        ctx.scale, ctx.row_start, ctx.gradient_sum = scale, row_start, gradient_sum
+        return torch.ops.megatron_tn.scaled_embedding(ids, weight, scale, row_start, vocab_size)
+
+    @staticmethod
+    def backward(ctx, dy):
+        torch.ops.megatron_tn.add_embedding_gradient_(
+            ctx.gradient_sum.begun(), dy, *ctx.saved_tensors, ctx.scale, ctx.row_start
+        )
+        return None, None, None, None, None, None
+
+
+@torch.library.custom_op("megatron_tn::add_embedding_gradient_", mutates_args=("total",))
+def _add_gradient_(total: Tensor, dy: Tensor, ids: Tensor, scale: float, row_start: int) -> None:
+    """total [V, D] fp32 += the gradient of the weight. The same from run to run."""
+    if dispatch.choose("scaled_embedding", total) == "triton":
+        from kernels.embedding import triton_embedding
+
+        triton_embedding.add_gradient_(total, dy, ids, scale, row_start)
+        return
+    rows, elsewhere = _local(ids, total.shape[0], row_start)
+    wide = (dy.to(total.dtype) * scale).masked_fill_(elsewhere.unsqueeze(-1), 0)
+    if total.is_cuda:  # whose index_add_ is another sum every time
+        total += torch.ops.aten.embedding_dense_backward(wide, rows, total.shape[0], -1, False)
+    else:
+        total.index_add_(0, rows.flatten(), wide.flatten(0, -2))
+
+
+@_add_gradient_.register_fake
+def _add_gradient_fake(total, dy, ids, scale, row_start):
+    return None
 
 
 def _local(ids: Tensor, vocabulary: int, row_start: int) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,17 @@
-"""The scaled embedding in Triton: a row is read, multiplied and written in one pass."""
+"""The scaled embedding in Triton: a row is read, multiplied and written in one pass.
+
+Its gradient is added to a sum in place, token by token in the order of their positions: the same from run to run.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.rows import as_rows
+
 BLOCK, WARPS = 2048, 4
+ADD_TOKENS, ADD_COLUMNS = 16, 256  # of an id's tokens, read at a time
 
 
 @triton.jit
@@ -30,6 +36,46 @@ def forward_kernel(
     tl.store(y_pointer + token * width + column, (x * scale).to(y_pointer.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def add_kernel(
+    sum_pointer,  # [vocabulary, width] fp32
+    dy_pointer,  # [tokens, width]
+    rows_pointer,  # [tokens] int64, ascending; from `vocabulary` on they are another rank's
+    order_pointer,  # [tokens] int64: the token that each is of
+    scale,
+    tokens,
+    vocabulary,
+    width,
+    sum_row,
+    dy_row,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A program adds up a part of the width of the tokens of one id, if its position is the first of them."""
+    blocks = tl.cdiv(width, BLOCK_D)
+    position = tl.program_id(0) // blocks
+    column = (tl.program_id(0) % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    row = tl.load(rows_pointer + position)
+    before = tl.load(rows_pointer + position - 1, mask=position > 0, other=-1)
+    if (row == before) | (row >= vocabulary):
+        return
+    total = tl.zeros([BLOCK_D], tl.float32)
+    start = position
+    found = BLOCK_T
+    while found == BLOCK_T:
+        at = start + tl.arange(0, BLOCK_T)
+        own = tl.load(rows_pointer + at, mask=at < tokens, other=-1) == row
+        token = tl.load(order_pointer + at, mask=own, other=0)
+        mask = own[:, None] & (column < width)[None, :]
+        x = tl.load(dy_pointer + token[:, None] * dy_row + column[None, :], mask=mask, other=0.0)
+        total += tl.sum(x.to(tl.float32), 0)
+        found = tl.sum(own.to(tl.int32), 0)
+        start += BLOCK_T
+    at_sum = sum_pointer + row * sum_row + column
+    so_far = tl.load(at_sum, mask=column < width, other=0.0)
+    tl.store(at_sum, so_far + total * scale, mask=column < width)
+
+
 def forward(ids: Tensor, weight: Tensor, scale: float, row_start: int) -> Tensor:
     """ids [...], weight [V, D] -> [..., D], contiguous."""
     vocabulary, width = weight.shape
@@ -49,3 +95,27 @@ def forward(ids: Tensor, weight: Tensor, scale: float, row_start: int) -> Tensor
             num_warps=WARPS,
         )
     return y
+
+
+def add_gradient_(total: Tensor, dy: Tensor, ids: Tensor, scale: float, row_start: int) -> None:
+    """total [V, D] fp32 += scale x the rows of dy [..., D], each at its id - row_start."""
+    vocabulary, width = total.shape
+    dy = as_rows(dy)
+    rows = ids.flatten() - row_start
+    rows, order = rows.masked_fill_((rows < 0) | (rows >= vocabulary), vocabulary).sort(stable=True)
+    with torch.cuda.device_of(total):
+        add_kernel[(rows.numel() * triton.cdiv(width, ADD_COLUMNS),)](
+            total,
+            dy,
+            rows,
+            order,
+            scale,
+            rows.numel(),
+            vocabulary,
+            width,
+            total.stride(0),
+            dy.stride(0),
+            BLOCK_T=ADD_TOKENS,
+            BLOCK_D=ADD_COLUMNS,
+            num_warps=4,
+        )

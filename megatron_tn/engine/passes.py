@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_tn.model.transnormer import ModelOutput, TransNormerLM
+from megatron_tn.parallel.beside import join
 from megatron_tn.parallel.main_gradient import MainGradient
 from megatron_tn.parallel.world import release_on_leaving
 
@@ -69,6 +70,7 @@ class Passes:
     ) -> Tensor:
         loss = call(tokens, targets=targets, cu_seqlens=cu_seqlens, reduction="sum").loss * scale
         (loss * self.grow).backward()
+        join()
         return loss.detach()
 
 

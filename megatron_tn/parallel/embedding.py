@@ -10,6 +10,7 @@ from kernels import scaled_embedding
 from megatron_tn.parallel.collectives import copy_to, gather_from, reduce_from
 from megatron_tn.parallel.context import Axis
 from megatron_tn.parallel.loss import vocab_parallel_cross_entropy
+from megatron_tn.parallel.main_gradient import main_gradient
 from megatron_tn.parallel.sequence import TokenSlices
 from megatron_tn.parallel.sharding import ShardSpec, mark
 
@@ -36,7 +37,12 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, ids: Tensor, slices: TokenSlices | None = None) -> Tensor:
         embedded = scaled_embedding(
-            ids, self.weight, self.scale, row_start=self.vocab_start, vocab_size=self.vocab_size
+            ids,
+            self.weight,
+            self.scale,
+            row_start=self.vocab_start,
+            vocab_size=self.vocab_size,
+            gradient_sum=main_gradient(self.weight),
         )
         return reduce_from(embedded, self.axis) if slices is None else slices.reduce_scatter(embedded)
 

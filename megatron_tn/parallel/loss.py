@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kernels import linear_cross_entropy
 from megatron_tn.parallel.context import Axis
+from megatron_tn.parallel.main_gradient import main_gradient
 
 IGNORE = -100  # a target that counts for nothing
 
@@ -25,5 +26,6 @@ def vocab_parallel_cross_entropy(
         vocab_start=vocab_start,
         vocab_size=vocab_size,
         group=axis.group,
+        gradient_sum=main_gradient(weight),
     )
     return loss_sum, token_losses.view(targets.shape)

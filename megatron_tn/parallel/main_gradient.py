@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from megatron_tn.parallel.beside import beside
+
 
 class MainGradient:
     """A parameter's gradient over the microbatches of a step, in `sum`, fp32, of the parameter's shape.
@@ -30,6 +32,21 @@ class MainGradient:
             self.sum.add_(gradient)
         self.empty = False
 
+    def add_scaled(self, gradient: Tensor, factor: Tensor) -> None:
+        """gradient: fp32, of sum's shape; factor: a scalar on its device. Adds their product."""
+        if self.empty:
+            torch.mul(gradient, factor, out=self.sum)
+        else:
+            self.sum.addcmul_(gradient, factor)
+        self.empty = False
+
+    def begun(self) -> Tensor:
+        """The sum so far, zero where nothing was added, for additions in place."""
+        if self.empty:
+            self.sum.zero_()
+        self.empty = False
+        return self.sum
+
     def add_product(self, dy: Tensor, x: Tensor) -> None:
         """dy [T, out] and x [T, in], of one type: adds dy^T x [out, in]."""
         dy = dy.t()
@@ -37,17 +54,17 @@ class MainGradient:
             self.add(dy @ x)  # a CPU has no product that widens
             return
         options = {"out": self.sum} if x.dtype == self.sum.dtype else {"out": self.sum, "out_dtype": self.sum.dtype}
-        if self.empty:
-            torch.mm(dy, x, **options)
-        else:
-            # Not sum.addmm_(...), which PyTorch's FLOP counter does not know.
-            torch.addmm(self.sum, dy, x, **options)
+        with beside(dy, x):
+            if self.empty:
+                torch.mm(dy, x, **options)
+            else:
+                # Not sum.addmm_(...), which PyTorch's FLOP counter does not know.
+                torch.addmm(self.sum, dy, x, **options)
         self.empty = False
 
     def finish(self) -> None:
         """The sum is whole, zero where nothing was added; the next addition begins a new one."""
-        if self.empty:
-            self.sum.zero_()
+        self.begun()
         self.empty = True
 
 

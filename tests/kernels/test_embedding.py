@@ -48,6 +48,55 @@ def test_bf16_on_the_gpu(cuda):
     check(torch.bfloat16, cuda)
 
 
+class Sum:
+    """A gradient sum that holds something already."""
+
+    def __init__(self, shape, device):
+        self.total = torch.full(shape, 0.5, device=device)
+
+    def begun(self):
+        return self.total
+
+
+def check_added(dtype, device="cpu", tokens=61, width=300):
+    """As parts of a vocabulary, one id making up half of the tokens; the second time to the same sums."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(VOCABULARY, (tokens,), generator=generator)
+    ids[::2] = 4
+    weight = torch.randn(VOCABULARY, width, generator=generator).to(device, dtype)
+    dy = torch.randn(tokens, width + 4, generator=generator).to(device, dtype)[:, :width]  # rows that do not touch
+    exact = weight.double().cpu().requires_grad_()
+    (wanted,) = torch.autograd.grad(reference.scaled_embedding(ids, exact, SCALE), exact, dy.double().cpu())
+    found = []
+    for start, end in ((0, 4), (4, 5), (5, 11)):
+        part, sums = weight[start:end].clone().requires_grad_(), [Sum((end - start, width), device) for _ in range(2)]
+        for once in (*sums, sums[0]):
+            y = kernels.scaled_embedding(
+                ids.to(device), part, SCALE, row_start=start, vocab_size=VOCABULARY, gradient_sum=once
+            )
+            y.backward(dy)
+        assert part.grad is None
+        assert_close("twice", (sums[0].total - sums[1].total,), (wanted[start:end],), TOLERANCE[torch.float32])
+        found.append(sums[1].total)
+    assert_close("sum", (torch.cat(found) - 0.5,), (wanted,), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gradient_added_to_a_sum(dtype):
+    check_added(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_gradient_added_to_a_sum_by_triton(triton_device, dtype):
+    check_added(dtype, triton_device)
+
+
+@pytest.mark.gpu
+def test_a_gradient_added_to_a_sum_in_bf16_on_the_gpu(cuda):
+    check_added(torch.bfloat16, cuda)
+    check_added(torch.bfloat16, cuda, tokens=4097, width=2048)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_gradient_of_a_frequent_token(dtype):
     """Summed in fp32: in the gradient's own type the sum would stop where a term is lost to rounding."""

@@ -50,6 +50,10 @@ def operators():
             ops.scaled_embedding_backward,
             (torch.randn(3, 4), targets.clamp(min=0), 5, 2.0, 1),
         ),
+        "add_embedding_gradient_": (
+            ops.add_embedding_gradient_,
+            (torch.zeros(5, 4), torch.randn(3, 4), targets.clamp(min=0), 2.0, 1),
+        ),
         "lrpe_forward": (ops.lrpe_forward, (q, theta, positions)),
         "lrpe_backward": (
             ops.lrpe_backward,
@@ -68,6 +72,7 @@ def head_operators():
     a, b, c = torch.randn(3, 3).unbind()
     return {
         "head_exponentials": (ops.head_exponentials, (hidden, weight, rows, 4)),
+        "head_scaled": (ops.head_scaled, (hidden, a[0], b, torch.bfloat16)),
         "head_totals_": (ops.head_totals_, (exponentials, a, b, hidden, weight, c, 4)),
         "head_gradient_": (ops.head_gradient_, (exponentials, torch.empty(3, 4), hidden, rows, kept, a, b, c)),
     }

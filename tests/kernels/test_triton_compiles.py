@@ -217,6 +217,10 @@ def test_embedding(capability):
     constants = {"BLOCK": triton_embedding.BLOCK}
     kernel = compiled(triton_embedding.forward_kernel, capability, types, constants, num_warps=triton_embedding.WARPS)
     assert resources(kernel)[1] == 0
+    types = {"sum_pointer": "*fp32", "dy_pointer": "*bf16", "rows_pointer": "*i64", "order_pointer": "*i64"}
+    constants = {"BLOCK_T": triton_embedding.ADD_TOKENS, "BLOCK_D": triton_embedding.ADD_COLUMNS}
+    kernel = compiled(triton_embedding.add_kernel, capability, types | {"scale": "fp32"}, constants, num_warps=4)
+    assert resources(kernel)[1] == 0
 
 
 @pytest.mark.parametrize("capability", sorted(TILES))
@@ -263,6 +267,7 @@ def test_cross_entropy(capability):
         (triton_head.reference_kernel, {"BLOCK": 1024}),
         (triton_head.totals_kernel, {"BLOCK": 64, "BLOCK_T": 32}),
         (triton_head.gradient_kernel, {"BLOCK": 1024}),
+        (triton_head.scale_kernel, {"BLOCK": triton_head.SCALE_BLOCK, "HAS_SCALES": True}),
     ):
         found = {n: types.get(n, "*fp32") for n in kernel.arg_names if n.endswith("pointer") or n in types}
         assert resources(compiled(kernel, capability, found, constants, num_warps=4))[1] == 0
