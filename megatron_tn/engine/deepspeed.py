@@ -24,7 +24,7 @@ from megatron_tn.engine.base import DTYPES, MOMENTS, StepResult, optimizer_state
 from megatron_tn.engine.clipping import clip_gradients, clipped_step
 from megatron_tn.engine.deepspeed_settings import deepspeed_settings
 from megatron_tn.engine.passes import CapturedPasses, capture_stream, on_stream
-from megatron_tn.model.sglu import SGLU
+from megatron_tn.model.block import Block
 from megatron_tn.model.transnormer import TransNormerLM, empty_model
 from megatron_tn.optim.adamw import FusedAdamW
 from megatron_tn.optim.groups import build_adamw, parameter_groups
@@ -98,8 +98,9 @@ def partitioned_model(config: TrainConfig, context: ParallelContext, device: tor
     """
     unit = ModelParallelUnit(context)
     model = empty_model(config.model, context, "meta", DTYPES[config.engine.precision])
-    if context.tp.size > 1:
-        set_z3_leaf_modules(model, [SGLU])  # gathered as one: its products of one input are a single operator
+    # Gathered as one, as FSDP2 does. Module by module, a block that is recomputed would gather its weights for the
+    # second pass, let go of them, and gather them again for the backward pass.
+    set_z3_leaf_modules(model, [Block])
     partition, made = None, {}
     for module in model.modules():
         for name, empty in module.named_parameters(recurse=False):

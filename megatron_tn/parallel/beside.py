@@ -37,7 +37,8 @@ def beside(*inputs: Tensor) -> Iterator[None]:
         return
     device = inputs[0].device
     here = torch.cuda.current_stream(device)
-    stream = _streams.setdefault(device, torch.cuda.Stream(device))
+    if (stream := _streams.get(device)) is None:
+        stream = _streams[device] = torch.cuda.Stream(device)
     while len(_in_flight) >= IN_FLIGHT:
         here.wait_event(_in_flight.popleft().done)
     stream.wait_stream(here)
