@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from megatron_tn.config import ConfigError, TrainConfig
+from megatron_tn.model.flops import parameter_count
 
 # Keys that may not be there at all, unless switched off, and what does their work here.
 REFUSED = {
@@ -62,7 +64,9 @@ def deepspeed_settings(config: TrainConfig, dp: int) -> dict:
             "stage": engine.zero_stage,
             "reduce_bucket_size": engine.reduce_bucket_elements,
             "allgather_bucket_size": engine.reduce_bucket_elements,
-            "stage3_prefetch_bucket_size": engine.reduce_bucket_elements,
+            # The next block's weights, which are gathered as one, while this one computes.
+            "stage3_prefetch_bucket_size": max(block_parameters(config), engine.reduce_bucket_elements),
+            "stage3_max_live_parameters": zero3_live_parameters(config),
             "overlap_comm": torch.cuda.is_available() and engine.zero_stage >= 2,
             "contiguous_gradients": True,
         },
@@ -74,6 +78,19 @@ def deepspeed_settings(config: TrainConfig, dp: int) -> dict:
     if problems:
         raise ConfigError(problems)
     return settings
+
+
+def block_parameters(config: TrainConfig) -> int:
+    """Parameters of a block on a tensor-parallel rank."""
+    model = config.model
+    blocks = parameter_count(model) - model.vocab_size * model.embed_dim
+    return math.ceil(blocks / model.layers / config.parallel.tp)
+
+
+def zero3_live_parameters(config: TrainConfig) -> int:
+    """Parameters that a rank of ZeRO 3 holds whole at most: a block that computes, one that is on its way, and one that
+    is let go of; or as many as DeepSpeed holds by itself."""
+    return max(3 * block_parameters(config), 10**9)
 
 
 def _refused_by_deepspeed(settings: dict) -> list[str]:

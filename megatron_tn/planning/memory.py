@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from megatron_tn.config import TrainConfig
 from megatron_tn.engine.base import DTYPES
+from megatron_tn.engine.deepspeed_settings import zero3_live_parameters
 from megatron_tn.model.flops import parameter_count
 from megatron_tn.model.transnormer import TransNormerLM, empty_model
 from megatron_tn.parallel.context import Axis, ParallelContext
@@ -32,7 +33,7 @@ GIB = 2**30
 SLACK = 0.03
 CUBLAS = 32 * 2**20  # a matrix product's workspace on Hopper, from the allocator as well
 REDUCED_AT_ONCE = 5 * 10**8  # elements that DeepSpeed lays together to reduce them
-ZERO3_LIVE = 10**9  # elements that DeepSpeed keeps gathered (stage3_max_live_parameters)
+SUB_GROUP = 10**9  # elements that DeepSpeed's ZeRO 3 updates at a time
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,8 @@ def buffer_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
     if engine.name == "local" or engine.zero_stage == 0:
         return 0
     if engine.zero_stage == 3:
-        gathered = min(local, ZERO3_LIVE + bucket) * width
-        return gathered + 2 * bucket * width + 4 * min(math.ceil(local / data), ZERO3_LIVE)  # the step's flat gradient
+        gathered = min(local, zero3_live_parameters(config) + block) * width
+        return gathered + 2 * bucket * width + 4 * min(math.ceil(local / data), SUB_GROUP)  # the step's flat gradient
     if engine.zero_stage == 2:
         return 2 * bucket * width + width * math.ceil(local / data)
     if width == 2 and engine.gradient_dtype == "fp32":
