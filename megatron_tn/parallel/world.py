@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import subprocess
 import weakref
@@ -10,6 +11,9 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+_worlds = itertools.count()  # that this process has joined, or tried to
 
 
 def world_size() -> int:
@@ -34,7 +38,12 @@ def join_world(timeout_s: int) -> torch.device:
         device, backend = torch.device("cpu"), "gloo"
     timeout = datetime.timedelta(seconds=timeout_s)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        # torchrun's store outlives a world. Under the names of the last one, of which all ranks have seen as many, ranks
+        # would find addresses that nobody listens at any more.
+        store = dist.PrefixStore(f"megatron_tn/{next(_worlds)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return device

@@ -1,0 +1,42 @@
+"""Joining the world more than once in a process, as the jobs of a sweep do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# The second time one rank is late: by then the other would have met with what is left of the first world.
+TWICE = """
+import os, time
+import torch, torch.distributed as dist
+from megatron_tn.parallel.world import join_world, leave_world
+
+for late in (None, "0", "1"):
+    if os.environ["RANK"] == late:
+        time.sleep(2)
+    join_world(60)
+    total = torch.ones(())
+    dist.all_reduce(total)
+    assert total == 2
+    group = dist.new_group([0, 1])
+    dist.barrier(group)
+    leave_world()
+"""
+
+
+def test_a_process_joins_again_under_torchrun(tmp_path):
+    program = tmp_path / "twice.py"
+    program.write_text(TWICE)
+    options = ("--nproc-per-node=2", "--standalone", "--local-addr=127.0.0.1")
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *options, str(program)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
