@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 2048, 8  # elements a program: 8 a thread, two 16-byte accesses of each tensor
+BLOCK, WARPS = 1024, 4  # elements a program: 8 a thread, two 16-byte accesses of each tensor
 
 
 @triton.jit

@@ -135,6 +135,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             elif needs_hidden:  # scaled before it is narrowed
                 dhidden[piece] = product(exponentials, weight.to(wide)) * scale[:, None]
                 scale.fill_(1)
+            del exponentials  # before the next piece's are made
 
         ctx.save_for_backward(dhidden, dweight, torch.cat(scales) if needs_hidden else None)
         ctx.dtype, ctx.gradient_sum = weight.dtype, gradient_sum

@@ -40,8 +40,8 @@ def join_world(timeout_s: int) -> torch.device:
     if "RANK" in os.environ:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
-        # torchrun's store outlives a world. Under the names of the last one, of which all ranks have seen as many, ranks
-        # would find addresses that nobody listens at any more.
+        # torchrun's store outlives a world: under the last one's names ranks would find addresses where nobody listens
+        # any more. All ranks have seen as many worlds.
         store = dist.PrefixStore(f"megatron_tn/{next(_worlds)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     else:

@@ -67,7 +67,7 @@ def plan_memory(config: TrainConfig, world_size: int) -> MemoryPlan:
     work = {
         "activations kept for backward": kept,
         "temporaries at the peak": peak - kept + CUBLAS,
-        "engine buffers": buffer_bytes(config, world_size, peak),
+        "engine buffers": buffer_bytes(config, world_size, peak) + beside_bytes(config),
     }
     allocated = sum(state.values()) + sum(work.values())
     work["allocator slack"] = int(SLACK * allocated)
@@ -133,6 +133,16 @@ def buffer_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
     # Else stage 1 keeps gradients in the computing type until the last microbatch is done, then makes them flat twice,
     # once in fp32, which is never in the activations' place.
     return bucket * width + max(4 * local, (2 * width + 4) * local - activations)
+
+
+def beside_bytes(config: TrainConfig) -> int:
+    """Inputs of the products that a CUDA graph leaves to run beside the pass (parallel/beside.py), bytes: at most those
+    of an SGLU and of the projection before it."""
+    if not config.engine.cuda_graph:
+        return 0
+    model, data = config.model, config.data
+    values = 3 * model.glu_dim // config.parallel.tp + 3 * model.embed_dim
+    return values * data.micro_batch * data.sequence_length * (2 if config.engine.precision == "bf16" else 4)
 
 
 def activation_bytes(config: TrainConfig, device: str = "cuda") -> tuple[int, int]:

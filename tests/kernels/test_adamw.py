@@ -8,7 +8,7 @@ from kernels.adamw import reference
 from tests.kernels.support import relative_error
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-ELEMENTS = 2 * 2048 + 37  # whole programs, and a part of one
+ELEMENTS = 4 * 1024 + 37  # whole programs, and a part of one
 
 
 def inputs(device: str = "cpu", elements: int = ELEMENTS) -> list[torch.Tensor]:

@@ -1,13 +1,14 @@
 """The fused linear cross-entropy against the fp64 definition with whole logits, on one rank and on two."""
 
 import importlib
+import weakref
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import kernels
-from kernels.cross_entropy import reference
+from kernels.cross_entropy import op, reference
 from kernels.cross_entropy.op import default_chunk_tokens
 from kernels.cross_entropy.pieces import head_exponentials, head_gradient_, head_totals_
 from kernels.cross_entropy.tiles import TILES, HeadTile
@@ -149,6 +150,20 @@ def two_ranks(rank: int, folder: str) -> None:
     )
     torch.save((loss, losses, *torch.autograd.grad(loss * 0.25, (hidden, mine))), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def test_one_chunk_exists_at_a_time(monkeypatch):
+    made = []
+
+    def watched(*arguments):
+        assert not any(reference() for reference in made)
+        found = head_exponentials(*arguments)
+        made.append(weakref.ref(found[0].untyped_storage()))
+        return found
+
+    monkeypatch.setattr(op, "head_exponentials", watched)
+    check(torch.float32, 7)
+    assert len(made) == 4
 
 
 def test_two_ranks_equal_one(tmp_path):

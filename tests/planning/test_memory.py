@@ -239,10 +239,12 @@ SEQUENCE_PARALLEL = ParallelConfig(tp=2, sequence_parallel=True)
 MEASURED = {
     "1b local": ("1b", 2048, EngineConfig(name="local"), ParallelConfig(), 1, 40.0),
     "1b full": ("1b", 16384, EngineConfig(name="local", recompute="full"), ParallelConfig(), 1, 21.3),
-    "3b zero1": ("3b", 2048, EngineConfig(), ParallelConfig(), 1, 110.1),
+    "1b zero1 graph": ("1b", 2048, EngineConfig(cuda_graph=True), ParallelConfig(), 1, 42.0),
+    "3b zero1 graph": ("3b", 2048, EngineConfig(cuda_graph=True), ParallelConfig(), 1, 109.7),
     "7b tp2 zero1": ("7b", 8192, EngineConfig(), SEQUENCE_PARALLEL, 2, 102.7),
-    "7b zero3": ("7b", 8192, EngineConfig(zero_stage=3, recompute="selective"), ParallelConfig(), 2, 130.7),
-    "7b fsdp2": ("7b", 8192, EngineConfig(name="fsdp2", recompute="selective"), ParallelConfig(), 2, 112.8),
+    "7b tp2 zero1 graph": ("7b", 8192, EngineConfig(cuda_graph=True), SEQUENCE_PARALLEL, 2, 105.9),
+    "7b zero3": ("7b", 8192, EngineConfig(zero_stage=3, recompute="selective"), ParallelConfig(), 2, 132.5),
+    "7b fsdp2": ("7b", 8192, EngineConfig(name="fsdp2", recompute="selective"), ParallelConfig(), 2, 112.6),
 }
 
 
@@ -256,7 +258,9 @@ def test_the_plan_is_within_a_tenth_of_what_a_gpu_took(model, length, engine, pa
         parallel=parallel,
         data=DataConfig(sequence_length=length, global_batch=rows * world // parallel.tp, micro_batch=rows),
     )
-    assert plan_memory(config, world).reserved / GIB == pytest.approx(gib, rel=0.10)
+    planned = plan_memory(config, world).reserved / GIB
+    print(f"{planned:.1f} GiB planned, {gib} measured: {100 * (planned / gib - 1):+.1f} %")
+    assert planned == pytest.approx(gib, rel=0.10)
 
 
 def test_zero_divides_over_data_parallel_ranks_alone():
