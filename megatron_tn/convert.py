@@ -65,9 +65,24 @@ def export(config: ConvertConfig) -> None:
     print(f"wrote {config.output}")
 
 
+# What people are told of a checkpoint's config.
+SHOWN = {
+    "engine": ("name", "zero_stage", "precision"),
+    "model": ("name", "layers", "embed_dim", "heads", "vocab_size"),
+    "data": ("manifest",),
+}
+
+
 def describe(directory: Path) -> dict[str, Any]:
-    """What a checkpoint holds, from its manifest alone."""
+    """What a checkpoint holds, from its manifest alone.
+
+    Raises:
+        ConfigError: there is no manifest, it is damaged, or what is shown of its config is not there.
+    """
     manifest = Manifest.read(directory)
+    missing = [f"{part}.{key}" for part, keys in SHOWN.items() for key in keys if key not in manifest.config[part]]
+    if missing:
+        raise ConfigError(f"{directory / MANIFEST}: config has no {', '.join(missing)}")
     training, config, engine = manifest.training, manifest.config, manifest.config["engine"]
     return {
         "checkpoint": str(directory),

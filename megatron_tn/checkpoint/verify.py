@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 from contextlib import closing
@@ -54,14 +55,21 @@ def newest_whole(folder: Path) -> Path | None:
     Raises:
         ConfigError: there are checkpoints, and none is whole: to start afresh is then for a person to decide.
     """
-    found = []
+    newest, damage = whole_from(folder)
+    if newest is None and damage:
+        problems = itertools.chain.from_iterable(damage.values())
+        raise ConfigError([*problems, f"no checkpoint in {folder} is whole; move them away to start afresh"])
+    return newest
+
+
+def whole_from(folder: Path) -> tuple[Path | None, dict[Path, list[str]]]:
+    """The newest checkpoint that `glance` finds whole, if any; and what is wrong with each that is newer."""
+    damage = {}
     for checkpoint in reversed(whole_checkpoints(folder)):
         if not (problems := glance(checkpoint)):
-            return checkpoint
-        found += problems
-    if found:
-        raise ConfigError([*found, f"no checkpoint in {folder} is whole; move them away to start afresh"])
-    return None
+            return checkpoint, damage
+        damage[checkpoint] = problems
+    return None, damage
 
 
 def _content_problems(manifest: Manifest) -> list[str]:

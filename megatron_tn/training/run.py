@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from megatron_tn.checkpoint.background import CheckpointWriter, Save
 from megatron_tn.checkpoint.load import load_checkpoint
 from megatron_tn.checkpoint.manifest import step_of, whole_checkpoints
 from megatron_tn.checkpoint.retention import Retention, set_aside
-from megatron_tn.checkpoint.verify import glance
+from megatron_tn.checkpoint.verify import glance, whole_from
 from megatron_tn.config import ConfigError, TrainConfig, save, to_mapping
 from megatron_tn.engine.base import Engine
 from megatron_tn.engine.build import initialize_engine
@@ -141,19 +142,28 @@ class Run:
         self._note_rewind(step_of(later[-1]), [], by, reason)
         for path in later if self.is_first else ():
             if damage:
-                path = path.rename(path.with_suffix(f".damaged-{time.time():.0f}"))
-                log.error("a damaged checkpoint was left out, and is kept as %s: %s", path, reason)
+                _keep_damaged(path, reason)
             else:
                 set_aside(path)
 
     def rewind(self, engine: Engine, rewind: Rewind) -> None:
-        """Go back to the newest whole checkpoint, or to the beginning, and skip the batches that went wrong."""
+        """Go back to the newest whole checkpoint, or to the beginning, and skip the batches that went wrong. Damaged
+        ones that are newer are left out as at a start. Collective.
+
+        Raises:
+            ConfigError: on every rank: there are checkpoints, and none is whole.
+        """
         self.writer.join()
-        start = [str(path) for path in whole_checkpoints(self.checkpoints)[-1:]]
-        dist.broadcast_object_list(found := [start], src=0)  # one rank's view of a shared file system, for all
+        found = [whole_from(self.checkpoints) if self.is_first else None]
+        dist.broadcast_object_list(found, src=0)  # one rank's view of a shared file system, for all
+        start, damage = found[0]
+        if damage and start is None:
+            raise ConfigError([*chain.from_iterable(damage.values()), f"no checkpoint in {self.checkpoints} is whole"])
+        for path, problems in damage.items() if self.is_first else ():
+            _keep_damaged(path, "; ".join(problems))
         before = self.state.step
         earlier, rewinds = self.state.skip, self.state.rewinds
-        self._load(engine, Path(found[0][0]) if found[0] else None)
+        self._load(engine, start)
         self.state.add_skip([*earlier, *rewind.batches])
         self.state.rewinds = rewinds
         self._note_rewind(before, rewind.batches, "guard", rewind.reason)
@@ -266,6 +276,12 @@ class Run:
         partial = self.directory / "status.tmp"
         partial.write_text(json.dumps(values) + "\n")
         partial.replace(self.directory / "status.json")
+
+
+def _keep_damaged(path: Path, reason: str) -> None:
+    """Put a checkpoint that is not to be read where a person may look at it."""
+    path = path.rename(path.with_suffix(f".damaged-{time.time():.0f}"))
+    log.error("a damaged checkpoint was left out, and is kept as %s: %s", path, reason)
 
 
 def anywhere(here: bool) -> bool:

@@ -151,6 +151,15 @@ def test_describe_says_what_is_there(checkpoint, capsys):
     assert "tp 2" in said
 
 
+def test_describe_names_what_was_edited_away(copy, capsys):
+    def change(values):
+        del values["config"]["engine"]["zero_stage"], values["config"]["data"]["manifest"]
+
+    edit(copy, change)
+    assert call(convert, "describe", f"checkpoint={copy}") == 2
+    assert "manifest.json: config has no engine.zero_stage, data.manifest" in capsys.readouterr().err
+
+
 def test_export_needs_an_output(checkpoint, capsys):
     assert call(convert, "export", f"checkpoint={checkpoint}") == 2
     assert "output is not set" in capsys.readouterr().err

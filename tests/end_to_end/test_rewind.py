@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 
 from megatron_tn.checkpoint.manifest import Manifest, whole_checkpoints
 from megatron_tn.train import main as train
-from tests.helpers.training import SMALL, call, losses, records, train_forked, train_here
+from tests.helpers.training import SMALL, call, fork_ranks, losses, records, train_forked, train_here
 
 STEPS, BAD, BATCH = 12, 7, 4
 WORDS = (*SMALL, f"schedule.steps={STEPS}", "checkpoint.every=4", "checkpoint.keep=0", "engine=zero1")
@@ -106,6 +107,45 @@ def test_the_save_that_a_rewind_waits_for_is_in_the_log(words, tmp_path):
     train_forked(2, *arguments, function=train_with_a_bad_batch, args=("spike",))
     assert records(run, "rewind/from")[0]["step"] == BAD - 1
     assert [record["checkpoint/step"] for record in records(run, "checkpoint/pause_s")] == [BAD - 1, STEPS]
+
+
+def train_with_damage(overrides: tuple[str, ...], checkpoints: str, left: int) -> None:
+    """The spike, before which all but the first `left` checkpoints lose half of a file."""
+    import megatron_tn.train as module
+
+    real = module.train_step
+
+    def step(engine, microbatches, lr, device, *, stop):
+        if any(index // BATCH == BAD - 1 for batch in microbatches for index in batch.indices):
+            for path in whole_checkpoints(Path(checkpoints))[left:]:
+                os.truncate(path / "rank_00000.safetensors", 1000)
+        return real(engine, microbatches, lr, device, stop=stop)
+
+    module.train_step = step
+    train_with_a_bad_batch(overrides, "spike")
+
+
+def test_a_rewind_leaves_damaged_checkpoints_out(words, tmp_path):
+    run = tmp_path / "run"
+    arguments = (*words, "checkpoint.every=3", "checkpoint.async_save=false", f"run_dir={run}")
+    train_forked(2, *arguments, function=train_with_damage, args=(str(run / "checkpoints"), 1))
+    assert records(run, "rewind/from")[0]["step"] == 3
+    (kept,) = (run / "checkpoints").glob("step_00000006.damaged-*")
+    assert (kept / "rank_00000.safetensors").stat().st_size == 1000
+    assert [record["step"] for record in records(run, "loss")] == [step for step in range(1, 13) if step != BAD]
+
+
+def test_a_rewind_with_no_whole_checkpoint_ends_the_run(words, tmp_path):
+    run = tmp_path / "run"
+    arguments = (*words, "checkpoint.every=3", "checkpoint.async_save=false", f"run_dir={run}")
+    ranks = fork_ranks(2, train_with_damage, arguments, str(run / "checkpoints"), 0)
+    for rank in ranks:
+        rank.join(timeout=100)
+    assert [rank.exitcode for rank in ranks] == [2, 2]
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert "no checkpoint in" in status["error"]
+    assert "rank_00000.safetensors has 1000 bytes, but" in status["error"]
 
 
 def test_the_ledger_outlives_three_restarts(words, wanted, tmp_path):
