@@ -6,6 +6,8 @@ from torch import Tensor
 from kernels import dispatch
 from kernels.adamw import reference
 
+PIECE = 2**24  # elements that plain PyTorch updates at a time: what it puts down on its way is small then
+
 
 def adamw_(
     master: Tensor,
@@ -46,6 +48,21 @@ def adamw_(
 
         triton_adamw.update_(master, gradient, first, second, divisor, copy, **settings)
         return
+    flat = [x if x is None else x.view(-1).split(PIECE) for x in (master, gradient, first, second, copy)]
+    for piece in range(len(flat[0])):
+        _update_(*(x if x is None else x[piece] for x in flat), divisor, settings)
+
+
+def _update_(
+    master: Tensor,
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor,
+    copy: Tensor | None,
+    divisor: Tensor | None,
+    settings: dict,
+) -> None:
+    """The update in plain PyTorch."""
     if divisor is not None:
         gradient = gradient / divisor
     targets, found = [master, first, second], list(reference.adamw(master, gradient, first, second, **settings))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kernels
-from kernels.adamw import reference
+from kernels.adamw import op, reference
 from tests.kernels.support import relative_error
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -44,7 +44,8 @@ CASES = pytest.mark.parametrize(
 
 
 @CASES
-def test_plain(step, divisor, dtype):
+def test_plain(monkeypatch, step, divisor, dtype):
+    monkeypatch.setattr(op, "PIECE", 1000)
     check("cpu", step, divisor, dtype)
 
 
