@@ -29,7 +29,8 @@ class StepReport(NamedTuple):
     """What a step did.
 
     loss: mean over all the step's target tokens, nats. tokens: how many those were. applied: False when the gradient
-    was not finite and nothing changed. stop: some rank was told to stop. skipped: the batch was not trained on at all.
+    was not finite and nothing changed. stop: some rank was told to stop. skipped: the batch was not trained on, or had
+    no target tokens: it says nothing of the model, and its loss is NaN.
     """
 
     loss: float
@@ -87,4 +88,5 @@ def train_step(
     figures = HostCopy(torch.cat([summary.double(), count.view(1)]))
     result = engine.step(lr)
     mean_loss, stops, tokens = figures.read().tolist()
-    return StepReport(mean_loss, int(tokens), lr, result.grad_norm, result.applied, stops > 0)
+    loss = mean_loss if tokens else math.nan
+    return StepReport(loss, int(tokens), lr, result.grad_norm, result.applied, stops > 0, skipped=not tokens)

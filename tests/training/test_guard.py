@@ -177,3 +177,16 @@ def test_parameters_that_fsdp2_swaps_in_are_watched():
     healthy, found = run_ranks(2, watch_sharded)
     assert healthy is None
     assert found[0] == "the gradient of 1.weight"
+
+
+def test_a_batch_without_target_tokens_says_nothing_of_the_model():
+    engine = build_engine(tiny_config(), ParallelContext(), CPU)
+    initialize_engine(engine, 0)
+    tokens, targets = random_batch(2, 24)
+    report = train_step(engine, [Rows(tokens, torch.full_like(targets, -100))], 1e-3, CPU)
+    assert (report.tokens, report.applied, report.skipped) == (0, True, True)
+    assert math.isnan(report.loss)
+    state = TrainingState(recent_losses=[3.0] * 40)
+    state.count(report, samples=2)
+    assert Guard(GuardConfig(), lambda *_: None).check(state, report, list) is None
+    assert (state.step, state.optimizer_step, state.recent_losses) == (1, 1, [3.0] * 40)

@@ -67,7 +67,8 @@ class ConsoleProgress(NullHook):
     @while_it_is_there
     def on_step(self, state: TrainingState, report: StepReport) -> None:
         if report.skipped:
-            self._console.print(f"step {state.step}: its batch is skipped (data.skip_batches or a rewind)")
+            why = "has no target tokens" if report.applied else "is skipped (data.skip_batches or a rewind)"
+            self._console.print(f"step {state.step}: its batch {why}")
             return
         now = time.perf_counter()
         speed = report.tokens / (now - self._tick)
