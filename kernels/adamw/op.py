@@ -42,6 +42,8 @@ def adamw_(
             raise ValueError(f"{name}.dtype={tensor.dtype} must be float32")
     if divisor is not None and (divisor.numel(), divisor.dtype) != (1, torch.float32):
         raise ValueError(f"divisor.shape={tuple(divisor.shape)}, divisor.dtype={divisor.dtype} must be one float32")
+    if not master.numel():  # a rank may hold no part of a parameter
+        return
     settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": step}
     if dispatch.choose("adamw", master) == "triton":
         from kernels.adamw import triton_adamw

@@ -206,9 +206,10 @@ class DeepSpeedEngine:
         then copies every master."""
         optimizer = self.optimizer
         masters, gradients = optimizer.fp32_groups_flat_partition, optimizer.fp32_groups_gradient_flat_partition
+        ranks = [dist.get_rank(group) for group in optimizer.real_dp_process_group]
         self.inner.copies = {
-            master: parts[self.context.data.rank]
-            for master, parts in zip(masters, optimizer.bf16_partitioned_groups, strict=True)
+            master: parts[rank]
+            for master, parts, rank in zip(masters, optimizer.bf16_partitioned_groups, ranks, strict=True)
         }
 
         @torch.no_grad()

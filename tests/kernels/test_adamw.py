@@ -81,6 +81,10 @@ def test_a_divisor_that_is_not_finite_changes_nothing(triton_device, divisor):
             torch.testing.assert_close(found, was, rtol=0, atol=0, equal_nan=True)
 
 
+def test_nothing_to_update(triton_device):
+    kernels.adamw_(*inputs(triton_device, elements=0), **SETTINGS, step=1)
+
+
 @pytest.mark.gpu
 def test_more_elements_than_32_bits_count(cuda):
     elements = 2**31 + 5  # 8 GiB a tensor

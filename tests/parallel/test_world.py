@@ -1,4 +1,4 @@
-"""Joining the world more than once in a process, as the jobs of a sweep do."""
+"""Joining the world, more than once in a process as the jobs of a sweep do, and leaving it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+
+from megatron_tn.parallel.world import leave_world, release_on_leaving
 
 ROOT = Path(__file__).parents[2]
 # The second time one rank is late: by then the other would have met with what is left of the first world.
@@ -40,3 +42,20 @@ def test_a_process_joins_again_under_torchrun(tmp_path):
         timeout=100,
     )
     assert done.returncode == 0, done.stderr
+
+
+class Holder:
+    """As an engine that is part of a reference cycle."""
+
+    def __init__(self):
+        self.released, self.cycle = 0, self
+
+    def release(self):
+        self.released += 1
+
+
+def test_who_holds_communicators_is_told_of_the_end():
+    holder = Holder()
+    release_on_leaving(holder)
+    leave_world()
+    assert holder.released == 1
