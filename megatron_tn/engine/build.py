@@ -30,11 +30,9 @@ def build_engine(config: TrainConfig, context: ParallelContext, device: torch.de
         model = partitioned_model(config, context, device)  # each parameter is partitioned as soon as it is made
     else:
         model = empty_model(config.model, context, device, DTYPES[settings.precision])
-    # 2. Recomputation changes what a block's forward keeps, so compilers and engines must see it. ZeRO 3's hooks break
-    #    a compiled block up, so that it is the interpreter that recomputes.
+    # 2. Recomputation changes what a block's forward keeps, so compilers and engines must see it.
     compiled = settings.compile != "none"
-    one_graph = compiled and not zero3
-    recompute_blocks(model.model.layers, settings.recompute, settings.recompute_every, one_graph=one_graph)
+    recompute_blocks(model.model.layers, settings.recompute, settings.recompute_every, one_graph=compiled)
     # 3. One compiled graph serves all blocks of a kind: compile time does not grow with depth.
     if compiled:
         for block in model.model.layers:

@@ -37,8 +37,8 @@ COSTLY = frozenset(
 def recompute_blocks(blocks: Iterable[nn.Module], policy: str, every: int = 1, *, one_graph: bool = False) -> None:
     """Have every `every`-th block, the first included, recompute by `policy`. In place; no module or name is added.
 
-    Blocks are changed before they are compiled, and before an engine hooks into them: recomputation calls a block's
-    forward, whose inner modules then fetch their sharded weights again. one_graph: each block will be compiled as one.
+    Blocks are changed before they are compiled, and before an engine hooks into them: the weights that it gathers for a
+    block's backward pass serve its second forward pass too. one_graph: each block will be compiled as one.
 
     Raises:
         ValueError: an unknown policy.
@@ -69,7 +69,7 @@ def _keep_costly(context, operator, *args, **kwargs) -> CheckpointPolicy:
 
 def _keep_and_replay() -> tuple[TorchDispatchMode, TorchDispatchMode]:
     # torch's own selective contexts, which compilers understand, want every operator of the forward pass again in the
-    # same order; ZeRO 3 gathers weights at other moments when a block runs for the second time.
+    # same order; an engine's hooks within a block may have run some that do not come again.
     kept: dict[object, deque] = defaultdict(deque)
     return _Keep(kept), _Replay(kept)
 
