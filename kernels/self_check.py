@@ -162,7 +162,7 @@ def _checks(
 
     # Logits of the size of one, by a factor that rounds nothing.
     small = 2.0 ** -(embed_width.bit_length() // 2)
-    ids = torch.arange(TOKENS, device=decay.device) * 63 % VOCABULARY
+    ids = torch.arange(TOKENS, device=decay.device) // 2 * 63 % VOCABULARY
     targets = ids.masked_fill(ids % 5 == 1, -100)
 
     def head(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -176,6 +176,14 @@ def _checks(
 
     def exact_embedding(weight: Tensor) -> Tensor:
         return embedding_reference.scaled_embedding(ids, weight, 3.0)
+
+    def added_embedding(dy: Tensor) -> Tensor:
+        total = torch.zeros(VOCABULARY, embed_width, device=dy.device)
+        torch.ops.megatron_tn.add_embedding_gradient_(total, dy.detach(), ids, 3.0, 0)
+        return total
+
+    def exact_added_embedding(dy: Tensor) -> Tensor:
+        return dy.new_zeros(VOCABULARY, embed_width).index_add(0, ids, 3.0 * dy)
 
     settings = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "step": 3}
 
@@ -206,7 +214,9 @@ def _checks(
     yield _Check("sglu", sglu, sglu_reference.sglu, ((TOKENS, glu_width),) * 2)
     vocabulary = (VOCABULARY, embed_width)
     yield _Check("scaled_embedding", embedding, exact_embedding, (vocabulary,))
-    yield _Check("linear_cross_entropy", head, exact_head, ((TOKENS, embed_width), vocabulary))
+    tokens = (TOKENS, embed_width)
+    yield _Check("added_embedding", added_embedding, exact_added_embedding, (tokens,), differentiable=False)
+    yield _Check("linear_cross_entropy", head, exact_head, (tokens, vocabulary))
     yield _Check("adamw", update, exact_update, (rows,) * 4, LARGEST_UPDATE_ERROR, differentiable=False)
 
 

@@ -113,6 +113,7 @@ def measure(config: BenchmarkConfig) -> Iterator[Row]:
     device = join_world(config.distributed_timeout_s)
     try:
         for row in engine_rows(config, device):
+            rate = row.matmul_tflops
             yield row
         if config.benchmark.peer == "llama":
             yield peer_row(config, device)
@@ -124,7 +125,7 @@ def measure(config: BenchmarkConfig) -> Iterator[Row]:
     finally:
         leave_world()
     if config.benchmark.loop_steps:
-        yield loop_row(config, shards, row.matmul_tflops)
+        yield loop_row(config, shards, rate)
 
 
 def engine_rows(config: BenchmarkConfig, device: torch.device) -> Iterator[Row]:

@@ -21,11 +21,9 @@ class FusedAdamW(torch.optim.AdamW):
     scalar on their device; None is one.
     """
 
-    copies: Mapping[Tensor, Tensor]
-
     def __init__(self, *args, **settings):
         super().__init__(*args, **settings)
-        self.copies = {}
+        self.copies: Mapping[Tensor, Tensor] = {}
         self.divisor: Tensor | None = None
 
     @torch.no_grad()

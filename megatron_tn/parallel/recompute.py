@@ -69,7 +69,7 @@ def _keep_costly(context, operator, *args, **kwargs) -> CheckpointPolicy:
 
 def _keep_and_replay() -> tuple[TorchDispatchMode, TorchDispatchMode]:
     # torch's own selective contexts, which compilers understand, want every operator of the forward pass again in the
-    # same order; an engine's hooks within a block may have run some that do not come again.
+    # same order. These ask it of the costly ones alone.
     kept: dict[object, deque] = defaultdict(deque)
     return _Keep(kept), _Replay(kept)
 

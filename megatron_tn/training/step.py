@@ -88,5 +88,5 @@ def train_step(
     figures = HostCopy(torch.cat([summary.double(), count.view(1)]))
     result = engine.step(lr)
     mean_loss, stops, tokens = figures.read().tolist()
-    loss = mean_loss if tokens else math.nan
-    return StepReport(loss, int(tokens), lr, result.grad_norm, result.applied, stops > 0, skipped=not tokens)
+    mean_loss = mean_loss if tokens else math.nan
+    return StepReport(mean_loss, int(tokens), lr, result.grad_norm, result.applied, stops > 0, skipped=not tokens)

@@ -20,7 +20,7 @@ def check(device: str, dtype=torch.float32, **changes) -> dict[str, float]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_plain_pytorch_passes(dtype):
     norms = ["simple_rms_norm", "add_simple_rms_norm", "add_scaled_simple_rms_norm", "norm_gate"]
-    others = ["sglu", "scaled_embedding", "linear_cross_entropy", "adamw"]
+    others = ["sglu", "scaled_embedding", "added_embedding", "linear_cross_entropy", "adamw"]
     names = ["lightning_attention", "gla", "gla_theta", *norms, *others]
     assert list(check("cpu", dtype, key_width=48)) == names
     assert list(check("cpu", dtype)) == [name for name in names if name != "gla_theta"]
@@ -116,6 +116,18 @@ def test_the_random_state_is_left_alone():
     torch.manual_seed(3)
     check("cpu")
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_sum_that_is_off_is_named(triton_device, monkeypatch):
+    triton_embedding = importlib.import_module("kernels.embedding.triton_embedding")
+    right = triton_embedding.add_gradient_
+
+    def off(total, dy, ids, scale, row_start):
+        right(total, dy, ids, 1.01 * scale, row_start)
+
+    monkeypatch.setattr(triton_embedding, "add_gradient_", off)
+    with pytest.raises(KernelMismatchError, match=r"added_embedding at .* is off by 1.0e-02"):
+        check(triton_device, torch.bfloat16 if triton_device == "cuda" else torch.float32)
 
 
 def test_an_update_that_is_off_is_named(triton_device, monkeypatch):
