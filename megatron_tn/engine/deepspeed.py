@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import logging
 import os
@@ -24,6 +25,7 @@ from megatron_tn.engine.base import DTYPES, MOMENTS, StepResult, optimizer_state
 from megatron_tn.engine.clipping import clip_gradients, clipped_step
 from megatron_tn.engine.deepspeed_settings import deepspeed_settings
 from megatron_tn.engine.passes import CapturedPasses, capture_stream, on_stream
+from megatron_tn.engine.zero3 import PartitionedUpdate
 from megatron_tn.model.block import Block
 from megatron_tn.model.transnormer import TransNormerLM, empty_model
 from megatron_tn.optim.adamw import FusedAdamW
@@ -32,12 +34,15 @@ from megatron_tn.parallel.context import Axis, ParallelContext
 from megatron_tn.parallel.gradients import gradient_norm
 from megatron_tn.parallel.main_gradient import MainGradient, attach
 from megatron_tn.parallel.sharding import OwnedRange, mark
+from megatron_tn.parallel.world import release_on_leaving
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 import deepspeed
 from deepspeed.runtime.utils import all_gather_dp_groups
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import logger, safe_get_full_grad, set_z3_leaf_modules
 
 logger.setLevel(logging.ERROR)  # its warnings are about choices that are made here on purpose
@@ -156,17 +161,30 @@ class DeepSpeedEngine:
         self.main_gradients = self._attach_main_gradients()
         if self.main_gradients and isinstance(self.inner, FusedAdamW):
             self._update_without_waiting()
+        elif self.stage == 3:
+            self.partitioned_update = PartitionedUpdate(self.optimizer, self.context, self.clip_norm)
         elif self.stage:
             self._clip_within_update()
+        release_on_leaving(self)
         self.passes = None
         if config.engine.cuda_graph:
             self.passes = CapturedPasses(model, self.main_gradients, stream, grow=self.context.data.size)
+
+    def release(self) -> None:
+        """Give parameters, masters and moments free, which would stay for as long as the process does: DeepSpeed's
+        parameters hold themselves, and at stage 3 a list of modules and a method's cache hold its engine."""
+        self.engine.destroy()
+        for parameter in self.names:
+            vars(parameter).clear()
+        FWD_MODULE_STACK.clear()
+        cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+        inspect.getclosurevars(cached).nonlocals["func"].cache_clear()
 
     def _clip_within_update(self) -> None:
         """DeepSpeed has found the norm by the time it calls its optimizer's step, and would have made a pass over all
         gradients to clip them."""
         self.optimizer.clip_grad = 0.0
-        self.optimizer.unscale_and_clip_grads = lambda *_: None  # stages 2 and 3; the loss is not scaled
+        self.optimizer.unscale_and_clip_grads = lambda *_: None  # stage 2; the loss is not scaled
         device = next(iter(self.names)).device
 
         def clip(*_) -> None:
@@ -250,7 +268,8 @@ class DeepSpeedEngine:
             return loss
         loss = self.engine(tokens, targets=targets, cu_seqlens=cu_seqlens, reduction="sum").loss * scale
         # DeepSpeed will divide by the number of data-parallel ranks.
-        self.engine.backward(loss * self.context.data.size, scale_wrt_gas=False)
+        averaged_over = 1 if self.stage == 3 else self.context.data.size
+        self.engine.backward(loss * averaged_over, scale_wrt_gas=False)
         if not last:
             self.engine.step()  # counts the microbatch
         return loss.detach()
@@ -327,12 +346,7 @@ class DeepSpeedEngine:
                 for parameter, master in zip(low, high, strict=True):
                     parameter.copy_(master)
         elif self.stage == 3:
-            # What a ZeRO 3 step does after the update: drop gathered copies, cast masters, gather the small ones again.
             self.optimizer.parameter_offload.partition_all_parameters()
-            for index in range(len(self.optimizer.fp32_partitioned_groups_flat)):
-                self.optimizer._reassign_or_swap_out_partitioned_parameters(index)
-            if persistent := self.optimizer.persistent_parameters:
-                persistent[0].all_gather(persistent)
-            self.optimizer.invalidate_secondary_tensor()
+            self.partitioned_update.refresh()
         elif self.stage > 0:
             self.optimizer.update_lp_params()

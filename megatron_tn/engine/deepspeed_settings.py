@@ -27,6 +27,7 @@ REFUSED = {
     "zero_optimization.offload_param": "nothing yet: checkpoints here read parameters on the device",
     "zero_optimization.cpu_offload": "nothing yet: checkpoints here read masters and moments on the device",
     "zero_optimization.cpu_offload_param": "nothing yet: checkpoints here read parameters on the device",
+    "zero_optimization.zero_quantized_gradients": "engine.gradient_dtype (fp32 or bf16)",
 }
 
 # Keys that this engine relies on: what it relies on, and the value that they have by that.
@@ -68,7 +69,7 @@ def deepspeed_settings(config: TrainConfig, dp: int) -> dict:
             "stage3_prefetch_bucket_size": max(block_parameters(config), engine.reduce_bucket_elements),
             "stage3_max_live_parameters": zero3_live_parameters(config),
             "overlap_comm": torch.cuda.is_available() and engine.zero_stage >= 2,
-            "contiguous_gradients": True,
+            "contiguous_gradients": engine.zero_stage < 3,  # ZeRO 3 here has no buckets (engine/zero3.py)
         },
     }
     problems: list[str] = []

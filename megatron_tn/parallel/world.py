@@ -6,7 +6,6 @@ import datetime
 import itertools
 import os
 import subprocess
-import weakref
 from typing import Protocol
 
 import torch
@@ -49,24 +48,24 @@ def join_world(timeout_s: int) -> torch.device:
     return device
 
 
-class HoldsCommunicators(Protocol):
-    """What has captured collectives in CUDA graphs. NCCL waits for those graphs to go before a communicator does."""
+class Holder(Protocol):
+    """What would outlive its world to somebody's harm. CUDA graphs with collectives in them: NCCL waits for those to
+    go before a communicator does. An engine that something holds on to: its memory is wanted for the next one."""
 
     def release(self) -> None: ...
 
 
-_holders: weakref.WeakSet[HoldsCommunicators] = weakref.WeakSet()
+_holders: list[Holder] = []
 
 
-def release_on_leaving(holder: HoldsCommunicators) -> None:
-    """Call `holder.release()` before the process groups are destroyed, if it lives until then: an engine that is part
-    of a reference cycle does, and its graphs would hold the process up for ever."""
-    _holders.add(holder)
+def release_on_leaving(holder: Holder) -> None:
+    """Call `holder.release()` before the process groups are destroyed."""
+    _holders.append(holder)
 
 
 def leave_world() -> None:
-    for holder in list(_holders):
-        holder.release()
+    while _holders:
+        _holders.pop().release()  # the last first: graphs go before the engine whose tensors they use
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -33,7 +33,6 @@ GIB = 2**30
 SLACK = 0.03
 CUBLAS = 32 * 2**20  # a matrix product's workspace on Hopper, from the allocator as well
 REDUCED_AT_ONCE = 5 * 10**8  # elements that DeepSpeed lays together to reduce them
-SUB_GROUP = 10**9  # elements that DeepSpeed's ZeRO 3 updates at a time
 
 
 @dataclass(frozen=True)
@@ -123,8 +122,9 @@ def buffer_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
     if engine.name == "local" or engine.zero_stage == 0:
         return 0
     if engine.zero_stage == 3:
+        # Backward, one block's gradients are there as computed while another's are reduced.
         gathered = min(local, zero3_live_parameters(config) + block) * width
-        return gathered + 2 * bucket * width + 4 * min(math.ceil(local / data), SUB_GROUP)  # the step's flat gradient
+        return gathered + block * (width + (4 if engine.gradient_dtype == "fp32" else width))
     if engine.zero_stage == 2:
         return 2 * bucket * width + width * math.ceil(local / data)
     if width == 2 and engine.gradient_dtype == "fp32":

@@ -56,6 +56,7 @@ def test_keys_that_agree_and_auto_are_taken():
         ({"optimizer": {"type": "Adam"}}, r"optimizer=.* is not taken; its place is optim"),
         ({"fp16": {"enabled": True}}, r"fp16=.* is not taken; its place is engine.precision"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, r"offload_optimizer=.* is not taken"),
+        ({"zero_optimization": {"zero_quantized_gradients": True}}, r"_gradients=True is not taken; .*gradient_dtype"),
         ({"zero_optimization": {"cpu_offload": True}}, r"zero_optimization.cpu_offload=True is not taken"),
         ({"bfloat16": {"enabled": True}}, r"bfloat16=.* is not taken; its place is engine.precision"),
         ({"zero_optimization": 2}, r"zero_optimization=2 must be a mapping"),
