@@ -5,7 +5,8 @@ python -m megatron_tn.benchmark model=1b engine=zero1 engine.compile=blocks data
 torchrun --nproc-per-node 2 -m megatron_tn.benchmark model=7b parallel.tp=2 ...
 
 Utilisation is 6 x parameters x tokens/s over the bf16 rate of an 8192^3 matrix product, sampled between the steps that
-it is held against: a GPU under load lowers its clocks, and a rate taken when it was cool would be another machine's.
+it is held against, and as long as the GPU's power allows for, as training does: the first products after a pause run at
+clocks that it does not keep up for a tenth of a second.
 "step" is forward, loss and backward; "with optimizer" adds one update a step; "loop" is the training command itself,
 its journal's tokens/s, with data, logging and everything else.
 """
@@ -282,17 +283,15 @@ def sampled(step: Callable[[], list], count: int, device: torch.device) -> tuple
     return times[:count], statistics.median(rates), max(peak, peak_gib())
 
 
-def matmul_tflops(device: torch.device, size: int = 8192, repeats: int = 20) -> float:
-    """Rate of a bf16 matrix product, TFLOP/s. On a CPU a small one: the figure only fills the column there."""
-    size = size if device.type == "cuda" else 512
+def matmul_tflops(device: torch.device) -> float:
+    """Rate that a bf16 matrix product keeps up, TFLOP/s. On a CPU of a small one: it only fills the column there."""
+    size, settling, repeats = (8192, 60, 100) if device.type == "cuda" else (512, 1, 5)
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    times = []
-    for _ in range(repeats):
-        marks = [mark(device)]
+    marks = [mark(device)]
+    for _ in range(settling + repeats):
         a @ b
         marks.append(mark(device))
-        times += elapsed(marks)
-    return 2 * size**3 / statistics.median(times) / 1e9
+    return 2 * size**3 / statistics.median(elapsed(marks)[settling:]) / 1e9
 
 
 def mark(device: torch.device) -> torch.cuda.Event | float:
