@@ -40,6 +40,7 @@ class PartitionedUpdate:
         lengths = [parameter.partition_numel() for parameter in parameters]
         self.parts = dict(zip(parameters, self.sums.split(lengths), strict=True))
         self.in_block = collections.Counter(_block_of(parameter) for parameter in parameters)
+        self.in_block[None] = 1  # outside blocks each goes alone
         self.waiting: list[nn.Parameter] = []
         self._give_masters_to_optimizer()
         wrapper.reduce_ready_partitions_and_remove_grads = self.take
@@ -63,7 +64,7 @@ class PartitionedUpdate:
     def take(self, parameter: nn.Parameter) -> None:
         """`parameter.grad` is there, for this microbatch. Those of a block come one after the other."""
         self.waiting.append(parameter)
-        if len(self.waiting) == self.in_block[_block_of(parameter)] or _block_of(parameter) is None:
+        if len(self.waiting) == self.in_block[_block_of(parameter)]:
             self._reduce()
 
     def finish(self) -> None:
