@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import itertools
 import os
 import subprocess
@@ -28,10 +29,12 @@ def join_world(timeout_s: int) -> torch.device:
     tensors.
     """
     _translate_slurm()
+    gc.collect()  # an engine of the world before, in a sweep, is full of reference cycles
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # deepspeed insists on the variable
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
+        torch.cuda.empty_cache()
         backend = "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"

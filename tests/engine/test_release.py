@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
 
 import pytest
 import torch
 
 from megatron_tn.config import EngineConfig
-from megatron_tn.parallel.world import leave_world
+from megatron_tn.parallel.world import join_world, leave_world
 from tests.engine.test_parity import FSDP2, LOCAL, ZERO, name_of, train
 from tests.helpers.ranks import run_ranks
 
@@ -16,15 +17,17 @@ BF16 = [EngineConfig(name="deepspeed", zero_stage=stage) for stage in (1, 3)]  #
 
 
 def left_after(engine: EngineConfig) -> int:
-    """Bytes of storage that tensors hold after a world was left, beyond those before it."""
+    """Bytes of storage that tensors hold in the next world, beyond those before the first."""
+    gc.collect()
     before = _bytes_alive()
     train(1, engine, steps=2)
     leave_world()
+    del os.environ["RANK"]
+    join_world(60)
     return _bytes_alive() - before
 
 
 def _bytes_alive() -> int:
-    gc.collect()
     tensors = [found for found in gc.get_objects() if isinstance(found, torch.Tensor) and not found.is_meta]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())

@@ -58,8 +58,7 @@ def _rank(rank: int, size: int, folder: str, device: str, function: Callable[...
     )
     try:
         torch.save(function(*args), f"{folder}/{rank}.pt")
-        if dist.is_initialized():  # it may have left this world
-            dist.barrier()
+        dist.barrier()
     except Exception:
         traceback.print_exc()
         raise
