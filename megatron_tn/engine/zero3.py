@@ -92,19 +92,15 @@ class PartitionedUpdate:
     def _add(self, parts: list[Tensor], by_rank: Tensor) -> None:
         """Reduce `by_rank`, whose row r is rank r's, to `parts`, or add it to them."""
         first = self.wrapper.micro_step_id == 0
-        start, length = parts[0].storage_offset(), by_rank.shape[1]
-        together = parts[-1].storage_offset() + parts[-1].numel() == start + length
-        target = self.sums[start : start + length] if together else None
-        received = target if first and together else by_rank.new_empty(length)
+        lengths = [part.numel() for part in parts]
+        start, length = parts[0].storage_offset(), sum(lengths)
+        if parts[-1].storage_offset() + lengths[-1] == start + length:  # side by side: as one
+            parts, lengths = [self.sums[start : start + length]], [length]
+        straight = first and len(parts) == 1
+        received = parts[0] if straight else by_rank.new_empty(length)
         dist.reduce_scatter_tensor(received, by_rank.view(-1), group=self.group)
-        if received is target:
-            return
-        received = [received] if together else received.split([part.numel() for part in parts])
-        parts = [target] if together else parts
-        if first:
-            torch._foreach_copy_(parts, received)
-        else:
-            torch._foreach_add_(parts, received)
+        if not straight:
+            (torch._foreach_copy_ if first else torch._foreach_add_)(parts, received.split(lengths))
 
     @contextlib.contextmanager
     def _beside(self):
