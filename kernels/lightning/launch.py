@@ -207,6 +207,7 @@ class Scan:
         if not self.descriptors:
             a, b, c = (x if x.stride(-1) == 1 else x.contiguous() for x in (a, b, c))
         self.inputs = (a, b, c)
+        self.ragged = sequences.bounds is not None or sequences.total % self.tile.chunk != 0
 
     def new_state(self, wanted: bool) -> Tensor:
         shape = (self.sequences.count, *self.state_shape) if wanted else (0,)
@@ -246,7 +247,8 @@ class Scan:
                 self._argument(a, self.summed, descriptors),
                 self._argument(b, self.summed, descriptors),
                 self._argument(c, self.tile.out, descriptors),
-                out if packed else self._argument(out, self.tile.out, descriptors),
+                self._argument(out, self.tile.out, descriptors),
+                out,
                 self.decay,
                 first,
                 last,
@@ -268,7 +270,7 @@ class Scan:
                 *out.stride()[:3],
                 *self.state_strides,
                 REVERSE=self.reverse,
-                RAGGED=packed or sequences.total % self.tile.chunk != 0,
+                RAGGED=self.ragged,
                 PACKED=packed,
                 CUT=sequences.cut,
                 HAS_FIRST=first is not None,
@@ -307,6 +309,7 @@ class Scan:
                 *c.stride()[:3],
                 *self.state_strides,
                 REVERSE=self.reverse,
+                RAGGED=self.ragged,
                 PACKED=packed,
                 CUT=sequences.cut,
                 WITH_LAST=last is not None,

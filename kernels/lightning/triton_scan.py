@@ -13,9 +13,9 @@ Everything is transposed, [slice of c's width, ...], because the tensor cores of
 registers: the state and c then stand there as they are, and of a chunk only the small square of scores passes through
 shared memory. Products take operands in the inputs' type and sum in fp32; a fp32 product uses no tf32.
 
-Only the chunk at a sequence's end may be partly filled. Its missing rows lie beyond the sequence, where descriptors
-read zeros and write nothing, and matter to the fading alone: of the state that the forward scan hands on, and of the
-state that the reverse scan starts from.
+Only the chunk at a sequence's end may be partly filled, and has a loop of its own, so that the one over whole chunks
+masks nothing. Its missing rows matter to the fading, of the state that the forward scan hands on and of the state that
+the reverse scan starts from; where documents are packed, they are the next document's.
 """
 
 import triton
@@ -37,14 +37,17 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def load_tile(x, row, head, position, column, time_stride, width, held, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-              DESCRIPTORS: tl.constexpr):  # fmt: skip
-    """The [ROWS, COLUMNS] tile of x at `position` and `column`, zero outside the sequence and past `width`.
+              DESCRIPTORS: tl.constexpr, CLEARED: tl.constexpr):  # fmt: skip
+    """The [ROWS, COLUMNS] tile of x at `position` and `column`, zero outside the tensor and where not `held` [ROWS].
 
     x: a descriptor of [B, T, H, width], or a pointer to position 0 of the row and head, whose rows lie `time_stride`
-    apart and of which `held` [ROWS] says which to read.
+    apart. CLEARED: whether some rows of the tensor are not held, which a descriptor reads all the same.
     """
     if DESCRIPTORS:
-        return x.load([row, position, head, column]).reshape(ROWS, COLUMNS)
+        tile = x.load([row, position, head, column]).reshape(ROWS, COLUMNS)
+        if CLEARED:
+            tile = tl.where(held[:, None], tile, 0.0)
+        return tile
     else:
         columns = column + tl.arange(0, COLUMNS)
         mask = held[:, None] & (columns[None, :] < width)
@@ -62,7 +65,8 @@ def scan_kernel(
     a,  # [B, T, H, summed width], a descriptor or a pointer, as are b, c and out
     b,  # [B, T, H, summed width]
     c,  # [B, T, H, c's width]
-    out,  # [B, T, H, c's width]; a pointer in any case when PACKED: documents must not write into each other
+    out,  # [B, T, H, c's width]
+    out_pointer,  # out as a pointer: a document's partly filled chunk must not be written into the next document
     decay_pointer,  # [heads], fp32
     first_state_pointer,  # [pieces, heads, summed width, c's width], fp32, any strides
     last_state_pointer,  # [sequences, heads, summed width, c's width]
@@ -123,7 +127,7 @@ def scan_kernel(
         b += row.to(tl.int64) * b_row + head.to(tl.int64) * b_head
         c += row.to(tl.int64) * c_row + head.to(tl.int64) * c_head
     if PACKED or not DESCRIPTORS:
-        out += row.to(tl.int64) * out_row + head.to(tl.int64) * out_head
+        out_pointer += row.to(tl.int64) * out_row + head.to(tl.int64) * out_head
 
     i = tl.arange(0, CHUNK)
     summed = tl.arange(0, SUMMED)
@@ -137,20 +141,14 @@ def scan_kernel(
     else:
         state = tl.zeros([OUT, SUMMED], dtype=tl.float32)
 
-    # within[j, i] = exp(-r |i - j|) on the side that i may see. `near`: how far a row is from the state that the chunk
-    # starts with; what it writes fades over the rest of the chunk.
+    # within[j, i] = exp(-r |i - j|) on the side that i may see.
     dtype: tl.constexpr = a.dtype if DESCRIPTORS else a.dtype.element_ty
     rate = tl.load(decay_pointer + head)
     if REVERSE:
         distance = i[:, None] - i[None, :]
-        near = CHUNK - 1 - i
     else:
         distance = i[None, :] - i[:, None]
-        near = i + 1
     within = tl.where(distance >= 0, tl.exp(-rate * tl.maximum(distance, 0).to(tl.float32)), 0.0)
-    read_fade = tl.exp(-rate * near.to(tl.float32))
-    write_fade = tl.exp(-rate * (CHUNK - near).to(tl.float32))
-    across = tl.exp(-rate * CHUNK)
 
     if CROSSING:
         # Every sequence has a slot for each boundary within it; packed ones, whose lengths differ, one more each.
@@ -161,65 +159,72 @@ def scan_kernel(
         flow = tl.zeros([OUT], dtype=tl.float32)
 
     chunks = tl.cdiv(held_length, CHUNK)
-    for step in tl.range(0, chunks, num_stages=STAGES):
-        if REVERSE:
-            begin = (chunks - 1 - step) * CHUNK
-        else:
-            begin = step * CHUNK
-        position = start + offset + begin
-        held = begin + i < held_length
-        if RAGGED and (HAS_FIRST if REVERSE else HAS_LAST):
-            rows = tl.minimum(held_length - begin, CHUNK)
+    split = chunks - held_length // CHUNK if REVERSE else held_length // CHUNK  # in the order of the scan
+    PARTIAL: tl.constexpr = 0 if REVERSE else 1  # which of the two loops has the partly filled chunk
+    WHOLE: tl.constexpr = 1 - PARTIAL
+    for part in tl.static_range(0 if RAGGED else WHOLE, 2 if RAGGED else WHOLE + 1):
+        # `near`: how far a row is from the state that the chunk starts with; what it writes fades over the rest.
+        rows = held_length % CHUNK if part == PARTIAL else CHUNK
+        near = rows - 1 - i if REVERSE else i + 1
+        read_fade = tl.exp(-rate * tl.maximum(near, 0))
+        write_fade = tl.exp(-rate * tl.maximum(rows - near, 0))
+        across = tl.exp(-rate * rows)
+        for step in tl.range(0 if part == 0 else split, split if part == 0 else chunks, num_stages=STAGES):
             if REVERSE:
-                near = rows - 1 - i
-            read_fade = tl.exp(-rate * tl.maximum(near, 0).to(tl.float32))
-            write_fade = tl.exp(-rate * tl.maximum(rows - near, 0).to(tl.float32))
-            across = tl.exp(-rate * rows.to(tl.float32))
-
-        if CROSSING:
-            boundary = offset + begin + (CHUNK if REVERSE else 0)
-            kept = crossing_pointer + ((slot + boundary // CROSSING) * heads + head).to(tl.int64) * state_size
-            if REVERSE:
-                if (boundary % CROSSING == 0) & (boundary < length):
-                    half = c_width // 2
-                    partner = tl.where(columns < half, columns + half, columns - half)
-                    before = tl.load(
-                        kept + partner[:, None] * summed_width + summed[None, :], mask=state_mask, other=0.0
-                    )
-                    turn = tl.sum(state * before.to(tl.float32), axis=1)
-                    flow += tl.where(columns < half, turn, -turn)
+                begin = (chunks - 1 - step) * CHUNK
             else:
-                if (boundary % CROSSING == 0) & (boundary > 0):
-                    at = kept + columns[:, None] * summed_width + summed[None, :]
-                    tl.store(at, state.to(crossing_pointer.dtype.element_ty), mask=state_mask)
+                begin = step * CHUNK
+            position = start + offset + begin
+            held = begin + i < held_length
 
-        a_t = load_tile(a, row, head, position, 0, a_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS).trans()
-        b_tile = load_tile(b, row, head, position, 0, b_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS)
-        c_t = load_tile(c, row, head, position, column, c_time, c_width, held, CHUNK, OUT, DESCRIPTORS).trans()
+            if CROSSING:
+                boundary = offset + begin + (CHUNK if REVERSE else 0)
+                kept = crossing_pointer + ((slot + boundary // CROSSING) * heads + head).to(tl.int64) * state_size
+                if REVERSE:
+                    if (boundary % CROSSING == 0) & (boundary < length):
+                        half = c_width // 2
+                        partner = tl.where(columns < half, columns + half, columns - half)
+                        before = tl.load(
+                            kept + partner[:, None] * summed_width + summed[None, :], mask=state_mask, other=0.0
+                        )
+                        turn = tl.sum(state * before.to(tl.float32), axis=1)
+                        flow += tl.where(columns < half, turn, -turn)
+                else:
+                    if (boundary % CROSSING == 0) & (boundary > 0):
+                        at = kept + columns[:, None] * summed_width + summed[None, :]
+                        tl.store(at, state.to(crossing_pointer.dtype.element_ty), mask=state_mask)
 
-        scores = tl.dot(b_tile, a_t, input_precision="ieee") * within
-        if PACKED:  # descriptors have read on into the next document
-            scores = tl.where(held[:, None], scores, 0.0)
-            if dtype == tl.float16:  # whose scale is of all scores: the next document's would change the rounding here
-                scores = tl.where(held[None, :], scores, 0.0)
-            c_t = tl.where(held[None, :], c_t, 0.0)
-        scores, scores_scale = narrow(scores, dtype)
-        carried, carried_scale = narrow(state, dtype)
-        tile = tl.dot(carried, a_t, input_precision="ieee") * (read_fade * carried_scale)[None, :]
-        if dtype == tl.float16:
-            tile += tl.dot(c_t, scores, input_precision="ieee") * scores_scale
-        else:
-            tile = tl.dot(c_t, scores, tile, input_precision="ieee")
+            a_t = load_tile(
+                a, row, head, position, 0, a_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS,
+                PACKED and part == PARTIAL
+            ).trans()
+            b_tile = load_tile(
+                b, row, head, position, 0, b_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS,
+                PACKED and part == PARTIAL
+            )
+            c_t = load_tile(
+                c, row, head, position, column, c_time, c_width, held, CHUNK, OUT, DESCRIPTORS,
+                PACKED and part == PARTIAL
+            ).trans()
 
-        if PACKED or not DESCRIPTORS:
-            mask = (columns[:, None] < c_width) & held[None, :]
-            out_at = position.to(tl.int64) * out_time + (i[None, :] * out_time + columns[:, None])
-            tl.store(out + out_at, tile.to(dtype), mask=mask)
-        else:
-            out.store([row, position, head, column], tile.to(dtype).trans().reshape(1, CHUNK, 1, OUT))
+            scores = tl.dot(b_tile, a_t, input_precision="ieee") * within
+            scores, scores_scale = narrow(scores, dtype)
+            carried, carried_scale = narrow(state, dtype)
+            tile = tl.dot(carried, a_t, input_precision="ieee") * (read_fade * carried_scale)[None, :]
+            if dtype == tl.float16:
+                tile += tl.dot(c_t, scores, input_precision="ieee") * scores_scale
+            else:
+                tile = tl.dot(c_t, scores, tile, input_precision="ieee")
 
-        faded = (c_t * write_fade[None, :]).to(dtype)
-        state = tl.dot(faded, b_tile, state * across, input_precision="ieee")
+            if DESCRIPTORS and not (PACKED and part == PARTIAL):
+                out.store([row, position, head, column], tile.to(dtype).trans().reshape(1, CHUNK, 1, OUT))
+            else:
+                mask = (columns[:, None] < c_width) & held[None, :]
+                out_at = position.to(tl.int64) * out_time + (i[None, :] * out_time + columns[:, None])
+                tl.store(out_pointer + out_at, tile.to(dtype), mask=mask)
+
+            faded = (c_t * write_fade[None, :]).to(dtype)
+            state = tl.dot(faded, b_tile, state * across, input_precision="ieee")
 
     if HAS_LAST and is_last:
         last_at = last_state_pointer + (number * heads + head).to(tl.int64) * state_size + state_at

@@ -38,6 +38,7 @@ def piece_states_kernel(
     state_summed,  # strides within [summed width, c's width]
     state_c,
     REVERSE: tl.constexpr,
+    RAGGED: tl.constexpr,  # whether a chunk may be partly filled
     PACKED: tl.constexpr,
     CUT: tl.constexpr,
     WITH_LAST: tl.constexpr,  # whether the last piece's state is wanted: no other starts from it
@@ -76,26 +77,33 @@ def piece_states_kernel(
     if not WITH_LAST:
         skipped = tl.where(is_last, chunks, skipped)
 
+    # Two loops, as in the scan: over whole chunks, and over the partly filled one.
     state = tl.zeros([OUT, SUMMED], dtype=tl.float32)
-    for step in tl.range(skipped, chunks, num_stages=STAGES):
-        if REVERSE:
-            begin = (chunks - 1 - step) * CHUNK
-        else:
-            begin = step * CHUNK
-        position = start + offset + begin
-        held = begin + i < held_length
-        rows = tl.minimum(held_length - begin, CHUNK)
-        if REVERSE:
-            write_fade = tl.exp(-rate * (i + 1).to(tl.float32))
-        else:
-            write_fade = tl.exp(-rate * tl.maximum(rows - 1 - i, 0).to(tl.float32))
-        across = tl.exp(-rate * rows.to(tl.float32))
-        b_tile = load_tile(b, row, head, position, 0, b_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS)
-        c_t = load_tile(c, row, head, position, column, c_time, c_width, held, CHUNK, OUT, DESCRIPTORS).trans()
-        if PACKED:  # descriptors have read on into the next document
-            c_t = tl.where(held[None, :], c_t, 0.0)
-        faded = (c_t * write_fade[None, :]).to(dtype)
-        state = tl.dot(faded, b_tile, state * across, input_precision="ieee")
+    split = chunks - held_length // CHUNK if REVERSE else held_length // CHUNK
+    PARTIAL: tl.constexpr = 0 if REVERSE else 1
+    WHOLE: tl.constexpr = 1 - PARTIAL
+    for part in tl.static_range(0 if RAGGED else WHOLE, 2 if RAGGED else WHOLE + 1):
+        rows = held_length % CHUNK if part == PARTIAL else CHUNK
+        write_fade = tl.exp(-rate * (i + 1 if REVERSE else tl.maximum(rows - 1 - i, 0)))
+        across = tl.exp(-rate * rows)
+        first = skipped if part == 0 else tl.maximum(skipped, split)
+        for step in tl.range(first, split if part == 0 else chunks, num_stages=STAGES):
+            if REVERSE:
+                begin = (chunks - 1 - step) * CHUNK
+            else:
+                begin = step * CHUNK
+            position = start + offset + begin
+            held = begin + i < held_length
+            b_tile = load_tile(
+                b, row, head, position, 0, b_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS,
+                PACKED and part == PARTIAL
+            )
+            c_t = load_tile(
+                c, row, head, position, column, c_time, c_width, held, CHUNK, OUT, DESCRIPTORS,
+                PACKED and part == PARTIAL
+            ).trans()
+            faded = (c_t * write_fade[None, :]).to(dtype)
+            state = tl.dot(faded, b_tile, state * across, input_precision="ieee")
 
     at = columns[:, None] * state_c + summed[None, :] * state_summed
     mask = (columns[:, None] < c_width) & (summed[None, :] < summed_width)

@@ -57,6 +57,24 @@ def test_a_document_beyond_the_range_of_fp16_scales_no_other(triton_device):
         assert torch.equal(old[~inside], new[~inside]), name
 
 
+def check_nan_stays(device: torch.device, dtype: torch.dtype, bounds: tuple[int, ...], document: int) -> None:
+    case = Attention.random(length=bounds[-1], bounds=bounds, rates=(0.0, 0.9), dtype=dtype, device=device)
+    positions = slice(*bounds[document : document + 2])
+    before = case.run()
+    for x in (case.q, case.k, case.v, case.do):
+        x[:, positions] = float("nan")
+    for name, old, new in zip(["o", "state", "dq", "dk", "dv", "dinitial"], before, case.run(), strict=True):
+        inside = torch.zeros_like(old, dtype=torch.bool)
+        inside[document if name in ("state", "dinitial") else (slice(None), positions)] = True
+        assert torch.equal(old[~inside], new[~inside]), name
+        assert new[inside].isnan().all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_document_of_nan_spoils_no_other(triton_device, dtype):
+    check_nan_stays(triton_device, dtype, BOUNDS, 4)
+
+
 @pytest.fixture
 def short_segments(monkeypatch):
     """Cut every sequence into short segments, as only long ones on a GPU would be."""
@@ -96,6 +114,11 @@ def test_documents_in_segments_do_not_leak(triton_device, short_segments):
         inside = torch.zeros_like(old, dtype=torch.bool)
         inside[1 if name in ("state", "dinitial") else (slice(None), document)] = True
         assert torch.equal(old[~inside], new[~inside]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_document_of_nan_in_segments_spoils_no_other(triton_device, short_segments, dtype):
+    check_nan_stays(triton_device, dtype, (0, 5, 140, 300), 1)
 
 
 @pytest.mark.parametrize("bounds", [None, (0, 0, 130, 131, 260, 260)], ids=["rows", "packed"])

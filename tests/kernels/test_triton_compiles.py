@@ -55,13 +55,13 @@ def compile_scan(capability: int, element_bytes: int, summed: int, states: bool 
     described = capability >= 9 and element_bytes == 2
     types = {}
     for name, columns in {"a": summed, "b": summed, "c": tile.out, "out": tile.out}.items():
-        if described and not (name == "out" and constants.get("PACKED")):
+        if described:
             types[name] = f"tensordesc<{TYPES[element_bytes][1:]}[1, {tile.chunk}, 1, {columns}]>"
         else:
             types[name] = TYPES[element_bytes]
     types |= {f"{name}_pointer": "*fp32" for name in ("decay", "first_state", "last_state", "states", "flow")}
     types |= {f"{name}_pointer": "*i32" for name in ("bounds", "document", "first")}
-    types["crossing_pointer"] = TYPES[element_bytes]
+    types |= dict.fromkeys(("out_pointer", "crossing_pointer"), TYPES[element_bytes])
     kernel = piece_states_kernel if states else scan_kernel
     constants = {"CUT": True} | ({} if states else {"CROSSING": 0}) | constants
     constants |= {"DESCRIPTORS": described, "CHUNK": tile.chunk, "SUMMED": summed, "OUT": tile.out}
@@ -155,11 +155,11 @@ def test_what_stands_around_the_scan_of_gla(capability):
 
 @pytest.mark.parametrize(("capability", "element_bytes", "summed"), TILE_KEYS)
 def test_lightning_segment_states(capability, element_bytes, summed):
-    shared, spilled = resources(
-        compile_scan(capability, element_bytes, summed, states=True, REVERSE=True, PACKED=False, WITH_LAST=False)
-    )
-    assert shared <= SHARED_MEMORY[capability]
-    assert spilled <= SPILLED.get((capability, element_bytes, summed), 0)
+    for packed in (False, True):
+        constants = {"REVERSE": True, "RAGGED": packed, "PACKED": packed, "WITH_LAST": packed}
+        shared, spilled = resources(compile_scan(capability, element_bytes, summed, states=True, **constants))
+        assert shared <= SHARED_MEMORY[capability]
+        assert spilled <= SPILLED.get((capability, element_bytes, summed), 0)
 
 
 def row_kernels():
