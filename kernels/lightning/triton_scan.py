@@ -195,16 +195,46 @@ def scan_kernel(
                         tl.store(at, state.to(crossing_pointer.dtype.element_ty), mask=state_mask)
 
             a_t = load_tile(
-                a, row, head, position, 0, a_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS,
-                PACKED and part == PARTIAL
+                a,
+                row,
+                head,
+                position,
+                0,
+                a_time,
+                summed_width,
+                held,
+                CHUNK,
+                SUMMED,
+                DESCRIPTORS,
+                PACKED and part == PARTIAL,
             ).trans()
             b_tile = load_tile(
-                b, row, head, position, 0, b_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS,
-                PACKED and part == PARTIAL
+                b,
+                row,
+                head,
+                position,
+                0,
+                b_time,
+                summed_width,
+                held,
+                CHUNK,
+                SUMMED,
+                DESCRIPTORS,
+                PACKED and part == PARTIAL,
             )
             c_t = load_tile(
-                c, row, head, position, column, c_time, c_width, held, CHUNK, OUT, DESCRIPTORS,
-                PACKED and part == PARTIAL
+                c,
+                row,
+                head,
+                position,
+                column,
+                c_time,
+                c_width,
+                held,
+                CHUNK,
+                OUT,
+                DESCRIPTORS,
+                PACKED and part == PARTIAL,
             ).trans()
 
             scores = tl.dot(b_tile, a_t, input_precision="ieee") * within

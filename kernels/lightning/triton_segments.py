@@ -95,12 +95,32 @@ def piece_states_kernel(
             position = start + offset + begin
             held = begin + i < held_length
             b_tile = load_tile(
-                b, row, head, position, 0, b_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS,
-                PACKED and part == PARTIAL
+                b,
+                row,
+                head,
+                position,
+                0,
+                b_time,
+                summed_width,
+                held,
+                CHUNK,
+                SUMMED,
+                DESCRIPTORS,
+                PACKED and part == PARTIAL,
             )
             c_t = load_tile(
-                c, row, head, position, column, c_time, c_width, held, CHUNK, OUT, DESCRIPTORS,
-                PACKED and part == PARTIAL
+                c,
+                row,
+                head,
+                position,
+                column,
+                c_time,
+                c_width,
+                held,
+                CHUNK,
+                OUT,
+                DESCRIPTORS,
+                PACKED and part == PARTIAL,
             ).trans()
             faded = (c_t * write_fade[None, :]).to(dtype)
             state = tl.dot(faded, b_tile, state * across, input_precision="ieee")

@@ -31,10 +31,9 @@ def build_engine(config: TrainConfig, context: ParallelContext, device: torch.de
     else:
         model = empty_model(config.model, context, device, DTYPES[settings.precision])
     # 2. Recomputation changes what a block's forward keeps, so compilers and engines must see it.
-    compiled = settings.compile != "none"
-    recompute_blocks(model.model.layers, settings.recompute, settings.recompute_every, one_graph=compiled)
+    recompute_blocks(model.model.layers, settings.recompute, settings.recompute_every)
     # 3. One compiled graph serves all blocks of a kind: compile time does not grow with depth.
-    if compiled:
+    if settings.compile != "none":
         for block in model.model.layers:
             block.compile(mode=COMPILE_MODES[settings.compile])
     # 4. The engine shards parameters, gradients, masters and moments over data parallelism.
