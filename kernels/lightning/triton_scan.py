@@ -37,17 +37,14 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def load_tile(x, row, head, position, column, time_stride, width, held, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-              DESCRIPTORS: tl.constexpr, CLEARED: tl.constexpr):  # fmt: skip
-    """The [ROWS, COLUMNS] tile of x at `position` and `column`, zero outside the tensor and where not `held` [ROWS].
+              DESCRIPTORS: tl.constexpr):  # fmt: skip
+    """The [ROWS, COLUMNS] tile of x at `position` and `column`, zero outside the row and past `width`.
 
     x: a descriptor of [B, T, H, width], or a pointer to position 0 of the row and head, whose rows lie `time_stride`
-    apart. CLEARED: whether some rows of the tensor are not held, which a descriptor reads all the same.
+    apart and of which `held` [ROWS] says which to read.
     """
     if DESCRIPTORS:
-        tile = x.load([row, position, head, column]).reshape(ROWS, COLUMNS)
-        if CLEARED:
-            tile = tl.where(held[:, None], tile, 0.0)
-        return tile
+        return x.load([row, position, head, column]).reshape(ROWS, COLUMNS)
     else:
         columns = column + tl.arange(0, COLUMNS)
         mask = held[:, None] & (columns[None, :] < width)
@@ -194,48 +191,13 @@ def scan_kernel(
                         at = kept + columns[:, None] * summed_width + summed[None, :]
                         tl.store(at, state.to(crossing_pointer.dtype.element_ty), mask=state_mask)
 
-            a_t = load_tile(
-                a,
-                row,
-                head,
-                position,
-                0,
-                a_time,
-                summed_width,
-                held,
-                CHUNK,
-                SUMMED,
-                DESCRIPTORS,
-                PACKED and part == PARTIAL,
-            ).trans()
-            b_tile = load_tile(
-                b,
-                row,
-                head,
-                position,
-                0,
-                b_time,
-                summed_width,
-                held,
-                CHUNK,
-                SUMMED,
-                DESCRIPTORS,
-                PACKED and part == PARTIAL,
-            )
-            c_t = load_tile(
-                c,
-                row,
-                head,
-                position,
-                column,
-                c_time,
-                c_width,
-                held,
-                CHUNK,
-                OUT,
-                DESCRIPTORS,
-                PACKED and part == PARTIAL,
-            ).trans()
+            a_t = load_tile(a, row, head, position, 0, a_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS).trans()
+            b_tile = load_tile(b, row, head, position, 0, b_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS)
+            c_t = load_tile(c, row, head, position, column, c_time, c_width, held, CHUNK, OUT, DESCRIPTORS).trans()
+            if PACKED and part == PARTIAL:  # descriptors have read on into the next document
+                a_t = tl.where(held[None, :], a_t, 0.0)
+                b_tile = tl.where(held[:, None], b_tile, 0.0)
+                c_t = tl.where(held[None, :], c_t, 0.0)
 
             scores = tl.dot(b_tile, a_t, input_precision="ieee") * within
             scores, scores_scale = narrow(scores, dtype)

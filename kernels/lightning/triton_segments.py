@@ -94,34 +94,11 @@ def piece_states_kernel(
                 begin = step * CHUNK
             position = start + offset + begin
             held = begin + i < held_length
-            b_tile = load_tile(
-                b,
-                row,
-                head,
-                position,
-                0,
-                b_time,
-                summed_width,
-                held,
-                CHUNK,
-                SUMMED,
-                DESCRIPTORS,
-                PACKED and part == PARTIAL,
-            )
-            c_t = load_tile(
-                c,
-                row,
-                head,
-                position,
-                column,
-                c_time,
-                c_width,
-                held,
-                CHUNK,
-                OUT,
-                DESCRIPTORS,
-                PACKED and part == PARTIAL,
-            ).trans()
+            b_tile = load_tile(b, row, head, position, 0, b_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS)
+            c_t = load_tile(c, row, head, position, column, c_time, c_width, held, CHUNK, OUT, DESCRIPTORS).trans()
+            if PACKED and part == PARTIAL:  # descriptors have read on into the next document
+                b_tile = tl.where(held[:, None], b_tile, 0.0)
+                c_t = tl.where(held[None, :], c_t, 0.0)
             faded = (c_t * write_fade[None, :]).to(dtype)
             state = tl.dot(faded, b_tile, state * across, input_precision="ieee")
 

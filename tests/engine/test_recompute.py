@@ -35,9 +35,8 @@ def backward(policy: str, every: int = 1) -> tuple[int, dict[str, torch.Tensor]]
         kept = memory.current - before
         loss.backward()
         del loss
-        left = (
-            memory.current - before - sum(parameter.grad.untyped_storage().nbytes() for parameter in model.parameters())
-        )
+        grown = memory.current - before
+    left = grown - sum(parameter.grad.untyped_storage().nbytes() for parameter in model.parameters())
     assert left < 0.01 * kept  # the layers' rates, which are neither parameters nor buffers
     return kept, model.named_logical_gradients()
 
