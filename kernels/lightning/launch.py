@@ -242,6 +242,7 @@ class Scan:
         sequences = self.sequences
         descriptors = self.descriptors and _describable(out)
         packed = sequences.bounds is not None
+        fades = first if self.reverse else last  # a state that the missing rows of a chunk would make fade
         with torch.cuda.device_of(a):  # Triton launches on the current device
             scan_kernel[(sequences.pieces * self.heads * self.slices,)](
                 self._argument(a, self.summed, descriptors),
@@ -270,7 +271,7 @@ class Scan:
                 *out.stride()[:3],
                 *self.state_strides,
                 REVERSE=self.reverse,
-                RAGGED=self.ragged,
+                RAGGED=packed or (self.ragged and fades is not None),
                 PACKED=packed,
                 CUT=sequences.cut,
                 HAS_FIRST=first is not None,

@@ -13,9 +13,9 @@ Everything is transposed, [slice of c's width, ...], because the tensor cores of
 registers: the state and c then stand there as they are, and of a chunk only the small square of scores passes through
 shared memory. Products take operands in the inputs' type and sum in fp32; a fp32 product uses no tf32.
 
-Only the chunk at a sequence's end may be partly filled, and has a loop of its own, so that the one over whole chunks
-masks nothing. Its missing rows matter to the fading, of the state that the forward scan hands on and of the state that
-the reverse scan starts from; where documents are packed, they are the next document's.
+Only the chunk at a sequence's end may be partly filled. Its missing rows are zeros beyond the row, or the next packed
+document's, and count in the fading: of the state that the forward scan hands on, of the one that the reverse scan starts
+from. Where any of this matters, it has a loop of its own, and the loop over the others masks nothing.
 """
 
 import triton
@@ -95,7 +95,7 @@ def scan_kernel(
     state_summed,  # strides of both states within [summed width, c's width]; a head's state is contiguous
     state_c,
     REVERSE: tl.constexpr,
-    RAGGED: tl.constexpr,  # whether a chunk may be partly filled
+    RAGGED: tl.constexpr,  # whether a chunk may be partly filled, and that matters
     PACKED: tl.constexpr,
     CUT: tl.constexpr,
     HAS_FIRST: tl.constexpr,
@@ -156,7 +156,11 @@ def scan_kernel(
         flow = tl.zeros([OUT], dtype=tl.float32)
 
     chunks = tl.cdiv(held_length, CHUNK)
-    split = chunks - held_length // CHUNK if REVERSE else held_length // CHUNK  # in the order of the scan
+    split = chunks
+    if RAGGED:
+        split = held_length // CHUNK
+    if REVERSE:
+        split = chunks - split
     PARTIAL: tl.constexpr = 0 if REVERSE else 1  # which of the two loops has the partly filled chunk
     WHOLE: tl.constexpr = 1 - PARTIAL
     for part in tl.static_range(0 if RAGGED else WHOLE, 2 if RAGGED else WHOLE + 1):

@@ -79,7 +79,9 @@ def piece_states_kernel(
 
     # Two loops, as in the scan: over whole chunks, and over the partly filled one.
     state = tl.zeros([OUT, SUMMED], dtype=tl.float32)
-    split = chunks - held_length // CHUNK if REVERSE else held_length // CHUNK
+    split = held_length // CHUNK
+    if REVERSE:
+        split = chunks - split
     PARTIAL: tl.constexpr = 0 if REVERSE else 1
     WHOLE: tl.constexpr = 1 - PARTIAL
     for part in tl.static_range(0 if RAGGED else WHOLE, 2 if RAGGED else WHOLE + 1):
