@@ -14,8 +14,8 @@ registers: the state and c then stand there as they are, and of a chunk only the
 shared memory. Products take operands in the inputs' type and sum in fp32; a fp32 product uses no tf32.
 
 Only the chunk at a sequence's end may be partly filled. Its missing rows are zeros beyond the row, or the next packed
-document's, and count in the fading: of the state that the forward scan hands on, of the one that the reverse scan starts
-from. Where any of this matters, it has a loop of its own, and the loop over the others masks nothing.
+document's, and count in the fading of the state that the forward scan hands on or the reverse scan starts from. Where
+any of this matters, it has a loop of its own, and the loop over the others masks nothing.
 """
 
 import triton
