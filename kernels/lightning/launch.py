@@ -33,7 +33,7 @@ def forward(
     state = scan.new_state(return_state)
     first = _given(initial_state)
     starts = scan.segment_starts(first) if sequences.cut else None
-    scan.run(o, first if starts is None else starts, last=state if return_state else None)
+    scan.run(o, first, starts, last=state if return_state else None)
     return o, state, scan.new_state(False) if starts is None else starts
 
 
@@ -86,13 +86,15 @@ def query_gradient(
     """
     scan = Scan(do, v, k, decay, sequences, transposed=True)
     first = _given(initial_state)
-    if sequences.cut:
-        first = starts if starts is not None and starts.numel() else scan.segment_starts(first)
+    if not sequences.cut:
+        starts = None
+    elif starts is None or not starts.numel():
+        starts = scan.segment_starts(first)
     kept = None
     if crossing:
         flow = torch.empty(sequences.pieces, *scan.state_shape[:2], dtype=torch.float32, device=do.device)
         kept = Crossing(scan.new_crossing(), flow)
-    scan.run(dq, first, crossing=kept and kept.between)
+    scan.run(dq, first, starts, crossing=kept and kept.between)
     return kept
 
 
@@ -113,14 +115,13 @@ def key_value_gradients(
     for_dv = Scan(k, q, do, decay, sequences, reverse=True)
     dinitial = for_dv.new_state(initial_wanted)
     last = _given(dstate)
-    if sequences.cut:
-        last = for_dv.segment_starts(last)
-    for_dv.run(dv, last, last=dinitial if initial_wanted else None)
+    starts = for_dv.segment_starts(last) if sequences.cut else None
+    for_dv.run(dv, last, starts, last=dinitial if initial_wanted else None)
     for_dk = Scan(v, do, q, decay, sequences, transposed=True, reverse=True)
     if crossing is None:
-        for_dk.run(dk, last)
+        for_dk.run(dk, last, starts)
         return dinitial, None
-    for_dk.run(dk, last, crossing=crossing.between, flow=crossing.flow)
+    for_dk.run(dk, last, starts, crossing=crossing.between, flow=crossing.flow)
     cos, sin = crossing.flow.sum(0, dtype=torch.float64).chunk(2, dim=-1)
     return dinitial, (cos + sin) * THETA_STRETCH
 
@@ -227,14 +228,16 @@ class Scan:
     def run(
         self,
         out: Tensor,
-        first: Tensor | None,
+        given: Tensor | None,
+        starts: Tensor | None,
         *,
         last: Tensor | None = None,
         crossing: Tensor | None = None,
         flow: Tensor | None = None,
     ) -> None:
-        """Write the scan to `out` [B, T, H, C] and the final state to `last`. first: the state each piece starts from.
+        """Write the scan to `out` [B, T, H, C] and the final state to `last`.
 
+        given: the states that sequences start from, None for nothing. starts: `segment_starts` of it, where there are.
         crossing: the states between stretches, written forward and read in reverse, where they and the own ones make
         `flow` [pieces, H, C].
         """
@@ -242,6 +245,7 @@ class Scan:
         sequences = self.sequences
         descriptors = self.descriptors and _describable(out)
         packed = sequences.bounds is not None
+        first = given if starts is None else starts
         fades = first if self.reverse else last  # a state that the missing rows of a chunk would make fade
         with torch.cuda.device_of(a):  # Triton launches on the current device
             scan_kernel[(sequences.pieces * self.heads * self.slices,)](
@@ -275,6 +279,7 @@ class Scan:
                 PACKED=packed,
                 CUT=sequences.cut,
                 HAS_FIRST=first is not None,
+                FROM_ZERO=given is None,
                 HAS_LAST=last is not None,
                 CROSSING=0 if crossing is None else THETA_STRETCH,
                 DESCRIPTORS=descriptors,
@@ -284,7 +289,7 @@ class Scan:
     def segment_starts(self, given: Tensor | None, last: Tensor | None = None) -> Tensor:
         """The state every piece starts from, [pieces, H, ...] as the states are; the final states go to `last`.
 
-        given: the states that sequences start from.
+        given: the states that sequences start from; without it the first pieces' are left as they were allocated.
         """
         _, b, c = self.inputs
         sequences = self.sequences

@@ -34,7 +34,8 @@ def find_piece(
     PACKED: tl.constexpr,
     CUT: tl.constexpr,  # whether there are segments
 ):
-    """-> sequence, its start, its length, the piece's offset in it and length, whether it is the last in scan order."""
+    """-> sequence, its start, its length, the piece's offset in it and length, and in the order of the scan whether the
+    piece is a later one than the first, and whether it is the last. One beyond the last piece of all is neither."""
     if CUT:
         if PACKED:
             number = tl.minimum(tl.load(document_pointer + piece), documents - 1)
@@ -56,4 +57,5 @@ def find_piece(
         offset = part * segment
     held = tl.minimum(length - offset, segment)
     held = tl.where(part < parts, tl.maximum(held, 0), 0)
-    return number, start, length, offset, held, part == parts - 1
+    later = (part > 0) & (part < parts)
+    return number, start, length, offset, held, later, part == parts - 1

@@ -65,7 +65,7 @@ def scan_kernel(
     out,  # [B, T, H, c's width]
     out_pointer,  # out as a pointer: a document's partly filled chunk must not be written into the next document
     decay_pointer,  # [heads], fp32
-    first_state_pointer,  # [pieces, heads, summed width, c's width], fp32, any strides
+    first_state_pointer,  # [pieces, heads, summed width, c's width], fp32, any strides: the state each starts from
     last_state_pointer,  # [sequences, heads, summed width, c's width]
     bounds_pointer,  # see find_piece
     document_pointer,
@@ -99,6 +99,7 @@ def scan_kernel(
     PACKED: tl.constexpr,
     CUT: tl.constexpr,
     HAS_FIRST: tl.constexpr,
+    FROM_ZERO: tl.constexpr,  # whether sequences start from nothing: the states of their first pieces are not there
     HAS_LAST: tl.constexpr,
     CROSSING: tl.constexpr,  # 0, or the length of a stretch
     DESCRIPTORS: tl.constexpr,
@@ -111,7 +112,7 @@ def scan_kernel(
     column = (program % slices) * OUT
     piece_head = program // slices
     head = piece_head % heads
-    number, start, length, offset, held_length, is_last = find_piece(
+    number, start, length, offset, held_length, is_later, is_last = find_piece(
         piece_head // heads, total, segments, segment, bounds_pointer, document_pointer, first_pointer, sequences,
         REVERSE, PACKED, CUT
     )  # fmt: skip
@@ -134,7 +135,7 @@ def scan_kernel(
     state_size = summed_width * c_width
     if HAS_FIRST:
         first_at = first_state_pointer + piece_head.to(tl.int64) * state_size + state_at
-        state = tl.load(first_at, mask=state_mask, other=0.0)
+        state = tl.load(first_at, mask=state_mask & is_later if FROM_ZERO else state_mask, other=0.0)
     else:
         state = tl.zeros([OUT, SUMMED], dtype=tl.float32)
 

@@ -2,7 +2,8 @@
 
 First every piece's own state, as if it started from nothing (the only extra reading of two inputs that cutting costs),
 then a walk over a sequence's pieces that fades and adds them up. The state after the last piece comes out too, which
-is all that `lightning_state` wants.
+is all that `lightning_state` wants. What no piece starts from is neither written nor read: the states of many short
+documents, each of one piece, would be more than the documents.
 """
 
 import triton
@@ -52,7 +53,7 @@ def piece_states_kernel(
     column = (program % slices) * OUT
     piece_head = program // slices
     head = piece_head % heads
-    number, start, _, offset, held_length, is_last = find_piece(
+    number, start, _, offset, held_length, _, is_last = find_piece(
         piece_head // heads, total, segments, segment, bounds_pointer, document_pointer, first_pointer, sequences,
         REVERSE, PACKED, CUT
     )  # fmt: skip
@@ -107,12 +108,15 @@ def piece_states_kernel(
     at = columns[:, None] * state_c + summed[None, :] * state_summed
     mask = (columns[:, None] < c_width) & (summed[None, :] < summed_width)
     own = states_pointer + piece_head.to(tl.int64) * (summed_width * c_width)
-    tl.store(own + at, state, mask=mask)
+    if WITH_LAST:
+        tl.store(own + at, state, mask=mask)
+    else:
+        tl.store(own + at, state, mask=mask & (is_last == 0))
 
 
 @triton.jit
 def combine_kernel(
-    states_pointer,  # [pieces, heads, size], fp32: in, every piece's own state; out, the state that it starts from
+    states_pointer,  # [pieces, heads, size], fp32: in, every piece's own state; out, the one it starts from
     given_pointer,  # [sequences, heads, size], fp32, or None: the state that a sequence starts from
     last_pointer,  # [sequences, heads, size], fp32, or None: the state after it
     decay_pointer,  # [heads], fp32
@@ -150,8 +154,14 @@ def combine_kernel(
         else:
             rows = tl.minimum(length - part * segment, segment)
         pointer = states_pointer + ((first + part) * heads + head).to(tl.int64) * size + at
-        own = tl.load(pointer, mask=mask, other=0.0)
-        tl.store(pointer, state, mask=mask)
+        if last_pointer is None:
+            own = tl.load(pointer, mask=mask & (part < parts - 1), other=0.0)
+        else:
+            own = tl.load(pointer, mask=mask, other=0.0)
+        if given_pointer is None:
+            tl.store(pointer, state, mask=mask & (part > 0))
+        else:
+            tl.store(pointer, state, mask=mask)
         state = state * tl.exp(-rate * rows.to(tl.float32)) + own
     if last_pointer is not None:
         tl.store(last_pointer + end, state, mask=mask)

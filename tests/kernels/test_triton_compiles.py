@@ -63,7 +63,7 @@ def compile_scan(capability: int, element_bytes: int, summed: int, states: bool 
     types |= {f"{name}_pointer": "*i32" for name in ("bounds", "document", "first")}
     types |= dict.fromkeys(("out_pointer", "crossing_pointer"), TYPES[element_bytes])
     kernel = piece_states_kernel if states else scan_kernel
-    constants = {"CUT": True} | ({} if states else {"CROSSING": 0}) | constants
+    constants = {"CUT": True} | ({} if states else {"CROSSING": 0, "FROM_ZERO": False}) | constants
     constants |= {"DESCRIPTORS": described, "CHUNK": tile.chunk, "SUMMED": summed, "OUT": tile.out}
     return compiled(
         kernel, capability, types, constants | {"STAGES": tile.stages}, num_warps=tile.warps, num_stages=tile.stages
