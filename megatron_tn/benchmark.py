@@ -116,15 +116,15 @@ def measure(config: BenchmarkConfig) -> Iterator[Row]:
         for row in engine_rows(config, device):
             rate = row.matmul_tflops
             yield row
-        if config.benchmark.peer == "llama":
-            yield peer_row(config, device)
         if config.benchmark.loop_steps:
             shards = Path(config.run_dir) / "shards"
             if dist.get_rank() == 0:
                 write_random_shards(config, shards)
             dist.barrier()
     finally:
-        leave_world()
+        leave_world()  # and with it the engine's memory
+    if config.benchmark.peer == "llama":
+        yield peer_row(config, device)
     if config.benchmark.loop_steps:
         yield loop_row(config, shards, rate)
 
