@@ -98,7 +98,7 @@ HOOKED = (ZERO[3], ALL_PARTITIONED, FSDP2)  # engines that gather weights as a b
     ("tp", "cp", "sequence_parallel", "engines", "compiled"),
     [
         *(pytest.param(*layout, (LOCAL, ZERO[1], *HOOKED), "none") for layout in OVER_TWO),
-        pytest.param(*OVER_TWO[0], HOOKED, "blocks"),
+        pytest.param(*OVER_TWO[0], (ZERO[3], FSDP2), "blocks"),
         *(pytest.param(*layout, (LOCAL, ZERO[1], *HOOKED), "blocks", marks=pytest.mark.full) for layout in OVER_TWO),
     ],
     ids=lambda value: "" if isinstance(value, tuple) else str(value),
