@@ -208,11 +208,10 @@ class Watchdog:
 
     def _write(self) -> None:
         self._count += 1
-        frames = sys._current_frames()
-        waiting, place = where_is(frames[self._main]) if self._main in frames else (False, "")
-        # Backward passes on a GPU run in threads that Python did not start.
-        started = {thread.ident for thread in threading.enumerate()}
-        waiting |= any(where_is(frame)[0] for thread, frame in frames.items() if thread not in started)
+        try:
+            waiting, place = self._stands_at()
+        except Exception as error:  # other threads run on while they are looked at; no sign of life may be lost over it
+            waiting, place = False, f"a place that could not be read: {error!r}"
         sign = {
             "rank": self.rank,
             "host": socket.gethostname(),
@@ -230,6 +229,14 @@ class Watchdog:
             descriptor = os.open(self.folder / f"{self.rank:05d}.json", os.O_CREAT | os.O_WRONLY, 0o644)
             os.pwrite(descriptor, json.dumps(sign).encode().ljust(BYTES), 0)
             os.close(descriptor)
+
+    def _stands_at(self) -> tuple[bool, str]:
+        frames = sys._current_frames()
+        waiting, place = where_is(frames[self._main]) if self._main in frames else (False, "")
+        # Backward passes on a GPU run in threads that Python did not start.
+        started = {thread.ident for thread in threading.enumerate()}
+        waiting |= any(where_is(frame)[0] for thread, frame in frames.items() if thread not in started)
+        return waiting, place
 
     def _replace_status(self, error: str) -> None:
         """The rank that writes status.json may be the one that hangs."""
@@ -286,7 +293,8 @@ def where_is(frame: FrameType) -> tuple[bool, str]:
     waiting, place, own = False, "", Path(__file__).parents[2]
     step: FrameType | None = frame
     while step is not None:
-        path, line = step.f_code.co_filename, step.f_lineno
+        # A thread that runs on may be between lines: f_lineno is None there.
+        path, line = step.f_code.co_filename, step.f_lineno or step.f_code.co_firstlineno
         waiting |= "torch/distributed/distributed_c10d" in path and step.f_code.co_name != "__init__"
         if not place:
             text = linecache.getline(path, line).strip()
