@@ -243,7 +243,12 @@ MEASURED = {
     "3b zero1 graph": ("3b", 2048, EngineConfig(cuda_graph=True), ParallelConfig(), 1, 109.7),
     "7b tp2 zero1": ("7b", 8192, EngineConfig(), SEQUENCE_PARALLEL, 2, 102.7),
     "7b tp2 zero1 graph": ("7b", 8192, EngineConfig(cuda_graph=True), SEQUENCE_PARALLEL, 2, 105.9),
-    "7b zero3": ("7b", 8192, EngineConfig(zero_stage=3, recompute="selective"), ParallelConfig(), 2, 125.5),
+    "7b zero1 full": ("7b", 8192, EngineConfig(recompute="full"), ParallelConfig(), 1, 124.0),
+    "7b tp2 zero1 full": pytest.param(
+        *("7b", 8192, EngineConfig(recompute="full"), SEQUENCE_PARALLEL, 2, 70.1),
+        marks=pytest.mark.xfail(strict=True, reason="63.0 GiB planned: what the 7 GiB more are is not known yet"),
+    ),
+    "7b zero3": ("7b", 8192, EngineConfig(zero_stage=3, recompute="selective"), ParallelConfig(), 2, 126.7),
     "7b fsdp2": ("7b", 8192, EngineConfig(name="fsdp2", recompute="selective"), ParallelConfig(), 2, 112.6),
     "7b fsdp2, every second block": (
         *("7b", 8192, EngineConfig(name="fsdp2", recompute="selective", recompute_every=2), ParallelConfig(), 2),
