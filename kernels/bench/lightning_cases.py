@@ -7,7 +7,7 @@ from torch import Tensor
 
 import kernels
 from kernels.bench.cases import Case, random_inputs
-from kernels.bench.peers import attention_peers
+from kernels.bench.peers import attention_peers, packed_peers
 
 
 def cases(device: torch.device) -> Iterator[tuple[Case, Case]]:
@@ -21,10 +21,17 @@ def cases(device: torch.device) -> Iterator[tuple[Case, Case]]:
         yield _attention(1, 321, *sizes), _attention(batch, length, *sizes)
     if gpu:
         yield _attention(1, 321, 8, width, dtype, device), _attention(1, 131072, 8, width, dtype, device)
+    tokens = 32768 if gpu else 512
+    for documents in (1, 2, 32, 256) if gpu else (2, 16):
+        yield _packed(9, 321, *sizes), _packed(documents, tokens, *sizes)
+    yield _packed(3, 321, *sizes, even=True), _packed(32 if gpu else 4, tokens, *sizes, even=True)
     for length in (1024, 32768) if gpu else (256,):
         batch = max(32768 // length, 1) if gpu else 4
         for with_lrpe in (False, True):
             yield _mixer(1, 321, with_lrpe, *sizes), _mixer(batch, length, with_lrpe, *sizes)
+    for with_lrpe in (False, True):
+        small, large = (_mixer(1, n, with_lrpe, *sizes, documents=count) for n, count in ((321, 9), (tokens, 32)))
+        yield small, large
     for with_lrpe in (False, True):
         for batch in (1, 16, 256) if gpu else (4,):
             yield _step(3, with_lrpe, *sizes), _step(batch, with_lrpe, *sizes)
@@ -48,24 +55,56 @@ def _attention(batch: int, length: int, heads: int, width: int, dtype: torch.dty
     )
 
 
+def _packed(
+    documents: int, tokens: int, heads: int, width: int, dtype: torch.dtype, device: torch.device, even: bool = False
+) -> Case:
+    """One row of documents. Counted as if it were one document: their states stay within the chip at best."""
+    decay = torch.logspace(-8, 0, heads, base=2, device=device)
+    cu_seqlens = _cuts(documents, tokens, device, even)
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return kernels.lightning_attention(q, k, v, decay, cu_seqlens=cu_seqlens)
+
+    return Case(
+        "lightning attention, packed documents",
+        f"{documents} {'of equal' if even else 'of any'} length in {tokens} H {heads} d {width}",
+        function,
+        random_inputs(3, 1, tokens, heads, width, dtype=dtype, device=device),
+        [random_inputs(1, 1, tokens, heads, width, dtype=dtype, device=device)[0].detach()],
+        function,
+        peers=packed_peers(cu_seqlens, decay, device),
+    )
+
+
+def _cuts(documents: int, tokens: int, device: torch.device, even: bool = False) -> Tensor:
+    """cu_seqlens, int64 [documents + 1]: none of the documents is empty; the same cuts in every run."""
+    if even:
+        return torch.arange(0, tokens + 1, tokens // documents, device=device)
+    draw = torch.Generator().manual_seed(documents)
+    ends = torch.randperm(tokens - 1, generator=draw)[: documents - 1].sort().values + 1
+    return torch.cat([torch.tensor([0]), ends, torch.tensor([tokens])]).to(device)
+
+
 def _theta(heads: int, width: int, device: torch.device) -> Tensor:
     return (10000.0 ** (-torch.arange(heads * width, device=device) / (heads * width))).view(heads, 1, width)
 
 
 def _mixer(
-    batch: int, length: int, with_lrpe: bool, heads: int, width: int, dtype: torch.dtype, device: torch.device
-) -> Case:
+    batch: int, length: int, with_lrpe: bool, heads: int, width: int, dtype: torch.dtype, device: torch.device,
+    documents: int = 0,
+) -> Case:  # fmt: skip
     """Counted as one kernel: qkvu read and y written, then qkvu and dy read and dqkvu written. theta's own gradient is
     judged by the self-check, whose bound for it is its own."""
+    cu_seqlens = _cuts(documents, length, device) if documents else None
     decay = torch.logspace(-8, 0, heads, base=2, device=device)
     theta = _theta(heads, width, device).requires_grad_()
 
     def function(qkvu: Tensor) -> Tensor:
-        return kernels.gla(qkvu, decay, theta if with_lrpe else None, act="silu")[0]
+        return kernels.gla(qkvu, decay, theta if with_lrpe else None, act="silu", cu_seqlens=cu_seqlens)[0]
 
     return Case(
-        f"gla{' with LRPE' if with_lrpe else ''}",
-        f"B {batch} N {length} H {heads} d {width}",
+        f"gla{' with LRPE' if with_lrpe else ''}{', packed documents' if documents else ''}",
+        f"{documents} of any length in {length}" if documents else f"B {batch} N {length} H {heads} d {width}",
         function,
         random_inputs(1, batch, length, 4 * heads * width, dtype=dtype, device=device),
         [torch.randn(batch, length, heads * width, dtype=dtype, device=device)],

@@ -25,13 +25,7 @@ def attention_peers(length: int, decay: Tensor, device: torch.device) -> tuple[P
     """The peers that make sense at sequences of `length` positions."""
     if device.type != "cuda":
         return ()
-    peers = []
-    try:
-        from fla.ops.simple_gla import chunk_simple_gla
-
-        peers.append(Peer("flash-linear-attention", lambda q, k, v: chunk_simple_gla(q, k, v, g_gamma=-decay)[0]))
-    except ImportError:
-        pass
+    peers = _flash_linear_attention(decay)
     try:
         from lightning_attn.ops import lightning_attn_func
 
@@ -47,6 +41,20 @@ def attention_peers(length: int, decay: Tensor, device: torch.device) -> tuple[P
     if length == LEFT_PRODUCT:
         peers.append(Peer("left product, PyTorch", lambda q, k, v: _left_product(q, k, v, decay)))
     return tuple(peers)
+
+
+def packed_peers(cu_seqlens: Tensor, decay: Tensor, device: torch.device) -> tuple[Peer, ...]:
+    """The peers that take documents packed into one row."""
+    return tuple(_flash_linear_attention(decay, cu_seqlens=cu_seqlens)) if device.type == "cuda" else ()
+
+
+def _flash_linear_attention(decay: Tensor, **options: Tensor) -> list[Peer]:
+    try:
+        from fla.ops.simple_gla import chunk_simple_gla
+    except ImportError:
+        return []
+    name = "flash-linear-attention"
+    return [Peer(name, lambda q, k, v: chunk_simple_gla(q, k, v, g_gamma=-decay, **options)[0])]
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -38,12 +38,19 @@ def build_engine(config: TrainConfig, context: ParallelContext, device: torch.de
             block.compile(mode=COMPILE_MODES[settings.compile])
     # 4. The engine shards parameters, gradients, masters and moments over data parallelism.
     if settings.name == "local":
-        return LocalEngine(model, config)
-    if settings.name == "fsdp2":
-        return FSDP2Engine(model, config, device)
-    from megatron_tn.engine.deepspeed import DeepSpeedEngine  # importing it takes a second
+        engine = LocalEngine(model, config)
+    elif settings.name == "fsdp2":
+        engine = FSDP2Engine(model, config, device)
+    else:
+        from megatron_tn.engine.deepspeed import DeepSpeedEngine  # importing it takes a second
 
-    return DeepSpeedEngine(model, config)
+        engine = DeepSpeedEngine(model, config)
+    # 5. What building held for a while goes back to the device: DeepSpeed lays parameters out anew, twice, and the
+    #    allocator would keep the first layout's segments, of a weight's size each, where few activations fit.
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return engine
 
 
 @torch.no_grad()
