@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -126,25 +127,27 @@ def test_a_killed_count_goes_on_where_it_was(manifest, torn, monkeypatch):
 
 def test_an_interrupted_count_says_so_in_one_line_and_goes_on(tmp_path):
     """Ctrl-C reaches every process of the terminal."""
-    manifest = make_shards(tmp_path, documents=1500, shard_tokens=100)
+    manifest = make_shards(tmp_path, documents=150, shard_tokens=100)
     for shard in manifest.shards:
         save_scores(tmp_path, shard, "s", np.ones((shard.documents, 2)))
+    assert len(manifest.shards) > 2 * counting.CHUNK
+    index = tmp_path / manifest.shards[-1].index
+    index.rename(tmp_path / "aside")
+    os.mkfifo(index)  # who reads it waits for what is written below: the count is not done before the signal comes
     words = [str(tmp_path / "manifest.json"), '{"scores": "s", "default": [0, null]}', "--workers", "2"]
     command = [sys.executable, "-m", "data_pipeline.stream.count", *words]
     options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    for _ in range(5):  # on a busy machine it may be done before this process sees it begin
-        with subprocess.Popen(command, cwd=ROOT, **options) as process:
-            while process.poll() is None and not any(path.stat().st_size for path in tmp_path.glob("*.progress")):
-                time.sleep(0.002)
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGINT)
-            _, errors = process.communicate(timeout=60)
-        if process.returncode != 0:
-            break
-        (tmp_path / counts_file(manifest, ScoreFilter(scores="s", default=(0.0, None)))).unlink()
+    with subprocess.Popen(command, cwd=ROOT, **options) as process:
+        while process.poll() is None and not any(path.stat().st_size for path in tmp_path.glob("*.progress")):
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        feeding = threading.Thread(target=lambda: index.write_bytes((tmp_path / "aside").read_bytes()), daemon=True)
+        feeding.start()  # a worker finishes what it has begun
+        _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, "interrupted: run the same command again\n")
     (progress,) = tmp_path.glob("*.progress")
     assert 0 < len(progress.read_bytes().splitlines()) < len(manifest.shards)
+    (tmp_path / "aside").rename(index)
     assert counting.main(words) == 0
 
 

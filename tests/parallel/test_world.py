@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from megatron_tn.parallel.world import leave_world, release_on_leaving
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +29,28 @@ for late in (None, "0", "1"):
     dist.barrier(group)
     leave_world()
 """
+
+
+SEGMENTS = """
+import torch
+from megatron_tn.parallel.world import join_world, leave_world
+
+device = join_world(60)
+held = torch.ones(1 << 24, device=device)
+print({segment["is_expandable"] for segment in torch.cuda.memory_snapshot()})
+leave_world()
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("said", ["", "expandable_segments:False"], ids=["nothing said", "refused"])
+def test_segments_grow_unless_the_environment_says_no(said):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    environment |= {"PYTORCH_CUDA_ALLOC_CONF": said} if said else {}
+    done = subprocess.run(
+        [sys.executable, "-c", SEGMENTS], env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout == f"{ {not said} }\n", done.stderr
 
 
 def test_a_process_joins_again_under_torchrun(tmp_path):
