@@ -66,7 +66,7 @@ def _packed(
         return kernels.lightning_attention(q, k, v, decay, cu_seqlens=cu_seqlens)
 
     return Case(
-        "lightning attention, packed documents",
+        "lightning attention over packed documents",
         f"{documents} {'of equal' if even else 'of any'} length in {tokens} H {heads} d {width}",
         function,
         random_inputs(3, 1, tokens, heads, width, dtype=dtype, device=device),
@@ -103,7 +103,7 @@ def _mixer(
         return kernels.gla(qkvu, decay, theta if with_lrpe else None, act="silu", cu_seqlens=cu_seqlens)[0]
 
     return Case(
-        f"gla{' with LRPE' if with_lrpe else ''}{', packed documents' if documents else ''}",
+        f"gla{' with LRPE' if with_lrpe else ''}{' over packed documents' if documents else ''}",
         f"{documents} of any length in {length}" if documents else f"B {batch} N {length} H {heads} d {width}",
         function,
         random_inputs(1, batch, length, 4 * heads * width, dtype=dtype, device=device),
