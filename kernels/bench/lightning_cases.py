@@ -9,6 +9,8 @@ import kernels
 from kernels.bench.cases import Case, random_inputs
 from kernels.bench.peers import attention_peers, packed_peers
 
+PACKED = " over packed documents"
+
 
 def cases(device: torch.device) -> Iterator[tuple[Case, Case]]:
     """Pairs of a case small enough to be judged in fp64 and the case to time, as kernels/bench/cases.py has them."""
@@ -23,57 +25,51 @@ def cases(device: torch.device) -> Iterator[tuple[Case, Case]]:
         yield _attention(1, 321, 8, width, dtype, device), _attention(1, 131072, 8, width, dtype, device)
     tokens = 32768 if gpu else 512
     for documents in (1, 2, 32, 256) if gpu else (2, 16):
-        yield _packed(9, 321, *sizes), _packed(documents, tokens, *sizes)
-    yield _packed(3, 321, *sizes, even=True), _packed(32 if gpu else 4, tokens, *sizes, even=True)
+        yield _attention(1, 321, *sizes, documents=9), _attention(1, tokens, *sizes, documents=documents)
+    equal = 32 if gpu else 4
+    yield (
+        _attention(1, 321, *sizes, documents=3, even=True),
+        _attention(1, tokens, *sizes, documents=equal, even=True),
+    )
     for length in (1024, 32768) if gpu else (256,):
         batch = max(32768 // length, 1) if gpu else 4
         for with_lrpe in (False, True):
             yield _mixer(1, 321, with_lrpe, *sizes), _mixer(batch, length, with_lrpe, *sizes)
     for with_lrpe in (False, True):
-        small, large = (_mixer(1, n, with_lrpe, *sizes, documents=count) for n, count in ((321, 9), (tokens, 32)))
-        yield small, large
+        yield _mixer(1, 321, with_lrpe, *sizes, documents=9), _mixer(1, tokens, with_lrpe, *sizes, documents=32)
     for with_lrpe in (False, True):
         for batch in (1, 16, 256) if gpu else (4,):
             yield _step(3, with_lrpe, *sizes), _step(batch, with_lrpe, *sizes)
 
 
-def _attention(batch: int, length: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> Case:
+def _attention(
+    batch: int, length: int, heads: int, width: int, dtype: torch.dtype, device: torch.device,
+    documents: int = 0, even: bool = False,
+) -> Case:  # fmt: skip
+    """documents: packed into one row, and counted as if they were one: their states stay within the chip at best."""
     decay = torch.logspace(-8, 0, heads, base=2, device=device)
-
-    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return kernels.lightning_attention(q, k, v, decay)
-
-    return Case(
-        "lightning attention",
-        f"B {batch} N {length} H {heads} d {width}",
-        function,
-        random_inputs(3, batch, length, heads, width, dtype=dtype, device=device),
-        [random_inputs(1, batch, length, heads, width, dtype=dtype, device=device)[0].detach()],
-        function,  # fp64 runs the chunked PyTorch form
-        peers=attention_peers(length, decay, device),
-        length=length if heads > 8 else None,
-    )
-
-
-def _packed(
-    documents: int, tokens: int, heads: int, width: int, dtype: torch.dtype, device: torch.device, even: bool = False
-) -> Case:
-    """One row of documents. Counted as if it were one document: their states stay within the chip at best."""
-    decay = torch.logspace(-8, 0, heads, base=2, device=device)
-    cu_seqlens = _cuts(documents, tokens, device, even)
+    cu_seqlens = _cuts(documents, length, device, even) if documents else None
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return kernels.lightning_attention(q, k, v, decay, cu_seqlens=cu_seqlens)
 
+    peers = packed_peers(cu_seqlens, decay, device) if documents else attention_peers(length, decay, device)
     return Case(
-        "lightning attention over packed documents",
-        f"{documents} {'of equal' if even else 'of any'} length in {tokens} H {heads} d {width}",
+        "lightning attention" + (PACKED if documents else ""),
+        f"{_rows(batch, length, documents, even)} H {heads} d {width}",
         function,
-        random_inputs(3, 1, tokens, heads, width, dtype=dtype, device=device),
-        [random_inputs(1, 1, tokens, heads, width, dtype=dtype, device=device)[0].detach()],
-        function,
-        peers=packed_peers(cu_seqlens, decay, device),
+        random_inputs(3, batch, length, heads, width, dtype=dtype, device=device),
+        [random_inputs(1, batch, length, heads, width, dtype=dtype, device=device)[0].detach()],
+        function,  # fp64 runs the chunked PyTorch form
+        peers=peers,
+        length=length if heads > 8 and not documents else None,
     )
+
+
+def _rows(batch: int, length: int, documents: int, even: bool = False) -> str:
+    if not documents:
+        return f"B {batch} N {length}"
+    return f"{documents} of {'equal' if even else 'any'} length in {length}"
 
 
 def _cuts(documents: int, tokens: int, device: torch.device, even: bool = False) -> Tensor:
@@ -103,8 +99,8 @@ def _mixer(
         return kernels.gla(qkvu, decay, theta if with_lrpe else None, act="silu", cu_seqlens=cu_seqlens)[0]
 
     return Case(
-        f"gla{' with LRPE' if with_lrpe else ''}{' over packed documents' if documents else ''}",
-        f"{documents} of any length in {length}" if documents else f"B {batch} N {length} H {heads} d {width}",
+        f"gla{' with LRPE' if with_lrpe else ''}{PACKED if documents else ''}",
+        f"{_rows(batch, length, documents)} H {heads} d {width}",
         function,
         random_inputs(1, batch, length, 4 * heads * width, dtype=dtype, device=device),
         [torch.randn(batch, length, heads * width, dtype=dtype, device=device)],

@@ -143,7 +143,11 @@ def test_an_interrupted_count_says_so_in_one_line_and_goes_on(tmp_path):
         os.killpg(process.pid, signal.SIGINT)
         feeding = threading.Thread(target=lambda: index.write_bytes((tmp_path / "aside").read_bytes()), daemon=True)
         feeding.start()  # a worker finishes what it has begun
-        _, errors = process.communicate(timeout=60)
+        try:
+            _, errors = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     assert (process.returncode, errors) == (130, "interrupted: run the same command again\n")
     (progress,) = tmp_path.glob("*.progress")
     assert 0 < len(progress.read_bytes().splitlines()) < len(manifest.shards)
