@@ -104,7 +104,8 @@ def buffer_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
     """What engines hold for a while to gather parameters and to reduce and convert gradients, bytes.
 
     activations: the peak of a microbatch. Where the engine's own peak comes when activations are gone, they make room
-    for it, but not for flat tensors, which are longer than any piece that activations leave in the allocator.
+    for it, as segments grow and what is free in them joins (parallel/world.py); those of a CUDA graph do not, they
+    belong to the graph.
     """
     engine, model = config.engine, config.model
     tp = config.parallel.tp
@@ -114,6 +115,7 @@ def buffer_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
     embedding = math.ceil(model.vocab_size * model.embed_dim / tp)
     block = math.ceil((local - embedding) / model.layers)
     bucket = min(engine.reduce_bucket_elements, local)
+    left = 0 if engine.cuda_graph else activations
     if engine.name == "fsdp2":
         # The embedding stays gathered; a block is in use while the next one comes. Backward, one block's gradients are
         # there as computed while another's are reduced in fp32.
@@ -129,10 +131,10 @@ def buffer_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
         return 2 * bucket * width + width * math.ceil(local / data)
     if width == 2 and engine.gradient_dtype == "fp32":
         # Gradients are summed in place, and reduced there; DeepSpeed first lays those together that are small enough.
-        return 4 * local if local <= REDUCED_AT_ONCE else 0
+        return max(0, 4 * local - left) if local <= REDUCED_AT_ONCE else 0
     # Else stage 1 keeps gradients in the computing type until the last microbatch is done, then makes them flat twice,
-    # once in fp32, which is never in the activations' place.
-    return bucket * width + max(4 * local, (2 * width + 4) * local - activations)
+    # once in fp32.
+    return bucket * width + max(0, (2 * width + 4) * local - left)
 
 
 def beside_bytes(config: TrainConfig) -> int:

@@ -57,7 +57,13 @@ def held_and_living(config: TrainConfig) -> tuple[int, int]:
 
 CASES = {
     f"{name}-{recompute}": EngineConfig(**kind, recompute=recompute)
-    for name, kind in {"local": {"name": "local"}, "zero1": {"zero_stage": 1}}.items()
+    for name, kind in {
+        "local": {"name": "local"},
+        "zero1": {"zero_stage": 1},
+        "zero1 graph": {"zero_stage": 1, "cuda_graph": True},
+        "zero1 bf16": {"zero_stage": 1, "gradient_dtype": "bf16"},
+        "zero2": {"zero_stage": 2},
+    }.items()
     for recompute in ("none", "full")
 }
 
