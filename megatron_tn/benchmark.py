@@ -124,7 +124,7 @@ def measure(config: BenchmarkConfig) -> Iterator[Row]:
     finally:
         leave_world()  # and with it the engine's memory
     if config.benchmark.peer == "llama":
-        yield peer_row(config, device)
+        yield from (peer_row(config, device, whole) for whole in (False, True))
     if config.benchmark.loop_steps:
         yield loop_row(config, shards, rate)
 
@@ -163,10 +163,15 @@ def engine_rows(config: BenchmarkConfig, device: torch.device) -> Iterator[Row]:
     yield Row(config.model.name, "with optimizer", *shared, statistics.median(sum(t) for t in times), *rest)
 
 
-def peer_row(config: BenchmarkConfig, device: torch.device) -> Row:
-    """Forward, loss and backward of a Hugging Face LLaMA of the same shape: compiled, sdpa, fused cross-entropy."""
+def peer_row(config: BenchmarkConfig, device: torch.device, whole: bool) -> Row:
+    """Forward, loss and backward of a Hugging Face LLaMA of the same shape: compiled, sdpa, fused cross-entropy.
+
+    whole: compiled as one, and then it gives sdpa a mask, which the fastest kernels do not take; else layer by layer.
+    """
     release()
     model = llama(config.model, device)
+    for part in [model] if whole else model.layers:
+        part.compile()
     tokens, targets = random_tokens(config, device)
 
     def step() -> list:
@@ -182,11 +187,12 @@ def peer_row(config: BenchmarkConfig, device: torch.device) -> Row:
     times, rate, peak = sampled(step, config.benchmark.steps, device)
     count = sum(parameter.numel() for parameter in model.parameters())
     median = statistics.median(t[0] for t in times)
-    return Row("llama, same shape", "step", 1, config.data.sequence_length, tokens.numel(), median, count, rate, peak)
+    name = f"llama, {'compiled whole' if whole else 'layers compiled'}"
+    return Row(name, "step", 1, config.data.sequence_length, tokens.numel(), median, count, rate, peak)
 
 
 def llama(shape: ModelConfig, device: torch.device) -> torch.nn.Module:
-    """The decoder of a Hugging Face LLaMA with this model's sizes, bf16, each layer compiled.
+    """The decoder of a Hugging Face LLaMA with this model's sizes, bf16.
 
     Raises:
         ConfigError: transformers is not installed.
@@ -205,10 +211,7 @@ def llama(shape: ModelConfig, device: torch.device) -> torch.nn.Module:
         attn_implementation="sdpa",
     )
     with torch.device(device):
-        model = LlamaModel(sizes).to(torch.bfloat16)
-    for layer in model.layers:
-        layer.compile()
-    return model
+        return LlamaModel(sizes).to(torch.bfloat16)
 
 
 def loop_row(config: BenchmarkConfig, shards: Path, rate: float) -> Row:
