@@ -12,13 +12,14 @@ from megatron_tn.config import EngineConfig
 from megatron_tn.parallel import products
 from megatron_tn.parallel.context import ParallelContext
 from tests.engine.test_parity import ALL_PARTITIONED, FSDP2, LOCAL, RMSNORM, ZERO, check_gradients, name_of, train
-from tests.engine.test_replicas import replicated
+from tests.engine.test_replicas import assert_replicas_equal, replicated
 from tests.helpers.golden import NAMES, golden, relative_to_max
 from tests.helpers.models import TINY
 from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.gpu
 TWO = pytest.mark.gpu(2)
+FOUR = pytest.mark.gpu(4)
 LAYOUTS = [
     pytest.param(1, 1, id="1-gpu"),
     pytest.param(2, 1, marks=TWO, id="2-gpus-dp2"),
@@ -76,6 +77,17 @@ def test_gradients_of_context_parallel_slices_equal_one_fp64_process():
     check_gradients(2, 1, [(engine, 1, "rmsnorm") for engine in recomputed], device="cuda", cp=2)
 
 
+@FOUR
+@pytest.mark.parametrize(
+    ("tp", "cp", "shared"),
+    [(4, 1, True), (2, 2, True), (2, 2, False), (2, 1, True), (1, 4, False), (1, 2, False)],
+    ids=str,
+)
+def test_gradients_of_products_of_layouts_equal_one_fp64_process(tp, cp, shared):
+    cases = [(engine, n, norm) for engine in (LOCAL, *ZERO, FSDP2) for n, norm in ((1, TINY.norm), (3, "rmsnorm"))]
+    check_gradients(4, tp, cases, device="cuda", cp=cp, sequence_parallel=shared)
+
+
 @pytest.mark.parametrize(("world", "tp"), LAYOUTS)
 def test_bf16_training_follows_fp32(world, tp):
     exact = run_ranks(1, train, 1, LOCAL, 10, TINY)[0]["losses"]
@@ -93,6 +105,20 @@ def test_replicated_parameters_are_bit_equal_after_twenty_steps(sequence_paralle
     one, other = (replicated(found) for found in ranks)
     for name in one:
         assert torch.equal(one[name], other[name]), name
+
+
+def replicas_of_each(
+    tp: int, cp: int, shared: bool, engines: list[EngineConfig]
+) -> dict[str, dict[tuple[str, int], torch.Tensor]]:
+    return {name_of(engine): replicated(train(tp, engine, 20, RMSNORM, shared, cp)) for engine in engines}
+
+
+@FOUR
+@pytest.mark.parametrize(("tp", "cp", "shared"), [(4, 1, True), (2, 2, True), (2, 2, False)], ids=str)
+def test_replicated_parameters_are_bit_equal_in_products_of_layouts(tp, cp, shared):
+    ranks = run_ranks(4, replicas_of_each, tp, cp, shared, [LOCAL, *ZERO, FSDP2], device="cuda")
+    for name in ranks[0]:
+        assert_replicas_equal([found[name] for found in ranks], tp)
 
 
 def products_of(cut: bool) -> list[torch.Tensor]:

@@ -32,6 +32,18 @@ def replicated(found: dict) -> dict[tuple[str, int], torch.Tensor]:
     return {place: value for place, value in found["owned"].items() if place[0].endswith("_norm.weight")}
 
 
+def assert_replicas_equal(ranks: list[dict[tuple[str, int], torch.Tensor]], tp: int) -> None:
+    """Every holder's bits are the same, every norm weight has been trained, and tp ranks or more hold each piece."""
+    holders = Counter(place for found in ranks for place, value in found.items() if value.numel())
+    assert len({parameter for parameter, _ in holders}) == 2 * RMSNORM.layers + 1
+    assert all(count % tp == 0 for count in holders.values())
+    first = {place: value for found in reversed(ranks) for place, value in found.items()}
+    for found in ranks:
+        for place, value in found.items():
+            assert torch.equal(value, first[place]), place
+    assert all((value != 1).any() for value in first.values() if value.numel())  # trained
+
+
 def train_without_a_reduction(tp: int, sequence_parallel: bool) -> dict:
     """Where tokens are whole, of what the products send back; where they are shared out, of the weights' gradients."""
     if sequence_parallel:
@@ -49,14 +61,7 @@ def train_without_a_reduction(tp: int, sequence_parallel: bool) -> dict:
 def test_replicated_parameters_are_bit_equal_after_twenty_steps(name, layout):
     tp, cp, shared = layout
     ranks = [replicated(found) for found in run_ranks(4, train, tp, ENGINES[name], STEPS, RMSNORM, shared, cp)]
-    holders = Counter(place for found in ranks for place, value in found.items() if value.numel())
-    assert len({parameter for parameter, _ in holders}) == 2 * RMSNORM.layers + 1
-    assert all(count % tp == 0 for count in holders.values())
-    first = {place: value for found in reversed(ranks) for place, value in found.items()}
-    for found in ranks:
-        for place, value in found.items():
-            assert torch.equal(value, first[place]), place
-    assert all((value != 1).any() for value in first.values() if value.numel())  # trained
+    assert_replicas_equal(ranks, tp)
 
 
 @WAYS
