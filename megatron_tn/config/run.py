@@ -90,7 +90,7 @@ class EngineConfig:
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["bf16", "fp32"] = "bf16"  # of parameters and activations; masters and moments are always fp32
     gradient_dtype: Literal["fp32", "bf16"] = "fp32"  # in which microbatch gradients accumulate and are reduced
-    reduce_bucket_elements: int = 50_000_000  # zero0 to zero2: gradients reduced at once; zero3 takes a block's
+    reduce_bucket_elements: int = 50_000_000  # gradients reduced at once, but by zero3 and fsdp2, which take a block's
     reshard_after_forward: bool = True  # fsdp2: free a block's gathered weights between its forward and backward pass
     recompute: Literal["none", "selective", "full"] = "none"  # activations made again in the backward pass
     recompute_every: int = 1  # of every so many blocks, the first recomputes

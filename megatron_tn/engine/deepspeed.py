@@ -1,8 +1,9 @@
 """DeepSpeed ZeRO 0-3 (arXiv 1910.02054), the main engine.
 
 DeepSpeed averages gradients over data-parallel ranks and accumulation steps on its own; here the loss is already
-divided by the step's target tokens over all of them, so that averaging is cancelled. Masters and moments are reached
-as flat fp32 ranges of each local parameter, whatever the stage keeps them in.
+divided by the step's target tokens over all of them, so that averaging is cancelled. At stage 1 in bf16 gradients are
+summed, and reduced during the backward pass, by this package (parallel/main_gradient.py, parallel/reduction.py).
+Masters and moments are reached as flat fp32 ranges of each local parameter, whatever the stage keeps them in.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from megatron_tn.config import TrainConfig
 from megatron_tn.engine.base import DTYPES, MOMENTS, StepResult, optimizer_state, set_optimizer_step
 from megatron_tn.engine.clipping import clip_gradients, clipped_step
 from megatron_tn.engine.deepspeed_settings import deepspeed_settings
-from megatron_tn.engine.passes import CapturedPasses, capture_stream, on_stream
+from megatron_tn.engine.passes import CapturedPasses, Passes, capture_stream, on_stream
 from megatron_tn.engine.zero3 import PartitionedUpdate
 from megatron_tn.model.block import Block
 from megatron_tn.model.transnormer import TransNormerLM, empty_model
@@ -33,6 +34,7 @@ from megatron_tn.optim.groups import build_adamw, parameter_groups
 from megatron_tn.parallel.context import Axis, ParallelContext
 from megatron_tn.parallel.gradients import gradient_norm
 from megatron_tn.parallel.main_gradient import MainGradient, attach
+from megatron_tn.parallel.reduction import OverlappedReduction
 from megatron_tn.parallel.sharding import OwnedRange, mark
 from megatron_tn.parallel.world import release_on_leaving
 
@@ -167,8 +169,16 @@ class DeepSpeedEngine:
             self._clip_within_update()
         release_on_leaving(self)
         self.passes = None
-        if config.engine.cuda_graph:
-            self.passes = CapturedPasses(model, self.main_gradients, stream, grow=self.context.data.size)
+        if self.main_gradients:
+            reduction = OverlappedReduction(
+                [parameter for group in self.optimizer.bf16_groups for parameter in group],
+                self.optimizer.fp32_groups_gradients_flat,
+                self.context.data,
+                config.engine.reduce_bucket_elements,
+            )
+            self.passes = Passes(model, self.main_gradients, reduction)
+            if config.engine.cuda_graph:
+                self.passes = CapturedPasses(model, self.main_gradients, reduction, stream)
 
     def release(self) -> None:
         """Give parameters, masters and moments free, which would stay for as long as the process does: DeepSpeed's
@@ -208,16 +218,8 @@ class DeepSpeedEngine:
                 found.append(attach(parameter, total.view(parameter.shape)))
                 parameter._hp_grad = total  # where DeepSpeed's own functions look for it
         optimizer.fp32_groups_has_gradients = [[True] * len(sums) for sums in optimizer.fp32_groups_gradients]
-        # Called after every backward pass, before the reduction; and to make room for the next step's sums, which the
-        # first gradient does.
-        optimizer.update_hp_grads = self._finish_main_gradients
-        optimizer.clear_hp_grads = lambda: None
+        optimizer.clear_hp_grads = lambda: None  # the next step's first gradient makes room for itself
         return found
-
-    def _finish_main_gradients(self, **_) -> None:
-        if self.engine.is_gradient_accumulation_boundary():
-            for main in self.main_gradients:
-                main.finish()
 
     def _update_without_waiting(self) -> None:
         """Put in the place of DeepSpeed's step at stage 1, which waits for the norm before it queues the update, and
@@ -259,19 +261,16 @@ class DeepSpeedEngine:
     ) -> Tensor:
         self.engine.set_gradient_accumulation_boundary(last)
         if self.passes is not None:
-            # DeepSpeed's part comes after the passes: the reduction of the sums.
-            loss = self.passes(tokens, targets, cu_seqlens, scale)
-            self._finish_main_gradients()
-            self.engine.allreduce_gradients()
+            loss = self.passes(tokens, targets, cu_seqlens, scale, last)
             if not last:
-                self.engine.step()
+                self.engine.step()  # counts the microbatch
             return loss
         loss = self.engine(tokens, targets=targets, cu_seqlens=cu_seqlens, reduction="sum").loss * scale
         # DeepSpeed will divide by the number of data-parallel ranks.
         averaged_over = 1 if self.stage == 3 else self.context.data.size
         self.engine.backward(loss * averaged_over, scale_wrt_gas=False)
         if not last:
-            self.engine.step()  # counts the microbatch
+            self.engine.step()
         return loss.detach()
 
     def step(self, lr: float) -> StepResult:

@@ -1,4 +1,4 @@
-"""The engine without a framework: bf16 or fp32 parameters, fp32 masters on every data-parallel rank, one all-reduce.
+"""The engine without a framework: bf16 or fp32 parameters, fp32 masters on every data-parallel rank.
 
 It shards nothing, so it is the shortest statement of what every other engine must equal.
 """
@@ -15,14 +15,14 @@ from megatron_tn.engine.passes import CapturedPasses, Passes, capture_stream
 from megatron_tn.model.transnormer import TransNormerLM
 from megatron_tn.optim.adamw import FusedAdamW
 from megatron_tn.optim.groups import build_adamw, parameter_groups
-from megatron_tn.parallel.collectives import all_reduce_
 from megatron_tn.parallel.gradients import gradient_norm
 from megatron_tn.parallel.main_gradient import attach
+from megatron_tn.parallel.reduction import OverlappedReduction
 from megatron_tn.parallel.sharding import OwnedRange
 
 
 class LocalEngine:
-    """See `engine.base.Engine`. Gradients accumulate in fp32, in one flat buffer that is reduced at once."""
+    """See `engine.base.Engine`. Gradients accumulate in fp32, in one flat buffer that is reduced in buckets."""
 
     partitioned = False
 
@@ -47,9 +47,13 @@ class LocalEngine:
         self.main_gradients = [
             attach(parameter, gradient) for parameter, gradient in zip(self.parameters, self.gradients, strict=True)
         ]
-        self.passes = Passes(model, self.main_gradients)
+        reduction = OverlappedReduction(
+            self.parameters, [self.flat_gradient], self.context.data, config.engine.reduce_bucket_elements
+        )
+        self.passes = Passes(model, self.main_gradients, reduction)
         if config.engine.cuda_graph:
-            self.passes = CapturedPasses(model, self.main_gradients, capture_stream(self.flat_gradient.device))
+            stream = capture_stream(self.flat_gradient.device)
+            self.passes = CapturedPasses(model, self.main_gradients, reduction, stream)
         dimensions = [parameter.dim() for parameter in self.parameters]
         groups = parameter_groups(zip(self.names, self.masters, dimensions, strict=True), config.optim.weight_decay)
         self.optimizer = build_adamw(groups, config.optim)
@@ -59,12 +63,7 @@ class LocalEngine:
     def forward_backward(
         self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, *, scale: Tensor, last: bool
     ) -> Tensor:
-        loss = self.passes(tokens, targets, cu_seqlens, scale)
-        if last:
-            for main in self.main_gradients:
-                main.finish()
-            all_reduce_(self.flat_gradient, self.context.data)
-        return loss
+        return self.passes(tokens, targets, cu_seqlens, scale, last)
 
     @torch.no_grad()
     def step(self, lr: float) -> StepResult:

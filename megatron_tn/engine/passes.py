@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_tn.model.transnormer import ModelOutput, TransNormerLM
 from megatron_tn.parallel.beside import join
 from megatron_tn.parallel.main_gradient import MainGradient
+from megatron_tn.parallel.reduction import OverlappedReduction
 from megatron_tn.parallel.world import release_on_leaving
 
 WARM_UP = 2  # eager passes before the first capture: kernels are compiled, and choices made, in them
@@ -46,19 +47,24 @@ def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
 
 
 class Passes:
-    """(tokens, targets, cu_seqlens, scale) -> scale x the sum of token losses, detached, with gradients in `mains`.
+    """(tokens, targets, cu_seqlens, scale, last) -> scale x the sum of token losses, detached, with gradients in
+    `mains`; after the last microbatch of a step these are whole and, by `reduction`, summed over ranks."""
 
-    grow: what the loss is multiplied by for the backward pass alone.
-    """
-
-    def __init__(self, model: TransNormerLM, mains: Sequence[MainGradient], grow: float = 1.0):
+    def __init__(self, model: TransNormerLM, mains: Sequence[MainGradient], reduction: OverlappedReduction):
         self.model = model
         self.mains = mains
-        self.grow = grow
+        self.reduction = reduction
         self.watchers: list[Callable[[], None]] = []  # called before and after a replay, which calls no hook
 
-    def __call__(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, scale: Tensor) -> Tensor:
-        return self._run(self.model, tokens, targets, cu_seqlens, scale)
+    def __call__(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, scale: Tensor, last: bool) -> Tensor:
+        loss = self._pass(tokens, targets, cu_seqlens, scale, last)
+        if last:
+            for main in self.mains:
+                main.finish()
+        return loss
+
+    def _pass(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, scale: Tensor, last: bool) -> Tensor:
+        return self._run(self.model, tokens, targets, cu_seqlens, scale, last)
 
     def _run(
         self,
@@ -67,24 +73,34 @@ class Passes:
         targets: Tensor,
         cu_seqlens: Tensor | None,
         scale: Tensor,
+        last: bool,
     ) -> Tensor:
         loss = call(tokens, targets=targets, cu_seqlens=cu_seqlens, reduction="sum").loss * scale
-        (loss * self.grow).backward()
+        if last:
+            self.reduction.begin()
+        loss.backward()
         join()
+        if last:
+            self.reduction.wait()
         return loss.detach()
 
 
 class CapturedPasses(Passes):
-    """The same, replayed. A graph for each shape of microbatch, and another for those that find the sums empty: writing
-    and adding differ. On a CPU, and while a hook wants to see gradients, passes run as they are.
+    """The same, replayed. A graph for each shape of microbatch, and others for those that find the sums empty, writing
+    and adding being different, and for a step's last. On a CPU, and while a hook wants to see gradients, passes run as
+    they are.
 
     stream: of `capture_stream`; the one on which whatever keeps nodes of the backward graph was made.
     """
 
     def __init__(
-        self, model: TransNormerLM, mains: Sequence[MainGradient], stream: torch.cuda.Stream | None, grow: float = 1.0
+        self,
+        model: TransNormerLM,
+        mains: Sequence[MainGradient],
+        reduction: OverlappedReduction,
+        stream: torch.cuda.Stream | None,
     ):
-        super().__init__(model, mains, grow)
+        super().__init__(model, mains, reduction)
         self.stream = stream
         self.eager = 0
         self.graphs: dict[tuple, _Graph] = {}
@@ -96,21 +112,22 @@ class CapturedPasses(Passes):
             captured.graph.reset()
         self.graphs.clear()
 
-    def __call__(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, scale: Tensor) -> Tensor:
+    def _pass(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, scale: Tensor, last: bool) -> Tensor:
         inputs = [tokens, targets, cu_seqlens, scale]
+        last = last and bool(self.reduction.buckets)  # else it is a microbatch like any other
         if any(parameter._backward_hooks for parameter in self.model.parameters()):
             self.release()  # their memory is wanted
-            return super().__call__(*inputs)
+            return super()._pass(*inputs, last)
         if self.stream is None:
-            return super().__call__(*inputs)
+            return super()._pass(*inputs, last)
         if self.eager < WARM_UP:
             self.eager += 1
             with on_stream(self.stream):
-                return super().__call__(*inputs)
+                return super()._pass(*inputs, last)
         shapes = tuple(None if x is None else (x.shape, x.dtype) for x in inputs)
-        key = (*shapes, tuple(main.empty for main in self.mains))
+        key = (*shapes, last, tuple(main.empty for main in self.mains))
         if key not in self.graphs:
-            self.graphs[key] = self._capture(inputs)
+            self.graphs[key] = self._capture(inputs, last)
         found = self.graphs[key]
         for place, value in zip(found.inputs, inputs, strict=True):
             if place is not None:
@@ -124,7 +141,7 @@ class CapturedPasses(Passes):
             main.empty = False
         return found.loss.clone()
 
-    def _capture(self, inputs: list[Tensor | None]) -> _Graph:
+    def _capture(self, inputs: list[Tensor | None], last: bool) -> _Graph:
         places = [None if x is None else x.clone() for x in inputs]
         empty = [main.empty for main in self.mains]
         graph = torch.cuda.CUDAGraph()
@@ -134,7 +151,7 @@ class CapturedPasses(Passes):
         mode = "thread_local"
         # Not a call of the model, whose hooks would be captured instead of run.
         with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode=mode):
-            loss = self._run(self.model.forward, *places)
+            loss = self._run(self.model.forward, *places, last)
         for main, was in zip(self.mains, empty, strict=True):
             main.empty = was  # nothing has run yet
         return _Graph(graph, places, loss)

@@ -32,7 +32,6 @@ GIB = 2**30
 # The allocator holds more than what lives in it: pieces of its segments that nothing fits. A share of what is alive.
 SLACK = 0.03
 CUBLAS = 32 * 2**20  # a matrix product's workspace on Hopper, from the allocator as well
-REDUCED_AT_ONCE = 5 * 10**8  # elements that DeepSpeed lays together to reduce them
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,7 @@ def buffer_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
     """What engines hold for a while to gather parameters and to reduce and convert gradients, bytes.
 
     activations: the peak of a microbatch. Where the engine's own peak comes when activations are gone, they make room
-    for it, as segments grow and what is free in them joins (parallel/world.py); those of a CUDA graph do not, they
-    belong to the graph.
+    for it, as segments grow and what is free in them joins (parallel/world.py).
     """
     engine, model = config.engine, config.model
     tp = config.parallel.tp
@@ -115,7 +113,6 @@ def buffer_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
     embedding = math.ceil(model.vocab_size * model.embed_dim / tp)
     block = math.ceil((local - embedding) / model.layers)
     bucket = min(engine.reduce_bucket_elements, local)
-    left = 0 if engine.cuda_graph else activations
     if engine.name == "fsdp2":
         # The embedding stays gathered; a block is in use while the next one comes. Backward, one block's gradients are
         # there as computed while another's are reduced in fp32.
@@ -130,11 +127,10 @@ def buffer_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
     if engine.zero_stage == 2:
         return 2 * bucket * width + width * math.ceil(local / data)
     if width == 2 and engine.gradient_dtype == "fp32":
-        # Gradients are summed in place, and reduced there; DeepSpeed first lays those together that are small enough.
-        return max(0, 4 * local - left) if local <= REDUCED_AT_ONCE else 0
+        return 0  # gradients are summed in place, and reduced there
     # Else stage 1 keeps gradients in the computing type until the last microbatch is done, then makes them flat twice,
     # once in fp32.
-    return bucket * width + max(0, (2 * width + 4) * local - left)
+    return bucket * width + max(0, (2 * width + 4) * local - activations)
 
 
 def beside_bytes(config: TrainConfig) -> int:

@@ -1,0 +1,101 @@
+"""Gradients summed over data-parallel ranks while the backward pass goes on.
+
+The backward pass completes gradients from the last layer to the first, so what is there can cross ranks while earlier
+layers' are made (PyTorch's DDP, arXiv 2006.15704, section 3.2.3). Sums lie in flat buffers in the model's order; a
+bucket is a stretch of one, reduced in place as soon as all its parameters are complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_tn.parallel.beside import beside
+from megatron_tn.parallel.context import Axis
+
+
+class _Bucket:
+    def __init__(self, parameters: list[nn.Parameter], stretch: Tensor):
+        self.parameters = parameters
+        self.stretch = stretch
+        self.missing = 0
+
+
+class OverlappedReduction:
+    """All-reduces of the sums that `main_gradient.attach` gave to parameters, over an axis, bucket by bucket.
+
+    parameters: in each one's `main_gradient.sum` a part of one of `flats`, 1-D buffers, in the order that they lie in.
+    elements: a bucket takes parameters until it has as many.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], flats: Sequence[Tensor], axis: Axis, elements: int):
+        self.axis = axis
+        self.armed = False
+        self.works: list[dist.Work] = []
+        self.buckets: list[_Bucket] = []
+        if axis.size == 1:
+            return
+        bucket_of = {}
+        for flat in flats:
+            held = [p for p in parameters if _lies_in(p.main_gradient.sum, flat)]
+            for members in _cut(held, elements):
+                start, stop = members[0].main_gradient.sum, members[-1].main_gradient.sum
+                offset = start.storage_offset() - flat.storage_offset()
+                length = stop.storage_offset() + stop.numel() - start.storage_offset()
+                self.buckets.append(_Bucket(members, flat.narrow(0, offset, length)))
+                bucket_of |= dict.fromkeys(members, self.buckets[-1])
+        for parameter, bucket in bucket_of.items():
+            # After the hook by which the sum takes what autograd hands over, which `attach` registered.
+            parameter.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._completed(bucket))
+        # The first collective of a group makes its communicator, which a CUDA graph cannot capture.
+        dist.all_reduce(flats[0].new_zeros(1), group=axis.group)
+
+    def begin(self) -> None:
+        """The backward pass that follows is the last to add to the sums."""
+        self.armed = True
+        for bucket in self.buckets:
+            bucket.missing = len(bucket.parameters)
+
+    def wait(self) -> None:
+        """What comes after this on the current stream finds every sum reduced, also where there was no gradient."""
+        self.armed = False
+        for bucket in self.buckets:
+            if bucket.missing:
+                self._start(bucket)
+        for work in self.works:
+            work.wait()
+        self.works.clear()
+
+    def _completed(self, bucket: _Bucket) -> None:
+        if not self.armed:
+            return
+        bucket.missing -= 1
+        if not bucket.missing:
+            self._start(bucket)
+
+    @torch.no_grad()
+    def _start(self, bucket: _Bucket) -> None:
+        for parameter in bucket.parameters:
+            parameter.main_gradient.begun()  # nothing may have been added to it
+        with beside(bucket.stretch):  # after the products that made the sums
+            self.works.append(dist.all_reduce(bucket.stretch, group=self.axis.group, async_op=True))
+
+
+def _lies_in(part: Tensor, flat: Tensor) -> bool:
+    start = flat.data_ptr()
+    return start <= part.data_ptr() < start + flat.numel() * flat.element_size()
+
+
+def _cut(parameters: list[nn.Parameter], elements: int) -> list[list[nn.Parameter]]:
+    """From the last parameter to the first, as gradients come; what is left over is the first ones'."""
+    buckets, members, count = [], [], 0
+    for parameter in reversed(parameters):
+        members.insert(0, parameter)
+        count += parameter.numel()
+        if count >= elements:
+            buckets.append(members)
+            members, count = [], 0
+    return [*buckets, members] if members else buckets

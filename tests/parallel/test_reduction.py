@@ -1,0 +1,92 @@
+"""Gradients are reduced while the backward pass goes on, each once, and in its last microbatch alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megatron_tn.parallel.context import Axis, ParallelContext
+from megatron_tn.parallel.main_gradient import attach
+from megatron_tn.parallel.reduction import OverlappedReduction
+from tests.helpers.ranks import run_ranks
+
+LAYERS, WIDTH = 6, 8
+
+
+class Chain(nn.Module):
+    """Linear layers one after the other, the first one's weight used at the end as well; and one that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        self.unused = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return (x @ self.layers[0].weight).square().sum()
+
+
+def reduced(elements: int) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int]]:
+    """After three microbatches: this rank's sums, those that one all-reduce at the end gives, and how many buckets had
+    been sent when each layer's gradient was made in the last microbatch."""
+    torch.manual_seed(0)
+    model = Chain()
+    parameters = list(model.parameters())
+    groups = [[p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() == 1]]
+    flats = [torch.full((sum(p.numel() for p in group) + 5,), torch.nan) for group in groups]  # and padding
+    for group, flat in zip(groups, flats, strict=True):
+        sizes = [p.numel() for p in group]
+        for parameter, part in zip(group, flat.split([*sizes, 5]), strict=False):
+            attach(parameter, part.view_as(parameter))
+    axis = ParallelContext.create().data
+    reduction = OverlappedReduction([p for group in groups for p in group], flats, axis, elements)
+    sent: list[int] = []
+    for layer in model.layers:
+        layer.weight.register_post_accumulate_grad_hook(lambda _: sent.append(len(reduction.works)))
+    expected = [torch.zeros_like(p) for p in parameters]
+    for microbatch in range(3):
+        x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(10 * dist.get_rank() + microbatch))
+        for total, gradient in zip(expected, torch.autograd.grad(model(x), parameters, allow_unused=True), strict=True):
+            if gradient is not None:
+                total += gradient
+        sent.clear()
+        if microbatch == 2:
+            reduction.begin()
+        model(x).backward()
+        if microbatch == 2:
+            reduction.wait()
+            assert not reduction.works
+        else:
+            assert not any(sent)
+    for total in expected:
+        dist.all_reduce(total)
+    return [p.main_gradient.sum.clone() for p in parameters], expected, sent
+
+
+@pytest.mark.parametrize("elements", [1, 2 * WIDTH * WIDTH, 1 << 20], ids=["each", "two layers", "all"])
+def test_sums_are_those_of_one_all_reduce(elements):
+    for found, expected, sent in run_ranks(2, reduced, elements):
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+        if elements == 1:  # biases apart, what came before in the backward pass
+            assert sent == sorted(sent)
+            assert sent[-1] > LAYERS
+        elif elements == 2 * WIDTH * WIDTH:
+            assert 0 < sent[-2] < LAYERS
+        else:
+            assert not any(sent[:-1])  # then the biases, a buffer of their own, are complete
+
+
+def test_an_axis_of_one_rank_reduces_nothing():
+    layer = nn.Linear(2, 2, bias=False)
+    flat = torch.empty(4)
+    attach(layer.weight, flat.view(2, 2))
+    reduction = OverlappedReduction([layer.weight], [flat], Axis(), 1)
+    reduction.begin()
+    layer(torch.ones(1, 2)).sum().backward()
+    reduction.wait()
+    assert not reduction.buckets
+    assert flat.tolist() == [1, 1, 1, 1]
