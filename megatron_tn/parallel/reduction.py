@@ -7,6 +7,7 @@ bucket is a stretch of one, reduced in place as soon as all its parameters are c
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -49,7 +50,7 @@ class OverlappedReduction:
                 bucket_of |= dict.fromkeys(members, self.buckets[-1])
         for parameter, bucket in bucket_of.items():
             # After the hook by which the sum takes what autograd hands over, which `attach` registered.
-            parameter.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._completed(bucket))
+            parameter.register_post_accumulate_grad_hook(_Completion(self, bucket))
         # The first collective of a group makes its communicator, which a CUDA graph cannot capture.
         dist.all_reduce(flats[0].new_zeros(1), group=axis.group)
 
@@ -69,7 +70,8 @@ class OverlappedReduction:
             work.wait()
         self.works.clear()
 
-    def _completed(self, bucket: _Bucket) -> None:
+    def completed(self, bucket: _Bucket) -> None:
+        """A parameter of the bucket has its gradient."""
         if not self.armed:
             return
         bucket.missing -= 1
@@ -82,6 +84,17 @@ class OverlappedReduction:
             parameter.main_gradient.begun()  # nothing may have been added to it
         with beside(bucket.stretch):  # after the products that made the sums
             self.works.append(dist.all_reduce(bucket.stretch, group=self.axis.group, async_op=True))
+
+
+class _Completion:
+    """A parameter's hook. It keeps neither the sums nor, in a circle, the parameters alive."""
+
+    def __init__(self, reduction: OverlappedReduction, bucket: _Bucket):
+        self.reduction, self.bucket = weakref.ref(reduction), weakref.ref(bucket)
+
+    def __call__(self, parameter: nn.Parameter) -> None:
+        if (reduction := self.reduction()) is not None:
+            reduction.completed(self.bucket())
 
 
 def _lies_in(part: Tensor, flat: Tensor) -> bool:
