@@ -161,8 +161,8 @@ class DeepSpeedEngine:
         # The torch (or apex) optimizer underneath the wrapper, which holds learning rates and moments.
         self.inner = getattr(self.optimizer, "optimizer", self.optimizer)
         self.main_gradients = self._attach_main_gradients()
-        if self.main_gradients and isinstance(self.inner, FusedAdamW):
-            self._update_without_waiting()
+        if self.main_gradients:
+            self._update_own_part()
         elif self.stage == 3:
             self.partitioned_update = PartitionedUpdate(self.optimizer, self.context, self.clip_norm)
         elif self.stage:
@@ -175,6 +175,7 @@ class DeepSpeedEngine:
                 self.optimizer.fp32_groups_gradients_flat,
                 self.context.data,
                 config.engine.reduce_bucket_elements,
+                partitioned=True,
             )
             self.passes = Passes(model, self.main_gradients, reduction)
             if config.engine.cuda_graph:
@@ -221,27 +222,35 @@ class DeepSpeedEngine:
         optimizer.clear_hp_grads = lambda: None  # the next step's first gradient makes room for itself
         return found
 
-    def _update_without_waiting(self) -> None:
-        """Put in the place of DeepSpeed's step at stage 1, which waits for the norm before it queues the update, and
-        then copies every master."""
+    def _update_own_part(self) -> None:
+        """Put in the place of DeepSpeed's step at stage 1, which looks for the norm in sums of which this rank has its
+        part alone, waits for it before it queues the update, and then copies every master."""
         optimizer = self.optimizer
         masters, gradients = optimizer.fp32_groups_flat_partition, optimizer.fp32_groups_gradient_flat_partition
         ranks = [dist.get_rank(group) for group in optimizer.real_dp_process_group]
-        self.inner.copies = {
-            master: parts[rank]
-            for master, parts, rank in zip(masters, optimizer.bf16_partitioned_groups, ranks, strict=True)
-        }
+        parts = [part[rank] for part, rank in zip(optimizer.bf16_partitioned_groups, ranks, strict=True)]
+        fused = isinstance(self.inner, FusedAdamW)
+        if fused:
+            self.inner.copies = dict(zip(masters, parts, strict=True))
+        own = [
+            (p.shard_spec, p.main_gradient.sum.view(-1).narrow(0, address.start, address.numel))
+            for p in self.names
+            if p._hp_mapping is not None
+            for address in [p._hp_mapping.lp_fragment_address]
+        ]
 
         @torch.no_grad()
         def step() -> None:
-            sums = [(parameter.shard_spec, parameter.main_gradient.sum) for parameter in self.names]
-            norm = gradient_norm(sums, self.context.tp, masters[0].device)
+            norm = gradient_norm(own, self.context.tp, masters[0].device, sharded_over=self.context.data)
             for master, gradient in zip(masters, gradients, strict=True):
                 master.grad = gradient
             norm = clipped_step(self.inner, norm, self.clip_norm)
             optimizer._global_grad_norm, optimizer.overflow = norm, not norm < float("inf")
-            if not optimizer.overflow:
-                self._gather_partitions()
+            if optimizer.overflow:
+                return
+            if not fused:
+                torch._foreach_copy_(parts, masters)
+            self._gather_partitions()
 
         optimizer.step = step
 

@@ -13,6 +13,7 @@ from megatron_tn.parallel.reduction import OverlappedReduction
 from tests.helpers.ranks import run_ranks
 
 LAYERS, WIDTH = 6, 8
+PADDING = 4  # elements of a buffer that are no parameter's, so that it has equal parts
 
 
 class Chain(nn.Module):
@@ -29,29 +30,34 @@ class Chain(nn.Module):
         return (x @ self.layers[0].weight).square().sum()
 
 
-def reduced(elements: int) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int]]:
-    """After three microbatches: this rank's sums, those that one all-reduce at the end gives, and how many buckets had
-    been sent when each layer's gradient was made in the last microbatch."""
+def reduced(elements: int, partitioned: bool) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int]]:
+    """After three microbatches: this rank's sums, those that one all-reduce at the end gives, in buffers of the same
+    form, and how many buckets had been sent when each layer's gradient was made in the last microbatch."""
     torch.manual_seed(0)
     model = Chain()
     parameters = list(model.parameters())
     groups = [[p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() == 1]]
-    flats = [torch.full((sum(p.numel() for p in group) + 5,), torch.nan) for group in groups]  # and padding
-    for group, flat in zip(groups, flats, strict=True):
-        sizes = [p.numel() for p in group]
-        for parameter, part in zip(group, flat.split([*sizes, 5]), strict=False):
+    flats = [torch.full((sum(p.numel() for p in group) + PADDING,), torch.nan) for group in groups]
+    expected = [torch.zeros_like(flat) for flat in flats]
+    totals = {}
+    for group, flat, wanted in zip(groups, flats, expected, strict=True):
+        sizes = [*(p.numel() for p in group), PADDING]
+        for parameter, part, total in zip(group, flat.split(sizes), wanted.split(sizes), strict=False):
             attach(parameter, part.view_as(parameter))
+            totals[parameter] = total.view_as(parameter)
     axis = ParallelContext.create().data
-    reduction = OverlappedReduction([p for group in groups for p in group], flats, axis, elements)
+    reduction = OverlappedReduction(
+        [p for group in groups for p in group], flats, axis, elements, partitioned=partitioned
+    )
     sent: list[int] = []
     for layer in model.layers:
         layer.weight.register_post_accumulate_grad_hook(lambda _: sent.append(len(reduction.works)))
-    expected = [torch.zeros_like(p) for p in parameters]
     for microbatch in range(3):
         x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(10 * dist.get_rank() + microbatch))
-        for total, gradient in zip(expected, torch.autograd.grad(model(x), parameters, allow_unused=True), strict=True):
+        gradients = torch.autograd.grad(model(x), parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
-                total += gradient
+                totals[parameter] += gradient
         sent.clear()
         if microbatch == 2:
             reduction.begin()
@@ -61,16 +67,24 @@ def reduced(elements: int) -> tuple[list[torch.Tensor], list[torch.Tensor], list
             assert not reduction.works
         else:
             assert not any(sent)
-    for total in expected:
-        dist.all_reduce(total)
-    return [p.main_gradient.sum.clone() for p in parameters], expected, sent
+    for wanted in expected:
+        dist.all_reduce(wanted)
+    return flats, expected, sent
 
 
+@pytest.mark.parametrize("partitioned", [False, True], ids=["to all", "to their owners"])
 @pytest.mark.parametrize("elements", [1, 2 * WIDTH * WIDTH, 1 << 20], ids=["each", "two layers", "all"])
-def test_sums_are_those_of_one_all_reduce(elements):
-    for found, expected, sent in run_ranks(2, reduced, elements):
+def test_sums_are_those_of_one_all_reduce(elements, partitioned):
+    for rank, (found, expected, sent) in enumerate(run_ranks(2, reduced, elements, partitioned)):
         for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, other)
+            half = len(one) // 2
+            mine = slice(rank * half, (rank + 1) * half) if partitioned else slice(None)
+            padded = one[mine].isnan()  # to which nothing is ever added
+            assert padded.sum() == (PADDING if rank or not partitioned else 0)
+            torch.testing.assert_close(one[mine][~padded], other[mine][~padded])
+            if partitioned:  # the other's sums were not sent here
+                rest = one[(1 - rank) * half : (2 - rank) * half]
+                assert not torch.allclose(rest, other[(1 - rank) * half : (2 - rank) * half])
         if elements == 1:  # biases apart, what came before in the backward pass
             assert sent == sorted(sent)
             assert sent[-1] > LAYERS
