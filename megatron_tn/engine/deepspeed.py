@@ -34,7 +34,7 @@ from megatron_tn.optim.groups import build_adamw, parameter_groups
 from megatron_tn.parallel.context import Axis, ParallelContext
 from megatron_tn.parallel.gradients import gradient_norm
 from megatron_tn.parallel.main_gradient import MainGradient, attach
-from megatron_tn.parallel.reduction import OverlappedReduction
+from megatron_tn.parallel.reduction import OverlappedReduction, buckets
 from megatron_tn.parallel.sharding import OwnedRange, mark
 from megatron_tn.parallel.world import release_on_leaving
 
@@ -42,7 +42,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 import deepspeed
-from deepspeed.runtime.utils import all_gather_dp_groups
+from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import logger, safe_get_full_grad, set_z3_leaf_modules
@@ -52,6 +52,8 @@ warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated", cat
 # On a CPU DeepSpeed would compile a shared-memory all-reduce with g++ at start-up: 95 s, and a lock left behind when it
 # is killed. Declaring that operator incompatible makes DeepSpeed take gloo's.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# For every group of parameters its bf16 optimizer prints, unasked, what memory is in use, and collects garbage first.
+bf16_optimizer.see_memory_usage = lambda *_, **__: None
 
 
 class ModelParallelUnit:
@@ -143,14 +145,18 @@ class DeepSpeedEngine:
         named = [(name, p, len(p.shard_spec.shape)) for name, p in model.named_parameters()]  # ZeRO 3's are flat by now
         # Stage 0 wraps apex's optimizer in a flat form of its own, which nothing here would gain from.
         settings = config.optim if self.stage else dataclasses.replace(config.optim, fused="torch")
-        optimizer = build_adamw(parameter_groups(named, config.optim.weight_decay), settings)
+        groups = parameter_groups(named, config.optim.weight_decay)
+        if self.stage == 1 and (config.engine.precision, config.engine.gradient_dtype) == ("bf16", "fp32"):
+            # DeepSpeed lays a group out flat, with a part for every rank, and that is reduced and gathered as one.
+            elements = config.engine.reduce_bucket_elements
+            groups = [group | {"params": part} for group in groups for part in buckets(group["params"], elements)]
+        optimizer = build_adamw(groups, settings)
         settings = deepspeed_settings(config, self.context.dp.size)
         if self.bare:
             settings["gradient_clipping"] = 0.0  # done in step(), where a non-finite norm can still be refused
         stream = capture_stream(next(model.parameters()).device) if config.engine.cuda_graph else None
-        # Its bf16 optimizer prints memory figures unasked. It keeps nodes of the backward graph, which belong to the
-        # stream that they are made on.
-        with contextlib.redirect_stdout(io.StringIO()), on_stream(stream):
+        # Its bf16 optimizer keeps nodes of the backward graph, which belong to the stream that they are made on.
+        with on_stream(stream):
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model,
                 optimizer=optimizer,
@@ -170,13 +176,8 @@ class DeepSpeedEngine:
         release_on_leaving(self)
         self.passes = None
         if self.main_gradients:
-            reduction = OverlappedReduction(
-                [parameter for group in self.optimizer.bf16_groups for parameter in group],
-                self.optimizer.fp32_groups_gradients_flat,
-                self.context.data,
-                config.engine.reduce_bucket_elements,
-                partitioned=True,
-            )
+            summed = list(zip(self.optimizer.bf16_groups, self.optimizer.fp32_groups_gradients_flat, strict=True))
+            reduction = OverlappedReduction(summed, self.context.data, partitioned=True)
             self.passes = Passes(model, self.main_gradients, reduction)
             if config.engine.cuda_graph:
                 self.passes = CapturedPasses(model, self.main_gradients, reduction, stream)
@@ -225,23 +226,23 @@ class DeepSpeedEngine:
     def _update_own_part(self) -> None:
         """Put in the place of DeepSpeed's step at stage 1, which looks for the norm in sums of which this rank has its
         part alone, waits for it before it queues the update, and then copies every master."""
-        optimizer = self.optimizer
+        optimizer, data = self.optimizer, self.context.data
         masters, gradients = optimizer.fp32_groups_flat_partition, optimizer.fp32_groups_gradient_flat_partition
-        ranks = [dist.get_rank(group) for group in optimizer.real_dp_process_group]
-        parts = [part[rank] for part, rank in zip(optimizer.bf16_partitioned_groups, ranks, strict=True)]
+        whole = optimizer.bf16_groups_flat
+        parts = [flat.chunk(data.size)[data.rank] for flat in whole]
         fused = isinstance(self.inner, FusedAdamW)
         if fused:
             self.inner.copies = dict(zip(masters, parts, strict=True))
         own = [
-            (p.shard_spec, p.main_gradient.sum.view(-1).narrow(0, address.start, address.numel))
-            for p in self.names
-            if p._hp_mapping is not None
-            for address in [p._hp_mapping.lp_fragment_address]
+            (parameter.shard_spec, parameter.main_gradient.sum.view(-1).narrow(0, place.start, place.numel))
+            for parameter in self.names
+            if parameter._hp_mapping is not None
+            for place in [parameter._hp_mapping.lp_fragment_address]
         ]
 
         @torch.no_grad()
         def step() -> None:
-            norm = gradient_norm(own, self.context.tp, masters[0].device, sharded_over=self.context.data)
+            norm = gradient_norm(own, self.context.tp, masters[0].device, sharded_over=data)
             for master, gradient in zip(masters, gradients, strict=True):
                 master.grad = gradient
             norm = clipped_step(self.inner, norm, self.clip_norm)
@@ -250,20 +251,11 @@ class DeepSpeedEngine:
                 return
             if not fused:
                 torch._foreach_copy_(parts, masters)
-            self._gather_partitions()
+            if data.size > 1:
+                for flat, part in zip(whole, parts, strict=True):
+                    dist.all_gather_into_tensor(flat, part, group=data.group)
 
         optimizer.step = step
-
-    def _gather_partitions(self) -> None:
-        """Every rank's part of the bf16 parameters of stage 1, to every rank."""
-        optimizer = self.optimizer
-        all_gather_dp_groups(
-            groups_flat=optimizer.bf16_groups_flat,
-            partitioned_param_groups=optimizer.bf16_partitioned_groups,
-            dp_process_group=optimizer.real_dp_process_group,
-            start_alignment_factor=optimizer.nccl_start_alignment_factor,
-            allgather_bucket_size=optimizer.allgather_bucket_size,
-        )
 
     def forward_backward(
         self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, *, scale: Tensor, last: bool

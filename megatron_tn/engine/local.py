@@ -17,12 +17,12 @@ from megatron_tn.optim.adamw import FusedAdamW
 from megatron_tn.optim.groups import build_adamw, parameter_groups
 from megatron_tn.parallel.gradients import gradient_norm
 from megatron_tn.parallel.main_gradient import attach
-from megatron_tn.parallel.reduction import OverlappedReduction
+from megatron_tn.parallel.reduction import OverlappedReduction, buckets
 from megatron_tn.parallel.sharding import OwnedRange
 
 
 class LocalEngine:
-    """See `engine.base.Engine`. Gradients accumulate in fp32, in one flat buffer that is reduced in buckets."""
+    """See `engine.base.Engine`. Gradients accumulate in fp32, in flat buffers that are reduced one by one."""
 
     partitioned = False
 
@@ -38,22 +38,20 @@ class LocalEngine:
             parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
             for parameter in self.parameters
         ]
-        sizes = [parameter.numel() for parameter in self.parameters]
-        self.flat_gradient = torch.empty(sum(sizes), device=self.parameters[0].device)
-        self.gradients = [
-            part.view_as(parameter)
-            for part, parameter in zip(self.flat_gradient.split(sizes), self.parameters, strict=True)
-        ]
-        self.main_gradients = [
-            attach(parameter, gradient) for parameter, gradient in zip(self.parameters, self.gradients, strict=True)
-        ]
-        reduction = OverlappedReduction(
-            self.parameters, [self.flat_gradient], self.context.data, config.engine.reduce_bucket_elements
-        )
-        self.passes = Passes(model, self.main_gradients, reduction)
+        device = self.parameters[0].device
+        reduced = []
+        for members in buckets(self.parameters, config.engine.reduce_bucket_elements):
+            sizes = [parameter.numel() for parameter in members]
+            flat = torch.empty(sum(sizes), device=device)
+            for parameter, part in zip(members, flat.split(sizes), strict=True):
+                attach(parameter, part.view_as(parameter))
+            reduced.append((members, flat))
+        mains = [parameter.main_gradient for parameter in self.parameters]
+        self.gradients = [main.sum for main in mains]
+        reduction = OverlappedReduction(reduced, self.context.data)
+        self.passes = Passes(model, mains, reduction)
         if config.engine.cuda_graph:
-            stream = capture_stream(self.flat_gradient.device)
-            self.passes = CapturedPasses(model, self.main_gradients, reduction, stream)
+            self.passes = CapturedPasses(model, mains, reduction, capture_stream(device))
         dimensions = [parameter.dim() for parameter in self.parameters]
         groups = parameter_groups(zip(self.names, self.masters, dimensions, strict=True), config.optim.weight_decay)
         self.optimizer = build_adamw(groups, config.optim)
@@ -68,8 +66,7 @@ class LocalEngine:
     @torch.no_grad()
     def step(self, lr: float) -> StepResult:
         specs = [parameter.shard_spec for parameter in self.parameters]
-        device = self.flat_gradient.device
-        norm = gradient_norm(zip(specs, self.gradients, strict=True), self.context.tp, device)
+        norm = gradient_norm(zip(specs, self.gradients, strict=True), self.context.tp, self.parameters[0].device)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for master, gradient in zip(self.masters, self.gradients, strict=True):

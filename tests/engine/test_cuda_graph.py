@@ -15,7 +15,10 @@ from megatron_tn.training.step import train_step
 from tests.helpers.models import Rows, random_batch, tiny_config
 from tests.helpers.ranks import run_ranks, this_device
 
-ENGINES = [EngineConfig(name="local", precision="bf16"), EngineConfig(name="deepspeed", zero_stage=1)]
+ENGINES = [
+    EngineConfig(name="local", precision="bf16", reduce_bucket_elements=3000),  # several buckets
+    EngineConfig(name="deepspeed", zero_stage=1, reduce_bucket_elements=3000),
+]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 

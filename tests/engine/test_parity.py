@@ -189,3 +189,23 @@ def test_bf16_trains_with_fp32_masters():
         masters = torch.cat(list(found["owned"].values()))
         assert masters.dtype == torch.float32
         assert not torch.equal(masters, masters.bfloat16().float())
+
+
+@pytest.mark.parametrize("elements", [1, 3000], ids=["a bucket each", "several"])
+def test_zero1_in_bf16_trains_as_the_local_engine_does(elements):
+    """Sums of bf16 gradients are reduced, in buckets, to the rank that updates them, and its parameters gathered."""
+    ours = EngineConfig(name="deepspeed", zero_stage=1, precision="bf16", reduce_bucket_elements=elements)
+    theirs = EngineConfig(name="local", precision="bf16", reduce_bucket_elements=50_000_000 // elements)
+    found, wanted = (run_ranks(4, train, 2, engine, 6, RMSNORM, True) for engine in (ours, theirs))
+    for one, other in zip(found, wanted, strict=True):
+        assert one["losses"] == pytest.approx(other["losses"], rel=1e-6)
+        assert one["norms"] == pytest.approx(other["norms"], rel=1e-6)
+        for (name, start), part in one["owned"].items():
+            torch.testing.assert_close(part, other["owned"][name, 0][start : start + len(part)], rtol=1e-5, atol=1e-7)
+        for name, parameter in one["whole"].items():
+            torch.testing.assert_close(parameter, other["whole"][name], rtol=1e-2, atol=0)
+    for name, parameter in found[0]["whole"].items():  # ranks 0 and 2 are data-parallel ones
+        assert torch.equal(parameter, found[2]["whole"][name])
+    assert sum(len(part) for rank in found for part in rank["owned"].values()) == sum(
+        len(part) for rank in wanted[:2] for part in rank["owned"].values()
+    )

@@ -9,7 +9,7 @@ from torch import nn
 
 from megatron_tn.parallel.context import Axis, ParallelContext
 from megatron_tn.parallel.main_gradient import attach
-from megatron_tn.parallel.reduction import OverlappedReduction
+from megatron_tn.parallel.reduction import OverlappedReduction, buckets
 from tests.helpers.ranks import run_ranks
 
 LAYERS, WIDTH = 6, 8
@@ -37,6 +37,7 @@ def reduced(elements: int, partitioned: bool) -> tuple[list[torch.Tensor], list[
     model = Chain()
     parameters = list(model.parameters())
     groups = [[p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() == 1]]
+    groups = [members for group in groups for members in buckets(group, elements)]
     flats = [torch.full((sum(p.numel() for p in group) + PADDING,), torch.nan) for group in groups]
     expected = [torch.zeros_like(flat) for flat in flats]
     totals = {}
@@ -46,12 +47,10 @@ def reduced(elements: int, partitioned: bool) -> tuple[list[torch.Tensor], list[
             attach(parameter, part.view_as(parameter))
             totals[parameter] = total.view_as(parameter)
     axis = ParallelContext.create().data
-    reduction = OverlappedReduction(
-        [p for group in groups for p in group], flats, axis, elements, partitioned=partitioned
-    )
+    reduction = OverlappedReduction(list(zip(groups, flats, strict=True)), axis, partitioned=partitioned)
     sent: list[int] = []
     for layer in model.layers:
-        layer.weight.register_post_accumulate_grad_hook(lambda _: sent.append(len(reduction.works)))
+        layer.weight.register_post_accumulate_grad_hook(lambda _: sent.append(reduction.missing.count(0)))
     for microbatch in range(3):
         x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(10 * dist.get_rank() + microbatch))
         gradients = torch.autograd.grad(model(x), parameters, allow_unused=True)
@@ -65,6 +64,7 @@ def reduced(elements: int, partitioned: bool) -> tuple[list[torch.Tensor], list[
         if microbatch == 2:
             reduction.wait()
             assert not reduction.works
+            assert not reduction.missing
         else:
             assert not any(sent)
     for wanted in expected:
@@ -79,12 +79,9 @@ def test_sums_are_those_of_one_all_reduce(elements, partitioned):
         for one, other in zip(found, expected, strict=True):
             half = len(one) // 2
             mine = slice(rank * half, (rank + 1) * half) if partitioned else slice(None)
-            padded = one[mine].isnan()  # to which nothing is ever added
-            assert padded.sum() == (PADDING if rank or not partitioned else 0)
-            torch.testing.assert_close(one[mine][~padded], other[mine][~padded])
-            if partitioned:  # the other's sums were not sent here
-                rest = one[(1 - rank) * half : (2 - rank) * half]
-                assert not torch.allclose(rest, other[(1 - rank) * half : (2 - rank) * half])
+            found_here = one[mine].isfinite()  # nothing is ever added to the padding
+            assert (~found_here).sum() == (PADDING if rank or not partitioned else 0)
+            torch.testing.assert_close(one[mine][found_here], other[mine][found_here])
         if elements == 1:  # biases apart, what came before in the backward pass
             assert sent == sorted(sent)
             assert sent[-1] > LAYERS
@@ -98,9 +95,17 @@ def test_an_axis_of_one_rank_reduces_nothing():
     layer = nn.Linear(2, 2, bias=False)
     flat = torch.empty(4)
     attach(layer.weight, flat.view(2, 2))
-    reduction = OverlappedReduction([layer.weight], [flat], Axis(), 1)
+    reduction = OverlappedReduction([([layer.weight], flat)], Axis())
     reduction.begin()
     layer(torch.ones(1, 2)).sum().backward()
     reduction.wait()
     assert not reduction.buckets
     assert flat.tolist() == [1, 1, 1, 1]
+
+
+def test_buckets_fill_up_in_the_order_of_the_backward_pass():
+    parameters = [nn.Parameter(torch.empty(size)) for size in (1, 9, 2, 3, 4, 5)]
+    found = [[p.numel() for p in members] for members in buckets(parameters, 6)]
+    assert found == [[4, 5], [9, 2, 3], [1]]
+    assert [[p.numel() for p in members] for members in buckets(parameters, 100)] == [[1, 9, 2, 3, 4, 5]]
+    assert buckets([], 6) == []
