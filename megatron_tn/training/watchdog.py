@@ -136,9 +136,11 @@ class Watchdog:
             self._told = self._report.exists()
 
     def _watch(self) -> None:
-        while not self._done.wait(self.interval_s):
+        while True:
             # Should C code hold Python's lock, so that this thread does not get to run again, this ends the process.
             faulthandler.dump_traceback_later(self.timeout_s + self.interval_s, exit=True, file=2)
+            if self._done.wait(self.interval_s):
+                return
             if self._told or time.monotonic() - self.progress.since > self._limit():
                 self._give_up()
 
