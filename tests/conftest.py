@@ -1,9 +1,17 @@
-"""What holds for every test: one marked `gpu` is skipped, with the reason, where there are too few."""
+"""What holds for every test: one marked `gpu` is skipped, with the reason, where there are too few; Ctrl-C is heard."""
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
+
+
+def pytest_configure() -> None:
+    # A shell has what it starts in the background ignore Ctrl-C, and so would the processes that tests interrupt.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
