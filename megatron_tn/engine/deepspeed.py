@@ -219,7 +219,6 @@ class DeepSpeedEngine:
             for parameter, total in zip(parameters, sums, strict=True):
                 found.append(attach(parameter, total.view(parameter.shape)))
                 parameter._hp_grad = total  # where DeepSpeed's own functions look for it
-        optimizer.fp32_groups_has_gradients = [[True] * len(sums) for sums in optimizer.fp32_groups_gradients]
         optimizer.clear_hp_grads = lambda: None  # the next step's first gradient makes room for itself
         return found
 

@@ -48,9 +48,10 @@ def reduced(elements: int, partitioned: bool) -> tuple[list[torch.Tensor], list[
             totals[parameter] = total.view_as(parameter)
     axis = ParallelContext.create().data
     reduction = OverlappedReduction(list(zip(groups, flats, strict=True)), axis, partitioned=partitioned)
+    works = axis.size if partitioned else 1  # of a bucket: on a CPU each part is reduced to its rank
     sent: list[int] = []
     for layer in model.layers:
-        layer.weight.register_post_accumulate_grad_hook(lambda _: sent.append(reduction.missing.count(0)))
+        layer.weight.register_post_accumulate_grad_hook(lambda _: sent.append(len(reduction.works) // works))
     for microbatch in range(3):
         x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(10 * dist.get_rank() + microbatch))
         gradients = torch.autograd.grad(model(x), parameters, allow_unused=True)
