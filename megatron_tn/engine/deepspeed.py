@@ -31,6 +31,7 @@ from megatron_tn.model.block import Block
 from megatron_tn.model.transnormer import TransNormerLM, empty_model
 from megatron_tn.optim.adamw import FusedAdamW
 from megatron_tn.optim.groups import build_adamw, parameter_groups
+from megatron_tn.parallel.collectives import gather_parts_
 from megatron_tn.parallel.context import Axis, ParallelContext
 from megatron_tn.parallel.gradients import gradient_norm
 from megatron_tn.parallel.main_gradient import MainGradient, attach
@@ -250,9 +251,7 @@ class DeepSpeedEngine:
                 return
             if not fused:
                 torch._foreach_copy_(parts, masters)
-            if data.size > 1:
-                for flat, part in zip(whole, parts, strict=True):
-                    dist.all_gather_into_tensor(flat, part, group=data.group)
+            gather_parts_(whole, data)
 
         optimizer.step = step
 

@@ -9,6 +9,9 @@ On an axis of size 1 all are no-ops, so that no model code asks whether tp > 1.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -82,3 +85,15 @@ def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(axis.size)]
     dist.all_gather(parts, x.contiguous(), group=axis.group)
     return torch.cat(parts, dim=dim)
+
+
+def gather_parts_(buffers: Sequence[Tensor], axis: Axis) -> None:
+    """Fill flat buffers on every rank of `axis`, in place and outside autograd: rank n has the nth of axis.size equal
+    parts of each."""
+    if axis.size == 1:
+        return
+    # As one, since NCCL takes 3.5 ms for what is 4.8 in 18 collectives. Gloo would keep copies of all of it.
+    at_once = dist._coalescing_manager(axis.group) if buffers[0].is_cuda else contextlib.nullcontext()
+    with at_once:
+        for buffer in buffers:
+            dist.all_gather_into_tensor(buffer, buffer.chunk(axis.size)[axis.rank], group=axis.group)
