@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from megatron_tn.config import TrainConfig
 from megatron_tn.engine.base import DTYPES
-from megatron_tn.engine.deepspeed_settings import zero3_live_parameters
+from megatron_tn.engine.deepspeed.settings import zero3_live_parameters
 from megatron_tn.model.flops import parameter_count
 from megatron_tn.model.transnormer import TransNormerLM, empty_model
 from megatron_tn.parallel.context import Axis, ParallelContext
@@ -134,8 +134,8 @@ def buffer_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
 
 
 def beside_bytes(config: TrainConfig) -> int:
-    """Inputs of the products that a CUDA graph leaves to run beside the pass (parallel/beside.py), bytes: at most those
-    of an SGLU and of the projection before it."""
+    """Inputs of the products that a CUDA graph leaves to run beside the pass (device/side_stream.py), bytes: at most
+    those of an SGLU and of the projection before it."""
     if not config.engine.cuda_graph:
         return 0
     model, data = config.model, config.data
