@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_tn.model.transnormer import IGNORE, RecurrentState, TransNormerLM
+from megatron_tn.model.base import IGNORE, Model
 
 # Batches are as long as a multiple of this: Triton compiles a kernel anew for each argument that ceases to be one.
 ALIGNMENT = 16
@@ -36,7 +36,7 @@ class HeldOut:
 
 @torch.no_grad()
 def document_nats(
-    model: TransNormerLM,
+    model: Model,
     documents: Sequence[np.ndarray],
     *,
     batch_tokens: int = 4096,
@@ -71,7 +71,7 @@ def document_nats(
     return nats
 
 
-def _row_nats(model: TransNormerLM, tokens: Tensor, targets: Tensor, lengths: list[int], window: int) -> Tensor:
+def _row_nats(model: Model, tokens: Tensor, targets: Tensor, lengths: list[int], window: int) -> Tensor:
     """tokens, targets [B, N], rows from the longest document to the shortest -> fp64 [B]: the summed loss of each row.
 
     A row leaves the batch at the window after its document's end, so little is spent on padding.
@@ -81,7 +81,7 @@ def _row_nats(model: TransNormerLM, tokens: Tensor, targets: Tensor, lengths: li
     for first in range(0, lengths[0], window):
         rows = sum(length > first for length in lengths)
         if state is not None:
-            state = RecurrentState([layer[:rows] for layer in state.layers], state.position)
+            state = state.first_rows(rows)
         piece = (slice(rows), slice(first, first + window))
         out = model(tokens[piece], targets=targets[piece], reduction="none", state=state, return_state=True)
         total[:rows] += out.loss.double().sum(1)
@@ -89,9 +89,7 @@ def _row_nats(model: TransNormerLM, tokens: Tensor, targets: Tensor, lengths: li
     return total
 
 
-def evaluate_documents(
-    model: TransNormerLM, documents: Sequence[np.ndarray], text_bytes: Sequence[int], **options
-) -> HeldOut:
+def evaluate_documents(model: Model, documents: Sequence[np.ndarray], text_bytes: Sequence[int], **options) -> HeldOut:
     """`document_nats`, summed. `text_bytes`: UTF-8 bytes of each document's text."""
     nats = document_nats(model, documents, **options)
     tokens = sum(len(ids) - 1 for ids in documents)

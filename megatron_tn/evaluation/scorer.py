@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_tn.evaluation.perplexity import document_nats
-from megatron_tn.model.transnormer import TransNormerLM
+from megatron_tn.model.base import Model
 
 
 class ModelScorer:
     """batch_tokens: tokens scored side by side; more fills a GPU, less keeps a CPU's cache."""
 
-    def __init__(self, model: TransNormerLM, batch_tokens: int = 4096):
+    def __init__(self, model: Model, batch_tokens: int = 4096):
         self.model = model
         self.batch_tokens = batch_tokens
 

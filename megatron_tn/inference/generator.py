@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from megatron_tn.inference.sampler import Sampler
-from megatron_tn.model.transnormer import TransNormerLM
+from megatron_tn.model.base import Model
 
 
 @torch.inference_mode()
 def generate(
-    model: TransNormerLM, prompt: Sequence[int], *, max_new_tokens: int, sampler: Sampler, seed: int = 0
+    model: Model, prompt: Sequence[int], *, max_new_tokens: int, sampler: Sampler, seed: int = 0
 ) -> Iterator[int]:
     """Ids that follow `prompt`, until the end-of-document id (which is not yielded) or `max_new_tokens` of them.
 

@@ -1,7 +1,7 @@
-"""Decay rates of the token mixer, the one definition of them, indexed by global head and layer.
+"""Decay rates of the token mixer, by global head and layer: the only definition of them.
 
-The state of head h in layer l fades by exp(-rate) per position. Rates are fixed, never learnt (the paper's learnt decay
-gave NaN).
+At each position the state of head h in layer l is multiplied by exp(-rate). Rates are fixed; learnt ones became NaN in
+the paper (arXiv 2307.14995).
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ def alibi_slopes(heads: int) -> list[float]:
 def decay_rates(
     heads: int, layer: int, layers: int, *, form: str = "released", temperature: bool = True
 ) -> list[float]:
-    """Rates r >= 0 per position of all H heads of one layer.
+    """Rates r >= 0 per position of all H heads of layer `layer` = 0..L-1.
 
-    form "released": slope(h) * (1 - l/(L-1) + 1e-5), as the released weights were trained.
+    form "released": slope(h) * (1 - l/(L-1) + 1e-5), with `alibi_slopes`, as the released weights were trained.
     form "paper":    (8h/H) * (1 - l/L) with h = 1..H, equation 10 of arXiv 2307.14995.
     form "none":     0, no decay.
-    temperature=False leaves out the factor that depends on the layer.
+    temperature: False leaves out the factor that depends on the layer.
+
+    Raises:
+        ValueError: another form.
     """
     if form == "none":
         return [0.0] * heads

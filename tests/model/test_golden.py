@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_tn import ParallelContext, load_pretrained
+from megatron_tn.model.layout import TokenLayout
 from tests.helpers.golden import NAMES, golden, relative_to_max
 from tests.helpers.ranks import run_ranks
 
@@ -33,7 +34,7 @@ def compute(name: str, tp: int, sequence_parallel: bool = False) -> dict:
             "loss": loss.detach(),
             "decode_logits": torch.cat(decoded, dim=1),
             "state": state_after_prefill,
-            "final_hidden": model.model(ids)[0],
+            "final_hidden": model.model(ids, TokenLayout.of(ids))[0],
             "gradients": model.named_logical_gradients(),
         }
 
@@ -65,7 +66,7 @@ def test_hidden_state_after_the_first_block(name):
     ids = wanted.io["input_ids"]
     with torch.no_grad():
         x = model.model.embed_tokens(ids)
-        x, _ = model.model.layers[0](x, torch.arange(ids.shape[1]), model.model.decay(x.device)[0])
+        x, _ = model.blocks[0](x, TokenLayout.of(ids), model.model.decay(x.device)[0])
     assert relative_to_max(x, wanted.io["after_block_0"]) < LOGITS
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_tn.model.init import initialize
-from megatron_tn.model.transnormer import empty_model
+from megatron_tn.model.registry import build_model
 from megatron_tn.parallel import products, state_passing
 from megatron_tn.parallel.collectives import all_reduce_
 from megatron_tn.parallel.context import Axis, ParallelContext
@@ -29,7 +29,7 @@ def on_ranks(
     shared: by sequence parallelism.
     """
     context = ParallelContext.create(tp, cp, sequence_parallel=shared)
-    model = empty_model(SLOW, context, "cpu", torch.float64)
+    model = build_model(SLOW, context, "cpu", torch.float64)
     initialize(model, 0)
     tokens, targets = one_row(changed, only_later)
     bounds = torch.tensor(BOUNDS, dtype=torch.int32) if packed else None
@@ -92,7 +92,7 @@ def in_single_precision(cp: int) -> dict:
     """Token losses and whole gradients of packed documents, in fp32."""
     device = this_device()
     context = ParallelContext.create(1, cp)
-    model = empty_model(TINY, context, device, torch.float32)
+    model = build_model(TINY, context, device, torch.float32)
     initialize(model, 0)
     tokens, targets = (part.to(device) for part in random_batch(1, 301))
     bounds = torch.tensor([0, 30, 30, 175, 200, 301, 301], dtype=torch.int32, device=device)
@@ -117,7 +117,7 @@ def test_slices_in_single_precision(device):
 def states_kept() -> list[torch.Size]:
     """Shapes of what the forward pass of packed documents keeps, of those that are states' own."""
     shapes = []
-    model = empty_model(SLOW, ParallelContext.create(1, 2), "cpu", torch.float64)
+    model = build_model(SLOW, ParallelContext.create(1, 2), "cpu", torch.float64)
     initialize(model, 0)
     tokens, targets = one_row()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append(x.shape) or x, lambda x: x):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_tn.model.init import initialize
-from megatron_tn.model.transnormer import empty_model
+from megatron_tn.model.registry import build_model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.sequence import TokenSlices
 from megatron_tn.planning.live import saved_bytes
@@ -20,7 +20,7 @@ SIZES = [(1, 1), (1, 3), (2, 5), (3, 7), (4, 8)]  # rows and lengths; four ranks
 
 
 def model_of(tp: int, shared: bool, dtype: torch.dtype = torch.float64):
-    model = empty_model(WEIGHTED, ParallelContext.create(tp, sequence_parallel=shared), "cpu", dtype)
+    model = build_model(WEIGHTED, ParallelContext.create(tp, sequence_parallel=shared), "cpu", dtype)
     initialize(model, 0)
     return model
 
