@@ -1,4 +1,4 @@
-"""A trained model as the scorer of self-cleaning (`data_pipeline.selfclean.scorer.Scorer`)."""
+"""A model as a scorer of documents for self-cleaning, by the protocol `data_pipeline.selfclean.scorer.Scorer`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_tn.model.base import Model
 
 
 class ModelScorer:
-    """batch_tokens: tokens scored side by side; more fills a GPU, less keeps a CPU's cache."""
+    """batch_tokens: tokens of one batch of documents; about 4096 suit a CPU's cache, 16384 a GPU."""
 
     def __init__(self, model: Model, batch_tokens: int = 4096):
         self.model = model
