@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from megatron_tn.config import ConfigError, ModelConfig, from_mapping, read_mapping
 from megatron_tn.model.base import Model
-from megatron_tn.model.decay import decay_rates
+from megatron_tn.model.decay import all_decay_rates
 from megatron_tn.model.registry import architecture, build_model
 from megatron_tn.parallel.context import ParallelContext
 
@@ -201,14 +201,6 @@ def write_released(weights: dict[str, torch.Tensor], config: ModelConfig, direct
     weights_tmp.replace(directory / WEIGHTS_FILE)
     config_tmp.write_text(json.dumps(config_to_released(config), indent=1) + "\n")
     config_tmp.replace(directory / "config.json")
-
-
-def all_decay_rates(config: ModelConfig) -> list[list[float]]:
-    """Decay rates [L][H] of a model."""
-    return [
-        decay_rates(config.heads, layer, config.layers, form=config.decay, temperature=config.decay_temperature)
-        for layer in range(config.layers)
-    ]
 
 
 def _same_rates(a: Any, b: list[list[float]]) -> bool:

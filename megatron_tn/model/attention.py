@@ -65,7 +65,6 @@ class GatedLinearAttention(nn.Module):
         super().__init__()
         self.act = config.act
         self.gate = config.gate
-        self.heads = config.heads // axis.size
         self.qkvu_proj = ColumnParallelLinear(config.embed_dim, 4 * config.embed_dim, axis, blocks=4)
         self.out_proj = RowParallelLinear(config.embed_dim, config.embed_dim, axis)
         self.lrpe = LRPE(config.heads, config.head_dim, axis) if config.lrpe_layers[layer] else None

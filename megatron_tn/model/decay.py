@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 
+from megatron_tn.config import ModelConfig
+
 
 def alibi_slopes(heads: int) -> list[float]:
     """ALiBi's per-head slopes (arXiv 2108.12409): 2^(-8(h+1)/H) for H a power of two.
@@ -46,3 +48,11 @@ def decay_rates(
     else:
         raise ValueError(f"decay form {form!r} is not one of released, paper, none")
     return [slope * (factor if temperature else 1.0) for slope in slopes]
+
+
+def all_decay_rates(config: ModelConfig) -> list[list[float]]:
+    """Decay rates [L][H] of a model."""
+    return [
+        decay_rates(config.heads, layer, config.layers, form=config.decay, temperature=config.decay_temperature)
+        for layer in range(config.layers)
+    ]

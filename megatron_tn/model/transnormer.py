@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megatron_tn.config import ModelConfig
 from megatron_tn.model.base import DecodingState, Model, ModelOutput
 from megatron_tn.model.block import Block
-from megatron_tn.model.decay import decay_rates
+from megatron_tn.model.decay import all_decay_rates
 from megatron_tn.model.layout import TokenLayout
 from megatron_tn.model.norm import NORMS
 from megatron_tn.model.tiles import normal_box
@@ -42,13 +42,7 @@ class TransNormerModel(nn.Module):
         # cast buffers to the parameters' type, and ZeRO 3 every tensor made while a model is built, but rates are fp32.
         # They are an argument of the blocks, so that one compiled graph serves all layers.
         heads = config.heads // axis.size
-        self.rates = [
-            rates[axis.rank * heads : (axis.rank + 1) * heads]
-            for rates in (
-                decay_rates(config.heads, layer, config.layers, form=config.decay, temperature=config.decay_temperature)
-                for layer in range(config.layers)
-            )
-        ]
+        self.rates = [rates[axis.rank * heads : (axis.rank + 1) * heads] for rates in all_decay_rates(config)]
         self._decay: Tensor | None = None
 
     def decay(self, device: torch.device) -> Tensor:
