@@ -24,12 +24,14 @@ from megatron_tn.model.base import DecodingState, Model
 from megatron_tn.model.init import initialize
 from megatron_tn.model.layout import TokenLayout
 from megatron_tn.model.registry import ARCHITECTURES, build_model, parameter_count, training_flops_per_token
-from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.parallel.context import Axis, ParallelContext
 from megatron_tn.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
 from megatron_tn.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_tn.training.preflight import problems_before_start
 from megatron_tn.training.step import train_step
-from tests.helpers.models import TINY, Rows, random_batch, tiny_config
+from tests.engine.test_parity import BATCH, FSDP2, LENGTH, LOCAL, SEED, ZERO, gradients_of
+from tests.helpers.models import TINY, Rows, random_batch, reference_gradients, relative_errors, tiny_config
+from tests.helpers.ranks import run_ranks
 
 CPU = torch.device("cpu")
 
@@ -39,26 +41,28 @@ def test_every_name_that_the_config_allows_has_an_entry():
 
 
 class Attending(nn.Module):
-    """x + W_o softmax(q k^T) v, causal, of one head and without positions. The state is k and v, [B, 2, n, D]."""
+    """x + W_o softmax(q k^T) v, causal and without positions. The state is k and v, [B, 2, H / tp, n, d]."""
 
-    def __init__(self, config: ModelConfig, axis):
+    def __init__(self, config: ModelConfig, axis: Axis):
         super().__init__()
+        self.heads = config.heads // axis.size
         self.qkv_proj = ColumnParallelLinear(config.embed_dim, 3 * config.embed_dim, axis, blocks=3)
         self.out_proj = RowParallelLinear(config.embed_dim, config.embed_dim, axis)
 
     def forward(self, x: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor | None]:
-        q, k, v = self.qkv_proj(x, layout.token_slices).chunk(3, dim=-1)
+        qkv = self.qkv_proj(x, layout.token_slices).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         state = torch.stack([k, v], dim=1)
         if layout.state is not None:
-            state = torch.cat([layout.state, state], dim=2)
+            state = torch.cat([layout.state, state], dim=3)
         k, v = state.unbind(1)
-        seen = layout.positions[:, None] >= torch.arange(k.shape[1])
-        y = nn.functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=seen)[:, 0]
+        seen = layout.positions[:, None] >= torch.arange(k.shape[2])
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2)
         return x + self.out_proj(y, layout.token_slices), state if layout.return_state else None
 
 
 class AttendingModel(nn.Module):
-    def __init__(self, config: ModelConfig, axis):
+    def __init__(self, config: ModelConfig, axis: Axis):
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.embed_dim, axis)
         self.layers = nn.ModuleList(Attending(config, axis) for _ in range(config.layers))
@@ -76,16 +80,18 @@ def build(config: ModelConfig, context: ParallelContext) -> Model:
     return Model(config, context, body, VocabParallelHead(body.embed_tokens))
 
 
+ANOTHER = dataclasses.replace(
+    ARCHITECTURES["transnormer"],
+    build=build,
+    parameter_count=lambda config: config.embed_dim * (config.vocab_size + 4 * config.embed_dim * config.layers),
+    forward_flops_per_token=lambda config, length: {"attention": 2 * config.layers * config.embed_dim * length},
+)
+
+
 @pytest.fixture
 def another(monkeypatch) -> None:
     """TINY is a model of softmax attention."""
-    entry = dataclasses.replace(
-        ARCHITECTURES["transnormer"],
-        build=build,
-        parameter_count=lambda config: config.embed_dim * (config.vocab_size + 4 * config.embed_dim * config.layers),
-        forward_flops_per_token=lambda config, length: {"attention": 2 * config.layers * config.embed_dim * length},
-    )
-    monkeypatch.setitem(ARCHITECTURES, "transnormer", entry)
+    monkeypatch.setitem(ARCHITECTURES, "transnormer", ANOTHER)
 
 
 def trained(config: TrainConfig) -> Engine:
@@ -119,6 +125,23 @@ def test_another_architecture_trains_is_saved_evaluated_and_decodes(tmp_path):
         while len(ids) < 3 + len(found):
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     assert ids[3:] == found
+
+
+ENGINES = [LOCAL, ZERO[1], dataclasses.replace(FSDP2, recompute="full")]
+
+
+def gradients_on_ranks(tp: int, sequence_parallel: bool) -> list[dict[str, Tensor]]:
+    ARCHITECTURES["transnormer"] = ANOTHER
+    cases = [(engine, 1, TINY.norm) for engine in ENGINES]
+    return [gradients for gradients, _ in gradients_of(tp, 1, cases, sequence_parallel).values()]
+
+
+@pytest.mark.usefixtures("another")
+def test_engines_and_layouts_take_another_architecture():
+    _, wanted = reference_gradients(TINY, SEED, *random_batch(BATCH, LENGTH))
+    for each_engine in run_ranks(4, gradients_on_ranks, 2, True):
+        for gradients in each_engine:
+            assert max(relative_errors(gradients, wanted).values()) < 1e-5
 
 
 def test_a_checkpoint_older_than_the_registry_loads_and_resumes(tmp_path):
