@@ -94,6 +94,22 @@ def test_imports_stay_within_what_the_design_allows(path):
         assert allowed, f"{path.relative_to(ROOT)}:{line}: {own} must not import {module}"
 
 
+# What modules outside megatron_tn/model may import of it; all else belongs to one architecture, and is looked up.
+MODEL = {f"megatron_tn.model.{name}" for name in ("base", "registry", "init")}
+RELEASED = {"megatron_tn/checkpoint/hf.py": {"megatron_tn.model.decay"}}  # decay rates stand in a released config.json
+
+
+def test_no_module_outside_model_imports_an_architecture():
+    offenders = []
+    for path in modules():
+        name = str(path.relative_to(ROOT))
+        if not name.startswith("megatron_tn/model/"):
+            allowed = MODEL | RELEASED.get(name, set())
+            found = [(line, module) for line, module in imports(path) if is_in(module, "megatron_tn.model")]
+            offenders += [f"{name}:{line}: {module}" for line, module in found if module not in allowed]
+    assert not offenders
+
+
 def test_the_check_can_fail(tmp_path):
     offender = tmp_path / "offender.py"
     offender.write_text("def late():\n    from megatron_tn.engine import base\n    import data_pipeline.stream\n")

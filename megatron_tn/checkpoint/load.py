@@ -14,7 +14,8 @@ from megatron_tn.checkpoint.manifest import Manifest, Piece, Trainable, rank_fil
 from megatron_tn.checkpoint.reshard import overlaps, pieces_of_local_range, spans_of, view_of
 from megatron_tn.checkpoint.retention import reading
 from megatron_tn.config import ConfigError, ModelConfig, from_mapping
-from megatron_tn.model.transnormer import TransNormerLM, empty_model
+from megatron_tn.model.base import Model
+from megatron_tn.model.registry import build_model
 from megatron_tn.parallel.context import ParallelContext
 
 
@@ -114,13 +115,13 @@ def load_model(
     context: ParallelContext | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-) -> TransNormerLM:
+) -> Model:
     """The model alone, without an engine. dtype None: the precision it was trained in."""
     manifest = Manifest.read(directory)
     config = from_mapping(ModelConfig, manifest.config["model"])
     context = context or ParallelContext()
     trained = torch.bfloat16 if manifest.config["engine"]["precision"] == "bf16" else torch.float32
-    model = empty_model(config, context, device, dtype or trained)
+    model = build_model(config, context, device, dtype or trained)
     with Reader(directory, manifest) as reader:
         for name, parameter in model.named_parameters():
             spec = parameter.shard_spec

@@ -26,7 +26,7 @@ from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, Valid
 
 from megatron_tn.checkpoint.files import FileRecord
 from megatron_tn.config import ConfigError
-from megatron_tn.model.transnormer import TransNormerLM
+from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.sharding import Box, OwnedRange
 
@@ -41,7 +41,7 @@ NAME = re.compile(r"step_\d{8,}(-again)?")  # see save.publish for -again
 class Trainable(Protocol):
     """What a checkpoint needs of an engine; see `engine.base.Engine` for the meaning of each."""
 
-    model: TransNormerLM
+    model: Model
     context: ParallelContext
     partitioned: bool
 

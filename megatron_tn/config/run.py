@@ -19,7 +19,8 @@ from megatron_tn.config.mapping import STRICT, from_mapping, read_mapping
 class ModelConfig:
     """Shape and variant of a TransNormerLLM (arXiv 2307.14995; the released family's semantics are the default)."""
 
-    name: str = "385m"
+    name: str = "385m"  # of the size, for reports
+    architecture: Literal["transnormer"] = "transnormer"  # of megatron_tn.model.registry
     vocab_size: int = 64000  # V, the true vocabulary; padded rows are added by the vocabulary-parallel embedding
     embed_dim: int = 1024  # D
     layers: int = 24  # L

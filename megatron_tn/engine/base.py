@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_tn.config import TrainConfig
 from megatron_tn.engine.update import Shards, StepResult, Update
-from megatron_tn.model.transnormer import TransNormerLM
+from megatron_tn.model.base import Model
 from megatron_tn.optim.build import build_optimizer
 from megatron_tn.optim.groups import parameter_groups
 from megatron_tn.parallel.context import ParallelContext
@@ -24,7 +24,7 @@ class Engine(Protocol):
     partitioned: whether data-parallel ranks own different ranges, or each of them all.
     """
 
-    model: TransNormerLM
+    model: Model
     context: ParallelContext
     partitioned: bool
 
@@ -64,7 +64,7 @@ class Engine(Protocol):
 class UpdatingEngine:
     """The part of `Engine` that is `Update`'s, for engines to inherit."""
 
-    model: TransNormerLM
+    model: Model
     context: ParallelContext
     update: Update
 
@@ -82,7 +82,7 @@ class UpdatingEngine:
         self.update.refresh(optimizer_step)
 
 
-def build_update(model: TransNormerLM, shards: Shards, config: TrainConfig) -> Update:
+def build_update(model: Model, shards: Shards, config: TrainConfig) -> Update:
     """The optimizer over `shards`, which hold a master of as many dimensions for each parameter, in the model's
     order."""
     named = [

@@ -10,7 +10,7 @@ from megatron_tn.engine.base import DTYPES, Engine
 from megatron_tn.engine.fsdp2 import FSDP2Engine
 from megatron_tn.engine.replicated import ReplicatedEngine
 from megatron_tn.model.init import fill_initial
-from megatron_tn.model.transnormer import empty_model
+from megatron_tn.model.registry import build_model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.recompute import recompute_blocks
 
@@ -24,18 +24,18 @@ def build_engine(config: TrainConfig, context: ParallelContext, device: torch.de
     #    the computing type and the engine keeps fp32 masters; FSDP2's are the masters, and get storage once sharded.
     zero3 = settings.name == "deepspeed" and settings.zero_stage == 3
     if settings.name == "fsdp2":
-        model = empty_model(config.model, context, "meta", torch.float32)
+        model = build_model(config.model, context, "meta", torch.float32)
     elif zero3:
         from megatron_tn.engine.deepspeed.engine import partitioned_model
 
         model = partitioned_model(config, context, device)  # each parameter is partitioned as soon as it is made
     else:
-        model = empty_model(config.model, context, device, DTYPES[settings.precision])
+        model = build_model(config.model, context, device, DTYPES[settings.precision])
     # 2. Recomputation changes what a block's forward keeps, so compilers and engines must see it.
-    recompute_blocks(model.model.layers, settings.recompute, settings.recompute_every)
+    recompute_blocks(model.blocks, settings.recompute, settings.recompute_every)
     # 3. One compiled graph serves all blocks of a kind: compile time does not grow with depth.
     if settings.compile != "none":
-        for block in model.model.layers:
+        for block in model.blocks:
             block.compile(mode=COMPILE_MODES[settings.compile])
     # 4. The engine shards parameters, gradients, masters and moments over data parallelism.
     if settings.name == "local":

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from megatron_tn.config import TrainConfig
 from megatron_tn.engine.base import DTYPES, UpdatingEngine, build_update
 from megatron_tn.engine.update import Placement
-from megatron_tn.model.transnormer import TransNormerLM
+from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import Axis
 from megatron_tn.parallel.sharding import mark
 
@@ -26,7 +26,7 @@ class FSDP2Engine(UpdatingEngine):
 
     partitioned = True
 
-    def __init__(self, model: TransNormerLM, config: TrainConfig, device: torch.device):
+    def __init__(self, model: Model, config: TrainConfig, device: torch.device):
         self.model = model
         self.context = model.context
         names = [name for name, _ in model.named_parameters()]
@@ -39,7 +39,7 @@ class FSDP2Engine(UpdatingEngine):
             ),
             "reshard_after_forward": config.engine.reshard_after_forward,
         }
-        for block in model.model.layers:
+        for block in model.blocks:
             fully_shard(block, **sharding)
         # The embedding, which is the head as well, is needed from the first operation to the last.
         fully_shard(model, **(sharding | {"reshard_after_forward": False}))
@@ -90,7 +90,7 @@ class FSDP2Shards:
         """The next forward pass gathers the masters."""
 
 
-def _free_after_evaluation(model: TransNormerLM, inputs, output) -> None:
+def _free_after_evaluation(model: Model, inputs, output) -> None:
     """Free the weights gathered by a forward pass that no backward pass follows. FSDP2 would keep them in the shards'
     place: a save would miss the shards, and after a load the next forward pass would still take the old weights."""
     if torch.is_grad_enabled():

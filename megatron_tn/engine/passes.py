@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_tn.device.graph import GraphCache
 from megatron_tn.device.streams import on_stream
 from megatron_tn.gradients.accumulator import GradientAccumulator
-from megatron_tn.model.transnormer import ModelOutput, TransNormerLM
+from megatron_tn.model.base import Model, ModelOutput
 from megatron_tn.parallel.world import release_on_leaving
 
 EAGER_PASSES = 2  # before the first capture: they compile kernels and make choices that a capture must not make
@@ -25,7 +25,7 @@ class Passes:
     """(tokens, targets, cu_seqlens, scale, last) -> scale x sum of token losses, detached; gradients are added to
     `accumulator`'s sums, which are whole after a step's last microbatch."""
 
-    def __init__(self, model: TransNormerLM, accumulator: GradientAccumulator):
+    def __init__(self, model: Model, accumulator: GradientAccumulator):
         self.model = model
         self.accumulator = accumulator
         self.watchers: list[Callable[[], None]] = []  # called before and after a replay, in which no module hook runs
@@ -60,7 +60,7 @@ class CapturedPasses(Passes):
     of the backward graph that an engine keeps must have been made on it. None on a CPU, where nothing is captured.
     """
 
-    def __init__(self, model: TransNormerLM, accumulator: GradientAccumulator, stream: torch.cuda.Stream | None):
+    def __init__(self, model: Model, accumulator: GradientAccumulator, stream: torch.cuda.Stream | None):
         super().__init__(model, accumulator)
         self.stream = stream
         self.eager_passes = 0
@@ -101,7 +101,7 @@ class CapturedPasses(Passes):
 
 
 def build_passes(
-    model: TransNormerLM, accumulator: GradientAccumulator, *, cuda_graph: bool, stream: torch.cuda.Stream | None
+    model: Model, accumulator: GradientAccumulator, *, cuda_graph: bool, stream: torch.cuda.Stream | None
 ) -> Passes:
     """As engine.cuda_graph says."""
     return CapturedPasses(model, accumulator, stream) if cuda_graph else Passes(model, accumulator)

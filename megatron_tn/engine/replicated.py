@@ -13,7 +13,7 @@ from megatron_tn.engine.base import UpdatingEngine, build_update
 from megatron_tn.engine.passes import build_passes, capture_stream
 from megatron_tn.engine.update import Placement
 from megatron_tn.gradients.accumulator import Bucket, GradientAccumulator, split_into_buckets
-from megatron_tn.model.transnormer import TransNormerLM
+from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import Axis
 
 
@@ -22,7 +22,7 @@ class ReplicatedEngine(UpdatingEngine):
 
     partitioned = False
 
-    def __init__(self, model: TransNormerLM, config: TrainConfig):
+    def __init__(self, model: Model, config: TrainConfig):
         self.model = model
         self.context = model.context
         named = dict(model.named_parameters())

@@ -24,6 +24,7 @@ from megatron_tn.config import ConfigError
 from megatron_tn.engine.deepspeed.stage3 import BlockReduction
 from megatron_tn.engine.update import Placement, StepResult
 from megatron_tn.gradients.accumulator import Bucket
+from megatron_tn.model.base import Model
 from megatron_tn.parallel.collectives import gather_parts_
 from megatron_tn.parallel.context import Axis, ParallelContext
 from megatron_tn.parallel.sharding import mark
@@ -115,18 +116,16 @@ def refusal(settings: Mapping[str, Any]) -> str | None:
     return None
 
 
-def partition_parameters(
-    model: nn.Module, leaf: type[nn.Module], settings: dict, context: ParallelContext, device: torch.device
-) -> None:
+def partition_parameters(model: Model, settings: dict, context: ParallelContext, device: torch.device) -> None:
     """Give each parameter of `model`, which is on the meta device, storage, and partition it (ZeRO 3) before the next
-    one gets any. Parameters of a `leaf` module are gathered together when it runs.
+    one gets any. A block's parameters are gathered together when it runs.
 
     `zero.Init` as a context manager would do the same, but it replaces tensor constructors for the whole process.
     """
     unit = ModelParallelUnit(context)
     # Gathered submodule by submodule, a recomputed block would gather its weights for the second forward pass, free
     # them, and gather them again for the backward pass.
-    set_z3_leaf_modules(model, [leaf])
+    set_z3_leaf_modules(model, list({type(block) for block in model.blocks}))
     partition, made = None, {}
     for module in model.modules():
         for name, empty in module.named_parameters(recurse=False):

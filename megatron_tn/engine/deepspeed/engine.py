@@ -25,25 +25,25 @@ from megatron_tn.engine.deepspeed.settings import deepspeed_settings
 from megatron_tn.engine.passes import build_passes, capture_stream
 from megatron_tn.engine.update import StepResult, Update
 from megatron_tn.gradients.accumulator import GradientAccumulator, split_into_buckets
-from megatron_tn.model.block import Block
-from megatron_tn.model.transnormer import TransNormerLM, empty_model
+from megatron_tn.model.base import Model
+from megatron_tn.model.registry import build_model
 from megatron_tn.optim.build import build_optimizer
 from megatron_tn.optim.groups import parameter_groups
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.world import release_on_leaving
 
 
-def partitioned_model(config: TrainConfig, context: ParallelContext, device: torch.device) -> TransNormerLM:
+def partitioned_model(config: TrainConfig, context: ParallelContext, device: torch.device) -> Model:
     """A model for ZeRO 3: each parameter gets storage and is partitioned before the next one does."""
-    model = empty_model(config.model, context, "meta", DTYPES[config.engine.precision])
-    partition_parameters(model, Block, deepspeed_settings(config, context.dp.size), context, device)
+    model = build_model(config.model, context, "meta", DTYPES[config.engine.precision])
+    partition_parameters(model, deepspeed_settings(config, context.dp.size), context, device)
     return model
 
 
 class DeepSpeedEngine(UpdatingEngine):
     """See `engine.base.Engine`."""
 
-    def __init__(self, model: TransNormerLM, config: TrainConfig):
+    def __init__(self, model: Model, config: TrainConfig):
         self.model = model
         self.context = model.context
         self.stage = config.engine.zero_stage

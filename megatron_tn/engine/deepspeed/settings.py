@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_tn.config import ConfigError, TrainConfig
-from megatron_tn.model.flops import parameter_count
+from megatron_tn.model.registry import parameter_count
 
 # Keys that may not be there at all, unless switched off, and what does their work here.
 REFUSED = {
