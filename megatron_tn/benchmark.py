@@ -38,6 +38,7 @@ from megatron_tn.config import (
     ConfigError,
     ModelConfig,
     TrainConfig,
+    device_problems,
     from_mapping,
     to_mapping,
 )
@@ -76,7 +77,7 @@ class Row:
 
 
 def benchmark(config: BenchmarkConfig) -> None:
-    if problems := config.problems(world_size()):
+    if problems := [*config.problems(world_size()), *device_problems(config, cuda=torch.cuda.is_available())]:
         raise ConfigError(problems)
     first = int(os.environ.get("RANK", 0)) == 0
     rows = []
