@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_tn.config import ModelConfig, ParallelConfig, from_mapping
 from megatron_tn.model.flops import forward_flops_per_token, parameter_count, training_flops_per_token
 from megatron_tn.model.transnormer import TransNormerLM, empty_model
-from megatron_tn.planning.memory import stand_ins, step_model
+from megatron_tn.planning.estimate import step_model
+from megatron_tn.planning.stand_ins import stand_in_tensors, stand_in_world
 from tests.helpers.models import TINY, tiny_config
 from tests.helpers.sizes import SIZES, compose_model
 
@@ -38,8 +39,9 @@ def test_ranks_share_the_operations_out(sequence_parallel):
     )
     length = 2047  # odd, so that the last slice has a token less
     tokens = torch.zeros(1, length, dtype=torch.int64)
-    with stand_ins("cpu"), FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
-        step_model(config)(tokens, targets=tokens).loss.backward()
+    tensors = stand_in_tensors("cpu", allow_non_fake_inputs=True)
+    with stand_in_world(config.parallel) as context, tensors, FlopCounterMode(display=False) as counter:
+        step_model(config, context)(tokens, targets=tokens).loss.backward()
     assert counter.get_total_flops() == pytest.approx(length * training_flops_per_token(config.model) / 2, rel=0.02)
 
 

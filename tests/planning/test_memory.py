@@ -23,8 +23,9 @@ from megatron_tn.model.transnormer import empty_model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.recompute import recompute_blocks
 from megatron_tn.plan import main
+from megatron_tn.planning.estimate import GIB, activation_bytes, buffer_bytes, plan_memory, state_bytes
 from megatron_tn.planning.live import LiveMemory, saved_bytes
-from megatron_tn.planning.memory import GIB, activation_bytes, buffer_bytes, memory_problems, plan_memory, state_bytes
+from megatron_tn.planning.remedies import memory_problems
 from megatron_tn.training.preflight import problems_before_start
 from tests.engine.test_parity import ZERO
 from tests.helpers.models import TINY, random_batch, tiny_config
