@@ -96,7 +96,8 @@ def peer_layout(config: BenchmarkConfig, compiled: str) -> dict[str, Any]:
 
 
 def show(results: Sequence[Result]) -> None:
-    table = Table("model", "what", "N", "tokens a step", "ms", "tokens/s", "utilisation", "datasheet's", "peak GiB")
+    shares = ("of the sampled rate", "of the datasheet's")
+    table = Table("model", "what", "N", "tokens a step", "ms", "tokens/s", *shares, "peak GiB")
     for found in results:
         of_datasheet = found.utilisation_datasheet
         table.add_row(
