@@ -5,27 +5,23 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
-import hashlib
 import logging
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from megatron_tn.config import ConfigError, from_mapping, to_mapping
-from megatron_tn.overrides import CONF, CommandLine, settings
+from megatron_tn.overrides import CONF, CommandLine, job_folder, settings
 
 log = logging.getLogger(__name__)
 
@@ -118,31 +114,6 @@ def run_program(main: Callable[[], None]) -> NoReturn:
                 stream.flush()
     finally:
         os._exit(code or 0)
-
-
-LONGEST_SETTING, LONGEST_NAME = 60, 150  # characters of a sweep's folder; file systems take 255 bytes
-
-
-def job_folder(run_dir: str, job: DictConfig, words: list[str]) -> str:
-    """The folder of a sweep's job: its number and the settings that the sweep varies, run_dir/0_model.decay-none.
-
-    It has letters, digits and _ . + - alone, so that it can be typed as a value. What a name leaves out of settings it
-    has as a hash: the same command finds the same folders, and another sweep in run_dir finds none of them.
-    """
-    parsed = OverridesParser.create().parse_overrides(words)
-    swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
-    varied = [word.lstrip("+") for word in job.overrides.task if word.lstrip("+").partition("=")[0] in swept]
-    named = [re.sub(r"[^A-Za-z0-9_.+-]", "-", word.replace("'", "").replace('"', "")) for word in varied]
-    short = [name if len(name) <= LONGEST_SETTING else f"{name[:30]}..{name[-28:]}" for name in named]
-    name = "_".join([str(job.job.num), *short])[:LONGEST_NAME]
-    plain = "_".join([str(job.job.num), *(word.replace("=", "-", 1) for word in varied)])
-    if name != plain:
-        name += f"-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
-    earlier = Path(run_dir) / "_".join([str(job.job.num), *varied]).replace("/", "-")  # as it was named until 2026-11
-    with contextlib.suppress(OSError):  # too long for a file system
-        if earlier.is_dir():
-            return str(earlier)
-    return f"{run_dir}/{name}"
 
 
 def is_first_process() -> bool:

@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import fnmatch
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -238,6 +239,32 @@ def as_typed(word: str, kind: type, *, multirun: bool) -> str:
     text = override.is_sweep_override() or override.value() is None or isinstance(override.value(), str)
     whole = isinstance(override.value(), int) and _texts(kind)[key.lstrip("+")] and value.isdecimal()
     return word if text or whole else f"{key}={quoted(value)}"
+
+
+LONGEST_SETTING, LONGEST_NAME = 60, 150  # characters of a sweep's folder; file systems take 255 bytes
+
+
+def job_folder(run_dir: str, job: DictConfig, words: list[str]) -> str:
+    """The folder of a sweep's job: its number and the settings that the sweep varies, run_dir/0_model.decay-none.
+
+    Its name has letters, digits and _ . + - alone, so that it can be typed as a value. Where it leaves something out of
+    the settings it ends with their hash: the same command finds the same folders, another sweep in run_dir others.
+    words: overrides of the sweep. job: Hydra's settings of the job.
+    """
+    parsed = OverridesParser.create().parse_overrides(words)
+    swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
+    varied = [word.lstrip("+") for word in job.overrides.task if word.lstrip("+").partition("=")[0] in swept]
+    named = [re.sub(r"[^A-Za-z0-9_.+-]", "-", word.replace("'", "").replace('"', "")) for word in varied]
+    short = [name if len(name) <= LONGEST_SETTING else f"{name[:30]}..{name[-28:]}" for name in named]
+    name = "_".join([str(job.job.num), *short])[:LONGEST_NAME]
+    plain = "_".join([str(job.job.num), *(word.replace("=", "-", 1) for word in varied)])
+    if name != plain:
+        name += f"-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
+    earlier = Path(run_dir) / "_".join([str(job.job.num), *varied]).replace("/", "-")  # as it was named until 2026-11
+    with contextlib.suppress(OSError):  # too long for a file system
+        if earlier.is_dir():
+            return str(earlier)
+    return f"{run_dir}/{name}"
 
 
 @functools.cache

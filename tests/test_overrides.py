@@ -9,9 +9,9 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from megatron_tn.cli import command, job_folder
+from megatron_tn.cli import command
 from megatron_tn.config import ConfigError, GenerateConfig, TrainConfig, from_mapping
-from megatron_tn.overrides import CommandLine, as_typed, quoted, settings
+from megatron_tn.overrides import CommandLine, as_typed, job_folder, quoted, settings
 from tests.helpers.training import call
 
 seen: list[TrainConfig] = []
