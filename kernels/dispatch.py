@@ -93,7 +93,7 @@ def _triton_obstacle(tensor: Tensor) -> str | None:
         return "triton is not installed (pip install triton)"
     if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"its inputs are on device {tensor.device.type!r}, not on a CUDA device"
-    # A plan's tensors only say that they are on a GPU (planning/memory.py), with one there or without.
+    # A plan's tensors only say that they are on a GPU (planning/stand_ins.py), with one there or without.
     there = torch.cuda.is_available() and tensor.device.type == "cuda"
     if there and (capability := _capability(tensor.device)) < OLDEST_CAPABILITY:
         return f"the GPU's compute capability {capability}.x is older than {OLDEST_CAPABILITY}.x (Ampere)"

@@ -168,7 +168,7 @@ def empty_starts(q: Tensor, v: Tensor, key: int, cu_seqlens: Tensor | None) -> T
     batch, total, heads, key = (int(size) for size in (*q.shape[:3], key))
     shape = (0,)
     if q.is_cuda and q.dtype != torch.float64 and max(key, v.shape[-1]) <= MAX_TRITON_WIDTH:
-        # A plan's tensors only say that they are on a GPU (planning/memory.py), with one there or without.
+        # A plan's tensors only say that they are on a GPU (planning/stand_ins.py), with one there or without.
         there = torch.cuda.is_available() and q.device.type == "cuda"
         capability = torch.cuda.get_device_capability(q.device)[0] if there else max(TILES)
         if capability >= min(TILES):

@@ -6,12 +6,15 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from megatron_tn.checkpoint.manifest import Manifest, checkpoint_name, step_of, whole_checkpoints
 from megatron_tn.checkpoint.verify import newest_whole
 from megatron_tn.config import (
     ConfigError,
     ModelConfig,
     TrainConfig,
+    device_problems,
     differences,
     from_mapping,
     load,
@@ -19,7 +22,7 @@ from megatron_tn.config import (
     to_mapping,
 )
 from megatron_tn.engine.deepspeed.settings import deepspeed_settings
-from megatron_tn.planning.memory import memory_problems
+from megatron_tn.planning.remedies import memory_problems
 from megatron_tn.training.state import TrainingState
 
 FROZEN = "config.json"
@@ -56,7 +59,7 @@ def frozen_config(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
 
 def problems_before_start(config: TrainConfig, world_size: int, tokenizer_vocab: int | None) -> list[str]:
     """One line for each thing that would make the run fail later. tokenizer_vocab: of the shards, where known."""
-    found = config.problems(world_size)
+    found = [*config.problems(world_size), *device_problems(config, cuda=torch.cuda.is_available())]
     if tokenizer_vocab is not None and config.model.vocab_size < tokenizer_vocab:
         found.append(
             f"model.vocab_size={config.model.vocab_size} is smaller than the {tokenizer_vocab} entries of the "

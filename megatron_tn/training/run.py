@@ -214,7 +214,8 @@ class Run:
         hooks: list[Hook] = []
         if self.is_first:
             log_file = self.directory / "log.jsonl"
-            work = Work(flops_per_token, engine.context.world_size, config.cluster.bf16_tflops)
+            gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+            work = Work(flops_per_token, engine.context.world_size, config.cluster.peak_tflops(gpu))
             self.sinks.append(Journal(log_file, config.logging.every, work))
             if config.logging.wandb.mode != "disabled":
                 self.sinks.append(WeightsAndBiases(config.logging.wandb, self.directory, to_mapping(config), work))

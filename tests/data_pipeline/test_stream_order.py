@@ -53,6 +53,12 @@ def global_hashes(manifest, steps, *, size, workers, micro_batch):
             loader.close()
 
 
+def test_a_window_beyond_all_shards_mixes_all_of_them(manifest):
+    """Also one that no 64-bit integer holds."""
+    all_of_them, beyond = (stream(manifest, window=window) for window in (len(manifest.shards), 10**19))
+    assert batches_hash([all_of_them.read(range(9))]) == batches_hash([beyond.read(range(9))])
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 def test_any_topology_resumes_the_same_global_batches(manifest):
     expected = global_hashes(manifest, range(100), size=1, workers=0, micro_batch=24)

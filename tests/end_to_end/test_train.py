@@ -193,8 +193,8 @@ def test_a_sweep_gives_every_job_a_folder_named_by_what_it_varies(shards, tmp_pa
     command = [sys.executable, "-m", "megatron_tn.train", "--multirun", *words, "model.decay=released,none", "seed=1,2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    names = ["0_model.decay=released_seed=1", "1_model.decay=released_seed=2"]
-    names += ["2_model.decay=none_seed=1", "3_model.decay=none_seed=2"]
+    names = ["0_model.decay-released_seed-1", "1_model.decay-released_seed-2"]
+    names += ["2_model.decay-none_seed-1", "3_model.decay-none_seed-2"]
     curves = [losses(tmp_path / "sweep" / name) for name in names]
     assert len({tuple(curve.values()) for curve in curves}) == 4
     assert all(list(curve) == [1, 2, 3] for curve in curves)
