@@ -18,7 +18,7 @@ from data_pipeline.config import LineDuplicates
 from data_pipeline.document import text_bytes
 from data_pipeline.files import replace_file
 from data_pipeline.protected import outside_protected
-from data_pipeline.steps import drop_writer, rule_drop
+from data_pipeline.steps.drops import drop_writer, rule_drop
 
 DIGIT = re.compile(r"\d")
 COUNTED = np.dtype([("hash", "<u8"), ("documents", "<u4")])

@@ -21,7 +21,7 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 
 from data_pipeline.config import NearDuplicates
 from data_pipeline.dedup import HASH
-from data_pipeline.steps import drop_writer
+from data_pipeline.steps.drops import drop_writer
 
 # A character of a script that puts no spaces between words is a word.
 SPACELESS = r"\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from data_pipeline.protected import outside_protected
+from data_pipeline.registry import Register
+
+REGISTER = Register()
+edit = REGISTER.add
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,8 @@ import unicodedata
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.edits.base import Edit
-from data_pipeline.filters.base import RULE
-from data_pipeline.sources import Count
+from data_pipeline.edits.base import Edit, edit
+from data_pipeline.thresholds import STRICT, Count
 
 # Invisible: zero-width space, word joiner, soft hyphen, byte order mark, direction marks and controls, tags; controls
 # other than tab and line feed; the replacement character; private use. The zero-width joiners stay: emoji and the
@@ -20,7 +19,8 @@ LINES = re.compile("\r\n?|[\x0c\x85\u2028\u2029]")
 SPACES = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f]")
 
 
-@dataclass(frozen=True, config=RULE)
+@edit("characters")
+@dataclass(frozen=True, config=STRICT)
 class Characters:
     """Removes invisible and undecodable characters, makes every line end a line feed and every space but the
     ideographic one a space, and composes accents (NFC), when there are more than `max_count` to change."""

@@ -5,10 +5,9 @@ import re
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.edits.base import Edit, substitute
-from data_pipeline.filters.base import RULE
+from data_pipeline.edits.base import Edit, edit, substitute
 from data_pipeline.protected import outside_protected
-from data_pipeline.sources import Count
+from data_pipeline.thresholds import STRICT, Count
 
 # Names of HTML alone: `<stdin>`, `List<int>` and a heart `<3` are no tags.
 NAMES = (
@@ -32,7 +31,8 @@ ENTITIES = re.compile(r"&(?:[a-z]{2,8}|#\d{1,7}|#x[0-9a-f]{1,6});", re.IGNORECAS
 PAGE = re.compile(r"<(?:!doctype\s+html|html|body)\b", re.IGNORECASE)
 
 
-@dataclass(frozen=True, config=RULE)
+@edit("html")
+@dataclass(frozen=True, config=STRICT)
 class Html:
     """Takes HTML out when there are more than `max_count` tags and entities: a whole page goes through the extractor
     that reads pages, stray tags in other text are removed and entities become what they stand for."""

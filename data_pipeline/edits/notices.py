@@ -5,10 +5,9 @@ import re
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.edits.base import Edit
-from data_pipeline.filters.base import RULE, Phrases
+from data_pipeline.edits.base import Edit, edit
 from data_pipeline.protected import PROTECTED
-from data_pipeline.sources import Count
+from data_pipeline.thresholds import STRICT, Count, Phrases
 
 # Those of C4 (arXiv 1910.10683), except that C4 takes every line with the word `javascript`: that would take the
 # language's name out of what is written about it.
@@ -35,7 +34,8 @@ PHRASES = (
 )
 
 
-@dataclass(frozen=True, config=RULE)
+@edit("notices")
+@dataclass(frozen=True, config=STRICT)
 class Notices:
     """Removes lines of at most `max_words` words with one of the `phrases` (in lower case), when there are more than
     `max_count` of them. A line that goes on in the next, or goes on from the one before, is part of a paragraph and

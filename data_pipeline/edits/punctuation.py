@@ -5,9 +5,8 @@ import re
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.edits.base import Edit, substitute
-from data_pipeline.filters.base import RULE
-from data_pipeline.sources import Positive
+from data_pipeline.edits.base import Edit, edit, substitute
+from data_pipeline.thresholds import STRICT, Positive
 
 MARKS = "!?,;:.…~。，！？、；：～"  # noqa: RUF001  (full-width marks are meant)
 
@@ -17,7 +16,8 @@ def _runs(longest: int) -> re.Pattern:
     return re.compile(rf"([{MARKS}])\1{{{longest},}}")
 
 
-@dataclass(frozen=True, config=RULE)
+@edit("punctuation")
+@dataclass(frozen=True, config=STRICT)
 class Punctuation:
     """Cuts a mark that is repeated more than `max_run` times to one, a full stop to an ellipsis of three. Rules and
     markers of Markdown are made of other characters."""

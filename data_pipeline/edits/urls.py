@@ -4,15 +4,15 @@ import re
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.edits.base import Edit, substitute
-from data_pipeline.filters.base import RULE
-from data_pipeline.sources import Count
+from data_pipeline.edits.base import Edit, edit, substitute
+from data_pipeline.thresholds import STRICT, Count
 
 STOPS = r"\s<>\"'`\])}\uff0c\u3002\u3001\uff09\u3011"  # what ends an address, full-width marks included
 URL = re.compile(rf" ?[<(\[]?(?<![A-Za-z0-9])(?:(?:https?|ftp)://|www\.)[^{STOPS}]*[^{STOPS}.,;:!?][>)\]]?")
 
 
-@dataclass(frozen=True, config=RULE)
+@edit("urls")
+@dataclass(frozen=True, config=STRICT)
 class Urls:
     """Removes web addresses when there are more than `max_count`. The targets of Markdown links stay, and so do those
     in code."""

@@ -5,15 +5,16 @@ from collections import Counter
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.filters.base import RULE, Drop, Share
-from data_pipeline.sources import Positive
+from data_pipeline.filters.base import Drop, rule
+from data_pipeline.thresholds import STRICT, Positive, Share
 
 VOWELS = "aeiouyàáâãäåæèéêëìíîïòóôõöøùúûüýāăąēėęěīįōőœūůűų"
 LATIN = re.compile(r"(?<!\S)[\"'(\u201c\u2018]?([a-z\u00df-\u00ff\u0101-\u017e]{4,})[.,;:!?\"')\u201d\u2019]*(?!\S)")
 IMPLAUSIBLE = re.compile(rf"[^{VOWELS}]{{5,}}|^[^{VOWELS}]+$")
 
 
-@dataclass(frozen=True, config=RULE)
+@rule("keyboard", place=100)
+@dataclass(frozen=True, config=STRICT)
 class Keyboard:
     """Share of lower-case Latin words of four letters or more that nobody could speak: without a vowel, or with five
     consonants on end. Words inside code or an address do not stand alone and are not asked, nor are texts with fewer

@@ -6,13 +6,14 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.filters.base import RULE, Drop, Share
+from data_pipeline.filters.base import Drop
+from data_pipeline.thresholds import STRICT, Share
 
 NONE = "zxx"  # the code of text in no language
 LONGEST = 20_000  # characters that are looked at
 
 
-@dataclass(frozen=True, config=RULE)
+@dataclass(frozen=True, config=STRICT)
 class Language:
     """Identifies the language of documents whose source does not say it. `allowed`: the codes to keep, null for all;
     text in no language at all goes in any case. `min_confidence`: the probability of the likeliest language, at

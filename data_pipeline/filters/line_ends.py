@@ -4,12 +4,13 @@ import itertools
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.filters.base import RULE, Drop, Share
+from data_pipeline.filters.base import Drop, rule
 from data_pipeline.filters.lines import BULLETS
-from data_pipeline.sources import Positive
+from data_pipeline.thresholds import STRICT, Positive, Share
 
 
-@dataclass(frozen=True, config=RULE)
+@rule("line_ends", place=120)
+@dataclass(frozen=True, config=STRICT)
 class LineEnds:
     """Share of lines that end in a mark of any kind, at least, in texts of `min_lines` lines or more of `languages`
     (Thai, for one, has no full stop). Items of lists do not count, nor lines that go on in the next, which then begins

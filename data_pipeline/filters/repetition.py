@@ -5,11 +5,12 @@ from collections.abc import Iterator
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.filters.base import RULE, Drop, Share
-from data_pipeline.sources import Count, Positive
+from data_pipeline.filters.base import Drop, rule
+from data_pipeline.thresholds import STRICT, Count, Positive, Share
 
 
-@dataclass(frozen=True, config=RULE)
+@rule("repetition", place=50, on=True)
+@dataclass(frozen=True, config=STRICT)
 class Repetition:
     """Shares, at most: `max_duplicate_lines` of the characters that lie in lines seen before in the document (lines of
     fewer than `shortest_line` characters do not count: code repeats `else:` and closing brackets by its nature);

@@ -4,14 +4,16 @@ import re
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.filters.base import RULE, Drop, Share
+from data_pipeline.filters.base import Drop, rule
+from data_pipeline.thresholds import STRICT, Share
 
 SYMBOLS = re.compile(r"(?:[^\w\s]|_)+")
 RULERS = re.compile(r"([^\w\s]|_)\1{3,}")
 LETTERS = re.compile(r"[^\W\d_]+")
 
 
-@dataclass(frozen=True, config=RULE)
+@rule("symbols", place=20, on=True)
+@dataclass(frozen=True, config=STRICT)
 class Symbols:
     """Shares of the characters that are not white space, rulers and the borders of tables counting as one. Prose has
     about 0.05 symbols and 0.95 letters, Python source 0.2 and 0.7; a table of numbers has few letters, a line drawing

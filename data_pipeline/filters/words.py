@@ -4,16 +4,16 @@ import re
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.filters.base import RULE, Amount, Drop, Share, ordered
-from data_pipeline.sources import Count, Positive
+from data_pipeline.filters.base import Drop, rule
+from data_pipeline.thresholds import STRICT, Amount, Positive, Share, ordered
 
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")  # noqa: RUF001  (the typographic apostrophe is meant)
 # Scripts that put no spaces between words: of what stands between spaces, nothing follows.
 SPACELESS = re.compile(r"[\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
-STOP_WORDS = frozenset(re.findall(r"\w+", "the be to of and that have with is in it for on was are as this not or a"))
 
 
-@dataclass(frozen=True, config=RULE)
+@rule("words", place=90)
+@dataclass(frozen=True, config=STRICT)
 class Words:
     """`min_words`, `max_words`: how many; `min_mean_length`, `max_mean_length`: characters a word; `min_alphabetic`:
     share of words and numbers that has a letter. Not asked of text that is mostly in a script without
@@ -45,20 +45,3 @@ class Words:
         pieces = [piece for piece in text.split() if any(map(str.isalnum, piece))]
         share = sum(any(map(str.isalpha, piece)) for piece in pieces) / len(pieces)
         return Drop("min_alphabetic", share, self.min_alphabetic) if share < self.min_alphabetic else None
-
-
-@dataclass(frozen=True, config=RULE)
-class StopWords:
-    """How many different ones of the commonest words there are, in texts of `min_words` words or more of `languages`:
-    lists of key words and tables of names have none."""
-
-    min_different: Count = 2
-    min_words: Count = 50
-    languages: tuple[str, ...] = ("en",)
-
-    def __call__(self, text: str) -> Drop | None:
-        words = text.lower().split()
-        if len(words) < self.min_words:
-            return None
-        different = len(STOP_WORDS.intersection(words))
-        return Drop("min_different", different, self.min_different) if different < self.min_different else None

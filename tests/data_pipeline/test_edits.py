@@ -2,7 +2,13 @@
 
 import pytest
 
-from data_pipeline.edits import EDITS, Characters, Html, Notices, Numbers, Punctuation, Urls
+from data_pipeline.edits import EDITS
+from data_pipeline.edits.characters import Characters
+from data_pipeline.edits.html import Html
+from data_pipeline.edits.notices import Notices
+from data_pipeline.edits.numbers import Numbers
+from data_pipeline.edits.punctuation import Punctuation
+from data_pipeline.edits.urls import Urls
 
 # ruff: noqa: RUF001  (unusual characters are what is tested)
 EDITED = {
