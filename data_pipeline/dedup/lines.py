@@ -17,6 +17,7 @@ from datatrove.pipeline.base import PipelineStep
 from data_pipeline.config import LineDuplicates
 from data_pipeline.document import text_bytes
 from data_pipeline.files import replace_file
+from data_pipeline.letters import composed, plain
 from data_pipeline.protected import outside_protected
 from data_pipeline.steps.drops import drop_writer, rule_drop
 
@@ -26,7 +27,7 @@ COUNTED = np.dtype([("hash", "<u8"), ("documents", "<u4")])
 
 def line_hash(line: str) -> int:
     """64 bits of a line, in which case, digits and white space do not count: page 3 of 7 is page 4 of 7."""
-    letters = DIGIT.sub("0", " ".join(line.lower().split()))
+    letters = DIGIT.sub("0", " ".join(composed(line).lower().split()))
     return int.from_bytes(hashlib.blake2b(letters.encode(), digest_size=8).digest(), "little")
 
 
@@ -144,4 +145,4 @@ def lines_of(text: str, settings: LineDuplicates) -> list[str]:
 
 
 def _counts(line: str, settings: LineDuplicates) -> bool:
-    return len(line.strip()) >= settings.min_characters
+    return len(line.strip()) >= settings.min_characters and len(plain(line).strip()) >= settings.min_characters

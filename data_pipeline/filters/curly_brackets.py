@@ -5,6 +5,7 @@ import re
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.filters.base import Drop, rule
+from data_pipeline.letters import count_words
 from data_pipeline.protected import PROTECTED
 from data_pipeline.thresholds import STRICT, Amount
 
@@ -20,8 +21,8 @@ class CurlyBrackets:
     max_per_word: Amount = 0.1
 
     def __call__(self, text: str) -> Drop | None:
-        if text.count("{") <= self.max_per_word * len(text.split()):
+        if text.count("{") <= self.max_per_word * count_words(text):
             return None
         prose = PROTECTED.sub(" ", text)
-        share = (prose.count("{") - len(LATEX_ARGUMENT.findall(prose))) / max(len(prose.split()), 1)
+        share = (prose.count("{") - len(LATEX_ARGUMENT.findall(prose))) / max(count_words(prose), 1)
         return Drop("max_per_word", share, self.max_per_word) if share > self.max_per_word else None

@@ -6,6 +6,7 @@ from pydantic.dataclasses import dataclass
 
 from data_pipeline.filters.base import Drop, rule
 from data_pipeline.filters.lines import BULLETS
+from data_pipeline.letters import plain
 from data_pipeline.thresholds import STRICT, Positive, Share
 
 
@@ -24,7 +25,7 @@ class LineEnds:
     languages: tuple[str, ...] = ("en", "zh")
 
     def __call__(self, text: str) -> Drop | None:
-        lines = [line for raw in text.splitlines() if (line := raw.strip())]
+        lines = [line for raw in plain(text).splitlines() if (line := raw.strip())]
         ends = [
             line[-1]
             for line, following in itertools.pairwise([*lines, ""])

@@ -3,6 +3,7 @@
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.filters.base import Drop, rule
+from data_pipeline.letters import plain
 from data_pipeline.thresholds import STRICT, Amount, Count, Share
 
 BULLETS = ("•", "‣", "●", "▪", "- ", "* ")
@@ -22,7 +23,7 @@ class Lines:
     max_ellipses: Share = 1.0
 
     def __call__(self, text: str) -> Drop | None:
-        lines = [line for line in text.splitlines() if line.strip()] or [""]
+        lines = [line for line in plain(text).splitlines() if line.strip()] or [""]
         measures = {
             "max_line": max(map(len, lines)),
             "max_mean": sum(map(len, lines)) / len(lines),
