@@ -27,5 +27,5 @@ class Punctuation:
     def __call__(self, text: str) -> Edit | None:
         runs = _runs(self.max_run)
         longest = max((len(match.group()) for match in runs.finditer(text)), default=0)
-        changed, count = substitute(runs, lambda match: "..." if match[1] == "." else match[1], text)
-        return Edit("longest_run", longest, self.max_run, changed) if count else None
+        changed, _ = substitute(runs, lambda match: "..." if match[1] == "." else match[1], text)
+        return Edit("longest_run", longest, self.max_run, changed) if changed != text else None

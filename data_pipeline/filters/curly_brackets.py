@@ -6,7 +6,7 @@ from pydantic.dataclasses import dataclass
 
 from data_pipeline.filters.base import Drop, rule
 from data_pipeline.letters import count_words
-from data_pipeline.protected import PROTECTED
+from data_pipeline.protected import without_protected
 from data_pipeline.thresholds import STRICT, Amount
 
 LATEX_ARGUMENT = re.compile(r"\\[A-Za-z]+\*?(?:\[[^\]\n]*\])?\{|[\^_}]\{")
@@ -23,6 +23,6 @@ class CurlyBrackets:
     def __call__(self, text: str) -> Drop | None:
         if text.count("{") <= self.max_per_word * count_words(text):
             return None
-        prose = PROTECTED.sub(" ", text)
+        prose = without_protected(text)
         share = (prose.count("{") - len(LATEX_ARGUMENT.findall(prose))) / max(count_words(prose), 1)
         return Drop("max_per_word", share, self.max_per_word) if share > self.max_per_word else None

@@ -3,7 +3,7 @@
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.filters.base import Drop, rule
-from data_pipeline.protected import PROTECTED
+from data_pipeline.protected import without_protected
 from data_pipeline.thresholds import STRICT, Count, Phrases
 
 
@@ -18,7 +18,7 @@ class Placeholder:
     def __call__(self, text: str) -> Drop | None:
         if not self._count(text):
             return None
-        count = self._count(PROTECTED.sub(" ", text))
+        count = self._count(without_protected(text))
         return Drop("max_count", count, self.max_count) if count > self.max_count else None
 
     def _count(self, text: str) -> int:

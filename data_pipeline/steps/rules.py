@@ -7,7 +7,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.writers import JsonlWriter
 
 from data_pipeline.document import text_bytes
-from data_pipeline.edits import Editor
+from data_pipeline.edits import Editor, make_edits
 from data_pipeline.filters import Drop, Filter
 from data_pipeline.filters.language import Language, identifier
 from data_pipeline.steps.drops import drop_writer, rule_drop
@@ -63,10 +63,9 @@ class ApplyRules(PipelineStep):
         for name, rule in self.first.items():
             if drop := rule(document.text):
                 return name, drop
-        for name, editor in self.edits.items():
-            if edit := editor(document.text):
-                document.text = edit.text
-                made.append({"edit": name, "measure": edit.measure, "value": edit.value, "threshold": edit.threshold})
+        document.text, edits = make_edits(self.edits, document.text)
+        for name, edit in edits.items():
+            made.append({"edit": name, "measure": edit.measure, "value": edit.value, "threshold": edit.threshold})
         for name, rule in self.any_language.items():
             if drop := rule(document.text):
                 return name, drop
