@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -33,6 +34,12 @@ def replace_file(path: Path, data: bytes) -> None:
     """Writes `data` as `replacing` does."""
     with replacing(path) as file:
         file.write(data)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a whole file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def explain(error: Exception, output: Path) -> str:

@@ -1,36 +1,15 @@
 """Where text comes from: the settings of each kind of source."""
 
-import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from data_pipeline.locations import local, openable
 from data_pipeline.shards.index import language_number
+from data_pipeline.thresholds import Count, Positive
 
 STRICT = ConfigDict(extra="forbid")
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-SCHEME = re.compile(r"([A-Za-z][\w+.-]+):(//|:)?")
-
-
-def openable(path: str) -> str:
-    """A local path, or a URL of a file system that fsspec knows. `pipe:cat x` is a shell command in the language of
-    WebDataset, so anything before a colon that is no such file system is refused."""
-    if match := SCHEME.match(path):
-        from fsspec import available_protocols
-
-        scheme, slashes = match.groups()
-        if not slashes or scheme not in available_protocols():
-            raise ValueError(f"{scheme}: is no file system that fsspec opens: refused")
-    return path
-
-
-def local(path: str) -> str:
-    """A path of this machine. A URL would be taken for one: `s3://bucket/x` for a folder of the name `s3:`."""
-    if "://" in path:
-        raise ValueError("is a URL: output goes to a folder of this machine, or one that it shares")
-    return path
 
 
 def storable(language: str) -> str:

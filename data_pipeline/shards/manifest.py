@@ -12,17 +12,15 @@ from collections import Counter
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from data_pipeline.errors import InputError
-from data_pipeline.files import replace_file
-
-if TYPE_CHECKING:
-    from data_pipeline.shards.remote import Remote
+from data_pipeline.files import replace_file, sha256_of
+from data_pipeline.shards.remote import CacheFull, Remote, default_cache, is_remote
 
 FORMAT = "megatron_tn.shards"
 VERSION = 2
@@ -115,12 +113,6 @@ def token_dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
-def sha256_of(path: Path) -> str:
-    """Hex digest of a whole file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @dataclass(frozen=True)
 class Manifest:
     """A checked manifest and the folder it was found in, or the cache of the `remote` one. Make one with `load` or
@@ -128,7 +120,7 @@ class Manifest:
 
     content: Content
     directory: Path
-    remote: "Remote | None" = None
+    remote: Remote | None = None
 
     @classmethod
     def create(
@@ -308,10 +300,8 @@ class Manifest:
         return f"shard {shard.name}: {kind}: {size} bytes on disk, {shard.size} in the manifest"
 
 
-def _open_remote(path: str, cache: str | Path | None, cache_bytes: int) -> "Remote | None":
+def _open_remote(path: str, cache: str | Path | None, cache_bytes: int) -> Remote | None:
     """The remote folder of a manifest's URL, its manifest.json fetched anew; None for a local path."""
-    from data_pipeline.shards.remote import CacheFull, Remote, default_cache, is_remote
-
     if not is_remote(path):
         return None
     url, _, name = path.rpartition("/")

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import InputError
-from data_pipeline.shards.manifest import sha256_of
-from data_pipeline.sources import SCHEME, openable
+from data_pipeline.files import sha256_of
+from data_pipeline.locations import SCHEME, openable
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.files import replace_file, sha256_of
 from data_pipeline.shards.index import TEXT_BYTES, TOKENS, build_index, dump_index
-from data_pipeline.shards.manifest import Shard, replace_file, sha256_of
+from data_pipeline.shards.manifest import Shard
 
 
 class ShardWriter:
