@@ -30,6 +30,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def open_lock(path: Path) -> BinaryIO:
+    """A lock file, made if it is missing and never emptied. Raises OSError (ELOOP) where `path` is a symbolic link."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    return open(os.open(path, flags, 0o666), "r+b")
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Writes `data` as `replacing` does."""
     with replacing(path) as file:
