@@ -103,18 +103,18 @@ def _inputs(files: list[File]) -> list[tuple[str, int]]:
 def _items(file: File, source: Source) -> Items:
     def read() -> Items:
         with file.open() as opened:
-            yield from _read(opened, source, file.id)
+            yield from _read(opened, source, file)
 
     return guarded(read())
 
 
-def _read(opened: BinaryIO, source: Source, name: str) -> Items:
+def _read(opened: BinaryIO, source: Source, file: File) -> Items:
     match source:
         case Tree():
-            return read_file(opened, source, name)
+            return read_file(opened, source, file.id)
         case Jsonl():
             return read_jsonl(opened, source)
         case Parquet():
             return read_parquet(opened, source)
         case Warc():
-            return read_warc(opened, source)
+            return read_warc(opened, source, file.size)

@@ -156,7 +156,7 @@ def opener(folder, path: str, source: Source, compression: str | None = "infer")
             raise zipfile.BadZipFile("an archive of files, of which only the first would be read: unpack it")
         most = max(folder.size(path) * source.max_expansion, source.max_document_bytes)
         if path.endswith(".zst"):
-            packed = _Zstandard(folder.open(path, "rb"))
+            packed = Zstandard(folder.open(path, "rb"))
         else:
             packed = folder.open(path, "rb", compression=compression)
         return io.BufferedReader(_AsItComes(packed, most, source))
@@ -164,7 +164,7 @@ def opener(folder, path: str, source: Source, compression: str | None = "infer")
     return open_packed
 
 
-class _Zstandard:
+class Zstandard:
     """What the frames of a .zst file hold. Raises EOFError where the file ends inside a frame, which zstandard's own
     reader takes for the end of the text."""
 

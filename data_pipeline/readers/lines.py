@@ -58,7 +58,7 @@ def from_record(record: dict, place: str, source: Jsonl | Parquet) -> Found | Qu
         return too_large(place, size, source)
     key = record.get(source.id_key)
     extra = {"key": str(key)} if isinstance(key, str | int) else {}
-    return page_text(text, place, extra) if source.html else Found(place, text, extra)
+    return page_text(text.encode(), "utf-8", place, source, extra) if source.html else Found(place, text, extra)
 
 
 def _repeated(line: bytes) -> str | None:

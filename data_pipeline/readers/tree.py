@@ -23,7 +23,7 @@ from data_pipeline.readers.base import (
     too_large,
     walk,
 )
-from data_pipeline.readers.html import SUFFIXES, decode_page, page_text
+from data_pipeline.readers.html import SUFFIXES, page_text
 from data_pipeline.sources import Tree
 
 COMPRESSED = (".gz", ".zst")
@@ -37,7 +37,7 @@ def read_file(file: BinaryIO, source: Tree, name: str) -> Items:
     if len(data) > source.max_document_bytes:
         yield too_large("", len(data), source)
     elif name.lower().endswith(SUFFIXES):
-        yield page_text(decode_page(data), "")
+        yield page_text(data, None, "", source)
     elif not (text := data.decode("utf-8", errors="replace").removeprefix("\ufeff")) or text.isspace():
         yield Quarantined("", "empty", "the file is empty", len(data))
     else:

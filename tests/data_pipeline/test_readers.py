@@ -260,7 +260,7 @@ def test_warc_pages_and_texts(tmp_path, packed):
     assert "bears fruit & shade" in texts[0]
     assert texts[1] == "Ein Text über Birnen."
     assert {metadata["key"] for _, metadata in documents.values()} == {"http://pears.example/"}
-    assert sorted(quarantine.values()) == ["empty", "too_large"]
+    assert sorted(quarantine.values()) == ["empty", "media_type", "too_large"]
 
 
 @pytest.mark.parametrize("damage", ["corrupt", "cut off"])
