@@ -115,6 +115,6 @@ def _read(opened: BinaryIO, source: Source, file: File) -> Items:
         case Jsonl():
             return read_jsonl(opened, source)
         case Parquet():
-            return read_parquet(opened, source)
+            return read_parquet(opened, source, file.size)
         case Warc():
             return read_warc(opened, source, file.size)
