@@ -96,16 +96,23 @@ def check(settings: Settings) -> dict:
     """Checks the settings against the machine and returns what identifies the run: the settings that decide its bytes,
     and its input. Raises InputError with all problems."""
     from data_pipeline import tokenizer
-    from data_pipeline.readers import inputs_hash, list_inputs
+    from data_pipeline.readers import input_sizes, inputs_hash, list_source
+    from data_pipeline.readers.preflight import key_problem, output_problem
     from data_pipeline.sample import weight_problems
     from data_pipeline.tokenise import describe
 
     problems, inputs, tokenizer_hash = [], [], None
     for name, source in settings.sources.items():
         try:
-            inputs += list_inputs({name: source})
+            listing = list_source(name, source)
         except InputError as error:
             problems += error.problems
+            continue
+        inputs += input_sizes(listing.files)
+        found = (output_problem(name, source, Path(settings.output)), key_problem(name, source, listing.files))
+        problems += filter(None, found)
+        for note in listing.notes:
+            print(f"note: {note}", file=sys.stderr)
     if not settings.sources:
         problems.append("sources: empty; there is nothing to read")
     if settings.tokenizer.file:

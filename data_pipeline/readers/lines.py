@@ -74,15 +74,15 @@ def from_record(record: dict, place: str, source: Jsonl | Parquet) -> Found | Qu
 
 
 def jsonl_keys(file: BinaryIO, source: Jsonl) -> list[str]:
-    """The keys of a file's first object, of the first lines; none where there is no object."""
+    """The keys of the objects in a file's first lines."""
+    keys: dict[str, None] = {}
     for _ in range(LINES_LOOKED_AT):
         line = file.readline(source.max_document_bytes + 1).removeprefix(codecs.BOM_UTF8)
         if not _holds_more_values(line, FEWEST_VALUES):
             with contextlib.suppress(ValueError):
                 record = orjson.loads(line)
-                if isinstance(record, dict):
-                    return list(record)
-    return []
+                keys |= dict.fromkeys(record if isinstance(record, dict) else [])
+    return list(keys)
 
 
 def _bytes(text: str, most: int) -> int:
