@@ -94,6 +94,7 @@ class Remote:
     _asked: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self):
+        self.cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         for folder in (self.folder, self.cache / "content"):
             folder.mkdir(parents=True, exist_ok=True)
         self._start()
@@ -292,7 +293,7 @@ class Remote:
         gone. Returns how many went."""
         freed = 0
         with self._locked():
-            with room.open("wb") as file:
+            with open_lock(room) as file:
                 file.truncate(size)
             files = [(path, stat) for path, stat in _files(self.cache) if path.suffix != ".tmp"]
             total = sum(stat.st_size for _, stat in files)
