@@ -13,16 +13,20 @@ from torch import Tensor
 from megatron_tn.device.host_copy import HostCopy
 from megatron_tn.engine.base import Engine
 from megatron_tn.parallel.collectives import all_reduce_
+from megatron_tn.training.agreement import agreed_target_tokens
 
 
 class Microbatch(Protocol):
-    """tokens, targets [b, N] int64 (target -100 counts for nothing); cu_seqlens int32 or None; how many targets count.
-    The tensors may be on the device already."""
+    """tokens, targets [b, N] int64, or [1, b * N] with cu_seqlens (target -100 counts for nothing); cu_seqlens int32 or
+    None; how many targets count; b, the number of samples; the id of padding. The tensors may be on the device already.
+    """
 
     tokens: Tensor
     targets: Tensor
     cu_seqlens: Tensor | None
     target_tokens: int
+    samples: int
+    pad: int
 
 
 class StepReport(NamedTuple):
@@ -69,10 +73,11 @@ def train_step(
 
     The target tokens of the whole step are counted first, over microbatches and data-parallel ranks, and every loss is
     divided by that one number: each token weighs the same, however unevenly padding falls. Context-parallel ranks are
-    given the same sequences, and count them once; the model cuts them into slices.
+    given the same sequences, and count them once; the model cuts them into slices. A sample that a rank of the tensor-
+    and context-parallel group could not read is padding on all of them (see `agreed_target_tokens`).
     """
     context = engine.context
-    count = torch.full((), sum(batch.target_tokens for batch in microbatches), dtype=torch.int64, device=device)
+    count = agreed_target_tokens(microbatches, context, device)
     all_reduce_(count, context.dp)
     scale = 1 / count.clamp(min=1)
     loss = torch.zeros((), device=device)

@@ -124,7 +124,7 @@ def lie(record: bytes, more: int) -> bytes:
     ],
 )
 def test_a_warc_record_with_a_false_length_is_never_taken_for_a_document(tmp_path, packed, more, reason):
-    """And reading goes on behind it, unless it claims all the rest of the file."""
+    """And reading goes on behind it, also where it claims all the rest of the file."""
     good = [warc_record("conversion", f"Good text number {n}.".encode()) for n in range(4)]
     long = warc_record("conversion", b"A text that is rather long and has many words. " * 20)
     asked = warc_record("request", b"GET / HTTP/1.1")
@@ -133,8 +133,7 @@ def test_a_warc_record_with_a_false_length_is_never_taken_for_a_document(tmp_pat
     (tmp_path / "b.warc").write_bytes(good[0])
     documents, quarantine = read(tmp_path, crawl=source(tmp_path, kind="warc"))
     texts = [text for text, _ in documents.values()]
-    wanted = [0, 1, 2, 3, 0] if reason == "false_length" else [0, 0]
-    assert texts == [f"Good text number {n}." for n in wanted]
+    assert texts == [f"Good text number {n}." for n in (0, 1, 2, 3, 0)]
     assert quarantine == {"crawl/a.warc.gz:2": reason}
 
 
@@ -143,20 +142,22 @@ def test_a_file_of_beginnings_of_records_ends(tmp_path):
     began = time.perf_counter()
     documents, quarantine = read(tmp_path, crawl=source(tmp_path, kind="warc"))
     assert time.perf_counter() - began < 5
-    assert not documents
-    assert quarantine == {"crawl/a.warc:1": "false_length", "crawl/a.warc": "unreadable"}
+    assert list(documents) == ["crawl/a.warc:1"]
+    assert quarantine.pop("crawl/a.warc") == "unreadable"
+    assert set(quarantine.values()) == {"unreadable"}
+    assert len(quarantine) == 1001
 
 
 HTTP = {
     "no such charset": (response(PAGE.encode(), "text/html; charset=nonsense"), None),
     "a codec that is no charset": (response(PAGE.encode(), "text/html; charset=zlib_codec"), None),
     "not gzip as it says": (
-        b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Encoding: gzip\r\n\r\nno",
-        "unreadable",
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Encoding: gzip\r\n\r\n\x1f\x8b\x08no",
+        "undecodable",
     ),
     "chunks that are none": (
-        b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-        "unreadable",
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nzz\r\n",
+        "undecodable",
     ),
     "a bomb": (
         b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Encoding: gzip\r\n\r\n" + gzip.compress(bytes(10**8)),
@@ -175,7 +176,7 @@ def test_a_hostile_response_leaves_its_neighbours(tmp_path, body, reason):
     assert "crawl/a.warc:1" in documents
     assert quarantine.get("crawl/a.warc:2") == reason
     assert ("crawl/a.warc:2" in documents) == (reason is None)
-    assert "crawl/a.warc:3" in documents or quarantine["crawl/a.warc"] == "unreadable"
+    assert "crawl/a.warc:3" in documents
 
 
 def test_a_page_of_nested_elements_is_named_at_once(tmp_path):

@@ -28,6 +28,14 @@ class Rows(NamedTuple):
     def target_tokens(self) -> int:
         return int((self.targets != -100).sum())
 
+    @property
+    def samples(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def pad(self) -> int:
+        return 0
+
 
 def tiny_config(**changes) -> TrainConfig:
     """A TrainConfig around TINY. `changes`: model, parallel, ... as whole dataclasses, or fields of the top level."""
