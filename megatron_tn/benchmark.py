@@ -46,6 +46,7 @@ from megatron_tn.model.flops import parameter_count
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.world import join_world, leave_world, world_size
 from megatron_tn.train import train
+from megatron_tn.training.run_folder import RunFolder
 
 GIB = 2**30
 WARM_UP = 4  # steps: the compilers are done after two, the allocator after three
@@ -232,7 +233,7 @@ def loop_row(config: BenchmarkConfig, shards: Path, rate: float) -> Row:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     train(from_mapping(TrainConfig, values))
-    records = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    records = RunFolder(run_dir).records()
     speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record][LOOP_WARM_UP:]
     if not speeds:
         raise RuntimeError(
