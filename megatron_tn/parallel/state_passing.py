@@ -1,12 +1,13 @@
-"""Context parallelism of decay attention: what crosses ranks is the state (LASP, arXiv 2404.02882; LASP-2, 2502.07563).
+"""Context parallelism of decay attention: ranks exchange states, not keys and values (LASP, arXiv 2404.02882; LASP-2,
+arXiv 2502.07563).
 
-Ranks hold contiguous slices of a sequence. With S_j the state that slice j alone leaves behind and n_j its length, the
-state that slice i starts from is
+Each rank holds a contiguous slice of the sequence. With S_j the final state of slice j computed from a zero initial
+state, n_j its length and r the decay rate, slice i starts from
 
-    sum over j < i of S_j prod over j < m < i of exp(-r n_m)
+    S_0 exp(-r (n_1 + .. + n_{i-1})) + .. + S_{i-2} exp(-r n_{i-1}) + S_{i-1}
 
-so one all-gather of [B, H, K, d] a layer, whatever the sequence's length, replaces an exchange of keys and values; the
-gradient takes the same way back. A slice that a document boundary cuts off from its neighbour gets nothing from it.
+so a layer needs one all-gather of states [B, H, K, d], whatever the sequence's length, and its backward pass one of
+their gradients. Terms from before the document that slice i begins in have weight zero.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ collectives = torch.ops._c10d_functional
 
 
 class SequenceSlice:
-    """This rank's part of sequences of `length` tokens; slices differ by one token at most.
+    """This rank's slice [start, stop) of sequences of `length` tokens. Slices differ in length by at most one token.
 
-    start, stop: token range. cu_seqlens: the documents' bounds within the slice, [n + 1] as the sequence's own, the
-    documents outside being empty; None for whole sequences.
+    cu_seqlens: the documents' bounds counted from the slice's start, [documents + 1] as in the sequence, documents
+        outside the slice being empty; None where each sequence is one document.
+    edges: indices of the documents that the slice's first and last token belong to, int64 [2]; None likewise.
 
     Raises:
         ValueError: fewer tokens than ranks.
@@ -43,8 +45,8 @@ class SequenceSlice:
         self.start, self.stop = bounds[axis.rank], bounds[axis.rank + 1]
         self.lengths = torch.tensor(bounds, device=device).diff()
         self.cu_seqlens = None
-        self.edges = None  # the documents that the slice begins and ends in
-        # Whether the document at a slice's end goes on in the next one, and whether it fills the slice.
+        self.edges = None
+        # 1 where the document at the end of slice i goes on in slice i + 1, and 1 where one document fills slice i.
         self.goes_on = torch.ones(axis.size - 1, device=device)
         self.fills = torch.ones(axis.size, device=device)
         if cu_seqlens is not None:
@@ -65,8 +67,8 @@ class SequenceSlice:
         return x[..., self.start : self.stop]
 
     def weights(self, decay: Tensor) -> tuple[Tensor, Tensor]:
-        """decay [H] -> of this rank's initial state, what each rank's own state contributes [cp, H]; and of this rank's
-        own state, what it contributes to each rank's initial one [cp, H]."""
+        """decay [H] -> received and sent, [cp, H] each. For slice j: the weight of S_j in this slice's initial state,
+        and the weight of this slice's S in the initial state of slice j."""
         rank, size = self.axis.rank, self.axis.size
         goes_on = torch.cat([self.goes_on, self.goes_on.new_zeros(1)])
         through = (self.fills * goes_on)[:, None] * torch.exp(-decay[None] * self.lengths[:, None])
@@ -79,9 +81,9 @@ class SequenceSlice:
     def attend(
         self, qkvu: Tensor, decay: Tensor, theta: Tensor | None, *, act: str, gate: bool, positions: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`kernels.gla` on this slice's projection qkvu [B, n, 4 H d], as a part of its sequence: y and the sum of o^2.
+        """`kernels.gla` of this slice of a sequence: qkvu [B, n, 4 H d] -> y [B, n, H d] and the sum of o^2 [B, n].
 
-        Collective over the axis, as is its backward pass.
+        positions: int64 [n], of this slice's tokens in their documents. Collective over the axis, forward and backward.
         """
         weights = self.weights(decay.to(torch.promote_types(qkvu.dtype, torch.float32)))
         return _SliceAttention.apply(
@@ -90,20 +92,20 @@ class SequenceSlice:
 
 
 class _SliceAttention(torch.autograd.Function):
-    """States, and backward their gradients, are on their way while the rank goes on with what needs none of them:
+    """The all-gather of states, or of their gradients, runs while the rank computes what stands in brackets:
 
-    forward: features of k, own state, [gather: features of q], o
-    backward: gradient of o, own part of the initial state's, [gather: dq], dk and dv, from there through the features
+    forward: features of k; S; all-gather of S [features of q]; initial state; o
+    backward: do; this slice's gradient of its initial state; all-gather of it [dq]; gradient of S; dk, dv; dqkvu
     """
 
     @staticmethod
     def forward(ctx, qkvu, decay, theta, act, gate, positions, cu_seqlens, received, sent, edges, axis):
         features = gla_features(qkvu, decay, theta, act=act, positions=positions, keys_alone=True)
         own = gla_state(qkvu, decay, theta, act=act, positions=positions, cu_seqlens=cu_seqlens, features=features)
-        # Not dist.all_gather_into_tensor: a compiler can follow these operators.
-        arriving = collectives.all_gather_into_tensor(_pick(own, edges, 1), axis.size, axis.name)
+        # The functional form of the collective, which torch.compile can trace.
+        gathered = collectives.all_gather_into_tensor(_pick(own, edges, 1), axis.size, axis.name)
         gla_query_features_(features, qkvu, theta, act=act, positions=positions)
-        initial = _combine(collectives.wait_tensor(arriving), received)
+        initial = _combine(collectives.wait_tensor(gathered), received)
         y, square_sum, state, o, starts = torch.ops.megatron_tn.gla_forward(
             qkvu,
             features,
@@ -155,19 +157,22 @@ def _slice_backward(
     group: str,
     theta_wanted: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of qkvu and of theta (empty where it is not wanted). One operator, its exchange included."""
+    """The gradients of qkvu and theta ([0] unless theta_wanted), including the all-gather of states' gradients.
+
+    sent: of `SequenceSlice.weights`.
+    """
     ranks = dist.distributed_c10d._resolve_process_group(group)
 
     def exchange(own: Tensor) -> Callable[[], Tensor]:
-        leaving = _pick(own, edges, 0)
-        gathered = leaving.new_empty(ranks.size() * leaving.shape[0], *leaving.shape[1:])
-        work = dist.all_gather_into_tensor(gathered, leaving.contiguous(), group=ranks, async_op=True)
+        own = _pick(own, edges, 0)
+        gathered = own.new_empty(ranks.size() * own.shape[0], *own.shape[1:])
+        work = dist.all_gather_into_tensor(gathered, own.contiguous(), group=ranks, async_op=True)
 
-        def arrived() -> Tensor:
+        def gradient_of_final_state() -> Tensor:
             work.wait()
             return _place(_combine(gathered, sent), edges, 1, cu_seqlens)
 
-        return arrived
+        return gradient_of_final_state
 
     initial_state = _place(initial_state, edges, 0, cu_seqlens)
     state = None if state is None else _place(state, edges, 1, cu_seqlens)
@@ -185,7 +190,7 @@ def _slice_backward_fake(dy, dsquare_sum, o, qkvu, decay, theta, act, gate, *res
 
 @register_flop_formula(torch.ops.megatron_tn.gla_slice_backward)
 def _slice_backward_flops(dy, dsquare_sum, o, qkvu_shape, decay_shape, theta_shape, *args, out_shape=None, **kwargs):
-    """Four products of B T H K d multiplications, and another for the initial state's gradient on its own."""
+    """Four products of B T H K d multiply-adds, and a fifth for the gradient of the initial state."""
     batch, tokens, fused = qkvu_shape
     width = fused // 4 // decay_shape[0]
     return 10 * batch * tokens * decay_shape[0] * width * width * (1 if theta_shape is None else 2)
@@ -193,22 +198,23 @@ def _slice_backward_flops(dy, dsquare_sum, o, qkvu_shape, decay_shape, theta_sha
 
 @in_own_types
 def _combine(gathered: Tensor, weights: Tensor) -> Tensor:
-    """Every rank's [B, H, K, d], one after the other, weighted by [cp, H] and summed."""
+    """gathered [cp B, H, K, d], weights [cp, H] -> the weighted sum over ranks [B, H, K, d]."""
     states = gathered.unflatten(0, (weights.shape[0], -1))
     return torch.einsum("rh,rbhkv->bhkv", weights, states)
 
 
-# What crosses an edge of a slice is the state of one document, [1, H, K, d], and that is what is kept for the backward
-# pass: those of all documents could take more memory than the activations. edges is None for whole sequences.
+# Packed documents have a state each, [documents, H, K, d]. The state of one of them, [1, H, K, d], crosses an edge of a
+# slice. Ranks exchange that one and keep it for the backward pass: all states could be larger than the activations.
 
 
 def _pick(states: Tensor, edges: Tensor | None, edge: int) -> Tensor:
-    """Of the documents' states, that of the one at the slice's beginning (edge 0) or end (1)."""
+    """states [documents, H, K, d] -> that of the document at the slice's first token (edge 0) or last token (edge 1),
+    [1, H, K, d]; all states where edges is None."""
     return states if edges is None else states.index_select(0, edges[edge : edge + 1])
 
 
 def _place(state: Tensor, edges: Tensor | None, edge: int, cu_seqlens: Tensor | None) -> Tensor:
-    """The reverse: all other documents' are zero."""
+    """The reverse of `_pick`: state [1, H, K, d] -> [documents, H, K, d], zero for the other documents."""
     if edges is None:
         return state
     states = state.new_zeros(cu_seqlens.shape[0] - 1, *state.shape[1:])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from megatron_tn.config import ConfigError, TrainConfig, differences, to_mapping
-from megatron_tn.engine.deepspeed_settings import deepspeed_settings
+from megatron_tn.config import ConfigError, ModelConfig, TrainConfig, differences, from_mapping, to_mapping
+from megatron_tn.engine.deepspeed.settings import deepspeed_settings
 from megatron_tn.planning.memory import memory_problems
 from megatron_tn.training.resume import Start
 from megatron_tn.training.run_folder import RunFolder
@@ -41,7 +41,9 @@ def checkpoint_problems(config: TrainConfig, start: Start) -> list[str]:
     manifest, directory = start.manifest(), start.checkpoint
     if manifest is None:
         return []
-    changed = differences(manifest.config["model"], to_mapping(config.model))
+    # A setting that is newer than the checkpoint had its default there.
+    stored = to_mapping(from_mapping(ModelConfig, manifest.config["model"]))
+    changed = differences(stored, to_mapping(config.model))
     changed = [line for line in changed if not line.startswith(("name:", "init_std:"))]
     found = [f"checkpoint {directory} holds another model: {line}" for line in changed]
     if manifest.step > config.schedule.steps:
