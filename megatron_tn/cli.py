@@ -27,21 +27,23 @@ log = logging.getLogger(__name__)
 
 BAD_INPUT = 2  # exit code
 CLOSED_PIPE = 128 + signal.SIGPIPE  # exit code of a program whose reader went away, as of `... | head -1`
+INTERRUPTED = 128 + signal.SIGINT  # exit code of a program that Ctrl-C ended
 
 
 def command(
     kind: type, config_name: str, literal: tuple[str, ...] = ()
-) -> Callable[[Callable[[Any], None]], Callable[[], None]]:
+) -> Callable[[Callable[[Any], int | None]], Callable[[], None]]:
     """Decorator: `function(config: kind)` becomes a command line over conf/`config_name`.yaml.
 
-    literal: settings whose value is free text, taken to the letter; Hydra's own syntax would trim and parse it.
+    function: returns None, or the exit code of a program that was told to stop. literal: settings whose value is free
+    text, taken to the letter; Hydra's own syntax would trim and parse it.
 
     The dataclass's defaults enter Hydra as the schema `config_name`_schema, so that every key it does not have is
-    refused, with the nearest known one. In a multirun every job's run_dir is a folder of its own below run_dir; a job
-    whose function returns True, because it was told to stop, is the last one.
+    refused, with the nearest known one. In a multirun every job's run_dir is a folder of its own below run_dir, and a
+    job that was told to stop is the last one.
     """
 
-    def decorate(function: Callable[[Any], None]) -> Callable[[], None]:
+    def decorate(function: Callable[[Any], int | None]) -> Callable[[], None]:
         ConfigStore.instance().store(f"{config_name}_schema", to_mapping(kind()))
 
         texts: dict[str, str] = {}
@@ -56,16 +58,17 @@ def command(
                 values = settings(composed) | texts
                 if multirun:
                     values["run_dir"] = job_folder(values["run_dir"], job, line.overrides)
-                if function(from_mapping(kind, values)) and multirun:
-                    log.info("told to stop: the sweep ends here, and the same command goes on with it")
-                    sys.exit(0)
+                if (code := function(from_mapping(kind, values))) is not None:
+                    if multirun:
+                        log.info("told to stop: the sweep ends here, and the same command goes on with it")
+                    sys.exit(code)
 
         def main() -> None:
             nonlocal line
             logging.basicConfig(level=logging.INFO if is_first_process() else logging.WARNING, format="%(message)s")
             pairs = [word.partition("=") for word in sys.argv[1:]]
             texts.update({key: value for key, equals, value in pairs if equals and key in literal})
-            # The deepspeed launcher adds --local_rank, which says nothing that LOCAL_RANK does not.
+            # The deepspeed launcher adds --local_rank; the environment variable LOCAL_RANK says the same.
             aside = {*literal, "--local_rank"}
             words = ["".join(pair) for pair in pairs if pair[0] not in aside]
             with bad_input_exits():
@@ -82,42 +85,45 @@ def command(
 def run_program(main: Callable[[], None]) -> NoReturn:
     """Run a command line that trains, and end this process with its exit code.
 
-    Python's own end would abort a process, now and then, whose work is done: a thread that needs the interpreter while
-    it is torn down is ended inside C++, which C++ answers with SIGABRT. gloo's threads need it to let go of a tensor, a
-    moment after its collective was waited for. So all that Python does at its end is done here, but for that tearing
-    down; `multiprocessing` ends its processes in the same way.
+    Everything that Python does at its end is done here, but for tearing down the interpreter, as `multiprocessing` ends
+    its processes. That teardown would abort, now and then, a process whose work is done: gloo's threads take Python's
+    lock to free a tensor, a moment after its collective was waited for; a thread that does so during the teardown is
+    ended inside C++, which calls abort().
     """
     code: Any = 0
     try:
         main()
     except SystemExit as stop:
         code = stop.code
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+        print("interrupted before there was anything to save", file=sys.stderr)
     except BaseException as error:
-        code = 130 if isinstance(error, KeyboardInterrupt) else 1
+        code = 1
         sys.excepthook(type(error), error, error.__traceback__)
     if code is not None and not isinstance(code, int):
         print(code, file=sys.stderr)
         code = 1
     if not code:  # the work is done: being told to stop now must not make it look like a death by signal
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
     try:
         threading._shutdown()  # waits for threads that are no daemons
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises when a reader dies
         for child in multiprocessing.active_children():
-            if child.daemon:  # a reader that was left behind, since its storage does not answer: it would be waited for
+            if child.daemon:  # a data reader whose storage does not answer; Python would wait for it at exit
                 child.kill()
         atexit._run_exitfuncs()
         gc.collect()  # closes files that nobody closed
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, AttributeError):  # its reader has gone, or there never was one
+            with contextlib.suppress(OSError, AttributeError):  # a closed pipe, or no stream at all
                 stream.flush()
     finally:
         os._exit(code or 0)
 
 
 def is_first_process() -> bool:
-    """Whether the launcher called this process rank 0; known before any process group is."""
+    """Whether the launcher made this process rank 0. Known before the process group exists."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
@@ -131,17 +137,17 @@ def bad_input_exits() -> Iterator[None]:
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr, flush=True)
         else:
-            time.sleep(2)  # a launcher stops every rank as soon as one ends; the first must get its lines out
+            time.sleep(2)  # a launcher kills all ranks as soon as one ends; rank 0 must print its lines first
         sys.exit(BAD_INPUT)
 
 
 @contextlib.contextmanager
 def closed_pipe_exits() -> Iterator[None]:
-    """Leave quietly, as other programs do, when whoever read our output has gone."""
+    """Exit quietly, as other programs do, when the reader of standard output has gone (`... | head -1`)."""
     try:
         yield
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would fail again at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushing at exit would fail again
         sys.exit(CLOSED_PIPE)

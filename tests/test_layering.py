@@ -51,7 +51,7 @@ ALLOWED = {
         "data_pipeline.shards",
         "data_pipeline.selfclean",
     ],
-    "launch": ["megatron_tn.config", "megatron_tn.planning"],
+    "launch": ["megatron_tn.config", "megatron_tn.planning", "megatron_tn.training.run_folder"],
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from megatron_tn.model.registry import parameter_count
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.world import join_world, leave_world, world_size
 from megatron_tn.train import train
+from megatron_tn.training.run_folder import RunFolder
 
 
 def measure(config: BenchmarkConfig) -> Iterator[Result]:
@@ -122,7 +122,7 @@ def loop_result(config: BenchmarkConfig, shards: Path, rate: float) -> Result:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     train(from_mapping(TrainConfig, values))
-    records = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    records = RunFolder(run_dir).records()
     speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record][LOOP_WARM_UP:]
     if not speeds:
         raise RuntimeError(f"the training loop was stopped after {len(records)} steps; {LOOP_WARM_UP + 1} are needed")
