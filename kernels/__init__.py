@@ -3,16 +3,13 @@
 The public functions are below; their docstrings are the reference. Needs torch alone: triton is used where it is.
 """
 
-from kernels.activation import activation
 from kernels.adamw.op import adamw_
 from kernels.cross_entropy.op import linear_cross_entropy
 from kernels.dispatch import set_backend
 from kernels.embedding.op import scaled_embedding
 from kernels.lightning.gla import gla, gla_features, gla_gradients, gla_query_features_
 from kernels.lightning.op import lightning_attention
-from kernels.lightning.state import gla_state, lightning_state
-from kernels.lrpe.op import lrpe
-from kernels.norm_gate.op import apply_rms_scale, gate_with_square_sum
+from kernels.lightning.state import gla_state
 from kernels.self_check import self_check
 from kernels.sglu.op import sglu
 from kernels.srmsnorm.op import (
@@ -28,22 +25,17 @@ from kernels.srmsnorm.op import (
 __version__ = "0.0.0"
 
 __all__ = [
-    "activation",
     "adamw_",
     "add_scaled_simple_rms_norm",
     "add_simple_rms_norm",
-    "apply_rms_scale",
     "branch_simple_rms_norm",
-    "gate_with_square_sum",
     "gla",
     "gla_features",
     "gla_gradients",
     "gla_query_features_",
     "gla_state",
     "lightning_attention",
-    "lightning_state",
     "linear_cross_entropy",
-    "lrpe",
     "scaled_embedding",
     "self_check",
     "set_backend",

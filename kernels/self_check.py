@@ -20,8 +20,6 @@ from kernels.embedding import reference as embedding_reference
 from kernels.embedding.op import scaled_embedding
 from kernels.lightning.gla import gla
 from kernels.lightning.op import lightning_attention
-from kernels.norm_gate import reference as norm_gate_reference
-from kernels.norm_gate.op import apply_rms_scale, gate_with_square_sum
 from kernels.numerics import accumulation_dtype
 from kernels.sglu import reference as sglu_reference
 from kernels.sglu.op import sglu
@@ -132,7 +130,8 @@ def _checks(
 
     def mixer(qkvu: Tensor, theta: Tensor | None = None) -> Tensor:
         y, square_sum, _ = gla(qkvu, decay, theta, act=act)
-        return apply_rms_scale(y, square_sum, y.shape[-1])
+        scale = torch.rsqrt(square_sum / y.shape[-1] + 1e-6).unsqueeze(-1)
+        return (y * scale).to(y.dtype)
 
     def mixer_with_lrpe(qkvu: Tensor) -> Tensor:
         j = torch.arange(heads * value_width, device=qkvu.device)
@@ -142,10 +141,6 @@ def _checks(
         generator = torch.Generator(theta.device).manual_seed(1)
         qkvu = torch.randn((1, length, 4 * heads * value_width), generator=generator, device=theta.device)
         return mixer(qkvu.to(dtype).to(theta.dtype), theta)
-
-    def norm_gate(o: Tensor, u: Tensor) -> Tensor:
-        y, square_sum = gate_with_square_sum(o, u)
-        return apply_rms_scale(y, square_sum, o.shape[-1])
 
     def residual_norm(x: Tensor, update: Tensor) -> Tensor:
         return torch.cat(add_simple_rms_norm(x, update), dim=-1)
@@ -210,7 +205,6 @@ def _checks(
     yield _Check("simple_rms_norm", simple_rms_norm, srmsnorm_reference.simple_rms_norm, (rows,))
     yield _Check("add_simple_rms_norm", residual_norm, exact_residual_norm, (rows, rows))
     yield _Check("add_scaled_simple_rms_norm", scaled_norm, exact_scaled_norm, (rows, rows))
-    yield _Check("norm_gate", norm_gate, norm_gate_reference.norm_gate, (rows, rows))
     yield _Check("sglu", sglu, sglu_reference.sglu, ((TOKENS, glu_width),) * 2)
     vocabulary = (VOCABULARY, embed_width)
     yield _Check("scaled_embedding", embedding, exact_embedding, (vocabulary,))

@@ -9,7 +9,6 @@ from torch import Tensor
 
 import kernels
 from kernels.bench.peers import Peer
-from kernels.norm_gate import reference as norm_gate_reference
 from kernels.numerics import accumulation_dtype
 from kernels.sglu import reference as sglu_reference
 from kernels.srmsnorm import reference
@@ -70,7 +69,7 @@ def cases(device: torch.device) -> Iterator[tuple[Case, Case]]:
     """Pairs of a case small enough to be judged in fp64 and the case to time, of the same widths and type."""
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
-    for build in (_norm, _branch_norm, _add_norm, _add_scaled_norm, _gate, _sglu):
+    for build in (_norm, _branch_norm, _add_norm, _add_scaled_norm, _sglu):
         for rows in (4096, 32768) if gpu else (4096,):
             for columns in (2048, 4096) if gpu else (256,):
                 yield build(65, columns, dtype, device), build(rows, columns, dtype, device)
@@ -129,7 +128,7 @@ def _add_scaled_norm(rows: int, columns: int, dtype: torch.dtype, device: torch.
     """With the norm over all heads still to be taken of what is added."""
 
     def exact(x, residual, square_sum):
-        total = x + norm_gate_reference.rms_scale(residual, square_sum, columns)
+        total = x + reference.rms_scaled(residual, square_sum, columns)
         return total, reference.simple_rms_norm(total)
 
     x, residual, dtotal, dy = random_inputs(4, rows, columns, dtype=dtype, device=device)
@@ -143,18 +142,6 @@ def _add_scaled_norm(rows: int, columns: int, dtype: torch.dtype, device: torch.
         exact,
         spared_bytes=x.nbytes,  # the sum stands for one of its inputs
     )
-
-
-def _gate(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """Both steps, with the tensor between them that a tensor-parallel group needs: 13 readings and writings forward and
-    backward, where one kernel for one rank would have 8."""
-
-    def function(o, u):
-        y, square_sum = kernels.gate_with_square_sum(o, u)
-        return kernels.apply_rms_scale(y, square_sum, columns)
-
-    o, u, dy = random_inputs(3, rows, columns, dtype=dtype, device=device)
-    return Case("norm and gate", f"{rows} x {columns}", function, [o, u], [dy.detach()], norm_gate_reference.norm_gate)
 
 
 def _sglu(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Case:

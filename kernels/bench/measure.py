@@ -34,17 +34,6 @@ def milliseconds(function: Callable[[], object], device: torch.device, repeats: 
     return statistics.median(start.elapsed_time(stop) for start, stop in events)
 
 
-def host_milliseconds(function: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
-    """Median time that the host needs to launch `function`, its work on the device not waited for."""
-    times = []
-    for _ in range(repeats):
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        function()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
-
-
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes a millisecond of a large copy on `device`, reads and writes both counted."""
     size = (2048 if device.type == "cuda" else 128) * MIB

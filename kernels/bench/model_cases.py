@@ -132,7 +132,8 @@ def _layer(tokens: int, width: int, dtype: torch.dtype, device: torch.device) ->
         return x, layer_norm(x)
 
     def plain_add(x: Tensor, update: Tensor, square_sum: Tensor) -> tuple[Tensor, Tensor]:
-        return plain_branch(x + kernels.apply_rms_scale(update, square_sum, width))
+        scale = torch.rsqrt(square_sum / width + 1e-6).unsqueeze(-1)
+        return plain_branch(x + (update * scale).to(x.dtype))
 
     def swiglu(a: Tensor, b: Tensor) -> Tensor:
         return F.silu(a) * b

@@ -5,7 +5,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from kernels.activation import ACTIVATIONS
+from kernels.lightning.activations import ACTIVATIONS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -41,9 +41,10 @@ def gla(
     features: of `gla_features` with the same positions, where they were formed ahead of an initial_state that was on
         its way.
 
-    Returns y [B, T, H d], the sum over heads and widths of o^2 [B, T] in fp32 (fp64 for fp64), which `apply_rms_scale`
-    wants once it is summed over ranks, and the final state, None unless asked for. Gradients reach qkvu, theta and
-    initial_state from all three. theta's is formed from differences of positions, not as a sum of terms of t.
+    Returns y [B, T, H d], the sum over heads and widths of o^2 [B, T] in fp32 (fp64 for fp64), which
+    `add_scaled_simple_rms_norm` wants once it is summed over ranks, and the final state, None unless asked for.
+    Gradients reach qkvu, theta and initial_state from all three. theta's is formed from differences of positions, not
+    as a sum of terms of t.
     Raises ValueError naming the argument that does not fit.
     """
     check_gla(qkvu, decay, theta, act, positions, initial_state, cu_seqlens)

@@ -9,15 +9,15 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.activation import ACTIVATIONS
 from kernels.lightning import chunked
+from kernels.lightning.activations import ACTIVATIONS
 from kernels.lightning.fused import Exchange
 from kernels.numerics import accumulation_dtype
 
 
 def features(x: Tensor, act: str, table: tuple[Tensor, Tensor] | None, dtype: torch.dtype) -> Tensor:
     """The features of q or k: x [B, T, H, d] -> [B, T, H, d], or 2d with LRPE (table: cos and sin), in `dtype`."""
-    x = ACTIVATIONS[act](x.to(dtype))
+    x = ACTIVATIONS[act].function(x.to(dtype))
     return x if table is None else torch.cat((x * table[0], x * table[1]), dim=-1)
 
 
@@ -28,16 +28,9 @@ def feature_gradients(
     x, dangle = x.to(df.dtype), None
     if table is not None:
         (cos, sin), (dcos, dsin) = table, df.chunk(2, dim=-1)
-        dangle = (dsin * cos - dcos * sin) * ACTIVATIONS[act](x)
+        dangle = (dsin * cos - dcos * sin) * ACTIVATIONS[act].function(x)
         df = dcos * cos + dsin * sin
-    return df * _slope(x, act), dangle
-
-
-def _slope(x: Tensor, act: str) -> Tensor | float:
-    if act == "silu":
-        sigmoid = x.sigmoid()
-        return sigmoid * (1 + x * (1 - sigmoid))
-    return x.clamp(max=0).exp() if act == "1+elu" else 1.0
+    return df * ACTIVATIONS[act].derivative(x), dangle
 
 
 def _table(

@@ -46,18 +46,15 @@ def backward(
     decay: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    starts: Tensor | None = None,
-    out: tuple[Tensor | None, Tensor, Tensor] | None = None,
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    starts: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, and of the initial state (fp32; empty where there is none).
 
-    dstate None means zero. starts: the forward pass's, None or empty to find them again. out: where to write the first
-    three, of any strides; dq may be None, to leave it out.
+    dstate None means zero. starts: the forward pass's, None or empty to find them again.
     """
-    dq, dk, dv = out or (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     sequences = Sequences.of(q, v, cu_seqlens)
-    if dq is not None:
-        query_gradient(dq, do, k, v, decay, initial_state, starts, sequences)
+    query_gradient(dq, do, k, v, decay, initial_state, starts, sequences)
     dinitial, _ = key_value_gradients(dk, dv, do, q, k, v, dstate, decay, sequences, initial_state is not None)
     return dq, dk, dv, dinitial
 

@@ -32,7 +32,7 @@ def add_simple_rms_norm(x: Tensor, residual: Tensor, eps: float = 1e-6) -> tuple
 def add_scaled_simple_rms_norm(
     x: Tensor, residual: Tensor, square_sum: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """`add_simple_rms_norm` of x and `apply_rms_scale(residual, square_sum, D)`, in the same pass: a residual that is
+    """`add_simple_rms_norm` of x and residual / sqrt(square_sum / D + eps), in the same pass: a residual that is
     still to be normed, by squares that were summed before a product that the norm's scale commutes with.
 
     x, residual: [..., D], alike in shape and floating type. square_sum: [...], fp32 (fp64 for fp64), over D elements

@@ -22,7 +22,6 @@ TRITON_MODULES = (
     "kernels.lightning.launch",
     "kernels.lightning.launch_gla",
     "kernels.lightning.triton_step",
-    "kernels.norm_gate.triton_norm_gate",
     "kernels.cross_entropy.triton_head",
     "kernels.embedding.triton_embedding",
     "kernels.sglu.triton_sglu",

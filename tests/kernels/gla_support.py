@@ -7,9 +7,7 @@ from torch import Tensor
 
 import kernels
 from kernels import dispatch
-from kernels.activation import activation
-from kernels.lightning.reference import recurrence
-from kernels.lrpe.reference import lrpe
+from kernels.lightning import gla_reference as reference
 from tests.kernels.support import TOLERANCE, assert_close
 
 # theta's gradient has a bound of its own.
@@ -104,14 +102,16 @@ class Gated:
     def exact(self) -> list[Tensor]:
         """The same by the recurrence and autograd, in fp64."""
         leaves = [x.detach().double().cpu().requires_grad_() for x in self.leaves()]
-        heads = self.decay.shape[0]
-        q, k, v, u = leaves[0].unflatten(-1, (4, heads, -1)).unbind(2)
-        q, k = activation(q, self.act), activation(k, self.act)
-        if self.theta is not None:
-            q, k = (lrpe(x, leaves[2], self.positions.cpu()) for x in (q, k))
-        bounds = None if self.cu_seqlens is None else self.cu_seqlens.cpu()
-        o, state = recurrence(q, k, v, self.decay.double().cpu(), initial_state=leaves[1], cu_seqlens=bounds)
-        results = ((o * u if self.gate else o).flatten(2), o.square().sum((-1, -2)), state)
+        results = reference.gla(
+            leaves[0],
+            self.decay.double().cpu(),
+            leaves[2] if self.theta is not None else None,
+            act=self.act,
+            gate=self.gate,
+            positions=self.positions.cpu(),
+            initial_state=leaves[1],
+            cu_seqlens=None if self.cu_seqlens is None else self.cu_seqlens.cpu(),
+        )
         gradients = [x.double().cpu() for x in (self.dy, self.dsquare_sum, self.dstate)]
         return [*results, *torch.autograd.grad(results, leaves, gradients)]
 

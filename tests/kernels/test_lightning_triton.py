@@ -121,15 +121,6 @@ def test_a_document_of_nan_in_segments_spoils_no_other(triton_device, short_segm
     check_nan_stays(triton_device, dtype, (0, 5, 140, 300), 1)
 
 
-@pytest.mark.parametrize("bounds", [None, (0, 0, 130, 131, 260, 260)], ids=["rows", "packed"])
-def test_the_state_alone(triton_device, short_segments, bounds):
-    Attention.random(length=260, batch=2, bounds=bounds, rates=(0.0, 0.9), device=triton_device).check_state_alone()
-
-
-def test_the_state_of_one_segment(triton_device):
-    Attention.random(length=40, batch=2, bounds=None, device=triton_device).check_state_alone()
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("widths", [(64, 64), (128, 128), (256, 128)], ids="{0[0]}x{0[1]}".format)
 def test_bf16_segments_on_the_gpu(cuda, short_segments, widths):

@@ -164,7 +164,6 @@ def test_lightning_segment_states(capability, element_bytes, summed):
 
 def row_kernels():
     """Each with its constants: an absent tensor is one."""
-    from kernels.norm_gate import triton_norm_gate as gate
     from kernels.srmsnorm import triton_norm as norm
 
     scaling = ("r_pointer", "square_sum_pointer", "dr_pointer", "dsquare_sum_pointer")
@@ -175,10 +174,6 @@ def row_kernels():
         (norm.add_forward_kernel, {"SCALED": True}),
         (norm.add_backward_kernel, {"SCALED": False} | dict.fromkeys(scaling)),
         (norm.add_backward_kernel, {"SCALED": True}),
-        (gate.gate_forward_kernel, {}),
-        (gate.gate_backward_kernel, {}),
-        (gate.scale_forward_kernel, {}),
-        (gate.scale_backward_kernel, {}),
     ]
 
 
