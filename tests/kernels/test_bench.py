@@ -77,7 +77,7 @@ def test_rows_and_picture_are_written(tmp_path):
 def test_tuning_orders_tiles_and_puts_the_pinned_one_back(monkeypatch):
     """With a clock that prefers wide slices, and refuses long chunks as a compiler would."""
     from kernels.bench import tune
-    from kernels.lightning.configs import TILES
+    from kernels.lightning.tiles import TILES
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(tune.torch, "randn", lambda *shape, dtype, device: torch.zeros(1, dtype=dtype))

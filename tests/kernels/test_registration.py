@@ -118,7 +118,7 @@ def block(x, theta, decay, weight, targets):
     qkv = kernels.simple_rms_norm(x).view(batch, total, 2, width // 2).repeat(1, 1, 1, 3)
     y = kernels.lightning_attention(*qkv.chunk(3, dim=-1), decay).flatten(2)
     fused = y.repeat(1, 1, 4)
-    state = kernels.gla_state(fused, decay, theta, act="silu")
+    state = kernels.gla(fused, decay, theta, act="silu", return_state=True)[2]
     y, square_sum, _ = kernels.gla(fused, decay, theta, act="silu", initial_state=state)
     x, y = kernels.add_scaled_simple_rms_norm(x, y, square_sum)
     y = kernels.sglu(x, y)
@@ -184,7 +184,8 @@ def test_gla_flops(with_lrpe):
     forward = 4 * 3 * 20 * 2 * 8 * 8 * (2 if with_lrpe else 1)
     assert flops(lambda: kernels.gla(qkvu, torch.zeros(2), theta, act="silu")) == forward
     assert flops(lambda: kernels.gla(qkvu, torch.zeros(2), theta, act="silu")[0].sum().backward()) == 3 * forward
-    assert flops(lambda: kernels.gla_state(qkvu, torch.zeros(2), theta, act="silu")) == forward // 2
+    state = torch.ops.megatron_tn.gla_state
+    assert flops(lambda: state(qkvu.detach(), None, torch.zeros(2), theta, "silu", None, None, None)) == forward // 2
 
 
 def test_cross_entropy_flops():
