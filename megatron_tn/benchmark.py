@@ -42,7 +42,7 @@ from megatron_tn.config import (
     to_mapping,
 )
 from megatron_tn.engine.build import build_engine
-from megatron_tn.model.flops import parameter_count
+from megatron_tn.model.registry import parameter_count
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.world import join_world, leave_world, world_size
 from megatron_tn.train import train

@@ -21,7 +21,7 @@ from megatron_tn.config import ConfigError, EvaluateConfig, TrainConfig, unwrita
 from megatron_tn.evaluation.baselines import compressor_bits_per_byte, unigram_bits_per_byte
 from megatron_tn.evaluation.perplexity import evaluate_documents
 from megatron_tn.loading import load_any_model, load_tokenizer, resolve_checkpoint
-from megatron_tn.model.transnormer import TransNormerLM
+from megatron_tn.model.base import Model
 
 
 @command(EvaluateConfig, "evaluate")
@@ -88,7 +88,7 @@ def problems_of_held_out(manifest: Manifest, setting: str, vocab_size: int) -> l
 
 
 def held_out_loss(
-    model: TransNormerLM, config: TrainConfig, progress: Callable[[int], None] = lambda done: None
+    model: Model, config: TrainConfig, progress: Callable[[int], None] = lambda done: None
 ) -> dict[str, float]:
     """For the training loop: the held-out loss as two named figures. Every rank evaluates the same documents, so that
     engines that gather parameters in the forward pass stay in step. `progress(n)` is told of n more documents done."""

@@ -34,8 +34,7 @@ from megatron_tn.cli import command, run_program
 from megatron_tn.config import ConfigError, TrainConfig
 from megatron_tn.engine.build import DTYPES, build_engine
 from megatron_tn.evaluate import held_out_loss, problems_of_held_out
-from megatron_tn.model.check import check_kernels
-from megatron_tn.model.flops import training_flops_per_token
+from megatron_tn.model.registry import check_kernels, training_flops_per_token
 from megatron_tn.optim.schedule import batch_of_step, learning_rate
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.world import world_size
@@ -69,7 +68,7 @@ def train(config: TrainConfig) -> bool:
             stream_state=functools.partial(stream_state, stream),
             evaluate=evaluate,
             interrupted=lambda: preemption.received is not None,
-            flops_per_token=training_flops_per_token(config.model),
+            flops_per_token=training_flops_per_token(config.model, config.data.sequence_length),
         )
         guard = Guard(config.guard, run.report)
         for microbatches in batches_from(state, config, stream, context, run.device, run.progress):

@@ -8,6 +8,8 @@ from torch import Tensor
 
 
 class Activation(NamedTuple):
+    """x -> function(x), and its derivative at x."""
+
     function: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor], Tensor | float]
 
@@ -22,3 +24,4 @@ ACTIVATIONS = {
     "silu": Activation(F.silu, _silu_derivative),
     "1+elu": Activation(lambda x: 1 + F.elu(x), lambda x: x.clamp(max=0).exp()),
 }
+NAMES = tuple(ACTIVATIONS)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.gla.activations import ACTIVATIONS
+from kernels.gla.activations import NAMES
 from kernels.lightning.check import DTYPES, check_decay_and_states, check_devices, check_values
 
 
@@ -27,8 +27,8 @@ def check_gla(
     if decay.dim() != 1 or decay.shape[0] == 0 or fused % (4 * decay.shape[0]):
         raise ValueError(f"qkvu.shape[2]={fused} must be 4 H d with H from decay.shape={tuple(decay.shape)} = [H]")
     heads, width = decay.shape[0], fused // 4 // decay.shape[0]
-    if act not in ACTIVATIONS:
-        raise ValueError(f"act={act!r} is not one of the activations {sorted(ACTIVATIONS)}")
+    if act not in NAMES:
+        raise ValueError(f"act={act!r} is not one of the activations {NAMES}")
     check_devices(qkvu, theta=theta, positions=positions)
     if theta is not None and theta.shape != (heads, 1, width):
         raise ValueError(f"theta.shape={tuple(theta.shape)} must be [H, 1, d] = {(heads, 1, width)}")

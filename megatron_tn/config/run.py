@@ -19,7 +19,8 @@ from megatron_tn.config.mapping import STRICT, from_mapping, read_mapping
 class ModelConfig:
     """Shape and variant of a TransNormerLLM (arXiv 2307.14995; the released family's semantics are the default)."""
 
-    name: str = "385m"
+    name: str = "385m"  # of the size, for reports
+    architecture: Literal["transnormer"] = "transnormer"  # of megatron_tn.model.registry
     vocab_size: int = 64000  # V, the true vocabulary; padded rows are added by the vocabulary-parallel embedding
     embed_dim: int = 1024  # D
     layers: int = 24  # L
@@ -102,6 +103,14 @@ class EngineConfig:
     # of the run's config. Keys that other settings decide must agree with them.
     deepspeed_config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def sums_own_gradients(self) -> bool:
+        """Whether gradients are summed over microbatches and ranks by gradients/accumulator.py, in fp32; otherwise by
+        FSDP2 or DeepSpeed."""
+        if self.name == "deepspeed":
+            return (self.zero_stage, self.precision, self.gradient_dtype) == (1, "bf16", "fp32")
+        return self.name == "local"
+
     def problems(self, cp: int = 1) -> list[str]:
         """Relations inside the engine's settings, and those to a layout."""
         found = []
@@ -114,8 +123,7 @@ class EngineConfig:
             )
         if not self.cuda_graph:
             return found
-        sums_its_own = self.zero_stage == 1 and self.precision == "bf16" and self.gradient_dtype == "fp32"
-        if self.name != "local" and not (self.name == "deepspeed" and sums_its_own):
+        if not self.sums_own_gradients:
             found.append(
                 "engine.cuda_graph=true goes with engine=local, or engine=zero1 with engine.precision=bf16 and "
                 f"engine.gradient_dtype=fp32; here engine.name={self.name}, engine.zero_stage={self.zero_stage}, "

@@ -21,9 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from megatron_tn.config import TrainConfig
 from megatron_tn.engine.base import DTYPES
-from megatron_tn.engine.deepspeed_settings import zero3_live_parameters
-from megatron_tn.model.flops import parameter_count
-from megatron_tn.model.transnormer import TransNormerLM, empty_model
+from megatron_tn.engine.deepspeed.settings import zero3_live_parameters
+from megatron_tn.model.base import Model
+from megatron_tn.model.registry import build_model, parameter_count
 from megatron_tn.parallel.context import Axis, ParallelContext
 from megatron_tn.parallel.recompute import recompute_blocks
 from megatron_tn.planning.live import BLOCK, LiveMemory
@@ -134,8 +134,8 @@ def buffer_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
 
 
 def beside_bytes(config: TrainConfig) -> int:
-    """Inputs of the products that a CUDA graph leaves to run beside the pass (parallel/beside.py), bytes: at most those
-    of an SGLU and of the projection before it."""
+    """Inputs of the products that a CUDA graph leaves to run beside the pass (device/side_stream.py), bytes: at most
+    those of an SGLU and of the projection before it."""
     if not config.engine.cuda_graph:
         return 0
     model, data = config.model, config.data
@@ -164,13 +164,13 @@ def activation_bytes(config: TrainConfig, device: str = "cuda") -> tuple[int, in
         return kept, memory.peak - before
 
 
-def step_model(config: TrainConfig) -> TransNormerLM:
+def step_model(config: TrainConfig) -> Model:
     """The model as an engine runs it, on a rank of the layout that needs most, its groups being stand-ins."""
     tp, cp = config.parallel.tp, config.parallel.cp
     layout = {"tp": _axis(tp, 0), "cp": _axis(cp, cp - 1)}  # the last slice of a sequence is the longest
     context = ParallelContext(**layout, sequence_parallel=config.parallel.sequence_parallel)
-    model = empty_model(config.model, context, "cpu", DTYPES[config.engine.precision])
-    recompute_blocks(model.model.layers, config.engine.recompute, config.engine.recompute_every)
+    model = build_model(config.model, context, "cpu", DTYPES[config.engine.precision])
+    recompute_blocks(model.blocks, config.engine.recompute, config.engine.recompute_every)
     return model
 
 

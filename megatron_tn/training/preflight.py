@@ -8,8 +8,17 @@ from pathlib import Path
 
 from megatron_tn.checkpoint.manifest import Manifest, checkpoint_name, step_of, whole_checkpoints
 from megatron_tn.checkpoint.verify import newest_whole
-from megatron_tn.config import ConfigError, TrainConfig, differences, load, read_mapping, to_mapping
-from megatron_tn.engine.deepspeed_settings import deepspeed_settings
+from megatron_tn.config import (
+    ConfigError,
+    ModelConfig,
+    TrainConfig,
+    differences,
+    from_mapping,
+    load,
+    read_mapping,
+    to_mapping,
+)
+from megatron_tn.engine.deepspeed.settings import deepspeed_settings
 from megatron_tn.planning.memory import memory_problems
 from megatron_tn.training.state import TrainingState
 
@@ -104,7 +113,9 @@ def checkpoint_to_resume(config: TrainConfig) -> Path | None:
 
 def _checkpoint_problems(config: TrainConfig, directory: Path) -> list[str]:
     manifest = Manifest.read(directory)
-    stored, wanted = manifest.config["model"], to_mapping(config.model)
+    # A setting that is newer than the checkpoint had its default there.
+    stored = to_mapping(from_mapping(ModelConfig, manifest.config["model"]))
+    wanted = to_mapping(config.model)
     changed = [line for line in differences(stored, wanted) if not line.startswith(("name:", "init_std:"))]
     found = [f"checkpoint {directory} holds another model: {line}" for line in changed]
     if manifest.step > config.schedule.steps:

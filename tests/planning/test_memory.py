@@ -19,7 +19,7 @@ from megatron_tn.config import (
 )
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.model.init import initialize
-from megatron_tn.model.transnormer import empty_model
+from megatron_tn.model.registry import build_model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.recompute import recompute_blocks
 from megatron_tn.plan import main
@@ -116,7 +116,7 @@ def measured(config: TrainConfig) -> tuple[int, int, int]:
     """A real microbatch: bytes kept for backward and at most, and what autograd saved by its own hooks."""
     parallel = config.parallel
     context = ParallelContext.create(parallel.tp, parallel.cp, sequence_parallel=parallel.sequence_parallel)
-    model = empty_model(config.model, context, "cpu", torch.float32)
+    model = build_model(config.model, context, "cpu", torch.float32)
     initialize(model, 0)
     recompute_blocks(model.model.layers, config.engine.recompute, config.engine.recompute_every)
     for parameter in model.parameters():
