@@ -42,7 +42,7 @@ bench: bench-kernels ## every benchmark
 bench-kernels: setup ## every kernel: correctness, then time against the memory's floor and against peers
 	$(BIN)/python -m kernels.bench --output runs/kernels
 
-tune: setup ## time the candidate tiles of lightning attention on this GPU (the table is kernels/lightning/configs.py)
+tune: setup ## time the candidate tiles of lightning attention on this GPU (the table is kernels/lightning/tiles.py)
 	$(BIN)/python -m kernels.bench.tune
 
 test-slurm: setup ## training under a real SLURM on this machine (root; installs Debian's slurm if it is missing)

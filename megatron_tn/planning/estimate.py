@@ -187,7 +187,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 def _gla_gradients_bytes(qkvu: Tensor, theta: Tensor | None) -> int:
     """do [tokens, D]; with LRPE also the gradients of q's and k's features, [tokens, 2 D] each
-    (kernels/lightning/gla.py)."""
+    (kernels/gla/passes.py)."""
     part = qkvu.numel() // 4 * qkvu.element_size()
     return part if theta is None else 5 * part
 

@@ -1,9 +1,8 @@
-"""Which piece of which sequence a program of the scan works on.
+"""Which piece of which sequence a program of the scan works on (sequences.py explains pieces).
 
-A sequence is a row of the batch, or a document packed into the one row there is. It is cut into segments of `segment`
-positions, and a piece is one segment of one sequence: pieces are numbered sequence after sequence, within a sequence in
-the order of the scan. Documents' lengths are on the device alone, so for them the host launches as many pieces as
-there could be, and those beyond the last do nothing.
+Pieces are numbered sequence after sequence, and within a sequence in the order of the scan, which is reversed in a
+reverse scan. The lengths of packed documents are on the GPU alone: the host launches as many pieces as there could be,
+and those beyond the last do nothing.
 """
 
 import triton
@@ -12,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def sequence(number, total, bounds_pointer, PACKED: tl.constexpr):
-    """Its first position in its row and its length."""
+    """-> the first position of sequence `number` in its row, and its length."""
     if PACKED:
         start = tl.load(bounds_pointer + number).to(tl.int32)
         return start, tl.load(bounds_pointer + number + 1).to(tl.int32) - start
@@ -24,18 +23,19 @@ def sequence(number, total, bounds_pointer, PACKED: tl.constexpr):
 def find_piece(
     piece,
     total,
-    segments,  # of every row, where rows are not packed
-    segment,
-    bounds_pointer,  # cu_seqlens
-    document_pointer,  # [pieces], the document of each; n for the pieces beyond the last
-    first_pointer,  # [n + 1], every document's first piece
+    segments,  # segments of a row, where rows are not packed
+    segment,  # positions of a segment
+    bounds_pointer,  # [documents + 1]: cu_seqlens, where PACKED
+    document_pointer,  # [pieces]: the document of each piece; `documents` for pieces beyond the last
+    first_pointer,  # [documents + 1]: every document's first piece
     documents,
     REVERSE: tl.constexpr,
     PACKED: tl.constexpr,
-    CUT: tl.constexpr,  # whether there are segments
+    CUT: tl.constexpr,  # whether any sequence has more than one piece
 ):
-    """-> sequence, its start, its length, the piece's offset in it and length, and in the order of the scan whether the
-    piece is a later one than the first, and whether it is the last. One beyond the last piece of all is neither."""
+    """-> the sequence, its first position and its length; the piece's offset in it and the piece's length; whether the
+    piece is not the sequence's first, and whether it is its last, in the order of the scan. Pieces beyond the last have
+    length 0, and both answers are no."""
     if CUT:
         if PACKED:
             number = tl.minimum(tl.load(document_pointer + piece), documents - 1)

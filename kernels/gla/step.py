@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.lightning import gla_plain
+from kernels.gla import plain
+from kernels.gla.inputs import GlaInputs
 from kernels.lightning.check import check_values
-from kernels.lightning.fused import backend, parts
 from kernels.numerics import accumulation_dtype
 
 
@@ -20,18 +20,16 @@ def gla_step(
     gate: bool,
     positions: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`gla` for one token: qkvu [B, 1, 4 H d] and state [B, H, K, d] fp32 -> y, the sum of o^2, the next state.
-
-    positions: [1] or [B, 1]. Outside autograd, which has `gla_forward`.
-    """
+    """`gla` for one token, outside autograd: qkvu [B, 1, 4 H d] and state [B, H, K, d] fp32 -> y [B, 1, H d], the sum
+    of o^2 [B, 1] and the next state. positions: [1] or [B, 1]."""
     if not qkvu.is_cuda:
         check_values(decay, None, 1)
-    q, k, v, u = parts(qkvu, decay.shape[0])
-    if backend(v, theta) == "triton":
-        from kernels.lightning import triton_step
+    inputs = GlaInputs(qkvu, decay, theta, act, gate, positions, state, None)
+    if inputs.backend == "triton":
+        from kernels.gla import triton_step
 
-        return triton_step.step(qkvu, state, decay, theta, act, gate, positions)
-    _, y, square_sum, state = gla_plain.forward(q, k, v, u, decay, theta, act, gate, positions, state, None)
+        return triton_step.step(inputs)
+    y, _, square_sum, state = plain.forward(inputs)
     return y.flatten(2).contiguous(), square_sum, state
 
 
@@ -48,6 +46,6 @@ def _fake(qkvu, state, decay, theta, act, gate, positions):
 
 @register_flop_formula(torch.ops.megatron_tn.gla_step)
 def _flops(qkvu_shape, state_shape, *args, out_shape=None, **kwargs) -> int:
-    """4 B H K d: the recurrence's two products."""
+    """4 B H K d: k^T v and q S."""
     batch, heads, summed, width = state_shape
     return 4 * batch * heads * summed * width

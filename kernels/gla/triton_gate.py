@@ -1,7 +1,8 @@
-"""The gate behind the scan and before its gradients, one program a token over all heads, each tensor touched once.
+"""The gate in Triton: one program a token over all heads, which reads and writes each tensor once.
 
-y = o u and the sum of o^2; backward do = dy u + 2 dsum o and du = dy o. u and du are views of the fused projection and
-of its gradient. Within the scans this would save 2 tensors of 24 (docs/performance.md) and cost them registers.
+Forward y = o u and the sum of o^2; backward do = dy u + 2 dsum o and du = dy o. u and du are views of the fused
+projection and of its gradient. As a part of the scans it would save 2 of 24 tensors' traffic, and cost registers that
+the scans do not have.
 """
 
 import torch
@@ -59,8 +60,8 @@ def gate_gradient_kernel(
     tl.store(du_pointer + row * du_row + column, du.to(du_pointer.dtype.element_ty), mask=mask)
 
 
-def gate(o: Tensor, u: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
-    """o [..., D], contiguous, u [..., D] -> o u (o itself where not gated) and the sum of o^2 in fp32."""
+def gate(o: Tensor, u: Tensor, *, gated: bool) -> tuple[Tensor, Tensor]:
+    """o [..., D], contiguous, u [..., D] -> o u (o itself where not gated) and the sum of o^2 [...] fp32."""
     width = o.shape[-1]
     y = torch.empty(o.shape, dtype=o.dtype, device=o.device) if gated else o
     square_sum = torch.empty(o.shape[:-1], dtype=torch.float32, device=o.device)
@@ -68,13 +69,23 @@ def gate(o: Tensor, u: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
     block, warps = block_for(width)
     with torch.cuda.device_of(o):
         gate_kernel[(square_sum.numel(),)](
-            o, rows, y, square_sum, rows.stride(0), width, GATE=gated, WIDTH=block, num_warps=warps
+            o_pointer=o,
+            u_pointer=rows,
+            y_pointer=y,
+            sum_pointer=square_sum,
+            u_row=rows.stride(0),
+            width=width,
+            GATE=gated,
+            WIDTH=block,
+            num_warps=warps,
         )
     return y, square_sum
 
 
-def gate_gradient(dy: Tensor | None, dsum: Tensor | None, o: Tensor, u: Tensor, du: Tensor, gated: bool) -> Tensor:
-    """do, contiguous; the gradient of u is written to `du`, whose rows must be evenly spaced."""
+def gate_gradient(
+    *, dy: Tensor | None, dsquare_sum: Tensor | None, o: Tensor, u: Tensor, du: Tensor, gated: bool
+) -> Tensor:
+    """do [..., D], contiguous. The gradient of u is written to `du`, whose rows must be evenly spaced."""
     width = o.shape[-1]
     do = torch.empty(o.shape, dtype=o.dtype, device=o.device)
     u_rows, du_rows = as_rows(u), du.view(-1, width)
@@ -82,16 +93,16 @@ def gate_gradient(dy: Tensor | None, dsum: Tensor | None, o: Tensor, u: Tensor, 
     block, warps = block_for(width)
     with torch.cuda.device_of(o):
         gate_gradient_kernel[(do.numel() // width,)](
-            dy_rows,
-            None if dsum is None else dsum.contiguous(),
-            o,
-            u_rows,
-            do,
-            du_rows,
-            0 if dy_rows is None else dy_rows.stride(0),
-            u_rows.stride(0),
-            du_rows.stride(0),
-            width,
+            dy_pointer=dy_rows,
+            dsum_pointer=None if dsquare_sum is None else dsquare_sum.contiguous(),
+            o_pointer=o,
+            u_pointer=u_rows,
+            do_pointer=do,
+            du_pointer=du_rows,
+            dy_row=0 if dy_rows is None else dy_rows.stride(0),
+            u_row=u_rows.stride(0),
+            du_row=du_rows.stride(0),
+            width=width,
             GATE=gated,
             WIDTH=block,
             num_warps=warps,

@@ -1,7 +1,7 @@
-"""One token of decoding in one kernel: a program owns a head's state, a slice of the value width wide.
+"""One token of decoding in one kernel: a program owns a slice of one head's state, SLICE columns wide.
 
-The state is read, faded, added to, read out and written: 8 bytes moved an element, beside which all else is small. Key
-and query are activated (and turned, with LRPE) by every program that needs them, in fp32.
+It reads the slice, S <- exp(-r) S + k^T v, writes it and forms o = q S: 8 bytes of memory traffic an element of the
+state; all other tensors are small beside it. Every program forms the features of k and q for itself, in fp32.
 """
 
 import torch
@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.lightning.configs import padded
-from kernels.lightning.triton_features import ACTIVATIONS, activate, cos_sin, turn_fraction
+from kernels.gla.inputs import GlaInputs
+from kernels.gla.triton_features import ACTIVATIONS, activate, cos_sin, turn_fraction
+from kernels.lightning.tiles import padded
 
 SLICE, WARPS = 32, 4  # columns of the state: rows of 128 bytes
 
@@ -78,42 +79,36 @@ def step_kernel(
     tl.store(y_at, o.to(y_pointer.dtype.element_ty), mask=wanted)
 
 
-def step(
-    qkvu: Tensor,
-    state: Tensor,
-    decay: Tensor,
-    theta: Tensor | None,
-    act: str,
-    gate: bool,
-    positions: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `gla_step` in step.py."""
+def step(inputs: GlaInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """See `gla_step` in step.py; the state is inputs.initial_state."""
+    qkvu, theta, positions = inputs.qkvu, inputs.theta, inputs.positions
     batch, _, fused = qkvu.shape
+    state = inputs.initial_state.contiguous()
     _, heads, summed, width = state.shape
     slices = triton.cdiv(width, SLICE)
-    state, qkvu = state.contiguous(), qkvu if qkvu.stride(-1) == 1 else qkvu.contiguous()
+    qkvu = qkvu if qkvu.stride(-1) == 1 else qkvu.contiguous()
     new_state = torch.empty(state.shape, dtype=torch.float32, device=qkvu.device)
     y = torch.empty(batch, 1, fused // 4, dtype=qkvu.dtype, device=qkvu.device)
     sums = torch.empty(batch, 1, heads * slices, dtype=torch.float32, device=qkvu.device)
     with torch.cuda.device_of(qkvu):
         step_kernel[(batch * heads * slices,)](
-            qkvu,
-            None if theta is None else theta.contiguous(),
-            positions,
-            decay.to(torch.float32).contiguous(),
-            state,
-            new_state,
-            y,
-            sums,
-            qkvu.stride(0),
-            0 if positions is None or positions.dim() == 1 else positions.stride(0),
-            heads,
-            width,
-            summed,
-            slices,
-            ACT=ACTIVATIONS[act],
+            x_pointer=qkvu,
+            theta_pointer=None if theta is None else theta.contiguous(),
+            positions_pointer=positions,
+            decay_pointer=inputs.decay.to(torch.float32).contiguous(),
+            state_pointer=state,
+            new_state_pointer=new_state,
+            y_pointer=y,
+            sums_pointer=sums,
+            x_row=qkvu.stride(0),
+            positions_row=0 if positions is None or positions.dim() == 1 else positions.stride(0),
+            heads=heads,
+            width=width,
+            summed_width=summed,
+            slices=slices,
+            ACT=ACTIVATIONS[inputs.act],
             QUICK=qkvu.dtype == torch.bfloat16,
-            GATE=gate,
+            GATE=inputs.gate,
             SUMMED=padded(summed),
             SLICE=SLICE,
             num_warps=WARPS,

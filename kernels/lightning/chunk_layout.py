@@ -1,7 +1,7 @@
-"""How a sequence is cut into chunks: the one place that knows about padding and document boundaries.
+"""How the plain PyTorch form cuts sequences into chunks: the one place that knows of padding and document boundaries.
 
-Chunks start anew at every document, so no product ever sees two documents and nothing needs masking against leaks. A
-last chunk that is not full is padded with zeros, which add nothing to any sum.
+Every document starts a new chunk, so that no product sees two documents and no mask is needed. A document's last chunk
+is padded with zeros, which add nothing to any sum.
 """
 
 from dataclasses import dataclass
@@ -12,13 +12,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ChunkLayout:
-    """Chunks of `size` positions. States live in slots: a document of n chunks has n + 1, before and after each chunk.
+    """Chunks of `size` positions, and the slots of states: a document of n chunks has n + 1 slots, one before each
+    chunk and one after the last.
 
-    lengths: [chunks], positions a chunk really holds.
-    before: for every chunk the slot of the state it starts from; the slot after it is the next one.
-    first, last: for every document the slots of its first and final state (the same slot if it is empty).
-    source: [chunks * size], the position that a place in the chunks is filled from, -1 for padding; None when there
-        is a single document a row, which needs no gathering.
+    total: positions of a row.
+    lengths: [chunks], positions of each chunk without its padding.
+    before: for every chunk the slot of the state it starts from; the slot of the state after it is the next one.
+    first, last: for every document the slots of its initial and final state (the same slot if it is empty).
+    source: [chunks * size], the position of the row that each position of the chunks is copied from, -1 for padding;
+        None where every row is one document, whose chunks are slices.
     place: [T], the inverse of source; None likewise.
     """
 
@@ -70,7 +72,7 @@ class ChunkLayout:
 
 
 def whole_rows(total: int, size: int, device: torch.device) -> ChunkLayout:
-    """Every row of the batch is one document of `total` positions."""
+    """The layout of rows that are one document of `total` positions each."""
     chunks = -(-total // size)
     lengths = torch.full((chunks,), size, device=device)
     lengths[-1] = total - (chunks - 1) * size
@@ -78,7 +80,10 @@ def whole_rows(total: int, size: int, device: torch.device) -> ChunkLayout:
 
 
 def packed_documents(cu_seqlens: Tensor, total: int, size: int) -> ChunkLayout:
-    """The documents of one row (see `lightning_attention`), empty ones included. Reading cu_seqlens halts a GPU."""
+    """The layout of documents packed into one row (cu_seqlens as in `lightning_attention`), empty ones included.
+
+    Copies cu_seqlens to the host, which waits for the GPU there.
+    """
     device = cu_seqlens.device
     bounds = cu_seqlens.to("cpu", torch.int64)
     starts, counts = bounds[:-1], bounds.diff()

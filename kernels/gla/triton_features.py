@@ -1,11 +1,11 @@
-"""The feature map of queries and keys beside the scan: the activation, with LRPE's cosine and sine behind it.
+"""The feature map of q and k in Triton: the activation, and LRPE's cosines and sines.
 
-One kernel reads q and k from the fused projection and writes their features, another turns the features' gradients into
-those of q and k. Within the scan the map cost more than these passes: what tensor cores read must come straight from
-memory (docs/performance.md has the measurement).
+One kernel reads q and k from the fused projection and writes their features; another reads the features' gradients and
+writes those of q and k. They are passes of their own because forming features within the scan took longer: bulk copies
+bring tiles from memory to where the tensor cores read them, and a map would have to change them in between.
 
-An angle theta t is counted in turns, as a 64-bit fraction: multiplied by an integer t, its overflow is exactly the
-whole turns, so a position in the millions is as exact as a short one.
+An angle theta t is a number of turns, theta / 2 pi in units of 2^-64 times the integer t. The product's overflow is
+exactly the whole turns, so the angle at a position in the millions is as exact as at a short one.
 """
 
 import triton
@@ -18,7 +18,7 @@ ONE_PLUS_ELU = tl.constexpr(2)
 
 @triton.jit
 def sigmoid(x, QUICK: tl.constexpr):
-    if QUICK:  # one instruction, right to 2^-11: enough for a factor that is rounded to bf16
+    if QUICK:  # one instruction, of relative error 2^-11: below the rounding of a factor to bf16
         half = tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [x * 0.5], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -52,7 +52,7 @@ def slope(x, ACT: tl.constexpr, QUICK: tl.constexpr):
 
 @triton.jit
 def turn_fraction(theta):
-    """theta in turns, less the whole ones, in units of 2^-64."""
+    """theta / 2 pi modulo 1, as a signed integer in units of 2^-64."""
     turns = theta.to(tl.float64) * 0.15915494309189535
     turns -= tl.floor(turns + 0.5)
     return (turns * 18446744073709551616.0).to(tl.int64)
@@ -60,7 +60,7 @@ def turn_fraction(theta):
 
 @triton.jit
 def cos_sin(position, fraction, QUICK: tl.constexpr):
-    """cos and sin of theta t, fp32. position: [rows], int64; fraction: [columns], of turn_fraction."""
+    """cos and sin of theta t, [rows, columns] fp32, of positions t [rows] int64 and turn_fraction(theta) [columns]."""
     turned = (position[:, None] * fraction[None, :]) >> 32
     angle = turned.to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2^32
     if QUICK:
@@ -73,7 +73,7 @@ def cos_sin(position, fraction, QUICK: tl.constexpr):
 
 @triton.jit
 def positions_of(token, total, positions_pointer, positions_row, positions_time, held):
-    """The position of each token, int64: its place in its row where none are given."""
+    """The position of each token, int64; its place in its row where positions_pointer is None."""
     row = token // total
     place = token - row * total
     if positions_pointer is not None:
@@ -87,8 +87,8 @@ def positions_of(token, total, positions_pointer, positions_row, positions_time,
 def features_kernel(
     x_pointer,  # [tokens, 4 D]: q | k | v | u, D = H d
     theta_pointer,  # [D], or None: no LRPE
-    positions_pointer,
-    features_pointer,  # [tokens, 2, D], or [tokens, 2, H, 2, d] with LRPE
+    positions_pointer,  # [T] or [B, T], or None: 0, 1, ... in every row
+    features_pointer,  # [tokens, 2, D]; with LRPE [tokens, 2, H, 2, d], cosine and sine half
     x_row,
     tokens,
     total,
@@ -96,8 +96,8 @@ def features_kernel(
     positions_time,
     width,  # D
     head_width,  # d
-    QUERIES: tl.constexpr,  # whether those of q are wanted
-    KEYS: tl.constexpr,
+    QUERIES: tl.constexpr,  # whether to write the features of q
+    KEYS: tl.constexpr,  # whether to write those of k
     ACT: tl.constexpr,
     QUICK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -144,10 +144,10 @@ def feature_gradients_kernel(
     x_pointer,  # see features_kernel
     theta_pointer,
     positions_pointer,
-    weight_pointer,  # [total], fp32, tokens' distances from the middle of their stretch; None: of rows not packed
-    gradient_pointer,  # [tokens, 2, ...] as the features
-    out_pointer,  # [tokens, 4 D], of which q's and k's parts are written; without LRPE it may be the gradient itself
-    flow_pointer,  # [programs along tokens, D], fp32: the near part of theta's gradient; None if it is not wanted
+    weight_pointer,  # [total] fp32: distances_from_middle, for packed rows; None: computed here
+    gradient_pointer,  # the features' gradients, laid out as the features
+    out_pointer,  # [tokens, 4 D], of which q's and k's parts are written; without LRPE it may be gradient_pointer
+    flow_pointer,  # [programs along tokens, D] fp32, written: the near part of theta's gradient; None: not wanted
     x_row,
     gradient_row,
     out_row,
@@ -157,8 +157,8 @@ def feature_gradients_kernel(
     positions_time,
     width,
     head_width,
-    stretch,  # positions a stretch, see CROSSING in triton_scan.py
-    middle,  # of a row's first stretch
+    stretch,  # THETA_STRETCH
+    middle,  # middle_of_first(total)
     ACT: tl.constexpr,
     QUICK: tl.constexpr,
     ROWS: tl.constexpr,
