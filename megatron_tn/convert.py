@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_tn.checkpoint.hf import save_pretrained
-from megatron_tn.checkpoint.manifest import KINDS, MANIFEST, Manifest
+from megatron_tn.checkpoint.manifest import MANIFEST, Manifest
 from megatron_tn.checkpoint.verify import verify
 from megatron_tn.cli import command
 from megatron_tn.config import ConfigError, ConvertConfig
@@ -102,7 +102,10 @@ def describe(directory: Path) -> dict[str, Any]:
         "data": config["data"]["manifest"],
         "padded_vocab": manifest.padded_vocab,
         "tensors": {
-            name: {"shape": shape, "pieces": {kind: len(manifest.pieces.get(f"{kind}/{name}", [])) for kind in KINDS}}
+            name: {
+                "shape": shape,
+                "pieces": {kind: len(manifest.pieces.get(f"{kind}/{name}", [])) for kind in manifest.kinds},
+            }
             for name, shape in manifest.shapes.items()
         },
     }

@@ -16,10 +16,20 @@ ALLOWED = {
     "kernels": [],
     "data_pipeline": [],
     "megatron_tn.config": [],
-    "megatron_tn.parallel": ["kernels", "megatron_tn.config"],
-    "megatron_tn.model": ["kernels", "megatron_tn.parallel", "megatron_tn.config"],
+    "megatron_tn.device": [],
+    "megatron_tn.precision": ["kernels", "megatron_tn.device"],
+    "megatron_tn.parallel": ["kernels", "megatron_tn.device", "megatron_tn.precision", "megatron_tn.config"],
+    "megatron_tn.gradients": ["megatron_tn.parallel", "megatron_tn.precision", "megatron_tn.device"],
+    "megatron_tn.model": ["kernels", "megatron_tn.parallel", "megatron_tn.precision", "megatron_tn.config"],
     "megatron_tn.optim": ["kernels", "megatron_tn.config"],
-    "megatron_tn.engine": ["megatron_tn.model", "megatron_tn.parallel", "megatron_tn.optim", "megatron_tn.config"],
+    "megatron_tn.engine": [
+        "megatron_tn.model",
+        "megatron_tn.gradients",
+        "megatron_tn.optim",
+        "megatron_tn.parallel",
+        "megatron_tn.device",
+        "megatron_tn.config",
+    ],
     "megatron_tn.checkpoint": ["megatron_tn.model", "megatron_tn.parallel", "megatron_tn.config"],
     "megatron_tn.inference": ["megatron_tn.model", "megatron_tn.parallel", "megatron_tn.config"],
     "megatron_tn.evaluation": ["megatron_tn.inference", "megatron_tn.model", "megatron_tn.config"],
@@ -30,6 +40,7 @@ ALLOWED = {
         "megatron_tn.evaluation",
         "megatron_tn.parallel",
         "megatron_tn.planning",
+        "megatron_tn.device",
         "megatron_tn.config",
     ],
     "megatron_tn.planning": ["megatron_tn.model", "megatron_tn.parallel", "megatron_tn.engine", "megatron_tn.config"],
@@ -87,6 +98,17 @@ def test_the_check_can_fail(tmp_path):
     offender = tmp_path / "offender.py"
     offender.write_text("def late():\n    from megatron_tn.engine import base\n    import data_pipeline.stream\n")
     assert [module for _, module in imports(offender)] == ["megatron_tn.engine.base", "data_pipeline.stream"]
+
+
+def test_one_file_imports_deepspeed():
+    importing = set()
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            if any(name.split(".")[0] == "deepspeed" for name in names):
+                importing.add(str(path.relative_to(ROOT)))
+    assert importing == {"megatron_tn/engine/deepspeed/adapter.py"}
 
 
 def test_kernels_import_torch_and_triton_alone():

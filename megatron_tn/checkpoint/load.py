@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_tn.checkpoint.files import TensorFile
-from megatron_tn.checkpoint.manifest import KINDS, Manifest, Piece, Trainable, rank_file
+from megatron_tn.checkpoint.manifest import Manifest, Piece, Trainable, rank_file
 from megatron_tn.checkpoint.reshard import overlaps, pieces_of_local_range, spans_of, view_of
 from megatron_tn.checkpoint.retention import reading
 from megatron_tn.config import ConfigError, ModelConfig, from_mapping
@@ -79,8 +79,17 @@ class Reader:
 
 
 def load_checkpoint(engine: Trainable, directory: Path) -> Manifest:
-    """Restore masters, moments, the optimizer's step and, at the same world size, RNG states. Returns the manifest."""
+    """Restore masters, optimizer state and step and, at the same world size, RNG states. Returns the manifest.
+
+    Raises:
+        ConfigError: it is damaged, or of another model or optimizer.
+    """
     manifest = Manifest.read(directory)
+    if set(manifest.state_kinds) != set(engine.state_kinds):
+        raise ConfigError(
+            f"{directory} holds {', '.join(manifest.state_kinds)} of each parameter, but this run's optimizer keeps "
+            f"{', '.join(engine.state_kinds)}: resume with the optimizer that saved the checkpoint"
+        )
     context, specs = engine.context, engine.model.shard_specs()
     with Reader(directory, manifest) as reader:
         for owned in engine.owned_ranges():
@@ -88,7 +97,7 @@ def load_checkpoint(engine: Trainable, directory: Path) -> Manifest:
             for values in owned.values.values():
                 values.zero_()  # padding is in no file, and memory that nobody wrote may hold NaN
             for piece, at in pieces_of_local_range(spec, context.tp.rank, context.tp.size, owned.start, owned.stop):
-                for kind in KINDS:
+                for kind in manifest.kinds:
                     destination = owned.values[kind][at : at + piece.stop - piece.start]
                     reader.fill(kind, owned.name, spec.shape, piece, destination)
         if math.prod(manifest.layout.values()) == context.world_size:

@@ -5,7 +5,8 @@
       rank_00000.safetensors     fp32 masters and moments that rank 0 owned, and its RNG state
       ...
 
-Every tensor has its logical (released) name under its kind: param/NAME, exp_avg/NAME, exp_avg_sq/NAME. A piece is an
+Every tensor has its logical (released) name under its kind: param/NAME, and for AdamW exp_avg/NAME and exp_avg_sq/NAME;
+the manifest's state_kinds says which kinds the optimizer keeps. A piece is an
 element range of a box of the logical tensor, flattened in row-major order: the box says which slice a tensor-parallel
 rank held, the range which part of that slice a ZeRO rank owned. Padding is in no box, so it is never saved.
 
@@ -32,7 +33,7 @@ from megatron_tn.parallel.sharding import Box, OwnedRange
 FORMAT = "megatron_tn checkpoint"
 VERSION = 2
 MANIFEST = "manifest.json"
-KINDS = ("param", "exp_avg", "exp_avg_sq")
+MOMENTS = ["exp_avg", "exp_avg_sq"]  # what every optimizer kept before manifests said so
 SECTIONS = ("model", "engine", "data")  # of the config, which readers of a checkpoint look into
 NAME = re.compile(r"step_\d{8,}(-again)?")  # see save.publish for -again
 
@@ -43,6 +44,9 @@ class Trainable(Protocol):
     model: TransNormerLM
     context: ParallelContext
     partitioned: bool
+
+    @property
+    def state_kinds(self) -> tuple[str, ...]: ...
 
     def owned_ranges(self) -> list[OwnedRange]: ...
 
@@ -63,7 +67,7 @@ class Piece:
 @dataclass
 class Manifest:
     """step: optimizer steps done, optimizer_step: those that were applied. training: what the loop needs to go on
-    (tokens, data position, ...)."""
+    (tokens, data position, ...). state_kinds: what the optimizer keeps of each parameter, as its `state_kinds`."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -76,6 +80,12 @@ class Manifest:
     files: dict[str, FileRecord] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     padded_vocab: int = 0
+    state_kinds: list[str] = field(default_factory=MOMENTS.copy)
+
+    @property
+    def kinds(self) -> list[str]:
+        """The tensors kept of each parameter: its fp32 master, and what the optimizer adds."""
+        return ["param", *self.state_kinds]
 
     def to_json(self) -> str:
         values = asdict(self)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tn.checkpoint.files import FileRecord, sync_folder, write_tensors
-from megatron_tn.checkpoint.manifest import KINDS, MANIFEST, Manifest, Piece, Trainable, checkpoint_name, rank_file
+from megatron_tn.checkpoint.manifest import MANIFEST, Manifest, Piece, Trainable, checkpoint_name, rank_file
 from megatron_tn.checkpoint.reshard import pieces_of_local_range
 from megatron_tn.checkpoint.retention import Retention, apply_retention, remove
 from megatron_tn.parallel.sharding import OwnedRange
@@ -113,10 +113,11 @@ def take_snapshot(
         shapes={name: list(spec.shape) for name, spec in specs.items()},
         training=training,
         padded_vocab=specs["model.embed_tokens.weight"].padded,
+        state_kinds=list(engine.state_kinds),
     )
     sources: dict[str, Tensor] = {}
     for owned, located in _written_here(engine):
-        for kind in KINDS:
+        for kind in manifest.kinds:
             pieces = manifest.pieces.setdefault(f"{kind}/{owned.name}", [])
             for piece, at in located:
                 key = f"{kind}/{owned.name}/{len(pieces)}"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from megatron_tn.checkpoint.files import CHUNK_BYTES, TensorFile
-from megatron_tn.checkpoint.manifest import KINDS, MANIFEST, Manifest, Piece, whole_checkpoints
+from megatron_tn.checkpoint.manifest import MANIFEST, Manifest, Piece, whole_checkpoints
 from megatron_tn.checkpoint.reshard import rectangles
 from megatron_tn.config import ConfigError, TrainConfig, from_mapping
 from megatron_tn.model.transnormer import empty_model
@@ -91,7 +91,7 @@ def _content_problems(manifest: Manifest) -> list[str]:
     ranks, files = math.prod(manifest.layout.values()), len(manifest.files)
     if ranks != files:
         found.append(f"{MANIFEST}: layout {manifest.layout} is of {ranks} ranks, but {files} files are listed")
-    wanted = {f"{kind}/{name}" for kind in KINDS for name in manifest.shapes}
+    wanted = {f"{kind}/{name}" for kind in manifest.kinds for name in manifest.shapes}
     found += [f"{name}: no such tensor in shapes" for name in sorted(manifest.pieces.keys() - wanted)]
     for name in sorted(wanted):
         pieces, shape = manifest.pieces.get(name, []), manifest.shapes[name.partition("/")[2]]

@@ -35,6 +35,14 @@ class EngineConfig:
     # content becomes part of the run's config. Keys that other settings decide must agree with those.
     deepspeed_config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def sums_own_gradients(self) -> bool:
+        """Whether gradients are summed over microbatches and ranks by gradients/accumulator.py, in fp32; otherwise by
+        FSDP2 or DeepSpeed."""
+        if self.name == "deepspeed":
+            return (self.zero_stage, self.precision, self.gradient_dtype) == (1, "bf16", "fp32")
+        return self.name == "local"
+
     @field_validator("deepspeed_config", mode="before")
     @classmethod
     def _read_deepspeed_config(cls, value: Any) -> Any:

@@ -129,8 +129,7 @@ def _what_a_cuda_graph_can_hold(config: TrainConfig) -> Iterator[str]:
     engine, cp = config.engine, config.parallel.cp
     if not engine.cuda_graph:
         return
-    summed_in_place = engine.zero_stage == 1 and engine.precision == "bf16" and engine.gradient_dtype == "fp32"
-    if engine.name != "local" and not (engine.name == "deepspeed" and summed_in_place):
+    if not engine.sums_own_gradients:
         yield (
             "engine.cuda_graph=true goes with engine=local, or engine=zero1 with engine.precision=bf16 and "
             f"engine.gradient_dtype=fp32; here engine.name={engine.name}, engine.zero_stage={engine.zero_stage}, "

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from megatron_tn.config import TrainConfig
+from megatron_tn.device.allocator import return_cached_segments
 from megatron_tn.engine.base import DTYPES, Engine
 from megatron_tn.engine.fsdp2 import FSDP2Engine
-from megatron_tn.engine.local import LocalEngine
+from megatron_tn.engine.replicated import ReplicatedEngine
 from megatron_tn.model.init import fill_initial
 from megatron_tn.model.transnormer import empty_model
 from megatron_tn.parallel.context import ParallelContext
@@ -25,7 +26,7 @@ def build_engine(config: TrainConfig, context: ParallelContext, device: torch.de
     if settings.name == "fsdp2":
         model = empty_model(config.model, context, "meta", torch.float32)
     elif zero3:
-        from megatron_tn.engine.deepspeed import partitioned_model
+        from megatron_tn.engine.deepspeed.engine import partitioned_model
 
         model = partitioned_model(config, context, device)  # each parameter is partitioned as soon as it is made
     else:
@@ -38,29 +39,28 @@ def build_engine(config: TrainConfig, context: ParallelContext, device: torch.de
             block.compile(mode=COMPILE_MODES[settings.compile])
     # 4. The engine shards parameters, gradients, masters and moments over data parallelism.
     if settings.name == "local":
-        engine = LocalEngine(model, config)
+        engine = ReplicatedEngine(model, config)
     elif settings.name == "fsdp2":
         engine = FSDP2Engine(model, config, device)
     else:
-        from megatron_tn.engine.deepspeed import DeepSpeedEngine  # importing it takes a second
+        from megatron_tn.engine.deepspeed.engine import DeepSpeedEngine  # importing it takes a second
 
         engine = DeepSpeedEngine(model, config)
-    # 5. What building held for a while goes back to the device: DeepSpeed lays parameters out anew, twice, and the
-    #    allocator would keep the first layout's segments, of a weight's size each, where few activations fit.
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+    # 5. DeepSpeed copies the parameters twice into new layouts. The allocator would keep the first layouts' segments,
+    #    each of a weight's size, which few activations fit.
+    return_cached_segments(device)
     return engine
 
 
 @torch.no_grad()
 def initialize_engine(engine: Engine, seed: int) -> None:
-    """Give the fp32 masters their initial values, the same for every engine and layout, and reset the moments."""
+    """Give the fp32 masters their initial values, the same for every engine and layout, and zero the optimizer's
+    state."""
     axis = engine.context.tp
     specs = engine.model.shard_specs()
     for owned in engine.owned_ranges():
         spec, config = specs[owned.name], engine.model.config
         fill_initial(owned.values["param"], owned.name, spec, axis.rank, axis.size, owned.start, config, seed)
-        owned.values["exp_avg"].zero_()
-        owned.values["exp_avg_sq"].zero_()
+        for kind in engine.state_kinds:
+            owned.values[kind].zero_()
     engine.refresh(optimizer_step=0)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import scaled_embedding
 from megatron_tn.parallel.collectives import copy_to, gather_from, reduce_from
 from megatron_tn.parallel.context import Axis
 from megatron_tn.parallel.loss import vocab_parallel_cross_entropy
-from megatron_tn.parallel.main_gradient import main_gradient
 from megatron_tn.parallel.sequence import TokenSlices
 from megatron_tn.parallel.sharding import ShardSpec, mark
+from megatron_tn.precision.gradient_sum import gradient_sum
+from megatron_tn.precision.matmul import linear
 
 
 def padded_vocab(vocab_size: int, tp: int) -> int:
@@ -42,7 +42,7 @@ class VocabParallelEmbedding(nn.Module):
             self.scale,
             row_start=self.vocab_start,
             vocab_size=self.vocab_size,
-            gradient_sum=main_gradient(self.weight),
+            gradient_sum=gradient_sum(self.weight),
         )
         return reduce_from(embedded, self.axis) if slices is None else slices.reduce_scatter(embedded)
 
@@ -71,7 +71,7 @@ class VocabParallelHead(nn.Module):
         """
         hidden = copy_to(hidden, self.axis) if slices is None else slices.all_gather(hidden)
         if targets is None:
-            logits = gather_from(F.linear(hidden, self.weight), self.axis)
+            logits = gather_from(linear(hidden, [self.weight])[0], self.axis)
             return logits[..., : self.vocab_size]
         return vocab_parallel_cross_entropy(
             hidden, self.weight, targets, axis=self.axis, vocab_start=self.vocab_start, vocab_size=self.vocab_size

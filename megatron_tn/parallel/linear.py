@@ -9,38 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_tn.parallel.context import Axis
-from megatron_tn.parallel.main_gradient import MainGradient, main_gradient, weight_gradient
-from megatron_tn.parallel.products import column_products, input_gradient, row_product
+from megatron_tn.parallel.products import column_products, row_product
 from megatron_tn.parallel.sequence import TokenSlices
 from megatron_tn.parallel.sharding import ShardSpec, mark
-
-
-class _Products(torch.autograd.Function):
-    """x [T, in] -> x W_i^T each, without a reduction; gradients of weights go where an engine sums them."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, mains: list[MainGradient | None], *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, *weights)
-        ctx.mains = mains
-        return tuple(torch.mm(x, weight.t()) for weight in weights)
-
-    @staticmethod
-    def backward(ctx, *gradients: Tensor):
-        x, *weights = ctx.saved_tensors
-        dx = input_gradient(gradients, weights) if ctx.needs_input_grad[0] else None
-        return dx, None, *map(weight_gradient, ctx.mains, gradients, [x] * len(weights))
-
-
-def _products(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """x [.., in], weights [out_i, in] -> [.., out_i] each."""
-    mains = [main_gradient(weight) for weight in weights]
-    if None in mains:
-        return [F.linear(x, weight) for weight in weights]
-    return [out.unflatten(0, x.shape[:-1]) for out in _Products.apply(x.flatten(0, -2), mains, *weights)]
+from megatron_tn.precision.gradient_sum import gradient_sum
+from megatron_tn.precision.matmul import linear
 
 
 class ColumnParallelLinear(nn.Module):
@@ -58,7 +34,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor, slices: TokenSlices | None = None) -> Tensor:
         if self.axis.size == 1:
-            return _products(x, [self.weight])[0]
+            return linear(x, [self.weight])[0]
         return _columns(x, [self.weight], self.axis, slices)[0]
 
 
@@ -67,15 +43,15 @@ def column_parallel(
 ) -> list[Tensor]:
     """Each layer's output for one input x, which is gathered once, as its gradient is reduced once.
 
-    Over ranks, and where engines keep main gradients, the weights are read without a call to their layers. An engine
-    that gathers weights as modules are called must be told to do so around the caller (`partitioned_model` of
-    engine.deepspeed).
+    Over tensor-parallel ranks, and where the engine keeps gradient sums, the weights are read without calling their
+    layers. An engine that gathers weights when a module is called must gather a whole block's (ZeRO 3's leaf modules,
+    `partition_parameters` of engine.deepspeed.adapter).
     """
     axis = layers[0].axis
-    if axis.size == 1 and main_gradient(layers[0].weight) is None:
+    if axis.size == 1 and gradient_sum(layers[0].weight) is None:
         return [layer(x) for layer in layers]
     weights = [layer.weight for layer in layers]
-    return _products(x, weights) if axis.size == 1 else _columns(x, weights, axis, slices)
+    return linear(x, weights) if axis.size == 1 else _columns(x, weights, axis, slices)
 
 
 def _columns(x: Tensor, weights: list[Tensor], axis: Axis, slices: TokenSlices | None) -> list[Tensor]:
@@ -105,7 +81,7 @@ class RowParallelLinear(nn.Module):
         """With beside [B, N], this rank's part of another sum over ranks, that is reduced as well, hidden behind y:
         (y, it), in its own type."""
         if self.axis.size == 1:
-            (y,) = _products(x, [self.weight])
+            (y,) = linear(x, [self.weight])
             return y if beside is None else (y, beside)
         shape, rows = (x.shape[:-1], 0) if slices is None else ((-1,), slices.rows)
         flat = None if beside is None else beside.flatten()

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kernels import linear_cross_entropy
 from megatron_tn.parallel.context import Axis
-from megatron_tn.parallel.main_gradient import main_gradient
+from megatron_tn.precision.gradient_sum import gradient_sum
 
 IGNORE = -100  # a target that counts for nothing
 
@@ -26,6 +26,6 @@ def vocab_parallel_cross_entropy(
         vocab_start=vocab_start,
         vocab_size=vocab_size,
         group=axis.group,
-        gradient_sum=main_gradient(weight),
+        gradient_sum=gradient_sum(weight),
     )
     return loss_sum, token_losses.view(targets.shape)

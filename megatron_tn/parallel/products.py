@@ -17,20 +17,21 @@ where its result is wanted. In flight meanwhile:
 The products are registered operators, so that compilers, selective recomputation and dry runs see each as one; those
 take a process group by its name. Column products backward are PyTorch's own operators, collectives that are begun and
 waited for among them; so are the products for the weights' gradients
-(parallel/main_gradient.py).
+(precision/matmul.py).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from megatron_tn.parallel.main_gradient import main_gradient, weight_gradient
+from megatron_tn.precision.gradient_sum import gradient_sum
+from megatron_tn.precision.matmul import forward_product, input_gradient, weight_gradient
 
 collectives = torch.ops._c10d_functional  # asynchronous; wait_tensor gives the result
 
@@ -68,11 +69,11 @@ def slice_length(rows: int, ranks: int) -> int:
 @torch.library.custom_op("megatron_tn::column_forward", mutates_args=())
 def _column_forward(x: Tensor, weights: list[Tensor], group: str, rows: int) -> list[Tensor]:
     if not rows:
-        return [torch.mm(x, weight.t()) for weight in weights]
+        return [forward_product(x, weight) for weight in weights]
     outs = [x.new_empty(rows, weight.shape[0]) for weight in weights]
     for tokens, piece in _Gathering(x, _resolve(group), rows):
         for out, weight in zip(outs, weights, strict=True):
-            torch.mm(piece, weight.t(), out=out[tokens])
+            forward_product(piece, weight, out=out[tokens])
     return outs
 
 
@@ -94,7 +95,7 @@ def _row_forward(
             part = _part_of_every_slice(x, weight, chunk, size, ranks.size())
             in_flight.append(start_reduce_scatter(part, ranks, out=y[chunk])[1])
         else:
-            torch.mm(x[chunk], weight.t(), out=y[chunk])
+            forward_product(x[chunk], weight, out=y[chunk])
             in_flight.append(start_all_reduce_(y[chunk], ranks)[1])
     for work in in_flight:
         work.wait()
@@ -111,7 +112,7 @@ def _row_backward(
     small = _Gathering(beside, ranks, rows) if beside.numel() else None
     dx = gradient.new_empty(rows, weight.shape[1])
     for tokens, piece in gathering:
-        torch.mm(piece, weight, out=dx[tokens])
+        input_gradient([piece], [weight], out=dx[tokens])
     return dx, gathering.whole, beside.new_empty(0) if small is None else small.wait()
 
 
@@ -148,7 +149,7 @@ def _part_of_every_slice(x: Tensor, weight: Tensor, chunk: slice, size: int, ran
     """The product of the tokens that `chunk` names within each rank's slice of `size`, [ranks * chunk, out]."""
     if chunk == slice(0, size):
         part = x.new_empty(ranks * size, weight.shape[0])
-        torch.mm(x, weight.t(), out=part[: x.shape[0]])
+        forward_product(x, weight, out=part[: x.shape[0]])
         part[x.shape[0] :].zero_()
         return part
     length = chunk.stop - chunk.start
@@ -156,7 +157,7 @@ def _part_of_every_slice(x: Tensor, weight: Tensor, chunk: slice, size: int, ran
     for rank in range(ranks):
         start, stop = (min(rank * size + edge, x.shape[0]) for edge in (chunk.start, chunk.stop))
         end = rank * length + stop - start
-        torch.mm(x[start:stop], weight.t(), out=part[rank * length : end])
+        forward_product(x[start:stop], weight, out=part[rank * length : end])
         part[end : (rank + 1) * length].zero_()
     return part
 
@@ -209,7 +210,7 @@ def _row_backward_fake(gradient, beside, weight, group, rows):
 
 def _column_save(ctx, inputs, output):
     x, weights, ctx.group, ctx.rows = inputs
-    ctx.mains = [main_gradient(weight) for weight in weights]
+    ctx.sums = [gradient_sum(weight) for weight in weights]
     ctx.save_for_backward(x, *weights)
 
 
@@ -220,16 +221,8 @@ def _column_differentiate(ctx, gradients):
     dx = start_sum_of_gradients(input_gradient(gradients, weights), ctx.group, ctx.rows)
     if ctx.rows:
         x = collectives.wait_tensor(x)[: ctx.rows]
-    dweights = [weight_gradient(main, gradient, x) for main, gradient in zip(ctx.mains, gradients, strict=True)]
+    dweights = [weight_gradient(sum, gradient, x) for sum, gradient in zip(ctx.sums, gradients, strict=True)]
     return collectives.wait_tensor(dx), dweights, None, None
-
-
-def input_gradient(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """The gradient of x in y_i = x W_i^T, summed over the products as they are made."""
-    dx = torch.mm(gradients[0], weights[0])
-    for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
-        torch.addmm(dx, gradient, weight, out=dx)  # not dx.addmm_, which PyTorch's FLOP counter does not know
-    return dx
 
 
 def start_sum_of_gradients(dx: Tensor, group: str, rows: int) -> Tensor:
@@ -242,7 +235,7 @@ def start_sum_of_gradients(dx: Tensor, group: str, rows: int) -> Tensor:
 
 def _row_save(ctx, inputs, output):
     x, weight, ctx.group, ctx.rows, beside = inputs
-    ctx.main = main_gradient(weight)
+    ctx.sum = gradient_sum(weight)
     ctx.has_beside = beside is not None
     ctx.save_for_backward(x, weight)
 
@@ -252,8 +245,8 @@ def _row_differentiate(ctx, gradient, beside):
     if ctx.rows:
         dx, gradient, beside = torch.ops.megatron_tn.row_backward(gradient, beside, weight, ctx.group, ctx.rows)
     else:  # the gradient of a sum is each one's
-        dx = torch.mm(gradient, weight)
-    return dx, weight_gradient(ctx.main, gradient, x), None, None, beside if ctx.has_beside else None
+        dx = input_gradient([gradient], [weight])
+    return dx, weight_gradient(ctx.sum, gradient, x), None, None, beside if ctx.has_beside else None
 
 
 _column_forward.register_autograd(_column_differentiate, setup_context=_column_save)

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from megatron_tn.device.allocator import use_expandable_segments
+
 _worlds = itertools.count()  # that this process has joined, or tried to
 
 
@@ -34,7 +36,7 @@ def join_world(timeout_s: int) -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-        let_segments_grow()
+        use_expandable_segments()
         torch.cuda.empty_cache()
         backend = "cpu:gloo,cuda:nccl"
     else:
@@ -50,13 +52,6 @@ def join_world(timeout_s: int) -> torch.device:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return device
-
-
-def let_segments_grow() -> None:
-    """Have the CUDA allocator grow its segments, not keep pieces of them that nothing fits (docs/memory.md says what
-    that saves). Before anything is allocated. What the environment says about the allocator stands."""
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 class Holder(Protocol):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_tn.config import TrainConfig
 from megatron_tn.engine.base import DTYPES
-from megatron_tn.engine.deepspeed_settings import zero3_live_parameters
+from megatron_tn.engine.deepspeed.settings import zero3_live_parameters
 from megatron_tn.model.flops import parameter_count
 from megatron_tn.model.transnormer import TransNormerLM, empty_model
 from megatron_tn.parallel.context import ParallelContext
@@ -103,7 +103,7 @@ def buffer_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
     """Bytes of the buffers in which engines gather parameters, and reduce and convert gradients.
 
     activations: bytes at a microbatch's peak. Buffers that are needed after the backward pass take the place of the
-    activations, which are free by then: segments of the allocator grow and join (parallel/world.py).
+    activations, which are free by then: segments of the allocator grow and join (device/allocator.py).
     """
     engine, model = config.engine, config.model
     tp = config.parallel.tp
@@ -134,8 +134,8 @@ def buffer_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
 
 
 def side_stream_bytes(config: TrainConfig) -> int:
-    """Bytes of the inputs that a CUDA graph keeps for weight gradients on its side stream (parallel/beside.py): at most
-    those of an SGLU and of the projection before it."""
+    """Bytes of the inputs that a CUDA graph keeps for weight gradients on its side stream (device/side_stream.py): at
+    most those of an SGLU and of the projection before it."""
     if not config.engine.cuda_graph:
         return 0
     model, data = config.model, config.data

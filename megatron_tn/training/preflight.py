@@ -11,7 +11,7 @@ import torch
 from megatron_tn.checkpoint.manifest import Manifest, checkpoint_name, step_of, whole_checkpoints
 from megatron_tn.checkpoint.verify import newest_whole
 from megatron_tn.config import ConfigError, TrainConfig, device_problems, differences, load, read_mapping, to_mapping
-from megatron_tn.engine.deepspeed_settings import deepspeed_settings
+from megatron_tn.engine.deepspeed.settings import deepspeed_settings
 from megatron_tn.planning.remedies import memory_problems
 from megatron_tn.training.state import TrainingState
 

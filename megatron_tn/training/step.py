@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tn.device.host_copy import HostCopy
 from megatron_tn.engine.base import Engine
 from megatron_tn.parallel.collectives import all_reduce_
-from megatron_tn.parallel.host_copy import HostCopy
 
 
 class Microbatch(Protocol):

@@ -69,7 +69,7 @@ def deepspeed_settings(config: TrainConfig, dp: int) -> dict:
             "stage3_prefetch_bucket_size": max(block_parameters(config), engine.reduce_bucket_elements),
             "stage3_max_live_parameters": zero3_live_parameters(config),
             "overlap_comm": torch.cuda.is_available() and engine.zero_stage >= 2,
-            "contiguous_gradients": engine.zero_stage < 3,  # ZeRO 3 here has no buckets (engine/zero3.py)
+            "contiguous_gradients": engine.zero_stage < 3,  # ZeRO 3 has no buckets here (stage3.py)
         },
     }
     problems: list[str] = []
@@ -89,20 +89,17 @@ def block_parameters(config: TrainConfig) -> int:
 
 
 def zero3_live_parameters(config: TrainConfig) -> int:
-    """Parameters that a rank of ZeRO 3 holds whole at most: a block that computes, one that is on its way, and one that
-    is let go of; or as many as DeepSpeed holds by itself."""
+    """The most parameters that a rank of ZeRO 3 holds whole: the block that computes, the next one, which is being
+    gathered, and the last one, which is being freed; or DeepSpeed's default where that is more."""
     return max(3 * block_parameters(config), 10**9)
 
 
 def _refused_by_deepspeed(settings: dict) -> list[str]:
     """What DeepSpeed would say of a key that it has removed, or does not know, once the run has begun."""
-    from megatron_tn.engine.deepspeed import deepspeed  # importing it takes a second
+    from megatron_tn.engine.deepspeed.adapter import refusal  # importing deepspeed takes a second
 
-    try:
-        deepspeed.DeepSpeedConfig(settings)
-    except Exception as error:  # its own, pydantic's, assertions
-        return [f"engine.deepspeed_config: DeepSpeed does not take it: {' '.join(str(error).split())}"]
-    return []
+    said = refusal(settings)
+    return [f"engine.deepspeed_config: DeepSpeed does not take it: {said}"] if said else []
 
 
 def _decided(config: TrainConfig, ours: dict) -> dict[str, tuple[str, Any]]:

@@ -7,9 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megatron_tn.gradients.accumulator import Bucket, GradientAccumulator, split_into_buckets
 from megatron_tn.parallel.context import Axis, ParallelContext
-from megatron_tn.parallel.main_gradient import attach
-from megatron_tn.parallel.reduction import OverlappedReduction, buckets
 from tests.helpers.ranks import run_ranks
 
 LAYERS, WIDTH = 6, 8
@@ -37,21 +36,21 @@ def reduced(elements: int, partitioned: bool) -> tuple[list[torch.Tensor], list[
     model = Chain()
     parameters = list(model.parameters())
     groups = [[p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() == 1]]
-    groups = [members for group in groups for members in buckets(group, elements)]
+    groups = [members for group in groups for members in split_into_buckets(group, elements)]
     flats = [torch.full((sum(p.numel() for p in group) + PADDING,), torch.nan) for group in groups]
     expected = [torch.zeros_like(flat) for flat in flats]
-    totals = {}
-    for group, flat, wanted in zip(groups, flats, expected, strict=True):
-        sizes = [*(p.numel() for p in group), PADDING]
-        for parameter, part, total in zip(group, flat.split(sizes), wanted.split(sizes), strict=False):
-            attach(parameter, part.view_as(parameter))
-            totals[parameter] = total.view_as(parameter)
+    buckets = [Bucket(group, flat) for group, flat in zip(groups, flats, strict=True)]
+    totals = {
+        parameter: total
+        for group, wanted in zip(groups, expected, strict=True)
+        for parameter, total in zip(group, Bucket(group, wanted).sums(), strict=True)
+    }
     axis = ParallelContext.create().data
-    reduction = OverlappedReduction(list(zip(groups, flats, strict=True)), axis, partitioned=partitioned)
+    accumulator = GradientAccumulator(buckets, axis, partitioned=partitioned)
     works = axis.size if partitioned else 1  # of a bucket: on a CPU each part is reduced to its rank
     sent: list[int] = []
     for layer in model.layers:
-        layer.weight.register_post_accumulate_grad_hook(lambda _: sent.append(len(reduction.works) // works))
+        layer.weight.register_post_accumulate_grad_hook(lambda _: sent.append(len(accumulator._works) // works))
     for microbatch in range(3):
         x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(10 * dist.get_rank() + microbatch))
         gradients = torch.autograd.grad(model(x), parameters, allow_unused=True)
@@ -59,15 +58,12 @@ def reduced(elements: int, partitioned: bool) -> tuple[list[torch.Tensor], list[
             if gradient is not None:
                 totals[parameter] += gradient
         sent.clear()
-        if microbatch == 2:
-            reduction.begin()
-        model(x).backward()
-        if microbatch == 2:
-            reduction.wait()
-            assert not reduction.works
-            assert not reduction.missing
-        else:
+        accumulator.backward(model(x), last=microbatch == 2)
+        if microbatch < 2:
             assert not any(sent)
+            assert any(accumulator.empty)  # the unused weight's
+    accumulator.finish()
+    assert all(accumulator.empty)
     for wanted in expected:
         dist.all_reduce(wanted)
     return flats, expected, sent
@@ -95,18 +91,15 @@ def test_sums_are_those_of_one_all_reduce(elements, partitioned):
 def test_an_axis_of_one_rank_reduces_nothing():
     layer = nn.Linear(2, 2, bias=False)
     flat = torch.empty(4)
-    attach(layer.weight, flat.view(2, 2))
-    reduction = OverlappedReduction([([layer.weight], flat)], Axis())
-    reduction.begin()
-    layer(torch.ones(1, 2)).sum().backward()
-    reduction.wait()
-    assert not reduction.buckets
+    accumulator = GradientAccumulator([Bucket([layer.weight], flat)], Axis())
+    accumulator.backward(layer(torch.ones(1, 2)).sum(), last=True)
+    assert not accumulator.reduces
     assert flat.tolist() == [1, 1, 1, 1]
 
 
 def test_buckets_fill_up_in_the_order_of_the_backward_pass():
     parameters = [nn.Parameter(torch.empty(size)) for size in (1, 9, 2, 3, 4, 5)]
-    found = [[p.numel() for p in members] for members in buckets(parameters, 6)]
+    found = [[p.numel() for p in members] for members in split_into_buckets(parameters, 6)]
     assert found == [[4, 5], [9, 2, 3], [1]]
-    assert [[p.numel() for p in members] for members in buckets(parameters, 100)] == [[1, 9, 2, 3, 4, 5]]
-    assert buckets([], 6) == []
+    assert [[p.numel() for p in members] for members in split_into_buckets(parameters, 100)] == [[1, 9, 2, 3, 4, 5]]
+    assert split_into_buckets([], 6) == []

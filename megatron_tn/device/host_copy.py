@@ -1,4 +1,4 @@
-"""What the device works out and the host wants to know, without a halt of either."""
+"""Copies of device tensors to the host that block neither of the two."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from torch import Tensor
 
 
 class HostCopy:
-    """A copy of a tensor on its way to the host, which does not wait for it before `read`."""
+    """An asynchronous copy of `tensor` to page-locked host memory.
+
+    The constructor queues the copy on the current stream and records an event behind it; `read` waits for that event
+    alone, not for kernels that were queued later. On a CPU the tensor itself is returned.
+    """
 
     def __init__(self, tensor: Tensor):
         self._done = None
@@ -19,6 +23,7 @@ class HostCopy:
             self._done.record()
 
     def read(self) -> Tensor:
+        """The copy, on the host, once it is complete."""
         if self._done is not None:
             self._done.synchronize()
         return self._host
