@@ -188,7 +188,7 @@ class CommandLine:
                     close = difflib.get_close_matches(value, choices, n=1)
                     hint = f"; did you mean {close[0]}?" if close else ""
                     problems.append(f"{key}={value}: conf/{key} has {', '.join(choices)}{hint}")
-            elif key not in known:
+            elif key not in known and not key.startswith(("hydra.", "hydra/")):
                 problems.append(unknown_key(key, sorted({*known, *self.groups})))
         return problems or [_first_line(error)]
 
