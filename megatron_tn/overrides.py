@@ -188,7 +188,7 @@ class CommandLine:
                     close = difflib.get_close_matches(value, choices, n=1)
                     hint = f"; did you mean {close[0]}?" if close else ""
                     problems.append(f"{key}={value}: conf/{key} has {', '.join(choices)}{hint}")
-            elif key not in known:
+            elif key not in known and not key.startswith(("hydra.", "hydra/")):
                 problems.append(unknown_key(key, sorted({*known, *self.groups})))
         return problems or [_first_line(error)]
 
@@ -230,6 +230,8 @@ def as_typed(word: str, kind: type, *, multirun: bool) -> str:
     """KEY=VALUE with VALUE in quotes where setting KEY takes text, and Hydra would read VALUE as something else
     (20250101, 1e3, true) or not at all (a=b, ~/runs, my [first] run). Sweeps and null are left to Hydra."""
     key, equals, value = word.partition("=")
+    if value.startswith("~") and not (multirun and "," in value):
+        return f"{key}={quoted(value)}"  # a path, whatever the setting's type
     if not equals or key.lstrip("+") not in _texts(kind):
         return word
     try:

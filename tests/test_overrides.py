@@ -53,7 +53,7 @@ def test_quotes_hold_any_text(text):
 def test_a_home_folder_is_expanded_wherever_a_shell_left_it_alone(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "deepspeed.json").write_text('{"steps_per_print": 7}')
-    config = parsed("run_dir=~/runs/x", "data.manifest='~/m.json'", "engine.deepspeed_config='~/deepspeed.json'")
+    config = parsed("run_dir=~/runs/x", "data.manifest='~/m.json'", "engine.deepspeed_config=~/deepspeed.json")
     assert (config.run_dir, config.data.manifest) == (f"{tmp_path}/runs/x", f"{tmp_path}/m.json")
     assert config.engine.deepspeed_config == {"steps_per_print": 7}
     with pytest.raises(ConfigError, match="run_dir=~nobody-at-all/x: there is no user 'nobody-at-all'"):

@@ -103,7 +103,7 @@ def buffer_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
     """Bytes of the buffers in which engines gather parameters, and reduce and convert gradients.
 
     activations: bytes at a microbatch's peak. Buffers that are needed after the backward pass take the place of the
-    activations, which are free by then: segments of the allocator grow and join (parallel/world.py).
+    activations, which are free by then: the allocator extends its segments (device/allocator.py).
     """
     engine, model = config.engine, config.model
     tp = config.parallel.tp
