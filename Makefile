@@ -29,7 +29,7 @@ train: setup ## train on this machine: make train ARGS="model=demo run_dir=runs/
 	launch/local.sh $(ARGS)
 
 test: setup ## every CPU test (a covering set where the product is large)
-	$(BIN)/python -m pytest -n 2 -m "not gpu and not slurm and not full"
+	$(BIN)/python -m pytest -n 2 --durations=25 -m "not gpu and not slurm and not full"
 
 test-full: setup ## the whole products, on CPU
 	$(BIN)/python -m pytest -n 2 -m "not gpu and not slurm"

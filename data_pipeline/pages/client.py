@@ -2,6 +2,7 @@
 
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -45,7 +46,9 @@ class Extractor:
         except (BrokenPipeError, EOFError):
             code = process.wait()
             self.close()
-            raise Refused("reader_error", f"the extractor ended with code {code} on {len(data)} bytes") from None
+            # The extractor aborts where it cannot have more memory.
+            reason = "too_costly" if code == -signal.SIGABRT else "reader_error"
+            raise Refused(reason, f"the extractor ended with code {code} on {len(data)} bytes") from None
         except BaseException:
             self.close()  # whatever it still answers belongs to no other page
             raise
@@ -67,6 +70,7 @@ class Extractor:
                 [sys.executable, "-m", "data_pipeline.pages.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,  # what it says there when it aborts is said by its exit code
                 bufsize=0,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             )

@@ -18,7 +18,7 @@ from data_pipeline.pages.structure import structure_problem
 
 HEADER, ANSWER = struct.Struct(">HQQ"), struct.Struct(">BQ")
 TEXT, REFUSED = 0, 1
-MOST_GROWTH = 5  # times max_document_bytes; the reader holds the page once more
+MOST_GROWTH = 4  # times max_document_bytes; the reader holds the page once, and twice while it reads it
 ROOM = 64 << 20  # bytes beside it, for the smallest documents
 PAGE_BYTES = resource.getpagesize()
 

@@ -34,7 +34,9 @@ def read_jsonl(file: BinaryIO, source: Jsonl) -> Items:
                 size += len(line)
             yield too_large(str(number), size, source)
         elif line.strip():
-            yield _line(line, str(number), source)
+            item = _line(line, str(number), source)
+            line = b""  # freed before the document is worked on
+            yield item
 
 
 def _line(line: bytes, place: str, source: Jsonl) -> Found | Quarantined:
@@ -86,10 +88,11 @@ def jsonl_keys(file: BinaryIO, source: Jsonl) -> list[str]:
 
 
 def _bytes(text: str, most: int) -> int:
-    """The UTF-8 bytes of a text, which is encoded only where more than `most` is possible."""
+    """The UTF-8 bytes of a text, or its characters where it cannot exceed `most`; piece by piece, since one that takes
+    4 bytes a character in memory would be held twice."""
     if text.isascii() or 4 * len(text) <= most:
         return len(text)
-    return len(text.encode())
+    return sum(len(text[at : at + CHUNK].encode()) for at in range(0, len(text), CHUNK))
 
 
 def _holds_more_values(line: bytes, most: int) -> bool:

@@ -9,7 +9,7 @@ from data_pipeline.readers.base import Bomb, Items, Quarantined
 from data_pipeline.readers.lines import from_record
 from data_pipeline.sources import Parquet
 
-ROWS = 64  # decoded at once, where that many values cannot take more than two documents may
+ROWS = 64  # decoded at once, where that many values cannot take more than one document may
 SHOWN = 20  # columns named in a message
 PAGE_HEADER = 64  # bytes read of a page's header, of which its first three fields take at most 18
 
@@ -45,7 +45,7 @@ def read_parquet(file: BinaryIO, source: Parquet, size: int) -> Items:
                 number += rows
                 continue
             largest = max(_largest_value(file, part) for part in parts)
-            at_once = max(1, min(ROWS, 2 * source.max_document_bytes // max(largest, 1)))
+            at_once = max(1, min(ROWS, source.max_document_bytes // max(largest, 1)))
             for batch in table.iter_batches(batch_size=at_once, row_groups=[group], columns=columns):
                 for record in _records(batch, source):
                     number += 1

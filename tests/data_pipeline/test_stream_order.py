@@ -1,4 +1,4 @@
-"""Promise 1: what a global batch holds depends on manifest, seed and step, on nothing else."""
+"""What a global batch holds depends on manifest, seed and step, on nothing else."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""The formula agrees with a counter that sees every product (promise 20)."""
+"""The formula agrees with a counter that sees every product."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Context and sequence parallelism: slices of any length, documents cut by them, and nothing that leaks (promises 2
-and 13)."""
+"""Context and sequence parallelism: slices of any length, documents cut by them, and nothing that leaks."""
 
 import dataclasses
 
