@@ -5,6 +5,7 @@ import re
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.filters.base import Drop, rule
+from data_pipeline.measures import vocabulary, words
 from data_pipeline.thresholds import STRICT, Count
 
 STOP_WORDS = frozenset(re.findall(r"\w+", "the be to of and that have with is in it for on was are as this not or a"))
@@ -21,8 +22,7 @@ class StopWords:
     languages: tuple[str, ...] = ("en",)
 
     def __call__(self, text: str) -> Drop | None:
-        words = text.lower().split()
-        if len(words) < self.min_words:
+        if len(words(text)) < self.min_words:
             return None
-        different = len(STOP_WORDS.intersection(words))
+        different = len(STOP_WORDS.intersection(vocabulary(text).split()))
         return Drop("min_different", different, self.min_different) if different < self.min_different else None

@@ -6,6 +6,7 @@ import re
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.filters.base import Drop, rule
+from data_pipeline.measures import lower
 from data_pipeline.thresholds import STRICT, Positive, Share
 
 # After these articles comes a noun or what describes one, and never one of those.
@@ -24,8 +25,9 @@ class WordOrder:
     languages: tuple[str, ...] = ("en",)
 
     def __call__(self, text: str) -> Drop | None:
-        words = text.lower().split()
-        pairs = sum(first in ARTICLES and second in NEVER_NEXT for first, second in itertools.pairwise(words))
+        words = lower(text).split()
+        after_articles = itertools.compress(words[1:], map(ARTICLES.__contains__, words))
+        pairs = sum(map(NEVER_NEXT.__contains__, after_articles))
         if pairs < self.min_pairs:
             return None
         share = pairs / len(words)
