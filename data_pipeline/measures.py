@@ -4,8 +4,10 @@ Each is computed once: every rule is asked of one document before the next is re
 """
 
 import functools
+import itertools
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,6 +88,12 @@ def word_counts(text: str) -> Counter[str]:
 def vocabulary(text: str) -> str:
     """The different words in lower case, with spaces between: what is not in it is not in the text."""
     return " ".join(word_counts(text)).lower()
+
+
+def in_any_case(found: Iterable[str]) -> frozenset[str]:
+    """All ways to write these words in ASCII that are the same in lower case."""
+    ways = (itertools.product(*({letter, letter.upper()} for letter in word)) for word in found)
+    return frozenset(map("".join, itertools.chain.from_iterable(ways)))
 
 
 def may_have(text: str, phrases: tuple[str, ...]) -> bool:

@@ -26,5 +26,13 @@ class Logs:
         found = lines(text)
         if len(found) < self.min_lines:
             return None
-        share = sum(LOG_LINE.match(line) is not None for line in found) / len(found)
+        half = len(found) // 2
+        logs = sum(map(_is_log, found[:half]))
+        if logs + len(found) - half <= self.max_share * len(found):  # no matter what the others are
+            return None
+        share = (logs + sum(map(_is_log, found[half:]))) / len(found)
         return Drop("max_share", share, self.max_share) if share > self.max_share else None
+
+
+def _is_log(line: str) -> bool:
+    return LOG_LINE.match(line) is not None
