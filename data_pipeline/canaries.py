@@ -17,6 +17,7 @@ from data_pipeline.canary_texts import GOOD, NOISE
 from data_pipeline.cli import command, overrides
 from data_pipeline.config import Settings, compose
 from data_pipeline.errors import InputError
+from data_pipeline.letters import plain
 from data_pipeline.sources import Jsonl
 
 SOURCE = "canaries"
@@ -68,7 +69,7 @@ def is_host(text: str) -> bool:
     no order of their words is wrong."""
     if not HOST_BYTES[0] <= len(text) <= HOST_BYTES[1]:
         return False
-    visible = "".join(text.split())
+    visible = "".join(plain(text).split())
     return sum(map(str.isalpha, visible)) >= 0.85 * len(visible) and len(SENTENCE.findall(text)) >= 8
 
 

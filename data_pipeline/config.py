@@ -16,73 +16,19 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.edits import EDITS, Characters, Html, Notices, Numbers, Punctuation, Urls
+from data_pipeline import edits, filters
 from data_pipeline.errors import InputError
 from data_pipeline.files import replace_file
-from data_pipeline.filters import (
-    RULES,
-    Boilerplate,
-    BrokenSentences,
-    CurlyBrackets,
-    Garbled,
-    Keyboard,
-    Language,
-    Length,
-    LineEnds,
-    Lines,
-    Logs,
-    Placeholder,
-    Repetition,
-    StopWords,
-    Symbols,
-    WordOrder,
-    Words,
-)
+from data_pipeline.filters.language import Language
 from data_pipeline.sources import STRICT, AnySource, LocalFolder, Positive
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
-@dataclass(frozen=True, config=STRICT)
-class Rules:
-    """The rules and their thresholds (see `filters/`); null turns one off, and those that only prose has to pass are
-    off until a pipeline turns them on."""
-
-    length: Length | None = dataclasses.field(default_factory=Length)
-    garbled: Garbled | None = dataclasses.field(default_factory=Garbled)
-    symbols: Symbols | None = dataclasses.field(default_factory=Symbols)
-    lines: Lines | None = dataclasses.field(default_factory=Lines)
-    logs: Logs | None = dataclasses.field(default_factory=Logs)
-    repetition: Repetition | None = dataclasses.field(default_factory=Repetition)
-    boilerplate: Boilerplate | None = None
-    placeholder: Placeholder | None = None
-    curly_brackets: CurlyBrackets | None = None
-    words: Words | None = None
-    keyboard: Keyboard | None = None
-    broken_sentences: BrokenSentences | None = None
-    line_ends: LineEnds | None = None
-    stop_words: StopWords | None = None
-    word_order: WordOrder | None = None
-
-    def active(self) -> dict[str, typing.Any]:
-        """The rules that are on, by name, in the order in which they are asked."""
-        return {name: rule for name in RULES if (rule := getattr(self, name)) is not None}
-
-
-@dataclass(frozen=True, config=STRICT)
-class Edits:
-    """The edits and their thresholds (see `edits/`), off until a pipeline turns them on: code is not to be edited."""
-
-    characters: Characters | None = None
-    html: Html | None = None
-    notices: Notices | None = None
-    urls: Urls | None = None
-    punctuation: Punctuation | None = None
-    numbers: Numbers | None = None
-
-    def active(self) -> dict[str, typing.Any]:
-        """The edits that are on, by name, in the order in which they are made."""
-        return {name: edit for name in EDITS if (edit := getattr(self, name)) is not None}
+Rules = filters.REGISTER.settings("Rules", "The thresholds of each rule (see `filters/`), None for a rule that is off.")
+Edits = edits.REGISTER.settings(
+    "Edits", "The thresholds of each edit (see `edits/`), None for an edit that is off.", edits.ORDER
+)
 
 
 @dataclass(frozen=True, config=STRICT)

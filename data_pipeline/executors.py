@@ -23,7 +23,7 @@ from datatrove.executor.slurm import SlurmPipelineExecutor
 
 from data_pipeline.config import Slurm
 from data_pipeline.errors import InputError, StageError
-from data_pipeline.shards.manifest import replace_file
+from data_pipeline.files import replace_file
 
 ROOT = Path(__file__).resolve().parents[1]
 ORPHAN_SECONDS = 0.5  # how often a worker looks whether its run is still there

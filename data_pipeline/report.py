@@ -10,7 +10,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from data_pipeline.files import replace_file
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.steps import read_tally
+from data_pipeline.steps.tally import read_tally
 from data_pipeline.tokenise import METADATA
 
 STAGES = ("read", "rules", "exact", "lines", "near")

@@ -23,7 +23,7 @@ from data_pipeline.errors import InputError, StageError
 from data_pipeline.files import TEMPORARY, explain, open_lock, replace_file
 
 # Raised when the same settings and sources give other bytes than before, so that no run is finished by two versions.
-PIPELINE_VERSION = 4
+PIPELINE_VERSION = 5
 RECORD = "pipeline.json"
 
 

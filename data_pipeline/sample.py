@@ -14,7 +14,7 @@ from data_pipeline.document import in_heldout, text_bytes, text_hash
 from data_pipeline.errors import InputError
 from data_pipeline.files import replace_file, replacing
 from data_pipeline.sources import Source, category_of
-from data_pipeline.steps import read_tally
+from data_pipeline.steps.tally import read_tally
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,9 @@ from pydantic.dataclasses import dataclass
 
 from data_pipeline.locations import local, openable
 from data_pipeline.shards.index import language_number
+from data_pipeline.thresholds import Count, Positive
 
 STRICT = ConfigDict(extra="forbid")
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
 
 
 def storable(language: str) -> str:

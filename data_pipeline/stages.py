@@ -12,7 +12,10 @@ from data_pipeline.executors import LocalExecutor, last_error, name_tasks
 from data_pipeline.readers import ReadSources
 from data_pipeline.report import WriteReport
 from data_pipeline.sample import SampleText
-from data_pipeline.steps import ApplyRules, BeginTask, Tally, TaskReader, TaskWriter, missing_tasks
+from data_pipeline.steps.begin import BeginTask, missing_tasks
+from data_pipeline.steps.documents import TaskReader, TaskWriter
+from data_pipeline.steps.rules import ApplyRules
+from data_pipeline.steps.tally import Tally
 from data_pipeline.tokenise import MakeTokenizer, WriteManifests, WriteShards, splits
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_pipeline.errors import InputError
-from data_pipeline.shards.manifest import TokenizerInfo, sha256_of
+from data_pipeline.files import sha256_of
+from data_pipeline.shards.manifest import TokenizerInfo
 
 PAD, BOS, EOS, UNK = SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 BYTES = tuple(f"<0x{value:02X}>" for value in range(256))

@@ -12,6 +12,7 @@ from megatron_tn.checkpoint.load import load_model
 from megatron_tn.checkpoint.manifest import MANIFEST, whole_checkpoints
 from megatron_tn.config import ConfigError
 from megatron_tn.model.base import Model
+from megatron_tn.training.run_folder import RunFolder
 
 
 def load_any_model(path: str, device: str, precision: str) -> Model:
@@ -67,7 +68,7 @@ def resolve_checkpoint(path: str) -> Path:
         (directory / "config.json").is_file() and (any(directory.glob("*.safetensors")))
     ):
         return directory
-    for folder in (directory, directory / "checkpoints"):
+    for folder in (directory, RunFolder(directory).checkpoints):
         if there := whole_checkpoints(folder):
             return there[-1]
     raise ConfigError(f"checkpoint={path}: there is no checkpoint and no released model")

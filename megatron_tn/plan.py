@@ -11,7 +11,8 @@ from rich.table import Table
 from megatron_tn.cli import command
 from megatron_tn.config import ConfigError, TrainConfig
 from megatron_tn.model.registry import forward_flops_per_token, parameter_count, training_flops_per_token
-from megatron_tn.planning.memory import GIB, memory_problems, plan_memory
+from megatron_tn.planning.estimate import GIB, plan_memory
+from megatron_tn.planning.remedies import memory_problems
 
 
 @command(TrainConfig, "config")

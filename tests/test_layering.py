@@ -51,7 +51,7 @@ ALLOWED = {
         "data_pipeline.shards",
         "data_pipeline.selfclean",
     ],
-    "launch": ["megatron_tn.config", "megatron_tn.planning"],
+    "launch": ["megatron_tn.config", "megatron_tn.planning", "megatron_tn.training.run_folder"],
 }
 
 
@@ -92,6 +92,44 @@ def test_imports_stay_within_what_the_design_allows(path):
     for line, module in imports(path):
         allowed = is_in(module, own) or any(is_in(module, part) for part in ALLOWED[own])
         assert allowed, f"{path.relative_to(ROOT)}:{line}: {own} must not import {module}"
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """The sets of modules that import each other: strongly connected components of {module: modules it imports}."""
+
+    def reached(start: str, edges: dict[str, set[str]]) -> set[str]:
+        found, ahead = set(), [start]
+        while ahead:
+            new = edges.get(ahead.pop(), set()) - found
+            found |= new
+            ahead += new
+        return found
+
+    reverse: dict[str, set[str]] = {}
+    for module, imported in graph.items():
+        for name in imported:
+            reverse.setdefault(name, set()).add(module)
+    found, seen = [], set()
+    for module in graph:
+        if module not in seen and module in reached(module, graph):
+            found.append(reached(module, graph) & reached(module, reverse))
+            seen |= found[-1]
+    return found
+
+
+def test_no_modules_import_each_other():
+    """Imports inside functions and under TYPE_CHECKING count: they only hide a circle."""
+    graph = {module_name(path): {module for _, module in imports(path)} for path in modules()}
+    assert circles(graph) == []
+
+
+def test_a_circle_is_found():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": {"e"}, "e": set(), "f": {"f"}}
+    assert circles(graph) == [{"a", "b", "c"}, {"f"}]
 
 
 # What modules outside megatron_tn/model may import of it; all else belongs to one architecture, and is looked up.

@@ -14,7 +14,7 @@ from datatrove.pipeline.dedup.exact_dedup import (
 
 from data_pipeline.dedup import HASH
 from data_pipeline.document import text_hash
-from data_pipeline.steps import drop_writer
+from data_pipeline.steps.drops import drop_writer
 
 
 def _text(document: Document) -> str:

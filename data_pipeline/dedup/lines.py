@@ -17,8 +17,9 @@ from datatrove.pipeline.base import PipelineStep
 from data_pipeline.config import LineDuplicates
 from data_pipeline.document import text_bytes
 from data_pipeline.files import replace_file
-from data_pipeline.protected import outside_protected
-from data_pipeline.steps import drop_writer, rule_drop
+from data_pipeline.letters import composed, plain
+from data_pipeline.protected import masked
+from data_pipeline.steps.drops import drop_writer, rule_drop
 
 DIGIT = re.compile(r"\d")
 COUNTED = np.dtype([("hash", "<u8"), ("documents", "<u4")])
@@ -26,7 +27,7 @@ COUNTED = np.dtype([("hash", "<u8"), ("documents", "<u4")])
 
 def line_hash(line: str) -> int:
     """64 bits of a line, in which case, digits and white space do not count: page 3 of 7 is page 4 of 7."""
-    letters = DIGIT.sub("0", " ".join(line.lower().split()))
+    letters = DIGIT.sub("0", " ".join(composed(line).lower().split()))
     return int.from_bytes(hashlib.blake2b(letters.encode(), digest_size=8).digest(), "little")
 
 
@@ -105,7 +106,7 @@ class RemoveLines(PipelineStep):
                 before, text = text_bytes(document), document.text
                 hits = [often[h] for line in lines_of(text, self.settings) if (h := line_hash(line)) in often]
                 if hits:
-                    document.text = outside_protected(text, lambda piece: self._without(piece, often))
+                    document.text = self._without(text, often)
                     kept = len(document.text.strip()) / len(text)
                     if kept < self.settings.min_kept:
                         reason = {"measure": "min_kept", "value": kept, "threshold": self.settings.min_kept}
@@ -121,9 +122,15 @@ class RemoveLines(PipelineStep):
             lines = b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
             replace_file(self.edited / f"lines-{rank:05d}.jsonl", lines)
 
-    def _without(self, piece: str, often: dict[int, int]) -> str:
-        lines = piece.splitlines(keepends=True)
-        return "".join(line for line in lines if not (_counts(line, self.settings) and line_hash(line) in often))
+    def _without(self, text: str, often: dict[int, int]) -> str:
+        """The text without the lines that are in `often`; a line with code, a formula, a table or a link stays."""
+        lines, seen = text.splitlines(keepends=True), masked(text).splitlines()
+        kept = (
+            line
+            for line, visible in zip(lines, seen, strict=True)
+            if "\0" in visible or not _counts(line, self.settings) or line_hash(line) not in often
+        )
+        return "".join(kept)
 
     def _record(self, document: Document, documents: int, before: int) -> dict:
         return {
@@ -144,4 +151,4 @@ def lines_of(text: str, settings: LineDuplicates) -> list[str]:
 
 
 def _counts(line: str, settings: LineDuplicates) -> bool:
-    return len(line.strip()) >= settings.min_characters
+    return len(line.strip()) >= settings.min_characters and len(plain(line).strip()) >= settings.min_characters

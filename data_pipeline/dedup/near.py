@@ -3,7 +3,6 @@ own choice of who stays: the copy of the source of highest priority, where datat
 
 import functools
 import hashlib
-import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -21,12 +20,8 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 
 from data_pipeline.config import NearDuplicates
 from data_pipeline.dedup import HASH
-from data_pipeline.steps import drop_writer
-
-# A character of a script that puts no spaces between words is a word.
-SPACELESS = r"\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-WORD = re.compile(rf"[^\W{SPACELESS}]+|\w")
-
+from data_pipeline.letters import WORDS, composed
+from data_pipeline.steps.drops import drop_writer
 
 PIECE = 4096  # runs of words whose permutations are taken at once: 4 MB with 112 hashes
 MULTIPLIER, MIXER = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)  # odd, their bits evenly set
@@ -37,13 +32,13 @@ class Words(WordTokenizer):
     second and knows no more about code."""
 
     def word_tokenize(self, text: str) -> list[str]:
-        return WORD.findall(text)
+        return WORDS.findall(text)
 
     def sent_tokenize(self, text: str) -> list[str]:
         return [line for line in text.splitlines() if line.strip()]
 
     def span_tokenize(self, text: str) -> list[tuple[int, int]]:
-        return [match.span() for match in WORD.finditer(text)]
+        return [match.span() for match in WORDS.finditer(text)]
 
 
 class Signature(MinhashDedupSignature):
@@ -52,7 +47,7 @@ class Signature(MinhashDedupSignature):
 
     def get_shingles(self, text: str) -> np.ndarray:
         """uint64 [runs, 1], each different run once, sorted."""
-        words = self.word_tokenizer.word_tokenize(simplify_text(text, self.config.norm_config))
+        words = self.word_tokenizer.word_tokenize(simplify_text(composed(text), self.config.norm_config))
         runs = len(words) - self.config.n_grams + 1
         if runs < 1:
             return np.empty((0, 1), np.uint64)

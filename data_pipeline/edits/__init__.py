@@ -1,21 +1,13 @@
-"""Edits that standardise a document's text. One file an edit; `EDITS` is the order in which they are made."""
+"""Edits that standardise a document's text: one file an edit, which registers its class with `@edit("NAME")`.
 
-from data_pipeline.edits.base import Edit, Editor
-from data_pipeline.edits.characters import Characters
-from data_pipeline.edits.html import Html
-from data_pipeline.edits.notices import Notices
-from data_pipeline.edits.numbers import Numbers
-from data_pipeline.edits.punctuation import Punctuation
-from data_pipeline.edits.urls import Urls
+ORDER is the only place that says in which order they are made.
+"""
 
-# Characters first: what it standardises is what the others look for. Notices after tags: by lines that people see.
-EDITS: dict[str, type[Editor]] = {
-    "characters": Characters,
-    "html": Html,
-    "notices": Notices,
-    "urls": Urls,
-    "punctuation": Punctuation,
-    "numbers": Numbers,
-}
+from data_pipeline.edits.base import REGISTER, Edit, Editor, make_edits
 
-__all__ = ["EDITS", "Characters", "Edit", "Editor", "Html", "Notices", "Numbers", "Punctuation", "Urls"]
+# Characters first: the others look for what it standardises. Notices after tags: a notice is a line as readers see it.
+ORDER = ("characters", "html", "notices", "urls", "punctuation", "numbers")
+REGISTER.import_folder(__name__, __path__)
+EDITS: dict[str, type[Editor]] = REGISTER.classes(ORDER)
+
+__all__ = ["EDITS", "ORDER", "REGISTER", "Edit", "Editor", "make_edits"]

@@ -5,22 +5,24 @@ import unicodedata
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.edits.base import Edit
-from data_pipeline.filters.base import RULE
-from data_pipeline.sources import Count
+from data_pipeline.edits.base import Edit, edit
+from data_pipeline.protected import outside_protected
+from data_pipeline.thresholds import STRICT, Count
 
 # Invisible: zero-width space, word joiner, soft hyphen, byte order mark, direction marks and controls, tags; controls
 # other than tab and line feed; the replacement character; private use. The zero-width joiners stay: emoji and the
-# scripts of India and Persia are spelled with them.
+# scripts of India and Persia are spelled with them. So do the tags of a flag.
 REMOVED = re.compile(
     "[\u200b\u2060\u00ad\ufeff\u200e\u200f\u202a-\u202e\u2066-\u2069\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\ufffd"
     "\ue000-\uf8ff\U000e0000-\U000e007f]"
 )
+FLAG = re.compile("(\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f)")
 LINES = re.compile("\r\n?|[\x0c\x85\u2028\u2029]")
 SPACES = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f]")
 
 
-@dataclass(frozen=True, config=RULE)
+@edit("characters")
+@dataclass(frozen=True, config=STRICT)
 class Characters:
     """Removes invisible and undecodable characters, makes every line end a line feed and every space but the
     ideographic one a space, and composes accents (NFC), when there are more than `max_count` to change."""
@@ -28,12 +30,30 @@ class Characters:
     max_count: Count = 0
 
     def __call__(self, text: str) -> Edit | None:
-        changed, removed = REMOVED.subn("", text)
-        changed, lines = LINES.subn("\n", changed)
-        changed, spaces = SPACES.subn(" ", changed)
-        count = removed + lines + spaces
-        if not unicodedata.is_normalized("NFC", changed):
-            composed = unicodedata.normalize("NFC", changed)
-            count += max(1, len(changed) - len(composed))
-            changed = composed
+        count = 0
+
+        def change(piece: str) -> str:
+            nonlocal count
+            piece, made = standard_characters(piece)
+            count += made
+            return piece
+
+        changed = outside_protected(text, change) if standard_characters(text)[1] else text
         return Edit("special_characters", count, self.max_count, changed) if count > self.max_count else None
+
+
+def standard_characters(text: str) -> tuple[str, int]:
+    """`text` with one form for each character, and how many had another."""
+    changed, removed = REMOVED.subn("", text)
+    if "\U000e007f" in text:
+        pieces = FLAG.split(text)  # every second one is a flag
+        changed = "".join(piece if number % 2 else REMOVED.sub("", piece) for number, piece in enumerate(pieces))
+        removed = len(text) - len(changed)
+    changed, lines = LINES.subn("\n", changed)
+    changed, spaces = SPACES.subn(" ", changed)
+    count = removed + lines + spaces
+    if not unicodedata.is_normalized("NFC", changed):
+        composed = unicodedata.normalize("NFC", changed)
+        count += max(1, len(changed) - len(composed))
+        changed = composed
+    return changed, count

@@ -2,13 +2,14 @@
 
 import html
 import re
+from html.entities import html5
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.edits.base import Edit, substitute
-from data_pipeline.filters.base import RULE
+from data_pipeline.edits.base import Edit, edit
+from data_pipeline.edits.characters import standard_characters
 from data_pipeline.protected import outside_protected
-from data_pipeline.sources import Count
+from data_pipeline.thresholds import STRICT, Count
 
 # Names of HTML alone: `<stdin>`, `List<int>` and a heart `<3` are no tags.
 NAMES = (
@@ -17,62 +18,113 @@ NAMES = (
     "meta|nav|noscript|ol|option|p|pre|script|section|select|small|span|strike|strong|style|sub|summary|sup|table|"
     "tbody|td|textarea|tfoot|th|thead|title|tr|tt|u|ul|video"
 )
-HIDDEN = re.compile(r"<(script|style|!doctype)\b|<(!--)", re.IGNORECASE)  # what nobody sees, up to its end
+# Attributes have values, but for those of HTML that have none: `a <b and c> d` compares.
+ATTRIBUTES = (
+    r"""(?:\s+(?:[a-z@:_][\w:.@-]*\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s<>"']+)"""
+    r"|(?:allowfullscreen|async|autofocus|autoplay|checked|compact|controls|default|defer|disabled|hidden|ismap|itemscope|"
+    r"loop|multiple|muted|nohref|noshade|novalidate|nowrap|open|playsinline|readonly|required|reversed|selected)(?![\w:=-])"
+    r"))*\s*/?>"
+)
+TAGS = re.compile(rf"</?(?:{NAMES}){ATTRIBUTES}|<!doctype\s[^<>]{{0,300}}>", re.IGNORECASE)
+BREAKS = re.compile(rf"(?:<[bh]r{ATTRIBUTES}|</(?:p|div|li|tr|h[1-6]|blockquote)\s*>)[ \t]*\n?", re.IGNORECASE)
+HIDDEN = re.compile(r"<(script|style)\b|<(!--)", re.IGNORECASE)  # what nobody sees, up to its end
 ENDS = {
     "script": re.compile(r"</script\s*>", re.IGNORECASE),
     "style": re.compile(r"</style\s*>", re.IGNORECASE),
-    "!doctype": re.compile(">"),
     "!--": re.compile("-->"),
 }
-# Attributes have names: `a <b && c> d` compares.
-ATTRIBUTES = r"""(?:\s+[a-z][\w:.-]*(?:\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s<>"']+))?)*"""
-TAGS = re.compile(rf"</?(?:{NAMES}){ATTRIBUTES}\s*/?>", re.IGNORECASE)
-BREAKS = re.compile(r"<(?:br|hr|/p|/div|/li|/tr|/h[1-6]|/blockquote)\b[^<>]*>[ \t]*\n?", re.IGNORECASE)
-ENTITIES = re.compile(r"&(?:[a-z]{2,8}|#\d{1,7}|#x[0-9a-f]{1,6});", re.IGNORECASE)
-PAGE = re.compile(r"<(?:!doctype\s+html|html|body)\b", re.IGNORECASE)
+# An entity, also one whose ampersand is an entity itself.
+ENTITIES = re.compile(r"&(?:(?:amp|#38|#x26);)*(?P<name>[a-z][a-z0-9]{1,31}|#\d{1,7}|#x[0-9a-f]{1,6});", re.IGNORECASE)
+LESS, GREATER = "\ufdd0", "\ufdd1"  # in place of a `<` and a `>` that were entities; no text has these
+BEGINNING = r"<(?:!doctype\s+html|html|body)\b[^<>]*>"
+PAGE = re.compile(rf"\s*(?:(?:<\?xml[^<>]*>|<!--.*?-->)\s*)*{BEGINNING}", re.IGNORECASE | re.DOTALL)
+MARKUP = re.compile("|".join((TAGS.pattern, BREAKS.pattern, HIDDEN.pattern, BEGINNING)), re.IGNORECASE)
+CODE = re.compile(r"(?:[ \t]*\n)*(?: {4}| {0,3}\t)")  # at the beginning of a text
 
 
-@dataclass(frozen=True, config=RULE)
+@edit("html")
+@dataclass(frozen=True, config=STRICT)
 class Html:
-    """Takes HTML out when there are more than `max_count` tags and entities: a whole page goes through the extractor
-    that reads pages, stray tags in other text are removed and entities become what they stand for."""
+    """Takes HTML out when there are more than `max_count` tags and entities: a text that is a page goes through the
+    extractor that reads pages; in any other, stray tags are removed and entities become the characters that they stand
+    for, standardised as the edit `characters` does. `&lt;b&gt;` stays: it is how a text shows a tag."""
 
     max_count: Count = 0
 
     def __call__(self, text: str) -> Edit | None:
-        if PAGE.search(text):
-            from data_pipeline.readers.base import Found
-            from data_pipeline.readers.html import page_text
+        if PAGE.match(text) and not CODE.match(text):
+            tags = len(TAGS.findall(text))
+            return Edit("html_tags", tags, self.max_count, _extracted(text), True) if tags > self.max_count else None
+        if "<" not in text and "&" not in text:
+            return None
+        count = 0
 
-            found = page_text(text, "")
-            changed = found.text if isinstance(found, Found) else ""
-            return Edit("html_tags", len(TAGS.findall(text)), self.max_count, changed)
-        changed, scripts = _without_hidden(text)
-        changed, breaks = substitute(BREAKS, "\n", changed)
-        changed, tags = substitute(TAGS, "", changed)
-        changed, entities = substitute(ENTITIES, lambda match: html.unescape(match.group()), changed)
-        count = scripts + breaks + tags + entities
+        def clean(piece: str) -> str:
+            nonlocal count
+            piece, hidden = _without_hidden(piece)
+            piece, breaks = BREAKS.subn("\n", piece)
+            piece, tags = TAGS.subn("", piece)
+            piece, entities = _without_entities(piece)
+            count += hidden + breaks + tags + entities
+            return piece
+
+        if not (MARKUP.search(text) or ENTITIES.search(text)):
+            return None
+        changed = outside_protected(text, clean)
         return Edit("html_tags", count, self.max_count, changed) if count > self.max_count else None
 
 
-def _without_hidden(text: str) -> tuple[str, int]:
-    """The text without scripts, styles, comments and document types, and how many there were. An end that is not there
-    is looked for once, where a regular expression would look for it from every beginning."""
-    count = 0
+def _extracted(page: str) -> str:
+    """The text of a page, where what it shows of markup is spelled with entities."""
+    from data_pipeline.readers.base import Found
+    from data_pipeline.readers.html import page_text
 
-    def cut(piece: str) -> str:
-        nonlocal count
-        kept, at, endless = [], 0, set()
-        for opening in HIDDEN.finditer(piece):
-            kind = (opening[1] or opening[2]).lower()
-            if opening.start() < at or kind in endless:
-                continue
-            if not (end := ENDS[kind].search(piece, opening.end())):
-                endless.add(kind)
-                continue
-            kept.append(piece[at : opening.start()])
-            at = end.end()
-            count += 1
-        return "".join([*kept, piece[at:]])
+    found = page_text(page, "")
+    text = found.text if isinstance(found, Found) else ""
+    return outside_protected(text, lambda piece: _spelled(piece.replace("<", LESS).replace(">", GREATER)))
 
-    return (outside_protected(text, cut), count) if HIDDEN.search(text) else (text, 0)
+
+def _without_hidden(piece: str) -> tuple[str, int]:
+    """A piece without scripts, styles and comments, and how many there were. An end that is not there is looked for
+    once, where a regular expression would look for it from every beginning."""
+    kept, at, count, endless = [], 0, 0, set()
+    for opening in HIDDEN.finditer(piece):
+        kind = (opening[1] or opening[2]).lower()
+        if opening.start() < at or kind in endless:
+            continue
+        if not (end := ENDS[kind].search(piece, opening.end())):
+            endless.add(kind)
+            continue
+        kept.append(piece[at : opening.start()])
+        at = end.end()
+        count += 1
+    return "".join([*kept, piece[at:]]), count
+
+
+def _without_entities(piece: str) -> tuple[str, int]:
+    """A piece with the characters that entities stand for, and how many entities that were."""
+    if "&" not in piece or LESS in piece or GREATER in piece:
+        return piece, 0
+    changed, count = ENTITIES.subn(_character, piece)
+    spelled = _spelled(changed)
+    return spelled, count - len(ENTITIES.findall(spelled))
+
+
+def _character(match: re.Match) -> str:
+    """What an entity stands for; the entity itself where HTML has none of its name."""
+    entity = match["name"] + ";"
+    if entity[0] != "#" and entity not in html5:
+        return match[0]
+    character = html.unescape(f"&{entity}")
+    return {"<": LESS, ">": GREATER}.get(character) or standard_characters(character)[0]
+
+
+def _spelled(piece: str) -> str:
+    """A piece in which a `<` or `>` that was an entity is one again where it would make a tag."""
+    shown = piece.replace(LESS, "<").replace(GREATER, ">")
+    parts, at = [], 0
+    for tag in MARKUP.finditer(shown):
+        if piece[tag.start()] == LESS:
+            parts += [shown[at : tag.start()], tag[0].replace("<", "&lt;").replace(">", "&gt;")]
+            at = tag.end()
+    return "".join([*parts, shown[at:]])

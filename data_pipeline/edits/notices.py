@@ -5,10 +5,10 @@ import re
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.edits.base import Edit
-from data_pipeline.filters.base import RULE, Phrases
-from data_pipeline.protected import PROTECTED
-from data_pipeline.sources import Count
+from data_pipeline.edits.base import Edit, edit
+from data_pipeline.letters import SPACELESS, count_words
+from data_pipeline.protected import masked
+from data_pipeline.thresholds import STRICT, Count, Phrases
 
 # Those of C4 (arXiv 1910.10683), except that C4 takes every line with the word `javascript`: that would take the
 # language's name out of what is written about it.
@@ -35,7 +35,8 @@ PHRASES = (
 )
 
 
-@dataclass(frozen=True, config=RULE)
+@edit("notices")
+@dataclass(frozen=True, config=STRICT)
 class Notices:
     """Removes lines of at most `max_words` words with one of the `phrases` (in lower case), when there are more than
     `max_count` of them. A line that goes on in the next, or goes on from the one before, is part of a paragraph and
@@ -49,7 +50,7 @@ class Notices:
         if not _pattern(self.phrases).search(text.lower()):
             return None
         lines = text.split("\n")
-        seen = PROTECTED.sub(lambda match: re.sub(r"[^\n]", "\0", match.group()), text).split("\n")
+        seen = masked(text).split("\n")
         following = [*seen[1:], ""]
         kept = [line for line, *pair in zip(lines, seen, following, strict=True) if not self._is_notice(*pair)]
         count = len(lines) - len(kept)
@@ -58,10 +59,12 @@ class Notices:
     def _is_notice(self, line: str, following: str) -> bool:
         """line: with its protected characters as null."""
         wrapped = line.lstrip()[:1].islower() or following.lstrip()[:1].islower()
-        short = len(line.split()) <= self.max_words
-        return short and not wrapped and "\0" not in line and _pattern(self.phrases).search(line.lower()) is not None
+        found = not wrapped and "\0" not in line and _pattern(self.phrases).search(line.lower())
+        return bool(found) and count_words(line) <= self.max_words
 
 
 @functools.cache
 def _pattern(phrases: tuple[str, ...]) -> re.Pattern:
-    return re.compile(rf"\b(?:{'|'.join(map(re.escape, phrases))})\b")
+    """Any of the phrases, as whole words: between letters of a script without spaces, a phrase stands alone."""
+    whole = "|".join(map(re.escape, phrases))
+    return re.compile(rf"(?:\b|(?<=[{SPACELESS}]))(?:{whole})(?:\b|(?=[{SPACELESS}]))")

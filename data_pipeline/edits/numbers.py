@@ -4,16 +4,18 @@ import re
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.edits.base import Edit, substitute
-from data_pipeline.filters.base import RULE
-from data_pipeline.sources import Count
+from data_pipeline.edits.base import Edit, edit, substitute
+from data_pipeline.letters import SPACELESS
+from data_pipeline.thresholds import STRICT, Count
 
 WIDE = re.compile("[\uff10-\uff19\uff21-\uff3a\uff41-\uff5a]")  # digits and letters as wide as a Chinese character
 GROUPED = re.compile("(?<![\\d.,])\\d{1,3}(?:['\u2019]\\d{3})+(?![\\d'\u2019])")
-MINUS = re.compile("(?<![^\\s(\\[])\u2212(?=\\d)")
+# Behind a space, a bracket, or a letter of a script without spaces; `n\u22121` subtracts.
+MINUS = re.compile(f"(?<![^\\s(\\[\uff08\u3000-\u303f{SPACELESS}])\u2212(?=\\d)")
 
 
-@dataclass(frozen=True, config=RULE)
+@edit("numbers")
+@dataclass(frozen=True, config=STRICT)
 class Numbers:
     """Writes numbers one way when more than `max_count` are written another: wide digits and letters narrow, groups of
     thousands with a comma where they have an apostrophe, the minus sign as a hyphen."""

@@ -5,9 +5,8 @@ import re
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.edits.base import Edit, substitute
-from data_pipeline.filters.base import RULE
-from data_pipeline.sources import Positive
+from data_pipeline.edits.base import Edit, edit, substitute
+from data_pipeline.thresholds import STRICT, Positive
 
 MARKS = "!?,;:.…~。，！？、；：～"  # noqa: RUF001  (full-width marks are meant)
 
@@ -17,7 +16,8 @@ def _runs(longest: int) -> re.Pattern:
     return re.compile(rf"([{MARKS}])\1{{{longest},}}")
 
 
-@dataclass(frozen=True, config=RULE)
+@edit("punctuation")
+@dataclass(frozen=True, config=STRICT)
 class Punctuation:
     """Cuts a mark that is repeated more than `max_run` times to one, a full stop to an ellipsis of three. Rules and
     markers of Markdown are made of other characters."""
@@ -27,5 +27,5 @@ class Punctuation:
     def __call__(self, text: str) -> Edit | None:
         runs = _runs(self.max_run)
         longest = max((len(match.group()) for match in runs.finditer(text)), default=0)
-        changed, count = substitute(runs, lambda match: "..." if match[1] == "." else match[1], text)
-        return Edit("longest_run", longest, self.max_run, changed) if count else None
+        changed, _ = substitute(runs, lambda match: "..." if match[1] == "." else match[1], text)
+        return Edit("longest_run", longest, self.max_run, changed) if changed != text else None

@@ -1,36 +1,17 @@
-"""The protocol of a rule."""
+"""What a rule is, and how a file of this folder registers one."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Protocol
+from typing import Protocol
 
-from pydantic import AfterValidator, ConfigDict, Field
+from data_pipeline.registry import Register
 
-# A rule is a frozen dataclass of its thresholds, so that conf/pipeline/*.yaml spells them and unknown ones are refused.
-RULE = ConfigDict(extra="forbid", allow_inf_nan=False)
-Share = Annotated[float, Field(ge=0, le=1)]
-Amount = Annotated[float, Field(ge=0)]
-
-
-def _findable(phrases: tuple[str, ...]) -> tuple[str, ...]:
-    """A pattern of no phrase, or of an empty one, is found everywhere, and capitals nowhere in lower case."""
-    if not phrases or not all(phrase.strip() and phrase == phrase.lower() for phrase in phrases):
-        raise ValueError("must be one phrase or more, none of them empty, all in lower case")
-    return phrases
-
-
-Phrases = Annotated[tuple[str, ...], AfterValidator(_findable)]
-
-
-def ordered(rule: object, low: str, high: str) -> None:
-    """Raises ValueError when a rule's bound `low` is above its bound `high`, between which nothing would be kept."""
-    least, most = getattr(rule, low), getattr(rule, high)
-    if least > most:
-        raise ValueError(f"{low}={least} must be at most {high}={most}: nothing would be kept")
+REGISTER = Register()
 
 
 @dataclass(frozen=True)
 class Drop:
-    """Why a document goes: the measure, what it was, and the threshold it crossed."""
+    """Why a document goes: the measure, its value, and the threshold that the value crosses."""
 
     measure: str
     value: float | str
@@ -38,6 +19,16 @@ class Drop:
 
 
 class Filter(Protocol):
-    """Text -> None to keep it, or the reason to drop it. A rule that has `languages` is asked of those alone."""
+    """text -> None to keep the document, or the reason to drop it. A rule with an attribute `languages` is asked of
+    documents in those languages alone; one whose class has `before_edits = True`, of the text before any edit."""
 
     def __call__(self, text: str) -> Drop | None: ...
+
+
+def rule(name: str, *, place: int, on: bool = False) -> Callable[[type], type]:
+    """Class decorator: registers a rule as `rules.NAME` of the settings.
+
+    place: rules are asked in ascending order, cheap ones first; the first that objects is the one recorded. on: whether
+    every pipeline has the rule unless it says null; otherwise conf/pipeline/*.yaml turns it on.
+    """
+    return REGISTER.add(name, place=place, on=on)

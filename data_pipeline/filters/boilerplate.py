@@ -1,12 +1,12 @@
-"""Text that no person wrote for another: page furniture and logs of machines."""
+"""Page furniture: sentences and menu entries that many web pages share."""
 
 import functools
 import re
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.filters.base import RULE, Drop, Phrases, Share
-from data_pipeline.sources import Positive
+from data_pipeline.filters.base import Drop, rule
+from data_pipeline.thresholds import STRICT, Phrases, Share
 
 PHRASES = (
     "cookie",
@@ -38,13 +38,10 @@ PHRASES = (
     "forgot your password",
 )
 UNIT = re.compile(r"[\n|•·»]+|(?<=[.!?])\s+")
-LOG_LINE = re.compile(
-    r"\s*(?:\[?\d{4}[-/]\d\d[-/]\d\d[T ]\d\d:\d\d|[A-Z][a-z]{2} +\d{1,2} \d\d:\d\d:\d\d|\[? *\d+\.\d{3,}\]|"
-    r"\d{1,3}(?:\.\d{1,3}){3} \S+ \S+ \[|\[?\d\d:\d\d:\d\d|\[?(?:DEBUG|INFO|WARN|WARNING|ERROR|FATAL|TRACE|CRITICAL)\b)"
-)
 
 
-@dataclass(frozen=True, config=RULE)
+@rule("boilerplate", place=60)
+@dataclass(frozen=True, config=STRICT)
 class Boilerplate:
     """Share of the characters that lie in sentences, or entries of menus, with one of the `phrases` (in lower case)."""
 
@@ -63,18 +60,3 @@ class Boilerplate:
 @functools.cache
 def _pattern(phrases: tuple[str, ...]) -> re.Pattern:
     return re.compile(rf"\b(?:{'|'.join(map(re.escape, phrases))})")
-
-
-@dataclass(frozen=True, config=RULE)
-class Logs:
-    """Share of lines that begin with a time stamp or a log level, in texts of `min_lines` lines or more."""
-
-    max_share: Share = 0.5
-    min_lines: Positive = 5
-
-    def __call__(self, text: str) -> Drop | None:
-        lines = [line for line in text.splitlines() if line.strip()]
-        if len(lines) < self.min_lines:
-            return None
-        share = sum(LOG_LINE.match(line) is not None for line in lines) / len(lines)
-        return Drop("max_share", share, self.max_share) if share > self.max_share else None

@@ -1,10 +1,12 @@
 """Bytes that were not text, or text decoded with the wrong table."""
 
 import re
+from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.filters.base import RULE, Drop, Share
+from data_pipeline.filters.base import Drop, rule
+from data_pipeline.thresholds import STRICT, Share
 
 # The replacement character, control characters other than white space, private use, and UTF-8 read as Latin-1 or
 # Windows-1252: an accented capital followed by what a continuation byte becomes.
@@ -15,10 +17,12 @@ GARBLED = re.compile(
 )
 
 
-@dataclass(frozen=True, config=RULE)
+@rule("garbled", place=0, on=True)
+@dataclass(frozen=True, config=STRICT)
 class Garbled:
     """`max_share`: garbled places (an undecodable byte, a stray control, a mojibake pair) a character, at most."""
 
+    before_edits: ClassVar[bool] = True
     max_share: Share = 0.001
 
     def __call__(self, text: str) -> Drop | None:

@@ -1,34 +1,64 @@
 """Which language a text is in, by py3langid, which brings its model with it and needs no download."""
 
 import functools
+import re
 from typing import Annotated
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.filters.base import RULE, Drop, Share
+from data_pipeline.filters.base import Drop
+from data_pipeline.letters import plain
+from data_pipeline.thresholds import STRICT, Share
 
 NONE = "zxx"  # the code of text in no language
+UNKNOWN = "und"  # the code of text in a language that is not known
 LONGEST = 20_000  # characters that are looked at
+LETTER = re.compile(r"[^\W\d_]")
+# Letters of scripts in which no language of the model is written: its answer for them is an accident.
+STRANGE_LETTER = re.compile(
+    r"(?![\0-\u06ff\u0750-\u077f\u08a0-\u139f\u1780-\u17ff\u1c80-\u1cbf\u1d00-\u1fff\u2100-\u218f\u2c60-\u2c7f\u2d00-\u2d2f"
+    r"\u2d80-\u2ddf\u3005-\u9fff\ua640-\ua69f\ua720-\ua7ff\uab00-\uab6f\uac00-\ufeff\uff00-\uffef\U0001d400-\U0001d7ff"
+    r"\U00020000-\U0003ffff])[^\W\d_]"
+)
 
 
-@dataclass(frozen=True, config=RULE)
+@dataclass(frozen=True, config=STRICT)
 class Language:
     """Identifies the language of documents whose source does not say it. `allowed`: the codes to keep, null for all;
-    text in no language at all goes in any case. `min_confidence`: the probability of the likeliest language, at
-    least."""
+    text in no language goes in any case. `min_confidence`: the probability of the likeliest language, at least."""
 
     allowed: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     min_confidence: Share = 0.0
 
     def judge(self, text: str) -> tuple[str, Drop | None]:
         """The language's code, and the reason to drop the document or None."""
-        code, confidence = identifier().classify(text[:LONGEST])
+        code, confidence = identify(text[:LONGEST])
         if code == NONE or (self.allowed is not None and code not in self.allowed):
             return code, Drop("allowed", code, " ".join(self.allowed or ("any",)))
         if confidence < self.min_confidence:
-            return code, Drop("min_confidence", float(confidence), self.min_confidence)
+            return code, Drop("min_confidence", confidence, self.min_confidence)
         return code, None
+
+
+def identify(text: str) -> tuple[str, float]:
+    """(code, probability) of the likeliest language. (NONE, 0) for text without a letter, such as rulers and dots;
+    (UNKNOWN, 0) where the model finds nothing, and for text in a script that it does not know."""
+    if not LETTER.search(plain(text)):
+        return NONE, 0.0
+    model = identifier()
+    code, confidence = model.classify(text)
+    # Where nothing is found all classes are equally likely; a code has up to two classes.
+    if confidence < 2.01 / len(model.nb_classes) or _is_strange(text):
+        return UNKNOWN, 0.0
+    return code, float(confidence)
+
+
+def _is_strange(text: str) -> bool:
+    """Whether most letters belong to scripts in which no language of the model is written."""
+    if text.isascii() or not STRANGE_LETTER.search(text := plain(text)):
+        return False
+    return 2 * len(STRANGE_LETTER.findall(text)) > len(LETTER.findall(text))
 
 
 @functools.cache

@@ -2,11 +2,12 @@
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.filters.base import RULE, Drop, ordered
-from data_pipeline.sources import Count
+from data_pipeline.filters.base import Drop, rule
+from data_pipeline.thresholds import STRICT, Count, ordered
 
 
-@dataclass(frozen=True, config=RULE)
+@rule("length", place=10, on=True)
+@dataclass(frozen=True, config=STRICT)
 class Length:
     """Bounds in UTF-8 bytes, both inclusive."""
 

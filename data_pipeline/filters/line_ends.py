@@ -4,12 +4,14 @@ import itertools
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.filters.base import RULE, Drop, Share
+from data_pipeline.filters.base import Drop, rule
 from data_pipeline.filters.lines import BULLETS
-from data_pipeline.sources import Positive
+from data_pipeline.letters import plain
+from data_pipeline.thresholds import STRICT, Positive, Share
 
 
-@dataclass(frozen=True, config=RULE)
+@rule("line_ends", place=120)
+@dataclass(frozen=True, config=STRICT)
 class LineEnds:
     """Share of lines that end in a mark of any kind, at least, in texts of `min_lines` lines or more of `languages`
     (Thai, for one, has no full stop). Items of lists do not count, nor lines that go on in the next, which then begins
@@ -23,7 +25,7 @@ class LineEnds:
     languages: tuple[str, ...] = ("en", "zh")
 
     def __call__(self, text: str) -> Drop | None:
-        lines = [line for raw in text.splitlines() if (line := raw.strip())]
+        lines = [line for raw in plain(text).splitlines() if (line := raw.strip())]
         ends = [
             line[-1]
             for line, following in itertools.pairwise([*lines, ""])

@@ -2,14 +2,16 @@
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.filters.base import RULE, Amount, Drop, Share
-from data_pipeline.sources import Count
+from data_pipeline.filters.base import Drop, rule
+from data_pipeline.letters import plain
+from data_pipeline.thresholds import STRICT, Amount, Count, Share
 
 BULLETS = ("•", "‣", "●", "▪", "- ", "* ")
 ELLIPSES = ("...", "…")
 
 
-@dataclass(frozen=True, config=RULE)
+@rule("lines", place=30, on=True)
+@dataclass(frozen=True, config=STRICT)
 class Lines:
     """Of the lines that are not empty: characters a line, the mean and the longest, at most (prose with a paragraph a
     line needs higher bounds than code); and the shares, at most, that begin with a bullet and that end in an ellipsis,
@@ -21,7 +23,7 @@ class Lines:
     max_ellipses: Share = 1.0
 
     def __call__(self, text: str) -> Drop | None:
-        lines = [line for line in text.splitlines() if line.strip()] or [""]
+        lines = [line for line in plain(text).splitlines() if line.strip()] or [""]
         measures = {
             "max_line": max(map(len, lines)),
             "max_mean": sum(map(len, lines)) / len(lines),

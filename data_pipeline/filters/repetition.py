@@ -5,11 +5,13 @@ from collections.abc import Iterator
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.filters.base import RULE, Drop, Share
-from data_pipeline.sources import Count, Positive
+from data_pipeline.filters.base import Drop, rule
+from data_pipeline.letters import plain
+from data_pipeline.thresholds import STRICT, Count, Positive, Share
 
 
-@dataclass(frozen=True, config=RULE)
+@rule("repetition", place=50, on=True)
+@dataclass(frozen=True, config=STRICT)
 class Repetition:
     """Shares, at most: `max_duplicate_lines` of the characters that lie in lines seen before in the document (lines of
     fewer than `shortest_line` characters do not count: code repeats `else:` and closing brackets by its nature);
@@ -37,9 +39,10 @@ class Repetition:
         return Drop("max_repeated_words", share, self.max_repeated_words) if share > self.max_repeated_words else None
 
     def _duplicate_lines(self, text: str) -> float:
-        lines = [line for raw in text.splitlines() if len(line := raw.strip()) >= self.shortest_line]
-        total = sum(map(len, lines))
-        return 1 - sum(map(len, set(lines))) / total if total else 0.0
+        size = len if plain(text) == text else _letters
+        lines = [line for raw in text.splitlines() if size(line := raw.strip()) >= self.shortest_line]
+        total = sum(map(size, lines))
+        return 1 - sum(map(size, set(lines))) / total if total else 0.0
 
     def _top_words(self, words: list[str]) -> float:
         if len(words) < max(self.min_words, self.words):
@@ -55,3 +58,7 @@ class Repetition:
 
 def _runs(words: list[str], length: int) -> Iterator[tuple[str, ...]]:
     return zip(*(words[start:] for start in range(length)), strict=False)
+
+
+def _letters(line: str) -> int:
+    return len(plain(line))

@@ -10,8 +10,11 @@ the manifest's state_kinds says which kinds the optimizer keeps. A piece is an
 element range of a box of the logical tensor, flattened in row-major order: the box says which slice a tensor-parallel
 rank held, the range which part of that slice a ZeRO rank owned. Padding is in no box, so it is never saved.
 
-Beside whole checkpoints a folder may hold step_N.tmp (being written, or cut short), step_N.old (being removed, or set
-aside by a rewind) and step_N.damaged-TIME (for a person to look at); none is ever read.
+Beside whole checkpoints a folder may hold, and no reader looks for:
+  step_N.tmp             being written, or cut short; the next save removes it
+  step_N.old             being removed, or cut short in that; the next save removes it
+  step_N.damaged-TIME    passed over by a start because of damage; stays for a person to look at
+  step_N.rewound-TIME    left behind by checkpoint.resume=STEP; stays until a person removes it or goes on from it
 """
 
 from __future__ import annotations
@@ -141,4 +144,5 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints in `folder`, oldest first. One that was being written when its process died has no manifest; one
     with a name of somebody's own, such as step_00000500_copy, is left alone."""
     found = (path for path in folder.glob("step_*") if NAME.fullmatch(path.name))
-    return sorted(path for path in found if (path / MANIFEST).is_file())
+    whole = (path for path in found if (path / MANIFEST).is_file())
+    return sorted(whole, key=lambda path: (step_of(path), path.name))

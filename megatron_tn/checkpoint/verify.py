@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 from collections.abc import Sequence
 from contextlib import closing
@@ -47,19 +46,6 @@ def glance(directory: Path) -> list[str]:
         elif path.stat().st_size != record.size:
             found.append(_wrong_size(path, record.size))
     return found
-
-
-def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` that `glance` finds whole; None where there is none at all.
-
-    Raises:
-        ConfigError: there are checkpoints, and none is whole: to start afresh is then for a person to decide.
-    """
-    newest, damage = whole_from(folder)
-    if newest is None and damage:
-        problems = itertools.chain.from_iterable(damage.values())
-        raise ConfigError([*problems, f"no checkpoint in {folder} is whole; move them away to start afresh"])
-    return newest
 
 
 def whole_from(folder: Path) -> tuple[Path | None, dict[Path, list[str]]]:

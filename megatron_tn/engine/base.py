@@ -38,8 +38,11 @@ class Engine(Protocol):
         """
         ...
 
-    def step(self, lr: float) -> StepResult:
-        """Clip, update with learning rate `lr`, clear gradients. All ranks take the same decision."""
+    def step(self, lr: float, tokens: Tensor | None = None) -> StepResult:
+        """Clip, update with learning rate `lr`, clear gradients. All ranks take the same decision.
+
+        tokens: the step's target tokens over all ranks, [] on the device; where they are 0 nothing changes.
+        """
         ...
 
     def named_logical_gradients(self) -> dict[str, Tensor]:
@@ -68,8 +71,8 @@ class UpdatingEngine:
     context: ParallelContext
     update: Update
 
-    def step(self, lr: float) -> StepResult:
-        return self.update.step(lr)
+    def step(self, lr: float, tokens: Tensor | None = None) -> StepResult:
+        return self.update.step(lr, tokens)
 
     @property
     def state_kinds(self) -> tuple[str, ...]:

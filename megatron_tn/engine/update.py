@@ -85,13 +85,19 @@ class Update:
         optimizer.copies = shards.copies
 
     @torch.no_grad()
-    def step(self, lr: float) -> StepResult:
-        """Apply the gradients with learning rate `lr`. All ranks take the same decision. Collective."""
+    def step(self, lr: float, tokens: Tensor | None = None) -> StepResult:
+        """Apply the gradients with learning rate `lr`. All ranks take the same decision. Collective.
+
+        tokens: the step's target tokens over all ranks, [] on the device, which the host need not know. Where they are
+        0 there is nothing to learn: the norm is NaN and nothing changes.
+        """
         shards, masters = self.shards, self.shards.masters
         gradients = shards.gradients()
         placed = [place for place in shards.placements if place.stop > place.start]
         pieces = [(self.specs[place.name], place.of(gradients)) for place in placed]
         norm = gradient_norm(pieces, self.tp, masters[0].device, sharded_over=shards.sharded_over)
+        if tokens is not None:
+            norm = torch.where(tokens > 0, norm, torch.nan)
         on_host = HostCopy(norm)  # queued before the update, so that `read` waits for the norm alone
         for master, gradient in zip(masters, gradients, strict=True):
             master.grad = gradient

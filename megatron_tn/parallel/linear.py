@@ -1,7 +1,7 @@
 """Linear layers whose weight is split over tensor parallel. No bias anywhere, as in the released family.
 
-`slices` says that, between the split regions, each rank holds a slice of the tokens (sequence parallelism); without it
-every rank holds them whole.
+`slices` is given where, between split regions, each rank holds a slice of the tokens (sequence parallelism); without
+it every rank holds all tokens.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from megatron_tn.precision.matmul import linear
 class ColumnParallelLinear(nn.Module):
     """y_local = x W_local^T with W [out, in] split along `out`, block by block for a fused projection.
 
-    Input x [..., in] is the same on every rank, or its slice [S, in]; output [..., out / tp], of [B, N] tokens where
-    there are slices, is this rank's columns, each block's in turn.
+    x [..., in] is the same on every rank, or this rank's slice [S, in] of [B, N] tokens -> this rank's columns
+    [..., out / tp] or [B, N, out / tp], those of each block in turn.
     """
 
     def __init__(self, in_features: int, out_features: int, axis: Axis, *, blocks: int = 1):
@@ -41,7 +41,7 @@ class ColumnParallelLinear(nn.Module):
 def column_parallel(
     x: Tensor, layers: Sequence[ColumnParallelLinear], slices: TokenSlices | None = None
 ) -> list[Tensor]:
-    """Each layer's output for one input x, which is gathered once, as its gradient is reduced once.
+    """Each layer's output for one input x: one all-gather of x, and one reduction of its gradient, serve all layers.
 
     Over tensor-parallel ranks, and where the engine keeps gradient sums, the weights are read without calling their
     layers. An engine that gathers weights when a module is called must gather a whole block's (ZeRO 3's leaf modules,
@@ -78,8 +78,8 @@ class RowParallelLinear(nn.Module):
     def forward(
         self, x: Tensor, slices: TokenSlices | None = None, *, beside: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """With beside [B, N], this rank's part of another sum over ranks, that is reduced as well, hidden behind y:
-        (y, it), in its own type."""
+        """y; with `beside` [B, N], one number a token that is to be summed over ranks as well: (y, the sums), the sums
+        in beside's type. Their reduction overlaps with the product."""
         if self.axis.size == 1:
             (y,) = linear(x, [self.weight])
             return y if beside is None else (y, beside)

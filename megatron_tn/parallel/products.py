@@ -5,19 +5,18 @@
 
 Between split regions every rank holds the tokens whole, and sums over ranks are all-reduces; or, where `rows` is not 0,
 its slice of the `rows` tokens (Megatron's sequence parallelism, arXiv 2205.05198; parallel/sequence.py): sums are then
-reduce-scatters, and what is needed whole is gathered. A collective starts when what it sends is there and is waited for
-where its result is wanted. In flight meanwhile:
+reduce-scatters, and inputs are all-gathered. Each collective overlaps with a product:
 
-    column, forward    all-gather of x               products of this rank's own slice
-    column, backward   all-gather of x               the product for the gradient of x
-                       reduction of that gradient    the products for the gradients of the weights
-    row, forward       reduction of a chunk          the product of the next chunk
-    row, backward      all-gather of the gradient    products of this rank's own slice
+                       collective                    product that runs meanwhile
+    column, forward    all-gather of x               those of this rank's own slice
+    column, backward   all-gather of x               dx
+                       reduction of dx               the weights' gradients
+    row, forward       reduction of a chunk of y     that of the next chunk
+    row, backward      all-gather of dy              those of this rank's own slice
 
-The products are registered operators, so that compilers, selective recomputation and dry runs see each as one; those
-take a process group by its name. Column products backward are PyTorch's own operators, collectives that are begun and
-waited for among them; so are the products for the weights' gradients
-(precision/matmul.py).
+Each direction but one is a registered operator, which compilers, selective recomputation and dry runs treat as one
+node, and which takes a process group by its name. The backward pass of column products is PyTorch's own operators and
+functional collectives. The products themselves are precision/matmul.py's.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ from megatron_tn.precision.matmul import forward_product, input_gradient, weight
 
 collectives = torch.ops._c10d_functional  # asynchronous; wait_tensor gives the result
 
-# A product is cut into chunks, so that one's collective runs beside the next one's product, where that pays: on devices
-# named here, into CHUNKS at most, of as many tokens at least (shorter products leave a GPU idle).
+# Row products are cut into chunks, so that the reduction of one overlaps with the product of the next: on the device
+# types in CHUNK_TOKENS, into at most CHUNKS chunks of at least that many tokens (shorter products leave a GPU idle).
 CHUNKS = 4
 CHUNK_TOKENS = {"cuda": 1024}
 
@@ -44,7 +43,7 @@ CHUNK_TOKENS = {"cuda": 1024}
 def column_products(x: Tensor, weights: list[Tensor], group: str, rows: int = 0) -> list[Tensor]:
     """x [T, in], or this rank's slice [S, in] of `rows` tokens; weights [out_i, in] -> [T or rows, out_i] each.
 
-    Collective over `group`, as is its backward pass, which reduces the gradients that all products have for x at once.
+    Collective over `group`, as is its backward pass, which reduces one gradient of x, summed over the products.
     """
     return torch.ops.megatron_tn.column_forward(x, weights, group, rows)
 
@@ -52,17 +51,17 @@ def column_products(x: Tensor, weights: list[Tensor], group: str, rows: int = 0)
 def row_product(
     x: Tensor, weight: Tensor, group: str, rows: int = 0, beside: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """x [T, in], weight [out, in] -> the sum over ranks of x weight^T: [T, out], or this rank's slice [S, out] of
-    `rows` = T tokens; and likewise that of `beside` [T], [0] without one. Collective over `group`.
+    """x [T, in], weight [out, in] -> (y, sums): y = the sum over ranks of x weight^T, [T, out], or this rank's slice
+    [S, out] of `rows` = T tokens. sums: likewise the sum over ranks of `beside` [T]; [0] without one.
 
-    beside: numbers that are summed in their own type while the product runs.
+    Collective over `group`. beside: one number a token, reduced in its own type while the product runs.
     """
     y, beside = torch.ops.megatron_tn.row_forward(x, weight, group, rows, beside)
     return y, beside
 
 
 def slice_length(rows: int, ranks: int) -> int:
-    """Tokens of each rank's slice; the last ones are filled up with zeros."""
+    """S = ceil(rows / ranks), the tokens of each rank's slice; the last slices are padded with zeros."""
     return -(-rows // ranks)
 
 
@@ -106,7 +105,8 @@ def _row_forward(
 def _row_backward(
     gradient: Tensor, beside: Tensor, weight: Tensor, group: str, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From slices of both results' gradients: the gradient of x; the first of the two whole; the second, if any."""
+    """This rank's slices of dy [S, out] and of the gradient of `beside` [S] or [0] -> dx [rows, in], and both gathered:
+    dy [rows, out], the gradient of beside [rows] or [0]."""
     ranks = _resolve(group)
     gathering = _Gathering(gradient, ranks, rows)
     small = _Gathering(beside, ranks, rows) if beside.numel() else None
@@ -117,9 +117,9 @@ def _row_backward(
 
 
 class _Gathering:
-    """An all-gather of token slices x [S, ...] that is in flight. `whole` [rows, ...] is there once it was waited for.
+    """An all-gather of token slices x [S, ...] into `whole` [rows, ...], started here; `whole` is valid after `wait`.
 
-    Iterated, it gives token ranges that cover all, with their tokens: this rank's own first, which need no waiting.
+    Iterating yields (token range, its tokens) until all are covered: this rank's own slice first, before the wait.
     """
 
     def __init__(self, x: Tensor, group: dist.ProcessGroup, rows: int):
@@ -146,7 +146,8 @@ class _Gathering:
 
 
 def _part_of_every_slice(x: Tensor, weight: Tensor, chunk: slice, size: int, ranks: int) -> Tensor:
-    """The product of the tokens that `chunk` names within each rank's slice of `size`, [ranks * chunk, out]."""
+    """The products of tokens `chunk` of every rank's slice of `size` tokens, stacked by rank: [ranks * len(chunk),
+    out], as a reduce-scatter wants them. Padding tokens give zeros."""
     if chunk == slice(0, size):
         part = x.new_empty(ranks * size, weight.shape[0])
         forward_product(x, weight, out=part[: x.shape[0]])
@@ -169,19 +170,20 @@ def _chunks(tokens: int, device: torch.device) -> list[slice]:
 
 
 def padded(x: Tensor, ranks: int) -> Tensor:
-    """x [rows, ...] filled up with zeros to a multiple of the ranks."""
+    """x [rows, ...] with rows of zeros appended, to a multiple of `ranks`."""
     rows = x.shape[0]
     missing = ranks * slice_length(rows, ranks) - rows
     return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x.contiguous()
 
 
 def start_all_reduce_(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, dist.Work]:
-    """x, which holds the sum over ranks when the work was waited for."""
+    """Starts the all-reduce of x in place; x holds the sum over ranks after `work.wait()`."""
     return x, dist.all_reduce(x, group=group, async_op=True)
 
 
 def start_reduce_scatter(x: Tensor, group: dist.ProcessGroup, out: Tensor | None = None) -> tuple[Tensor, dist.Work]:
-    """This rank's slice of the sum of x [ranks * S, ...] over ranks, there when the work was waited for; in `out`."""
+    """Starts the reduce-scatter of x [ranks * S, ...]; `out` [S, ...], this rank's slice of the sum over ranks, is
+    valid after `work.wait()`."""
     if out is None:
         out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
     return out, dist.reduce_scatter_tensor(out, x, group=group, async_op=True)
@@ -226,9 +228,9 @@ def _column_differentiate(ctx, gradients):
 
 
 def start_sum_of_gradients(dx: Tensor, group: str, rows: int) -> Tensor:
-    """Each rank's columns make a part of dx [T, in]: the sum, or this rank's slice of it, when it was waited for."""
+    """Starts the sum over ranks of dx [T, in]. Returns it, or this rank's slice of it, valid after `wait_tensor`."""
     if not rows:
-        return collectives.all_reduce(dx, "sum", group)  # of a copy: compilers do not know the form that works in place
+        return collectives.all_reduce(dx, "sum", group)  # of a copy: compilers have no rule for the in-place form
     ranks = _resolve(group).size()
     return collectives.reduce_scatter_tensor(padded(dx, ranks), "sum", ranks, group)
 
@@ -244,7 +246,7 @@ def _row_differentiate(ctx, gradient, beside):
     x, weight = ctx.saved_tensors
     if ctx.rows:
         dx, gradient, beside = torch.ops.megatron_tn.row_backward(gradient, beside, weight, ctx.group, ctx.rows)
-    else:  # the gradient of a sum is each one's
+    else:  # y is a sum over ranks, and whole on each: dy is every rank's gradient
         dx = input_gradient([gradient], [weight])
     return dx, weight_gradient(ctx.sum, gradient, x), None, None, beside if ctx.has_beside else None
 

@@ -7,7 +7,7 @@ padding in its place, and the group would train on two different sequences, with
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,10 +16,20 @@ from torch import Tensor
 from megatron_tn.parallel.collectives import all_reduce_
 from megatron_tn.parallel.context import ParallelContext
 
-if TYPE_CHECKING:
-    from megatron_tn.training.step import Microbatch
-
 IGNORED = -100  # the target that no loss counts
+
+
+class Microbatch(Protocol):
+    """tokens, targets [b, N] int64, or [1, b * N] with cu_seqlens (target -100 counts for nothing); cu_seqlens int32 or
+    None; how many targets count; b, the number of samples; the id of padding. The tensors may be on the device already.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    cu_seqlens: Tensor | None
+    target_tokens: int
+    samples: int
+    pad: int
 
 
 def agreed_target_tokens(microbatches: Sequence[Microbatch], context: ParallelContext, device: torch.device) -> Tensor:

@@ -1,8 +1,20 @@
 """What each edit changes, with its measure, and what it must leave: Markdown, LaTeX and code."""
 
+import json
+import random
+import time
+from pathlib import Path
+
 import pytest
 
-from data_pipeline.edits import EDITS, Characters, Html, Notices, Numbers, Punctuation, Urls
+from data_pipeline.edits import EDITS, make_edits
+from data_pipeline.edits.characters import Characters
+from data_pipeline.edits.html import Html
+from data_pipeline.edits.notices import Notices
+from data_pipeline.edits.numbers import Numbers
+from data_pipeline.edits.punctuation import Punctuation
+from data_pipeline.edits.urls import Urls
+from data_pipeline.protected import protected_parts
 
 # ruff: noqa: RUF001  (unusual characters are what is tested)
 EDITED = {
@@ -24,6 +36,30 @@ EDITED = {
     "urls": (Urls(), "See https://a.example/b?c=d#e, or www.f.example. End", "See, or. End", "urls", 2),
     "url in brackets": (Urls(), "source (http://a.example/x) says", "source says", "urls", 1),
     "chinese url": (Urls(), "见http://a.example/x。好", "见。好", "urls", 1),
+    "url with chinese behind it": (
+        Urls(),
+        "请看https://a.example/photos也欢迎（www.b.example）留言",
+        "请看也欢迎留言",
+        "urls",
+        2,
+    ),
+    "url with a particle": (Urls(), "자세히는 https://a.example/x에서 본다", "자세히는 에서 본다", "urls", 1),
+    "url before a danda": (Urls(), "देखें https://a.example/x। फिर", "देखें। फिर", "urls", 1),
+    "url with letters": (Urls(), "см. https://ru.a.example/wiki/Река и да", "см. и да", "urls", 1),
+    "url in a remark": (Urls(), "(see HTTPS://a.example/x_(y)) and", "(see) and", "urls", 1),
+    "entities as characters": (Html(), "a&nbsp;b&#8203;c bar&shy;ley &frac12;", "a bc barley ½", "html_tags", 4),
+    "entities of entities": (Html(), "R&amp;amp;D &amp;nbsp; x &amp;lt;i&amp;gt;", "R&D   x &lt;i&gt;", "html_tags", 2),
+    "attributes": (Html(), "<input disabled type=text>a <b and c> d</p>", "a <b and c> d\n", "html_tags", 2),
+    "unknown entities": (Html(), "AT&T; &nosuch; &copyright; &copy;", "AT&T; &nosuch; &copyright; ©", "html_tags", 1),
+    "flag": (Characters(), "🏴󠁧󠁢󠁥󠁮󠁧󠁿 a\U000e0041b", "🏴󠁧󠁢󠁥󠁮󠁧󠁿 ab", "special_characters", 1),
+    "chinese minus": (Numbers(), "气温−5度，n−1", "气温-5度，n−1", "number_formats", 1),
+    "chinese notice": (
+        Notices(),
+        "河\n请阅读privacy policy。\n" + "规定很长，" * 20 + "privacy policy。\n",
+        "河\n" + "规定很长，" * 20 + "privacy policy。\n",
+        "notices",
+        1,
+    ),
     "exclamation": (Punctuation(), "Wow!!!!!!! No?????", "Wow! No?", "longest_run", 7),
     "full stops": (Punctuation(), "well......... yes", "well... yes", "longest_run", 9),
     "chinese marks": (Punctuation(), "好！！！！！吗", "好！吗", "longest_run", 5),
@@ -43,6 +79,24 @@ def test_edited_with_its_measure_and_value(editor, text, expected, measure, valu
 
 
 KEPT = {
+    "a page in fenced code": "# Page\n\n```html\n<!DOCTYPE html>\n<html>\n<body>&nbsp;</body>\n</html>\n```\n\nend\n",
+    "fenced code in a list": "1. Do:\n\n   ```html\n   <b>x</b>\u200b\u00a0!!!!!\n   ```\n- ~~~~\n  <b> ~~~\n  ~~~~\n",
+    "fenced code in a quotation": "> ```\n> <b>x</b>\n> ```\n",
+    "a fence in a fence": "````md\n```html\n<b>\n```\n<i>\n````\n",
+    "a fence without end": "text\n\n```\n<b> http://a.example\n",
+    "code on one line": "```<b>``` and ``<i> ` &amp;`` and `<u>\nwrapped`.\n",
+    "indented code with empty lines": "So:\n  \n    <b>\n\n\t<i>\n   \n    <u>!!!!!\n\nend\n",
+    "indented page": "    <!DOCTYPE html>\n    <html>\n\nis how a page begins.\n",
+    "characters in code": "`a\u00a0b\u200b e\u0301` and\n\n    x = '\ufeff\r'\n",
+    "latex": r"see \url{http://a.example/x} and \href{https://b.example}{\emph{<b>}} and \verb|<i>|, $a\n<b>$",
+    "nested environments": "\\begin{a}\n<b>\\begin{a}<i>\\end{a}\n" + "<u> !!!!!\n" * 900 + "\\end{a}\n",
+    "displayed formula": "\\[\n" + "x <b> !!!!! \\\\[2pt]\n" * 300 + "\\]\nand $$\n<i>\n$$\n",
+    "a table without borders": "name | value\n--- | :---:\n<b> | !!!!!\nhttp://a.example | 1'000\n",
+    "tables of restructuredtext": "===  ===\na    b\n===  ===\n<b>  !!!!!\n===  ===\n\n+---+\n| <b> |\n+---+\n",
+    "links": '[a\nb](http://a.example/(x) "t") ![i](https://b.example/i.png) [![j](http://c.example)](http://d.example)\n',
+    "definitions of links": 'See [mill].\n\n[mill]: https://mill.example/terms "Privacy policy"\n',
+    "a shown tag": "Write &lt;b&gt; and &lt;!-- so or &lt;html&gt;.",
+    "comparisons": "if a <b and c> d or x<a or i <p",
     "fenced code": "Text\n\n```html\n<b>x</b> http://a.example !!!!! 1'000\n```\nmore",
     "inline code": "use `<br> &amp; http://a.example/x` and ``a ` <b>``",
     "indented code": "Example:\n\n    x = '<b>' + \"http://a.example\" // !!!!!!\n    y = 1'000\n\nend",
@@ -87,12 +141,69 @@ def test_a_threshold_that_is_not_crossed_leaves_the_text(name):
     assert EDITS[name]()(text) is not None
 
 
+PIECES = json.loads(Path(__file__).with_name("pieces.json").read_text())
+
+
+def test_a_second_run_of_all_edits_changes_nothing_and_protected_parts_stay():
+    """Random texts of all that edits and protected parts begin and end with."""
+    editors, edited = {name: editor() for name, editor in EDITS.items()}, 0
+    for seed in range(1500):
+        chosen = random.Random(seed)
+        text = "".join(chosen.choices(PIECES, k=chosen.choice((3, 6, 12, 30))))
+        changed, made = make_edits(editors, text)
+        edited += changed != text
+        assert make_edits(editors, changed) == (changed, {}), (seed, text)
+        if made and not any(edit.extracted for edit in made.values()):
+            at = 0
+            for part in protected_parts(text):
+                assert (at := changed.find(part, at) + len(part)) >= len(part), (seed, text, part)
+    assert edited > 1000
+
+
+def test_edits_take_no_more_in_the_order_in_which_they_are_made():
+    editors = {name: editor() for name, editor in EDITS.items()}
+    text = "a&nbsp;b &#104;ttp://a.example/x!!!!! <i>ｗｗｗ.b.example/y</i> &amp;lt;b&amp;gt; e&#769;"
+    assert make_edits(editors, text)[0] == "a b! &lt;b&gt; é"
+    assert make_edits(editors, "plain") == ("plain", {})
+
+
+def test_a_page_shows_its_markup_as_entities_and_is_not_taken_for_a_page_again():
+    page = "<html><body><main><p>Write &lt;html&gt; first, then &lt;b&gt;.</p></main></body></html>"
+    editors = {"html": Html()}
+    text, made = make_edits(editors, page)
+    assert text == "Write &lt;html&gt; first, then &lt;b&gt;.\n"
+    assert made["html"].extracted
+    assert make_edits(editors, text) == (text, {})
+
+
+HOSTILE = [
+    "<b ",
+    "$a",
+    "[a](",
+    "`",
+    "\\begin{a}",
+    "http://",
+    "!",
+    "&a",
+    "    x\n",
+    "|",
+    "- ",
+    "1'000'",
+    "[[",
+    "\\a{",
+    "\\[",
+    "$$",
+    "```\n",
+    "http://(",
+    "=== ==\n",
+    "&#38;",
+]
+
+
 @pytest.mark.parametrize("name", EDITS)
 def test_hostile_text_takes_linear_time(name):
     """A regular expression that backtracks would take minutes."""
-    import time
-
     began = time.process_time()
-    for piece in ("<b ", "$a", "[a](", "`", "\\begin{a}", "http://", "!", "&a", "    x\n", "|", "- ", "1'000'"):
+    for piece in HOSTILE:
         EDITS[name]()(piece * (20_000 // len(piece)) + "!!!!! <b>x</b> http://a.example/ 1'000")
     assert time.process_time() - began < 2

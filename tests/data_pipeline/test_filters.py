@@ -6,7 +6,12 @@ import string
 import pytest
 
 from data_pipeline.config import Rules
-from data_pipeline.filters import RULES, Garbled, Length, Lines, Repetition, Symbols
+from data_pipeline.filters import RULES
+from data_pipeline.filters.garbled import Garbled
+from data_pipeline.filters.length import Length
+from data_pipeline.filters.lines import Lines
+from data_pipeline.filters.repetition import Repetition
+from data_pipeline.filters.symbols import Symbols
 
 PROSE = (
     "The quick brown fox did not jump over anything today; it slept, as foxes do, under the old pear tree.\n"

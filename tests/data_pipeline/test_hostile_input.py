@@ -1,7 +1,6 @@
 """Input made to do harm: each piece is named and quarantined with its reason, memory and time stay bounded, and the
 rest goes on. Damage that is not malicious is in test_readers.py."""
 
-import functools
 import gzip
 import json
 import os
@@ -15,8 +14,10 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from data_pipeline.config import EDITS, RULES, compose
-from data_pipeline.protected import PROTECTED
+from data_pipeline.config import compose
+from data_pipeline.edits import EDITS
+from data_pipeline.filters import RULES
+from data_pipeline.protected import spans
 from data_pipeline.run import main, run
 from data_pipeline.shards import Manifest
 from tests.data_pipeline.corpus import plant, prose
@@ -257,8 +258,8 @@ def test_what_takes_the_square_is_told():
 
 def test_looking_for_protected_parts_does_not_either():
     """Steps look for them where they have found something to do, which the units alone do not give them."""
-    for unit in [*UNITS, "\\(", "$$ x", "~~~\n", "``` ``", "[[", "_ _"]:
-        assert not takes_the_square(functools.partial(PROTECTED.sub, ""), unit, 100_000), unit
+    for unit in [*UNITS, "\\(", "$$ x", "~~~\n", "``` ``", "[[", "_ _", "=== =\n", "a | b\n", "\\end{a}", "> ", "\\a{"]:
+        assert not takes_the_square(spans, unit, 100_000), unit
 
 
 @pytest.fixture

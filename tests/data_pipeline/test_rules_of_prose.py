@@ -5,19 +5,17 @@ import random
 import pytest
 
 # ruff: noqa: RUF001  (Chinese punctuation is what is tested)
-from data_pipeline.filters import (
-    Boilerplate,
-    BrokenSentences,
-    CurlyBrackets,
-    Keyboard,
-    Language,
-    LineEnds,
-    Logs,
-    Placeholder,
-    StopWords,
-    WordOrder,
-    Words,
-)
+from data_pipeline.filters.boilerplate import Boilerplate
+from data_pipeline.filters.broken_sentences import BrokenSentences
+from data_pipeline.filters.curly_brackets import CurlyBrackets
+from data_pipeline.filters.keyboard import Keyboard
+from data_pipeline.filters.language import Language
+from data_pipeline.filters.line_ends import LineEnds
+from data_pipeline.filters.logs import Logs
+from data_pipeline.filters.placeholder import Placeholder
+from data_pipeline.filters.stop_words import StopWords
+from data_pipeline.filters.word_order import WordOrder
+from data_pipeline.filters.words import Words
 from tests.data_pipeline.corpus import prose
 from tests.data_pipeline.test_filters import CHINESE, CODE, LATEX, PROSE, TABLE
 

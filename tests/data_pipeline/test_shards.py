@@ -1,4 +1,4 @@
-"""Promises 21 and 22 on disk: damage is named by `verify`, hostile files are refused by name."""
+"""Shards on disk: damage is named by `verify`, hostile files are refused by name."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""No step is skipped in silence (promise 7): a non-finite value on one rank stops the update on all of them."""
+"""No step is skipped in silence: a non-finite value on one rank stops the update on all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every layout equals one process (promise 3): each gradient against fp64, and training itself against training."""
+"""Every layout equals one process: each gradient against fp64, and training itself against training."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""Context and sequence parallelism: slices of any length, documents cut by them, and nothing that leaks (promises 2
-and 13)."""
+"""Context and sequence parallelism: slices of any length, documents cut by them, and nothing that leaks."""
 
 import dataclasses
 
 import pytest
 import torch
 
+from kernels.gla import slice as slices
 from megatron_tn.model.init import initialize
 from megatron_tn.model.registry import build_model
-from megatron_tn.parallel import products, state_passing
+from megatron_tn.parallel import products
 from megatron_tn.parallel.collectives import all_reduce_
 from megatron_tn.parallel.context import Axis, ParallelContext
 from megatron_tn.parallel.state_passing import SequenceSlice
@@ -166,9 +166,9 @@ def test_eight_ranks_agree():
 def test_states_from_other_ranks_keep_their_type_under_autocast():
     gathered, weights = torch.randn(6, 4, 8, 8), torch.rand(3, 4)
     with torch.autocast("cpu", torch.bfloat16):
-        found = state_passing._combine(gathered, weights)
+        found = slices._combine(gathered, weights)
     assert found.dtype == torch.float32
-    assert torch.equal(found, state_passing._combine(gathered, weights))
+    assert torch.equal(found, slices._combine(gathered, weights))
 
 
 def test_a_sequence_shorter_than_the_ranks_is_refused():

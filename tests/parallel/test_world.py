@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_tn.parallel import world
 from megatron_tn.parallel.world import join_world, leave_world, release_on_leaving
 from tests.helpers.training import fork_ranks
 
@@ -76,3 +77,20 @@ def test_who_holds_communicators_is_told_of_the_end():
     release_on_leaving(holder)
     leave_world()
     assert holder.released == 1
+
+
+def test_ranks_from_srun(tmp_path, monkeypatch):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text("#!/bin/sh\nprintf 'node7\\nnode8\\n'\n")
+    scontrol.chmod(0o755)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that it is put back as it was, whatever the code under test sets
+        monkeypatch.delenv(name)
+    slurm = {"PROCID": "3", "LOCALID": "1", "STEP_NUM_TASKS": "4", "STEP_NODELIST": "node[7-8]", "JOB_ID": "54321"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert world.world_size() == 4
+    world._translate_slurm()
+    found = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")]
+    assert found == ["3", "4", "1", "node7", "24321"]

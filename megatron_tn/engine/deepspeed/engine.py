@@ -91,14 +91,14 @@ class DeepSpeedEngine(UpdatingEngine):
             self.wrapped.engine.step()  # counts the microbatch
         return loss.detach()
 
-    def step(self, lr: float) -> StepResult:
-        self._lr = lr
+    def step(self, lr: float, tokens: Tensor | None = None) -> StepResult:
+        self._lr, self._tokens = lr, tokens
         self.wrapped.engine.step()
         return self._result
 
     def _apply(self) -> StepResult:
         """Called by DeepSpeed within its `engine.step()`."""
-        self._result = self.update.step(self._lr)
+        self._result = self.update.step(self._lr, self._tokens)
         return self._result
 
     def named_logical_gradients(self) -> dict[str, Tensor]:

@@ -1,0 +1,29 @@
+"""Logs of machines."""
+
+import re
+
+from pydantic.dataclasses import dataclass
+
+from data_pipeline.filters.base import Drop, rule
+from data_pipeline.thresholds import STRICT, Positive, Share
+
+LOG_LINE = re.compile(
+    r"\s*(?:\[?\d{4}[-/]\d\d[-/]\d\d[T ]\d\d:\d\d|[A-Z][a-z]{2} +\d{1,2} \d\d:\d\d:\d\d|\[? *\d+\.\d{3,}\]|"
+    r"\d{1,3}(?:\.\d{1,3}){3} \S+ \S+ \[|\[?\d\d:\d\d:\d\d|\[?(?:DEBUG|INFO|WARN|WARNING|ERROR|FATAL|TRACE|CRITICAL)\b)"
+)
+
+
+@rule("logs", place=40, on=True)
+@dataclass(frozen=True, config=STRICT)
+class Logs:
+    """Share of lines that begin with a time stamp or a log level, in texts of `min_lines` lines or more."""
+
+    max_share: Share = 0.5
+    min_lines: Positive = 5
+
+    def __call__(self, text: str) -> Drop | None:
+        lines = [line for line in text.splitlines() if line.strip()]
+        if len(lines) < self.min_lines:
+            return None
+        share = sum(LOG_LINE.match(line) is not None for line in lines) / len(lines)
+        return Drop("max_share", share, self.max_share) if share > self.max_share else None

@@ -1,0 +1,28 @@
+"""Lists of key words and tables of names: text without the commonest words of its language."""
+
+import re
+
+from pydantic.dataclasses import dataclass
+
+from data_pipeline.filters.base import Drop, rule
+from data_pipeline.thresholds import STRICT, Count
+
+STOP_WORDS = frozenset(re.findall(r"\w+", "the be to of and that have with is in it for on was are as this not or a"))
+
+
+@rule("stop_words", place=130)
+@dataclass(frozen=True, config=STRICT)
+class StopWords:
+    """How many different ones of the commonest words there are, in texts of `min_words` words or more of `languages`:
+    lists of key words and tables of names have none."""
+
+    min_different: Count = 2
+    min_words: Count = 50
+    languages: tuple[str, ...] = ("en",)
+
+    def __call__(self, text: str) -> Drop | None:
+        words = text.lower().split()
+        if len(words) < self.min_words:
+            return None
+        different = len(STOP_WORDS.intersection(words))
+        return Drop("min_different", different, self.min_different) if different < self.min_different else None

@@ -1,0 +1,32 @@
+"""Pairs of words that English does not have, as in shuffled words without punctuation."""
+
+import itertools
+import re
+
+from pydantic.dataclasses import dataclass
+
+from data_pipeline.filters.base import Drop, rule
+from data_pipeline.thresholds import STRICT, Positive, Share
+
+# After these articles comes a noun or what describes one, and never one of those.
+ARTICLES = frozenset(("the", "an"))
+NEVER_NEXT = frozenset(re.findall(r"\w+", "the a an of and to in is was are were with by from for at that it be or"))
+
+
+@rule("word_order", place=140)
+@dataclass(frozen=True, config=STRICT)
+class WordOrder:
+    """Pairs of words that English never has, such as `the of`: share of all pairs, at most, once there are `min_pairs`
+    of them. Catches shuffled words where there is no punctuation to tell."""
+
+    max_share: Share = 0.004
+    min_pairs: Positive = 3
+    languages: tuple[str, ...] = ("en",)
+
+    def __call__(self, text: str) -> Drop | None:
+        words = text.lower().split()
+        pairs = sum(first in ARTICLES and second in NEVER_NEXT for first, second in itertools.pairwise(words))
+        if pairs < self.min_pairs:
+            return None
+        share = pairs / len(words)
+        return Drop("max_share", share, self.max_share) if share > self.max_share else None

@@ -1,0 +1,25 @@
+"""Records of dropped documents."""
+
+from pathlib import Path
+
+from datatrove.data import Document
+from datatrove.pipeline.writers import JsonlWriter
+
+from data_pipeline.document import text_bytes
+
+EXCERPT = 300  # characters of a dropped document that its record keeps
+
+
+def drop_writer(folder: Path, reason) -> JsonlWriter:
+    """Records dropped documents in folder/RANK.jsonl: id, source, bytes, what `reason(document)` gives (filter,
+    measure, value, threshold), and how the text begins."""
+
+    def record(_, document: Document) -> dict:
+        identity = {"id": document.id, "source": document.metadata["source"], "bytes": text_bytes(document)}
+        return {**identity, **reason(document), "excerpt": document.text[:EXCERPT]}
+
+    return JsonlWriter(str(folder), output_filename="${rank}.jsonl", compression=None, adapter=record)
+
+
+def rule_drop(document: Document) -> dict:
+    return document.metadata["drop"]
