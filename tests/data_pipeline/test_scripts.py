@@ -81,8 +81,8 @@ def test_a_letter_counts_once_with_its_marks():
 
 def test_marks_tell_lines_and_words_apart_but_not_how_they_are_spelled():
     one, two, three, four, five = line_hashes(
-        "café au lait\ncafe\u0301 au lait\nदेश की भाषा का देश\nदेश का भाषा का देश\nבְּרֵאשִׁית",
-        10,  # noqa: RUF001
+        "café au lait\ncafe\u0301 au lait\nदेश की भाषा का देश\nदेश का भाषा का देश\nבְּרֵאשִׁית",  # noqa: RUF001
+        10,
     )
     assert one == two
     assert three != four
