@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import orjson
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.batching import batched
@@ -21,6 +20,7 @@ from data_pipeline.sample import SampleText
 from data_pipeline.shards.manifest import Manifest, Shard, SourceInfo, token_dtype
 from data_pipeline.shards.writer import ShardWriter
 from data_pipeline.sources import Source, category_of
+from data_pipeline.steps.documents import Stored
 
 SPLITS = ("train", "heldout")
 SHARDS = TypeAdapter(dict[str, list[Shard]])
@@ -37,7 +37,7 @@ class MakeTokenizer(PipelineStep):
     type = "🔤 - TOKENIZER"
     name = "make tokenizer"
 
-    def __init__(self, settings: TokenizerSettings, sample: Path, path: Path):
+    def __init__(self, settings: TokenizerSettings, sample: Stored, path: Path):
         super().__init__()
         self.settings = settings
         self.sample = sample
@@ -53,9 +53,8 @@ class MakeTokenizer(PipelineStep):
         return data
 
     def _texts(self) -> Iterator[str]:
-        for path in sorted(self.sample.glob("*.jsonl")):
-            with path.open("rb") as lines:
-                yield from map(orjson.loads, lines)
+        for rank in self.sample.tasks():
+            yield from (document.text for document in self.sample.read(rank))
 
 
 class RoundTrip:
