@@ -29,7 +29,7 @@ train: setup ## train on this machine: make train ARGS="model=demo run_dir=runs/
 	launch/local.sh $(ARGS)
 
 test: setup ## every CPU test (a covering set where the product is large)
-	$(BIN)/python -m pytest -n 2 -m "not gpu and not slurm and not full"
+	$(BIN)/python -m pytest -n 2 --durations=25 -m "not gpu and not slurm and not full"
 
 test-full: setup ## the whole products, on CPU
 	$(BIN)/python -m pytest -n 2 -m "not gpu and not slurm"
@@ -42,7 +42,7 @@ bench: bench-kernels ## every benchmark
 bench-kernels: setup ## every kernel: correctness, then time against the memory's floor and against peers
 	$(BIN)/python -m kernels.bench --output runs/kernels
 
-tune: setup ## time the candidate tiles of lightning attention on this GPU (the table is kernels/lightning/configs.py)
+tune: setup ## time the candidate tiles of lightning attention on this GPU (the table is kernels/lightning/tiles.py)
 	$(BIN)/python -m kernels.bench.tune
 
 test-slurm: setup ## training under a real SLURM on this machine (root; installs Debian's slurm if it is missing)

@@ -1,33 +1,59 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and lock files.
+
+Folders may be shared: nothing here follows a symbolic link in a file's place, and nobody can foresee the names of
+temporary files.
+"""
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+TEMPORARY = ".tmp"  # how the names of files end that are being written
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """A file to write that takes the name `path` when the body ends, complete and durable: readers see the old file or
-    the new one. When the body fails nothing of it is left."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    the new one. When the body fails nothing of it is left. `mode`: its permissions, less the umask."""
+    temporary, file = open_temporary(path, mode)
     try:
-        with temporary.open("wb") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)  # before the file's lock goes
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in NO_ROOM and error.filename is None:
             error.filename = str(path)
         raise
+
+
+def open_temporary(path: Path, mode: int = 0o666) -> tuple[Path, BinaryIO]:
+    """A new file beside `path`, for writing, and its name. It is locked while it is open, so that what a killed writer
+    of the same `path` has left behind can be told from what another one is writing, and is removed here."""
+    for left in path.parent.glob(f".{_literal(path.name)}.*{TEMPORARY}"):
+        _remove_unlocked(left)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{TEMPORARY}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    file = os.fdopen(os.open(temporary, flags, mode), "wb")
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return temporary, file
+
+
+def open_lock(path: Path) -> BinaryIO:
+    """A lock file, made if it is missing and never emptied. Raises OSError (ELOOP) where `path` is a symbolic link."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.fdopen(os.open(path, flags, 0o666), "r+b")
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -50,3 +76,19 @@ def explain(error: Exception, output: Path) -> str:
         path = "" if error.filename else f": {output}"
         return f"{line}{path}; {free:,} bytes are free there"
     return f"{type(error).__name__}: {line}"
+
+
+def _literal(name: str) -> str:
+    """A file name as a pattern of itself."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def _remove_unlocked(path: Path) -> None:
+    """Removes a file unless its writer is alive, which holds its lock."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+        finally:
+            os.close(descriptor)

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from data_pipeline.cli import command, overrides
 from data_pipeline.config import FREE, Settings, compose, difference
 from data_pipeline.errors import InputError, StageError
-from data_pipeline.files import explain, replace_file
+from data_pipeline.files import TEMPORARY, explain, open_lock, replace_file
 
 # Raised when the same settings and sources give other bytes than before, so that no run is finished by two versions.
 PIPELINE_VERSION = 5
@@ -96,16 +96,23 @@ def check(settings: Settings) -> dict:
     """Checks the settings against the machine and returns what identifies the run: the settings that decide its bytes,
     and its input. Raises InputError with all problems."""
     from data_pipeline import tokenizer
-    from data_pipeline.readers import inputs_hash, list_inputs
+    from data_pipeline.readers import input_sizes, inputs_hash, list_source
+    from data_pipeline.readers.preflight import key_problem, output_problem
     from data_pipeline.sample import weight_problems
     from data_pipeline.tokenise import describe
 
     problems, inputs, tokenizer_hash = [], [], None
     for name, source in settings.sources.items():
         try:
-            inputs += list_inputs({name: source})
+            listing = list_source(name, source)
         except InputError as error:
             problems += error.problems
+            continue
+        inputs += input_sizes(listing.files)
+        found = (output_problem(name, source, Path(settings.output)), key_problem(name, source, listing.files))
+        problems += filter(None, found)
+        for note in listing.notes:
+            print(f"note: {note}", file=sys.stderr)
     if not settings.sources:
         problems.append("sources: empty; there is nothing to read")
     if settings.tokenizer.file:
@@ -144,7 +151,8 @@ def _slurm_problems(settings: Settings) -> list[str]:
 def _prepare(output: Path, record: dict, overwrite: bool) -> None:
     """Makes `output` ready for the run `record`: new, or continuing that very run."""
     path, stages = output / RECORD, output / "work" / "stages"
-    held = sorted(entry.name for entry in output.iterdir() if entry.name not in (".lock", RECORD, f"{RECORD}.tmp"))
+    names = [entry.name for entry in output.iterdir() if not entry.name.endswith(TEMPORARY)]
+    held = sorted(name for name in names if name not in (".lock", RECORD))
     old = json.loads(path.read_bytes()) if path.is_file() else {}
     changed = difference(old, record)
     if held and not old:
@@ -170,7 +178,7 @@ def _exclusive(output: Path) -> Iterator[None]:
     killed run."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        lock = (output / ".lock").open("w")
+        lock = open_lock(output / ".lock")
     except OSError as error:
         raise InputError(f"output={output}: {error.strerror}") from None
     with lock:

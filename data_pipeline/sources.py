@@ -30,7 +30,8 @@ class Source:
     `priority`: of duplicates, the copy in the source of the highest stays; `language`: the code of all documents, where
     it is known ("" for code and the like), null to identify each; `max_document_bytes`: larger ones are quarantined
     unread; `max_expansion`: a compressed file that gives more than so many times its size, and more than the largest
-    document, is a bomb: what came before stays, and the rest is quarantined unread.
+    document, is a bomb: what came before stays, and the rest is quarantined unread; `max_seconds`: a page that takes
+    longer to extract is quarantined. docs/bounds.md lists the bounds that follow from these.
     """
 
     path: Location
@@ -40,6 +41,7 @@ class Source:
     language: Annotated[str, AfterValidator(storable)] | None = None
     max_document_bytes: Positive = 100_000_000
     max_expansion: Positive = 200
+    max_seconds: Positive = 60
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -83,10 +85,12 @@ class Parquet(Source):
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class Warc(Source):
-    """WARC files of a crawl: the text of each page that was fetched, and the plain text of WET files."""
+    """WARC files of a crawl: the text of each page that was fetched, and the plain text of WET files. `statuses`: of
+    HTTP, whose responses are documents; others are quarantined."""
 
     kind: Literal["warc"]
     glob: str = "**/*.warc*"
+    statuses: tuple[Annotated[int, Field(ge=100, le=999)], ...] = (200,)
 
 
 def category_of(name: str, source: Source) -> str:

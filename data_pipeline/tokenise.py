@@ -1,7 +1,6 @@
 """From clean documents to a tokenizer, and from both to shards and manifests."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,12 +43,11 @@ class MakeTokenizer(PipelineStep):
         self.path = path
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        temporary = self.path.with_name("tokenizer.json.tmp")
         if self.settings.file:
-            shutil.copyfile(self.settings.file, temporary)
+            made = Path(self.settings.file).read_bytes()
         else:
-            tokenizers.train(self._texts, self.settings.vocab_size).save(str(temporary))
-        temporary.replace(self.path)
+            made = tokenizers.train(self._texts, self.settings.vocab_size).to_str(pretty=True).encode()
+        replace_file(self.path, made)
         return data
 
     def _texts(self) -> Iterator[str]:

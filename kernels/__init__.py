@@ -1,18 +1,15 @@
 """GPU operators of TransNormerLLM, each with a plain PyTorch form that runs anywhere.
 
-The public functions are below; their docstrings are the reference. Needs torch alone: triton is used where it is.
+The public functions are below; their docstrings are the reference. Needs torch alone; Triton is used where installed.
 """
 
-from kernels.activation import activation
 from kernels.adamw.op import adamw_
 from kernels.cross_entropy.op import linear_cross_entropy
 from kernels.dispatch import set_backend
 from kernels.embedding.op import scaled_embedding
-from kernels.lightning.gla import gla, gla_features, gla_gradients, gla_query_features_
+from kernels.gla.op import gla
+from kernels.gla.slice import StateExchange, gla_slice
 from kernels.lightning.op import lightning_attention
-from kernels.lightning.state import gla_state, lightning_state
-from kernels.lrpe.op import lrpe
-from kernels.norm_gate.op import apply_rms_scale, gate_with_square_sum
 from kernels.self_check import self_check
 from kernels.sglu.op import sglu
 from kernels.srmsnorm.op import (
@@ -22,28 +19,21 @@ from kernels.srmsnorm.op import (
     simple_rms_norm,
 )
 
-# Hugging Face's transformers takes any package of this name for its own kernel hub and asks for its version, from the
-# metadata of the distribution that holds it or from here. A version under every one it accepts makes it answer "not
-# available" and leave us alone.
+# Hugging Face's transformers takes any package of this name for its own kernel hub, and asks for its version: from the
+# metadata of the distribution that holds it, or from here. A version below every one that it accepts makes it answer
+# "not available", and it does not use this package.
 __version__ = "0.0.0"
 
 __all__ = [
-    "activation",
+    "StateExchange",
     "adamw_",
     "add_scaled_simple_rms_norm",
     "add_simple_rms_norm",
-    "apply_rms_scale",
     "branch_simple_rms_norm",
-    "gate_with_square_sum",
     "gla",
-    "gla_features",
-    "gla_gradients",
-    "gla_query_features_",
-    "gla_state",
+    "gla_slice",
     "lightning_attention",
-    "lightning_state",
     "linear_cross_entropy",
-    "lrpe",
     "scaled_embedding",
     "self_check",
     "set_backend",

@@ -19,17 +19,18 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "torch", "triton")
 ENVIRONMENT_VARIABLE = "MEGATRON_TN_KERNELS"
-OLDEST_CAPABILITY = 8  # the first with bf16 products; the tables of tiles begin with it
+OLDEST_CAPABILITY = 8  # major compute capability of Ampere, the first with bf16 products: the oldest with tiles
 
 _override: str | None = None
 _logged: set[tuple[str, str, str, str]] = set()
 
 
 def set_backend(name: str) -> None:
-    """Choose the implementation of every operator from here on: "auto", "torch" or "triton".
+    """Choose the implementation of every operator for the rest of this process: "auto", "torch" or "triton".
 
-    "auto" hands the choice back to MEGATRON_TN_KERNELS where that is set. With "triton", an operator whose kernel
-    cannot take its inputs raises instead of falling back. Raises ValueError for another name.
+    "auto" undoes earlier calls: MEGATRON_TN_KERNELS decides again, where it is set. With "triton", an operator whose
+    kernel cannot take its inputs raises ValueError, where "auto" would run plain PyTorch. Raises ValueError for another
+    name.
     """
     global _override
     _check(name, "name")
@@ -38,7 +39,7 @@ def set_backend(name: str) -> None:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """set_backend for the length of a `with` block."""
+    """`set_backend(name)` within a `with` block."""
     global _override
     before = _override
     set_backend(name)
@@ -49,7 +50,8 @@ def backend(name: str) -> Iterator[None]:
 
 
 def requested_backend() -> str:
-    """The backend asked for: "auto", "torch" or "triton". Raises ValueError where the environment names another."""
+    """The backend that was asked for: "auto", "torch" or "triton". Raises ValueError if the environment variable holds
+    another name."""
     if _override is not None:
         return _override
     name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
@@ -58,10 +60,10 @@ def requested_backend() -> str:
 
 
 def choose(operator: str, tensor: Tensor, unsupported: str | None = None) -> str:
-    """Return "torch" or "triton" for this call of `operator`, and log the choice the first time it is made.
+    """ "torch" or "triton", for this call of `operator`. A choice is logged the first time that it is made.
 
-    tensor: an input, for its device. unsupported: why the Triton kernel cannot take these inputs, None if it can.
-    Raises ValueError when Triton was asked for by name and cannot run.
+    tensor: an input, whose device counts. unsupported: why the Triton kernel cannot take these inputs; None if it can.
+    Raises ValueError where backend "triton" was asked for and cannot run.
     """
     request = requested_backend()
     obstacle = unsupported or _triton_obstacle(tensor)
@@ -93,7 +95,7 @@ def _triton_obstacle(tensor: Tensor) -> str | None:
         return "triton is not installed (pip install triton)"
     if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"its inputs are on device {tensor.device.type!r}, not on a CUDA device"
-    # A plan's tensors only say that they are on a GPU (planning/memory.py), with one there or without.
+    # The fake tensors of a memory plan claim is_cuda on a CPU device.
     there = torch.cuda.is_available() and tensor.device.type == "cuda"
     if there and (capability := _capability(tensor.device)) < OLDEST_CAPABILITY:
         return f"the GPU's compute capability {capability}.x is older than {OLDEST_CAPABILITY}.x (Ampere)"
@@ -109,7 +111,7 @@ def _log_once(operator: str, device: str, backend: str, reason: str) -> None:
     key = (operator, device, backend, reason)
     if key not in _logged:
         _logged.add(key)
-        # On a GPU a fallback costs a multiple of the time, and is worth more than a line among many.
+        # Plain PyTorch on a GPU takes several times as long: a warning, not one line of information among many.
         level = (
             logging.WARNING if device == "cuda" and backend == "torch" and reason != "as requested" else logging.INFO
         )

@@ -1,4 +1,4 @@
-"""Where an operator may add a weight's gradient itself, instead of handing it to autograd."""
+"""A buffer to which an operator adds a weight's gradient itself, instead of returning it to autograd."""
 
 from typing import Protocol
 
@@ -6,10 +6,10 @@ from torch import Tensor
 
 
 class GradientSum(Protocol):
-    """A sum in fp32, of the weight's shape, over the backward passes of a training step."""
+    """The fp32 sum of a weight's gradients over the microbatches of a training step, of the weight's shape."""
 
     def add_scaled(self, gradient: Tensor, factor: Tensor) -> None:
-        """Add gradient, fp32, times factor, a scalar on its device."""
+        """Add `gradient`, fp32, times `factor`, a scalar tensor on its device."""
 
     def begun(self) -> Tensor:
-        """The sum so far, zero where nothing was added, for additions in place."""
+        """The buffer itself, zeroed if nothing was added yet, for additions in place."""

@@ -1,4 +1,4 @@
-"""Which precision sums and products are kept in."""
+"""Which floating type sums, products and carried states are kept in."""
 
 import functools
 from collections.abc import Callable
@@ -15,14 +15,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def in_own_types(function: Function) -> Function:
-    """`function`, of a tensor and more, in the types that it is given: torch.autocast, where it is on, reaches into
-    operators, and would make bf16 of fp32 products and states."""
+    """`function` with torch.autocast disabled. Autocast reaches into registered operators, and would make bf16 of their
+    fp32 products and states. The first argument is a tensor, or a tuple that begins with one."""
 
     @functools.wraps(function)
     def wrapped(x, *args, **kwargs):
-        if not torch.is_autocast_enabled(x.device.type):
+        device = (x[0] if isinstance(x, tuple) else x).device.type
+        if not torch.is_autocast_enabled(device):
             return function(x, *args, **kwargs)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             return function(x, *args, **kwargs)
 
     return wrapped

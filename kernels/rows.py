@@ -1,15 +1,15 @@
-"""How the elementwise and norm kernels see their tensors: as rows, each with a contiguous last dimension."""
+"""How the elementwise and norm kernels take their tensors: as [rows, D] with a contiguous last dimension."""
 
 from torch import Tensor
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """[..., D] -> [rows, D] with a contiguous last dimension; a view wherever the strides allow one."""
+    """[..., D] -> [rows, D] with a contiguous last dimension; a view where the strides allow one, else a copy."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def block_for(width: int) -> tuple[int, int]:
-    """The width rounded up to a power of two, and the number of warps: about 16 elements a thread."""
+    """The width rounded up to a power of two, and a number of warps for about 16 elements a thread."""
     block = max(16, 1 << (width - 1).bit_length())
     return block, min(max(block // 512, 1), 16)

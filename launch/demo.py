@@ -27,10 +27,11 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
-from megatron_tn.config import TrainConfig, load
+from megatron_tn.training.run_folder import RunFolder
 
-RUN = Path("runs/demo")
-RESUMED = RUN / "resumed"
+OUTPUT = Path("runs/demo")
+RUN = RunFolder(OUTPUT)
+RESUMED = RunFolder(OUTPUT / "resumed")
 RESUME_STEPS = 8
 PROMPT = "def "
 console = Console(highlight=False)
@@ -66,15 +67,15 @@ def run(*command: str) -> None:
 
 
 def gather_and_clean() -> None:
-    run("-m", "data_pipeline.run", "pipeline=demo", f"output={RUN / 'data'}")
+    run("-m", "data_pipeline.run", "pipeline=demo", f"output={OUTPUT / 'data'}")
 
 
 def train() -> None:
-    # A fresh run each time: the demo is about the whole way, and the curve should show it.
-    for folder in (RUN / "checkpoints", RESUMED):
-        shutil.rmtree(folder, ignore_errors=True)
-    (RUN / "log.jsonl").unlink(missing_ok=True)
-    (RUN / "config.json").unlink(missing_ok=True)
+    # A fresh run each time, so that the curve shows all of it.
+    shutil.rmtree(RUN.checkpoints, ignore_errors=True)
+    shutil.rmtree(RESUMED.path, ignore_errors=True)
+    for file in (RUN.journal.path, RUN.config_file, RUN.ledger_file):
+        file.unlink(missing_ok=True)
     launch_training("experiment=demo")
 
 
@@ -86,8 +87,7 @@ def launch_training(*overrides: str) -> None:
 
 def resume() -> dict[str, Any]:
     """Train a few steps again from the half-way checkpoint, in a folder of its own; compare losses to the bit."""
-    half = min((RUN / "checkpoints").glob("step_*"))
-    step = int(half.name.removeprefix("step_"))
+    step, half = min(RUN.saved().items())
     launch_training(
         "experiment=demo",
         f"run_dir={RESUMED}",
@@ -95,30 +95,25 @@ def resume() -> dict[str, Any]:
         f"stop_after={step + RESUME_STEPS}",
         "logging=quiet",
     )
-    before = {r["step"]: r["loss"] for r in losses(RUN) if step < r["step"] <= step + RESUME_STEPS}
-    after = {r["step"]: r["loss"] for r in losses(RESUMED)}
+    before = {r["step"]: r["loss"] for r in RUN.records("loss") if step < r["step"] <= step + RESUME_STEPS}
+    after = {r["step"]: r["loss"] for r in RESUMED.records("loss")}
     equal = before == after and len(after) == RESUME_STEPS
     console.print(f"steps {step + 1} to {step + RESUME_STEPS}: losses {'agree bitwise' if equal else 'DIFFER'}")
     return {"from": str(half), "losses_before": before, "losses_after": after, "bitwise_equal": equal}
 
 
-def losses(run_dir: Path) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    return [record for record in records if "loss" in record]
-
-
 def checkpoint() -> Path:
-    return max((RUN / "checkpoints").glob("step_*"))
+    return max(RUN.saved().items())[1]
 
 
 def evaluate() -> dict[str, Any]:
-    output = RUN / "evaluation.json"
+    output = OUTPUT / "evaluation.json"
     run(
         "-m",
         "megatron_tn.evaluate",
         f"checkpoint={checkpoint()}",
-        f"manifest={RUN / 'data/heldout/manifest.json'}",
-        f"train_manifest={RUN / 'data/train/manifest.json'}",
+        f"manifest={OUTPUT / 'data/heldout/manifest.json'}",
+        f"train_manifest={OUTPUT / 'data/train/manifest.json'}",
         f"output={output}",
         "device=cpu",
     )
@@ -126,7 +121,7 @@ def evaluate() -> dict[str, Any]:
 
 
 def draw_and_sample(resumed: dict[str, Any]) -> str:
-    draw(losses(RUN), resumed, RUN / "loss.png")
+    draw(RUN.records("loss"), resumed, OUTPUT / "loss.png")
     command = ("-m", "megatron_tn.generate", f"checkpoint={checkpoint()}", f"prompt={PROMPT}", "device=cpu", "seed=1")
     done = subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True)
     console.print(done.stdout, markup=False)
@@ -151,8 +146,7 @@ def summarise(
     resumed: dict[str, Any], figures: dict[str, Any], sample: str, timings: dict[str, float], seconds: float
 ) -> dict[str, Any]:
     """Everything anyone needs to see what happened and to recompute it; also written to summary.json."""
-    config: TrainConfig = load(RUN / "config.json")
-    records = losses(RUN)
+    config, records = RUN.frozen_config(), RUN.records("loss")
     summary = {
         "steps": records[-1]["step"],
         "tokens": records[-1]["tokens"],
@@ -162,12 +156,12 @@ def summarise(
         "layout": {"processes": records[-1]["world_size"], "tp": config.parallel.tp, "zero": config.engine.zero_stage},
         "tokens_per_second": sorted(record["tokens_per_second"] for record in records)[len(records) // 2],
         "checkpoint": str(checkpoint()),
-        "tokenizer": str(RUN / "tokenizer.json"),
-        "loss_curve": str(RUN / "loss.png"),
+        "tokenizer": str(RUN.tokenizer),
+        "loss_curve": str(OUTPUT / "loss.png"),
         "sample": sample,
         "seconds": {**timings, "all": round(seconds, 1)},
     }
-    (RUN / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (OUTPUT / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 
 
@@ -179,7 +173,7 @@ def show(summary: dict[str, Any]) -> None:
         label = "TransNormerLLM (this run)" if name == "model" else name
         table.add_row(label, f"{bits:.3f}", style="bold green" if name == "model" else "")
     console.print(table)
-    console.print(f"everything is in {RUN / 'summary.json'}; the curve is {summary['loss_curve']}")
+    console.print(f"everything is in {OUTPUT / 'summary.json'}; the curve is {summary['loss_curve']}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# One node's share of a run: torchrun, its trainers, and the way of signals to them.
+# The processes of one node: starts torchrun, which starts the trainers, and passes signals on to the trainers.
 #   launch/node.sh TORCHRUN_OPTION... -- OVERRIDE...          (called by local.sh, and by train.sbatch once a node)
 #
-# SIGUSR1 (the time is nearly up) and SIGTERM (somebody wants us gone; also Ctrl-C and a closed terminal) mean: save a
-# checkpoint and stop. torchrun does not do that: USR1 kills it, and after TERM it gives its workers 30 s and exits 1.
-# So torchrun and everything below it start with these signals ignored, and this shell tells the trainers, each once and
-# only when it listens: a trainer that is still importing has no handler yet, and would miss the signal.
+# SIGUSR1 (the time limit is near) and SIGTERM (cancelled; also Ctrl-C and a closed terminal) mean: save a checkpoint and
+# stop. torchrun does something else: USR1 kills it, and after TERM it gives its workers 30 s and exits with 1. So
+# torchrun and the trainers start with these signals ignored, and this shell signals each trainer once, as soon as the
+# trainer has a handler: one that is still importing would miss the signal. Trainers leave an ignored SIGINT ignored, so
+# that Ctrl-C, which a terminal sends to all processes, reaches them as SIGTERM alone.
 set -euo pipefail
 
 asked='' interrupts=0
@@ -55,7 +56,7 @@ while kill -0 "$torchrun" 2>/dev/null; do
       # train.sbatch cannot see a signal that went to the job's steps alone; TERM means that nobody wants a requeue
       if [ "$asked" = TERM ] && [ -n "${RUN_MARK:-}" ]; then { : >"$RUN_MARK.terminated"; } 2>/dev/null || :; fi
     fi
-    if [ "$interrupts" -ge 2 ]; then  # the second Ctrl-C: somebody is in a hurry
+    if [ "$interrupts" -ge 2 ]; then  # the second Ctrl-C ends everything at once
       while read -r pid _; do kill -KILL "$pid" 2>/dev/null || :; done < <(trainers)
       kill -KILL "$torchrun" 2>/dev/null || :
       exit 130

@@ -3,9 +3,10 @@
     python -m data_pipeline.worth output=runs/worth/corpora
     python -m launch.worth --corpora runs/worth/corpora --run-dir runs/worth --seeds 3 --at-once 3
 
-trains experiment=worth on every corpus once a seed, by megatron_tn.train, evaluates each model on held-out documents,
-which were never planted nor cleaned, by megatron_tn.evaluate, and writes summary.json and worth.png to the run folder.
-Further words are overrides for training. What is done is not done again. Exit code 1 when a run fails, with its log.
+trains experiment=worth once for each corpus and seed (megatron_tn.train), evaluates each model on held-out documents
+that no corpus contains and no rule has touched (megatron_tn.evaluate), and writes summary.json and worth.png to the run
+folder. Further words are overrides for training. Models that are trained and evaluated already are not made again. Exit
+code 1 when a run fails; the message names its log.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_tn.training.run_folder import RunFolder
+
 console = Console(highlight=False)
 
 
-# Of the model that scores the cleaned corpus in a round of self-cleaning: less than one pass over its 6 M tokens.
+# Settings of the model that scores the cleaned corpus in a round of self-cleaning: it is trained for less than one pass
+# over the corpus's 6 M tokens.
 EVALUATION_MODEL = ("experiment=worth", "schedule.steps=300", "evaluation.every=0")
 
 
@@ -54,6 +58,7 @@ class Run:
 
     @property
     def evaluation(self) -> Path:
+        """What `megatron_tn.evaluate` found of the trained model."""
         return self.folder / "evaluation.json"
 
     def finish(self, heldout: Path, overrides: list[str]) -> None:
@@ -64,7 +69,7 @@ class Run:
         words += [f"data.manifest={self.arm.manifest}", f"evaluation.manifest={heldout}"]
         words += [f"data.filter={self.arm.filter}"] if self.arm.filter else []
         program("megatron_tn.train", [*words, *overrides], self.folder)
-        # Side by side as many tokens as a training step has, so they fit wherever that does.
+        # As many tokens at once as a training step has, so that evaluation fits into memory wherever training does.
         words = [f"checkpoint={self.folder}", f"manifest={heldout}", f"output={self.evaluation}", "batch_tokens=16384"]
         program("megatron_tn.evaluate", words, self.folder)
         console.print(f"{self.arm.name}, seed {self.seed}: {perplexity(self):.3f} held-out perplexity")
@@ -72,8 +77,9 @@ class Run:
     def figures(self) -> dict[str, Any]:
         return json.loads(self.evaluation.read_text())
 
-    def records(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
+    def records(self, key: str) -> list[dict[str, Any]]:
+        """Those of its journal that have `key`."""
+        return RunFolder(self.folder).records(key)
 
 
 def program(module: str, words: list[str], folder: Path) -> None:
@@ -113,7 +119,7 @@ def summarise(corpora: dict[str, Any], runs: list[Run], overrides: list[str]) ->
         first = first or perplexities
         summary["arms"][name] = {
             "seeds": [run.seed for run in own],
-            "trained_tokens": [max(record.get("tokens", 0) for record in run.records()) for run in own],
+            "trained_tokens": [max(record["tokens"] for record in run.records("tokens")) for run in own],
             "perplexity": perplexities,
             "bits_per_byte": bits,
             "mean_perplexity": statistics.mean(perplexities),
@@ -136,7 +142,7 @@ def draw(runs: list[Run], path: Path) -> None:
     names = list(dict.fromkeys(run.arm.name for run in runs))
     figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
     for run in runs:
-        found = [record for record in run.records() if "heldout_loss" in record]
+        found = run.records("heldout_loss")
         label = run.arm.name if run.seed == 0 else None
         steps, losses = [record["step"] for record in found], [record["heldout_loss"] for record in found]
         axes.plot(steps, losses, color=f"C{names.index(run.arm.name)}", lw=1, label=label)
@@ -175,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
         if (value := getattr(options, name)) < 1:
             parser.error(f"--{name.replace('_', '-')} {value} must be at least 1")
     corpora = json.loads(description.read_text())
-    # Runs that are done are taken as they are, so they must be of this question.
+    # Runs that are done are taken as they are, so they must have had the same corpora and overrides.
     question = {"corpora": corpora, "overrides": options.overrides}
     asked = options.run_dir / "question.json"
     if asked.exists() and json.loads(asked.read_text()) != question:

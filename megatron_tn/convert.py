@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_tn.checkpoint.hf import save_pretrained
-from megatron_tn.checkpoint.manifest import KINDS, MANIFEST, Manifest
+from megatron_tn.checkpoint.manifest import MANIFEST, Manifest
 from megatron_tn.checkpoint.verify import verify
 from megatron_tn.cli import command
 from megatron_tn.config import ConfigError, ConvertConfig
 from megatron_tn.loading import load_any_model, resolve_checkpoint, tokenizer_path
+from megatron_tn.training.run_folder import RunFolder
 
 DAMAGED = 1  # exit code
 
@@ -54,7 +55,7 @@ def export(config: ConvertConfig) -> None:
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output={output} is a file: name a folder to write the model to")
     # Of a run or a checkpoint, an export would overwrite config.json; a model exported to itself gains nothing.
-    if any((output / name).exists() for name in (MANIFEST, "status.json", "checkpoints")):
+    if (output / MANIFEST).exists() or RunFolder(output).is_there:
         raise ConfigError(f"output={output} is the folder of a run or a checkpoint: name another to write the model to")
     if output.exists() and output.samefile(resolve_checkpoint(config.checkpoint)):
         raise ConfigError(f"output={output} is checkpoint={config.checkpoint} itself")
@@ -102,7 +103,10 @@ def describe(directory: Path) -> dict[str, Any]:
         "data": config["data"]["manifest"],
         "padded_vocab": manifest.padded_vocab,
         "tensors": {
-            name: {"shape": shape, "pieces": {kind: len(manifest.pieces.get(f"{kind}/{name}", [])) for kind in KINDS}}
+            name: {
+                "shape": shape,
+                "pieces": {kind: len(manifest.pieces.get(f"{kind}/{name}", [])) for kind in manifest.kinds},
+            }
             for name, shape in manifest.shapes.items()
         },
     }

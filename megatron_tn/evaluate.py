@@ -17,11 +17,11 @@ from rich.progress import track
 from data_pipeline.shards import read_documents
 from data_pipeline.stream import InputError, Manifest
 from megatron_tn.cli import command
-from megatron_tn.config import ConfigError, EvaluateConfig, TrainConfig, unwritable
+from megatron_tn.config import ConfigError, EvaluateConfig, TrainConfig, out_of_bounds, unwritable
 from megatron_tn.evaluation.baselines import compressor_bits_per_byte, unigram_bits_per_byte
 from megatron_tn.evaluation.perplexity import evaluate_documents
 from megatron_tn.loading import load_any_model, load_tokenizer, resolve_checkpoint
-from megatron_tn.model.transnormer import TransNormerLM
+from megatron_tn.model.base import Model
 
 
 @command(EvaluateConfig, "evaluate")
@@ -58,17 +58,13 @@ def main(config: EvaluateConfig) -> None:
 
 def check(config: EvaluateConfig) -> None:
     """Raises ConfigError with every problem that can be known before anything is read."""
-    problems = []
+    problems = list(out_of_bounds(config).values())
     try:
         resolve_checkpoint(config.checkpoint)
     except ConfigError as error:
         problems += error.problems
     if not config.manifest:
         problems.append("manifest is not set: name the manifest.json of held-out shards")
-    if config.max_documents < 0:
-        problems.append(f"max_documents={config.max_documents} must be at least 0")
-    if config.batch_tokens < 1:
-        problems.append(f"batch_tokens={config.batch_tokens} must be at least 1")
     problems += unwritable("output", config.output)
     if problems:
         raise ConfigError(problems)
@@ -88,7 +84,7 @@ def problems_of_held_out(manifest: Manifest, setting: str, vocab_size: int) -> l
 
 
 def held_out_loss(
-    model: TransNormerLM, config: TrainConfig, progress: Callable[[int], None] = lambda done: None
+    model: Model, config: TrainConfig, progress: Callable[[int], None] = lambda done: None
 ) -> dict[str, float]:
     """For the training loop: the held-out loss as two named figures. Every rank evaluates the same documents, so that
     engines that gather parameters in the forward pass stay in step. `progress(n)` is told of n more documents done."""

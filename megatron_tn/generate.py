@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from megatron_tn.cli import command
-from megatron_tn.config import MOST_SEED, ConfigError, GenerateConfig
+from megatron_tn.config import ConfigError, GenerateConfig, out_of_bounds
 from megatron_tn.inference.generator import generate
 from megatron_tn.inference.sampler import Sampler
 from megatron_tn.loading import load_any_model, load_tokenizer
@@ -17,12 +17,7 @@ from megatron_tn.loading import load_any_model, load_tokenizer
 @command(GenerateConfig, "generate", literal=("prompt",))
 def main(config: GenerateConfig) -> None:
     sampler = Sampler(config.temperature, config.top_k, config.top_p)
-    problems = sampler.problems()
-    if config.max_new_tokens < 0:
-        problems.append(f"max_new_tokens={config.max_new_tokens} must be at least 0")
-    if not 0 <= config.seed <= MOST_SEED:
-        problems.append(f"seed={config.seed} must be from 0 to {MOST_SEED}")
-    if problems:
+    if problems := [*sampler.problems(), *out_of_bounds(config).values()]:
         raise ConfigError(problems)
     tokenizer = load_tokenizer(config.tokenizer, config.checkpoint)
     model = load_any_model(config.checkpoint, config.device, config.precision)

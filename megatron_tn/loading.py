@@ -11,10 +11,11 @@ from megatron_tn.checkpoint.hf import load_pretrained
 from megatron_tn.checkpoint.load import load_model
 from megatron_tn.checkpoint.manifest import MANIFEST, whole_checkpoints
 from megatron_tn.config import ConfigError
-from megatron_tn.model.transnormer import TransNormerLM
+from megatron_tn.model.base import Model
+from megatron_tn.training.run_folder import RunFolder
 
 
-def load_any_model(path: str, device: str, precision: str) -> TransNormerLM:
+def load_any_model(path: str, device: str, precision: str) -> Model:
     """The model in a checkpoint folder, in the newest of a folder of checkpoints, or in a released model's folder.
 
     precision "trained" keeps what the weights were trained or stored in; device "auto" takes a GPU where there is one.
@@ -67,7 +68,7 @@ def resolve_checkpoint(path: str) -> Path:
         (directory / "config.json").is_file() and (any(directory.glob("*.safetensors")))
     ):
         return directory
-    for folder in (directory, directory / "checkpoints"):
+    for folder in (directory, RunFolder(directory).checkpoints):
         if there := whole_checkpoints(folder):
             return there[-1]
     raise ConfigError(f"checkpoint={path}: there is no checkpoint and no released model")

@@ -10,8 +10,9 @@ from rich.table import Table
 
 from megatron_tn.cli import command
 from megatron_tn.config import ConfigError, TrainConfig
-from megatron_tn.model.flops import forward_flops_per_token, parameter_count, training_flops_per_token
-from megatron_tn.planning.memory import GIB, memory_problems, plan_memory
+from megatron_tn.model.registry import forward_flops_per_token, parameter_count, training_flops_per_token
+from megatron_tn.planning.estimate import GIB, plan_memory
+from megatron_tn.planning.remedies import memory_problems
 
 
 @command(TrainConfig, "config")
@@ -32,9 +33,10 @@ def main(config: TrainConfig) -> None:
     memory.add_row("all", f"{plan.total / GIB:.2f}")
     console.print(memory)
     flops = Table("operations", "GFLOP a token")
-    for part, count in forward_flops_per_token(config.model).items():
+    training_flops = training_flops_per_token(config.model, config.data.sequence_length)
+    for part, count in forward_flops_per_token(config.model, config.data.sequence_length).items():
         flops.add_row(part, f"{count / 1e9:.3f}")
-    flops.add_row("forward and backward", f"{training_flops_per_token(config.model) / 1e9:.3f}")
+    flops.add_row("forward and backward", f"{training_flops / 1e9:.3f}")
     console.print(flops)
     if problems := memory_problems(config, world):
         raise ConfigError(problems)

@@ -23,7 +23,7 @@ from data_pipeline.shards.manifest import Manifest
 from data_pipeline.stream import InputError
 from megatron_tn.checkpoint.manifest import MANIFEST
 from megatron_tn.cli import command
-from megatron_tn.config import ConfigError, ScoreConfig
+from megatron_tn.config import ConfigError, ScoreConfig, out_of_bounds
 from megatron_tn.evaluation.scorer import ModelScorer
 from megatron_tn.loading import load_any_model, resolve_checkpoint
 
@@ -64,9 +64,7 @@ def checked(config: ScoreConfig) -> tuple[Manifest, str]:
     Raises:
         ConfigError: with every problem found.
     """
-    problems, manifest, name = [], None, config.name
-    if config.batch_tokens < 1:
-        problems.append(f"batch_tokens={config.batch_tokens} must be at least 1")
+    problems, manifest, name = list(out_of_bounds(config).values()), None, config.name
     if name and not re.fullmatch("[A-Za-z0-9_-]{1,60}", name):
         problems.append(f"name={name!r} must be up to 60 letters, digits, _ or -: it becomes part of file names")
     try:

@@ -29,21 +29,24 @@ from data_pipeline.stream import (
     load_document_stage,
     load_filter,
 )
-from megatron_tn.checkpoint.manifest import Manifest as Checkpoint
-from megatron_tn.cli import command, run_program
+from megatron_tn.cli import command, is_first_process, run_program
 from megatron_tn.config import ConfigError, TrainConfig
 from megatron_tn.engine.build import DTYPES, build_engine
 from megatron_tn.evaluate import held_out_loss, problems_of_held_out
-from megatron_tn.model.check import check_kernels
-from megatron_tn.model.flops import training_flops_per_token
+from megatron_tn.model.registry import check_kernels, training_flops_per_token
 from megatron_tn.optim.schedule import batch_of_step, learning_rate
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.world import world_size
 from megatron_tn.training.diagnose import find_nonfinite
+from megatron_tn.training.freeze import goes_on, settings_of_this_start
 from megatron_tn.training.guard import Guard
+from megatron_tn.training.hooks.build import start_hooks
 from megatron_tn.training.preemption import Preemption
-from megatron_tn.training.preflight import checkpoint_to_resume, frozen_config, problems_before_start
-from megatron_tn.training.run import Run, anywhere
+from megatron_tn.training.preflight import checkpoint_problems, problems_before_start
+from megatron_tn.training.resume import Start, choose_start
+from megatron_tn.training.rewind import restore, rewind
+from megatron_tn.training.run import Run
+from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import skipped_step, train_step
 from megatron_tn.training.watchdog import Progress
@@ -51,56 +54,60 @@ from megatron_tn.training.watchdog import Progress
 log = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig) -> bool:
-    """Returns whether it was told to stop."""
-    config, stream = preflight(config)
-    told_to_stop = False
-    with Preemption() as preemption, Run(config) as run:
+def train(config: TrainConfig) -> int | None:
+    """Returns the exit code of a run that was told to stop before its end, and None for one that reached it."""
+    config, stream, start = preflight(config)
+    with Preemption() as preemption, Run(config, start) as run:
+        go_to(stream, run.start)
         context = ParallelContext.create(
             config.parallel.tp, config.parallel.cp, sequence_parallel=config.parallel.sequence_parallel
         )
         engine = build_engine(config, context, run.device)
         check_kernels(engine.model, run.device, DTYPES[config.engine.precision])
-        state = run.restore(engine)
-        run.keep_tokenizer(stream.manifest.directory / stream.manifest.tokenizer.file)
-        evaluate = functools.partial(held_out_loss, engine.model, config) if config.evaluation.manifest else None
-        hooks = run.hooks(
+        state = restore(run, engine)
+        if run.is_first:
+            run.folder.keep_tokenizer(stream.manifest.directory / stream.manifest.tokenizer.file)
+        hooks = start_hooks(
+            run,
             engine,
             stream_state=functools.partial(stream_state, stream),
-            evaluate=evaluate,
+            evaluate=functools.partial(held_out_loss, engine.model, config) if config.evaluation.manifest else None,
             interrupted=lambda: preemption.received is not None,
-            flops_per_token=training_flops_per_token(config.model),
+            flops_per_token=training_flops_per_token(config.model, config.data.sequence_length),
         )
         guard = Guard(config.guard, run.report)
         for microbatches in batches_from(state, config, stream, context, run.device, run.progress):
             lr = learning_rate(state.step, config.optim, config.schedule)
+            told = preemption.received is not None
             if state.skips_next:
-                report = skipped_step(lr, stop=anywhere(preemption.received is not None))
+                report = skipped_step(lr, stop=told)
             else:
-                report = train_step(engine, microbatches, lr, run.device, stop=preemption.received is not None)
+                report = train_step(engine, microbatches, lr, run.device, stop=told)
             state.count(report, samples=context.dp.size * sum(len(batch.indices) for batch in microbatches))
             diagnose = functools.partial(find_nonfinite, engine, microbatches, run.device)
-            if rewind := guard.check(state, report, diagnose):
-                run.rewind(engine, rewind)
+            if wanted := guard.check(state, report, diagnose):
+                rewind(run, engine, wanted)
                 continue
             for hook in hooks:
                 hook.on_step(state, report)
-            if told_to_stop := report.stop:
-                break
-    return told_to_stop
+            if report.stop:
+                return preemption.exit_code
+    return None
 
 
-def preflight(config: TrainConfig) -> tuple[TrainConfig, TokenStream]:
-    """Everything that can be checked before anything is started or overwritten; the data, opened where it goes on.
+def preflight(config: TrainConfig) -> tuple[TrainConfig, TokenStream, Start | None]:
+    """Everything that can be checked before anything is started or written: the settings to run, the data, and on rank
+    0 where to go on.
 
     Raises:
         ConfigError: with every problem found.
     """
-    config, notes = frozen_config(config)
+    folder = RunFolder(config.run_dir)
+    config, notes = settings_of_this_start(config, folder)
     for note in notes:
         log.info(note)  # by one rank: the others log warnings alone
     problems: list[str] = []
-    stream = None
+    stream = start = None
     try:
         if config.evaluation.manifest:
             held_out, path = Manifest.load(config.evaluation.manifest), config.evaluation.manifest
@@ -111,22 +118,38 @@ def preflight(config: TrainConfig) -> tuple[TrainConfig, TokenStream]:
         stream = open_stream(config)
     except InputError as error:
         problems += [f"data.manifest: {problem}" for problem in error.problems]
-    problems += problems_before_start(config, world_size(), stream and stream.manifest.tokenizer.vocab_size)
-    if not problems and (start := checkpoint_to_resume(config)):
+    settings = problems_before_start(config, world_size(), stream and stream.manifest.tokenizer.vocab_size)
+    problems += settings
+    if is_first_process() and not settings:
         try:
-            stream.restore(StreamState.from_json(json.dumps(Checkpoint.read(start).training.get("stream", {}))))
-        except InputError as error:
-            problems += [f"checkpoint {start} was trained on other data: {problem}" for problem in error.problems]
+            start = choose_start(config, folder, requeued=goes_on(folder))
+            problems += checkpoint_problems(config, start)
+            if not problems:
+                go_to(stream, start)
+        except ConfigError as error:
+            problems += error.problems
     if problems:
         raise ConfigError(problems)
-    return config, stream
+    return config, stream, start
+
+
+def go_to(stream: TokenStream, start: Start) -> None:
+    """Bring the stream to where a checkpoint was saved. Raises ConfigError when it was trained on other data."""
+    manifest = start.manifest()
+    if manifest is None:
+        return
+    try:
+        stream.restore(StreamState.from_json(json.dumps(manifest.training.get("stream", {}))))
+    except InputError as error:
+        where = f"checkpoint {start.checkpoint} was trained on other data"
+        raise ConfigError([f"{where}: {problem}" for problem in error.problems]) from None
 
 
 def open_stream(config: TrainConfig) -> TokenStream:
-    """The data as the config describes it, from its beginning.
+    """The token stream that `config.data` describes, at its beginning.
 
     Raises:
-        InputError: there is none, it is damaged, or the filter or mixture does not fit it.
+        InputError: data.manifest is not set, shards are missing or damaged, or the filter or mixture does not fit them.
     """
     data = config.data
     if not data.manifest:
@@ -152,7 +175,8 @@ def batches_from(
     device: torch.device,
     progress: Progress,
 ) -> Iterator[list[Batch]]:
-    """This rank's microbatches of every step from `state` on; after a rewind, which sets `state` back, from there."""
+    """This rank's microbatches of each step after `state.step`. A rewind sets `state.step` back between two steps: then
+    the iterator begins again from there."""
     while state.step < config.last_step:
         with contextlib.closing(iter(open_batches(config, stream, context, state, device))) as steps:
             expected = state.step
@@ -174,13 +198,14 @@ def open_batches(
     batch_of = functools.partial(batch_of_step, global_batch=config.data.global_batch, schedule=config.schedule)
 
     def plan(step: int) -> tuple[int, int] | None:
-        # Counted from where the stream stands, so that a changed batch size neither repeats nor skips a sample.
+        # First sample of a step: the stream's position at `begun`, plus the samples of the steps since. With another
+        # batch size than the checkpoint's this neither repeats nor skips a sample.
         first, samples = batch_of(step)
         first += at - batch_of(begun)[0]
         return (first, samples) if step < config.last_step else None
 
     return DataPipeline(
-        lambda: stream,  # shards -> documents -> filter -> mixture -> packing: see data_pipeline.stream.pipeline
+        lambda: stream,  # shards -> documents -> filter -> mixture -> packed samples (data_pipeline.stream.pipeline)
         batches(
             plan,
             micro_batch=config.data.micro_batch,
@@ -194,7 +219,7 @@ def open_batches(
 
 
 def stream_state(stream: TokenStream, next_sample: int) -> dict[str, Any]:
-    """The stream's state over all ranks, each of which may have met damaged samples of its own. Collective."""
+    """The stream's state at `next_sample`, with the damaged samples that each rank has met. Collective."""
     mine = stream.state(next_sample)
     states = [mine] * dist.get_world_size()
     if len(states) > 1:

@@ -1,7 +1,9 @@
-"""What holds for every test: one marked `gpu` is skipped, with the reason, where there are too few; Ctrl-C is heard."""
+"""What holds for every test: one compute thread a process, Ctrl-C is heard, and a test marked `gpu` is skipped, with
+the reason, where there are too few devices."""
 
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
@@ -9,6 +11,9 @@ import torch
 
 
 def pytest_configure() -> None:
+    # Two workers with two threads each on two cores wait for each other's threads most of the time.
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
     # A shell has what it starts in the background ignore Ctrl-C, and so would the processes that tests interrupt.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

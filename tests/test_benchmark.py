@@ -1,36 +1,57 @@
-"""The benchmark's rows on a CPU: the same tokens, times that add up, and the training command's own figures."""
+"""The benchmark's rows on a CPU: the same tokens, times that add up, and the training loop's own figures."""
 
 import json
 
 import pytest
 
+from kernels.bench import rows
 from megatron_tn.benchmark import main
-from tests.helpers.training import call
+from megatron_tn.config import ClusterConfig
+from tests.helpers.training import SMALL, call
+
+PROVENANCE = {"commit", "dirty", "command", "date", "gpu", "cpu", "torch", "triton", "deepspeed", "python"}
 
 
 def test_rows_of_a_small_model(tmp_path):
     output = tmp_path / "rows.jsonl"
-    code = call(
-        main,
-        "model=demo",
-        "engine=local",
-        "engine.precision=fp32",
-        "data.sequence_length=32",
-        "data.micro_batch=2",
-        "data.global_batch=4",
-        "benchmark.steps=2",
-        "benchmark.loop_steps=14",
-        f"run_dir={tmp_path}/run",
-        f"benchmark.output={output}",
-    )
-    assert code == 0
-    step, updated, loop = (json.loads(line) for line in output.read_text().splitlines())
-    assert [row["part"] for row in (step, updated, loop)] == ["step", "with optimizer", "loop"]
-    assert {row["tokens"] for row in (step, updated, loop)} == {128}
-    assert 0 < step["milliseconds"] < updated["milliseconds"]
-    for row in (step, updated, loop):
-        assert row["tokens_per_second"] == pytest.approx(128e3 / row["milliseconds"])
-        flops = 6 * row["parameters"] * row["tokens_per_second"]
-        assert row["utilisation"] == pytest.approx(flops / (1e12 * row["matmul_tflops"]))
-    records = [json.loads(line) for line in (tmp_path / "run/loop/log.jsonl").read_text().splitlines()]
-    assert len(records) == 14
+    settings = ("engine=local", "engine.precision=fp32", "data.micro_batch=2", "cluster.bf16_tflops=2.0")
+    measured = ("benchmark.steps=2", "benchmark.loop_steps=12", f"benchmark.output={output}")
+    assert call(main, *SMALL, *settings, *measured, "schedule=constant", f"run_dir={tmp_path}/run") == 0
+    step, updated, loop = found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["name"] for row in found] == ["step", "step + optimizer", "training loop"]
+    assert 0 < step["value"] < updated["value"]
+    for row in found:
+        assert row.keys() >= PROVENANCE | {"model", "engine", "layout", "sequence_length", "micro_batch"}
+        assert not any(isinstance(value, dict | list) for value in row.values())
+        assert (row["unit"], row["tokens"], row["gpus"]) == ("ms", 128, 1)
+        assert row["tokens_per_second"] == pytest.approx(128e3 / row["value"])
+        tflops = 6 * row["parameters"] * row["tokens_per_second"] / 1e12
+        assert row["utilisation_sampled"] == pytest.approx(tflops / row["sampled_tflops"])
+        assert row["utilisation_datasheet"] == pytest.approx(tflops / 2.0)
+    journal = [json.loads(line) for line in (tmp_path / "run/loop/log.jsonl").read_text().splitlines()]
+    later = [record["tokens_per_second"] for record in journal[10:]]
+    assert len(later) == 2
+    assert min(later) <= loop["tokens_per_second"] <= max(later)
+
+
+def test_a_row_says_how_to_repeat_it():
+    words = ["/usr/bin/python3", "-u", "-m", "megatron_tn.benchmark", "model=1b", "run_dir=my run"]
+    assert rows.command(words, {}) == "python -m megatron_tn.benchmark model=1b 'run_dir=my run'"
+    launched = rows.command(words, {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"})
+    assert launched.startswith("torchrun --nproc-per-node 2 -m megatron_tn.benchmark model=1b")
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA GeForce RTX 4090", None),
+        (None, None),
+    ],
+)
+def test_the_datasheet_rate_is_known_by_the_gpus_name(name, tflops):
+    assert ClusterConfig().peak_tflops(name) == tflops
+    assert ClusterConfig(bf16_tflops=100.0).peak_tflops(name) == 100.0

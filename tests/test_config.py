@@ -13,8 +13,10 @@ from megatron_tn import cli
 from megatron_tn.config import (
     ConfigError,
     DataConfig,
+    EngineConfig,
     ParallelConfig,
     TrainConfig,
+    device_problems,
     differences,
     from_mapping,
     known_keys,
@@ -58,11 +60,12 @@ def test_mappings_come_back_as_they_were(tmp_path):
 
 
 def test_all_bad_keys_and_values_are_in_one_error():
-    bad = {"model": {"emb_dim": 3, "act": "gelu"}, "engine": {"zero_stage": 4}, "learning_rate": 1}
+    bad = {"model": {"emb_dim": 3, "act": "gelu"}, "engine": {"zero_stage": 4}, "learning_rate": 1, "nodes": 0}
     with pytest.raises(ConfigError) as caught:
         from_mapping(TrainConfig, bad)
     text = str(caught.value)
-    assert len(caught.value.problems) == 4
+    assert len(caught.value.problems) == 5
+    assert "nodes=0 must be at least 1" in text
     assert "unknown setting model.emb_dim; did you mean model.embed_dim" in text
     assert "model.act='gelu'" in text
     assert "engine.zero_stage=4" in text
@@ -93,6 +96,41 @@ def test_all_bad_keys_and_values_are_in_one_error():
 def test_relations_that_do_not_hold_are_named(change, world, problem):
     found = dataclasses.replace(TrainConfig(), **change).problems(world)
     assert any(problem in line for line in found), found
+
+
+OUT_OF_BOUNDS = {
+    "model.heads=0": "must be at least 1",
+    "model.eos_id=-1": "must be at least 0",
+    "model.norm_eps=inf": "must be finite",
+    "model.init_std=nan": "must be at least 0, and finite",
+    "optim.lr=0.0": "must be above 0, and finite",
+    "optim.beta1=1.0": "must be from 0 to below 1",
+    "schedule.min_lr_ratio=nan": "must be from 0 to 1",
+    "guard.spike_window=1": "must be at least 2",
+    "data.shuffle_window=10000000000000000000": "must be at most 9223372036854775807, the largest integer of 64 bits",
+    "cluster.bf16_tflops=-1.0": "must be above 0, and finite, or null where it is not known",
+    "seed=-1": "must be from 0 to 18446744073709551615",
+    "hang_timeout_s=-1": "must be at least 0",
+}
+
+
+def test_every_value_out_of_bounds_is_named_beside_the_relations_that_still_have_a_meaning():
+    values = {"parallel": {"tp": 5}, "model": {"glu_dim": 3, "embed_dim": 1023}}
+    for setting in OUT_OF_BOUNDS:
+        name, _, value = setting.partition("=")
+        group, _, field = name.rpartition(".")
+        (values.setdefault(group, {}) if group else values)[field] = float(value) if "." in value else value
+    found = from_mapping(TrainConfig, values).problems(world_size=7)
+    assert sorted(found[: len(OUT_OF_BOUNDS)]) == sorted(f"{s} {must}" for s, must in OUT_OF_BOUNDS.items())
+    assert not any("divisible by model.heads" in line for line in found)  # there are no heads to divide by
+    assert "world size 7 is not a multiple of parallel.tp=5 x parallel.cp=1 = 5" in found
+
+
+def test_a_captured_graph_needs_a_device_that_is_known_to_be_there():
+    config = dataclasses.replace(TrainConfig(), engine=EngineConfig(name="local", cuda_graph=True))
+    assert config.problems(1) == []  # a plan is made without the device
+    assert device_problems(config, cuda=True) == []
+    assert "engine.cuda_graph=true needs a CUDA device" in device_problems(config, cuda=False)[0]
 
 
 def test_differences_name_each_setting():

@@ -9,6 +9,7 @@ Arguments are Hydra overrides of conf/audit.yaml. Exit code 2 and a line a probl
 
 import json
 import os
+import secrets
 import sys
 from pathlib import Path
 
@@ -61,7 +62,8 @@ def judge(settings: AuditSettings) -> None:
     if not os.access(target, os.W_OK):
         raise InputError(f"answers={answers.path}: {target} may not be written to")
     audit = Audit(samples, answers, settings.auditor_name, show_verdict=settings.show_verdict)
-    server = AuditServer(audit, settings.host, settings.port, settings.token)
+    token = settings.token or (secrets.token_urlsafe(24) if settings.ask_token else None)
+    server = AuditServer(audit, settings.host, settings.port, token)
     for problem in answers.problems():
         print(f"warning: {problem}", file=sys.stderr)
     done = audit.session()["answered"]

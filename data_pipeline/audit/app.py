@@ -171,6 +171,10 @@ def _checked(body: object, known: Mapping[str, int]) -> tuple[str, str, str, flo
         raise Refused(400, f"verdict={verdict!r} is none of {', '.join(VERDICTS)}")
     if not isinstance(note, str) or len(note) > LONGEST_NOTE:
         raise Refused(400, f"note: must be text of at most {LONGEST_NOTE} characters")
+    try:
+        note.encode()
+    except UnicodeEncodeError as error:
+        raise Refused(400, f"note: character {error.start} is half of a surrogate pair and no text") from None
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= LONGEST_SECONDS:
         raise Refused(400, f"seconds={seconds!r} must be a number from 0 to {LONGEST_SECONDS:.0f}")
     return sample, verdict, note, float(seconds)

@@ -6,7 +6,6 @@ one that is asked for is read.
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from data_pipeline.audit.sampling import PLACES
 from data_pipeline.errors import InputError
+from data_pipeline.files import replacing
 from data_pipeline.shards.scores import MEASURES
 
 Count = Annotated[int, Field(ge=0, strict=True)]
@@ -78,20 +78,15 @@ def write_samples(path: Path, samples: Iterable[tuple[Sample, str]], *, overwrit
     there is a file and `overwrite` is off, or when it cannot be written."""
     if path.exists() and not overwrite:
         raise InputError(f"samples={path} is there already; choose another, or overwrite=true to replace it")
-    temporary = path.with_name(f"{path.name}.tmp")
     count = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with replacing(path, mode=0o600) as file:
             for sample, text in samples:
                 line = json.dumps({**asdict(sample), "text": text}, ensure_ascii=False)
                 file.write(line.encode("utf-8", "replace") + b"\n")
                 count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise InputError(f"samples={path}: {error.strerror or error}") from None
     return count
 

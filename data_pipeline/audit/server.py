@@ -5,12 +5,14 @@ another site, and needs the session's token in a header, which only a page of th
 its Origin. Documents travel as JSON and nothing of them is ever markup.
 """
 
+import contextlib
 import hmac
 import ipaddress
 import json
 import secrets
 import socket
 import sys
+import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -24,6 +26,7 @@ FILES = {"/": "judge.html", "/summary": "summary.html"} | {
     f"/{name}": name for name in ("style.css", "common.js", "text.js", "judge.js", "summary.js", "icon.svg")
 }
 LONGEST_BODY = 64 * 1024
+MOST_CONNECTIONS = 64  # at once; each has a thread
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -48,7 +51,11 @@ def is_loopback(host: str) -> bool:
 
 
 class AuditServer(ThreadingHTTPServer):
-    """Serves `audit` on host and port. token: what the page's URL must carry; None asks for none, on loopback only."""
+    """Serves `audit` on host and port. token: what the page's URL must carry; None asks for none, on loopback only.
+
+    Of more than MOST_CONNECTIONS, the one that has waited longest with its request is closed; a new one is when all are
+    being answered.
+    """
 
     daemon_threads = True
     request_queue_size = 64
@@ -56,6 +63,8 @@ class AuditServer(ThreadingHTTPServer):
     def __init__(self, audit: Audit, host: str, port: int, token: str | None):
         """Raises InputError naming the setting when it cannot listen there."""
         self.audit = audit
+        self._connections: dict[socket.socket, bool] = {}  # in the order of their last request: whether one is answered
+        self._lock = threading.Lock()
         self.host = host.strip("[]")
         self.token = token or (None if is_loopback(host) else secrets.token_urlsafe(24))
         if ":" in self.host:
@@ -65,6 +74,31 @@ class AuditServer(ThreadingHTTPServer):
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"host={host} port={port}: cannot listen there: {reason}") from None
+
+    def process_request(self, request: socket.socket, client_address) -> None:
+        with self._lock:
+            full = len(self._connections) >= MOST_CONNECTIONS
+            oldest = next((c for c, answering in self._connections.items() if not answering), None)
+            if full and oldest is not None:
+                del self._connections[oldest]
+                with contextlib.suppress(OSError):  # its client was faster
+                    oldest.shutdown(socket.SHUT_RDWR)  # which ends its thread
+            if not full or oldest is not None:
+                self._connections[request] = False
+                return super().process_request(request, client_address)
+        return self.shutdown_request(request)
+
+    def shutdown_request(self, request: socket.socket) -> None:
+        with self._lock:
+            self._connections.pop(request, None)
+        super().shutdown_request(request)
+
+    def mark(self, request: socket.socket, *, answering: bool) -> None:
+        """Notes that a connection's request is being answered, or that it waits for the next one."""
+        with self._lock:
+            if request in self._connections:
+                del self._connections[request]
+                self._connections[request] = answering
 
     @property
     def url(self) -> str:
@@ -114,6 +148,13 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing: a line a request would bury the ones that matter."""
 
     def _serve(self, respond) -> None:
+        self.server.mark(self.connection, answering=True)
+        try:
+            self._answer(respond)
+        finally:
+            self.server.mark(self.connection, answering=False)
+
+    def _answer(self, respond) -> None:
         try:
             self._check_origin()
             respond(urlsplit(self.path))

@@ -14,7 +14,8 @@ from data_pipeline.sources import STRICT, Positive
 class AuditSettings:
     """samples, answers: the two files, JSON lines; answers lie beside the samples unless said otherwise. auditor: whose
     answers these are; None takes the name of the login. show_verdict: show scores, reason and verdict before the
-    answer. host, port: where to listen; token: what the URL must carry; None makes one up unless the host is loopback.
+    answer. host, port: where to listen; token: what the URL must carry; None makes one up. ask_token: False asks for
+    none on loopback, which other accounts of the machine reach too.
 
     To draw: manifest: of scored shards; filter: a YAML file or inline JSON (`ScoreFilter`); each: documents for every
     place of every source and language; border: share of the documents next to a threshold that is its border;
@@ -28,6 +29,7 @@ class AuditSettings:
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8765
     token: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{8,200}$")] | None = None
+    ask_token: bool = True
     manifest: str | None = None
     filter: str | dict | None = None
     each: Positive = 20

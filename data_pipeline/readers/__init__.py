@@ -11,14 +11,15 @@ from datatrove.pipeline.base import PipelineStep
 
 from data_pipeline.errors import InputError
 from data_pipeline.files import replacing
-from data_pipeline.readers.base import File, Found, Items, Quarantined, glob_files, guarded
+from data_pipeline.readers.base import File, Found, Items, Quarantined, guarded
 from data_pipeline.readers.lines import read_jsonl
+from data_pipeline.readers.listing import Listing, glob_listing
 from data_pipeline.readers.parquet import read_parquet, require_pyarrow
-from data_pipeline.readers.tree import read_file, tree_files
+from data_pipeline.readers.tree import read_file, tree_listing
 from data_pipeline.readers.warc import read_warc
 from data_pipeline.sources import Jsonl, Parquet, Source, Tree, Warc
 
-__all__ = ["ReadSources", "inputs_hash", "list_files", "list_inputs"]
+__all__ = ["ReadSources", "input_sizes", "inputs_hash", "list_inputs", "list_source"]
 
 LONGEST_DETAIL = 500  # characters: an address may be as long as it likes
 
@@ -41,8 +42,8 @@ class ReadSources(PipelineStep):
         self.inputs = inputs
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        files = {name: list_files(name, source) for name, source in self.sources.items()}
-        if self.inputs not in (None, inputs_hash([item for found in files.values() for item in _inputs(found)])):
+        files = {name: list_source(name, source).files for name, source in self.sources.items()}
+        if self.inputs not in (None, inputs_hash([item for found in files.values() for item in input_sizes(found)])):
             raise InputError("sources: files were added or removed, or have another size, since this run began")
         # Written as they come: of a file of garbage, every line is a record.
         with contextlib.ExitStack() as stack:
@@ -79,16 +80,17 @@ def _identity(item: Found | Quarantined, file: File) -> str:
     return f"{file.id}:{item.place}" if item.place else file.id
 
 
-def list_files(name: str, source: Source) -> list[File]:
-    """The files of a source, sorted. Raises InputError for one that is missing, empty or too small."""
+def list_source(name: str, source: Source) -> Listing:
+    """The files of a source, and notes on what is not read. Raises InputError for a source that is missing, empty or
+    too small."""
     if isinstance(source, Parquet):
         require_pyarrow(name)
-    return tree_files(name, source) if isinstance(source, Tree) else glob_files(name, source)
+    return tree_listing(name, source) if isinstance(source, Tree) else glob_listing(name, source)
 
 
 def list_inputs(sources: dict[str, Source]) -> list[tuple[str, int]]:
-    """(identity, bytes) of every input file. Raises InputError as `list_files`."""
-    return [item for name, source in sources.items() for item in _inputs(list_files(name, source))]
+    """(identity, bytes) of every input file. Raises InputError as `list_source`."""
+    return [item for name, source in sources.items() for item in input_sizes(list_source(name, source).files)]
 
 
 def inputs_hash(inputs: list[tuple[str, int]]) -> str:
@@ -96,25 +98,26 @@ def inputs_hash(inputs: list[tuple[str, int]]) -> str:
     return hashlib.sha256(json.dumps(sorted(inputs)).encode()).hexdigest()
 
 
-def _inputs(files: list[File]) -> list[tuple[str, int]]:
+def input_sizes(files: list[File]) -> list[tuple[str, int]]:
+    """(identity, bytes) of files."""
     return [(file.id, file.size) for file in files]
 
 
 def _items(file: File, source: Source) -> Items:
     def read() -> Items:
         with file.open() as opened:
-            yield from _read(opened, source, file.id)
+            yield from _read(opened, source, file)
 
     return guarded(read())
 
 
-def _read(opened: BinaryIO, source: Source, name: str) -> Items:
+def _read(opened: BinaryIO, source: Source, file: File) -> Items:
     match source:
         case Tree():
-            return read_file(opened, source, name)
+            return read_file(opened, source, file.id)
         case Jsonl():
             return read_jsonl(opened, source)
         case Parquet():
-            return read_parquet(opened, source)
+            return read_parquet(opened, source, file.size)
         case Warc():
-            return read_warc(opened, source)
+            return read_warc(opened, source, file.size)

@@ -3,20 +3,16 @@
 import io
 import lzma
 import os
-import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import BinaryIO
 
-from datatrove.io import DataFolder, get_datafolder
-from fsspec.utils import glob_translate
 from zstandard import ZstdDecompressor, ZstdError
 
 from data_pipeline.errors import InputError
-from data_pipeline.sources import Parquet, Source, Warc
+from data_pipeline.sources import Source
 
 # Beside the OSError without a number that gzip and fastwarc raise.
 DAMAGED = (EOFError, zlib.error, ZstdError, lzma.LZMAError, zipfile.BadZipFile)
@@ -86,61 +82,6 @@ def guarded(items: Items) -> Items:
         yield Quarantined("", "unreadable", f"{type(error).__name__}: {error}")
 
 
-def glob_files(name: str, source: Source) -> list[File]:
-    """The files of a source that match its glob, sorted. Raises InputError when the folder is absent or none match."""
-    try:
-        folder = open_folder(name, source)
-        # Matched here: asked for a pattern, fsspec would read the folder's own name as a part of it.
-        matches = re.compile(glob_translate(source.glob)).match
-        paths = [path for path in list_folder(folder) if matches(path)]
-        packed = None if isinstance(source, Warc | Parquet) else "infer"
-        files = [
-            File(f"{name}/{printable(path)}", opener(folder, path, source, packed), folder.size(path))
-            for path in sorted(paths)
-        ]
-    except (OSError, ImportError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"sources.{name}.path={source.path}: {' '.join(str(error).split())}") from None
-    if not files:
-        raise InputError(f"sources.{name}.path={source.path}: no file matches glob={source.glob}")
-    return files
-
-
-def list_folder(folder: DataFolder) -> list[str]:
-    """The files below a folder. Raises OSError for a local folder in it that cannot be listed, which fsspec leaves out
-    without a word."""
-    if not folder.is_local():
-        return folder.list_files()
-    found = [Path(inner, name) for inner, _, names in walk(Path(folder.path)) for name in names]
-    return [path.relative_to(folder.path).as_posix() for path in found]
-
-
-def walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """`os.walk` that raises the OSError of a folder that cannot be listed, instead of leaving it out."""
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    return os.walk(root, onerror=refuse)
-
-
-def open_folder(name: str, source: Source) -> DataFolder:
-    """The folder of a source, local or remote. Raises InputError when there is none, for datatrove takes an absent one
-    for an empty one, and what the file system raises when it cannot be asked."""
-    # fsspec's HTTP finds nothing below a path that ends in a slash; `/` and `memory://` are nothing without theirs.
-    folder = get_datafolder(re.sub("(?<=[^:/])/+$", "", source.path))
-    if not folder.fs.isdir(folder.path):
-        raise no_folder(name, source, file=folder.fs.isfile(folder.path))
-    return folder
-
-
-def no_folder(name: str, source: Source, *, file: bool) -> InputError:
-    """The error for a source whose `path` is none, and perhaps a file."""
-    what = "is a file: give its folder, and its name as the source's glob" if file else "no such folder"
-    return InputError(f"sources.{name}.path={source.path}: {what}")
-
-
 def printable(path: str) -> str:
     """A path as text that can be stored: bytes of a file name that are no UTF-8 are spelled out."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
@@ -156,7 +97,7 @@ def opener(folder, path: str, source: Source, compression: str | None = "infer")
             raise zipfile.BadZipFile("an archive of files, of which only the first would be read: unpack it")
         most = max(folder.size(path) * source.max_expansion, source.max_document_bytes)
         if path.endswith(".zst"):
-            packed = _Zstandard(folder.open(path, "rb"))
+            packed = Zstandard(folder.open(path, "rb"))
         else:
             packed = folder.open(path, "rb", compression=compression)
         return io.BufferedReader(_AsItComes(packed, most, source))
@@ -164,7 +105,7 @@ def opener(folder, path: str, source: Source, compression: str | None = "infer")
     return open_packed
 
 
-class _Zstandard:
+class Zstandard:
     """What the frames of a .zst file hold. Raises EOFError where the file ends inside a frame, which zstandard's own
     reader takes for the end of the text."""
 

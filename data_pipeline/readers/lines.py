@@ -1,7 +1,9 @@
 """JSON lines."""
 
 import codecs
+import contextlib
 import json
+import re
 from typing import BinaryIO
 
 import orjson
@@ -11,6 +13,12 @@ from data_pipeline.readers.html import page_text
 from data_pipeline.sources import Jsonl, Parquet
 
 CHUNK = 1 << 20
+STRUCTURE = (b",", b":", b"[", b"{")
+STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+BYTES_A_VALUE = 128  # of max_document_bytes, for each value that a line may have
+FEWEST_VALUES = 50_000  # are always allowed
+SHOWN_KEYS = 20  # in a message
+LINES_LOOKED_AT = 10  # at the start of a file, for its keys
 
 
 def read_jsonl(file: BinaryIO, source: Jsonl) -> Items:
@@ -26,10 +34,15 @@ def read_jsonl(file: BinaryIO, source: Jsonl) -> Items:
                 size += len(line)
             yield too_large(str(number), size, source)
         elif line.strip():
-            yield _line(line, str(number), source)
+            item = _line(line, str(number), source)
+            line = b""  # freed before the document is worked on
+            yield item
 
 
 def _line(line: bytes, place: str, source: Jsonl) -> Found | Quarantined:
+    most = max(FEWEST_VALUES, source.max_document_bytes // BYTES_A_VALUE)
+    if _holds_more_values(line, most):
+        return Quarantined(place, "too_many_values", f"more than {most} values, keys and brackets", len(line))
     try:
         record = orjson.loads(line)
     except ValueError as error:
@@ -51,14 +64,49 @@ def from_record(record: dict, place: str, source: Jsonl | Parquet) -> Found | Qu
     """A document from a record of named values."""
     text = record.get(source.text_key)
     if not isinstance(text, str):
-        return Quarantined(place, "no_text", f"{source.text_key} is {type(text).__name__}")
+        seen = "" if source.text_key in record else f"; keys: {', '.join(list(record)[:SHOWN_KEYS])}"
+        return Quarantined(place, "no_text", f"{source.text_key} is {type(text).__name__}{seen}")
     if not text or text.isspace():
         return Quarantined(place, "empty", f"{source.text_key} is empty")
-    if (size := len(text.encode())) > source.max_document_bytes:
+    if (size := _bytes(text, source.max_document_bytes)) > source.max_document_bytes:
         return too_large(place, size, source)
     key = record.get(source.id_key)
     extra = {"key": str(key)} if isinstance(key, str | int) else {}
-    return page_text(text, place, extra) if source.html else Found(place, text, extra)
+    return page_text(text.encode(), "utf-8", place, source, extra) if source.html else Found(place, text, extra)
+
+
+def jsonl_keys(file: BinaryIO, source: Jsonl) -> list[str]:
+    """The keys of the objects in a file's first lines."""
+    keys: dict[str, None] = {}
+    for _ in range(LINES_LOOKED_AT):
+        line = file.readline(source.max_document_bytes + 1).removeprefix(codecs.BOM_UTF8)
+        if not _holds_more_values(line, FEWEST_VALUES):
+            with contextlib.suppress(ValueError):
+                record = orjson.loads(line)
+                keys |= dict.fromkeys(record if isinstance(record, dict) else [])
+    return list(keys)
+
+
+def _bytes(text: str, most: int) -> int:
+    """The UTF-8 bytes of a text, or its characters where it cannot exceed `most`; piece by piece, since one that takes
+    4 bytes a character in memory would be held twice."""
+    if text.isascii() or 4 * len(text) <= most:
+        return len(text)
+    return sum(len(text[at : at + CHUNK].encode()) for at in range(0, len(text), CHUNK))
+
+
+def _holds_more_values(line: bytes, most: int) -> bool:
+    """Whether a JSON line has more than `most` commas, colons, brackets and strings outside its strings: each value
+    takes up to 90 bytes of memory, however short it is."""
+    if sum(line.count(mark) for mark in STRUCTURE) <= most:
+        return False
+    values = end = 0
+    for string in STRING.finditer(line):
+        values += 1 + sum(line.count(mark, end, string.start()) for mark in STRUCTURE)
+        end = string.end()
+        if values > most:
+            return True
+    return values + sum(line.count(mark, end) for mark in STRUCTURE) > most
 
 
 def _repeated(line: bytes) -> str | None:
@@ -66,8 +114,11 @@ def _repeated(line: bytes) -> str | None:
     found: list[str] = []
 
     def look(pairs: list[tuple[str, object]]) -> None:
-        keys = [key for key, _ in pairs]
-        found.extend(key for key in keys if keys.count(key) > 1)
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                found.append(key)
+            seen.add(key)
 
     json.loads(line, object_pairs_hook=look)
     return found[0] if found else None

@@ -1,104 +1,209 @@
-"""WARC files, by fastwarc."""
+"""WARC files: pages of a crawl (response, resource) and the plain text of WET files (conversion).
 
-import itertools
-from collections.abc import Iterator
+What cannot be read costs itself alone. Where a record is not followed by another one, its Content-Length is false or
+the file is damaged there: the record is quarantined, and reading goes on at the next line that begins one.
+"""
+
+import re
+from dataclasses import dataclass
 from typing import BinaryIO
 
-from fastwarc.warc import ArchiveIterator, WarcRecordType
-
+from data_pipeline.pages.encodings import decode_page
+from data_pipeline.readers import http
 from data_pipeline.readers.base import Found, Items, Quarantined, too_large
-from data_pipeline.readers.html import decode_page, page_text
+from data_pipeline.readers.html import page_text
+from data_pipeline.readers.members import DamagedMember, Members
 from data_pipeline.sources import Warc
 
 CHUNK = 1 << 20
+LONGEST_HEAD = 1 << 16  # bytes of a record's headers
 MOST_RESTARTS = 1000  # in a file: one made of beginnings of records is no crawl
+MOST_REREAD = 8  # times the bytes of a file: time stays linear where every record claims all that follows
+BEGINNING = re.compile(rb"\nWARC/1\.")
 PAGES = ("text/html", "application/xhtml+xml")
+CONTENT = ("response", "resource", "conversion")
+ABOUT = ("warcinfo", "request", "metadata")  # records about others, and no documents
 
 
-def read_warc(file: BinaryIO, source: Warc) -> Items:
-    """A document for each page fetched (`response`) and for each text of a WET file (`conversion`). `file` as it is on
-    disk: fastwarc decompresses it record by record.
+@dataclass(frozen=True)
+class Record:
+    """`headers` by lower-case name; `block`: its bytes, cut behind the most that a document may have; `size`: all of
+    them, less than `length`, the Content-Length, where the file ends or is damaged; `damage`: why it does."""
 
-    What follows a record tells whether its length was true, so a document is handed on when the next is reached. Where
-    none follows, reading goes on at the next place that looks like a record.
-    """
-    number, place, held = 0, 0, None
-    for again in itertools.count():
+    headers: dict[str, str]
+    block: bytearray
+    size: int
+    length: int
+    damage: DamagedMember | None = None
+
+    @property
+    def kind(self) -> str:
+        return self.headers.get("warc-type", "").lower()
+
+    @property
+    def url(self) -> str:
+        return self.headers.get("warc-target-uri", "").strip("<>")
+
+
+class NoRecord(ValueError):
+    """What stands where a record should begin."""
+
+
+def read_warc(file: BinaryIO, source: Warc, size: int) -> Items:
+    """A document for each page and text of a WARC file of `size` bytes, plain, in gzip members or in zstd frames; every
+    other record of content is quarantined with its reason."""
+    members = Members(file, size, source)
+    number, restarts, reread = 0, 0, 0
+    while restarts <= MOST_RESTARTS and reread <= MOST_REREAD * members.given:
+        at = f"byte {members.start if members.packed else members.passed}"
         try:
-            for count, at, item in _records(file, source, number):
-                if held:
-                    yield held
-                number, place, held = count, at, item
-        except OSError as error:
-            if error.errno is not None:
-                raise
-            if "header" not in str(error):  # fastwarc tells bad headers from bad compression
-                if held:
-                    yield held
-                raise
-            if isinstance(held, Found):
-                detail = f"no record follows it: its Content-Length is false, or the file is damaged here: {error}"
-                held = Quarantined(held.place, "false_length", detail, len(held.text))
-            if held:
-                yield held
-            if again == MOST_RESTARTS or (place := _next_record(file, place)) is None:
-                raise
-            held = None
-            file.seek(place)
+            if (record := _next_record(members, source)) is None:
+                return
+        except NoRecord as error:
+            yield Quarantined(at, "unreadable", str(error))
+            restarts += 1
+            if not _find_record(members, b""):
+                return
             continue
-        if held:
-            yield held
-        return
-
-
-def _records(file: BinaryIO, source: Warc, number: int) -> Iterator[tuple[int, int, Found | Quarantined | None]]:
-    """(how many pages and texts there were, where in the file, what it gives) of each record from here on."""
-    for record in ArchiveIterator(file, record_types=WarcRecordType.any_type, parse_http=False):
-        if record.record_type not in (WarcRecordType.response, WarcRecordType.conversion):
-            yield number, record.stream_pos, None
+        except DamagedMember as error:
+            yield Quarantined(f"byte {error.start}", "unreadable", str(error))
+            restarts += 1
+            if not members.next_member():
+                return
             continue
-        number += 1
-        try:
-            item = _record(record, str(number), source)
-        except OSError as error:  # this record's own encoding; the next may be whole
-            if error.errno is not None:
-                raise
-            item = Quarantined(str(number), "unreadable", f"{type(error).__name__}: {error}")
-        yield number, record.stream_pos, item
+        number += record.kind not in ABOUT
+        problem, damage = _end_problem(record, members)
+        if not problem:
+            if record.kind not in ABOUT:
+                yield _item(record, str(number), source)
+            if damage is None:
+                continue
+        elif record.kind not in ABOUT:
+            detail = f"{problem}{record.url and ': '}{record.url}"
+            reason = "unreadable" if record.size < record.length else "false_length"
+            yield Quarantined(str(number), reason, detail, record.size)
+        restarts += 1
+        if damage:
+            if damage.start != members.start or not problem:
+                yield Quarantined(f"byte {damage.start}", "unreadable", str(damage))
+            if not members.next_member():
+                return
+        elif not _find_record(members, record.block):
+            return
+        else:
+            reread += len(record.block)
+    yield Quarantined("", "unreadable", f"no record follows another at {restarts} places: the rest is left unread")
 
 
-def _next_record(file: BinaryIO, after: int) -> int | None:
-    """Where the next record begins that lies after the one at `after`: a line that begins as a header does, or in a
-    compressed file a member."""
-    file.seek(after)
-    head = file.read(2)
-    mark, skip = (b"\x1f\x8b\x08", 0) if head == b"\x1f\x8b" else (b"\nWARC/1.", 1)
-    at, rest = after + 2, b""
-    while chunk := file.read(CHUNK):
-        found = (window := rest + chunk).find(mark)
-        if found >= 0:
-            return at - len(rest) + found + skip
-        rest = window[-len(mark) + 1 :]
-        at += len(chunk)
-    return None
-
-
-def _record(record, place: str, source: Warc) -> Found | Quarantined | None:
-    plain = record.record_type == WarcRecordType.conversion
-    if not plain:
-        record.parse_http(auto_decode="all")
-        if record.http_content_type not in (*PAGES, "text/plain"):
+def _next_record(members: Members, source: Warc) -> Record | None:
+    """The record that begins here, None at the end of the file. Raises NoRecord, and DamagedMember where its headers
+    cannot be read."""
+    while not (line := members.line(LONGEST_HEAD)).strip(b"\r\n"):
+        if not line:
             return None
-    data = record.reader.read(source.max_document_bytes + 1)
+    if not line.startswith(b"WARC/"):
+        raise NoRecord(f"no record of WARC begins with {line[:40]!r}")
+    headers: dict[str, str] = {}
+    left = LONGEST_HEAD
+    while (line := members.line(left)).strip(b"\r\n"):
+        if (left := left - len(line)) <= 0:
+            raise NoRecord(f"its headers take more than {LONGEST_HEAD} bytes")
+        name, colon, value = line.decode("utf-8", "replace").partition(":")
+        if colon:
+            headers.setdefault(name.strip().lower(), value.strip())
+        elif line[:1] not in b" \t":
+            raise NoRecord(f"{line[:40]!r} is no header")
+    length = headers.get("content-length", "")
+    if not (length.isascii() and length.isdigit() and len(length) < 19):
+        raise NoRecord(f"Content-Length {length[:40]!r}")
+    block, size, damage = bytearray(), 0, None
+    bound = source.max_document_bytes + LONGEST_HEAD
+    try:
+        while size < int(length) and (piece := members.read(min(CHUNK, int(length) - size))):
+            size += len(piece)
+            block += piece[: bound - len(block)]
+    except DamagedMember as error:
+        damage = error
+    return Record(headers, block, size, int(length), damage)
+
+
+def _end_problem(record: Record, members: Members) -> tuple[str, DamagedMember | None]:
+    """What shows that a record is not whole, empty where it is: what follows it is a record or the end of the file.
+    And the damage that was met, of this record or of the one behind it."""
+    if record.damage:
+        return f"{record.size} of {record.length} bytes are there: {record.damage}", record.damage
+    if record.size < record.length:
+        return f"{record.size} of {record.length} bytes are there", None
+    start = members.start
+    try:
+        while not (line := members.line(LONGEST_HEAD)).strip(b"\r\n") and line:
+            pass
+    except DamagedMember as error:
+        return (str(error) if error.start == start else ""), error
+    members.push(line)
+    if not line or line.startswith(b"WARC/"):
+        return "", None
+    return f"Content-Length {record.length} is false, or the file is damaged here: no record follows", None
+
+
+def _find_record(members: Members, block: bytearray | bytes) -> bool:
+    """Goes to the next line that begins a record: in `block`, which was read last, or behind it. Returns whether there
+    is one."""
+    if found := BEGINNING.search(block):
+        members.push(bytes(memoryview(block)[found.start() + 1 :]))
+        return True
+    rest = block[-8:]
+    try:
+        while piece := members.read(CHUNK):
+            if found := BEGINNING.search(window := rest + piece):
+                members.push(window[found.start() + 1 :])
+                return True
+            rest = window[-8:]
+    except DamagedMember:
+        return members.next_member()
+    return False
+
+
+def _item(record: Record, place: str, source: Warc) -> Found | Quarantined:
+    """The document of a whole record of content, or why it is none."""
+    if record.kind == "conversion":
+        return _document(record.block, "text/plain", None, record, place, source)
+    if record.kind == "resource":
+        kind = record.headers.get("content-type", "")
+        return _document(record.block, http.media_type(kind), http.charset(kind), record, place, source)
+    if record.kind != "response":
+        return Quarantined(place, "record_type", f"{record.kind or 'no WARC-Type'} {record.url}", record.size)
+    cut = record.size > len(record.block)
+    response = http.parse_response(record.block)  # which leaves the body alone in the block
+    if response is None:
+        return Quarantined(place, "not_http", f"{record.headers.get('content-type', '')} {record.url}", record.size)
+    if response.status not in source.statuses:
+        return Quarantined(place, "status", f"{response.status} {record.url}", record.size)
+    if cut:
+        return too_large(place, record.size, source)
+    try:
+        data = response.content(source.max_document_bytes)
+    except http.Undecodable as error:
+        return Quarantined(place, "undecodable", f"{error}: {record.url}", record.size)
+    except http.TooLarge:
+        return too_large(place, source.max_document_bytes, source)
+    return _document(data, response.media_type, response.charset, record, place, source)
+
+
+def _document(
+    data: bytes | bytearray, media_type: str, charset: str | None, record: Record, place: str, source: Warc
+) -> Found | Quarantined:
     if len(data) > source.max_document_bytes:
-        return too_large(place, max(record.content_length, len(data)), source)
-    coded = not plain and {"content-encoding", "transfer-encoding"} & {name.lower() for name, _ in record.http_headers}
-    if not coded and len(data) < record.content_length:
-        detail = f"{len(data)} of {record.content_length} bytes are there"
-        return Quarantined(place, "unreadable", detail, len(data))
-    url = record.headers.get("WARC-Target-URI", "")
-    extra = {"key": url} if url else {}
-    if plain or record.http_content_type == "text/plain":
-        text = decode_page(data, None if plain else record.http_charset)
-        return Found(place, text, extra) if text.strip() else Quarantined(place, "empty", url or "no text")
-    return page_text(decode_page(data, record.http_charset), place, extra)
+        return too_large(place, record.size, source)
+    media_type = media_type or http.sniff(data)
+    extra = {"key": record.url} if record.url else {}
+    if media_type in PAGES:
+        return page_text(data, charset, place, source, extra)
+    if media_type != "text/plain":
+        return Quarantined(place, "media_type", f"{media_type or 'none'} {record.url}", record.size)
+    text = decode_page(data, charset, markup=False)
+    if not text.strip():
+        return Quarantined(place, "empty", record.url or "no text", len(data))
+    if not text.strip("\ufffd \t\r\n"):
+        return Quarantined(place, "undecodable", f"charset {charset}: {record.url}", len(data))
+    return Found(place, text, extra)

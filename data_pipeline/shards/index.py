@@ -18,6 +18,7 @@ from data_pipeline.errors import InputError
 
 OFFSET, TOKENS, TEXT_BYTES, LANGUAGE = range(4)
 COLUMNS = 4
+HEADER_BYTES = 4096  # the most that the header of an .npy file takes
 MOST = 2**53  # tokens or bytes of a document
 LONGEST_LANGUAGE = 7  # bytes of a code: the eighth would reach the sign of an int64
 
@@ -103,6 +104,11 @@ def dump_index(index: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, index, allow_pickle=False)
     return buffer.getvalue()
+
+
+def index_bytes(documents: int) -> int:
+    """The most bytes that the index of so many documents takes."""
+    return documents * COLUMNS * np.dtype(np.int64).itemsize + HEADER_BYTES
 
 
 def read_npy(data: bytes, shape: tuple[int, ...], dtype: type) -> np.ndarray:

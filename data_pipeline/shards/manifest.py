@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from data_pipeline.errors import InputError
 from data_pipeline.files import replace_file, sha256_of
-from data_pipeline.shards.remote import CacheFull, Remote, default_cache, is_remote
+from data_pipeline.shards.remote import MOST_UNSIZED, CacheFull, Remote, default_cache, is_remote
 
 FORMAT = "megatron_tn.shards"
 VERSION = 2
@@ -156,8 +156,8 @@ class Manifest:
     ) -> "Manifest":
         """Reads and checks `path`. With `check_files`, the tokenizer must be the one that made the shards, every shard
         and index must be there, and every shard of its full size: one stat each; `verify` is what reads and hashes
-        them. A `path` that is a URL of fsspec is read through `cache`, a local folder (see `remote.default_cache`) of
-        at most `cache_bytes`. Raises InputError naming each bad file."""
+        them. A `path` that is a URL of fsspec is read through `cache`, a local folder (see `remote.default_cache`) that
+        other manifests may share, of at most `cache_bytes` in all. Raises InputError naming each bad file."""
         remote = _open_remote(str(path), cache, cache_bytes)
         path = Path(path) if remote is None else remote.folder / str(path).rpartition("/")[2]
         try:
@@ -221,25 +221,28 @@ class Manifest:
         """Where a file of this manifest can be opened, once it is downloaded if it has to be. Raises OSError."""
         return self.remote.fetch(name, size=size, sha256=sha256) if self.remote else self.directory / name
 
-    def open(self, name: str, *, size: int | None = None, sha256: str | None = None) -> FileIO:
-        """A file of this manifest, opened. Raises OSError."""
+    def open(
+        self, name: str, *, size: int | None = None, sha256: str | None = None, most: int = MOST_UNSIZED
+    ) -> FileIO:
+        """A file of this manifest, opened; of a remote one whose `size` is not known, at most `most` bytes are
+        downloaded. Raises OSError."""
         if self.remote:
-            return self.remote.open(name, size=size, sha256=sha256)
+            return self.remote.open(name, size=size, sha256=sha256, most=most)
         file = FileIO(self.directory / name)
         if size is not None and (found := os.fstat(file.fileno()).st_size) != size:
             file.close()
             raise OSError(f"{found} bytes on disk, {size} in the manifest")
         return file
 
-    def read(self, name: str, *, sha256: str | None = None, fresh: bool = False) -> bytes:
-        """All of a file of this manifest; of a remote one, downloaded anew when it is `fresh` or the cached copy has
+    def read(self, name: str, *, sha256: str | None = None, most: int = MOST_UNSIZED, fresh: bool = False) -> bytes:
+        """All of a file of this manifest; of a remote one, downloaded again when `fresh` is set or the cached copy has
         another hash. Raises OSError."""
         if self.remote and fresh:
-            self.remote.fetch(name, sha256=sha256, fresh=True)
-        with self.open(name, sha256=sha256) as file:
+            self.remote.fetch(name, sha256=sha256, most=most, fresh=True)
+        with self.open(name, sha256=sha256, most=most) as file:
             data = file.readall()
         if self.remote and sha256 and not fresh and hashlib.sha256(data).hexdigest() != sha256:
-            return self.read(name, sha256=sha256, fresh=True)
+            return self.read(name, sha256=sha256, most=most, fresh=True)
         return data
 
     def names(self) -> set[str]:
@@ -260,6 +263,8 @@ class Manifest:
         name = self.tokenizer.file
         try:
             found = sha256_of(self.local(name))
+            if self.remote and found != self.tokenizer.sha256:  # of a corpus that was published again at its address
+                found = sha256_of(self.remote.fetch(name, fresh=True))
         except OSError as error:
             return [f"tokenizer {name}: missing or unreadable: {error.strerror}"]
         if found == self.tokenizer.sha256:
@@ -305,7 +310,7 @@ def _open_remote(path: str, cache: str | Path | None, cache_bytes: int) -> Remot
     if not is_remote(path):
         return None
     url, _, name = path.rpartition("/")
-    remote = Remote(url, Path(cache) if cache else default_cache(url), cache_bytes)
+    remote = Remote(url, Path(cache) if cache else default_cache(), cache_bytes)
     try:
         remote.fetch(name, fresh=True)
     except (OSError, CacheFull) as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline.errors import InputError
-from data_pipeline.shards.index import OFFSET, TOKENS, build_index, parse_index
+from data_pipeline.shards.index import OFFSET, TOKENS, build_index, index_bytes, parse_index
 from data_pipeline.shards.manifest import Manifest, Shard
 
 
@@ -21,7 +21,7 @@ class StoredDocument:
 
 def shard_index(manifest: Manifest, shard: Shard) -> np.ndarray:
     """A shard's index, int64 [documents, 4], checked against the manifest. Raises InputError or OSError."""
-    data = manifest.read(shard.index, sha256=shard.index_sha256)
+    data = manifest.read(shard.index, sha256=shard.index_sha256, most=index_bytes(shard.documents))
     # One of other documents may add up to the same sums, and would give tokens from between them.
     if hashlib.sha256(data).hexdigest() != shard.index_sha256:
         raise InputError(f"index {shard.index}: its sha256 is not the manifest's")

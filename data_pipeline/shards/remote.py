@@ -1,7 +1,11 @@
-"""Shards on a remote file system, behind a bounded local cache that several processes may share.
+"""Shards on a remote file system, behind a bounded local cache that the processes of a node share.
 
-A file is downloaded whole, under another name until its size and hash are right, and then renamed. When the cache is
-full, the files that were not used for longest go; who has one open keeps reading it.
+    CACHE/content/SHA256.tar, .npy   a file whose hash the manifest gives, under that hash, whatever address it is from
+    CACHE/ADDRESS/NAME               a file without a known hash (manifest, tokenizer, counts), under the address's hash
+
+A corpus that is published again at its address has other hashes, so no file of the old one is taken for the new one's.
+A file is downloaded under a temporary name until its size and hash are right, and then renamed. When the cache is full,
+the least recently used shards and indexes are removed; a process that has one open keeps reading it.
 """
 
 import contextlib
@@ -22,15 +26,19 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from fsspec.callbacks import Callback
+
 from data_pipeline.errors import InputError
-from data_pipeline.files import sha256_of
+from data_pipeline.files import open_lock, sha256_of
 from data_pipeline.locations import SCHEME, openable
 
 logger = logging.getLogger(__name__)
 
-EVICTED = (".tar", ".npy")  # what the cache may lose; manifests, tokenizers and counts stay
+EVICTED = (".tar", ".npy")  # suffixes that the cache may remove; manifests, tokenizers and counts stay
 LONGEST_WAIT = 30.0  # seconds between two attempts
-STALLED = 60.0  # seconds without a byte after which an attempt over HTTP has failed
+STALLED = 60.0  # seconds: the longest wait for a byte over HTTP, and the window over which LEAST_RATE is asked
+LEAST_RATE = 10_000  # bytes per second, below which a download has failed
+MOST_UNSIZED = 1 << 30  # bytes of a file whose size the manifest does not give
 ASKING = 16  # files whose sizes are asked for at once
 
 
@@ -49,13 +57,36 @@ class CacheFull(Exception):
     """The disk of the cache is full. No OSError: it says nothing of the data, and must not be taken for damage."""
 
 
+class _Watch(Callback):
+    """Told of each piece of a download. Raises OSError once it exceeds `most` bytes, or when STALLED seconds brought
+    less than LEAST_RATE x STALLED bytes."""
+
+    def __init__(self, most: int):
+        super().__init__()
+        self.most = most
+        self.came = self.before = 0  # bytes, now and when the window began
+        self.since = time.monotonic()
+
+    def relative_update(self, inc: int = 1) -> None:
+        self.came += inc
+        if self.came > self.most:
+            raise OSError(f"more than {self.most} bytes came: stopped")
+        if (seconds := time.monotonic() - self.since) > STALLED:
+            if self.came - self.before < LEAST_RATE * seconds:
+                raise OSError(
+                    f"{self.came - self.before} bytes in {seconds:.0f} s, below {LEAST_RATE} bytes/s: stopped"
+                )
+            self.since, self.before = time.monotonic(), self.came
+
+
 @dataclass
 class Remote:
-    """Files of the folder `url`, cached in `folder`. `max_bytes`: of the cache; `attempts`: to download a file, waiting
-    `first_wait` seconds after the first and twice as long after each other. Thread-safe and picklable."""
+    """Files of the folder `url`, cached in `cache`, which other addresses share. `max_bytes`: of the whole cache;
+    `attempts`: to download a file, waiting `first_wait` seconds after the first and twice as long after each other.
+    Thread-safe and picklable."""
 
     url: str
-    folder: Path
+    cache: Path
     max_bytes: int = 100_000_000_000
     attempts: int = 8
     first_wait: float = 0.5
@@ -63,7 +94,9 @@ class Remote:
     _asked: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (self.folder, self.cache / "content"):
+            folder.mkdir(parents=True, exist_ok=True)
         self._start()
 
     def _start(self) -> None:
@@ -79,34 +112,47 @@ class Remote:
         self._asked = set()
         self._start()
 
+    @property
+    def folder(self) -> Path:
+        """Where the files of this address lie that have no known hash."""
+        return self.cache / hashlib.sha256(self.url.encode()).hexdigest()[:16]
+
+    def place(self, name: str, sha256: str | None) -> Path:
+        """Where a file is cached: by its hash where that is known, so that equal names and sizes prove nothing."""
+        return self.cache / "content" / f"{sha256}{Path(name).suffix}" if sha256 else self.folder / name
+
     def fetch(
         self,
         name: str,
         *,
         size: int | None = None,
         sha256: str | None = None,
+        most: int = MOST_UNSIZED,
         fresh: bool = False,
         attempts: int | None = None,
     ) -> Path:
-        """The local copy of a file, downloaded if it is not there or is to be `fresh`. Raises FileNotFoundError when
-        there is none, OSError when no attempt gave the file that `size` and `sha256` describe, CacheFull."""
-        path = self.folder / name
+        """The local copy of a file, downloaded if it is missing or is to be `fresh`. `size`: its bytes where they are
+        known, `most`: otherwise the most it may have; a download stops beyond them. Raises FileNotFoundError when the
+        server has none, OSError when no attempt gave the file that `size` and `sha256` describe, CacheFull."""
+        path = self.place(name, sha256)
         with self._guard:
-            lock = self._locks.setdefault(name, threading.Lock())
+            lock = self._locks.setdefault(path.name, threading.Lock())
         with lock:
             if fresh or not path.exists() or (size is not None and path.stat().st_size != size):
-                self._retry(name, lambda: self._attempt(name, path, size, sha256), attempts)
+                self._retry(name, lambda: self._attempt(name, path, size, sha256, most), attempts)
             with contextlib.suppress(FileNotFoundError):  # another download needed its room already
                 os.utime(path)  # used now
         return path
 
-    def open(self, name: str, *, size: int | None = None, sha256: str | None = None) -> FileIO:
+    def open(
+        self, name: str, *, size: int | None = None, sha256: str | None = None, most: int = MOST_UNSIZED
+    ) -> FileIO:
         """`fetch`, opened: from then on no other download can take it away. Raises OSError."""
         for _ in range(self.attempts):
-            path = self.fetch(name, size=size, sha256=sha256)
+            path = self.fetch(name, size=size, sha256=sha256, most=most)
             with contextlib.suppress(FileNotFoundError):  # another download needed its room already
                 return FileIO(path)
-        raise OSError(f"{self.url}/{name}: max_bytes={self.max_bytes} of {self.folder} is too small for what is in use")
+        raise OSError(f"{self.url}/{name}: max_bytes={self.max_bytes} of {self.cache} is too small for what is in use")
 
     def prefetch(self, wanted: list[tuple[str, int, str]]) -> None:
         """Begins to download files (name, size, sha256) that will soon be asked for, as many as fit into half of the
@@ -114,8 +160,8 @@ class Remote:
         room = itertools.accumulate(size for _, size, _ in wanted)
         wanted = [item for item, total in zip(wanted, room, strict=True) if total <= self.max_bytes // 2]
         with self._guard:
-            new = [item for item in wanted if item[0] not in self._asked and not (self.folder / item[0]).exists()]
-            self._asked.update(item[0] for item in new)
+            new = [item for item in wanted if item[2] not in self._asked and not self.place(item[0], item[2]).exists()]
+            self._asked.update(item[2] for item in new)
             if new and self._pool is None:
                 self._pool = ThreadPoolExecutor(2, thread_name_prefix="prefetch")
         for name, size, sha256 in new:
@@ -166,7 +212,7 @@ class Remote:
             logger.warning("prefetch of %s: %s", name, error)
         finally:
             with self._guard:
-                self._asked.discard(name)
+                self._asked.discard(sha256)
 
     def _filesystem(self):
         import fsspec
@@ -204,21 +250,22 @@ class Remote:
                 logger.warning("%s/%s, attempt %d: %s: %s", self.url, name, number + 1, type(error).__name__, error)
         raise OSError(f"{self.url}/{name}: {attempts} attempts: {str(problem) or type(problem).__name__}")
 
-    def _attempt(self, name: str, path: Path, size: int | None, sha256: str | None) -> None:
+    def _attempt(self, name: str, path: Path, size: int | None, sha256: str | None, most: int) -> None:
         filesystem, root = self._filesystem()
-        temporary = self.folder / f".{name}.{uuid.uuid4().hex}.tmp"
+        temporary = path.with_name(f".{name}.{uuid.uuid4().hex}.tmp")
         room = temporary.with_suffix(".room")
         try:
             self._make_room(room, size or 0)
             try:
-                filesystem.get_file(f"{root}/{name}", str(temporary))
+                watch = _Watch(most if size is None else size)
+                if self.url.startswith("file:"):  # whose get_file tells the watch nothing
+                    watch.relative_update(filesystem.size(f"{root}/{name}"))
+                filesystem.get_file(f"{root}/{name}", str(temporary), callback=watch)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 if not self._make_room(room, size or 0, at_least=size or 1):
-                    raise CacheFull(
-                        f"cache {self.folder}: {error.strerror}, and nothing in it can be removed"
-                    ) from None
+                    raise CacheFull(f"cache {self.cache}: {error.strerror}, and nothing in it can be removed") from None
                 raise
             if size is not None and (written := temporary.stat().st_size) != size:
                 raise OSError(f"{written} bytes came, the manifest says {size}")
@@ -234,7 +281,11 @@ class Remote:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        with (self.folder / ".lock").open("w") as lock:
+        try:
+            lock = open_lock(path := self.cache / ".lock")
+        except OSError as error:
+            raise InputError(f"cache {path}: {error.strerror}") from None
+        with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # of this opening: lockf would let the threads of a process by
             yield
 
@@ -244,9 +295,9 @@ class Remote:
         gone. Returns how many went."""
         freed = 0
         with self._locked():
-            with room.open("wb") as file:
+            with open_lock(room) as file:
                 file.truncate(size)
-            files = [(path, stat) for path, stat in _files(self.folder) if path.suffix != ".tmp"]
+            files = [(path, stat) for path, stat in _files(self.cache) if path.suffix != ".tmp"]
             total = sum(stat.st_size for _, stat in files)
             for path, stat in sorted(files, key=lambda item: item[1].st_mtime_ns):
                 if total - freed <= self.max_bytes and freed >= at_least:
@@ -266,14 +317,15 @@ def _says_absent(error: BaseException) -> bool:
     return cause is None or getattr(cause, "status", None) in (404, 410)
 
 
-def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """The files of a folder from which others may take some meanwhile."""
-    for path in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            yield path, path.stat()
+def _files(cache: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """The files of a cache, of all addresses. Other processes may remove some meanwhile: those are left out."""
+    for folder in cache.iterdir():
+        if folder.is_dir() and not folder.is_symlink():
+            for path in folder.iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    yield path, path.lstat()
 
 
-def default_cache(url: str) -> Path:
-    """Where the shards of a URL are cached: under MEGATRON_TN_CACHE, or the user's cache folder."""
-    base = os.environ.get("MEGATRON_TN_CACHE") or Path.home() / ".cache" / "megatron_tn"
-    return Path(base) / hashlib.sha256(url.encode()).hexdigest()[:16]
+def default_cache() -> Path:
+    """The node's cache of remote shards: MEGATRON_TN_CACHE, or else the user's cache folder."""
+    return Path(os.environ.get("MEGATRON_TN_CACHE") or Path.home() / ".cache" / "megatron_tn")

@@ -20,7 +20,7 @@ from data_pipeline.cli import command, parser
 from data_pipeline.errors import InputError
 from data_pipeline.files import sha256_of
 from data_pipeline.pool import process_pool
-from data_pipeline.shards.index import OFFSET, TEXT_BYTES, TOKENS, build_index, load_index
+from data_pipeline.shards.index import OFFSET, TEXT_BYTES, TOKENS, build_index, index_bytes, load_index
 from data_pipeline.shards.manifest import Manifest, Shard
 
 
@@ -81,8 +81,9 @@ def _check_shard(manifest: Manifest, shard: Shard) -> Checked:
     path, itemsize = manifest.directory / shard.name, manifest.dtype.itemsize
     try:
         if manifest.remote:
-            for name in (shard.name, shard.index):
-                manifest.remote.fetch(name, fresh=True)  # what is there now, and not what a cache still has
+            # What the server has now: without a hash, nothing that is cached under one is taken for it.
+            manifest.remote.fetch(shard.name, fresh=True, most=shard.size)
+            manifest.remote.fetch(shard.index, fresh=True, most=index_bytes(shard.documents))
         if problem := manifest.file_problem(shard):
             return _bad(problem)
         if sha256_of(path) != shard.sha256:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.files import replace_file, sha256_of
+from data_pipeline.files import open_temporary, replace_file, sha256_of
 from data_pipeline.shards.index import TEXT_BYTES, TOKENS, build_index, dump_index
 from data_pipeline.shards.manifest import Shard
 
@@ -48,10 +48,6 @@ class ShardWriter:
     def _name(self) -> str:
         return f"{self.prefix}-{len(self.shards):05d}"
 
-    @property
-    def _temporary(self) -> Path:
-        return self.directory / f"{self._name}.tar.tmp"
-
     def write(
         self, tokens: np.ndarray, *, id: str, source: str, text_bytes: int, language: str = "", key: str = ""
     ) -> None:
@@ -84,7 +80,7 @@ class ShardWriter:
         from webdataset import TarWriter
 
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._file = self._temporary.open("wb")
+        self._temporary, self._file = open_temporary(self.directory / f"{self._name}.tar")
         self._tar = TarWriter(self._file, user="", group="", mtime=0, encoder=False)
         self._documents = self._tokens = 0
         self._source = source
@@ -95,7 +91,6 @@ class ShardWriter:
         self._tar.close()
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()
         # The index is made from what is on disk, so a shard that cannot be read back is found here and not in training.
         index, _ = build_index(self._temporary, self.dtype.itemsize)
         index_path = self.directory / f"{self._name}.index.npy"
@@ -113,5 +108,6 @@ class ShardWriter:
             index_sha256=sha256_of(index_path),
         )
         os.replace(self._temporary, self.directory / shard.name)
+        self._file.close()  # and with it the lock, which keeps others from removing it
         self._file = self._tar = None
         self.shards.append(shard)

@@ -40,6 +40,7 @@ class EpochOrder:
         window: int,
         key: tuple[str, ...] = (),
     ):
+        window = min(window, len(shard_tokens))
         self.shards = permutation(len(shard_tokens), seed, epoch, "shards", *key)
         self.ends = np.cumsum(shard_tokens[self.shards])  # [shards]: tokens up to and including each, in epoch order
         self.tokens = int(self.ends[-1])

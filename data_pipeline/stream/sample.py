@@ -27,7 +27,8 @@ class Batch:
     """Without isolation `tokens`, `targets` are int64 [b, N] and `cu_seqlens` is None. With it they are [1, b * N], and
     `cu_seqlens` is int32 [b * max_documents + 1]: 0, the start of each segment, then b * N repeated to the end.
     `indices`: the global sample indices, in order; `target_tokens`: how many targets count, known without asking the
-    device that the tensors may be on; `damaged`: the samples that could not be read and are padding."""
+    device that the tensors may be on; `damaged`: the samples that could not be read and are padding; `pad`: the id that
+    padding consists of."""
 
     tokens: torch.Tensor
     targets: torch.Tensor
@@ -35,21 +36,27 @@ class Batch:
     indices: tuple[int, ...]
     target_tokens: int
     damaged: tuple[Damage, ...] = ()
+    pad: int = 0
+
+    @property
+    def samples(self) -> int:
+        """b: how many samples the tensors hold."""
+        return len(self.indices)
 
 
-def collate(indices: Sequence[int], samples: Sequence[Sample], max_documents: int | None) -> Batch:
+def collate(indices: Sequence[int], samples: Sequence[Sample], max_documents: int | None, pad: int = 0) -> Batch:
     """Samples side by side, or end to end with their boundaries when `max_documents` (a sample) is given."""
     tokens = torch.stack([sample.tokens for sample in samples])
     targets = torch.stack([sample.targets for sample in samples])
     damaged = tuple(sample.damage for sample in samples if sample.damage)
     counted = int((targets != IGNORED).sum())
     if max_documents is None:
-        return Batch(tokens, targets, None, tuple(indices), counted, damaged)
+        return Batch(tokens, targets, None, tuple(indices), counted, damaged, pad)
     length = tokens.shape[1]
     cu_seqlens = torch.full((len(samples) * max_documents + 1,), tokens.numel(), dtype=torch.int32)
     starts = torch.cat([sample.document_starts + place * length for place, sample in enumerate(samples)])
     cu_seqlens[: len(starts)] = starts
-    return Batch(tokens.view(1, -1), targets.view(1, -1), cu_seqlens, tuple(indices), counted, damaged)
+    return Batch(tokens.view(1, -1), targets.view(1, -1), cu_seqlens, tuple(indices), counted, damaged, pad)
 
 
 def batches_hash(batches: Iterable[Batch]) -> str:

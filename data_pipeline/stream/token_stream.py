@@ -113,7 +113,8 @@ class TokenStream:
 
     def read(self, indices: Sequence[int]) -> Batch:
         """The batch of these samples, recording nothing: what a prefetching reader calls."""
-        return collate(indices, [self.sample(index) for index in indices], self.max_documents)
+        samples = [self.sample(index) for index in indices]
+        return collate(indices, samples, self.max_documents, self.manifest.tokenizer.pad)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The batch of these samples; those that could not be read enter the ledger. Raises DamageLimitError."""

@@ -1,4 +1,4 @@
-"""AdamW's update (arXiv 1711.05101) of one parameter in one pass over its memory, the copy to train on included."""
+"""AdamW's update (arXiv 1711.05101) of one parameter in one pass over its memory, its low-precision copy included."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from kernels import dispatch
 from kernels.adamw import reference
 
-PIECE = 2**24  # elements that plain PyTorch updates at a time: what it puts down on its way is small then
+PIECE = 2**24  # elements that plain PyTorch updates at a time, so that its temporaries stay below a GiB
 
 
 def adamw_(
@@ -23,13 +23,16 @@ def adamw_(
     divisor: Tensor | None = None,
     copy: Tensor | None = None,
 ) -> None:
-    """Update `master` and its moments by `gradient` / `divisor`, which is left as it is.
+    """Update `master` and its moments `first` and `second` by the gradient `gradient` / `divisor`, in place.
 
-    master, gradient, first, second: fp32, of one shape, contiguous. step: of this update, counted from 1.
-    divisor: fp32 of one element, on their device, which the host need not know; where it is NaN or infinite nothing
-    changes. copy: of that shape, any floating type, contiguous; takes the new master, rounded.
+    master, gradient, first, second: fp32, of one shape, contiguous. `gradient` itself is not changed.
+    step: the number of this update, from 1.
+    divisor: fp32 of one element on their device, read there, so that the host need not wait for it; where it is NaN or
+        infinite nothing is updated. None for 1.
+    copy: of their shape, any floating type, contiguous: set to the new master, rounded.
 
-    With a copy in bf16 30 bytes an element are moved. Raises ValueError where types, shapes or strides do not fit.
+    Memory traffic: 30 bytes an element with a copy in bf16. Raises ValueError where types, shapes or strides do not
+    fit.
     """
     tensors = {"master": master, "gradient": gradient, "first": first, "second": second}
     for name, tensor in (tensors | ({} if copy is None else {"copy": copy})).items():
@@ -45,26 +48,29 @@ def adamw_(
     if not master.numel():  # a rank may hold no part of a parameter
         return
     settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": step}
-    if dispatch.choose("adamw", master) == "triton":
+    if dispatch.choose("adamw_", master) == "triton":
         from kernels.adamw import triton_adamw
 
-        triton_adamw.update_(master, gradient, first, second, divisor, copy, **settings)
+        triton_adamw.update_(**tensors, divisor=divisor, copy=copy, **settings)
         return
-    flat = [x if x is None else x.view(-1).split(PIECE) for x in (master, gradient, first, second, copy)]
-    for piece in range(len(flat[0])):
-        _update_(*(x if x is None else x[piece] for x in flat), divisor, settings)
+    flat = {name: tensor.view(-1).split(PIECE) for name, tensor in tensors.items()}
+    copies = [None] * len(flat["master"]) if copy is None else copy.view(-1).split(PIECE)
+    for index, part in enumerate(copies):
+        pieces = {name: parts[index] for name, parts in flat.items()}
+        _update_(**pieces, divisor=divisor, copy=part, **settings)
 
 
 def _update_(
+    *,
     master: Tensor,
     gradient: Tensor,
     first: Tensor,
     second: Tensor,
     copy: Tensor | None,
     divisor: Tensor | None,
-    settings: dict,
+    **settings,
 ) -> None:
-    """The update in plain PyTorch."""
+    """The update in plain PyTorch. settings: those of `reference.adamw`."""
     if divisor is not None:
         gradient = gradient / divisor
     targets, found = [master, first, second], list(reference.adamw(master, gradient, first, second, **settings))

@@ -1,4 +1,4 @@
-"""AdamW's update, as the paper has it."""
+"""The definition of AdamW's update (arXiv 1711.05101, algorithm 2)."""
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ def adamw(
     weight_decay: float,
     step: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Master and moments after `step`, counted from 1, in the types that they come in."""
+    """master and the moments first and second after update number `step`, counted from 1, in the inputs' types."""
     first = betas[0] * first + (1 - betas[0]) * gradient
     second = betas[1] * second + (1 - betas[1]) * gradient.square()
     mean, square = first / (1 - betas[0] ** step), second / (1 - betas[1] ** step)

@@ -1,4 +1,4 @@
-"""AdamW's update in Triton: every tensor is read once and written once."""
+"""AdamW's update in Triton: one kernel, which reads every tensor once and writes it once."""
 
 import torch
 import triton
@@ -17,11 +17,11 @@ def update_kernel(
     copy_pointer,
     divisor_pointer,
     elements,
-    kept,
-    step_size,
-    first_left,
-    second_left,
-    second_correction,
+    kept,  # 1 - lr weight_decay
+    step_size,  # lr / (1 - beta1^step)
+    first_left,  # 1 - beta1
+    second_left,  # 1 - beta2
+    second_correction,  # (1 - beta2^step)^-1/2
     eps,
     HAS_COPY: tl.constexpr,
     HAS_DIVISOR: tl.constexpr,
@@ -36,7 +36,7 @@ def update_kernel(
     if HAS_DIVISOR:
         divisor = tl.load(divisor_pointer)
         gradient /= divisor
-        elements = tl.where(divisor < float("inf"), elements, 0)  # NaN is not below it
+        elements = tl.where(divisor < float("inf"), elements, 0)  # stores nothing for infinity or NaN
         mask = at < elements
     first += first_left * (gradient - first)
     second += second_left * (gradient * gradient - second)
@@ -49,13 +49,13 @@ def update_kernel(
 
 
 def update_(
+    *,
     master: Tensor,
     gradient: Tensor,
     first: Tensor,
     second: Tensor,
     divisor: Tensor | None,
     copy: Tensor | None,
-    *,
     lr: float,
     betas: tuple[float, float],
     eps: float,
@@ -66,20 +66,20 @@ def update_(
     elements = master.numel()
     with torch.cuda.device_of(master):
         update_kernel[(triton.cdiv(elements, BLOCK),)](
-            master,
-            gradient,
-            first,
-            second,
-            copy,
-            divisor,
-            elements,
-            # What needs more digits than fp32 has is worked out here: 1 - beta ** step at the first steps.
-            1 - lr * weight_decay,
-            lr / (1 - betas[0] ** step),
-            1 - betas[0],
-            1 - betas[1],
-            (1 - betas[1] ** step) ** -0.5,
-            eps,
+            master_pointer=master,
+            gradient_pointer=gradient,
+            first_pointer=first,
+            second_pointer=second,
+            copy_pointer=copy,
+            divisor_pointer=divisor,
+            elements=elements,
+            # In Python's double precision: 1 - beta ** step at the first steps has few correct digits in fp32.
+            kept=1 - lr * weight_decay,
+            step_size=lr / (1 - betas[0] ** step),
+            first_left=1 - betas[0],
+            second_left=1 - betas[1],
+            second_correction=(1 - betas[1] ** step) ** -0.5,
+            eps=eps,
             HAS_COPY=copy is not None,
             HAS_DIVISOR=divisor is not None,
             BLOCK=BLOCK,

@@ -1,4 +1,4 @@
-"""What is measured: an operator's inputs, what it must agree with, and the bytes it cannot avoid."""
+"""A case of the benchmark: an operator, its inputs, its definition, its memory traffic. And the elementwise cases."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,7 +9,6 @@ from torch import Tensor
 
 import kernels
 from kernels.bench.peers import Peer
-from kernels.norm_gate import reference as norm_gate_reference
 from kernels.numerics import accumulation_dtype
 from kernels.sglu import reference as sglu_reference
 from kernels.srmsnorm import reference
@@ -17,9 +16,18 @@ from kernels.srmsnorm import reference
 
 @dataclass(frozen=True)
 class Case:
-    """function(*inputs) is measured forward, and forward + backward with `gradients` at its outputs.
+    """function(*inputs) is timed forward, and forward + backward from `gradients`, one for each output. Without
+    gradients the forward pass alone is timed.
 
-    Without gradients the forward pass alone is.
+    operator, shape: what the table and the rows call it.
+    exact: the definition, which is called with the inputs in fp64.
+    spared_bytes: subtracted from `backward_bytes`, for an operator that need not read or write some of them.
+    peers: others' implementations of the same, or of what it replaces, on the same inputs.
+    chained: several operators in a row, each of which rounds: a larger error is allowed.
+    length: positions of a row, for the picture of time against length; None to leave the case out.
+    output_bytes: bytes of the outputs, where they are not those of `gradients`.
+    in_place: the outputs are among the inputs.
+    products: matrix products whose time is the floor, in place of that of the memory traffic.
     """
 
     operator: str
@@ -27,20 +35,24 @@ class Case:
     function: Callable[..., Tensor | tuple[Tensor, ...]]
     inputs: list[Tensor]
     gradients: list[Tensor]
-    exact: Callable[..., Tensor | tuple[Tensor, ...]]  # the same in fp64
-    spared_bytes: int = 0  # of the backward pass's count below, what this operator need not move
-    peers: tuple[Peer, ...] = ()  # others' kernels for the same, or for what it replaces, on inputs of the same sizes
-    chained: bool = False  # several operators in a row, each of which rounds
-    length: int | None = None  # positions in a row, where that is what time is plotted against
-    output_bytes: int | None = None  # where they are not those of `gradients`
-    in_place: bool = False  # its outputs are among its inputs
-    products: Callable[[], object] | None = None  # what the floor is the time of, where it is not the memory's
+    exact: Callable[..., Tensor | tuple[Tensor, ...]]
+    spared_bytes: int = 0
+    peers: tuple[Peer, ...] = ()
+    chained: bool = False
+    length: int | None = None
+    output_bytes: int | None = None
+    in_place: bool = False
+    products: Callable[[], object] | None = None
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes of the outputs."""
+        return sum(x.nbytes for x in self.gradients) if self.output_bytes is None else self.output_bytes
 
     @property
     def forward_bytes(self) -> int:
         """Each input read once, each output written once."""
-        written = sum(x.nbytes for x in self.gradients) if self.output_bytes is None else self.output_bytes
-        return sum(x.nbytes for x in self.inputs) + written
+        return sum(x.nbytes for x in self.inputs) + self.written_bytes
 
     @property
     def backward_bytes(self) -> int:
@@ -53,7 +65,7 @@ class Case:
         exact_inputs = [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in self.inputs]
         wanted = _with_gradients(self.exact, exact_inputs, self.gradients)
         errors = [((g.double() - w).norm() / w.norm()).item() for g, w in zip(got, wanted, strict=True)]
-        return max(errors) if all(error == error for error in errors) else float("nan")  # max() may pass NaN over
+        return max(errors) if all(error == error for error in errors) else float("nan")  # max() may skip a NaN
 
     def forward(self) -> Tensor | tuple[Tensor, ...]:
         return self.function(*self.inputs)
@@ -67,10 +79,10 @@ class Case:
 
 
 def cases(device: torch.device) -> Iterator[tuple[Case, Case]]:
-    """Pairs of a case small enough to be judged in fp64 and the case to time, of the same widths and type."""
+    """Pairs of a case small enough to be compared with fp64 and the case to time, of the same widths and type."""
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
-    for build in (_norm, _branch_norm, _add_norm, _add_scaled_norm, _gate, _sglu):
+    for build in (_norm, _branch_norm, _add_norm, _add_scaled_norm, _sglu):
         for rows in (4096, 32768) if gpu else (4096,):
             for columns in (2048, 4096) if gpu else (256,):
                 yield build(65, columns, dtype, device), build(rows, columns, dtype, device)
@@ -90,7 +102,7 @@ def _norm(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 def _branch_norm(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """The stream itself is not moved forward; backward its gradient is read beside the norm's."""
+    """The residual stream is not copied forward; backward its gradient is read beside the norm's."""
 
     def exact(x):
         return x * 1, reference.simple_rms_norm(x)
@@ -121,15 +133,15 @@ def _add_norm(rows: int, columns: int, dtype: torch.dtype, device: torch.device)
         [x, residual],
         [dtotal.detach(), dy.detach()],
         exact,
-        spared_bytes=2 * x.nbytes,  # the sum stands for both inputs, and one gradient serves both
+        spared_bytes=2 * x.nbytes,  # backward reads the sum, not both inputs, and writes one gradient for both
     )
 
 
 def _add_scaled_norm(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """With the norm over all heads still to be taken of what is added."""
+    """With a residual that is normed by a given square sum before it is added."""
 
     def exact(x, residual, square_sum):
-        total = x + norm_gate_reference.rms_scale(residual, square_sum, columns)
+        total = x + reference.rms_scaled(residual, square_sum, columns)
         return total, reference.simple_rms_norm(total)
 
     x, residual, dtotal, dy = random_inputs(4, rows, columns, dtype=dtype, device=device)
@@ -141,20 +153,8 @@ def _add_scaled_norm(rows: int, columns: int, dtype: torch.dtype, device: torch.
         [x, residual, square_sum],
         [dtotal.detach(), dy.detach()],
         exact,
-        spared_bytes=x.nbytes,  # the sum stands for one of its inputs
+        spared_bytes=x.nbytes,  # backward reads the sum and one of the inputs
     )
-
-
-def _gate(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """Both steps, with the tensor between them that a tensor-parallel group needs: 13 readings and writings forward and
-    backward, where one kernel for one rank would have 8."""
-
-    def function(o, u):
-        y, square_sum = kernels.gate_with_square_sum(o, u)
-        return kernels.apply_rms_scale(y, square_sum, columns)
-
-    o, u, dy = random_inputs(3, rows, columns, dtype=dtype, device=device)
-    return Case("norm and gate", f"{rows} x {columns}", function, [o, u], [dy.detach()], norm_gate_reference.norm_gate)
 
 
 def _sglu(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Case:

@@ -1,4 +1,4 @@
-"""Lightning attention, gated linear attention around it, and one token of decoding, under measurement."""
+"""The benchmark's cases of lightning attention, gated linear attention, and one token of decoding."""
 
 from collections.abc import Iterator
 
@@ -9,11 +9,11 @@ import kernels
 from kernels.bench.cases import Case, random_inputs
 from kernels.bench.peers import attention_peers, packed_peers
 
-PACKED = " over packed documents"
+PACKED = ", packed documents"
 
 
 def cases(device: torch.device) -> Iterator[tuple[Case, Case]]:
-    """Pairs of a case small enough to be judged in fp64 and the case to time, as kernels/bench/cases.py has them."""
+    """As `kernels.bench.cases.cases`."""
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     heads, width = (32, 128) if gpu else (4, 64)
@@ -46,7 +46,7 @@ def _attention(
     batch: int, length: int, heads: int, width: int, dtype: torch.dtype, device: torch.device,
     documents: int = 0, even: bool = False,
 ) -> Case:  # fmt: skip
-    """documents: packed into one row, and counted as if they were one: their states stay within the chip at best."""
+    """documents: packed into one row. Their states are not counted as memory traffic."""
     decay = torch.logspace(-8, 0, heads, base=2, device=device)
     cu_seqlens = _cuts(documents, length, device, even) if documents else None
 
@@ -55,12 +55,12 @@ def _attention(
 
     peers = packed_peers(cu_seqlens, decay, device) if documents else attention_peers(length, decay, device)
     return Case(
-        "lightning attention" + (PACKED if documents else ""),
+        "lightning_attention" + (PACKED if documents else ""),
         f"{_rows(batch, length, documents, even)} H {heads} d {width}",
         function,
         random_inputs(3, batch, length, heads, width, dtype=dtype, device=device),
         [random_inputs(1, batch, length, heads, width, dtype=dtype, device=device)[0].detach()],
-        function,  # fp64 runs the chunked PyTorch form
+        function,  # fp64 inputs run in plain PyTorch
         peers=peers,
         length=length if heads > 8 and not documents else None,
     )
@@ -73,7 +73,7 @@ def _rows(batch: int, length: int, documents: int, even: bool = False) -> str:
 
 
 def _cuts(documents: int, tokens: int, device: torch.device, even: bool = False) -> Tensor:
-    """cu_seqlens, int64 [documents + 1]: none of the documents is empty; the same cuts in every run."""
+    """cu_seqlens int64 [documents + 1], the same in every run, without empty documents."""
     if even:
         return torch.arange(0, tokens + 1, tokens // documents, device=device)
     draw = torch.Generator().manual_seed(documents)
@@ -89,8 +89,8 @@ def _mixer(
     batch: int, length: int, with_lrpe: bool, heads: int, width: int, dtype: torch.dtype, device: torch.device,
     documents: int = 0,
 ) -> Case:  # fmt: skip
-    """Counted as one kernel: qkvu read and y written, then qkvu and dy read and dqkvu written. theta's own gradient is
-    judged by the self-check, whose bound for it is its own."""
+    """The floor counts one kernel a pass: qkvu read and y written; qkvu and dy read and dqkvu written. theta's gradient
+    is part of the time; self_check compares it with fp64."""
     cu_seqlens = _cuts(documents, length, device) if documents else None
     decay = torch.logspace(-8, 0, heads, base=2, device=device)
     theta = _theta(heads, width, device).requires_grad_()
@@ -99,7 +99,7 @@ def _mixer(
         return kernels.gla(qkvu, decay, theta if with_lrpe else None, act="silu", cu_seqlens=cu_seqlens)[0]
 
     return Case(
-        f"gla{' with LRPE' if with_lrpe else ''}{PACKED if documents else ''}",
+        f"gla{', LRPE' if with_lrpe else ''}{PACKED if documents else ''}",
         f"{_rows(batch, length, documents)} H {heads} d {width}",
         function,
         random_inputs(1, batch, length, 4 * heads * width, dtype=dtype, device=device),
@@ -109,7 +109,7 @@ def _mixer(
 
 
 def _step(batch: int, with_lrpe: bool, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """One token of decoding: the state, in fp32, is read and written."""
+    """One token of decoding, which reads and writes the state in fp32."""
     decay = torch.logspace(-8, 0, heads, base=2, device=device)
     theta = _theta(heads, width, device) if with_lrpe else None
     positions = torch.tensor([1000], device=device)
@@ -124,7 +124,7 @@ def _step(batch: int, with_lrpe: bool, heads: int, width: int, dtype: torch.dtyp
     qkvu = torch.randn(batch, 1, 4 * heads * width, dtype=dtype, device=device)
     state = torch.randn(batch, heads, 2 * width if with_lrpe else width, width, device=device)
     return Case(
-        f"decoding step{' with LRPE' if with_lrpe else ''}",
+        f"gla, one token{', LRPE' if with_lrpe else ''}",
         f"B {batch} H {heads} d {width}",
         function,
         [qkvu, state],

@@ -1,4 +1,4 @@
-"""Time, memory and the floor that a device's copy bandwidth sets."""
+"""Time and memory of a function, and the bandwidth of copies."""
 
 import statistics
 import time
@@ -7,12 +7,15 @@ from collections.abc import Callable
 import torch
 
 MIB = 2**20
-HEAD_START = 4_000_000  # clock cycles, about two milliseconds
+HEAD_START = 4_000_000  # clock cycles that the GPU waits before each run, about 2 ms
 
 
 def milliseconds(function: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
-    """Median time of `function`, after three runs to warm up; on a GPU the device's own, between events, with a cold L2
-    cache and the host's launches hidden behind a wait, as a training step hides them behind the layers before."""
+    """Median time of `function` over `repeats` runs, after three to warm up.
+
+    On a GPU the time between two events on its stream, with a cold L2 cache. A wait of HEAD_START is queued first, so
+    that the host's launches take no part, as in a training step, where earlier layers are still running.
+    """
     for _ in range(3):
         function()
     if device.type != "cuda":
@@ -34,32 +37,21 @@ def milliseconds(function: Callable[[], object], device: torch.device, repeats: 
     return statistics.median(start.elapsed_time(stop) for start, stop in events)
 
 
-def host_milliseconds(function: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
-    """Median time that the host needs to launch `function`, its work on the device not waited for."""
-    times = []
-    for _ in range(repeats):
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        function()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
-
-
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a millisecond of a large copy on `device`, reads and writes both counted."""
+    """Bytes a millisecond of a large copy on `device`, counting both reads and writes."""
     size = (2048 if device.type == "cuda" else 128) * MIB
     return size / copy_milliseconds(size, device)
 
 
 def copy_milliseconds(size: int, device: torch.device) -> float:
-    """Time of a copy that moves `size` bytes, reads and writes both counted."""
+    """Time of a copy that reads size / 2 bytes and writes as many."""
     source = torch.ones(max(size // 2, 1), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return milliseconds(lambda: target.copy_(source), device)
 
 
 def extra_memory(function: Callable[[], object], device: torch.device) -> float | None:
-    """MiB allocated at the peak of `function` beyond what was there before; None where it cannot be read (CPU)."""
+    """MiB allocated at the peak of `function` beyond what was allocated before; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)

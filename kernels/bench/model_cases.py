@@ -1,4 +1,4 @@
-"""The output head with its loss, whole layers, and the update that follows them, under measurement."""
+"""The benchmark's cases of the output head with its loss, of whole layers, and of the optimizer's update."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from kernels.cross_entropy import reference as head_reference
 
 
 def cases(device: torch.device) -> Iterator[tuple[Case, Case]]:
-    """Pairs of a case small enough to be judged in fp64 and the case to time, as kernels/bench/cases.py has them."""
+    """As `kernels.bench.cases.cases`."""
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     size = (16384, 64000) if gpu else (256, 2048)
@@ -27,8 +27,8 @@ def cases(device: torch.device) -> Iterator[tuple[Case, Case]]:
 
 
 def _adamw(elements: int, dtype: torch.dtype, device: torch.device, *, in_place: bool = False) -> Case:
-    """The update of fp32 masters with moments and of the copies to train on, clipping included. in_place: as it is,
-    which is timed; or of copies, so that it can be judged by what it was given."""
+    """AdamW with fp32 masters and moments, clipping by a divisor, and a copy in `dtype`. in_place: update the inputs,
+    as the timed case does; False: update copies, so that the inputs can be given to the definition."""
     master, gradient, first, second = (torch.randn(elements, device=device) for _ in range(4))
     divisor = torch.full((), 2.0, device=device)
     copy = torch.empty(elements, dtype=dtype, device=device)
@@ -52,7 +52,7 @@ def _adamw(elements: int, dtype: torch.dtype, device: torch.device, *, in_place:
         copy.copy_(parameter)
 
     return Case(
-        "adamw",
+        "adamw_",
         f"{elements} elements",
         function,
         [master, gradient, first, second.square()],
@@ -65,7 +65,7 @@ def _adamw(elements: int, dtype: torch.dtype, device: torch.device, *, in_place:
 
 
 def _head(tokens: int, vocabulary: int, width: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """The floor is its three products, in the inputs' type."""
+    """The floor is the time of its three matrix products, in the inputs' type."""
     targets = torch.randint(vocabulary, (tokens,), device=device)
     (hidden,) = random_inputs(1, tokens, width, dtype=dtype, device=device)
     weight = (torch.randn(vocabulary, width, dtype=dtype, device=device) * 0.02).requires_grad_()
@@ -94,10 +94,10 @@ def _head(tokens: int, vocabulary: int, width: int, dtype: torch.dtype, device: 
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """One layer with its weights: x + GLA(norm(x)), then x + GLU(norm(x)).
+    """One layer: x + GLA(norm(x)), then x + GLU(norm(x)); called with x and its five weights.
 
-    branch: x -> x and its norm. add: x, update, the squares by which that is still to be normed -> their sum and its
-    norm. product: of the GLU's two projections.
+    branch: x -> x and its norm. add: x, update, square sum -> x + the update normed by the square sum, and the norm of
+    that. product: the GLU's elementwise product of its two projections.
     """
 
     heads: int
@@ -114,8 +114,8 @@ class _Layer:
 
 
 def _layer(tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """SimpleRMSNorm and SGLU; beside it LayerNorm and SwiGLU, as PyTorch runs them and as its compiler does. The hidden
-    width of the GLU is 8/3 of the layer's, a multiple of 128; rows are of 2048 positions."""
+    """With SimpleRMSNorm and SGLU; the peers have LayerNorm and SwiGLU, eager and by torch.compile. The GLU's hidden
+    width is 8/3 of the layer's, rounded up to a multiple of 128; rows have 2048 positions."""
     heads = max(width // 128, 1)
     decay = torch.logspace(-8, 0, heads, base=2, device=device)
     length = min(tokens, 2048)
@@ -132,7 +132,8 @@ def _layer(tokens: int, width: int, dtype: torch.dtype, device: torch.device) ->
         return x, layer_norm(x)
 
     def plain_add(x: Tensor, update: Tensor, square_sum: Tensor) -> tuple[Tensor, Tensor]:
-        return plain_branch(x + kernels.apply_rms_scale(update, square_sum, width))
+        scale = torch.rsqrt(square_sum / width + 1e-6).unsqueeze(-1)
+        return plain_branch(x + (update * scale).to(x.dtype))
 
     def swiglu(a: Tensor, b: Tensor) -> Tensor:
         return F.silu(a) * b
@@ -141,7 +142,7 @@ def _layer(tokens: int, width: int, dtype: torch.dtype, device: torch.device) ->
     theirs = _Layer(heads, decay, plain_branch, plain_add, swiglu)
 
     def products() -> list[Tensor]:
-        # The products of a layer, forward and backward, each as a product of its own.
+        # Forward and backward, each of the 15 products by itself.
         flat, made = x.detach().view(-1, width), []
         for weight in weights:
             w = weight.detach()

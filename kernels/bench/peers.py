@@ -1,4 +1,4 @@
-"""What others offer in lightning attention's place, where it is installed: measured beside it, never imported else."""
+"""Others' attention, timed beside ours where it is installed. Only the benchmark imports it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,21 +8,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-LONGEST_AUTHORS = 8192  # beyond, theirs takes minutes to compile and start
-LONGEST_SOFTMAX = 32768  # its time grows with the square of the length
-LEFT_PRODUCT = 8192  # the length at which the paper compares with the masked product
+LONGEST_AUTHORS = 8192  # positions; beyond, the authors' kernel takes minutes to compile
+LONGEST_SOFTMAX = 32768  # positions; its time grows with their square
+LEFT_PRODUCT = 8192  # positions at which the paper compares with the masked product
 
 
 @dataclass(frozen=True)
 class Peer:
-    """function, of the same inputs as the case's own."""
+    """Another implementation; function takes the inputs of the case."""
 
     name: str
     function: Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 def attention_peers(length: int, decay: Tensor, device: torch.device) -> tuple[Peer, ...]:
-    """The peers that make sense at sequences of `length` positions."""
+    """The peers for rows of `length` positions; none on a CPU."""
     if device.type != "cuda":
         return ()
     peers = _flash_linear_attention(decay)
@@ -44,7 +44,7 @@ def attention_peers(length: int, decay: Tensor, device: torch.device) -> tuple[P
 
 
 def packed_peers(cu_seqlens: Tensor, decay: Tensor, device: torch.device) -> tuple[Peer, ...]:
-    """The peers that take documents packed into one row."""
+    """The peers for documents packed into one row; none on a CPU."""
     return tuple(_flash_linear_attention(decay, cu_seqlens=cu_seqlens)) if device.type == "cuda" else ()
 
 
@@ -64,7 +64,7 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _left_product(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
-    """(q k^T * mask) v with the mask [H, T, T] materialised, in the inputs' type."""
+    """((q k^T) * mask) v with a mask [H, T, T] in memory, in the inputs' type."""
     i = torch.arange(q.shape[1], device=q.device)
     distance = (i[:, None] - i).float()
     mask = torch.exp(-decay[:, None, None] * distance.clamp(min=0)).tril().to(q.dtype)

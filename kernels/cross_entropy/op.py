@@ -1,10 +1,10 @@
-"""Cross-entropy of a linear head, fused so that the logits of all tokens never exist, vocabulary-parallel or not."""
+"""Cross-entropy of a linear head, vocabulary-parallel or not, chunk by chunk: the logits of all tokens never exist."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.cross_entropy.pieces import add_weight_gradient, head_exponentials, head_gradient_, head_totals_
+from kernels.cross_entropy.steps import add_weight_gradient, head_exponentials, head_gradient_, head_totals_
 from kernels.gradient_sum import GradientSum
 from kernels.numerics import accumulation_dtype, product
 
@@ -30,14 +30,14 @@ def linear_cross_entropy(
         softmax and get a gradient of zero.
     group: the ranks that hold the vocabulary's other rows; None for this process alone.
     chunk_tokens: tokens whose logits exist at a time (default: `default_chunk_tokens`).
-    gradient_sum: takes the gradient of weight, in fp32; autograd is given none.
+    gradient_sum: the gradient of weight is added to it, in fp32, and autograd gets none.
 
     Returns (loss_sum, token_losses [T]), fp32 (fp64 for fp64 inputs), equal on all ranks of the group. loss_sum is
     differentiable in hidden and weight; token_losses, 0 where ignored, is not. The gradients are formed in the forward
-    pass, chunk by chunk, and only scaled in the backward; hidden's is this rank's partial sum, which the caller
-    all-reduces over the group. weight's is summed in fp32.
-    Raises ValueError for shapes or types that do not fit and, on CPU, for targets outside the vocabulary (checking
-    them on a GPU would halt it: there they lose their target logit and no error is raised).
+    pass, chunk by chunk, and only scaled in the backward pass. hidden's is this rank's part, which the caller sums over
+    the group; weight's is summed over chunks in fp32.
+    Raises ValueError for shapes or types that do not fit and, on CPU, for targets outside the vocabulary. On a GPU,
+    where a check would make the host wait, the loss of such a target lacks its logit.
     """
     _check(hidden, weight, targets, vocab_start, chunk_tokens)
     ranks = 1 if group is None else group.size()
@@ -48,14 +48,14 @@ def linear_cross_entropy(
             f"vocab_size={vocab_size} must be >= 1 and at most the {held} rows that {ranks} x weight.shape[0] makes"
         )
     chunk = chunk_tokens or default_chunk_tokens(hidden.shape[0], weight.shape[0], hidden.is_cuda)
-    rows, kept = torch.ops.megatron_tn.local_targets(
+    target_rows, has_loss = torch.ops.megatron_tn.local_targets(
         targets, ignore_index, vocab_start, min(weight.shape[0], max(vocab_size - vocab_start, 0)), vocab_size
     )
     return _LinearCrossEntropy.apply(
         hidden,
         weight,
-        rows,
-        kept,
+        target_rows,
+        has_loss,
         vocab_size - vocab_start,
         group if ranks > 1 else None,
         chunk,
@@ -65,10 +65,13 @@ def linear_cross_entropy(
 
 
 def default_chunk_tokens(tokens: int, rows: int, cuda: bool) -> int:
-    """On a GPU 64 tokens less than an 8th of all, so that their logits, in bf16, and what stands beside them take less
-    than an 8th of all logits do; on a CPU, where they may be fp32, a 32nd. More where the chunk would not fill the
-    machine: 2^24 logits on a GPU, 2^21 on a CPU."""
-    # Not a 9th: the product with the weight takes whole waves of tiles, one for 2048 tokens and for 1820.
+    """Tokens of a chunk, of `tokens` in all and `rows` rows of the weight.
+
+    On a GPU an eighth, less 64: the chunk's logits in bf16, with their sums, then take less than an eighth of all
+    logits. On a CPU, where they may be fp32, a 32nd. More where a chunk would be too small to occupy the machine: at
+    least 2^24 logits on a GPU, 2^21 on a CPU.
+    """
+    # Not a ninth: 1820 tokens take as many rounds of tiles as 2048, so a smaller chunk would not be faster.
     part = (tokens // 8 - 1) // 64 * 64 if cuda else -(-tokens // 32)
     return min(tokens, max(part, 2 ** (24 if cuda else 21) // rows, 1))
 
@@ -77,10 +80,11 @@ def default_chunk_tokens(tokens: int, rows: int, cuda: bool) -> int:
 def _local_targets(
     targets: Tensor, ignore_index: int, vocab_start: int, rows: int, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
-    """The local row of every target, -1 where it is another rank's or ignored; and which targets are not ignored."""
-    kept = targets != ignore_index
+    """The row of each target in this rank's weight, -1 where another rank has it or it is ignored; and whether each
+    target is not ignored."""
+    has_loss = targets != ignore_index
     if not targets.is_cuda:
-        wrong = kept & ((targets < 0) | (targets >= vocab_size))
+        wrong = has_loss & ((targets < 0) | (targets >= vocab_size))
         if bool(wrong.any()):
             at = int(wrong.nonzero()[0])
             raise ValueError(
@@ -88,7 +92,7 @@ def _local_targets(
                 f"0 .. vocab_size - 1 = {vocab_size - 1}"
             )
     row = targets - vocab_start
-    return torch.where(kept & (row >= 0) & (row < rows), row, -1), kept
+    return torch.where(has_loss & (row >= 0) & (row < rows), row, -1), has_loss
 
 
 @_local_targets.register_fake
@@ -97,10 +101,10 @@ def _local_targets_fake(targets, ignore_index, vocab_start, rows, vocab_size):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    # Not a custom operator, because those take no process group. What it calls is registered, and the FLOP counter
-    # sees its products.
+    # Not a registered operator, which could take no process group. The operators that it calls are registered, so the
+    # FLOP counter counts their products.
     @staticmethod
-    def forward(ctx, hidden, weight, rows, kept, true_rows, group, chunk, grad_enabled, gradient_sum):
+    def forward(ctx, hidden, weight, target_rows, has_loss, true_rows, group, chunk, grad_enabled, gradient_sum):
         wide = accumulation_dtype(hidden.dtype)
         needs_hidden, needs_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         dhidden = torch.empty_like(hidden) if needs_hidden else None
@@ -111,31 +115,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
         columns = min(max(true_rows, 0), weight.shape[0])
         for start in range(0, hidden.shape[0], chunk):
             piece = slice(start, start + chunk)
-            h = hidden[piece]
-            exponentials, reference, picked, highest, sums = head_exponentials(h, weight, rows[piece], columns)
+            h, rows = hidden[piece], target_rows[piece]
+            exponentials, reference, target_logits, highest, sums = head_exponentials(h, weight, rows, columns)
             if group is not None:
                 dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
             reference, total = head_totals_(exponentials, sums, reference, h, weight, highest, columns)
             if group is not None:
-                both = torch.stack((total, picked))
+                both = torch.stack((total, target_logits))
                 dist.all_reduce(both, group=group)
-                total, picked = both.unbind()
+                total, target_logits = both.unbind()
             normalizer = highest + total.log()
-            losses.append((normalizer - picked).masked_fill_(~kept[piece], 0))
+            losses.append((normalizer - target_logits).masked_fill_(~has_loss[piece], 0))
             same_type = exponentials.dtype == hidden.dtype
             if needs_hidden or needs_weight:
-                # Where this piece's gradient will be, which is formed last.
+                # hidden / Z goes where this chunk's dhidden will be: its last reader is the weight's gradient.
                 scaled = dhidden[piece] if needs_hidden and same_type else torch.empty_like(h, dtype=exponentials.dtype)
-                scale = head_gradient_(exponentials, scaled, h, rows[piece], kept[piece], reference, normalizer, picked)
+                scale = head_gradient_(
+                    exponentials, scaled, h, rows, has_loss[piece], reference, normalizer, target_logits
+                )
                 scales.append(scale)
             if needs_weight:
                 add_weight_gradient(dweight, exponentials, scaled, first=start == 0)
             if needs_hidden and same_type:
                 torch.mm(exponentials, weight, out=dhidden[piece])
-            elif needs_hidden:  # scaled before it is narrowed
+            elif needs_hidden:  # multiplied by 1 / Z before it is rounded to hidden's type
                 dhidden[piece] = product(exponentials, weight.to(wide)) * scale[:, None]
                 scale.fill_(1)
-            del exponentials  # before the next piece's are made
+            del exponentials  # before those of the next chunk are allocated
 
         ctx.save_for_backward(dhidden, dweight, torch.cat(scales) if needs_hidden else None)
         ctx.dtype, ctx.gradient_sum = weight.dtype, gradient_sum

@@ -1,4 +1,4 @@
-"""The definition of the loss, with the whole logits, differentiable by autograd, in the inputs' type."""
+"""The definition of the loss, from the logits of all tokens, differentiable by autograd, in the inputs' type."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,12 @@ from torch import Tensor
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, vocab_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """weight: the whole padded vocabulary. Returns the sum of the losses and each token's (0 where ignored)."""
+    """The sum of the losses and each token's loss [T] (0 where ignored).
+
+    hidden: [T, D]. weight: [V, D], V the whole vocabulary with its padding. targets: [T].
+    """
     logits = hidden @ weight[:vocab_size].T
-    kept = targets != ignore_index
-    picked = logits.gather(1, targets.where(kept, 0)[:, None])[:, 0]
-    losses = (torch.logsumexp(logits, dim=1) - picked).where(kept, 0)
+    has_loss = targets != ignore_index
+    target_logits = logits.gather(1, targets.where(has_loss, 0)[:, None])[:, 0]
+    losses = (torch.logsumexp(logits, dim=1) - target_logits).where(has_loss, 0)
     return losses.sum(), losses

@@ -1,13 +1,18 @@
-"""The Triton tile of the head's product, per architecture: pinned, so that all ranks and runs agree."""
+"""The Triton tile of the output head's product, per architecture: pinned, so that all ranks and runs agree."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class HeadTile:
-    """tokens x vocabulary: the logits a program forms at a time, `depth` of the width at a time. warps, stages:
-    Triton's. persistent: a program for each multiprocessor forms one tile after the other, and loads the next one's
-    inputs while it takes exponentials of this one's logits; otherwise a program forms one tile."""
+    """The sizes of one program of the head's product (triton_exponentials.py).
+
+    tokens, vocabulary: rows and columns of a tile of logits.
+    depth: columns of the hidden state read in one step of the product's loop.
+    warps, stages: Triton's num_warps and num_stages.
+    persistent: one program per multiprocessor forms one tile after the other, and loads the next tile's operands while
+        it takes the exponentials of this one's logits; otherwise every tile has a program of its own.
+    """
 
     tokens: int
     vocabulary: int
@@ -17,5 +22,5 @@ class HeadTile:
     persistent: bool = False
 
 
-# Compute capability, major: 8 is the A100 (163 KiB of shared memory a program), 9 the H100 and H200 (227 KiB).
+# Major compute capability -> tile: 8 is the A100 (163 KiB of shared memory a program), 9 the H100 and H200 (227 KiB).
 TILES = {8: HeadTile(128, 128, 32, 8, 3), 9: HeadTile(128, 256, 64, 8, 3, persistent=True)}

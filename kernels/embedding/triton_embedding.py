@@ -1,6 +1,7 @@
-"""The scaled embedding in Triton: a row is read, multiplied and written in one pass.
+"""The scaled embedding in Triton: one pass that reads, multiplies and writes rows.
 
-Its gradient is added to a sum in place, token by token in the order of their positions: the same from run to run.
+Its gradient is added to a sum in place. One program adds up all tokens of an id in the order of their positions:
+deterministic.
 """
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from kernels.rows import as_rows
 
 BLOCK, WARPS = 2048, 4
-ADD_TOKENS, ADD_COLUMNS = 16, 256  # of an id's tokens, read at a time
+ADD_TOKENS, ADD_COLUMNS = 16, 256  # tokens of an id, and columns, that a program of add_kernel reads at a time
 
 
 @triton.jit
@@ -40,8 +41,8 @@ def forward_kernel(
 def add_kernel(
     sum_pointer,  # [vocabulary, width] fp32
     dy_pointer,  # [tokens, width]
-    rows_pointer,  # [tokens] int64, ascending; from `vocabulary` on they are another rank's
-    order_pointer,  # [tokens] int64: the token that each is of
+    rows_pointer,  # [tokens] int64, ascending: rows of `sum`; `vocabulary` for ids of other ranks
+    order_pointer,  # [tokens] int64: the token that each of them belongs to
     scale,
     tokens,
     vocabulary,
@@ -51,7 +52,8 @@ def add_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A program adds up a part of the width of the tokens of one id, if its position is the first of them."""
+    """One program per position in `rows` and per BLOCK_D columns. The one at the first position of an id adds up all
+    its tokens; the others return."""
     blocks = tl.cdiv(width, BLOCK_D)
     position = tl.program_id(0) // blocks
     column = (tl.program_id(0) % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -76,45 +78,45 @@ def add_kernel(
     tl.store(at_sum, so_far + total * scale, mask=column < width)
 
 
-def forward(ids: Tensor, weight: Tensor, scale: float, row_start: int) -> Tensor:
+def forward(*, ids: Tensor, weight: Tensor, scale: float, row_start: int) -> Tensor:
     """ids [...], weight [V, D] -> [..., D], contiguous."""
     vocabulary, width = weight.shape
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     y = torch.empty(*ids.shape, width, dtype=weight.dtype, device=weight.device)
     with torch.cuda.device_of(weight):
         forward_kernel[(ids.numel() * triton.cdiv(width, BLOCK),)](
-            ids.contiguous(),
-            weight,
-            y,
-            scale,
-            row_start,
-            vocabulary,
-            weight.stride(0),
-            width,
+            ids_pointer=ids.contiguous(),
+            weight_pointer=weight,
+            y_pointer=y,
+            scale=scale,
+            row_start=row_start,
+            vocabulary=vocabulary,
+            weight_row=weight.stride(0),
+            width=width,
             BLOCK=BLOCK,
             num_warps=WARPS,
         )
     return y
 
 
-def add_gradient_(total: Tensor, dy: Tensor, ids: Tensor, scale: float, row_start: int) -> None:
-    """total [V, D] fp32 += scale x the rows of dy [..., D], each at its id - row_start."""
+def add_gradient_(total: Tensor, *, dy: Tensor, ids: Tensor, scale: float, row_start: int) -> None:
+    """total [V, D] fp32: row id - row_start += scale times the row of dy [..., D], for each id of this rank's rows."""
     vocabulary, width = total.shape
     dy = as_rows(dy)
     rows = ids.flatten() - row_start
     rows, order = rows.masked_fill_((rows < 0) | (rows >= vocabulary), vocabulary).sort(stable=True)
     with torch.cuda.device_of(total):
         add_kernel[(rows.numel() * triton.cdiv(width, ADD_COLUMNS),)](
-            total,
-            dy,
-            rows,
-            order,
-            scale,
-            rows.numel(),
-            vocabulary,
-            width,
-            total.stride(0),
-            dy.stride(0),
+            sum_pointer=total,
+            dy_pointer=dy,
+            rows_pointer=rows,
+            order_pointer=order,
+            scale=scale,
+            tokens=rows.numel(),
+            vocabulary=vocabulary,
+            width=width,
+            sum_row=total.stride(0),
+            dy_row=dy.stride(0),
             BLOCK_T=ADD_TOKENS,
             BLOCK_D=ADD_COLUMNS,
             num_warps=4,

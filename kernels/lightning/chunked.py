@@ -5,9 +5,9 @@ With a chunk's positions i, j, its length L and the state S before it,
     o_i = sum over j <= i of exp(-r (i - j)) (q_i . k_j) v_j  +  exp(-r (i + 1)) q_i S
     S  <- exp(-r L) S + sum over j of exp(-r (L - 1 - j)) k_j^T v_j
 
-The backward pass is the same sum read backwards: G, the gradient with respect to the state after a chunk, travels from
-the last chunk to the first with the two exponents exchanged. Every exponent is <= 0, whatever the rate. Batched over
-rows, heads and chunks; only the two state recurrences are loops, over chunks. Any floating type in, fp32 (fp64) inside.
+Backward, the gradient G of the state after a chunk is carried from the last chunk to the first, with the two exponents
+exchanged. Every exponent is <= 0, whatever the rate. Products are batched over rows, heads and chunks; only the two
+state recurrences loop, over chunks. Inputs of any floating type; arithmetic in fp32 (fp64 for fp64).
 """
 
 from dataclasses import dataclass
@@ -15,21 +15,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.lightning.layout import ChunkLayout, packed_documents, whole_rows
+from kernels.lightning.chunk_layout import ChunkLayout, packed_documents, whole_rows
+from kernels.lightning.inputs import AttentionInputs
 from kernels.numerics import accumulation_dtype, in_own_types
 
 
 @dataclass(frozen=True)
-class _Fading:
-    """The powers of exp(-r) that one call needs, [heads] and [chunks] broadcast to [chunks, B, H, size, width]."""
+class _Decay:
+    """The powers of exp(-r) that one call needs; all broadcast to [chunks, B, H, size, width]."""
 
     within: Tensor  # [H, size, size]: exp(-r (i - j)) for j <= i, else 0
-    from_start: Tensor  # [H, size, 1]: exp(-r (i + 1)), what is left at i of the state before the chunk
-    to_end: Tensor  # [chunks, 1, H, size, 1]: exp(-r (L - 1 - j)), what is left of j after the chunk
-    across: Tensor  # [chunks, H, 1, 1]: exp(-r L)
+    from_start: Tensor  # [H, size, 1]: exp(-r (i + 1)), the weight at i of the state before the chunk
+    to_end: Tensor  # [chunks, 1, H, size, 1]: exp(-r (L - 1 - j)), the weight of j in the state after the chunk
+    across: Tensor  # [chunks, H, 1, 1]: exp(-r L), the weight in it of the state before the chunk
 
     @classmethod
-    def of(cls, decay: Tensor, layout: ChunkLayout, dtype: torch.dtype) -> "_Fading":
+    def of(cls, decay: Tensor, layout: ChunkLayout, dtype: torch.dtype) -> "_Decay":
         rate = decay.to(dtype)
         i = torch.arange(layout.size, device=decay.device)
         distance = (i[:, None] - i).clamp(min=0)
@@ -42,111 +43,103 @@ class _Fading:
 
 
 @in_own_types
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """o in v's type and the final state in the accumulation type; shapes as in `kernels.lightning_attention`."""
+    q, k, v = inputs[:3]
     dtype = accumulation_dtype(q.dtype)
-    layout = _layout(q, v, cu_seqlens)
-    fading = _Fading.of(decay, layout, dtype)
+    layout = _layout(q, v, inputs.cu_seqlens)
+    powers = _Decay.of(inputs.decay, layout, dtype)
     qc, kc, vc = (layout.split(x, dtype) for x in (q, k, v))
 
-    o = (qc @ kc.mT).mul_(fading.within) @ vc
-    states = _states(kc.mul_(fading.to_end), vc, fading, layout, initial_state)
-    _add_product(o, qc.mul_(fading.from_start), _at(states, layout, 0))
-    return layout.join(o, v.dtype), _documents(states[layout.last], cu_seqlens)
+    o = (qc @ kc.mT).mul_(powers.within) @ vc
+    states = _states(kc.mul_(powers.to_end), vc, powers, layout, inputs.initial_state)
+    _add_product(o, qc.mul_(powers.from_start), _at(states, layout, 0))
+    return layout.join(o, v.dtype), _documents(states[layout.last], inputs.cu_seqlens)
 
 
 @in_own_types
-def backward(
-    do: Tensor,
-    dstate: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v (in their types) and of the initial state (in the accumulation type).
+def backward(inputs: AttentionInputs, *, do: Tensor, dstate: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v, in their types, and of the initial state, in the accumulation type.
 
-    do [B, T, H, V]; dstate is the gradient of the final state, None for zero.
+    do: [B, T, H, V]. dstate: the gradient of the final state, None for zero.
     """
+    q, k, v = inputs[:3]
     dtype = accumulation_dtype(q.dtype)
-    layout = _layout(q, v, cu_seqlens)
-    fading = _Fading.of(decay, layout, dtype)
+    layout = _layout(q, v, inputs.cu_seqlens)
+    powers = _Decay.of(inputs.decay, layout, dtype)
     qc, kc, vc, doc = (layout.split(x, dtype) for x in (q, k, v, do))
 
-    scores = (qc @ kc.mT).mul_(fading.within)
+    scores = (qc @ kc.mT).mul_(powers.within)
     dv = scores.mT @ doc
-    dscores = torch.matmul(doc, vc.mT, out=scores).mul_(fading.within)
+    dscores = torch.matmul(doc, vc.mT, out=scores).mul_(powers.within)
     dq = dscores @ kc
     dk = dscores.mT @ qc
 
-    kc.mul_(fading.to_end)
-    states = _states(kc, vc, fading, layout, initial_state)
-    doc.mul_(fading.from_start)
+    kc.mul_(powers.to_end)
+    states = _states(kc, vc, powers, layout, inputs.initial_state)
+    doc.mul_(powers.from_start)
     _add_product(dq, doc, _at(states, layout, 0).mT)
 
-    dstates = _state_gradients(qc, doc, fading, layout, dstate, out=states)
+    dstates = _state_gradients(qc, doc, powers, layout, dstate, out=states)
     after = _at(dstates, layout, 1)
     _add_product(dv, kc, after)
-    _add_product(dk, vc.mul_(fading.to_end), after.mT)
+    _add_product(dk, vc.mul_(powers.to_end), after.mT)
     gradients = (layout.join(x, like.dtype) for x, like in ((dq, q), (dk, k), (dv, v)))
-    return (*gradients, _documents(dstates[layout.first], cu_seqlens))
+    return (*gradients, _documents(dstates[layout.first], inputs.cu_seqlens))
 
 
 @in_own_types
-def initial_gradient(q: Tensor, do: Tensor, decay: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """The gradient of the initial state as `backward` gives it where dstate is None."""
+def initial_gradient(q: Tensor, *, do: Tensor, decay: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The gradient of the initial state for dstate None, without the other gradients."""
     dtype = accumulation_dtype(q.dtype)
     layout = _layout(q, do, cu_seqlens)
-    fading = _Fading.of(decay, layout, dtype)
+    powers = _Decay.of(decay, layout, dtype)
     qc, doc = (layout.split(x, dtype) for x in (q, do))
     states = qc.new_empty(layout.slots, *qc.shape[1:3], q.shape[-1], do.shape[-1])
-    _state_gradients(qc, doc.mul_(fading.from_start), fading, layout, None, out=states)
+    _state_gradients(qc, doc.mul_(powers.from_start), powers, layout, None, out=states)
     return _documents(states[layout.first], cu_seqlens)
 
 
 def _layout(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> ChunkLayout:
     total = q.shape[1]
-    # Long enough that the states written out (one of K x V a chunk) are no more than the inputs.
+    # So long that the states, one of K x V a chunk, hold no more elements than the inputs.
     size = min(64 if max(q.shape[-1], v.shape[-1]) <= 64 else 128, total)
     if cu_seqlens is None:
         return whole_rows(total, size, q.device)
     return packed_documents(cu_seqlens, total, size)
 
 
-def _states(k: Tensor, v: Tensor, fading: _Fading, layout: ChunkLayout, initial_state: Tensor | None) -> Tensor:
-    """The state in every slot, [slots, B, H, K, V]. k: already faded to the end of its chunk."""
+def _states(k: Tensor, v: Tensor, powers: _Decay, layout: ChunkLayout, initial_state: Tensor | None) -> Tensor:
+    """The state in every slot, [slots, B, H, K, V]. k: already multiplied by `to_end`."""
     _, batch, heads, _, width = k.shape
     states = k.new_empty(layout.slots, batch, heads, width, v.shape[-1])
     _fill(states, layout.first, initial_state)
     _write_products(k.mT, v, states, layout, 1)
     for chunk, slot in enumerate(layout.before):
-        states[slot + 1].addcmul_(fading.across[chunk], states[slot])
+        states[slot + 1].addcmul_(powers.across[chunk], states[slot])
     return states
 
 
 def _state_gradients(
-    q: Tensor, do: Tensor, fading: _Fading, layout: ChunkLayout, dstate: Tensor | None, out: Tensor
+    q: Tensor, do: Tensor, powers: _Decay, layout: ChunkLayout, dstate: Tensor | None, out: Tensor
 ) -> Tensor:
-    """The gradient of the state in every slot, [slots, B, H, K, V]. do: already faded from the start of its chunk."""
+    """The gradient of the state in every slot, [slots, B, H, K, V]. do: already multiplied by
+    `from_start`."""
     _fill(out, layout.last, dstate)
     _write_products(q.mT, do, out, layout, 0)
     for chunk in reversed(range(layout.chunks)):
         slot = layout.before[chunk]
-        out[slot].addcmul_(fading.across[chunk], out[slot + 1])
+        out[slot].addcmul_(powers.across[chunk], out[slot + 1])
     return out
 
 
 def _fill(states: Tensor, slots: list[int], given: Tensor | None) -> None:
-    """Set the documents' slots to `given` [B, H, K, V], or [documents, H, K, V] of a packed row; to 0 for None."""
+    """Set `slots` of states to `given` [B, H, K, V], or [documents, H, K, V] of a packed row; to 0 for None."""
     states[slots] = 0 if given is None else given.reshape(len(slots), *states.shape[1:]).to(states.dtype)
 
 
 def _write_products(a: Tensor, b: Tensor, states: Tensor, layout: ChunkLayout, shift: int) -> None:
-    """states[slot before each chunk + shift] = a @ b, in place where the slots are consecutive."""
+    """Set the state before (shift 0) or after (shift 1) every chunk to a @ b; without a copy for consecutive slots."""
     if layout.source is None:
         torch.matmul(a, b, out=states[shift : shift + layout.chunks])
     else:
@@ -166,5 +159,5 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _documents(states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """[documents, B, H, K, V], where one of documents and B is 1 -> [B or documents, H, K, V]."""
+    """[documents, B, H, K, V] -> [B or documents, H, K, V]: B is 1 for a packed row, `documents` for other rows."""
     return states.squeeze(0) if cu_seqlens is None else states.squeeze(1)

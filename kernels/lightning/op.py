@@ -1,4 +1,4 @@
-"""Lightning attention with exponential decay: the public function and the operators behind it."""
+"""Lightning attention with exponential decay: the public function and the operators registered for it."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,9 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels import dispatch
 from kernels.lightning import chunked
 from kernels.lightning.check import check_inputs, check_values
-from kernels.lightning.configs import TILES, plan_segment
+from kernels.lightning.inputs import AttentionInputs
+from kernels.lightning.sequences import piece_count, plan_segment
+from kernels.lightning.tiles import TILES
 from kernels.numerics import accumulation_dtype
 
 MAX_TRITON_WIDTH = 256
@@ -31,18 +33,18 @@ def lightning_attention(
     `initial_state`, which so adds exp(-r (t + 1)) q_t S_initial at index t. All exponents are <= 0 in every
     implementation; rates and carried states are fp32 (fp64 for fp64 inputs).
 
-    q, k: [B, T, H, K]; v: [B, T, H, V], T >= 1. Strides are free but for a contiguous last dimension, so views of a
-        fused projection need no copy. fp64, fp32, bf16 or fp16, all three the same.
+    q, k: [B, T, H, K]; v: [B, T, H, V], T >= 1; all three fp64, fp32, bf16 or fp16. Any strides with a contiguous last
+        dimension are read without a copy, so views of a fused projection are.
     decay: [H], the rate r >= 0 a position, fp32 (or fp64); it gets no gradient.
     initial_state: [B, H, K, V], fp32 (or fp64).
     cu_seqlens: [n + 1] int32, on the inputs' device: 0, the ends of the packed documents in a row of B = 1, and T;
-        repeat T at the end to keep the shape fixed. States are then [n, H, K, V], that of an empty document being its
-        initial state or zero. No document sees another. Values are checked on CPU alone (a check would halt a GPU).
-    return_state: also return the state after the last position, as initial_state is laid out.
+        repeat T at the end to keep the shape fixed. States are then [n, H, K, V]; an empty document's final state is
+        its initial state. No document sees another. Values are checked on CPU alone (on a GPU the host would wait).
+    return_state: also return the state after the last position, shaped as initial_state.
 
     Returns o [B, T, H, V] in the inputs' type, or (o, state). Gradients reach q, k, v and initial_state, from o and
-    from the state. In fp16 scores and states may pass 65504 on the way (they are wider or scaled), but an o beyond it
-    comes out infinite: use bf16 where slow heads meet long sequences. Raises ValueError naming the argument that does
+    from the state. fp16: scores and states may exceed 65504 (they are kept wider, or scaled), but an element of o that
+    does is infinite; use bf16 where slow heads meet long sequences. Raises ValueError naming the argument that does
     not fit.
     """
     check_inputs(q, k, v, decay, initial_state, cu_seqlens)
@@ -60,15 +62,16 @@ def _forward(
     cu_seqlens: Tensor | None,
     return_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """o, the final state, and the states that the kernels' segments start from, for the backward pass."""
-    # A state nobody wants is empty: at 1024 positions it would be a quarter of an output to write.
+    """o; the final state, empty unless wanted (for T = 1024 writing it costs a quarter of writing o); and the states
+    that segments start from, for the backward pass."""
     if not q.is_cuda:
         check_values(decay, cu_seqlens, q.shape[1])
+    inputs = AttentionInputs(q, k, v, decay, initial_state, cu_seqlens)
     if backend(q, v) == "triton":
-        from kernels.lightning import launch
+        from kernels.lightning import passes
 
-        return launch.forward(q, k, v, decay, initial_state, cu_seqlens, return_state)
-    o, state = chunked.forward(q, k, v, decay, initial_state, cu_seqlens)
+        return passes.forward(inputs, return_state=return_state)
+    o, state = chunked.forward(inputs)
     return o, state if return_state else state.new_empty(0), empty_starts(q, v, q.shape[-1], cu_seqlens)
 
 
@@ -90,11 +93,13 @@ def _backward(
     cu_seqlens: Tensor | None,
     starts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v and of the initial state, the last empty where there is none."""
+    inputs = AttentionInputs(q, k, v, decay, initial_state, cu_seqlens)
     if backend(q, v) == "triton":
-        from kernels.lightning import launch
+        from kernels.lightning import passes
 
-        return launch.backward(do, dstate, q, k, v, decay, initial_state, cu_seqlens, starts)
-    *gradients, dinitial = chunked.backward(do, dstate, q, k, v, decay, initial_state, cu_seqlens)
+        return passes.backward(inputs, do=do, dstate=dstate, starts=starts)
+    *gradients, dinitial = chunked.backward(inputs, do=do, dstate=dstate)
     return *gradients, dinitial if initial_state is not None else dinitial.new_empty(0)
 
 
@@ -105,7 +110,7 @@ def _backward_fake(do, dstate, q, k, v, decay, initial_state, cu_seqlens, starts
 
 
 def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # a state nobody used then costs no tensor of zeros
+    ctx.set_materialize_grads(False)  # no tensor of zeros for the gradient of a state that nothing used
     *tensors, ctx.state_wanted = inputs
     ctx.save_for_backward(*tensors, output[2])
 
@@ -119,10 +124,7 @@ def _differentiate(ctx, do, dstate, _):
     dq, dk, dv, dinitial = torch.ops.megatron_tn.lightning_backward(
         do, dstate, q, k, v, decay, initial_state, cu_seqlens, starts
     )
-    if initial_state is None:
-        dinitial = None
-    else:
-        dinitial = dinitial.to(initial_state.dtype)
+    dinitial = None if initial_state is None else dinitial.to(initial_state.dtype)
     return dq, dk, dv, None, dinitial, None, None
 
 
@@ -131,7 +133,7 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 @register_flop_formula(torch.ops.megatron_tn.lightning_forward)
 def _forward_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
-    """4 B T H K V: the recurrence's two products a position, whatever chunk a kernel works in."""
+    """4 B T H K V: k_t^T v_t and q_t S_t at every position, whatever chunk a kernel works in."""
     batch, total, heads, width = q_shape
     return 4 * batch * total * heads * width * v_shape[-1]
 
@@ -146,33 +148,43 @@ def backend(q: Tensor, v: Tensor) -> str:
     """Which implementation runs for q [B, T, H, K] and v [B, T, H, V]."""
     unsupported = None
     if q.dtype == torch.float64:
-        unsupported = "tensor cores' fp32 sums cannot serve float64 inputs"
+        unsupported = "its fp32 sums cannot serve float64 inputs"
     elif max(q.shape[-1], v.shape[-1]) > MAX_TRITON_WIDTH:
         unsupported = f"widths K={q.shape[-1]}, V={v.shape[-1]} exceed {MAX_TRITON_WIDTH}"
     return dispatch.choose("lightning_attention", q, unsupported)
 
 
 def empty_state(q: Tensor, v: Tensor, key: int, cu_seqlens: Tensor | None, wanted: bool) -> Tensor:
-    """What a state [rows or documents, H, key, V] looks like; empty where it is not wanted."""
+    """Room for a state [B or documents, H, key, V]; an empty tensor unless wanted. key: the width of q's features."""
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (rows, q.shape[2], key, v.shape[3]) if wanted else (0,)
     return q.new_empty(shape, dtype=accumulation_dtype(q.dtype))
 
 
 def empty_starts(q: Tensor, v: Tensor, key: int, cu_seqlens: Tensor | None) -> Tensor:
-    """What the states that segments start from look like: [pieces, H, key, V], empty where nothing is cut.
+    """Room for the states that segments start from, [pieces, H, key, V] fp32, empty where no sequence is cut.
 
-    A function of shapes and device alone, since traced code must know it. q: [B, T, H, ...]; key: its features' width.
+    The shape depends on shapes and the device alone, so that fake tensors have it too. q: [B, T, H, ...]; key: the
+    width of its features.
     """
-    # Plain numbers: a compiler that traces with symbolic sizes fixes them here, as the plan below depends on each.
-    batch, total, heads, key = (int(size) for size in (*q.shape[:3], key))
+    # Plain integers: symbolic sizes of a compiler are specialised here, because segment lengths depend on their values.
+    batch, total, heads, key, value = (int(size) for size in (*q.shape[:3], key, v.shape[-1]))
     shape = (0,)
-    if q.is_cuda and q.dtype != torch.float64 and max(key, v.shape[-1]) <= MAX_TRITON_WIDTH:
-        # A plan's tensors only say that they are on a GPU (planning/memory.py), with one there or without.
+    if q.is_cuda and q.dtype != torch.float64 and max(key, value) <= MAX_TRITON_WIDTH:
+        # The fake tensors of a memory plan claim is_cuda on a CPU device: planned for the newest architecture.
         there = torch.cuda.is_available() and q.device.type == "cuda"
         capability = torch.cuda.get_device_capability(q.device)[0] if there else max(TILES)
         if capability >= min(TILES):
-            segment = plan_segment(capability, q.element_size(), batch, total, heads, key, int(v.shape[-1]))
-            pieces = batch * -(-total // segment) if cu_seqlens is None else total // segment + cu_seqlens.shape[0] - 1
-            shape = (pieces, heads, key, v.shape[-1]) if segment < total else shape
+            segment = plan_segment(
+                capability=capability,
+                element_bytes=q.element_size(),
+                rows=batch,
+                total=total,
+                heads=heads,
+                key=key,
+                value=value,
+            )
+            documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            if segment < total:
+                shape = (piece_count(total, segment, rows=batch, documents=documents), heads, key, value)
     return q.new_empty(shape, dtype=torch.float32)

@@ -1,7 +1,6 @@
 """The definition of lightning attention: the recurrence of arXiv 2307.14995 (section 3.4, "robust inference").
 
-Slow and plain. It computes in the type of its inputs, so give it fp64 to judge the other implementations; autograd
-differentiates it.
+One position after the other, in the inputs' type (give it fp64), differentiable by autograd.
 """
 
 import itertools

@@ -1,35 +1,36 @@
-"""Lightning attention in Triton: one kernel, the decayed scan, which is the forward pass and all three gradients.
+"""Lightning attention in Triton: one kernel, the decayed scan, computes the output and all three gradients.
 
     scan(a, b, c)_t = sum over s <= t of exp(-r (t - s)) (a_t . b_s) c_s
 
-is o for (q, k, v) and dq for (do, v, k); with s >= t instead ("reverse") it is dk for (v, do, q) and dv for (k, q, do).
-A program owns one head of one piece (a sequence or a segment of one) and a slice of c's width, and walks the chunks
-with its slice of the state in registers; nothing is written but the result. See chunked.py for the formulas within a
-chunk, triton_segments.py for the states that segments start from, launch.py for the sizes.
+is o for (q, k, v) and dq for (do, v, k); over s >= t ("reverse") it is dk for (v, do, q) and dv for (k, q, do). A
+program owns one head of one piece (a sequence, or a segment of one) and a slice of c's columns. It steps through the
+piece's chunks with its slice of the state in registers, and writes nothing but the result. chunked.py has the formulas
+of a chunk, triton_segments.py the states that segments start from, scan.py the launch.
 
-For LRPE the scans of dq and dk also find what theta's gradient needs of pairs that are far apart: see CROSSING below.
+With LRPE the scans of dq and dk also form the part of theta's gradient from distant pairs: see CROSSING below.
 
-Everything is transposed, [slice of c's width, ...], because the tensor cores of Hopper take their left operand from
-registers: the state and c then stand there as they are, and of a chunk only the small square of scores passes through
-shared memory. Products take operands in the inputs' type and sum in fp32; a fp32 product uses no tf32.
+All tiles are transposed, [slice of c's columns, ...]: Hopper's tensor cores can read their left operand from
+registers, so the state and c need not leave them, and of a chunk only the CHUNK x CHUNK scores pass through shared
+memory. Products take operands in the inputs' type and sum in fp32; fp32 products use no tf32.
 
-Only the chunk at a sequence's end may be partly filled. Its missing rows are zeros beyond the row, or the next packed
-document's, and count in the fading of the state that the forward scan hands on or the reverse scan starts from. Where
-any of this matters, it has a loop of its own, and the loop over the others masks nothing.
+Only the last chunk of a sequence may be partly filled. The positions that it lacks are read as zeros, or as the next
+packed document's, and would fade the state that a forward scan returns or a reverse scan starts from. Where that
+matters (RAGGED), this chunk has a loop of its own with masks, and the loop over the whole chunks has none.
 """
 
 import triton
 import triton.language as tl
 
-from kernels.lightning.triton_place import find_piece
+from kernels.lightning.triton_sequences import find_piece
 
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """x as an operand of type `dtype`, and the factor it was divided by: 1, except where fp16 would overflow."""
+    """x in `dtype`, and the factor it was divided by: 1, except for fp16, to keep |x| <= 4096."""
     scale = 1.0
     if dtype == tl.float16:
-        # States and scores are unnormalised sums; their product with the other operand may fit fp16 when they do not.
+        # States and scores are unnormalised sums, which may exceed 65504 where their product with the other operand,
+        # scaled back in fp32, does not.
         scale = tl.maximum(tl.max(tl.max(tl.abs(x), axis=1), axis=0) / 4096.0, 1.0)
         x = x / scale
     return x.to(dtype), scale
@@ -38,10 +39,10 @@ def narrow(x, dtype: tl.constexpr):
 @triton.jit
 def load_tile(x, row, head, position, column, time_stride, width, held, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
               DESCRIPTORS: tl.constexpr):  # fmt: skip
-    """The [ROWS, COLUMNS] tile of x at `position` and `column`, zero outside the row and past `width`.
+    """The [ROWS, COLUMNS] tile of x at `position` and `column`, zero outside the row of the batch and past `width`.
 
-    x: a descriptor of [B, T, H, width], or a pointer to position 0 of the row and head, whose rows lie `time_stride`
-    apart and of which `held` [ROWS] says which to read.
+    x: a descriptor of [B, T, H, width]; or a pointer to position 0 of the row and head, from which positions lie
+    `time_stride` elements apart; of these, only those where `held` [ROWS] are read.
     """
     if DESCRIPTORS:
         return x.load([row, position, head, column]).reshape(ROWS, COLUMNS)
@@ -52,21 +53,21 @@ def load_tile(x, row, head, position, column, time_stride, width, held, ROWS: tl
         return tl.load(pointers, mask=mask, other=0.0)
 
 
-# CROSSING. theta's gradient is the sum over pairs of (t - s) w_ts; sum_s w_ts is what dq's features say of the angle
-# at t, -sum_t w_ts what dk's say at s. Multiplied by t and s, these would be terms of the size of t that cancel. They
-# are multiplied by the position in a stretch of CROSSING positions instead, and at each boundary between stretches
-# CROSSING times the sum of w over the pairs on its two sides is added: the product of the two states there, turned by a
-# quarter. The scan of dq leaves its states for the scan of dk, whose `flow` is the sum of these products.
+# CROSSING. The far part of theta's gradient (kernels/gla/theta_gradient.py) is a sum over the boundaries between
+# stretches of CROSSING positions: CROSSING times the sum of w_ts over the pairs with s before and t after the boundary.
+# That sum is a product of two states at the boundary, the forward one of k and v, which the scan of dq carries, and the
+# reverse one of q and do, which the scan of dk carries: cosine rows of one times sine rows of the other, less sine rows
+# times cosine rows. The scan of dq writes its states to `crossing`; the scan of dk adds the products up in `flow`.
 @triton.jit
 def scan_kernel(
     a,  # [B, T, H, summed width], a descriptor or a pointer, as are b, c and out
     b,  # [B, T, H, summed width]
     c,  # [B, T, H, c's width]
     out,  # [B, T, H, c's width]
-    out_pointer,  # out as a pointer: a document's partly filled chunk must not be written into the next document
+    out_pointer,  # out as a pointer: a packed document's last chunk must not be stored whole, into the next document
     decay_pointer,  # [heads], fp32
-    first_state_pointer,  # [pieces, heads, summed width, c's width], fp32, any strides: the state each starts from
-    last_state_pointer,  # [sequences, heads, summed width, c's width]
+    first_state_pointer,  # [pieces, heads, summed width, c's width], fp32: the state that each piece starts from
+    last_state_pointer,  # [sequences, heads, summed width, c's width], fp32, written
     bounds_pointer,  # see find_piece
     document_pointer,
     first_pointer,
@@ -99,7 +100,7 @@ def scan_kernel(
     PACKED: tl.constexpr,
     CUT: tl.constexpr,
     HAS_FIRST: tl.constexpr,
-    FROM_ZERO: tl.constexpr,  # whether sequences start from nothing: the states of their first pieces are not there
+    FROM_ZERO: tl.constexpr,  # whether sequences start from zero: the states of their first pieces are not written
     HAS_LAST: tl.constexpr,
     CROSSING: tl.constexpr,  # 0, or the length of a stretch
     DESCRIPTORS: tl.constexpr,
@@ -139,7 +140,7 @@ def scan_kernel(
     else:
         state = tl.zeros([OUT, SUMMED], dtype=tl.float32)
 
-    # within[j, i] = exp(-r |i - j|) on the side that i may see.
+    # within[j, i] = exp(-r |i - j|) for j <= i, or in reverse for j >= i; else 0.
     dtype: tl.constexpr = a.dtype if DESCRIPTORS else a.dtype.element_ty
     rate = tl.load(decay_pointer + head)
     if REVERSE:
@@ -149,7 +150,8 @@ def scan_kernel(
     within = tl.where(distance >= 0, tl.exp(-rate * tl.maximum(distance, 0).to(tl.float32)), 0.0)
 
     if CROSSING:
-        # Every sequence has a slot for each boundary within it; packed ones, whose lengths differ, one more each.
+        # The first slot of this sequence in `crossing`. Each has a slot per boundary; a packed document, whose length
+        # is on the GPU alone, has one to spare.
         if PACKED:
             slot = start // CROSSING + number
         else:
@@ -199,7 +201,7 @@ def scan_kernel(
             a_t = load_tile(a, row, head, position, 0, a_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS).trans()
             b_tile = load_tile(b, row, head, position, 0, b_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS)
             c_t = load_tile(c, row, head, position, column, c_time, c_width, held, CHUNK, OUT, DESCRIPTORS).trans()
-            if PACKED and part == PARTIAL:  # descriptors have read on into the next document
+            if PACKED and part == PARTIAL:  # a descriptor's tile extends into the next document
                 a_t = tl.where(held[None, :], a_t, 0.0)
                 b_tile = tl.where(held[:, None], b_tile, 0.0)
                 c_t = tl.where(held[None, :], c_t, 0.0)

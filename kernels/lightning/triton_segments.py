@@ -1,23 +1,23 @@
-"""The states that segments of a long sequence start from, so that one head's segments can be scanned side by side.
+"""The states that segments of a long sequence start from, so that one head's segments can be scanned at once.
 
-First every piece's own state, as if it started from nothing (the only extra reading of two inputs that cutting costs),
-then a walk over a sequence's pieces that fades and adds them up. The state after the last piece comes out too, which
-is all that `lightning_state` wants. What no piece starts from is neither written nor read: the states of many short
-documents, each of one piece, would be more than the documents.
+piece_states_kernel sums up every piece from a state of zero, which reads two of the scan's inputs a second time;
+combine_kernel goes through a sequence's pieces in order, state <- exp(-r length) state + the piece's own. The state
+after the last piece is the sequence's final state. A state that no piece starts from is neither written nor read: many
+short documents, each a single piece, have more elements of states than of inputs.
 """
 
 import triton
 import triton.language as tl
 
-from kernels.lightning.triton_place import find_piece, sequence
 from kernels.lightning.triton_scan import load_tile
+from kernels.lightning.triton_sequences import find_piece, sequence
 
 
 @triton.jit
 def piece_states_kernel(
-    b,  # [B, T, H, summed width], a descriptor or a pointer, as is c
+    b,  # [B, T, H, summed width]: a descriptor or a pointer, as is c
     c,  # [B, T, H, c's width]
-    states_pointer,  # [pieces, heads, summed width, c's width], fp32
+    states_pointer,  # [pieces, heads, summed width, c's width], fp32, written
     decay_pointer,  # [heads], fp32
     bounds_pointer,  # see find_piece
     document_pointer,
@@ -42,7 +42,7 @@ def piece_states_kernel(
     RAGGED: tl.constexpr,  # whether a chunk may be partly filled
     PACKED: tl.constexpr,
     CUT: tl.constexpr,
-    WITH_LAST: tl.constexpr,  # whether the last piece's state is wanted: no other starts from it
+    WITH_LAST: tl.constexpr,  # whether the last pieces' states are wanted: no piece starts from them
     DESCRIPTORS: tl.constexpr,
     CHUNK: tl.constexpr,
     SUMMED: tl.constexpr,
@@ -71,14 +71,14 @@ def piece_states_kernel(
     columns = column + tl.arange(0, OUT)
     summed = tl.arange(0, SUMMED)
 
-    # exp(-104) is zero in fp32, denormals included: what is further than that from the piece's end leaves nothing.
+    # exp(-104) is 0 in fp32, denormals included: chunks so far from the piece's end that r distance >= 104 are skipped.
     chunks = tl.cdiv(held_length, CHUNK)
     reach = tl.minimum(104.0 / tl.maximum(rate, 1e-6), 1e8).to(tl.int32)
     skipped = tl.maximum(chunks - 2 - reach // CHUNK, 0)
     if not WITH_LAST:
         skipped = tl.where(is_last, chunks, skipped)
 
-    # Two loops, as in the scan: over whole chunks, and over the partly filled one.
+    # Two loops, as in scan_kernel: over whole chunks without masks, and over the partly filled one.
     state = tl.zeros([OUT, SUMMED], dtype=tl.float32)
     split = held_length // CHUNK
     if REVERSE:
@@ -99,7 +99,7 @@ def piece_states_kernel(
             held = begin + i < held_length
             b_tile = load_tile(b, row, head, position, 0, b_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS)
             c_t = load_tile(c, row, head, position, column, c_time, c_width, held, CHUNK, OUT, DESCRIPTORS).trans()
-            if PACKED and part == PARTIAL:  # descriptors have read on into the next document
+            if PACKED and part == PARTIAL:  # a descriptor's tile extends into the next document
                 b_tile = tl.where(held[:, None], b_tile, 0.0)
                 c_t = tl.where(held[None, :], c_t, 0.0)
             faded = (c_t * write_fade[None, :]).to(dtype)
@@ -116,9 +116,9 @@ def piece_states_kernel(
 
 @triton.jit
 def combine_kernel(
-    states_pointer,  # [pieces, heads, size], fp32: in, every piece's own state; out, the one it starts from
-    given_pointer,  # [sequences, heads, size], fp32, or None: the state that a sequence starts from
-    last_pointer,  # [sequences, heads, size], fp32, or None: the state after it
+    states_pointer,  # [pieces, heads, size], fp32: every piece's own state, overwritten by the one it starts from
+    given_pointer,  # [sequences, heads, size], fp32: the state that each sequence starts from; None for zero
+    last_pointer,  # [sequences, heads, size], fp32, written: the state after each sequence; None where not wanted
     decay_pointer,  # [heads], fp32
     bounds_pointer,  # see find_piece
     first_pointer,
@@ -131,7 +131,7 @@ def combine_kernel(
     PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A sequence's pieces in the order of the scan: state = exp(-r length of the piece) state + its own state."""
+    """One program per sequence and head, and per BLOCK elements of the state; in the order of the scan."""
     number = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

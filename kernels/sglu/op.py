@@ -11,10 +11,10 @@ ACTS = ("none", "silu")
 
 
 def sglu(a: Tensor, b: Tensor, act: str = "none") -> Tensor:
-    """act(a) * b. a, b: alike in shape (any) and floating type, which the result has too; strides are free.
+    """act(a) * b. a, b: any shape and strides, of one shape and floating type, which are the result's too.
 
-    act: "none" (the released models) or "silu" (SwiGLU). Raises ValueError for another, where a and b differ,
-    or for no float type.
+    act: "none" (the released models) or "silu" (SwiGLU). Raises ValueError for another one, where a and b differ, and
+    for integer types.
     """
     if act not in ACTS:
         raise ValueError(f"act={act!r} is not one of {ACTS}")
@@ -32,7 +32,7 @@ def _forward(a: Tensor, b: Tensor, act: str) -> Tensor:
     if _backend(a) == "triton":
         from kernels.sglu import triton_sglu
 
-        return triton_sglu.forward(a, b, act)
+        return triton_sglu.forward(a=a, b=b, act=act)
     if act == "none":
         return (a * b).contiguous()
     return (F.silu(a.to(accumulation_dtype(a.dtype))) * b).to(a.dtype).contiguous()
@@ -43,7 +43,7 @@ def _backward(dy: Tensor, a: Tensor, b: Tensor, act: str) -> tuple[Tensor, Tenso
     if _backend(a) == "triton":
         from kernels.sglu import triton_sglu
 
-        return triton_sglu.backward(dy, a, b, act)
+        return triton_sglu.backward(dy=dy, a=a, b=b, act=act)
     if act == "none":
         return (dy * b).contiguous(), (dy * a).contiguous()
     wide = a.to(accumulation_dtype(a.dtype))
@@ -76,5 +76,5 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def _backend(a: Tensor) -> str:
-    unsupported = "its fp32 arithmetic cannot serve float64 inputs" if a.dtype == torch.float64 else None
+    unsupported = "its fp32 sums cannot serve float64 inputs" if a.dtype == torch.float64 else None
     return dispatch.choose("sglu", a, unsupported)

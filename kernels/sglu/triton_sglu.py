@@ -53,32 +53,31 @@ def backward_kernel(
     tl.store(db_pointer + row * width + column, db.to(db_pointer.dtype.element_ty), mask=mask)
 
 
-def forward(a: Tensor, b: Tensor, act: str) -> Tensor:
-    """a, b: [..., F] -> contiguous, in their type."""
+def forward(*, a: Tensor, b: Tensor, act: str) -> Tensor:
+    """a, b: [..., F] -> act(a) * b, contiguous, in their type."""
     y = torch.empty(a.shape, dtype=a.dtype, device=a.device)
-    rows = _rows(a, b)
-    width = rows[0].shape[1]
-    with torch.cuda.device_of(a):
-        forward_kernel[(triton.cdiv(width, BLOCK) * rows[0].shape[0],)](
-            *rows, y, *(x.stride(0) for x in rows), width, SILU=act == "silu", BLOCK=BLOCK, num_warps=WARPS
-        )
+    _launch(forward_kernel, {"a": a, "b": b}, act=act, y_pointer=y)
     return y
 
 
-def backward(dy: Tensor, a: Tensor, b: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    """dy, a, b: [..., F] -> da, db, contiguous, in their type."""
+def backward(*, dy: Tensor, a: Tensor, b: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    """dy, a, b: [..., F] -> the gradients of a and b, contiguous, in their type."""
     da, db = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (a, b))
-    rows = _rows(dy, a, b)
-    width = rows[0].shape[1]
-    with torch.cuda.device_of(a):
-        backward_kernel[(triton.cdiv(width, BLOCK) * rows[0].shape[0],)](
-            *rows, da, db, *(x.stride(0) for x in rows), width, SILU=act == "silu", BLOCK=BLOCK, num_warps=WARPS
-        )
+    _launch(backward_kernel, {"dy": dy, "a": a, "b": b}, act=act, da_pointer=da, db_pointer=db)
     return da, db
 
 
-def _rows(*tensors: Tensor) -> list[Tensor]:
-    """All as [rows, width]: one long row where all are contiguous, so that no block is partly filled."""
-    if all(x.is_contiguous() for x in tensors):
-        return [x.view(1, -1) for x in tensors]
-    return [as_rows(x) for x in tensors]
+def _launch(kernel, inputs: dict[str, Tensor], *, act: str, **outputs: Tensor) -> None:
+    """One program per BLOCK columns of a row. inputs: given to the kernel as NAME_pointer, row strides as NAME_row."""
+    if all(x.is_contiguous() for x in inputs.values()):
+        rows = {name: x.view(1, -1) for name, x in inputs.items()}  # one long row: at most one block is partly filled
+    else:
+        rows = {name: as_rows(x) for name, x in inputs.items()}
+    count, width = rows["a"].shape
+    arguments = dict(outputs)
+    for name, x in rows.items():
+        arguments |= {f"{name}_pointer": x, f"{name}_row": x.stride(0)}
+    with torch.cuda.device_of(rows["a"]):
+        kernel[(triton.cdiv(width, BLOCK) * count,)](
+            **arguments, width=width, SILU=act == "silu", BLOCK=BLOCK, num_warps=WARPS
+        )

@@ -1,4 +1,4 @@
-"""SimpleRMSNorm: root-mean-square normalisation without weights."""
+"""SimpleRMSNorm: root-mean-square normalisation without weights, alone and with the residual additions around it."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ def simple_rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(mean of x^2 over the last dimension + eps) (arXiv 2307.14995, equation 12).
 
     x: [..., D] of any floating type; statistics in fp32 (fp64 for fp64), the result in x's type. The backward pass
-    recomputes the statistics, so nothing but x is kept. Raises ValueError for eps < 0, no dimension or no float type.
+    computes the statistics again, so that x alone is saved. Raises ValueError for eps < 0, a scalar or an integer type.
     """
     _check(x, eps)
     return torch.ops.megatron_tn.srmsnorm_forward(x, eps)
@@ -22,8 +22,8 @@ def simple_rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 def add_simple_rms_norm(x: Tensor, residual: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """(s, simple_rms_norm(s)) of s = x + residual, in one pass: what stands between two sublayers.
 
-    x, residual: [..., D], alike in shape and floating type. s is rounded to that type before the norm is taken, as two
-    separate operators would. Raises ValueError where they differ, or for what simple_rms_norm refuses.
+    x, residual: [..., D], of one shape and floating type. s is rounded to that type before its norm is taken, as by two
+    separate operators. Raises ValueError where they differ, or for what simple_rms_norm refuses.
     """
     _check(x, eps, residual)
     return torch.ops.megatron_tn.add_srmsnorm_forward(x, residual, eps)
@@ -32,11 +32,13 @@ def add_simple_rms_norm(x: Tensor, residual: Tensor, eps: float = 1e-6) -> tuple
 def add_scaled_simple_rms_norm(
     x: Tensor, residual: Tensor, square_sum: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """`add_simple_rms_norm` of x and `apply_rms_scale(residual, square_sum, D)`, in the same pass: a residual that is
-    still to be normed, by squares that were summed before a product that the norm's scale commutes with.
+    """`add_simple_rms_norm` of x and residual / sqrt(square_sum / D + eps), in the same pass.
 
-    x, residual: [..., D], alike in shape and floating type. square_sum: [...], fp32 (fp64 for fp64), over D elements
-    whatever they were. The scaled residual is not rounded before it is added. Raises ValueError where they do not fit.
+    For a norm that stands before a matrix product and whose scale, one number a row, is applied after it: y W / rms(o)
+    = (y / rms(o)) W. square_sum is then the sum of o^2 over all tensor-parallel ranks.
+
+    x, residual: [..., D], of one shape and floating type. square_sum: [...], fp32 (fp64 for fp64), a sum over D
+    elements. The scaled residual is not rounded before it is added. Raises ValueError where they do not fit.
     """
     _check(x, eps, residual)
     wide = accumulation_dtype(x.dtype)
@@ -49,8 +51,8 @@ def add_scaled_simple_rms_norm(
 
 
 def branch_simple_rms_norm(x: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """(x, simple_rms_norm(x)) for a branch that leaves a stream: the gradients of the two, the stream's and the
-    branch's, are summed in the same pass that takes the second through the norm.
+    """(x, simple_rms_norm(x)), for a sublayer that leaves the residual stream: the backward pass adds the gradient of
+    the first result to that of the second in the same kernel that takes the second through the norm.
 
     x: [..., D]. The first result is x itself, under autograd. Raises ValueError as simple_rms_norm does.
     """
@@ -59,7 +61,7 @@ def branch_simple_rms_norm(x: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor
 
 
 class _Branch(torch.autograd.Function):
-    # Not a registered operator, because those may not hand back their input. What it calls is registered.
+    # Not a registered operator, which may not return its input. The operators that it calls are registered.
     @staticmethod
     def forward(ctx, x, eps):
         ctx.save_for_backward(x)
@@ -93,7 +95,7 @@ def _forward(x: Tensor, eps: float) -> Tensor:
     if _backend(x) == "triton":
         from kernels.srmsnorm import triton_norm
 
-        return triton_norm.forward(x, eps)
+        return triton_norm.forward(x, eps=eps)
     return (x * _scale(x, eps)).to(x.dtype, memory_format=torch.contiguous_format)
 
 
@@ -102,7 +104,7 @@ def _backward(dy: Tensor, x: Tensor, eps: float) -> Tensor:
     if _backend(x) == "triton":
         from kernels.srmsnorm import triton_norm
 
-        return triton_norm.backward(dy, x, eps)
+        return triton_norm.backward(dy=dy, x=x, eps=eps)
     return _plain_backward(dy, x, eps).to(x.dtype, memory_format=torch.contiguous_format)
 
 
@@ -133,7 +135,7 @@ def _add_forward(x: Tensor, residual: Tensor, eps: float) -> tuple[Tensor, Tenso
     if _backend(x) == "triton":
         from kernels.srmsnorm import triton_norm
 
-        return triton_norm.add_forward(x, residual, None, eps)
+        return triton_norm.add_forward(x=x, residual=residual, square_sum=None, eps=eps)
     total = (x + residual).contiguous()
     return total, (total * _scale(total, eps)).to(x.dtype)
 
@@ -143,7 +145,7 @@ def _add_backward(dtotal: Tensor, dy: Tensor, total: Tensor, eps: float) -> Tens
     if _backend(total) == "triton":
         from kernels.srmsnorm import triton_norm
 
-        return triton_norm.add_backward(dtotal, dy, total, eps)
+        return triton_norm.add_backward(dtotal=dtotal, dy=dy, total=total, eps=eps)
     return (dtotal + _plain_backward(dy, total, eps)).to(total.dtype, memory_format=torch.contiguous_format)
 
 
@@ -175,7 +177,7 @@ def _add_scaled_forward(x: Tensor, residual: Tensor, square_sum: Tensor, eps: fl
     if _backend(x) == "triton":
         from kernels.srmsnorm import triton_norm
 
-        return triton_norm.add_forward(x, residual, square_sum, eps)
+        return triton_norm.add_forward(x=x, residual=residual, square_sum=square_sum, eps=eps)
     total = (x + residual * _scale_of(square_sum, x.shape[-1], eps)).to(x.dtype).contiguous()
     return total, (total * _scale(total, eps)).to(x.dtype)
 
@@ -187,7 +189,9 @@ def _add_scaled_backward(
     if _backend(total) == "triton":
         from kernels.srmsnorm import triton_norm
 
-        return triton_norm.add_scaled_backward(dtotal, dy, total, residual, square_sum, eps)
+        return triton_norm.add_scaled_backward(
+            dtotal=dtotal, dy=dy, total=total, residual=residual, square_sum=square_sum, eps=eps
+        )
     dx, width = dtotal + _plain_backward(dy, total, eps), total.shape[-1]
     scale = _scale_of(square_sum, width, eps)
     along = dot(dx, residual.to(dx.dtype)) * scale.squeeze(-1) ** 3
@@ -239,7 +243,7 @@ def _scale_of(square_sum: Tensor, width: int, eps: float) -> Tensor:
 def _backend(x: Tensor) -> str:
     unsupported = None
     if x.dtype == torch.float64:
-        unsupported = "its fp32 statistics cannot serve float64 inputs"
+        unsupported = "its fp32 sums cannot serve float64 inputs"
     elif x.shape[-1] > MAX_TRITON_WIDTH:
         unsupported = f"the width {x.shape[-1]} exceeds {MAX_TRITON_WIDTH}"
     return dispatch.choose("simple_rms_norm", x, unsupported)

@@ -1,4 +1,4 @@
-"""SimpleRMSNorm in Triton: one program a row, which it reads once and keeps in registers."""
+"""SimpleRMSNorm in Triton: a program reads one row, once, and keeps it in registers."""
 
 import torch
 import triton
@@ -35,7 +35,7 @@ def backward_kernel(dy_pointer, x_pointer, dx_pointer, dy_row, x_row, width, eps
 def add_forward_kernel(
     x_pointer,
     r_pointer,
-    square_sum_pointer,  # SCALED: [rows] fp32, by which r is still to be normed
+    square_sum_pointer,  # [rows] fp32, where SCALED: r is divided by sqrt(square sum / width + eps) before it is added
     sum_pointer,
     y_pointer,
     x_row,
@@ -54,7 +54,7 @@ def add_forward_kernel(
         r *= 1.0 / tl.sqrt(tl.load(square_sum_pointer + row) / width + eps)
     total = (x + r).to(sum_pointer.dtype.element_ty)
     tl.store(sum_pointer + row * width + column, total, mask=mask)
-    total = total.to(tl.float32)  # the norm of what is stored, so that the backward pass sees the same
+    total = total.to(tl.float32)  # the norm of the rounded sum, which is what the backward pass reads
     scale = 1.0 / tl.sqrt(tl.sum(total * total, axis=0) / width + eps)
     tl.store(y_pointer + row * width + column, (total * scale).to(y_pointer.dtype.element_ty), mask=mask)
 
@@ -64,9 +64,9 @@ def add_backward_kernel(
     dsum_pointer,
     dy_pointer,
     sum_pointer,
-    r_pointer,  # this and the next one: SCALED, as in the forward pass
+    r_pointer,  # this and the next: None unless SCALED
     square_sum_pointer,
-    dx_pointer,  # of r too, unless SCALED
+    dx_pointer,  # written: the gradient of x, and unless SCALED of r too
     dr_pointer,
     dsquare_sum_pointer,
     dsum_row,
@@ -95,61 +95,79 @@ def add_backward_kernel(
         tl.store(dsquare_sum_pointer + row, tl.sum(dx * r, axis=0) * scale * scale * scale * (-0.5 / width))
 
 
-def forward(x: Tensor, eps: float) -> Tensor:
-    """x: [..., D] -> contiguous, in x's type."""
+def forward(x: Tensor, *, eps: float) -> Tensor:
+    """x: [..., D] -> its norm, contiguous, in x's type."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(forward_kernel, (x,), (y,), eps)
+    _launch(forward_kernel, {"x": x}, eps=eps, y_pointer=y)
     return y
 
 
-def backward(dy: Tensor, x: Tensor, eps: float) -> Tensor:
-    """dy, x: [..., D] -> dx, contiguous, in x's type."""
+def backward(*, dy: Tensor, x: Tensor, eps: float) -> Tensor:
+    """dy, x: [..., D] -> the gradient of x, contiguous, in x's type."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(backward_kernel, (dy, x), (dx,), eps)
+    _launch(backward_kernel, {"dy": dy, "x": x}, eps=eps, dx_pointer=dx)
     return dx
 
 
-def add_forward(x: Tensor, residual: Tensor, square_sum: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """x, residual: [..., D] -> their sum and its norm, contiguous, in their type. square_sum: [...], fp32, where the
+def add_forward(*, x: Tensor, residual: Tensor, square_sum: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """x, residual: [..., D] -> their sum and its norm, contiguous, in their type. square_sum: [...] fp32, where the
     residual is still to be normed."""
     total, y = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    rows = [as_rows(z) for z in (x, residual)]
-    square_sum = None if square_sum is None else square_sum.contiguous()
-    strides = [z.stride(0) for z in rows]
-    _launch_rows(add_forward_kernel, rows, (*rows, square_sum, total, y, *strides), eps, SCALED=square_sum is not None)
+    _launch(
+        add_forward_kernel,
+        {"x": x, "r": residual},
+        eps=eps,
+        square_sum_pointer=None if square_sum is None else square_sum.contiguous(),
+        sum_pointer=total,
+        y_pointer=y,
+        SCALED=square_sum is not None,
+    )
     return total, y
 
 
-def add_backward(dtotal: Tensor, dy: Tensor, total: Tensor, eps: float) -> Tensor:
-    """The gradient of x, which is that of the residual too."""
+def add_backward(*, dtotal: Tensor, dy: Tensor, total: Tensor, eps: float) -> Tensor:
+    """The gradient of x, which is the residual's too, contiguous."""
     dx = torch.empty(total.shape, dtype=total.dtype, device=total.device)
-    rows = [as_rows(z) for z in (dtotal, dy, total)]
-    strides = [z.stride(0) for z in rows]
-    _launch_rows(add_backward_kernel, rows, (*rows, None, None, dx, None, None, *strides, 0), eps, SCALED=False)
+    _launch(
+        add_backward_kernel,
+        {"dsum": dtotal, "dy": dy, "sum": total},
+        eps=eps,
+        r_pointer=None,
+        square_sum_pointer=None,
+        dx_pointer=dx,
+        dr_pointer=None,
+        dsquare_sum_pointer=None,
+        r_row=0,
+        SCALED=False,
+    )
     return dx
 
 
 def add_scaled_backward(
-    dtotal: Tensor, dy: Tensor, total: Tensor, residual: Tensor, square_sum: Tensor, eps: float
+    *, dtotal: Tensor, dy: Tensor, total: Tensor, residual: Tensor, square_sum: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, of the residual, and of its square sum."""
+    """The gradients of x, of the residual, and of its square sum, contiguous."""
     dx, dresidual = (torch.empty(total.shape, dtype=total.dtype, device=total.device) for _ in range(2))
     dsquare_sum = torch.empty(square_sum.shape, dtype=torch.float32, device=total.device)
-    rows = [as_rows(z) for z in (dtotal, dy, total, residual)]
-    strides = [z.stride(0) for z in rows]
-    tensors = (*rows, square_sum.contiguous(), dx, dresidual, dsquare_sum)
-    _launch_rows(add_backward_kernel, rows, (*tensors, *strides), eps, SCALED=True)
+    _launch(
+        add_backward_kernel,
+        {"dsum": dtotal, "dy": dy, "sum": total, "r": residual},
+        eps=eps,
+        square_sum_pointer=square_sum.contiguous(),
+        dx_pointer=dx,
+        dr_pointer=dresidual,
+        dsquare_sum_pointer=dsquare_sum,
+        SCALED=True,
+    )
     return dx, dresidual, dsquare_sum
 
 
-def _launch(kernel, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], eps: float) -> None:
-    rows = [as_rows(x) for x in inputs]
-    _launch_rows(kernel, rows, (*rows, *outputs, *(x.stride(0) for x in rows)), eps)
-
-
-def _launch_rows(kernel, rows: list[Tensor], arguments: tuple, eps: float, **constants) -> None:
-    """One program a row."""
-    count, width = rows[0].shape
+def _launch(kernel, inputs: dict[str, Tensor], **arguments) -> None:
+    """One program a row. inputs: [..., D] each, given to the kernel as NAME_pointer with its row stride NAME_row."""
+    rows = {name: as_rows(x) for name, x in inputs.items()}
+    count, width = next(iter(rows.values())).shape
+    for name, x in rows.items():
+        arguments |= {f"{name}_pointer": x, f"{name}_row": x.stride(0)}
     block, warps = block_for(width)
-    with torch.cuda.device_of(rows[0]):
-        kernel[(count,)](*arguments, width, eps, WIDTH=block, num_warps=warps, **constants)
+    with torch.cuda.device_of(next(iter(rows.values()))):
+        kernel[(count,)](**arguments, width=width, WIDTH=block, num_warps=warps)

@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_tn.config import ConfigError, ModelConfig, from_mapping, read_mapping
-from megatron_tn.model.decay import decay_rates
-from megatron_tn.model.transnormer import TransNormerLM, empty_model
+from megatron_tn.model.base import Model
+from megatron_tn.model.decay import all_decay_rates
+from megatron_tn.model.registry import architecture, build_model
 from megatron_tn.parallel.context import ParallelContext
 
 WEIGHTS_FILE = "model.safetensors"
@@ -92,9 +93,10 @@ def config_from_released(values: dict[str, Any]) -> ModelConfig:
 
 def config_to_released(config: ModelConfig) -> dict[str, Any]:
     """A `ModelConfig` as the fields of a released config.json, plus decay_rates and the variants under one key."""
+    released = architecture(config).released
     return {
-        "architectures": ["TransnormerForCausalLM"],
-        "model_type": "transnormer",
+        "architectures": [released.class_name],
+        "model_type": released.model_type,
         "vocab_size": config.vocab_size,
         "decoder_embed_dim": config.embed_dim,
         "hidden_dim": config.embed_dim,
@@ -129,7 +131,7 @@ def load_pretrained(
     context: ParallelContext | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> TransNormerLM:
+) -> Model:
     """Build a model from a directory in the released layout: config.json and safetensors files.
 
     Each tensor-parallel rank of `context` reads its own slices.
@@ -144,11 +146,11 @@ def load_pretrained(
         raise FileNotFoundError(f"{directory} has no config.json: not a model in the released layout")
     config = config_from_released(read_mapping(directory / "config.json"))
     context = context or ParallelContext()
-    model = empty_model(config, context, device, dtype)
+    model = build_model(config, context, device, dtype)
     files = _tensor_files(directory)
     specs = model.shard_specs()
     problems = [f"{directory}: tensor {name} is missing" for name in specs if name not in files]
-    unknown = files.keys() - specs.keys() - {"lm_head.weight"}  # the head is tied; a file may repeat it
+    unknown = files.keys() - specs.keys() - architecture(config).released.repeated.keys()
     problems += [f"{directory}: unknown tensor {name}" for name in sorted(unknown)]
     if problems:
         raise ConfigError(problems)
@@ -178,7 +180,7 @@ def load_pretrained(
     return model
 
 
-def save_pretrained(model: TransNormerLM, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+def save_pretrained(model: Model, directory: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write `model` in the released layout; global rank 0 writes. Collective over tensor parallel."""
     directory = Path(directory)
     weights = {}
@@ -199,14 +201,6 @@ def write_released(weights: dict[str, torch.Tensor], config: ModelConfig, direct
     weights_tmp.replace(directory / WEIGHTS_FILE)
     config_tmp.write_text(json.dumps(config_to_released(config), indent=1) + "\n")
     config_tmp.replace(directory / "config.json")
-
-
-def all_decay_rates(config: ModelConfig) -> list[list[float]]:
-    """Decay rates [L][H] of a model."""
-    return [
-        decay_rates(config.heads, layer, config.layers, form=config.decay, temperature=config.decay_temperature)
-        for layer in range(config.layers)
-    ]
 
 
 def _same_rates(a: Any, b: list[list[float]]) -> bool:

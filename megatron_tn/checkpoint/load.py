@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from megatron_tn.checkpoint.files import TensorFile
-from megatron_tn.checkpoint.manifest import KINDS, Manifest, Piece, Trainable, rank_file
+from megatron_tn.checkpoint.manifest import Manifest, Piece, Trainable, rank_file
 from megatron_tn.checkpoint.reshard import overlaps, pieces_of_local_range, spans_of, view_of
 from megatron_tn.checkpoint.retention import reading
 from megatron_tn.config import ConfigError, ModelConfig, from_mapping
-from megatron_tn.model.transnormer import TransNormerLM, empty_model
+from megatron_tn.model.base import Model
+from megatron_tn.model.registry import build_model
 from megatron_tn.parallel.context import ParallelContext
 
 
@@ -79,8 +80,17 @@ class Reader:
 
 
 def load_checkpoint(engine: Trainable, directory: Path) -> Manifest:
-    """Restore masters, moments, the optimizer's step and, at the same world size, RNG states. Returns the manifest."""
+    """Restore masters, optimizer state and step and, at the same world size, RNG states. Returns the manifest.
+
+    Raises:
+        ConfigError: it is damaged, or of another model or optimizer.
+    """
     manifest = Manifest.read(directory)
+    if set(manifest.state_kinds) != set(engine.state_kinds):
+        raise ConfigError(
+            f"{directory} holds {', '.join(manifest.state_kinds)} of each parameter, but this run's optimizer keeps "
+            f"{', '.join(engine.state_kinds)}: resume with the optimizer that saved the checkpoint"
+        )
     context, specs = engine.context, engine.model.shard_specs()
     with Reader(directory, manifest) as reader:
         for owned in engine.owned_ranges():
@@ -88,7 +98,7 @@ def load_checkpoint(engine: Trainable, directory: Path) -> Manifest:
             for values in owned.values.values():
                 values.zero_()  # padding is in no file, and memory that nobody wrote may hold NaN
             for piece, at in pieces_of_local_range(spec, context.tp.rank, context.tp.size, owned.start, owned.stop):
-                for kind in KINDS:
+                for kind in manifest.kinds:
                     destination = owned.values[kind][at : at + piece.stop - piece.start]
                     reader.fill(kind, owned.name, spec.shape, piece, destination)
         if math.prod(manifest.layout.values()) == context.world_size:
@@ -105,13 +115,13 @@ def load_model(
     context: ParallelContext | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-) -> TransNormerLM:
+) -> Model:
     """The model alone, without an engine. dtype None: the precision it was trained in."""
     manifest = Manifest.read(directory)
     config = from_mapping(ModelConfig, manifest.config["model"])
     context = context or ParallelContext()
     trained = torch.bfloat16 if manifest.config["engine"]["precision"] == "bf16" else torch.float32
-    model = empty_model(config, context, device, dtype or trained)
+    model = build_model(config, context, device, dtype or trained)
     with Reader(directory, manifest) as reader:
         for name, parameter in model.named_parameters():
             spec = parameter.shard_spec

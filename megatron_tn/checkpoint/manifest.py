@@ -5,12 +5,16 @@
       rank_00000.safetensors     fp32 masters and moments that rank 0 owned, and its RNG state
       ...
 
-Every tensor has its logical (released) name under its kind: param/NAME, exp_avg/NAME, exp_avg_sq/NAME. A piece is an
+Every tensor has its logical (released) name under its kind: param/NAME, and for AdamW exp_avg/NAME and exp_avg_sq/NAME;
+the manifest's state_kinds says which kinds the optimizer keeps. A piece is an
 element range of a box of the logical tensor, flattened in row-major order: the box says which slice a tensor-parallel
 rank held, the range which part of that slice a ZeRO rank owned. Padding is in no box, so it is never saved.
 
-Beside whole checkpoints a folder may hold step_N.tmp (being written, or cut short), step_N.old (being removed, or set
-aside by a rewind) and step_N.damaged-TIME (for a person to look at); none is ever read.
+Beside whole checkpoints a folder may hold, and no reader looks for:
+  step_N.tmp             being written, or cut short; the next save removes it
+  step_N.old             being removed, or cut short in that; the next save removes it
+  step_N.damaged-TIME    passed over by a start because of damage; stays for a person to look at
+  step_N.rewound-TIME    left behind by checkpoint.resume=STEP; stays until a person removes it or goes on from it
 """
 
 from __future__ import annotations
@@ -25,14 +29,14 @@ from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, Valid
 
 from megatron_tn.checkpoint.files import FileRecord
 from megatron_tn.config import ConfigError
-from megatron_tn.model.transnormer import TransNormerLM
+from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.sharding import Box, OwnedRange
 
 FORMAT = "megatron_tn checkpoint"
 VERSION = 2
 MANIFEST = "manifest.json"
-KINDS = ("param", "exp_avg", "exp_avg_sq")
+MOMENTS = ["exp_avg", "exp_avg_sq"]  # what every optimizer kept before manifests said so
 SECTIONS = ("model", "engine", "data")  # of the config, which readers of a checkpoint look into
 NAME = re.compile(r"step_\d{8,}(-again)?")  # see save.publish for -again
 
@@ -40,9 +44,12 @@ NAME = re.compile(r"step_\d{8,}(-again)?")  # see save.publish for -again
 class Trainable(Protocol):
     """What a checkpoint needs of an engine; see `engine.base.Engine` for the meaning of each."""
 
-    model: TransNormerLM
+    model: Model
     context: ParallelContext
     partitioned: bool
+
+    @property
+    def state_kinds(self) -> tuple[str, ...]: ...
 
     def owned_ranges(self) -> list[OwnedRange]: ...
 
@@ -63,7 +70,7 @@ class Piece:
 @dataclass
 class Manifest:
     """step: optimizer steps done, optimizer_step: those that were applied. training: what the loop needs to go on
-    (tokens, data position, ...)."""
+    (tokens, data position, ...). state_kinds: what the optimizer keeps of each parameter, as its `state_kinds`."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -76,6 +83,12 @@ class Manifest:
     files: dict[str, FileRecord] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     padded_vocab: int = 0
+    state_kinds: list[str] = field(default_factory=MOMENTS.copy)
+
+    @property
+    def kinds(self) -> list[str]:
+        """The tensors kept of each parameter: its fp32 master, and what the optimizer adds."""
+        return ["param", *self.state_kinds]
 
     def to_json(self) -> str:
         values = asdict(self)
@@ -131,4 +144,5 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints in `folder`, oldest first. One that was being written when its process died has no manifest; one
     with a name of somebody's own, such as step_00000500_copy, is left alone."""
     found = (path for path in folder.glob("step_*") if NAME.fullmatch(path.name))
-    return sorted(path for path in found if (path / MANIFEST).is_file())
+    whole = (path for path in found if (path / MANIFEST).is_file())
+    return sorted(whole, key=lambda path: (step_of(path), path.name))

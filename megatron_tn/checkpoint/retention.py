@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_tn.checkpoint.manifest import MANIFEST, step_of, whole_checkpoints
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,26 +55,36 @@ def superfluous(saved: Sequence[Saved], retention: Retention) -> list[Path]:
 
 
 def apply_retention(folder: Path, retention: Retention) -> list[Path]:
-    """Remove what nothing keeps from `folder`; returns what went. Called after a save, on one rank."""
-    saved = [_describe(path, with_loss=retention.best > 0) for path in whole_checkpoints(folder)]
-    gone = [path for path in superfluous(saved, retention) if not being_read(path)]
-    for path in gone:
-        remove(path)
+    """Remove what nothing keeps from `folder`; returns what went. Called after a save, on one rank.
+
+    Never raises: what cannot be removed is named in a warning, and the next save tries again.
+    """
+    gone = []
+    try:
+        saved = [_describe(path, with_loss=retention.best > 0) for path in whole_checkpoints(folder)]
+        for path in superfluous(saved, retention):
+            if not being_read(path):
+                remove(path)
+                gone.append(path)
+    except Exception as error:
+        log.warning("old checkpoints in %s could not be removed: %s: %s", folder, type(error).__name__, error)
     return gone
 
 
 def remove(checkpoint: Path) -> None:
-    """Under a name that no reader looks for first: whoever dies half way leaves nothing that looks whole."""
-    aside = set_aside(checkpoint)
-    shutil.rmtree(aside)
-
-
-def set_aside(checkpoint: Path) -> Path:
-    """Rename to step_N.old, which the next save removes."""
+    """Rename to step_N.old first, which no reader looks for: a process that dies half way leaves nothing that looks
+    whole. Of a symbolic link the link goes, and its target stays."""
     aside = checkpoint.with_suffix(".old")
-    if aside.exists():
-        shutil.rmtree(aside)
-    return checkpoint.rename(aside)
+    discard(aside)
+    discard(checkpoint.rename(aside))
+
+
+def discard(path: Path) -> None:
+    """Remove a folder, a file or a symbolic link, or nothing where there is none."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 @contextlib.contextmanager
@@ -85,13 +98,13 @@ def reading(checkpoint: Path) -> Iterator[None]:
 
 def being_read(checkpoint: Path) -> bool:
     """Whether some process is within `reading(checkpoint)`."""
-    with (checkpoint / MANIFEST).open("r+b") as file:  # NFS locks exclusively only what is open for writing
-        try:
+    try:
+        with (checkpoint / MANIFEST).open("r+b") as file:  # NFS locks exclusively only what is open for writing
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
+    except BlockingIOError:
+        return True
+    except OSError:  # no locks here, or a link to a disk that is read-only
+        return False
     return False
 
 

@@ -6,6 +6,7 @@ wherever it is called: `save_checkpoint` at once, `background.CheckpointWriter` 
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -18,10 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tn.checkpoint.files import FileRecord, sync_folder, write_tensors
-from megatron_tn.checkpoint.manifest import KINDS, MANIFEST, Manifest, Piece, Trainable, checkpoint_name, rank_file
+from megatron_tn.checkpoint.manifest import MANIFEST, Manifest, Piece, Trainable, checkpoint_name, rank_file
 from megatron_tn.checkpoint.reshard import pieces_of_local_range
-from megatron_tn.checkpoint.retention import Retention, apply_retention, remove
+from megatron_tn.checkpoint.retention import Retention, apply_retention, discard, remove
 from megatron_tn.parallel.sharding import OwnedRange
+
+log = logging.getLogger(__name__)
 
 
 class CheckpointError(RuntimeError):
@@ -113,10 +116,11 @@ def take_snapshot(
         shapes={name: list(spec.shape) for name, spec in specs.items()},
         training=training,
         padded_vocab=specs["model.embed_tokens.weight"].padded,
+        state_kinds=list(engine.state_kinds),
     )
     sources: dict[str, Tensor] = {}
     for owned, located in _written_here(engine):
-        for kind in KINDS:
+        for kind in manifest.kinds:
             pieces = manifest.pieces.setdefault(f"{kind}/{owned.name}", [])
             for piece, at in located:
                 key = f"{kind}/{owned.name}/{len(pieces)}"
@@ -151,8 +155,11 @@ def write_snapshot(
     def prepare() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in (*folder.glob("step_*.tmp"), *folder.glob("step_*.old")):
-            shutil.rmtree(leftover)
-        for again in folder.glob("step_*-again"):  # died between the renames of publish
+            try:
+                discard(leftover)
+            except OSError as error:
+                log.warning("%s, which an earlier process left, could not be removed: %s", leftover, error)
+        for again in folder.glob("step_*-again"):  # of a process that died between the renames of publish
             _replace(again)
         partial.mkdir()
 
@@ -170,7 +177,7 @@ def write_snapshot(
             file.flush()
             os.fsync(file.fileno())
         sync_folder(partial)
-        if not final.exists():
+        if not os.path.lexists(final):
             partial.rename(final)
         else:  # saved again: at every moment one of the two stands under a name that readers look for
             _replace(partial.rename(final.with_name(f"{final.name}-again")))
@@ -193,7 +200,7 @@ def write_snapshot(
 def _replace(again: Path) -> None:
     """step_N-again takes the place of step_N."""
     final = again.with_name(again.name.removesuffix("-again"))
-    if final.exists():
+    if os.path.lexists(final):
         remove(final)
     again.rename(final)
 

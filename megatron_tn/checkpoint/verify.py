@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 from collections.abc import Sequence
 from contextlib import closing
@@ -13,10 +12,10 @@ import numpy as np
 import torch
 
 from megatron_tn.checkpoint.files import CHUNK_BYTES, TensorFile
-from megatron_tn.checkpoint.manifest import KINDS, MANIFEST, Manifest, Piece, whole_checkpoints
+from megatron_tn.checkpoint.manifest import MANIFEST, Manifest, Piece, whole_checkpoints
 from megatron_tn.checkpoint.reshard import rectangles
 from megatron_tn.config import ConfigError, TrainConfig, from_mapping
-from megatron_tn.model.transnormer import empty_model
+from megatron_tn.model.registry import build_model
 
 
 def verify(directory: Path) -> list[str]:
@@ -49,19 +48,6 @@ def glance(directory: Path) -> list[str]:
     return found
 
 
-def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` that `glance` finds whole; None where there is none at all.
-
-    Raises:
-        ConfigError: there are checkpoints, and none is whole: to start afresh is then for a person to decide.
-    """
-    newest, damage = whole_from(folder)
-    if newest is None and damage:
-        problems = itertools.chain.from_iterable(damage.values())
-        raise ConfigError([*problems, f"no checkpoint in {folder} is whole; move them away to start afresh"])
-    return newest
-
-
 def whole_from(folder: Path) -> tuple[Path | None, dict[Path, list[str]]]:
     """The newest checkpoint that `glance` finds whole, if any; and what is wrong with each that is newer."""
     damage = {}
@@ -79,7 +65,7 @@ def _content_problems(manifest: Manifest) -> list[str]:
         config = from_mapping(TrainConfig, manifest.config)
         found += config.model.problems()
         if not found:
-            model = empty_model(config.model, None, "meta", torch.float32)
+            model = build_model(config.model, None, "meta", torch.float32)
             shapes = {name: list(spec.shape) for name, spec in model.shard_specs().items()}
             for name in sorted(shapes.keys() | manifest.shapes.keys()):
                 if shapes.get(name) != manifest.shapes.get(name):
@@ -91,7 +77,7 @@ def _content_problems(manifest: Manifest) -> list[str]:
     ranks, files = math.prod(manifest.layout.values()), len(manifest.files)
     if ranks != files:
         found.append(f"{MANIFEST}: layout {manifest.layout} is of {ranks} ranks, but {files} files are listed")
-    wanted = {f"{kind}/{name}" for kind in KINDS for name in manifest.shapes}
+    wanted = {f"{kind}/{name}" for kind in manifest.kinds for name in manifest.shapes}
     found += [f"{name}: no such tensor in shapes" for name in sorted(manifest.pieces.keys() - wanted)]
     for name in sorted(wanted):
         pieces, shape = manifest.pieces.get(name, []), manifest.shapes[name.partition("/")[2]]

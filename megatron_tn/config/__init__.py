@@ -1,13 +1,16 @@
-"""The settings of a run: dataclasses, their defaults, and the checks that relate one setting to another.
+"""The settings of a run: dataclasses with their defaults and bounds, and the relations between settings.
 
-Hydra composes `conf/` and the command line into a plain mapping; `from_mapping` turns it into a `TrainConfig`. Nothing
-deeper in the package ever sees a DictConfig. The dataclasses (run.py, commands.py) are the only place where a default
-is written down, and `conf/` holds named departures from them (a model size, an engine, a cluster).
+Hydra composes `conf/` and the command line into a plain mapping; `from_mapping` turns it into a `TrainConfig`. No
+other package sees a DictConfig. The dataclasses (one file a group, commands.py for the other command lines) are the
+only place where a default is written down; `conf/` holds named departures from them (a model size, an engine, a
+cluster). Bounds stand beside their settings, relations between groups in relations.py.
 
-Errors are collected, not raised one at a time: `ConfigError` carries every problem found, one line each, naming the
-setting, its value and the relation it breaks.
+`ConfigError` carries every problem found, one line each, which names the setting, its value and the relation it breaks.
 """
 
+from megatron_tn.config.bounds import MOST_SEED, out_of_bounds
+from megatron_tn.config.checkpoint import CheckpointConfig
+from megatron_tn.config.cluster import ClusterConfig
 from megatron_tn.config.commands import (
     LOOP_WARM_UP,
     BenchmarkConfig,
@@ -17,6 +20,11 @@ from megatron_tn.config.commands import (
     GenerateConfig,
     ScoreConfig,
 )
+from megatron_tn.config.data import DataConfig
+from megatron_tn.config.engine import EngineConfig
+from megatron_tn.config.evaluation import EvaluationConfig
+from megatron_tn.config.guard import GuardConfig
+from megatron_tn.config.logging import LoggingConfig, WandbConfig
 from megatron_tn.config.mapping import (
     ConfigError,
     differences,
@@ -28,23 +36,12 @@ from megatron_tn.config.mapping import (
     unknown_key,
     unwritable,
 )
-from megatron_tn.config.run import (
-    MOST_SEED,
-    CheckpointConfig,
-    ClusterConfig,
-    DataConfig,
-    EngineConfig,
-    EvaluationConfig,
-    GuardConfig,
-    LoggingConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    ScheduleConfig,
-    TrainConfig,
-    WandbConfig,
-    load,
-)
+from megatron_tn.config.model import ModelConfig
+from megatron_tn.config.optim import OptimConfig
+from megatron_tn.config.parallel import ParallelConfig
+from megatron_tn.config.relations import device_problems
+from megatron_tn.config.run import TrainConfig, load
+from megatron_tn.config.schedule import ScheduleConfig
 
 __all__ = [
     "LOOP_WARM_UP",
@@ -69,10 +66,12 @@ __all__ = [
     "ScoreConfig",
     "TrainConfig",
     "WandbConfig",
+    "device_problems",
     "differences",
     "from_mapping",
     "known_keys",
     "load",
+    "out_of_bounds",
     "read_mapping",
     "save",
     "to_mapping",

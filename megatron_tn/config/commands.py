@@ -7,46 +7,44 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
+from megatron_tn.config.bounds import Count, Positive, Seed
 from megatron_tn.config.mapping import STRICT, unwritable
 from megatron_tn.config.run import TrainConfig
 
-LOOP_WARM_UP = 10  # steps of the training command that a benchmark leaves out
+LOOP_WARM_UP = 10  # steps of the training loop that a benchmark does not count
 
 
 @dataclass(frozen=True, config=STRICT)
 class BenchmarkSettings:
-    steps: int = 12  # measured steps, after warm-up, of each of the models side by side
-    loop_steps: int = 0  # steps of the whole training command (data, optimizer, logging); 0 leaves it out
+    steps: Positive = 12  # measured steps, after warm-up, of this model and of its peer
+    loop_steps: Count = 0  # steps of the training loop (data, optimizer, logging); 0 leaves it out
     peer: Literal["none", "llama"] = "none"  # a model of the same shape, measured in the same process
-    output: str = ""  # JSON lines file that the rows are appended to
+    output: str = ""  # JSON lines file to which the rows are appended
 
 
 @dataclass(frozen=True, config=STRICT)
 class BenchmarkConfig(TrainConfig):
-    """Settings of `python -m megatron_tn.benchmark`: a run's, and how it is measured."""
+    """`python -m megatron_tn.benchmark`: a run's settings, and how it is measured."""
 
     benchmark: BenchmarkSettings = dataclasses.field(default_factory=BenchmarkSettings)
 
     def problems(self, world_size: int | None = None) -> list[str]:
         found = super().problems(world_size)
-        if self.benchmark.steps < 1:
-            found.append(f"benchmark.steps={self.benchmark.steps} must be at least 1")
-        if not (self.benchmark.loop_steps == 0 or self.benchmark.loop_steps > LOOP_WARM_UP):
+        if 0 < self.benchmark.loop_steps <= LOOP_WARM_UP:
             found.append(f"benchmark.loop_steps={self.benchmark.loop_steps} must be 0 or above {LOOP_WARM_UP}")
-        found += unwritable("benchmark.output", self.benchmark.output)
-        return found
+        return [*found, *unwritable("benchmark.output", self.benchmark.output)]
 
 
 @dataclass(frozen=True, config=STRICT)
 class EvaluateConfig:
-    """Settings of `python -m megatron_tn.evaluate`."""
+    """`python -m megatron_tn.evaluate`."""
 
-    checkpoint: str = ""  # a checkpoint folder, a folder of them (the newest is taken), or a released model's folder
-    manifest: str = ""  # held-out shards
-    train_manifest: str = ""  # shards to count the unigram baseline on; empty leaves that baseline out
+    checkpoint: str = ""  # a checkpoint, a run's folder (its newest checkpoint is taken), or a released model's folder
+    manifest: str = ""  # manifest.json of held-out shards
+    train_manifest: str = ""  # of the shards that the unigram baseline is counted on; empty leaves that baseline out
     tokenizer: str = ""  # tokenizer.json; empty looks beside the checkpoint
-    max_documents: int = 0  # 0: all
-    batch_tokens: int = 4096  # of documents scored side by side
+    max_documents: Count = 0  # 0: all
+    batch_tokens: Positive = 4096  # tokens of the documents in one forward pass
     device: str = "auto"
     precision: Literal["trained", "bf16", "fp32"] = "trained"
     output: str = ""  # JSON file for the result, which is printed as well
@@ -54,35 +52,35 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class ScoreConfig:
-    """Settings of `python -m megatron_tn.score`."""
+    """`python -m megatron_tn.score`."""
 
-    checkpoint: str = ""  # a checkpoint folder, a folder of them (the newest is taken), or a released model's folder
-    manifest: str = ""  # of the shards to score
+    checkpoint: str = ""  # a checkpoint, a run's folder (its newest checkpoint is taken), or a released model's folder
+    manifest: str = ""  # manifest.json of the shards to score
     name: str = ""  # of the scores; empty: eval- and the first digits of the model's hash
-    batch_tokens: int = 16384  # of documents scored side by side; a GPU takes more than a CPU
+    batch_tokens: Positive = 16384  # tokens of the documents in one forward pass; a GPU takes more than a CPU
     device: str = "auto"
     precision: Literal["trained", "bf16", "fp32"] = "trained"
 
 
 @dataclass(frozen=True, config=STRICT)
 class GenerateConfig:
-    """Settings of `python -m megatron_tn.generate`."""
+    """`python -m megatron_tn.generate`. The sampler checks temperature, top_k and top_p."""
 
     checkpoint: str = ""
     prompt: str = ""
     tokenizer: str = ""
-    max_new_tokens: int = 128
+    max_new_tokens: Count = 128
     temperature: float = 0.8
     top_k: int = 0
     top_p: float = 1.0
-    seed: int = 0
+    seed: Seed = 0
     device: str = "auto"
     precision: Literal["trained", "bf16", "fp32"] = "trained"
 
 
 @dataclass(frozen=True, config=STRICT)
 class ConvertConfig:
-    """Settings of `python -m megatron_tn.convert`."""
+    """`python -m megatron_tn.convert`."""
 
     # The command's first word sets it: python -m megatron_tn.convert verify checkpoint=...
     action: Literal["describe", "verify", "export"] = "describe"

@@ -1,7 +1,8 @@
-"""Between config dataclasses, plain mappings and JSON files; and what is said of keys and values that do not fit."""
+"""Config dataclasses from and to plain mappings and JSON files, and the one line that each bad key or value gets."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from megatron_tn.config.bounds import out_of_bounds
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -29,16 +32,38 @@ def to_mapping(config: Any) -> dict[str, Any]:
 
 
 def from_mapping(kind: type, values: Mapping[str, Any]) -> Any:
-    """Build config dataclass `kind` from nested plain mappings; every bad key or value is in one `ConfigError`."""
+    """Build config dataclass `kind` from nested plain mappings.
+
+    Values out of bounds are built too: `problems()` reports them with the relations that do not hold.
+
+    Raises:
+        ConfigError: an unknown key or a value of a wrong type; every one of them, and every other value that is out of
+            its bounds.
+    """
+    adapter = TypeAdapter(kind)
     try:
-        return TypeAdapter(kind).validate_python(dict(values))
+        return adapter.validate_python(dict(values))
     except ValidationError as error:
-        known = known_keys(kind)
-        raise ConfigError([_describe(item, known) for item in error.errors()]) from None
+        known, refused = known_keys(kind), error.errors()
+        problems = [_describe(item, known) for item in refused]
+        with contextlib.suppress(ValidationError):
+            rest = adapter.validate_python(_without([_setting(item) for item in refused], values))
+            problems += out_of_bounds(rest).values()
+        raise ConfigError(problems) from None
+
+
+def _without(settings: list[list[str]], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping without some of its settings, each given as its path of keys."""
+    kept = {}
+    for key, value in values.items():
+        below = [path[1:] for path in settings if path[0] == key]
+        if [] not in below:
+            kept[key] = _without(below, value) if below and isinstance(value, Mapping) else value
+    return kept
 
 
 def unwritable(name: str, path: str) -> list[str]:
-    """A line when setting `name`, the file that results will be written to, cannot be; none when `path` is empty."""
+    """One line if `path`, the value of setting `name`, cannot be written as a file; none if it can, or is empty."""
     if not path:
         return []
     file = Path(path)
@@ -55,7 +80,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        ConfigError: it cannot be read, or is no JSON object.
+        ConfigError: the file cannot be read, or holds no JSON object.
     """
     try:
         values = json.loads(path.read_text())
@@ -67,7 +92,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def save(config: Any, path: Path) -> None:
-    """As JSON. The file has its name when it is whole: a requeued job reads what a killed one left."""
+    """Write it as JSON. The file gets its name when it is whole: a killed job must not leave half a config."""
     partial = path.with_name(f"{path.name}.tmp")
     partial.write_text(json.dumps(to_mapping(config), indent=1) + "\n")
     partial.replace(path)
@@ -108,10 +133,14 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 BRANCHES = ("int", "str")  # pydantic's names for the types of a union
 
 
+def _setting(item: Any) -> list[str]:
+    """Of an error of pydantic: the keys that lead to the setting. Those below it, such as list indices and a union's
+    branch (model.lrpe, checkpoint.resume), are left out."""
+    return [part for part in item["loc"] if isinstance(part, str) and "[" not in part and part not in BRANCHES]
+
+
 def _describe(item: Any, known: list[str]) -> str:
-    # A union (model.lrpe, checkpoint.resume) adds its branch to the location; names of settings stop before it.
-    parts = [part for part in item["loc"] if isinstance(part, str) and "[" not in part and part not in BRANCHES]
-    key = ".".join(parts)
+    key = ".".join(_setting(item))
     if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return unknown_key(key, known)
     return f"{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"

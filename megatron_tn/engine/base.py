@@ -2,50 +2,56 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_tn.model.transnormer import TransNormerLM
-from megatron_tn.optim.adamw import FusedAdamW
+from megatron_tn.config import TrainConfig
+from megatron_tn.engine.update import Shards, StepResult, Update
+from megatron_tn.model.base import Model
+from megatron_tn.optim.build import build_optimizer
+from megatron_tn.optim.groups import parameter_groups
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.sharding import OwnedRange
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-class StepResult(NamedTuple):
-    """grad_norm: global gradient norm before clipping. applied: False when it was not finite and nothing changed."""
-
-    grad_norm: float
-    applied: bool
-
-
 class Engine(Protocol):
-    """Owns the model's gradients, fp32 masters and optimizer."""
+    """Owns the model's gradients, fp32 masters and optimizer.
 
-    model: TransNormerLM
+    partitioned: whether data-parallel ranks own different ranges, or each of them all.
+    """
+
+    model: Model
     context: ParallelContext
-    partitioned: bool  # whether owned ranges differ between data-parallel ranks, or are repeated on each
+    partitioned: bool
 
     def forward_backward(
         self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, *, scale: Tensor, last: bool
     ) -> Tensor:
-        """One microbatch: loss = scale x sum of token losses, backward; returns that loss, detached.
+        """One microbatch: loss = scale x sum of token losses, and its gradients; returns that loss, detached.
 
-        Over microbatches and data-parallel ranks gradients are summed: `scale` alone turns the sum into a mean.
-        `last` is true for the step's last microbatch.
+        tokens, targets [b, N] int64. Over microbatches and data-parallel ranks gradients are summed: `scale` alone
+        turns the sum into a mean. last: whether this is the step's last microbatch.
         """
         ...
 
-    def step(self, lr: float) -> StepResult:
-        """Clip, update with learning rate `lr`, clear gradients. All ranks take the same decision."""
+    def step(self, lr: float, tokens: Tensor | None = None) -> StepResult:
+        """Clip, update with learning rate `lr`, clear gradients. All ranks take the same decision.
+
+        tokens: the step's target tokens over all ranks, [] on the device; where they are 0 nothing changes.
+        """
         ...
 
     def named_logical_gradients(self) -> dict[str, Tensor]:
         """After the last microbatch, before step: released name -> whole gradient, reduced over ranks. Collective."""
+        ...
+
+    @property
+    def state_kinds(self) -> tuple[str, ...]:
+        """What the optimizer keeps of each master: the kinds of `owned_ranges` beside "param"."""
         ...
 
     def owned_ranges(self) -> list[OwnedRange]:
@@ -53,27 +59,37 @@ class Engine(Protocol):
         ...
 
     def refresh(self, optimizer_step: int) -> None:
-        """After owned ranges were written: bring the model's parameters in line, and set the step AdamW has counted."""
+        """After owned ranges were written: the model's parameters follow, and the optimizer has applied that many
+        steps. Collective."""
         ...
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]:
-    """What AdamW keeps of `master`: moments, zero before the first step, and the number of steps (not in apex's)."""
-    if isinstance(optimizer, FusedAdamW):
-        return optimizer.state_of(master)
-    state = optimizer.state[master]
-    for moment in MOMENTS:
-        if moment not in state:
-            state[moment] = torch.zeros_like(master, requires_grad=False)
-    state.setdefault("step", torch.zeros((), device=master.device))
-    return state
+class UpdatingEngine:
+    """The part of `Engine` that is `Update`'s, for engines to inherit."""
+
+    model: Model
+    context: ParallelContext
+    update: Update
+
+    def step(self, lr: float, tokens: Tensor | None = None) -> StepResult:
+        return self.update.step(lr, tokens)
+
+    @property
+    def state_kinds(self) -> tuple[str, ...]:
+        return self.update.optimizer.state_kinds
+
+    def owned_ranges(self) -> list[OwnedRange]:
+        return self.update.owned_ranges()
+
+    def refresh(self, optimizer_step: int) -> None:
+        self.update.refresh(optimizer_step)
 
 
-def set_optimizer_step(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """AdamW's bias correction counts steps: per parameter in torch, per group in apex."""
-    if not isinstance(optimizer, torch.optim.AdamW):
-        for group in optimizer.param_groups:
-            group["step"] = step  # apex makes it at its first step, and would begin at one
-    for state in optimizer.state.values():
-        if torch.is_tensor(state.get("step")):
-            state["step"].fill_(step)
+def build_update(model: Model, shards: Shards, config: TrainConfig) -> Update:
+    """The optimizer over `shards`, which hold a master of as many dimensions for each parameter, in the model's
+    order."""
+    named = [
+        (place.name, master, master.dim()) for place, master in zip(shards.placements, shards.masters, strict=True)
+    ]
+    optimizer = build_optimizer(parameter_groups(named, config.optim.weight_decay), config.optim)
+    return Update(optimizer, shards, model.shard_specs(), model.context.tp, clip_norm=config.optim.clip_norm)

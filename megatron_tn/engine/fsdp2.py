@@ -1,8 +1,8 @@
 """PyTorch FSDP2 (torch.distributed.fsdp.fully_shard; arXiv 2304.11277): parameters, gradients and optimizer sharded.
 
-Each block's parameters are gathered before it runs and freed after. The sharded parameters are fp32 and so are the
-masters themselves: they are cast to the computing type as they are gathered, and gradients are reduced in fp32. Rows of
-a parameter are dealt out over dp x cp, after tensor parallelism took its part.
+Each block's parameters are gathered before it runs and freed after. The sharded parameters are fp32 and are the
+masters: FSDP2 casts them to the computing type as it gathers them, and reduces gradients in fp32. Rows of a parameter
+are dealt out over dp x cp, after tensor parallelism took its part.
 """
 
 from __future__ import annotations
@@ -14,27 +14,23 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from megatron_tn.config import TrainConfig
-from megatron_tn.engine.base import DTYPES, MOMENTS, StepResult, optimizer_state, set_optimizer_step
-from megatron_tn.engine.clipping import clipped_step
-from megatron_tn.model.transnormer import TransNormerLM
-from megatron_tn.optim.groups import build_adamw, parameter_groups
+from megatron_tn.engine.base import DTYPES, UpdatingEngine, build_update
+from megatron_tn.engine.update import Placement
+from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import Axis
-from megatron_tn.parallel.gradients import gradient_norm
-from megatron_tn.parallel.sharding import OwnedRange, mark
+from megatron_tn.parallel.sharding import mark
 
 
-class FSDP2Engine:
+class FSDP2Engine(UpdatingEngine):
     """See `engine.base.Engine`. `model` has fp32 parameters on the meta device; they get storage once sharded."""
 
     partitioned = True
 
-    def __init__(self, model: TransNormerLM, config: TrainConfig, device: torch.device):
+    def __init__(self, model: Model, config: TrainConfig, device: torch.device):
         self.model = model
         self.context = model.context
-        self.clip_norm = config.optim.clip_norm
-        named = list(model.named_parameters())
-        self.names = [name for name, _ in named]
-        self.specs = [parameter.shard_spec for _, parameter in named]
+        names = [name for name, _ in model.named_parameters()]
+        specs = [parameter.shard_spec for parameter in model.parameters()]
         sharding = {
             "mesh": _mesh(self.context.data, device),
             # Rates, positions and states are inputs of the blocks and keep the type they come in.
@@ -43,69 +39,60 @@ class FSDP2Engine:
             ),
             "reshard_after_forward": config.engine.reshard_after_forward,
         }
-        for block in model.model.layers:
+        for block in model.blocks:
             fully_shard(block, **sharding)
         # The embedding, which is the head as well, is needed from the first operation to the last.
         fully_shard(model, **(sharding | {"reshard_after_forward": False}))
         model.register_forward_hook(_free_after_evaluation)
         model.to_empty(device=device)
-        # FSDP put parameters of its own in place of the model's.
-        self.parameters = [mark(new, spec) for new, spec in zip(model.parameters(), self.specs, strict=True)]
-        # The optimizer sees plain tensors over the same storage, as the other engines' do.
-        self.masters = [nn.Parameter(parameter.to_local().detach()) for parameter in self.parameters]
-        dimensions = [parameter.dim() for parameter in self.parameters]
-        groups = parameter_groups(zip(self.names, self.masters, dimensions, strict=True), config.optim.weight_decay)
-        self.optimizer = build_adamw(groups, config.optim)
+        # FSDP2 put parameters of its own in place of the model's.
+        parameters = {name: mark(new, spec) for name, new, spec in zip(names, model.parameters(), specs, strict=True)}
+        self.update = build_update(model, FSDP2Shards(parameters, self.context.data), config)
 
     def forward_backward(
         self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, *, scale: Tensor, last: bool
     ) -> Tensor:
         loss = self.model(tokens, targets=targets, cu_seqlens=cu_seqlens, reduction="sum").loss * scale
-        # FSDP will divide by the number of ranks. Gradients are reduced after every microbatch: what accumulates is
+        # FSDP2 divides gradients by the number of ranks. It reduces them after every microbatch: what accumulates is
         # the shard, in fp32.
         (loss * self.context.data.size).backward()
         return loss.detach()
 
-    @torch.no_grad()
-    def step(self, lr: float) -> StepResult:
-        gradients = [parameter.grad.to_local() for parameter in self.parameters]
-        device = gradients[0].device
-        pairs = zip(self.specs, gradients, strict=True)
-        norm = gradient_norm(pairs, self.context.tp, device, sharded_over=self.context.data)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        for master, gradient in zip(self.masters, gradients, strict=True):
-            master.grad = gradient
-        norm = clipped_step(self.optimizer, norm, self.clip_norm)
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            parameter.grad = master.grad = None
-        return StepResult(norm, norm < float("inf"))
-
     def named_logical_gradients(self) -> dict[str, Tensor]:
         return {
-            name: spec.gather(parameter.grad.full_tensor(), self.context.tp)
-            for name, spec, parameter in zip(self.names, self.specs, self.parameters, strict=True)
+            name: parameter.shard_spec.gather(parameter.grad.full_tensor(), self.context.tp)
+            for name, parameter in self.model.named_parameters()
         }
 
-    def owned_ranges(self) -> list[OwnedRange]:
-        ranges = []
-        rank, size = self.context.data.rank, self.context.data.size
-        for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
+
+class FSDP2Shards:
+    """See `engine.update.Shards`. This rank's rows of each parameter, as plain tensors over FSDP2's storage."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], data: Axis):
+        self.copies: dict[Tensor, Tensor] = {}  # FSDP2 casts the masters as it gathers them
+        self.sharded_over = data
+        self.parameters = list(parameters.values())
+        self.masters = [nn.Parameter(parameter.to_local().detach()) for parameter in self.parameters]
+        self.placements = []
+        for index, (name, parameter) in enumerate(parameters.items()):
             rows = parameter.shape[0]
-            row = parameter.numel() // rows
-            start = min(rank * -(-rows // size), rows) * row
-            state = optimizer_state(self.optimizer, master)
-            values = {"param": master.detach().view(-1)} | {moment: state[moment].view(-1) for moment in MOMENTS}
-            ranges.append(OwnedRange(name, start, start + master.numel(), values))
-        return ranges
+            start = min(data.rank * -(-rows // data.size), rows) * (parameter.numel() // rows)
+            self.placements.append(Placement(name, start, start + self.masters[index].numel(), master=index, offset=0))
 
-    def refresh(self, optimizer_step: int) -> None:
-        set_optimizer_step(self.optimizer, optimizer_step)
+    def gradients(self) -> list[Tensor]:
+        return [parameter.grad.to_local() for parameter in self.parameters]
+
+    def clear(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def publish(self) -> None:
+        """The next forward pass gathers the masters."""
 
 
-def _free_after_evaluation(model: TransNormerLM, inputs, output) -> None:
-    """Weights that wait for a backward pass which does not come would stand in the shards' place: a save would miss
-    the shards, and after a load the next forward pass would still take the old weights."""
+def _free_after_evaluation(model: Model, inputs, output) -> None:
+    """Free the weights gathered by a forward pass that no backward pass follows. FSDP2 would keep them in the shards'
+    place: a save would miss the shards, and after a load the next forward pass would still take the old weights."""
     if torch.is_grad_enabled():
         return
     for module in model.modules():

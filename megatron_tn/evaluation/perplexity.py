@@ -1,4 +1,4 @@
-"""How well a model predicts documents it has not seen."""
+"""Negative log-likelihood of documents under a model, for held-out loss, perplexity and bits per byte."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_tn.model.transnormer import IGNORE, RecurrentState, TransNormerLM
+from megatron_tn.model.base import IGNORE, Model
 
-# Batches are as long as a multiple of this: Triton compiles a kernel anew for each argument that ceases to be one.
+# Batches are padded to a multiple of 16 tokens: Triton compiles one kernel for lengths that 16 divides, one for others.
 ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Sums over documents. nats: negative log-likelihood; tokens: predicted ones, eos included; text_bytes: UTF-8."""
+    """Sums over documents. nats: negative log-likelihood; tokens: those predicted, eos included, bos not; text_bytes:
+    UTF-8 bytes of the texts."""
 
     nats: float
     tokens: int
@@ -36,17 +37,18 @@ class HeldOut:
 
 @torch.no_grad()
 def document_nats(
-    model: TransNormerLM,
+    model: Model,
     documents: Sequence[np.ndarray],
     *,
     batch_tokens: int = 4096,
     window: int = 256,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[float]:
-    """Negative log-likelihood, in nats, of each document (ids [n], bos first) given its first id.
+    """Negative log-likelihood in nats of each document (ids [n], bos first), given its first id.
 
-    Documents of similar length run side by side, `window` tokens at a time with the recurrent state carried over, so
-    memory does not depend on their length and each sees all of its own past. `progress(n)` is told of n more done.
+    A batch holds batch_tokens // window documents of similar length, and runs `window` tokens at a time from the state
+    after those before, so that every token is predicted from its document's whole past in bounded memory.
+    progress(n): called after each batch, of n documents.
     """
     device = next(model.parameters()).device
     order = sorted(range(len(documents)), key=lambda i: -len(documents[i]))
@@ -71,17 +73,17 @@ def document_nats(
     return nats
 
 
-def _row_nats(model: TransNormerLM, tokens: Tensor, targets: Tensor, lengths: list[int], window: int) -> Tensor:
-    """tokens, targets [B, N], rows from the longest document to the shortest -> fp64 [B]: the summed loss of each row.
+def _row_nats(model: Model, tokens: Tensor, targets: Tensor, lengths: list[int], window: int) -> Tensor:
+    """tokens, targets [B, N], lengths [B] descending -> summed loss of each row in nats, fp64 [B].
 
-    A row leaves the batch at the window after its document's end, so little is spent on padding.
+    A window is run for the rows whose documents reach into it, so little of it is padding.
     """
     total = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
     state = None
     for first in range(0, lengths[0], window):
         rows = sum(length > first for length in lengths)
         if state is not None:
-            state = RecurrentState([layer[:rows] for layer in state.layers], state.position)
+            state = state.first_rows(rows)
         piece = (slice(rows), slice(first, first + window))
         out = model(tokens[piece], targets=targets[piece], reduction="none", state=state, return_state=True)
         total[:rows] += out.loss.double().sum(1)
@@ -89,10 +91,8 @@ def _row_nats(model: TransNormerLM, tokens: Tensor, targets: Tensor, lengths: li
     return total
 
 
-def evaluate_documents(
-    model: TransNormerLM, documents: Sequence[np.ndarray], text_bytes: Sequence[int], **options
-) -> HeldOut:
-    """`document_nats`, summed. `text_bytes`: UTF-8 bytes of each document's text."""
+def evaluate_documents(model: Model, documents: Sequence[np.ndarray], text_bytes: Sequence[int], **options) -> HeldOut:
+    """The sums of `document_nats` over documents. text_bytes: UTF-8 bytes of each document's text."""
     nats = document_nats(model, documents, **options)
     tokens = sum(len(ids) - 1 for ids in documents)
     return HeldOut(math.fsum(nats), tokens, sum(text_bytes), len(documents))

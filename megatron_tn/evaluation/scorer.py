@@ -1,4 +1,4 @@
-"""A trained model as the scorer of self-cleaning (`data_pipeline.selfclean.scorer.Scorer`)."""
+"""A model as a scorer of documents for self-cleaning, by the protocol `data_pipeline.selfclean.scorer.Scorer`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_tn.evaluation.perplexity import document_nats
-from megatron_tn.model.transnormer import TransNormerLM
+from megatron_tn.model.base import Model
 
 
 class ModelScorer:
-    """batch_tokens: tokens scored side by side; more fills a GPU, less keeps a CPU's cache."""
+    """batch_tokens: tokens of one batch of documents; about 4096 suit a CPU's cache, 16384 a GPU."""
 
-    def __init__(self, model: TransNormerLM, batch_tokens: int = 4096):
+    def __init__(self, model: Model, batch_tokens: int = 4096):
         self.model = model
         self.batch_tokens = batch_tokens
 

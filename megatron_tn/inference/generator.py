@@ -1,4 +1,4 @@
-"""Decoding: the prompt in one pass, then one token at a time from a state whose size never grows."""
+"""Decoding: one forward pass over the prompt, then one token at a time from the model's state."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from megatron_tn.inference.sampler import Sampler
-from megatron_tn.model.transnormer import TransNormerLM
+from megatron_tn.model.base import Model
 
 
 @torch.inference_mode()
 def generate(
-    model: TransNormerLM, prompt: Sequence[int], *, max_new_tokens: int, sampler: Sampler, seed: int = 0
+    model: Model, prompt: Sequence[int], *, max_new_tokens: int, sampler: Sampler, seed: int = 0
 ) -> Iterator[int]:
-    """Ids that follow `prompt`, until the end-of-document id (which is not yielded) or `max_new_tokens` of them.
+    """Sample up to `max_new_tokens` ids that follow `prompt`, ending before the model's eos_id.
 
-    Tensor-parallel ranks must all call this with the same arguments; each yields the same ids.
+    seed: of the random numbers, which are drawn on the CPU. Collective over tensor parallel: every rank calls this with
+    the same arguments and yields the same ids.
 
     Raises:
         ValueError: the prompt is empty or holds an id outside the vocabulary.

@@ -1,4 +1,4 @@
-"""From the logits of one position to the next token."""
+"""Sampling of the next token from the logits of one position."""
 
 from __future__ import annotations
 
@@ -11,13 +11,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampler:
-    """temperature 0 takes the likeliest token. top_k keeps the k likeliest (0: all); top_p the fewest that reach p."""
+    """Probabilities softmax(logits / temperature) over the tokens that top_k and then top_p leave.
+
+    temperature: 0 takes the most probable token.
+    top_k: only the k most probable tokens; 0 for all.
+    top_p: only the fewest most probable tokens whose probabilities sum to at least p (nucleus sampling, arXiv
+        1904.09751); 1 for all.
+    """
 
     temperature: float = 0.8
     top_k: int = 0
     top_p: float = 1.0
 
     def problems(self) -> list[str]:
+        """A line for each setting that is out of its range."""
         found = []
         if not 0 <= self.temperature < math.inf:
             found.append(f"temperature={self.temperature} must be at least 0, and finite")
@@ -28,7 +35,7 @@ class Sampler:
         return found
 
     def __call__(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """logits [B, V] -> ids [B]. Drawn on the CPU, so that a seed gives the same text on every device."""
+        """logits [B, V] -> ids [B], on the CPU, so that a seed draws the same on every device."""
         logits = logits.float().cpu()
         if self.temperature == 0:
             return logits.argmax(-1)

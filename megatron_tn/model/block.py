@@ -6,15 +6,17 @@ from torch import Tensor, nn
 
 from megatron_tn.config import ModelConfig
 from megatron_tn.model.attention import GatedLinearAttention
+from megatron_tn.model.layout import TokenLayout
 from megatron_tn.model.norm import NORMS
 from megatron_tn.model.sglu import SGLU
 from megatron_tn.parallel.context import Axis
-from megatron_tn.parallel.sequence import TokenSlices
-from megatron_tn.parallel.state_passing import SequenceSlice
 
 
 class Block(nn.Module):
-    """x [B, N, D] -> [B, N, D], or its slices -> slices; and the token mixer's state when it is asked for."""
+    """x [B, n, D] -> [B, n, D], or slices [S, D] -> [S, D]; and the token mixer's state where layout.return_state.
+
+    decay: rates of this layer's heads on this rank, fp32 [H / tp].
+    """
 
     def __init__(self, config: ModelConfig, layer: int, axis: Axis):
         super().__init__()
@@ -24,27 +26,9 @@ class Block(nn.Module):
         self.channel_norm = norm(config.embed_dim, config.norm_eps)
         self.channel_mixer = SGLU(config, axis)
 
-    def forward(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        decay: Tensor,
-        cu_seqlens: Tensor | None = None,
-        state: Tensor | None = None,
-        return_state: bool = False,
-        part: SequenceSlice | None = None,
-        slices: TokenSlices | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, layout: TokenLayout, decay: Tensor) -> tuple[Tensor, Tensor | None]:
+        slices = layout.token_slices
         x, normed = self.token_norm(x, slices=slices)
-        mixed, square_sum, state = self.token_mixer(
-            normed,
-            positions,
-            decay,
-            cu_seqlens=cu_seqlens,
-            state=state,
-            return_state=return_state,
-            part=part,
-            slices=slices,
-        )
-        x, normed = self.channel_norm(x, mixed, square_sum, slices)  # of x + mixed, once that is normed
+        mixed, square_sum, state = self.token_mixer(normed, layout, decay)
+        x, normed = self.channel_norm(x, mixed, square_sum, slices)  # scales mixed by square_sum, adds it to x, norms
         return x + self.channel_mixer(normed, slices), state

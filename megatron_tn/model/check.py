@@ -1,20 +1,20 @@
-"""The kernels judged at this model's own shapes, on this device, before they are trusted with a run."""
+"""TransNormerLLM's operators compared with their definitions, before a run trusts them."""
 
 from __future__ import annotations
 
 import torch
 
 from kernels import self_check
-from megatron_tn.model.transnormer import TransNormerLM
+from megatron_tn.model.base import Model
 
 
-def check_kernels(model: TransNormerLM, device: torch.device, dtype: torch.dtype) -> None:
-    """Compare the operators with their fp64 definitions at the widths and in the type of this rank; on a GPU alone.
+def check_kernels(model: Model, device: torch.device, dtype: torch.dtype) -> None:
+    """Compare the operators, in `dtype` and at this rank's widths, with their fp64 definitions; on a GPU alone.
 
-    A kernel that is wrong here is logged, and all operators run in plain PyTorch instead.
+    Where a kernel is wrong, that is logged, and all operators run in plain PyTorch from then on.
 
     Raises:
-        KernelMismatchError: the plain form is wrong as well.
+        KernelMismatchError: an operator's plain PyTorch form is wrong as well.
     """
     if device.type != "cuda":
         return

@@ -1,12 +1,14 @@
-"""Decay rates of the token mixer, the one definition of them, indexed by global head and layer.
+"""Decay rates of the token mixer, by global head and layer: the only definition of them.
 
-The state of head h in layer l fades by exp(-rate) per position. Rates are fixed, never learnt (the paper's learnt decay
-gave NaN).
+At each position the state of head h in layer l is multiplied by exp(-rate). Rates are fixed; learnt ones became NaN in
+the paper (arXiv 2307.14995).
 """
 
 from __future__ import annotations
 
 import math
+
+from megatron_tn.config import ModelConfig
 
 
 def alibi_slopes(heads: int) -> list[float]:
@@ -25,12 +27,15 @@ def alibi_slopes(heads: int) -> list[float]:
 def decay_rates(
     heads: int, layer: int, layers: int, *, form: str = "released", temperature: bool = True
 ) -> list[float]:
-    """Rates r >= 0 per position of all H heads of one layer.
+    """Rates r >= 0 per position of all H heads of layer `layer` = 0..L-1.
 
-    form "released": slope(h) * (1 - l/(L-1) + 1e-5), as the released weights were trained.
+    form "released": slope(h) * (1 - l/(L-1) + 1e-5), with `alibi_slopes`, as the released weights were trained.
     form "paper":    (8h/H) * (1 - l/L) with h = 1..H, equation 10 of arXiv 2307.14995.
     form "none":     0, no decay.
-    temperature=False leaves out the factor that depends on the layer.
+    temperature: False leaves out the factor that depends on the layer.
+
+    Raises:
+        ValueError: another form.
     """
     if form == "none":
         return [0.0] * heads
@@ -43,3 +48,11 @@ def decay_rates(
     else:
         raise ValueError(f"decay form {form!r} is not one of released, paper, none")
     return [slope * (factor if temperature else 1.0) for slope in slopes]
+
+
+def all_decay_rates(config: ModelConfig) -> list[list[float]]:
+    """Decay rates [L][H] of a model."""
+    return [
+        decay_rates(config.heads, layer, config.layers, form=config.decay, temperature=config.decay_temperature)
+        for layer in range(config.layers)
+    ]

@@ -1,30 +1,12 @@
-"""Floating-point operations of the model, by formula, layer by layer. One multiply-add counts as two.
+"""Parameters and floating-point operations of TransNormerLLM, by formula. One multiply-add counts as two operations.
 
-Attention is counted as the recurrence that defines it (state update and readout), which is what any kernel must at
-least do, so the figure does not depend on a kernel's chunk size or on the sequence length.
+Attention is counted as the recurrence that defines it, state update and readout. That is the least that any kernel
+must do, and depends neither on a kernel's chunk size nor on the sequence length.
 """
 
 from __future__ import annotations
 
 from megatron_tn.config import ModelConfig
-
-
-def forward_flops_per_token(config: ModelConfig) -> dict[str, int]:
-    """Operations of one token's forward pass, by part; `head` is the output projection."""
-    d, head_dim, heads = config.embed_dim, config.head_dim, config.heads
-    key_widths = [head_dim * (2 if lrpe else 1) for lrpe in config.lrpe_layers]
-    return {
-        "token_mixer_projections": config.layers * 2 * (4 * d * d + d * d),
-        # Per head: k^T v into the state, and q times the state; LRPE doubles the width of q and k.
-        "attention": sum(4 * heads * width * head_dim for width in key_widths),
-        "channel_mixer": config.layers * 2 * 3 * d * config.glu_dim,
-        "head": 2 * d * config.vocab_size,
-    }
-
-
-def training_flops_per_token(config: ModelConfig) -> int:
-    """Forward and backward; a matrix product's backward is two products of the same size. No recomputation counted."""
-    return 3 * sum(forward_flops_per_token(config).values())
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -34,3 +16,16 @@ def parameter_count(config: ModelConfig) -> int:
     if config.norm == "rmsnorm":
         count += d * (3 * layers + 1)
     return count
+
+
+def forward_flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, int]:
+    """Operations of one token's forward pass, by part, for any sequence_length; `head` is the output projection."""
+    d, head_dim, heads = config.embed_dim, config.head_dim, config.heads
+    key_widths = [head_dim * (2 if lrpe else 1) for lrpe in config.lrpe_layers]
+    return {
+        "token_mixer_projections": config.layers * 2 * (4 * d * d + d * d),
+        # Per head: k^T v into the state, and q times the state; LRPE doubles the width of q and k.
+        "attention": sum(4 * heads * width * head_dim for width in key_widths),
+        "channel_mixer": config.layers * 2 * 3 * d * config.glu_dim,
+        "head": 2 * d * config.vocab_size,
+    }

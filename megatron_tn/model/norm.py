@@ -1,4 +1,4 @@
-"""Normalisations over the embedding dimension. SimpleRMSNorm has no weights; RMSNorm is the ablation that has."""
+"""Normalisations over the embedding dimension: SimpleRMSNorm, and with a learnt weight RMSNorm (an ablation)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from megatron_tn.parallel.sharding import ShardSpec, mark
 class SimpleRMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) over the last dimension, statistics in fp32 (arXiv 2307.14995, equation 12).
 
-    It stands where a branch leaves the residual stream: x, and what the branch before it adds to x (if one does), go
-    in; their sum and the normed sum come out. Sum and norm are one pass over memory, forward and backward.
+    forward(x, update) -> (x + update, norm(x + update)), one pass over memory in each direction; without an update,
+    (x, norm(x)). x [.., D] is the residual stream, and update [.., D] the output of the branch before.
 
-    square_sum [..]: of the update before its last product, which is still to be normed by it (see
-    `GatedLinearAttention`).
+    square_sum [..]: sum(o^2) of a `GatedLinearAttention`, whose output `update` is not yet normed: update is then
+    multiplied by 1 / sqrt(square_sum / D + eps).
     """
 
     def __init__(self, width: int, eps: float):
@@ -41,7 +41,7 @@ class SimpleRMSNorm(nn.Module):
 class RMSNorm(SimpleRMSNorm):
     """SimpleRMSNorm times a learnt weight [D], which every tensor-parallel rank holds whole.
 
-    slices: the tokens are shared out over the ranks, so that each sees a part of the weight's gradient.
+    slices: each rank norms its slice of the tokens, so the weight's gradient is summed over ranks.
     """
 
     def __init__(self, width: int, eps: float):

@@ -1,4 +1,4 @@
-"""Simple gated linear unit, the channel mixer: out = W_3 (act(W_1 x) * W_2 x), by default without an activation."""
+"""Simple gated linear unit, the channel mixer: out = W_3 (act(W_1 x) * W_2 x), act being the identity by default."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from megatron_tn.parallel.sequence import TokenSlices
 
 
 class SGLU(nn.Module):
-    """x [B, N, D] -> [B, N, D], or its slices -> slices. W_1, W_2 [F, D] are split by rows, W_3 [D, F] by columns."""
+    """x [B, n, D] -> [B, n, D], or slices [S, D] -> [S, D].
+
+    W_1 and W_2 [F, D], F = model.glu_dim, are split by rows over tensor parallel, W_3 [D, F] by columns.
+    """
 
     def __init__(self, config: ModelConfig, axis: Axis):
         super().__init__()

@@ -10,45 +10,27 @@ Module names are those of the released weights, so a parameter's name is its nam
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from megatron_tn.config import ConfigError, ModelConfig
+from megatron_tn.config import ModelConfig
+from megatron_tn.model.base import DecodingState, Model
 from megatron_tn.model.block import Block
-from megatron_tn.model.decay import decay_rates
+from megatron_tn.model.decay import all_decay_rates
+from megatron_tn.model.layout import TokenLayout
 from megatron_tn.model.norm import NORMS
+from megatron_tn.model.tiles import normal_box
 from megatron_tn.parallel.context import Axis, ParallelContext
 from megatron_tn.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
-from megatron_tn.parallel.loss import IGNORE
-from megatron_tn.parallel.sequence import TokenSlices
-from megatron_tn.parallel.sharding import ShardSpec
-from megatron_tn.parallel.state_passing import SequenceSlice
-
-
-class RecurrentState(NamedTuple):
-    """All that decoding remembers of the tokens so far; its size does not depend on how many there were.
-
-    layers: one [B, H / tp, K, d] fp32 tensor a layer (K is 2d where the layer uses LRPE).
-    position: how many tokens went in.
-    """
-
-    layers: list[Tensor]
-    position: int
-
-
-class ModelOutput(NamedTuple):
-    """logits [B, N, V] without targets; loss (and the tokens' losses [B, N]) with them; state on request."""
-
-    logits: Tensor | None = None
-    loss: Tensor | None = None
-    token_losses: Tensor | None = None
-    state: RecurrentState | None = None
+from megatron_tn.parallel.sharding import Box
 
 
 class TransNormerModel(nn.Module):
-    """ids [B, N] -> hidden [B, N, D], normed; or this rank's slice of it, [S, D]."""
+    """ids [B, n] -> normed hidden vectors [B, n, D], or this rank's slice [S, D]; and the blocks' states.
+
+    See `megatron_tn.model.base.Body`.
+    """
 
     def __init__(self, config: ModelConfig, axis: Axis):
         super().__init__()
@@ -56,154 +38,53 @@ class TransNormerModel(nn.Module):
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.embed_dim, axis, scale)
         self.layers = nn.ModuleList(Block(config, layer, axis) for layer in range(config.layers))
         self.final_norm = NORMS[config.norm](config.embed_dim, config.norm_eps)
-        # Rates of this rank's heads, layer by layer. Numbers, made a tensor at the first forward pass: engines cast
-        # buffers to the parameters' type, and ZeRO 3 every tensor made while a model is built, but rates stay fp32.
-        # An argument of the blocks, so that one compiled block serves all layers.
+        # Decay rates of this rank's heads, [L][H / tp]. Numbers, which the first forward pass makes a tensor: engines
+        # cast buffers to the parameters' type, and ZeRO 3 every tensor made while a model is built, but rates are fp32.
+        # They are an argument of the blocks, so that one compiled graph serves all layers.
         heads = config.heads // axis.size
-        self.rates = [
-            decay_rates(config.heads, layer, config.layers, form=config.decay, temperature=config.decay_temperature)[
-                axis.rank * heads : (axis.rank + 1) * heads
-            ]
-            for layer in range(config.layers)
-        ]
+        self.rates = [rates[axis.rank * heads : (axis.rank + 1) * heads] for rates in all_decay_rates(config)]
         self._decay: Tensor | None = None
 
     def decay(self, device: torch.device) -> Tensor:
-        """fp32 [L, H / tp]."""
+        """Decay rates of this rank's heads, fp32 [L, H / tp]."""
         if self._decay is None or self._decay.device != device:
             self._decay = torch.tensor(self.rates, dtype=torch.float32, device=device)
         return self._decay
 
     def forward(
-        self,
-        tokens: Tensor,
-        cu_seqlens: Tensor | None = None,
-        state: RecurrentState | None = None,
-        return_state: bool = False,
-        part: SequenceSlice | None = None,
-        slices: TokenSlices | None = None,
-    ) -> tuple[Tensor, RecurrentState | None]:
-        start = 0 if state is None else state.position
-        positions = document_positions(tokens.shape[1], cu_seqlens, tokens.device) + start
-        if part is not None:
-            tokens, positions, cu_seqlens = part.take(tokens), part.take(positions), part.cu_seqlens
-        x = self.embed_tokens(tokens, slices)
+        self, tokens: Tensor, layout: TokenLayout, state: DecodingState | None = None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        x = self.embed_tokens(tokens, layout.token_slices)
         decay = self.decay(x.device)
         states = []
         for layer, block in enumerate(self.layers):
             before = None if state is None else state.layers[layer]
-            x, after = block(x, positions, decay[layer], cu_seqlens, before, return_state, part, slices)
+            x, after = block(x, layout.continuing(before), decay[layer])
             states.append(after)
-        _, x = self.final_norm(x, slices=slices)
-        return x, RecurrentState(states, start + tokens.shape[1]) if return_state else None
+        _, x = self.final_norm(x, slices=layout.token_slices)
+        return x, states
 
 
-class TransNormerLM(nn.Module):
-    """The language model. One class for every layout: `context` says which part of it this process holds.
+def build(config: ModelConfig, context: ParallelContext) -> Model:
+    body = TransNormerModel(config, context.tp)
+    return Model(config, context, body, VocabParallelHead(body.embed_tokens))
 
-    Raises:
-        ConfigError: sizes that do not divide, each named with its value and the relation it breaks.
+
+def initial_box(name: str, shape: tuple[int, ...], box: Box, config: ModelConfig, seed: int) -> Tensor:
+    """The initial values within `box` of the logical parameter `name` of `shape`, fp32 on the CPU.
+
+    Matrices: N(0, init_std), with the pad row of the embedding zero. Norm weights: ones. LRPE's theta:
+    10000^(-2j/D) (arXiv 2307.09270), j = 0..D-1 counted across heads, so that each head has its own band of
+    frequencies.
     """
-
-    def __init__(self, config: ModelConfig, context: ParallelContext | None = None):
-        super().__init__()
-        context = context or ParallelContext()
-        if problems := config.problems(context.tp.size):
-            raise ConfigError(problems)
-        self.config = config
-        self.context = context
-        self.model = TransNormerModel(config, context.tp)
-        self.lm_head = VocabParallelHead(self.model.embed_tokens)
-
-    def forward(
-        self,
-        tokens: Tensor,
-        *,
-        targets: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        reduction: str = "mean",
-        state: RecurrentState | None = None,
-        return_state: bool = False,
-    ) -> ModelOutput:
-        """tokens [B, N] int64 -> logits [B, N, V], or the next-token loss.
-
-        targets [B, N]: the id that should follow each token, -100 to ignore. The loss is in nats, fp32, and the full
-        logits are never formed. reduction "mean" divides by the number of targets != -100, "sum" does not, and "none"
-        gives `loss` as [B, N], outside autograd.
-        cu_seqlens [n + 1] int32: document boundaries of a packed sequence (B is 1); documents do not see each other.
-        state: continue after the tokens that led to it; with return_state, `out.state` continues after these.
-
-        Context-parallel ranks are all given the whole sequences. With targets and no state each works on its slice:
-        its loss is then its tokens' share, and the shares of the group add up to the loss; token_losses are the
-        slice's. Otherwise each rank does the whole. Likewise sequence parallelism shares tokens out where there are
-        targets and no state, and nowhere else: decoding has a token or so a row.
-
-        Raises:
-            ValueError: an unknown reduction; cu_seqlens with a batch, or together with a state.
-        """
-        if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"reduction={reduction!r} is not one of mean, sum, none")
-        if cu_seqlens is not None and tokens.shape[0] != 1:
-            raise ValueError(f"cu_seqlens needs tokens of shape [1, N], got {list(tokens.shape)}")
-        if cu_seqlens is not None and (state is not None or return_state):
-            raise ValueError(
-                "cu_seqlens cannot be combined with state or return_state: a state belongs to one document"
-            )
-        part = slices = None
-        training = targets is not None and state is None and not return_state
-        batch, length = tokens.shape
-        if self.context.cp.size > 1 and training:
-            part = SequenceSlice(self.context.cp, length, cu_seqlens, tokens.device)
-            length = part.length
-        if self.context.sequence_parallel and training:
-            slices = TokenSlices(self.context.tp, batch, length)
-        hidden, state = self.model(tokens, cu_seqlens, state, return_state, part, slices)
-        if targets is None:
-            return ModelOutput(logits=self.lm_head(hidden), state=state)
-        loss, token_losses = self.lm_head(hidden, targets if part is None else part.take(targets), slices)
-        if reduction == "mean":
-            loss = loss / (targets != IGNORE).sum().clamp(min=1)
-        elif reduction == "none":
-            loss = token_losses
-        return ModelOutput(loss=loss, token_losses=token_losses, state=state)
-
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean next-token loss in nats over targets != -100."""
-        return self(tokens, targets=targets).loss
-
-    def shard_specs(self) -> dict[str, ShardSpec]:
-        """Released name of every parameter -> how it is split over tensor parallel."""
-        return {name: parameter.shard_spec for name, parameter in self.named_parameters()}
-
-    def named_logical_gradients(self) -> dict[str, Tensor]:
-        """After backward: released names -> whole gradients, at any tensor-parallel size. Collective over tp.
-
-        These are this data-parallel rank's gradients; summing them over ranks is the engine's work.
-        """
-        return {
-            name: parameter.shard_spec.gather(parameter.grad, self.context.tp)
-            for name, parameter in self.named_parameters()
-            if parameter.grad is not None
-        }
-
-
-def empty_model(
-    config: ModelConfig, context: ParallelContext | None, device: str | torch.device, dtype: torch.dtype
-) -> TransNormerLM:
-    """A model whose parameters are allocated on `device` in `dtype`, and hold nothing in particular yet."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            return TransNormerLM(config, context)
-    finally:
-        torch.set_default_dtype(before)
-
-
-def document_positions(length: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
-    """Position of each token in its document, int64 [length]."""
-    positions = torch.arange(length, device=device)
-    if cu_seqlens is None:
-        return positions
-    document = torch.searchsorted(cu_seqlens.long(), positions, right=True) - 1
-    return positions - cu_seqlens.long()[document]
+    if name.endswith("norm.weight"):
+        return torch.ones([stop - start for start, stop in box], device="cpu")
+    if name.endswith("lrpe.theta"):
+        j = torch.arange(config.embed_dim, dtype=torch.float64, device="cpu")
+        theta = (10000 ** (-2 * j / config.embed_dim)).float().view(shape)
+        return theta[tuple(slice(*edge) for edge in box)]
+    value = normal_box(name, shape, box, config.init_std, seed)
+    top, bottom = box[0]
+    if name == "model.embed_tokens.weight" and top <= config.pad_id < bottom:
+        value[config.pad_id - top] = 0
+    return value

@@ -1,7 +1,8 @@
-"""AdamW by this package's own kernel (kernels/adamw): one pass over masters, moments and gradients.
+"""AdamW (arXiv 1711.05101) by three kernels: this package's, torch's and apex's, each behind
+`optim.protocol.Optimizer`.
 
-It clips on its way by a number that the host need not have seen, changes nothing where that is not finite, and leaves
-the masters' copies in the computing type behind.
+    m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,  p -= lr (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t))
+    + eps) + weight_decay p)
 """
 
 from __future__ import annotations
@@ -12,53 +13,146 @@ import torch
 from torch import Tensor
 
 from kernels import adamw_
+from megatron_tn.optim.protocol import masters_of
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class FusedAdamW(torch.optim.AdamW):
-    """torch.optim.AdamW's settings and state, but that `step` counts on the host.
+class _Groups(torch.optim.Optimizer):
+    """Parameter groups and state of `TritonAdamW`, which does the stepping."""
 
-    copies: master -> its copy, of the same shape, which every step writes. divisor: of the next step's gradients, a
-    scalar on their device; None is one.
-    """
-
-    def __init__(self, *args, **settings):
-        super().__init__(*args, **settings)
-        self.copies: Mapping[Tensor, Tensor] = {}
-        self.divisor: Tensor | None = None
-
-    @torch.no_grad()
     def step(self, closure=None) -> None:
-        if closure is not None:
-            raise ValueError("closure: this optimizer takes gradients that are there already")
+        """DeepSpeed calls this while it builds, with zero gradients, to have state allocated."""
         for group in self.param_groups:
             for master in group["params"]:
-                if master.grad is None:
-                    continue
+                _moments(self, master)
+
+
+class TritonAdamW:
+    """See `optim.protocol.Optimizer`. One pass over memory: gradient divided, moments, master and copy written together
+    (kernels/adamw), 30 bytes an element with a copy in bf16. The host queues a step without knowing its divisor."""
+
+    state_kinds = MOMENTS
+    whole_matrices = False
+
+    def __init__(self, groups: list[dict], *, lr: float, betas: tuple[float, float], eps: float):
+        self.inner = _Groups(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self.copies: Mapping[Tensor, Tensor] = {}
+        self._steps = 0
+
+    @torch.no_grad()
+    def step(self, lr: float, divisor: Tensor) -> None:
+        self._steps += 1
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+            for master in group["params"]:
                 state = self.state_of(master)
-                state["step"] += 1
                 adamw_(
                     master,
                     master.grad,
                     state["exp_avg"],
                     state["exp_avg_sq"],
-                    lr=group["lr"],
+                    lr=lr,
                     betas=group["betas"],
                     eps=group["eps"],
                     weight_decay=group["weight_decay"],
-                    step=int(state["step"]),
-                    divisor=self.divisor,
+                    step=self._steps,
+                    divisor=divisor,
                     copy=self.copies.get(master),
                 )
 
+    def undo(self) -> None:
+        self._steps -= 1
+
     def state_of(self, master: Tensor) -> dict[str, Tensor]:
-        """Moments of `master`, zero before its first step, and the number of its steps."""
-        state = self.state[master]
-        if not state:
-            state["step"] = torch.zeros(())
-            state |= {name: torch.zeros_like(master, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+        return _moments(self.inner, master)
+
+    def set_step(self, step: int) -> None:
+        self._steps = step
+
+
+class TorchAdamW:
+    """See `optim.protocol.Optimizer`. torch.optim.AdamW's fused kernel, which divides gradients as it reads them and
+    writes the quotients back. The host waits for the divisor; copies are a pass of their own."""
+
+    state_kinds = MOMENTS
+    whole_matrices = False
+
+    def __init__(self, groups: list[dict], *, lr: float, betas: tuple[float, float], eps: float):
+        self.inner = torch.optim.AdamW(groups, fused=True, lr=lr, betas=betas, eps=eps)
+        self.copies: Mapping[Tensor, Tensor] = {}
+
+    def step(self, lr: float, divisor: Tensor) -> None:
+        value = divisor.item()
+        if not value < float("inf"):
+            return
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+        self.inner.grad_scale = divisor if value != 1 else None
+        torch.optim.AdamW.step(self.inner)  # not inner.step, in whose place DeepSpeed's adapter puts the whole update
+        write_copies(self.copies)
+
+    def undo(self) -> None:
+        """`step` waits for its divisor, and counts nothing where that is not finite."""
+
+    def state_of(self, master: Tensor) -> dict[str, Tensor]:
+        state = _moments(self.inner, master)
+        self.inner.state[master].setdefault("step", torch.zeros((), device=master.device))
         return state
 
-    def take_back(self) -> None:
-        """The last step changed nothing: its divisor was not finite."""
-        for state in self.state.values():
-            state["step"] -= 1
+    def set_step(self, step: int) -> None:
+        for state in self.inner.state.values():
+            if "step" in state:
+                state["step"].fill_(step)
+
+
+class ApexAdamW:
+    """See `optim.protocol.Optimizer`. NVIDIA apex's FusedAdam, which takes gradients as they are: where they must be
+    clipped, a pass over them comes first. It counts steps per group."""
+
+    state_kinds = MOMENTS
+    whole_matrices = False
+
+    def __init__(self, groups: list[dict], *, lr: float, betas: tuple[float, float], eps: float):
+        from apex.optimizers import FusedAdam
+
+        self.inner = FusedAdam(groups, adam_w_mode=True, lr=lr, betas=betas, eps=eps)
+        self.copies: Mapping[Tensor, Tensor] = {}
+
+    @torch.no_grad()
+    def step(self, lr: float, divisor: Tensor) -> None:
+        value = divisor.item()
+        if not value < float("inf"):
+            return
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+        if value != 1:
+            torch._foreach_mul_([master.grad for master in masters_of(self)], 1 / divisor)
+        self.inner.step()
+        write_copies(self.copies)
+
+    def undo(self) -> None:
+        """`step` waits for its divisor, and counts nothing where that is not finite."""
+
+    def state_of(self, master: Tensor) -> dict[str, Tensor]:
+        return _moments(self.inner, master)
+
+    def set_step(self, step: int) -> None:
+        for group in self.inner.param_groups:
+            group["step"] = step
+
+
+def _moments(inner: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]:
+    """Both moments of `master`, made where `inner` has none yet."""
+    state = inner.state[master]
+    for moment in MOMENTS:
+        if moment not in state:
+            state[moment] = torch.zeros_like(master, requires_grad=False)
+    return {moment: state[moment] for moment in MOMENTS}
+
+
+@torch.no_grad()
+def write_copies(copies: Mapping[Tensor, Tensor]) -> None:
+    """Round every master into its copy."""
+    if copies:
+        torch._foreach_copy_(list(copies.values()), list(copies))

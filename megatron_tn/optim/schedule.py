@@ -11,8 +11,8 @@ def learning_rate(step: int, optim: OptimConfig, schedule: ScheduleConfig) -> fl
     """Rate of optimizer step `step`, counted from 0.
 
     Warm-up is linear and ends at the peak. cosine then falls to min_lr_ratio x peak at the last step; wsd
-    (warm-up-stable-decay, arXiv 2404.06395) stays at the peak and falls linearly over the last decay_fraction of the
-    steps; constant stays.
+    (warm-up-stable-decay, arXiv 2404.06395) stays at the peak and falls linearly over the last decay_steps steps, to
+    min_lr_ratio x peak at the last one, or not at all with decay_steps=0; constant stays at the peak.
     """
     if step < schedule.warmup_steps:
         return optim.lr * (step + 1) / schedule.warmup_steps
@@ -20,13 +20,14 @@ def learning_rate(step: int, optim: OptimConfig, schedule: ScheduleConfig) -> fl
     if schedule.name == "constant":
         factor = 1.0
     elif schedule.name == "cosine":
-        span = max(schedule.steps - 1 - schedule.warmup_steps, 1)
-        progress = min((step - schedule.warmup_steps) / span, 1.0)
+        span = schedule.steps - 1 - schedule.warmup_steps
+        # span = 0: the last step is the only one after warm-up, and has the floor; the only step of a run has the peak.
+        progress = min((step - schedule.warmup_steps) / span, 1.0) if span > 0 else float(schedule.steps > 1)
         factor = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
     else:
-        decay_steps = max(round(schedule.decay_fraction * schedule.steps), 1)
         left = max(schedule.steps - 1 - step, 0)
-        factor = floor + (1 - floor) * min(left / decay_steps, 1.0)
+        share = min(left / schedule.decay_steps, 1.0) if schedule.decay_steps else 1.0
+        factor = floor + (1 - floor) * share
     return optim.lr * factor
 
 

@@ -1,10 +1,10 @@
-"""Conjugate collectives: each is the other's backward (Megatron-LM, arXiv 1909.08053, section 3).
+"""Collectives with their gradients (Megatron-LM, arXiv 1909.08053, section 3), and some outside autograd.
 
-    copy_to      identity forward,    all-reduce backward    into a column-parallel region
-    reduce_from  all-reduce forward,  identity backward      out of a row-parallel region
-    gather_from  all-gather forward,  own slice backward     out of a column-parallel region, along the last dimension
+    copy_to      identity forward,    all-reduce backward    into column-parallel layers
+    reduce_from  all-reduce forward,  identity backward      out of row-parallel layers
+    gather_from  all-gather forward,  own slice backward     out of column-parallel layers, along the last dimension
 
-On an axis of size 1 all are no-ops, so that no model code asks whether tp > 1.
+On an axis of size 1 each returns its input, so that no model code asks whether tp > 1.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _CopyTo(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        # Reduced on a copy: autograd may hand the same gradient tensor to several nodes.
+        # The all-reduce works on a copy: autograd may hand the same gradient tensor to several nodes.
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=ctx.group)
         return grad, None
@@ -57,17 +57,17 @@ class _GatherFrom(torch.autograd.Function):
 
 
 def copy_to(x: Tensor, axis: Axis) -> Tensor:
-    """x, the same on every rank of `axis`, enters work that is split over it; its gradients are summed."""
+    """x, equal on every rank of `axis`, before layers that are split over it. Gradients of x are summed over ranks."""
     return x if axis.size == 1 else _CopyTo.apply(x, axis.group)
 
 
 def reduce_from(x: Tensor, axis: Axis) -> Tensor:
-    """The sum of every rank's x leaves split work; the gradient of the sum is each x's."""
+    """The sum of x over the ranks of `axis`, after layers that are split over it; dx is the gradient of the sum."""
     return x if axis.size == 1 else _ReduceFrom.apply(x, axis.group)
 
 
 def gather_from(x: Tensor, axis: Axis) -> Tensor:
-    """Every rank's x [..., n], side by side [..., n * size]; each rank's gradient is its own columns."""
+    """Every rank's x [..., n], concatenated [..., n * size]; dx is this rank's columns of the gradient."""
     return x if axis.size == 1 else _GatherFrom.apply(x, axis)
 
 
@@ -88,13 +88,15 @@ def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
 
 
 def gather_parts_(buffers: Sequence[Tensor], axis: Axis) -> None:
-    """Fill flat buffers on every rank of `axis`, in place and outside autograd: rank n has the nth of axis.size equal
-    parts of each. So ZeRO spreads what each rank has updated (arXiv 1910.02054, section 5.1)."""
+    """All-gather flat buffers in place, outside autograd: of axis.size equal parts of each buffer, rank n has the nth.
+
+    ZeRO gathers the parameters that each rank has updated in this way (arXiv 1910.02054, section 5.1).
+    """
     if axis.size == 1:
         return
-    # At once: 18 buffers of a 1B model, one by one, take NCCL a third longer (docs/performance.md). Gloo would keep
-    # copies of all of them.
-    at_once = dist._coalescing_manager(axis.group) if buffers[0].is_cuda else contextlib.nullcontext()
-    with at_once:
+    # One NCCL group call: 18 buffers of a 1B model, gathered one by one, take a third longer (docs/performance.md).
+    # Gloo, which would keep copies of all buffers, gathers them one by one.
+    grouped = dist._coalescing_manager(axis.group) if buffers[0].is_cuda else contextlib.nullcontext()
+    with grouped:
         for buffer in buffers:
             dist.all_gather_into_tensor(buffer, buffer.chunk(axis.size)[axis.rank], group=axis.group)

@@ -1,10 +1,8 @@
-"""The process layout of a run, passed to whoever needs it and never global.
-
-Ranks are laid out with tensor parallel fastest, then context parallel, then data parallel:
+"""The process layout of a run: an argument of what needs it, never a global.
 
     rank = (dp_rank * cp + cp_rank) * tp + tp_rank
 
-so that a tensor-parallel group, which talks most, sits on neighbouring GPUs of one node.
+Tensor-parallel ranks, which communicate most, are neighbours, so that they share a node's links.
 """
 
 from __future__ import annotations
@@ -16,7 +14,10 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Axis:
-    """One dimension of the layout: the ranks that differ in it alone. Size 1 has no group and costs nothing."""
+    """One dimension of the layout: this process's place among the ranks that differ in it alone.
+
+    group: None where size is 1, which communicates nothing.
+    """
 
     group: dist.ProcessGroup | None = None
     rank: int = 0
@@ -24,15 +25,16 @@ class Axis:
 
     @property
     def name(self) -> str:
-        """What registered operators, which take no group, know the group by; empty where there is none."""
+        """The group's name, by which registered operators find it (a group cannot be an argument); "" without one."""
         return "" if self.group is None else self.group.group_name
 
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """dp, cp, tp: the three axes. `data` is dp x cp: the ranks that hold the same parameters and see other tokens.
+    """Data, context and tensor parallelism.
 
-    sequence_parallel: between its split regions, tensor parallelism shares tokens out instead of repeating them.
+    data: dp x cp, the ranks that hold the same parameters and see other tokens.
+    sequence_parallel: between split layers each tensor-parallel rank computes a slice of the tokens, not all of them.
     """
 
     dp: Axis = field(default_factory=Axis)
@@ -43,9 +45,9 @@ class ParallelContext:
 
     @classmethod
     def create(cls, tp: int = 1, cp: int = 1, *, sequence_parallel: bool = False) -> ParallelContext:
-        """Lay the initialised default process group out as dp x cp x tp; without one, a single process.
+        """Lay the default process group out as dp x cp x tp; where none is initialised, the context of one process.
 
-        Every rank must call this, with the same sizes, because groups are made collectively.
+        Collective: every rank calls this with the same sizes.
 
         Raises:
             ValueError: the world size is not a multiple of tp x cp; sequence_parallel with tp=1.
@@ -65,7 +67,7 @@ class ParallelContext:
             mine = next(ranks for ranks in ranks_of_all_groups if rank in ranks)
             if len(mine) == 1:
                 return Axis()
-            # new_group is collective: every rank makes every group, and keeps its own.
+            # new_group is collective: every rank creates every group, and keeps the one that it is in.
             groups = [dist.new_group(ranks) for ranks in ranks_of_all_groups]
             return Axis(groups[ranks_of_all_groups.index(mine)], mine.index(rank), len(mine))
 
@@ -92,5 +94,5 @@ class ParallelContext:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is global rank 0, the one that prints and writes what all ranks share."""
+        """Whether this is global rank 0, which prints and writes for all ranks."""
         return self.rank == 0

@@ -1,18 +1,18 @@
-"""The vocabulary, split by rows over tensor parallel: input embedding and output head share one weight."""
+"""Input embedding and output head, which share one weight [V, D], split by rows over tensor parallel."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import scaled_embedding
 from megatron_tn.parallel.collectives import copy_to, gather_from, reduce_from
 from megatron_tn.parallel.context import Axis
 from megatron_tn.parallel.loss import vocab_parallel_cross_entropy
-from megatron_tn.parallel.main_gradient import main_gradient
 from megatron_tn.parallel.sequence import TokenSlices
 from megatron_tn.parallel.sharding import ShardSpec, mark
+from megatron_tn.precision.gradient_sum import gradient_sum
+from megatron_tn.precision.matmul import linear
 
 
 def padded_vocab(vocab_size: int, tp: int) -> int:
@@ -21,9 +21,9 @@ def padded_vocab(vocab_size: int, tp: int) -> int:
 
 
 class VocabParallelEmbedding(nn.Module):
-    """scale x E[ids], ids [B, N] int64 in [0, vocab_size) -> [B, N, D], whole on every rank, or its slice [S, D].
+    """ids [B, N] int64 in [0, vocab_size) -> scale x E[ids] [B, N, D] on every rank, or its slice [S, D] with `slices`.
 
-    Rows beyond the true vocabulary are padding: zero, never looked up, masked out of the loss and of the logits.
+    Rows of E beyond vocab_size are padding: zero, never looked up, and left out of the loss and the logits.
     """
 
     def __init__(self, vocab_size: int, embed_dim: int, axis: Axis, scale: float = 1.0):
@@ -42,16 +42,15 @@ class VocabParallelEmbedding(nn.Module):
             self.scale,
             row_start=self.vocab_start,
             vocab_size=self.vocab_size,
-            gradient_sum=main_gradient(self.weight),
+            gradient_sum=gradient_sum(self.weight),
         )
         return reduce_from(embedded, self.axis) if slices is None else slices.reduce_scatter(embedded)
 
 
 class VocabParallelHead(nn.Module):
-    """The output head: logits, or the loss without ever forming the logits. Its weight is the embedding's (tied).
+    """The output head: logits, or the loss without forming the logits. Its weight is the embedding's (tied).
 
-    It is a module of its own, holding the same parameter, so that engines that gather parameters around a module's
-    forward (ZeRO 3) do so here too.
+    A module of its own that holds the same parameter: ZeRO 3 gathers a module's parameters when its forward is called.
     """
 
     def __init__(self, embedding: VocabParallelEmbedding):
@@ -64,14 +63,14 @@ class VocabParallelHead(nn.Module):
     def forward(
         self, hidden: Tensor, targets: Tensor | None = None, slices: TokenSlices | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """hidden [..., D], or its slice [S, D] -> logits [..., V], the true vocabulary, on every rank.
+        """hidden [..., D], or this rank's slice [S, D] with `slices` -> logits [..., vocab_size] on every rank.
 
-        With targets [...] (ids, -100 to ignore): the sum of the losses, fp32, and each token's loss [...], fp32 and
-        outside autograd.
+        With targets [...] (ids, -100 to ignore): the sum of the losses in nats, fp32, and each token's loss [...],
+        fp32 and outside autograd.
         """
         hidden = copy_to(hidden, self.axis) if slices is None else slices.all_gather(hidden)
         if targets is None:
-            logits = gather_from(F.linear(hidden, self.weight), self.axis)
+            logits = gather_from(linear(hidden, [self.weight])[0], self.axis)
             return logits[..., : self.vocab_size]
         return vocab_parallel_cross_entropy(
             hidden, self.weight, targets, axis=self.axis, vocab_start=self.vocab_start, vocab_size=self.vocab_size

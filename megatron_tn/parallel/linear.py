@@ -1,7 +1,7 @@
 """Linear layers whose weight is split over tensor parallel. No bias anywhere, as in the released family.
 
-`slices` says that, between the split regions, each rank holds a slice of the tokens (sequence parallelism); without it
-every rank holds them whole.
+`slices` is given where, between split regions, each rank holds a slice of the tokens (sequence parallelism); without
+it every rank holds all tokens.
 """
 
 from __future__ import annotations
@@ -9,45 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_tn.parallel.context import Axis
-from megatron_tn.parallel.main_gradient import MainGradient, main_gradient, weight_gradient
-from megatron_tn.parallel.products import column_products, input_gradient, row_product
+from megatron_tn.parallel.products import column_products, row_product
 from megatron_tn.parallel.sequence import TokenSlices
 from megatron_tn.parallel.sharding import ShardSpec, mark
-
-
-class _Products(torch.autograd.Function):
-    """x [T, in] -> x W_i^T each, without a reduction; gradients of weights go where an engine sums them."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, mains: list[MainGradient | None], *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, *weights)
-        ctx.mains = mains
-        return tuple(torch.mm(x, weight.t()) for weight in weights)
-
-    @staticmethod
-    def backward(ctx, *gradients: Tensor):
-        x, *weights = ctx.saved_tensors
-        dx = input_gradient(gradients, weights) if ctx.needs_input_grad[0] else None
-        return dx, None, *map(weight_gradient, ctx.mains, gradients, [x] * len(weights))
-
-
-def _products(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """x [.., in], weights [out_i, in] -> [.., out_i] each."""
-    mains = [main_gradient(weight) for weight in weights]
-    if None in mains:
-        return [F.linear(x, weight) for weight in weights]
-    return [out.unflatten(0, x.shape[:-1]) for out in _Products.apply(x.flatten(0, -2), mains, *weights)]
+from megatron_tn.precision.gradient_sum import gradient_sum
+from megatron_tn.precision.matmul import linear
 
 
 class ColumnParallelLinear(nn.Module):
     """y_local = x W_local^T with W [out, in] split along `out`, block by block for a fused projection.
 
-    Input x [..., in] is the same on every rank, or its slice [S, in]; output [..., out / tp], of [B, N] tokens where
-    there are slices, is this rank's columns, each block's in turn.
+    x [..., in] is the same on every rank, or this rank's slice [S, in] of [B, N] tokens -> this rank's columns
+    [..., out / tp] or [B, N, out / tp], those of each block in turn.
     """
 
     def __init__(self, in_features: int, out_features: int, axis: Axis, *, blocks: int = 1):
@@ -58,24 +34,24 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor, slices: TokenSlices | None = None) -> Tensor:
         if self.axis.size == 1:
-            return _products(x, [self.weight])[0]
+            return linear(x, [self.weight])[0]
         return _columns(x, [self.weight], self.axis, slices)[0]
 
 
 def column_parallel(
     x: Tensor, layers: Sequence[ColumnParallelLinear], slices: TokenSlices | None = None
 ) -> list[Tensor]:
-    """Each layer's output for one input x, which is gathered once, as its gradient is reduced once.
+    """Each layer's output for one input x: one all-gather of x, and one reduction of its gradient, serve all layers.
 
-    Over ranks, and where engines keep main gradients, the weights are read without a call to their layers. An engine
-    that gathers weights as modules are called must be told to do so around the caller (`partitioned_model` of
-    engine.deepspeed).
+    Over tensor-parallel ranks, and where the engine keeps gradient sums, the weights are read without calling their
+    layers. An engine that gathers weights when a module is called must gather a whole block's (ZeRO 3's leaf modules,
+    `partition_parameters` of engine.deepspeed.adapter).
     """
     axis = layers[0].axis
-    if axis.size == 1 and main_gradient(layers[0].weight) is None:
+    if axis.size == 1 and gradient_sum(layers[0].weight) is None:
         return [layer(x) for layer in layers]
     weights = [layer.weight for layer in layers]
-    return _products(x, weights) if axis.size == 1 else _columns(x, weights, axis, slices)
+    return linear(x, weights) if axis.size == 1 else _columns(x, weights, axis, slices)
 
 
 def _columns(x: Tensor, weights: list[Tensor], axis: Axis, slices: TokenSlices | None) -> list[Tensor]:
@@ -102,10 +78,10 @@ class RowParallelLinear(nn.Module):
     def forward(
         self, x: Tensor, slices: TokenSlices | None = None, *, beside: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """With beside [B, N], this rank's part of another sum over ranks, that is reduced as well, hidden behind y:
-        (y, it), in its own type."""
+        """y; with `beside` [B, N], one number a token that is to be summed over ranks as well: (y, the sums), the sums
+        in beside's type. Their reduction overlaps with the product."""
         if self.axis.size == 1:
-            (y,) = _products(x, [self.weight])
+            (y,) = linear(x, [self.weight])
             return y if beside is None else (y, beside)
         shape, rows = (x.shape[:-1], 0) if slices is None else ((-1,), slices.rows)
         flat = None if beside is None else beside.flatten()

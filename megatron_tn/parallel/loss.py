@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary that is split by rows, without the full logits on any rank."""
+"""Cross-entropy over a vocabulary that is split by rows over tensor parallel; no rank forms the full logits."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from torch import Tensor
 
 from kernels import linear_cross_entropy
 from megatron_tn.parallel.context import Axis
-from megatron_tn.parallel.main_gradient import main_gradient
+from megatron_tn.precision.gradient_sum import gradient_sum
 
-IGNORE = -100  # a target that counts for nothing
+IGNORE = -100  # the target of a position that has no loss
 
 
 def vocab_parallel_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, axis: Axis, vocab_start: int, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
-    """hidden [..., D], weight [V_local, D], targets [...] -> sum of losses (fp32 scalar), losses [...] (fp32).
+    """hidden [..., D], weight [V_local, D], targets [...] -> sum of losses (fp32 scalar), losses [...] (fp32), in nats.
 
-    The gradient of hidden is this rank's part only: hidden must have come through `copy_to`.
+    vocab_start: id of this rank's first row. The gradient of hidden is that of this rank's logits alone; `copy_to` or
+    `TokenSlices.all_gather`, of which hidden must be the output, sums it over ranks.
     """
     loss_sum, token_losses = linear_cross_entropy(
         hidden.flatten(0, -2),
@@ -26,6 +27,6 @@ def vocab_parallel_cross_entropy(
         vocab_start=vocab_start,
         vocab_size=vocab_size,
         group=axis.group,
-        gradient_sum=main_gradient(weight),
+        gradient_sum=gradient_sum(weight),
     )
     return loss_sum, token_losses.view(targets.shape)

@@ -5,37 +5,37 @@
 
 Between split regions every rank holds the tokens whole, and sums over ranks are all-reduces; or, where `rows` is not 0,
 its slice of the `rows` tokens (Megatron's sequence parallelism, arXiv 2205.05198; parallel/sequence.py): sums are then
-reduce-scatters, and what is needed whole is gathered. A collective starts when what it sends is there and is waited for
-where its result is wanted. In flight meanwhile:
+reduce-scatters, and inputs are all-gathered. Each collective overlaps with a product:
 
-    column, forward    all-gather of x               products of this rank's own slice
-    column, backward   all-gather of x               the product for the gradient of x
-                       reduction of that gradient    the products for the gradients of the weights
-    row, forward       reduction of a chunk          the product of the next chunk
-    row, backward      all-gather of the gradient    products of this rank's own slice
+                       collective                    product that runs meanwhile
+    column, forward    all-gather of x               those of this rank's own slice
+    column, backward   all-gather of x               dx
+                       reduction of dx               the weights' gradients
+    row, forward       reduction of a chunk of y     that of the next chunk
+    row, backward      all-gather of dy              those of this rank's own slice
 
-The products are registered operators, so that compilers, selective recomputation and dry runs see each as one; those
-take a process group by its name. Column products backward are PyTorch's own operators, collectives that are begun and
-waited for among them; so are the products for the weights' gradients
-(parallel/main_gradient.py).
+Each direction but one is a registered operator, which compilers, selective recomputation and dry runs treat as one
+node, and which takes a process group by its name. The backward pass of column products is PyTorch's own operators and
+functional collectives. The products themselves are precision/matmul.py's.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from megatron_tn.parallel.main_gradient import main_gradient, weight_gradient
+from megatron_tn.precision.gradient_sum import gradient_sum
+from megatron_tn.precision.matmul import forward_product, input_gradient, weight_gradient
 
 collectives = torch.ops._c10d_functional  # asynchronous; wait_tensor gives the result
 
-# A product is cut into chunks, so that one's collective runs beside the next one's product, where that pays: on devices
-# named here, into CHUNKS at most, of as many tokens at least (shorter products leave a GPU idle).
+# Row products are cut into chunks, so that the reduction of one overlaps with the product of the next: on the device
+# types in CHUNK_TOKENS, into at most CHUNKS chunks of at least that many tokens (shorter products leave a GPU idle).
 CHUNKS = 4
 CHUNK_TOKENS = {"cuda": 1024}
 
@@ -43,7 +43,7 @@ CHUNK_TOKENS = {"cuda": 1024}
 def column_products(x: Tensor, weights: list[Tensor], group: str, rows: int = 0) -> list[Tensor]:
     """x [T, in], or this rank's slice [S, in] of `rows` tokens; weights [out_i, in] -> [T or rows, out_i] each.
 
-    Collective over `group`, as is its backward pass, which reduces the gradients that all products have for x at once.
+    Collective over `group`, as is its backward pass, which reduces one gradient of x, summed over the products.
     """
     return torch.ops.megatron_tn.column_forward(x, weights, group, rows)
 
@@ -51,28 +51,28 @@ def column_products(x: Tensor, weights: list[Tensor], group: str, rows: int = 0)
 def row_product(
     x: Tensor, weight: Tensor, group: str, rows: int = 0, beside: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """x [T, in], weight [out, in] -> the sum over ranks of x weight^T: [T, out], or this rank's slice [S, out] of
-    `rows` = T tokens; and likewise that of `beside` [T], [0] without one. Collective over `group`.
+    """x [T, in], weight [out, in] -> (y, sums): y = the sum over ranks of x weight^T, [T, out], or this rank's slice
+    [S, out] of `rows` = T tokens. sums: likewise the sum over ranks of `beside` [T]; [0] without one.
 
-    beside: numbers that are summed in their own type while the product runs.
+    Collective over `group`. beside: one number a token, reduced in its own type while the product runs.
     """
     y, beside = torch.ops.megatron_tn.row_forward(x, weight, group, rows, beside)
     return y, beside
 
 
 def slice_length(rows: int, ranks: int) -> int:
-    """Tokens of each rank's slice; the last ones are filled up with zeros."""
+    """S = ceil(rows / ranks), the tokens of each rank's slice; the last slices are padded with zeros."""
     return -(-rows // ranks)
 
 
 @torch.library.custom_op("megatron_tn::column_forward", mutates_args=())
 def _column_forward(x: Tensor, weights: list[Tensor], group: str, rows: int) -> list[Tensor]:
     if not rows:
-        return [torch.mm(x, weight.t()) for weight in weights]
+        return [forward_product(x, weight) for weight in weights]
     outs = [x.new_empty(rows, weight.shape[0]) for weight in weights]
     for tokens, piece in _Gathering(x, _resolve(group), rows):
         for out, weight in zip(outs, weights, strict=True):
-            torch.mm(piece, weight.t(), out=out[tokens])
+            forward_product(piece, weight, out=out[tokens])
     return outs
 
 
@@ -94,7 +94,7 @@ def _row_forward(
             part = _part_of_every_slice(x, weight, chunk, size, ranks.size())
             in_flight.append(start_reduce_scatter(part, ranks, out=y[chunk])[1])
         else:
-            torch.mm(x[chunk], weight.t(), out=y[chunk])
+            forward_product(x[chunk], weight, out=y[chunk])
             in_flight.append(start_all_reduce_(y[chunk], ranks)[1])
     for work in in_flight:
         work.wait()
@@ -105,20 +105,21 @@ def _row_forward(
 def _row_backward(
     gradient: Tensor, beside: Tensor, weight: Tensor, group: str, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From slices of both results' gradients: the gradient of x; the first of the two whole; the second, if any."""
+    """This rank's slices of dy [S, out] and of the gradient of `beside` [S] or [0] -> dx [rows, in], and both gathered:
+    dy [rows, out], the gradient of beside [rows] or [0]."""
     ranks = _resolve(group)
     gathering = _Gathering(gradient, ranks, rows)
     small = _Gathering(beside, ranks, rows) if beside.numel() else None
     dx = gradient.new_empty(rows, weight.shape[1])
     for tokens, piece in gathering:
-        torch.mm(piece, weight, out=dx[tokens])
+        input_gradient([piece], [weight], out=dx[tokens])
     return dx, gathering.whole, beside.new_empty(0) if small is None else small.wait()
 
 
 class _Gathering:
-    """An all-gather of token slices x [S, ...] that is in flight. `whole` [rows, ...] is there once it was waited for.
+    """An all-gather of token slices x [S, ...] into `whole` [rows, ...], started here; `whole` is valid after `wait`.
 
-    Iterated, it gives token ranges that cover all, with their tokens: this rank's own first, which need no waiting.
+    Iterating yields (token range, its tokens) until all are covered: this rank's own slice first, before the wait.
     """
 
     def __init__(self, x: Tensor, group: dist.ProcessGroup, rows: int):
@@ -145,10 +146,11 @@ class _Gathering:
 
 
 def _part_of_every_slice(x: Tensor, weight: Tensor, chunk: slice, size: int, ranks: int) -> Tensor:
-    """The product of the tokens that `chunk` names within each rank's slice of `size`, [ranks * chunk, out]."""
+    """The products of tokens `chunk` of every rank's slice of `size` tokens, stacked by rank: [ranks * len(chunk),
+    out], as a reduce-scatter wants them. Padding tokens give zeros."""
     if chunk == slice(0, size):
         part = x.new_empty(ranks * size, weight.shape[0])
-        torch.mm(x, weight.t(), out=part[: x.shape[0]])
+        forward_product(x, weight, out=part[: x.shape[0]])
         part[x.shape[0] :].zero_()
         return part
     length = chunk.stop - chunk.start
@@ -156,7 +158,7 @@ def _part_of_every_slice(x: Tensor, weight: Tensor, chunk: slice, size: int, ran
     for rank in range(ranks):
         start, stop = (min(rank * size + edge, x.shape[0]) for edge in (chunk.start, chunk.stop))
         end = rank * length + stop - start
-        torch.mm(x[start:stop], weight.t(), out=part[rank * length : end])
+        forward_product(x[start:stop], weight, out=part[rank * length : end])
         part[end : (rank + 1) * length].zero_()
     return part
 
@@ -168,19 +170,20 @@ def _chunks(tokens: int, device: torch.device) -> list[slice]:
 
 
 def padded(x: Tensor, ranks: int) -> Tensor:
-    """x [rows, ...] filled up with zeros to a multiple of the ranks."""
+    """x [rows, ...] with rows of zeros appended, to a multiple of `ranks`."""
     rows = x.shape[0]
     missing = ranks * slice_length(rows, ranks) - rows
     return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x.contiguous()
 
 
 def start_all_reduce_(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, dist.Work]:
-    """x, which holds the sum over ranks when the work was waited for."""
+    """Starts the all-reduce of x in place; x holds the sum over ranks after `work.wait()`."""
     return x, dist.all_reduce(x, group=group, async_op=True)
 
 
 def start_reduce_scatter(x: Tensor, group: dist.ProcessGroup, out: Tensor | None = None) -> tuple[Tensor, dist.Work]:
-    """This rank's slice of the sum of x [ranks * S, ...] over ranks, there when the work was waited for; in `out`."""
+    """Starts the reduce-scatter of x [ranks * S, ...]; `out` [S, ...], this rank's slice of the sum over ranks, is
+    valid after `work.wait()`."""
     if out is None:
         out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
     return out, dist.reduce_scatter_tensor(out, x, group=group, async_op=True)
@@ -209,7 +212,7 @@ def _row_backward_fake(gradient, beside, weight, group, rows):
 
 def _column_save(ctx, inputs, output):
     x, weights, ctx.group, ctx.rows = inputs
-    ctx.mains = [main_gradient(weight) for weight in weights]
+    ctx.sums = [gradient_sum(weight) for weight in weights]
     ctx.save_for_backward(x, *weights)
 
 
@@ -220,29 +223,21 @@ def _column_differentiate(ctx, gradients):
     dx = start_sum_of_gradients(input_gradient(gradients, weights), ctx.group, ctx.rows)
     if ctx.rows:
         x = collectives.wait_tensor(x)[: ctx.rows]
-    dweights = [weight_gradient(main, gradient, x) for main, gradient in zip(ctx.mains, gradients, strict=True)]
+    dweights = [weight_gradient(sum, gradient, x) for sum, gradient in zip(ctx.sums, gradients, strict=True)]
     return collectives.wait_tensor(dx), dweights, None, None
 
 
-def input_gradient(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """The gradient of x in y_i = x W_i^T, summed over the products as they are made."""
-    dx = torch.mm(gradients[0], weights[0])
-    for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
-        torch.addmm(dx, gradient, weight, out=dx)  # not dx.addmm_, which PyTorch's FLOP counter does not know
-    return dx
-
-
 def start_sum_of_gradients(dx: Tensor, group: str, rows: int) -> Tensor:
-    """Each rank's columns make a part of dx [T, in]: the sum, or this rank's slice of it, when it was waited for."""
+    """Starts the sum over ranks of dx [T, in]. Returns it, or this rank's slice of it, valid after `wait_tensor`."""
     if not rows:
-        return collectives.all_reduce(dx, "sum", group)  # of a copy: compilers do not know the form that works in place
+        return collectives.all_reduce(dx, "sum", group)  # of a copy: compilers have no rule for the in-place form
     ranks = _resolve(group).size()
     return collectives.reduce_scatter_tensor(padded(dx, ranks), "sum", ranks, group)
 
 
 def _row_save(ctx, inputs, output):
     x, weight, ctx.group, ctx.rows, beside = inputs
-    ctx.main = main_gradient(weight)
+    ctx.sum = gradient_sum(weight)
     ctx.has_beside = beside is not None
     ctx.save_for_backward(x, weight)
 
@@ -251,9 +246,9 @@ def _row_differentiate(ctx, gradient, beside):
     x, weight = ctx.saved_tensors
     if ctx.rows:
         dx, gradient, beside = torch.ops.megatron_tn.row_backward(gradient, beside, weight, ctx.group, ctx.rows)
-    else:  # the gradient of a sum is each one's
-        dx = torch.mm(gradient, weight)
-    return dx, weight_gradient(ctx.main, gradient, x), None, None, beside if ctx.has_beside else None
+    else:  # y is a sum over ranks, and whole on each: dy is every rank's gradient
+        dx = input_gradient([gradient], [weight])
+    return dx, weight_gradient(ctx.sum, gradient, x), None, None, beside if ctx.has_beside else None
 
 
 _column_forward.register_autograd(_column_differentiate, setup_context=_column_save)

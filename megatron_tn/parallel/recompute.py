@@ -1,8 +1,8 @@
-"""Activation recomputation (arXiv 1604.06174): a block's activations are made again in the backward pass, not kept.
+"""Activation recomputation (arXiv 1604.06174): the backward pass computes a block's activations again.
 
-none       everything that backward needs is kept
-selective  matrix products and attention keep their outputs; what is cheap (norms, gates, activations) is redone
-full       a block keeps its input alone, and runs twice (a third more operations)
+none       the forward pass keeps all activations
+selective  it keeps the outputs of matrix products and attention; norms, gates and activation functions run again
+full       it keeps a block's input, and the whole block runs again: a third more operations
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import kernels  # noqa: F401 (registers operators named below)
-import megatron_tn.parallel.products  # noqa: F401 (likewise)
+import kernels  # noqa: F401 (registers operators of COSTLY)
+import megatron_tn.parallel.products  # noqa: F401 (registers operators of COSTLY)
 
-# The operators that do the block's floating-point work. Their outputs are what the next operators need anyway.
+# The operators with nearly all of a block's floating-point operations, whose outputs `selective` keeps.
 COSTLY = frozenset(
     {
         torch.ops.aten.mm.default,
@@ -32,10 +32,12 @@ COSTLY = frozenset(
 
 
 def recompute_blocks(blocks: Iterable[nn.Module], policy: str, every: int = 1) -> None:
-    """Have every `every`-th block, the first included, recompute by `policy`. In place; no module or name is added.
+    """Replace the forward of blocks 0, every, 2 every, ... by one that recomputes by `policy`.
 
-    Blocks are changed before they are compiled, and before an engine hooks into them: the weights that it gathers for a
-    block's backward pass serve its second forward pass too.
+    In place: no module is added and none gets another name.
+
+    To be called before blocks are compiled and before an engine hooks into them: the weights that it gathers for a
+    block's backward pass then serve its second forward pass too.
 
     Raises:
         ValueError: an unknown policy.

@@ -1,8 +1,9 @@
-"""Megatron's sequence parallelism (arXiv 2205.05198): between split regions each tensor-parallel rank holds a slice.
+"""Megatron's sequence parallelism (arXiv 2205.05198): between split layers each tensor-parallel rank has a slice of the
+tokens.
 
-Norms, residuals and scales are work on each token alone, so no rank need do it for all of them. The B x N tokens of a
-microbatch are taken as one row and cut into equal slices, the last ones filled up with zeros, which every such
-operation keeps finite and whose gradient is zero: no size has to divide.
+Norms, residual sums and scales act on each token alone, so a rank computes them for its slice. The B x N tokens of a
+microbatch, as one row, are cut into equal slices of S; the last slices are padded with zeros, which these operations
+keep finite and whose gradients are zero, so B x N need not divide by tp.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from megatron_tn.parallel.products import padded
 
 
 class TokenSlices:
-    """How [batch, length] tokens are shared out over `axis`, each rank holding [S, ...] of them."""
+    """[batch, length] tokens, cut into axis.size slices of S = ceil(batch length / axis.size) tokens, one a rank."""
 
     def __init__(self, axis: Axis, batch: int, length: int):
         self.axis = axis
@@ -25,15 +26,15 @@ class TokenSlices:
         self.rows = batch * length
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        """Every rank's part x [B, N, D] of a sum leaves split work: this rank's slice of the sum, [S, D]."""
+        """x [B, N, D], each rank's term of a sum, after split layers -> this rank's slice [S, D] of the sum."""
         return _ReduceScatter.apply(x.flatten(0, 1), self.axis, self.rows)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """Slices x [S, D] enter split work: all tokens, [B, N, D]; their gradients are summed over ranks."""
+        """This rank's slice x [S, D] before split layers -> all tokens [B, N, D]. Gradients are summed over ranks."""
         return _AllGather.apply(x, self.axis, self.rows).unflatten(0, self.shape)
 
     def repeated(self, parameter: Tensor) -> Tensor:
-        """A parameter that every rank holds whole and applies to its slice: its gradients are summed over ranks."""
+        """A parameter that every rank holds whole and applies to its own slice. Its gradients are summed over ranks."""
         return copy_to(parameter, self.axis)
 
 

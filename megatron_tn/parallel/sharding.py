@@ -1,9 +1,9 @@
 """Which part of a logical parameter each tensor-parallel rank holds.
 
-A logical parameter is the tensor of the released layout, whole. `ShardSpec` says along which dimension it is split and
-into how many blocks that are each split on their own: the fused q|k|v|u projection has four blocks, so rank r holds
-the r-th slice of q, of k, of v and of u, stacked. Everything that must know about splits asks this one map:
-initialisation, checkpoints, resharding, export, gradient collection and gradient-norm counting.
+A logical parameter is the whole tensor, as released files hold it. Its `ShardSpec` says along which dimension it is
+split and into how many blocks, each of which is split by itself: the fused q|k|v|u projection has four blocks, so rank
+r holds the r-th part of q, of k, of v and of u, one after the other. Initialisation, checkpoints, resharding, export,
+whole gradients and the gradient norm all read splits from here.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class ShardSpec:
     """Split of one logical parameter.
 
     shape: of the logical tensor, without padding.
-    dim: the dimension that is split over tensor parallel, or None for a parameter every rank holds whole.
-    blocks: equal parts along `dim` that are split one by one.
+    dim: the dimension that is split over tensor parallel; None for a parameter that every rank holds whole.
+    blocks: number of equal parts along `dim` that are each split over the ranks.
     padded: length of `dim` after padding (the vocabulary); 0 means no padding.
 
-    A block whose length does not divide is split as evenly as it goes: parts differ by one at most.
+    Where a block's length is not a multiple of the ranks, its parts differ in length by at most one.
     """
 
     shape: tuple[int, ...]
@@ -41,13 +41,13 @@ class ShardSpec:
         return self.dim is None
 
     def _parts(self, rank: int, size: int) -> list[tuple[int, int]]:
-        """[start, stop) along `dim` of each block's part that the rank holds, counted with padding."""
+        """[start, stop) along the padded `dim` of the rank's part of each block."""
         block = (self.padded or self.shape[self.dim]) // self.blocks
         start, stop = block * rank // size, block * (rank + 1) // size
         return [(index * block + start, index * block + stop) for index in range(self.blocks)]
 
     def local_shape(self, rank: int, size: int) -> tuple[int, ...]:
-        """Shape of a rank's part, padding included."""
+        """Shape of the tensor that a rank holds, padding included."""
         if self.dim is None:
             return self.shape
         shape = list(self.shape)
@@ -55,9 +55,9 @@ class ShardSpec:
         return tuple(shape)
 
     def boxes(self, rank: int, size: int) -> list[Box]:
-        """Boxes of the logical tensor that rank `rank` of `size` holds, in the order in which they are stacked.
+        """The boxes of the logical tensor that rank `rank` of `size` holds, one a block, in the local tensor's order.
 
-        Padding belongs to no box, so a box may be shorter than its part of the local tensor, or empty.
+        Padding is in no box, so a box may be shorter than its part of the local tensor, or empty.
         """
         whole = [(0, length) for length in self.shape]
         if self.dim is None:
@@ -67,7 +67,7 @@ class ShardSpec:
         return [(*whole[: self.dim], edge, *whole[self.dim + 1 :]) for edge in edges]
 
     def local_rows(self, rank: int, size: int) -> list[tuple[int, int]]:
-        """For each of `boxes`, the rows [start, stop) of the local tensor where it is laid, padding included."""
+        """For each of `boxes`, the rows [start, stop) of the local tensor that hold it, padding included."""
         if self.dim != 0:
             return [(0, self.shape[0])]
         edges, at = [], 0
@@ -77,7 +77,7 @@ class ShardSpec:
         return edges
 
     def take(self, logical: Tensor, rank: int, size: int) -> Tensor:
-        """Rank `rank`'s part of the whole tensor, padding zero. A new tensor."""
+        """Rank `rank`'s part of the whole tensor, a new tensor, its padding zero."""
         if self.dim is None:
             return logical.clone()
         parts = [logical[tuple(slice(*edge) for edge in box)] for box in self.boxes(rank, size)]
@@ -85,11 +85,11 @@ class ShardSpec:
         return _extended(local, self.dim, self.local_shape(rank, size)[self.dim] - local.shape[self.dim])
 
     def gather(self, local: Tensor, axis: Axis) -> Tensor:
-        """The whole tensor from every rank's part, on every rank, padding removed. Collective over `axis`."""
+        """The whole tensor, without padding, on every rank, from every rank's part. Collective over `axis`."""
         if self.dim is None or (axis.size == 1 and not self.padded):
             return local.clone()
         dim = self.dim
-        # Parts are made equally long for the collective, and cut back after it.
+        # The all-gather takes equal lengths: shorter parts are padded before it, and the padding is cut off after it.
         longest = max(self.local_shape(rank, axis.size)[dim] for rank in range(axis.size)) // self.blocks
         local = local.unflatten(dim, (self.blocks, -1))
         local = _extended(local, dim + 1, longest - local.shape[dim + 1])
@@ -104,7 +104,7 @@ class ShardSpec:
 
 
 def _extended(x: Tensor, dim: int, by: int) -> Tensor:
-    """x with `by` zeros more along `dim`."""
+    """x followed by `by` zeros along `dim`."""
     if by == 0:
         return x
     shape = list(x.shape)
@@ -113,7 +113,8 @@ def _extended(x: Tensor, dim: int, by: int) -> Tensor:
 
 
 def mark(parameter: torch.nn.Parameter, spec: ShardSpec) -> torch.nn.Parameter:
-    """Attach the split to a parameter, and tell DeepSpeed's gradient norm which parameters every tp rank repeats."""
+    """Attach `spec` to the parameter, and DeepSpeed's marks of parameters that are split over tensor parallel: its
+    gradient norm counts the others once."""
     parameter.shard_spec = spec
     parameter.model_parallel = parameter.tensor_model_parallel = not spec.replicated
     return parameter
@@ -121,11 +122,11 @@ def mark(parameter: torch.nn.Parameter, spec: ShardSpec) -> torch.nn.Parameter:
 
 @dataclass
 class OwnedRange:
-    """A contiguous run of elements of one parameter whose fp32 master and moments this rank owns.
+    """Consecutive elements of one parameter, of which this rank has the fp32 master and the optimizer's state.
 
     name: released name of the parameter.
     start, stop: element range of the flattened local (tensor-parallel) parameter.
-    values: "param", "exp_avg", "exp_avg_sq" -> fp32 [stop - start]. Views: what is written here reaches the optimizer.
+    values: "param", "exp_avg", "exp_avg_sq" -> fp32 [stop - start], views of the optimizer's tensors.
     """
 
     name: str

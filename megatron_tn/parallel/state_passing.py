@@ -1,35 +1,30 @@
-"""Context parallelism of decay attention: what crosses ranks is the state (LASP, arXiv 2404.02882; LASP-2, 2502.07563).
+"""Context parallelism of decay attention: ranks exchange states, not keys and values (LASP, arXiv 2404.02882; LASP-2,
+arXiv 2502.07563).
 
-Ranks hold contiguous slices of a sequence. With S_j the state that slice j alone leaves behind and n_j its length, the
-state that slice i starts from is
+Each rank holds a contiguous slice of the sequence. With S_j the final state of slice j computed from a zero initial
+state, n_j its length and r the decay rate, slice i starts from
 
-    sum over j < i of S_j prod over j < m < i of exp(-r n_m)
+    S_0 exp(-r (n_1 + .. + n_{i-1})) + .. + S_{i-2} exp(-r n_{i-1}) + S_{i-1}
 
-so one all-gather of [B, H, K, d] a layer, whatever the sequence's length, replaces an exchange of keys and values; the
-gradient takes the same way back. A slice that a document boundary cuts off from its neighbour gets nothing from it.
+so a layer needs one all-gather of states [B, H, K, d], whatever the sequence's length, and its backward pass one of
+their gradients. Terms from before the document that slice i begins in have weight zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from kernels import gla_features, gla_gradients, gla_query_features_, gla_state
-from kernels.numerics import in_own_types
+from kernels import StateExchange, gla_slice
 from megatron_tn.parallel.context import Axis
-
-collectives = torch.ops._c10d_functional
 
 
 class SequenceSlice:
-    """This rank's part of sequences of `length` tokens; slices differ by one token at most.
+    """This rank's slice [start, stop) of sequences of `length` tokens. Slices differ in length by at most one token.
 
-    start, stop: token range. cu_seqlens: the documents' bounds within the slice, [n + 1] as the sequence's own, the
-    documents outside being empty; None for whole sequences.
+    cu_seqlens: the documents' bounds counted from the slice's start, [documents + 1] as in the sequence, documents
+        outside the slice being empty; None where each sequence is one document.
+    edges: indices of the documents that the slice's first and last token belong to, int64 [2]; None likewise.
 
     Raises:
         ValueError: fewer tokens than ranks.
@@ -43,8 +38,8 @@ class SequenceSlice:
         self.start, self.stop = bounds[axis.rank], bounds[axis.rank + 1]
         self.lengths = torch.tensor(bounds, device=device).diff()
         self.cu_seqlens = None
-        self.edges = None  # the documents that the slice begins and ends in
-        # Whether the document at a slice's end goes on in the next one, and whether it fills the slice.
+        self.edges = None
+        # 1 where the document at the end of slice i goes on in slice i + 1, and 1 where one document fills slice i.
         self.goes_on = torch.ones(axis.size - 1, device=device)
         self.fills = torch.ones(axis.size, device=device)
         if cu_seqlens is not None:
@@ -65,8 +60,8 @@ class SequenceSlice:
         return x[..., self.start : self.stop]
 
     def weights(self, decay: Tensor) -> tuple[Tensor, Tensor]:
-        """decay [H] -> of this rank's initial state, what each rank's own state contributes [cp, H]; and of this rank's
-        own state, what it contributes to each rank's initial one [cp, H]."""
+        """decay [H] -> received and sent, [cp, H] each. For slice j: the weight of S_j in this slice's initial state,
+        and the weight of this slice's S in the initial state of slice j."""
         rank, size = self.axis.rank, self.axis.size
         goes_on = torch.cat([self.goes_on, self.goes_on.new_zeros(1)])
         through = (self.fills * goes_on)[:, None] * torch.exp(-decay[None] * self.lengths[:, None])
@@ -79,140 +74,22 @@ class SequenceSlice:
     def attend(
         self, qkvu: Tensor, decay: Tensor, theta: Tensor | None, *, act: str, gate: bool, positions: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`kernels.gla` on this slice's projection qkvu [B, n, 4 H d], as a part of its sequence: y and the sum of o^2.
+        """`kernels.gla` of this slice of a sequence: qkvu [B, n, 4 H d] -> y [B, n, H d] and the sum of o^2 [B, n].
 
-        Collective over the axis, as is its backward pass.
+        positions: int64 [n], of this slice's tokens in their documents. Collective over the axis, forward and backward.
         """
-        weights = self.weights(decay.to(torch.promote_types(qkvu.dtype, torch.float32)))
-        return _SliceAttention.apply(
-            qkvu, decay, theta, act, gate, positions, self.cu_seqlens, *weights, self.edges, self.axis
-        )
-
-
-class _SliceAttention(torch.autograd.Function):
-    """States, and backward their gradients, are on their way while the rank goes on with what needs none of them:
-
-    forward: features of k, own state, [gather: features of q], o
-    backward: gradient of o, own part of the initial state's, [gather: dq], dk and dv, from there through the features
-    """
-
-    @staticmethod
-    def forward(ctx, qkvu, decay, theta, act, gate, positions, cu_seqlens, received, sent, edges, axis):
-        features = gla_features(qkvu, decay, theta, act=act, positions=positions, keys_alone=True)
-        own = gla_state(qkvu, decay, theta, act=act, positions=positions, cu_seqlens=cu_seqlens, features=features)
-        # Not dist.all_gather_into_tensor: a compiler can follow these operators.
-        arriving = collectives.all_gather_into_tensor(_pick(own, edges, 1), axis.size, axis.name)
-        gla_query_features_(features, qkvu, theta, act=act, positions=positions)
-        initial = _combine(collectives.wait_tensor(arriving), received)
-        y, square_sum, state, o, starts = torch.ops.megatron_tn.gla_forward(
+        received, sent = self.weights(decay.to(torch.promote_types(qkvu.dtype, torch.float32)))
+        exchange = StateExchange(received, sent, self.edges, self.axis.name, self.axis.size)
+        return gla_slice(
             qkvu,
-            features,
             decay,
             theta,
-            act,
-            gate,
-            positions,
-            _place(initial, edges, 0, cu_seqlens),
-            cu_seqlens,
-            theta is not None,
+            act=act,
+            gate=gate,
+            positions=positions,
+            cu_seqlens=self.cu_seqlens,
+            exchange=exchange,
         )
-        ctx.act, ctx.gate, ctx.group = act, gate, axis.name
-        o = o if gate else y
-        state = None if theta is None else _pick(state, edges, 1)
-        ctx.save_for_backward(
-            o, qkvu, decay, theta, positions, initial, cu_seqlens, starts, features, state, sent, edges
-        )
-        return y, square_sum
-
-    @staticmethod
-    def backward(ctx, dy, dsquare_sum):
-        o, qkvu, decay, theta, *rest = ctx.saved_tensors
-        theta_wanted = theta is not None and ctx.needs_input_grad[2]
-        dqkvu, dtheta = torch.ops.megatron_tn.gla_slice_backward(
-            dy, dsquare_sum, o, qkvu, decay, theta, ctx.act, ctx.gate, *rest, ctx.group, theta_wanted
-        )
-        return dqkvu, None, dtheta if theta_wanted else None, *[None] * 8
-
-
-@torch.library.custom_op("megatron_tn::gla_slice_backward", mutates_args=())
-def _slice_backward(
-    dy: Tensor,
-    dsquare_sum: Tensor,
-    o: Tensor,
-    qkvu: Tensor,
-    decay: Tensor,
-    theta: Tensor | None,
-    act: str,
-    gate: bool,
-    positions: Tensor,
-    initial_state: Tensor,
-    cu_seqlens: Tensor | None,
-    starts: Tensor,
-    features: Tensor | None,
-    state: Tensor | None,
-    sent: Tensor,
-    edges: Tensor | None,
-    group: str,
-    theta_wanted: bool,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of qkvu and of theta (empty where it is not wanted). One operator, its exchange included."""
-    ranks = dist.distributed_c10d._resolve_process_group(group)
-
-    def exchange(own: Tensor) -> Callable[[], Tensor]:
-        leaving = _pick(own, edges, 0)
-        gathered = leaving.new_empty(ranks.size() * leaving.shape[0], *leaving.shape[1:])
-        work = dist.all_gather_into_tensor(gathered, leaving.contiguous(), group=ranks, async_op=True)
-
-        def arrived() -> Tensor:
-            work.wait()
-            return _place(_combine(gathered, sent), edges, 1, cu_seqlens)
-
-        return arrived
-
-    initial_state = _place(initial_state, edges, 0, cu_seqlens)
-    state = None if state is None else _place(state, edges, 1, cu_seqlens)
-    dqkvu, dtheta, _ = gla_gradients(
-        dy, dsquare_sum, exchange, o, qkvu, decay, theta, act, gate, positions, initial_state, cu_seqlens, starts,
-        features, state, theta_wanted,
-    )  # fmt: skip
-    return dqkvu, dtheta
-
-
-@_slice_backward.register_fake
-def _slice_backward_fake(dy, dsquare_sum, o, qkvu, decay, theta, act, gate, *rest):
-    return qkvu.new_empty(qkvu.shape), theta.new_empty(theta.shape) if rest[-1] else qkvu.new_empty(0)
-
-
-@register_flop_formula(torch.ops.megatron_tn.gla_slice_backward)
-def _slice_backward_flops(dy, dsquare_sum, o, qkvu_shape, decay_shape, theta_shape, *args, out_shape=None, **kwargs):
-    """Four products of B T H K d multiplications, and another for the initial state's gradient on its own."""
-    batch, tokens, fused = qkvu_shape
-    width = fused // 4 // decay_shape[0]
-    return 10 * batch * tokens * decay_shape[0] * width * width * (1 if theta_shape is None else 2)
-
-
-@in_own_types
-def _combine(gathered: Tensor, weights: Tensor) -> Tensor:
-    """Every rank's [B, H, K, d], one after the other, weighted by [cp, H] and summed."""
-    states = gathered.unflatten(0, (weights.shape[0], -1))
-    return torch.einsum("rh,rbhkv->bhkv", weights, states)
-
-
-# What crosses an edge of a slice is the state of one document, [1, H, K, d], and that is what is kept for the backward
-# pass: those of all documents could take more memory than the activations. edges is None for whole sequences.
-
-
-def _pick(states: Tensor, edges: Tensor | None, edge: int) -> Tensor:
-    """Of the documents' states, that of the one at the slice's beginning (edge 0) or end (1)."""
-    return states if edges is None else states.index_select(0, edges[edge : edge + 1])
-
-
-def _place(state: Tensor, edges: Tensor | None, edge: int, cu_seqlens: Tensor | None) -> Tensor:
-    """The reverse: all other documents' are zero."""
-    if edges is None:
-        return state
-    states = state.new_zeros(cu_seqlens.shape[0] - 1, *state.shape[1:])
-    return states.index_copy_(0, edges[edge : edge + 1], state)
 
 
 def _document_of(position: Tensor, cu_seqlens: Tensor) -> Tensor:

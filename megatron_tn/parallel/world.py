@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-_worlds = itertools.count()  # that this process has joined, or tried to
+from megatron_tn.device.allocator import use_expandable_segments
+
+_worlds = itertools.count()  # numbers of the worlds that this process has tried to join
 
 
 def world_size() -> int:
@@ -29,12 +31,12 @@ def join_world(timeout_s: int) -> torch.device:
     tensors.
     """
     _translate_slurm()
-    gc.collect()  # an engine of the world before, in a sweep, is full of reference cycles
+    gc.collect()  # in a sweep, the last job's engine, which is full of reference cycles
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # deepspeed insists on the variable
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-        let_segments_grow()
+        use_expandable_segments()
         torch.cuda.empty_cache()
         backend = "cpu:gloo,cuda:nccl"
     else:
@@ -43,8 +45,8 @@ def join_world(timeout_s: int) -> torch.device:
     if "RANK" in os.environ:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
-        # torchrun's store outlives a world: under the last one's names ranks would find addresses where nobody listens
-        # any more. All ranks have seen as many worlds.
+        # torchrun's store outlives a world, and still holds the addresses of the last world's process groups. A prefix
+        # per world keeps them apart; all ranks have joined the same number of worlds.
         store = dist.PrefixStore(f"megatron_tn/{next(_worlds)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     else:
@@ -52,16 +54,9 @@ def join_world(timeout_s: int) -> torch.device:
     return device
 
 
-def let_segments_grow() -> None:
-    """Have the CUDA allocator grow its segments, not keep pieces of them that nothing fits (docs/memory.md says what
-    that saves). Before anything is allocated. What the environment says about the allocator stands."""
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
-
-
 class Holder(Protocol):
-    """What would outlive its world to somebody's harm. CUDA graphs with collectives in them: NCCL waits for those to
-    go before a communicator does. An engine that something holds on to: its memory is wanted for the next one."""
+    """An object that must be released before its process groups: CUDA graphs with collectives in them, whose release
+    NCCL awaits before it frees a communicator; an engine whose memory the next job of a sweep needs."""
 
     def release(self) -> None: ...
 
@@ -76,7 +71,7 @@ def release_on_leaving(holder: Holder) -> None:
 
 def leave_world() -> None:
     while _holders:
-        _holders.pop().release()  # the last first: graphs go before the engine whose tensors they use
+        _holders.pop().release()  # in reverse order: graphs before the engine whose tensors they use
     if dist.is_initialized():
         dist.destroy_process_group()
 

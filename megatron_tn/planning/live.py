@@ -1,4 +1,4 @@
-"""Bytes that live tensors hold, followed operator by operator; real tensors and fake ones alike."""
+"""Bytes of the tensors that are alive, followed operator by operator; of real tensors and of fake ones."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ BLOCK = 512  # bytes to which CUDA's caching allocator rounds each request up
 
 
 class LiveMemory(TorchDispatchMode):
-    """Use as a context manager. A storage counts from the operator that made it until it is freed.
+    """Use as a context manager. A storage counts from the operator that allocated it until it is freed.
 
-    current, peak: bytes now and at most. rounding: of each storage. workspace: operator's name -> bytes that it needs
-    while it runs, beside its inputs and outputs, as a function of its arguments.
+    current, peak: bytes now and at most. rounding: bytes to whose multiple each storage is rounded up. workspace:
+    operator's name -> function of its arguments: bytes that it needs while it runs, beside inputs and outputs.
     """
 
     def __init__(self, rounding: int = 1, workspace: Mapping[str, Callable[..., int]] | None = None):
@@ -39,7 +39,7 @@ class LiveMemory(TorchDispatchMode):
 
     def add(self, tensor: Tensor) -> None:
         """Count `tensor`'s storage, unless it is counted already."""
-        if is_traceable_wrapper_subclass(tensor):  # a DTensor, whose own storage is a pretence
+        if is_traceable_wrapper_subclass(tensor):  # a DTensor, whose values lie in an inner tensor
             for name in tensor.__tensor_flatten__()[0]:
                 if isinstance(inner := getattr(tensor, name), Tensor):
                     self.add(inner)
@@ -61,9 +61,9 @@ class LiveMemory(TorchDispatchMode):
 
 
 def saved_bytes(graph_of: Callable[[], Any], exclude: tuple[Tensor, ...] = ()) -> int:
-    """Bytes of distinct storages that autograd keeps for the backward pass of what `graph_of` runs.
+    """Bytes of the distinct storages that autograd saves for the backward pass of `graph_of()`.
 
-    exclude: tensors that are held anyway, such as parameters.
+    exclude: tensors that are alive anyway, such as parameters.
     """
     own = {tensor.untyped_storage()._cdata for tensor in exclude}
     kept: dict[int, int] = {}
@@ -75,5 +75,5 @@ def saved_bytes(graph_of: Callable[[], Any], exclude: tuple[Tensor, ...] = ()) -
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        graph_of()  # its graph must stay alive for storages to keep their identity
+        graph_of()  # it must keep its graph: a freed storage's address may be used again
     return sum(kept.values())

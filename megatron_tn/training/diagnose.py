@@ -1,4 +1,4 @@
-"""Which tensor of which rank was not finite first. Runs a step's batch again, watching everything."""
+"""Which tensor of which rank was the first to hold NaN or infinity: found by running the step's batch once more."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from megatron_tn.training.step import Microbatch, run_microbatch
 
 
 class Culprit(NamedTuple):
-    """rank: global. tensor: in words. when: how many tensors of the pass were looked at before it."""
+    """A tensor that is not finite. rank: global. tensor: its name in words. when: its number in the order in which the
+    tensors of the pass came to be."""
 
     rank: int
     tensor: str
@@ -25,7 +26,8 @@ class Culprit(NamedTuple):
 
 
 class _Watch:
-    """The first tensor that is not finite, in the order in which tensors come to be."""
+    """Is shown tensors in the order in which they come to be. seen: how many so far. found: the name and the number of
+    the first that is not finite."""
 
     def __init__(self) -> None:
         self.seen = 0
@@ -33,7 +35,7 @@ class _Watch:
 
     def look(self, what: str, tensor: Tensor) -> None:
         self.seen += 1
-        if isinstance(tensor, DTensor):  # asking the whole of it would be collective, and ranks differ in what they ask
+        if isinstance(tensor, DTensor):  # isfinite of a DTensor is collective, and not all ranks get here
             tensor = tensor.to_local()
         if self.found is None and tensor.is_floating_point() and not tensor.isfinite().all():
             self.found = (what, self.seen)
@@ -41,13 +43,13 @@ class _Watch:
 
 @contextlib.contextmanager
 def watching(model: nn.Module) -> Iterator[_Watch]:
-    """Look at the parameters now, and until the block ends at every module's output and every gradient."""
+    """Shows the watch all parameters now and, until the block ends, every module's output and every gradient."""
     watch = _Watch()
     for name, parameter in model.named_parameters():
         watch.look(f"parameter {name}", parameter.detach())
 
     def gradient_of(what: str):
-        # None: the output has no part in the loss.
+        # The gradient is None where the loss does not depend on the output.
         return lambda gradient: None if gradient is None else watch.look(f"the gradient of {what}", gradient)
 
     def after(name: str):
@@ -62,7 +64,7 @@ def watching(model: nn.Module) -> Iterator[_Watch]:
 
     def before(prefix: str):
         def hook(module: nn.Module, inputs) -> None:
-            # FSDP2 swaps whole parameters in just before a block runs: gradients are theirs, not those of the shards.
+            # FSDP2 puts unsharded parameters in place just before a block runs; gradients arrive at those.
             for name, parameter in module.named_parameters(prefix=prefix):
                 if parameter.requires_grad and id(parameter) not in hooked:
                     hooked[id(parameter)] = parameter.register_hook(gradient_of(name))
@@ -77,7 +79,7 @@ def watching(model: nn.Module) -> Iterator[_Watch]:
         if name:
             handles.append(module.register_forward_hook(after(name)))
     try:
-        # A compiled block does not run hooks that came after its compilation.
+        # A compiled block does not run hooks that were registered after its compilation.
         with torch.compiler.set_stance("force_eager"):
             yield watch
     finally:
@@ -86,18 +88,18 @@ def watching(model: nn.Module) -> Iterator[_Watch]:
 
 
 def find_nonfinite(engine: Engine, microbatches: Sequence[Microbatch], device: torch.device) -> list[Culprit]:
-    """Rerun `microbatches` on unchanged weights; returns the ranks that met a non-finite value first, each with its
-    tensor, or an empty list when it does not happen again. Leaves weights, moments and gradients as they were.
+    """Run `microbatches` again on unchanged weights. Returns the ranks that met a non-finite value first, each with its
+    tensor; an empty list when all values are finite this time. Leaves weights, moments and gradients as they were.
 
-    Collective over all ranks. Meant for the step that was not applied: it costs one more step and a host read a tensor.
+    Collective over all ranks. Meant for a step that was not applied: it costs one more step, and a host read for each
+    tensor.
     """
-
     tokens = sum(batch.targets.numel() for batch in microbatches)
     with watching(engine.model) as watch:
         for batch in microbatches:
             run_microbatch(engine, batch, torch.tensor(1 / tokens, device=device), device, last=False)
-    # However that went, the engine must not apply these gradients: one more pass makes them all NaN, which every engine
-    # refuses on every rank, and clears.
+    # The engine must not apply these gradients. One more pass makes all of them NaN; every engine then refuses the
+    # update, on every rank, and clears its gradient sums.
     run_microbatch(engine, microbatches[0], torch.tensor(float("nan"), device=device), device, last=True)
     if engine.step(0.0).applied:
         raise RuntimeError("an engine applied a gradient that is not finite")

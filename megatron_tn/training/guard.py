@@ -1,8 +1,8 @@
-"""Steps that went wrong: values that are not finite, and loss spikes.
+"""What happens after a step whose gradient or loss is not finite, and after a loss spike.
 
-The decision is made on every rank, from the loss and the gradient norm that all ranks share, so all decide the same
-without asking each other. An update that is not finite is never applied (the engine sees to that, before the update); a
-spike is known from the loss of a step whose update is then undone by the rewind.
+Every rank decides for itself, from the loss and the gradient norm that were reduced over all ranks: all decide the same
+without another collective. An update that is not finite is never applied: the engine refuses it. A spike shows only in
+the loss of a step that was applied, so acting on one means loading an earlier checkpoint.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from megatron_tn.training.step import StepReport
 
 
 class TrainingAborted(RuntimeError):
-    """The guard's settings say that this run must not go on."""
+    """Raised on every rank when the guard's settings (guard.*) say that the run must end."""
 
 
 class Rewind(NamedTuple):
-    """Go back, and do not train on these batches again."""
+    """An order to go back to the newest checkpoint and not to train on `batches` again. reason: one line."""
 
     batches: list[int]
     reason: str
@@ -42,7 +42,8 @@ class Guard:
     def check(
         self, state: TrainingState, report: StepReport, diagnose: Callable[[], Sequence[Culprit]]
     ) -> Rewind | None:
-        """Look at the step that `state` has just counted; None: go on. diagnose: finds who was not finite first.
+        """Judge the step that `state` has just counted. Returns None to go on, or the rewind to make. diagnose: the
+        ranks and tensors that were not finite first; called where the step was not finite, and collective.
 
         Raises:
             TrainingAborted: on every rank.
@@ -86,7 +87,10 @@ class Guard:
 
 
 def spike_height(loss: float, recent: Sequence[float], config: GuardConfig) -> float | None:
-    """How far a loss is above the median of recent ones, in nats, when that is a spike."""
+    """How far a loss is above the median of recent ones, in nats, if that is a spike; else None.
+
+    loss - median > max(spike_sigmas x sigma, spike_nats), once half a window of losses is known.
+    """
     if len(recent) < max(config.spike_window // 2, 2):
         return None
     median = statistics.median(recent)

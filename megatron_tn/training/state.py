@@ -1,4 +1,4 @@
-"""Where a run stands: all that goes on from one process to the next besides parameters and moments."""
+"""The counters and lists of a run that a checkpoint holds besides parameters, moments and random states."""
 
 from __future__ import annotations
 
@@ -13,17 +13,27 @@ from megatron_tn.training.step import StepReport
 
 
 @dataclass
+class Ledger:
+    """skip: numbers of batches that are not trained on, past and to come, sorted. rewinds: one note for each rewind,
+    {"from": step, "to": step, "skip": batches, "by": "guard" | "hand" | "damage", "reason": text}, oldest first."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    skip: list[int] = field(default_factory=list)
+    rewinds: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
 class TrainingState:
     """Counters at a step boundary.
 
-    step: optimizer steps taken or skipped. The next step, number step + 1 in the log, trains on batch number step + 1.
-    optimizer_step: steps that were applied; what AdamW's bias correction counts.
-    tokens: target tokens seen, also by updates that were refused.
-    samples: sequences taken from the stream, which is also the next one's index.
+    step: optimizer steps taken or skipped. The next step, number step + 1 in the journal, trains on batch step + 1.
+    optimizer_step: updates that were applied; AdamW's bias correction counts these.
+    tokens: target tokens of all trained batches, also of those whose update was refused.
+    samples: sequences taken from the stream so far, which is also the index of the next one.
     stream: the token stream's state at the last save, as plain JSON values.
-    skip: numbers of batches that are not trained on, past and to come. The ledger that every resume goes on with.
-    rewinds: what was rewound: {"from", "to": steps, "skip": batches, "reason"}.
-    recent_losses: of the last steps, oldest first; what a loss spike is measured against.
+    skip, rewinds: see `Ledger`; every resume goes on with them.
+    recent_losses: of the last guard.spike_window steps, oldest first; a loss spike is measured against them.
     nonfinite_in_a_row: steps.
     held_out: the last held-out figures, and the "step" they were measured at.
     """
@@ -49,8 +59,22 @@ class TrainingState:
     def add_skip(self, batches: Iterable[int]) -> None:
         self.skip = sorted({*self.skip, *batches})
 
+    @property
+    def ledger(self) -> Ledger:
+        return Ledger(self.skip, self.rewinds)
+
+    def add_ledger(self, ledger: Ledger) -> None:
+        """Take over what was noted after this state was saved."""
+        self.add_skip(ledger.skip)
+        self.rewinds = [*self.rewinds, *(note for note in ledger.rewinds if note not in self.rewinds)]
+
+    def note_rewind(self, *, start: int, batches: list[int], by: str, reason: str) -> None:
+        """Note that the run went back from step `start` to `self.step`, and why."""
+        note = {"from": start, "to": self.step, "skip": batches, "by": by, "reason": reason}
+        self.rewinds = [*self.rewinds, note]
+
     def become(self, other: TrainingState) -> None:
-        """Take over another state in place: whoever holds this one sees it."""
+        """Overwrite every field with the other state's; references to this object stay valid."""
         vars(self).update(vars(other))
 
     def to_json(self) -> dict[str, Any]:

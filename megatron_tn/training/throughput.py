@@ -1,4 +1,4 @@
-"""Throughput as figures that say what they were divided by."""
+"""Tokens per second as TFLOP/s of a process, and as a share of its datasheet rate."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Work:
-    """flops_per_token: of forward and backward, by the model's formula, which counts nothing twice that recomputation
-    does again. processes: among which they are shared. peak_tflops: a process's datasheet rate, or None."""
+    """flops_per_token: of forward and backward pass by the model's formula; recomputed activations are not counted
+    again. processes: that share the work. peak_tflops: the datasheet rate of one process's GPU; None where not known.
+    """
 
     flops_per_token: int
     processes: int

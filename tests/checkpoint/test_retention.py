@@ -84,6 +84,28 @@ def test_a_removal_cut_short_leaves_nothing_that_looks_whole(tmp_path, monkeypat
     assert whole_checkpoints(tmp_path) == [second]
 
 
+def test_of_a_link_to_another_disk_the_link_goes_and_its_target_stays(tmp_path):
+    """People move old checkpoints to another disk, and put links in their places."""
+    folder, disk = tmp_path / "checkpoints", tmp_path / "disk"
+    folder.mkdir()
+    disk.mkdir()
+    first, second = make(disk, 1), make(folder, 2)
+    link = folder / first.name
+    link.symlink_to(first)
+    link.with_suffix(".old").symlink_to(tmp_path / "nowhere")  # what an earlier release left of another
+    make(folder, 3)
+    assert apply_retention(folder, Retention(newest=1)) == [link, second]
+    assert [path.name for path in folder.iterdir()] == ["step_00000003"]
+    assert (first / MANIFEST).is_file()
+
+
+def test_what_cannot_be_removed_is_a_warning_and_no_failed_save(tmp_path, monkeypatch, caplog):
+    make(tmp_path, 1), make(tmp_path, 2)
+    monkeypatch.setattr("shutil.rmtree", lambda _: (_ for _ in ()).throw(OSError(16, "Device or resource busy")))
+    assert apply_retention(tmp_path, Retention(newest=1)) == []
+    assert "could not be removed: OSError: [Errno 16] Device or resource busy" in caplog.text
+
+
 def test_two_readers_may_read_at_once(tmp_path):
     first = make(tmp_path, 1)
     with reading(first), reading(first):

@@ -326,12 +326,20 @@ def test_another_model_is_refused(checkpoint):
 
 
 def test_old_checkpoints_go_only_after_the_new_one_is_whole(tmp_path):
+    """Also where one was moved to another disk, links were left behind, and a step is saved for the second time."""
     config, engine = make_engine(1, LOCAL)
     initialize_engine(engine, seed=5)
-    for step in (1, 2, 3):
+    folder, disk = tmp_path / "checkpoints", tmp_path / "disk"
+    for step in (1, 2, 3, 3):
         options = {"config": to_mapping(config), "training": {}, "retention": Retention(newest=2)}
-        save_checkpoint(engine, tmp_path, step=step, optimizer_step=step, **options)
-    assert [path.name for path in whole_checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
+        final = save_checkpoint(engine, folder, step=step, optimizer_step=step, **options)
+        if step < 3:
+            disk.mkdir(exist_ok=True)
+            final.rename(disk / final.name)
+            final.symlink_to(disk / final.name)
+            (folder / "step_00000009.tmp").symlink_to(disk)
+    assert sorted(path.name for path in folder.iterdir()) == ["step_00000002", "step_00000003"]
+    assert [path.name for path in whole_checkpoints(disk)] == ["step_00000001", "step_00000002"]
 
 
 def test_a_failed_save_leaves_the_old_ones_and_says_why(tmp_path, monkeypatch):

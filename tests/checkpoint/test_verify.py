@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from megatron_tn.checkpoint.files import write_tensors
-from megatron_tn.checkpoint.manifest import KINDS, MANIFEST, Piece
-from megatron_tn.checkpoint.verify import times_covered, verify
+from megatron_tn.checkpoint.manifest import MANIFEST, MOMENTS, Piece
+from megatron_tn.checkpoint.verify import times_covered, verify, whole_from
 from megatron_tn.convert import main as convert
 from tests.checkpoint.test_reshard import random_piece
 from tests.checkpoint.test_save_load import save_after_two_steps
@@ -55,6 +55,35 @@ def cut(copy: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def lose_a_file(copy: Path) -> None:
+    (copy / "rank_00000.safetensors").unlink()
+
+
+def spoil_the_manifest(copy: Path) -> None:
+    (copy / MANIFEST).write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("harm", "problem"),
+    [
+        (cut, "rank_00001.safetensors has "),
+        (lose_a_file, "rank_00000.safetensors is missing"),
+        (spoil_the_manifest, "manifest.json is damaged"),
+    ],
+)
+def test_what_shows_without_reading_a_tensor(copy, harm, problem):
+    """So a start passes over a damaged checkpoint, and takes an older one."""
+    assert whole_from(copy.parent) == (copy, {})
+    newer = Path(shutil.copytree(copy, copy.with_name("step_00000003")))
+    harm(newer)
+    found, damage = whole_from(copy.parent)
+    assert found == copy
+    assert list(damage) == [newer]
+    assert problem in damage[newer][0]
+    harm(copy)
+    assert whole_from(copy.parent)[0] is None
+
+
 def swap_files(copy: Path) -> None:
     one, other = copy / "rank_00000.safetensors", copy / "rank_00003.safetensors"
     one.rename(copy / "x")
@@ -69,7 +98,7 @@ def rewrite_shorter(copy: Path) -> None:
 def forget(values: dict) -> None:
     """A tensor that the manifest does not mention at all."""
     del values["shapes"]["model.final_norm.weight"]
-    for kind in KINDS:
+    for kind in ("param", *MOMENTS):
         del values["pieces"][f"{kind}/model.final_norm.weight"]
 
 

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -251,3 +252,23 @@ def test_an_answer_that_cannot_be_saved_is_an_error(serve):
     status, found = client.answer(ids(client)[0])
     assert status >= 500
     assert found["error"]
+
+
+def test_connections_are_bounded_and_silent_ones_give_way(serve, monkeypatch):
+    """Five connections that say nothing, where three may be open: the page answers, and the first two are closed."""
+    monkeypatch.setattr("data_pipeline.audit.server.MOST_CONNECTIONS", 3)
+    client = serve()
+    silent = [socket.create_connection(client.server.server_address[:2], timeout=10) for _ in range(5)]
+    assert client.get("/api/session")["answered"] == 0
+    assert silent[0].recv(1) == silent[1].recv(1) == b""
+    assert len(client.server._connections) <= 3
+    for connection in silent:
+        connection.close()
+
+
+def test_a_note_that_is_no_text_gets_an_answer(serve):
+    client = serve()
+    body = json.dumps({"sample": ids(client)[0], "verdict": "keep", "seconds": 1, "note": "a\ud800"}).encode()
+    status, _, found = client.ask("POST", "/api/answers", body)
+    assert status == 400
+    assert "character 1 is half of a surrogate pair" in json.loads(found)["error"]

@@ -197,7 +197,6 @@ BAD = {
     "wrong type": ("tasks=many", "tasks='many'"),
     "vocabulary too small": ("tokenizer.vocab_size=100", "tokenizer.vocab_size=100 must be at least 358"),
     "no such input": ("input=/no/such/folder", "sources.main.path=/no/such/folder: no such folder"),
-    "a file for a folder": (f"input={Path(__file__)}", "is a file: give its folder, and its name as the source's glob"),
     "output to a URL": (
         "output=s3://bucket/x",
         "output='s3://bucket/x': Value error, is a URL: output goes to a folder",

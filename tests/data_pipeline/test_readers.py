@@ -3,7 +3,6 @@
 import errno
 import functools
 import gzip
-import io
 import json
 import lzma
 import os
@@ -18,7 +17,7 @@ from pydantic import TypeAdapter
 
 from data_pipeline.config import compose
 from data_pipeline.errors import InputError
-from data_pipeline.readers import ReadSources, list_inputs
+from data_pipeline.readers import ReadSources, list_inputs, list_source
 from data_pipeline.run import main, run
 from data_pipeline.shards import Manifest, read_documents
 from data_pipeline.sources import AnySource
@@ -91,51 +90,6 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_line(tmp_path)
     documents, quarantine = read(tmp_path, web=source(tmp_path, kind="jsonl"))
     assert [text for text, _ in documents.values()] == ["one", "two"]
     assert not quarantine
-
-
-class Gigabyte(io.RawIOBase):
-    """A line of a gigabyte, then one that is small, made as they are read."""
-
-    def __init__(self):
-        self.left, self.tail = 1 << 30, io.BytesIO(b'\n{"text": "small"}\n')
-        self.largest = 0
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        self.largest = max(self.largest, len(buffer))
-        if not self.left:
-            return self.tail.readinto(buffer)
-        count = min(len(buffer), self.left)
-        buffer[:count] = b"x" * count
-        self.left -= count
-        return count
-
-
-def test_a_document_of_a_gigabyte_is_named_and_never_held(tmp_path):
-    import tracemalloc
-
-    from data_pipeline.readers.lines import read_jsonl
-
-    tracemalloc.start()
-    items = list(read_jsonl(io.BufferedReader(Gigabyte()), source(tmp_path, kind="jsonl", max_document_bytes=1 << 20)))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert (items[0].reason, items[0].bytes) == ("too_large", (1 << 30) + 1)
-    assert items[1].text == "small"
-    assert peak < 16 << 20
-
-
-def test_a_file_of_a_gigabyte_is_not_read(tmp_path):
-    with (tmp_path / "large.txt").open("wb") as file:
-        file.truncate(1 << 30)
-    (tmp_path / "small.txt").write_text("small")
-    documents, quarantine = read(
-        tmp_path, t=source(tmp_path, kind="tree", suffixes=[".txt"], max_document_bytes=10_000)
-    )
-    assert list(documents) == ["t/small.txt"]
-    assert quarantine == {"t/large.txt": "too_large"}
 
 
 def damage_second_member(first, second):
@@ -214,7 +168,6 @@ def test_a_tree_of_pages_markdown_and_packed_files(tmp_path):
     (tmp_path / "more.txt.gz").write_bytes(gzip.compress(b"packed text"))
     (tmp_path / "void.txt").write_text(" \n")
     (tmp_path / "bytes.txt").write_bytes(b"good \xff bad")
-    (tmp_path / "secret.txt").symlink_to("/etc/passwd")
     suffixes = [".html", ".htm", ".md", ".txt", ".txt.gz"]
     documents, quarantine = read(tmp_path, t=source(tmp_path, kind="tree", suffixes=suffixes))
     texts = {name.removeprefix("t/"): text for name, (text, _) in documents.items()}
@@ -260,7 +213,7 @@ def test_warc_pages_and_texts(tmp_path, packed):
     assert "bears fruit & shade" in texts[0]
     assert texts[1] == "Ein Text über Birnen."
     assert {metadata["key"] for _, metadata in documents.values()} == {"http://pears.example/"}
-    assert sorted(quarantine.values()) == ["empty", "too_large"]
+    assert sorted(quarantine.values()) == ["empty", "media_type", "too_large"]
 
 
 @pytest.mark.parametrize("damage", ["corrupt", "cut off"])
@@ -291,6 +244,22 @@ def test_parquet(tmp_path):
     assert quarantine == {"p/a.parquet:2": "empty", "p/a.parquet:3": "no_text", "p/b.parquet": "unreadable"}
     documents, _ = read(tmp_path, p=source(tmp_path, kind="parquet", html=True, glob="a.parquet"))
     assert "bears fruit & shade" in documents["p/a.parquet:4"][0]
+
+
+def test_every_arrow_type_that_holds_text_is_read(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    kinds = [arrow.string(), arrow.large_string(), arrow.string_view(), arrow.binary(), arrow.large_binary()]
+    kinds += [arrow.binary_view(), arrow.binary(6), arrow.dictionary(arrow.int32(), arrow.string()), arrow.json_()]
+    for number, kind in enumerate(kinds):
+        cells = [b"sweet " if "binary" in str(kind) else "sweet ", None]
+        column = arrow.array(cells[:1] * 2 + cells[1:], arrow.string() if kind == arrow.json_() else None)
+        parquet.write_table(arrow.table({"text": column.cast(kind)}), tmp_path / f"{number}.parquet")
+    documents, quarantine = read(tmp_path, p=source(tmp_path, kind="parquet"))
+    wanted = [f"p/{number}.parquet:{row}" for number in range(len(kinds)) for row in (1, 2)]
+    assert {name: text for name, (text, _) in documents.items()} == dict.fromkeys(wanted, "sweet ")
+    assert quarantine == {f"p/{number}.parquet:3": "no_text" for number in range(len(kinds))}
 
 
 def test_parquet_without_pyarrow_says_how_to_install_it(tmp_path, monkeypatch):
@@ -405,3 +374,55 @@ def test_sources_keep_their_categories_epochs_and_shards(tmp_path):
     assert {shard.source for shard in manifest.shards} == {"wiki", "web"}
     for document in read_documents(manifest):
         assert document.metadata["language"] == {"wiki": "tlh", "web": "en"}[document.metadata["source"]]
+
+
+@pytest.fixture
+def disks(tmp_path):
+    """A folder of one file, and links in it: to a folder on another disk, to a file there, to itself, to its file."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "disk/deep").mkdir(parents=True)
+    for place in ("in/a.jsonl", "disk/b.jsonl", "disk/deep/c.jsonl", "d.jsonl"):
+        (tmp_path / place).write_text(json.dumps({"text": place}))
+    for link, target in (("part", "disk"), ("d.jsonl", "d.jsonl"), ("loop", "in"), ("same.jsonl", "in/a.jsonl")):
+        (tmp_path / "in" / link).symlink_to(tmp_path / target)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "tree"])
+def test_links_are_followed_once_and_named(disks, kind):
+    where = source(disks / "in", kind=kind, **({"suffixes": [".jsonl"]} if kind == "tree" else {}))
+    documents, _ = read(disks, web=where)
+    names = ["a.jsonl", "d.jsonl", "part/b.jsonl", "part/deep/c.jsonl"]
+    assert [id.removesuffix(":1").removeprefix("web/") for id in documents] == names
+    left, again, followed = list_source("web", where).notes
+    assert f"2 links are followed: d.jsonl -> {disks}/d.jsonl, part -> {disks}/disk" in followed
+    assert "link loop leads to what is read already" in left
+    assert "link same.jsonl leads to what is read already" in again
+    (disks / "in/gone.jsonl").symlink_to(disks / "nowhere")
+    with pytest.raises(InputError, match=r"links that lead nowhere: gone\.jsonl"):
+        list_source("web", where)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "tree"])
+def test_one_file_is_a_source_whatever_its_name(tmp_path, kind, monkeypatch):
+    (tmp_path / "notes.of mine").write_text('{"text": "one"}')
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}')
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "notes.of mine", "notes.of mine", f"file://{tmp_path}/notes.of mine"):
+        documents, _ = read(tmp_path, w=source(path, kind=kind))
+        assert [id.removesuffix(":1") for id in documents] == ["w/notes.of mine"]
+
+
+def test_what_is_wrong_with_a_source_is_said_before_the_output_is_bound_to_it(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jsonl").write_text('{"body": "one", "url": "x"}\n{"body": "two", "title": "y"}\n')
+    (tmp_path / "in/README").write_text("words")
+    command = ["pipeline=jsonl", f"input={tmp_path}/in"]
+    assert main([*command, f"output={tmp_path}/out"]) == 2
+    note, error = capsys.readouterr().err.splitlines()
+    assert "sources.main.text_key=text: no such key in main/a.jsonl; there are body, url, title" in error
+    assert "1 files are not read, they do not match glob=**/*.jsonl*: README" in note
+    assert not (tmp_path / "out").exists()
+    assert main([*command, f"output={tmp_path}/in/deep/out", "sources.main.text_key=body"]) == 2
+    assert f"output={tmp_path}/in/deep/out lies inside sources.main.path={tmp_path}/in" in capsys.readouterr().err
+    assert not (tmp_path / "in/deep").exists()

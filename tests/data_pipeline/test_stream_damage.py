@@ -1,4 +1,4 @@
-"""Promises 1 and 21 at run time: a sample that cannot be read is padding, recorded and bounded, and alone."""
+"""Damaged data at run time: a sample that cannot be read is padding, recorded and bounded, and alone."""
 
 import contextlib
 import os

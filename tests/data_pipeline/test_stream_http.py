@@ -1,5 +1,6 @@
 """Shards behind a web server that fails in every way a web server does."""
 
+import contextlib
 import http.server
 import itertools
 import os
@@ -34,7 +35,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.faults, self.asked = folder, {}, []
+        self.folder, self.faults, self.asked, self.sent = folder, {}, [], 0
 
     @property
     def url(self):
@@ -44,6 +45,12 @@ class Server(http.server.ThreadingHTTPServer):
 class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
+
+    def send_all(self, pieces):
+        with contextlib.suppress(ConnectionError):
+            for piece in pieces:
+                self.wfile.write(piece)
+                self.server.sent += len(piece)
 
     def do_HEAD(self):
         self.answer(body=False)
@@ -65,12 +72,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send_error(503 if fault else 404)
         data = path.read_bytes()
         self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
+        if fault == "endless":
+            data = itertools.repeat(bytes(1 << 20), 64)
+        else:
+            self.send_header("Content-Length", str(len(data)))
         self.end_headers()
+        if fault == "endless":
+            self.close_connection = True
+            return self.send_all(data)
         if body and fault == "slow":
             for at in range(0, len(data), 2000):
                 self.wfile.write(data[at : at + 2000])
                 time.sleep(0.02)
+        elif body and fault == "drip":
+            with contextlib.suppress(ConnectionError):
+                for at in range(len(data)):
+                    self.wfile.write(data[at : at + 1])
+                    time.sleep(0.01)
         elif body:
             self.wfile.write(data[: len(data) // 2] if fault == "truncated" else data)
         if fault == "truncated":
@@ -115,7 +133,7 @@ def test_faults_that_pass_change_no_batch(local, server, tmp_path):
     assert batches_hash(everything(stream)) == expected
     assert stream.damaged == 0
     assert not any(server.faults.values())  # each fault was met
-    assert not list((tmp_path / "cache").glob(".*.tmp"))
+    assert not list((tmp_path / "cache").rglob(".*.tmp"))
 
 
 def test_a_server_that_stalls_is_given_up_on_and_asked_again(local, server, tmp_path, monkeypatch):
@@ -125,6 +143,20 @@ def test_a_server_that_stalls_is_given_up_on_and_asked_again(local, server, tmp_
     server.faults = {shard.name: ["stalled"] for shard in local.shards}
     assert make_stream(manifest).sample(0).damage is None
     assert max(server.asked.count(shard.name) for shard in local.shards) >= 2
+
+
+def test_a_download_stops_at_the_manifest_s_size_and_below_the_least_rate(local, server, tmp_path, monkeypatch):
+    manifest = load(server, tmp_path)
+    manifest.remote.prefetch = lambda wanted: None
+    monkeypatch.setattr(remote, "STALLED", 0.3)
+    shard, slow = local.shards[:2]
+    server.faults = {shard.name: ["endless"] * 8, slow.name: ["drip"] * 8}
+    with pytest.raises(OSError, match=f"more than {shard.size} bytes came: stopped"):
+        manifest.open(shard.name, size=shard.size, sha256=shard.sha256)
+    assert server.sent < 8 * 32 * 2**20  # half of what was on offer
+    with pytest.raises(OSError, match="below 10000 bytes/s: stopped"):
+        manifest.open(slow.name, size=slow.size, sha256=slow.sha256)
+    assert not list((tmp_path / "cache").rglob(".*.tmp"))
 
 
 def test_an_unavailable_server_is_not_taken_for_a_missing_file(server, tmp_path):
@@ -153,7 +185,7 @@ def test_a_shard_that_goes_bad_in_mid_run_is_padding_counted_and_in_the_ledger(l
     manifest.remote.prefetch = lambda wanted: None
     stream = make_stream(manifest)
     first = stream.batch(range(3))
-    bad = next(shard for shard in local.shards if not (tmp_path / "cache" / shard.name).exists())
+    bad = next(shard for shard in local.shards if not manifest.remote.place(shard.name, shard.sha256).exists())
     path = local.directory / bad.name
     shutil.copy(path, tmp_path / "good.tar")
     if damage == "altered":
@@ -195,12 +227,12 @@ def test_counting_and_verifying_what_cannot_be_written_to(local, server, tmp_pat
     monkeypatch.setenv("MEGATRON_TN_CACHE", str(tmp_path / "other"))
     assert counting.main([f"{server.url}/manifest.json", band.to_json(), "--local", "--workers", "2"]) == 0
     stream = make_stream(Manifest.load(f"{server.url}/manifest.json"), filter=band)
-    assert verify.main([f"{server.url}/manifest.json"]) == 0
+    assert verify.main([f"{server.url}/manifest.json", "--workers=1"]) == 0
     path = local.directory / local.shards[1].name
     data = bytearray(path.read_bytes())
     data[700] ^= 1
     path.write_bytes(data)  # the cache still has the good one, which is not what is asked
-    assert verify.main([f"{server.url}/manifest.json"]) == 1
+    assert verify.main([f"{server.url}/manifest.json", "--workers=1"]) == 1
     said = capsys.readouterr()
     assert f"of {local.totals.documents} documents" in said.out
     assert f"shard {local.shards[1].name}: altered" in said.err

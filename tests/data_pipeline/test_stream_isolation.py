@@ -1,4 +1,4 @@
-"""Promise 2 as far as the data goes: boundaries are where the documents' are."""
+"""Isolated documents in the stream: boundaries are where the documents' are."""
 
 import numpy as np
 import pytest

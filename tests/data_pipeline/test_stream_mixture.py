@@ -122,7 +122,7 @@ def test_the_interleave_is_exact_for_any_block():
 
 
 def test_skipped_samples_are_padding_in_every_later_run(manifest):
-    """Promise 8: the same list across three restarts gives the same stream."""
+    """The same list across three restarts gives the same stream."""
     plain, skipping = make_stream(manifest), make_stream(manifest)
     skipping.skip([(24, 48), (60, 61)])
     runs = [skipping]

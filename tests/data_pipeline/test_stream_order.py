@@ -1,4 +1,4 @@
-"""Promise 1: what a global batch holds depends on manifest, seed and step, on nothing else."""
+"""What a global batch holds depends on manifest, seed and step, on nothing else."""
 
 import itertools
 import json
@@ -51,6 +51,12 @@ def global_hashes(manifest, steps, *, size, workers, micro_batch):
     finally:
         for loader in loaders:
             loader.close()
+
+
+def test_a_window_beyond_all_shards_mixes_all_of_them(manifest):
+    """Also one that no 64-bit integer holds."""
+    all_of_them, beyond = (stream(manifest, window=window) for window in (len(manifest.shards), 10**19))
+    assert batches_hash([all_of_them.read(range(9))]) == batches_hash([beyond.read(range(9))])
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")

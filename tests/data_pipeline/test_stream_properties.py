@@ -1,4 +1,4 @@
-"""Promises 1, 2, 8 and 21 over drawn corpora, filters, mixtures, topologies, stops and skips, each from its seed."""
+"""Order, isolation, skips and damage, over corpora, filters, mixtures, topologies and stops drawn from a seed."""
 
 import itertools
 

@@ -65,14 +65,14 @@ def test_the_cache_stays_within_its_bound_and_nothing_is_lost(local, url, tmp_pa
         assert stream.sample(index).damage is None
         largest = max(largest, cached_bytes(tmp_path))
     assert 0 < largest <= bound
-    assert (tmp_path / "cache" / "manifest.json").exists()
+    assert list((tmp_path / "cache").glob("*/manifest.json"))
 
 
 def test_what_comes_next_is_there_before_it_is_asked_for(url, tmp_path):
     stream = make_stream(load(url, tmp_path))
     stream.sample(0)
     stream.manifest.remote._pool.shutdown(wait=True)
-    here = {path.name for path in (tmp_path / "cache").glob("*.tar")}
+    here = list((tmp_path / "cache" / "content").glob("*.tar"))
     assert len(here) >= stream.window + 1
 
 
@@ -88,7 +88,7 @@ class Flaky:
     def __init__(self, inner, failures, cut):
         self.inner, self.left, self.cut = inner, failures, cut
 
-    def get_file(self, path, target):
+    def get_file(self, path, target, callback):
         failing = self.left and path.endswith(".tar")
         self.left -= bool(failing)
         if failing and not self.cut:
@@ -111,7 +111,7 @@ def test_retries_with_backoff_and_then_damage(local, url, tmp_path, monkeypatch,
     assert 0.5 <= waits[0] <= 1.0 <= waits[1] <= 2.0
     if not whole:
         assert "3 attempts" in sample.damage.reason
-    assert not list((tmp_path / "cache").glob(".*.tmp"))
+    assert not list((tmp_path / "cache").rglob(".*.tmp"))
 
 
 def test_an_altered_shard_is_damage_and_never_data(local, url, tmp_path, monkeypatch):
@@ -217,7 +217,7 @@ def test_scores_that_were_made_again_are_not_taken_from_the_cache(local, url, sc
     memory.pipe(f"{scored}/{path.name}", path.read_bytes())
     name = counts_file(local, BAND)
     memory.rm(f"{scored}/{name}")
-    (tmp_path / "cache" / name).unlink()
+    next((tmp_path / "cache").glob(f"*/{name}")).unlink()
     other = Manifest.load(f"{url}/manifest.json", cache=tmp_path / "other")
     assert counting.count(other, BAND).content_hash == counting.count(local, BAND).content_hash
     again = build_stream(load(url, tmp_path), sequence_length=16, seed=2, filter=BAND)
@@ -284,3 +284,41 @@ def test_many_ranks_load_one_url_at_once(local, tmp_path):
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: load(f"file://{local.directory}", tmp_path).content_hash, range(64)))
     assert set(found) == {local.content_hash}
+
+
+def test_a_corpus_published_again_at_its_address_is_read_anew(url, tmp_path):
+    """Other documents under the same names, in tar files of the same sizes: the cache has the old ones."""
+    memory, root = fsspec.filesystem("memory"), url.removeprefix("memory:/")
+    old = load(url, tmp_path)
+    before = make_stream(old).batch(range(20))
+    other = make_shards(tmp_path / "again", documents=160, shard_tokens=300, seed=5)
+    assert [shard.name for shard in other.shards][:3] == [shard.name for shard in old.shards][:3]
+    assert {s.size for s in other.shards} & {s.size for s in old.shards}
+    for path in other.directory.iterdir():
+        memory.pipe(f"{root}/{path.name}", path.read_bytes())
+    after = make_stream(load(url, tmp_path)).batch(range(20))
+    assert not after.damaged
+    assert batches_hash([after]) == batches_hash([make_stream(other).batch(range(20))]) != batches_hash([before])
+
+
+def test_one_bound_holds_for_all_addresses_of_a_node(local, url, tmp_path):
+    memory, root = fsspec.filesystem("memory"), url.removeprefix("memory:/")
+    other = make_shards(tmp_path / "second", documents=160, shard_tokens=300, seed=5)
+    for path in other.directory.iterdir():
+        memory.pipe(f"{root}-second/{path.name}", path.read_bytes())
+    bound = 5 * max(shard.size for shard in (*local.shards, *other.shards))
+    streams = [make_stream(load(place, tmp_path, cache_bytes=bound)) for place in (url, f"{url}-second")]
+    largest = 0
+    for index in range(20):
+        assert not any(stream.sample(index).damage for stream in streams)
+        largest = max(largest, cached_bytes(tmp_path))
+    assert 0 < largest <= bound
+
+
+def test_a_lock_file_that_is_a_link_is_refused(url, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "victim").write_text("kept")
+    (tmp_path / "cache" / ".lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(InputError, match="Too many levels of symbolic links"):
+        load(url, tmp_path)
+    assert (tmp_path / "victim").read_text() == "kept"

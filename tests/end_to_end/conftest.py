@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.programs import forked_programs  # noqa: F401
 from tests.helpers.shards import make_text_shards
 
 

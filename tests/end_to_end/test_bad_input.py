@@ -133,10 +133,10 @@ def test_a_run_folder_without_a_name(shards, tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_path_that_hydra_cannot_read_is_told_how_to_be_written(shards, tmp_path, capsys):
-    assert call(train, *SMALL, f"data.manifest={shards}", f"run_dir={tmp_path}/my [first] run") == 2
+def test_a_list_that_hydra_cannot_read_is_told_how_to_be_written(shards, tmp_path, capsys):
+    assert call(train, *SMALL, f"data.manifest={shards}", f"run_dir={tmp_path}/run", "data.document_stages=[a") == 2
     said = capsys.readouterr().err
-    assert f"error: not an override: 'run_dir={tmp_path}/my [first] run'" in said
+    assert "error: not an override: 'data.document_stages=[a'" in said
     assert "in quotes of its own" in said
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import signal
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tn.training.run_folder import RunFolder
 from tests.helpers.training import SMALL, fork_ranks, records, train_here
 
 TIMEOUT = 2
@@ -77,7 +77,7 @@ class Ranks:
         return Path(f"{self.said}.{rank}").read_text()
 
     def status(self) -> dict:
-        return json.loads((self.run / "status.json").read_text())
+        return RunFolder(self.run).status()
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_a_rank_that_dies_is_named_at_once(start, victim):
 def test_of_several_that_are_left_none_is_taken_for_the_one_that_died(start):
     """Their collectives break one after the other, and each meets the others' broken connections."""
     # A rank whose neighbours live hears of it when they leave, half of this later and what their leaving takes.
-    ranks = start("", 4, "hang_timeout_s=16")
+    ranks = start("", 4, "hang_timeout_s=8")
     ranks.wait_for_steps(2)
     os.kill(ranks.processes[2].pid, signal.SIGKILL)
     left = (0, 1, 3)

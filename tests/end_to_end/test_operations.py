@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
 import os
@@ -15,6 +14,7 @@ import pytest
 
 from megatron_tn.checkpoint.manifest import MANIFEST, Manifest, whole_checkpoints
 from megatron_tn.train import main as train
+from megatron_tn.training.run_folder import RunFolder
 from tests.helpers.training import ROOT, SMALL, call, fork_ranks, losses, records, train_forked, train_here
 
 STEPS = 6
@@ -64,7 +64,7 @@ def signal_at(overrides: tuple[str, ...], moment: str) -> None:
 def test_told_to_stop_at_any_moment_it_saves_and_goes_on(words, uninterrupted, tmp_path, moment, step):
     run = tmp_path / "run"
     train_forked(2, *words, f"run_dir={run}", function=signal_at, args=(moment,))
-    assert json.loads((run / "status.json").read_text())["state"] == "preempted"
+    assert RunFolder(run).status()["state"] == "preempted"
     assert [path.name for path in whole_checkpoints(run / "checkpoints")] == [f"step_{step:08d}"]
     evaluated = [record["step"] for record in records(run, "heldout_loss")]
     assert evaluated == [2][: step // 2]  # the one that was under way is left
@@ -78,64 +78,90 @@ def test_told_to_stop_among_batches_that_are_left_out_it_stops_there(words, tmp_
     run = tmp_path / "run"
     skip = f"data.skip_batches=['1-{STEPS - 1}']"
     train_forked(2, *words, skip, f"run_dir={run}", function=signal_at, args=("warm-up",))
-    assert json.loads((run / "status.json").read_text())["state"] == "preempted"
+    assert RunFolder(run).status()["state"] == "preempted"
     assert [path.name for path in whole_checkpoints(run / "checkpoints")] == ["step_00000001"]
 
 
-def start_alone(*words: str) -> subprocess.Popen:
-    """One process with reader processes, all in a process group of their own."""
-    command = [sys.executable, "-m", "megatron_tn.train", *words]
+def start_alone(*words: str, command: tuple[str, ...] = ()) -> subprocess.Popen:
+    """megatron_tn.train by itself or by a launcher's `command`, with all that it starts in a process group."""
+    line = [sys.executable, *command, "-m", "megatron_tn.train", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, process_group=0)
+    return subprocess.Popen(line, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, process_group=0)
 
 
 def until_step(run, step: int) -> None:
-    deadline = time.time() + 60
+    deadline = time.time() + 120
     while time.time() < deadline:
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            if max(losses(run), default=0) >= step:
-                return
+        if max((record["step"] for record in RunFolder(run).records("loss")), default=0) >= step:
+            return
         time.sleep(0.05)
     raise TimeoutError(f"{run} is not at step {step}")
 
 
-def test_a_signal_to_every_process_readers_included_saves_as_well(words, tmp_path):
-    """As SLURM and containers send it."""
+LONG = ("data.workers=2", "schedule.steps=100000", "evaluation.every=0", "logging.wandb.mode=offline")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2")
+
+
+@pytest.mark.parametrize(
+    ("command", "number", "code"),
+    [((), signal.SIGTERM, 0), ((), signal.SIGINT, 130), (TORCHRUN, signal.SIGINT, 1)],
+    ids=["TERM", "Ctrl-C", "Ctrl-C under torchrun"],
+)
+def test_a_signal_to_every_process_readers_included_saves_as_well(words, tmp_path, command, number, code):
+    """As SLURM, containers and terminals send it. torchrun passes SIGINT on once more, and has its own exit code."""
     run = tmp_path / "run"
-    many = ("data.workers=2", "schedule.steps=100000", "evaluation.every=0")
-    process = start_alone(*words, f"run_dir={run}", *many)
+    process = start_alone(*words, f"run_dir={run}", *LONG, command=command)
     until_step(run, 3)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 0, said
-    assert json.loads((run / "status.json").read_text())["state"] == "preempted"
-    assert len(whole_checkpoints(run / "checkpoints")) == 1
+    assert process.returncode == code, said
+    status = RunFolder(run).status()
+    assert status["state"] == "preempted"
+    assert list(RunFolder(run).saved()) == [status["step"]] == [RunFolder(run).records("loss")[-1]["step"]]
+    assert said.count(f"saved step {status['step']}; the same command goes on") == 1
+    assert "megatron_tn/train.py" not in said  # no traceback of a trainer
 
 
-def test_a_second_run_in_the_same_folder_is_refused(words, tmp_path):
+def test_of_two_runs_that_start_in_one_folder_at_once_one_trains(words, tmp_path, capsys):
     run = tmp_path / "run"
-    many = ("data.workers=1", "schedule.steps=100000", "evaluation.every=0", f"run_dir={run}")
-    first = start_alone(*words, *many)
+    many = (*words, "data.workers=1", "schedule.steps=100000", "evaluation.every=0", f"run_dir={run}")
+    both = [fork_ranks(1, train_here, many)[0] for _ in range(2)]
     until_step(run, 1)
-    second = start_alone(*words, *many)
-    _, said = second.communicate(timeout=60)
-    assert second.returncode == 2, said
-    assert f"run_dir={run} is in use: rank 0 (host " in said
+    while all(process.is_alive() for process in both):
+        time.sleep(0.05)
+    first, refused = sorted(both, key=lambda process: not process.is_alive())
+    assert (first.exitcode, refused.exitcode) == (None, 2)
+    assert call(train, *many) == 2  # and so it is as long as the first one trains
+    assert f"run_dir={run} is in use: rank 0 (host " in capsys.readouterr().err
     first.kill()
-    first.communicate()
-    third = start_alone(*words, *many, "stop_after=2")  # the first one died without a word
-    _, said = third.communicate(timeout=60)
-    assert third.returncode == 0, said
+    first.join()
+    train_forked(1, *many, "stop_after=2")  # its lock is gone with it
 
 
-def test_a_sweep_that_is_told_to_stop_begins_no_other_job(words, tmp_path):
+def signal_the_job(overrides: tuple[str, ...], number: int) -> None:
+    """A sweep whose first job is signalled in its second step."""
+    import megatron_tn.train as module
+
+    real = module.train_step
+    taken = []
+
+    def step(*arguments, **options):
+        taken.append(1)
+        if len(taken) == 2:
+            os.kill(os.getpid(), number)
+        return real(*arguments, **options)
+
+    module.train_step = step
+    train_here(overrides)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["TERM", "Ctrl-C"])
+def test_a_sweep_that_is_told_to_stop_begins_no_other_job(words, tmp_path, number, code):
     many = ("schedule.steps=100000", "evaluation.every=0", f"run_dir={tmp_path}", "seed=1,2", "--multirun")
-    process = start_alone(*words, *many)
-    until_step(tmp_path / "0_seed=1", 2)
-    process.terminate()
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 0, said
-    assert json.loads((tmp_path / "0_seed=1" / "status.json").read_text())["state"] == "preempted"
+    (process,) = fork_ranks(1, signal_the_job, (*words, *many), number)
+    process.join(60)
+    assert process.exitcode == code
+    assert RunFolder(tmp_path / "0_seed=1").status()["state"] == "preempted"
     assert not (tmp_path / "1_seed=2").exists()
 
 
@@ -240,42 +266,30 @@ def test_a_save_that_fails_ends_the_run_when_it_must(words, tmp_path, more, save
     for rank in ranks:
         rank.join(120)
     assert [rank.exitcode for rank in ranks] == [1, 1]
-    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    status = RunFolder(tmp_path / "run").status()
     assert status["state"] == "failed"
     assert "could not be written: rank 1: OSError" in status["error"]
 
 
-def cut(checkpoint) -> str:
+def cut(checkpoint) -> None:
     path = checkpoint / "rank_00001.safetensors"
     os.truncate(path, path.stat().st_size - 1)
-    return "rank_00001.safetensors has "
 
 
-def lose_a_file(checkpoint) -> str:
-    (checkpoint / "rank_00000.safetensors").unlink()
-    return "rank_00000.safetensors is missing"
-
-
-def spoil_the_manifest(checkpoint) -> str:
-    (checkpoint / MANIFEST).write_text("{")
-    return "manifest.json is damaged"
-
-
-@pytest.mark.parametrize("damage", [cut, lose_a_file, spoil_the_manifest])
-def test_a_damaged_newest_checkpoint_is_left_out_and_kept(words, uninterrupted, tmp_path, capsys, damage):
-    run = tmp_path / "run"
+def test_a_damaged_newest_checkpoint_is_left_out_and_kept(words, uninterrupted, tmp_path, capsys):
+    run = RunFolder(tmp_path / "run")
     again = (*words, f"run_dir={run}")
     train_forked(2, *again, "checkpoint.every=2", "stop_after=4")
-    second, fourth = whole_checkpoints(run / "checkpoints")
-    what = damage(fourth)
+    second, fourth = run.whole_checkpoints()
+    cut(fourth)
     train_forked(2, *again)
-    assert losses(run) == losses(uninterrupted)
-    assert len(list((run / "checkpoints").glob("step_00000004.damaged-*"))) == 1
-    (rewind,) = Manifest.read(whole_checkpoints(run / "checkpoints")[-1]).training["rewinds"]
+    assert losses(run.path) == losses(uninterrupted)
+    assert len(list(run.checkpoints.glob("step_00000004.damaged-*"))) == 1
+    (rewind,) = Manifest.read(run.whole_checkpoints()[-1]).training["rewinds"]
     assert (rewind["from"], rewind["to"], rewind["by"]) == (4, 2, "damage")
-    assert what in rewind["reason"]
+    assert "rank_00001.safetensors has " in rewind["reason"]
 
     (second / MANIFEST).unlink()
-    damage(whole_checkpoints(run / "checkpoints")[-1])  # no other is left
+    cut(run.whole_checkpoints()[-1])  # no other is left
     assert call(train, *again) == 2
-    assert f"no checkpoint in {run / 'checkpoints'} is whole; move them away" in capsys.readouterr().err
+    assert f"no checkpoint in {run.checkpoints} is whole; move them away" in capsys.readouterr().err

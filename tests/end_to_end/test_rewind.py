@@ -6,11 +6,12 @@ import itertools
 import json
 import math
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from megatron_tn.checkpoint.manifest import Manifest, whole_checkpoints
+from megatron_tn.checkpoint.manifest import MANIFEST, Manifest, whole_checkpoints
 from megatron_tn.train import main as train
 from tests.helpers.training import SMALL, call, fork_ranks, losses, records, train_forked, train_here
 
@@ -109,6 +110,40 @@ def test_the_save_that_a_rewind_waits_for_is_in_the_log(words, tmp_path):
     assert [record["checkpoint/step"] for record in records(run, "checkpoint/pause_s")] == [BAD - 1, STEPS]
 
 
+def train_and_die_after_the_rewind(overrides: tuple[str, ...]) -> None:
+    """The spike, and a death in the second step after it, before anything is saved again."""
+    import megatron_tn.train as module
+
+    real, seen = module.rewind, []
+
+    def rewind(*arguments):
+        real(*arguments)
+        seen.append(1)
+
+    def skipped_step(*arguments, **options):
+        if seen:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real_skip(*arguments, **options)
+
+    real_skip, module.skipped_step, module.rewind = module.skipped_step, skipped_step, rewind
+    train_with_a_bad_batch(overrides, "spike")
+
+
+def test_a_rewind_is_not_forgotten_when_the_process_dies_before_the_next_save(words, wanted, tmp_path):
+    """The next start is told nothing of the batch, and does not train on it."""
+    run = tmp_path / "run"
+    arguments = (*words, f"run_dir={run}")
+    ranks = fork_ranks(2, train_and_die_after_the_rewind, arguments)
+    for rank in ranks:
+        rank.join(100)
+    assert -signal.SIGKILL in [rank.exitcode for rank in ranks]
+    assert [path.name for path in whole_checkpoints(run / "checkpoints")] == ["step_00000004"]
+    train_forked(2, *arguments)
+    assert_same_run(run, wanted)
+    (note,) = last_checkpoint(run)[0].training["rewinds"]
+    assert (note["from"], note["to"], note["skip"], note["by"]) == (BAD, 4, [BAD], "guard")
+
+
 def train_with_damage(overrides: tuple[str, ...], checkpoints: str, left: int) -> None:
     """The spike, before which all but the first `left` checkpoints lose half of a file."""
     import megatron_tn.train as module
@@ -159,15 +194,21 @@ def test_the_ledger_outlives_three_restarts(words, wanted, tmp_path):
 def test_rewinding_by_hand(words, wanted, tmp_path, capsys):
     run = tmp_path / "run"
     train_forked(2, *words, f"run_dir={run}", "stop_after=9")
+    before = losses(run)
     assert call(train, *words, f"run_dir={run}", f"data.skip_batches=[{BAD}]") == 2
     assert f"step_00000009 has trained on batch {BAD} already; resume from one before it" in capsys.readouterr().err
     assert call(train, *words, f"run_dir={run}", "checkpoint.resume=5") == 2
     assert f"checkpoint.resume=5 does not exist; run_dir={run} has steps: 4, 8, 9" in capsys.readouterr().err
     rewound = (f"run_dir={run}", "checkpoint.resume=4", f"data.skip_batches=['{BAD}-{BAD}']")
     train_forked(2, *words, *rewound, "stop_after=5", "checkpoint.at_end=false")
-    assert [path.name for path in whole_checkpoints(run / "checkpoints")] == ["step_00000004"]  # 8 and 9 are no more
+    assert [path.name for path in whole_checkpoints(run / "checkpoints")] == ["step_00000004"]
+    kept = sorted((run / "checkpoints").glob("*.rewound-*"))
+    assert [path.suffix.partition("-")[0] for path in kept] == [".rewound"] * 2
     train_forked(2, *words, *rewound)
     assert_same_run(run, wanted)
+    assert all((path / MANIFEST).is_file() for path in kept)  # whatever was saved since
+    train_forked(2, *words, f"run_dir={tmp_path / 'back'}", f"checkpoint.resume={kept[0]}", "stop_after=9")
+    assert losses(tmp_path / "back") == {9: before[9]}
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +26,8 @@ from megatron_tn.evaluation.perplexity import document_nats
 from megatron_tn.generate import main as generate_main
 from megatron_tn.loading import load_any_model
 from megatron_tn.score import main as score
-from tests.helpers.training import ROOT, SMALL, call, losses, records, start_ranks, train_ranks
+from megatron_tn.training.run_folder import RunFolder
+from tests.helpers.training import SMALL, call, fork_ranks, losses, records, train_forked, train_here, train_ranks
 
 STEPS = 12
 
@@ -52,7 +51,7 @@ def test_it_learns_and_leaves_everything_behind(trained):
     curve = losses(trained)
     assert list(curve) == list(range(1, STEPS + 1))
     assert curve[STEPS] < curve[1] - 0.5
-    status = json.loads((trained / "status.json").read_text())
+    status = RunFolder(trained).status()
     assert (status["state"], status["step"]) == ("finished", STEPS)
     (evaluated,) = records(trained, "heldout_bits_per_byte")
     assert evaluated["step"] == STEPS
@@ -69,7 +68,7 @@ def test_two_interruptions_change_nothing(trained, tmp_path):
     """Loss, masters, moments, optimizer step, data position and RNG, bitwise; the vocabulary divides by no rank."""
     run = tmp_path / "run"
     for stop in (5, 9, 0):
-        train_ranks(2, *settings_of(trained), f"run_dir={run}", f"stop_after={stop}", folder=tmp_path)
+        train_forked(2, *settings_of(trained), f"run_dir={run}", f"stop_after={stop}")
     assert losses(run) == losses(trained)
     name = f"checkpoints/step_{STEPS:08d}"
     for rank in range(2):
@@ -90,35 +89,50 @@ def test_a_growing_batch_is_resumed_within_its_growth_at_another_layout(trained,
     deepspeed.write_text('{"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000}}')
     ramp = ("schedule.ramp_from=2", "schedule.ramp_increment=2", "schedule.ramp_steps=6", "engine.precision=fp32")
     settings = (*settings_of(trained), *ramp, "parallel.tp=1", "data.global_batch=6", "schedule.steps=9")
-    train_ranks(2, *settings, f"run_dir={tmp_path / 'whole'}", folder=tmp_path)
-    train_ranks(1, *settings, f"run_dir={tmp_path / 'cut'}", "stop_after=4", folder=tmp_path)
+    train_forked(2, *settings, f"run_dir={tmp_path / 'whole'}")
+    train_forked(1, *settings, f"run_dir={tmp_path / 'cut'}", "stop_after=4")
     own = f"engine.deepspeed_config={deepspeed}"
-    train_ranks(2, *settings, f"run_dir={tmp_path / 'cut'}", own, folder=tmp_path)
+    train_forked(2, *settings, f"run_dir={tmp_path / 'cut'}", own)
     whole, cut = (records(tmp_path / name, "samples") for name in ("whole", "cut"))
     assert [r["samples"] for r in whole] == [2, 4, 6, 10, 14, 18, 24, 30, 36]
     assert [r["samples"] for r in cut] == [r["samples"] for r in whole]
     assert [r["loss"] for r in cut] == pytest.approx([r["loss"] for r in whole], rel=1e-5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["TERM", "USR1"])
-def test_a_signal_to_one_rank_saves_one_step_on_all(trained, tmp_path, number):
+def signal_in_a_step(overrides: tuple[str, ...], number: int) -> None:
+    """Rank 1 alone is signalled while it takes its third step."""
+    import megatron_tn.train as module
+
+    real, taken = module.train_step, []
+
+    def step(*arguments, **options):
+        taken.append(1)
+        if os.environ["RANK"] == "1" and len(taken) == 3:
+            os.kill(os.getpid(), number)
+        return real(*arguments, **options)
+
+    module.train_step = step
+    train_here(overrides)
+
+
+@pytest.mark.parametrize(
+    ("number", "codes"),
+    [(signal.SIGTERM, [0, 0]), (signal.SIGUSR1, [0, 0]), (signal.SIGINT, [0, 130])],
+    ids=["TERM", "USR1", "INT"],
+)
+def test_a_signal_to_one_rank_saves_one_step_on_all(trained, tmp_path, number, codes):
     run = tmp_path / "run"
-    ranks = start_ranks(2, *settings_of(trained), f"run_dir={run}", folder=tmp_path)
-    until = time.time() + 120
-    while not ((run / "log.jsonl").is_file() and (run / "log.jsonl").read_text().count("\n") >= 2):
-        assert time.time() < until, "no steps were taken"
-        assert all(process.poll() is None for process in ranks)
-        time.sleep(0.02)
-    ranks[1].send_signal(number)
-    said = [process.communicate(timeout=120)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], said
-    status = json.loads((run / "status.json").read_text())
-    assert status["state"] == "preempted"
-    assert 2 <= status["step"] < STEPS
-    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{status['step']:08d}"]
-    assert losses(run) == {step: loss for step, loss in losses(trained).items() if step <= status["step"]}
-    train_ranks(2, *settings_of(trained), f"run_dir={run}", folder=tmp_path)
-    assert losses(run) == losses(trained)
+    ranks = fork_ranks(2, signal_in_a_step, (*settings_of(trained), f"run_dir={run}"), number)
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == codes
+    status = RunFolder(run).status()
+    assert (status["state"], status["step"]) == ("preempted", 4)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000004"]
+    assert losses(run) == {step: loss for step, loss in losses(trained).items() if step <= 4}
+    if number == signal.SIGTERM:
+        train_forked(2, *settings_of(trained), f"run_dir={run}")
+        assert losses(run) == losses(trained)
 
 
 @pytest.mark.parametrize("output", ["", "checkpoints/step_00000012"], ids=["run", "checkpoint"])
@@ -190,11 +204,9 @@ def test_scores_are_written_once_and_are_the_models(trained, tmp_path, capsys, m
 
 def test_a_sweep_gives_every_job_a_folder_named_by_what_it_varies(shards, tmp_path):
     words = (*SMALL, f"data.manifest={shards}", f"run_dir={tmp_path / 'sweep'}", "schedule.steps=3")
-    command = [sys.executable, "-m", "megatron_tn.train", "--multirun", *words, "model.decay=released,none", "seed=1,2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    names = ["0_model.decay=released_seed=1", "1_model.decay=released_seed=2"]
-    names += ["2_model.decay=none_seed=1", "3_model.decay=none_seed=2"]
+    train_forked(1, "--multirun", *words, "model.decay=released,none", "seed=1,2")
+    names = ["0_model.decay-released_seed-1", "1_model.decay-released_seed-2"]
+    names += ["2_model.decay-none_seed-1", "3_model.decay-none_seed-2"]
     curves = [losses(tmp_path / "sweep" / name) for name in names]
     assert len({tuple(curve.values()) for curve in curves}) == 4
     assert all(list(curve) == [1, 2, 3] for curve in curves)

@@ -50,8 +50,7 @@ def corpora(shards, tmp_path):
     return folder
 
 
-def test_the_better_corpus_wins_and_what_is_done_is_not_done_again(corpora, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_the_better_corpus_wins_and_what_is_done_is_not_done_again(corpora, tmp_path, forked_programs, capsys):
     runs = tmp_path / "runs"
     words = ["--corpora", str(corpora), "--run-dir", str(runs), "--seeds", "1", "--at-once", "2", "--selfclean", *TINY]
     assert main(words) == 0, capsys.readouterr().err

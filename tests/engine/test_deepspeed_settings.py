@@ -7,7 +7,7 @@ import json
 import pytest
 
 from megatron_tn.config import ConfigError, TrainConfig, from_mapping, load, save
-from megatron_tn.engine.deepspeed_settings import deepspeed_settings
+from megatron_tn.engine.deepspeed.settings import deepspeed_settings
 
 
 def config(theirs, **engine) -> TrainConfig:
@@ -93,3 +93,11 @@ def test_a_file_that_is_none_is_named(tmp_path):
 def test_only_with_deepspeed():
     (problem,) = config({"comms_logger": {}}, name="local").problems(1)
     assert problem == "engine.deepspeed_config is set, but engine.name=local is not deepspeed"
+
+
+def test_another_version_of_deepspeed_is_refused_with_what_to_do():
+    from megatron_tn.engine.deepspeed.adapter import WRITTEN_FOR, check_version
+
+    check_version(f"{WRITTEN_FOR}+cpu")
+    with pytest.raises(ConfigError, match=rf"deepspeed 0\.20\.1 is installed, .*install deepspeed=={WRITTEN_FOR}"):
+        check_version("0.20.1")

@@ -11,7 +11,18 @@ from megatron_tn import load_pretrained
 from megatron_tn.config import EngineConfig
 from megatron_tn.parallel import products
 from megatron_tn.parallel.context import ParallelContext
-from tests.engine.test_parity import ALL_PARTITIONED, FSDP2, LOCAL, RMSNORM, ZERO, check_gradients, name_of, train
+from tests.engine.test_parity import (
+    ALL_PARTITIONED,
+    FSDP2,
+    LOCAL,
+    RMSNORM,
+    ZERO,
+    ZERO_BF16,
+    check_gradients,
+    name_of,
+    train,
+    train_each,
+)
 from tests.engine.test_replicas import assert_replicas_equal, replicated
 from tests.helpers.golden import NAMES, golden, relative_to_max
 from tests.helpers.models import TINY
@@ -25,7 +36,6 @@ LAYOUTS = [
     pytest.param(2, 1, marks=TWO, id="2-gpus-dp2"),
     pytest.param(2, 2, marks=TWO, id="2-gpus-tp2"),
 ]
-BF16 = [EngineConfig(name="deepspeed", zero_stage=stage, precision="bf16") for stage in range(4)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -54,10 +64,6 @@ def test_golden_vectors(name):
 def test_gradients_equal_one_fp64_process(world, tp):
     cases = [(engine, n, TINY.norm) for engine in (LOCAL, *ZERO) for n in (1, 3)]
     check_gradients(world, tp, [*cases, (ZERO[1], 1, "rmsnorm"), (ZERO[3], 3, "rmsnorm")], device="cuda")
-
-
-def train_each(tp: int, engines: list[EngineConfig], sequence_parallel: bool) -> dict[str, list[float]]:
-    return {name_of(engine): train(tp, engine, 10, TINY, sequence_parallel)["losses"] for engine in engines}
 
 
 @TWO
@@ -92,16 +98,16 @@ def test_gradients_of_products_of_layouts_equal_one_fp64_process(tp, cp, shared)
 def test_bf16_training_follows_fp32(world, tp):
     exact = run_ranks(1, train, 1, LOCAL, 10, TINY)[0]["losses"]
     for sequence_parallel in (False, True) if tp > 1 else (False,):
-        found = run_ranks(world, train_each, tp, BF16, sequence_parallel, device="cuda")[0]
-        for name, losses in found.items():
-            assert losses == pytest.approx(exact, rel=0.02), name
-            assert losses[-1] < losses[0] - 0.1, name
+        of_engines = run_ranks(world, train_each, tp, ZERO_BF16, 10, TINY, sequence_parallel, device="cuda")[0]
+        for name, found in of_engines.items():
+            assert found["losses"] == pytest.approx(exact, rel=0.02), name
+            assert found["losses"][-1] < found["losses"][0] - 0.1, name
 
 
 @TWO
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence_parallel"])
 def test_replicated_parameters_are_bit_equal_after_twenty_steps(sequence_parallel):
-    ranks = run_ranks(2, train, 2, BF16[1], 20, RMSNORM, sequence_parallel, device="cuda")
+    ranks = run_ranks(2, train, 2, ZERO_BF16[1], 20, RMSNORM, sequence_parallel, device="cuda")
     one, other = (replicated(found) for found in ranks)
     for name in one:
         assert torch.equal(one[name], other[name]), name

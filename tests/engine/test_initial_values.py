@@ -10,8 +10,9 @@ import torch
 
 from megatron_tn.config import EngineConfig, ModelConfig, ParallelConfig
 from megatron_tn.engine.build import build_engine, initialize_engine
-from megatron_tn.model.flops import parameter_count
-from megatron_tn.model.init import TILE, fill_initial, initial_box
+from megatron_tn.model.init import TILE, fill_initial
+from megatron_tn.model.registry import parameter_count
+from megatron_tn.model.transnormer import initial_box
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.sharding import ShardSpec
 from megatron_tn.planning.live import LiveMemory

@@ -12,7 +12,7 @@ from megatron_tn.config import EngineConfig, ParallelConfig
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.model.block import Block
 from megatron_tn.model.init import initialize
-from megatron_tn.model.transnormer import empty_model
+from megatron_tn.model.registry import build_model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.recompute import recompute_blocks
 from megatron_tn.planning.live import LiveMemory
@@ -23,7 +23,7 @@ from tests.helpers.ranks import run_ranks, this_device
 
 def backward(policy: str, every: int = 1) -> tuple[int, dict[str, torch.Tensor]]:
     """Bytes that the forward pass leaves behind, and every gradient."""
-    model = empty_model(dataclasses.replace(TINY, lrpe="all"), None, "cpu", torch.float32)
+    model = build_model(dataclasses.replace(TINY, lrpe="all"), None, "cpu", torch.float32)
     initialize(model, 0)
     recompute_blocks(model.model.layers, policy, every)
     tokens, targets = random_batch(2, 64)
@@ -117,7 +117,7 @@ def test_every_engine_recomputes(tp, cp, sequence_parallel, engines, compiled):
 
 @pytest.mark.parametrize("policy", ["none", "full"])
 def test_a_block_is_one_graph(policy):
-    model = empty_model(TINY, None, "cpu", torch.float32)
+    model = build_model(TINY, None, "cpu", torch.float32)
     initialize(model, 0)
     tokens, targets = random_batch(2, 24)
     wanted = model.loss(tokens, targets)
@@ -139,7 +139,7 @@ def compiled_gradients(tp: int, cp: int, sequence_parallel: bool) -> list[dict[s
     tokens, targets = random_batch(3, 7)
     found = []
     for compiled, policy in ((False, "none"), (True, "none"), (True, "selective"), (True, "full")):
-        model = empty_model(TINY, context, "cpu", torch.float32)
+        model = build_model(TINY, context, "cpu", torch.float32)
         initialize(model, 0)
         recompute_blocks(model.model.layers, policy)
         if compiled:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from megatron_tn.config import DataConfig, EngineConfig, ModelConfig, OptimConfig, TrainConfig
+from megatron_tn.model.base import Model
 from megatron_tn.model.init import initialize
-from megatron_tn.model.transnormer import TransNormerLM, empty_model
+from megatron_tn.model.registry import build_model
 
 # Eight heads and a GLU width of 96 divide by every tensor-parallel size up to 8; 101 does not, so rows are padded.
 TINY = ModelConfig(name="tiny", vocab_size=101, embed_dim=64, layers=3, heads=8, glu_dim=96, init_std=0.05)
@@ -26,6 +27,14 @@ class Rows(NamedTuple):
     @property
     def target_tokens(self) -> int:
         return int((self.targets != -100).sum())
+
+    @property
+    def samples(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def pad(self) -> int:
+        return 0
 
 
 def tiny_config(**changes) -> TrainConfig:
@@ -51,9 +60,9 @@ def random_batch(
     return ids[:, :-1].contiguous(), targets
 
 
-def reference_model(config: ModelConfig, seed: int, dtype: torch.dtype = torch.float64) -> TransNormerLM:
+def reference_model(config: ModelConfig, seed: int, dtype: torch.dtype = torch.float64) -> Model:
     """One process, whole model, in fp64."""
-    model = empty_model(config, None, "cpu", dtype)
+    model = build_model(config, None, "cpu", dtype)
     initialize(model, seed)
     return model
 

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megatron_tn.parallel.world import leave_world, let_segments_grow
+from megatron_tn.device.allocator import use_expandable_segments
+from megatron_tn.parallel.world import leave_world
 
 TIMEOUT_S = 300
 
@@ -48,7 +49,7 @@ def _rank(rank: int, size: int, folder: str, device: str, function: Callable[...
     if device == "cuda":
         _device = f"cuda:{rank}"
         torch.cuda.set_device(rank)
-        let_segments_grow()
+        use_expandable_segments()
     # A file store needs no port, so tests can run side by side.
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -15,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from megatron_tn.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 # A model that trains in seconds; 401 vocabulary entries divide by nothing.
@@ -133,5 +134,4 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 def records(run_dir: Path, key: str) -> list[dict]:
     """The records of log.jsonl that have `key`."""
-    found = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    return [record for record in found if key in record]
+    return RunFolder(run_dir).records(key)

@@ -14,16 +14,19 @@ from kernels import dispatch
 # In the order of import: a copy finds the copies of those before it.
 TRITON_MODULES = (
     "kernels.adamw.triton_adamw",
-    "kernels.lightning.triton_features",
-    "kernels.lightning.triton_place",
+    "kernels.lightning.triton_sequences",
     "kernels.lightning.triton_scan",
     "kernels.lightning.triton_segments",
-    "kernels.lightning.triton_gate",
-    "kernels.lightning.launch",
-    "kernels.lightning.launch_gla",
-    "kernels.lightning.triton_step",
-    "kernels.norm_gate.triton_norm_gate",
-    "kernels.cross_entropy.triton_head",
+    "kernels.lightning.scan",
+    "kernels.lightning.passes",
+    "kernels.gla.triton_features",
+    "kernels.gla.triton_gate",
+    "kernels.gla.triton_step",
+    "kernels.gla.feature_map",
+    "kernels.gla.passes",
+    "kernels.cross_entropy.triton_exponentials",
+    "kernels.cross_entropy.triton_gradient",
+    "kernels.cross_entropy.exponentials",
     "kernels.embedding.triton_embedding",
     "kernels.sglu.triton_sglu",
     "kernels.srmsnorm.triton_norm",
@@ -69,6 +72,20 @@ def interpreted_language():
                     setattr(part, name, value)
 
 
+def refuse_unknown_arguments(monkeypatch) -> None:
+    """Have a launch in the interpreter refuse a keyword that the kernel does not have, as a launch on a GPU does."""
+    from triton.runtime.interpreter import GridExecutor
+
+    launch = GridExecutor.__call__
+
+    def checked(self, *args, **kwargs):
+        unknown = kwargs.keys() - set(self.arg_names) - {"num_warps", "num_stages"}
+        assert not unknown, f"{self.fn.__name__} has no argument {unknown}"
+        return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", checked)
+
+
 @pytest.fixture
 def poisoned(monkeypatch):
     """torch.empty and torch.empty_like hand out NaN, so that an element a kernel leaves unwritten shows."""
@@ -98,6 +115,7 @@ def triton_device(request, monkeypatch, poisoned):
             device = "cpu"
             monkeypatch.setenv("TRITON_INTERPRET", "1")
             stack.enter_context(interpreted_language())
+            refuse_unknown_arguments(monkeypatch)
             for name in TRITON_MODULES:
                 package, leaf = name.rsplit(".", 1)
                 monkeypatch.setitem(sys.modules, name, interpreted_module(name))

@@ -7,9 +7,9 @@ from torch import Tensor
 
 import kernels
 from kernels import dispatch
-from kernels.activation import activation
-from kernels.lightning.reference import recurrence
-from kernels.lrpe.reference import lrpe
+from kernels.gla import features, reference
+from kernels.gla.inputs import GlaInputs, Saved
+from kernels.gla.op import gradients
 from tests.kernels.support import TOLERANCE, assert_close
 
 # theta's gradient has a bound of its own.
@@ -104,14 +104,16 @@ class Gated:
     def exact(self) -> list[Tensor]:
         """The same by the recurrence and autograd, in fp64."""
         leaves = [x.detach().double().cpu().requires_grad_() for x in self.leaves()]
-        heads = self.decay.shape[0]
-        q, k, v, u = leaves[0].unflatten(-1, (4, heads, -1)).unbind(2)
-        q, k = activation(q, self.act), activation(k, self.act)
-        if self.theta is not None:
-            q, k = (lrpe(x, leaves[2], self.positions.cpu()) for x in (q, k))
-        bounds = None if self.cu_seqlens is None else self.cu_seqlens.cpu()
-        o, state = recurrence(q, k, v, self.decay.double().cpu(), initial_state=leaves[1], cu_seqlens=bounds)
-        results = ((o * u if self.gate else o).flatten(2), o.square().sum((-1, -2)), state)
+        results = reference.gla(
+            leaves[0],
+            self.decay.double().cpu(),
+            leaves[2] if self.theta is not None else None,
+            act=self.act,
+            gate=self.gate,
+            positions=self.positions.cpu(),
+            initial_state=leaves[1],
+            cu_seqlens=None if self.cu_seqlens is None else self.cu_seqlens.cpu(),
+        )
         gradients = [x.double().cpu() for x in (self.dy, self.dsquare_sum, self.dstate)]
         return [*results, *torch.autograd.grad(results, leaves, gradients)]
 
@@ -128,25 +130,27 @@ class Gated:
         wanted, self.positions = self.exact(), None
         got = self.run()
         assert_close("state dqkvu dinitial dtheta", got[2:], wanted[2:], 1e-4)
-        given = {"initial_state": self.initial_state, "cu_seqlens": self.cu_seqlens}
-        alone = kernels.gla_state(self.qkvu, self.decay, self.theta, act=self.act, **given)
-        assert_close("state", [alone], wanted[2:3], TOLERANCE[self.qkvu.dtype])
 
     def check_state_alone(self) -> None:
-        """gla_state, as gla has it."""
-        settings = {"act": self.act, "positions": self.positions, "initial_state": self.initial_state}
-        state = kernels.gla_state(self.qkvu, self.decay, self.theta, **settings, cu_seqlens=self.cu_seqlens)
+        """The operator gla_state, as gla has it."""
+        state = torch.ops.megatron_tn.gla_state(
+            self.qkvu, self.features(keys_alone=True), *self.inputs()[1:4], *self.inputs()[5:]
+        )
         assert_close("state", [state], [self.exact()[2]], TOLERANCE[self.qkvu.dtype])
 
+    def inputs(self) -> GlaInputs:
+        return GlaInputs(**{name: getattr(self, name) for name in GlaInputs._fields})
+
+    def features(self, keys_alone: bool = False) -> Tensor | None:
+        given = {"qkvu": self.qkvu, "theta": self.theta, "act": self.act, "positions": self.positions}
+        return features.form_features(**given, heads=self.decay.shape[0], keys_alone=keys_alone)
+
     def check_exchange(self) -> None:
-        """gla_gradients where the final state's gradient comes in exchange for the initial one's."""
-        heads, given = self.decay.shape[0], {"act": self.act, "positions": self.positions}
-        features = kernels.gla_features(self.qkvu, self.decay, self.theta, **given, keys_alone=True)
-        kernels.gla_query_features_(features, self.qkvu, self.theta, **given)
-        y, _, state, o, starts = torch.ops.megatron_tn.gla_forward(
-            self.qkvu, features, self.decay, self.theta, self.act, self.gate, self.positions, self.initial_state,
-            self.cu_seqlens, True,
-        )  # fmt: skip
+        """`gradients` where the final state's gradient comes in exchange for the initial one's."""
+        ready = self.features(keys_alone=True)
+        given = {"qkvu": self.qkvu, "theta": self.theta, "act": self.act, "positions": self.positions}
+        features.add_query_features_(ready, **given)
+        y, _, state, o, starts = torch.ops.megatron_tn.gla_forward(self.qkvu, ready, *self.inputs()[1:], True)
         sent = []
 
         def exchange(dinitial: Tensor):
@@ -154,11 +158,9 @@ class Gated:
             sent.append(dinitial.clone())
             return lambda: self.dstate
 
-        dqkvu, dtheta, _ = kernels.gla_gradients(
-            self.dy, self.dsquare_sum, exchange, o if self.gate else y.unflatten(2, (heads, -1)), self.qkvu, self.decay,
-            self.theta, self.act, self.gate, self.positions, self.initial_state, self.cu_seqlens, starts, features,
-            state, self.theta is not None,
-        )  # fmt: skip
+        saved = Saved(o=o if self.gate else y, starts=starts, features=ready, state=state)
+        outputs = {"dy": self.dy, "dsquare_sum": self.dsquare_sum, "exchange": exchange}
+        dqkvu, dtheta, _ = gradients(self.inputs(), saved, **outputs, theta_wanted=self.theta is not None)
         wanted = self.exact()
         assert_close("dqkvu", [dqkvu], wanted[3:4], TOLERANCE[self.qkvu.dtype])
         if self.theta is not None:

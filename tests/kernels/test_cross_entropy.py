@@ -10,7 +10,7 @@ import torch.distributed as dist
 import kernels
 from kernels.cross_entropy import op, reference
 from kernels.cross_entropy.op import default_chunk_tokens
-from kernels.cross_entropy.pieces import head_exponentials, head_gradient_, head_totals_
+from kernels.cross_entropy.steps import head_exponentials, head_gradient_, head_totals_
 from kernels.cross_entropy.tiles import TILES, HeadTile
 from tests.kernels.support import assert_close, relative_error
 
@@ -99,7 +99,7 @@ def triton_dtype(request, triton_device, monkeypatch):
     nothing divides and there are several."""
     if request.param == (torch.float32 if triton_device == "cuda" else torch.bfloat16):
         pytest.skip("not a type of these kernels here")
-    head = importlib.import_module("kernels.cross_entropy.triton_head")  # of the interpreter, where that runs it
+    head = importlib.import_module("kernels.cross_entropy.exponentials")  # of the interpreter, where that runs it
     monkeypatch.setattr(head, "TILES", dict.fromkeys(TILES, SMALL))
     return request.param
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import kernels
+from kernels.gla.features import add_query_features_
 from tests.kernels.gla_support import Gated
 from tests.kernels.support import relative_error
 
@@ -37,17 +38,14 @@ def test_room_for_features_is_left_alone_where_none_are_kept():
     """As on a GPU whose operators run in PyTorch."""
     case = Gated.random(length=9)
     features = torch.zeros(2, 9, 2, 3, 32)
-    kernels.gla_query_features_(features, case.qkvu, case.theta, act="silu", positions=case.positions)
+    add_query_features_(features, qkvu=case.qkvu, theta=case.theta, act="silu", positions=case.positions)
     assert not features.any()
 
 
-def test_features_of_packed_documents_need_positions():
-    case = Gated.random(length=200, bounds=BOUNDS)
-    features = kernels.gla_features(case.qkvu, case.decay, case.theta, act="silu")
-    settings = {"act": "silu", "cu_seqlens": case.cu_seqlens, "features": features}
-    for call in (kernels.gla_state, lambda *inputs, **others: kernels.gla(*inputs, **others, return_state=True)):
-        with pytest.raises(ValueError, match="positions=None: where cu_seqlens packs documents"):
-            call(case.qkvu, case.decay, case.theta, **settings)
+def test_positions_for_each_row():
+    case = Gated.random(length=40)
+    case.positions = torch.stack((case.positions, case.positions + 1_000))
+    case.check()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -104,8 +102,6 @@ def test_views_and_results():
         ({"act": "relu"}, "act='relu' is not one of the activations"),
         ({"theta": torch.zeros(3, 16)}, r"theta.shape=\(3, 16\) must be \[H, 1, d\] = \(3, 1, 16\)"),
         ({"theta": torch.zeros(3, 1, 16, device="meta")}, "theta.device=meta must be that of the other inputs, cpu"),
-        ({"features": torch.zeros(2, 70, 2, 3, 16)}, r"features is .* of this qkvu they are \(2, 70, 2, 3, 32\)"),
-        ({"features": torch.zeros(0).half()}, r"features is \(0,\) torch.float16; .* torch.float32"),
         ({"positions": torch.zeros(70)}, "positions.dtype=torch.float32"),
         ({"positions": torch.zeros(69, dtype=torch.int64)}, r"positions.shape=\(69,\) must be \[T\] = \(70,\)"),
         ({"positions": 2 * torch.arange(70)}, r"positions must rise by 1 .* after index \[0\]"),

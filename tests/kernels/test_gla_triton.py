@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import kernels
+from kernels.lightning import sequences, tiles
 from tests.kernels.gla_support import Gated
 from tests.kernels.support import relative_error, strided
 
@@ -23,7 +24,7 @@ def test_any_length(triton_device, length, dtype, with_lrpe):
     ).check()
 
 
-@pytest.mark.parametrize("width", [8, 48, 80, 128])
+@pytest.mark.parametrize("width", [8, 48, pytest.param(80, marks=pytest.mark.full), 128])
 def test_any_width_with_lrpe(triton_device, width):
     Gated.random(length=35, batch=1, width=width, rates=(0.05,), device=triton_device).check()
 
@@ -51,25 +52,11 @@ def test_positions_left_out(triton_device):
     Gated.random(length=104, bounds=BOUNDS, device=triton_device).check_without_positions()
 
 
-@pytest.mark.parametrize("with_lrpe", [False, True], ids=["plain", "lrpe"])
-def test_features_formed_ahead_are_its_own(triton_device, with_lrpe):
-    case = Gated.random(length=33, batch=1, rates=(0.1,), begin=5, with_lrpe=with_lrpe, device=triton_device)
-    inputs, settings = (case.qkvu, case.decay, case.theta), {"act": case.act, "positions": case.positions}
-    ready = kernels.gla_features(*inputs, **settings)
-    assert ready.shape == (1, 33, 2, 1, 32 if with_lrpe else 16)
-    settings["initial_state"] = case.initial_state
-    y, square_sum, _ = kernels.gla(*inputs, **settings)
-    found, found_sum, _ = kernels.gla(*inputs, **settings, features=ready)
-    assert torch.equal(found, y)
-    assert torch.equal(found_sum, square_sum)
-    changed, *_ = kernels.gla(*inputs, **settings, features=2 * ready)  # they are what it reads
-    assert not torch.allclose(changed, y)
-    # Without a state too, where positions would not matter if the features had not been formed from them.
-    del settings["initial_state"]
-    leaf = case.qkvu.clone().requires_grad_()
-    results = [kernels.gla(leaf, *inputs[1:], **settings, features=given)[0] for given in (None, ready)]
-    gradients = [torch.autograd.grad(y, leaf, case.dy)[0] for y in results]
-    assert relative_error(*gradients) < 1e-5
+def test_positions_for_each_row(triton_device):
+    case = Gated.random(length=33, rates=(0.1,), device=triton_device)
+    case.positions = torch.stack((case.positions, case.positions + 1_000))
+    case.check()
+    case.check_state_alone()
 
 
 def test_positions_in_the_millions(triton_device):
@@ -86,17 +73,14 @@ def test_everything_beside_qkvu_has_strides(triton_device):
 @pytest.fixture
 def short_pieces(monkeypatch):
     """Segments of 64 positions and stretches as long, as only long sequences on a GPU would have."""
-    from kernels.lightning import launch, launch_gla
-
-    monkeypatch.setattr(launch, "plan_segment", lambda capability, size, rows, total, *widths: min(64, total))
-    for module in (launch, launch_gla):
-        monkeypatch.setattr(module, "THETA_STRETCH", 64)
+    monkeypatch.setattr(sequences, "plan_segment", lambda *, total, **others: min(64, total))
+    monkeypatch.setattr(tiles, "THETA_STRETCH", 64)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.full)], ids=str)
 @pytest.mark.parametrize("bounds", [None, (0, 70, 70, 71, 200, 203, 203)], ids=["rows", "packed"])
 def test_segments_and_stretches(triton_device, short_pieces, bounds, dtype):
-    rates = (0.0, 0.02, 0.9)
+    rates = (0.0, 0.9)
     Gated.random(length=203, batch=1, rates=rates, bounds=bounds, dtype=dtype, device=triton_device).check()
 
 

@@ -18,7 +18,6 @@ def operators():
     decay, state, packed = torch.tensor([0.0, 0.5]), leaf(1, 2, 4, 6), leaf(3, 2, 4, 6)
     bounds = torch.tensor([0, 4, 9, 9], dtype=torch.int32)
     x, y, s = leaf(2, 9, 8), leaf(2, 9, 8), leaf(2, 9).square().detach().requires_grad_()
-    theta, positions = leaf(2, 1, 4), torch.arange(9)
     targets = torch.tensor([0, 3, -100])
     return {
         "lightning_forward": (ops.lightning_forward, (q, k, v, decay, None, None, False)),
@@ -38,12 +37,8 @@ def operators():
             ops.add_scaled_srmsnorm_backward,
             (*(a.detach() for a in (y, y, x, y, s)), 1e-6),
         ),
-        "gate_forward": (ops.gate_forward, (x, y)),
-        "gate_forward+views": (ops.gate_forward, (x.transpose(0, 1), y.transpose(0, 1))),
-        "gate_backward": (ops.gate_backward, tuple(a.detach() for a in (y, s, x, y))),
-        "rms_scale_forward": (ops.rms_scale_forward, (x, s, 8, 1e-6)),
-        "rms_scale_backward": (ops.rms_scale_backward, (*(a.detach() for a in (y, x, s)), 8, 1e-6)),
         "sglu_forward": (ops.sglu_forward, (x, y, "silu")),
+        "sglu_forward+views": (ops.sglu_forward, (x.transpose(0, 1), y.transpose(0, 1), "none")),
         "sglu_backward": (ops.sglu_backward, (*(a.detach() for a in (y, x, y)), "none")),
         "scaled_embedding": (ops.scaled_embedding, (targets.clamp(min=0), leaf(5, 4), 2.0, 1, 6)),
         "scaled_embedding_backward": (
@@ -53,11 +48,6 @@ def operators():
         "add_embedding_gradient_": (
             ops.add_embedding_gradient_,
             (torch.zeros(5, 4), torch.randn(3, 4), targets.clamp(min=0), 2.0, 1),
-        ),
-        "lrpe_forward": (ops.lrpe_forward, (q, theta, positions)),
-        "lrpe_backward": (
-            ops.lrpe_backward,
-            (torch.randn(1, 9, 2, 8), *(a.detach() for a in (q, theta)), positions),
         ),
         "local_targets": (ops.local_targets, (targets, -100, 2, 4, 6)),
         **head_operators(),
@@ -104,11 +94,6 @@ def gla_operators(decay, bounds):
                 y, sums, state, o, qkvu, decay, theta, "silu", True, positions, state, bounds, None, None, state, True
             ),
         ),
-        "lightning_state": (ops.lightning_state, (leaf(1, 9, 2, 4), leaf(1, 9, 2, 6), decay, None, bounds)),
-        "lightning_state_backward": (
-            ops.lightning_state_backward,
-            plain(narrow, leaf(1, 9, 2, 4), leaf(1, 9, 2, 4), decay, narrow, None),
-        ),
         "gla_step": (ops.gla_step, plain(qkvu[:, :1], narrow, decay, None, "silu", True, positions[:1])),
         "gla_step+wide_state": (
             ops.gla_step,
@@ -130,15 +115,10 @@ def test_opcheck(name):
 def block(x, theta, decay, weight, targets):
     """Every operator once, as a layer and a loss would use them."""
     batch, total, width = x.shape
-    qkvu = kernels.simple_rms_norm(x).view(batch, total, 2, width // 2).repeat(1, 1, 1, 4)
-    q, k, v, u = qkvu.chunk(4, dim=-1)
-    q, k = (kernels.lrpe(kernels.activation(z, "silu"), theta, torch.arange(total)) for z in (q, k))
-    state = kernels.lightning_state(k, v, decay)
-    o = kernels.lightning_attention(q, k, v, decay, initial_state=state).flatten(2)
-    y, square_sum = kernels.gate_with_square_sum(o, u.flatten(2))
-    y = kernels.apply_rms_scale(y, square_sum, width)
+    qkv = kernels.simple_rms_norm(x).view(batch, total, 2, width // 2).repeat(1, 1, 1, 3)
+    y = kernels.lightning_attention(*qkv.chunk(3, dim=-1), decay).flatten(2)
     fused = y.repeat(1, 1, 4)
-    state = kernels.gla_state(fused, decay, theta, act="silu")
+    state = kernels.gla(fused, decay, theta, act="silu", return_state=True)[2]
     y, square_sum, _ = kernels.gla(fused, decay, theta, act="silu", initial_state=state)
     x, y = kernels.add_scaled_simple_rms_norm(x, y, square_sum)
     y = kernels.sglu(x, y)
@@ -204,7 +184,8 @@ def test_gla_flops(with_lrpe):
     forward = 4 * 3 * 20 * 2 * 8 * 8 * (2 if with_lrpe else 1)
     assert flops(lambda: kernels.gla(qkvu, torch.zeros(2), theta, act="silu")) == forward
     assert flops(lambda: kernels.gla(qkvu, torch.zeros(2), theta, act="silu")[0].sum().backward()) == 3 * forward
-    assert flops(lambda: kernels.gla_state(qkvu, torch.zeros(2), theta, act="silu")) == forward // 2
+    state = torch.ops.megatron_tn.gla_state
+    assert flops(lambda: state(qkvu.detach(), None, torch.zeros(2), theta, "silu", None, None, None)) == forward // 2
 
 
 def test_cross_entropy_flops():

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import kernels
-from kernels.norm_gate import reference as norm_gate_reference
 from kernels.srmsnorm import reference
 from tests.kernels.support import TOLERANCE, assert_close
 
@@ -81,7 +80,7 @@ def check_add_scaled(shape, dtype, device):
     found = torch.autograd.grad((s, y), (x, r, squares), (ds, dy))
     assert [z.dtype for z in (s, y, *found)] == [dtype] * 4 + [wide]
     exact = [z.detach().double().cpu().requires_grad_() for z in (x, r, squares)]
-    total = exact[0] + norm_gate_reference.rms_scale(*exact[1:], width=shape[-1])
+    total = exact[0] + reference.rms_scaled(*exact[1:], width=shape[-1])
     # The norm is of the sum as it was rounded.
     rounded = total + (s.detach().double().cpu() - total.detach())
     expected = reference.simple_rms_norm(rounded, 1e-6)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megatron_tn.config import ConfigError, ModelConfig, from_mapping
-from megatron_tn.model.transnormer import TransNormerLM, document_positions
+from megatron_tn.model.layout import document_positions
+from megatron_tn.model.registry import build_model
 from tests.helpers.models import TINY, random_batch, reference_model
 from tests.helpers.sizes import SIZES, compose_model
 
@@ -20,8 +21,7 @@ def test_size_is_the_released_one(name):
     shape = (config.layers, config.embed_dim, config.heads, config.glu_dim, not config.scale_embedding)
     assert shape == size.shape
     assert config.head_dim == 128
-    with torch.device("meta"):
-        model = TransNormerLM(config)
+    model = build_model(config, None, "meta")
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count == pytest.approx(size.parameters, rel=size.tolerance)
 
@@ -168,6 +168,6 @@ def test_bad_arguments_are_named(arguments, message):
 
 def test_sizes_that_do_not_divide_are_all_named():
     with pytest.raises(ConfigError) as caught:
-        TransNormerLM(dataclasses.replace(TINY, embed_dim=65, lrpe=[True]))
+        build_model(dataclasses.replace(TINY, embed_dim=65, lrpe=[True]))
     assert "model.embed_dim=65 is not divisible by model.heads=8" in caught.value.problems
     assert "model.lrpe has 1 entries but model.layers=3" in caught.value.problems

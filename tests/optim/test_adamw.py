@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import types
 
 import pytest
 import torch
@@ -13,47 +12,15 @@ from megatron_tn.checkpoint.load import load_checkpoint
 from megatron_tn.checkpoint.save import save_checkpoint
 from megatron_tn.config import ConfigError, EngineConfig, OptimConfig, to_mapping
 from megatron_tn.engine.build import build_engine, initialize_engine
-from megatron_tn.optim.adamw import FusedAdamW
-from megatron_tn.optim.groups import build_adamw
+from megatron_tn.optim.adamw import ApexAdamW, TorchAdamW, TritonAdamW
+from megatron_tn.optim.build import build_optimizer
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.training.step import train_step
+from tests.helpers.apex import FusedAdam
 from tests.helpers.models import Rows, random_batch, tiny_config
 from tests.helpers.ranks import run_ranks
 
 CPU = torch.device("cpu")
-
-
-class FusedAdam(torch.optim.Optimizer):
-    """The interface of apex.optimizers.FusedAdam in plain torch: moments per parameter, the step per group."""
-
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, weight_decay=0.0):
-        assert adam_w_mode
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
-            first, second = group["betas"]
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state.update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                state["exp_avg"].lerp_(p.grad, 1 - first)
-                state["exp_avg_sq"].mul_(second).addcmul_(p.grad, p.grad, value=1 - second)
-                unbiased = state["exp_avg_sq"] / (1 - second ** group["step"])
-                p.addcdiv_(
-                    state["exp_avg"], unbiased.sqrt() + group["eps"], value=-group["lr"] / (1 - first ** group["step"])
-                )
-
-
-@pytest.fixture
-def apex(monkeypatch):
-    package, optimizers = types.ModuleType("apex"), types.ModuleType("apex.optimizers")
-    optimizers.FusedAdam = FusedAdam
-    monkeypatch.setitem(sys.modules, "apex", package)
-    monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
 
 
 def groups() -> list[dict]:
@@ -61,23 +28,25 @@ def groups() -> list[dict]:
 
 
 def test_torchs_fused_adamw_is_the_default_on_a_cpu(apex):
-    chosen = build_adamw(groups(), OptimConfig())
-    assert isinstance(chosen, torch.optim.AdamW)
-    assert chosen.defaults["fused"]
+    chosen = build_optimizer(groups(), OptimConfig())
+    assert isinstance(chosen, TorchAdamW)
+    assert chosen.inner.defaults["fused"]
 
 
 def test_this_packages_is_taken_when_it_is_asked_for():
-    assert isinstance(build_adamw(groups(), OptimConfig(fused="triton")), FusedAdamW)
+    assert isinstance(build_optimizer(groups(), OptimConfig(fused="triton")), TritonAdamW)
 
 
 def test_apex_is_taken_when_it_is_asked_for(apex):
-    assert isinstance(build_adamw(groups(), OptimConfig(fused="apex")), FusedAdam)
+    chosen = build_optimizer(groups(), OptimConfig(fused="apex"))
+    assert isinstance(chosen, ApexAdamW)
+    assert isinstance(chosen.inner, FusedAdam)
 
 
 def test_apex_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "apex", None)
     with pytest.raises(ConfigError, match="NVIDIA's apex is not installed"):
-        build_adamw(groups(), OptimConfig(fused="apex"))
+        build_optimizer(groups(), OptimConfig(fused="apex"))
 
 
 def engine_with(fused: str, engine: EngineConfig | None = None, context: ParallelContext | None = None):
@@ -134,21 +103,31 @@ def losses_and_parameters(fused: str, engine_config: EngineConfig) -> tuple[list
     return found, masters
 
 
-@pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
-def test_this_packages_trains_like_torchs(engine):
-    ((wanted, masters),) = run_ranks(1, losses_and_parameters, "torch", engine)
-    ((found, others),) = run_ranks(1, losses_and_parameters, "triton", engine)
+def trained_by_each(fused: str) -> dict[str, tuple[list[float], dict[str, torch.Tensor]]]:
+    return {name: losses_and_parameters(fused, engine) for name, engine in ENGINES.items()}
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, dict[str, tuple[list[float], dict[str, torch.Tensor]]]]:
+    """By each kernel, with each engine."""
+    return {fused: run_ranks(1, trained_by_each, fused)[0] for fused in ("torch", "triton")}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_this_packages_trains_like_torchs(trained, engine):
+    wanted, masters = trained["torch"][engine]
+    found, others = trained["triton"][engine]
     assert len(set(found)) == len(found)
-    if engine.precision == "fp32":
+    if ENGINES[engine].precision == "fp32":
         assert found == pytest.approx(wanted, rel=1e-5)
         torch.testing.assert_close(others, masters, rtol=0, atol=1e-4)
     else:  # a master that rounds the other way turns the signs of small gradients, and Adam makes them large
         assert found == pytest.approx(wanted, rel=1e-2)
 
 
-def test_ranks_of_zero_1_hold_the_same_copies():
+def test_ranks_of_zero_1_hold_the_same_copies(trained):
     (one, _), (other, _) = run_ranks(2, losses_and_parameters, "triton", ENGINES["zero 1 bf16"])
-    ((alone, _),) = run_ranks(1, losses_and_parameters, "triton", ENGINES["zero 1 bf16"])
+    alone, _ = trained["triton"]["zero 1 bf16"]
     assert one == other
     assert one == pytest.approx(alone, rel=1e-2)
 

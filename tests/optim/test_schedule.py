@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from megatron_tn.config import OptimConfig, ScheduleConfig
+from megatron_tn.config import DataConfig, OptimConfig, ScheduleConfig, TrainConfig
 from megatron_tn.optim.groups import is_decayed
 from megatron_tn.optim.schedule import batch_of_step, learning_rate
 
@@ -32,6 +32,26 @@ def test_warm_up_stable_decay():
     found = rates(name="wsd", decay_fraction=0.3)
     assert found[1:7] == [1.0] * 6
     assert found[7:] == pytest.approx([0.1 + 0.9 * 2 / 3, 0.1 + 0.9 / 3, 0.1])
+
+
+def test_the_last_step_has_the_floor_wherever_warm_up_ends():
+    assert rates(name="cosine", warmup_steps=9)[-2:] == pytest.approx([1.0, 0.1])
+    assert rates(name="cosine", warmup_steps=8)[-2:] == pytest.approx([1.0, 0.1])
+    assert rates(name="cosine", steps=1, warmup_steps=0) == [1.0]
+    assert rates(name="wsd", decay_fraction=0) == rates(name="constant")
+    assert rates(name="wsd", decay_fraction=0.01)[-2:] == pytest.approx([1.0, 0.1])  # one step, not none
+
+
+def test_a_decay_that_begins_within_the_warm_up_is_refused():
+    def problems(**settings) -> list[str]:
+        return TrainConfig(schedule=ScheduleConfig(name="wsd", steps=10, **settings)).problems()
+
+    (found,) = problems(warmup_steps=6, decay_fraction=0.5)
+    assert "schedule.warmup_steps=6 overlaps the decay of schedule.name=wsd, which begins after step 5" in found
+    assert problems(warmup_steps=5, decay_fraction=0.5) == []
+    assert problems(warmup_steps=9, decay_fraction=0) == []
+    (found,) = problems(warmup_steps=10, decay_fraction=0.5)
+    assert "must be below schedule.steps=10" in found
 
 
 def test_constant_after_warm_up():
@@ -72,7 +92,9 @@ def test_batches_grow_and_follow_each_other(ramp, sizes):
     ids=lambda p: ",".join(f"{k}={v}" for k, v in p.items()) if isinstance(p, dict) else "",
 )
 def test_a_ramp_that_does_not_fit_is_named(ramp, problem):
-    (found,) = ScheduleConfig(**ramp).ramp_problems(8, 2)
+    schedule = ScheduleConfig(**({"warmup_steps": 0} | ramp))
+    config = TrainConfig(schedule=schedule, data=DataConfig(global_batch=8, micro_batch=2))
+    (found,) = config.problems(world_size=1)
     assert re.search(problem, found)
 
 

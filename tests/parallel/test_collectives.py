@@ -25,7 +25,8 @@ def gathered(tp: int, device: str) -> tuple[int, list[torch.Tensor]]:
     ("world", "tp", "device"), [(1, 1, "cpu"), (4, 2, "cpu"), pytest.param(2, 1, "cuda", marks=pytest.mark.gpu(2))]
 )
 def test_every_rank_of_an_axis_has_all_parts(world, tp, device):
-    for tp_rank, buffers in run_ranks(world, gathered, tp, device, device=device):
+    ranks = run_ranks(world, gathered, tp, device, device=device) if world > 1 else [gathered(tp, device)]
+    for tp_rank, buffers in ranks:
         for index, (length, buffer) in enumerate(zip(LENGTHS, buffers, strict=True)):
             members = range(tp_rank, world, tp)
             parts = [torch.full((length // len(members),), 10.0 * index + rank) for rank in members]

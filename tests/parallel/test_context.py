@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import pytest
+import torch.distributed as dist
 
 from megatron_tn.parallel.context import ParallelContext
 from tests.helpers.ranks import run_ranks
 
 
-def place(tp: int, cp: int) -> tuple:
-    context = ParallelContext.create(tp=tp, cp=cp)
-    axes = (context.dp, context.cp, context.tp, context.data)
-    return context.rank, [(axis.rank, axis.size) for axis in axes]
+def places(*layouts: dict[str, int]) -> list[dict[str, tuple[int, int]]]:
+    """For each layout, (rank, size) on each axis."""
+    contexts = [ParallelContext.create(**layout) for layout in layouts]
+    assert all(context.rank == dist.get_rank() for context in contexts)
+    axes = ("dp", "cp", "tp", "data")
+    return [{name: (getattr(at, name).rank, getattr(at, name).size) for name in axes} for at in contexts]
 
 
-def test_tensor_parallel_is_fastest():
-    found = run_ranks(4, place, 2, 1)
-    assert [rank for rank, _ in found] == [0, 1, 2, 3]
-    assert [axes[2] for _, axes in found] == [(0, 2), (1, 2), (0, 2), (1, 2)]
-    assert [axes[0] for _, axes in found] == [(0, 2), (0, 2), (1, 2), (1, 2)]
-    assert [axes[3] for _, axes in found] == [(0, 2), (0, 2), (1, 2), (1, 2)]
-
-
-def test_context_parallel_ranks_share_parameters_with_data_parallel_ones():
-    found = run_ranks(4, place, 1, 2)
-    assert [axes[1] for _, axes in found] == [(0, 2), (1, 2), (0, 2), (1, 2)]
-    assert [axes[3] for _, axes in found] == [(n, 4) for n in range(4)]
+def test_tensor_parallel_is_fastest_then_context_parallel():
+    for rank, (tensor, context) in enumerate(run_ranks(4, places, {"tp": 2}, {"cp": 2})):
+        assert tensor == {"tp": (rank % 2, 2), "cp": (0, 1), "dp": (rank // 2, 2), "data": (rank // 2, 2)}
+        # Context-parallel ranks hold the same parameters as data-parallel ones.
+        assert context == {"tp": (0, 1), "cp": (rank % 2, 2), "dp": (rank // 2, 2), "data": (rank, 4)}
 
 
 def test_one_process_needs_no_process_group():

@@ -1,14 +1,14 @@
-"""Context and sequence parallelism: slices of any length, documents cut by them, and nothing that leaks (promises 2
-and 13)."""
+"""Context and sequence parallelism: slices of any length, documents cut by them, and nothing that leaks."""
 
 import dataclasses
 
 import pytest
 import torch
 
+from kernels.gla import slice as slices
 from megatron_tn.model.init import initialize
-from megatron_tn.model.transnormer import empty_model
-from megatron_tn.parallel import products, state_passing
+from megatron_tn.model.registry import build_model
+from megatron_tn.parallel import products
 from megatron_tn.parallel.collectives import all_reduce_
 from megatron_tn.parallel.context import Axis, ParallelContext
 from megatron_tn.parallel.state_passing import SequenceSlice
@@ -21,15 +21,9 @@ BOUNDS = [0, 3, 3, 18, 20, 33, LENGTH, LENGTH]
 SLOW = dataclasses.replace(TINY, lrpe="all", decay="none")  # nothing fades: what leaks, shows
 
 
-def on_ranks(
-    tp: int, cp: int, packed: bool, changed: bool = False, only_later: bool = False, *, shared: bool = False
-) -> dict:
-    """Loss and whole gradients of one sequence in fp64, and the token losses by position; `changed`: document 2 is.
-
-    shared: by sequence parallelism.
-    """
-    context = ParallelContext.create(tp, cp, sequence_parallel=shared)
-    model = empty_model(SLOW, context, "cpu", torch.float64)
+def on_ranks(context: ParallelContext, packed: bool, changed: bool = False, only_later: bool = False) -> dict:
+    """Loss and whole gradients of one sequence in fp64, and the token losses by position; `changed`: document 2 is."""
+    model = build_model(SLOW, context, "cpu", torch.float64)
     initialize(model, 0)
     tokens, targets = one_row(changed, only_later)
     bounds = torch.tensor(BOUNDS, dtype=torch.int32) if packed else None
@@ -37,8 +31,7 @@ def on_ranks(
     out.loss.backward()
     for parameter in model.parameters():
         all_reduce_(parameter.grad, context.cp)
-    part = SequenceSlice(context.cp, LENGTH, None, torch.device("cpu")) if cp > 1 else None
-    start = part.start if part else 0
+    start = SequenceSlice(context.cp, LENGTH, None, torch.device("cpu")).start if context.cp.size > 1 else 0
     losses = all_reduce_(out.loss.detach().clone(), context.cp)
     return {
         "loss": losses,
@@ -59,26 +52,40 @@ def one_row(changed: bool = False, only_later: bool = False):
     return tokens, targets
 
 
-def on_ranks_each_way(tp: int, cp: int, packed: bool) -> list[dict]:
-    """Without and with sequence parallelism, where there is tensor parallelism; and with products cut into chunks."""
-    found = [on_ranks(tp, cp, packed)]
-    if tp > 1:
-        found.append(on_ranks(tp, cp, packed, shared=True))
-        products.CHUNK_TOKENS["cpu"] = 3
-        found += [on_ranks(tp, cp, packed), on_ranks(tp, cp, packed, shared=True)]
-    return found
+def on_ranks_each_way(tp: int, cp: int) -> dict[str, list[dict]]:
+    """Without and with sequence parallelism, where there is tensor parallelism, and with products cut into chunks: the
+    sequence as one document, packed documents, and what must not leak between these."""
+    contexts = [ParallelContext.create(tp, cp, sequence_parallel=shared) for shared in (False, True)[: min(tp, 2)]]
+    leaks = [
+        [on_ranks(context, True, changed, only_later) for only_later in (False, True) for changed in (False, True)]
+        for context in contexts
+    ]
+    found = {False: [], True: []}
+    for chunk_tokens in (None, 3)[: min(tp, 2)]:
+        if chunk_tokens is not None:
+            products.CHUNK_TOKENS["cpu"] = chunk_tokens
+        for packed in found:
+            found[packed] += [on_ranks(context, packed) for context in contexts]
+    return {"one document": found[False], "packed": found[True], "leaks": leaks}
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["one_document", "packed"])
 @pytest.mark.parametrize(("world", "tp", "cp"), [(2, 1, 2), (4, 1, 4), (2, 2, 1), (4, 2, 2), (4, 4, 1)], ids=str)
-def test_slices_equal_the_whole_sequence(world, tp, cp, packed):
+def test_slices_equal_the_whole_sequence_and_documents_do_not_leak(world, tp, cp):
+    ranks = run_ranks(world, on_ranks_each_way, tp, cp)
+    check_equal_to_one_process([rank["one document"] for rank in ranks], None)
+    check_equal_to_one_process([rank["packed"] for rank in ranks], torch.tensor(BOUNDS, dtype=torch.int32))
+    for rank in ranks:
+        for leak in rank["leaks"]:
+            check_that_nothing_leaks(*leak)
+
+
+def check_equal_to_one_process(ranks: list[list[dict]], bounds: torch.Tensor | None) -> None:
     model = reference_model(SLOW, 0)
     tokens, targets = one_row()
-    bounds = torch.tensor(BOUNDS, dtype=torch.int32) if packed else None
     out = model(tokens, targets=targets, cu_seqlens=bounds, reduction="sum")
     out.loss.backward()
     wanted = model.named_logical_gradients()
-    for each_rank in zip(*run_ranks(world, on_ranks_each_way, tp, cp, packed), strict=True):
+    for each_rank in zip(*ranks, strict=True):
         seen = {}
         for found in each_rank:
             assert found["loss"].item() == pytest.approx(out.loss.item(), rel=1e-12)
@@ -88,11 +95,21 @@ def test_slices_equal_the_whole_sequence(world, tp, cp, packed):
         assert torch.allclose(torch.tensor([seen[i] for i in range(LENGTH)]), out.token_losses[0].detach().float())
 
 
+def check_that_nothing_leaks(before: dict, after: dict, later_before: dict, later_after: dict) -> None:
+    """By a change of document 2, which later documents' losses and gradients must not see: not by anything."""
+    others = {*range(BOUNDS[2]), *range(BOUNDS[3], LENGTH)}
+    for position in others & before["token_losses"].keys():
+        assert before["token_losses"][position] == after["token_losses"][position]
+    assert before["loss"] != after["loss"]
+    for name, gradient in later_before["gradients"].items():
+        assert torch.equal(gradient, later_after["gradients"][name]), name
+
+
 def in_single_precision(cp: int) -> dict:
     """Token losses and whole gradients of packed documents, in fp32."""
     device = this_device()
     context = ParallelContext.create(1, cp)
-    model = empty_model(TINY, context, device, torch.float32)
+    model = build_model(TINY, context, device, torch.float32)
     initialize(model, 0)
     tokens, targets = (part.to(device) for part in random_batch(1, 301))
     bounds = torch.tensor([0, 30, 30, 175, 200, 301, 301], dtype=torch.int32, device=device)
@@ -106,7 +123,7 @@ def in_single_precision(cp: int) -> dict:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(2))])
 def test_slices_in_single_precision(device):
-    (whole,) = run_ranks(1, in_single_precision, 1, device=device)
+    whole = in_single_precision(1) if device == "cpu" else run_ranks(1, in_single_precision, 1, device=device)[0]
     ranks = run_ranks(2, in_single_precision, 2, device=device)
     losses = torch.cat([found["token_losses"] for found in ranks])
     torch.testing.assert_close(losses, whole["token_losses"], rtol=1e-5, atol=1e-5)
@@ -117,7 +134,7 @@ def test_slices_in_single_precision(device):
 def states_kept() -> list[torch.Size]:
     """Shapes of what the forward pass of packed documents keeps, of those that are states' own."""
     shapes = []
-    model = empty_model(SLOW, ParallelContext.create(1, 2), "cpu", torch.float64)
+    model = build_model(SLOW, ParallelContext.create(1, 2), "cpu", torch.float64)
     initialize(model, 0)
     tokens, targets = one_row()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append(x.shape) or x, lambda x: x):
@@ -132,43 +149,26 @@ def test_of_many_documents_the_states_at_the_edges_are_kept():
         assert {shape[0] for shape in shapes} == {1}
 
 
+def on_eight_ranks() -> dict:
+    return on_ranks(ParallelContext.create(1, 8), packed=False)
+
+
 @pytest.mark.full
 def test_eight_ranks_agree():
     model = reference_model(SLOW, 0)
     tokens, targets = one_row()
     model(tokens, targets=targets, reduction="sum").loss.backward()
     wanted = model.named_logical_gradients()
-    for found in run_ranks(8, on_ranks, 1, 8, False):
+    for found in run_ranks(8, on_eight_ranks):
         assert max(relative_errors(found["gradients"], wanted).values()) < 1e-11
-
-
-def leak(tp: int, cp: int, shared: bool) -> list[dict]:
-    return [
-        on_ranks(tp, cp, True, changed, only_later, shared=shared)
-        for only_later in (False, True)
-        for changed in (False, True)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("world", "tp", "cp", "shared"), [(2, 1, 2, False), (4, 2, 2, False), (2, 2, 1, True), (4, 2, 2, True)], ids=str
-)
-def test_a_changed_document_changes_no_other_by_anything(world, tp, cp, shared):
-    others = {*range(BOUNDS[2]), *range(BOUNDS[3], LENGTH)}
-    for before, after, later_before, later_after in run_ranks(world, leak, tp, cp, shared):
-        for position in others & before["token_losses"].keys():
-            assert before["token_losses"][position] == after["token_losses"][position]
-        assert before["loss"] != after["loss"]
-        for name, gradient in later_before["gradients"].items():
-            assert torch.equal(gradient, later_after["gradients"][name]), name
 
 
 def test_states_from_other_ranks_keep_their_type_under_autocast():
     gathered, weights = torch.randn(6, 4, 8, 8), torch.rand(3, 4)
     with torch.autocast("cpu", torch.bfloat16):
-        found = state_passing._combine(gathered, weights)
+        found = slices._combine(gathered, weights)
     assert found.dtype == torch.float32
-    assert torch.equal(found, state_passing._combine(gathered, weights))
+    assert torch.equal(found, slices._combine(gathered, weights))
 
 
 def test_a_sequence_shorter_than_the_ranks_is_refused():

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
+from megatron_tn.model.base import Model
 from megatron_tn.model.init import initialize
-from megatron_tn.model.transnormer import empty_model
+from megatron_tn.model.registry import build_model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.sequence import TokenSlices
 from megatron_tn.planning.live import saved_bytes
@@ -19,74 +23,61 @@ WEIGHTED = dataclasses.replace(TINY, norm="rmsnorm")
 SIZES = [(1, 1), (1, 3), (2, 5), (3, 7), (4, 8)]  # rows and lengths; four ranks may have nothing but padding
 
 
-def model_of(tp: int, shared: bool, dtype: torch.dtype = torch.float64):
-    model = empty_model(WEIGHTED, ParallelContext.create(tp, sequence_parallel=shared), "cpu", dtype)
+@pytest.fixture(scope="module", params=[2, 4], ids="tp{}".format)
+def ranks(request) -> list[Found]:
+    return run_ranks(request.param, on_ranks, request.param)
+
+
+@pytest.fixture(scope="module")
+def wanted() -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Loss and gradients of each of SIZES in one process."""
+    return gradients_of_each_size(lambda: reference_model(WEIGHTED, 0))
+
+
+class Found(NamedTuple):
+    """What a rank computes. gradients: loss and whole gradients of each of SIZES; without_a_reduction: gradients of the
+    last where norm weights' are not summed; kept: bytes kept for the backward pass by (whole tokens, slices)."""
+
+    gradients: list[tuple[Tensor, dict[str, Tensor]]]
+    without_a_reduction: dict[str, Tensor]
+    kept: tuple[int, int]
+    logits: list[Tensor]
+
+
+def on_ranks(tp: int) -> Found:
+    whole, shared = (ParallelContext.create(tp, sequence_parallel=shared) for shared in (False, True))
+    gradients = gradients_of_each_size(lambda: model_of(shared))
+    kept = saved_by(model_of(whole, torch.float32)), saved_by(model_of(shared, torch.float32))
+    logits = decoded(model_of(shared))
+    TokenSlices.repeated = lambda slices, parameter: parameter
+    return Found(gradients, gradients_of_each_size(lambda: model_of(shared), SIZES[-1:])[0][1], kept, logits)
+
+
+def model_of(context: ParallelContext, dtype: torch.dtype = torch.float64) -> Model:
+    model = build_model(WEIGHTED, context, "cpu", dtype)
     initialize(model, 0)
     return model
 
 
-def gradients_of_each_size(tp: int) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+def gradients_of_each_size(model_of: Callable[[], Model], sizes=SIZES) -> list[tuple[Tensor, dict[str, Tensor]]]:
     found = []
-    for rows, length in SIZES:
-        model = model_of(tp, shared=True)
-        out = model(*random_batch(rows, length)[:1], targets=random_batch(rows, length, ignored=0)[1], reduction="sum")
-        out.loss.backward()
-        found.append((out.loss.detach(), model.named_logical_gradients()))
+    for rows, length in sizes:
+        model = model_of()
+        tokens, targets = random_batch(rows, length, ignored=0)
+        loss = model(tokens, targets=targets, reduction="sum").loss
+        loss.backward()
+        found.append((loss.detach(), model.named_logical_gradients()))
     return found
 
 
-@pytest.mark.parametrize("tp", [2, 4])
-def test_any_number_of_tokens_is_shared_out(tp):
-    wanted = []
-    for rows, length in SIZES:
-        model = reference_model(WEIGHTED, 0)
-        loss = model(
-            *random_batch(rows, length)[:1], targets=random_batch(rows, length, ignored=0)[1], reduction="sum"
-        ).loss
-        loss.backward()
-        wanted.append((loss.detach(), model.named_logical_gradients()))
-    for found in run_ranks(tp, gradients_of_each_size, tp):
-        for (loss, gradients), (true_loss, true_gradients) in zip(found, wanted, strict=True):
-            assert loss.item() == pytest.approx(true_loss.item(), rel=1e-12)
-            assert max(relative_errors(gradients, true_gradients).values()) < 1e-11
-
-
-def without_a_reduction(tp: int) -> dict[str, torch.Tensor]:
-    TokenSlices.repeated = lambda slices, parameter: parameter
-    return gradients_of_each_size(tp)[-1][1]
-
-
-def test_a_reduction_left_out_is_noticed():
-    model = reference_model(WEIGHTED, 0)
-    rows, length = SIZES[-1]
-    model(
-        *random_batch(rows, length)[:1], targets=random_batch(rows, length, ignored=0)[1], reduction="sum"
-    ).loss.backward()
-    for found in run_ranks(2, without_a_reduction, 2):
-        errors = relative_errors(found, model.named_logical_gradients())
-        wrong = {name for name, error in errors.items() if error > 1e-3}
-        assert wrong == {name for name in errors if name.endswith("_norm.weight")}
-
-
-def kept(tp: int) -> list[int]:
-    """Bytes that the forward pass keeps, with whole tokens and with slices."""
+def saved_by(model: Model) -> int:
     tokens, targets = random_batch(4, 32)
-    sizes = []
-    for shared in (False, True):
-        model = model_of(tp, shared, torch.float32)
-        outputs: list = []
-        sizes.append(saved_bytes(lambda: outputs.append(model(tokens, targets=targets)), tuple(model.parameters())))  # noqa: B023
-    return sizes
+    outputs: list = []
+    return saved_bytes(lambda: outputs.append(model(tokens, targets=targets)), tuple(model.parameters()))
 
 
-def test_less_is_kept_for_the_backward_pass():
-    for whole, slices in run_ranks(4, kept, 4):
-        assert slices < 0.6 * whole
-
-
-def decoded(tp: int) -> list[torch.Tensor]:
+def decoded(model: Model) -> list[Tensor]:
     """Logits at once, and after a state, of a model that shares tokens out when it trains."""
-    model = model_of(tp, shared=True)
     tokens, _ = random_batch(2, 6)
     with torch.no_grad():
         whole = model(tokens).logits
@@ -96,10 +87,30 @@ def decoded(tp: int) -> list[torch.Tensor]:
     return [whole, torch.cat([out.logits, step.logits, last.logits], dim=1)]
 
 
-def test_decoding_leaves_tokens_whole():
+def test_any_number_of_tokens_is_shared_out(ranks, wanted):
+    for rank in ranks:
+        for (loss, gradients), (true_loss, true_gradients) in zip(rank.gradients, wanted, strict=True):
+            assert loss.item() == pytest.approx(true_loss.item(), rel=1e-12)
+            assert max(relative_errors(gradients, true_gradients).values()) < 1e-11
+
+
+def test_a_reduction_left_out_is_noticed(ranks, wanted):
+    for rank in ranks:
+        errors = relative_errors(rank.without_a_reduction, wanted[-1][1])
+        wrong = {name for name, error in errors.items() if error > 1e-3}
+        assert wrong == {name for name in errors if name.endswith("_norm.weight")}
+
+
+def test_less_is_kept_for_the_backward_pass(ranks):
+    for rank in ranks:
+        whole, slices = rank.kept
+        assert slices < (0.6 if len(ranks) == 4 else 0.8) * whole
+
+
+def test_decoding_leaves_tokens_whole(ranks):
     wanted = reference_model(WEIGHTED, 0)(random_batch(2, 6)[0]).logits
-    for found in run_ranks(2, decoded, 2):
-        for logits in found:
+    for rank in ranks:
+        for logits in rank.logits:
             torch.testing.assert_close(logits, wanted, rtol=1e-10, atol=1e-10)
 
 

@@ -5,32 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from megatron_tn.parallel.world import leave_world, release_on_leaving
+from megatron_tn.parallel import world
+from megatron_tn.parallel.world import join_world, leave_world, release_on_leaving
+from tests.helpers.training import fork_ranks
 
 ROOT = Path(__file__).parents[2]
-# The second time one rank is late: by then the other would have met with what is left of the first world.
-TWICE = """
-import os, time
-import torch, torch.distributed as dist
-from megatron_tn.parallel.world import join_world, leave_world
-
-for late in (None, "0", "1"):
-    if os.environ["RANK"] == late:
-        time.sleep(2)
-    join_world(60)
-    total = torch.ones(())
-    dist.all_reduce(total)
-    assert total == 2
-    group = dist.new_group([0, 1])
-    dist.barrier(group)
-    leave_world()
-"""
-
-
 SEGMENTS = """
 import torch
 from megatron_tn.parallel.world import join_world, leave_world
@@ -54,19 +40,26 @@ def test_segments_grow_unless_the_environment_says_no(said):
     assert done.stdout == f"{ {not said} }\n", done.stderr
 
 
-def test_a_process_joins_again_under_torchrun(tmp_path):
-    program = tmp_path / "twice.py"
-    program.write_text(TWICE)
-    options = ("--nproc-per-node=2", "--standalone", "--local-addr=127.0.0.1")
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *options, str(program)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr
+def join_three_times(port: int) -> None:
+    """As one rank of two that torchrun started. Once each rank joins late: by then the other would have met with what
+    is left in the store of the world before."""
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", "MASTER_PORT": str(port)}
+    for late in (None, "0", "1"):
+        if os.environ["RANK"] == late:
+            time.sleep(0.5)
+        join_world(60)
+        total = torch.ones(())
+        dist.all_reduce(total)
+        assert total == 2
+        dist.barrier(dist.new_group([0, 1]))
+        leave_world()
+
+
+def test_a_process_joins_again_under_torchrun():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's, which outlives worlds
+    for process in fork_ranks(2, join_three_times, store.port):
+        process.join(timeout=100)
+        assert process.exitcode == 0
 
 
 class Holder:
@@ -84,3 +77,20 @@ def test_who_holds_communicators_is_told_of_the_end():
     release_on_leaving(holder)
     leave_world()
     assert holder.released == 1
+
+
+def test_ranks_from_srun(tmp_path, monkeypatch):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text("#!/bin/sh\nprintf 'node7\\nnode8\\n'\n")
+    scontrol.chmod(0o755)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that it is put back as it was, whatever the code under test sets
+        monkeypatch.delenv(name)
+    slurm = {"PROCID": "3", "LOCALID": "1", "STEP_NUM_TASKS": "4", "STEP_NODELIST": "node[7-8]", "JOB_ID": "54321"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert world.world_size() == 4
+    world._translate_slurm()
+    found = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")]
+    assert found == ["3", "4", "1", "node7", "24321"]

@@ -10,9 +10,9 @@ import torch
 
 from megatron_tn.config import DataConfig, EngineConfig, ModelConfig, TrainConfig, from_mapping
 from megatron_tn.engine.build import build_engine, initialize_engine
-from megatron_tn.model.flops import parameter_count
+from megatron_tn.model.registry import parameter_count
 from megatron_tn.parallel.context import ParallelContext
-from megatron_tn.planning.memory import GIB, plan_memory
+from megatron_tn.planning.estimate import GIB, plan_memory
 from tests.helpers.ranks import run_ranks, this_device
 from tests.helpers.sizes import compose_model
 

@@ -1,4 +1,4 @@
-"""Memory of the model's state: by hand, and as the engines really hold it."""
+"""Plans of memory: by hand, beside real engines and models on a CPU, and beside what GPUs took."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from megatron_tn.config import (
 )
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.model.init import initialize
-from megatron_tn.model.transnormer import empty_model
+from megatron_tn.model.registry import build_model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.recompute import recompute_blocks
 from megatron_tn.plan import main
+from megatron_tn.planning import estimate
+from megatron_tn.planning.estimate import GIB, activation_bytes, buffer_bytes, plan_memory, state_bytes
 from megatron_tn.planning.live import LiveMemory, saved_bytes
-from megatron_tn.planning.memory import GIB, activation_bytes, buffer_bytes, memory_problems, plan_memory, state_bytes
+from megatron_tn.planning.remedies import memory_problems
 from megatron_tn.training.preflight import problems_before_start
 from tests.engine.test_parity import ZERO
 from tests.helpers.models import TINY, random_batch, tiny_config
@@ -44,23 +46,24 @@ def test_seven_billion_on_eight_gpus_by_hand():
     assert found == {"parameters": local * 2, "gradients": local * 4, "masters": local, "moments": local * 2}
 
 
-def held(tp: int, engine_config: EngineConfig) -> tuple[int, int]:
-    """Bytes of masters that are tensors of their own, and of moments, on this rank."""
-    context = ParallelContext.create(tp)
-    config = tiny_config(engine=engine_config, parallel=ParallelConfig(tp=tp))
-    engine = build_engine(config, context, torch.device("cpu"))
-    ranges = engine.owned_ranges()
-    sizes = [sum(r.values[kind].numel() * 4 for r in ranges) for kind in ("param", "exp_avg", "exp_avg_sq")]
-    return sizes[0], sizes[1] + sizes[2]
+def held(engines: list[EngineConfig]) -> list[tuple[int, int]]:
+    """Of each engine, bytes of masters that are tensors of their own, and of moments, on this rank."""
+    found = []
+    for engine_config in engines:
+        engine = build_engine(tiny_config(engine=engine_config), ParallelContext.create(), torch.device("cpu"))
+        ranges = engine.owned_ranges()
+        sizes = [sum(r.values[kind].numel() * 4 for r in ranges) for kind in ("param", "exp_avg", "exp_avg_sq")]
+        found.append((sizes[0], sizes[1] + sizes[2]))
+    return found
 
 
-@pytest.mark.parametrize("engine", [*ZERO[1:], *BF16], ids=lambda e: f"zero{e.zero_stage}-{e.precision}")
-def test_engines_hold_what_is_planned(engine):
-    config = tiny_config(engine=engine, model=TINY)
-    planned = state_bytes(config, world_size=2)
-    for masters, moments in run_ranks(2, held, 1, engine):
-        assert moments == pytest.approx(planned["moments"], rel=0.02)
-        assert masters == pytest.approx(planned["masters"], rel=0.02)
+def test_engines_hold_what_is_planned():
+    engines = [*ZERO[1:], *BF16]
+    for ranks in run_ranks(2, held, engines):
+        for engine, (masters, moments) in zip(engines, ranks, strict=True):
+            planned = state_bytes(tiny_config(engine=engine, model=TINY), world_size=2)
+            assert moments == pytest.approx(planned["moments"], rel=0.02), engine
+            assert masters == pytest.approx(planned["masters"], rel=0.02), engine
 
 
 def test_the_command_line_says_when_it_does_not_fit(capsys):
@@ -116,7 +119,7 @@ def measured(config: TrainConfig) -> tuple[int, int, int]:
     """A real microbatch: bytes kept for backward and at most, and what autograd saved by its own hooks."""
     parallel = config.parallel
     context = ParallelContext.create(parallel.tp, parallel.cp, sequence_parallel=parallel.sequence_parallel)
-    model = empty_model(config.model, context, "cpu", torch.float32)
+    model = build_model(config.model, context, "cpu", torch.float32)
     initialize(model, 0)
     recompute_blocks(model.model.layers, config.engine.recompute, config.engine.recompute_every)
     for parameter in model.parameters():
@@ -160,18 +163,24 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
-def test_activations_are_those_of_the_real_model(config):
-    predicted_kept, predicted_peak = activation_bytes(config, device="cpu")
-    world = config.parallel.tp * config.parallel.cp
-    for kept, peak, saved in run_ranks(world, measured, config) if world > 1 else [measured(config)]:
-        print(
-            f"kept {predicted_kept} predicted, {kept} alive, {saved} saved by autograd; peak {predicted_peak}, {peak}"
-        )
-        assert predicted_kept == pytest.approx(kept, rel=0.01)
-        assert predicted_peak == pytest.approx(peak, rel=0.01)
-        if config.engine.recompute == "none":
-            assert predicted_kept == pytest.approx(saved, rel=0.01)
+def measured_each(configs: list[TrainConfig]) -> list[tuple[int, int, int]]:
+    return [measured(config) for config in configs]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_activations_are_those_of_the_real_model(world):
+    """All layouts of one size are measured in one world."""
+    shapes = {name: c for name, c in SHAPES.items() if c.parallel.tp * c.parallel.cp == world}
+    configs = list(shapes.values())
+    for rank in run_ranks(world, measured_each, configs) if world > 1 else [measured_each(configs)]:
+        for (name, config), (kept, peak, saved) in zip(shapes.items(), rank, strict=True):
+            predicted_kept, predicted_peak = activation_bytes(config, device="cpu")
+            print(f"{name}: kept {predicted_kept} predicted, {kept} alive, {saved} saved by autograd; ", end="")
+            print(f"peak {predicted_peak} predicted, {peak} alive")
+            assert predicted_kept == pytest.approx(kept, rel=0.01), name
+            assert predicted_peak == pytest.approx(peak, rel=0.01), name
+            if config.engine.recompute == "none":
+                assert predicted_kept == pytest.approx(saved, rel=0.01), name
 
 
 def test_recomputation_and_parallelism_save_what_they_should():
@@ -187,6 +196,7 @@ def test_recomputation_and_parallelism_save_what_they_should():
 def test_a_machine_with_a_gpu_plans_as_one_without(monkeypatch):
     config = tiny_config(engine=EngineConfig(name="local", precision="bf16"))
     alone = activation_bytes(config)
+    estimate._measured.clear()
 
     def capability(device=None):
         assert torch.device(device).type == "cuda", "the plan's tensors are on no GPU, whatever they say"
@@ -206,6 +216,10 @@ def test_the_largest_model_is_planned_in_seconds():
     assert 30 * GIB < plan.total < 300 * GIB
 
 
+def step_peaks(configs: list[TrainConfig]) -> list[int]:
+    return [step_peak(config) for config in configs]
+
+
 def step_peak(config: TrainConfig) -> int:
     """Bytes of tensors alive at the peak of an engine's second step."""
     context = ParallelContext.create(config.parallel.tp)
@@ -220,18 +234,21 @@ def step_peak(config: TrainConfig) -> int:
     return memory.peak
 
 
-@pytest.mark.parametrize("engine", [EngineConfig(name="local"), *BF16[1:3]], ids=["local", "zero1", "zero2"])
-def test_engines_take_what_is_planned_at_their_peak(engine):
-    config = tiny_config(
-        model=dataclasses.replace(WIDE, vocab_size=1024, embed_dim=384, glu_dim=1024),
-        engine=dataclasses.replace(engine, reduce_bucket_elements=200_000),
-        data=DataConfig(sequence_length=64, global_batch=2, micro_batch=1),
-    )
-    _, activations = activation_bytes(config, device="cpu")
-    planned = sum(state_bytes(config, 2).values()) + buffer_bytes(config, 2, activations) + activations
-    for peak in run_ranks(2, step_peak, config):
-        print(f"{planned} planned, {peak} alive")
-        assert planned == pytest.approx(peak, rel=0.10)
+def test_engines_take_what_is_planned_at_their_peak():
+    configs = [
+        tiny_config(
+            model=dataclasses.replace(WIDE, vocab_size=1024, embed_dim=384, glu_dim=1024),
+            engine=dataclasses.replace(engine, reduce_bucket_elements=200_000),
+            data=DataConfig(sequence_length=64, global_batch=2, micro_batch=1),
+        )
+        for engine in (EngineConfig(name="local"), *BF16[1:3])
+    ]
+    for peaks in run_ranks(2, step_peaks, configs):
+        for config, peak in zip(configs, peaks, strict=True):
+            _, activations = activation_bytes(config, device="cpu")
+            planned = sum(state_bytes(config, 2).values()) + buffer_bytes(config, 2, activations) + activations
+            print(f"{config.engine.name} {config.engine.zero_stage}: {planned} planned, {peak} alive")
+            assert planned == pytest.approx(peak, rel=0.10), config.engine
 
 
 # Peaks of the allocator on H200s, of four GPUs on H100s (docs/memory.md): bf16, a microbatch of rows x length.

@@ -19,7 +19,7 @@ from megatron_tn.training.guard import Guard, TrainingAborted, spike_height
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport, train_step
 from tests.engine.test_nonfinite import BF16
-from tests.engine.test_parity import LOCAL, ZERO, name_of
+from tests.engine.test_parity import LOCAL, ZERO
 from tests.helpers.models import Rows, random_batch, tiny_config
 from tests.helpers.ranks import run_ranks
 
@@ -128,30 +128,27 @@ def diagnose(tp: int, engine_config: EngineConfig, fault: str) -> tuple[bool, li
     return report.applied, found, unchanged, train_step(engine, batches, 1e-2, CPU).applied
 
 
-CASES = [(1, LOCAL), (1, ZERO[0]), (1, ZERO[3]), (1, BF16[1]), (2, ZERO[1])]
-MORE = [(tp, engine) for tp in (1, 2) for engine in (LOCAL, *ZERO, *BF16) if (tp, engine) not in CASES]
-CASES += [pytest.param(*case, marks=pytest.mark.full) for case in MORE]
+def diagnose_each(cases: list[tuple[int, EngineConfig, str]]) -> list[tuple[bool, list[Culprit], list[bool], bool]]:
+    return [diagnose(*case) for case in cases]
+
+
+FSDP2 = EngineConfig(name="fsdp2", precision="fp32")
+COVERING = [(1, LOCAL), (1, ZERO[0]), (1, ZERO[3]), (1, BF16[1]), (2, ZERO[1])]
+GRADIENTS = [(tp, engine, "gradient") for tp, engine in COVERING]
+ACTIVATIONS = [(1, LOCAL, "activation"), (1, FSDP2, "activation")]
+MORE = [(tp, engine, "gradient") for tp in (1, 2) for engine in (LOCAL, *ZERO, *BF16)]
+TENSORS = {"gradient": f"the gradient of {WEIGHT}", "activation": "the output of model.layers.1.channel_mixer"}
 
 
 @pytest.mark.parametrize(
-    ("tp", "engine"), CASES, ids=lambda v: v if isinstance(v, int) else f"{name_of(v)}-{v.precision}"
+    "cases", [[*GRADIENTS, *ACTIVATIONS], pytest.param(MORE, marks=pytest.mark.full)], ids=["some", "all"]
 )
-def test_the_rank_and_the_tensor_are_found_and_nothing_is_changed(tp, engine):
-    for applied, found, unchanged, next_applied in run_ranks(2, diagnose, tp, engine, "gradient"):
-        assert not applied
-        assert [(culprit.rank, culprit.tensor) for culprit in found] == [(1, f"the gradient of {WEIGHT}")]
-        assert all(unchanged)
-        assert next_applied
-
-
-@pytest.mark.parametrize("engine", [LOCAL, EngineConfig(name="fsdp2", precision="fp32")], ids=lambda e: e.name)
-def test_the_first_activation_is_named(engine):
-    for applied, found, unchanged, next_applied in run_ranks(2, diagnose, 1, engine, "activation"):
-        assert (applied, next_applied) == (False, True)
-        assert [(culprit.rank, culprit.tensor) for culprit in found] == [
-            (1, "the output of model.layers.1.channel_mixer")
-        ]
-        assert all(unchanged)
+def test_the_rank_and_the_first_tensor_are_found_and_nothing_is_changed(cases):
+    for found_here in run_ranks(2, diagnose_each, cases):
+        for case, (applied, found, unchanged, next_applied) in zip(cases, found_here, strict=True):
+            assert (applied, next_applied) == (False, True), case
+            assert [(culprit.rank, culprit.tensor) for culprit in found] == [(1, TENSORS[case[-1]])], case
+            assert all(unchanged), case
 
 
 def watch_sharded() -> tuple[str, int] | None:
@@ -179,14 +176,41 @@ def test_parameters_that_fsdp2_swaps_in_are_watched():
     assert found[0] == "the gradient of 1.weight"
 
 
-def test_a_batch_without_target_tokens_says_nothing_of_the_model():
-    engine = build_engine(tiny_config(), ParallelContext(), CPU)
+def step_without_targets(engine_config: EngineConfig) -> None:
+    """A step, a step without target tokens, then one in which only one of the two ranks has some."""
+    context = ParallelContext.create(1)
+    engine = build_engine(tiny_config(engine=engine_config), context, CPU)
     initialize_engine(engine, 0)
     tokens, targets = random_batch(2, 24)
-    report = train_step(engine, [Rows(tokens, torch.full_like(targets, -100))], 1e-3, CPU)
-    assert (report.tokens, report.applied, report.skipped) == (0, True, True)
+    nothing = torch.full_like(targets, -100)
+    state = TrainingState()
+
+    def take(wanted: torch.Tensor) -> StepReport:
+        report = train_step(engine, [Rows(tokens, wanted)], 1e-2, CPU)
+        state.count(report, samples=2)
+        return report
+
+    def values() -> list[torch.Tensor]:
+        return [value.clone() for owned in engine.owned_ranges() for value in owned.values.values()]
+
+    take(targets)
+    before = values()
+    report = take(nothing)
+    assert (report.tokens, report.applied, report.skipped, report.empty) == (0, False, True, True)
     assert math.isnan(report.loss)
-    state = TrainingState(recent_losses=[3.0] * 40)
-    state.count(report, samples=2)
+    assert all(torch.equal(a, b) for a, b in zip(before, values(), strict=True))
+    assert (state.step, state.optimizer_step) == (2, 1)
     assert Guard(GuardConfig(), lambda *_: None).check(state, report, list) is None
-    assert (state.step, state.optimizer_step, state.recent_losses) == (1, 1, [3.0] * 40)
+    assert state.recent_losses == []
+    report = take(nothing if context.rank == 0 else targets)
+    assert (report.tokens, report.applied, report.skipped) == (int((targets != -100).sum()), True, False)
+    assert not all(torch.equal(a, b) for a, b in zip(before, values(), strict=True))
+
+
+def step_without_targets_in_every_engine() -> None:
+    for engine in (LOCAL, *ZERO[1:], FSDP2, BF16[1]):
+        step_without_targets(engine)
+
+
+def test_a_batch_without_target_tokens_changes_nothing():
+    run_ranks(2, step_without_targets_in_every_engine)

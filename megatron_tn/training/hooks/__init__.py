@@ -1,4 +1,4 @@
-"""What happens around the steps, one concern a file. A hook sees the run; it never changes what a step computes."""
+"""Hooks: code that runs around the training steps, one concern a file. A hook never changes what a step computes."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ class Hook(Protocol):
         """After a step; `state` counts it."""
 
     def on_rewind(self, state: TrainingState) -> None:
-        """The run went back: steps after `state.step` will be taken again. `on_step` was not called for the last."""
+        """The run went back: steps after `state.step` will be taken again. `on_step` is not called for the step that
+        made it go back."""
 
     def on_stop(self, state: TrainingState) -> None:
         """After the last step of this process, also when it stops early or fails."""
 
 
 class Sink(Hook, Protocol):
-    """A hook that also takes named values: the log, or a copy of it. On global rank 0."""
+    """A hook that also takes named values: the journal, or a copy of it. On global rank 0."""
 
     def record(self, values: dict[str, Any], step: int) -> None: ...
 
 
 class NullHook:
-    """Does nothing; hooks derive from it and say only what they do."""
+    """Does nothing; hooks derive from it and override what they need."""
 
     def on_start(self, state: TrainingState) -> None: ...
 

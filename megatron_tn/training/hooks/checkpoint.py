@@ -1,4 +1,4 @@
-"""Saves: every so many steps, when told to stop, and at the end."""
+"""When a checkpoint is saved: every checkpoint.every steps, when the run is told to stop, and at its end."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from megatron_tn.training.step import StepReport
 
 
 class CheckpointEvery(NullHook):
-    """Calls `save(state)` on all ranks, which begins a save with `writer` and returns the one before it, and reports
-    each save once it is written. report: takes a line for people, which is printed once; record: named values alone.
+    """Calls `save(state)` on all ranks, and reports each save once it is on the disk.
 
-    every: steps; 0 leaves only the stop and the end. last: the run's last step, 0 for no save at the end. abort:
-    whether a save that fails ends the run; one that nothing will follow always does.
+    save: begins a save with `writer`; returns the save before it, if that was not reported yet. report(line, values,
+    step): prints a line once and records values. record(values, step): records values. every: steps; 0 saves only at a
+    stop and at the end. last: the run's last step; 0 for no save at the end. abort: whether a save that fails ends the
+    run; the last save of a run that fails always does.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class CheckpointEvery(NullHook):
             self._report(self.writer.wait(), state, fatal=True)
 
     def on_stop(self, state: TrainingState) -> None:
-        done = self.writer.close()  # one is still under way when the run fails or a step raises
+        done = self.writer.close()  # a save may be under way when a step raised
         if done is not None and done.error is not None:
             self.report(str(done.error), {}, state.step)
 

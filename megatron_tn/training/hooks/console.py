@@ -1,6 +1,6 @@
-"""What a person sees: a progress bar with loss, speed and time left; in a log file, a line now and then.
+"""Progress for people: on a terminal a bar with loss, speed and time left; elsewhere a line every ten seconds.
 
-The terminal, the pipe or the disk behind it may go away. Training goes on without: log.jsonl has everything.
+When the terminal, the pipe or the disk behind standard output goes away, training goes on: log.jsonl has everything.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LINE_EVERY_S = 10.0
 
 
 def while_it_is_there(method: Callable[..., None]) -> Callable[..., None]:
-    """Decorator of a method of ConsoleProgress: it does nothing once the console has gone."""
+    """Decorator of a method of ConsoleProgress: once standard output cannot be written, the method does nothing."""
 
     @functools.wraps(method)
     def guarded(self: ConsoleProgress, *arguments: Any) -> None:
@@ -32,7 +32,7 @@ def while_it_is_there(method: Callable[..., None]) -> Callable[..., None]:
             return
         try:
             method(self, *arguments)
-        except (OSError, SystemExit) as error:  # rich leaves the program when a pipe is closed
+        except (OSError, SystemExit) as error:  # rich raises SystemExit when a pipe is closed
             self.gone = True
             log.warning("progress cannot be printed: %r; training goes on (log.jsonl has everything)", error)
 
@@ -67,8 +67,8 @@ class ConsoleProgress(NullHook):
     @while_it_is_there
     def on_step(self, state: TrainingState, report: StepReport) -> None:
         if report.skipped:
-            why = "has no target tokens" if report.applied else "is skipped (data.skip_batches or a rewind)"
-            self._console.print(f"step {state.step}: its batch {why}")
+            why = "it has no target tokens" if report.empty else "data.skip_batches or a rewind says so"
+            self._console.print(f"step {state.step}: its batch is skipped: {why}")
             return
         now = time.perf_counter()
         speed = report.tokens / (now - self._tick)

@@ -11,11 +11,12 @@ from megatron_tn.training.step import StepReport
 
 
 class Interrupted(Exception):
-    """The evaluation was left because the run was told to stop. On every rank."""
+    """Raised on every rank within an evaluation when the run was told to stop."""
 
 
 class EvaluateEvery(NullHook):
-    """Calls `evaluate()` on all ranks, and `record(values, step)` with what it found. last: the run's last step."""
+    """Calls `evaluate()` on all ranks every `every` steps (0: never) and after step `last`, and `record(values, step)`
+    with the held-out figures that it returns."""
 
     def __init__(
         self,

@@ -2,40 +2,46 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
+import logging
 import time
-from pathlib import Path
+from collections import deque
 from typing import Any
 
 from megatron_tn.training.hooks import NullHook
+from megatron_tn.training.journal_file import JournalFile
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
 from megatron_tn.training.throughput import Work
 
+log = logging.getLogger(__name__)
+
+MOST_WAITING = 100_000  # records kept in memory while the disk takes none; the oldest go first
+
 
 class Journal(NullHook):
-    """Writes records on global rank 0. After a resume, later steps of the earlier run are set aside, so that the log is
-    one clean curve; they go to log.superseded.jsonl, and nothing is lost."""
+    """Writes records on global rank 0. After a resume or a rewind, records of later steps move to
+    log.superseded.jsonl, so that the journal is one curve and nothing is lost.
 
-    def __init__(self, path: Path, every: int, work: Work):
-        self.path = path
+    Logging never stops training: while the file cannot be written, records wait in memory; it is said once, and again
+    when they are in the file. every: steps between records.
+    """
+
+    def __init__(self, file: JournalFile, every: int, work: Work):
+        self.file = file
         self.every = every
         self.work = work
-        self._file = None
-        self._tokens = 0
-        self._steps = 0
+        self._waiting: deque[dict[str, Any]] = deque()
+        self._lost = 0
+        self._take_back: int | None = None  # records after this step, as soon as the disk allows
+        self._failed = False  # whether it was said that the file cannot be written
 
     def on_start(self, state: TrainingState) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            self._set_aside(state.step)
-        self._file = self.path.open("a", buffering=1)
+        self._waiting = deque(record for record in self._waiting if record["step"] <= state.step)
+        self._take_back = state.step
+        self._write()
         self._since, self._tokens, self._steps = time.perf_counter(), 0, 0
 
     def on_rewind(self, state: TrainingState) -> None:
-        self._file.close()
         self.on_start(state)
 
     def on_step(self, state: TrainingState, report: StepReport) -> None:
@@ -66,30 +72,36 @@ class Journal(NullHook):
         self._since, self._tokens, self._steps = now, 0, 0
 
     def on_stop(self, state: TrainingState) -> None:
-        if self._file:
-            self._file.close()
+        self._write()
+        if self._waiting:
+            log.error("%s: %d records could not be written", self.file.path, len(self._waiting) + self._lost)
+        self.file.close()
 
     def record(self, values: dict[str, Any], step: int) -> None:
         self.write({"step": step, **values})
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record at once. JSON knows no NaN and no infinity: they become null."""
-        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        """Append one record at once, or as soon as the disk takes it."""
+        self._waiting.append(record)
+        if len(self._waiting) > MOST_WAITING:
+            self._waiting.popleft()
+            self._lost += 1
+        self._write()
 
-    def _set_aside(self, step: int) -> None:
-        kept, later = [], []
-        # Bytes, since a line that a dying host cut short may hold any; all that are written are ASCII.
-        content = self.path.read_bytes()
-        for line in content.splitlines():
-            try:
-                (later if json.loads(line)["step"] > step else kept).append(line)
-            except (ValueError, KeyError, TypeError):
-                later.append(line)  # cut short when its process died
-        if not later and content.endswith(b"\n"):
+    def _write(self) -> None:
+        try:
+            if self._take_back is not None:
+                self.file.set_aside_after(self._take_back)
+                self._take_back = None
+            while self._waiting:
+                for _ in range(self.file.append(list(self._waiting))):
+                    self._waiting.popleft()
+        except OSError as error:
+            if not self._failed:
+                log.error("%s cannot be written: %s; training goes on", self.file.path, error.strerror)
+            self._failed = True
             return
-        with self.path.with_name("log.superseded.jsonl").open("ab") as file:
-            file.writelines(line + b"\n" for line in later)
-        rewritten = self.path.with_suffix(".tmp")
-        rewritten.write_bytes(b"".join(line + b"\n" for line in kept))
-        os.replace(rewritten, self.path)
+        if self._failed:
+            log.warning("%s can be written again; %d records are lost", self.file.path, self._lost)
+            self._failed = False
+            self._lost = 0

@@ -1,4 +1,4 @@
-"""Where the time of a few steps goes: a Chrome trace, and a table of operators and kernels by time."""
+"""torch.profiler over a few steps: a Chrome trace, and a table of operators and kernels by time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Profile(NullHook):
     steps_A_to_B.trace.json.gz   for chrome://tracing or ui.perfetto.dev
     steps_A_to_B.txt             operators and kernels, the longest first
 
-    The step before the first one warms the profiler up. Profiled steps are slower; their losses are the same.
+    The step before the first profiled one warms the profiler up. Profiled steps are slower; their losses are the same.
     """
 
     def __init__(self, folder: Path, skip: int, steps: int):

@@ -1,8 +1,9 @@
-"""What the ranks have that differs between them: how fast each computes and reads, how much memory it took.
+"""Differences between ranks: how fast each computes and reads data, and how much memory it takes.
 
-A step takes as long everywhere, since ranks wait for each other; so each times what it does alone, its forward passes
-and its wait for data, and every so many steps one small all-gather on the CPU tells who is slow. Where the forward pass
-itself waits for others (tensor parallel, ZeRO 3, FSDP2) a slow rank slows its group, and the group is what stands out.
+A step takes as long on every rank, since ranks wait for each other. So each rank times what it does alone, its forward
+passes and its wait for data, and every logging.ranks_every steps one small all-gather on the CPU shows which rank is
+slow. Where the forward pass contains collectives (tensor parallel, ZeRO 3, FSDP2), a slow rank slows its whole group,
+and the group stands out.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
 from megatron_tn.training.watchdog import Progress
 
-SLOW = 1.2  # times the median, above which a rank is named to people
+SLOW = 1.2  # a rank above so many times the median is named in a line for people
 GIB = 2**30
 
 
 class RankReport(NullHook):
-    """On all ranks. report: takes a line for people and named values; record: named values alone. every: steps."""
+    """On all ranks. report(line, values, step): prints a line once and records values. record(values, step): records
+    values. every: steps between reports."""
 
     def __init__(
         self,
@@ -42,24 +44,24 @@ class RankReport(NullHook):
         self.report = report
         self.record = record
         self.every = every
-        self._marks: list[Any] = []  # alternately before and after a forward pass
+        self._marks: list[Any] = []  # times, or CUDA events: before a forward pass, after it, before the next, ...
 
     def on_start(self, state: TrainingState) -> None:
         self.hosts = [socket.gethostname()] * dist.get_world_size()
         if len(self.hosts) > 1:
             dist.all_gather_object(self.hosts, self.hosts[0])
-        # Hooks around the whole model, which is not compiled as a whole.
+        # Hooks of the outermost module run also with engine.compile=blocks, which compiles the blocks within.
         self._handles = [
             self.engine.model.register_forward_pre_hook(lambda *_: self._mark()),
             self.engine.model.register_forward_hook(lambda *_: self._mark()),
         ]
-        # Passes that are replayed as one graph: forward and backward together.
+        # Captured passes run no hooks: their marks are around the replay of forward and backward together.
         if passes := getattr(self.engine, "passes", None):
             passes.watchers.append(self._mark)
         self._begin(state)
 
     def on_step(self, state: TrainingState, report: StepReport) -> None:
-        # The host has waited for this step's loss, so all marks have been passed.
+        # The host has waited for this step's loss, so the device has reached all of its events.
         self._forward_s += _seconds_between(self._marks)
         self._marks.clear()
         if state.step % self.every == 0:
@@ -107,7 +109,7 @@ class RankReport(NullHook):
             median = statistics.median(seconds)
             values |= {f"ranks/{name}_s": median, f"ranks/{name}_s_max": seconds[slowest]}
             values[f"ranks/{name}_slowest"] = f"rank {slowest} ({self.hosts[slowest]})"
-            # Waiting for data is nothing to speak of as long as it is short beside the forward passes.
+            # A wait for data that is short beside the forward passes is not worth a line, however uneven.
             if seconds[slowest] > SLOW * median and seconds[slowest] - median > (SLOW - 1) * statistics.median(forward):
                 lines.append(
                     f"rank {slowest} on host {self.hosts[slowest]} is slow: {what} take {seconds[slowest]:.3g} s a "
@@ -122,7 +124,7 @@ class RankReport(NullHook):
 
 
 def _seconds_between(marks: list[Any]) -> float:
-    """Summed over pairs of marks; a pass that raised has no end."""
+    """Summed over pairs of marks. A forward pass that raised left no second mark, and is not counted."""
     pairs = list(zip(marks[::2], marks[1::2], strict=False))
     if pairs and not isinstance(pairs[0][0], float):
         return sum(begin.elapsed_time(end) for begin, end in pairs) / 1000

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import uuid
-from pathlib import Path
 from typing import Any
 
 from megatron_tn.config import WandbConfig
 from megatron_tn.training.hooks import NullHook
+from megatron_tn.training.hooks.wandb_file import last_step_in
+from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
 from megatron_tn.training.throughput import Work
@@ -21,57 +21,31 @@ log = logging.getLogger(__name__)
 class WeightsAndBiases(NullHook):
     """One run id for all processes of a run: it is kept in run_dir/wandb_id.
 
-    wandb cannot take back what it was told. So the part of a run that follows a rewind has an id of its own, ID-r1,
-    ID-r2, ..., begins with the journal's records up to there, and shows one clean curve; the parts share a group.
+    wandb cannot take back what it was told. So the steps after a rewind go to a run of their own, ID-r1, ID-r2, ...,
+    which begins with the journal's records up to there and shows one curve; these runs share a group.
+
+    At every start the journal's records that wandb does not have are told again: all of them to a new run, and after a
+    kill those that were in wandb's memory alone.
     """
 
-    def __init__(self, config: WandbConfig, run_dir: Path, run_config: dict[str, Any], work: Work):
+    def __init__(self, config: WandbConfig, folder: RunFolder, run_config: dict[str, Any], work: Work):
         self.config = config
-        self.run_dir = run_dir
+        self.folder = folder
         self.run_config = run_config
         self.work = work
         self._run = None
+        self._told = 0  # the last step that wandb had when this process began
 
     def on_start(self, state: TrainingState) -> None:
         self._tick = time.perf_counter()
-        id_file = self.run_dir / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:8])
         try:
-            import wandb
-
-            first = id_file.read_text().strip()
-            part = f"-r{len(state.rewinds)}" if state.rewinds else ""
-            self._run = wandb.init(
-                project=self.config.project,
-                entity=self.config.entity,
-                mode=self.config.mode,
-                id=first + part,
-                name=self.run_dir.name + part,
-                group=first,
-                dir=self.run_dir,
-                resume="allow",
-                config=self.run_config,
-                settings=wandb.Settings(silent=True, console="off"),
-            )
+            self._begin(state)
         except Exception as error:
             self._give_up(error)
-        told = self.run_dir / f"wandb_id{part}.told"
-        if part and not told.exists():
-            self._retell(state.step)
-            told.touch()
 
     def on_rewind(self, state: TrainingState) -> None:
         self.on_stop(state)
         self.on_start(state)
-
-    def _retell(self, last: int) -> None:
-        """The journal up to step `last`, told again to a new part."""
-        journal = self.run_dir / "log.jsonl"
-        for line in journal.read_text().splitlines() if journal.is_file() else []:
-            values = json.loads(line)
-            if (step := values.pop("step")) <= last:
-                self.record({name: v for name, v in values.items() if isinstance(v, int | float)}, step)
 
     def on_step(self, state: TrainingState, report: StepReport) -> None:
         if report.skipped:
@@ -88,11 +62,12 @@ class WeightsAndBiases(NullHook):
         self.record(values, state.step)
 
     def record(self, values: dict[str, Any], step: int) -> None:
-        if self._run is not None:
-            try:
-                self._run.log(values, step=step)
-            except Exception as error:
-                self._give_up(error)
+        if self._run is None or step <= self._told:
+            return
+        try:
+            self._run.log(values, step=step)
+        except Exception as error:
+            self._give_up(error)
 
     def on_stop(self, state: TrainingState) -> None:
         if self._run is not None:
@@ -100,6 +75,41 @@ class WeightsAndBiases(NullHook):
                 self._run.finish()
             except Exception as error:
                 self._give_up(error)
+
+    def _begin(self, state: TrainingState) -> None:
+        import wandb
+
+        mode = self.config.mode
+        if mode == "online" and not wandb.login(prompt=False, verify=False):
+            log.warning("wandb: nobody is logged in here, so it logs offline; `wandb sync` uploads it later")
+            mode = "offline"
+        part = f"-r{len(state.rewinds)}" if state.rewinds else ""
+        first = self._id()
+        self._told = last_step_in(self.folder.wandb, first + part) if mode == "offline" else 0
+        self._run = wandb.init(
+            project=self.config.project,
+            entity=self.config.entity,
+            mode=mode,
+            id=first + part,
+            name=self.folder.path.name + part,
+            group=first,
+            dir=self.folder.path,
+            resume="allow",
+            config=self.run_config,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        if mode == "online":
+            self._told = max(self._run.starting_step - 1, 0)
+        for values in self.folder.records():
+            step = values.pop("step")
+            if self._told < step <= state.step:
+                self.record({name: v for name, v in values.items() if isinstance(v, int | float)}, step)
+
+    def _id(self) -> str:
+        file = self.folder.wandb_id
+        if not file.exists():
+            file.write_text(uuid.uuid4().hex[:8])
+        return file.read_text().strip()
 
     def _give_up(self, error: Exception) -> None:
         log.warning("wandb: %s: %s; going on without it (log.jsonl has everything)", type(error).__name__, error)

@@ -1,0 +1,64 @@
+"""From a page's bytes to its characters, as browsers do it: the WHATWG Encoding Standard."""
+
+import codecs
+import re
+
+from resiliparse.parse.encoding import detect_encoding, map_encoding_to_html5
+
+MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_BE, "utf-16-be"), (codecs.BOM_UTF16_LE, "utf-16-le"))
+# The standard's decoders are wider than Python's codecs of the same name: gbk reads gb18030, euc-kr and shift_jis read
+# Microsoft's extensions. The keys are what resiliparse makes of a label.
+WIDER = {"gbk": "gb18030", "euc_kr": "cp949", "shift_jis": "cp932", "big5": "big5hkscs", "iso8859-11": "cp874"}
+UNMAPPED = {"x-mac-cyrillic": "mac_cyrillic", "x-mac-ukrainian": "mac_cyrillic"}  # labels that resiliparse leaves out
+REPLACED = {"replacement", "iso-2022-kr", "csiso2022kr", "hz-gb-2312", "iso-2022-cn", "iso-2022-cn-ext"}
+PRESCAN = 1024  # bytes in which a page may name its encoding
+COMMENT = re.compile(rb"<!--.*?(?:-->|\Z)", re.DOTALL)
+META = re.compile(rb"<meta\s[^>]*?charset\s*=\s*[\"']?\s*([\w.:()+-]+)", re.IGNORECASE)
+XML = re.compile(rb"\A\s*<\?xml\s[^>]*?encoding\s*=\s*[\"']([\w.:()+-]+)", re.IGNORECASE)
+
+
+def decode_page(data: bytes, label: str | None = None, *, markup: bool = True) -> str:
+    """The characters of `data`. The encoding is that of its byte-order mark, or of `label` (the charset of the HTTP
+    header), or, with `markup`, of the page's own meta element, or UTF-8 where all bytes fit, or else a guess. What does
+    not decode becomes U+FFFD; the whole text does under a label that browsers refuse to decode."""
+    for mark, name in MARKS:
+        if data.startswith(mark):
+            return _decode(data[len(mark) :], name)
+    for found in (label, _named_in(data) if markup else None):
+        if found and (name := codec(found)):
+            return "\ufffd" if name == "replacement" else _decode(data, name)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return _decode(data, codec(detect_encoding(data)) or "utf-8")
+
+
+def codec(label: str) -> str | None:
+    """The Python codec of an encoding's label; "replacement" for one that browsers refuse; None for an unknown one."""
+    label = label.strip().lower()
+    if label in REPLACED:
+        return "replacement"
+    name = UNMAPPED.get(label) or map_encoding_to_html5(label, fallback_utf8=False)
+    return WIDER.get(name, name)
+
+
+def _named_in(data: bytes) -> str | None:
+    """The label that a page gives itself; UTF-8 for one of UTF-16, which cannot be right where ASCII could be read."""
+    head = data[:PRESCAN]
+    match = META.search(COMMENT.sub(b"", head)) or XML.search(head)
+    label = match and match[1].decode("ascii", "replace")
+    return "utf-8" if label and label.lower().startswith("utf-16") else label
+
+
+def _decode(data: bytes, name: str) -> str:
+    return data.decode(name, "whatwg" if name.startswith("cp") else "replace")
+
+
+def _control_or_replacement(error: UnicodeError) -> tuple[str, int]:
+    """Windows' code pages leave some bytes of 0x80..0x9F undefined; the standard reads them as C1 controls."""
+    byte = error.object[error.start]
+    single = error.end - error.start == 1 and 0x80 <= byte <= 0x9F and error.encoding.lower() not in ("cp932", "cp949")
+    return (chr(byte) if single else "\ufffd"), error.end
+
+
+codecs.register_error("whatwg", _control_or_replacement)

@@ -1,0 +1,43 @@
+"""What can be known of a run's sources before its output folder is written to."""
+
+from pathlib import Path
+
+from data_pipeline.readers.base import DAMAGED, UNEXPECTED, File
+from data_pipeline.readers.lines import jsonl_keys
+from data_pipeline.readers.parquet import parquet_keys
+from data_pipeline.sources import Jsonl, Parquet, Source
+
+FILES_LOOKED_AT = 5  # of a source, for its keys
+SHOWN = 20  # keys in a message
+
+
+def output_problem(name: str, source: Source, output: Path) -> str | None:
+    """Why `output` may not lie where it does: inside the source, it would be read as input the next time."""
+    if "://" in source.path or source.path == "stdlib":
+        return None
+    root, place = Path(source.path).resolve(), output.resolve()
+    if root.is_dir() and (place == root or root in place.parents):
+        return f"output={output} lies inside sources.{name}.path={source.path}: it would be read as input"
+    return None
+
+
+def key_problem(name: str, source: Source, files: list[File]) -> str | None:
+    """Names the keys that were seen, when the first records of the first files have no `text_key`."""
+    if not isinstance(source, Jsonl | Parquet):
+        return None
+    seen: dict[str, None] = {}
+    for file in files[:FILES_LOOKED_AT]:
+        seen |= dict.fromkeys(_keys(file, source))
+    if not seen or source.text_key in seen:
+        return None
+    keys = ", ".join(list(seen)[:SHOWN])
+    return f"sources.{name}.text_key={source.text_key}: no such key in {files[0].id}; there are {keys}"
+
+
+def _keys(file: File, source: Jsonl | Parquet) -> list[str]:
+    """The keys of a file's first records; none of one that cannot be read, which the run will name."""
+    try:
+        with file.open() as opened:
+            return jsonl_keys(opened, source) if isinstance(source, Jsonl) else parquet_keys(opened)
+    except (*DAMAGED, *UNEXPECTED, OSError):
+        return []

@@ -1,0 +1,32 @@
+"""A picture of time a token against the length of a row."""
+
+from pathlib import Path
+
+
+def draw(lines: dict[str, list[tuple[int, float]]], path: Path, *, title: str) -> bool:
+    """Draw (positions of a row, ns a token) of every name in `lines`; False if nothing was drawn, because no line has
+    two points or matplotlib is not installed."""
+    if not any(len(line) > 1 for line in lines.values()):
+        return False
+    try:
+        import matplotlib
+    except ImportError:
+        print("no picture: matplotlib is not installed (pip install matplotlib)")
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, line in lines.items():
+        lengths, times = zip(*sorted(line), strict=True)
+        axes.plot(lengths, times, marker="o", linewidth=2.5 if name == "lightning attention" else 1.2, label=name)
+    ticks = sorted({length for line in lines.values() for length, _ in line})
+    axes.set(xscale="log", yscale="log", xlabel="positions in a row", ylabel="forward + backward, ns a token")
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return True

@@ -1,0 +1,51 @@
+"""One token of decoding: the state's update and the output, of the fused projection."""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels.gla import plain
+from kernels.gla.inputs import GlaInputs
+from kernels.lightning.check import check_values
+from kernels.numerics import accumulation_dtype
+
+
+@torch.library.custom_op("megatron_tn::gla_step", mutates_args=())
+def gla_step(
+    qkvu: Tensor,
+    state: Tensor,
+    decay: Tensor,
+    theta: Tensor | None,
+    act: str,
+    gate: bool,
+    positions: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gla` for one token, outside autograd: qkvu [B, 1, 4 H d] and state [B, H, K, d] fp32 -> y [B, 1, H d], the sum
+    of o^2 [B, 1] and the next state. positions: [1] or [B, 1]."""
+    if not qkvu.is_cuda:
+        check_values(decay, None, 1)
+    inputs = GlaInputs(qkvu, decay, theta, act, gate, positions, state, None)
+    if inputs.backend == "triton":
+        from kernels.gla import triton_step
+
+        return triton_step.step(inputs)
+    y, _, square_sum, state = plain.forward(inputs)
+    return y.flatten(2).contiguous(), square_sum, state
+
+
+@gla_step.register_fake
+def _fake(qkvu, state, decay, theta, act, gate, positions):
+    batch, _, fused = qkvu.shape
+    wide = accumulation_dtype(qkvu.dtype)
+    return (
+        qkvu.new_empty(batch, 1, fused // 4),
+        qkvu.new_empty(batch, 1, dtype=wide),
+        state.new_empty(state.shape, dtype=wide),
+    )
+
+
+@register_flop_formula(torch.ops.megatron_tn.gla_step)
+def _flops(qkvu_shape, state_shape, *args, out_shape=None, **kwargs) -> int:
+    """4 B H K d: k^T v and q S."""
+    batch, heads, summed, width = state_shape
+    return 4 * batch * heads * summed * width

@@ -1,0 +1,116 @@
+"""One token of decoding in one kernel: a program owns a slice of one head's state, SLICE columns wide.
+
+It reads the slice, S <- exp(-r) S + k^T v, writes it and forms o = q S: 8 bytes of memory traffic an element of the
+state; all other tensors are small beside it. Every program forms the features of k and q for itself, in fp32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.gla.inputs import GlaInputs
+from kernels.gla.triton_features import ACTIVATIONS, activate, cos_sin, turn_fraction
+from kernels.lightning.tiles import padded
+
+SLICE, WARPS = 32, 4  # columns of the state: rows of 128 bytes
+
+
+@triton.jit
+def step_kernel(
+    x_pointer,  # [B, 4 H d]: q | k | v | u
+    theta_pointer,  # [H d], or None: no LRPE
+    positions_pointer,  # [B] or [1], or None: 0
+    decay_pointer,  # [H] fp32
+    state_pointer,  # [B, H, K, d] fp32
+    new_state_pointer,  # [B, H, K, d] fp32
+    y_pointer,  # [B, H d]
+    sums_pointer,  # [B, H, slices] fp32: parts of the sum of o^2
+    x_row,
+    positions_row,
+    heads,
+    width,  # d
+    summed_width,  # K: d, or 2 d with LRPE
+    slices,
+    ACT: tl.constexpr,
+    QUICK: tl.constexpr,
+    GATE: tl.constexpr,
+    SUMMED: tl.constexpr,
+    SLICE: tl.constexpr,
+):
+    piece = tl.program_id(0) % slices
+    row_head = tl.program_id(0) // slices
+    row = row_head // heads
+    head = row_head % heads
+    i = tl.arange(0, SUMMED)
+    column = piece * SLICE + tl.arange(0, SLICE)
+    held = i < summed_width
+    wanted = column < width
+    source = tl.where(i < width, i, i - width)  # the second half of LRPE's features are the same elements' sines
+
+    x = x_pointer + row.to(tl.int64) * x_row + head * width
+    part = heads * width
+    q = activate(tl.load(x + source, mask=held, other=0.0).to(tl.float32), ACT, QUICK)
+    k = activate(tl.load(x + part + source, mask=held, other=0.0).to(tl.float32), ACT, QUICK)
+    if theta_pointer is not None:
+        position = tl.zeros([1], tl.int64)
+        if positions_pointer is not None:
+            position += tl.load(positions_pointer + row * positions_row).to(tl.int64)
+        fraction = turn_fraction(tl.load(theta_pointer + head * width + source, mask=held, other=0.0))
+        cos, sin = cos_sin(position, fraction, QUICK)
+        turn = tl.where(i < width, tl.reshape(cos, [SUMMED]), tl.reshape(sin, [SUMMED]))
+        q *= turn
+        k *= turn
+    # One plus the exponential of a padded zero is not zero.
+    q = tl.where(held, q, 0.0)
+    k = tl.where(held, k, 0.0)
+    v = tl.load(x + 2 * part + column, mask=wanted, other=0.0).to(tl.float32)
+
+    at = row_head.to(tl.int64) * summed_width * width + i[:, None] * width + column[None, :]
+    mask = held[:, None] & wanted[None, :]
+    state = tl.load(state_pointer + at, mask=mask, other=0.0)
+    state = state * tl.exp(-tl.load(decay_pointer + head)) + k[:, None] * v[None, :]
+    tl.store(new_state_pointer + at, state, mask=mask)
+    o = tl.sum(state * q[:, None], 0)
+    tl.store(sums_pointer + tl.program_id(0), tl.sum(o * o, 0))
+    if GATE:
+        o *= tl.load(x + 3 * part + column, mask=wanted, other=0.0).to(tl.float32)
+    y_at = y_pointer + row_head.to(tl.int64) * width + column
+    tl.store(y_at, o.to(y_pointer.dtype.element_ty), mask=wanted)
+
+
+def step(inputs: GlaInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """See `gla_step` in step.py; the state is inputs.initial_state."""
+    qkvu, theta, positions = inputs.qkvu, inputs.theta, inputs.positions
+    batch, _, fused = qkvu.shape
+    state = inputs.initial_state.contiguous()
+    _, heads, summed, width = state.shape
+    slices = triton.cdiv(width, SLICE)
+    qkvu = qkvu if qkvu.stride(-1) == 1 else qkvu.contiguous()
+    new_state = torch.empty(state.shape, dtype=torch.float32, device=qkvu.device)
+    y = torch.empty(batch, 1, fused // 4, dtype=qkvu.dtype, device=qkvu.device)
+    sums = torch.empty(batch, 1, heads * slices, dtype=torch.float32, device=qkvu.device)
+    with torch.cuda.device_of(qkvu):
+        step_kernel[(batch * heads * slices,)](
+            x_pointer=qkvu,
+            theta_pointer=None if theta is None else theta.contiguous(),
+            positions_pointer=positions,
+            decay_pointer=inputs.decay.to(torch.float32).contiguous(),
+            state_pointer=state,
+            new_state_pointer=new_state,
+            y_pointer=y,
+            sums_pointer=sums,
+            x_row=qkvu.stride(0),
+            positions_row=0 if positions is None or positions.dim() == 1 else positions.stride(0),
+            heads=heads,
+            width=width,
+            summed_width=summed,
+            slices=slices,
+            ACT=ACTIVATIONS[inputs.act],
+            QUICK=qkvu.dtype == torch.bfloat16,
+            GATE=inputs.gate,
+            SUMMED=padded(summed),
+            SLICE=SLICE,
+            num_warps=WARPS,
+        )
+    return y, sums.sum(-1), new_state

@@ -1,0 +1,61 @@
+"""Which piece of which sequence a program of the scan works on (sequences.py explains pieces).
+
+Pieces are numbered sequence after sequence, and within a sequence in the order of the scan, which is reversed in a
+reverse scan. The lengths of packed documents are on the GPU alone: the host launches as many pieces as there could be,
+and those beyond the last do nothing.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sequence(number, total, bounds_pointer, PACKED: tl.constexpr):
+    """-> the first position of sequence `number` in its row, and its length."""
+    if PACKED:
+        start = tl.load(bounds_pointer + number).to(tl.int32)
+        return start, tl.load(bounds_pointer + number + 1).to(tl.int32) - start
+    else:
+        return number * 0, total + number * 0
+
+
+@triton.jit
+def find_piece(
+    piece,
+    total,
+    segments,  # segments of a row, where rows are not packed
+    segment,  # positions of a segment
+    bounds_pointer,  # [documents + 1]: cu_seqlens, where PACKED
+    document_pointer,  # [pieces]: the document of each piece; `documents` for pieces beyond the last
+    first_pointer,  # [documents + 1]: every document's first piece
+    documents,
+    REVERSE: tl.constexpr,
+    PACKED: tl.constexpr,
+    CUT: tl.constexpr,  # whether any sequence has more than one piece
+):
+    """-> the sequence, its first position and its length; the piece's offset in it and the piece's length; whether the
+    piece is not the sequence's first, and whether it is its last, in the order of the scan. Pieces beyond the last have
+    length 0, and both answers are no."""
+    if CUT:
+        if PACKED:
+            number = tl.minimum(tl.load(document_pointer + piece), documents - 1)
+            first = tl.load(first_pointer + number)
+            parts = tl.load(first_pointer + number + 1) - first
+            part = piece - first
+        else:
+            number = piece // segments
+            parts = segments + number * 0
+            part = piece % segments
+    else:
+        number = piece
+        part = piece * 0
+        parts = part + 1
+    start, length = sequence(number, total, bounds_pointer, PACKED)
+    if REVERSE:
+        offset = (parts - 1 - part) * segment
+    else:
+        offset = part * segment
+    held = tl.minimum(length - offset, segment)
+    held = tl.where(part < parts, tl.maximum(held, 0), 0)
+    later = (part > 0) & (part < parts)
+    return number, start, length, offset, held, later, part == parts - 1

@@ -1,0 +1,256 @@
+"""The tables of docs/performance.md, made from the rows of docs/measurements/.
+
+    python -m launch.render_table              write the tables into the page
+    python -m launch.render_table --check      only say whether they are in it: exit code 1 if not
+    python -m launch.render_table rows.jsonl   print the tables of these files
+
+A row is a flat JSON object, one a line, as `benchmark.output=FILE` of megatron_tn.benchmark and `--output FOLDER` of
+kernels.bench write them. To publish rows, append them to docs/measurements/DATE.jsonl. Of rows that measure the same
+thing on the same kind of machine the newest is shown. Exit code 2: a file holds something else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs/performance.md"
+ROWS = ROOT / "docs/measurements"
+BLOCK = re.compile(r"(<!-- rows: (?P<table>[\w ]+) -->\n).*?(<!-- end of rows -->)", re.DOTALL)
+REQUIRED = ("commit", "command", "date", "gpu", "cpu", "name", "unit", "value")
+STEPS = ("step", "step + optimizer", "training loop")
+PASSES = ("forward", "forward + backward")
+ENGINES = {"zero0": "ZeRO 0", "zero1": "ZeRO 1", "zero2": "ZeRO 2", "zero3": "ZeRO 3", "fsdp2": "FSDP2"}
+
+Row = dict[str, Any]
+
+
+class NotRows(Exception):
+    """A file holds something else than rows; the message names file, line and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """holds: whether a row belongs here. same: the keys by which rows measure the same thing. order: of the lines.
+    columns: title -> cell, for the rows of one line, which agree in `line`."""
+
+    holds: Callable[[Row], bool]
+    same: tuple[str, ...]
+    line: tuple[str, ...]
+    order: Callable[[Row], Any]
+    columns: dict[str, Callable[[list[Row]], str]]
+    blank: int = 0  # of the first so many columns, cells are left empty that equal those above
+
+    def render(self, rows: Iterable[Row]) -> str:
+        newest: dict[tuple, Row] = {}
+        for row in sorted(filter(self.holds, rows), key=lambda row: row["date"]):
+            newest[_key(row, ("gpu", "cpu", *self.same))] = row
+        lines = sorted(newest.values(), key=lambda row: (self.order(row), _sortable(_key(row, self.line))))
+        grouped = [list(group) for _, group in itertools.groupby(lines, key=lambda row: _key(row, self.line))]
+        cells = [[cell(group) for cell in self.columns.values()] for group in grouped]
+        shown = ["| " + " | ".join(self.columns) + " |", "|" + "---|" * len(self.columns)]
+        for above, line in itertools.pairwise([[], *cells]):
+            repeated = above[: self.blank] == line[: self.blank] and self.blank
+            shown.append("| " + " | ".join([""] * self.blank + line[self.blank :] if repeated else line) + " |")
+        return "\n".join(shown) + "\n"
+
+
+def _key(row: Row, names: Sequence[str]) -> tuple:
+    return tuple(row.get(name) for name in names)
+
+
+def _sortable(values: tuple) -> tuple:
+    return tuple((value is not None, str(type(value)), value) for value in values)
+
+
+def _natural(value: Any) -> list[tuple[bool, float, str]]:
+    """The order in which 2048 comes before 16384."""
+    parts = re.split(r"(\d+)", str(value))
+    return [(part.isdecimal(), float(part) if part.isdecimal() else 0.0, part) for part in parts]
+
+
+def _number(key: str, form: str) -> Callable[[list[Row]], str]:
+    return lambda rows: form.format(rows[0][key]) if rows[0].get(key) is not None else ""
+
+
+def _text(key: str) -> Callable[[list[Row]], str]:
+    return lambda rows: str(rows[0].get(key) or "")
+
+
+def machine(rows: list[Row]) -> str:
+    """2 x H200; without a GPU, the CPU."""
+    row = rows[0]
+    if not row["gpu"]:
+        return row["cpu"] or ""
+    count = f"{row['gpus']} x " if row.get("gpus", 1) > 1 else ""
+    return count + row["gpu"].removeprefix("NVIDIA ")
+
+
+def commit(rows: list[Row]) -> str:
+    """The first digits, with + where the sources had changes that were not committed."""
+    names = {f"{(row['commit'] or 'unknown')[:7]}{'+' if row.get('dirty') else ''}" for row in rows}
+    return ", ".join(sorted(names))
+
+
+def layout(rows: list[Row]) -> str:
+    """ZeRO 1, tp 2, sequence parallel, CUDA graph: axes of size 1 and whatever is off are left out."""
+    row = rows[0]
+    parts = [ENGINES.get(row["engine"], row["engine"].replace("none", ""))]
+    parts += [part for part in row["layout"].split(", ") if not part.endswith(" 1")]
+    if row["recompute"] != "none":
+        policy, _, every = row["recompute"].partition(", ")
+        parts.append(f"{policy} recomputation{f' {every}' if every else ''}")
+    parts.append({"none": "", "blocks": "compiled blocks"}.get(row["replay"], row["replay"]))
+    return ", ".join(filter(None, parts))
+
+
+def share(kind: str) -> Callable[[list[Row]], str]:
+    def cell(rows: list[Row]) -> str:
+        if rows[0].get(f"utilisation_{kind}") is None:
+            return ""
+        return f"{100 * rows[0][f'utilisation_{kind}']:.1f} % of {rows[0][f'{kind}_tflops']:.0f}"
+
+    return cell
+
+
+def of_floor(passes: str) -> Callable[[list[Row]], str]:
+    """Milliseconds of a pass, and how many times its floor they are."""
+
+    def cell(rows: list[Row]) -> str:
+        for row in rows:
+            if row["passes"] == passes:
+                return f"{row['value']:.3f}" + (
+                    f" ({row['value'] / row['floor_ms']:.2f})" if row.get("floor_ms") else ""
+                )
+        return ""
+
+    return cell
+
+
+def extra_memory(rows: list[Row]) -> str:
+    return next((f"{row['extra_mib']:.0f}" for row in reversed(rows) if row.get("extra_mib") is not None), "")
+
+
+RUN = ("model", "engine", "layout", "recompute", "replay", "gpus", "sequence_length", "micro_batch", "global_batch")
+TABLES = {
+    "training": Table(
+        holds=lambda row: row["name"] in STEPS,
+        same=(*RUN, "name"),
+        line=(*RUN, "gpu", "name"),
+        order=lambda row: (
+            *(row["gpu"] or "", row["gpus"], row["parameters"]),
+            *(_natural(row[key]) for key in RUN),
+            STEPS.index(row["name"]),
+        ),
+        columns={
+            "model": _text("model"),
+            "N": _text("sequence_length"),
+            "GPUs": machine,
+            "layout": layout,
+            "what": _text("name"),
+            "ms": _number("value", "{:.1f}"),
+            "tokens/s": _number("tokens_per_second", "{:,.0f}"),
+            "of the sampled rate": share("sampled"),
+            "of the datasheet's": share("datasheet"),
+            "peak GiB": _number("peak_gib", "{:.1f}"),
+            "commit": commit,
+        },
+        blank=4,
+    ),
+    "kernels": Table(
+        holds=lambda row: row.get("passes") in PASSES,
+        same=("operator", "shape", "by", "passes"),
+        line=("operator", "shape", "by", "gpu"),
+        order=lambda row: (
+            *(row["operator"], row["gpu"] or "", _natural(row["shape"]), row.get("by", "")),
+            PASSES.index(row["passes"]),
+        ),
+        columns={
+            "operator": _text("operator"),
+            "shape": _text("shape"),
+            "by": lambda rows: rows[0].get("by", "here"),
+            "forward, ms (x floor)": of_floor(PASSES[0]),
+            "forward + backward": of_floor(PASSES[1]),
+            "extra MiB": extra_memory,
+            "GPU": machine,
+            "commit": commit,
+        },
+        blank=1,
+    ),
+    "data stream": Table(
+        holds=lambda row: row["name"].startswith("stream: "),
+        same=("name",),
+        line=("name",),
+        order=lambda row: row["name"],
+        columns={
+            "what": lambda rows: rows[0]["name"].removeprefix("stream: "),
+            "value": lambda rows: f"{rows[0]['value']:g} {rows[0]['unit']}",
+            "machine": machine,
+            "commit": commit,
+        },
+    ),
+}  # fmt: skip
+
+
+def read(paths: Iterable[Path]) -> list[Row]:
+    """Raises NotRows."""
+    rows = []
+    for path in paths:
+        try:
+            lines = path.read_text().splitlines()
+        except OSError as error:
+            raise NotRows(f"{path}: {error.strerror}") from None
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise NotRows(f"{path}:{number}: {error}") from None
+            if not isinstance(row, dict):
+                raise NotRows(f"{path}:{number}: a row is an object, not {type(row).__name__}")
+            if missing := [key for key in REQUIRED if key not in row]:
+                raise NotRows(f"{path}:{number}: {', '.join(missing)} missing")
+            if nested := [key for key, value in row.items() if isinstance(value, dict | list)]:
+                raise NotRows(f"{path}:{number}: {nested[0]} is not a plain value")
+            rows.append(row)
+    return rows
+
+
+def fill(page: str, rows: Sequence[Row]) -> str:
+    """`page` with a table between each `<!-- rows: NAME -->` and the `<!-- end of rows -->` after it."""
+    return BLOCK.sub(lambda match: f"{match[1]}{TABLES[match['table']].render(rows)}{match[3]}", page)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    as_it_stands = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m launch.render_table", description=__doc__, formatter_class=as_it_stands)
+    parser.add_argument("--check", action="store_true", help="exit with 1 where the page is not up to date")
+    parser.add_argument("files", nargs="*", type=Path, help="print tables of these rows instead of writing the page")
+    options = parser.parse_args(arguments)
+    try:
+        rows = read(options.files or sorted(ROWS.glob("*.jsonl")))
+    except NotRows as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.files:
+        print("\n".join(table.render(rows) for table in TABLES.values() if any(map(table.holds, rows))), end="")
+        return 0
+    page = PAGE.read_text()
+    filled = fill(page, rows)
+    if options.check:
+        if filled != page:
+            print(f"{PAGE.name} is not what its rows say: python -m launch.render_table", file=sys.stderr)
+        return int(filled != page)
+    PAGE.write_text(filled)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""Other people's models of the same shape, measured in the same process."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_tn.config import ConfigError, ModelConfig
+
+
+def llama(shape: ModelConfig, device: torch.device) -> torch.nn.Module:
+    """The decoder of a Hugging Face LLaMA with this model's sizes, bf16.
+
+    Raises:
+        ConfigError: transformers is not installed.
+    """
+    try:
+        from transformers import LlamaConfig, LlamaModel
+    except ImportError:
+        raise ConfigError("benchmark.peer=llama needs transformers: pip install transformers") from None
+    sizes = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.embed_dim,
+        intermediate_size=shape.glu_dim,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        max_position_embeddings=2**20,
+        attn_implementation="sdpa",
+    )
+    with torch.device(device):
+        return LlamaModel(sizes).to(torch.bfloat16)

@@ -1,0 +1,26 @@
+"""The settings `optim.*`: AdamW."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic.dataclasses import dataclass
+
+from megatron_tn.config.bounds import AboveZero, Bounds, FromZero, Unlimited
+from megatron_tn.config.mapping import STRICT
+
+Beta = Annotated[float, Bounds(0, 1, below=True)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class OptimConfig:
+    """AdamW (arXiv 1711.05101)."""
+
+    lr: AboveZero = 3e-4  # at the peak of the schedule
+    beta1: Beta = 0.9
+    beta2: Beta = 0.95
+    eps: AboveZero = 1e-8
+    weight_decay: FromZero = 0.1  # of matrices alone: neither norm weights nor LRPE's theta
+    clip_norm: Unlimited = 1.0  # of the global gradient; 0 turns clipping off
+    # "triton": this package's kernel; "apex": FusedAdam of NVIDIA apex; "auto": "triton" on a GPU, "torch" on a CPU.
+    fused: Literal["auto", "triton", "torch", "apex"] = "auto"

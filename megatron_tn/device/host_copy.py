@@ -1,0 +1,29 @@
+"""Copies of device tensors to the host that block neither of the two."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class HostCopy:
+    """An asynchronous copy of `tensor` to page-locked host memory.
+
+    The constructor queues the copy on the current stream and records an event behind it; `read` waits for that event
+    alone, not for kernels that were queued later. On a CPU the tensor itself is returned.
+    """
+
+    def __init__(self, tensor: Tensor):
+        self._done = None
+        self._host = tensor
+        if tensor.device.type == "cuda":
+            self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def read(self) -> Tensor:
+        """The copy, on the host, once it is complete."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._host

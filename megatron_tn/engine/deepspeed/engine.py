@@ -1,0 +1,115 @@
+"""engine=zero0 .. zero3: DeepSpeed ZeRO (arXiv 1910.02054), the main engine.
+
+The loss is divided by the step's target tokens over all ranks, so gradients are summed over ranks, never averaged.
+Where `EngineConfig.sums_own_gradients` holds (stage 1 in bf16), they are summed and reduced by `GradientAccumulator`;
+at the other stages by DeepSpeed, in `engine.backward`. What DeepSpeed keeps, and where, is told by adapter.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_tn.config import TrainConfig
+from megatron_tn.device.streams import on_stream
+from megatron_tn.engine.base import DTYPES, UpdatingEngine
+from megatron_tn.engine.deepspeed.adapter import (
+    Stage0Shards,
+    Stage1Shards,
+    Stage2Shards,
+    Stage3Shards,
+    Wrapped,
+    partition_parameters,
+)
+from megatron_tn.engine.deepspeed.settings import deepspeed_settings
+from megatron_tn.engine.passes import build_passes, capture_stream
+from megatron_tn.engine.update import StepResult, Update
+from megatron_tn.gradients.accumulator import GradientAccumulator, split_into_buckets
+from megatron_tn.model.base import Model
+from megatron_tn.model.registry import build_model
+from megatron_tn.optim.build import build_optimizer
+from megatron_tn.optim.groups import parameter_groups
+from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.parallel.world import release_on_leaving
+
+
+def partitioned_model(config: TrainConfig, context: ParallelContext, device: torch.device) -> Model:
+    """A model for ZeRO 3: each parameter gets storage and is partitioned before the next one does."""
+    model = build_model(config.model, context, "meta", DTYPES[config.engine.precision])
+    partition_parameters(model, deepspeed_settings(config, context.dp.size), context, device)
+    return model
+
+
+class DeepSpeedEngine(UpdatingEngine):
+    """See `engine.base.Engine`."""
+
+    def __init__(self, model: Model, config: TrainConfig):
+        self.model = model
+        self.context = model.context
+        self.stage = config.engine.zero_stage
+        self.partitioned = self.stage > 0
+        # Dimensions of the whole parameter: ZeRO 3's are flat by now.
+        named = [(name, p, len(p.shard_spec.shape)) for name, p in model.named_parameters()]
+        groups = parameter_groups(named, config.optim.weight_decay)
+        if config.engine.sums_own_gradients:
+            # DeepSpeed lays a group out as one flat tensor, which is a bucket of `GradientAccumulator`.
+            elements = config.engine.reduce_bucket_elements
+            groups = [
+                group | {"params": members}
+                for group in groups
+                for members in split_into_buckets(group["params"], elements)
+            ]
+        optimizer = build_optimizer(groups, config.optim)
+        device = next(model.parameters()).device
+        stream = capture_stream(device) if config.engine.cuda_graph else None
+        settings = deepspeed_settings(config, self.context.dp.size) | {"gradient_clipping": 0.0}  # `Update` clips
+        # DeepSpeed's bf16 optimizer keeps nodes of the backward graph, which belong to the stream they are made on.
+        with on_stream(stream):
+            self.wrapped = Wrapped(model, optimizer.inner, settings, self.context, self.stage)
+        release_on_leaving(self.wrapped)
+        self.passes = None
+        if config.engine.sums_own_gradients:
+            shards = Stage1Shards(self.wrapped)
+            accumulator = GradientAccumulator(shards.buckets, self.context.data, partitioned=True)
+            self.passes = build_passes(model, accumulator, cuda_graph=config.engine.cuda_graph, stream=stream)
+        else:
+            shards = {0: Stage0Shards, 1: Stage2Shards, 2: Stage2Shards, 3: Stage3Shards}[self.stage](self.wrapped)
+        self.update = Update(optimizer, shards, model.shard_specs(), self.context.tp, clip_norm=config.optim.clip_norm)
+        self.wrapped.apply_by(self._apply)
+
+    def forward_backward(
+        self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, *, scale: Tensor, last: bool
+    ) -> Tensor:
+        self.wrapped.begin_microbatch(last)
+        if self.passes is not None:
+            loss = self.passes(tokens, targets, cu_seqlens, scale, last)
+        else:
+            out = self.wrapped.engine(tokens, targets=targets, cu_seqlens=cu_seqlens, reduction="sum")
+            loss = out.loss * scale
+            self.wrapped.backward(loss)
+        if not last:
+            self.wrapped.engine.step()  # counts the microbatch
+        return loss.detach()
+
+    def step(self, lr: float, tokens: Tensor | None = None) -> StepResult:
+        self._lr, self._tokens = lr, tokens
+        self.wrapped.engine.step()
+        return self._result
+
+    def _apply(self) -> StepResult:
+        """Called by DeepSpeed within its `engine.step()`."""
+        self._result = self.update.step(self._lr, self._tokens)
+        return self._result
+
+    def named_logical_gradients(self) -> dict[str, Tensor]:
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            spec, tp = parameter.shard_spec, self.context.tp
+            local = self.wrapped.gradient(parameter).view(spec.local_shape(tp.rank, tp.size))
+            found[name] = spec.gather(local, tp)
+        return found
+
+    def refresh(self, optimizer_step: int) -> None:
+        if self.stage == 3:
+            self.wrapped.free_gathered()
+        self.update.refresh(optimizer_step)

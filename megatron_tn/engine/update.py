@@ -1,0 +1,132 @@
+"""How a step is applied, for every engine: gradient norm -> clipping -> optimizer step -> copies -> other ranks.
+
+An engine differs in what a rank holds (`Shards`) and in how gradients come to lie there; what happens after that is
+here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_tn.device.host_copy import HostCopy
+from megatron_tn.gradients.clipping import clipping_divisor
+from megatron_tn.gradients.norm import gradient_norm
+from megatron_tn.optim.adamw import write_copies
+from megatron_tn.optim.protocol import Optimizer
+from megatron_tn.parallel.context import Axis
+from megatron_tn.parallel.sharding import OwnedRange, ShardSpec
+
+
+class StepResult(NamedTuple):
+    """grad_norm: global gradient norm before clipping. applied: False when it was not finite and nothing changed."""
+
+    grad_norm: float
+    applied: bool
+
+
+class Placement(NamedTuple):
+    """Elements [start, stop) of parameter `name`, flattened as this tensor-parallel rank holds it, lie in
+    masters[master], flattened, from `offset` on."""
+
+    name: str
+    start: int
+    stop: int
+    master: int
+    offset: int
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """This placement's elements [stop - start] of tensors[master], of the master's shape."""
+        return tensors[self.master].view(-1).narrow(0, self.offset, self.stop - self.start)
+
+
+class Shards(Protocol):
+    """What a rank updates.
+
+    masters: fp32, the optimizer's, in any shape; several parameters may lie in one.
+    copies: master -> the parameters' elements in the computing type, of the master's shape; none for a master that is
+    itself what the model computes with.
+    placements: which elements of which parameter lie where; padding of a master is in none.
+    sharded_over: the axis whose ranks each hold other elements; of size 1 where every rank holds all.
+    """
+
+    masters: Sequence[Tensor]
+    copies: Mapping[Tensor, Tensor]
+    placements: Sequence[Placement]
+    sharded_over: Axis
+
+    def gradients(self) -> Sequence[Tensor]:
+        """After the last microbatch: one fp32 tensor a master, of its shape, summed over ranks."""
+        ...
+
+    def clear(self) -> None:
+        """The gradients have been used, or will not be."""
+        ...
+
+    def publish(self) -> None:
+        """Masters and copies have changed: have the model's parameters follow, on every rank. Collective."""
+        ...
+
+
+class Update:
+    """The one way from gradients to parameters. `specs`: name -> how the parameter is split over tensor parallel."""
+
+    def __init__(
+        self, optimizer: Optimizer, shards: Shards, specs: Mapping[str, ShardSpec], tp: Axis, *, clip_norm: float
+    ):
+        self.optimizer = optimizer
+        self.shards = shards
+        self.specs = specs
+        self.tp = tp
+        self.clip_norm = clip_norm
+        optimizer.copies = shards.copies
+
+    @torch.no_grad()
+    def step(self, lr: float, tokens: Tensor | None = None) -> StepResult:
+        """Apply the gradients with learning rate `lr`. All ranks take the same decision. Collective.
+
+        tokens: the step's target tokens over all ranks, [] on the device, which the host need not know. Where they are
+        0 there is nothing to learn: the norm is NaN and nothing changes.
+        """
+        shards, masters = self.shards, self.shards.masters
+        gradients = shards.gradients()
+        placed = [place for place in shards.placements if place.stop > place.start]
+        pieces = [(self.specs[place.name], place.of(gradients)) for place in placed]
+        norm = gradient_norm(pieces, self.tp, masters[0].device, sharded_over=shards.sharded_over)
+        if tokens is not None:
+            norm = torch.where(tokens > 0, norm, torch.nan)
+        on_host = HostCopy(norm)  # queued before the update, so that `read` waits for the norm alone
+        for master, gradient in zip(masters, gradients, strict=True):
+            master.grad = gradient
+        self.optimizer.step(lr, clipping_divisor(norm, self.clip_norm))
+        for master in masters:
+            master.grad = None
+        found = on_host.read().item()
+        shards.clear()
+        if not found < float("inf"):
+            self.optimizer.undo()
+            return StepResult(found, False)
+        shards.publish()
+        return StepResult(found, True)
+
+    def owned_ranges(self) -> list[OwnedRange]:
+        """Everything that this rank updates, in a fixed order, as views."""
+        masters = self.shards.masters
+        states = [self.optimizer.state_of(master) for master in masters]
+        kinds = {"param": [master.detach() for master in masters]}
+        kinds |= {kind: [state[kind] for state in states] for kind in self.optimizer.state_kinds}
+        return [
+            OwnedRange(place.name, place.start, place.stop, {kind: place.of(held) for kind, held in kinds.items()})
+            for place in self.shards.placements
+        ]
+
+    @torch.no_grad()
+    def refresh(self, optimizer_step: int) -> None:
+        """Owned ranges were written: the model's parameters follow, and the optimizer has applied `optimizer_step`
+        steps. Collective."""
+        self.optimizer.set_step(optimizer_step)
+        write_copies(self.shards.copies)
+        self.shards.publish()

@@ -1,0 +1,128 @@
+"""The architectures that `model.architecture` may name, and what the rest of the package asks of each.
+
+To add one: a module with its `Body`, initial values and FLOP formula, an entry in ARCHITECTURES, its name in
+`ModelConfig.architecture`, and settings of its own in `ModelConfig`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_tn.config import ConfigError, ModelConfig
+from megatron_tn.model import check, flops, transnormer
+from megatron_tn.model.base import Model
+from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.parallel.sharding import Box
+
+
+@dataclass(frozen=True)
+class ReleasedNames:
+    """What an architecture is called in released files, whose tensors have its parameters' names.
+
+    model_type, class_name: fields `model_type` and `architectures` of config.json.
+    repeated: tensor that a file may also hold -> the parameter that it repeats.
+    """
+
+    model_type: str
+    class_name: str
+    repeated: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One family of models.
+
+    build(config, context): the model, its parameters this rank's part; of the default device and type.
+    problems(config, tp): relations between settings that do not hold, one line each. Those that settings alone decide
+        stand in `ModelConfig.problems`, which checks a run before anything of it is built.
+    parameter_count(config): of the whole model, a tied weight once, without padding.
+    forward_flops_per_token(config, sequence_length): operations of one token's forward pass by part of the model, the
+        mean over a sequence; a multiply-add counts as two.
+    initial_box(name, shape, box, config, seed): initial values within `box` of the logical parameter `name` of
+        `shape`, fp32 on the CPU.
+    check_kernels(model, device, dtype): compares the operators it uses with their definitions, at this rank's shapes.
+    """
+
+    build: Callable[[ModelConfig, ParallelContext], Model]
+    problems: Callable[[ModelConfig, int], list[str]]
+    parameter_count: Callable[[ModelConfig], int]
+    forward_flops_per_token: Callable[[ModelConfig, int], dict[str, int]]
+    initial_box: Callable[[str, tuple[int, ...], Box, ModelConfig, int], Tensor]
+    check_kernels: Callable[[Model, torch.device, torch.dtype], None]
+    released: ReleasedNames
+
+
+ARCHITECTURES = {
+    "transnormer": Architecture(
+        build=transnormer.build,
+        problems=ModelConfig.problems,
+        parameter_count=flops.parameter_count,
+        forward_flops_per_token=flops.forward_flops_per_token,
+        initial_box=transnormer.initial_box,
+        check_kernels=check.check_kernels,
+        released=ReleasedNames(
+            model_type="transnormer",
+            class_name="TransnormerForCausalLM",
+            repeated={"lm_head.weight": "model.embed_tokens.weight"},
+        ),
+    ),
+}
+
+
+def architecture(config: ModelConfig) -> Architecture:
+    return ARCHITECTURES[config.architecture]
+
+
+def build_model(
+    config: ModelConfig,
+    context: ParallelContext | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """A model whose parameters are allocated on `device` in `dtype`, without values; `init.initialize` gives them some.
+
+    context: the layout whose rank holds its part; None for a single process.
+
+    Raises:
+        ConfigError: settings that do not fit each other or context.tp, one line each.
+    """
+    context = context or ParallelContext()
+    family = architecture(config)
+    if problems := family.problems(config, context.tp.size):
+        raise ConfigError(problems)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return family.build(config, context)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Parameters of the whole model, a tied weight once, without padding."""
+    return architecture(config).parameter_count(config)
+
+
+def forward_flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, int]:
+    """Operations of one token's forward pass, by part of the model."""
+    return architecture(config).forward_flops_per_token(config, sequence_length)
+
+
+def training_flops_per_token(config: ModelConfig, sequence_length: int) -> int:
+    """Operations of one token's forward and backward pass, without recomputation: a product's backward is two products
+    of its size."""
+    return 3 * sum(forward_flops_per_token(config, sequence_length).values())
+
+
+def check_kernels(model: Model, device: torch.device, dtype: torch.dtype) -> None:
+    """Compare the operators that `model` uses with their fp64 definitions, at this rank's shapes and in `dtype`.
+
+    Raises:
+        KernelMismatchError: an operator's plain PyTorch form is wrong as well as its kernel.
+    """
+    architecture(model.config).check_kernels(model, device, dtype)

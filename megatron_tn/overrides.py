@@ -1,0 +1,308 @@
+"""The words of a command line before Hydra sees them: paths as they are typed, choices that win over an experiment's
+file, and one clear line for each word that cannot be composed."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fnmatch
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, ValueType
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_tn.config import ConfigError, from_mapping, known_keys, unknown_key
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+EXPERIMENT = "experiment"  # the group whose files set values of other groups
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """The words of a command of dataclass `kind` over conf/`config_name`.yaml.
+
+    flags: those for Hydra itself (--multirun, --cfg job, --config-dir DIR); overrides: all others.
+    """
+
+    kind: type
+    config_name: str
+    flags: list[str]
+    overrides: list[str]
+    multirun: bool = False
+    config_dir: str | None = None
+
+    @classmethod
+    def parse(cls, kind: type, config_name: str, words: Sequence[str]) -> CommandLine:
+        """Flags are as Hydra spells them, and may stand anywhere. Exits with 2 on one that Hydra does not know."""
+        asked = get_args_parser().parse_intermixed_args(list(words))
+        flags = list(words)
+        for word in asked.overrides:
+            flags.remove(word)
+        overrides = [as_typed(word, kind, multirun=asked.multirun) for word in asked.overrides]
+        name = asked.config_name or config_name
+        return cls(kind, name, flags, overrides, asked.multirun, asked.config_dir)
+
+    def words(self) -> list[str]:
+        """For Hydra, which takes flags in front alone."""
+        return [*self.flags, *self.choices_win(self.overrides)]
+
+    @property
+    def roots(self) -> list[Path]:
+        """The folders of configs, in the order in which Hydra looks through them."""
+        return [CONF, *([Path(self.config_dir).absolute()] if self.config_dir else [])]
+
+    def compose(self, overrides: Sequence[str]) -> DictConfig:
+        """Raises what Hydra raises."""
+        path = ",".join(quoted(f"file://{root}") for root in self.roots[1:])
+        with _hydra_over(CONF):
+            return hydra.compose(self.config_name, overrides=[f"hydra.searchpath=[{path}]", *overrides])
+
+    @functools.cached_property
+    def groups(self) -> dict[str, list[str]]:
+        """Group -> its choices, those of --config-dir among them."""
+        found: dict[str, set[str]] = {}
+        for root in self.roots:
+            for path in root.rglob("*.yaml"):
+                group, _, choice = path.relative_to(root).with_suffix("").as_posix().partition("/")
+                if choice:
+                    found.setdefault(group, set()).add(choice)
+        return {group: sorted(choices) for group, choices in found.items()}
+
+    def choices_win(self, overrides: Sequence[str]) -> list[str]:
+        """`overrides` with, in front, each value of the files that they choose, where they choose an experiment too.
+
+        Hydra composes an experiment's file after the files of other groups, so that experiment=demo data=8k would have
+        the experiment's sequence length. What a person writes on the command line wins.
+        """
+        chosen = dict(word.partition("=")[::2] for word in overrides)
+        if chosen.get(EXPERIMENT, "null") == "null":
+            return list(overrides)
+        values = []
+        for group, choice in chosen.items():
+            if group == EXPERIMENT or choice not in self.groups.get(group, []):
+                continue
+            root = next(root for root in self.roots if (root / group / f"{choice}.yaml").is_file())
+            with contextlib.suppress(HydraException, OmegaConfBaseException), _hydra_over(root):
+                composed = OmegaConf.to_container(hydra.compose(f"{group}/{choice}"))
+                values += [f"{key}={literal(value)}" for key, value in _leaves(composed)]
+        return [*values, *overrides]
+
+    def check(self) -> None:
+        """Compose as Hydra will, to turn its errors into one line each. Of a sweep every job is composed and checked,
+        so that none is refused after hours of those before it.
+
+        Raises:
+            ConfigError: an unknown key, an unknown choice of a group, a value that a setting cannot have, a word that
+                is no override, a sweep without --multirun, or one without values.
+        """
+        parsed, problems = [], []
+        for word in self.overrides:
+            try:
+                parsed += OverridesParser.create().parse_overrides([word])
+            except HydraException as error:
+                problems.append(
+                    f"not an override: {word!r}: {_first_line(error)}; it must be KEY=VALUE, and a value with spaces "
+                    """or signs such as = ~ [ ( { , goes in quotes of its own: "KEY='a, b'\""""
+                )
+        swept = [override for override in parsed if override.is_sweep_override()]
+        if swept and not self.multirun and not problems:
+            problems = [f"{override.input_line}: a sweep over several values needs --multirun" for override in swept]
+        values = []
+        for override in [] if problems else parsed:
+            try:
+                values.append(self._values(override))
+            except ConfigError as error:
+                problems += error.problems
+        if problems:
+            raise ConfigError(problems)
+        jobs = itertools.product(*values)
+        problems = itertools.chain.from_iterable(self._job_problems(job, values=bool(swept)) for job in jobs)
+        if problems := list(dict.fromkeys(problems)):
+            raise ConfigError(problems)
+
+    def _values(self, override: Override) -> list[str]:
+        """The override as a word, once for each of its values. Raises ConfigError where there is none to take."""
+        if not override.is_sweep_override():
+            return [override.input_line]
+        name = override.input_line.partition("=")[0]
+        if override.value_type == ValueType.INTERVAL_SWEEP:
+            if any(word.startswith("hydra/sweeper=") for word in self.overrides):
+                return []  # for a sweeper that draws values from it; no job is checked before it runs
+            raise ConfigError(
+                f"{override.input_line}: an interval has no list of values to sweep over; name them, as in "
+                f"{name}=0.1,0.2 or {name}=range(1,4)"
+            )
+        if override.value_type == ValueType.GLOB_CHOICE_SWEEP:
+            choices, globs = self.groups.get(name.lstrip("+"), []), override.value()
+            values = [choice for choice in choices if any(fnmatch.fnmatch(choice, glob) for glob in globs.include)]
+            values = [value for value in values if not any(fnmatch.fnmatch(value, glob) for glob in globs.exclude)]
+        else:
+            try:
+                values = list(override.sweep_string_iterator())
+            except (HydraException, ValueError, TypeError) as error:
+                raise ConfigError(f"{override.input_line}: {_first_line(error)}") from None
+        if not values:
+            raise ConfigError(f"{override.input_line}: there is no value to sweep over")
+        return [f"{name}={value}" for value in values]
+
+    def _job_problems(self, words: Sequence[str], *, values: bool) -> list[str]:
+        """values: whether to look at values too, and not at names alone."""
+        try:
+            composed = self.compose(self.choices_win(words))
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            return self._explain(error, words)
+        if not values:
+            return []
+        try:
+            config = from_mapping(self.kind, settings(composed))
+        except ConfigError as error:
+            return error.problems
+        except OmegaConfBaseException:
+            return []  # refers to what Hydra knows of a job once it runs
+        return config.problems() if hasattr(config, "problems") else []
+
+    def _explain(self, error: Exception, words: Sequence[str]) -> list[str]:
+        known = known_keys(self.kind)
+        problems = []
+        for word in words:
+            key, _, value = word.lstrip("+~").partition("=")
+            if (choices := self.groups.get(key)) is not None:
+                if value not in choices:
+                    close = difflib.get_close_matches(value, choices, n=1)
+                    hint = f"; did you mean {close[0]}?" if close else ""
+                    problems.append(f"{key}={value}: conf/{key} has {', '.join(choices)}{hint}")
+            elif key not in known and not key.startswith(("hydra.", "hydra/")):
+                problems.append(unknown_key(key, sorted({*known, *self.groups})))
+        return problems or [_first_line(error)]
+
+
+@contextlib.contextmanager
+def _hydra_over(root: Path) -> Iterator[None]:
+    """Within it, hydra.compose reads from `root`, also within a program that Hydra runs."""
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().hydra = None
+    try:
+        with hydra.initialize_config_dir(str(root), version_base=None):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = running
+
+
+def settings(composed: DictConfig) -> dict[str, Any]:
+    """The composed config as plain nested mappings, with `~` at the beginning of a text, which a shell leaves alone
+    within KEY=~/folder, expanded to the home folder.
+
+    Raises:
+        ConfigError: a text begins with the home folder of a user who does not exist.
+    """
+    return _with_home(OmegaConf.to_container(composed, resolve=True), "")
+
+
+def _with_home(value: Any, key: str) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_home(below, f"{key}.{name}" if key else str(name)) for name, below in value.items()}
+    if not (isinstance(value, str) and value.startswith("~")):
+        return value
+    expanded = os.path.expanduser(value)
+    if expanded.startswith("~"):
+        raise ConfigError(f"{key}={value}: there is no user {value[1:].partition('/')[0]!r} with a home folder")
+    return expanded
+
+
+def as_typed(word: str, kind: type, *, multirun: bool) -> str:
+    """KEY=VALUE with VALUE in quotes where setting KEY takes text, and Hydra would read VALUE as something else
+    (20250101, 1e3, true) or not at all (a=b, ~/runs, my [first] run). Sweeps and null are left to Hydra."""
+    key, equals, value = word.partition("=")
+    if value.startswith("~") and not (multirun and "," in value):
+        return f"{key}={quoted(value)}"  # a path, whatever the setting's type
+    if not equals or key.lstrip("+") not in _texts(kind):
+        return word
+    try:
+        override = OverridesParser.create().parse_override(word)
+    except HydraException:
+        return word if multirun and "," in value else f"{key}={quoted(value)}"
+    text = override.is_sweep_override() or override.value() is None or isinstance(override.value(), str)
+    whole = isinstance(override.value(), int) and _texts(kind)[key.lstrip("+")] and value.isdecimal()
+    return word if text or whole else f"{key}={quoted(value)}"
+
+
+LONGEST_SETTING, LONGEST_NAME = 60, 150  # characters of a sweep's folder; file systems take 255 bytes
+
+
+def job_folder(run_dir: str, job: DictConfig, words: list[str]) -> str:
+    """The folder of a sweep's job: its number and the settings that the sweep varies, run_dir/0_model.decay-none.
+
+    Its name has letters, digits and _ . + - alone, so that it can be typed as a value. Where it leaves something out of
+    the settings it ends with their hash: the same command finds the same folders, another sweep in run_dir others.
+    words: overrides of the sweep. job: Hydra's settings of the job.
+    """
+    parsed = OverridesParser.create().parse_overrides(words)
+    swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
+    varied = [word.lstrip("+") for word in job.overrides.task if word.lstrip("+").partition("=")[0] in swept]
+    named = [re.sub(r"[^A-Za-z0-9_.+-]", "-", word.replace("'", "").replace('"', "")) for word in varied]
+    short = [name if len(name) <= LONGEST_SETTING else f"{name[:30]}..{name[-28:]}" for name in named]
+    name = "_".join([str(job.job.num), *short])[:LONGEST_NAME]
+    plain = "_".join([str(job.job.num), *(word.replace("=", "-", 1) for word in varied)])
+    if name != plain:
+        name += f"-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
+    earlier = Path(run_dir) / "_".join([str(job.job.num), *varied]).replace("/", "-")  # as it was named until 2026-11
+    with contextlib.suppress(OSError):  # too long for a file system
+        if earlier.is_dir():
+            return str(earlier)
+    return f"{run_dir}/{name}"
+
+
+@functools.cache
+def _texts(kind: type, prefix: str = "") -> dict[str, bool]:
+    """Dotted names of the settings that take any text -> whether they take integers, too."""
+    found = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
+            found |= _texts(hint, f"{prefix}{name}.")
+        parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if str in parts:
+            found[f"{prefix}{name}"] = int in parts
+    return found
+
+
+def quoted(text: str) -> str:
+    """In Hydra's quotes: 'it\\'s'."""
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text) + "'"
+
+
+def literal(value: Any) -> str:
+    """A value in Hydra's grammar."""
+    if isinstance(value, str):
+        return quoted(value)
+    if isinstance(value, list):
+        return f"[{','.join(map(literal, value))}]"
+    return json.dumps(value)  # null, true, false and numbers are spelled alike
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _first_line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error).strip().split("\n")[0])

@@ -1,0 +1,213 @@
+"""Peak memory of a rank, by kind, without a GPU and before a run is started.
+
+The activations of a microbatch are measured, not computed by a formula: the model's own code runs forward and backward
+on tensors without storage (stand_ins.py), and the bytes alive are counted operator by operator (live.py). Parameters,
+gradients, optimizer state and an engine's buffers are formulas: `state_bytes`, `buffer_bytes`, `side_stream_bytes`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_tn.config import TrainConfig
+from megatron_tn.engine.base import DTYPES
+from megatron_tn.engine.deepspeed.settings import zero3_live_parameters
+from megatron_tn.model.base import Model
+from megatron_tn.model.registry import build_model, parameter_count
+from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.parallel.recompute import recompute_blocks
+from megatron_tn.planning.live import BLOCK, LiveMemory
+from megatron_tn.planning.stand_ins import stand_in_tensors, stand_in_world
+
+GIB = 2**30
+SLACK = 0.03  # free pieces of the allocator's segments that no tensor fits into, as a share of the bytes alive
+CUBLAS = 32 * 2**20  # bytes of cuBLAS's workspace on Hopper, which comes from the same allocator
+OUTSIDE = "outside the allocator (allowance)"
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by kind, of the rank that needs most.
+
+    state: parameters, gradients, masters, moments. work: activations of one microbatch, engine buffers, allocator.
+    """
+
+    state: dict[str, int]
+    work: dict[str, int]
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        return self.state | self.work
+
+    @property
+    def reserved(self) -> int:
+        """The prediction of `torch.cuda.max_memory_reserved()`."""
+        return sum(size for kind, size in self.kinds.items() if kind != OUTSIDE)
+
+    @property
+    def total(self) -> int:
+        return sum(self.kinds.values())
+
+
+def plan_memory(config: TrainConfig, world_size: int) -> MemoryPlan:
+    """The plan for `world_size` processes. `config.problems(world_size)` must be empty.
+
+    Raises:
+        ValueError: this process has joined a world already.
+    """
+    state = state_bytes(config, world_size)
+    kept, peak = activation_bytes(config)
+    work = {
+        "activations kept for backward": kept,
+        "temporaries at the peak": peak - kept + CUBLAS,
+        "engine buffers": buffer_bytes(config, world_size, peak) + side_stream_bytes(config),
+    }
+    allocated = sum(state.values()) + sum(work.values())
+    work["allocator slack"] = int(SLACK * allocated)
+    work[OUTSIDE] = int(config.cluster.outside_allocator_gib * GIB)
+    return MemoryPlan(state, work)
+
+
+def state_bytes(config: TrainConfig, world_size: int) -> dict[str, int]:
+    """Bytes a rank holds of parameters, gradients, fp32 masters and AdamW's two moments, by kind.
+
+    With P parameters, each kind has P / tp values, divided by dp x cp from a ZeRO stage on (arXiv 1910.02054, figure
+    1): moments and masters from stage 1, gradients from 2, parameters from 3. FSDP2 divides as stage 3 does, and its
+    fp32 parameters are the masters. In fp32 the parameters are the masters of the local engine and ZeRO 0 too; ZeRO 1
+    to 3 copy them.
+    """
+    engine = config.engine
+    data = world_size // config.parallel.tp
+    stage = {"deepspeed": engine.zero_stage, "fsdp2": 3, "local": 0}[engine.name]
+    local = math.ceil(parameter_count(config.model) / config.parallel.tp)
+    width = 2 if engine.precision == "bf16" and engine.name != "fsdp2" else 4
+    gradient_width = 4 if engine.name != "deepspeed" or engine.gradient_dtype == "fp32" else width
+
+    def over_data(count: int, from_stage: int) -> int:
+        return math.ceil(count / data) if stage >= from_stage else count
+
+    separate_masters = engine.name != "fsdp2" and (engine.precision == "bf16" or stage > 0)
+    return {
+        "parameters": over_data(local * width, 3),
+        "gradients": over_data(local * gradient_width, 2),
+        "masters": over_data(local * 4, 1) if separate_masters else 0,
+        "moments": over_data(local * 8, 1),
+    }
+
+
+def buffer_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
+    """Bytes of the buffers in which engines gather parameters, and reduce and convert gradients.
+
+    activations: bytes at a microbatch's peak. Buffers that are needed after the backward pass take the place of the
+    activations, which are free by then: the allocator extends its segments (device/allocator.py).
+    """
+    engine, model = config.engine, config.model
+    tp = config.parallel.tp
+    data = world_size // tp
+    width = 2 if engine.precision == "bf16" else 4
+    local = math.ceil(parameter_count(model) / tp)
+    embedding = math.ceil(model.vocab_size * model.embed_dim / tp)
+    block = math.ceil((local - embedding) / model.layers)
+    bucket = min(engine.reduce_bucket_elements, local)
+    if engine.name == "fsdp2":
+        # Gathered at once: the embedding, the block that computes and the next one. In the backward pass, one block's
+        # gradients are held as computed while those of the block before are reduced in fp32.
+        gathered = local if not engine.reshard_after_forward else embedding + 2 * min(block, local)
+        return gathered * width + block * (width + 4) + embedding * (width + 4)
+    if engine.sums_own_gradients or engine.zero_stage == 0:
+        return 0  # gradients are summed and reduced in place
+    if engine.zero_stage == 3:
+        # In the backward pass, one block's gradients are held as computed while another's are reduced.
+        gathered = min(local, zero3_live_parameters(config) + block) * width
+        return gathered + block * (width + (4 if engine.gradient_dtype == "fp32" else width))
+    if engine.zero_stage == 2:
+        return 2 * bucket * width + width * math.ceil(local / data)
+    # With bf16 gradients, or in fp32, DeepSpeed copies the gradients into a flat buffer after the last microbatch, and
+    # that once more in fp32.
+    return bucket * width + max(0, (2 * width + 4) * local - activations)
+
+
+def side_stream_bytes(config: TrainConfig) -> int:
+    """Bytes of the inputs that a CUDA graph keeps for weight gradients on its side stream (device/side_stream.py): at
+    most those of an SGLU and of the projection before it."""
+    if not config.engine.cuda_graph:
+        return 0
+    model, data = config.model, config.data
+    values = 3 * model.glu_dim // config.parallel.tp + 3 * model.embed_dim
+    return values * data.micro_batch * data.sequence_length * (2 if config.engine.precision == "bf16" else 4)
+
+
+def activation_bytes(config: TrainConfig, device: str = "cuda") -> tuple[int, int]:
+    """(kept, peak) of one microbatch, bytes beyond the parameters: alive when the loss is known, and at most.
+
+    device: whose operators and allocator are counted, "cuda" or "cpu". Compiled blocks are counted as eager ones: the
+    compiler cannot look into their heavy operators, and keeps the same tensors. What was measured once is remembered:
+    remedies compare engines that run the same pass.
+    """
+    engine, data = config.engine, config.data
+    same_pass = (repr(config.model), config.parallel, engine.precision, engine.recompute, engine.recompute_every)
+    key = (*same_pass, data.micro_batch, data.sequence_length, device)
+    if key not in _measured:
+        _measured[key] = _measure(config, device)
+    return _measured[key]
+
+
+_measured: dict[tuple, tuple[int, int]] = {}
+
+
+def _measure(config: TrainConfig, device: str) -> tuple[int, int]:
+    rules = (BLOCK, WORKSPACE) if device == "cuda" else ()
+    with stand_in_world(config.parallel) as context, stand_in_tensors(device), LiveMemory(*rules) as memory:
+        model = step_model(config, context)
+        for parameter in model.parameters():
+            # Every engine moves a gradient into its own sum as soon as it is computed.
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        tokens = torch.zeros(config.data.micro_batch, config.data.sequence_length, dtype=torch.int64)
+        before = memory.current
+        loss = model(tokens, targets=tokens, reduction="sum").loss
+        kept = memory.current - before
+        loss.backward()
+        return kept, memory.peak - before
+
+
+def step_model(config: TrainConfig, context: ParallelContext) -> Model:
+    """The model as an engine runs it on this rank: in the computing type, with recomputation."""
+    model = build_model(config.model, context, "cpu", DTYPES[config.engine.precision])
+    recompute_blocks(model.blocks, config.engine.recompute, config.engine.recompute_every)
+    return model
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _gla_gradients_bytes(qkvu: Tensor, theta: Tensor | None) -> int:
+    """do [tokens, D]; with LRPE also the gradients of q's and k's features, [tokens, 2 D] each
+    (kernels/gla/passes.py)."""
+    part = qkvu.numel() // 4 * qkvu.element_size()
+    return part if theta is None else 5 * part
+
+
+def _rows_bytes(x: Tensor, rows: int) -> int:
+    """x [.., D] if it had `rows` tokens."""
+    return rows * x.shape[-1] * x.element_size()
+
+
+# Operator -> bytes that it allocates and frees within one call, by its arguments. Sequence parallel's products gather
+# tokens, and scatter sums, within one operator.
+WORKSPACE = {
+    "megatron_tn.gla_backward.default": lambda dy, dsquare_sum, dstate, o, qkvu, decay, theta, *rest: (
+        _gla_gradients_bytes(qkvu, theta)
+    ),
+    "megatron_tn.gla_slice_backward.default": lambda dy, dsquare_sum, o, qkvu, decay, theta, *rest: (
+        _gla_gradients_bytes(qkvu, theta)
+    ),
+    "megatron_tn.column_forward.default": lambda x, weights, group, rows: _rows_bytes(x, rows),
+    "megatron_tn.row_forward.default": lambda x, weight, group, rows, beside=None: (
+        rows * weight.shape[0] * x.element_size()
+    ),
+}

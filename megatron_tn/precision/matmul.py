@@ -1,0 +1,65 @@
+"""The products of a linear layer y = x W^T, made here and nowhere else, so that another precision is one file's change.
+
+    forward           y  = x W^T       x [T, in],  W [out, in]  ->  y  [T, out]
+    input gradient    dx = dy W        dy [T, out]              ->  dx [T, in]
+    weight gradient   dW = dy^T x                               ->  dW [out, in], to autograd or added to a GradientSum
+
+Layers without a collective call `linear`. Layers split over tensor parallel (parallel/products.py) make the same three
+products chunk by chunk, beside their collectives. The loss forms its products tile by tile inside its own kernel
+(kernels/cross_entropy).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_tn.precision.gradient_sum import GradientSum, gradient_sum
+
+
+def forward_product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """y = x W^T [T, out], in `out` if given."""
+    return torch.mm(x, weight.t()) if out is None else torch.mm(x, weight.t(), out=out)
+
+
+def input_gradient(gradients: Sequence[Tensor], weights: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    """dx = sum over i of dy_i W_i [T, in], for products y_i = x W_i^T of one input; in `out` if given."""
+    dx = torch.mm(gradients[0], weights[0]) if out is None else torch.mm(gradients[0], weights[0], out=out)
+    for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
+        torch.addmm(dx, gradient, weight, out=dx)  # not dx.addmm_, which PyTorch's FLOP counter does not know
+    return dx
+
+
+def weight_gradient(sum: GradientSum | None, dy: Tensor, x: Tensor) -> Tensor | None:
+    """dW = dy^T x [out, in] for autograd; with a `sum` it is added there, and autograd gets None."""
+    if sum is None:
+        return torch.mm(dy.t(), x)
+    sum.add_product(dy, x)
+    return None
+
+
+class _Linear(torch.autograd.Function):
+    """x [T, in], weights [out_i, in] -> x W_i^T each; the weights' gradients are added to their sums."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, sums: list[GradientSum], *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        ctx.sums = sums
+        return tuple(forward_product(x, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):
+        x, *weights = ctx.saved_tensors
+        dx = input_gradient(gradients, weights) if ctx.needs_input_grad[0] else None
+        return dx, None, *map(weight_gradient, ctx.sums, gradients, [x] * len(weights))
+
+
+def linear(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """x [.., in], weights [out_i, in] -> x W_i^T [.., out_i] each; one product backward gives the gradient of x."""
+    sums = [gradient_sum(weight) for weight in weights]
+    if None in sums:
+        return [F.linear(x, weight) for weight in weights]
+    return [out.unflatten(0, x.shape[:-1]) for out in _Linear.apply(x.flatten(0, -2), sums, *weights)]

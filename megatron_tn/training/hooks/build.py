@@ -1,0 +1,112 @@
+"""The hooks that a config asks for, made and started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from megatron_tn.checkpoint.background import CheckpointWriter, Save
+from megatron_tn.checkpoint.retention import Retention
+from megatron_tn.config import to_mapping
+from megatron_tn.engine.base import Engine
+from megatron_tn.training.hooks import Hook
+from megatron_tn.training.hooks.checkpoint import CheckpointEvery
+from megatron_tn.training.hooks.console import ConsoleProgress
+from megatron_tn.training.hooks.evaluate import EvaluateEvery, Interrupted
+from megatron_tn.training.hooks.journal import Journal
+from megatron_tn.training.hooks.profile import Profile
+from megatron_tn.training.hooks.ranks import RankReport
+from megatron_tn.training.hooks.weights_and_biases import WeightsAndBiases
+from megatron_tn.training.run import Run
+from megatron_tn.training.state import TrainingState
+from megatron_tn.training.step import anywhere
+from megatron_tn.training.throughput import Work
+
+
+def start_hooks(
+    run: Run,
+    engine: Engine,
+    *,
+    stream_state: Callable[[int], dict[str, Any]],
+    evaluate: Callable[..., dict[str, Any]] | None,
+    interrupted: Callable[[], bool],
+    flops_per_token: int,
+) -> Sequence[Hook]:
+    """Collective. Sinks, the console and the profile are on global rank 0 alone; the others are on all ranks.
+
+    stream_state(sample): the token stream's state at that sample. evaluate(progress=f): held-out figures; calls f, on
+    all ranks, every few documents. interrupted: whether this rank was told to stop. flops_per_token: of forward and
+    backward pass, by the model's formula.
+    """
+    config = run.config
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    work = Work(flops_per_token, engine.context.world_size, config.cluster.peak_tflops(gpu))
+    hooks = _of_rank_0(run, work)
+    if evaluate is not None:
+        hooks.append(_evaluation(run, evaluate, interrupted))
+    if config.logging.ranks_every:
+        hooks.append(RankReport(engine, run.progress, run.report, run.record, config.logging.ranks_every))
+    hooks.append(_checkpoints(run, engine, stream_state))
+    for hook in hooks:
+        run.started.append(hook)
+        hook.on_start(run.state)
+    return hooks
+
+
+def _of_rank_0(run: Run, work: Work) -> list[Hook]:
+    if not run.is_first:
+        return []
+    config, logging = run.config, run.config.logging
+    run.sinks.append(Journal(run.folder.journal, logging.every, work))
+    if logging.wandb.mode != "disabled":
+        run.sinks.append(WeightsAndBiases(logging.wandb, run.folder, to_mapping(config), work))
+    hooks: list[Hook] = [*run.sinks]
+    if logging.progress:
+        hooks.append(ConsoleProgress(config.last_step))
+    if logging.profile:
+        hooks.append(Profile(run.folder.profile, logging.profile_skip, logging.profile_steps))
+    return hooks
+
+
+def _evaluation(run: Run, evaluate: Callable[..., dict[str, Any]], interrupted: Callable[[], bool]) -> EvaluateEvery:
+    def go_on(_documents: int) -> None:
+        run.progress.at("evaluate")
+        if anywhere(interrupted()):
+            run.report("the evaluation is left, to stop in time", {}, run.state.step)
+            raise Interrupted
+
+    def evaluate_now() -> dict[str, Any]:
+        with run.progress.during("evaluate"):
+            return evaluate(progress=go_on)
+
+    return EvaluateEvery(evaluate_now, run.record, run.config.evaluation.every, run.config.last_step)
+
+
+def _checkpoints(run: Run, engine: Engine, stream_state: Callable[[int], dict[str, Any]]) -> CheckpointEvery:
+    config, keep = run.config, run.config.checkpoint
+    run.writer = writer = CheckpointWriter(
+        run.folder.checkpoints,
+        Retention(newest=keep.keep, every=keep.keep_every, best=keep.keep_best),
+        background=keep.async_save,
+        timeout_s=config.distributed_timeout_s,
+    )
+
+    def save(state: TrainingState) -> Save | None:
+        with run.progress.during("save"):
+            state.stream = stream_state(state.samples)
+            content = {"config": to_mapping(config), "training": state.to_json()}
+            before = writer.save(engine, state.step, optimizer_step=state.optimizer_step, **content)
+        run.status("running")
+        return before
+
+    return CheckpointEvery(
+        writer,
+        save,
+        run.report,
+        run.record,
+        every=keep.every,
+        last=config.last_step if keep.at_end else 0,
+        abort=keep.on_failure == "abort",
+    )

@@ -1,0 +1,113 @@
+"""The file behind the journal: one JSON object a line, with the "step" it belongs to."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+
+
+class JournalFile:
+    """path: log.jsonl. superseded: where records go that a rewind or a resume took back.
+
+    A line is whole or absent, but for the last one of a host that died while it was written. The file stays open
+    between appends: on a network file system closing it would wait for the server.
+    """
+
+    def __init__(self, path: Path, superseded: Path):
+        self.path = path
+        self.superseded = superseded
+        self._descriptor: int | None = None
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every whole record, in the order in which they were written; empty where there is no journal."""
+        found = []
+        with contextlib.suppress(FileNotFoundError):
+            for line in self.path.read_bytes().splitlines():
+                with contextlib.suppress(ValueError):
+                    record = json.loads(line)
+                    if isinstance(record, dict):
+                        found.append(record)
+        return found
+
+    def append(self, records: list[dict[str, Any]]) -> int:
+        """Append records; returns how many of them are in the file now: all, unless the disk is full.
+
+        JSON knows no NaN and no infinity: they become null.
+
+        Raises:
+            OSError: not even the first one could be written.
+        """
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, APPEND, 0o666)
+        for count, record in enumerate(records):
+            try:
+                _append_whole(self._descriptor, _line(record))
+            except OSError:
+                if not count:
+                    raise
+                return count
+        return len(records)
+
+    def close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def set_aside_after(self, step: int) -> None:
+        """Move records of steps after `step`, and a line that was cut short, to the superseded file. Raises OSError;
+        the journal is unchanged then."""
+        with contextlib.suppress(OSError):  # a network file system reports a write that failed when it closes
+            self.close()
+        try:
+            content = self.path.read_bytes()  # bytes: a line that was cut short may hold any
+        except FileNotFoundError:
+            return
+        kept, later = [], []
+        for line in content.splitlines():
+            try:
+                (later if json.loads(line)["step"] > step else kept).append(line)
+            except (ValueError, KeyError, TypeError):
+                later.append(line)
+        if not later and (content.endswith(b"\n") or not content):
+            return
+        rewritten = self.path.with_suffix(".tmp")
+        try:
+            rewritten.write_bytes(b"".join(line + b"\n" for line in kept))
+            if later:
+                self._append_superseded(later)
+        except OSError:
+            with contextlib.suppress(OSError):
+                rewritten.unlink()
+            raise
+        rewritten.replace(self.path)
+
+    def _append_superseded(self, lines: list[bytes]) -> None:
+        descriptor = os.open(self.superseded, APPEND, 0o666)
+        try:
+            _append_whole(descriptor, b"".join(line + b"\n" for line in lines))
+        finally:
+            os.close(descriptor)
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
+    return json.dumps(finite).encode() + b"\n"
+
+
+def _append_whole(descriptor: int, content: bytes) -> None:
+    """Append all of `content` or nothing: what a full disk took of it is cut off again. Raises OSError."""
+    size = os.fstat(descriptor).st_size
+    done = 0
+    try:
+        while done < len(content):
+            done += os.write(descriptor, content[done:])
+    except OSError:
+        if done:
+            os.ftruncate(descriptor, size)
+        raise

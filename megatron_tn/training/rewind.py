@@ -1,0 +1,102 @@
+"""Loading what a run goes on from: at its start, and when the guard goes back."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from megatron_tn.checkpoint.load import load_checkpoint
+from megatron_tn.checkpoint.manifest import step_of
+from megatron_tn.config import ConfigError
+from megatron_tn.engine.base import Engine
+from megatron_tn.engine.build import initialize_engine
+from megatron_tn.training.guard import Rewind
+from megatron_tn.training.resume import Start, agree_on, leave_later_behind, newest_start
+from megatron_tn.training.run import Run
+from megatron_tn.training.state import TrainingState
+
+log = logging.getLogger(__name__)
+
+
+def restore(run: Run, engine: Engine) -> TrainingState:
+    """Load the checkpoint that `run.start` names, or give the engine its initial values. Collective.
+
+    Checkpoints past it are renamed: a crash before the next save must not bring them back.
+    """
+    start, state, config = run.start, run.state, run.config
+    _load(run, engine, start)
+    if start.checkpoint is not None and run.is_first:
+        log.info("resumed from %s at step %d", start.checkpoint, state.step)
+    state.add_ledger(start.ledger)
+    if start.later:
+        by, reason = "hand", f"checkpoint.resume={config.checkpoint.resume}"
+        if start.damage:
+            by, reason = "damage", _lines(start)
+        state.note_rewind(start=step_of(start.later[-1]), batches=[], by=by, reason=reason)
+    state.add_skip(config.data.skipped)
+    if run.is_first:
+        leave_later_behind(run.folder, start, config.checkpoint.resume)
+        _write_ledger(run)
+        run.folder.mark_begun()
+    return state
+
+
+def rewind(run: Run, engine: Engine, wanted: Rewind) -> None:
+    """Go back to the newest whole checkpoint, or to the beginning, and skip the batches that went wrong. Collective.
+
+    Damaged checkpoints are passed over as at a start. The ledger is on the disk before training goes on, so that the
+    batches stay skipped, and the rewind counts, whenever the process dies.
+
+    Raises:
+        ConfigError: on every rank: there are checkpoints and none is whole, or some rank does not see the chosen one.
+    """
+    run.writer.join()
+    start, problems = None, []
+    if run.is_first:
+        try:
+            start = newest_start(run.folder)
+        except ConfigError as error:
+            problems = error.problems
+    start = agree_on(start, problems)
+    state, before = run.state, run.state.step
+    earlier = state.ledger
+    _load(run, engine, start)
+    state.add_ledger(earlier)
+    state.add_skip(wanted.batches)
+    state.note_rewind(start=before, batches=wanted.batches, by="guard", reason=wanted.reason)
+    if run.is_first:
+        leave_later_behind(run.folder, start, "auto")
+        _write_ledger(run)
+    for hook in run.started:
+        hook.on_rewind(state)
+    line = f"rewound from step {before} to {state.step}; skipping batches {wanted.batches}"
+    run.report(line, {"rewind/from": before, "rewind/skip": wanted.batches}, state.step)
+
+
+def _load(run: Run, engine: Engine, start: Start) -> None:
+    if start.checkpoint is None:
+        torch.manual_seed(run.config.seed)
+        initialize_engine(engine, run.config.seed)
+        run.state.become(TrainingState())
+    else:
+        run.state.become(TrainingState.from_json(load_checkpoint(engine, start.checkpoint).training))
+
+
+def _write_ledger(run: Run) -> None:
+    """Where it says something new. A full disk ends no run."""
+    ledger = run.state.ledger
+    try:
+        unchanged = run.folder.ledger() == ledger
+    except ConfigError:
+        unchanged = False  # a damaged one, of a past that a person has left
+    try:
+        if not unchanged:
+            run.folder.write_ledger(ledger)
+    except OSError as error:
+        what = "until the next save, skipped batches and rewinds are in memory alone"
+        log.error("%s cannot be written: %s; %s", run.folder.ledger_file, error.strerror, what)
+
+
+def _lines(start: Start) -> str:
+    return "; ".join(line for problems in start.damage.values() for line in problems)

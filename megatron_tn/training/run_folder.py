@@ -1,0 +1,280 @@
+"""A run's folder: the names of its files, and the only code that reads and writes its status, journal and ledger.
+
+    run_dir/
+      config.json            the resolved settings, as `config.load` reads them: what a requeued job runs
+      job.json               {"job": SLURM's job id or null, "begun": whether it has loaded its checkpoint}: the start
+                             that wrote config.json
+      status.json            {"state": "running" | "finished" | "preempted" | "failed", "step": steps done, "time": ...}
+      log.jsonl              the journal, see `journal_file`; log.superseded.jsonl: records that a rewind took back
+      ledger.json            batches that are not trained on, and rewinds, since the newest checkpoint was saved
+      tokenizer.json         of the data
+      checkpoints/           see `checkpoint.manifest`
+      ranks/ hang.txt stacks/    signs of life; what was found out about a hang; Python's stacks at that moment
+      profile/ wandb/ wandb_id   see `hooks`
+      run.lock               held by rank 0 while a run is under way
+
+Files are replaced whole: a reader sees the old or the new content, and a kill leaves one of the two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_tn.checkpoint.files import sync_folder
+from megatron_tn.checkpoint.manifest import checkpoint_name, step_of, whole_checkpoints
+from megatron_tn.config import ConfigError, TrainConfig, from_mapping, load, read_mapping, save
+from megatron_tn.training.journal_file import JournalFile
+from megatron_tn.training.state import Ledger
+
+BLOCK_BYTES = 4096  # of a file system; a status of at most so many bytes can be rewritten in place on a full disk
+
+
+class RunFolder:
+    """path: run_dir. Nothing is created before it is written."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self._lock: int | None = None
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def job_file(self) -> Path:
+        return self.path / "job.json"
+
+    @property
+    def status_file(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def ledger_file(self) -> Path:
+        return self.path / "ledger.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def ranks(self) -> Path:
+        return self.path / "ranks"
+
+    @property
+    def hang(self) -> Path:
+        return self.path / "hang.txt"
+
+    @property
+    def stacks(self) -> Path:
+        return self.path / "stacks"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
+
+    @property
+    def wandb(self) -> Path:
+        return self.path / "wandb"
+
+    @property
+    def wandb_id(self) -> Path:
+        return self.path / "wandb_id"
+
+    @property
+    def journal(self) -> JournalFile:
+        return JournalFile(self.path / "log.jsonl", self.path / "log.superseded.jsonl")
+
+    @property
+    def is_there(self) -> bool:
+        """Whether a run has written here."""
+        return self.status_file.exists() or self.checkpoints.exists()
+
+    def records(self, key: str = "step") -> list[dict[str, Any]]:
+        """The journal's records that have `key`, in the order in which they were written."""
+        return [record for record in self.journal.read() if key in record]
+
+    # Checkpoints
+
+    def whole_checkpoints(self) -> list[Path]:
+        """Those with a manifest, oldest first."""
+        return whole_checkpoints(self.checkpoints)
+
+    def saved(self) -> dict[int, Path]:
+        """step -> its whole checkpoint, oldest first. After a kill while a checkpoint was replaced by one of the same
+        step, the newer of the two (`checkpoint.save.write_snapshot` says under which name)."""
+        return {step_of(path): path for path in self.whole_checkpoints()}
+
+    def keep_aside(self, checkpoint: Path, why: str) -> Path:
+        """Rename a checkpoint to step_N.WHY-TIME: no reader and no retention finds it there, and a person can."""
+        name = f"{checkpoint_name(step_of(checkpoint))}.{why}-{time.time():.0f}"
+        aside = self.checkpoints / name
+        for number in range(2, 1000):
+            if not aside.exists():
+                break
+            aside = self.checkpoints / f"{name}-{number}"
+        checkpoint.rename(aside)
+        sync_folder(self.checkpoints)
+        return aside
+
+    # Settings, and the job that they belong to
+
+    def freeze(self, config: TrainConfig, job: str | None) -> None:
+        """Write the settings, and that they are those of SLURM's job `job`."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        begun = self.is_begun_by(job)
+        if not self.is_frozen_by(job):
+            _replace(self.job_file, {"job": None})  # a kill in between must not make the old settings the new job's
+        save(config, self.config_file)
+        _replace(self.job_file, {"job": job, "begun": begun})
+
+    def is_frozen_by(self, job: str | None) -> bool:
+        """Whether SLURM's job `job` wrote config.json."""
+        return job is not None and self.config_file.is_file() and _read(self.job_file).get("job") == job
+
+    def is_begun_by(self, job: str | None) -> bool:
+        """Whether that job has also loaded the checkpoint it was asked for, and put later ones aside."""
+        return self.is_frozen_by(job) and bool(_read(self.job_file).get("begun"))
+
+    def mark_begun(self) -> None:
+        """See `is_begun_by`. Raises OSError."""
+        _replace(self.job_file, _read(self.job_file) | {"begun": True})
+
+    def frozen_mapping(self) -> dict[str, Any] | None:
+        """config.json as it stands; None where there is none. Raises ConfigError when it is damaged."""
+        if not self.config_file.is_file():
+            return None
+        try:
+            return read_mapping(self.config_file)
+        except ConfigError as error:
+            message = f"{error}; move it away, and the run goes on with the settings of this command"
+            raise ConfigError(message) from None
+
+    def frozen_config(self) -> TrainConfig:
+        """Raises ConfigError when config.json is absent, damaged, or of other settings than today's."""
+        return load(self.config_file)
+
+    # Status
+
+    def status(self) -> dict[str, Any]:
+        """status.json; empty where there is none that can be read."""
+        return _read(self.status_file)
+
+    def write_status(self, state: str, step: int, **more: Any) -> None:
+        """Replace status.json, in place where the disk is full. Raises OSError where even that fails."""
+        values = {"state": state, "step": step, "time": time.time(), "config": self.config_file.name} | more
+        try:
+            _replace(self.status_file, values)
+        except OSError:
+            _rewrite_in_place(self.status_file, values)
+
+    def mark_failed(self, step: int, error: str) -> None:
+        """Say that the run failed, on behalf of a rank that cannot. step: steps that this rank knows to be done."""
+        before = self.status()
+        if before:
+            self.write_status("failed", max(before.get("step", 0), step), error=error)
+
+    # Ledger
+
+    def ledger(self) -> Ledger:
+        """Empty where there is no ledger.json. Raises ConfigError when it is damaged."""
+        if not self.ledger_file.is_file():
+            return Ledger()
+        try:
+            return from_mapping(Ledger, read_mapping(self.ledger_file))
+        except ConfigError as error:
+            message = f"{error}; move {self.ledger_file} away, and the run goes on with the ledger of its checkpoint"
+            raise ConfigError(message) from None
+
+    def write_ledger(self, ledger: Ledger) -> None:
+        """On the disk when this returns. Raises OSError."""
+        _replace(self.ledger_file, asdict(ledger), sync=True)
+
+    # One run at a time
+
+    def claim(self) -> str:
+        """Take the folder for this process until `release` or its end. Returns who has it, empty when it is ours now.
+
+        A POSIX record lock, which forked reader processes do not inherit and network file systems pass on to other
+        hosts. On a file system without locks the folder is given to everyone.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            holder = os.read(descriptor, BLOCK_BYTES).decode(errors="replace").strip()
+            os.close(descriptor)
+            return holder or "another run"
+        except OSError:
+            os.close(descriptor)  # no locks here
+            return ""
+        self._lock = descriptor
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"rank 0 (host {socket.gethostname()}, process {os.getpid()})\n".encode(), 0)
+        return ""
+
+    def release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def keep_tokenizer(self, tokenizer: Path) -> None:
+        """Copy tokenizer.json here, so that the run's checkpoints can be read as text wherever they go."""
+        if tokenizer.is_file():
+            shutil.copyfile(tokenizer, self.tokenizer)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one where there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text())
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _replace(path: Path, values: dict[str, Any], *, sync: bool = False) -> None:
+    partial = path.with_suffix(".tmp")
+    try:
+        with partial.open("w") as file:
+            file.write(json.dumps(values) + "\n")
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+    if sync:
+        sync_folder(path.parent)
+
+
+def _rewrite_in_place(path: Path, values: dict[str, Any]) -> None:
+    """Over the block that the file has already, where a full disk has none for another file."""
+    content = json.dumps(values).encode() + b"\n"
+    while len(content) > BLOCK_BYTES and values.get("error"):
+        values = values | {"error": values["error"][:-100]}
+        content = json.dumps(values).encode() + b"\n"
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        os.pwrite(descriptor, content, 0)
+        os.ftruncate(descriptor, len(content))
+    finally:
+        os.close(descriptor)

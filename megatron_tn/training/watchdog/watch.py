@@ -1,0 +1,143 @@
+"""The watchdog of a rank: it writes the rank's sign of life, notices that the rank stands still, and ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_tn.training.run_folder import RunFolder
+from megatron_tn.training.watchdog.detect import from_collective, patience_s
+from megatron_tn.training.watchdog.observe import Observer
+from megatron_tn.training.watchdog.signs import MOST_INTERVAL_S, Progress, Sign, new_folder
+from megatron_tn.training.watchdog.stack import where_this_process_is
+
+HANG_EXIT = 75  # exit code of a rank that gave up on a hang
+
+
+class Watchdog:
+    """Use as a context manager, on every rank; entering and leaving are not collective, making one is.
+
+    timeout_s: how long a rank may stay in one phase of a step; 0 turns the watchdog off. long_s: the same for what may
+    take long: starting, the first step (which compiles), evaluating, a save that waits for the one before, stopping.
+    """
+
+    def __init__(self, run: RunFolder, progress: Progress, *, timeout_s: float, long_s: float):
+        folder = [new_folder(run) if dist.get_rank() == 0 else None]
+        if dist.get_world_size() > 1:
+            dist.broadcast_object_list(folder, src=0)  # ranks of one start find each other, and no earlier one's
+        self.run = run
+        self.progress = progress
+        self.timeout_s = timeout_s
+        self.long_s = long_s
+        self.interval_s = min(MOST_INTERVAL_S, timeout_s / 6)
+        self.size = dist.get_world_size()
+        self.observer = Observer(folder[0], self.size, self.interval_s, self._write)
+        self._me = Sign(dist.get_rank(), socket.gethostname(), os.getpid())
+        self._count = 0
+        self._failure, self._lost = "", False
+        self._done = threading.Event()
+        self._told = False  # by another rank that it is over
+        targets = (self._live, self._watch)
+        self._threads = [threading.Thread(target=target, name="watchdog", daemon=True) for target in targets]
+
+    def __enter__(self) -> Watchdog:
+        faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)  # kill -USR2 PID prints its stacks
+        if self.timeout_s:
+            self._write()
+            for thread in self._threads:
+                thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._done.set()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(2 * self.interval_s)
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(signal.SIGUSR2)
+
+    @property
+    def folder(self) -> Path:
+        """Where the ranks of this start leave their signs of life."""
+        return self.observer.folder
+
+    def explain(self, error: BaseException) -> str:
+        """After this rank failed: which rank failed first, or has died, if another's end is why. Empty when unknown.
+
+        One rank reads the signs of all, and the others what it found. Takes a few seconds when the error came out of a
+        collective.
+        """
+        self._lost = from_collective(error)  # first: signs of life go on meanwhile
+        self.progress.at(self.progress.phase)  # a rank that came here just before its timeout has its time to explain
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        self._failure = f"{type(error).__name__}: {first_line}"
+        self._write()
+        if not self.timeout_s or self.size == 1 or not self._lost:
+            return ""
+        return self.observer.failure(self._mark_failed)
+
+    def _live(self) -> None:
+        """Signs of life. In a thread of its own, so that a file system that does not answer ends no run."""
+        while not self._done.wait(self.interval_s):
+            self._write()
+            self._told = self.observer.hang_file.exists()
+
+    def _watch(self) -> None:
+        while True:
+            # Should C code hold Python's lock, so that this thread does not get to run again, this ends the process.
+            faulthandler.dump_traceback_later(self.timeout_s + self.interval_s, exit=True, file=2)
+            if self._done.wait(self.interval_s):
+                return
+            if self._told or time.monotonic() - self.progress.since > self._limit_s:
+                self._give_up()
+
+    @property
+    def _limit_s(self) -> float:
+        progress = self.progress
+        return patience_s(
+            progress.phase,
+            first_step=progress.step == progress.first_step,
+            failed=bool(self._failure),
+            timeout_s=self.timeout_s,
+            long_s=self.long_s,
+        )
+
+    def _give_up(self) -> None:
+        """One rank compares all and says what it found; every rank leaves its stacks and ends."""
+        with contextlib.suppress(OSError):
+            self.run.stacks.mkdir(exist_ok=True)
+            with (self.run.stacks / f"rank_{self._me.rank:05d}.txt").open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+        times = {"limit_s": self._limit_s, "timeout_s": self.timeout_s}
+        text, first = self.observer.hang(**times, stacks=str(self.run.stacks))
+        if first:
+            print(text, file=sys.stderr, flush=True)
+            self._mark_failed(text.splitlines()[0])
+            with contextlib.suppress(OSError):
+                self.run.hang.write_text(text)
+        time.sleep(2 * self.interval_s)  # a launcher kills the others as soon as one rank ends
+        os._exit(HANG_EXIT)
+
+    def _write(self) -> None:
+        self._count += 1
+        try:
+            waiting, place = where_this_process_is()
+        except Exception as error:  # other threads run on while they are looked at; no sign of life may be lost over it
+            waiting, place = False, f"a place that could not be read: {error!r}"
+        me, progress = self._me, self.progress
+        where = (self._count, progress.step, progress.phase, place, waiting, self._failure, self._lost)
+        Sign(me.rank, me.host, me.pid, *where).write(self.folder)
+
+    def _mark_failed(self, error: str) -> None:
+        """For rank 0, which writes status.json, and may be the one that hangs or has died."""
+        with contextlib.suppress(OSError):
+            self.run.mark_failed(max(self.progress.step - 1, 0), error)

@@ -1,0 +1,48 @@
+"""Command lines that a program under test starts, run in processes that have imported everything already.
+
+`python -m MODULE WORDS` takes some seconds to import PyTorch; a process forked from the server that `fork_ranks` uses
+takes a tenth of one, and runs the same `__main__`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+REAL = subprocess.run
+
+
+@pytest.fixture
+def forked_programs(monkeypatch):
+    """Until the test ends, subprocess.run forks what would start Python with a module, here and in what is forked."""
+    monkeypatch.setattr(subprocess, "run", run)
+
+
+def run(command: list[str], *, stdout: Any = None, stderr: Any = None, check: bool = False, **more: Any):
+    if command[:2] != [sys.executable, "-m"] or more.keys() - {"pass_fds"}:
+        return REAL(command, stdout=stdout, stderr=stderr, check=check, **more)
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tests.helpers.preload"])
+    names = [None if file is None else file.name for file in (stdout, stderr)]
+    process = server.Process(target=_program, args=(dict(os.environ), command[2:], *names))
+    process.start()
+    process.join()
+    return subprocess.CompletedProcess(command, process.exitcode)
+
+
+def _program(environment: dict[str, str], words: list[str], stdout: str | None, stderr: str | None) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    for number, name in ((1, stdout), (2, stderr)):
+        if name is not None:
+            os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
+    subprocess.run = run
+    sys.argv = list(words)
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)

@@ -1,0 +1,141 @@
+"""Words of a command line: taken as they are typed, in one order of precedence, and refused in one line each."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from megatron_tn.cli import command
+from megatron_tn.config import ConfigError, GenerateConfig, TrainConfig, from_mapping
+from megatron_tn.overrides import CommandLine, as_typed, job_folder, quoted, settings
+from tests.helpers.training import call
+
+seen: list[TrainConfig] = []
+main = command(TrainConfig, "config")(seen.append)  # a command line that notes what it was called with
+
+
+@pytest.fixture(autouse=True)
+def _nothing_seen(monkeypatch):
+    seen.clear()
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+
+
+def parsed(*words: str) -> TrainConfig:
+    line = CommandLine.parse(TrainConfig, "config", words)
+    line.check()
+    return from_mapping(TrainConfig, settings(line.compose(line.words())))
+
+
+PATHS = ["1e3", "true", "a=b", "my [first] run", "{x}", "résumé/日本", "it's", 'a "b"', "back\\slash", "[a,b]", "12_3"]
+
+
+def test_a_path_is_taken_as_it_is_typed():
+    config = parsed("run_dir=20250101", "data.manifest=a=b")
+    assert (config.run_dir, config.data.manifest) == ("20250101", "a=b")
+    for path in PATHS:
+        for key in ("run_dir", "checkpoint.resume"):
+            for multirun in (False, True):
+                word = as_typed(f"{key}={path}", TrainConfig, multirun=multirun)
+                assert OverridesParser.create().parse_override(word).value() == path
+    for word in ("checkpoint.resume=20250101", "logging.wandb.entity=null", "seed=3", "run_dir=a,b", "model=1b"):
+        assert as_typed(word, TrainConfig, multirun=True) == word
+
+
+@pytest.mark.parametrize("text", ["a'b", "a\\", "a\\'b", "\\\\", " lead ", "null", ""])
+def test_quotes_hold_any_text(text):
+    assert OverridesParser.create().parse_override(f"k={quoted(text)}").value() == text
+
+
+def test_a_home_folder_is_expanded_wherever_a_shell_left_it_alone(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "deepspeed.json").write_text('{"steps_per_print": 7}')
+    config = parsed("run_dir=~/runs/x", "data.manifest='~/m.json'", "engine.deepspeed_config=~/deepspeed.json")
+    assert (config.run_dir, config.data.manifest) == (f"{tmp_path}/runs/x", f"{tmp_path}/m.json")
+    assert config.engine.deepspeed_config == {"steps_per_print": 7}
+    with pytest.raises(ConfigError, match="run_dir=~nobody-at-all/x: there is no user 'nobody-at-all'"):
+        parsed("run_dir=~nobody-at-all/x")
+
+
+def test_free_text_of_another_command_keeps_its_tilde(capsys):
+    asked = []
+    assert call(command(GenerateConfig, "generate", literal=("prompt",))(asked.append), "prompt=~ a, b = [c]") == 0
+    assert asked[0].prompt == "~ a, b = [c]"
+
+
+def test_the_command_line_wins_over_an_experiments_file():
+    experiment = parsed("experiment=demo")
+    assert (experiment.data.sequence_length, experiment.parallel.tp) == (256, 2)
+    config = parsed("experiment=demo", "data=8k", "parallel=single", "engine=local")
+    assert (config.data.sequence_length, config.parallel.tp, config.engine.name) == (8192, 1, "local")
+    assert (config.data.global_batch, config.engine.precision) == (8, "bf16")  # what the files chosen do not say
+    assert parsed("data.sequence_length=64", "experiment=demo", "data=8k").data.sequence_length == 64
+
+
+def test_every_job_of_a_sweep_has_its_own_choice(tmp_path):
+    assert call(main, "experiment=demo", "data=2k,8k", f"run_dir={tmp_path}", "-m", "model=demo") == 0
+    assert [config.data.sequence_length for config in seen] == [2048, 8192]
+    assert [Path(config.run_dir).name for config in seen] == ["0_data-2k", "1_data-8k"]
+
+
+def test_flags_are_as_hydra_spells_them(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/short.yaml").write_text("sequence_length: 16\n")
+    for words in (["--cfg", "job"], ["-c", "job"]):
+        assert call(main, "experiment=demo", *words, "data=short", "--config-dir", str(tmp_path)) == 0
+        assert "sequence_length: 16\n" in capsys.readouterr().out
+    assert seen == []
+    assert call(main, "--config-dir", str(tmp_path), "data=shorter") == 2
+    assert "data=shorter: conf/data has 2k, 8k, short; did you mean short?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["optim.lr=interval(0,1)"], ["optim.lr=interval(0,1): an interval has no list of values"]),
+        (["seed=range(1,1)", "model=glob(z*)"], ["seed=range(1,1): there is no value", "model=glob(z*): there is no"]),
+        (["model=glob(1*b)", "model.layers=0"], ["model.layers=0 must be at least 1"]),
+        (["seed=choice()"], ["not an override: 'seed=choice()'"]),
+        (["optim.lr=1e-3,-1"], ["optim.lr=-1.0 must be above 0"]),
+    ],
+    ids=["interval", "no values", "glob", "empty", "value"],
+)
+def test_a_bad_sweep_is_a_line_each(capsys, words, said):
+    assert call(main, "--multirun", *words) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(said)
+    for line, start in zip(lines, said, strict=True):
+        assert line.startswith(f"error: {start}")
+    assert seen == []
+
+
+def folder(number: int, words: list[str], job: list[str], run_dir: str = "runs") -> str:
+    return job_folder(run_dir, OmegaConf.create({"job": {"num": number}, "overrides": {"task": job}}), words)
+
+
+def test_a_sweeps_folders_fit_differ_and_can_be_typed_again(tmp_path):
+    assert folder(0, ["model.decay=none,paper", "seed=1"], ["model.decay=none", "seed=1"]) == "runs/0_model.decay-none"
+    assert folder(1, ["+optim.lr=1e-3,1e-2"], ["+optim.lr=1e-3"]) == "runs/1_optim.lr-1e-3"
+    long = [f"{tmp_path}/{letter * 120}/manifest.json" for letter in "ab"]
+    swept = [f"data.manifest={','.join(long)}", f"evaluation.manifest={','.join(long)}", "data.filter='a,b','a/b'"]
+    jobs = [
+        [f"data.manifest={one}", f"evaluation.manifest={two}", f"data.filter={three}"]
+        for one in long
+        for two in long
+        for three in ("'a,b'", "'a/b'")
+    ]
+    names = [folder(0, swept, job) for job in jobs]
+    assert len(set(names)) == len(jobs)
+    for name in names:
+        assert len(Path(name).name.encode()) <= 200
+        assert OverridesParser.create().parse_override(f"run_dir={name}").value() == name
+        assert not set(name) & set("=,'\"[](){}:~ ")
+
+
+def test_a_sweep_that_was_begun_with_longer_names_goes_on_in_its_folders(tmp_path):
+    (tmp_path / "0_model.decay=none").mkdir()
+    found = folder(0, ["model.decay=none,paper"], ["model.decay=none"], str(tmp_path))
+    assert found == f"{tmp_path}/0_model.decay=none"

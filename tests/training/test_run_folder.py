@@ -1,0 +1,113 @@
+"""The files of a run: whole or absent, one run at a time, and written as far as a full disk allows."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+
+import pytest
+
+from megatron_tn.config import ConfigError
+from megatron_tn.training import run_folder
+from megatron_tn.training.run_folder import RunFolder
+from megatron_tn.training.state import Ledger, TrainingState
+from tests.helpers.training import fork_ranks
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    return RunFolder(tmp_path)
+
+
+NOTE = {"from": 7, "to": 4, "skip": [7], "by": "guard", "reason": "a spike"}
+
+
+def test_a_ledger_is_taken_over_once_however_often_it_is_read(folder):
+    folder.write_ledger(Ledger([7], [NOTE]))
+    state = TrainingState(step=4, skip=[2])
+    for _ in range(2):
+        state.add_ledger(folder.ledger())
+    assert state.ledger == Ledger([2, 7], [NOTE])
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"skip": ["x"]}', '{"skips": []}'])
+def test_a_damaged_ledger_is_an_error_and_not_an_empty_one(folder, content):
+    folder.ledger_file.write_text(content)
+    with pytest.raises(ConfigError, match=r"move .*ledger.json away"):
+        folder.ledger()
+
+
+def test_a_full_disk_takes_a_status_in_place_of_the_one_before(folder, monkeypatch):
+    folder.write_status("running", 3)
+    monkeypatch.setattr(run_folder, "_replace", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "full")))
+    folder.write_status("failed", 5, error="é" * 5000)
+    status = json.loads(folder.status_file.read_text())
+    assert (status["state"], status["step"]) == ("failed", 5)
+    assert folder.status_file.stat().st_size <= 4096
+    folder.write_status("finished", 6)
+    assert "error" not in folder.status()
+
+
+def test_a_rank_that_speaks_for_rank_0_keeps_the_larger_step(folder):
+    folder.mark_failed(9, "no run has written here")
+    assert not folder.status_file.exists()
+    folder.write_status("running", 8)
+    folder.mark_failed(5, "rank 0 hangs")
+    assert {key: folder.status()[key] for key in ("state", "step", "error")} == {
+        "state": "failed",
+        "step": 8,
+        "error": "rank 0 hangs",
+    }
+
+
+def hold(path: str, holds) -> None:
+    folder = RunFolder(path)
+    assert folder.claim() == ""
+    holds.set()
+    time.sleep(100)
+
+
+def test_one_process_at_a_time_has_the_folder_whatever_becomes_of_it(folder):
+    holds = multiprocessing.get_context("forkserver").Event()
+    (first,) = fork_ranks(1, hold, str(folder), holds)
+    try:
+        assert holds.wait(60)
+        assert f"process {first.pid})" in folder.claim()
+    finally:
+        first.kill()
+        first.join()
+    assert folder.claim() == ""  # the kernel releases what a killed process held
+    folder.release()
+
+
+def test_a_lock_that_is_a_link_to_somebody_elses_file_is_not_opened(folder, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (folder.path / "run.lock").symlink_to(victim)
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        folder.claim()
+    assert victim.read_text() == "precious"
+
+
+def test_checkpoints_are_kept_aside_under_names_of_their_own(folder, monkeypatch):
+    monkeypatch.setattr(run_folder.time, "time", lambda: 1000.0)
+    kept = []
+    for _ in range(2):
+        checkpoint = folder.checkpoints / "step_00000008"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "manifest.json").write_text("{}")
+        assert folder.saved() == {8: checkpoint}
+        kept.append(folder.keep_aside(checkpoint, "rewound").name)
+        assert folder.saved() == {}
+    assert kept == ["step_00000008.rewound-1000", "step_00000008.rewound-1000-2"]
+
+
+def test_a_step_is_found_under_the_name_that_a_kill_inside_publication_left(folder):
+    for name in ("step_00000007", "step_00000008", "step_00000008-again"):
+        (folder.checkpoints / name).mkdir(parents=True)
+        (folder.checkpoints / name / "manifest.json").write_text("{}")
+    assert {step: path.name for step, path in folder.saved().items()} == {
+        7: "step_00000007",
+        8: "step_00000008-again",
+    }

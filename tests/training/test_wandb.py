@@ -1,0 +1,175 @@
+"""wandb as a copy of the journal: it may fail, asks nothing, and after a rewind or a kill shows one whole curve."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+
+import pytest
+
+from megatron_tn.config import WandbConfig
+from megatron_tn.training.hooks.journal import Journal
+from megatron_tn.training.hooks.wandb_file import last_step_in, messages
+from megatron_tn.training.hooks.weights_and_biases import WeightsAndBiases
+from megatron_tn.training.run_folder import RunFolder
+from megatron_tn.training.state import TrainingState
+from tests.helpers.steps import REPORT, WORK
+from tests.helpers.training import fork_ranks
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    return RunFolder(tmp_path)
+
+
+def hook(folder: RunFolder, mode: str = "offline") -> WeightsAndBiases:
+    return WeightsAndBiases(WandbConfig(mode=mode), folder, {}, WORK)
+
+
+@pytest.mark.parametrize("moment", ["init", "log", "finish"])
+def test_wandb_never_stops_training(folder, monkeypatch, caplog, moment):
+    import wandb
+
+    class Broken:
+        def log(self, *_, **__):
+            if moment == "log":
+                raise OSError("no route to host")
+
+        def finish(self):
+            if moment == "finish":
+                raise OSError("no route to host")
+
+    def init(**_):
+        if moment == "init":
+            raise OSError("no route to host")
+        return Broken()
+
+    monkeypatch.setattr(wandb, "init", init)
+    board, state = hook(folder), TrainingState()
+    board.on_start(state)
+    board.on_step(TrainingState(step=1), REPORT)
+    board.on_stop(state)
+    assert "no route to host; going on without it" in caplog.text
+
+
+class Server:
+    """What a wandb server has of each run, by id: it knows how far it is when a process resumes one."""
+
+    def __init__(self, monkeypatch, logged_in: bool = True):
+        import wandb
+
+        self.steps: dict[str, list[int]] = {}
+        self.modes: list[str] = []
+        monkeypatch.setattr(wandb, "init", self.init)
+        monkeypatch.setattr(wandb, "login", lambda *, prompt, verify: logged_in)
+
+    def init(self, *, id: str, mode: str, **_):
+        self.modes.append(mode)
+        steps = self.steps.setdefault(id, [])
+        server = self
+
+        class Part:
+            starting_step = steps[-1] + 1 if steps else 0
+
+            def log(self, values, step):
+                server.steps[id].append(step)
+
+            def finish(self): ...
+
+        return Part()
+
+
+def test_one_curve_after_a_rewind_and_one_id_for_all_processes(folder, monkeypatch):
+    server = Server(monkeypatch)
+    journal, board, state = Journal(folder.journal, 1, WORK), hook(folder, "online"), TrainingState()
+
+    def take(steps: int) -> None:
+        for _ in range(steps):
+            state.count(REPORT, samples=1)
+            for one in (journal, board):
+                one.on_step(state, REPORT)
+
+    for one in (journal, board):
+        one.on_start(state)
+    take(6)
+    state.become(TrainingState(step=4, rewinds=[{"from": 7, "to": 4}]))
+    for one in (journal, board):
+        one.on_rewind(state)
+    take(3)
+    first = folder.wandb_id.read_text()
+    part = f"{first}-r1"
+    assert server.steps == {first: [1, 2, 3, 4, 5, 6], part: [1, 2, 3, 4, 5, 6, 7]}
+    # A restart after a kill: the server lacks a step, and step 8 is not trained for the second time as far as it knows.
+    server.steps[part] = [1, 2, 3, 4, 5, 6]
+    board = hook(folder, "online")
+    board.on_start(state)
+    assert server.steps[part] == [1, 2, 3, 4, 5, 6, 7]
+    board = hook(folder, "online")
+    board.on_start(TrainingState(step=5, rewinds=state.rewinds))  # of the newest checkpoint
+    for step in (6, 7, 8):
+        board.on_step(TrainingState(step=step), REPORT)
+    assert server.steps[part] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_where_nobody_is_logged_in_it_logs_offline_and_says_so_once(folder, monkeypatch, caplog):
+    server = Server(monkeypatch, logged_in=False)
+    hook(folder, "online").on_start(TrainingState())
+    assert server.modes == ["offline"]
+    assert [record.message for record in caplog.records] == [
+        "wandb: nobody is logged in here, so it logs offline; `wandb sync` uploads it later"
+    ]
+
+
+def log_steps(folder: str, first: int, last: int, killed: bool) -> None:
+    """At a terminal where nobody is logged in."""
+    os.environ.pop("WANDB_API_KEY", None)
+    os.environ["HOME"] = folder
+    _terminal, other = pty.openpty()
+    os.dup2(other, 0)
+    run = RunFolder(folder)
+    state = TrainingState(step=first - 1)
+    hooks = Journal(run.journal, 1, WORK), hook(run, "online")
+    for one in hooks:
+        one.on_start(state)
+    for _ in range(first, last + 1):
+        state.count(REPORT, samples=1)
+        for one in hooks:
+            one.on_step(state, REPORT)
+    if killed:
+        os.kill(os.getpid(), signal.SIGKILL)
+    hooks[1].on_stop(state)
+
+
+def test_after_kill_9_the_next_start_tells_what_the_offline_copy_lacks(tmp_path):
+    """Steps 1 and 2 reached the disk, 3 and 4 did not: one row for each, over all copies."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    folder, found = RunFolder(tmp_path), []
+    for first, last, killed in ((1, 2, False), (3, 4, True), (5, 5, False)):
+        (process,) = fork_ranks(1, log_steps, str(tmp_path), first, last, killed)
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL * killed
+    run_id = folder.wandb_id.read_text()
+    for path in sorted(folder.wandb.glob(f"offline-run-*/run-{run_id}.wandb")):
+        for message in messages(path.read_bytes()):
+            items = {item.nested_key[0]: item.value_json for item in Record.FromString(message).history.item}
+            if "loss" in items:
+                found.append((int(items["_step"]), json.loads(items["loss"])))
+    assert found == [(step, 2.5) for step in range(1, 6)]
+    assert last_step_in(folder.wandb, run_id) == 5
+
+
+@pytest.mark.parametrize("cut", [0, 5, 20, 26])
+def test_a_copy_that_was_cut_short_is_read_as_far_as_it_goes(cut):
+    block = 32 * 1024
+    records = [b"a" * 10, b"b" * (block - 7 - 24 - 10), b"c" * 20]  # the second leaves 3 bytes, too few for a header
+    content = b":W&B\0\0\0"
+    for record in records:
+        left = block - len(content) % block
+        content += b"\0" * left if left < 7 else b""
+        content += b"\0" * 4 + len(record).to_bytes(2, "little") + b"\1" + record
+    whole = list(messages(content))
+    assert whole == records
+    assert list(messages(content[: len(content) - cut])) == (records if not cut else records[:2])
