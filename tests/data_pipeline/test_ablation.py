@@ -5,19 +5,19 @@ from collections import Counter
 
 import pytest
 
+from data_pipeline.ablation.__main__ import main
+from data_pipeline.ablation.gather import Text, gather, package_texts
 from data_pipeline.canary_texts import NOISE
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.reading import read_documents
 from data_pipeline.tokenizer import load
-from data_pipeline.worth.__main__ import main
-from data_pipeline.worth.gather import Text, gather, package_texts
 
 SMALL = ("packages=[rich,click]", "documentation_bytes=100_000", "source_bytes=150_000", "vocab_size=600")
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("worth") / "corpora"
+    folder = tmp_path_factory.mktemp("ablation") / "corpora"
     assert main([f"output={folder}", "heldout_fraction=0.1", "noise=0.4", *SMALL]) == 0
     return folder
 
@@ -97,7 +97,7 @@ def test_a_source_is_split_into_docstrings_and_code(tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text("# Doubling\n")
     (tmp_path / "broken.py").write_text("def (")
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
-    monkeypatch.setattr("data_pipeline.worth.gather._files", lambda name: [(p.name, p) for p in tmp_path.iterdir()])
+    monkeypatch.setattr("data_pipeline.ablation.gather._files", lambda name: [(p.name, p) for p in tmp_path.iterdir()])
     assert list(package_texts("mine")) == [
         Text("documentation", "mine", "README.md", "# Doubling\n"),
         Text("documentation", "mine", "module.py:1", "About the module."),
@@ -108,7 +108,7 @@ def test_a_source_is_split_into_docstrings_and_code(tmp_path, monkeypatch):
 
 def test_equal_texts_are_taken_once(tmp_path, monkeypatch):
     found = [Text("documentation", "click", f"{number}.md", "The same page twice. " * 40) for number in range(2)]
-    monkeypatch.setattr("data_pipeline.worth.gather.package_texts", lambda name: found)
+    monkeypatch.setattr("data_pipeline.ablation.gather.package_texts", lambda name: found)
     taken = gather(tmp_path, {"documentation": 1000, "source": 1000}, ["click"], parts=2)
     assert taken["click"]["documents"] == 1
 
