@@ -12,13 +12,15 @@ from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.reading import read_documents
 from data_pipeline.tokenizer import load
 
-SMALL = ("packages=[rich,click]", "documentation_bytes=100_000", "source_bytes=150_000", "vocab_size=600")
+SMALL = ("packages=[rich,click]", "documentation_bytes=100_000", "source_bytes=150_000", "vocab_size=600", "workers=1")
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablation") / "corpora"
-    assert main([f"output={folder}", "heldout_fraction=0.1", "noise=0.4", *SMALL]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_pipeline.ablation.corpora.PARTS", 3)  # tasks of each of 40 stages
+        assert main([f"output={folder}", "heldout_fraction=0.1", "noise=0.4", *SMALL]) == 0
     return folder
 
 
@@ -80,7 +82,8 @@ def test_packages_are_listed_with_version_and_size(output):
         assert found["bytes"] == counted[name]
 
 
-def test_a_stopped_run_goes_on_and_ends_alike(output, capsys):
+def test_a_stopped_run_goes_on_and_ends_alike(output, capsys, monkeypatch):
+    monkeypatch.setattr("data_pipeline.ablation.corpora.PARTS", 3)
     whole = {path: path.read_bytes() for name in ("raw", "cleaned") for path in (output / name).iterdir()}
     whole[output / "corpora.json"] = (output / "corpora.json").read_bytes()
     (output / "corpora.json").unlink()
