@@ -19,7 +19,7 @@ SMALL = ("packages=[rich,click]", "documentation_bytes=100_000", "source_bytes=1
 def output(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablation") / "corpora"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data_pipeline.ablation.corpora.PARTS", 3)  # tasks of each of 40 stages
+        patch.setattr("data_pipeline.ablation.corpora.PARTS", 2)  # tasks of each of 40 stages
         assert main([f"output={folder}", "heldout_fraction=0.1", "noise=0.4", *SMALL]) == 0
     return folder
 
@@ -83,7 +83,7 @@ def test_packages_are_listed_with_version_and_size(output):
 
 
 def test_a_stopped_run_goes_on_and_ends_alike(output, capsys, monkeypatch):
-    monkeypatch.setattr("data_pipeline.ablation.corpora.PARTS", 3)
+    monkeypatch.setattr("data_pipeline.ablation.corpora.PARTS", 2)
     whole = {path: path.read_bytes() for name in ("raw", "cleaned") for path in (output / name).iterdir()}
     whole[output / "corpora.json"] = (output / "corpora.json").read_bytes()
     (output / "corpora.json").unlink()
