@@ -3,17 +3,19 @@
 import re
 
 SCHEME = re.compile(r"([A-Za-z][\w+.-]+):(//|:)?")
+CHAIN = re.compile(r"(?:^|::)([A-Za-z][\w+.-]+)(?=://|::)")  # the schemes of simplecache::s3://bucket/x
 
 
 def openable(path: str) -> str:
-    """A local path, or a URL of a file system that fsspec knows. Raises ValueError for any other scheme: WebDataset
+    """A local path, or a URL of file systems that fsspec knows. Raises ValueError for any other scheme: WebDataset
     reads `pipe:cat x` as a shell command."""
     if match := SCHEME.match(path):
         from fsspec import available_protocols
 
-        scheme, slashes = match.groups()
-        if not slashes or scheme not in available_protocols():
-            raise ValueError(f"{scheme}: is no file system that fsspec opens: refused")
+        known = set(available_protocols())
+        schemes = CHAIN.findall(path) if match[2] else [match[1]]
+        if unknown := [scheme for scheme in schemes if not match[2] or scheme not in known]:
+            raise ValueError(f"{unknown[0]}: is no file system that fsspec opens: refused")
     return path
 
 

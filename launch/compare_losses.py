@@ -79,8 +79,7 @@ def train(checkout: Path, words: list[str], folder: Path, processes: int) -> Ste
     if done.returncode:
         said = "\n".join((done.stderr or done.stdout).splitlines()[-15:])
         raise Failed(f"exit code {done.returncode} of {shlex.join(command[1:])}\n{said}")
-    records = RunFolder(folder).records("loss")
-    return {record["step"]: {name: record[name] for name in COMPARED} for record in records}
+    return {record["step"]: {name: record[name] for name in COMPARED} for record in RunFolder(folder).records("loss")}
 
 
 @contextlib.contextmanager

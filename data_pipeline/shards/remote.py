@@ -258,6 +258,8 @@ class Remote:
             self._make_room(room, size or 0)
             try:
                 watch = _Watch(most if size is None else size)
+                if self.url.startswith("file:"):  # whose get_file tells the watch nothing
+                    watch.relative_update(filesystem.size(f"{root}/{name}"))
                 filesystem.get_file(f"{root}/{name}", str(temporary), callback=watch)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):

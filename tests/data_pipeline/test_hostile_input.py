@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +21,9 @@ from data_pipeline.protected import spans
 from data_pipeline.run import main, run
 from data_pipeline.shards import Manifest
 from tests.data_pipeline.corpus import plant, prose
-from tests.data_pipeline.test_pipeline import ROOT, arguments, fingerprint
+from tests.data_pipeline.test_pipeline import arguments, fingerprint
 from tests.data_pipeline.test_readers import PAGE, read, response, source, warc_record
+from tests.helpers.peaks import cost_of_reading
 
 GOOD = b'{"text": "good"}'
 LINES = {
@@ -70,39 +70,27 @@ def test_text_that_packs_well_is_no_bomb(tmp_path):
     assert not quarantine
 
 
-MEMORY = """
-import resource, sys
-from collections.abc import Callable
-from pathlib import Path
-from data_pipeline.readers import ReadSources
-from tests.data_pipeline.test_readers import source
-def read(folder):
-    sources = {kind: source(folder, kind=kind, max_document_bytes=10_000_000, **options) for kind, options in
-               (("jsonl", {}), ("tree", {"suffixes": [".txt", ".txt.gz"]}))}
-    return sum(len(document.text) for document in ReadSources(sources, Path(folder, "quarantine")).run())
-read(sys.argv[1])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-read(sys.argv[2])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-
-
-def test_documents_of_a_gigabyte_cost_no_memory(tmp_path):
-    """Measured in a process of its own: a line and a file of 1 GiB each (sparse), and a packed file that gives one."""
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("a.jsonl", {"kind": "jsonl"}), ("b.txt", {"kind": "tree", "suffixes": [".txt"]})],
+    ids=["line", "file"],
+)
+def test_documents_of_a_gigabyte_cost_no_memory(tmp_path, name, options):
+    """A line, and a file, of 1 GiB (sparse), behind and before others."""
     small, large = tmp_path / "small", tmp_path / "large"
     for folder, size in ((small, 1), (large, 1 << 30)):
         folder.mkdir()
-        for name in ("a.jsonl", "b.txt"):
-            (folder / name).write_bytes(GOOD + b"\n")
-            with (folder / name).open("r+b") as file:
-                file.truncate(size + len(GOOD))
-        (folder / "c.txt.gz").write_bytes(gzip.compress(b"x") if folder is small else gzip.compress(bytes(1 << 28), 1))
-    command = [sys.executable, "-c", MEMORY, small, large]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 100_000  # KiB: some times max_document_bytes
-    reasons = [json.loads(line)["reason"] for line in (large / "quarantine/00000.jsonl").open()]
-    assert sorted(reasons) == ["too_large"] * 3
+        with (folder / name).open("wb") as file:
+            file.write(GOOD + b"\n")
+            file.truncate(size + len(GOOD))
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n" + GOOD)
+    cost = cost_of_reading(small, large, max_document_bytes=10_000_000, **options)
+    assert cost.grown < 6 * 10_000_000
+    (record,) = [json.loads(line) for line in (large / "quarantine/00000.jsonl").open()]
+    assert record["reason"] == "too_large"
+    assert record["bytes"] >= 1 << 30 or options["kind"] == "tree"
+    assert cost.documents == (2 if options["kind"] == "jsonl" else 0)
 
 
 def lie(record: bytes, more: int) -> bytes:

@@ -3,7 +3,6 @@
 import errno
 import functools
 import gzip
-import io
 import json
 import lzma
 import os
@@ -91,51 +90,6 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_line(tmp_path)
     documents, quarantine = read(tmp_path, web=source(tmp_path, kind="jsonl"))
     assert [text for text, _ in documents.values()] == ["one", "two"]
     assert not quarantine
-
-
-class Gigabyte(io.RawIOBase):
-    """A line of a gigabyte, then one that is small, made as they are read."""
-
-    def __init__(self):
-        self.left, self.tail = 1 << 30, io.BytesIO(b'\n{"text": "small"}\n')
-        self.largest = 0
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        self.largest = max(self.largest, len(buffer))
-        if not self.left:
-            return self.tail.readinto(buffer)
-        count = min(len(buffer), self.left)
-        buffer[:count] = b"x" * count
-        self.left -= count
-        return count
-
-
-def test_a_document_of_a_gigabyte_is_named_and_never_held(tmp_path):
-    import tracemalloc
-
-    from data_pipeline.readers.lines import read_jsonl
-
-    tracemalloc.start()
-    items = list(read_jsonl(io.BufferedReader(Gigabyte()), source(tmp_path, kind="jsonl", max_document_bytes=1 << 20)))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert (items[0].reason, items[0].bytes) == ("too_large", (1 << 30) + 1)
-    assert items[1].text == "small"
-    assert peak < 16 << 20
-
-
-def test_a_file_of_a_gigabyte_is_not_read(tmp_path):
-    with (tmp_path / "large.txt").open("wb") as file:
-        file.truncate(1 << 30)
-    (tmp_path / "small.txt").write_text("small")
-    documents, quarantine = read(
-        tmp_path, t=source(tmp_path, kind="tree", suffixes=[".txt"], max_document_bytes=10_000)
-    )
-    assert list(documents) == ["t/small.txt"]
-    assert quarantine == {"t/large.txt": "too_large"}
 
 
 def damage_second_member(first, second):
