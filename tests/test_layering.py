@@ -51,7 +51,12 @@ ALLOWED = {
         "data_pipeline.shards",
         "data_pipeline.selfclean",
     ],
-    "launch": ["megatron_tn.config", "megatron_tn.planning", "megatron_tn.training.run_folder"],
+    "launch": [
+        "megatron_tn.cli",
+        "megatron_tn.config",
+        "megatron_tn.planning",
+        "megatron_tn.training.run_folder",
+    ],
 }
 
 
