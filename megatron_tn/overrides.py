@@ -231,7 +231,8 @@ def as_typed(word: str, kind: type, *, multirun: bool) -> str:
     (20250101, 1e3, true) or not at all (a=b, ~/runs, my [first] run). Sweeps and null are left to Hydra."""
     key, equals, value = word.partition("=")
     if value.startswith("~") and not (multirun and "," in value):
-        return f"{key}={quoted(value)}"  # a path, whatever the setting's type
+        # A path, whatever the setting's type; Hydra itself makes folders, of run_dir in a sweep.
+        return f"{key}={quoted(os.path.expanduser(value))}"
     if not equals or key.lstrip("+") not in _texts(kind):
         return word
     try:

@@ -56,6 +56,10 @@ def test_a_home_folder_is_expanded_wherever_a_shell_left_it_alone(monkeypatch, t
     config = parsed("run_dir=~/runs/x", "data.manifest='~/m.json'", "engine.deepspeed_config=~/deepspeed.json")
     assert (config.run_dir, config.data.manifest) == (f"{tmp_path}/runs/x", f"{tmp_path}/m.json")
     assert config.engine.deepspeed_config == {"steps_per_print": 7}
+    monkeypatch.chdir(tmp_path)
+    assert call(main, "--multirun", "run_dir=~/sweep", "seed=1,2", "model=demo") == 0
+    assert [found.run_dir for found in seen] == [f"{tmp_path}/sweep/0_seed-1", f"{tmp_path}/sweep/1_seed-2"]
+    assert not (tmp_path / "~").exists()
     with pytest.raises(ConfigError, match="run_dir=~nobody-at-all/x: there is no user 'nobody-at-all'"):
         parsed("run_dir=~nobody-at-all/x")
 
