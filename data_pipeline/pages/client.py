@@ -23,10 +23,12 @@ class Refused(ValueError):
 
 
 class Extractor:
-    """One extracting process, started when it is first needed and again after one that had to be ended."""
+    """One extracting process, started when it is first needed and again after one that had to be ended. A process that
+    was forked from this one starts its own: two that share pipes would get each other's answers."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
+        self._owner = 0  # the process that started it
 
     def text(self, data: bytes, label: str | None, *, most_bytes: int, seconds: float) -> str:
         """The main content of a page, in at most `seconds`. Raises Refused."""
@@ -58,13 +60,14 @@ class Extractor:
 
     def close(self) -> None:
         """Ends the process."""
-        if self._process:
+        if self._process and self._owner == os.getpid():
             self._process.kill()
             self._process.communicate()
-            self._process = None
+        self._process = None
 
     def _started(self) -> subprocess.Popen:
-        if self._process is None:
+        if self._process is None or self._owner != os.getpid():
+            self._owner = os.getpid()
             paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "data_pipeline.pages.worker"],
@@ -72,6 +75,7 @@ class Extractor:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,  # what it says there when it aborts is said by its exit code
                 bufsize=0,
+                pipesize=1 << 20,  # most pages at once
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             )
         return self._process

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import time
 from pathlib import Path
 
@@ -201,5 +202,20 @@ def test_memory_of_the_extractor_is_bounded_by_the_system():
         with pytest.raises(client.Refused, match="too_costly"):
             extractor.text(body, "utf-8", most_bytes=len(body), seconds=60)
         assert "words" in extractor.text(page(f"<p>{WORDS}</p>").encode(), None, most_bytes=10**6, seconds=60)
+    finally:
+        extractor.close()
+
+
+def test_a_forked_process_asks_an_extractor_of_its_own():
+    extractor = client.Extractor()
+    ask = lambda: extractor.text(page(f"<p>{WORDS}</p>").encode(), None, most_bytes=10**6, seconds=60)  # noqa: E731
+    try:
+        ask()
+        mine = extractor._process.pid
+        if (child := os.fork()) == 0:
+            os._exit(not (WORDS.strip() in ask() and extractor._process.pid != mine))
+        assert os.waitpid(child, 0)[1] == 0
+        assert WORDS.strip() in ask()
+        assert extractor._process.pid == mine
     finally:
         extractor.close()

@@ -70,12 +70,12 @@ def test_text_that_packs_well_is_no_bomb(tmp_path):
     assert not quarantine
 
 
-def test_documents_of_a_gigabyte_cost_no_memory(tmp_path):
-    """A line, and a file, of 1 GiB (sparse), behind and before others."""
+def test_documents_far_above_the_bound_cost_no_memory(tmp_path):
+    """A line, and a file, of 256 MiB (sparse), behind and before others, where a document may have 10 MB."""
     files, cases = {"a.jsonl": {"kind": "jsonl"}, "b.txt": {"kind": "tree", "suffixes": [".txt"]}}, []
     for name, options in files.items():
         folders = [tmp_path / name / size for size in ("small", "large")]
-        for folder, size in zip(folders, (1, 1 << 30), strict=True):
+        for folder, size in zip(folders, (1, 1 << 28), strict=True):
             folder.mkdir(parents=True)
             with (folder / name).open("wb") as file:
                 file.write(GOOD + b"\n")
