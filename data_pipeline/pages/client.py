@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 from data_pipeline.pages.worker import ANSWER, HEADER, TEXT
 
@@ -35,10 +36,8 @@ class Extractor:
         process = self._started()
         name = (label or "").encode("utf-8", "replace")[:1000]
         try:
-            process.stdin.write(HEADER.pack(len(name), len(data), most_bytes))
-            process.stdin.write(name)
-            process.stdin.write(data)
-            process.stdin.flush()
+            for part in (HEADER.pack(len(name), len(data), most_bytes), name, data):
+                _write(process.stdin, part)
             until = time.monotonic() + seconds
             kind, size = ANSWER.unpack(self._read(ANSWER.size, until))
             answer = self._read(size, until).decode()
@@ -70,7 +69,7 @@ class Extractor:
             self._owner = os.getpid()
             paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "data_pipeline.pages.worker"],
+                [sys.executable, "-P", "-m", "data_pipeline.pages.worker"],  # -P: no module of the current folder
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,  # what it says there when it aborts is said by its exit code
@@ -90,3 +89,10 @@ class Extractor:
                 raise EOFError
             pieces += piece
         return bytes(pieces)
+
+
+def _write(pipe: BinaryIO, data: bytes | bytearray) -> None:
+    """All of `data`: a write that a signal interrupts is a part of it."""
+    left = memoryview(data)
+    while left:
+        left = left[pipe.write(left) :]
