@@ -27,7 +27,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Below:
-    """`paths` of files, relative to the folder, with /; `broken`: of links that lead nowhere; `notes`: on the others."""
+    """`paths` of files, relative to the folder; `broken`: of links that lead nowhere; `notes` on other links."""
 
     paths: list[str]
     broken: list[str]
