@@ -1,7 +1,7 @@
 """Text to ids: a piece that was met before is looked up, where a tokenizer would merge it again.
 
-Encoding spends most of its time on finding the pieces that no token reaches across: Oniguruma's patterns have classes of
-Unicode characters. In an ASCII text, Python's patterns find the same pieces in a tenth of the time.
+Encoding spends most of its time on finding the pieces that no token reaches across: Oniguruma's patterns have classes
+of Unicode characters. In an ASCII text, Python's patterns find the same pieces in a tenth of the time.
 """
 
 import json
