@@ -50,6 +50,7 @@ ALLOWED = {
         "data_pipeline.stream",
         "data_pipeline.shards",
         "data_pipeline.selfclean",
+        "data_pipeline.words",
     ],
     "launch": [
         "megatron_tn.cli",

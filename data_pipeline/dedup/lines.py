@@ -20,6 +20,7 @@ from data_pipeline.document import text_bytes
 from data_pipeline.files import replace_file
 from data_pipeline.letters import composed, plain
 from data_pipeline.protected import masked
+from data_pipeline.steps.documents import cut_lines, save_cuts
 from data_pipeline.steps.drops import drop_writer, rule_drop
 
 DIGIT = re.compile(r"\d")
@@ -100,30 +101,32 @@ class FindLines(PipelineStep):
 
 
 class RemoveLines(PipelineStep):
-    """Per task: takes those lines out, recording it as an edit, and drops documents of which less than `min_kept` of
-    the characters is left."""
+    """Per task: takes those lines out, recording their numbers in `cuts` and an edit in `edited`, and drops documents
+    of which less than `min_kept` of the characters is left."""
 
     type = "🫂 - DEDUP"
     name = "remove lines"
 
-    def __init__(self, settings: LineDuplicates, found: Path, drops: Path, edited: Path):
+    def __init__(self, settings: LineDuplicates, found: Path, cuts: Path, drops: Path, edited: Path):
         super().__init__()
         self.settings = settings
         self.found = found
+        self.cuts = cuts
         self.drops = drop_writer(drops, rule_drop)
         self.edited = edited
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         found = np.concatenate([np.load(path, allow_pickle=False) for path in sorted(self.found.glob("*.npy"))])
         often = dict(zip(found["hash"].tolist(), found["documents"].tolist(), strict=True))
-        records = []
+        records, cuts = [], {}
         with self.drops as drops:
             for document in data:
                 before, text = text_bytes(document), document.text
                 hashes = line_hashes(text, self.settings.min_characters)
                 hits = [often[found] for found in hashes if found in often]
                 if hits:
-                    document.text = without_lines(text, hashes, often)
+                    cut = lines_to_cut(text, hashes, often)
+                    document.text = cut_lines(text, cut)
                     kept = len(document.text.strip()) / len(text)
                     if kept < self.settings.min_kept:
                         reason = {"measure": "min_kept", "value": kept, "threshold": self.settings.min_kept}
@@ -132,8 +135,10 @@ class RemoveLines(PipelineStep):
                         drops.write(document, rank)
                         continue
                     if document.text != text:
+                        cuts[document.metadata["place"]] = sorted(cut)
                         records.append(self._record(document, max(hits), before))
                 yield document
+        save_cuts(self.cuts, rank, cuts)
         if records:
             self.edited.mkdir(parents=True, exist_ok=True)
             lines = b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
@@ -152,8 +157,7 @@ class RemoveLines(PipelineStep):
         }
 
 
-def without_lines(text: str, hashes: list[int | None], often: Container[int]) -> str:
-    """The text without the lines whose hashes are in `often`; one with code, a formula, a table or a link stays."""
-    lines, seen = text.splitlines(keepends=True), masked(text).splitlines()
-    together = zip(lines, seen, hashes, strict=True)
-    return "".join(line for line, visible, found in together if found not in often or "\0" in visible)
+def lines_to_cut(text: str, hashes: list[int | None], often: Container[int]) -> set[int]:
+    """Numbers of the lines whose hashes are in `often`; one with code, a formula, a table or a link stays."""
+    seen = enumerate(zip(masked(text).splitlines(), hashes, strict=True))
+    return {number for number, (visible, found) in seen if found in often and "\0" not in visible}

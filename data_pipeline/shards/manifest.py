@@ -20,7 +20,8 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from data_pipeline.errors import InputError
 from data_pipeline.files import replace_file, sha256_of
-from data_pipeline.shards.remote import MOST_UNSIZED, CacheFull, Remote, default_cache, is_remote
+from data_pipeline.shards.cache import Cache, CacheFull, default_cache
+from data_pipeline.shards.remote import MOST_UNSIZED, Remote, is_remote
 
 FORMAT = "megatron_tn.shards"
 VERSION = 2
@@ -156,7 +157,7 @@ class Manifest:
     ) -> "Manifest":
         """Reads and checks `path`. With `check_files`, the tokenizer must be the one that made the shards, every shard
         and index must be there, and every shard of its full size: one stat each; `verify` is what reads and hashes
-        them. A `path` that is a URL of fsspec is read through `cache`, a local folder (see `remote.default_cache`) that
+        them. A `path` that is a URL of fsspec is read through `cache`, a local folder (see `cache.default_cache`) that
         other manifests may share, of at most `cache_bytes` in all. Raises InputError naming each bad file."""
         remote = _open_remote(str(path), cache, cache_bytes)
         path = Path(path) if remote is None else remote.folder / str(path).rpartition("/")[2]
@@ -310,7 +311,7 @@ def _open_remote(path: str, cache: str | Path | None, cache_bytes: int) -> Remot
     if not is_remote(path):
         return None
     url, _, name = path.rpartition("/")
-    remote = Remote(url, Path(cache) if cache else default_cache(), cache_bytes)
+    remote = Remote(url, Cache(Path(cache) if cache else default_cache(), cache_bytes))
     try:
         remote.fetch(name, fresh=True)
     except (OSError, CacheFull) as error:

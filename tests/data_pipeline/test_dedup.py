@@ -5,9 +5,10 @@ import json
 import pytest
 
 from data_pipeline.config import NearDuplicates, compose
-from data_pipeline.dedup.lines import line_hashes, without_lines
+from data_pipeline.dedup.lines import line_hashes, lines_to_cut
 from data_pipeline.run import run
 from data_pipeline.shards import Manifest, read_documents
+from data_pipeline.steps.documents import cut_lines
 from tests.data_pipeline.corpus import prose
 
 
@@ -78,7 +79,8 @@ def test_a_shared_line_is_taken_out_whole_and_never_beside_code():
     notice, code = "Brought to you by the friends.\n", "Brought to you by the friends. `x`\n"
     text = "A river.\n" + notice + code + "```\n" + notice + "```\n| " + notice[:-1] + " |\n"
     often = set(line_hashes(text, 12)) - {None} - set(line_hashes("A river.", 0))
-    assert without_lines(text, line_hashes(text, 12), often) == text.replace(notice, "", 1)
+    cut = lines_to_cut(text, line_hashes(text, 12), often)
+    assert cut_lines(text, cut) == text.replace(notice, "", 1)
 
 
 def test_the_number_of_tasks_does_not_change_what_stays(tmp_path):
