@@ -70,6 +70,10 @@ _MAYBE_NOT_PLAIN = re.compile(
     "\u2e31\u302a-\u302f\u3099\u309a\ua66f-\uabff\ufb1e\ufe00-\ufe2f\ufeff\ufff9-\ufffb\U00010000-\U0010ffff]"
 )
 _SPACELESS = re.compile(f"[{SPACELESS}]")
+_SIMPLE_WORDS = re.compile(r"\w+")
+_MAYBE_SPECIAL = re.compile(
+    _MAYBE_NOT_PLAIN.pattern[:-1] + "\u3005-\u31ff\u3400-\u9fff\ua000-\ua4cf\uf900-\ufaff\uff66-\uff9f]"
+)
 # Words of letters and digits with their marks; of scripts without spaces, each letter with its marks.
 WORDS = re.compile(rf"(?:(?![{SPACELESS}])[\w{MARKS}])+|[{SPACELESS}][{MARKS}]*")
 
@@ -91,6 +95,12 @@ def plain(text: str) -> str:
 @functools.lru_cache(maxsize=1)  # every rule is asked of one document before the next is read
 def _plain(text: str) -> str:
     return _NOT_PLAIN.sub(_replacement, text) if _MAYBE_NOT_PLAIN.search(text) else text
+
+
+def find_words(text: str) -> list[str]:
+    """Letters and digits with their marks; in scripts without spaces between words, each letter with its marks."""
+    simple = text.isascii() or not _MAYBE_SPECIAL.search(text)
+    return _SIMPLE_WORDS.findall(text) if simple else WORDS.findall(text)
 
 
 def composed(text: str) -> str:

@@ -13,9 +13,11 @@ Span = tuple[int, int]  # [start, end) in characters
 
 ENDS = "\n\r\x0c\x85\u2028\u2029"  # of lines: those that the edit of characters makes line feeds
 LINE = re.compile(rf"[^{ENDS}]*(?:\r\n|[{ENDS}])|[^{ENDS}]+")
+OTHER_ENDS = "\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # those of str.splitlines beside the line feed
 NOT_END = re.compile("[^\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")  # of a line, as str.splitlines sees it
 # What may stand before a line: the mark of a quotation, characters that nobody sees.
 QUOTE = re.compile("(?:[\ufeff\u200b\u2060\u00ad]| {0,3}>[ \t]?)*")
+QUOTED = re.compile("[\ufeff\u200b\u2060\u00ad]| {0,3}>")
 ITEM = r"[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*"  # the marker of a list, in whose item a fence may begin
 FENCE = re.compile(rf"{ITEM}(?P<mark>`{{3,}}(?=[^`]*$)|~{{3,}})")
 INDENTED = re.compile(r"(?: {4}| {0,3}\t)[ \t]*\S")
@@ -24,6 +26,7 @@ DELIMITERS = re.compile(r"[ \t]*\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)+\|
 BORDER = re.compile(r"[ \t]*={2,}(?:[ \t]+={2,})+[ \t]*$")  # of a simple table of reStructuredText
 RULER = re.compile(r"[ \t]*(?P<mark>[-=*_~^+#])(?:[ \t]*(?P=mark)){2,}[ \t]*$")
 DEFINITION = re.compile(r" {0,3}\[[^\]\n]{1,500}\]:[ \t]*\S")  # [name]: address
+BEGINS = re.compile(r"[ \t]*[`~|+=*_^#\[0-9-]")  # FENCE, ROW, BORDER, RULER, DEFINITION
 LONGEST_TABLE = 200  # lines between the borders of a simple table
 
 LATEX = re.compile(r"\\begin\{([A-Za-z]+\*?)\}|\\end\{([A-Za-z]+\*?)\}|(?<!\\)\\[\[\]()]|\$\$|\n[ \t]*\r?\n")
@@ -145,11 +148,13 @@ def _latex(text: str, blocks: list[Span]) -> Iterator[Span]:
 
 def _blocks(text: str) -> Iterator[Span]:
     """Fenced and indented code, tables, rulers and definitions of links: whole lines."""
-    lines = LINE.findall(text)
+    lines = text.splitlines(keepends=True) if not any(end in text for end in OTHER_ENDS) else LINE.findall(text)
     offsets = [0]
     for line in lines:
         offsets.append(offsets[-1] + len(line))
-    bodies = [line[QUOTE.match(line).end() :].rstrip(ENDS) for line in lines]
+    bodies = [
+        line[QUOTE.match(line).end() :].rstrip(ENDS) if QUOTED.match(line) else line.rstrip(ENDS) for line in lines
+    ]
     at, after_blank = 0, True
     while at < len(lines):
         end = _block(bodies, at, after_blank)
@@ -168,10 +173,13 @@ def _block(lines: list[str], at: int, after_blank: bool) -> int:
     """The line after the block that begins with line `at`; `at` when none does; negative when it is a table whose
     heading is the line before."""
     line = lines[at]
-    if (fence := FENCE.match(line)) and not _is_underline(lines, at):
+    begins = BEGINS.match(line) or "|" in line
+    if begins and (fence := FENCE.match(line)) and not _is_underline(lines, at):
         return _fence_end(lines, at, fence["mark"])
     if after_blank and INDENTED.match(line):
         return _indented_end(lines, at)
+    if not begins:
+        return at
     if ROW.match(line):
         return at + 1
     if "|" in line and at and "|" in lines[at - 1] and DELIMITERS.match(line):

@@ -1,8 +1,8 @@
 """The kernels compared with their definitions where they are about to be used: on this GPU, with this Triton, at the
 model's own widths.
 
-A kernel that is right under one version of Triton or on one GPU may be silently wrong under the next. The check takes
-less than a second of a run's start.
+A kernel that is right under one version of Triton or on one GPU may be silently wrong under the next. The check runs
+once, before the first step.
 """
 
 import logging
@@ -171,7 +171,7 @@ def _attention_checks(sizes: _Sizes) -> Iterator[_Check]:
         return mixer(qkvu.to(sizes.dtype).to(theta.dtype), theta)
 
     key, value = (1, length, heads, sizes.key_width), (1, length, heads, width)
-    # The definition is the chunked form in fp64: the recurrence would take a second a thousand positions.
+    # The definition is the chunked form in fp64: the recurrence would launch several kernels for every position.
     yield _Check("lightning_attention", attention, attention, (key, key, value))
     yield _Check("gla", of_qkvu, of_qkvu, ((1, length, 4 * heads * width),))
     if with_lrpe:

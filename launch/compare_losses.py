@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import shlex
 import subprocess
@@ -26,6 +25,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from megatron_tn.training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 EQUAL, DIFFERENT, FAILED = 0, 1, 2
@@ -78,8 +79,7 @@ def train(checkout: Path, words: list[str], folder: Path, processes: int) -> Ste
     if done.returncode:
         said = "\n".join((done.stderr or done.stdout).splitlines()[-15:])
         raise Failed(f"exit code {done.returncode} of {shlex.join(command[1:])}\n{said}")
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return {record["step"]: {name: record[name] for name in COMPARED} for record in records if "loss" in record}
+    return {record["step"]: {name: record[name] for name in COMPARED} for record in RunFolder(folder).records("loss")}
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Container
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,31 @@ from data_pipeline.document import text_bytes
 from data_pipeline.files import replace_file
 from data_pipeline.letters import composed, plain
 from data_pipeline.protected import masked
+from data_pipeline.steps.documents import cut_lines, save_cuts
 from data_pipeline.steps.drops import drop_writer, rule_drop
 
 DIGIT = re.compile(r"\d")
+ASCII_DIGITS = str.maketrans("123456789", "000000000")
 COUNTED = np.dtype([("hash", "<u8"), ("documents", "<u4")])
 
 
+def line_hashes(text: str, least: int) -> list[int | None]:
+    """64 bits of each line, in which case, digits and white space do not count: page 3 of 7 is page 4 of 7. None for a
+    line of fewer than `least` letters and other characters, which is not compared."""
+    if text.isascii():
+        compared = text.lower().translate(ASCII_DIGITS).splitlines()
+        counted = compared
+    else:
+        compared = DIGIT.sub("0", composed(text).lower()).splitlines()
+        counted = plain(text).splitlines()
+    return [
+        line_hash(line) if len(count.strip()) >= least else None for line, count in zip(compared, counted, strict=True)
+    ]
+
+
 def line_hash(line: str) -> int:
-    """64 bits of a line, in which case, digits and white space do not count: page 3 of 7 is page 4 of 7."""
-    letters = DIGIT.sub("0", " ".join(composed(line).lower().split()))
+    """64 bits of a line without its white space."""
+    letters = " ".join(line.split())
     return int.from_bytes(hashlib.blake2b(letters.encode(), digest_size=8).digest(), "little")
 
 
@@ -45,7 +62,7 @@ class CountLines(PipelineStep):
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         counts: Counter[int] = Counter()
         for document in data:
-            counts.update({line_hash(line) for line in lines_of(document.text, self.settings)})
+            counts.update(set(line_hashes(document.text, self.settings.min_characters)) - {None})
             yield document
         counted = np.array(sorted(counts.items()), dtype=COUNTED)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -84,29 +101,32 @@ class FindLines(PipelineStep):
 
 
 class RemoveLines(PipelineStep):
-    """Per task: takes those lines out, recording it as an edit, and drops documents of which less than `min_kept` of
-    the characters is left."""
+    """Per task: takes those lines out, recording their numbers in `cuts` and an edit in `edited`, and drops documents
+    of which less than `min_kept` of the characters is left."""
 
     type = "🫂 - DEDUP"
     name = "remove lines"
 
-    def __init__(self, settings: LineDuplicates, found: Path, drops: Path, edited: Path):
+    def __init__(self, settings: LineDuplicates, found: Path, cuts: Path, drops: Path, edited: Path):
         super().__init__()
         self.settings = settings
         self.found = found
+        self.cuts = cuts
         self.drops = drop_writer(drops, rule_drop)
         self.edited = edited
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         found = np.concatenate([np.load(path, allow_pickle=False) for path in sorted(self.found.glob("*.npy"))])
         often = dict(zip(found["hash"].tolist(), found["documents"].tolist(), strict=True))
-        records = []
+        records, cuts = [], {}
         with self.drops as drops:
             for document in data:
                 before, text = text_bytes(document), document.text
-                hits = [often[h] for line in lines_of(text, self.settings) if (h := line_hash(line)) in often]
+                hashes = line_hashes(text, self.settings.min_characters)
+                hits = [often[found] for found in hashes if found in often]
                 if hits:
-                    document.text = self._without(text, often)
+                    cut = lines_to_cut(text, hashes, often)
+                    document.text = cut_lines(text, cut)
                     kept = len(document.text.strip()) / len(text)
                     if kept < self.settings.min_kept:
                         reason = {"measure": "min_kept", "value": kept, "threshold": self.settings.min_kept}
@@ -115,22 +135,14 @@ class RemoveLines(PipelineStep):
                         drops.write(document, rank)
                         continue
                     if document.text != text:
+                        cuts[document.metadata["place"]] = sorted(cut)
                         records.append(self._record(document, max(hits), before))
                 yield document
+        save_cuts(self.cuts, rank, cuts)
         if records:
             self.edited.mkdir(parents=True, exist_ok=True)
             lines = b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
             replace_file(self.edited / f"lines-{rank:05d}.jsonl", lines)
-
-    def _without(self, text: str, often: dict[int, int]) -> str:
-        """The text without the lines that are in `often`; a line with code, a formula, a table or a link stays."""
-        lines, seen = text.splitlines(keepends=True), masked(text).splitlines()
-        kept = (
-            line
-            for line, visible in zip(lines, seen, strict=True)
-            if "\0" in visible or not _counts(line, self.settings) or line_hash(line) not in often
-        )
-        return "".join(kept)
 
     def _record(self, document: Document, documents: int, before: int) -> dict:
         return {
@@ -145,10 +157,7 @@ class RemoveLines(PipelineStep):
         }
 
 
-def lines_of(text: str, settings: LineDuplicates) -> list[str]:
-    """The lines that are compared."""
-    return [line for line in text.splitlines() if _counts(line, settings)]
-
-
-def _counts(line: str, settings: LineDuplicates) -> bool:
-    return len(line.strip()) >= settings.min_characters and len(plain(line).strip()) >= settings.min_characters
+def lines_to_cut(text: str, hashes: list[int | None], often: Container[int]) -> set[int]:
+    """Numbers of the lines whose hashes are in `often`; one with code, a formula, a table or a link stays."""
+    seen = enumerate(zip(masked(text).splitlines(), hashes, strict=True))
+    return {number for number, (visible, found) in seen if found in often and "\0" not in visible}

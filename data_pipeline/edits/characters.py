@@ -19,6 +19,7 @@ REMOVED = re.compile(
 FLAG = re.compile("(\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f)")
 LINES = re.compile("\r\n?|[\x0c\x85\u2028\u2029]")
 SPACES = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f]")
+STANDARD_ASCII = bytes((9, 10, *range(32, 127)))
 
 
 @edit("characters")
@@ -30,6 +31,8 @@ class Characters:
     max_count: Count = 0
 
     def __call__(self, text: str) -> Edit | None:
+        if text.isascii() and not text.encode().translate(None, STANDARD_ASCII):
+            return None
         count = 0
 
         def change(piece: str) -> str:

@@ -7,6 +7,7 @@ from pydantic.dataclasses import dataclass
 
 from data_pipeline.edits.base import Edit, edit
 from data_pipeline.letters import SPACELESS, count_words
+from data_pipeline.measures import may_have
 from data_pipeline.protected import masked
 from data_pipeline.thresholds import STRICT, Count, Phrases
 
@@ -47,7 +48,7 @@ class Notices:
     phrases: Phrases = PHRASES
 
     def __call__(self, text: str) -> Edit | None:
-        if not _pattern(self.phrases).search(text.lower()):
+        if not may_have(text, self.phrases) or not _pattern(self.phrases).search(text.lower()):
             return None
         lines = text.split("\n")
         seen = masked(text).split("\n")

@@ -9,6 +9,7 @@ from data_pipeline.letters import SPACELESS
 from data_pipeline.thresholds import STRICT, Count
 
 WIDE = re.compile("[\uff10-\uff19\uff21-\uff3a\uff41-\uff5a]")  # digits and letters as wide as a Chinese character
+APOSTROPHE = re.compile(r"'\d{3}")  # all of these in ASCII
 GROUPED = re.compile("(?<![\\d.,])\\d{1,3}(?:['\u2019]\\d{3})+(?![\\d'\u2019])")
 # Behind a space, a bracket, or a letter of a script without spaces; `n\u22121` subtracts.
 MINUS = re.compile(f"(?<![^\\s(\\[\uff08\u3000-\u303f{SPACELESS}])\u2212(?=\\d)")
@@ -23,6 +24,8 @@ class Numbers:
     max_count: Count = 0
 
     def __call__(self, text: str) -> Edit | None:
+        if text.isascii() and not APOSTROPHE.search(text):
+            return None
         changed, wide = substitute(WIDE, lambda match: chr(ord(match.group()) - 0xFEE0), text)
         changed, grouped = substitute(GROUPED, lambda match: re.sub("['\u2019]", ",", match.group()), changed)
         changed, minus = substitute(MINUS, "-", changed)

@@ -25,6 +25,8 @@ class Punctuation:
     max_run: Positive = 3
 
     def __call__(self, text: str) -> Edit | None:
+        if not any(mark * (self.max_run + 1) in text for mark in MARKS):
+            return None
         runs = _runs(self.max_run)
         longest = max((len(match.group()) for match in runs.finditer(text)), default=0)
         changed, _ = substitute(runs, lambda match: "..." if match[1] == "." else match[1], text)

@@ -6,6 +6,7 @@ import re
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.filters.base import Drop, rule
+from data_pipeline.measures import lower, may_have
 from data_pipeline.thresholds import STRICT, Phrases, Share
 
 PHRASES = (
@@ -50,9 +51,9 @@ class Boilerplate:
 
     def __call__(self, text: str) -> Drop | None:
         pattern = _pattern(self.phrases)
-        if not pattern.search(lower := text.lower()):
+        if not may_have(text, self.phrases) or not pattern.search(lower(text)):
             return None
-        units = [unit for unit in UNIT.split(lower) if unit and not unit.isspace()]
+        units = [unit for unit in UNIT.split(lower(text)) if unit and not unit.isspace()]
         share = sum(len(unit) for unit in units if pattern.search(unit)) / max(sum(map(len, units)), 1)
         return Drop("max_share", share, self.max_share) if share > self.max_share else None
 

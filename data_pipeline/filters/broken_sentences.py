@@ -1,17 +1,18 @@
 """Sentences that break off: full stops followed by lower case, as in shuffled words."""
 
-import itertools
 import re
 
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.filters.base import Drop, rule
 from data_pipeline.letters import plain
+from data_pipeline.measures import words
 from data_pipeline.thresholds import STRICT, Positive, Share
 
-# A full stop alone: after "O night!" or "Come!" a verse or a speaker goes on in lower case.
-ENDS = re.compile(r"[^\W\d_]{3,}\.[\"')\]”’]*$|^\.$")  # noqa: RUF001  (typographic quotes are meant)
-LAST = frozenset(".\"')]”’")  # noqa: RUF001  (what ENDS ends in: asking first is cheaper)
+# A full stop alone: after "O night!" or "Come!" a verse or a speaker goes on in lower case. It ends a word of three
+# letters or more, perhaps with marks behind it, or stands alone; the next word is on the same line.
+STOP = re.compile(r"\.([\"')\]”’]*)[^\S\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]+(?=\S)")  # noqa: RUF001
+THREE_LETTERS = re.compile(r"[^\W\d_]{3}")
 
 
 @rule("broken_sentences", place=110)
@@ -25,15 +26,22 @@ class BrokenSentences:
     min_sentences: Positive = 4
 
     def __call__(self, text: str) -> Drop | None:
-        lines = [line.split() for line in plain(text).splitlines()]
-        pairs = itertools.chain.from_iterable(map(itertools.pairwise, lines))
-        following = [after for word, after in pairs if word[-1] in LAST and ENDS.search(word)]
+        text = plain(text)
+        following = [text[stop.end()] for stop in STOP.finditer(text) if _ends(text, stop)]
         if len(following) < self.min_sentences:
             return None
-        share = sum(_is_lower(word[0]) for word in following) / len(following)
-        if share <= self.max_share or 2 * sum(word[0].isupper() for line in lines for word in line) < len(following):
+        share = sum(map(_is_lower, following)) / len(following)
+        if share <= self.max_share or 2 * sum(word[0].isupper() for word in words(text)) < len(following):
             return None
         return Drop("max_share", share, self.max_share)
+
+
+def _ends(text: str, stop: re.Match) -> bool:
+    """Whether a full stop ends a sentence."""
+    at = stop.start()
+    if THREE_LETTERS.match(text, max(at - 3, 0), at):
+        return True
+    return not stop[1] and (not at or text[at - 1].isspace())
 
 
 def _is_lower(letter: str) -> bool:

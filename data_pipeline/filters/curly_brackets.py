@@ -21,7 +21,7 @@ class CurlyBrackets:
     max_per_word: Amount = 0.1
 
     def __call__(self, text: str) -> Drop | None:
-        if text.count("{") <= self.max_per_word * count_words(text):
+        if "{" not in text or text.count("{") <= self.max_per_word * count_words(text):
             return None
         prose = without_protected(text)
         share = (prose.count("{") - len(LATEX_ARGUMENT.findall(prose))) / max(count_words(prose), 1)

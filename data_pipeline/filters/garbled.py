@@ -16,6 +16,8 @@ GARBLED = re.compile(
     "|\u00e2[\u0080\u20ac][\u0080-\u00bf\u0153\u2013-\u203a\u2122\u02dc\u0161]"
 )
 
+NOT_GARBLED_ASCII = bytes(code for code in range(128) if not GARBLED.match(chr(code)))
+
 
 @rule("garbled", place=0, on=True)
 @dataclass(frozen=True, config=STRICT)
@@ -26,5 +28,12 @@ class Garbled:
     max_share: Share = 0.001
 
     def __call__(self, text: str) -> Drop | None:
-        share = sum(1 for _ in GARBLED.finditer(text)) / max(len(text), 1)
+        share = _count(text) / max(len(text), 1)
         return Drop("max_share", share, self.max_share) if share > self.max_share else None
+
+
+def _count(text: str) -> int:
+    """How many garbled places a text has."""
+    if text.isascii():
+        return len(text.encode().translate(None, NOT_GARBLED_ASCII))
+    return sum(1 for _ in GARBLED.finditer(text))

@@ -1,20 +1,24 @@
 """Fingers on a keyboard."""
 
+import itertools
 import re
 import unicodedata
-from collections import Counter
 
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.filters.base import Drop, rule
 from data_pipeline.letters import plain
+from data_pipeline.measures import word_counts
 from data_pipeline.thresholds import STRICT, Positive, Share
 
 # Vowels and their accented forms, up to U+017F.
 ACCENTED = [c for c in map(chr, range(0xDF, 0x180)) if unicodedata.normalize("NFD", c)[0] in "aeiouy"]
 VOWELS = "aeiouyæøœ\u0131" + "".join(ACCENTED)
-LATIN = re.compile(r"(?<!\S)[\"'(\u201c\u2018]?([a-z\u00df-\u00ff\u0101-\u017e]{4,})[.,;:!?\"')\u201d\u2019]*(?!\S)")
-IMPLAUSIBLE = re.compile(rf"[^{VOWELS}]{{5,}}|^[^{VOWELS}]+$")
+LATIN = re.compile(r"[\"'(\u201c\u2018]?([a-z\u00df-\u00ff\u0101-\u017e]{4,})[.,;:!?\"')\u201d\u2019]*")
+UNSPEAKABLE = re.compile(rf"[^{VOWELS}]{{5,}}|^[^{VOWELS}]+$")
+
+PLAUSIBLE, IMPLAUSIBLE = 1, 2
+MOST_WORDS = 1 << 18  # whose kinds are remembered
 
 
 @rule("keyboard", place=100)
@@ -28,8 +32,25 @@ class Keyboard:
     min_words: Positive = 15
 
     def __call__(self, text: str) -> Drop | None:
-        words = LATIN.findall(plain(text))
-        if len(words) < self.min_words:
+        counts = word_counts(plain(text))
+        found = list(map(_kinds.__getitem__, counts))
+        words = sum(itertools.compress(counts.values(), found))
+        if words < self.min_words:
             return None
-        share = sum(count for word, count in Counter(words).items() if IMPLAUSIBLE.search(word)) / len(words)
+        pairs = zip(counts.values(), found, strict=True)
+        share = sum(count for count, kind in pairs if kind == IMPLAUSIBLE) / words if IMPLAUSIBLE in found else 0.0
         return Drop("max_share", share, self.max_share) if share > self.max_share else None
+
+
+class _Kinds(dict):
+    """{word: 0 where it is not asked, PLAUSIBLE or IMPLAUSIBLE}, of the words that were met."""
+
+    def __missing__(self, word: str) -> int:
+        if len(self) > MOST_WORDS:
+            self.clear()
+        latin = LATIN.fullmatch(word)
+        self[word] = kind = (IMPLAUSIBLE if UNSPEAKABLE.search(latin[1]) else PLAUSIBLE) if latin else 0
+        return kind
+
+
+_kinds = _Kinds()

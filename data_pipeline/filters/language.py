@@ -8,6 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.filters.base import Drop
+from data_pipeline.langid import Identifier
 from data_pipeline.letters import plain
 from data_pipeline.thresholds import STRICT, Share
 
@@ -48,10 +49,10 @@ def identify(text: str) -> tuple[str, float]:
         return NONE, 0.0
     model = identifier()
     code, confidence = model.classify(text)
-    # Where nothing is found all classes are equally likely; a code has up to two classes.
-    if confidence < 2.01 / len(model.nb_classes) or _is_strange(text):
+    # Where all classes are equally likely, nothing is known; a code has up to two classes.
+    if confidence < 2.01 / len(model.classes) or _is_strange(text):
         return UNKNOWN, 0.0
-    return code, float(confidence)
+    return code, confidence
 
 
 def _is_strange(text: str) -> bool:
@@ -62,8 +63,8 @@ def _is_strange(text: str) -> bool:
 
 
 @functools.cache
-def identifier():
+def identifier() -> Identifier:
     """The model, loaded once a process, or once for all workers when their parent loads it before it forks."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    return Identifier(LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True))

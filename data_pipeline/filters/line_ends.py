@@ -7,6 +7,7 @@ from pydantic.dataclasses import dataclass
 from data_pipeline.filters.base import Drop, rule
 from data_pipeline.filters.lines import BULLETS
 from data_pipeline.letters import plain
+from data_pipeline.measures import lines
 from data_pipeline.thresholds import STRICT, Positive, Share
 
 
@@ -25,10 +26,10 @@ class LineEnds:
     languages: tuple[str, ...] = ("en", "zh")
 
     def __call__(self, text: str) -> Drop | None:
-        lines = [line for raw in plain(text).splitlines() if (line := raw.strip())]
+        found = [line.strip() for line in lines(plain(text))]
         ends = [
             line[-1]
-            for line, following in itertools.pairwise([*lines, ""])
+            for line, following in itertools.pairwise([*found, ""])
             if not (following[:1].islower() or line.startswith(BULLETS))
         ]
         if len(ends) < self.min_lines:

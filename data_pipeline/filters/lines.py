@@ -4,6 +4,7 @@ from pydantic.dataclasses import dataclass
 
 from data_pipeline.filters.base import Drop, rule
 from data_pipeline.letters import plain
+from data_pipeline.measures import lines
 from data_pipeline.thresholds import STRICT, Amount, Count, Share
 
 BULLETS = ("•", "‣", "●", "▪", "- ", "* ")
@@ -23,12 +24,12 @@ class Lines:
     max_ellipses: Share = 1.0
 
     def __call__(self, text: str) -> Drop | None:
-        lines = [line for line in plain(text).splitlines() if line.strip()] or [""]
+        found = lines(plain(text)) or [""]
         measures = {
-            "max_line": max(map(len, lines)),
-            "max_mean": sum(map(len, lines)) / len(lines),
-            "max_bullets": sum(line.lstrip().startswith(BULLETS) for line in lines) / len(lines),
-            "max_ellipses": sum(line.rstrip().endswith(ELLIPSES) for line in lines) / len(lines),
+            "max_line": max(map(len, found)),
+            "max_mean": sum(map(len, found)) / len(found),
+            "max_bullets": sum(line.lstrip().startswith(BULLETS) for line in found) / len(found),
+            "max_ellipses": sum(line.rstrip().endswith(ELLIPSES) for line in found) / len(found),
         }
         over = ((name, value) for name, value in measures.items() if value > getattr(self, name))
         return next((Drop(name, value, getattr(self, name)) for name, value in over), None)

@@ -5,6 +5,7 @@ import re
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.filters.base import Drop, rule
+from data_pipeline.measures import lines
 from data_pipeline.thresholds import STRICT, Positive, Share
 
 LOG_LINE = re.compile(
@@ -22,8 +23,16 @@ class Logs:
     min_lines: Positive = 5
 
     def __call__(self, text: str) -> Drop | None:
-        lines = [line for line in text.splitlines() if line.strip()]
-        if len(lines) < self.min_lines:
+        found = lines(text)
+        if len(found) < self.min_lines:
             return None
-        share = sum(LOG_LINE.match(line) is not None for line in lines) / len(lines)
+        half = len(found) // 2
+        logs = sum(map(_is_log, found[:half]))
+        if logs + len(found) - half <= self.max_share * len(found):  # no matter what the others are
+            return None
+        share = (logs + sum(map(_is_log, found[half:]))) / len(found)
         return Drop("max_share", share, self.max_share) if share > self.max_share else None
+
+
+def _is_log(line: str) -> bool:
+    return LOG_LINE.match(line) is not None

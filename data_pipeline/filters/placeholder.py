@@ -3,6 +3,7 @@
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.filters.base import Drop, rule
+from data_pipeline.measures import may_have
 from data_pipeline.protected import without_protected
 from data_pipeline.thresholds import STRICT, Count, Phrases
 
@@ -16,7 +17,7 @@ class Placeholder:
     phrases: Phrases = ("lorem ipsum",)
 
     def __call__(self, text: str) -> Drop | None:
-        if not self._count(text):
+        if not may_have(text, self.phrases) or not self._count(text):
             return None
         count = self._count(without_protected(text))
         return Drop("max_count", count, self.max_count) if count > self.max_count else None

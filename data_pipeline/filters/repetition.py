@@ -1,13 +1,17 @@
 """The same thing over and over."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 
+import numpy as np
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.filters.base import Drop, rule
 from data_pipeline.letters import plain
+from data_pipeline.measures import lines, words
 from data_pipeline.thresholds import STRICT, Count, Positive, Share
+
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, its bits evenly set
 
 
 @rule("repetition", place=50, on=True)
@@ -31,33 +35,49 @@ class Repetition:
         share = self._duplicate_lines(text)
         if share > self.max_duplicate_lines:
             return Drop("max_duplicate_lines", share, self.max_duplicate_lines)
-        words = text.split()
-        share = self._top_words(words)
-        if share > self.max_top_words:
-            return Drop("max_top_words", share, self.max_top_words)
-        share = self._repeated_words(words) if self.max_repeated_words < 1 else 0.0
-        return Drop("max_repeated_words", share, self.max_repeated_words) if share > self.max_repeated_words else None
+        found = words(text)
+        if len(found) < self.min_words:
+            return None
+        hashes = np.fromiter(map(hash, found), np.int64, len(found)).astype(np.uint64)
+        for name, share in (("max_top_words", self._top_words), ("max_repeated_words", self._repeated_words)):
+            most = getattr(self, name)
+            # Equal runs have equal hashes, so that the share by hashes is no less than the share by words.
+            if most < 1 and share(hashes, _hashed_runs) > most and (exact := share(found, _runs)) > most:
+                return Drop(name, exact, most)
+        return None
 
     def _duplicate_lines(self, text: str) -> float:
         size = len if plain(text) == text else _letters
-        lines = [line for raw in text.splitlines() if size(line := raw.strip()) >= self.shortest_line]
-        total = sum(map(size, lines))
-        return 1 - sum(map(size, set(lines))) / total if total else 0.0
-
-    def _top_words(self, words: list[str]) -> float:
-        if len(words) < max(self.min_words, self.words):
+        long = [line for raw in lines(text) if size(line := raw.strip()) >= self.shortest_line]
+        different = set(long)
+        if len(different) == len(long):
             return 0.0
-        return Counter(_runs(words, self.words)).most_common(1)[0][1] * self.words / len(words)
+        return 1 - sum(map(size, different)) / sum(map(size, long))
 
-    def _repeated_words(self, words: list[str]) -> float:
-        if len(words) < max(self.min_words, self.run):
+    def _top_words(self, found: Sequence, runs_of: Callable) -> float:
+        if len(found) < self.words:
             return 0.0
-        ends = len(words) - self.run + 1
-        return (ends - len(set(_runs(words, self.run)))) / len(words)
+        return int(runs_of(found, self.words).max()) * self.words / len(found)
+
+    def _repeated_words(self, found: Sequence, runs_of: Callable) -> float:
+        if len(found) < self.run:
+            return 0.0
+        return (len(found) - self.run + 1 - len(runs_of(found, self.run))) / len(found)
 
 
-def _runs(words: list[str], length: int) -> Iterator[tuple[str, ...]]:
-    return zip(*(words[start:] for start in range(length)), strict=False)
+def _runs(found: list[str], length: int) -> np.ndarray:
+    """How often each different run of `length` words is there, int [different runs]."""
+    return np.array(list(Counter(zip(*(found[start:] for start in range(length)), strict=False)).values()))
+
+
+def _hashed_runs(hashes: np.ndarray, length: int) -> np.ndarray:
+    """`_runs` of words by their hashes, uint64 [words]: a run's hash is a polynomial of its words', modulo 2**64."""
+    total = np.zeros(len(hashes) - length + 1, np.uint64)
+    for start in range(length):
+        total = total * MULTIPLIER + hashes[start : start + len(total)]
+    total.sort()
+    bounds = np.flatnonzero(total[1:] != total[:-1])
+    return np.diff(bounds, prepend=-1, append=len(total) - 1)
 
 
 def _letters(line: str) -> int:

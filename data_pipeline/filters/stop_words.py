@@ -1,13 +1,35 @@
 """Lists of key words and tables of names: text without the commonest words of its language."""
 
-import re
-
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.filters.base import Drop, rule
+from data_pipeline.measures import in_any_case, word_counts, words
 from data_pipeline.thresholds import STRICT, Count
 
-STOP_WORDS = frozenset(re.findall(r"\w+", "the be to of and that have with is in it for on was are as this not or a"))
+STOP_WORDS = in_any_case(
+    [
+        "the",
+        "be",
+        "to",
+        "of",
+        "and",
+        "that",
+        "have",
+        "with",
+        "is",
+        "in",
+        "it",
+        "for",
+        "on",
+        "was",
+        "are",
+        "as",
+        "this",
+        "not",
+        "or",
+        "a",
+    ]
+)
 
 
 @rule("stop_words", place=130)
@@ -21,8 +43,7 @@ class StopWords:
     languages: tuple[str, ...] = ("en",)
 
     def __call__(self, text: str) -> Drop | None:
-        words = text.lower().split()
-        if len(words) < self.min_words:
+        if len(words(text)) < self.min_words:
             return None
-        different = len(STOP_WORDS.intersection(words))
+        different = len(set(map(str.lower, STOP_WORDS & word_counts(text).keys())))
         return Drop("min_different", different, self.min_different) if different < self.min_different else None

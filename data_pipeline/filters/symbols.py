@@ -1,16 +1,11 @@
 """Text that is mostly punctuation, or hardly contains a letter."""
 
-import re
-
+import numpy as np
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.filters.base import Drop, rule
-from data_pipeline.letters import plain
+from data_pipeline.measures import LETTER, SPACE, SYMBOL, Characters, characters
 from data_pipeline.thresholds import STRICT, Share
-
-SYMBOLS = re.compile(r"(?:[^\w\s]|_)+")
-RULERS = re.compile(r"([^\w\s]|_)\1{3,}")
-LETTERS = re.compile(r"[^\W\d_]+")
 
 
 @rule("symbols", place=20, on=True)
@@ -27,10 +22,21 @@ class Symbols:
     min_letters: Share = 0.3
 
     def __call__(self, text: str) -> Drop | None:
-        text = RULERS.sub(r"\1", plain(text))
-        visible = max(len("".join(text.split())), 1)
-        symbols = sum(map(len, SYMBOLS.findall(text))) / visible
+        found = characters(text)
+        in_rulers = _in_rulers(found)
+        visible = max(len(found.kinds) - found.count(SPACE) - in_rulers, 1)
+        symbols = (found.count(SYMBOL) - in_rulers) / visible
         if symbols > self.max_symbols:
             return Drop("max_symbols", symbols, self.max_symbols)
-        letters = sum(map(len, LETTERS.findall(text))) / visible
+        letters = found.count(LETTER) / visible
         return Drop("min_letters", letters, self.min_letters) if letters < self.min_letters else None
+
+
+def _in_rulers(found: Characters) -> int:
+    """How many symbols of rulers, which are four equal ones or more, do not count: all but one of each."""
+    again = (found.codes[1:] == found.codes[:-1]) & found.are(SYMBOL)[1:]
+    if not (again[2:] & again[1:-1] & again[:-2]).any():
+        return 0
+    bounds = np.flatnonzero(np.diff(again, prepend=False, append=False))
+    lengths = bounds[1::2] - bounds[::2]
+    return int(lengths[lengths >= 3].sum())

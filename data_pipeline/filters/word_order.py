@@ -1,16 +1,39 @@
 """Pairs of words that English does not have, as in shuffled words without punctuation."""
 
 import itertools
-import re
 
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.filters.base import Drop, rule
+from data_pipeline.measures import in_any_case, words
 from data_pipeline.thresholds import STRICT, Positive, Share
 
 # After these articles comes a noun or what describes one, and never one of those.
-ARTICLES = frozenset(("the", "an"))
-NEVER_NEXT = frozenset(re.findall(r"\w+", "the a an of and to in is was are were with by from for at that it be or"))
+ARTICLES = in_any_case(("the", "an"))
+NEVER_NEXT = in_any_case(
+    [
+        "the",
+        "a",
+        "an",
+        "of",
+        "and",
+        "to",
+        "in",
+        "is",
+        "was",
+        "are",
+        "were",
+        "with",
+        "by",
+        "from",
+        "for",
+        "at",
+        "that",
+        "it",
+        "be",
+        "or",
+    ]
+)
 
 
 @rule("word_order", place=140)
@@ -24,9 +47,10 @@ class WordOrder:
     languages: tuple[str, ...] = ("en",)
 
     def __call__(self, text: str) -> Drop | None:
-        words = text.lower().split()
-        pairs = sum(first in ARTICLES and second in NEVER_NEXT for first, second in itertools.pairwise(words))
+        found = words(text)
+        after_articles = itertools.compress(found[1:], map(ARTICLES.__contains__, found))
+        pairs = sum(map(NEVER_NEXT.__contains__, after_articles))
         if pairs < self.min_pairs:
             return None
-        share = pairs / len(words)
+        share = pairs / len(found)
         return Drop("max_share", share, self.max_share) if share > self.max_share else None

@@ -2,13 +2,17 @@
 
 import re
 
+import numpy as np
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.filters.base import Drop, rule
 from data_pipeline.letters import plain, spaceless
+from data_pipeline.measures import ALPHA, DIGIT, LETTER, SPACE, Characters, characters
 from data_pipeline.thresholds import STRICT, Amount, Positive, Share, ordered
 
 WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")  # noqa: RUF001  (the typographic apostrophe is meant)
+
+JOINERS = np.array([ord(mark) for mark in "'’-"], np.uint32)  # noqa: RUF001
 
 
 @rule("words", place=90)
@@ -34,23 +38,42 @@ class Words:
     def __call__(self, text: str) -> Drop | None:
         if spaceless(text) > len(text) / 4:
             return None
-        text = plain(text)
-        words = WORD.findall(text)
-        if len(words) < self.min_words:
-            return Drop("min_words", len(words), self.min_words)
-        if len(words) > self.max_words:
-            return Drop("max_words", len(words), self.max_words)
-        alphabetic = words if text.isascii() else list(filter(_is_alphabetic, words))
-        if len(alphabetic) >= len(words) / 2:
-            mean = sum(map(len, alphabetic)) / len(alphabetic)
+        found = characters(text)
+        count, alphabetic, letters = _count_words(found, text)
+        if count < self.min_words:
+            return Drop("min_words", count, self.min_words)
+        if count > self.max_words:
+            return Drop("max_words", count, self.max_words)
+        if alphabetic >= count / 2:
+            mean = letters / alphabetic
             if mean < self.min_mean_length:
                 return Drop("min_mean_length", mean, self.min_mean_length)
             if mean > self.max_mean_length:
                 return Drop("max_mean_length", mean, self.max_mean_length)
-        pieces = [piece for piece in text.split() if any(map(str.isalnum, piece))]
-        share = sum(any(map(str.isalpha, piece)) for piece in pieces) / len(pieces)
+        share = _pieces_with(found, ALPHA) / _pieces_with(found, LETTER | DIGIT)
         return Drop("min_alphabetic", share, self.min_alphabetic) if share < self.min_alphabetic else None
 
 
-def _is_alphabetic(word: str) -> bool:
-    return word[0] < "\u0590" or "\u1d00" <= word[0] < "\u2000"
+def _count_words(found: Characters, text: str) -> tuple[int, int, int]:
+    """How many matches WORD has; how many of them are in an alphabet, and how many characters those have."""
+    letters = found.are(LETTER)
+    of_letters = found.codes[letters]
+    if len(of_letters) and found.codes.dtype != np.uint8 and not _alphabetic(of_letters).all():
+        words = WORD.findall(plain(text))
+        alphabetic = [word for word in words if _alphabetic(ord(word[0]))]
+        return len(words), len(alphabetic), sum(map(len, alphabetic))
+    runs = np.count_nonzero(letters[:1]) + np.count_nonzero(letters[1:] & ~letters[:-1])
+    between = found.codes[1:-1][letters[:-2] & ~letters[1:-1] & letters[2:]]  # one character between two letters
+    joints = np.count_nonzero(np.isin(between, JOINERS))
+    return runs - joints, runs - joints, len(of_letters) + joints
+
+
+def _alphabetic(code):
+    """Whether code points, of letters, belong to an alphabet with capitals."""
+    return (code < 0x590) | ((code >= 0x1D00) & (code < 0x2000))
+
+
+def _pieces_with(found: Characters, kind: int) -> int:
+    """How many pieces between white space have a character of this kind."""
+    there = found.are(kind)[found.are(kind | SPACE)]  # of these characters and white space: which are of the kind
+    return np.count_nonzero(there[:1]) + np.count_nonzero(there[1:] & ~there[:-1])

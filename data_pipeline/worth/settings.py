@@ -31,5 +31,5 @@ class WorthSettings:
 
 def compose_worth(overrides: list[str]) -> WorthSettings:
     """From conf/worth.yaml and overrides in Hydra's grammar; raises InputError with a line a problem."""
-    data, _ = compose_plain("worth", overrides)
+    data, _ = compose_plain("worth", overrides, WorthSettings)
     return parse(data, cls=WorthSettings)

@@ -201,7 +201,7 @@ def scan_kernel(
             a_t = load_tile(a, row, head, position, 0, a_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS).trans()
             b_tile = load_tile(b, row, head, position, 0, b_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS)
             c_t = load_tile(c, row, head, position, column, c_time, c_width, held, CHUNK, OUT, DESCRIPTORS).trans()
-            if PACKED and part == PARTIAL:  # descriptors have read on into the next document
+            if PACKED and part == PARTIAL:  # a descriptor's tile extends into the next document
                 a_t = tl.where(held[None, :], a_t, 0.0)
                 b_tile = tl.where(held[:, None], b_tile, 0.0)
                 c_t = tl.where(held[None, :], c_t, 0.0)

@@ -123,6 +123,7 @@ class Update:
             for place in self.shards.placements
         ]
 
+    @torch.no_grad()
     def refresh(self, optimizer_step: int) -> None:
         """Owned ranges were written: the model's parameters follow, and the optimizer has applied `optimizer_step`
         steps. Collective."""

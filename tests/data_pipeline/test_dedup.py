@@ -5,9 +5,10 @@ import json
 import pytest
 
 from data_pipeline.config import NearDuplicates, compose
-from data_pipeline.dedup.lines import line_hash
+from data_pipeline.dedup.lines import line_hashes, lines_to_cut
 from data_pipeline.run import run
 from data_pipeline.shards import Manifest, read_documents
+from data_pipeline.steps.documents import cut_lines
 from tests.data_pipeline.corpus import prose
 
 
@@ -68,8 +69,18 @@ def test_lines_that_many_documents_share_are_taken_out(tmp_path):
 
 
 def test_lines_are_equal_but_for_case_digits_and_space():
-    assert line_hash("Page 3  of 7\n") == line_hash("page 4 of 9")
-    assert line_hash("page of") != line_hash("page 3 of")
+    one, two, three, short = line_hashes("Page 3  of 7\npage 4 of 9\npage of it\n of 3 \n", 9)
+    assert one == two != three
+    assert short is None
+
+
+def test_a_shared_line_is_taken_out_whole_and_never_beside_code():
+    """A piece of a line beside inline code is no line of its own."""
+    notice, code = "Brought to you by the friends.\n", "Brought to you by the friends. `x`\n"
+    text = "A river.\n" + notice + code + "```\n" + notice + "```\n| " + notice[:-1] + " |\n"
+    often = set(line_hashes(text, 12)) - {None} - set(line_hashes("A river.", 0))
+    cut = lines_to_cut(text, line_hashes(text, 12), often)
+    assert cut_lines(text, cut) == text.replace(notice, "", 1)
 
 
 def test_the_number_of_tasks_does_not_change_what_stays(tmp_path):

@@ -161,8 +161,8 @@ def test_a_sweep_that_is_told_to_stop_begins_no_other_job(words, tmp_path, numbe
     (process,) = fork_ranks(1, signal_the_job, (*words, *many), number)
     process.join(60)
     assert process.exitcode == code
-    assert RunFolder(tmp_path / "0_seed=1").status()["state"] == "preempted"
-    assert not (tmp_path / "1_seed=2").exists()
+    assert RunFolder(tmp_path / "0_seed-1").status()["state"] == "preempted"
+    assert not (tmp_path / "1_seed-2").exists()
 
 
 def slow_rank(overrides: tuple[str, ...], said: str, what: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megatron_tn.checkpoint.load import load_checkpoint, load_model
 from megatron_tn.checkpoint.save import save_checkpoint
-from megatron_tn.config import CheckpointConfig, ModelConfig, TrainConfig, from_mapping, to_mapping
+from megatron_tn.config import ModelConfig, TrainConfig, from_mapping, to_mapping
 from megatron_tn.engine.base import Engine
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.evaluation.perplexity import document_nats
@@ -27,9 +27,10 @@ from megatron_tn.model.registry import ARCHITECTURES, build_model, parameter_cou
 from megatron_tn.parallel.context import Axis, ParallelContext
 from megatron_tn.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
 from megatron_tn.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from megatron_tn.training.preflight import problems_before_start
+from megatron_tn.training.preflight import checkpoint_problems
+from megatron_tn.training.resume import Start
 from megatron_tn.training.step import train_step
-from tests.engine.test_parity import BATCH, FSDP2, LENGTH, LOCAL, SEED, ZERO, gradients_of
+from tests.engine.test_parity import ALL_PARTITIONED, BATCH, FSDP2, LENGTH, LOCAL, SEED, ZERO, gradients_of
 from tests.helpers.models import TINY, Rows, random_batch, reference_gradients, relative_errors, tiny_config
 from tests.helpers.ranks import run_ranks
 
@@ -127,7 +128,7 @@ def test_another_architecture_trains_is_saved_evaluated_and_decodes(tmp_path):
     assert ids[3:] == found
 
 
-ENGINES = [LOCAL, ZERO[1], dataclasses.replace(FSDP2, recompute="full")]
+ENGINES = [LOCAL, ZERO[1], ALL_PARTITIONED, dataclasses.replace(FSDP2, recompute="full")]
 
 
 def gradients_on_ranks(tp: int, sequence_parallel: bool) -> list[dict[str, Tensor]]:
@@ -145,7 +146,7 @@ def test_engines_and_layouts_take_another_architecture():
 
 
 def test_a_checkpoint_older_than_the_registry_loads_and_resumes(tmp_path):
-    config = tiny_config(run_dir=str(tmp_path / "run"))
+    config = tiny_config()
     engine = trained(config)
     checkpoint = saved(engine, config, tmp_path)
     manifest = json.loads((checkpoint / "manifest.json").read_text())
@@ -155,10 +156,9 @@ def test_a_checkpoint_older_than_the_registry_loads_and_resumes(tmp_path):
     load_checkpoint(again, checkpoint)
     tokens, targets = random_batch(2, 9)
     assert again.model.loss(tokens, targets) == load_model(checkpoint).loss(tokens, targets)
-    resumed = dataclasses.replace(config, checkpoint=CheckpointConfig(resume=str(checkpoint)))
-    assert problems_before_start(resumed, 1, None) == []
-    other = dataclasses.replace(resumed, model=dataclasses.replace(TINY, decay="paper"))
-    assert problems_before_start(other, 1, None) == [
+    assert checkpoint_problems(config, Start(checkpoint)) == []
+    other = dataclasses.replace(config, model=dataclasses.replace(TINY, decay="paper"))
+    assert checkpoint_problems(other, Start(checkpoint)) == [
         f"checkpoint {checkpoint} holds another model: decay: 'released' -> 'paper'"
     ]
 

@@ -1,0 +1,109 @@
+"""What several rules measure of one text: its lines, its words, the kinds of its characters.
+
+Each is computed once: every rule is asked of one document before the next is read.
+"""
+
+import functools
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_pipeline.letters import plain
+
+LETTER, DIGIT, SYMBOL, SPACE, ALPHA = 1, 2, 4, 8, 16  # bits of a kind
+LIMIT = 0x110000  # code points
+# As the patterns of the rules see characters: a letter is what is alphanumeric and no decimal digit.
+PATTERNS = {LETTER: r"[^\W\d_]+", DIGIT: r"\d+", SYMBOL: r"(?:[^\w\s]|_)+", SPACE: r"\s+"}
+of_one_text = functools.lru_cache(maxsize=1)
+
+
+@functools.cache
+def kinds() -> np.ndarray:
+    """The kind of each code point, uint8 [LIMIT]."""
+    characters = "".join(map(chr, range(LIMIT)))
+    table = np.zeros(LIMIT, np.uint8)
+    for kind, pattern in PATTERNS.items():
+        for match in re.finditer(pattern, characters):
+            table[match.start() : match.end()] |= kind
+    table |= np.fromiter(map(str.isalpha, characters), bool, LIMIT).astype(np.uint8) * np.uint8(ALPHA)
+    return table
+
+
+@dataclass(frozen=True)
+class Characters:
+    """The characters of `plain(text)`: `codes` (uint8 where all are ASCII, else uint32) and `kinds` (uint8), [n]."""
+
+    codes: np.ndarray
+    kinds: np.ndarray
+
+    def count(self, kind: int) -> int:
+        """How many characters are of this kind."""
+        return np.count_nonzero(self.kinds & kind)
+
+    def are(self, kind: int) -> np.ndarray:
+        """bool [n]: which characters are of this kind, or of one of several."""
+        return (self.kinds & kind) != 0
+
+
+@of_one_text
+def characters(text: str) -> Characters:
+    """The characters of a text."""
+    text = plain(text)
+    if text.isascii():
+        codes = np.frombuffer(text.encode(), np.uint8)
+    else:
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.dtype("<u4"))
+    return Characters(codes, kinds()[codes])
+
+
+@of_one_text
+def lines(text: str) -> list[str]:
+    """The lines that are not blank."""
+    return [line for line in text.splitlines() if not line.isspace() and line]
+
+
+@of_one_text
+def lower(text: str) -> str:
+    """The text in lower case."""
+    return text.lower()
+
+
+@of_one_text
+def words(text: str) -> list[str]:
+    """What stands between white space."""
+    return text.split()
+
+
+@of_one_text
+def word_counts(text: str) -> Counter[str]:
+    """How often each word is there."""
+    return Counter(words(text))
+
+
+@of_one_text
+def vocabulary(text: str) -> str:
+    """The different words in lower case, with spaces between: what is not in it is not in the text."""
+    return " ".join(word_counts(text)).lower()
+
+
+def in_any_case(found: Iterable[str]) -> frozenset[str]:
+    """All ways to write these words in ASCII that are the same in lower case."""
+    ways = (itertools.product(*({letter, letter.upper()} for letter in word)) for word in found)
+    return frozenset(map("".join, itertools.chain.from_iterable(ways)))
+
+
+def may_have(text: str, phrases: tuple[str, ...]) -> bool:
+    """Whether one of the phrases, which are in lower case, is in a text, whatever the case of its letters."""
+    there = vocabulary(text)
+    likely = [phrase for phrase, needle in zip(phrases, needles(phrases), strict=True) if needle in there]
+    return bool(likely) and any(phrase in lower(text) for phrase in likely)
+
+
+@functools.cache
+def needles(phrases: tuple[str, ...]) -> tuple[str, ...]:
+    """The longest word of each phrase: the vocabulary of a text with the phrase has it."""
+    return tuple(max(phrase.split(), key=len) for phrase in phrases)
