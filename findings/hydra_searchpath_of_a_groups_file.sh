@@ -5,7 +5,6 @@
 #
 # Guessed: any config on the printed search path can be composed.
 # Seen: 16, then MissingConfigException.
-# Run with a Python that has hydra-core: PYTHON=.venv/bin/python findings/hydra_searchpath_of_a_groups_file.sh
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -13,7 +12,9 @@ mkdir -p "$folder/conf/data" "$folder/extra/data"
 printf 'defaults:\n  - data: long\n' >"$folder/conf/config.yaml"
 echo 'length: 32' >"$folder/conf/data/long.yaml"
 echo 'length: 16' >"$folder/extra/data/short.yaml"
-"${PYTHON:-python3}" - "$folder" <<'PYTHON'
+python3 -m venv "$folder/venv"
+"$folder/venv/bin/pip" install --quiet --disable-pip-version-check hydra-core==1.3.8 omegaconf==2.3.1
+"$folder/venv/bin/python" - "$folder" <<'PYTHON'
 import sys
 
 import hydra
