@@ -159,6 +159,8 @@ def test_after_kill_9_the_next_start_tells_what_the_offline_copy_lacks(tmp_path)
     board.on_stop(TrainingState(step=5))
     wandb.teardown()  # its process writes the file to the end
     run_id = folder.wandb_id.read_text()
+    newest = max(folder.wandb.glob("offline-run-*"), key=lambda path: path.stat().st_mtime_ns)
+    newest.rename(f"{newest}-1")  # as wandb names it where two processes began in the same second
     for path in sorted(folder.wandb.glob(f"offline-run-*/run-{run_id}.wandb")):
         for message in messages(path.read_bytes()):
             items = {item.nested_key[0]: item.value_json for item in Record.FromString(message).history.item}
