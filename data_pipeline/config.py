@@ -9,6 +9,7 @@ import difflib
 import functools
 import json
 import operator
+import types
 import typing
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,6 +22,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.files import replace_file
 from data_pipeline.filters.language import Language
 from data_pipeline.sources import STRICT, AnySource, LocalFolder, Positive
+from data_pipeline.words import as_typed
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -128,12 +130,13 @@ FREE = ("output", "executor", "workers", "slurm", "overwrite")  # settings that 
 def compose(overrides: list[str], directory: Path = CONF) -> Settings:
     """Settings from `directory`/pipeline.yaml, its groups, and overrides in Hydra's grammar. Raises InputError with a
     line for each unknown key, wrong value and unknown choice of a group."""
-    data, groups = compose_plain("pipeline", overrides, directory)
+    data, groups = compose_plain("pipeline", overrides, Settings, directory)
     return parse(data, extra_names=groups)
 
 
-def compose_plain(root: str, overrides: list[str], directory: Path = CONF) -> tuple[dict, set[str]]:
-    """What `directory`/`root`.yaml and the overrides say, unchecked, and the names of the groups there are."""
+def compose_plain(root: str, overrides: list[str], cls: type, directory: Path = CONF) -> tuple[dict, set[str]]:
+    """What `directory`/`root`.yaml and the overrides say, unchecked, and the names of the groups there are. cls: of the
+    settings, whose text is taken as it is typed."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -143,7 +146,9 @@ def compose_plain(root: str, overrides: list[str], directory: Path = CONF) -> tu
 
     groups = {path.name for path in directory.iterdir() if path.is_dir()} if directory.is_dir() else set()
     try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
+        kinds = _kinds(cls)
+        words = [as_typed(word, lambda key: kinds.get(key.rpartition(".")[2], ())) for word in overrides]
+        parsed = OverridesParser.create().parse_overrides(words)
         chosen = [o for o in parsed if o.key_or_group in groups]
         if problems := [line for o in chosen if (line := _unknown_choice(directory, o.key_or_group, o.value()))]:
             raise InputError(*problems)
@@ -229,6 +234,27 @@ def known_keys(cls: type, data: object = None, prefix: str = "") -> list[str]:
         else:
             keys += [key for kind in _dataclasses(field.type) for key in known_keys(kind, here, f"{name}.")]
     return keys
+
+
+def _kinds(cls: type) -> dict[str, tuple[type, ...]]:
+    """Last part of each setting's name -> the types whose union it takes, over all settings of that name."""
+    found: dict[str, tuple[type, ...]] = {}
+    for field in dataclasses.fields(cls):
+        found[field.name] = (*found.get(field.name, ()), *_members(field.type))
+        for below in _dataclasses(field.type):
+            for name, kinds in _kinds(below).items():
+                found[name] = (*found.get(name, ()), *kinds)
+    return found
+
+
+def _members(hint: object) -> tuple[type, ...]:
+    """The types of a union, with or without what Annotated adds to them; (object,) of lists and the like."""
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        return _members(typing.get_args(hint)[0])
+    if origin in (typing.Union, types.UnionType):
+        return tuple(kind for part in typing.get_args(hint) for kind in _members(part))
+    return (hint,) if isinstance(hint, type) and origin is None else (object,)
 
 
 def _dataclasses(hint: object) -> list[type]:

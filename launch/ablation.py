@@ -17,6 +17,7 @@ import math
 import statistics
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,23 @@ class Run:
     def records(self, key: str) -> list[dict[str, Any]]:
         """Those of its journal that have `key`."""
         return RunFolder(self.folder).records(key)
+
+
+def finish_all(runs: list[Run], heldout: Path, overrides: list[str], at_once: int) -> None:
+    """`finish` every run, `at_once` at a time. After one that fails no other begins. Raises Failed."""
+    failed = threading.Event()
+
+    def finish(run: Run) -> None:
+        if failed.is_set():
+            return
+        try:
+            run.finish(heldout, overrides)
+        except Failed:
+            failed.set()
+            raise
+
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(finish, runs))
 
 
 def program(module: str, words: list[str], folder: Path) -> None:
@@ -197,8 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.selfclean:
             arms.append(self_clean(arms[-1].manifest, options.run_dir / "selfclean", overrides))
         runs = [Run(arm, seed, options.run_dir / f"{arm.name}-{seed}") for seed in range(options.seeds) for arm in arms]
-        with ThreadPoolExecutor(options.at_once) as pool:
-            list(pool.map(lambda run: run.finish(heldout, overrides), runs))
+        finish_all(runs, heldout, overrides, options.at_once)
     except Failed as failed:
         print(failed, file=sys.stderr)
         return 1

@@ -52,7 +52,7 @@ class Table:
     def render(self, rows: Iterable[Row]) -> str:
         newest: dict[tuple, Row] = {}
         for row in sorted(filter(self.holds, rows), key=lambda row: row["date"]):
-            newest[_key(row, ("gpu", "cpu", *self.same))] = row
+            newest[row["gpu"] or row["cpu"], *_key(row, self.same)] = row
         lines = sorted(newest.values(), key=lambda row: (self.order(row), _sortable(_key(row, self.line))))
         grouped = [list(group) for _, group in itertools.groupby(lines, key=lambda row: _key(row, self.line))]
         cells = [[cell(group) for cell in self.columns.values()] for group in grouped]

@@ -31,5 +31,5 @@ class AblationSettings:
 
 def compose_ablation(overrides: list[str]) -> AblationSettings:
     """From conf/ablation.yaml and overrides in Hydra's grammar; raises InputError with a line a problem."""
-    data, _ = compose_plain("ablation", overrides)
+    data, _ = compose_plain("ablation", overrides, AblationSettings)
     return parse(data, cls=AblationSettings)

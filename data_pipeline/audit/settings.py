@@ -54,5 +54,5 @@ class AuditSettings:
 
 def compose_audit(overrides: list[str]) -> AuditSettings:
     """From conf/audit.yaml and overrides in Hydra's grammar; raises InputError with a line a problem."""
-    data, groups = compose_plain("audit", overrides)
+    data, groups = compose_plain("audit", overrides, AuditSettings)
     return parse(data, extra_names=groups, cls=AuditSettings)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 from data_pipeline.pages.worker import ANSWER, HEADER, TEXT
 
@@ -23,20 +24,20 @@ class Refused(ValueError):
 
 
 class Extractor:
-    """One extracting process, started when it is first needed and again after one that had to be ended."""
+    """One extracting process, started when it is first needed and again after one that had to be ended. A process that
+    was forked from this one starts its own: two that share pipes would get each other's answers."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
+        self._owner = 0  # the process that started it
 
     def text(self, data: bytes, label: str | None, *, most_bytes: int, seconds: float) -> str:
         """The main content of a page, in at most `seconds`. Raises Refused."""
         process = self._started()
         name = (label or "").encode("utf-8", "replace")[:1000]
         try:
-            process.stdin.write(HEADER.pack(len(name), len(data), most_bytes))
-            process.stdin.write(name)
-            process.stdin.write(data)
-            process.stdin.flush()
+            for part in (HEADER.pack(len(name), len(data), most_bytes), name, data):
+                _write(process.stdin, part)
             until = time.monotonic() + seconds
             kind, size = ANSWER.unpack(self._read(ANSWER.size, until))
             answer = self._read(size, until).decode()
@@ -58,20 +59,22 @@ class Extractor:
 
     def close(self) -> None:
         """Ends the process."""
-        if self._process:
+        if self._process and self._owner == os.getpid():
             self._process.kill()
             self._process.communicate()
-            self._process = None
+        self._process = None
 
     def _started(self) -> subprocess.Popen:
-        if self._process is None:
+        if self._process is None or self._owner != os.getpid():
+            self._owner = os.getpid()
             paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "data_pipeline.pages.worker"],
+                [sys.executable, "-P", "-m", "data_pipeline.pages.worker"],  # -P: no module of the current folder
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,  # what it says there when it aborts is said by its exit code
                 bufsize=0,
+                pipesize=1 << 20,  # most pages at once
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             )
         return self._process
@@ -86,3 +89,10 @@ class Extractor:
                 raise EOFError
             pieces += piece
         return bytes(pieces)
+
+
+def _write(pipe: BinaryIO, data: bytes | bytearray) -> None:
+    """All of `data`: a write that a signal interrupts is a part of it."""
+    left = memoryview(data)
+    while left:
+        left = left[pipe.write(left) :]

@@ -13,7 +13,10 @@ UNMAPPED = {"x-mac-cyrillic": "mac_cyrillic", "x-mac-ukrainian": "mac_cyrillic"}
 REPLACED = {"replacement", "iso-2022-kr", "csiso2022kr", "hz-gb-2312", "iso-2022-cn", "iso-2022-cn-ext"}
 PRESCAN = 1024  # bytes in which a page may name its encoding
 COMMENT = re.compile(rb"<!--.*?(?:-->|\Z)", re.DOTALL)
-META = re.compile(rb"<meta\s[^>]*?charset\s*=\s*[\"']?\s*([\w.:()+-]+)", re.IGNORECASE)
+META = re.compile(rb"<meta[\s/][^>]*", re.IGNORECASE)
+CONTENT = re.compile(rb"\bcontent\s*=\s*(?:\"[^\"]*\"|'[^']*'|[^\s>]*)", re.IGNORECASE)
+CONTENT_TYPE = re.compile(rb"http-equiv\s*=\s*[\"']?\s*content-type", re.IGNORECASE)
+CHARSET = re.compile(rb"charset\s*=\s*[\"']?\s*([\w.:()+-]+)", re.IGNORECASE)
 XML = re.compile(rb"\A\s*<\?xml\s[^>]*?encoding\s*=\s*[\"']([\w.:()+-]+)", re.IGNORECASE)
 
 
@@ -44,8 +47,14 @@ def codec(label: str) -> str | None:
 
 def _named_in(data: bytes) -> str | None:
     """The label that a page gives itself; UTF-8 for one of UTF-16, which cannot be right where ASCII could be read."""
-    head = data[:PRESCAN]
-    match = META.search(COMMENT.sub(b"", head)) or XML.search(head)
+    head = bytes(data[:PRESCAN])
+    match = XML.search(head)
+    for tag in META.findall(COMMENT.sub(b"", head)):
+        content, rest = CONTENT.search(tag), CONTENT.sub(b" ", tag)
+        named = CHARSET.search(rest) or (content and CONTENT_TYPE.search(rest) and CHARSET.search(content[0]))
+        if named:
+            match = named
+            break
     label = match and match[1].decode("ascii", "replace")
     return "utf-8" if label and label.lower().startswith("utf-16") else label
 

@@ -17,7 +17,8 @@ from data_pipeline.cli import command, parser
 from data_pipeline.errors import InputError
 from data_pipeline.files import replace_file
 from data_pipeline.pool import process_pool
-from data_pipeline.shards.manifest import Manifest, Shard
+from data_pipeline.shards.content import Shard
+from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.reading import shard_index
 from data_pipeline.stream.pipeline import load_filter
 from data_pipeline.stream.score_filter import DocumentFilter, KeptCounts, Row, ScoreFilter, count_row, counts_file

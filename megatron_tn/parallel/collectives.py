@@ -94,8 +94,8 @@ def gather_parts_(buffers: Sequence[Tensor], axis: Axis) -> None:
     """
     if axis.size == 1:
         return
-    # One NCCL group call: 18 buffers of a 1B model, gathered one by one, take a third longer (docs/performance.md).
-    # Gloo, which would keep copies of all buffers, gathers them one by one.
+    # One NCCL group call: 18 buffers of a 1B model, gathered one by one, take a third longer (docs/measurements/
+    # 2026-11-28.md). Gloo, which would keep copies of all buffers, gathers them one by one.
     grouped = dist._coalescing_manager(axis.group) if buffers[0].is_cuda else contextlib.nullcontext()
     with grouped:
         for buffer in buffers:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from megatron_tn.config import TrainConfig, differences, to_mapping
-from megatron_tn.training.run_folder import RunFolder
+from megatron_tn.config import TrainConfig, differences, load, read_mapping, to_mapping
+from megatron_tn.training.run_folder import SUBMITTED, RunFolder
 
 
 def slurm_job() -> str | None:
@@ -29,20 +31,28 @@ def settings_of_this_start(config: TrainConfig, folder: RunFolder) -> tuple[Trai
     """The settings that this process must run, and lines for people that say how they differ from an earlier start's.
 
     Every start freezes its settings in run_dir/config.json, and the job it belongs to in job.json. A job that SLURM
-    requeued runs exactly what itself has frozen, whatever happened to YAML files since; run_dir stays as the command
-    line spells it, from where this process stands. Any other start runs what its command line asks for, also in the
-    folder of an earlier one.
+    requeued runs exactly what itself has frozen, whatever happened to YAML files since, and a job of launch.submit what
+    was frozen at its submission; run_dir stays as the command line spells it, from where this process stands. Any other
+    start runs what its command line asks for, also in the folder of an earlier one.
 
     Raises:
-        ConfigError: config.json is damaged.
+        ConfigError: config.json, or the file of the submission, is damaged.
     """
-    before = folder.frozen_mapping()
-    if before is None:
-        return config, []
-    own = is_requeued() and folder.is_frozen_by(slurm_job())
-    frozen = replace(folder.frozen_config(), run_dir=config.run_dir) if own else config
-    changed = differences(before | {"run_dir": config.run_dir}, to_mapping(config))
-    if not changed:
-        return frozen, []
-    side = f"{folder.config_file} wins, because SLURM requeued this job" if own else "the new settings win"
-    return frozen, [f"settings differ from those in {folder.config_file}; {side}:", *changed]
+    before, notes = folder.frozen_mapping(), []
+    if is_requeued() and folder.is_frozen_by(slurm_job()):
+        frozen, why = folder.config_file, "SLURM requeued this job"
+    elif submitted := os.environ.get(SUBMITTED):
+        frozen, why = Path(submitted), "this job was submitted with it"
+    else:
+        changed = _changed(before, config)
+        if changed:
+            notes = [f"settings differ from those in {folder.config_file}; the new settings win:", *changed]
+        return config, notes
+    if changed := _changed(read_mapping(frozen), config):
+        notes = [f"settings differ from those in {frozen}; {frozen} wins, because {why}:", *changed]
+    return replace(load(frozen), run_dir=config.run_dir), notes
+
+
+def _changed(before: dict[str, Any] | None, config: TrainConfig) -> list[str]:
+    """Settings of `config` that differ from earlier ones, but for run_dir, which may be spelt in several ways."""
+    return [] if before is None else differences(before | {"run_dir": config.run_dir}, to_mapping(config))

@@ -2,6 +2,7 @@
 
     run_dir/
       config.json            the resolved settings, as `config.load` reads them: what a requeued job runs
+      submitted/             settings that were frozen when a job was submitted (launch/submit.py)
       job.json               {"job": SLURM's job id or null, "begun": whether it has loaded its checkpoint}: the start
                              that wrote config.json
       status.json            {"state": "running" | "finished" | "preempted" | "failed", "step": steps done, "time": ...}
@@ -25,6 +26,7 @@ import os
 import shutil
 import socket
 import time
+import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,9 @@ from megatron_tn.training.journal_file import JournalFile
 from megatron_tn.training.state import Ledger
 
 BLOCK_BYTES = 4096  # of a file system; a status of at most so many bytes can be rewritten in place on a full disk
+
+
+SUBMITTED = "MEGATRON_TN_SUBMITTED"  # environment variable of a job: its settings, as RunFolder.submit wrote them
 
 
 class RunFolder:
@@ -133,6 +138,14 @@ class RunFolder:
         return aside
 
     # Settings, and the job that they belong to
+
+    def submit(self, config: TrainConfig) -> Path:
+        """Write the settings of a job that is about to be submitted; returns the file, which no other job has."""
+        folder = self.path / "submitted"
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}.json"
+        save(config, file)
+        return file
 
     def freeze(self, config: TrainConfig, job: str | None) -> None:
         """Write the settings, and that they are those of SLURM's job `job`."""

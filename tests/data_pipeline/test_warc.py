@@ -50,6 +50,9 @@ READ = {
     "a header over two lines": response(BODY, "X-A: b\r\n c: d"),
     "a type in capitals": response(BODY, kind="TEXT/HTML;Charset=UTF-8"),
     "no type": response(BODY, kind=None),
+    "a type that is none": response(BODY, kind="html"),
+    "a type twice": response(BODY, kind="text/html, text/html; charset=utf-8"),
+    "a status without a space behind it": response(BODY, status="200OK"),
     "XHTML": response(BODY, kind="application/xhtml+xml"),
 }
 QUARANTINED = {
@@ -172,4 +175,9 @@ def test_marks_come_before_labels_and_bad_bytes_cost_themselves_alone():
     assert decode_page("Größe\xff".encode("latin-1")[:-1] + b"\xff", "utf-8") == "Gr\ufffd\ufffde\ufffd"
     assert decode_page("<meta charset=utf-16>Größe".encode()) == "<meta charset=utf-16>Größe"
     assert decode_page("Größe".encode()) == "Größe"
+    about = '<meta name="description" content="charset=big5"><meta content=\'text/html; charset=koi8-r\' http-equiv='
+    assert decode_page(f"{about}Content-Type>Москва".encode("koi8-r")).endswith("Москва")
+    assert decode_page(b'<?xml version="1.0" encoding="windows-1251"?><p>' + "Москва".encode("cp1251")).endswith(
+        "Москва"
+    )
     assert codec("zlib_codec") is None

@@ -77,7 +77,7 @@ def test_the_better_corpus_wins_and_what_is_done_is_not_done_again(corpora, tmp_
     assert "holds runs on other corpora or with other overrides" in capsys.readouterr().err
 
 
-def test_a_run_that_fails_is_named_with_its_log(corpora, tmp_path, capsys):
+def test_a_run_that_fails_is_named_with_its_log_and_ends_the_others(corpora, tmp_path, forked_programs, capsys):
     words = ["--corpora", str(corpora), "--run-dir", str(tmp_path / "runs"), "--seeds", "1", "model.hads=2"]
     assert main(words) == 1
     said = capsys.readouterr().err
@@ -85,6 +85,7 @@ def test_a_run_that_fails_is_named_with_its_log(corpora, tmp_path, capsys):
     log = tmp_path / "runs/raw-0/console.log"
     assert f"exit code 2; log: {log}" in said
     assert "model.heads" in log.read_text()
+    assert not (tmp_path / "runs/cleaned-0/console.log").exists()
 
 
 @pytest.mark.parametrize(

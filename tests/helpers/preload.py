@@ -5,5 +5,5 @@ import torch._inductor.compile_fx  # noqa: F401 (PyTorch's compiler: four second
 import megatron_tn.checkpoint.load
 import megatron_tn.checkpoint.save
 import megatron_tn.engine.build
-import megatron_tn.engine.deepspeed
+import megatron_tn.engine.deepspeed.engine
 import megatron_tn.train  # noqa: F401
