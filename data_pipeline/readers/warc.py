@@ -78,10 +78,10 @@ def read_warc(file: BinaryIO, source: Warc, size: int) -> Items:
                 yield _item(record, str(number), source)
             if damage is None:
                 continue
-        elif record.kind not in ABOUT:
+        else:  # of a record about others too: what it hides may have been a document
             detail = f"{problem}{record.url and ': '}{record.url}"
             reason = "unreadable" if record.size < record.length else "false_length"
-            yield Quarantined(str(number), reason, detail, record.size)
+            yield Quarantined(at if record.kind in ABOUT else str(number), reason, detail, record.size)
         restarts += 1
         if damage:
             if damage.start != members.start or not problem:

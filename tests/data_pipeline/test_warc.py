@@ -100,10 +100,12 @@ def test_statuses_and_kinds_of_records(tmp_path):
         warc_record("request", b"GET / HTTP/1.1"),
         warc_record("conversion", b"More words."),
         warc_record("unheard-of", b""),
+        warc_record("conversion", "Größe, Höhe und Breite der Bäume.".encode("cp1252")),
     ]
     write(tmp_path / "a.warc", records, packed=False)
     documents, quarantine = read(tmp_path, crawl=source(tmp_path, kind="warc", statuses=[200, 404]))
-    assert [id.rpartition(":")[2] for id in documents] == ["1", "2", "4"]
+    assert [id.rpartition(":")[2] for id in documents] == ["1", "2", "4", "6"]
+    assert documents["crawl/a.warc:6"][0] == "Größe, Höhe und Breite der Bäume."
     assert quarantine == {"crawl/a.warc:3": "record_type", "crawl/a.warc:5": "record_type"}
 
 
