@@ -53,6 +53,8 @@ def read_warc(file: BinaryIO, source: Warc, size: int) -> Items:
     """A document for each page and text of a WARC file of `size` bytes, plain, in gzip members or in zstd frames; every
     other record of content is quarantined with its reason."""
     members = Members(file, size, source)
+    if members.start:
+        yield Quarantined("byte 0", "unreadable", f"no record and no gzip member before byte {members.start}")
     number, restarts, reread = 0, 0, 0
     while restarts <= MOST_RESTARTS and reread <= MOST_REREAD * members.given:
         at = f"byte {members.start if members.packed else members.passed}"

@@ -126,6 +126,15 @@ def test_a_damaged_member_costs_itself_alone(tmp_path):
     assert quarantine == {f"crawl/a.warc.gz:byte {at}": "unreadable" for at in lost}
 
 
+def test_a_file_that_begins_with_damage_is_read_behind_it(tmp_path):
+    members = [gzip.compress(warc_record("conversion", f"Words {n}.".encode())) for n in range(3)]
+    (tmp_path / "a.warc.gz").write_bytes(bytes(50) + b"".join(members)[50:])
+    (tmp_path / "b.warc").write_bytes(bytes(50) + warc_record("conversion", b"Words."))
+    documents, quarantine = read(tmp_path, crawl=source(tmp_path, kind="warc"))
+    assert [text for text, _ in documents.values()] == ["Words 1.", "Words 2."]
+    assert quarantine == {"crawl/a.warc.gz:byte 0": "unreadable", "crawl/b.warc:byte 0": "unreadable"}
+
+
 def test_a_file_in_one_member_and_one_of_zstd_frames(tmp_path):
     records = [warc_record("conversion", f"Words {n}.".encode()) for n in range(3)]
     (tmp_path / "a.warc.gz").write_bytes(gzip.compress(b"".join(records)))
