@@ -68,7 +68,7 @@ class Piece:
 
 
 @dataclass
-class Manifest:
+class CheckpointManifest:
     """step: optimizer steps done, optimizer_step: those that were applied. training: what the loop needs to go on
     (tokens, data position, ...). state_kinds: what the optimizer keeps of each parameter, as its `state_kinds`."""
 
@@ -96,7 +96,7 @@ class Manifest:
         return json.dumps({"format": FORMAT, "version": VERSION} | values)
 
     @classmethod
-    def read(cls, directory: Path) -> Manifest:
+    def read(cls, directory: Path) -> CheckpointManifest:
         """Read and check the manifest of the checkpoint in `directory`.
 
         Raises:
