@@ -20,7 +20,7 @@ CHARSET = re.compile(rb"charset\s*=\s*[\"']?\s*([\w.:()+-]+)", re.IGNORECASE)
 XML = re.compile(rb"\A\s*<\?xml\s[^>]*?encoding\s*=\s*[\"']([\w.:()+-]+)", re.IGNORECASE)
 
 
-def decode_page(data: bytes, label: str | None = None, *, markup: bool = True) -> str:
+def decode_page(data: bytes | bytearray, label: str | None = None, *, markup: bool = True) -> str:
     """The characters of `data`. The encoding is that of its byte-order mark, or of `label` (the charset of the HTTP
     header), or, with `markup`, of the page's own meta element, or UTF-8 where all bytes fit, or else a guess. What does
     not decode becomes U+FFFD; the whole text does under a label that browsers refuse to decode."""
@@ -33,7 +33,7 @@ def decode_page(data: bytes, label: str | None = None, *, markup: bool = True) -
     try:
         return data.decode()
     except UnicodeDecodeError:
-        return _decode(data, codec(detect_encoding(data)) or "utf-8")
+        return _decode(data, codec(detect_encoding(bytes(data))) or "utf-8")
 
 
 def codec(label: str) -> str | None:
