@@ -1,4 +1,4 @@
-"""Read a checkpoint into any engine and layout: each rank reads the stored pieces that overlap what it owns."""
+"""Load a checkpoint into any engine and layout: each rank reads the stored pieces that overlap its own ranges."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_tn.checkpoint.files import TensorFile
-from megatron_tn.checkpoint.manifest import Manifest, Piece, Trainable, rank_file
+from megatron_tn.checkpoint.manifest import CheckpointManifest, Piece, Trainable, rank_file
 from megatron_tn.checkpoint.reshard import overlaps, pieces_of_local_range, spans_of, view_of
 from megatron_tn.checkpoint.retention import reading
 from megatron_tn.config import ConfigError, ModelConfig, from_mapping
@@ -21,15 +21,15 @@ from megatron_tn.parallel.context import ParallelContext
 
 
 class Reader:
-    """Open files of one checkpoint, which no run removes meanwhile. Use as a context manager.
+    """Open files of one checkpoint, locked against removal by a run's retention. Use as a context manager.
 
-    Only bytes that are needed are read; `bytes_read` counts them.
+    `bytes_read`: bytes read from all files.
 
     Raises:
         ConfigError: a file is missing or damaged, a tensor is incomplete or of another shape.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest):
+    def __init__(self, directory: Path, manifest: CheckpointManifest):
         self.directory = directory
         self.manifest = manifest
         self._files: dict[str, TensorFile] = {}
@@ -43,7 +43,7 @@ class Reader:
         self._stack.close()
 
     def fill(self, kind: str, name: str, shape: tuple[int, ...], piece: Piece, destination: Tensor) -> None:
-        """Fill `destination` [piece.stop - piece.start], contiguous, with that piece of logical tensor kind/name."""
+        """Fill `destination` [piece.stop - piece.start], contiguous, with `piece` of logical tensor kind/name."""
         stored_shape = self.manifest.shapes.get(name)
         if stored_shape != list(shape):
             raise ConfigError(f"{self.directory}: {name} has shape {stored_shape}, but the model needs {list(shape)}")
@@ -80,13 +80,13 @@ class Reader:
         return self._files[name]
 
 
-def load_checkpoint(engine: Trainable, directory: Path) -> Manifest:
+def load_checkpoint(engine: Trainable, directory: Path) -> CheckpointManifest:
     """Restore masters, optimizer state and step and, at the same world size, RNG states. Returns the manifest.
 
     Raises:
-        ConfigError: it is damaged, or of another model or optimizer.
+        ConfigError: the checkpoint is damaged, or of another model or optimizer.
     """
-    manifest = Manifest.read(directory)
+    manifest = CheckpointManifest.read(directory)
     # A checkpoint made of released weights has no optimizer state: its moments begin at zero.
     if manifest.state_kinds and set(manifest.state_kinds) != set(engine.state_kinds):
         raise ConfigError(
@@ -98,7 +98,7 @@ def load_checkpoint(engine: Trainable, directory: Path) -> Manifest:
         for owned in engine.owned_ranges():
             spec = specs[owned.name]
             for values in owned.values.values():
-                values.zero_()  # padding is in no file, and memory that nobody wrote may hold NaN
+                values.zero_()  # padding is in no file; uninitialised memory may hold NaN
             for piece, at in pieces_of_local_range(spec, context.tp.rank, context.tp.size, owned.start, owned.stop):
                 for kind in manifest.kinds:
                     destination = owned.values[kind][at : at + piece.stop - piece.start]
@@ -133,7 +133,7 @@ class CheckpointWeights:
     trained is the one with rounded weights. Use as a context manager."""
 
     def __init__(self, directory: Path):
-        self.manifest = Manifest.read(directory)
+        self.manifest = CheckpointManifest.read(directory)
         self.config = from_mapping(ModelConfig, self.manifest.config["model"])
         trained = torch.bfloat16 if self.manifest.config["engine"]["precision"] == "bf16" else torch.float32
         self.shapes = {name: tuple(shape) for name, shape in self.manifest.shapes.items()}

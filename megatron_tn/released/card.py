@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_tn.checkpoint.manifest import Manifest
+from megatron_tn.checkpoint.manifest import CheckpointManifest
 from megatron_tn.config import ModelConfig
 from megatron_tn.model.registry import parameter_count
 
@@ -65,7 +65,7 @@ def card(config: ModelConfig, dtype: torch.dtype, facts: dict[str, Any], bos: st
     )
 
 
-def training_facts(manifest: Manifest, sources: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+def training_facts(manifest: CheckpointManifest, sources: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
     """What a checkpoint's manifest says. sources: name of a source -> its documents and bytes of text, where known."""
     config, training = manifest.config, manifest.training
     data, optim = config["data"], config.get("optim", {})

@@ -1,7 +1,7 @@
 """config.json of the released layout <-> `ModelConfig`.
 
-Decay rates, which the released family derives from the layer's place, are also stored (`decay_rates`, [L][H]) and
-compared when a model is read: with other rates than it was trained with it would be silently wrong.
+The released family computes decay rates from the layer index. This writer also stores them (`decay_rates`, [L][H]), and
+the reader compares them: a model with other decay rates than in training would be silently wrong.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def config_from_released(values: dict[str, Any]) -> ModelConfig:
     """A released config.json as a `ModelConfig`.
 
     Raises:
-        ConfigError: a field is missing, or names something this model does not have.
+        ConfigError: a field is missing, or its value is not supported.
     """
     known = {family.released.model_type: name for name, family in ARCHITECTURES.items()}
     if values.get("model_type", "transnormer") not in known:
@@ -61,7 +61,7 @@ def config_from_released(values: dict[str, Any]) -> ModelConfig:
             f"config.json: hidden_dim={values['hidden_dim']} differs from "
             f"decoder_embed_dim={values['decoder_embed_dim']}"
         )
-    extra = values.get("megatron_tn", {})  # variants that the released family does not have
+    extra = values.get("megatron_tn", {})  # settings that the released family lacks
     if not isinstance(extra, dict):
         problems.append(f"config.json: megatron_tn={extra!r} is not a mapping")
     if problems:
@@ -102,7 +102,7 @@ def config_from_released(values: dict[str, Any]) -> ModelConfig:
 
 
 def config_to_released(config: ModelConfig) -> dict[str, Any]:
-    """A `ModelConfig` as the fields of a released config.json, plus decay_rates and the variants under one key."""
+    """Fields of a released config.json, plus `decay_rates`, plus "megatron_tn": settings the family lacks."""
     released = architecture(config).released
     return {
         "architectures": [released.class_name],
@@ -144,6 +144,6 @@ def config_to_released(config: ModelConfig) -> dict[str, Any]:
 def _same_rates(a: Any, b: list[list[float]]) -> bool:
     try:
         a, b = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
-    except (TypeError, ValueError):  # words, or rows of unequal length
+    except (TypeError, ValueError):  # not numbers, or rows of unequal length
         return False
     return a.shape == b.shape and bool(torch.allclose(a, b, rtol=1e-5, atol=1e-9))

@@ -10,7 +10,7 @@ import torch
 
 from megatron_tn.checkpoint.files import stream_tensors, sync_folder
 from megatron_tn.checkpoint.load import Weights
-from megatron_tn.checkpoint.manifest import MANIFEST, Manifest, Piece, checkpoint_name, rank_file
+from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, checkpoint_name, rank_file
 from megatron_tn.config import ConfigError, EngineConfig, TrainConfig, to_mapping
 from megatron_tn.released.write import whole_tensor
 
@@ -35,7 +35,7 @@ def write_checkpoint(weights: Weights, folder: Path, precision: str) -> Path:
     entries = {keys[name]: (torch.float32, (math.prod(shape),)) for name, shape in weights.shapes.items()}
     tensors = (whole_tensor(weights, name, torch.float32) for name in weights.shapes)
     record = stream_tensors(partial / file, entries, tensors)
-    manifest = Manifest(
+    manifest = CheckpointManifest(
         step=0,
         optimizer_step=0,
         config=to_mapping(config),
