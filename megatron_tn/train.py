@@ -136,7 +136,7 @@ def preflight(config: TrainConfig) -> tuple[TrainConfig, TokenStream, Start | No
 def go_to(stream: TokenStream, start: Start) -> None:
     """Bring the stream to where a checkpoint was saved. Raises ConfigError when it was trained on other data."""
     manifest = start.manifest()
-    if manifest is None:
+    if manifest is None or not manifest.training.get("stream"):  # initial values, or a checkpoint of weights alone
         return
     try:
         stream.restore(StreamState.from_json(json.dumps(manifest.training.get("stream", {}))))

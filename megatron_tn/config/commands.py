@@ -83,8 +83,10 @@ class ConvertConfig:
     """`python -m megatron_tn.convert`."""
 
     # The command's first word sets it: python -m megatron_tn.convert verify checkpoint=...
-    action: Literal["describe", "verify", "export"] = "describe"
+    action: Literal["describe", "verify", "export", "import"] = "describe"
     checkpoint: str = ""
-    output: str = ""  # export: folder to write in the released layout
+    # export: folder to write in the released layout. import: run_dir whose first checkpoint these weights become
+    output: str = ""
+    shard_mib: Positive = 4096  # export: MiB of one weight file
     precision: Literal["trained", "bf16", "fp32"] = "trained"
     json: bool = False  # describe, verify: print JSON
