@@ -93,12 +93,16 @@ class Watchdog:
 
     def _watch(self) -> None:
         while True:
-            # Should C code hold Python's lock, so that this thread does not get to run again, this ends the process.
-            faulthandler.dump_traceback_later(self.timeout_s + self.interval_s, exit=True, file=2)
+            self._arm()
             if self._done.wait(self.interval_s):
                 return
             if self._told or time.monotonic() - self.progress.since > self._limit_s:
                 self._give_up()
+
+    def _arm(self) -> None:
+        """Start the timer anew that ends the process should this thread not get to run again before it is over, because
+        C code holds Python's lock."""
+        faulthandler.dump_traceback_later(self.timeout_s + self.interval_s, exit=True, file=2)
 
     @property
     def _limit_s(self) -> float:
@@ -117,6 +121,7 @@ class Watchdog:
             self.run.stacks.mkdir(exist_ok=True)
             with (self.run.stacks / f"rank_{self._me.rank:05d}.txt").open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
+        self._arm()
         times = {"limit_s": self._limit_s, "timeout_s": self.timeout_s}
         text, first = self.observer.hang(**times, stacks=str(self.run.stacks))
         if first:
@@ -124,6 +129,7 @@ class Watchdog:
             self._mark_failed(text.splitlines()[0])
             with contextlib.suppress(OSError):
                 self.run.hang.write_text(text)
+        self._arm()
         time.sleep(2 * self.interval_s)  # a launcher kills the others as soon as one rank ends
         os._exit(HANG_EXIT)
 
