@@ -1,10 +1,10 @@
-"""Submit a training run to SLURM, with its settings frozen as they are now.
+"""Submit a training run to SLURM with its settings frozen at submission.
 
     python -m launch.submit --nodes=16 --gres=gpu:8 --time=24:00:00 -- model=7b parallel.tp=8 run_dir=runs/7b
 
-What stands before -- goes to sbatch, what stands after it are the overrides of launch/train.sbatch. The settings are
-composed and checked at once, and written to run_dir/submitted/. The job runs these, whenever it starts or is requeued,
-whatever has happened to YAML files since. Exit code 2 for bad settings; else sbatch's.
+Arguments before -- go to sbatch; those after it are overrides for launch/train.sbatch. The settings are composed and
+checked at submission and written to run_dir/submitted/. The job uses them at every start and requeue, even if YAML
+files have changed. Exit code 2 for bad settings; else sbatch's.
 """
 
 from __future__ import annotations

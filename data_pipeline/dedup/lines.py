@@ -1,7 +1,7 @@
-"""Lines that many documents share: menus, notices, watermarks. They go, and what is left of the documents stays.
+"""Removes lines that many documents share: menus, notices, watermarks.
 
-Three stages: each task counts its lines, each of as many parts of the hashes is summed up over all tasks, and each task
-takes out the lines that were found too often. Lines of code in Markdown stay.
+Three stages: each task counts its lines by hash; each of as many hash ranges is summed over all tasks; each task
+removes the lines found too often. Lines of code in Markdown stay.
 """
 
 import hashlib
@@ -29,8 +29,8 @@ COUNTED = np.dtype([("hash", "<u8"), ("documents", "<u4")])
 
 
 def line_hashes(text: str, least: int) -> list[int | None]:
-    """64 bits of each line, in which case, digits and white space do not count: page 3 of 7 is page 4 of 7. None for a
-    line of fewer than `least` letters and other characters, which is not compared."""
+    """A 64-bit hash per line that ignores case, digits and white space: "page 3 of 7" equals "page 4 of 7". None for a
+    line of fewer than `least` other characters, which is not compared."""
     if text.isascii():
         compared = text.lower().translate(ASCII_DIGITS).splitlines()
         counted = compared
@@ -43,13 +43,13 @@ def line_hashes(text: str, least: int) -> list[int | None]:
 
 
 def line_hash(line: str) -> int:
-    """64 bits of a line without its white space."""
+    """64-bit hash of a line without its white space."""
     letters = " ".join(line.split())
     return int.from_bytes(hashlib.blake2b(letters.encode(), digest_size=8).digest(), "little")
 
 
 class CountLines(PipelineStep):
-    """Per task: in how many of its documents each line is, sorted by hash. Passes the documents on."""
+    """Per task: number of its documents that have each line, sorted by hash. Passes the documents on."""
 
     type = "🫂 - DEDUP"
     name = "count lines"
@@ -70,7 +70,7 @@ class CountLines(PipelineStep):
 
 
 class FindLines(PipelineStep):
-    """Per part of the hashes: which lines are in `min_documents` documents or more, over all tasks."""
+    """Per hash range: the lines that occur in at least `min_documents` documents of all tasks."""
 
     type = "🫂 - DEDUP"
     name = "find lines"
@@ -101,8 +101,8 @@ class FindLines(PipelineStep):
 
 
 class RemoveLines(PipelineStep):
-    """Per task: takes those lines out, recording their numbers in `cuts` and an edit in `edited`, and drops documents
-    of which less than `min_kept` of the characters is left."""
+    """Per task: removes the lines found, recording their numbers in `cuts` and an edit in `edited`, and drops documents
+    that keep less than the share `min_kept` of their characters."""
 
     type = "🫂 - DEDUP"
     name = "remove lines"
@@ -158,6 +158,6 @@ class RemoveLines(PipelineStep):
 
 
 def lines_to_cut(text: str, hashes: list[int | None], often: Container[int]) -> set[int]:
-    """Numbers of the lines whose hashes are in `often`; one with code, a formula, a table or a link stays."""
+    """Numbers of the lines whose hashes are in `often`, without lines of code, formulas, tables or links."""
     seen = enumerate(zip(masked(text).splitlines(), hashes, strict=True))
     return {number for number, (visible, found) in seen if found in often and "\0" not in visible}

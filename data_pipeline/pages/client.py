@@ -1,4 +1,4 @@
-"""Asks the extracting process, starts it, and ends it when a page takes too long."""
+"""Client of the extraction process: starts it, sends pages, and kills it when a page takes too long."""
 
 import os
 import select
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Refused(ValueError):
-    """A page that gives no document: `reason` is a fixed word, `detail` is for people."""
+    """A page without a document: `reason` is a fixed word, `detail` a message."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
@@ -24,12 +24,12 @@ class Refused(ValueError):
 
 
 class Extractor:
-    """One extracting process, started when it is first needed and again after one that had to be ended. A process that
-    was forked from this one starts its own: two that share pipes would get each other's answers."""
+    """An extraction process, started at first use and again after it was killed. A forked process starts its own,
+    because two processes on the same pipes would get each other's answers."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
-        self._owner = 0  # the process that started it
+        self._owner = 0  # pid of the process that started the extractor
 
     def text(self, data: bytes, label: str | None, *, most_bytes: int, seconds: float) -> str:
         """The main content of a page, in at most `seconds`. Raises Refused."""
@@ -47,11 +47,11 @@ class Extractor:
         except (BrokenPipeError, EOFError):
             code = process.wait()
             self.close()
-            # The extractor aborts where it cannot have more memory.
+            # The extractor aborts when it exceeds its memory limit.
             reason = "too_costly" if code == -signal.SIGABRT else "reader_error"
             raise Refused(reason, f"the extractor ended with code {code} on {len(data)} bytes") from None
         except BaseException:
-            self.close()  # whatever it still answers belongs to no other page
+            self.close()  # a late answer must not be read as the next page's
             raise
         if kind == TEXT:
             return answer
@@ -72,15 +72,15 @@ class Extractor:
                 [sys.executable, "-P", "-m", "data_pipeline.pages.worker"],  # -P: no module of the current folder
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,  # what it says there when it aborts is said by its exit code
+                stderr=subprocess.DEVNULL,  # its exit code tells of an abort
                 bufsize=0,
-                pipesize=1 << 20,  # most pages at once
+                pipesize=1 << 20,  # holds most pages whole
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             )
         return self._process
 
     def _read(self, size: int, until: float) -> bytes:
-        """`size` bytes of its answer. Raises TimeoutError after `until`, EOFError when it has ended."""
+        """`size` bytes of the answer. Raises TimeoutError at time `until`, EOFError when the process has ended."""
         pieces = bytearray()
         while len(pieces) < size:
             if not select.select([self._process.stdout], [], [], max(0, until - time.monotonic()))[0]:
@@ -92,7 +92,7 @@ class Extractor:
 
 
 def _write(pipe: BinaryIO, data: bytes | bytearray) -> None:
-    """All of `data`: a write that a signal interrupts is a part of it."""
+    """Writes all of `data`, repeating partial writes."""
     left = memoryview(data)
     while left:
         left = left[pipe.write(left) :]

@@ -1,9 +1,9 @@
 """Counts what a filter keeps of each shard: `python -m data_pipeline.stream.count MANIFEST FILTER [--workers N]`.
 
-MANIFEST is a path, or a URL of fsspec. FILTER is a YAML file or inline JSON (see conf/selfclean.yaml), or module:object
-of a filter of one's own. Only indexes and scores are read. Counted shards are noted as they are done, so that a run
-that was killed goes on where it was. The result is cached beside the manifest. Exit code 2 and a line a problem for bad
-input.
+MANIFEST is a path, or a URL of fsspec. FILTER is a YAML file or inline JSON (see conf/score_filter.yaml), or
+module:object of a filter of one's own. Only indexes and scores are read. Counted shards are noted as they are done, so
+that a run that was killed goes on where it was. The result is cached beside the manifest. Exit code 2 and a line a
+problem for bad input.
 """
 
 import functools

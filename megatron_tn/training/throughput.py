@@ -1,4 +1,4 @@
-"""Tokens per second as TFLOP/s of a process, and as a share of its datasheet rate."""
+"""Tokens per second as TFLOP/s per process, and as a share of the datasheet rate (MFU)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Work:
-    """flops_per_token: of forward and backward pass by the model's formula; recomputed activations are not counted
-    again. processes: that share the work. peak_tflops: the datasheet rate of one process's GPU; None where not known.
+    """flops_per_token: FLOPs of forward and backward pass by the model's formula, without activation recomputation.
+    processes: world size. peak_tflops: datasheet rate of one process's GPU; None where unknown.
     """
 
     flops_per_token: int
@@ -16,9 +16,9 @@ class Work:
     peak_tflops: float | None
 
     def rates(self, tokens_per_second: float) -> dict[str, float]:
-        """tokens_per_second: target tokens of all processes; padding is no work done.
+        """tokens_per_second: target tokens of all processes, without padding.
 
-        Returns model_tflops, of one process, and, where the peak is known, utilisation and the peak it is a share of.
+        Returns model_tflops per process and, where the peak is known, the peak and the utilisation.
         """
         tflops = self.flops_per_token * tokens_per_second / self.processes / 1e12
         found = {"tokens_per_second": tokens_per_second, "model_tflops": tflops}

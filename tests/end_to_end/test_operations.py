@@ -11,7 +11,7 @@ import time
 import pytest
 import torch.distributed.run
 
-from megatron_tn.checkpoint.manifest import MANIFEST, Manifest, whole_checkpoints
+from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, whole_checkpoints
 from megatron_tn.train import main as train
 from megatron_tn.training.run_folder import RunFolder
 from tests.helpers.training import SMALL, call, fork_ranks, losses, records, train_forked, train_here
@@ -277,7 +277,7 @@ def test_a_damaged_newest_checkpoint_is_left_out_and_kept(words, uninterrupted, 
     train_forked(2, *again)
     assert losses(run.path) == losses(uninterrupted)
     assert len(list(run.checkpoints.glob("step_00000004.damaged-*"))) == 1
-    (rewind,) = Manifest.read(run.whole_checkpoints()[-1]).training["rewinds"]
+    (rewind,) = CheckpointManifest.read(run.whole_checkpoints()[-1]).training["rewinds"]
     assert (rewind["from"], rewind["to"], rewind["by"]) == (4, 2, "damage")
     assert "rank_00001.safetensors has " in rewind["reason"]
 

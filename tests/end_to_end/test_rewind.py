@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tn.checkpoint.manifest import MANIFEST, Manifest, whole_checkpoints
+from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, whole_checkpoints
 from megatron_tn.train import main as train
 from tests.helpers.training import SMALL, call, fork_ranks, losses, records, train_forked, train_here
 
@@ -42,8 +42,8 @@ def train_with_a_bad_batch(overrides: tuple[str, ...], fault: str) -> None:
     train_here(overrides)
 
 
-def last_checkpoint(run: Path) -> tuple[Manifest, dict[str, str]]:
-    manifest = Manifest.read(whole_checkpoints(run / "checkpoints")[-1])
+def last_checkpoint(run: Path) -> tuple[CheckpointManifest, dict[str, str]]:
+    manifest = CheckpointManifest.read(whole_checkpoints(run / "checkpoints")[-1])
     return manifest, {name: record.sha256 for name, record in manifest.files.items()}
 
 

@@ -1,6 +1,6 @@
-"""Progress for people: on a terminal a bar with loss, speed and time left; elsewhere a line every ten seconds.
+"""Progress on standard output: a bar with loss, speed and time left on a terminal, else a line every ten seconds.
 
-When the terminal, the pipe or the disk behind standard output goes away, training goes on: log.jsonl has everything.
+When writing to standard output fails, training continues; log.jsonl holds all records.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LINE_EVERY_S = 10.0
 
 
 def while_it_is_there(method: Callable[..., None]) -> Callable[..., None]:
-    """Decorator of a method of ConsoleProgress: once standard output cannot be written, the method does nothing."""
+    """Decorator of ConsoleProgress methods: after a failed write to standard output, the method does nothing."""
 
     @functools.wraps(method)
     def guarded(self: ConsoleProgress, *arguments: Any) -> None:

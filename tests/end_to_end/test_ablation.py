@@ -11,7 +11,7 @@ import pytest
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.reading import read_documents
 from data_pipeline.shards.writer import ShardWriter
-from launch.worth import main
+from launch.ablation import main
 
 TINY = (
     "model.embed_dim=32",
@@ -32,7 +32,7 @@ TINY = (
 
 @pytest.fixture
 def corpora(shards, tmp_path):
-    """As data_pipeline.worth leaves them: `cleaned` is the sentences, `raw` shuffles the tokens of each document."""
+    """As data_pipeline.ablation leaves them: `cleaned` is the sentences, `raw` shuffles the tokens of each document."""
     folder = tmp_path / "corpora"
     for name in ("cleaned", "heldout"):
         shutil.copytree(shards.parent, folder / name)
@@ -103,4 +103,4 @@ def test_bad_input_is_one_clear_line(corpora, tmp_path, capsys, words, message):
 def test_missing_corpora_are_named_with_the_command_that_makes_them(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--corpora", str(tmp_path), "--run-dir", str(tmp_path / "runs")])
-    assert "python -m data_pipeline.worth" in capsys.readouterr().err
+    assert "python -m data_pipeline.ablation" in capsys.readouterr().err
