@@ -40,7 +40,12 @@ def load_any_model(path: str, device: str, precision: str) -> Model:
 
 def open_weights(directory: Path) -> CheckpointWeights | ReleasedWeights:
     """The weights in a checkpoint or a released folder, as `resolve_checkpoint` found it; a context manager."""
-    return CheckpointWeights(directory) if (directory / MANIFEST).is_file() else ReleasedWeights(directory)
+    if (directory / MANIFEST).is_file():
+        return CheckpointWeights(directory)
+    try:
+        return ReleasedWeights(directory)
+    except FileNotFoundError as error:
+        raise ConfigError(str(error)) from None
 
 
 def load_tokenizer(path: str, checkpoint: str) -> Tokenizer:
