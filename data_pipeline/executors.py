@@ -4,6 +4,7 @@ Both use the same completion markers, so one can finish a run that the other beg
 """
 
 import copy
+import functools
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.executor.slurm import SlurmPipelineExecutor
+from loguru import _better_exceptions
 
 from data_pipeline.config import Slurm
 from data_pipeline.errors import InputError, StageError
@@ -30,6 +32,17 @@ ORPHAN_SECONDS = 0.5  # interval at which a worker checks that its parent lives
 POLL_SECONDS = 2.0  # interval of squeue calls
 PATIENCE = 15  # polls between a job's end and its completion markers on a shared file system
 SHOWN_TASKS = 5
+
+
+def _remember_library_folders() -> None:
+    """Has loguru look for the folders of libraries once. It asks sysconfig for 36 paths, in 10 ms, for every handler,
+    and datatrove adds three handlers a task."""
+    formatter = getattr(_better_exceptions, "ExceptionFormatter", None)
+    if find := getattr(formatter, "_get_lib_dirs", None):
+        formatter._get_lib_dirs = staticmethod(functools.cache(find))
+
+
+_remember_library_folders()
 
 
 class TaskError(StageError):

@@ -197,6 +197,19 @@ TABLES = {
             "commit": commit,
         },
     ),
+    "cleaning": Table(
+        holds=lambda row: row["name"].startswith("cleaning: "),
+        same=("name",),
+        line=("name",),
+        order=lambda row: row["name"],
+        columns={
+            "stage": lambda rows: rows[0]["name"].removeprefix("cleaning: "),
+            "MB/s": lambda rows: f"{rows[0]['value']:g}",
+            "documents/s": lambda rows: f"{rows[0]['documents_per_s']:g}",
+            "machine": machine,
+            "commit": commit,
+        },
+    ),
 }  # fmt: skip
 
 

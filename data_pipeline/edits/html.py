@@ -8,9 +8,12 @@ from pydantic.dataclasses import dataclass
 
 from data_pipeline.edits.base import Edit, edit
 from data_pipeline.edits.characters import standard_characters
+from data_pipeline.pages.client import Refused
 from data_pipeline.protected import outside_protected
+from data_pipeline.readers.html import EXTRACTOR
 from data_pipeline.thresholds import STRICT, Count
 
+MOST_BYTES, SECONDS = 100_000_000, 60  # of a page that is extracted; a larger or slower one leaves no text
 # Tag names of HTML only, so that `<stdin>`, `List<int>` and `<3` are not taken for tags.
 NAMES = (
     "a|abbr|article|aside|b|big|blockquote|body|br|button|caption|center|cite|code|col|dd|del|details|div|dl|dt|em|"
@@ -76,11 +79,10 @@ class Html:
 
 def _extracted(page: str) -> str:
     """The text of a page; markup that the page displays is escaped with entities."""
-    from data_pipeline.readers.base import Found
-    from data_pipeline.readers.html import page_text
-
-    found = page_text(page, "")
-    text = found.text if isinstance(found, Found) else ""
+    try:
+        text = EXTRACTOR.text(page.encode(), "utf-8", most_bytes=MOST_BYTES, seconds=SECONDS)
+    except Refused:
+        text = ""
     return outside_protected(text, lambda piece: _spelled(piece.replace("<", LESS).replace(">", GREATER)))
 
 

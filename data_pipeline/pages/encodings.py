@@ -20,7 +20,7 @@ CHARSET = re.compile(rb"charset\s*=\s*[\"']?\s*([\w.:()+-]+)", re.IGNORECASE)
 XML = re.compile(rb"\A\s*<\?xml\s[^>]*?encoding\s*=\s*[\"']([\w.:()+-]+)", re.IGNORECASE)
 
 
-def decode_page(data: bytes, label: str | None = None, *, markup: bool = True) -> str:
+def decode_page(data: bytes | bytearray, label: str | None = None, *, markup: bool = True) -> str:
     """`data` as text. The encoding is, in this order, the byte-order mark's, `label` (the HTTP header's charset), with
     `markup` the meta element's, UTF-8 if all bytes are valid, or guessed. Undecodable bytes become U+FFFD; with a label
     that browsers refuse to decode, the whole text does."""
@@ -33,7 +33,7 @@ def decode_page(data: bytes, label: str | None = None, *, markup: bool = True) -
     try:
         return data.decode()
     except UnicodeDecodeError:
-        return _decode(data, codec(detect_encoding(data)) or "utf-8")
+        return _decode(data, codec(detect_encoding(bytes(data))) or "utf-8")
 
 
 def codec(label: str) -> str | None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.files import open_temporary, replace_file, sha256_of
+from data_pipeline.shards.content import Shard
 from data_pipeline.shards.index import TEXT_BYTES, TOKENS, build_index, dump_index
-from data_pipeline.shards.manifest import Shard
 from data_pipeline.shards.tar import TarWriter
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_tn.checkpoint.files import TensorFile
-from megatron_tn.checkpoint.manifest import Manifest, Piece, Trainable, rank_file
+from megatron_tn.checkpoint.manifest import CheckpointManifest, Piece, Trainable, rank_file
 from megatron_tn.checkpoint.reshard import overlaps, pieces_of_local_range, spans_of, view_of
 from megatron_tn.checkpoint.retention import reading
 from megatron_tn.config import ConfigError, ModelConfig, from_mapping
@@ -28,7 +28,7 @@ class Reader:
         ConfigError: a file is missing or damaged, a tensor is incomplete or of another shape.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest):
+    def __init__(self, directory: Path, manifest: CheckpointManifest):
         self.directory = directory
         self.manifest = manifest
         self._files: dict[str, TensorFile] = {}
@@ -79,13 +79,13 @@ class Reader:
         return self._files[name]
 
 
-def load_checkpoint(engine: Trainable, directory: Path) -> Manifest:
+def load_checkpoint(engine: Trainable, directory: Path) -> CheckpointManifest:
     """Restore masters, optimizer state and step and, at the same world size, RNG states. Returns the manifest.
 
     Raises:
         ConfigError: the checkpoint is damaged, or of another model or optimizer.
     """
-    manifest = Manifest.read(directory)
+    manifest = CheckpointManifest.read(directory)
     if set(manifest.state_kinds) != set(engine.state_kinds):
         raise ConfigError(
             f"{directory} holds {', '.join(manifest.state_kinds)} of each parameter, but this run's optimizer keeps "
@@ -117,7 +117,7 @@ def load_model(
     dtype: torch.dtype | None = None,
 ) -> Model:
     """The model without an engine or optimizer state. dtype None: the precision of training."""
-    manifest = Manifest.read(directory)
+    manifest = CheckpointManifest.read(directory)
     config = from_mapping(ModelConfig, manifest.config["model"])
     context = context or ParallelContext()
     trained = torch.bfloat16 if manifest.config["engine"]["precision"] == "bf16" else torch.float32

@@ -68,7 +68,7 @@ class Piece:
 
 
 @dataclass
-class Manifest:
+class CheckpointManifest:
     """step: training steps done. optimizer_step: steps whose update was applied. training: state of the training loop
     (tokens, data position, ...). state_kinds: the optimizer's `state_kinds`, such as exp_avg."""
 
@@ -96,7 +96,7 @@ class Manifest:
         return json.dumps({"format": FORMAT, "version": VERSION} | values)
 
     @classmethod
-    def read(cls, directory: Path) -> Manifest:
+    def read(cls, directory: Path) -> CheckpointManifest:
         """Read and check the manifest of the checkpoint in `directory`.
 
         Raises:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tn.checkpoint.files import FileRecord, sync_folder, write_tensors
-from megatron_tn.checkpoint.manifest import MANIFEST, Manifest, Piece, Trainable, checkpoint_name, rank_file
+from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, Trainable, checkpoint_name, rank_file
 from megatron_tn.checkpoint.reshard import pieces_of_local_range
 from megatron_tn.checkpoint.retention import Retention, apply_retention, discard, remove
 from megatron_tn.parallel.sharding import OwnedRange
@@ -42,7 +42,7 @@ class Snapshot:
     rank: int
     world_size: int
     tensors: dict[str, Tensor]
-    manifest: Manifest
+    manifest: CheckpointManifest
 
 
 class HostMemory:
@@ -108,7 +108,7 @@ def take_snapshot(
     memory: host memory to reuse; the previous snapshot in it must have been written.
     """
     context, specs = engine.context, engine.model.shard_specs()
-    manifest = Manifest(
+    manifest = CheckpointManifest(
         step=step,
         optimizer_step=optimizer_step,
         config=config,

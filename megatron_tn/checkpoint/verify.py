@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from megatron_tn.checkpoint.files import CHUNK_BYTES, TensorFile
-from megatron_tn.checkpoint.manifest import MANIFEST, Manifest, Piece, whole_checkpoints
+from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, whole_checkpoints
 from megatron_tn.checkpoint.reshard import rectangles
 from megatron_tn.config import ConfigError, TrainConfig, from_mapping
 from megatron_tn.model.registry import build_model
@@ -21,7 +21,7 @@ from megatron_tn.model.registry import build_model
 def verify(directory: Path) -> list[str]:
     """One line per problem; empty when the checkpoint is complete. Reads every byte once."""
     try:
-        manifest = Manifest.read(directory)
+        manifest = CheckpointManifest.read(directory)
     except ConfigError as error:
         return error.problems
     found = _content_problems(manifest)
@@ -35,7 +35,7 @@ def verify(directory: Path) -> list[str]:
 def glance(directory: Path) -> list[str]:
     """Problems found without reading tensors: in the manifest, or files that are missing or of another size."""
     try:
-        manifest = Manifest.read(directory)
+        manifest = CheckpointManifest.read(directory)
     except ConfigError as error:
         return error.problems
     found = []
@@ -58,7 +58,7 @@ def whole_from(folder: Path) -> tuple[Path | None, dict[Path, list[str]]]:
     return None, damage
 
 
-def _content_problems(manifest: Manifest) -> list[str]:
+def _content_problems(manifest: CheckpointManifest) -> list[str]:
     """Problems within the manifest, such as pieces that overlap or leave a gap; no file is read."""
     found = []
     try:
@@ -118,7 +118,7 @@ def times_covered(pieces: Sequence[Piece], shape: Sequence[int]) -> tuple[int, i
     return tuple(int(elements[mask].sum()) for mask in (count == 0, count == 1, count > 1))
 
 
-def _file_problems(path: Path, size: int, sha256: str, manifest: Manifest) -> list[str]:
+def _file_problems(path: Path, size: int, sha256: str, manifest: CheckpointManifest) -> list[str]:
     """Problems of one file: its header first, then its bytes."""
     try:
         with closing(TensorFile(path)) as file:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_tn.checkpoint.manifest import MANIFEST, Manifest, step_of
+from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, step_of
 from megatron_tn.checkpoint.verify import whole_from
 from megatron_tn.config import ConfigError, TrainConfig, differences, to_mapping
 from megatron_tn.training.run_folder import RunFolder
@@ -45,8 +45,8 @@ class Start:
     damage: dict[Path, list[str]] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
 
-    def manifest(self) -> Manifest | None:
-        return None if self.checkpoint is None else Manifest.read(self.checkpoint)
+    def manifest(self) -> CheckpointManifest | None:
+        return None if self.checkpoint is None else CheckpointManifest.read(self.checkpoint)
 
 
 def choose_start(config: TrainConfig, folder: RunFolder, *, requeued: bool) -> Start:
@@ -75,7 +75,7 @@ def choose_start(config: TrainConfig, folder: RunFolder, *, requeued: bool) -> S
         steps = ", ".join(map(str, folder.saved())) or "none"
         raise ConfigError(f"checkpoint.resume={asked} does not exist; run_dir={config.run_dir} has steps: {steps}")
     try:
-        step = Manifest.read(checkpoint).step
+        step = CheckpointManifest.read(checkpoint).step
     except ConfigError as error:
         raise ConfigError(f"checkpoint.resume={asked}: {error}") from None
     later = tuple(path for path in there if step_of(path) > step)

@@ -120,7 +120,9 @@ def test_a_warc_record_with_a_false_length_is_never_taken_for_a_document(tmp_pat
     documents, quarantine = read(tmp_path, crawl=source(tmp_path, kind="warc"))
     texts = [text for text, _ in documents.values()]
     assert texts == [f"Good text number {n}." for n in (0, 1, 2, 3, 0)]
-    assert quarantine == {"crawl/a.warc.gz:2": reason}
+    assert quarantine.pop("crawl/a.warc.gz:2") == reason
+    (place,) = quarantine  # of the request, behind which a document might have been
+    assert place.startswith("crawl/a.warc.gz:byte ")
 
 
 def test_a_file_of_beginnings_of_records_ends(tmp_path):

@@ -13,9 +13,10 @@ import pytest
 import webdataset
 
 from data_pipeline.errors import InputError
+from data_pipeline.files import replace_file, sha256_of
 from data_pipeline.shards import Manifest, read_documents
+from data_pipeline.shards.content import token_dtype
 from data_pipeline.shards.index import build_index, load_index
-from data_pipeline.shards.manifest import replace_file, sha256_of, token_dtype
 from data_pipeline.shards.tar import TarWriter
 from data_pipeline.shards.verify import main, verify
 from data_pipeline.shards.writer import ShardWriter

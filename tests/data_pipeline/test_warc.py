@@ -100,10 +100,12 @@ def test_statuses_and_kinds_of_records(tmp_path):
         warc_record("request", b"GET / HTTP/1.1"),
         warc_record("conversion", b"More words."),
         warc_record("unheard-of", b""),
+        warc_record("conversion", "Größe, Höhe und Breite der Bäume.".encode("cp1252")),
     ]
     write(tmp_path / "a.warc", records, packed=False)
     documents, quarantine = read(tmp_path, crawl=source(tmp_path, kind="warc", statuses=[200, 404]))
-    assert [id.rpartition(":")[2] for id in documents] == ["1", "2", "4"]
+    assert [id.rpartition(":")[2] for id in documents] == ["1", "2", "4", "6"]
+    assert documents["crawl/a.warc:6"][0] == "Größe, Höhe und Breite der Bäume."
     assert quarantine == {"crawl/a.warc:3": "record_type", "crawl/a.warc:5": "record_type"}
 
 
@@ -122,6 +124,15 @@ def test_a_damaged_member_costs_itself_alone(tmp_path):
     assert [text[:7] for text, _ in documents.values()] == ["Words 0", "Words 2", "Words 4"]
     lost = [len(members[0]), len(members[0] + members[1] + members[2])]
     assert quarantine == {f"crawl/a.warc.gz:byte {at}": "unreadable" for at in lost}
+
+
+def test_a_file_that_begins_with_damage_is_read_behind_it(tmp_path):
+    members = [gzip.compress(warc_record("conversion", f"Words {n}.".encode())) for n in range(3)]
+    (tmp_path / "a.warc.gz").write_bytes(bytes(50) + b"".join(members)[50:])
+    (tmp_path / "b.warc").write_bytes(bytes(50) + warc_record("conversion", b"Words."))
+    documents, quarantine = read(tmp_path, crawl=source(tmp_path, kind="warc"))
+    assert [text for text, _ in documents.values()] == ["Words 1.", "Words 2."]
+    assert quarantine == {"crawl/a.warc.gz:byte 0": "unreadable", "crawl/b.warc:byte 0": "unreadable"}
 
 
 def test_a_file_in_one_member_and_one_of_zstd_frames(tmp_path):

@@ -20,7 +20,8 @@ def last_step_in(folder: Path, run_id: str) -> int:
     from wandb.proto.wandb_internal_pb2 import Record
 
     found = 0
-    for path in folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb"):
+    # [offline-]run-TIME-ID, and run-TIME-ID-1 where two processes began in the same second
+    for path in folder.glob(f"*run-*/run-{run_id}.wandb"):
         for message in messages(path.read_bytes()):
             record = Record.FromString(message)
             for item in record.history.item:
