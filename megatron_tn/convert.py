@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import sys
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -21,7 +20,7 @@ from megatron_tn.checkpoint.hf import save_pretrained
 from megatron_tn.checkpoint.manifest import MANIFEST, Manifest
 from megatron_tn.checkpoint.verify import verify
 from megatron_tn.cli import command
-from megatron_tn.config import ConfigError, ConvertConfig
+from megatron_tn.config import ConfigError, ConvertConfig, read_mapping
 from megatron_tn.loading import load_any_model, resolve_checkpoint, tokenizer_path
 from megatron_tn.training.run_folder import RunFolder
 
@@ -62,7 +61,9 @@ def export(config: ConvertConfig) -> None:
     model = load_any_model(config.checkpoint, "cpu", config.precision)
     save_pretrained(model, config.output)
     if (tokenizer := tokenizer_path("", config.checkpoint)) is not None:
-        shutil.copyfile(tokenizer, Path(config.output) / "tokenizer.json")
+        # Readers of the export must not cut or pad texts as the tokenizer's earlier user did.
+        values = read_mapping(tokenizer) | {"truncation": None, "padding": None}
+        (output / "tokenizer.json").write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n")
     print(f"wrote {config.output}")
 
 

@@ -21,6 +21,7 @@ def main(config: GenerateConfig) -> None:
         raise ConfigError(problems)
     tokenizer = load_tokenizer(config.tokenizer, config.checkpoint)
     model = load_any_model(config.checkpoint, config.device, config.precision)
+    tokenizer.encode_special_tokens = not config.special_tokens
     prompt = [model.config.bos_id, *tokenizer.encode(config.prompt, add_special_tokens=False).ids]
     ids = list(prompt[1:])
     shown = ""

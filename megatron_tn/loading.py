@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from data_pipeline.shards.manifest import Manifest
 from megatron_tn.checkpoint.hf import load_pretrained
 from megatron_tn.checkpoint.load import load_model
 from megatron_tn.checkpoint.manifest import MANIFEST, whole_checkpoints
@@ -37,7 +38,8 @@ def load_any_model(path: str, device: str, precision: str) -> Model:
 
 
 def load_tokenizer(path: str, checkpoint: str) -> Tokenizer:
-    """tokenizer.json at `path`, or, where that is empty, in the checkpoint's folder or its run's.
+    """tokenizer.json at `path`, or, where that is empty, in the checkpoint's folder or its run's. It neither cuts nor
+    pads, whatever the file says, and reads `</s>` in a text as those four characters.
 
     Raises:
         ConfigError: there is none, or it cannot be read.
@@ -46,9 +48,13 @@ def load_tokenizer(path: str, checkpoint: str) -> Tokenizer:
     if place is None:
         raise ConfigError(f"tokenizer={path!r}: there is no tokenizer.json there or beside checkpoint={checkpoint}")
     try:
-        return Tokenizer.from_file(str(place))
+        tokenizer = Tokenizer.from_file(str(place))
     except Exception as error:  # the library raises nothing narrower
         raise ConfigError(f"tokenizer={place} cannot be read: {error}") from None
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def tokenizer_path(path: str, checkpoint: str) -> Path | None:
@@ -56,6 +62,17 @@ def tokenizer_path(path: str, checkpoint: str) -> Path | None:
     directory = resolve_checkpoint(checkpoint)
     near = [folder / "tokenizer.json" for folder in (directory, *list(directory.absolute().parents)[:2])]
     return next((place for place in ([Path(path)] if path else near) if place.is_file()), None)
+
+
+def other_tokenizer(manifest: Manifest, setting: str, path: str, checkpoint: str) -> list[str]:
+    """One line where shards were made with another tokenizer than the checkpoint's model was trained with; none where
+    either tokenizer.json is not there. setting: the one that names the shards; path: see `load_tokenizer`."""
+    ours, theirs = tokenizer_path(path, checkpoint), manifest.directory / manifest.tokenizer.file
+    if ours is None or not theirs.is_file():
+        return []
+    if load_tokenizer(str(ours), checkpoint).get_vocab() == load_tokenizer(str(theirs), checkpoint).get_vocab():
+        return []
+    return [f"{setting} was made with another tokenizer than {ours}, that of checkpoint={checkpoint}"]
 
 
 def resolve_checkpoint(path: str) -> Path:

@@ -7,16 +7,19 @@ torchrun --nproc-per-node 8 -m megatron_tn.train model=7b parallel.tp=8 data.man
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from webdataset import DataPipeline
 
+from data_pipeline.shards.manifest import TokenizerInfo
 from data_pipeline.stream import (
     Batch,
     InputError,
@@ -30,9 +33,10 @@ from data_pipeline.stream import (
     load_filter,
 )
 from megatron_tn.cli import command, is_first_process, run_program
-from megatron_tn.config import ConfigError, TrainConfig
+from megatron_tn.config import ConfigError, ModelConfig, TrainConfig
 from megatron_tn.engine.build import DTYPES, build_engine
 from megatron_tn.evaluate import held_out_loss, problems_of_held_out
+from megatron_tn.loading import resolve_checkpoint
 from megatron_tn.model.registry import check_kernels, training_flops_per_token
 from megatron_tn.optim.schedule import batch_of_step, learning_rate
 from megatron_tn.parallel.context import ParallelContext
@@ -103,7 +107,8 @@ def preflight(config: TrainConfig) -> tuple[TrainConfig, TokenStream, Start | No
         ConfigError: with every problem found.
     """
     folder = RunFolder(config.run_dir)
-    config, notes = settings_of_this_start(config, folder)
+    config, notes = settings_of_this_start(with_token_ids(config), folder)
+    config = with_token_ids(config)  # settings frozen at a submission have none yet
     for note in notes:
         log.info(note)  # by one rank: the others log warnings alone
     problems: list[str] = []
@@ -112,6 +117,7 @@ def preflight(config: TrainConfig) -> tuple[TrainConfig, TokenStream, Start | No
         if config.evaluation.manifest:
             held_out, path = Manifest.load(config.evaluation.manifest), config.evaluation.manifest
             problems += problems_of_held_out(held_out, f"evaluation.manifest={path}", config.model.vocab_size)
+            problems += other_tokenizer(held_out, config)
     except InputError as error:
         problems += [f"evaluation.manifest: {problem}" for problem in error.problems]
     try:
@@ -123,6 +129,8 @@ def preflight(config: TrainConfig) -> tuple[TrainConfig, TokenStream, Start | No
     if is_first_process() and not settings:
         try:
             start = choose_start(config, folder, requeued=goes_on(folder))
+            if config.init_from and start.checkpoint is None:
+                start = dataclasses.replace(start, weights=folder_of_weights(config.init_from))
             problems += checkpoint_problems(config, start)
             if not problems:
                 go_to(stream, start)
@@ -131,6 +139,14 @@ def preflight(config: TrainConfig) -> tuple[TrainConfig, TokenStream, Start | No
     if problems:
         raise ConfigError(problems)
     return config, stream, start
+
+
+def folder_of_weights(init_from: str) -> Path:
+    """Raises ConfigError when there are none."""
+    try:
+        return resolve_checkpoint(init_from)
+    except ConfigError:
+        raise ConfigError(f"init_from={init_from}: there is no checkpoint and no released model") from None
 
 
 def go_to(stream: TokenStream, start: Start) -> None:
@@ -143,6 +159,49 @@ def go_to(stream: TokenStream, start: Start) -> None:
     except InputError as error:
         where = f"checkpoint {start.checkpoint} was trained on other data"
         raise ConfigError([f"{where}: {problem}" for problem in error.problems]) from None
+
+
+def with_token_ids(config: TrainConfig) -> TrainConfig:
+    """The settings with model.bos_id, eos_id and pad_id of the tokenizer that made data.manifest: those that the shards
+    hold, that generation begins and ends with, and that an export names.
+
+    Raises:
+        ConfigError: a setting that is not at its default names another id.
+    """
+    tokenizer = tokenizer_of(config.data.manifest)
+    if tokenizer is None:
+        return config
+    ids = {"bos_id": tokenizer.bos, "eos_id": tokenizer.eos, "pad_id": tokenizer.pad}
+    default = ModelConfig()
+    problems = [
+        f"model.{name}={getattr(config.model, name)} is not the id {right} of the tokenizer that made data.manifest="
+        f"{config.data.manifest}; leave the setting out"
+        for name, right in ids.items()
+        if getattr(config.model, name) not in (right, getattr(default, name))
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **ids))
+
+
+@functools.lru_cache
+def tokenizer_of(manifest: str) -> TokenizerInfo | None:
+    """What shards' manifest.json says of their tokenizer; None where it cannot be read, which `open_stream` reports."""
+    try:
+        return Manifest.load(manifest).tokenizer
+    except InputError:
+        return None
+
+
+def other_tokenizer(held_out: Manifest, config: TrainConfig) -> list[str]:
+    """One line where held-out shards and training shards were made with different tokenizers."""
+    ours = tokenizer_of(config.data.manifest)
+    if ours is None or ours.sha256 == held_out.tokenizer.sha256:
+        return []
+    return [
+        f"evaluation.manifest={config.evaluation.manifest} and data.manifest={config.data.manifest} were made with "
+        "different tokenizers"
+    ]
 
 
 def open_stream(config: TrainConfig) -> TokenStream:

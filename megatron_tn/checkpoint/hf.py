@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from megatron_tn.checkpoint.manifest import Piece
 from megatron_tn.config import ConfigError, ModelConfig, from_mapping, read_mapping
 from megatron_tn.model.base import Model
 from megatron_tn.model.decay import all_decay_rates
@@ -178,6 +179,30 @@ def load_pretrained(
                 with torch.no_grad():
                     parameters[name].copy_(local)
     return model
+
+
+class ReleasedTensors:
+    """The weights in a released model's folder, read piece by piece; takes the place of a checkpoint's Reader."""
+
+    def __init__(self, directory: Path):
+        self._files = _tensor_files(directory)
+        self._directory = directory
+
+    def fill(self, kind: str, name: str, shape: tuple[int, ...], piece: Piece, destination: torch.Tensor) -> None:
+        """Fill `destination` [piece.stop - piece.start] with that piece of tensor `name`; the only kind is "param".
+
+        Raises:
+            ConfigError: the tensor is missing or has another shape.
+        """
+        if name not in self._files:
+            raise ConfigError(f"{self._directory}: tensor {name} is missing")
+        with _opened(self._files[name]) as tensors:
+            view = tensors.get_slice(name)
+            if tuple(view.get_shape()) != shape:
+                raise ConfigError(f"{self._directory}: {name} has shape {view.get_shape()}, not {list(shape)}")
+            box = view[tuple(slice(*edge) for edge in piece.box)]
+        with torch.no_grad():
+            destination.copy_(box.flatten()[piece.start : piece.stop])
 
 
 def save_pretrained(model: Model, directory: str | Path, dtype: torch.dtype | None = None) -> None:

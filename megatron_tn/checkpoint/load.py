@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from megatron_tn.checkpoint.files import TensorFile
-from megatron_tn.checkpoint.manifest import Manifest, Piece, Trainable, rank_file
+from megatron_tn.checkpoint.hf import ReleasedTensors, config_from_released
+from megatron_tn.checkpoint.manifest import MANIFEST, Manifest, Piece, Trainable, rank_file
 from megatron_tn.checkpoint.reshard import overlaps, pieces_of_local_range, spans_of, view_of
 from megatron_tn.checkpoint.retention import reading
-from megatron_tn.config import ConfigError, ModelConfig, from_mapping
+from megatron_tn.config import ConfigError, ModelConfig, from_mapping, read_mapping
 from megatron_tn.model.base import Model
 from megatron_tn.model.registry import build_model
 from megatron_tn.parallel.context import ParallelContext
@@ -91,16 +93,9 @@ def load_checkpoint(engine: Trainable, directory: Path) -> Manifest:
             f"{directory} holds {', '.join(manifest.state_kinds)} of each parameter, but this run's optimizer keeps "
             f"{', '.join(engine.state_kinds)}: resume with the optimizer that saved the checkpoint"
         )
-    context, specs = engine.context, engine.model.shard_specs()
+    context = engine.context
     with Reader(directory, manifest) as reader:
-        for owned in engine.owned_ranges():
-            spec = specs[owned.name]
-            for values in owned.values.values():
-                values.zero_()  # padding is in no file, and memory that nobody wrote may hold NaN
-            for piece, at in pieces_of_local_range(spec, context.tp.rank, context.tp.size, owned.start, owned.stop):
-                for kind in manifest.kinds:
-                    destination = owned.values[kind][at : at + piece.stop - piece.start]
-                    reader.fill(kind, owned.name, spec.shape, piece, destination)
+        _fill(engine, reader, manifest.kinds)
         if math.prod(manifest.layout.values()) == context.world_size:
             rng = reader.rng(context.rank)
             torch.set_rng_state(rng["rng/cpu"])
@@ -108,6 +103,42 @@ def load_checkpoint(engine: Trainable, directory: Path) -> Manifest:
                 torch.cuda.set_rng_state(rng["rng/cuda"])
     engine.refresh(manifest.optimizer_step)
     return manifest
+
+
+def load_weights(engine: Trainable, directory: Path) -> None:
+    """Fill the masters with the weights in a checkpoint or a released model's folder, of the same shapes; the optimizer
+    begins afresh.
+
+    Raises:
+        ConfigError: a file is missing or damaged, or a tensor has another shape.
+    """
+    if (directory / MANIFEST).is_file():
+        with Reader(directory, Manifest.read(directory)) as reader:
+            _fill(engine, reader, ["param"])
+    else:
+        _fill(engine, ReleasedTensors(directory), ["param"])
+    engine.refresh(optimizer_step=0)
+
+
+def _fill(engine: Trainable, reader: Reader | ReleasedTensors, kinds: Sequence[str]) -> None:
+    """These kinds of values of each element that the rank owns; zero in all other kinds and in padding."""
+    axis, specs = engine.context.tp, engine.model.shard_specs()
+    for owned in engine.owned_ranges():
+        spec = specs[owned.name]
+        for values in owned.values.values():
+            values.zero_()  # padding is in no file, and memory that nobody wrote may hold NaN
+        for piece, at in pieces_of_local_range(spec, axis.rank, axis.size, owned.start, owned.stop):
+            for kind in kinds:
+                destination = owned.values[kind][at : at + piece.stop - piece.start]
+                reader.fill(kind, owned.name, spec.shape, piece, destination)
+
+
+def stored_model_config(directory: Path) -> ModelConfig:
+    """Of the model in a checkpoint or a released model's folder. Raises ConfigError when it is damaged."""
+    if (directory / MANIFEST).is_file():
+        # A setting that is newer than the checkpoint had its default there.
+        return from_mapping(ModelConfig, Manifest.read(directory).config["model"])
+    return config_from_released(read_mapping(directory / "config.json"))
 
 
 def load_model(

@@ -68,6 +68,7 @@ class GenerateConfig:
 
     checkpoint: str = ""
     prompt: str = ""
+    special_tokens: bool = False  # whether <s> in the prompt is that special token, and not the text of 3 characters
     tokenizer: str = ""
     max_new_tokens: Count = 128
     temperature: float = 0.8

@@ -29,6 +29,8 @@ class TrainConfig:
     """`python -m megatron_tn.train` writes it, resolved, to run_dir/config.json."""
 
     run_dir: str = "runs/default"
+    # Weights to begin a new run from: a checkpoint, a run's folder or a released model's; empty: initial values.
+    init_from: str = ""
     seed: Seed = 0
     nodes: Positive = 1
     stop_after: Count = 0  # save and end after this step of the same schedule; 0: after schedule.steps

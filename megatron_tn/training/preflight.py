@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import torch
 
+from megatron_tn.checkpoint.load import stored_model_config
 from megatron_tn.config import (
     ConfigError,
-    ModelConfig,
     TrainConfig,
     device_problems,
     differences,
-    from_mapping,
     to_mapping,
 )
 from megatron_tn.engine.deepspeed.settings import deepspeed_settings
@@ -48,14 +48,21 @@ def problems_before_start(config: TrainConfig, world_size: int, tokenizer_vocab:
 
 def checkpoint_problems(config: TrainConfig, start: Start) -> list[str]:
     """Why a run with these settings cannot go on from `start`'s checkpoint, one line each."""
-    manifest, directory = start.manifest(), start.checkpoint
-    if manifest is None:
+    manifest, directory = start.manifest(), start.checkpoint or start.weights
+    if directory is None:
         return []
-    # A setting that is newer than the checkpoint had its default there.
-    stored = to_mapping(from_mapping(ModelConfig, manifest.config["model"]))
-    changed = differences(stored, to_mapping(config.model))
-    changed = [line for line in changed if not line.startswith(("name:", "init_std:"))]
-    found = [f"checkpoint {directory} holds another model: {line}" for line in changed]
+    # A released config.json lists the layers that apply LRPE.
+    stored, wanted = (
+        to_mapping(replace(model, lrpe=model.lrpe_layers)) for model in (stored_model_config(directory), config.model)
+    )
+    changed = differences(stored, wanted)
+    # Ids are those of the data's tokenizer; older checkpoints have the defaults, whatever their tokenizer's were.
+    free = ("name:", "init_std:", "bos_id:", "eos_id:", "pad_id:")
+    changed = [line for line in changed if not line.startswith(free)]
+    which = "checkpoint " if manifest else "init_from="
+    found = [f"{which}{directory} holds another model: {line}" for line in changed]
+    if manifest is None:
+        return found
     if manifest.step > config.schedule.steps:
         found.append(f"checkpoint {directory} is at step {manifest.step}, past schedule.steps={config.schedule.steps}")
     try:

@@ -32,7 +32,8 @@ SHOWN = 4  # ranks that a message names
 class Start:
     """Where a run begins or goes on.
 
-    checkpoint: None for initial values. manifest_sha256: of its manifest, "" for initial values. by_hand: whether a
+    checkpoint: None for initial values. weights: the folder of init_from that they are read from instead, for a run
+    that has no checkpoint yet. manifest_sha256: of its manifest, "" for initial values. by_hand: whether a
     person named the checkpoint, or asked for none. later: checkpoints of run_dir past it, which this start leaves
     behind. damage: checkpoint -> what is wrong with it, for those among `later` that were passed over because of it.
     ledger: what was noted after the checkpoint was saved; empty where a person chose another past.
@@ -44,6 +45,7 @@ class Start:
     later: tuple[Path, ...] = ()
     damage: dict[Path, list[str]] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
+    weights: Path | None = field(default=None, compare=False)
 
     def manifest(self) -> Manifest | None:
         return None if self.checkpoint is None else Manifest.read(self.checkpoint)
@@ -145,7 +147,8 @@ def leave_later_behind(folder: RunFolder, start: Start, resume: int | str) -> No
 
 def _what_is_unlike(start: Start) -> str:
     if start.checkpoint is None:
-        return ""
+        lost = start.weights is not None and not start.weights.is_dir()
+        return f"{_name()} sees no init_from={start.weights}" if lost else ""
     try:
         same = _sha256_of_manifest(start.checkpoint) == start.manifest_sha256
     except OSError as error:
