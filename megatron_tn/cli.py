@@ -31,12 +31,16 @@ INTERRUPTED = 128 + signal.SIGINT  # exit code of a program that Ctrl-C ended
 
 
 def command(
-    kind: type, config_name: str, literal: tuple[str, ...] = ()
+    kind: type,
+    config_name: str,
+    literal: tuple[str, ...] = (),
+    after_sweep: Callable[[str, list[str]], None] = lambda run_dir, runs: None,
 ) -> Callable[[Callable[[Any], int | None]], Callable[[], None]]:
     """Decorator: `function(config: kind)` becomes a command line over conf/`config_name`.yaml.
 
     function: returns None, or the exit code of a program that was told to stop. literal: settings whose value is free
-    text, taken to the letter; Hydra's own syntax would trim and parse it.
+    text, taken to the letter; Hydra's own syntax would trim and parse it. after_sweep(run_dir, folders of the jobs):
+    called on rank 0 when a multirun is done.
 
     The dataclass's defaults enter Hydra as the schema `config_name`_schema, so that every key it does not have is
     refused, with the nearest known one. In a multirun every job's run_dir is a folder of its own below run_dir, and a
@@ -47,6 +51,7 @@ def command(
         ConfigStore.instance().store(f"{config_name}_schema", to_mapping(kind()))
 
         texts: dict[str, str] = {}
+        jobs: list[tuple[str, str]] = []  # run_dir of the sweep and of each of its jobs
         line: CommandLine
 
         def run(composed: DictConfig) -> None:
@@ -57,7 +62,8 @@ def command(
                     composed = line.compose(words)  # with a choice that the sweep varies
                 values = settings(composed) | texts
                 if multirun:
-                    values["run_dir"] = job_folder(values["run_dir"], job, line.overrides)
+                    jobs.append((values["run_dir"], job_folder(values["run_dir"], job, line.overrides)))
+                    values["run_dir"] = jobs[-1][1]
                 if (code := function(from_mapping(kind, values))) is not None:
                     if multirun:
                         log.info("told to stop: the sweep ends here, and the same command goes on with it")
@@ -76,6 +82,8 @@ def command(
                 line.check()
             sys.argv[1:] = line.words()
             hydra.main(version_base=None, config_path=str(CONF), config_name=config_name)(run)()
+            if jobs and is_first_process():
+                after_sweep(jobs[0][0], [folder for _, folder in jobs])
 
         return main
 

@@ -32,15 +32,18 @@ from data_pipeline.stream import (
     load_document_stage,
     load_filter,
 )
+from kernels.dispatch import in_words
 from megatron_tn.cli import command, is_first_process, run_program
 from megatron_tn.config import ConfigError, ModelConfig, TrainConfig
 from megatron_tn.engine.build import DTYPES, build_engine
 from megatron_tn.evaluate import held_out_loss, problems_of_held_out
 from megatron_tn.loading import resolve_checkpoint
-from megatron_tn.model.registry import check_kernels, training_flops_per_token
+from megatron_tn.model.registry import check_kernels, parameter_count, training_flops_per_token
 from megatron_tn.optim.schedule import batch_of_step, learning_rate
 from megatron_tn.parallel.context import ParallelContext
-from megatron_tn.parallel.world import world_size
+from megatron_tn.parallel.world import processes_here, world_size
+from megatron_tn.planning.host import cpu_cost
+from megatron_tn.plot import compare
 from megatron_tn.training.diagnose import find_nonfinite
 from megatron_tn.training.freeze import goes_on, settings_of_this_start
 from megatron_tn.training.guard import Guard
@@ -53,6 +56,7 @@ from megatron_tn.training.run import Run
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import skipped_step, train_step
+from megatron_tn.training.summary import show_start
 from megatron_tn.training.watchdog import Progress
 
 log = logging.getLogger(__name__)
@@ -71,6 +75,16 @@ def train(config: TrainConfig) -> int | None:
         state = restore(run, engine)
         if run.is_first:
             run.folder.keep_tokenizer(stream.manifest.directory / stream.manifest.tokenizer.file)
+            if config.logging.progress and state.step < config.last_step:
+                show_start(
+                    config,
+                    context,
+                    run.device,
+                    parameters=parameter_count(config.model),
+                    kernels=in_words(run.device.type),
+                    step=state.step,
+                    epoch_samples=stream.samples_per_epoch,
+                )
         hooks = start_hooks(
             run,
             engine,
@@ -138,6 +152,9 @@ def preflight(config: TrainConfig) -> tuple[TrainConfig, TokenStream, Start | No
             problems += error.problems
     if problems:
         raise ConfigError(problems)
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu and is_first_process() and config.logging.progress and (cost := cpu_cost(config, processes_here())):
+        print(cost, flush=True)
     return config, stream, start
 
 
@@ -286,7 +303,12 @@ def stream_state(stream: TokenStream, next_sample: int) -> dict[str, Any]:
     return json.loads(StreamState.merge(states).to_json())
 
 
-main = command(TrainConfig, "config")(train)
+def show_sweep(run_dir: str, runs: list[str]) -> None:
+    """One table and one picture of the sweep's jobs."""
+    compare([Path(run) for run in runs], Path(run_dir) / "loss.png")
+
+
+main = command(TrainConfig, "config", after_sweep=show_sweep)(train)
 
 if __name__ == "__main__":
     run_program(main)

@@ -16,6 +16,8 @@ from megatron_tn.config import (
     to_mapping,
 )
 from megatron_tn.engine.deepspeed.settings import deepspeed_settings
+from megatron_tn.parallel.world import processes_here
+from megatron_tn.planning.host import host_memory_problems
 from megatron_tn.planning.remedies import memory_problems
 from megatron_tn.training.resume import Start
 from megatron_tn.training.run_folder import RunFolder
@@ -41,6 +43,8 @@ def problems_before_start(config: TrainConfig, world_size: int, tokenizer_vocab:
     try:
         if config.engine.name == "deepspeed":
             deepspeed_settings(config, world_size // (config.parallel.tp * config.parallel.cp))
+        if not torch.cuda.is_available() and config.cluster.gpu_memory_gib <= 0:
+            return host_memory_problems(config, world_size, processes_here())
         return memory_problems(config, world_size)
     except ConfigError as error:
         return error.problems

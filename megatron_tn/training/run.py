@@ -12,11 +12,13 @@ import torch.distributed as dist
 from megatron_tn.checkpoint.background import CheckpointWriter
 from megatron_tn.config import ConfigError, TrainConfig
 from megatron_tn.parallel.world import join_world, leave_world
+from megatron_tn.training.curve import draw
 from megatron_tn.training.freeze import goes_on, slurm_job
 from megatron_tn.training.hooks import Hook, Sink
 from megatron_tn.training.resume import Start, agree_on, agree_on_settings, choose_start
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import TrainingState
+from megatron_tn.training.summary import show_end
 from megatron_tn.training.watchdog import Progress, Watchdog, living_run
 
 log = logging.getLogger(__name__)
@@ -90,8 +92,10 @@ class Run:
                 self.status("failed", error=why)
             elif self.state.step >= self.config.last_step:
                 self.status("finished")
+                self._sum_up("finished")
             else:
                 self.status("preempted")
+                self._sum_up("stopped")
                 self._say_how_to_go_on()
             leave_world()
             self.watchdog.__exit__(None, None, None)
@@ -123,6 +127,18 @@ class Run:
         except OSError as error:
             return f"{run_dir} cannot be written: {error.strerror}"
         return ""
+
+    def _sum_up(self, state: str) -> None:
+        """Picture and table; neither a full disk nor a closed terminal ends a run with an error."""
+        logging = self.config.logging
+        if not self.is_first or not logging.summary:
+            return
+        try:
+            draw({self.folder.path.name: self.folder}, self.folder.path / "loss.png")
+            if logging.progress:
+                show_end(self.config, self.folder, state)
+        except (OSError, SystemExit) as error:  # rich raises SystemExit when a pipe is closed
+            log.warning("loss.png or the table of the run's end could not be written: %r", error)
 
     def _say_how_to_go_on(self) -> None:
         if self.is_first:
