@@ -21,6 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from megatron_tn.config import ConfigError, from_mapping, to_mapping
+from megatron_tn.config.describe import help_text
 from megatron_tn.overrides import CONF, CommandLine, job_folder, settings
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def command(
         line: CommandLine
 
         def run(composed: DictConfig) -> None:
-            with bad_input_exits(), closed_pipe_exits():
+            with bad_input_exits(), closed_pipe_exits(), told_failure_exits():
                 job = HydraConfig.get()
                 multirun = job.mode == hydra.types.RunMode.MULTIRUN
                 if multirun and (words := line.choices_win(job.overrides.task)) != job.overrides.task:
@@ -71,6 +72,10 @@ def command(
 
         def main() -> None:
             nonlocal line
+            if {"-h", "--help"} & set(sys.argv[1:]):
+                if is_first_process():
+                    print(help_text(kind, function.__globals__["__doc__"] or ""))
+                return
             logging.basicConfig(level=logging.INFO if is_first_process() else logging.WARNING, format="%(message)s")
             pairs = [word.partition("=") for word in sys.argv[1:]]
             texts.update({key: value for key, equals, value in pairs if equals and key in literal})
@@ -133,6 +138,17 @@ def run_program(main: Callable[[], None]) -> NoReturn:
 def is_first_process() -> bool:
     """Whether the launcher made this process rank 0. Known before the process group exists."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+@contextlib.contextmanager
+def told_failure_exits() -> Iterator[None]:
+    """Exit with code 1 on an error that the trainer has told in one line, with the file that has its traceback."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "is_told", False):
+            sys.exit(1)
+        raise
 
 
 @contextlib.contextmanager

@@ -10,10 +10,10 @@ from tokenizers import Tokenizer
 from data_pipeline.shards.manifest import Manifest
 from megatron_tn.checkpoint.hf import load_pretrained
 from megatron_tn.checkpoint.load import load_model
-from megatron_tn.checkpoint.manifest import MANIFEST, whole_checkpoints
+from megatron_tn.checkpoint.manifest import MANIFEST
 from megatron_tn.config import ConfigError
 from megatron_tn.model.base import Model
-from megatron_tn.training.run_folder import RunFolder
+from megatron_tn.training.run_folder import find_checkpoint
 
 
 def load_any_model(path: str, device: str, precision: str) -> Model:
@@ -79,13 +79,8 @@ def resolve_checkpoint(path: str) -> Path:
     if not path:
         raise ConfigError("checkpoint is not set: name a checkpoint's folder or a released model's")
     directory = Path(path)
-    if directory.name == "latest":
-        directory = directory.parent
-    if (directory / MANIFEST).is_file() or (
-        (directory / "config.json").is_file() and (any(directory.glob("*.safetensors")))
-    ):
+    if (directory / "config.json").is_file() and any(directory.glob("*.safetensors")):
         return directory
-    for folder in (directory, RunFolder(directory).checkpoints):
-        if there := whole_checkpoints(folder):
-            return there[-1]
+    if found := find_checkpoint(directory):
+        return found
     raise ConfigError(f"checkpoint={path}: there is no checkpoint and no released model")

@@ -73,6 +73,10 @@ def checked(config: ScoreConfig) -> tuple[Manifest, str]:
         if not config.manifest:
             raise InputError("not set: name the manifest.json of the shards to score")
         manifest = Manifest.load(config.manifest)
+        if manifest.remote is None and not os.access(manifest.directory, os.W_OK | os.X_OK):
+            problems.append(
+                f"manifest={config.manifest}: scores are written beside it, and {manifest.directory} is read-only"
+            )
     except InputError as error:
         problems += [f"manifest: {problem}" for problem in error.problems]
     try:

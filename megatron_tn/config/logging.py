@@ -14,8 +14,8 @@ from megatron_tn.config.mapping import STRICT
 @dataclass(frozen=True, config=STRICT)
 class WandbConfig:
     mode: Literal["online", "offline", "disabled"] = "offline"
-    project: str = "megatron_tn"
-    entity: str | None = None
+    project: str = "megatron_tn"  # of wandb
+    entity: str | None = None  # wandb's user or team; null: the one that is logged in
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -26,5 +26,5 @@ class LoggingConfig:
     ranks_every: Count = 100  # steps between reports of each rank's speed and peak memory; 0: none
     profile: bool = False  # write rank 0's Chrome trace and table of kernels to run_dir/profile
     profile_skip: Count = 10  # steps of this process before the first profiled one
-    profile_steps: Positive = 3
+    profile_steps: Positive = 3  # profiled steps
     wandb: WandbConfig = dataclasses.field(default_factory=WandbConfig)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron_tn.checkpoint.manifest import MANIFEST, Manifest, step_of
 from megatron_tn.checkpoint.verify import whole_from
 from megatron_tn.config import ConfigError, TrainConfig, differences, to_mapping
-from megatron_tn.training.run_folder import RunFolder
+from megatron_tn.training.run_folder import RunFolder, find_checkpoint
 from megatron_tn.training.state import Ledger
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def choose_start(config: TrainConfig, folder: RunFolder, *, requeued: bool) -> S
                 "run_dir, or resume with checkpoint.resume=auto"
             )
         return Start(by_hand=True)
-    checkpoint = folder.saved().get(int(asked)) if asked.isdecimal() else Path(asked)
+    checkpoint = folder.saved().get(int(asked)) if asked.isdecimal() else find_checkpoint(Path(asked)) or Path(asked)
     if not asked.strip() or checkpoint is None or not checkpoint.is_dir():
         steps = ", ".join(map(str, folder.saved())) or "none"
         raise ConfigError(f"checkpoint.resume={asked} does not exist; run_dir={config.run_dir} has steps: {steps}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from typing import Any
 
 import torch
@@ -55,6 +56,11 @@ class Run:
         try:
             self.device = join_world(self.config.distributed_timeout_s)
         except RuntimeError as error:
+            if "EADDRINUSE" in str(error):
+                raise ConfigError(
+                    f"MASTER_PORT={os.environ.get('MASTER_PORT')} is in use on this host: name a free port, or start "
+                    "with launch/local.sh, which finds one"
+                ) from None
             rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
             raise RuntimeError(
                 f"rank {rank} of {size} could not join the others at {os.environ.get('MASTER_ADDR')}:"
@@ -81,9 +87,11 @@ class Run:
     def __exit__(self, kind, error, trace) -> None:
         self.progress.at("stop")
         why = f"{kind.__name__}: {error}" if kind else ""
-        if kind is not None and (other := self.watchdog.explain(error)):
-            log.error("rank %d stops: %s", dist.get_rank(), other)
-            why = f"{other} (here: {why})"
+        if kind is not None:
+            other = self.watchdog.explain(error)
+            if not issubclass(kind, ConfigError | KeyboardInterrupt | SystemExit):
+                self._say_why_it_failed(error, other)
+            why = f"{other} (here: {why})" if other else why
         try:
             for hook in self.started:
                 hook.on_stop(self.state)
@@ -100,6 +108,17 @@ class Run:
             leave_world()
             self.watchdog.__exit__(None, None, None)
             self.folder.release()
+
+    def _say_why_it_failed(self, error: BaseException, other: str) -> None:
+        """One line, from the first rank that fails, with the file that has its traceback; where no file can be written,
+        Hydra prints the traceback. other: which rank's end made this one fail, where that is known."""
+        rank, host = dist.get_rank(), socket.gethostname()
+        path = self.folder.write_traceback(rank, error)
+        error.is_told = path is not None
+        if not self.watchdog.is_first_to_fail():
+            return
+        why = other or f"{type(error).__name__}: {' '.join(str(error).split())} (host {host})"
+        log.error("rank %d stops: %s%s", rank, why, f"; traceback: {path}" if path else "")
 
     def _take_folder(self) -> None:
         """Two runs in one folder would write over each other's checkpoints and journal. Collective.

@@ -9,6 +9,7 @@
       ledger.json            batches that are not trained on, and rewinds, since the newest checkpoint was saved
       tokenizer.json         of the data
       checkpoints/           see `checkpoint.manifest`
+      tracebacks/            rank_N.txt: Python's traceback of a rank that failed
       ranks/ hang.txt stacks/    signs of life; what was found out about a hang; Python's stacks at that moment
       profile/ wandb/ wandb_id   see `hooks`
       run.lock               held by rank 0 while a run is under way
@@ -25,12 +26,13 @@ import os
 import shutil
 import socket
 import time
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_tn.checkpoint.files import sync_folder
-from megatron_tn.checkpoint.manifest import checkpoint_name, step_of, whole_checkpoints
+from megatron_tn.checkpoint.manifest import MANIFEST, checkpoint_name, step_of, whole_checkpoints
 from megatron_tn.config import ConfigError, TrainConfig, from_mapping, load, read_mapping, save
 from megatron_tn.training.journal_file import JournalFile
 from megatron_tn.training.state import Ledger
@@ -183,6 +185,16 @@ class RunFolder:
         except OSError:
             _rewrite_in_place(self.status_file, values)
 
+    def write_traceback(self, rank: int, error: BaseException) -> Path | None:
+        """The file; None where it cannot be written."""
+        path = self.path / "tracebacks" / f"rank_{rank:05d}.txt"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("".join(traceback.format_exception(error)))
+        except OSError:
+            return None
+        return path
+
     def mark_failed(self, step: int, error: str) -> None:
         """Say that the run failed, on behalf of a rank that cannot. step: steps that this rank knows to be done."""
         before = self.status()
@@ -239,6 +251,14 @@ class RunFolder:
         """Copy tokenizer.json here, so that the run's checkpoints can be read as text wherever they go."""
         if tokenizer.is_file():
             shutil.copyfile(tokenizer, self.tokenizer)
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """The checkpoint `path`, or the newest whole one of a run, of its folder checkpoints/ or of checkpoints/latest."""
+    if (path / MANIFEST).is_file():
+        return path
+    folder = path.parent if path.name == "latest" else path
+    return next((there[-1] for place in (folder, folder / "checkpoints") if (there := whole_checkpoints(place))), None)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from megatron_tn.convert import main as convert
 from megatron_tn.evaluate import main as evaluate
 from megatron_tn.generate import main as generate
 from megatron_tn.loading import load_tokenizer
+from megatron_tn.score import main as score
 from megatron_tn.train import main as train
 from tests.helpers.shards import make_text_shards
 from tests.helpers.training import SMALL, call, train_forked
@@ -68,6 +72,21 @@ def test_a_run_takes_the_tokenizers_ids_and_ends_where_a_document_ends(run, shar
     assert said.startswith(prompt)  # which has more tokens than the 3 that the file cuts to
     assert len(said) < 60
     assert call(evaluate, f"checkpoint={run}", f"manifest={shards}", "device=cpu") == 0
+
+
+def test_an_output_that_is_no_utf8_is_said_at_the_start(run, monkeypatch, caplog):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    prompt = ("prompt=na\u00efve", "temperature=0", "max_new_tokens=1", "device=cpu")
+    assert call(generate, f"checkpoint={run}", *prompt) == 0
+    assert "standard output takes ascii" in caplog.text
+    assert written.getvalue().startswith(b"na\\xefve")
+
+
+def test_scores_that_cannot_be_written_are_refused_at_the_start(run, shards, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != shards.parent)
+    assert call(score, f"checkpoint={run}", f"manifest={shards}", "device=cpu") == 2
+    assert f"scores are written beside it, and {shards.parent} is read-only" in capsys.readouterr().err
 
 
 def test_an_export_names_them_and_its_tokenizer_neither_cuts_nor_pads(run, shards, tmp_path):
