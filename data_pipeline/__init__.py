@@ -1,1 +1,1 @@
-"""From raw text to clean, tokenised tar shards (`run`), and from those to an exactly resumable stream (`stream`)."""
+"""From raw text to clean, tokenised tar shards (`run`), and from shards to an exactly resumable stream (`stream`)."""

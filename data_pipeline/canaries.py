@@ -1,8 +1,8 @@
-"""How well the rules work: `python -m data_pipeline.canaries pipeline=text input=FOLDER output=FOLDER [per_kind=50]`.
+"""Measures the rules: `python -m data_pipeline.canaries pipeline=text input=FOLDER output=FOLDER [per_kind=50]`.
 
-Plants noise of known kinds, and good text that looks odd, among the real documents of the sources, runs the pipeline on
-all of it, and reports what was dropped of each kind, by which rule. The output is a run of its own, never training
-data. Exit codes as for `data_pipeline.run`.
+Adds canaries (noise of known kinds, and good text that looks odd) to the sources' real documents, runs the pipeline,
+and reports the drops per kind and rule. The output is a separate run, never training data. Exit codes as for
+`data_pipeline.run`.
 """
 
 import json
@@ -21,17 +21,17 @@ from data_pipeline.letters import plain
 from data_pipeline.sources import Jsonl
 
 SOURCE = "canaries"
-STAGES = ("rules", "exact_duplicates", "line_duplicates", "near_duplicates")  # folders of drops/, in their order
-DUPLICATE = "_duplicate"  # how the names of the rules end that leave one of several alike
+STAGES = ("rules", "exact_duplicates", "line_duplicates", "near_duplicates")  # folders of drops/, in order
+DUPLICATE = "_duplicate"  # suffix of the names of deduplication rules
 SENTENCE = re.compile(r"[.!?]\s")
 FIGURES = ("recall", "precision", "precision_with_real")
-HOST_BYTES = (800, 20_000)  # a text shorter says too little to be shuffled, a longer one makes a canary too easy
+HOST_BYTES = (800, 20_000)  # a shorter text is too little to shuffle; a longer one makes a canary too easy to find
 
 
 def plant(settings: Settings, per_kind: int, seed: int = 0) -> Settings:
-    """Writes canaries made from the sources' own documents beside the output, and gives the settings of a run over
-    both. Of near duplicates the real document is to stay, so the sources rank above the canaries. Raises InputError
-    when there is too little text to make them of."""
+    """Writes canaries made from the sources' documents beside the output, and returns the settings of a run over both.
+    Sources have a higher priority than canaries, so that of near duplicates the real document stays. Raises InputError
+    when the sources have too little text."""
     hosts = _hosts(settings, 2 * per_kind, seed)
     generator = random.Random(seed)
     lines = []
@@ -48,7 +48,7 @@ def plant(settings: Settings, per_kind: int, seed: int = 0) -> Settings:
 
 
 def _hosts(settings: Settings, wanted: int, seed: int) -> list[str]:
-    """A random sample of the first texts that are found to make canaries of."""
+    """A random sample of the first texts for which `is_host` holds."""
     from data_pipeline.readers import ReadSources
 
     texts = []
@@ -65,8 +65,8 @@ def _hosts(settings: Settings, wanted: int, seed: int) -> list[str]:
 
 
 def is_host(text: str) -> bool:
-    """Whether a canary can be made of a text: prose of a length to be made something of. Tables and code are no prose:
-    no order of their words is wrong."""
+    """Whether a canary can be made from a text: prose of HOST_BYTES. Tables and code are excluded: shuffled words would
+    not make them wrong."""
     if not HOST_BYTES[0] <= len(text) <= HOST_BYTES[1]:
         return False
     visible = "".join(plain(text).split())
@@ -74,13 +74,13 @@ def is_host(text: str) -> bool:
 
 
 def score(output: Path) -> dict:
-    """What a planted run did.
+    """Scores of a run with canaries.
 
-    summary: recall and precision over all, and the shares of odd-looking and of real text that are lost;
-    stages: {stage: figures of all noise that reached it, and `kinds`, the same of each kind};
-    kinds: {kind: planted, dropped, by which rule, and figures of noise or the share lost of good text}.
+    summary: overall recall and precision, and the lost shares of odd-looking and of real text;
+    stages: {stage: figures of the noise that reached it, and `kinds`, figures per kind};
+    kinds: {kind: planted, dropped, by which rule, and figures of noise or the lost share of good text}.
 
-    Figures are as `_figures` counts them. A good document that goes as a duplicate is not lost: its like stays."""
+    Figures: see `_figures`. A good document dropped as a duplicate is not lost, because a copy stays."""
     kinds = _planted(output)
     dropped, stages = {}, {}
     noise = {identity for identity, kind in kinds.items() if kind in NOISE}
@@ -119,15 +119,15 @@ def score(output: Path) -> dict:
 
 
 def _kind_figures(members: set[str], rules: dict[str, str], kinds: dict[str, str]) -> dict:
-    """Figures of one kind of noise: for its precision answer the rules that took any of it."""
+    """Figures of one kind of noise; its precision covers the rules that dropped any of the kind."""
     return _figures(members, rules, {rules[identity] for identity in members if identity in rules}, kinds)
 
 
 def _figures(reached: set[str], rules: dict[str, str], answering: set[str], kinds: dict[str, str]) -> dict:
-    """Of the noise that was there, how much went; of all that the rules `answering` took, how much was noise.
+    """Recall: share of noise `reached` that was dropped. Precision: share of noise in the drops of rules `answering`.
 
-    `precision` is over planted documents, of which it is known what they are; `precision_with_real` counts every real
-    one as good, so that it is too low where the sources hold noise of their own. null when nothing was taken.
+    `precision` counts only planted documents, whose kind is known; `precision_with_real` counts every real document as
+    good, so it is too low where the sources contain noise. null when nothing was dropped.
 
     rules: {document: the rule that dropped it}; kinds: {planted document: its kind}.
     """
@@ -155,7 +155,7 @@ def _planted(output: Path) -> dict[str, str]:
 
 
 def measure(settings: Settings, per_kind: int) -> dict:
-    """Plants, runs, scores, and adds the scores to the run's report."""
+    """Plants canaries, runs the pipeline, and adds the scores to the run's report."""
     from data_pipeline.files import replace_file
     from data_pipeline.report_page import page
     from data_pipeline.run import run

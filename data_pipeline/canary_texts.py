@@ -1,4 +1,4 @@
-"""Planted text: kinds of noise, and kinds of good text that looks odd. Each is made from a real document."""
+"""Canary texts: kinds of noise, and kinds of good text that looks odd, each made from a real document."""
 
 import random
 import re
@@ -31,7 +31,7 @@ def near_duplicate(text: str, generator: random.Random) -> str:
 
 
 def keyboard(_: str, generator: random.Random) -> str:
-    """Hands on the home row."""
+    """Random strings of home-row keys."""
     keys = generator.choice(("asdfghjkl", "qwertzuiopasdfghjklyxcvbnm", "jkldfs", "asdfqwerzxcv"))
     words = ("".join(generator.choices(keys, k=generator.randint(3, 11))) for _ in range(generator.randint(80, 300)))
     return " ".join(words) + "\n"
@@ -99,8 +99,7 @@ NOISE: dict[str, Maker] = {
 
 
 def passages(text: str, generator: random.Random) -> tuple[str, str]:
-    """Two passages of a real document, for what is odd to stand between: a few sentences of its first half and of its
-    second."""
+    """Two passages of a real document, a few sentences of each half, to enclose odd-looking text."""
     sentences = re.split(r"(?<=[.!?])\s+", " ".join(text.split()))
     half = len(sentences) // 2
     starts = generator.randrange(max(1, half - 3)), half + generator.randrange(max(1, len(sentences) - half - 3))
@@ -109,7 +108,7 @@ def passages(text: str, generator: random.Random) -> tuple[str, str]:
 
 
 def poetry(text: str, generator: random.Random) -> str:
-    """Short lines that begin with a capital and end as they like: a poem set from a document's own words."""
+    """A poem from a document's words: short lines that begin with a capital, without end punctuation."""
     words = re.findall(r"[A-Za-z]{2,}", text)
     start, lines = generator.randrange(max(1, len(words) - 120)), []
     while start < len(words) and len(lines) < 16:
@@ -178,7 +177,7 @@ DECLARATION = (
 
 
 def minority_languages(_: str, generator: random.Random) -> str:
-    """A declaration in a language of few speakers, under a date and a number that tell copies apart."""
+    """A declaration in a language with few speakers, with a date and a number to make copies differ."""
     article = generator.choice(DECLARATION)
     sentences = re.split(r"(?<=[.;])\s+", article)
     generator.shuffle(sentences)

@@ -1,4 +1,4 @@
-"""What all command lines here have in common: their help, and errors that are lines and an exit code."""
+"""Shared by all command lines of the package: help texts, one-line errors, exit codes."""
 
 import argparse
 import functools
@@ -10,9 +10,8 @@ from data_pipeline.files import NO_ROOM
 
 
 def command(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
-    """Decorator: `main(arguments)` as a command line that takes the process's arguments when it is given none, and
-    returns an exit code: what main returns, or else 0; 2 for bad input, a line a problem; 1 where a stage failed or a
-    disk is full; 130 when interrupted."""
+    """Decorator: `main(arguments)` as a command line; default arguments: sys.argv. Returns the exit code: main's result
+    or 0; 2 for bad input, with a line per problem; 1 when a stage failed or the disk is full; 130 when interrupted."""
 
     @functools.wraps(main)
     def guarded(arguments: list[str] | None = None) -> int:
@@ -37,14 +36,14 @@ def command(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
 
 
 def parser(module: str, text: str) -> argparse.ArgumentParser:
-    """The parser of `python -m MODULE`, whose help is the module's own text."""
+    """The parser of `python -m MODULE`, with the module's docstring as help."""
     return argparse.ArgumentParser(
         prog=f"python -m {module}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
 def overrides(module: str, text: str, arguments: list[str]) -> list[str]:
-    """The arguments of a command line that takes Hydra overrides alone."""
+    """The arguments of a command line that takes only Hydra overrides."""
     given = parser(module, text)
     given.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, in Hydra's grammar")
     return given.parse_args(arguments).overrides

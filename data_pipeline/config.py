@@ -1,7 +1,6 @@
-"""The pipeline's settings: dataclasses, and the way from YAML and the command line to them.
+"""The pipeline's settings: dataclasses, composed by Hydra from YAML and the command line, checked by pydantic.
 
-Hydra composes, pydantic checks. An unknown key is let through composition on purpose, so that one on the command line
-and one in a file meet the same refusal, all of them at once.
+Composition accepts unknown keys; pydantic then refuses those of files and of the command line together.
 """
 
 import dataclasses
@@ -9,6 +8,7 @@ import difflib
 import functools
 import json
 import operator
+import types
 import typing
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,6 +21,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.files import replace_file
 from data_pipeline.filters.language import Language
 from data_pipeline.sources import STRICT, AnySource, LocalFolder, Positive
+from data_pipeline.words import as_typed
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -33,8 +34,8 @@ Edits = edits.REGISTER.settings(
 
 @dataclass(frozen=True, config=STRICT)
 class NearDuplicates:
-    """MinHash with locality-sensitive hashing: runs of `words` words; two documents are near duplicates with even odds
-    at a similarity of about (1 / buckets) ** (1 / hashes)."""
+    """MinHash with locality-sensitive hashing over shingles of `words` words; at a similarity of about
+    (1 / buckets) ** (1 / hashes), two documents are found with probability 1/2."""
 
     words: Positive = 5
     buckets: Positive = 14
@@ -43,8 +44,8 @@ class NearDuplicates:
 
 @dataclass(frozen=True, config=STRICT)
 class LineDuplicates:
-    """Lines of `min_characters` or more that are in `min_documents` documents or more are taken out of all of them; a
-    document of which less than `min_kept` of the characters is left is dropped."""
+    """Lines of at least `min_characters` that occur in at least `min_documents` documents are removed; a document that
+    keeps less than the share `min_kept` of its characters is dropped."""
 
     min_documents: Annotated[int, Field(ge=2)] = 20
     min_characters: Positive = 20
@@ -54,9 +55,9 @@ class LineDuplicates:
 @dataclass(frozen=True, config=STRICT)
 class TokenizerSettings:
     """`file`: an existing tokenizer.json; null trains one of `vocab_size` entries on at most `sample_bytes` of the
-    training split. `weights`: how many parts of the sample each category of the sources gets; null gives it what it has
-    of the text that an epoch of training sees, but no less than `min_share` of the sample. A category that has less
-    than its part leaves the rest to the others. bos, eos, pad: the entries that play these parts."""
+    training split. `weights`: relative weight of each source category in the sample; null: its share of an epoch's
+    text, but at least `min_share`. Other categories fill the part of one with too little text. bos, eos, pad: the
+    special entries."""
 
     vocab_size: Positive = 64_000
     file: str | None = None
@@ -70,14 +71,13 @@ class TokenizerSettings:
 
 @dataclass(frozen=True, config=STRICT)
 class Slurm:
-    """How `executor=slurm` submits each stage as a job array: what sbatch calls `partition`, `time`, `qos` and
-    `cpus_per_task` (quote a time in YAML, which reads 24:00:00 as a number); memory in GB a CPU; `at_once`: array tasks
-    that run at the same time, null for no limit; `tasks_per_job`: tasks of a stage that one array task works through;
-    `max_array_size`: the cluster's MaxArraySize.
+    """Job arrays of `executor=slurm`, one per stage. `partition`, `time`, `qos`, `cpus_per_task`: as in sbatch (quote a
+    time in YAML, which reads 24:00:00 as a number); memory in GB per CPU; `at_once`: concurrent array tasks, null for
+    no limit; `tasks_per_job`: the stage's tasks per array task; `max_array_size`: the cluster's MaxArraySize.
 
     `env_command`: shell lines before the task, such as `module load python`; `sbatch_args`, `srun_args`: further
-    options without their dashes, such as {account: lab}. `wait`: follow the jobs to the end; without it the command
-    returns when they are submitted, and running it again shows how far they are.
+    options without dashes, such as {account: lab}. `wait`: follow the jobs to their end; otherwise the command returns
+    after submission, and a second call shows their progress.
     """
 
     partition: str | None = None
@@ -97,10 +97,10 @@ class Slurm:
 
 @dataclass(frozen=True, config=STRICT)
 class Settings:
-    """Everything a run depends on. All but those in FREE decide the bytes of what it writes.
+    """All settings of a run. All except those in FREE determine the bytes of its output.
 
-    `tasks`: into how many independent pieces the per-document stages are cut; `executor`: what runs them, `workers`
-    processes of this machine or SLURM.
+    `tasks`: number of independent tasks of each per-document stage; `executor`: runs them, as `workers` local processes
+    or by SLURM.
     """
 
     output: LocalFolder
@@ -122,18 +122,19 @@ class Settings:
     overwrite: bool = False
 
 
-FREE = ("output", "executor", "workers", "slurm", "overwrite")  # settings that leave the bytes of the output alone
+FREE = ("output", "executor", "workers", "slurm", "overwrite")  # settings without influence on the output's bytes
 
 
 def compose(overrides: list[str], directory: Path = CONF) -> Settings:
     """Settings from `directory`/pipeline.yaml, its groups, and overrides in Hydra's grammar. Raises InputError with a
-    line for each unknown key, wrong value and unknown choice of a group."""
-    data, groups = compose_plain("pipeline", overrides, directory)
+    line for each unknown key, wrong value and unknown group choice."""
+    data, groups = compose_plain("pipeline", overrides, Settings, directory)
     return parse(data, extra_names=groups)
 
 
-def compose_plain(root: str, overrides: list[str], directory: Path = CONF) -> tuple[dict, set[str]]:
-    """What `directory`/`root`.yaml and the overrides say, unchecked, and the names of the groups there are."""
+def compose_plain(root: str, overrides: list[str], cls: type, directory: Path = CONF) -> tuple[dict, set[str]]:
+    """(Unchecked settings from `directory`/`root`.yaml and the overrides, names of the config groups). cls: dataclass
+    of the settings; values of its text settings are taken verbatim."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -143,11 +144,13 @@ def compose_plain(root: str, overrides: list[str], directory: Path = CONF) -> tu
 
     groups = {path.name for path in directory.iterdir() if path.is_dir()} if directory.is_dir() else set()
     try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
+        kinds = _kinds(cls)
+        words = [as_typed(word, lambda key: kinds.get(key.rpartition(".")[2], ())) for word in overrides]
+        parsed = OverridesParser.create().parse_overrides(words)
         chosen = [o for o in parsed if o.key_or_group in groups]
         if problems := [line for o in chosen if (line := _unknown_choice(directory, o.key_or_group, o.value()))]:
             raise InputError(*problems)
-        # `++` adds or overrides: a key that does not exist is reported below, with its neighbours.
+        # `++` adds or overrides: `parse` reports unknown keys, all at once.
         lines = [o.input_line if o in chosen or o.input_line[0] in "+~" else f"++{o.input_line}" for o in parsed]
         with initialize_config_dir(str(directory), version_base="1.3"):
             config = hydra_compose(root, lines)
@@ -157,7 +160,7 @@ def compose_plain(root: str, overrides: list[str], directory: Path = CONF) -> tu
 
 
 def parse(data: dict, extra_names: set[str] = frozenset(), cls: type = Settings) -> typing.Any:
-    """Settings from plain data; raises InputError naming every key that is unknown, missing or of a wrong value."""
+    """Settings from plain data; raises InputError naming every unknown or missing key and every wrong value."""
     try:
         return TypeAdapter(cls).validate_python(data)
     except ValidationError as error:
@@ -178,8 +181,8 @@ def difference(old: dict, new: dict, prefix: str = "") -> list[str]:
 
 
 def keep_settings(output: str, settings: dict, what: str) -> None:
-    """Notes in `output`/settings.json what decides the bytes of what is made there, or, when that is noted already,
-    raises InputError naming every setting that is another one now. what: what `output` holds, for the message."""
+    """Writes `settings`, which determine the output's bytes, to `output`/settings.json. If the file exists, raises
+    InputError naming every setting that differs. what: description of `output`'s content, for the message."""
     path, now = Path(output) / "settings.json", json.loads(json.dumps(settings))
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +201,7 @@ def _unknown_choice(directory: Path, group: str, choice: object) -> str | None:
 def _line(error: dict, names: list[str]) -> str:
     location = [str(part) for part in error["loc"]]
     if location[0] == "sources" and len(location) > 3:
-        del location[2]  # pydantic names the kind of the source between its name and the key
+        del location[2]  # pydantic puts the source's type between its name and the key
     key = ".".join(location)
     if error["type"] == "unexpected_keyword_argument":
         return f"{key}: unknown setting{_nearest(key, names)}"
@@ -217,7 +220,7 @@ def _nearest(name: str, names: list[str]) -> str:
 
 
 def known_keys(cls: type, data: object = None, prefix: str = "") -> list[str]:
-    """Dotted names of all settings of a dataclass; a mapping's keys are those that `data` has."""
+    """Dotted names of all settings of a dataclass; keys of mappings are taken from `data`."""
     keys = []
     for field in dataclasses.fields(cls):
         name, here = f"{prefix}{field.name}", data.get(field.name) if isinstance(data, dict) else None
@@ -229,6 +232,27 @@ def known_keys(cls: type, data: object = None, prefix: str = "") -> list[str]:
         else:
             keys += [key for kind in _dataclasses(field.type) for key in known_keys(kind, here, f"{name}.")]
     return keys
+
+
+def _kinds(cls: type) -> dict[str, tuple[type, ...]]:
+    """Last part of a setting's name -> types that it accepts, over all settings of that name."""
+    found: dict[str, tuple[type, ...]] = {}
+    for field in dataclasses.fields(cls):
+        found[field.name] = (*found.get(field.name, ()), *_members(field.type))
+        for below in _dataclasses(field.type):
+            for name, kinds in _kinds(below).items():
+                found[name] = (*found.get(name, ()), *kinds)
+    return found
+
+
+def _members(hint: object) -> tuple[type, ...]:
+    """The member types of a union, without Annotated; (object,) for lists and other generics."""
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        return _members(typing.get_args(hint)[0])
+    if origin in (typing.Union, types.UnionType):
+        return tuple(kind for part in typing.get_args(hint) for kind in _members(part))
+    return (hint,) if isinstance(hint, type) and origin is None else (object,)
 
 
 def _dataclasses(hint: object) -> list[type]:

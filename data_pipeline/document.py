@@ -1,7 +1,7 @@
-"""What a document is in the pipeline, and the hashes that decide its fate.
+"""The pipeline's document, and the hashes used for sampling.
 
 A document is datatrove's `Document`: `id` (source name, slash, place in the source), `text`, and `metadata` with at
-least `source`. Everything decided by hash uses the text alone, so that neither its name nor its neighbours matter.
+least `source`. Hashes cover only the text, so they do not depend on a document's name or on other documents.
 """
 
 import hashlib
@@ -22,6 +22,6 @@ def text_hash(text: str) -> str:
 
 
 def in_heldout(text: str, fraction: float) -> bool:
-    """Whether a text belongs to the held-out `fraction`: a function of the text, so that equal texts share a side, and
-    a document keeps its side when others come or go."""
+    """Whether a text belongs to the held-out `fraction`: a function of the text, so that equal texts are in the same
+    split, whatever other documents there are."""
     return int(text_hash(text)[:16], 16) < fraction * 2**64

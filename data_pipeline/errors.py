@@ -1,4 +1,4 @@
-"""The errors that a command line shows without a traceback."""
+"""Errors that command lines print without a traceback."""
 
 
 class InputError(ValueError):
@@ -9,9 +9,9 @@ class InputError(ValueError):
         self.problems = problems
 
     def __reduce__(self):
-        # The default would hand the joined text back as one problem when the error crosses a process boundary.
+        # By default, unpickling in another process would make one problem of the joined text.
         return type(self), self.problems
 
 
 class StageError(RuntimeError):
-    """A stage failed for a reason that is not the input's; running again continues with it."""
+    """A stage failed, not because of its input; another run continues with this stage."""

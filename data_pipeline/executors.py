@@ -1,9 +1,10 @@
-"""datatrove's two executors, as the pipeline uses them: processes of this machine, and SLURM job arrays.
+"""datatrove's executors, adapted: local processes, and SLURM job arrays.
 
-Both keep the same completion markers, so a run that one of them began the other can end.
+Both use the same completion markers, so one can finish a run that the other began.
 """
 
 import copy
+import functools
 import json
 import os
 import re
@@ -20,16 +21,28 @@ from pathlib import Path
 
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.executor.slurm import SlurmPipelineExecutor
+from loguru import _better_exceptions
 
 from data_pipeline.config import Slurm
 from data_pipeline.errors import InputError, StageError
 from data_pipeline.files import replace_file
 
 ROOT = Path(__file__).resolve().parents[1]
-ORPHAN_SECONDS = 0.5  # how often a worker looks whether its run is still there
-POLL_SECONDS = 2.0  # how often the queue is asked
-PATIENCE = 15  # polls for which a job may be out of the queue before its markers are seen on a shared file system
+ORPHAN_SECONDS = 0.5  # interval at which a worker checks that its parent lives
+POLL_SECONDS = 2.0  # interval of squeue calls
+PATIENCE = 15  # polls between a job's end and its completion markers on a shared file system
 SHOWN_TASKS = 5
+
+
+def _remember_library_folders() -> None:
+    """Has loguru look for the folders of libraries once. It asks sysconfig for 36 paths, in 10 ms, for every handler,
+    and datatrove adds three handlers a task."""
+    formatter = getattr(_better_exceptions, "ExceptionFormatter", None)
+    if find := getattr(formatter, "_get_lib_dirs", None):
+        formatter._get_lib_dirs = staticmethod(functools.cache(find))
+
+
+_remember_library_folders()
 
 
 class TaskError(StageError):
@@ -42,8 +55,8 @@ class TaskError(StageError):
 
 
 class LocalExecutor(LocalPipelineExecutor):
-    """datatrove's local executor over a pool that notices when a worker is killed, where datatrove's waits for ever for
-    the task that the worker took with it, and whose workers end when their run is killed."""
+    """datatrove's local executor, with a pool that detects a killed worker (datatrove's waits forever for its task),
+    and whose workers exit when the run is killed."""
 
     def run(self) -> None:
         ranks = self.get_incomplete_ranks()
@@ -57,7 +70,7 @@ class LocalExecutor(LocalPipelineExecutor):
                 except Exception as error:
                     raise TaskError(rank, error) from error
             return
-        # Workers are forked and find the executor there: nothing has to be pickled.
+        # Forked workers inherit the executor, so it need not be picklable.
         context, started = get_context("fork"), (os.getpid(), self)
         with ProcessPoolExecutor(min(self.workers, len(ranks)), context, _start_worker, started) as pool:
             futures = {pool.submit(_run_in_worker, rank): rank for rank in ranks}
@@ -71,7 +84,7 @@ class LocalExecutor(LocalPipelineExecutor):
                     f"{name_tasks(running)} {'was' if len(running) == 1 else 'were'} under way"
                 ) from None
             except BaseException as error:
-                pool.shutdown(wait=False, cancel_futures=True)  # what runs may end, nothing more begins
+                pool.shutdown(wait=False, cancel_futures=True)  # running tasks finish, no new ones start
                 raise (TaskError(futures[future], error) if isinstance(error, Exception) else error) from None
 
     def task_log(self, rank: int) -> Path:
@@ -104,15 +117,15 @@ def _run_task(executor: LocalExecutor, rank: int) -> None:
 
 
 class SlurmExecutor(SlurmPipelineExecutor):
-    """datatrove's SLURM executor, less the extra job a stage that adds up statistics which the report has anyway."""
+    """datatrove's SLURM executor without its extra job per stage for statistics, which the report already has."""
 
     def launch_merge_stats(self) -> None:
         pass
 
 
 def slurm_executor(settings: Slurm, name: str, steps: list, tasks: int, folder: Path, depends) -> SlurmExecutor:
-    """A stage as a job array that starts when `depends`, the executor of the stage before, has succeeded."""
-    # The job runs this interpreter and this code, whatever the node's own environment is.
+    """The job array of a stage, which starts after `depends`, the previous stage's executor, has succeeded."""
+    # The job uses this process's interpreter and sources, whatever the node's environment.
     path = f"export PATH={Path(sys.executable).parent}:$PATH PYTHONPATH={ROOT}${{PYTHONPATH:+:$PYTHONPATH}}"
     return SlurmExecutor(
         steps,
@@ -127,7 +140,7 @@ def slurm_executor(settings: Slurm, name: str, steps: list, tasks: int, folder: 
         job_name=f"{settings.job_name}_{name}",
         qos=settings.qos,
         env_command="\n".join(part for part in (settings.env_command, path) if part),
-        # A stage whose predecessor failed can never start: it leaves the queue instead of staying there for ever.
+        # When the previous stage fails, SLURM removes this job instead of leaving it pending forever.
         sbatch_args={"kill-on-invalid-dep": "yes", **settings.sbatch_args},
         srun_args=dict(settings.srun_args) or None,
         depends=depends,
@@ -136,7 +149,7 @@ def slurm_executor(settings: Slurm, name: str, steps: list, tasks: int, folder: 
 
 
 class Queue:
-    """The jobs of a run: {stage: job id} in work/slurm.json, and what SLURM says of them."""
+    """The jobs of a run, {stage: job id} in work/slurm.json, and their SLURM states."""
 
     def __init__(self, work: Path):
         self.path = work / "slurm.json"
@@ -148,7 +161,7 @@ class Queue:
         replace_file(self.path, json.dumps(jobs, indent=1).encode() + b"\n")
 
     def live(self, jobs: list[str]) -> list[str]:
-        """Those of `jobs` that are waiting or running. When SLURM does not answer, all may be."""
+        """The pending and running `jobs`; all `jobs` when SLURM does not answer."""
         if not jobs or shutil.which("squeue") is None:
             return []
         found = []
@@ -166,9 +179,9 @@ class Queue:
 
 
 def run_on_slurm(settings: Slurm, stages: list, queue: Queue, follow: Callable, tell: Callable[[str], None]) -> bool:
-    """Submits the stages that are not complete as job arrays, each depending on the one before, and follows them:
-    `follow(stage)` is a context that shows its progress, `tell` shows a line. Returns whether all is complete: False
-    when `wait` is off. Raises StageError naming stage, task and log when a job fails."""
+    """Submits the incomplete stages as job arrays, each depending on the previous one, and follows them.
+    `follow(stage)`: context manager that shows progress; `tell(line)` prints. Returns whether all stages are complete:
+    False without `wait`. Raises StageError naming stage, task and log when a job fails."""
     if live := queue.live(list(queue.jobs().values())):
         tell(f"following the jobs of an earlier start that are still in the queue: {' '.join(live)}")
         if not settings.wait:
@@ -191,10 +204,10 @@ def _submit(settings: Slurm, stages: list, queue: Queue) -> None:
         )
     error = None
     try:
-        previous.run()  # submits those that it depends on first
+        previous.run()  # first submits the stages that it depends on
     except subprocess.CalledProcessError as failed:
         error = failed
-    # datatrove writes -1 for a stage with nothing left to do.
+    # datatrove's job id is -1 for a complete stage.
     jobs = {name: executor.job_id for name, executor in executors.items() if executor.job_id not in (None, -1)}
     if error:
         queue.cancel(list(jobs.values()))
@@ -213,7 +226,7 @@ def _follow(stages: list, queue: Queue, follow: Callable) -> None:
                 if stage.name not in jobs or not queue.live([jobs[stage.name]]):
                     patience -= 1
                 if not patience or (patience < PATIENCE and stage.failed_tasks()):
-                    queue.cancel(list(jobs.values()))  # later stages, where the cluster keeps them in the queue
+                    queue.cancel(list(jobs.values()))  # later stages, if still in the queue
                     raise StageError(stage.failure(jobs.get(stage.name)))
                 time.sleep(POLL_SECONDS)
 
@@ -226,7 +239,7 @@ def name_tasks(ranks: list[int]) -> str:
 
 
 def last_error(log: Path) -> str | None:
-    """The error in a task's log: the last line of the last traceback; None when there is no traceback."""
+    """The last line of the last traceback in a task's log; None without a traceback."""
     if not log.is_file():
         return None
     found = None

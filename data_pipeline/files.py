@@ -1,7 +1,6 @@
-"""Files that are whole or not there, and lock files.
+"""Atomic file replacement, and lock files.
 
-Folders may be shared: nothing here follows a symbolic link in a file's place, and nobody can foresee the names of
-temporary files.
+Safe in shared folders: symbolic links in place of files are not followed, and temporary names are unpredictable.
 """
 
 import contextlib
@@ -16,20 +15,20 @@ from pathlib import Path
 from typing import BinaryIO
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-TEMPORARY = ".tmp"  # how the names of files end that are being written
+TEMPORARY = ".tmp"  # suffix of files being written
 
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
-    """A file to write that takes the name `path` when the body ends, complete and durable: readers see the old file or
-    the new one. When the body fails nothing of it is left. `mode`: its permissions, less the umask."""
+    """A temporary file that is fsynced and renamed to `path` when the block ends: readers see the old or the new file.
+    On an exception it is removed. `mode`: permissions, less the umask."""
     temporary, file = open_temporary(path, mode)
     try:
         with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            os.replace(temporary, path)  # before the file's lock goes
+            os.replace(temporary, path)  # while the temporary file is still locked
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in NO_ROOM and error.filename is None:
@@ -38,8 +37,8 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
 
 
 def open_temporary(path: Path, mode: int = 0o666) -> tuple[Path, BinaryIO]:
-    """A new file beside `path`, for writing, and its name. It is locked while it is open, so that what a killed writer
-    of the same `path` has left behind can be told from what another one is writing, and is removed here."""
+    """(Name, file) of a new temporary file beside `path`, open for writing and locked. Unlocked temporary files of the
+    same `path`, left by killed writers, are removed."""
     for left in path.parent.glob(f".{_literal(path.name)}.*{TEMPORARY}"):
         _remove_unlocked(left)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{TEMPORARY}")
@@ -51,13 +50,13 @@ def open_temporary(path: Path, mode: int = 0o666) -> tuple[Path, BinaryIO]:
 
 
 def open_lock(path: Path) -> BinaryIO:
-    """A lock file, made if it is missing and never emptied. Raises OSError (ELOOP) where `path` is a symbolic link."""
+    """Opens a lock file, created if missing, never truncated. Raises OSError (ELOOP) if `path` is a symbolic link."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.fdopen(os.open(path, flags, 0o666), "r+b")
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Writes `data` as `replacing` does."""
+    """Atomically replaces `path` by `data`."""
     with replacing(path) as file:
         file.write(data)
 
@@ -69,7 +68,7 @@ def sha256_of(path: Path) -> str:
 
 
 def explain(error: Exception, output: Path) -> str:
-    """An error as one line; of one for want of room, with how much there is on the disk of `output`."""
+    """An error as one line; for a full disk, with the free space on the disk of `output`."""
     line = " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         free = shutil.disk_usage(output).free
@@ -79,12 +78,12 @@ def explain(error: Exception, output: Path) -> str:
 
 
 def _literal(name: str) -> str:
-    """A file name as a pattern of itself."""
+    """A file name, escaped as a glob pattern."""
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def _remove_unlocked(path: Path) -> None:
-    """Removes a file unless its writer is alive, which holds its lock."""
+    """Removes a file unless its writer is alive and holds the lock."""
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:

@@ -1,8 +1,8 @@
-"""py3langid's model, evaluated by arrays: it walks an automaton over the bytes of a text, one Python step a byte.
+"""py3langid's model, evaluated with numpy arrays; py3langid runs its automaton in Python, byte by byte.
 
-An n-gram of the model has at most DEPTH bytes, so that the state after a byte depends on the last DEPTH bytes alone.
-With delta the automaton's transition and b the bytes, s_k[i] = delta(s_{k-1}[i - 1], b[i]) is the state after reading
-the last k bytes from the initial state, for all i at once; s_DEPTH is what the walk gives.
+An n-gram of the model has at most DEPTH bytes, so the automaton's state depends only on the last DEPTH bytes. With
+delta the transition function and b the bytes, s_k[i] = delta(s_{k-1}[i - 1], b[i]) is the state after the last k bytes
+before and including i, from the initial state, computed for all i at once; s_DEPTH is the automaton's state.
 """
 
 import math
@@ -52,13 +52,14 @@ class Identifier:
         return self.classes[best], float(scores[best])
 
     def _weights_of(self, grams: np.ndarray) -> np.ndarray:
-        """float32 [n, classes], in memory that is used again: fresh pages would cost ten times as much as the copy."""
+        """Rows of `weights`, float32 [n, classes], in a reused buffer: page faults of a new one cost ten times the
+        copy."""
         if len(self.gathered) < len(grams):
             self.gathered = np.empty((2 * len(grams), len(self.classes)), np.float32)
         return np.take(self.weights, grams, axis=0, out=self.gathered[: len(grams)], mode="clip")
 
     def _ngrams(self, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The n-grams that a text has, int32 [n], and how often each is there, float32 [n]."""
+        """(Distinct n-grams of a text, int32 [n], their counts, float32 [n])."""
         found = self.features[self._states(data)]
         found = np.sort(found[found >= 0])
         starts = np.flatnonzero(np.concatenate(([True], found[1:] != found[:-1]))) if len(found) else found
@@ -72,7 +73,7 @@ class Identifier:
         before = self.first[data]
         states = np.concatenate((states, self.pairs[data[:-1].astype(np.uint16) * np.uint16(256) + data[1:]]))
         for _ in range(DEPTH - 2):
-            # A state that one byte more did not change leaves the next one as it is.
+            # Where s_k[i] = s_{k-1}[i], s_{k+1}[i + 1] = s_k[i + 1]: only changed states are computed again.
             changed = np.flatnonzero(states[:-1] != before[:-1]) + 1
             before, states = states, states.copy()
             states[changed] = self.moves[self.rows[before[changed - 1]] + data[changed]]

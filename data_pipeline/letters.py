@@ -1,7 +1,7 @@
-"""Letters, marks and words in any script: what rules, edits and duplicates count.
+"""Letters, marks and words in any script, for rules, edits and deduplication.
 
-A combining mark (vowel sign, tone mark, point) belongs to the letter before it. Python's `\\w` and `str.isalpha` see
-neither in it, so that Hindi or pointed Hebrew would count as symbols. `plain` takes the marks off.
+A combining mark (vowel sign, tone mark, point) belongs to the letter before it. Python's `\\w` and `str.isalpha` do not
+match marks, so Hindi or pointed Hebrew would count as symbols. `plain` removes the marks.
 """
 
 import functools
@@ -9,17 +9,17 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 
-# Blocks in which Unicode goes on to place scripts: what Python's tables do not name there yet is taken for a letter.
+# Blocks where Unicode adds scripts: code points that Python's tables do not know yet count as letters.
 GROWING = (range(0x10000, 0x1D000), range(0x1DF00, 0x1EE00))
-# Symbols to Unicode, letters to those who read them: Braille, SignWriting.
+# Symbols in Unicode that are letters to their readers: Braille, SignWriting.
 WRITTEN = (range(0x2801, 0x2900), range(0x1D800, 0x1DA87))
-# What some scripts put between words instead of a space: Tibetan tsheg, Ethiopic word space, zero-width space, blank
-# Braille cell, and the dividers of ancient scripts.
+# Word separators other than the space: Tibetan tsheg, Ethiopic word space, zero-width space, blank Braille cell, and
+# dividers of ancient scripts.
 SEPARATORS = (
     "\u0f0b\u0f0c\u1361\u200b\u2800\u16eb\u16ec\u16ed\u2e31"
     "\U00010100\U00010101\U0001039f\U000103d0\U00010857\U0001091f\U0001093f\U00012470"
 )
-# Scripts that put no spaces between words: a letter of theirs counts as a word.
+# Scripts without spaces between words: each of their letters counts as a word.
 SPACELESS = (
     "\u0e00-\u0eff"  # Thai, Lao
     "\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f"  # Myanmar
@@ -31,7 +31,7 @@ SPACELESS = (
     "\ua000-\ua4cf\ua840-\ua87f\U00016fe0-\U00018d8f\U0001b170-\U0001b2ff"  # Yi, Phags-pa, Tangut, Khitan, Nüshu
     "\U00011ee0-\U00011f5f\U00012000-\U0001254f\U00013000-\U0001467f"  # Makasar, Kawi, cuneiform, hieroglyphs
 )
-HANGUL = "\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff"  # spaced, but a particle follows its word without one
+HANGUL = "\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff"  # spaced words, but particles follow without a space
 
 
 def ranges(codes: Iterable[int]) -> str:
@@ -46,7 +46,7 @@ def ranges(codes: Iterable[int]) -> str:
 
 
 def _marks() -> Iterator[int]:
-    """Combining marks, and characters that only join letters, direct them or select their form."""
+    """Combining marks, joiners, direction marks and variation selectors."""
     kinds = frozenset(("Mn", "Mc", "Me", "Cf"))
     for code in (*range(0x80, 0x20000), *range(0xE0100, 0xE01F0)):
         if unicodedata.category(chr(code)) in kinds and chr(code) not in SEPARATORS:
@@ -54,17 +54,17 @@ def _marks() -> Iterator[int]:
 
 
 def _other_letters() -> Iterator[int]:
-    """Letters that `str.isalnum` takes for something else."""
+    """Letters for which `str.isalnum` is False."""
     for code in sorted(code for block in (*GROWING, *WRITTEN) for code in block):
         if unicodedata.category(chr(code)) in ("Cn", "So"):
             yield code
-    yield from range(0x2A6DE, 0x40000)  # ideographs, which Unicode goes on to add
+    yield from range(0x2A6DE, 0x40000)  # ideographs, including future ones
 
 
 MARKS = ranges(_marks())
 _OTHER_LETTERS = ranges(_other_letters())
 _NOT_PLAIN = re.compile(f"([{MARKS}]+)|([{SEPARATORS}])|[{_OTHER_LETTERS}]")
-# Contains every character of _NOT_PLAIN, and none of what English, French or Russian text is made of.
+# A superset of _NOT_PLAIN without the characters of English, French or Russian text.
 _MAYBE_NOT_PLAIN = re.compile(
     "[\xad\u0300-\u036f\u0483-\u1fff\u200b-\u200f\u202a-\u202e\u2060-\u206f\u20d0-\u20ff\u2800-\u28ff\u2ce0-\u2dff"
     "\u2e31\u302a-\u302f\u3099\u309a\ua66f-\uabff\ufb1e\ufe00-\ufe2f\ufeff\ufff9-\ufffb\U00010000-\U0010ffff]"
@@ -87,12 +87,12 @@ def _replacement(match: re.Match) -> str:
 
 
 def plain(text: str) -> str:
-    """`text` with one character for each letter: marks taken off, word dividers as spaces, and a stand-in for letters
-    that Python takes for symbols. For counting; what two texts share is compared with their marks."""
+    """`text` with one character per letter: without marks, word separators as spaces, and substitutes for letters that
+    Python takes for symbols. For counting only; comparisons of texts keep the marks."""
     return text if text.isascii() else _plain(text)
 
 
-@functools.lru_cache(maxsize=1)  # every rule is asked of one document before the next is read
+@functools.lru_cache(maxsize=1)  # all rules are applied to one document before the next
 def _plain(text: str) -> str:
     return _NOT_PLAIN.sub(_replacement, text) if _MAYBE_NOT_PLAIN.search(text) else text
 
@@ -104,12 +104,12 @@ def find_words(text: str) -> list[str]:
 
 
 def composed(text: str) -> str:
-    """`text` in which a letter and its mark have one spelling (NFC), for what is compared."""
+    """`text` in NFC, for comparisons."""
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 def count_words(text: str) -> int:
-    """How many words a text has: pieces between spaces, and every letter of a script without spaces."""
+    """Number of words: pieces between spaces, and every letter of a script without spaces."""
     text = plain(text)
     if text.isascii():
         return len(text.split())
@@ -117,5 +117,5 @@ def count_words(text: str) -> int:
 
 
 def spaceless(text: str) -> int:
-    """How many letters of a text belong to scripts without spaces between words."""
+    """Number of letters that belong to scripts without spaces between words."""
     return 0 if text.isascii() else len(_SPACELESS.findall(plain(text)))

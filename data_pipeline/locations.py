@@ -1,4 +1,4 @@
-"""Paths and URLs as settings name them: which may be opened, and which lie on this machine."""
+"""Checks of paths and URLs in settings: which may be opened, and which are local."""
 
 import re
 
@@ -7,8 +7,8 @@ CHAIN = re.compile(r"(?:^|::)([A-Za-z][\w+.-]+)(?=://|::)")  # the schemes of si
 
 
 def openable(path: str) -> str:
-    """A local path, or a URL of file systems that fsspec knows. Raises ValueError for any other scheme: WebDataset
-    reads `pipe:cat x` as a shell command."""
+    """Returns `path`, a local path or a URL of an fsspec file system. Raises ValueError for any other scheme:
+    WebDataset runs `pipe:cat x` as a shell command."""
     if match := SCHEME.match(path):
         from fsspec import available_protocols
 
@@ -20,7 +20,7 @@ def openable(path: str) -> str:
 
 
 def local(path: str) -> str:
-    """A path of this machine. Raises ValueError for a URL, which would name a local folder such as `s3:`."""
+    """Returns `path`, a local path. Raises ValueError for a URL, which would create a local folder such as `s3:`."""
     if "://" in path:
         raise ValueError("is a URL: output goes to a folder of this machine, or one that it shares")
     return path

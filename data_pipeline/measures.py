@@ -1,6 +1,6 @@
-"""What several rules measure of one text: its lines, its words, the kinds of its characters.
+"""Measures of a text that several rules share: its lines, words and kinds of characters.
 
-Each is computed once: every rule is asked of one document before the next is read.
+Each is cached for the last text: all rules are applied to one document before the next.
 """
 
 import functools
@@ -14,9 +14,9 @@ import numpy as np
 
 from data_pipeline.letters import plain
 
-LETTER, DIGIT, SYMBOL, SPACE, ALPHA = 1, 2, 4, 8, 16  # bits of a kind
-LIMIT = 0x110000  # code points
-# As the patterns of the rules see characters: a letter is what is alphanumeric and no decimal digit.
+LETTER, DIGIT, SYMBOL, SPACE, ALPHA = 1, 2, 4, 8, 16  # bits of a character's kind
+LIMIT = 0x110000  # number of code points
+# As in the rules' patterns: a letter is alphanumeric and not a decimal digit.
 PATTERNS = {LETTER: r"[^\W\d_]+", DIGIT: r"\d+", SYMBOL: r"(?:[^\w\s]|_)+", SPACE: r"\s+"}
 of_one_text = functools.lru_cache(maxsize=1)
 
@@ -41,11 +41,11 @@ class Characters:
     kinds: np.ndarray
 
     def count(self, kind: int) -> int:
-        """How many characters are of this kind."""
+        """Number of characters of this kind."""
         return np.count_nonzero(self.kinds & kind)
 
     def are(self, kind: int) -> np.ndarray:
-        """bool [n]: which characters are of this kind, or of one of several."""
+        """bool [n]: characters of this kind, or of any of several or-ed kinds."""
         return (self.kinds & kind) != 0
 
 
@@ -74,30 +74,30 @@ def lower(text: str) -> str:
 
 @of_one_text
 def words(text: str) -> list[str]:
-    """What stands between white space."""
+    """The text split at white space."""
     return text.split()
 
 
 @of_one_text
 def word_counts(text: str) -> Counter[str]:
-    """How often each word is there."""
+    """{word: number of occurrences}."""
     return Counter(words(text))
 
 
 @of_one_text
 def vocabulary(text: str) -> str:
-    """The different words in lower case, with spaces between: what is not in it is not in the text."""
+    """The distinct words in lower case, joined by spaces, for fast negative searches."""
     return " ".join(word_counts(text)).lower()
 
 
 def in_any_case(found: Iterable[str]) -> frozenset[str]:
-    """All ways to write these words in ASCII that are the same in lower case."""
+    """All upper- and lower-case spellings of these ASCII words."""
     ways = (itertools.product(*({letter, letter.upper()} for letter in word)) for word in found)
     return frozenset(map("".join, itertools.chain.from_iterable(ways)))
 
 
 def may_have(text: str, phrases: tuple[str, ...]) -> bool:
-    """Whether one of the phrases, which are in lower case, is in a text, whatever the case of its letters."""
+    """Whether any of the lower-case phrases is in the text, ignoring the text's case."""
     there = vocabulary(text)
     likely = [phrase for phrase, needle in zip(phrases, needles(phrases), strict=True) if needle in there]
     return bool(likely) and any(phrase in lower(text) for phrase in likely)
@@ -105,5 +105,5 @@ def may_have(text: str, phrases: tuple[str, ...]) -> bool:
 
 @functools.cache
 def needles(phrases: tuple[str, ...]) -> tuple[str, ...]:
-    """The longest word of each phrase: the vocabulary of a text with the phrase has it."""
+    """The longest word of each phrase, which is in the vocabulary of every text with the phrase."""
     return tuple(max(phrase.split(), key=len) for phrase in phrases)

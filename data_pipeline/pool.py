@@ -9,8 +9,8 @@ from multiprocessing.context import BaseContext
 
 @contextlib.contextmanager
 def process_pool(workers: int, context: BaseContext | None = None) -> Iterator[ProcessPoolExecutor]:
-    """A pool that leaves Ctrl-C to this process, which then begins nothing more: the terminal sends it to all of them,
-    and each would print where it was."""
+    """A pool whose workers ignore SIGINT, which the terminal sends to all processes: on Ctrl-C this process submits no
+    further tasks, and workers print no tracebacks."""
     with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         try:
             yield pool

@@ -1,4 +1,4 @@
-"""Progress bars of a run: a line a stage, counting its completed tasks."""
+"""Progress bars of a run: a line per stage, counting completed tasks."""
 
 import contextlib
 import sys
@@ -15,7 +15,7 @@ POLL_SECONDS = 0.3
 
 
 class Display:
-    """Shows one stage at a time; where there is no terminal, prints a line when a stage is done."""
+    """Shows one stage at a time; without a terminal, prints a line when a stage is done."""
 
     def __init__(self, progress: Progress, width: int):
         self.progress = progress
@@ -53,7 +53,7 @@ class Display:
 @contextlib.contextmanager
 def show(stages: list[Stage]) -> Iterator[Display]:
     """A display for `stages`."""
-    # The stream as it is now: standard error is redirected while stages run.
+    # The original stderr: it is redirected while stages run.
     console = Console(file=sys.stderr, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, redirect_stderr=False, disable=not console.is_terminal) as progress:

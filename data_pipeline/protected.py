@@ -1,7 +1,7 @@
-"""The parts of a text that no edit may touch, and that rules about prose do not look at: code, formulas, tables, links.
+"""Protected parts of a text, which edits leave unchanged and prose rules skip: code, formulas, tables, links.
 
-Three passes find them: blocks of whole lines, then LaTeX that spans lines, then what lies within a line. Each is linear
-in the length of the text: where an end may never come, either a stack finds it or the search has a greatest length.
+Three passes find them: blocks of whole lines, then LaTeX over several lines, then inline parts. Each is linear in the
+text's length: end markers that may be missing are found by a stack or within a maximum length.
 """
 
 import functools
@@ -11,19 +11,19 @@ from collections.abc import Callable, Iterator
 
 Span = tuple[int, int]  # [start, end) in characters
 
-ENDS = "\n\r\x0c\x85\u2028\u2029"  # of lines: those that the edit of characters makes line feeds
+ENDS = "\n\r\x0c\x85\u2028\u2029"  # line ends that the edit `characters` converts to line feeds
 LINE = re.compile(rf"[^{ENDS}]*(?:\r\n|[{ENDS}])|[^{ENDS}]+")
-OTHER_ENDS = "\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # those of str.splitlines beside the line feed
-NOT_END = re.compile("[^\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")  # of a line, as str.splitlines sees it
-# What may stand before a line: the mark of a quotation, characters that nobody sees.
+OTHER_ENDS = "\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # line ends of str.splitlines other than the line feed
+NOT_END = re.compile("[^\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")  # not a line end of str.splitlines
+# Prefix of a line: quotation marks of Markdown, invisible characters.
 QUOTE = re.compile("(?:[\ufeff\u200b\u2060\u00ad]| {0,3}>[ \t]?)*")
 QUOTED = re.compile("[\ufeff\u200b\u2060\u00ad]| {0,3}>")
-ITEM = r"[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*"  # the marker of a list, in whose item a fence may begin
+ITEM = r"[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*"  # list markers, after which a fence may begin
 FENCE = re.compile(rf"{ITEM}(?P<mark>`{{3,}}(?=[^`]*$)|~{{3,}})")
 INDENTED = re.compile(r"(?: {4}| {0,3}\t)[ \t]*\S")
 ROW = re.compile(r"[ \t]*(?:\|.*\||\+(?:[-=]+\+)+)[ \t]*$")
 DELIMITERS = re.compile(r"[ \t]*\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)+\|?[ \t]*$")
-BORDER = re.compile(r"[ \t]*={2,}(?:[ \t]+={2,})+[ \t]*$")  # of a simple table of reStructuredText
+BORDER = re.compile(r"[ \t]*={2,}(?:[ \t]+={2,})+[ \t]*$")  # border of a reStructuredText simple table
 RULER = re.compile(r"[ \t]*(?P<mark>[-=*_~^+#])(?:[ \t]*(?P=mark)){2,}[ \t]*$")
 DEFINITION = re.compile(r" {0,3}\[[^\]\n]{1,500}\]:[ \t]*\S")  # [name]: address
 BEGINS = re.compile(r"[ \t]*[`~|+=*_^#\[0-9-]")  # FENCE, ROW, BORDER, RULER, DEFINITION
@@ -33,7 +33,7 @@ LATEX = re.compile(r"\\begin\{([A-Za-z]+\*?)\}|\\end\{([A-Za-z]+\*?)\}|(?<!\\)\\
 CLOSING = {"\\]": "\\[", "\\)": "\\("}
 PROSE_ENVIRONMENTS = ("document",)
 
-# A line's end within a paragraph.
+# A line end within a paragraph.
 WRAP = r"\n(?![ \t]*\r?\n)"
 INLINE = re.compile(
     rf"(?<!`)(?P<ticks>`+)(?!`)(?:[^\n]|{WRAP}){{1,1000}}?(?<!`)(?P=ticks)(?!`)"
@@ -53,7 +53,7 @@ def protected_parts(text: str) -> list[str]:
 
 
 def outside_protected(text: str, change: Callable[[str], str]) -> str:
-    """`text` with `change` made to each piece between protected parts."""
+    """`text` with `change` applied to each piece between protected parts."""
     pieces, at = [], 0
     for start, end in spans(text):
         if at < start:
@@ -66,12 +66,12 @@ def outside_protected(text: str, change: Callable[[str], str]) -> str:
 
 
 def without_protected(text: str) -> str:
-    """`text` with a space in the place of each protected part."""
+    """`text` with a space in place of each protected part."""
     return _replaced(text, lambda part: " ")
 
 
 def masked(text: str) -> str:
-    """`text` with the characters of protected parts as null; lines end where they did."""
+    """`text` with the characters of protected parts as NUL, except line ends."""
     return _replaced(text, lambda part: NOT_END.sub("\0", part))
 
 
@@ -83,9 +83,9 @@ def _replaced(text: str, change: Callable[[str], str]) -> str:
     return "".join([*pieces, text[at:]])
 
 
-@functools.lru_cache(maxsize=1)  # several edits look at one text
+@functools.lru_cache(maxsize=1)  # several edits process one text
 def spans(text: str) -> tuple[Span, ...]:
-    """The protected parts of a text, in order and apart."""
+    """The protected parts of a text, sorted and disjoint."""
     found = _union(list(_blocks(text)))
     if "\\" in text or "$$" in text:
         found = _union(found + list(_latex(text, found)))
@@ -113,13 +113,13 @@ def _gaps(text: str, found: list[Span]) -> Iterator[Span]:
 
 
 def _inline(text: str, start: int, end: int) -> Iterator[Span]:
-    """Code, formulas, LaTeX commands with their arguments and links, within a piece between blocks."""
+    """Inline code, formulas, LaTeX commands with arguments, and links in text[start:end], which is between blocks."""
     for match in INLINE.finditer(text, start, end):
         yield match.span()
 
 
 def _latex(text: str, blocks: list[Span]) -> Iterator[Span]:
-    """Environments, outermost first, and displayed formulas, which no empty line interrupts."""
+    """LaTeX environments, outermost first, and displayed formulas without an empty line."""
     starts = [start for start, _ in blocks]
     environments: list[tuple[str, int]] = []
     formula: tuple[str, int] | None = None
@@ -131,7 +131,7 @@ def _latex(text: str, blocks: list[Span]) -> Iterator[Span]:
         if begin and begin not in PROSE_ENVIRONMENTS:
             environments.append((begin, token.start()))
         elif end:
-            names = [name for name, _ in environments[-20:]]  # what is not closed within so many is no environment
+            names = [name for name, _ in environments[-20:]]  # at most 20 levels of unclosed environments
             if end in names:
                 depth = len(names) - 1 - names[::-1].index(end)
                 start = environments[len(environments) - len(names) + depth][1]
@@ -147,7 +147,7 @@ def _latex(text: str, blocks: list[Span]) -> Iterator[Span]:
 
 
 def _blocks(text: str) -> Iterator[Span]:
-    """Fenced and indented code, tables, rulers and definitions of links: whole lines."""
+    """Blocks of whole lines: fenced and indented code, tables, rulers, link definitions."""
     lines = text.splitlines(keepends=True) if not any(end in text for end in OTHER_ENDS) else LINE.findall(text)
     offsets = [0]
     for line in lines:
@@ -159,7 +159,7 @@ def _blocks(text: str) -> Iterator[Span]:
     while at < len(lines):
         end = _block(bodies, at, after_blank)
         first = at
-        if end < 0:  # a table that began with the line before
+        if end < 0:  # a table whose heading is the previous line
             first, end = at - 1, -end
         if end > at:
             yield offsets[first], offsets[end]
@@ -170,8 +170,8 @@ def _blocks(text: str) -> Iterator[Span]:
 
 
 def _block(lines: list[str], at: int, after_blank: bool) -> int:
-    """The line after the block that begins with line `at`; `at` when none does; negative when it is a table whose
-    heading is the line before."""
+    """The line after the block that begins with line `at`; `at` without a block; negative for a table whose heading is
+    the previous line."""
     line = lines[at]
     begins = BEGINS.match(line) or "|" in line
     if begins and (fence := FENCE.match(line)) and not _is_underline(lines, at):
@@ -193,19 +193,19 @@ def _block(lines: list[str], at: int, after_blank: bool) -> int:
 
 
 def _is_underline(lines: list[str], at: int) -> bool:
-    """Whether a line of tildes or backticks underlines a title, as in reStructuredText, and begins no code."""
+    """Whether a line of tildes or backticks underlines a reStructuredText title, and is not a code fence."""
     mark, title = lines[at].strip(), lines[at - 1].strip() if at else ""
     return len(set(mark)) == 1 and 0 < len(title) <= len(mark) and (at < 2 or not lines[at - 2].strip())
 
 
 def _fence_end(lines: list[str], at: int, mark: str) -> int:
-    """After the line that closes the fence: as many of its marks or more, alone. Else the end of the text."""
+    """The line after the closing fence, a line of at least as many marks; without one, the end of the text."""
     closing = re.compile(rf"[ \t]*{re.escape(mark)}{re.escape(mark[0])}*[ \t]*$")
     return next((end + 1 for end in range(at + 1, len(lines)) if closing.match(lines[end])), len(lines))
 
 
 def _indented_end(lines: list[str], at: int) -> int:
-    """After the last indented line, with empty lines between."""
+    """The line after the last indented line; empty lines between are included."""
     end = at + 1
     for place in range(at + 1, len(lines)):
         if INDENTED.match(lines[place]):
@@ -216,7 +216,7 @@ def _indented_end(lines: list[str], at: int) -> int:
 
 
 def _simple_table_end(lines: list[str], at: int) -> int:
-    """After the border that an empty line follows; only this line where none comes."""
+    """The line after the closing border, which an empty line follows; without one, `at` + 1."""
     for place in range(at + 1, min(at + LONGEST_TABLE, len(lines))):
         closed = place + 1 == len(lines) or not lines[place + 1].strip()
         if closed and BORDER.match(lines[place]):

@@ -5,14 +5,13 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import orjson
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from data_pipeline.config import TokenizerSettings
 from data_pipeline.document import in_heldout, text_bytes, text_hash
 from data_pipeline.errors import InputError
-from data_pipeline.files import replace_file, replacing
+from data_pipeline.files import replace_file
 from data_pipeline.sources import Source, category_of
 from data_pipeline.steps.tally import read_tally
 
@@ -77,8 +76,8 @@ def weight_problems(settings: TokenizerSettings, sources: dict[str, Source]) -> 
 
 
 class SampleText(PipelineStep):
-    """Per task: the sampled texts of the training split as JSON strings in RANK.jsonl, and in RANK.json
-    {category: [documents, bytes]}. Whether a text is taken is a function of the text and its category's probability."""
+    """Per task: passes on the sampled documents of the training split, and writes folder/RANK.json, {category:
+    [documents, bytes]}. Whether a text is taken is a function of the text and its category's probability."""
 
     type = "🔤 - TOKENIZER"
     name = "sample text"
@@ -102,18 +101,16 @@ class SampleText(PipelineStep):
         parts = strata(self.settings, self.sources, self.tally, self.heldout_fraction)
         categories = {name: category_of(name, source) for name, source in self.sources.items()}
         taken = {category: [0, 0] for category in parts}
+        for document in data:
+            category = categories[document.metadata["source"]]
+            # Other digits of the hash than those that choose the split.
+            chosen = int(text_hash(document.text)[16:32], 16) < parts[category].probability * 2**64
+            if chosen and not in_heldout(document.text, self.heldout_fraction):
+                taken[category][0] += 1
+                taken[category][1] += text_bytes(document)
+                yield document
         self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self.folder / f"{rank:05d}.jsonl") as file:
-            for document in data:
-                category = categories[document.metadata["source"]]
-                # Other digits of the hash than those that choose the split.
-                chosen = int(text_hash(document.text)[16:32], 16) < parts[category].probability * 2**64
-                if chosen and not in_heldout(document.text, self.heldout_fraction):
-                    file.write(orjson.dumps(document.text) + b"\n")
-                    taken[category][0] += 1
-                    taken[category][1] += text_bytes(document)
         replace_file(self.folder / f"{rank:05d}.json", json.dumps(taken).encode())
-        return None
 
     def summary(self) -> dict[str, dict]:
         """{category: what was wanted, and what was taken by all tasks}."""

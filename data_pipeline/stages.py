@@ -1,6 +1,6 @@
 """The pipeline as a list of stages, each a datatrove executor with its completion markers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from datatrove.pipeline.base import PipelineStep
@@ -13,7 +13,7 @@ from data_pipeline.readers import ReadSources
 from data_pipeline.report import WriteReport
 from data_pipeline.sample import SampleText
 from data_pipeline.steps.begin import BeginTask, missing_tasks
-from data_pipeline.steps.documents import TaskReader, TaskWriter
+from data_pipeline.steps.documents import RecordKept, RemoveFolders, Stored, TaskReader, TaskWriter
 from data_pipeline.steps.rules import ApplyRules
 from data_pipeline.steps.tally import Tally
 from data_pipeline.tokenise import MakeTokenizer, WriteManifests, WriteShards, splits
@@ -66,7 +66,8 @@ def build_stages(settings: Settings, output: Path, work: Path, inputs: str) -> l
     """All stages in order. `output` receives what users see, `work` what stages hand each other. `inputs`: the
     `inputs_hash` of the sources' files.
 
-    A document keeps its task from reading to shards: duplicates are recorded by (task, place in the task's file).
+    A document keeps its task from reading to shards: duplicates are recorded by (task, place in the task's file). The
+    documents are on disk once, compressed, as the rules left them; see `steps/documents.py`.
     """
     drops = output / "drops"
     stages: list[Stage] = []
@@ -81,7 +82,15 @@ def build_stages(settings: Settings, output: Path, work: Path, inputs: str) -> l
         tallied.append(name)
         return Tally(work / "tally" / name)
 
-    documents, priorities = work / "ruled", {name: source.priority for name, source in settings.sources.items()}
+    documents, priorities = Stored(work / "ruled"), {name: source.priority for name, source in settings.sources.items()}
+
+    def add_removal(name: str, *steps: PipelineStep) -> None:
+        """A stage after which fewer documents are left."""
+        nonlocal documents
+        kept = work / "kept" / name
+        add(name, settings.tasks, TaskReader(documents), *steps, tally(name), RecordKept(kept))
+        documents = replace(documents, kept=kept)
+
     add(
         "rules",
         settings.tasks,
@@ -91,38 +100,34 @@ def build_stages(settings: Settings, output: Path, work: Path, inputs: str) -> l
             settings.rules.active(), settings.edits.active(), settings.language, drops / "rules", output / "edits"
         ),
         tally("rules"),
-        TaskWriter(documents),
+        TaskWriter(documents.written),
         *([exact.signatures(priorities, work)] if settings.exact_duplicates else []),
     )
     if settings.exact_duplicates:
         add("exact_find", 1, exact.find(work))
-        removal = exact.remove(work, drops / "exact_duplicates")
-        add("exact", settings.tasks, TaskReader(documents), removal, tally("exact"), TaskWriter(work / "unique"))
-        documents = work / "unique"
+        add_removal("exact", exact.remove(work, drops / "exact_duplicates"))
     if options := settings.line_duplicates:
-        counts, often = work / "lines" / "counts", work / "lines" / "often"
+        counts, often, cuts = (work / "lines" / name for name in ("counts", "often", "cuts"))
         # The step that counts passes documents on; nobody takes them.
         add("line_counts", settings.tasks, TaskReader(documents), CountLines(options, counts))
         add("line_find", settings.tasks, FindLines(options, counts, often))
-        removal = RemoveLines(options, often, drops / "line_duplicates", output / "edits")
-        add("lines", settings.tasks, TaskReader(documents), removal, tally("lines"), TaskWriter(work / "lined"))
-        documents = work / "lined"
+        add_removal("lines", RemoveLines(options, often, cuts, drops / "line_duplicates", output / "edits"))
+        documents = replace(documents, cuts=cuts)
     if options := settings.near_duplicates:
         noted = near.note_priorities(priorities, work)
         add("near_signatures", settings.tasks, TaskReader(documents), noted, near.signatures(options, work))
         add("near_pairs", options.buckets, near.buckets(options, work))
         add("near_clusters", 1, near.cluster(work))
-        removal = near.remove(options, work, drops / "near_duplicates")
-        add("near", settings.tasks, TaskReader(documents), removal, tally("near"), TaskWriter(work / "clean"))
-        documents = work / "clean"
-    tokens, heldout, records = settings.tokenizer, settings.heldout_fraction, work / "records"
+        add_removal("near", near.remove(options, work, drops / "near_duplicates"))
+    tokens, heldout, records, sampled = settings.tokenizer, settings.heldout_fraction, work / "records", work / "sample"
     sample = None
     if not tokens.file:
-        sample = SampleText(tokens, settings.sources, work / "tally" / tallied[-1], heldout, work / "sample")
-        add("tokenizer_sample", settings.tasks, TaskReader(documents), sample)
-    add("tokenizer", 1, MakeTokenizer(tokens, work / "sample", output / "tokenizer.json"))
+        sample = SampleText(tokens, settings.sources, work / "tally" / tallied[-1], heldout, sampled)
+        add("tokenizer_sample", settings.tasks, TaskReader(documents), sample, RecordKept(sampled))
+    add("tokenizer", 1, MakeTokenizer(tokens, replace(documents, kept=sampled), output / "tokenizer.json"))
     write = WriteShards(tokens, heldout, settings.sources, settings.shard_tokens, output, records)
     add("shards", settings.tasks, TaskReader(documents), write)
     add("manifests", 1, WriteManifests(tokens, heldout, settings.sources, output, records, sample))
-    add("report", 1, WriteReport(output, work, splits(heldout)))
+    done_with = [work / name for name in ("ruled", "kept", "exact", "lines", "near", "sample")]
+    add("report", 1, WriteReport(output, work, splits(heldout)), RemoveFolders(done_with))
     return stages

@@ -5,25 +5,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import orjson
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
-from datatrove.utils.batching import batched
 from pydantic import TypeAdapter
 
 from data_pipeline import tokenizer as tokenizers
 from data_pipeline.config import TokenizerSettings
 from data_pipeline.document import in_heldout, text_bytes, text_hash
+from data_pipeline.encoder import Encoder
 from data_pipeline.errors import InputError
 from data_pipeline.files import replace_file
 from data_pipeline.sample import SampleText
 from data_pipeline.shards.manifest import Manifest, Shard, SourceInfo, token_dtype
 from data_pipeline.shards.writer import ShardWriter
 from data_pipeline.sources import Source, category_of
+from data_pipeline.steps.documents import Stored
 
 SPLITS = ("train", "heldout")
 SHARDS = TypeAdapter(dict[str, list[Shard]])
-BATCH = 64  # documents encoded in one call
 PROVEN_FIRST = 4  # documents of each category that every task decodes again and compares
 PROOF = 16  # and of the rest, one in so many
 SHOWN = 20  # characters of each text from a difference on
@@ -36,7 +35,7 @@ class MakeTokenizer(PipelineStep):
     type = "🔤 - TOKENIZER"
     name = "make tokenizer"
 
-    def __init__(self, settings: TokenizerSettings, sample: Path, path: Path):
+    def __init__(self, settings: TokenizerSettings, sample: Stored, path: Path):
         super().__init__()
         self.settings = settings
         self.sample = sample
@@ -51,9 +50,8 @@ class MakeTokenizer(PipelineStep):
         return data
 
     def _texts(self) -> Iterator[str]:
-        for path in sorted(self.sample.glob("*.jsonl")):
-            with path.open("rb") as lines:
-                yield from map(orjson.loads, lines)
+        for rank in self.sample.tasks():
+            yield from (document.text for document in self.sample.read(rank))
 
 
 class RoundTrip:
@@ -66,13 +64,13 @@ class RoundTrip:
         self.categories = categories
         self.proven: dict[str, list[int]] = {}
 
-    def check(self, document: Document, ids: list[int]) -> None:
+    def check(self, document: Document, ids: np.ndarray) -> None:
         """Raises InputError naming the category, the document and the first difference."""
         category = self.categories[document.metadata["source"]]
         proven = self.proven.setdefault(category, [0, 0])
         if proven[0] >= PROVEN_FIRST and int(text_hash(document.text)[32:48], 16) % PROOF:
             return
-        decoded = self.tokenizer.decode(ids, skip_special_tokens=False)
+        decoded = self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
         if decoded != document.text:
             place, given, came = first_difference(document.text, decoded)
             raise InputError(
@@ -119,28 +117,25 @@ class WriteShards(PipelineStep):
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         path = self.output / "tokenizer.json"
         info, tokenizer = describe(path, self.settings), tokenizers.load(path)
-        round_trip = RoundTrip(path, tokenizer, self.categories)
+        round_trip, encoder = RoundTrip(path, tokenizer, self.categories), Encoder(tokenizer)
         dtype = np.dtype(token_dtype(info.vocab_size))
         train, heldout = (
             ShardWriter(self.output / split, f"{split}-{rank:05d}", dtype=dtype, shard_tokens=self.shard_tokens)
             for split in SPLITS
         )
         with train, heldout:
-            for documents in batched(data, BATCH):
-                texts = [document.text for document in documents]
-                encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-                for document, encoding in zip(documents, encodings, strict=True):
-                    ids = encoding.ids
-                    round_trip.check(document, ids)
-                    side = heldout if in_heldout(document.text, self.heldout_fraction) else train
-                    side.write(
-                        np.array([info.bos, *ids, info.eos]),
-                        id=document.id,
-                        source=document.metadata["source"],
-                        text_bytes=text_bytes(document),
-                        language=document.metadata.get("language", ""),
-                        key=document.metadata.get("key", ""),
-                    )
+            for document in data:
+                ids = encoder.encode(document.text)
+                round_trip.check(document, ids)
+                side = heldout if in_heldout(document.text, self.heldout_fraction) else train
+                side.write(
+                    np.concatenate(([info.bos], ids, [info.eos])),
+                    id=document.id,
+                    source=document.metadata["source"],
+                    text_bytes=text_bytes(document),
+                    language=document.metadata.get("language", ""),
+                    key=document.metadata.get("key", ""),
+                )
         self.records.mkdir(parents=True, exist_ok=True)
         record = {"train": train.shards, "heldout": heldout.shards}
         replace_file(self.records / f"{rank:05d}.proof", json.dumps(round_trip.proven).encode())

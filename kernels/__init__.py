@@ -19,9 +19,8 @@ from kernels.srmsnorm.op import (
     simple_rms_norm,
 )
 
-# Hugging Face's transformers takes any package of this name for its own kernel hub, and asks for its version: from the
-# metadata of the distribution that holds it, or from here. A version below every one that it accepts makes it answer
-# "not available", and it does not use this package.
+# Hugging Face transformers takes any package named `kernels` for its kernel hub client and reads its version. A version
+# below its minimum makes transformers treat the hub client as not installed.
 __version__ = "0.0.0"
 
 __all__ = [

@@ -1,8 +1,8 @@
 """Which implementation of an operator runs: plain PyTorch or Triton.
 
-Precedence: `set_backend`, then the environment variable MEGATRON_TN_KERNELS, then "auto", which takes Triton for CUDA
-tensors where Triton is installed and the operator's kernel supports the inputs, and PyTorch otherwise. The choice is
-made inside the registered operators, so compiled and fake-tensor code never sees it.
+Precedence: `set_backend`, then the environment variable MEGATRON_TN_KERNELS, then "auto": Triton for CUDA tensors where
+Triton is installed and the operator's kernel supports the inputs, else PyTorch. The registered operators choose at run
+time, invisibly to torch.compile and fake tensors.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "torch", "triton")
 ENVIRONMENT_VARIABLE = "MEGATRON_TN_KERNELS"
-OLDEST_CAPABILITY = 8  # major compute capability of Ampere, the first with bf16 products: the oldest with tiles
+OLDEST_CAPABILITY = 8  # Ampere, the first architecture with bf16 products and the oldest in the tile tables
 
 _override: str | None = None
 _logged: set[tuple[str, str, str, str]] = set()
@@ -28,9 +28,9 @@ _logged: set[tuple[str, str, str, str]] = set()
 def set_backend(name: str) -> None:
     """Choose the implementation of every operator for the rest of this process: "auto", "torch" or "triton".
 
-    "auto" undoes earlier calls: MEGATRON_TN_KERNELS decides again, where it is set. With "triton", an operator whose
-    kernel cannot take its inputs raises ValueError, where "auto" would run plain PyTorch. Raises ValueError for another
-    name.
+    "auto" undoes earlier calls: MEGATRON_TN_KERNELS, if set, decides again. With "triton", an operator raises
+    ValueError if its kernel does not support the inputs; "auto" runs plain PyTorch instead. Raises ValueError for
+    another name.
     """
     global _override
     _check(name, "name")
@@ -50,8 +50,8 @@ def backend(name: str) -> Iterator[None]:
 
 
 def requested_backend() -> str:
-    """The backend that was asked for: "auto", "torch" or "triton". Raises ValueError if the environment variable holds
-    another name."""
+    """The configured backend: "auto", "torch" or "triton". Raises ValueError if the environment variable holds another
+    name."""
     if _override is not None:
         return _override
     name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
@@ -60,17 +60,17 @@ def requested_backend() -> str:
 
 
 def choose(operator: str, tensor: Tensor, unsupported: str | None = None) -> str:
-    """ "torch" or "triton", for this call of `operator`. A choice is logged the first time that it is made.
+    """ "torch" or "triton", for this call of `operator`. Each choice is logged once.
 
-    tensor: an input, whose device counts. unsupported: why the Triton kernel cannot take these inputs; None if it can.
-    Raises ValueError where backend "triton" was asked for and cannot run.
+    tensor: an input; its device decides. unsupported: why the Triton kernel does not support the inputs; None if it
+    does. Raises ValueError where backend "triton" is configured and cannot run.
     """
     request = requested_backend()
     obstacle = unsupported or _triton_obstacle(tensor)
     if request == "triton" and obstacle:
         raise ValueError(f"backend 'triton' was asked for and cannot run {operator}: {obstacle}")
     if request == "auto":
-        # The interpreter runs CPU tensors for tests only; it is thousands of times slower than PyTorch.
+        # Triton's interpreter runs on CPU tensors, thousands of times slower than PyTorch: for tests only.
         backend = "triton" if tensor.is_cuda and not obstacle else "torch"
         reason = obstacle or "automatic choice"
     else:
@@ -105,7 +105,7 @@ def _triton_obstacle(tensor: Tensor) -> str | None:
         return "triton is not installed (pip install triton)"
     if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"its inputs are on device {tensor.device.type!r}, not on a CUDA device"
-    # The fake tensors of a memory plan claim is_cuda on a CPU device.
+    # A memory plan's fake tensors have is_cuda set, on a CPU device.
     there = torch.cuda.is_available() and tensor.device.type == "cuda"
     if there and (capability := _capability(tensor.device)) < OLDEST_CAPABILITY:
         return f"the GPU's compute capability {capability}.x is older than {OLDEST_CAPABILITY}.x (Ampere)"

@@ -1,4 +1,4 @@
-"""Which floating type sums, products and carried states are kept in."""
+"""The floating type of sums, statistics and states."""
 
 import functools
 from collections.abc import Callable
@@ -10,13 +10,13 @@ Function = TypeVar("Function", bound=Callable)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of sums, statistics and carried states for inputs of `dtype`: fp64 for fp64, fp32 for all others."""
+    """The type of sums, statistics and states for inputs of `dtype`: fp64 for fp64, fp32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def in_own_types(function: Function) -> Function:
-    """`function` with torch.autocast disabled. Autocast reaches into registered operators, and would make bf16 of their
-    fp32 products and states. The first argument is a tensor, or a tuple that begins with one."""
+    """`function` with torch.autocast disabled, because autocast also acts inside registered operators and would cast
+    their fp32 products and states to bf16. The first argument is a tensor, or a tuple that begins with one."""
 
     @functools.wraps(function)
     def wrapped(x, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""How the elementwise and norm kernels take their tensors: as [rows, D] with a contiguous last dimension."""
+"""Converts tensors to [rows, D] with a contiguous last dimension, for the elementwise and norm kernels."""
 
 from torch import Tensor
 
@@ -10,6 +10,6 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def block_for(width: int) -> tuple[int, int]:
-    """The width rounded up to a power of two, and a number of warps for about 16 elements a thread."""
+    """(width rounded up to a power of two, number of warps for about 16 elements per thread)."""
     block = max(16, 1 << (width - 1).bit_length())
     return block, min(max(block // 512, 1), 16)

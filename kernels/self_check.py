@@ -1,8 +1,7 @@
-"""The kernels compared with their definitions where they are about to be used: on this GPU, with this Triton, at the
-model's own widths.
+"""Compares the kernels with their definitions on this GPU, with this Triton version, at the model's widths.
 
-A kernel that is right under one version of Triton or on one GPU may be silently wrong under the next. The check runs
-once, before the first step.
+A kernel that is right with one Triton version or GPU may be silently wrong with another. The check runs once, before
+the first step.
 """
 
 import logging
@@ -29,15 +28,15 @@ from kernels.srmsnorm.op import add_scaled_simple_rms_norm, add_simple_rms_norm,
 
 logger = logging.getLogger(__name__)
 
-# Largest relative error in norm against fp64, by input type: the bounds that the tests hold the kernels to.
+# Largest allowed relative error in norm against fp64, by input type; the tests use the same bounds.
 LARGEST_ERROR = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 1e-3}
-# theta's gradient is a sum of terms that cancel, so its relative error is larger.
+# dtheta is a sum of terms that cancel, so its relative error is larger.
 LARGEST_THETA_ERROR = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-# The optimizer's arithmetic is fp32, whatever the model's type.
+# The optimizer's arithmetic is fp32 for every model type.
 LARGEST_UPDATE_ERROR = dict.fromkeys(LARGEST_ERROR, 1e-6)
 
-TOKENS = 65  # for operators that treat every token alone
-VOCABULARY = 4099  # whole tiles of the output head and a part of one
+TOKENS = 65  # for operators that act per token
+VOCABULARY = 4099  # full tiles of the output head and a partial one
 
 
 class KernelMismatchError(RuntimeError):
@@ -46,7 +45,7 @@ class KernelMismatchError(RuntimeError):
 
 @dataclass(frozen=True)
 class _Sizes:
-    """The arguments of `self_check` that inputs are made from."""
+    """The arguments of `self_check` that determine the inputs."""
 
     heads: int
     key_width: int
@@ -65,7 +64,7 @@ class _Sizes:
 
 @dataclass(frozen=True)
 class _Check:
-    """function and definition, of random inputs of `shapes`; definition is called in fp64, with the backend "torch"."""
+    """`function` and `definition` get random inputs of `shapes`; `definition` in fp64, with backend "torch"."""
 
     operator: str
     function: Callable[..., Tensor]
@@ -92,15 +91,14 @@ def self_check(
     """Compare the operators of a training step, forward and backward, with their fp64 definitions; return the largest
     relative error of each.
 
-    heads, key_width, value_width: of lightning attention on this rank; key_width is twice value_width in a layer with
-        LRPE, and gla is then checked with LRPE. The norms are checked at width heads * value_width.
-    glu_width: of the gated product.
-    embed_width: of the embedding and the head, which span the heads of all ranks (default: heads * value_width).
+    heads, key_width, value_width: lightning attention on this rank; key_width = 2 value_width: gla is checked with
+        LRPE. The norms are checked at width heads * value_width.
+    glu_width: width of the gated product.
+    embed_width: width of the embedding and the output head, over all ranks (default: heads * value_width).
     act: the activation of q and k.
     decay: [heads], the rates (default: evenly spaced from 0 to 1, slow and fast heads in one call).
-    length: positions of a sequence; the default is odd, and long enough to be cut into segments where heads are few.
-    fall_back: where an operator is wrong, log it, run all operators of this process in plain PyTorch from then on, and
-        check those.
+    length: positions of a sequence; the default is odd, and long enough to be cut into segments if there are few heads.
+    fall_back: if an operator is wrong, log it, switch this process to plain PyTorch, and check again.
 
     Raises KernelMismatchError, which names the operator, its error and the bound.
     """
@@ -129,11 +127,11 @@ def self_check(
 
 
 def _errors(sizes: _Sizes, device: torch.device) -> dict[str, float]:
-    """The largest error of every operator. Raises KernelMismatchError at the first that exceeds its bound."""
+    """Operator -> largest error. Raises KernelMismatchError at the first error above its bound."""
     errors, dtype = {}, sizes.dtype
     for check in _checks(sizes):
         error = errors[check.operator] = _worst_error(check, dtype, device)
-        if not error <= check.bounds[dtype]:  # so that NaN fails
+        if not error <= check.bounds[dtype]:  # NaN fails, too
             raise KernelMismatchError(
                 f"{check.operator} at {check.shapes} in {dtype} on {device} is off by {error:.1e} relative to fp64, "
                 f"more than {check.bounds[dtype]:.0e}"
@@ -156,7 +154,7 @@ def _attention_checks(sizes: _Sizes) -> Iterator[_Check]:
         return lightning_attention(q, k, v, decay)
 
     def mixer(qkvu: Tensor, theta: Tensor | None) -> Tensor:
-        """y and the sum of o^2 as one tensor: y normed by it."""
+        """y / rms(o), which depends on both results, y and the sum of o^2."""
         y, square_sum, _ = gla(qkvu, decay, theta, act=sizes.act)
         scale = torch.rsqrt(square_sum / y.shape[-1] + 1e-6).unsqueeze(-1)
         return (y * scale).to(y.dtype)
@@ -171,7 +169,7 @@ def _attention_checks(sizes: _Sizes) -> Iterator[_Check]:
         return mixer(qkvu.to(sizes.dtype).to(theta.dtype), theta)
 
     key, value = (1, length, heads, sizes.key_width), (1, length, heads, width)
-    # The definition is the chunked form in fp64: the recurrence would launch several kernels for every position.
+    # Definition: the chunked form in fp64, because the recurrence launches several kernels per position.
     yield _Check("lightning_attention", attention, attention, (key, key, value))
     yield _Check("gla", of_qkvu, of_qkvu, ((1, length, 4 * heads * width),))
     if with_lrpe:
@@ -179,7 +177,7 @@ def _attention_checks(sizes: _Sizes) -> Iterator[_Check]:
 
 
 def _norm_checks(sizes: _Sizes) -> Iterator[_Check]:
-    """The norms with their additions, and the gated product."""
+    """Checks of the norms, with and without residual additions, and of the gated product."""
     norm = srmsnorm_reference.simple_rms_norm
 
     def added(x: Tensor, update: Tensor) -> Tensor:
@@ -203,9 +201,9 @@ def _norm_checks(sizes: _Sizes) -> Iterator[_Check]:
 
 
 def _vocabulary_checks(sizes: _Sizes) -> Iterator[_Check]:
-    """The embedding, its gradient added to a sum, and the output head with its loss."""
+    """Checks of the embedding, with and without gradient sum, and of the output head with its loss."""
     width, device = sizes.embed_width, sizes.decay.device
-    small = 2.0 ** -(width.bit_length() // 2)  # makes logits of the order of 1; a power of two, which rounds nothing
+    small = 2.0 ** -(width.bit_length() // 2)  # scales logits to about 1; a power of two, so without rounding
     ids = torch.arange(TOKENS, device=device) // 2 * 63 % VOCABULARY
     targets = ids.masked_fill(ids % 5 == 1, -100)
 
@@ -256,7 +254,7 @@ def _update_check(sizes: _Sizes) -> _Check:
 
 def _worst_error(check: _Check, dtype: torch.dtype, device: torch.device) -> float:
     """The largest relative error in norm of the output and the inputs' gradients, on fixed random inputs."""
-    generator = torch.Generator(device).manual_seed(0)  # not the global one, whose state training continues with
+    generator = torch.Generator(device).manual_seed(0)  # leaves the global generator, which training uses, unchanged
 
     def draw(shape: tuple[int, ...]) -> Tensor:
         return torch.randn(shape, generator=generator, device=device).to(dtype)

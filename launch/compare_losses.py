@@ -1,17 +1,17 @@
-"""Two commits, or two configs, trained side by side: does every step have the same loss?
+"""Train two commits, or two configs, and compare the loss of every step.
 
     python -m launch.compare_losses --commits main HEAD -- model=demo data.manifest=... schedule.steps=20
     python -m launch.compare_losses --configs engine=zero1 engine=zero3 --bound 1e-5 -- model=demo data.manifest=...
     python -m launch.compare_losses --commits v1 v2 --processes 2 -- parallel.tp=2 ...
 
-The words after -- are settings of both runs; of --configs, each is what the two runs differ in (several words in one
-argument: "parallel.tp=2 engine=zero1"). Both runs are deterministic, from the same seed and without checkpoints, one
-after the other. A commit is trained from a git worktree of its own, which is removed afterwards; a config from this
-checkout as it is. Paths in settings are taken from the current folder.
+The words after -- are overrides of both runs. Each argument of --configs holds the overrides of one run (several in one
+argument: "parallel.tp=2 engine=zero1"). The runs are deterministic, with the same seed and without checkpoints, one
+after the other. A commit is trained in a temporary git worktree, a config in this checkout. Paths in settings are
+relative to the current folder.
 
-Compared are loss and gradient norm of every step: bit for bit, or with --bound B to a relative difference of at most B.
-Prints the first step that differs and how far apart the runs are at the end. Exit code 0: equal; 1: they differ, or one
-has fewer steps; 2: a run failed, or the command is wrong.
+Loss and gradient norm of every step must be bitwise equal or, with --bound B, have a relative difference of at most B.
+Prints the first step that differs and the difference at the last step. Exit code 0: equal; 1: they differ, or one has
+fewer steps; 2: a run failed, or the command is wrong.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ EQUAL, DIFFERENT, FAILED = 0, 1, 2
 COMPARED = ("loss", "grad_norm")
 FIXED = ("deterministic=true", "logging=quiet", "checkpoint.every=0", "checkpoint.at_end=false")
 
-Steps = dict[int, dict[str, float | None]]  # step -> value of each name in COMPARED; None where it was not finite
+Steps = dict[int, dict[str, float | None]]  # step -> value of each name in COMPARED; None where not finite
 
 
 class Failed(Exception):
-    """A run did not end well; the message has its name and the last it said."""
+    """A run failed; the message has its name and its last lines of output."""
 
 
 def difference(one: float | None, other: float | None) -> float:
-    """Relative to the larger of the two; 0 where both are not finite, infinity where one is."""
+    """Relative difference, to the larger value; 0 where both are None (not finite), infinity where one is."""
     if one == other:
         return 0.0
     if one is None or other is None:
@@ -50,7 +50,7 @@ def difference(one: float | None, other: float | None) -> float:
 
 
 def compare(one: Steps, other: Steps, bound: float) -> list[str]:
-    """Lines that say where two runs differ: the first step that does, and the last that both have. Empty: nowhere."""
+    """Lines on the first step that differs and on the last common step; empty if the runs agree."""
     lines = []
     if missing := sorted(one.keys() ^ other.keys()):
         where = "the second" if missing[0] in one else "the first"
@@ -84,7 +84,7 @@ def train(checkout: Path, words: list[str], folder: Path, processes: int) -> Ste
 
 @contextlib.contextmanager
 def worktree(commit: str, folder: Path) -> Iterator[Path]:
-    """A checkout of `commit` in `folder`, for as long as the block lasts. Raises Failed where there is none."""
+    """A git worktree of `commit` in `folder`, removed after the block. Raises Failed if there is no such commit."""
     git = ["git", "-C", str(ROOT), "worktree"]
     done = subprocess.run([*git, "add", "--detach", str(folder), commit], capture_output=True, text=True, check=False)
     if done.returncode:

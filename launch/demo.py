@@ -2,11 +2,11 @@
 
 1. gather the running Python's standard library, clean it, train a tokenizer, write shards   (data_pipeline.run)
 2. train model=demo as tensor parallel 2 x ZeRO 1 on two CPU processes                       (megatron_tn.train)
-3. resume from the half-way checkpoint, and see that the losses agree bitwise                (megatron_tn.train)
-4. held-out bits per byte beside a unigram model, gzip -9 and xz -9                          (megatron_tn.evaluate)
-5. the loss curve as a picture, a continuation of "def "                                     (megatron_tn.generate)
+3. resume from the half-way checkpoint, and check that the losses agree bitwise              (megatron_tn.train)
+4. held-out bits per byte, compared with a unigram model, gzip -9 and xz -9                  (megatron_tn.evaluate)
+5. plot the loss curve, generate a continuation of "def "                                    (megatron_tn.generate)
 
-All of it goes to runs/demo; summary.json there has every figure, and the paths to recompute them from.
+All output goes to runs/demo; summary.json has every figure, and the paths to recompute them from.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def run(*command: str) -> None:
-    """A command line of this project, on this terminal. Its failure ends the demo with its exit code."""
+    """Run a command line of this project with output to this terminal; on failure, exit with its code."""
     done = subprocess.run([sys.executable, *command], check=False)
     if done.returncode:
         sys.exit(done.returncode)
@@ -71,7 +71,7 @@ def gather_and_clean() -> None:
 
 
 def train() -> None:
-    # A fresh run each time, so that the curve shows all of it.
+    # A fresh run each time, so that the curve begins at step 0.
     shutil.rmtree(RUN.checkpoints, ignore_errors=True)
     shutil.rmtree(RESUMED.path, ignore_errors=True)
     for file in (RUN.journal.path, RUN.config_file, RUN.ledger_file):
@@ -86,7 +86,7 @@ def launch_training(*overrides: str) -> None:
 
 
 def resume() -> dict[str, Any]:
-    """Train a few steps again from the half-way checkpoint, in a folder of its own; compare losses to the bit."""
+    """Train again from the half-way checkpoint, in another run folder; compare losses bitwise."""
     step, half = min(RUN.saved().items())
     launch_training(
         "experiment=demo",
@@ -129,7 +129,7 @@ def draw_and_sample(resumed: dict[str, Any]) -> str:
 
 
 def draw(records: list[dict[str, Any]], resumed: dict[str, Any], path: Path) -> None:
-    """Training loss by tokens, with the resumed steps on top."""
+    """Plot training loss over tokens, with the resumed steps on top."""
     figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
     tokens = {record["step"]: record["tokens"] for record in records}
     axes.plot(tokens.values(), [record["loss"] for record in records], lw=1, label="training")
@@ -145,7 +145,7 @@ def draw(records: list[dict[str, Any]], resumed: dict[str, Any], path: Path) -> 
 def summarise(
     resumed: dict[str, Any], figures: dict[str, Any], sample: str, timings: dict[str, float], seconds: float
 ) -> dict[str, Any]:
-    """Everything anyone needs to see what happened and to recompute it; also written to summary.json."""
+    """All figures of the demo and the paths to recompute them from; also written to summary.json."""
     config, records = RUN.frozen_config(), RUN.records("loss")
     summary = {
         "steps": records[-1]["step"],

@@ -1,12 +1,12 @@
-"""The tables of docs/performance.md, made from the rows of docs/measurements/.
+"""Render the tables of docs/performance.md from the rows of docs/measurements/.
 
     python -m launch.render_table              write the tables into the page
-    python -m launch.render_table --check      only say whether they are in it: exit code 1 if not
+    python -m launch.render_table --check      only check the page: exit code 1 if its tables are out of date
     python -m launch.render_table rows.jsonl   print the tables of these files
 
-A row is a flat JSON object, one a line, as `benchmark.output=FILE` of megatron_tn.benchmark and `--output FOLDER` of
-kernels.bench write them. To publish rows, append them to docs/measurements/DATE.jsonl. Of rows that measure the same
-thing on the same kind of machine the newest is shown. Exit code 2: a file holds something else.
+A row is a flat JSON object, one per line, written by `benchmark.output=FILE` of megatron_tn.benchmark and `--output
+FOLDER` of kernels.bench. To publish rows, append them to docs/measurements/DATE.jsonl. Of rows for the same measurement
+on the same kind of machine, the newest is shown. Exit code 2: a file holds something other than rows.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ Row = dict[str, Any]
 
 
 class NotRows(Exception):
-    """A file holds something else than rows; the message names file, line and what is wrong."""
+    """A file holds something other than rows; the message names file, line and problem."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """holds: whether a row belongs here. same: the keys by which rows measure the same thing. order: of the lines.
-    columns: title -> cell, for the rows of one line, which agree in `line`."""
+    """holds: whether a row belongs to the table. same: keys that identify a measurement. order: sort key of the lines.
+    line: keys whose rows share a line. columns: title -> cell, computed from a line's rows."""
 
     holds: Callable[[Row], bool]
     same: tuple[str, ...]
     line: tuple[str, ...]
     order: Callable[[Row], Any]
     columns: dict[str, Callable[[list[Row]], str]]
-    blank: int = 0  # of the first so many columns, cells are left empty that equal those above
+    blank: int = 0  # in this many first columns, a cell equal to the one above is left empty
 
     def render(self, rows: Iterable[Row]) -> str:
         newest: dict[tuple, Row] = {}
         for row in sorted(filter(self.holds, rows), key=lambda row: row["date"]):
-            newest[_key(row, ("gpu", "cpu", *self.same))] = row
+            newest[row["gpu"] or row["cpu"], *_key(row, self.same)] = row
         lines = sorted(newest.values(), key=lambda row: (self.order(row), _sortable(_key(row, self.line))))
         grouped = [list(group) for _, group in itertools.groupby(lines, key=lambda row: _key(row, self.line))]
         cells = [[cell(group) for cell in self.columns.values()] for group in grouped]
@@ -72,7 +72,7 @@ def _sortable(values: tuple) -> tuple:
 
 
 def _natural(value: Any) -> list[tuple[bool, float, str]]:
-    """The order in which 2048 comes before 16384."""
+    """Sort key that orders numbers within text by value: 2048 before 16384."""
     parts = re.split(r"(\d+)", str(value))
     return [(part.isdecimal(), float(part) if part.isdecimal() else 0.0, part) for part in parts]
 
@@ -86,7 +86,7 @@ def _text(key: str) -> Callable[[list[Row]], str]:
 
 
 def machine(rows: list[Row]) -> str:
-    """2 x H200; without a GPU, the CPU."""
+    """Number and name of the GPUs, such as "2 x H200"; without a GPU, the CPU's name."""
     row = rows[0]
     if not row["gpu"]:
         return row["cpu"] or ""
@@ -95,13 +95,13 @@ def machine(rows: list[Row]) -> str:
 
 
 def commit(rows: list[Row]) -> str:
-    """The first digits, with + where the sources had changes that were not committed."""
+    """The abbreviated git commit of the measurement, with + if the worktree had uncommitted changes."""
     names = {f"{(row['commit'] or 'unknown')[:7]}{'+' if row.get('dirty') else ''}" for row in rows}
     return ", ".join(sorted(names))
 
 
 def layout(rows: list[Row]) -> str:
-    """ZeRO 1, tp 2, sequence parallel, CUDA graph: axes of size 1 and whatever is off are left out."""
+    """Such as "ZeRO 1, tp 2, sequence parallel, CUDA graph"; axes of size 1 and disabled features are left out."""
     row = rows[0]
     parts = [ENGINES.get(row["engine"], row["engine"].replace("none", ""))]
     parts += [part for part in row["layout"].split(", ") if not part.endswith(" 1")]
@@ -122,7 +122,7 @@ def share(kind: str) -> Callable[[list[Row]], str]:
 
 
 def of_floor(passes: str) -> Callable[[list[Row]], str]:
-    """Milliseconds of a pass, and how many times its floor they are."""
+    """Milliseconds of a pass, and their ratio to the pass's lower bound."""
 
     def cell(rows: list[Row]) -> str:
         for row in rows:
@@ -197,11 +197,24 @@ TABLES = {
             "commit": commit,
         },
     ),
+    "cleaning": Table(
+        holds=lambda row: row["name"].startswith("cleaning: "),
+        same=("name",),
+        line=("name",),
+        order=lambda row: row["name"],
+        columns={
+            "stage": lambda rows: rows[0]["name"].removeprefix("cleaning: "),
+            "MB/s": lambda rows: f"{rows[0]['value']:g}",
+            "documents/s": lambda rows: f"{rows[0]['documents_per_s']:g}",
+            "machine": machine,
+            "commit": commit,
+        },
+    ),
 }  # fmt: skip
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
-    """Raises NotRows."""
+    """The rows of all files. Raises NotRows."""
     rows = []
     for path in paths:
         try:

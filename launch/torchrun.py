@@ -1,7 +1,7 @@
-"""torchrun, but with the trainer's own exit code: `python -m launch.torchrun OPTIONS -m megatron_tn.train OVERRIDES`.
+"""torchrun with the trainer's exit code: `python -m launch.torchrun OPTIONS -m megatron_tn.train OVERRIDES`.
 
-torchrun exits 1 whatever its workers exited with, and a bad configuration (2) must be told from a failure. Of several
-failed workers the first counts, as the others usually fail because of it; a bad configuration counts before all.
+torchrun always exits 1 when a worker fails; this launcher keeps 2 (bad configuration) apart. Of several failed workers
+the first one's code is used, as it usually caused the others' failures; code 2 of any worker has priority.
 """
 
 import sys
@@ -13,7 +13,7 @@ BAD_CONFIGURATION = 2
 
 
 def exit_code(error: ChildFailedError) -> int:
-    """What the failed workers make the launcher exit with; 128 + n for a worker that died of signal n."""
+    """The launcher's exit code for failed workers; 128 + n for a worker killed by signal n."""
     codes = [failure.exitcode for failure in error.failures.values()]
     _, first = error.get_first_failure()
     code = BAD_CONFIGURATION if BAD_CONFIGURATION in codes else first.exitcode

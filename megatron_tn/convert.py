@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_tn.checkpoint.hf import save_pretrained
-from megatron_tn.checkpoint.manifest import MANIFEST, Manifest
+from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest
 from megatron_tn.checkpoint.verify import verify
 from megatron_tn.cli import command
 from megatron_tn.config import ConfigError, ConvertConfig, read_mapping
@@ -81,7 +81,7 @@ def describe(directory: Path) -> dict[str, Any]:
     Raises:
         ConfigError: there is no manifest, it is damaged, or what is shown of its config is not there.
     """
-    manifest = Manifest.read(directory)
+    manifest = CheckpointManifest.read(directory)
     missing = [f"{part}.{key}" for part, keys in SHOWN.items() for key in keys if key not in manifest.config[part]]
     if missing:
         raise ConfigError(f"{directory / MANIFEST}: config has no {', '.join(missing)}")
@@ -115,7 +115,7 @@ def describe(directory: Path) -> dict[str, Any]:
 
 def show(facts: dict[str, Any]) -> None:
     """The same for people: a table of facts and one of tensors."""
-    console = Console()
+    console = Console(markup=False)  # paths may have brackets
     saved_by = " x ".join(f"{name} {value}" for name, value in facts["saved_by"].items())
     model = facts["model"]
     rewinds = [f"from {one['from']} to {one['to']}, by {one['by']}" for one in facts["rewinds"]]

@@ -28,6 +28,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data_pipeline.words import as_typed, quoted
 from megatron_tn.config import ConfigError, from_mapping, known_keys, unknown_key
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -55,7 +56,10 @@ class CommandLine:
         flags = list(words)
         for word in asked.overrides:
             flags.remove(word)
-        overrides = [as_typed(word, kind, multirun=asked.multirun) for word in asked.overrides]
+        kinds = _kinds(kind)
+        overrides = [
+            as_typed(word, lambda key: kinds.get(key, ()), multirun=asked.multirun) for word in asked.overrides
+        ]
         name = asked.config_name or config_name
         return cls(kind, name, flags, overrides, asked.multirun, asked.config_dir)
 
@@ -226,23 +230,6 @@ def _with_home(value: Any, key: str) -> Any:
     return expanded
 
 
-def as_typed(word: str, kind: type, *, multirun: bool) -> str:
-    """KEY=VALUE with VALUE in quotes where setting KEY takes text, and Hydra would read VALUE as something else
-    (20250101, 1e3, true) or not at all (a=b, ~/runs, my [first] run). Sweeps and null are left to Hydra."""
-    key, equals, value = word.partition("=")
-    if value.startswith("~") and not (multirun and "," in value):
-        return f"{key}={quoted(value)}"  # a path, whatever the setting's type
-    if not equals or key.lstrip("+") not in _texts(kind):
-        return word
-    try:
-        override = OverridesParser.create().parse_override(word)
-    except HydraException:
-        return word if multirun and "," in value else f"{key}={quoted(value)}"
-    text = override.is_sweep_override() or override.value() is None or isinstance(override.value(), str)
-    whole = isinstance(override.value(), int) and _texts(kind)[key.lstrip("+")] and value.isdecimal()
-    return word if text or whole else f"{key}={quoted(value)}"
-
-
 LONGEST_SETTING, LONGEST_NAME = 60, 150  # characters of a sweep's folder; file systems take 255 bytes
 
 
@@ -270,21 +257,14 @@ def job_folder(run_dir: str, job: DictConfig, words: list[str]) -> str:
 
 
 @functools.cache
-def _texts(kind: type, prefix: str = "") -> dict[str, bool]:
-    """Dotted names of the settings that take any text -> whether they take integers, too."""
+def _kinds(kind: type, prefix: str = "") -> dict[str, tuple[type, ...]]:
+    """Dotted name of each setting of a config dataclass -> the types whose union it takes."""
     found = {}
     for name, hint in typing.get_type_hints(kind).items():
         if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
-            found |= _texts(hint, f"{prefix}{name}.")
-        parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        if str in parts:
-            found[f"{prefix}{name}"] = int in parts
+            found |= _kinds(hint, f"{prefix}{name}.")
+        found[f"{prefix}{name}"] = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return found
-
-
-def quoted(text: str) -> str:
-    """In Hydra's quotes: 'it\\'s'."""
-    return "'" + re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text) + "'"
 
 
 def literal(value: Any) -> str:

@@ -51,7 +51,7 @@ def compare(runs: Sequence[Path], output: Path) -> None:
     named = {path.name: RunFolder(path) for path in runs}
     if len(named) < len(runs):
         named = {str(path): RunFolder(path) for path in runs}
-    Console(highlight=False).print(sweep_table(named.items()))
+    Console(highlight=False, markup=False).print(sweep_table(named.items()))
     if draw(named, output):
         print(f"wrote {output}")
 

@@ -50,8 +50,14 @@ ALLOWED = {
         "data_pipeline.stream",
         "data_pipeline.shards",
         "data_pipeline.selfclean",
+        "data_pipeline.words",
     ],
-    "launch": ["megatron_tn.config", "megatron_tn.planning", "megatron_tn.training.run_folder"],
+    "launch": [
+        "megatron_tn.cli",
+        "megatron_tn.config",
+        "megatron_tn.planning",
+        "megatron_tn.training.run_folder",
+    ],
 }
 
 

@@ -9,9 +9,10 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from data_pipeline.words import as_typed, quoted
 from megatron_tn.cli import command
 from megatron_tn.config import ConfigError, GenerateConfig, TrainConfig, from_mapping
-from megatron_tn.overrides import CommandLine, as_typed, job_folder, quoted, settings
+from megatron_tn.overrides import CommandLine, job_folder, settings
 from tests.helpers.training import call
 
 seen: list[TrainConfig] = []
@@ -30,7 +31,12 @@ def parsed(*words: str) -> TrainConfig:
     return from_mapping(TrainConfig, settings(line.compose(line.words())))
 
 
+KINDS = {"run_dir": (str,), "checkpoint.resume": (int, str), "logging.wandb.entity": (str, type(None))}
 PATHS = ["1e3", "true", "a=b", "my [first] run", "{x}", "résumé/日本", "it's", 'a "b"', "back\\slash", "[a,b]", "12_3"]
+
+
+def takes(key: str) -> tuple[type, ...]:
+    return KINDS.get(key, ())
 
 
 def test_a_path_is_taken_as_it_is_typed():
@@ -39,10 +45,10 @@ def test_a_path_is_taken_as_it_is_typed():
     for path in PATHS:
         for key in ("run_dir", "checkpoint.resume"):
             for multirun in (False, True):
-                word = as_typed(f"{key}={path}", TrainConfig, multirun=multirun)
+                word = as_typed(f"{key}={path}", takes, multirun=multirun)
                 assert OverridesParser.create().parse_override(word).value() == path
     for word in ("checkpoint.resume=20250101", "logging.wandb.entity=null", "seed=3", "run_dir=a,b", "model=1b"):
-        assert as_typed(word, TrainConfig, multirun=True) == word
+        assert as_typed(word, takes, multirun=True) == word
 
 
 @pytest.mark.parametrize("text", ["a'b", "a\\", "a\\'b", "\\\\", " lead ", "null", ""])
@@ -56,6 +62,10 @@ def test_a_home_folder_is_expanded_wherever_a_shell_left_it_alone(monkeypatch, t
     config = parsed("run_dir=~/runs/x", "data.manifest='~/m.json'", "engine.deepspeed_config=~/deepspeed.json")
     assert (config.run_dir, config.data.manifest) == (f"{tmp_path}/runs/x", f"{tmp_path}/m.json")
     assert config.engine.deepspeed_config == {"steps_per_print": 7}
+    monkeypatch.chdir(tmp_path)
+    assert call(main, "--multirun", "run_dir=~/sweep", "seed=1,2", "model=demo") == 0
+    assert [found.run_dir for found in seen] == [f"{tmp_path}/sweep/0_seed-1", f"{tmp_path}/sweep/1_seed-2"]
+    assert not (tmp_path / "~").exists()
     with pytest.raises(ConfigError, match="run_dir=~nobody-at-all/x: there is no user 'nobody-at-all'"):
         parsed("run_dir=~nobody-at-all/x")
 

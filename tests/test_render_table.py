@@ -23,7 +23,7 @@ def step(name: str, value: float, date: str, **changes) -> dict:
 def test_the_newest_row_of_each_thing_is_shown_in_order():
     rows = [
         step("training loop", 190.0, "2026-01-02", dirty=True, peak_gib=40.04),
-        step("step", 180.0, "2026-01-03", utilisation_datasheet=0.5, datasheet_tflops=989.4),
+        step("step", 180.0, "2026-01-03", utilisation_datasheet=0.5, datasheet_tflops=989.4, cpu="a host of GPUs"),
         step("step", 171.0, "2026-01-01"),
         step("step", 90.0, "2026-01-01", model="385m", parameters=4, sequence_length=64),
         BASE | {"name": "other", "unit": "s", "value": 1.0, "date": "2026-01-01"},

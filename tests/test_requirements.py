@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ OWN = ("kernels", "megatron_tn", "data_pipeline", "launch", "tests")
 # Distributions whose module has another name.
 MODULES = {"flash-linear-attention": "fla", "hydra-core": "hydra", "pyyaml": "yaml"}
 TOOLS = {"pytest-xdist", "ruff"}  # are run and not imported
+WRITTEN = {"mine"}  # by a test, for itself
 BUILT = {"apex", "lightning_attn"}  # from source, by those who have them
 PIN = re.compile(r"^([A-Za-z0-9_.-]+)==([^\s;\\]+)", re.MULTILINE)
 
@@ -29,8 +30,10 @@ REQUIRED = pins((ROOT / "requirements.txt").read_text())
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
-def imported() -> Iterator[tuple[str, str]]:
+@functools.cache
+def imported() -> frozenset[tuple[str, str]]:
     """(module, file) of every import of another project, wherever in a file it stands."""
+    found = set()
     for path in (path for package in OWN for path in (ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = []
@@ -38,8 +41,9 @@ def imported() -> Iterator[tuple[str, str]]:
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.module:
                 names = [node.module]
-            for name in {name.partition(".")[0] for name in names} - {*OWN, *sys.stdlib_module_names}:
-                yield name, str(path.relative_to(ROOT))
+            for name in {name.partition(".")[0] for name in names} - {*OWN, *WRITTEN, *sys.stdlib_module_names}:
+                found.add((name, str(path.relative_to(ROOT))))
+    return frozenset(found)
 
 
 def test_what_is_imported_is_required_by_name():

@@ -1,5 +1,5 @@
 """Human audit of a filter: draw a sample of documents, judge it in a browser, compare people with the filter.
 
-What other code uses: `draw.draw` (scored shards and a filter -> samples), `samples` (the file of sampled documents),
-`answers` (the file of verdicts), `agreement.summary` and `agreement.decisions` (what the verdicts say of the filter).
+Public: `draw.draw` (scored shards and a filter -> samples), `samples` (the file of sampled documents), `answers` (the
+file of verdicts), `agreement.summary` and `agreement.decisions` (comparison of filter and verdicts).
 """

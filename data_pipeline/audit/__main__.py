@@ -1,6 +1,6 @@
 """People judge a sample of documents: `python -m data_pipeline.audit [draw | judge | summary] samples=FILE ...`.
 
-draw     draws a sample of scored shards: manifest=... filter=conf/selfclean.yaml [each=20 ...]
+draw     draws a sample of scored shards: manifest=... filter=conf/score_filter.yaml [each=20 ...]
 judge    (the default) serves the page: one document at a time, keep / drop / unsure by keyboard
 summary  prints how far the filter and the answers agree
 

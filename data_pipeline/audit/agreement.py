@@ -1,10 +1,9 @@
-"""What people's verdicts say of a filter: agreement, and precision and recall of its drops, with 95 % intervals.
+"""A filter compared with human verdicts: agreement, precision and recall of its drops, with 95 % intervals.
 
-A sample drawn in strata is weighted: every stratum counts by its documents in the corpus, and a share of it by the
-sample's answers. The interval of a weighted sum of shares combines the Wilson intervals (Wilson 1927) of the strata by
-recovering a variance from the distance of each limit to its estimate (MOVER: Newcombe 1998, Zou and Donner 2008). With
-one stratum, or a sample that is not stratified, this is Wilson's interval itself. Unsure answers and samples on which
-auditors disagree decide nothing; they are counted.
+In a stratified sample, each stratum's share is weighted by its number of documents in the corpus. The interval of the
+weighted sum combines the strata's Wilson intervals (Wilson 1927) by MOVER, which recovers a variance from the distance
+of each limit to its estimate (Newcombe 1998, Zou and Donner 2008). With one stratum, or without strata, it is Wilson's
+interval. Unsure answers and samples on which auditors disagree are counted, but not decided.
 """
 
 import math
@@ -33,9 +32,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Figures:
-    """Filter against people over some samples. counts: {filter's verdict: {people's verdict: samples}}, unweighted;
-    precision: of what the filter drops, the share that people drop; recall: of what people drop, the share that the
-    filter drops. An estimate that nothing supports yet is None."""
+    """Filter and human verdicts over some samples. counts: {filter's verdict: {human verdict: samples}}, unweighted;
+    precision: share of the filter's drops that people drop; recall: share of the people's drops that the filter drops;
+    None without data."""
 
     samples: int
     answered: int
@@ -47,11 +46,11 @@ class Figures:
 
 @dataclass(frozen=True)
 class Summary:
-    """`overall`, and the same by source, language and place. weighted: whether strata were weighted. uncovered: strata
-    (source, language, place, verdict, documents) without a decided sample, which no weighted figure speaks for.
-    disagreements: ids where people decided against the filter. not_blind: answers given with the verdict in sight.
-    auditors: {name: answers}. pairs, pairs_agree: pairs of decided answers of different auditors on one sample.
-    unknown: answers on documents that are no samples here. median_seconds: per answer."""
+    """`Figures` overall, and by source, language and place. weighted: whether strata were weighted. uncovered: strata
+    (source, language, place, verdict, documents) without a decided sample, missing from weighted figures.
+    disagreements: ids of samples where people and filter differ. not_blind: answers given with the filter's verdict
+    shown. auditors: {name: answers}. pairs, pairs_agree: pairs of decided answers of different auditors on one sample.
+    unknown: answers without a sample. median_seconds: per answer."""
 
     overall: Figures
     weighted: bool
@@ -71,7 +70,7 @@ class Summary:
 
 
 def decisions(samples: Iterable[Sample], answers: Iterable[Answer]) -> dict[str, str]:
-    """{sample: keep, drop, unsure or disputed} of every sample that was answered: what all auditors who decided say."""
+    """{sample: keep or drop where all deciding auditors agree, disputed where not, unsure where none decides}."""
     by_sample = defaultdict(set)
     for answer in latest(answers):
         by_sample[answer.sample].add(answer.verdict)
@@ -136,7 +135,7 @@ def summary(samples: Iterable[Sample], answers: Iterable[Answer]) -> Summary:
 def figures(samples: list[Sample], decided: dict[str, str], weighted: bool) -> Figures:
     """The comparison over `samples`, by the verdicts of `decisions`."""
     counts = {verdict: {"keep": 0, "drop": 0} for verdict in ("keep", "drop")}
-    cells = defaultdict(lambda: [0, 0])  # stratum -> decided samples, those that people drop
+    cells = defaultdict(lambda: [0, 0])  # stratum -> [decided samples, samples that people drop]
     sizes = {}
     for sample in samples:
         verdict = decided.get(sample.id)
@@ -179,7 +178,7 @@ def wilson(successes: int, trials: int) -> Estimate | None:
     spread = Z * math.sqrt(share * (1 - share) / trials + square / (4 * trials * trials))
     scale = 1 + square / trials
     low, high = (centre - spread) / scale, (centre + spread) / scale
-    # Rounding may put a limit on the wrong side of a share of 0 or 1.
+    # With a share of 0 or 1, rounding may put a limit on the wrong side of the share.
     return Estimate(share, min(max(low, 0.0), share), max(min(high, 1.0), share), trials)
 
 
@@ -187,7 +186,7 @@ Cells = list[tuple[int, int, int]]  # (documents of the stratum, successes, tria
 
 
 def _sum(cells: Cells) -> tuple[float, float, float]:
-    """Documents that are a success over all strata, and how far its limits lie below and above."""
+    """(Estimated number of successful documents over all strata, distance to its lower limit, to its upper limit)."""
     parts = [(size, wilson(successes, trials)) for size, successes, trials in cells]
     value = sum(size * part.value for size, part in parts)
     below = math.sqrt(sum((size * (part.value - part.low)) ** 2 for size, part in parts))
@@ -205,9 +204,9 @@ def _share(cells: Cells) -> Estimate | None:
 
 
 def _recall(dropped: Cells, kept: Cells) -> Estimate | None:
-    """caught / (caught + missed), both weighted sums. The limits are those r for which the interval of
-    (1 - r) caught - r missed, which falls with r, just touches 0. None without decided samples on both sides: of what
-    is kept nothing would be known, or of what is dropped."""
+    """caught / (caught + missed), both weighted sums. The limits are the r at which the interval of
+    (1 - r) caught - r missed, decreasing in r, touches 0. None unless both dropped and kept documents have decided
+    samples."""
     if not dropped or not kept:
         return None
     caught, caught_below, caught_above = _sum(dropped)

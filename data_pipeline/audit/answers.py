@@ -1,7 +1,7 @@
-"""The file of people's verdicts: JSON lines, only ever appended to, each on disk before it is acknowledged.
+"""The file of human verdicts: append-only JSON lines, each fsynced before it is acknowledged.
 
-Of the lines of one auditor on one sample the last counts, so an edit is a later line. Several processes may append at
-once. A killed process may leave its last line torn; it is skipped, counted, and never joined to the next.
+The last line of an auditor on a sample is valid, so an edit is a later line. Several processes may append at once. A
+killed process may leave a truncated last line; readers skip and count it, and later lines are never joined to it.
 """
 
 import fcntl
@@ -23,8 +23,8 @@ VERDICTS = ("keep", "drop", "unsure")
 
 @checked_dataclass(frozen=True, config=ConfigDict(extra="ignore", allow_inf_nan=False))
 class Answer:
-    """What `auditor` says of a sample. seconds: for how long it was looked at; time: UTC, ISO 8601; blind: whether the
-    filter's verdict and the scores were hidden until then."""
+    """The verdict of `auditor` on a sample. seconds: time spent on it; time: UTC, ISO 8601; blind: whether the filter's
+    verdict and scores were hidden before the answer."""
 
     sample: Annotated[str, Field(min_length=1, max_length=200)]
     verdict: Literal[VERDICTS]
@@ -43,11 +43,11 @@ def now() -> str:
 
 
 class AnswersFile:
-    """A file of answers, read as it is and as it grows. `latest`: {(sample, auditor): Answer}; `damaged`: how many
-    lines are none; `torn`: bytes at the end that no newline closes. Safe for threads, and beside other processes."""
+    """A file of answers, re-read as it grows. `latest`: {(sample, auditor): Answer}; `damaged`: number of lines that
+    are no answers; `torn`: bytes of a truncated last line. Thread-safe and process-safe."""
 
     def __init__(self, path: str | Path):
-        """Raises InputError naming the file when it cannot be read, or holds something else."""
+        """Raises InputError naming the file when it cannot be read, or is not a file of answers."""
         self.path = Path(path)
         self.latest: dict[tuple[str, str], Answer] = {}
         self.damaged = 0
@@ -62,7 +62,7 @@ class AnswersFile:
             raise InputError(f"answers={path}: holds {self.damaged} lines and none is an answer; choose another file")
 
     def refresh(self) -> None:
-        """Takes up what was appended since, by whomever. Raises OSError."""
+        """Reads the lines that any process has appended since. Raises OSError."""
         with self._lock:
             try:
                 with self.path.open("rb") as file:
@@ -83,7 +83,7 @@ class AnswersFile:
                 self.latest[answer.sample, answer.auditor] = answer
 
     def append(self, answer: Answer) -> None:
-        """Returns once the answer is on disk; raises OSError, and leaves the file as it was, when it cannot be."""
+        """Appends and fsyncs an answer. On OSError the file is unchanged."""
         line = json.dumps(asdict(answer), ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         with self._lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,17 +107,17 @@ class AnswersFile:
             self.refresh()
 
     def of(self, auditor: str) -> dict[str, Answer]:
-        """{sample: the answer that counts} of one auditor."""
+        """{sample: latest answer} of one auditor."""
         with self._lock:
             return {sample: answer for (sample, name), answer in self.latest.items() if name == auditor}
 
     def all(self) -> list[Answer]:
-        """The answers that count, of all auditors."""
+        """The latest answer of each auditor on each sample."""
         with self._lock:
             return list(self.latest.values())
 
     def problems(self) -> list[str]:
-        """A line for what could not be read."""
+        """A line about damaged and truncated lines, if any."""
         lines = []
         if self.damaged:
             lines.append(f"{self.path.name}: {self.damaged} damaged line{'s' * (self.damaged > 1)} skipped")
@@ -127,7 +127,7 @@ class AnswersFile:
 
 
 def read_answers(path: str | Path) -> list[Answer]:
-    """The answers that count; none when there is no file. Raises InputError."""
+    """The latest answer of each auditor on each sample; empty when there is no file. Raises InputError."""
     return AnswersFile(path).all()
 
 

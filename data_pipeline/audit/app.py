@@ -1,4 +1,4 @@
-"""What the audit page asks for and sends, as plain data: no HTTP here."""
+"""Requests of the audit page and their answers as plain data, without HTTP."""
 
 import secrets
 import threading
@@ -9,13 +9,13 @@ from data_pipeline.audit.agreement import decisions, summary
 from data_pipeline.audit.answers import VERDICTS, Answer, AnswersFile, now
 from data_pipeline.audit.samples import Sample, Samples
 
-PIECE = 40_000  # characters of a text that are sent at once: what a browser lays out without a pause
+PIECE = 40_000  # characters of text per response: a browser lays them out without a pause
 LONGEST_NOTE = 2000
 LONGEST_SECONDS = 86_400.0
 
 
 class Refused(Exception):
-    """A request that cannot be served: HTTP `status` and a line that says why."""
+    """A request that cannot be served: HTTP `status` and a one-line reason."""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
@@ -23,7 +23,7 @@ class Refused(Exception):
 
 
 class Audit:
-    """One auditor's work on a file of samples. `token` goes with every request that changes or reads anything."""
+    """One auditor's session on a file of samples. `token` authenticates every request for data."""
 
     def __init__(self, samples: Samples, answers: AnswersFile, auditor: str, *, show_verdict: bool = False):
         self.samples = samples
@@ -36,7 +36,7 @@ class Audit:
         self._lock = threading.Lock()
 
     def session(self) -> dict:
-        """What a page needs at its start: whose work this is, where to go on, and how far it is."""
+        """Initial data of the page: auditor, first open sample, progress."""
         self.answers.refresh()
         mine = self.answers.of(self.auditor)
         return {
@@ -50,8 +50,8 @@ class Audit:
         }
 
     def document(self, position: int, start: int = 0, reveal: bool = False) -> dict:
-        """Sample `position` and a piece of its text from character `start`. Scores, reason and verdict are left out
-        until it is answered, unless they are shown to all or `reveal` asks for them; the answer then is not blind."""
+        """Sample `position` and PIECE characters of its text from `start`. Scores, reason and verdict are left out
+        until the sample is answered, unless show_verdict or `reveal` is set; the answer then is not blind."""
         if not 0 <= position < len(self.samples):
             raise Refused(404, f"no document {position + 1}: there are {len(self.samples)}")
         sample = self.samples.entries[position]
@@ -91,7 +91,7 @@ class Audit:
         sample, verdict, note, seconds = _checked(body, self._positions)
         self.answers.refresh()
         before = self.answers.of(self.auditor).get(sample)
-        # Whoever answered has seen what the filter said: an edit is no longer blind.
+        # The filter's verdict is shown after the first answer: an edit is not blind.
         blind = self._is_blind(sample) and before is None
         record = Answer(sample, verdict, self.auditor, now(), round(seconds, 1), note, blind)
         try:

@@ -1,4 +1,4 @@
-"""Draws the documents that people judge from scored shards: `python -m data_pipeline.audit draw manifest=... ...`."""
+"""Draws the audit's sample from scored shards: `python -m data_pipeline.audit draw manifest=... ...`."""
 
 import hashlib
 from collections import defaultdict
@@ -29,11 +29,11 @@ def draw(
     max_characters: int = 1_000_000,
     progress: Progress = lambda stage, done, total: None,
 ) -> Iterator[tuple[Sample, str]]:
-    """Samples of every source and language, `tails_and_borders` of each, and their texts cut at `max_characters`; in
-    random order, so that whoever stops early has judged a random part. A text that was sampled twice is given once.
+    """Samples by `tails_and_borders` for every source and language, with texts cut at `max_characters`; in random
+    order, so that the first n are a random part. A text sampled twice is returned once.
 
-    `progress(stage, done, total)` is told of the shards read for `scores` and for `texts`. Raises InputError naming
-    scores, index or shard that cannot be used, or that nothing is scored.
+    `progress(stage, done, total)`: shards read, for stages `scores` and `texts`. Raises InputError naming scores, index
+    or shard that cannot be used, or if no document is scored.
     """
     from data_pipeline.tokenizer import load
 
@@ -125,10 +125,10 @@ def _body(tokens: np.ndarray, manifest: Manifest) -> np.ndarray:
 
 
 def _number(score: np.float32) -> float | None:
-    """None for a document that was not scored."""
+    """A score as a float; None for NaN, a document that was not scored."""
     return None if np.isnan(score) else float(score)
 
 
 def _group_seed(seed: int, group: Group) -> int:
-    """A seed of its own for each group: one for all would pick the same ranks in each."""
+    """A different seed for each group, so that groups do not pick the same ranks."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{group[0]}\0{group[1]}".encode()).digest()[:8], "little")

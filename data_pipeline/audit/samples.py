@@ -1,7 +1,7 @@
 """The file of sampled documents: JSON lines, each the fields of `Sample` and the document's `text`.
 
-A line is self-contained: whoever judges or evaluates needs neither shards nor tokenizer. Texts stay on disk; only the
-one that is asked for is read.
+The file is self-contained: audit and summary need neither shards nor tokenizer. Texts stay on disk and are read one at
+a time.
 """
 
 import hashlib
@@ -26,13 +26,13 @@ SHOWN_PROBLEMS = 10
 
 @checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class Sample:
-    """A document that people are to judge.
+    """A document to be judged.
 
-    id: of its source and text (`sample_id`), so that a verdict holds in later rounds too. shard, position: where it
-    lies; document, key: its id and own name there. bytes, tokens, characters: of the whole document, of which `text`
-    may be the beginning. verdict: the filter's, which keeps low <= score <= high by `measure`. place: why it was
-    sampled. stratum_documents: documents of the corpus with the same source, language, place and verdict, and
-    probability: the share of them that was sampled; None where the sample is not stratified.
+    id: hash of source and text (`sample_id`), so that verdicts remain valid in later rounds. shard, position: location;
+    document, key: its id and key in the shard. bytes, tokens, characters: of the whole document; `text` may be only its
+    beginning. verdict: the filter's; it keeps low <= score <= high of `measure`. place: tail, border or middle, the
+    reason for sampling. stratum_documents: documents in the corpus with the same source, language, place and verdict;
+    probability: the share of them that was sampled; None if not stratified.
     """
 
     id: Annotated[str, Field(min_length=1, max_length=200)]
@@ -57,7 +57,7 @@ class Sample:
 
     @property
     def score(self) -> float | None:
-        """The score that the filter goes by, in nats."""
+        """The score compared with the filter's band, in nats."""
         return getattr(self, self.measure)
 
     @property
@@ -74,8 +74,8 @@ def sample_id(source: str, text: str) -> str:
 
 
 def write_samples(path: Path, samples: Iterable[tuple[Sample, str]], *, overwrite: bool = False) -> int:
-    """Writes samples and their texts whole or not at all, in the order given; returns how many. Raises InputError when
-    there is a file and `overwrite` is off, or when it cannot be written."""
+    """Writes samples and texts atomically, in the given order; returns their number. Raises InputError when `path`
+    exists and `overwrite` is False, or cannot be written."""
     if path.exists() and not overwrite:
         raise InputError(f"samples={path} is there already; choose another, or overwrite=true to replace it")
     count = 0
@@ -93,7 +93,7 @@ def write_samples(path: Path, samples: Iterable[tuple[Sample, str]], *, overwrit
 
 @dataclass(frozen=True)
 class Samples:
-    """A checked file of samples: what is known of each, in memory, and where its line lies. Make one with `load`."""
+    """A checked file of samples: metadata in memory, texts on disk. Make one with `load`."""
 
     path: Path
     entries: tuple[Sample, ...]
@@ -101,7 +101,7 @@ class Samples:
 
     @classmethod
     def load(cls, path: str | Path) -> "Samples":
-        """Raises InputError naming every line that is no sample (the first ten), and ids given twice."""
+        """Raises InputError naming the first ten lines that are no samples, and duplicate ids."""
         path = Path(path)
         entries, offsets, problems = [], [], []
         try:

@@ -1,10 +1,8 @@
-"""Which documents people are shown: a random sample of both tails, of both borders of what a filter keeps, and of the
-middle.
+"""The audit's stratified sample: both tails, both borders (next to the thresholds), and the middle of the kept band.
 
-Where a threshold is right or wrong is decided at its border; what it must never let through, or never drop, is in the
-tails; and what it lets through unseen is in the middle. Every scored document is in exactly one stratum, a place and
-the filter's verdict, and each stratum is sampled at random, so that figures of the sample can be weighted back to the
-corpus.
+Borders show whether a threshold is too high or too low, tails whether gross errors occur, the middle what is kept
+unseen. Every scored document is in exactly one stratum (place, filter's verdict), each sampled at random, so that
+figures of the sample can be weighted to the corpus.
 """
 
 from dataclasses import dataclass
@@ -16,10 +14,9 @@ PLACES = ("low tail", "low border", "middle", "high border", "high tail")
 
 @dataclass(frozen=True)
 class Chosen:
-    """Document `index` of the scores given, its score, the place it was chosen for, and whether the filter keeps it.
+    """Document `index` of the given scores, its score, its place, and whether the filter keeps it.
 
-    `stratum_documents`: how many documents are in its stratum (place and verdict); `probability`: the share of them
-    that was chosen.
+    `stratum_documents`: documents in its stratum (place and verdict); `probability`: the share of them that was chosen.
     """
 
     index: int
@@ -33,12 +30,13 @@ class Chosen:
 def tails_and_borders(
     scores: np.ndarray, low: float | None, high: float | None, *, each: int, seed: int, border: float = 0.02
 ) -> list[Chosen]:
-    """About `each` documents for every place, no document twice, in random order so that order tells nothing.
+    """About `each` documents for every place, no document twice, in random order.
 
-    scores: float [documents]; NaN, a document that was not scored, is never chosen. low, high: the band low <= score <=
-    high that is kept; None leaves a side open. A border is the documents next to a threshold: on either side of it
-    max(`each`, `border` of all), but no more than half of what the side drops, or half of what is kept; half of `each`
-    is drawn from either side. A tail is what is dropped beyond the border, and on an open side the outermost kept ones.
+    scores: float [documents]; NaN, a document that was not scored, is never chosen. low, high: the kept band low <=
+    score <= high; None leaves a side open. Border: the documents next to a threshold, on either side of it
+    max(`each`, `border` * documents), but at most half of the side's dropped documents, or half of the kept ones;
+    `each` / 2 are drawn from either side. Tail: the dropped documents beyond the border; on an open side, the outermost
+    kept ones.
     """
     if each < 1:
         raise ValueError(f"each={each} must be at least 1")
@@ -61,10 +59,10 @@ def tails_and_borders(
 def strata(
     ordered: np.ndarray, low: float | None, high: float | None, *, width: int
 ) -> list[tuple[str, bool, int, int]]:
-    """(place, kept, start, stop) of every stratum that has documents, as ranges that cover `ordered`, ascending scores
-    [documents]; `width`: documents of a border on either side of its threshold."""
+    """(place, kept, start, stop) of every non-empty stratum, ranges that cover `ordered`, ascending scores [documents].
+    `width`: documents of a border on either side of its threshold."""
     documents = len(ordered)
-    # In the scores' own precision, as the filter compares.
+    # Thresholds in the scores' dtype, as in the filter's comparison.
     below = 0 if low is None else int(np.searchsorted(ordered, ordered.dtype.type(low), "left"))
     above = 0 if high is None else documents - int(np.searchsorted(ordered, ordered.dtype.type(high), "right"))
     inside = min(width, (documents - below - above) // 2)

@@ -1,8 +1,8 @@
-"""The audit page's web server: the standard library's, on loopback, with nothing but `Audit` behind it.
+"""The audit page's web server: http.server on loopback, serving only `Audit`.
 
-Against other pages in the same browser: every request must name this machine in Host (DNS rebinding), may not come from
-another site, and needs the session's token in a header, which only a page of this origin can read; a POST also needs
-its Origin. Documents travel as JSON and nothing of them is ever markup.
+Protection against other pages in the same browser: every request must name this machine in Host (DNS rebinding), may
+not come from another site, and needs the session's token in a header, which only a page of this origin can read; a POST
+also needs a matching Origin. Documents are sent as JSON and never as markup.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ FILES = {"/": "judge.html", "/summary": "summary.html"} | {
     f"/{name}": name for name in ("style.css", "common.js", "text.js", "judge.js", "summary.js", "icon.svg")
 }
 LONGEST_BODY = 64 * 1024
-MOST_CONNECTIONS = 64  # at once; each has a thread
+MOST_CONNECTIONS = 64  # concurrent connections, a thread each
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -41,7 +41,7 @@ HEADERS = {
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches `host`."""
+    """Whether `host` is a loopback address or name."""
     if host == "localhost":
         return True
     try:
@@ -51,19 +51,18 @@ def is_loopback(host: str) -> bool:
 
 
 class AuditServer(ThreadingHTTPServer):
-    """Serves `audit` on host and port. token: what the page's URL must carry; None asks for none, on loopback only.
+    """Serves `audit` on host and port. token: required in the page's URL; None requires none, on loopback only.
 
-    Of more than MOST_CONNECTIONS, the one that has waited longest with its request is closed; a new one is when all are
-    being answered.
+    Above MOST_CONNECTIONS, the longest idle connection is closed; if none is idle, the new one.
     """
 
     daemon_threads = True
     request_queue_size = 64
 
     def __init__(self, audit: Audit, host: str, port: int, token: str | None):
-        """Raises InputError naming the setting when it cannot listen there."""
+        """Raises InputError naming the setting when host and port cannot be bound."""
         self.audit = audit
-        self._connections: dict[socket.socket, bool] = {}  # in the order of their last request: whether one is answered
+        self._connections: dict[socket.socket, bool] = {}  # connection -> is busy; oldest request first
         self._lock = threading.Lock()
         self.host = host.strip("[]")
         self.token = token or (None if is_loopback(host) else secrets.token_urlsafe(24))
@@ -81,8 +80,8 @@ class AuditServer(ThreadingHTTPServer):
             oldest = next((c for c, answering in self._connections.items() if not answering), None)
             if full and oldest is not None:
                 del self._connections[oldest]
-                with contextlib.suppress(OSError):  # its client was faster
-                    oldest.shutdown(socket.SHUT_RDWR)  # which ends its thread
+                with contextlib.suppress(OSError):  # the client closed it first
+                    oldest.shutdown(socket.SHUT_RDWR)  # ends the connection's thread
             if not full or oldest is not None:
                 self._connections[request] = False
                 return super().process_request(request, client_address)
@@ -94,7 +93,7 @@ class AuditServer(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def mark(self, request: socket.socket, *, answering: bool) -> None:
-        """Notes that a connection's request is being answered, or that it waits for the next one."""
+        """Marks a connection as busy with a request, or as idle."""
         with self._lock:
             if request in self._connections:
                 del self._connections[request]
@@ -109,8 +108,8 @@ class AuditServer(ThreadingHTTPServer):
         return f"http://{name}:{self.server_address[1]}/{query}"
 
     def knows(self, host: str) -> bool:
-        """Whether a Host header names this machine. Ports are not compared: a tunnel may change them. A foreign page
-        that rebinds its name to this address still sends that name."""
+        """Whether a Host header names this machine. Ports are not compared, because an ssh tunnel may change them. A
+        page that rebinds its DNS name to this address still sends its own name."""
         try:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:
@@ -145,7 +144,7 @@ class Handler(BaseHTTPRequestHandler):
         self._serve(self._post)
 
     def log_message(self, format: str, *values) -> None:
-        """Nothing: a line a request would bury the ones that matter."""
+        """Does nothing: no log line per request."""
 
     def _serve(self, respond) -> None:
         self.server.mark(self.connection, answering=True)
@@ -159,7 +158,7 @@ class Handler(BaseHTTPRequestHandler):
             self._check_origin()
             respond(urlsplit(self.path))
         except Refused as refused:
-            self.close_connection = True  # a body that was not read would be taken for the next request
+            self.close_connection = True  # else an unread body would be parsed as the next request
             self._json({"error": str(refused)}, refused.status)
         except OSError as error:
             if isinstance(error, ConnectionError | TimeoutError):
@@ -172,7 +171,7 @@ class Handler(BaseHTTPRequestHandler):
         if len(hosts) != 1 or not self.server.knows(hosts[0]):
             raise Refused(403, f"Host {', '.join(hosts)!r} is not this server")
         if self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
-            # A link from elsewhere may open the page; it may not ask for anything else.
+            # A link from another site may open the page, but request nothing else.
             if self.command == "GET" and self.headers.get("Sec-Fetch-Mode") == "navigate":
                 return
             raise Refused(403, "a request from another site")

@@ -1,4 +1,4 @@
-"""Settings of `python -m data_pipeline.audit`; their defaults for people are in conf/audit.yaml."""
+"""Settings of `python -m data_pipeline.audit`; defaults and explanations are in conf/audit.yaml."""
 
 import getpass
 from typing import Annotated
@@ -12,14 +12,14 @@ from data_pipeline.sources import STRICT, Positive
 
 @dataclass(frozen=True, config=STRICT)
 class AuditSettings:
-    """samples, answers: the two files, JSON lines; answers lie beside the samples unless said otherwise. auditor: whose
-    answers these are; None takes the name of the login. show_verdict: show scores, reason and verdict before the
-    answer. host, port: where to listen; token: what the URL must carry; None makes one up. ask_token: False asks for
-    none on loopback, which other accounts of the machine reach too.
+    """samples, answers: paths of the two JSON-lines files; by default answers are beside the samples. auditor: name;
+    None: the login name. show_verdict: show scores, reason and verdict before the answer. host, port: listening
+    address; token: required in the URL; None: random. ask_token: False requires none on loopback, which other users of
+    the machine reach too.
 
-    To draw: manifest: of scored shards; filter: a YAML file or inline JSON (`ScoreFilter`); each: documents for every
-    place of every source and language; border: share of the documents next to a threshold that is its border;
-    max_characters: where a text is cut; overwrite: replace a file of samples that is there.
+    For draw: manifest: scored shards; filter: a YAML file or inline JSON (`ScoreFilter`); each: documents per place,
+    source and language; border: share of all documents that a border has on either side of its threshold;
+    max_characters: texts are cut here; overwrite: replace an existing samples file.
     """
 
     samples: str
@@ -53,6 +53,6 @@ class AuditSettings:
 
 
 def compose_audit(overrides: list[str]) -> AuditSettings:
-    """From conf/audit.yaml and overrides in Hydra's grammar; raises InputError with a line a problem."""
-    data, groups = compose_plain("audit", overrides)
+    """Settings from conf/audit.yaml and overrides in Hydra's grammar; raises InputError, a line per problem."""
+    data, groups = compose_plain("audit", overrides, AuditSettings)
     return parse(data, extra_names=groups, cls=AuditSettings)

@@ -1,4 +1,4 @@
-"""The summary of an audit in a terminal."""
+"""Prints the summary of an audit as terminal tables."""
 
 from rich.console import Console
 from rich.markup import escape
@@ -8,7 +8,7 @@ from data_pipeline.audit.agreement import Estimate, Figures, Summary
 
 
 def show(found: Summary, problems: list[str], console: Console | None = None) -> None:
-    """Prints `found` and what could not be read of the answers."""
+    """Prints `found`, and `problems` of the answers file."""
     console = console or Console(highlight=False)
     for problem in problems:
         console.print(f"warning: {escape(problem)}", style="yellow")

@@ -1,4 +1,4 @@
-"""Exact duplicates: one copy stays, of the source of highest priority, and the same one in every run."""
+"""Exact duplicates: the copy in the source of highest priority stays, the same copy in every run."""
 
 import functools
 from pathlib import Path
@@ -30,18 +30,18 @@ def _config(priorities: dict[str, int]) -> ExactDedupConfig:
 
 
 def signatures(priorities: dict[str, int], work: Path) -> PipelineStep:
-    """Per task: a hash of each document. `priorities`: of each source, the highest stays."""
+    """Per task: a hash of each document. `priorities`: {source: priority}; the copy of highest priority stays."""
     return ExactDedupSignature(str(work / "exact" / "signatures"), _config(priorities))
 
 
 def find(work: Path) -> PipelineStep:
-    """In one task: which places hold a hash that another place has too."""
+    """In one task: places (task, index) of documents whose hash occurs before."""
     return ExactFindDedups(str(work / "exact" / "signatures"), str(work / "exact" / "duplicates"), _config({}))
 
 
 def remove(work: Path, drops: Path) -> PipelineStep:
-    """Per task: drops those, recording the hash that they share with the copy that stays."""
-    # The folder is listed even when no duplicate was found and nothing wrote to it.
+    """Per task: drops the duplicates found, recording the hash that they share with the copy that stays."""
+    # datatrove lists the folder, which does not exist when no duplicate was found.
     (work / "exact" / "duplicates").mkdir(parents=True, exist_ok=True)
     return ExactDedupFilter(str(work / "exact" / "duplicates"), _config({}), drop_writer(drops, _reason))
 

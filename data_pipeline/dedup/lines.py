@@ -1,7 +1,7 @@
-"""Lines that many documents share: menus, notices, watermarks. They go, and what is left of the documents stays.
+"""Removes lines that many documents share: menus, notices, watermarks.
 
-Three stages: each task counts its lines, each of as many parts of the hashes is summed up over all tasks, and each task
-takes out the lines that were found too often. Lines of code in Markdown stay.
+Three stages: each task counts its lines by hash; each of as many hash ranges is summed over all tasks; each task
+removes the lines found too often. Lines of code in Markdown stay.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from data_pipeline.document import text_bytes
 from data_pipeline.files import replace_file
 from data_pipeline.letters import composed, plain
 from data_pipeline.protected import masked
+from data_pipeline.steps.documents import cut_lines, save_cuts
 from data_pipeline.steps.drops import drop_writer, rule_drop
 
 DIGIT = re.compile(r"\d")
@@ -28,8 +29,8 @@ COUNTED = np.dtype([("hash", "<u8"), ("documents", "<u4")])
 
 
 def line_hashes(text: str, least: int) -> list[int | None]:
-    """64 bits of each line, in which case, digits and white space do not count: page 3 of 7 is page 4 of 7. None for a
-    line of fewer than `least` letters and other characters, which is not compared."""
+    """A 64-bit hash per line that ignores case, digits and white space: "page 3 of 7" equals "page 4 of 7". None for a
+    line of fewer than `least` other characters, which is not compared."""
     if text.isascii():
         compared = text.lower().translate(ASCII_DIGITS).splitlines()
         counted = compared
@@ -42,13 +43,13 @@ def line_hashes(text: str, least: int) -> list[int | None]:
 
 
 def line_hash(line: str) -> int:
-    """64 bits of a line without its white space."""
+    """64-bit hash of a line without its white space."""
     letters = " ".join(line.split())
     return int.from_bytes(hashlib.blake2b(letters.encode(), digest_size=8).digest(), "little")
 
 
 class CountLines(PipelineStep):
-    """Per task: in how many of its documents each line is, sorted by hash. Passes the documents on."""
+    """Per task: number of its documents that have each line, sorted by hash. Passes the documents on."""
 
     type = "🫂 - DEDUP"
     name = "count lines"
@@ -69,7 +70,7 @@ class CountLines(PipelineStep):
 
 
 class FindLines(PipelineStep):
-    """Per part of the hashes: which lines are in `min_documents` documents or more, over all tasks."""
+    """Per hash range: the lines that occur in at least `min_documents` documents of all tasks."""
 
     type = "🫂 - DEDUP"
     name = "find lines"
@@ -100,30 +101,32 @@ class FindLines(PipelineStep):
 
 
 class RemoveLines(PipelineStep):
-    """Per task: takes those lines out, recording it as an edit, and drops documents of which less than `min_kept` of
-    the characters is left."""
+    """Per task: removes the lines found, recording their numbers in `cuts` and an edit in `edited`, and drops documents
+    that keep less than the share `min_kept` of their characters."""
 
     type = "🫂 - DEDUP"
     name = "remove lines"
 
-    def __init__(self, settings: LineDuplicates, found: Path, drops: Path, edited: Path):
+    def __init__(self, settings: LineDuplicates, found: Path, cuts: Path, drops: Path, edited: Path):
         super().__init__()
         self.settings = settings
         self.found = found
+        self.cuts = cuts
         self.drops = drop_writer(drops, rule_drop)
         self.edited = edited
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         found = np.concatenate([np.load(path, allow_pickle=False) for path in sorted(self.found.glob("*.npy"))])
         often = dict(zip(found["hash"].tolist(), found["documents"].tolist(), strict=True))
-        records = []
+        records, cuts = [], {}
         with self.drops as drops:
             for document in data:
                 before, text = text_bytes(document), document.text
                 hashes = line_hashes(text, self.settings.min_characters)
                 hits = [often[found] for found in hashes if found in often]
                 if hits:
-                    document.text = without_lines(text, hashes, often)
+                    cut = lines_to_cut(text, hashes, often)
+                    document.text = cut_lines(text, cut)
                     kept = len(document.text.strip()) / len(text)
                     if kept < self.settings.min_kept:
                         reason = {"measure": "min_kept", "value": kept, "threshold": self.settings.min_kept}
@@ -132,8 +135,10 @@ class RemoveLines(PipelineStep):
                         drops.write(document, rank)
                         continue
                     if document.text != text:
+                        cuts[document.metadata["place"]] = sorted(cut)
                         records.append(self._record(document, max(hits), before))
                 yield document
+        save_cuts(self.cuts, rank, cuts)
         if records:
             self.edited.mkdir(parents=True, exist_ok=True)
             lines = b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
@@ -152,8 +157,7 @@ class RemoveLines(PipelineStep):
         }
 
 
-def without_lines(text: str, hashes: list[int | None], often: Container[int]) -> str:
-    """The text without the lines whose hashes are in `often`; one with code, a formula, a table or a link stays."""
-    lines, seen = text.splitlines(keepends=True), masked(text).splitlines()
-    together = zip(lines, seen, hashes, strict=True)
-    return "".join(line for line, visible, found in together if found not in often or "\0" in visible)
+def lines_to_cut(text: str, hashes: list[int | None], often: Container[int]) -> set[int]:
+    """Numbers of the lines whose hashes are in `often`, without lines of code, formulas, tables or links."""
+    seen = enumerate(zip(masked(text).splitlines(), hashes, strict=True))
+    return {number for number, (visible, found) in seen if found in often and "\0" not in visible}

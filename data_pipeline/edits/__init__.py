@@ -1,11 +1,11 @@
-"""Edits that standardise a document's text: one file an edit, which registers its class with `@edit("NAME")`.
+"""Edits that standardise a document's text: one file per edit, which registers its class with `@edit("NAME")`.
 
-ORDER is the only place that says in which order they are made.
+ORDER is their order of application.
 """
 
 from data_pipeline.edits.base import REGISTER, Edit, Editor, make_edits
 
-# Characters first: the others look for what it standardises. Notices after tags: a notice is a line as readers see it.
+# `characters` first: the other edits match standardised characters. `notices` after `html`: it matches visible lines.
 ORDER = ("characters", "html", "notices", "urls", "punctuation", "numbers")
 REGISTER.import_folder(__name__, __path__)
 EDITS: dict[str, type[Editor]] = REGISTER.classes(ORDER)

@@ -1,4 +1,4 @@
-"""What an edit is, how a file of this folder registers one, and how all of them are made."""
+"""Base of edits: their interface, registration and application."""
 
 import re
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from data_pipeline.registry import Register
 
 REGISTER = Register()
 edit = REGISTER.add
-MOST_PASSES = 8  # two are enough for any text that people wrote
+MOST_PASSES = 8  # two suffice for human text
 
 
 @dataclass(frozen=True)
 class Edit:
-    """What was changed: the measure, its value before, the threshold above which it is edited, and the new text.
-    `extracted`: whether the text was markup as a whole, so that its protected parts are those of the new text."""
+    """A change of a text: the measure, its value before, the threshold that it exceeds, and the new text. `extracted`:
+    whether the text was a whole HTML page, so that protected parts are found in the new text only."""
 
     measure: str
     value: float
@@ -25,16 +25,16 @@ class Edit:
 
 
 class Editor(Protocol):
-    """text -> None when there is nothing to do, or the edit. Protected parts stay to the byte."""
+    """text -> the edit, or None when nothing is to change. Protected parts stay unchanged."""
 
     def __call__(self, text: str) -> Edit | None: ...
 
 
 def make_edits(editors: dict[str, Editor], text: str) -> tuple[str, dict[str, Edit]]:
-    """The text after all edits, and {name: the edit as it was made first}.
+    """The text after all edits, and {name: its first edit}.
 
-    The edits are made in their order until none changes anything, so that a second run changes nothing. A text that
-    does not settle, or in which an edit would break up a protected part, stays as it was.
+    The edits are applied in order, repeatedly, until none changes the text, so a second run changes nothing. A text
+    that does not converge, or whose protected parts an edit would change, stays unedited.
     """
     made: dict[str, Edit] = {}
     before, parts = text, None
@@ -53,7 +53,7 @@ def make_edits(editors: dict[str, Editor], text: str) -> tuple[str, dict[str, Ed
 
 
 def _in_order(parts: list[str], text: str) -> bool:
-    """Whether `text` has all parts, one after the other."""
+    """Whether all parts occur in `text`, in this order."""
     at = 0
     for part in parts:
         if (found := text.find(part, at)) < 0:
@@ -63,7 +63,7 @@ def _in_order(parts: list[str], text: str) -> bool:
 
 
 def substitute(pattern: re.Pattern, replacement, text: str) -> tuple[str, int]:
-    """`text` with each match of `pattern` outside protected parts replaced, and how many there were."""
+    """(`text` with each match of `pattern` outside protected parts replaced, number of matches)."""
     count = 0
 
     def change(piece: str) -> str:
@@ -72,5 +72,5 @@ def substitute(pattern: re.Pattern, replacement, text: str) -> tuple[str, int]:
         count += made
         return piece
 
-    # Most texts have nothing to replace, and finding protected parts costs more than finding that out.
+    # Most texts have no match, and a search is cheaper than finding protected parts.
     return (outside_protected(text, change), count) if pattern.search(text) else (text, 0)

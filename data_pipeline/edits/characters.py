@@ -1,4 +1,4 @@
-"""Special characters: one form for each, and none that nobody sees."""
+"""Special characters: a standard form for each; invisible ones are removed."""
 
 import re
 import unicodedata
@@ -9,9 +9,9 @@ from data_pipeline.edits.base import Edit, edit
 from data_pipeline.protected import outside_protected
 from data_pipeline.thresholds import STRICT, Count
 
-# Invisible: zero-width space, word joiner, soft hyphen, byte order mark, direction marks and controls, tags; controls
-# other than tab and line feed; the replacement character; private use. The zero-width joiners stay: emoji and the
-# scripts of India and Persia are spelled with them. So do the tags of a flag.
+# Removed: zero-width space, word joiner, soft hyphen, byte order mark, direction marks and controls, tags; controls
+# other than tab and line feed; the replacement character; private use. Kept: zero-width joiners, which emoji, Indic
+# scripts and Persian need, and the tags of flag emoji.
 REMOVED = re.compile(
     "[\u200b\u2060\u00ad\ufeff\u200e\u200f\u202a-\u202e\u2066-\u2069\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\ufffd"
     "\ue000-\uf8ff\U000e0000-\U000e007f]"
@@ -25,8 +25,8 @@ STANDARD_ASCII = bytes((9, 10, *range(32, 127)))
 @edit("characters")
 @dataclass(frozen=True, config=STRICT)
 class Characters:
-    """Removes invisible and undecodable characters, makes every line end a line feed and every space but the
-    ideographic one a space, and composes accents (NFC), when there are more than `max_count` to change."""
+    """Removes invisible and undecodable characters, converts line ends to line feeds and all spaces but the ideographic
+    one to U+0020, and composes accents (NFC), if more than `max_count` characters would change."""
 
     max_count: Count = 0
 
@@ -46,10 +46,10 @@ class Characters:
 
 
 def standard_characters(text: str) -> tuple[str, int]:
-    """`text` with one form for each character, and how many had another."""
+    """(`text` with standard characters, number of characters that changed)."""
     changed, removed = REMOVED.subn("", text)
     if "\U000e007f" in text:
-        pieces = FLAG.split(text)  # every second one is a flag
+        pieces = FLAG.split(text)  # every second piece is a flag emoji
         changed = "".join(piece if number % 2 else REMOVED.sub("", piece) for number, piece in enumerate(pieces))
         removed = len(text) - len(changed)
     changed, lines = LINES.subn("\n", changed)

@@ -8,17 +8,20 @@ from pydantic.dataclasses import dataclass
 
 from data_pipeline.edits.base import Edit, edit
 from data_pipeline.edits.characters import standard_characters
+from data_pipeline.pages.client import Refused
 from data_pipeline.protected import outside_protected
+from data_pipeline.readers.html import EXTRACTOR
 from data_pipeline.thresholds import STRICT, Count
 
-# Names of HTML alone: `<stdin>`, `List<int>` and a heart `<3` are no tags.
+MOST_BYTES, SECONDS = 100_000_000, 60  # of a page that is extracted; a larger or slower one leaves no text
+# Tag names of HTML only, so that `<stdin>`, `List<int>` and `<3` are not taken for tags.
 NAMES = (
     "a|abbr|article|aside|b|big|blockquote|body|br|button|caption|center|cite|code|col|dd|del|details|div|dl|dt|em|"
     "fieldset|figcaption|figure|font|footer|form|h[1-6]|head|header|hr|html|i|iframe|img|input|ins|label|li|link|main|"
     "meta|nav|noscript|ol|option|p|pre|script|section|select|small|span|strike|strong|style|sub|summary|sup|table|"
     "tbody|td|textarea|tfoot|th|thead|title|tr|tt|u|ul|video"
 )
-# Attributes have values, but for those of HTML that have none: `a <b and c> d` compares.
+# An attribute must have a value, except for HTML's boolean attributes: in `a <b and c> d` there is no tag.
 ATTRIBUTES = (
     r"""(?:\s+(?:[a-z@:_][\w:.@-]*\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s<>"']+)"""
     r"|(?:allowfullscreen|async|autofocus|autoplay|checked|compact|controls|default|defer|disabled|hidden|ismap|itemscope|"
@@ -27,27 +30,27 @@ ATTRIBUTES = (
 )
 TAGS = re.compile(rf"</?(?:{NAMES}){ATTRIBUTES}|<!doctype\s[^<>]{{0,300}}>", re.IGNORECASE)
 BREAKS = re.compile(rf"(?:<[bh]r{ATTRIBUTES}|</(?:p|div|li|tr|h[1-6]|blockquote)\s*>)[ \t]*\n?", re.IGNORECASE)
-HIDDEN = re.compile(r"<(script|style)\b|<(!--)", re.IGNORECASE)  # what nobody sees, up to its end
+HIDDEN = re.compile(r"<(script|style)\b|<(!--)", re.IGNORECASE)  # invisible up to the end tag
 ENDS = {
     "script": re.compile(r"</script\s*>", re.IGNORECASE),
     "style": re.compile(r"</style\s*>", re.IGNORECASE),
     "!--": re.compile("-->"),
 }
-# An entity, also one whose ampersand is an entity itself.
+# An entity, also with its ampersand escaped, such as `&amp;lt;`.
 ENTITIES = re.compile(r"&(?:(?:amp|#38|#x26);)*(?P<name>[a-z][a-z0-9]{1,31}|#\d{1,7}|#x[0-9a-f]{1,6});", re.IGNORECASE)
-LESS, GREATER = "\ufdd0", "\ufdd1"  # in place of a `<` and a `>` that were entities; no text has these
+LESS, GREATER = "\ufdd0", "\ufdd1"  # stand for a `<` and a `>` decoded from entities; noncharacters, absent from text
 BEGINNING = r"<(?:!doctype\s+html|html|body)\b[^<>]*>"
 PAGE = re.compile(rf"\s*(?:(?:<\?xml[^<>]*>|<!--.*?-->)\s*)*{BEGINNING}", re.IGNORECASE | re.DOTALL)
 MARKUP = re.compile("|".join((TAGS.pattern, BREAKS.pattern, HIDDEN.pattern, BEGINNING)), re.IGNORECASE)
-CODE = re.compile(r"(?:[ \t]*\n)*(?: {4}| {0,3}\t)")  # at the beginning of a text
+CODE = re.compile(r"(?:[ \t]*\n)*(?: {4}| {0,3}\t)")  # an indented code block at the beginning of a text
 
 
 @edit("html")
 @dataclass(frozen=True, config=STRICT)
 class Html:
-    """Takes HTML out when there are more than `max_count` tags and entities: a text that is a page goes through the
-    extractor that reads pages; in any other, stray tags are removed and entities become the characters that they stand
-    for, standardised as the edit `characters` does. `&lt;b&gt;` stays: it is how a text shows a tag."""
+    """Removes HTML if there are more than `max_count` tags and entities. From a whole page, the text is extracted as by
+    the html reader; in other texts, tags are removed and entities decoded, with characters standardised as by the edit
+    `characters`. `&lt;b&gt;` stays: it shows a tag."""
 
     max_count: Count = 0
 
@@ -75,18 +78,17 @@ class Html:
 
 
 def _extracted(page: str) -> str:
-    """The text of a page, where what it shows of markup is spelled with entities."""
-    from data_pipeline.readers.base import Found
-    from data_pipeline.readers.html import page_text
-
-    found = page_text(page, "")
-    text = found.text if isinstance(found, Found) else ""
+    """The text of a page; markup that the page displays is escaped with entities."""
+    try:
+        text = EXTRACTOR.text(page.encode(), "utf-8", most_bytes=MOST_BYTES, seconds=SECONDS)
+    except Refused:
+        text = ""
     return outside_protected(text, lambda piece: _spelled(piece.replace("<", LESS).replace(">", GREATER)))
 
 
 def _without_hidden(piece: str) -> tuple[str, int]:
-    """A piece without scripts, styles and comments, and how many there were. An end that is not there is looked for
-    once, where a regular expression would look for it from every beginning."""
+    """(The piece without scripts, styles and comments, their number). A missing end tag is searched once, where a
+    regular expression would search it from every start tag."""
     kept, at, count, endless = [], 0, 0, set()
     for opening in HIDDEN.finditer(piece):
         kind = (opening[1] or opening[2]).lower()
@@ -102,7 +104,7 @@ def _without_hidden(piece: str) -> tuple[str, int]:
 
 
 def _without_entities(piece: str) -> tuple[str, int]:
-    """A piece with the characters that entities stand for, and how many entities that were."""
+    """(The piece with entities decoded, number of entities)."""
     if "&" not in piece or LESS in piece or GREATER in piece:
         return piece, 0
     changed, count = ENTITIES.subn(_character, piece)
@@ -111,7 +113,7 @@ def _without_entities(piece: str) -> tuple[str, int]:
 
 
 def _character(match: re.Match) -> str:
-    """What an entity stands for; the entity itself where HTML has none of its name."""
+    """The character of an entity; the entity itself if HTML does not define its name."""
     entity = match["name"] + ";"
     if entity[0] != "#" and entity not in html5:
         return match[0]
@@ -120,7 +122,7 @@ def _character(match: re.Match) -> str:
 
 
 def _spelled(piece: str) -> str:
-    """A piece in which a `<` or `>` that was an entity is one again where it would make a tag."""
+    """The piece with LESS and GREATER as entities again where they would form a tag, else as `<` and `>`."""
     shown = piece.replace(LESS, "<").replace(GREATER, ">")
     parts, at = [], 0
     for tag in MARKUP.finditer(shown):

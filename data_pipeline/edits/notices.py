@@ -1,4 +1,4 @@
-"""Lines that a web page says to every visitor."""
+"""Web page notices: cookie banners, terms, requests to enable JavaScript."""
 
 import functools
 import re
@@ -11,8 +11,7 @@ from data_pipeline.measures import may_have
 from data_pipeline.protected import masked
 from data_pipeline.thresholds import STRICT, Count, Phrases
 
-# Those of C4 (arXiv 1910.10683), except that C4 takes every line with the word `javascript`: that would take the
-# language's name out of what is written about it.
+# C4's phrases (arXiv 1910.10683), but not the single word `javascript`, which would remove lines about the language.
 PHRASES = (
     "terms of use",
     "privacy policy",
@@ -39,9 +38,9 @@ PHRASES = (
 @edit("notices")
 @dataclass(frozen=True, config=STRICT)
 class Notices:
-    """Removes lines of at most `max_words` words with one of the `phrases` (in lower case), when there are more than
-    `max_count` of them. A line that goes on in the next, or goes on from the one before, is part of a paragraph and
-    stays; so does one with code, a formula or a link of Markdown."""
+    """Removes lines of at most `max_words` words with one of the `phrases` (in lower case), if there are more than
+    `max_count` such lines. Lines within a wrapped paragraph stay, as do lines with code, a formula or a Markdown
+    link."""
 
     max_count: Count = 0
     max_words: Count = 40
@@ -58,7 +57,7 @@ class Notices:
         return Edit("notices", count, self.max_count, "\n".join(kept)) if count > self.max_count else None
 
     def _is_notice(self, line: str, following: str) -> bool:
-        """line: with its protected characters as null."""
+        """Whether a line is a notice. line: with protected characters as NUL; following: the next line."""
         wrapped = line.lstrip()[:1].islower() or following.lstrip()[:1].islower()
         found = not wrapped and "\0" not in line and _pattern(self.phrases).search(line.lower())
         return bool(found) and count_words(line) <= self.max_words
@@ -66,6 +65,6 @@ class Notices:
 
 @functools.cache
 def _pattern(phrases: tuple[str, ...]) -> re.Pattern:
-    """Any of the phrases, as whole words: between letters of a script without spaces, a phrase stands alone."""
+    """A pattern of any of the phrases, as whole words; letters of scripts without spaces may be adjacent."""
     whole = "|".join(map(re.escape, phrases))
     return re.compile(rf"(?:\b|(?<=[{SPACELESS}]))(?:{whole})(?:\b|(?=[{SPACELESS}]))")

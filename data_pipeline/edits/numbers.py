@@ -8,18 +8,18 @@ from data_pipeline.edits.base import Edit, edit, substitute
 from data_pipeline.letters import SPACELESS
 from data_pipeline.thresholds import STRICT, Count
 
-WIDE = re.compile("[\uff10-\uff19\uff21-\uff3a\uff41-\uff5a]")  # digits and letters as wide as a Chinese character
-APOSTROPHE = re.compile(r"'\d{3}")  # all of these in ASCII
+WIDE = re.compile("[\uff10-\uff19\uff21-\uff3a\uff41-\uff5a]")  # full-width digits and letters
+APOSTROPHE = re.compile(r"'\d{3}")  # a group of thousands, as in 1'000
 GROUPED = re.compile("(?<![\\d.,])\\d{1,3}(?:['\u2019]\\d{3})+(?![\\d'\u2019])")
-# Behind a space, a bracket, or a letter of a script without spaces; `n\u22121` subtracts.
+# A sign only after a space, a bracket, or a letter of a script without spaces; in `n\u22121` it is a subtraction.
 MINUS = re.compile(f"(?<![^\\s(\\[\uff08\u3000-\u303f{SPACELESS}])\u2212(?=\\d)")
 
 
 @edit("numbers")
 @dataclass(frozen=True, config=STRICT)
 class Numbers:
-    """Writes numbers one way when more than `max_count` are written another: wide digits and letters narrow, groups of
-    thousands with a comma where they have an apostrophe, the minus sign as a hyphen."""
+    """Standardises numbers if more than `max_count` places would change: full-width digits and letters to ASCII,
+    apostrophes between groups of thousands to commas, the minus sign to a hyphen."""
 
     max_count: Count = 0
 

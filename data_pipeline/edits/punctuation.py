@@ -19,8 +19,8 @@ def _runs(longest: int) -> re.Pattern:
 @edit("punctuation")
 @dataclass(frozen=True, config=STRICT)
 class Punctuation:
-    """Cuts a mark that is repeated more than `max_run` times to one, a full stop to an ellipsis of three. Rules and
-    markers of Markdown are made of other characters."""
+    """Shortens a run of more than `max_run` equal marks to one mark, full stops to three. Markdown's rules and markers
+    use other characters."""
 
     max_run: Positive = 3
 

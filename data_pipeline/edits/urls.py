@@ -1,4 +1,4 @@
-"""Addresses on the web: no model learns them, and all are alike."""
+"""Web addresses, from which a model learns nothing."""
 
 import re
 
@@ -9,13 +9,13 @@ from data_pipeline.letters import HANGUL, MARKS, SPACELESS
 from data_pipeline.protected import outside_protected
 from data_pipeline.thresholds import STRICT, Count
 
-# Of other letters than those of ASCII, an address has those of scripts with spaces: in the others the text goes on
-# behind it without one, and so does a Korean particle.
+# Non-ASCII letters of an address: only of scripts with spaces between words; in other scripts, and before a Korean
+# particle, text follows an address without a space.
 LETTER = rf"(?![{SPACELESS}{HANGUL}])(?:[^\W\0-\x7f]|[{MARKS}])"
 CHARACTER = rf"(?:[A-Za-z0-9\-._~:/?#@!$&*+,;=%|^\\{{]|{LETTER})"
-LAST = rf"(?:[A-Za-z0-9\-_~/#@$&*+=%|^\\{{]|{LETTER})"  # what follows it is punctuation of the text
+LAST = rf"(?:[A-Za-z0-9\-_~/#@$&*+=%|^\\{{]|{LETTER})"  # last character; punctuation after it is text
 REST = rf"(?:{CHARACTER}|\({CHARACTER}*\))*(?:{LAST}|\({CHARACTER}*\))"
-# Its first letter is looked for first: looking for each scheme at each place takes three times as long.
+# Starts with the schemes' first letters: alternatives of whole schemes are three times slower.
 ADDRESS = re.compile(r"[hHfFwW](?:(?<=[hH])[tT][tT][pP][sS]?://|(?<=[fF])[tT][pP]://|(?<=[wW])[wW][wW]\.)" + REST)
 BRACKETS = {"(": ")", "[": "]", "<": ">", "\uff08": "\uff09", "\u3010": "\u3011"}
 
@@ -23,8 +23,8 @@ BRACKETS = {"(": ")", "[": "]", "<": ">", "\uff08": "\uff09", "\u3010": "\u3011"
 @edit("urls")
 @dataclass(frozen=True, config=STRICT)
 class Urls:
-    """Removes web addresses when there are more than `max_count`, with brackets that hold nothing else and the space
-    before, unless a letter follows. The targets of Markdown links stay, and so do addresses in code."""
+    """Removes web addresses if there are more than `max_count`, with brackets around them and the space before, unless
+    a letter follows. Targets of Markdown links and addresses in code stay."""
 
     max_count: Count = 0
 
@@ -44,7 +44,7 @@ class Urls:
 
 
 def _without_addresses(piece: str) -> tuple[str, int]:
-    """A piece without addresses, and how many there were."""
+    """(The piece without addresses, number of addresses)."""
     kept, at = [], 0
     for address in ADDRESS.finditer(piece):
         start, end = address.span()
@@ -52,7 +52,7 @@ def _without_addresses(piece: str) -> tuple[str, int]:
         if before and BRACKETS.get(before) == piece[end : end + 1]:
             start, end = start - 1, end + 1
         elif before.isascii() and before.isalnum():
-            continue  # the end of a word
+            continue  # the match begins inside a word
         if start > at and piece[start - 1] == " " and not piece[end : end + 1].isalnum():
             start -= 1
         kept.append(piece[at:start])

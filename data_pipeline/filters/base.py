@@ -1,4 +1,4 @@
-"""What a rule is, and how a file of this folder registers one."""
+"""Base of rules: their interface and registration."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ REGISTER = Register()
 
 @dataclass(frozen=True)
 class Drop:
-    """Why a document goes: the measure, its value, and the threshold that the value crosses."""
+    """Reason to drop a document: the measure, its value, and the threshold that the value crosses."""
 
     measure: str
     value: float | str
@@ -19,8 +19,8 @@ class Drop:
 
 
 class Filter(Protocol):
-    """text -> None to keep the document, or the reason to drop it. A rule with an attribute `languages` is asked of
-    documents in those languages alone; one whose class has `before_edits = True`, of the text before any edit."""
+    """text -> None to keep the document, or the reason to drop it. A rule with an attribute `languages` is applied only
+    to documents in those languages; one with `before_edits = True`, to the text before any edit."""
 
     def __call__(self, text: str) -> Drop | None: ...
 
@@ -28,7 +28,7 @@ class Filter(Protocol):
 def rule(name: str, *, place: int, on: bool = False) -> Callable[[type], type]:
     """Class decorator: registers a rule as `rules.NAME` of the settings.
 
-    place: rules are asked in ascending order, cheap ones first; the first that objects is the one recorded. on: whether
-    every pipeline has the rule unless it says null; otherwise conf/pipeline/*.yaml turns it on.
+    place: rules are applied in ascending order, cheap ones first; the first that drops a document is recorded. on:
+    whether the rule is on by default (null turns it off); otherwise conf/pipeline/*.yaml turns it on.
     """
     return REGISTER.add(name, place=place, on=on)

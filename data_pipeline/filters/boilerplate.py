@@ -1,4 +1,4 @@
-"""Page furniture: sentences and menu entries that many web pages share."""
+"""Web page boilerplate: sentences and menu entries that many pages share."""
 
 import functools
 import re
@@ -44,7 +44,7 @@ UNIT = re.compile(r"[\n|•·»]+|(?<=[.!?])\s+")
 @rule("boilerplate", place=60)
 @dataclass(frozen=True, config=STRICT)
 class Boilerplate:
-    """Share of the characters that lie in sentences, or entries of menus, with one of the `phrases` (in lower case)."""
+    """Maximum share of characters in sentences or menu entries with one of the `phrases` (in lower case)."""
 
     max_share: Share = 0.3
     phrases: Phrases = PHRASES

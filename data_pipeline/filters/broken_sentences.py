@@ -9,8 +9,8 @@ from data_pipeline.letters import plain
 from data_pipeline.measures import words
 from data_pipeline.thresholds import STRICT, Positive, Share
 
-# A full stop alone: after "O night!" or "Come!" a verse or a speaker goes on in lower case. It ends a word of three
-# letters or more, perhaps with marks behind it, or stands alone; the next word is on the same line.
+# Only full stops: after "O night!" or "Come!", verse and dialogue continue in lower case. The full stop ends a word of
+# three letters or more, possibly with marks after it, or stands alone; the next word is on the same line.
 STOP = re.compile(r"\.([\"')\]”’]*)[^\S\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]+(?=\S)")  # noqa: RUF001
 THREE_LETTERS = re.compile(r"[^\W\d_]{3}")
 
@@ -18,9 +18,9 @@ THREE_LETTERS = re.compile(r"[^\W\d_]{3}")
 @rule("broken_sentences", place=110)
 @dataclass(frozen=True, config=STRICT)
 class BrokenSentences:
-    """Share of full stops within a line that a lower-case word follows, in texts of `min_sentences` or more: real
-    text has few (abbreviations), shuffled words have most. Asked of text written with capitals: of at least one
-    capitalised word for two full stops."""
+    """Maximum share of full stops within a line that a lower-case word follows, in texts of `min_sentences` or more:
+    rare in real text (abbreviations), common in shuffled words. Only for text with at least one capitalised word per
+    two full stops."""
 
     max_share: Share = 0.5
     min_sentences: Positive = 4
@@ -45,5 +45,5 @@ def _ends(text: str, stop: re.Match) -> bool:
 
 
 def _is_lower(letter: str) -> bool:
-    """Whether a letter would be a capital at the beginning of a sentence: no Georgian one would."""
+    """Whether a letter is lower case in a script that capitalises sentences; Georgian does not."""
     return letter.islower() and letter.title() != letter

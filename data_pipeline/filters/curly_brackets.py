@@ -1,4 +1,4 @@
-"""Style sheets, scripts and templates that were taken for text."""
+"""Style sheets, scripts and templates extracted as text."""
 
 import re
 
@@ -15,8 +15,8 @@ LATEX_ARGUMENT = re.compile(r"\\[A-Za-z]+\*?(?:\[[^\]\n]*\])?\{|[\^_}]\{")
 @rule("curly_brackets", place=80)
 @dataclass(frozen=True, config=STRICT)
 class CurlyBrackets:
-    """Opening curly brackets a word, at most, outside code, formulas and the arguments of LaTeX: style sheets, scripts
-    and templates that were taken for text have more. C4 drops pages with any, those that quote code among them."""
+    """Maximum number of opening curly brackets per word, outside code, formulas and LaTeX arguments; exceeded by style
+    sheets, scripts and templates. C4 drops pages with any, including pages that quote code."""
 
     max_per_word: Amount = 0.1
 

@@ -1,4 +1,4 @@
-"""Bytes that were not text, or text decoded with the wrong table."""
+"""Binary data, or text decoded with the wrong encoding."""
 
 import re
 from typing import ClassVar
@@ -22,7 +22,7 @@ NOT_GARBLED_ASCII = bytes(code for code in range(128) if not GARBLED.match(chr(c
 @rule("garbled", place=0, on=True)
 @dataclass(frozen=True, config=STRICT)
 class Garbled:
-    """`max_share`: garbled places (an undecodable byte, a stray control, a mojibake pair) a character, at most."""
+    """`max_share`: maximum of garbled places (undecodable byte, control character, mojibake pair) per character."""
 
     before_edits: ClassVar[bool] = True
     max_share: Share = 0.001
@@ -33,7 +33,7 @@ class Garbled:
 
 
 def _count(text: str) -> int:
-    """How many garbled places a text has."""
+    """Number of garbled places in a text."""
     if text.isascii():
         return len(text.encode().translate(None, NOT_GARBLED_ASCII))
     return sum(1 for _ in GARBLED.finditer(text))

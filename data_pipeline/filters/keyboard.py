@@ -1,4 +1,4 @@
-"""Fingers on a keyboard."""
+"""Random keystrokes."""
 
 import itertools
 import re
@@ -18,15 +18,15 @@ LATIN = re.compile(r"[\"'(\u201c\u2018]?([a-z\u00df-\u00ff\u0101-\u017e]{4,})[.,
 UNSPEAKABLE = re.compile(rf"[^{VOWELS}]{{5,}}|^[^{VOWELS}]+$")
 
 PLAUSIBLE, IMPLAUSIBLE = 1, 2
-MOST_WORDS = 1 << 18  # whose kinds are remembered
+MOST_WORDS = 1 << 18  # words in the cache of kinds
 
 
 @rule("keyboard", place=100)
 @dataclass(frozen=True, config=STRICT)
 class Keyboard:
-    """Share of lower-case Latin words of four letters or more that nobody could speak: without a vowel, or with five
-    consonants on end. Words inside code or an address do not stand alone and are not asked, nor are texts with fewer
-    than `min_words`."""
+    """Maximum share of unpronounceable words among lower-case Latin words of four letters or more: without a vowel, or
+    with five consonants in a row. Words in code or addresses are not counted; texts with fewer than `min_words` are
+    kept."""
 
     max_share: Share = 0.15
     min_words: Positive = 15
@@ -43,7 +43,7 @@ class Keyboard:
 
 
 class _Kinds(dict):
-    """{word: 0 where it is not asked, PLAUSIBLE or IMPLAUSIBLE}, of the words that were met."""
+    """Cache {word: PLAUSIBLE, IMPLAUSIBLE, or 0 for a word that is not counted}."""
 
     def __missing__(self, word: str) -> int:
         if len(self) > MOST_WORDS:

@@ -1,4 +1,4 @@
-"""Which language a text is in, by py3langid, which brings its model with it and needs no download."""
+"""Language identification by py3langid, whose package includes its model."""
 
 import functools
 import re
@@ -13,10 +13,10 @@ from data_pipeline.letters import plain
 from data_pipeline.thresholds import STRICT, Share
 
 NONE = "zxx"  # the code of text in no language
-UNKNOWN = "und"  # the code of text in a language that is not known
-LONGEST = 20_000  # characters that are looked at
+UNKNOWN = "und"  # the code of text in an unknown language
+LONGEST = 20_000  # characters used for identification
 LETTER = re.compile(r"[^\W\d_]")
-# Letters of scripts in which no language of the model is written: its answer for them is an accident.
+# Letters of scripts without a language in the model, whose answer for them is arbitrary.
 STRANGE_LETTER = re.compile(
     r"(?![\0-\u06ff\u0750-\u077f\u08a0-\u139f\u1780-\u17ff\u1c80-\u1cbf\u1d00-\u1fff\u2100-\u218f\u2c60-\u2c7f\u2d00-\u2d2f"
     r"\u2d80-\u2ddf\u3005-\u9fff\ua640-\ua69f\ua720-\ua7ff\uab00-\uab6f\uac00-\ufeff\uff00-\uffef\U0001d400-\U0001d7ff"
@@ -26,8 +26,8 @@ STRANGE_LETTER = re.compile(
 
 @dataclass(frozen=True, config=STRICT)
 class Language:
-    """Identifies the language of documents whose source does not say it. `allowed`: the codes to keep, null for all;
-    text in no language goes in any case. `min_confidence`: the probability of the likeliest language, at least."""
+    """Identifies the language of documents whose source does not set it. `allowed`: codes to keep, null for all; text
+    in no language is always dropped. `min_confidence`: minimum probability of the likeliest language."""
 
     allowed: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     min_confidence: Share = 0.0
@@ -44,19 +44,19 @@ class Language:
 
 def identify(text: str) -> tuple[str, float]:
     """(code, probability) of the likeliest language. (NONE, 0) for text without a letter, such as rulers and dots;
-    (UNKNOWN, 0) where the model finds nothing, and for text in a script that it does not know."""
+    (UNKNOWN, 0) for text without an n-gram of the model, or in a script without a language in the model."""
     if not LETTER.search(plain(text)):
         return NONE, 0.0
     model = identifier()
     code, confidence = model.classify(text)
-    # Where all classes are equally likely, nothing is known; a code has up to two classes.
+    # Equal probabilities of all classes mean unknown; a code has up to two classes.
     if confidence < 2.01 / len(model.classes) or _is_strange(text):
         return UNKNOWN, 0.0
     return code, confidence
 
 
 def _is_strange(text: str) -> bool:
-    """Whether most letters belong to scripts in which no language of the model is written."""
+    """Whether most letters belong to scripts without a language in the model."""
     if text.isascii() or not STRANGE_LETTER.search(text := plain(text)):
         return False
     return 2 * len(STRANGE_LETTER.findall(text)) > len(LETTER.findall(text))
@@ -64,7 +64,7 @@ def _is_strange(text: str) -> bool:
 
 @functools.cache
 def identifier() -> Identifier:
-    """The model, loaded once a process, or once for all workers when their parent loads it before it forks."""
+    """The model, loaded once per process, or once for all workers if loaded before the fork."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return Identifier(LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True))

@@ -1,4 +1,4 @@
-"""Too short to teach anything, or too long to be a document."""
+"""Documents that are too short or too long."""
 
 from pydantic.dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from data_pipeline.thresholds import STRICT, Count, ordered
 @rule("length", place=10, on=True)
 @dataclass(frozen=True, config=STRICT)
 class Length:
-    """Bounds in UTF-8 bytes, both inclusive."""
+    """Bounds of a document's length in UTF-8 bytes, both inclusive."""
 
     min_bytes: Count = 100
     max_bytes: Count = 10_000_000

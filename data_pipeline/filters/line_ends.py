@@ -1,4 +1,4 @@
-"""Lists of titles, names and menu entries: lines that end as no sentence, verse or statement does."""
+"""Lists of titles, names and menu entries: lines without end punctuation."""
 
 import itertools
 
@@ -14,12 +14,12 @@ from data_pipeline.thresholds import STRICT, Positive, Share
 @rule("line_ends", place=120)
 @dataclass(frozen=True, config=STRICT)
 class LineEnds:
-    """Share of lines that end in a mark of any kind, at least, in texts of `min_lines` lines or more of `languages`
-    (Thai, for one, has no full stop). Items of lists do not count, nor lines that go on in the next, which then begins
-    in lower case.
+    """Minimum share of lines that end in any punctuation mark, in texts of at least `min_lines` lines in `languages`
+    (not Thai, for example, which has no full stop). List items do not count, nor lines before one that begins in lower
+    case.
 
-    C4 takes out every line without a full stop, which would take headings, verse and tables; FineWeb drops pages where
-    the share is below 0.12."""
+    C4 removes every line without a full stop, including headings, verse and tables; FineWeb drops pages with a share
+    below 0.12."""
 
     min_share: Share = 0.12
     min_lines: Positive = 10

@@ -1,4 +1,4 @@
-"""Data in disguise: encoded blobs and minified files have lines that nobody wrote, lists of links nothing but items."""
+"""Data instead of prose: encoded blobs and minified files (long lines), lists of links (only list items)."""
 
 from pydantic.dataclasses import dataclass
 
@@ -14,9 +14,9 @@ ELLIPSES = ("...", "…")
 @rule("lines", place=30, on=True)
 @dataclass(frozen=True, config=STRICT)
 class Lines:
-    """Of the lines that are not empty: characters a line, the mean and the longest, at most (prose with a paragraph a
-    line needs higher bounds than code); and the shares, at most, that begin with a bullet and that end in an ellipsis,
-    as in teasers of pages elsewhere (Gopher has 0.9 and 0.3)."""
+    """Maxima over non-empty lines: mean and longest line in characters (prose with a paragraph per line needs higher
+    bounds than code); shares of lines that begin with a bullet or end in an ellipsis, as teasers do (Gopher: 0.9 and
+    0.3)."""
 
     max_mean: Amount = 2_000
     max_line: Count = 50_000

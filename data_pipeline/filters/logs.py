@@ -1,4 +1,4 @@
-"""Logs of machines."""
+"""Log files."""
 
 import re
 
@@ -17,7 +17,7 @@ LOG_LINE = re.compile(
 @rule("logs", place=40, on=True)
 @dataclass(frozen=True, config=STRICT)
 class Logs:
-    """Share of lines that begin with a time stamp or a log level, in texts of `min_lines` lines or more."""
+    """Maximum share of lines that begin with a time stamp or a log level, in texts of at least `min_lines` lines."""
 
     max_share: Share = 0.5
     min_lines: Positive = 5
@@ -28,7 +28,7 @@ class Logs:
             return None
         half = len(found) // 2
         logs = sum(map(_is_log, found[:half]))
-        if logs + len(found) - half <= self.max_share * len(found):  # no matter what the others are
+        if logs + len(found) - half <= self.max_share * len(found):  # even if the second half has only log lines
             return None
         share = (logs + sum(map(_is_log, found[half:]))) / len(found)
         return Drop("max_share", share, self.max_share) if share > self.max_share else None

@@ -1,4 +1,4 @@
-"""Pages that are not written yet."""
+"""Pages with placeholder text (lorem ipsum)."""
 
 from pydantic.dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from data_pipeline.thresholds import STRICT, Count, Phrases
 @rule("placeholder", place=70)
 @dataclass(frozen=True, config=STRICT)
 class Placeholder:
-    """How often one of the `phrases` (in lower case) is there, at most, code aside: C4 drops pages with any."""
+    """Maximum number of `phrases` (in lower case) outside code; C4 drops pages with any."""
 
     max_count: Count = 0
     phrases: Phrases = ("lorem ipsum",)

@@ -1,4 +1,4 @@
-"""The same thing over and over."""
+"""Repeated lines, phrases and passages."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,17 +11,16 @@ from data_pipeline.letters import plain
 from data_pipeline.measures import lines, words
 from data_pipeline.thresholds import STRICT, Count, Positive, Share
 
-MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, its bits evenly set
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, about half of its bits set
 
 
 @rule("repetition", place=50, on=True)
 @dataclass(frozen=True, config=STRICT)
 class Repetition:
-    """Shares, at most: `max_duplicate_lines` of the characters that lie in lines seen before in the document (lines of
-    fewer than `shortest_line` characters do not count: code repeats `else:` and closing brackets by its nature);
-    `max_top_words` of the words that are the commonest run of `words` words, and `max_repeated_words` of the words that
-    end a run of `run` words seen before, in texts of `min_words` words or more. The last finds whole passages that come
-    again where no line does; 1 asks for none."""
+    """Maximum shares. `max_duplicate_lines`: characters in lines seen before in the document (lines of fewer than
+    `shortest_line` characters do not count: code repeats `else:` and closing brackets). In texts of at least
+    `min_words` words: `max_top_words`: words in the commonest n-gram of `words` words; `max_repeated_words`: words that
+    end an n-gram of `run` words seen before (passages repeated with other line breaks). 1 turns a share off."""
 
     max_duplicate_lines: Share = 0.5
     shortest_line: Count = 12
@@ -41,7 +40,7 @@ class Repetition:
         hashes = np.fromiter(map(hash, found), np.int64, len(found)).astype(np.uint64)
         for name, share in (("max_top_words", self._top_words), ("max_repeated_words", self._repeated_words)):
             most = getattr(self, name)
-            # Equal runs have equal hashes, so that the share by hashes is no less than the share by words.
+            # Equal n-grams have equal hashes, so the share by hashes is at least the share by words.
             if most < 1 and share(hashes, _hashed_runs) > most and (exact := share(found, _runs)) > most:
                 return Drop(name, exact, most)
         return None
@@ -66,12 +65,12 @@ class Repetition:
 
 
 def _runs(found: list[str], length: int) -> np.ndarray:
-    """How often each different run of `length` words is there, int [different runs]."""
+    """Counts of the distinct n-grams of `length` words, int [distinct n-grams]."""
     return np.array(list(Counter(zip(*(found[start:] for start in range(length)), strict=False)).values()))
 
 
 def _hashed_runs(hashes: np.ndarray, length: int) -> np.ndarray:
-    """`_runs` of words by their hashes, uint64 [words]: a run's hash is a polynomial of its words', modulo 2**64."""
+    """`_runs` of word hashes, uint64 [words]: an n-gram's hash is a polynomial of its words' hashes, modulo 2**64."""
     total = np.zeros(len(hashes) - length + 1, np.uint64)
     for start in range(length):
         total = total * MULTIPLIER + hashes[start : start + len(total)]

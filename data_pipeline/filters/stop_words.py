@@ -1,4 +1,4 @@
-"""Lists of key words and tables of names: text without the commonest words of its language."""
+"""Lists of key words and tables of names: text without stop words."""
 
 from pydantic.dataclasses import dataclass
 
@@ -35,8 +35,7 @@ STOP_WORDS = in_any_case(
 @rule("stop_words", place=130)
 @dataclass(frozen=True, config=STRICT)
 class StopWords:
-    """How many different ones of the commonest words there are, in texts of `min_words` words or more of `languages`:
-    lists of key words and tables of names have none."""
+    """Minimum number of distinct stop words, in texts of at least `min_words` words in `languages`."""
 
     min_different: Count = 2
     min_words: Count = 50

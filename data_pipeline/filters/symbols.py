@@ -1,4 +1,4 @@
-"""Text that is mostly punctuation, or hardly contains a letter."""
+"""Text with too many symbols or too few letters."""
 
 import numpy as np
 from pydantic.dataclasses import dataclass
@@ -11,8 +11,9 @@ from data_pipeline.thresholds import STRICT, Share
 @rule("symbols", place=20, on=True)
 @dataclass(frozen=True, config=STRICT)
 class Symbols:
-    """`max_symbols`, `min_letters`: shares of symbols and of letters in the characters other than white space. A letter
-    counts as one with its marks, and so does a ruler or the border of a table (one symbol four times or more).
+    """`max_symbols`, `min_letters`: shares of symbols and of letters among the characters other than white space. A
+    letter with its combining marks counts as one character, as does a ruler or table border (one symbol, four or more
+    times).
 
     Prose has about 0.05 symbols and 0.95 letters, Python source 0.2 and 0.7; a table of numbers has few letters, a line
     drawing many symbols.
@@ -33,7 +34,7 @@ class Symbols:
 
 
 def _in_rulers(found: Characters) -> int:
-    """How many symbols of rulers, which are four equal ones or more, do not count: all but one of each."""
+    """Number of symbols in rulers (four or more equal symbols) that do not count: all but one per ruler."""
     again = (found.codes[1:] == found.codes[:-1]) & found.are(SYMBOL)[1:]
     if not (again[2:] & again[1:-1] & again[:-2]).any():
         return 0

@@ -1,4 +1,4 @@
-"""Pairs of words that English does not have, as in shuffled words without punctuation."""
+"""Word pairs impossible in English, as in shuffled words without punctuation."""
 
 import itertools
 
@@ -8,7 +8,7 @@ from data_pipeline.filters.base import Drop, rule
 from data_pipeline.measures import in_any_case, words
 from data_pipeline.thresholds import STRICT, Positive, Share
 
-# After these articles comes a noun or what describes one, and never one of those.
+# An article is followed by a noun or its modifier, never by one of the words below.
 ARTICLES = in_any_case(("the", "an"))
 NEVER_NEXT = in_any_case(
     [
@@ -39,8 +39,8 @@ NEVER_NEXT = in_any_case(
 @rule("word_order", place=140)
 @dataclass(frozen=True, config=STRICT)
 class WordOrder:
-    """Pairs of words that English never has, such as `the of`: share of all pairs, at most, once there are `min_pairs`
-    of them. Catches shuffled words where there is no punctuation to tell."""
+    """Maximum share of word pairs that English never has, such as `the of`, once there are `min_pairs` of them. Finds
+    shuffled words in text without punctuation."""
 
     max_share: Share = 0.004
     min_pairs: Positive = 3

@@ -1,4 +1,4 @@
-"""Whether the words are those of people, in the spirit of Gopher's rules (arXiv 2112.11446)."""
+"""Number of words, their length, and share of words with letters, after Gopher's rules (arXiv 2112.11446)."""
 
 import re
 
@@ -18,11 +18,11 @@ JOINERS = np.array([ord(mark) for mark in "'’-"], np.uint32)  # noqa: RUF001
 @rule("words", place=90)
 @dataclass(frozen=True, config=STRICT)
 class Words:
-    """`min_words`, `max_words`: how many; `min_mean_length`, `max_mean_length`: letters a word; `min_alphabetic`: share
-    of words and numbers that has a letter. Not asked of text that is mostly in a script without spaces.
+    """`min_words`, `max_words`: number of words; `min_mean_length`, `max_mean_length`: letters per word;
+    `min_alphabetic`: share of words and numbers with a letter. Not applied to text mostly in scripts without spaces.
 
-    The mean is over words in Latin, Greek, Cyrillic and Armenian letters, and asked where they are half of all words or
-    more: where a letter is a syllable (Hangul, Ethiopic, Devanagari), words are half as long.
+    The mean is over words in Latin, Greek, Cyrillic and Armenian letters, and checked if they are at least half of all
+    words: in syllabic scripts (Hangul, Ethiopic, Devanagari) words have half as many letters.
     """
 
     min_words: Positive = 10
@@ -55,7 +55,7 @@ class Words:
 
 
 def _count_words(found: Characters, text: str) -> tuple[int, int, int]:
-    """How many matches WORD has; how many of them are in an alphabet, and how many characters those have."""
+    """(Matches of WORD, those in alphabetic scripts, characters of the latter)."""
     letters = found.are(LETTER)
     of_letters = found.codes[letters]
     if len(of_letters) and found.codes.dtype != np.uint8 and not _alphabetic(of_letters).all():
@@ -69,11 +69,11 @@ def _count_words(found: Characters, text: str) -> tuple[int, int, int]:
 
 
 def _alphabetic(code):
-    """Whether code points, of letters, belong to an alphabet with capitals."""
+    """Whether letters, given as code points, belong to an alphabet with capitals."""
     return (code < 0x590) | ((code >= 0x1D00) & (code < 0x2000))
 
 
 def _pieces_with(found: Characters, kind: int) -> int:
-    """How many pieces between white space have a character of this kind."""
-    there = found.are(kind)[found.are(kind | SPACE)]  # of these characters and white space: which are of the kind
+    """Number of white-space-separated pieces that have a character of this kind."""
+    there = found.are(kind)[found.are(kind | SPACE)]  # white space left in as False
     return np.count_nonzero(there[:1]) + np.count_nonzero(there[1:] & ~there[:-1])

@@ -1,1 +1,1 @@
-"""Web pages to text, in a process of its own with bounds of structure, memory and time. Imports nothing heavy."""
+"""Web pages to text, in a separate process with limits on structure, memory and time. Imports nothing heavy."""

@@ -1,4 +1,4 @@
-"""Asks the extracting process, starts it, and ends it when a page takes too long."""
+"""Client of the extraction process: starts it, sends pages, and kills it when a page takes too long."""
 
 import os
 import select
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 from data_pipeline.pages.worker import ANSWER, HEADER, TEXT
 
@@ -14,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Refused(ValueError):
-    """A page that gives no document: `reason` is a fixed word, `detail` is for people."""
+    """A page without a document: `reason` is a fixed word, `detail` a message."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
@@ -23,20 +24,20 @@ class Refused(ValueError):
 
 
 class Extractor:
-    """One extracting process, started when it is first needed and again after one that had to be ended."""
+    """An extraction process, started at first use and again after it was killed. A forked process starts its own,
+    because two processes on the same pipes would get each other's answers."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
+        self._owner = 0  # pid of the process that started the extractor
 
     def text(self, data: bytes, label: str | None, *, most_bytes: int, seconds: float) -> str:
         """The main content of a page, in at most `seconds`. Raises Refused."""
         process = self._started()
         name = (label or "").encode("utf-8", "replace")[:1000]
         try:
-            process.stdin.write(HEADER.pack(len(name), len(data), most_bytes))
-            process.stdin.write(name)
-            process.stdin.write(data)
-            process.stdin.flush()
+            for part in (HEADER.pack(len(name), len(data), most_bytes), name, data):
+                _write(process.stdin, part)
             until = time.monotonic() + seconds
             kind, size = ANSWER.unpack(self._read(ANSWER.size, until))
             answer = self._read(size, until).decode()
@@ -46,11 +47,11 @@ class Extractor:
         except (BrokenPipeError, EOFError):
             code = process.wait()
             self.close()
-            # The extractor aborts where it cannot have more memory.
+            # The extractor aborts when it exceeds its memory limit.
             reason = "too_costly" if code == -signal.SIGABRT else "reader_error"
             raise Refused(reason, f"the extractor ended with code {code} on {len(data)} bytes") from None
         except BaseException:
-            self.close()  # whatever it still answers belongs to no other page
+            self.close()  # a late answer must not be read as the next page's
             raise
         if kind == TEXT:
             return answer
@@ -58,26 +59,28 @@ class Extractor:
 
     def close(self) -> None:
         """Ends the process."""
-        if self._process:
+        if self._process and self._owner == os.getpid():
             self._process.kill()
             self._process.communicate()
-            self._process = None
+        self._process = None
 
     def _started(self) -> subprocess.Popen:
-        if self._process is None:
+        if self._process is None or self._owner != os.getpid():
+            self._owner = os.getpid()
             paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "data_pipeline.pages.worker"],
+                [sys.executable, "-P", "-m", "data_pipeline.pages.worker"],  # -P: no module of the current folder
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,  # what it says there when it aborts is said by its exit code
+                stderr=subprocess.DEVNULL,  # its exit code tells of an abort
                 bufsize=0,
+                pipesize=1 << 20,  # holds most pages whole
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             )
         return self._process
 
     def _read(self, size: int, until: float) -> bytes:
-        """`size` bytes of its answer. Raises TimeoutError after `until`, EOFError when it has ended."""
+        """`size` bytes of the answer. Raises TimeoutError at time `until`, EOFError when the process has ended."""
         pieces = bytearray()
         while len(pieces) < size:
             if not select.select([self._process.stdout], [], [], max(0, until - time.monotonic()))[0]:
@@ -86,3 +89,10 @@ class Extractor:
                 raise EOFError
             pieces += piece
         return bytes(pieces)
+
+
+def _write(pipe: BinaryIO, data: bytes | bytearray) -> None:
+    """Writes all of `data`, repeating partial writes."""
+    left = memoryview(data)
+    while left:
+        left = left[pipe.write(left) :]

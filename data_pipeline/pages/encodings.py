@@ -1,4 +1,4 @@
-"""From a page's bytes to its characters, as browsers do it: the WHATWG Encoding Standard."""
+"""Decodes a page's bytes as browsers do, by the WHATWG Encoding Standard."""
 
 import codecs
 import re
@@ -6,21 +6,24 @@ import re
 from resiliparse.parse.encoding import detect_encoding, map_encoding_to_html5
 
 MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_BE, "utf-16-be"), (codecs.BOM_UTF16_LE, "utf-16-le"))
-# The standard's decoders are wider than Python's codecs of the same name: gbk reads gb18030, euc-kr and shift_jis read
-# Microsoft's extensions. The keys are what resiliparse makes of a label.
+# The standard's decoders accept more than Python's codecs of the same name: gbk means gb18030, euc-kr and shift_jis
+# include Microsoft's extensions. Keys: names that resiliparse maps labels to.
 WIDER = {"gbk": "gb18030", "euc_kr": "cp949", "shift_jis": "cp932", "big5": "big5hkscs", "iso8859-11": "cp874"}
-UNMAPPED = {"x-mac-cyrillic": "mac_cyrillic", "x-mac-ukrainian": "mac_cyrillic"}  # labels that resiliparse leaves out
+UNMAPPED = {"x-mac-cyrillic": "mac_cyrillic", "x-mac-ukrainian": "mac_cyrillic"}  # labels that resiliparse does not map
 REPLACED = {"replacement", "iso-2022-kr", "csiso2022kr", "hz-gb-2312", "iso-2022-cn", "iso-2022-cn-ext"}
-PRESCAN = 1024  # bytes in which a page may name its encoding
+PRESCAN = 1024  # bytes searched for a meta element with the encoding
 COMMENT = re.compile(rb"<!--.*?(?:-->|\Z)", re.DOTALL)
-META = re.compile(rb"<meta\s[^>]*?charset\s*=\s*[\"']?\s*([\w.:()+-]+)", re.IGNORECASE)
+META = re.compile(rb"<meta[\s/][^>]*", re.IGNORECASE)
+CONTENT = re.compile(rb"\bcontent\s*=\s*(?:\"[^\"]*\"|'[^']*'|[^\s>]*)", re.IGNORECASE)
+CONTENT_TYPE = re.compile(rb"http-equiv\s*=\s*[\"']?\s*content-type", re.IGNORECASE)
+CHARSET = re.compile(rb"charset\s*=\s*[\"']?\s*([\w.:()+-]+)", re.IGNORECASE)
 XML = re.compile(rb"\A\s*<\?xml\s[^>]*?encoding\s*=\s*[\"']([\w.:()+-]+)", re.IGNORECASE)
 
 
-def decode_page(data: bytes, label: str | None = None, *, markup: bool = True) -> str:
-    """The characters of `data`. The encoding is that of its byte-order mark, or of `label` (the charset of the HTTP
-    header), or, with `markup`, of the page's own meta element, or UTF-8 where all bytes fit, or else a guess. What does
-    not decode becomes U+FFFD; the whole text does under a label that browsers refuse to decode."""
+def decode_page(data: bytes | bytearray, label: str | None = None, *, markup: bool = True) -> str:
+    """`data` as text. The encoding is, in this order, the byte-order mark's, `label` (the HTTP header's charset), with
+    `markup` the meta element's, UTF-8 if all bytes are valid, or guessed. Undecodable bytes become U+FFFD; with a label
+    that browsers refuse to decode, the whole text does."""
     for mark, name in MARKS:
         if data.startswith(mark):
             return _decode(data[len(mark) :], name)
@@ -30,7 +33,7 @@ def decode_page(data: bytes, label: str | None = None, *, markup: bool = True) -
     try:
         return data.decode()
     except UnicodeDecodeError:
-        return _decode(data, codec(detect_encoding(data)) or "utf-8")
+        return _decode(data, codec(detect_encoding(bytes(data))) or "utf-8")
 
 
 def codec(label: str) -> str | None:
@@ -43,9 +46,15 @@ def codec(label: str) -> str | None:
 
 
 def _named_in(data: bytes) -> str | None:
-    """The label that a page gives itself; UTF-8 for one of UTF-16, which cannot be right where ASCII could be read."""
-    head = data[:PRESCAN]
-    match = META.search(COMMENT.sub(b"", head)) or XML.search(head)
+    """The label in the page's meta element; UTF-8 instead of UTF-16, which is wrong if the element is readable."""
+    head = bytes(data[:PRESCAN])
+    match = XML.search(head)
+    for tag in META.findall(COMMENT.sub(b"", head)):
+        content, rest = CONTENT.search(tag), CONTENT.sub(b" ", tag)
+        named = CHARSET.search(rest) or (content and CONTENT_TYPE.search(rest) and CHARSET.search(content[0]))
+        if named:
+            match = named
+            break
     label = match and match[1].decode("ascii", "replace")
     return "utf-8" if label and label.lower().startswith("utf-16") else label
 

@@ -1,30 +1,30 @@
-"""What the markup of a page may hold, counted before the extractor builds a tree of it.
+"""Limits on a page's markup, checked before the extractor builds its tree.
 
-Measured with resiliparse 2.0.1: an element takes up to 600 bytes; time grows with the square of the attributes of one
-tag (21 000 take 4 s), and with the square of the depth of DEEP elements (4000 take 0.3 s). All else is linear.
+Measured with resiliparse 2.0.1: an element takes up to 600 bytes; time is quadratic in the attributes of one tag
+(21 000 take 4 s) and in the depth of DEEP elements (4000 take 0.3 s), and linear otherwise.
 """
 
 import re
 
-BYTES_A_TAG = 256  # of max_document_bytes, for each tag and comment that a page may have
-FEWEST_TAGS = 50_000  # are always allowed
-MOST_ATTRIBUTES = 1000  # of one tag
-DEEPEST = 2000  # DEEP elements inside one another; browsers flatten what is deeper than 512
+BYTES_A_TAG = 256  # a page may have one tag or comment per 256 bytes of max_document_bytes
+FEWEST_TAGS = 50_000  # always allowed
+MOST_ATTRIBUTES = 1000  # per tag
+DEEPEST = 2000  # nested DEEP elements; browsers flatten deeper nesting than 512
 DEEP = re.compile(r"<(/?)(?:div|article|section|main|ol|ul|rt)\b", re.IGNORECASE)
-# A tag as a browser reads it: names end at a space, / or >, and a quoted value may hold all three. Possessive, so that
-# an attribute is read once.
+# A tag as browsers parse it: names end at a space, / or >, all of which a quoted value may contain. Possessive
+# quantifiers avoid backtracking.
 ATTRIBUTE = r"[\s/]*+(?:=[^\s/>=]*+|[^\s/>=]++)(?:\s*+=\s*+(?:\"[^\"]*+\"|'[^']*+'|(?![\"'])[^\s>]*+))?+"
 MANY_ATTRIBUTES = re.compile(rf"<[a-zA-Z][^\s/>]*+(?:{ATTRIBUTE}){{{MOST_ATTRIBUTES + 1}}}")
-SHORTEST_TAG = 2 * MOST_ATTRIBUTES  # characters of a tag with more attributes
+SHORTEST_TAG = 2 * MOST_ATTRIBUTES  # characters of the shortest tag with too many attributes
 
 
 def most_tags(most_bytes: int) -> int:
-    """Tags that a page may have where documents have at most so many bytes."""
+    """Maximum number of tags of a page, for max_document_bytes = `most_bytes`."""
     return max(FEWEST_TAGS, most_bytes // BYTES_A_TAG)
 
 
 def structure_problem(html: str, most_bytes: int) -> tuple[str, str] | None:
-    """(reason, detail) of a page that holds too much; None for one that may be extracted."""
+    """(reason, detail) for a page that exceeds a limit, else None."""
     tags = html.count("<")
     if tags > (most := most_tags(most_bytes)):
         return "too_many_elements", f"{tags} tags, at most {most} for max_document_bytes={most_bytes}"
@@ -36,7 +36,7 @@ def structure_problem(html: str, most_bytes: int) -> tuple[str, str] | None:
 
 
 def _depth(html: str) -> int:
-    """How many DEEP elements lie inside one another at most."""
+    """Maximum nesting depth of DEEP elements."""
     depth = deepest = 0
     for match in DEEP.finditer(html):
         depth = max(depth - 1, 0) if match[1] else depth + 1

@@ -1,7 +1,7 @@
-"""The process that extracts pages: requests on stdin, answers on stdout, until stdin ends.
+"""The extraction process: requests on stdin, answers on stdout, until stdin ends.
 
 Request: HEADER (bytes of the label, bytes of the page, max_document_bytes), the label, the page. Answer: ANSWER (kind,
-bytes), and the text, or `reason` and `detail` on two lines. Its memory may grow by MOST_GROWTH x max_document_bytes.
+bytes), then the text, or `reason` and `detail` on two lines. Memory limit: MOST_GROWTH x max_document_bytes of growth.
 """
 
 import resource
@@ -18,14 +18,14 @@ from data_pipeline.pages.structure import structure_problem
 
 HEADER, ANSWER = struct.Struct(">HQQ"), struct.Struct(">BQ")
 TEXT, REFUSED = 0, 1
-MOST_GROWTH = 4  # times max_document_bytes; the reader holds the page once, and twice while it reads it
-ROOM = 64 << 20  # bytes beside it, for the smallest documents
+MOST_GROWTH = 4  # x max_document_bytes
+ROOM = 64 << 20  # bytes of growth allowed in addition
 PAGE_BYTES = resource.getpagesize()
 
 
 def extract(data: bytes, label: str | None, most_bytes: int) -> tuple[int, str]:
-    """(TEXT, main content) of a page, or (REFUSED, reason and detail). Navigation, scripts, forms and footers go;
-    preformatted text, lists and line breaks stay."""
+    """(TEXT, main content) of a page, or (REFUSED, reason and detail). Navigation, scripts, forms and footers are
+    removed; preformatted text, lists and line breaks stay."""
     html = decode_page(data, label)
     size = len(data)
     del data
@@ -40,7 +40,7 @@ def extract(data: bytes, label: str | None, most_bytes: int) -> tuple[int, str]:
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answers requests until there are none."""
+    """Answers requests until the end of `requests`."""
     base = _memory()
     while header := requests.read(HEADER.size):
         label_bytes, page_bytes, most_bytes = HEADER.unpack(header)
@@ -51,7 +51,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
         except MemoryError:
             detail = f"more than {MOST_GROWTH} x max_document_bytes={most_bytes} of memory for {page_bytes} bytes"
             kind, answer = REFUSED, f"too_costly\n{detail}"
-        except Exception as error:  # the extractor's own, on markup that it did not expect
+        except Exception as error:  # from the extractor, on unexpected markup
             kind, answer = REFUSED, f"reader_error\n{type(error).__name__}: {' '.join(str(error).split())}"
         payload = answer.encode("utf-8", "replace")
         answers.write(ANSWER.pack(kind, len(payload)))
@@ -60,7 +60,7 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
 
 
 def _memory() -> int:
-    """Bytes of address space of this process; 0 where the system does not say."""
+    """Bytes of address space of this process; 0 where unknown."""
     path = Path("/proc/self/statm")
     return int(path.read_text().split()[0]) * PAGE_BYTES if path.exists() else 0
 
@@ -73,5 +73,5 @@ def _bound_memory(base: int, growth: int) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the reader, whose end closes stdin
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which closes stdin
     serve(sys.stdin.buffer, sys.stdout.buffer)

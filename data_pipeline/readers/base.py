@@ -14,6 +14,7 @@ from zstandard import ZstdDecompressor, ZstdError
 from data_pipeline.errors import InputError
 from data_pipeline.sources import Source
 
+BUFFER = 1 << 17  # bytes asked of a decompressor at once
 # Beside the OSError without a number that gzip and fastwarc raise.
 DAMAGED = (EOFError, zlib.error, ZstdError, lzma.LZMAError, zipfile.BadZipFile)
 # What the libraries that read may raise on content that they did not expect.
@@ -100,7 +101,7 @@ def opener(folder, path: str, source: Source, compression: str | None = "infer")
             packed = Zstandard(folder.open(path, "rb"))
         else:
             packed = folder.open(path, "rb", compression=compression)
-        return io.BufferedReader(_AsItComes(packed, most, source))
+        return io.BufferedReader(_AsItComes(packed, most, source), BUFFER)
 
     return open_packed
 

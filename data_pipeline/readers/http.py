@@ -14,7 +14,7 @@ from zstandard import ZstdDecompressor, ZstdError
 LONGEST_HEAD = 1 << 16  # bytes of a response's headers
 HEAD_END = re.compile(rb"\r?\n\r?\n|\Z")
 FOLDED = re.compile(rb"\r?\n[ \t]+")  # a header that goes on in the next line
-STATUS = re.compile(rb"HTTP/\S*[ \t]+(\d{3})\b")
+STATUS = re.compile(rb"HTTP/\S*[ \t]+(\d{3})")
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r?\n")
 LINE_END = re.compile(rb"\r?\n")
 CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([^\s;\"']+)", re.IGNORECASE)
@@ -25,6 +25,7 @@ MARKUP = re.compile(
     re.IGNORECASE,
 )
 BINARY = re.compile(rb"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f]")
+NO_TYPES = ("*/*", "unknown/unknown", "application/unknown")  # for which a browser looks at the body
 MEMBER = b"\x1f\x8b"  # a member of gzip begins
 GZIP, ZLIB, RAW = 31, 15, -15  # zlib's wbits
 PIECE = 1 << 20  # bytes decompressed at once where the library cannot bound what it gives
@@ -90,8 +91,9 @@ def parse_response(message: bytearray) -> Response | None:
 
 
 def media_type(value: str) -> str:
-    """The type that a Content-Type names: lower case, without parameters."""
-    return value.partition(";")[0].strip().lower()
+    """The type that a Content-Type names: lower case, without parameters; empty where it names none."""
+    found = re.split("[;,]", value)[0].strip().lower()
+    return "" if "/" not in found or found in NO_TYPES else found
 
 
 def charset(value: str) -> str | None:

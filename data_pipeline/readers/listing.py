@@ -27,9 +27,10 @@ class Listing:
 
 @dataclass(frozen=True)
 class Below:
-    """`paths` of files below a folder, relative, with /; `notes` on links."""
+    """`paths` of files, relative to the folder; `broken`: of links that lead nowhere; `notes` on other links."""
 
     paths: list[str]
+    broken: list[str]
     notes: list[str]
 
 
@@ -57,8 +58,10 @@ def _listing(
     where = f"sources.{name}.path={source.path}"
     try:
         folder, only = _open(source)
-        below = Below([only], []) if only else _below(folder, exclude)
+        below = Below([only], [], []) if only else _below(folder, exclude)
         found = sorted(path for path in below.paths if only or fits(path))
+        if broken := sorted(filter(fits, below.broken)):
+            raise InputError(f"links that lead nowhere: {_some(broken)}")
         files = [
             File(f"{name}/{printable(path)}", opener(folder, path, source, packed), folder.size(path)) for path in found
         ]
@@ -71,6 +74,8 @@ def _listing(
         there = f"; there are {_some(other)}" if other else ""
         raise InputError(f"{where}: no file matches {asked}{there}")
     notes = [f"{where}: {note}" for note in below.notes]
+    if below.broken:
+        notes.append(f"{where}: {len(below.broken)} links lead nowhere: {_some(below.broken)}")
     if other:
         notes.append(f"{where}: {len(other)} files are not read, they do not match {asked}: {_some(other)}")
     return Listing(files, notes)
@@ -99,13 +104,12 @@ def _below(folder: DataFolder, exclude: frozenset[str]) -> Below:
     listed, which fsspec leaves out without a word."""
     if folder.is_local():
         return files_below(Path(folder.path), exclude)
-    return Below([path for path in folder.list_files() if not set(path.split("/")[:-1]) & exclude], [])
+    return Below([path for path in folder.list_files() if not set(path.split("/")[:-1]) & exclude], [], [])
 
 
 def files_below(root: Path, exclude: frozenset[str] = frozenset()) -> Below:
     """The files below a local folder. Links are followed once all else is listed; one to a file or folder that is
-    listed already is left out with a note. Raises InputError for links that lead nowhere, OSError for a folder that
-    cannot be listed."""
+    listed already is left out with a note. Raises OSError for a folder that cannot be listed."""
     paths, notes, broken, followed = [], [], [], []
     seen: set[tuple[int, int]] = {_identity(root)}
     folders, links = [root], []
@@ -140,11 +144,9 @@ def files_below(root: Path, exclude: frozenset[str] = frozenset()) -> Below:
             elif entry.is_file():
                 paths.append(path.relative_to(root).as_posix())
                 seen.add((entry.stat().st_dev, entry.inode()))
-    if broken:
-        raise InputError(f"links that lead nowhere: {_some(broken)}")
     if followed:
         notes.append(f"{len(followed)} links are followed: {_some(followed)}")
-    return Below(paths, notes)
+    return Below(paths, broken, notes)
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry]:

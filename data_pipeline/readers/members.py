@@ -45,6 +45,12 @@ class Members:
         self._at = 0  # place in `_ready`
         self.start = 0
         self.passed = 0
+        if not (self.packed or self._frames or b"W" in head):  # a file that begins with damage
+            self.start = -1
+            self.packed = self.next_member()
+            if not self.packed:
+                self.start = 0
+                file.seek(0)
 
     def line(self, most: int) -> bytes:
         """Bytes up to and including the next line feed, at most `most`; fewer at the end of the file."""

@@ -53,6 +53,8 @@ def read_warc(file: BinaryIO, source: Warc, size: int) -> Items:
     """A document for each page and text of a WARC file of `size` bytes, plain, in gzip members or in zstd frames; every
     other record of content is quarantined with its reason."""
     members = Members(file, size, source)
+    if members.start:
+        yield Quarantined("byte 0", "unreadable", f"no record and no gzip member before byte {members.start}")
     number, restarts, reread = 0, 0, 0
     while restarts <= MOST_RESTARTS and reread <= MOST_REREAD * members.given:
         at = f"byte {members.start if members.packed else members.passed}"
@@ -78,10 +80,10 @@ def read_warc(file: BinaryIO, source: Warc, size: int) -> Items:
                 yield _item(record, str(number), source)
             if damage is None:
                 continue
-        elif record.kind not in ABOUT:
+        else:  # of a record about others too: what it hides may have been a document
             detail = f"{problem}{record.url and ': '}{record.url}"
             reason = "unreadable" if record.size < record.length else "false_length"
-            yield Quarantined(str(number), reason, detail, record.size)
+            yield Quarantined(at if record.kind in ABOUT else str(number), reason, detail, record.size)
         restarts += 1
         if damage:
             if damage.start != members.start or not problem:

@@ -22,7 +22,7 @@ from data_pipeline.audit.draw import draw, group_scores
 from data_pipeline.audit.samples import Samples, write_samples
 from data_pipeline.config import keep_settings
 from data_pipeline.errors import InputError, StageError
-from data_pipeline.files import replace_file
+from data_pipeline.files import open_lock, replace_file
 from data_pipeline.selfclean.bands import Quantiles, choose_bands
 from data_pipeline.selfclean.settings import RoundsSettings
 from data_pipeline.shards.manifest import Manifest
@@ -66,7 +66,7 @@ def run_rounds(settings: RoundsSettings, say=print) -> list[dict]:
 def _exclusive(output: Path) -> Iterator[IO]:
     """Holds `output` for this process and for those that the lock is handed to: a trainer outlives a killed start, and
     a second one must not write to the same run."""
-    with (output / ".lock").open("w") as lock:
+    with open_lock(output / ".lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

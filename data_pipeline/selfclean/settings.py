@@ -56,5 +56,5 @@ class RoundsSettings:
 
 def compose_rounds(overrides: list[str]) -> RoundsSettings:
     """From conf/rounds.yaml and overrides in Hydra's grammar; raises InputError with a line a problem."""
-    data, _ = compose_plain("rounds", overrides)
+    data, _ = compose_plain("rounds", overrides, RoundsSettings)
     return parse(data, cls=RoundsSettings)

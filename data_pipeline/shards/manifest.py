@@ -1,116 +1,36 @@
-"""manifest.json: what a folder of shards holds, and how to tell whether it still holds it.
-
-Every name in a manifest is a plain file name in the manifest's own folder. A manifest may come from anywhere, so a name
-that could lead elsewhere (a slash, a leading dot) is refused before any file is touched.
-"""
+"""manifest.json: what a folder of shards holds (`content`), and whether the folder still holds it."""
 
 import functools
 import hashlib
 import json
 import os
-from collections import Counter
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass as checked_dataclass
+from pydantic import ValidationError
 
 from data_pipeline.errors import InputError
 from data_pipeline.files import replace_file, sha256_of
-from data_pipeline.shards.remote import MOST_UNSIZED, CacheFull, Remote, default_cache, is_remote
+from data_pipeline.shards.cache import Cache, CacheFull, default_cache
+from data_pipeline.shards.content import (
+    CONTENT,
+    FORMAT,
+    VERSION,
+    Content,
+    Shard,
+    SourceInfo,
+    TokenizerInfo,
+    Totals,
+    contradictions,
+    token_dtype,
+    total,
+)
+from data_pipeline.shards.remote import MOST_UNSIZED, Remote, is_remote
 
-FORMAT = "megatron_tn.shards"
-VERSION = 2
 SHOWN_PROBLEMS = 10
 ROOM = 4  # shards that a cache must hold: two that are read ahead, one that is asked for and one in use
-
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=200)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0, le=2**53, strict=True)]  # so that no sum of them that fits overflows an int64
-STRICT = ConfigDict(extra="forbid")
-
-
-@checked_dataclass(frozen=True, config=STRICT)
-class TokenizerInfo:
-    """The tokenizer that made the shards: a file beside the manifest, and the ids a reader needs without loading it."""
-
-    file: FileName
-    sha256: Sha256
-    vocab_size: Count
-    bos: Count
-    eos: Count
-    pad: Count
-
-
-@checked_dataclass(frozen=True, config=STRICT)
-class SourceInfo:
-    """What is known of a source: the category that it belongs to, and how often an epoch of training goes over it."""
-
-    category: str = ""
-    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-
-
-@checked_dataclass(frozen=True, config=STRICT)
-class Shard:
-    """One tar file of documents of one source. `tokens` counts bos and eos; `text_bytes` is UTF-8 bytes of text;
-    `size` is the tar's, in bytes; `shortest_document` is in tokens and bounds how many documents a sequence can touch.
-    """
-
-    name: FileName
-    source: str
-    documents: Count
-    tokens: Count
-    text_bytes: Count
-    shortest_document: Count
-    size: Count
-    sha256: Sha256
-    index: FileName
-    index_sha256: Sha256
-
-
-@checked_dataclass(frozen=True, config=STRICT)
-class Totals:
-    """Sums over the shards, for people and for a cross-check."""
-
-    shards: Count
-    documents: Count
-    tokens: Count
-    text_bytes: Count
-
-
-@checked_dataclass(frozen=True, config=STRICT)
-class Content:
-    """The JSON document itself."""
-
-    format: Literal["megatron_tn.shards"]
-    version: Literal[2]
-    tokenizer: TokenizerInfo
-    dtype: Literal["uint16", "uint32"]
-    sources: dict[str, SourceInfo]
-    shards: tuple[Shard, ...]
-    totals: Totals
-
-
-CONTENT = TypeAdapter(Content)
-
-
-def total(shards: tuple[Shard, ...] | list[Shard]) -> Totals:
-    return Totals(
-        shards=len(shards),
-        documents=sum(shard.documents for shard in shards),
-        tokens=sum(shard.tokens for shard in shards),
-        text_bytes=sum(shard.text_bytes for shard in shards),
-    )
-
-
-def token_dtype(vocab_size: int) -> str:
-    """The smallest stored dtype that holds every id below `vocab_size`."""
-    if not 0 < vocab_size <= 2**32:
-        raise InputError(f"vocab_size={vocab_size} must be between 1 and 2**32, the widest token that shards can hold")
-    return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
 @dataclass(frozen=True)
@@ -142,7 +62,7 @@ class Manifest:
             shards=tuple(shards),
             totals=total(shards),
         )
-        _refuse(f"shards in {directory}", _contradictions(content))
+        _refuse(f"shards in {directory}", contradictions(content))
         return cls(content, Path(directory))
 
     @classmethod
@@ -156,7 +76,7 @@ class Manifest:
     ) -> "Manifest":
         """Reads and checks `path`. With `check_files`, the tokenizer must be the one that made the shards, every shard
         and index must be there, and every shard of its full size: one stat each; `verify` is what reads and hashes
-        them. A `path` that is a URL of fsspec is read through `cache`, a local folder (see `remote.default_cache`) that
+        them. A `path` that is a URL of fsspec is read through `cache`, a local folder (see `cache.default_cache`) that
         other manifests may share, of at most `cache_bytes` in all. Raises InputError naming each bad file."""
         remote = _open_remote(str(path), cache, cache_bytes)
         path = Path(path) if remote is None else remote.folder / str(path).rpartition("/")[2]
@@ -171,7 +91,7 @@ class Manifest:
                     for e in error.errors()[:SHOWN_PROBLEMS]
                 )
             ) from None
-        _refuse(f"manifest {path}", _contradictions(content))
+        _refuse(f"manifest {path}", contradictions(content))
         manifest = cls(content, path.parent, remote)
         if remote and cache_bytes < (least := ROOM * max((shard.size for shard in content.shards), default=0)):
             raise InputError(f"cache_bytes={cache_bytes} is below {least}, which {ROOM} of the largest shards take")
@@ -310,36 +230,12 @@ def _open_remote(path: str, cache: str | Path | None, cache_bytes: int) -> Remot
     if not is_remote(path):
         return None
     url, _, name = path.rpartition("/")
-    remote = Remote(url, Path(cache) if cache else default_cache(), cache_bytes)
+    remote = Remote(url, Cache(Path(cache) if cache else default_cache(), cache_bytes))
     try:
         remote.fetch(name, fresh=True)
     except (OSError, CacheFull) as error:
         raise InputError(f"manifest {path}: {error}") from None
     return remote
-
-
-def _contradictions(content: Content) -> list[str]:
-    problems = []
-    for field in ("name", "index", "sha256"):
-        # A copy of a shard under a second name would feed its documents twice.
-        repeated = [value for value, n in Counter(getattr(s, field) for s in content.shards).items() if n > 1]
-        problems += [f"duplicated shard: {field}={value} is listed more than once" for value in repeated]
-    for shard in content.shards:
-        if not 0 < shard.documents * shard.shortest_document <= shard.tokens:
-            problems.append(
-                f"shard {shard.name}: documents={shard.documents} of at least shortest_document="
-                f"{shard.shortest_document} tokens do not fit tokens={shard.tokens}"
-            )
-    if (used := {shard.source for shard in content.shards}) != set(content.sources):
-        problems.append(f"sources={sorted(content.sources)} are not those of the shards, {sorted(used)}")
-    if (expected := total(content.shards)) != content.totals:
-        problems.append(f"totals={content.totals} are not the sums over the shards, {expected}")
-    if content.dtype != (needed := token_dtype(content.tokenizer.vocab_size)):
-        problems.append(f"dtype={content.dtype} is not {needed}, which vocab_size={content.tokenizer.vocab_size} needs")
-    for name in ("bos", "eos", "pad"):
-        if (value := getattr(content.tokenizer, name)) >= content.tokenizer.vocab_size:
-            problems.append(f"tokenizer.{name}={value} is not below vocab_size={content.tokenizer.vocab_size}")
-    return problems
 
 
 def _refuse(where: str, problems: list[str]) -> None:

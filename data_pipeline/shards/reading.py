@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline.errors import InputError
+from data_pipeline.shards.content import Shard
 from data_pipeline.shards.index import OFFSET, TOKENS, build_index, index_bytes, parse_index
-from data_pipeline.shards.manifest import Manifest, Shard
+from data_pipeline.shards.manifest import Manifest
 
 
 @dataclass(frozen=True)

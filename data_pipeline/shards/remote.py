@@ -1,17 +1,11 @@
-"""Shards on a remote file system, behind a bounded local cache that the processes of a node share.
+"""Files of a remote folder, each downloaded whole into the node's cache (`data_pipeline.shards.cache`).
 
-    CACHE/content/SHA256.tar, .npy   a file whose hash the manifest gives, under that hash, whatever address it is from
-    CACHE/ADDRESS/NAME               a file without a known hash (manifest, tokenizer, counts), under the address's hash
-
-A corpus that is published again at its address has other hashes, so no file of the old one is taken for the new one's.
-A file is downloaded under a temporary name until its size and hash are right, and then renamed. When the cache is full,
-the least recently used shards and indexes are removed; a process that has one open keeps reading it.
+A download has a temporary name until its size and hash are right. It stops at the size that the manifest gives, and
+fails below a least rate; a failed one is tried again after growing waits.
 """
 
 import contextlib
 import errno
-import fcntl
-import hashlib
 import itertools
 import logging
 import os
@@ -19,7 +13,7 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import FileIO
@@ -29,12 +23,12 @@ from typing import Any
 from fsspec.callbacks import Callback
 
 from data_pipeline.errors import InputError
-from data_pipeline.files import open_lock, sha256_of
+from data_pipeline.files import sha256_of
 from data_pipeline.locations import SCHEME, openable
+from data_pipeline.shards.cache import Cache, CacheFull
 
 logger = logging.getLogger(__name__)
 
-EVICTED = (".tar", ".npy")  # suffixes that the cache may remove; manifests, tokenizers and counts stay
 LONGEST_WAIT = 30.0  # seconds between two attempts
 STALLED = 60.0  # seconds: the longest wait for a byte over HTTP, and the window over which LEAST_RATE is asked
 LEAST_RATE = 10_000  # bytes per second, below which a download has failed
@@ -51,10 +45,6 @@ def is_remote(path: str) -> bool:
     except ValueError as error:
         raise InputError(f"manifest {path}: {error}") from None
     return True
-
-
-class CacheFull(Exception):
-    """The disk of the cache is full. No OSError: it says nothing of the data, and must not be taken for damage."""
 
 
 class _Watch(Callback):
@@ -81,22 +71,19 @@ class _Watch(Callback):
 
 @dataclass
 class Remote:
-    """Files of the folder `url`, cached in `cache`, which other addresses share. `max_bytes`: of the whole cache;
-    `attempts`: to download a file, waiting `first_wait` seconds after the first and twice as long after each other.
-    Thread-safe and picklable."""
+    """Files of the folder `url`, cached in `cache`. `attempts`: to download a file, waiting `first_wait` seconds after
+    the first and twice as long after each other. Thread-safe and picklable."""
 
     url: str
-    cache: Path
-    max_bytes: int = 100_000_000_000
+    cache: Cache
     attempts: int = 8
     first_wait: float = 0.5
     downloads: int = 0  # by this process, for tests and logs
+    folder: Path = field(init=False)  # of the files of this address that have no known hash
     _asked: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self):
-        self.cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for folder in (self.folder, self.cache / "content"):
-            folder.mkdir(parents=True, exist_ok=True)
+        self.folder = self.cache.create(self.url)
         self._start()
 
     def _start(self) -> None:
@@ -112,14 +99,9 @@ class Remote:
         self._asked = set()
         self._start()
 
-    @property
-    def folder(self) -> Path:
-        """Where the files of this address lie that have no known hash."""
-        return self.cache / hashlib.sha256(self.url.encode()).hexdigest()[:16]
-
     def place(self, name: str, sha256: str | None) -> Path:
-        """Where a file is cached: by its hash where that is known, so that equal names and sizes prove nothing."""
-        return self.cache / "content" / f"{sha256}{Path(name).suffix}" if sha256 else self.folder / name
+        """Where a file is cached."""
+        return self.cache.content(name, sha256) if sha256 else self.folder / name
 
     def fetch(
         self,
@@ -152,13 +134,13 @@ class Remote:
             path = self.fetch(name, size=size, sha256=sha256, most=most)
             with contextlib.suppress(FileNotFoundError):  # another download needed its room already
                 return FileIO(path)
-        raise OSError(f"{self.url}/{name}: max_bytes={self.max_bytes} of {self.cache} is too small for what is in use")
+        raise OSError(f"{self.url}/{name}: {self.cache} is too small for what is in use")
 
     def prefetch(self, wanted: list[tuple[str, int, str]]) -> None:
         """Begins to download files (name, size, sha256) that will soon be asked for, as many as fit into half of the
         cache; failures show when they are asked for."""
         room = itertools.accumulate(size for _, size, _ in wanted)
-        wanted = [item for item, total in zip(wanted, room, strict=True) if total <= self.max_bytes // 2]
+        wanted = [item for item, total in zip(wanted, room, strict=True) if total <= self.cache.max_bytes // 2]
         with self._guard:
             new = [item for item in wanted if item[2] not in self._asked and not self.place(item[0], item[2]).exists()]
             self._asked.update(item[2] for item in new)
@@ -252,60 +234,26 @@ class Remote:
 
     def _attempt(self, name: str, path: Path, size: int | None, sha256: str | None, most: int) -> None:
         filesystem, root = self._filesystem()
-        temporary = path.with_name(f".{name}.{uuid.uuid4().hex}.tmp")
-        room = temporary.with_suffix(".room")
-        try:
-            self._make_room(room, size or 0)
+        most = most if size is None else size
+        with self.cache.receiving(path, most if most < MOST_UNSIZED else 0) as temporary:
             try:
-                watch = _Watch(most if size is None else size)
+                watch = _Watch(most)
                 if self.url.startswith("file:"):  # whose get_file tells the watch nothing
                     watch.relative_update(filesystem.size(f"{root}/{name}"))
                 filesystem.get_file(f"{root}/{name}", str(temporary), callback=watch)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
-                if not self._make_room(room, size or 0, at_least=size or 1):
-                    raise CacheFull(f"cache {self.cache}: {error.strerror}, and nothing in it can be removed") from None
+                if not self.cache.make_room(at_least=size or 1):
+                    place = f"cache {self.cache.folder}"
+                    raise CacheFull(f"{place}: {error.strerror}, and nothing in it can be removed") from None
                 raise
             if size is not None and (written := temporary.stat().st_size) != size:
                 raise OSError(f"{written} bytes came, the manifest says {size}")
             if sha256 is not None and sha256_of(temporary) != sha256:
                 raise OSError("its sha256 is not the manifest's")
-            with self._locked():  # a listing may miss a file that is renamed meanwhile
-                os.replace(temporary, path)
-                room.unlink()
+            self.cache.publish(temporary, path)
             self.downloads += 1
-        finally:
-            temporary.unlink(missing_ok=True)
-            room.unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        try:
-            lock = open_lock(path := self.cache / ".lock")
-        except OSError as error:
-            raise InputError(f"cache {path}: {error.strerror}") from None
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of this opening: lockf would let the threads of a process by
-            yield
-
-    def _make_room(self, room: Path, size: int, *, at_least: int = 0) -> int:
-        """Puts an empty file that counts as `size` bytes in place of what is to come, so that other processes count it,
-        and removes what was not used for longest until the cache is within its bound and `at_least` so many bytes are
-        gone. Returns how many went."""
-        freed = 0
-        with self._locked():
-            with open_lock(room) as file:
-                file.truncate(size)
-            files = [(path, stat) for path, stat in _files(self.cache) if path.suffix != ".tmp"]
-            total = sum(stat.st_size for _, stat in files)
-            for path, stat in sorted(files, key=lambda item: item[1].st_mtime_ns):
-                if total - freed <= self.max_bytes and freed >= at_least:
-                    break
-                if path.suffix in EVICTED:
-                    path.unlink(missing_ok=True)
-                    freed += stat.st_size
-        return freed
 
 
 def _says_absent(error: BaseException) -> bool:
@@ -315,17 +263,3 @@ def _says_absent(error: BaseException) -> bool:
         return False
     cause = error.__cause__
     return cause is None or getattr(cause, "status", None) in (404, 410)
-
-
-def _files(cache: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """The files of a cache, of all addresses. Other processes may remove some meanwhile: those are left out."""
-    for folder in cache.iterdir():
-        if folder.is_dir() and not folder.is_symlink():
-            for path in folder.iterdir():
-                with contextlib.suppress(FileNotFoundError):
-                    yield path, path.lstat()
-
-
-def default_cache() -> Path:
-    """The node's cache of remote shards: MEGATRON_TN_CACHE, or else the user's cache folder."""
-    return Path(os.environ.get("MEGATRON_TN_CACHE") or Path.home() / ".cache" / "megatron_tn")

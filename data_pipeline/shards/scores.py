@@ -16,8 +16,8 @@ from pydantic import Field
 
 from data_pipeline.errors import InputError
 from data_pipeline.files import replace_file
+from data_pipeline.shards.content import Shard
 from data_pipeline.shards.index import read_npy
-from data_pipeline.shards.manifest import Shard
 
 ScoresName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=60)]
 MEASURES = ("nats_per_token", "nats_per_byte")

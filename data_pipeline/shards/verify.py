@@ -20,8 +20,9 @@ from data_pipeline.cli import command, parser
 from data_pipeline.errors import InputError
 from data_pipeline.files import sha256_of
 from data_pipeline.pool import process_pool
+from data_pipeline.shards.content import Shard
 from data_pipeline.shards.index import OFFSET, TEXT_BYTES, TOKENS, build_index, index_bytes, load_index
-from data_pipeline.shards.manifest import Manifest, Shard
+from data_pipeline.shards.manifest import Manifest
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.files import open_temporary, replace_file, sha256_of
+from data_pipeline.shards.content import Shard
 from data_pipeline.shards.index import TEXT_BYTES, TOKENS, build_index, dump_index
-from data_pipeline.shards.manifest import Shard
+from data_pipeline.shards.tar import TarWriter
 
 
 class ShardWriter:
@@ -40,7 +41,6 @@ class ShardWriter:
             self._finish()
         elif self._file is not None:
             with contextlib.suppress(OSError):  # a full disk is what brought us here, and the file goes anyway
-                self._tar.close()
                 self._file.close()
             self._temporary.unlink(missing_ok=True)
 
@@ -65,30 +65,23 @@ class ShardWriter:
         metadata = {"id": id, "source": source, "language": language, "bytes": text_bytes, "tokens": int(tokens.size)}
         if key:
             metadata["key"] = key
-        self._tar.write(
-            {
-                "__key__": f"{self._name}_{self._documents:07d}",
-                "json": json.dumps(metadata, ensure_ascii=False, sort_keys=True).encode(),
-                "tokens": tokens.astype(self.dtype).tobytes(),
-            }
-        )
+        member = f"{self._name}_{self._documents:07d}"
+        self._tar.write(f"{member}.json", json.dumps(metadata, ensure_ascii=False, sort_keys=True).encode())
+        self._tar.write(f"{member}.tokens", tokens.astype(self.dtype).tobytes())
         self._documents += 1
         self._tokens += tokens.size
 
     def _start(self, source: str) -> None:
-        # Imported here because webdataset brings torch with it: two seconds that readers of shards need not pay.
-        from webdataset import TarWriter
-
         self.directory.mkdir(parents=True, exist_ok=True)
         self._temporary, self._file = open_temporary(self.directory / f"{self._name}.tar")
-        self._tar = TarWriter(self._file, user="", group="", mtime=0, encoder=False)
+        self._tar = TarWriter(self._file)
         self._documents = self._tokens = 0
         self._source = source
 
     def _finish(self) -> None:
         if self._file is None:
             return
-        self._tar.close()
+        self._tar.finish()
         self._file.flush()
         os.fsync(self._file.fileno())
         # The index is made from what is on disk, so a shard that cannot be read back is found here and not in training.

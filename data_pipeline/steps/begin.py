@@ -10,6 +10,7 @@ from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from data_pipeline.errors import StageError
+from data_pipeline.files import open_lock
 
 MARKER_SECONDS = 60  # how late a shared file system may show the completion markers of the stage before
 
@@ -35,7 +36,7 @@ class BeginTask(PipelineStep):
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         self._see_stage_before()
         (self.stage / "locks").mkdir(parents=True, exist_ok=True)
-        lock = (self.stage / "locks" / f"{rank:05d}").open("w")
+        lock = open_lock(self.stage / "locks" / f"{rank:05d}")
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX)
         except OSError as error:  # a shared file system without locks: there SLURM alone starts the tasks

@@ -10,6 +10,7 @@ from data_pipeline.document import text_bytes
 from data_pipeline.edits import Editor, make_edits
 from data_pipeline.filters import Drop, Filter
 from data_pipeline.filters.language import Language, identifier
+from data_pipeline.measures import kinds
 from data_pipeline.steps.drops import drop_writer, rule_drop
 
 
@@ -41,6 +42,7 @@ class ApplyRules(PipelineStep):
         self.edited = JsonlWriter(str(edited), output_filename="${rank}.jsonl", compression=None, adapter=_edit_record)
         if language:
             identifier()  # before the workers fork, so that they share it
+        kinds()
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         with self.drops as drops, self.edited as edited:

@@ -22,7 +22,8 @@ import numpy as np
 from data_pipeline.cli import command, parser
 from data_pipeline.errors import InputError
 from data_pipeline.files import replace_file, sha256_of
-from data_pipeline.shards.manifest import Manifest, Shard, TokenizerInfo
+from data_pipeline.shards.content import Shard, TokenizerInfo
+from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.scores import save_scores, scores_file
 from data_pipeline.shards.writer import ShardWriter
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline.errors import InputError
+from data_pipeline.shards.content import Shard
 from data_pipeline.shards.index import LANGUAGE, OFFSET, TOKENS, language_code
-from data_pipeline.shards.manifest import Manifest, Shard
+from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.reading import shard_index
 from data_pipeline.stream.mixture import Group, Mixture, make_groups
 from data_pipeline.stream.order import permutation

@@ -1,9 +1,9 @@
 """Counts what a filter keeps of each shard: `python -m data_pipeline.stream.count MANIFEST FILTER [--workers N]`.
 
-MANIFEST is a path, or a URL of fsspec. FILTER is a YAML file or inline JSON (see conf/selfclean.yaml), or module:object
-of a filter of one's own. Only indexes and scores are read. Counted shards are noted as they are done, so that a run
-that was killed goes on where it was. The result is cached beside the manifest. Exit code 2 and a line a problem for bad
-input.
+MANIFEST is a path, or a URL of fsspec. FILTER is a YAML file or inline JSON (see conf/score_filter.yaml), or
+module:object of a filter of one's own. Only indexes and scores are read. Counted shards are noted as they are done, so
+that a run that was killed goes on where it was. The result is cached beside the manifest. Exit code 2 and a line a
+problem for bad input.
 """
 
 import functools
@@ -17,7 +17,8 @@ from data_pipeline.cli import command, parser
 from data_pipeline.errors import InputError
 from data_pipeline.files import replace_file
 from data_pipeline.pool import process_pool
-from data_pipeline.shards.manifest import Manifest, Shard
+from data_pipeline.shards.content import Shard
+from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.reading import shard_index
 from data_pipeline.stream.pipeline import load_filter
 from data_pipeline.stream.score_filter import DocumentFilter, KeptCounts, Row, ScoreFilter, count_row, counts_file

@@ -1,6 +1,6 @@
 """The stream as a WebDataset pipeline: shards -> documents -> filter -> your stages -> mixture -> packing -> batches.
 
-    stages = token_stages(manifest, sequence_length=2048, seed=0, filter=ScoreFilter.load("conf/selfclean.yaml"))
+    stages = token_stages(manifest, sequence_length=2048, seed=0, filter=ScoreFilter.load("conf/score_filter.yaml"))
     for step in webdataset.DataPipeline(*stages, batches(plan, micro_batch=8)):
         ...
 

@@ -18,8 +18,9 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from data_pipeline.errors import InputError
+from data_pipeline.shards.content import Count, Shard
 from data_pipeline.shards.index import LANGUAGE, TOKENS, language_code
-from data_pipeline.shards.manifest import Count, Manifest, Shard
+from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.scores import MEASURES, ScoresName, load_scores
 
 Band = tuple[float | None, float | None]

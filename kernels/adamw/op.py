@@ -1,4 +1,4 @@
-"""AdamW's update (arXiv 1711.05101) of one parameter in one pass over its memory, its low-precision copy included."""
+"""AdamW update (arXiv 1711.05101) of one parameter in one pass over memory, including its low-precision copy."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from kernels import dispatch
 from kernels.adamw import reference
 
-PIECE = 2**24  # elements that plain PyTorch updates at a time, so that its temporaries stay below a GiB
+PIECE = 2**24  # elements per step of plain PyTorch, so that temporaries stay below 1 GiB
 
 
 def adamw_(
@@ -27,9 +27,9 @@ def adamw_(
 
     master, gradient, first, second: fp32, of one shape, contiguous. `gradient` itself is not changed.
     step: the number of this update, from 1.
-    divisor: fp32 of one element on their device, read there, so that the host need not wait for it; where it is NaN or
-        infinite nothing is updated. None for 1.
-    copy: of their shape, any floating type, contiguous: set to the new master, rounded.
+    divisor: fp32, one element, on the same device; read without a host synchronisation. NaN or infinity: no update.
+        None for 1.
+    copy: of master's shape, any floating type, contiguous: set to the new master, rounded.
 
     Memory traffic: 30 bytes an element with a copy in bf16. Raises ValueError where types, shapes or strides do not
     fit.

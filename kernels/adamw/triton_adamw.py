@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 1024, 4  # elements a program: 8 a thread, two 16-byte accesses of each tensor
+BLOCK, WARPS = 1024, 4  # elements per program: 8 per thread, two 16-byte accesses per tensor
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def update_kernel(
     if HAS_DIVISOR:
         divisor = tl.load(divisor_pointer)
         gradient /= divisor
-        elements = tl.where(divisor < float("inf"), elements, 0)  # stores nothing for infinity or NaN
+        elements = tl.where(divisor < float("inf"), elements, 0)  # for NaN or infinity, masks out all stores
         mask = at < elements
     first += first_left * (gradient - first)
     second += second_left * (gradient * gradient - second)

@@ -1,7 +1,7 @@
 """`python -m kernels.bench [--output FOLDER] [--only NAMES]`: every operator, on this machine's device.
 
-First each is compared with its fp64 definition. Then it is timed, beside a floor (its memory traffic over the bandwidth
-of a copy) and beside others' implementations.
+Each is compared with its fp64 definition, then timed, together with a lower bound (its memory traffic over the
+bandwidth of a copy) and other libraries' implementations.
 """
 
 import argparse

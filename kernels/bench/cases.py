@@ -1,4 +1,4 @@
-"""A case of the benchmark: an operator, its inputs, its definition, its memory traffic. And the elementwise cases."""
+"""Benchmark cases: operator, inputs, definition, memory traffic. Here: the class, and the elementwise operators."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,18 +16,18 @@ from kernels.srmsnorm import reference
 
 @dataclass(frozen=True)
 class Case:
-    """function(*inputs) is timed forward, and forward + backward from `gradients`, one for each output. Without
-    gradients the forward pass alone is timed.
+    """function(*inputs) is timed forward, and forward + backward from `gradients`, one per output. Without gradients,
+    only the forward pass is timed.
 
-    operator, shape: what the table and the rows call it.
-    exact: the definition, which is called with the inputs in fp64.
-    spared_bytes: subtracted from `backward_bytes`, for an operator that need not read or write some of them.
-    peers: others' implementations of the same, or of what it replaces, on the same inputs.
-    chained: several operators in a row, each of which rounds: a larger error is allowed.
-    length: positions of a row, for the picture of time against length; None to leave the case out.
-    output_bytes: bytes of the outputs, where they are not those of `gradients`.
+    operator, shape: labels in the table and the rows.
+    exact: the definition, called with the inputs in fp64.
+    spared_bytes: bytes in `backward_bytes` that the operator need not read or write.
+    peers: other implementations of the operator, or of the operator it replaces, on the same inputs.
+    chained: several operators in a row, each rounding its result: a larger error is allowed.
+    length: positions per row, for the plot of time over length; None: not plotted.
+    output_bytes: bytes of the outputs, if not equal to those of `gradients`.
     in_place: the outputs are among the inputs.
-    products: matrix products whose time is the floor, in place of that of the memory traffic.
+    products: matrix products whose time replaces the memory traffic's as the lower bound.
     """
 
     operator: str
@@ -60,7 +60,7 @@ class Case:
         return self.forward_bytes + sum(x.nbytes for x in self.inputs) - self.spared_bytes
 
     def worst_error(self) -> float:
-        """The largest relative error in norm of the outputs and the gradients; NaN where one is."""
+        """The largest relative error in norm over outputs and gradients; NaN if any error is NaN."""
         got = _with_gradients(self.function, self.inputs, self.gradients)
         exact_inputs = [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in self.inputs]
         wanted = _with_gradients(self.exact, exact_inputs, self.gradients)
@@ -79,7 +79,7 @@ class Case:
 
 
 def cases(device: torch.device) -> Iterator[tuple[Case, Case]]:
-    """Pairs of a case small enough to be compared with fp64 and the case to time, of the same widths and type."""
+    """Pairs (small case to compare with fp64, case to time) of the same widths and type."""
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     for build in (_norm, _branch_norm, _add_norm, _add_scaled_norm, _sglu):
@@ -102,7 +102,7 @@ def _norm(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 def _branch_norm(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """The residual stream is not copied forward; backward its gradient is read beside the norm's."""
+    """branch_simple_rms_norm: no copy of x in the forward pass; backward reads the gradients of x and of the norm."""
 
     def exact(x):
         return x * 1, reference.simple_rms_norm(x)
@@ -138,7 +138,7 @@ def _add_norm(rows: int, columns: int, dtype: torch.dtype, device: torch.device)
 
 
 def _add_scaled_norm(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """With a residual that is normed by a given square sum before it is added."""
+    """add_scaled_simple_rms_norm: the residual is scaled by 1 / sqrt(square_sum / D + eps) before the addition."""
 
     def exact(x, residual, square_sum):
         total = x + reference.rms_scaled(residual, square_sum, columns)

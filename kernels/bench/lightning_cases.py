@@ -46,7 +46,7 @@ def _attention(
     batch: int, length: int, heads: int, width: int, dtype: torch.dtype, device: torch.device,
     documents: int = 0, even: bool = False,
 ) -> Case:  # fmt: skip
-    """documents: packed into one row. Their states are not counted as memory traffic."""
+    """documents: number of documents packed into one row; their states are not counted as memory traffic."""
     decay = torch.logspace(-8, 0, heads, base=2, device=device)
     cu_seqlens = _cuts(documents, length, device, even) if documents else None
 
@@ -89,8 +89,8 @@ def _mixer(
     batch: int, length: int, with_lrpe: bool, heads: int, width: int, dtype: torch.dtype, device: torch.device,
     documents: int = 0,
 ) -> Case:  # fmt: skip
-    """The floor counts one kernel a pass: qkvu read and y written; qkvu and dy read and dqkvu written. theta's gradient
-    is part of the time; self_check compares it with fp64."""
+    """Lower bound: one kernel per pass. Forward reads qkvu and writes y; backward reads qkvu and dy and writes dqkvu.
+    The time includes dtheta, which self_check compares with fp64."""
     cu_seqlens = _cuts(documents, length, device) if documents else None
     decay = torch.logspace(-8, 0, heads, base=2, device=device)
     theta = _theta(heads, width, device).requires_grad_()
@@ -109,7 +109,7 @@ def _mixer(
 
 
 def _step(batch: int, with_lrpe: bool, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """One token of decoding, which reads and writes the state in fp32."""
+    """One decoding step, which reads and writes the fp32 state."""
     decay = torch.logspace(-8, 0, heads, base=2, device=device)
     theta = _theta(heads, width, device) if with_lrpe else None
     positions = torch.tensor([1000], device=device)

@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 
 MIB = 2**20
-HEAD_START = 4_000_000  # clock cycles that the GPU waits before each run, about 2 ms
+HEAD_START = 4_000_000  # GPU clock cycles of idle wait before each run, about 2 ms
 
 
 def milliseconds(function: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
     """Median time of `function` over `repeats` runs, after three to warm up.
 
-    On a GPU the time between two events on its stream, with a cold L2 cache. A wait of HEAD_START is queued first, so
-    that the host's launches take no part, as in a training step, where earlier layers are still running.
+    On a GPU: time between two CUDA events, with a cold L2 cache. A wait of HEAD_START is queued first to hide the
+    host's launch time, as in a training step, where earlier layers still run.
     """
     for _ in range(3):
         function()
@@ -38,20 +38,20 @@ def milliseconds(function: Callable[[], object], device: torch.device, repeats: 
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a millisecond of a large copy on `device`, counting both reads and writes."""
+    """Bytes per millisecond of a large copy on `device`, reads plus writes."""
     size = (2048 if device.type == "cuda" else 128) * MIB
     return size / copy_milliseconds(size, device)
 
 
 def copy_milliseconds(size: int, device: torch.device) -> float:
-    """Time of a copy that reads size / 2 bytes and writes as many."""
+    """Time of a copy that reads size / 2 bytes and writes size / 2 bytes."""
     source = torch.ones(max(size // 2, 1), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return milliseconds(lambda: target.copy_(source), device)
 
 
 def extra_memory(function: Callable[[], object], device: torch.device) -> float | None:
-    """MiB allocated at the peak of `function` beyond what was allocated before; None on a CPU."""
+    """Peak MiB allocated during `function`, minus the MiB allocated before; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""The benchmark's cases of the output head with its loss, of whole layers, and of the optimizer's update."""
+"""Benchmark cases of the output head with its loss, of whole layers, and of the optimizer update."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ def cases(device: torch.device) -> Iterator[tuple[Case, Case]]:
 
 def _adamw(elements: int, dtype: torch.dtype, device: torch.device, *, in_place: bool = False) -> Case:
     """AdamW with fp32 masters and moments, clipping by a divisor, and a copy in `dtype`. in_place: update the inputs,
-    as the timed case does; False: update copies, so that the inputs can be given to the definition."""
+    as in the timed case; False: update copies, so that the definition gets the original inputs."""
     master, gradient, first, second = (torch.randn(elements, device=device) for _ in range(4))
     divisor = torch.full((), 2.0, device=device)
     copy = torch.empty(elements, dtype=dtype, device=device)
@@ -65,7 +65,7 @@ def _adamw(elements: int, dtype: torch.dtype, device: torch.device, *, in_place:
 
 
 def _head(tokens: int, vocabulary: int, width: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """The floor is the time of its three matrix products, in the inputs' type."""
+    """Lower bound: time of the head's three matrix products, in the inputs' type."""
     targets = torch.randint(vocabulary, (tokens,), device=device)
     (hidden,) = random_inputs(1, tokens, width, dtype=dtype, device=device)
     weight = (torch.randn(vocabulary, width, dtype=dtype, device=device) * 0.02).requires_grad_()
@@ -96,8 +96,8 @@ def _head(tokens: int, vocabulary: int, width: int, dtype: torch.dtype, device: 
 class _Layer:
     """One layer: x + GLA(norm(x)), then x + GLU(norm(x)); called with x and its five weights.
 
-    branch: x -> x and its norm. add: x, update, square sum -> x + the update normed by the square sum, and the norm of
-    that. product: the GLU's elementwise product of its two projections.
+    branch: x -> (x, norm(x)). add: x, update, square_sum -> (s, norm(s)), s = x + update / rms(square_sum). product:
+    the GLU's elementwise product of its two projections.
     """
 
     heads: int
@@ -114,8 +114,8 @@ class _Layer:
 
 
 def _layer(tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """With SimpleRMSNorm and SGLU; the peers have LayerNorm and SwiGLU, eager and by torch.compile. The GLU's hidden
-    width is 8/3 of the layer's, rounded up to a multiple of 128; rows have 2048 positions."""
+    """Ours: SimpleRMSNorm and SGLU. Peers: LayerNorm and SwiGLU, eager and with torch.compile. The GLU's hidden width
+    is 8/3 of `width`, rounded up to a multiple of 128; rows have 2048 positions."""
     heads = max(width // 128, 1)
     decay = torch.logspace(-8, 0, heads, base=2, device=device)
     length = min(tokens, 2048)
@@ -142,7 +142,7 @@ def _layer(tokens: int, width: int, dtype: torch.dtype, device: torch.device) ->
     theirs = _Layer(heads, decay, plain_branch, plain_add, swiglu)
 
     def products() -> list[Tensor]:
-        # Forward and backward, each of the 15 products by itself.
+        # The 15 matrix products of forward and backward, one after the other.
         flat, made = x.detach().view(-1, width), []
         for weight in weights:
             w = weight.detach()

@@ -1,4 +1,4 @@
-"""Others' attention, timed beside ours where it is installed. Only the benchmark imports it."""
+"""Other libraries' attention, timed for comparison where installed. Only the benchmark imports this file."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-LONGEST_AUTHORS = 8192  # positions; beyond, the authors' kernel takes minutes to compile
-LONGEST_SOFTMAX = 32768  # positions; its time grows with their square
-LEFT_PRODUCT = 8192  # positions at which the paper compares with the masked product
+LONGEST_AUTHORS = 8192  # positions; above, the paper authors' kernel takes minutes to compile
+LONGEST_SOFTMAX = 32768  # positions; softmax attention's time grows with their square
+LEFT_PRODUCT = 8192  # positions at which the paper compares with ((q k^T) * mask) v
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Another implementation; function takes the inputs of the case."""
+    """Another library's implementation; `function` takes the case's inputs."""
 
     name: str
     function: Callable[..., Tensor | tuple[Tensor, ...]]

@@ -1,11 +1,11 @@
-"""A picture of time a token against the length of a row."""
+"""Plot of time per token over sequence length."""
 
 from pathlib import Path
 
 
 def draw(lines: dict[str, list[tuple[int, float]]], path: Path, *, title: str) -> bool:
-    """Draw (positions of a row, ns a token) of every name in `lines`; False if nothing was drawn, because no line has
-    two points or matplotlib is not installed."""
+    """Plot `lines`, {name: [(positions per row, ns per token)]}. Returns False, without a plot, if no line has two
+    points or matplotlib is not installed."""
     if not any(len(line) > 1 for line in lines.values()):
         return False
     try:

@@ -1,4 +1,4 @@
-"""Runs the benchmark's cases: a table on the terminal, rows.jsonl, and a picture."""
+"""Runs the benchmark cases and writes a table to the terminal, rows.jsonl, and a plot."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -11,8 +11,7 @@ from kernels.bench.cases import Case
 from kernels.bench.measure import MIB, copy_milliseconds, extra_memory, milliseconds
 from kernels.bench.picture import draw
 
-# Largest relative error in norm, by input type, of an operator that is timed; ROUNDINGS times as much for a case of
-# several operators in a row, each of which rounds.
+# Largest allowed relative error in norm, by input type; ROUNDINGS times as much for a chained case.
 LARGEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 ROUNDINGS = 4
 FORWARD, BOTH = "forward", "forward + backward"
@@ -23,13 +22,13 @@ COLUMNS = f"{'':<42}{'error':>9}  {'pass':<20}{'ms':>9}{'floor':>9}{'ratio':>7}{
 class Time:
     """One time, in ms, of `passes` (FORWARD or BOTH) of an operator.
 
-    by: the peer whose implementation it is; empty for this package's.
-    floor_ms: the least that memory traffic (or the case's matrix products, where it has them) takes.
-    copies_ms: the time of copies of as many bytes, one a pass; more than the floor for small tensors, because a copy
-        has a start and an end. None for cases with matrix products.
-    extra_mib: allocated at the peak beside inputs, outputs and gradients; None on a CPU.
+    by: the peer's name; empty for this package's operator.
+    floor_ms: lower bound: time of the memory traffic or, in cases that have them, of the matrix products.
+    copies_ms: time of copies of the same number of bytes, one per pass; above floor_ms for small tensors, because of
+        launch overhead. None for cases with matrix products.
+    extra_mib: peak memory beyond inputs, outputs and gradients; None on a CPU.
     error: relative, against fp64; None for a peer.
-    length: positions of a row, where the picture shows the case.
+    length: positions per row, where the plot shows the case.
     """
 
     operator: str
@@ -44,16 +43,16 @@ class Time:
     length: int | None
 
     def row(self) -> dict:
-        """For rows.jsonl (rows.py); extras are the fields that are neither None nor empty."""
+        """The time as a row of rows.jsonl (rows.py), with all fields that are neither None nor empty."""
         extras = {name: value for name, value in dataclasses.asdict(self).items() if value not in (None, "")}
         return rows.row(f"{self.operator}, {self.passes}", "ms", extras.pop("milliseconds"), **extras)
 
 
 class Report:
-    """Measures cases one by one and prints a table for every operator.
+    """Measures cases one by one and prints a table per operator.
 
-    bandwidth: bytes a millisecond of a large copy on `device`. times: what was measured so far. wrong: how many cases
-    were not timed because their results were wrong.
+    bandwidth: bytes per millisecond of a large copy on `device`. times: all measurements so far. wrong: number of cases
+    not timed because their results were wrong.
     """
 
     def __init__(self, bandwidth: float, device: torch.device):
@@ -85,20 +84,20 @@ class Report:
 
             try:
                 self._time(case, floors, forward, both, by=peer.name)
-            except Exception as failure:  # a peer's package may fail in any way; the table goes on
+            except Exception as failure:  # a peer may raise anything; the other cases are still timed
                 print(f"  {peer.name}: does not run: {(str(failure).splitlines() or [''])[0][:90]}")
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def rows(self) -> Iterator[dict]:
-        """Of all times, and of the copy bandwidth that their floors are computed from."""
+        """The rows of all times, and of the copy bandwidth behind their lower bounds."""
         yield rows.row("device copy", "GB/s", self.bandwidth / 1e6)
         for time in self.times:
             yield time.row()
 
     def write(self, folder: Path, device: str) -> None:
-        """Write rows.jsonl, in the place of an earlier one, and attention.png, if several lengths were measured and
-        matplotlib is installed. device: its name, for the picture's title."""
+        """Write (or replace) rows.jsonl and, if several lengths were measured and matplotlib is installed,
+        attention.png. device: device name for the plot's title."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "rows.jsonl").unlink(missing_ok=True)
         rows.append(folder / "rows.jsonl", self.rows())
@@ -114,7 +113,7 @@ class Report:
         print(f"\nwritten to {folder}: {', '.join(written)}")
 
     def _floors(self, case: Case) -> dict[str, tuple[float, float | None]]:
-        """(floor, time of copies) by passes, in ms. Cases with matrix products have no floor of the forward pass."""
+        """passes -> (lower bound, time of copies), in ms. Cases with matrix products have no forward lower bound."""
         if case.products:
             return {BOTH: (milliseconds(case.products, self.device), None)}
         sizes = (case.forward_bytes, case.backward_bytes)

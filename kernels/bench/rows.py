@@ -1,6 +1,6 @@
-"""Measurements as flat JSON rows, one a line: what was measured, at which commit, by which command, on which machine.
+"""Measurements as flat JSON rows, one per line, with commit, command and machine.
 
-Every row has the keys of `provenance`, and name, unit and value; further keys say what it is a measurement of.
+Every row has the keys of `provenance`, and name, unit and value; other keys describe the measurement.
 """
 
 import datetime
@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMIT_VARIABLE = "MEGATRON_TN_COMMIT"  # for a copy of the sources that is no git checkout
+COMMIT_VARIABLE = "MEGATRON_TN_COMMIT"  # environment variable: the commit, for sources outside a git checkout
 
 
 @functools.cache
 def provenance() -> dict[str, Any]:
-    """commit (None where nobody knows), dirty (whether tracked files differ from it), command, date (UTC), gpu (None
-    without one), cpu, and the versions of torch, triton, deepspeed (None where it is not installed) and python."""
+    """commit (None where unknown), dirty (whether tracked files differ from the commit), command, date (UTC), gpu (None
+    without one), cpu, and the versions of torch, triton, deepspeed (None where not installed) and python."""
     commit = _git("rev-parse", "HEAD") or os.environ.get(COMMIT_VARIABLE) or None
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
@@ -41,7 +41,7 @@ def provenance() -> dict[str, Any]:
 
 
 def row(name: str, unit: str, value: float, **extras: Any) -> dict[str, Any]:
-    """One measurement. extras: plain values, such as model, layout, sequence_length."""
+    """One measurement as a row. extras: further keys with plain values, such as model, layout, sequence_length."""
     return {**provenance(), "name": name, "unit": unit, "value": value, **extras}
 
 
@@ -51,7 +51,7 @@ def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def command(words: list[str], environment: Mapping[str, str]) -> str:
-    """The words of this process as somebody would type them: the launcher's are known by its environment alone."""
+    """This process's command line as typed in a shell; the launcher's part is reconstructed from `environment`."""
     start = words.index("-m") if "-m" in words else 1
     processes = int(environment.get("LOCAL_WORLD_SIZE", environment.get("WORLD_SIZE", 1)))
     launcher = ["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes)]

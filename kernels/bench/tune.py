@@ -1,7 +1,7 @@
 """`python -m kernels.bench.tune`: times candidate tiles of lightning attention on this GPU, forward + backward.
 
-It writes nothing: the table in kernels/lightning/tiles.py is edited by hand from what this prints, so that a tile
-changes in a commit, for all ranks and runs at once.
+It only prints. The table in kernels/lightning/tiles.py is edited by hand, so that a tile changes in a commit, for all
+ranks and runs at once.
 """
 
 import itertools
@@ -14,11 +14,11 @@ from kernels.bench.measure import milliseconds
 from kernels.lightning.tiles import TILES, Tile
 
 CHUNKS, SLICES, STAGES = (32, 64, 128), (32, 64, 128), (2, 3, 4)
-WIDTHS = (64, 128, 256)  # summed widths to tune; narrower heads are rare
+WIDTHS = (64, 128, 256)  # widths of q and k to tune; narrower heads are rare
 
 
 def candidates(pinned: Tile) -> list[Tile]:
-    """`pinned`, and the tiles to try in its place. Eight warps only where both groups of four have rows to compute."""
+    """`pinned`, and the alternatives to time. Eight warps only where both warp groups have rows to compute."""
     tiles = [pinned]
     for chunk, out, stages in itertools.product(CHUNKS, SLICES, STAGES):
         tile = Tile(chunk, out, 8 if out >= 128 else 4, stages, pinned.programs)
@@ -28,8 +28,8 @@ def candidates(pinned: Tile) -> list[Tile]:
 
 
 def tune(width: int, device: torch.device, time=milliseconds) -> list[tuple[float, Tile]]:
-    """(milliseconds, tile) of the candidates that run, the fastest first, for 32 rows of 1024 positions and 32 heads, q
-    and k of `width`, v of at most 128."""
+    """(milliseconds, tile) of the candidates that compile and run, fastest first: 32 rows of 1024 positions, 32 heads,
+    q and k of `width`, v of at most 128."""
     row = TILES[min(torch.cuda.get_device_capability(device)[0], max(TILES))][2]
     q, k, do, v = (
         torch.randn(32, 1024, 32, size, dtype=torch.bfloat16, device=device).requires_grad_()
@@ -47,7 +47,7 @@ def tune(width: int, device: torch.device, time=milliseconds) -> list[tuple[floa
             row[width] = tile
             try:
                 results.append((time(both, device), tile))
-            except Exception as error:  # too large a tile fails in the compiler or in the driver, in many ways
+            except Exception as error:  # too large a tile raises various compiler and driver errors
                 print(f"width {width}: {tile} does not run: {str(error).splitlines()[0][:80]}")
     finally:
         row[width] = pinned

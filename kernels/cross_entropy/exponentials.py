@@ -1,4 +1,4 @@
-"""The launches of the output head's product (triton_exponentials.py)."""
+"""Launches the Triton kernels of the output head's product (triton_exponentials.py)."""
 
 import torch
 import triton
@@ -40,7 +40,7 @@ def exponentials(
             BLOCK=1024,
             num_warps=4,
         )
-        if columns == 0:  # row 0 is padding, whose logit may be anything: totals_ then replaces this reference
+        if columns == 0:  # all rows are padding, so row 0's logit may be anything: totals_ replaces it
             reference.fill_(torch.finfo(reference.dtype).min)
         programs = triton.cdiv(tokens, tile.tokens) * tiles
         if tile.persistent:
@@ -98,7 +98,7 @@ def totals_(
 
 
 def _product_arguments(tile: HeadTile, *, hidden: Tensor, weight: Tensor, out: Tensor, columns: int) -> dict:
-    """What both kernels that form tiles are given."""
+    """Arguments of both exponentials_kernel and repair_kernel."""
     described = _capability(hidden) >= 9 and all(map(_describable, (hidden, weight, out)))
     operands = {"hidden": hidden, "weight": weight, "out": out}
     if described:
@@ -134,10 +134,10 @@ def _capability(x: Tensor) -> int:
 
 
 def _multiprocessors(x: Tensor) -> int:
-    """Of the GPU; for the interpreter so few that a program forms several tiles, as on a GPU."""
+    """Multiprocessors of x's GPU; for Triton's interpreter few, so that a program computes several tiles."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
 
 
 def _describable(x: Tensor) -> bool:
-    """Whether bulk copies can read and write x [rows, width]: rows of whole, aligned 16 bytes."""
+    """Whether TMA bulk copies can read and write x [rows, width]: rows are aligned multiples of 16 bytes."""
     return x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0

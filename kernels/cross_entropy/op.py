@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head, vocabulary-parallel or not, chunk by chunk: the logits of all tokens never exist."""
+"""Cross-entropy of a linear head, vocabulary-parallel or not, in chunks of tokens: no tensor of all logits."""
 
 import torch
 import torch.distributed as dist
@@ -21,23 +21,23 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     gradient_sum: GradientSum | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum over tokens of -log softmax(hidden weight^T)[target], in nats, and every token's own part of it.
+    """Sum over tokens of -log softmax(hidden weight^T)[target], in nats, and each token's loss.
 
-    hidden: [T, D]. weight: [V_local, D], this rank's rows, vocab_start .. vocab_start + V_local, of the vocabulary
-        padded to the ranks' multiple. Both of one floating type.
+    hidden: [T, D]. weight: [V_local, D], this rank's rows vocab_start .. vocab_start + V_local of the padded
+        vocabulary. Both of one floating type.
     targets: [T] int64, global token ids, or ignore_index for tokens without a loss.
-    vocab_size: the true vocabulary (default: all rows of all ranks). Rows beyond it are padding, take no part in the
-        softmax and get a gradient of zero.
-    group: the ranks that hold the vocabulary's other rows; None for this process alone.
-    chunk_tokens: tokens whose logits exist at a time (default: `default_chunk_tokens`).
-    gradient_sum: the gradient of weight is added to it, in fp32, and autograd gets none.
+    vocab_size: the true vocabulary (default: all rows of all ranks). Rows beyond it are padding: not in the softmax,
+        with a gradient of zero.
+    group: the ranks that hold the vocabulary's other rows; None: this process holds all rows.
+    chunk_tokens: tokens per chunk of logits (default: `default_chunk_tokens`).
+    gradient_sum: dweight is added to it, in fp32; autograd gets None.
 
     Returns (loss_sum, token_losses [T]), fp32 (fp64 for fp64 inputs), equal on all ranks of the group. loss_sum is
-    differentiable in hidden and weight; token_losses, 0 where ignored, is not. The gradients are formed in the forward
-    pass, chunk by chunk, and only scaled in the backward pass. hidden's is this rank's part, which the caller sums over
-    the group; weight's is summed over chunks in fp32.
-    Raises ValueError for shapes or types that do not fit and, on CPU, for targets outside the vocabulary. On a GPU,
-    where a check would make the host wait, the loss of such a target lacks its logit.
+    differentiable in hidden and weight; token_losses, 0 where ignored, is not. The forward pass computes the gradients
+    chunk by chunk; the backward pass only scales them. dhidden is this rank's term, which the caller sums over the
+    group; dweight is summed over chunks in fp32.
+    Raises ValueError for shapes or types that do not fit and, on CPU, for targets outside the vocabulary. On a GPU
+    targets are not checked (no host synchronisation): the loss of such a target lacks its logit.
     """
     _check(hidden, weight, targets, vocab_start, chunk_tokens)
     ranks = 1 if group is None else group.size()
@@ -65,13 +65,12 @@ def linear_cross_entropy(
 
 
 def default_chunk_tokens(tokens: int, rows: int, cuda: bool) -> int:
-    """Tokens of a chunk, of `tokens` in all and `rows` rows of the weight.
+    """Tokens per chunk, for `tokens` in all and `rows` rows of the weight.
 
-    On a GPU an eighth, less 64: the chunk's logits in bf16, with their sums, then take less than an eighth of all
-    logits. On a CPU, where they may be fp32, a 32nd. More where a chunk would be too small to occupy the machine: at
-    least 2^24 logits on a GPU, 2^21 on a CPU.
+    On a GPU tokens / 8 - 64: the chunk's bf16 logits and their sums then take less than an eighth of all logits. On a
+    CPU, where logits may be fp32, tokens / 32. At least 2^24 logits on a GPU and 2^21 on a CPU, to occupy the machine.
     """
-    # Not a ninth: 1820 tokens take as many rounds of tiles as 2048, so a smaller chunk would not be faster.
+    # Not tokens / 9: 1820 tokens take as many waves of tiles as 2048, so a smaller chunk is not faster.
     part = (tokens // 8 - 1) // 64 * 64 if cuda else -(-tokens // 32)
     return min(tokens, max(part, 2 ** (24 if cuda else 21) // rows, 1))
 
@@ -80,8 +79,7 @@ def default_chunk_tokens(tokens: int, rows: int, cuda: bool) -> int:
 def _local_targets(
     targets: Tensor, ignore_index: int, vocab_start: int, rows: int, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
-    """The row of each target in this rank's weight, -1 where another rank has it or it is ignored; and whether each
-    target is not ignored."""
+    """For each target: row in this rank's weight (-1: another rank's row, or ignored), and whether it has a loss."""
     has_loss = targets != ignore_index
     if not targets.is_cuda:
         wrong = has_loss & ((targets < 0) | (targets >= vocab_size))
@@ -101,8 +99,8 @@ def _local_targets_fake(targets, ignore_index, vocab_start, rows, vocab_size):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    # Not a registered operator, which could take no process group. The operators that it calls are registered, so the
-    # FLOP counter counts their products.
+    # Not a registered operator, because it takes a process group. It calls registered operators, whose products
+    # PyTorch's FLOP counter counts.
     @staticmethod
     def forward(ctx, hidden, weight, target_rows, has_loss, true_rows, group, chunk, grad_enabled, gradient_sum):
         wide = accumulation_dtype(hidden.dtype)
@@ -128,7 +126,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses.append((normalizer - target_logits).masked_fill_(~has_loss[piece], 0))
             same_type = exponentials.dtype == hidden.dtype
             if needs_hidden or needs_weight:
-                # hidden / Z goes where this chunk's dhidden will be: its last reader is the weight's gradient.
+                # hidden / Z shares memory with this chunk's dhidden, written after dweight has read hidden / Z.
                 scaled = dhidden[piece] if needs_hidden and same_type else torch.empty_like(h, dtype=exponentials.dtype)
                 scale = head_gradient_(
                     exponentials, scaled, h, rows, has_loss[piece], reference, normalizer, target_logits
@@ -138,10 +136,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 add_weight_gradient(dweight, exponentials, scaled, first=start == 0)
             if needs_hidden and same_type:
                 torch.mm(exponentials, weight, out=dhidden[piece])
-            elif needs_hidden:  # multiplied by 1 / Z before it is rounded to hidden's type
+            elif needs_hidden:  # multiplied by 1 / Z before rounding to hidden's type
                 dhidden[piece] = product(exponentials, weight.to(wide)) * scale[:, None]
                 scale.fill_(1)
-            del exponentials  # before those of the next chunk are allocated
+            del exponentials  # frees them before the next chunk's are allocated
 
         ctx.save_for_backward(dhidden, dweight, torch.cat(scales) if needs_hidden else None)
         ctx.dtype, ctx.gradient_sum = weight.dtype, gradient_sum

@@ -1,12 +1,12 @@
 """The steps of the fused cross-entropy around its products, as registered operators, each with a plain PyTorch form.
 
-A token's softmax is e / Z with e = exp(logit - reference) and Z its sum over the vocabulary. The gradient of the
-logits, e / Z - onehot, is never formed. Both products use e - Z onehot in its place; the factor 1 / Z is applied to a
-row of the hidden state, or of its gradient, which is D wide and not V. So each exponential is written once, by the
-product that makes the logits, and read twice, by the two products of the gradients.
+A token's softmax is e / Z with e = exp(logit - reference) and Z the sum of e over the vocabulary. dlogits =
+e / Z - onehot is never formed. Both gradient products use e - Z onehot instead; the factor 1 / Z is applied to rows of
+hidden or dhidden, which have D columns, not V. So each exponential is written once, with the logits' product, and read
+twice, by the gradient products.
 
 Names: n tokens of a chunk; V rows of this rank's weight; `columns` of them before the padding; target_rows [n] int64,
-the row of each token's target, -1 where another rank has it or there is none.
+the row of each token's target, -1 where another rank holds the row or the token has no loss.
 """
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels import dispatch
 from kernels.numerics import accumulation_dtype, product
 
-# How far a logit may lie above its token's reference, in nats: exp(60) is 1e26, and a sum of 1e10 of them is finite.
+# Largest logit - reference, in nats: exp(60) = 1e26, and a sum of 1e10 such terms is finite in fp32.
 LIMIT = 60.0
 
 
@@ -25,9 +25,9 @@ def head_exponentials(
     hidden: Tensor, weight: Tensor, target_rows: Tensor, columns: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """exp(hidden weight^T - reference) [n, V], zero from `columns` on, and four vectors [n] in fp32 (fp64 for fp64):
-    the reference, the target's logit (0 where target_rows is -1), the highest logit, and the exponentials' sum.
+    reference, target's logit (0 where target_rows is -1), highest logit, sum of exponentials.
 
-    The exponentials are of hidden's type from Triton, of the accumulation type from plain PyTorch.
+    Type of the exponentials: hidden's with Triton, the accumulation type with plain PyTorch.
     """
     if _backend(hidden) == "triton":
         from kernels.cross_entropy import exponentials
@@ -52,7 +52,7 @@ def _exponentials_fake(hidden, weight, target_rows, columns):
 
 @register_flop_formula(torch.ops.megatron_tn.head_exponentials)
 def _flops(hidden_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    """2 n D V: the logits' product."""
+    """2 n D V: hidden weight^T."""
     return 2 * hidden_shape[0] * hidden_shape[1] * weight_shape[0]
 
 
@@ -66,12 +66,10 @@ def head_totals_(
     highest: Tensor,
     columns: int,
 ) -> tuple[Tensor, Tensor]:
-    """The reference [n] that the exponentials have afterwards, and the sum [n] of exp(logit - highest) over this rank's
-    columns.
+    """Recompute, in place, the exponentials of tokens with highest > reference + LIMIT, with `highest` as reference.
 
-    Exponentials of tokens whose highest logit lies more than LIMIT above the reference are computed again, with the
-    highest logit as the reference. highest: [n], over the vocabulary of all ranks. sums, reference: [n], of
-    `head_exponentials`.
+    Returns the final reference [n], and the sum [n] of exp(logit - highest) over this rank's columns. highest: [n],
+    highest logit over all ranks' vocabulary. sums, reference: [n], from `head_exponentials`.
     """
     if _backend(hidden) == "triton":
         from kernels.cross_entropy import exponentials as launches

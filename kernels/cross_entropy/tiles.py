@@ -1,4 +1,4 @@
-"""The Triton tile of the output head's product, per architecture: pinned, so that all ranks and runs agree."""
+"""Triton tile sizes of the output head's product per architecture, fixed so that all ranks and runs agree bitwise."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,8 @@ class HeadTile:
     tokens, vocabulary: rows and columns of a tile of logits.
     depth: columns of the hidden state read in one step of the product's loop.
     warps, stages: Triton's num_warps and num_stages.
-    persistent: one program per multiprocessor forms one tile after the other, and loads the next tile's operands while
-        it takes the exponentials of this one's logits; otherwise every tile has a program of its own.
+    persistent: one program per multiprocessor computes many tiles, and loads the next tile's operands during the
+        current tile's exponentials; otherwise one program per tile.
     """
 
     tokens: int
@@ -22,5 +22,5 @@ class HeadTile:
     persistent: bool = False
 
 
-# Major compute capability -> tile: 8 is the A100 (163 KiB of shared memory a program), 9 the H100 and H200 (227 KiB).
+# Major compute capability -> tile: 8 is the A100 (163 KiB shared memory per program), 9 the H100 and H200 (227 KiB).
 TILES = {8: HeadTile(128, 128, 32, 8, 3), 9: HeadTile(128, 256, 64, 8, 3, persistent=True)}

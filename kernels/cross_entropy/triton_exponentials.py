@@ -2,8 +2,8 @@
 
 A program owns a tile of tokens x vocabulary. It sums the logits in fp32 and stores exp(logit - reference) in the
 inputs' type, with each token's sum of exponentials before rounding. bf16 has the range of fp32, so the reference may
-lie up to 60 nats below the token's highest logit. The target's own logit, computed beforehand, is such a reference
-unless the token's loss is above 60; where it is not, repair_kernel computes the tile again.
+lie up to 60 nats below the token's highest logit. The reference is the target's logit, computed beforehand. Where the
+highest logit exceeds it by more than 60 nats (so the loss is above 60), repair_kernel recomputes the tile.
 """
 
 import triton
@@ -17,8 +17,8 @@ def reference_kernel(
     hidden_pointer,  # [n, D]
     weight_pointer,  # [V, D]
     target_row_pointer,  # [n] int64: the target's row of the weight, -1 where another rank has it or there is no target
-    reference_pointer,  # [n] fp32: the logit of that row; of row 0 for -1
-    target_logit_pointer,  # [n] fp32: the logit of that row; 0 for -1
+    reference_pointer,  # [n] fp32: the target row's logit; row 0's for -1
+    target_logit_pointer,  # [n] fp32: the target row's logit; 0 for -1
     depth,
     hidden_row,
     weight_row,
@@ -41,14 +41,14 @@ def reference_kernel(
 
 @triton.jit
 def form_tile(
-    hidden,  # [n, D], a descriptor or a pointer, as are the next two
+    hidden,  # [n, D]; hidden, weight and out: TMA descriptors, or pointers
     weight,  # [V, D]
     out,  # [n, V]
     first_token,
     first_column,
     reference,  # [BLOCK_T] fp32
     tokens,
-    columns,  # rows of the weight before the padding, of which logits are -inf
+    columns,  # rows of the weight before the padding, whose logits are -inf
     width,  # V
     depth,  # D
     hidden_row,
@@ -96,12 +96,12 @@ def form_tile(
 
 @triton.jit
 def exponentials_kernel(
-    hidden,  # see form_tile
+    hidden,  # [n, D]; the first arguments are form_tile's
     weight,
     out,
     reference_pointer,  # [n] fp32
     highest_pointer,  # [tiles, n] fp32: the highest logit in each tile of the vocabulary
-    sums_pointer,  # [tiles, n] fp32: the sum of exponentials in it
+    sums_pointer,  # [tiles, n] fp32: the sum of exponentials in each tile
     tokens,
     columns,
     width,  # V
@@ -116,10 +116,10 @@ def exponentials_kernel(
     PERSISTENT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    # Token tiles vary fastest: programs that run at once then read the same few tiles of the weight, from the L2 cache.
+    # Token tiles vary fastest, so that concurrent programs read the same few weight tiles from the L2 cache.
     token_tiles = tl.cdiv(tokens, BLOCK_T)
     tiles = token_tiles * tl.cdiv(width, BLOCK_V)
-    # flatten makes one loop of this and the product's: the next tile's loads begin before this tile is done.
+    # flatten merges this loop with the product's loop, so that the next tile's loads begin before this tile is done.
     for number in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES, flatten=PERSISTENT):
         tile = number // token_tiles
         first_token = (number % token_tiles) * BLOCK_T
@@ -156,7 +156,7 @@ def repair_kernel(
     out,
     reference_pointer,
     highest_pointer,  # [n] fp32: the highest logit over the vocabulary of all ranks
-    sums_pointer,  # [tiles, n] fp32: written for tiles that are computed again
+    sums_pointer,  # [tiles, n] fp32: written for recomputed tiles
     tokens,
     columns,
     width,
@@ -164,14 +164,14 @@ def repair_kernel(
     hidden_row,
     weight_row,
     out_row,
-    limit,  # how far the highest logit may lie above the reference, in nats
+    limit,  # largest highest - reference without recomputation, in nats
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """Compute the tiles again that have a token whose highest logit lies more than `limit` above its reference: with
-    the highest logit as that token's reference."""
+    """Recompute the tiles that have a token with highest > reference + limit, with `highest` as that token's
+    reference."""
     token_tiles = tl.cdiv(tokens, BLOCK_T)
     first_token = (tl.program_id(0) % token_tiles) * BLOCK_T
     tile = tl.program_id(0) // token_tiles
@@ -205,11 +205,11 @@ def repair_kernel(
 
 @triton.jit
 def totals_kernel(
-    sums_pointer,  # [n] fp32: sums of the exponentials of exponentials_kernel
-    repaired_pointer,  # [tiles, n] fp32: those of repair_kernel, tile by tile
+    sums_pointer,  # [n] fp32: exponentials_kernel's sums of exponentials
+    repaired_pointer,  # [tiles, n] fp32: repair_kernel's sums of exponentials
     reference_pointer,  # [n] fp32
     highest_pointer,  # [n] fp32
-    used_pointer,  # [n] fp32, written: the reference that the stored exponentials have
+    used_pointer,  # [n] fp32, written: the reference of the stored exponentials
     total_pointer,  # [n] fp32, written: the sum of exp(logit - highest)
     tokens,
     tiles,

@@ -1,4 +1,4 @@
-"""The steps of the head's gradients around their products, in Triton: one pass each over the tensors they change."""
+"""Triton kernels around the output head's gradient products, one pass over memory each."""
 
 import torch
 import triton
@@ -10,7 +10,7 @@ SCALE_BLOCK = 2048
 
 @triton.jit
 def gradient_kernel(
-    exponentials_pointer,  # [n, V], of which the target's is changed
+    exponentials_pointer,  # [n, V], updated at each token's target
     hidden_pointer,  # [n, D]
     scaled_pointer,  # [n, D], contiguous, written: hidden / Z
     scale_pointer,  # [n] fp32, written: 1 / Z

@@ -17,14 +17,14 @@ def scaled_embedding(
     vocab_size: int | None = None,
     gradient_sum: GradientSum | None = None,
 ) -> Tensor:
-    """weight[ids - row_start] * scale, in weight's type; zero for ids of other ranks' rows.
+    """weight[ids - row_start] * scale, in weight's type; zero for ids outside this rank's rows.
 
     ids: [...] int64, in 0 .. vocab_size - 1 (default of vocab_size: row_start + V_local).
     weight: [V_local, D], rows row_start .. row_start + V_local of the vocabulary.
-    gradient_sum: the gradient of weight is added to it, in the rows that ids name alone, and autograd gets none.
+    gradient_sum: dweight is added to it, only in the rows of `ids`; autograd gets None.
     Returns [..., D]; the sum over ranks is the lookup in the whole vocabulary. Differentiable in weight.
-    Raises ValueError for shapes or types that do not fit and, on CPU, for ids outside the vocabulary. On a GPU, where a
-    check would make the host wait, such ids give zero.
+    Raises ValueError for shapes or types that do not fit and, on CPU, for ids outside the vocabulary. On a GPU ids are
+    not checked (no host synchronisation): such ids give zero.
     """
     if ids.dtype != torch.int64:
         raise ValueError(f"ids.dtype={ids.dtype} must be int64")
@@ -52,9 +52,9 @@ def _forward(ids: Tensor, weight: Tensor, scale: float, row_start: int, vocab_si
 
 @torch.library.custom_op("megatron_tn::scaled_embedding_backward", mutates_args=())
 def _backward(dy: Tensor, ids: Tensor, vocabulary: int, scale: float, row_start: int) -> Tensor:
-    """The gradient of the weight, [vocabulary, D], by PyTorch's own operator, which sorts the ids: deterministic."""
+    """dweight [vocabulary, D], by PyTorch's own operator, which sorts the ids: deterministic."""
     rows, elsewhere = _local(ids, vocabulary, row_start)
-    # On a CPU PyTorch sums in the gradient's own type, in which a bf16 sum of ones stops at 256.
+    # On a CPU PyTorch sums in dy's type; a bf16 sum of ones stops growing at 256.
     wide = dy if dy.is_cuda else dy.to(accumulation_dtype(dy.dtype))
     wide = (wide * scale).masked_fill_(elsewhere.unsqueeze(-1), 0)
     return torch.ops.aten.embedding_dense_backward(wide, rows, vocabulary, -1, False).to(dy.dtype)
@@ -72,7 +72,7 @@ def _backward_fake(dy, ids, vocabulary, scale, row_start):
 
 def _save(ctx, inputs, output):
     ids, weight, ctx.scale, ctx.row_start, _ = inputs
-    ctx.vocabulary = weight.shape[0]  # not the weight itself, which ZeRO 3 has released by the backward pass
+    ctx.vocabulary = weight.shape[0]  # not the weight, which ZeRO 3 has released by the backward pass
     ctx.save_for_backward(ids)
 
 
@@ -86,7 +86,7 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 class _AddedEmbedding(torch.autograd.Function):
-    """The lookup whose weight gradient is added to a GradientSum."""
+    """The lookup whose backward pass adds dweight to a GradientSum."""
 
     @staticmethod
     def forward(ctx, ids, weight, scale, row_start, vocab_size, gradient_sum):
@@ -104,7 +104,7 @@ class _AddedEmbedding(torch.autograd.Function):
 
 @torch.library.custom_op("megatron_tn::add_embedding_gradient_", mutates_args=("total",))
 def _add_gradient_(total: Tensor, dy: Tensor, ids: Tensor, scale: float, row_start: int) -> None:
-    """total [V, D] fp32 += the gradient of the weight; deterministic."""
+    """total [V, D] fp32 += dweight; deterministic."""
     if dispatch.choose("scaled_embedding", total) == "triton":
         from kernels.embedding import triton_embedding
 
@@ -112,7 +112,7 @@ def _add_gradient_(total: Tensor, dy: Tensor, ids: Tensor, scale: float, row_sta
         return
     rows, elsewhere = _local(ids, total.shape[0], row_start)
     wide = (dy.to(total.dtype) * scale).masked_fill_(elsewhere.unsqueeze(-1), 0)
-    if total.is_cuda:  # whose index_add_ sums in another order every time
+    if total.is_cuda:  # index_add_ on CUDA is not deterministic
         total += torch.ops.aten.embedding_dense_backward(wide, rows, total.shape[0], -1, False)
     else:
         total.index_add_(0, rows.flatten(), wide.flatten(0, -2))
@@ -124,7 +124,7 @@ def _add_gradient_fake(total, dy, ids, scale, row_start):
 
 
 def _local(ids: Tensor, vocabulary: int, row_start: int) -> tuple[Tensor, Tensor]:
-    """The rows of ids in this rank's weight, 0 where another rank has them; and a mask of those."""
+    """The row of each id in this rank's weight, 0 where another rank holds it; and a mask of such ids."""
     rows = ids - row_start
     elsewhere = (rows < 0) | (rows >= vocabulary)
     return rows.masked_fill(elsewhere, 0), elsewhere

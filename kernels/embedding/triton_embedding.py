@@ -1,7 +1,7 @@
 """The scaled embedding in Triton: one pass that reads, multiplies and writes rows.
 
-Its gradient is added to a sum in place. One program adds up all tokens of an id in the order of their positions:
-deterministic.
+The backward kernel adds dweight to a buffer in place. One program adds all tokens of an id, in the order of their
+positions: deterministic.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels.rows import as_rows
 
 BLOCK, WARPS = 2048, 4
-ADD_TOKENS, ADD_COLUMNS = 16, 256  # tokens of an id, and columns, that a program of add_kernel reads at a time
+ADD_TOKENS, ADD_COLUMNS = 16, 256  # tokens of an id, and columns, that add_kernel reads at a time
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def add_kernel(
     sum_pointer,  # [vocabulary, width] fp32
     dy_pointer,  # [tokens, width]
     rows_pointer,  # [tokens] int64, ascending: rows of `sum`; `vocabulary` for ids of other ranks
-    order_pointer,  # [tokens] int64: the token that each of them belongs to
+    order_pointer,  # [tokens] int64: the token index of each entry of `rows`
     scale,
     tokens,
     vocabulary,
@@ -52,8 +52,8 @@ def add_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program per position in `rows` and per BLOCK_D columns. The one at the first position of an id adds up all
-    its tokens; the others return."""
+    """One program per entry of `rows` and per BLOCK_D columns. The program at an id's first entry adds all tokens of
+    the id; the others return."""
     blocks = tl.cdiv(width, BLOCK_D)
     position = tl.program_id(0) // blocks
     column = (tl.program_id(0) % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)

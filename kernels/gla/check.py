@@ -1,4 +1,4 @@
-"""What gated linear attention refuses: each error names the argument, its value and the relation it breaks."""
+"""Argument checks of gated linear attention: each error names the argument, its value and the relation it breaks."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ def check_gla(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
-    """Raise ValueError unless the arguments of `gla` fit together. Reads shapes and types alone."""
+    """Raise ValueError unless the arguments of `gla` fit together. Checks only shapes and types."""
     if qkvu.dim() != 3 or qkvu.dtype not in DTYPES or qkvu.stride(-1) != 1:
         raise ValueError(
             f"qkvu.shape={tuple(qkvu.shape)}, strides {qkvu.stride()}, {qkvu.dtype} must be [B, T, 4 H d], its last "
@@ -44,8 +44,8 @@ def check_gla(
 
 
 def check_gla_values(decay: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, total: int) -> None:
-    """Raise ValueError unless `check_values` passes and positions rise by 1 within every row or document. Reads values:
-    CPU only."""
+    """Raise ValueError unless `check_values` passes and positions rise by 1 within every row or document. Reads tensor
+    values, so only for CPU tensors."""
     check_values(decay, cu_seqlens, total)
     if positions is None or total == 1:
         return

@@ -1,4 +1,4 @@
-"""The launches of the feature map and of its gradients (triton_features.py)."""
+"""Launches the Triton kernels of the feature map and its gradients (triton_features.py)."""
 
 from dataclasses import dataclass
 
@@ -12,8 +12,8 @@ from kernels.lightning import tiles
 from kernels.lightning.tiles import padded
 from kernels.rows import as_rows
 
-# Tokens and columns that a program reads at once, how many times it does, and its warps. Measured best for the
-# gradients with LRPE; the other three cases do not depend on them.
+# Tokens and columns per step of a program, its steps, and its warps. Measured best for the gradients with LRPE; the
+# other three cases (forward, or without LRPE) do not depend on them.
 ROWS, COLUMNS, STEPS, WARPS = 2, 2048, 8, 8
 
 
@@ -28,13 +28,13 @@ class FeatureMap:
 
     @property
     def trivial(self) -> bool:
-        """Whether every x is its own feature."""
+        """Whether the feature map is the identity."""
         return self.act == "none" and self.theta is None
 
     def apply(self, qkvu: Tensor, features: Tensor | None = None, *, queries: bool = True, keys: bool = True) -> Tensor:
         """The features of q and k, [B, T, 2, H, d], or [B, T, 2, H, 2 d] with LRPE; into `features` where given.
 
-        queries, keys: whether to write those of q, and those of k.
+        queries, keys: whether to write the features of q, and of k.
         """
         batch, total, fused = qkvu.shape
         width = fused // 4 // self.heads
@@ -62,10 +62,10 @@ class FeatureMap:
         cu_seqlens: Tensor | None,
         theta_wanted: bool,
     ) -> Tensor | None:
-        """Write the gradients of q and k into dqkvu [B, T, 4 H d], contiguous, from those of their features.
+        """Write dq and dk into dqkvu [B, T, 4 H d], contiguous, from the gradients of the features.
 
-        dfeatures: as the features; None where they stand in dqkvu already, in the place of q's and k's.
-        Returns the near part of theta's gradient, [H, d] fp64 (theta_gradient.py), where it is wanted.
+        dfeatures: shaped as the features; None where dqkvu already holds them in place of dq and dk.
+        Returns the near part of dtheta, [H, d] fp64 (theta_gradient.py), if theta_wanted.
         """
         batch, total, fused = qkvu.shape
         programs = triton.cdiv(batch * total, ROWS * STEPS)
@@ -93,7 +93,7 @@ class FeatureMap:
         return None if flow is None else flow.sum(0, dtype=torch.float64).view(self.heads, -1)
 
     def _shared_arguments(self, qkvu: Tensor) -> dict:
-        """What both kernels are given."""
+        """Arguments of both kernels."""
         batch, total, fused = qkvu.shape
         width, positions = fused // 4, self.positions
         row = 0 if positions is None or positions.dim() == 1 else positions.stride(0)

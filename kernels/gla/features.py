@@ -1,8 +1,8 @@
-"""The features of q and k, act(x) or LRPE(act(x)), as an operator of its own: selective recomputation need not keep
-its result.
+"""The features of q and k, act(x) or LRPE(act(x)), as a separate operator, whose result selective recomputation need
+not keep.
 
-Neither operator here has a gradient: gla's backward pass runs through the features to qkvu itself, so that q, k, v and
-u share one gradient tensor. Plain PyTorch forms features within its passes and keeps none.
+The operators here have no gradient: gla's backward pass computes dqkvu through the features, so that q, k, v and u
+share one gradient tensor. Plain PyTorch computes features within its passes and saves none.
 """
 
 import torch
@@ -20,10 +20,10 @@ def form_features(
     heads: int,
     keys_alone: bool = False,
 ) -> Tensor | None:
-    """The features of q and k, [B, T, 2, H, K]; None where q and k are their own (no activation, no LRPE).
+    """The features of q and k, [B, T, 2, H, K]; None where the feature map is the identity (no activation, no LRPE).
 
-    keys_alone: leave those of q unwritten, for `add_query_features_`. positions: [T] or [B, T]; None counts from 0 in
-    every row, whatever is packed into it.
+    keys_alone: leave q's features unwritten, for `add_query_features_`. positions: [T] or [B, T]; None counts from 0
+    in every row, also with packed documents.
     """
     if act == "none" and theta is None:
         return None
@@ -34,7 +34,7 @@ def form_features(
 def add_query_features_(
     features: Tensor | None, *, qkvu: Tensor, theta: Tensor | None, act: str, positions: Tensor | None
 ) -> None:
-    """Write the features of q into those of `form_features(keys_alone=True)`; the other arguments as there."""
+    """Write q's features into `features`, the result of `form_features(keys_alone=True)`; other arguments as there."""
     if features is not None:
         fixed = None if theta is None else theta.detach()
         torch.ops.megatron_tn.gla_query_features_(features, qkvu.detach(), fixed, act, positions)
@@ -74,7 +74,7 @@ def _query_features_fake(features, qkvu, theta, act, positions):
 
 
 def _empty_features(v: Tensor, theta: Tensor | None) -> Tensor:
-    """Room for the features on a GPU, where a fake tensor cannot know which implementation will run; else empty."""
+    """Uninitialised features on a GPU (for fake tensors too, which do not know the backend); else an empty tensor."""
     if not v.is_cuda or v.dtype == torch.float64:
         return v.new_empty(0)
     batch, total, heads, _ = v.shape

@@ -1,4 +1,4 @@
-"""What every pass of gated linear attention reads, and which implementation takes it."""
+"""Inputs and saved tensors of gated linear attention's passes, and the choice of the backend."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from kernels import dispatch
 from kernels.lightning.inputs import AttentionInputs
 from kernels.lightning.op import MAX_TRITON_WIDTH
 
-MAX_TRITON_LRPE_WIDTH = MAX_TRITON_WIDTH // 2  # of a head, whose features are twice as wide
+MAX_TRITON_LRPE_WIDTH = MAX_TRITON_WIDTH // 2  # head width d; LRPE features have width 2 d
 MAX_TRITON_ROW = 65536  # H d: the gate's kernels hold a whole row
 
 
@@ -48,16 +48,16 @@ class GlaInputs(NamedTuple):
         return backend(self.parts[2], self.theta)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> AttentionInputs:
-        """Of lightning attention with these q and k (or their features) and v."""
+        """The inputs of lightning attention with q and k (or their features) and v."""
         return AttentionInputs(q, k, v, self.decay, self.initial_state, self.cu_seqlens)
 
 
 class Saved(NamedTuple):
-    """What the forward pass leaves for the backward pass.
+    """Tensors saved by the forward pass for the backward pass.
 
-    o: [B, T, H, d], or [B, T, H d]. starts: the states that segments start from, of lightning attention's forward pass.
-    features: of q and k, [B, T, 2, H, K], empty where plain PyTorch runs; None where q and k are their own features.
-    state: the final state, for theta's gradient; None without LRPE or where it was not returned.
+    o: [B, T, H, d], or [B, T, H d]. starts: initial states of the segments, from lightning attention's forward pass.
+    features: of q and k, [B, T, 2, H, K], empty with plain PyTorch; None where the feature map is the identity.
+    state: the final state, for dtheta; None without LRPE or where it was not returned.
     """
 
     o: Tensor
@@ -85,7 +85,7 @@ def products(qkvu_shape, decay_shape, theta_shape) -> int:
 
 
 def document_positions(cu_seqlens: Tensor, total: int) -> Tensor:
-    """[total]: the positions of packed documents, each counted from 0."""
+    """[total]: each token's position in its packed document, from 0."""
     place = torch.arange(total, device=cu_seqlens.device)
     bounds = cu_seqlens.to(place.dtype)
     return place - bounds[torch.searchsorted(bounds, place, right=True) - 1]

@@ -31,19 +31,19 @@ def gla(
 
         q, k = LRPE(act(q)), LRPE(act(k))       o = lightning_attention(q, k, v, decay)       y = o * u
 
-    qkvu: [B, T, 4 H d], the fused projection, its rows q | k | v | u and each of them head by head. Any strides whose
-        last is 1 are read without a copy. fp64, fp32, bf16 or fp16.
-    decay: [H], fp32 (or fp64), as in `lightning_attention`, whose cu_seqlens, initial_state and return_state these are.
+    qkvu: [B, T, 4 H d], the fused projection, columns q | k | v | u, each head by head. Any strides whose last is 1 are
+        read without a copy. fp64, fp32, bf16 or fp16.
+    decay: [H], fp32 (or fp64). decay, cu_seqlens, initial_state and return_state: as in `lightning_attention`.
     theta: [H, 1, d], radians a position; None for a layer without LRPE. LRPE makes [x cos(theta t), x sin(theta t)] of
         x, so that states are [.., H, 2 d, d], and [.., H, d, d] without it.
     act: of q and k: "silu", "none" or "1+elu".
     gate: False for y = o, an ablation that does not use u.
-    positions: the t, integers, [T] or [B, T], which rise by 1 within a row or document; None counts each from 0. Their
-        first value matters only to an initial or a final state. Values are checked on CPU alone.
+    positions: the integers t, [T] or [B, T], rising by 1 within a row or document; None counts each from 0. The first
+        value matters only with an initial or a final state. Values are checked only on CPU.
 
-    Returns y [B, T, H d]; the sum of o^2 over heads and widths [B, T] in fp32 (fp64 for fp64), which
-    `add_scaled_simple_rms_norm` takes once it is summed over tensor-parallel ranks; and the final state, None unless
-    return_state. Gradients reach qkvu, theta and initial_state from all three.
+    Returns y [B, T, H d]; the sum of o^2 over heads and columns [B, T] in fp32 (fp64 for fp64), an input of
+    `add_scaled_simple_rms_norm` after summation over tensor-parallel ranks; and the final state, None unless
+    return_state. qkvu, theta and initial_state get gradients from all three results.
     Raises ValueError naming the argument that does not fit.
     """
     check_gla(
@@ -61,7 +61,7 @@ def gla(
         return y, square_sum, state if return_state else None
     if theta is None or (initial_state is None and not return_state):
         if qkvu.is_cuda:
-            positions = None  # without a state only distances matter; on a CPU they are still checked
+            positions = None  # without a state only differences of positions matter; on CPU they are still checked
     elif positions is None and cu_seqlens is not None:
         positions = document_positions(cu_seqlens, qkvu.shape[1])
     features = form_features(qkvu=qkvu, theta=theta, act=act, positions=positions, heads=decay.shape[0])
@@ -84,8 +84,8 @@ def _forward(
     cu_seqlens: Tensor | None,
     return_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, the sum of o^2, the final state (empty unless wanted); and for the backward pass o (empty where y is o) and
-    the states that segments start from. features: of `form_features`."""
+    """y, the sum of o^2, the final state (empty unless return_state); and for the backward pass o (empty where y is o)
+    and the segments' initial states. features: from `form_features`."""
     inputs = GlaInputs(qkvu, decay, theta, act, gate, positions, initial_state, cu_seqlens)
     if not qkvu.is_cuda:
         check_gla_values(decay, positions, cu_seqlens, inputs.total)
@@ -128,9 +128,9 @@ def gradients(
     """The gradients of qkvu, of theta (empty unless wanted) and of the initial state (empty without one).
 
     dy, dsquare_sum, dstate: the gradients of gla's three results, None for zero.
-    exchange: in dstate's place where other ranks hold the rest of the sequence. Called with the gradient of the initial
-        state as far as this slice's y and sum of o^2 depend on it; returns a function that waits for dstate. dq, which
-        does not depend on dstate, is formed between the two calls.
+    exchange: replaces dstate with context parallelism. Called with the initial state's gradient from this slice's y and
+        sum of o^2; returns a function that waits for dstate. dq, which does not depend on dstate, is computed between
+        the two calls.
     """
     v = inputs.parts[2]
     saved = saved._replace(o=saved.o.view(v.shape))
@@ -212,13 +212,13 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 @register_flop_formula(torch.ops.megatron_tn.gla_forward)
 def _forward_flops(qkvu_shape, features_shape, decay_shape, theta_shape, *args, out_shape=None, **kwargs) -> int:
-    """4 B T H K d: k_t^T v_t and q_t S_t at every position, K the features' width."""
+    """4 B T H K d: k_t^T v_t and q_t S_t at every position, K the width of the features."""
     return 4 * products(qkvu_shape, decay_shape, theta_shape)
 
 
 @register_flop_formula(torch.ops.megatron_tn.gla_backward)
 def _backward_flops(dy, dsquare_sum, dstate, o, qkvu_shape, decay_shape, theta_shape, *args, out_shape=None, **kwargs):
-    """Two products for each of the forward's; recomputing the states is not counted."""
+    """Twice the forward FLOPs: two products for each forward product. Recomputed states are not counted."""
     return 8 * products(qkvu_shape, decay_shape, theta_shape)
 
 

@@ -16,8 +16,8 @@ from kernels.lightning.sequences import Sequences
 def forward(
     inputs: GlaInputs, features: Tensor | None, *, return_state: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y [B, T, H d] (o itself without a gate), the sum of o^2 [B, T] fp32, the final state, o [B, T, H, d] and the
-    states that segments start from; the last three as in lightning attention's forward pass."""
+    """y [B, T, H d] (o itself without a gate), the sum of o^2 [B, T] fp32, and as in lightning attention's forward pass
+    the final state, o [B, T, H, d] and the segments' initial states."""
     q, k, v, u = inputs.parts
     if features is not None:
         q, k = features.unbind(2)
@@ -37,8 +37,8 @@ def backward(
     theta_wanted: bool,
     dqkvu: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
-    """Write dqkvu [B, T, 4 H d]; return the gradients of the initial state, fp32, empty without one, and of theta
-    [H, 1, d], fp64, where it is wanted. The other arguments as in `kernels.gla.op.gradients`."""
+    """Write dqkvu [B, T, 4 H d]; return the initial state's gradient, fp32, empty without an initial state, and dtheta
+    [H, 1, d], fp64, if wanted. Other arguments as in `kernels.gla.op.gradients`."""
     q, k, v, u = inputs.parts
     dq, dk, dv, du = parts(dqkvu, inputs.heads)
     do = triton_gate.gate_gradient(
@@ -48,7 +48,7 @@ def backward(
     dfeatures = None
     if saved.features is not None:
         q, k = saved.features.unbind(2)
-        if inputs.theta is not None:  # without LRPE features are as wide as q and k: their gradients stand in dqkvu
+        if inputs.theta is not None:  # without LRPE, the features' gradients fit in place of dq and dk in dqkvu
             dfeatures = torch.empty(saved.features.shape, dtype=q.dtype, device=q.device)
             dq, dk = dfeatures.unbind(2)
     sequences = Sequences.of(q, v, inputs.cu_seqlens)

@@ -1,7 +1,7 @@
 """Gated linear attention in plain PyTorch: the feature map, lightning attention's chunked form, and the gate.
 
-With LRPE the gradients are formed in fp64, because theta's is a sum of terms of the size of a position that cancel.
-Otherwise inputs of any floating type, arithmetic in fp32 (fp64 for fp64).
+Inputs of any floating type, arithmetic in fp32 (fp64 for fp64). With LRPE gradients are computed in fp64: dtheta is a
+sum of terms proportional to the position, which cancel.
 """
 
 import math
@@ -18,7 +18,7 @@ from kernels.numerics import accumulation_dtype
 
 
 class _Turn(NamedTuple):
-    """cos and sin of theta t, [T, H, d] or [B, T, H, d]; positions: the t, [T] or [B, T]."""
+    """LRPE's cos(theta t) and sin(theta t), [T, H, d] or [B, T, H, d]; positions: t, [T] or [B, T]."""
 
     cos: Tensor
     sin: Tensor
@@ -107,7 +107,7 @@ def _features(x: Tensor, act: str, turn: _Turn | None, dtype: torch.dtype) -> Te
 
 
 def _feature_gradients(df: Tensor, x: Tensor, act: str, turn: _Turn | None) -> tuple[Tensor, Tensor | None]:
-    """From the gradient df of the features those of x and, with LRPE, of the angles theta t, [B, T, H, d]."""
+    """df, the gradient of the features -> dx and, with LRPE, the gradient of the angles theta t, [B, T, H, d]."""
     x, dangle = x.to(df.dtype), None
     if turn is not None:
         dcos, dsin = df.chunk(2, dim=-1)

@@ -1,6 +1,6 @@
 """The definition of gated linear attention, differentiable by autograd, in the inputs' type: give it fp64.
 
-It shares nothing with the implementations but the recurrence of kernels/lightning/reference.py.
+It uses the recurrence of kernels/lightning/reference.py and shares no code with the implementations.
 """
 
 import torch

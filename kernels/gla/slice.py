@@ -1,14 +1,14 @@
-"""Gated linear attention where context-parallel ranks hold slices of one sequence, and exchange states.
+"""Gated linear attention with context parallelism: ranks hold slices of one sequence and exchange states.
 
-LASP (arXiv 2404.02882), LASP-2 (2502.07563): a rank's initial state is a weighted sum of the final states that the
-ranks before it reach from zero, and the gradient of its final state one of the initial states' gradients of the ranks
-after it. Both are an all-gather of [B, H, K, d] a layer, begun early and waited for late:
+LASP (arXiv 2404.02882), LASP-2 (2502.07563): a rank's initial state is a weighted sum of the previous ranks' final
+states, each computed from zero; the gradient of its final state is a weighted sum of the next ranks' initial-state
+gradients. Each is one all-gather of [B, H, K, d] per layer, started early and waited for late:
 
-    forward: features of k; own final state; begin the all-gather; features of q; wait; y
-    backward: gradient of o; own initial state's gradient; begin the all-gather; dq; wait; dk, dv; through the features
+    forward: features of k; own final state; start all-gather; features of q; wait; y
+    backward: do; gradient of own initial state; start all-gather; dq; wait; dk, dv; dqkvu through the features
 
-Of packed documents, only the two that the slice begins and ends in cross its edges. Their states, [1, H, K, d], are
-what is exchanged and kept for the backward pass: those of all documents could take more memory than the activations.
+With packed documents, only the slice's first and last document can cross its edges. Only their states, [1, H, K, d],
+are exchanged and saved; the states of all documents could take more memory than the activations.
 """
 
 from collections.abc import Callable
@@ -31,12 +31,12 @@ BEGINNING, END = 0, 1  # the edges of a slice
 
 
 class StateExchange(NamedTuple):
-    """How states pass between the ranks that hold the slices of a sequence.
+    """Weights and process group of the exchange of states between the ranks of a sequence.
 
     received: [ranks, H], the weight of each rank's own final state in this rank's initial state.
     sent: [ranks, H], the weight of this rank's own final state in each rank's initial state.
-    edges: [2], the documents that the slice begins and ends in; None where rows are whole sequences.
-    group: the name of the process group. ranks: its size.
+    edges: [2], indices of the slice's first and last document; None without packed documents.
+    group: name of the process group. ranks: its size.
     """
 
     received: Tensor
@@ -59,8 +59,8 @@ def gla_slice(
 ) -> tuple[Tensor, Tensor]:
     """`gla` on a slice of T positions of every sequence: y [B, T, H d] and the sum of o^2 [B, T].
 
-    Arguments as in `gla`; positions are those in the whole sequence or document, cu_seqlens the documents' bounds
-    within the slice. Gradients reach qkvu and theta. Collective over the group, as is the backward pass.
+    Arguments as in `gla`; positions: in the whole sequence or document; cu_seqlens: document bounds within the slice.
+    Differentiable in qkvu and theta. Forward and backward pass are collective over the group.
     Raises ValueError naming the argument that does not fit.
     """
     check_gla(
@@ -136,9 +136,10 @@ def _slice_backward(
     group: str,
     theta_wanted: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of qkvu and of theta (empty unless wanted), the exchange of states' gradients included.
+    """dqkvu and dtheta (empty unless wanted), including the exchange of the states' gradients.
 
-    initial_state, state: those of the documents at the slice's beginning and end. group: the name of the process group.
+    initial_state, state: initial state of the slice's first document, final state of its last one. group: name of the
+    process group.
     """
     ranks = dist.distributed_c10d._resolve_process_group(group)
 
@@ -171,25 +172,25 @@ def _slice_backward_fake(dy, dsquare_sum, o, qkvu, decay, theta, act, gate, *res
 
 @register_flop_formula(torch.ops.megatron_tn.gla_slice_backward)
 def _slice_backward_flops(dy, dsquare_sum, o, qkvu_shape, decay_shape, theta_shape, *args, out_shape=None, **kwargs):
-    """10 B T H K d: four products of 2 B T H K d, and a fifth for the initial state's gradient on its own."""
+    """10 B T H K d: four products of 2 B T H K d, and a fifth for the separate initial-state gradient."""
     return 10 * products(qkvu_shape, decay_shape, theta_shape)
 
 
 @in_own_types
 def _combine(gathered: Tensor, weights: Tensor) -> Tensor:
-    """The ranks' states [ranks * B, H, K, d], rank by rank, weighted by [ranks, H] and summed: [B, H, K, d]."""
+    """All ranks' states [ranks * B, H, K, d], weighted by [ranks, H] and summed over ranks: [B, H, K, d]."""
     states = gathered.unflatten(0, (weights.shape[0], -1))
     return torch.einsum("rh,rbhkv->bhkv", weights, states)
 
 
 def _of_edge(states: Tensor, edges: Tensor | None, edge: int) -> Tensor:
-    """Of the documents' states [n, H, K, d], that of the document at an edge of the slice, [1, H, K, d]; all of them
-    where rows are whole sequences."""
+    """The state [1, H, K, d], out of `states` [n, H, K, d], of the document at an edge of the slice; all states without
+    packed documents."""
     return states if edges is None else states.index_select(0, edges[edge : edge + 1])
 
 
 def _of_all_documents(state: Tensor, edges: Tensor | None, edge: int, cu_seqlens: Tensor | None) -> Tensor:
-    """The reverse of `_of_edge`: the states of all other documents are zero."""
+    """The inverse of `_of_edge`, with zero states for all other documents."""
     if edges is None:
         return state
     states = state.new_zeros(cu_seqlens.shape[0] - 1, *state.shape[1:])

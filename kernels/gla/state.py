@@ -1,4 +1,4 @@
-"""The final state of gated linear attention alone, which a context-parallel rank sends before it forms its output."""
+"""The final state of gated linear attention, which a context-parallel rank sends before it computes its output."""
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ def gla_state(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """The state that `gla` returns, [B or documents, H, K, d] fp32 (fp64 for fp64), without its output; outside
-    autograd. features: of `form_features`; those of q are not read. Of a head, only what has not faded is read."""
+    """`gla`'s final state, [B or documents, H, K, d] fp32 (fp64 for fp64), without its output; outside autograd.
+    features: from `form_features`; q's are not read. Per head, positions whose decay to the end is 0 are not read."""
     inputs = GlaInputs(qkvu, decay, theta, act, False, positions, initial_state, cu_seqlens)
     if not qkvu.is_cuda:
         check_gla_values(decay, positions, cu_seqlens, inputs.total)

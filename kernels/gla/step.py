@@ -1,4 +1,4 @@
-"""One token of decoding: the state's update and the output, of the fused projection."""
+"""One decoding step of gated linear attention: state update and output from the fused projection."""
 
 import torch
 from torch import Tensor

@@ -1,11 +1,11 @@
 """The feature map of q and k in Triton: the activation, and LRPE's cosines and sines.
 
 One kernel reads q and k from the fused projection and writes their features; another reads the features' gradients and
-writes those of q and k. They are passes of their own because forming features within the scan took longer: bulk copies
-bring tiles from memory to where the tensor cores read them, and a map would have to change them in between.
+writes dq and dk. Computing features within the scan was slower: TMA bulk copies bring tiles to shared memory, where the
+tensor cores read them directly, and a feature map would have to rewrite them first.
 
-An angle theta t is a number of turns, theta / 2 pi in units of 2^-64 times the integer t. The product's overflow is
-exactly the whole turns, so the angle at a position in the millions is as exact as at a short one.
+Angles theta t are computed in turns: theta / 2 pi, an integer in units of 2^-64, times the integer t. Integer overflow
+drops exactly the whole turns, so angles at positions in the millions are as exact as at small ones.
 """
 
 import triton
@@ -18,7 +18,7 @@ ONE_PLUS_ELU = tl.constexpr(2)
 
 @triton.jit
 def sigmoid(x, QUICK: tl.constexpr):
-    if QUICK:  # one instruction, of relative error 2^-11: below the rounding of a factor to bf16
+    if QUICK:  # one instruction with relative error 2^-11, less than bf16 rounding
         half = tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [x * 0.5], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -73,7 +73,7 @@ def cos_sin(position, fraction, QUICK: tl.constexpr):
 
 @triton.jit
 def positions_of(token, total, positions_pointer, positions_row, positions_time, held):
-    """The position of each token, int64; its place in its row where positions_pointer is None."""
+    """The position of each token, int64; its index in its row where positions_pointer is None."""
     row = token // total
     place = token - row * total
     if positions_pointer is not None:
@@ -97,7 +97,7 @@ def features_kernel(
     width,  # D
     head_width,  # d
     QUERIES: tl.constexpr,  # whether to write the features of q
-    KEYS: tl.constexpr,  # whether to write those of k
+    KEYS: tl.constexpr,  # whether to write the features of k
     ACT: tl.constexpr,
     QUICK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -141,13 +141,13 @@ def store_turned(x_at, at, head_width, cos, sin, mask, ACT: tl.constexpr, QUICK:
 
 @triton.jit
 def feature_gradients_kernel(
-    x_pointer,  # see features_kernel
+    x_pointer,  # [tokens, 4 D]: q | k | v | u
     theta_pointer,
     positions_pointer,
-    weight_pointer,  # [total] fp32: distances_from_middle, for packed rows; None: computed here
+    weight_pointer,  # [total] fp32: distances_from_middle, for packed documents; None: computed here
     gradient_pointer,  # the features' gradients, laid out as the features
-    out_pointer,  # [tokens, 4 D], of which q's and k's parts are written; without LRPE it may be gradient_pointer
-    flow_pointer,  # [programs along tokens, D] fp32, written: the near part of theta's gradient; None: not wanted
+    out_pointer,  # [tokens, 4 D]: dq and dk are written; without LRPE it may equal gradient_pointer
+    flow_pointer,  # [programs along tokens, D] fp32, written: the near part of dtheta; None: not wanted
     x_row,
     gradient_row,
     out_row,

@@ -1,8 +1,8 @@
-"""The gate in Triton: one program a token over all heads, which reads and writes each tensor once.
+"""The gate in Triton: one program per token, over all heads, which reads and writes each tensor once.
 
 Forward y = o u and the sum of o^2; backward do = dy u + 2 dsum o and du = dy o. u and du are views of the fused
-projection and of its gradient. As a part of the scans it would save 2 of 24 tensors' traffic, and cost registers that
-the scans do not have.
+projection and its gradient. Fusing the gate into the scans would save the traffic of 2 of 24 tensors, but the scans
+have no registers left.
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""One token of decoding in one kernel: a program owns a slice of one head's state, SLICE columns wide.
+"""One decoding step in one kernel: a program owns SLICE columns of one head's state.
 
-It reads the slice, S <- exp(-r) S + k^T v, writes it and forms o = q S: 8 bytes of memory traffic an element of the
-state; all other tensors are small beside it. Every program forms the features of k and q for itself, in fp32.
+It reads the columns, updates S <- exp(-r) S + k^T v, writes them and computes o = q S: 8 bytes of memory traffic per
+element of the state; all other tensors are small. Every program computes the features of k and q itself, in fp32.
 """
 
 import torch
@@ -46,7 +46,7 @@ def step_kernel(
     column = piece * SLICE + tl.arange(0, SLICE)
     held = i < summed_width
     wanted = column < width
-    source = tl.where(i < width, i, i - width)  # the second half of LRPE's features are the same elements' sines
+    source = tl.where(i < width, i, i - width)  # LRPE features: cosine half, then sine half of the same elements
 
     x = x_pointer + row.to(tl.int64) * x_row + head * width
     part = heads * width
@@ -61,7 +61,7 @@ def step_kernel(
         turn = tl.where(i < width, tl.reshape(cos, [SUMMED]), tl.reshape(sin, [SUMMED]))
         q *= turn
         k *= turn
-    # One plus the exponential of a padded zero is not zero.
+    # With "1+elu", act(0) = 1: padding must be zeroed after the activation.
     q = tl.where(held, q, 0.0)
     k = tl.where(held, k, 0.0)
     v = tl.load(x + 2 * part + column, mask=wanted, other=0.0).to(tl.float32)

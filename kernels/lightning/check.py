@@ -1,4 +1,4 @@
-"""What lightning attention refuses: each error names the argument, its value and the relation it breaks."""
+"""Argument checks of lightning attention: each error names the argument, its value and the relation it breaks."""
 
 import itertools
 
@@ -11,7 +11,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def check_inputs(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> None:
-    """Raise ValueError unless the arguments of `lightning_attention` fit together. Reads shapes and types alone."""
+    """Raise ValueError unless the arguments of `lightning_attention` fit together. Checks only shapes and types."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name}.shape={tuple(x.shape)} must have four dimensions [B, T, H, width]")
@@ -37,7 +37,7 @@ def check_decay_and_states(
     *,
     state_widths: tuple[int, int],
 ) -> None:
-    """Raise ValueError unless decay, initial_state and cu_seqlens fit x [B, T, ...]. Reads shapes and types alone."""
+    """Raise ValueError unless decay, initial_state and cu_seqlens fit x [B, T, ...]. Checks only shapes and types."""
     check_devices(x, decay=decay, initial_state=initial_state, cu_seqlens=cu_seqlens)
     if decay.shape != (heads,):
         raise ValueError(f"decay.shape={tuple(decay.shape)} must be [H] = ({heads},)")
@@ -53,15 +53,15 @@ def check_decay_and_states(
 
 
 def check_devices(x: Tensor, **others: Tensor | None) -> None:
-    """Raise ValueError unless `others` are on x's kind of device."""
+    """Raise ValueError unless `others` are on x's device type."""
     for name, other in others.items():
         if other is not None and other.device.type != x.device.type:
             raise ValueError(f"{name}.device={other.device} must be that of the other inputs, {x.device}")
 
 
 def check_values(decay: Tensor, cu_seqlens: Tensor | None, total: int) -> None:
-    """Raise ValueError unless rates are finite and >= 0 and cu_seqlens rises from 0 to `total`. Reads values: CPU
-    only."""
+    """Raise ValueError unless rates are finite and >= 0 and cu_seqlens rises from 0 to `total`. Reads tensor values, so
+    only for CPU tensors."""
     if not bool(((decay >= 0) & decay.isfinite()).all()):
         # An infinite rate would make exp(-r (t - s)) NaN at t = s.
         raise ValueError(f"decay={decay.tolist()} must be >= 0 and finite at every head")
@@ -81,6 +81,6 @@ def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> None:
 
 
 def _check_wide_type(name: str, x: Tensor) -> None:
-    # A rate rounded to bf16 is off by up to 0.4 %, and exp(-r n) by n times as much.
+    # A rate r rounded to bf16 is off by up to 0.4 %, and exp(-r n) by r n times as much.
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{name}.dtype={x.dtype} must be float32 (float64 is taken too)")

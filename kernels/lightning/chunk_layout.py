@@ -1,4 +1,4 @@
-"""How the plain PyTorch form cuts sequences into chunks: the one place that knows of padding and document boundaries.
+"""How the plain PyTorch form cuts sequences into chunks; all padding and document boundaries are handled here.
 
 Every document starts a new chunk, so that no product sees two documents and no mask is needed. A document's last chunk
 is padded with zeros, which add nothing to any sum.
@@ -17,11 +17,11 @@ class ChunkLayout:
 
     total: positions of a row.
     lengths: [chunks], positions of each chunk without its padding.
-    before: for every chunk the slot of the state it starts from; the slot of the state after it is the next one.
+    before: slot of the state before every chunk; the state after the chunk is in the next slot.
     first, last: for every document the slots of its initial and final state (the same slot if it is empty).
-    source: [chunks * size], the position of the row that each position of the chunks is copied from, -1 for padding;
-        None where every row is one document, whose chunks are slices.
-    place: [T], the inverse of source; None likewise.
+    source: [chunks * size], the row position of each position of the chunks, -1 for padding; None where every row is
+        one document, whose chunks are slices.
+    place: [T], the inverse of source; None where source is None.
     """
 
     size: int
@@ -82,7 +82,7 @@ def whole_rows(total: int, size: int, device: torch.device) -> ChunkLayout:
 def packed_documents(cu_seqlens: Tensor, total: int, size: int) -> ChunkLayout:
     """The layout of documents packed into one row (cu_seqlens as in `lightning_attention`), empty ones included.
 
-    Copies cu_seqlens to the host, which waits for the GPU there.
+    Copies cu_seqlens to the host: a synchronisation with the GPU.
     """
     device = cu_seqlens.device
     bounds = cu_seqlens.to("cpu", torch.int64)
@@ -90,7 +90,7 @@ def packed_documents(cu_seqlens: Tensor, total: int, size: int) -> ChunkLayout:
     chunk_counts = (counts + size - 1) // size
     document = torch.repeat_interleave(torch.arange(len(counts)), chunk_counts)
     chunk_ends = chunk_counts.cumsum(0)
-    offset = (torch.arange(len(document)) - (chunk_ends - chunk_counts)[document]) * size  # of a chunk in its document
+    offset = (torch.arange(len(document)) - (chunk_ends - chunk_counts)[document]) * size  # in its document
     lengths = (counts[document] - offset).clamp(max=size)
 
     within = torch.arange(size)

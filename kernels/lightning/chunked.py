@@ -5,9 +5,9 @@ With a chunk's positions i, j, its length L and the state S before it,
     o_i = sum over j <= i of exp(-r (i - j)) (q_i . k_j) v_j  +  exp(-r (i + 1)) q_i S
     S  <- exp(-r L) S + sum over j of exp(-r (L - 1 - j)) k_j^T v_j
 
-Backward, the gradient G of the state after a chunk is carried from the last chunk to the first, with the two exponents
-exchanged. Every exponent is <= 0, whatever the rate. Products are batched over rows, heads and chunks; only the two
-state recurrences loop, over chunks. Inputs of any floating type; arithmetic in fp32 (fp64 for fp64).
+Backward, the gradient G of the state is carried from the last chunk to the first, with the exponents of the two
+equations exchanged. Every exponent is <= 0. Products are batched over rows, heads and chunks; only the recurrences of S
+and G loop over chunks. Inputs of any floating type; arithmetic in fp32 (fp64 for fp64).
 """
 
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ from kernels.numerics import accumulation_dtype, in_own_types
 
 @dataclass(frozen=True)
 class _Decay:
-    """The powers of exp(-r) that one call needs; all broadcast to [chunks, B, H, size, width]."""
+    """Powers of exp(-r) for one call; all broadcast to [chunks, B, H, size, width]."""
 
     within: Tensor  # [H, size, size]: exp(-r (i - j)) for j <= i, else 0
     from_start: Tensor  # [H, size, 1]: exp(-r (i + 1)), the weight at i of the state before the chunk
     to_end: Tensor  # [chunks, 1, H, size, 1]: exp(-r (L - 1 - j)), the weight of j in the state after the chunk
-    across: Tensor  # [chunks, H, 1, 1]: exp(-r L), the weight in it of the state before the chunk
+    across: Tensor  # [chunks, H, 1, 1]: exp(-r L), the weight of the state before the chunk in the state after it
 
     @classmethod
     def of(cls, decay: Tensor, layout: ChunkLayout, dtype: torch.dtype) -> "_Decay":
@@ -90,7 +90,7 @@ def backward(inputs: AttentionInputs, *, do: Tensor, dstate: Tensor | None) -> t
 
 @in_own_types
 def initial_gradient(q: Tensor, *, do: Tensor, decay: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """The gradient of the initial state for dstate None, without the other gradients."""
+    """Only the gradient of the initial state, with a final-state gradient of zero; shaped like the state."""
     dtype = accumulation_dtype(q.dtype)
     layout = _layout(q, do, cu_seqlens)
     powers = _Decay.of(decay, layout, dtype)
@@ -102,7 +102,7 @@ def initial_gradient(q: Tensor, *, do: Tensor, decay: Tensor, cu_seqlens: Tensor
 
 def _layout(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> ChunkLayout:
     total = q.shape[1]
-    # So long that the states, one of K x V a chunk, hold no more elements than the inputs.
+    # Chunks long enough that the states, K x V per chunk, have no more elements than the inputs.
     size = min(64 if max(q.shape[-1], v.shape[-1]) <= 64 else 128, total)
     if cu_seqlens is None:
         return whole_rows(total, size, q.device)
@@ -123,8 +123,7 @@ def _states(k: Tensor, v: Tensor, powers: _Decay, layout: ChunkLayout, initial_s
 def _state_gradients(
     q: Tensor, do: Tensor, powers: _Decay, layout: ChunkLayout, dstate: Tensor | None, out: Tensor
 ) -> Tensor:
-    """The gradient of the state in every slot, [slots, B, H, K, V]. do: already multiplied by
-    `from_start`."""
+    """The gradient of the state in every slot, [slots, B, H, K, V]. do: already multiplied by `from_start`."""
     _fill(out, layout.last, dstate)
     _write_products(q.mT, do, out, layout, 0)
     for chunk in reversed(range(layout.chunks)):
@@ -134,7 +133,7 @@ def _state_gradients(
 
 
 def _fill(states: Tensor, slots: list[int], given: Tensor | None) -> None:
-    """Set `slots` of states to `given` [B, H, K, V], or [documents, H, K, V] of a packed row; to 0 for None."""
+    """Set `slots` of states to `given`: [B, H, K, V], [documents, H, K, V] for packed documents, or None for 0."""
     states[slots] = 0 if given is None else given.reshape(len(slots), *states.shape[1:]).to(states.dtype)
 
 

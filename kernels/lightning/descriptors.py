@@ -8,20 +8,20 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def describable(x: Tensor) -> bool:
-    """Whether bulk copies can read and write x [B, T, H, width]: 16-byte aligned rows that do not overlap."""
+    """Whether TMA bulk copies can read and write x [B, T, H, width]: 16-byte aligned rows that do not overlap."""
     return x.data_ptr() % 16 == 0 and _describable_layout(x.shape, x.stride(), x.element_size())
 
 
-# Preparing a launch takes the host as long as the launch itself: what depends on shapes alone is remembered.
+# Building descriptors takes the host as long as a launch, so everything that depends only on shapes is cached.
 @functools.lru_cache(maxsize=4096)
 def _describable_layout(shape: torch.Size, strides: tuple[int, ...], element_bytes: int) -> bool:
     step = 16 // element_bytes
     aligned = all(s > 0 and s % step == 0 for s, n in zip(strides[:3], shape[:3], strict=True) if n > 1)
-    # Copies move whole 16 bytes: a width that is no multiple of them would reach into the next head.
+    # Bulk copies move multiples of 16 bytes: another width would reach into the next head.
     return aligned and strides[3] == 1 and shape[3] % step == 0
 
 
-_templates: dict[tuple, dict] = {}  # (shape, strides, type, block) -> the fields of a descriptor but its tensor
+_templates: dict[tuple, dict] = {}  # (shape, strides, type, block) -> fields of a descriptor except its tensor
 
 
 def descriptor(x: Tensor, positions: int, columns: int) -> TensorDescriptor:
@@ -31,7 +31,7 @@ def descriptor(x: Tensor, positions: int, columns: int) -> TensorDescriptor:
     if fields is None:
         if len(_templates) >= 4096:
             _templates.clear()
-        # A dimension of size 1 may have any stride, but TensorDescriptor insists on a multiple of 16 bytes.
+        # A dimension of size 1 may have any stride, but TensorDescriptor requires a multiple of 16 bytes.
         strides = [s if n > 1 else 16 for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
         made = TensorDescriptor(x, list(x.shape), [*strides, 1], [1, positions, 1, columns])
         _templates[key] = {name: value for name, value in vars(made).items() if name != "base"}

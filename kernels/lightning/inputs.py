@@ -1,4 +1,4 @@
-"""What every pass of lightning attention reads."""
+"""Inputs of lightning attention's passes."""
 
 from typing import NamedTuple
 

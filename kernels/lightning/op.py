@@ -25,27 +25,27 @@ def lightning_attention(
     cu_seqlens: Tensor | None = None,
     return_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Causal linear attention whose memory fades by exp(-decay) at every position (arXiv 2307.14995, equations 5-7).
+    """Causal linear attention whose state decays by exp(-decay) per position (arXiv 2307.14995, equations 5-7).
 
         o_t = sum over s <= t of exp(-r (t - s)) (q_t . k_s) v_s
 
-    unscaled and without a denominator. Equivalently S_t = exp(-r) S_{t-1} + k_t^T v_t and o_t = q_t S_t, starting from
-    `initial_state`, which so adds exp(-r (t + 1)) q_t S_initial at index t. All exponents are <= 0 in every
-    implementation; rates and carried states are fp32 (fp64 for fp64 inputs).
+    without scale or denominator. Equivalently S_t = exp(-r) S_{t-1} + k_t^T v_t and o_t = q_t S_t, with S_{-1} =
+    `initial_state`, which adds exp(-r (t + 1)) q_t S_{-1} to o_t. All exponents are <= 0 in every implementation; rates
+    and states are fp32 (fp64 for fp64 inputs).
 
     q, k: [B, T, H, K]; v: [B, T, H, V], T >= 1; all three fp64, fp32, bf16 or fp16. Any strides with a contiguous last
         dimension are read without a copy, so views of a fused projection are.
-    decay: [H], the rate r >= 0 a position, fp32 (or fp64); it gets no gradient.
+    decay: [H], the rate r >= 0 per position, fp32 (or fp64); not differentiable.
     initial_state: [B, H, K, V], fp32 (or fp64).
-    cu_seqlens: [n + 1] int32, on the inputs' device: 0, the ends of the packed documents in a row of B = 1, and T;
-        repeat T at the end to keep the shape fixed. States are then [n, H, K, V]; an empty document's final state is
-        its initial state. No document sees another. Values are checked on CPU alone (on a GPU the host would wait).
+    cu_seqlens: [n + 1] int32, on the inputs' device: 0 and the ends of n documents packed into a row of B = 1, the last
+        T; repeat T at the end to keep the shape fixed. States are then [n, H, K, V]; an empty document's final state is
+        its initial state. Documents do not attend to each other. Values are checked only on CPU (no host
+        synchronisation on GPU).
     return_state: also return the state after the last position, shaped as initial_state.
 
-    Returns o [B, T, H, V] in the inputs' type, or (o, state). Gradients reach q, k, v and initial_state, from o and
-    from the state. fp16: scores and states may exceed 65504 (they are kept wider, or scaled), but an element of o that
-    does is infinite; use bf16 where slow heads meet long sequences. Raises ValueError naming the argument that does
-    not fit.
+    Returns o [B, T, H, V] in the inputs' type, or (o, state), both differentiable in q, k, v and initial_state. fp16:
+    scores and states may exceed 65504 (they are kept wider, or scaled), but o then overflows to infinity; use bf16 for
+    slow heads with long sequences. Raises ValueError naming the argument that does not fit.
     """
     check_inputs(q, k, v, decay, initial_state, cu_seqlens)
     o, state, _ = torch.ops.megatron_tn.lightning_forward(q, k, v, decay, initial_state, cu_seqlens, return_state)
@@ -62,8 +62,8 @@ def _forward(
     cu_seqlens: Tensor | None,
     return_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """o; the final state, empty unless wanted (for T = 1024 writing it costs a quarter of writing o); and the states
-    that segments start from, for the backward pass."""
+    """o; the final state, empty unless wanted (at T = 1024 writing it costs a quarter of writing o); and the segments'
+    initial states, for the backward pass."""
     if not q.is_cuda:
         check_values(decay, cu_seqlens, q.shape[1])
     inputs = AttentionInputs(q, k, v, decay, initial_state, cu_seqlens)
@@ -110,7 +110,7 @@ def _backward_fake(do, dstate, q, k, v, decay, initial_state, cu_seqlens, starts
 
 
 def _save(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # no tensor of zeros for the gradient of a state that nothing used
+    ctx.set_materialize_grads(False)  # None, not zeros, as the gradient of an unused state
     *tensors, ctx.state_wanted = inputs
     ctx.save_for_backward(*tensors, output[2])
 
@@ -133,14 +133,14 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 @register_flop_formula(torch.ops.megatron_tn.lightning_forward)
 def _forward_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
-    """4 B T H K V: k_t^T v_t and q_t S_t at every position, whatever chunk a kernel works in."""
+    """4 B T H K V: k_t^T v_t and q_t S_t at every position, for any chunk length."""
     batch, total, heads, width = q_shape
     return 4 * batch * total * heads * width * v_shape[-1]
 
 
 @register_flop_formula(torch.ops.megatron_tn.lightning_backward)
 def _backward_flops(do_shape, dstate_shape, q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
-    """Two products for each of the forward's; recomputing the states is not counted."""
+    """Twice the forward FLOPs: two products for each forward product. Recomputed states are not counted."""
     return 2 * _forward_flops(q_shape, k_shape, v_shape)
 
 
@@ -155,23 +155,23 @@ def backend(q: Tensor, v: Tensor) -> str:
 
 
 def empty_state(q: Tensor, v: Tensor, key: int, cu_seqlens: Tensor | None, wanted: bool) -> Tensor:
-    """Room for a state [B or documents, H, key, V]; an empty tensor unless wanted. key: the width of q's features."""
+    """An uninitialised state [B or documents, H, key, V]; an empty tensor unless wanted. key: width of q's features."""
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (rows, q.shape[2], key, v.shape[3]) if wanted else (0,)
     return q.new_empty(shape, dtype=accumulation_dtype(q.dtype))
 
 
 def empty_starts(q: Tensor, v: Tensor, key: int, cu_seqlens: Tensor | None) -> Tensor:
-    """Room for the states that segments start from, [pieces, H, key, V] fp32, empty where no sequence is cut.
+    """Uninitialised initial states of the segments, [pieces, H, key, V] fp32, empty where no sequence is cut.
 
-    The shape depends on shapes and the device alone, so that fake tensors have it too. q: [B, T, H, ...]; key: the
-    width of its features.
+    The shape depends only on shapes and the device, so that fake tensors have it too. q: [B, T, H, ...]; key: width of
+    q's features.
     """
-    # Plain integers: symbolic sizes of a compiler are specialised here, because segment lengths depend on their values.
+    # int() specialises torch.compile's symbolic sizes, because segment lengths depend on their values.
     batch, total, heads, key, value = (int(size) for size in (*q.shape[:3], key, v.shape[-1]))
     shape = (0,)
     if q.is_cuda and q.dtype != torch.float64 and max(key, value) <= MAX_TRITON_WIDTH:
-        # The fake tensors of a memory plan claim is_cuda on a CPU device: planned for the newest architecture.
+        # A memory plan's fake tensors have is_cuda set, on a CPU device: use the newest architecture.
         there = torch.cuda.is_available() and q.device.type == "cuda"
         capability = torch.cuda.get_device_capability(q.device)[0] if there else max(TILES)
         if capability >= min(TILES):

@@ -16,8 +16,8 @@ from kernels.lightning.sequences import Sequences
 
 
 def forward(inputs: AttentionInputs, *, return_state: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """o [B, T, H, V] in v's type, contiguous; the final state in fp32, empty unless wanted; and the states that
-    segments start from, [pieces, H, K, V] fp32, which `backward` takes again, empty where no sequence is cut."""
+    """o [B, T, H, V] in v's type, contiguous; the final state in fp32, empty unless return_state; and the segments'
+    initial states for `backward`, [pieces, H, K, V] fp32, empty where no sequence is cut."""
     q, k, v, decay, initial_state, cu_seqlens = inputs
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     sequences = Sequences.of(q, v, cu_seqlens)
@@ -34,8 +34,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, in their types, and of the initial state, in fp32, empty where there is none.
 
-    do: [B, T, H, V]. dstate: the gradient of the final state, None for zero. starts: of `forward`; None or empty to
-    find them again.
+    do: [B, T, H, V]. dstate: the gradient of the final state, None for zero. starts: from `forward`; None or empty:
+    recomputed.
     """
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs[:3])
     sequences = Sequences.of(inputs.q, inputs.v, inputs.cu_seqlens)
@@ -55,8 +55,8 @@ def final_state(
 ) -> Tensor:
     """The state after the last position, [B or documents, H, K, V] fp32, without the output.
 
-    reverse: the state before the first position, summed from the last: with k = q and v = do the gradient of the
-    initial state, and with initial_state = dstate.
+    reverse: sum from the last position to the first. With k = q, v = do and initial_state = dstate this is the gradient
+    of the initial state.
     """
     sequences = Sequences.of(k, v, cu_seqlens, states_alone=True)
     scan = Scan(a=k, b=k, c=v, decay=decay, sequences=sequences, reverse=reverse)
@@ -66,9 +66,9 @@ def final_state(
 
 
 class Crossing(NamedTuple):
-    """What `query_gradient` leaves for theta's gradient in `key_value_gradients` (CROSSING in triton_scan.py).
+    """Buffers for dtheta, from `query_gradient` to `key_value_gradients` (CROSSING in triton_scan.py).
 
-    between: states between stretches. flow: [pieces, H, K] fp32, not written yet.
+    between: states between stretches. flow: [pieces, H, K] fp32, written by `key_value_gradients`.
     """
 
     between: Tensor
@@ -86,7 +86,7 @@ def query_gradient(
 ) -> Crossing | None:
     """Write dq [B, T, H, K], of any strides. It does not depend on the gradient of the final state.
 
-    for_theta: q and k are features of LRPE, K = 2 d, and theta's gradient is wanted.
+    for_theta: q and k are LRPE features, K = 2 d, and dtheta is wanted.
     """
     scan = Scan(a=do, b=inputs.v, c=inputs.k, decay=inputs.decay, sequences=sequences, transposed=True)
     given = _fp32(inputs.initial_state)
@@ -113,8 +113,8 @@ def key_value_gradients(
     dv: Tensor,
     crossing: Crossing | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Write dk and dv, of any strides; return the gradient of the initial state, fp32, empty where there is none, and
-    with `crossing` the part of theta's gradient from pairs of positions in different stretches, [H, d] fp64."""
+    """Write dk and dv, of any strides; return the initial state's gradient, fp32, empty without an initial state, and
+    with `crossing` the part of dtheta from pairs of positions in different stretches, [H, d] fp64."""
     q, k, v, decay = inputs[:4]
     initial_wanted = inputs.initial_state is not None
     for_dv = Scan(a=k, b=q, c=do, decay=decay, sequences=sequences, reverse=True)

@@ -1,4 +1,4 @@
-"""The launch of the decayed scan (triton_scan.py) and of the kernels that find its segments' states."""
+"""Launches the decayed scan (triton_scan.py) and the kernels that compute its segments' initial states."""
 
 import torch
 import triton
@@ -12,15 +12,15 @@ from kernels.lightning.tiles import HOPPER, capability_of, padded, tile_for
 from kernels.lightning.triton_scan import scan_kernel
 from kernels.lightning.triton_segments import combine_kernel, piece_states_kernel
 
-COMBINED = 1024  # elements of a state that one program of combine_kernel carries through a sequence's pieces
+COMBINED = 1024  # elements of a state per program of combine_kernel
 
 
 class Scan:
-    """scan(a, b, c)_t = sum over s <= t of exp(-r (t - s)) (a_t . b_s) c_s, with its tile chosen.
+    """scan(a, b, c)_t = sum over s <= t of exp(-r (t - s)) (a_t . b_s) c_s. The constructor chooses the tile.
 
-    a, b: [B, T, H, S], S the width summed over. c: [B, T, H, C]. decay: [H].
-    transposed: states are laid out [C, S] and not [S, C].
-    reverse: over s >= t, with exp(-r (s - t)).
+    a, b: [B, T, H, S], S the summed width. c: [B, T, H, C]. decay: [H].
+    transposed: states are stored [C, S], not [S, C].
+    reverse: sum over s >= t, with exp(-r (s - t)).
     """
 
     def __init__(
@@ -51,18 +51,18 @@ class Scan:
         self.ragged = sequences.packed or sequences.total % self.tile.chunk != 0
 
     def new_state(self, wanted: bool = True) -> Tensor:
-        """Room for one state per sequence, fp32; an empty tensor unless wanted."""
+        """Uninitialised states, one per sequence, fp32; an empty tensor unless wanted."""
         shape = (self.sequences.count, *self.state_shape) if wanted else (0,)
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
     def new_crossing(self) -> Tensor:
-        """Room for the states between stretches (CROSSING in triton_scan.py)."""
+        """Uninitialised states between stretches (CROSSING in triton_scan.py)."""
         sequences = self.sequences
         if sequences.packed:
             stretches = sequences.total // tiles.THETA_STRETCH + sequences.count
         else:
             stretches = sequences.count * triton.cdiv(sequences.total, tiles.THETA_STRETCH)
-        # bf16 for fp16 inputs too: a state may lie beyond the range of fp16.
+        # bf16 for fp16 inputs too: a state may exceed the range of fp16.
         dtype = torch.float32 if self.a.dtype == torch.float32 else torch.bfloat16
         return torch.empty(stretches + 1, *self.state_shape, dtype=dtype, device=self.device)
 
@@ -78,16 +78,16 @@ class Scan:
     ) -> None:
         """Write the scan to `out` [B, T, H, C], of any strides, and the state after each sequence to `last`.
 
-        given: [sequences, H, ...] fp32, the states that sequences start from; None for zero.
+        given: [sequences, H, ...] fp32, the sequences' initial states; None for zero.
         starts: `segment_starts(given)`, where sequences are cut.
-        crossing: of `new_crossing`: states between stretches, which a forward scan writes and a reverse scan reads.
-        flow: [pieces, H, C] fp32, which a reverse scan sets to the sum, over the boundaries between stretches in a
-            piece, of the products of its own state and the forward scan's.
+        crossing: from `new_crossing`: states between stretches, written by a forward scan, read by a reverse scan.
+        flow: [pieces, H, C] fp32, written by a reverse scan: the sum, over the boundaries between stretches in a piece,
+            of the products of its state and the forward scan's.
         """
         sequences = self.sequences
         descriptors = self.descriptors and describable(out)
         first = given if starts is None else starts
-        fades = first if self.reverse else last  # a state that the missing positions of a last chunk would fade
+        fades = first if self.reverse else last  # a state that padding of a partial chunk would decay
         with torch.cuda.device_of(self.a):  # Triton launches on the current device
             scan_kernel[(sequences.pieces * self.heads * self.slices,)](
                 a=self._operand(self.a, self.summed, descriptors),
@@ -116,10 +116,10 @@ class Scan:
             )
 
     def segment_starts(self, given: Tensor | None, last: Tensor | None = None) -> Tensor:
-        """The state that every piece starts from, [pieces, H, ...] fp32. The state after each sequence goes to `last`.
+        """The initial state of every piece, [pieces, H, ...] fp32. The state after each sequence is written to `last`.
 
-        given: [sequences, H, ...] fp32, the states that sequences start from; for None the states of the sequences'
-            first pieces are left unwritten, and `run` does not read them.
+        given: [sequences, H, ...] fp32, the sequences' initial states; None for zero: the states of first pieces are
+            then neither written here nor read by `run`.
         """
         sequences = self.sequences
         states = torch.empty(sequences.pieces, *self.state_shape, dtype=torch.float32, device=self.device)
@@ -154,7 +154,7 @@ class Scan:
         return states
 
     def _shared_arguments(self) -> dict:
-        """What scan_kernel and piece_states_kernel are both given."""
+        """Arguments of both scan_kernel and piece_states_kernel."""
         sequences, tile = self.sequences, self.tile
         state_summed, state_c = self.state_strides
         return {

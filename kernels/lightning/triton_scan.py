@@ -2,20 +2,20 @@
 
     scan(a, b, c)_t = sum over s <= t of exp(-r (t - s)) (a_t . b_s) c_s
 
-is o for (q, k, v) and dq for (do, v, k); over s >= t ("reverse") it is dk for (v, do, q) and dv for (k, q, do). A
-program owns one head of one piece (a sequence, or a segment of one) and a slice of c's columns. It steps through the
-piece's chunks with its slice of the state in registers, and writes nothing but the result. chunked.py has the formulas
-of a chunk, triton_segments.py the states that segments start from, scan.py the launch.
+is o for (q, k, v) and dq for (do, v, k); the reverse scan, over s >= t, is dk for (v, do, q) and dv for (k, q, do). A
+program owns one head of one piece (a sequence or a segment) and a slice of c's columns. It loops over the piece's
+chunks with its slice of the state in registers, and writes only the result. chunked.py has the formulas of a chunk,
+triton_segments.py the segments' initial states, scan.py the launch.
 
-With LRPE the scans of dq and dk also form the part of theta's gradient from distant pairs: see CROSSING below.
+With LRPE the scans of dq and dk also compute the far part of dtheta: see CROSSING below.
 
 All tiles are transposed, [slice of c's columns, ...]: Hopper's tensor cores can read their left operand from
-registers, so the state and c need not leave them, and of a chunk only the CHUNK x CHUNK scores pass through shared
-memory. Products take operands in the inputs' type and sum in fp32; fp32 products use no tf32.
+registers, so the state and c stay in registers, and only the CHUNK x CHUNK scores of a chunk pass through shared
+memory. Products take operands in the inputs' type and accumulate in fp32; fp32 products do not use tf32.
 
-Only the last chunk of a sequence may be partly filled. The positions that it lacks are read as zeros, or as the next
-packed document's, and would fade the state that a forward scan returns or a reverse scan starts from. Where that
-matters (RAGGED), this chunk has a loop of its own with masks, and the loop over the whole chunks has none.
+Only the last chunk of a sequence may be partial. Its missing positions are read as zeros, or as the next packed
+document, and would decay the state that a forward scan returns or a reverse scan starts from. Where that matters
+(RAGGED), the partial chunk has its own loop with masks, and the loop over full chunks has none.
 """
 
 import triton
@@ -26,10 +26,10 @@ from kernels.lightning.triton_sequences import find_piece
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """x in `dtype`, and the factor it was divided by: 1, except for fp16, to keep |x| <= 4096."""
+    """(x / factor in `dtype`, factor). factor: 1, except for fp16, where |x| / factor <= 4096."""
     scale = 1.0
     if dtype == tl.float16:
-        # States and scores are unnormalised sums, which may exceed 65504 where their product with the other operand,
+        # States and scores are unnormalised sums and may exceed 65504, even if their product with the other operand,
         # scaled back in fp32, does not.
         scale = tl.maximum(tl.max(tl.max(tl.abs(x), axis=1), axis=0) / 4096.0, 1.0)
         x = x / scale
@@ -41,8 +41,8 @@ def load_tile(x, row, head, position, column, time_stride, width, held, ROWS: tl
               DESCRIPTORS: tl.constexpr):  # fmt: skip
     """The [ROWS, COLUMNS] tile of x at `position` and `column`, zero outside the row of the batch and past `width`.
 
-    x: a descriptor of [B, T, H, width]; or a pointer to position 0 of the row and head, from which positions lie
-    `time_stride` elements apart; of these, only those where `held` [ROWS] are read.
+    x: a TMA descriptor of [B, T, H, width]; or a pointer to position 0 of the row and head, with `time_stride` elements
+    between positions; only positions where `held` [ROWS] is true are read.
     """
     if DESCRIPTORS:
         return x.load([row, position, head, column]).reshape(ROWS, COLUMNS)
@@ -53,20 +53,20 @@ def load_tile(x, row, head, position, column, time_stride, width, held, ROWS: tl
         return tl.load(pointers, mask=mask, other=0.0)
 
 
-# CROSSING. The far part of theta's gradient (kernels/gla/theta_gradient.py) is a sum over the boundaries between
-# stretches of CROSSING positions: CROSSING times the sum of w_ts over the pairs with s before and t after the boundary.
-# That sum is a product of two states at the boundary, the forward one of k and v, which the scan of dq carries, and the
-# reverse one of q and do, which the scan of dk carries: cosine rows of one times sine rows of the other, less sine rows
-# times cosine rows. The scan of dq writes its states to `crossing`; the scan of dk adds the products up in `flow`.
+# CROSSING. The far part of dtheta (kernels/gla/theta_gradient.py) is a sum over the boundaries between stretches of
+# CROSSING positions: CROSSING times the sum of w_ts over the pairs with s before and t after the boundary. The inner
+# sum is a product of two states at the boundary: the forward state S of k and v, which the scan of dq carries, and the
+# reverse state G of q and do, which the scan of dk carries: cosine rows of one times sine rows of the other, minus sine
+# rows times cosine rows. The scan of dq writes S to `crossing`; the scan of dk accumulates the products in `flow`.
 @triton.jit
 def scan_kernel(
-    a,  # [B, T, H, summed width], a descriptor or a pointer, as are b, c and out
+    a,  # [B, T, H, summed width]; a, b, c and out: TMA descriptors, or pointers
     b,  # [B, T, H, summed width]
     c,  # [B, T, H, c's width]
     out,  # [B, T, H, c's width]
-    out_pointer,  # out as a pointer: a packed document's last chunk must not be stored whole, into the next document
+    out_pointer,  # out as a pointer, for masked stores of a packed document's last chunk
     decay_pointer,  # [heads], fp32
-    first_state_pointer,  # [pieces, heads, summed width, c's width], fp32: the state that each piece starts from
+    first_state_pointer,  # [pieces, heads, summed width, c's width], fp32: the initial state of each piece
     last_state_pointer,  # [sequences, heads, summed width, c's width], fp32, written
     bounds_pointer,  # see find_piece
     document_pointer,
@@ -76,7 +76,7 @@ def scan_kernel(
     total,
     heads,
     segments,
-    segment,  # positions a segment, a multiple of CHUNK where there are several
+    segment,  # positions per segment, a multiple of CHUNK where there are several
     sequences,
     slices,
     summed_width,
@@ -96,11 +96,11 @@ def scan_kernel(
     state_summed,  # strides of both states within [summed width, c's width]; a head's state is contiguous
     state_c,
     REVERSE: tl.constexpr,
-    RAGGED: tl.constexpr,  # whether a chunk may be partly filled, and that matters
+    RAGGED: tl.constexpr,  # whether a partial last chunk needs masks
     PACKED: tl.constexpr,
     CUT: tl.constexpr,
     HAS_FIRST: tl.constexpr,
-    FROM_ZERO: tl.constexpr,  # whether sequences start from zero: the states of their first pieces are not written
+    FROM_ZERO: tl.constexpr,  # whether sequences start from zero: the initial states of their first pieces are not read
     HAS_LAST: tl.constexpr,
     CROSSING: tl.constexpr,  # 0, or the length of a stretch
     DESCRIPTORS: tl.constexpr,
@@ -150,8 +150,8 @@ def scan_kernel(
     within = tl.where(distance >= 0, tl.exp(-rate * tl.maximum(distance, 0).to(tl.float32)), 0.0)
 
     if CROSSING:
-        # The first slot of this sequence in `crossing`. Each has a slot per boundary; a packed document, whose length
-        # is on the GPU alone, has one to spare.
+        # The first slot of this sequence in `crossing`: one slot per boundary, and one extra per packed document, whose
+        # length the host does not know.
         if PACKED:
             slot = start // CROSSING + number
         else:
@@ -164,10 +164,10 @@ def scan_kernel(
         split = held_length // CHUNK
     if REVERSE:
         split = chunks - split
-    PARTIAL: tl.constexpr = 0 if REVERSE else 1  # which of the two loops has the partly filled chunk
+    PARTIAL: tl.constexpr = 0 if REVERSE else 1  # which of the two loops has the partial chunk
     WHOLE: tl.constexpr = 1 - PARTIAL
     for part in tl.static_range(0 if RAGGED else WHOLE, 2 if RAGGED else WHOLE + 1):
-        # `near`: how far a row is from the state that the chunk starts with; what it writes fades over the rest.
+        # `near`: distance of a row from the chunk's initial state.
         rows = held_length % CHUNK if part == PARTIAL else CHUNK
         near = rows - 1 - i if REVERSE else i + 1
         read_fade = tl.exp(-rate * tl.maximum(near, 0))
@@ -201,7 +201,7 @@ def scan_kernel(
             a_t = load_tile(a, row, head, position, 0, a_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS).trans()
             b_tile = load_tile(b, row, head, position, 0, b_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS)
             c_t = load_tile(c, row, head, position, column, c_time, c_width, held, CHUNK, OUT, DESCRIPTORS).trans()
-            if PACKED and part == PARTIAL:  # a descriptor's tile extends into the next document
+            if PACKED and part == PARTIAL:  # a TMA tile would extend into the next document
                 a_t = tl.where(held[None, :], a_t, 0.0)
                 b_tile = tl.where(held[:, None], b_tile, 0.0)
                 c_t = tl.where(held[None, :], c_t, 0.0)

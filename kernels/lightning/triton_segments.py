@@ -1,9 +1,9 @@
-"""The states that segments of a long sequence start from, so that one head's segments can be scanned at once.
+"""Initial states of the segments of a long sequence, so that the segments can be scanned in parallel.
 
-piece_states_kernel sums up every piece from a state of zero, which reads two of the scan's inputs a second time;
-combine_kernel goes through a sequence's pieces in order, state <- exp(-r length) state + the piece's own. The state
-after the last piece is the sequence's final state. A state that no piece starts from is neither written nor read: many
-short documents, each a single piece, have more elements of states than of inputs.
+piece_states_kernel computes every piece's state from zero, which reads two of the scan's inputs a second time;
+combine_kernel loops over a sequence's pieces: state <- exp(-r length) state + the piece's state. The state after the
+last piece is the sequence's final state. States that are not the initial state of a piece are neither written nor read:
+for many short documents of one piece each, states have more elements than inputs.
 """
 
 import triton
@@ -15,7 +15,7 @@ from kernels.lightning.triton_sequences import find_piece, sequence
 
 @triton.jit
 def piece_states_kernel(
-    b,  # [B, T, H, summed width]: a descriptor or a pointer, as is c
+    b,  # [B, T, H, summed width]; b and c: TMA descriptors, or pointers
     c,  # [B, T, H, c's width]
     states_pointer,  # [pieces, heads, summed width, c's width], fp32, written
     decay_pointer,  # [heads], fp32
@@ -25,7 +25,7 @@ def piece_states_kernel(
     total,
     heads,
     segments,
-    segment,  # positions a segment, a multiple of CHUNK
+    segment,  # positions per segment, a multiple of CHUNK
     sequences,
     slices,
     summed_width,
@@ -39,10 +39,10 @@ def piece_states_kernel(
     state_summed,  # strides within [summed width, c's width]
     state_c,
     REVERSE: tl.constexpr,
-    RAGGED: tl.constexpr,  # whether a chunk may be partly filled
+    RAGGED: tl.constexpr,  # whether a chunk may be partial
     PACKED: tl.constexpr,
     CUT: tl.constexpr,
-    WITH_LAST: tl.constexpr,  # whether the last pieces' states are wanted: no piece starts from them
+    WITH_LAST: tl.constexpr,  # whether the last pieces' states are wanted (for the final states)
     DESCRIPTORS: tl.constexpr,
     CHUNK: tl.constexpr,
     SUMMED: tl.constexpr,
@@ -71,14 +71,14 @@ def piece_states_kernel(
     columns = column + tl.arange(0, OUT)
     summed = tl.arange(0, SUMMED)
 
-    # exp(-104) is 0 in fp32, denormals included: chunks so far from the piece's end that r distance >= 104 are skipped.
+    # exp(-104) is 0 in fp32, even with denormals: chunks with r * (distance to the piece's end) >= 104 are skipped.
     chunks = tl.cdiv(held_length, CHUNK)
     reach = tl.minimum(104.0 / tl.maximum(rate, 1e-6), 1e8).to(tl.int32)
     skipped = tl.maximum(chunks - 2 - reach // CHUNK, 0)
     if not WITH_LAST:
         skipped = tl.where(is_last, chunks, skipped)
 
-    # Two loops, as in scan_kernel: over whole chunks without masks, and over the partly filled one.
+    # Two loops, as in scan_kernel: over full chunks without masks, and over the partial one.
     state = tl.zeros([OUT, SUMMED], dtype=tl.float32)
     split = held_length // CHUNK
     if REVERSE:
@@ -99,7 +99,7 @@ def piece_states_kernel(
             held = begin + i < held_length
             b_tile = load_tile(b, row, head, position, 0, b_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS)
             c_t = load_tile(c, row, head, position, column, c_time, c_width, held, CHUNK, OUT, DESCRIPTORS).trans()
-            if PACKED and part == PARTIAL:  # a descriptor's tile extends into the next document
+            if PACKED and part == PARTIAL:  # a TMA tile would extend into the next document
                 b_tile = tl.where(held[:, None], b_tile, 0.0)
                 c_t = tl.where(held[None, :], c_t, 0.0)
             faded = (c_t * write_fade[None, :]).to(dtype)
@@ -116,8 +116,8 @@ def piece_states_kernel(
 
 @triton.jit
 def combine_kernel(
-    states_pointer,  # [pieces, heads, size], fp32: every piece's own state, overwritten by the one it starts from
-    given_pointer,  # [sequences, heads, size], fp32: the state that each sequence starts from; None for zero
+    states_pointer,  # [pieces, heads, size], fp32: every piece's state from zero, replaced by its initial state
+    given_pointer,  # [sequences, heads, size], fp32: the sequences' initial states; None for zero
     last_pointer,  # [sequences, heads, size], fp32, written: the state after each sequence; None where not wanted
     decay_pointer,  # [heads], fp32
     bounds_pointer,  # see find_piece
@@ -125,13 +125,13 @@ def combine_kernel(
     total,
     heads,
     segments,
-    segment,  # positions a segment
+    segment,  # positions per segment
     size,  # elements of a state
     REVERSE: tl.constexpr,
     PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per sequence and head, and per BLOCK elements of the state; in the order of the scan."""
+    """One program per sequence, head and BLOCK elements of the state; loops over pieces in the order of the scan."""
     number = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -1,8 +1,8 @@
-"""Which piece of which sequence a program of the scan works on (sequences.py explains pieces).
+"""Maps a scan program to its sequence and piece (sequences.py explains pieces).
 
-Pieces are numbered sequence after sequence, and within a sequence in the order of the scan, which is reversed in a
-reverse scan. The lengths of packed documents are on the GPU alone: the host launches as many pieces as there could be,
-and those beyond the last do nothing.
+Pieces are numbered sequence after sequence, and within a sequence in the order of the scan, which a reverse scan
+reverses. The lengths of packed documents are known only on the GPU: the host launches the maximal number of pieces, and
+empty pieces do nothing.
 """
 
 import triton
@@ -33,9 +33,9 @@ def find_piece(
     PACKED: tl.constexpr,
     CUT: tl.constexpr,  # whether any sequence has more than one piece
 ):
-    """-> the sequence, its first position and its length; the piece's offset in it and the piece's length; whether the
-    piece is not the sequence's first, and whether it is its last, in the order of the scan. Pieces beyond the last have
-    length 0, and both answers are no."""
+    """-> sequence, its first position, its length; the piece's offset in the sequence, the piece's length; whether the
+    piece is not the sequence's first, whether it is its last, in the order of the scan. Empty pieces have length 0 and
+    twice False."""
     if CUT:
         if PACKED:
             number = tl.minimum(tl.load(document_pointer + piece), documents - 1)

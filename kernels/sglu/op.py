@@ -1,4 +1,4 @@
-"""SGLU's product: the gated linear unit whose gate stays linear (arXiv 2307.14995, equation 10)."""
+"""SGLU's elementwise product: a gated linear unit without activation (arXiv 2307.14995, equation 10)."""
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +11,10 @@ ACTS = ("none", "silu")
 
 
 def sglu(a: Tensor, b: Tensor, act: str = "none") -> Tensor:
-    """act(a) * b. a, b: any shape and strides, of one shape and floating type, which are the result's too.
+    """act(a) * b, in the shape and type of a. a, b: any strides, the same shape and floating type.
 
-    act: "none" (the released models) or "silu" (SwiGLU). Raises ValueError for another one, where a and b differ, and
-    for integer types.
+    act: "none" (the released models) or "silu" (SwiGLU). Raises ValueError for another act, if shapes or types differ,
+    and for integer types.
     """
     if act not in ACTS:
         raise ValueError(f"act={act!r} is not one of {ACTS}")

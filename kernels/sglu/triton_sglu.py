@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.rows import as_rows
 
-BLOCK, WARPS = 2048, 4  # elements a program: 16 a thread, two 16-byte accesses of each tensor
+BLOCK, WARPS = 2048, 4  # elements per program: 16 per thread, two 16-byte accesses per tensor
 
 
 @triton.jit
@@ -68,9 +68,9 @@ def backward(*, dy: Tensor, a: Tensor, b: Tensor, act: str) -> tuple[Tensor, Ten
 
 
 def _launch(kernel, inputs: dict[str, Tensor], *, act: str, **outputs: Tensor) -> None:
-    """One program per BLOCK columns of a row. inputs: given to the kernel as NAME_pointer, row strides as NAME_row."""
+    """One program per BLOCK columns of a row. inputs: passed to the kernel as NAME_pointer, row strides as NAME_row."""
     if all(x.is_contiguous() for x in inputs.values()):
-        rows = {name: x.view(1, -1) for name, x in inputs.items()}  # one long row: at most one block is partly filled
+        rows = {name: x.view(1, -1) for name, x in inputs.items()}  # one long row: at most one partial block
     else:
         rows = {name: as_rows(x) for name, x in inputs.items()}
     count, width = rows["a"].shape

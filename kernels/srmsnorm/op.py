@@ -1,4 +1,4 @@
-"""SimpleRMSNorm: root-mean-square normalisation without weights, alone and with the residual additions around it."""
+"""SimpleRMSNorm, RMS normalisation without weights, alone and fused with residual additions."""
 
 import torch
 from torch import Tensor
@@ -12,18 +12,18 @@ MAX_TRITON_WIDTH = 65536
 def simple_rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(mean of x^2 over the last dimension + eps) (arXiv 2307.14995, equation 12).
 
-    x: [..., D] of any floating type; statistics in fp32 (fp64 for fp64), the result in x's type. The backward pass
-    computes the statistics again, so that x alone is saved. Raises ValueError for eps < 0, a scalar or an integer type.
+    x: [..., D] of any floating type; statistics in fp32 (fp64 for fp64), the result in x's type. Only x is saved; the
+    backward pass recomputes the statistics. Raises ValueError for eps < 0, a scalar or an integer type.
     """
     _check(x, eps)
     return torch.ops.megatron_tn.srmsnorm_forward(x, eps)
 
 
 def add_simple_rms_norm(x: Tensor, residual: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """(s, simple_rms_norm(s)) of s = x + residual, in one pass: what stands between two sublayers.
+    """(s, simple_rms_norm(s)) with s = x + residual, in one pass: the residual addition between two sublayers.
 
-    x, residual: [..., D], of one shape and floating type. s is rounded to that type before its norm is taken, as by two
-    separate operators. Raises ValueError where they differ, or for what simple_rms_norm refuses.
+    x, residual: [..., D], of the same shape and floating type. s is rounded to that type before the norm, as with two
+    separate operators. Raises ValueError if shapes or types differ, and as simple_rms_norm does.
     """
     _check(x, eps, residual)
     return torch.ops.megatron_tn.add_srmsnorm_forward(x, residual, eps)
@@ -32,13 +32,13 @@ def add_simple_rms_norm(x: Tensor, residual: Tensor, eps: float = 1e-6) -> tuple
 def add_scaled_simple_rms_norm(
     x: Tensor, residual: Tensor, square_sum: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """`add_simple_rms_norm` of x and residual / sqrt(square_sum / D + eps), in the same pass.
+    """`add_simple_rms_norm` of x and residual / sqrt(square_sum / D + eps), in one pass.
 
-    For a norm that stands before a matrix product and whose scale, one number a row, is applied after it: y W / rms(o)
-    = (y / rms(o)) W. square_sum is then the sum of o^2 over all tensor-parallel ranks.
+    For a norm before a matrix product whose scale, one number per row, is applied after the product: (y / rms(o)) W =
+    (y W) / rms(o). square_sum is then the sum of o^2 over all tensor-parallel ranks.
 
-    x, residual: [..., D], of one shape and floating type. square_sum: [...], fp32 (fp64 for fp64), a sum over D
-    elements. The scaled residual is not rounded before it is added. Raises ValueError where they do not fit.
+    x, residual: [..., D], of the same shape and floating type. square_sum: [...], fp32 (fp64 for fp64), a sum over D
+    elements. The scaled residual is not rounded before the addition. Raises ValueError for other shapes or types.
     """
     _check(x, eps, residual)
     wide = accumulation_dtype(x.dtype)
@@ -51,8 +51,8 @@ def add_scaled_simple_rms_norm(
 
 
 def branch_simple_rms_norm(x: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """(x, simple_rms_norm(x)), for a sublayer that leaves the residual stream: the backward pass adds the gradient of
-    the first result to that of the second in the same kernel that takes the second through the norm.
+    """(x, simple_rms_norm(x)), where a sublayer branches off the residual stream: one backward kernel computes the
+    norm's gradient and adds the gradient of the first result.
 
     x: [..., D]. The first result is x itself, under autograd. Raises ValueError as simple_rms_norm does.
     """
@@ -61,7 +61,7 @@ def branch_simple_rms_norm(x: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor
 
 
 class _Branch(torch.autograd.Function):
-    # Not a registered operator, which may not return its input. The operators that it calls are registered.
+    # Not a registered operator, because those may not return an input. The operators that it calls are registered.
     @staticmethod
     def forward(ctx, x, eps):
         ctx.save_for_backward(x)
@@ -86,7 +86,7 @@ def _check(x: Tensor, eps: float, residual: Tensor | None = None) -> None:
         )
     if x.dim() == 0 or not torch.is_floating_point(x):
         raise ValueError(f"x.shape={tuple(x.shape)}, x.dtype={x.dtype} must be [..., D] of a floating type")
-    if not eps >= 0:  # NaN is not
+    if not eps >= 0:  # also refuses NaN
         raise ValueError(f"eps={eps} must be >= 0")
 
 
@@ -222,7 +222,7 @@ _add_scaled_forward.register_autograd(_add_scaled_differentiate, setup_context=_
 
 
 def _plain_backward(dy: Tensor, x: Tensor, eps: float) -> Tensor:
-    """The gradient of x, in the accumulation type."""
+    """dx, in the accumulation type."""
     scale = _scale(x, eps)
     wide_dy, wide_x = dy.to(scale.dtype), x.to(scale.dtype)
     along = dot(wide_dy, wide_x).unsqueeze(-1)
@@ -236,7 +236,7 @@ def _scale(x: Tensor, eps: float) -> Tensor:
 
 
 def _scale_of(square_sum: Tensor, width: int, eps: float) -> Tensor:
-    """[...] -> [..., 1]"""
+    """1 / sqrt(square_sum / width + eps): [...] -> [..., 1]."""
     return torch.rsqrt(square_sum / width + eps).unsqueeze(-1)
 
 

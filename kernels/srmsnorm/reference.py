@@ -9,5 +9,5 @@ def simple_rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def rms_scaled(x: Tensor, square_sum: Tensor, width: int, eps: float = 1e-6) -> Tensor:
-    """x [..., D] / sqrt(square_sum [...] / width + eps): the norm of x whose squares were summed elsewhere."""
+    """x [..., D] / sqrt(square_sum [...] / width + eps): x normalised by a given sum of squares."""
     return x / torch.sqrt(square_sum / width + eps).unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""SimpleRMSNorm in Triton: a program reads one row, once, and keeps it in registers."""
+"""SimpleRMSNorm in Triton: one program per row, which it reads once and keeps in registers."""
 
 import torch
 import triton
@@ -35,7 +35,7 @@ def backward_kernel(dy_pointer, x_pointer, dx_pointer, dy_row, x_row, width, eps
 def add_forward_kernel(
     x_pointer,
     r_pointer,
-    square_sum_pointer,  # [rows] fp32, where SCALED: r is divided by sqrt(square sum / width + eps) before it is added
+    square_sum_pointer,  # [rows] fp32, if SCALED: r is divided by sqrt(square_sum / width + eps) before the addition
     sum_pointer,
     y_pointer,
     x_row,
@@ -54,7 +54,7 @@ def add_forward_kernel(
         r *= 1.0 / tl.sqrt(tl.load(square_sum_pointer + row) / width + eps)
     total = (x + r).to(sum_pointer.dtype.element_ty)
     tl.store(sum_pointer + row * width + column, total, mask=mask)
-    total = total.to(tl.float32)  # the norm of the rounded sum, which is what the backward pass reads
+    total = total.to(tl.float32)  # the norm is of the rounded sum, as the backward pass reads the rounded sum
     scale = 1.0 / tl.sqrt(tl.sum(total * total, axis=0) / width + eps)
     tl.store(y_pointer + row * width + column, (total * scale).to(y_pointer.dtype.element_ty), mask=mask)
 
@@ -64,9 +64,9 @@ def add_backward_kernel(
     dsum_pointer,
     dy_pointer,
     sum_pointer,
-    r_pointer,  # this and the next: None unless SCALED
+    r_pointer,  # r and square_sum: None unless SCALED
     square_sum_pointer,
-    dx_pointer,  # written: the gradient of x, and unless SCALED of r too
+    dx_pointer,  # written: dx, which unless SCALED is also dr
     dr_pointer,
     dsquare_sum_pointer,
     dsum_row,
@@ -110,8 +110,8 @@ def backward(*, dy: Tensor, x: Tensor, eps: float) -> Tensor:
 
 
 def add_forward(*, x: Tensor, residual: Tensor, square_sum: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """x, residual: [..., D] -> their sum and its norm, contiguous, in their type. square_sum: [...] fp32, where the
-    residual is still to be normed."""
+    """x, residual: [..., D] -> (s, norm(s)), s = x + residual, contiguous, in x's type. square_sum: [...] fp32: the
+    residual is divided by sqrt(square_sum / D + eps) first; None: not."""
     total, y = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     _launch(
         add_forward_kernel,
@@ -126,7 +126,7 @@ def add_forward(*, x: Tensor, residual: Tensor, square_sum: Tensor | None, eps: 
 
 
 def add_backward(*, dtotal: Tensor, dy: Tensor, total: Tensor, eps: float) -> Tensor:
-    """The gradient of x, which is the residual's too, contiguous."""
+    """dx, contiguous; the residual's gradient is the same tensor."""
     dx = torch.empty(total.shape, dtype=total.dtype, device=total.device)
     _launch(
         add_backward_kernel,
@@ -146,7 +146,7 @@ def add_backward(*, dtotal: Tensor, dy: Tensor, total: Tensor, eps: float) -> Te
 def add_scaled_backward(
     *, dtotal: Tensor, dy: Tensor, total: Tensor, residual: Tensor, square_sum: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, of the residual, and of its square sum, contiguous."""
+    """The gradients of x, residual and square_sum, contiguous."""
     dx, dresidual = (torch.empty(total.shape, dtype=total.dtype, device=total.device) for _ in range(2))
     dsquare_sum = torch.empty(square_sum.shape, dtype=torch.float32, device=total.device)
     _launch(
@@ -163,7 +163,7 @@ def add_scaled_backward(
 
 
 def _launch(kernel, inputs: dict[str, Tensor], **arguments) -> None:
-    """One program a row. inputs: [..., D] each, given to the kernel as NAME_pointer with its row stride NAME_row."""
+    """One program per row. inputs: [..., D] each, passed to the kernel as NAME_pointer with row stride NAME_row."""
     rows = {name: as_rows(x) for name, x in inputs.items()}
     count, width = next(iter(rows.values())).shape
     for name, x in rows.items():

@@ -1,8 +1,8 @@
-"""Saving while training goes on: a step waits for the copy to the host alone, a thread does the rest.
+"""Asynchronous saving: a training step waits only for the copy to host memory; a thread writes the files.
 
-The thread's collectives run on a gloo group of its own, so they cannot fall between those of training. At most one
-save is under way; the next waits for it, and so does the end of the run. What is on the disk afterwards is the same,
-byte for byte, as with a save that training waits for.
+The thread has its own gloo group, so its collectives never interleave with training's. At most one save is in
+progress; the next save waits for it, and so does the end of the run. Asynchronous and synchronous saves write the same
+bytes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from megatron_tn.checkpoint.save import HostMemory, take_snapshot, write_snapsho
 
 @dataclass
 class Save:
-    """One save. pause_s: how long training stood still for it. write_s: from the snapshot to the rename. error: why it
-    failed, on every rank; None when it did not."""
+    """One save. pause_s: seconds that training waited for the save. write_s: seconds from the snapshot to the rename.
+    error: set on every rank when the save failed."""
 
     step: int
     pause_s: float = 0.0
@@ -33,7 +33,7 @@ class Save:
 
 
 class CheckpointWriter:
-    """Saves one after the other. Making one is collective over all ranks, and so are `save` and `wait`.
+    """Writes one checkpoint at a time. The constructor, `save` and `wait` are collective over all ranks.
 
     background: whether `save` returns once the snapshot is taken. timeout_s: how long a rank waits for the others.
     """
@@ -50,7 +50,7 @@ class CheckpointWriter:
         self._current: Save | None = None
 
     def save(self, engine: Trainable, step: int, **content) -> Save | None:
-        """Save `step`; content as for `save_checkpoint`. Returns the save before it, if nobody has asked for it yet."""
+        """Save `step`; content: `save_checkpoint`'s arguments. Returns the previous `Save`, as `wait` does."""
         began = time.perf_counter()
         before = self.wait()
         snapshot = take_snapshot(engine, self.folder, step=step, memory=self._memory, **content)
@@ -64,7 +64,7 @@ class CheckpointWriter:
                 save.error = error
             save.write_s = time.perf_counter() - since
 
-        # A daemon, so that a run that fails elsewhere is not kept alive by a disk that does not answer.
+        # A daemon thread: when the run fails elsewhere, the process exits even if a write to the disk hangs.
         self._thread = threading.Thread(target=write, name="checkpoint-writer", daemon=True)
         self._thread.start()
         if not self.background:
@@ -73,18 +73,19 @@ class CheckpointWriter:
         return before
 
     def finished(self) -> Save | None:
-        """The last save, once, when it is done. Not collective: ranks may learn of it at different steps."""
+        """The last save if its thread has ended, else None; returned once. Not collective: ranks may see it at
+        different steps."""
         if self._thread is None or self._thread.is_alive():
             return None
         return self.wait()
 
     def join(self) -> None:
-        """Wait for the last save, and leave what became of it to whoever asks next."""
+        """Wait for the last save; a later `finished` or `wait` still returns it."""
         if self._thread is not None:
             self._thread.join()
 
     def wait(self) -> Save | None:
-        """The last save, once, when it is done, however long that takes."""
+        """Wait for the last save and return it, once; None where there is none or it was returned before."""
         if self._thread is None:
             return None
         self.join()
@@ -92,7 +93,7 @@ class CheckpointWriter:
         return done
 
     def close(self) -> Save | None:
-        """Wait for the last save and give the host memory back."""
+        """Wait for the last save and free the host memory."""
         done = self.wait()
         self._memory.release()
         return done

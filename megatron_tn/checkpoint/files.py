@@ -1,9 +1,9 @@
-"""Tensor files of a checkpoint: safetensors, written and read in place.
+"""Tensor files of a checkpoint, in the safetensors format.
 
 The format is 8 bytes of header length (little-endian), a JSON header {name: {dtype, shape, data_offsets}}, and the
-tensors' bytes. The safetensors library reads and writes the same files. Here the sha256 is taken in the pass that
-writes, and reading is by exact byte ranges instead of a memory map: a rank reads what it needs and can count it, and a
-file that is cut short under its reader is an error with a name instead of a bus error.
+tensors' bytes; the safetensors library reads and writes the same files. Unlike that library, the writer hashes while it
+writes, and the reader calls pread on exact byte ranges instead of mapping the file: a rank can count the bytes it
+reads, and a truncated file raises an error that names it instead of a bus error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_tn.config import ConfigError
 DTYPES = {"F32": torch.float32, "U8": torch.uint8}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MOST_HEADER_BYTES = 100 << 20
-CHUNK_BYTES = 16 << 20  # written, and hashed, at a time
+CHUNK_BYTES = 16 << 20  # per write and hash update
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class FileRecord:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
     """Write contiguous CPU tensors (fp32 or uint8) to `path` and fsync it. The same tensors give the same bytes.
 
-    Python's lock is free while bytes are hashed and written.
+    Hashing and writing release the GIL.
     """
     header, offset = {}, 0
     for name, tensor in tensors.items():
@@ -50,7 +50,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
         }
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    text += b" " * (-len(text) % 8)  # aligns the tensors to 8 bytes
     digest, written = hashlib.sha256(), 0
     with path.open("wb", buffering=0) as file:
         for part in (len(text).to_bytes(8, "little") + text, *map(_bytes_of, tensors.values())):
@@ -70,10 +70,10 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 class TensorFile:
-    """An open tensor file. Reads exactly the bytes that are asked for, and counts them in `bytes_read`.
+    """An open tensor file. Reads exactly the requested bytes and counts them in `bytes_read`.
 
     Raises:
-        ConfigError: it is missing or damaged, or a tensor is not there.
+        ConfigError: the file is missing or damaged, or lacks the requested tensor.
     """
 
     def __init__(self, path: Path):
@@ -105,14 +105,14 @@ class TensorFile:
         self._fill(_bytes_of(destination), offset + first * destination.element_size())
 
     def get(self, name: str) -> Tensor:
-        """A whole tensor."""
+        """All elements of tensor `name`, in the shape of the file's header."""
         dtype, shape, _ = self.entry(name)
         tensor = torch.empty(shape, dtype=dtype)
         self.read(name, 0, tensor.view(-1))
         return tensor
 
     def entry(self, name: str) -> tuple[torch.dtype, tuple[int, ...], int]:
-        """(type, shape, place of the first byte in the file)."""
+        """(dtype, shape, offset of the first byte in the file) of tensor `name`."""
         if name not in self.entries:
             raise ConfigError(f"{self.path} is damaged: it has no tensor {name}")
         return self.entries[name]
@@ -159,7 +159,7 @@ class TensorFile:
 
 
 def sync_folder(path: Path) -> None:
-    """What was made, renamed or removed in a folder is on the disk when this returns."""
+    """fsync a folder: files created, renamed or removed in it stay so after a crash."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,8 @@
-"""The released layout: config.json and safetensors files, read and written tensor-parallel rank by rank.
+"""Reads and writes the released (Hugging Face) layout: config.json and safetensors files.
 
-Names and shapes are those of the released TransNormerLLM family, so models trained here load there and theirs here.
-Decay rates, which the family derives from the layer's place, are also stored (`decay_rates`, [L][H]) and compared when
-a model is loaded: a model read with other rates than it was trained with would be silently wrong.
+Tensor names and shapes are those of the released TransNormerLLM family, so weights can be exchanged both ways.
+The family computes decay rates from the layer index. This writer also stores them (`decay_rates`, [L][H]), and the
+reader compares them: a model with other decay rates than in training would be silently wrong.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def config_from_released(values: dict[str, Any]) -> ModelConfig:
     """A released config.json as a `ModelConfig`.
 
     Raises:
-        ConfigError: a field is missing, or names something this model does not have.
+        ConfigError: a field is missing, or its value is not supported.
     """
     problems = []
     required = ("vocab_size", "decoder_embed_dim", "decoder_layers", "decoder_attention_heads", "glu_dim")
@@ -52,7 +52,7 @@ def config_from_released(values: dict[str, Any]) -> ModelConfig:
             f"config.json: hidden_dim={values['hidden_dim']} differs from "
             f"decoder_embed_dim={values['decoder_embed_dim']}"
         )
-    extra = values.get("megatron_tn", {})  # variants that the released family does not have
+    extra = values.get("megatron_tn", {})  # settings that the released family lacks
     if not isinstance(extra, dict):
         problems.append(f"config.json: megatron_tn={extra!r} is not a mapping")
     if problems:
@@ -93,7 +93,7 @@ def config_from_released(values: dict[str, Any]) -> ModelConfig:
 
 
 def config_to_released(config: ModelConfig) -> dict[str, Any]:
-    """A `ModelConfig` as the fields of a released config.json, plus decay_rates and the variants under one key."""
+    """Fields of a released config.json, plus `decay_rates`, plus "megatron_tn": settings the family lacks."""
     released = architecture(config).released
     return {
         "architectures": [released.class_name],
@@ -135,12 +135,12 @@ def load_pretrained(
 ) -> Model:
     """Build a model from a directory in the released layout: config.json and safetensors files.
 
-    Each tensor-parallel rank of `context` reads its own slices.
+    Each tensor-parallel rank of `context` reads only its slices of the tensors.
 
     Raises:
         FileNotFoundError: no such directory, no config.json in it, or no weights.
-        ConfigError: a file is damaged; the config does not fit the model or the layout; a tensor is missing, has
-            another shape, or is there and unknown.
+        ConfigError: a file is damaged; the config does not fit the model or the parallel layout; a tensor is missing,
+            unknown, or of another shape.
     """
     directory = Path(directory)
     if not (directory / "config.json").is_file():
@@ -221,7 +221,7 @@ def write_released(weights: dict[str, torch.Tensor], config: ModelConfig, direct
     directory.mkdir(parents=True, exist_ok=True)
     weights_tmp, config_tmp = directory / f"{WEIGHTS_FILE}.tmp", directory / "config.json.tmp"
     save_file(weights, weights_tmp, metadata={"format": "pt"})
-    # safetensors makes files that their owner alone can read; colleagues may read what they can read of the folder.
+    # safetensors creates files with mode 0600; give the file the folder's read and write permissions.
     weights_tmp.chmod(directory.stat().st_mode & 0o666)
     weights_tmp.replace(directory / WEIGHTS_FILE)
     config_tmp.write_text(json.dumps(config_to_released(config), indent=1) + "\n")
@@ -231,14 +231,15 @@ def write_released(weights: dict[str, torch.Tensor], config: ModelConfig, direct
 def _same_rates(a: Any, b: list[list[float]]) -> bool:
     try:
         a, b = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
-    except (TypeError, ValueError):  # words, or rows of unequal length
+    except (TypeError, ValueError):  # not numbers, or rows of unequal length
         return False
     return a.shape == b.shape and bool(torch.allclose(a, b, rtol=1e-5, atol=1e-9))
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
     """Tensor name -> the safetensors file that holds it."""
-    # The whole file first, as transformers does: an export writes one, and leaves another model's shards as they are.
+    # model.safetensors wins over the index, as in transformers: an export writes that file and does not remove the
+    # index and shards of an older model in the folder.
     index, whole = directory / INDEX_FILE, directory / WEIGHTS_FILE
     if index.is_file() and not whole.is_file():
         weight_map = read_mapping(index).get("weight_map")
@@ -249,7 +250,7 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
             raise ConfigError(f"{index}: {outside[0]!r} is not a plain file name in the model's directory")
         return {name: directory / file for name, file in names.items()}
     files: dict[str, Path] = {}
-    # Other safetensors files beside the whole one are not weights.
+    # Beside model.safetensors, other safetensors files are not weights.
     for file in [whole] if whole.is_file() else sorted(directory.glob("*.safetensors")):
         with _opened(file) as tensors:
             files.update(dict.fromkeys(tensors.keys(), file))
@@ -259,7 +260,7 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
 
 
 def _opened(file: Path) -> safe_open:
-    """To be used as a context manager. Raises ConfigError when the file is missing or damaged."""
+    """`safe_open` as a context manager. Raises ConfigError when the file is missing or damaged."""
     try:
         return safe_open(file, framework="pt")
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Read a checkpoint into any engine and layout: each rank reads the stored pieces that overlap what it owns."""
+"""Load a checkpoint into any engine and layout: each rank reads the stored pieces that overlap its own ranges."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_tn.checkpoint.files import TensorFile
 from megatron_tn.checkpoint.hf import ReleasedTensors, config_from_released
-from megatron_tn.checkpoint.manifest import MANIFEST, Manifest, Piece, Trainable, rank_file
+from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, Trainable, rank_file
 from megatron_tn.checkpoint.reshard import overlaps, pieces_of_local_range, spans_of, view_of
 from megatron_tn.checkpoint.retention import reading
 from megatron_tn.config import ConfigError, ModelConfig, from_mapping, read_mapping
@@ -22,15 +22,15 @@ from megatron_tn.parallel.context import ParallelContext
 
 
 class Reader:
-    """Open files of one checkpoint, which no run removes meanwhile. Use as a context manager.
+    """Open files of one checkpoint, locked against removal by a run's retention. Use as a context manager.
 
-    Only bytes that are needed are read; `bytes_read` counts them.
+    `bytes_read`: bytes read from all files.
 
     Raises:
         ConfigError: a file is missing or damaged, a tensor is incomplete or of another shape.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest):
+    def __init__(self, directory: Path, manifest: CheckpointManifest):
         self.directory = directory
         self.manifest = manifest
         self._files: dict[str, TensorFile] = {}
@@ -44,7 +44,7 @@ class Reader:
         self._stack.close()
 
     def fill(self, kind: str, name: str, shape: tuple[int, ...], piece: Piece, destination: Tensor) -> None:
-        """Fill `destination` [piece.stop - piece.start], contiguous, with that piece of logical tensor kind/name."""
+        """Fill `destination` [piece.stop - piece.start], contiguous, with `piece` of logical tensor kind/name."""
         stored_shape = self.manifest.shapes.get(name)
         if stored_shape != list(shape):
             raise ConfigError(f"{self.directory}: {name} has shape {stored_shape}, but the model needs {list(shape)}")
@@ -81,13 +81,13 @@ class Reader:
         return self._files[name]
 
 
-def load_checkpoint(engine: Trainable, directory: Path) -> Manifest:
+def load_checkpoint(engine: Trainable, directory: Path) -> CheckpointManifest:
     """Restore masters, optimizer state and step and, at the same world size, RNG states. Returns the manifest.
 
     Raises:
-        ConfigError: it is damaged, or of another model or optimizer.
+        ConfigError: the checkpoint is damaged, or of another model or optimizer.
     """
-    manifest = Manifest.read(directory)
+    manifest = CheckpointManifest.read(directory)
     if set(manifest.state_kinds) != set(engine.state_kinds):
         raise ConfigError(
             f"{directory} holds {', '.join(manifest.state_kinds)} of each parameter, but this run's optimizer keeps "
@@ -113,7 +113,7 @@ def load_weights(engine: Trainable, directory: Path) -> None:
         ConfigError: a file is missing or damaged, or a tensor has another shape.
     """
     if (directory / MANIFEST).is_file():
-        with Reader(directory, Manifest.read(directory)) as reader:
+        with Reader(directory, CheckpointManifest.read(directory)) as reader:
             _fill(engine, reader, ["param"])
     else:
         _fill(engine, ReleasedTensors(directory), ["param"])
@@ -137,7 +137,7 @@ def stored_model_config(directory: Path) -> ModelConfig:
     """Of the model in a checkpoint or a released model's folder. Raises ConfigError when it is damaged."""
     if (directory / MANIFEST).is_file():
         # A setting that is newer than the checkpoint had its default there.
-        return from_mapping(ModelConfig, Manifest.read(directory).config["model"])
+        return from_mapping(ModelConfig, CheckpointManifest.read(directory).config["model"])
     return config_from_released(read_mapping(directory / "config.json"))
 
 
@@ -147,8 +147,8 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Model:
-    """The model alone, without an engine. dtype None: the precision it was trained in."""
-    manifest = Manifest.read(directory)
+    """The model without an engine or optimizer state. dtype None: the precision of training."""
+    manifest = CheckpointManifest.read(directory)
     config = from_mapping(ModelConfig, manifest.config["model"])
     context = context or ParallelContext()
     trained = torch.bfloat16 if manifest.config["engine"]["precision"] == "bf16" else torch.float32
@@ -157,7 +157,7 @@ def load_model(
         for name, parameter in model.named_parameters():
             spec = parameter.shard_spec
             local = torch.zeros(parameter.shape)
-            # Rounded to the training precision first: the model that was trained is the one with rounded weights.
+            # Masters are rounded to the training precision first: training computed with rounded weights.
             for piece, at in pieces_of_local_range(spec, context.tp.rank, context.tp.size, 0, local.numel()):
                 reader.fill("param", name, spec.shape, piece, local.view(-1)[at : at + piece.stop - piece.start])
             with torch.no_grad():

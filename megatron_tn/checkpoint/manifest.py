@@ -1,20 +1,20 @@
 """The checkpoint format: a folder of safetensors files and a JSON manifest. No pickle is ever written or read.
 
     step_00000500/
-      manifest.json              what is here, with every file's size and sha256; written last, so that it means "whole"
+      manifest.json              tensors, and every file's size and sha256; written last: its presence means "complete"
       rank_00000.safetensors     fp32 masters and moments that rank 0 owned, and its RNG state
       ...
 
 Every tensor has its logical (released) name under its kind: param/NAME, and for AdamW exp_avg/NAME and exp_avg_sq/NAME;
-the manifest's state_kinds says which kinds the optimizer keeps. A piece is an
-element range of a box of the logical tensor, flattened in row-major order: the box says which slice a tensor-parallel
-rank held, the range which part of that slice a ZeRO rank owned. Padding is in no box, so it is never saved.
+the manifest's state_kinds lists the optimizer's kinds. A piece is an element range of a box of the logical tensor,
+flattened in row-major order: the box is the slice of a tensor-parallel rank, the range the part of that slice that a
+ZeRO rank owned. Padding is in no box, so it is never saved.
 
-Beside whole checkpoints a folder may hold, and no reader looks for:
-  step_N.tmp             being written, or cut short; the next save removes it
-  step_N.old             being removed, or cut short in that; the next save removes it
-  step_N.damaged-TIME    passed over by a start because of damage; stays for a person to look at
-  step_N.rewound-TIME    left behind by checkpoint.resume=STEP; stays until a person removes it or goes on from it
+Readers ignore these folders beside complete checkpoints:
+  step_N.tmp             a save in progress or interrupted; the next save removes it
+  step_N.old             a removal in progress or interrupted; the next save removes it
+  step_N.damaged-TIME    found damaged when a run resumed; kept for inspection
+  step_N.rewound-TIME    newer than the step of checkpoint.resume=STEP; kept until a person removes or resumes it
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from megatron_tn.parallel.sharding import Box, OwnedRange
 FORMAT = "megatron_tn checkpoint"
 VERSION = 2
 MANIFEST = "manifest.json"
-MOMENTS = ["exp_avg", "exp_avg_sq"]  # what every optimizer kept before manifests said so
-SECTIONS = ("model", "engine", "data")  # of the config, which readers of a checkpoint look into
+MOMENTS = ["exp_avg", "exp_avg_sq"]  # default for older manifests without state_kinds
+SECTIONS = ("model", "engine", "data")  # sections of the run's config that readers of a checkpoint use
 NAME = re.compile(r"step_\d{8,}(-again)?")  # see save.publish for -again
 
 
 class Trainable(Protocol):
-    """What a checkpoint needs of an engine; see `engine.base.Engine` for the meaning of each."""
+    """The part of `engine.base.Engine` that saving and loading use; see there for the members."""
 
     model: Model
     context: ParallelContext
@@ -68,9 +68,9 @@ class Piece:
 
 
 @dataclass
-class Manifest:
-    """step: optimizer steps done, optimizer_step: those that were applied. training: what the loop needs to go on
-    (tokens, data position, ...). state_kinds: what the optimizer keeps of each parameter, as its `state_kinds`."""
+class CheckpointManifest:
+    """step: training steps done. optimizer_step: steps whose update was applied. training: state of the training loop
+    (tokens, data position, ...). state_kinds: the optimizer's `state_kinds`, such as exp_avg."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -87,7 +87,7 @@ class Manifest:
 
     @property
     def kinds(self) -> list[str]:
-        """The tensors kept of each parameter: its fp32 master, and what the optimizer adds."""
+        """Kinds of tensor per parameter: "param" (the fp32 master) and the optimizer's state_kinds."""
         return ["param", *self.state_kinds]
 
     def to_json(self) -> str:
@@ -96,11 +96,12 @@ class Manifest:
         return json.dumps({"format": FORMAT, "version": VERSION} | values)
 
     @classmethod
-    def read(cls, directory: Path) -> Manifest:
+    def read(cls, directory: Path) -> CheckpointManifest:
         """Read and check the manifest of the checkpoint in `directory`.
 
         Raises:
-            ConfigError: it is absent, not JSON, of another format or version, or names a file outside its folder.
+            ConfigError: the manifest is absent, not JSON, of another format or version, or names a file outside
+                `directory`.
         """
         path = directory / MANIFEST
         if not path.is_file():
@@ -141,8 +142,8 @@ def rank_file(rank: int) -> str:
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in `folder`, oldest first. One that was being written when its process died has no manifest; one
-    with a name of somebody's own, such as step_00000500_copy, is left alone."""
+    """Complete checkpoints in `folder`, oldest first: folders named as `NAME` that have a manifest. An interrupted save
+    has none; a name such as step_00000500_copy does not match."""
     found = (path for path in folder.glob("step_*") if NAME.fullmatch(path.name))
     whole = (path for path in found if (path / MANIFEST).is_file())
     return sorted(whole, key=lambda path: (step_of(path), path.name))

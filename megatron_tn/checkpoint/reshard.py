@@ -1,7 +1,7 @@
-"""Pieces of logical tensors, and copying between pieces that were cut differently.
+"""Overlaps of pieces of a logical tensor that two layouts cut differently.
 
-Every logical tensor is seen as a matrix of shape[0] rows. An element range of a box is then at most three rectangles
-(the end of a row, whole rows, the start of a row), and what two pieces share is where their rectangles overlap.
+A logical tensor is viewed as a matrix of shape[0] rows. An element range of a box is then at most three rectangles
+(the end of a row, whole rows, the start of a row), and two pieces overlap where their rectangles do.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_tn.checkpoint.manifest import Piece
 from megatron_tn.parallel.sharding import ShardSpec
 
-SMALL_GAP = 256  # fp32 elements between two rows that cost less to read than a call to leave them out
+SMALL_GAP = 256  # fp32 elements between two row ranges: up to this gap, one read is faster than two
 
 
 class Rectangle(NamedTuple):
@@ -31,7 +31,7 @@ class Rectangle(NamedTuple):
 
 @dataclass(frozen=True)
 class Grid:
-    """Where a piece lies in its logical matrix: its box's corner and width, and its first element in the box."""
+    """Position of a piece in the logical matrix: corner and width of its box, and its first element in the box."""
 
     top: int
     left: int
@@ -67,7 +67,7 @@ def rectangles(piece: Piece) -> Iterator[Rectangle]:
 
 
 def overlaps(a: Piece, b: Piece) -> Iterator[Rectangle]:
-    """What two pieces of one logical tensor share."""
+    """The rectangles of the logical matrix that lie in both pieces."""
     for one in rectangles(a):
         for other in rectangles(b):
             shared = Rectangle(
@@ -81,7 +81,7 @@ def overlaps(a: Piece, b: Piece) -> Iterator[Rectangle]:
 
 
 def view_of(piece: Piece, values: Tensor, rectangle: Rectangle, first: int = 0) -> Tensor:
-    """The rectangle of a piece as a matrix that aliases `values` [n], which holds the piece from element `first` on."""
+    """`rectangle` as a matrix that aliases `values` [n]: elements [first, first + n) of `piece`."""
     grid = Grid.of(piece)
     shape = (rectangle.bottom - rectangle.top, rectangle.right - rectangle.left)
     offset = grid.offset(rectangle.top, rectangle.left) - first
@@ -89,10 +89,10 @@ def view_of(piece: Piece, values: Tensor, rectangle: Rectangle, first: int = 0) 
 
 
 def spans_of(piece: Piece, rectangle: Rectangle) -> Iterator[tuple[Rectangle, int, int]]:
-    """What to read of a piece to have the rectangle: parts of it, each with the element range that holds it.
+    """Parts of `rectangle`, each with the element range [first, last) of `piece` to read for it.
 
-    Rows that lie side by side are one range. Where a wide gap is between them each is read by itself, so that a rank
-    that takes one eighth of every row does not read the other seven.
+    Rows closer than SMALL_GAP elements share one range. Otherwise each row has its own, so a rank that needs one
+    eighth of every row does not read the other seven.
     """
     grid = Grid.of(piece)
     gap = grid.width - (rectangle.right - rectangle.left)

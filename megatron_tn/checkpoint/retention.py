@@ -1,4 +1,4 @@
-"""Which checkpoints stay. A new one is whole before an old one goes, and one that somebody reads is left alone."""
+"""Removal of old checkpoints. It follows a complete save, and spares a checkpoint that a process reads."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Retention:
-    """A checkpoint stays when any of these holds.
+    """A checkpoint is kept when any of the three rules keeps it.
 
-    newest: it is one of so many newest ones; 0 keeps all. every: its step is a multiple of this; 0: none is kept for
-    that. best: it is one of so many with the lowest held-out loss, of those that were evaluated at their own step.
+    newest: the `newest` latest ones; 0 keeps all. every: those whose step is a multiple of `every`; 0: no such rule.
+    best: the `best` ones with the lowest held-out loss, of those evaluated at their own step.
     """
 
     newest: int = 0
@@ -32,7 +32,7 @@ class Retention:
 
 
 class Saved(NamedTuple):
-    """A whole checkpoint, its step, and the held-out loss measured at that step (None: it was not)."""
+    """A complete checkpoint, its step, and the held-out loss of that step (None: not evaluated)."""
 
     path: Path
     step: int
@@ -40,14 +40,14 @@ class Saved(NamedTuple):
 
 
 def superfluous(saved: Sequence[Saved], retention: Retention) -> list[Path]:
-    """Those that nothing keeps, oldest first. The newest always stays."""
+    """The checkpoints that no rule keeps, oldest first. The newest is always kept."""
     if retention.newest == 0:
         return []
     by_age = sorted(saved, key=lambda one: one.step)
     kept = {one.path for one in by_age[-max(retention.newest, 1) :]}
     if retention.every:
         kept |= {one.path for one in by_age if one.step % retention.every == 0}
-    # NaN is neither above nor below a number, and would leave the others unsorted.
+    # NaN compares false with every number and would break the sort.
     evaluated = [one for one in by_age if one.loss is not None and not math.isnan(one.loss)]
     evaluated.sort(key=lambda one: one.loss)
     kept |= {one.path for one in evaluated[: retention.best]}
@@ -55,9 +55,9 @@ def superfluous(saved: Sequence[Saved], retention: Retention) -> list[Path]:
 
 
 def apply_retention(folder: Path, retention: Retention) -> list[Path]:
-    """Remove what nothing keeps from `folder`; returns what went. Called after a save, on one rank.
+    """Remove the checkpoints in `folder` that no rule keeps; returns their paths. Called after a save, on one rank.
 
-    Never raises: what cannot be removed is named in a warning, and the next save tries again.
+    Never raises: a failed removal is logged as a warning, and the next save tries again.
     """
     gone = []
     try:
@@ -72,15 +72,15 @@ def apply_retention(folder: Path, retention: Retention) -> list[Path]:
 
 
 def remove(checkpoint: Path) -> None:
-    """Rename to step_N.old first, which no reader looks for: a process that dies half way leaves nothing that looks
-    whole. Of a symbolic link the link goes, and its target stays."""
+    """Rename to step_N.old, which readers ignore, then delete: a killed process leaves no partly deleted step_N. For a
+    symbolic link, delete the link and keep its target."""
     aside = checkpoint.with_suffix(".old")
     discard(aside)
     discard(checkpoint.rename(aside))
 
 
 def discard(path: Path) -> None:
-    """Remove a folder, a file or a symbolic link, or nothing where there is none."""
+    """Delete a folder, a file or a symbolic link, if it exists."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():
@@ -89,7 +89,7 @@ def discard(path: Path) -> None:
 
 @contextlib.contextmanager
 def reading(checkpoint: Path) -> Iterator[None]:
-    """Until the block ends, no run removes this checkpoint (on file systems that have locks)."""
+    """Holds a shared file lock, so that no run's retention removes the checkpoint (on file systems with locks)."""
     with (checkpoint / MANIFEST).open("rb") as file:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -99,11 +99,11 @@ def reading(checkpoint: Path) -> Iterator[None]:
 def being_read(checkpoint: Path) -> bool:
     """Whether some process is within `reading(checkpoint)`."""
     try:
-        with (checkpoint / MANIFEST).open("r+b") as file:  # NFS locks exclusively only what is open for writing
+        with (checkpoint / MANIFEST).open("r+b") as file:  # NFS: exclusive locks need a file open for writing
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # no locks here, or a link to a disk that is read-only
+    except OSError:  # a file system without locks, or a read-only one
         return False
     return False
 

@@ -1,7 +1,7 @@
-"""Write a checkpoint: every rank its own file, the manifest last, then one rename. Whole or absent, never between.
+"""Write a checkpoint: every rank writes its file, rank 0 the manifest, then one rename makes the checkpoint visible.
 
-`take_snapshot` copies what this rank owns to the host; after that the engine may go on. `write_snapshot` does the rest,
-wherever it is called: `save_checkpoint` at once, `background.CheckpointWriter` in a thread.
+`take_snapshot` copies this rank's tensors to the host; then training may continue. `write_snapshot` writes the files:
+`save_checkpoint` calls it at once, `background.CheckpointWriter` in a thread.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tn.checkpoint.files import FileRecord, sync_folder, write_tensors
-from megatron_tn.checkpoint.manifest import MANIFEST, Manifest, Piece, Trainable, checkpoint_name, rank_file
+from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, Trainable, checkpoint_name, rank_file
 from megatron_tn.checkpoint.reshard import pieces_of_local_range
 from megatron_tn.checkpoint.retention import Retention, apply_retention, discard, remove
 from megatron_tn.parallel.sharding import OwnedRange
@@ -28,28 +28,28 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; what was there before is untouched."""
+    """A checkpoint could not be written; older checkpoints are untouched."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """This rank's part of a checkpoint, on the host.
 
-    tensors: key -> fp32 [n] or uint8 [n], views of host memory. manifest: without pieces and files of other ranks.
+    tensors: key -> fp32 [n] or uint8 [n], views of host memory. manifest: lacks the other ranks' pieces and files.
     """
 
     folder: Path
     rank: int
     world_size: int
     tensors: dict[str, Tensor]
-    manifest: Manifest
+    manifest: CheckpointManifest
 
 
 class HostMemory:
-    """One block of host memory that snapshots reuse, page-locked where a GPU copies into it.
+    """One block of host memory that snapshots reuse; pinned (page-locked) where a GPU copies into it.
 
-    Registered with CUDA rather than taken from torch's pinned allocator, which rounds up to a power of two: at a size
-    where masters and moments of a rank take 70 GiB that would ask for 128.
+    Pinned by cudaHostRegister, because torch's pinned allocator rounds up to a power of two: 70 GiB of a rank's
+    masters and moments would take 128 GiB.
     """
 
     def __init__(self) -> None:
@@ -57,12 +57,12 @@ class HostMemory:
         self._pinned = False
 
     def take(self, elements: int, pinned: bool) -> Tensor:
-        """fp32 [elements]; what an earlier call returned is overwritten."""
+        """fp32 [elements]. It aliases the tensors of earlier calls."""
         if self._block.numel() < elements:
             self.release()
             self._block = torch.empty(elements)
             if pinned and elements:
-                # Where the operating system refuses to lock so much, copies are slower and otherwise the same.
+                # Where the operating system refuses to pin this much memory, copies are only slower.
                 size = elements * self._block.element_size()
                 self._pinned = int(torch.cuda.cudart().cudaHostRegister(self._block.data_ptr(), size, 0)) == 0
         return self._block[:elements]
@@ -103,12 +103,12 @@ def take_snapshot(
     training: dict[str, Any],
     memory: HostMemory | None = None,
 ) -> Snapshot:
-    """Copy to the host what this rank will write. When it returns, the engine may change again. Not collective.
+    """Copy the tensors that this rank writes to the host. The engine may change after the return. Not collective.
 
-    memory: host memory to reuse; the snapshot that used it last must have been written.
+    memory: host memory to reuse; the previous snapshot in it must have been written.
     """
     context, specs = engine.context, engine.model.shard_specs()
-    manifest = Manifest(
+    manifest = CheckpointManifest(
         step=step,
         optimizer_step=optimizer_step,
         config=config,
@@ -126,7 +126,7 @@ def take_snapshot(
                 key = f"{kind}/{owned.name}/{len(pieces)}"
                 sources[key] = owned.values[kind][at : at + piece.stop - piece.start]
                 pieces.append(replace(piece, file=rank_file(context.rank), key=key))
-    # Memory that is not kept is not worth locking.
+    # Pinning pays only where the memory is reused.
     pinned = memory is not None and any(source.is_cuda for source in sources.values())
     block = (memory or HostMemory()).take(sum(source.numel() for source in sources.values()), pinned)
     parts = block.split([source.numel() for source in sources.values()])
@@ -159,7 +159,7 @@ def write_snapshot(
                 discard(leftover)
             except OSError as error:
                 log.warning("%s, which an earlier process left, could not be removed: %s", leftover, error)
-        for again in folder.glob("step_*-again"):  # of a process that died between the renames of publish
+        for again in folder.glob("step_*-again"):  # left by a process that died between the two renames below
             _replace(again)
         partial.mkdir()
 
@@ -179,7 +179,7 @@ def write_snapshot(
         sync_folder(partial)
         if not os.path.lexists(final):
             partial.rename(final)
-        else:  # saved again: at every moment one of the two stands under a name that readers look for
+        else:  # step_N exists: at every moment step_N or step_N-again is a complete checkpoint that readers find
             _replace(partial.rename(final.with_name(f"{final.name}-again")))
         sync_folder(folder)
 
@@ -190,7 +190,7 @@ def write_snapshot(
         _together(publish if first else None, snapshot, group)
     except CheckpointError as error:
         if first:
-            shutil.rmtree(partial, ignore_errors=True)  # a full disk is not helped by what is left
+            shutil.rmtree(partial, ignore_errors=True)  # frees space on a full disk
         raise CheckpointError(f"checkpoint {final} could not be written: {error}") from None
     if first and retention is not None:
         apply_retention(folder, retention)
@@ -198,7 +198,7 @@ def write_snapshot(
 
 
 def _replace(again: Path) -> None:
-    """step_N-again takes the place of step_N."""
+    """Replace step_N by step_N-again."""
     final = again.with_name(again.name.removesuffix("-again"))
     if os.path.lexists(final):
         remove(final)
@@ -206,7 +206,8 @@ def _replace(again: Path) -> None:
 
 
 def _written_here(engine: Trainable) -> list[tuple[OwnedRange, list[tuple[Piece, int]]]]:
-    """What this rank writes: owned ranges and their pieces. Values that several ranks hold are written by the first."""
+    """The owned ranges that this rank writes, and their pieces. The first of several ranks with the same range writes
+    it."""
     context, specs = engine.context, engine.model.shard_specs()
     if not engine.partitioned and context.data.rank > 0:
         return []
@@ -218,7 +219,7 @@ def _written_here(engine: Trainable) -> list[tuple[OwnedRange, list[tuple[Piece,
 
 
 def _gather(value: Any, snapshot: Snapshot, group: dist.ProcessGroup | None) -> list[Any]:
-    """Every rank's value, in rank order, on rank 0; an empty list on the others."""
+    """On rank 0, every rank's `value` in rank order; on the other ranks, an empty list."""
     if snapshot.world_size == 1:
         return [value]
     found = [None] * snapshot.world_size if snapshot.rank == 0 else None
@@ -227,7 +228,8 @@ def _gather(value: Any, snapshot: Snapshot, group: dist.ProcessGroup | None) -> 
 
 
 def _together(action: Callable[[], Any] | None, snapshot: Snapshot, group: dist.ProcessGroup | None) -> Any:
-    """Run `action` where there is one; returns what it returned here, once it has gone well on every rank."""
+    """Run `action` where it is not None and wait for all ranks. Returns this rank's result; raises CheckpointError on
+    every rank when one failed."""
     result, failure = None, ""
     try:
         if action is not None:

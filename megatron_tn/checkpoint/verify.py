@@ -1,4 +1,4 @@
-"""Is a checkpoint all there? Every file's size and hash, every element of every tensor exactly once, nothing else."""
+"""Checks a checkpoint: each file's size and sha256, and that the pieces cover every tensor element exactly once."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import numpy as np
 import torch
 
 from megatron_tn.checkpoint.files import CHUNK_BYTES, TensorFile
-from megatron_tn.checkpoint.manifest import MANIFEST, Manifest, Piece, whole_checkpoints
+from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, whole_checkpoints
 from megatron_tn.checkpoint.reshard import rectangles
 from megatron_tn.config import ConfigError, TrainConfig, from_mapping
 from megatron_tn.model.registry import build_model
 
 
 def verify(directory: Path) -> list[str]:
-    """One line for each thing that is wrong; empty when the checkpoint is whole. Reads every byte once."""
+    """One line per problem; empty when the checkpoint is complete. Reads every byte once."""
     try:
-        manifest = Manifest.read(directory)
+        manifest = CheckpointManifest.read(directory)
     except ConfigError as error:
         return error.problems
     found = _content_problems(manifest)
@@ -33,9 +33,9 @@ def verify(directory: Path) -> list[str]:
 
 
 def glance(directory: Path) -> list[str]:
-    """What is wrong that shows without reading a tensor: the manifest, files that are absent or of another size."""
+    """Problems found without reading tensors: in the manifest, or files that are missing or of another size."""
     try:
-        manifest = Manifest.read(directory)
+        manifest = CheckpointManifest.read(directory)
     except ConfigError as error:
         return error.problems
     found = []
@@ -49,7 +49,7 @@ def glance(directory: Path) -> list[str]:
 
 
 def whole_from(folder: Path) -> tuple[Path | None, dict[Path, list[str]]]:
-    """The newest checkpoint that `glance` finds whole, if any; and what is wrong with each that is newer."""
+    """The newest checkpoint without problems by `glance`, if any; and the problems of each newer checkpoint."""
     damage = {}
     for checkpoint in reversed(whole_checkpoints(folder)):
         if not (problems := glance(checkpoint)):
@@ -58,8 +58,8 @@ def whole_from(folder: Path) -> tuple[Path | None, dict[Path, list[str]]]:
     return None, damage
 
 
-def _content_problems(manifest: Manifest) -> list[str]:
-    """What is wrong with the manifest by itself."""
+def _content_problems(manifest: CheckpointManifest) -> list[str]:
+    """Problems within the manifest, such as pieces that overlap or leave a gap; no file is read."""
     found = []
     try:
         config = from_mapping(TrainConfig, manifest.config)
@@ -93,11 +93,11 @@ def _content_problems(manifest: Manifest) -> list[str]:
 
 
 def _fits(piece: Piece, shape: Sequence[int]) -> bool:
-    """Whether a piece is a range of a box of a tensor of this shape."""
+    """Whether the piece's box lies in a tensor of `shape`, and its element range in the box."""
     if len(piece.box) != len(shape):
         return False
     inside = all(0 <= start < stop <= length for (start, stop), length in zip(piece.box, shape, strict=True))
-    # As everything that reads pieces assumes, a box is cut along the first two dimensions at most.
+    # reshard.py requires a box that is cut along the first two dimensions at most.
     whole = all(edges == (0, length) for edges, length in zip(piece.box[2:], shape[2:], strict=True))
     return inside and whole and 0 <= piece.start < piece.stop <= math.prod(stop - start for start, stop in piece.box)
 
@@ -108,7 +108,7 @@ def times_covered(pieces: Sequence[Piece], shape: Sequence[int]) -> tuple[int, i
     rows = np.unique([0, shape[0], *(edge for area in areas for edge in (area.top, area.bottom))])
     width = math.prod(shape[1:])
     columns = np.unique([0, width, *(edge for area in areas for edge in (area.left, area.right))])
-    # Between two neighbouring edges all elements are covered alike, so one count stands for each cell of the grid.
+    # The pieces' edges cut the matrix into cells; all elements of a cell lie in the same pieces: one count per cell.
     count = np.zeros((len(rows) - 1, len(columns) - 1), dtype=np.int32)
     for area in areas:
         top, bottom = np.searchsorted(rows, (area.top, area.bottom))
@@ -118,8 +118,8 @@ def times_covered(pieces: Sequence[Piece], shape: Sequence[int]) -> tuple[int, i
     return tuple(int(elements[mask].sum()) for mask in (count == 0, count == 1, count > 1))
 
 
-def _file_problems(path: Path, size: int, sha256: str, manifest: Manifest) -> list[str]:
-    """What is wrong with one file: first what its header says, then its bytes."""
+def _file_problems(path: Path, size: int, sha256: str, manifest: CheckpointManifest) -> list[str]:
+    """Problems of one file: its header first, then its bytes."""
     try:
         with closing(TensorFile(path)) as file:
             entries = dict(file.entries)

@@ -6,12 +6,14 @@ here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from megatron_tn.config import ConfigError
 from megatron_tn.device.host_copy import HostCopy
 from megatron_tn.gradients.clipping import clipping_divisor
 from megatron_tn.gradients.norm import gradient_norm
@@ -72,7 +74,11 @@ class Shards(Protocol):
 
 
 class Update:
-    """The one way from gradients to parameters. `specs`: name -> how the parameter is split over tensor parallel."""
+    """The one way from gradients to parameters. `specs`: name -> how the parameter is split over tensor parallel.
+
+    Raises:
+        ConfigError: the optimizer needs whole matrices, and the shards hold parts.
+    """
 
     def __init__(
         self, optimizer: Optimizer, shards: Shards, specs: Mapping[str, ShardSpec], tp: Axis, *, clip_norm: float
@@ -83,6 +89,8 @@ class Update:
         self.tp = tp
         self.clip_norm = clip_norm
         optimizer.copies = shards.copies
+        if optimizer.whole_matrices:
+            self._check_whole_matrices()
 
     @torch.no_grad()
     def step(self, lr: float, tokens: Tensor | None = None) -> StepResult:
@@ -111,6 +119,15 @@ class Update:
             return StepResult(found, False)
         shards.publish()
         return StepResult(found, True)
+
+    def _check_whole_matrices(self) -> None:
+        for place in self.shards.placements:
+            size = math.prod(self.specs[place.name].local_shape(self.tp.rank, self.tp.size))
+            if (place.stop - place.start, self.shards.masters[place.master].numel()) != (size, size):
+                raise ConfigError(
+                    f"{type(self.optimizer).__name__} updates whole matrices, but this engine keeps {place.name} "
+                    "in parts or beside other parameters"
+                )
 
     def owned_ranges(self) -> list[OwnedRange]:
         """Everything that this rank updates, in a fixed order, as views."""

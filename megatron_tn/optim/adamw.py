@@ -71,52 +71,14 @@ class TritonAdamW:
         self._steps = step
 
 
-class TorchAdamW:
-    """See `optim.protocol.Optimizer`. torch.optim.AdamW's fused kernel, which divides gradients as it reads them and
-    writes the quotients back. The host waits for the divisor; copies are a pass of their own."""
+class _Waiting:
+    """The step of a library's optimizer, which needs the divisor on the host, and writes no copies of its own."""
 
     state_kinds = MOMENTS
     whole_matrices = False
+    inner: torch.optim.Optimizer
 
-    def __init__(self, groups: list[dict], *, lr: float, betas: tuple[float, float], eps: float):
-        self.inner = torch.optim.AdamW(groups, fused=True, lr=lr, betas=betas, eps=eps)
-        self.copies: Mapping[Tensor, Tensor] = {}
-
-    def step(self, lr: float, divisor: Tensor) -> None:
-        value = divisor.item()
-        if not value < float("inf"):
-            return
-        for group in self.inner.param_groups:
-            group["lr"] = lr
-        self.inner.grad_scale = divisor if value != 1 else None
-        torch.optim.AdamW.step(self.inner)  # not inner.step, in whose place DeepSpeed's adapter puts the whole update
-        write_copies(self.copies)
-
-    def undo(self) -> None:
-        """`step` waits for its divisor, and counts nothing where that is not finite."""
-
-    def state_of(self, master: Tensor) -> dict[str, Tensor]:
-        state = _moments(self.inner, master)
-        self.inner.state[master].setdefault("step", torch.zeros((), device=master.device))
-        return state
-
-    def set_step(self, step: int) -> None:
-        for state in self.inner.state.values():
-            if "step" in state:
-                state["step"].fill_(step)
-
-
-class ApexAdamW:
-    """See `optim.protocol.Optimizer`. NVIDIA apex's FusedAdam, which takes gradients as they are: where they must be
-    clipped, a pass over them comes first. It counts steps per group."""
-
-    state_kinds = MOMENTS
-    whole_matrices = False
-
-    def __init__(self, groups: list[dict], *, lr: float, betas: tuple[float, float], eps: float):
-        from apex.optimizers import FusedAdam
-
-        self.inner = FusedAdam(groups, adam_w_mode=True, lr=lr, betas=betas, eps=eps)
+    def __init__(self) -> None:
         self.copies: Mapping[Tensor, Tensor] = {}
 
     @torch.no_grad()
@@ -126,16 +88,57 @@ class ApexAdamW:
             return
         for group in self.inner.param_groups:
             group["lr"] = lr
-        if value != 1:
-            torch._foreach_mul_([master.grad for master in masters_of(self)], 1 / divisor)
-        self.inner.step()
+        self._apply(None if value == 1 else divisor)
         write_copies(self.copies)
 
+    def _apply(self, divisor: Tensor | None) -> None:
+        """One step of `inner`, by gradients / divisor; None is 1."""
+        raise NotImplementedError
+
     def undo(self) -> None:
-        """`step` waits for its divisor, and counts nothing where that is not finite."""
+        """A divisor that is not finite made no step."""
 
     def state_of(self, master: Tensor) -> dict[str, Tensor]:
         return _moments(self.inner, master)
+
+
+class TorchAdamW(_Waiting):
+    """See `optim.protocol.Optimizer`. torch.optim.AdamW's fused kernel, which divides gradients as it reads them and
+    writes the quotients back. Copies are a pass of their own."""
+
+    def __init__(self, groups: list[dict], *, lr: float, betas: tuple[float, float], eps: float):
+        super().__init__()
+        self.inner = torch.optim.AdamW(groups, fused=True, lr=lr, betas=betas, eps=eps)
+
+    def _apply(self, divisor: Tensor | None) -> None:
+        self.inner.grad_scale = divisor
+        torch.optim.AdamW.step(self.inner)  # not inner.step, in whose place DeepSpeed's adapter puts the whole update
+
+    def state_of(self, master: Tensor) -> dict[str, Tensor]:
+        moments = super().state_of(master)
+        self.inner.state[master].setdefault("step", torch.zeros((), device=master.device))
+        return moments
+
+    def set_step(self, step: int) -> None:
+        for state in self.inner.state.values():
+            if "step" in state:
+                state["step"].fill_(step)
+
+
+class ApexAdamW(_Waiting):
+    """See `optim.protocol.Optimizer`. NVIDIA apex's FusedAdam, which takes gradients as they are: where they must be
+    clipped, a pass over them comes first. It counts steps per group."""
+
+    def __init__(self, groups: list[dict], *, lr: float, betas: tuple[float, float], eps: float):
+        from apex.optimizers import FusedAdam
+
+        super().__init__()
+        self.inner = FusedAdam(groups, adam_w_mode=True, lr=lr, betas=betas, eps=eps)
+
+    def _apply(self, divisor: Tensor | None) -> None:
+        if divisor is not None:
+            torch._foreach_mul_([master.grad for master in masters_of(self)], 1 / divisor)
+        self.inner.step()
 
     def set_step(self, step: int) -> None:
         for group in self.inner.param_groups:

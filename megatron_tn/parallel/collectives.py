@@ -1,10 +1,10 @@
-"""Collectives with their gradients (Megatron-LM, arXiv 1909.08053, section 3), and some outside autograd.
+"""Collectives with gradients (Megatron-LM, arXiv 1909.08053, section 3), and collectives outside autograd.
 
     copy_to      identity forward,    all-reduce backward    into column-parallel layers
     reduce_from  all-reduce forward,  identity backward      out of row-parallel layers
     gather_from  all-gather forward,  own slice backward     out of column-parallel layers, along the last dimension
 
-On an axis of size 1 each returns its input, so that no model code asks whether tp > 1.
+On an axis of size 1 each returns its input, so model code needs no branch on tp.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ class _GatherFrom(torch.autograd.Function):
 
 
 def copy_to(x: Tensor, axis: Axis) -> Tensor:
-    """x, equal on every rank of `axis`, before layers that are split over it. Gradients of x are summed over ranks."""
+    """x, equal on every rank of `axis`, as input of layers split over `axis`. dx is summed over ranks."""
     return x if axis.size == 1 else _CopyTo.apply(x, axis.group)
 
 
 def reduce_from(x: Tensor, axis: Axis) -> Tensor:
-    """The sum of x over the ranks of `axis`, after layers that are split over it; dx is the gradient of the sum."""
+    """The sum over the ranks of `axis` of x, the output of layers split over `axis`; dx is the gradient of the sum."""
     return x if axis.size == 1 else _ReduceFrom.apply(x, axis.group)
 
 
@@ -88,14 +88,14 @@ def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
 
 
 def gather_parts_(buffers: Sequence[Tensor], axis: Axis) -> None:
-    """All-gather flat buffers in place, outside autograd: of axis.size equal parts of each buffer, rank n has the nth.
+    """All-gather flat buffers in place, outside autograd: each has axis.size equal parts, rank n contributes the nth.
 
-    ZeRO gathers the parameters that each rank has updated in this way (arXiv 1910.02054, section 5.1).
+    ZeRO's all-gather of updated parameters (arXiv 1910.02054, section 5.1).
     """
     if axis.size == 1:
         return
-    # One NCCL group call: 18 buffers of a 1B model, gathered one by one, take a third longer (docs/performance.md).
-    # Gloo, which would keep copies of all buffers, gathers them one by one.
+    # One NCCL group call: 18 separate all-gathers of a 1B model take a third longer (docs/measurements/2026-11-28.md).
+    # Gloo's coalesced call would copy all buffers, so gloo gathers them one by one.
     grouped = dist._coalescing_manager(axis.group) if buffers[0].is_cuda else contextlib.nullcontext()
     with grouped:
         for buffer in buffers:

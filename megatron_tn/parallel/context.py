@@ -1,8 +1,8 @@
-"""The process layout of a run: an argument of what needs it, never a global.
+"""The process layout of a run, passed as an argument, never a global.
 
     rank = (dp_rank * cp + cp_rank) * tp + tp_rank
 
-Tensor-parallel ranks, which communicate most, are neighbours, so that they share a node's links.
+Tensor-parallel ranks, which communicate most, are consecutive, so that they share a node.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Axis:
-    """One dimension of the layout: this process's place among the ranks that differ in it alone.
+    """One dimension of the layout: this process's rank in the group of ranks that differ only in this dimension.
 
-    group: None where size is 1, which communicates nothing.
+    group: None where size is 1.
     """
 
     group: dist.ProcessGroup | None = None
@@ -25,7 +25,7 @@ class Axis:
 
     @property
     def name(self) -> str:
-        """The group's name, by which registered operators find it (a group cannot be an argument); "" without one."""
+        """The group's name, "" without a group. Registered operators take it, as a group cannot be their argument."""
         return "" if self.group is None else self.group.group_name
 
 
@@ -33,8 +33,8 @@ class Axis:
 class ParallelContext:
     """Data, context and tensor parallelism.
 
-    data: dp x cp, the ranks that hold the same parameters and see other tokens.
-    sequence_parallel: between split layers each tensor-parallel rank computes a slice of the tokens, not all of them.
+    data: dp x cp, the ranks with the same parameters and different tokens.
+    sequence_parallel: between split layers each tensor-parallel rank computes only a slice of the tokens.
     """
 
     dp: Axis = field(default_factory=Axis)
@@ -45,7 +45,7 @@ class ParallelContext:
 
     @classmethod
     def create(cls, tp: int = 1, cp: int = 1, *, sequence_parallel: bool = False) -> ParallelContext:
-        """Lay the default process group out as dp x cp x tp; where none is initialised, the context of one process.
+        """Lay out the default process group as dp x cp x tp; without an initialised one, a context of one process.
 
         Collective: every rank calls this with the same sizes.
 
@@ -67,7 +67,7 @@ class ParallelContext:
             mine = next(ranks for ranks in ranks_of_all_groups if rank in ranks)
             if len(mine) == 1:
                 return Axis()
-            # new_group is collective: every rank creates every group, and keeps the one that it is in.
+            # new_group is collective: every rank creates every group and keeps its own.
             groups = [dist.new_group(ranks) for ranks in ranks_of_all_groups]
             return Axis(groups[ranks_of_all_groups.index(mine)], mine.index(rank), len(mine))
 
@@ -94,5 +94,5 @@ class ParallelContext:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is global rank 0, which prints and writes for all ranks."""
+        """Whether this process is global rank 0, which prints and writes files."""
         return self.rank == 0

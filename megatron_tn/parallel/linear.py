@@ -1,7 +1,7 @@
-"""Linear layers whose weight is split over tensor parallel. No bias anywhere, as in the released family.
+"""Linear layers without bias, as in the released family, whose weight is split over tensor-parallel ranks.
 
-`slices` is given where, between split regions, each rank holds a slice of the tokens (sequence parallelism); without
-it every rank holds all tokens.
+`slices`: the `TokenSlices` of sequence parallelism, where each rank holds a slice of the tokens between split layers;
+None: every rank holds all tokens.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from megatron_tn.precision.matmul import linear
 class ColumnParallelLinear(nn.Module):
     """y_local = x W_local^T with W [out, in] split along `out`, block by block for a fused projection.
 
-    x [..., in] is the same on every rank, or this rank's slice [S, in] of [B, N] tokens -> this rank's columns
-    [..., out / tp] or [B, N, out / tp], those of each block in turn.
+    x [..., in], the same on every rank -> this rank's columns [..., out / tp], block after block. With `slices`: x is
+    this rank's slice [S, in] of [B, N] tokens -> [B, N, out / tp].
     """
 
     def __init__(self, in_features: int, out_features: int, axis: Axis, *, blocks: int = 1):
@@ -41,10 +41,10 @@ class ColumnParallelLinear(nn.Module):
 def column_parallel(
     x: Tensor, layers: Sequence[ColumnParallelLinear], slices: TokenSlices | None = None
 ) -> list[Tensor]:
-    """Each layer's output for one input x: one all-gather of x, and one reduction of its gradient, serve all layers.
+    """Each layer's output for one input x, with one all-gather of x and one reduction of dx for all layers.
 
-    Over tensor-parallel ranks, and where the engine keeps gradient sums, the weights are read without calling their
-    layers. An engine that gathers weights when a module is called must gather a whole block's (ZeRO 3's leaf modules,
+    With tp > 1, and where the engine keeps gradient sums, the weights are read without calling their layers' forward.
+    An engine that gathers weights in forward hooks must gather a whole block at once (ZeRO 3's leaf modules,
     `partition_parameters` of engine.deepspeed.adapter).
     """
     axis = layers[0].axis
@@ -66,7 +66,7 @@ def _columns(x: Tensor, weights: list[Tensor], axis: Axis, slices: TokenSlices |
 class RowParallelLinear(nn.Module):
     """y = sum over ranks of x_local W_local^T with W [out, in] split along `in`.
 
-    Input [B, N, in / tp] is this rank's part; output [B, N, out] is whole on every rank, or this rank's slice [S, out].
+    Input [B, N, in / tp]: this rank's columns. Output: [B, N, out] on every rank, or this rank's token slice [S, out].
     """
 
     def __init__(self, in_features: int, out_features: int, axis: Axis):
@@ -78,8 +78,8 @@ class RowParallelLinear(nn.Module):
     def forward(
         self, x: Tensor, slices: TokenSlices | None = None, *, beside: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """y; with `beside` [B, N], one number a token that is to be summed over ranks as well: (y, the sums), the sums
-        in beside's type. Their reduction overlaps with the product."""
+        """y. With `beside` [B, N], one number per token: (y, sum over ranks of `beside`, in its dtype); the reduction
+        overlaps with the product."""
         if self.axis.size == 1:
             (y,) = linear(x, [self.weight])
             return y if beside is None else (y, beside)

@@ -8,7 +8,7 @@ from kernels import linear_cross_entropy
 from megatron_tn.parallel.context import Axis
 from megatron_tn.precision.gradient_sum import gradient_sum
 
-IGNORE = -100  # the target of a position that has no loss
+IGNORE = -100  # target of a position without a loss
 
 
 def vocab_parallel_cross_entropy(
@@ -16,8 +16,8 @@ def vocab_parallel_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """hidden [..., D], weight [V_local, D], targets [...] -> sum of losses (fp32 scalar), losses [...] (fp32), in nats.
 
-    vocab_start: id of this rank's first row. The gradient of hidden is that of this rank's logits alone; `copy_to` or
-    `TokenSlices.all_gather`, of which hidden must be the output, sums it over ranks.
+    vocab_start: id of this rank's first row. dhidden is the gradient of this rank's logits only: hidden must be the
+    output of `copy_to` or `TokenSlices.all_gather`, whose backward pass sums dhidden over ranks.
     """
     loss_sum, token_losses = linear_cross_entropy(
         hidden.flatten(0, -2),

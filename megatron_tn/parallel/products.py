@@ -1,22 +1,22 @@
-"""Matrix products with weights that are split over tensor parallel, and the collectives that hide behind them.
+"""Matrix products with weights split over tensor-parallel ranks, overlapped with their collectives.
 
     column   y_i = X W_i^T, W_i [out, in] split along `out`: needs X whole; the gradient of X is a sum over ranks
     row      Y = sum over ranks of x W^T, W [out, in] split along `in`
 
-Between split regions every rank holds the tokens whole, and sums over ranks are all-reduces; or, where `rows` is not 0,
-its slice of the `rows` tokens (Megatron's sequence parallelism, arXiv 2205.05198; parallel/sequence.py): sums are then
-reduce-scatters, and inputs are all-gathered. Each collective overlaps with a product:
+With `rows` = 0 every rank holds all tokens between split layers, and sums over ranks are all-reduces. Otherwise each
+rank holds a slice of the `rows` tokens (Megatron's sequence parallelism, arXiv 2205.05198; parallel/sequence.py): sums
+are reduce-scatters, and inputs are all-gathered. Each collective overlaps with a product:
 
                        collective                    product that runs meanwhile
-    column, forward    all-gather of x               those of this rank's own slice
+    column, forward    all-gather of x               y of this rank's own slice
     column, backward   all-gather of x               dx
-                       reduction of dx               the weights' gradients
-    row, forward       reduction of a chunk of y     that of the next chunk
-    row, backward      all-gather of dy              those of this rank's own slice
+                       reduction of dx               dW
+    row, forward       reduction of a chunk of y     the next chunk of y
+    row, backward      all-gather of dy              dx of this rank's own slice
 
-Each direction but one is a registered operator, which compilers, selective recomputation and dry runs treat as one
-node, and which takes a process group by its name. The backward pass of column products is PyTorch's own operators and
-functional collectives. The products themselves are precision/matmul.py's.
+Column forward, row forward and row backward are registered operators, one node each for compilers, selective
+recomputation and dry runs; they take a process group by name. Column backward uses PyTorch's operators and functional
+collectives. precision/matmul.py computes the products.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from torch.utils.flop_counter import register_flop_formula
 from megatron_tn.precision.gradient_sum import gradient_sum
 from megatron_tn.precision.matmul import forward_product, input_gradient, weight_gradient
 
-collectives = torch.ops._c10d_functional  # asynchronous; wait_tensor gives the result
+collectives = torch.ops._c10d_functional  # asynchronous: call wait_tensor on the result
 
-# Row products are cut into chunks, so that the reduction of one overlaps with the product of the next: on the device
-# types in CHUNK_TOKENS, into at most CHUNKS chunks of at least that many tokens (shorter products leave a GPU idle).
+# Row products are computed in chunks of tokens: the reduction of one chunk overlaps with the product of the next. At
+# most CHUNKS chunks of at least CHUNK_TOKENS[device type] tokens (smaller products leave a GPU idle).
 CHUNKS = 4
 CHUNK_TOKENS = {"cuda": 1024}
 
@@ -43,7 +43,7 @@ CHUNK_TOKENS = {"cuda": 1024}
 def column_products(x: Tensor, weights: list[Tensor], group: str, rows: int = 0) -> list[Tensor]:
     """x [T, in], or this rank's slice [S, in] of `rows` tokens; weights [out_i, in] -> [T or rows, out_i] each.
 
-    Collective over `group`, as is its backward pass, which reduces one gradient of x, summed over the products.
+    Collective over `group`. The backward pass, also collective, sums dx over the products and reduces it once.
     """
     return torch.ops.megatron_tn.column_forward(x, weights, group, rows)
 
@@ -51,17 +51,17 @@ def column_products(x: Tensor, weights: list[Tensor], group: str, rows: int = 0)
 def row_product(
     x: Tensor, weight: Tensor, group: str, rows: int = 0, beside: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """x [T, in], weight [out, in] -> (y, sums): y = the sum over ranks of x weight^T, [T, out], or this rank's slice
-    [S, out] of `rows` = T tokens. sums: likewise the sum over ranks of `beside` [T]; [0] without one.
+    """x [T, in], weight [out, in] -> y = sum over ranks of x weight^T, [T, out]; with `rows` = T, this rank's slice
+    [S, out]. Also the sum over ranks of `beside` [T], sliced like y; [0] where `beside` is None.
 
-    Collective over `group`. beside: one number a token, reduced in its own type while the product runs.
+    Collective over `group`. beside: one number per token, reduced in its own dtype while the product runs.
     """
     y, beside = torch.ops.megatron_tn.row_forward(x, weight, group, rows, beside)
     return y, beside
 
 
 def slice_length(rows: int, ranks: int) -> int:
-    """S = ceil(rows / ranks), the tokens of each rank's slice; the last slices are padded with zeros."""
+    """S = ceil(rows / ranks), tokens per slice; the last slices are padded with zeros."""
     return -(-rows // ranks)
 
 
@@ -105,8 +105,8 @@ def _row_forward(
 def _row_backward(
     gradient: Tensor, beside: Tensor, weight: Tensor, group: str, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's slices of dy [S, out] and of the gradient of `beside` [S] or [0] -> dx [rows, in], and both gathered:
-    dy [rows, out], the gradient of beside [rows] or [0]."""
+    """gradient: this rank's slice of dy [S, out]. beside: this rank's slice of dbeside, [S] or [0].
+    -> dx [rows, in], dy [rows, out], dbeside [rows] or [0]."""
     ranks = _resolve(group)
     gathering = _Gathering(gradient, ranks, rows)
     small = _Gathering(beside, ranks, rows) if beside.numel() else None
@@ -117,9 +117,9 @@ def _row_backward(
 
 
 class _Gathering:
-    """An all-gather of token slices x [S, ...] into `whole` [rows, ...], started here; `whole` is valid after `wait`.
+    """The constructor starts an all-gather of slices x [S, ...] into `whole` [rows, ...], valid after `wait`.
 
-    Iterating yields (token range, its tokens) until all are covered: this rank's own slice first, before the wait.
+    Iterating yields (token range, tokens): this rank's own slice first, before the wait, then all others.
     """
 
     def __init__(self, x: Tensor, group: dist.ProcessGroup, rows: int):
@@ -146,8 +146,8 @@ class _Gathering:
 
 
 def _part_of_every_slice(x: Tensor, weight: Tensor, chunk: slice, size: int, ranks: int) -> Tensor:
-    """The products of tokens `chunk` of every rank's slice of `size` tokens, stacked by rank: [ranks * len(chunk),
-    out], as a reduce-scatter wants them. Padding tokens give zeros."""
+    """x weight^T for tokens `chunk` of every rank's slice of `size` tokens, stacked by rank: [ranks * len(chunk), out],
+    the input of a reduce-scatter. Padding tokens give zeros."""
     if chunk == slice(0, size):
         part = x.new_empty(ranks * size, weight.shape[0])
         forward_product(x, weight, out=part[: x.shape[0]])
@@ -170,7 +170,7 @@ def _chunks(tokens: int, device: torch.device) -> list[slice]:
 
 
 def padded(x: Tensor, ranks: int) -> Tensor:
-    """x [rows, ...] with rows of zeros appended, to a multiple of `ranks`."""
+    """x [rows, ...] padded with zero rows to a multiple of `ranks`."""
     rows = x.shape[0]
     missing = ranks * slice_length(rows, ranks) - rows
     return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x.contiguous()
@@ -182,8 +182,7 @@ def start_all_reduce_(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, dist
 
 
 def start_reduce_scatter(x: Tensor, group: dist.ProcessGroup, out: Tensor | None = None) -> tuple[Tensor, dist.Work]:
-    """Starts the reduce-scatter of x [ranks * S, ...]; `out` [S, ...], this rank's slice of the sum over ranks, is
-    valid after `work.wait()`."""
+    """Starts the reduce-scatter of x [ranks * S, ...] into `out` [S, ...], valid after `work.wait()`."""
     if out is None:
         out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
     return out, dist.reduce_scatter_tensor(out, x, group=group, async_op=True)
@@ -228,9 +227,10 @@ def _column_differentiate(ctx, gradients):
 
 
 def start_sum_of_gradients(dx: Tensor, group: str, rows: int) -> Tensor:
-    """Starts the sum over ranks of dx [T, in]. Returns it, or this rank's slice of it, valid after `wait_tensor`."""
+    """Starts the sum over ranks of dx [T, in]. Returns the sum or, with `rows`, this rank's slice of the sum; valid
+    after `wait_tensor`."""
     if not rows:
-        return collectives.all_reduce(dx, "sum", group)  # of a copy: compilers have no rule for the in-place form
+        return collectives.all_reduce(dx, "sum", group)  # not in place: compilers have no rule for all_reduce_
     ranks = _resolve(group).size()
     return collectives.reduce_scatter_tensor(padded(dx, ranks), "sum", ranks, group)
 
@@ -246,7 +246,7 @@ def _row_differentiate(ctx, gradient, beside):
     x, weight = ctx.saved_tensors
     if ctx.rows:
         dx, gradient, beside = torch.ops.megatron_tn.row_backward(gradient, beside, weight, ctx.group, ctx.rows)
-    else:  # y is a sum over ranks, and whole on each: dy is every rank's gradient
+    else:  # y = sum over ranks, all tokens on each rank: dy is the gradient of every rank's term
         dx = input_gradient([gradient], [weight])
     return dx, weight_gradient(ctx.sum, gradient, x), None, None, beside if ctx.has_beside else None
 

@@ -1,8 +1,8 @@
 """Activation recomputation (arXiv 1604.06174): the backward pass computes a block's activations again.
 
-none       the forward pass keeps all activations
-selective  it keeps the outputs of matrix products and attention; norms, gates and activation functions run again
-full       it keeps a block's input, and the whole block runs again: a third more operations
+none       all activations are kept
+selective  outputs of matrix products and attention are kept; norms, gates and activation functions are recomputed
+full       only a block's input is kept; the whole block is recomputed: a third more operations
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import kernels  # noqa: F401 (registers operators of COSTLY)
 import megatron_tn.parallel.products  # noqa: F401 (registers operators of COSTLY)
 
-# The operators with nearly all of a block's floating-point operations, whose outputs `selective` keeps.
+# Operators with nearly all of a block's FLOPs. `selective` keeps their outputs.
 COSTLY = frozenset(
     {
         torch.ops.aten.mm.default,
@@ -34,10 +34,10 @@ COSTLY = frozenset(
 def recompute_blocks(blocks: Iterable[nn.Module], policy: str, every: int = 1) -> None:
     """Replace the forward of blocks 0, every, 2 every, ... by one that recomputes by `policy`.
 
-    In place: no module is added and none gets another name.
+    In place: modules and their names stay.
 
-    To be called before blocks are compiled and before an engine hooks into them: the weights that it gathers for a
-    block's backward pass then serve its second forward pass too.
+    Call this before blocks are compiled and before an engine adds hooks to them: then the weights gathered for a
+    block's backward pass also serve its recomputation.
 
     Raises:
         ValueError: an unknown policy.

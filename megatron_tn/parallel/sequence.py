@@ -1,9 +1,9 @@
 """Megatron's sequence parallelism (arXiv 2205.05198): between split layers each tensor-parallel rank has a slice of the
 tokens.
 
-Norms, residual sums and scales act on each token alone, so a rank computes them for its slice. The B x N tokens of a
-microbatch, as one row, are cut into equal slices of S; the last slices are padded with zeros, which these operations
-keep finite and whose gradients are zero, so B x N need not divide by tp.
+Norms, residual sums and scales act per token, so a rank computes them for its slice. The B x N tokens of a microbatch,
+flattened, are cut into equal slices of S tokens. B x N need not be a multiple of tp: the last slices are padded with
+zeros, whose outputs stay finite and whose gradients are zero.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_tn.parallel.products import padded
 
 
 class TokenSlices:
-    """[batch, length] tokens, cut into axis.size slices of S = ceil(batch length / axis.size) tokens, one a rank."""
+    """[batch, length] tokens, cut into one slice of S = ceil(batch x length / axis.size) tokens per rank."""
 
     def __init__(self, axis: Axis, batch: int, length: int):
         self.axis = axis
@@ -26,15 +26,15 @@ class TokenSlices:
         self.rows = batch * length
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        """x [B, N, D], each rank's term of a sum, after split layers -> this rank's slice [S, D] of the sum."""
+        """After split layers: x [B, N, D] on each rank -> this rank's slice [S, D] of the sum over ranks."""
         return _ReduceScatter.apply(x.flatten(0, 1), self.axis, self.rows)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """This rank's slice x [S, D] before split layers -> all tokens [B, N, D]. Gradients are summed over ranks."""
+        """Before split layers: this rank's slice x [S, D] -> all tokens [B, N, D]. dx is summed over ranks."""
         return _AllGather.apply(x, self.axis, self.rows).unflatten(0, self.shape)
 
     def repeated(self, parameter: Tensor) -> Tensor:
-        """A parameter that every rank holds whole and applies to its own slice. Its gradients are summed over ranks."""
+        """A replicated parameter that each rank applies to its own slice. Its gradient is summed over ranks."""
         return copy_to(parameter, self.axis)
 
 

@@ -1,9 +1,8 @@
 """Which part of a logical parameter each tensor-parallel rank holds.
 
-A logical parameter is the whole tensor, as released files hold it. Its `ShardSpec` says along which dimension it is
-split and into how many blocks, each of which is split by itself: the fused q|k|v|u projection has four blocks, so rank
-r holds the r-th part of q, of k, of v and of u, one after the other. Initialisation, checkpoints, resharding, export,
-whole gradients and the gradient norm all read splits from here.
+A logical parameter is the whole tensor, as in released files. Its `ShardSpec` gives the split dimension and the number
+of blocks, each split separately: the fused q|k|v|u projection has four blocks, so rank r holds the r-th part of q, of
+k, of v and of u, concatenated. Initialisation, checkpoints, resharding, export and the gradient norm use these specs.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ class ShardSpec:
     """Split of one logical parameter.
 
     shape: of the logical tensor, without padding.
-    dim: the dimension that is split over tensor parallel; None for a parameter that every rank holds whole.
-    blocks: number of equal parts along `dim` that are each split over the ranks.
+    dim: the dimension split over tensor-parallel ranks; None for a replicated parameter.
+    blocks: number of equal blocks along `dim`, each split over the ranks.
     padded: length of `dim` after padding (the vocabulary); 0 means no padding.
 
-    Where a block's length is not a multiple of the ranks, its parts differ in length by at most one.
+    Where a block's length is not a multiple of the number of ranks, its parts differ in length by at most one.
     """
 
     shape: tuple[int, ...]
@@ -41,13 +40,13 @@ class ShardSpec:
         return self.dim is None
 
     def _parts(self, rank: int, size: int) -> list[tuple[int, int]]:
-        """[start, stop) along the padded `dim` of the rank's part of each block."""
+        """For each block, [start, stop) of the rank's part along the padded `dim`."""
         block = (self.padded or self.shape[self.dim]) // self.blocks
         start, stop = block * rank // size, block * (rank + 1) // size
         return [(index * block + start, index * block + stop) for index in range(self.blocks)]
 
     def local_shape(self, rank: int, size: int) -> tuple[int, ...]:
-        """Shape of the tensor that a rank holds, padding included."""
+        """Shape of a rank's local tensor, padding included."""
         if self.dim is None:
             return self.shape
         shape = list(self.shape)
@@ -55,9 +54,9 @@ class ShardSpec:
         return tuple(shape)
 
     def boxes(self, rank: int, size: int) -> list[Box]:
-        """The boxes of the logical tensor that rank `rank` of `size` holds, one a block, in the local tensor's order.
+        """The boxes of the logical tensor that rank `rank` of `size` holds, one per block, in the local tensor's order.
 
-        Padding is in no box, so a box may be shorter than its part of the local tensor, or empty.
+        Boxes exclude padding, so a box may be shorter than its rows of the local tensor, or empty.
         """
         whole = [(0, length) for length in self.shape]
         if self.dim is None:
@@ -67,7 +66,7 @@ class ShardSpec:
         return [(*whole[: self.dim], edge, *whole[self.dim + 1 :]) for edge in edges]
 
     def local_rows(self, rank: int, size: int) -> list[tuple[int, int]]:
-        """For each of `boxes`, the rows [start, stop) of the local tensor that hold it, padding included."""
+        """For each of `boxes`, its range [start, stop) along `dim` of the local tensor, padding included."""
         if self.dim != 0:
             return [(0, self.shape[0])]
         edges, at = [], 0
@@ -77,7 +76,7 @@ class ShardSpec:
         return edges
 
     def take(self, logical: Tensor, rank: int, size: int) -> Tensor:
-        """Rank `rank`'s part of the whole tensor, a new tensor, its padding zero."""
+        """Rank `rank`'s local tensor, copied from `logical`, with zeros as padding."""
         if self.dim is None:
             return logical.clone()
         parts = [logical[tuple(slice(*edge) for edge in box)] for box in self.boxes(rank, size)]
@@ -85,11 +84,11 @@ class ShardSpec:
         return _extended(local, self.dim, self.local_shape(rank, size)[self.dim] - local.shape[self.dim])
 
     def gather(self, local: Tensor, axis: Axis) -> Tensor:
-        """The whole tensor, without padding, on every rank, from every rank's part. Collective over `axis`."""
+        """The logical tensor, without padding, on every rank, from all ranks' `local`. Collective over `axis`."""
         if self.dim is None or (axis.size == 1 and not self.padded):
             return local.clone()
         dim = self.dim
-        # The all-gather takes equal lengths: shorter parts are padded before it, and the padding is cut off after it.
+        # all_gather needs equal lengths: shorter parts are padded before, and the padding is cut off after.
         longest = max(self.local_shape(rank, axis.size)[dim] for rank in range(axis.size)) // self.blocks
         local = local.unflatten(dim, (self.blocks, -1))
         local = _extended(local, dim + 1, longest - local.shape[dim + 1])
@@ -113,8 +112,8 @@ def _extended(x: Tensor, dim: int, by: int) -> Tensor:
 
 
 def mark(parameter: torch.nn.Parameter, spec: ShardSpec) -> torch.nn.Parameter:
-    """Attach `spec` to the parameter, and DeepSpeed's marks of parameters that are split over tensor parallel: its
-    gradient norm counts the others once."""
+    """Attach `spec` to the parameter and, if it is split, DeepSpeed's tensor-parallel attributes: DeepSpeed's gradient
+    norm counts parameters without them once, not per rank."""
     parameter.shard_spec = spec
     parameter.model_parallel = parameter.tensor_model_parallel = not spec.replicated
     return parameter
@@ -122,11 +121,11 @@ def mark(parameter: torch.nn.Parameter, spec: ShardSpec) -> torch.nn.Parameter:
 
 @dataclass
 class OwnedRange:
-    """Consecutive elements of one parameter, of which this rank has the fp32 master and the optimizer's state.
+    """Consecutive elements of one parameter whose fp32 master and optimizer state this rank holds.
 
     name: released name of the parameter.
     start, stop: element range of the flattened local (tensor-parallel) parameter.
-    values: "param", "exp_avg", "exp_avg_sq" -> fp32 [stop - start], views of the optimizer's tensors.
+    values: "param" (the master), "exp_avg", "exp_avg_sq" -> fp32 [stop - start], views of the optimizer's tensors.
     """
 
     name: str

@@ -6,8 +6,8 @@ state, n_j its length and r the decay rate, slice i starts from
 
     S_0 exp(-r (n_1 + .. + n_{i-1})) + .. + S_{i-2} exp(-r n_{i-1}) + S_{i-1}
 
-so a layer needs one all-gather of states [B, H, K, d], whatever the sequence's length, and its backward pass one of
-their gradients. Terms from before the document that slice i begins in have weight zero.
+so a layer needs one all-gather of states [B, H, K, d], whatever the sequence length, and its backward pass one
+all-gather of the states' gradients. A state S_j of slices before the document at slice i's start has weight zero.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from megatron_tn.parallel.context import Axis
 class SequenceSlice:
     """This rank's slice [start, stop) of sequences of `length` tokens. Slices differ in length by at most one token.
 
-    cu_seqlens: the documents' bounds counted from the slice's start, [documents + 1] as in the sequence, documents
-        outside the slice being empty; None where each sequence is one document.
-    edges: indices of the documents that the slice's first and last token belong to, int64 [2]; None likewise.
+    cu_seqlens: document bounds relative to the slice's start, [documents + 1]; documents outside the slice are empty.
+        None where each sequence is one document.
+    edges: indices of the documents of the slice's first and last token, int64 [2]; None where cu_seqlens is None.
 
     Raises:
         ValueError: fewer tokens than ranks.
@@ -39,7 +39,8 @@ class SequenceSlice:
         self.lengths = torch.tensor(bounds, device=device).diff()
         self.cu_seqlens = None
         self.edges = None
-        # 1 where the document at the end of slice i goes on in slice i + 1, and 1 where one document fills slice i.
+        # goes_on[i] = 1 if the last document of slice i continues in slice i + 1; fills[i] = 1 if one document fills
+        # slice i.
         self.goes_on = torch.ones(axis.size - 1, device=device)
         self.fills = torch.ones(axis.size, device=device)
         if cu_seqlens is not None:
@@ -74,9 +75,9 @@ class SequenceSlice:
     def attend(
         self, qkvu: Tensor, decay: Tensor, theta: Tensor | None, *, act: str, gate: bool, positions: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`kernels.gla` of this slice of a sequence: qkvu [B, n, 4 H d] -> y [B, n, H d] and the sum of o^2 [B, n].
+        """`kernels.gla` for this slice of the sequence: qkvu [B, n, 4 H d] -> y [B, n, H d], sum of o^2 [B, n].
 
-        positions: int64 [n], of this slice's tokens in their documents. Collective over the axis, forward and backward.
+        positions: int64 [n], the tokens' positions in their documents. Collective over the axis, forward and backward.
         """
         received, sent = self.weights(decay.to(torch.promote_types(qkvu.dtype, torch.float32)))
         exchange = StateExchange(received, sent, self.edges, self.axis.name, self.axis.size)

@@ -1,4 +1,4 @@
-"""Joining the world: who this process is, by torchrun, the deepspeed launcher, srun, or alone."""
+"""Process group initialisation under torchrun, the deepspeed launcher, srun, or for a single process."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch.distributed.rendezvous import rendezvous
 
 from megatron_tn.device.allocator import use_expandable_segments
 
-_worlds = itertools.count()  # numbers of the worlds that this process has tried to join
+_worlds = itertools.count()  # numbers the process group initialisations of this process
 
 
 def world_size() -> int:
-    """Number of processes the launcher started, before any of them is joined."""
+    """Number of processes the launcher started; needs no process group."""
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
 
 
@@ -31,13 +31,12 @@ def processes_here() -> int:
 def join_world(timeout_s: int) -> torch.device:
     """Initialise the default process group and return this process's device.
 
-    torchrun and deepspeed set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Under plain srun they are
-    taken from SLURM's own variables. A process on its own makes a world of one. NCCL carries CUDA tensors, gloo CPU
-    tensors.
+    torchrun and deepspeed set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Under plain srun these are set
+    from SLURM's variables. Without a launcher the world size is 1. Backends: NCCL for CUDA tensors, gloo for CPU.
     """
     _translate_slurm()
-    gc.collect()  # in a sweep, the last job's engine, which is full of reference cycles
-    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # deepspeed insists on the variable
+    gc.collect()  # in a sweep, frees the last job's engine, which has reference cycles
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # deepspeed requires the variable
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
@@ -50,8 +49,8 @@ def join_world(timeout_s: int) -> torch.device:
     if "RANK" in os.environ:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
-        # torchrun's store outlives a world, and still holds the addresses of the last world's process groups. A prefix
-        # per world keeps them apart; all ranks have joined the same number of worlds.
+        # In a sweep, torchrun's store still holds the keys of the last job's process groups, so each initialisation
+        # gets its own prefix; the count is the same on all ranks.
         store = dist.PrefixStore(f"megatron_tn/{next(_worlds)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     else:
@@ -60,8 +59,8 @@ def join_world(timeout_s: int) -> torch.device:
 
 
 class Holder(Protocol):
-    """An object that must be released before its process groups: CUDA graphs with collectives in them, whose release
-    NCCL awaits before it frees a communicator; an engine whose memory the next job of a sweep needs."""
+    """An object to release before its process groups are destroyed: CUDA graphs with collectives (NCCL waits for them
+    before it frees a communicator); an engine whose memory the next job of a sweep needs."""
 
     def release(self) -> None: ...
 
@@ -76,7 +75,7 @@ def release_on_leaving(holder: Holder) -> None:
 
 def leave_world() -> None:
     while _holders:
-        _holders.pop().release()  # in reverse order: graphs before the engine whose tensors they use
+        _holders.pop().release()  # in reverse order: CUDA graphs before the engine that owns their tensors
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -91,5 +90,5 @@ def _translate_slurm() -> None:
     os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
     os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
     os.environ.setdefault("MASTER_ADDR", hosts[0])
-    # Jobs that share a node must not share a port; all ranks of a job must agree on it. Ephemeral ports begin at 32768.
+    # A port that all ranks of a job agree on and that differs between jobs on a node; ephemeral ports begin at 32768.
     os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 10000))

@@ -63,13 +63,13 @@ def free_bytes() -> int | None:
     return min(found)
 
 
-def cpu_cost(config: TrainConfig, processes: int) -> str:
+def cpu_cost(config: TrainConfig, processes: int, done: int = 0) -> str:
     """One line: seconds of a microbatch, timed on the first blocks of the model, and what that makes of a step and of
     the run. Empty for a run of less than about a minute.
 
-    processes: ranks on this machine, which share its cores.
+    processes: ranks on this machine, which share its cores. done: steps of a run that goes on.
     """
-    data, steps = config.data, config.last_step
+    data, steps = config.data, max(config.last_step - done, 0)
     sequences = data.global_batch * steps
     flops = training_flops_per_token(config.model, data.sequence_length) * sequences * data.sequence_length
     if flops / (CORE_FLOPS * torch.get_num_threads() * processes) < WORTH_TIMING_S:

@@ -1,7 +1,7 @@
-"""The ranks that compute one model replica's step agree on its samples: tensor and context parallel ranks.
+"""Tensor- and context-parallel ranks of one model replica agree on the samples of a step.
 
-Each of them reads the same samples for itself, from the cache of its own node. Where one cannot read a sample, it has
-padding in its place, and the group would train on two different sequences, without an error.
+Each rank reads the same samples itself, from its node's cache. A rank that cannot read a sample puts padding in its
+place; without agreement, the group would train on two different sequences without an error.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 from megatron_tn.parallel.collectives import all_reduce_
 from megatron_tn.parallel.context import ParallelContext
 
-IGNORED = -100  # the target that no loss counts
+IGNORED = -100  # target of a position without a loss
 
 
 class Microbatch(Protocol):
-    """tokens, targets [b, N] int64, or [1, b * N] with cu_seqlens (target -100 counts for nothing); cu_seqlens int32 or
-    None; how many targets count; b, the number of samples; the id of padding. The tensors may be on the device already.
+    """tokens, targets: int64 [b, N], or [1, b * N] with cu_seqlens (target -100: no loss). cu_seqlens: int32 or None.
+    The other fields: number of targets other than -100, number of samples b, padding id. Tensors on any device.
     """
 
     tokens: Tensor
@@ -33,11 +33,11 @@ class Microbatch(Protocol):
 
 
 def agreed_target_tokens(microbatches: Sequence[Microbatch], context: ParallelContext, device: torch.device) -> Tensor:
-    """Makes a sample padding on every rank of the tp x cp group if it is padding on one of them, in place. Returns how
-    many targets count over the microbatches, int64 [] on `device`.
+    """In place, replace a sample by padding on every rank of the tp x cp group if any of them has padding there.
+    Returns the number of targets other than -100 in the microbatches, int64 [] on `device`.
 
-    Padding is what has no target. So the minimum over the group of each sample's targets tells both which samples are
-    lost and how many targets the others have: one reduction of [samples] an axis, of which the host waits for none.
+    A padding sample has no targets. So the group's minimum of each sample's target count tells which samples to replace
+    and how many targets remain: one all-reduce of [samples] per axis, without a host synchronisation.
     """
     if context.tp.size == context.cp.size == 1:
         return torch.full((), sum(batch.target_tokens for batch in microbatches), dtype=torch.int64, device=device)
@@ -50,8 +50,8 @@ def agreed_target_tokens(microbatches: Sequence[Microbatch], context: ParallelCo
 
 
 def _make_padding(batch: Microbatch, lost: Tensor) -> None:
-    """Fills the samples that are `lost`, bool [b], as the stream fills one that it cannot read: pad ids, no targets,
-    one segment from the sample's start to its end."""
+    """Fill the samples in `lost`, bool [b], as the token stream fills an unreadable one: pad ids, no targets, one
+    segment per sample."""
     batch.tokens.view(batch.samples, -1).masked_fill_(lost.unsqueeze(1), batch.pad)
     batch.targets.view(batch.samples, -1).masked_fill_(lost.unsqueeze(1), IGNORED)
     if batch.cu_seqlens is not None:

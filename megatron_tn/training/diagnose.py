@@ -1,4 +1,4 @@
-"""Which tensor of which rank was the first to hold NaN or infinity: found by running the step's batch once more."""
+"""Find the first tensor, and its rank, that holds NaN or infinity, by running the step's batch again."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from megatron_tn.training.step import Microbatch, run_microbatch
 
 
 class Culprit(NamedTuple):
-    """A tensor that is not finite. rank: global. tensor: its name in words. when: its number in the order in which the
-    tensors of the pass came to be."""
+    """A non-finite tensor. rank: global. tensor: description. when: index in the order in which the pass computed its
+    tensors."""
 
     rank: int
     tensor: str
@@ -26,8 +26,8 @@ class Culprit(NamedTuple):
 
 
 class _Watch:
-    """Is shown tensors in the order in which they come to be. seen: how many so far. found: the name and the number of
-    the first that is not finite."""
+    """Checks tensors in the order of computation. seen: tensors checked so far. found: description and index of the
+    first non-finite tensor."""
 
     def __init__(self) -> None:
         self.seen = 0
@@ -35,7 +35,7 @@ class _Watch:
 
     def look(self, what: str, tensor: Tensor) -> None:
         self.seen += 1
-        if isinstance(tensor, DTensor):  # isfinite of a DTensor is collective, and not all ranks get here
+        if isinstance(tensor, DTensor):  # isfinite of a DTensor is collective, but only some ranks run it
             tensor = tensor.to_local()
         if self.found is None and tensor.is_floating_point() and not tensor.isfinite().all():
             self.found = (what, self.seen)
@@ -43,7 +43,7 @@ class _Watch:
 
 @contextlib.contextmanager
 def watching(model: nn.Module) -> Iterator[_Watch]:
-    """Shows the watch all parameters now and, until the block ends, every module's output and every gradient."""
+    """Checks all parameters on entering and, within the block, every module's output and every gradient."""
     watch = _Watch()
     for name, parameter in model.named_parameters():
         watch.look(f"parameter {name}", parameter.detach())
@@ -64,7 +64,7 @@ def watching(model: nn.Module) -> Iterator[_Watch]:
 
     def before(prefix: str):
         def hook(module: nn.Module, inputs) -> None:
-            # FSDP2 puts unsharded parameters in place just before a block runs; gradients arrive at those.
+            # FSDP2 swaps in unsharded parameters just before a block runs; their gradients are checked.
             for name, parameter in module.named_parameters(prefix=prefix):
                 if parameter.requires_grad and id(parameter) not in hooked:
                     hooked[id(parameter)] = parameter.register_hook(gradient_of(name))
@@ -79,7 +79,7 @@ def watching(model: nn.Module) -> Iterator[_Watch]:
         if name:
             handles.append(module.register_forward_hook(after(name)))
     try:
-        # A compiled block does not run hooks that were registered after its compilation.
+        # Compiled code ignores hooks registered after compilation.
         with torch.compiler.set_stance("force_eager"):
             yield watch
     finally:
@@ -88,18 +88,17 @@ def watching(model: nn.Module) -> Iterator[_Watch]:
 
 
 def find_nonfinite(engine: Engine, microbatches: Sequence[Microbatch], device: torch.device) -> list[Culprit]:
-    """Run `microbatches` again on unchanged weights. Returns the ranks that met a non-finite value first, each with its
-    tensor; an empty list when all values are finite this time. Leaves weights, moments and gradients as they were.
+    """Run `microbatches` again on unchanged weights. Returns, for each rank with the earliest non-finite value, that
+    tensor; an empty list when all values are finite this time. Weights, moments and gradients are unchanged.
 
-    Collective over all ranks. Meant for a step that was not applied: it costs one more step, and a host read for each
-    tensor.
+    Collective over all ranks. For a step whose update was refused. Costs a step and a host synchronisation per tensor.
     """
     tokens = sum(batch.targets.numel() for batch in microbatches)
     with watching(engine.model) as watch:
         for batch in microbatches:
             run_microbatch(engine, batch, torch.tensor(1 / tokens, device=device), device, last=False)
-    # The engine must not apply these gradients. One more pass makes all of them NaN; every engine then refuses the
-    # update, on every rank, and clears its gradient sums.
+    # The engine must not apply these gradients. One more pass makes all of them NaN, so the engine refuses the update
+    # on every rank and clears its gradient sums.
     run_microbatch(engine, microbatches[0], torch.tensor(float("nan"), device=device), device, last=True)
     if engine.step(0.0).applied:
         raise RuntimeError("an engine applied a gradient that is not finite")

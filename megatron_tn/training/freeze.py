@@ -1,48 +1,58 @@
-"""Which settings a start runs: those of its command line, or those that run_dir/config.json was frozen with."""
+"""Choose the settings of this start: the command line's, or those frozen in run_dir/config.json."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from megatron_tn.config import TrainConfig, differences, to_mapping
-from megatron_tn.training.run_folder import RunFolder
+from megatron_tn.config import TrainConfig, differences, load, read_mapping, to_mapping
+from megatron_tn.training.run_folder import SUBMITTED, RunFolder
 
 
 def slurm_job() -> str | None:
-    """The SLURM job that this process belongs to; a requeued job keeps its number."""
+    """This process's SLURM job id, which a requeued job keeps."""
     return os.environ.get("SLURM_JOB_ID") or None
 
 
 def is_requeued() -> bool:
-    """Whether SLURM starts this job again, after a node failed or the job put itself back into the queue."""
+    """Whether SLURM restarted this job, after a node failure or the job's own `scontrol requeue`."""
     return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
 
 
 def goes_on(folder: RunFolder) -> bool:
-    """Whether this is a job that SLURM requeued after it began to train here: it goes on from its newest checkpoint,
-    whatever checkpoint.resume asked of its first start."""
+    """Whether this job was requeued after it had begun to train in `folder`. It then resumes from its newest
+    checkpoint, and checkpoint.resume is ignored."""
     return is_requeued() and folder.is_begun_by(slurm_job())
 
 
 def settings_of_this_start(config: TrainConfig, folder: RunFolder) -> tuple[TrainConfig, list[str]]:
-    """The settings that this process must run, and lines for people that say how they differ from an earlier start's.
+    """The settings of this process, and lines to print about their differences from the previous start's.
 
-    Every start freezes its settings in run_dir/config.json, and the job it belongs to in job.json. A job that SLURM
-    requeued runs exactly what itself has frozen, whatever happened to YAML files since; run_dir stays as the command
-    line spells it, from where this process stands. Any other start runs what its command line asks for, also in the
-    folder of an earlier one.
+    Every start freezes its settings in run_dir/config.json, and its job id in job.json. A requeued job runs the
+    settings it froze, even if YAML files changed since; a job of launch.submit those frozen at submission; run_dir
+    is taken from the command line in both cases. Any other start runs its command line's settings, also in the folder
+    of an earlier start.
 
     Raises:
-        ConfigError: config.json is damaged.
+        ConfigError: config.json, or the submission's settings file, is damaged.
     """
-    before = folder.frozen_mapping()
-    if before is None:
-        return config, []
-    own = is_requeued() and folder.is_frozen_by(slurm_job())
-    frozen = replace(folder.frozen_config(), run_dir=config.run_dir) if own else config
-    changed = differences(before | {"run_dir": config.run_dir}, to_mapping(config))
-    if not changed:
-        return frozen, []
-    side = f"{folder.config_file} wins, because SLURM requeued this job" if own else "the new settings win"
-    return frozen, [f"settings differ from those in {folder.config_file}; {side}:", *changed]
+    before, notes = folder.frozen_mapping(), []
+    if is_requeued() and folder.is_frozen_by(slurm_job()):
+        frozen, why = folder.config_file, "SLURM requeued this job"
+    elif submitted := os.environ.get(SUBMITTED):
+        frozen, why = Path(submitted), "this job was submitted with it"
+    else:
+        changed = _changed(before, config)
+        if changed:
+            notes = [f"settings differ from those in {folder.config_file}; the new settings win:", *changed]
+        return config, notes
+    if changed := _changed(read_mapping(frozen), config):
+        notes = [f"settings differ from those in {frozen}; {frozen} wins, because {why}:", *changed]
+    return replace(load(frozen), run_dir=config.run_dir), notes
+
+
+def _changed(before: dict[str, Any] | None, config: TrainConfig) -> list[str]:
+    """Settings of `config` that differ from `before`. run_dir is skipped: it can be absolute or relative."""
+    return [] if before is None else differences(before | {"run_dir": config.run_dir}, to_mapping(config))

@@ -1,8 +1,8 @@
-"""What happens after a step whose gradient or loss is not finite, and after a loss spike.
+"""The reaction to a non-finite gradient or loss, and to a loss spike.
 
-Every rank decides for itself, from the loss and the gradient norm that were reduced over all ranks: all decide the same
-without another collective. An update that is not finite is never applied: the engine refuses it. A spike shows only in
-the loss of a step that was applied, so acting on one means loading an earlier checkpoint.
+Every rank decides alone, from the loss and gradient norm reduced over all ranks, so all decide the same without another
+collective. The engine refuses a non-finite update. A spike is seen in the loss only after bad updates were applied, so
+recovery means loading an earlier checkpoint.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ class TrainingAborted(RuntimeError):
 
 
 class Rewind(NamedTuple):
-    """An order to go back to the newest checkpoint and not to train on `batches` again. reason: one line."""
+    """A request to load the newest checkpoint and skip `batches` from then on. reason: one line."""
 
     batches: list[int]
     reason: str
 
 
 class Guard:
-    """`check` follows every step, on every rank.
+    """Call `check` after every step, on every rank.
 
-    report: takes a line for people, and named values of a step for the log; called on every rank.
+    report(line, values, step): prints a line and logs values; called on every rank.
     """
 
     def __init__(self, config: GuardConfig, report: Callable[[str, dict[str, Any], int], None]):
@@ -42,8 +42,8 @@ class Guard:
     def check(
         self, state: TrainingState, report: StepReport, diagnose: Callable[[], Sequence[Culprit]]
     ) -> Rewind | None:
-        """Judge the step that `state` has just counted. Returns None to go on, or the rewind to make. diagnose: the
-        ranks and tensors that were not finite first; called where the step was not finite, and collective.
+        """Check the last step counted in `state`. Returns None to continue, or the rewind to make. diagnose: finds the
+        first non-finite tensors; collective; called after a non-finite step.
 
         Raises:
             TrainingAborted: on every rank.
@@ -87,9 +87,9 @@ class Guard:
 
 
 def spike_height(loss: float, recent: Sequence[float], config: GuardConfig) -> float | None:
-    """How far a loss is above the median of recent ones, in nats, if that is a spike; else None.
+    """loss - median(recent) in nats if it is a spike, else None.
 
-    loss - median > max(spike_sigmas x sigma, spike_nats), once half a window of losses is known.
+    Spike: loss - median > max(spike_sigmas x sigma, spike_nats), with at least half a window of recent losses.
     """
     if len(recent) < max(config.spike_window // 2, 2):
         return None

@@ -1,4 +1,4 @@
-"""The file behind the journal: one JSON object a line, with the "step" it belongs to."""
+"""The journal's file: one JSON object per line, with its "step"."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 
 
 class JournalFile:
-    """path: log.jsonl. superseded: where records go that a rewind or a resume took back.
+    """path: log.jsonl. superseded: file for the records of steps that a rewind or resume will repeat.
 
-    A line is whole or absent, but for the last one of a host that died while it was written. The file stays open
-    between appends: on a network file system closing it would wait for the server.
+    Every line is complete, except the last one if the host died while writing. The file stays open between appends,
+    because closing a file on a network file system waits for the server.
     """
 
     def __init__(self, path: Path, superseded: Path):
@@ -25,7 +25,7 @@ class JournalFile:
         self._descriptor: int | None = None
 
     def read(self) -> list[dict[str, Any]]:
-        """Every whole record, in the order in which they were written; empty where there is no journal."""
+        """All complete records in the order of writing; empty where there is no journal."""
         found = []
         with contextlib.suppress(FileNotFoundError):
             for line in self.path.read_bytes().splitlines():
@@ -36,12 +36,12 @@ class JournalFile:
         return found
 
     def append(self, records: list[dict[str, Any]]) -> int:
-        """Append records; returns how many of them are in the file now: all, unless the disk is full.
+        """Append records; returns how many were written: all, unless the disk is full.
 
-        JSON knows no NaN and no infinity: they become null.
+        NaN and infinity, which JSON lacks, become null.
 
         Raises:
-            OSError: not even the first one could be written.
+            OSError: not even the first record could be written.
         """
         if self._descriptor is None:
             self._descriptor = os.open(self.path, APPEND, 0o666)
@@ -60,12 +60,12 @@ class JournalFile:
             os.close(descriptor)
 
     def set_aside_after(self, step: int) -> None:
-        """Move records of steps after `step`, and a line that was cut short, to the superseded file. Raises OSError;
-        the journal is unchanged then."""
-        with contextlib.suppress(OSError):  # a network file system reports a write that failed when it closes
+        """Move records of steps after `step`, and a truncated line, to the superseded file. On OSError the journal is
+        unchanged."""
+        with contextlib.suppress(OSError):  # a network file system reports a failed write on close
             self.close()
         try:
-            content = self.path.read_bytes()  # bytes: a line that was cut short may hold any
+            content = self.path.read_bytes()  # bytes: a truncated line may not be UTF-8
         except FileNotFoundError:
             return
         kept, later = [], []
@@ -101,7 +101,7 @@ def _line(record: dict[str, Any]) -> bytes:
 
 
 def _append_whole(descriptor: int, content: bytes) -> None:
-    """Append all of `content` or nothing: what a full disk took of it is cut off again. Raises OSError."""
+    """Append all of `content` or, on a full disk, nothing: a partial write is truncated again. Raises OSError."""
     size = os.fstat(descriptor).st_size
     done = 0
     try:

@@ -1,4 +1,4 @@
-"""Being told to stop: a signal to any one rank makes all ranks save the same step and leave."""
+"""Stop signals: a signal to any one rank makes all ranks save at the same step and exit."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import signal
 import threading
 import time
 
-SAME_S = 1.0  # SIGINTs within so many seconds are one Ctrl-C: the terminal sends it to all, and torchrun passes it on
-INTERRUPTED = 128 + signal.SIGINT  # exit code, as shells have it for a program that Ctrl-C ended
+SAME_S = 1.0  # seconds; closer SIGINTs are one Ctrl-C, sent by the terminal and forwarded by torchrun
+INTERRUPTED = 128 + signal.SIGINT  # exit code, a shell's code for Ctrl-C
 
 
 class Preemption:
-    """Remembers SIGTERM, SIGUSR1 or SIGINT; the training step tells the other ranks, in the reduction it does anyway.
+    """Records SIGTERM, SIGUSR1 or SIGINT; the training step's loss reduction also carries the stop flag to other ranks.
 
-    A second Ctrl-C ends the process at once. A thread listens for it, since Python runs handlers in the main thread,
-    which may be waiting inside a collective. SIGINT stays ignored in a process that was started so, as shells start
-    background jobs and launch/node.sh starts its trainers.
+    A second Ctrl-C ends the process at once, by a thread: Python runs signal handlers in the main thread, which may be
+    blocked in a collective. A process started with SIGINT ignored keeps ignoring it: shells start background jobs so,
+    and launch/node.sh its trainers.
 
-    received: the signal's name, None until one came.
+    received: the first signal's name, or None.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -29,7 +29,7 @@ class Preemption:
 
     @property
     def exit_code(self) -> int:
-        """Of a process that saved and stopped because of the signal."""
+        """The exit code of a process that saved and stopped because of the signal."""
         return INTERRUPTED if self.received == "SIGINT" else 0
 
     def __enter__(self) -> Preemption:
@@ -44,10 +44,10 @@ class Preemption:
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
-            # Whoever told this process to stop may say so again, while it ends: that must not change its exit code.
+            # Repeated signals during the exit must not change the exit code.
             signal.signal(number, signal.SIG_IGN if self.received else handler)
         signal.set_wakeup_fd(self._wakeup_before)
-        os.close(self._writer)  # the thread reads the end of the pipe
+        os.close(self._writer)  # the thread reads end of file and ends
 
     def _remember(self, number: int, _frame) -> None:
         self.received = self.received or signal.Signals(number).name

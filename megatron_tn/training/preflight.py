@@ -1,4 +1,4 @@
-"""Problems that can be found before anything is started or written, all of them at once."""
+"""Checks before the run starts or writes anything; they report all problems at once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from megatron_tn.training.state import TrainingState
 
 
 def problems_before_start(config: TrainConfig, world_size: int, tokenizer_vocab: int | None) -> list[str]:
-    """One line for each thing that would make the run fail later. tokenizer_vocab: of the shards, where known."""
+    """One line per problem that would make the run fail later. tokenizer_vocab: of the shards' tokenizer, if known."""
     found = [*config.problems(world_size), *device_problems(config, cuda=torch.cuda.is_available())]
     if tokenizer_vocab is not None and config.model.vocab_size < tokenizer_vocab:
         found.append(
@@ -51,7 +51,7 @@ def problems_before_start(config: TrainConfig, world_size: int, tokenizer_vocab:
 
 
 def checkpoint_problems(config: TrainConfig, start: Start) -> list[str]:
-    """Why a run with these settings cannot go on from `start`'s checkpoint, one line each."""
+    """Reasons, one line each, why a run with these settings cannot start from `start`'s checkpoint or weights."""
     manifest, directory = start.manifest(), start.checkpoint or start.weights
     if directory is None:
         return []

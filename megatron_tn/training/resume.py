@@ -1,7 +1,7 @@
-"""The checkpoint that a run goes on from: chosen once, by rank 0, and sent to all ranks.
+"""Choose the checkpoint that a run resumes from: rank 0 chooses and broadcasts.
 
-Ranks that looked for themselves could start at different steps: a network file system may show one host a folder as it
-was seconds ago. A rank that cannot see the chosen checkpoint as rank 0 does ends the run with one line, on all ranks.
+If each rank chose, ranks could start at different steps, because network file systems cache folder listings for
+seconds. If any rank does not see the chosen checkpoint with rank 0's manifest, all ranks end with one line.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_tn.checkpoint.manifest import MANIFEST, Manifest, step_of
+from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, step_of
 from megatron_tn.checkpoint.verify import whole_from
 from megatron_tn.config import ConfigError, TrainConfig, differences, to_mapping
 from megatron_tn.training.run_folder import RunFolder, find_checkpoint
@@ -25,18 +25,18 @@ from megatron_tn.training.state import Ledger
 
 log = logging.getLogger(__name__)
 
-SHOWN = 4  # ranks that a message names
+SHOWN = 4  # at most so many ranks are named in a message
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins or goes on.
+    """Where a run begins or resumes.
 
     checkpoint: None for initial values. weights: the folder of init_from that they are read from instead, for a run
-    that has no checkpoint yet. manifest_sha256: of its manifest, "" for initial values. by_hand: whether a
-    person named the checkpoint, or asked for none. later: checkpoints of run_dir past it, which this start leaves
-    behind. damage: checkpoint -> what is wrong with it, for those among `later` that were passed over because of it.
-    ledger: what was noted after the checkpoint was saved; empty where a person chose another past.
+    that has no checkpoint yet. manifest_sha256: of the checkpoint's manifest; "" for initial values. by_hand: whether
+    checkpoint.resume named a checkpoint, or none. later: newer checkpoints in run_dir, to be renamed. damage:
+    checkpoint -> problems, for those of `later` that are damaged. ledger: notes since the checkpoint was saved; empty
+    where checkpoint.resume named an older checkpoint.
     """
 
     checkpoint: Path | None = None
@@ -47,19 +47,19 @@ class Start:
     ledger: Ledger = field(default_factory=Ledger)
     weights: Path | None = field(default=None, compare=False)
 
-    def manifest(self) -> Manifest | None:
-        return None if self.checkpoint is None else Manifest.read(self.checkpoint)
+    def manifest(self) -> CheckpointManifest | None:
+        return None if self.checkpoint is None else CheckpointManifest.read(self.checkpoint)
 
 
 def choose_start(config: TrainConfig, folder: RunFolder, *, requeued: bool) -> Start:
-    """The start that checkpoint.resume asks for, by what this process sees. Called on rank 0.
+    """The start of checkpoint.resume. Called on rank 0.
 
-    requeued: whether SLURM starts this job again: it goes on from its newest checkpoint, whatever its first start was
-    asked, unless there is none yet.
+    requeued: whether SLURM restarted this job: it then resumes from its newest checkpoint, if any, and
+    checkpoint.resume is ignored.
 
     Raises:
-        ConfigError: one was asked for by name and is not there, or a fresh start would mix with an earlier run's files,
-            or there are checkpoints and all are damaged.
+        ConfigError: the named checkpoint does not exist; a fresh start would mix with an earlier run's files; or all
+            checkpoints are damaged.
     """
     asked = str(config.checkpoint.resume)
     there = folder.whole_checkpoints()
@@ -77,7 +77,7 @@ def choose_start(config: TrainConfig, folder: RunFolder, *, requeued: bool) -> S
         steps = ", ".join(map(str, folder.saved())) or "none"
         raise ConfigError(f"checkpoint.resume={asked} does not exist; run_dir={config.run_dir} has steps: {steps}")
     try:
-        step = Manifest.read(checkpoint).step
+        step = CheckpointManifest.read(checkpoint).step
     except ConfigError as error:
         raise ConfigError(f"checkpoint.resume={asked}: {error}") from None
     later = tuple(path for path in there if step_of(path) > step)
@@ -85,10 +85,10 @@ def choose_start(config: TrainConfig, folder: RunFolder, *, requeued: bool) -> S
 
 
 def newest_start(folder: RunFolder) -> Start:
-    """The newest whole checkpoint of a run, or its beginning where it has none. Called on rank 0.
+    """The newest undamaged checkpoint of a run, or step 0 where it has no checkpoints. Called on rank 0.
 
     Raises:
-        ConfigError: there are checkpoints, and none is whole: to start afresh is then for a person to decide.
+        ConfigError: all checkpoints are damaged; the user must decide whether to start afresh.
     """
     checkpoint, damage = whole_from(folder.checkpoints)
     if checkpoint is None and damage:
@@ -101,12 +101,12 @@ def newest_start(folder: RunFolder) -> Start:
 
 
 def agree_on(start: Start | None, problems: Sequence[str] = ()) -> Start:
-    """Rank 0's start, on all ranks, once every rank sees the checkpoint as rank 0 does. Collective.
+    """Broadcast rank 0's start and check that every rank reads the same manifest. Collective.
 
-    start, problems: rank 0's choice, or why it has none; ignored on the others.
+    start, problems: rank 0's choice, or its problems; ignored on other ranks.
 
     Raises:
-        ConfigError: on all ranks: rank 0 has none, or some rank does not see it.
+        ConfigError: on all ranks: rank 0 has problems, or some rank does not see the checkpoint.
     """
     sent, problems = _send((start, list(problems)))
     if problems:
@@ -120,7 +120,7 @@ def agree_on(start: Start | None, problems: Sequence[str] = ()) -> Start:
 
 
 def agree_on_settings(config: TrainConfig) -> None:
-    """Raises ConfigError, on all ranks, where some rank would run other settings than rank 0. Collective."""
+    """Raises ConfigError on all ranks if any rank's settings differ from rank 0's. Collective."""
     mine, wanted = to_mapping(config), _send(to_mapping(config))
     if unlike := _everywhere("" if mine == wanted else f"{_name()}: {', '.join(differences(wanted, mine))}"):
         raise ConfigError(
@@ -130,8 +130,8 @@ def agree_on_settings(config: TrainConfig) -> None:
 
 
 def leave_later_behind(folder: RunFolder, start: Start, resume: int | str) -> None:
-    """Rename checkpoints past the start, so that no later start takes them for the newest, and say under which names
-    they stay. Called on rank 0."""
+    """Rename the checkpoints newer than the start's, so that no later start resumes from them, and log their new names.
+    Called on rank 0."""
     for path, problems in start.damage.items():
         aside = folder.keep_aside(path, "damaged")
         log.error("a damaged checkpoint was left out, and is kept as %s: %s", aside, "; ".join(problems))
@@ -165,7 +165,7 @@ def _sha256_of_manifest(checkpoint: Path) -> str:
 
 
 def _send(value: Any) -> Any:
-    """Rank 0's value. Collective."""
+    """Broadcast rank 0's `value`; returns it. Collective."""
     values = [value]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(values, src=0)
@@ -173,7 +173,7 @@ def _send(value: Any) -> Any:
 
 
 def _everywhere(problem: str) -> str:
-    """The first few ranks' problems, in one line; empty when no rank has one. Collective."""
+    """All ranks' problems, those of the first SHOWN ranks spelled out, in one line; empty without any. Collective."""
     problems = [problem] * dist.get_world_size()
     if len(problems) > 1:
         dist.all_gather_object(problems, problem)

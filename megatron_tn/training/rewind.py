@@ -1,4 +1,4 @@
-"""Loading what a run goes on from: at its start, and when the guard goes back."""
+"""Load the checkpoint of a start, and of a rewind by the guard."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 def restore(run: Run, engine: Engine) -> TrainingState:
     """Load the checkpoint that `run.start` names, or give the engine its initial values. Collective.
 
-    Checkpoints past it are renamed: a crash before the next save must not bring them back.
+    Newer checkpoints are renamed, so that a start after a crash before the next save does not resume from them.
     """
     start, state, config = run.start, run.state, run.config
     _load(run, engine, start)
@@ -48,13 +48,12 @@ def restore(run: Run, engine: Engine) -> TrainingState:
 
 
 def rewind(run: Run, engine: Engine, wanted: Rewind) -> None:
-    """Go back to the newest whole checkpoint, or to the beginning, and skip the batches that went wrong. Collective.
+    """Load the newest undamaged checkpoint, or initial values, and skip `wanted.batches` from then on. Collective.
 
-    Damaged checkpoints are passed over as at a start. The ledger is on the disk before training goes on, so that the
-    batches stay skipped, and the rewind counts, whenever the process dies.
+    The ledger is written before training continues, so that the skipped batches and the rewind survive a crash.
 
     Raises:
-        ConfigError: on every rank: there are checkpoints and none is whole, or some rank does not see the chosen one.
+        ConfigError: on every rank: all checkpoints are damaged, or some rank does not see the chosen one.
     """
     run.writer.join()
     start, problems = None, []
@@ -92,12 +91,12 @@ def _load(run: Run, engine: Engine, start: Start) -> None:
 
 
 def _write_ledger(run: Run) -> None:
-    """Where it says something new. A full disk ends no run."""
+    """Write the ledger if it changed. On a full disk, warn and continue."""
     ledger = run.state.ledger
     try:
         unchanged = run.folder.ledger() == ledger
     except ConfigError:
-        unchanged = False  # a damaged one, of a past that a person has left
+        unchanged = False  # damaged, and superseded by a start with checkpoint.resume=STEP
     try:
         if not unchanged:
             run.folder.write_ledger(ledger)

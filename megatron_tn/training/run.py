@@ -1,4 +1,4 @@
-"""The beginning and the end of a run: its place among the ranks, and its folder."""
+"""Start and end of a run: process groups, lock on the run folder, status.json."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tn.checkpoint.background import CheckpointWriter
+from megatron_tn.checkpoint.save import CheckpointError
 from megatron_tn.config import ConfigError, TrainConfig
 from megatron_tn.parallel.world import join_world, leave_world
 from megatron_tn.training.curve import draw
@@ -26,14 +27,14 @@ log = logging.getLogger(__name__)
 
 
 class Run:
-    """Use as a context manager: joins the world, takes the folder, and on the way out says in status.json how the run
-    ended. Entering and leaving are collective.
+    """A context manager: initialises process groups, locks the folder, and on exit writes to status.json how the run
+    ended. Entry and exit are collective.
 
-    start: rank 0's choice of where to go on; None on the other ranks, which are sent it.
+    start: rank 0's choice of checkpoint; None on other ranks, which receive it from rank 0.
 
-    Raises, on entering and on every rank:
-        ConfigError: another run has the folder, ranks have different settings, or some do not see the checkpoint.
-        RuntimeError: not all ranks came within distributed_timeout_s.
+    Raises, on entry and on every rank:
+        ConfigError: another run has the folder, ranks' settings differ, or some rank does not see the checkpoint.
+        RuntimeError: not all ranks joined within distributed_timeout_s.
     """
 
     writer: CheckpointWriter  # set by hooks.build.start_hooks
@@ -81,7 +82,7 @@ class Run:
             self.folder, self.progress, timeout_s=self.config.hang_timeout_s, long_s=self.config.distributed_timeout_s
         )
         self.watchdog.__enter__()
-        self.status("running")  # last: __exit__, which says how the run ended, is called from here on
+        self.status("running")  # last: after this, __exit__ is called and replaces the status
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -110,21 +111,22 @@ class Run:
             self.folder.release()
 
     def _say_why_it_failed(self, error: BaseException, other: str) -> None:
-        """One line, from the first rank that fails, with the file that has its traceback; where no file can be written,
-        Hydra prints the traceback. other: which rank's end made this one fail, where that is known."""
+        """Tell, in one line of the first rank that fails, why, and which file has its traceback. Where no file can be
+        written, Hydra prints the traceback, unless the disk is the failure. other: which rank's end made this one fail,
+        where that is known."""
         rank, host = dist.get_rank(), socket.gethostname()
         path = self.folder.write_traceback(rank, error)
-        error.is_told = path is not None
+        error.is_told = path is not None or isinstance(error, OSError | CheckpointError)
         if not self.watchdog.is_first_to_fail():
             return
         why = other or f"{type(error).__name__}: {' '.join(str(error).split())} (host {host})"
         log.error("rank %d stops: %s%s", rank, why, f"; traceback: {path}" if path else "")
 
     def _take_folder(self) -> None:
-        """Two runs in one folder would write over each other's checkpoints and journal. Collective.
+        """Lock the folder: two runs in it would overwrite each other's checkpoints and journal. Collective.
 
         Raises:
-            ConfigError: on every rank: another run has it, or has just saved into it.
+            ConfigError: on every rank: another run has the lock, or has just saved into the folder.
         """
         problem = [self._claim() if self.is_first else ""]
         if dist.get_world_size() > 1:
@@ -137,7 +139,7 @@ class Run:
         try:
             if holder := self.folder.claim() or living_run(self.folder):
                 return f"{run_dir} is in use: {holder} trains in it"
-            # The choice was made before the folder was taken: a run that ended just then may have saved since.
+            # The checkpoint was chosen before the lock was taken; another run may have saved and ended in between.
             if choose_start(self.config, self.folder, requeued=goes_on(self.folder)) != self.start:
                 return f"{run_dir}: another run saved into it while this one started: start it again"
             self.folder.freeze(self.config, slurm_job())
@@ -148,16 +150,16 @@ class Run:
         return ""
 
     def _sum_up(self, state: str) -> None:
-        """Picture and table; neither a full disk nor a closed terminal ends a run with an error."""
+        """Picture and table; a full disk ends no run with an error."""
         logging = self.config.logging
         if not self.is_first or not logging.summary:
             return
         try:
             draw({self.folder.path.name: self.folder}, self.folder.path / "loss.png")
-            if logging.progress:
-                show_end(self.config, self.folder, state)
-        except (OSError, SystemExit) as error:  # rich raises SystemExit when a pipe is closed
-            log.warning("loss.png or the table of the run's end could not be written: %r", error)
+        except OSError as error:
+            log.warning("loss.png cannot be written: %s", error.strerror)
+        if logging.progress:
+            show_end(self.config, self.folder, state)
 
     def _say_how_to_go_on(self) -> None:
         if self.is_first:
@@ -167,19 +169,19 @@ class Run:
             log.info("saved step %d; %s goes on", self.state.step, command)
 
     def record(self, values: dict[str, Any], step: int) -> None:
-        """Named values for the journal and its copies; rank 0 writes."""
+        """Write named values to the journal and its copies, on rank 0."""
         for sink in self.sinks:
             sink.record(values, step)
 
     def report(self, line: str, values: dict[str, Any], step: int) -> None:
-        """Say something out of the ordinary once, on rank 0, and record its values."""
+        """Print a line about an unusual event and record its values, on rank 0."""
         if self.is_first:
             log.error("%s", line)
         if values:
             self.record(values, step)
 
     def status(self, state: str, **more: Any) -> None:
-        """Replace status.json; rank 0 writes. A disk that takes nothing ends no run; it is said once."""
+        """Replace status.json, on rank 0. A failed write is reported once and does not end the run."""
         if not self.is_first:
             return
         try:

@@ -1,20 +1,21 @@
-"""A run's folder: the names of its files, and the only code that reads and writes its status, journal and ledger.
+"""A run's folder: names of its files, and all reading and writing of status, journal and ledger.
 
     run_dir/
       config.json            the resolved settings, as `config.load` reads them: what a requeued job runs
-      job.json               {"job": SLURM's job id or null, "begun": whether it has loaded its checkpoint}: the start
-                             that wrote config.json
+      submitted/             settings that were frozen when a job was submitted (launch/submit.py)
+      job.json               the start that wrote config.json: {"job": SLURM job id or null, "begun": whether it has
+                             loaded its checkpoint}
       status.json            {"state": "running" | "finished" | "preempted" | "failed", "step": steps done, "time": ...}
-      log.jsonl              the journal, see `journal_file`; log.superseded.jsonl: records that a rewind took back
-      ledger.json            batches that are not trained on, and rewinds, since the newest checkpoint was saved
-      tokenizer.json         of the data
+      log.jsonl              the journal, see `journal_file`; log.superseded.jsonl: records of steps before a rewind
+      ledger.json            skipped batches, and rewinds, since the newest checkpoint was saved
+      tokenizer.json         the data's tokenizer
       checkpoints/           see `checkpoint.manifest`
       tracebacks/            rank_N.txt: Python's traceback of a rank that failed
-      ranks/ hang.txt stacks/    signs of life; what was found out about a hang; Python's stacks at that moment
+      ranks/ hang.txt stacks/    ranks' heartbeats; diagnosis of a hang; Python stacks during the hang
       profile/ wandb/ wandb_id   see `hooks`
-      run.lock               held by rank 0 while a run is under way
+      run.lock               locked by rank 0 during the run
 
-Files are replaced whole: a reader sees the old or the new content, and a kill leaves one of the two.
+Files are replaced atomically: readers see the old or the new content, also after a kill.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import shutil
 import socket
 import time
 import traceback
+import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,11 +39,14 @@ from megatron_tn.config import ConfigError, TrainConfig, from_mapping, load, rea
 from megatron_tn.training.journal_file import JournalFile
 from megatron_tn.training.state import Ledger
 
-BLOCK_BYTES = 4096  # of a file system; a status of at most so many bytes can be rewritten in place on a full disk
+BLOCK_BYTES = 4096  # file-system block: a status up to this size can be rewritten in place on a full disk
+
+
+SUBMITTED = "MEGATRON_TN_SUBMITTED"  # environment variable: path of the settings that RunFolder.submit wrote
 
 
 class RunFolder:
-    """path: run_dir. Nothing is created before it is written."""
+    """path: run_dir. The constructor creates nothing on disk."""
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
@@ -104,26 +109,26 @@ class RunFolder:
 
     @property
     def is_there(self) -> bool:
-        """Whether a run has written here."""
+        """Whether a run has written to the folder."""
         return self.status_file.exists() or self.checkpoints.exists()
 
     def records(self, key: str = "step") -> list[dict[str, Any]]:
-        """The journal's records that have `key`, in the order in which they were written."""
+        """The journal's records that have `key`, in the order of writing."""
         return [record for record in self.journal.read() if key in record]
 
     # Checkpoints
 
     def whole_checkpoints(self) -> list[Path]:
-        """Those with a manifest, oldest first."""
+        """Checkpoints with a manifest, oldest first."""
         return whole_checkpoints(self.checkpoints)
 
     def saved(self) -> dict[int, Path]:
-        """step -> its whole checkpoint, oldest first. After a kill while a checkpoint was replaced by one of the same
-        step, the newer of the two (`checkpoint.save.write_snapshot` says under which name)."""
+        """step -> its complete checkpoint, oldest first. Where both step_N and step_N-again exist, step_N-again (see
+        `checkpoint.save.write_snapshot`)."""
         return {step_of(path): path for path in self.whole_checkpoints()}
 
     def keep_aside(self, checkpoint: Path, why: str) -> Path:
-        """Rename a checkpoint to step_N.WHY-TIME: no reader and no retention finds it there, and a person can."""
+        """Rename a checkpoint to step_N.WHY-TIME, which readers and retention ignore."""
         name = f"{checkpoint_name(step_of(checkpoint))}.{why}-{time.time():.0f}"
         aside = self.checkpoints / name
         for number in range(2, 1000):
@@ -134,23 +139,31 @@ class RunFolder:
         sync_folder(self.checkpoints)
         return aside
 
-    # Settings, and the job that they belong to
+    # Settings and their SLURM job
+
+    def submit(self, config: TrainConfig) -> Path:
+        """Write the settings of a job before its submission; returns the file, unique to this job."""
+        folder = self.path / "submitted"
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}.json"
+        save(config, file)
+        return file
 
     def freeze(self, config: TrainConfig, job: str | None) -> None:
-        """Write the settings, and that they are those of SLURM's job `job`."""
+        """Write the settings to config.json and the SLURM job id `job` to job.json."""
         self.path.mkdir(parents=True, exist_ok=True)
         begun = self.is_begun_by(job)
         if not self.is_frozen_by(job):
-            _replace(self.job_file, {"job": None})  # a kill in between must not make the old settings the new job's
+            _replace(self.job_file, {"job": None})  # a kill here must not assign the old settings to the new job
         save(config, self.config_file)
         _replace(self.job_file, {"job": job, "begun": begun})
 
     def is_frozen_by(self, job: str | None) -> bool:
-        """Whether SLURM's job `job` wrote config.json."""
+        """Whether SLURM job `job` wrote config.json."""
         return job is not None and self.config_file.is_file() and _read(self.job_file).get("job") == job
 
     def is_begun_by(self, job: str | None) -> bool:
-        """Whether that job has also loaded the checkpoint it was asked for, and put later ones aside."""
+        """Whether job `job` wrote config.json, loaded its checkpoint and renamed the newer checkpoints."""
         return self.is_frozen_by(job) and bool(_read(self.job_file).get("begun"))
 
     def mark_begun(self) -> None:
@@ -158,7 +171,7 @@ class RunFolder:
         _replace(self.job_file, _read(self.job_file) | {"begun": True})
 
     def frozen_mapping(self) -> dict[str, Any] | None:
-        """config.json as it stands; None where there is none. Raises ConfigError when it is damaged."""
+        """config.json as a dictionary; None where it is absent. Raises ConfigError when it is damaged."""
         if not self.config_file.is_file():
             return None
         try:
@@ -168,17 +181,17 @@ class RunFolder:
             raise ConfigError(message) from None
 
     def frozen_config(self) -> TrainConfig:
-        """Raises ConfigError when config.json is absent, damaged, or of other settings than today's."""
+        """config.json as a config. Raises ConfigError when it is absent, damaged, or has unknown settings."""
         return load(self.config_file)
 
     # Status
 
     def status(self) -> dict[str, Any]:
-        """status.json; empty where there is none that can be read."""
+        """status.json; empty where it is absent or unreadable."""
         return _read(self.status_file)
 
     def write_status(self, state: str, step: int, **more: Any) -> None:
-        """Replace status.json, in place where the disk is full. Raises OSError where even that fails."""
+        """Replace status.json; on a full disk, rewrite it in place. Raises OSError if that fails, too."""
         values = {"state": state, "step": step, "time": time.time(), "config": self.config_file.name} | more
         try:
             _replace(self.status_file, values)
@@ -196,7 +209,7 @@ class RunFolder:
         return path
 
     def mark_failed(self, step: int, error: str) -> None:
-        """Say that the run failed, on behalf of a rank that cannot. step: steps that this rank knows to be done."""
+        """Write state "failed" on behalf of a dead or hanging rank 0. step: steps done, as this rank knows."""
         before = self.status()
         if before:
             self.write_status("failed", max(before.get("step", 0), step), error=error)
@@ -204,7 +217,7 @@ class RunFolder:
     # Ledger
 
     def ledger(self) -> Ledger:
-        """Empty where there is no ledger.json. Raises ConfigError when it is damaged."""
+        """ledger.json; empty where it is absent. Raises ConfigError when it is damaged."""
         if not self.ledger_file.is_file():
             return Ledger()
         try:
@@ -214,16 +227,16 @@ class RunFolder:
             raise ConfigError(message) from None
 
     def write_ledger(self, ledger: Ledger) -> None:
-        """On the disk when this returns. Raises OSError."""
+        """Write and fsync ledger.json. Raises OSError."""
         _replace(self.ledger_file, asdict(ledger), sync=True)
 
     # One run at a time
 
     def claim(self) -> str:
-        """Take the folder for this process until `release` or its end. Returns who has it, empty when it is ours now.
+        """Lock the folder for this process until `release` or exit. Returns the current holder, "" on success.
 
-        A POSIX record lock, which forked reader processes do not inherit and network file systems pass on to other
-        hosts. On a file system without locks the folder is given to everyone.
+        A POSIX record lock: forked reader processes do not inherit it, and on network file systems it holds across
+        hosts. On a file system without locks every process succeeds.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -234,10 +247,10 @@ class RunFolder:
             os.close(descriptor)
             return holder or "another run"
         except OSError:
-            os.close(descriptor)  # no locks here
+            os.close(descriptor)  # the file system has no locks
             return ""
         self._lock = descriptor
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+        with contextlib.suppress(OSError):  # full disk: locked, without the holder's name in the file
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"rank 0 (host {socket.gethostname()}, process {os.getpid()})\n".encode(), 0)
         return ""
@@ -248,7 +261,7 @@ class RunFolder:
             self._lock = None
 
     def keep_tokenizer(self, tokenizer: Path) -> None:
-        """Copy tokenizer.json here, so that the run's checkpoints can be read as text wherever they go."""
+        """Copy tokenizer.json to the folder, so that a copied run folder can still decode tokens."""
         if tokenizer.is_file():
             shutil.copyfile(tokenizer, self.tokenizer)
 
@@ -262,7 +275,7 @@ def find_checkpoint(path: Path) -> Path | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; an empty one where there is none that can be read."""
+    """The JSON object in a file; empty where the file is absent or unreadable."""
     with contextlib.suppress(OSError, ValueError):
         found = json.loads(path.read_text())
         return found if isinstance(found, dict) else {}
@@ -287,7 +300,7 @@ def _replace(path: Path, values: dict[str, Any], *, sync: bool = False) -> None:
 
 
 def _rewrite_in_place(path: Path, values: dict[str, Any]) -> None:
-    """Over the block that the file has already, where a full disk has none for another file."""
+    """Overwrite the file's allocated block, for a full disk without a free block for a new file."""
     content = json.dumps(values).encode() + b"\n"
     while len(content) > BLOCK_BYTES and values.get("error"):
         values = values | {"error": values["error"][:-100]}

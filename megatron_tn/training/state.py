@@ -1,4 +1,4 @@
-"""The counters and lists of a run that a checkpoint holds besides parameters, moments and random states."""
+"""Training state in a checkpoint besides parameters, moments and RNG states: counters and lists."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from megatron_tn.training.step import StepReport
 
 @dataclass
 class Ledger:
-    """skip: numbers of batches that are not trained on, past and to come, sorted. rewinds: one note for each rewind,
-    {"from": step, "to": step, "skip": batches, "by": "guard" | "hand" | "damage", "reason": text}, oldest first."""
+    """skip: sorted numbers of skipped batches, past and future. rewinds: oldest first, each
+    {"from": step, "to": step, "skip": batches, "by": "guard" | "hand" | "damage", "reason": text}."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -29,13 +29,13 @@ class TrainingState:
 
     step: optimizer steps taken or skipped. The next step, number step + 1 in the journal, trains on batch step + 1.
     optimizer_step: updates that were applied; AdamW's bias correction counts these.
-    tokens: target tokens of all trained batches, also of those whose update was refused.
-    samples: sequences taken from the stream so far, which is also the index of the next one.
+    tokens: target tokens of all trained batches, including batches whose update was refused.
+    samples: sequences taken from the stream so far; also the index of the next one.
     stream: the token stream's state at the last save, as plain JSON values.
-    skip, rewinds: see `Ledger`; every resume goes on with them.
-    recent_losses: of the last guard.spike_window steps, oldest first; a loss spike is measured against them.
-    nonfinite_in_a_row: steps.
-    held_out: the last held-out figures, and the "step" they were measured at.
+    skip, rewinds: see `Ledger`; kept over resumes.
+    recent_losses: losses of the last guard.spike_window steps, oldest first, the reference for loss spikes.
+    nonfinite_in_a_row: consecutive non-finite steps.
+    held_out: the last held-out figures, and the "step" of their evaluation.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -53,7 +53,7 @@ class TrainingState:
 
     @property
     def skips_next(self) -> bool:
-        """Whether the next step's batch is one that is not trained on."""
+        """Whether the next step's batch is in `skip`."""
         return self.step + 1 in self.skip
 
     def add_skip(self, batches: Iterable[int]) -> None:
@@ -64,12 +64,12 @@ class TrainingState:
         return Ledger(self.skip, self.rewinds)
 
     def add_ledger(self, ledger: Ledger) -> None:
-        """Take over what was noted after this state was saved."""
+        """Add the skips and rewinds noted after this state was saved."""
         self.add_skip(ledger.skip)
         self.rewinds = [*self.rewinds, *(note for note in ledger.rewinds if note not in self.rewinds)]
 
     def note_rewind(self, *, start: int, batches: list[int], by: str, reason: str) -> None:
-        """Note that the run went back from step `start` to `self.step`, and why."""
+        """Append to `rewinds` a rewind from step `start` to `self.step`."""
         note = {"from": start, "to": self.step, "skip": batches, "by": by, "reason": reason}
         self.rewinds = [*self.rewinds, note]
 
@@ -82,11 +82,11 @@ class TrainingState:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainingState:
-        """Raises ConfigError when these are not the counters of a run."""
+        """Raises ConfigError when `values` are not a training state."""
         return from_mapping(cls, values)
 
     def count(self, report: StepReport, samples: int) -> None:
-        """One more step, over so many sequences on all ranks together."""
+        """Count one more step. samples: sequences in the global batch."""
         self.step += 1
         self.optimizer_step += int(report.applied)
         self.tokens += report.tokens

@@ -1,4 +1,4 @@
-"""One optimizer step, whatever the engine and the layout."""
+"""One training step, for every engine and parallel layout."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from megatron_tn.training.agreement import Microbatch, agreed_target_tokens
 
 
 class StepReport(NamedTuple):
-    """What a step did.
+    """The result of a step.
 
-    loss: mean over all the step's target tokens, in nats. tokens: how many those were. applied: False when nothing
-    changed, because the gradient was not finite or the batch was skipped. stop: some rank was told to stop. skipped:
-    the batch was not trained on; its loss and gradient norm are NaN. empty: because it has no target tokens.
+    loss: mean over all target tokens of the step, in nats. tokens: number of target tokens. applied: False when the
+    weights are unchanged, because of a non-finite gradient or a skipped batch. stop: some rank received a stop signal.
+    skipped: no training on the batch; loss and gradient norm are NaN. empty: skipped for lack of target tokens.
     """
 
     loss: float
@@ -39,15 +39,15 @@ class StepReport(NamedTuple):
 
 
 def skipped_step(lr: float, *, stop: bool = False) -> StepReport:
-    """The step of a batch that is not trained on: it counts for the schedule and for nothing else. Collective.
+    """The report of a step whose batch is skipped: it only advances the schedule. Collective.
 
-    stop: whether this rank was told to stop.
+    stop: whether this rank received a stop signal.
     """
     return StepReport(math.nan, 0, lr, math.nan, applied=False, stop=anywhere(stop), skipped=True)
 
 
 def anywhere(here: bool) -> bool:
-    """Whether something holds on any rank. Collective, on the CPU: a GPU is not waited for."""
+    """Whether `here` is True on any rank. Collective, on the CPU, without a wait for the GPU."""
     flag = torch.tensor(int(here))
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
@@ -71,9 +71,9 @@ def train_step(
     """Forward and backward over this rank's microbatches, then one update. Collective.
 
     The target tokens of the whole step are counted first, over microbatches and data-parallel ranks, and every token's
-    loss is divided by that one number: each token weighs the same, however unevenly padding falls. Context-parallel
-    ranks are given the same sequences, and count them once; the model cuts them into slices. A sample that a rank of
-    the tensor- and context-parallel group could not read is padding on all of them (see `agreed_target_tokens`). A step
+    loss is divided by that count: each token has the same weight, however padding is distributed. Context-parallel
+    ranks get the same sequences, counted once; the model cuts them into slices. A sample that one rank of the tensor-
+    and context-parallel group could not read becomes padding on all of them (see `agreed_target_tokens`). A step
     without target tokens changes nothing.
     """
     context = engine.context
@@ -83,13 +83,12 @@ def train_step(
     loss = torch.zeros((), device=device)
     for index, batch in enumerate(microbatches):
         loss += run_microbatch(engine, batch, scale, device, last=index == len(microbatches) - 1)
-    # Tensor-parallel ranks hold the same loss. One reduction over the world tells every rank the loss of all and
-    # whether any of them was told to stop.
+    # Tensor-parallel ranks hold the same loss. One all-reduce over the world sums the loss and the stop flags.
     summary = torch.stack([loss / context.tp.size, torch.full((), float(stop), device=device)])
     if context.world_size > 1:
         dist.all_reduce(summary)
-    # The copy to the host is queued before engine.step, which waits for the device anyway: reading it afterwards waits
-    # no second time, and the host prepares the next step while the optimizer runs.
+    # The copy to the host is queued before engine.step, which synchronises with the device anyway: reading the copy
+    # afterwards needs no second wait, and the host prepares the next step while the optimizer runs.
     figures = HostCopy(torch.cat([summary.double(), count.view(1)]))
     result = engine.step(lr, tokens=count)
     mean_loss, stops, tokens = figures.read().tolist()

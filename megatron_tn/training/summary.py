@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,6 +15,8 @@ from megatron_tn.config import TrainConfig
 from megatron_tn.optim.schedule import batch_of_step
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.training.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
 
 
 def show_start(
@@ -81,12 +84,12 @@ def show_end(config: TrainConfig, folder: RunFolder, state: str) -> None:
         "held-out loss": f"{found['heldout_loss']:.3f}" if "heldout_loss" in found else "",
         "tokens/s": f"{found['tokens_per_second']:,.0f}, median" if "loss" in found else "",
     }
-    _print(f"{state}: {config.model.name}", {name: text for name, text in rows.items() if text})
-    print(f"{run} holds log.jsonl, loss.png, checkpoints/ and tokenizer.json. Next:")
-    print(
-        f'  python -m megatron_tn.generate checkpoint={run} prompt="..."\n  python -m megatron_tn.plot {run}',
-        flush=True,
+    lines = (
+        f"{run} holds log.jsonl, loss.png, checkpoints/ and tokenizer.json. Next:",
+        f'  python -m megatron_tn.generate checkpoint={run} prompt="..."',
+        f"  python -m megatron_tn.plot {run}",
     )
+    _print(f"{state}: {config.model.name}", {name: text for name, text in rows.items() if text}, lines)
 
 
 def sweep_table(rows: Iterable[tuple[str, RunFolder]]) -> Table:
@@ -102,8 +105,15 @@ def sweep_table(rows: Iterable[tuple[str, RunFolder]]) -> Table:
 _COLUMNS = {"step": ",", "loss": ".3f", "heldout_loss": ".3f", "tokens_per_second": ",.0f"}
 
 
-def _print(title: str, rows: Mapping[str, str]) -> None:
+def _print(title: str, rows: Mapping[str, str], lines: Iterable[str] = ()) -> None:
+    """A table, and lines below it, which are never wrapped: they can be pasted. A closed terminal or pipe, or a full
+    disk behind standard output, stops no run."""
     table = Table(show_header=False, title=title, title_justify="left")
     for name, value in rows.items():
         table.add_row(name, value)
-    Console(highlight=False).print(table, markup=False)
+    try:
+        Console(highlight=False, markup=False).print(table)
+        for line in lines:
+            print(line, flush=True)
+    except (OSError, SystemExit) as error:  # rich raises SystemExit when a pipe is closed
+        log.warning("standard output cannot be written: %r", error)

@@ -1,5 +1,6 @@
-"""Tokens per second as TFLOP/s of a process, and as a share of its datasheet rate; and a clock that stands still while
-a run evaluates or saves."""
+"""Tokens per second as TFLOP/s per process, and as a share of the datasheet rate (MFU); and a clock that stands still
+while a run evaluates or saves.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +41,9 @@ class Work:
     clock: Clock = field(default_factory=Clock)
 
     def rates(self, tokens_per_second: float) -> dict[str, float]:
-        """tokens_per_second: target tokens of all processes; padding is no work done.
+        """tokens_per_second: target tokens of all processes, without padding.
 
-        Returns model_tflops, of one process, and, where the peak is known, utilisation and the peak it is a share of.
+        Returns model_tflops per process and, where the peak is known, the peak and the utilisation.
         """
         tflops = self.flops_per_token * tokens_per_second / self.processes / 1e12
         found = {"tokens_per_second": tokens_per_second, "model_tflops": tflops}

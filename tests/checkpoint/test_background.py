@@ -17,7 +17,7 @@ import torch
 from megatron_tn.checkpoint import save as save_module
 from megatron_tn.checkpoint.background import CheckpointWriter
 from megatron_tn.checkpoint.load import Reader, load_checkpoint
-from megatron_tn.checkpoint.manifest import Manifest, whole_checkpoints
+from megatron_tn.checkpoint.manifest import CheckpointManifest, whole_checkpoints
 from megatron_tn.checkpoint.retention import Retention
 from megatron_tn.checkpoint.save import CheckpointError, save_checkpoint, write_tensors
 from megatron_tn.config import to_mapping
@@ -152,7 +152,7 @@ def kill_and_load(folder: Path, times: int, ranks: int = 1) -> None:
             process.join(120)
         assert all(process.exitcode for process in processes)
         newest = whole_checkpoints(folder)[-1]
-        manifest = Manifest.read(newest)
+        manifest = CheckpointManifest.read(newest)
         assert manifest.step > last  # the new process went on from what it found and saved at least once more
         last = manifest.step
         config, engine = make_engine(1, LOCAL)

@@ -13,7 +13,7 @@ import torch
 
 from megatron_tn.checkpoint.files import TensorFile
 from megatron_tn.checkpoint.load import Reader, load_checkpoint, load_model
-from megatron_tn.checkpoint.manifest import MANIFEST, Manifest, Piece, whole_checkpoints
+from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, whole_checkpoints
 from megatron_tn.checkpoint.reshard import pieces_of_local_range
 from megatron_tn.checkpoint.retention import Retention
 from megatron_tn.checkpoint.save import CheckpointError, save_checkpoint
@@ -77,7 +77,7 @@ def load_and_step(
 
 def logical(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every kind/NAME of a checkpoint as one whole tensor."""
-    manifest = Manifest.read(checkpoint)
+    manifest = CheckpointManifest.read(checkpoint)
     found = {}
     with Reader(checkpoint, manifest) as reader:
         for key in manifest.pieces:
@@ -243,7 +243,7 @@ def copy(checkpoint, tmp_path) -> Path:
 
 
 def test_only_fp32_values_without_padding_are_stored(checkpoint):
-    manifest = Manifest.read(checkpoint)
+    manifest = CheckpointManifest.read(checkpoint)
     stored = sum(piece.stop - piece.start for pieces in manifest.pieces.values() for piece in pieces)
     parameters = sum(torch.Size(shape).numel() for shape in manifest.shapes.values())
     assert stored == 3 * parameters

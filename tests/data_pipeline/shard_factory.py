@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.shards.manifest import Manifest, SourceInfo, TokenizerInfo, token_dtype
+from data_pipeline.shards.content import SourceInfo, TokenizerInfo, token_dtype
+from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.writer import ShardWriter
 
 PAD, BOS, EOS = 0, 1, 2

@@ -16,7 +16,9 @@ from data_pipeline.audit.draw import draw
 from data_pipeline.audit.samples import Samples
 from data_pipeline.audit.sampling import strata, tails_and_borders
 from data_pipeline.errors import InputError
-from data_pipeline.shards.manifest import Manifest, Shard, TokenizerInfo, sha256_of
+from data_pipeline.files import sha256_of
+from data_pipeline.shards.content import Shard, TokenizerInfo
+from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.reading import read_shard
 from data_pipeline.shards.scores import save_scores
 from data_pipeline.shards.writer import ShardWriter

@@ -7,17 +7,19 @@ import sys
 
 import pytest
 
+from data_pipeline.ablation.settings import compose_ablation
 from data_pipeline.cli import command
+from data_pipeline.config import compose
 from data_pipeline.errors import InputError, StageError
 from tests.data_pipeline.test_pipeline import ROOT
 
-MODULES = ("run", "canaries", "selfclean", "worth", "audit", "stream.count", "stream.bench", "shards.verify")
+MODULES = ("run", "canaries", "selfclean", "ablation", "audit", "stream.count", "stream.bench", "shards.verify")
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_help_is_the_module_s_own_text(module, capsys):
     package = f"data_pipeline.{module}"
-    inner = "__main__" if module in ("selfclean", "worth", "audit") else ""
+    inner = "__main__" if module in ("selfclean", "ablation", "audit") else ""
     found = importlib.import_module(f"{package}.{inner}".rstrip("."))
     with pytest.raises(SystemExit, match="0"):
         found.main(["--help"])
@@ -69,3 +71,20 @@ def test_the_process_s_own_arguments_and_exit_code_are_used():
     assert done.returncode == 2
     assert done.stderr.startswith("manifest /no/such/manifest.json: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_paths_are_taken_as_they_are_typed(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = compose(["pipeline=jsonl", "input=~/raw text", "output=20250101", "tokenizer.file=a=b", "slurm.time=30"])
+    assert (settings.input, settings.sources["main"].path) == (f"{tmp_path}/raw text", f"{tmp_path}/raw text")
+    assert (settings.output, settings.tokenizer.file, settings.slurm.time) == ("20250101", "a=b", 30)
+    settings = compose(["output=x", "sources.stdlib.path=[1]", "language={min_confidence: 0.5}"])
+    assert (settings.sources["stdlib"].path, settings.language.min_confidence) == ("[1]", 0.5)
+    assert compose_ablation(["output=1e3", "packages=[rich]"]).output == "1e3"
+
+
+@pytest.mark.parametrize("module", ["data_pipeline.worth", "launch.worth"])
+def test_a_former_name_is_still_a_command(module):
+    shown = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0
+    assert "ablation" in shown.stdout

@@ -268,10 +268,10 @@ def test_an_overwrite_that_is_interrupted_can_be_done_again_or_undone(planted, o
         remove(folder)
 
     monkeypatch.setattr("data_pipeline.run.shutil.rmtree", remove_some)
-    other = arguments(planted[0], copy, "tokenizer.vocab_size=460", "overwrite=true")
+    other = arguments(planted[0], copy, "workers=1", "tokenizer.vocab_size=460", "overwrite=true")
     assert main(other) == 130
     monkeypatch.undo()
-    again = other if removals % 2 else arguments(planted[0], copy)
+    again = other if removals % 2 else arguments(planted[0], copy, "workers=1")
     assert main(again) == 0
     assert (fingerprint(copy) == fingerprint(output)) == (again is not other)
 
@@ -294,9 +294,9 @@ def test_a_run_that_could_not_note_its_settings_is_done_again(planted, tmp_path,
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr("data_pipeline.run.replace_file", full)
-    assert main(arguments(planted[0], tmp_path / "data")) == 1
+    assert main(arguments(planted[0], tmp_path / "data", "workers=1")) == 1
     monkeypatch.undo()
-    assert main(arguments(planted[0], tmp_path / "data")) == 0
+    assert main(arguments(planted[0], tmp_path / "data", "workers=1")) == 0
 
 
 def test_too_little_text_says_what_is_missing(tmp_path, capsys):

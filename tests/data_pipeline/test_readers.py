@@ -398,6 +398,8 @@ def test_links_are_followed_once_and_named(disks, kind):
     assert f"2 links are followed: d.jsonl -> {disks}/d.jsonl, part -> {disks}/disk" in followed
     assert "link loop leads to what is read already" in left
     assert "link same.jsonl leads to what is read already" in again
+    (disks / "in/gone").symlink_to(disks / "nowhere")
+    assert "1 links lead nowhere: gone" in list_source("web", where).notes[-1]
     (disks / "in/gone.jsonl").symlink_to(disks / "nowhere")
     with pytest.raises(InputError, match=r"links that lead nowhere: gone\.jsonl"):
         list_source("web", where)

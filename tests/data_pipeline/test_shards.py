@@ -13,9 +13,11 @@ import pytest
 import webdataset
 
 from data_pipeline.errors import InputError
+from data_pipeline.files import replace_file, sha256_of
 from data_pipeline.shards import Manifest, read_documents
+from data_pipeline.shards.content import token_dtype
 from data_pipeline.shards.index import build_index, load_index
-from data_pipeline.shards.manifest import replace_file, sha256_of, token_dtype
+from data_pipeline.shards.tar import TarWriter
 from data_pipeline.shards.verify import main, verify
 from data_pipeline.shards.writer import ShardWriter
 from tests.data_pipeline.shard_factory import make_shards
@@ -49,6 +51,20 @@ def test_whole_shards_verify_and_read_back(manifest, capsys):
     documents = list(read_documents(manifest))
     assert len(documents) == 40
     assert sum(len(document.tokens) for document in documents) == manifest.totals.tokens
+
+
+@pytest.mark.parametrize("count", [0, 1, 9])
+def test_an_archive_is_the_one_that_webdataset_writes(count):
+    ours, theirs = io.BytesIO(), io.BytesIO()
+    writer, other = TarWriter(ours), webdataset.TarWriter(theirs, user="", group="", mtime=0, encoder=False)
+    for number in range(count):
+        sample = {"json": b"{}" * number, "tokens": bytes(512 * number)}
+        for name, data in sample.items():
+            writer.write(f"train-00000_{number:07d}.{name}", data)
+        other.write({"__key__": f"train-00000_{number:07d}", **sample})
+    writer.finish()
+    other.close()
+    assert ours.getvalue() == theirs.getvalue()
 
 
 def test_plain_webdataset_reads_the_shards(manifest):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -272,3 +273,9 @@ def test_isolation_bounds_follow_what_is_kept(manifest):
     most = max(len(stream.sample(index).document_starts) for index in range(stream.samples_per_epoch))
     assert most <= stream.max_documents
     assert Manifest.load(manifest.directory / "manifest.json").content_hash == manifest.content_hash
+
+
+def test_the_filter_of_the_documentation_loads_by_its_former_name():
+    """conf/selfclean.yaml was its name when it was taken for the settings of the command."""
+    conf = Path(__file__).resolve().parents[2] / "conf"
+    assert ScoreFilter.load(str(conf / "selfclean.yaml")) == ScoreFilter.load(str(conf / "score_filter.yaml"))

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from data_pipeline.selfclean.score import score_shards
-from data_pipeline.shards import read_documents, remote, verify
-from data_pipeline.shards.remote import CacheFull, Remote
+from data_pipeline.shards import read_documents, verify
+from data_pipeline.shards.cache import EVICTED, CacheFull, files_of
+from data_pipeline.shards.remote import Remote
 from data_pipeline.shards.scores import load_scores, save_scores
 from data_pipeline.stream import BatchLoader, InputError, Manifest, ScoreFilter, batches_hash, build_stream
 from data_pipeline.stream import count as counting
@@ -46,7 +47,7 @@ def cached_bytes(tmp_path):
     """What shards and indexes take at one moment: while the lock is held, nothing is taken away."""
     with (tmp_path / "cache" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return sum(stat.st_size for path, stat in remote._files(tmp_path / "cache") if path.suffix in (".tar", ".npy"))
+        return sum(stat.st_size for path, stat in files_of(tmp_path / "cache") if path.suffix in (".tar", ".npy"))
 
 
 def test_the_same_stream_as_from_local_disk(local, url, tmp_path):
@@ -250,7 +251,7 @@ def small_disk(monkeypatch):
     def install(folder, size):
         def get_file(filesystem, source, target, **options):
             data = filesystem.cat_file(source)
-            used = sum(stat.st_size for path, stat in remote._files(folder) if path.suffix in remote.EVICTED)
+            used = sum(stat.st_size for path, stat in files_of(folder) if path.suffix in EVICTED)
             if used + len(data) > size:
                 Path(target).write_bytes(data[:100])
                 raise OSError(errno.ENOSPC, "No space left on device")
@@ -322,3 +323,12 @@ def test_a_lock_file_that_is_a_link_is_refused(url, tmp_path):
     with pytest.raises(InputError, match="Too many levels of symbolic links"):
         load(url, tmp_path)
     assert (tmp_path / "victim").read_text() == "kept"
+
+
+def test_what_a_killed_download_left_takes_no_room(url, tmp_path):
+    stream = make_stream(load(url, tmp_path))
+    content = tmp_path / "cache" / "content"
+    for suffix in ("room", "tmp"):
+        (content / f".a.0123.{suffix}").write_bytes(bytes(100))
+    assert stream.sample(0).damage is None
+    assert not list(content.glob(".a.*"))

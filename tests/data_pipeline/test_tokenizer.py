@@ -3,9 +3,12 @@
 import json
 import random
 
+import numpy as np
 import pytest
+from tokenizers import pre_tokenizers
 
 from data_pipeline import tokenizer as tokenizers
+from data_pipeline.encoder import Encoder
 from data_pipeline.errors import InputError
 
 CORPUS = [
@@ -52,6 +55,28 @@ def test_round_trip_of_any_character(path):
     for _ in range(50):
         text = "".join(generator.choices(alphabet, k=1000)) + "".join(generator.choices(" \n\ta_1(é", k=200))
         assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids) == text
+
+
+def test_an_encoder_gives_the_ids_of_the_tokenizer(path):
+    """Random texts of all that pieces begin and end with: in ASCII by looking pieces up, else by the tokenizer."""
+    tokenizer, generator = tokenizers.load(path), random.Random(1)
+    encoder = Encoder(tokenizer)
+    ascii_texts = ["".join(generator.choices(" \n\t\r\v\f_aZ19.<=(\x00\x1c\x1f\x7f", k=400)) for _ in range(300)]
+    for text in [*CORPUS, *TEXTS.values(), *ascii_texts, *(text + "é" for text in ascii_texts[:20])]:
+        assert encoder.encode(text).tolist() == tokenizer.encode(text, add_special_tokens=False).ids
+    assert encoder.known
+    assert encoder.encode("").dtype == np.uint32
+
+
+def test_an_encoder_leaves_other_tokenizers_to_themselves(path):
+    """One that looks for entries of its own in a text, or cuts it otherwise."""
+    other, third = tokenizers.load(path), tokenizers.load(path)
+    other.add_tokens(["valuevalue"])
+    third.pre_tokenizer = pre_tokenizers.Whitespace()
+    for tokenizer in (other, third):
+        encoder, text = Encoder(tokenizer), "a valuevalue  b"
+        assert encoder.known is None
+        assert encoder.encode(text).tolist() == tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def test_every_byte_has_an_id(path):

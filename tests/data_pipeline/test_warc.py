@@ -50,6 +50,9 @@ READ = {
     "a header over two lines": response(BODY, "X-A: b\r\n c: d"),
     "a type in capitals": response(BODY, kind="TEXT/HTML;Charset=UTF-8"),
     "no type": response(BODY, kind=None),
+    "a type that is none": response(BODY, kind="html"),
+    "a type twice": response(BODY, kind="text/html, text/html; charset=utf-8"),
+    "a status without a space behind it": response(BODY, status="200OK"),
     "XHTML": response(BODY, kind="application/xhtml+xml"),
 }
 QUARANTINED = {
@@ -97,10 +100,12 @@ def test_statuses_and_kinds_of_records(tmp_path):
         warc_record("request", b"GET / HTTP/1.1"),
         warc_record("conversion", b"More words."),
         warc_record("unheard-of", b""),
+        warc_record("conversion", "Größe, Höhe und Breite der Bäume.".encode("cp1252")),
     ]
     write(tmp_path / "a.warc", records, packed=False)
     documents, quarantine = read(tmp_path, crawl=source(tmp_path, kind="warc", statuses=[200, 404]))
-    assert [id.rpartition(":")[2] for id in documents] == ["1", "2", "4"]
+    assert [id.rpartition(":")[2] for id in documents] == ["1", "2", "4", "6"]
+    assert documents["crawl/a.warc:6"][0] == "Größe, Höhe und Breite der Bäume."
     assert quarantine == {"crawl/a.warc:3": "record_type", "crawl/a.warc:5": "record_type"}
 
 
@@ -119,6 +124,15 @@ def test_a_damaged_member_costs_itself_alone(tmp_path):
     assert [text[:7] for text, _ in documents.values()] == ["Words 0", "Words 2", "Words 4"]
     lost = [len(members[0]), len(members[0] + members[1] + members[2])]
     assert quarantine == {f"crawl/a.warc.gz:byte {at}": "unreadable" for at in lost}
+
+
+def test_a_file_that_begins_with_damage_is_read_behind_it(tmp_path):
+    members = [gzip.compress(warc_record("conversion", f"Words {n}.".encode())) for n in range(3)]
+    (tmp_path / "a.warc.gz").write_bytes(bytes(50) + b"".join(members)[50:])
+    (tmp_path / "b.warc").write_bytes(bytes(50) + warc_record("conversion", b"Words."))
+    documents, quarantine = read(tmp_path, crawl=source(tmp_path, kind="warc"))
+    assert [text for text, _ in documents.values()] == ["Words 1.", "Words 2."]
+    assert quarantine == {"crawl/a.warc.gz:byte 0": "unreadable", "crawl/b.warc:byte 0": "unreadable"}
 
 
 def test_a_file_in_one_member_and_one_of_zstd_frames(tmp_path):
@@ -172,4 +186,9 @@ def test_marks_come_before_labels_and_bad_bytes_cost_themselves_alone():
     assert decode_page("Größe\xff".encode("latin-1")[:-1] + b"\xff", "utf-8") == "Gr\ufffd\ufffde\ufffd"
     assert decode_page("<meta charset=utf-16>Größe".encode()) == "<meta charset=utf-16>Größe"
     assert decode_page("Größe".encode()) == "Größe"
+    about = '<meta name="description" content="charset=big5"><meta content=\'text/html; charset=koi8-r\' http-equiv='
+    assert decode_page(f"{about}Content-Type>Москва".encode("koi8-r")).endswith("Москва")
+    assert decode_page(b'<?xml version="1.0" encoding="windows-1251"?><p>' + "Москва".encode("cp1251")).endswith(
+        "Москва"
+    )
     assert codec("zlib_codec") is None

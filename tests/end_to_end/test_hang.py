@@ -196,6 +196,30 @@ def test_ranks_that_never_came_are_an_error_that_says_where(shards, tmp_path):
     assert "within distributed_timeout_s=3" in said
 
 
+def test_a_last_save_that_fails_is_one_line(shards, tmp_path):
+    words = (*WORDS[:-3], f"data.manifest={shards}", f"run_dir={tmp_path / 'run'}", "engine=local", "schedule.steps=3")
+    (rank,) = fork_ranks(1, train_without_a_disk, words, str(tmp_path / "said"))
+    rank.join(60)
+    said = (tmp_path / "said.0").read_text()
+    assert rank.exitcode == 1, said
+    assert said.startswith("rank 0 stops: CheckpointError: checkpoint ")
+    assert "No space left on device" in said
+    assert said.count("\n") == 1
+
+
+def train_without_a_disk(overrides: tuple[str, ...], said: str) -> None:
+    """No file of a checkpoint, and no traceback, can be written."""
+    from megatron_tn.checkpoint import save
+    from megatron_tn.training.run_folder import RunFolder
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    save.write_tensors = full
+    RunFolder.write_traceback = lambda *arguments: None
+    train_until(overrides, said, "")
+
+
 def test_a_port_in_use_is_one_line(shards, tmp_path):
     words = (*WORDS, f"data.manifest={shards}", f"run_dir={tmp_path / 'run'}")
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -6,16 +6,15 @@ import gzip
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
+import torch.distributed.run
 
-from megatron_tn.checkpoint.manifest import MANIFEST, Manifest, whole_checkpoints
+from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, whole_checkpoints
 from megatron_tn.train import main as train
 from megatron_tn.training.run_folder import RunFolder
-from tests.helpers.training import ROOT, SMALL, call, fork_ranks, losses, records, train_forked, train_here
+from tests.helpers.training import SMALL, call, fork_ranks, losses, records, train_forked, train_here
 
 STEPS = 6
 
@@ -82,13 +81,6 @@ def test_told_to_stop_among_batches_that_are_left_out_it_stops_there(words, tmp_
     assert [path.name for path in whole_checkpoints(run / "checkpoints")] == ["step_00000001"]
 
 
-def start_alone(*words: str, command: tuple[str, ...] = ()) -> subprocess.Popen:
-    """megatron_tn.train by itself or by a launcher's `command`, with all that it starts in a process group."""
-    line = [sys.executable, *command, "-m", "megatron_tn.train", *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(line, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, process_group=0)
-
-
 def until_step(run, step: int) -> None:
     deadline = time.time() + 120
     while time.time() < deadline:
@@ -99,25 +91,38 @@ def until_step(run, step: int) -> None:
 
 
 LONG = ("data.workers=2", "schedule.steps=100000", "evaluation.every=0", "logging.wandb.mode=offline")
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2")
+
+
+def train_in_a_group(overrides: tuple[str, ...], said: str, torchrun: bool) -> None:
+    """With all that it starts, readers and wandb's process among them, in a process group of its own."""
+    os.setpgid(0, 0)
+    os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
+    if not torchrun:
+        train_here(overrides)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    command = ["torchrun", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2", "-m", "megatron_tn.train"]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.distributed.run.main([*command[1:], *overrides])
 
 
 @pytest.mark.parametrize(
-    ("command", "number", "code"),
-    [((), signal.SIGTERM, 0), ((), signal.SIGINT, 130), (TORCHRUN, signal.SIGINT, 1)],
+    ("torchrun", "number", "code"),
+    [(False, signal.SIGTERM, 0), (False, signal.SIGINT, 130), (True, signal.SIGINT, 1)],
     ids=["TERM", "Ctrl-C", "Ctrl-C under torchrun"],
 )
-def test_a_signal_to_every_process_readers_included_saves_as_well(words, tmp_path, command, number, code):
+def test_a_signal_to_every_process_readers_included_saves_as_well(words, tmp_path, torchrun, number, code):
     """As SLURM, containers and terminals send it. torchrun passes SIGINT on once more, and has its own exit code."""
-    run = tmp_path / "run"
-    process = start_alone(*words, f"run_dir={run}", *LONG, command=command)
-    until_step(run, 3)
+    run, log = RunFolder(tmp_path / "run"), tmp_path / "said"
+    (process,) = fork_ranks(1, train_in_a_group, (*words, f"run_dir={run}", *LONG), str(log), torchrun)
+    until_step(run.path, 3)
     os.killpg(process.pid, number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == code, said
-    status = RunFolder(run).status()
+    process.join(60)
+    said = log.read_text()
+    assert process.exitcode == code, said
+    status = run.status()
     assert status["state"] == "preempted"
-    assert list(RunFolder(run).saved()) == [status["step"]] == [RunFolder(run).records("loss")[-1]["step"]]
+    assert list(run.saved()) == [status["step"]] == [run.records("loss")[-1]["step"]]
     assert said.count(f"saved step {status['step']}; the same command goes on") == 1
     assert "megatron_tn/train.py" not in said  # no traceback of a trainer
 
@@ -161,8 +166,8 @@ def test_a_sweep_that_is_told_to_stop_begins_no_other_job(words, tmp_path, numbe
     (process,) = fork_ranks(1, signal_the_job, (*words, *many), number)
     process.join(60)
     assert process.exitcode == code
-    assert RunFolder(tmp_path / "0_seed=1").status()["state"] == "preempted"
-    assert not (tmp_path / "1_seed=2").exists()
+    assert RunFolder(tmp_path / "0_seed-1").status()["state"] == "preempted"
+    assert not (tmp_path / "1_seed-2").exists()
 
 
 def slow_rank(overrides: tuple[str, ...], said: str, what: str) -> None:
@@ -246,19 +251,6 @@ def test_a_save_that_fails_is_reported_and_training_goes_on(words, uninterrupted
     assert [path.name for path in whole_checkpoints(run / "checkpoints")] == ["step_00000004", "step_00000006"]
 
 
-def train_and_say(overrides: tuple[str, ...], said: str) -> None:
-    os.dup2(os.open(f"{said}.{os.environ['RANK']}", os.O_CREAT | os.O_WRONLY), 2)
-    train_here(overrides)
-
-
-def test_settings_that_changed_are_said_once(words, tmp_path):
-    arguments = (*words, f"run_dir={tmp_path / 'run'}", "evaluation.every=0")
-    train_forked(2, *arguments, "stop_after=1")
-    train_forked(2, *arguments, "stop_after=2", function=train_and_say, args=(str(tmp_path / "said"),))
-    assert "the new settings win:\nstop_after: 1 -> 2\n" in (tmp_path / "said.0").read_text()
-    assert "stop_after" not in (tmp_path / "said.1").read_text()
-
-
 @pytest.mark.parametrize(("more", "save"), [((), 3), (("checkpoint.on_failure=abort",), 1)], ids=["the last", "abort"])
 def test_a_save_that_fails_ends_the_run_when_it_must(words, tmp_path, more, save):
     arguments = (*words, f"run_dir={tmp_path / 'run'}", "checkpoint.every=2", *more)
@@ -285,7 +277,7 @@ def test_a_damaged_newest_checkpoint_is_left_out_and_kept(words, uninterrupted, 
     train_forked(2, *again)
     assert losses(run.path) == losses(uninterrupted)
     assert len(list(run.checkpoints.glob("step_00000004.damaged-*"))) == 1
-    (rewind,) = Manifest.read(run.whole_checkpoints()[-1]).training["rewinds"]
+    (rewind,) = CheckpointManifest.read(run.whole_checkpoints()[-1]).training["rewinds"]
     assert (rewind["from"], rewind["to"], rewind["by"]) == (4, 2, "damage")
     assert "rank_00001.safetensors has " in rewind["reason"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tn.checkpoint.manifest import MANIFEST, Manifest, whole_checkpoints
+from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, whole_checkpoints
 from megatron_tn.train import main as train
 from tests.helpers.training import SMALL, call, fork_ranks, losses, records, train_forked, train_here
 
@@ -42,8 +42,8 @@ def train_with_a_bad_batch(overrides: tuple[str, ...], fault: str) -> None:
     train_here(overrides)
 
 
-def last_checkpoint(run: Path) -> tuple[Manifest, dict[str, str]]:
-    manifest = Manifest.read(whole_checkpoints(run / "checkpoints")[-1])
+def last_checkpoint(run: Path) -> tuple[CheckpointManifest, dict[str, str]]:
+    manifest = CheckpointManifest.read(whole_checkpoints(run / "checkpoints")[-1])
     return manifest, {name: record.sha256 for name, record in manifest.files.items()}
 
 
@@ -191,6 +191,11 @@ def test_the_ledger_outlives_three_restarts(words, wanted, tmp_path):
     assert_same_run(run, wanted)
 
 
+def train_and_say(overrides: tuple[str, ...], said: str) -> None:
+    os.dup2(os.open(f"{said}.{os.environ['RANK']}", os.O_CREAT | os.O_WRONLY), 2)
+    train_here(overrides)
+
+
 def test_rewinding_by_hand(words, wanted, tmp_path, capsys):
     run = tmp_path / "run"
     train_forked(2, *words, f"run_dir={run}", "stop_after=9")
@@ -200,10 +205,16 @@ def test_rewinding_by_hand(words, wanted, tmp_path, capsys):
     assert call(train, *words, f"run_dir={run}", "checkpoint.resume=5") == 2
     assert f"checkpoint.resume=5 does not exist; run_dir={run} has steps: 4, 8, 9" in capsys.readouterr().err
     rewound = (f"run_dir={run}", "checkpoint.resume=4", f"data.skip_batches=['{BAD}-{BAD}']")
-    train_forked(2, *words, *rewound, "stop_after=5", "checkpoint.at_end=false")
+    changed = (*words, *rewound, "stop_after=5", "checkpoint.at_end=false")
+    train_forked(2, *changed, function=train_and_say, args=(str(tmp_path / "said"),))
     assert [path.name for path in whole_checkpoints(run / "checkpoints")] == ["step_00000004"]
     kept = sorted((run / "checkpoints").glob("*.rewound-*"))
     assert [path.suffix.partition("-")[0] for path in kept] == [".rewound"] * 2
+    said = (tmp_path / "said.0").read_text()
+    assert "checkpoint.resume=4 goes back; later checkpoints are kept" in said
+    assert all(str(path) in said for path in kept)
+    assert "the new settings win:\ncheckpoint.at_end: True -> False\n" in said
+    assert "settings differ" not in (tmp_path / "said.1").read_text()  # said once, not once a rank
     train_forked(2, *words, *rewound)
     assert_same_run(run, wanted)
     assert all((path / MANIFEST).is_file() for path in kept)  # whatever was saved since

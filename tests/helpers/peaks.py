@@ -25,16 +25,16 @@ def memory(pid, name):
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
-small, large, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-read(small, options)  # what all reading needs: modules, buffers, the extractor
-processes = [os.getpid(), *([EXTRACTOR._process.pid] if EXTRACTOR._process else [])]
-for pid in processes:
-    Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak begins anew
-before = sum(memory(pid, "VmRSS") for pid in processes)
-began = time.perf_counter()
-documents = read(large, options)
-seconds = time.perf_counter() - began
-print(json.dumps([documents, seconds, sum(memory(pid, "VmHWM") for pid in processes) - before]))
+for small, large, options in json.loads(sys.argv[1]):
+    read(small, options)  # what all reading needs: modules, buffers, the extractor
+    processes = [os.getpid(), *([EXTRACTOR._process.pid] if EXTRACTOR._process else [])]
+    for pid in processes:
+        Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak begins anew
+    before = sum(memory(pid, "VmRSS") for pid in processes)
+    began = time.perf_counter()
+    documents = read(large, options)
+    seconds = time.perf_counter() - began
+    print(json.dumps([documents, seconds, sum(memory(pid, "VmHWM") for pid in processes) - before]))
 """
 
 
@@ -46,9 +46,10 @@ class Cost(NamedTuple):
     grown: int
 
 
-def cost_of_reading(small: Path, large: Path, **options: object) -> Cost:
-    """Of the folder `large`, after the folder `small` was read by the same settings of a source."""
-    command = [sys.executable, "-c", CODE, str(small), str(large), json.dumps(options)]
+def costs_of_reading(*cases: tuple[Path, Path, dict]) -> list[Cost]:
+    """Of each case's second folder, after its first one was read by the same settings of a source; in one process."""
+    words = json.dumps([(str(small), str(large), options) for small, large, options in cases])
+    command = [sys.executable, "-c", CODE, words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return Cost(*json.loads(done.stdout.splitlines()[-1]))
+    return [Cost(*json.loads(line)) for line in done.stdout.splitlines()]

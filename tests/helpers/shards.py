@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.shards.manifest import Manifest, TokenizerInfo, token_dtype
+from data_pipeline.shards.content import TokenizerInfo, token_dtype
+from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.writer import ShardWriter
 from data_pipeline.tokenizer import train
 

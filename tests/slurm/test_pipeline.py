@@ -84,7 +84,7 @@ def test_a_failed_task_is_named_with_its_log_and_the_next_run_does_only_what_is_
     output = tmp_path / "data"
     output.mkdir()
     # A folder where task 1 of the first stage must write its file.
-    obstacle = output / "work/ruled/00001.jsonl/x"
+    obstacle = output / "work/ruled/00001.jsonl.zst/x"
     # Two arrays, of which only the second is what the next stage depends on: it must not run on what the first left.
     process = start(cluster, *source, *SLURM, "slurm.max_array_size=2", "slurm.wait=false", f"output={output}")
     wait_for(lambda: (output / "work").is_dir(), 60, lambda: "no output")

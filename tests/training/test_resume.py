@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_tn.checkpoint.manifest import MANIFEST, Manifest, checkpoint_name, whole_checkpoints
+from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, checkpoint_name, whole_checkpoints
 from megatron_tn.config import CheckpointConfig, ConfigError, TrainConfig
 from megatron_tn.training import resume
 from megatron_tn.training.resume import Start, agree_on, agree_on_settings, choose_start, leave_later_behind
@@ -24,7 +24,7 @@ def save(folder: RunFolder, step: int, name: str = "", damaged: bool = False) ->
     path = folder.checkpoints / (name or checkpoint_name(step))
     path.mkdir(parents=True)
     config = {"model": {}, "engine": {}, "data": {}}
-    manifest = Manifest(step=step, optimizer_step=step, config=config, layout={"dp": 1}, shapes={})
+    manifest = CheckpointManifest(step=step, optimizer_step=step, config=config, layout={"dp": 1}, shapes={})
     (path / MANIFEST).write_text("{" if damaged else manifest.to_json())
     return path
 

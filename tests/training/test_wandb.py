@@ -122,36 +122,45 @@ def test_where_nobody_is_logged_in_it_logs_offline_and_says_so_once(folder, monk
     ]
 
 
-def log_steps(folder: str, first: int, last: int, killed: bool) -> None:
-    """At a terminal where nobody is logged in."""
+def log_steps(folder: str, *parts: tuple[int, int]) -> None:
+    """At a terminal where nobody is logged in. After the first part wandb is closed in good order, in the last one the
+    process is killed."""
     os.environ.pop("WANDB_API_KEY", None)
     os.environ["HOME"] = folder
     _terminal, other = pty.openpty()
     os.dup2(other, 0)
     run = RunFolder(folder)
-    state = TrainingState(step=first - 1)
-    hooks = Journal(run.journal, 1, WORK), hook(run, "online")
-    for one in hooks:
-        one.on_start(state)
-    for _ in range(first, last + 1):
-        state.count(REPORT, samples=1)
+    for first, last in parts:
+        state = TrainingState(step=first - 1)
+        hooks = Journal(run.journal, 1, WORK), hook(run, "online")
         for one in hooks:
-            one.on_step(state, REPORT)
-    if killed:
-        os.kill(os.getpid(), signal.SIGKILL)
-    hooks[1].on_stop(state)
+            one.on_start(state)
+        for _ in range(first, last + 1):
+            state.count(REPORT, samples=1)
+            for one in hooks:
+                one.on_step(state, REPORT)
+        if (first, last) == parts[-1]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        hooks[1].on_stop(state)
 
 
 def test_after_kill_9_the_next_start_tells_what_the_offline_copy_lacks(tmp_path):
     """Steps 1 and 2 reached the disk, 3 and 4 did not: one row for each, over all copies."""
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
     folder, found = RunFolder(tmp_path), []
-    for first, last, killed in ((1, 2, False), (3, 4, True), (5, 5, False)):
-        (process,) = fork_ranks(1, log_steps, str(tmp_path), first, last, killed)
-        process.join(120)
-        assert process.exitcode == -signal.SIGKILL * killed
+    (process,) = fork_ranks(1, log_steps, str(tmp_path), (1, 2), (3, 4))
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    board = hook(folder)
+    board.on_start(TrainingState(step=4))
+    board.on_step(TrainingState(step=5), REPORT)
+    board.on_stop(TrainingState(step=5))
+    wandb.teardown()  # its process writes the file to the end
     run_id = folder.wandb_id.read_text()
+    newest = max(folder.wandb.glob("offline-run-*"), key=lambda path: path.stat().st_mtime_ns)
+    newest.rename(f"{newest}-1")  # as wandb names it where two processes began in the same second
     for path in sorted(folder.wandb.glob(f"offline-run-*/run-{run_id}.wandb")):
         for message in messages(path.read_bytes()):
             items = {item.nested_key[0]: item.value_json for item in Record.FromString(message).history.item}

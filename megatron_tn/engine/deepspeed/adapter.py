@@ -166,16 +166,6 @@ class Wrapped:
             dist_init_required=False,
         )
 
-    def apply_by(self, apply: Callable[[], StepResult]) -> None:
-        """Have `engine.step()` call `apply` where it would call its optimizer's step."""
-        optimizer = self.optimizer
-
-        def step() -> None:
-            result = apply()
-            optimizer._global_grad_norm, optimizer.overflow = result.grad_norm, not result.applied
-
-        optimizer.step = step
-
     def begin_microbatch(self, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
 
@@ -187,6 +177,23 @@ class Wrapped:
         """
         averaged_over = 1 if self.stage == 3 else self.data.size
         self.engine.backward(loss * averaged_over, scale_wrt_gas=False)
+
+    def count_microbatch(self) -> None:
+        """After every microbatch but the step's last."""
+        self.engine.step()
+
+    def step(self, apply: Callable[[], StepResult]) -> StepResult:
+        """`engine.step()` with `apply` in the place of its optimizer's step: counters, monitors and the clearing of
+        gradients stay DeepSpeed's."""
+        optimizer, found = self.optimizer, []
+
+        def update() -> None:
+            found.append(apply())
+            optimizer._global_grad_norm, optimizer.overflow = found[0].grad_norm, not found[0].applied
+
+        optimizer.step = update
+        self.engine.step()
+        return found[0]
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         """After the last microbatch: the gradient of this rank's tensor-parallel part, flat. Collective."""

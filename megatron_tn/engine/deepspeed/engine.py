@@ -75,7 +75,6 @@ class DeepSpeedEngine(UpdatingEngine):
         else:
             shards = {0: Stage0Shards, 1: Stage2Shards, 2: Stage2Shards, 3: Stage3Shards}[self.stage](self.wrapped)
         self.update = Update(optimizer, shards, model.shard_specs(), self.context.tp, clip_norm=config.optim.clip_norm)
-        self.wrapped.apply_by(self._apply)
 
     def forward_backward(
         self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, *, scale: Tensor, last: bool
@@ -88,18 +87,11 @@ class DeepSpeedEngine(UpdatingEngine):
             loss = out.loss * scale
             self.wrapped.backward(loss)
         if not last:
-            self.wrapped.engine.step()  # counts the microbatch
+            self.wrapped.count_microbatch()
         return loss.detach()
 
     def step(self, lr: float, tokens: Tensor | None = None) -> StepResult:
-        self._lr, self._tokens = lr, tokens
-        self.wrapped.engine.step()
-        return self._result
-
-    def _apply(self) -> StepResult:
-        """Called by DeepSpeed within its `engine.step()`."""
-        self._result = self.update.step(self._lr, self._tokens)
-        return self._result
+        return self.wrapped.step(lambda: self.update.step(lr, tokens))
 
     def named_logical_gradients(self) -> dict[str, Tensor]:
         found = {}

@@ -1,4 +1,4 @@
-"""Hooks: code that runs around the training steps, one concern a file. A hook never changes what a step computes."""
+"""Hooks: code that runs between training steps, one concern per file. A hook never changes a step's results."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ class Hook(Protocol):
         """Before the first step of this process; `state.step` steps are done already."""
 
     def on_step(self, state: TrainingState, report: StepReport) -> None:
-        """After a step; `state` counts it."""
+        """After a step, which `state` already counts."""
 
     def on_rewind(self, state: TrainingState) -> None:
-        """The run went back: steps after `state.step` will be taken again. `on_step` is not called for the step that
-        made it go back."""
+        """After a rewind: steps after `state.step` will be repeated. `on_step` is not called for the step that caused
+        the rewind."""
 
     def on_stop(self, state: TrainingState) -> None:
         """After the last step of this process, also when it stops early or fails."""
 
 
 class Sink(Hook, Protocol):
-    """A hook that also takes named values: the journal, or a copy of it. On global rank 0."""
+    """A hook that also records named values: the journal, or a copy of it. On global rank 0."""
 
     def record(self, values: dict[str, Any], step: int) -> None: ...
 

@@ -1,4 +1,4 @@
-"""The hooks that a config asks for, made and started."""
+"""Create and start the hooks of a config."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def start_hooks(
 ) -> Sequence[Hook]:
     """Collective. Sinks, the console and the profile are on global rank 0 alone; the others are on all ranks.
 
-    stream_state(sample): the token stream's state at that sample. evaluate(progress=f): held-out figures; calls f, on
-    all ranks, every few documents. interrupted: whether this rank was told to stop. flops_per_token: of forward and
-    backward pass, by the model's formula.
+    stream_state(sample): the token stream's state at index `sample`. evaluate(progress=f): held-out figures; calls f on
+    all ranks every few documents. interrupted: whether this rank received a stop signal. flops_per_token: FLOPs of
+    forward and backward pass by the model's formula.
     """
     config = run.config
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -1,4 +1,4 @@
-"""When a checkpoint is saved: every checkpoint.every steps, when the run is told to stop, and at its end."""
+"""Saves a checkpoint every checkpoint.every steps, on a stop signal, and at the end of the run."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from megatron_tn.training.step import StepReport
 
 
 class CheckpointEvery(NullHook):
-    """Calls `save(state)` on all ranks, and reports each save once it is on the disk.
+    """Calls `save(state)` on all ranks, and reports each save when it is on disk.
 
-    save: begins a save with `writer`; returns the save before it, if that was not reported yet. report(line, values,
-    step): prints a line once and records values. record(values, step): records values. every: steps; 0 saves only at a
-    stop and at the end. last: the run's last step; 0 for no save at the end. abort: whether a save that fails ends the
-    run; the last save of a run that fails always does.
+    save: starts a save with `writer`; returns the previous save if not yet reported. report(line, values, step): prints
+    a line once and records values. record(values, step): records values. every: steps; 0 saves only on a stop signal
+    and at the end. last: the run's last step; 0 for no save at the end. abort: whether a failed save ends the run; a
+    failure of the run's last save always does.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class CheckpointEvery(NullHook):
             self._report(self.writer.wait(), state, fatal=True)
 
     def on_stop(self, state: TrainingState) -> None:
-        done = self.writer.close()  # a save may be under way when a step raised
+        done = self.writer.close()  # a save may be in progress when a step raises
         if done is not None and done.error is not None:
             self.report(str(done.error), {}, state.step)
 

@@ -1,7 +1,7 @@
-"""Progress for people: on a terminal a bar, elsewhere a line every ten seconds, with loss, held-out loss, learning
-rate, speed, utilisation (where the GPU's datasheet rate is known) and time left.
+"""Progress on standard output: on a terminal a bar, elsewhere a line every ten seconds, with loss, held-out loss,
+learning rate, speed, utilisation (where the GPU's datasheet rate is known) and time left.
 
-When the terminal, the pipe or the disk behind standard output goes away, training goes on: log.jsonl has everything.
+When writing to standard output fails, training continues; log.jsonl holds all records.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LINE_EVERY_S = 10.0
 
 
 def while_it_is_there(method: Callable[..., None]) -> Callable[..., None]:
-    """Decorator of a method of ConsoleProgress: once standard output cannot be written, the method does nothing."""
+    """Decorator of ConsoleProgress methods: after a failed write to standard output, the method does nothing."""
 
     @functools.wraps(method)
     def guarded(self: ConsoleProgress, *arguments: Any) -> None:

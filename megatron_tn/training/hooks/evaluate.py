@@ -1,4 +1,4 @@
-"""Held-out loss during training. Disturbs neither the data position nor any random state."""
+"""Held-out loss during training. Leaves the data position and all RNG states unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_tn.training.step import StepReport
 
 
 class Interrupted(Exception):
-    """Raised on every rank within an evaluation when the run was told to stop."""
+    """Raised on every rank within an evaluation after a stop signal."""
 
 
 class EvaluateEvery(NullHook):

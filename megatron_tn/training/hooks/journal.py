@@ -1,4 +1,4 @@
-"""log.jsonl: one JSON object a line, a line a step. The truth about a run; every other sink is a copy."""
+"""log.jsonl: one JSON object per line, one line per step. The primary log of a run; other sinks are copies."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from megatron_tn.training.throughput import Work
 
 log = logging.getLogger(__name__)
 
-MOST_WAITING = 100_000  # records kept in memory while the disk takes none; the oldest go first
+MOST_WAITING = 100_000  # records buffered while writes fail; the oldest are dropped first
 
 
 class Journal(NullHook):
     """Writes records on global rank 0. After a resume or a rewind, records of later steps move to
-    log.superseded.jsonl, so that the journal is one curve and nothing is lost.
+    log.superseded.jsonl, so that each step occurs once in log.jsonl.
 
-    Logging never stops training: while the file cannot be written, records wait in memory; it is said once, and again
-    when they are in the file. every: steps between records.
+    Logging never stops training: while writes fail, records are buffered in memory, with one warning at the first
+    failure and a line when they are written. every: steps between records.
     """
 
     def __init__(self, file: JournalFile, every: int, work: Work):
@@ -32,8 +32,8 @@ class Journal(NullHook):
         self.work = work
         self._waiting: deque[dict[str, Any]] = deque()
         self._lost = 0
-        self._take_back: int | None = None  # records after this step, as soon as the disk allows
-        self._failed = False  # whether it was said that the file cannot be written
+        self._take_back: int | None = None  # move records after this step, once writes work
+        self._failed = False  # whether the failure was reported
 
     def on_start(self, state: TrainingState) -> None:
         self._waiting = deque(record for record in self._waiting if record["step"] <= state.step)
@@ -81,7 +81,7 @@ class Journal(NullHook):
         self.write({"step": step, **values})
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record at once, or as soon as the disk takes it."""
+        """Append one record now or, if the write fails, buffer it for the next."""
         self._waiting.append(record)
         if len(self._waiting) > MOST_WAITING:
             self._waiting.popleft()

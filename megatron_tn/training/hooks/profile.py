@@ -11,16 +11,16 @@ from megatron_tn.training.hooks import NullHook
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
 
-ROWS = 80  # of the table
+ROWS = 80  # rows of the operator table
 
 
 class Profile(NullHook):
-    """Profiles `steps` steps of this rank, after `skip` of this process, and writes to `folder`:
+    """Profiles `steps` steps on this rank, after the process's first `skip` steps, and writes to `folder`:
 
     steps_A_to_B.trace.json.gz   for chrome://tracing or ui.perfetto.dev
     steps_A_to_B.txt             operators and kernels, the longest first
 
-    The step before the first profiled one warms the profiler up. Profiled steps are slower; their losses are the same.
+    The step before the first profiled one warms up the profiler. Profiled steps are slower, with the same losses.
     """
 
     def __init__(self, folder: Path, skip: int, steps: int):

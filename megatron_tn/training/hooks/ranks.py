@@ -1,9 +1,9 @@
-"""Differences between ranks: how fast each computes and reads data, and how much memory it takes.
+"""Straggler report: each rank's forward time, wait for data and memory.
 
-A step takes as long on every rank, since ranks wait for each other. So each rank times what it does alone, its forward
-passes and its wait for data, and every logging.ranks_every steps one small all-gather on the CPU shows which rank is
-slow. Where the forward pass contains collectives (tensor parallel, ZeRO 3, FSDP2), a slow rank slows its whole group,
-and the group stands out.
+Ranks wait for each other, so a step takes equally long on all. Each rank therefore times its own work, the forward
+passes and the wait for data, and every logging.ranks_every steps one small all-gather on the CPU shows the slow ranks.
+Where the forward pass contains collectives (tensor parallel, ZeRO 3, FSDP2), a slow rank slows its whole group, and
+the report shows the group.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
 from megatron_tn.training.watchdog import Progress
 
-SLOW = 1.2  # a rank above so many times the median is named in a line for people
+SLOW = 1.2  # a rank above SLOW x the median is reported
 GIB = 2**30
 
 
@@ -44,24 +44,24 @@ class RankReport(NullHook):
         self.report = report
         self.record = record
         self.every = every
-        self._marks: list[Any] = []  # times, or CUDA events: before a forward pass, after it, before the next, ...
+        self._marks: list[Any] = []  # times or CUDA events: start, end, start, end, ... of forward passes
 
     def on_start(self, state: TrainingState) -> None:
         self.hosts = [socket.gethostname()] * dist.get_world_size()
         if len(self.hosts) > 1:
             dist.all_gather_object(self.hosts, self.hosts[0])
-        # Hooks of the outermost module run also with engine.compile=blocks, which compiles the blocks within.
+        # engine.compile=blocks compiles only the blocks, so hooks of the outermost module still run.
         self._handles = [
             self.engine.model.register_forward_pre_hook(lambda *_: self._mark()),
             self.engine.model.register_forward_hook(lambda *_: self._mark()),
         ]
-        # Captured passes run no hooks: their marks are around the replay of forward and backward together.
+        # CUDA graph replays run no hooks: their marks enclose the replay of forward and backward.
         if passes := getattr(self.engine, "passes", None):
             passes.watchers.append(self._mark)
         self._begin(state)
 
     def on_step(self, state: TrainingState, report: StepReport) -> None:
-        # The host has waited for this step's loss, so the device has reached all of its events.
+        # The host has read this step's loss, so all events of the step are complete.
         self._forward_s += _seconds_between(self._marks)
         self._marks.clear()
         if state.step % self.every == 0:
@@ -100,7 +100,7 @@ class RankReport(NullHook):
         ]
         everyone = [torch.tensor(mine, dtype=torch.float64) for _ in self.hosts]
         if len(everyone) > 1:
-            dist.all_gather(everyone, everyone[0].clone())  # gloo: the GPU is not waited for
+            dist.all_gather(everyone, everyone[0].clone())  # by gloo, without a wait for the GPU
         forward, data, allocated, reserved = (values.tolist() for values in torch.stack(everyone).unbind(1))
         values: dict[str, Any] = {}
         lines = []
@@ -109,7 +109,7 @@ class RankReport(NullHook):
             median = statistics.median(seconds)
             values |= {f"ranks/{name}_s": median, f"ranks/{name}_s_max": seconds[slowest]}
             values[f"ranks/{name}_slowest"] = f"rank {slowest} ({self.hosts[slowest]})"
-            # A wait for data that is short beside the forward passes is not worth a line, however uneven.
+            # Waits for data that are short against the forward passes are not reported, however uneven.
             if seconds[slowest] > SLOW * median and seconds[slowest] - median > (SLOW - 1) * statistics.median(forward):
                 lines.append(
                     f"rank {slowest} on host {self.hosts[slowest]} is slow: {what} take {seconds[slowest]:.3g} s a "
@@ -124,7 +124,7 @@ class RankReport(NullHook):
 
 
 def _seconds_between(marks: list[Any]) -> float:
-    """Summed over pairs of marks. A forward pass that raised left no second mark, and is not counted."""
+    """Seconds summed over pairs of marks. A forward pass that raised has no second mark and is not counted."""
     pairs = list(zip(marks[::2], marks[1::2], strict=False))
     if pairs and not isinstance(pairs[0][0], float):
         return sum(begin.elapsed_time(end) for begin, end in pairs) / 1000

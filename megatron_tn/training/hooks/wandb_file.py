@@ -1,8 +1,8 @@
-"""What wandb's offline copy of a run holds: the last step whose values reached the disk.
+"""The last step in wandb's offline files of a run.
 
-wandb keeps up to 15 s of metrics in a process of its own, which kill -9 takes along. A .wandb file is a log in the
-layout of LevelDB: 7 bytes of file header, then blocks of 32 KiB, in which a record is crc (4 bytes), length (2,
-little-endian), kind (1: whole, 2 first, 3 middle, 4 last part) and a piece of a protobuf `Record` message.
+wandb buffers up to 15 s of metrics in its own process, lost on kill -9. A .wandb file has the LevelDB log layout: 7
+bytes of file header, then blocks of 32 KiB, in which a record is crc (4 bytes), length (2, little-endian), kind (1:
+whole, 2: first, 3: middle, 4: last part) and a piece of a protobuf `Record` message.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ WHOLE, FIRST, LAST = 1, 2, 4
 
 
 def last_step_in(folder: Path, run_id: str) -> int:
-    """The largest step among the histories that `folder` (wandb/) holds of run `run_id`; 0 where there is none."""
+    """The largest step in the history records of run `run_id` below `folder` (wandb/); 0 where there are none."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     found = 0
-    for path in folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb"):
+    # [offline-]run-TIME-ID, and run-TIME-ID-1 where two processes began in the same second
+    for path in folder.glob(f"*run-*/run-{run_id}.wandb"):
         for message in messages(path.read_bytes()):
             record = Record.FromString(message)
             for item in record.history.item:
@@ -30,11 +31,11 @@ def last_step_in(folder: Path, run_id: str) -> int:
 
 
 def messages(content: bytes) -> Iterator[bytes]:
-    """The messages of a .wandb file, up to one that was cut short."""
+    """The messages of a .wandb file, up to the first truncated one."""
     at, parts = FILE_HEADER, b""
     while at + RECORD_HEADER <= len(content):
         if BLOCK - at % BLOCK < RECORD_HEADER:
-            at += BLOCK - at % BLOCK  # the end of a block has no room for a header
+            at += BLOCK - at % BLOCK  # no room for a record header before the block's end
             continue
         length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
         at += RECORD_HEADER

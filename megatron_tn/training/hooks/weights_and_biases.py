@@ -1,4 +1,4 @@
-"""Weights & Biases as a copy of the journal. It may be slow, offline or down: training never waits for it or fails."""
+"""Copies the journal to Weights & Biases. Training neither waits nor fails when wandb is slow, offline or down."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ log = logging.getLogger(__name__)
 
 
 class WeightsAndBiases(NullHook):
-    """One run id for all processes of a run: it is kept in run_dir/wandb_id.
+    """All starts of a run use one wandb run id, kept in run_dir/wandb_id.
 
-    wandb cannot take back what it was told. So the steps after a rewind go to a run of their own, ID-r1, ID-r2, ...,
-    which begins with the journal's records up to there and shows one curve; these runs share a group.
+    wandb cannot delete logged steps. So after a rewind, steps go to a new wandb run, ID-r1, ID-r2, ..., which begins
+    with the journal's records up to the rewind; these wandb runs share a group.
 
-    At every start the journal's records that wandb does not have are told again: all of them to a new run, and after a
-    kill those that were in wandb's memory alone.
+    Every start sends the journal's records that wandb lacks: all of them to a new wandb run, and after a kill those
+    that were only in wandb's memory.
     """
 
     def __init__(self, config: WandbConfig, folder: RunFolder, run_config: dict[str, Any], work: Work):
@@ -33,7 +33,7 @@ class WeightsAndBiases(NullHook):
         self.run_config = run_config
         self.work = work
         self._run = None
-        self._told = 0  # the last step that wandb had when this process began
+        self._told = 0  # last step in wandb's files when this process began
 
     def on_start(self, state: TrainingState) -> None:
         self._tick = self.work.clock.now()

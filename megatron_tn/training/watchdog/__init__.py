@@ -1,13 +1,13 @@
-"""A hang or a death names its rank, leaves stacks, and ends the run with a non-zero exit code.
+"""Watchdog: after a hang or a death, names the rank, dumps stacks, and ends the run with a non-zero exit code.
 
-signs.py     where a rank is, written by it every few seconds to run_dir/ranks/START/NNNNN.json: its sign of life
-stack.py     what a thread does, by its Python stack: whether it waits for other ranks
-detect.py    which ranks are silent, behind, or failed first, from the signs of all
-explain.py   that in words
-observe.py   which rank reads the signs of all: the first that comes
-watch.py     the threads of a rank that write its sign, notice that it stands still, and end it
+signs.py     signs of life (heartbeats): each rank writes its phase and line to run_dir/ranks/START/NNNNN.json
+stack.py     from a thread's Python stack: whether it waits for other ranks
+detect.py    from all ranks' signs: the ranks that are silent, behind, or failed first
+explain.py   the message about them
+observe.py   the first rank to notice reads all ranks' signs; the others read its result
+watch.py     the threads of a rank that write its sign, detect a hang, and end the process
 
-Files, because they still answer when the network does not.
+Signs are files, because the file system may still work when the network does not.
 """
 
 from megatron_tn.training.watchdog.signs import Progress, living_run

@@ -1,4 +1,4 @@
-"""What the signs of all ranks say: who is silent, whom the others wait for, who failed first. No files, no clocks."""
+"""From all ranks' signs of life: silent ranks, ranks that others wait for, ranks that failed first. Pure functions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from megatron_tn.training.watchdog.signs import Sign
 
-PHASES = ("start", "data", "step", "save", "evaluate", "stop")  # in their order within a step
-# In messages of gloo and NCCL about a peer that has gone.
+PHASES = ("start", "data", "step", "save", "evaluate", "stop")  # in the order of a step
+# Parts of gloo's and NCCL's messages about a lost peer.
 LOST_PEER = (
     "closed by peer",
     "connection reset",
@@ -24,9 +24,9 @@ LOST_PEER = (
 
 @dataclass(frozen=True)
 class Observation:
-    """The signs of all ranks, twice: rank -> sign. size: of the world.
+    """Two readings of all ranks' signs, each rank -> sign. size: world size.
 
-    Between the two a rank that lives gave another sign.
+    A live rank writes a new sign between the two.
     """
 
     before: Mapping[int, Sign]
@@ -35,7 +35,7 @@ class Observation:
 
     @property
     def signs(self) -> list[Sign]:
-        """The later ones, by rank."""
+        """The signs of the later reading, by rank."""
         return [self.after[rank] for rank in sorted(self.after)]
 
     def is_alive(self, sign: Sign) -> bool:
@@ -44,24 +44,24 @@ class Observation:
 
     @property
     def silent(self) -> list[str]:
-        """Names of ranks that gave no sign in between, and did not say that they failed: dead or stopped."""
+        """Names of ranks with no new sign in the later reading and no error: dead or stopped."""
         quiet = [sign.name for sign in self.signs if not self.is_alive(sign) and not sign.failed]
         return quiet + [f"rank {rank}" for rank in range(self.size) if rank not in self.after]
 
     @property
     def failed_first(self) -> list[Sign]:
-        """Those whose error is their own."""
+        """Signs of ranks whose error is their own, not a broken collective."""
         return [sign for sign in self.signs if sign.failed and not sign.lost]
 
     @property
     def rank_0_can_write(self) -> bool:
-        """Whether rank 0 runs, or fails in good order, and so writes status.json itself."""
+        """Whether rank 0 is alive, or exits with its own error, and so writes status.json itself."""
         sign = self.after.get(0)
         return sign is not None and (self.is_alive(sign) or bool(sign.failed))
 
 
 def waited_for(signs: Sequence[Sign]) -> list[Sign]:
-    """The ranks that the others wait for: those earliest in the run, or else those that do not wait themselves."""
+    """The ranks that the others wait for: those earliest in the run, or, if all are equal, those not waiting."""
     positions = [(sign.step, PHASES.index(sign.phase)) for sign in signs]
     if len(set(positions)) > 1:
         return [sign for sign, position in zip(signs, positions, strict=True) if position == min(positions)]
@@ -70,17 +70,17 @@ def waited_for(signs: Sequence[Sign]) -> list[Sign]:
 
 
 def patience_s(phase: str, *, first_step: bool, failed: bool, timeout_s: float, long_s: float) -> float:
-    """How long a rank may stay in a phase before it takes that for a hang.
+    """Seconds that a rank may stay in a phase before the watchdog calls it a hang.
 
-    first_step: whether the step under way is the process's first, which compiles. failed: whether the rank has an error
-    already: it then waits for nobody for long, be it a save whose other ranks are gone.
+    first_step: whether this is the process's first step, which compiles. failed: whether the rank already has an error:
+    then it waits only briefly, even in a save.
     """
     short = phase == "data" or (phase == "step" and not first_step)
     return timeout_s if short or failed else long_s
 
 
 def from_collective(error: BaseException) -> bool:
-    """Whether an error is another process's: a collective that broke or ran out of time."""
+    """Whether an error was caused by another process: a collective that broke or timed out."""
     if isinstance(error, dist.DistError):
         return True
     chain: BaseException | None = error

@@ -1,4 +1,4 @@
-"""What was observed of a hang or a failure, in words for people."""
+"""Messages about an observed hang or failure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from megatron_tn.training.watchdog.signs import Sign
 
 
 def explain_failure(seen: Observation) -> str:
-    """One line: whose end broke the collectives of the others."""
+    """One line: the ranks whose failure or death broke the others' collectives."""
     if first := seen.failed_first:
         return "; ".join(f"{sign.name} failed: {sign.failed}" for sign in first)
     dead = "; ".join(f"{name} gives no sign of life: it has died or was stopped" for name in seen.silent)
@@ -15,9 +15,9 @@ def explain_failure(seen: Observation) -> str:
 
 
 def explain_hang(seen: Observation, *, limit_s: float, timeout_s: float, stacks: str) -> str:
-    """The first line says which ranks the others wait for; the others say where each rank is.
+    """First line: the ranks that the others wait for. Further lines: each rank's phase and source line.
 
-    limit_s: how long nothing moved. stacks: the folder that stacks were written to.
+    limit_s: seconds without progress. stacks: folder of the stack dumps.
     """
     head = f"hang: no progress for {limit_s:.0f} s (hang_timeout_s={timeout_s:g}): "
     where = [f"  {sign.name}: {place_of(sign, seen.is_alive(sign))}" for sign in seen.signs]

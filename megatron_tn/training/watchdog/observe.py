@@ -1,4 +1,4 @@
-"""Comparing the signs of all ranks: one rank does it, the first that comes, and the others read what it found."""
+"""The first rank to notice a hang or failure compares all ranks' signs; the others read its result."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from megatron_tn.training.watchdog.detect import Observation
 from megatron_tn.training.watchdog.explain import explain_failure, explain_hang
 from megatron_tn.training.watchdog.signs import read_all
 
-SIGNS_TO_WAIT = 3  # intervals between two looks at the signs of all ranks
+SIGNS_TO_WAIT = 3  # heartbeat intervals between the two readings of all ranks' signs
 
 
 class Observer:
-    """folder: of the signs of one start. size: of the world. interval_s: between two signs of a rank. live: writes this
-    rank's own sign, while it waits for those of the others."""
+    """folder: signs of this start. size: world size. interval_s: heartbeat interval. live(): writes this rank's own
+    sign; called during waits."""
 
     def __init__(self, folder: Path, size: int, interval_s: float, live: Callable[[], None]):
         self.folder = folder
@@ -28,7 +28,7 @@ class Observer:
         self.failure_file = folder / "failure.txt"
 
     def hang(self, *, limit_s: float, timeout_s: float, stacks: str) -> tuple[str, bool]:
-        """(What there is to say of a hang, whether this rank found it out)."""
+        """(Message about the hang, whether this rank composed it)."""
 
         def explain(seen: Observation) -> str:
             return explain_hang(seen, limit_s=limit_s, timeout_s=timeout_s, stacks=stacks)
@@ -36,7 +36,8 @@ class Observer:
         return self._once(self.hang_file, explain)
 
     def failure(self, mark_failed: Callable[[str], None]) -> str:
-        """Whose end broke this rank's collective. mark_failed: called on one rank where rank 0 cannot say it."""
+        """Message about the rank that broke this rank's collective. mark_failed: writes status.json; called on one rank
+        if rank 0 cannot."""
 
         def explain(seen: Observation) -> str:
             text = explain_failure(seen)
@@ -48,13 +49,13 @@ class Observer:
         return text or "the rank that compared the others' signs of life ended before it was done"
 
     def _once(self, file: Path, explain: Callable[[Observation], str]) -> tuple[str, bool]:
-        """The text in `file`, which the first rank that comes here writes."""
+        """(Text of `file`, whether this rank wrote it): the first rank to call this writes the file."""
         try:
             os.close(os.open(file.with_suffix(".begun"), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
         except FileExistsError:
             return self._wait_for(file), False
         except OSError:
-            pass  # where nothing can be written, each rank looks for itself
+            pass  # the file cannot be written: each rank observes alone
         text = explain(self._observe())
         with contextlib.suppress(OSError):
             partial = file.with_suffix(".tmp")
@@ -68,7 +69,7 @@ class Observer:
         return Observation(before, read_all(self.folder, self.size), self.size)
 
     def _wait_for(self, file: Path) -> str:
-        """Its text; empty when the rank that was to write it takes too long."""
+        """The text of `file`; empty when the writing rank takes too long."""
         for _ in range(SIGNS_TO_WAIT + 1):
             if file.exists():
                 break

@@ -1,4 +1,4 @@
-"""Signs of life: where a rank is, in a small file of its own that all ranks can read."""
+"""Signs of life (heartbeats): each rank writes its phase and source line to its own small file."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from pathlib import Path
 
 from megatron_tn.training.run_folder import RunFolder
 
-MOST_INTERVAL_S = 5.0  # between two signs of life
-BYTES = 4096  # of a sign of life
-MOST_TEXT = 1000  # characters of a place or a failure
+MOST_INTERVAL_S = 5.0  # longest heartbeat interval
+BYTES = 4096  # size of the file
+MOST_TEXT = 1000  # characters of `place` or `failed`
 
 
 class Progress:
-    """Where this rank is, told by the training loop, and how long it has been in each phase, in seconds.
+    """This rank's phase and step, set by the training loop, and seconds spent in each phase.
 
-    phase: one of detect.PHASES. step: the number of the step under way. since: when the phase began, monotonic.
+    phase: one of detect.PHASES. step: number of the current step. since: start of the phase, monotonic clock.
     """
 
     def __init__(self) -> None:
         self.step = 0
-        self.first_step = 0  # of this process
+        self.first_step = 0  # first step of this process
         self.phase = "start"
         self.since = time.monotonic()
         self.seconds: dict[str, float] = defaultdict(float)
 
     def at(self, phase: str, step: int | None = None) -> None:
-        """The rank begins `phase` of step number `step` (None: of the same step)."""
+        """Set the phase, and the step number unless it is None."""
         now = time.monotonic()
         self.seconds[self.phase] += now - self.since
         self.phase, self.since = phase, now
@@ -54,9 +54,9 @@ class Progress:
 class Sign:
     """A sign of life.
 
-    count: how many this process has given; it grows while the process lives. place: the line it stands at. waiting:
-    whether it waits there for other ranks or its GPU. failed: the error it ends with, empty while it has none. lost:
-    whether that error is another rank's, a collective that broke.
+    count: number of this sign, growing while the process lives. place: source line of the main thread. waiting: whether
+    the thread waits for other ranks or its GPU. failed: the rank's error, empty without one. lost: whether the error is
+    a collective that another rank broke.
     """
 
     rank: int
@@ -75,9 +75,9 @@ class Sign:
         return f"rank {self.rank} (host {self.host}, process {self.pid})"
 
     def write(self, folder: Path) -> None:
-        """A file system that does not take it costs the sign and nothing else.
+        """Write the sign; a failed write is ignored.
 
-        In place: a network file system shows a changed file at once to who opens it, a replaced one after a while.
+        Rewritten in place: on a network file system, readers see a changed file on open, but a replaced one late.
         """
         content = self._to_bytes(MOST_TEXT)
         with contextlib.suppress(OSError):
@@ -88,14 +88,14 @@ class Sign:
                 os.close(descriptor)
 
     def _to_bytes(self, text: int) -> bytes:
-        """BYTES of them, with at most `text` characters of place and failure, fewer where escapes make them long."""
+        """JSON of BYTES bytes, with at most `text` characters of place and failed; fewer if JSON escapes need space."""
         short = {"place": self.place[:text], "failed": self.failed[:text]}
         content = json.dumps(asdict(self) | short).encode().ljust(BYTES)
         return content if len(content) == BYTES else self._to_bytes(text - 100)
 
     @classmethod
     def read(cls, path: Path) -> Sign | None:
-        """None where there is none, or it is being written."""
+        """The sign in `path`; None where it is absent or partly written."""
         try:
             return cls(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):
@@ -103,7 +103,7 @@ class Sign:
 
     @property
     def process_has_ended(self) -> bool:
-        """Whether it is a process of this host that is no more."""
+        """Whether the sign's process ran on this host and has ended."""
         if self.host != socket.gethostname():
             return False
         try:
@@ -120,7 +120,7 @@ def file_of(folder: Path, rank: int) -> Path:
 
 
 def read_all(folder: Path, size: int) -> dict[int, Sign]:
-    """rank -> its last sign, for the ranks below `size` that have given one. Opens each file once."""
+    """rank -> its last sign, for the ranks below `size` that have written one. Opens each file once."""
     found = {rank: Sign.read(file_of(folder, rank)) for rank in range(size)}
     return {rank: sign for rank, sign in found.items() if sign is not None}
 
@@ -134,9 +134,9 @@ def new_folder(run: RunFolder) -> Path:
 
 
 def living_run(run: RunFolder) -> str:
-    """The first rank of a run that is under way in a folder, by its signs of life; empty when there is none.
+    """The first live rank of a run in the folder, by its signs of life; "" without one.
 
-    Needed where the file system has no locks. Takes 7.5 s where a run on another host ended without saying so.
+    For file systems without locks. Takes 7.5 s after a run on another host that was killed.
     """
     if run.status().get("state") != "running":
         return ""

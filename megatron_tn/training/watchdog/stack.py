@@ -1,4 +1,4 @@
-"""What a thread does, read off its Python stack: the line it stands at, and whether it waits for other ranks."""
+"""From a thread's Python stack: its source line, and whether it waits for other ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 OWN = Path(__file__).parents[3]  # the checkout
-# Source text of lines at which Python stands while it waits for the GPU, and so for whatever the GPU waits for.
+# Source text of lines that wait for the GPU, and so for the collectives on the GPU.
 GPU_WAITS = (".item()", ".tolist()", "synchronize(", ".cpu()", ".wait()")
 
 
@@ -18,7 +18,7 @@ def where_is(frame: FrameType) -> tuple[bool, str]:
     waiting, place = False, ""
     step: FrameType | None = frame
     while step is not None:
-        # A thread that runs on may be between lines: f_lineno is None there.
+        # f_lineno of a running thread may be None.
         path, line = step.f_code.co_filename, step.f_lineno or step.f_code.co_firstlineno
         waiting |= "torch/distributed/distributed_c10d" in path and step.f_code.co_name != "__init__"
         if not place:
@@ -31,10 +31,10 @@ def where_is(frame: FrameType) -> tuple[bool, str]:
 
 
 def where_this_process_is() -> tuple[bool, str]:
-    """(whether the process waits for others, the line of its main thread)."""
+    """(whether the process waits for other ranks or the GPU, the source line of its main thread)."""
     frames, main = sys._current_frames(), threading.main_thread().ident
     waiting, place = where_is(frames[main]) if main in frames else (False, "")
-    # Backward passes on a GPU run in threads that Python did not start.
+    # Backward passes on a GPU run in autograd's own threads.
     started = {thread.ident for thread in threading.enumerate()}
     waiting |= any(where_is(frame)[0] for thread, frame in frames.items() if thread not in started)
     return waiting, place

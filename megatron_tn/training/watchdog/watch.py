@@ -1,4 +1,4 @@
-"""The watchdog of a rank: it writes the rank's sign of life, notices that the rank stands still, and ends it."""
+"""The watchdog of a rank: writes the rank's sign of life, detects a hang, and ends the process."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from megatron_tn.training.watchdog.observe import Observer
 from megatron_tn.training.watchdog.signs import MOST_INTERVAL_S, Progress, Sign, new_folder
 from megatron_tn.training.watchdog.stack import where_this_process_is
 
-HANG_EXIT = 75  # exit code of a rank that gave up on a hang
+HANG_EXIT = 75  # exit code after a hang
 
 
 class Watchdog:
-    """Use as a context manager, on every rank; entering and leaving are not collective, making one is.
+    """A context manager for every rank. The constructor is collective; entry and exit are not.
 
-    timeout_s: how long a rank may stay in one phase of a step; 0 turns the watchdog off. long_s: the same for what may
-    take long: starting, the first step (which compiles), evaluating, a save that waits for the one before, stopping.
+    timeout_s: limit of one phase of a step; 0 turns the watchdog off. long_s: limit of long phases: start, the first
+    step (which compiles), evaluation, a save that waits for the previous one, stop.
     """
 
     def __init__(self, run: RunFolder, progress: Progress, *, timeout_s: float, long_s: float):
         folder = [new_folder(run) if dist.get_rank() == 0 else None]
         if dist.get_world_size() > 1:
-            dist.broadcast_object_list(folder, src=0)  # ranks of one start find each other, and no earlier one's
+            dist.broadcast_object_list(folder, src=0)  # one folder per start, without signs of earlier starts
         self.run = run
         self.progress = progress
         self.timeout_s = timeout_s
@@ -45,7 +45,7 @@ class Watchdog:
         self._count = 0
         self._failure, self._lost = "", False
         self._done = threading.Event()
-        self._told = False  # by another rank that it is over
+        self._told = False  # whether another rank has reported the hang
         targets = (self._live, self._watch)
         self._threads = [threading.Thread(target=target, name="watchdog", daemon=True) for target in targets]
 
@@ -67,17 +67,16 @@ class Watchdog:
 
     @property
     def folder(self) -> Path:
-        """Where the ranks of this start leave their signs of life."""
+        """The folder of this start's signs of life."""
         return self.observer.folder
 
     def explain(self, error: BaseException) -> str:
-        """After this rank failed: which rank failed first, or has died, if another's end is why. Empty when unknown.
+        """Message about the rank that failed first or died, if it caused this rank's `error`; "" when unknown.
 
-        One rank reads the signs of all, and the others what it found. Takes a few seconds when the error came out of a
-        collective.
+        Takes a few seconds when `error` is a collective's.
         """
-        self._lost = from_collective(error)  # first: signs of life go on meanwhile
-        self.progress.at(self.progress.phase)  # a rank that came here just before its timeout has its time to explain
+        self._lost = from_collective(error)  # set first: the heartbeat thread reads it
+        self.progress.at(self.progress.phase)  # restarts the phase's timeout
         first_line = next(iter(str(error).strip().splitlines()), "")
         self._failure = f"{type(error).__name__}: {first_line}"
         self._write()
@@ -96,14 +95,14 @@ class Watchdog:
         return True
 
     def _live(self) -> None:
-        """Signs of life. In a thread of its own, so that a file system that does not answer ends no run."""
+        """Write signs of life, in a separate thread, so that a hanging file system does not block the run."""
         while not self._done.wait(self.interval_s):
             self._write()
             self._told = self.observer.hang_file.exists()
 
     def _watch(self) -> None:
         while True:
-            # Should C code hold Python's lock, so that this thread does not get to run again, this ends the process.
+            # If C code holds the GIL and blocks this thread, faulthandler's C thread ends the process.
             faulthandler.dump_traceback_later(self.timeout_s + self.interval_s, exit=True, file=2)
             if self._done.wait(self.interval_s):
                 return
@@ -122,7 +121,7 @@ class Watchdog:
         )
 
     def _give_up(self) -> None:
-        """One rank compares all and says what it found; every rank leaves its stacks and ends."""
+        """One rank reports the hang; every rank dumps its stacks and exits."""
         with contextlib.suppress(OSError):
             self.run.stacks.mkdir(exist_ok=True)
             with (self.run.stacks / f"rank_{self._me.rank:05d}.txt").open("w") as file:
@@ -134,20 +133,20 @@ class Watchdog:
             self._mark_failed(text.splitlines()[0])
             with contextlib.suppress(OSError):
                 self.run.hang.write_text(text)
-        time.sleep(2 * self.interval_s)  # a launcher kills the others as soon as one rank ends
+        time.sleep(2 * self.interval_s)  # the launcher kills the other ranks when one exits
         os._exit(HANG_EXIT)
 
     def _write(self) -> None:
         self._count += 1
         try:
             waiting, place = where_this_process_is()
-        except Exception as error:  # other threads run on while they are looked at; no sign of life may be lost over it
+        except Exception as error:  # inspecting running threads may fail; the heartbeat must continue
             waiting, place = False, f"a place that could not be read: {error!r}"
         me, progress = self._me, self.progress
         where = (self._count, progress.step, progress.phase, place, waiting, self._failure, self._lost)
         Sign(me.rank, me.host, me.pid, *where).write(self.folder)
 
     def _mark_failed(self, error: str) -> None:
-        """For rank 0, which writes status.json, and may be the one that hangs or has died."""
+        """Write state "failed" to status.json in place of rank 0, which hangs or has died."""
         with contextlib.suppress(OSError):
             self.run.mark_failed(max(self.progress.step - 1, 0), error)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.ablation.gather import gather
+from data_pipeline.ablation.settings import AblationSettings
 from data_pipeline.canaries import is_host
 from data_pipeline.canary_texts import NOISE
 from data_pipeline.config import compose, keep_settings
@@ -25,14 +27,12 @@ from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.reading import StoredDocument, read_documents
 from data_pipeline.shards.writer import ShardWriter
 from data_pipeline.tokenizer import load
-from data_pipeline.worth.gather import gather
-from data_pipeline.worth.settings import WorthSettings
 
 PARTS = 16  # files of JSON lines, so that the pipeline has as many tasks
 REAL, NEAR_DUPLICATE = "real", "near_duplicate"
 
 
-def make_corpora(settings: WorthSettings, say=print) -> dict:
+def make_corpora(settings: AblationSettings, say=print) -> dict:
     """Makes what is not there yet below `settings.output` and returns what corpora.json says. Raises InputError and
     StageError."""
     output = Path(settings.output)
@@ -87,12 +87,12 @@ def _once(path: Path, make) -> dict:
     return json.loads(path.read_bytes())
 
 
-def _gather(settings: WorthSettings, output: Path) -> dict:
+def _gather(settings: AblationSettings, output: Path) -> dict:
     limits = {"documentation": settings.documentation_bytes, "source": settings.source_bytes}
     return gather(output / "gathered", limits, settings.packages, PARTS)
 
 
-def plant(real: Manifest, settings: WorthSettings, folder: Path) -> dict:
+def plant(real: Manifest, settings: AblationSettings, folder: Path) -> dict:
     """Writes the real documents and the noise made from them to `folder`/NN.jsonl, in the order of their hashes.
     Returns {kind: {documents, bytes}}, REAL among the kinds. Raises InputError when no document can be made noise of.
     """

@@ -1,4 +1,4 @@
-"""Settings of `python -m data_pipeline.worth`; their defaults for people are in conf/worth.yaml."""
+"""Settings of `python -m data_pipeline.ablation`; their defaults for people are in conf/ablation.yaml."""
 
 from typing import Annotated
 
@@ -10,7 +10,7 @@ from data_pipeline.sources import STRICT, Count, LocalFolder, Positive
 
 
 @dataclass(frozen=True, config=STRICT)
-class WorthSettings:
+class AblationSettings:
     """output: folder of the corpora. packages: whose text is gathered, null for all that are installed;
     documentation_bytes, source_bytes: how much of each kind, in UTF-8 bytes.
 
@@ -29,7 +29,7 @@ class WorthSettings:
     workers: Positive = 2
 
 
-def compose_worth(overrides: list[str]) -> WorthSettings:
-    """From conf/worth.yaml and overrides in Hydra's grammar; raises InputError with a line a problem."""
-    data, _ = compose_plain("worth", overrides)
-    return parse(data, cls=WorthSettings)
+def compose_ablation(overrides: list[str]) -> AblationSettings:
+    """From conf/ablation.yaml and overrides in Hydra's grammar; raises InputError with a line a problem."""
+    data, _ = compose_plain("ablation", overrides, AblationSettings)
+    return parse(data, cls=AblationSettings)

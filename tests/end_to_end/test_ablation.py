@@ -11,7 +11,7 @@ import pytest
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.reading import read_documents
 from data_pipeline.shards.writer import ShardWriter
-from launch.worth import main
+from launch.ablation import main
 
 TINY = (
     "model.embed_dim=32",
@@ -32,7 +32,7 @@ TINY = (
 
 @pytest.fixture
 def corpora(shards, tmp_path):
-    """As data_pipeline.worth leaves them: `cleaned` is the sentences, `raw` shuffles the tokens of each document."""
+    """As data_pipeline.ablation leaves them: `cleaned` is the sentences, `raw` shuffles the tokens of each document."""
     folder = tmp_path / "corpora"
     for name in ("cleaned", "heldout"):
         shutil.copytree(shards.parent, folder / name)
@@ -77,7 +77,7 @@ def test_the_better_corpus_wins_and_what_is_done_is_not_done_again(corpora, tmp_
     assert "holds runs on other corpora or with other overrides" in capsys.readouterr().err
 
 
-def test_a_run_that_fails_is_named_with_its_log(corpora, tmp_path, capsys):
+def test_a_run_that_fails_is_named_with_its_log_and_ends_the_others(corpora, tmp_path, forked_programs, capsys):
     words = ["--corpora", str(corpora), "--run-dir", str(tmp_path / "runs"), "--seeds", "1", "model.hads=2"]
     assert main(words) == 1
     said = capsys.readouterr().err
@@ -85,6 +85,7 @@ def test_a_run_that_fails_is_named_with_its_log(corpora, tmp_path, capsys):
     log = tmp_path / "runs/raw-0/console.log"
     assert f"exit code 2; log: {log}" in said
     assert "model.heads" in log.read_text()
+    assert not (tmp_path / "runs/cleaned-0/console.log").exists()
 
 
 @pytest.mark.parametrize(
@@ -102,4 +103,4 @@ def test_bad_input_is_one_clear_line(corpora, tmp_path, capsys, words, message):
 def test_missing_corpora_are_named_with_the_command_that_makes_them(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--corpora", str(tmp_path), "--run-dir", str(tmp_path / "runs")])
-    assert "python -m data_pipeline.worth" in capsys.readouterr().err
+    assert "python -m data_pipeline.ablation" in capsys.readouterr().err

@@ -5,20 +5,22 @@ from collections import Counter
 
 import pytest
 
+from data_pipeline.ablation.__main__ import main
+from data_pipeline.ablation.gather import Text, gather, package_texts
 from data_pipeline.canary_texts import NOISE
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.reading import read_documents
 from data_pipeline.tokenizer import load
-from data_pipeline.worth.__main__ import main
-from data_pipeline.worth.gather import Text, gather, package_texts
 
-SMALL = ("packages=[rich,click]", "documentation_bytes=100_000", "source_bytes=150_000", "vocab_size=600")
+SMALL = ("packages=[rich,click]", "documentation_bytes=100_000", "source_bytes=150_000", "vocab_size=600", "workers=1")
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("worth") / "corpora"
-    assert main([f"output={folder}", "heldout_fraction=0.1", "noise=0.4", *SMALL]) == 0
+    folder = tmp_path_factory.mktemp("ablation") / "corpora"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_pipeline.ablation.corpora.PARTS", 2)  # tasks of each of 40 stages
+        assert main([f"output={folder}", "heldout_fraction=0.1", "noise=0.4", *SMALL]) == 0
     return folder
 
 
@@ -80,7 +82,8 @@ def test_packages_are_listed_with_version_and_size(output):
         assert found["bytes"] == counted[name]
 
 
-def test_a_stopped_run_goes_on_and_ends_alike(output, capsys):
+def test_a_stopped_run_goes_on_and_ends_alike(output, capsys, monkeypatch):
+    monkeypatch.setattr("data_pipeline.ablation.corpora.PARTS", 2)
     whole = {path: path.read_bytes() for name in ("raw", "cleaned") for path in (output / name).iterdir()}
     whole[output / "corpora.json"] = (output / "corpora.json").read_bytes()
     (output / "corpora.json").unlink()
@@ -97,7 +100,7 @@ def test_a_source_is_split_into_docstrings_and_code(tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text("# Doubling\n")
     (tmp_path / "broken.py").write_text("def (")
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
-    monkeypatch.setattr("data_pipeline.worth.gather._files", lambda name: [(p.name, p) for p in tmp_path.iterdir()])
+    monkeypatch.setattr("data_pipeline.ablation.gather._files", lambda name: [(p.name, p) for p in tmp_path.iterdir()])
     assert list(package_texts("mine")) == [
         Text("documentation", "mine", "README.md", "# Doubling\n"),
         Text("documentation", "mine", "module.py:1", "About the module."),
@@ -108,7 +111,7 @@ def test_a_source_is_split_into_docstrings_and_code(tmp_path, monkeypatch):
 
 def test_equal_texts_are_taken_once(tmp_path, monkeypatch):
     found = [Text("documentation", "click", f"{number}.md", "The same page twice. " * 40) for number in range(2)]
-    monkeypatch.setattr("data_pipeline.worth.gather.package_texts", lambda name: found)
+    monkeypatch.setattr("data_pipeline.ablation.gather.package_texts", lambda name: found)
     taken = gather(tmp_path, {"documentation": 1000, "source": 1000}, ["click"], parts=2)
     assert taken["click"]["documents"] == 1
 

@@ -1,20 +1,20 @@
-"""Corpora that show whether cleaning pays: `python -m data_pipeline.worth output=FOLDER`.
+"""Corpora that show whether cleaning pays: `python -m data_pipeline.ablation output=FOLDER`.
 
-Arguments are Hydra overrides of conf/worth.yaml. Leaves raw/ and cleaned/ of one number of tokens, heldout/,
-and corpora.json, which says what they hold; `python -m launch.worth` trains on them. A run that was stopped goes on
+Arguments are Hydra overrides of conf/ablation.yaml. Leaves raw/ and cleaned/ of one number of tokens, heldout/,
+and corpora.json, which says what they hold; `python -m launch.ablation` trains on them. A run that was stopped goes on
 where it was. Exit code 2 and a line a problem for bad input; 1 when a stage of the pipeline fails.
 """
 
 import sys
 
+from data_pipeline.ablation.corpora import make_corpora
+from data_pipeline.ablation.settings import compose_ablation
 from data_pipeline.cli import command, overrides
-from data_pipeline.worth.corpora import make_corpora
-from data_pipeline.worth.settings import compose_worth
 
 
 @command
 def main(arguments: list[str]) -> None:
-    settings = compose_worth(overrides("data_pipeline.worth", __doc__, arguments))
+    settings = compose_ablation(overrides("data_pipeline.ablation", __doc__, arguments))
     summary = make_corpora(settings, say=lambda line: print(line, flush=True))
     for name, found in summary["corpora"].items():
         print(f"{name}: {found['documents']} documents, {found['tokens']} tokens, {100 * found['noise']:.1f} % noise")

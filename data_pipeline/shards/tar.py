@@ -1,0 +1,28 @@
+"""Tar archives of small files, written as webdataset's TarWriter writes them, without torch, which it imports."""
+
+import tarfile
+from typing import BinaryIO
+
+
+class TarWriter:
+    """Appends files to `file` in ustar format; the bytes depend on names and contents alone."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._size = 0
+
+    def write(self, name: str, data: bytes) -> None:
+        """A member of mode 0444, without owner and date."""
+        member = tarfile.TarInfo(name)
+        member.size, member.mode = len(data), 0o444
+        padding = -len(data) % tarfile.BLOCKSIZE
+        self._put(member.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape") + data + bytes(padding))
+
+    def finish(self) -> None:
+        """The two empty blocks that end an archive, and more up to a whole record."""
+        self._put(bytes(2 * tarfile.BLOCKSIZE))
+        self._put(bytes(-self._size % tarfile.RECORDSIZE))
+
+    def _put(self, data: bytes) -> None:
+        self._file.write(data)
+        self._size += len(data)

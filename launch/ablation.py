@@ -1,0 +1,230 @@
+"""Whether cleaning pays: equal models on the corpora of `data_pipeline.ablation`, and their perplexity on clean text.
+
+    python -m data_pipeline.ablation output=runs/ablation/corpora
+    python -m launch.ablation --corpora runs/ablation/corpora --run-dir runs/ablation --seeds 3 --at-once 3
+
+trains experiment=ablation once for each corpus and seed (megatron_tn.train), evaluates each model on held-out documents
+that no corpus contains and no rule has touched (megatron_tn.evaluate), and writes summary.json and worth.png to the run
+folder. Further words are overrides for training. Models that are trained and evaluated already are not made again. Exit
+code 1 when a run fails; the message names its log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_tn.training.run_folder import RunFolder
+
+console = Console(highlight=False)
+
+
+# Settings of the model that scores the cleaned corpus in a round of self-cleaning: it is trained for less than one pass
+# over the corpus's 6 M tokens.
+EVALUATION_MODEL = ("experiment=ablation", "schedule.steps=300", "evaluation.every=0")
+
+
+class Failed(Exception):
+    """A program of the project ended with an error; the message names it and its log."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What a model is trained on: a corpus, whole or filtered."""
+
+    name: str
+    manifest: Path
+    filter: Path | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model: an arm and a seed, in a folder of its own."""
+
+    arm: Arm
+    seed: int
+    folder: Path
+
+    @property
+    def evaluation(self) -> Path:
+        """What `megatron_tn.evaluate` found of the trained model."""
+        return self.folder / "evaluation.json"
+
+    def finish(self, heldout: Path, overrides: list[str]) -> None:
+        """Trains, going on where an earlier start stopped, and evaluates. A run that is done is left alone."""
+        if self.evaluation.exists():
+            return
+        words = ["experiment=ablation", f"seed={self.seed}", f"run_dir={self.folder}"]
+        words += [f"data.manifest={self.arm.manifest}", f"evaluation.manifest={heldout}"]
+        words += [f"data.filter={self.arm.filter}"] if self.arm.filter else []
+        program("megatron_tn.train", [*words, *overrides], self.folder)
+        # As many tokens at once as a training step has, so that evaluation fits into memory wherever training does.
+        words = [f"checkpoint={self.folder}", f"manifest={heldout}", f"output={self.evaluation}", "batch_tokens=16384"]
+        program("megatron_tn.evaluate", words, self.folder)
+        console.print(f"{self.arm.name}, seed {self.seed}: {perplexity(self):.3f} held-out perplexity")
+
+    def figures(self) -> dict[str, Any]:
+        return json.loads(self.evaluation.read_text())
+
+    def records(self, key: str) -> list[dict[str, Any]]:
+        """Those of its journal that have `key`."""
+        return RunFolder(self.folder).records(key)
+
+
+def finish_all(runs: list[Run], heldout: Path, overrides: list[str], at_once: int) -> None:
+    """`finish` every run, `at_once` at a time. After one that fails no other begins. Raises Failed."""
+    failed = threading.Event()
+
+    def finish(run: Run) -> None:
+        if failed.is_set():
+            return
+        try:
+            run.finish(heldout, overrides)
+        except Failed:
+            failed.set()
+            raise
+
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(finish, runs))
+
+
+def program(module: str, words: list[str], folder: Path) -> None:
+    """A command line of this project, its words in `folder`/console.log. Raises Failed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "console.log"
+    with log.open("a") as file:
+        done = subprocess.run([sys.executable, "-m", module, *words], stdout=file, stderr=file, check=False)
+    if done.returncode:
+        raise Failed(f"python -m {module} {' '.join(words)}: exit code {done.returncode}; log: {log}")
+
+
+def self_clean(cleaned: Path, folder: Path, overrides: list[str]) -> Arm:
+    """The cleaned corpus after one round of self-cleaning by a model of the same shape."""
+    arm = Arm("selfcleaned", cleaned, folder / "round_01/filter.json")
+    if not arm.filter.with_name("report.json").exists():
+        train = f"train={json.dumps([*EVALUATION_MODEL, *overrides])}"
+        words = [f"manifest={cleaned}", f"output={folder}", "rounds=1", "each=0", "evaluation_model=20m", train]
+        program("data_pipeline.selfclean", words, folder)
+    return arm
+
+
+def perplexity(run: Run) -> float:
+    """Per token of the held-out documents."""
+    return math.exp(run.figures()["nats_per_token"])
+
+
+def summarise(corpora: dict[str, Any], runs: list[Run], overrides: list[str]) -> dict[str, Any]:
+    """Each arm with its figures, seed by seed, their means, and how they differ from the first arm's, beside the
+    spread over seeds."""
+    summary: dict[str, Any] = {"arms": {}, "overrides": overrides, "text": corpora}
+    first: list[float] = []
+    for name in dict.fromkeys(run.arm.name for run in runs):
+        own = [run for run in runs if run.arm.name == name]
+        perplexities = [perplexity(run) for run in own]
+        bits = [run.figures()["bits_per_byte"]["model"] for run in own]
+        first = first or perplexities
+        summary["arms"][name] = {
+            "seeds": [run.seed for run in own],
+            "trained_tokens": [max(record["tokens"] for record in run.records("tokens")) for run in own],
+            "perplexity": perplexities,
+            "bits_per_byte": bits,
+            "mean_perplexity": statistics.mean(perplexities),
+            "mean_bits_per_byte": statistics.mean(bits),
+            "stdev_perplexity": statistics.stdev(perplexities) if len(own) > 1 else None,
+            "perplexity_less_than_first": 1 - statistics.mean(perplexities) / statistics.mean(first),
+        }
+        if filter := own[0].arm.filter:
+            summary["arms"][name]["self_cleaning"] = json.loads(filter.with_name("report.json").read_text())
+    return summary
+
+
+def draw(runs: list[Run], path: Path) -> None:
+    """The held-out loss of every run while it trained, a colour an arm."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(run.arm.name for run in runs))
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
+    for run in runs:
+        found = run.records("heldout_loss")
+        label = run.arm.name if run.seed == 0 else None
+        steps, losses = [record["step"] for record in found], [record["heldout_loss"] for record in found]
+        axes.plot(steps, losses, color=f"C{names.index(run.arm.name)}", lw=1, label=label)
+    axes.set(xlabel="step", ylabel="held-out loss (nats per token)", title="Equal models on equal numbers of tokens")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def show(summary: dict[str, Any]) -> None:
+    table = Table("trained on", "perplexity by seed", "mean", "bits per byte", title="held-out clean text")
+    for name, found in summary["arms"].items():
+        seeds = " ".join(f"{value:.3f}" for value in found["perplexity"])
+        table.add_row(name, seeds, f"{found['mean_perplexity']:.3f}", f"{found['mean_bits_per_byte']:.4f}")
+    console.print(table)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.ablation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--corpora", type=Path, required=True, help="folder that data_pipeline.ablation wrote")
+    parser.add_argument("--run-dir", type=Path, required=True, help="folder of the runs and their summary")
+    parser.add_argument("--seeds", type=int, default=3, help="models trained on each corpus (default 3)")
+    parser.add_argument("--at-once", type=int, default=1, help="runs side by side on this machine (default 1)")
+    parser.add_argument(
+        "--selfclean", action="store_true", help="a third arm: the cleaned corpus after one round of self-cleaning"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="schedule.steps=200 ...")
+    options = parser.parse_args(arguments)
+    description = options.corpora / "corpora.json"
+    if not description.is_file():
+        parser.error(
+            f"--corpora {options.corpora}: no corpora.json; python -m data_pipeline.ablation output=... makes it"
+        )
+    for name in ("seeds", "at_once"):
+        if (value := getattr(options, name)) < 1:
+            parser.error(f"--{name.replace('_', '-')} {value} must be at least 1")
+    corpora = json.loads(description.read_text())
+    # Runs that are done are taken as they are, so they must have had the same corpora and overrides.
+    question = {"corpora": corpora, "overrides": options.overrides}
+    asked = options.run_dir / "question.json"
+    if asked.exists() and json.loads(asked.read_text()) != question:
+        parser.error(f"--run-dir {options.run_dir} holds runs on other corpora or with other overrides: choose another")
+    options.run_dir.mkdir(parents=True, exist_ok=True)
+    asked.write_text(json.dumps(question, indent=1) + "\n")
+    arms = [Arm(name, options.corpora / name / "manifest.json") for name in corpora["corpora"]]
+    heldout = options.corpora / "heldout/manifest.json"
+    overrides = [f"model.vocab_size={corpora['vocab_size']}", *options.overrides]
+    try:
+        if options.selfclean:
+            arms.append(self_clean(arms[-1].manifest, options.run_dir / "selfclean", overrides))
+        runs = [Run(arm, seed, options.run_dir / f"{arm.name}-{seed}") for seed in range(options.seeds) for arm in arms]
+        finish_all(runs, heldout, overrides, options.at_once)
+    except Failed as failed:
+        print(failed, file=sys.stderr)
+        return 1
+    summary = summarise(corpora, runs, options.overrides)
+    (options.run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    show(summary)
+    draw(runs, options.run_dir / "worth.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
