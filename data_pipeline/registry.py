@@ -1,4 +1,4 @@
-"""Registers of rules and of edits. Each rule and each edit is one file, which enters its class into a register."""
+"""Registers of rules and of edits. Each rule or edit is a file that adds its class to a register."""
 
 import dataclasses
 import importlib
@@ -12,7 +12,7 @@ from data_pipeline.thresholds import STRICT
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """`kind`: the dataclass of thresholds, whose instances are called with a text; `on`: whether it is on by default;
+    """`kind`: the dataclass of thresholds, whose instances are called with a text; `on`: whether on by default;
     `place`: entries are applied in ascending order of it."""
 
     name: str
@@ -28,7 +28,7 @@ class Register:
         self._entries: dict[str, Entry] = {}
 
     def add(self, name: str, *, on: bool = False, place: int = 0) -> Callable[[type], type]:
-        """Class decorator: enters the class under `name`. Raises ValueError for a name that another class has."""
+        """Class decorator: adds the class as `name`. Raises ValueError for a duplicate name."""
 
         def enter(kind: type) -> type:
             if name in self._entries:
@@ -39,13 +39,13 @@ class Register:
         return enter
 
     def import_folder(self, package: str, path: list[str]) -> None:
-        """Imports every module of the folder of `package`, so that each enters its class."""
+        """Imports every module of `package`, so that each adds its class."""
         for module in pkgutil.iter_modules(path):
             importlib.import_module(f"{package}.{module.name}")
 
     def classes(self, order: tuple[str, ...] = ()) -> dict[str, type]:
-        """{name: class} in the `order` of the names, or else by place. Raises ValueError when `order` does not name
-        every entry once."""
+        """{name: class} in `order`, or by place without one. Raises ValueError when `order` does not name every entry
+        once."""
         if order and sorted(order) != sorted(self._entries):
             raise ValueError(f"registered are {sorted(self._entries)}, the order names {sorted(order)}")
         by_place = sorted(self._entries.values(), key=lambda entry: (entry.place, entry.name))
@@ -53,7 +53,7 @@ class Register:
 
     def settings(self, name: str, doc: str, order: tuple[str, ...] = ()) -> type:
         """A pydantic dataclass `name` with a field for each entry, in the order of `classes`: its thresholds, or None
-        for off. Its method `active()` gives {name: thresholds} of those that are on."""
+        for off. Its method `active()` returns {name: thresholds} of the entries that are on."""
         fields = []
         for entry in map(self._entries.get, self.classes(order)):
             default = dataclasses.field(default_factory=entry.kind) if entry.on else None

@@ -1,4 +1,4 @@
-"""report.json and report.html: what went in and out of each stage, what each rule dropped, and what came out."""
+"""report.json and report.html: documents into and out of each stage, drops per rule, and the resulting shards."""
 
 import json
 from collections import defaultdict
@@ -14,11 +14,11 @@ from data_pipeline.steps.tally import read_tally
 from data_pipeline.tokenise import METADATA
 
 STAGES = ("read", "rules", "exact", "lines", "near")
-EXAMPLES = 3  # kept of each rule and measure
+EXAMPLES = 3  # per rule and measure
 
 
 class WriteReport(PipelineStep):
-    """In one task, when the manifests are there: report.json and report.html."""
+    """In one task, after the manifests: report.json and report.html."""
 
     type = "📊 - STATS"
     name = "write report"
@@ -35,8 +35,8 @@ class WriteReport(PipelineStep):
 
 
 def write_report(output: Path, work: Path, splits: tuple[str, ...]) -> dict:
-    """Writes output/report.json and report.html from tallies, drops and manifests; returns the report. Equal runs write
-    equal reports, so it holds no times."""
+    """Writes output/report.json and report.html from tallies, drops and manifests; returns the report, which has no
+    times, so that equal runs have equal reports."""
     from data_pipeline.report_page import page
 
     manifests = {split: Manifest.load(output / split / "manifest.json") for split in splits}
@@ -58,8 +58,8 @@ def write_report(output: Path, work: Path, splits: tuple[str, ...]) -> dict:
 
 
 def _stage(tally: dict[tuple[str, str], tuple[int, int]], bytes_per_token: float) -> dict:
-    """Totals, and the same by source and by language. Tokens before the tokenizer are estimates: bytes by what a token
-    of the result has."""
+    """Totals, also by source and by language. Tokens of stages before the tokenizer are estimated: bytes /
+    bytes_per_token of the final shards."""
 
     def total(counts: list[tuple[int, int]]) -> dict[str, int]:
         size = sum(count[1] for count in counts)
@@ -81,7 +81,7 @@ def _records(paths: list[Path]) -> Iterator[dict]:
 
 
 def _quarantine(folder: Path) -> dict[str, dict]:
-    """{reason: documents (or files that could not be read on), bytes, examples}."""
+    """{reason: documents (or partly unreadable files), bytes, examples}."""
     reasons: dict[str, dict] = {}
     for record in _records(sorted(folder.glob("*.jsonl"))):
         entry = reasons.setdefault(record["reason"], {"documents": 0, "bytes": 0, "examples": []})
@@ -93,7 +93,7 @@ def _quarantine(folder: Path) -> dict[str, dict]:
 
 
 def _edits(folder: Path) -> dict[str, dict]:
-    """{edit: documents, and the sum of their values}."""
+    """{edit: number of edited documents, sum of the measure's values}."""
     edits: dict[str, dict] = {}
     for record in _records(sorted(folder.glob("*.jsonl"))):
         entry = edits.setdefault(record["edit"], {"documents": 0, "value": 0})
@@ -103,7 +103,7 @@ def _edits(folder: Path) -> dict[str, dict]:
 
 
 def _drops(folder: Path) -> dict[str, dict]:
-    """{rule: documents, bytes, of those by measure and by source, and examples with value and threshold}."""
+    """{rule: documents, bytes, documents by measure and by source, and examples with value and threshold}."""
     drops: dict[str, dict] = {}
     for record in _records(sorted(folder.glob("*/*.jsonl"))):
         empty = {"documents": 0, "bytes": 0, "measures": defaultdict(int), "sources": defaultdict(int), "examples": []}
@@ -119,7 +119,7 @@ def _drops(folder: Path) -> dict[str, dict]:
 
 
 def _sources(manifests: dict[str, Manifest]) -> dict[str, dict]:
-    """{source: category, epochs, and its documents, bytes and tokens in the shards of all splits}."""
+    """{source: category, epochs, and documents, bytes and tokens in the shards of all splits}."""
     sources: dict[str, dict] = {}
     for manifest in manifests.values():
         for shard in manifest.shards:

@@ -1,4 +1,4 @@
-"""The report as one HTML page: no script, nothing loaded from elsewhere, every text of a document shown as text."""
+"""The report as one HTML page, without scripts or external resources; document texts are escaped."""
 
 from collections.abc import Iterable
 from html import escape
@@ -24,12 +24,12 @@ details { border-bottom: 1px solid var(--line); padding: .25rem 0 } summary { cu
 svg text { font: 13px system-ui, sans-serif; fill: var(--text) } svg .soft { fill: var(--soft) }
 svg .bar { fill: var(--bar) } svg .band { fill: var(--band) } svg .lost { fill: var(--lost) }
 """
-WIDTH, HEIGHT, BAR, GAP = 1000, 150, 14, 62  # of the flow picture, in its own units
-FALL, NARROW = 34, 3  # how far below the bars losses run, and how thin at least
+WIDTH, HEIGHT, BAR, GAP = 1000, 150, 14, 62  # of the flow diagram, in SVG units
+FALL, NARROW = 34, 3  # distance of loss bands below the bars, and their minimum thickness
 
 
 def page(report: dict) -> str:
-    """The page of what `write_report` made."""
+    """The HTML page of a report from `write_report`."""
     parts = [
         "<!DOCTYPE html>\n<html lang=en><head><meta charset=utf-8>",
         "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; style-src 'unsafe-inline'\">",
@@ -75,7 +75,7 @@ def page(report: dict) -> str:
 
 
 def _final(report: dict) -> list[dict]:
-    """The shards as a last stage, their tokens counted."""
+    """The shards as a last stage, with exact token counts."""
     splits = report["splits"].values()
     sums = {key: sum(split[key] for split in splits) for key in ("documents", "text_bytes", "tokens")}
     return [
@@ -104,9 +104,9 @@ def _figures(report: dict) -> str:
 
 
 def flow(stages: list[dict]) -> str:
-    """A picture of the bytes that stages pass on: a bar a stage, a band to the next, and what falls out of it."""
+    """A diagram of the bytes through the stages: a bar per stage, a band to the next stage, a band of the drops."""
     largest = max((stage["bytes"] for stage in stages), default=0) or 1
-    step = (WIDTH - BAR - 120) / max(len(stages) - 1, 1)  # the last bar's words need room
+    step = (WIDTH - BAR - 120) / max(len(stages) - 1, 1)  # room for the last bar's label
     heights = [stage["bytes"] / largest * HEIGHT for stage in stages]
     shapes = []
     for place, (stage, height) in enumerate(zip(stages, heights, strict=True)):
@@ -130,7 +130,7 @@ def _lost(share: float) -> str:
 
 
 def _band(left: float, right: float, top: float, before: float, after: float) -> str:
-    """What goes from a bar to the next, and below it, bending down, what does not."""
+    """The band from a bar to the next, and below it the band of drops, bending down."""
     band = f"M{left:.1f},{top} H{right:.1f} V{top + after:.1f} H{left:.1f} Z"
     if before <= after:
         return f'<path class="band" d="{band}"/>'

@@ -1,8 +1,8 @@
 """From sources to shards: `python -m data_pipeline.run pipeline=demo output=runs/demo/data`.
 
-Arguments are Hydra overrides of conf/pipeline.yaml. A run that was killed goes on where it was; a complete one is left
-as it is. Exit code 2 and a line a problem for bad input, before anything is written; 1 when a stage fails, with the
-stage, the task and its log; 130 when interrupted.
+Arguments are Hydra overrides of conf/pipeline.yaml. A killed run continues where it stopped; a complete one is not
+changed. Exit code 2 with a line per problem for bad input, before anything is written; 1 when a stage fails, naming
+stage, task and log; 130 when interrupted.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from data_pipeline.config import FREE, Settings, compose, difference
 from data_pipeline.errors import InputError, StageError
 from data_pipeline.files import TEMPORARY, explain, open_lock, replace_file
 
-# Raised when the same settings and sources give other bytes than before, so that no run is finished by two versions.
+# Raised with every change of the output for the same settings and sources, so that two versions never share a run.
 PIPELINE_VERSION = 5
 RECORD = "pipeline.json"
 
 
 def run(settings: Settings) -> dict | None:
-    """Runs every stage that is not complete and returns the report, or None when the jobs of `executor=slurm` are not
-    waited for. Raises InputError for what the user can mend and StageError for the rest."""
+    """Runs every incomplete stage and returns the report, or None with `executor=slurm` and `slurm.wait` off. Raises
+    InputError for errors that the user can fix and StageError for others."""
     output = Path(settings.output)
     record = check(settings)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tasks are the parallelism
@@ -38,7 +38,7 @@ def run(settings: Settings) -> dict | None:
         from data_pipeline.progress import show
         from data_pipeline.stages import build_stages
 
-        # Absolute: a SLURM job may begin in another folder.
+        # Absolute: a SLURM job may start in another folder.
         work = output.absolute() / "work"
         try:
             stages = build_stages(settings, output.absolute(), work, record["inputs"]["sha256"])
@@ -93,8 +93,8 @@ def _run_on_slurm(settings: Settings, stages: list, work: Path, log, display) ->
 
 
 def check(settings: Settings) -> dict:
-    """Checks the settings against the machine and returns what identifies the run: the settings that decide its bytes,
-    and its input. Raises InputError with all problems."""
+    """Checks the settings against files and installed packages; returns the run's identity: the settings that determine
+    its output, and its inputs. Raises InputError with all problems."""
     from data_pipeline import tokenizer
     from data_pipeline.readers import input_sizes, inputs_hash, list_source
     from data_pipeline.readers.preflight import key_problem, output_problem
@@ -149,7 +149,7 @@ def _slurm_problems(settings: Settings) -> list[str]:
 
 
 def _prepare(output: Path, record: dict, overwrite: bool) -> None:
-    """Makes `output` ready for the run `record`: new, or continuing that very run."""
+    """Prepares `output` for the run identified by `record`: a new run, or a continuation of the same run."""
     path, stages = output / RECORD, output / "work" / "stages"
     names = [entry.name for entry in output.iterdir() if not entry.name.endswith(TEMPORARY)]
     held = sorted(name for name in names if name not in (".lock", RECORD))
@@ -163,8 +163,8 @@ def _prepare(output: Path, record: dict, overwrite: bool) -> None:
                 *(f"output={output} was made otherwise: {line}" for line in changed),
                 f"output={output}: choose another, or overwrite=true to lose what it holds",
             )
-        # Completion markers first and the record never: stopped in between, this can be done again, and a run of the
-        # old settings does not take what is left for complete.
+        # Deletes completion markers first and keeps the record: if interrupted, this can be repeated, and a run with
+        # the old settings does not take partly deleted stages for complete.
         for entry in (stages, *(output / name for name in held)):
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink(missing_ok=True)
     if changed:
@@ -174,8 +174,8 @@ def _prepare(output: Path, record: dict, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def _exclusive(output: Path) -> Iterator[None]:
-    """Holds `output` for this process, by a lock that children do not inherit: datatrove's helper process may outlive a
-    killed run."""
+    """Locks `output` for this process. Child processes do not inherit the lock: datatrove's helper process may outlive
+    a killed run."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = open_lock(output / ".lock")
@@ -191,8 +191,8 @@ def _exclusive(output: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet(log) -> Iterator[None]:
-    """Sends what datatrove and its workers say to the log. They inherit the replaced stream, and the terminal is left
-    to the progress bars."""
+    """Redirects standard error of datatrove and its workers to the log, so that the terminal shows only progress
+    bars."""
     from loguru import logger
 
     with contextlib.redirect_stderr(log):

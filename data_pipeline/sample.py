@@ -1,4 +1,4 @@
-"""What a tokenizer is trained on: a sample of the training split, stratified by the categories of the sources."""
+"""The tokenizer's training sample: drawn from the training split, stratified by source category."""
 
 import json
 from collections import defaultdict
@@ -18,8 +18,7 @@ from data_pipeline.steps.tally import read_tally
 
 @dataclass(frozen=True)
 class Stratum:
-    """A category's part of the sample: its share of the weights, the bytes of training text that there are, and how
-    many of them are wanted."""
+    """A category's part of the sample: its share of the weights, its bytes of training text, and the bytes wanted."""
 
     share: float
     available_bytes: int
@@ -27,14 +26,14 @@ class Stratum:
 
     @property
     def probability(self) -> float:
-        """With which a document is taken."""
+        """The probability that a document is in the sample."""
         return min(1.0, self.wanted_bytes / max(self.available_bytes, 1))
 
 
 def strata(
     settings: TokenizerSettings, sources: dict[str, Source], tally: Path, heldout_fraction: float
 ) -> dict[str, Stratum]:
-    """The parts of the categories that have text left, from the tally of the last stage that dropped something."""
+    """The strata of all categories with text, from the tally after the last stage that drops documents."""
     available, seen = defaultdict(float), defaultdict(float)
     for (source, _), (_, size) in read_tally(tally).items():
         category = category_of(source, sources[source])
@@ -52,8 +51,7 @@ def strata(
 
 
 def allot(total: float, weights: dict[str, float], available: dict[str, float]) -> dict[str, float]:
-    """`total` divided in proportion to `weights`, where nobody gets more than `available` and the others share what
-    that leaves."""
+    """`total` divided in proportion to `weights`, no part above its `available`; the other parts share the rest."""
     parts: dict[str, float] = {}
     while len(parts) < len(weights):
         left = {name: weight for name, weight in weights.items() if name not in parts}
@@ -64,7 +62,7 @@ def allot(total: float, weights: dict[str, float], available: dict[str, float]) 
 
 
 def weight_problems(settings: TokenizerSettings, sources: dict[str, Source]) -> list[str]:
-    """A line for each category that `weights` does not name, or that no source has."""
+    """A line per category missing from `weights`, and per name in `weights` that no source has as category."""
     if settings.weights is None:
         return []
     known = {category_of(name, source) for name, source in sources.items()}
@@ -103,7 +101,7 @@ class SampleText(PipelineStep):
         taken = {category: [0, 0] for category in parts}
         for document in data:
             category = categories[document.metadata["source"]]
-            # Other digits of the hash than those that choose the split.
+            # Hash digits other than those that choose the split, for an independent choice.
             chosen = int(text_hash(document.text)[16:32], 16) < parts[category].probability * 2**64
             if chosen and not in_heldout(document.text, self.heldout_fraction):
                 taken[category][0] += 1
@@ -113,7 +111,7 @@ class SampleText(PipelineStep):
         replace_file(self.folder / f"{rank:05d}.json", json.dumps(taken).encode())
 
     def summary(self) -> dict[str, dict]:
-        """{category: what was wanted, and what was taken by all tasks}."""
+        """{category: bytes wanted; documents and bytes taken, over all tasks}."""
         parts = strata(self.settings, self.sources, self.tally, self.heldout_fraction)
         summary = {category: {**asdict(part), "documents": 0, "bytes": 0} for category, part in parts.items()}
         for path in sorted(self.folder.glob("*.json")):

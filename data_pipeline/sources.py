@@ -1,4 +1,4 @@
-"""Where text comes from: the settings of each kind of source."""
+"""Settings of each kind of source."""
 
 from typing import Annotated, Literal
 
@@ -13,7 +13,7 @@ STRICT = ConfigDict(extra="forbid")
 
 
 def storable(language: str) -> str:
-    """A language code that an index of a shard can hold."""
+    """Returns `language` if a shard's index can store it; raises ValueError otherwise."""
     language_number(language)
     return language
 
@@ -24,14 +24,14 @@ LocalFolder = Annotated[str, AfterValidator(local)]
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class Source:
-    """What all kinds have in common. `path`: a folder, local or on any file system of fsspec, such as s3://bucket/crawl.
+    """Settings of all kinds. `path`: a folder, local or on any fsspec file system, such as s3://bucket/crawl.
 
-    `category`: for the mixture and the report; `epochs`: how often an epoch of training goes over the source;
-    `priority`: of duplicates, the copy in the source of the highest stays; `language`: the code of all documents, where
-    it is known ("" for code and the like), null to identify each; `max_document_bytes`: larger ones are quarantined
-    unread; `max_expansion`: a compressed file that gives more than so many times its size, and more than the largest
-    document, is a bomb: what came before stays, and the rest is quarantined unread; `max_seconds`: a page that takes
-    longer to extract is quarantined. docs/bounds.md lists the bounds that follow from these.
+    `category`: for the mixture and the report; `epochs`: repetitions of the source in an epoch of training; `priority`:
+    of duplicates, the copy in the source of highest priority stays; `language`: the code of all documents ("" for code
+    and the like), null to identify each; `max_document_bytes`: larger documents are quarantined unread;
+    `max_expansion`: a compressed file whose content exceeds max_expansion x its size and max_document_bytes is a bomb:
+    the documents before stay, and the rest is quarantined unread; `max_seconds`: a page that takes longer to extract is
+    quarantined. docs/bounds.md lists the resulting limits.
     """
 
     path: Location
@@ -46,10 +46,9 @@ class Source:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class Tree(Source):
-    """A folder whose files are the documents: plain text, Markdown, source code; of .html, .htm and .xhtml, the text
-    that a reader of the page sees; each also as .gz and .zst when `suffixes` say so. `path` may be `stdlib` for the
-    running Python's standard library. `fill`: installed packages whose sources are added, one by one, while the source
-    has fewer than `minimum_bytes`."""
+    """A folder whose files are the documents: plain text, Markdown, source code; for .html, .htm and .xhtml, the page's
+    visible text; also with .gz or .zst, if `suffixes` include it. `path` may be `stdlib`, the running Python's standard
+    library. `fill`: installed packages to add, one by one, while the source has less than `minimum_bytes`."""
 
     kind: Literal["tree"]
     suffixes: tuple[str, ...] = (".py",)
@@ -60,8 +59,8 @@ class Tree(Source):
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class Jsonl(Source):
-    """JSON lines, plain, .gz or .zst: a document a line, its text under `text_key`. `id_key`: where a line has a name
-    of its own, kept as `key` in the metadata. `html`: the text is a page to extract from."""
+    """JSON lines, plain, .gz or .zst: a document per line, its text under `text_key`. `id_key`: key of the document's
+    name, kept as `key` in the metadata. `html`: the text is an HTML page to extract."""
 
     kind: Literal["jsonl"]
     glob: str = "**/*.jsonl*"
@@ -72,8 +71,8 @@ class Jsonl(Source):
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class Parquet(Source):
-    """Parquet files: a document a row. Needs the package pyarrow. `max_row_group_bytes`: of the columns that are read,
-    uncompressed; a larger row group is quarantined unread, since Parquet has no smaller bound on what one takes."""
+    """Parquet files: a document per row. Needs the package pyarrow. `max_row_group_bytes`: limit of the read columns'
+    uncompressed size; a larger row group is quarantined unread, as pyarrow may load all of it."""
 
     kind: Literal["parquet"]
     glob: str = "**/*.parquet"
@@ -85,8 +84,8 @@ class Parquet(Source):
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class Warc(Source):
-    """WARC files of a crawl: the text of each page that was fetched, and the plain text of WET files. `statuses`: of
-    HTTP, whose responses are documents; others are quarantined."""
+    """WARC files of a crawl: the text of each fetched page, and the plain text of WET files. `statuses`: HTTP status
+    codes of responses to read; others are quarantined."""
 
     kind: Literal["warc"]
     glob: str = "**/*.warc*"
@@ -94,7 +93,7 @@ class Warc(Source):
 
 
 def category_of(name: str, source: Source) -> str:
-    """The category of a source: its own, or else its name."""
+    """The category of a source; by default its name."""
     return source.category or name
 
 

@@ -21,7 +21,7 @@ from data_pipeline.tokenise import MakeTokenizer, WriteManifests, WriteShards, s
 
 @dataclass(frozen=True)
 class Stage:
-    """`steps` run once for each of `tasks` when stage `after` is complete; a task marked complete is not run again."""
+    """`steps` run once per task when stage `after` is complete; a task marked complete is not run again."""
 
     name: str
     steps: list[PipelineStep]
@@ -38,19 +38,19 @@ class Stage:
         return LocalExecutor(self.all_steps(), tasks=self.tasks, workers=workers, logging_dir=str(self.folder))
 
     def completed(self) -> int:
-        """How many tasks are marked complete."""
+        """Number of tasks marked complete."""
         return self.tasks - len(missing_tasks(self.folder, self.tasks))
 
     def task_log(self, rank: int) -> Path:
         return self.folder / "logs" / f"task_{rank:05d}.log"
 
     def failed_tasks(self) -> list[tuple[int, str]]:
-        """(task, error) of the tasks that are not complete and have an error in their log."""
+        """(task, error) of the incomplete tasks with an error in their log."""
         missing = missing_tasks(self.folder, self.tasks)
         return [(rank, error) for rank in missing if (error := last_error(self.task_log(rank)))]
 
     def failure(self, job: str | None) -> str:
-        """Why a SLURM job ended without the stage being complete."""
+        """The reason why a SLURM job ended with the stage incomplete."""
         if failed := self.failed_tasks():
             rank, error = failed[0]
             more = f"; {len(failed) - 1} more tasks failed" if len(failed) > 1 else ""
@@ -63,11 +63,11 @@ class Stage:
 
 
 def build_stages(settings: Settings, output: Path, work: Path, inputs: str) -> list[Stage]:
-    """All stages in order. `output` receives what users see, `work` what stages hand each other. `inputs`: the
+    """All stages in order. `output`: folder of the results; `work`: folder of intermediate files. `inputs`: the
     `inputs_hash` of the sources' files.
 
-    A document keeps its task from reading to shards: duplicates are recorded by (task, place in the task's file). The
-    documents are on disk once, compressed, as the rules left them; see `steps/documents.py`.
+    A document stays in its task from reading to shards: duplicates are recorded by (task, index in the task's file).
+    Documents are stored once, compressed, after the rules; see `steps/documents.py`.
     """
     drops = output / "drops"
     stages: list[Stage] = []
@@ -85,7 +85,7 @@ def build_stages(settings: Settings, output: Path, work: Path, inputs: str) -> l
     documents, priorities = Stored(work / "ruled"), {name: source.priority for name, source in settings.sources.items()}
 
     def add_removal(name: str, *steps: PipelineStep) -> None:
-        """A stage after which fewer documents are left."""
+        """Adds a stage that removes documents."""
         nonlocal documents
         kept = work / "kept" / name
         add(name, settings.tasks, TaskReader(documents), *steps, tally(name), RecordKept(kept))
@@ -108,7 +108,7 @@ def build_stages(settings: Settings, output: Path, work: Path, inputs: str) -> l
         add_removal("exact", exact.remove(work, drops / "exact_duplicates"))
     if options := settings.line_duplicates:
         counts, often, cuts = (work / "lines" / name for name in ("counts", "often", "cuts"))
-        # The step that counts passes documents on; nobody takes them.
+        # CountLines also passes the documents on, unused here.
         add("line_counts", settings.tasks, TaskReader(documents), CountLines(options, counts))
         add("line_find", settings.tasks, FindLines(options, counts, often))
         add_removal("lines", RemoveLines(options, often, cuts, drops / "line_duplicates", output / "edits"))

@@ -1,4 +1,4 @@
-"""Types of thresholds. A rule or an edit is a frozen dataclass whose fields are its thresholds."""
+"""Types of thresholds of rules and edits, which are frozen dataclasses of thresholds."""
 
 from typing import Annotated
 
@@ -13,7 +13,7 @@ Amount = Annotated[float, Field(ge=0)]
 
 
 def _findable(phrases: tuple[str, ...]) -> tuple[str, ...]:
-    """Refuses an empty list and an empty phrase, which match everywhere, and capitals, which lower-cased text lacks."""
+    """Refuses empty lists and phrases, which match everywhere, and capitals, which lower-case text does not contain."""
     if not phrases or not all(phrase.strip() and phrase == phrase.lower() for phrase in phrases):
         raise ValueError("must be one phrase or more, none of them empty, all in lower case")
     return phrases
@@ -23,7 +23,7 @@ Phrases = Annotated[tuple[str, ...], AfterValidator(_findable)]
 
 
 def ordered(thresholds: object, low: str, high: str) -> None:
-    """Raises ValueError when the bound named `low` exceeds the bound named `high`: no text would pass both."""
+    """Raises ValueError when field `low` exceeds field `high`: no text would pass both."""
     least, most = getattr(thresholds, low), getattr(thresholds, high)
     if least > most:
         raise ValueError(f"{low}={least} must be at most {high}={most}: nothing would be kept")

@@ -1,4 +1,4 @@
-"""From clean documents to a tokenizer, and from both to shards and manifests."""
+"""Steps that train the tokenizer and write shards and manifests."""
 
 import json
 from collections.abc import Iterator
@@ -23,14 +23,14 @@ from data_pipeline.steps.documents import Stored
 
 SPLITS = ("train", "heldout")
 SHARDS = TypeAdapter(dict[str, list[Shard]])
-PROVEN_FIRST = 4  # documents of each category that every task decodes again and compares
-PROOF = 16  # and of the rest, one in so many
-SHOWN = 20  # characters of each text from a difference on
+PROVEN_FIRST = 4  # first documents per category and task whose encoding is checked by decoding
+PROOF = 16  # one in 16 of the later documents is checked
+SHOWN = 20  # characters after the first difference in a message
 METADATA = "tokenizer.metadata.json"
 
 
 class MakeTokenizer(PipelineStep):
-    """In one task: output/tokenizer.json, trained on the sample, or copied from where it exists."""
+    """In one task: output/tokenizer.json, trained on the sample, or copied from the settings' `file`."""
 
     type = "🔤 - TOKENIZER"
     name = "make tokenizer"
@@ -55,8 +55,8 @@ class MakeTokenizer(PipelineStep):
 
 
 class RoundTrip:
-    """Decodes what was encoded and compares, for some documents of each category: the first few and one in PROOF of the
-    rest. `proven`: {category: [documents, bytes]} that came back to the byte."""
+    """Checks that decoding restores the text, for the first PROVEN_FIRST documents of each category and one in PROOF of
+    the rest. `proven`: {category: [documents, bytes]} restored exactly."""
 
     def __init__(self, path: Path, tokenizer, categories: dict[str, str]):
         self.path = path
@@ -82,16 +82,16 @@ class RoundTrip:
 
 
 def first_difference(text: str, other: str) -> tuple[int, str, str]:
-    """(first character in which two texts differ, what each has from there on)."""
+    """(Index of the first difference, SHOWN characters of each text from there)."""
     pairs = enumerate(zip(text, other, strict=False))
     place = next((at for at, (one, two) in pairs if one != two), min(len(text), len(other)))
     return place, text[place : place + SHOWN], other[place : place + SHOWN]
 
 
 class WriteShards(PipelineStep):
-    """Per task: tokenises documents as [bos] text [eos] into shards of either split, listed in records/RANK.json.
+    """Per task: tokenises documents as [bos] text [eos] into shards of both splits, listed in records/RANK.json.
 
-    A text that does not decode to itself is an error: the corpus would not be what the model is measured on.
+    A text that does not decode to itself is an error: bits per byte would be measured on another text.
     """
 
     type = "📦 - SHARDS"
@@ -144,8 +144,8 @@ class WriteShards(PipelineStep):
 
 
 class WriteManifests(PipelineStep):
-    """In one task, when all shards are written: a manifest and a copy of the tokenizer beside each split's shards, and
-    output/tokenizer.metadata.json: what the tokenizer was trained on, and what was decoded to prove it."""
+    """In one task, after all shards: a manifest and a copy of the tokenizer beside each split's shards, and
+    output/tokenizer.metadata.json: the tokenizer's training sample, and the round-trip checks."""
 
     type = "📦 - SHARDS"
     name = "write manifests"
@@ -198,10 +198,10 @@ class WriteManifests(PipelineStep):
 
 
 def splits(heldout_fraction: float) -> tuple[str, ...]:
-    """The splits that a run writes."""
+    """Names of the splits that a run writes."""
     return SPLITS if heldout_fraction > 0 else SPLITS[:1]
 
 
 def describe(path: str | Path, settings: TokenizerSettings):
-    """The manifest's entry for a tokenizer under the names that the settings give its special entries."""
+    """The manifest's entry for a tokenizer, with the special entries named in the settings."""
     return tokenizers.describe(path, bos=settings.bos, eos=settings.eos, pad=settings.pad)

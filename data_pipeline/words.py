@@ -1,4 +1,4 @@
-"""Words of a command line, KEY=VALUE in Hydra's grammar, and settings whose text is taken as it is typed."""
+"""Command line arguments KEY=VALUE in Hydra's grammar, with text values taken verbatim."""
 
 import os
 import re
@@ -7,11 +7,10 @@ from collections.abc import Callable
 
 
 def as_typed(word: str, takes: Callable[[str], tuple[type, ...]], *, multirun: bool = False) -> str:
-    """The word with its value in quotes where Hydra would read something else than was typed (20250101, 1e3, true), or
-    nothing at all (a=b, my [first] run), and with the home folder for `~` at the value's beginning. null is left to
-    Hydra, and so are sweeps in a multirun.
+    """`word` with its value quoted where Hydra would change it (20250101, 1e3, true) or fail to parse it (a=b, my
+    [first] run), and with a leading `~` expanded. null is left unquoted, as are sweeps in a multirun.
 
-    takes: key -> the types whose union its setting takes; () for an unknown one.
+    takes: key -> types that its setting accepts; () for an unknown key.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -19,7 +18,7 @@ def as_typed(word: str, takes: Callable[[str], tuple[type, ...]], *, multirun: b
     key, equals, value = word.partition("=")
     kinds = takes(key.lstrip("+"))
     if value.startswith("~") and not (multirun and "," in value):
-        # Whatever the setting takes: nothing else begins so. Before Hydra, which makes folders itself.
+        # For settings of every type, as no other value begins with ~. Before Hydra, which creates folders itself.
         return f"{key}={quoted(os.path.expanduser(value))}"
     if not equals or str not in kinds or not set(kinds) <= {str, int, types.NoneType}:
         return word
@@ -33,5 +32,5 @@ def as_typed(word: str, takes: Callable[[str], tuple[type, ...]], *, multirun: b
 
 
 def quoted(text: str) -> str:
-    """In Hydra's quotes: 'it\\'s'."""
+    """`text` quoted for Hydra, such as 'it\\'s'."""
     return "'" + re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text) + "'"

@@ -1,35 +1,49 @@
-"""Describe a checkpoint, verify it, or write its model in the released layout.
+"""Describe a checkpoint, verify it, write its model in the released layout, or make a checkpoint of a released model.
 
 python -m megatron_tn.convert describe checkpoint=runs/demo                         (the newest; or one's folder)
 python -m megatron_tn.convert verify   checkpoint=runs/demo/checkpoints/step_00000110     exit code 1: it is damaged
-python -m megatron_tn.convert export   checkpoint=runs/demo output=runs/demo/export
+python -m megatron_tn.convert export   checkpoint=runs/demo output=runs/demo/export    a folder for transformers
+python -m megatron_tn.convert import   checkpoint=released/ output=runs/more           begin a run with these weights
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import math
 import sys
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_tn.checkpoint.hf import save_pretrained
+from data_pipeline.shards.manifest import Manifest as Shards
+from data_pipeline.shards.manifest import TokenizerInfo
+from data_pipeline.stream import InputError
+from megatron_tn.checkpoint.load import CheckpointWeights
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest
 from megatron_tn.checkpoint.verify import verify
 from megatron_tn.cli import command
-from megatron_tn.config import ConfigError, ConvertConfig, read_mapping
-from megatron_tn.loading import load_any_model, resolve_checkpoint, tokenizer_path
+from megatron_tn.config import ConfigError, ConvertConfig, ModelConfig, out_of_bounds
+from megatron_tn.loading import DTYPES, open_weights, resolve_checkpoint, tokenizer_path
+from megatron_tn.released.card import card, training_facts
+from megatron_tn.released.to_checkpoint import write_checkpoint
+from megatron_tn.released.tokenizer import TOKENIZER_CONFIG_FILE, tokenizer_files
+from megatron_tn.released.weights import ReleasedWeights
+from megatron_tn.released.write import problems_of_output, whole_tensor, write_released
 from megatron_tn.training.run_folder import RunFolder
 
 DAMAGED = 1  # exit code
 
 
 def convert(config: ConvertConfig) -> None:
-    if config.action == "export":
-        export(config)
+    if problems := out_of_bounds(config):
+        raise ConfigError(list(problems.values()))
+    if config.action in ("export", "import"):
+        (export if config.action == "export" else import_weights)(config)
         return
     directory = resolve_checkpoint(config.checkpoint)
     if not (directory / MANIFEST).is_file():
@@ -48,6 +62,55 @@ def convert(config: ConvertConfig) -> None:
 
 
 def export(config: ConvertConfig) -> None:
+    """Write the model of a checkpoint, or of a released folder, as a folder for users of transformers."""
+    directory, output = check_output(config), Path(config.output)
+    if problems := problems_of_output(output):
+        raise ConfigError(problems)
+    with open_weights(directory) as weights:
+        data = shards_of(weights)
+        model = weights.config if data is None else with_ids_of(data.tokenizer, weights.config)
+        dtypes = {name: DTYPES.get(config.precision, stored) for name, stored in weights.dtypes.items()}
+        texts, bos = {}, str(model.bos_id)
+        if (tokenizer := tokenizer_path("", config.checkpoint)) is not None:
+            if (
+                data is not None
+                and (found := hashlib.sha256(tokenizer.read_bytes()).hexdigest()) != data.tokenizer.sha256
+            ):
+                raise ConfigError(
+                    f"tokenizer {tokenizer} has sha256 {found[:12]}..., but the shards that the model was trained on "
+                    f"were made by one of {data.tokenizer.sha256[:12]}..."
+                )
+            texts = tokenizer_files(tokenizer, model)
+            bos = json.loads(texts[TOKENIZER_CONFIG_FILE])["bos_token"]
+        facts = {} if isinstance(weights, ReleasedWeights) else training_facts(weights.manifest, text_of_sources(data))
+        texts["README.md"] = card(model, next(iter(dtypes.values())), facts, bos)
+        write_released(
+            output,
+            model,
+            weights.shapes,
+            dtypes,
+            lambda name: whole_tensor(weights, name, dtypes[name]),
+            shard_bytes=config.shard_mib << 20,
+            texts=texts,
+        )
+    print(f"wrote {output}")
+
+
+def import_weights(config: ConvertConfig) -> None:
+    """Make a released folder, or a checkpoint without its optimizer, the first checkpoint of a run."""
+    directory, run = check_output(config), RunFolder(config.output)
+    with open_weights(directory) as weights:
+        stored = "bf16" if set(weights.dtypes.values()) <= {torch.bfloat16, torch.float16} else "fp32"
+        written = write_checkpoint(
+            weights, run.checkpoints, stored if config.precision == "trained" else config.precision
+        )
+    if (tokenizer := tokenizer_path("", config.checkpoint)) is not None:
+        run.keep_tokenizer(tokenizer)
+    print(f"wrote {written}")
+
+
+def check_output(config: ConvertConfig) -> Path:
+    """The folder that holds the weights. Raises ConfigError where config.output cannot be written."""
     if not config.output:
         raise ConfigError("output is not set: name a folder to write the model to")
     output = Path(config.output)
@@ -56,15 +119,33 @@ def export(config: ConvertConfig) -> None:
     # Of a run or a checkpoint, an export would overwrite config.json; a model exported to itself gains nothing.
     if (output / MANIFEST).exists() or RunFolder(output).is_there:
         raise ConfigError(f"output={output} is the folder of a run or a checkpoint: name another to write the model to")
-    if output.exists() and output.samefile(resolve_checkpoint(config.checkpoint)):
+    directory = resolve_checkpoint(config.checkpoint)
+    if output.exists() and output.samefile(directory):
         raise ConfigError(f"output={output} is checkpoint={config.checkpoint} itself")
-    model = load_any_model(config.checkpoint, "cpu", config.precision)
-    save_pretrained(model, config.output)
-    if (tokenizer := tokenizer_path("", config.checkpoint)) is not None:
-        # Readers of the export must not cut or pad texts as the tokenizer's earlier user did.
-        values = read_mapping(tokenizer) | {"truncation": None, "padding": None}
-        (output / "tokenizer.json").write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n")
-    print(f"wrote {config.output}")
+    return directory
+
+
+def shards_of(weights: CheckpointWeights | ReleasedWeights) -> Shards | None:
+    """The manifest of the shards that a checkpoint was trained on, where it can still be read on this machine."""
+    path = "" if isinstance(weights, ReleasedWeights) else weights.manifest.config["data"].get("manifest", "")
+    try:
+        return Shards.load(path, check_files=False) if path and Path(path).is_file() else None
+    except InputError:
+        return None
+
+
+def text_of_sources(data: Shards | None) -> dict[str, tuple[int, int]]:
+    """Source -> its documents and bytes of text."""
+    found: dict[str, tuple[int, int]] = {}
+    for shard in () if data is None else data.shards:
+        documents, size = found.get(shard.source, (0, 0))
+        found[shard.source] = (documents + shard.documents, size + shard.text_bytes)
+    return found
+
+
+def with_ids_of(tokenizer: TokenizerInfo, model: ModelConfig) -> ModelConfig:
+    """The model with the special ids that are in its data: nothing of training reads those of its settings."""
+    return dataclasses.replace(model, bos_id=tokenizer.bos, eos_id=tokenizer.eos, pad_id=tokenizer.pad)
 
 
 # What people are told of a checkpoint's config.
@@ -115,7 +196,7 @@ def describe(directory: Path) -> dict[str, Any]:
 
 def show(facts: dict[str, Any]) -> None:
     """The same for people: a table of facts and one of tensors."""
-    console = Console(markup=False)  # paths may have brackets
+    console = Console()
     saved_by = " x ".join(f"{name} {value}" for name, value in facts["saved_by"].items())
     model = facts["model"]
     rewinds = [f"from {one['from']} to {one['to']}, by {one['by']}" for one in facts["rewinds"]]

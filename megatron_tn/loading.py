@@ -8,12 +8,14 @@ import torch
 from tokenizers import Tokenizer
 
 from data_pipeline.shards.manifest import Manifest
-from megatron_tn.checkpoint.hf import load_pretrained
-from megatron_tn.checkpoint.load import load_model
+from megatron_tn.checkpoint.load import CheckpointWeights, load_model
 from megatron_tn.checkpoint.manifest import MANIFEST
 from megatron_tn.config import ConfigError
 from megatron_tn.model.base import Model
+from megatron_tn.released.weights import ReleasedWeights, load_pretrained
 from megatron_tn.training.run_folder import find_checkpoint
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of precision=; "trained" keeps what the weights have
 
 
 def load_any_model(path: str, device: str, precision: str) -> Model:
@@ -31,10 +33,15 @@ def load_any_model(path: str, device: str, precision: str) -> Model:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"device={device} is not to be had here: {str(error).splitlines()[0]}") from None
-    dtype = {"trained": None, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    dtype = DTYPES.get(precision)
     if (directory / MANIFEST).is_file():
         return load_model(directory, device=device, dtype=dtype)
     return load_pretrained(directory, device=device, dtype=dtype or torch.float32)
+
+
+def open_weights(directory: Path) -> CheckpointWeights | ReleasedWeights:
+    """The weights in a checkpoint or a released folder, as `resolve_checkpoint` found it; a context manager."""
+    return CheckpointWeights(directory) if (directory / MANIFEST).is_file() else ReleasedWeights(directory)
 
 
 def load_tokenizer(path: str, checkpoint: str) -> Tokenizer:
@@ -79,7 +86,8 @@ def resolve_checkpoint(path: str) -> Path:
     if not path:
         raise ConfigError("checkpoint is not set: name a checkpoint's folder or a released model's")
     directory = Path(path)
-    if (directory / "config.json").is_file() and any(directory.glob("*.safetensors")):
+    weights = (path for pattern in ("*.safetensors", "pytorch_model*.bin") for path in directory.glob(pattern))
+    if (directory / "config.json").is_file() and any(weights):
         return directory
     if found := find_checkpoint(directory):
         return found

@@ -33,7 +33,7 @@ from megatron_tn.config import ConfigError, TrainConfig
 from megatron_tn.data import open_stream, other_tokenizer, with_token_ids
 from megatron_tn.engine.build import DTYPES, build_engine
 from megatron_tn.evaluate import held_out_loss, problems_of_held_out
-from megatron_tn.loading import resolve_checkpoint
+from megatron_tn.loading import open_weights, resolve_checkpoint
 from megatron_tn.model.registry import check_kernels, parameter_count, training_flops_per_token
 from megatron_tn.optim.schedule import batch_of_step, learning_rate
 from megatron_tn.parallel.context import ParallelContext
@@ -45,7 +45,7 @@ from megatron_tn.training.freeze import goes_on, settings_of_this_start
 from megatron_tn.training.guard import Guard
 from megatron_tn.training.hooks.build import start_hooks
 from megatron_tn.training.preemption import Preemption
-from megatron_tn.training.preflight import checkpoint_problems, problems_before_start
+from megatron_tn.training.preflight import checkpoint_problems, model_differences, problems_before_start
 from megatron_tn.training.resume import Start, choose_start
 from megatron_tn.training.rewind import restore, rewind
 from megatron_tn.training.run import Run
@@ -61,7 +61,7 @@ log = logging.getLogger(__name__)
 def train(config: TrainConfig) -> int | None:
     """Returns the exit code of a run that was told to stop before its end, and None for one that reached it."""
     config, stream, start = preflight(config)
-    with Preemption() as preemption, Run(config, start) as run:
+    with Preemption() as preemption, Run(config, start, open_weights) as run:
         go_to(stream, run.start)
         context = ParallelContext.create(
             config.parallel.tp, config.parallel.cp, sequence_parallel=config.parallel.sequence_parallel
@@ -140,7 +140,7 @@ def preflight(config: TrainConfig) -> tuple[TrainConfig, TokenStream, Start | No
         try:
             start = choose_start(config, folder, requeued=goes_on(folder))
             if config.init_from and start.checkpoint is None:
-                start = dataclasses.replace(start, weights=folder_of_weights(config.init_from))
+                start = dataclasses.replace(start, weights=folder_of_weights(config))
             problems += checkpoint_problems(config, start)
             if not problems:
                 go_to(stream, start)
@@ -155,18 +155,27 @@ def preflight(config: TrainConfig) -> tuple[TrainConfig, TokenStream, Start | No
     return config, stream, start
 
 
-def folder_of_weights(init_from: str) -> Path:
-    """Raises ConfigError when there are none."""
+def folder_of_weights(config: TrainConfig) -> Path:
+    """The checkpoint or the released folder that init_from names.
+
+    Raises:
+        ConfigError: there is none, or it holds another model.
+    """
+    setting = f"init_from={config.init_from}"
     try:
-        return resolve_checkpoint(init_from)
+        directory = resolve_checkpoint(config.init_from)
     except ConfigError:
-        raise ConfigError(f"init_from={init_from}: there is no checkpoint and no released model") from None
+        raise ConfigError(f"{setting}: there is no checkpoint and no released model") from None
+    with open_weights(directory) as weights:
+        if changed := model_differences(weights.config, config.model):
+            raise ConfigError([f"{setting} holds another model: {line}" for line in changed])
+    return directory
 
 
 def go_to(stream: TokenStream, start: Start) -> None:
     """Bring the stream to where a checkpoint was saved. Raises ConfigError when it was trained on other data."""
     manifest = start.manifest()
-    if manifest is None:
+    if manifest is None or not manifest.training.get("stream"):  # initial values, or a checkpoint of weights alone
         return
     try:
         stream.restore(StreamState.from_json(json.dumps(manifest.training.get("stream", {}))))

@@ -1,4 +1,4 @@
-"""Where documents come from: datatrove steps, made from the settings of the sources."""
+"""Readers: datatrove steps that read the sources' documents."""
 
 import contextlib
 import hashlib
@@ -21,15 +21,15 @@ from data_pipeline.sources import Jsonl, Parquet, Source, Tree, Warc
 
 __all__ = ["ReadSources", "input_sizes", "inputs_hash", "list_inputs", "list_source"]
 
-LONGEST_DETAIL = 500  # characters: an address may be as long as it likes
+LONGEST_DETAIL = 500  # characters of `detail`, as a URL may be very long
 
 
 class ReadSources(PipelineStep):
     """Per task: the documents of every world_size-th file of each source, source by source.
 
-    What is no document is recorded in quarantine/RANK.jsonl (id, source, bytes, reason, detail), and the rest goes on.
-    inputs: the `inputs_hash` of the files that the run began with; a task that finds others raises InputError, since
-    one more or less would give files to two tasks or to none.
+    Unusable records are listed in quarantine/RANK.jsonl (id, source, bytes, reason, detail), and reading continues.
+    inputs: `inputs_hash` of the files at the run's start; a task that finds other files raises InputError, since an
+    added or removed file would shift the assignment of files to tasks.
     """
 
     type = "📖 - READER"
@@ -45,7 +45,7 @@ class ReadSources(PipelineStep):
         files = {name: list_source(name, source).files for name, source in self.sources.items()}
         if self.inputs not in (None, inputs_hash([item for found in files.values() for item in input_sizes(found)])):
             raise InputError("sources: files were added or removed, or have another size, since this run began")
-        # Written as they come: of a file of garbage, every line is a record.
+        # Written at once, not collected: in a garbage file, every line is a record.
         with contextlib.ExitStack() as stack:
             records = None
             for name, source in self.sources.items():
@@ -81,8 +81,8 @@ def _identity(item: Found | Quarantined, file: File) -> str:
 
 
 def list_source(name: str, source: Source) -> Listing:
-    """The files of a source, and notes on what is not read. Raises InputError for a source that is missing, empty or
-    too small."""
+    """The files of a source, and notes on skipped files. Raises InputError for a source that is missing, empty or too
+    small."""
     if isinstance(source, Parquet):
         require_pyarrow(name)
     return tree_listing(name, source) if isinstance(source, Tree) else glob_listing(name, source)
@@ -94,7 +94,7 @@ def list_inputs(sources: dict[str, Source]) -> list[tuple[str, int]]:
 
 
 def inputs_hash(inputs: list[tuple[str, int]]) -> str:
-    """sha256 over what `list_inputs` gives, in any order, hex."""
+    """sha256, hex, over the result of `list_inputs`; independent of its order."""
     return hashlib.sha256(json.dumps(sorted(inputs)).encode()).hexdigest()
 
 

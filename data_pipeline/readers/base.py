@@ -1,4 +1,4 @@
-"""What all readers give: documents, or the reason why there is none."""
+"""Types shared by all readers: documents, quarantined records, files; decompression."""
 
 import io
 import lzma
@@ -14,20 +14,21 @@ from zstandard import ZstdDecompressor, ZstdError
 from data_pipeline.errors import InputError
 from data_pipeline.sources import Source
 
-BUFFER = 1 << 17  # bytes asked of a decompressor at once
-# Beside the OSError without a number that gzip and fastwarc raise.
+BUFFER = 1 << 17  # bytes per read from a decompressor
+# Errors of damaged files, in addition to the OSError without errno of gzip and fastwarc.
 DAMAGED = (EOFError, zlib.error, ZstdError, lzma.LZMAError, zipfile.BadZipFile)
-# What the libraries that read may raise on content that they did not expect.
+# Errors of parsers on unexpected content.
 UNEXPECTED = (ValueError, LookupError, ArithmeticError, RecursionError, RuntimeError)
 
 
 class Bomb(EOFError):
-    """A compressed file that expands beyond its source's bounds."""
+    """A compressed file that expands beyond its source's limits."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A document. `place`: where in its file, empty for the whole; `extra`: metadata beside source and language."""
+    """A document. `place`: position in its file, empty for a whole file; `extra`: metadata other than source and
+    language."""
 
     place: str
     text: str
@@ -36,8 +37,8 @@ class Found:
 
 @dataclass(frozen=True)
 class Quarantined:
-    """Something that is no document: `place` in the file, `reason` (a fixed word for counting), `detail` for people,
-    and its size in bytes where it is known."""
+    """A record without a document: `place` in the file, `reason` (a fixed word for counting), `detail` (a message), and
+    its size in bytes where known."""
 
     place: str
     reason: str
@@ -47,8 +48,8 @@ class Quarantined:
 
 @dataclass(frozen=True)
 class File:
-    """`id`: source name and path within the source; `open` gives its bytes, decompressed for all readers that cannot do
-    that better themselves; `size` on disk, in bytes."""
+    """`id`: source name and path within the source; `open()`: its bytes, decompressed unless its reader decompresses
+    itself; `size`: bytes on disk."""
 
     id: str
     open: Callable[[], BinaryIO]
@@ -64,10 +65,10 @@ def too_large(place: str, size: int, source: Source) -> Quarantined:
 
 
 def guarded(items: Items) -> Items:
-    """The items of a file up to the place where it cannot be read on, and then the reason: what came before stays.
+    """The items of a file; at damage, a Quarantined with the reason ends them, and the items before it stay.
 
-    An error of the disk or the network goes on to fail the stage, which is then run again: half a file must not be
-    taken for the whole because a connection broke.
+    Disk and network errors are raised and fail the stage, which can be run again: a broken connection must not truncate
+    a file silently.
     """
     try:
         yield from items
@@ -84,12 +85,12 @@ def guarded(items: Items) -> Items:
 
 
 def printable(path: str) -> str:
-    """A path as text that can be stored: bytes of a file name that are no UTF-8 are spelled out."""
+    """A path as valid UTF-8 text: invalid bytes of a file name are escaped."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def opener(folder, path: str, source: Source, compression: str | None = "infer") -> Callable[[], BinaryIO]:
-    """Opens a file of a datatrove folder, decompressed by its suffix unless `compression` is None."""
+    """A function that opens a file of a datatrove folder, decompressed by its suffix unless `compression` is None."""
     if compression is None:
         return lambda: folder.open(path, "rb")
 
@@ -107,14 +108,14 @@ def opener(folder, path: str, source: Source, compression: str | None = "infer")
 
 
 class Zstandard:
-    """What the frames of a .zst file hold. Raises EOFError where the file ends inside a frame, which zstandard's own
-    reader takes for the end of the text."""
+    """The decompressed frames of a .zst file. Raises EOFError where the file ends within a frame, which zstandard's own
+    reader takes for the end of the data."""
 
-    PIECE = 1024  # bytes decompressed at once: of the blocks of a bomb, which give 128 KiB for 4 bytes, 32 MiB
+    PIECE = 1024  # compressed bytes per step: at most 32 MiB of output (128 KiB per 4 bytes)
 
     def __init__(self, file: BinaryIO):
         self._file = file
-        self._frame = None  # the decompressor of the frame that is not at its end
+        self._frame = None  # decompressor of the unfinished frame
         self._packed = b""
         self._ready = memoryview(b"")
 
@@ -138,8 +139,8 @@ class Zstandard:
 
 
 class _AsItComes(io.RawIOBase):
-    """Hands on what a decompressor has, where its own buffer would first fill up, meet the damage behind it and lose
-    what it had. Raises Bomb after `most` bytes."""
+    """Returns decompressed bytes as soon as there are any, so that bytes before a damaged place are not lost in a
+    partly filled buffer. Raises Bomb after `most` bytes."""
 
     def __init__(self, file: BinaryIO, most: int, source: Source):
         self._file = file

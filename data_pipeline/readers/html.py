@@ -1,17 +1,17 @@
-"""Pages as documents: the text that a reader of the page sees, by resiliparse in a process of its own."""
+"""Web pages as documents: their visible text, extracted by resiliparse in a separate process."""
 
 from data_pipeline.pages.client import Extractor, Refused
 from data_pipeline.readers.base import Found, Quarantined
 from data_pipeline.sources import Source
 
 SUFFIXES = (".html", ".htm", ".xhtml")
-EXTRACTOR = Extractor()  # of this process; ends with it
+EXTRACTOR = Extractor()  # one per process
 
 
 def page_text(
     data: bytes, label: str | None, place: str, source: Source, extra: dict | None = None
 ) -> Found | Quarantined:
-    """The main content of a page of bytes `data`, whose encoding was sent as `label`."""
+    """The main content of the page `data`; `label`: charset of the HTTP header."""
     try:
         limits = {"most_bytes": source.max_document_bytes, "seconds": source.max_seconds}
         return Found(place, EXTRACTOR.text(data, label, **limits), extra or {})

@@ -1,7 +1,7 @@
-"""HTTP responses as crawlers store them: headers that were kept, bodies that may have been decoded already.
+"""HTTP responses as crawlers store them: original headers, with a body that may already be decoded.
 
-A header that says how the body was sent (chunked, gzip, ...) is believed where the body bears it out. A body that does
-not begin as its header says was decoded by the crawler, and is taken as it is.
+A coding named in the headers (chunked, gzip, ...) is decoded if the body begins accordingly. Otherwise the crawler has
+already decoded the body, which is used unchanged.
 """
 
 import re
@@ -13,36 +13,36 @@ from zstandard import ZstdDecompressor, ZstdError
 
 LONGEST_HEAD = 1 << 16  # bytes of a response's headers
 HEAD_END = re.compile(rb"\r?\n\r?\n|\Z")
-FOLDED = re.compile(rb"\r?\n[ \t]+")  # a header that goes on in the next line
+FOLDED = re.compile(rb"\r?\n[ \t]+")  # a header continued on the next line
 STATUS = re.compile(rb"HTTP/\S*[ \t]+(\d{3})")
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r?\n")
 LINE_END = re.compile(rb"\r?\n")
 CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([^\s;\"']+)", re.IGNORECASE)
-# What a browser's sniffer takes for a page where no type is given.
+# Beginnings that browsers sniff as HTML when the response has no type.
 MARKUP = re.compile(
     rb"\s*<(?:!doctype html|!--|\?xml|"
     rb"(?:html|head|title|meta|body|script|style|iframe|h1|div|font|table|a|b|br|p)[\s>])",
     re.IGNORECASE,
 )
 BINARY = re.compile(rb"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f]")
-NO_TYPES = ("*/*", "unknown/unknown", "application/unknown")  # for which a browser looks at the body
-MEMBER = b"\x1f\x8b"  # a member of gzip begins
+NO_TYPES = ("*/*", "unknown/unknown", "application/unknown")  # types for which browsers sniff the body
+MEMBER = b"\x1f\x8b"  # magic number of a gzip member
 GZIP, ZLIB, RAW = 31, 15, -15  # zlib's wbits
-PIECE = 1 << 20  # bytes decompressed at once where the library cannot bound what it gives
-SNIFFED = 1024  # bytes of a body that tell what it is
+PIECE = 1 << 20  # compressed bytes per step, for libraries without an output limit
+SNIFFED = 1024  # bytes of a body used for sniffing
 
 
 class Undecodable(ValueError):
-    """A body that is broken in the way in which it was sent."""
+    """A body with damaged transfer or content coding."""
 
 
 class TooLarge(ValueError):
-    """A body that decodes to more bytes than asked for."""
+    """A body that decodes to more bytes than allowed."""
 
 
 @dataclass(frozen=True)
 class Response:
-    """`headers`: by lower-case name, the first of each; `body`: as it was stored."""
+    """`headers`: {lower-case name: first value}; `body`: as stored, not decoded."""
 
     status: int
     headers: dict[str, str]
@@ -50,7 +50,7 @@ class Response:
 
     @property
     def media_type(self) -> str:
-        """Lower case, without parameters; empty where there is none."""
+        """Content-Type in lower case, without parameters; empty where there is none."""
         return media_type(self.headers.get("content-type", ""))
 
     @property
@@ -58,7 +58,7 @@ class Response:
         return charset(self.headers.get("content-type", ""))
 
     def content(self, most: int) -> bytes | bytearray:
-        """The body without transfer and content codings. Raises Undecodable, and TooLarge beyond `most` bytes."""
+        """The body, with transfer and content codings decoded. Raises Undecodable, and TooLarge above `most` bytes."""
         data = self.body
         if "chunked" in self.headers.get("transfer-encoding", "").lower():
             data = _without_chunks(data)
@@ -73,8 +73,8 @@ class Response:
 
 
 def parse_response(message: bytearray) -> Response | None:
-    """The response of a message whose lines end in CRLF or in LF alone; None for what is no response. Its body is
-    `message` itself, without the headers."""
+    """Parses a message with CRLF or LF line ends; None if it is no response. The body is `message` itself, from which
+    the headers are deleted."""
     if not (status := STATUS.match(message)):
         return None
     end = HEAD_END.search(message, 0, LONGEST_HEAD)
@@ -85,42 +85,42 @@ def parse_response(message: bytearray) -> Response | None:
         if colon:
             headers.setdefault(name.strip().lower(), value.strip())
     code, length = int(status[1]), end.end()
-    del status, end  # a match holds the buffer, which could not shrink
+    del status, end  # a match object references `message`, which then cannot be resized
     del message[:length]
     return Response(code, headers, message)
 
 
 def media_type(value: str) -> str:
-    """The type that a Content-Type names: lower case, without parameters; empty where it names none."""
+    """The media type in a Content-Type: lower case, without parameters; empty where there is none."""
     found = re.split("[;,]", value)[0].strip().lower()
     return "" if "/" not in found or found in NO_TYPES else found
 
 
 def charset(value: str) -> str | None:
-    """The charset that a Content-Type names."""
+    """The charset in a Content-Type, or None."""
     match = CHARSET.search(value)
     return match and match[1]
 
 
 def sniff(data: bytes) -> str:
-    """The media type of a body that came without one: a page, text, or empty for what is neither."""
+    """The media type of a body without one: HTML, plain text, or empty for anything else."""
     if MARKUP.match(data.removeprefix(b"\xef\xbb\xbf")[:SNIFFED]):
         return "text/html"
     return "" if is_binary(data) else "text/plain"
 
 
 def is_binary(data: bytes) -> bool:
-    """Whether the beginning of `data` holds bytes that no text has; UTF-16 with its mark is text."""
+    """Whether the beginning of `data` has bytes that do not occur in text; UTF-16 with a byte-order mark is text."""
     return not data.startswith((b"\xff\xfe", b"\xfe\xff")) and bool(BINARY.search(data, 0, SNIFFED))
 
 
 def _without_chunks(data: bytes) -> bytes:
-    """A chunked body put together; one that does not begin with a whole chunk is as it was."""
+    """A chunked body joined; a body that does not begin with a complete chunk is returned unchanged."""
     pieces, at = [], 0
     while size := CHUNK.match(data, at):
         end = size.end() + int(size[1], 16)
         if end == size.end():
-            return b"".join(pieces)  # trailers and the end
+            return b"".join(pieces)  # the last chunk; trailers are ignored
         line_end = LINE_END.match(data, end)
         if not line_end:
             break
@@ -128,13 +128,13 @@ def _without_chunks(data: bytes) -> bytes:
         at = line_end.end()
     if not pieces:
         return data
-    if at == len(data):  # all chunks but the last, empty one
+    if at == len(data):  # only the final empty chunk is missing
         return b"".join(pieces)
     raise Undecodable(f"chunked, and broken at byte {at} of {len(data)}")
 
 
 def _inflate(data: bytes, most: int, wbits: int) -> bytes:
-    """What the members of `data` hold. Raises TooLarge beyond `most` bytes, Undecodable for what is broken."""
+    """The decompressed members of `data`. Raises TooLarge above `most` bytes, Undecodable for damaged data."""
     pieces, size = [], 0
     while True:
         member = zlib.decompressobj(wbits)
@@ -156,7 +156,7 @@ def _gzip(data: bytes, most: int) -> bytes:
 
 
 def _deflate(data: bytes, most: int) -> bytes:
-    """zlib's format as the standard says, or the raw one that servers send."""
+    """Decodes `deflate`: zlib format, as in the HTTP standard, or raw deflate, as some servers send."""
     zlib_header = len(data) > 1 and data[0] & 15 == 8 and int.from_bytes(data[:2]) % 31 == 0
     try:
         return _inflate(data, most, ZLIB if zlib_header else RAW)
@@ -182,7 +182,7 @@ def _zstd(data: bytes, most: int) -> bytes:
 
 
 def _brotli(data: bytes, most: int) -> bytes:
-    """Brotli has no mark at its beginning: what is text before it is decoded was decoded already."""
+    """Decodes brotli, which has no magic number: a body that is already text is returned unchanged."""
     if not is_binary(data):
         return data
     try:

@@ -15,14 +15,14 @@ from data_pipeline.sources import Jsonl, Parquet
 CHUNK = 1 << 20
 STRUCTURE = (b",", b":", b"[", b"{")
 STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
-BYTES_A_VALUE = 128  # of max_document_bytes, for each value that a line may have
-FEWEST_VALUES = 50_000  # are always allowed
-SHOWN_KEYS = 20  # in a message
-LINES_LOOKED_AT = 10  # at the start of a file, for its keys
+BYTES_A_VALUE = 128  # a line may have one JSON value per 128 bytes of max_document_bytes
+FEWEST_VALUES = 50_000  # always allowed
+SHOWN_KEYS = 20  # keys in a message
+LINES_LOOKED_AT = 10  # first lines of a file from which keys are collected
 
 
 def read_jsonl(file: BinaryIO, source: Jsonl) -> Items:
-    """A document a line. Lines are read to a bound, so that one of a gigabyte costs no gigabyte."""
+    """A document per line. Lines are read up to a limit, so that a line of a gigabyte does not take a gigabyte."""
     number, bound = 0, source.max_document_bytes
     while line := file.readline(bound + 1):
         number += 1
@@ -35,7 +35,7 @@ def read_jsonl(file: BinaryIO, source: Jsonl) -> Items:
             yield too_large(str(number), size, source)
         elif line.strip():
             item = _line(line, str(number), source)
-            line = b""  # freed before the document is worked on
+            line = b""  # frees the line before the document is processed
             yield item
 
 
@@ -49,7 +49,7 @@ def _line(line: bytes, place: str, source: Jsonl) -> Found | Quarantined:
         return Quarantined(place, "not_json", str(error), len(line))
     if not isinstance(record, dict):
         return Quarantined(place, "not_json", f"a {type(record).__name__} and no object", len(line))
-    # JSON readers silently take the last of two values. Only lines that spell a key twice pay for looking.
+    # JSON parsers silently keep the last of duplicate keys. Only lines with two such strings are checked.
     if any(line.count(f'"{key}"'.encode()) > 1 for key in (source.text_key, source.id_key)):
         try:
             twice = _repeated(line)
@@ -61,7 +61,7 @@ def _line(line: bytes, place: str, source: Jsonl) -> Found | Quarantined:
 
 
 def from_record(record: dict, place: str, source: Jsonl | Parquet) -> Found | Quarantined:
-    """A document from a record of named values."""
+    """A document from a JSON object or Parquet row."""
     text = record.get(source.text_key)
     if not isinstance(text, str):
         seen = "" if source.text_key in record else f"; keys: {', '.join(list(record)[:SHOWN_KEYS])}"
@@ -88,16 +88,16 @@ def jsonl_keys(file: BinaryIO, source: Jsonl) -> list[str]:
 
 
 def _bytes(text: str, most: int) -> int:
-    """The UTF-8 bytes of a text, or its characters where it cannot exceed `most`; piece by piece, since one that takes
-    4 bytes a character in memory would be held twice."""
+    """Number of UTF-8 bytes of a text, or of its characters if the bytes cannot exceed `most`; counted in pieces,
+    without an encoded copy of the whole text."""
     if text.isascii() or 4 * len(text) <= most:
         return len(text)
     return sum(len(text[at : at + CHUNK].encode()) for at in range(0, len(text), CHUNK))
 
 
 def _holds_more_values(line: bytes, most: int) -> bool:
-    """Whether a JSON line has more than `most` commas, colons, brackets and strings outside its strings: each value
-    takes up to 90 bytes of memory, however short it is."""
+    """Whether a JSON line has more than `most` commas, colons, brackets and strings, outside strings: each value takes
+    up to 90 bytes of memory, even a short one."""
     if sum(line.count(mark) for mark in STRUCTURE) <= most:
         return False
     values = end = 0
@@ -110,7 +110,7 @@ def _holds_more_values(line: bytes, most: int) -> bool:
 
 
 def _repeated(line: bytes) -> str | None:
-    """The first key that an object of a JSON line has twice."""
+    """The first key that occurs twice in an object of a JSON line, or None."""
     found: list[str] = []
 
     def look(pairs: list[tuple[str, object]]) -> None:

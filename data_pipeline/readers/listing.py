@@ -1,4 +1,4 @@
-"""The files of a source: below a folder, local or remote, or one file by its name. Links are followed."""
+"""Lists the files of a source: below a local or remote folder, or a single file. Symbolic links are followed."""
 
 import os
 import re
@@ -19,7 +19,7 @@ SHOWN = 5  # names in a message
 
 @dataclass(frozen=True)
 class Listing:
-    """`files`, sorted by id; `notes`: a line on what lies there and is not read."""
+    """`files`, sorted by id; `notes`: lines about files that are not read."""
 
     files: list[File]
     notes: list[str]
@@ -27,7 +27,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Below:
-    """`paths` of files, relative to the folder; `broken`: of links that lead nowhere; `notes` on other links."""
+    """`paths`: files, relative to the folder; `broken`: links without a target; `notes`: lines about skipped links."""
 
     paths: list[str]
     broken: list[str]
@@ -35,14 +35,14 @@ class Below:
 
 
 def glob_listing(name: str, source: Source) -> Listing:
-    """The files of a source that match its glob, or the one file that its path names. Raises InputError when there is
-    none, and for what cannot be listed."""
+    """The files of a source that match its glob, or the single file of its path. Raises InputError when there is none,
+    or a folder cannot be listed."""
     packed = None if isinstance(source, Warc | Parquet) else "infer"
     return _listing(name, source, re.compile(glob_translate(source.glob)).match, f"glob={source.glob}", packed)
 
 
 def suffix_listing(name: str, source: Tree) -> Listing:
-    """The files of a source that end in its suffixes, outside the folders that it excludes; as `glob_listing`."""
+    """The files of a source with one of its suffixes, outside its excluded folders. Errors as in `glob_listing`."""
     fits = lambda path: path.endswith(source.suffixes)  # noqa: E731
     return _listing(name, source, fits, f"suffixes={' '.join(source.suffixes)}", "infer", frozenset(source.exclude))
 
@@ -86,9 +86,9 @@ def _some(paths: list[str]) -> str:
 
 
 def _open(source: Source) -> tuple[DataFolder, str]:
-    """The folder of a source, and the name of the one file in it that `path` is, or nothing. Raises InputError where
-    there is neither, for datatrove takes an absent folder for an empty one."""
-    # fsspec's HTTP finds nothing below a path that ends in a slash; `/` and `memory://` are nothing without theirs.
+    """(Folder, "") for a source's folder, or (parent folder, file name) for a single file. Raises InputError if `path`
+    does not exist, because datatrove treats a missing folder as empty."""
+    # fsspec's HTTP lists nothing for a path with a trailing slash; `/` and `memory://` keep theirs.
     path = re.sub("(?<=[^:/])/+$", "", source.path)
     folder = get_datafolder(path)
     if folder.fs.isdir(folder.path):
@@ -101,20 +101,20 @@ def _open(source: Source) -> tuple[DataFolder, str]:
 
 def _below(folder: DataFolder, exclude: frozenset[str]) -> Below:
     """The files below a folder, outside folders named in `exclude`. Raises OSError for a local folder that cannot be
-    listed, which fsspec leaves out without a word."""
+    listed, which fsspec would skip silently."""
     if folder.is_local():
         return files_below(Path(folder.path), exclude)
     return Below([path for path in folder.list_files() if not set(path.split("/")[:-1]) & exclude], [], [])
 
 
 def files_below(root: Path, exclude: frozenset[str] = frozenset()) -> Below:
-    """The files below a local folder. Links are followed once all else is listed; one to a file or folder that is
-    listed already is left out with a note. Raises OSError for a folder that cannot be listed."""
+    """The files below a local folder. Symbolic links are followed last; a link to an already listed file or folder is
+    skipped with a note. Raises OSError for a folder that cannot be listed."""
     paths, notes, broken, followed = [], [], [], []
     seen: set[tuple[int, int]] = {_identity(root)}
     folders, links = [root], []
     while folders or links:
-        if not folders:  # links in the order of their names
+        if not folders:  # links in alphabetical order
             link = links.pop(0)
             try:
                 found = link.stat()

@@ -1,4 +1,4 @@
-"""The bytes of a WARC file, whatever is around them: nothing, gzip members, or zstd frames."""
+"""Decompressed bytes of a WARC file: plain, in gzip members, or in zstd frames."""
 
 import re
 import zlib
@@ -7,14 +7,14 @@ from typing import BinaryIO
 from data_pipeline.readers.base import Bomb, Zstandard
 from data_pipeline.sources import Source
 
-PIECE = 1 << 16  # bytes read, and decompressed, at once
+PIECE = 1 << 16  # bytes per read and per decompression step
 GZIP, ZSTD = b"\x1f\x8b", (b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18", b"\x5d\x2a\x4d\x18")
 MEMBER = re.compile(rb"\x1f\x8b\x08")
-TRIED = 4096  # compressed bytes that tell whether a member begins with a record
+TRIED = 4096  # compressed bytes decompressed to check that a member begins with a record
 
 
 class DamagedMember(EOFError):
-    """A gzip member that cannot be decompressed to its end. `start`: where it begins in the file."""
+    """A gzip member that cannot be decompressed to its end. `start`: its offset in the file."""
 
     def __init__(self, start: int, reason: str):
         super().__init__(f"gzip member at byte {start}: {reason}")
@@ -22,12 +22,11 @@ class DamagedMember(EOFError):
 
 
 class Members:
-    """Reads `file`, as it lies on disk, decompressed.
+    """Reads the raw `file` and decompresses it.
 
-    `start`: of the gzip member that is being read, in the file; `given`: decompressed bytes so far; `passed`: those
-    handed out. Raises Bomb once a file of `size` bytes has given more than
-    `source.max_expansion` times as many and more than `source.max_document_bytes`, and DamagedMember, after which
-    `next_member` goes on.
+    `start`: offset of the current gzip member in the file; `given`: bytes decompressed so far; `passed`: bytes returned
+    so far. Raises Bomb when the decompressed bytes exceed both `source.max_expansion` * `size` and
+    `source.max_document_bytes`, and DamagedMember, after which `next_member` continues.
     """
 
     def __init__(self, file: BinaryIO, size: int, source: Source):
@@ -38,11 +37,11 @@ class Members:
         file.seek(0)
         self.packed = head.startswith(GZIP)
         self._frames = Zstandard(file) if head in ZSTD else None
-        self._member = None  # zlib's decompressor of the member that is being read
-        self._input = b""  # compressed bytes that were read and not yet decompressed
-        self.given = 0  # bytes that decompression gave
+        self._member = None  # zlib decompressor of the current member
+        self._input = b""  # compressed bytes read but not yet decompressed
+        self.given = 0  # bytes decompressed
         self._ready = b""
-        self._at = 0  # place in `_ready`
+        self._at = 0  # offset in `_ready`
         self.start = 0
         self.passed = 0
         if not (self.packed or self._frames or b"W" in head):  # a file that begins with damage
@@ -53,26 +52,25 @@ class Members:
                 file.seek(0)
 
     def line(self, most: int) -> bytes:
-        """Bytes up to and including the next line feed, at most `most`; fewer at the end of the file."""
+        """Bytes up to and including the next line feed, at most `most`; without a line feed at the end of the file."""
         while (end := self._ready.find(b"\n", self._at, self._at + most)) < 0:
             if len(self._ready) - self._at >= most or not self._fill():
                 return self._take(most)
         return self._take(end + 1 - self._at)
 
     def read(self, most: int) -> bytes:
-        """At least a byte and at most `most`; nothing at the end of the file."""
+        """1 to `most` bytes; b"" at the end of the file."""
         if self._at == len(self._ready):
             self._fill()
         return self._take(most)
 
     def push(self, data: bytes) -> None:
-        """Puts back bytes, which are read again next."""
+        """Puts `data` back, to be read next."""
         self._ready, self._at = data + self._ready[self._at :], 0
         self.passed -= len(data)
 
     def next_member(self) -> bool:
-        """Goes to the next gzip member that begins with a record, behind the beginning of the one that was being read.
-        Returns whether there is one."""
+        """Seeks the next gzip member after `start` that begins with a WARC record. Returns whether there is one."""
         at, window = self.start + 1, b""
         self._file.seek(at)
         while True:
@@ -80,7 +78,7 @@ class Members:
             window += more
             for found in MEMBER.finditer(window):
                 if more and found.start() > len(window) - TRIED:
-                    break  # tried with more of what follows it
+                    break  # tried in the next window, with more bytes after it
                 if _begins_record(window[found.start() : found.start() + TRIED]):
                     self.start = at + found.start()
                     self._file.seek(self.start)
@@ -99,7 +97,7 @@ class Members:
         return data
 
     def _fill(self) -> bool:
-        """More bytes behind those that are ready; False at the end of the file."""
+        """Appends decompressed bytes to `_ready`; False at the end of the file."""
         if self._frames:
             data = bytes(self._frames.read1(PIECE))
         else:

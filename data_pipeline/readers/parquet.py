@@ -1,4 +1,4 @@
-"""Parquet files, by pyarrow, which is not in the default install: it is larger than all else that reads."""
+"""Parquet files, read by pyarrow, an optional dependency because of its size."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -9,9 +9,9 @@ from data_pipeline.readers.base import Bomb, Items, Quarantined
 from data_pipeline.readers.lines import from_record
 from data_pipeline.sources import Parquet
 
-ROWS = 64  # decoded at once, where that many values cannot take more than one document may
-SHOWN = 20  # columns named in a message
-PAGE_HEADER = 64  # bytes read of a page's header, of which its first three fields take at most 18
+ROWS = 64  # rows per batch, if their values cannot exceed max_document_bytes
+SHOWN = 20  # columns in a message
+PAGE_HEADER = 64  # bytes read of a page header, whose first three fields take at most 18
 
 
 def require_pyarrow(name: str) -> None:
@@ -21,14 +21,14 @@ def require_pyarrow(name: str) -> None:
 
 
 def read_parquet(file: BinaryIO, source: Parquet, size: int) -> Items:
-    """A document a row of a file of `size` bytes; only the columns that are asked for are read. A file whose text
-    column is absent or holds something other than text is quarantined as a whole, a row whose bytes are no UTF-8 by
-    itself. Raises Bomb once the rows hold more than `max_expansion` times the file."""
+    """A document per row of a file of `size` bytes; reads only the needed columns. A file without a text column of text
+    type is quarantined, as is a row that is not UTF-8. Raises Bomb when the rows exceed `max_expansion` * `size`
+    bytes."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     try:
-        # Pages as they are asked for, not all of a column at once.
+        # Reads page by page, not a whole column chunk.
         table = ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
         schema = table.schema_arrow
         if problem := _schema_problem(schema, source):
@@ -82,7 +82,7 @@ def _schema_problem(schema, source: Parquet) -> str | None:
 
 
 def _holds_text(kind) -> bool:
-    """Whether an Arrow type is a string or bytes, in any of its layouts, dictionaries and extensions of them too."""
+    """Whether an Arrow type is string or binary, in any layout, also as dictionary or extension type."""
     from pyarrow import BaseExtensionType, types
 
     while isinstance(kind, BaseExtensionType) or types.is_dictionary(kind):
@@ -92,14 +92,14 @@ def _holds_text(kind) -> bool:
 
 
 def _parts(table, group: int, columns: list[str]) -> list:
-    """What the footer says of these columns of a row group."""
+    """The footer's metadata of these columns of a row group."""
     found = (table.metadata.row_group(group).column(number) for number in range(table.metadata.num_columns))
     return [part for part in found if part.path_in_schema in columns]
 
 
 def _largest_value(file: BinaryIO, part) -> int:
-    """The most bytes that a value of a column chunk can have. A dictionary may hold one that each row repeats, and its
-    size is in its page's header alone: the footer counts it once and compressed."""
+    """Upper bound, in bytes, of a value of a column chunk. A dictionary value can be repeated by every row; the
+    dictionary's uncompressed size is only in its page header, since the footer counts it once and compressed."""
     if not part.has_dictionary_page:
         return part.total_uncompressed_size
     at = file.tell()
@@ -126,8 +126,8 @@ def _uncompressed_page_size(header: bytes) -> int:
 
 
 def _records(batch, source: Parquet) -> Iterator[dict]:
-    """The rows of a batch, one by one; the text as the bytes that Arrow holds, which would refuse a whole batch for a
-    row that is no UTF-8."""
+    """The rows of a batch, with text as bytes: Arrow's conversion to str would fail for the whole batch if one row is
+    not UTF-8."""
     from pyarrow import BaseExtensionType, DictionaryArray, large_binary
 
     columns = {}

@@ -1,4 +1,4 @@
-"""What can be known of a run's sources before its output folder is written to."""
+"""Checks of a run's sources before anything is written."""
 
 from pathlib import Path
 
@@ -7,12 +7,12 @@ from data_pipeline.readers.lines import jsonl_keys
 from data_pipeline.readers.parquet import parquet_keys
 from data_pipeline.sources import Jsonl, Parquet, Source
 
-FILES_LOOKED_AT = 5  # of a source, for its keys
+FILES_LOOKED_AT = 5  # first files of a source from which keys are collected
 SHOWN = 20  # keys in a message
 
 
 def output_problem(name: str, source: Source, output: Path) -> str | None:
-    """Why `output` may not lie where it does: inside the source, it would be read as input the next time."""
+    """A problem if `output` lies inside the source, where the next run would read it as input; else None."""
     if "://" in source.path or source.path == "stdlib":
         return None
     root, place = Path(source.path).resolve(), output.resolve()
@@ -22,7 +22,7 @@ def output_problem(name: str, source: Source, output: Path) -> str | None:
 
 
 def key_problem(name: str, source: Source, files: list[File]) -> str | None:
-    """Names the keys that were seen, when the first records of the first files have no `text_key`."""
+    """A problem, with the keys found, if the first records of the first files have no `text_key`; else None."""
     if not isinstance(source, Jsonl | Parquet):
         return None
     seen: dict[str, None] = {}
@@ -35,7 +35,7 @@ def key_problem(name: str, source: Source, files: list[File]) -> str | None:
 
 
 def _keys(file: File, source: Jsonl | Parquet) -> list[str]:
-    """The keys of a file's first records; none of one that cannot be read, which the run will name."""
+    """The keys of a file's first records; empty for an unreadable file, which the run will report."""
     try:
         with file.open() as opened:
             return jsonl_keys(opened, source) if isinstance(source, Jsonl) else parquet_keys(opened)

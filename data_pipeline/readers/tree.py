@@ -1,4 +1,4 @@
-"""Trees of source code, text or pages: each file a document."""
+"""Folder trees of source code, text or web pages: each file is a document."""
 
 import dataclasses
 import importlib.util
@@ -16,7 +16,7 @@ COMPRESSED = (".gz", ".zst")
 
 
 def read_file(file: BinaryIO, source: Tree, name: str) -> Items:
-    """The one document of a file. Undecodable bytes become U+FFFD, for the rule on garbled text to judge."""
+    """The document of a file. Undecodable bytes become U+FFFD, which the rule `garbled` counts."""
     data = file.read(source.max_document_bytes + 1)
     for suffix in COMPRESSED:
         name = name.removesuffix(suffix)
@@ -31,8 +31,8 @@ def read_file(file: BinaryIO, source: Tree, name: str) -> Items:
 
 
 def tree_listing(name: str, source: Tree) -> Listing:
-    """The files of a source, and of the packages that fill it. Raises InputError when there is none, or fewer than
-    `minimum_bytes`."""
+    """The files of a source, and of the packages in `fill`. Raises InputError when there is none, or less than
+    `minimum_bytes` of text."""
     root = sysconfig.get_path("stdlib") if source.path == "stdlib" else source.path
     listing = suffix_listing(name, dataclasses.replace(source, path=root))
     files, absent = list(listing.files), []
@@ -54,5 +54,5 @@ def tree_listing(name: str, source: Tree) -> Listing:
             f"sources.{name}.minimum_bytes={source.minimum_bytes}: only {total} bytes found in {root}"
             + (f"; missing here: {', '.join(missing)}" if missing else "")
         )
-    notes = [] if source.path == "stdlib" else listing.notes  # what else is there was not meant
+    notes = [] if source.path == "stdlib" else listing.notes  # other files of the standard library are not worth a note
     return Listing(sorted(files, key=lambda file: file.id), notes)

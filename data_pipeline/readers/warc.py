@@ -1,7 +1,7 @@
 """WARC files: pages of a crawl (response, resource) and the plain text of WET files (conversion).
 
-What cannot be read costs itself alone. Where a record is not followed by another one, its Content-Length is false or
-the file is damaged there: the record is quarantined, and reading goes on at the next line that begins one.
+A damaged record does not affect others. If a record is not followed by another one, its Content-Length is wrong or the
+file is damaged: the record is quarantined, and reading continues at the next line that begins a record.
 """
 
 import re
@@ -17,18 +17,18 @@ from data_pipeline.sources import Warc
 
 CHUNK = 1 << 20
 LONGEST_HEAD = 1 << 16  # bytes of a record's headers
-MOST_RESTARTS = 1000  # in a file: one made of beginnings of records is no crawl
-MOST_REREAD = 8  # times the bytes of a file: time stays linear where every record claims all that follows
+MOST_RESTARTS = 1000  # damaged records per file, before the file is given up
+MOST_REREAD = 8  # x the file's bytes: keeps time linear if every Content-Length covers the rest of the file
 BEGINNING = re.compile(rb"\nWARC/1\.")
 PAGES = ("text/html", "application/xhtml+xml")
 CONTENT = ("response", "resource", "conversion")
-ABOUT = ("warcinfo", "request", "metadata")  # records about others, and no documents
+ABOUT = ("warcinfo", "request", "metadata")  # record types without documents
 
 
 @dataclass(frozen=True)
 class Record:
-    """`headers` by lower-case name; `block`: its bytes, cut behind the most that a document may have; `size`: all of
-    them, less than `length`, the Content-Length, where the file ends or is damaged; `damage`: why it does."""
+    """`headers`: {lower-case name: value}; `block`: content, cut above max_document_bytes; `size`: bytes of content
+    read, less than `length`, the Content-Length, if the file ends or is damaged; `damage`: the error."""
 
     headers: dict[str, str]
     block: bytearray
@@ -46,12 +46,12 @@ class Record:
 
 
 class NoRecord(ValueError):
-    """What stands where a record should begin."""
+    """The bytes at the expected beginning of a record are not a record."""
 
 
 def read_warc(file: BinaryIO, source: Warc, size: int) -> Items:
-    """A document for each page and text of a WARC file of `size` bytes, plain, in gzip members or in zstd frames; every
-    other record of content is quarantined with its reason."""
+    """A document for each page and text of a WARC file of `size` bytes, plain, in gzip members or in zstd frames; other
+    content records are quarantined with a reason."""
     members = Members(file, size, source)
     if members.start:
         yield Quarantined("byte 0", "unreadable", f"no record and no gzip member before byte {members.start}")
@@ -98,8 +98,8 @@ def read_warc(file: BinaryIO, source: Warc, size: int) -> Items:
 
 
 def _next_record(members: Members, source: Warc) -> Record | None:
-    """The record that begins here, None at the end of the file. Raises NoRecord, and DamagedMember where its headers
-    cannot be read."""
+    """The next record, None at the end of the file. Raises NoRecord, and DamagedMember if its headers cannot be
+    decompressed."""
     while not (line := members.line(LONGEST_HEAD)).strip(b"\r\n"):
         if not line:
             return None
@@ -130,8 +130,8 @@ def _next_record(members: Members, source: Warc) -> Record | None:
 
 
 def _end_problem(record: Record, members: Members) -> tuple[str, DamagedMember | None]:
-    """What shows that a record is not whole, empty where it is: what follows it is a record or the end of the file.
-    And the damage that was met, of this record or of the one behind it."""
+    """(Problem, damage). Problem: why the record is incomplete, "" if a record or the end of the file follows. Damage:
+    the error found in this record or at the beginning of the next one."""
     if record.damage:
         return f"{record.size} of {record.length} bytes are there: {record.damage}", record.damage
     if record.size < record.length:
@@ -149,8 +149,8 @@ def _end_problem(record: Record, members: Members) -> tuple[str, DamagedMember |
 
 
 def _find_record(members: Members, block: bytearray | bytes) -> bool:
-    """Goes to the next line that begins a record: in `block`, which was read last, or behind it. Returns whether there
-    is one."""
+    """Seeks the next line that begins a record, in `block`, the last bytes read, or after it. Returns whether there is
+    one."""
     if found := BEGINNING.search(block):
         members.push(bytes(memoryview(block)[found.start() + 1 :]))
         return True
@@ -167,7 +167,7 @@ def _find_record(members: Members, block: bytearray | bytes) -> bool:
 
 
 def _item(record: Record, place: str, source: Warc) -> Found | Quarantined:
-    """The document of a whole record of content, or why it is none."""
+    """The document of a complete content record, or a Quarantined."""
     if record.kind == "conversion":
         return _document(record.block, "text/plain", None, record, place, source)
     if record.kind == "resource":
@@ -176,7 +176,7 @@ def _item(record: Record, place: str, source: Warc) -> Found | Quarantined:
     if record.kind != "response":
         return Quarantined(place, "record_type", f"{record.kind or 'no WARC-Type'} {record.url}", record.size)
     cut = record.size > len(record.block)
-    response = http.parse_response(record.block)  # which leaves the body alone in the block
+    response = http.parse_response(record.block)  # removes the headers from the block
     if response is None:
         return Quarantined(place, "not_http", f"{record.headers.get('content-type', '')} {record.url}", record.size)
     if response.status not in source.statuses:

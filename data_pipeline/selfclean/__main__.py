@@ -1,7 +1,7 @@
 """Rounds of self-cleaning: `python -m data_pipeline.selfclean manifest=.../manifest.json output=FOLDER rounds=N ...`.
 
-Arguments are Hydra overrides of conf/rounds.yaml. A run that was stopped goes on where it was. Exit code 0: all rounds
-are done, or people are to judge a sample first; 2 and a line a problem for bad input; 1 when training or scoring fails.
+Arguments are Hydra overrides of conf/rounds.yaml. A stopped run continues where it stopped. Exit code 0: all rounds are
+done, or a sample awaits human verdicts; 2 with a line per problem for bad input; 1 when training or scoring fails.
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""Chooses the band of scores that is kept, by quantiles per source and language.
+"""Chooses the band of scores to keep, by quantiles per source and language.
 
-Too predictable a document is boilerplate, too surprising a one noise; how predictable good text is differs between
-sources and languages, so each has its own band where it has documents enough to tell.
+Documents with a very low loss are boilerplate, with a very high loss noise. The loss of good text differs between
+sources and languages, so each pair with enough documents has its own band.
 """
 
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from data_pipeline.stream.score_filter import Band, ScoreFilter
 class Quantiles:
     """Keeps documents from quantile `low` to quantile `high` of their group; `sources` overrides both for a source.
 
-    A source/language of fewer than `minimum` scored documents takes the band of its source, a source of fewer takes
-    that of all documents.
+    A source/language pair with fewer than `minimum` scored documents uses its source's band; a source with fewer, the
+    band of all documents.
     """
 
     low: float = 0.02
@@ -36,9 +36,9 @@ class Quantiles:
 def choose_bands(
     scores: Mapping[tuple[str, str], np.ndarray], quantiles: Quantiles, *, name: str, measure: str
 ) -> ScoreFilter:
-    """The filter over the scores `name` whose thresholds are scores of documents, which stay themselves.
+    """The filter on scores `name`. Its thresholds are scores of documents, which are kept.
 
-    scores: {(source, language): float [documents]} of one measure; NaN, a document that was not scored, is passed over.
+    scores: {(source, language): float [documents]} of one measure; NaN, a document that was not scored, is ignored.
     Raises ValueError when no document is scored or an override names a source that has none.
     """
     groups = {key: found for key, values in scores.items() if len(found := values[np.isfinite(values)])}
@@ -63,6 +63,6 @@ def choose_bands(
 
 
 def _band(values: np.ndarray, quantiles: tuple[float, float]) -> Band:
-    # Scores of documents, not points between them: what is kept does not depend on how a quantile is interpolated.
+    # Thresholds are scores of documents, without interpolation between them.
     low, high = np.quantile(values, quantiles, method="inverted_cdf")
     return float(low), float(high)

@@ -1,9 +1,9 @@
-"""Rounds of self-cleaning (arXiv 2307.14995, section 4): train a model on the corpus as it stands, score every document
-with it, keep the band between two quantiles of each source and language, have people judge a sample, and again.
+"""Rounds of self-cleaning (arXiv 2307.14995, section 4): train a model on the current corpus, score every document with
+it, keep the band between two quantiles per source and language, have people judge a sample, and repeat.
 
-Shards are never rewritten: a round leaves a filter, which the next round's training and the final one read. Each step
-leaves a file that means it is done, so that a killed run goes on where it was; the trainer and the scorer, programs of
-their own, resume by themselves.
+Shards are never rewritten: a round writes a filter, which the next round's training and the final training use. Each
+step writes a file when done, so that a killed run continues; the trainer and the scorer are separate programs that
+resume by themselves.
 """
 
 import contextlib
@@ -29,16 +29,16 @@ from data_pipeline.shards.manifest import Manifest
 from data_pipeline.stream.count import count
 from data_pipeline.stream.score_filter import ScoreFilter
 
-STEP = 1.5  # by which a tail's quantile grows or shrinks after people judged it
-FEWEST = 8  # decided documents of a tail before they move its quantile
+STEP = 1.5  # factor on a tail's quantile after human verdicts
+FEWEST = 8  # minimum of decided documents in a tail to change its quantile
 
 
 class WaitingForPeople(Exception):
-    """The sample of a round is not judged yet. The message says how to do it and how to go on."""
+    """The sample of a round is not judged yet. The message says how to judge it and how to continue."""
 
 
 def run_rounds(settings: RoundsSettings, say=print) -> list[dict]:
-    """All rounds that are not done; returns every round's report. Raises InputError, StageError when training or
+    """Runs all rounds that are not done; returns all rounds' reports. Raises InputError, StageError when training or
     scoring fails, and WaitingForPeople."""
     manifest = Manifest.load(settings.manifest)
     sources = sorted({shard.source for shard in manifest.shards})
@@ -64,8 +64,8 @@ def run_rounds(settings: RoundsSettings, say=print) -> list[dict]:
 
 @contextlib.contextmanager
 def _exclusive(output: Path) -> Iterator[IO]:
-    """Holds `output` for this process and for those that the lock is handed to: a trainer outlives a killed start, and
-    a second one must not write to the same run."""
+    """Locks `output` for this process and for child processes that inherit the lock: a trainer may outlive this
+    process, and a second trainer must not write to the same run."""
     with open_lock(output / ".lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,7 +74,7 @@ def _exclusive(output: Path) -> Iterator[IO]:
         yield lock
 
 
-# What may change between two starts; everything else decides what was done already.
+# Settings that may change between two starts; the others determine the results of completed steps.
 FREE = ("rounds", "audit", "score", "trainer", "scorer", "manifest", "output")
 
 
@@ -103,7 +103,7 @@ class Round:
 
     @property
     def scores(self) -> str:
-        """The scores' name: another one for every corpus, filter before and way to train."""
+        """Name of the scores, unique to the corpus, the previous round's filter and the training settings."""
         previous = ScoreFilter.load(str(self.before.filter)).filter_hash if self.before else ""
         parts = [
             self.manifest.content_hash,
@@ -149,7 +149,7 @@ class Round:
         replace_file(done, json.dumps(command).encode() + b"\n")
 
     def _figures(self, chosen: ScoreFilter, counts) -> dict:
-        """What stays of every source, the bands, and the quantiles that they came from."""
+        """Kept documents of every source, the bands, and their quantiles."""
         sources = {}
         for number, shard in enumerate(self.manifest.shards):
             found = sources.setdefault(shard.source, {"documents": [0, 0], "tokens": [0, 0]})
@@ -167,7 +167,7 @@ class Round:
         }
 
     def wait(self) -> None:
-        """Raises WaitingForPeople while a sample has no answer."""
+        """Raises WaitingForPeople while any sample has no answer."""
         samples = Samples.load(str(self.samples)).entries
         left = len(samples) - len(decisions(samples, self._answers()))
         if left:
@@ -182,11 +182,11 @@ class Round:
         return read_answers(path) if path.exists() else []
 
     def next_quantiles(self) -> Quantiles:
-        """The quantiles after what people said of this round's dropped documents, tail by tail.
+        """The next round's quantiles, from the human verdicts on this round's drops, tail by tail.
 
-        Of the documents that the filter dropped on a side and people decided on, the share that they too would drop has
-        Wilson's interval. Wholly above settings.precision: the tail may grow, by STEP; wholly below: it must shrink;
-        otherwise, or with fewer than FEWEST documents, it stays.
+        Precision of a tail: the share of its decided documents that people would drop, too, with Wilson's interval. If
+        the interval lies above settings.precision, the tail grows by STEP; if below, it shrinks by STEP; otherwise, or
+        with fewer than FEWEST documents, it stays.
         """
         if not self.samples.exists():
             return self.quantiles
@@ -206,7 +206,7 @@ class Round:
 
 
 def table(reports: list[dict]):
-    """What each round keeps, as a rich table."""
+    """A rich table of the documents that each round keeps."""
     from rich.table import Table
 
     shown = Table("round", "source", "documents kept", "tokens kept", "band")

@@ -1,7 +1,7 @@
-"""Scores every document of a folder of shards with a model, once: the sidecars that the stream's filter reads.
+"""Scores every document of a folder of shards with a model, and writes sidecar files for the stream's filter.
 
-Shard by shard, each sidecar written whole or not at all, so a killed run goes on where it stopped and computes no score
-twice; later thresholds need neither the model nor new scores.
+Sidecars are written atomically, shard by shard, so a killed run continues with the next shard. New thresholds need
+neither the model nor new scores.
 """
 
 from collections.abc import Callable
@@ -23,10 +23,10 @@ def score_shards(
     size: int = 1,
     progress: Callable[[int], None] = lambda documents: None,
 ) -> int:
-    """Writes the scores `name` beside every shard that has none yet; returns how many documents were scored.
+    """Writes scores `name` beside every shard without them; returns the number of scored documents.
 
-    Process `rank` of `size` takes every size-th shard. `progress(n)` is told of n more documents done. A document
-    without text (bos and eos alone) scores NaN per byte. Raises InputError where a remote folder cannot be written to.
+    Process `rank` of `size` takes every size-th shard. `progress(n)`: n more documents are done. A document without
+    text (only bos and eos) scores NaN per byte. Raises InputError when a remote folder is not writable.
     """
     scored, there = 0, manifest.names()
     for shard in manifest.shards[rank::size]:

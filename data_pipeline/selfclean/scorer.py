@@ -1,4 +1,4 @@
-"""What self-cleaning needs of a model: how surprising it finds a document. `megatron_tn.evaluation.scorer` has one."""
+"""The interface of the model that scores documents; `megatron_tn.evaluation.scorer` implements it."""
 
 from collections.abc import Sequence
 from typing import Protocol

@@ -1,4 +1,4 @@
-"""Settings of `python -m data_pipeline.selfclean`; their defaults for people are in conf/rounds.yaml."""
+"""Settings of `python -m data_pipeline.selfclean`; defaults and explanations are in conf/rounds.yaml."""
 
 import sys
 from typing import Annotated, Literal
@@ -30,12 +30,12 @@ class QuantileSettings:
 
 @dataclass(frozen=True, config=STRICT)
 class RoundsSettings:
-    """manifest: of the shards to clean; output: folder of the rounds; rounds: how many there are to be.
+    """manifest: the shards to clean; output: folder of the rounds; rounds: their number.
 
-    evaluation_model: what is trained, a choice of conf/model; train, score: further words for the trainer and scorer.
-    measure, quantiles: what is kept of each source and language. each: documents for every place of every source and
-    language in the sample that people judge, 0 for none; audit: whether to wait for their answers before the next
-    round; precision: the share of dropped documents that they must find rightly dropped.
+    evaluation_model: model to train, a choice of conf/model; train, score: further overrides for trainer and scorer.
+    measure, quantiles: determine the kept band of each source and language. each: audit documents per place, source and
+    language, 0 for no audit; audit: whether to wait for the verdicts before the next round; precision: minimum share of
+    drops that people confirm.
     """
 
     manifest: str
@@ -55,6 +55,6 @@ class RoundsSettings:
 
 
 def compose_rounds(overrides: list[str]) -> RoundsSettings:
-    """From conf/rounds.yaml and overrides in Hydra's grammar; raises InputError with a line a problem."""
+    """Settings from conf/rounds.yaml and overrides in Hydra's grammar; raises InputError, a line per problem."""
     data, _ = compose_plain("rounds", overrides, RoundsSettings)
     return parse(data, cls=RoundsSettings)

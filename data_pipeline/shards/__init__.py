@@ -1,4 +1,4 @@
-"""Tar shards of tokenised documents, their index and their manifest: written, read, verified."""
+"""Writing, reading and verifying tar shards of tokenised documents, their indexes and manifests."""
 
 from data_pipeline.shards.content import Shard, TokenizerInfo
 from data_pipeline.shards.manifest import Manifest

@@ -1,12 +1,11 @@
-"""The cache of remote shards on a node: one folder for all addresses, of a bounded size, shared by its processes.
+"""A node's cache of remote shards: one folder for all URLs, with a size limit, shared by all processes.
 
-    FOLDER/content/SHA256.tar, .npy   a file whose hash the manifest gives, of any address
-    FOLDER/ADDRESS/NAME               any other file of an address (manifest, tokenizer, counts)
+    FOLDER/content/SHA256.tar, .npy   a file with a hash in the manifest, from any URL
+    FOLDER/ADDRESS/NAME               any other file of a URL (manifest, tokenizer, counts)
 
-A corpus that is published again at its address has other hashes, so no file of the old one is taken for the new one's.
-When the cache is full, the least recently used shards and indexes are removed; a process that has one open keeps
-reading it. What is being downloaded counts with its whole size: an empty file of that length, locked by its writer,
-stands for it.
+A corpus republished at the same URL has other hashes, so old and new files are not confused. When the cache is full,
+the least recently used shards and indexes are removed; processes with an open file keep reading it. A download counts
+with its final size from the start: a sparse file of that length, locked by its writer, reserves the space.
 """
 
 import contextlib
@@ -22,22 +21,22 @@ from data_pipeline.errors import InputError
 from data_pipeline.files import TEMPORARY, open_lock
 
 EVICTED = (".tar", ".npy")  # suffixes that may be removed; manifests, tokenizers and counts stay
-ROOM = ".room"  # the suffix of the empty files
+ROOM = ".room"  # suffix of the sparse files that reserve space
 
 
 class CacheFull(Exception):
-    """The disk of the cache is full. No OSError: it says nothing of the data, and must not be taken for damage."""
+    """The cache's disk is full. Not an OSError, which callers treat as damaged data."""
 
 
 @dataclass(frozen=True)
 class Cache:
-    """`max_bytes`: of all that lies in `folder`."""
+    """`max_bytes`: limit of all files in `folder`."""
 
     folder: Path
     max_bytes: int
 
     def create(self, url: str) -> Path:
-        """Makes the folders that files of an address need; returns the one for files without a known hash."""
+        """Creates the folders for files of `url`; returns the one for files without a known hash."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         address = self.folder / hashlib.sha256(url.encode()).hexdigest()[:16]
         for folder in (address, self.folder / "content"):
@@ -45,13 +44,12 @@ class Cache:
         return address
 
     def content(self, name: str, sha256: str) -> Path:
-        """Where a file of known hash lies: equal names and sizes prove nothing."""
+        """The path of a file with a known hash; names and sizes do not identify a file."""
         return self.folder / "content" / f"{sha256}{Path(name).suffix}"
 
     @contextlib.contextmanager
     def receiving(self, path: Path, size: int) -> Iterator[Path]:
-        """Makes room for `size` bytes, and gives the temporary path to which `path` is to be downloaded; `publish` is
-        what keeps it."""
+        """Reserves `size` bytes and yields the temporary path for the download of `path`; `publish` renames it."""
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{TEMPORARY}")
         room = temporary.with_suffix(ROOM)
         with self._locked():
@@ -68,14 +66,14 @@ class Cache:
                 room.unlink(missing_ok=True)
 
     def publish(self, temporary: Path, path: Path) -> None:
-        """Gives a downloaded file its name; with it goes what stood for it."""
-        with self._locked():  # a listing may miss a file that is renamed meanwhile
+        """Renames a downloaded file to `path` and removes its reservation."""
+        with self._locked():  # a concurrent listing may miss a renamed file
             os.replace(temporary, path)
             temporary.with_suffix(ROOM).unlink(missing_ok=True)
 
     def make_room(self, *, at_least: int = 0) -> int:
-        """Removes the least recently used files until the cache is within its bound and `at_least` so many bytes are
-        gone. Returns how many went."""
+        """Removes the least recently used files until the cache is within its limit and at least `at_least` bytes are
+        removed. Returns the number of bytes removed."""
         freed = 0
         with self._locked():
             files = [(path, stat) for path, stat in self._counted()]
@@ -89,7 +87,7 @@ class Cache:
         return freed
 
     def _counted(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """What takes room. What a killed process was downloading is removed."""
+        """Files that count towards the limit. Partial downloads of killed processes are removed."""
         for path, stat in files_of(self.folder):
             if path.suffix == ROOM and _is_abandoned(path):
                 path.with_suffix(TEMPORARY).unlink(missing_ok=True)
@@ -104,12 +102,12 @@ class Cache:
         except OSError as error:
             raise InputError(f"cache {path}: {error.strerror}") from None
         with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of this opening: lockf would let the threads of a process by
+            fcntl.flock(lock, fcntl.LOCK_EX)  # flock, because lockf does not exclude threads of one process
             yield
 
 
 def files_of(cache: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """The files of a cache, of all addresses. Other processes may remove some meanwhile: those are left out."""
+    """The files of a cache, of all URLs, without files that other processes remove during the listing."""
     for folder in cache.iterdir():
         if folder.is_dir() and not folder.is_symlink():
             for path in folder.iterdir():
@@ -118,12 +116,12 @@ def files_of(cache: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 
 def default_cache() -> Path:
-    """The node's cache: MEGATRON_TN_CACHE, or else the user's cache folder."""
+    """The node's cache folder: MEGATRON_TN_CACHE, or else in the user's cache folder."""
     return Path(os.environ.get("MEGATRON_TN_CACHE") or Path.home() / ".cache" / "megatron_tn")
 
 
 def _is_abandoned(room: Path) -> bool:
-    """Whether the process that was downloading is gone, and its lock with it."""
+    """Whether the downloading process has ended and its lock is free."""
     try:
         with open_lock(room) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,8 +1,8 @@
-"""Where each document's tokens lie in a tar shard, so that a reader seeks instead of scanning.
+"""Index of a tar shard: position of each document's tokens, for random access.
 
 An index is an .npy file of int64 [documents, 4]: byte offset of the `.tokens` payload in the tar, its length in tokens
-(bos and eos included), the document's UTF-8 bytes of text, and its language: the ASCII bytes of the code, such as `en`,
-read as a little-endian number, 0 where it is not known.
+(bos and eos included), the UTF-8 bytes of its text, and its language: the ASCII bytes of the code, such as `en`, as a
+little-endian number, 0 where unknown.
 """
 
 import io
@@ -18,14 +18,14 @@ from data_pipeline.errors import InputError
 
 OFFSET, TOKENS, TEXT_BYTES, LANGUAGE = range(4)
 COLUMNS = 4
-HEADER_BYTES = 4096  # the most that the header of an .npy file takes
-MOST = 2**53  # tokens or bytes of a document
-LONGEST_LANGUAGE = 7  # bytes of a code: the eighth would reach the sign of an int64
+HEADER_BYTES = 4096  # maximum header size of an .npy file
+MOST = 2**53  # maximum tokens or bytes of a document
+LONGEST_LANGUAGE = 7  # bytes of a code; an eighth could set int64's sign bit
 
 
 def safe_members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """Each member of a tar, in order. Raises InputError naming the member that is a link, a device or a folder, or that
-    has an absolute name or one leading out of the archive; and naming the shard when it is no tar or ends early."""
+    """Each member of a tar, in order. Raises InputError naming a member that is a link, a device or a folder, or whose
+    name is absolute or leads out of the archive; and naming the shard when it is not a tar or is truncated."""
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -42,20 +42,20 @@ def safe_members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]
 
 
 def language_number(code: str) -> int:
-    """How an index stores a language code; raises InputError for one that is too long or not ASCII."""
+    """A language code as stored in an index; raises InputError if it is too long or not ASCII."""
     if len(code) > LONGEST_LANGUAGE or not code.isascii():
         raise InputError(f"language={code!r} is not an ASCII code of at most {LONGEST_LANGUAGE} characters")
     return int.from_bytes(code.encode(), "little")
 
 
 def language_code(number: int) -> str:
-    """The code that `language_number` made."""
+    """The inverse of `language_number`."""
     return int(number).to_bytes(8, "little").rstrip(b"\0").decode("ascii", "replace")
 
 
 def build_index(path: Path, itemsize: int) -> tuple[np.ndarray, list[dict]]:
-    """Reads a shard back: its index [documents, 4] and each document's metadata. `itemsize`: bytes of a stored token.
-    Raises InputError naming the shard and member for a duplicate or unpaired key and for metadata that disagrees."""
+    """Reads a shard: (index [documents, 4], each document's metadata). `itemsize`: bytes per stored token. Raises
+    InputError naming shard and member for a duplicate or unpaired key and for metadata that contradicts the tokens."""
     rows, metadata, keys = [], [], set()
     pending: dict[str, tuple[dict, int]] = {}
     for tar, member in safe_members(path):
@@ -107,16 +107,16 @@ def dump_index(index: np.ndarray) -> bytes:
 
 
 def index_bytes(documents: int) -> int:
-    """The most bytes that the index of so many documents takes."""
+    """Maximum size in bytes of an index of `documents` documents."""
     return documents * COLUMNS * np.dtype(np.int64).itemsize + HEADER_BYTES
 
 
 def read_npy(data: bytes, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """The array of an .npy file that must be of this shape and dtype. Raises ValueError for anything else, a pickle
-    included.
+    """The array of an .npy file, which must have this shape and dtype. Raises ValueError for anything else, including a
+    pickle.
 
-    Not np.load: it parses the header with Python's own parser, which in Python 3.11 fails now and then when two threads
-    parse at once, and readers are threads.
+    Not np.load, which parses the header with ast.literal_eval: in Python 3.11, it sometimes fails when several threads
+    (such as readers) parse at once.
     """
     header = io.BytesIO()
     description = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
@@ -137,8 +137,8 @@ def load_index(path: Path, *, documents: int, tokens: int, size: int, itemsize: 
 
 
 def parse_index(data: bytes, name: str, *, documents: int, tokens: int, size: int, itemsize: int) -> np.ndarray:
-    """The index [documents, 4] of a shard with these figures. Raises InputError naming the file when it holds a pickle,
-    is damaged, or does not fit the shard."""
+    """The index [documents, 4] of a shard with these numbers of documents, tokens and bytes. Raises InputError naming
+    the file when it holds a pickle, is damaged, or does not fit the shard."""
     try:
         index = read_npy(data, (documents, COLUMNS), np.int64)
     except ValueError as error:

@@ -30,13 +30,13 @@ from data_pipeline.shards.content import (
 from data_pipeline.shards.remote import MOST_UNSIZED, Remote, is_remote
 
 SHOWN_PROBLEMS = 10
-ROOM = 4  # shards that a cache must hold: two that are read ahead, one that is asked for and one in use
+ROOM = 4  # minimum of a cache in shards: two prefetched, one requested, one in use
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A checked manifest and the folder it was found in, or the cache of the `remote` one. Make one with `load` or
-    `create`."""
+    """A checked manifest and its folder; for a manifest from a URL, `remote` and its cache folder. Make one with `load`
+    or `create`."""
 
     content: Content
     directory: Path
@@ -50,8 +50,8 @@ class Manifest:
         shards: list[Shard],
         sources: dict[str, SourceInfo] | None = None,
     ) -> "Manifest":
-        """A manifest of `shards` in `directory`; of `sources`, those that have a shard are kept. Raises InputError when
-        the shards contradict each other."""
+        """A manifest of `shards` in `directory`, with the `sources` that have a shard. Raises InputError when the
+        shards contradict each other."""
         known = sources or {}
         content = Content(
             format=FORMAT,
@@ -74,10 +74,10 @@ class Manifest:
         cache: str | Path | None = None,
         cache_bytes: int = 100_000_000_000,
     ) -> "Manifest":
-        """Reads and checks `path`. With `check_files`, the tokenizer must be the one that made the shards, every shard
-        and index must be there, and every shard of its full size: one stat each; `verify` is what reads and hashes
-        them. A `path` that is a URL of fsspec is read through `cache`, a local folder (see `cache.default_cache`) that
-        other manifests may share, of at most `cache_bytes` in all. Raises InputError naming each bad file."""
+        """Reads and checks `path`. With `check_files`, the tokenizer must have the recorded hash, every shard and index
+        must exist, and every shard have its recorded size (one stat per file; `verify` reads and hashes them). An
+        fsspec URL is read through `cache`, a local folder (see `cache.default_cache`) that manifests share, of at most
+        `cache_bytes` in all. Raises InputError naming each bad file."""
         remote = _open_remote(str(path), cache, cache_bytes)
         path = Path(path) if remote is None else remote.folder / str(path).rpartition("/")[2]
         try:
@@ -100,7 +100,7 @@ class Manifest:
         return manifest
 
     def save(self) -> Path:
-        """Writes manifest.json whole or not at all; returns its path."""
+        """Writes manifest.json atomically; returns its path."""
         path = self.directory / "manifest.json"
         replace_file(path, json.dumps(CONTENT.dump_python(self.content, mode="json"), indent=1).encode() + b"\n")
         return path
@@ -119,7 +119,7 @@ class Manifest:
 
     @property
     def dtype(self) -> np.dtype:
-        """How tokens lie on disk: little-endian uint16 or uint32."""
+        """The dtype of stored tokens: little-endian uint16 or uint32."""
         return np.dtype(self.content.dtype).newbyteorder("<")
 
     @property
@@ -128,7 +128,7 @@ class Manifest:
 
     @functools.cached_property
     def content_hash(self) -> str:
-        """sha256 over everything the manifest says, shard hashes included; where the folder lies does not count."""
+        """sha256 over the manifest's content, including shard hashes, but not the folder's path."""
         canonical = json.dumps(CONTENT.dump_python(self.content, mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -138,14 +138,14 @@ class Manifest:
         return self.remote.url if self.remote else str(self.directory)
 
     def local(self, name: str, *, size: int | None = None, sha256: str | None = None) -> Path:
-        """Where a file of this manifest can be opened, once it is downloaded if it has to be. Raises OSError."""
+        """The local path of a file of this manifest, downloaded if necessary. Raises OSError."""
         return self.remote.fetch(name, size=size, sha256=sha256) if self.remote else self.directory / name
 
     def open(
         self, name: str, *, size: int | None = None, sha256: str | None = None, most: int = MOST_UNSIZED
     ) -> FileIO:
-        """A file of this manifest, opened; of a remote one whose `size` is not known, at most `most` bytes are
-        downloaded. Raises OSError."""
+        """Opens a file of this manifest; of a remote file of unknown `size`, at most `most` bytes are downloaded.
+        Raises OSError."""
         if self.remote:
             return self.remote.open(name, size=size, sha256=sha256, most=most)
         file = FileIO(self.directory / name)
@@ -155,8 +155,8 @@ class Manifest:
         return file
 
     def read(self, name: str, *, sha256: str | None = None, most: int = MOST_UNSIZED, fresh: bool = False) -> bytes:
-        """All of a file of this manifest; of a remote one, downloaded again when `fresh` is set or the cached copy has
-        another hash. Raises OSError."""
+        """The content of a file of this manifest; a remote file is downloaded again if `fresh` or if the cached copy
+        has another hash. Raises OSError."""
         if self.remote and fresh:
             self.remote.fetch(name, sha256=sha256, most=most, fresh=True)
         with self.open(name, sha256=sha256, most=most) as file:
@@ -166,24 +166,24 @@ class Manifest:
         return data
 
     def names(self) -> set[str]:
-        """The files that lie beside the manifest; none of a remote one that cannot be listed."""
+        """Names of the files beside the manifest; empty for a remote folder that cannot be listed."""
         return set(self.remote.names() if self.remote else os.listdir(self.directory))
 
     def publish(self, name: str) -> None:
-        """Copies a file that was written to `directory` to where a remote manifest came from. Raises InputError."""
+        """Uploads a file from `directory` to a remote manifest's folder. Raises InputError."""
         if not self.remote:
             return
         try:
             self.remote.put(name)
-        except Exception as error:  # each file system has errors of its own
+        except Exception as error:  # each fsspec file system has its own errors
             raise InputError(f"{self.place}/{name}: cannot be written: {error or type(error).__name__}") from None
 
     def tokenizer_problems(self) -> list[str]:
-        """One line when the tokenizer beside the shards is absent or not the one that made them."""
+        """One line when the tokenizer beside the shards is absent or has another hash."""
         name = self.tokenizer.file
         try:
             found = sha256_of(self.local(name))
-            if self.remote and found != self.tokenizer.sha256:  # of a corpus that was published again at its address
+            if self.remote and found != self.tokenizer.sha256:  # the corpus was republished at its URL
                 found = sha256_of(self.remote.fetch(name, fresh=True))
         except OSError as error:
             return [f"tokenizer {name}: missing or unreadable: {error.strerror}"]
@@ -192,7 +192,7 @@ class Manifest:
         return [f"tokenizer {name}: altered: its sha256 is {found}, that of the shards {self.tokenizer.sha256}"]
 
     def missing_or_truncated(self) -> list[str]:
-        """One line for each shard that `file_problem` finds fault with; of remote ones, by one listing."""
+        """One line per shard that is missing or truncated, as in `file_problem`; for remote shards, by one listing."""
         if self.remote:
             return self._remote_problems()
         return [problem for shard in self.shards if (problem := self.file_problem(shard))]
@@ -213,7 +213,7 @@ class Manifest:
         return problems
 
     def file_problem(self, shard: Shard) -> str | None:
-        """One line when the shard or its index is absent, or the shard is not of its recorded size. Reads nothing."""
+        """One line when the shard or its index is absent, or the shard has not its recorded size. Reads no content."""
         try:
             size = os.stat(self.directory / shard.name).st_size
             os.stat(self.directory / shard.index)
@@ -226,7 +226,7 @@ class Manifest:
 
 
 def _open_remote(path: str, cache: str | Path | None, cache_bytes: int) -> Remote | None:
-    """The remote folder of a manifest's URL, its manifest.json fetched anew; None for a local path."""
+    """The remote folder of a manifest's URL, with manifest.json downloaded again; None for a local path."""
     if not is_remote(path):
         return None
     url, _, name = path.rpartition("/")

@@ -1,4 +1,4 @@
-"""Reads whole documents back from shards, in stored order: for evaluation, checks and people."""
+"""Reads whole documents from shards, in stored order, for evaluation, checks and inspection."""
 
 import hashlib
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ class StoredDocument:
 def shard_index(manifest: Manifest, shard: Shard) -> np.ndarray:
     """A shard's index, int64 [documents, 4], checked against the manifest. Raises InputError or OSError."""
     data = manifest.read(shard.index, sha256=shard.index_sha256, most=index_bytes(shard.documents))
-    # One of other documents may add up to the same sums, and would give tokens from between them.
+    # An index of other documents may have the same totals but other offsets.
     if hashlib.sha256(data).hexdigest() != shard.index_sha256:
         raise InputError(f"index {shard.index}: its sha256 is not the manifest's")
     return parse_index(

@@ -1,7 +1,7 @@
-"""Files of a remote folder, each downloaded whole into the node's cache (`data_pipeline.shards.cache`).
+"""Files of a remote folder, downloaded whole into the node's cache (`data_pipeline.shards.cache`).
 
-A download has a temporary name until its size and hash are right. It stops at the size that the manifest gives, and
-fails below a least rate; a failed one is tried again after growing waits.
+A download has a temporary name until size and hash are verified. It is limited to the size in the manifest and fails
+below a minimum rate; failed downloads are retried with exponential backoff.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ from data_pipeline.shards.cache import Cache, CacheFull
 logger = logging.getLogger(__name__)
 
 LONGEST_WAIT = 30.0  # seconds between two attempts
-STALLED = 60.0  # seconds: the longest wait for a byte over HTTP, and the window over which LEAST_RATE is asked
-LEAST_RATE = 10_000  # bytes per second, below which a download has failed
-MOST_UNSIZED = 1 << 30  # bytes of a file whose size the manifest does not give
-ASKING = 16  # files whose sizes are asked for at once
+STALLED = 60.0  # seconds: HTTP read timeout, and the window in which LEAST_RATE is measured
+LEAST_RATE = 10_000  # bytes per second; slower downloads fail
+MOST_UNSIZED = 1 << 30  # maximum bytes of a file without a size in the manifest
+ASKING = 16  # concurrent requests for file sizes
 
 
 def is_remote(path: str) -> bool:
@@ -48,13 +48,13 @@ def is_remote(path: str) -> bool:
 
 
 class _Watch(Callback):
-    """Told of each piece of a download. Raises OSError once it exceeds `most` bytes, or when STALLED seconds brought
-    less than LEAST_RATE x STALLED bytes."""
+    """fsspec callback for each piece of a download. Raises OSError when it exceeds `most` bytes, or receives less than
+    LEAST_RATE x STALLED bytes in STALLED seconds."""
 
     def __init__(self, most: int):
         super().__init__()
         self.most = most
-        self.came = self.before = 0  # bytes, now and when the window began
+        self.came = self.before = 0  # bytes received, now and at the window's beginning
         self.since = time.monotonic()
 
     def relative_update(self, inc: int = 1) -> None:
@@ -71,15 +71,15 @@ class _Watch(Callback):
 
 @dataclass
 class Remote:
-    """Files of the folder `url`, cached in `cache`. `attempts`: to download a file, waiting `first_wait` seconds after
-    the first and twice as long after each other. Thread-safe and picklable."""
+    """Files of the folder `url`, cached in `cache`. `attempts`: tries per download, with waits of `first_wait` seconds,
+    doubled each time. Thread-safe and picklable."""
 
     url: str
     cache: Cache
     attempts: int = 8
     first_wait: float = 0.5
-    downloads: int = 0  # by this process, for tests and logs
-    folder: Path = field(init=False)  # of the files of this address that have no known hash
+    downloads: int = 0  # number of downloads by this process, for tests and logs
+    folder: Path = field(init=False)  # cache folder of this URL's files without a known hash
     _asked: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self):
@@ -100,7 +100,7 @@ class Remote:
         self._start()
 
     def place(self, name: str, sha256: str | None) -> Path:
-        """Where a file is cached."""
+        """The path of a file in the cache."""
         return self.cache.content(name, sha256) if sha256 else self.folder / name
 
     def fetch(
@@ -113,9 +113,9 @@ class Remote:
         fresh: bool = False,
         attempts: int | None = None,
     ) -> Path:
-        """The local copy of a file, downloaded if it is missing or is to be `fresh`. `size`: its bytes where they are
-        known, `most`: otherwise the most it may have; a download stops beyond them. Raises FileNotFoundError when the
-        server has none, OSError when no attempt gave the file that `size` and `sha256` describe, CacheFull."""
+        """The local copy of a file, downloaded if missing or `fresh`. `size`: bytes, if known; `most`: otherwise, the
+        download's limit. Raises FileNotFoundError when the server has no such file, OSError when no attempt gave a file
+        of this `size` and `sha256`, CacheFull."""
         path = self.place(name, sha256)
         with self._guard:
             lock = self._locks.setdefault(path.name, threading.Lock())
@@ -123,13 +123,13 @@ class Remote:
             if fresh or not path.exists() or (size is not None and path.stat().st_size != size):
                 self._retry(name, lambda: self._attempt(name, path, size, sha256, most), attempts)
             with contextlib.suppress(FileNotFoundError):  # another download needed its room already
-                os.utime(path)  # used now
+                os.utime(path)  # marks it as recently used
         return path
 
     def open(
         self, name: str, *, size: int | None = None, sha256: str | None = None, most: int = MOST_UNSIZED
     ) -> FileIO:
-        """`fetch`, opened: from then on no other download can take it away. Raises OSError."""
+        """`fetch` and open: the open file stays readable when the cache removes it. Raises OSError."""
         for _ in range(self.attempts):
             path = self.fetch(name, size=size, sha256=sha256, most=most)
             with contextlib.suppress(FileNotFoundError):  # another download needed its room already
@@ -137,8 +137,8 @@ class Remote:
         raise OSError(f"{self.url}/{name}: {self.cache} is too small for what is in use")
 
     def prefetch(self, wanted: list[tuple[str, int, str]]) -> None:
-        """Begins to download files (name, size, sha256) that will soon be asked for, as many as fit into half of the
-        cache; failures show when they are asked for."""
+        """Starts downloads of files (name, size, sha256), as many as fit into half of the cache. Errors are raised by a
+        later `fetch`."""
         room = itertools.accumulate(size for _, size, _ in wanted)
         wanted = [item for item, total in zip(wanted, room, strict=True) if total <= self.cache.max_bytes // 2]
         with self._guard:
@@ -150,8 +150,8 @@ class Remote:
             self._pool.submit(self._try, name, size, sha256)
 
     def sizes(self, names: list[str]) -> dict[str, int | None]:
-        """{name: bytes} of those of these files that the remote folder has, None where it does not say: by one listing,
-        or, where there is none that has sizes (plain HTTP), by asking for each. Raises OSError."""
+        """{name: bytes, None if unknown} of the files among `names` that the remote folder has: by one listing or, if
+        listings have no sizes (plain HTTP), by a request per file. Raises OSError."""
         filesystem, root = self._filesystem()
         try:
             listing = self._retry("", lambda: filesystem.ls(root, detail=True))
@@ -165,7 +165,7 @@ class Remote:
         return found
 
     def _size(self, name: str) -> tuple[bool, int | None]:
-        """Whether a file is there, and its bytes if the server says so."""
+        """(Whether a file exists, its bytes or None if unknown)."""
         filesystem, root = self._filesystem()
         try:
             return True, self._retry(name, lambda: filesystem.info(f"{root}/{name}").get("size"))
@@ -173,22 +173,22 @@ class Remote:
             return False, None
 
     def names(self) -> list[str]:
-        """The names in the remote folder; none where it cannot be listed."""
+        """Names in the remote folder; empty if it cannot be listed."""
         filesystem, root = self._filesystem()
-        filesystem.invalidate_cache(root)  # what others have put there since
+        filesystem.invalidate_cache(root)  # a cached listing lacks new files
         with contextlib.suppress(Exception):
             return [entry.rpartition("/")[2] for entry in filesystem.ls(root, detail=False)]
         return []
 
     def put(self, name: str) -> None:
-        """Copies a file of the cache to the remote folder. Raises what the file system raises."""
+        """Uploads a file of the cache to the remote folder. Raises the file system's errors."""
         filesystem, root = self._filesystem()
         data = (self.folder / name).read_bytes()
         self._retry(name, lambda: filesystem.pipe_file(f"{root}/{name}", data))
 
     def _try(self, name: str, size: int, sha256: str) -> None:
         try:
-            # Once: who needs the file tries again, and a process that ends need not wait for it.
+            # One attempt: the reader's `fetch` retries, and an exiting process does not wait for retries.
             self.fetch(name, size=size, sha256=sha256, attempts=1)
         except (OSError, CacheFull) as error:
             logger.warning("prefetch of %s: %s", name, error)
@@ -205,7 +205,7 @@ class Remote:
                 from aiohttp import ClientTimeout
             except ImportError:
                 raise InputError(f"manifest in {self.url}: needs the package aiohttp (pip install aiohttp)") from None
-            # Its default gives up on any file that takes more than five minutes, however steadily it comes.
+            # By default aiohttp limits the whole download to five minutes.
             options["client_kwargs"] = {"timeout": ClientTimeout(sock_connect=STALLED, sock_read=STALLED)}
         try:
             return fsspec.core.url_to_fs(self.url, **options)
@@ -213,9 +213,9 @@ class Remote:
             raise InputError(f"manifest in {self.url}: {error}") from None
 
     def _retry(self, name: str, attempt: Callable[[], Any], attempts: int | None = None) -> Any:
-        """What `attempt` gives, tried again after growing waits. Raises FileNotFoundError, which is final, and OSError
-        when all attempts failed."""
-        # Waits of its own, so that ranks do not come back all at once, and without touching the global random state.
+        """The result of `attempt()`, retried with exponential backoff. Raises FileNotFoundError without a retry, and
+        OSError when all attempts failed."""
+        # Random waits, so that ranks do not retry at the same time; the global random state is not used.
         generator, problem = random.Random(uuid.uuid4().int), None
         attempts = attempts or self.attempts
         for number in range(attempts):
@@ -225,7 +225,7 @@ class Remote:
                 return attempt()
             except (CacheFull, InputError, NotImplementedError, PermissionError):
                 raise
-            except Exception as error:  # each file system has errors of its own
+            except Exception as error:  # each fsspec file system has its own errors
                 if _says_absent(error):
                     raise FileNotFoundError(errno.ENOENT, "not there", f"{self.url}/{name}") from None
                 problem = error
@@ -238,7 +238,7 @@ class Remote:
         with self.cache.receiving(path, most if most < MOST_UNSIZED else 0) as temporary:
             try:
                 watch = _Watch(most)
-                if self.url.startswith("file:"):  # whose get_file tells the watch nothing
+                if self.url.startswith("file:"):  # its get_file does not call the callback
                     watch.relative_update(filesystem.size(f"{root}/{name}"))
                 filesystem.get_file(f"{root}/{name}", str(temporary), callback=watch)
             except OSError as error:
@@ -257,8 +257,8 @@ class Remote:
 
 
 def _says_absent(error: BaseException) -> bool:
-    """Whether an error says that a file is not there. fsspec's HTTP says so of whatever fails while it asks for a
-    file's size: then the reason counts, which is the server's answer."""
+    """Whether an error means that a file does not exist. fsspec's HTTP raises FileNotFoundError for any failed size
+    request: then its cause, the server's answer, decides."""
     if not isinstance(error, FileNotFoundError):
         return False
     cause = error.__cause__

@@ -1,8 +1,7 @@
-"""Scores of a shard's documents, kept beside it so that a new threshold needs neither the model nor new shards.
+"""Scores of a shard's documents in a sidecar file, so that a new threshold needs neither the model nor new shards.
 
-A set of scores has a name, such as that of the model that gave them. The sidecar of shard NAME.tar is
-NAME.SCORES.scores.npy: float32 [documents, 2], nats per token and nats per byte of text, NaN for a document that was
-not scored.
+A set of scores has a name SCORES, such as the model's. The sidecar of shard NAME.tar is NAME.SCORES.scores.npy: float32
+[documents, 2], nats per token and nats per byte of text, NaN for a document that was not scored.
 """
 
 import hashlib
@@ -24,12 +23,12 @@ MEASURES = ("nats_per_token", "nats_per_byte")
 
 
 def scores_file(shard: Shard, name: str) -> str:
-    """The file beside the shard that holds its scores `name`."""
+    """The sidecar's file name for scores `name` of a shard."""
     return f"{shard.name.removesuffix('.tar')}.{name}.scores.npy"
 
 
 def save_scores(directory: Path, shard: Shard, name: str, scores: np.ndarray) -> Path:
-    """Writes a shard's scores [documents, 2] whole or not at all."""
+    """Writes a shard's scores [documents, 2] atomically."""
     if scores.shape != (shard.documents, len(MEASURES)):
         raise ValueError(f"shard {shard.name}: scores {scores.shape} for {shard.documents} documents")
     buffer = io.BytesIO()
@@ -39,7 +38,7 @@ def save_scores(directory: Path, shard: Shard, name: str, scores: np.ndarray) ->
 
 
 def load_scores(read: Callable[[str], bytes], shard: Shard, name: str) -> tuple[np.ndarray, str]:
-    """A shard's scores, float32 [documents, 2], and the sha256 of their file, which `read` gives by its name. Raises
+    """(A shard's scores, float32 [documents, 2], sha256 of their file). `read(file name)`: the file's bytes. Raises
     InputError naming the file when it is absent, damaged, holds a pickle or does not fit the shard."""
     file = scores_file(shard, name)
     try:

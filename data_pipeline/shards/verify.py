@@ -1,7 +1,7 @@
 """Reads every shard of a manifest to the last byte: `python -m data_pipeline.shards.verify MANIFEST`.
 
-Exit code 0: all is as the manifest says. 1: it is not, one line a finding. 2: the manifest itself, or an argument,
-cannot be used. 130: interrupted.
+Exit code 0: all shards agree with the manifest. 1: they do not, one line per problem. 2: the manifest or an argument is
+invalid. 130: interrupted.
 """
 
 import functools
@@ -27,7 +27,7 @@ from data_pipeline.shards.manifest import Manifest
 
 @dataclass(frozen=True)
 class Checked:
-    """What a shard gave: its problems, and 64 bits of each document's id and of its tokens, uint64 [documents]."""
+    """Result for a shard: its problems, and 64-bit hashes of each document's id and tokens, uint64 [documents]."""
 
     problems: list[str]
     ids: np.ndarray
@@ -38,9 +38,9 @@ NOTHING = np.empty(0, np.uint64)
 
 
 def verify(manifest: Manifest, *, workers: int = 1, content: bool = False, progress: bool = False) -> list[str]:
-    """One line for each shard that is missing, truncated, altered or duplicated, each that the manifest does not list,
-    and each document id that occurs twice, in one shard or in two; with `content`, also each document whose tokens
-    another has. An empty list when all is well. `workers`: processes; memory is 16 bytes a document."""
+    """One line for each shard that is missing, truncated, altered, duplicated or not in the manifest, and each document
+    id that occurs twice; with `content`, also for each document with the tokens of another one. Empty without problems.
+    `workers`: processes; memory is 16 bytes per document."""
     problems = manifest.tokenizer_problems()
     check = functools.partial(_check_shard, manifest)
     checked = []
@@ -58,7 +58,7 @@ def verify(manifest: Manifest, *, workers: int = 1, content: bool = False, progr
 
 
 def _map(check: Callable[[Shard], Checked], shards: tuple[Shard, ...], workers: int) -> Iterator[Checked]:
-    """In the order of the shards, whichever worker is first."""
+    """Results of `check` for all shards, in the order of the shards."""
     if workers == 1 or len(shards) < 2:
         yield from map(check, shards)
         return
@@ -82,7 +82,7 @@ def _check_shard(manifest: Manifest, shard: Shard) -> Checked:
     path, itemsize = manifest.directory / shard.name, manifest.dtype.itemsize
     try:
         if manifest.remote:
-            # What the server has now: without a hash, nothing that is cached under one is taken for it.
+            # The server's current file: without sha256, no cached file is used.
             manifest.remote.fetch(shard.name, fresh=True, most=shard.size)
             manifest.remote.fetch(shard.index, fresh=True, most=index_bytes(shard.documents))
         if problem := manifest.file_problem(shard):
@@ -134,7 +134,7 @@ def _token_problems(manifest: Manifest, shard: Shard, row: int, tokens: np.ndarr
 
 
 def _doubles(manifest: Manifest, hashes: list[np.ndarray], what: str) -> Iterator[str]:
-    """A line for each document whose hash an earlier one has."""
+    """A line for each document with the same hash as an earlier one."""
     together = np.concatenate(hashes) if hashes else NOTHING
     order = np.argsort(together, kind="stable")
     same = np.flatnonzero(together[order][1:] == together[order][:-1]) + 1

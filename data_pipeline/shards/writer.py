@@ -1,4 +1,4 @@
-"""Writes documents to tar shards whose bytes depend on nothing but the documents."""
+"""Writes documents to tar shards whose bytes depend only on the documents."""
 
 import contextlib
 import json
@@ -14,11 +14,11 @@ from data_pipeline.shards.tar import TarWriter
 
 
 class ShardWriter:
-    """Cuts a sequence of documents into shards PREFIX-00000.tar, ... of about `shard_tokens` tokens each.
+    """Writes documents to shards PREFIX-00000.tar, ... of about `shard_tokens` tokens each.
 
-    A shard holds documents of one source, so that the stream can mix sources by sums over shards alone: a change of
-    source begins another. A document longer than `shard_tokens` gets a shard of its own. A shard gets its final name
-    only when it is whole and its index lies beside it. Use as a context manager; `shards` lists what was written.
+    A shard holds documents of one source, so that the stream can mix sources by shard: a change of source starts a new
+    shard. A document longer than `shard_tokens` gets its own shard. A shard gets its final name when it is complete and
+    has its index. Use as a context manager; `shards` lists the written shards.
     """
 
     def __init__(self, directory: str | Path, prefix: str, *, dtype: np.dtype, shard_tokens: int):
@@ -40,7 +40,7 @@ class ShardWriter:
         if kind is None:
             self._finish()
         elif self._file is not None:
-            with contextlib.suppress(OSError):  # a full disk is what brought us here, and the file goes anyway
+            with contextlib.suppress(OSError):  # the disk may be full, and the file is deleted anyway
                 self._file.close()
             self._temporary.unlink(missing_ok=True)
 
@@ -51,9 +51,8 @@ class ShardWriter:
     def write(
         self, tokens: np.ndarray, *, id: str, source: str, text_bytes: int, language: str = "", key: str = ""
     ) -> None:
-        """Appends a document: `tokens` [n] with bos and eos, `text_bytes` the UTF-8 length of its text, `language` its
-        code and `key` its own name, such as a URL, where they are known. Raises ValueError when an id does not fit the
-        stored dtype, rather than wrapping it.
+        """Appends a document: `tokens` [n] with bos and eos; `text_bytes`: UTF-8 length of its text; `language`: code,
+        and `key`: name such as a URL, if known. Raises ValueError when a token id exceeds the stored dtype.
         """
         if tokens.size == 0 or tokens.min() < 0 or tokens.max() > np.iinfo(self.dtype).max:
             raise ValueError(f"document {id!r}: no tokens, or an id outside {self.dtype}")
@@ -84,7 +83,7 @@ class ShardWriter:
         self._tar.finish()
         self._file.flush()
         os.fsync(self._file.fileno())
-        # The index is made from what is on disk, so a shard that cannot be read back is found here and not in training.
+        # The index is built from the file on disk, so an unreadable shard is found here and not in training.
         index, _ = build_index(self._temporary, self.dtype.itemsize)
         index_path = self.directory / f"{self._name}.index.npy"
         replace_file(index_path, dump_index(index))
@@ -101,6 +100,6 @@ class ShardWriter:
             index_sha256=sha256_of(index_path),
         )
         os.replace(self._temporary, self.directory / shard.name)
-        self._file.close()  # and with it the lock, which keeps others from removing it
+        self._file.close()  # also releases the lock, which keeps other processes from removing the file
         self._file = self._tar = None
         self.shards.append(shard)

@@ -1,1 +1,1 @@
-"""datatrove steps that several stages of the pipeline share. Stages are made of them in `stages.py`."""
+"""datatrove steps shared by several stages; `stages.py` combines them."""

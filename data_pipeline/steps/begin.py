@@ -12,15 +12,15 @@ from datatrove.pipeline.base import PipelineStep
 from data_pipeline.errors import StageError
 from data_pipeline.files import open_lock
 
-MARKER_SECONDS = 60  # how late a shared file system may show the completion markers of the stage before
+MARKER_SECONDS = 60  # delay until a shared file system shows the previous stage's completion markers
 
 
 class BeginTask(PipelineStep):
-    """First step of every stage: sees that the stage before is complete, and holds the task for this process.
+    """First step of every stage: checks that the previous stage is complete, and locks the task for this process.
 
-    The markers are what the executors' own dependencies rely on; a cluster that lost a part of an array in between must
-    not make a stage run on half its input. The lock goes with the process, or when it takes its next task: workers of a
-    killed run may live on for a moment, and the next run's worker waits here until they are done.
+    The check of completion markers protects against a SLURM array that lost tasks: the stage would run on partial
+    input. The lock ends with the process or its next task: workers of a killed run may live on for a moment, and the
+    next run's worker waits here until they end.
     """
 
     type = "🔒 - LOCK"
@@ -39,7 +39,7 @@ class BeginTask(PipelineStep):
         lock = open_lock(self.stage / "locks" / f"{rank:05d}")
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX)
-        except OSError as error:  # a shared file system without locks: there SLURM alone starts the tasks
+        except OSError as error:  # a file system without locks: SLURM starts each task only once
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
         BeginTask._held = lock
@@ -54,7 +54,7 @@ class BeginTask(PipelineStep):
 
 
 def missing_tasks(stage: Path, tasks: int) -> list[int]:
-    """The tasks of a stage's folder that have no completion marker."""
+    """The tasks of a stage without a completion marker in its folder."""
     folder = stage / "completions"
     done = set(os.listdir(folder)) if folder.is_dir() else set()
     return [rank for rank in range(tasks) if f"{rank:05d}" not in done]

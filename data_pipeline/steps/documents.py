@@ -1,7 +1,7 @@
-"""Documents between two stages.
+"""Documents between stages.
 
-They are written once, by the rules, compressed; later stages record which of them go on and which lines they lose, and
-whoever reads the documents applies that.
+The rules stage writes them once, compressed. Later stages record only kept documents and cut lines; readers apply these
+records.
 """
 
 import io
@@ -24,20 +24,20 @@ SUFFIX = ".jsonl.zst"
 
 @dataclass(frozen=True)
 class Stored:
-    """Where documents are. `written`: folder of a TaskWriter; `kept`: folder of a RecordKept, or None for all of them;
-    `cuts`: folder of `save_cuts`, or None. Each has a file for each task."""
+    """Folders of stored documents, each with a file per task. `written`: by TaskWriter; `kept`: by RecordKept, None:
+    all documents are kept; `cuts`: by `save_cuts`, or None."""
 
     written: Path
     kept: Path | None = None
     cuts: Path | None = None
 
     def tasks(self) -> list[int]:
-        """The tasks that have written."""
+        """The tasks with a file in `written`."""
         return sorted(int(path.name.removesuffix(SUFFIX)) for path in self.written.glob(f"*{SUFFIX}"))
 
     def read(self, rank: int) -> Iterator[Document]:
-        """The documents of a task that are left, in order, without the lines that were cut. Their metadata has `place`,
-        the number of the document in the task's file."""
+        """The kept documents of a task, in order, without cut lines. Metadata `place`: index of the document in the
+        task's file."""
         kept = set(np.load(self.kept / f"{rank:05d}.npy", allow_pickle=False).tolist()) if self.kept else None
         cuts = json.loads((self.cuts / f"{rank:05d}.json").read_bytes()) if self.cuts else {}
         with (self.written / f"{rank:05d}{SUFFIX}").open("rb") as file:
@@ -52,7 +52,7 @@ class Stored:
 
 
 class TaskWriter(PipelineStep):
-    """Writes documents to the file of task `rank`, empty when there are none, and passes them on."""
+    """Writes documents to the file of task `rank`, even if there are none, and passes them on."""
 
     type = "💽 - WRITER"
     name = "task output"
@@ -75,8 +75,7 @@ class TaskWriter(PipelineStep):
 
 
 class TaskReader(PipelineStep):
-    """Reads what is left of the documents of task `rank`. A file that is not there is an error, where datatrove's own
-    reader would go on without it."""
+    """Reads the kept documents of task `rank`. A missing file is an error; datatrove's own reader would skip it."""
 
     type = "📖 - READER"
     name = "task output"
@@ -90,7 +89,7 @@ class TaskReader(PipelineStep):
 
 
 class RecordKept(PipelineStep):
-    """Records the places of the documents that pass in folder/RANK.npy, int64 [documents], and passes them on."""
+    """Records `place` of each document it receives in folder/RANK.npy, int64 [documents], and passes them on."""
 
     type = "💽 - WRITER"
     name = "record kept"
@@ -126,12 +125,12 @@ class RemoveFolders(PipelineStep):
 
 
 def save_cuts(folder: Path, rank: int, cuts: dict[int, list[int]]) -> None:
-    """Writes {place of a document: numbers of the lines that it loses} of a task."""
+    """Writes a task's {place of a document: numbers of its cut lines}."""
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / f"{rank:05d}.json", json.dumps(cuts).encode())
 
 
 def cut_lines(text: str, numbers: set[int]) -> str:
-    """The text without the lines of these numbers, from 0, as `str.splitlines` counts them."""
+    """The text without the lines `numbers`, counted from 0 as by `str.splitlines`."""
     lines = text.splitlines(keepends=True)
     return "".join(line for number, line in enumerate(lines) if number not in numbers)

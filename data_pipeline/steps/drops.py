@@ -7,12 +7,12 @@ from datatrove.pipeline.writers import JsonlWriter
 
 from data_pipeline.document import text_bytes
 
-EXCERPT = 300  # characters of a dropped document that its record keeps
+EXCERPT = 300  # characters of a dropped document's text in its record
 
 
 def drop_writer(folder: Path, reason) -> JsonlWriter:
-    """Records dropped documents in folder/RANK.jsonl: id, source, bytes, what `reason(document)` gives (filter,
-    measure, value, threshold), and how the text begins."""
+    """Writer of dropped documents to folder/RANK.jsonl: id, source, bytes, `reason(document)` (filter, measure, value,
+    threshold), and the beginning of the text."""
 
     def record(_, document: Document) -> dict:
         identity = {"id": document.id, "source": document.metadata["source"], "bytes": text_bytes(document)}

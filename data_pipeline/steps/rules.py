@@ -1,4 +1,4 @@
-"""Rules, edits and the language, applied to each document."""
+"""Applies rules, edits and language identification to each document."""
 
 from pathlib import Path
 
@@ -15,9 +15,9 @@ from data_pipeline.steps.drops import drop_writer, rule_drop
 
 
 class ApplyRules(PipelineStep):
-    """Judges and edits each document: rules on the raw text, edits, rules for all languages, the language, rules for
-    some languages. The first that objects has the document recorded and dropped; every edit of a document that stays is
-    recorded in edits/RANK.jsonl: id, source, edit, measure, value, threshold, and the bytes before and after all edits.
+    """Per document, in order: rules on the raw text, edits, rules for all languages, language identification, rules for
+    some languages. The first rule that applies drops and records the document. Every edit of a kept document is
+    recorded in edits/RANK.jsonl: id, source, edit, measure, value, threshold, and bytes before and after all edits.
     """
 
     type = "🔻 - FILTER"
@@ -41,7 +41,7 @@ class ApplyRules(PipelineStep):
         self.drops = drop_writer(drops, rule_drop)
         self.edited = JsonlWriter(str(edited), output_filename="${rank}.jsonl", compression=None, adapter=_edit_record)
         if language:
-            identifier()  # before the workers fork, so that they share it
+            identifier()  # loaded before the fork, so that workers share it
         kinds()
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
@@ -61,7 +61,7 @@ class ApplyRules(PipelineStep):
                 yield document
 
     def _judge(self, document: Document, made: list[dict]) -> tuple[str, Drop] | None:
-        """Edits the document, noting in `made` how; returns the rule that drops it and why, or None."""
+        """Edits the document and appends records of the edits to `made`; returns (rule, Drop), or None to keep it."""
         for name, rule in self.first.items():
             if drop := rule(document.text):
                 return name, drop

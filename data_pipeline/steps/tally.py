@@ -12,7 +12,7 @@ from data_pipeline.files import replace_file
 
 
 class Tally(PipelineStep):
-    """Counts the documents that pass: folder/RANK.json holds [source, language, documents, bytes] for each pair."""
+    """Passes documents on and writes their counts to folder/RANK.json: [source, language, documents, bytes] each."""
 
     type = "📊 - STATS"
     name = "tally"

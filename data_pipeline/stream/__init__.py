@@ -1,5 +1,5 @@
-"""The training-time stream: global sample index -> tokens, whatever the topology, from any point at once. Its stages,
-one after the other, are in `pipeline`."""
+"""The training-time token stream: global sample index -> tokens, by random access and independent of the parallel
+layout. `pipeline` lists its stages."""
 
 from data_pipeline.errors import InputError
 from data_pipeline.shards.manifest import Manifest

@@ -1,4 +1,4 @@
-"""Iterating in a thread, ahead of whoever wants the items."""
+"""Prefetching iteration in a thread."""
 
 import queue
 import threading
@@ -7,14 +7,14 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-STOP_S = 10.0  # how long a thread that is no longer wanted is waited for
+STOP_S = 10.0  # wait for the thread's end after `close`
 
 
 def read_ahead(items: Generator[T], depth: int) -> Iterator[T]:
-    """The same items, of which a thread makes up to `depth` while nobody asks for one.
+    """The same items, of which a thread computes up to `depth` in advance.
 
-    An error ends the iteration where its item would have come. Closing this closes `items`, in its thread; one that
-    waits for storage that does not answer is left behind.
+    An error of `items` is raised in the place of its item. Closing this iterator closes `items` in the thread; a thread
+    that hangs in storage access is abandoned after STOP_S.
     """
     ready: queue.Queue = queue.Queue(maxsize=depth)
     stop = threading.Event()

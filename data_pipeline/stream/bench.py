@@ -1,8 +1,8 @@
-"""How fast the stream reads and starts: `python -m data_pipeline.stream.bench reader|start [--folder FOLDER]`.
+"""Benchmark of the stream's reading and start: `python -m data_pipeline.stream.bench reader|start [--folder FOLDER]`.
 
-reader: tokens a second of one process from local disk, beside plain webdataset and, where it is installed, Hugging Face
-datasets on the same shards. start: seconds from nothing to the first batch at step 10^6 of a manifest of 100 000 shards
-(--shards) and 2 trillion tokens, with a filter; all shards are links to one. Prints a line of JSON.
+reader: tokens per second of one process from local disk, compared with plain webdataset and, if installed, Hugging Face
+datasets on the same shards. start: seconds from process start to the first batch at step 10^6, for a manifest of
+100 000 shards (--shards) and 2 trillion tokens, with a filter; all shards are links to one file. Prints a line of JSON.
 """
 
 import importlib.metadata
@@ -39,7 +39,7 @@ ROUNDS = 5
 
 
 def unchanged(document: "Document") -> np.ndarray:
-    """A stage of a user's own, at its cheapest."""
+    """A minimal user-defined document stage."""
     return document.tokens
 
 
@@ -59,8 +59,8 @@ def write_shards(folder: Path, shards: int, shard_tokens: int, vocab_size: int =
 
 
 def reader(folder: Path) -> dict:
-    """Tokens a second of one process, each way of reading the same shards in turn, the best of ROUNDS: on a machine
-    that others use too, a slow round says most of the others. The first round fills the page cache."""
+    """Tokens per second of one process for each reader, the best of ROUNDS, because other processes on the machine may
+    slow a round. The first round fills the page cache."""
     from data_pipeline.stream import load_document_stage
 
     manifest = write_shards(folder, shards=4, shard_tokens=5_000_000)
@@ -88,7 +88,7 @@ def reader(folder: Path) -> dict:
 
 
 def stream_batches(manifest: Manifest, **options) -> int:
-    """An epoch of batches through the whole pipeline, in this process; how many tokens came."""
+    """Reads an epoch of batches through the whole pipeline, in this process; returns the number of tokens."""
     from webdataset import DataPipeline
 
     from data_pipeline.stream import batches, compose, token_stages
@@ -104,7 +104,8 @@ def stream_batches(manifest: Manifest, **options) -> int:
 
 
 def webdataset_documents(manifest: Manifest) -> int:
-    """Every document by plain webdataset, in stored order, neither shuffled nor packed."""
+    """Reads every document by plain webdataset, in stored order, without shuffling or packing; returns the number of
+    tokens."""
     import webdataset
 
     urls = [str(manifest.directory / shard.name) for shard in manifest.shards]
@@ -113,7 +114,7 @@ def webdataset_documents(manifest: Manifest) -> int:
 
 
 def datasets_documents(manifest: Manifest) -> int:
-    """The same by Hugging Face datasets, streaming."""
+    """As `webdataset_documents`, by Hugging Face datasets, streaming."""
     from datasets import load_dataset
 
     urls = [str(manifest.directory / shard.name) for shard in manifest.shards]
@@ -122,7 +123,7 @@ def datasets_documents(manifest: Manifest) -> int:
 
 
 def start(folder: Path, shards: int = SHARDS) -> dict:
-    """Seconds to the first batch of one rank in 64 at a far step, and the process's memory."""
+    """Seconds to the first batch of one of 64 ranks at step STEP, and the process's peak memory."""
     prepare(folder, shards)
     from data_pipeline.stream import BatchLoader, ScoreFilter, build_stream
 
@@ -153,13 +154,13 @@ def start(folder: Path, shards: int = SHARDS) -> dict:
 
 
 def peak_memory_mb() -> int:
-    """The most that this process has had in memory."""
+    """Peak memory of this process in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def prepare(folder: Path, shards: int) -> None:
-    """The simulated manifest, its links and the counts of its filter; in a process of its own, so that what it takes is
-    not measured."""
+    """Creates the simulated manifest, its links and its filter's counts, in a separate process, so that its memory and
+    time are not measured."""
     import multiprocessing
 
     process = multiprocessing.get_context("spawn").Process(target=_prepare, args=(folder, shards))

@@ -1,4 +1,4 @@
-"""The documents of a manifest as an epoch orders them: what the stages before packing hand on to each other."""
+"""The documents of a manifest in the order of an epoch; passed between the stages before packing."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from data_pipeline.stream.shard_view import DamagedShard, ShardView
 
 @dataclass(frozen=True)
 class Document:
-    """`tokens`: int64 [n], bos and eos included; `key`: its `__key__` in the tar, the shard's name and its place."""
+    """`tokens`: int64 [n], bos and eos included; `key`: shard name and index in the shard, webdataset's `__key__`."""
 
     key: str
     tokens: np.ndarray
@@ -29,7 +29,7 @@ class Document:
 
 @dataclass(frozen=True)
 class DocumentStage:
-    """A function of one document that gives as many token ids, and the name under which it is part of the stream."""
+    """A function from a document to as many token ids, and its name, which is part of the stream's hash."""
 
     name: str
     function: Callable[[Document], np.ndarray]
@@ -37,12 +37,12 @@ class DocumentStage:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Immutable: a stage gives another by `dataclasses.replace`. Any document of any epoch is found at once, so a stage
-    may depend on (manifest, seed, epoch, document) and on nothing that came before. Iterating gives the kept documents
-    in stored order, as the samples of a WebDataset, for looking at.
+    """Immutable: a stage returns a changed copy by `dataclasses.replace`. Random access to any document of any epoch: a
+    stage may depend only on (manifest, seed, epoch, document). Iteration yields the kept documents in stored order as
+    WebDataset samples, for inspection.
 
-    `seed`: of the order of shards and of documents in them; `filter`, `counts`: which documents are kept, and how many
-    that is; `document_stages`: applied to each, in order; `mixture`: how often each source is gone over.
+    `seed`: for the order of shards and of their documents; `filter`, `counts`: kept documents and their counts per
+    shard; `document_stages`: applied to each document, in order; `mixture`: repetitions of each source.
     """
 
     manifest: Manifest
@@ -54,7 +54,7 @@ class Corpus:
 
     @functools.cached_property
     def tokens(self) -> np.ndarray:
-        """Tokens that are kept of each shard, int64 [shards]. Raises InputError when they do not make a sample."""
+        """Kept tokens of each shard, int64 [shards]. Raises InputError when they are too few for a sample."""
         whole = np.array([shard.tokens for shard in self.manifest.shards], dtype=np.int64)
         tokens = self.counts.tokens if self.counts else whole
         if (total := int(tokens.sum())) < 2:
@@ -63,16 +63,16 @@ class Corpus:
 
     @property
     def shortest(self) -> int:
-        """Tokens of the shortest kept document."""
+        """Length of the shortest kept document in tokens."""
         kept = self.counts.shortest if self.counts else (shard.shortest_document for shard in self.manifest.shards)
         return min(int(length) for length in kept if length)
 
     def groups(self, sequence_length: int) -> list[Group]:
-        """The shards that are packed together, and how many samples of each an epoch has."""
+        """Groups of shards that are packed together, and their samples per epoch."""
         return make_groups(self.manifest, self.tokens, self.mixture, sequence_length)
 
     def identity(self) -> dict:
-        """All that decides which documents come, how they read, and how often."""
+        """Everything that determines the documents, their tokens and their repetitions, for the stream's hash."""
         identity = {"manifest": self.manifest.content_hash, "seed": self.seed}
         if self.filter:
             identity |= {"filter": self.filter.filter_hash, "kept": self.counts.content_hash}
@@ -83,8 +83,8 @@ class Corpus:
         return identity
 
     def view(self, epoch: int, number: int) -> ShardView:
-        """Shard `number` in the document order of `epoch`, without what the filter drops. Raises DamagedShard, also
-        when the filter keeps something else now than when it was counted."""
+        """The kept documents of shard `number` in the order of `epoch`. Raises DamagedShard, also when the filter's
+        kept documents differ from its counts."""
         index, rows = self._index(number)
         order = permutation(len(rows), self.seed, epoch, "documents", number)
         return self._open(number, index[order], rows[order])
@@ -134,7 +134,7 @@ class Corpus:
     def _edit(
         self, shard: Shard, languages: np.ndarray, rows: np.ndarray, place: int, tokens: np.ndarray
     ) -> np.ndarray:
-        """What the stages make of the tokens of the document at a place of a view."""
+        """The tokens of the document at index `place` of a view, after the document stages."""
         key, vocab_size = _key(shard, rows[place]), self.manifest.tokenizer.vocab_size
         for stage in self.document_stages:
             found = np.asarray(stage.function(Document(key, tokens, shard.source, language_code(languages[place]))))

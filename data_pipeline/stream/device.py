@@ -1,4 +1,4 @@
-"""Batches on their way to an accelerator: pinned, and copied while the step before is computed."""
+"""Asynchronous copies of batches to an accelerator: from pinned memory, during the previous step."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -12,24 +12,24 @@ TENSORS = ("tokens", "targets", "cu_seqlens")
 
 
 class Sent(NamedTuple):
-    """A step's microbatches, and the event after which their tensors are there; None where they need not travel."""
+    """A step's microbatches, and the CUDA event after which their copies are complete; None without copies."""
 
     microbatches: list[Batch]
     copied: "torch.cuda.Event | None"
 
 
 def send(steps: Iterator[list[Batch]], device: torch.device | None) -> Iterator[Sent]:
-    """The same steps with their tensors on their way to `device`.
+    """The same steps, with copies of their tensors to `device` started.
 
-    A copy from memory that is not pinned waits for all that the device has to do, and the host with it. So tensors are
-    pinned and copied on a stream of their own; the consumer's stream waits for the copy (`receive`), the host never.
-    On a CPU, or without a device, steps pass as they are. May be iterated in another thread than the consumer's.
+    A copy from unpinned memory blocks the host until the device is idle. So tensors are pinned and copied on a side
+    CUDA stream; the consumer's stream waits for the copy (`receive`), the host never does. On a CPU, or without a
+    device, steps are unchanged. Can be iterated in another thread than the consumer's.
     """
     if device is None or device.type != "cuda":
         for step in steps:
             yield Sent(step, None)
         return
-    torch.cuda.set_device(device)  # this thread's: pinning would open a context on the first GPU otherwise
+    torch.cuda.set_device(device)  # per thread; otherwise pinning creates a context on GPU 0
     copies = torch.cuda.Stream(device)
     for step in steps:
         with torch.cuda.stream(copies):
@@ -37,7 +37,7 @@ def send(steps: Iterator[list[Batch]], device: torch.device | None) -> Iterator[
 
 
 def receive(sent: Sent) -> list[Batch]:
-    """The microbatches, for use on the current stream."""
+    """The microbatches; the current CUDA stream waits for their copies."""
     if sent.copied is None:
         return sent.microbatches
     stream = torch.cuda.current_stream()
@@ -45,12 +45,12 @@ def receive(sent: Sent) -> list[Batch]:
     for batch in sent.microbatches:
         for name in TENSORS:
             if (tensor := getattr(batch, name)) is not None:
-                tensor.record_stream(stream)  # or its memory could be given to the next copy while it is in use
+                tensor.record_stream(stream)  # keeps its memory from reuse by the next copy
     return sent.microbatches
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:
     present = {name: tensor for name in TENSORS if (tensor := getattr(batch, name)) is not None}
-    # The allocator of pinned memory keeps a block until copies from it are done.
+    # The pinned-memory allocator does not reuse a block before its copies are complete.
     copied = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in present.items()}
     return dataclasses.replace(batch, **copied)

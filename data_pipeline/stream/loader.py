@@ -1,4 +1,4 @@
-"""Reads a rank's share of each step's global batch ahead of time."""
+"""Prefetches a rank's share of each step's global batch."""
 
 import os
 import signal
@@ -18,14 +18,14 @@ Plan = Callable[[int], tuple[int, int] | None]
 
 
 class BatchLoader:
-    """Iterates steps, each a list of microbatches: the contiguous share of data-parallel rank `rank` of `size`.
+    """Iterates over steps, each a list of microbatches: the contiguous share of data-parallel rank `rank` of `size`.
 
-    `plan(step)` gives the step's global batch as (first sample, number of samples), or None when training is over. The
-    share of rank r is samples [first + r * share, first + (r + 1) * share), in microbatches of `micro_batch` samples.
-    `workers`: 0 reads in a thread, more in that many processes; `prefetch`: steps ahead, of the thread that collects
-    them and of each process. `device`: where the thread puts them; their `target_tokens` are known to the host.
-    Iteration starts at `step`, which may be set before and is the next step at any time. Raises InputError when a
-    global batch does not divide. Leaves torch's global random state alone. `close`, or a with statement, stops it.
+    `plan(step)`: the step's global batch as (first sample, number of samples), or None after the last step. The share
+    of rank r is samples [first + r * share, first + (r + 1) * share), in microbatches of `micro_batch` samples.
+    `workers`: 0 reads in a thread, n > 0 in n processes; `prefetch`: steps that the thread, and each process, reads
+    ahead. `device`: the thread copies batches there; `target_tokens` stays on the host. Iteration starts at attribute
+    `step`, always the next step. Raises InputError when a global batch is not divisible. Does not use torch's global
+    random state. `close`, or a with statement, stops the threads and processes.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class BatchLoader:
         self.prefetch = prefetch
         self.device = device
         self._running: Iterator[list[Batch]] | None = None
-        self._share(step)  # a batch that does not divide is an error before anything is started
+        self._share(step)  # raises for an indivisible batch before anything is started
 
     def __iter__(self) -> Iterator[list[Batch]]:
         self.close()
-        # No name for the steps: this frame, kept by whoever iterates, would keep the reader processes after `close`.
+        # No local variable for the steps: the suspended frame would keep the reader processes alive after `close`.
         running = read_ahead(send(self._in_processes() if self.workers else self._here(), self.device), self.prefetch)
         self._running = running
         try:
@@ -73,7 +73,7 @@ class BatchLoader:
             running.close()
 
     def close(self) -> None:
-        """Stops the reading ahead and waits for it to end."""
+        """Stops prefetching and waits for its end."""
         if self._running is not None:
             self._running.close()
             self._running = None
@@ -117,11 +117,11 @@ class BatchLoader:
             prefetch_factor=self.prefetch,
             collate_fn=_as_it_is,
             worker_init_fn=_end_by_parent_alone,
-            # DataLoader draws a seed for its workers; from its own generator, or training would depend on `workers`.
+            # DataLoader draws a seed for its workers; from the global generator, training would depend on `workers`.
             generator=torch.Generator(),
         )
-        # Started here, not where it is iterated: only in the main thread can PyTorch see at once that a process died.
-        # The iterator's finaliser is what ends the processes, so nothing but the generator may hold it.
+        # Started here, in the main thread, where PyTorch detects a dead worker at once. The iterator's finaliser ends
+        # the processes, so only the generator may reference the iterator.
         return (step for step in iter(loader))
 
 
@@ -136,7 +136,7 @@ class _Shares(Dataset):
                 self.stream.read(share[start : start + self.micro_batch])
                 for start in range(0, len(share), self.micro_batch)
             ]
-        except StopIteration as error:  # of a document stage: whoever iterates would take it for the end of the data
+        except StopIteration as error:  # raised by a document stage; must not look like the end of the data
             raise RuntimeError("a document stage or filter raised StopIteration") from error
 
 
@@ -145,10 +145,10 @@ def _as_it_is(item):
 
 
 def _end_by_parent_alone(_worker: int) -> None:
-    """In a reader process: SIGTERM ends it when its parent sends it, and nobody else's does.
+    """In a reader process: only a SIGTERM from its parent ends it.
 
-    A scheduler that tells a job to stop (SLURM, a container's runtime) tells every process of it. The trainer then goes
-    on to the end of its step and saves; a reader that died first would make it fail instead.
+    SLURM and container runtimes send a job's stop signal to all its processes. The trainer then finishes its step and
+    saves; a reader that died before would make it fail.
     """
     parent = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

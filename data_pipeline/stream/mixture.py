@@ -1,4 +1,4 @@
-"""How often each source is gone over: a mixture by epochs or by weights, and the groups of shards that it makes."""
+"""The mixture of sources, by epochs or by weights, and the resulting groups of shards."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -15,11 +15,10 @@ Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 @checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Mixture:
-    """Exactly one of the two, by names of sources or of categories of sources; 0 leaves one out.
+    """Exactly one of `epochs` and `weights`, {source or category: number}; 0 leaves a source out.
 
-    `epochs`: how often an epoch of training goes over a source, 0.44 being less than half of it; sources not named
-    have the epochs of the manifest. `weights`: shares of the tokens of an epoch that is as long as the corpus; every
-    source must be named.
+    `epochs`: repetitions of a source in an epoch of training (0.44: 44 % of it); other sources have the manifest's
+    epochs. `weights`: shares of the tokens of an epoch that is as long as the corpus; every source must be named.
     """
 
     epochs: dict[str, Share] = Field(default_factory=dict)
@@ -31,7 +30,7 @@ class Mixture:
 
     @classmethod
     def parse(cls, data: dict) -> "Mixture":
-        """From plain data; raises InputError naming every wrong entry."""
+        """A mixture from plain data; raises InputError naming every invalid entry."""
         try:
             return TypeAdapter(cls).validate_python(data)
         except ValidationError as error:
@@ -42,9 +41,9 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Group:
-    """Shards that are read as one corpus of its own. `shards`: their places in the manifest, int64 [n]; `tokens`: what
-    is kept of each, int64 [n]; `samples`: how many sequences of it an epoch of the mixture has. `key`: what tells the
-    group's random order from that of others; the only group of a stream has none."""
+    """Shards that are packed together. `shards`: their indices in the manifest, int64 [n]; `tokens`: kept tokens of
+    each, int64 [n]; `samples`: the group's sequences in an epoch of the mixture. `key`: seeds the group's random order;
+    empty for the only group of a stream."""
 
     key: tuple[str, ...]
     shards: np.ndarray
@@ -53,9 +52,9 @@ class Group:
 
 
 def make_groups(manifest: Manifest, tokens: np.ndarray, mixture: Mixture | None, sequence_length: int) -> list[Group]:
-    """The groups of a stream over what is kept of each shard, `tokens` [shards]. Without a mixture the manifest's
-    epochs count; where they are all the same, all shards are one group. Raises InputError naming a source that does not
-    exist, is named twice or left out, or of which nothing is kept."""
+    """The groups of a stream; `tokens` [shards]: kept tokens per shard. Without a mixture the manifest's epochs are
+    used; if all are equal, all shards form one group. Raises InputError naming a source that does not exist, is named
+    twice, is missing, or has no kept documents."""
     sources = np.array([shard.source for shard in manifest.shards])
     epochs = {name: info.epochs for name, info in manifest.sources.items()}
     if mixture is None and len(set(epochs.values())) == 1:
@@ -85,12 +84,12 @@ def make_groups(manifest: Manifest, tokens: np.ndarray, mixture: Mixture | None,
 
 
 def _sequences(tokens: np.ndarray, sequence_length: int) -> int:
-    """How many sequences cover these tokens so that each but the first is a target once."""
+    """Number of sequences that cover these tokens so that each token but the first is a target once."""
     return -(-(int(tokens.sum()) - 1) // sequence_length)
 
 
 def _members(manifest: Manifest, asked: dict[str, float]) -> dict[str, list[str]]:
-    """The sources behind each name that a mixture gives."""
+    """{name in the mixture: its sources}; a name is a source or a category."""
     members, problems, taken = {}, [], {}
     for name in asked:
         found = [name] if name in manifest.sources else []

@@ -1,4 +1,4 @@
-"""Sequences and batches as the trainer receives them."""
+"""Samples (sequences) and batches for the trainer."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -8,13 +8,13 @@ import torch
 
 from data_pipeline.stream.state import Damage
 
-IGNORED = -100  # the target that no loss counts
+IGNORED = -100  # target of a position without a loss
 
 
 @dataclass(frozen=True)
 class Sample:
-    """`tokens`, `targets`: int64 [N]; `document_starts`: int64 [segments], the places where a document, or a document's
-    continuation (at 0), or padding begins; `damage`: set when the sample is padding because it could not be read."""
+    """`tokens`, `targets`: int64 [N]; `document_starts`: int64 [segments], positions where a document, its continuation
+    (at 0) or padding begins; `damage`: set if the sample could not be read and is padding."""
 
     tokens: torch.Tensor
     targets: torch.Tensor
@@ -26,9 +26,8 @@ class Sample:
 class Batch:
     """Without isolation `tokens`, `targets` are int64 [b, N] and `cu_seqlens` is None. With it they are [1, b * N], and
     `cu_seqlens` is int32 [b * max_documents + 1]: 0, the start of each segment, then b * N repeated to the end.
-    `indices`: the global sample indices, in order; `target_tokens`: how many targets count, known without asking the
-    device that the tensors may be on; `damaged`: the samples that could not be read and are padding; `pad`: the id that
-    padding consists of."""
+    `indices`: the global sample indices, in order; `target_tokens`: number of targets other than -100, as a host
+    integer; `damaged`: the samples that could not be read and are padding; `pad`: padding id."""
 
     tokens: torch.Tensor
     targets: torch.Tensor
@@ -40,12 +39,13 @@ class Batch:
 
     @property
     def samples(self) -> int:
-        """b: how many samples the tensors hold."""
+        """b, the number of samples."""
         return len(self.indices)
 
 
 def collate(indices: Sequence[int], samples: Sequence[Sample], max_documents: int | None, pad: int = 0) -> Batch:
-    """Samples side by side, or end to end with their boundaries when `max_documents` (a sample) is given."""
+    """A batch of stacked samples or, if `max_documents` (per sample) is given, of concatenated samples with
+    cu_seqlens."""
     tokens = torch.stack([sample.tokens for sample in samples])
     targets = torch.stack([sample.targets for sample in samples])
     damaged = tuple(sample.damage for sample in samples if sample.damage)
@@ -60,8 +60,8 @@ def collate(indices: Sequence[int], samples: Sequence[Sample], max_documents: in
 
 
 def batches_hash(batches: Iterable[Batch]) -> str:
-    """sha256 over indices, tokens and targets of batches in order, however they are cut: equal for a global batch read
-    as one and for the same read in shares and concatenated."""
+    """sha256 over indices, tokens and targets of the batches, in order; independent of the division into batches: a
+    global batch and the sequence of its shares have the same hash."""
     parts = [hashlib.sha256() for _ in range(3)]
     for batch in batches:
         for part, values in zip(parts, (torch.tensor(batch.indices), batch.tokens, batch.targets), strict=True):

@@ -1,7 +1,7 @@
-"""Which documents of a shard the stream keeps: the self-cleaning filter, or one of the user's own.
+"""The stream's document filters: the self-cleaning filter, or a user-defined one.
 
-Thresholds come from config and scores from sidecars, so that a new threshold rewrites no shard. The stream finds its
-place by sums over shards, which need to know how much of each shard is kept: `KeptCounts`, counted once per filter by
+Thresholds come from the config and scores from sidecar files, so that a new threshold rewrites no shard. The stream's
+random access needs the number of kept tokens per shard: `KeptCounts`, counted once per filter by
 `python -m data_pipeline.stream.count` and cached beside the manifest.
 """
 
@@ -27,13 +27,13 @@ Band = tuple[float | None, float | None]
 
 
 class DocumentFilter(Protocol):
-    """What the stream asks of a filter. `filter_hash`: hex, another one for every filter that keeps other documents."""
+    """Interface of a filter. `filter_hash`: hex; must differ between filters that keep different documents."""
 
     filter_hash: str
 
     def kept(self, read: Callable[[str], bytes], shard: Shard, index: np.ndarray) -> tuple[np.ndarray, str]:
-        """Which documents of a shard stay, bool [documents], from its index [documents, 4] and what files beside it
-        hold, which `read` gives by name; and the sha256 of those files, or "". Raises InputError."""
+        """(Kept documents of a shard, bool [documents]; sha256 of the sidecar files used, or ""). index:
+        [documents, 4]; read(name): content of a file beside the shard. Raises InputError."""
         ...
 
 
@@ -41,9 +41,8 @@ class DocumentFilter(Protocol):
 class ScoreFilter:
     """Keeps a document when low <= score <= high; null leaves a side open.
 
-    `scores`: the name of the sidecars; `measure`: which of their columns; `bands`: (low, high) for a `source`, a
-    `source/language` or a `*/language`, the first that is given in the order source/language, source, */language;
-    `default`: the band of all others.
+    `scores`: name of the sidecars' scores; `measure`: column of the scores; `bands`: (low, high) for `source/language`,
+    `source` or `*/language`, in this order of priority; `default`: the band of all others.
     """
 
     scores: ScoresName
@@ -58,7 +57,8 @@ class ScoreFilter:
 
     @classmethod
     def load(cls, text: str) -> "ScoreFilter":
-        """From a YAML file, or from inline JSON that begins with a brace. Raises InputError with a line a problem."""
+        """A filter from a YAML file, or from inline JSON (beginning with a brace). Raises InputError, a line per
+        problem."""
         from omegaconf import OmegaConf
         from yaml import YAMLError
 
@@ -92,8 +92,8 @@ class ScoreFilter:
         return self.keep(shard, index, scores), digest
 
     def keep(self, shard: Shard, index: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        """Which documents stay, bool [documents], from the shard's index [documents, 4] and scores [documents, 2].
-        Raises InputError naming the first document that has no score."""
+        """Kept documents, bool [documents], from the shard's index [documents, 4] and scores [documents, 2]. Raises
+        InputError naming the first document without a score."""
         values = scores[:, MEASURES.index(self.measure)]
         if not (scored := np.isfinite(values)).all():
             raise InputError(
@@ -108,7 +108,7 @@ class ScoreFilter:
         return kept
 
     def unused_bands(self, sources: Collection[str]) -> list[str]:
-        """The names of bands that no document of these sources can have."""
+        """Names of bands that match no document of these sources."""
         known = {"*", *sources}
         return sorted(name for name in self.bands if name not in sources and name.rpartition("/")[0] not in known)
 
@@ -124,14 +124,14 @@ FILTER = TypeAdapter(ScoreFilter)
 
 
 def _bound(value: float | None, absent: float) -> np.float32:
-    # In the precision of the scores: 0.1 in a config keeps a document whose stored score is 0.1.
+    # In the scores' fp32: threshold 0.1 keeps a document with stored score 0.1.
     return np.float32(absent if value is None else value)
 
 
 @dataclass(frozen=True)
 class KeptCounts:
-    """What a filter keeps of each shard of a manifest: `documents`, `tokens`, `shortest` (tokens; 0 where nothing is
-    kept), int64 [shards], and `scores_sha256` [shards] of the sidecars that it was counted from."""
+    """Counts of kept documents per shard: `documents`, `tokens`, `shortest` (in tokens; 0 where none is kept), int64
+    [shards], and `scores_sha256` [shards] of the sidecars used."""
 
     documents: np.ndarray
     tokens: np.ndarray
@@ -140,7 +140,8 @@ class KeptCounts:
 
     @classmethod
     def load(cls, manifest: Manifest, filter: DocumentFilter) -> "KeptCounts":
-        """Raises InputError naming the command that counts when there is no cache of this filter and manifest."""
+        """The cached counts of this filter and manifest. Raises InputError naming the counting command if there are
+        none."""
         name, command = counts_file(manifest, filter), count_command(manifest, filter)
         path = f"{manifest.place}/{name}"
         try:
@@ -160,13 +161,13 @@ class KeptCounts:
         return cls(*numbers.T.copy(), tuple(row[3] for row in rows))
 
     def row(self, number: int) -> "Row":
-        """What was counted of shard `number`."""
+        """The counts of shard `number`."""
         counted = (int(column[number]) for column in (self.documents, self.tokens, self.shortest))
         return *counted, self.scores_sha256[number]
 
     @functools.cached_property
     def content_hash(self) -> str:
-        """sha256 over all counts and the scores behind them."""
+        """sha256 over all counts and the scores' hashes."""
         parts = [self.documents.tolist(), self.tokens.tolist(), self.shortest.tolist(), self.scores_sha256]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -176,14 +177,14 @@ RECORD = TypeAdapter(dict[Literal["manifest", "filter", "shards"], str | list[tu
 
 
 def counts_file(manifest: Manifest, filter: DocumentFilter) -> str:
-    """The file beside the manifest that caches the counts of a filter. The manifest is part of the name: one folder may
-    see several."""
+    """File name, beside the manifest, of a filter's cached counts. It includes the manifest's hash, as a folder may
+    hold several manifests over time."""
     both = hashlib.sha256(f"{manifest.content_hash} {filter.filter_hash}".encode()).hexdigest()
     return f"kept-{both[:16]}.json"
 
 
 def count_command(manifest: Manifest, filter: DocumentFilter) -> str:
-    """How to count what a filter keeps."""
+    """The command that counts a filter's kept documents."""
     if isinstance(filter, ScoreFilter):
         argument = shlex.quote(filter.to_json())
         return f"python -m data_pipeline.stream.count {manifest.place}/manifest.json {argument}"

@@ -1,4 +1,4 @@
-"""One shard as an epoch sees it: its documents permuted and laid end to end."""
+"""One shard in an epoch: its documents, permuted and concatenated."""
 
 import os
 from collections.abc import Callable
@@ -9,13 +9,13 @@ import numpy as np
 
 
 class DamagedShard(Exception):
-    """A shard that was whole when the manifest was loaded and cannot be read now; the message names it."""
+    """A shard that passed the checks of `Manifest.load` but cannot be read now; the message names it."""
 
 
 @dataclass(frozen=True)
 class ShardView:
-    """`ends` [documents]: tokens up to and including each kept document; `offsets` [documents]: bytes into the tar;
-    `edit`: what becomes of the tokens [n] of the document at a place, as many."""
+    """`ends` [documents]: cumulative tokens of the kept documents; `offsets` [documents]: byte offsets in the tar;
+    `edit`: function (place, tokens [n]) -> edited tokens [n]."""
 
     name: str
     dtype: np.dtype
@@ -25,9 +25,9 @@ class ShardView:
     edit: Callable[[int, np.ndarray], np.ndarray] | None = None
 
     def read(self, start: int, out: np.ndarray) -> list[int]:
-        """Fills `out` [n] with the tokens from `start` on; returns the places in `out` where a document begins.
+        """Fills `out` [n] with tokens [start, start + n); returns the indices in `out` where a document begins.
 
-        Only what is asked for is read, unless documents are edited: an edit sees whole ones.
+        Reads only these tokens; with `edit`, whole documents.
         """
         document = int(np.searchsorted(self.ends, start, side="right"))
         begin = start - self._end(document - 1)
@@ -44,7 +44,7 @@ class ShardView:
         return starts
 
     def document(self, place: int) -> np.ndarray:
-        """The tokens of the document at a place, int64 [n]."""
+        """The tokens of document `place` of the view, int64 [n]."""
         tokens = self._tokens(place, 0, self._end(place) - self._end(place - 1)).astype(np.int64)
         return tokens if self.edit is None else self.edit(place, tokens)
 
@@ -52,10 +52,10 @@ class ShardView:
         return int(self.ends[place]) if place >= 0 else 0
 
     def _tokens(self, place: int, begin: int, count: int) -> np.ndarray:
-        """`count` stored tokens of a document, from its token `begin` on.
+        """Stored tokens [begin, begin + count) of a document.
 
-        Positioned reads, not a memory map: a file truncated under a map kills the process with SIGBUS, a short read can
-        be reported. From the page cache both cost about the same for documents of a kilobyte.
+        pread, not a memory map: a file truncated under a map kills the process with SIGBUS, but a short read can be
+        reported. For documents of a kilobyte in the page cache, both are about equally fast.
         """
         size, offset = count * self.dtype.itemsize, int(self.offsets[place]) + begin * self.dtype.itemsize
         try:

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of the stream: where it stands and which samples it must not feed."""
+"""The stream's state in a checkpoint: next sample, and samples to replace by padding."""
 
 import json
 from bisect import bisect_right
@@ -39,10 +39,10 @@ class Ledger:
 
 @checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class StreamState:
-    """The stream's whole state, the same on every rank and for every topology.
+    """The stream's complete state, equal on every rank and for every parallel layout.
 
     `next_sample`: global index of the first sample not yet trained on. `skipped`: half-open ranges of global sample
-    indices that are fed as padding: damaged when they were read, or skipped on purpose.
+    indices replaced by padding: damaged, or skipped on purpose.
     """
 
     stream_hash: str
@@ -67,8 +67,8 @@ class StreamState:
 
     @classmethod
     def merge(cls, states: "Iterable[StreamState]") -> "StreamState":
-        """The state of data-parallel ranks that each met their own damaged samples. Raises InputError when they do not
-        stand at the same sample of the same stream."""
+        """The union of data-parallel ranks' states, with all ranks' damaged samples. Raises InputError when their next
+        samples or streams differ."""
         states = list(states)
         if len({(s.stream_hash, s.seed, s.next_sample) for s in states}) != 1:
             raise InputError(f"stream states of {len(states)} ranks differ in more than what they skipped: {states}")
@@ -81,7 +81,7 @@ STATE = TypeAdapter(StreamState)
 
 @dataclass(frozen=True)
 class Damage:
-    """A sample that could not be read, and why."""
+    """A sample that could not be read, and the reason."""
 
     index: int
     reason: str

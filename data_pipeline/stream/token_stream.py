@@ -20,29 +20,29 @@ from data_pipeline.stream.state import Damage, Ledger, StreamState
 
 logger = logging.getLogger(__name__)
 
-# Part of the stream's hash: any change to the order that the classes here produce must raise it.
+# Part of the stream's hash: must be raised with every change of the samples' order or content.
 ORDER_VERSION = 1
-MOST_VIEWS = 256  # shards open at once: each holds a file descriptor, of which a process often has 1024
+MOST_VIEWS = 256  # open shards, a file descriptor each; the usual limit of a process is 1024
 
 
 class DamageLimitError(RuntimeError):
-    """More samples could not be read than the run allows."""
+    """The number of unreadable samples exceeds the run's limit."""
 
 
 class TokenStream:
-    """Global sample 0, 1, 2, ... across epochs without end, each found at once from (corpus, sequence length, index)
-    alone: the last stage before batches.
+    """Global samples 0, 1, 2, ... over unlimited epochs, each a function of (corpus, sequence length, index): the last
+    stage before batches.
 
-    Sources that are mixed are each packed by themselves; without a mixture, and where the manifest gives all sources
-    the same epochs, all are packed together. `samples_per_epoch` is the mixture's epoch.
+    Mixed sources are packed separately; without a mixture, and with equal epochs of all sources in the manifest, all
+    are packed together. `samples_per_epoch`: length of the mixture's epoch.
 
-    Sample p of a source's epoch holds tokens [p * N, p * N + N] of that epoch's documents laid end to end: N inputs
-    and, one further on, N targets, so each token is a target once an epoch (the first of all excepted). The last sample
-    of an epoch is filled with the pad id and targets of -100. Order: see `EpochOrder`. Neither ranks nor workers enter.
+    Sample p of a source's epoch holds tokens [p * N, p * N + N] of the epoch's concatenated documents: N inputs and,
+    shifted by one, N targets, so each token but the first is a target once per epoch. The last sample of an epoch is
+    padded with the pad id and targets of -100. Order: see `EpochOrder`; independent of ranks and workers.
 
-    With `isolate_documents`, the target at a document's last token is -100 and batches carry `cu_seqlens`; a sample
-    then has room for `max_documents` segments, by default and at least as many as N tokens of this corpus can touch.
-    `max_damaged`: how many samples may prove unreadable before it is an error. Thread-safe and picklable.
+    With `isolate_documents`, the target at a document's last token is -100 and batches have `cu_seqlens`; a sample has
+    at most `max_documents` segments, by default (and at least) the maximum for N tokens of this corpus. `max_damaged`:
+    allowed number of unreadable samples. Thread-safe and picklable.
     """
 
     def __init__(
@@ -72,11 +72,12 @@ class TokenStream:
         self.window = window
         self.max_damaged = max_damaged
         self.ledger = Ledger()
-        self.damaged = 0  # samples recorded as unreadable since this stream was made
+        self.damaged = 0  # samples recorded as unreadable by this instance
         self._open_caches()
 
     def _segment_bound(self, asked: int | None) -> int:
-        # A continuation in front and a beginning (or padding) at the end take a token or more; all between is whole.
+        # A continuation at the front and a beginning (or padding) at the end take at least one token each; documents in
+        # between are whole.
         shortest = self.corpus.shortest
         bound = 1 if self.sequence_length == 1 else 2 + (self.sequence_length - 2) // shortest
         if asked is not None and asked < bound:
@@ -88,7 +89,7 @@ class TokenStream:
 
     @functools.cached_property
     def stream_hash(self) -> str:
-        """sha256 over everything that decides what a sample index means."""
+        """sha256 over everything that determines the map from sample index to sample."""
         identity = self.corpus.identity() | {
             "order_version": ORDER_VERSION,
             "sequence_length": self.sequence_length,
@@ -98,7 +99,7 @@ class TokenStream:
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def sample(self, index: int) -> Sample:
-        """Global sample `index`; records nothing. A sample in the ledger, or one that cannot be read, is padding."""
+        """Global sample `index`; padding if it is in the ledger or cannot be read. Does not change the ledger."""
         if index < 0:
             raise InputError(f"sample index={index} must not be negative")
         if index in self.ledger:
@@ -112,19 +113,19 @@ class TokenStream:
             return self._padding(Damage(index, str(error)))
 
     def read(self, indices: Sequence[int]) -> Batch:
-        """The batch of these samples, recording nothing: what a prefetching reader calls."""
+        """The batch of these samples, for prefetching: does not change the ledger."""
         samples = [self.sample(index) for index in indices]
         return collate(indices, samples, self.max_documents, self.manifest.tokenizer.pad)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """The batch of these samples; those that could not be read enter the ledger. Raises DamageLimitError."""
+        """The batch of these samples; adds unreadable ones to the ledger. Raises DamageLimitError."""
         batch = self.read(indices)
         self.record(batch)
         return batch
 
     def record(self, batch: Batch) -> None:
-        """Enters a batch's unreadable samples in the ledger, when it is used and not when it is read ahead, so that a
-        checkpoint knows nothing of what a topology happened to prefetch. Raises DamageLimitError."""
+        """Adds a batch's unreadable samples to the ledger. Called when the batch is used, not when it is prefetched, so
+        that checkpoints do not depend on prefetching. Raises DamageLimitError."""
         for damage in batch.damaged:
             if damage.index in self.ledger:
                 continue
@@ -138,18 +139,18 @@ class TokenStream:
                 )
 
     def skip(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Feeds the samples of these half-open ranges of global indices as padding, from now on and, by the ledger in
-        the state, in every run that goes on from here. The samples of step k are those that the loader's plan gives.
-        Call it before iteration starts. Raises InputError for an empty or negative range."""
+        """Replaces the samples in these half-open ranges of global indices by padding, also (by the ledger in the
+        state) in every later resume. The loader's plan gives the samples of step k. Call this before iteration. Raises
+        InputError for an empty or negative range."""
         for first, stop in ranges:
             self.ledger.add(first, stop)
 
     def state(self, next_sample: int) -> StreamState:
-        """What a checkpoint keeps when `next_sample` is the first sample not yet trained on."""
+        """The state for a checkpoint; `next_sample`: first sample not yet trained on."""
         return StreamState(self.stream_hash, self.seed, next_sample, self.ledger.ranges)
 
     def restore(self, state: StreamState) -> int:
-        """Takes over a checkpoint's ledger, returns its next sample. Raises InputError when it is another stream's."""
+        """Loads a checkpoint's ledger, returns its next sample. Raises InputError when `state` is of another stream."""
         if state.stream_hash != self.stream_hash:
             raise InputError(
                 f"stream state has stream_hash={state.stream_hash} (seed={state.seed}), this stream is "
@@ -169,7 +170,7 @@ class TokenStream:
         while filled < present:
             begin = start + filled - (int(order.ends[place - 1]) if place else 0)
             count = min(int(order.ends[place]) - start, present) - filled
-            if count == 0:  # a shard of which the filter keeps nothing
+            if count == 0:  # a shard without kept documents
                 place += 1
                 continue
             view = self._view(epoch, int(shards[order.shards[place]]))
@@ -189,7 +190,7 @@ class TokenStream:
         return Sample(torch.from_numpy(buffer[:-1]), torch.from_numpy(targets), torch.tensor(segments))
 
     def _prefetch(self, numbers: np.ndarray) -> None:
-        """Asks for the shards that come next, when they are far away."""
+        """Starts downloads of the next shards, if the manifest is remote."""
         if self.manifest.remote:
             coming = [self.manifest.shards[number] for number in numbers]
             self.manifest.remote.prefetch([(shard.name, shard.size, shard.sha256) for shard in coming])
@@ -210,7 +211,7 @@ class TokenStream:
                 key=self.groups[group].key,
             )
         )
-        # A window's shards are all in use at once, and the next window begins before the last one is done with.
+        # All shards of a window are in use together, and the next window begins before the last one ends.
         self._views = functools.lru_cache(maxsize=min((2 * self.window + 2) * len(self.groups), MOST_VIEWS))(
             self.corpus.view
         )

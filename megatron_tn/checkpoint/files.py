@@ -9,10 +9,11 @@ reads, and a truncated file raises an error that names it instead of a bus error
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,12 @@ from torch import Tensor
 
 from megatron_tn.config import ConfigError
 
-DTYPES = {"F32": torch.float32, "U8": torch.uint8}
+DTYPES = {
+    "F32": torch.float32,
+    "U8": torch.uint8,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MOST_HEADER_BYTES = 100 << 20
 CHUNK_BYTES = 16 << 20  # per write and hash update
@@ -36,24 +42,35 @@ class FileRecord:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
-    """Write contiguous CPU tensors (fp32 or uint8) to `path` and fsync it. The same tensors give the same bytes.
+    """Write contiguous CPU tensors to `path` and fsync it. The same tensors give the same bytes.
 
     Hashing and writing release the GIL.
     """
-    header, offset = {}, 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
-        }
+    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return stream_tensors(path, shapes, tensors.values())
+
+
+def stream_tensors(
+    path: Path,
+    shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Iterable[Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> FileRecord:
+    """`write_tensors` of tensors that are made one at a time: those of `shapes`, name -> (type, shape), in its order.
+
+    metadata: of the file, which every reader of safetensors shows.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, (dtype, shape) in shapes.items():
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # aligns the tensors to 8 bytes
     digest, written = hashlib.sha256(), 0
     with path.open("wb", buffering=0) as file:
-        for part in (len(text).to_bytes(8, "little") + text, *map(_bytes_of, tensors.values())):
+        for part in itertools.chain([len(text).to_bytes(8, "little") + text], map(_bytes_of, tensors)):
             view = memoryview(part)
             for start in range(0, len(view), CHUNK_BYTES):
                 chunk = view[start : start + CHUNK_BYTES]
@@ -66,7 +83,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.view(-1).numpy()).cast("B") if tensor.numel() else memoryview(b"")
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
 
 
 class TensorFile:
@@ -126,7 +143,8 @@ class TensorFile:
         try:
             header = json.loads(self._head(length, 8))
             header.pop("__metadata__", None)
-            for name, item in header.items():
+            # Other writers may name tensors in another order than that of their bytes.
+            for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
                 dtype, shape = DTYPES[item["dtype"]], tuple(int(extent) for extent in item["shape"])
                 start, stop = (int(edge) + 8 + length for edge in item["data_offsets"])
                 if min(shape, default=0) < 0 or stop - start != math.prod(shape) * dtype.itemsize or start != end:

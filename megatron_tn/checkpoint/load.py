@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_tn.checkpoint.files import TensorFile
-from megatron_tn.checkpoint.hf import ReleasedTensors, config_from_released
-from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, Trainable, rank_file
+from megatron_tn.checkpoint.manifest import CheckpointManifest, Piece, Trainable, rank_file
 from megatron_tn.checkpoint.reshard import overlaps, pieces_of_local_range, spans_of, view_of
 from megatron_tn.checkpoint.retention import reading
-from megatron_tn.config import ConfigError, ModelConfig, from_mapping, read_mapping
+from megatron_tn.config import ConfigError, ModelConfig, from_mapping
 from megatron_tn.model.base import Model
 from megatron_tn.model.registry import build_model
 from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.parallel.sharding import OwnedRange
 
 
 class Reader:
@@ -88,57 +89,116 @@ def load_checkpoint(engine: Trainable, directory: Path) -> CheckpointManifest:
         ConfigError: the checkpoint is damaged, or of another model or optimizer.
     """
     manifest = CheckpointManifest.read(directory)
-    if set(manifest.state_kinds) != set(engine.state_kinds):
+    # A checkpoint made of released weights has no optimizer state: its moments begin at zero.
+    if manifest.state_kinds and set(manifest.state_kinds) != set(engine.state_kinds):
         raise ConfigError(
             f"{directory} holds {', '.join(manifest.state_kinds)} of each parameter, but this run's optimizer keeps "
             f"{', '.join(engine.state_kinds)}: resume with the optimizer that saved the checkpoint"
         )
-    context = engine.context
+    context, specs = engine.context, engine.model.shard_specs()
     with Reader(directory, manifest) as reader:
-        _fill(engine, reader, manifest.kinds)
+        for owned, piece, place in _owned_pieces(engine):
+            for kind in manifest.kinds:
+                reader.fill(kind, owned.name, specs[owned.name].shape, piece, owned.values[kind][place])
         if math.prod(manifest.layout.values()) == context.world_size:
             rng = reader.rng(context.rank)
-            torch.set_rng_state(rng["rng/cpu"])
+            if "rng/cpu" in rng:
+                torch.set_rng_state(rng["rng/cpu"])
             if torch.cuda.is_available() and "rng/cuda" in rng:
                 torch.cuda.set_rng_state(rng["rng/cuda"])
     engine.refresh(manifest.optimizer_step)
     return manifest
 
 
-def load_weights(engine: Trainable, directory: Path) -> None:
-    """Fill the masters with the weights in a checkpoint or a released model's folder, of the same shapes; the optimizer
-    begins afresh.
+def _owned_pieces(engine: Trainable) -> Iterator[tuple[OwnedRange, Piece, slice]]:
+    """What this rank owns, as pieces of logical tensors, each with its place in the owned range. All values are zero:
+    padding is in no file, and uninitialised memory may hold NaN."""
+    axis, specs = engine.context.tp, engine.model.shard_specs()
+    for owned in engine.owned_ranges():
+        for values in owned.values.values():
+            values.zero_()
+        spec = specs[owned.name]
+        for piece, at in pieces_of_local_range(spec, axis.rank, axis.size, owned.start, owned.stop):
+            yield owned, piece, slice(at, at + piece.stop - piece.start)
+
+
+class Weights(Protocol):
+    """A stored model without optimizer state: a checkpoint's, or one in the released layout.
+
+    shapes: parameter -> logical shape. dtypes: parameter -> the type that its values were rounded to.
+    """
+
+    config: ModelConfig
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+
+    def fill(self, name: str, piece: Piece, destination: Tensor) -> None:
+        """Fill `destination` [piece.stop - piece.start], contiguous, with that piece of the parameter `name`."""
+        ...
+
+
+class CheckpointWeights:
+    """`Weights` of a checkpoint: masters rounded to the precision that it was trained in, since the model that was
+    trained is the one with rounded weights. Use as a context manager."""
+
+    def __init__(self, directory: Path):
+        self.manifest = CheckpointManifest.read(directory)
+        self.config = from_mapping(ModelConfig, self.manifest.config["model"])
+        trained = torch.bfloat16 if self.manifest.config["engine"]["precision"] == "bf16" else torch.float32
+        self.shapes = {name: tuple(shape) for name, shape in self.manifest.shapes.items()}
+        self.dtypes = dict.fromkeys(self.shapes, trained)
+        self._reader = Reader(directory, self.manifest)
+
+    def __enter__(self) -> CheckpointWeights:
+        self._reader.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._reader.__exit__(*error)
+
+    def fill(self, name: str, piece: Piece, destination: Tensor) -> None:
+        self._reader.fill("param", name, self.shapes[name], piece, destination)
+        if destination.dtype != self.dtypes[name]:
+            destination.copy_(destination.to(self.dtypes[name]))
+
+
+@torch.no_grad()
+def load_weights(engine: Trainable, weights: Weights) -> None:
+    """Fill the masters with `weights`, of the same model; the optimizer begins afresh.
 
     Raises:
-        ConfigError: a file is missing or damaged, or a tensor has another shape.
+        ConfigError: a file is missing or damaged.
     """
-    if (directory / MANIFEST).is_file():
-        with Reader(directory, CheckpointManifest.read(directory)) as reader:
-            _fill(engine, reader, ["param"])
-    else:
-        _fill(engine, ReleasedTensors(directory), ["param"])
+    for owned, piece, place in _owned_pieces(engine):
+        values = torch.empty(piece.stop - piece.start)
+        weights.fill(owned.name, piece, values)
+        owned.values["param"][place].copy_(values)
     engine.refresh(optimizer_step=0)
 
 
-def _fill(engine: Trainable, reader: Reader | ReleasedTensors, kinds: Sequence[str]) -> None:
-    """These kinds of values of each element that the rank owns; zero in all other kinds and in padding."""
-    axis, specs = engine.context.tp, engine.model.shard_specs()
-    for owned in engine.owned_ranges():
-        spec = specs[owned.name]
-        for values in owned.values.values():
-            values.zero_()  # padding is in no file, and memory that nobody wrote may hold NaN
-        for piece, at in pieces_of_local_range(spec, axis.rank, axis.size, owned.start, owned.stop):
-            for kind in kinds:
-                destination = owned.values[kind][at : at + piece.stop - piece.start]
-                reader.fill(kind, owned.name, spec.shape, piece, destination)
+def model_of(
+    weights: Weights,
+    context: ParallelContext | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Model:
+    """The model with these weights; each rank of `context` reads its own parts. dtype None: that of the weights.
 
-
-def stored_model_config(directory: Path) -> ModelConfig:
-    """Of the model in a checkpoint or a released model's folder. Raises ConfigError when it is damaged."""
-    if (directory / MANIFEST).is_file():
-        # A setting that is newer than the checkpoint had its default there.
-        return from_mapping(ModelConfig, CheckpointManifest.read(directory).config["model"])
-    return config_from_released(read_mapping(directory / "config.json"))
+    Raises:
+        ConfigError: the model does not fit the layout, or the weights do not fit the model.
+    """
+    context = context or ParallelContext()
+    model = build_model(weights.config, context, device, dtype or next(iter(weights.dtypes.values())))
+    for name, parameter in model.named_parameters():
+        spec = parameter.shard_spec
+        if (stored := weights.shapes.get(name)) != spec.shape:
+            raise ConfigError(f"{name} has shape {stored}, but the model needs {spec.shape}")
+        local = torch.zeros(parameter.shape)  # padding of the vocabulary is in no file
+        for piece, at in pieces_of_local_range(spec, context.tp.rank, context.tp.size, 0, local.numel()):
+            weights.fill(name, piece, local.view(-1)[at : at + piece.stop - piece.start])
+        with torch.no_grad():
+            parameter.copy_(local)
+    return model
 
 
 def load_model(
@@ -147,19 +207,6 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Model:
-    """The model without an engine or optimizer state. dtype None: the precision of training."""
-    manifest = CheckpointManifest.read(directory)
-    config = from_mapping(ModelConfig, manifest.config["model"])
-    context = context or ParallelContext()
-    trained = torch.bfloat16 if manifest.config["engine"]["precision"] == "bf16" else torch.float32
-    model = build_model(config, context, device, dtype or trained)
-    with Reader(directory, manifest) as reader:
-        for name, parameter in model.named_parameters():
-            spec = parameter.shard_spec
-            local = torch.zeros(parameter.shape)
-            # Masters are rounded to the training precision first: training computed with rounded weights.
-            for piece, at in pieces_of_local_range(spec, context.tp.rank, context.tp.size, 0, local.numel()):
-                reader.fill("param", name, spec.shape, piece, local.view(-1)[at : at + piece.stop - piece.start])
-            with torch.no_grad():
-                parameter.copy_(local.to(trained))
-    return model
+    """The model of a checkpoint, without an engine. dtype None: the precision it was trained in."""
+    with CheckpointWeights(directory) as weights:
+        return model_of(weights, context, device, dtype)

@@ -84,8 +84,10 @@ class ConvertConfig:
     """`python -m megatron_tn.convert`."""
 
     # The command's first word sets it: python -m megatron_tn.convert verify checkpoint=...
-    action: Literal["describe", "verify", "export"] = "describe"
+    action: Literal["describe", "verify", "export", "import"] = "describe"
     checkpoint: str = ""  # a checkpoint, a run's folder (its newest checkpoint is taken), or a released model's folder
-    output: str = ""  # export: folder to write in the released layout
+    # export: folder to write in the released layout. import: run_dir whose first checkpoint these weights become
+    output: str = ""
+    shard_mib: Positive = 4096  # export: MiB of one weight file
     precision: Literal["trained", "bf16", "fp32"] = "trained"  # trained: what the weights were trained or stored in
     json: bool = False  # describe, verify: print JSON

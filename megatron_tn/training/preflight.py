@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import torch
 
-from megatron_tn.checkpoint.load import stored_model_config
 from megatron_tn.config import (
     ConfigError,
+    ModelConfig,
     TrainConfig,
     device_problems,
     differences,
+    from_mapping,
     to_mapping,
 )
 from megatron_tn.engine.deepspeed.settings import deepspeed_settings
@@ -51,22 +52,13 @@ def problems_before_start(config: TrainConfig, world_size: int, tokenizer_vocab:
 
 
 def checkpoint_problems(config: TrainConfig, start: Start) -> list[str]:
-    """Reasons, one line each, why a run with these settings cannot start from `start`'s checkpoint or weights."""
-    manifest, directory = start.manifest(), start.checkpoint or start.weights
-    if directory is None:
-        return []
-    # A released config.json lists the layers that apply LRPE.
-    stored, wanted = (
-        to_mapping(replace(model, lrpe=model.lrpe_layers)) for model in (stored_model_config(directory), config.model)
-    )
-    changed = differences(stored, wanted)
-    # Ids are those of the data's tokenizer; older checkpoints have the defaults, whatever their tokenizer's were.
-    free = ("name:", "init_std:", "bos_id:", "eos_id:", "pad_id:")
-    changed = [line for line in changed if not line.startswith(free)]
-    which = "checkpoint " if manifest else "init_from="
-    found = [f"{which}{directory} holds another model: {line}" for line in changed]
+    """Reasons, one line each, why a run with these settings cannot resume from `start`'s checkpoint."""
+    manifest, directory = start.manifest(), start.checkpoint
     if manifest is None:
-        return found
+        return []
+    # A setting added after the checkpoint was written has its default value there.
+    changed = model_differences(from_mapping(ModelConfig, manifest.config["model"]), config.model)
+    found = [f"checkpoint {directory} holds another model: {line}" for line in changed]
     if manifest.step > config.schedule.steps:
         found.append(f"checkpoint {directory} is at step {manifest.step}, past schedule.steps={config.schedule.steps}")
     try:
@@ -80,3 +72,12 @@ def checkpoint_problems(config: TrainConfig, start: Start) -> list[str]:
             f"before it, with checkpoint.resume=STEP and a step below {trained[0]}"
         )
     return found
+
+
+def model_differences(stored: ModelConfig, wanted: ModelConfig) -> list[str]:
+    """Settings, as 'name: stored -> wanted', for which stored weights do not fit a model."""
+    # A released config.json lists the layers that apply LRPE.
+    old, new = (to_mapping(replace(model, lrpe=model.lrpe_layers)) for model in (stored, wanted))
+    # Ids are those of the data's tokenizer; older checkpoints have the defaults, whatever their tokenizer's were.
+    free = ("name:", "init_std:", "bos_id:", "eos_id:", "pad_id:")
+    return [line for line in differences(old, new) if not line.startswith(free)]

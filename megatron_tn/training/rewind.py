@@ -81,8 +81,9 @@ def rewind(run: Run, engine: Engine, wanted: Rewind) -> None:
 def _load(run: Run, engine: Engine, start: Start) -> None:
     if start.checkpoint is None:
         torch.manual_seed(run.config.seed)
-        if weights := run.start.weights:
-            load_weights(engine, weights)
+        if run.start.weights is not None:
+            with run.open_weights(run.start.weights) as weights:
+                load_weights(engine, weights)
         else:
             initialize_engine(engine, run.config.seed)
         run.state.become(TrainingState())

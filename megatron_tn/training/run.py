@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_tn.checkpoint.background import CheckpointWriter
+from megatron_tn.checkpoint.load import Weights
 from megatron_tn.checkpoint.save import CheckpointError
 from megatron_tn.config import ConfigError, TrainConfig
 from megatron_tn.parallel.world import join_world, leave_world
@@ -30,7 +34,8 @@ class Run:
     """A context manager: initialises process groups, locks the folder, and on exit writes to status.json how the run
     ended. Entry and exit are collective.
 
-    start: rank 0's choice of checkpoint; None on other ranks, which receive it from rank 0.
+    start: rank 0's choice of checkpoint; None on other ranks, which receive it from rank 0. open_weights: of
+    `start.weights`.
 
     Raises, on entry and on every rank:
         ConfigError: another run has the folder, ranks' settings differ, or some rank does not see the checkpoint.
@@ -39,8 +44,14 @@ class Run:
 
     writer: CheckpointWriter  # set by hooks.build.start_hooks
 
-    def __init__(self, config: TrainConfig, start: Start | None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        start: Start | None,
+        open_weights: Callable[[Path], AbstractContextManager[Weights]],
+    ):
         self.config = config
+        self.open_weights = open_weights
         self.start = start
         self.folder = RunFolder(config.run_dir)
         self.started: list[Hook] = []

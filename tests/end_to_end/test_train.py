@@ -28,6 +28,8 @@ from megatron_tn.loading import load_any_model
 from megatron_tn.score import main as score
 from megatron_tn.train import main as train
 from megatron_tn.training.run_folder import RunFolder
+from tests.helpers import hub
+from tests.helpers.golden import relative_to_max
 from tests.helpers.training import SMALL, call, fork_ranks, losses, records, train_forked, train_here, train_ranks
 
 STEPS = 12
@@ -167,11 +169,38 @@ def test_an_export_does_not_overwrite_a_run(trained, capsys, output):
 
 
 def test_exported_model_is_the_trained_one(trained, tmp_path):
-    assert call(convert, "export", f"checkpoint={trained}", f"output={tmp_path / 'export'}") == 0
+    folder = tmp_path / "export"
+    assert call(convert, "export", f"checkpoint={trained}", f"output={folder}") == 0
     tokens = torch.arange(1, 33).view(1, -1)
-    exported = load_pretrained(tmp_path / "export", dtype=torch.bfloat16)
+    exported = load_pretrained(folder, dtype=torch.bfloat16)
     assert torch.equal(exported(tokens).logits, load_model(trained / f"checkpoints/step_{STEPS:08d}")(tokens).logits)
-    assert (tmp_path / "export" / "tokenizer.json").is_file()
+    said = (folder / "README.md").read_text()
+    assert "- steps: 12\n" in said
+    assert "documents" in said  # of its data's sources
+    tokenizer = Manifest.load(settings_of(trained)[len(SMALL)].partition("=")[2]).tokenizer
+    generation = json.loads((folder / "generation_config.json").read_text())
+    wanted = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+    assert generation == wanted
+
+
+@torch.no_grad()
+def test_trained_exported_prefilled_and_decoded_logits_agree(trained, tmp_path):
+    """Promise of one model, however it is run: in fp32, with the rounded weights that were trained."""
+    folder = tmp_path / "export"
+    assert call(convert, "export", f"checkpoint={trained}", f"output={folder}", "precision=fp32") == 0
+    tokens = torch.arange(300).view(2, 150) % 401
+    model = load_any_model(str(trained), "cpu", "fp32")
+    wanted = model(tokens).logits
+    found = {"exported": load_pretrained(folder)(tokens).logits}
+    for way, parts in (("chunked prefill", (70, 1, 79)), ("one-token decoding", (138, *12 * (1,)))):
+        state, logits = None, []
+        for part in tokens.split(parts, dim=1):
+            out = model(part, state=state, return_state=True)
+            state = out.state
+            logits.append(out.logits)
+        found[way] = torch.cat(logits, dim=1)
+    for way, logits in (found | hub.logits_by_path(folder, tokens)).items():
+        assert relative_to_max(logits, wanted) < 1e-4, way
 
 
 def test_generate_continues_a_prompt_with_spaces_and_signs(trained, capsys):

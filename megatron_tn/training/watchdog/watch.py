@@ -102,12 +102,16 @@ class Watchdog:
 
     def _watch(self) -> None:
         while True:
-            # If C code holds the GIL and blocks this thread, faulthandler's C thread ends the process.
-            faulthandler.dump_traceback_later(self.timeout_s + self.interval_s, exit=True, file=2)
+            self._arm()
             if self._done.wait(self.interval_s):
                 return
             if self._told or time.monotonic() - self.progress.since > self._limit_s:
                 self._give_up()
+
+    def _arm(self) -> None:
+        """Reset the timer of faulthandler's C thread, which ends the process if C code holds the GIL and blocks this
+        thread."""
+        faulthandler.dump_traceback_later(self.timeout_s + self.interval_s, exit=True, file=2)
 
     @property
     def _limit_s(self) -> float:
@@ -126,6 +130,7 @@ class Watchdog:
             self.run.stacks.mkdir(exist_ok=True)
             with (self.run.stacks / f"rank_{self._me.rank:05d}.txt").open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
+        self._arm()
         times = {"limit_s": self._limit_s, "timeout_s": self.timeout_s}
         text, first = self.observer.hang(**times, stacks=str(self.run.stacks))
         if first:
@@ -133,6 +138,7 @@ class Watchdog:
             self._mark_failed(text.splitlines()[0])
             with contextlib.suppress(OSError):
                 self.run.hang.write_text(text)
+        self._arm()
         time.sleep(2 * self.interval_s)  # the launcher kills the other ranks when one exits
         os._exit(HANG_EXIT)
 

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_tn import load_pretrained
-from megatron_tn.checkpoint.hf import config_from_released, config_to_released, save_pretrained
 from megatron_tn.config import ConfigError
+from megatron_tn.released.config import config_from_released, config_to_released
+from megatron_tn.released.write import save_pretrained
 from tests.helpers.golden import NAMES, golden
 from tests.helpers.models import TINY, random_batch, reference_model
 

@@ -1,0 +1,176 @@
+"""Write a released folder: weights in shards, config.json, the modelling file, and what the caller adds.
+
+Tensors are written one at a time, so memory holds the largest of them and not the model. New files are written to a
+folder of their own inside the target; when all are there, the old export's files are removed and the new ones moved.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_tn.checkpoint.files import stream_tensors, sync_folder
+from megatron_tn.checkpoint.load import Weights
+from megatron_tn.checkpoint.manifest import Piece
+from megatron_tn.config import ConfigError, ModelConfig
+from megatron_tn.model.base import Model
+from megatron_tn.released.config import CONFIG_FILE, config_to_released
+from megatron_tn.released.weights import INDEX_FILE, WEIGHTS_FILE
+
+SHARD_BYTES = 4 << 30  # of one weight file, unless one tensor alone is larger
+MODELLING = Path(__file__).with_name("modeling_transnormer.py")
+# What an export consists of, here or written by transformers: no such file of an older export stays beside a new one.
+EXPORT_FILES = (
+    CONFIG_FILE,
+    "generation_config.json",
+    "README.md",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model*.bin.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "modeling_*.py",
+    "configuration_*.py",
+)
+
+
+def problems_of_output(directory: Path) -> list[str]:
+    """Why no export can be written to `directory`: it must be absent, empty, or hold an export, which is replaced."""
+    if directory.exists() and not directory.is_dir():
+        return [f"output={directory} is a file: name a folder to write the model to"]
+    if not directory.is_dir() or all(path.name.startswith(".") for path in directory.iterdir()):
+        return []
+    try:
+        values = json.loads((directory / CONFIG_FILE).read_text())
+        if "model_type" in values or "decoder_layers" in values:
+            return []
+    except (OSError, ValueError, TypeError):
+        pass
+    return [f"output={directory} holds files that are no export: name a new folder to write the model to"]
+
+
+def write_released(
+    directory: Path,
+    config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, torch.dtype],
+    tensor: Callable[[str], Tensor],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    texts: Mapping[str, str] | None = None,
+) -> None:
+    """Write the model in the released layout to `directory`; an export that is there is replaced.
+
+    tensor(name): the whole tensor of that parameter, on the CPU, contiguous, of shapes[name] and dtypes[name]; called
+        once for each, in the order of `shapes`. texts: further files, name -> content.
+
+    Raises:
+        ConfigError: `directory` holds files that are no export.
+    """
+    if problems := problems_of_output(directory):
+        raise ConfigError(problems)
+    directory.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".export-", dir=directory))
+    try:
+        _write_weights(staging, shapes, dtypes, tensor, shard_bytes)
+        main_dtype = dtypes[next(iter(shapes))]
+        ids = {f"{name}_token_id": getattr(config, f"{name}_id") for name in ("bos", "eos", "pad")}
+        settings = config_to_released(config) | {"dtype": str(main_dtype).removeprefix("torch.")}
+        for name, content in {
+            "generation_config.json": _json(ids),
+            MODELLING.name: MODELLING.read_text(),
+            **(texts or {}),
+            CONFIG_FILE: _json(settings),
+        }.items():
+            (staging / name).write_text(content)
+        _publish(staging, directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def save_pretrained(model: Model, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write `model` in the released layout; global rank 0 writes. Collective over tensor parallel."""
+    parameters = dict(model.named_parameters())
+    shapes = {name: parameter.shard_spec.shape for name, parameter in parameters.items()}
+    dtypes = {name: dtype or parameter.dtype for name, parameter in parameters.items()}
+
+    def gathered(name: str) -> Tensor:
+        whole = parameters[name].shard_spec.gather(parameters[name].detach(), model.context.tp)
+        return whole.to(device="cpu", dtype=dtypes[name]).contiguous()
+
+    if model.context.is_first:
+        write_released(Path(directory), model.config, shapes, dtypes, gathered)
+    else:
+        for name in shapes:
+            gathered(name)
+
+
+def whole_tensor(weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
+    """The parameter `name` of stored weights, in `dtype`."""
+    shape = weights.shapes[name]
+    values = torch.empty(shape, dtype=weights.dtypes[name])
+    box = tuple((0, length) for length in shape)
+    weights.fill(name, Piece(box, 0, values.numel()), values.view(-1))
+    return values.to(dtype)
+
+
+def shards(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype], most: int) -> list[list[str]]:
+    """Tensors of each weight file, of at most `most` bytes, in the order of `shapes`."""
+    files: list[list[str]] = [[]]
+    size = 0
+    for name, shape in shapes.items():
+        more = math.prod(shape) * dtypes[name].itemsize
+        if files[-1] and size + more > most:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size += more
+    return files
+
+
+def _write_weights(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, torch.dtype],
+    tensor: Callable[[str], Tensor],
+    shard_bytes: int,
+) -> None:
+    files = shards(shapes, dtypes, shard_bytes)
+    weight_map = {}
+    for number, names in enumerate(files, 1):
+        file = WEIGHTS_FILE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        entries = {name: (dtypes[name], shapes[name]) for name in names}
+        stream_tensors(folder / file, entries, map(tensor, names), metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(files) > 1:
+        size = sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items())
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (folder / INDEX_FILE).write_text(_json(index))
+
+
+def _publish(staging: Path, directory: Path) -> None:
+    """Move the new files to `directory` in the place of the old export's. config.json is the first file that goes and
+    the last that comes: a folder that a kill leaves between the two is no model."""
+    old = {path for pattern in EXPORT_FILES for path in directory.glob(pattern) if path.is_file() or path.is_symlink()}
+    for path in sorted(old, key=lambda path: path.name != CONFIG_FILE):
+        path.unlink()
+    mode = directory.stat().st_mode & 0o666  # the folder's read and write permissions
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+        path.chmod(mode)
+        path.rename(directory / path.name)
+    sync_folder(directory)
+
+
+def _json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=1) + "\n"
