@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tn import plot
+from megatron_tn.benchmark import main as benchmark
 from megatron_tn.config import DataConfig, ModelConfig, ScheduleConfig, TrainConfig
 from megatron_tn.planning import host
 from megatron_tn.training.hooks.console import ConsoleProgress
@@ -18,7 +19,7 @@ from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
 from megatron_tn.training.summary import figures_of, show_end
 from megatron_tn.training.throughput import Work
-from tests.helpers.training import call
+from tests.helpers.training import SMALL, call
 
 REPORT = StepReport(loss=2.5, tokens=100, lr=3e-4, grad_norm=1.0, applied=True, stop=False)
 
@@ -85,6 +86,12 @@ def test_what_cannot_fit_into_this_machine_is_refused(monkeypatch):
     assert "data.micro_batch=32768" in line
     (line,) = host.host_memory_problems(config(), 8, 8)
     assert "in 8 processes" in line
+
+
+def test_a_benchmark_that_cannot_fit_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(host, "free_bytes", lambda: 2**20)
+    assert call(benchmark, *SMALL) == 2
+    assert "but this machine has 0.0 GiB free" in capsys.readouterr().err
 
 
 def test_a_long_run_without_a_gpu_says_what_it_will_cost(monkeypatch):
