@@ -201,7 +201,7 @@ def _unknown_choice(directory: Path, group: str, choice: object) -> str | None:
 def _line(error: dict, names: list[str]) -> str:
     location = [str(part) for part in error["loc"]]
     if location[0] == "sources" and len(location) > 3:
-        del location[2]  # pydantic puts the source's type between its name and the key
+        del location[2]  # the source's kind, which pydantic inserts into the key's location
     key = ".".join(location)
     if error["type"] == "unexpected_keyword_argument":
         return f"{key}: unknown setting{_nearest(key, names)}"

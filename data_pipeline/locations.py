@@ -22,5 +22,5 @@ def openable(path: str) -> str:
 def local(path: str) -> str:
     """Returns `path`, a local path. Raises ValueError for a URL, which would create a local folder such as `s3:`."""
     if "://" in path:
-        raise ValueError("is a URL: output goes to a folder of this machine, or one that it shares")
+        raise ValueError("is a URL: it must be a local or mounted folder")
     return path

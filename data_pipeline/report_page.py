@@ -130,7 +130,7 @@ def _lost(share: float) -> str:
 
 
 def _band(left: float, right: float, top: float, before: float, after: float) -> str:
-    """The band from a bar to the next, and below it the band of drops, bending down."""
+    """SVG of the flow diagram: the band from a stage's bar to the next, and below it the band of drops."""
     band = f"M{left:.1f},{top} H{right:.1f} V{top + after:.1f} H{left:.1f} Z"
     if before <= after:
         return f'<path class="band" d="{band}"/>'

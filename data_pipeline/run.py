@@ -161,7 +161,7 @@ def _prepare(output: Path, record: dict, overwrite: bool) -> None:
         if not overwrite:
             raise InputError(
                 *(f"output={output} was made otherwise: {line}" for line in changed),
-                f"output={output}: choose another, or overwrite=true to lose what it holds",
+                f"output={output}: choose another, or overwrite=true to delete its content",
             )
         # Deletes completion markers first and keeps the record: if interrupted, this can be repeated, and a run with
         # the old settings does not take partly deleted stages for complete.
@@ -207,7 +207,7 @@ def main(arguments: list[str]) -> None:
     settings = compose(overrides("data_pipeline.run", __doc__, arguments))
     report = run(settings)
     if report is None:
-        print(f"the jobs are in the queue; the same command follows them, and {settings.output}/report.json comes last")
+        print(f"jobs submitted; the same command follows them until {settings.output}/report.json is written")
         return
     for split, figures in report["splits"].items():
         print(f"{settings.output}/{split}: " + ", ".join(f"{value} {key}" for key, value in figures.items()))

@@ -40,7 +40,7 @@ def strata(
         available[category] += size * (1 - heldout_fraction)
         seen[category] += size * sources[source].epochs
     if not (total := sum(seen.values())):
-        raise InputError("tokenizer: no document is left to train it on; the report's drops say which rule took them")
+        raise InputError("tokenizer: no document is left to train it on; the report says which rules dropped them")
     natural = {category: max(amount / total, settings.min_share) for category, amount in seen.items() if amount}
     weights = {category: settings.weights[category] for category in natural} if settings.weights else natural
     wanted = allot(settings.sample_bytes, weights, {category: available[category] for category in natural})

@@ -74,7 +74,7 @@ def _with_bytes(learned: dict) -> Tokenizer:
     merges = [tuple(merge) for merge in learned["merges"]]
     # A merge equal to a byte token's name would decode to that byte.
     if spelled := [merge for merge in merges if BYTE.fullmatch("".join(merge))]:
-        raise InputError(f"tokenizer: the corpus taught {spelled}, the name of a byte: clean it or change the pieces")
+        raise InputError(f"tokenizer: merges {spelled} equal the name of a byte token: clean the corpus")
     ordered = sorted(learned["vocab"], key=learned["vocab"].get)
     vocabulary = {entry: place for place, entry in enumerate((*SPECIAL, *BYTES, *ordered))}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=UNK, byte_fallback=True))

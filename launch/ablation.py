@@ -1,12 +1,12 @@
-"""Whether cleaning pays: equal models on the corpora of `data_pipeline.ablation`, and their perplexity on clean text.
+"""Data ablation of cleaning: held-out perplexity of equal models trained on the corpora of `data_pipeline.ablation`.
 
     python -m data_pipeline.ablation output=runs/ablation/corpora
     python -m launch.ablation --corpora runs/ablation/corpora --run-dir runs/ablation --seeds 3 --at-once 3
 
-trains experiment=ablation once for each corpus and seed (megatron_tn.train), evaluates each model on held-out documents
-that no corpus contains and no rule has touched (megatron_tn.evaluate), and writes summary.json and worth.png to the run
-folder. Further words are overrides for training. Models that are trained and evaluated already are not made again. Exit
-code 1 when a run fails; the message names its log.
+trains experiment=ablation for each corpus and seed (megatron_tn.train), evaluates each model on held-out documents that
+are in no corpus and were not cleaned (megatron_tn.evaluate), and writes summary.json and worth.png to the run folder.
+Further arguments are overrides for training. Completed models are not trained again. Exit code 1 when a run fails; the
+message names its log.
 """
 
 from __future__ import annotations
@@ -31,18 +31,17 @@ from megatron_tn.training.run_folder import RunFolder
 console = Console(highlight=False)
 
 
-# Settings of the model that scores the cleaned corpus in a round of self-cleaning: it is trained for less than one pass
-# over the corpus's 6 M tokens.
+# Settings of the scoring model in a round of self-cleaning: less than one epoch of the cleaned corpus's 6 M tokens.
 EVALUATION_MODEL = ("experiment=ablation", "schedule.steps=300", "evaluation.every=0")
 
 
 class Failed(Exception):
-    """A program of the project ended with an error; the message names it and its log."""
+    """A command of the project failed; the message names the command and its log."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What a model is trained on: a corpus, whole or filtered."""
+    """An arm of the ablation: a corpus, with or without a filter."""
 
     name: str
     manifest: Path
@@ -51,7 +50,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Run:
-    """One model: an arm and a seed, in a folder of its own."""
+    """The run of one arm and seed, with its folder."""
 
     arm: Arm
     seed: int
@@ -59,18 +58,18 @@ class Run:
 
     @property
     def evaluation(self) -> Path:
-        """What `megatron_tn.evaluate` found of the trained model."""
+        """The output file of `megatron_tn.evaluate`."""
         return self.folder / "evaluation.json"
 
     def finish(self, heldout: Path, overrides: list[str]) -> None:
-        """Trains, going on where an earlier start stopped, and evaluates. A run that is done is left alone."""
+        """Trains (or resumes) and evaluates, unless this is already done."""
         if self.evaluation.exists():
             return
         words = ["experiment=ablation", f"seed={self.seed}", f"run_dir={self.folder}"]
         words += [f"data.manifest={self.arm.manifest}", f"evaluation.manifest={heldout}"]
         words += [f"data.filter={self.arm.filter}"] if self.arm.filter else []
         program("megatron_tn.train", [*words, *overrides], self.folder)
-        # As many tokens at once as a training step has, so that evaluation fits into memory wherever training does.
+        # As many tokens per evaluation batch as per training step, so that evaluation needs no more memory.
         words = [f"checkpoint={self.folder}", f"manifest={heldout}", f"output={self.evaluation}", "batch_tokens=16384"]
         program("megatron_tn.evaluate", words, self.folder)
         console.print(f"{self.arm.name}, seed {self.seed}: {perplexity(self):.3f} held-out perplexity")
@@ -79,12 +78,12 @@ class Run:
         return json.loads(self.evaluation.read_text())
 
     def records(self, key: str) -> list[dict[str, Any]]:
-        """Those of its journal that have `key`."""
+        """The records of the run's journal that have `key`."""
         return RunFolder(self.folder).records(key)
 
 
 def finish_all(runs: list[Run], heldout: Path, overrides: list[str], at_once: int) -> None:
-    """`finish` every run, `at_once` at a time. After one that fails no other begins. Raises Failed."""
+    """Call `finish` of every run, `at_once` at a time. After a failure no further run starts. Raises Failed."""
     failed = threading.Event()
 
     def finish(run: Run) -> None:
@@ -101,7 +100,7 @@ def finish_all(runs: list[Run], heldout: Path, overrides: list[str], at_once: in
 
 
 def program(module: str, words: list[str], folder: Path) -> None:
-    """A command line of this project, its words in `folder`/console.log. Raises Failed."""
+    """Run a command line of this project with its output in `folder`/console.log. Raises Failed."""
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "console.log"
     with log.open("a") as file:
@@ -121,13 +120,13 @@ def self_clean(cleaned: Path, folder: Path, overrides: list[str]) -> Arm:
 
 
 def perplexity(run: Run) -> float:
-    """Per token of the held-out documents."""
+    """Perplexity per token of the held-out documents."""
     return math.exp(run.figures()["nats_per_token"])
 
 
 def summarise(corpora: dict[str, Any], runs: list[Run], overrides: list[str]) -> dict[str, Any]:
-    """Each arm with its figures, seed by seed, their means, and how they differ from the first arm's, beside the
-    spread over seeds."""
+    """For each arm: perplexity and bits per byte by seed, their means, the standard deviation over seeds, and the
+    relative difference of mean perplexity from the first arm's."""
     summary: dict[str, Any] = {"arms": {}, "overrides": overrides, "text": corpora}
     first: list[float] = []
     for name in dict.fromkeys(run.arm.name for run in runs):
@@ -151,7 +150,7 @@ def summarise(corpora: dict[str, Any], runs: list[Run], overrides: list[str]) ->
 
 
 def draw(runs: list[Run], path: Path) -> None:
-    """The held-out loss of every run while it trained, a colour an arm."""
+    """Plot every run's held-out loss during training, one colour per arm."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -201,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
         if (value := getattr(options, name)) < 1:
             parser.error(f"--{name.replace('_', '-')} {value} must be at least 1")
     corpora = json.loads(description.read_text())
-    # Runs that are done are taken as they are, so they must have had the same corpora and overrides.
+    # Completed runs are reused, so they must have had the same corpora and overrides.
     question = {"corpora": corpora, "overrides": options.overrides}
     asked = options.run_dir / "question.json"
     if asked.exists() and json.loads(asked.read_text()) != question:

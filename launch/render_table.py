@@ -259,7 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
     filled = fill(page, rows)
     if options.check:
         if filled != page:
-            print(f"{PAGE.name} is not what its rows say: python -m launch.render_table", file=sys.stderr)
+            print(f"{PAGE.name} is out of date: run python -m launch.render_table", file=sys.stderr)
         return int(filled != page)
     PAGE.write_text(filled)
     return 0

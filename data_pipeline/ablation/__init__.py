@@ -1,1 +1,1 @@
-"""Whether cleaning pays: raw and cleaned corpora of one size, for `launch.ablation` to train equal models on."""
+"""Data ablation of the cleaning rules: raw and cleaned corpora of equal size, on which `launch.ablation` trains."""

@@ -1,8 +1,8 @@
-"""Corpora that show whether cleaning pays: `python -m data_pipeline.ablation output=FOLDER`.
+"""Makes the corpora of the data ablation: `python -m data_pipeline.ablation output=FOLDER`.
 
-Arguments are Hydra overrides of conf/ablation.yaml. Leaves raw/ and cleaned/ of one number of tokens, heldout/,
-and corpora.json, which says what they hold; `python -m launch.ablation` trains on them. A run that was stopped goes on
-where it was. Exit code 2 and a line a problem for bad input; 1 when a stage of the pipeline fails.
+Arguments are Hydra overrides of conf/ablation.yaml. Writes raw/ and cleaned/ with equal numbers of tokens, heldout/,
+and corpora.json with their statistics; `python -m launch.ablation` trains on them. A stopped run continues where it
+stopped. Exit code 2 with a line per problem for bad input; 1 when a stage of the pipeline fails.
 """
 
 import sys

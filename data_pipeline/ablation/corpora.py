@@ -1,7 +1,7 @@
-"""The corpora: real text, held-out text, raw text with noise planted, and what cleaning leaves of it, cut to one size.
+"""The ablation's corpora: real text, held-out text, raw text (real text plus noise), cleaned raw text of equal size.
 
-Real and held-out text come first: gathered, freed of exact and near duplicates, tokenised by a tokenizer trained on the
-real text. Held-out documents are left as they are, by noise and by cleaning alike, so that they favour no corpus.
+Real and held-out text are gathered, deduplicated (exact and near), and tokenised by a tokenizer trained on the real
+text. Neither noise nor cleaning is applied to held-out documents, so that they favour no corpus.
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ from data_pipeline.shards.reading import StoredDocument, read_documents
 from data_pipeline.shards.writer import ShardWriter
 from data_pipeline.tokenizer import load
 
-PARTS = 16  # files of JSON lines, so that the pipeline has as many tasks
+PARTS = 16  # files of JSON lines, one per task of the pipeline
 REAL, NEAR_DUPLICATE = "real", "near_duplicate"
 
 
 def make_corpora(settings: AblationSettings, say=print) -> dict:
-    """Makes what is not there yet below `settings.output` and returns what corpora.json says. Raises InputError and
+    """Makes the missing corpora below `settings.output` and returns the content of corpora.json. Raises InputError and
     StageError."""
     output = Path(settings.output)
     decisive = {key: value for key, value in dataclasses.asdict(settings).items() if key not in ("output", "workers")}
@@ -81,7 +81,7 @@ def make_corpora(settings: AblationSettings, say=print) -> dict:
 
 
 def _once(path: Path, make) -> dict:
-    """What `make()` gave, from `path` when it was made before."""
+    """The result of `make()`, cached in `path`."""
     if not path.exists():
         replace_file(path, json.dumps(make(), indent=1).encode() + b"\n")
     return json.loads(path.read_bytes())
@@ -94,7 +94,7 @@ def _gather(settings: AblationSettings, output: Path) -> dict:
 
 def plant(real: Manifest, settings: AblationSettings, folder: Path) -> dict:
     """Writes the real documents and the noise made from them to `folder`/NN.jsonl, in the order of their hashes.
-    Returns {kind: {documents, bytes}}, REAL among the kinds. Raises InputError when no document can be made noise of.
+    Returns {kind: {documents, bytes}}, including kind REAL. Raises InputError when no document is suitable for noise.
     """
     decode = load(real.directory / real.tokenizer.file).decode
     texts, hosts, size = [], [], 0
@@ -128,7 +128,7 @@ def plant(real: Manifest, settings: AblationSettings, folder: Path) -> dict:
 
 
 def cut(manifest: Manifest, tokens: int, seed: int, folder: Path) -> None:
-    """Writes a random choice of the documents of a manifest as a corpus of its own: as many as fit into `tokens`."""
+    """Writes a random sample of a manifest's documents, as many as fit into `tokens`, as a new corpus."""
     if (folder / "manifest.json").exists():
         return
     documents = list(read_documents(manifest))
@@ -156,8 +156,8 @@ def cut(manifest: Manifest, tokens: int, seed: int, folder: Path) -> None:
 
 
 def describe(folder: Path, whole: Manifest, planted: dict) -> dict:
-    """What a corpus holds after it was cut, the share of its tokens that is noise, and of every kind that was planted,
-    the share of documents that cleaning took before the cut."""
+    """Statistics of a corpus after the cut, its share of noise in tokens, and per planted kind, the share of documents
+    that cleaning had dropped before the cut."""
     corpus = Manifest.load(str(folder / "manifest.json"))
     tokens, left = Counter(), Counter()
     for kind, size in _kinds(list(read_documents(corpus))):
@@ -172,8 +172,8 @@ def describe(folder: Path, whole: Manifest, planted: dict) -> dict:
 
 
 def _kinds(documents: list[StoredDocument]) -> Iterator[tuple[str, int]]:
-    """The kind and tokens of each document: REAL, or of what noise. A near duplicate whose original is gone stands for
-    it, and is real: of the two, cleaning may take either."""
+    """(Kind, tokens) of each document; the kind is REAL or that of its noise. A near duplicate whose original was
+    dropped counts as REAL, because cleaning may drop either of the two."""
     there = {document.metadata["key"] for document in documents}
     for document in documents:
         kind, _, rest = document.metadata["key"].partition("/")

@@ -1,4 +1,4 @@
-"""Text that is on every machine: documentation and sources of the installed packages."""
+"""Gathers text available on every machine: documentation and sources of the installed Python packages."""
 
 import ast
 import hashlib
@@ -15,7 +15,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.files import replacing
 
 DOCUMENTATION = (".md", ".rst", ".txt")
-LENGTHS = (400, 100_000)  # UTF-8 bytes of a document: shorter ones teach little, longer ones are data
+LENGTHS = (400, 100_000)  # minimum and maximum UTF-8 bytes of a document; longer files are mostly data
 STANDARD_LIBRARY = "python"
 NO_TEXT = {"site-packages", "dist-packages", "test", "tests", "testing", "__pycache__"}
 
@@ -30,19 +30,19 @@ class Text(NamedTuple):
 
 
 def gather(folder: Path, limits: dict[str, int], packages: list[str] | None, parts: int = 16) -> dict:
-    """Writes texts of installed packages to `folder`/NN.jsonl, each of them once, and returns what was taken:
+    """Writes distinct texts of installed packages to `folder`/NN.jsonl and returns
     {package: {version, documents, bytes}}.
 
-    limits: {kind: UTF-8 bytes at most}. When there is more than that, which texts are taken follows from their hashes,
-    as does their order. Raises InputError for a package that is not installed, or when a limit is not reached.
+    limits: {kind: UTF-8 bytes}, the size of each kind. The choice and order of texts follow their hashes. Raises
+    InputError for a package that is not installed, or when there is less text than a limit.
     """
     versions = installed(packages)
     texts: dict[str, tuple[Text, int]] = {}
     for name in versions:
         for found in package_texts(name):
-            data = found.text.encode(errors="replace")  # a docstring may spell half a surrogate pair
+            data = found.text.encode(errors="replace")  # a docstring may contain an unpaired surrogate
             if LENGTHS[0] <= len(data) <= LENGTHS[1]:
-                # Other digits of the hash than those that choose the held-out documents (see document.in_heldout).
+                # Hash digits other than document.in_heldout's, for an independent choice.
                 digest = hashlib.sha256(data).hexdigest()[32:]
                 texts.setdefault(digest, (found._replace(text=data.decode()), len(data)))
     left, taken = dict(limits), {}
@@ -70,7 +70,7 @@ def gather(folder: Path, limits: dict[str, int], packages: list[str] | None, par
 
 
 def installed(packages: list[str] | None) -> dict[str, str]:
-    """{name: version} of the wanted packages, or of all; the standard library is one. Raises InputError."""
+    """{name: version} of `packages`, or of all installed ones, including the standard library. Raises InputError."""
     versions = {STANDARD_LIBRARY: platform.python_version()}
     versions |= {found.metadata["Name"]: found.version for found in distributions()}
     if packages is None:
@@ -86,7 +86,7 @@ def package_texts(name: str) -> Iterator[Text]:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
-            continue  # listed and not there, or no text
+            continue  # a missing or binary file
         if path.suffix in DOCUMENTATION:
             yield Text("documentation", name, place, text)
         else:
@@ -106,9 +106,9 @@ def _files(name: str) -> Iterator[tuple[str, Path]]:
 
 
 def _split_source(name: str, place: str, source: str) -> Iterator[Text]:
-    """A module's docstrings as documents of their own, and the module without them."""
+    """Each docstring of a module as a document, and the module without docstrings."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of invalid escapes in other people's strings
+        with warnings.catch_warnings(action="ignore"):  # of invalid escapes in the packages' strings
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):
         return

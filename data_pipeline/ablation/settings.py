@@ -1,4 +1,4 @@
-"""Settings of `python -m data_pipeline.ablation`; their defaults for people are in conf/ablation.yaml."""
+"""Settings of `python -m data_pipeline.ablation`; defaults and explanations are in conf/ablation.yaml."""
 
 from typing import Annotated
 
@@ -11,11 +11,11 @@ from data_pipeline.sources import STRICT, Count, LocalFolder, Positive
 
 @dataclass(frozen=True, config=STRICT)
 class AblationSettings:
-    """output: folder of the corpora. packages: whose text is gathered, null for all that are installed;
-    documentation_bytes, source_bytes: how much of each kind, in UTF-8 bytes.
+    """output: folder of the corpora. packages: names of packages to gather text from, null for all installed ones;
+    documentation_bytes, source_bytes: UTF-8 bytes of each kind.
 
-    noise: the share of the raw corpus's bytes that is planted, equally of every kind of canary_texts.NOISE;
-    heldout_fraction: of the real documents, kept from training. workers: processes of the pipeline.
+    noise: share of noise in the raw corpus's bytes, equal parts of every kind in canary_texts.NOISE; heldout_fraction:
+    share of real documents held out. workers: processes of the pipeline.
     """
 
     output: LocalFolder
@@ -30,6 +30,6 @@ class AblationSettings:
 
 
 def compose_ablation(overrides: list[str]) -> AblationSettings:
-    """From conf/ablation.yaml and overrides in Hydra's grammar; raises InputError with a line a problem."""
+    """Settings from conf/ablation.yaml and overrides in Hydra's grammar; raises InputError, a line per problem."""
     data, _ = compose_plain("ablation", overrides, AblationSettings)
     return parse(data, cls=AblationSettings)

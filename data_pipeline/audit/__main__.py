@@ -1,10 +1,10 @@
-"""People judge a sample of documents: `python -m data_pipeline.audit [draw | judge | summary] samples=FILE ...`.
+"""Human audit of a filter: `python -m data_pipeline.audit [draw | judge | summary] samples=FILE ...`.
 
-draw     draws a sample of scored shards: manifest=... filter=conf/score_filter.yaml [each=20 ...]
+draw     draws a sample from scored shards: manifest=... filter=conf/score_filter.yaml [each=20 ...]
 judge    (the default) serves the page: one document at a time, keep / drop / unsure by keyboard
-summary  prints how far the filter and the answers agree
+summary  prints the agreement of filter and human verdicts
 
-Arguments are Hydra overrides of conf/audit.yaml. Exit code 2 and a line a problem for bad input.
+Arguments are Hydra overrides of conf/audit.yaml. Exit code 2 with a line per problem for bad input.
 """
 
 import json
@@ -49,7 +49,7 @@ def draw(settings: AuditSettings) -> None:
 
 
 def judge(settings: AuditSettings) -> None:
-    """Serves the page until Ctrl-C."""
+    """Serves the audit page until Ctrl-C."""
     from data_pipeline.audit.answers import AnswersFile
     from data_pipeline.audit.app import Audit
     from data_pipeline.audit.samples import Samples
@@ -78,7 +78,7 @@ def judge(settings: AuditSettings) -> None:
 
 
 def summarise(settings: AuditSettings) -> None:
-    """Prints the summary as tables."""
+    """Prints the audit's summary as tables."""
     from data_pipeline.audit.agreement import summary
     from data_pipeline.audit.answers import AnswersFile
     from data_pipeline.audit.samples import Samples

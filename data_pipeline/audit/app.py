@@ -174,7 +174,7 @@ def _checked(body: object, known: Mapping[str, int]) -> tuple[str, str, str, flo
     try:
         note.encode()
     except UnicodeEncodeError as error:
-        raise Refused(400, f"note: character {error.start} is half of a surrogate pair and no text") from None
+        raise Refused(400, f"note: character {error.start} is an unpaired surrogate") from None
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= LONGEST_SECONDS:
         raise Refused(400, f"seconds={seconds!r} must be a number from 0 to {LONGEST_SECONDS:.0f}")
     return sample, verdict, note, float(seconds)

@@ -130,7 +130,7 @@ def _without_chunks(data: bytes) -> bytes:
         return data
     if at == len(data):  # only the final empty chunk is missing
         return b"".join(pieces)
-    raise Undecodable(f"chunked, and broken at byte {at} of {len(data)}")
+    raise Undecodable(f"chunked coding, damaged at byte {at} of {len(data)}")
 
 
 def _inflate(data: bytes, most: int, wbits: int) -> bytes:

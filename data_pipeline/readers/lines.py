@@ -54,7 +54,7 @@ def _line(line: bytes, place: str, source: Jsonl) -> Found | Quarantined:
         try:
             twice = _repeated(line)
         except RecursionError:
-            return Quarantined(place, "not_json", "nested too deep to look for keys that are there twice", len(line))
+            return Quarantined(place, "not_json", "nested too deep for the check of duplicate keys", len(line))
         if twice:
             return Quarantined(place, "duplicate_key", f"key {twice!r} is there twice", len(line))
     return from_record(record, place, source)

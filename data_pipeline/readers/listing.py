@@ -122,7 +122,7 @@ def files_below(root: Path, exclude: frozenset[str] = frozenset()) -> Below:
                 broken.append(link.relative_to(root).as_posix())
                 continue
             if (found.st_dev, found.st_ino) in seen:
-                notes.append(f"link {printable(str(link.relative_to(root)))} leads to what is read already: left out")
+                notes.append(f"link {printable(str(link.relative_to(root)))} leads to something already read: skipped")
                 continue
             seen.add((found.st_dev, found.st_ino))
             followed.append(f"{link.relative_to(root)} -> {link.resolve()}")

@@ -70,7 +70,7 @@ def _exclusive(output: Path) -> Iterator[IO]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(f"output={output}: another start, or what a killed one began, is still at work") from None
+            raise InputError(f"output={output}: locked by another process, or by the trainer of a killed one") from None
         yield lock
 
 
@@ -143,8 +143,8 @@ class Round:
         finished = subprocess.run(command, check=False, pass_fds=(lock.fileno(),))
         if finished.returncode:
             raise StageError(
-                f"round {self.number}: {name} ended with exit code {finished.returncode}; its words above say why; the "
-                "same command of yours goes on from here"
+                f"round {self.number}: {name} ended with exit code {finished.returncode}; see its output above; the "
+                "same command continues from here"
             )
         replace_file(done, json.dumps(command).encode() + b"\n")
 
@@ -174,7 +174,7 @@ class Round:
             raise WaitingForPeople(
                 f"round {self.number}: {left} of {len(samples)} documents are not judged yet. Judge them with\n"
                 f"  python -m data_pipeline.audit samples={self.samples}\n"
-                "then start this command again; audit=skip goes on without."
+                "then start this command again; audit=skip continues without verdicts."
             )
 
     def _answers(self):

@@ -1,7 +1,7 @@
-"""What a manifest says: the JSON document, its parts and what they may be.
+"""The content of manifest.json: its types and checks.
 
-Every name in a manifest is a plain file name in the manifest's own folder. A manifest may come from anywhere, so a name
-that could lead elsewhere (a slash, a leading dot) is refused before any file is touched.
+Every name in a manifest is a plain file name in the manifest's own folder. Manifests are untrusted: names that could
+lead elsewhere (a slash, a leading dot) are refused before any file is opened.
 """
 
 from collections import Counter
@@ -17,13 +17,13 @@ VERSION = 2
 
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=200)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0, le=2**53, strict=True)]  # so that no sum of them that fits overflows an int64
+Count = Annotated[int, Field(ge=0, le=2**53, strict=True)]  # sums stay within int64
 STRICT = ConfigDict(extra="forbid")
 
 
 @checked_dataclass(frozen=True, config=STRICT)
 class TokenizerInfo:
-    """The tokenizer that made the shards: a file beside the manifest, and the ids a reader needs without loading it."""
+    """The shards' tokenizer: its file beside the manifest, and the special ids, so that readers need not load it."""
 
     file: FileName
     sha256: Sha256
@@ -35,7 +35,7 @@ class TokenizerInfo:
 
 @checked_dataclass(frozen=True, config=STRICT)
 class SourceInfo:
-    """What is known of a source: the category that it belongs to, and how often an epoch of training goes over it."""
+    """A source: its category, and how often an epoch of training repeats it."""
 
     category: str = ""
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
@@ -61,7 +61,7 @@ class Shard:
 
 @checked_dataclass(frozen=True, config=STRICT)
 class Totals:
-    """Sums over the shards, for people and for a cross-check."""
+    """Sums over the shards, for information and consistency checks."""
 
     shards: Count
     documents: Count
@@ -71,7 +71,7 @@ class Totals:
 
 @checked_dataclass(frozen=True, config=STRICT)
 class Content:
-    """The JSON document itself."""
+    """The parsed content of manifest.json."""
 
     format: Literal["megatron_tn.shards"]
     version: Literal[2]
@@ -96,14 +96,14 @@ def total(shards: tuple[Shard, ...] | list[Shard]) -> Totals:
 
 
 def token_dtype(vocab_size: int) -> str:
-    """The smallest stored dtype that holds every id below `vocab_size`."""
+    """The smallest dtype for stored ids below `vocab_size`."""
     if not 0 < vocab_size <= 2**32:
         raise InputError(f"vocab_size={vocab_size} must be between 1 and 2**32, the widest token that shards can hold")
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
 def contradictions(content: Content) -> list[str]:
-    """A line for each way in which a manifest that is well formed contradicts itself."""
+    """A line for each inconsistency of a well-formed manifest, such as totals that are not the shards' sums."""
     problems = []
     for field in ("name", "index", "sha256"):
         # A copy of a shard under a second name would feed its documents twice.

@@ -1,4 +1,4 @@
-"""manifest.json: what a folder of shards holds (`content`), and whether the folder still holds it."""
+"""Reads and writes manifest.json (types: `content`) and checks it against the files of its folder."""
 
 import functools
 import hashlib

@@ -134,7 +134,7 @@ class Remote:
             path = self.fetch(name, size=size, sha256=sha256, most=most)
             with contextlib.suppress(FileNotFoundError):  # another download needed its room already
                 return FileIO(path)
-        raise OSError(f"{self.url}/{name}: {self.cache} is too small for what is in use")
+        raise OSError(f"{self.url}/{name}: {self.cache} is too small for the files in use")
 
     def prefetch(self, wanted: list[tuple[str, int, str]]) -> None:
         """Starts downloads of files (name, size, sha256), as many as fit into half of the cache. Errors are raised by a

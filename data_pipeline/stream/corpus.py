@@ -141,7 +141,7 @@ class Corpus:
             if found.shape != tokens.shape or found.dtype.kind not in "iu":
                 raise InputError(
                     f"document stage {stage.name}: document {key}: {found.dtype} {list(found.shape)} for int64 "
-                    f"{list(tokens.shape)}: a stage gives as many ids as it is given, since positions are found by sums"
+                    f"{list(tokens.shape)}: a stage must return as many ids as it is given"
                 )
             if found.min() < 0 or found.max() >= vocab_size:
                 raise InputError(f"document stage {stage.name}: document {key}: an id outside [0, {vocab_size})")

@@ -1,9 +1,8 @@
-"""Counts what a filter keeps of each shard: `python -m data_pipeline.stream.count MANIFEST FILTER [--workers N]`.
+"""Counts a filter's kept documents per shard: `python -m data_pipeline.stream.count MANIFEST FILTER [--workers N]`.
 
-MANIFEST is a path, or a URL of fsspec. FILTER is a YAML file or inline JSON (see conf/score_filter.yaml), or
-module:object of a filter of one's own. Only indexes and scores are read. Counted shards are noted as they are done, so
-that a run that was killed goes on where it was. The result is cached beside the manifest. Exit code 2 and a line a
-problem for bad input.
+MANIFEST is a path or an fsspec URL. FILTER is a YAML file or inline JSON (see conf/score_filter.yaml), or
+module:object of a user-defined filter. Only indexes and scores are read. Progress is saved per shard, so that a killed
+run continues. The result is cached beside the manifest. Exit code 2 with a line per problem for bad input.
 """
 
 import functools
@@ -23,13 +22,13 @@ from data_pipeline.shards.reading import shard_index
 from data_pipeline.stream.pipeline import load_filter
 from data_pipeline.stream.score_filter import DocumentFilter, KeptCounts, Row, ScoreFilter, count_row, counts_file
 
-CHUNK = 16  # shards that a worker takes at once
+CHUNK = 16  # shards per task of a worker
 
 
 def count(manifest: Manifest, filter: DocumentFilter, *, workers: int = 1, publish: bool = True) -> KeptCounts:
-    """Counts the shards that are not counted yet, caches the result beside the manifest, and returns it. Of a remote
-    manifest, the cache of its shards on this machine keeps it as well, or alone without `publish`. Raises InputError
-    naming the scores or index that cannot be used, or the place that cannot be written to."""
+    """Counts the shards that are not counted yet, caches the result beside the manifest, and returns it. For a remote
+    manifest, the result is also in the local cache of its shards; only there without `publish`. Raises InputError
+    naming unusable scores or indexes, or an unwritable folder."""
     name = counts_file(manifest, filter)
     path = manifest.directory / name
     if not path.exists():
@@ -53,7 +52,7 @@ def count(manifest: Manifest, filter: DocumentFilter, *, workers: int = 1, publi
 
 
 def _count_rest(manifest: Manifest, filter: DocumentFilter, workers: int, progress: Path) -> list[Row]:
-    """What is kept of every shard; those that `progress` has not noted are counted, and noted."""
+    """Counts of every shard; shards missing from file `progress` are counted and appended to it."""
     done = _noted(progress)
     todo = [shard for shard in manifest.shards if shard.name not in done]
     with progress.open("ab") as notes, process_pool(workers) as pool:
@@ -67,7 +66,7 @@ def _count_rest(manifest: Manifest, filter: DocumentFilter, workers: int, progre
 
 
 def count_shard(manifest: Manifest, filter: DocumentFilter, shard: Shard) -> Row:
-    """What `filter` keeps of one shard. Scores are fetched anew: those in a cache may be of an earlier scoring."""
+    """Counts of one shard. Scores are downloaded again: cached ones may be of an earlier scoring."""
     try:
         index = shard_index(manifest, shard)
         return count_row(index, *filter.kept(functools.partial(manifest.read, fresh=True), shard, index))
@@ -76,7 +75,7 @@ def count_shard(manifest: Manifest, filter: DocumentFilter, shard: Shard) -> Row
 
 
 def _noted(progress: Path) -> dict[str, Row]:
-    """The shards that a killed run has counted; its last line may be torn."""
+    """{shard: counts} from `progress`, which a killed run may have left with a truncated last line."""
     if not progress.exists():
         return {}
     whole, _, torn = progress.read_bytes().rpartition(b"\n")
@@ -99,7 +98,7 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"--workers={given.workers} must be at least 1")
     filter = load_filter(given.filter)
     manifest = Manifest.load(given.manifest, check_files=False)
-    # No error: a split, or a part of the corpus, may lack a source that the filter has a band for.
+    # Only a warning: a split or a part of the corpus may lack a source of the filter's bands.
     if isinstance(filter, ScoreFilter) and (unused := filter.unused_bands(manifest.sources)):
         print(
             f"warning: bands of {', '.join(unused)}: no such source, there are {', '.join(manifest.sources)}",

@@ -10,7 +10,7 @@ BLOCK = 1024  # samples per block; each block has the mixture's shares, up to on
 
 
 class Interleave:
-    """Spreads `samples` [groups] evenly over an epoch of their sum.
+    """Spreads each group's samples evenly over an epoch. samples: [groups], their number per epoch.
 
     The epoch is cut into blocks; before block b there are floor(b * n / blocks) samples of a group with n samples, so
     the content of block b follows from b alone.

@@ -4,13 +4,13 @@
     for step in webdataset.DataPipeline(*stages, batches(plan, micro_batch=8)):
         ...
 
-A stage is what `webdataset.DataPipeline` takes: a callable of what the stage before it gives. Up to packing that is a
-`Corpus` and not an iterator of documents, since an iterator could only find sample 10^12 by reading all before it; so
-global batch k stays a function of (manifest, filter, stages, mixture, seed, k) whatever is put in between. From
-`batches` on it is an iterator, and any stage of webdataset's own may follow.
+A stage is a callable from the previous stage's result, as in `webdataset.DataPipeline`. Before packing, the result is a
+`Corpus` with random access, not an iterator, which would reach sample 10^12 only by reading all samples before; so
+global batch k is a function of (manifest, filter, stages, mixture, seed, k) for any list of stages. From `batches` on,
+the result is an iterator, and webdataset's own stages may follow.
 
-Every stage has a name and can be left out or replaced: `token_stages` is a list. A stage of your own takes a `Corpus`
-and gives one (`each_document` makes one from a function of a document).
+Every stage has a name and can be left out or replaced: `token_stages` is a list. A user-defined stage takes and returns
+a `Corpus` (`each_document` makes one from a function of a document).
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ def token_stages(
 
 
 def compose(stages: Iterable[Stage]) -> Any:
-    """What the last stage gives: of `token_stages`, the `TokenStream` that finds any sample and keeps the ledger."""
+    """The last stage's result; for `token_stages`, a `TokenStream`."""
     first, *others = stages
     return functools.reduce(lambda given, stage: stage(given), others, first())
 
@@ -66,18 +66,18 @@ def build_stream(manifest: Manifest, **options: Any) -> TokenStream:
 
 
 def shards(manifest: Manifest) -> Callable[[], Corpus]:
-    """The shards of a manifest, each document of which is kept and read as it is stored."""
+    """All documents of a manifest's shards, as stored."""
     return lambda: Corpus(manifest)
 
 
 def documents(seed: int) -> CorpusStage:
-    """Shards, and documents within each, in an order of `seed` and of the epoch."""
+    """Shuffles shards, and documents within shards, by `seed` and epoch."""
     return _stage("documents", lambda corpus: dataclasses.replace(corpus, seed=seed))
 
 
 def keep(filter: DocumentFilter) -> CorpusStage:
-    """The documents that a filter keeps, by the cache of `data_pipeline.stream.count`. Raises InputError naming that
-    command when there is none."""
+    """Keeps the documents of a filter, with counts cached by `data_pipeline.stream.count`. Raises InputError naming
+    that command when there are none."""
 
     def stage(corpus: Corpus) -> Corpus:
         if corpus.filter is not None:
@@ -88,7 +88,7 @@ def keep(filter: DocumentFilter) -> CorpusStage:
 
 
 def each_document(stage: DocumentStage) -> CorpusStage:
-    """Every document through a function of it alone, which must give as many token ids."""
+    """Applies a function to every document; it must return as many token ids."""
     return _stage(
         f"each_document({stage.name})",
         lambda corpus: dataclasses.replace(corpus, document_stages=(*corpus.document_stages, stage)),
@@ -96,22 +96,22 @@ def each_document(stage: DocumentStage) -> CorpusStage:
 
 
 def mix(mixture: Mixture) -> CorpusStage:
-    """Sources gone over as often as the mixture says."""
+    """Sets the mixture of sources."""
     return _stage("mix", lambda corpus: dataclasses.replace(corpus, mixture=mixture))
 
 
 def pack(sequence_length: int, **options: Any) -> Callable[[Corpus], TokenStream]:
-    """Documents laid end to end and cut into samples; `options` are those of `TokenStream`."""
+    """Concatenates documents and cuts them into samples; `options`: arguments of `TokenStream`."""
     return _stage("pack", lambda corpus: TokenStream(corpus, sequence_length=sequence_length, **options))
 
 
 def batches(plan: Plan, **options: Any) -> Callable[[TokenStream], BatchLoader]:
-    """A rank's microbatches, step by step; `options` are those of `BatchLoader`."""
+    """A rank's microbatches, step by step; `options`: arguments of `BatchLoader`."""
     return lambda stream: BatchLoader(stream, plan, **options)
 
 
 def load_filter(text: str) -> DocumentFilter:
-    """A YAML file or inline JSON of a `ScoreFilter`, or `module:object` of a filter of one's own. Raises InputError."""
+    """A filter from a YAML file or inline JSON of a `ScoreFilter`, or from `module:object`. Raises InputError."""
     if NAME.fullmatch(text):
         found = _load("filter", text)
         if not (isinstance(getattr(found, "filter_hash", None), str) and callable(getattr(found, "kept", None))):
@@ -121,7 +121,7 @@ def load_filter(text: str) -> DocumentFilter:
 
 
 def load_document_stage(name: str) -> DocumentStage:
-    """`module:function`, the name under which it is part of the stream. Raises InputError."""
+    """A document stage from `module:function`, which is also its name in the stream's hash. Raises InputError."""
     function = _load("document stage", name)
     if not callable(function):
         raise InputError(f"document stage {name!r} is {function!r}, which is no function")
@@ -137,7 +137,7 @@ def _load(what: str, name: str) -> Any:
 
 
 def _stage(name: str, function: Callable[[Corpus], Any]) -> Callable[[Corpus], Any]:
-    """`function`, refusing what is no corpus: a stage that iterates cannot be followed by one that finds."""
+    """`function` with a check that its argument is a Corpus, not an iterator."""
 
     def stage(corpus: Corpus) -> Any:
         if not isinstance(corpus, Corpus):

@@ -147,7 +147,7 @@ class KeptCounts:
         try:
             record = RECORD.validate_json(manifest.read(name))
         except FileNotFoundError:
-            raise InputError(f"{path}: what this filter keeps is not counted yet; run {command}") from None
+            raise InputError(f"{path}: this filter's kept documents are not counted yet; run {command}") from None
         except ValidationError as error:
             raise InputError(f"{path}: {error.errors()[0]['msg']}; remove it and run {command}") from None
         except OSError as error:

@@ -117,7 +117,7 @@ class TensorFile:
         if dtype != destination.dtype or first + destination.numel() > math.prod(shape):
             raise ConfigError(
                 f"{self.path} is damaged: {name} is {dtype} {list(shape)}, but {destination.dtype} elements "
-                f"{first} to {first + destination.numel()} of it are wanted"
+                f"{first} to {first + destination.numel()} were requested"
             )
         self._fill(_bytes_of(destination), offset + first * destination.element_size())
 

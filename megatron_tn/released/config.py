@@ -48,10 +48,13 @@ def config_from_released(values: dict[str, Any]) -> ModelConfig:
         elif not isinstance(values[name], int):
             problems.append(f"config.json: {name}={values[name]!r} is not a whole number")
     act, norm = values.get("linear_act_fun", "swish"), values.get("norm_type", "simplermsnorm")
-    if act not in _ACTS:
+    if not isinstance(act, str) or act not in _ACTS:
         problems.append(f"config.json: linear_act_fun={act!r} is not one of {', '.join(_ACTS)}")
     if norm not in ("simplermsnorm", "rmsnorm"):
         problems.append(f"config.json: norm_type={norm!r} is not one of simplermsnorm, rmsnorm")
+    flags = values.get("linear_use_lrpe_list") or [1]
+    if not isinstance(flags, list) or not all(flag in (0, 1) for flag in flags):
+        problems.append(f"config.json: linear_use_lrpe_list={flags!r} is not a list of 0 and 1")
     if values.get("tie_word_embeddings", True) is False:
         problems.append("config.json: tie_word_embeddings=false, but this model's head is its embedding")
     if values.get("bias", False):
@@ -80,7 +83,7 @@ def config_from_released(values: dict[str, Any]) -> ModelConfig:
         "act": _ACTS[act],
         "glu_act": extra.get("glu_act", "none"),
         "gate": extra.get("gate", True),
-        "lrpe": [bool(flag) for flag in values.get("linear_use_lrpe_list") or [1] + [0] * (layers - 1)],
+        "lrpe": _lrpe([bool(flag) for flag in values.get("linear_use_lrpe_list") or [1] + [0] * (layers - 1)]),
         "decay": extra.get("decay", "released"),
         "decay_temperature": extra.get("decay_temperature", True),
         "init_std": values.get("init_std", 0.02),
@@ -139,6 +142,12 @@ def config_to_released(config: ModelConfig) -> dict[str, Any]:
             "decay_temperature": config.decay_temperature,
         },
     }
+
+
+def _lrpe(flags: list[bool]) -> str | list[bool]:
+    """model.lrpe as a person writes it, so that a run of imported weights compares equal to its settings."""
+    names = {"first": [True] + [False] * (len(flags) - 1), "all": [True] * len(flags), "none": [False] * len(flags)}
+    return next((name for name, wanted in names.items() if flags == wanted), flags)
 
 
 def _same_rates(a: Any, b: list[list[float]]) -> bool:

@@ -64,7 +64,7 @@ class Guard:
     def _nonfinite(self, state: TrainingState, report: StepReport, culprits: Sequence[Culprit]) -> Rewind | None:
         state.nonfinite_in_a_row += 1
         where = "; ".join(f"rank {culprit.rank}: {culprit.tensor}" for culprit in culprits)
-        where = where or "no tensor when the batch was run again: a fault that does not repeat, as of hardware"
+        where = where or "no tensor in a second run of the batch: a transient fault, perhaps of hardware"
         reason = f"step {state.step}: loss {report.loss}, gradient norm {report.grad_norm}; first not finite: {where}"
         row = state.nonfinite_in_a_row
         if row >= self.config.max_consecutive:

@@ -93,7 +93,7 @@ def newest_start(folder: RunFolder) -> Start:
     checkpoint, damage = whole_from(folder.checkpoints)
     if checkpoint is None and damage:
         problems = chain.from_iterable(damage.values())
-        where = f"no checkpoint in {folder.checkpoints} is whole; move them away to start afresh"
+        where = f"all checkpoints in {folder.checkpoints} are damaged; move them away to start afresh"
         raise ConfigError([*problems, where])
     later = tuple(sorted(damage))
     sha256 = _sha256_of_manifest(checkpoint) if checkpoint else ""
@@ -124,8 +124,8 @@ def agree_on_settings(config: TrainConfig) -> None:
     mine, wanted = to_mapping(config), _send(to_mapping(config))
     if unlike := _everywhere("" if mine == wanted else f"{_name()}: {', '.join(differences(wanted, mine))}"):
         raise ConfigError(
-            f"ranks have other settings than rank 0: {unlike}; they read another run_dir/config.json, or were started "
-            "with other words"
+            f"ranks have other settings than rank 0: {unlike}; they read another run_dir/config.json, or have "
+            "other command line overrides"
         )
 
 
@@ -134,7 +134,7 @@ def leave_later_behind(folder: RunFolder, start: Start, resume: int | str) -> No
     Called on rank 0."""
     for path, problems in start.damage.items():
         aside = folder.keep_aside(path, "damaged")
-        log.error("a damaged checkpoint was left out, and is kept as %s: %s", aside, "; ".join(problems))
+        log.error("damaged checkpoint skipped and renamed to %s: %s", aside, "; ".join(problems))
     kept = [folder.keep_aside(path, "rewound") for path in start.later if path not in start.damage]
     if kept:
         log.warning(

@@ -271,4 +271,4 @@ def test_a_note_that_is_no_text_gets_an_answer(serve):
     body = json.dumps({"sample": ids(client)[0], "verdict": "keep", "seconds": 1, "note": "a\ud800"}).encode()
     status, _, found = client.ask("POST", "/api/answers", body)
     assert status == 400
-    assert "character 1 is half of a surrogate pair" in json.loads(found)["error"]
+    assert "character 1 is an unpaired surrogate" in json.loads(found)["error"]

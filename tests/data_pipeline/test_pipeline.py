@@ -199,7 +199,7 @@ BAD = {
     "no such input": ("input=/no/such/folder", "sources.main.path=/no/such/folder: no such folder"),
     "output to a URL": (
         "output=s3://bucket/x",
-        "output='s3://bucket/x': Value error, is a URL: output goes to a folder",
+        "output='s3://bucket/x': Value error, is a URL: it must be a local or mounted folder",
     ),
     "a bound below another": (
         "rules.length={min_bytes: 100, max_bytes: 10}",

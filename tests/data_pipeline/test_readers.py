@@ -396,8 +396,8 @@ def test_links_are_followed_once_and_named(disks, kind):
     assert [id.removesuffix(":1").removeprefix("web/") for id in documents] == names
     left, again, followed = list_source("web", where).notes
     assert f"2 links are followed: d.jsonl -> {disks}/d.jsonl, part -> {disks}/disk" in followed
-    assert "link loop leads to what is read already" in left
-    assert "link same.jsonl leads to what is read already" in again
+    assert "link loop leads to something already read" in left
+    assert "link same.jsonl leads to something already read" in again
     (disks / "in/gone").symlink_to(disks / "nowhere")
     assert "1 links lead nowhere: gone" in list_source("web", where).notes[-1]
     (disks / "in/gone.jsonl").symlink_to(disks / "nowhere")

@@ -132,7 +132,7 @@ def test_what_a_killed_start_left_at_work_keeps_a_second_one_out(start, tmp_path
         process.kill()
     os.close(read)
     assert main(words) == 2
-    assert "what a killed one began, is still at work" in capsys.readouterr().err
+    assert "or by the trainer of a killed one" in capsys.readouterr().err
     os.close(write)
     wait_until(lambda: main(words) == 0)
 

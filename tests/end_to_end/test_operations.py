@@ -284,4 +284,4 @@ def test_a_damaged_newest_checkpoint_is_left_out_and_kept(words, uninterrupted, 
     (second / MANIFEST).unlink()
     cut(run.whole_checkpoints()[-1])  # no other is left
     assert call(train, *again) == 2
-    assert f"no checkpoint in {run.checkpoints} is whole; move them away" in capsys.readouterr().err
+    assert f"all checkpoints in {run.checkpoints} are damaged; move them away" in capsys.readouterr().err

@@ -179,7 +179,7 @@ def test_a_rewind_with_no_whole_checkpoint_ends_the_run(words, tmp_path):
     assert [rank.exitcode for rank in ranks] == [2, 2]
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "failed"
-    assert "no checkpoint in" in status["error"]
+    assert "all checkpoints in" in status["error"]
     assert "rank_00000.safetensors has 1000 bytes, but" in status["error"]
 
 

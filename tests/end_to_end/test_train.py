@@ -203,6 +203,19 @@ def test_trained_exported_prefilled_and_decoded_logits_agree(trained, tmp_path):
         assert relative_to_max(logits, wanted) < 1e-4, way
 
 
+def test_training_goes_on_from_imported_weights(trained, tmp_path):
+    """Of an export, at another layout, engine and sequence length: a fresh optimizer and the data's beginning."""
+    folder, run = tmp_path / "export", tmp_path / "run"
+    assert call(convert, "export", f"checkpoint={trained}", f"output={folder}") == 0
+    assert call(convert, "import", f"checkpoint={folder}", f"output={run}") == 0
+    changes = ("parallel.tp=1", "engine=fsdp2", "data.sequence_length=48", "schedule.steps=3")
+    train_forked(2, *settings_of(trained), *changes, f"run_dir={run}")
+    assert list(losses(run)) == [1, 2, 3]
+    assert losses(run)[1] < losses(trained)[STEPS // 2] < losses(trained)[1]
+    manifest = json.loads((run / "checkpoints/step_00000003/manifest.json").read_text())
+    assert (manifest["optimizer_step"], manifest["state_kinds"]) == (3, ["exp_avg", "exp_avg_sq"])
+
+
 def test_generate_continues_a_prompt_with_spaces_and_signs(trained, capsys):
     words = (f"checkpoint={trained / 'checkpoints' / 'latest'}", "max_new_tokens=12", "temperature=0", "device=cpu")
     said = []

@@ -64,6 +64,9 @@ def test_absent_decay_rates_mean_the_released_form():
     [
         ({"bias": True}, "no biases"),
         ({"linear_act_fun": "gelu"}, "linear_act_fun='gelu'"),
+        ({"linear_act_fun": ["silu"]}, "linear_act_fun=\\['silu'\\]"),
+        ({"linear_use_lrpe_list": 3}, "linear_use_lrpe_list=3 is not a list of 0 and 1"),
+        ({"linear_use_lrpe_list": [1, "x", 0]}, "is not a list of 0 and 1"),
         ({"norm_type": "layernorm"}, "norm_type='layernorm'"),
         ({"hidden_dim": 32}, "hidden_dim=32 differs from decoder_embed_dim=64"),
         ({"glu_dim": None}, "no glu_dim"),
@@ -72,7 +75,7 @@ def test_absent_decay_rates_mean_the_released_form():
         ({"pad_token_id": "x"}, "config.json: pad_id='x': input should be a valid integer"),
         ({"decay_rates": [[1.0], "x"]}, "the stored decay_rates are not those"),
     ],
-    ids=["bias", "act", "norm", "hidden", "missing", "words", "no mapping", "id", "rates"],
+    ids=["bias", "act", "acts", "no flags", "flags", "norm", "hidden", "missing", "words", "no mapping", "id", "rates"],
 )
 def test_a_config_that_is_not_this_model_is_refused(change, message):
     stored = config_to_released(TINY) | change

@@ -95,7 +95,7 @@ def test_rewinds_are_bounded_and_skip_what_they_are_told_to():
     guard = Guard(GuardConfig(nonfinite="rewind", skip_before=2, max_rewinds=1), lambda *_: None)
     rewind = guard.check(state, report_of(math.nan, applied=False), list)
     assert rewind.batches == [39, 40, 41]
-    assert "a fault that does not repeat" in rewind.reason
+    assert "a transient fault" in rewind.reason
     state.rewinds = [{"by": "hand"}, {"by": "guard"}]
     with pytest.raises(TrainingAborted, match=r"rewound guard\.max_rewinds=1 times"):
         guard.check(state, report_of(math.nan, applied=False), list)

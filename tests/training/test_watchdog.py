@@ -65,7 +65,7 @@ def test_a_sign_of_life_is_given_wherever_the_rank_is(tmp_path, monkeypatch, alo
     with Watchdog(RunFolder(tmp_path), Progress(), timeout_s=60, long_s=60) as watching:
         found = Sign.read(file_of(watching.folder, 0))
     assert found.count == 1
-    assert found.place.startswith("a place that could not be read: ZeroDivisionError(")
+    assert found.place.startswith("unknown source line: ZeroDivisionError(")
 
 
 @pytest.mark.parametrize(
@@ -244,4 +244,4 @@ def test_where_nothing_can_be_written_each_rank_looks_for_itself(tmp_path, monke
 def test_a_rank_whose_observer_died_is_told_so(tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: None)
     (tmp_path / "failure.begun").touch()
-    assert "ended before it was done" in Observer(tmp_path, 2, 0.0, lambda: None).failure(lambda _: None)
+    assert "ended before it had finished" in Observer(tmp_path, 2, 0.0, lambda: None).failure(lambda _: None)

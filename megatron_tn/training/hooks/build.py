@@ -76,7 +76,7 @@ def _evaluation(
     def go_on(_documents: int) -> None:
         run.progress.at("evaluate")
         if anywhere(interrupted()):
-            run.report("the evaluation is left, to stop in time", {}, run.state.step)
+            run.report("evaluation interrupted by the stop signal", {}, run.state.step)
             raise Interrupted
 
     def evaluate_now() -> dict[str, Any]:

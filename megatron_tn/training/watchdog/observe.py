@@ -46,7 +46,7 @@ class Observer:
             return text
 
         text, _ = self._once(self.failure_file, explain)
-        return text or "the rank that compared the others' signs of life ended before it was done"
+        return text or "the rank that was to compare all signs of life ended before it had finished"
 
     def _once(self, file: Path, explain: Callable[[Observation], str]) -> tuple[str, bool]:
         """(Text of `file`, whether this rank wrote it): the first rank to call this writes the file."""

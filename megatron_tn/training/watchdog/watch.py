@@ -147,7 +147,7 @@ class Watchdog:
         try:
             waiting, place = where_this_process_is()
         except Exception as error:  # inspecting running threads may fail; the heartbeat must continue
-            waiting, place = False, f"a place that could not be read: {error!r}"
+            waiting, place = False, f"unknown source line: {error!r}"
         me, progress = self._me, self.progress
         where = (self._count, progress.step, progress.phase, place, waiting, self._failure, self._lost)
         Sign(me.rank, me.host, me.pid, *where).write(self.folder)
