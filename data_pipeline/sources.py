@@ -72,7 +72,7 @@ class Jsonl(Source):
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class Parquet(Source):
     """Parquet files: a document per row. Needs the package pyarrow. `max_row_group_bytes`: limit of the read columns'
-    uncompressed size; a larger row group is quarantined unread, as pyarrow may load all of it."""
+    uncompressed size; a larger row group is quarantined unread: a page, read whole, has no smaller bound."""
 
     kind: Literal["parquet"]
     glob: str = "**/*.parquet"

@@ -19,8 +19,8 @@ from kernels.srmsnorm.op import (
     simple_rms_norm,
 )
 
-# Hugging Face transformers takes any package named `kernels` for its kernel hub client and reads its version. A version
-# below its minimum makes transformers treat the hub client as not installed.
+# Hugging Face transformers takes any package named `kernels` for its kernel hub client and reads its version, from the
+# distribution's metadata or from here. A version below its minimum: the hub client counts as not installed.
 __version__ = "0.0.0"
 
 __all__ = [

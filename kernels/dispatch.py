@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "torch", "triton")
 ENVIRONMENT_VARIABLE = "MEGATRON_TN_KERNELS"
-OLDEST_CAPABILITY = 8  # Ampere, the first architecture with bf16 products and the oldest in the tile tables
+OLDEST_CAPABILITY = 8  # major compute capability of Ampere: the first with bf16 products, the oldest with tiles
 
 _override: str | None = None
 _logged: set[tuple[str, str, str, str]] = set()

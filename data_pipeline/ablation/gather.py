@@ -33,8 +33,8 @@ def gather(folder: Path, limits: dict[str, int], packages: list[str] | None, par
     """Writes distinct texts of installed packages to `folder`/NN.jsonl and returns
     {package: {version, documents, bytes}}.
 
-    limits: {kind: UTF-8 bytes}, the size of each kind. The choice and order of texts follow their hashes. Raises
-    InputError for a package that is not installed, or when there is less text than a limit.
+    limits: {kind: UTF-8 bytes at most}. The choice and order of texts follow their hashes. Raises InputError for a
+    package that is not installed, or when more than LENGTHS[1] bytes and a tenth of a limit are missing.
     """
     versions = installed(packages)
     texts: dict[str, tuple[Text, int]] = {}

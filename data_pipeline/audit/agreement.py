@@ -3,7 +3,7 @@
 In a stratified sample, each stratum's share is weighted by its number of documents in the corpus. The interval of the
 weighted sum combines the strata's Wilson intervals (Wilson 1927) by MOVER, which recovers a variance from the distance
 of each limit to its estimate (Newcombe 1998, Zou and Donner 2008). With one stratum, or without strata, it is Wilson's
-interval. Unsure answers and samples on which auditors disagree are counted, but not decided.
+interval. Unsure answers and samples on which auditors disagree are counted, but decide nothing.
 """
 
 import math
@@ -70,7 +70,7 @@ class Summary:
 
 
 def decisions(samples: Iterable[Sample], answers: Iterable[Answer]) -> dict[str, str]:
-    """{sample: keep or drop where all deciding auditors agree, disputed where not, unsure where none decides}."""
+    """{answered sample: keep or drop where all deciding auditors agree, disputed where not, unsure if none decides}."""
     by_sample = defaultdict(set)
     for answer in latest(answers):
         by_sample[answer.sample].add(answer.verdict)

@@ -29,8 +29,8 @@ COUNTED = np.dtype([("hash", "<u8"), ("documents", "<u4")])
 
 
 def line_hashes(text: str, least: int) -> list[int | None]:
-    """A 64-bit hash per line that ignores case, digits and white space: "page 3 of 7" equals "page 4 of 7". None for a
-    line of fewer than `least` other characters, which is not compared."""
+    """A 64-bit hash per line that ignores case, the values of digits and the width of white space: "page 3 of 7" equals
+    "Page 4  of 7". None for a stripped line of fewer than `least` characters, which is not compared."""
     if text.isascii():
         compared = text.lower().translate(ASCII_DIGITS).splitlines()
         counted = compared
@@ -43,7 +43,7 @@ def line_hashes(text: str, least: int) -> list[int | None]:
 
 
 def line_hash(line: str) -> int:
-    """64-bit hash of a line without its white space."""
+    """64-bit hash of a line, with each run of white space as one space."""
     letters = " ".join(line.split())
     return int.from_bytes(hashlib.blake2b(letters.encode(), digest_size=8).digest(), "little")
 

@@ -9,7 +9,7 @@ from data_pipeline.letters import SPACELESS
 from data_pipeline.thresholds import STRICT, Count
 
 WIDE = re.compile("[\uff10-\uff19\uff21-\uff3a\uff41-\uff5a]")  # full-width digits and letters
-APOSTROPHE = re.compile(r"'\d{3}")  # a group of thousands, as in 1'000
+APOSTROPHE = re.compile(r"'\d{3}")  # a group of thousands, as in 1'000: all that ASCII text can have to change
 GROUPED = re.compile("(?<![\\d.,])\\d{1,3}(?:['\u2019]\\d{3})+(?![\\d'\u2019])")
 # A sign only after a space, a bracket, or a letter of a script without spaces; in `n\u22121` it is a subtraction.
 MINUS = re.compile(f"(?<![^\\s(\\[\uff08\u3000-\u303f{SPACELESS}])\u2212(?=\\d)")

@@ -11,7 +11,7 @@ MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_BE, "utf-16-be"), (codecs
 WIDER = {"gbk": "gb18030", "euc_kr": "cp949", "shift_jis": "cp932", "big5": "big5hkscs", "iso8859-11": "cp874"}
 UNMAPPED = {"x-mac-cyrillic": "mac_cyrillic", "x-mac-ukrainian": "mac_cyrillic"}  # labels that resiliparse does not map
 REPLACED = {"replacement", "iso-2022-kr", "csiso2022kr", "hz-gb-2312", "iso-2022-cn", "iso-2022-cn-ext"}
-PRESCAN = 1024  # bytes searched for a meta element with the encoding
+PRESCAN = 1024  # bytes searched for an XML declaration or meta element with the encoding
 COMMENT = re.compile(rb"<!--.*?(?:-->|\Z)", re.DOTALL)
 META = re.compile(rb"<meta[\s/][^>]*", re.IGNORECASE)
 CONTENT = re.compile(rb"\bcontent\s*=\s*(?:\"[^\"]*\"|'[^']*'|[^\s>]*)", re.IGNORECASE)
@@ -22,8 +22,8 @@ XML = re.compile(rb"\A\s*<\?xml\s[^>]*?encoding\s*=\s*[\"']([\w.:()+-]+)", re.IG
 
 def decode_page(data: bytes | bytearray, label: str | None = None, *, markup: bool = True) -> str:
     """`data` as text. The encoding is, in this order, the byte-order mark's, `label` (the HTTP header's charset), with
-    `markup` the meta element's, UTF-8 if all bytes are valid, or guessed. Undecodable bytes become U+FFFD; with a label
-    that browsers refuse to decode, the whole text does."""
+    `markup` the meta element's or XML declaration's, UTF-8 if all bytes are valid, or guessed. Undecodable bytes become
+    U+FFFD; with a label that browsers refuse to decode, the whole text does."""
     for mark, name in MARKS:
         if data.startswith(mark):
             return _decode(data[len(mark) :], name)
@@ -46,7 +46,7 @@ def codec(label: str) -> str | None:
 
 
 def _named_in(data: bytes) -> str | None:
-    """The label in the page's meta element; UTF-8 instead of UTF-16, which is wrong if the element is readable."""
+    """The label in the page's meta element or XML declaration; UTF-8 for UTF-16, wrong where ASCII is readable."""
     head = bytes(data[:PRESCAN])
     match = XML.search(head)
     for tag in META.findall(COMMENT.sub(b"", head)):

@@ -18,8 +18,8 @@ from data_pipeline.pages.structure import structure_problem
 
 HEADER, ANSWER = struct.Struct(">HQQ"), struct.Struct(">BQ")
 TEXT, REFUSED = 0, 1
-MOST_GROWTH = 4  # x max_document_bytes
-ROOM = 64 << 20  # bytes of growth allowed in addition
+MOST_GROWTH = 4  # x max_document_bytes; the reader process holds one copy of the page more, two while it reads the page
+ROOM = 64 << 20  # bytes of growth allowed in addition, for small max_document_bytes
 PAGE_BYTES = resource.getpagesize()
 
 

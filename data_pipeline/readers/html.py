@@ -5,7 +5,7 @@ from data_pipeline.readers.base import Found, Quarantined
 from data_pipeline.sources import Source
 
 SUFFIXES = (".html", ".htm", ".xhtml")
-EXTRACTOR = Extractor()  # one per process
+EXTRACTOR = Extractor()  # one per process; ends with it
 
 
 def page_text(

@@ -9,7 +9,7 @@ from data_pipeline.readers.base import Bomb, Items, Quarantined
 from data_pipeline.readers.lines import from_record
 from data_pipeline.sources import Parquet
 
-ROWS = 64  # rows per batch, if their values cannot exceed max_document_bytes
+ROWS = 64  # rows per batch, if their values together cannot exceed max_document_bytes; else fewer
 SHOWN = 20  # columns in a message
 PAGE_HEADER = 64  # bytes read of a page header, whose first three fields take at most 18
 
@@ -22,8 +22,8 @@ def require_pyarrow(name: str) -> None:
 
 def read_parquet(file: BinaryIO, source: Parquet, size: int) -> Items:
     """A document per row of a file of `size` bytes; reads only the needed columns. A file without a text column of text
-    type is quarantined, as is a row that is not UTF-8. Raises Bomb when the rows exceed `max_expansion` * `size`
-    bytes."""
+    type is quarantined whole, a row that is not UTF-8 alone. Raises Bomb when the rows' bytes exceed both
+    `max_expansion` * `size` and `max_document_bytes`."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 

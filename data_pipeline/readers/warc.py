@@ -18,17 +18,17 @@ from data_pipeline.sources import Warc
 CHUNK = 1 << 20
 LONGEST_HEAD = 1 << 16  # bytes of a record's headers
 MOST_RESTARTS = 1000  # damaged records per file, before the file is given up
-MOST_REREAD = 8  # x the file's bytes: keeps time linear if every Content-Length covers the rest of the file
+MOST_REREAD = 8  # x the bytes decompressed so far: time stays linear if every Content-Length covers the rest
 BEGINNING = re.compile(rb"\nWARC/1\.")
 PAGES = ("text/html", "application/xhtml+xml")
 CONTENT = ("response", "resource", "conversion")
-ABOUT = ("warcinfo", "request", "metadata")  # record types without documents
+ABOUT = ("warcinfo", "request", "metadata")  # records about other records, without documents
 
 
 @dataclass(frozen=True)
 class Record:
-    """`headers`: {lower-case name: value}; `block`: content, cut above max_document_bytes; `size`: bytes of content
-    read, less than `length`, the Content-Length, if the file ends or is damaged; `damage`: the error."""
+    """`headers`: {lower-case name: value}; `block`: content, cut at max_document_bytes + LONGEST_HEAD; `size`: bytes of
+    content read, less than `length`, the Content-Length, if the file ends or is damaged; `damage`: the error."""
 
     headers: dict[str, str]
     block: bytearray
@@ -51,7 +51,7 @@ class NoRecord(ValueError):
 
 def read_warc(file: BinaryIO, source: Warc, size: int) -> Items:
     """A document for each page and text of a WARC file of `size` bytes, plain, in gzip members or in zstd frames; other
-    content records are quarantined with a reason."""
+    records are quarantined with a reason, except undamaged ones of ABOUT."""
     members = Members(file, size, source)
     if members.start:
         yield Quarantined("byte 0", "unreadable", f"no record and no gzip member before byte {members.start}")
@@ -130,8 +130,8 @@ def _next_record(members: Members, source: Warc) -> Record | None:
 
 
 def _end_problem(record: Record, members: Members) -> tuple[str, DamagedMember | None]:
-    """(Problem, damage). Problem: why the record is incomplete, "" if a record or the end of the file follows. Damage:
-    the error found in this record or at the beginning of the next one."""
+    """(Problem, damage). Problem: why the record is incomplete, "" if a record, another gzip member that is damaged, or
+    the end of the file follows. Damage: the error found in this record or at the beginning of the next one."""
     if record.damage:
         return f"{record.size} of {record.length} bytes are there: {record.damage}", record.damage
     if record.size < record.length:

@@ -149,7 +149,7 @@ class Round:
         replace_file(done, json.dumps(command).encode() + b"\n")
 
     def _figures(self, chosen: ScoreFilter, counts) -> dict:
-        """Kept documents of every source, the bands, and their quantiles."""
+        """[kept, all] documents and tokens of every source, the bands, and their quantiles."""
         sources = {}
         for number, shard in enumerate(self.manifest.shards):
             found = sources.setdefault(shard.source, {"documents": [0, 0], "tokens": [0, 0]})
@@ -185,8 +185,8 @@ class Round:
         """The next round's quantiles, from the human verdicts on this round's drops, tail by tail.
 
         Precision of a tail: the share of its decided documents that people would drop, too, with Wilson's interval. If
-        the interval lies above settings.precision, the tail grows by STEP; if below, it shrinks by STEP; otherwise, or
-        with fewer than FEWEST documents, it stays.
+        the interval lies above settings.precision, the tail grows by STEP, to at most 0.45; if below, it shrinks by
+        STEP; otherwise, or with fewer than FEWEST documents, it stays.
         """
         if not self.samples.exists():
             return self.quantiles
@@ -206,7 +206,7 @@ class Round:
 
 
 def table(reports: list[dict]):
-    """A rich table of the documents that each round keeps."""
+    """A rich table: documents and tokens that each round keeps of each source, and the source's band."""
     from rich.table import Table
 
     shown = Table("round", "source", "documents kept", "tokens kept", "band")

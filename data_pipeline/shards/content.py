@@ -17,7 +17,7 @@ VERSION = 2
 
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=200)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0, le=2**53, strict=True)]  # sums stay within int64
+Count = Annotated[int, Field(ge=0, le=2**53, strict=True)]  # a sum over a manifest is a Count, too, and fits int64
 STRICT = ConfigDict(extra="forbid")
 
 

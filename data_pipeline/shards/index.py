@@ -20,7 +20,7 @@ OFFSET, TOKENS, TEXT_BYTES, LANGUAGE = range(4)
 COLUMNS = 4
 HEADER_BYTES = 4096  # maximum header size of an .npy file
 MOST = 2**53  # maximum tokens or bytes of a document
-LONGEST_LANGUAGE = 7  # bytes of a code; an eighth could set int64's sign bit
+LONGEST_LANGUAGE = 7  # bytes of a code; the eighth byte of an int64 has its sign
 
 
 def safe_members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:

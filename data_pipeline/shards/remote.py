@@ -150,8 +150,8 @@ class Remote:
             self._pool.submit(self._try, name, size, sha256)
 
     def sizes(self, names: list[str]) -> dict[str, int | None]:
-        """{name: bytes, None if unknown} of the files among `names` that the remote folder has: by one listing or, if
-        listings have no sizes (plain HTTP), by a request per file. Raises OSError."""
+        """{name: bytes, None if unknown} of the remote folder's files, at least of those in `names`: by one listing or,
+        if listings have no sizes (plain HTTP), by a request per file of `names`. Raises OSError."""
         filesystem, root = self._filesystem()
         try:
             listing = self._retry("", lambda: filesystem.ls(root, detail=True))

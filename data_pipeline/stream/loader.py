@@ -24,8 +24,8 @@ class BatchLoader:
     of rank r is samples [first + r * share, first + (r + 1) * share), in microbatches of `micro_batch` samples.
     `workers`: 0 reads in a thread, n > 0 in n processes; `prefetch`: steps that the thread, and each process, reads
     ahead. `device`: the thread copies batches there; `target_tokens` stays on the host. Iteration starts at attribute
-    `step`, always the next step. Raises InputError when a global batch is not divisible. Does not use torch's global
-    random state. `close`, or a with statement, stops the threads and processes.
+    `step`, which may be set before and is always the next step. Raises InputError when a global batch is not divisible.
+    Does not use torch's global random state. `close`, or a with statement, stops the threads and processes.
     """
 
     def __init__(

@@ -21,7 +21,8 @@ class Case:
 
     operator, shape: labels in the table and the rows.
     exact: the definition, called with the inputs in fp64.
-    spared_bytes: bytes in `backward_bytes` that the operator need not read or write.
+    spared_bytes: subtracted in `backward_bytes`, for an operator that need not read or write some of these bytes;
+        negative for an operator that reads or writes more.
     peers: other implementations of the operator, or of the operator it replaces, on the same inputs.
     chained: several operators in a row, each rounding its result: a larger error is allowed.
     length: positions per row, for the plot of time over length; None: not plotted.

@@ -1,4 +1,4 @@
-"""dtheta in three parts, none of which has terms proportional to the position.
+"""dtheta in three parts. `near` and `far` have no terms proportional to the position; `ends` is computed in fp64.
 
 LRPE turns q at position t by theta t and k at s by theta s. With a_t and b_s the gradients of these angles, [H, d],
 
@@ -11,8 +11,8 @@ positions:
     near   t and s relative to the middle of their stretch: feature_gradients_kernel (triton_features.py)
     far    for each boundary between stretches, THETA_STRETCH times the sum of w_ts over pairs with s before and t after
            the boundary: CROSSING (kernels/lightning/triton_scan.py)
-    ends   pairs of a position with the initial or final state: the distance from position 0 to the middle of the first
-           or last stretch: `end_terms`, here
+    ends   pairs of a position with the initial state: the sum of their w times the position of the first stretch's
+           middle; with the final state: minus their sum times the position of the last stretch's: `end_terms`, here
 """
 
 import torch
@@ -51,7 +51,7 @@ def end_terms(inputs: GlaInputs, *, dinitial: Tensor, dstate: Tensor | None, sta
 
 
 def _angle_gradient(state: Tensor, gradient: Tensor, *, weight: Tensor) -> Tensor:
-    """[H, d] fp64: gradient with respect to a rotation angle of the states, summed over sequences with `weight` [n]."""
+    """[H, d] fp64: minus the gradient of the angle that turns the states, summed over sequences with `weight` [n]."""
     (cos, sin), (dcos, dsin) = (x.to(torch.float64).chunk(2, dim=2) for x in (state, gradient))
     return torch.einsum("nhk,n->hk", (dcos * sin - dsin * cos).sum(-1), weight)
 

@@ -44,8 +44,8 @@ def lightning_attention(
     return_state: also return the state after the last position, shaped as initial_state.
 
     Returns o [B, T, H, V] in the inputs' type, or (o, state), both differentiable in q, k, v and initial_state. fp16:
-    scores and states may exceed 65504 (they are kept wider, or scaled), but o then overflows to infinity; use bf16 for
-    slow heads with long sequences. Raises ValueError naming the argument that does not fit.
+    scores and states may exceed 65504 (they are kept wider, or scaled), but an element of o that does is infinite; use
+    bf16 for slow heads with long sequences. Raises ValueError naming the argument that does not fit.
     """
     check_inputs(q, k, v, decay, initial_state, cu_seqlens)
     o, state, _ = torch.ops.megatron_tn.lightning_forward(q, k, v, decay, initial_state, cu_seqlens, return_state)

@@ -64,7 +64,7 @@ def scan_kernel(
     b,  # [B, T, H, summed width]
     c,  # [B, T, H, c's width]
     out,  # [B, T, H, c's width]
-    out_pointer,  # out as a pointer, for masked stores of a packed document's last chunk
+    out_pointer,  # out as a pointer: a packed document's last chunk is stored masked, not into the next document
     decay_pointer,  # [heads], fp32
     first_state_pointer,  # [pieces, heads, summed width, c's width], fp32: the initial state of each piece
     last_state_pointer,  # [sequences, heads, summed width, c's width], fp32, written
@@ -167,7 +167,7 @@ def scan_kernel(
     PARTIAL: tl.constexpr = 0 if REVERSE else 1  # which of the two loops has the partial chunk
     WHOLE: tl.constexpr = 1 - PARTIAL
     for part in tl.static_range(0 if RAGGED else WHOLE, 2 if RAGGED else WHOLE + 1):
-        # `near`: distance of a row from the chunk's initial state.
+        # `near`: distance of a row from the chunk's initial state; its contribution to the state decays over the rest.
         rows = held_length % CHUNK if part == PARTIAL else CHUNK
         near = rows - 1 - i if REVERSE else i + 1
         read_fade = tl.exp(-rate * tl.maximum(near, 0))
@@ -201,7 +201,7 @@ def scan_kernel(
             a_t = load_tile(a, row, head, position, 0, a_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS).trans()
             b_tile = load_tile(b, row, head, position, 0, b_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS)
             c_t = load_tile(c, row, head, position, column, c_time, c_width, held, CHUNK, OUT, DESCRIPTORS).trans()
-            if PACKED and part == PARTIAL:  # a TMA tile would extend into the next document
+            if PACKED and part == PARTIAL:  # a TMA tile extends into the next document
                 a_t = tl.where(held[None, :], a_t, 0.0)
                 b_tile = tl.where(held[:, None], b_tile, 0.0)
                 c_t = tl.where(held[None, :], c_t, 0.0)

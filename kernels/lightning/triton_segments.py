@@ -99,7 +99,7 @@ def piece_states_kernel(
             held = begin + i < held_length
             b_tile = load_tile(b, row, head, position, 0, b_time, summed_width, held, CHUNK, SUMMED, DESCRIPTORS)
             c_t = load_tile(c, row, head, position, column, c_time, c_width, held, CHUNK, OUT, DESCRIPTORS).trans()
-            if PACKED and part == PARTIAL:  # a TMA tile would extend into the next document
+            if PACKED and part == PARTIAL:  # a TMA tile extends into the next document
                 b_tile = tl.where(held[:, None], b_tile, 0.0)
                 c_t = tl.where(held[None, :], c_t, 0.0)
             faded = (c_t * write_fade[None, :]).to(dtype)

@@ -34,8 +34,8 @@ def find_piece(
     CUT: tl.constexpr,  # whether any sequence has more than one piece
 ):
     """-> sequence, its first position, its length; the piece's offset in the sequence, the piece's length; whether the
-    piece is not the sequence's first, whether it is its last, in the order of the scan. Empty pieces have length 0 and
-    twice False."""
+    piece is not the sequence's first, whether it is its last, in the order of the scan. An empty piece has length 0,
+    and both are False."""
     if CUT:
         if PACKED:
             number = tl.minimum(tl.load(document_pointer + piece), documents - 1)

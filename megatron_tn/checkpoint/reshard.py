@@ -91,7 +91,7 @@ def view_of(piece: Piece, values: Tensor, rectangle: Rectangle, first: int = 0) 
 def spans_of(piece: Piece, rectangle: Rectangle) -> Iterator[tuple[Rectangle, int, int]]:
     """Parts of `rectangle`, each with the element range [first, last) of `piece` to read for it.
 
-    Rows closer than SMALL_GAP elements share one range. Otherwise each row has its own, so a rank that needs one
+    Rows at most SMALL_GAP elements apart share one range. Otherwise each row has its own, so a rank that needs one
     eighth of every row does not read the other seven.
     """
     grid = Grid.of(piece)

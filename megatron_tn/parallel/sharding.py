@@ -2,7 +2,8 @@
 
 A logical parameter is the whole tensor, as in released files. Its `ShardSpec` gives the split dimension and the number
 of blocks, each split separately: the fused q|k|v|u projection has four blocks, so rank r holds the r-th part of q, of
-k, of v and of u, concatenated. Initialisation, checkpoints, resharding, export and the gradient norm use these specs.
+k, of v and of u, concatenated. Initialisation, checkpoints, resharding, export, whole gradients and the gradient norm
+use these specs.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class ShardSpec:
         return [(*whole[: self.dim], edge, *whole[self.dim + 1 :]) for edge in edges]
 
     def local_rows(self, rank: int, size: int) -> list[tuple[int, int]]:
-        """For each of `boxes`, its range [start, stop) along `dim` of the local tensor, padding included."""
+        """For each of `boxes`, the rows [start, stop) of the local tensor that hold it, padding included."""
         if self.dim != 0:
             return [(0, self.shape[0])]
         edges, at = [], 0

@@ -36,7 +36,7 @@ class Start:
     that has no checkpoint yet. manifest_sha256: of the checkpoint's manifest; "" for initial values. by_hand: whether
     checkpoint.resume named a checkpoint, or none. later: newer checkpoints in run_dir, to be renamed. damage:
     checkpoint -> problems, for those of `later` that are damaged. ledger: notes since the checkpoint was saved; empty
-    where checkpoint.resume named an older checkpoint.
+    where checkpoint.resume named a checkpoint, or none.
     """
 
     checkpoint: Path | None = None

@@ -6,7 +6,7 @@
       job.json               the start that wrote config.json: {"job": SLURM job id or null, "begun": whether it has
                              loaded its checkpoint}
       status.json            {"state": "running" | "finished" | "preempted" | "failed", "step": steps done, "time": ...}
-      log.jsonl              the journal, see `journal_file`; log.superseded.jsonl: records of steps before a rewind
+      log.jsonl              the journal, see `journal_file`; log.superseded.jsonl: records of repeated steps
       ledger.json            skipped batches, and rewinds, since the newest checkpoint was saved
       tokenizer.json         the data's tokenizer
       checkpoints/           see `checkpoint.manifest`

@@ -20,7 +20,7 @@ MOST_WAITING = 100_000  # records buffered while writes fail; the oldest are dro
 
 class Journal(NullHook):
     """Writes records on global rank 0. After a resume or a rewind, records of later steps move to
-    log.superseded.jsonl, so that each step occurs once in log.jsonl.
+    log.superseded.jsonl, so that log.jsonl is one curve and nothing is lost.
 
     Logging never stops training: while writes fail, records are buffered in memory, with one warning at the first
     failure and a line when they are written. every: steps between records.

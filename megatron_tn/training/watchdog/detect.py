@@ -55,7 +55,7 @@ class Observation:
 
     @property
     def rank_0_can_write(self) -> bool:
-        """Whether rank 0 is alive, or exits with its own error, and so writes status.json itself."""
+        """Whether rank 0 is alive, or exits with an error, and so writes status.json itself."""
         sign = self.after.get(0)
         return sign is not None and (self.is_alive(sign) or bool(sign.failed))
 

@@ -134,7 +134,7 @@ def new_folder(run: RunFolder) -> Path:
 
 
 def living_run(run: RunFolder) -> str:
-    """The first live rank of a run in the folder, by its signs of life; "" without one.
+    """The name of rank 0 of a run that lives in the folder, by its signs of life; "" without one.
 
     For file systems without locks. Takes 7.5 s after a run on another host that was killed.
     """
