@@ -79,6 +79,16 @@ def choose(operator: str, tensor: Tensor, unsupported: str | None = None) -> str
     return backend
 
 
+def in_words(device: str) -> str:
+    """One line: what operators on a "cpu" or "cuda" device run with, as far as their inputs allow."""
+    request = requested_backend()
+    if request != "auto":
+        return f"{request}, as requested"
+    if device != "cuda":
+        return "plain PyTorch: no GPU"
+    return "Triton" if has_triton() else "plain PyTorch: triton is not installed"
+
+
 @functools.cache
 def has_triton() -> bool:
     """Whether the triton package is installed (it is not imported here)."""
@@ -111,8 +121,7 @@ def _log_once(operator: str, device: str, backend: str, reason: str) -> None:
     key = (operator, device, backend, reason)
     if key not in _logged:
         _logged.add(key)
-        # Plain PyTorch on a GPU takes several times as long: worth a warning.
-        level = (
-            logging.WARNING if device == "cuda" and backend == "torch" and reason != "as requested" else logging.INFO
-        )
+        # Plain PyTorch on a GPU takes several times as long: a warning. What was to be expected says `in_words`.
+        slow = device == "cuda" and backend == "torch" and reason != "as requested"
+        level = logging.WARNING if slow else logging.DEBUG
         logger.log(level, "%s on %s runs with %s (%s)", operator, device, backend, reason)

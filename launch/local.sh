@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on this machine.  launch/local.sh [-n PROCESSES] OVERRIDE...
+# Train on this machine.  launch/local.sh [-n PROCESSES] [--multirun] OVERRIDE...
 #   launch/local.sh model=demo run_dir=runs/first             (one process a GPU; without a GPU, one process)
 #   launch/local.sh -n 2 model=demo parallel.tp=2 engine=zero1 run_dir=runs/first
 # Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and stop, with exit code 0; the same command then goes on from there.
@@ -9,18 +9,20 @@ set -euo pipefail
 usage() { echo "launch/local.sh: $1; usage: launch/local.sh [-n PROCESSES] OVERRIDE..." >&2; exit 2; }
 
 processes=''
-while getopts ':n:h' option; do
-  case $option in
-    n) processes=$OPTARG ;;
-    h) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit 0 ;;
-    :) usage "-$OPTARG needs a number" ;;
-    *) usage "unknown option -$OPTARG" ;;
+here=$(dirname "${BASH_SOURCE[0]}")
+for word in "$@"; do
+  case $word in -h | --help)
+    sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+    # shellcheck source=launch/env.sh
+    source "$here/env.sh" && exec "$MEGATRON_TN_PYTHON" -P -m megatron_tn.train --help ;;
   esac
 done
-shift $((OPTIND - 1))
+case ${1:-} in
+  -n) [ $# -gt 1 ] || usage "-n needs a number"; processes=$2; shift 2 ;;
+  -n*) processes=${1#-n}; shift ;;
+esac
 [ $# -gt 0 ] || usage "no overrides: say at least model= and run_dir="
 
-here=$(dirname "${BASH_SOURCE[0]}")
 if [ -z "$processes" ]; then
   # torch counts, and not nvidia-smi: it respects CUDA_VISIBLE_DEVICES
   # shellcheck source=launch/env.sh

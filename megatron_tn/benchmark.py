@@ -26,11 +26,16 @@ from megatron_tn.benchmarking.measure import measure
 from megatron_tn.benchmarking.result import Result, show
 from megatron_tn.cli import command, run_program
 from megatron_tn.config import BenchmarkConfig, ConfigError, device_problems
-from megatron_tn.parallel.world import world_size
+from megatron_tn.parallel.world import processes_here, world_size
+from megatron_tn.planning.host import host_memory_problems
 
 
 def benchmark(config: BenchmarkConfig) -> None:
-    if problems := [*config.problems(world_size()), *device_problems(config, cuda=torch.cuda.is_available())]:
+    cuda, size = torch.cuda.is_available(), world_size()
+    problems = [*config.problems(size), *device_problems(config, cuda=cuda)]
+    if not problems and not cuda:
+        problems = host_memory_problems(config, size, processes_here())
+    if problems:
         raise ConfigError(problems)
     first = int(os.environ.get("RANK", 0)) == 0
     results: list[Result] = []

@@ -21,6 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from megatron_tn.config import ConfigError, from_mapping, to_mapping
+from megatron_tn.config.describe import help_text
 from megatron_tn.overrides import CONF, CommandLine, job_folder, settings
 
 log = logging.getLogger(__name__)
@@ -31,12 +32,16 @@ INTERRUPTED = 128 + signal.SIGINT  # exit code of a program that Ctrl-C ended
 
 
 def command(
-    kind: type, config_name: str, literal: tuple[str, ...] = ()
+    kind: type,
+    config_name: str,
+    literal: tuple[str, ...] = (),
+    after_sweep: Callable[[str, list[str]], None] = lambda run_dir, runs: None,
 ) -> Callable[[Callable[[Any], int | None]], Callable[[], None]]:
     """Decorator: `function(config: kind)` becomes a command line over conf/`config_name`.yaml.
 
     function: returns None, or the exit code of a program that was told to stop. literal: settings whose value is free
-    text, taken to the letter; Hydra's own syntax would trim and parse it.
+    text, taken to the letter; Hydra's own syntax would trim and parse it. after_sweep(run_dir, folders of the jobs):
+    called on rank 0 when a multirun is done.
 
     The dataclass's defaults enter Hydra as the schema `config_name`_schema, so that every key it does not have is
     refused, with the nearest known one. In a multirun every job's run_dir is a folder of its own below run_dir, and a
@@ -47,17 +52,19 @@ def command(
         ConfigStore.instance().store(f"{config_name}_schema", to_mapping(kind()))
 
         texts: dict[str, str] = {}
+        jobs: list[tuple[str, str]] = []  # run_dir of the sweep and of each of its jobs
         line: CommandLine
 
         def run(composed: DictConfig) -> None:
-            with bad_input_exits(), closed_pipe_exits():
+            with bad_input_exits(), closed_pipe_exits(), told_failure_exits():
                 job = HydraConfig.get()
                 multirun = job.mode == hydra.types.RunMode.MULTIRUN
                 if multirun and (words := line.choices_win(job.overrides.task)) != job.overrides.task:
                     composed = line.compose(words)  # with a choice that the sweep varies
                 values = settings(composed) | texts
                 if multirun:
-                    values["run_dir"] = job_folder(values["run_dir"], job, line.overrides)
+                    jobs.append((values["run_dir"], job_folder(values["run_dir"], job, line.overrides)))
+                    values["run_dir"] = jobs[-1][1]
                 if (code := function(from_mapping(kind, values))) is not None:
                     if multirun:
                         log.info("told to stop: the sweep ends here, and the same command goes on with it")
@@ -65,6 +72,10 @@ def command(
 
         def main() -> None:
             nonlocal line
+            if {"-h", "--help"} & set(sys.argv[1:]):
+                if is_first_process():
+                    print(help_text(kind, function.__globals__["__doc__"] or ""))
+                return
             logging.basicConfig(level=logging.INFO if is_first_process() else logging.WARNING, format="%(message)s")
             pairs = [word.partition("=") for word in sys.argv[1:]]
             texts.update({key: value for key, equals, value in pairs if equals and key in literal})
@@ -76,6 +87,8 @@ def command(
                 line.check()
             sys.argv[1:] = line.words()
             hydra.main(version_base=None, config_path=str(CONF), config_name=config_name)(run)()
+            if jobs and is_first_process():
+                after_sweep(jobs[0][0], [folder for _, folder in jobs])
 
         return main
 
@@ -125,6 +138,17 @@ def run_program(main: Callable[[], None]) -> NoReturn:
 def is_first_process() -> bool:
     """Whether the launcher made this process rank 0. Known before the process group exists."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+@contextlib.contextmanager
+def told_failure_exits() -> Iterator[None]:
+    """Exit with code 1 on an error that the trainer has told in one line, with the file that has its traceback."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "is_told", False):
+            sys.exit(1)
+        raise
 
 
 @contextlib.contextmanager

@@ -43,7 +43,10 @@ def convert(config: ConvertConfig) -> None:
     if problems := out_of_bounds(config):
         raise ConfigError(list(problems.values()))
     if config.action in ("export", "import"):
-        (export if config.action == "export" else import_weights)(config)
+        try:
+            (export if config.action == "export" else import_weights)(config)
+        except OSError as error:
+            raise ConfigError(f"output={config.output} cannot be written: {error.strerror or error}") from None
         return
     directory = resolve_checkpoint(config.checkpoint)
     if not (directory / MANIFEST).is_file():

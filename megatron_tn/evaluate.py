@@ -20,7 +20,7 @@ from megatron_tn.cli import command
 from megatron_tn.config import ConfigError, EvaluateConfig, TrainConfig, out_of_bounds, unwritable
 from megatron_tn.evaluation.baselines import compressor_bits_per_byte, unigram_bits_per_byte
 from megatron_tn.evaluation.perplexity import evaluate_documents
-from megatron_tn.loading import load_any_model, load_tokenizer, resolve_checkpoint
+from megatron_tn.loading import load_any_model, load_tokenizer, other_tokenizer, resolve_checkpoint
 from megatron_tn.model.base import Model
 
 
@@ -29,9 +29,9 @@ def main(config: EvaluateConfig) -> None:
     check(config)
     model = load_any_model(config.checkpoint, config.device, config.precision)
     tokenizer = load_tokenizer(config.tokenizer, config.checkpoint)
-    if problems := problems_of_held_out(
-        _manifest(config.manifest), f"manifest={config.manifest}", model.config.vocab_size
-    ):
+    held_out, setting = _manifest(config.manifest), f"manifest={config.manifest}"
+    problems = problems_of_held_out(held_out, setting, model.config.vocab_size)
+    if problems := problems or other_tokenizer(held_out, setting, config.tokenizer, config.checkpoint):
         raise ConfigError(problems)
     documents, text_bytes = held_out_documents(config.manifest, config.max_documents)
     found = evaluate_documents(model, documents, text_bytes, batch_tokens=config.batch_tokens)

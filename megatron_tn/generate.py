@@ -5,6 +5,8 @@ python -m megatron_tn.generate checkpoint=runs/demo/checkpoints/latest prompt="d
 
 from __future__ import annotations
 
+import codecs
+import logging
 import sys
 
 from megatron_tn.cli import command
@@ -13,14 +15,23 @@ from megatron_tn.inference.generator import generate
 from megatron_tn.inference.sampler import Sampler
 from megatron_tn.loading import load_any_model, load_tokenizer
 
+log = logging.getLogger(__name__)
+
 
 @command(GenerateConfig, "generate", literal=("prompt",))
 def main(config: GenerateConfig) -> None:
     sampler = Sampler(config.temperature, config.top_k, config.top_p)
     if problems := [*sampler.problems(), *out_of_bounds(config).values()]:
         raise ConfigError(problems)
+    if codecs.lookup(sys.stdout.encoding).name != "utf-8":
+        sys.stdout.reconfigure(errors="backslashreplace")
+        log.warning(
+            "standard output takes %s: other characters are printed as \\u escapes; PYTHONIOENCODING=utf-8 prints them",
+            sys.stdout.encoding,
+        )
     tokenizer = load_tokenizer(config.tokenizer, config.checkpoint)
     model = load_any_model(config.checkpoint, config.device, config.precision)
+    tokenizer.encode_special_tokens = not config.special_tokens
     prompt = [model.config.bos_id, *tokenizer.encode(config.prompt, add_special_tokens=False).ids]
     ids = list(prompt[1:])
     shown = ""

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from data_pipeline.shards.manifest import Manifest
 from megatron_tn.checkpoint.load import CheckpointWeights, load_model
-from megatron_tn.checkpoint.manifest import MANIFEST, whole_checkpoints
+from megatron_tn.checkpoint.manifest import MANIFEST
 from megatron_tn.config import ConfigError
 from megatron_tn.model.base import Model
 from megatron_tn.released.weights import ReleasedWeights, load_pretrained
-from megatron_tn.training.run_folder import RunFolder
+from megatron_tn.training.run_folder import find_checkpoint
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of precision=; "trained" keeps what the weights have
 
@@ -40,11 +41,17 @@ def load_any_model(path: str, device: str, precision: str) -> Model:
 
 def open_weights(directory: Path) -> CheckpointWeights | ReleasedWeights:
     """The weights in a checkpoint or a released folder, as `resolve_checkpoint` found it; a context manager."""
-    return CheckpointWeights(directory) if (directory / MANIFEST).is_file() else ReleasedWeights(directory)
+    if (directory / MANIFEST).is_file():
+        return CheckpointWeights(directory)
+    try:
+        return ReleasedWeights(directory)
+    except FileNotFoundError as error:
+        raise ConfigError(str(error)) from None
 
 
 def load_tokenizer(path: str, checkpoint: str) -> Tokenizer:
-    """tokenizer.json at `path`, or, where that is empty, in the checkpoint's folder or its run's.
+    """tokenizer.json at `path`, or, where that is empty, in the checkpoint's folder or its run's. It neither cuts nor
+    pads, whatever the file says, and reads `</s>` in a text as those four characters.
 
     Raises:
         ConfigError: there is none, or it cannot be read.
@@ -53,9 +60,13 @@ def load_tokenizer(path: str, checkpoint: str) -> Tokenizer:
     if place is None:
         raise ConfigError(f"tokenizer={path!r}: there is no tokenizer.json there or beside checkpoint={checkpoint}")
     try:
-        return Tokenizer.from_file(str(place))
+        tokenizer = Tokenizer.from_file(str(place))
     except Exception as error:  # the library raises nothing narrower
         raise ConfigError(f"tokenizer={place} cannot be read: {error}") from None
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def tokenizer_path(path: str, checkpoint: str) -> Path | None:
@@ -65,16 +76,24 @@ def tokenizer_path(path: str, checkpoint: str) -> Path | None:
     return next((place for place in ([Path(path)] if path else near) if place.is_file()), None)
 
 
+def other_tokenizer(manifest: Manifest, setting: str, path: str, checkpoint: str) -> list[str]:
+    """One line where shards were made with another tokenizer than the checkpoint's model was trained with; none where
+    either tokenizer.json is not there. setting: the one that names the shards; path: see `load_tokenizer`."""
+    ours, theirs = tokenizer_path(path, checkpoint), manifest.directory / manifest.tokenizer.file
+    if ours is None or not theirs.is_file():
+        return []
+    if load_tokenizer(str(ours), checkpoint).get_vocab() == load_tokenizer(str(theirs), checkpoint).get_vocab():
+        return []
+    return [f"{setting} was made with another tokenizer than {ours}, that of checkpoint={checkpoint}"]
+
+
 def resolve_checkpoint(path: str) -> Path:
     if not path:
         raise ConfigError("checkpoint is not set: name a checkpoint's folder or a released model's")
     directory = Path(path)
-    if directory.name == "latest":
-        directory = directory.parent
     weights = (path for pattern in ("*.safetensors", "pytorch_model*.bin") for path in directory.glob(pattern))
-    if (directory / MANIFEST).is_file() or ((directory / "config.json").is_file() and any(weights)):
+    if (directory / "config.json").is_file() and any(weights):
         return directory
-    for folder in (directory, RunFolder(directory).checkpoints):
-        if there := whole_checkpoints(folder):
-            return there[-1]
+    if found := find_checkpoint(directory):
+        return found
     raise ConfigError(f"checkpoint={path}: there is no checkpoint and no released model")

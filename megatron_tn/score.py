@@ -25,7 +25,7 @@ from megatron_tn.checkpoint.manifest import MANIFEST
 from megatron_tn.cli import command
 from megatron_tn.config import ConfigError, ScoreConfig, out_of_bounds
 from megatron_tn.evaluation.scorer import ModelScorer
-from megatron_tn.loading import load_any_model, resolve_checkpoint
+from megatron_tn.loading import load_any_model, other_tokenizer, resolve_checkpoint
 
 
 @command(ScoreConfig, "score")
@@ -41,6 +41,8 @@ def main(config: ScoreConfig) -> None:
             f"manifest={config.manifest} was made with a tokenizer of {manifest.tokenizer.vocab_size} entries, more "
             f"than model.vocab_size={model.config.vocab_size} of checkpoint={config.checkpoint}"
         )
+    if problems := other_tokenizer(manifest, f"manifest={config.manifest}", "", config.checkpoint):
+        raise ConfigError(problems)
     scorer = ModelScorer(model, batch_tokens=config.batch_tokens)
     columns = (TextColumn(f"scores {name}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True, disable=rank > 0, console=Console(stderr=True)) as bar:
@@ -71,6 +73,10 @@ def checked(config: ScoreConfig) -> tuple[Manifest, str]:
         if not config.manifest:
             raise InputError("not set: name the manifest.json of the shards to score")
         manifest = Manifest.load(config.manifest)
+        if manifest.remote is None and not os.access(manifest.directory, os.W_OK | os.X_OK):
+            problems.append(
+                f"manifest={config.manifest}: scores are written beside it, and {manifest.directory} is read-only"
+            )
     except InputError as error:
         problems += [f"manifest: {problem}" for problem in error.problems]
     try:

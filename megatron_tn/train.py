@@ -7,10 +7,12 @@ torchrun --nproc-per-node 8 -m megatron_tn.train model=7b parallel.tp=8 data.man
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,34 +23,36 @@ from data_pipeline.stream import (
     Batch,
     InputError,
     Manifest,
-    Mixture,
     StreamState,
     TokenStream,
     batches,
-    build_stream,
-    load_document_stage,
-    load_filter,
 )
+from kernels.dispatch import in_words
 from megatron_tn.cli import command, is_first_process, run_program
 from megatron_tn.config import ConfigError, TrainConfig
+from megatron_tn.data import open_stream, other_tokenizer, with_token_ids
 from megatron_tn.engine.build import DTYPES, build_engine
 from megatron_tn.evaluate import held_out_loss, problems_of_held_out
-from megatron_tn.model.registry import check_kernels, training_flops_per_token
+from megatron_tn.loading import open_weights, resolve_checkpoint
+from megatron_tn.model.registry import check_kernels, parameter_count, training_flops_per_token
 from megatron_tn.optim.schedule import batch_of_step, learning_rate
 from megatron_tn.parallel.context import ParallelContext
-from megatron_tn.parallel.world import world_size
+from megatron_tn.parallel.world import processes_here, world_size
+from megatron_tn.planning.host import cpu_cost
+from megatron_tn.plot import compare
 from megatron_tn.training.diagnose import find_nonfinite
 from megatron_tn.training.freeze import goes_on, settings_of_this_start
 from megatron_tn.training.guard import Guard
 from megatron_tn.training.hooks.build import start_hooks
 from megatron_tn.training.preemption import Preemption
-from megatron_tn.training.preflight import checkpoint_problems, problems_before_start
+from megatron_tn.training.preflight import checkpoint_problems, model_differences, problems_before_start
 from megatron_tn.training.resume import Start, choose_start
 from megatron_tn.training.rewind import restore, rewind
 from megatron_tn.training.run import Run
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import skipped_step, train_step
+from megatron_tn.training.summary import show_start
 from megatron_tn.training.watchdog import Progress
 
 log = logging.getLogger(__name__)
@@ -57,7 +61,7 @@ log = logging.getLogger(__name__)
 def train(config: TrainConfig) -> int | None:
     """Returns the exit code of a run that was told to stop before its end, and None for one that reached it."""
     config, stream, start = preflight(config)
-    with Preemption() as preemption, Run(config, start) as run:
+    with Preemption() as preemption, Run(config, start, open_weights) as run:
         go_to(stream, run.start)
         context = ParallelContext.create(
             config.parallel.tp, config.parallel.cp, sequence_parallel=config.parallel.sequence_parallel
@@ -67,6 +71,16 @@ def train(config: TrainConfig) -> int | None:
         state = restore(run, engine)
         if run.is_first:
             run.folder.keep_tokenizer(stream.manifest.directory / stream.manifest.tokenizer.file)
+            if config.logging.progress and state.step < config.last_step:
+                show_start(
+                    config,
+                    context,
+                    run.device,
+                    parameters=parameter_count(config.model),
+                    kernels=in_words(run.device.type),
+                    step=state.step,
+                    epoch_samples=stream.samples_per_epoch,
+                )
         hooks = start_hooks(
             run,
             engine,
@@ -103,7 +117,8 @@ def preflight(config: TrainConfig) -> tuple[TrainConfig, TokenStream, Start | No
         ConfigError: with every problem found.
     """
     folder = RunFolder(config.run_dir)
-    config, notes = settings_of_this_start(config, folder)
+    config, notes = settings_of_this_start(with_token_ids(config), folder)
+    config = with_token_ids(config)  # settings frozen at a submission have none yet
     for note in notes:
         log.info(note)  # by one rank: the others log warnings alone
     problems: list[str] = []
@@ -112,6 +127,7 @@ def preflight(config: TrainConfig) -> tuple[TrainConfig, TokenStream, Start | No
         if config.evaluation.manifest:
             held_out, path = Manifest.load(config.evaluation.manifest), config.evaluation.manifest
             problems += problems_of_held_out(held_out, f"evaluation.manifest={path}", config.model.vocab_size)
+            problems += other_tokenizer(held_out, config)
     except InputError as error:
         problems += [f"evaluation.manifest: {problem}" for problem in error.problems]
     try:
@@ -123,6 +139,8 @@ def preflight(config: TrainConfig) -> tuple[TrainConfig, TokenStream, Start | No
     if is_first_process() and not settings:
         try:
             start = choose_start(config, folder, requeued=goes_on(folder))
+            if config.init_from and start.checkpoint is None:
+                start = dataclasses.replace(start, weights=folder_of_weights(config))
             problems += checkpoint_problems(config, start)
             if not problems:
                 go_to(stream, start)
@@ -130,7 +148,28 @@ def preflight(config: TrainConfig) -> tuple[TrainConfig, TokenStream, Start | No
             problems += error.problems
     if problems:
         raise ConfigError(problems)
+    if is_first_process() and config.logging.progress and not torch.cuda.is_available():
+        done = manifest.step if (manifest := start.manifest()) else 0
+        if cost := cpu_cost(config, processes_here(), done):
+            log.info(cost)
     return config, stream, start
+
+
+def folder_of_weights(config: TrainConfig) -> Path:
+    """The checkpoint or the released folder that init_from names.
+
+    Raises:
+        ConfigError: there is none, or it holds another model.
+    """
+    setting = f"init_from={config.init_from}"
+    try:
+        directory = resolve_checkpoint(config.init_from)
+    except ConfigError:
+        raise ConfigError(f"{setting}: there is no checkpoint and no released model") from None
+    with open_weights(directory) as weights:
+        if changed := model_differences(weights.config, config.model):
+            raise ConfigError([f"{setting} holds another model: {line}" for line in changed])
+    return directory
 
 
 def go_to(stream: TokenStream, start: Start) -> None:
@@ -143,28 +182,6 @@ def go_to(stream: TokenStream, start: Start) -> None:
     except InputError as error:
         where = f"checkpoint {start.checkpoint} was trained on other data"
         raise ConfigError([f"{where}: {problem}" for problem in error.problems]) from None
-
-
-def open_stream(config: TrainConfig) -> TokenStream:
-    """The token stream that `config.data` describes, at its beginning.
-
-    Raises:
-        InputError: data.manifest is not set, shards are missing or damaged, or the filter or mixture does not fit them.
-    """
-    data = config.data
-    if not data.manifest:
-        raise InputError("not set: name the manifest.json that `python -m data_pipeline.run` wrote")
-    return build_stream(
-        Manifest.load(data.manifest, cache_bytes=data.cache_bytes),
-        sequence_length=data.sequence_length,
-        seed=config.seed,
-        isolate_documents=data.isolate_documents,
-        window=data.shuffle_window,
-        max_damaged=data.max_damaged,
-        filter=load_filter(data.filter) if data.filter else None,
-        document_stages=[load_document_stage(name) for name in data.document_stages],
-        mixture=Mixture.parse(data.mixture) if data.mixture else None,
-    )
 
 
 def batches_from(
@@ -227,7 +244,12 @@ def stream_state(stream: TokenStream, next_sample: int) -> dict[str, Any]:
     return json.loads(StreamState.merge(states).to_json())
 
 
-main = command(TrainConfig, "config")(train)
+def show_sweep(run_dir: str, runs: list[str]) -> None:
+    """One table and one picture of the sweep's jobs."""
+    compare([Path(run) for run in runs], Path(run_dir) / "loss.png")
+
+
+main = command(TrainConfig, "config", after_sweep=show_sweep)(train)
 
 if __name__ == "__main__":
     run_program(main)

@@ -19,7 +19,8 @@ import torch
 
 from megatron_tn.cli import command, run_program
 from megatron_tn.config import ConvertConfig
-from tests.helpers.training import fork_ranks
+from megatron_tn.generate import main as generate
+from tests.helpers.training import call, fork_ranks
 
 ROOT = Path(__file__).parents[1]
 
@@ -143,3 +144,11 @@ def test_output_into_a_closed_pipe_ends_quietly(tmp_path):
     process.join(60)
     assert process.exitcode == 128 + signal.SIGPIPE
     assert (tmp_path / "err").read_text() == ""
+
+
+def test_help_says_what_a_command_does_and_lists_its_own_settings(capsys):
+    assert call(generate, "--help") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("Continue a text with a trained model.")
+    assert "  temperature=0.8\n      0: the likeliest token each time\n" in said
+    assert "optim.lr" not in said

@@ -16,6 +16,7 @@ from megatron_tn.config import (
     EngineConfig,
     ParallelConfig,
     TrainConfig,
+    describe,
     device_problems,
     differences,
     from_mapping,
@@ -141,3 +142,13 @@ def test_differences_name_each_setting():
 def test_every_setting_is_known_by_its_dotted_name():
     known = known_keys(TrainConfig)
     assert {"run_dir", "model.embed_dim", "logging.wandb.mode", "cluster.gpu_memory_gib"} <= set(known)
+
+
+def test_the_settings_page_is_that_of_today():
+    page = (cli.CONF.parent / "docs" / "settings.md").read_text()
+    assert page == describe.page(), "make it again: python -m megatron_tn.config.describe > docs/settings.md"
+
+
+def test_every_setting_has_a_meaning():
+    kinds = [kind for kind, _ in describe.COMMANDS.values()]
+    assert [setting.name for kind in kinds for setting in describe.settings(kind) if not setting.meaning] == []

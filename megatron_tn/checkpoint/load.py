@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +19,7 @@ from megatron_tn.config import ConfigError, ModelConfig, from_mapping
 from megatron_tn.model.base import Model
 from megatron_tn.model.registry import build_model
 from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.parallel.sharding import OwnedRange
 
 
 class Reader:
@@ -95,14 +97,9 @@ def load_checkpoint(engine: Trainable, directory: Path) -> CheckpointManifest:
         )
     context, specs = engine.context, engine.model.shard_specs()
     with Reader(directory, manifest) as reader:
-        for owned in engine.owned_ranges():
-            spec = specs[owned.name]
-            for values in owned.values.values():
-                values.zero_()  # padding is in no file; uninitialised memory may hold NaN
-            for piece, at in pieces_of_local_range(spec, context.tp.rank, context.tp.size, owned.start, owned.stop):
-                for kind in manifest.kinds:
-                    destination = owned.values[kind][at : at + piece.stop - piece.start]
-                    reader.fill(kind, owned.name, spec.shape, piece, destination)
+        for owned, piece, place in _owned_pieces(engine):
+            for kind in manifest.kinds:
+                reader.fill(kind, owned.name, specs[owned.name].shape, piece, owned.values[kind][place])
         if math.prod(manifest.layout.values()) == context.world_size:
             rng = reader.rng(context.rank)
             if "rng/cpu" in rng:
@@ -111,6 +108,18 @@ def load_checkpoint(engine: Trainable, directory: Path) -> CheckpointManifest:
                 torch.cuda.set_rng_state(rng["rng/cuda"])
     engine.refresh(manifest.optimizer_step)
     return manifest
+
+
+def _owned_pieces(engine: Trainable) -> Iterator[tuple[OwnedRange, Piece, slice]]:
+    """What this rank owns, as pieces of logical tensors, each with its place in the owned range. All values are zero:
+    padding is in no file, and uninitialised memory may hold NaN."""
+    axis, specs = engine.context.tp, engine.model.shard_specs()
+    for owned in engine.owned_ranges():
+        for values in owned.values.values():
+            values.zero_()
+        spec = specs[owned.name]
+        for piece, at in pieces_of_local_range(spec, axis.rank, axis.size, owned.start, owned.stop):
+            yield owned, piece, slice(at, at + piece.stop - piece.start)
 
 
 class Weights(Protocol):
@@ -151,6 +160,20 @@ class CheckpointWeights:
         self._reader.fill("param", name, self.shapes[name], piece, destination)
         if destination.dtype != self.dtypes[name]:
             destination.copy_(destination.to(self.dtypes[name]))
+
+
+@torch.no_grad()
+def load_weights(engine: Trainable, weights: Weights) -> None:
+    """Fill the masters with `weights`, of the same model; the optimizer begins afresh.
+
+    Raises:
+        ConfigError: a file is missing or damaged.
+    """
+    for owned, piece, place in _owned_pieces(engine):
+        values = torch.empty(piece.stop - piece.start)
+        weights.fill(owned.name, piece, values)
+        owned.values["param"][place].copy_(values)
+    engine.refresh(optimizer_step=0)
 
 
 def model_of(

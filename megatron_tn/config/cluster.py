@@ -25,12 +25,12 @@ DATASHEET_BF16_TFLOPS = (
 
 @dataclass(frozen=True, config=STRICT)
 class ClusterConfig:
-    name: str = "local"
+    name: str = "local"  # for reports
     gpus_per_node: Count = 0  # 0: not known
     gpu_memory_gib: Unlimited = 0.0  # 0: not known
     outside_allocator_gib: Unlimited = 1.5  # allowance of a plan for CUDA's context, kernels and NCCL's buffers
     bf16_tflops: Rate = None  # dense peak of one GPU; null: by the GPU's name, where that is known
-    memory_bandwidth_gbs: Rate = None
+    memory_bandwidth_gbs: Rate = None  # GB/s of a GPU's memory; null: not known
     interconnect_gbs: Rate = None  # between nodes, per GPU and direction
 
     def peak_tflops(self, device_name: str | None) -> float | None:

@@ -45,8 +45,8 @@ class EvaluateConfig:
     tokenizer: str = ""  # tokenizer.json; empty looks beside the checkpoint
     max_documents: Count = 0  # 0: all
     batch_tokens: Positive = 4096  # tokens of the documents in one forward pass
-    device: str = "auto"
-    precision: Literal["trained", "bf16", "fp32"] = "trained"
+    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one
+    precision: Literal["trained", "bf16", "fp32"] = "trained"  # trained: what the weights were trained or stored in
     output: str = ""  # JSON file for the result, which is printed as well
 
 
@@ -58,24 +58,25 @@ class ScoreConfig:
     manifest: str = ""  # manifest.json of the shards to score
     name: str = ""  # of the scores; empty: eval- and the first digits of the model's hash
     batch_tokens: Positive = 16384  # tokens of the documents in one forward pass; a GPU takes more than a CPU
-    device: str = "auto"
-    precision: Literal["trained", "bf16", "fp32"] = "trained"
+    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one
+    precision: Literal["trained", "bf16", "fp32"] = "trained"  # trained: what the weights were trained or stored in
 
 
 @dataclass(frozen=True, config=STRICT)
 class GenerateConfig:
     """`python -m megatron_tn.generate`. The sampler checks temperature, top_k and top_p."""
 
-    checkpoint: str = ""
-    prompt: str = ""
-    tokenizer: str = ""
-    max_new_tokens: Count = 128
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: Seed = 0
-    device: str = "auto"
-    precision: Literal["trained", "bf16", "fp32"] = "trained"
+    checkpoint: str = ""  # a checkpoint, a run's folder (its newest checkpoint is taken), or a released model's folder
+    prompt: str = ""  # text to continue, taken to the letter
+    special_tokens: bool = False  # whether <s> in the prompt is that special token, and not the text of 3 characters
+    tokenizer: str = ""  # tokenizer.json; empty looks beside the checkpoint
+    max_new_tokens: Count = 128  # generation ends there, or before the model's eos
+    temperature: float = 0.8  # 0: the likeliest token each time
+    top_k: int = 0  # sample from the so many likeliest tokens; 0: all
+    top_p: float = 1.0  # sample from the likeliest tokens of this share of probability
+    seed: Seed = 0  # the same seed gives the same text
+    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one
+    precision: Literal["trained", "bf16", "fp32"] = "trained"  # trained: what the weights were trained or stored in
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -84,9 +85,9 @@ class ConvertConfig:
 
     # The command's first word sets it: python -m megatron_tn.convert verify checkpoint=...
     action: Literal["describe", "verify", "export", "import"] = "describe"
-    checkpoint: str = ""
+    checkpoint: str = ""  # a checkpoint, a run's folder (its newest checkpoint is taken), or a released model's folder
     # export: folder to write in the released layout. import: run_dir whose first checkpoint these weights become
     output: str = ""
     shard_mib: Positive = 4096  # export: MiB of one weight file
-    precision: Literal["trained", "bf16", "fp32"] = "trained"
+    precision: Literal["trained", "bf16", "fp32"] = "trained"  # trained: what the weights were trained or stored in
     json: bool = False  # describe, verify: print JSON

@@ -24,7 +24,7 @@ class GuardConfig:
     # (1.4826 x the median absolute deviation, which a spike does not move) and by spike_nats.
     spike: Literal["off", "report", "rewind", "abort"] = "report"
     spike_window: Annotated[int, Bounds(2, MOST_INT)] = 128  # steps; no step is a spike before half of them are known
-    spike_sigmas: Unlimited = 8.0
-    spike_nats: Unlimited = 0.5
+    spike_sigmas: Unlimited = 8.0  # robust standard deviations above the median
+    spike_nats: Unlimited = 0.5  # and at least so far above it
     skip_before: Count = 0  # batches before the bad one that a rewind skips too
     max_rewinds: Count = 5  # of a run, after which it aborts

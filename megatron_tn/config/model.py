@@ -24,17 +24,17 @@ class ModelConfig:
     glu_dim: Positive = 2816  # F
     scale_embedding: bool = True  # x = E[ids] * sqrt(D); the released 3B and larger models have x = E[ids]
     norm: Literal["simplermsnorm", "rmsnorm"] = "simplermsnorm"
-    norm_eps: FromZero = 1e-6
+    norm_eps: FromZero = 1e-6  # added to the mean square under the root
     act: Literal["silu", "none", "1+elu"] = "silu"  # of q and k
     glu_act: Literal["none", "silu"] = "none"
     gate: bool = True  # the output gate u of the token mixer
     lrpe: Literal["first", "all", "none"] | list[bool] = "first"  # the layers that apply LRPE
     decay: Literal["released", "paper", "none"] = "released"  # form of the decay rates, one a head
     decay_temperature: bool = True  # the factor 1 - l/(L-1) of layer l's decay rates
-    init_std: FromZero = 0.02
-    pad_id: Count = 0
-    bos_id: Count = 1
-    eos_id: Count = 2
+    init_std: FromZero = 0.02  # of the matrices' normal initial values
+    pad_id: Count = 0  # training takes this and the next two from the shards' tokenizer
+    bos_id: Count = 1  # of the token that begins a document
+    eos_id: Count = 2  # of the token that ends a document
 
     @property
     def head_dim(self) -> int:

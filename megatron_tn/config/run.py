@@ -28,9 +28,11 @@ from megatron_tn.config.schedule import ScheduleConfig
 class TrainConfig:
     """`python -m megatron_tn.train` writes it, resolved, to run_dir/config.json."""
 
-    run_dir: str = "runs/default"
-    seed: Seed = 0
-    nodes: Positive = 1
+    run_dir: str = "runs/default"  # folder of the run: checkpoints, log.jsonl, config.json; the same folder goes on
+    # Weights to begin a new run from: a checkpoint, a run's folder or a released model's; empty: initial values.
+    init_from: str = ""
+    seed: Seed = 0  # of initial values and of the data's order
+    nodes: Positive = 1  # machines of this run
     stop_after: Count = 0  # save and end after this step of the same schedule; 0: after schedule.steps
     deterministic: bool = False  # bitwise repeatable kernels; slower
     distributed_timeout_s: Positive = 1800  # of a collective; also of start-up, compilation and evaluation

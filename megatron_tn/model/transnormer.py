@@ -73,7 +73,8 @@ def build(config: ModelConfig, context: ParallelContext) -> Model:
 def initial_box(name: str, shape: tuple[int, ...], box: Box, config: ModelConfig, seed: int) -> Tensor:
     """The initial values within `box` of the logical parameter `name` of `shape`, fp32 on the CPU.
 
-    Matrices: N(0, init_std), with the pad row of the embedding zero. Norm weights: ones. LRPE's theta:
+    Matrices: N(0, init_std), with the pad row of the embedding zero, unless that token begins or ends documents, too.
+    Norm weights: ones. LRPE's theta:
     10000^(-2j/D) (arXiv 2307.09270), j = 0..D-1 counted across heads, so that each head has its own band of
     frequencies.
     """
@@ -85,6 +86,7 @@ def initial_box(name: str, shape: tuple[int, ...], box: Box, config: ModelConfig
         return theta[tuple(slice(*edge) for edge in box)]
     value = normal_box(name, shape, box, config.init_std, seed)
     top, bottom = box[0]
-    if name == "model.embed_tokens.weight" and top <= config.pad_id < bottom:
+    pads_alone = config.pad_id not in (config.bos_id, config.eos_id)
+    if name == "model.embed_tokens.weight" and pads_alone and top <= config.pad_id < bottom:
         value[config.pad_id - top] = 0
     return value

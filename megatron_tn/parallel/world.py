@@ -23,6 +23,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
 
 
+def processes_here() -> int:
+    """Number of those on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or world_size())
+
+
 def join_world(timeout_s: int) -> torch.device:
     """Initialise the default process group and return this process's device.
 

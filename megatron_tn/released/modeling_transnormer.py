@@ -252,31 +252,25 @@ class GatedLinearAttention(nn.Module):
         self.lrpe = LRPE(heads, width // heads) if config.linear_use_lrpe_list[layer] else None
         self.norm = GateNorm(width) if config.norm_type == "rmsnorm" else None
 
-    def forward(self, x: Tensor, positions: Tensor, decay: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [B, T, D], positions [T], decay [H], state [B, H, K, d] -> [B, T, D] and the state after these tokens."""
-        attend = self.in_pytorch if kernel_gla is None else self.in_kernels
-        y, square_sum, state = attend(self.qkvu_proj(x), positions, decay, state)
+    def forward(
+        self, x: Tensor, positions: Tensor, decay: Tensor, state: Tensor | None, keep: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, D], positions [T], decay [H], state [B, H, K, d] -> [B, T, D], and the next state if keep."""
+        qkvu = self.qkvu_proj(x)
+        if kernel_gla is None:
+            with torch.autocast(qkvu.device.type, enabled=False):
+                y, square_sum, state = self.in_pytorch(qkvu.float(), positions, decay, state)
+        else:
+            theta = None if self.lrpe is None else self.lrpe.theta
+            options = {"act": self.act, "gate": self.gate, "positions": positions}
+            y, square_sum, state = kernel_gla(qkvu, decay, theta, **options, initial_state=state, return_state=keep)
         y = (y.float() * inverse_rms(square_sum, y.shape[-1], self.eps)).to(x.dtype)
         return self.out_proj(y if self.norm is None else self.norm(y)), state
-
-    def in_kernels(
-        self, qkvu: Tensor, positions: Tensor, decay: Tensor, state: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """o * u [B, T, D], sum of o^2 [B, T], and the next state."""
-        theta = None if self.lrpe is None else self.lrpe.theta
-        options = {"act": self.act, "gate": self.gate, "positions": positions}
-        return kernel_gla(qkvu, decay, theta, **options, initial_state=state, return_state=True)
 
     def in_pytorch(
         self, qkvu: Tensor, positions: Tensor, decay: Tensor, state: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same."""
-        with torch.autocast(qkvu.device.type, enabled=False):
-            return self.in_fp32(qkvu.float(), positions, decay, state)
-
-    def in_fp32(
-        self, qkvu: Tensor, positions: Tensor, decay: Tensor, state: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `kernels.gla` of megatron_tn computes: o * u [B, T, D], sum of o^2 [B, T], and the next state."""
         q, k, v, u = qkvu.unflatten(-1, (4, self.heads, -1)).unbind(2)
         q, k = ACTIVATIONS[self.act](q), ACTIVATIONS[self.act](k)
         if self.lrpe is not None:
@@ -309,13 +303,13 @@ class TransnormerBlock(GradientCheckpointingLayer):
         self.channel_mixer = SGLU(config)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, positions: Tensor, decay: Tensor, state: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """x [B, T, D], mask [B, T, 1] (0 at padding) -> [B, T, D] and the next state."""
+        self, x: Tensor, mask: Tensor | None, positions: Tensor, decay: Tensor, state: Tensor | None, keep: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, D], mask [B, T, 1] (0 at padding) -> [B, T, D] and, where keep is true, the next state."""
         normed = self.token_norm(x)
         if mask is not None:
             normed = normed * mask  # v of padding is then 0, since W has no bias, and nothing of it enters the state
-        mixed, state = self.token_mixer(normed, positions, decay, state)
+        mixed, state = self.token_mixer(normed, positions, decay, state, keep)
         x = x + mixed
         return x + self.channel_mixer(self.channel_norm(x)), state
 
@@ -353,7 +347,16 @@ class TransnormerModel(TransnormerPreTrainedModel):
         self.layers = nn.ModuleList(TransnormerBlock(config, layer) for layer in range(config.decoder_layers))
         self.final_norm = SimpleRMSNorm(config)
         self.gradient_checkpointing = False
+        # Numbers, which the first forward pass makes a tensor: a buffer would be cast to the weights' type.
+        self.rates: Tensor | None = None
         self.post_init()
+
+    def decay(self, device: torch.device) -> Tensor:
+        """Decay rates, fp32 [L, H]."""
+        if self.rates is None or self.rates.device != device:
+            with torch.inference_mode(False):  # training may follow generation
+                self.rates = torch.tensor(self.config.decay_rates, dtype=torch.float32, device=device)
+        return self.rates
 
     def forward(
         self,
@@ -393,12 +396,12 @@ class TransnormerModel(TransnormerPreTrainedModel):
             mask = attention_mask[:, -length:, None].to(x.dtype)
         start = 0 if cache is None else cache.get_seq_length()
         positions = torch.arange(start, start + length, device=x.device)
-        rates = torch.tensor(self.config.decay_rates, dtype=torch.float32, device=x.device)
+        rates = self.decay(x.device)
         kept = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden = (x,)
         for layer, block in enumerate(self.layers):
             before = None if cache is None else cache.layers[layer].state
-            x, state = block(x, mask, positions.to(x.device), rates[layer].to(x.device), before)
+            x, state = block(x, mask, positions.to(x.device), rates[layer].to(x.device), before, use_cache)
             if cache is not None and use_cache:
                 cache.layers[layer].set(state, length)
             hidden += (x,) if kept else ()

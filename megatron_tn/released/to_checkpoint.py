@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 from pathlib import Path
@@ -29,6 +30,20 @@ def write_checkpoint(weights: Weights, folder: Path, precision: str) -> Path:
     partial = final.with_suffix(".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    try:
+        _write(weights, partial, precision)
+        partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # a run's folder without a checkpoint would be in the way of the next try
+            folder.rmdir()
+        raise
+    sync_folder(folder)
+    return final
+
+
+def _write(weights: Weights, partial: Path, precision: str) -> None:
+    """The checkpoint's file and, last, its manifest."""
     config = TrainConfig(model=weights.config, engine=EngineConfig(precision=precision))
     file = rank_file(0)
     keys = {name: f"param/{name}/0" for name in weights.shapes}
@@ -51,6 +66,3 @@ def write_checkpoint(weights: Weights, folder: Path, precision: str) -> Path:
     )
     (partial / MANIFEST).write_text(manifest.to_json())
     sync_folder(partial)
-    partial.rename(final)
-    sync_folder(folder)
-    return final

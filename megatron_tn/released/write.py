@@ -26,6 +26,7 @@ from megatron_tn.released.config import CONFIG_FILE, config_to_released
 from megatron_tn.released.weights import INDEX_FILE, WEIGHTS_FILE
 
 SHARD_BYTES = 4 << 30  # of one weight file, unless one tensor alone is larger
+STAGING = ".export-"  # how the folder begins in which new files wait for the last of them
 MODELLING = Path(__file__).with_name("modeling_transnormer.py")
 # What an export consists of, here or written by transformers: no such file of an older export stays beside a new one.
 EXPORT_FILES = (
@@ -81,7 +82,9 @@ def write_released(
     if problems := problems_of_output(directory):
         raise ConfigError(problems)
     directory.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".export-", dir=directory))
+    for leftover in directory.glob(f"{STAGING}*"):  # of an export that was killed
+        shutil.rmtree(leftover)
+    staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=directory))
     try:
         _write_weights(staging, shapes, dtypes, tensor, shard_bytes)
         main_dtype = dtypes[next(iter(shapes))]

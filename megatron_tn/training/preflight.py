@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import torch
 
@@ -16,6 +17,8 @@ from megatron_tn.config import (
     to_mapping,
 )
 from megatron_tn.engine.deepspeed.settings import deepspeed_settings
+from megatron_tn.parallel.world import processes_here
+from megatron_tn.planning.host import host_memory_problems
 from megatron_tn.planning.remedies import memory_problems
 from megatron_tn.training.resume import Start
 from megatron_tn.training.run_folder import RunFolder
@@ -41,6 +44,8 @@ def problems_before_start(config: TrainConfig, world_size: int, tokenizer_vocab:
     try:
         if config.engine.name == "deepspeed":
             deepspeed_settings(config, world_size // (config.parallel.tp * config.parallel.cp))
+        if not torch.cuda.is_available() and config.cluster.gpu_memory_gib <= 0:
+            return host_memory_problems(config, world_size, processes_here())
         return memory_problems(config, world_size)
     except ConfigError as error:
         return error.problems
@@ -52,9 +57,7 @@ def checkpoint_problems(config: TrainConfig, start: Start) -> list[str]:
     if manifest is None:
         return []
     # A setting added after the checkpoint was written has its default value there.
-    stored = to_mapping(from_mapping(ModelConfig, manifest.config["model"]))
-    changed = differences(stored, to_mapping(config.model))
-    changed = [line for line in changed if not line.startswith(("name:", "init_std:"))]
+    changed = model_differences(from_mapping(ModelConfig, manifest.config["model"]), config.model)
     found = [f"checkpoint {directory} holds another model: {line}" for line in changed]
     if manifest.step > config.schedule.steps:
         found.append(f"checkpoint {directory} is at step {manifest.step}, past schedule.steps={config.schedule.steps}")
@@ -69,3 +72,12 @@ def checkpoint_problems(config: TrainConfig, start: Start) -> list[str]:
             f"before it, with checkpoint.resume=STEP and a step below {trained[0]}"
         )
     return found
+
+
+def model_differences(stored: ModelConfig, wanted: ModelConfig) -> list[str]:
+    """Settings, as 'name: stored -> wanted', for which stored weights do not fit a model."""
+    # A released config.json lists the layers that apply LRPE.
+    old, new = (to_mapping(replace(model, lrpe=model.lrpe_layers)) for model in (stored, wanted))
+    # Ids are those of the data's tokenizer; older checkpoints have the defaults, whatever their tokenizer's were.
+    free = ("name:", "init_std:", "bos_id:", "eos_id:", "pad_id:")
+    return [line for line in differences(old, new) if not line.startswith(free)]

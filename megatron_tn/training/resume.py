@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, step_of
 from megatron_tn.checkpoint.verify import whole_from
 from megatron_tn.config import ConfigError, TrainConfig, differences, to_mapping
-from megatron_tn.training.run_folder import RunFolder
+from megatron_tn.training.run_folder import RunFolder, find_checkpoint
 from megatron_tn.training.state import Ledger
 
 log = logging.getLogger(__name__)
@@ -32,8 +32,9 @@ SHOWN = 4  # at most so many ranks are named in a message
 class Start:
     """Where a run begins or resumes.
 
-    checkpoint: None for initial values. manifest_sha256: of the checkpoint's manifest; "" for initial values. by_hand:
-    whether checkpoint.resume named a checkpoint, or none. later: newer checkpoints in run_dir, to be renamed. damage:
+    checkpoint: None for initial values. weights: the folder of init_from that they are read from instead, for a run
+    that has no checkpoint yet. manifest_sha256: of the checkpoint's manifest; "" for initial values. by_hand: whether
+    checkpoint.resume named a checkpoint, or none. later: newer checkpoints in run_dir, to be renamed. damage:
     checkpoint -> problems, for those of `later` that are damaged. ledger: notes since the checkpoint was saved; empty
     where checkpoint.resume named an older checkpoint.
     """
@@ -44,6 +45,7 @@ class Start:
     later: tuple[Path, ...] = ()
     damage: dict[Path, list[str]] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
+    weights: Path | None = field(default=None, compare=False)
 
     def manifest(self) -> CheckpointManifest | None:
         return None if self.checkpoint is None else CheckpointManifest.read(self.checkpoint)
@@ -70,7 +72,7 @@ def choose_start(config: TrainConfig, folder: RunFolder, *, requeued: bool) -> S
                 "run_dir, or resume with checkpoint.resume=auto"
             )
         return Start(by_hand=True)
-    checkpoint = folder.saved().get(int(asked)) if asked.isdecimal() else Path(asked)
+    checkpoint = folder.saved().get(int(asked)) if asked.isdecimal() else find_checkpoint(Path(asked)) or Path(asked)
     if not asked.strip() or checkpoint is None or not checkpoint.is_dir():
         steps = ", ".join(map(str, folder.saved())) or "none"
         raise ConfigError(f"checkpoint.resume={asked} does not exist; run_dir={config.run_dir} has steps: {steps}")
@@ -145,7 +147,8 @@ def leave_later_behind(folder: RunFolder, start: Start, resume: int | str) -> No
 
 def _what_is_unlike(start: Start) -> str:
     if start.checkpoint is None:
-        return ""
+        lost = start.weights is not None and not start.weights.is_dir()
+        return f"{_name()} sees no init_from={start.weights}" if lost else ""
     try:
         same = _sha256_of_manifest(start.checkpoint) == start.manifest_sha256
     except OSError as error:

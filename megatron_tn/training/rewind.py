@@ -6,7 +6,7 @@ import logging
 
 import torch
 
-from megatron_tn.checkpoint.load import load_checkpoint
+from megatron_tn.checkpoint.load import load_checkpoint, load_weights
 from megatron_tn.checkpoint.manifest import step_of
 from megatron_tn.config import ConfigError
 from megatron_tn.engine.base import Engine
@@ -28,6 +28,11 @@ def restore(run: Run, engine: Engine) -> TrainingState:
     _load(run, engine, start)
     if start.checkpoint is not None and run.is_first:
         log.info("resumed from %s at step %d", start.checkpoint, state.step)
+        if state.step >= config.last_step:
+            setting = "stop_after" if config.last_step < config.schedule.steps else "schedule.steps"
+            log.info("nothing is left to do: %s=%d; a larger one goes on", setting, config.last_step)
+    elif start.weights is not None and run.is_first:
+        log.info("weights from %s", start.weights)
     state.add_ledger(start.ledger)
     if start.later:
         by, reason = "hand", f"checkpoint.resume={config.checkpoint.resume}"
@@ -76,7 +81,11 @@ def rewind(run: Run, engine: Engine, wanted: Rewind) -> None:
 def _load(run: Run, engine: Engine, start: Start) -> None:
     if start.checkpoint is None:
         torch.manual_seed(run.config.seed)
-        initialize_engine(engine, run.config.seed)
+        if run.start.weights is not None:
+            with run.open_weights(run.start.weights) as weights:
+                load_weights(engine, weights)
+        else:
+            initialize_engine(engine, run.config.seed)
         run.state.become(TrainingState())
     else:
         run.state.become(TrainingState.from_json(load_checkpoint(engine, start.checkpoint).training))

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_tn.checkpoint.background import CheckpointWriter
+from megatron_tn.checkpoint.load import Weights
+from megatron_tn.checkpoint.save import CheckpointError
 from megatron_tn.config import ConfigError, TrainConfig
 from megatron_tn.parallel.world import join_world, leave_world
+from megatron_tn.training.curve import draw
 from megatron_tn.training.freeze import goes_on, slurm_job
 from megatron_tn.training.hooks import Hook, Sink
 from megatron_tn.training.resume import Start, agree_on, agree_on_settings, choose_start
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import TrainingState
+from megatron_tn.training.summary import show_end
 from megatron_tn.training.watchdog import Progress, Watchdog, living_run
 
 log = logging.getLogger(__name__)
@@ -26,7 +34,8 @@ class Run:
     """A context manager: initialises process groups, locks the folder, and on exit writes to status.json how the run
     ended. Entry and exit are collective.
 
-    start: rank 0's choice of checkpoint; None on other ranks, which receive it from rank 0.
+    start: rank 0's choice of checkpoint; None on other ranks, which receive it from rank 0. open_weights: of
+    `start.weights`.
 
     Raises, on entry and on every rank:
         ConfigError: another run has the folder, ranks' settings differ, or some rank does not see the checkpoint.
@@ -35,8 +44,14 @@ class Run:
 
     writer: CheckpointWriter  # set by hooks.build.start_hooks
 
-    def __init__(self, config: TrainConfig, start: Start | None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        start: Start | None,
+        open_weights: Callable[[Path], AbstractContextManager[Weights]],
+    ):
         self.config = config
+        self.open_weights = open_weights
         self.start = start
         self.folder = RunFolder(config.run_dir)
         self.started: list[Hook] = []
@@ -53,6 +68,11 @@ class Run:
         try:
             self.device = join_world(self.config.distributed_timeout_s)
         except RuntimeError as error:
+            if "EADDRINUSE" in str(error):
+                raise ConfigError(
+                    f"MASTER_PORT={os.environ.get('MASTER_PORT')} is in use on this host: name a free port, or start "
+                    "with launch/local.sh, which finds one"
+                ) from None
             rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
             raise RuntimeError(
                 f"rank {rank} of {size} could not join the others at {os.environ.get('MASTER_ADDR')}:"
@@ -79,9 +99,11 @@ class Run:
     def __exit__(self, kind, error, trace) -> None:
         self.progress.at("stop")
         why = f"{kind.__name__}: {error}" if kind else ""
-        if kind is not None and (other := self.watchdog.explain(error)):
-            log.error("rank %d stops: %s", dist.get_rank(), other)
-            why = f"{other} (here: {why})"
+        if kind is not None:
+            other = self.watchdog.explain(error)
+            if not issubclass(kind, ConfigError | KeyboardInterrupt | SystemExit):
+                self._say_why_it_failed(error, other)
+            why = f"{other} (here: {why})" if other else why
         try:
             for hook in self.started:
                 hook.on_stop(self.state)
@@ -90,12 +112,26 @@ class Run:
                 self.status("failed", error=why)
             elif self.state.step >= self.config.last_step:
                 self.status("finished")
+                self._sum_up("finished")
             else:
                 self.status("preempted")
+                self._sum_up("stopped")
                 self._say_how_to_go_on()
             leave_world()
             self.watchdog.__exit__(None, None, None)
             self.folder.release()
+
+    def _say_why_it_failed(self, error: BaseException, other: str) -> None:
+        """Tell, in one line of the first rank that fails, why, and which file has its traceback. Where no file can be
+        written, Hydra prints the traceback, unless the disk is the failure. other: which rank's end made this one fail,
+        where that is known."""
+        rank, host = dist.get_rank(), socket.gethostname()
+        path = self.folder.write_traceback(rank, error)
+        error.is_told = path is not None or isinstance(error, OSError | CheckpointError)
+        if not self.watchdog.is_first_to_fail():
+            return
+        why = other or f"{type(error).__name__}: {' '.join(str(error).split())} (host {host})"
+        log.error("rank %d stops: %s%s", rank, why, f"; traceback: {path}" if path else "")
 
     def _take_folder(self) -> None:
         """Lock the folder: two runs in it would overwrite each other's checkpoints and journal. Collective.
@@ -123,6 +159,18 @@ class Run:
         except OSError as error:
             return f"{run_dir} cannot be written: {error.strerror}"
         return ""
+
+    def _sum_up(self, state: str) -> None:
+        """Picture and table; a full disk ends no run with an error."""
+        logging = self.config.logging
+        if not self.is_first or not logging.summary:
+            return
+        try:
+            draw({self.folder.path.name: self.folder}, self.folder.path / "loss.png")
+        except OSError as error:
+            log.warning("loss.png cannot be written: %s", error.strerror)
+        if logging.progress:
+            show_end(self.config, self.folder, state)
 
     def _say_how_to_go_on(self) -> None:
         if self.is_first:

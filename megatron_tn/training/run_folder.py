@@ -10,6 +10,7 @@
       ledger.json            skipped batches, and rewinds, since the newest checkpoint was saved
       tokenizer.json         the data's tokenizer
       checkpoints/           see `checkpoint.manifest`
+      tracebacks/            rank_N.txt: Python's traceback of a rank that failed
       ranks/ hang.txt stacks/    ranks' heartbeats; diagnosis of a hang; Python stacks during the hang
       profile/ wandb/ wandb_id   see `hooks`
       run.lock               locked by rank 0 during the run
@@ -26,13 +27,14 @@ import os
 import shutil
 import socket
 import time
+import traceback
 import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_tn.checkpoint.files import sync_folder
-from megatron_tn.checkpoint.manifest import checkpoint_name, step_of, whole_checkpoints
+from megatron_tn.checkpoint.manifest import MANIFEST, checkpoint_name, step_of, whole_checkpoints
 from megatron_tn.config import ConfigError, TrainConfig, from_mapping, load, read_mapping, save
 from megatron_tn.training.journal_file import JournalFile
 from megatron_tn.training.state import Ledger
@@ -196,6 +198,16 @@ class RunFolder:
         except OSError:
             _rewrite_in_place(self.status_file, values)
 
+    def write_traceback(self, rank: int, error: BaseException) -> Path | None:
+        """The file; None where it cannot be written."""
+        path = self.path / "tracebacks" / f"rank_{rank:05d}.txt"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("".join(traceback.format_exception(error)))
+        except OSError:
+            return None
+        return path
+
     def mark_failed(self, step: int, error: str) -> None:
         """Write state "failed" on behalf of a dead or hanging rank 0. step: steps done, as this rank knows."""
         before = self.status()
@@ -252,6 +264,14 @@ class RunFolder:
         """Copy tokenizer.json to the folder, so that a copied run folder can still decode tokens."""
         if tokenizer.is_file():
             shutil.copyfile(tokenizer, self.tokenizer)
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """The checkpoint `path`, or the newest whole one of a run, of its folder checkpoints/ or of checkpoints/latest."""
+    if (path / MANIFEST).is_file():
+        return path
+    folder = path.parent if path.name == "latest" else path
+    return next((there[-1] for place in (folder, folder / "checkpoints") if (there := whole_checkpoints(place))), None)
 
 
 def _read(path: Path) -> dict[str, Any]:

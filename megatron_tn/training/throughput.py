@@ -1,19 +1,44 @@
-"""Tokens per second as TFLOP/s per process, and as a share of the datasheet rate (MFU)."""
+"""Tokens per second as TFLOP/s per process, and as a share of the datasheet rate (MFU); and a clock that stands still
+while a run evaluates or saves.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+
+class Clock:
+    """Seconds of training alone."""
+
+    def __init__(self) -> None:
+        self._paused = 0.0
+
+    def now(self) -> float:
+        return time.perf_counter() - self._paused
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - began
 
 
 @dataclass(frozen=True)
 class Work:
-    """flops_per_token: FLOPs of forward and backward pass by the model's formula, without activation recomputation.
-    processes: world size. peak_tflops: datasheet rate of one process's GPU; None where unknown.
+    """flops_per_token: of forward and backward pass by the model's formula; recomputed activations are not counted
+    again. processes: that share the work. peak_tflops: the datasheet rate of one process's GPU; None where not known.
+    clock: that steps are timed with.
     """
 
     flops_per_token: int
     processes: int
     peak_tflops: float | None
+    clock: Clock = field(default_factory=Clock)
 
     def rates(self, tokens_per_second: float) -> dict[str, float]:
         """tokens_per_second: target tokens of all processes, without padding.

@@ -188,7 +188,7 @@ def test_stages_and_filters_are_named_as_module_and_object():
 
 def test_the_trainer_s_settings_make_the_same_stream(manifest):
     from megatron_tn.config import DataConfig, TrainConfig
-    from megatron_tn.train import open_stream
+    from megatron_tn.data import open_stream
 
     counting.count(manifest, german)
     data = DataConfig(

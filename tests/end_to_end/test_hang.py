@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -155,17 +156,23 @@ def test_of_several_that_are_left_none_is_taken_for_the_one_that_died(start):
     os.kill(ranks.processes[2].pid, signal.SIGKILL)
     left = (0, 1, 3)
     assert [ranks.wait(rank, 60) for rank in left] == [1, 1, 1]
-    for rank in left:
-        assert f"rank {rank} stops: rank 2 (host " in ranks.words_of(rank)
-        assert "gives no sign of life: it has died or was stopped" in ranks.words_of(rank)
+    (said,) = (words for rank in left if (words := ranks.words_of(rank)))  # one line, from one rank
+    assert " stops: rank 2 (host " in said
+    assert "gives no sign of life: it has died or was stopped" in said
+    assert said.count("\n") == 1
+    assert "Traceback" in (ranks.run / "tracebacks" / "rank_00003.txt").read_text()
     assert ranks.status()["error"].startswith("rank 2 (host ")
 
 
 def test_a_rank_that_fails_is_named_with_its_error(start):
     ranks = start("fails")
     assert [ranks.wait(rank) for rank in (0, 1)] == [1, 1]
-    assert "rank 0 stops: rank 1 (host " in ranks.words_of(0)
-    assert "failed: ValueError: the dog ate it" in ranks.words_of(0)
+    path = ranks.run / "tracebacks" / "rank_00001.txt"
+    said = ranks.words_of(0) + ranks.words_of(1)
+    assert said.startswith("rank 1 stops: ValueError: the dog ate it (host ")
+    assert said.endswith(f"); traceback: {path}\n")
+    assert said.count("\n") == 1
+    assert 'raise ValueError("the dog ate it")' in path.read_text()
     assert "failed: ValueError: the dog ate it" in ranks.status()["error"]
 
 
@@ -187,6 +194,50 @@ def test_ranks_that_never_came_are_an_error_that_says_where(shards, tmp_path):
     said = (tmp_path / "said.0").read_text()
     assert "rank 0 of 2 could not join the others at 127.0.0.1:" in said
     assert "within distributed_timeout_s=3" in said
+
+
+def test_a_last_save_that_fails_is_one_line(shards, tmp_path):
+    words = (*WORDS[:-3], f"data.manifest={shards}", f"run_dir={tmp_path / 'run'}", "engine=local", "schedule.steps=3")
+    (rank,) = fork_ranks(1, train_without_a_disk, words, str(tmp_path / "said"))
+    rank.join(60)
+    said = (tmp_path / "said.0").read_text()
+    assert rank.exitcode == 1, said
+    assert said.startswith("rank 0 stops: CheckpointError: checkpoint ")
+    assert "No space left on device" in said
+    assert said.count("\n") == 1
+
+
+def train_without_a_disk(overrides: tuple[str, ...], said: str) -> None:
+    """No file of a checkpoint, and no traceback, can be written."""
+    from megatron_tn.checkpoint import save
+    from megatron_tn.training.run_folder import RunFolder
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    save.write_tensors = full
+    RunFolder.write_traceback = lambda *arguments: None
+    train_until(overrides, said, "")
+
+
+def test_a_port_in_use_is_one_line(shards, tmp_path):
+    words = (*WORDS, f"data.manifest={shards}", f"run_dir={tmp_path / 'run'}")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        (rank,) = fork_ranks(1, train_on_port, words, str(tmp_path / "said"), port)
+        rank.join(60)
+    said = (tmp_path / "said.0").read_text()
+    assert rank.exitcode == 2, said
+    lines = [line for line in said.splitlines() if not line.startswith("[W")]  # torch's own warnings
+    assert lines == [
+        f"error: MASTER_PORT={port} is in use on this host: name a free port, or start with "
+        "launch/local.sh, which finds one"
+    ]
+
+
+def train_on_port(overrides: tuple[str, ...], said: str, port: int) -> None:
+    os.environ["MASTER_PORT"] = str(port)
+    train_until(overrides, said, "")
 
 
 def train_alone(overrides: tuple[str, ...], said: str) -> None:

@@ -26,6 +26,7 @@ from megatron_tn.evaluation.perplexity import document_nats
 from megatron_tn.generate import main as generate_main
 from megatron_tn.loading import load_any_model
 from megatron_tn.score import main as score
+from megatron_tn.train import main as train
 from megatron_tn.training.run_folder import RunFolder
 from tests.helpers import hub
 from tests.helpers.golden import relative_to_max
@@ -99,6 +100,27 @@ def test_a_growing_batch_is_resumed_within_its_growth_at_another_layout(trained,
     assert [r["samples"] for r in whole] == [2, 4, 6, 10, 14, 18, 24, 30, 36]
     assert [r["samples"] for r in cut] == [r["samples"] for r in whole]
     assert [r["loss"] for r in cut] == pytest.approx([r["loss"] for r in whole], rel=1e-5)
+
+
+def test_weights_to_start_from_are_a_runs_or_an_exports(trained, tmp_path, capsys):
+    """With a fresh optimizer, in another layout. An export holds bf16 weights, as the forward pass does."""
+    assert call(convert, "export", f"checkpoint={trained}", f"output={tmp_path / 'export'}") == 0
+    settings = (*settings_of(trained), "parallel.tp=1", "seed=5", "schedule.steps=3", "optim.lr=1e-4")
+    for name, source, engine in (("a", trained, "engine=zero1"), ("b", tmp_path / "export", "engine=fsdp2")):
+        run = f"run_dir={tmp_path / name}"
+        train_forked(1, *settings, engine, run, f"init_from={source}", "stop_after=1")
+    first = losses(tmp_path / "a")[1]
+    assert losses(tmp_path / "b")[1] == first
+    assert first < losses(trained)[STEPS] + 0.1
+    # A run with a checkpoint of its own goes on from that.
+    train_forked(1, *settings, f"run_dir={tmp_path / 'a'}", f"init_from={tmp_path / 'gone'}")
+    (saved,) = (path for step, path in RunFolder(tmp_path / "a").saved().items() if step == 3)
+    assert json.loads((saved / "manifest.json").read_text())["optimizer_step"] == 3
+    none = f"run_dir={tmp_path / 'none'}"
+    assert call(train, *settings, none, f"init_from={tmp_path / 'gone'}") == 2
+    assert f"init_from={tmp_path / 'gone'}: there is no checkpoint and no released model" in capsys.readouterr().err
+    assert call(train, *settings, none, f"init_from={trained}", "model.glu_dim=64") == 2
+    assert "holds another model: glu_dim: 48 -> 64" in capsys.readouterr().err
 
 
 def signal_in_a_step(overrides: tuple[str, ...], number: int) -> None:

@@ -53,7 +53,7 @@ def test_tiles_are_normal_and_independent():
 
 def test_the_pad_row_is_zero():
     name = "model.embed_tokens.weight"
-    config = dataclasses.replace(TINY, pad_id=2)
+    config = dataclasses.replace(TINY, pad_id=2, eos_id=3)
     value = initial_box(name, (9, 4), ((1, 5), (0, 4)), config, 0)
     assert (value == 0).all(1).tolist() == [False, True, False, False]
 

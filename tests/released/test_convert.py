@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import subprocess
@@ -261,3 +262,18 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     assert done.returncode == 0, done.stderr
     grown = int(done.stdout.splitlines()[-1])
     assert grown < 16 << 20 < size / 8, f"the peak grew by {grown} bytes for {size} bytes of weights"
+
+
+@pytest.mark.parametrize(("action", "place"), [("import", "to_checkpoint"), ("export", "write")])
+def test_a_full_disk_is_one_line_and_the_next_try_works(tmp_path, monkeypatch, capsys, action, place):
+    words = (action, f"checkpoint={golden('heads4').directory}", f"output={tmp_path / 'new'}")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(f"megatron_tn.released.{place}.stream_tensors", full)
+        assert call(convert, *words) == 2
+    said = capsys.readouterr().err
+    assert said == f"error: output={tmp_path / 'new'} cannot be written: No space left on device\n"
+    assert call(convert, *words) == 0

@@ -130,6 +130,14 @@ def test_what_a_recurrent_state_cannot_do_is_refused(model):
         model(prompt, cu_seq_lens_q=torch.tensor([0, 9]))
 
 
+def test_training_may_follow_generation(folder):
+    fresh = hub.load(folder)
+    tokens, _ = random_batch(1, 9)
+    with torch.inference_mode():
+        fresh.generate(tokens, max_new_tokens=3)
+    fresh(tokens, labels=tokens).loss.backward()
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
 def test_its_gradients_are_ours(folder, either, checkpointing):
     tokens, _ = random_batch(2, 70)

@@ -31,6 +31,18 @@ def test_ctrl_c_saves_and_stops(training, run, tmp_path: Path):
     assert run.checkpoints() == run.steps()[-1:]
 
 
+def test_help_and_sweeps(tmp_path: Path):
+    def said(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run([LOCAL, *words], env=clean_environment(), cwd=tmp_path, capture_output=True, text=True)
+
+    shown = said("--help").stdout
+    assert "launch/local.sh [-n PROCESSES]" in shown
+    assert "\n  optim.lr=" in shown
+    # Words for Hydra may stand in front, and reach the trainer, which refuses this sweep for its data.
+    done = said("-n", "1", "--multirun", "optim.lr=1e-3,1e-4", "model=demo", "data.manifest=none")
+    assert "data.manifest: manifest none" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -16,6 +16,7 @@ import pytest
 from megatron_tn.training.hooks.console import ConsoleProgress
 from megatron_tn.training.preemption import Preemption
 from megatron_tn.training.state import TrainingState
+from megatron_tn.training.throughput import Work
 from tests.helpers.steps import REPORT
 from tests.helpers.training import fork_ranks
 
@@ -88,7 +89,7 @@ def test_progress_that_nobody_reads_any_more_stops_nothing(monkeypatch, caplog, 
             raise error
 
     monkeypatch.setattr(sys, "stdout", Closed())
-    hook, state = ConsoleProgress(3), TrainingState()
+    hook, state = ConsoleProgress(3, Work(1, 1, None)), TrainingState()
     hook.on_start(state)
     for _ in range(3):
         state.count(REPORT, samples=1)

@@ -49,6 +49,13 @@ def test_auto_takes_the_newest_whole_one_with_what_was_noted_since(folder):
     assert [path for path, problems in start.damage.items() if problems] == [nine, eight]
 
 
+def test_a_runs_folder_stands_for_its_newest_checkpoint(folder, tmp_path):
+    save(folder, 4)
+    eight, other = save(folder, 8), RunFolder(tmp_path / "other")
+    for path in (folder.path, folder.checkpoints, folder.checkpoints / "latest"):
+        assert choose(other, str(path)).checkpoint == eight
+
+
 def test_a_person_chooses_a_step_or_a_path_and_its_past(folder, tmp_path):
     four, eight, again = save(folder, 4), save(folder, 8), save(folder, 8, "step_00000008-again")
     folder.path.joinpath("ledger.json").write_text(json.dumps({"skip": [7], "rewinds": []}))

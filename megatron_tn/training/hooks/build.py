@@ -45,10 +45,10 @@ def start_hooks(
     work = Work(flops_per_token, engine.context.world_size, config.cluster.peak_tflops(gpu))
     hooks = _of_rank_0(run, work)
     if evaluate is not None:
-        hooks.append(_evaluation(run, evaluate, interrupted))
+        hooks.append(_evaluation(run, work, evaluate, interrupted))
     if config.logging.ranks_every:
         hooks.append(RankReport(engine, run.progress, run.report, run.record, config.logging.ranks_every))
-    hooks.append(_checkpoints(run, engine, stream_state))
+    hooks.append(_checkpoints(run, work, engine, stream_state))
     for hook in hooks:
         run.started.append(hook)
         hook.on_start(run.state)
@@ -64,13 +64,15 @@ def _of_rank_0(run: Run, work: Work) -> list[Hook]:
         run.sinks.append(WeightsAndBiases(logging.wandb, run.folder, to_mapping(config), work))
     hooks: list[Hook] = [*run.sinks]
     if logging.progress:
-        hooks.append(ConsoleProgress(config.last_step))
+        hooks.append(ConsoleProgress(config.last_step, work))
     if logging.profile:
         hooks.append(Profile(run.folder.profile, logging.profile_skip, logging.profile_steps))
     return hooks
 
 
-def _evaluation(run: Run, evaluate: Callable[..., dict[str, Any]], interrupted: Callable[[], bool]) -> EvaluateEvery:
+def _evaluation(
+    run: Run, work: Work, evaluate: Callable[..., dict[str, Any]], interrupted: Callable[[], bool]
+) -> EvaluateEvery:
     def go_on(_documents: int) -> None:
         run.progress.at("evaluate")
         if anywhere(interrupted()):
@@ -78,13 +80,15 @@ def _evaluation(run: Run, evaluate: Callable[..., dict[str, Any]], interrupted: 
             raise Interrupted
 
     def evaluate_now() -> dict[str, Any]:
-        with run.progress.during("evaluate"):
+        with run.progress.during("evaluate"), work.clock.pause():
             return evaluate(progress=go_on)
 
     return EvaluateEvery(evaluate_now, run.record, run.config.evaluation.every, run.config.last_step)
 
 
-def _checkpoints(run: Run, engine: Engine, stream_state: Callable[[int], dict[str, Any]]) -> CheckpointEvery:
+def _checkpoints(
+    run: Run, work: Work, engine: Engine, stream_state: Callable[[int], dict[str, Any]]
+) -> CheckpointEvery:
     config, keep = run.config, run.config.checkpoint
     run.writer = writer = CheckpointWriter(
         run.folder.checkpoints,
@@ -94,7 +98,7 @@ def _checkpoints(run: Run, engine: Engine, stream_state: Callable[[int], dict[st
     )
 
     def save(state: TrainingState) -> Save | None:
-        with run.progress.during("save"):
+        with run.progress.during("save"), work.clock.pause():
             state.stream = stream_state(state.samples)
             content = {"config": to_mapping(config), "training": state.to_json()}
             before = writer.save(engine, state.step, optimizer_step=state.optimizer_step, **content)

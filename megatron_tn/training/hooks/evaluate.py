@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,8 @@ class Interrupted(Exception):
 
 
 class EvaluateEvery(NullHook):
-    """Calls `evaluate()` on all ranks every `every` steps (0: never) and after step `last`, and passes the returned
-    held-out figures to `record(values, step)`."""
+    """Calls `evaluate()` on all ranks every `every` steps (0: never) and after step `last`, and `record(values, step)`
+    with the held-out figures that it returns, and the seconds that they took."""
 
     def __init__(
         self,
@@ -32,9 +33,10 @@ class EvaluateEvery(NullHook):
 
     def on_step(self, state: TrainingState, report: StepReport) -> None:
         if (self.every and state.step % self.every == 0) or state.step == self.last:
+            began = time.perf_counter()
             try:
                 found = self.evaluate()
             except Interrupted:
                 return
             state.held_out = {"step": state.step, **found}
-            self.record(found, state.step)
+            self.record(found | {"evaluation_s": time.perf_counter() - began}, state.step)

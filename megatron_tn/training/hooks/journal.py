@@ -39,7 +39,7 @@ class Journal(NullHook):
         self._waiting = deque(record for record in self._waiting if record["step"] <= state.step)
         self._take_back = state.step
         self._write()
-        self._since, self._tokens, self._steps = time.perf_counter(), 0, 0
+        self._since, self._tokens, self._steps = self.work.clock.now(), 0, 0
 
     def on_rewind(self, state: TrainingState) -> None:
         self.on_start(state)
@@ -52,7 +52,7 @@ class Journal(NullHook):
             return
         if state.step % self.every and report.applied and not report.stop:
             return
-        now = time.perf_counter()
+        now = self.work.clock.now()
         seconds = now - self._since
         self.write(
             {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 import uuid
 from typing import Any
 
@@ -37,7 +36,7 @@ class WeightsAndBiases(NullHook):
         self._told = 0  # last step in wandb's files when this process began
 
     def on_start(self, state: TrainingState) -> None:
-        self._tick = time.perf_counter()
+        self._tick = self.work.clock.now()
         try:
             self._begin(state)
         except Exception as error:
@@ -50,7 +49,7 @@ class WeightsAndBiases(NullHook):
     def on_step(self, state: TrainingState, report: StepReport) -> None:
         if report.skipped:
             return
-        now = time.perf_counter()
+        now = self.work.clock.now()
         values = {
             "loss": report.loss,
             "lr": report.lr,

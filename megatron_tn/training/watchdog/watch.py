@@ -84,6 +84,16 @@ class Watchdog:
             return ""
         return self.observer.failure(self._mark_failed)
 
+    def is_first_to_fail(self) -> bool:
+        """Whether no other rank of this start has asked before. Where nothing can be written, true of rank 0."""
+        try:
+            os.close(os.open(self.folder / "failed", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        except FileExistsError:
+            return False
+        except OSError:
+            return self._me.rank == 0
+        return True
+
     def _live(self) -> None:
         """Write signs of life, in a separate thread, so that a hanging file system does not block the run."""
         while not self._done.wait(self.interval_s):

@@ -1,0 +1,102 @@
+"""What a run needs of a machine without a GPU: memory before it starts, and hours."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megatron_tn.config import ModelConfig, TrainConfig
+from megatron_tn.engine.base import DTYPES
+from megatron_tn.model.init import initialize
+from megatron_tn.model.registry import build_model, training_flops_per_token
+from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.planning.estimate import GIB, activation_bytes, buffer_bytes, state_bytes
+
+PYTHON = 0.5 * GIB  # resident bytes of a process that has imported PyTorch and DeepSpeed
+CORE_FLOPS = 2e10  # operations a second of one core, to guess by before anything is timed
+WORTH_TIMING_S = 60  # a run that is guessed to be shorter is not timed
+
+
+def host_memory_problems(config: TrainConfig, world_size: int, processes: int) -> list[str]:
+    """One line where `processes` ranks need more memory than this machine has free; none where that is not known."""
+    free = free_bytes()
+    state, activations = sum(state_bytes(config, world_size).values()), _guessed_activations(config)
+    if free is None or processes * (state + activations + PYTHON) < free / 4:
+        return []
+    if processes * state < 2 * free:  # else the passes need not be followed to know
+        activations = activation_bytes(config, "cpu")[1]
+    need = processes * (state + activations + buffer_bytes(config, world_size, activations) + PYTHON)
+    if need <= free:
+        return []
+    model, data = config.model, config.data
+    return [
+        f"the run needs {need / GIB:.1f} GiB of memory in {processes} processes (parameters, gradients and optimizer "
+        f"{processes * state / GIB:.1f}, activations {processes * activations / GIB:.1f}), but this "
+        f"machine has {free / GIB:.1f} GiB free: model={model.name}, data.micro_batch={data.micro_batch}, "
+        f"data.sequence_length={data.sequence_length}; there is no GPU here, and model=demo is a model for a CPU"
+    ]
+
+
+def _guessed_activations(config: TrainConfig) -> float:
+    """Bytes of one microbatch, in fp32, rounded up generously."""
+    model, data = config.model, config.data
+    token = model.layers * (16 * model.embed_dim + 6 * model.glu_dim) + 4 * model.vocab_size
+    return 4.0 * data.micro_batch * data.sequence_length * token
+
+
+def free_bytes() -> int | None:
+    """Memory that processes can still take: of the machine, or of this container where that is less."""
+    found = []
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        found.append(1024 * int(lines["MemAvailable"].split()[0]))
+    except (OSError, KeyError, ValueError):
+        return None
+    try:
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        found.append(limit - used)
+    except (OSError, ValueError):
+        pass  # no container, or no limit
+    return min(found)
+
+
+def cpu_cost(config: TrainConfig, processes: int, done: int = 0) -> str:
+    """One line: seconds of a microbatch, timed on the first blocks of the model, and what that makes of a step and of
+    the run. Empty for a run of less than about a minute.
+
+    processes: ranks on this machine, which share its cores. done: steps of a run that goes on.
+    """
+    data, steps = config.data, max(config.last_step - done, 0)
+    sequences = data.global_batch * steps
+    flops = training_flops_per_token(config.model, data.sequence_length) * sequences * data.sequence_length
+    if flops / (CORE_FLOPS * torch.get_num_threads() * processes) < WORTH_TIMING_S:
+        return ""
+    one, two = (_seconds(config, replace(config.model, layers=n, lrpe=config.model.lrpe_layers[:n])) for n in (1, 2))
+    microbatch = one + (config.model.layers - 1) * max(two - one, 0)
+    step = microbatch * data.global_batch / data.micro_batch / processes
+    return (
+        f"no GPU: a microbatch takes about {microbatch:.2g} s, a step {step:.2g} s ({data.global_batch} sequences over "
+        f"{processes} process{'es' if processes > 1 else ''}), {steps} steps about {_duration(step * steps)}"
+    )
+
+
+def _seconds(config: TrainConfig, model_config: ModelConfig) -> float:
+    """Of forward and backward pass of one microbatch, after one of a single sequence."""
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(model_config, ParallelContext(), "cpu", DTYPES[config.engine.precision])
+        initialize(model, 0)
+        for rows in (1, config.data.micro_batch):
+            tokens = torch.zeros(rows, config.data.sequence_length, dtype=torch.int64)
+            began = time.perf_counter()
+            model(tokens, targets=tokens, reduction="sum").loss.backward()
+    return time.perf_counter() - began
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:.0f} s"

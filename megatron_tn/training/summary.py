@@ -1,0 +1,119 @@
+"""What a run says at its beginning and at its end: a table each, for people. Rank 0 prints them."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megatron_tn.config import TrainConfig
+from megatron_tn.optim.schedule import batch_of_step
+from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.training.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+def show_start(
+    config: TrainConfig,
+    context: ParallelContext,
+    device: torch.device,
+    *,
+    parameters: int,
+    kernels: str,
+    step: int,
+    epoch_samples: int,
+) -> None:
+    """parameters: of the model. kernels: what operators run with. step: steps done already. epoch_samples: sequences in
+    one pass over the data."""
+    data = config.data
+    first, _ = batch_of_step(step, data.global_batch, config.schedule)
+    last, size = batch_of_step(config.last_step - 1, data.global_batch, config.schedule)
+    sequences = max(last + size - first, 0)
+    name = config.engine.name + (f" ZeRO {config.engine.zero_stage}" if config.engine.name == "deepspeed" else "")
+    dp, cp, tp = context.dp.size, context.cp.size, context.tp.size
+    _print(
+        f"training {config.model.name}",
+        {
+            "device": _device(device, context.world_size),
+            "layout": f"{context.world_size} processes: tp {tp} x cp {cp} x dp {dp}",
+            "engine": f"{name}, {config.engine.precision}, recompute {config.engine.recompute}",
+            "kernels": kernels,
+            "parameters": f"{parameters:,}",
+            "tokens a step": f"{data.global_batch * data.sequence_length:,} = {data.global_batch} sequences of "
+            f"{data.sequence_length}, {data.micro_batch} at a time",
+            "steps": f"{step + 1:,} to {config.last_step:,}: {sequences * data.sequence_length:,} tokens, "
+            f"{sequences / max(epoch_samples, 1):.2f} epochs of {data.manifest}",
+            "run folder": config.run_dir,
+        },
+    )
+
+
+def _device(device: torch.device, processes: int) -> str:
+    if device.type == "cuda":
+        return f"{processes} x {torch.cuda.get_device_name(device)}"
+    return f"CPU, {torch.get_num_threads()} threads a process"
+
+
+def figures_of(folder: RunFolder) -> dict[str, Any]:
+    """step, loss (mean over the last tenth of the records), heldout_loss and tokens_per_second (median) of a run, by
+    its journal; those that it does not have are left out."""
+    records = folder.records("loss")
+    found: dict[str, Any] = {}
+    if records:
+        tail = [record["loss"] for record in records[-max(len(records) // 10, 1) :]]
+        found["step"] = records[-1]["step"]
+        found["loss"] = statistics.fmean(tail)
+        found["tokens_per_second"] = statistics.median(record["tokens_per_second"] for record in records)
+    if held_out := folder.records("heldout_loss"):
+        found["heldout_loss"] = held_out[-1]["heldout_loss"]
+    return found
+
+
+def show_end(config: TrainConfig, folder: RunFolder, state: str) -> None:
+    """state: of status.json, "finished" or "preempted"."""
+    found, run = figures_of(folder), config.run_dir
+    rows = {
+        "steps": f"{found.get('step', 0):,} of {config.schedule.steps:,}",
+        "loss": f"{found['loss']:.3f} nats a token, mean of the last tenth" if "loss" in found else "",
+        "held-out loss": f"{found['heldout_loss']:.3f}" if "heldout_loss" in found else "",
+        "tokens/s": f"{found['tokens_per_second']:,.0f}, median" if "loss" in found else "",
+    }
+    lines = (
+        f"{run} holds log.jsonl, loss.png, checkpoints/ and tokenizer.json. Next:",
+        f'  python -m megatron_tn.generate checkpoint={run} prompt="..."',
+        f"  python -m megatron_tn.plot {run}",
+    )
+    _print(f"{state}: {config.model.name}", {name: text for name, text in rows.items() if text}, lines)
+
+
+def sweep_table(rows: Iterable[tuple[str, RunFolder]]) -> Table:
+    """One row a run: its name (the overrides of a sweep's job), last step, loss, held-out loss, tokens/s."""
+    table = Table("run", "step", "loss", "held-out", "tokens/s")
+    for name, folder in rows:
+        found = figures_of(folder)
+        cells = [f"{found[key]:{form}}" if key in found else "-" for key, form in _COLUMNS.items()]
+        table.add_row(name, *cells)
+    return table
+
+
+_COLUMNS = {"step": ",", "loss": ".3f", "heldout_loss": ".3f", "tokens_per_second": ",.0f"}
+
+
+def _print(title: str, rows: Mapping[str, str], lines: Iterable[str] = ()) -> None:
+    """A table, and lines below it, which are never wrapped: they can be pasted. A closed terminal or pipe, or a full
+    disk behind standard output, stops no run."""
+    table = Table(show_header=False, title=title, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    try:
+        Console(highlight=False, markup=False).print(table)
+        for line in lines:
+            print(line, flush=True)
+    except (OSError, SystemExit) as error:  # rich raises SystemExit when a pipe is closed
+        log.warning("standard output cannot be written: %r", error)

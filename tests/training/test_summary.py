@@ -1,0 +1,110 @@
+"""What a run says of itself: tables, pictures, and speeds that count training alone."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_tn import plot
+from megatron_tn.benchmark import main as benchmark
+from megatron_tn.config import DataConfig, ModelConfig, ScheduleConfig, TrainConfig
+from megatron_tn.planning import host
+from megatron_tn.training.hooks.console import ConsoleProgress
+from megatron_tn.training.hooks.journal import Journal
+from megatron_tn.training.run_folder import RunFolder
+from megatron_tn.training.state import TrainingState
+from megatron_tn.training.step import StepReport
+from megatron_tn.training.summary import figures_of, show_end
+from megatron_tn.training.throughput import Work
+from tests.helpers.training import SMALL, call
+
+REPORT = StepReport(loss=2.5, tokens=100, lr=3e-4, grad_norm=1.0, applied=True, stop=False)
+
+
+def make_run(path: Path, steps: int, loss: float) -> RunFolder:
+    folder = RunFolder(path)
+    path.mkdir(parents=True)
+    records = [{"step": s, "loss": loss, "tokens": 10 * s, "tokens_per_second": 7.0 * s} for s in range(1, steps + 1)]
+    records.append({"step": steps, "heldout_loss": loss + 1})
+    folder.journal.path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def test_speeds_do_not_count_evaluations_and_saves(tmp_path, capsys):
+    work, state = Work(1, 1, None), TrainingState()
+    folder = RunFolder(tmp_path)
+    hooks = Journal(folder.journal, 1, work), ConsoleProgress(2, work)
+    for hook in hooks:
+        hook.on_start(state)
+    for _ in range(2):
+        with work.clock.pause():
+            time.sleep(0.5)
+        state.count(REPORT, samples=1)
+        for hook in hooks:
+            hook.on_step(state, REPORT)
+        state.held_out = {"step": 1, "heldout_loss": 2.25}
+    assert all(record["step_seconds"] < 0.25 for record in folder.records("loss"))
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("step 1/2  loss 2.500  lr 3.00e-04  ")
+    assert last.startswith("step 2/2  loss 2.500  held-out 2.250  lr 3.00e-04  ")
+
+
+def test_the_end_names_figures_files_and_next_commands(tmp_path, capsys):
+    folder = make_run(tmp_path / "run", 20, 2.0)
+    assert figures_of(folder) == {"step": 20, "loss": 2.0, "heldout_loss": 3.0, "tokens_per_second": 73.5}
+    show_end(TrainConfig(run_dir=str(folder), schedule=ScheduleConfig(steps=20)), folder, "finished")
+    said = capsys.readouterr().out
+    for words in ("20 of 20", "2.000", "3.000", "megatron_tn.generate checkpoint=", f"megatron_tn.plot {folder}"):
+        assert words in said
+
+
+def test_plot_takes_runs_and_folders_of_runs(tmp_path, capsys):
+    make_run(tmp_path / "sweep" / "0_optim.lr-0.1", 5, 2.0)
+    make_run(tmp_path / "sweep" / "1_optim.lr-0.2", 5, 3.0)
+    assert call(plot.main, str(tmp_path / "sweep")) == 0
+    said = capsys.readouterr().out
+    assert "0_optim.lr-0.1" in said
+    assert (tmp_path / "sweep" / "loss.png").stat().st_size > 1000
+    assert call(plot.main, str(tmp_path / "nothing")) == 2
+    assert "nothing: there is no run" in capsys.readouterr().err
+
+
+def config(**data) -> TrainConfig:
+    model = ModelConfig(vocab_size=256, embed_dim=64, layers=4, heads=2, glu_dim=128)
+    data = {"sequence_length": 32, "micro_batch": 2, "global_batch": 4} | data
+    return TrainConfig(model=model, data=DataConfig(**data), schedule=ScheduleConfig(steps=10, warmup_steps=1))
+
+
+def test_what_cannot_fit_into_this_machine_is_refused(monkeypatch):
+    monkeypatch.setattr(host, "free_bytes", lambda: 2 * 2**30)
+    assert host.host_memory_problems(config(), 1, 1) == []
+    (line,) = host.host_memory_problems(config(micro_batch=32768, global_batch=32768), 1, 1)
+    assert "but this machine has 2.0 GiB free" in line
+    assert "data.micro_batch=32768" in line
+    (line,) = host.host_memory_problems(config(), 8, 8)
+    assert "in 8 processes" in line
+
+
+def test_a_benchmark_that_cannot_fit_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(host, "free_bytes", lambda: 2**20)
+    assert call(benchmark, *SMALL) == 2
+    assert "but this machine has 0.0 GiB free" in capsys.readouterr().err
+
+
+def test_a_long_run_without_a_gpu_says_what_it_will_cost(monkeypatch):
+    assert host.cpu_cost(config(), 1) == ""
+    monkeypatch.setattr(host, "WORTH_TIMING_S", 0)
+    monkeypatch.setattr(host, "_seconds", lambda config, model: 0.5 + 0.25 * model.layers)
+    # A microbatch 1.5 s; 2 of them a step; 10 steps.
+    said = host.cpu_cost(config(), 1)
+    assert said.startswith("no GPU: a microbatch takes about 1.5 s, a step 3 s (4 sequences over 1 process)")
+    assert said.endswith("10 steps about 30 s")
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_blocks_are_timed_by_themselves(layers):
+    model = ModelConfig(vocab_size=256, embed_dim=64, layers=layers, heads=2, glu_dim=128)
+    assert host._seconds(config(), model) > 0
