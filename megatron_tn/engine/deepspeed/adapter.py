@@ -47,7 +47,7 @@ def check_version(installed: str) -> None:
         )
 
 
-check_version(deepspeed.__version__)  # before the imports below, which another version may not have
+check_version(deepspeed.__version__)  # before the imports below, which may not exist in another version
 
 from deepspeed.runtime import bf16_optimizer  # noqa: E402
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK  # noqa: E402
@@ -285,7 +285,7 @@ class Stage1Shards(_FlatShards):
         return self.optimizer.fp32_groups_gradient_flat_partition
 
     def clear(self) -> None:
-        """The next step's first addition overwrites the sums."""
+        """Nothing to do: the next step's first addition overwrites the sums."""
 
 
 class Stage2Shards(_FlatShards):
@@ -356,7 +356,7 @@ class Stage3Shards:
         return [flat.to(torch.float32) for flat in self.sums.split(lengths)]
 
     def clear(self) -> None:
-        """The next step's first microbatch overwrites the sums."""
+        """Nothing to do: the next step's first microbatch overwrites the sums."""
 
     def publish(self) -> None:
         if whole := self.optimizer.persistent_parameters:  # small parameters that every rank keeps whole

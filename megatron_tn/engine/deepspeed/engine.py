@@ -1,8 +1,8 @@
 """engine=zero0 .. zero3: DeepSpeed ZeRO (arXiv 1910.02054), the main engine.
 
 The loss is divided by the step's target tokens over all ranks, so gradients are summed over ranks, never averaged.
-Where `EngineConfig.sums_own_gradients` holds (stage 1 in bf16), `GradientAccumulator` sums and reduces gradients; at
-the other stages DeepSpeed's `engine.backward` does. adapter.py describes DeepSpeed's buffers.
+If `EngineConfig.sums_own_gradients` (stage 1 in bf16 with fp32 gradient sums), `GradientAccumulator` sums and reduces
+gradients; otherwise DeepSpeed's `engine.backward` does. adapter.py describes DeepSpeed's buffers.
 """
 
 from __future__ import annotations
