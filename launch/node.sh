@@ -68,6 +68,6 @@ done
 code=0
 wait "$torchrun" || code=$?
 
-# srun reports the largest exit code of all nodes, after a failure that of nodes it killed: record the first failure
+# srun reports the largest exit code of all nodes, usually of a node killed after the failure: record the first
 if [ "$code" -ne 0 ] && [ -n "${RUN_MARK:-}" ]; then (set -o noclobber; echo "$code" >"$RUN_MARK.failed") 2>/dev/null || :; fi
 exit "$code"

@@ -7,8 +7,8 @@ torchrun --nproc-per-node 2 -m megatron_tn.benchmark model=7b parallel.tp=2 ...
 "step" is forward, loss and backward; "step + optimizer" adds the optimizer step; "training loop" is the training
 command with data and logging, at the tokens/s of its journal.
 
-Utilisation = 6 x parameters x tokens/s per GPU / bf16 matrix rate; recomputation is not counted. The rate is that of an
-8192^3 product, sampled between the steps (utilisation_sampled), or the datasheet's dense peak (utilisation_datasheet).
+Utilisation = 6 x parameters x tokens/s per GPU / bf16 matrix rate; recomputation is not counted. The rate is measured
+with an 8192^3 product between the steps (utilisation_sampled), or the datasheet's dense peak (utilisation_datasheet).
 
 With benchmark.output each row is appended as one JSON object, with commit, command and machine (kernels/bench/rows.py).
 `python -m launch.render_table` makes the table of docs/performance.md from such rows.
