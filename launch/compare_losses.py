@@ -37,11 +37,11 @@ Steps = dict[int, dict[str, float | None]]  # step -> value of each name in COMP
 
 
 class Failed(Exception):
-    """A run failed; the message has its name and its last lines of output."""
+    """A run or git command failed; the message has the command and its last lines of output."""
 
 
 def difference(one: float | None, other: float | None) -> float:
-    """Relative difference, to the larger value; 0 where both are None (not finite), infinity where one is."""
+    """|one - other| / max(|one|, |other|); 0 if both are None (not finite), infinity if only one is None."""
     if one == other:
         return 0.0
     if one is None or other is None:
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sides = parser.add_mutually_exclusive_group(required=True)
-    sides.add_argument("--commits", nargs=2, metavar=("OLD", "NEW"), help="whatever git takes for a commit")
+    sides.add_argument("--commits", nargs=2, metavar=("OLD", "NEW"), help="git commits, branches or tags")
     sides.add_argument("--configs", nargs=2, metavar=("ONE", "OTHER"), help="settings that only one of the runs has")
     parser.add_argument("--bound", type=float, default=0.0, help="relative difference allowed (default 0: bit for bit)")
     parser.add_argument("--processes", type=int, default=1, help="of each run, on this machine (default 1)")

@@ -6,7 +6,7 @@
 4. held-out bits per byte, compared with a unigram model, gzip -9 and xz -9                  (megatron_tn.evaluate)
 5. plot the loss curve, generate a continuation of "def "                                    (megatron_tn.generate)
 
-All output goes to runs/demo; summary.json has every figure, and the paths to recompute them from.
+All output goes to runs/demo; summary.json has all figures and the paths of the files behind them.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def draw(records: list[dict[str, Any]], resumed: dict[str, Any], path: Path) -> 
 def summarise(
     resumed: dict[str, Any], figures: dict[str, Any], sample: str, timings: dict[str, float], seconds: float
 ) -> dict[str, Any]:
-    """All figures of the demo and the paths to recompute them from; also written to summary.json."""
+    """All figures of the demo and the paths of the files behind them; also written to summary.json."""
     config, records = RUN.frozen_config(), RUN.records("loss")
     summary = {
         "steps": records[-1]["step"],

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The processes of one node: starts torchrun, which starts the trainers, and passes signals on to the trainers.
+# The processes of one node: starts torchrun, which starts the trainers, and forwards signals to the trainers.
 #   launch/node.sh TORCHRUN_OPTION... -- OVERRIDE...          (called by local.sh, and by train.sbatch once a node)
 #
 # SIGUSR1 (the time limit is near) and SIGTERM (cancelled; also Ctrl-C and a closed terminal) mean: save a checkpoint and
-# stop. torchrun does something else: USR1 kills it, and after TERM it gives its workers 30 s and exits with 1. So
+# stop. torchrun reacts differently: SIGUSR1 kills it, and after SIGTERM it gives its workers 30 s and exits with 1. So
 # torchrun and the trainers start with these signals ignored, and this shell signals each trainer once, as soon as the
-# trainer has a handler: one that is still importing would miss the signal. Trainers leave an ignored SIGINT ignored, so
-# that Ctrl-C, which a terminal sends to all processes, reaches them as SIGTERM alone.
+# trainer has installed its handler: a trainer that is still importing would miss the signal. Trainers keep SIGINT
+# ignored, so Ctrl-C, which a terminal sends to all processes, reaches them only as this shell's SIGTERM.
 set -euo pipefail
 
 asked='' interrupts=0
@@ -22,7 +22,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do torchrun_options+=("$1"); shift; done
 [ $# -gt 0 ] || { echo "launch/node.sh: usage: node.sh TORCHRUN_OPTION... -- OVERRIDE..." >&2; exit 2; }
 shift
 
-# SIGQUIT stays with torchrun, as the way to end it at once. -P keeps the current folder off torchrun's own module path.
+# torchrun handles SIGQUIT: it ends torchrun at once. -P keeps the current folder off the launcher's module path.
 (
   trap '' USR1 TERM HUP INT
   exec "$MEGATRON_TN_PYTHON" -P -m launch.torchrun --signals-to-handle=SIGQUIT "${torchrun_options[@]}" \
@@ -36,7 +36,7 @@ trainers() { # prints the PID and the caught-signals mask (hexadecimal) of every
 }
 
 told=' '
-tell() { # SIGNAL: pass it on to the trainers that catch it and have not been told
+tell() { # SIGNAL: send it to the trainers that have a handler and were not signalled yet
   local pid mask bit=$(($(kill -l "$1") - 1))
   while read -r pid mask; do
     [[ $told != *" $pid "* ]] || continue
@@ -48,15 +48,15 @@ tell() { # SIGNAL: pass it on to the trainers that catch it and have not been to
 announced=''
 while kill -0 "$torchrun" 2>/dev/null; do
   if [ -z "$asked" ]; then
-    wait "$torchrun" || :  # comes back when torchrun ends, or early for a signal
+    wait "$torchrun" || :  # returns when torchrun ends or this shell gets a signal
   else
     if [ -z "$announced" ]; then
       announced=yes
       echo "launch/node.sh: SIG$asked: telling the trainers to save a checkpoint and stop" >&2
-      # train.sbatch cannot see a signal that went to the job's steps alone; TERM means that nobody wants a requeue
+      # train.sbatch does not get signals sent to job steps only; this file tells it not to requeue after SIGTERM
       if [ "$asked" = TERM ] && [ -n "${RUN_MARK:-}" ]; then { : >"$RUN_MARK.terminated"; } 2>/dev/null || :; fi
     fi
-    if [ "$interrupts" -ge 2 ]; then  # the second Ctrl-C ends everything at once
+    if [ "$interrupts" -ge 2 ]; then  # second Ctrl-C: kill all processes at once
       while read -r pid _; do kill -KILL "$pid" 2>/dev/null || :; done < <(trainers)
       kill -KILL "$torchrun" 2>/dev/null || :
       exit 130
@@ -68,6 +68,6 @@ done
 code=0
 wait "$torchrun" || code=$?
 
-# srun reports the largest exit code of all nodes, which after a failure is that of the ones it killed: the first says why
+# srun reports the largest exit code of all nodes, usually of a node killed after the failure: record the first
 if [ "$code" -ne 0 ] && [ -n "${RUN_MARK:-}" ]; then (set -o noclobber; echo "$code" >"$RUN_MARK.failed") 2>/dev/null || :; fi
 exit "$code"

@@ -40,14 +40,14 @@ class NotRows(Exception):
 @dataclass(frozen=True)
 class Table:
     """holds: whether a row belongs to the table. same: keys that identify a measurement. order: sort key of the lines.
-    line: keys whose rows share a line. columns: title -> cell, computed from a line's rows."""
+    line: rows with equal values of these keys share a line. columns: title -> function of a line's rows, its cell."""
 
     holds: Callable[[Row], bool]
     same: tuple[str, ...]
     line: tuple[str, ...]
     order: Callable[[Row], Any]
     columns: dict[str, Callable[[list[Row]], str]]
-    blank: int = 0  # in this many first columns, a cell equal to the one above is left empty
+    blank: int = 0  # the first `blank` cells are left empty if all equal those of the line above
 
     def render(self, rows: Iterable[Row]) -> str:
         newest: dict[tuple, Row] = {}
@@ -101,7 +101,7 @@ def commit(rows: list[Row]) -> str:
 
 
 def layout(rows: list[Row]) -> str:
-    """Such as "ZeRO 1, tp 2, sequence parallel, CUDA graph"; axes of size 1 and disabled features are left out."""
+    """Text such as "ZeRO 1, tp 2, sequence parallel, CUDA graph", without axes of size 1 and disabled features."""
     row = rows[0]
     parts = [ENGINES.get(row["engine"], row["engine"].replace("none", ""))]
     parts += [part for part in row["layout"].split(", ") if not part.endswith(" 1")]

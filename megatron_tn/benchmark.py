@@ -1,14 +1,14 @@
-"""How fast a config trains on this machine, as a share of a matrix rate, and beside a model of the same shape.
+"""Measure a config's training speed on this machine: tokens/s and utilisation, optionally beside a peer model.
 
 python -m megatron_tn.benchmark model=1b engine=zero1 engine.cuda_graph=true data.micro_batch=8 data.global_batch=8 \
     benchmark.peer=llama benchmark.loop_steps=40 benchmark.output=rows.jsonl
 torchrun --nproc-per-node 2 -m megatron_tn.benchmark model=7b parallel.tp=2 ...
 
-"step" is forward, loss and backward; "step + optimizer" adds the update; "training loop" is the training command with
-data, logging and everything else, by its journal's tokens/s.
+"step" is forward, loss and backward; "step + optimizer" adds the optimizer step; "training loop" is the training
+command with data and logging, at the tokens/s of its journal.
 
-Utilisation is 6 x parameters x tokens/s a GPU over a bf16 matrix rate, whatever is recomputed. The rate is that of an
-8192^3 product, sampled between the steps (utilisation_sampled), or the datasheet's dense peak (utilisation_datasheet).
+Utilisation = 6 x parameters x tokens/s per GPU / bf16 matrix rate; recomputation is not counted. The rate is measured
+with an 8192^3 product between the steps (utilisation_sampled), or the datasheet's dense peak (utilisation_datasheet).
 
 With benchmark.output each row is appended as one JSON object, with commit, command and machine (kernels/bench/rows.py).
 `python -m launch.render_table` makes the table of docs/performance.md from such rows.
@@ -44,7 +44,7 @@ def benchmark(config: BenchmarkConfig) -> None:
             results.append(found)
             if first and config.benchmark.output:
                 rows.append(Path(config.benchmark.output), [found.row()])
-    finally:  # a failure does not take with it what was measured before
+    finally:  # show the results measured before a failure
         if first and results:
             show(results)
 

@@ -1,7 +1,7 @@
 """Describe a checkpoint, verify it, write its model in the released layout, or make a checkpoint of a released model.
 
-python -m megatron_tn.convert describe checkpoint=runs/demo                         (the newest; or one's folder)
-python -m megatron_tn.convert verify   checkpoint=runs/demo/checkpoints/step_00000110     exit code 1: it is damaged
+python -m megatron_tn.convert describe checkpoint=runs/demo                         (the newest checkpoint of a run)
+python -m megatron_tn.convert verify   checkpoint=runs/demo/checkpoints/step_00000110     exit code 1: damaged
 python -m megatron_tn.convert export   checkpoint=runs/demo output=runs/demo/export    a folder for transformers
 python -m megatron_tn.convert import   checkpoint=released/ output=runs/more           begin a run with these weights
 """
@@ -65,7 +65,7 @@ def convert(config: ConvertConfig) -> None:
 
 
 def export(config: ConvertConfig) -> None:
-    """Write the model of a checkpoint, or of a released folder, as a folder for users of transformers."""
+    """Write the model of a checkpoint or of a released folder as a folder that transformers can load."""
     directory, output = check_output(config), Path(config.output)
     if problems := problems_of_output(output):
         raise ConfigError(problems)
@@ -100,7 +100,7 @@ def export(config: ConvertConfig) -> None:
 
 
 def import_weights(config: ConvertConfig) -> None:
-    """Make a released folder, or a checkpoint without its optimizer, the first checkpoint of a run."""
+    """Write a released folder's or checkpoint's weights as the first checkpoint of a run, without optimizer state."""
     directory, run = check_output(config), RunFolder(config.output)
     with open_weights(directory) as weights:
         stored = "bf16" if set(weights.dtypes.values()) <= {torch.bfloat16, torch.float16} else "fp32"
@@ -113,13 +113,13 @@ def import_weights(config: ConvertConfig) -> None:
 
 
 def check_output(config: ConvertConfig) -> Path:
-    """The folder that holds the weights. Raises ConfigError where config.output cannot be written."""
+    """The folder of the weights that config.checkpoint names. Raises ConfigError if config.output is not allowed."""
     if not config.output:
         raise ConfigError("output is not set: name a folder to write the model to")
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output={output} is a file: name a folder to write the model to")
-    # Of a run or a checkpoint, an export would overwrite config.json; a model exported to itself gains nothing.
+    # An export into the folder of a run or a checkpoint would overwrite its config.json.
     if (output / MANIFEST).exists() or RunFolder(output).is_there:
         raise ConfigError(f"output={output} is the folder of a run or a checkpoint: name another to write the model to")
     directory = resolve_checkpoint(config.checkpoint)
@@ -129,7 +129,7 @@ def check_output(config: ConvertConfig) -> Path:
 
 
 def shards_of(weights: CheckpointWeights | ReleasedWeights) -> Shards | None:
-    """The manifest of the shards that a checkpoint was trained on, where it can still be read on this machine."""
+    """The manifest of a checkpoint's training shards; None if it cannot be read on this machine."""
     path = "" if isinstance(weights, ReleasedWeights) else weights.manifest.config["data"].get("manifest", "")
     try:
         return Shards.load(path, check_files=False) if path and Path(path).is_file() else None
@@ -138,7 +138,7 @@ def shards_of(weights: CheckpointWeights | ReleasedWeights) -> Shards | None:
 
 
 def text_of_sources(data: Shards | None) -> dict[str, tuple[int, int]]:
-    """Source -> its documents and bytes of text."""
+    """Source -> (number of documents, bytes of text)."""
     found: dict[str, tuple[int, int]] = {}
     for shard in () if data is None else data.shards:
         documents, size = found.get(shard.source, (0, 0))
@@ -147,11 +147,11 @@ def text_of_sources(data: Shards | None) -> dict[str, tuple[int, int]]:
 
 
 def with_ids_of(tokenizer: TokenizerInfo, model: ModelConfig) -> ModelConfig:
-    """The model with the special ids that are in its data: nothing of training reads those of its settings."""
+    """`model` with the tokenizer's special ids, which training uses instead of model.bos_id, eos_id and pad_id."""
     return dataclasses.replace(model, bos_id=tokenizer.bos, eos_id=tokenizer.eos, pad_id=tokenizer.pad)
 
 
-# What people are told of a checkpoint's config.
+# Settings of a checkpoint's config that `describe` needs.
 SHOWN = {
     "engine": ("name", "zero_stage", "precision"),
     "model": ("name", "layers", "embed_dim", "heads", "vocab_size"),
@@ -160,10 +160,10 @@ SHOWN = {
 
 
 def describe(directory: Path) -> dict[str, Any]:
-    """What a checkpoint holds, from its manifest alone.
+    """The contents of a checkpoint, read from its manifest only.
 
     Raises:
-        ConfigError: there is no manifest, it is damaged, or what is shown of its config is not there.
+        ConfigError: the manifest is missing or damaged, or its config lacks a setting of SHOWN.
     """
     manifest = CheckpointManifest.read(directory)
     missing = [f"{part}.{key}" for part, keys in SHOWN.items() for key in keys if key not in manifest.config[part]]
@@ -198,7 +198,7 @@ def describe(directory: Path) -> dict[str, Any]:
 
 
 def show(facts: dict[str, Any]) -> None:
-    """The same for people: a table of facts and one of tensors."""
+    """Print `describe`'s result as a table of facts and a table of tensors."""
     console = Console()
     saved_by = " x ".join(f"{name} {value}" for name, value in facts["saved_by"].items())
     model = facts["model"]

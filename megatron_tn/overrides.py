@@ -1,5 +1,5 @@
-"""The words of a command line before Hydra sees them: paths as they are typed, choices that win over an experiment's
-file, and one clear line for each word that cannot be composed."""
+"""Preprocessing of command-line overrides before Hydra: quoting of paths, precedence of group choices over
+experiment=..., and one error line for each override that Hydra cannot compose."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from data_pipeline.words import as_typed, quoted
 from megatron_tn.config import ConfigError, from_mapping, known_keys, unknown_key
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-EXPERIMENT = "experiment"  # the group whose files set values of other groups
+EXPERIMENT = "experiment"  # config group whose files override values of other groups
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """The words of a command of dataclass `kind` over conf/`config_name`.yaml.
+    """A command line for the settings of dataclass `kind`, composed from conf/`config_name`.yaml.
 
-    flags: those for Hydra itself (--multirun, --cfg job, --config-dir DIR); overrides: all others.
+    flags: Hydra's own options (--multirun, --cfg job, --config-dir DIR). overrides: all other words, KEY=VALUE.
     """
 
     kind: type
@@ -51,7 +51,7 @@ class CommandLine:
 
     @classmethod
     def parse(cls, kind: type, config_name: str, words: Sequence[str]) -> CommandLine:
-        """Flags are as Hydra spells them, and may stand anywhere. Exits with 2 on one that Hydra does not know."""
+        """Parse `words`; Hydra's flags may be anywhere among them. Exit code 2 for an unknown flag."""
         asked = get_args_parser().parse_intermixed_args(list(words))
         flags = list(words)
         for word in asked.overrides:
@@ -64,23 +64,23 @@ class CommandLine:
         return cls(kind, name, flags, overrides, asked.multirun, asked.config_dir)
 
     def words(self) -> list[str]:
-        """For Hydra, which takes flags in front alone."""
+        """The arguments for Hydra, which accepts flags only before overrides."""
         return [*self.flags, *self.choices_win(self.overrides)]
 
     @property
     def roots(self) -> list[Path]:
-        """The folders of configs, in the order in which Hydra looks through them."""
+        """The config folders, in Hydra's search order."""
         return [CONF, *([Path(self.config_dir).absolute()] if self.config_dir else [])]
 
     def compose(self, overrides: Sequence[str]) -> DictConfig:
-        """Raises what Hydra raises."""
+        """Compose this command's config with `overrides`. Raises Hydra's exceptions."""
         path = ",".join(quoted(f"file://{root}") for root in self.roots[1:])
         with _hydra_over(CONF):
             return hydra.compose(self.config_name, overrides=[f"hydra.searchpath=[{path}]", *overrides])
 
     @functools.cached_property
     def groups(self) -> dict[str, list[str]]:
-        """Group -> its choices, those of --config-dir among them."""
+        """Config group -> its choices, including those of --config-dir."""
         found: dict[str, set[str]] = {}
         for root in self.roots:
             for path in root.rglob("*.yaml"):
@@ -90,10 +90,10 @@ class CommandLine:
         return {group: sorted(choices) for group, choices in found.items()}
 
     def choices_win(self, overrides: Sequence[str]) -> list[str]:
-        """`overrides` with, in front, each value of the files that they choose, where they choose an experiment too.
+        """With experiment=...: `overrides` preceded by KEY=VALUE for every value in the other chosen groups' files.
 
-        Hydra composes an experiment's file after the files of other groups, so that experiment=demo data=8k would have
-        the experiment's sequence length. What a person writes on the command line wins.
+        Hydra composes an experiment's file after the files of other groups, so experiment=demo data=8k would have the
+        experiment's sequence length. A group choice on the command line must have precedence.
         """
         chosen = dict(word.partition("=")[::2] for word in overrides)
         if chosen.get(EXPERIMENT, "null") == "null":
@@ -109,12 +109,12 @@ class CommandLine:
         return [*values, *overrides]
 
     def check(self) -> None:
-        """Compose as Hydra will, to turn its errors into one line each. Of a sweep every job is composed and checked,
-        so that none is refused after hours of those before it.
+        """Compose the config as Hydra will, and turn Hydra's errors into one line each. All jobs of a sweep are
+        composed and checked first, so that no job is refused after hours of earlier jobs.
 
         Raises:
-            ConfigError: an unknown key, an unknown choice of a group, a value that a setting cannot have, a word that
-                is no override, a sweep without --multirun, or one without values.
+            ConfigError: an unknown key, an unknown choice of a group, an invalid value, a word that is not KEY=VALUE, a
+                sweep without --multirun, or a sweep without values.
         """
         parsed, problems = [], []
         for word in self.overrides:
@@ -142,13 +142,13 @@ class CommandLine:
             raise ConfigError(problems)
 
     def _values(self, override: Override) -> list[str]:
-        """The override as a word, once for each of its values. Raises ConfigError where there is none to take."""
+        """KEY=VALUE for each value of a (swept) override. Raises ConfigError for a sweep without values."""
         if not override.is_sweep_override():
             return [override.input_line]
         name = override.input_line.partition("=")[0]
         if override.value_type == ValueType.INTERVAL_SWEEP:
             if any(word.startswith("hydra/sweeper=") for word in self.overrides):
-                return []  # for a sweeper that draws values from it; no job is checked before it runs
+                return []  # a sweeper plugin draws values from the interval: jobs cannot be checked in advance
             raise ConfigError(
                 f"{override.input_line}: an interval has no list of values to sweep over; name them, as in "
                 f"{name}=0.1,0.2 or {name}=range(1,4)"
@@ -167,7 +167,7 @@ class CommandLine:
         return [f"{name}={value}" for value in values]
 
     def _job_problems(self, words: Sequence[str], *, values: bool) -> list[str]:
-        """values: whether to look at values too, and not at names alone."""
+        """Error lines of one job. values: check values as well, not only names."""
         try:
             composed = self.compose(self.choices_win(words))
         except (HydraException, OmegaConfBaseException, ValueError) as error:
@@ -179,7 +179,7 @@ class CommandLine:
         except ConfigError as error:
             return error.problems
         except OmegaConfBaseException:
-            return []  # refers to what Hydra knows of a job once it runs
+            return []  # an interpolation such as ${hydra:...}, resolved only when the job runs
         return config.problems() if hasattr(config, "problems") else []
 
     def _explain(self, error: Exception, words: Sequence[str]) -> list[str]:
@@ -199,7 +199,7 @@ class CommandLine:
 
 @contextlib.contextmanager
 def _hydra_over(root: Path) -> Iterator[None]:
-    """Within it, hydra.compose reads from `root`, also within a program that Hydra runs."""
+    """Within the block hydra.compose reads from `root`, even if Hydra is already initialised."""
     running = GlobalHydra.instance().hydra
     GlobalHydra.instance().hydra = None
     try:
@@ -210,11 +210,11 @@ def _hydra_over(root: Path) -> Iterator[None]:
 
 
 def settings(composed: DictConfig) -> dict[str, Any]:
-    """The composed config as plain nested mappings, with `~` at the beginning of a text, which a shell leaves alone
-    within KEY=~/folder, expanded to the home folder.
+    """The composed config as plain nested mappings. A leading `~` in a string value is expanded to the home folder,
+    since shells do not expand it in KEY=~/folder.
 
     Raises:
-        ConfigError: a text begins with the home folder of a user who does not exist.
+        ConfigError: a value begins with ~USER, and there is no such user.
     """
     return _with_home(OmegaConf.to_container(composed, resolve=True), "")
 
@@ -234,11 +234,11 @@ LONGEST_SETTING, LONGEST_NAME = 60, 150  # characters of a sweep's folder; file 
 
 
 def job_folder(run_dir: str, job: DictConfig, words: list[str]) -> str:
-    """The folder of a sweep's job: its number and the settings that the sweep varies, run_dir/0_model.decay-none.
+    """The folder of one job of a sweep: job number and swept settings, such as run_dir/0_model.decay-none.
 
-    Its name has letters, digits and _ . + - alone, so that it can be typed as a value. Where it leaves something out of
-    the settings it ends with their hash: the same command finds the same folders, another sweep in run_dir others.
-    words: overrides of the sweep. job: Hydra's settings of the job.
+    The name consists of letters, digits and _ . + -, so that it can be typed as a setting's value. A name that is
+    shortened or has characters replaced ends with a hash of the settings: the same command gives the same folders, and
+    another sweep in run_dir other folders. words: overrides of the sweep. job: Hydra's settings of the job.
     """
     parsed = OverridesParser.create().parse_overrides(words)
     swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
@@ -249,7 +249,7 @@ def job_folder(run_dir: str, job: DictConfig, words: list[str]) -> str:
     plain = "_".join([str(job.job.num), *(word.replace("=", "-", 1) for word in varied)])
     if name != plain:
         name += f"-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
-    earlier = Path(run_dir) / "_".join([str(job.job.num), *varied]).replace("/", "-")  # as it was named until 2026-11
+    earlier = Path(run_dir) / "_".join([str(job.job.num), *varied]).replace("/", "-")  # the name until 2026-11
     with contextlib.suppress(OSError):  # too long for a file system
         if earlier.is_dir():
             return str(earlier)
@@ -268,12 +268,12 @@ def _kinds(kind: type, prefix: str = "") -> dict[str, tuple[type, ...]]:
 
 
 def literal(value: Any) -> str:
-    """A value in Hydra's grammar."""
+    """`value` in the syntax of a Hydra override."""
     if isinstance(value, str):
         return quoted(value)
     if isinstance(value, list):
         return f"[{','.join(map(literal, value))}]"
-    return json.dumps(value)  # null, true, false and numbers are spelled alike
+    return json.dumps(value)  # null, true, false and numbers: same syntax in JSON and Hydra
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

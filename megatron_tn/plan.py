@@ -1,4 +1,4 @@
-"""What a run would need, without starting it: peak memory of a rank, by kind, and operations per token.
+"""Estimate a run without starting it: peak memory per rank, by kind, and FLOPs per token.
 
 python -m megatron_tn.plan model=7b parallel.tp=8 engine=zero1 cluster=a100_80g nodes=16
 """

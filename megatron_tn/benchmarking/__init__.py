@@ -1,1 +1,1 @@
-"""The parts of `python -m megatron_tn.benchmark`: clocks, models under test, and the rows that come out."""
+"""The parts of `python -m megatron_tn.benchmark`: timing, models under test, result rows."""

@@ -1,7 +1,7 @@
-"""Times of steps, and the rate of a matrix product in the same minutes.
+"""Times training steps, and samples the rate of a matrix product in between.
 
-The rate is sampled between the steps that it is held against, and for as long as a GPU's power limit takes to act: the
-first products after a pause run at clocks that the GPU does not sustain for a tenth of a second.
+Utilisation compares both under the same GPU clocks. A sample lasts until the GPU's power limit acts: the first products
+after a pause run at clocks that the GPU sustains for less than 0.1 s.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 
 GIB = 2**30
-WARM_UP = 4  # steps: compilers are done after two, the allocator after three
-GROUP = 4  # steps in a row between two samples of the matrix rate
+WARM_UP = 4  # steps: compilation ends after two, growth of the allocator after three
+GROUP = 4  # consecutive steps between two samples of the matrix rate
 
 Marks = list  # of torch.cuda.Event, or of milliseconds as float on a CPU
 
@@ -24,7 +24,7 @@ Marks = list  # of torch.cuda.Event, or of milliseconds as float on a CPU
 def sampled(step: Callable[[], Marks], count: int, device: torch.device) -> tuple[list[list[float]], float, float]:
     """(milliseconds between the marks of each of `count` steps, median matrix rate in TFLOP/s, peak memory in GiB).
 
-    step: runs one step and returns its marks. As in training, the host does not wait between steps.
+    step: runs one step and returns its marks, without waiting for the device (as in training).
     """
     for _ in range(WARM_UP):
         elapsed(step())
@@ -34,13 +34,13 @@ def sampled(step: Callable[[], Marks], count: int, device: torch.device) -> tupl
     while len(times) < count:
         peak = max(peak, peak_gib())
         rates.append(matmul_tflops(device))
-        _, *group = [step() for _ in range(1 + GROUP)]  # the first step of a group finds an idle queue
+        _, *group = [step() for _ in range(1 + GROUP)]  # drop a group's first step: the device queue was idle
         times += [elapsed(marks) for marks in group]
     return times[:count], statistics.median(rates), max(peak, peak_gib())
 
 
 def matmul_tflops(device: torch.device) -> float:
-    """TFLOP/s that a bf16 product of 8192 x 8192 matrices sustains; on a CPU a small product, to fill the column."""
+    """Sustained TFLOP/s of a bf16 product of 8192 x 8192 matrices; on a CPU of 256 x 256, only to fill the table."""
     size, settling, repeats = (8192, 60, 100) if device.type == "cuda" else (256, 1, 3)
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     marks = [mark(device)]
@@ -51,7 +51,7 @@ def matmul_tflops(device: torch.device) -> float:
 
 
 def mark(device: torch.device) -> torch.cuda.Event | float:
-    """This moment: on the device's queue, or of the host's clock on a CPU."""
+    """A time stamp: a CUDA event recorded on the current stream, or the host's clock in ms on a CPU."""
     if device.type != "cuda":
         return 1e3 * time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -60,7 +60,7 @@ def mark(device: torch.device) -> torch.cuda.Event | float:
 
 
 def elapsed(marks: Marks) -> list[float]:
-    """Milliseconds from mark to mark; waits for the device."""
+    """Milliseconds between consecutive marks; synchronises with the last mark."""
     if isinstance(marks[0], float):
         return [b - a for a, b in itertools.pairwise(marks)]
     marks[-1].synchronize()
@@ -68,12 +68,12 @@ def elapsed(marks: Marks) -> list[float]:
 
 
 def peak_gib() -> float:
-    """The most that the allocator has reserved since the last reset; 0 on a CPU."""
+    """Peak memory reserved by the allocator since the last reset of its statistics, in GiB; 0 on a CPU."""
     return torch.cuda.max_memory_reserved() / GIB if torch.cuda.is_available() else 0.0
 
 
 def release() -> None:
-    """Free what the model before has left behind."""
+    """Free the previous model's memory and compiled code."""
     gc.collect()
     torch._dynamo.reset()
     if torch.cuda.is_available():

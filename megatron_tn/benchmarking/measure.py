@@ -1,4 +1,4 @@
-"""What is measured of a config, in the order in which it is measured."""
+"""The measurements of `python -m megatron_tn.benchmark`: engine steps, then the peer model, then the training loop."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def measure(config: BenchmarkConfig) -> Iterator[Result]:
                 write_random_shards(config, shards)
             dist.barrier()
     finally:
-        leave_world()  # which frees the engine's memory
+        leave_world()  # also frees the engine's memory
     if config.benchmark.peer == "llama":
         yield from (peer_result(config, device, whole=whole) for whole in (False, True))
     if config.benchmark.loop_steps:
@@ -44,7 +44,7 @@ def measure(config: BenchmarkConfig) -> Iterator[Result]:
 
 
 def engine_results(config: BenchmarkConfig, device: torch.device) -> Iterator[Result]:
-    """STEP and WITH_OPTIMIZER of the config's engine on random tokens."""
+    """The results STEP and WITH_OPTIMIZER of the config's engine, on random tokens and weights."""
     context = ParallelContext.create(
         config.parallel.tp, config.parallel.cp, sequence_parallel=config.parallel.sequence_parallel
     )
@@ -72,8 +72,8 @@ def engine_results(config: BenchmarkConfig, device: torch.device) -> Iterator[Re
 
 
 def peer_result(config: BenchmarkConfig, device: torch.device, *, whole: bool) -> Result:
-    """STEP of a LLaMA with sdpa and this package's cross-entropy. whole: compiled as one, in which case transformers
-    gives sdpa a mask, which its fastest kernels do not take; else layer by layer."""
+    """The result STEP of a LLaMA with sdpa and this package's cross-entropy. whole: torch.compile the whole model (then
+    transformers passes sdpa a mask, which rules out sdpa's fastest kernels); else compile each layer."""
     release()
     model = llama(config.model, device)
     for part in [model] if whole else model.layers:
@@ -105,10 +105,10 @@ def peer_result(config: BenchmarkConfig, device: torch.device, *, whole: bool) -
 
 
 def loop_result(config: BenchmarkConfig, shards: Path, rate: float) -> Result:
-    """LOOP on random documents: the median of the journal's records after the first LOOP_WARM_UP.
+    """The result LOOP on random documents: median tokens/s of the journal's records after the first LOOP_WARM_UP.
 
-    rate: the matrix rate of the steps measured before. Nothing can be sampled between the training loop's own steps,
-    and after them the GPU has rested while the run was taken down.
+    rate: the matrix rate sampled during `engine_results`. It cannot be sampled between steps of the training loop, and
+    after the loop the GPU has idled during teardown.
     """
     release()
     data = config.data
@@ -149,15 +149,15 @@ def datasheet_tflops(config: TrainConfig) -> float | None:
 
 
 def write_random_shards(config: BenchmarkConfig, folder: Path) -> None:
-    """Enough documents of random tokens for one pass of the training loop."""
+    """Write enough documents of random tokens for benchmark.loop_steps steps."""
     folder.mkdir(parents=True, exist_ok=True)
     tokens = config.benchmark.loop_steps * config.data.global_batch * (config.data.sequence_length + 1)
     write_shards(folder, shards=4, shard_tokens=max(tokens // 4, 20_000), vocab_size=config.model.vocab_size)
 
 
 def random_tokens(config: BenchmarkConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of one microbatch, int64 [micro_batch, sequence_length]. Context-parallel ranks get the same:
-    the model takes its slice."""
+    """Inputs and targets of one microbatch, int64 [micro_batch, sequence_length]. All ranks get the
+    same tokens: under context parallelism the model takes its slice."""
     shape = (config.data.micro_batch, config.data.sequence_length)
     draw = torch.Generator(device).manual_seed(config.seed)
     return tuple(torch.randint(3, config.model.vocab_size, shape, device=device, generator=draw) for _ in range(2))

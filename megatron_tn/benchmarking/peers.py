@@ -1,4 +1,4 @@
-"""Other people's models of the same shape, measured in the same process."""
+"""Third-party models of the same shape, for comparison in the same process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_tn.config import ConfigError, ModelConfig
 
 
 def llama(shape: ModelConfig, device: torch.device) -> torch.nn.Module:
-    """The decoder of a Hugging Face LLaMA with this model's sizes, bf16.
+    """A Hugging Face LlamaModel with the sizes in `shape`, bf16.
 
     Raises:
         ConfigError: transformers is not installed.

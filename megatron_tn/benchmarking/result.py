@@ -1,4 +1,4 @@
-"""One measured model, as a row of JSON and of a table."""
+"""One measurement, and its forms as a JSON row and as a table row."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ STEP, WITH_OPTIMIZER, LOOP = "step", "step + optimizer", "training loop"
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """milliseconds: of one rank, a step. tokens: of all ranks, a step. name: STEP is forward, loss and backward;
-    WITH_OPTIMIZER adds the update; LOOP is the training command, with data and logging."""
+    """milliseconds: per step, on one rank. tokens: per step, over all ranks. name: STEP is forward, loss and backward;
+    WITH_OPTIMIZER adds the optimizer step; LOOP is the training command, with data and logging."""
 
     name: str
     model: str
@@ -36,7 +36,7 @@ class Result:
 
     @property
     def model_tflops(self) -> float:
-        """Of one GPU: 6 operations a parameter and token, whatever is recomputed."""
+        """Per GPU: 6 FLOPs per parameter and token; recomputation is not counted."""
         return 6 * self.parameters * self.tokens_per_second / self.layout["gpus"] / 1e12
 
     @property
@@ -48,7 +48,7 @@ class Result:
         return self.model_tflops / self.datasheet_tflops if self.datasheet_tflops else None
 
     def row(self) -> dict[str, Any]:
-        """As kernels.bench.rows."""
+        """A JSON row, see kernels/bench/rows.py."""
         return rows.row(
             self.name,
             "ms",
@@ -68,7 +68,7 @@ class Result:
 
 
 def layout_of(config: BenchmarkConfig, gpus: int) -> dict[str, Any]:
-    """The settings that a row is told from others by, as flat values. gpus: processes, one a GPU."""
+    """The settings that identify a row, as flat values. gpus: number of processes, one per GPU."""
     engine, parallel, data = config.engine, config.parallel, config.data
     name = f"zero{engine.zero_stage}" if engine.name == "deepspeed" else engine.name
     every = f", every {engine.recompute_every} blocks" if engine.recompute_every > 1 else ""
@@ -86,7 +86,7 @@ def layout_of(config: BenchmarkConfig, gpus: int) -> dict[str, Any]:
 
 
 def peer_layout(config: BenchmarkConfig, compiled: str) -> dict[str, Any]:
-    """`layout_of` for a model of others on one GPU, without an optimizer."""
+    """`layout_of` for a peer model on one GPU without optimizer. compiled: text for the key "replay"."""
     return layout_of(config, 1) | {
         "engine": "none",
         "layout": "tp 1, cp 1, dp 1",

@@ -1,11 +1,11 @@
 """The settings of a run: dataclasses with their defaults and bounds, and the relations between settings.
 
 Hydra composes `conf/` and the command line into a plain mapping; `from_mapping` turns it into a `TrainConfig`. No
-other package sees a DictConfig. The dataclasses (one file a group, commands.py for the other command lines) are the
-only place where a default is written down; `conf/` holds named departures from them (a model size, an engine, a
-cluster). Bounds stand beside their settings, relations between groups in relations.py.
+package gets a DictConfig. Defaults are defined only in the dataclasses (one file per group, commands.py for the other
+command lines); the YAML files of `conf/` override them under a name (a model size, an engine, a cluster). Bounds are
+annotations of the fields; relations.py has the relations between groups.
 
-`ConfigError` carries every problem found, one line each, which names the setting, its value and the relation it breaks.
+`ConfigError` lists all problems, one line each: the setting, its value and the relation it breaks.
 """
 
 from megatron_tn.config.bounds import MOST_SEED, out_of_bounds

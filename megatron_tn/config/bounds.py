@@ -1,7 +1,7 @@
-"""Which values a setting may have, and which settings must agree: the two kinds of check, and how both are reported.
+"""The two kinds of checks of settings: bounds of one value, and relations between several settings.
 
-Bounds stand beside their field, as `Annotated[int, Bounds(1)]`. pydantic ignores them: it checks types and raises at
-once, while a value out of bounds is reported together with every relation that does not hold.
+A field is annotated with its bounds: `Annotated[int, Bounds(1)]`. pydantic ignores them: it checks types and raises at
+once, whereas values out of bounds are reported together with the violated relations.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import typing
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Annotated, Any
 
-MOST_INT = 2**63 - 1  # of the integers that tensors and arrays can hold
-MOST_SEED = 2**64 - 1  # of the seeds that torch takes
+MOST_INT = 2**63 - 1  # the largest int64
+MOST_SEED = 2**64 - 1  # the largest seed of torch.manual_seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Bounds:
         )
 
     def describe(self, value: float) -> str:
-        """What `value`, which is out of bounds, must be."""
+        """The condition that `value`, which is out of bounds, violates: "must be ..."."""
         if self.most == MOST_INT and value > MOST_INT:
             return f"must be at most {MOST_INT}, the largest integer of 64 bits"
         if value == self.most == math.inf:
@@ -51,12 +51,12 @@ Seed = Annotated[int, Bounds(0, MOST_SEED)]
 Share = Annotated[float, Bounds(0, 1)]
 AboveZero = Annotated[float, Bounds(0, above=True, below=True)]  # and finite
 FromZero = Annotated[float, Bounds(0, below=True)]  # and finite
-Unlimited = Annotated[float, Bounds(0)]  # infinity is a value like others
+Unlimited = Annotated[float, Bounds(0)]  # infinity included
 
 
 def out_of_bounds(config: Any, prefix: str = "") -> dict[str, str]:
-    """Dotted name -> one line, for every setting below a config dataclass that is out of its bounds. None is a value
-    that has none."""
+    """Dotted name -> one line, for every setting of a (nested) config dataclass that is out of bounds. None is never
+    out of bounds."""
     found = {}
     for name, hint in _hints(type(config)).items():
         value, setting = getattr(config, name), f"{prefix}{name}"
@@ -76,10 +76,10 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 class Relations:
-    """Functions that yield a line for each relation between settings that does not hold.
+    """A list of checks: functions that yield one line for each violated relation between settings.
 
-    Each names the settings that it reads, and is not asked where one of them is out of its bounds: with heads=0 there
-    is no width of a head to speak of.
+    A check declares the settings that it reads, and is skipped if one of them is out of bounds: with heads=0 the check
+    of embed_dim % heads would divide by zero.
     """
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ class Relations:
         return register
 
     def broken(self, out: Collection[str], *arguments: Any) -> Iterator[str]:
-        """The lines of all relations. out: names of settings out of bounds; arguments: what the checks take."""
+        """The lines of all violated relations. out: settings out of bounds; arguments: passed to each check."""
         for settings, check in self._checks:
             if not any(setting in out for setting in settings):
                 yield from check(*arguments)

@@ -1,4 +1,4 @@
-"""The settings `checkpoint.*`: when a run is saved, what is kept, and what it begins from."""
+"""The settings `checkpoint.*`: when to save, which checkpoints to keep, and from which one to resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings `data.*`: which tokens are trained on, in which batches."""
+"""The settings `data.*`: training data, batch sizes, and filters of documents and batches."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class DataConfig:
 
     @property
     def skip_ranges(self) -> list[tuple[int, int]]:
-        """The first and the last batch of each entry of skip_batches.
+        """(first, last) step number of each entry of skip_batches, both included.
 
         Raises:
-            ValueError: an entry is neither a number from 1 nor a range of them.
+            ValueError: an entry is neither a step number from 1 nor a range "first-last".
         """
         found = []
         for entry in self.skip_batches:
@@ -49,5 +49,5 @@ class DataConfig:
 
     @property
     def skipped(self) -> set[int]:
-        """Every batch of skip_batches. Raises ValueError as `skip_ranges` does."""
+        """All step numbers in skip_batches. Raises ValueError like `skip_ranges`."""
         return {batch for first, last in self.skip_ranges for batch in range(first, last + 1)}

@@ -1,4 +1,4 @@
-"""The settings `engine.*`: who holds gradients, fp32 masters and moments, and how a step is run."""
+"""The settings `engine.*`: sharding of gradients, masters and moments; precision, recomputation, compilation."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class EngineConfig:
 
     @property
     def sums_own_gradients(self) -> bool:
-        """Whether gradients are summed over microbatches and ranks by gradients/accumulator.py, in fp32; otherwise by
-        FSDP2 or DeepSpeed."""
+        """Whether gradients/accumulator.py sums gradients over microbatches and ranks in fp32; else FSDP2 or DeepSpeed
+        does."""
         if self.name == "deepspeed":
             return (self.zero_stage, self.precision, self.gradient_dtype) == (1, "bf16", "fp32")
         return self.name == "local"

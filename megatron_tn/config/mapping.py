@@ -1,4 +1,4 @@
-"""Config dataclasses from and to plain mappings and JSON files, and the one line that each bad key or value gets."""
+"""Config dataclasses from and to plain mappings and JSON files; unknown keys and wrong types as one-line errors."""
 
 from __future__ import annotations
 
@@ -34,11 +34,10 @@ def to_mapping(config: Any) -> dict[str, Any]:
 def from_mapping(kind: type, values: Mapping[str, Any]) -> Any:
     """Build config dataclass `kind` from nested plain mappings.
 
-    Values out of bounds are built too: `problems()` reports them with the relations that do not hold.
+    Values out of bounds alone raise nothing: the config's `problems()` reports them with the violated relations.
 
     Raises:
-        ConfigError: an unknown key or a value of a wrong type; every one of them, and every other value that is out of
-            its bounds.
+        ConfigError: unknown keys or values of a wrong type; lists all of them, and all values that are out of bounds.
     """
     adapter = TypeAdapter(kind)
     try:
@@ -53,7 +52,7 @@ def from_mapping(kind: type, values: Mapping[str, Any]) -> Any:
 
 
 def _without(settings: list[list[str]], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The mapping without some of its settings, each given as its path of keys."""
+    """`values` without `settings`, each a path of nested keys."""
     kept = {}
     for key, value in values.items():
         below = [path[1:] for path in settings if path[0] == key]
@@ -77,7 +76,7 @@ def unwritable(name: str, path: str) -> list[str]:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """The JSON object in the file `path`.
 
     Raises:
         ConfigError: the file cannot be read, or holds no JSON object.
@@ -92,14 +91,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def save(config: Any, path: Path) -> None:
-    """Write it as JSON. The file gets its name when it is whole: a killed job must not leave half a config."""
+    """Write `config` as JSON, atomically (temporary file, then rename): a killed job leaves no partial file."""
     partial = path.with_name(f"{path.name}.tmp")
     partial.write_text(json.dumps(to_mapping(config), indent=1) + "\n")
     partial.replace(path)
 
 
 def known_keys(kind: type, prefix: str = "") -> list[str]:
-    """Dotted names of all settings below config dataclass `kind`."""
+    """Dotted names of all settings and groups of config dataclass `kind`."""
     keys = []
     for field in dataclasses.fields(kind):
         name = f"{prefix}{field.name}"
@@ -110,7 +109,7 @@ def known_keys(kind: type, prefix: str = "") -> list[str]:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """One line that refuses `key` and names the nearest known ones."""
+    """One error line for the unknown `key`, with the most similar known keys."""
     known = list(known)
     close = difflib.get_close_matches(key, known, n=2, cutoff=0.5)
     if not close:  # right name in the wrong group: model.lr for optim.lr
@@ -130,12 +129,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return lines
 
 
-BRANCHES = ("int", "str")  # pydantic's names for the types of a union
+BRANCHES = ("int", "str")  # pydantic's location names for the branches of int | str
 
 
 def _setting(item: Any) -> list[str]:
-    """Of an error of pydantic: the keys that lead to the setting. Those below it, such as list indices and a union's
-    branch (model.lrpe, checkpoint.resume), are left out."""
+    """The path of keys of the setting in a pydantic error. Location parts below the setting are left out: list indices,
+    and branches of a union (model.lrpe, checkpoint.resume)."""
     return [part for part in item["loc"] if isinstance(part, str) and "[" not in part and part not in BRANCHES]
 
 

@@ -1,4 +1,4 @@
-"""The settings `parallel.*`: how processes are laid out."""
+"""The settings `parallel.*`: tensor, context and sequence parallelism."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Every relation between settings of different groups, in the order in which they are reported.
+"""Relations between settings of different groups, in the order of the error report.
 
-Relations within the model's shape are in model.py, since a model is also built without a run.
+model.py has the relations within `model.*`, since models are also built without a run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_tn.config.schedule import ScheduleConfig
 
 
 class Settings(Protocol):
-    """The settings of a run between which there are relations; config.run.TrainConfig has them all."""
+    """The settings that relations read; implemented by config.run.TrainConfig."""
 
     run_dir: str
     distributed_timeout_s: int
@@ -37,13 +37,13 @@ class Settings(Protocol):
 
 
 RELATIONS = Relations()  # between the settings of a run
-WORLD = Relations()  # and between those and the number of processes
+WORLD = Relations()  # between settings and the number of processes
 
 
 def run_problems(config: Settings, world_size: int | None) -> list[str]:
-    """One line for each setting out of bounds, and for each relation that does not hold; empty when all is well.
+    """One line for each setting out of bounds and for each violated relation; [] if there is none.
 
-    world_size: number of processes; without it the relations to it are left out.
+    world_size: number of processes; None skips the relations in WORLD.
     """
     out = out_of_bounds(config)
     model = config.model.problems(config.parallel.tp) if "parallel.tp" not in out else []
@@ -213,7 +213,7 @@ def _the_batch_ramp_leads_to_the_batch(config: Settings, world_size: int) -> Ite
 
 
 def device_problems(config: Settings, *, cuda: bool) -> list[str]:
-    """What the settings ask of a device that is not there. cuda: whether this process has a CUDA device."""
+    """One line for each setting that needs a missing CUDA device. cuda: whether this process has one."""
     if config.engine.cuda_graph and not cuda:
         return ["engine.cuda_graph=true needs a CUDA device, and this process sees none"]
     return []

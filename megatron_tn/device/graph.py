@@ -1,4 +1,4 @@
-"""CUDA graphs: kernels that are captured once and launched together by one call of the host."""
+"""CUDA graphs: kernels captured once and launched together by one host call."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ class _Captured(NamedTuple):
 class GraphCache:
     """One CUDA graph per key, captured at the key's first use, all in one memory pool.
 
-    A graph holds the addresses of every tensor that its function reads or writes, so those must not move. Graphs run
-    one after the other, and a graph's output is overwritten by the next replay of any of them: clone it before that.
+    A graph holds the addresses of all tensors that its function reads or writes, so those tensors must not be
+    reallocated. The graphs share memory and must run one at a time; the next replay of any graph overwrites an output,
+    so clone the output first.
     """
 
     def __init__(self, stream: torch.cuda.Stream):
@@ -34,14 +35,13 @@ class GraphCache:
         places = [None if x is None else x.clone() for x in inputs]
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
-        # "thread_local": other threads (the batch loader's, which pins memory, and NCCL's watchdog) call CUDA
-        # meanwhile.
+        # "thread_local": CUDA calls of other threads (the batch loader's memory pinning, NCCL's watchdog) are allowed.
         with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
             output = function(*places)
         self._graphs[key] = _Captured(graph, places, output)
 
     def replay(self, key: Hashable, inputs: Sequence[Tensor | None]) -> Tensor:
-        """Copy `inputs` to the captured addresses and run the graph of `key`; returns its output, not cloned."""
+        """Copy `inputs` to the captured addresses and run the graph of `key`; returns its output, not a clone."""
         found = self._graphs[key]
         for place, value in zip(found.inputs, inputs, strict=True):
             if place is not None:

@@ -1,4 +1,4 @@
-"""Copies of device tensors to the host that block neither of the two."""
+"""Asynchronous copies of device tensors to the host."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 class HostCopy:
     """An asynchronous copy of `tensor` to page-locked host memory.
 
-    The constructor queues the copy on the current stream and records an event behind it; `read` waits for that event
-    alone, not for kernels that were queued later. On a CPU the tensor itself is returned.
+    The constructor queues the copy on the current stream and records an event after it; `read` waits for that event
+    only, not for kernels queued later. For a CPU tensor `read` returns the tensor itself.
     """
 
     def __init__(self, tensor: Tensor):
@@ -23,7 +23,7 @@ class HostCopy:
             self._done.record()
 
     def read(self) -> Tensor:
-        """The copy, on the host, once it is complete."""
+        """Wait for the copy, and return the host tensor."""
         if self._done is not None:
             self._done.synchronize()
         return self._host

@@ -1,10 +1,10 @@
-"""A side CUDA stream for kernels whose results are read late, such as the products for the weights' gradients.
+"""A side CUDA stream for kernels whose results are not needed soon: the matrix products of weight gradients.
 
-The tiles of a matrix product seldom fill the last wave of a GPU's multiprocessors: the gradient of an SGLU weight at D
-2048 has 352 tiles for 132 multiprocessors, which is three waves where 2.67 would do. A weight's gradient is read at the
-end of the backward pass, so on a stream of its own its last wave overlaps with the next kernel of the main stream.
-Inside a CUDA graph streams become branches, and the overlap costs the host nothing; outside a graph the events cost
-more than the overlap brings, so there the work stays on the main stream.
+The tiles of a matrix product seldom fill the last wave of a GPU's multiprocessors (SMs): the gradient of an SGLU weight
+at D = 2048 has 352 tiles on 132 SMs, 2.67 waves that take the time of 3. Weight gradients are read only at the end of
+the backward pass, so on a side stream the last wave overlaps with the next kernel of the main stream. Inside a CUDA
+graph the two streams become branches without host cost; outside a graph the events cost more than the overlap gains,
+so there the products stay on the main stream.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MAX_PENDING = 4  # side-stream blocks whose inputs are kept alive at once
+MAX_PENDING = 4  # side-stream blocks in flight, whose inputs are kept alive
 
 
 class _Pending(NamedTuple):
     done: torch.cuda.Event
-    inputs: tuple[Tensor, ...]  # kept alive: the allocator would hand freed memory to the main stream at once
+    inputs: tuple[Tensor, ...]  # kept alive: the allocator could reuse their memory on the main stream
 
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -31,10 +31,10 @@ _pending: collections.deque[_Pending] = collections.deque()
 
 @contextlib.contextmanager
 def on_side_stream(*inputs: Tensor) -> Iterator[None]:
-    """Run the block's kernels, which read `inputs`, on the side stream, while a CUDA graph is being captured.
+    """During CUDA graph capture: run the with-block's kernels, which read `inputs`, on the side stream.
 
-    Blocks run in order, each after what the main stream has queued so far; their results may be read after
-    `wait_for_side_stream`. Without a capture, and on a CPU, the block runs on the current stream.
+    Blocks run in order, each after the kernels already queued on the main stream. Results may be read after
+    `wait_for_side_stream`. Without capture, and on a CPU, the block runs on the current stream.
     """
     if not (inputs[0].is_cuda and torch.cuda.is_current_stream_capturing()):
         yield
@@ -52,7 +52,7 @@ def on_side_stream(*inputs: Tensor) -> Iterator[None]:
 
 
 def wait_for_side_stream() -> None:
-    """Have the current stream wait for every `on_side_stream` block, and let go of the blocks' inputs."""
+    """Make the current stream wait for all `on_side_stream` blocks, and release the blocks' inputs."""
     while _pending:
         block = _pending.popleft()
         torch.cuda.current_stream(block.inputs[0].device).wait_event(block.done)

@@ -1,4 +1,4 @@
-"""Blocks of kernels on a CUDA stream of their own, in order with the current one."""
+"""Context managers that run kernels on another CUDA stream, ordered with the current stream."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 @contextlib.contextmanager
 def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Run the block's kernels on `stream`: after what the current stream has queued, and before what it queues next.
-    None: on the current stream."""
+    """Run the with-block's kernels on `stream`, after the kernels already queued on the current stream and before those
+    queued later. None: run on the current stream."""
     if stream is None:
         yield
         return
@@ -24,8 +24,8 @@ def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_stream_after(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Run the block's kernels on `stream`, after what the current stream has queued; what the current stream queues
-    next does not wait for them. None: on the current stream."""
+    """Run the with-block's kernels on `stream`, after the kernels already queued on the current stream; the current
+    stream does not wait for them. None: run on the current stream."""
     if stream is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""What the training loop and the checkpoints need of an engine, whichever shards the optimizer."""
+"""The engine interface that the training loop and checkpoints call, the same for local, DeepSpeed and FSDP2."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class Engine(Protocol):
     """Owns the model's gradients, fp32 masters and optimizer.
 
-    partitioned: whether data-parallel ranks own different ranges, or each of them all.
+    partitioned: True if each data-parallel rank owns different ranges of the masters; False if each owns all of them.
     """
 
     model: Model
@@ -31,9 +31,9 @@ class Engine(Protocol):
     def forward_backward(
         self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, *, scale: Tensor, last: bool
     ) -> Tensor:
-        """One microbatch: loss = scale x sum of token losses, and its gradients; returns that loss, detached.
+        """One microbatch: loss = scale x sum of token losses, forward and backward; returns the loss, detached.
 
-        tokens, targets [b, N] int64. Over microbatches and data-parallel ranks gradients are summed: `scale` alone
+        tokens, targets [b, N] int64. Gradients are summed over microbatches and data-parallel ranks; `scale` alone
         turns the sum into a mean. last: whether this is the step's last microbatch.
         """
         ...
@@ -41,7 +41,7 @@ class Engine(Protocol):
     def step(self, lr: float, tokens: Tensor | None = None) -> StepResult:
         """Clip, update with learning rate `lr`, clear gradients. All ranks take the same decision.
 
-        tokens: the step's target tokens over all ranks, [] on the device; where they are 0 nothing changes.
+        tokens: number of target tokens of the step over all ranks, [] on the device; 0 skips the update.
         """
         ...
 
@@ -51,21 +51,21 @@ class Engine(Protocol):
 
     @property
     def state_kinds(self) -> tuple[str, ...]:
-        """What the optimizer keeps of each master: the kinds of `owned_ranges` beside "param"."""
+        """Names of the optimizer's state tensors of a master: the keys of `OwnedRange.values` besides "param"."""
         ...
 
     def owned_ranges(self) -> list[OwnedRange]:
-        """All that this rank owns, in a fixed order."""
+        """Views of the masters and optimizer state that this rank owns, in a fixed order."""
         ...
 
     def refresh(self, optimizer_step: int) -> None:
-        """After owned ranges were written: the model's parameters follow, and the optimizer has applied that many
-        steps. Collective."""
+        """After a write to the owned ranges: copy the masters to the model's parameters on every rank, and set the
+        optimizer's step count to `optimizer_step`. Collective."""
         ...
 
 
 class UpdatingEngine:
-    """The part of `Engine` that is `Update`'s, for engines to inherit."""
+    """Base class of the engines: the methods of `Engine` that call `Update`."""
 
     model: Model
     context: ParallelContext
@@ -86,8 +86,8 @@ class UpdatingEngine:
 
 
 def build_update(model: Model, shards: Shards, config: TrainConfig) -> Update:
-    """The optimizer over `shards`, which hold a master of as many dimensions for each parameter, in the model's
-    order."""
+    """An optimizer over `shards`, and its `Update`. `shards` must hold one master per parameter, in the model's order
+    and with the parameter's number of dimensions."""
     named = [
         (place.name, master, master.dim()) for place, master in zip(shards.placements, shards.masters, strict=True)
     ]

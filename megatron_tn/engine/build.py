@@ -1,4 +1,4 @@
-"""From a config and a layout to an engine that is ready to train. The order of wrapping is here, and nowhere else."""
+"""Builds the engine from the config: the order of sharding, recomputation, compilation and engine is fixed here."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ COMPILE_MODES = {"blocks": None, "cuda_graphs": "reduce-overhead"}
 
 
 def build_engine(config: TrainConfig, context: ParallelContext, device: torch.device) -> Engine:
-    """Model -> placement and type -> recomputation -> compilation -> engine. Parameters are not initialised yet."""
+    """Model on its device -> recomputation -> compilation -> engine. Parameters have no values: `initialize_engine`."""
     settings = config.engine
-    # 1. The layers hold this rank's tensor-parallel part from the start: nothing whole is ever made. Parameters live in
-    #    the computing type and the engine keeps fp32 masters; FSDP2's are the masters, and get storage once sharded.
+    # 1. Layers allocate this rank's tensor-parallel part only, never the whole weight. Parameters are in the computing
+    #    type and the engine keeps fp32 masters. FSDP2's fp32 parameters are the masters, allocated after sharding.
     zero3 = settings.name == "deepspeed" and settings.zero_stage == 3
     if settings.name == "fsdp2":
         model = build_model(config.model, context, "meta", torch.float32)
     elif zero3:
         from megatron_tn.engine.deepspeed.engine import partitioned_model
 
-        model = partitioned_model(config, context, device)  # each parameter is partitioned as soon as it is made
+        model = partitioned_model(config, context, device)  # each parameter is partitioned once allocated
     else:
         model = build_model(config.model, context, device, DTYPES[settings.precision])
-    # 2. Recomputation changes what a block's forward keeps, so compilers and engines must see it.
+    # 2. Recomputation replaces a block's forward, so it comes before compilers and engines wrap the block.
     recompute_blocks(model.blocks, settings.recompute, settings.recompute_every)
-    # 3. One compiled graph serves all blocks of a kind: compile time does not grow with depth.
+    # 3. Blocks of one class share one compiled graph: compile time does not grow with the number of layers.
     if settings.compile != "none":
         for block in model.blocks:
             block.compile(mode=COMPILE_MODES[settings.compile])
@@ -46,16 +46,16 @@ def build_engine(config: TrainConfig, context: ParallelContext, device: torch.de
         from megatron_tn.engine.deepspeed.engine import DeepSpeedEngine  # importing it takes a second
 
         engine = DeepSpeedEngine(model, config)
-    # 5. DeepSpeed copies the parameters twice into new layouts. The allocator would keep the first layouts' segments,
-    #    each of a weight's size, which few activations fit.
+    # 5. DeepSpeed copies the parameters twice into new layouts. The allocator would keep the freed layouts' segments,
+    #    each the size of one weight, which few later allocations fit.
     return_cached_segments(device)
     return engine
 
 
 @torch.no_grad()
 def initialize_engine(engine: Engine, seed: int) -> None:
-    """Give the fp32 masters their initial values, the same for every engine and layout, and zero the optimizer's
-    state."""
+    """Write the initial values into the fp32 masters (identical for every engine and parallel layout) and zero the
+    optimizer state."""
     axis = engine.context.tp
     specs = engine.model.shard_specs()
     for owned in engine.owned_ranges():

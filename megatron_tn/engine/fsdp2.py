@@ -1,8 +1,8 @@
 """PyTorch FSDP2 (torch.distributed.fsdp.fully_shard; arXiv 2304.11277): parameters, gradients and optimizer sharded.
 
-Each block's parameters are gathered before it runs and freed after. The sharded parameters are fp32 and are the
-masters: FSDP2 casts them to the computing type as it gathers them, and reduces gradients in fp32. Rows of a parameter
-are dealt out over dp x cp, after tensor parallelism took its part.
+Each block's parameters are gathered before the block runs and freed after it. The sharded fp32 parameters are the
+masters: FSDP2 casts them to the computing type when it gathers them, and reduces gradients in fp32. FSDP2 shards the
+rows of this tensor-parallel rank's part over dp x cp.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_tn.parallel.sharding import mark
 
 
 class FSDP2Engine(UpdatingEngine):
-    """See `engine.base.Engine`. `model` has fp32 parameters on the meta device; they get storage once sharded."""
+    """See `engine.base.Engine`. `model` has fp32 parameters on the meta device; they are allocated after sharding."""
 
     partitioned = True
 
@@ -33,7 +33,7 @@ class FSDP2Engine(UpdatingEngine):
         specs = [parameter.shard_spec for parameter in model.parameters()]
         sharding = {
             "mesh": _mesh(self.context.data, device),
-            # Rates, positions and states are inputs of the blocks and keep the type they come in.
+            # Decay rates, positions and states are inputs of the blocks; FSDP2 must not cast them.
             "mp_policy": MixedPrecisionPolicy(
                 param_dtype=DTYPES[config.engine.precision], reduce_dtype=torch.float32, cast_forward_inputs=False
             ),
@@ -41,11 +41,11 @@ class FSDP2Engine(UpdatingEngine):
         }
         for block in model.blocks:
             fully_shard(block, **sharding)
-        # The embedding, which is the head as well, is needed from the first operation to the last.
+        # The tied embedding is used by the first operation and by the last (the output head): never free it in between.
         fully_shard(model, **(sharding | {"reshard_after_forward": False}))
         model.register_forward_hook(_free_after_evaluation)
         model.to_empty(device=device)
-        # FSDP2 put parameters of its own in place of the model's.
+        # fully_shard replaced the parameters by DTensors, which lack the ShardSpec marks.
         parameters = {name: mark(new, spec) for name, new, spec in zip(names, model.parameters(), specs, strict=True)}
         self.update = build_update(model, FSDP2Shards(parameters, self.context.data), config)
 
@@ -53,8 +53,8 @@ class FSDP2Engine(UpdatingEngine):
         self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, *, scale: Tensor, last: bool
     ) -> Tensor:
         loss = self.model(tokens, targets=targets, cu_seqlens=cu_seqlens, reduction="sum").loss * scale
-        # FSDP2 divides gradients by the number of ranks. It reduces them after every microbatch: what accumulates is
-        # the shard, in fp32.
+        # FSDP2 divides gradients by the number of ranks; multiplying the loss by it cancels that. FSDP2 reduces after
+        # every microbatch, so only the fp32 gradient shard accumulates.
         (loss * self.context.data.size).backward()
         return loss.detach()
 
@@ -66,10 +66,10 @@ class FSDP2Engine(UpdatingEngine):
 
 
 class FSDP2Shards:
-    """See `engine.update.Shards`. This rank's rows of each parameter, as plain tensors over FSDP2's storage."""
+    """See `engine.update.Shards`. This rank's rows of each parameter, as plain views of FSDP2's DTensors."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], data: Axis):
-        self.copies: dict[Tensor, Tensor] = {}  # FSDP2 casts the masters as it gathers them
+        self.copies: dict[Tensor, Tensor] = {}  # none: FSDP2 casts the masters when it gathers them
         self.sharded_over = data
         self.parameters = list(parameters.values())
         self.masters = [nn.Parameter(parameter.to_local().detach()) for parameter in self.parameters]
@@ -87,12 +87,13 @@ class FSDP2Shards:
             parameter.grad = None
 
     def publish(self) -> None:
-        """The next forward pass gathers the masters."""
+        """Nothing to do: the next forward pass gathers the masters."""
 
 
 def _free_after_evaluation(model: Model, inputs, output) -> None:
-    """Free the weights gathered by a forward pass that no backward pass follows. FSDP2 would keep them in the shards'
-    place: a save would miss the shards, and after a load the next forward pass would still take the old weights."""
+    """Free the weights gathered by a forward pass without a backward pass. Otherwise FSDP2 keeps the gathered weights
+    registered in place of the shards: a save would miss the shards, and the first forward pass after a load would use
+    the old weights."""
     if torch.is_grad_enabled():
         return
     for module in model.modules():

@@ -1,8 +1,8 @@
-"""A microbatch's forward and backward pass, launched kernel by kernel or as one CUDA graph.
+"""Forward and backward pass of a microbatch, launched kernel by kernel or as one CUDA graph.
 
-Python launches about fifty kernels a layer. Where they are short (small models, few tokens) the GPU waits for the host;
-replaying a graph of the pass leaves the host one launch. The graph holds the addresses of parameters and gradient sums,
-which never move.
+Python launches about fifty kernels a layer. Where the kernels are short (small models, few tokens) the GPU waits for
+the host; replaying a graph costs the host one launch. A graph holds the addresses of parameters and gradient sums, so
+those must not be reallocated.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from megatron_tn.gradients.accumulator import GradientAccumulator
 from megatron_tn.model.base import Model, ModelOutput
 from megatron_tn.parallel.world import release_on_leaving
 
-EAGER_PASSES = 2  # before the first capture: they compile kernels and make choices that a capture must not make
+EAGER_PASSES = 2  # before the first capture: they compile kernels and initialise libraries, which a capture forbids
 
 
 class Passes:
-    """(tokens, targets, cu_seqlens, scale, last) -> scale x sum of token losses, detached; gradients are added to
-    `accumulator`'s sums, which are whole after a step's last microbatch."""
+    """(tokens, targets, cu_seqlens, scale, last) -> scale x sum of token losses, detached. Adds gradients to
+    `accumulator`'s sums, which are complete (phase "whole") after a step's last microbatch."""
 
     def __init__(self, model: Model, accumulator: GradientAccumulator):
         self.model = model
         self.accumulator = accumulator
-        self.watchers: list[Callable[[], None]] = []  # called before and after a replay, in which no module hook runs
+        self.watchers: list[Callable[[], None]] = []  # called before and after a replay, which runs no module hooks
 
     def __call__(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, scale: Tensor, last: bool) -> Tensor:
         loss = self._pass(tokens, targets, cu_seqlens, scale, last)
@@ -54,10 +54,10 @@ class Passes:
 
 
 class CapturedPasses(Passes):
-    """The same from CUDA graphs: one per (shapes, which sums are empty, whether the pass ends with reductions).
+    """`Passes` by CUDA graphs: one graph per (shapes, which sums are empty, whether the pass ends with reductions).
 
-    While a hook looks at gradients the pass runs kernel by kernel. `stream`: the one that graphs are captured on; nodes
-    of the backward graph that an engine keeps must have been made on it. None on a CPU, where nothing is captured.
+    While a parameter has a gradient hook the pass runs kernel by kernel. stream: the stream to capture on; autograd
+    nodes that an engine keeps must have been created on it. None on a CPU, where every pass runs eagerly.
     """
 
     def __init__(self, model: Model, accumulator: GradientAccumulator, stream: torch.cuda.Stream | None):
@@ -68,7 +68,7 @@ class CapturedPasses(Passes):
         release_on_leaving(self)
 
     def release(self) -> None:
-        """Drop the graphs, with their memory; the next pass captures anew. NCCL's communicators wait for this."""
+        """Drop the graphs and their memory; the next pass captures again. Call before destroying NCCL communicators."""
         if self.graphs is not None:
             self.graphs.clear()
 
@@ -78,7 +78,7 @@ class CapturedPasses(Passes):
         if self.stream is None:
             return super()._pass(*inputs, reducing)
         if any(parameter._backward_hooks for parameter in self.model.parameters()):
-            self.release()  # their memory is needed
+            self.release()  # the eager pass needs the graphs' memory
             return super()._pass(*inputs, reducing)
         if self.eager_passes < EAGER_PASSES:
             self.eager_passes += 1
@@ -88,9 +88,9 @@ class CapturedPasses(Passes):
         empty = self.accumulator.empty
         key = (shapes, empty, reducing)
         if key not in self.graphs:
-            # model.forward, not model(): module hooks would be captured instead of called at every pass.
+            # model.forward, not model(): its module hooks would run at capture only, not at replays.
             self.graphs.capture(key, lambda *x: self._run(self.model.forward, *x, reducing), inputs)
-            self.accumulator.empty = empty  # a capture adds nothing
+            self.accumulator.empty = empty  # `_run` marked the sums as written, but a capture executes no kernel
         for watcher in self.watchers:
             watcher()
         loss = self.graphs.replay(key, inputs).clone()
@@ -103,10 +103,10 @@ class CapturedPasses(Passes):
 def build_passes(
     model: Model, accumulator: GradientAccumulator, *, cuda_graph: bool, stream: torch.cuda.Stream | None
 ) -> Passes:
-    """As engine.cuda_graph says."""
+    """`CapturedPasses` if cuda_graph (the setting engine.cuda_graph), else `Passes`."""
     return CapturedPasses(model, accumulator, stream) if cuda_graph else Passes(model, accumulator)
 
 
 def capture_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A stream to capture passes on; None on a CPU, where nothing is captured."""
+    """A CUDA stream to capture graphs on; None on a CPU."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None

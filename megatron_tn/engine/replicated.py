@@ -1,6 +1,6 @@
 """engine=local: bf16 or fp32 parameters, and all fp32 masters and optimizer state on every data-parallel rank.
 
-It shards nothing, so it is the shortest statement of what every other engine must equal.
+Nothing is sharded over data parallelism; tests compare the other engines with this one.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ReplicatedEngine(UpdatingEngine):
 
 
 class ReplicatedShards:
-    """See `engine.update.Shards`. A master a parameter; an fp32 parameter is its own master."""
+    """See `engine.update.Shards`. One master per parameter; an fp32 parameter is its own master."""
 
     sharded_over = Axis()
 
@@ -72,7 +72,7 @@ class ReplicatedShards:
         return [parameter.gradient_sum.value for parameter in self.parameters]
 
     def clear(self) -> None:
-        """The next step's first addition overwrites the sums."""
+        """Nothing to do: the next step's first addition overwrites the sums."""
 
     def publish(self) -> None:
-        """Every rank has updated all parameters, equally."""
+        """Nothing to do: every rank has applied the same update to all parameters."""

@@ -1,7 +1,7 @@
-"""How a step is applied, for every engine: gradient norm -> clipping -> optimizer step -> copies -> other ranks.
+"""Optimizer step of every engine: gradient norm -> clipping -> optimizer -> computing-type copies -> all-gather.
 
-An engine differs in what a rank holds (`Shards`) and in how gradients come to lie there; what happens after that is
-here.
+Engines differ in the masters and gradients that a rank holds (`Shards`) and in the gradient reduction. All code after
+the reduction is here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_tn.parallel.sharding import OwnedRange, ShardSpec
 
 
 class StepResult(NamedTuple):
-    """grad_norm: global gradient norm before clipping. applied: False when it was not finite and nothing changed."""
+    """grad_norm: global gradient norm before clipping. applied: False if grad_norm was not finite: update skipped."""
 
     grad_norm: float
     applied: bool
@@ -41,18 +41,18 @@ class Placement(NamedTuple):
     offset: int
 
     def of(self, tensors: Sequence[Tensor]) -> Tensor:
-        """This placement's elements [stop - start] of tensors[master], of the master's shape."""
+        """View [stop - start] of this placement's elements. tensors: one per master, of the master's shape."""
         return tensors[self.master].view(-1).narrow(0, self.offset, self.stop - self.start)
 
 
 class Shards(Protocol):
-    """What a rank updates.
+    """The masters that a rank updates.
 
-    masters: fp32, the optimizer's, in any shape; several parameters may lie in one.
-    copies: master -> the parameters' elements in the computing type, of the master's shape; none for a master that is
-    itself what the model computes with.
-    placements: which elements of which parameter lie where; padding of a master is in none.
-    sharded_over: the axis whose ranks each hold other elements; of size 1 where every rank holds all.
+    masters: the optimizer's fp32 tensors, of any shape; one master may hold several parameters.
+    copies: master -> the same elements in the computing type, of the master's shape; no entry for a master that the
+    model computes with directly.
+    placements: position of every parameter's elements in the masters; padding of a master belongs to no placement.
+    sharded_over: the axis over whose ranks the elements are partitioned; of size 1 where every rank holds all.
     """
 
     masters: Sequence[Tensor]
@@ -61,23 +61,23 @@ class Shards(Protocol):
     sharded_over: Axis
 
     def gradients(self) -> Sequence[Tensor]:
-        """After the last microbatch: one fp32 tensor a master, of its shape, summed over ranks."""
+        """After the last microbatch: one fp32 gradient per master, of the master's shape, summed over ranks."""
         ...
 
     def clear(self) -> None:
-        """The gradients have been used, or will not be."""
+        """Clear the gradients, after an applied or a skipped update."""
         ...
 
     def publish(self) -> None:
-        """Masters and copies have changed: have the model's parameters follow, on every rank. Collective."""
+        """After a change of masters and copies: update the model's parameters on every rank. Collective."""
         ...
 
 
 class Update:
-    """The one way from gradients to parameters. `specs`: name -> how the parameter is split over tensor parallel.
+    """Clips and applies gradients. specs: parameter name -> its split over tensor parallelism.
 
     Raises:
-        ConfigError: the optimizer needs whole matrices, and the shards hold parts.
+        ConfigError: the optimizer has `whole_matrices`, and a master is not one whole parameter.
     """
 
     def __init__(
@@ -96,8 +96,8 @@ class Update:
     def step(self, lr: float, tokens: Tensor | None = None) -> StepResult:
         """Apply the gradients with learning rate `lr`. All ranks take the same decision. Collective.
 
-        tokens: the step's target tokens over all ranks, [] on the device, which the host need not know. Where they are
-        0 there is nothing to learn: the norm is NaN and nothing changes.
+        tokens: number of target tokens of the step over all ranks, [] on the device, never copied to the host. If 0,
+        the norm is set to NaN and the update is skipped.
         """
         shards, masters = self.shards, self.shards.masters
         gradients = shards.gradients()
@@ -106,7 +106,7 @@ class Update:
         norm = gradient_norm(pieces, self.tp, masters[0].device, sharded_over=shards.sharded_over)
         if tokens is not None:
             norm = torch.where(tokens > 0, norm, torch.nan)
-        on_host = HostCopy(norm)  # queued before the update, so that `read` waits for the norm alone
+        on_host = HostCopy(norm)  # queued before the update: `read` waits for the norm only
         for master, gradient in zip(masters, gradients, strict=True):
             master.grad = gradient
         self.optimizer.step(lr, clipping_divisor(norm, self.clip_norm))
@@ -130,7 +130,7 @@ class Update:
                 )
 
     def owned_ranges(self) -> list[OwnedRange]:
-        """Everything that this rank updates, in a fixed order, as views."""
+        """Views of the masters and optimizer state that this rank updates, one `OwnedRange` per placement."""
         masters = self.shards.masters
         states = [self.optimizer.state_of(master) for master in masters]
         kinds = {"param": [master.detach() for master in masters]}
@@ -142,8 +142,8 @@ class Update:
 
     @torch.no_grad()
     def refresh(self, optimizer_step: int) -> None:
-        """Owned ranges were written: the model's parameters follow, and the optimizer has applied `optimizer_step`
-        steps. Collective."""
+        """After a write to the owned ranges: copy the masters to the model's parameters on every rank, and set the
+        optimizer's step count to `optimizer_step`. Collective."""
         self.optimizer.set_step(optimizer_step)
         write_copies(self.shards.copies)
         self.shards.publish()

@@ -1,4 +1,4 @@
-"""Bits per byte of the same documents under a unigram model and under gzip and xz, to hold a model's against."""
+"""Baselines for bits per byte: a unigram model, gzip and xz, on the same held-out documents."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import numpy as np
 def unigram_bits_per_byte(
     training: Iterable[np.ndarray], held_out: Sequence[np.ndarray], text_bytes: int, vocab_size: int
 ) -> float:
-    """Bits per byte of held-out documents (ids [n], bos first) under independent token probabilities, bos given.
+    """Bits per byte of held-out documents (ids [n], bos first; bos is not counted) under a unigram model.
 
-    Probabilities are frequencies in the training documents, with one added to each count so that none is zero.
+    Token probabilities are frequencies in the training documents with add-one smoothing.
     text_bytes: UTF-8 bytes of all held-out documents.
     """
     counts = np.ones(vocab_size)
@@ -26,7 +26,7 @@ def unigram_bits_per_byte(
 
 
 def compressor_bits_per_byte(texts: Iterable[bytes]) -> dict[str, float]:
-    """Bits per byte of `gzip -9` and `xz -9`, given all texts as one file."""
+    """Bits per byte of `gzip -9` and `xz -9` on the concatenated texts."""
     whole = b"".join(texts)
     return {
         "gzip -9": 8 * len(gzip.compress(whole, compresslevel=9)) / len(whole),

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from megatron_tn.model.base import IGNORE, Model
 
-# Batches are padded to a multiple of 16 tokens: Triton compiles one kernel for lengths that 16 divides, one for others.
+# Batches are padded to a multiple of 16 tokens: Triton specialises kernels on divisibility of lengths by 16.
 ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Sums over documents. nats: negative log-likelihood; tokens: those predicted, eos included, bos not; text_bytes:
-    UTF-8 bytes of the texts."""
+    """Sums over documents. nats: negative log-likelihood; tokens: number of predicted tokens (eos included, bos not);
+    text_bytes: UTF-8 bytes of the texts."""
 
     nats: float
     tokens: int
@@ -46,9 +46,9 @@ def document_nats(
 ) -> list[float]:
     """Negative log-likelihood in nats of each document (ids [n], bos first), given its first id.
 
-    A batch holds batch_tokens // window documents of similar length, and runs `window` tokens at a time from the state
-    after those before, so that every token is predicted from its document's whole past in bounded memory.
-    progress(n): called after each batch, of n documents.
+    A batch has batch_tokens // window documents of similar length. The model runs on `window` tokens at a time, from
+    the recurrent state after the preceding window: every token sees its document's whole past in bounded memory.
+    progress(n): called after each batch of n documents.
     """
     device = next(model.parameters()).device
     order = sorted(range(len(documents)), key=lambda i: -len(documents[i]))
@@ -76,7 +76,7 @@ def document_nats(
 def _row_nats(model: Model, tokens: Tensor, targets: Tensor, lengths: list[int], window: int) -> Tensor:
     """tokens, targets [B, N], lengths [B] descending -> summed loss of each row in nats, fp64 [B].
 
-    A window is run for the rows whose documents reach into it, so little of it is padding.
+    Each window runs only for the rows whose documents extend into it, to avoid padding.
     """
     total = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
     state = None
@@ -92,7 +92,7 @@ def _row_nats(model: Model, tokens: Tensor, targets: Tensor, lengths: list[int],
 
 
 def evaluate_documents(model: Model, documents: Sequence[np.ndarray], text_bytes: Sequence[int], **options) -> HeldOut:
-    """The sums of `document_nats` over documents. text_bytes: UTF-8 bytes of each document's text."""
+    """Sum `document_nats` over documents. text_bytes: UTF-8 bytes of each document's text."""
     nats = document_nats(model, documents, **options)
     tokens = sum(len(ids) - 1 for ids in documents)
     return HeldOut(math.fsum(nats), tokens, sum(text_bytes), len(documents))

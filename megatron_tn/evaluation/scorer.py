@@ -1,4 +1,4 @@
-"""A model as a scorer of documents for self-cleaning, by the protocol `data_pipeline.selfclean.scorer.Scorer`."""
+"""Document scores by a model, for self-cleaning: implements `data_pipeline.selfclean.scorer.Scorer`."""
 
 from __future__ import annotations
 

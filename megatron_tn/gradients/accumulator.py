@@ -1,15 +1,15 @@
-"""The gradient sums of a step: who adds to them, when they are whole, and their reduction over data-parallel ranks.
+"""Gradient sums over the microbatches of a step, and their reduction over data-parallel ranks.
 
-Phases of every sum, in order, each step:
+Phases of every sum within a step:
 
-    empty    nothing was added in this step; the memory holds anything
-    adding   some microbatches' gradients are in
-    whole    after the last microbatch: zero where no gradient came, and reduced over ranks; the optimizer may read it
+    empty    nothing added yet; the memory is uninitialised
+    adding   gradients of some microbatches are added
+    whole    after the last microbatch: reduced over ranks, and zero if no gradient was added; the optimizer may read it
 
-Sums lie in buckets, flat buffers that are reduced as one. In the last microbatch a bucket's reduction starts as soon as
-the gradients of all its parameters are in, while the backward pass goes on with earlier layers (PyTorch's DDP,
+Sums are views of buckets: flat buffers, one collective each. In the last microbatch a bucket's reduction starts as
+soon as all its parameters have their gradients, and overlaps with the backward pass of earlier layers (PyTorch's DDP,
 arXiv 2006.15704, section 3.2.3). Under ZeRO each rank updates one equal part of every bucket (arXiv 1910.02054, section
-5.1) and is sent that part alone: half the traffic of an all-reduce.
+5.1), so a reduce-scatter replaces the all-reduce, with half its traffic.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from megatron_tn.precision.gradient_sum import GradientSum
 
 @dataclass(frozen=True)
 class Bucket:
-    """parameters, and the flat fp32 buffer that begins with their sums, in their order. What follows is padding."""
+    """flat: fp32 buffer, the gradient sums of `parameters` in their order, followed by padding."""
 
     parameters: Sequence[nn.Parameter]
     flat: Tensor
 
     def sums(self) -> list[Tensor]:
-        """Views of `flat`, one a parameter, of its shape."""
+        """Views of `flat`, one per parameter, of the parameter's shape."""
         sizes = [parameter.numel() for parameter in self.parameters]
         views = self.flat.narrow(0, 0, sum(sizes)).split(sizes)
         return [view.view(parameter.shape) for view, parameter in zip(views, self.parameters, strict=True)]
@@ -44,11 +44,11 @@ class Bucket:
 class GradientAccumulator:
     """Sums over microbatches, and at the end over `axis`, of the gradients of every bucket's parameters.
 
-    Operators that can, add to `parameter.gradient_sum` themselves (precision/gradient_sum.py); what autograd hands over
-    is added by this class's hook.
+    Operators with fused accumulation add to `parameter.gradient_sum` themselves (precision/gradient_sum.py); a hook of
+    this class adds the gradients that autograd writes to `parameter.grad`.
 
-    partitioned: after the reduction, rank n holds the nth of axis.size equal parts of every buffer, and nothing of use
-    in the others; else every rank holds all.
+    partitioned: after the reduction only the nth of axis.size equal parts of every buffer is valid on rank n; else the
+    whole buffer is valid on every rank.
     """
 
     def __init__(self, buckets: Sequence[Bucket], axis: Axis, *, partitioned: bool = False):
@@ -56,7 +56,7 @@ class GradientAccumulator:
         self.partitioned = partitioned
         self.buckets = list(buckets)
         self.sums: list[GradientSum] = []
-        self._missing: list[int] = []  # per bucket, gradients not in yet; only during the last microbatch's backward
+        self._missing: list[int] = []  # per bucket: gradients still to come; only during the last microbatch's backward
         self._works: list[dist.Work] = []
         for index, bucket in enumerate(self.buckets):
             for parameter, view in zip(bucket.parameters, bucket.sums(), strict=True):
@@ -64,19 +64,19 @@ class GradientAccumulator:
                 self.sums.append(parameter.gradient_sum)
                 parameter.register_post_accumulate_grad_hook(_GradientHook(self, index))
         if self.reduces:
-            # NCCL makes a group's communicator at its first collective, which a CUDA graph cannot capture.
+            # NCCL creates a group's communicator at its first collective, which must not happen during graph capture.
             for work in self._reduce(self.buckets[0].flat.new_zeros(axis.size)):
                 work.wait()
 
     @property
     def reduces(self) -> bool:
-        """Whether sums cross ranks at all."""
+        """Whether there is a reduction: axis.size > 1."""
         return self.axis.size > 1
 
     @property
     def empty(self) -> tuple[bool, ...]:
-        """For each sum, whether it is empty. The first addition writes and later ones add, so a CUDA graph of a
-        microbatch is valid only for the same tuple."""
+        """Whether each sum is empty. The first addition overwrites (=) and later ones accumulate (+=), so a CUDA graph
+        of a microbatch is valid only for the same tuple."""
         return tuple(sum.empty for sum in self.sums)
 
     @empty.setter
@@ -94,13 +94,13 @@ class GradientAccumulator:
             self._finish_reductions()
 
     def finish(self) -> None:
-        """After the last microbatch: the sums are whole, zero where nothing was added; the next addition overwrites."""
+        """After the last microbatch: zero the sums without a gradient; the next step's first addition overwrites."""
         for sum in self.sums:
             sum.begun()
             sum.empty = True
 
     def _finish_reductions(self) -> None:
-        """Reduce the buckets in which some parameter had no gradient; wait for all reductions."""
+        """Start the reduction of buckets in which a parameter got no gradient, then wait for all reductions."""
         for index, count in enumerate(self._missing):
             if count:
                 self._start(index)
@@ -121,8 +121,8 @@ class GradientAccumulator:
     def _start(self, index: int) -> None:
         bucket = self.buckets[index]
         for parameter in bucket.parameters:
-            parameter.gradient_sum.begun()  # zero, if no gradient came
-        with on_side_stream(bucket.flat):  # behind the products that write the sums
+            parameter.gradient_sum.begun()  # zeroed if no gradient was added
+        with on_side_stream(bucket.flat):  # after the side stream's weight-gradient products
             self._works += self._reduce(bucket.flat)
 
     def _reduce(self, flat: Tensor) -> list[dist.Work]:
@@ -132,14 +132,14 @@ class GradientAccumulator:
         parts = flat.chunk(self.axis.size)
         if flat.is_cuda:
             return [dist.reduce_scatter_tensor(parts[self.axis.rank], flat, group=group, async_op=True)]
-        # Gloo's reduce_scatter keeps a copy of `flat` until it is waited for; a reduce per part keeps none.
+        # Gloo's reduce_scatter holds a copy of `flat` until its wait(); one reduce per part needs no copy.
         return [dist.reduce(part, group=group, group_dst=rank, async_op=True) for rank, part in enumerate(parts)]
 
 
 class _GradientHook:
-    """Called by autograd once a microbatch, when `parameter` has its gradient, or an operator has added it.
+    """Post-accumulate-grad hook, called once a microbatch after autograd or a fused operator has made the gradient.
 
-    It refers to the accumulator weakly: parameters keep their hooks, and must not keep the sums alive.
+    Holds a weak reference to the accumulator: parameters keep their hooks, and must not keep the sums alive.
     """
 
     def __init__(self, accumulator: GradientAccumulator, bucket: int):
@@ -155,8 +155,8 @@ class _GradientHook:
 
 
 def split_into_buckets(parameters: Sequence[nn.Parameter], elements: int) -> list[list[nn.Parameter]]:
-    """`parameters`, in the model's order, cut into runs of at least `elements` elements, the last run first, since the
-    backward pass makes the last parameters' gradients first. The first parameters' run may be shorter."""
+    """Cut `parameters` (in the model's order) into contiguous runs of at least `elements` elements, the last run first:
+    the order in which the backward pass computes gradients. The run with the first parameters may be shorter."""
     found, members, count = [], [], 0
     for parameter in reversed(parameters):
         members.insert(0, parameter)

@@ -1,4 +1,4 @@
-"""Decoding: one forward pass over the prompt, then one token at a time from the model's state."""
+"""Decoding: one forward pass over the prompt, then one token at a time from the recurrent state."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def generate(
 ) -> Iterator[int]:
     """Sample up to `max_new_tokens` ids that follow `prompt`, ending before the model's eos_id.
 
-    seed: of the random numbers, which are drawn on the CPU. Collective over tensor parallel: every rank calls this with
-    the same arguments and yields the same ids.
+    seed: of the CPU random generator. Collective over tensor parallelism: every rank calls `generate` with the same
+    arguments and yields the same ids.
 
     Raises:
         ValueError: the prompt is empty or holds an id outside the vocabulary.

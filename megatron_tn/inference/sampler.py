@@ -11,12 +11,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampler:
-    """Probabilities softmax(logits / temperature) over the tokens that top_k and then top_p leave.
+    """Samples from softmax(logits / temperature), restricted by top_k and then by top_p.
 
-    temperature: 0 takes the most probable token.
-    top_k: only the k most probable tokens; 0 for all.
-    top_p: only the fewest most probable tokens whose probabilities sum to at least p (nucleus sampling, arXiv
-        1904.09751); 1 for all.
+    temperature: 0 means greedy decoding (argmax).
+    top_k: keep the k most probable tokens; 0: all.
+    top_p: keep the smallest set of most probable tokens with a total probability of at least p (nucleus sampling,
+        arXiv 1904.09751); 1: all.
     """
 
     temperature: float = 0.8
@@ -35,7 +35,7 @@ class Sampler:
         return found
 
     def __call__(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """logits [B, V] -> ids [B], on the CPU, so that a seed draws the same on every device."""
+        """logits [B, V] -> ids [B]. Runs on the CPU, so that random draws do not depend on the device."""
         logits = logits.float().cpu()
         if self.temperature == 0:
             return logits.argmax(-1)

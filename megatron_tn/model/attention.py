@@ -1,10 +1,12 @@
 """Gated linear attention, the token mixer of TransNormerLLM.
 
 q, k, v, u = W_qkvu x
-q, k = LRPE(act(q)), LRPE(act(k))                               LRPE in the layers that model.lrpe names
+q, k = LRPE(act(q)), LRPE(act(k))                               LRPE only in the layers of model.lrpe
 o_t = sum over s <= t of exp(-r (t - s)) (q_t . k_s) v_s        no softmax, no scale
 y = norm(o over all heads) * u
 out = W_o y
+
+act is model.act, r the head's decay rate in this layer, norm model.norm.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from megatron_tn.parallel.sharding import ShardSpec, mark
 
 
 class LRPE(nn.Module):
-    """theta [H, 1, d], radians a position, of the linearised relative position encoding (arXiv 2307.09270), split by
-    heads.
+    """Linearised relative position encoding (arXiv 2307.09270): the parameter theta [H, 1, d], in radians per position,
+    split by heads over tensor parallelism.
 
     `kernels.gla` applies the feature map x -> [x cos(theta t), x sin(theta t)], which doubles the width of q and k.
     """
@@ -33,12 +35,12 @@ class LRPE(nn.Module):
         self.theta = mark(nn.Parameter(torch.empty(spec.local_shape(axis.rank, axis.size))), spec)
 
     def forward(self) -> Tensor:
-        # A module that is called: ZeRO 3 gathers a module's parameters when its forward is called.
+        # theta is read by calling this module, since ZeRO 3 gathers a module's parameters when its forward is called.
         return self.theta
 
 
 class GateNorm(nn.Module):
-    """The weight [D] of norm(o) in the ablation model.norm=rmsnorm, split by heads as o's channels are."""
+    """The learnt weight [D] of norm(o) for model.norm=rmsnorm (an ablation), split over tp like the channels of o."""
 
     def __init__(self, width: int, axis: Axis):
         super().__init__()
@@ -50,15 +52,15 @@ class GateNorm(nn.Module):
 
 
 class GatedLinearAttention(nn.Module):
-    """x [B, n, D] -> [B, n, D], its sum(o^2) [B, n], and the state [B, H / tp, K, d] where layout.return_state.
+    """x [B, n, D] -> (output [B, n, D] without the norm's scale, sum(o^2) [B, n], state [B, H / tp, K, d] or None).
 
-    With layout.token_slices, x and both results are this rank's slice [S, ..] of the tokens; q, k, v, u and o are all
-    tokens of this rank's heads.
+    The state is None unless layout.return_state. With layout.token_slices, x, output and sum(o^2) are this rank's slice
+    [S, ..] of the tokens; q, k, v, u and o have all tokens of this rank's heads.
     decay: rates of this rank's heads in this layer, fp32 [H / tp].
 
-    The norm is over ALL heads together, which live on different ranks. Its scale of a token commutes with the gate and
-    with W_o, so each rank forms (o * u) W_o^T and sum(o^2) over its heads. Both are summed over ranks, and the norm
-    that adds the result to the residual stream applies the scale.
+    norm(o) is over the channels of all H heads, which are split over ranks. Its scale (one number a token) commutes
+    with the gate and with W_o, so each rank computes (o * u) W_o^T and sum(o^2) over its heads, and both are summed
+    over ranks. The block's channel_norm applies the scale as it adds the output to the residual stream.
     """
 
     def __init__(self, config: ModelConfig, layer: int, axis: Axis):
@@ -88,6 +90,6 @@ class GatedLinearAttention(nn.Module):
             y, square_sum = layout.sequence_slice.attend(qkvu, decay, theta, **options)
             state = None
         if self.norm is not None:
-            y = self.norm(y)  # its weights commute with the gate
+            y = self.norm(y)  # y = o * u: elementwise weight and gate commute
         out, square_sum = self.out_proj(y, layout.token_slices, beside=square_sum)
         return out, square_sum, state

@@ -1,4 +1,4 @@
-"""A language model as engines, checkpoints, evaluation and decoding see it, whatever its architecture."""
+"""The language-model interface of every architecture, for engines, checkpoints, evaluation and decoding."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class DecodingState(NamedTuple):
-    """Everything that decoding keeps of the tokens so far.
+    """Recurrent state after the tokens processed so far (the counterpart of a KV cache).
 
-    layers: one tensor a block, B its first dimension. TransNormer's are fp32 [B, H / tp, K, d], K = 2d where the block
-        uses LRPE and d elsewhere, of one size for any number of tokens; softmax attention's would hold keys and values.
-    position: number of tokens so far.
+    layers: one tensor per block, B its first dimension. TransNormer: fp32 [B, H / tp, K, d], K = 2d if the block uses
+        LRPE, else d; the size does not depend on the number of tokens. Softmax attention would hold keys and values.
+    position: number of tokens processed.
     """
 
     layers: list[Tensor]
@@ -33,7 +33,7 @@ class DecodingState(NamedTuple):
 
 
 class ModelOutput(NamedTuple):
-    """logits [B, N, V] without targets; loss and token_losses [B, N] with them; state where return_state is true."""
+    """Without targets: logits [B, N, V]. With targets: loss and token_losses [B, N]. With return_state: state."""
 
     logits: Tensor | None = None
     loss: Tensor | None = None
@@ -42,11 +42,11 @@ class ModelOutput(NamedTuple):
 
 
 class Body(Protocol):
-    """What an architecture builds between token ids and the output head: embedding, blocks, final norm.
+    """The part of an architecture before the output head: embedding, blocks, final norm.
 
-    layers: the blocks in order. Each is called as block(x, layout, ...) -> (x, state): x first and alone among what
-        needs a gradient, so that engines can hook into it. Recomputation wraps a block, compilers compile it, FSDP2
-        shards it and ZeRO 3 gathers its weights as one.
+    layers: the blocks in order. Each is called as block(x, layout, ...) -> (x, state). x is the first argument and the
+        only one that needs a gradient, so that engines can hook into it. A block is the unit of recomputation, of
+        compilation, of FSDP2's sharding and of ZeRO 3's gathering.
     """
 
     layers: nn.ModuleList
@@ -54,15 +54,15 @@ class Body(Protocol):
     def __call__(
         self, tokens: Tensor, layout: TokenLayout, state: DecodingState | None = None
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """tokens [B, n] -> normed hidden vectors [B, n, D], or this rank's slice [S, D] where layout has token_slices;
-        and each block's state after these tokens, None where layout.return_state is false."""
+        """tokens [B, n] -> (normalised hidden vectors [B, n, D], or this rank's slice [S, D] with layout.token_slices;
+        each block's state after these tokens, or None without layout.return_state)."""
         ...
 
 
 class Model(nn.Module):
-    """A causal language model. `context` says which part of it this process holds.
+    """A causal language model. context: this process's ranks, which determine its part of the parameters.
 
-    body, lm_head: under their names in released weights, so that a parameter's name is its name on disk.
+    body and lm_head become the attributes `model` and `lm_head`: parameters are named as in the released weights.
     """
 
     def __init__(self, config: ModelConfig, context: ParallelContext, body: Body, lm_head: VocabParallelHead):
@@ -74,7 +74,7 @@ class Model(nn.Module):
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The body's layers; see `Body.layers` for what may be done with them."""
+        """The blocks, see `Body.layers`."""
         return self.model.layers
 
     def forward(
@@ -89,17 +89,17 @@ class Model(nn.Module):
     ) -> ModelOutput:
         """tokens [B, N] int64 -> logits [B, N, V], or the next-token loss.
 
-        targets [B, N]: the id that should follow each token, -100 to ignore. The loss is in nats, fp32, and the full
-        logits are never formed. reduction "mean" divides by the number of targets != -100, "sum" does not, and "none"
-        gives `loss` as [B, N], outside autograd.
-        cu_seqlens [documents + 1] int32: bounds of the documents in a packed sequence (B is 1), which do not see each
-        other.
-        state: of the tokens before these; with return_state, `out.state` is that after them.
+        targets [B, N]: the id that should follow each token, -100 to ignore. The loss is in nats, fp32; the logits
+        [B, N, V] are never materialised. reduction: "mean" divides by the number of targets != -100, "sum" does not,
+        "none" returns `loss` [B, N] without gradient.
+        cu_seqlens [documents + 1] int32: bounds of the documents in a packed sequence (B = 1); tokens see only their
+        own document.
+        state: the state after the preceding tokens. return_state: return in `out.state` the state after `tokens`.
 
-        Every context-parallel rank is given the whole sequences. With targets, and neither state nor return_state, it
-        computes its slice of n tokens: its loss is the sum over its own targets (for "mean" divided by the number of
-        all), so that the losses of the group add up; token_losses are [B, n]. Sequence parallelism likewise shares
-        tokens out in that case alone: decoding has about one token a row.
+        Every context-parallel rank gets the whole sequences. With targets and neither state nor return_state, a rank
+        computes its slice of n tokens only: token_losses [B, n], and loss = sum over the slice's targets ("mean":
+        divided by the number of all targets != -100), so that losses add up over the group. Sequence parallelism, too,
+        is used in this case only: decoding has about one token a row.
 
         Raises:
             ValueError: an unknown reduction; cu_seqlens with B > 1, or together with a state.
@@ -132,13 +132,13 @@ class Model(nn.Module):
         return self(tokens, targets=targets).loss
 
     def shard_specs(self) -> dict[str, ShardSpec]:
-        """Released name of every parameter -> how it is split over tensor parallel."""
+        """Released name of every parameter -> its split over tensor parallelism."""
         return {name: parameter.shard_spec for name, parameter in self.named_parameters()}
 
     def named_logical_gradients(self) -> dict[str, Tensor]:
-        """After backward: released name -> whole gradient, at any tensor-parallel size. Collective over tp.
+        """After backward: released name -> gradient of the logical (unsplit) parameter. Collective over tp.
 
-        These are this data-parallel rank's gradients; an engine sums them over the ranks.
+        The gradients are not reduced over data-parallel ranks; engines do that.
         """
         return {
             name: parameter.shard_spec.gather(parameter.grad, self.context.tp)

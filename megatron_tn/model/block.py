@@ -13,7 +13,7 @@ from megatron_tn.parallel.context import Axis
 
 
 class Block(nn.Module):
-    """x [B, n, D] -> [B, n, D], or slices [S, D] -> [S, D]; and the token mixer's state where layout.return_state.
+    """x [B, n, D] -> [B, n, D], or slices [S, D] -> [S, D]; and the token mixer's state, None without return_state.
 
     decay: rates of this layer's heads on this rank, fp32 [H / tp].
     """
@@ -30,5 +30,5 @@ class Block(nn.Module):
         slices = layout.token_slices
         x, normed = self.token_norm(x, slices=slices)
         mixed, square_sum, state = self.token_mixer(normed, layout, decay)
-        x, normed = self.channel_norm(x, mixed, square_sum, slices)  # scales mixed by square_sum, adds it to x, norms
+        x, normed = self.channel_norm(x, mixed, square_sum, slices)  # x += scaled mixed; normed = norm(x)
         return x + self.channel_mixer(normed, slices), state

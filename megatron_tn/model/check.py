@@ -1,4 +1,4 @@
-"""TransNormerLLM's operators compared with their definitions, before a run trusts them."""
+"""Self-check of TransNormerLLM's GPU operators against fp64 references, before training."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from megatron_tn.model.base import Model
 
 
 def check_kernels(model: Model, device: torch.device, dtype: torch.dtype) -> None:
-    """Compare the operators, in `dtype` and at this rank's widths, with their fp64 definitions; on a GPU alone.
+    """Compare the operators, in `dtype` and at this rank's widths, with their fp64 references; does nothing on a CPU.
 
-    Where a kernel is wrong, that is logged, and all operators run in plain PyTorch from then on.
+    If a Triton kernel is wrong, the mismatch is logged and all operators fall back to plain PyTorch.
 
     Raises:
-        KernelMismatchError: an operator's plain PyTorch form is wrong as well.
+        KernelMismatchError: an operator's plain PyTorch implementation is wrong, too.
     """
     if device.type != "cuda":
         return

@@ -1,7 +1,7 @@
-"""Decay rates of the token mixer, by global head and layer: the only definition of them.
+"""Decay rates of the token mixer, by global head index and layer.
 
-At each position the state of head h in layer l is multiplied by exp(-rate). Rates are fixed; learnt ones became NaN in
-the paper (arXiv 2307.14995).
+At each position the state of head h in layer l is multiplied by exp(-rate). Rates are constants: in the paper (arXiv
+2307.14995) learnt rates became NaN.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def decay_rates(
 ) -> list[float]:
     """Rates r >= 0 per position of all H heads of layer `layer` = 0..L-1.
 
-    form "released": slope(h) * (1 - l/(L-1) + 1e-5), with `alibi_slopes`, as the released weights were trained.
+    form "released": slope(h) * (1 - l/(L-1) + 1e-5), slope = `alibi_slopes`: the released weights' rates.
     form "paper":    (8h/H) * (1 - l/L) with h = 1..H, equation 10 of arXiv 2307.14995.
     form "none":     0, no decay.
-    temperature: False leaves out the factor that depends on the layer.
+    temperature: False replaces the factor that depends on l by 1.
 
     Raises:
-        ValueError: another form.
+        ValueError: unknown form.
     """
     if form == "none":
         return [0.0] * heads

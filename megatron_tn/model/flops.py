@@ -1,7 +1,7 @@
-"""Parameters and floating-point operations of TransNormerLLM, by formula. One multiply-add counts as two operations.
+"""Parameter and FLOP counts of TransNormerLLM, by formula. One multiply-add counts as two operations.
 
-Attention is counted as the recurrence that defines it, state update and readout. That is the least that any kernel
-must do, and depends neither on a kernel's chunk size nor on the sequence length.
+Attention is counted as its recurrence: state update S += k^T v and readout q S. This is a lower bound for every kernel,
+and depends neither on a kernel's chunk size nor on the sequence length.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def parameter_count(config: ModelConfig) -> int:
 
 
 def forward_flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, int]:
-    """Operations of one token's forward pass, by part, for any sequence_length; `head` is the output projection."""
+    """Part -> FLOPs of one token's forward pass, independent of sequence_length; "head" is the output projection."""
     d, head_dim, heads = config.embed_dim, config.head_dim, config.heads
     key_widths = [head_dim * (2 if lrpe else 1) for lrpe in config.lrpe_layers]
     return {

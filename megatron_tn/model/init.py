@@ -1,7 +1,7 @@
-"""Initial values, the same for every layout and engine.
+"""Initial values of a rank's part of each parameter, identical for every parallel layout and engine.
 
-An element depends on the seed, its parameter's released name and its place in the logical tensor, and on nothing else.
-`Architecture.initial_box` gives the values; here they reach a rank's part of a parameter.
+An element is a function of the seed, the parameter's released name and the element's index in the logical tensor.
+`Architecture.initial_box` computes values; this file maps them to a rank's local tensor.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from megatron_tn.parallel.sharding import ShardSpec
 def initial_parts(
     name: str, spec: ShardSpec, rank: int, size: int, start: int, stop: int, config: ModelConfig, seed: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """Elements [start, stop) of rank `rank`'s flattened local part, as (first element, values), one band of at most
-    TILE rows after the other. Elements in no band are padding, which is zero."""
+    """Elements [start, stop) of rank `rank`'s flattened local part, in bands of at most TILE rows: (index of the band's
+    first element, values) each. Elements in no band are padding, which is zero."""
     initial_box = architecture(config).initial_box
     local = spec.local_shape(rank, size)
     width = math.prod(local[1:])
@@ -34,7 +34,7 @@ def initial_parts(
         last = min(-(-stop // width) - at, bottom - top)
         row = top + first
         while row < top + last:
-            below = min((row // TILE + 1) * TILE, top + last)  # at an edge of tiles, so that each is drawn once
+            below = min((row // TILE + 1) * TILE, top + last)  # bands end at tile edges: each tile is drawn once
             values = initial_box(name, spec.shape, ((row, below), *rest), config, seed).reshape(-1)
             offset = (at + row - top) * width
             lower, upper = max(start - offset, 0), min(stop - offset, values.numel())

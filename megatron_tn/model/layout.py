@@ -1,4 +1,4 @@
-"""What a forward pass knows of its tokens beside their ids: positions, documents, this rank's share, decoding state."""
+"""The layout of a forward pass's tokens: positions, document bounds, this rank's slices, decoding state."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from megatron_tn.parallel.state_passing import SequenceSlice
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Passed unchanged from the model to its blocks and their mixers; `state` alone differs from block to block.
+    """Passed from the model to its blocks and their token mixers; only `state` differs between blocks.
 
-    positions: int64 [N], each token's position in its document; [n] under context parallelism, this rank's.
-    cu_seqlens: int32 [documents + 1], the documents' bounds in a packed sequence (B is 1), counted from the first of
-        this rank's tokens; None where each row is one document.
-    sequence_slice: this rank's n of the N tokens of each row (context parallelism); None where it has all.
-    token_slices: how tensor-parallel ranks share B x n tokens out between split layers (sequence parallelism); None
-        where each has all.
-    state: what a block keeps of the tokens before these, B its first dimension; None at the beginning of a document.
-    return_state: whether blocks also return their state after these tokens.
+    positions: int64 [N], each token's position in its document; under context parallelism this rank's [n].
+    cu_seqlens: int32 [documents + 1], document bounds in a packed sequence (B = 1), relative to this rank's first
+        token; None if each row is one document.
+    sequence_slice: this rank's n of the N tokens of each row (context parallelism); None if n = N.
+    token_slices: the split of the B x n tokens over tensor-parallel ranks outside split layers (sequence parallelism);
+        None if every rank has all of them.
+    state: a block's recurrent state after the preceding tokens, B its first dimension; None at a document's beginning.
+    return_state: whether blocks return their state after the last token.
     """
 
     positions: Tensor
@@ -46,8 +46,8 @@ class TokenLayout:
     ) -> TokenLayout:
         """The layout of tokens [B, N], the same on every rank.
 
-        start: position of the first token. context: the ranks that share the tokens out by its context and sequence
-        parallelism; None gives each rank all tokens.
+        start: position of the first token. context: ranks whose context and sequence parallelism split the tokens;
+        None: every rank has all tokens.
 
         Raises:
             ValueError: fewer tokens in a row than context-parallel ranks.
@@ -68,7 +68,7 @@ class TokenLayout:
         return x if self.sequence_slice is None else self.sequence_slice.take(x)
 
     def continuing(self, state: Tensor | None) -> TokenLayout:
-        """The same tokens after those that led to a block's `state`."""
+        """This layout with `state` as the block's initial state; None leaves the layout unchanged."""
         return self if state is None else dataclasses.replace(self, state=state)
 
 

@@ -1,4 +1,4 @@
-"""Normalisations over the embedding dimension: SimpleRMSNorm, and with a learnt weight RMSNorm (an ablation)."""
+"""Normalisations over the embedding dimension: SimpleRMSNorm (no parameters), and RMSNorm (an ablation)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from megatron_tn.parallel.sharding import ShardSpec, mark
 class SimpleRMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) over the last dimension, statistics in fp32 (arXiv 2307.14995, equation 12).
 
-    forward(x, update) -> (x + update, norm(x + update)), one pass over memory in each direction; without an update,
-    (x, norm(x)). x [.., D] is the residual stream, and update [.., D] the output of the branch before.
+    forward(x, update) -> (x + update, norm(x + update)), fused: one pass over memory in forward and one in backward.
+    forward(x) -> (x, norm(x)). x [.., D]: residual stream; update [.., D]: output of the preceding branch.
 
-    square_sum [..]: sum(o^2) of a `GatedLinearAttention`, whose output `update` is not yet normed: update is then
-    multiplied by 1 / sqrt(square_sum / D + eps).
+    square_sum [..]: sum(o^2) returned by `GatedLinearAttention`, whose output lacks the norm's scale: forward first
+    multiplies `update` by 1 / sqrt(square_sum / D + eps).
     """
 
     def __init__(self, width: int, eps: float):
@@ -39,9 +39,9 @@ class SimpleRMSNorm(nn.Module):
 
 
 class RMSNorm(SimpleRMSNorm):
-    """SimpleRMSNorm times a learnt weight [D], which every tensor-parallel rank holds whole.
+    """SimpleRMSNorm times a learnt weight [D], replicated over tensor-parallel ranks.
 
-    slices: each rank norms its slice of the tokens, so the weight's gradient is summed over ranks.
+    slices: with sequence parallelism each rank normalises its own tokens, so dweight is summed over ranks.
     """
 
     def __init__(self, width: int, eps: float):

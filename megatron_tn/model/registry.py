@@ -1,7 +1,7 @@
-"""The architectures that `model.architecture` may name, and what the rest of the package asks of each.
+"""Registry of architectures: the values of `model.architecture` and their functions.
 
-To add one: a module with its `Body`, initial values and FLOP formula, an entry in ARCHITECTURES, its name in
-`ModelConfig.architecture`, and settings of its own in `ModelConfig`.
+To add an architecture: a module with its `Body`, initial values and FLOP formula, an entry in ARCHITECTURES, its name
+in `ModelConfig.architecture`, and its own settings in `ModelConfig`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from megatron_tn.parallel.sharding import Box
 
 @dataclass(frozen=True)
 class ReleasedNames:
-    """What an architecture is called in released files, whose tensors have its parameters' names.
+    """Names of an architecture in released (Hugging Face) files; tensors there have the model's parameter names.
 
     model_type, class_name: fields `model_type` and `architectures` of config.json.
-    repeated: tensor that a file may also hold -> the parameter that it repeats.
+    repeated: extra tensor that a file may hold -> the parameter of which it is a copy (tied weights).
     """
 
     model_type: str
@@ -36,15 +36,15 @@ class ReleasedNames:
 class Architecture:
     """One family of models.
 
-    build(config, context): the model, its parameters this rank's part; of the default device and type.
-    problems(config, tp): relations between settings that do not hold, one line each. Those that settings alone decide
-        stand in `ModelConfig.problems`, which checks a run before anything of it is built.
-    parameter_count(config): of the whole model, a tied weight once, without padding.
+    build(config, context): the model with this rank's part of the parameters, on the default device and dtype.
+    problems(config, tp): one line for each violated relation between settings. `ModelConfig.problems` has the relations
+        that need no model, and is called before a run builds anything.
+    parameter_count(config): parameters of the whole model, a tied weight once, without padding.
     forward_flops_per_token(config, sequence_length): operations of one token's forward pass by part of the model, the
         mean over a sequence; a multiply-add counts as two.
     initial_box(name, shape, box, config, seed): initial values within `box` of the logical parameter `name` of
         `shape`, fp32 on the CPU.
-    check_kernels(model, device, dtype): compares the operators it uses with their definitions, at this rank's shapes.
+    check_kernels(model, device, dtype): compares the model's operators with fp64 references, at this rank's shapes.
     """
 
     build: Callable[[ModelConfig, ParallelContext], Model]
@@ -83,9 +83,9 @@ def build_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Model:
-    """A model whose parameters are allocated on `device` in `dtype`, without values; `init.initialize` gives them some.
+    """A model with parameters allocated on `device` in `dtype`, but uninitialised: call `init.initialize` afterwards.
 
-    context: the layout whose rank holds its part; None for a single process.
+    context: the ranks that determine this process's part of the parameters; None for a single process.
 
     Raises:
         ConfigError: settings that do not fit each other or context.tp, one line each.
@@ -109,20 +109,20 @@ def parameter_count(config: ModelConfig) -> int:
 
 
 def forward_flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, int]:
-    """Operations of one token's forward pass, by part of the model."""
+    """Part of the model -> FLOPs of one token's forward pass."""
     return architecture(config).forward_flops_per_token(config, sequence_length)
 
 
 def training_flops_per_token(config: ModelConfig, sequence_length: int) -> int:
-    """Operations of one token's forward and backward pass, without recomputation: a product's backward is two products
-    of its size."""
+    """FLOPs of one token's forward and backward pass: 3 x forward, since the backward of a product is two products of
+    the same size. Recomputation is not counted."""
     return 3 * sum(forward_flops_per_token(config, sequence_length).values())
 
 
 def check_kernels(model: Model, device: torch.device, dtype: torch.dtype) -> None:
-    """Compare the operators that `model` uses with their fp64 definitions, at this rank's shapes and in `dtype`.
+    """Compare the operators of `model` with their fp64 references, at this rank's shapes and in `dtype`.
 
     Raises:
-        KernelMismatchError: an operator's plain PyTorch form is wrong as well as its kernel.
+        KernelMismatchError: an operator's plain PyTorch implementation is wrong, too.
     """
     architecture(model.config).check_kernels(model, device, dtype)

@@ -1,4 +1,4 @@
-"""Simple gated linear unit, the channel mixer: out = W_3 (act(W_1 x) * W_2 x), act being the identity by default."""
+"""Simple gated linear unit, the channel mixer: out = W_3 (act(W_1 x) * W_2 x); act is the identity by default."""
 
 from __future__ import annotations
 

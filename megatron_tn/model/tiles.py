@@ -1,7 +1,7 @@
-"""Normal values of a matrix that depend on the seed, its name and the place in it, and not on who draws which part.
+"""Normal initial values of a matrix, as a function of seed, matrix name and element index: equal for any sharding.
 
-A matrix is a grid of TILE x TILE tiles, each drawn from a generator of its own. A rank draws the tiles that its part
-touches, one at a time, so it never holds a whole parameter.
+A matrix is a grid of TILE x TILE tiles, each drawn from its own random generator. A rank draws the tiles that overlap
+its part, one at a time, so it never holds the whole matrix.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_tn.parallel.sharding import Box
 
-TILE = 256  # rows and columns drawn at a time; another size gives other values
+TILE = 256  # rows and columns of a tile; changing it changes all initial values
 
 
 def normal_box(name: str, shape: tuple[int, ...], box: Box, std: float, seed: int) -> Tensor:

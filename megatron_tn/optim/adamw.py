@@ -1,8 +1,10 @@
-"""AdamW (arXiv 1711.05101) by three kernels: this package's, torch's and apex's, each behind
-`optim.protocol.Optimizer`.
+"""AdamW (arXiv 1711.05101) by the kernels of this package, torch or apex, each as an `optim.protocol.Optimizer`:
 
-    m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2,  p -= lr (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t))
-    + eps) + weight_decay p)
+    m = beta1 m + (1 - beta1) g
+    v = beta2 v + (1 - beta2) g^2
+    p -= lr (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay p)
+
+t: number of applied steps.
 """
 
 from __future__ import annotations
@@ -19,18 +21,18 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class _Groups(torch.optim.Optimizer):
-    """Parameter groups and state of `TritonAdamW`, which does the stepping."""
+    """Holds the parameter groups and state of `TritonAdamW`, whose own `step` does the update."""
 
     def step(self, closure=None) -> None:
-        """DeepSpeed calls this while it builds, with zero gradients, to have state allocated."""
+        """Allocates state only: DeepSpeed calls step() with zero gradients at initialisation."""
         for group in self.param_groups:
             for master in group["params"]:
                 _moments(self, master)
 
 
 class TritonAdamW:
-    """See `optim.protocol.Optimizer`. One pass over memory: gradient divided, moments, master and copy written together
-    (kernels/adamw), 30 bytes an element with a copy in bf16. The host queues a step without knowing its divisor."""
+    """See `optim.protocol.Optimizer`. One kernel divides the gradient and updates moments, master and copy
+    (kernels/adamw): 30 bytes of traffic an element with a bf16 copy. The divisor stays on the device."""
 
     state_kinds = MOMENTS
     whole_matrices = False
@@ -72,7 +74,7 @@ class TritonAdamW:
 
 
 class _Waiting:
-    """The step of a library's optimizer, which needs the divisor on the host, and writes no copies of its own."""
+    """Base of library optimizers: copies the divisor to the host (synchronises); writes copies in a separate pass."""
 
     state_kinds = MOMENTS
     whole_matrices = False
@@ -92,19 +94,19 @@ class _Waiting:
         write_copies(self.copies)
 
     def _apply(self, divisor: Tensor | None) -> None:
-        """One step of `inner`, by gradients / divisor; None is 1."""
+        """One step of `inner` with gradients / divisor; None means 1."""
         raise NotImplementedError
 
     def undo(self) -> None:
-        """A divisor that is not finite made no step."""
+        """Nothing to do: `step` has already skipped a divisor that is not finite."""
 
     def state_of(self, master: Tensor) -> dict[str, Tensor]:
         return _moments(self.inner, master)
 
 
 class TorchAdamW(_Waiting):
-    """See `optim.protocol.Optimizer`. torch.optim.AdamW's fused kernel, which divides gradients as it reads them and
-    writes the quotients back. Copies are a pass of their own."""
+    """See `optim.protocol.Optimizer`. torch.optim.AdamW with fused=True, whose kernel divides gradients by grad_scale
+    as it reads them, and writes the quotients back."""
 
     def __init__(self, groups: list[dict], *, lr: float, betas: tuple[float, float], eps: float):
         super().__init__()
@@ -112,7 +114,7 @@ class TorchAdamW(_Waiting):
 
     def _apply(self, divisor: Tensor | None) -> None:
         self.inner.grad_scale = divisor
-        torch.optim.AdamW.step(self.inner)  # not inner.step, in whose place DeepSpeed's adapter puts the whole update
+        torch.optim.AdamW.step(self.inner)  # not inner.step: DeepSpeed's adapter may have replaced that
 
     def state_of(self, master: Tensor) -> dict[str, Tensor]:
         moments = super().state_of(master)
@@ -126,8 +128,8 @@ class TorchAdamW(_Waiting):
 
 
 class ApexAdamW(_Waiting):
-    """See `optim.protocol.Optimizer`. NVIDIA apex's FusedAdam, which takes gradients as they are: where they must be
-    clipped, a pass over them comes first. It counts steps per group."""
+    """See `optim.protocol.Optimizer`. NVIDIA apex's FusedAdam, which cannot divide gradients: clipping is a separate
+    pass over them. FusedAdam counts steps per parameter group."""
 
     def __init__(self, groups: list[dict], *, lr: float, betas: tuple[float, float], eps: float):
         from apex.optimizers import FusedAdam
@@ -146,7 +148,7 @@ class ApexAdamW(_Waiting):
 
 
 def _moments(inner: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]:
-    """Both moments of `master`, made where `inner` has none yet."""
+    """Both moments of `master`, allocated as zeros at first use."""
     state = inner.state[master]
     for moment in MOMENTS:
         if moment not in state:
@@ -156,6 +158,6 @@ def _moments(inner: torch.optim.Optimizer, master: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def write_copies(copies: Mapping[Tensor, Tensor]) -> None:
-    """Round every master into its copy."""
+    """Cast every master into its copy."""
     if copies:
         torch._foreach_copy_(list(copies.values()), list(copies))

@@ -1,4 +1,4 @@
-"""From settings to an optimizer."""
+"""Builds the optimizer from the settings `optim.*`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ KERNELS = {"triton": TritonAdamW, "torch": TorchAdamW, "apex": ApexAdamW}
 
 
 def build_optimizer(groups: list[dict], config: OptimConfig) -> Optimizer:
-    """AdamW by the kernel that optim.fused names; "auto" is this package's on a GPU and torch's on a CPU.
+    """AdamW with the kernel of optim.fused; "auto": this package's on a GPU, torch's on a CPU.
 
-    groups: of `parameter_groups`.
+    groups: parameter groups, from `optim.groups.parameter_groups`.
 
     Raises:
         ConfigError: optim.fused=apex without apex.

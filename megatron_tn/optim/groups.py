@@ -1,4 +1,4 @@
-"""Which parameters are decayed."""
+"""Optimizer parameter groups: with and without weight decay."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def is_decayed(name: str, dimensions: int) -> bool:
-    """Weight decay is for matrices. Norm weights and LRPE's theta set scales and frequencies, and are left alone."""
+    """Weight decay applies to matrices, not to norm weights (scales) or LRPE's theta (frequencies)."""
     return dimensions == 2 and not name.endswith(".theta")
 
 
 def parameter_groups(named: Iterable[tuple[str, Tensor, int]], weight_decay: float) -> list[dict]:
-    """(name, tensor to optimise, dimensions of the parameter) -> optimizer groups: decayed, then the rest."""
+    """(name, tensor to optimise, dimensions of the logical parameter) -> non-empty groups, the decayed one first."""
     named = list(named)
     decayed = [tensor for name, tensor, dimensions in named if is_decayed(name, dimensions)]
     rest = [tensor for name, tensor, dimensions in named if not is_decayed(name, dimensions)]

@@ -1,4 +1,4 @@
-"""What an engine needs of an optimizer. An adapter a library lives beside this file; `optim/build.py` picks one."""
+"""The optimizer interface that engines call. Each algorithm has a file beside this one; `optim/build.py` selects."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 class Optimizer(Protocol):
     """Updates fp32 masters in place from their `.grad`, which is fp32 and of the master's shape.
 
-    inner: the torch.optim.Optimizer that holds parameter groups and state; DeepSpeed is handed this one, and puts its
-    own flat masters into its groups.
-    state_kinds: the tensors kept of a master, fp32 of its shape. They name what a checkpoint holds of a parameter
-    beside "param", and are recorded in its manifest.
-    whole_matrices: whether a master must be one whole matrix; False if the update is elementwise, so that engines may
-    cut masters anywhere and lay many into one flat tensor.
-    copies: master -> the parameter, or part of one, in the computing type, of the master's shape. Every step that is
-    applied leaves the new master there, rounded.
+    inner: the torch.optim.Optimizer that holds parameter groups and state; DeepSpeed is initialised with `inner`, and
+    replaces the parameters in its groups by flat masters.
+    state_kinds: names of the state tensors per master (fp32, of the master's shape). A checkpoint stores each of them
+    for every parameter, beside "param", and its manifest lists them.
+    whole_matrices: True if each master must be one whole matrix; False if the update is elementwise, so that engines
+    may shard masters anywhere and concatenate many into one flat tensor.
+    copies: master -> the same elements in the computing type, of the master's shape. Every applied step casts the new
+    master into its copy.
     """
 
     inner: torch.optim.Optimizer
@@ -28,20 +28,20 @@ class Optimizer(Protocol):
     copies: Mapping[Tensor, Tensor]
 
     def step(self, lr: float, divisor: Tensor) -> None:
-        """One update with learning rate `lr` and gradients / divisor. divisor: fp32 [] on the masters' device; where it
-        is not finite, masters, state and copies stay as they are."""
+        """One update with learning rate `lr` and gradients / divisor. divisor: fp32 [] on the masters' device; if it is
+        not finite, masters, state and copies stay unchanged."""
         ...
 
     def undo(self) -> None:
-        """The last step's divisor turned out not to be finite: that step does not count for bias correction."""
+        """After a step whose divisor was not finite: subtract that step from the count of bias correction."""
         ...
 
     def state_of(self, master: Tensor) -> dict[str, Tensor]:
-        """kind -> its tensor, of master's shape, zero before the first step. What is written there is used."""
+        """kind -> state tensor, of master's shape, zero before the first step. Writes to it affect the next step."""
         ...
 
     def set_step(self, step: int) -> None:
-        """Set the number of applied steps, which bias correction counts, and learn of state that was written."""
+        """Set the number of applied steps, t in bias correction. Call after writing to state."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Learning rate and batch of a step, as pure functions of the step: nothing to save, nothing to drift on resume."""
+"""Learning rate and batch of a step, as pure functions of the step number: no state in checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def learning_rate(step: int, optim: OptimConfig, schedule: ScheduleConfig) -> fl
         factor = 1.0
     elif schedule.name == "cosine":
         span = schedule.steps - 1 - schedule.warmup_steps
-        # span = 0: the last step is the only one after warm-up, and has the floor; the only step of a run has the peak.
+        # span = 0: the only step after warm-up is the last and gets the floor; a run of one step gets the peak.
         progress = min((step - schedule.warmup_steps) / span, 1.0) if span > 0 else float(schedule.steps > 1)
         factor = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
     else:
@@ -34,9 +34,9 @@ def learning_rate(step: int, optim: OptimConfig, schedule: ScheduleConfig) -> fl
 def batch_of_step(step: int, global_batch: int, schedule: ScheduleConfig) -> tuple[int, int]:
     """(first sample, number of samples) of optimizer step `step`, counted from 0.
 
-    With a ramp the batch begins at schedule.ramp_from sequences and grows by schedule.ramp_increment, at times spread
-    evenly over the first schedule.ramp_steps steps, to global_batch (as in arXiv 2005.14165, appendix B). The learning
-    rate stays a function of the step.
+    With a ramp the batch grows from schedule.ramp_from sequences to global_batch by increments of
+    schedule.ramp_increment, spaced evenly over the first schedule.ramp_steps steps (as in arXiv 2005.14165, appendix
+    B). The learning rate remains a function of the step.
     """
     if not schedule.ramp_from:
         return step * global_batch, global_batch

@@ -1,8 +1,8 @@
-"""Peak memory of a rank, by kind, without a GPU and before a run is started.
+"""Predicted peak GPU memory of a rank, by kind, computed without a GPU before a run starts.
 
-The activations of a microbatch are measured, not computed by a formula: the model's own code runs forward and backward
-on tensors without storage (stand_ins.py), and the bytes alive are counted operator by operator (live.py). Parameters,
-gradients, optimizer state and an engine's buffers are formulas: `state_bytes`, `buffer_bytes`, `side_stream_bytes`.
+Activations of a microbatch are measured: the model's own code runs forward and backward on fake tensors without
+storage (stand_ins.py), and live bytes are counted after every operator (live.py). Parameters, gradients, optimizer
+state and engine buffers have formulas: `state_bytes`, `buffer_bytes`, `side_stream_bytes`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from megatron_tn.planning.live import BLOCK, LiveMemory
 from megatron_tn.planning.stand_ins import stand_in_tensors, stand_in_world
 
 GIB = 2**30
-SLACK = 0.03  # free pieces of the allocator's segments that no tensor fits into, as a share of the bytes alive
-CUBLAS = 32 * 2**20  # bytes of cuBLAS's workspace on Hopper, which comes from the same allocator
+SLACK = 0.03  # fragmentation of the caching allocator, as a share of the allocated bytes
+CUBLAS = 32 * 2**20  # bytes of cuBLAS's workspace on Hopper, allocated by PyTorch's allocator
 OUTSIDE = "outside the allocator (allowance)"
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by kind, of the rank that needs most.
+    """Bytes by kind, for the rank with the highest peak.
 
     state: parameters, gradients, masters, moments. work: activations of one microbatch, engine buffers, allocator.
     """
@@ -45,7 +45,7 @@ class MemoryPlan:
 
     @property
     def reserved(self) -> int:
-        """The prediction of `torch.cuda.max_memory_reserved()`."""
+        """Predicted `torch.cuda.max_memory_reserved()`."""
         return sum(size for kind, size in self.kinds.items() if kind != OUTSIDE)
 
     @property
@@ -57,7 +57,7 @@ def plan_memory(config: TrainConfig, world_size: int) -> MemoryPlan:
     """The plan for `world_size` processes. `config.problems(world_size)` must be empty.
 
     Raises:
-        ValueError: this process has joined a world already.
+        ValueError: torch.distributed is already initialised in this process.
     """
     state = state_bytes(config, world_size)
     kept, peak = activation_bytes(config)
@@ -73,12 +73,12 @@ def plan_memory(config: TrainConfig, world_size: int) -> MemoryPlan:
 
 
 def state_bytes(config: TrainConfig, world_size: int) -> dict[str, int]:
-    """Bytes a rank holds of parameters, gradients, fp32 masters and AdamW's two moments, by kind.
+    """Bytes of parameters, gradients, fp32 masters and AdamW's two moments per rank, by kind.
 
     With P parameters, each kind has P / tp values, divided by dp x cp from a ZeRO stage on (arXiv 1910.02054, figure
-    1): moments and masters from stage 1, gradients from 2, parameters from 3. FSDP2 divides as stage 3 does, and its
-    fp32 parameters are the masters. In fp32 the parameters are the masters of the local engine and ZeRO 0 too; ZeRO 1
-    to 3 copy them.
+    1): moments and masters from stage 1, gradients from 2, parameters from 3. FSDP2 divides like stage 3, and its
+    fp32 parameters are the masters. With engine.precision=fp32 the local engine and ZeRO 0 use the parameters as
+    masters, too; ZeRO 1 to 3 hold separate masters.
     """
     engine = config.engine
     data = world_size // config.parallel.tp
@@ -100,10 +100,10 @@ def state_bytes(config: TrainConfig, world_size: int) -> dict[str, int]:
 
 
 def buffer_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
-    """Bytes of the buffers in which engines gather parameters, and reduce and convert gradients.
+    """Bytes of the engines' buffers for gathered parameters and for the reduction and casting of gradients.
 
-    activations: bytes at a microbatch's peak. Buffers that are needed after the backward pass take the place of the
-    activations, which are free by then: the allocator extends its segments (device/allocator.py).
+    activations: bytes at a microbatch's peak. Buffers allocated after the backward pass reuse the memory of the freed
+    activations: the allocator has expandable segments (device/allocator.py).
     """
     engine, model = config.engine, config.model
     tp = config.parallel.tp
@@ -114,26 +114,26 @@ def buffer_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
     block = math.ceil((local - embedding) / model.layers)
     bucket = min(engine.reduce_bucket_elements, local)
     if engine.name == "fsdp2":
-        # Gathered at once: the embedding, the block that computes and the next one. In the backward pass, one block's
-        # gradients are held as computed while those of the block before are reduced in fp32.
+        # Gathered at once: the embedding, the current block and the next one. In the backward pass, one block's
+        # gradients exist in the computing type while the preceding block's are reduced in fp32.
         gathered = local if not engine.reshard_after_forward else embedding + 2 * min(block, local)
         return gathered * width + block * (width + 4) + embedding * (width + 4)
     if engine.sums_own_gradients or engine.zero_stage == 0:
         return 0  # gradients are summed and reduced in place
     if engine.zero_stage == 3:
-        # In the backward pass, one block's gradients are held as computed while another's are reduced.
+        # In the backward pass, one block's gradients exist in the computing type while another block's are reduced.
         gathered = min(local, zero3_live_parameters(config) + block) * width
         return gathered + block * (width + (4 if engine.gradient_dtype == "fp32" else width))
     if engine.zero_stage == 2:
         return 2 * bucket * width + width * math.ceil(local / data)
-    # With bf16 gradients, or in fp32, DeepSpeed copies the gradients into a flat buffer after the last microbatch, and
-    # that once more in fp32.
+    # Stage 1 without `sums_own_gradients`: after the last microbatch DeepSpeed copies the gradients into a flat buffer,
+    # and copies that buffer to fp32.
     return bucket * width + max(0, (2 * width + 4) * local - activations)
 
 
 def side_stream_bytes(config: TrainConfig) -> int:
-    """Bytes of the inputs that a CUDA graph keeps for weight gradients on its side stream (device/side_stream.py): at
-    most those of an SGLU and of the projection before it."""
+    """Bytes of inputs kept alive for weight-gradient products on the side stream of a CUDA graph
+    (device/side_stream.py): at most those of an SGLU and of the projection before it."""
     if not config.engine.cuda_graph:
         return 0
     model, data = config.model, config.data
@@ -142,11 +142,11 @@ def side_stream_bytes(config: TrainConfig) -> int:
 
 
 def activation_bytes(config: TrainConfig, device: str = "cuda") -> tuple[int, int]:
-    """(kept, peak) of one microbatch, bytes beyond the parameters: alive when the loss is known, and at most.
+    """(kept, peak) bytes of one microbatch, parameters excluded. kept: alive between forward and backward pass.
 
-    device: whose operators and allocator are counted, "cuda" or "cpu". Compiled blocks are counted as eager ones: the
-    compiler cannot look into their heavy operators, and keeps the same tensors. What was measured once is remembered:
-    remedies compare engines that run the same pass.
+    device: "cuda" or "cpu", whose operators and allocator rounding are counted. Compiled blocks are counted as eager
+    blocks: torch.compile keeps this project's custom operators, and saves the same tensors. Results are cached,
+    since remedies.py compares engines that run the same pass.
     """
     engine, data = config.engine, config.data
     same_pass = (repr(config.model), config.parallel, engine.precision, engine.recompute, engine.recompute_every)
@@ -164,7 +164,7 @@ def _measure(config: TrainConfig, device: str) -> tuple[int, int]:
     with stand_in_world(config.parallel) as context, stand_in_tensors(device), LiveMemory(*rules) as memory:
         model = step_model(config, context)
         for parameter in model.parameters():
-            # Every engine moves a gradient into its own sum as soon as it is computed.
+            # Engines free parameter.grad once it is computed and added to their gradient sum.
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
         tokens = torch.zeros(config.data.micro_batch, config.data.sequence_length, dtype=torch.int64)
         before = memory.current
@@ -175,7 +175,7 @@ def _measure(config: TrainConfig, device: str) -> tuple[int, int]:
 
 
 def step_model(config: TrainConfig, context: ParallelContext) -> Model:
-    """The model as an engine runs it on this rank: in the computing type, with recomputation."""
+    """This rank's model in the computing type, with recomputation, as in `engine.build`."""
     model = build_model(config.model, context, "cpu", DTYPES[config.engine.precision])
     recompute_blocks(model.blocks, config.engine.recompute, config.engine.recompute_every)
     return model
@@ -186,19 +186,19 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 def _gla_gradients_bytes(qkvu: Tensor, theta: Tensor | None) -> int:
-    """do [tokens, D]; with LRPE also the gradients of q's and k's features, [tokens, 2 D] each
+    """Bytes of do [tokens, D], and with LRPE of the gradients of the features of q and k, [tokens, 2 D] each
     (kernels/gla/passes.py)."""
     part = qkvu.numel() // 4 * qkvu.element_size()
     return part if theta is None else 5 * part
 
 
 def _rows_bytes(x: Tensor, rows: int) -> int:
-    """x [.., D] if it had `rows` tokens."""
+    """Bytes of a tensor [rows, D] of the type of x [.., D]."""
     return rows * x.shape[-1] * x.element_size()
 
 
-# Operator -> bytes that it allocates and frees within one call, by its arguments. Sequence parallel's products gather
-# tokens, and scatter sums, within one operator.
+# Operator -> function of its arguments: bytes allocated and freed within one call. The column- and row-parallel
+# products of sequence parallelism gather tokens, or reduce-scatter sums, within one operator.
 WORKSPACE = {
     "megatron_tn.gla_backward.default": lambda dy, dsquare_sum, dstate, o, qkvu, decay, theta, *rest: (
         _gla_gradients_bytes(qkvu, theta)

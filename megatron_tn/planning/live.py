@@ -1,4 +1,4 @@
-"""Bytes of the tensors that are alive, followed operator by operator; of real tensors and of fake ones."""
+"""Counts the bytes of live tensors, real or fake, operator by operator."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-BLOCK = 512  # bytes to which CUDA's caching allocator rounds each request up
+BLOCK = 512  # bytes: PyTorch's CUDA allocator rounds requests up to a multiple
 
 
 class LiveMemory(TorchDispatchMode):
-    """Use as a context manager. A storage counts from the operator that allocated it until it is freed.
+    """Context manager. A storage is counted from the operator that returned it until it is freed.
 
-    current, peak: bytes now and at most. rounding: bytes to whose multiple each storage is rounded up. workspace:
-    operator's name -> function of its arguments: bytes that it needs while it runs, beside inputs and outputs.
+    current, peak: live bytes now, and their maximum. rounding: bytes; each storage is rounded up to a multiple.
+    workspace: operator name -> function of the operator's arguments: temporary bytes beside inputs and outputs.
     """
 
     def __init__(self, rounding: int = 1, workspace: Mapping[str, Callable[..., int]] | None = None):
@@ -38,8 +38,8 @@ class LiveMemory(TorchDispatchMode):
         return out
 
     def add(self, tensor: Tensor) -> None:
-        """Count `tensor`'s storage, unless it is counted already."""
-        if is_traceable_wrapper_subclass(tensor):  # a DTensor, whose values lie in an inner tensor
+        """Count `tensor`'s storage once."""
+        if is_traceable_wrapper_subclass(tensor):  # such as a DTensor: count the inner tensors
             for name in tensor.__tensor_flatten__()[0]:
                 if isinstance(inner := getattr(tensor, name), Tensor):
                     self.add(inner)
@@ -63,7 +63,7 @@ class LiveMemory(TorchDispatchMode):
 def saved_bytes(graph_of: Callable[[], Any], exclude: tuple[Tensor, ...] = ()) -> int:
     """Bytes of the distinct storages that autograd saves for the backward pass of `graph_of()`.
 
-    exclude: tensors that are alive anyway, such as parameters.
+    exclude: tensors not counted, such as parameters.
     """
     own = {tensor.untyped_storage()._cdata for tensor in exclude}
     kept: dict[int, int] = {}
@@ -75,5 +75,5 @@ def saved_bytes(graph_of: Callable[[], Any], exclude: tuple[Tensor, ...] = ()) -
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        graph_of()  # it must keep its graph: a freed storage's address may be used again
+        graph_of()  # must keep its graph alive: the address of a freed storage may be reused
     return sum(kept.values())

@@ -1,4 +1,4 @@
-"""Changes of one setting that make a run fit into a GPU's memory, for the message that refuses one that does not."""
+"""Changes of settings that make a run fit into GPU memory, for the error message of a run that does not fit."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import replace
 from megatron_tn.config import TrainConfig
 from megatron_tn.planning.estimate import GIB, MemoryPlan, plan_memory
 
-Change = tuple[str, TrainConfig]  # words of the command line, and the config that they give
+Change = tuple[str, TrainConfig]  # command-line overrides, and the resulting config
 
 
 def changes_by_setting(config: TrainConfig) -> Iterator[list[Change]]:
-    """For each setting that saves memory, its values in the order of what they cost in speed, the cheapest first."""
+    """For each setting that saves memory: its values, those that cost the least speed first."""
     engine, data, parallel = config.engine, config.data, config.parallel
 
     def with_engine(words: str, **changes: object) -> Change:
@@ -28,7 +28,7 @@ def changes_by_setting(config: TrainConfig) -> Iterator[list[Change]]:
     ]
     if engine.name == "deepspeed":
         stages = [with_engine(f"engine=zero{stage}", zero_stage=stage) for stage in range(engine.zero_stage + 1, 4)]
-        # FSDP2 and ZeRO 3 shard the same; FSDP2 is the faster one (docs/performance.md).
+        # FSDP2 and ZeRO 3 shard the same tensors; FSDP2 is faster (docs/performance.md).
         yield [*stages[:-1], with_engine("engine=fsdp2", name="fsdp2"), *stages[-1:]] if stages else []
     if parallel.tp > 1 and not parallel.sequence_parallel:
         yield [("parallel.sequence_parallel=true", replace(config, parallel=replace(parallel, sequence_parallel=True)))]
@@ -40,7 +40,7 @@ def changes_by_setting(config: TrainConfig) -> Iterator[list[Change]]:
 
 
 def all_at_once(config: TrainConfig) -> Change:
-    """The least that a rank can need in this layout."""
+    """The combination of changes with the lowest memory per rank for this tp x cp."""
     engine = replace(config.engine, recompute="full", recompute_every=1)
     words = "data.micro_batch=1 engine.recompute=full"
     if engine.name == "deepspeed" and engine.zero_stage < 3:
@@ -49,8 +49,8 @@ def all_at_once(config: TrainConfig) -> Change:
 
 
 def remedies(config: TrainConfig, world_size: int) -> list[tuple[str, MemoryPlan]]:
-    """For each setting, the first value whose plan fits cluster.gpu_memory_gib. Where no setting alone is enough, all
-    of them at once; where even that is not, the change that comes nearest."""
+    """For each setting, the first value whose plan fits cluster.gpu_memory_gib. If no single setting is enough:
+    `all_at_once`; if that does not fit either: the change with the smallest plan."""
     limit = config.cluster.gpu_memory_gib * GIB
     plans: list[tuple[str, MemoryPlan]] = []
 
@@ -69,8 +69,8 @@ def remedies(config: TrainConfig, world_size: int) -> list[tuple[str, MemoryPlan
 
 
 def memory_problems(config: TrainConfig, world_size: int) -> list[str]:
-    """One line that says what a rank needs, what there is and what would fit; none if the run fits, or if
-    cluster.gpu_memory_gib=0 (not known). The settings must be free of other problems."""
+    """One line with the memory a rank needs, the GPU's memory and the settings that fit; [] if the run fits or
+    cluster.gpu_memory_gib=0 (not known). `config.problems(world_size)` must be empty."""
     limit = config.cluster.gpu_memory_gib
     if limit <= 0:
         return []

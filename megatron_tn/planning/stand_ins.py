@@ -1,5 +1,5 @@
-"""What a plan runs the model's own code on: a world of one process that says it is many, and tensors without storage
-that say they are on a GPU."""
+"""The environment in which planning runs the model's code: torch's fake process group (one process of tp x cp), and
+fake tensors without storage, with is_cuda=True for device="cuda"."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from megatron_tn.parallel.context import ParallelContext
 
 @contextlib.contextmanager
 def stand_in_world(parallel: ParallelConfig) -> Iterator[ParallelContext]:
-    """The layout of the rank that needs most memory, in a world of tp x cp processes of which no other exists: the
-    collectives of torch's "fake" backend return at once and leave their tensors as they are.
+    """The ParallelContext of the rank with the highest memory in a world of tp x cp processes. Only this process
+    exists: collectives of torch's "fake" backend return at once and leave tensors unchanged.
 
     Raises:
-        ValueError: this process has joined a world already.
+        ValueError: torch.distributed is already initialised in this process.
     """
-    last_slice = (parallel.cp - 1) * parallel.tp  # of a sequence: the longest
+    last_slice = (parallel.cp - 1) * parallel.tp  # rank with the last, longest slice of a sequence
     dist.init_process_group("fake", store=FakeStore(), rank=last_slice, world_size=parallel.tp * parallel.cp)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # newer names of collectives, which PyTorch 2.11 lacks
+            warnings.simplefilter("ignore", FutureWarning)  # deprecated collectives; PyTorch 2.11 lacks the new names
             yield ParallelContext.create(parallel.tp, parallel.cp, sequence_parallel=parallel.sequence_parallel)
     finally:
         dist.destroy_process_group()
@@ -38,12 +38,12 @@ def stand_in_world(parallel: ParallelConfig) -> Iterator[ParallelContext]:
 
 @contextlib.contextmanager
 def stand_in_tensors(device: str, **options: bool) -> Iterator[FakeTensorMode]:
-    """FakeTensorMode(**options). With device="cuda" its tensors answer is_cuda=True, so that operators choose as on a
-    GPU. Their device is "cpu" all the same: autograd of a PyTorch that was built without CUDA has no other."""
+    """FakeTensorMode(**options). With device="cuda" its tensors have is_cuda=True, so that operators take their GPU
+    path; their device is "cpu", since autograd of a PyTorch built without CUDA supports no other."""
     dispatch = logging.getLogger("kernels.dispatch")
-    quiet, dispatch.disabled = dispatch.disabled, True  # which kernels a plan chooses is no news
+    quiet, dispatch.disabled = dispatch.disabled, True  # do not log the kernels that a plan selects
     if device == "cuda":
-        FakeTensor.is_cuda = True  # in front of the property of torch.Tensor
+        FakeTensor.is_cuda = True  # overrides the property of torch.Tensor
     try:
         with FakeTensorMode(**options) as mode, _WideningAddmm():
             yield mode

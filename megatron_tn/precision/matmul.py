@@ -1,8 +1,8 @@
-"""The products of a linear layer y = x W^T, made here and nowhere else, so that another precision is one file's change.
+"""The three matrix products of a linear layer y = x W^T. Another precision (such as fp8) changes this file only.
 
     forward           y  = x W^T       x [T, in],  W [out, in]  ->  y  [T, out]
     input gradient    dx = dy W        dy [T, out]              ->  dx [T, in]
-    weight gradient   dW = dy^T x                               ->  dW [out, in], to autograd or added to a GradientSum
+    weight gradient   dW = dy^T x                               ->  dW [out, in], for autograd or added to a GradientSum
 
 Layers without a collective call `linear`. Layers split over tensor parallel (parallel/products.py) make the same three
 products chunk by chunk, beside their collectives. The loss forms its products tile by tile inside its own kernel
@@ -21,20 +21,20 @@ from megatron_tn.precision.gradient_sum import GradientSum, gradient_sum
 
 
 def forward_product(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """y = x W^T [T, out], in `out` if given."""
+    """y = x W^T [T, out], written to `out` if given."""
     return torch.mm(x, weight.t()) if out is None else torch.mm(x, weight.t(), out=out)
 
 
 def input_gradient(gradients: Sequence[Tensor], weights: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-    """dx = sum over i of dy_i W_i [T, in], for products y_i = x W_i^T of one input; in `out` if given."""
+    """dx = sum over i of dy_i W_i [T, in], for y_i = x W_i^T with a common input x; written to `out` if given."""
     dx = torch.mm(gradients[0], weights[0]) if out is None else torch.mm(gradients[0], weights[0], out=out)
     for gradient, weight in zip(gradients[1:], weights[1:], strict=True):
-        torch.addmm(dx, gradient, weight, out=dx)  # not dx.addmm_, which PyTorch's FLOP counter does not know
+        torch.addmm(dx, gradient, weight, out=dx)  # not dx.addmm_: PyTorch's FLOP counter does not count it
     return dx
 
 
 def weight_gradient(sum: GradientSum | None, dy: Tensor, x: Tensor) -> Tensor | None:
-    """dW = dy^T x [out, in] for autograd; with a `sum` it is added there, and autograd gets None."""
+    """dW = dy^T x [out, in] for autograd; with a `sum`: sum += dW, and None for autograd."""
     if sum is None:
         return torch.mm(dy.t(), x)
     sum.add_product(dy, x)
@@ -42,7 +42,7 @@ def weight_gradient(sum: GradientSum | None, dy: Tensor, x: Tensor) -> Tensor | 
 
 
 class _Linear(torch.autograd.Function):
-    """x [T, in], weights [out_i, in] -> x W_i^T each; the weights' gradients are added to their sums."""
+    """x [T, in], weights W_i [out_i, in] -> x W_i^T for each i; backward adds dW_i to sums[i]."""
 
     @staticmethod
     def forward(ctx, x: Tensor, sums: list[GradientSum], *weights: Tensor) -> tuple[Tensor, ...]:
@@ -58,7 +58,7 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    """x [.., in], weights [out_i, in] -> x W_i^T [.., out_i] each; one product backward gives the gradient of x."""
+    """x [.., in], weights W_i [out_i, in] -> x W_i^T [.., out_i] for each i; dx = sum over i of dy_i W_i."""
     sums = [gradient_sum(weight) for weight in weights]
     if None in sums:
         return [F.linear(x, weight) for weight in weights]

@@ -1,8 +1,8 @@
-"""All that this project takes from DeepSpeed beyond its public interface: no other file imports from deepspeed.
+"""All uses of DeepSpeed, private attributes included: no other file imports deepspeed.
 
-DeepSpeed is used for its layouts of masters and gradients (stages 0-2), its reductions (stages 0 and 2, and 1 where
-gradients are summed in the parameters' type), and its gathering of partitioned parameters (stage 3). How a step is
-applied is `engine.update`'s. The attributes named here are those of the version in WRITTEN_FOR.
+DeepSpeed provides the layout of masters and gradients (stages 0-2), gradient reduction (stages 0 and 2, and stage 1
+without `sums_own_gradients`) and the gathering of partitioned parameters (stage 3). `engine.update` does clipping and
+the optimizer step. The private attributes used here exist in DeepSpeed WRITTEN_FOR; other versions are refused.
 """
 
 from __future__ import annotations
@@ -47,27 +47,27 @@ def check_version(installed: str) -> None:
         )
 
 
-check_version(deepspeed.__version__)  # before the imports below, which another version may not have
+check_version(deepspeed.__version__)  # before the imports below, which may not exist in another version
 
 from deepspeed.runtime import bf16_optimizer  # noqa: E402
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK  # noqa: E402
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator  # noqa: E402
 from deepspeed.utils import logger, safe_get_full_grad, set_z3_leaf_modules  # noqa: E402
 
-logger.setLevel(logging.ERROR)  # its warnings are about choices that are made here on purpose
+logger.setLevel(logging.ERROR)  # its warnings concern settings that are intended here
 warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated", category=FutureWarning)  # its calls
-# On a CPU DeepSpeed would compile a shared-memory all-reduce with g++ at start-up: 95 s, and a lock file left behind
-# when it is killed. Declaring that operator incompatible makes DeepSpeed take gloo's all-reduce.
+# On a CPU DeepSpeed would compile a shared-memory all-reduce with g++ at start-up: 95 s, and a stale lock file if the
+# process is killed. With that operator declared incompatible DeepSpeed uses gloo's all-reduce.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-# Its bf16 optimizer prints the memory in use for every parameter group, and collects garbage before it does.
+# DeepSpeed's bf16 optimizer calls this for every parameter group: it runs gc.collect() and prints the memory in use.
 bf16_optimizer.see_memory_usage = lambda *_, **__: None
 
 
 class ModelParallelUnit:
-    """A `ParallelContext` by the method names that DeepSpeed calls.
+    """A `ParallelContext` as the `mpu` object that DeepSpeed expects.
 
-    Data parallelism is stated as dp x cp, both as "data" and as "sequence data": ranks that hold slices of one sequence
-    see different tokens, so ZeRO must reduce gradients over them and may partition over them.
+    The data-parallel and sequence-data-parallel groups are both dp x cp: context-parallel ranks see different tokens of
+    one sequence, so ZeRO must reduce gradients over them and may partition over them.
     """
 
     def __init__(self, context: ParallelContext):
@@ -101,37 +101,37 @@ class ModelParallelUnit:
 
 
 def _with_group(axis: Axis, rank: int) -> Axis:
-    """DeepSpeed takes a missing group for the whole world, so an axis of size 1 needs a group of its own."""
+    """`axis` with a process group. DeepSpeed reads group=None as the whole world, so size 1 gets a one-rank group."""
     if axis.group is not None:
         return axis
     return Axis(dist.new_group([rank], use_local_synchronization=True), 0, 1)
 
 
 def refusal(settings: Mapping[str, Any]) -> str | None:
-    """What DeepSpeed says against a configuration: a key that it has removed or does not know, a wrong value."""
+    """DeepSpeed's error message for a configuration (removed or unknown key, wrong value); None if it is accepted."""
     try:
         deepspeed.DeepSpeedConfig(dict(settings))
-    except Exception as error:  # its own, pydantic's, assertions
+    except Exception as error:  # DeepSpeed's, pydantic's, AssertionError
         return " ".join(str(error).split())
     return None
 
 
 def partition_parameters(model: Model, settings: dict, context: ParallelContext, device: torch.device) -> None:
-    """Give each parameter of `model`, which is on the meta device, storage, and partition it (ZeRO 3) before the next
-    one gets any. A block's parameters are gathered together when it runs.
+    """Allocate each parameter of `model`, which is on the meta device, and partition it (ZeRO 3) before the next one is
+    allocated. A block's parameters are gathered together when the block runs.
 
-    `zero.Init` as a context manager would do the same, but it replaces tensor constructors for the whole process.
+    `zero.Init` as a context manager does the same, but patches torch's tensor constructors for the whole process.
     """
     unit = ModelParallelUnit(context)
-    # Gathered submodule by submodule, a recomputed block would gather its weights for the second forward pass, free
-    # them, and gather them again for the backward pass.
+    # With gathering per submodule, a recomputed block would gather its weights for the second forward pass, free them,
+    # and gather them again for the backward pass.
     set_z3_leaf_modules(model, list({type(block) for block in model.blocks}))
     partition, made = None, {}
     for module in model.modules():
         for name, empty in module.named_parameters(recurse=False):
             if empty not in made:
                 made[empty] = mark(nn.Parameter(torch.empty_like(empty, device=device)), empty.shard_spec)
-            parameter = made[empty]  # tied modules share one
+            parameter = made[empty]  # tied modules share one parameter
             module.register_parameter(name, parameter)
             if partition is None:
                 with contextlib.redirect_stdout(io.StringIO()):
@@ -147,9 +147,9 @@ def partition_parameters(model: Model, settings: dict, context: ParallelContext,
 
 
 class Wrapped:
-    """A model and a torch optimizer in DeepSpeed's hands: `deepspeed.initialize`, and calls that keep its books.
+    """A model and a torch optimizer wrapped by `deepspeed.initialize`, and the calls on the DeepSpeed engine.
 
-    optimizer: DeepSpeed's wrapper of the torch optimizer; that one itself at stage 0 in fp32, where it wraps none.
+    optimizer: DeepSpeed's wrapper of the torch optimizer; at stage 0 in fp32 the torch optimizer itself.
     """
 
     def __init__(
@@ -172,19 +172,19 @@ class Wrapped:
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`; after the last microbatch they are summed over data-parallel ranks.
 
-        At stages 0-2 DeepSpeed divides them by the number of ranks, which is cancelled here; stage 3's reduction is
-        `BlockReduction`, which does not.
+        At stages 0-2 DeepSpeed divides gradients by the number of ranks; multiplying the loss by it cancels that.
+        Stage 3 reduces with `BlockReduction`, which does not divide.
         """
         averaged_over = 1 if self.stage == 3 else self.data.size
         self.engine.backward(loss * averaged_over, scale_wrt_gas=False)
 
     def count_microbatch(self) -> None:
-        """After every microbatch but the step's last."""
+        """Advance DeepSpeed's microbatch counter; called after every microbatch but the step's last."""
         self.engine.step()
 
     def step(self, apply: Callable[[], StepResult]) -> StepResult:
-        """`engine.step()` with `apply` in the place of its optimizer's step: counters, monitors and the clearing of
-        gradients stay DeepSpeed's."""
+        """`engine.step()` with optimizer.step replaced by `apply`; DeepSpeed still advances its counters and monitors
+        and clears gradients."""
         optimizer, found = self.optimizer, []
 
         def update() -> None:
@@ -200,12 +200,13 @@ class Wrapped:
         return safe_get_full_grad(parameter).view(-1)
 
     def free_gathered(self) -> None:
-        """Stage 3: let go of parameters that a forward pass gathered."""
+        """Stage 3: free the parameters that a forward pass gathered, keeping this rank's partitions."""
         self.optimizer.parameter_offload.partition_all_parameters()
 
     def release(self) -> None:
-        """Free parameters, masters and state. They would stay as long as the process: DeepSpeed's parameters refer to
-        themselves, and at stage 3 a list of modules and a method's cache refer to its engine."""
+        """Free parameters, masters and optimizer state. Otherwise they live as long as the process: DeepSpeed sets
+        attributes on parameters that refer back to them, and at stage 3 FWD_MODULE_STACK and a cached method refer to
+        the engine."""
         self.engine.destroy()
         for parameter in self.names:
             vars(parameter).clear()
@@ -215,8 +216,8 @@ class Wrapped:
 
 
 class Stage0Shards:
-    """See `engine.update.Shards`. A master a parameter on every rank, as `engine.replicated` has them; gradients are
-    the parameters' own, in the parameters' type, all-reduced by DeepSpeed. In fp32 a parameter is its own master."""
+    """See `engine.update.Shards`. Every rank holds one master per parameter, as in `engine.replicated`. Gradients are
+    `parameter.grad`, all-reduced by DeepSpeed. In fp32 a parameter is its own master."""
 
     sharded_over = Axis()
 
@@ -237,10 +238,10 @@ class Stage0Shards:
         return [parameter.grad.float() for parameter in self.parameters]
 
     def clear(self) -> None:
-        """`engine.step()` clears the parameters' gradients."""
+        """Nothing to do: `engine.step()` clears the parameters' gradients."""
 
     def publish(self) -> None:
-        """Every rank has updated all parameters, equally."""
+        """Nothing to do: every rank has applied the same update to all parameters."""
 
 
 class _FlatShards:
@@ -250,13 +251,13 @@ class _FlatShards:
         self.optimizer = wrapped.optimizer
         self.sharded_over = wrapped.data
         self.masters = masters
-        self.whole = whole  # every group's parameters in the computing type, which the model's parameters are views of
+        self.whole = whole  # per group: its parameters in the computing type, flat; the model's parameters are views
         parts = [flat.chunk(wrapped.data.size)[wrapped.data.rank] for flat in whole]
         self.copies = dict(zip(masters, parts, strict=True))
         self.placements = [
             Placement(name, low.start, low.start + low.numel, mapping.param_group_index, high.start)
             for parameter, name in wrapped.names.items()
-            if (mapping := parameter._hp_mapping) is not None  # None: this rank holds no element of it
+            if (mapping := parameter._hp_mapping) is not None  # None: this rank owns no element of the parameter
             for low, high in [(mapping.lp_fragment_address, mapping.hp_fragment_address)]
         ]
 
@@ -265,9 +266,8 @@ class _FlatShards:
 
 
 class Stage1Shards(_FlatShards):
-    """See `engine.update.Shards`. DeepSpeed's bf16 optimizer, in whose fp32 buffers `GradientAccumulator` sums
-    gradients; DeepSpeed itself would keep every bf16 gradient until the backward pass ends, and then widen and add
-    each."""
+    """See `engine.update.Shards`. DeepSpeed's BF16_Optimizer; `GradientAccumulator` sums gradients in its fp32 buffers.
+    DeepSpeed itself would keep all bf16 gradients until the backward pass ends, then cast each to fp32 and add it."""
 
     def __init__(self, wrapped: Wrapped):
         optimizer = wrapped.optimizer
@@ -278,19 +278,19 @@ class Stage1Shards(_FlatShards):
         ]
         for bucket in self.buckets:
             for parameter, view in zip(bucket.parameters, bucket.sums(), strict=True):
-                parameter._hp_grad = view.view(-1)  # where `safe_get_full_grad` looks
+                parameter._hp_grad = view.view(-1)  # read by `safe_get_full_grad`
         optimizer.clear_hp_grads = lambda: None  # the next step's first addition overwrites them
 
     def gradients(self) -> list[Tensor]:
         return self.optimizer.fp32_groups_gradient_flat_partition
 
     def clear(self) -> None:
-        """The next step's first addition overwrites the sums."""
+        """Nothing to do: the next step's first addition overwrites the sums."""
 
 
 class Stage2Shards(_FlatShards):
-    """See `engine.update.Shards`. DeepSpeed's optimizer of stage 2, and of stage 1 where it sums gradients itself: it
-    reduces them in buckets during the backward pass, to the rank that updates them."""
+    """See `engine.update.Shards`. DeepSpeed's optimizer of stage 2, and of stage 1 without `sums_own_gradients`. It
+    reduces gradients in buckets during the backward pass, each partition to the rank that updates it."""
 
     def __init__(self, wrapped: Wrapped):
         optimizer = wrapped.optimizer
@@ -308,18 +308,18 @@ class Stage2Shards(_FlatShards):
         optimizer._release_preflattened_grad_buffers()
         for group in range(len(self.masters)):
             optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
-        optimizer.micro_step_id = -1  # its backward pass counts microbatches from 0
+        optimizer.micro_step_id = -1  # DeepSpeed increments it to 0 in the first microbatch
 
 
 class Stage3Shards:
-    """See `engine.update.Shards`. Each parameter is cut into equal parts over dp x cp; the parts of many parameters lie
-    in one flat master. Gradients are reduced by `BlockReduction`, put in the place of DeepSpeed's own."""
+    """See `engine.update.Shards`. Each parameter is cut into equal parts over dp x cp; this rank's parts of many
+    parameters lie in one flat master. `BlockReduction` replaces DeepSpeed's gradient reduction."""
 
     def __init__(self, wrapped: Wrapped):
         optimizer = self.optimizer = wrapped.optimizer
         self.sharded_over = wrapped.data
         self.masters = optimizer.fp32_partitioned_groups_flat
-        # DeepSpeed lends a master to the torch optimizer for one group's step; here it has them for good.
+        # DeepSpeed puts a master into the torch optimizer only while it steps; `Update` needs all masters there always.
         groups = optimizer.optimizer.param_groups
         for index, master in enumerate(self.masters):
             groups[optimizer.sub_group_to_group_id[index]]["params"].append(master)
@@ -347,18 +347,18 @@ class Stage3Shards:
 
     def _end_backward(self) -> None:
         self.reduction.wait()
-        self.optimizer._epilogue_ran_this_backward = True  # the next forward pass counts a microbatch
+        self.optimizer._epilogue_ran_this_backward = True  # the next forward pass then counts a microbatch
 
     def gradients(self) -> list[Tensor]:
-        self.optimizer._pre_step()  # microbatches are counted from 0 again
+        self.optimizer._pre_step()  # resets the microbatch counter
         self.optimizer._partition_all_parameters()
         lengths = [master.numel() for master in self.masters]
         return [flat.to(torch.float32) for flat in self.sums.split(lengths)]
 
     def clear(self) -> None:
-        """The next step's first microbatch overwrites the sums."""
+        """Nothing to do: the next step's first microbatch overwrites the sums."""
 
     def publish(self) -> None:
-        if whole := self.optimizer.persistent_parameters:  # small ones, which every rank keeps whole
+        if whole := self.optimizer.persistent_parameters:  # small parameters that every rank keeps whole
             whole[0].all_gather(whole)
         self.optimizer.invalidate_secondary_tensor()

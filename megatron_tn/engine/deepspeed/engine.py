@@ -1,8 +1,8 @@
 """engine=zero0 .. zero3: DeepSpeed ZeRO (arXiv 1910.02054), the main engine.
 
 The loss is divided by the step's target tokens over all ranks, so gradients are summed over ranks, never averaged.
-Where `EngineConfig.sums_own_gradients` holds (stage 1 in bf16), they are summed and reduced by `GradientAccumulator`;
-at the other stages by DeepSpeed, in `engine.backward`. What DeepSpeed keeps, and where, is told by adapter.py.
+If `EngineConfig.sums_own_gradients` (stage 1 in bf16 with fp32 gradient sums), `GradientAccumulator` sums and reduces
+gradients; otherwise DeepSpeed's `engine.backward` does. adapter.py describes DeepSpeed's buffers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from megatron_tn.parallel.world import release_on_leaving
 
 
 def partitioned_model(config: TrainConfig, context: ParallelContext, device: torch.device) -> Model:
-    """A model for ZeRO 3: each parameter gets storage and is partitioned before the next one does."""
+    """A model for ZeRO 3: each parameter is allocated and partitioned before the next one is allocated."""
     model = build_model(config.model, context, "meta", DTYPES[config.engine.precision])
     partition_parameters(model, deepspeed_settings(config, context.dp.size), context, device)
     return model
@@ -48,11 +48,11 @@ class DeepSpeedEngine(UpdatingEngine):
         self.context = model.context
         self.stage = config.engine.zero_stage
         self.partitioned = self.stage > 0
-        # Dimensions of the whole parameter: ZeRO 3's are flat by now.
+        # Dimensions of the logical parameter, not of `p`: ZeRO 3 has already flattened `p`.
         named = [(name, p, len(p.shard_spec.shape)) for name, p in model.named_parameters()]
         groups = parameter_groups(named, config.optim.weight_decay)
         if config.engine.sums_own_gradients:
-            # DeepSpeed lays a group out as one flat tensor, which is a bucket of `GradientAccumulator`.
+            # DeepSpeed makes one flat tensor per optimizer group; each serves as a bucket of `GradientAccumulator`.
             elements = config.engine.reduce_bucket_elements
             groups = [
                 group | {"params": members}
@@ -63,7 +63,7 @@ class DeepSpeedEngine(UpdatingEngine):
         device = next(model.parameters()).device
         stream = capture_stream(device) if config.engine.cuda_graph else None
         settings = deepspeed_settings(config, self.context.dp.size) | {"gradient_clipping": 0.0}  # `Update` clips
-        # DeepSpeed's bf16 optimizer keeps nodes of the backward graph, which belong to the stream they are made on.
+        # DeepSpeed's bf16 optimizer keeps autograd nodes, which are bound to the stream they were created on.
         with on_stream(stream):
             self.wrapped = Wrapped(model, optimizer.inner, settings, self.context, self.stage)
         release_on_leaving(self.wrapped)

@@ -1,4 +1,4 @@
-"""What DeepSpeed is told: what the run's settings decide, and what a DeepSpeed file of the user's own adds."""
+"""The configuration passed to DeepSpeed: keys derived from the run's settings, merged with engine.deepspeed_config."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from megatron_tn.config import ConfigError, TrainConfig
 from megatron_tn.model.registry import parameter_count
 
-# Keys that may not be there at all, unless switched off, and what does their work here.
+# DeepSpeed key that the user may only switch off -> its replacement in this project.
 REFUSED = {
     "optimizer": "optim",
     "scheduler": "schedule",
     "fp16": "engine.precision (bf16 or fp32)",
-    "bfloat16": "engine.precision (bf16 or fp32)",  # an old name of bf16, which DeepSpeed passes over beside ours
+    "bfloat16": "engine.precision (bf16 or fp32)",  # old name of bf16; DeepSpeed ignores it when bf16 is set
     "amp": "engine.precision (bf16 or fp32)",
     "torch_autocast": "engine.precision (bf16 or fp32)",
     "activation_checkpointing": "engine.recompute",
@@ -30,7 +30,7 @@ REFUSED = {
     "zero_optimization.zero_quantized_gradients": "engine.gradient_dtype (fp32 or bf16)",
 }
 
-# Keys that this engine relies on: what it relies on, and the value that they have by that.
+# DeepSpeed key -> (the assumption of this engine that fixes it, the required value).
 RELIED_ON = {
     "gradient_allreduce_op": ("the mean over ranks, which this engine cancels", "mean"),
     "managed_gradient_accumulation": ("this engine, which says which microbatch is a step's last", True),
@@ -40,11 +40,12 @@ RELIED_ON = {
 
 
 def deepspeed_settings(config: TrainConfig, dp: int) -> dict:
-    """The DeepSpeed configuration that a run's settings amount to, with the user's own laid over it.
+    """The DeepSpeed configuration derived from a run's settings, merged with the user's engine.deepspeed_config.
+
+    dp: number of ranks that see different samples.
 
     Raises:
-        ConfigError: the user's configuration contradicts a setting, asks for what this engine does not do, or is none
-            that DeepSpeed takes.
+        ConfigError: a key of engine.deepspeed_config contradicts a setting, is in REFUSED, or is rejected by DeepSpeed.
     """
     engine = config.engine
     low_precision = engine.precision == "bf16"
@@ -57,7 +58,7 @@ def deepspeed_settings(config: TrainConfig, dp: int) -> dict:
         "gradient_clipping": config.optim.clip_norm,
         "bf16": {"enabled": low_precision, "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": gradient_dtype},
-        "communication_data_type": gradient_dtype,  # DeepSpeed would narrow fp32 sums to bf16 to reduce them
+        "communication_data_type": gradient_dtype,  # else DeepSpeed casts fp32 sums to bf16 for the reduction
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
@@ -65,7 +66,7 @@ def deepspeed_settings(config: TrainConfig, dp: int) -> dict:
             "stage": engine.zero_stage,
             "reduce_bucket_size": engine.reduce_bucket_elements,
             "allgather_bucket_size": engine.reduce_bucket_elements,
-            # The next block's weights, which are gathered as one, while this one computes.
+            # Prefetch: all weights of block l + 1 are gathered while block l computes.
             "stage3_prefetch_bucket_size": max(block_parameters(config), engine.reduce_bucket_elements),
             "stage3_max_live_parameters": zero3_live_parameters(config),
             "overlap_comm": torch.cuda.is_available() and engine.zero_stage >= 2,
@@ -82,20 +83,20 @@ def deepspeed_settings(config: TrainConfig, dp: int) -> dict:
 
 
 def block_parameters(config: TrainConfig) -> int:
-    """Parameters of a block on a tensor-parallel rank."""
+    """Number of parameters of one block on one tensor-parallel rank."""
     model = config.model
     blocks = parameter_count(model) - model.vocab_size * model.embed_dim
     return math.ceil(blocks / model.layers / config.parallel.tp)
 
 
 def zero3_live_parameters(config: TrainConfig) -> int:
-    """The most parameters that a rank of ZeRO 3 holds whole: the block that computes, the next one, which is being
-    gathered, and the last one, which is being freed; or DeepSpeed's default where that is more."""
+    """DeepSpeed's limit on gathered parameters per rank: three blocks (one computing, the next being gathered, the
+    previous being freed), and at least DeepSpeed's default of 10^9."""
     return max(3 * block_parameters(config), 10**9)
 
 
 def _refused_by_deepspeed(settings: dict) -> list[str]:
-    """What DeepSpeed would say of a key that it has removed, or does not know, once the run has begun."""
+    """DeepSpeed's own error for `settings` (a removed or unknown key), as a list of 0 or 1 problems."""
     from megatron_tn.engine.deepspeed.adapter import refusal  # importing deepspeed takes a second
 
     said = refusal(settings)
@@ -103,7 +104,7 @@ def _refused_by_deepspeed(settings: dict) -> list[str]:
 
 
 def _decided(config: TrainConfig, ours: dict) -> dict[str, tuple[str, Any]]:
-    """Dotted DeepSpeed key -> the setting of the run that decides it, and the value that it has by that."""
+    """Dotted DeepSpeed key -> (the setting of the run that fixes it, the required value)."""
     found = RELIED_ON | {
         "train_batch_size": ("data.global_batch", config.data.global_batch),
         "train_micro_batch_size_per_gpu": ("data.micro_batch", config.data.micro_batch),
@@ -126,7 +127,7 @@ def _merged(
     problems: list[str],
     prefix: str = "",
 ) -> dict[str, Any]:
-    """`theirs` laid over `ours`, mapping by mapping. DeepSpeed's own "auto" leaves a value to us."""
+    """`ours` updated with `theirs`, recursively; appends to `problems`. A value "auto" in `theirs` keeps ours."""
     merged = dict(ours)
     for key, value in theirs.items():
         name = prefix + key
@@ -150,7 +151,7 @@ def _merged(
 
 
 def _switched_off(value: Any) -> bool:
-    """DeepSpeed's ways of saying no: null, false, {"enabled": false}, and of offloading {"device": "none"}."""
+    """Whether `value` disables a feature: null, false, {"enabled": false}, or for offloading {"device": "none"}."""
     if isinstance(value, Mapping):
         return value.get("enabled") is False or value.get("device") == "none"
     return value is None or value is False

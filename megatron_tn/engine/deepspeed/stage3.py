@@ -1,8 +1,8 @@
-"""ZeRO 3's reduction of gradients: one reduce-scatter a block, straight to where this rank sums its part.
+"""ZeRO 3's gradient reduction: one reduce-scatter per block, directly into this rank's partition of the gradient sums.
 
-DeepSpeed's own reduction copies each gradient into a bucket, widens it, sorts the parts by rank, divides them and
-copies what comes back: about 25 bytes an element moved, where this moves 6. Its host also waits when three buckets are
-in flight, so that at a block's end the GPU has nothing but a reduction to do.
+DeepSpeed's own reduction copies each gradient into a bucket, casts it to the reduction type, sorts the partitions by
+rank, divides them and copies the result: about 25 bytes of traffic an element, against 6 here. Its host also waits
+when three buckets are in flight, so that at a block's end the GPU runs nothing but a reduction.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from megatron_tn.device.streams import on_stream_after
 
 
 class BlockReduction:
-    """Reduces gradients to sums over ranks as soon as the backward pass has made those of a whole block.
+    """Reduces a block's gradients to sums over ranks as soon as the backward pass has made all of them.
 
     parts: parameter -> this rank's part of its gradient sum, flat, a view of `sums`; the last rank's may be padded.
-    sums: every part side by side.
+    sums: all parts of this rank, concatenated.
     group: the ranks that gradients are summed over; rank n owns the nth part of every parameter.
     stream: the CUDA stream of reductions, None on a CPU.
-    block_of: parameter -> its block; None for a parameter outside blocks, which is reduced alone.
-    first_microbatch: whether the sums hold nothing of this step yet.
+    block_of: parameter -> its block; None for a parameter outside the blocks, which gets a reduce-scatter of its own.
+    first_microbatch: whether this is the step's first microbatch, whose gradients overwrite the sums.
     """
 
     def __init__(
@@ -46,29 +46,29 @@ class BlockReduction:
         self.first_microbatch = first_microbatch
         self.in_block = collections.Counter(map(block_of, parts))
         self.in_block[None] = 1
-        self.ready: list[nn.Parameter] = []  # of one block, with their gradients; blocks come one after the other
+        self.ready: list[nn.Parameter] = []  # of the current block, with .grad; blocks finish one at a time
 
     def take(self, parameter: nn.Parameter) -> None:
-        """`parameter.grad` holds this microbatch's gradient."""
+        """Called when `parameter.grad` holds this microbatch's gradient; reduces the block once it is complete."""
         self.ready.append(parameter)
         if len(self.ready) == self.in_block[self.block_of(parameter)]:
             self._reduce()
 
     def wait(self) -> None:
-        """After the backward pass: the current stream waits for the reductions."""
+        """After the backward pass: make the current stream wait for the reductions."""
         if self.stream is not None:
             torch.cuda.current_stream().wait_stream(self.stream)
 
     @torch.no_grad()
     def _reduce(self) -> None:
-        """Add the sum over ranks of the ready gradients to the parts."""
+        """Reduce-scatter the ready gradients, and add this rank's part of each to `parts`."""
         parameters = sorted(self.ready, key=lambda parameter: self.parts[parameter].storage_offset())
         self.ready.clear()
         parts = [self.parts[parameter] for parameter in parameters]
         gradients = [parameter.grad.reshape(-1) for parameter in parameters]
         with on_stream_after(self.stream):
             by_rank = self.sums.new_empty(dist.get_world_size(self.group), sum(part.numel() for part in parts))
-            torch._chunk_cat(gradients, 0, len(by_rank), out=by_rank)  # row r: rank r's parts, in the sums' type
+            torch._chunk_cat(gradients, 0, len(by_rank), out=by_rank)  # row r: rank r's parts, cast to the sums' type
             self._add(parts, by_rank)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if self.stream is not None:
@@ -76,11 +76,11 @@ class BlockReduction:
             parameter.grad = None
 
     def _add(self, parts: list[Tensor], by_rank: Tensor) -> None:
-        """parts += the sum over ranks of this rank's row of `by_rank`."""
+        """parts += sum over ranks of by_rank[this rank]; `=` instead of `+=` in the first microbatch."""
         first = self.first_microbatch()
         lengths = [part.numel() for part in parts]
         start, length = parts[0].storage_offset(), sum(lengths)
-        if parts[-1].storage_offset() + lengths[-1] == start + length:  # side by side: one part
+        if parts[-1].storage_offset() + lengths[-1] == start + length:  # contiguous in `sums`: treat as one part
             parts, lengths = [self.sums[start : start + length]], [length]
         in_place = first and len(parts) == 1
         received = parts[0] if in_place else by_rank.new_empty(length)
