@@ -159,7 +159,7 @@ def _blocks(text: str) -> Iterator[Span]:
     while at < len(lines):
         end = _block(bodies, at, after_blank)
         first = at
-        if end < 0:  # a table whose heading is the previous line
+        if end < 0:  # _block found a table whose heading is the line before `at`, and returned minus its end
             first, end = at - 1, -end
         if end > at:
             yield offsets[first], offsets[end]

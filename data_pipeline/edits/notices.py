@@ -57,7 +57,9 @@ class Notices:
         return Edit("notices", count, self.max_count, "\n".join(kept)) if count > self.max_count else None
 
     def _is_notice(self, line: str, following: str) -> bool:
-        """Whether a line is a notice. line: with protected characters as NUL; following: the next line."""
+        """Whether `line` is boilerplate such as a cookie or copyright notice: it holds one of `phrases`, at most
+        `max_words` words, and is not part of a wrapped sentence. Protected characters are NUL. following: the next
+        line."""
         wrapped = line.lstrip()[:1].islower() or following.lstrip()[:1].islower()
         found = not wrapped and "\0" not in line and _pattern(self.phrases).search(line.lower())
         return bool(found) and count_words(line) <= self.max_words

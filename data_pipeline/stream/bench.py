@@ -114,7 +114,7 @@ def webdataset_documents(manifest: Manifest) -> int:
 
 
 def datasets_documents(manifest: Manifest) -> int:
-    """As `webdataset_documents`, by Hugging Face datasets, streaming."""
+    """Reads every document by Hugging Face datasets in streaming mode; returns the number of tokens."""
     from datasets import load_dataset
 
     urls = [str(manifest.directory / shard.name) for shard in manifest.shards]

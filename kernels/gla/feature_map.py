@@ -65,7 +65,7 @@ class FeatureMap:
         """Write dq and dk into dqkvu [B, T, 4 H d], contiguous, from the gradients of the features.
 
         dfeatures: shaped as the features; None where dqkvu already holds them in place of dq and dk.
-        Returns the near part of dtheta, [H, d] fp64 (theta_gradient.py), if theta_wanted.
+        Returns, if theta_wanted, the term `near` of dtheta, [H, d] fp64, as defined in theta_gradient.py.
         """
         batch, total, fused = qkvu.shape
         programs = triton.cdiv(batch * total, ROWS * STEPS)

@@ -45,8 +45,8 @@ class Body(Protocol):
     """The part of an architecture before the output head: embedding, blocks, final norm.
 
     layers: the blocks in order. Each is called as block(x, layout, ...) -> (x, state). x is the first argument and the
-        only one that needs a gradient, so that engines can hook into it. A block is the unit of recomputation, of
-        compilation, of FSDP2's sharding and of ZeRO 3's gathering.
+        only one that needs a gradient, so that engines can attach backward hooks to it. A block is the unit of
+        recomputation, of compilation, of FSDP2's sharding and of ZeRO 3's gathering.
     """
 
     layers: nn.ModuleList

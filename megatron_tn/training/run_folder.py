@@ -184,8 +184,6 @@ class RunFolder:
         """config.json as a config. Raises ConfigError when it is absent, damaged, or has unknown settings."""
         return load(self.config_file)
 
-    # Status
-
     def status(self) -> dict[str, Any]:
         """status.json; empty where it is absent or unreadable."""
         return _read(self.status_file)
