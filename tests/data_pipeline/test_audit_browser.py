@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -215,7 +216,9 @@ def test_every_acknowledged_answer_survives_kill_9_and_the_page_goes_on(driver, 
         press(driver, "d")
         until(lambda: "server does not answer" in text(driver, "alert"))
         assert at(driver, 3)
-        process, _ = start(f"samples={samples}", f"port={url.rstrip('/').rpartition(':')[2]}", "auditor=ann")
+        again = urlsplit(url)
+        words = (f"port={again.port}", f"token={parse_qs(again.query)['token'][0]}")
+        process, _ = start(f"samples={samples}", *words, "auditor=ann")
         press(driver, "d")  # the open page goes on with the new server
         until(lambda: at(driver, 4))
         assert hidden(driver, "alert")
