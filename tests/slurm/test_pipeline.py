@@ -91,7 +91,7 @@ def test_a_failed_task_is_named_with_its_log_and_the_next_run_does_only_what_is_
     obstacle.mkdir(parents=True)
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert "in the queue" in out
+    assert "jobs submitted" in out
 
     process = start(cluster, *source, "executor=local", f"output={output}")
     _, errors = process.communicate(timeout=60)
