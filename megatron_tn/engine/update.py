@@ -96,8 +96,8 @@ class Update:
     def step(self, lr: float, tokens: Tensor | None = None) -> StepResult:
         """Apply the gradients with learning rate `lr`. All ranks take the same decision. Collective.
 
-        tokens: number of target tokens of the step over all ranks, [] on the device, never copied to the host. If 0,
-        the norm is set to NaN and the update is skipped.
+        tokens: number of target tokens of the step over all ranks, [] on the device; the host need not have read it. If
+        0, the norm is set to NaN and nothing changes.
         """
         shards, masters = self.shards, self.shards.masters
         gradients = shards.gradients()
