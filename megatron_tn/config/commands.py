@@ -64,18 +64,31 @@ class ScoreConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class GenerateConfig:
-    """`python -m megatron_tn.generate`. The sampler checks temperature, top_k and top_p."""
+    """`python -m megatron_tn.generate`. The sampler checks temperature, top_k, top_p and repetition_penalty."""
 
     checkpoint: str = ""  # a checkpoint, a run's folder (its newest checkpoint is taken), or a released model's folder
     prompt: str = ""  # text to continue, taken to the letter
+    prompts: str = ""  # JSON lines file of texts to continue, instead of prompt
+    output: str = ""  # JSON lines file for the continuations; empty: standard output
+    text_key: str = "text"  # key of the text in each line of prompts
+    output_key: str = "continuation"  # key that a line of output has beside those of its line of prompts
+    resume: bool = False  # go on behind the last whole line of output, which must not exist otherwise
+    state: str = ""  # file that save_state wrote: the prompt follows the text that it was made of
+    save_state: str = ""  # file for the state after the prompt, from which any number of continuations begin at no cost
+    samples: Positive = 1  # continuations of each prompt
+    batch: Positive = 8  # continuations at a time; a GPU decodes them together, a CPU each alone
     special_tokens: bool = False  # whether <s> in the prompt is that special token, and not the text of 3 characters
     tokenizer: str = ""  # tokenizer.json; empty looks beside the checkpoint
     max_new_tokens: Count = 128  # generation ends there, or before the model's eos
+    stop: str = ""  # generation ends before this text, taken to the letter; several: a JSON list, ["\n\n", "def "]
     temperature: float = 0.8  # 0: the likeliest token each time
     top_k: int = 0  # sample from the so many likeliest tokens; 0: all
     top_p: float = 1.0  # sample from the likeliest tokens of this share of probability
-    seed: Seed = 0  # the same seed gives the same text
-    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one
+    repetition_penalty: float = 1.0  # divides positive logits of tokens seen before, and multiplies negative ones
+    seed: Seed = 0  # the same seed gives the same text, on a CPU at every batch
+    check_every: Count = 0  # tokens between two looks of the host at the ids; 0: 8 on a GPU, 1 on a CPU
+    prefill_chunk: Positive = 4096  # tokens of a prompt in one forward pass; a longer prompt needs no more memory
+    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one. Under torchrun: cpu or auto
     precision: Literal["trained", "bf16", "fp32"] = "trained"  # trained: what the weights were trained or stored in
 
 
