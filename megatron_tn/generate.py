@@ -72,8 +72,10 @@ class Job:
         self.sampler = sampler_of(config)
         self.stop = stop_strings(config.stop)
         self.beginning = load_prefix(config.state, model) if config.state else None
-        rows = min(config.batch, config.samples) if not config.prompts else config.batch
-        self.generator = Generator(model, rows, check_every=config.check_every, chunk=config.prefill_chunk)
+        rows = config.batch if config.prompts else min(config.batch, config.samples)
+        self.generator = Generator(
+            model, rows, together=config.together, check_every=config.check_every, chunk=config.prefill_chunk
+        )
 
     def prefix(self, text: str) -> Prefix:
         """The tokens of `text` behind those of state=, or behind a document's beginning."""

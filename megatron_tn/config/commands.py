@@ -76,7 +76,8 @@ class GenerateConfig:
     state: str = ""  # file that save_state wrote: the prompt follows the text that it was made of
     save_state: str = ""  # file for the state after the prompt, from which any number of continuations begin at no cost
     samples: Positive = 1  # continuations of each prompt
-    batch: Positive = 8  # continuations at a time; a GPU decodes them together, a CPU each alone
+    batch: Positive = 8  # continuations at a time
+    together: Count = 0  # of these in one forward pass; 0: all on a GPU, one on a CPU, which rounds by their number
     special_tokens: bool = False  # whether <s> in the prompt is that special token, and not the text of 3 characters
     tokenizer: str = ""  # tokenizer.json; empty looks beside the checkpoint
     max_new_tokens: Count = 128  # generation ends there, or before the model's eos
@@ -85,7 +86,7 @@ class GenerateConfig:
     top_k: int = 0  # sample from the so many likeliest tokens; 0: all
     top_p: float = 1.0  # sample from the likeliest tokens of this share of probability
     repetition_penalty: float = 1.0  # divides positive logits of tokens seen before, and multiplies negative ones
-    seed: Seed = 0  # the same seed gives the same text, on a CPU at every batch
+    seed: Seed = 0  # the same seed gives the same text, on a CPU with together=0 at every batch
     check_every: Count = 0  # tokens between two looks of the host at the ids; 0: 8 on a GPU, 1 on a CPU
     prefill_chunk: Positive = 4096  # tokens of a prompt in one forward pass; a longer prompt needs no more memory
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one. Under torchrun: cpu or auto
