@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from megatron_tn.parallel import products
 from megatron_tn.parallel.sequence import TokenSlices
 from tests.engine.test_parity import FSDP2, LOCAL, RMSNORM, ZERO, name_of, train
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import run_shared
 
 STEPS = 20
 WAYS = pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence_parallel"])
@@ -46,11 +47,13 @@ def assert_replicas_equal(ranks: list[dict[tuple[str, int], torch.Tensor]], tp: 
 
 def train_without_a_reduction(tp: int, sequence_parallel: bool) -> dict:
     """Where tokens are whole, of what the products send back; where they are shared out, of the weights' gradients."""
-    if sequence_parallel:
-        TokenSlices.repeated = lambda slices, parameter: parameter
-    else:
-        products.start_sum_of_gradients = lambda dx, group, rows: dx
-    return train(tp, LOCAL, STEPS, RMSNORM, sequence_parallel)
+    left_out = (
+        mock.patch.object(TokenSlices, "repeated", lambda slices, parameter: parameter)
+        if sequence_parallel
+        else mock.patch.object(products, "start_sum_of_gradients", lambda dx, group, rows: dx)
+    )
+    with left_out:
+        return train(tp, LOCAL, STEPS, RMSNORM, sequence_parallel)
 
 
 @pytest.mark.parametrize(
@@ -60,11 +63,11 @@ def train_without_a_reduction(tp: int, sequence_parallel: bool) -> dict:
 )
 def test_replicated_parameters_are_bit_equal_after_twenty_steps(name, layout):
     tp, cp, shared = layout
-    ranks = [replicated(found) for found in run_ranks(4, train, tp, ENGINES[name], STEPS, RMSNORM, shared, cp)]
+    ranks = [replicated(found) for found in run_shared(4, train, tp, ENGINES[name], STEPS, RMSNORM, shared, cp)]
     assert_replicas_equal(ranks, tp)
 
 
 @WAYS
 def test_a_reduction_left_out_makes_them_differ(sequence_parallel):
-    one, other = (replicated(found) for found in run_ranks(2, train_without_a_reduction, 2, sequence_parallel))
+    one, other = (replicated(found) for found in run_shared(2, train_without_a_reduction, 2, sequence_parallel))
     assert any(not torch.equal(one[place], other[place]) for place in one)

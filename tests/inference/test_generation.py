@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_tn import ParallelContext, load_pretrained
+from megatron_tn import load_pretrained
 from megatron_tn.inference.generator import generate
 from megatron_tn.inference.sampler import Sampler
 from tests.helpers.golden import golden
 from tests.helpers.models import TINY, reference_model
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import layout, run_shared
 
 LOGITS = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
 
@@ -67,13 +67,13 @@ def test_decoding_equals_running_the_whole_text_each_time():
 
 
 def decode(tp: int) -> list[int]:
-    model = load_pretrained(golden("heads4").directory, ParallelContext.create(tp=tp))
+    model = load_pretrained(golden("heads4").directory, layout(tp))
     return list(generate(model, [1, 2, 3], max_new_tokens=16, sampler=Sampler(temperature=1.0), seed=3))
 
 
 def test_tensor_parallel_ranks_say_the_same_as_one():
     alone = decode(1)
-    assert run_ranks(2, decode, 2) == [alone, alone]
+    assert run_shared(2, decode, 2) == [alone, alone]
 
 
 def test_it_stops_at_the_end_of_the_document():

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 from typing import get_args, get_type_hints
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from megatron_tn.training.resume import Start
 from megatron_tn.training.step import train_step
 from tests.engine.test_parity import ALL_PARTITIONED, BATCH, FSDP2, LENGTH, LOCAL, SEED, ZERO, gradients_of
 from tests.helpers.models import TINY, Rows, random_batch, reference_gradients, relative_errors, tiny_config
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import run_shared
 
 CPU = torch.device("cpu")
 
@@ -132,15 +133,15 @@ ENGINES = [LOCAL, ZERO[1], ALL_PARTITIONED, dataclasses.replace(FSDP2, recompute
 
 
 def gradients_on_ranks(tp: int, sequence_parallel: bool) -> list[dict[str, Tensor]]:
-    ARCHITECTURES["transnormer"] = ANOTHER
     cases = [(engine, 1, TINY.norm) for engine in ENGINES]
-    return [gradients for gradients, _ in gradients_of(tp, 1, cases, sequence_parallel).values()]
+    with mock.patch.dict(ARCHITECTURES, transnormer=ANOTHER):
+        return [gradients for gradients, _ in gradients_of(tp, 1, cases, sequence_parallel).values()]
 
 
 @pytest.mark.usefixtures("another")
 def test_engines_and_layouts_take_another_architecture():
     _, wanted = reference_gradients(TINY, SEED, *random_batch(BATCH, LENGTH))
-    for each_engine in run_ranks(4, gradients_on_ranks, 2, True):
+    for each_engine in run_shared(4, gradients_on_ranks, 2, True):
         for gradients in each_engine:
             assert max(relative_errors(gradients, wanted).values()) < 1e-5
 
