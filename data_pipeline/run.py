@@ -160,7 +160,7 @@ def _prepare(output: Path, record: dict, overwrite: bool) -> None:
     if old and changed:
         if not overwrite:
             raise InputError(
-                *(f"output={output} was made otherwise: {line}" for line in changed),
+                *(f"output={output} was made with other settings: {line}" for line in changed),
                 f"output={output}: choose another, or overwrite=true to delete its content",
             )
         # Deletes completion markers first and keeps the record: if interrupted, this can be repeated, and a run with

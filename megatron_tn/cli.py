@@ -67,7 +67,7 @@ def command(
                     values["run_dir"] = jobs[-1][1]
                 if (code := function(from_mapping(kind, values))) is not None:
                     if multirun:
-                        log.info("told to stop: the sweep ends here, and the same command goes on with it")
+                        log.info("stop signal: the sweep ends with this job; the same command continues it")
                     sys.exit(code)
 
         def main() -> None:

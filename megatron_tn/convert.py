@@ -80,8 +80,8 @@ def export(config: ConvertConfig) -> None:
                 and (found := hashlib.sha256(tokenizer.read_bytes()).hexdigest()) != data.tokenizer.sha256
             ):
                 raise ConfigError(
-                    f"tokenizer {tokenizer} has sha256 {found[:12]}..., but the shards that the model was trained on "
-                    f"were made by one of {data.tokenizer.sha256[:12]}..."
+                    f"tokenizer {tokenizer} has sha256 {found[:12]}..., but the tokenizer of the training shards has "
+                    f"{data.tokenizer.sha256[:12]}..."
                 )
             texts = tokenizer_files(tokenizer, model)
             bos = json.loads(texts[TOKENIZER_CONFIG_FILE])["bos_token"]

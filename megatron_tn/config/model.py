@@ -15,26 +15,26 @@ from megatron_tn.config.mapping import STRICT
 class ModelConfig:
     """Shape and variant of a TransNormerLLM (arXiv 2307.14995). The defaults are the released family's semantics."""
 
-    name: str = "385m"  # of the size, for reports
-    architecture: Literal["transnormer"] = "transnormer"  # of megatron_tn.model.registry
-    vocab_size: Positive = 64000  # V, entries of the tokenizer; the vocabulary-parallel embedding pads it by itself
-    embed_dim: Positive = 1024  # D
-    layers: Positive = 24  # L
-    heads: Positive = 8  # H; the released sizes have D / H = 128
-    glu_dim: Positive = 2816  # F
+    name: str = "385m"  # name of the model size in reports
+    architecture: Literal["transnormer"] = "transnormer"  # name in megatron_tn.model.registry
+    vocab_size: Positive = 64000  # V, entries of the tokenizer; vocabulary parallelism pads the embedding as needed
+    embed_dim: Positive = 1024  # D, width of the residual stream
+    layers: Positive = 24  # L, number of blocks
+    heads: Positive = 8  # H, attention heads; the released sizes have D / H = 128
+    glu_dim: Positive = 2816  # F, width of SGLU
     scale_embedding: bool = True  # x = E[ids] * sqrt(D); the released 3B and larger models have x = E[ids]
-    norm: Literal["simplermsnorm", "rmsnorm"] = "simplermsnorm"
+    norm: Literal["simplermsnorm", "rmsnorm"] = "simplermsnorm"  # only rmsnorm has weights
     norm_eps: FromZero = 1e-6  # added to the mean square under the root
-    act: Literal["silu", "none", "1+elu"] = "silu"  # of q and k
-    glu_act: Literal["none", "silu"] = "none"
-    gate: bool = True  # the output gate u of the token mixer
-    lrpe: Literal["first", "all", "none"] | list[bool] = "first"  # the layers that apply LRPE
-    decay: Literal["released", "paper", "none"] = "released"  # form of the decay rates, one a head
-    decay_temperature: bool = True  # the factor 1 - l/(L-1) of layer l's decay rates
-    init_std: FromZero = 0.02  # of the matrices' normal initial values
-    pad_id: Count = 0  # training takes this and the next two from the shards' tokenizer
-    bos_id: Count = 1  # of the token that begins a document
-    eos_id: Count = 2  # of the token that ends a document
+    act: Literal["silu", "none", "1+elu"] = "silu"  # activation function of q and k
+    glu_act: Literal["none", "silu"] = "none"  # activation function of SGLU's gate
+    gate: bool = True  # whether the token mixer has the output gate u
+    lrpe: Literal["first", "all", "none"] | list[bool] = "first"  # layers with LRPE; list: one entry per layer
+    decay: Literal["released", "paper", "none"] = "released"  # formula of the decay rates, one rate per head
+    decay_temperature: bool = True  # whether the decay rates of layer l have the factor 1 - l/(L-1)
+    init_std: FromZero = 0.02  # standard deviation of the matrices' normal initial values
+    pad_id: Count = 0  # id of the padding token; training takes all three ids from the shards' tokenizer
+    bos_id: Count = 1  # id of the token that begins a document
+    eos_id: Count = 2  # id of the token that ends a document
 
     @property
     def head_dim(self) -> int:

@@ -139,7 +139,7 @@ class RunFolder:
         sync_folder(self.checkpoints)
         return aside
 
-    # Settings and their SLURM job
+    # The run's settings (submitted/*.json, config.json) and the SLURM job that froze them (job.json)
 
     def submit(self, config: TrainConfig) -> Path:
         """Write the settings of a job before its submission; returns the file, unique to this job."""
