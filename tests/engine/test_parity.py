@@ -18,6 +18,7 @@ from megatron_tn.parallel import products
 from megatron_tn.training.step import train_step
 from tests.helpers.models import TINY, Rows, random_batch, reference_gradients, relative_errors, tiny_config
 from tests.helpers.ranks import layout, run_shared, this_device
+from tests.helpers.replicas import assert_replicas_equal, replicated
 
 SEED, LENGTH, BATCH = 7, 23, 12  # context-parallel slices are uneven
 LOCAL = EngineConfig(name="local", precision="fp32")
@@ -209,10 +210,13 @@ def alone() -> dict[str, Any]:
     ids=["whole", "sequence_parallel"],
 )
 def test_twenty_steps_of_training_equal_one_process(alone, engines, sequence_parallel):
-    for of_engines in run_shared(4, train_each, 2, engines, 20, RMSNORM, sequence_parallel):
+    ranks = run_shared(4, train_each, 2, engines, 20, RMSNORM, sequence_parallel)
+    for of_engines in ranks:
         for name, found in of_engines.items():
             assert found["losses"] == pytest.approx(alone["losses"], rel=2e-4), name
             assert found["norms"] == pytest.approx(alone["norms"], rel=2e-3), name
+    for name in ranks[0]:
+        assert_replicas_equal([replicated(of_engines[name]) for of_engines in ranks], 2, RMSNORM.layers)
 
 
 def test_bf16_trains_with_fp32_masters():

@@ -92,23 +92,31 @@ def all_gradients(
 
 
 OVER_TWO = [(1, 1, False), (2, 1, False), (2, 1, True), (1, 2, False)]  # tp, cp, sequence parallel
-HOOKED = (ZERO[3], ALL_PARTITIONED, FSDP2)  # engines that gather weights as a block runs
+ENGINES = (LOCAL, ZERO[1], ZERO[3], ALL_PARTITIONED, FSDP2)
+POLICIES = (("none", 1), ("selective", 1), ("full", 1), ("full", 2))  # policy, every
+EAGER = [(engine, *policy, "none") for engine in ENGINES for policy in POLICIES]
+COMPILED = [(engine, *policy, "blocks") for engine in ENGINES for policy in POLICIES]
+# Engines that gather weights as a block runs, and every policy: a case takes two seconds.
+COVERING = [
+    (ZERO[3], "none", 1, "blocks"),
+    (ZERO[3], "full", 2, "blocks"),
+    (FSDP2, "selective", 1, "blocks"),
+    (FSDP2, "full", 1, "blocks"),
+]
 
 
 @pytest.mark.parametrize(
-    ("tp", "cp", "sequence_parallel", "engines", "compiled"),
+    ("tp", "cp", "sequence_parallel", "cases"),
     [
-        *(pytest.param(*layout, (LOCAL, ZERO[1], *HOOKED), "none") for layout in OVER_TWO),
-        pytest.param(*OVER_TWO[0], (ZERO[3], FSDP2), "blocks"),
-        *(pytest.param(*layout, (LOCAL, ZERO[1], *HOOKED), "blocks", marks=pytest.mark.full) for layout in OVER_TWO),
+        *(pytest.param(*layout, EAGER, id=f"{layout}-eager") for layout in OVER_TWO),
+        pytest.param(*OVER_TWO[0], COVERING, id=f"{OVER_TWO[0]}-compiled"),
+        *(pytest.param(*layout, COMPILED, id=f"{layout}-all", marks=pytest.mark.full) for layout in OVER_TWO),
     ],
-    ids=lambda value: "" if isinstance(value, tuple) else str(value),
 )
-def test_every_engine_recomputes(tp, cp, sequence_parallel, engines, compiled):
+def test_every_engine_recomputes(tp, cp, sequence_parallel, cases):
     cases = [
         dataclasses.replace(engine, recompute=policy, recompute_every=every, compile=compiled)
-        for engine in engines
-        for policy, every in (("none", 1), ("selective", 1), ("full", 1), ("full", 2))
+        for engine, policy, every, compiled in cases
     ]
     for wanted, *found in run_shared(2, all_gradients, tp, [LOCAL, *cases], cp, sequence_parallel):
         for case, result in zip(cases, found, strict=True):
