@@ -23,7 +23,7 @@ from data_pipeline.errors import InputError, StageError
 from data_pipeline.files import TEMPORARY, explain, open_lock, replace_file
 
 # Raised with every change of the output for the same settings and sources, so that two versions never share a run.
-PIPELINE_VERSION = 5
+PIPELINE_VERSION = 6
 RECORD = "pipeline.json"
 
 
