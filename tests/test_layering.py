@@ -15,7 +15,7 @@ PACKAGES = ("kernels", "data_pipeline", "megatron_tn", "launch")
 ALLOWED = {
     "kernels": [],
     "data_pipeline": [],
-    "megatron_tn.config": [],
+    "megatron_tn.config": ["data_pipeline.redaction"],
     "megatron_tn.device": [],
     "megatron_tn.precision": ["kernels", "megatron_tn.device"],
     "megatron_tn.parallel": ["kernels", "megatron_tn.device", "megatron_tn.precision", "megatron_tn.config"],
@@ -58,6 +58,7 @@ ALLOWED = {
         "data_pipeline.shards",
         "data_pipeline.selfclean",
         "data_pipeline.words",
+        "data_pipeline.redaction",
     ],
     "launch": [
         "megatron_tn.cli",
