@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernels import add_scaled_simple_rms_norm, add_simple_rms_norm, branch_simple_rms_norm
+from kernels import (
+    add_rms_norm,
+    add_scaled_simple_rms_norm,
+    add_simple_rms_norm,
+    branch_rms_norm,
+    branch_simple_rms_norm,
+)
 from megatron_tn.parallel.sequence import TokenSlices
 from megatron_tn.parallel.sharding import ShardSpec, mark
 
@@ -55,8 +61,11 @@ class RMSNorm(SimpleRMSNorm):
         square_sum: Tensor | None = None,
         slices: TokenSlices | None = None,
     ) -> tuple[Tensor, Tensor]:
-        x, normed = super().forward(x, update, square_sum)
-        return x, normed * (self.weight if slices is None else slices.repeated(self.weight))
+        weight = self.weight if slices is None else slices.repeated(self.weight)
+        if square_sum is not None:
+            x, normed = super().forward(x, update, square_sum)
+            return x, normed * weight
+        return branch_rms_norm(x, weight, self.eps) if update is None else add_rms_norm(x, update, weight, self.eps)
 
 
 NORMS = {"simplermsnorm": SimpleRMSNorm, "rmsnorm": RMSNorm}

@@ -7,13 +7,13 @@ in `ModelConfig.architecture`, and its own settings in `ModelConfig`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from megatron_tn.config import ConfigError, ModelConfig
-from megatron_tn.model import check, flops, transnormer
+from megatron_tn.model import check, decoder, flops, transformer, transnormer
 from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.sharding import Box
@@ -21,15 +21,21 @@ from megatron_tn.parallel.sharding import Box
 
 @dataclass(frozen=True)
 class ReleasedNames:
-    """Names of an architecture in released (Hugging Face) files; tensors there have the model's parameter names.
+    """Names of an architecture in released (Hugging Face) files.
 
     model_type, class_name: fields `model_type` and `architectures` of config.json.
-    repeated: extra tensor that a file may hold -> the parameter of which it is a copy (tied weights).
+    repeated: extra tensor that a file may hold -> the tensor of which it is a copy (tied weights).
+    renamed: part of a parameter's dotted name -> the same part of the tensor's name; other parts are equal.
     """
 
     model_type: str
     class_name: str
     repeated: Mapping[str, str]
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    def tensor(self, parameter: str) -> str:
+        """The name of the parameter's tensor."""
+        return ".".join(self.renamed.get(part, part) for part in parameter.split("."))
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,20 @@ ARCHITECTURES = {
             model_type="transnormer",
             class_name="TransnormerForCausalLM",
             repeated={"lm_head.weight": "model.embed_tokens.weight"},
+        ),
+    ),
+    "transformer": Architecture(
+        build=transformer.build,
+        problems=ModelConfig.problems,
+        parameter_count=transformer.parameter_count,
+        forward_flops_per_token=transformer.forward_flops_per_token,
+        initial_box=decoder.initial_box,
+        check_kernels=check.check_transformer_kernels,
+        released=ReleasedNames(
+            model_type="llama",
+            class_name="LlamaForCausalLM",
+            repeated={"lm_head.weight": "model.embed_tokens.weight"},
+            renamed=transformer.LLAMA_NAMES,
         ),
     ),
 }
