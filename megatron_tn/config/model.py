@@ -23,8 +23,9 @@ class ModelConfig:
     heads: Positive = 8  # H; the released sizes have D / H = 128
     glu_dim: Positive = 2816  # F
     scale_embedding: bool = True  # x = E[ids] * sqrt(D); the released 3B and larger models have x = E[ids]
-    norm: Literal["simplermsnorm", "rmsnorm"] = "simplermsnorm"
-    norm_eps: FromZero = 1e-6  # added to the mean square under the root
+    absolute_positions: bool = False  # sinusoids of the position are added to x, as in arXiv 1706.03762 (an ablation)
+    norm: Literal["simplermsnorm", "rmsnorm", "layernorm"] = "simplermsnorm"
+    norm_eps: FromZero = 1e-6  # added to the mean square, or the variance, under the root
     act: Literal["silu", "none", "1+elu"] = "silu"  # of q and k
     glu_act: Literal["none", "silu"] = "none"
     gate: bool = True  # the output gate u of the token mixer

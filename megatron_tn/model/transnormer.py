@@ -4,6 +4,8 @@
     for each layer: x = x + GLA(norm(x)); x = x + SGLU(norm(x))
     logits = norm(x) E^T
 
+An ablation adds sinusoids of the position to the first x (model.absolute_positions).
+
 Module names are those of the released weights, so a parameter's name is its name on disk.
 """
 
@@ -20,6 +22,7 @@ from megatron_tn.model.block import Block
 from megatron_tn.model.decay import all_decay_rates
 from megatron_tn.model.layout import TokenLayout
 from megatron_tn.model.norm import NORMS
+from megatron_tn.model.positions import sinusoids
 from megatron_tn.model.tiles import normal_box
 from megatron_tn.parallel.context import Axis, ParallelContext
 from megatron_tn.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
@@ -34,6 +37,7 @@ class TransNormerModel(nn.Module):
 
     def __init__(self, config: ModelConfig, axis: Axis):
         super().__init__()
+        self.absolute_positions = config.absolute_positions
         scale = math.sqrt(config.embed_dim) if config.scale_embedding else 1.0
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.embed_dim, axis, scale)
         self.layers = nn.ModuleList(Block(config, layer, axis) for layer in range(config.layers))
@@ -55,6 +59,8 @@ class TransNormerModel(nn.Module):
         self, tokens: Tensor, layout: TokenLayout, state: DecodingState | None = None
     ) -> tuple[Tensor, list[Tensor | None]]:
         x = self.embed_tokens(tokens, layout.token_slices)
+        if self.absolute_positions:
+            x = x + sinusoids(layout, x.shape[-1]).to(x.dtype)
         decay = self.decay(x.device)
         states = []
         for layer, block in enumerate(self.layers):
@@ -74,12 +80,11 @@ def initial_box(name: str, shape: tuple[int, ...], box: Box, config: ModelConfig
     """The initial values within `box` of the logical parameter `name` of `shape`, fp32 on the CPU.
 
     Matrices: N(0, init_std), with the pad row of the embedding zero, unless that token begins or ends documents, too.
-    Norm weights: ones. LRPE's theta:
-    10000^(-2j/D) (arXiv 2307.09270), j = 0..D-1 counted across heads, so that each head has its own band of
-    frequencies.
+    Norm weights: ones; norm biases: zeros. LRPE's theta: 10000^(-2j/D) (arXiv 2307.09270), j = 0..D-1 counted across
+    heads, so that each head has its own band of frequencies.
     """
-    if name.endswith("norm.weight"):
-        return torch.ones([stop - start for start, stop in box], device="cpu")
+    if name.endswith(("norm.weight", "norm.bias")):
+        return torch.full([stop - start for start, stop in box], float(name.endswith("weight")), device="cpu")
     if name.endswith("lrpe.theta"):
         j = torch.arange(config.embed_dim, dtype=torch.float64, device="cpu")
         theta = (10000 ** (-2 * j / config.embed_dim)).float().view(shape)

@@ -28,7 +28,12 @@ FSDP2 = EngineConfig(name="fsdp2", precision="fp32")
 ALL_PARTITIONED = dataclasses.replace(
     ZERO[3], deepspeed_config={"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 )
-RMSNORM = dataclasses.replace(TINY, norm="rmsnorm")
+MODELS = {
+    "simplermsnorm": TINY,
+    "rmsnorm": dataclasses.replace(TINY, norm="rmsnorm"),
+    "layernorm": dataclasses.replace(TINY, norm="layernorm", absolute_positions=True),
+}
+RMSNORM = MODELS["rmsnorm"]
 
 
 def name_of(engine: EngineConfig) -> str:
@@ -61,7 +66,7 @@ def gradients_of(
     for engine_config, accumulation, norm in cases:
         micro = share // accumulation
         config = tiny_config(
-            model=dataclasses.replace(TINY, norm=norm),
+            model=MODELS[norm],
             engine=engine_config,
             parallel=ParallelConfig(tp=tp, cp=cp, sequence_parallel=sequence_parallel),
             data=DataConfig(sequence_length=LENGTH, global_batch=BATCH, micro_batch=micro),
@@ -81,7 +86,7 @@ def gradients_of(
 @functools.cache
 def reference(norm: str) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
     """Every gradient of one fp64 process; and by precision, the relative error of each by one process in it."""
-    config = dataclasses.replace(TINY, norm=norm)
+    config = MODELS[norm]
     tokens, targets = random_batch(BATCH, LENGTH)
     _, exact = reference_gradients(config, SEED, tokens, targets)
     errors = {}
@@ -121,13 +126,14 @@ def check_gradients(
 def test_gradients_equal_one_fp64_process(world, tp, cp):
     engines = [LOCAL, *ZERO, FSDP2, *ZERO_BF16]
     covering = [(engine, 1 + 2 * (index % 2), TINY.norm) for index, engine in enumerate(engines)]
-    check_gradients(world, tp, [*covering, (ZERO[1], 1, "rmsnorm"), (ZERO[2], 3, "rmsnorm")], cp=cp)
+    others = [(ZERO[1], 1, "rmsnorm"), (ZERO[2], 3, "rmsnorm"), (ZERO[3], 1, "layernorm")]
+    check_gradients(world, tp, [*covering, *others], cp=cp)
 
 
 @pytest.mark.parametrize(("world", "tp", "cp"), [(2, 2, 1), (4, 2, 1), (4, 4, 1), (4, 2, 2)], ids=str)
 def test_gradients_under_sequence_parallelism_equal_one_fp64_process(world, tp, cp):
     covering = [(engine, 1 + 2 * (index % 2), TINY.norm) for index, engine in enumerate([*ZERO, FSDP2, LOCAL])]
-    cases = [*covering, (ZERO[1], 3, "rmsnorm"), (ZERO[2], 1, "rmsnorm"), (FSDP2, 3, "rmsnorm")]
+    cases = [*covering, (ZERO[1], 3, "rmsnorm"), (ZERO[2], 1, "layernorm"), (FSDP2, 3, "layernorm")]
     check_gradients(world, tp, cases, cp=cp, sequence_parallel=True)
 
 
@@ -149,8 +155,7 @@ LAYOUTS = [
 )
 def test_gradients_equal_one_fp64_process_in_every_layout(world, tp, cp, sequence_parallel):
     engines = [LOCAL, *ZERO, ALL_PARTITIONED, FSDP2]
-    norms = ("simplermsnorm", "rmsnorm")
-    cases = [(engine, n, norm) for engine in engines for n in (1, 3) for norm in norms]
+    cases = [(engine, n, norm) for engine in engines for n in (1, 3) for norm in MODELS]
     check_gradients(world, tp, cases, cp=cp, sequence_parallel=sequence_parallel)
 
 
