@@ -37,6 +37,7 @@ def operators():
             ops.add_scaled_srmsnorm_backward,
             (*(a.detach() for a in (y, y, x, y, s)), 1e-6),
         ),
+        "rope": (ops.rope, (x, y, torch.arange(9), 4, 100.0, False)),
         "sglu_forward": (ops.sglu_forward, (x, y, "silu")),
         "sglu_forward+views": (ops.sglu_forward, (x.transpose(0, 1), y.transpose(0, 1), "none")),
         "sglu_backward": (ops.sglu_backward, (*(a.detach() for a in (y, x, y)), "none")),

@@ -231,6 +231,16 @@ def test_embedding(capability):
 
 
 @pytest.mark.parametrize("capability", sorted(TILES))
+def test_rope(capability):
+    from kernels.rope import triton_rope
+
+    types = dict.fromkeys(("q_pointer", "k_pointer", "rotated_q_pointer", "rotated_k_pointer"), "*bf16")
+    types |= {"positions_pointer": "*i64", "fractions_pointer": "*i64"}
+    constants = {"BACK": True, "QUICK": True, "HEADS": 16, "HALF": 64}
+    assert resources(compiled(triton_rope.rope_kernel, capability, types, constants, num_warps=4))[1] == 0
+
+
+@pytest.mark.parametrize("capability", sorted(TILES))
 @pytest.mark.parametrize("with_lrpe", [pytest.param(False, marks=pytest.mark.full), True], ids=["plain", "lrpe"])
 def test_decoding_step(capability, with_lrpe):
     from kernels.gla import triton_step
