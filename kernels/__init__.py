@@ -10,6 +10,7 @@ from kernels.embedding.op import scaled_embedding
 from kernels.gla.op import gla
 from kernels.gla.slice import StateExchange, gla_slice
 from kernels.lightning.op import lightning_attention
+from kernels.rmsnorm.op import add_rms_norm, branch_rms_norm
 from kernels.rope.op import rope
 from kernels.self_check import self_check
 from kernels.sglu.op import sglu
@@ -27,8 +28,10 @@ __version__ = "0.0.0"
 __all__ = [
     "StateExchange",
     "adamw_",
+    "add_rms_norm",
     "add_scaled_simple_rms_norm",
     "add_simple_rms_norm",
+    "branch_rms_norm",
     "branch_simple_rms_norm",
     "gla",
     "gla_slice",

@@ -21,6 +21,8 @@ from kernels.embedding.op import scaled_embedding
 from kernels.gla.op import gla
 from kernels.lightning.op import lightning_attention
 from kernels.numerics import accumulation_dtype
+from kernels.rmsnorm import reference as rmsnorm_reference
+from kernels.rmsnorm.op import add_rms_norm, branch_rms_norm
 from kernels.rope import reference as rope_reference
 from kernels.rope.op import rope
 from kernels.sglu import reference as sglu_reference
@@ -102,8 +104,8 @@ def self_check(
     glu_width: width of the gated product.
     embed_width: width of the embedding and the output head, over all ranks (default: heads * value_width).
     act: the activation of q and k. glu_act: the gated product's.
-    rope_base: of softmax attention, with heads of value_width: rope is checked in the place of lightning attention and
-        gla; None: linear attention.
+    rope_base: of softmax attention, with heads of value_width: rope and rms_norm are checked in the place of
+        lightning attention and gla; None: linear attention.
     decay: [heads], the rates (default: evenly spaced from 0 to 1, slow and fast heads in one call).
     length: positions of a sequence; the default is odd, and long enough to be cut into segments if there are few heads.
     fall_back: if an operator is wrong, log it, switch this process to plain PyTorch, and check again.
@@ -150,7 +152,7 @@ def _errors(sizes: _Sizes, device: torch.device) -> dict[str, float]:
 
 
 def _checks(sizes: _Sizes) -> Iterator[_Check]:
-    yield from _attention_checks(sizes) if sizes.rope_base is None else _rope_checks(sizes)
+    yield from _attention_checks(sizes) if sizes.rope_base is None else _transformer_checks(sizes)
     yield from _norm_checks(sizes)
     yield from _vocabulary_checks(sizes)
     yield _update_check(sizes)
@@ -186,7 +188,8 @@ def _attention_checks(sizes: _Sizes) -> Iterator[_Check]:
         yield _Check("gla_theta", of_theta, of_theta, ((heads, 1, width),), LARGEST_THETA_ERROR)
 
 
-def _rope_checks(sizes: _Sizes) -> Iterator[_Check]:
+def _transformer_checks(sizes: _Sizes) -> Iterator[_Check]:
+    """Checks of RoPE, and of the norm with a weight, with and without residual addition."""
     positions = torch.arange(TOKENS, device=sizes.decay.device) * 101  # as far as the context of today's models
     options = {"head_dim": sizes.value_width, "base": sizes.rope_base}
 
@@ -196,7 +199,19 @@ def _rope_checks(sizes: _Sizes) -> Iterator[_Check]:
     def exactly_rotated(q: Tensor, k: Tensor) -> Tensor:
         return torch.cat([rope_reference.rope(x, positions, **options) for x in (q, k)], dim=-1)
 
+    def branched(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.cat(branch_rms_norm(x, weight), dim=-1)
+
+    def added(x: Tensor, update: Tensor, weight: Tensor) -> Tensor:
+        return torch.cat(add_rms_norm(x, update, weight), dim=-1)
+
+    def exactly_added(x: Tensor, update: Tensor, weight: Tensor) -> Tensor:
+        return torch.cat((x + update, rmsnorm_reference.rms_norm(x + update, weight)), dim=-1)
+
+    rows, weight = (TOKENS, sizes.embed_width), (sizes.embed_width,)
     yield _Check("rope", rotated, exactly_rotated, ((1, TOKENS, sizes.width),) * 2)
+    yield _Check("rms_norm", branched, lambda x, weight: exactly_added(x, 0, weight), (rows, weight))
+    yield _Check("add_rms_norm", added, exactly_added, (rows, rows, weight))
 
 
 def _norm_checks(sizes: _Sizes) -> Iterator[_Check]:

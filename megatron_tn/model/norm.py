@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from kernels import add_scaled_simple_rms_norm, add_simple_rms_norm, branch_simple_rms_norm
+from kernels import (
+    add_rms_norm,
+    add_scaled_simple_rms_norm,
+    add_simple_rms_norm,
+    branch_rms_norm,
+    branch_simple_rms_norm,
+)
 from megatron_tn.parallel.collectives import copy_to, reduce_from
 from megatron_tn.parallel.context import Axis
 from megatron_tn.parallel.sequence import TokenSlices
@@ -62,8 +68,11 @@ class RMSNorm(SimpleRMSNorm):
         square_sum: Tensor | None = None,
         slices: TokenSlices | None = None,
     ) -> tuple[Tensor, Tensor]:
-        x, normed = super().forward(x, update, square_sum)
-        return x, normed * (self.weight if slices is None else slices.repeated(self.weight))
+        weight = self.weight if slices is None else slices.repeated(self.weight)
+        if square_sum is not None:
+            x, normed = super().forward(x, update, square_sum)
+            return x, normed * weight
+        return branch_rms_norm(x, weight, self.eps) if update is None else add_rms_norm(x, update, weight, self.eps)
 
 
 class LayerNorm(nn.Module):
