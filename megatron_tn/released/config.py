@@ -38,7 +38,7 @@ def config_from_released(values: dict[str, Any]) -> ModelConfig:
     Raises:
         ConfigError: a field is missing, or its value is not supported.
     """
-    known = {family.released.model_type: name for name, family in ARCHITECTURES.items()}
+    known = {family.released.model_type: name for name, family in ARCHITECTURES.items() if family.released}
     if values.get("model_type", "transnormer") not in known:
         raise ConfigError(f"config.json: model_type={values['model_type']!r} is not one of {', '.join(known)}")
     problems = []
