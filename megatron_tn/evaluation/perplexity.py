@@ -47,7 +47,8 @@ def document_nats(
     """Negative log-likelihood in nats of each document (ids [n], bos first), given its first id.
 
     A batch has batch_tokens // window documents of similar length. The model runs on `window` tokens at a time, from
-    the recurrent state after the preceding window: every token sees its document's whole past in bounded memory.
+    the recurrent state after the preceding window: every token sees its document's whole past in bounded memory. A
+    model that is built for sequences of config.max_length tokens begins anew where a window would lead past it.
     progress(n, tokens): called after each batch of n documents, of so many tokens.
     """
     device = next(model.parameters()).device
@@ -78,12 +79,14 @@ def _row_nats(model: Model, tokens: Tensor, targets: Tensor, lengths: list[int],
 
     Each window runs only for the rows whose documents extend into it, to avoid padding.
     """
+    longest = model.config.max_length or lengths[0]
+    window = min(window, longest)
     total = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
     state = None
     for first in range(0, lengths[0], window):
         rows = sum(length > first for length in lengths)
         if state is not None:
-            state = state.first_rows(rows)
+            state = None if state.position + window > longest else state.first_rows(rows)
         piece = (slice(rows), slice(first, first + window))
         out = model(tokens[piece], targets=targets[piece], reduction="none", state=state, return_state=True)
         total[:rows] += out.loss.double().sum(1)

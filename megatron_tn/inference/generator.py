@@ -20,12 +20,17 @@ def generate(
     arguments and yields the same ids.
 
     Raises:
-        ValueError: the prompt is empty or holds an id outside the vocabulary.
+        ValueError: the prompt is empty, holds an id outside the vocabulary, or leaves too little of
+            model.max_length.
     """
     if not prompt:
         raise ValueError("the prompt has no tokens; begin a document with its bos id")
     if max(prompt) >= model.config.vocab_size or min(prompt) < 0:
         raise ValueError(f"the prompt holds id {max(prompt)}, but the vocabulary has {model.config.vocab_size} entries")
+    most = model.config.max_length
+    if most and len(prompt) + max_new_tokens - 1 > most:  # the last token is not fed back
+        asked = f"a prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens}"
+        raise ValueError(f"{asked} are longer than model.max_length={most}")
     device = next(model.parameters()).device
     draw = torch.Generator().manual_seed(seed)
     tokens = torch.tensor([list(prompt)], device=device)

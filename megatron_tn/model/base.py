@@ -19,8 +19,8 @@ REDUCTIONS = ("mean", "sum", "none")
 class DecodingState(NamedTuple):
     """Recurrent state after the tokens processed so far (the counterpart of a KV cache).
 
-    layers: one tensor per block, B its first dimension. TransNormer: fp32 [B, H / tp, K, d], K = 2d if the block uses
-        LRPE, else d; the size does not depend on the number of tokens. Softmax attention would hold keys and values.
+    layers: one tensor per block, B its first dimension. Linear attention: fp32 [B, H / tp, K, d], K = 2d if the block
+        uses LRPE, else d; the size does not depend on the number of tokens. Softmax attention: keys and values.
     position: number of tokens processed.
     """
 
@@ -102,7 +102,8 @@ class Model(nn.Module):
         is used in this case only: decoding has about one token a row.
 
         Raises:
-            ValueError: an unknown reduction; cu_seqlens with B > 1, or together with a state.
+            ValueError: an unknown reduction; cu_seqlens with B > 1, or together with a state; more tokens than
+                config.max_length (of packed documents checked on a CPU only).
         """
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction={reduction!r} is not one of {', '.join(REDUCTIONS)}")
@@ -114,6 +115,7 @@ class Model(nn.Module):
             )
         shared = targets is not None and state is None and not return_state
         start = 0 if state is None else state.position
+        self._check_length(start + tokens.shape[1], cu_seqlens)
         context = self.context if shared else None
         layout = TokenLayout.of(tokens, cu_seqlens, start=start, return_state=return_state, context=context)
         hidden, states = self.model(layout.take(tokens), layout, state)
@@ -126,6 +128,15 @@ class Model(nn.Module):
         elif reduction == "none":
             loss = token_losses
         return ModelOutput(loss=loss, token_losses=token_losses, state=state)
+
+    def _check_length(self, length: int, cu_seqlens: Tensor | None) -> None:
+        if self.config.max_length:
+            if cu_seqlens is not None:
+                length = 0 if cu_seqlens.is_cuda else int(cu_seqlens.diff().max())
+            if length > self.config.max_length:
+                raise ValueError(
+                    f"a sequence of {length} tokens is longer than model.max_length={self.config.max_length}"
+                )
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean next-token loss in nats over targets != -100."""

@@ -7,7 +7,7 @@ in `ModelConfig.architecture`, and its own settings in `ModelConfig`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class Architecture:
     initial_box(name, shape, box, config, seed): initial values within `box` of the logical parameter `name` of
         `shape`, fp32 on the CPU.
     check_kernels(model, device, dtype): compares the model's operators with fp64 references, at this rank's shapes.
+    released: None for an architecture that no released layout can say.
     """
 
     build: Callable[[ModelConfig, ParallelContext], Model]
@@ -59,30 +60,35 @@ class Architecture:
     forward_flops_per_token: Callable[[ModelConfig, int], dict[str, int]]
     initial_box: Callable[[str, tuple[int, ...], Box, ModelConfig, int], Tensor]
     check_kernels: Callable[[Model, torch.device, torch.dtype], None]
-    released: ReleasedNames
+    released: ReleasedNames | None
 
+
+TRANSNORMER = Architecture(
+    build=transnormer.build,
+    problems=ModelConfig.problems,
+    parameter_count=flops.parameter_count,
+    forward_flops_per_token=flops.forward_flops_per_token,
+    initial_box=transnormer.initial_box,
+    check_kernels=check.check_kernels,
+    released=ReleasedNames(
+        model_type="transnormer",
+        class_name="TransnormerForCausalLM",
+        repeated={"lm_head.weight": "model.embed_tokens.weight"},
+    ),
+)
 
 ARCHITECTURES = {
-    "transnormer": Architecture(
-        build=transnormer.build,
-        problems=ModelConfig.problems,
-        parameter_count=flops.parameter_count,
-        forward_flops_per_token=flops.forward_flops_per_token,
-        initial_box=transnormer.initial_box,
-        check_kernels=check.check_kernels,
-        released=ReleasedNames(
-            model_type="transnormer",
-            class_name="TransnormerForCausalLM",
-            repeated={"lm_head.weight": "model.embed_tokens.weight"},
-        ),
-    ),
+    "transnormer": TRANSNORMER,
+    # The same body with the token mixers of arXiv 2202.08791 and 2210.10340.
+    "cosformer": replace(TRANSNORMER, released=None),
+    "transnormer_2022": replace(TRANSNORMER, released=None),
     "transformer": Architecture(
         build=transformer.build,
         problems=ModelConfig.problems,
-        parameter_count=transformer.parameter_count,
-        forward_flops_per_token=transformer.forward_flops_per_token,
+        parameter_count=flops.parameter_count,
+        forward_flops_per_token=flops.forward_flops_per_token,
         initial_box=decoder.initial_box,
-        check_kernels=check.check_transformer_kernels,
+        check_kernels=check.check_kernels,
         released=ReleasedNames(
             model_type="llama",
             class_name="LlamaForCausalLM",
@@ -137,6 +143,18 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     """FLOPs of one token's forward and backward pass: 3 x forward, since the backward of a product is two products of
     the same size. Recomputation is not counted."""
     return 3 * sum(forward_flops_per_token(config, sequence_length).values())
+
+
+def problems_of_export(config: ModelConfig) -> list[str]:
+    """Why no released layout can say this model."""
+    if architecture(config).released is None:
+        return [f"model.architecture={config.architecture} has no released layout, so it cannot be exported"]
+    if config.architecture == "transnormer" and set(config.mixers) != {"linear"}:
+        return [
+            f"model.attention=[{', '.join(config.attention)}] cannot be exported: the released layout has linear "
+            "attention in every layer"
+        ]
+    return []
 
 
 def check_kernels(model: Model, device: torch.device, dtype: torch.dtype) -> None:

@@ -16,22 +16,22 @@ from torch import Tensor
 
 from megatron_tn.config import ModelConfig
 from megatron_tn.model import decoder
-from megatron_tn.model.attention import GatedLinearAttention
 from megatron_tn.model.base import Model
 from megatron_tn.model.decay import all_decay_rates
 from megatron_tn.model.decoder import Decoder
+from megatron_tn.model.mixers import mixers_of
 from megatron_tn.parallel.context import Axis, ParallelContext
 from megatron_tn.parallel.embedding import VocabParallelHead
 from megatron_tn.parallel.sharding import Box
 
 
 class TransNormerModel(Decoder):
-    """A `Decoder` whose token mixers are gated linear attention."""
+    """A `Decoder` with the token mixers of `ModelConfig.mixers`: gated linear attention, in a hybrid softmax attention
+    too, and those of cosFormer and TransNormer (arXiv 2210.10340)."""
 
     def __init__(self, config: ModelConfig, axis: Axis):
         scale = math.sqrt(config.embed_dim) if config.scale_embedding else 1.0
-        mixers = [GatedLinearAttention(config, layer, axis) for layer in range(config.layers)]
-        super().__init__(config, axis, mixers, scale)
+        super().__init__(config, axis, mixers_of(config, axis), scale)
         # Decay rates of this rank's heads, [L][H / tp]. Numbers, which the first forward pass makes a tensor: engines
         # cast buffers to the parameters' type, and ZeRO 3 every tensor made while a model is built, but rates are fp32.
         # They are an argument of the blocks, so that one compiled graph serves all layers.

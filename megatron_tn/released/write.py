@@ -22,7 +22,7 @@ from megatron_tn.checkpoint.load import Weights
 from megatron_tn.checkpoint.manifest import Piece
 from megatron_tn.config import ConfigError, ModelConfig
 from megatron_tn.model.base import Model
-from megatron_tn.model.registry import architecture
+from megatron_tn.model.registry import architecture, problems_of_export
 from megatron_tn.released.config import CONFIG_FILE, config_to_released
 from megatron_tn.released.weights import INDEX_FILE, WEIGHTS_FILE
 
@@ -81,9 +81,9 @@ def write_released(
         where it is known.
 
     Raises:
-        ConfigError: `directory` holds files that are no export.
+        ConfigError: the released layout cannot say this model, or `directory` holds files that are no export.
     """
-    if problems := problems_of_output(directory):
+    if problems := problems_of_export(config) + problems_of_output(directory):
         raise ConfigError(problems)
     directory.mkdir(parents=True, exist_ok=True)
     for leftover in directory.glob(f"{STAGING}*"):  # of an export that was killed

@@ -11,14 +11,18 @@ import pytest
 import torch
 
 from megatron_tn.config import DataConfig, EngineConfig, OptimConfig, ParallelConfig
+from megatron_tn.config.model import WITHOUT_STATE
 from megatron_tn.engine.base import DTYPES
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.optim.schedule import learning_rate
 from megatron_tn.parallel import products
 from megatron_tn.training.step import train_step
 from tests.helpers.models import (
+    COSFORMER,
+    HYBRID,
     TINY,
     TRANSFORMER,
+    TRANSNORMER_2022,
     Rows,
     random_batch,
     reference_gradients,
@@ -39,7 +43,15 @@ ALL_PARTITIONED = dataclasses.replace(
 )
 RECOMPUTED = dataclasses.replace(FSDP2, recompute="full")
 RMSNORM = dataclasses.replace(TINY, norm="rmsnorm")
-MODELS = {"simplermsnorm": TINY, "rmsnorm": RMSNORM, "transformer": TRANSFORMER}
+MODELS = {
+    "simplermsnorm": TINY,
+    "rmsnorm": RMSNORM,
+    "layernorm": dataclasses.replace(TINY, norm="layernorm", absolute_positions=True),
+    "transformer": TRANSFORMER,
+    "hybrid": HYBRID,
+    "cosformer": COSFORMER,
+    "transnormer_2022": TRANSNORMER_2022,
+}
 
 
 def name_of(engine: EngineConfig) -> str:
@@ -135,16 +147,18 @@ def check_gradients(
 def test_gradients_equal_one_fp64_process(world, tp, cp):
     engines = [LOCAL, *ZERO, FSDP2, *ZERO_BF16]
     covering = [(engine, 1 + 2 * (index % 2), TINY.norm) for index, engine in enumerate(engines)]
-    cases = [*covering, (ZERO[1], 1, "rmsnorm"), (ZERO[2], 3, "rmsnorm")]
+    cases = [*covering, (ZERO[1], 1, "rmsnorm"), (ZERO[2], 3, "rmsnorm"), (ZERO[3], 1, "layernorm")]
+    cases.append((dataclasses.replace(ZERO[2], recompute="selective"), 3, "cosformer"))
     if cp == 1:
         cases += [(engine, 1, "transformer") for engine in (LOCAL, ZERO[3], FSDP2, ZERO_BF16[1])]
+        cases += [(ALL_PARTITIONED, 1, "hybrid"), (dataclasses.replace(FSDP2, recompute="full"), 1, "transnormer_2022")]
     check_gradients(world, tp, cases, cp=cp)
 
 
 @pytest.mark.parametrize(("world", "tp", "cp"), [(2, 2, 1), (4, 2, 1), (4, 4, 1), (4, 2, 2)], ids=str)
 def test_gradients_under_sequence_parallelism_equal_one_fp64_process(world, tp, cp):
     covering = [(engine, 1 + 2 * (index % 2), TINY.norm) for index, engine in enumerate([*ZERO, FSDP2, LOCAL])]
-    cases = [*covering, (ZERO[1], 3, "rmsnorm"), (ZERO[2], 1, "rmsnorm"), (FSDP2, 3, "rmsnorm")]
+    cases = [*covering, (ZERO[1], 3, "rmsnorm"), (ZERO[2], 1, "layernorm"), (FSDP2, 3, "layernorm")]
     if cp == 1:
         cases += [(engine, 1, "transformer") for engine in (LOCAL, ZERO[2], ALL_PARTITIONED, RECOMPUTED)]
     check_gradients(world, tp, cases, cp=cp, sequence_parallel=True)
@@ -168,7 +182,7 @@ LAYOUTS = [
 )
 def test_gradients_equal_one_fp64_process_in_every_layout(world, tp, cp, sequence_parallel):
     engines = [LOCAL, *ZERO, ALL_PARTITIONED, FSDP2]
-    models = [model for model in MODELS if cp == 1 or model != "transformer"]
+    models = [name for name, model in MODELS.items() if cp == 1 or not set(model.mixers) & set(WITHOUT_STATE)]
     cases = [(engine, n, model) for engine in engines for n in (1, 3) for model in models]
     check_gradients(world, tp, cases, cp=cp, sequence_parallel=sequence_parallel)
 
