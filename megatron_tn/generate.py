@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from megatron_tn.cli import command, run_program
 from megatron_tn.config import ConfigError, GenerateConfig, out_of_bounds, unwritable
-from megatron_tn.inference.generator import Generator, Request
+from megatron_tn.inference.generator import Generator, Request, check_length
 from megatron_tn.inference.prefix import Prefix
 from megatron_tn.inference.prefix_file import load_prefix, save_prefix
 from megatron_tn.inference.records import (
@@ -83,9 +83,11 @@ class Job:
         if self.beginning is None:
             ids = [self.model.config.bos_id, *ids]
         try:
-            return Prefix.of(self.model, ids, self.beginning, self.config.prefill_chunk)
+            prefix = Prefix.of(self.model, ids, self.beginning, self.config.prefill_chunk)
+            check_length(self.model, prefix, self.config.max_new_tokens)
         except ValueError as error:
-            raise ConfigError(f"checkpoint={self.config.checkpoint} has another tokenizer: {error}") from None
+            raise ConfigError(f"checkpoint={self.config.checkpoint} cannot continue this text: {error}") from None
+        return prefix
 
     def request(self, prefix: Prefix, number: int) -> tuple[Request, TextStream]:
         text = TextStream(self.tokenizer, [prefix.last], self.stop)

@@ -95,7 +95,7 @@ class Decoder:
 
 
 class GrowingDecoder(Decoder):
-    """One row of an architecture whose state grows with every token (no `Body.initial_state`): without a graph."""
+    """One row of an architecture whose state grows with the number of tokens: without a graph."""
 
     def __init__(self, model: Model):
         super().__init__(model, rows=1)

@@ -79,7 +79,7 @@ class Generator:
         """The continuations, piece by piece, of several requests at a time. One stream of a Generator at a time.
 
         Raises:
-            ValueError: a prompt without tokens or with an id outside the vocabulary.
+            ValueError: a prompt without tokens, with an id outside the vocabulary, or too long for model.max_length.
         """
         waiting = enumerate(requests)
         for lane in self._lanes:
@@ -151,16 +151,18 @@ class _Lane:
 
     def fill(self, waiting: Iterator[tuple[int, Request]]) -> Iterator[Piece]:
         """Put requests into the free rows; yield the pieces of those that want no tokens."""
+        model = self.generator.model
         for row, occupant in enumerate(self.occupants):
             while occupant is None and (found := next(waiting, None)):
                 index, request = found
-                prefix = Prefix.of(self.generator.model, request.prompt, request.prefix, self.generator.chunk)
+                prefix = Prefix.of(model, request.prompt, request.prefix, self.generator.chunk)
+                check_length(model, prefix, request.max_new_tokens)
                 if request.max_new_tokens == 0:
                     yield Piece(index, [], "length")
                     continue
                 key = stream_key(request.seed, request.number)
                 self.decoder.start(row, prefix, sampler=request.sampler, key=key)
-                occupant = _Running(index, request, self.generator.model.config.eos_id)
+                occupant = _Running(index, request, model.config.eos_id)
             self.occupants[row] = occupant
 
     def turn(self) -> Iterator[Piece]:
@@ -184,6 +186,14 @@ class _Lane:
                         yield piece
 
 
+def check_length(model: Model, prefix: Prefix, max_new_tokens: int) -> None:
+    """Raise ValueError if the tokens exceed model.max_length."""
+    most = model.config.max_length
+    if most and prefix.length + max_new_tokens - 1 > most:  # the last token is not fed back
+        asked = f"a prompt of {prefix.length} tokens and max_new_tokens={max_new_tokens}"
+        raise ValueError(f"{asked} are longer than model.max_length={most}")
+
+
 def generate(
     model: Model,
     prompts: Iterable[Sequence[int]],
@@ -199,7 +209,7 @@ def generate(
     seed: prompt n draws its random numbers from the key (seed, n). rows, options: of `Generator`.
 
     Raises:
-        ValueError: a prompt is empty or holds an id outside the vocabulary.
+        ValueError: a prompt is empty, holds an id outside the vocabulary, or leaves too little of model.max_length.
     """
     sampler = sampler or Sampler()
     requests = (

@@ -19,8 +19,8 @@ REDUCTIONS = ("mean", "sum", "none")
 class DecodingState(NamedTuple):
     """Recurrent state after the tokens processed so far (the counterpart of a KV cache).
 
-    layers: one tensor per block, B its first dimension. TransNormer: fp32 [B, H / tp, K, d], K = 2d if the block uses
-        LRPE, else d; the size does not depend on the number of tokens. Softmax attention would hold keys and values.
+    layers: one tensor per block, B its first dimension. Linear attention: fp32 [B, H / tp, K, d], K = 2d if the block
+        uses LRPE, else d; the size does not depend on the number of tokens. Softmax attention: keys and values.
     position: number of tokens processed; int64 [B] where rows differ.
     """
 
@@ -52,9 +52,9 @@ class Body(Protocol):
 
     layers: nn.ModuleList
 
-    def initial_state(self, rows: int) -> list[Tensor]:
-        """Each block's state before the first token, in tensors that `update_state` writes over. An architecture whose
-        state grows with the number of tokens has no such method."""
+    def initial_state(self, rows: int) -> list[Tensor] | None:
+        """Each block's state before the first token, in tensors that `update_state` writes over. None if a block's
+        state grows with the number of tokens."""
         ...
 
     def __call__(
@@ -110,7 +110,8 @@ class Model(nn.Module):
         is used in this case only: decoding has about one token a row.
 
         Raises:
-            ValueError: an unknown reduction; cu_seqlens with B > 1, or together with a state.
+            ValueError: an unknown reduction; cu_seqlens with B > 1, or together with a state; more tokens than
+                config.max_length (of packed documents checked on a CPU only, and not where each row has a position).
         """
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction={reduction!r} is not one of {', '.join(REDUCTIONS)}")
@@ -122,6 +123,8 @@ class Model(nn.Module):
             )
         shared = targets is not None and state is None and not return_state
         start = 0 if state is None else state.position
+        if not isinstance(start, Tensor):  # it would have to be read from the device
+            self._check_length(start + tokens.shape[1], cu_seqlens)
         context = self.context if shared else None
         layout = TokenLayout.of(
             tokens, cu_seqlens, start=start, return_state=return_state, update_state=update_state, context=context
@@ -138,11 +141,25 @@ class Model(nn.Module):
         return ModelOutput(loss=loss, token_losses=token_losses, state=state)
 
     def advance(self, tokens: Tensor, state: DecodingState | None) -> DecodingState:
-        """The state after tokens [B, N], which follow those of `state`; no logits are formed."""
+        """The state after tokens [B, N], which follow those of `state`, at the same position in every row. No logits
+        are formed.
+
+        Raises:
+            ValueError: more tokens than config.max_length.
+        """
         start = 0 if state is None else state.position
-        layout = TokenLayout.of(tokens, start=start, return_state=True)
-        _, states = self.model(tokens, layout, state)
+        self._check_length(start + tokens.shape[1], None)
+        _, states = self.model(tokens, TokenLayout.of(tokens, start=start, return_state=True), state)
         return DecodingState(states, start + tokens.shape[1])
+
+    def _check_length(self, length: int, cu_seqlens: Tensor | None) -> None:
+        if self.config.max_length:
+            if cu_seqlens is not None:
+                length = 0 if cu_seqlens.is_cuda else int(cu_seqlens.diff().max())
+            if length > self.config.max_length:
+                raise ValueError(
+                    f"a sequence of {length} tokens is longer than model.max_length={self.config.max_length}"
+                )
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean next-token loss in nats over targets != -100."""
@@ -165,5 +182,5 @@ class Model(nn.Module):
 
 
 def has_fixed_state(model: Model) -> bool:
-    """Whether the size of the model's state does not depend on the number of tokens (`Body.initial_state`)."""
-    return hasattr(model.model, "initial_state")
+    """Whether the size of the model's state does not depend on the number of tokens."""
+    return model.model.initial_state(0) is not None

@@ -12,10 +12,9 @@ from megatron_tn.inference.decoder import Decoder
 from megatron_tn.model.base import Model
 from megatron_tn.model.init import initialize
 from megatron_tn.model.registry import build_model
-from megatron_tn.parallel.context import ParallelContext
 from tests.helpers.decoding import plain, prompts, recorded_logits, trained_model
 from tests.helpers.models import TINY
-from tests.helpers.ranks import run_ranks, this_device
+from tests.helpers.ranks import layout, run_shared, this_device
 
 pytestmark = pytest.mark.gpu
 GREEDY = Sampler(temperature=0)
@@ -24,7 +23,7 @@ WIDE = dataclasses.replace(TINY, vocab_size=1000, embed_dim=256, heads=4, glu_di
 
 
 def model_on(device: str | torch.device, dtype: torch.dtype = torch.bfloat16, tp: int = 1) -> Model:
-    model = build_model(WIDE, ParallelContext.create(tp=tp), device, dtype)
+    model = build_model(WIDE, layout(tp), device, dtype)
     initialize(model, seed=0)
     return model
 
@@ -84,7 +83,7 @@ def on_ranks() -> list[list[int]]:
 
 @pytest.mark.gpu(2)
 def test_tensor_parallel_ranks_capture_the_same_ids():
-    one, other = run_ranks(2, on_ranks, device="cuda")
+    one, other = run_shared(2, on_ranks, device="cuda")
     assert one == other
     alone = decoded(model_on("cuda", torch.float32))
     assert [ids[:4] for ids in one] == [ids[:4] for ids in alone]

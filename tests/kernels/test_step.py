@@ -46,7 +46,7 @@ def test_triton(triton_device, width, dtype, with_lrpe):
     check(dtype=dtype, width=width, with_lrpe=with_lrpe, batch=3, device=triton_device)
 
 
-@pytest.mark.parametrize("act", ["none", "1+elu"])
+@pytest.mark.parametrize("act", ["none", "1+elu", "relu"])
 def test_triton_with_other_activations_and_no_gate(triton_device, act):
     check(act=act, gate=False, with_lrpe=act == "none", device=triton_device)
 
