@@ -84,7 +84,7 @@ class Job:
             ids = [self.model.config.bos_id, *ids]
         try:
             prefix = Prefix.of(self.model, ids, self.beginning, self.config.prefill_chunk)
-            check_length(self.model, prefix, self.config.max_new_tokens)
+            check_length(self.model, prefix.length, self.config.max_new_tokens)
         except ValueError as error:
             raise ConfigError(f"checkpoint={self.config.checkpoint} cannot continue this text: {error}") from None
         return prefix

@@ -46,8 +46,14 @@ def test_the_model_decodes_no_constant(wanted):
 
 @pytest.mark.parametrize(
     "options",
-    [{"rows": 1}, {"rows": 4}, {"rows": 4, "together": 4, "check_every": 4}, {"rows": 6, "together": 3, "chunk": 3}],
-    ids=["alone", "four at a time", "together", "by chunks"],
+    [
+        {"rows": 1},
+        {"rows": 4},
+        {"rows": 4, "together": 4, "check_every": 4},
+        {"rows": 6, "together": 3, "chunk": 3},
+        {"rows": 4, "together": 2, "check_every": 3, "feed_below": 20},
+    ],
+    ids=["alone", "four at a time", "together", "by chunks", "fed"],
 )
 def test_batches_refilled_in_every_way(model, wanted, options):
     assert generate(model, prompts(), max_new_tokens=COUNT, sampler=GREEDY, **options) == wanted
