@@ -18,6 +18,7 @@ from kernels.srmsnorm.op import (
     branch_simple_rms_norm,
     simple_rms_norm,
 )
+from kernels.token.op import token_glu, token_linear
 
 # Hugging Face transformers takes any package named `kernels` for its kernel hub client and reads its version, from the
 # distribution's metadata or from here. A version below its minimum: the hub client counts as not installed.
@@ -38,4 +39,6 @@ __all__ = [
     "set_backend",
     "sglu",
     "simple_rms_norm",
+    "token_glu",
+    "token_linear",
 ]

@@ -30,6 +30,7 @@ TRITON_MODULES = (
     "kernels.embedding.triton_embedding",
     "kernels.sglu.triton_sglu",
     "kernels.srmsnorm.triton_norm",
+    "kernels.token.triton_token",
 )
 
 

@@ -246,6 +246,24 @@ def test_decoding_step(capability, with_lrpe):
 
 
 @pytest.mark.parametrize("capability", sorted(TILES))
+@pytest.mark.parametrize("gated", [False, True], ids=["linear", "glu"])
+def test_token_products(capability, gated):
+    from kernels.token import triton_token
+
+    types = {f"{name}_pointer": "*bf16" for name in ("x", "weight", "value", "residual", "y")}
+    types |= {"square_sum_pointer": "*fp32", "eps": "fp32"}
+    absent = ("square_sum_pointer", "residual_pointer") if gated else ("value_pointer",)
+    types = {name: type_ for name, type_ in types.items() if name not in absent}
+    shared = {"NORM": True, "SILU": gated, "PARTS": 64, "DEPENDENT": capability >= 9} | dict.fromkeys(absent)
+    few = {"ROWS": 1, "OUT": 2 if gated else 4, "WIDTH": 2048}
+    many = {"ROWS": 16, "OUT": triton_token.OUT, "SUMMED": triton_token.SUMMED, "STAGES": triton_token.STAGES}
+    for kernel, constants in ((triton_token.few_rows_kernel, few), (triton_token.rows_kernel, many)):
+        used, spilled = resources(compiled(kernel, capability, types, shared | constants, num_warps=triton_token.WARPS))
+        assert used <= SHARED_MEMORY[capability]
+        assert spilled == 0
+
+
+@pytest.mark.parametrize("capability", sorted(TILES))
 def test_cross_entropy(capability):
     from kernels.cross_entropy import triton_exponentials, triton_gradient
     from kernels.cross_entropy.tiles import TILES as HEAD_TILES
