@@ -22,6 +22,7 @@ TRITON_MODULES = (
     "kernels.gla.triton_features",
     "kernels.gla.triton_gate",
     "kernels.gla.triton_step",
+    "kernels.gla.triton_buffered",
     "kernels.gla.feature_map",
     "kernels.gla.passes",
     "kernels.cross_entropy.triton_exponentials",

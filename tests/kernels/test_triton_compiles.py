@@ -233,7 +233,7 @@ def test_embedding(capability):
 @pytest.mark.parametrize("capability", sorted(TILES))
 @pytest.mark.parametrize("with_lrpe", [pytest.param(False, marks=pytest.mark.full), True], ids=["plain", "lrpe"])
 def test_decoding_step(capability, with_lrpe):
-    from kernels.gla import triton_step
+    from kernels.gla import triton_buffered, triton_step
 
     types = dict.fromkeys(("x_pointer", "theta_pointer", "y_pointer"), "*bf16") | {"positions_pointer": "*i64"}
     types |= dict.fromkeys(("decay_pointer", "state_pointer", "new_state_pointer", "sums_pointer"), "*fp32")
@@ -242,6 +242,14 @@ def test_decoding_step(capability, with_lrpe):
         constants |= {"theta_pointer": None, "positions_pointer": None}
         types = {name: type_ for name, type_ in types.items() if name not in constants}
     kernel = compiled(triton_step.step_kernel, capability, types, constants, num_warps=triton_step.WARPS)
+    assert resources(kernel)[1] == 0
+    types = {name: type_ for name, type_ in types.items() if not name.startswith("new")}
+    types |= dict.fromkeys(("keys_pointer", "values_pointer"), "*bf16")
+    types |= dict.fromkeys(("slot_pointer", "start_pointer"), "*i64")
+    constants |= {"SLICE": triton_buffered.slice_columns(constants["SUMMED"], 128), "SLOTS": 16}
+    kernel = compiled(
+        triton_buffered.buffered_step_kernel, capability, types, constants, num_warps=triton_buffered.WARPS
+    )
     assert resources(kernel)[1] == 0
 
 

@@ -1,0 +1,131 @@
+"""One decoding step whose state is read every token, but written only every W tokens (arXiv 2605.19049).
+
+The features of the last keys, and their values, wait in a buffer of W slots. With S the state before slot 0, r the
+head's rate and s the slot of the current token,
+
+    o = exp(-r (s + 1)) q S + sum over slots j <= s of exp(-r (s - j)) (q . k_j) v_j
+
+and the step at slot W - 1 folds the buffer into S:
+
+    S <- exp(-r W) S + sum over j of exp(-r (W - 1 - j)) k_j^T v_j
+
+so a token moves (1 + 1/W) states instead of 2. All rows share the slot. A row whose sequence entered the batch between
+two folds has `start` b > 0: its S is the state before slot b. There s + 1 and W become s + 1 - b and W - b, and j >= b.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels.gla import plain
+from kernels.gla.inputs import GlaInputs
+from kernels.lightning.check import check_values
+from kernels.numerics import accumulation_dtype
+
+
+class StepBuffer(NamedTuple):
+    """What a layer keeps between buffered steps.
+
+    state: [B, H, K, d], fp32 (fp64 for fp64). keys: [B, H, W, K], the features of k; values: [B, H, W, d]; both in the
+    type of qkvu. The entries of slots outside start <= j < slot are not read.
+    """
+
+    state: Tensor
+    keys: Tensor
+    values: Tensor
+
+    @classmethod
+    def around(cls, state: Tensor, slots: int, dtype: torch.dtype) -> StepBuffer:
+        """An empty buffer of `slots` slots, W, with this state."""
+        batch, heads, summed, width = state.shape
+        return cls(
+            state,
+            torch.zeros(batch, heads, slots, summed, dtype=dtype, device=state.device),
+            torch.zeros(batch, heads, slots, width, dtype=dtype, device=state.device),
+        )
+
+    def folded(self, slot: Tensor, start: Tensor, decay: Tensor) -> Tensor:
+        """The state after the keys and values of the slots start <= j < slot, [B, H, K, d]; `self` is unchanged."""
+        return _fold(self, slot - 1, start, decay)
+
+
+@torch.library.custom_op("megatron_tn::gla_step_buffered_", mutates_args=("state", "keys", "values"))
+def gla_step_buffered_(
+    qkvu: Tensor,
+    state: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slot: Tensor,
+    start: Tensor,
+    decay: Tensor,
+    theta: Tensor | None,
+    act: str,
+    gate: bool,
+    positions: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`gla_step` with a `StepBuffer`, which it updates: y [B, 1, H d] and the sum of o^2 [B, 1].
+
+    slot: int64 [1], where this token's key and value go, 0 .. W - 1; the caller raises it by 1 modulo W for the next
+    token. start: int64 [B], each row's first slot in use; the caller sets it to 0 after a step at slot W - 1.
+    """
+    if not qkvu.is_cuda:
+        check_values(decay, None, 1)
+    inputs = GlaInputs(qkvu, decay, theta, act, gate, positions, state, None)
+    if inputs.backend == "triton":
+        from kernels.gla import triton_buffered
+
+        return triton_buffered.step(inputs, StepBuffer(state, keys, values), slot, start)
+    return _plain(inputs, StepBuffer(state, keys, values), slot, start)
+
+
+@gla_step_buffered_.register_fake
+def _fake(qkvu, state, keys, values, slot, start, decay, theta, act, gate, positions):
+    batch, _, fused = qkvu.shape
+    return qkvu.new_empty(batch, 1, fused // 4), qkvu.new_empty(batch, 1, dtype=accumulation_dtype(qkvu.dtype))
+
+
+@register_flop_formula(torch.ops.megatron_tn.gla_step_buffered_)
+def _flops(qkvu_shape, state_shape, keys_shape, *args, out_shape=None, **kwargs) -> int:
+    """2 B H (K d + W (K + d)): q S, and W scores with their values; a fold of 2 B H W K d is spread over W steps."""
+    batch, heads, summed, width = state_shape
+    return 2 * batch * heads * (2 * summed * width + keys_shape[2] * (summed + width))
+
+
+def _plain(inputs: GlaInputs, buffer: StepBuffer, slot: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, v, u = (x[:, 0] for x in inputs.parts)  # [B, H, d]
+    wide = accumulation_dtype(v.dtype)
+    q, k = (plain.features(inputs, x[:, None])[:, 0] for x in (q, k))  # [B, H, K]
+    batch, heads, slots, _ = buffer.keys.shape
+    at = slot.view(1, 1, 1, 1)
+    buffer.keys.scatter_(2, at.expand_as(k[:, :, None]), k[:, :, None].to(buffer.keys.dtype))
+    buffer.values.scatter_(2, at.expand(batch, heads, 1, v.shape[-1]), v[:, :, None].to(buffer.values.dtype))
+    age, before = _ages(slot, start, slots, inputs.decay.to(wide))
+    scores = torch.einsum("bhk,bhjk->bhj", q, buffer.keys.to(wide)) * age
+    o = torch.einsum("bhk,bhkd->bhd", q, buffer.state.to(wide)) * before[..., None]
+    o = (o + torch.einsum("bhj,bhjd->bhd", scores, buffer.values.to(wide))).to(v.dtype)
+    full = slot == slots - 1
+    buffer.state.copy_(torch.where(full, _fold(buffer, slot, start, inputs.decay), buffer.state))
+    square_sum = o.flatten(1).to(wide).square().sum(-1, keepdim=True)
+    y = o * u if inputs.gate else o
+    return y.flatten(1)[:, None].contiguous(), square_sum
+
+
+def _fold(buffer: StepBuffer, slot: Tensor, start: Tensor, decay: Tensor) -> Tensor:
+    """The state after the slots start <= j <= slot."""
+    wide = buffer.state.dtype
+    age, before = _ages(slot, start, buffer.keys.shape[2], decay.to(wide))
+    weighted = buffer.keys.to(wide) * age[..., None]
+    return buffer.state * before[..., None, None] + weighted.transpose(2, 3) @ buffer.values.to(wide)
+
+
+def _ages(slot: Tensor, start: Tensor, slots: int, decay: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(-r (slot - j)) of each slot j, zero where it is not in use [B, H, W]; exp(-r (slot + 1 - start)) [B, H]."""
+    j = torch.arange(slots, device=slot.device)
+    used = (j >= start[:, None]) & (j <= slot)  # [B, W]
+    age = torch.where(used, slot - j, 0)
+    weight = torch.exp(-decay[None, :, None] * age[:, None]) * used[:, None]
+    return weight, torch.exp(-decay * (slot + 1 - start)[:, None])
