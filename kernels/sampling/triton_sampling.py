@@ -1,0 +1,176 @@
+"""Sampling in one kernel: a program owns a row of logits, and reads it again for each pass over the vocabulary.
+
+A row of 64000 bf16 logits stays in the multiprocessor's L1 cache. The kth largest logit is found by bisection over
+its bit pattern, two bits a pass: 8 passes for bf16, 16 for fp32. So is the least logit of the nucleus, by the weights of the
+tokens above a threshold. Then the token is drawn by inverting the cumulative weights in the order of ids.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK, WARPS = 8192, 16
+GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
+FIRST_MULTIPLIER = tl.constexpr(0xBF58476D1CE4E5B9)
+SECOND_MULTIPLIER = tl.constexpr(0x94D049BB133111EB)
+
+
+@triton.jit
+def uniform(key, position):
+    """`reference.uniform` of one row, fp32: the upper 24 bits."""
+    z = key.to(tl.uint64, bitcast=True) + position.to(tl.uint64, bitcast=True) * GAMMA
+    z = (z ^ (z >> 30)) * FIRST_MULTIPLIER
+    z = (z ^ (z >> 27)) * SECOND_MULTIPLIER
+    z = z ^ (z >> 31)
+    return (z >> 40).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
+
+
+@triton.jit
+def load_logits(logits_at, seen_at, column, size, penalty, PENALTY: tl.constexpr):
+    """fp32 logits of the columns, -inf past the vocabulary, after the repetition penalty."""
+    x = tl.load(logits_at + column, mask=column < size, other=float("-inf")).to(tl.float32)
+    if PENALTY:
+        seen = tl.load(seen_at + column, mask=column < size, other=0) != 0
+        x = tl.where(seen, tl.where(x > 0, x / penalty, x * penalty), x)
+    return x
+
+
+@triton.jit
+def order(x, BITS: tl.constexpr):
+    """An unsigned integer of BITS bits that rises with the fp32 number x: of its upper bits if BITS is 16."""
+    bits = x.to(tl.int32, bitcast=True)
+    flipped = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return ((flipped.to(tl.int64) + 0x80000000) >> (32 - BITS)).to(tl.int64)
+
+
+@triton.jit
+def sample_kernel(
+    logits_pointer,  # [B, V]
+    seen_pointer,  # [B, V] bool, or None: no penalty
+    temperature_pointer,  # [B] fp64
+    top_k_pointer,  # [B] int64
+    top_p_pointer,  # [B] fp64
+    penalty_pointer,  # [B] fp32
+    keys_pointer,  # [B] int64
+    positions_pointer,  # [B] int64
+    chosen_pointer,  # [B] int64
+    row_stride,
+    size,  # V
+    PENALTY: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_at = logits_pointer + row * row_stride
+    seen_at = seen_pointer
+    penalty = 1.0
+    if PENALTY:
+        seen_at += row * size
+        penalty = tl.load(penalty_pointer + row)
+    temperature = tl.load(temperature_pointer + row).to(tl.float32)
+    top_k = tl.load(top_k_pointer + row)
+    top_p = tl.load(top_p_pointer + row).to(tl.float32)
+    offsets = tl.arange(0, BLOCK)
+
+    largest = tl.full([], float("-inf"), tl.float32)
+    likeliest = tl.full([], 0, tl.int32)
+    for first in range(0, size, BLOCK):
+        x = load_logits(logits_at, seen_at, first + offsets, size, penalty, PENALTY)
+        best, at = tl.max(x, 0, return_indices=True)
+        likeliest = tl.where(best > largest, first + at, likeliest)
+        largest = tl.maximum(best, largest)
+    chosen = likeliest.to(tl.int64)
+    if temperature > 0:
+        least = tl.full([], 0, tl.int64)  # `order` of the least logit that is kept
+        if (top_k > 0) & (top_k < size):
+            for step in range(BITS // 2):
+                shift = BITS - 2 - 2 * step
+                one = tl.full([], 1, tl.int64) << shift
+                first_count, second_count, third_count = 0, 0, 0
+                for first in range(0, size, BLOCK):
+                    key = order(load_logits(logits_at, seen_at, first + offsets, size, penalty, PENALTY), BITS) - least
+                    first_count += tl.sum((key >= one).to(tl.int32), 0)
+                    second_count += tl.sum((key >= 2 * one).to(tl.int32), 0)
+                    third_count += tl.sum((key >= 3 * one).to(tl.int32), 0)
+                passed = (first_count >= top_k).to(tl.int64) + (second_count >= top_k).to(tl.int64)
+                least += (passed + (third_count >= top_k).to(tl.int64)) << shift
+        total = 0.0
+        for first in range(0, size, BLOCK):
+            x = load_logits(logits_at, seen_at, first + offsets, size, penalty, PENALTY)
+            total += tl.sum(tl.where(order(x, BITS) >= least, tl.exp((x - largest) / temperature), 0.0), 0)
+        if top_p < 1:
+            mass = top_p * total
+            nucleus = tl.full([], 0, tl.int64)
+            for step in range(BITS // 2):
+                shift = BITS - 2 - 2 * step
+                one = tl.full([], 1, tl.int64) << shift
+                first_sum, second_sum, third_sum = 0.0, 0.0, 0.0
+                for first in range(0, size, BLOCK):
+                    x = load_logits(logits_at, seen_at, first + offsets, size, penalty, PENALTY)
+                    key = order(x, BITS)
+                    weight = tl.where(key >= least, tl.exp((x - largest) / temperature), 0.0)
+                    key -= nucleus
+                    first_sum += tl.sum(tl.where(key >= one, weight, 0.0), 0)
+                    second_sum += tl.sum(tl.where(key >= 2 * one, weight, 0.0), 0)
+                    third_sum += tl.sum(tl.where(key >= 3 * one, weight, 0.0), 0)
+                passed = (first_sum >= mass).to(tl.int64) + (second_sum >= mass).to(tl.int64)
+                nucleus += (passed + (third_sum >= mass).to(tl.int64)) << shift
+            least = tl.maximum(least, tl.minimum(nucleus, order(largest, BITS)))
+            total = 0.0
+            for first in range(0, size, BLOCK):
+                x = load_logits(logits_at, seen_at, first + offsets, size, penalty, PENALTY)
+                total += tl.sum(tl.where(order(x, BITS) >= least, tl.exp((x - largest) / temperature), 0.0), 0)
+        drawn = uniform(tl.load(keys_pointer + row), tl.load(positions_pointer + row)) * total
+        passed = 0.0
+        found = tl.full([], 2147483647, tl.int32)
+        last = tl.full([], 0, tl.int32)  # the last token that is kept: where rounding leaves `drawn` past every sum
+        for first in range(0, size, BLOCK):
+            column = first + offsets
+            x = load_logits(logits_at, seen_at, column, size, penalty, PENALTY)
+            kept = (order(x, BITS) >= least) & (column < size)
+            weight = tl.where(kept, tl.exp((x - largest) / temperature), 0.0)
+            beyond = kept & (passed + tl.cumsum(weight, 0) > drawn)
+            found = tl.minimum(found, tl.min(tl.where(beyond, column, 2147483647), 0))
+            last = tl.maximum(last, tl.max(tl.where(kept, column, 0), 0))
+            passed += tl.sum(weight, 0)
+        chosen = tl.minimum(found, tl.where(found == 2147483647, last, found)).to(tl.int64)
+    tl.store(chosen_pointer + row, chosen)
+    if PENALTY:
+        tl.store(seen_at + chosen, 1)
+
+
+def sample(
+    *,
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    penalty: Tensor | None,
+    seen: Tensor | None,
+) -> Tensor:
+    """See `sample_tokens` in op.py."""
+    rows, size = logits.shape
+    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+    chosen = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    with torch.cuda.device_of(logits):
+        sample_kernel[(rows,)](
+            logits_pointer=logits,
+            seen_pointer=None if seen is None else seen.view(torch.uint8),
+            temperature_pointer=temperature,
+            top_k_pointer=top_k,
+            top_p_pointer=top_p,
+            penalty_pointer=penalty,
+            keys_pointer=keys,
+            positions_pointer=positions,
+            chosen_pointer=chosen,
+            row_stride=logits.stride(0),
+            size=size,
+            PENALTY=seen is not None,
+            BITS=16 if logits.dtype == torch.bfloat16 and seen is None else 32,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
+    return chosen
