@@ -1,4 +1,7 @@
-"""One decoding step of gated linear attention: state update and output from the fused projection."""
+"""One decoding step of gated linear attention: state update and output from the fused projection.
+
+Two operators: `gla_step` returns the next state in a new tensor, `gla_step_` writes it over the given one.
+"""
 
 import torch
 from torch import Tensor
@@ -28,23 +31,48 @@ def gla_step(
     if inputs.backend == "triton":
         from kernels.gla import triton_step
 
-        return triton_step.step(inputs)
+        new_state = torch.empty(state.shape, dtype=torch.float32, device=state.device)
+        return *triton_step.step(inputs, new_state), new_state
     y, _, square_sum, state = plain.forward(inputs)
     return y.flatten(2).contiguous(), square_sum, state
 
 
+@torch.library.custom_op("megatron_tn::gla_step_", mutates_args=("state",))
+def gla_step_(
+    qkvu: Tensor,
+    state: Tensor,
+    decay: Tensor,
+    theta: Tensor | None,
+    act: str,
+    gate: bool,
+    positions: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`gla_step` that writes the next state over `state`, which is contiguous; returns y and the sum of o^2."""
+    if not qkvu.is_cuda:
+        check_values(decay, None, 1)
+    inputs = GlaInputs(qkvu, decay, theta, act, gate, positions, state, None)
+    if inputs.backend == "triton":
+        from kernels.gla import triton_step
+
+        return triton_step.step(inputs, state)
+    y, _, square_sum, new_state = plain.forward(inputs)
+    state.copy_(new_state)
+    return y.flatten(2).contiguous(), square_sum
+
+
 @gla_step.register_fake
 def _fake(qkvu, state, decay, theta, act, gate, positions):
+    new_state = state.new_empty(state.shape, dtype=accumulation_dtype(qkvu.dtype))
+    return *_fake_(qkvu, state, decay, theta, act, gate, positions), new_state
+
+
+@gla_step_.register_fake
+def _fake_(qkvu, state, decay, theta, act, gate, positions):
     batch, _, fused = qkvu.shape
-    wide = accumulation_dtype(qkvu.dtype)
-    return (
-        qkvu.new_empty(batch, 1, fused // 4),
-        qkvu.new_empty(batch, 1, dtype=wide),
-        state.new_empty(state.shape, dtype=wide),
-    )
+    return qkvu.new_empty(batch, 1, fused // 4), qkvu.new_empty(batch, 1, dtype=accumulation_dtype(qkvu.dtype))
 
 
-@register_flop_formula(torch.ops.megatron_tn.gla_step)
+@register_flop_formula([torch.ops.megatron_tn.gla_step, torch.ops.megatron_tn.gla_step_])
 def _flops(qkvu_shape, state_shape, *args, out_shape=None, **kwargs) -> int:
     """4 B H K d: k^T v and q S."""
     batch, heads, summed, width = state_shape

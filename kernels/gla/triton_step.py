@@ -79,15 +79,15 @@ def step_kernel(
     tl.store(y_at, o.to(y_pointer.dtype.element_ty), mask=wanted)
 
 
-def step(inputs: GlaInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """See `gla_step` in step.py; the state is inputs.initial_state."""
+def step(inputs: GlaInputs, new_state: Tensor) -> tuple[Tensor, Tensor]:
+    """y [B, 1, H d] and the sum of o^2 [B, 1], see step.py. The state is inputs.initial_state; the next state is
+    written to new_state [B, H, K, d], fp32 and contiguous, which may be the same tensor."""
     qkvu, theta, positions = inputs.qkvu, inputs.theta, inputs.positions
     batch, _, fused = qkvu.shape
     state = inputs.initial_state.contiguous()
     _, heads, summed, width = state.shape
     slices = triton.cdiv(width, SLICE)
     qkvu = qkvu if qkvu.stride(-1) == 1 else qkvu.contiguous()
-    new_state = torch.empty(state.shape, dtype=torch.float32, device=qkvu.device)
     y = torch.empty(batch, 1, fused // 4, dtype=qkvu.dtype, device=qkvu.device)
     sums = torch.empty(batch, 1, heads * slices, dtype=torch.float32, device=qkvu.device)
     with torch.cuda.device_of(qkvu):
@@ -113,4 +113,4 @@ def step(inputs: GlaInputs) -> tuple[Tensor, Tensor, Tensor]:
             SLICE=SLICE,
             num_warps=WARPS,
         )
-    return y, sums.sum(-1), new_state
+    return y, sums.sum(-1)

@@ -85,6 +85,7 @@ class GatedLinearAttention(nn.Module):
                 initial_state=layout.state,
                 cu_seqlens=layout.cu_seqlens,
                 return_state=layout.return_state,
+                update_state=layout.update_state,
             )
         else:
             y, square_sum = layout.sequence_slice.attend(qkvu, decay, theta, **options)

@@ -51,6 +51,18 @@ class TransNormerModel(nn.Module):
             self._decay = torch.tensor(self.rates, dtype=torch.float32, device=device)
         return self._decay
 
+    def initial_state(self, rows: int) -> list[Tensor]:
+        """Zeros [B, H / tp, K, d] for each layer, fp32 (fp64 for an fp64 model)."""
+        states = []
+        for block in self.layers:
+            weight, lrpe = block.token_mixer.qkvu_proj.weight, block.token_mixer.lrpe
+            width = weight.shape[0] // 4 // len(self.rates[0])
+            shape = (rows, len(self.rates[0]), width * (1 if lrpe is None else 2), width)
+            states.append(
+                torch.zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+            )
+        return states
+
     def forward(
         self, tokens: Tensor, layout: TokenLayout, state: DecodingState | None = None
     ) -> tuple[Tensor, list[Tensor | None]]:

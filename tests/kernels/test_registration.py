@@ -97,6 +97,7 @@ def gla_operators(decay, bounds):
             ),
         ),
         "gla_step": (ops.gla_step, plain(qkvu[:, :1], narrow, decay, None, "silu", True, positions[:1])),
+        "gla_step_": (ops.gla_step_, plain(qkvu[:, :1], narrow, decay, None, "silu", True, positions[:1])),
         "gla_step+wide_state": (
             ops.gla_step,
             plain(qkvu[:, :1], narrow.double(), decay, None, "silu", True, positions[:1]),

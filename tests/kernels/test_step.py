@@ -13,18 +13,17 @@ LRPE = pytest.mark.parametrize("with_lrpe", [False, True], ids=["plain", "lrpe"]
 
 
 def decode(case: Gated):
-    """The three results without autograd, which is what takes the one-token kernel."""
+    """The three results without autograd, which is what takes the one-token kernel, in both of its forms."""
+    given = {"act": case.act, "gate": case.gate, "positions": case.positions}
+    inputs = (case.qkvu, case.decay, case.theta)
     with torch.no_grad():
-        return kernels.gla(
-            case.qkvu,
-            case.decay,
-            case.theta,
-            act=case.act,
-            gate=case.gate,
-            positions=case.positions,
-            initial_state=case.initial_state,
-            return_state=True,
-        )
+        y, square_sum, state = kernels.gla(*inputs, **given, initial_state=case.initial_state, return_state=True)
+        if case.qkvu.shape[1] == 1:
+            written = case.initial_state.clone()
+            results = kernels.gla(*inputs, **given, initial_state=written, update_state=True)
+            assert all(map(torch.equal, (*results[:2], written), (y, square_sum, state)))
+            assert results[2] is None
+    return y, square_sum, state
 
 
 def check(**sizes) -> None:
@@ -99,6 +98,23 @@ def test_a_negative_rate_is_refused():
     case.decay = -case.decay
     with pytest.raises(ValueError, match="must be >= 0 and finite at every head"):
         decode(case)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"length": 2}, "needs one token"),
+        ({"dtype": torch.float64}, "must be contiguous and torch.float32"),
+        ({"view": True}, "must be contiguous and torch.float32"),
+    ],
+    ids=["length", "dtype", "view"],
+)
+def test_a_state_that_cannot_be_written_over_is_refused(change, message):
+    case = Gated.random(length=change.get("length", 1), with_lrpe=False)
+    state = case.initial_state.to(change.get("dtype", torch.float32))
+    state = state.mT if "view" in change else state
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        kernels.gla(case.qkvu, case.decay, None, act="silu", initial_state=state, update_state=True)
 
 
 def test_gradients_are_not_lost():
