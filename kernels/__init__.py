@@ -10,6 +10,7 @@ from kernels.embedding.op import scaled_embedding
 from kernels.gla.op import gla
 from kernels.gla.slice import StateExchange, gla_slice
 from kernels.lightning.op import lightning_attention
+from kernels.sampling.op import sample_tokens
 from kernels.self_check import self_check
 from kernels.sglu.op import sglu
 from kernels.srmsnorm.op import (
@@ -34,6 +35,7 @@ __all__ = [
     "gla_slice",
     "lightning_attention",
     "linear_cross_entropy",
+    "sample_tokens",
     "scaled_embedding",
     "self_check",
     "set_backend",

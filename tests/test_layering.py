@@ -39,6 +39,7 @@ ALLOWED = {
         "kernels",  # of the modelling file, which is data to all others
     ],
     "megatron_tn.inference": [
+        "kernels",  # sampling
         "megatron_tn.model",
         "megatron_tn.parallel",
         "megatron_tn.device",

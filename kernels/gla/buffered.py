@@ -15,42 +15,15 @@ two folds has `start` b > 0: its S is the state before slot b. There s + 1 and W
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.gla import plain
 from kernels.gla.inputs import GlaInputs
+from kernels.gla.step_buffer import StepBuffer, ages, fold
 from kernels.lightning.check import check_values
 from kernels.numerics import accumulation_dtype
-
-
-class StepBuffer(NamedTuple):
-    """What a layer keeps between buffered steps.
-
-    state: [B, H, K, d], fp32 (fp64 for fp64). keys: [B, H, W, K], the features of k; values: [B, H, W, d]; both in the
-    type of qkvu. The entries of slots outside start <= j < slot are not read.
-    """
-
-    state: Tensor
-    keys: Tensor
-    values: Tensor
-
-    @classmethod
-    def around(cls, state: Tensor, slots: int, dtype: torch.dtype) -> StepBuffer:
-        """An empty buffer of `slots` slots, W, with this state."""
-        batch, heads, summed, width = state.shape
-        return cls(
-            state,
-            torch.zeros(batch, heads, slots, summed, dtype=dtype, device=state.device),
-            torch.zeros(batch, heads, slots, width, dtype=dtype, device=state.device),
-        )
-
-    def folded(self, slot: Tensor, start: Tensor, decay: Tensor) -> Tensor:
-        """The state after the keys and values of the slots start <= j < slot, [B, H, K, d]; `self` is unchanged."""
-        return _fold(self, slot - 1, start, decay)
 
 
 @torch.library.custom_op("megatron_tn::gla_step_buffered_", mutates_args=("state", "keys", "values"))
@@ -103,29 +76,12 @@ def _plain(inputs: GlaInputs, buffer: StepBuffer, slot: Tensor, start: Tensor) -
     at = slot.view(1, 1, 1, 1)
     buffer.keys.scatter_(2, at.expand_as(k[:, :, None]), k[:, :, None].to(buffer.keys.dtype))
     buffer.values.scatter_(2, at.expand(batch, heads, 1, v.shape[-1]), v[:, :, None].to(buffer.values.dtype))
-    age, before = _ages(slot, start, slots, inputs.decay.to(wide))
+    age, before = ages(slot, start, slots, inputs.decay.to(wide))
     scores = torch.einsum("bhk,bhjk->bhj", q, buffer.keys.to(wide)) * age
     o = torch.einsum("bhk,bhkd->bhd", q, buffer.state.to(wide)) * before[..., None]
     o = (o + torch.einsum("bhj,bhjd->bhd", scores, buffer.values.to(wide))).to(v.dtype)
     full = slot == slots - 1
-    buffer.state.copy_(torch.where(full, _fold(buffer, slot, start, inputs.decay), buffer.state))
+    buffer.state.copy_(torch.where(full, fold(buffer, slot, start, inputs.decay), buffer.state))
     square_sum = o.flatten(1).to(wide).square().sum(-1, keepdim=True)
     y = o * u if inputs.gate else o
     return y.flatten(1)[:, None].contiguous(), square_sum
-
-
-def _fold(buffer: StepBuffer, slot: Tensor, start: Tensor, decay: Tensor) -> Tensor:
-    """The state after the slots start <= j <= slot."""
-    wide = buffer.state.dtype
-    age, before = _ages(slot, start, buffer.keys.shape[2], decay.to(wide))
-    weighted = buffer.keys.to(wide) * age[..., None]
-    return buffer.state * before[..., None, None] + weighted.transpose(2, 3) @ buffer.values.to(wide)
-
-
-def _ages(slot: Tensor, start: Tensor, slots: int, decay: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(-r (slot - j)) of each slot j, zero where it is not in use [B, H, W]; exp(-r (slot + 1 - start)) [B, H]."""
-    j = torch.arange(slots, device=slot.device)
-    used = (j >= start[:, None]) & (j <= slot)  # [B, W]
-    age = torch.where(used, slot - j, 0)
-    weight = torch.exp(-decay[None, :, None] * age[:, None]) * used[:, None]
-    return weight, torch.exp(-decay * (slot + 1 - start)[:, None])

@@ -9,9 +9,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.gla.buffered import StepBuffer
+from kernels.dependent_launch import launch_options
 from kernels.gla.inputs import GlaInputs
+from kernels.gla.step_buffer import StepBuffer
 from kernels.gla.triton_features import ACTIVATIONS, activate, cos_sin, turn_fraction
 from kernels.lightning.tiles import padded
 
@@ -44,7 +46,11 @@ def buffered_step_kernel(
     SUMMED: tl.constexpr,
     SLICE: tl.constexpr,
     SLOTS: tl.constexpr,  # W, padded
+    DEPENDENT: tl.constexpr,
 ):
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     piece = tl.program_id(0) % slices
     row_head = (tl.program_id(0) // slices).to(tl.int64)
     row = row_head // heads
@@ -154,5 +160,6 @@ def step(inputs: GlaInputs, buffer: StepBuffer, slot: Tensor, start: Tensor) -> 
             SLICE=piece,
             SLOTS=padded(slots),
             num_warps=WARPS,
+            **launch_options(qkvu),
         )
     return y, sums.sum(-1)

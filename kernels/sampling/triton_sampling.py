@@ -1,8 +1,8 @@
 """Sampling in one kernel: a program owns a row of logits, and reads it again for each pass over the vocabulary.
 
 A row of 64000 bf16 logits stays in the multiprocessor's L1 cache. The kth largest logit is found by bisection over
-its bit pattern, two bits a pass: 8 passes for bf16, 16 for fp32. So is the least logit of the nucleus, by the weights of the
-tokens above a threshold. Then the token is drawn by inverting the cumulative weights in the order of ids.
+its bit pattern, two bits a pass: 8 passes for bf16, 16 for fp32. So is the least logit of the nucleus, by the weights
+of the tokens above a threshold. Then the token is drawn by inverting the cumulative weights in the order of ids.
 """
 
 import torch
@@ -18,7 +18,7 @@ SECOND_MULTIPLIER = tl.constexpr(0x94D049BB133111EB)
 
 @triton.jit
 def uniform(key, position):
-    """`reference.uniform` of one row, fp32: the upper 24 bits."""
+    """`kernels.sampling.uniform.uniform` of one row, fp32: the upper 24 bits."""
     z = key.to(tl.uint64, bitcast=True) + position.to(tl.uint64, bitcast=True) * GAMMA
     z = (z ^ (z >> 30)) * FIRST_MULTIPLIER
     z = (z ^ (z >> 27)) * SECOND_MULTIPLIER

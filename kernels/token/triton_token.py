@@ -1,9 +1,7 @@
 """Products of a few tokens with a weight, at the speed at which the weight is read.
 
-A program owns some rows of the weight. It loads them whole before it waits for the preceding kernel: with programmatic
-dependent launch (compute capability 9) a kernel's programs start while those of the preceding kernel still run, and
-since weights do not depend on it, the memory is never idle between kernels. So a weight must not be written by the
-kernel directly before.
+A program owns some rows of the weight. With programmatic dependent launch (dependent_launch.py) it loads them whole
+before it waits for the preceding kernel, so that the memory is not idle between kernels.
 
 Up to FEW_ROWS tokens, a program multiplies the tile in its registers by each token; above, tensor cores multiply tiles
 by all tokens at once, padded to 16.
@@ -15,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels.dependent_launch import launch_options
 from kernels.lightning.tiles import padded
 
 FEW_ROWS = 2
@@ -176,7 +175,6 @@ def _launch(
     residual = residual if residual is None or residual.stride(-1) == 1 else residual.contiguous()
     square_sum = None if square_sum is None else square_sum.to(torch.float32).contiguous()
     y = torch.empty(rows, outs, dtype=x.dtype, device=x.device)
-    dependent = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
     arguments = {
         "x_pointer": x,
         "weight_pointer": weight,
@@ -193,11 +191,9 @@ def _launch(
         "NORM": eps is not None,
         "SILU": silu,
         "PARTS": 16 if square_sum is None else padded(square_sum.shape[1]),
-        "DEPENDENT": dependent,
         "num_warps": WARPS,
+        **launch_options(x),
     }
-    if dependent:
-        arguments["launch_pdl"] = True
     with torch.cuda.device_of(x):
         if rows <= FEW_ROWS:
             whole = triton.next_power_of_2(width)

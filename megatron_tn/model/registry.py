@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_tn.config import ConfigError, ModelConfig
-from megatron_tn.model import check, flops, transnormer
+from megatron_tn.model import check, decoding, flops, transnormer
 from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.sharding import Box
@@ -33,6 +33,19 @@ class ReleasedNames:
 
 
 @dataclass(frozen=True)
+class FusedToken:
+    """A forward pass of one token a row by operators made for it, faster than the model's own.
+
+    serves(model, rows): whether it computes this model's function for so many rows.
+    logits(model, tokens, positions, states): tokens and positions int64 [B], states as of `Body.initial_state`, which
+        become those after the tokens -> logits [B, V].
+    """
+
+    serves: Callable[[Model, int], bool]
+    logits: Callable[[Model, Tensor, Tensor, list[Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One family of models.
 
@@ -44,6 +57,7 @@ class Architecture:
         mean over a sequence; a multiply-add counts as two.
     initial_box(name, shape, box, config, seed): initial values within `box` of the logical parameter `name` of
         `shape`, fp32 on the CPU.
+    fused_token: a faster forward pass of a decoding step; None: there is none.
     check_kernels(model, device, dtype): compares the model's operators with fp64 references, at this rank's shapes.
     """
 
@@ -54,6 +68,7 @@ class Architecture:
     initial_box: Callable[[str, tuple[int, ...], Box, ModelConfig, int], Tensor]
     check_kernels: Callable[[Model, torch.device, torch.dtype], None]
     released: ReleasedNames
+    fused_token: FusedToken | None = None
 
 
 ARCHITECTURES = {
@@ -69,6 +84,7 @@ ARCHITECTURES = {
             class_name="TransnormerForCausalLM",
             repeated={"lm_head.weight": "model.embed_tokens.weight"},
         ),
+        fused_token=FusedToken(decoding.serves, decoding.token_logits),
     ),
 }
 

@@ -29,6 +29,7 @@ TRITON_MODULES = (
     "kernels.cross_entropy.triton_gradient",
     "kernels.cross_entropy.exponentials",
     "kernels.embedding.triton_embedding",
+    "kernels.sampling.triton_sampling",
     "kernels.sglu.triton_sglu",
     "kernels.srmsnorm.triton_norm",
     "kernels.token.triton_token",

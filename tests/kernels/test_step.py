@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import kernels
-from kernels.gla.buffered import StepBuffer, gla_step_buffered_
+from kernels.gla.buffered import gla_step_buffered_
 from kernels.gla.step import gla_step
+from kernels.gla.step_buffer import StepBuffer
 from tests.kernels.gla_support import Gated
 from tests.kernels.support import TOLERANCE, assert_close, strided
 

@@ -238,6 +238,7 @@ def test_decoding_step(capability, with_lrpe):
     types = dict.fromkeys(("x_pointer", "theta_pointer", "y_pointer"), "*bf16") | {"positions_pointer": "*i64"}
     types |= dict.fromkeys(("decay_pointer", "state_pointer", "new_state_pointer", "sums_pointer"), "*fp32")
     constants = {"ACT": 1, "QUICK": True, "GATE": True, "SUMMED": 256 if with_lrpe else 128, "SLICE": triton_step.SLICE}
+    constants["DEPENDENT"] = capability >= 9
     if not with_lrpe:
         constants |= {"theta_pointer": None, "positions_pointer": None}
         types = {name: type_ for name, type_ in types.items() if name not in constants}

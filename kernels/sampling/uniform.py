@@ -1,6 +1,9 @@
-"""The definition of `sample_tokens`, in plain PyTorch and fp64."""
+"""Random numbers by a counter-based generator, keyed by (key, position).
 
-import math
+SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"), whose n-th output is a
+function of n alone: mix(key + n * GAMMA). Integer arithmetic modulo 2^64, so CPU and GPU give the same bits, a CUDA
+graph draws without state, and a row's numbers do not depend on the rows beside it.
+"""
 
 import torch
 from torch import Tensor
@@ -16,11 +19,7 @@ MULTIPLIERS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 
 
 def uniform(keys: Tensor, positions: Tensor) -> Tensor:
-    """keys, positions int64 [B] -> fp64 [B], uniform in [0, 1): multiples of 2^-52, so that u x < x for every x > 0.
-
-    SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"), whose n-th output is a
-    function of n alone: mix(key + n * GAMMA), modulo 2^64.
-    """
+    """keys, positions int64 [B] -> fp64 [B], uniform in [0, 1): multiples of 2^-52, so that u x < x for every x > 0."""
     z = keys + positions * GAMMA
     z = (z ^ _shift(z, 30)) * MULTIPLIERS[0]
     z = (z ^ _shift(z, 27)) * MULTIPLIERS[1]
