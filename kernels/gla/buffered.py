@@ -42,8 +42,7 @@ def gla_step_buffered_(
 ) -> tuple[Tensor, Tensor]:
     """`gla_step` with a `StepBuffer`, which it updates: y [B, 1, H d] and the sum of o^2 [B, 1].
 
-    slot: int64 [1], where this token's key and value go, 0 .. W - 1; the caller raises it by 1 modulo W for the next
-    token. start: int64 [B], each row's first slot in use; the caller sets it to 0 after a step at slot W - 1.
+    state, keys, values, slot, start: the fields of the buffer.
     """
     if not qkvu.is_cuda:
         check_values(decay, None, 1)
@@ -51,8 +50,8 @@ def gla_step_buffered_(
     if inputs.backend == "triton":
         from kernels.gla import triton_buffered
 
-        return triton_buffered.step(inputs, StepBuffer(state, keys, values), slot, start)
-    return _plain(inputs, StepBuffer(state, keys, values), slot, start)
+        return triton_buffered.step(inputs, StepBuffer(state, keys, values, slot, start))
+    return _plain(inputs, StepBuffer(state, keys, values, slot, start))
 
 
 @gla_step_buffered_.register_fake
@@ -68,20 +67,21 @@ def _flops(qkvu_shape, state_shape, keys_shape, *args, out_shape=None, **kwargs)
     return 2 * batch * heads * (2 * summed * width + keys_shape[2] * (summed + width))
 
 
-def _plain(inputs: GlaInputs, buffer: StepBuffer, slot: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+def _plain(inputs: GlaInputs, buffer: StepBuffer) -> tuple[Tensor, Tensor]:
     q, k, v, u = (x[:, 0] for x in inputs.parts)  # [B, H, d]
     wide = accumulation_dtype(v.dtype)
     q, k = (plain.features(inputs, x[:, None])[:, 0] for x in (q, k))  # [B, H, K]
     batch, heads, slots, _ = buffer.keys.shape
+    slot = buffer.slot
     at = slot.view(1, 1, 1, 1)
     buffer.keys.scatter_(2, at.expand_as(k[:, :, None]), k[:, :, None].to(buffer.keys.dtype))
     buffer.values.scatter_(2, at.expand(batch, heads, 1, v.shape[-1]), v[:, :, None].to(buffer.values.dtype))
-    age, before = ages(slot, start, slots, inputs.decay.to(wide))
+    age, before = ages(slot, buffer.start, slots, inputs.decay.to(wide))
     scores = torch.einsum("bhk,bhjk->bhj", q, buffer.keys.to(wide)) * age
     o = torch.einsum("bhk,bhkd->bhd", q, buffer.state.to(wide)) * before[..., None]
     o = (o + torch.einsum("bhj,bhjd->bhd", scores, buffer.values.to(wide))).to(v.dtype)
     full = slot == slots - 1
-    buffer.state.copy_(torch.where(full, fold(buffer, slot, start, inputs.decay), buffer.state))
+    buffer.state.copy_(torch.where(full, fold(buffer, slot, inputs.decay), buffer.state))
     square_sum = o.flatten(1).to(wide).square().sum(-1, keepdim=True)
     y = o * u if inputs.gate else o
     return y.flatten(1)[:, None].contiguous(), square_sum

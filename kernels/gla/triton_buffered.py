@@ -123,7 +123,7 @@ def slice_columns(summed: int, width: int) -> int:
     return min(ELEMENTS // padded(summed), padded(width))
 
 
-def step(inputs: GlaInputs, buffer: StepBuffer, slot: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+def step(inputs: GlaInputs, buffer: StepBuffer) -> tuple[Tensor, Tensor]:
     """See `gla_step_buffered_` in buffered.py."""
     qkvu, theta, positions = inputs.qkvu, inputs.theta, inputs.positions
     batch, _, fused = qkvu.shape
@@ -142,8 +142,8 @@ def step(inputs: GlaInputs, buffer: StepBuffer, slot: Tensor, start: Tensor) -> 
             state_pointer=buffer.state,
             keys_pointer=buffer.keys,
             values_pointer=buffer.values,
-            slot_pointer=slot,
-            start_pointer=start,
+            slot_pointer=buffer.slot,
+            start_pointer=buffer.start,
             y_pointer=y,
             sums_pointer=sums,
             x_row=qkvu.stride(0),

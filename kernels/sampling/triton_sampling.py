@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 8192, 16
+BLOCK, WARPS = 8192, 32
 GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
 FIRST_MULTIPLIER = tl.constexpr(0xBF58476D1CE4E5B9)
 SECOND_MULTIPLIER = tl.constexpr(0x94D049BB133111EB)
@@ -38,10 +38,10 @@ def load_logits(logits_at, seen_at, column, size, penalty, PENALTY: tl.constexpr
 
 @triton.jit
 def order(x, BITS: tl.constexpr):
-    """An unsigned integer of BITS bits that rises with the fp32 number x: of its upper bits if BITS is 16."""
+    """A uint32 below 2^BITS that rises with the fp32 number x: of its upper bits if BITS is 16."""
     bits = x.to(tl.int32, bitcast=True)
     flipped = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return ((flipped.to(tl.int64) + 0x80000000) >> (32 - BITS)).to(tl.int64)
+    return (flipped.to(tl.uint32, bitcast=True) ^ 0x80000000) >> (32 - BITS)
 
 
 @triton.jit
@@ -73,71 +73,102 @@ def sample_kernel(
     top_p = tl.load(top_p_pointer + row).to(tl.float32)
     offsets = tl.arange(0, BLOCK)
 
-    largest = tl.full([], float("-inf"), tl.float32)
-    likeliest = tl.full([], 0, tl.int32)
+    # Each thread keeps the best of its columns; one reduction over threads follows.
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    where = offsets
     for first in range(0, size, BLOCK):
         x = load_logits(logits_at, seen_at, first + offsets, size, penalty, PENALTY)
-        best, at = tl.max(x, 0, return_indices=True)
-        likeliest = tl.where(best > largest, first + at, likeliest)
-        largest = tl.maximum(best, largest)
-    chosen = likeliest.to(tl.int64)
+        where = tl.where(x > best, first + offsets, where)
+        best = tl.maximum(x, best)
+    largest = tl.max(best, 0)
+    chosen = tl.min(tl.where(best == largest, where, 2147483647), 0)
     if temperature > 0:
-        least = tl.full([], 0, tl.int64)  # `order` of the least logit that is kept
+        least = tl.full([], 0, tl.uint32)  # `order` of the least logit that is kept
         if (top_k > 0) & (top_k < size):
             for step in range(BITS // 2):
                 shift = BITS - 2 - 2 * step
-                one = tl.full([], 1, tl.int64) << shift
-                first_count, second_count, third_count = 0, 0, 0
+                one = tl.full([], 1, tl.uint32) << shift
+                # How many logits reach least + 1, 2 and 3 units of this pass, in the digits of one number.
+                counts = tl.zeros([BLOCK], tl.int64)
                 for first in range(0, size, BLOCK):
-                    key = order(load_logits(logits_at, seen_at, first + offsets, size, penalty, PENALTY), BITS) - least
-                    first_count += tl.sum((key >= one).to(tl.int32), 0)
-                    second_count += tl.sum((key >= 2 * one).to(tl.int32), 0)
-                    third_count += tl.sum((key >= 3 * one).to(tl.int32), 0)
-                passed = (first_count >= top_k).to(tl.int64) + (second_count >= top_k).to(tl.int64)
-                least += (passed + (third_count >= top_k).to(tl.int64)) << shift
-        total = 0.0
-        for first in range(0, size, BLOCK):
-            x = load_logits(logits_at, seen_at, first + offsets, size, penalty, PENALTY)
-            total += tl.sum(tl.where(order(x, BITS) >= least, tl.exp((x - largest) / temperature), 0.0), 0)
+                    key = order(load_logits(logits_at, seen_at, first + offsets, size, penalty, PENALTY), BITS)
+                    units = tl.where(key >= least, (key - least) >> shift, 0)
+                    counts += tl.where(units >= 1, 1, 0).to(tl.int64)
+                    counts += tl.where(units >= 2, 1 << 21, 0).to(tl.int64)
+                    counts += tl.where(units >= 3, 1 << 42, 0).to(tl.int64)
+                total_counts = tl.sum(counts, 0)
+                reached = ((total_counts & 0x1FFFFF) >= top_k).to(tl.uint32)
+                reached += (((total_counts >> 21) & 0x1FFFFF) >= top_k).to(tl.uint32)
+                reached += ((total_counts >> 42) >= top_k).to(tl.uint32)
+                least += reached * one
+        total = kept_weight(logits_at, seen_at, size, penalty, largest, temperature, least, PENALTY, BITS, BLOCK)
         if top_p < 1:
             mass = top_p * total
-            nucleus = tl.full([], 0, tl.int64)
+            nucleus = tl.full([], 0, tl.uint32)
             for step in range(BITS // 2):
                 shift = BITS - 2 - 2 * step
-                one = tl.full([], 1, tl.int64) << shift
-                first_sum, second_sum, third_sum = 0.0, 0.0, 0.0
+                one = tl.full([], 1, tl.uint32) << shift
+                first_sums = tl.zeros([BLOCK], tl.float32)
+                second_sums = tl.zeros([BLOCK], tl.float32)
+                third_sums = tl.zeros([BLOCK], tl.float32)
                 for first in range(0, size, BLOCK):
                     x = load_logits(logits_at, seen_at, first + offsets, size, penalty, PENALTY)
                     key = order(x, BITS)
                     weight = tl.where(key >= least, tl.exp((x - largest) / temperature), 0.0)
-                    key -= nucleus
-                    first_sum += tl.sum(tl.where(key >= one, weight, 0.0), 0)
-                    second_sum += tl.sum(tl.where(key >= 2 * one, weight, 0.0), 0)
-                    third_sum += tl.sum(tl.where(key >= 3 * one, weight, 0.0), 0)
-                passed = (first_sum >= mass).to(tl.int64) + (second_sum >= mass).to(tl.int64)
-                nucleus += (passed + (third_sum >= mass).to(tl.int64)) << shift
-            least = tl.maximum(least, tl.minimum(nucleus, order(largest, BITS)))
-            total = 0.0
-            for first in range(0, size, BLOCK):
-                x = load_logits(logits_at, seen_at, first + offsets, size, penalty, PENALTY)
-                total += tl.sum(tl.where(order(x, BITS) >= least, tl.exp((x - largest) / temperature), 0.0), 0)
+                    units = tl.where(key >= nucleus, (key - nucleus) >> shift, 0)
+                    first_sums += tl.where(units >= 1, weight, 0.0)
+                    second_sums += tl.where(units >= 2, weight, 0.0)
+                    third_sums += tl.where(units >= 3, weight, 0.0)
+                reached = (tl.sum(first_sums, 0) >= mass).to(tl.uint32)
+                reached += (tl.sum(second_sums, 0) >= mass).to(tl.uint32)
+                reached += (tl.sum(third_sums, 0) >= mass).to(tl.uint32)
+                nucleus += reached * one
+            # Rounding may leave `mass` above the largest token's weight alone; that token always stays.
+            top = order(largest, BITS)
+            least = tl.where(nucleus > least, tl.where(nucleus < top, nucleus, top), least)
+            total = kept_weight(logits_at, seen_at, size, penalty, largest, temperature, least, PENALTY, BITS, BLOCK)
         drawn = uniform(tl.load(keys_pointer + row), tl.load(positions_pointer + row)) * total
         passed = 0.0
-        found = tl.full([], 2147483647, tl.int32)
-        last = tl.full([], 0, tl.int32)  # the last token that is kept: where rounding leaves `drawn` past every sum
+        found = tl.full([], -1, tl.int32)
         for first in range(0, size, BLOCK):
-            column = first + offsets
-            x = load_logits(logits_at, seen_at, column, size, penalty, PENALTY)
-            kept = (order(x, BITS) >= least) & (column < size)
-            weight = tl.where(kept, tl.exp((x - largest) / temperature), 0.0)
-            beyond = kept & (passed + tl.cumsum(weight, 0) > drawn)
-            found = tl.minimum(found, tl.min(tl.where(beyond, column, 2147483647), 0))
-            last = tl.maximum(last, tl.max(tl.where(kept, column, 0), 0))
-            passed += tl.sum(weight, 0)
-        chosen = tl.minimum(found, tl.where(found == 2147483647, last, found)).to(tl.int64)
-    tl.store(chosen_pointer + row, chosen)
+            if found < 0:
+                column = first + offsets
+                x = load_logits(logits_at, seen_at, column, size, penalty, PENALTY)
+                kept = (order(x, BITS) >= least) & (column < size)
+                weight = tl.where(kept, tl.exp((x - largest) / temperature), 0.0)
+                here = tl.sum(weight, 0)
+                if passed + here > drawn:
+                    beyond = kept & (passed + tl.cumsum(weight, 0) > drawn)
+                    found = tl.min(tl.where(beyond, column, 2147483647), 0)
+                    if found == 2147483647:  # the scan's last sum is rounded below `here`: the last kept token
+                        found = tl.max(tl.where(kept, column, 0), 0)
+                passed += here
+        chosen = tl.where(found < 0, chosen, found)  # `total` is rounded above the last sum: the likeliest token
+    tl.store(chosen_pointer + row, chosen.to(tl.int64))
     if PENALTY:
         tl.store(seen_at + chosen, 1)
+
+
+@triton.jit
+def kept_weight(
+    logits_at,
+    seen_at,
+    size,
+    penalty,
+    largest,
+    temperature,
+    least,
+    PENALTY: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sum of exp((logit - largest) / temperature) over the tokens that are kept."""
+    offsets = tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, size, BLOCK):
+        x = load_logits(logits_at, seen_at, first + offsets, size, penalty, PENALTY)
+        sums += tl.where(order(x, BITS) >= least, tl.exp((x - largest) / temperature), 0.0)
+    return tl.sum(sums, 0)
 
 
 def sample(

@@ -1,8 +1,7 @@
-"""Matrix products of a decoding step: a weight times a few tokens, with the norm before and the addition after.
+"""Matrix-vector products of a decoding step: a weight times one token, with the norm before and the addition after.
 
-One token per row of the batch reads every weight once, so the time is that of the weights' bytes. Each operator is one
-kernel that reads a weight once; norms, gate and residual additions of the few numbers per token happen beside it.
-No gradients: decoding alone uses them.
+One token reads every weight once, so its time is that of the weights' bytes. Each operator is one kernel that reads a
+weight once and takes norm, gate and residual addition along. No gradients: decoding alone uses them.
 """
 
 import torch
@@ -14,7 +13,6 @@ from kernels.numerics import accumulation_dtype
 from kernels.sglu.op import ACTS
 from kernels.token import reference
 
-MAX_ROWS = 16  # more rows are faster through a matrix product
 MAX_WIDTH = 32768  # K: a program holds one row of the weight in registers
 
 
@@ -26,32 +24,28 @@ def token_linear(
     square_sum: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """residual + scale * (x W^T), scale = 1 / sqrt(sum of squares / K + eps) a row: SimpleRMSNorm commutes with W.
+    """residual + scale * W x, scale = 1 / sqrt(sum of squares / K + eps): SimpleRMSNorm commutes with W.
 
-    x: [B, K], B at most 16; weight: [N, K], contiguous, of x's type. Sums in fp32 (fp64 for fp64); x is not rounded
-    after the norm.
-    eps: None for no norm (scale 1). square_sum: [B, P] fp32, parts whose sum is a row's sum of squares; None takes the
-    squares of x. residual: [B, N]; None for zero.
-    Returns [B, N] in x's type. Raises ValueError naming the argument that does not fit.
+    x: [K]; weight: [N, K], contiguous, of x's type. Sums in fp32 (fp64 for fp64); x is not rounded after the norm.
+    eps: None for no norm (scale 1). square_sum: [P] fp32, parts whose sum is the sum of squares; None takes the squares
+    of x. residual: [N]; None for zero.
+    Returns [N] in x's type. Raises ValueError naming the argument that does not fit.
     """
     _check(x, weight)
-    rows = x.shape[0]
-    if square_sum is not None and (eps is None or square_sum.dim() != 2 or square_sum.shape[0] != rows):
+    if square_sum is not None and (eps is None or square_sum.dim() != 1):
+        raise ValueError(f"square_sum of shape {list(square_sum.shape)} must be [P], and needs eps, which is {eps}")
+    if residual is not None and (residual.shape != weight.shape[:1] or residual.dtype != x.dtype):
         raise ValueError(
-            f"square_sum of shape {list(square_sum.shape)} must be [{rows}, P], and needs eps, which is {eps}"
-        )
-    if residual is not None and (residual.shape != (rows, weight.shape[0]) or residual.dtype != x.dtype):
-        raise ValueError(
-            f"residual is {list(residual.shape)} {residual.dtype}; it must be [{rows}, {weight.shape[0]}] of {x.dtype}"
+            f"residual is {list(residual.shape)} {residual.dtype}; it must be [{weight.shape[0]}] of {x.dtype}"
         )
     return torch.ops.megatron_tn.token_linear(x, weight, eps, square_sum, residual)
 
 
 def token_glu(x: Tensor, gate: Tensor, value: Tensor, *, eps: float, act: str = "none") -> Tensor:
-    """act(n W_1^T) * (n W_2^T), n = simple_rms_norm(x, eps): the norm, both products and the gate of SGLU.
+    """act(W_1 n) * W_2 n, n = simple_rms_norm(x, eps): the norm, both products and the gate of SGLU.
 
-    x: [B, K], B at most 16; gate W_1 and value W_2: [F, K], contiguous, of x's type. act: "none" or "silu".
-    Returns [B, F] in x's type. Raises ValueError naming the argument that does not fit.
+    x: [K]; gate W_1 and value W_2: [F, K], contiguous, of x's type. act: "none" or "silu".
+    Returns [F] in x's type. Raises ValueError naming the argument that does not fit.
     """
     _check(x, gate)
     _check(x, value)
@@ -86,33 +80,31 @@ def _glu(x: Tensor, gate: Tensor, value: Tensor, eps: float, act: str) -> Tensor
 
 @_linear.register_fake
 def _linear_fake(x, weight, eps, square_sum, residual):
-    return x.new_empty(x.shape[0], weight.shape[0])
+    return x.new_empty(weight.shape[0])
 
 
 @_glu.register_fake
 def _glu_fake(x, gate, value, eps, act):
-    return x.new_empty(x.shape[0], gate.shape[0])
+    return x.new_empty(gate.shape[0])
 
 
 @register_flop_formula(torch.ops.megatron_tn.token_linear)
 def _linear_flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    """2 B N K."""
-    return 2 * x_shape[0] * weight_shape[0] * weight_shape[1]
+    """2 N K."""
+    return 2 * weight_shape[0] * weight_shape[1]
 
 
 @register_flop_formula(torch.ops.megatron_tn.token_glu)
 def _glu_flops(x_shape, gate_shape, value_shape, *args, out_shape=None, **kwargs) -> int:
-    """4 B F K: two products."""
-    return 4 * x_shape[0] * gate_shape[0] * gate_shape[1]
+    """4 F K: two products."""
+    return 4 * gate_shape[0] * gate_shape[1]
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
-    if x.dim() != 2 or not torch.is_floating_point(x):
-        raise ValueError(f"x.shape={list(x.shape)}, x.dtype={x.dtype} must be [B, K] of a floating type")
-    if not 1 <= x.shape[0] <= MAX_ROWS:
-        raise ValueError(f"x has {x.shape[0]} rows; there must be 1 to {MAX_ROWS}")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[1] or weight.dtype != x.dtype:
-        raise ValueError(f"weight is {list(weight.shape)} {weight.dtype}; it must be [N, {x.shape[1]}] of {x.dtype}")
+    if x.dim() != 1 or not torch.is_floating_point(x):
+        raise ValueError(f"x.shape={list(x.shape)}, x.dtype={x.dtype} must be [K] of a floating type")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[0] or weight.dtype != x.dtype:
+        raise ValueError(f"weight is {list(weight.shape)} {weight.dtype}; it must be [N, {x.shape[0]}] of {x.dtype}")
     if not weight.is_contiguous():
         raise ValueError(f"weight of strides {weight.stride()} must be contiguous")
 
@@ -121,6 +113,6 @@ def _backend(x: Tensor) -> str:
     unsupported = None
     if x.dtype == torch.float64:
         unsupported = "its fp32 sums cannot serve float64 inputs"
-    elif x.shape[1] > MAX_WIDTH:
-        unsupported = f"its programs hold a whole row, and {x.shape[1]} elements are more than {MAX_WIDTH}"
+    elif x.shape[0] > MAX_WIDTH:
+        unsupported = f"its programs hold a whole row, and {x.shape[0]} elements are more than {MAX_WIDTH}"
     return dispatch.choose("token products", x, unsupported)

@@ -12,20 +12,20 @@ def token_linear(
     square_sum: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """x [B, K], weight [N, K] -> [B, N]; the arguments of `kernels.token_linear`."""
-    y = (x * _scale(x, eps, square_sum)) @ weight.t()
+    """x [K], weight [N, K] -> [N]; the arguments of `kernels.token_linear`."""
+    y = weight @ (x * _scale(x, eps, square_sum))
     return y if residual is None else residual + y
 
 
 def token_glu(x: Tensor, gate: Tensor, value: Tensor, *, eps: float, act: str = "none") -> Tensor:
-    """x [B, K], gate and value [F, K] -> [B, F]."""
+    """x [K], gate and value [F, K] -> [F]."""
     normed = x * _scale(x, eps, None)
-    a = normed @ gate.t()
-    return (F.silu(a) if act == "silu" else a) * (normed @ value.t())
+    a = gate @ normed
+    return (F.silu(a) if act == "silu" else a) * (value @ normed)
 
 
 def _scale(x: Tensor, eps: float | None, square_sum: Tensor | None) -> Tensor | float:
     if eps is None:
         return 1.0
-    total = x.square().sum(-1) if square_sum is None else square_sum.sum(-1)
-    return (total / x.shape[-1] + eps).rsqrt().unsqueeze(-1)
+    total = x.square().sum() if square_sum is None else square_sum.sum()
+    return (total / x.shape[0] + eps).rsqrt()

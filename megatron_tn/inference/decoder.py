@@ -10,7 +10,7 @@ from megatron_tn.device.host_copy import HostCopy
 from megatron_tn.device.streams import on_stream
 from megatron_tn.inference.prefix import Prefix
 from megatron_tn.inference.sampler import Plan, Sampler, SamplingRows, sample
-from megatron_tn.inference.token import token_logits
+from megatron_tn.inference.states import RowStates, row_states
 from megatron_tn.model.base import DecodingState, Model
 from megatron_tn.parallel.world import release_on_leaving
 
@@ -21,7 +21,7 @@ class Decoder:
         logits = token_logits(tokens, positions, states); tokens = sample(logits); positions += 1
 
     tokens int64 [B]: each row's last token, which its state does not contain yet. positions int64 [B]: their positions.
-    states: one tensor a layer, B its first dimension. Rows that no sequence occupies are decoded as well, to no use.
+    states: the rows' states, see states.py. Rows that no sequence occupies are decoded as well, to no use.
 
     On a GPU a step runs kernel by kernel the first time that its plan is met, which compiles kernels, and is captured
     the second time. Collective over tensor parallelism: every rank makes the same calls and gets the same ids.
@@ -33,7 +33,7 @@ class Decoder:
         device = next(model.parameters()).device
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.states = self._initial_states()
+        self.states = self._make_states()
         self.sampling = SamplingRows(rows, model.config.vocab_size, device)
         self.samplers = [Sampler(temperature=0)] * rows
         self._met: set[Plan] = set()
@@ -82,16 +82,15 @@ class Decoder:
         self.positions += 1
         return self.tokens
 
-    def _initial_states(self) -> list[Tensor]:
-        return self.model.model.initial_state(self.rows)
+    def _make_states(self) -> RowStates | None:
+        return row_states(self.model, self.rows)
 
     def _set_state(self, row: int, state: DecodingState | None) -> None:
-        for layer, buffer in enumerate(self.states):
-            buffer[row] = 0 if state is None else state.layers[layer][0]
+        self.states.put(row, state)
 
     def _logits(self) -> Tensor:
         """[B, V], and the states become those after the tokens."""
-        return token_logits(self.model, self.tokens, self.positions, self.states)
+        return self.states.logits(self.tokens, self.positions)
 
 
 class GrowingDecoder(Decoder):
@@ -100,8 +99,8 @@ class GrowingDecoder(Decoder):
     def __init__(self, model: Model):
         super().__init__(model, rows=1)
 
-    def _initial_states(self) -> list[Tensor]:
-        return []
+    def _make_states(self) -> None:
+        return None
 
     def _set_state(self, row: int, state: DecodingState | None) -> None:
         self._state = state

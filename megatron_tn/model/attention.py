@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels import gla
+from kernels.gla.buffered import gla_step_buffered_
+from kernels.gla.step_buffer import StepBuffer
 from megatron_tn.config import ModelConfig
 from megatron_tn.model.layout import TokenLayout
 from megatron_tn.parallel.context import Axis
@@ -76,7 +78,10 @@ class GatedLinearAttention(nn.Module):
         qkvu = self.qkvu_proj(x, layout.token_slices)
         theta = None if self.lrpe is None else self.lrpe()
         options = {"act": self.act, "gate": self.gate, "positions": layout.positions}
-        if layout.sequence_slice is None:
+        if isinstance(layout.state, StepBuffer):
+            y, square_sum = gla_step_buffered_(qkvu, *layout.state, decay, theta, self.act, self.gate, layout.positions)
+            state = None
+        elif layout.sequence_slice is None:
             y, square_sum, state = gla(
                 qkvu,
                 decay,

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from kernels import token_glu, token_linear
 from kernels.gla.step import gla_step_
-from kernels.token.op import MAX_ROWS
 from megatron_tn.model.attention import GatedLinearAttention
 from megatron_tn.model.base import Model
 from megatron_tn.model.block import Block
@@ -15,10 +14,10 @@ from megatron_tn.model.sglu import SGLU
 
 
 def serves(model: Model, rows: int) -> bool:
-    """Whether `token_logits` computes this model's function for `rows` rows: with SimpleRMSNorm, on one rank."""
+    """Whether `token_logits` computes this model's function: one row, with SimpleRMSNorm, on one rank."""
     body = model.model
     return (
-        rows <= MAX_ROWS
+        rows == 1
         and model.context.tp.size == 1
         and type(body.final_norm) is SimpleRMSNorm
         and all(
@@ -33,7 +32,7 @@ def serves(model: Model, rows: int) -> bool:
 
 
 def token_logits(model: Model, tokens: Tensor, positions: Tensor, states: list[Tensor]) -> Tensor:
-    """tokens, positions int64 [B], each row's own -> logits [B, V]; the states become those after the tokens.
+    """tokens, positions int64 [1] -> logits [1, V]; the states, B = 1, become those after the token.
 
         q, k, v, u = W_qkvu norm(x)             y = (step of GLA) * u       x = x + W_o y / rms(o)
         h = act(W_1 norm(x)) * W_2 norm(x)      x = x + W_3 h
@@ -43,16 +42,14 @@ def token_logits(model: Model, tokens: Tensor, positions: Tensor, states: list[T
     """
     body = model.model
     eps = model.config.norm_eps
-    x = body.embed_tokens(tokens[:, None])[:, 0]
+    x = body.embed_tokens(tokens)[0]
     decay = body.decay(x.device)
     for layer, block in enumerate(body.layers):
         mixer, glu = block.token_mixer, block.channel_mixer
         qkvu = token_linear(x, mixer.qkvu_proj.weight, eps=eps)
         theta = None if mixer.lrpe is None else mixer.lrpe()
-        y, squares = gla_step_(
-            qkvu[:, None], states[layer], decay[layer], theta, mixer.act, mixer.gate, positions[:, None]
-        )
-        x = token_linear(y[:, 0], mixer.out_proj.weight, eps=eps, square_sum=squares, residual=x)
+        y, squares = gla_step_(qkvu[None, None], states[layer], decay[layer], theta, mixer.act, mixer.gate, positions)
+        x = token_linear(y[0, 0], mixer.out_proj.weight, eps=eps, square_sum=squares[0], residual=x)
         hidden = token_glu(x, glu.l1.weight, glu.l2.weight, eps=eps, act=glu.act)
         x = token_linear(hidden, glu.l3.weight, residual=x)
-    return token_linear(x, model.lm_head.weight, eps=eps)[:, : model.lm_head.vocab_size]
+    return token_linear(x, model.lm_head.weight, eps=eps)[None, : model.lm_head.vocab_size]

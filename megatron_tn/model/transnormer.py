@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from kernels.gla.step_buffer import StepBuffer
 from megatron_tn.config import ModelConfig
 from megatron_tn.model.base import DecodingState, Model
 from megatron_tn.model.block import Block
@@ -62,6 +63,13 @@ class TransNormerModel(nn.Module):
                 torch.zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
             )
         return states
+
+    def buffered_state(self, rows: int, slots: int) -> list[StepBuffer]:
+        """`initial_state` in buffers of `slots` tokens, for steps that seldom write it."""
+        weight = self.embed_tokens.weight
+        slot = torch.zeros(1, dtype=torch.int64, device=weight.device)
+        start = torch.zeros(rows, dtype=torch.int64, device=weight.device)
+        return [StepBuffer.around(s, slots, weight.dtype, slot, start) for s in self.initial_state(rows)]
 
     def forward(
         self, tokens: Tensor, layout: TokenLayout, state: DecodingState | None = None

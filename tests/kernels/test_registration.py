@@ -40,8 +40,8 @@ def operators():
         "sglu_forward": (ops.sglu_forward, (x, y, "silu")),
         "sglu_forward+views": (ops.sglu_forward, (x.transpose(0, 1), y.transpose(0, 1), "none")),
         "sglu_backward": (ops.sglu_backward, (*(a.detach() for a in (y, x, y)), "none")),
-        "token_linear": (ops.token_linear, (x.detach()[:, 0], y.detach()[0], 1e-6, s.detach(), None)),
-        "token_glu": (ops.token_glu, (x.detach()[:, 0], y.detach()[0], y.detach()[1], 1e-6, "silu")),
+        "token_linear": (ops.token_linear, (x.detach()[0, 0], y.detach()[0], 1e-6, s.detach()[0], None)),
+        "token_glu": (ops.token_glu, (x.detach()[0, 0], y.detach()[0], y.detach()[1], 1e-6, "silu")),
         "sample_tokens": (
             ops.sample_tokens,
             (

@@ -130,9 +130,9 @@ def buffered_and_plain_steps(case: Gated, tokens: int, entering: int):
     """y, sum of o^2 and state after each of `tokens` steps: buffered, and by gla_step. Row 1 takes the state of a new
     sequence before step `entering`, which lies between two folds."""
     fresh = case.initial_state[1].flip(0).contiguous()
-    buffer = StepBuffer.around(case.initial_state.clone(), SLOTS, case.qkvu.dtype)
     device = case.qkvu.device
     slot, start = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(BATCH, dtype=torch.int64, device=device)
+    buffer = StepBuffer.around(case.initial_state.clone(), SLOTS, case.qkvu.dtype, slot, start)
     state = case.initial_state.clone()
     found = []
     for t in range(tokens):
@@ -141,11 +141,10 @@ def buffered_and_plain_steps(case: Gated, tokens: int, entering: int):
             buffer.state[1], state[1], start[1] = fresh, fresh, slot[0]
         arguments = (case.decay, case.theta, case.act, case.gate, case.positions[t : t + 1])
         x = case.qkvu[:, t : t + 1]
-        got = gla_step_buffered_(x, *buffer, slot, start, *arguments)
+        got = gla_step_buffered_(x, *buffer, *arguments)
         *wanted, state = gla_step(x, state, *arguments)
-        slot = (slot + 1) % SLOTS
-        start = torch.where(slot == 0, 0, start)
-        found.append(((*got, buffer.folded(slot, start, case.decay)), (*wanted, state)))
+        buffer.advance()
+        found.append(((*got, buffer.folded(case.decay)), (*wanted, state)))
     return found
 
 

@@ -263,13 +263,27 @@ def test_token_products(capability, gated):
     types |= {"square_sum_pointer": "*fp32", "eps": "fp32"}
     absent = ("square_sum_pointer", "residual_pointer") if gated else ("value_pointer",)
     types = {name: type_ for name, type_ in types.items() if name not in absent}
-    shared = {"NORM": True, "SILU": gated, "PARTS": 64, "DEPENDENT": capability >= 9} | dict.fromkeys(absent)
-    few = {"ROWS": 1, "OUT": 2 if gated else 4, "WIDTH": 2048}
-    many = {"ROWS": 16, "OUT": triton_token.OUT, "SUMMED": triton_token.SUMMED, "STAGES": triton_token.STAGES}
-    for kernel, constants in ((triton_token.few_rows_kernel, few), (triton_token.rows_kernel, many)):
-        used, spilled = resources(compiled(kernel, capability, types, shared | constants, num_warps=triton_token.WARPS))
-        assert used <= SHARED_MEMORY[capability]
-        assert spilled == 0
+    constants = {"NORM": True, "SILU": gated, "PARTS": 64, "DEPENDENT": capability >= 9} | dict.fromkeys(absent)
+    constants |= {"OUT": 2 if gated else 4, "WIDTH": 2048}
+    kernel = compiled(triton_token.token_kernel, capability, types, constants, num_warps=triton_token.WARPS)
+    assert resources(kernel)[1] == 0
+
+
+@pytest.mark.parametrize("capability", sorted(TILES))
+@pytest.mark.parametrize("penalty", [False, True], ids=["plain", "penalty"])
+def test_sampling(capability, penalty):
+    from kernels.sampling import triton_sampling
+
+    types = dict.fromkeys(("top_k_pointer", "keys_pointer", "positions_pointer", "chosen_pointer"), "*i64")
+    types |= dict.fromkeys(("temperature_pointer", "top_p_pointer"), "*fp64")
+    types |= {"logits_pointer": "*fp32" if penalty else "*bf16"}
+    constants = {"PENALTY": penalty, "BITS": 32 if penalty else 16, "BLOCK": triton_sampling.BLOCK}
+    if penalty:
+        types |= {"seen_pointer": "*u8", "penalty_pointer": "*fp32"}
+    else:
+        constants |= {"seen_pointer": None, "penalty_pointer": None}
+    kernel = compiled(triton_sampling.sample_kernel, capability, types, constants, num_warps=triton_sampling.WARPS)
+    assert resources(kernel)[1] == 0
 
 
 @pytest.mark.parametrize("capability", sorted(TILES))
