@@ -38,7 +38,13 @@ ALLOWED = {
         "megatron_tn.config",
         "kernels",  # of the modelling file, which is data to all others
     ],
-    "megatron_tn.inference": ["megatron_tn.model", "megatron_tn.parallel", "megatron_tn.config"],
+    "megatron_tn.inference": [
+        "kernels",  # sampling
+        "megatron_tn.model",
+        "megatron_tn.parallel",
+        "megatron_tn.device",
+        "megatron_tn.config",
+    ],
     "megatron_tn.evaluation": ["megatron_tn.inference", "megatron_tn.model", "megatron_tn.config"],
     "megatron_tn.training": [
         "megatron_tn.engine",
