@@ -77,9 +77,7 @@ class GenerateConfig:
     save_state: str = ""  # file for the state after the prompt, from which any number of continuations can begin
     samples: Positive = 1  # continuations of each prompt
     batch: Positive = 8  # continuations at a time
-    together: Count = (
-        0  # rows of one forward pass; 0: batch on a GPU, 1 on a CPU, whose rounding depends on their number
-    )
+    together: Count = 0  # rows of one forward pass; 0: all on a GPU, 1 on a CPU, where rounding depends on their number
     special_tokens: bool = False  # true: <s> in the prompt is the special token; false: the text of three characters
     tokenizer: str = ""  # path of tokenizer.json; empty: the one beside the checkpoint
     max_new_tokens: Count = 128  # generation ends after so many tokens, or at the model's eos token
