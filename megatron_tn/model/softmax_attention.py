@@ -63,8 +63,16 @@ class SoftmaxAttention(nn.Module):
             if layout.state is not None:
                 state = torch.cat([layout.state, state], dim=3)
             k, v = state.transpose(2, 3).unbind(1)
-        y = causal_attention(q, k, v, layout.cu_seqlens)
-        return self.out_proj(y.flatten(2), layout.token_slices), None, state if layout.return_state else None
+        y = self.attention(q, k, v, layout)
+        return self.out_proj(y.flatten(2), layout.token_slices), None, self.kept(state) if layout.return_state else None
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
+        """See `causal_attention`."""
+        return causal_attention(q, k, v, layout.cu_seqlens)
+
+    def kept(self, state: Tensor) -> Tensor:
+        """The part of the cache that later tokens attend to."""
+        return state
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:

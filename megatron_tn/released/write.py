@@ -22,7 +22,7 @@ from megatron_tn.checkpoint.load import Weights
 from megatron_tn.checkpoint.manifest import Piece
 from megatron_tn.config import ConfigError, ModelConfig
 from megatron_tn.model.base import Model
-from megatron_tn.model.registry import architecture
+from megatron_tn.model.registry import architecture, problems_of_export
 from megatron_tn.released.config import CONFIG_FILE, config_to_released
 from megatron_tn.released.weights import INDEX_FILE, WEIGHTS_FILE
 
@@ -81,9 +81,9 @@ def write_released(
         where it is known.
 
     Raises:
-        ConfigError: `directory` holds files that are no export.
+        ConfigError: the released layout cannot say this model, or `directory` holds files that are no export.
     """
-    if problems := problems_of_output(directory):
+    if problems := problems_of_export(config) + problems_of_output(directory):
         raise ConfigError(problems)
     directory.mkdir(parents=True, exist_ok=True)
     for leftover in directory.glob(f"{STAGING}*"):  # of an export that was killed
@@ -175,7 +175,7 @@ def _publish(staging: Path, directory: Path) -> None:
     old = {path for pattern in EXPORT_FILES for path in directory.glob(pattern) if path.is_file() or path.is_symlink()}
     for path in sorted(old, key=lambda path: path.name != CONFIG_FILE):
         path.unlink()
-    mode = directory.stat().st_mode & 0o666  # the folder's read and write permissions
+    mode = (staging / CONFIG_FILE).stat().st_mode  # what the umask gives: safetensors writes its files with another one
     for path in sorted(staging.iterdir(), key=lambda path: path.name == CONFIG_FILE):
         path.chmod(mode)
         path.rename(directory / path.name)

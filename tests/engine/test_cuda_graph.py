@@ -14,7 +14,7 @@ from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.training.diagnose import find_nonfinite
 from megatron_tn.training.step import train_step
 from tests.helpers.models import TINY, TRANSFORMER, Rows, random_batch, tiny_config
-from tests.helpers.ranks import run_ranks, this_device
+from tests.helpers.ranks import layout, run_shared, this_device
 
 ENGINES = [
     EngineConfig(name="local", precision="bf16", reduce_bucket_elements=3000),  # several buckets
@@ -66,7 +66,7 @@ def trained(case: Case, context: ParallelContext) -> Run:
 
 def both_ways(tp: int, cases: list[Case]) -> list[tuple[Run, Run]]:
     """Each case kernel by kernel, and replayed."""
-    context = ParallelContext.create(tp, sequence_parallel=tp > 1)
+    context = layout(tp, sequence_parallel=tp > 1)
     replayed = [case._replace(engine=dataclasses.replace(case.engine, cuda_graph=True)) for case in cases]
     return [(trained(case, context), trained(other, context)) for case, other in zip(cases, replayed, strict=True)]
 
@@ -84,7 +84,7 @@ def test_replayed_passes_are_the_eager_ones(device):
     ways = [(1, False), (3, False), (1, True)] if device == "cuda" else [(3, False)]
     cases = [Case(engine, *way) for engine in ENGINES for way in ways]
     cases += [Case(ENGINES[1], 3, packed, TRANSFORMER) for packed in ((False, True) if device == "cuda" else ())]
-    (pairs,) = run_ranks(1, both_ways, 1, cases, device=device)
+    (pairs,) = run_shared(1, both_ways, 1, cases, device=device)
     check(pairs, cases)
 
 
@@ -92,7 +92,7 @@ def test_replayed_passes_are_the_eager_ones(device):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(2))])
 def test_replayed_collectives_are_the_eager_ones(tp, device):
     cases = [Case(engine, 2, False) for engine in ENGINES]
-    for pairs in run_ranks(2, both_ways, tp, cases, device=device):
+    for pairs in run_shared(2, both_ways, tp, cases, device=device):
         check(pairs, cases)
 
 

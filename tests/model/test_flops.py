@@ -24,10 +24,20 @@ from tests.helpers.sizes import SIZES, compose_model
 FAMILIES = pytest.mark.parametrize("size", ["385m", "transformer_385m"])
 
 
-@FAMILIES
-@pytest.mark.parametrize("length", [2048, 65536])
-def test_training_flops_agree_with_the_counter(size, length):
-    config = from_mapping(ModelConfig, compose_model(size) | {"layers": 2})
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [
+        ("385m", 2048),
+        ("385m", 65536),
+        ("transformer_385m", 2048),
+        ("transformer_385m", 65536),
+        ("50m_hybrid", 2048),
+        ("50m_cosformer", 2048),
+        ("50m_transnormer", 2000),
+    ],
+)
+def test_training_flops_agree_with_the_counter(name, length):
+    config = from_mapping(ModelConfig, compose_model(name) | {"layers": 2 if name.endswith("385m") else 4})
     # The counter does not know the CPU's fused attention. A GPU's it counts with a product more in the backward pass,
     # which forms the scores again: recomputation, which the formula leaves out.
     with FakeTensorMode(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -84,7 +94,10 @@ def test_a_transformer_has_the_parameters_of_its_size(name):
     assert [getattr(its, part) for part in shape] == [getattr(ours, part) for part in shape]
 
 
-@pytest.mark.parametrize("name", [*SIZES, *(f"transformer_{size}" for size in TRANSFORMERS)])
+@pytest.mark.parametrize(
+    "name",
+    [*SIZES, *(f"transformer_{size}" for size in TRANSFORMERS), "1b_hybrid", "385m_cosformer", "385m_transnormer"],
+)
 def test_parameter_count_by_formula(name):
     config = from_mapping(ModelConfig, compose_model(name))
     model = build_model(config, None, "meta")
