@@ -85,7 +85,10 @@ def export(config: ConvertConfig) -> None:
                 )
             texts = tokenizer_files(tokenizer, model)
             bos = json.loads(texts[TOKENIZER_CONFIG_FILE])["bos_token"]
-        facts = {} if isinstance(weights, ReleasedWeights) else training_facts(weights.manifest, text_of_sources(data))
+        facts, sequence_length = {}, None
+        if not isinstance(weights, ReleasedWeights):
+            facts = training_facts(weights.manifest, text_of_sources(data))
+            sequence_length = weights.manifest.config["data"].get("sequence_length")
         texts["README.md"] = card(model, next(iter(dtypes.values())), facts, bos)
         write_released(
             output,
@@ -95,6 +98,7 @@ def export(config: ConvertConfig) -> None:
             lambda name: whole_tensor(weights, name, dtypes[name]),
             shard_bytes=config.shard_mib << 20,
             texts=texts,
+            sequence_length=sequence_length,
         )
     print(f"wrote {output}")
 

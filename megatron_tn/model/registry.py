@@ -7,7 +7,7 @@ in `ModelConfig.architecture`, and its own settings in `ModelConfig`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,15 +21,21 @@ from megatron_tn.parallel.sharding import Box
 
 @dataclass(frozen=True)
 class ReleasedNames:
-    """Names of an architecture in released (Hugging Face) files; tensors there have the model's parameter names.
+    """Names of an architecture in released (Hugging Face) files.
 
     model_type, class_name: fields `model_type` and `architectures` of config.json.
-    repeated: extra tensor that a file may hold -> the parameter of which it is a copy (tied weights).
+    repeated: extra tensor that a file may hold -> the tensor of which it is a copy (tied weights).
+    renamed: part of a parameter's dotted name -> the same part of the tensor's name; other parts are equal.
     """
 
     model_type: str
     class_name: str
     repeated: Mapping[str, str]
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    def tensor(self, parameter: str) -> str:
+        """The name of the parameter's tensor."""
+        return ".".join(self.renamed.get(part, part) for part in parameter.split("."))
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,7 @@ ARCHITECTURES = {
             model_type="llama",
             class_name="LlamaForCausalLM",
             repeated={"lm_head.weight": "model.embed_tokens.weight"},
+            renamed=transformer.LLAMA_NAMES,
         ),
     ),
 }

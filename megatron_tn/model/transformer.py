@@ -14,6 +14,19 @@ from megatron_tn.model.softmax_attention import SoftmaxAttention
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.embedding import VocabParallelHead
 
+# Part of a parameter's name -> the same part in LLaMA's files.
+LLAMA_NAMES = {
+    "token_norm": "input_layernorm",
+    "token_mixer": "self_attn",
+    "out_proj": "o_proj",
+    "channel_norm": "post_attention_layernorm",
+    "channel_mixer": "mlp",
+    "l1": "gate_proj",
+    "l2": "up_proj",
+    "l3": "down_proj",
+    "final_norm": "norm",
+}
+
 
 def build(config: ModelConfig, context: ParallelContext) -> Model:
     body = Decoder(config, context.tp, [SoftmaxAttention(config, context.tp) for _ in range(config.layers)])

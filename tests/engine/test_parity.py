@@ -40,6 +40,7 @@ FSDP2 = EngineConfig(name="fsdp2", precision="fp32")
 ALL_PARTITIONED = dataclasses.replace(
     ZERO[3], deepspeed_config={"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 )
+RECOMPUTED = dataclasses.replace(FSDP2, recompute="full")
 RMSNORM = dataclasses.replace(TINY, norm="rmsnorm")
 MODELS = {
     "simplermsnorm": TINY,
@@ -154,7 +155,7 @@ def test_gradients_under_sequence_parallelism_equal_one_fp64_process(world, tp, 
     covering = [(engine, 1 + 2 * (index % 2), TINY.norm) for index, engine in enumerate([*ZERO, FSDP2, LOCAL])]
     cases = [*covering, (ZERO[1], 3, "rmsnorm"), (ZERO[2], 1, "layernorm"), (FSDP2, 3, "layernorm")]
     if cp == 1:
-        cases += [(engine, 1, "transformer") for engine in (LOCAL, ZERO[2], ALL_PARTITIONED)]
+        cases += [(engine, 1, "transformer") for engine in (LOCAL, ZERO[2], ALL_PARTITIONED, RECOMPUTED)]
     check_gradients(world, tp, cases, cp=cp, sequence_parallel=True)
 
 
