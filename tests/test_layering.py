@@ -60,6 +60,7 @@ ALLOWED = {
         "data_pipeline.words",
     ],
     "launch": [
+        "kernels.bench",
         "megatron_tn.cli",
         "megatron_tn.config",
         "megatron_tn.planning",

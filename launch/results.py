@@ -1,0 +1,247 @@
+"""Train and evaluate the runs of a plan on one GPU, and write a row of figures for each.
+
+    python -m data_pipeline.corpus.join PARTS data/results          (parts that python -m data_pipeline.corpus made)
+    python -m launch.results launch/plans/results_50m.yaml --data data/results --output rows.jsonl --pieces rates seeds
+
+A plan (launch/plans/) lists runs as grids of settings, in pieces. Each run is trained (megatron_tn.train), evaluated on
+the held-out documents (megatron_tn.evaluate), and a row is appended to --output; runs that have a row there are not run
+again, and a stopped one goes on from its checkpoint in --runs. The piece "speed" measures the plan's models one by one
+(megatron_tn.benchmark): the other pieces may run several models side by side, whose own speed then says nothing.
+Words after -- are overrides of every run. Exit code 1 when a run fails, 3 when --minutes ended before the runs did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kernels.bench import rows
+from launch.runs import Failed, Programs, TimeUp
+from megatron_tn.training.run_folder import RunFolder
+
+FAILED, TIME_UP = 1, 3
+REPORT_S = 20.0  # between two lines on the runs under way
+BEST = re.compile(r"best of (\w+)")
+FIGURE = "result"  # the name of a run's row
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of a plan: its settings, and the folder of all runs."""
+
+    plan: str
+    settings: dict[str, Any]
+    runs: Path
+
+    @property
+    def name(self) -> str:
+        return ",".join(str(value) if key == "model" else f"{key}={value}" for key, value in self.settings.items())
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.runs / self.name)
+
+    def finish(self, programs: Programs, data: Path, overrides: list[str], at_once: int) -> Row:
+        """Trains, or goes on training, and evaluates; returns the row. Raises Failed and TimeUp."""
+        folder, held_out = self.folder.path, data / "heldout/manifest.json"
+        words = [f"{key}={value}" for key, value in self.settings.items()] + [f"run_dir={folder}"]
+        words += [f"data.manifest={data / 'train/manifest.json'}", f"evaluation.manifest={held_out}"]
+        programs.run("megatron_tn.train", [*words, *overrides], folder / "console.log")
+        evaluation = folder / "evaluation.json"
+        words = [f"checkpoint={folder}", f"manifest={held_out}", f"output={evaluation}", "batch_tokens=65536"]
+        programs.run("megatron_tn.evaluate", words, folder / "console.log")
+        return self._row(json.loads(evaluation.read_text()), at_once)
+
+    def _row(self, found: Row, at_once: int) -> Row:
+        config, losses = self.folder.frozen_config(), self.folder.records("loss")
+        memory = [record["memory/allocated_gib"] for record in self.folder.records("memory/allocated_gib")]
+        bits = found["bits_per_byte"]
+        curve = [(record["step"], record["heldout_bits_per_byte"]) for record in self.folder.records("heldout_loss")]
+        tokens = {record["step"]: record["tokens"] for record in losses}
+        figures = {
+            "heldout_tokens": found["tokens"],
+            "heldout_bytes": found["text_bytes"],
+            "gzip": bits["gzip -9"],
+            "xz": bits["xz -9"],
+            "peak_gib": max(memory, default=None),
+            "tokens_per_second": statistics.median(record["tokens_per_second"] for record in losses),
+            "at_once": at_once,
+            # Million training tokens and held-out bits per byte of evaluation.max_documents documents, in order.
+            "curve": " ".join(f"{tokens[step] / 1e6:.3f}:{value:.4f}" for step, value in curve if step in tokens),
+        }
+        for kind in ("sources", "positions"):
+            figures |= {f"{kind}/{name}": _bits(own) for name, own in found.get(kind, {}).items()}
+        return rows.row(
+            FIGURE,
+            "bits/byte",
+            bits["model"],
+            plan=self.plan,
+            run=self.name,
+            model=config.model.name,
+            lr=config.optim.lr,
+            seed=config.seed,
+            steps=losses[-1]["step"],
+            tokens=losses[-1]["tokens"],
+            sequence_length=config.data.sequence_length,
+            global_batch=config.data.global_batch,
+            **figures,
+        )
+
+
+def _bits(found: Row) -> float | None:
+    return found.get("bits_per_byte")
+
+
+class Bad(Exception):
+    """A plan that cannot be run; the message is one line."""
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """{"settings": ..., "speed": ..., "pieces": {name: [grid]}}. Raises Bad."""
+    try:
+        plan = yaml.safe_load(path.read_text())
+        grids = [grid for piece in plan["pieces"].values() for grid in piece]
+        ok = all(isinstance(values, list) for grid in grids for values in grid.values())
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise Bad(f"{path}: no plan: {' '.join(str(error).split())}") from None
+    if not ok:
+        raise Bad(f"{path}: each setting of a grid needs a list of values")
+    return plan
+
+
+def grid_runs(grid: dict[str, list[Any]], settings: dict[str, Any], done: list[Row]) -> Iterator[dict[str, Any]]:
+    """The settings of each run of a grid; `done`: rows from which "best of MODEL" is read. Raises Bad."""
+    for values in itertools.product(*grid.values()):
+        chosen = dict(zip(grid, values, strict=True))
+        yield {**settings, **{key: _resolved(key, value, done) for key, value in chosen.items()}}
+
+
+def _resolved(key: str, value: Any, done: list[Row]) -> Any:
+    if not (wanted := BEST.fullmatch(str(value))):
+        return value
+    column = key.rpartition(".")[2]
+    found = [row for row in done if row["model"] == wanted[1] and column in row]
+    if not found:
+        raise Bad(f"{key}={value}: no run of {wanted[1]} has a row yet")
+    return min(found, key=lambda row: row["value"])[column]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of FIGURE in a file that may be absent."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [row for line in lines if (row := json.loads(line))["name"] == FIGURE]
+
+
+def run_piece(grids: list[dict], plan: dict, options: argparse.Namespace, programs: Programs) -> None:
+    """Runs what has no row yet. Raises Bad, Failed and TimeUp."""
+    known = read_rows(options.output)
+    wanted = [
+        Run(options.plan.stem, settings, options.runs)
+        for grid in grids
+        for settings in grid_runs(grid, plan["settings"], known)
+    ]
+    have = {(row["plan"], row["run"]) for row in known}
+    left = [run for run in wanted if (run.plan, run.name) not in have]
+    writing, under_way = threading.Lock(), {}
+
+    def task(run: Run) -> None:
+        under_way[run.name] = run
+        say(f"{run.name}: begins")
+        try:
+            row = run.finish(programs, options.data, options.overrides, options.at_once)
+        finally:
+            del under_way[run.name]
+        with writing:
+            rows.append(options.output, [row])
+        say(f"{run.name}: {row['value']:.4f} bits per byte, {row['tokens_per_second']:,.0f} tokens/s")
+
+    ended = threading.Event()
+
+    def report() -> None:
+        while not ended.wait(REPORT_S):
+            for run in list(under_way.values()):
+                if records := run.folder.records("loss"):
+                    say(f"  {run.name}: step {records[-1]['step']}, loss {records[-1]['loss']:.3f}")
+
+    reporter = threading.Thread(target=report, daemon=True)
+    reporter.start()
+    try:
+        programs.side_by_side([lambda run=run: task(run) for run in left], options.at_once)
+    finally:
+        ended.set()
+        reporter.join()
+
+
+def measure_speed(plan: dict, options: argparse.Namespace, programs: Programs) -> None:
+    """Rows of megatron_tn.benchmark for each model of the plan, one at a time. Raises Failed and TimeUp."""
+    settings = {key: value if isinstance(value, list) else [value] for key, value in plan["speed"].items()}
+    for chosen in grid_runs(settings, {}, []):
+        folder = options.runs / f"speed-{chosen['model']}"
+        words = [f"{key}={value}" for key, value in chosen.items()]
+        words += ["benchmark.loop_steps=60", f"benchmark.output={options.output}", f"run_dir={folder}"]
+        say(f"speed of {chosen['model']}")
+        programs.run("megatron_tn.benchmark", [*words, *options.overrides], folder / "console.log")
+
+
+def say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.results", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("plan", type=Path, help="a YAML file such as launch/plans/results_50m.yaml")
+    parser.add_argument("--data", type=Path, required=True, help="folder with train/ and heldout/ (corpus.join)")
+    parser.add_argument("--output", type=Path, required=True, help="JSON lines file that rows are appended to")
+    parser.add_argument("--runs", type=Path, default=Path("runs/results"), help="folder of the runs' own folders")
+    parser.add_argument("--pieces", nargs="+", metavar="PIECE", help="of the plan, in order; default: all")
+    parser.add_argument("--at-once", type=int, default=1, help="runs side by side (default 1)")
+    parser.add_argument("--minutes", type=float, help="stop after so many; the same command goes on")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of every run, after --")
+    options = parser.parse_args(arguments)
+    if options.at_once < 1:
+        parser.error(f"--at-once {options.at_once} must be at least 1")
+    programs = Programs(None if options.minutes is None else time.monotonic() + 60 * options.minutes)
+    try:
+        plan = read_plan(options.plan)
+        if unknown := sorted(set(options.pieces or ()) - {"speed", *plan["pieces"]}):
+            raise Bad(f"--pieces {unknown[0]}: {options.plan} has speed, {', '.join(plan['pieces'])}")
+        for split in ("train", "heldout"):
+            if not (path := options.data / split / "manifest.json").is_file():
+                raise Bad(f"--data {options.data}: no {path}; python -m data_pipeline.corpus.join makes it")
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        for piece in options.pieces or [*plan["pieces"], "speed"]:
+            say(f"piece {piece}")
+            if piece == "speed":
+                measure_speed(plan, options, programs)
+            else:
+                run_piece(plan["pieces"][piece], plan, options, programs)
+    except Bad as bad:
+        parser.error(str(bad))
+    except Failed as failed:
+        say(str(failed))
+        return FAILED
+    except TimeUp:
+        say("time is up: the same command goes on from here")
+        return TIME_UP
+    say("done")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
