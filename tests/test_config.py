@@ -28,7 +28,7 @@ from megatron_tn.config import (
 
 GROUPS = {"model", "parallel", "engine", "data", "optim", "schedule", "logging", "cluster", "experiment"}
 CHOICES = [
-    f"{path.parent.relative_to(cli.CONF)}={path.stem}"
+    f"{group}={path.relative_to(cli.CONF / group).with_suffix('')}"
     for group in sorted(GROUPS)
     for path in sorted((cli.CONF / group).rglob("*.yaml"))
 ]

@@ -65,6 +65,9 @@ ALLOWED = {
         "megatron_tn.config",
         "megatron_tn.planning",
         "megatron_tn.training.run_folder",
+        "megatron_tn.training.compare",
+        "megatron_tn.training.curve",
+        "megatron_tn.plot",
     ],
 }
 

@@ -106,6 +106,15 @@ def _every_slice_has_a_token(config: Settings) -> Iterator[str]:
         yield f"data.sequence_length={config.data.sequence_length} is smaller than parallel.cp={config.parallel.cp}"
 
 
+@RELATIONS.reads("parallel.cp")
+def _slices_of_a_sequence_pass_a_state(config: Settings) -> Iterator[str]:
+    if config.parallel.cp > 1 and config.model.architecture == "transformer":
+        yield (
+            f"parallel.cp={config.parallel.cp} does not go with model.architecture=transformer: context parallelism "
+            "passes the state of linear attention from slice to slice, and softmax attention has none"
+        )
+
+
 @RELATIONS.reads("schedule.warmup_steps", "schedule.steps")
 def _warm_up_ends_before_the_run(config: Settings) -> Iterator[str]:
     schedule = config.schedule

@@ -1,4 +1,4 @@
-"""Self-check of TransNormerLLM's GPU operators against fp64 references, before training."""
+"""Self-check of the architectures' GPU operators against fp64 references, before training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from megatron_tn.model.base import Model
 
 
 def check_kernels(model: Model, device: torch.device, dtype: torch.dtype) -> None:
-    """Compare the operators, in `dtype` and at this rank's widths, with their fp64 references; does nothing on a CPU.
+    """Compare the operators, in `dtype` and at this rank's widths, with their fp64 references. Does nothing
+    on a CPU.
 
     If a Triton kernel is wrong, the mismatch is logged and all operators fall back to plain PyTorch.
 
@@ -29,5 +30,25 @@ def check_kernels(model: Model, device: torch.device, dtype: torch.dtype) -> Non
             device=device,
             embed_width=config.embed_dim,
             act=config.act,
+            glu_act=config.glu_act,
             fall_back=True,
         )
+
+
+def check_transformer_kernels(model: Model, device: torch.device, dtype: torch.dtype) -> None:
+    """`check_kernels` of the Transformer's operators. PyTorch's attention is not checked."""
+    if device.type != "cuda":
+        return
+    config, tp = model.config, model.context.tp.size
+    self_check(
+        heads=config.heads // tp,
+        key_width=config.head_dim,
+        value_width=config.head_dim,
+        glu_width=config.glu_dim // tp,
+        dtype=dtype,
+        device=device,
+        embed_width=config.embed_dim,
+        glu_act=config.glu_act,
+        rope_base=config.rope_base,
+        fall_back=True,
+    )

@@ -13,9 +13,8 @@ def parameter_count(config: ModelConfig) -> int:
     """Parameters of the whole model, the tied embedding once, without padding."""
     d, layers = config.embed_dim, config.layers
     count = config.vocab_size * d + layers * (5 * d * d + 3 * d * config.glu_dim) + d * sum(config.lrpe_layers)
-    if config.norm == "rmsnorm":
-        count += d * (3 * layers + 1)
-    return count
+    per_norm = {"simplermsnorm": 0, "rmsnorm": d, "layernorm": 2 * d}[config.norm]
+    return count + per_norm * (3 * layers + 1)
 
 
 def forward_flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, int]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_tn.config import ConfigError, ModelConfig
-from megatron_tn.model import check, flops, transnormer
+from megatron_tn.model import check, decoder, flops, transformer, transnormer
 from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.sharding import Box
@@ -67,6 +67,19 @@ ARCHITECTURES = {
         released=ReleasedNames(
             model_type="transnormer",
             class_name="TransnormerForCausalLM",
+            repeated={"lm_head.weight": "model.embed_tokens.weight"},
+        ),
+    ),
+    "transformer": Architecture(
+        build=transformer.build,
+        problems=ModelConfig.problems,
+        parameter_count=transformer.parameter_count,
+        forward_flops_per_token=transformer.forward_flops_per_token,
+        initial_box=decoder.initial_box,
+        check_kernels=check.check_transformer_kernels,
+        released=ReleasedNames(
+            model_type="llama",
+            class_name="LlamaForCausalLM",
             repeated={"lm_head.weight": "model.embed_tokens.weight"},
         ),
     ),

@@ -16,6 +16,7 @@ from megatron_tn.model.decay import all_decay_rates
 from megatron_tn.model.registry import ARCHITECTURES, architecture
 
 CONFIG_FILE = "config.json"
+_NORMS = ("simplermsnorm", "rmsnorm", "layernorm")
 _ACTS = {"swish": "silu", "silu": "silu", "none": "none", "1+elu": "1+elu"}
 
 
@@ -50,8 +51,8 @@ def config_from_released(values: dict[str, Any]) -> ModelConfig:
     act, norm = values.get("linear_act_fun", "swish"), values.get("norm_type", "simplermsnorm")
     if not isinstance(act, str) or act not in _ACTS:
         problems.append(f"config.json: linear_act_fun={act!r} is not one of {', '.join(_ACTS)}")
-    if norm not in ("simplermsnorm", "rmsnorm"):
-        problems.append(f"config.json: norm_type={norm!r} is not one of simplermsnorm, rmsnorm")
+    if norm not in _NORMS:
+        problems.append(f"config.json: norm_type={norm!r} is not one of {', '.join(_NORMS)}")
     flags = values.get("linear_use_lrpe_list") or [1]
     if not isinstance(flags, list) or not all(flag in (0, 1) for flag in flags):
         problems.append(f"config.json: linear_use_lrpe_list={flags!r} is not a list of 0 and 1")
@@ -78,6 +79,7 @@ def config_from_released(values: dict[str, Any]) -> ModelConfig:
         "heads": values["decoder_attention_heads"],
         "glu_dim": values["glu_dim"],
         "scale_embedding": not values.get("no_scale_embedding", False),
+        "absolute_positions": extra.get("absolute_positions", False),
         "norm": norm,
         "norm_eps": extra.get("norm_eps", 1e-6),
         "act": _ACTS[act],
@@ -135,6 +137,7 @@ def config_to_released(config: ModelConfig) -> dict[str, Any]:
         "decay_rates": all_decay_rates(config),
         "megatron_tn": {
             "name": config.name,
+            "absolute_positions": config.absolute_positions,
             "norm_eps": config.norm_eps,
             "glu_act": config.glu_act,
             "gate": config.gate,

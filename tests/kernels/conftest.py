@@ -22,6 +22,8 @@ TRITON_MODULES = (
     "kernels.gla.triton_features",
     "kernels.gla.triton_gate",
     "kernels.gla.triton_step",
+    "kernels.rmsnorm.triton_rmsnorm",
+    "kernels.rope.triton_rope",
     "kernels.gla.feature_map",
     "kernels.gla.passes",
     "kernels.cross_entropy.triton_exponentials",

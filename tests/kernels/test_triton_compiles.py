@@ -231,6 +231,30 @@ def test_embedding(capability):
 
 
 @pytest.mark.parametrize("capability", sorted(TILES))
+def test_rmsnorm(capability):
+    from kernels.rmsnorm import triton_rmsnorm as norm
+    from kernels.rows import block_for
+
+    for kernel in (norm.forward_kernel, norm.backward_kernel):
+        types = {name: "*bf16" for name in kernel.arg_names if name.endswith("_pointer")} | {"eps": "fp32"}
+        if "parts_pointer" in types:
+            types["parts_pointer"] = "*fp32"
+        for width in (2048, 4096):
+            block, warps = block_for(width)
+            assert resources(compiled(kernel, capability, types, {"WIDTH": block}, num_warps=warps))[1] == 0
+
+
+@pytest.mark.parametrize("capability", sorted(TILES))
+def test_rope(capability):
+    from kernels.rope import triton_rope
+
+    types = dict.fromkeys(("q_pointer", "k_pointer", "rotated_q_pointer", "rotated_k_pointer"), "*bf16")
+    types |= {"positions_pointer": "*i64", "fractions_pointer": "*i64"}
+    constants = {"BACK": True, "QUICK": True, "HEADS": 16, "HALF": 64}
+    assert resources(compiled(triton_rope.rope_kernel, capability, types, constants, num_warps=4))[1] == 0
+
+
+@pytest.mark.parametrize("capability", sorted(TILES))
 @pytest.mark.parametrize("with_lrpe", [pytest.param(False, marks=pytest.mark.full), True], ids=["plain", "lrpe"])
 def test_decoding_step(capability, with_lrpe):
     from kernels.gla import triton_step
