@@ -1,7 +1,7 @@
 """Train and evaluate the runs of a plan on one GPU, and write a row of figures for each.
 
     python -m data_pipeline.corpus.join PARTS data/results          (parts that python -m data_pipeline.corpus made)
-    python -m launch.results launch/plans/results_50m.yaml --data data/results --output rows.jsonl --pieces rates seeds
+    python -m launch.results --plan launch/plans/results_50m.yaml --data data/results --output rows.jsonl --pieces rates
 
 A plan (launch/plans/) lists runs as grids of settings, in pieces. Each run is trained (megatron_tn.train), evaluated on
 the held-out documents (megatron_tn.evaluate), and a row is appended to --output; runs that have a row there are not run
@@ -32,6 +32,7 @@ from launch.runs import Failed, Programs, TimeUp
 from megatron_tn.training.run_folder import RunFolder
 
 FAILED, TIME_UP = 1, 3
+BATCH_TOKENS = 8192  # of a batch of held-out documents
 REPORT_S = 20.0  # between two lines on the runs under way
 BEST = re.compile(r"best of (\w+)")
 FIGURE = "result"  # the name of a run's row
@@ -41,30 +42,32 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """A run of a plan: its settings, and the folder of all runs."""
+    """A run of a plan: settings that all runs share, its own, and the folder of all runs."""
 
     plan: str
-    settings: dict[str, Any]
+    shared: dict[str, Any]
+    own: dict[str, Any]
     runs: Path
 
     @property
     def name(self) -> str:
-        return ",".join(str(value) if key == "model" else f"{key}={value}" for key, value in self.settings.items())
+        return ",".join(str(value) if key == "model" else f"{key}={value}" for key, value in self.own.items())
 
     @property
     def folder(self) -> RunFolder:
         return RunFolder(self.runs / self.name)
 
-    def finish(self, programs: Programs, data: Path, overrides: list[str], at_once: int) -> Row:
+    def finish(self, programs: Programs, options: argparse.Namespace) -> Row:
         """Trains, or goes on training, and evaluates; returns the row. Raises Failed and TimeUp."""
-        folder, held_out = self.folder.path, data / "heldout/manifest.json"
-        words = [f"{key}={value}" for key, value in self.settings.items()] + [f"run_dir={folder}"]
-        words += [f"data.manifest={data / 'train/manifest.json'}", f"evaluation.manifest={held_out}"]
-        programs.run("megatron_tn.train", [*words, *overrides], folder / "console.log")
+        folder, held_out = self.folder.path, options.data / "heldout/manifest.json"
+        words = [f"{key}={value}" for key, value in (self.shared | self.own).items()] + [f"run_dir={folder}"]
+        words += [f"data.manifest={options.data / 'train/manifest.json'}", f"evaluation.manifest={held_out}"]
+        programs.run("megatron_tn.train", [*words, *options.overrides], folder / "console.log")
         evaluation = folder / "evaluation.json"
-        words = [f"checkpoint={folder}", f"manifest={held_out}", f"output={evaluation}", "batch_tokens=65536"]
+        words = [f"checkpoint={folder}", f"manifest={held_out}", f"output={evaluation}"]
+        words += [f"max_documents={options.documents}", f"batch_tokens={BATCH_TOKENS}"]
         programs.run("megatron_tn.evaluate", words, folder / "console.log")
-        return self._row(json.loads(evaluation.read_text()), at_once)
+        return self._row(json.loads(evaluation.read_text()), options.at_once)
 
     def _row(self, found: Row, at_once: int) -> Row:
         config, losses = self.folder.frozen_config(), self.folder.records("loss")
@@ -123,11 +126,10 @@ def read_plan(path: Path) -> dict[str, Any]:
     return plan
 
 
-def grid_runs(grid: dict[str, list[Any]], settings: dict[str, Any], done: list[Row]) -> Iterator[dict[str, Any]]:
+def grid_runs(grid: dict[str, list[Any]], done: list[Row]) -> Iterator[dict[str, Any]]:
     """The settings of each run of a grid; `done`: rows from which "best of MODEL" is read. Raises Bad."""
     for values in itertools.product(*grid.values()):
-        chosen = dict(zip(grid, values, strict=True))
-        yield {**settings, **{key: _resolved(key, value, done) for key, value in chosen.items()}}
+        yield {key: _resolved(key, value, done) for key, value in zip(grid, values, strict=True)}
 
 
 def _resolved(key: str, value: Any, done: list[Row]) -> Any:
@@ -149,11 +151,8 @@ def read_rows(path: Path) -> list[Row]:
 def run_piece(grids: list[dict], plan: dict, options: argparse.Namespace, programs: Programs) -> None:
     """Runs what has no row yet. Raises Bad, Failed and TimeUp."""
     known = read_rows(options.output)
-    wanted = [
-        Run(options.plan.stem, settings, options.runs)
-        for grid in grids
-        for settings in grid_runs(grid, plan["settings"], known)
-    ]
+    chosen = [own for grid in grids for own in grid_runs(grid, known)]
+    wanted = [Run(options.plan.stem, plan["settings"], own, options.runs) for own in chosen]
     have = {(row["plan"], row["run"]) for row in known}
     left = [run for run in wanted if (run.plan, run.name) not in have]
     writing, under_way = threading.Lock(), {}
@@ -162,7 +161,7 @@ def run_piece(grids: list[dict], plan: dict, options: argparse.Namespace, progra
         under_way[run.name] = run
         say(f"{run.name}: begins")
         try:
-            row = run.finish(programs, options.data, options.overrides, options.at_once)
+            row = run.finish(programs, options)
         finally:
             del under_way[run.name]
         with writing:
@@ -189,7 +188,7 @@ def run_piece(grids: list[dict], plan: dict, options: argparse.Namespace, progra
 def measure_speed(plan: dict, options: argparse.Namespace, programs: Programs) -> None:
     """Rows of megatron_tn.benchmark for each model of the plan, one at a time. Raises Failed and TimeUp."""
     settings = {key: value if isinstance(value, list) else [value] for key, value in plan["speed"].items()}
-    for chosen in grid_runs(settings, {}, []):
+    for chosen in grid_runs(settings, []):
         folder = options.runs / f"speed-{chosen['model']}"
         words = [f"{key}={value}" for key, value in chosen.items()]
         words += ["benchmark.loop_steps=60", f"benchmark.output={options.output}", f"run_dir={folder}"]
@@ -205,12 +204,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m launch.results", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("plan", type=Path, help="a YAML file such as launch/plans/results_50m.yaml")
+    parser.add_argument("--plan", type=Path, required=True, help="a YAML file such as launch/plans/results_50m.yaml")
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and heldout/ (corpus.join)")
     parser.add_argument("--output", type=Path, required=True, help="JSON lines file that rows are appended to")
     parser.add_argument("--runs", type=Path, default=Path("runs/results"), help="folder of the runs' own folders")
     parser.add_argument("--pieces", nargs="+", metavar="PIECE", help="of the plan, in order; default: all")
     parser.add_argument("--at-once", type=int, default=1, help="runs side by side (default 1)")
+    parser.add_argument("--documents", type=int, default=0, help="held-out documents that are evaluated; 0: all")
     parser.add_argument("--minutes", type=float, help="stop after so many; the same command goes on")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of every run, after --")
     options = parser.parse_args(arguments)

