@@ -5,8 +5,8 @@
 
 A plan (launch/plans/) lists runs as grids of settings, in pieces. Each run is trained (megatron_tn.train), evaluated on
 the held-out documents (megatron_tn.evaluate), and a row is appended to --output; runs that have a row there are not run
-again, and a stopped one goes on from its checkpoint in --runs. The piece "speed" measures the plan's models one by one
-(megatron_tn.benchmark): the other pieces may run several models side by side, whose own speed then says nothing.
+again, and a stopped one goes on from its checkpoint in --runs. A grid with settings benchmark.* is measured instead
+(megatron_tn.benchmark), one run at a time: the speed of runs side by side says nothing.
 Words after -- are overrides of every run. Exit code 1 when a run fails, 3 when --minutes ended before the runs did.
 """
 
@@ -35,7 +35,7 @@ FAILED, TIME_UP = 1, 3
 BATCH_TOKENS = 8192  # of a batch of held-out documents
 REPORT_S = 20.0  # between two lines on the runs under way
 BEST = re.compile(r"best of (\w+)")
-FIGURE = "result"  # the name of a run's row
+RESULT, LOOP = "result", "training loop"  # names of the rows of a trained and of a measured run
 
 Row = dict[str, Any]
 
@@ -56,6 +56,22 @@ class Run:
     @property
     def folder(self) -> RunFolder:
         return RunFolder(self.runs / self.name)
+
+    @property
+    def is_benchmark(self) -> bool:
+        return any(key.startswith("benchmark.") for key in self.own)
+
+    def has_row(self, known: list[Row]) -> bool:
+        """Whether one of the rows is this run's."""
+        if self.is_benchmark:
+            return any((row["name"], row["model"]) == (LOOP, self.own["model"]) for row in known)
+        return any(row["name"] == RESULT and (row["plan"], row["run"]) == (self.plan, self.name) for row in known)
+
+    def measure(self, programs: Programs, options: argparse.Namespace) -> None:
+        """Appends the rows of megatron_tn.benchmark to the output. Raises Failed and TimeUp."""
+        words = [f"{key}={value}" for key, value in (self.shared | self.own).items()]
+        words += [f"run_dir={self.folder.path}", f"benchmark.output={options.output}", *options.overrides]
+        programs.run("megatron_tn.benchmark", words, self.folder.path / "console.log")
 
     def finish(self, programs: Programs, options: argparse.Namespace) -> Row:
         """Trains, or goes on training, and evaluates; returns the row. Raises Failed and TimeUp."""
@@ -89,7 +105,7 @@ class Run:
         for kind in ("sources", "positions"):
             figures |= {f"{kind}/{name}": _bits(own) for name, own in found.get(kind, {}).items()}
         return rows.row(
-            FIGURE,
+            RESULT,
             "bits/byte",
             bits["model"],
             plan=self.plan,
@@ -114,7 +130,7 @@ class Bad(Exception):
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """{"settings": ..., "speed": ..., "pieces": {name: [grid]}}. Raises Bad."""
+    """{"settings": {...}, "pieces": {name: [grid]}}. Raises Bad."""
     try:
         plan = yaml.safe_load(path.read_text())
         grids = [grid for piece in plan["pieces"].values() for grid in piece]
@@ -136,25 +152,32 @@ def _resolved(key: str, value: Any, done: list[Row]) -> Any:
     if not (wanted := BEST.fullmatch(str(value))):
         return value
     column = key.rpartition(".")[2]
-    found = [row for row in done if row["model"] == wanted[1] and column in row]
+    found = [row for row in done if (row["name"], row.get("model")) == (RESULT, wanted[1])]
     if not found:
         raise Bad(f"{key}={value}: no run of {wanted[1]} has a row yet")
     return min(found, key=lambda row: row["value"])[column]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of FIGURE in a file that may be absent."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [row for line in lines if (row := json.loads(line))["name"] == FIGURE]
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def run_piece(grids: list[dict], plan: dict, options: argparse.Namespace, programs: Programs) -> None:
     """Runs what has no row yet. Raises Bad, Failed and TimeUp."""
     known = read_rows(options.output)
     chosen = [own for grid in grids for own in grid_runs(grid, known)]
-    wanted = [Run(options.plan.stem, plan["settings"], own, options.runs) for own in chosen]
-    have = {(row["plan"], row["run"]) for row in known}
-    left = [run for run in wanted if (run.plan, run.name) not in have]
+    runs = [Run(options.plan.stem, plan["settings"], own, options.runs) for own in chosen]
+    left = [run for run in runs if not run.has_row(known)]
+    train([run for run in left if not run.is_benchmark], options, programs)
+    for run in left:
+        if run.is_benchmark:
+            say(f"{run.name}: measured")
+            run.measure(programs, options)
+
+
+def train(runs: list[Run], options: argparse.Namespace, programs: Programs) -> None:
+    """Finishes the runs, options.at_once at a time, with a line on each of them now and then; appends their rows.
+    Raises Failed and TimeUp."""
     writing, under_way = threading.Lock(), {}
 
     def task(run: Run) -> None:
@@ -179,21 +202,10 @@ def run_piece(grids: list[dict], plan: dict, options: argparse.Namespace, progra
     reporter = threading.Thread(target=report, daemon=True)
     reporter.start()
     try:
-        programs.side_by_side([lambda run=run: task(run) for run in left], options.at_once)
+        programs.side_by_side([lambda run=run: task(run) for run in runs], options.at_once)
     finally:
         ended.set()
         reporter.join()
-
-
-def measure_speed(plan: dict, options: argparse.Namespace, programs: Programs) -> None:
-    """Rows of megatron_tn.benchmark for each model of the plan, one at a time. Raises Failed and TimeUp."""
-    settings = {key: value if isinstance(value, list) else [value] for key, value in plan["speed"].items()}
-    for chosen in grid_runs(settings, []):
-        folder = options.runs / f"speed-{chosen['model']}"
-        words = [f"{key}={value}" for key, value in chosen.items()]
-        words += ["benchmark.loop_steps=60", f"benchmark.output={options.output}", f"run_dir={folder}"]
-        say(f"speed of {chosen['model']}")
-        programs.run("megatron_tn.benchmark", [*words, *options.overrides], folder / "console.log")
 
 
 def say(line: str) -> None:
@@ -219,18 +231,15 @@ def main(arguments: list[str] | None = None) -> int:
     programs = Programs(None if options.minutes is None else time.monotonic() + 60 * options.minutes)
     try:
         plan = read_plan(options.plan)
-        if unknown := sorted(set(options.pieces or ()) - {"speed", *plan["pieces"]}):
-            raise Bad(f"--pieces {unknown[0]}: {options.plan} has speed, {', '.join(plan['pieces'])}")
+        if unknown := sorted(set(options.pieces or ()) - set(plan["pieces"])):
+            raise Bad(f"--pieces {unknown[0]}: {options.plan} has {', '.join(plan['pieces'])}")
         for split in ("train", "heldout"):
             if not (path := options.data / split / "manifest.json").is_file():
                 raise Bad(f"--data {options.data}: no {path}; python -m data_pipeline.corpus.join makes it")
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        for piece in options.pieces or [*plan["pieces"], "speed"]:
+        for piece in options.pieces or plan["pieces"]:
             say(f"piece {piece}")
-            if piece == "speed":
-                measure_speed(plan, options, programs)
-            else:
-                run_piece(plan["pieces"][piece], plan, options, programs)
+            run_piece(plan["pieces"][piece], plan, options, programs)
     except Bad as bad:
         parser.error(str(bad))
     except Failed as failed:
