@@ -11,7 +11,7 @@ import sys
 
 from megatron_tn.cli import command
 from megatron_tn.config import ConfigError, GenerateConfig, out_of_bounds
-from megatron_tn.inference.generator import generate
+from megatron_tn.inference.generator import stream
 from megatron_tn.inference.sampler import Sampler
 from megatron_tn.loading import load_any_model, load_tokenizer
 
@@ -35,7 +35,7 @@ def main(config: GenerateConfig) -> None:
     prompt = [model.config.bos_id, *tokenizer.encode(config.prompt, add_special_tokens=False).ids]
     ids = list(prompt[1:])
     shown = ""
-    for chosen in generate(model, prompt, max_new_tokens=config.max_new_tokens, sampler=sampler, seed=config.seed):
+    for chosen in stream(model, prompt, max_new_tokens=config.max_new_tokens, sampler=sampler, seed=config.seed):
         ids.append(chosen)
         text = tokenizer.decode(ids)
         if not text.endswith("\ufffd"):  # the bytes of a character may still be coming

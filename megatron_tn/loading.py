@@ -32,7 +32,7 @@ def load_any_model(path: str, device: str, precision: str) -> Model:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"device={device} is not to be had here: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"device={device} is not available here: {str(error).splitlines()[0]}") from None
     dtype = DTYPES.get(precision)
     if (directory / MANIFEST).is_file():
         return load_model(directory, device=device, dtype=dtype)
@@ -58,7 +58,7 @@ def load_tokenizer(path: str, checkpoint: str) -> Tokenizer:
     """
     place = tokenizer_path(path, checkpoint)
     if place is None:
-        raise ConfigError(f"tokenizer={path!r}: there is no tokenizer.json there or beside checkpoint={checkpoint}")
+        raise ConfigError(f"tokenizer={path!r}: no tokenizer.json is there or beside checkpoint={checkpoint}")
     try:
         tokenizer = Tokenizer.from_file(str(place))
     except Exception as error:  # the library raises nothing narrower
@@ -96,4 +96,4 @@ def resolve_checkpoint(path: str) -> Path:
         return directory
     if found := find_checkpoint(directory):
         return found
-    raise ConfigError(f"checkpoint={path}: there is no checkpoint and no released model")
+    raise ConfigError(f"checkpoint={path}: no checkpoint, run or released model is there")

@@ -25,6 +25,7 @@ from megatron_tn.config import (
     save,
     to_mapping,
 )
+from megatron_tn.model.registry import parameter_count
 
 GROUPS = {"model", "parallel", "engine", "data", "optim", "schedule", "logging", "cluster", "experiment"}
 CHOICES = [
@@ -152,3 +153,12 @@ def test_the_settings_page_is_that_of_today():
 def test_every_setting_has_a_meaning():
     kinds = [kind for kind, _ in describe.COMMANDS.values()]
     assert [setting.name for kind in kinds for setting in describe.settings(kind) if not setting.meaning] == []
+
+
+@pytest.mark.parametrize("size", ["50m", "385m", "1b"])
+def test_rivals_of_a_size_have_its_parameters(size):
+    ours = parameter_count(compose(f"model={size}").model)
+    rivals = [path.stem for path in (cli.CONF / "model").glob("*.yaml") if size in path.stem.split("_")]
+    assert len(rivals) >= 3
+    for name in rivals:
+        assert parameter_count(compose(f"model={name}").model) == pytest.approx(ours, rel=0.01), name

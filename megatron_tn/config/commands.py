@@ -16,10 +16,10 @@ LOOP_WARM_UP = 10  # steps of the training loop that a benchmark does not count
 
 @dataclass(frozen=True, config=STRICT)
 class BenchmarkSettings:
-    steps: Positive = 12  # measured steps, after warm-up, of this model and of its peer
-    loop_steps: Count = 0  # steps of the training loop (data, optimizer, logging); 0 leaves it out
-    peer: Literal["none", "llama"] = "none"  # a model of the same shape, measured in the same process
-    output: str = ""  # JSON lines file to which the rows are appended
+    steps: Positive = 12  # measured steps after warm-up, for this model and for the peer
+    loop_steps: Count = 0  # steps of the whole training loop (data, optimizer, logging) to measure; 0: not measured
+    peer: Literal["none", "llama"] = "none"  # another model of the same shape, measured in the same process
+    output: str = ""  # JSON lines file to append the results to; empty: results are only printed
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -41,13 +41,13 @@ class EvaluateConfig:
 
     checkpoint: str = ""  # a checkpoint, a run's folder (its newest checkpoint is taken), or a released model's folder
     manifest: str = ""  # manifest.json of held-out shards
-    train_manifest: str = ""  # of the shards that the unigram baseline is counted on; empty leaves that baseline out
-    tokenizer: str = ""  # tokenizer.json; empty looks beside the checkpoint
-    max_documents: Count = 0  # 0: all
-    batch_tokens: Positive = 4096  # tokens of the documents in one forward pass
+    train_manifest: str = ""  # manifest.json of training shards for the unigram baseline; empty: no such baseline
+    tokenizer: str = ""  # path of tokenizer.json; empty: the one beside the checkpoint
+    max_documents: Count = 0  # evaluate the first so many documents of the manifest; 0: all
+    batch_tokens: Positive = 4096  # tokens of one forward pass
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one
-    precision: Literal["trained", "bf16", "fp32"] = "trained"  # trained: what the weights were trained or stored in
-    output: str = ""  # JSON file for the result, which is printed as well
+    precision: Literal["trained", "bf16", "fp32"] = "trained"  # type to compute in; trained: as the weights
+    output: str = ""  # JSON file for the result; empty: the result is only printed
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -56,10 +56,10 @@ class ScoreConfig:
 
     checkpoint: str = ""  # a checkpoint, a run's folder (its newest checkpoint is taken), or a released model's folder
     manifest: str = ""  # manifest.json of the shards to score
-    name: str = ""  # of the scores; empty: eval- and the first digits of the model's hash
-    batch_tokens: Positive = 16384  # tokens of the documents in one forward pass; a GPU takes more than a CPU
+    name: str = ""  # name of the scores in sidecar file names; empty: eval- and digits of the model's hash
+    batch_tokens: Positive = 16384  # tokens of one forward pass; a GPU needs more than a CPU to be busy
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one
-    precision: Literal["trained", "bf16", "fp32"] = "trained"  # trained: what the weights were trained or stored in
+    precision: Literal["trained", "bf16", "fp32"] = "trained"  # type to compute in; trained: as the weights
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -67,16 +67,16 @@ class GenerateConfig:
     """`python -m megatron_tn.generate`. The sampler checks temperature, top_k and top_p."""
 
     checkpoint: str = ""  # a checkpoint, a run's folder (its newest checkpoint is taken), or a released model's folder
-    prompt: str = ""  # text to continue, taken to the letter
-    special_tokens: bool = False  # whether <s> in the prompt is that special token, and not the text of 3 characters
-    tokenizer: str = ""  # tokenizer.json; empty looks beside the checkpoint
-    max_new_tokens: Count = 128  # generation ends there, or before the model's eos
-    temperature: float = 0.8  # 0: the likeliest token each time
-    top_k: int = 0  # sample from the so many likeliest tokens; 0: all
-    top_p: float = 1.0  # sample from the likeliest tokens of this share of probability
-    seed: Seed = 0  # the same seed gives the same text
+    prompt: str = ""  # text to continue, verbatim
+    special_tokens: bool = False  # true: <s> in the prompt is the special token; false: the text of three characters
+    tokenizer: str = ""  # path of tokenizer.json; empty: the one beside the checkpoint
+    max_new_tokens: Count = 128  # generation ends after so many tokens, or at the model's eos token
+    temperature: float = 0.8  # the logits are divided by it; 0: always the likeliest token
+    top_k: int = 0  # sample from the top_k likeliest tokens; 0: from all
+    top_p: float = 1.0  # sample from the fewest likeliest tokens whose probabilities add up to top_p
+    seed: Seed = 0  # of the random draws; the same seed gives the same text
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one
-    precision: Literal["trained", "bf16", "fp32"] = "trained"  # trained: what the weights were trained or stored in
+    precision: Literal["trained", "bf16", "fp32"] = "trained"  # type to compute in; trained: as the weights
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -89,5 +89,5 @@ class ConvertConfig:
     # export: folder to write in the released layout. import: run_dir whose first checkpoint these weights become
     output: str = ""
     shard_mib: Positive = 4096  # export: MiB of one weight file
-    precision: Literal["trained", "bf16", "fp32"] = "trained"  # trained: what the weights were trained or stored in
+    precision: Literal["trained", "bf16", "fp32"] = "trained"  # type to compute in; trained: as the weights
     json: bool = False  # describe, verify: print JSON

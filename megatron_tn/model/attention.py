@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from kernels import gla
+from kernels.gla.buffered import gla_step_buffered_
+from kernels.gla.step_buffer import StepBuffer
 from megatron_tn.config import ModelConfig
 from megatron_tn.model.layout import TokenLayout
 from megatron_tn.model.norm import HeadLayerNorm, HeadWeight
@@ -58,7 +61,7 @@ class GatedLinearAttention(nn.Module):
         super().__init__()
         self.act = config.act
         self.gate = config.gate
-        self.qkvu_proj = ColumnParallelLinear(config.embed_dim, 4 * config.embed_dim, axis, blocks=4)
+        self.add_projection(config.embed_dim, axis)
         self.out_proj = RowParallelLinear(config.embed_dim, config.embed_dim, axis)
         self.lrpe = LRPE(config.heads, config.head_dim, axis) if config.lrpe_layers[layer] else None
         self.norm = None
@@ -67,25 +70,19 @@ class GatedLinearAttention(nn.Module):
         elif config.norm == "layernorm":
             self.norm = HeadLayerNorm(config.embed_dim, config.norm_eps, axis)
 
+    def add_projection(self, width: int, axis: Axis) -> None:
+        self.qkvu_proj = ColumnParallelLinear(width, 4 * width, axis, blocks=4)
+
+    def projected(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        """q | k | v | u of this rank's heads, [B, n, 4 D / tp]."""
+        return self.qkvu_proj(x, layout.token_slices)
+
     def forward(self, x: Tensor, layout: TokenLayout, decay: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        qkvu = self.qkvu_proj(x, layout.token_slices)
+        qkvu = self.projected(x, layout)
         theta = None if self.lrpe is None else self.lrpe()
         commutes = not isinstance(self.norm, HeadLayerNorm)
         gate = self.gate and commutes
-        options = {"act": self.act, "gate": gate, "positions": layout.positions}
-        if layout.sequence_slice is None:
-            y, square_sum, state = gla(
-                qkvu,
-                decay,
-                theta,
-                **options,
-                initial_state=layout.state,
-                cu_seqlens=layout.cu_seqlens,
-                return_state=layout.return_state,
-            )
-        else:
-            y, square_sum = layout.sequence_slice.attend(qkvu, decay, theta, **options)
-            state = None
+        y, square_sum, state = attend(qkvu, decay, theta, layout, act=self.act, gate=gate)
         if not commutes:
             y = self.norm(y)  # y = o
             u = qkvu[..., -y.shape[-1] :]
@@ -94,3 +91,39 @@ class GatedLinearAttention(nn.Module):
             y = self.norm(y)  # y = o * u: elementwise weight and gate commute
         out, square_sum = self.out_proj(y, layout.token_slices, beside=square_sum)
         return out, square_sum, state
+
+
+class NormAttention(GatedLinearAttention):
+    """Linear attention of TransNormer (arXiv 2210.10340, equation 8): out = W_o norm(o), without gate and so without u.
+
+    Otherwise as `GatedLinearAttention`, at model.gate=false.
+    """
+
+    def add_projection(self, width: int, axis: Axis) -> None:
+        self.qkv_proj = ColumnParallelLinear(width, 3 * width, axis, blocks=3)
+
+    def projected(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        qkv = self.qkv_proj(x, layout.token_slices)
+        return pad(qkv, (0, qkv.shape[-1] // 3))  # u, which no gate reads
+
+
+def attend(
+    qkvu: Tensor, decay: Tensor, theta: Tensor | None, layout: TokenLayout, *, act: str, gate: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`kernels.gla` of the tokens, documents and states that the layout says; with context parallelism, of this rank's
+    slice of the sequence."""
+    if isinstance(layout.state, StepBuffer):
+        return *gla_step_buffered_(qkvu, *layout.state, decay, theta, act, gate, layout.positions), None
+    options = {"act": act, "gate": gate, "positions": layout.positions}
+    if layout.sequence_slice is not None:
+        return *layout.sequence_slice.attend(qkvu, decay, theta, **options), None
+    return gla(
+        qkvu,
+        decay,
+        theta,
+        **options,
+        initial_state=layout.state,
+        cu_seqlens=layout.cu_seqlens,
+        return_state=layout.return_state,
+        update_state=layout.update_state,
+    )

@@ -19,6 +19,31 @@ TINY = ModelConfig(name="tiny", vocab_size=101, embed_dim=64, layers=3, heads=8,
 TRANSFORMER = dataclasses.replace(
     TINY, name="tiny transformer", architecture="transformer", norm="rmsnorm", glu_act="silu", scale_embedding=False
 )
+HYBRID = dataclasses.replace(TINY, name="tiny hybrid", attention=["linear", "softmax"], lrpe="all")
+COSFORMER = dataclasses.replace(
+    TINY,
+    name="tiny cosformer",
+    architecture="cosformer",
+    max_length=24,
+    act="relu",
+    gate=False,
+    lrpe="none",
+    decay="none",
+    norm="rmsnorm",
+    glu_act="silu",
+)
+TRANSNORMER_2022 = dataclasses.replace(
+    TINY,
+    name="tiny transnormer",
+    architecture="transnormer_2022",
+    block_length=4,
+    act="1+elu",
+    gate=False,
+    lrpe="all",
+    decay="none",
+    norm="rmsnorm",
+    glu_act="silu",
+)
 
 
 class Rows(NamedTuple):
