@@ -67,6 +67,7 @@ ALLOWED = {
         "data_pipeline.redaction",
     ],
     "launch": [
+        "kernels.bench",
         "megatron_tn.cli",
         "megatron_tn.config",
         "megatron_tn.planning",
