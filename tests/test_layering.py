@@ -39,6 +39,7 @@ ALLOWED = {
         "kernels",  # of the modelling file, which is data to all others
     ],
     "megatron_tn.inference": [
+        "kernels",  # sampling
         "megatron_tn.model",
         "megatron_tn.parallel",
         "megatron_tn.device",
@@ -66,6 +67,7 @@ ALLOWED = {
         "data_pipeline.redaction",
     ],
     "launch": [
+        "kernels.bench",
         "megatron_tn.cli",
         "megatron_tn.config",
         "megatron_tn.planning",

@@ -62,8 +62,8 @@ def gla(
     one_token = one_token and not _tracked(qkvu, theta, initial_state)
     if update_state:
         check_update(qkvu, initial_state, one_token)
-        y, square_sum = gla_step_(qkvu, initial_state, decay, theta, act, gate, positions)
-        return y, square_sum, initial_state if return_state else None
+        y, parts = gla_step_(qkvu, initial_state, decay, theta, act, gate, positions)
+        return y, parts.sum(-1, keepdim=True), initial_state if return_state else None
     if one_token:
         y, square_sum, state = gla_step(qkvu, initial_state, decay, theta, act, gate, positions)
         return y, square_sum, state if return_state else None

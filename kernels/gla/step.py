@@ -4,11 +4,12 @@ Two operators: `gla_step` returns the next state in a new tensor, `gla_step_` wr
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.gla import plain
-from kernels.gla.inputs import GlaInputs
+from kernels.gla.inputs import PIECE, GlaInputs
 from kernels.lightning.check import check_values
 from kernels.numerics import accumulation_dtype
 
@@ -32,9 +33,10 @@ def gla_step(
         from kernels.gla import triton_step
 
         new_state = torch.empty(state.shape, dtype=torch.float32, device=state.device)
-        return *triton_step.step(inputs, new_state), new_state
-    y, _, square_sum, state = plain.forward(inputs)
-    return y.flatten(2).contiguous(), square_sum, state
+        y, parts = triton_step.step(inputs, new_state)
+        return y, parts.sum(-1, keepdim=True), new_state
+    y, o, _, state = plain.forward(inputs)
+    return y.flatten(2).contiguous(), _square_sums(o).sum(-1, keepdim=True), state
 
 
 @torch.library.custom_op("megatron_tn::gla_step_", mutates_args=("state",))
@@ -47,7 +49,8 @@ def gla_step_(
     gate: bool,
     positions: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`gla_step` that writes the next state over `state`, which is contiguous; returns y and the sum of o^2."""
+    """`gla_step` that writes the next state over `state`, which is contiguous. Returns y and, instead of the sum of
+    o^2, sums over PIECE columns of a head each, [B, P], P = H ceil(d / PIECE)."""
     if not qkvu.is_cuda:
         check_values(decay, None, 1)
     inputs = GlaInputs(qkvu, decay, theta, act, gate, positions, state, None)
@@ -55,21 +58,34 @@ def gla_step_(
         from kernels.gla import triton_step
 
         return triton_step.step(inputs, state)
-    y, _, square_sum, new_state = plain.forward(inputs)
+    y, o, _, new_state = plain.forward(inputs)
     state.copy_(new_state)
-    return y.flatten(2).contiguous(), square_sum
+    return y.flatten(2).contiguous(), _square_sums(o)
+
+
+def _square_sums(o: Tensor) -> Tensor:
+    """o [B, 1, H, d] -> the sums of o^2 over PIECE columns of a head each, [B, P]."""
+    o = o.to(accumulation_dtype(o.dtype)).flatten(0, 1)
+    return F.pad(o, (0, -o.shape[-1] % PIECE)).unflatten(-1, (-1, PIECE)).square().sum(-1).flatten(1)
 
 
 @gla_step.register_fake
 def _fake(qkvu, state, decay, theta, act, gate, positions):
-    new_state = state.new_empty(state.shape, dtype=accumulation_dtype(qkvu.dtype))
-    return *_fake_(qkvu, state, decay, theta, act, gate, positions), new_state
+    batch, _, fused = qkvu.shape
+    wide = accumulation_dtype(qkvu.dtype)
+    return (
+        qkvu.new_empty(batch, 1, fused // 4),
+        qkvu.new_empty(batch, 1, dtype=wide),
+        state.new_empty(state.shape, dtype=wide),
+    )
 
 
 @gla_step_.register_fake
 def _fake_(qkvu, state, decay, theta, act, gate, positions):
     batch, _, fused = qkvu.shape
-    return qkvu.new_empty(batch, 1, fused // 4), qkvu.new_empty(batch, 1, dtype=accumulation_dtype(qkvu.dtype))
+    _, heads, _, width = state.shape
+    parts = heads * -(-width // PIECE)
+    return qkvu.new_empty(batch, 1, fused // 4), qkvu.new_empty(batch, parts, dtype=accumulation_dtype(qkvu.dtype))
 
 
 @register_flop_formula([torch.ops.megatron_tn.gla_step, torch.ops.megatron_tn.gla_step_])

@@ -13,7 +13,7 @@ from megatron_tn.device.host_copy import HostCopy
 from megatron_tn.device.streams import on_stream
 from megatron_tn.inference.prefix import Prefix
 from megatron_tn.inference.sampler import Plan, Sampler, SamplingRows, sample
-from megatron_tn.inference.token import token_logits
+from megatron_tn.inference.states import RowStates, row_states
 from megatron_tn.model.base import DecodingState, Model, has_fixed_state
 from megatron_tn.parallel.world import release_on_leaving
 
@@ -31,9 +31,9 @@ class Decoder:
         logits = token_logits(tokens, positions, states); tokens = sample(logits); positions += 1
 
     tokens int64 [B]: each row's last token, which its state does not contain yet. positions int64 [B]: their positions.
-    states: one tensor a layer, B its first dimension. Rows that no sequence occupies are decoded as well, to no use.
-    fed int64 [B, most_fed]: the rest of prompts that are decoded with the batch. While a row has ids of its prompt left,
-    the next one takes the place of the sampled one.
+    states: the rows' states, see states.py. Rows that no sequence occupies are decoded as well, to no use.
+    fed int64 [B, most_fed]: the rest of prompts that are decoded with the batch. While a row has ids of its prompt
+    left, the next one takes the place of the sampled one.
 
     On a GPU a step runs kernel by kernel the first time that its parts are met, which compiles kernels, and is captured
     the second time. Collective over tensor parallelism: every rank makes the same calls and gets the same ids.
@@ -45,7 +45,7 @@ class Decoder:
         device = next(model.parameters()).device
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self.positions = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.states = self._initial_states()
+        self.states = self._make_states()
         self.sampling = SamplingRows(rows, model.config.vocab_size, device)
         self.fed = torch.zeros(rows, max(most_fed, 1), dtype=torch.int64, device=device)
         self.fed_at = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -117,26 +117,25 @@ class Decoder:
         self.positions += 1
         return self.tokens
 
-    def _initial_states(self) -> list[Tensor]:
-        return self.model.model.initial_state(self.rows)
+    def _make_states(self) -> RowStates | None:
+        return row_states(self.model, self.rows)
 
     def _set_state(self, row: int, state: DecodingState | None) -> None:
-        for layer, buffer in enumerate(self.states):
-            buffer[row] = 0 if state is None else state.layers[layer][0]
+        self.states.put(row, state)
 
     def _logits(self) -> Tensor:
         """[B, V], and the states become those after the tokens."""
-        return token_logits(self.model, self.tokens, self.positions, self.states)
+        return self.states.logits(self.tokens, self.positions)
 
 
 class GrowingDecoder(Decoder):
-    """One row of an architecture whose state grows with the number of tokens: without a graph."""
+    """One row of an architecture whose state grows with every token (not `Body.fixed_state`): without a graph."""
 
     def __init__(self, model: Model, most_fed: int = 0):
         super().__init__(model, 1, most_fed)
 
-    def _initial_states(self) -> list[Tensor]:
-        return []
+    def _make_states(self) -> None:
+        return None
 
     def _set_state(self, row: int, state: DecodingState | None) -> None:
         self._state = state

@@ -23,7 +23,7 @@ FED_PER_ROW = 8  # tokens
 class Request:
     """A sequence to continue by up to `max_new_tokens` ids, ending before the model's eos_id.
 
-    prompt: ids that follow `prefix`; together they hold at least one token.
+    prompt: a list of ids, which follow `prefix`; together they hold at least one token.
     seed, number: the key of the random numbers. Requests that differ in neither, with equal prompts, get equal ids.
     until: called with each new id; True ends the sequence behind it.
     """
@@ -35,6 +35,10 @@ class Request:
     seed: int = 0
     number: int = 0
     until: Callable[[int], bool] = lambda chosen: False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompt, int):
+            raise ValueError(f"the prompt {self.prompt} is an id: give a list of prompts, each a list of ids")
 
 
 class Piece(NamedTuple):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_tn.inference.uniform import uniform
+from kernels import sample_tokens
 
 
 @dataclass(frozen=True)
@@ -98,41 +98,19 @@ class SamplingRows:
 def sample(logits: Tensor, rows: SamplingRows, positions: Tensor, plan: Plan) -> Tensor:
     """logits [B, V] -> ids int64 [B]. positions int64 [B]: of the tokens that the logits follow.
 
-    A row's id depends on its own logits and settings alone: the plan only leaves out what no row needs. It is drawn by
-    inverting the cumulative probabilities, in the order of ids and in fp64, at u = uniform(key, position).
+    A row's id depends on its own logits and settings alone: the plan only leaves out what no row needs.
     """
-    logits = logits.float()
-    if plan.penalty:
-        penalty = rows.penalty[:, None]
-        logits = torch.where(rows.seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-    likeliest = logits.argmax(-1)
-    chosen = (
-        torch.where(rows.temperature > 0, _draw(logits, rows, positions, plan), likeliest) if plan.random else likeliest
+    if not plan.random and not plan.penalty:
+        return logits.argmax(-1)
+    return sample_tokens(
+        logits,
+        rows.keys,
+        positions,
+        temperature=rows.temperature,
+        top_k=rows.top_k,
+        top_p=rows.top_p,
+        penalty=rows.penalty if plan.penalty else None,
+        seen=rows.seen if plan.penalty else None,
+        candidates=plan.candidates,
+        nucleus=plan.nucleus,
     )
-    if plan.penalty:
-        rows.seen.scatter_(1, chosen[:, None], True)
-    return chosen
-
-
-def _draw(logits: Tensor, rows: SamplingRows, positions: Tensor, plan: Plan) -> Tensor:
-    temperature = torch.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
-    largest = logits.amax(-1, keepdim=True)
-
-    def weights(x: Tensor) -> Tensor:
-        """exp((x - largest) / temperature), fp64: probabilities times a factor."""
-        return ((x - largest) / temperature).exp_()
-
-    least = torch.full_like(largest, -math.inf)  # tokens with smaller logits are left out
-    if plan.candidates:
-        ordered = logits.topk(plan.candidates).values
-        kth = ordered.gather(1, rows.top_k.clamp(1, plan.candidates)[:, None] - 1)
-        least = torch.where(rows.top_k[:, None] > 0, kth, least)
-    if plan.nucleus:
-        total = weights(logits).masked_fill_(logits < least, 0).cumsum(-1)[:, -1:]
-        summands = weights(ordered).masked_fill_(ordered < least, 0)
-        before = summands.cumsum(-1) - summands
-        inside = (before < rows.top_p[:, None] * total).sum(-1, keepdim=True)
-        least = torch.where(rows.top_p[:, None] < 1, torch.maximum(least, ordered.gather(1, inside - 1)), least)
-    cumulative = weights(logits).masked_fill_(logits < least, 0).cumsum(-1)
-    drawn = uniform(rows.keys, positions)[:, None] * cumulative[:, -1:]
-    return (cumulative <= drawn).sum(-1)

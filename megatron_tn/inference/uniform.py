@@ -1,42 +1,11 @@
-"""Random numbers for sampling by a counter-based generator, keyed by (seed, request, position).
-
-SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"), whose n-th output is a
-function of n alone: mix(key + n * GAMMA). Integer arithmetic modulo 2^64, so CPU and GPU give the same bits, a CUDA
-graph draws without state, and a row's numbers do not depend on the rows beside it.
-"""
+"""Keys of the random numbers for sampling, one for each (seed, request). See `kernels.sampling.uniform`."""
 
 from __future__ import annotations
 
 import hashlib
-
-import torch
-from torch import Tensor
-
-
-def _signed(value: int) -> int:
-    """A 64-bit pattern as the int64 that has it."""
-    return value - 2**64 if value >= 2**63 else value
-
-
-GAMMA = _signed(0x9E3779B97F4A7C15)
-MULTIPLIERS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 
 
 def stream_key(seed: int, request: int) -> int:
     """The int64 key of a request's stream of numbers: 64 bits of SHA-256."""
     digest = hashlib.sha256(f"{seed}/{request}".encode()).digest()
     return int.from_bytes(digest[:8], "little", signed=True)
-
-
-def uniform(keys: Tensor, positions: Tensor) -> Tensor:
-    """keys, positions int64 [B] -> fp64 [B], uniform in [0, 1): multiples of 2^-52, so that u x < x for every x > 0."""
-    z = keys + positions * GAMMA
-    z = (z ^ _shift(z, 30)) * MULTIPLIERS[0]
-    z = (z ^ _shift(z, 27)) * MULTIPLIERS[1]
-    z = z ^ _shift(z, 31)
-    return _shift(z, 12).to(torch.float64) * 2.0**-52
-
-
-def _shift(z: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right; >> repeats the sign."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from kernels import gla
+from kernels.gla.buffered import gla_step_buffered_
+from kernels.gla.step_buffer import StepBuffer
 from megatron_tn.config import ModelConfig
 from megatron_tn.model.layout import TokenLayout
 from megatron_tn.model.norm import HeadLayerNorm, HeadWeight
@@ -59,7 +61,6 @@ class GatedLinearAttention(nn.Module):
         super().__init__()
         self.act = config.act
         self.gate = config.gate
-        self.head_dim = config.head_dim
         self.add_projection(config.embed_dim, axis)
         self.out_proj = RowParallelLinear(config.embed_dim, config.embed_dim, axis)
         self.lrpe = LRPE(config.heads, config.head_dim, axis) if config.lrpe_layers[layer] else None
@@ -75,10 +76,6 @@ class GatedLinearAttention(nn.Module):
     def projected(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """q | k | v | u of this rank's heads, [B, n, 4 D / tp]."""
         return self.qkvu_proj(x, layout.token_slices)
-
-    def initial_state(self, rows: int) -> Tensor:
-        """[rows, H / tp, K, d] before the first token."""
-        return zero_state(self.out_proj.weight, rows, self.head_dim, 1 if self.lrpe is None else 2, self.head_dim)
 
     def forward(self, x: Tensor, layout: TokenLayout, decay: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         qkvu = self.projected(x, layout)
@@ -110,20 +107,13 @@ class NormAttention(GatedLinearAttention):
         return pad(qkv, (0, qkv.shape[-1] // 3))  # u, which no gate reads
 
 
-def zero_state(weight: Tensor, rows: int, head_dim: int, doubled: int, width: int) -> Tensor:
-    """Zeros [rows, H / tp, doubled x width, width] in the type and on the device that `kernels.gla` has states in.
-
-    weight: W_o [D, D / tp], with D / tp = H / tp x head_dim.
-    """
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return torch.zeros(rows, weight.shape[1] // head_dim, doubled * width, width, dtype=dtype, device=weight.device)
-
-
 def attend(
     qkvu: Tensor, decay: Tensor, theta: Tensor | None, layout: TokenLayout, *, act: str, gate: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`kernels.gla` of the tokens, documents and states that the layout says; with context parallelism, of this rank's
     slice of the sequence."""
+    if isinstance(layout.state, StepBuffer):
+        return *gla_step_buffered_(qkvu, *layout.state, decay, theta, act, gate, layout.positions), None
     options = {"act": act, "gate": gate, "positions": layout.positions}
     if layout.sequence_slice is not None:
         return *layout.sequence_slice.attend(qkvu, decay, theta, **options), None

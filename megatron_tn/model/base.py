@@ -52,9 +52,11 @@ class Body(Protocol):
 
     layers: nn.ModuleList
 
-    def initial_state(self, rows: int) -> list[Tensor] | None:
-        """Each block's state before the first token, in tensors that `update_state` writes over. None if a block's
-        state grows with the number of tokens."""
+    fixed_state: bool  # whether the state's size does not depend on the number of tokens
+
+    def initial_state(self, rows: int) -> list[Tensor]:
+        """Each block's state before the first token, in tensors that `update_state` writes over. An architecture whose
+        state grows with the number of tokens need not have it."""
         ...
 
     def __call__(
@@ -182,5 +184,5 @@ class Model(nn.Module):
 
 
 def has_fixed_state(model: Model) -> bool:
-    """Whether the size of the model's state does not depend on the number of tokens."""
-    return model.model.initial_state(0) is not None
+    """Whether the size of the model's state does not depend on the number of tokens (`Body.fixed_state`)."""
+    return getattr(model.model, "fixed_state", False)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from megatron_tn.config import ModelConfig
-from megatron_tn.model.attention import attend, zero_state
+from megatron_tn.model.attention import attend
 from megatron_tn.model.layout import TokenLayout
 from megatron_tn.parallel.context import Axis
 from megatron_tn.parallel.linear import ColumnParallelLinear, RowParallelLinear
@@ -38,10 +38,6 @@ class CosineAttention(nn.Module):
         self.angle = math.pi / 2 / config.max_length  # radians a position
         self.qkv_proj = ColumnParallelLinear(config.embed_dim, 3 * config.embed_dim, axis, blocks=3)
         self.out_proj = RowParallelLinear(config.embed_dim, config.embed_dim, axis)
-
-    def initial_state(self, rows: int) -> Tensor:
-        """[rows, H / tp, 2 w, w] before the first token."""
-        return zero_state(self.out_proj.weight, rows, self.head_dim, 2, self.head_dim + MORE_COLUMNS)
 
     def forward(self, x: Tensor, layout: TokenLayout, decay: Tensor) -> tuple[Tensor, None, Tensor | None]:
         qkv = self.qkv_proj(x, layout.token_slices).unflatten(-1, (3, -1, self.head_dim))

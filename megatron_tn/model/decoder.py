@@ -43,13 +43,6 @@ class Decoder(nn.Module):
         """Each layer's decay rates of this rank's heads, fp32 [H / tp]; None where its mixer has none."""
         return [None] * len(self.layers)
 
-    def initial_state(self, rows: int) -> list[Tensor] | None:
-        """See `megatron_tn.model.base.Body`: only recurrent mixers have a state of fixed size."""
-        mixers = [block.token_mixer for block in self.layers]
-        if not all(hasattr(mixer, "initial_state") for mixer in mixers):
-            return None
-        return [mixer.initial_state(rows) for mixer in mixers]
-
     def forward(
         self, tokens: Tensor, layout: TokenLayout, state: DecodingState | None = None
     ) -> tuple[Tensor, list[Tensor | None]]:

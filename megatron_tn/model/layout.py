@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.gla.step_buffer import StepBuffer
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.sequence import TokenSlices
 from megatron_tn.parallel.state_passing import SequenceSlice
@@ -25,6 +26,7 @@ class TokenLayout:
     token_slices: the split of the B x n tokens over tensor-parallel ranks outside split layers (sequence parallelism);
         None if every rank has all of them.
     state: a block's recurrent state after the preceding tokens, B its first dimension; None at a document's beginning.
+        A StepBuffer for buffered decoding steps, with update_state.
     return_state: whether blocks return their state after the last token.
     update_state: whether blocks write their state after the token (N = 1, without gradients) over `state`.
     """
@@ -33,7 +35,7 @@ class TokenLayout:
     cu_seqlens: Tensor | None = None
     sequence_slice: SequenceSlice | None = None
     token_slices: TokenSlices | None = None
-    state: Tensor | None = None
+    state: Tensor | StepBuffer | None = None
     return_state: bool = False
     update_state: bool = False
 
@@ -82,7 +84,7 @@ class TokenLayout:
         """x [B, N] -> this context-parallel rank's [B, n]."""
         return x if self.sequence_slice is None else self.sequence_slice.take(x)
 
-    def continuing(self, state: Tensor | None) -> TokenLayout:
+    def continuing(self, state: Tensor | StepBuffer | None) -> TokenLayout:
         """This layout with `state` as the block's initial state; None leaves the layout unchanged."""
         return self if state is None else dataclasses.replace(self, state=state)
 

@@ -61,15 +61,14 @@ def plain(model: Model, prompt: Sequence[int], count: int) -> tuple[list[int], T
 @contextlib.contextmanager
 def recorded_logits() -> Iterator[list[Tensor]]:
     """The logits [B, V] of every step that decoders make within the block, on the host."""
-    found, token_logits = [], decoder.token_logits
+    found, sample = [], decoder.sample
 
-    def recording(*given):
-        logits = token_logits(*given)
+    def recording(logits, *given):
         found.append(logits.float().cpu())
-        return logits
+        return sample(logits, *given)
 
-    decoder.token_logits = recording
+    decoder.sample = recording
     try:
         yield found
     finally:
-        decoder.token_logits = token_logits
+        decoder.sample = sample

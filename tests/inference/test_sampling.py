@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernels.sampling.uniform import uniform
 from megatron_tn.inference.sampler import Plan, Sampler, SamplingRows, sample
-from megatron_tn.inference.uniform import stream_key, uniform
+from megatron_tn.inference.uniform import stream_key
 
 LOGITS = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
 
