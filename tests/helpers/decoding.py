@@ -60,11 +60,12 @@ def plain(model: Model, prompt: Sequence[int], count: int) -> tuple[list[int], T
 
 @contextlib.contextmanager
 def recorded_logits() -> Iterator[list[Tensor]]:
-    """The logits [B, V] of every step that decoders make within the block, on the host."""
+    """The logits [B, V] of every step that decoders make within the block, on the host; not of a CUDA graph's."""
     found, sample = [], decoder.sample
 
     def recording(logits, *given):
-        found.append(logits.float().cpu())
+        if not logits.is_cuda or not torch.cuda.is_current_stream_capturing():
+            found.append(logits.float().cpu())
         return sample(logits, *given)
 
     decoder.sample = recording
