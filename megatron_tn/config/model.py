@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic.dataclasses import dataclass
 
-from megatron_tn.config.bounds import Count, FromZero, Positive, Relations, out_of_bounds
+from megatron_tn.config.bounds import Bounds, Count, FromZero, Relations, out_of_bounds
 from megatron_tn.config.mapping import STRICT
+
+# Largest extents: a model that a damaged or hostile file describes is refused before it is built.
+Vocabulary = Annotated[int, Bounds(1, 2**32)]  # the widest token that shards can hold
+Width = Annotated[int, Bounds(1, 2**24)]
+NUMBER = Bounds(1, 2**11)
+Number = Annotated[int, NUMBER]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -17,11 +23,11 @@ class ModelConfig:
 
     name: str = "385m"  # of the size, for reports
     architecture: Literal["transnormer"] = "transnormer"  # of megatron_tn.model.registry
-    vocab_size: Positive = 64000  # V, entries of the tokenizer; the vocabulary-parallel embedding pads it by itself
-    embed_dim: Positive = 1024  # D
-    layers: Positive = 24  # L
-    heads: Positive = 8  # H; the released sizes have D / H = 128
-    glu_dim: Positive = 2816  # F
+    vocab_size: Vocabulary = 64000  # V, entries of the tokenizer; the vocabulary-parallel embedding pads it by itself
+    embed_dim: Width = 1024  # D
+    layers: Number = 24  # L
+    heads: Number = 8  # H; the released sizes have D / H = 128
+    glu_dim: Width = 2816  # F
     scale_embedding: bool = True  # x = E[ids] * sqrt(D); the released 3B and larger models have x = E[ids]
     norm: Literal["simplermsnorm", "rmsnorm"] = "simplermsnorm"
     norm_eps: FromZero = 1e-6  # added to the mean square under the root

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron_tn.config import ConfigError, ModelConfig, from_mapping, read_mapping
+from megatron_tn.config.model import NUMBER
 from megatron_tn.model.decay import all_decay_rates
 from megatron_tn.model.registry import ARCHITECTURES, architecture
 
@@ -38,7 +39,7 @@ def config_from_released(values: dict[str, Any]) -> ModelConfig:
         ConfigError: a field is missing, or its value is not supported.
     """
     known = {family.released.model_type: name for name, family in ARCHITECTURES.items()}
-    if values.get("model_type", "transnormer") not in known:
+    if not isinstance(kind := values.get("model_type", "transnormer"), str) or kind not in known:
         raise ConfigError(f"config.json: model_type={values['model_type']!r} is not one of {', '.join(known)}")
     problems = []
     required = ("vocab_size", "decoder_embed_dim", "decoder_layers", "decoder_attention_heads", "glu_dim")
@@ -47,6 +48,8 @@ def config_from_released(values: dict[str, Any]) -> ModelConfig:
             problems.append(f"config.json has no {name}")
         elif not isinstance(values[name], int):
             problems.append(f"config.json: {name}={values[name]!r} is not a whole number")
+    if isinstance(layers := values.get("decoder_layers"), int) and layers not in NUMBER:
+        problems.append(f"config.json: decoder_layers={layers} {NUMBER.describe(layers)}")
     act, norm = values.get("linear_act_fun", "swish"), values.get("norm_type", "simplermsnorm")
     if not isinstance(act, str) or act not in _ACTS:
         problems.append(f"config.json: linear_act_fun={act!r} is not one of {', '.join(_ACTS)}")
@@ -95,6 +98,8 @@ def config_from_released(values: dict[str, Any]) -> ModelConfig:
         config = from_mapping(ModelConfig, fields)
     except ConfigError as error:
         raise ConfigError([f"config.json: {problem}" for problem in error.problems]) from None
+    if problems := config.problems():
+        raise ConfigError([f"config.json: {problem}" for problem in problems])
     stored = values.get("decay_rates")
     if stored is not None and not _same_rates(stored, all_decay_rates(config)):
         raise ConfigError(
