@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.executors import Queue
 from data_pipeline.redaction import LONGEST, MOST
 from data_pipeline.run import _prepare
+from data_pipeline.shards.index import build_index
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.scores import scores_file
 from data_pipeline.stream.score_filter import KeptCounts, ScoreFilter, counts_file
@@ -163,6 +165,32 @@ def test_hostile_counts_and_scores(manifest):
             (manifest.directory / name).write_bytes(content)
             assert refused(read)
         (manifest.directory / name).unlink()
+
+
+def header(name: str, kind: bytes, size: int) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, size
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+METADATA = header("a.json", tarfile.REGTYPE, 2) + b"{}".ljust(512, b"\0")
+TARS = {
+    "5000 long names": (header("x", tarfile.GNUTYPE_LONGNAME, 2) + b"a".ljust(512, b"\0")) * 5000 + METADATA,
+    "5000 extended headers": (header("x", tarfile.XHDTYPE, 9) + b"9 path=a\n".ljust(512, b"\0")) * 5000 + METADATA,
+    "a header of a terabyte": header("x", tarfile.XHDTYPE, 1 << 40) + METADATA,
+    "a line of 10^20 bytes": header("x", tarfile.XHDTYPE, 30) + b"99999999999999999999 path=a\n".ljust(512, b"\0"),
+    "a size of no number": header("x", tarfile.XHDTYPE, 12) + b"12 size=nan\n".ljust(512, b"\0") + METADATA,
+    "metadata of 2 MB": header("a.json", tarfile.REGTYPE, 2 << 20) + b" " * (2 << 20),
+    "deep metadata": header("a.json", tarfile.REGTYPE, 1 << 19) + b"[" * (1 << 19),
+    "a sparse file": header("a.json", tarfile.GNUTYPE_SPARSE, 2) + b"{}".ljust(512, b"\0"),
+    "no tar": b"\xff" * 5120,
+}
+
+
+@pytest.mark.parametrize("content", TARS.values(), ids=TARS)
+def test_hostile_shards(tmp_path, content):
+    (tmp_path / "a.tar").write_bytes(content)
+    assert refused(lambda: build_index(tmp_path / "a.tar", 2))
 
 
 def test_a_filter_that_stands_for_gigabytes(tmp_path):
