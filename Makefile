@@ -1,4 +1,4 @@
-# `make help` lists the targets. Everything runs in .venv, which `make setup` fills from requirements.txt.
+# `make help` lists the targets. Everything runs in .venv, which `make setup` fills from requirements.lock.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,13 +12,16 @@ help: ## list the targets
 
 setup: $(VENV)/.ready ## create .venv and install the pinned requirements (no compiler, no GPU needed)
 
-# torch goes first and alone: the other packages then accept the build that is there. deepspeed (and antlr4, which hydra
-# needs) are source packages: without build isolation they see that torch, and with DS_BUILD_OPS=0 they compile nothing.
-$(VENV)/.ready: requirements.txt pyproject.toml
+# torch goes first and alone, without a hash: its builds for CPUs have the version of requirements.txt and other hashes
+# than PyPI's, and bring no CUDA. Everything else is what requirements.lock has, hash by hash. deepspeed (and antlr4,
+# which hydra needs) are source packages: without build isolation they see that torch, and with DS_BUILD_OPS=0 they
+# compile nothing.
+$(VENV)/.ready: requirements.txt requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "megatron_tn needs Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $$(sed -n 's/^\(torch==[^ ;]*\).*/\1/p' requirements.txt) setuptools wheel
-	DS_BUILD_OPS=0 $(PIP) --no-build-isolation -r requirements.txt
+	awk '/^[a-z0-9]/ {keep = !/^(torch|setuptools|nvidia-|cuda-)/} keep' requirements.lock >$(VENV)/without_torch.lock
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation --no-deps --require-hashes -r $(VENV)/without_torch.lock
 	$(PIP) --no-build-isolation --no-deps --editable .
 	@touch $@
 

@@ -117,7 +117,7 @@ def test_flags_are_as_hydra_spells_them(tmp_path, capsys):
     [
         (["optim.lr=interval(0,1)"], ["optim.lr=interval(0,1): an interval has no list of values"]),
         (["seed=range(1,1)", "model=glob(z*)"], ["seed=range(1,1): there is no value", "model=glob(z*): there is no"]),
-        (["model=glob(1*b)", "model.layers=0"], ["model.layers=0 must be at least 1"]),
+        (["model=glob(1*b)", "model.layers=0"], ["model.layers=0 must be from 1 to 2048"]),
         (["seed=choice()"], ["not an override: 'seed=choice()'"]),
         (["optim.lr=1e-3,-1"], ["optim.lr=-1.0 must be above 0"]),
     ],
