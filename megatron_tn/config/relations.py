@@ -14,7 +14,7 @@ from megatron_tn.config.checkpoint import CheckpointConfig
 from megatron_tn.config.data import DataConfig
 from megatron_tn.config.engine import EngineConfig
 from megatron_tn.config.evaluation import EvaluationConfig
-from megatron_tn.config.model import ModelConfig
+from megatron_tn.config.model import WITHOUT_STATE, ModelConfig
 from megatron_tn.config.optim import OptimConfig
 from megatron_tn.config.parallel import ParallelConfig
 from megatron_tn.config.schedule import ScheduleConfig
@@ -104,6 +104,28 @@ def _the_best_checkpoints_have_held_out_losses(config: Settings) -> Iterator[str
 def _every_slice_has_a_token(config: Settings) -> Iterator[str]:
     if config.data.sequence_length < config.parallel.cp:
         yield f"data.sequence_length={config.data.sequence_length} is smaller than parallel.cp={config.parallel.cp}"
+
+
+@RELATIONS.reads("parallel.cp", "model.layers")
+def _slices_of_a_sequence_pass_a_state(config: Settings) -> Iterator[str]:
+    model = config.model
+    if config.parallel.cp > 1 and model.attention and set(model.mixers) & set(WITHOUT_STATE):
+        setting = f"model.architecture={model.architecture}"
+        if model.architecture == "transnormer":
+            setting = f"model.attention=[{', '.join(model.attention)}]"
+        yield (
+            f"parallel.cp={config.parallel.cp} does not go with {setting}: context parallelism "
+            "passes the state of linear attention from slice to slice, and softmax attention has none"
+        )
+
+
+@RELATIONS.reads("data.sequence_length", "model.max_length")
+def _no_sequence_is_longer_than_the_model(config: Settings) -> Iterator[str]:
+    if 0 < config.model.max_length < config.data.sequence_length:
+        yield (
+            f"data.sequence_length={config.data.sequence_length} is longer than model.max_length="
+            f"{config.model.max_length}"
+        )
 
 
 @RELATIONS.reads("schedule.warmup_steps", "schedule.steps")

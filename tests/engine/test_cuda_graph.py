@@ -8,12 +8,12 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from megatron_tn.config import DataConfig, EngineConfig, ParallelConfig
+from megatron_tn.config import DataConfig, EngineConfig, ModelConfig, ParallelConfig
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.training.diagnose import find_nonfinite
 from megatron_tn.training.step import train_step
-from tests.helpers.models import Rows, random_batch, tiny_config
+from tests.helpers.models import TINY, TRANSFORMER, Rows, random_batch, tiny_config
 from tests.helpers.ranks import layout, run_shared, this_device
 
 ENGINES = [
@@ -29,6 +29,7 @@ class Case(NamedTuple):
     engine: EngineConfig
     accumulation: int
     packed: bool
+    model: ModelConfig = TINY
 
 
 class Run(NamedTuple):
@@ -42,6 +43,7 @@ def trained(case: Case, context: ParallelContext) -> Run:
     """In one of the six steps a hook looks at gradients. Data-parallel ranks see the same batches."""
     length, accumulation, rows = 48, case.accumulation, 1 if case.packed else 2
     config = tiny_config(
+        model=case.model,
         engine=case.engine,
         data=DataConfig(sequence_length=length, global_batch=2 * accumulation, micro_batch=rows),
         parallel=ParallelConfig(tp=context.tp.size, sequence_parallel=context.sequence_parallel),
@@ -81,6 +83,7 @@ def test_replayed_passes_are_the_eager_ones(device):
     # A CPU has no graphs: there one case shows that the setting changes nothing.
     ways = [(1, False), (3, False), (1, True)] if device == "cuda" else [(3, False)]
     cases = [Case(engine, *way) for engine in ENGINES for way in ways]
+    cases += [Case(ENGINES[1], 3, packed, TRANSFORMER) for packed in ((False, True) if device == "cuda" else ())]
     (pairs,) = run_shared(1, both_ways, 1, cases, device=device)
     check(pairs, cases)
 

@@ -65,6 +65,7 @@ def test_golden_vectors(name):
 @pytest.mark.parametrize(("world", "tp"), LAYOUTS)
 def test_gradients_equal_one_fp64_process(world, tp):
     cases = [(engine, n, TINY.norm) for engine in (LOCAL, *ZERO) for n in (1, 3)]
+    cases += [(engine, 3, "transformer") for engine in (LOCAL, ZERO[1], FSDP2)]
     check_gradients(world, tp, [*cases, (ZERO[1], 1, "rmsnorm"), (ZERO[3], 3, "rmsnorm")], device="cuda")
 
 
@@ -72,8 +73,9 @@ def test_gradients_equal_one_fp64_process(world, tp):
 @pytest.mark.parametrize("cut", [False, True], ids=["whole products", "products in chunks"])
 def test_gradients_under_sequence_parallelism_equal_one_fp64_process(cut):
     recomputed = [dataclasses.replace(LOCAL, recompute=policy) for policy in ("selective", "full")]
+    models = ((1, TINY.norm), (3, "rmsnorm"), (1, "transformer"))
     for engines in ([LOCAL, *ZERO, ALL_PARTITIONED, FSDP2], recomputed[:1], recomputed[1:]):
-        cases = [(engine, n, norm) for engine in engines for n, norm in ((1, TINY.norm), (3, "rmsnorm"))]
+        cases = [(engine, n, model) for engine in engines for n, model in models]
         check_gradients(2, 2, cases, device="cuda", sequence_parallel=True, chunk_tokens=8 if cut else None)
 
 

@@ -11,12 +11,24 @@ import pytest
 import torch
 
 from megatron_tn.config import DataConfig, EngineConfig, OptimConfig, ParallelConfig
+from megatron_tn.config.model import WITHOUT_STATE
 from megatron_tn.engine.base import DTYPES
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.optim.schedule import learning_rate
 from megatron_tn.parallel import products
 from megatron_tn.training.step import train_step
-from tests.helpers.models import TINY, Rows, random_batch, reference_gradients, relative_errors, tiny_config
+from tests.helpers.models import (
+    COSFORMER,
+    HYBRID,
+    TINY,
+    TRANSFORMER,
+    TRANSNORMER_2022,
+    Rows,
+    random_batch,
+    reference_gradients,
+    relative_errors,
+    tiny_config,
+)
 from tests.helpers.ranks import layout, run_shared, this_device
 from tests.helpers.replicas import assert_replicas_equal, replicated
 
@@ -29,7 +41,17 @@ FSDP2 = EngineConfig(name="fsdp2", precision="fp32")
 ALL_PARTITIONED = dataclasses.replace(
     ZERO[3], deepspeed_config={"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 )
+RECOMPUTED = dataclasses.replace(FSDP2, recompute="full")
 RMSNORM = dataclasses.replace(TINY, norm="rmsnorm")
+MODELS = {
+    "simplermsnorm": TINY,
+    "rmsnorm": RMSNORM,
+    "layernorm": dataclasses.replace(TINY, norm="layernorm", absolute_positions=True),
+    "transformer": TRANSFORMER,
+    "hybrid": HYBRID,
+    "cosformer": COSFORMER,
+    "transnormer_2022": TRANSNORMER_2022,
+}
 
 
 def name_of(engine: EngineConfig) -> str:
@@ -41,7 +63,7 @@ class Case(NamedTuple):
     engine: str
     precision: str
     accumulation: int
-    norm: str
+    model: str
 
 
 def in_chunks(tokens: int | None):
@@ -62,10 +84,10 @@ def gradients_of(
     share = BATCH // context.dp.size
     mine = slice(context.dp.rank * share, (context.dp.rank + 1) * share)
     found = {}
-    for engine_config, accumulation, norm in cases:
+    for engine_config, accumulation, model in cases:
         micro = share // accumulation
         config = tiny_config(
-            model=dataclasses.replace(TINY, norm=norm),
+            model=MODELS[model],
             engine=engine_config,
             parallel=ParallelConfig(tp=tp, cp=cp, sequence_parallel=sequence_parallel),
             data=DataConfig(sequence_length=LENGTH, global_batch=BATCH, micro_batch=micro),
@@ -78,20 +100,19 @@ def gradients_of(
                 engine.forward_backward(*rows, None, scale=scale, last=index == accumulation - 1)
         gradients = engine.named_logical_gradients()
         gradients = {name: gradient.cpu() for name, gradient in gradients.items()}
-        case = Case(name_of(engine_config), engine_config.precision, accumulation, norm)
+        case = Case(name_of(engine_config), engine_config.precision, accumulation, model)
         found[case] = gradients, engine.step(1e-3).grad_norm
     return found
 
 
 @functools.cache
-def reference(norm: str) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
+def reference(model: str) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
     """Every gradient of one fp64 process; and by precision, the relative error of each by one process in it."""
-    config = dataclasses.replace(TINY, norm=norm)
     tokens, targets = random_batch(BATCH, LENGTH)
-    _, exact = reference_gradients(config, SEED, tokens, targets)
+    _, exact = reference_gradients(MODELS[model], SEED, tokens, targets)
     errors = {}
     for precision, dtype in DTYPES.items():
-        _, single = reference_gradients(config, SEED, tokens, targets, dtype)
+        _, single = reference_gradients(MODELS[model], SEED, tokens, targets, dtype)
         errors[precision] = relative_errors(single, exact)
     return exact, errors
 
@@ -113,7 +134,7 @@ def check_gradients(
     ranks = run_shared(world, gradients_of, tp, cp, cases, sequence_parallel, chunk_tokens, device=device)
     for rank, found in enumerate(ranks):
         for case, (gradients, grad_norm) in found.items():
-            exact, errors = reference(case.norm)
+            exact, errors = reference(case.model)
             for parameter, error in relative_errors(gradients, exact).items():
                 assert error <= max(1e-5, 2 * errors[case.precision][parameter]), (rank, case, parameter)
             total = torch.stack([value.norm() for value in exact.values()]).norm().item()
@@ -126,13 +147,20 @@ def check_gradients(
 def test_gradients_equal_one_fp64_process(world, tp, cp):
     engines = [LOCAL, *ZERO, FSDP2, *ZERO_BF16]
     covering = [(engine, 1 + 2 * (index % 2), TINY.norm) for index, engine in enumerate(engines)]
-    check_gradients(world, tp, [*covering, (ZERO[1], 1, "rmsnorm"), (ZERO[2], 3, "rmsnorm")], cp=cp)
+    cases = [*covering, (ZERO[1], 1, "rmsnorm"), (ZERO[2], 3, "rmsnorm"), (ZERO[3], 1, "layernorm")]
+    cases.append((dataclasses.replace(ZERO[2], recompute="selective"), 3, "cosformer"))
+    if cp == 1:
+        cases += [(engine, 1, "transformer") for engine in (LOCAL, ZERO[3], FSDP2, ZERO_BF16[1])]
+        cases += [(ALL_PARTITIONED, 1, "hybrid"), (dataclasses.replace(FSDP2, recompute="full"), 1, "transnormer_2022")]
+    check_gradients(world, tp, cases, cp=cp)
 
 
 @pytest.mark.parametrize(("world", "tp", "cp"), [(2, 2, 1), (4, 2, 1), (4, 4, 1), (4, 2, 2)], ids=str)
 def test_gradients_under_sequence_parallelism_equal_one_fp64_process(world, tp, cp):
     covering = [(engine, 1 + 2 * (index % 2), TINY.norm) for index, engine in enumerate([*ZERO, FSDP2, LOCAL])]
-    cases = [*covering, (ZERO[1], 3, "rmsnorm"), (ZERO[2], 1, "rmsnorm"), (FSDP2, 3, "rmsnorm")]
+    cases = [*covering, (ZERO[1], 3, "rmsnorm"), (ZERO[2], 1, "layernorm"), (FSDP2, 3, "layernorm")]
+    if cp == 1:
+        cases += [(engine, 1, "transformer") for engine in (LOCAL, ZERO[2], ALL_PARTITIONED, RECOMPUTED)]
     check_gradients(world, tp, cases, cp=cp, sequence_parallel=True)
 
 
@@ -154,8 +182,8 @@ LAYOUTS = [
 )
 def test_gradients_equal_one_fp64_process_in_every_layout(world, tp, cp, sequence_parallel):
     engines = [LOCAL, *ZERO, ALL_PARTITIONED, FSDP2]
-    norms = ("simplermsnorm", "rmsnorm")
-    cases = [(engine, n, norm) for engine in engines for n in (1, 3) for norm in norms]
+    models = [name for name, model in MODELS.items() if cp == 1 or not set(model.mixers) & set(WITHOUT_STATE)]
+    cases = [(engine, n, model) for engine in engines for n in (1, 3) for model in models]
     check_gradients(world, tp, cases, cp=cp, sequence_parallel=sequence_parallel)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from megatron_tn.config import EngineConfig, ParallelConfig
+from megatron_tn.config import EngineConfig, ModelConfig, ParallelConfig
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.model.block import Block
 from megatron_tn.model.init import initialize
@@ -18,13 +18,15 @@ from megatron_tn.model.registry import build_model
 from megatron_tn.parallel.recompute import recompute_blocks
 from megatron_tn.planning.live import LiveMemory
 from tests.engine.test_parity import ALL_PARTITIONED, FSDP2, LOCAL, ZERO
-from tests.helpers.models import TINY, random_batch, tiny_config
+from tests.helpers.models import TINY, TRANSFORMER, random_batch, tiny_config
 from tests.helpers.ranks import layout, run_shared, this_device
 
+LRPE_EVERYWHERE = dataclasses.replace(TINY, lrpe="all")
 
-def backward(policy: str, every: int = 1) -> tuple[int, dict[str, torch.Tensor]]:
+
+def backward(policy: str, every: int = 1, config: ModelConfig = LRPE_EVERYWHERE) -> tuple[int, dict[str, torch.Tensor]]:
     """Bytes that the forward pass leaves behind, and every gradient."""
-    model = build_model(dataclasses.replace(TINY, lrpe="all"), None, "cpu", torch.float32)
+    model = build_model(config, None, "cpu", torch.float32)
     initialize(model, 0)
     recompute_blocks(model.model.layers, policy, every)
     tokens, targets = random_batch(2, 64)
@@ -43,9 +45,10 @@ def backward(policy: str, every: int = 1) -> tuple[int, dict[str, torch.Tensor]]
 
 
 @pytest.mark.parametrize("policy", ["selective", "full"])
-def test_gradients_are_those_of_no_recomputation(policy):
-    _, wanted = backward("none")
-    _, found = backward(policy)
+@pytest.mark.parametrize("config", [LRPE_EVERYWHERE, TRANSFORMER], ids=lambda config: config.name)
+def test_gradients_are_those_of_no_recomputation(config, policy):
+    _, wanted = backward("none", config=config)
+    _, found = backward(policy, config=config)
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
         assert torch.equal(found[name], gradient), name
@@ -125,8 +128,9 @@ def test_every_engine_recomputes(tp, cp, sequence_parallel, cases):
 
 
 @pytest.mark.parametrize("policy", ["none", "full"])
-def test_a_block_is_one_graph(policy):
-    model = build_model(TINY, None, "cpu", torch.float32)
+@pytest.mark.parametrize(("config", "graphs"), [(TINY, 2), (TRANSFORMER, 1)], ids=["transnormer", "transformer"])
+def test_a_block_is_one_graph(config, graphs, policy):
+    model = build_model(config, None, "cpu", torch.float32)
     initialize(model, 0)
     tokens, targets = random_batch(2, 24)
     wanted = model.loss(tokens, targets)
@@ -138,8 +142,8 @@ def test_a_block_is_one_graph(policy):
     loss = model.loss(tokens, targets)
     loss.backward()
     assert torch.allclose(loss, wanted, rtol=1e-6)
-    # The first block has LRPE; all others share a graph, whatever their decay rates.
-    assert compiled.frame_count == 2
+    # TransNormerLLM's first block has LRPE; all others share a graph, whatever their decay rates.
+    assert compiled.frame_count == graphs
 
 
 def compiled_gradients(tp: int, cp: int, sequence_parallel: bool) -> list[dict[str, torch.Tensor]]:
