@@ -231,7 +231,7 @@ class RunFolder:
         """Write and fsync ledger.json. Raises OSError."""
         _replace(self.ledger_file, asdict(ledger), sync=True)
 
-    # One run at a time
+    # The lock: one run at a time uses the folder
 
     def claim(self) -> str:
         """Lock the folder for this process until `release` or exit. Returns the current holder, "" on success.
