@@ -28,6 +28,7 @@ from megatron_tn.checkpoint.verify import verify
 from megatron_tn.cli import command
 from megatron_tn.config import ConfigError, ConvertConfig, ModelConfig, out_of_bounds, resolved
 from megatron_tn.loading import DTYPES, open_weights, resolve_checkpoint, tokenizer_path
+from megatron_tn.model.registry import problems_of_export
 from megatron_tn.released.card import card, training_facts
 from megatron_tn.released.to_checkpoint import write_checkpoint
 from megatron_tn.released.tokenizer import TOKENIZER_CONFIG_FILE, tokenizer_files
@@ -69,6 +70,8 @@ def export(config: ConvertConfig) -> None:
     if problems := problems_of_output(output):
         raise ConfigError(problems)
     with open_weights(directory) as weights:
+        if problems := problems_of_export(weights.config):
+            raise ConfigError(problems)
         data = shards_of(weights)
         model = weights.config if data is None else with_ids_of(data.tokenizer, weights.config)
         dtypes = {name: DTYPES.get(config.precision, stored) for name, stored in weights.dtypes.items()}

@@ -14,6 +14,7 @@ from megatron_tn.config import (
     ConfigError,
     DataConfig,
     EngineConfig,
+    ModelConfig,
     ParallelConfig,
     TrainConfig,
     describe,
@@ -25,7 +26,6 @@ from megatron_tn.config import (
     save,
     to_mapping,
 )
-from megatron_tn.model.registry import parameter_count
 
 GROUPS = {"model", "parallel", "engine", "data", "optim", "schedule", "logging", "cluster", "experiment"}
 CHOICES = [
@@ -135,6 +135,18 @@ def test_a_captured_graph_needs_a_device_that_is_known_to_be_there():
     assert "engine.cuda_graph=true needs a CUDA device" in device_problems(config, cuda=False)[0]
 
 
+def test_what_a_transformer_does_not_have_is_refused_by_name():
+    transformer = ModelConfig(architecture="transformer", norm="rmsnorm", glu_act="silu", scale_embedding=False)
+    assert TrainConfig(model=transformer, parallel=ParallelConfig(tp=2)).problems(2) == []
+    (problem,) = TrainConfig(model=transformer, parallel=ParallelConfig(cp=2)).problems(2)
+    assert "parallel.cp=2 does not go with model.architecture=transformer" in problem
+    found = dataclasses.replace(transformer, norm="simplermsnorm", decay="paper", heads=1024).problems()
+    found = {line.partition(" ")[0]: line for line in found}
+    assert set(found) == {"model.norm=simplermsnorm", "model.decay=paper", "model.embed_dim=1024"}
+    assert "model.architecture=transformer has model.decay=released" in found["model.decay=paper"]
+    assert "must be even: RoPE rotates pairs of channels" in found["model.embed_dim=1024"]
+
+
 def test_differences_name_each_setting():
     old, new = to_mapping(TrainConfig()), to_mapping(TrainConfig(seed=3, data=DataConfig(global_batch=8)))
     assert differences(old, new) == ["data.global_batch: 64 -> 8", "seed: 0 -> 3"]
@@ -153,12 +165,3 @@ def test_the_settings_page_is_that_of_today():
 def test_every_setting_has_a_meaning():
     kinds = [kind for kind, _ in describe.COMMANDS.values()]
     assert [setting.name for kind in kinds for setting in describe.settings(kind) if not setting.meaning] == []
-
-
-@pytest.mark.parametrize("size", ["50m", "385m", "1b"])
-def test_rivals_of_a_size_have_its_parameters(size):
-    ours = parameter_count(compose(f"model={size}").model)
-    rivals = [path.stem for path in (cli.CONF / "model").glob("*.yaml") if size in path.stem.split("_")]
-    assert len(rivals) >= 3
-    for name in rivals:
-        assert parameter_count(compose(f"model={name}").model) == pytest.approx(ours, rel=0.01), name

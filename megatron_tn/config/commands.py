@@ -64,18 +64,32 @@ class ScoreConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class GenerateConfig:
-    """`python -m megatron_tn.generate`. The sampler checks temperature, top_k and top_p."""
+    """`python -m megatron_tn.generate`. The sampler checks temperature, top_k, top_p and repetition_penalty."""
 
     checkpoint: str = ""  # a checkpoint, a run's folder (its newest checkpoint is taken), or a released model's folder
     prompt: str = ""  # text to continue, verbatim
+    prompts: str = ""  # JSON lines file of texts to continue, instead of prompt
+    output: str = ""  # JSON lines file for the continuations; empty: standard output
+    text_key: str = "text"  # key of the text in each line of prompts
+    output_key: str = "continuation"  # key that a line of output has beside those of its line of prompts
+    resume: bool = False  # continue behind the last whole line of output, which must not exist otherwise
+    state: str = ""  # file that save_state wrote: the prompt follows the text that it was made from
+    save_state: str = ""  # file for the state after the prompt, from which any number of continuations can begin
+    samples: Positive = 1  # continuations of each prompt
+    batch: Positive = 8  # continuations at a time
+    together: Count = 0  # rows of one forward pass; 0: all on a GPU, 1 on a CPU, where rounding depends on their number
     special_tokens: bool = False  # true: <s> in the prompt is the special token; false: the text of three characters
     tokenizer: str = ""  # path of tokenizer.json; empty: the one beside the checkpoint
     max_new_tokens: Count = 128  # generation ends after so many tokens, or at the model's eos token
+    stop: str = ""  # generation ends before this text, taken verbatim; several: a JSON list, ["\n\n", "def "]
     temperature: float = 0.8  # the logits are divided by it; 0: always the likeliest token
     top_k: int = 0  # sample from the top_k likeliest tokens; 0: from all
     top_p: float = 1.0  # sample from the fewest likeliest tokens whose probabilities add up to top_p
-    seed: Seed = 0  # of the random draws; the same seed gives the same text
-    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one
+    repetition_penalty: float = 1.0  # divides positive logits of tokens seen before, and multiplies negative ones
+    seed: Seed = 0  # of the random draws; the same seed gives the same text, on a CPU with together=0 at every batch
+    check_every: Count = 0  # tokens between two looks of the host at the ids; 0: 8 on a GPU, 1 on a CPU
+    prefill_chunk: Positive = 4096  # tokens of a prompt in one forward pass; a longer prompt needs no more memory
+    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one. Under torchrun: cpu or auto
     precision: Literal["trained", "bf16", "fp32"] = "trained"  # type to compute in; trained: as the weights
 
 

@@ -11,7 +11,7 @@ from megatron_tn.device.streams import on_stream
 from megatron_tn.inference.prefix import Prefix
 from megatron_tn.inference.sampler import Plan, Sampler, SamplingRows, sample
 from megatron_tn.inference.states import RowStates, row_states
-from megatron_tn.model.base import DecodingState, Model
+from megatron_tn.model.base import DecodingState, Model, has_fixed_state
 from megatron_tn.parallel.world import release_on_leaving
 
 
@@ -113,8 +113,3 @@ class GrowingDecoder(Decoder):
 
 def build_decoder(model: Model, rows: int) -> Decoder:
     return Decoder(model, rows) if has_fixed_state(model) else GrowingDecoder(model)
-
-
-def has_fixed_state(model: Model) -> bool:
-    """Whether the size of the model's state does not depend on the number of tokens."""
-    return getattr(model.model, "fixed_state", False)

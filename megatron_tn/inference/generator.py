@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from megatron_tn.device.host_copy import HostCopy
-from megatron_tn.inference.decoder import build_decoder, has_fixed_state
+from megatron_tn.inference.decoder import build_decoder
 from megatron_tn.inference.prefill import CHUNK
 from megatron_tn.inference.prefix import Prefix
 from megatron_tn.inference.sampler import Sampler
 from megatron_tn.inference.uniform import stream_key
-from megatron_tn.model.base import Model
+from megatron_tn.model.base import Model, has_fixed_state
 
 CHECK_EVERY = 8  # tokens
 
@@ -87,9 +87,10 @@ class Generator:
         while True:
             for lane in self._lanes:
                 yield from lane.fill(waiting)
-                yield from lane.turn()
             if not any(lane.busy for lane in self._lanes):
                 return
+            for lane in self._lanes:
+                yield from lane.turn()
 
     def release(self) -> None:
         """Drop the CUDA graphs and their memory; the next stream captures again."""

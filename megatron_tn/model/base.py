@@ -175,3 +175,8 @@ class Model(nn.Module):
             for name, parameter in self.named_parameters()
             if parameter.grad is not None
         }
+
+
+def has_fixed_state(model: Model) -> bool:
+    """Whether the size of the model's state does not depend on the number of tokens (`Body.fixed_state`)."""
+    return getattr(model.model, "fixed_state", False)

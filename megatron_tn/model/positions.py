@@ -13,7 +13,7 @@ from megatron_tn.model.layout import TokenLayout
 def sinusoids(layout: TokenLayout, width: int) -> Tensor:
     """sin(w_j t) in column 2j and cos(w_j t) in column 2j + 1, w_j = 10000^(-2j/D) (arXiv 1706.03762, section 3.5).
 
-    Returns fp64 [n, D], or [B, n, D] where rows have positions of their own; t is each token's position in its document.
+    Returns fp64 [n, D], or [B, n, D] where rows have positions of their own; t is a token's position in its document.
     With layout.token_slices, the rows of this rank's slice [S, D].
     """
     positions = layout.positions

@@ -37,6 +37,7 @@ ACTIVATIONS = {
     "swish": nn.functional.silu,
     "none": lambda x: x,
     "1+elu": lambda x: 1 + nn.functional.elu(x),
+    "relu": nn.functional.relu,
 }
 
 

@@ -15,7 +15,7 @@ from megatron_tn.model.decay import all_decay_rates
 from megatron_tn.released.fields import model_config, whole_numbers
 
 _NORMS = ("simplermsnorm", "rmsnorm", "layernorm")
-_ACTS = {"swish": "silu", "silu": "silu", "none": "none", "1+elu": "1+elu"}
+_ACTS = {"swish": "silu", "silu": "silu", "none": "none", "1+elu": "1+elu", "relu": "relu"}
 
 
 def from_released(values: dict[str, Any]) -> ModelConfig:

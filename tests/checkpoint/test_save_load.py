@@ -22,7 +22,7 @@ from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.training.step import train_step
 from tests.engine.test_parity import FSDP2, LAYOUTS, LOCAL, RMSNORM, ZERO, name_of
-from tests.helpers.models import TINY, Rows, random_batch, tiny_config
+from tests.helpers.models import TINY, TRANSFORMER, Rows, random_batch, tiny_config
 from tests.helpers.ranks import layout, run_shared
 
 CPU = torch.device("cpu")
@@ -51,10 +51,10 @@ def one_step(engine, seed: int) -> float:
 
 
 def save_after_two_steps(
-    folder: Path, tp: int, engine_config: EngineConfig, cp: int = 1, sequence_parallel: bool = False
+    folder: Path, tp: int, engine_config: EngineConfig, cp: int = 1, shared: bool = False, model: ModelConfig = RMSNORM
 ) -> float:
-    """Save at step 2; return the loss of the step after it."""
-    config, engine = make_engine(tp, engine_config, RMSNORM, cp, sequence_parallel)
+    """Save at step 2; return the loss of the step after it. shared: sequence parallel."""
+    config, engine = make_engine(tp, engine_config, model, cp, shared)
     initialize_engine(engine, seed=5)
     for seed in range(2):
         one_step(engine, seed)
@@ -64,10 +64,16 @@ def save_after_two_steps(
 
 
 def load_and_step(
-    checkpoint: Path, again: Path, tp: int, engine_config: EngineConfig, cp: int = 1, sequence_parallel: bool = False
+    checkpoint: Path,
+    again: Path,
+    tp: int,
+    engine_config: EngineConfig,
+    cp: int = 1,
+    shared: bool = False,
+    model: ModelConfig = RMSNORM,
 ) -> float:
     """Load, save what was loaded, and take the next step."""
-    config, engine = make_engine(tp, engine_config, RMSNORM, cp, sequence_parallel)
+    config, engine = make_engine(tp, engine_config, model, cp, shared)
     manifest = load_checkpoint(engine, checkpoint)
     save_checkpoint(
         engine, again, step=2, optimizer_step=manifest.optimizer_step, config=to_mapping(config), training={}
@@ -90,7 +96,7 @@ def logical(checkpoint: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-# (world, tp, engine[, cp, sequence parallel]) at the save -> at the load: every engine, tensor-parallel and
+# (world, tp, engine[, cp, sequence parallel, model]) at the save -> at the load: every engine, tensor-parallel and
 # context-parallel size on both sides at least once.
 MOVES = [
     ((4, 2, ZERO[1], 2, True), (4, 1, ZERO[3])),
@@ -99,13 +105,15 @@ MOVES = [
     ((4, 4, ZERO[0]), (1, 1, LOCAL)),
     ((1, 1, LOCAL), (4, 2, FSDP2, 2)),
     ((4, 1, FSDP2, 2), (4, 1, ZERO[0], 4)),
+    ((2, 2, ZERO[3], 1, True, TRANSFORMER), (2, 1, FSDP2, 1, False, TRANSFORMER)),
 ]
 
 
 def label(side) -> str:
     world, tp, engine, *more = side
-    cp, shared = (*more, *(1, False)[len(more) :])
-    return f"{world}x{engine.name[:5]}{engine.zero_stage}tp{tp}cp{cp}" + "sp" * shared
+    cp, shared, model = (*more, *(1, False, RMSNORM)[len(more) :])
+    words = f"{world}x{engine.name[:5]}{engine.zero_stage}tp{tp}cp{cp}" + "sp" * shared
+    return words + "-transformer" * (model is TRANSFORMER)
 
 
 @pytest.mark.parametrize(("saved", "loaded"), MOVES, ids=[f"{label(a)}-to-{label(b)}" for a, b in MOVES])

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_tn.checkpoint.load import load_model
 from megatron_tn.config import ConfigError, DataConfig, ModelConfig, ParallelConfig
+from megatron_tn.convert import main as convert
 from megatron_tn.evaluation.perplexity import document_nats
 from megatron_tn.inference.generator import generate
 from megatron_tn.inference.sampler import Sampler
@@ -20,6 +22,8 @@ from megatron_tn.released.write import save_pretrained
 from tests.helpers.definition import definition_gradients
 from tests.helpers.models import COSFORMER, HYBRID, TINY, TRANSNORMER_2022, random_batch, relative_errors, tiny_config
 from tests.helpers.ranks import run_ranks
+from tests.helpers.training import call
+from tests.model.test_registry import saved, trained
 
 VARIANTS = {
     "layernorm": {"norm": "layernorm"},
@@ -166,7 +170,21 @@ def test_what_a_variant_cannot_have_is_refused_by_name(model, parallel, said):
 
 
 @pytest.mark.parametrize("config", [HYBRID, COSFORMER, TRANSNORMER_2022], ids=lambda config: config.name)
-def test_what_the_released_layout_cannot_say_is_not_exported(tmp_path, config):
+def test_a_checkpoint_is_the_model_and_is_not_exported(tmp_path, config, capsys):
+    settings = tiny_config(model=config)
+    engine = trained(settings)
+    checkpoint = saved(engine, settings, tmp_path)
+    model, tokens = load_model(checkpoint), random_batch(2, 9)
+    assert engine.model.loss(*tokens) == model.loss(*tokens)
+    ids = [1, 5, 9]
+    found = list(generate(model, ids, max_new_tokens=12, sampler=Sampler(temperature=0)))
+    with torch.no_grad():
+        for _ in found:
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert ids[3:] == found
+    output = tmp_path / "export"
+    assert call(convert, "export", f"checkpoint={checkpoint}", f"output={output}") == 2
+    assert "cannot be exported" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="cannot be exported"):
-        save_pretrained(model_of(config, None), tmp_path / "export")
-    assert not (tmp_path / "export").exists()
+        save_pretrained(model, output)
+    assert not output.exists()
