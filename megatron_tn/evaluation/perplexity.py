@@ -79,7 +79,7 @@ def _row_nats(model: Model, tokens: Tensor, targets: Tensor, lengths: list[int],
 
     Each window runs only for the rows whose documents extend into it, to avoid padding.
     """
-    longest = model.config.max_length or lengths[0]
+    longest = model.config.max_length or math.inf
     window = min(window, longest)
     total = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
     state = None

@@ -131,8 +131,8 @@ def test_a_sequence_longer_than_cosformer_is_refused_and_a_document_read_in_piec
             model(tokens[:, :1] if "state" in given else tokens, **given)
     prompt, sampler = tokens[0, :20].tolist(), Sampler(temperature=0)
     with pytest.raises(ValueError, match="a prompt of 20 tokens and max_new_tokens=6 are longer than"):
-        next(generate(model, prompt, max_new_tokens=6, sampler=sampler))
-    assert len(list(generate(model, prompt, max_new_tokens=5, sampler=sampler))) <= 5
+        generate(model, [prompt], max_new_tokens=6, sampler=sampler)
+    assert len(generate(model, [prompt], max_new_tokens=5, sampler=sampler)[0]) <= 5
     ids = tokens[0].numpy()
     (nats,) = document_nats(model, [ids], window=8)
     pieces = [
@@ -177,7 +177,7 @@ def test_a_checkpoint_is_the_model_and_is_not_exported(tmp_path, config, capsys)
     model, tokens = load_model(checkpoint), random_batch(2, 9)
     assert engine.model.loss(*tokens) == model.loss(*tokens)
     ids = [1, 5, 9]
-    found = list(generate(model, ids, max_new_tokens=12, sampler=Sampler(temperature=0)))
+    found = generate(model, [ids], max_new_tokens=12, sampler=Sampler(temperature=0))[0]
     with torch.no_grad():
         for _ in found:
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
