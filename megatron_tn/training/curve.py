@@ -50,6 +50,9 @@ def draw(runs: Mapping[str, RunFolder | Sequence[RunFolder]], path: Path) -> boo
         axes.grid(alpha=0.3)
     by_tokens.set(xlabel="tokens", ylabel="loss (nats a token; dots: held-out)")
     by_seconds.set(xlabel="seconds of training steps")
+    early = [curve.loss[len(curve.loss) // 10] for curve in curves.values()]
+    if len(curves) > 1 and np.isfinite(early).any():
+        by_tokens.set_ylim(top=np.nanmax(early))  # the first tenth would hide by how little the ends differ
     by_tokens.legend(fontsize="small")
     figure.savefig(path)
     return True

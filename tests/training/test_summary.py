@@ -148,6 +148,10 @@ def test_a_group_is_named_by_what_sets_it_apart():
     settings[2] |= {"model.name": "m", "model.layers": 4}
     settings[3]["optim.lr"] = 2e-3
     names = group_names(settings, [["a"], ["b"], ["c"], ["d"]])
-    assert names == ["reference", "model.norm=rmsnorm", "model.name=m", "optim.lr=0.002"]
+    assert names == [
+        *("model.name=s", "model.name=s, model.norm=rmsnorm", "model.name=m"),
+        "model.name=s, optim.lr=0.002",
+    ]
+    assert group_names(settings[:2], [["a"], ["b"]]) == ["model.norm=simplermsnorm", "model.norm=rmsnorm"]
     many = [{str(key): value for key in range(6)} for value in (0, 0, 1)]
     assert group_names(many, [["a"], ["b"], ["c", "d"]]) == ["reference", "reference", "c, d"]
