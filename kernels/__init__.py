@@ -12,6 +12,7 @@ from kernels.gla.slice import StateExchange, gla_slice
 from kernels.lightning.op import lightning_attention
 from kernels.rmsnorm.op import add_rms_norm, branch_rms_norm
 from kernels.rope.op import rope
+from kernels.sampling.op import sample_tokens
 from kernels.self_check import self_check
 from kernels.sglu.op import sglu
 from kernels.srmsnorm.op import (
@@ -20,6 +21,7 @@ from kernels.srmsnorm.op import (
     branch_simple_rms_norm,
     simple_rms_norm,
 )
+from kernels.token.op import token_glu, token_linear
 
 # Hugging Face transformers takes any package named `kernels` for its kernel hub client and reads its version, from the
 # distribution's metadata or from here. A version below its minimum: the hub client counts as not installed.
@@ -38,9 +40,12 @@ __all__ = [
     "lightning_attention",
     "linear_cross_entropy",
     "rope",
+    "sample_tokens",
     "scaled_embedding",
     "self_check",
     "set_backend",
     "sglu",
     "simple_rms_norm",
+    "token_glu",
+    "token_linear",
 ]

@@ -104,8 +104,8 @@ def self_check(
     glu_width: width of the gated product.
     embed_width: width of the embedding and the output head, over all ranks (default: heads * value_width).
     act: the activation of q and k. glu_act: the gated product's.
-    rope_base: of softmax attention, with heads of value_width: rope and rms_norm are checked in the place of
-        lightning attention and gla; None: linear attention.
+    rope_base: of softmax attention, with heads of value_width: rope is checked in the place of lightning attention and
+        gla; None: linear attention.
     decay: [heads], the rates (default: evenly spaced from 0 to 1, slow and fast heads in one call).
     length: positions of a sequence; the default is odd, and long enough to be cut into segments if there are few heads.
     fall_back: if an operator is wrong, log it, switch this process to plain PyTorch, and check again.
@@ -152,7 +152,7 @@ def _errors(sizes: _Sizes, device: torch.device) -> dict[str, float]:
 
 
 def _checks(sizes: _Sizes) -> Iterator[_Check]:
-    yield from _attention_checks(sizes) if sizes.rope_base is None else _transformer_checks(sizes)
+    yield from _attention_checks(sizes) if sizes.rope_base is None else _rope_check(sizes)
     yield from _norm_checks(sizes)
     yield from _vocabulary_checks(sizes)
     yield _update_check(sizes)
@@ -188,8 +188,7 @@ def _attention_checks(sizes: _Sizes) -> Iterator[_Check]:
         yield _Check("gla_theta", of_theta, of_theta, ((heads, 1, width),), LARGEST_THETA_ERROR)
 
 
-def _transformer_checks(sizes: _Sizes) -> Iterator[_Check]:
-    """Checks of RoPE, and of the norm with a weight, with and without residual addition."""
+def _rope_check(sizes: _Sizes) -> Iterator[_Check]:
     positions = torch.arange(TOKENS, device=sizes.decay.device) * 101  # as far as the context of today's models
     options = {"head_dim": sizes.value_width, "base": sizes.rope_base}
 
@@ -199,23 +198,11 @@ def _transformer_checks(sizes: _Sizes) -> Iterator[_Check]:
     def exactly_rotated(q: Tensor, k: Tensor) -> Tensor:
         return torch.cat([rope_reference.rope(x, positions, **options) for x in (q, k)], dim=-1)
 
-    def branched(x: Tensor, weight: Tensor) -> Tensor:
-        return torch.cat(branch_rms_norm(x, weight), dim=-1)
-
-    def added(x: Tensor, update: Tensor, weight: Tensor) -> Tensor:
-        return torch.cat(add_rms_norm(x, update, weight), dim=-1)
-
-    def exactly_added(x: Tensor, update: Tensor, weight: Tensor) -> Tensor:
-        return torch.cat((x + update, rmsnorm_reference.rms_norm(x + update, weight)), dim=-1)
-
-    rows, weight = (TOKENS, sizes.embed_width), (sizes.embed_width,)
     yield _Check("rope", rotated, exactly_rotated, ((1, TOKENS, sizes.width),) * 2)
-    yield _Check("rms_norm", branched, lambda x, weight: exactly_added(x, 0, weight), (rows, weight))
-    yield _Check("add_rms_norm", added, exactly_added, (rows, rows, weight))
 
 
 def _norm_checks(sizes: _Sizes) -> Iterator[_Check]:
-    """Checks of the norms, with and without residual additions, and of the gated product."""
+    """Checks of the norms, without and with a weight and residual additions, and of the gated product."""
     norm = srmsnorm_reference.simple_rms_norm
 
     def added(x: Tensor, update: Tensor) -> Tensor:
@@ -231,6 +218,15 @@ def _norm_checks(sizes: _Sizes) -> Iterator[_Check]:
     def exactly_added_scaled(x: Tensor, update: Tensor) -> Tensor:
         return exactly_added(x, norm(update))
 
+    def weighted(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.cat(branch_rms_norm(x, weight), dim=-1)
+
+    def added_weighted(x: Tensor, update: Tensor, weight: Tensor) -> Tensor:
+        return torch.cat(add_rms_norm(x, update, weight), dim=-1)
+
+    def exactly_added_weighted(x: Tensor, update: Tensor, weight: Tensor) -> Tensor:
+        return torch.cat((x + update, rmsnorm_reference.rms_norm(x + update, weight)), dim=-1)
+
     def product(a: Tensor, b: Tensor) -> Tensor:
         return sglu(a, b, sizes.glu_act)
 
@@ -241,6 +237,8 @@ def _norm_checks(sizes: _Sizes) -> Iterator[_Check]:
     yield _Check("simple_rms_norm", simple_rms_norm, norm, (rows,))
     yield _Check("add_simple_rms_norm", added, exactly_added, (rows, rows))
     yield _Check("add_scaled_simple_rms_norm", added_scaled, exactly_added_scaled, (rows, rows))
+    yield _Check("rms_norm", weighted, lambda x, weight: exactly_added_weighted(x, 0, weight), (rows, rows[1:]))
+    yield _Check("add_rms_norm", added_weighted, exactly_added_weighted, (rows, rows, rows[1:]))
     yield _Check("sglu", product, exact_product, ((TOKENS, sizes.glu_width),) * 2)
 
 

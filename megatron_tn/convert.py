@@ -22,12 +22,11 @@ from rich.table import Table
 
 from data_pipeline.shards.manifest import Manifest as Shards
 from data_pipeline.shards.manifest import TokenizerInfo
-from data_pipeline.stream import InputError
 from megatron_tn.checkpoint.load import CheckpointWeights
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest
 from megatron_tn.checkpoint.verify import verify
 from megatron_tn.cli import command
-from megatron_tn.config import ConfigError, ConvertConfig, ModelConfig, out_of_bounds
+from megatron_tn.config import ConfigError, ConvertConfig, ModelConfig, out_of_bounds, resolved
 from megatron_tn.loading import DTYPES, open_weights, resolve_checkpoint, tokenizer_path
 from megatron_tn.model.registry import problems_of_export
 from megatron_tn.released.card import card, training_facts
@@ -83,8 +82,8 @@ def export(config: ConvertConfig) -> None:
                 and (found := hashlib.sha256(tokenizer.read_bytes()).hexdigest()) != data.tokenizer.sha256
             ):
                 raise ConfigError(
-                    f"tokenizer {tokenizer} has sha256 {found[:12]}..., but the shards that the model was trained on "
-                    f"were made by one of {data.tokenizer.sha256[:12]}..."
+                    f"tokenizer {tokenizer} has sha256 {found[:12]}..., but the tokenizer of the training shards has "
+                    f"{data.tokenizer.sha256[:12]}..."
                 )
             texts = tokenizer_files(tokenizer, model)
             bos = json.loads(texts[TOKENIZER_CONFIG_FILE])["bos_token"]
@@ -137,10 +136,10 @@ def check_output(config: ConvertConfig) -> Path:
 
 def shards_of(weights: CheckpointWeights | ReleasedWeights) -> Shards | None:
     """The manifest of a checkpoint's training shards; None if it cannot be read on this machine."""
-    path = "" if isinstance(weights, ReleasedWeights) else weights.manifest.config["data"].get("manifest", "")
     try:
+        path = "" if isinstance(weights, ReleasedWeights) else resolved(weights.manifest.config["data"]["manifest"])
         return Shards.load(path, check_files=False) if path and Path(path).is_file() else None
-    except InputError:
+    except (KeyError, TypeError, ValueError):  # none in an old checkpoint, an unset variable, damage
         return None
 
 

@@ -28,6 +28,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data_pipeline import redaction
 from data_pipeline.words import as_typed, quoted
 from megatron_tn.config import ConfigError, from_mapping, known_keys, unknown_key
 
@@ -245,7 +246,7 @@ def settings(composed: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: a value begins with ~USER, and there is no such user.
     """
-    return _with_home(OmegaConf.to_container(composed, resolve=True), "")
+    return redaction.resolve(composed, lambda values: _with_home(values, ""))
 
 
 def _with_home(value: Any, key: str) -> Any:

@@ -14,6 +14,7 @@ from megatron_tn.config import (
     ConfigError,
     DataConfig,
     EngineConfig,
+    ModelConfig,
     ParallelConfig,
     TrainConfig,
     describe,
@@ -132,6 +133,21 @@ def test_a_captured_graph_needs_a_device_that_is_known_to_be_there():
     assert config.problems(1) == []  # a plan is made without the device
     assert device_problems(config, cuda=True) == []
     assert "engine.cuda_graph=true needs a CUDA device" in device_problems(config, cuda=False)[0]
+
+
+def test_what_a_transformer_does_not_have_is_refused_by_name():
+    transformer = ModelConfig(architecture="transformer", norm="rmsnorm", glu_act="silu", scale_embedding=False)
+    assert TrainConfig(model=transformer, parallel=ParallelConfig(tp=2)).problems(2) == []
+    (problem,) = TrainConfig(model=transformer, parallel=ParallelConfig(cp=2)).problems(2)
+    assert "parallel.cp=2 does not go with model.architecture=transformer" in problem
+    found = dataclasses.replace(transformer, norm="simplermsnorm", decay="paper", heads=1024).problems()
+    assert [line.partition(" ")[0] for line in found] == [
+        "model.norm=simplermsnorm",
+        "model.decay=paper",
+        "model.embed_dim=1024",
+    ]
+    assert "model.architecture=transformer has model.decay=released" in found[1]
+    assert "must be even: RoPE rotates pairs of channels" in found[2]
 
 
 def test_differences_name_each_setting():

@@ -18,33 +18,33 @@ class ModelConfig:
     a Transformer, a cosFormer (arXiv 2202.08791) or a TransNormer (arXiv 2210.10340), as files of conf/model have
     them."""
 
-    name: str = "385m"  # of the size, for reports
-    # Of megatron_tn.model.registry. transnormer: TransNormerLLM; transnormer_2022: TransNormer, which it grew from.
+    name: str = "385m"  # name of the model size in reports
+    # Name in megatron_tn.model.registry. transnormer: TransNormerLLM; transnormer_2022: TransNormer, its predecessor.
     architecture: Literal["transnormer", "transformer", "cosformer", "transnormer_2022"] = "transnormer"
-    vocab_size: Positive = 64000  # V, entries of the tokenizer; the vocabulary-parallel embedding pads it by itself
-    embed_dim: Positive = 1024  # D
-    layers: Positive = 24  # L
-    heads: Positive = 8  # H; the released sizes have D / H = 128
-    glu_dim: Positive = 2816  # F
+    vocab_size: Positive = 64000  # V, entries of the tokenizer; vocabulary parallelism pads the embedding as needed
+    embed_dim: Positive = 1024  # D, width of the residual stream
+    layers: Positive = 24  # L, number of blocks
+    heads: Positive = 8  # H, attention heads; the released sizes have D / H = 128
+    glu_dim: Positive = 2816  # F, width of SGLU
     scale_embedding: bool = True  # x = E[ids] * sqrt(D); the released 3B and larger models have x = E[ids]
-    absolute_positions: bool = False  # sinusoids of the position are added to x, as in arXiv 1706.03762 (an ablation)
-    norm: Literal["simplermsnorm", "rmsnorm", "layernorm"] = "simplermsnorm"
-    norm_eps: FromZero = 1e-6  # added to the mean square, or the variance, under the root
+    absolute_positions: bool = False  # add sinusoids of the position to x, as in arXiv 1706.03762 (an ablation)
+    norm: Literal["simplermsnorm", "rmsnorm", "layernorm"] = "simplermsnorm"  # simplermsnorm has no weights
+    norm_eps: FromZero = 1e-6  # added under the root to the mean square, or the variance
     # Token mixers of transnormer's layers, a pattern that is repeated over depth: [linear, linear, linear, softmax].
     attention: list[Literal["linear", "softmax"]] = dataclasses.field(default_factory=lambda: ["linear"])
-    act: Literal["silu", "none", "1+elu", "relu"] = "silu"  # of q and k
-    glu_act: Literal["none", "silu"] = "none"
-    gate: bool = True  # the output gate u of the token mixer
-    lrpe: Literal["first", "all", "none"] | list[bool] = "first"  # the layers that apply LRPE
-    decay: Literal["released", "paper", "none"] = "released"  # form of the decay rates, one a head
-    decay_temperature: bool = True  # the factor 1 - l/(L-1) of layer l's decay rates
-    rope_base: AboveZero = 10000.0  # RoPE's angles are base^(-2 j / d) t; softmax attention alone has RoPE
+    act: Literal["silu", "none", "1+elu", "relu"] = "silu"  # activation function of q and k
+    glu_act: Literal["none", "silu"] = "none"  # activation function of SGLU's gate
+    gate: bool = True  # whether the token mixer has the output gate u
+    lrpe: Literal["first", "all", "none"] | list[bool] = "first"  # layers with LRPE; list: one entry per layer
+    decay: Literal["released", "paper", "none"] = "released"  # formula of the decay rates, one rate per head
+    decay_temperature: bool = True  # whether the decay rates of layer l have the factor 1 - l/(L-1)
+    rope_base: AboveZero = 10000.0  # RoPE turns pair j by base^(-2 j / d) radians a position; softmax attention only
     block_length: Positive = 64  # transnormer_2022: tokens of a block, within which its lower layers attend
     max_length: Count = 0  # cosformer: M, the longest sequence: weights cos(pi/2 (t - s) / M) are negative past it
-    init_std: FromZero = 0.02  # of the matrices' normal initial values
-    pad_id: Count = 0  # training takes this and the next two from the shards' tokenizer
-    bos_id: Count = 1  # of the token that begins a document
-    eos_id: Count = 2  # of the token that ends a document
+    init_std: FromZero = 0.02  # standard deviation of the matrices' normal initial values
+    pad_id: Count = 0  # id of the padding token; training takes all three ids from the shards' tokenizer
+    bos_id: Count = 1  # id of the token that begins a document
+    eos_id: Count = 2  # id of the token that ends a document
 
     @property
     def head_dim(self) -> int:

@@ -73,7 +73,7 @@ def _skipped_batches_are_in_the_schedule(config: Settings) -> Iterator[str]:
         yield str(error)
         return
     if last > config.schedule.steps:
-        yield f"data.skip_batches: {last} is past schedule.steps={config.schedule.steps}"
+        yield f"data.skip_batches: step {last} is above schedule.steps={config.schedule.steps}"
 
 
 @RELATIONS.reads("hang_timeout_s", "distributed_timeout_s")
@@ -94,8 +94,8 @@ def _the_best_checkpoints_have_held_out_losses(config: Settings) -> Iterator[str
         yield (f"checkpoint.keep_best={keep_best} needs held-out losses: set evaluation.manifest and evaluation.every")
     elif saved and math.lcm(saved, evaluated) > config.schedule.steps:
         yield (
-            f"checkpoint.keep_best={keep_best} keeps what is saved and evaluated at one step, but the first multiple "
-            f"of checkpoint.every={saved} and evaluation.every={evaluated} is {math.lcm(saved, evaluated)}, past "
+            f"checkpoint.keep_best={keep_best} needs checkpoints of evaluated steps, but the first common multiple of "
+            f"checkpoint.every={saved} and evaluation.every={evaluated}, {math.lcm(saved, evaluated)}, is above "
             f"schedule.steps={config.schedule.steps}"
         )
 
@@ -163,8 +163,8 @@ def _gradients_are_summed_in_a_type_the_engine_has(config: Settings) -> Iterator
     engine = config.engine
     if engine.gradient_dtype == "bf16" and (engine.name != "deepspeed" or engine.precision != "bf16"):
         yield (
-            f"engine.gradient_dtype=bf16 needs DeepSpeed in bf16: engine.name={engine.name}, engine.precision="
-            f"{engine.precision} sum in fp32"
+            "engine.gradient_dtype=bf16 needs engine.name=deepspeed and engine.precision=bf16; here engine.name="
+            f"{engine.name}, engine.precision={engine.precision}"
         )
 
 

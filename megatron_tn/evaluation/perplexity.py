@@ -42,14 +42,14 @@ def document_nats(
     *,
     batch_tokens: int = 4096,
     window: int = 256,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int, int], None] = lambda documents, tokens: None,
 ) -> list[float]:
     """Negative log-likelihood in nats of each document (ids [n], bos first), given its first id.
 
     A batch has batch_tokens // window documents of similar length. The model runs on `window` tokens at a time, from
     the recurrent state after the preceding window: every token sees its document's whole past in bounded memory. A
     model that is built for sequences of config.max_length tokens begins anew where a window would lead past it.
-    progress(n): called after each batch of n documents.
+    progress(n, tokens): called after each batch of n documents, of so many tokens.
     """
     device = next(model.parameters()).device
     order = sorted(range(len(documents)), key=lambda i: -len(documents[i]))
@@ -70,7 +70,7 @@ def document_nats(
         )
         for index, value in zip(chosen, sums.tolist(), strict=True):
             nats[index] = value
-        progress(len(chosen))
+        progress(len(chosen), sum(lengths))
     return nats
 
 

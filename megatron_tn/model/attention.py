@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from kernels import gla
+from kernels.gla.buffered import gla_step_buffered_
+from kernels.gla.step_buffer import StepBuffer
 from megatron_tn.config import ModelConfig
 from megatron_tn.model.layout import TokenLayout
 from megatron_tn.model.norm import HeadLayerNorm, HeadWeight
@@ -110,6 +112,8 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`kernels.gla` of the tokens, documents and states that the layout says; with context parallelism, of this rank's
     slice of the sequence."""
+    if isinstance(layout.state, StepBuffer):
+        return *gla_step_buffered_(qkvu, *layout.state, decay, theta, act, gate, layout.positions), None
     options = {"act": act, "gate": gate, "positions": layout.positions}
     if layout.sequence_slice is not None:
         return *layout.sequence_slice.attend(qkvu, decay, theta, **options), None
@@ -121,4 +125,5 @@ def attend(
         initial_state=layout.state,
         cu_seqlens=layout.cu_seqlens,
         return_state=layout.return_state,
+        update_state=layout.update_state,
     )

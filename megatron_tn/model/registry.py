@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_tn.config import ConfigError, ModelConfig
-from megatron_tn.model import check, decoder, flops, transformer, transnormer
+from megatron_tn.model import check, decoder, decoding, flops, transformer, transnormer
 from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.sharding import Box
@@ -39,6 +39,19 @@ class ReleasedNames:
 
 
 @dataclass(frozen=True)
+class FusedToken:
+    """A forward pass of one token a row by operators made for it, faster than the model's own.
+
+    serves(model, rows): whether it computes this model's function for so many rows.
+    logits(model, tokens, positions, states): tokens and positions int64 [B], states as of `Body.initial_state`, which
+        become those after the tokens -> logits [B, V].
+    """
+
+    serves: Callable[[Model, int], bool]
+    logits: Callable[[Model, Tensor, Tensor, list[Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One family of models.
 
@@ -50,6 +63,7 @@ class Architecture:
         mean over a sequence; a multiply-add counts as two.
     initial_box(name, shape, box, config, seed): initial values within `box` of the logical parameter `name` of
         `shape`, fp32 on the CPU.
+    fused_token: a faster forward pass of a decoding step; None: there is none.
     check_kernels(model, device, dtype): compares the model's operators with fp64 references, at this rank's shapes.
     released: None for an architecture that no released layout can say.
     """
@@ -61,6 +75,7 @@ class Architecture:
     initial_box: Callable[[str, tuple[int, ...], Box, ModelConfig, int], Tensor]
     check_kernels: Callable[[Model, torch.device, torch.dtype], None]
     released: ReleasedNames | None
+    fused_token: FusedToken | None = None
 
 
 TRANSNORMER = Architecture(
@@ -75,13 +90,14 @@ TRANSNORMER = Architecture(
         class_name="TransnormerForCausalLM",
         repeated={"lm_head.weight": "model.embed_tokens.weight"},
     ),
+    fused_token=FusedToken(decoding.serves, decoding.token_logits),
 )
 
 ARCHITECTURES = {
     "transnormer": TRANSNORMER,
     # The same body with the token mixers of arXiv 2202.08791 and 2210.10340.
-    "cosformer": replace(TRANSNORMER, released=None),
-    "transnormer_2022": replace(TRANSNORMER, released=None),
+    "cosformer": replace(TRANSNORMER, released=None, fused_token=None),
+    "transnormer_2022": replace(TRANSNORMER, released=None, fused_token=None),
     "transformer": Architecture(
         build=transformer.build,
         problems=ModelConfig.problems,

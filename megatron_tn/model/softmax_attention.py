@@ -11,9 +11,12 @@ variable lengths in bf16 or fp16 on a GPU, and a mask elsewhere.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import rope
 from megatron_tn.config import ModelConfig
@@ -23,6 +26,8 @@ from megatron_tn.parallel.linear import ColumnParallelLinear, RowParallelLinear,
 
 FLASH_DTYPES = (torch.bfloat16, torch.float16)  # of FlashAttention's variable-length form
 FLASH_WIDTHS = range(8, 257, 8)  # d of the same
+# Kernels for a cache, which is longer at each call: cuDNN, not among them, makes a plan for each new shape.
+FOR_A_CACHE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class SoftmaxAttention(nn.Module):
@@ -85,7 +90,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None 
         token = torch.arange(t, device=q.device)
         mask = token[t - n :, None] >= token
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and n == t).transpose(1, 2)
+    with sdpa_kernel(FOR_A_CACHE) if n < t else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and n == t).transpose(1, 2)
 
 
 def _packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -14,8 +14,10 @@ import math
 import torch
 from torch import Tensor
 
+from kernels.gla.step_buffer import StepBuffer
 from megatron_tn.config import ModelConfig
 from megatron_tn.model import decoder
+from megatron_tn.model.attention import GatedLinearAttention
 from megatron_tn.model.base import Model
 from megatron_tn.model.decay import all_decay_rates
 from megatron_tn.model.decoder import Decoder
@@ -44,6 +46,29 @@ class TransNormerModel(Decoder):
         if self._decay is None or self._decay.device != device:
             self._decay = torch.tensor(self.rates, dtype=torch.float32, device=device)
         return self._decay
+
+    @property
+    def fixed_state(self) -> bool:
+        """Whether the state's size does not depend on the number of tokens: linear attention in every layer."""
+        return all(isinstance(block.token_mixer, GatedLinearAttention) for block in self.layers)
+
+    def initial_state(self, rows: int) -> list[Tensor]:
+        """Zeros [B, H / tp, K, d] for each layer, fp32 (fp64 for an fp64 model). Needs `fixed_state`."""
+        states = []
+        for block in self.layers:
+            weight, heads = block.token_mixer.out_proj.weight, len(self.rates[0])
+            width = weight.shape[1] // heads
+            shape = (rows, heads, width * (1 if block.token_mixer.lrpe is None else 2), width)
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            states.append(torch.zeros(shape, dtype=wide, device=weight.device))
+        return states
+
+    def buffered_state(self, rows: int, slots: int) -> list[StepBuffer]:
+        """`initial_state` in buffers of `slots` tokens, for steps that seldom write it."""
+        weight = self.embed_tokens.weight
+        slot = torch.zeros(1, dtype=torch.int64, device=weight.device)
+        start = torch.zeros(rows, dtype=torch.int64, device=weight.device)
+        return [StepBuffer.around(s, slots, weight.dtype, slot, start) for s in self.initial_state(rows)]
 
 
 def build(config: ModelConfig, context: ParallelContext) -> Model:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_tn.checkpoint.manifest import CheckpointManifest
-from megatron_tn.config import ModelConfig
+from megatron_tn.config import ModelConfig, storable
 from megatron_tn.model.registry import architecture, parameter_count
 
 CARD = """\
@@ -97,7 +97,7 @@ def training_facts(manifest: CheckpointManifest, sources: Mapping[str, tuple[int
         "optimizer": f"{optim.get('name', 'adamw')}, peak learning rate {optim.get('lr', 0):g}",
         "precision": config["engine"].get("precision", "unknown"),
         "seed": config.get("seed", 0),
-        "shards": f"`{data.get('manifest', '')}`",
+        "shards": f"`{storable(data.get('manifest', ''))}`",
     }
     facts |= {
         f"source `{name}`": f"{documents:,} documents, {size:,} bytes of text"

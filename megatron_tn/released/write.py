@@ -175,7 +175,7 @@ def _publish(staging: Path, directory: Path) -> None:
     old = {path for pattern in EXPORT_FILES for path in directory.glob(pattern) if path.is_file() or path.is_symlink()}
     for path in sorted(old, key=lambda path: path.name != CONFIG_FILE):
         path.unlink()
-    mode = directory.stat().st_mode & 0o666  # the folder's read and write permissions
+    mode = (staging / CONFIG_FILE).stat().st_mode  # what the umask gives: safetensors writes its files with another one
     for path in sorted(staging.iterdir(), key=lambda path: path.name == CONFIG_FILE):
         path.chmod(mode)
         path.rename(directory / path.name)

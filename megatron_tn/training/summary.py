@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_tn.config import TrainConfig
+from megatron_tn.config import TrainConfig, storable
 from megatron_tn.optim.schedule import batch_of_step
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.training.run_folder import RunFolder
@@ -49,7 +50,7 @@ def show_start(
             "tokens a step": f"{data.global_batch * data.sequence_length:,} = {data.global_batch} sequences of "
             f"{data.sequence_length}, {data.micro_batch} at a time",
             "steps": f"{step + 1:,} to {config.last_step:,}: {sequences * data.sequence_length:,} tokens, "
-            f"{sequences / max(epoch_samples, 1):.2f} epochs of {data.manifest}",
+            f"{sequences / max(epoch_samples, 1):.2f} epochs of {storable(data.manifest)}",
             "run folder": config.run_dir,
         },
     )
@@ -90,8 +91,8 @@ def show_end(config: TrainConfig, folder: RunFolder, state: str) -> None:
     }
     lines = (
         f"{run} holds log.jsonl, loss.png, checkpoints/ and tokenizer.json. Next:",
-        f'  python -m megatron_tn.generate checkpoint={run} prompt="..."',
-        f"  python -m megatron_tn.plot {run}",
+        f'  python -m megatron_tn.generate checkpoint={shlex.quote(run)} prompt="..."',
+        f"  python -m megatron_tn.plot {shlex.quote(run)}",
     )
     _print(f"{state}: {config.model.name}", {name: text for name, text in rows.items() if text}, lines)
 

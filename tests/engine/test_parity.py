@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from megatron_tn.engine.base import DTYPES
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.optim.schedule import learning_rate
 from megatron_tn.parallel import products
-from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.training.step import train_step
 from tests.helpers.models import (
     COSFORMER,
@@ -29,7 +29,8 @@ from tests.helpers.models import (
     relative_errors,
     tiny_config,
 )
-from tests.helpers.ranks import run_ranks, this_device
+from tests.helpers.ranks import layout, run_shared, this_device
+from tests.helpers.replicas import assert_replicas_equal, replicated
 
 SEED, LENGTH, BATCH = 7, 23, 12  # context-parallel slices are uneven
 LOCAL = EngineConfig(name="local", precision="fp32")
@@ -65,6 +66,11 @@ class Case(NamedTuple):
     model: str
 
 
+def in_chunks(tokens: int | None):
+    """Products over tensor-parallel ranks are cut into chunks of as few; None: as ever."""
+    return mock.patch.dict(products.CHUNK_TOKENS, {} if tokens is None else {this_device().type: tokens})
+
+
 def gradients_of(
     tp: int,
     cp: int,
@@ -73,9 +79,7 @@ def gradients_of(
     chunk_tokens: int | None = None,
 ) -> dict[Case, tuple[dict[str, torch.Tensor], float]]:
     """case -> (gradients, gradient norm), of one step of the same global batch."""
-    if chunk_tokens:
-        products.CHUNK_TOKENS[this_device().type] = chunk_tokens
-    context = ParallelContext.create(tp, cp, sequence_parallel=sequence_parallel)
+    context = layout(tp, cp, sequence_parallel)
     tokens, targets = (part.to(this_device()) for part in random_batch(BATCH, LENGTH))
     share = BATCH // context.dp.size
     mine = slice(context.dp.rank * share, (context.dp.rank + 1) * share)
@@ -91,8 +95,9 @@ def gradients_of(
         engine = build_engine(config, context, this_device())
         initialize_engine(engine, SEED)
         scale = 1 / (targets != -100).sum()
-        for index, (ids, wanted) in enumerate(zip(tokens[mine].split(micro), targets[mine].split(micro), strict=True)):
-            engine.forward_backward(ids, wanted, None, scale=scale, last=index == accumulation - 1)
+        with in_chunks(chunk_tokens):
+            for index, rows in enumerate(zip(tokens[mine].split(micro), targets[mine].split(micro), strict=True)):
+                engine.forward_backward(*rows, None, scale=scale, last=index == accumulation - 1)
         gradients = engine.named_logical_gradients()
         gradients = {name: gradient.cpu() for name, gradient in gradients.items()}
         case = Case(name_of(engine_config), engine_config.precision, accumulation, model)
@@ -126,7 +131,7 @@ def check_gradients(
 
     chunk_tokens: products over tensor-parallel ranks are cut into chunks of as few.
     """
-    ranks = run_ranks(world, gradients_of, tp, cp, cases, sequence_parallel, chunk_tokens, device=device)
+    ranks = run_shared(world, gradients_of, tp, cp, cases, sequence_parallel, chunk_tokens, device=device)
     for rank, found in enumerate(ranks):
         for case, (gradients, grad_norm) in found.items():
             exact, errors = reference(case.model)
@@ -186,7 +191,7 @@ def train(
     tp: int, engine_config: EngineConfig, steps: int, model=RMSNORM, sequence_parallel: bool = False, cp: int = 1
 ) -> dict[str, Any]:
     """Losses, gradient norms and, after the last step, this rank's parameters."""
-    context = ParallelContext.create(tp, cp, sequence_parallel=sequence_parallel)
+    context = layout(tp, cp, sequence_parallel)
     config = tiny_config(
         model=model,
         engine=engine_config,
@@ -222,7 +227,7 @@ def train_each(tp: int, engines: list[EngineConfig], *options: Any) -> dict[str,
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
     """Twenty steps of one process."""
-    found = run_ranks(1, train, 1, LOCAL, 20)[0]
+    found = train(1, LOCAL, 20)
     assert found["losses"][-1] < found["losses"][0] - 0.1
     return found
 
@@ -233,15 +238,18 @@ def alone() -> dict[str, Any]:
     ids=["whole", "sequence_parallel"],
 )
 def test_twenty_steps_of_training_equal_one_process(alone, engines, sequence_parallel):
-    for of_engines in run_ranks(4, train_each, 2, engines, 20, RMSNORM, sequence_parallel):
+    ranks = run_shared(4, train_each, 2, engines, 20, RMSNORM, sequence_parallel)
+    for of_engines in ranks:
         for name, found in of_engines.items():
             assert found["losses"] == pytest.approx(alone["losses"], rel=2e-4), name
             assert found["norms"] == pytest.approx(alone["norms"], rel=2e-3), name
+    for name in ranks[0]:
+        assert_replicas_equal([replicated(of_engines[name]) for of_engines in ranks], 2, RMSNORM.layers)
 
 
 def test_bf16_trains_with_fp32_masters():
     """Updates far below a bf16 step must add up in the masters."""
-    for found in run_ranks(2, train_each, 1, ZERO_BF16, 8, TINY)[0].values():
+    for found in run_shared(2, train_each, 1, ZERO_BF16, 8, TINY)[0].values():
         assert found["losses"][-1] < found["losses"][0]
         masters = torch.cat(list(found["owned"].values()))
         assert masters.dtype == torch.float32
@@ -253,7 +261,7 @@ def test_zero1_in_bf16_trains_as_the_local_engine_does(elements):
     """Sums of bf16 gradients are reduced, in buckets, to the rank that updates them, and its parameters gathered."""
     ours = EngineConfig(name="deepspeed", zero_stage=1, precision="bf16", reduce_bucket_elements=elements)
     theirs = EngineConfig(name="local", precision="bf16", reduce_bucket_elements=50_000_000 // elements)
-    found, wanted = (run_ranks(4, train, 2, engine, 6, RMSNORM, True) for engine in (ours, theirs))
+    found, wanted = (run_shared(4, train, 2, engine, 6, RMSNORM, True) for engine in (ours, theirs))
     for one, other in zip(found, wanted, strict=True):
         assert one["losses"] == pytest.approx(other["losses"], rel=1e-6)
         assert one["norms"] == pytest.approx(other["norms"], rel=1e-6)

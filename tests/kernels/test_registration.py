@@ -44,6 +44,22 @@ def operators():
         "sglu_forward": (ops.sglu_forward, (x, y, "silu")),
         "sglu_forward+views": (ops.sglu_forward, (x.transpose(0, 1), y.transpose(0, 1), "none")),
         "sglu_backward": (ops.sglu_backward, (*(a.detach() for a in (y, x, y)), "none")),
+        "token_linear": (ops.token_linear, (x.detach()[0, 0], y.detach()[0], 1e-6, s.detach()[0], None)),
+        "token_glu": (ops.token_glu, (x.detach()[0, 0], y.detach()[0], y.detach()[1], 1e-6, "silu")),
+        "sample_tokens": (
+            ops.sample_tokens,
+            (
+                torch.randn(2, 9),
+                *(torch.tensor([1, 2]),) * 2,
+                torch.ones(2).double(),
+                torch.tensor([0, 3]),
+                torch.ones(2).double(),
+                torch.ones(2),
+                torch.zeros(2, 9, dtype=torch.bool),
+                4,
+                False,
+            ),
+        ),
         "scaled_embedding": (ops.scaled_embedding, (targets.clamp(min=0), leaf(5, 4), 2.0, 1, 6)),
         "scaled_embedding_backward": (
             ops.scaled_embedding_backward,
@@ -99,6 +115,7 @@ def gla_operators(decay, bounds):
             ),
         ),
         "gla_step": (ops.gla_step, plain(qkvu[:, :1], narrow, decay, None, "silu", True, positions[:1])),
+        "gla_step_": (ops.gla_step_, plain(qkvu[:, :1], narrow, decay, None, "silu", True, positions[:1])),
         "gla_step+wide_state": (
             ops.gla_step,
             plain(qkvu[:, :1], narrow.double(), decay, None, "silu", True, positions[:1]),

@@ -257,15 +257,56 @@ def test_rope(capability):
 @pytest.mark.parametrize("capability", sorted(TILES))
 @pytest.mark.parametrize("with_lrpe", [pytest.param(False, marks=pytest.mark.full), True], ids=["plain", "lrpe"])
 def test_decoding_step(capability, with_lrpe):
-    from kernels.gla import triton_step
+    from kernels.gla import triton_buffered, triton_step
 
     types = dict.fromkeys(("x_pointer", "theta_pointer", "y_pointer"), "*bf16") | {"positions_pointer": "*i64"}
     types |= dict.fromkeys(("decay_pointer", "state_pointer", "new_state_pointer", "sums_pointer"), "*fp32")
     constants = {"ACT": 1, "QUICK": True, "GATE": True, "SUMMED": 256 if with_lrpe else 128, "SLICE": triton_step.SLICE}
+    constants["DEPENDENT"] = capability >= 9
     if not with_lrpe:
         constants |= {"theta_pointer": None, "positions_pointer": None}
         types = {name: type_ for name, type_ in types.items() if name not in constants}
     kernel = compiled(triton_step.step_kernel, capability, types, constants, num_warps=triton_step.WARPS)
+    assert resources(kernel)[1] == 0
+    types = {name: type_ for name, type_ in types.items() if not name.startswith("new")}
+    types |= dict.fromkeys(("keys_pointer", "values_pointer"), "*bf16")
+    types |= dict.fromkeys(("slot_pointer", "start_pointer"), "*i64")
+    constants |= {"SLICE": triton_buffered.slice_columns(constants["SUMMED"], 128), "SLOTS": 16}
+    kernel = compiled(
+        triton_buffered.buffered_step_kernel, capability, types, constants, num_warps=triton_buffered.WARPS
+    )
+    assert resources(kernel)[1] == 0
+
+
+@pytest.mark.parametrize("capability", sorted(TILES))
+@pytest.mark.parametrize("gated", [False, True], ids=["linear", "glu"])
+def test_token_products(capability, gated):
+    from kernels.token import triton_token
+
+    types = {f"{name}_pointer": "*bf16" for name in ("x", "weight", "value", "residual", "y")}
+    types |= {"square_sum_pointer": "*fp32", "eps": "fp32"}
+    absent = ("square_sum_pointer", "residual_pointer") if gated else ("value_pointer",)
+    types = {name: type_ for name, type_ in types.items() if name not in absent}
+    constants = {"NORM": True, "SILU": gated, "PARTS": 64, "DEPENDENT": capability >= 9} | dict.fromkeys(absent)
+    constants |= {"OUT": 2 if gated else 4, "WIDTH": 2048}
+    kernel = compiled(triton_token.token_kernel, capability, types, constants, num_warps=triton_token.WARPS)
+    assert resources(kernel)[1] == 0
+
+
+@pytest.mark.parametrize("capability", sorted(TILES))
+@pytest.mark.parametrize("penalty", [False, True], ids=["plain", "penalty"])
+def test_sampling(capability, penalty):
+    from kernels.sampling import triton_sampling
+
+    types = dict.fromkeys(("top_k_pointer", "keys_pointer", "positions_pointer", "chosen_pointer"), "*i64")
+    types |= dict.fromkeys(("temperature_pointer", "top_p_pointer"), "*fp64")
+    types |= {"logits_pointer": "*fp32" if penalty else "*bf16"}
+    constants = {"PENALTY": penalty, "BITS": 32 if penalty else 16, "BLOCK": triton_sampling.BLOCK}
+    if penalty:
+        types |= {"seen_pointer": "*u8", "penalty_pointer": "*fp32"}
+    else:
+        constants |= {"seen_pointer": None, "penalty_pointer": None}
+    kernel = compiled(triton_sampling.sample_kernel, capability, types, constants, num_warps=triton_sampling.WARPS)
     assert resources(kernel)[1] == 0
 
 

@@ -57,7 +57,7 @@ def test_another_architecture_trains_is_saved_evaluated_and_decodes(tmp_path):
     whole, windows = (document_nats(model, documents, window=window) for window in (64, 7))
     assert windows == pytest.approx(whole, rel=1e-5)
 
-    found = list(generate(model, [1, 5, 9], max_new_tokens=12, sampler=Sampler(temperature=0)))
+    found = generate(model, [[1, 5, 9]], max_new_tokens=12, sampler=Sampler(temperature=0))[0]
     ids = [1, 5, 9]
     with torch.no_grad():
         while len(ids) < 3 + len(found):

@@ -80,7 +80,7 @@ def test_rates_that_config_json_lacks_are_those_of_the_definition(model, heads):
 def test_greedy_generation_is_ours(folder, either):
     prompt = random_batch(1, 20, seed=5)[0]
     sampler = Sampler(temperature=0)
-    wanted = list(generate(load_pretrained(folder), prompt[0].tolist(), max_new_tokens=24, sampler=sampler))
+    wanted = generate(load_pretrained(folder), prompt.tolist(), max_new_tokens=24, sampler=sampler)[0]
     found = either.generate(prompt, max_new_tokens=24, do_sample=False)[0, prompt.shape[1] :].tolist()
     assert len(set(wanted)) > 5
     assert (found[:-1] if found[-1] == TINY.eos_id else found) == wanted
