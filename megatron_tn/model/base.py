@@ -141,8 +141,9 @@ class Model(nn.Module):
             loss = token_losses
         return ModelOutput(loss=loss, token_losses=token_losses, state=state)
 
-    def _check_length(self, length: int, cu_seqlens: Tensor | None) -> None:
-        if self.config.max_length:
+    def _check_length(self, length: int | Tensor, cu_seqlens: Tensor | None = None) -> None:
+        """length: tokens of a row; a tensor of each row's is not read, since the decoder has checked requests."""
+        if self.config.max_length and not isinstance(length, Tensor):
             if cu_seqlens is not None:
                 length = 0 if cu_seqlens.is_cuda else int(cu_seqlens.diff().max())
             if length > self.config.max_length:
@@ -153,6 +154,7 @@ class Model(nn.Module):
     def advance(self, tokens: Tensor, state: DecodingState | None) -> DecodingState:
         """The state after tokens [B, N], which follow those of `state`; no logits are formed."""
         start = 0 if state is None else state.position
+        self._check_length(start + tokens.shape[1])
         layout = TokenLayout.of(tokens, start=start, return_state=True)
         _, states = self.model(tokens, layout, state)
         return DecodingState(states, start + tokens.shape[1])

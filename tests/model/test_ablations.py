@@ -131,14 +131,13 @@ def test_a_sequence_longer_than_cosformer_is_refused_and_a_document_read_in_piec
             model(tokens[:, :1] if "state" in given else tokens, **given)
     prompt, sampler = tokens[0, :20].tolist(), Sampler(temperature=0)
     with pytest.raises(ValueError, match="a prompt of 20 tokens and max_new_tokens=6 are longer than"):
-        next(generate(model, prompt, max_new_tokens=6, sampler=sampler))
-    assert len(list(generate(model, prompt, max_new_tokens=5, sampler=sampler))) <= 5
+        generate(model, [prompt], max_new_tokens=6, sampler=sampler)
+    assert len(generate(model, [prompt], max_new_tokens=5, sampler=sampler)[0]) <= 5
     ids = tokens[0].numpy()
-    (nats,) = document_nats(model, [ids], window=8)
-    pieces = [
-        model(tokens[:, a:b], targets=tokens[:, a + 1 : b + 1], reduction="sum").loss for a, b in ((0, 24), (24, 29))
-    ]
-    assert nats == pytest.approx(sum(pieces).item(), rel=1e-5)
+    (nats,), (again,) = (document_nats(model, [ids], window=window) for window in (7, 256))
+    pieces = ((tokens[:, begin:end], tokens[:, begin + 1 : end + 1]) for begin, end in ((0, 24), (24, 29)))
+    wanted = sum(model(ids, targets=targets, reduction="sum").loss.item() for ids, targets in pieces)
+    assert (nats, again) == pytest.approx((wanted, wanted), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -176,12 +175,14 @@ def test_a_checkpoint_is_the_model_and_is_not_exported(tmp_path, config, capsys)
     checkpoint = saved(engine, settings, tmp_path)
     model, tokens = load_model(checkpoint), random_batch(2, 9)
     assert engine.model.loss(*tokens) == model.loss(*tokens)
-    ids = [1, 5, 9]
-    found = list(generate(model, ids, max_new_tokens=12, sampler=Sampler(temperature=0)))
+    prompts = [[1, 5, 9], [1, *range(3, 14)]]
+    found = generate(model, prompts, max_new_tokens=12, sampler=Sampler(temperature=0), together=2)
     with torch.no_grad():
-        for _ in found:
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    assert ids[3:] == found
+        for ids, more in zip(prompts, found, strict=True):
+            for chosen in more:
+                assert int(model(torch.tensor([ids])).logits[0, -1].argmax()) == chosen
+                ids.append(chosen)
+    assert all(found)
     output = tmp_path / "export"
     assert call(convert, "export", f"checkpoint={checkpoint}", f"output={output}") == 2
     assert "cannot be exported" in capsys.readouterr().err
