@@ -21,7 +21,7 @@ from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.released.write import save_pretrained
 from tests.helpers.definition import definition_gradients
 from tests.helpers.models import COSFORMER, HYBRID, TINY, TRANSNORMER_2022, random_batch, relative_errors, tiny_config
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import layout, run_shared
 from tests.helpers.training import call
 from tests.model.test_registry import saved, trained
 
@@ -89,32 +89,62 @@ def test_a_variant_and_its_decoding_equal_their_definition(config):
     check(config, gradients_of(config))
 
 
+def check_documents(model: Model, tokens: Tensor) -> Tensor:
+    """The logits of three packed documents and an empty one. Another token in the second changes no other document."""
+    bounds = torch.tensor([0, 6, 7, LENGTH, LENGTH], dtype=torch.int32, device=tokens.device)
+    changed = tokens.clone()
+    changed[0, 6] += 1
+    with torch.no_grad():
+        packed, again = (model(ids, cu_seqlens=bounds).logits for ids in (tokens, changed))
+    assert torch.equal(again[:, :6], packed[:, :6])
+    assert torch.equal(again[:, 7:], packed[:, 7:])
+    assert not torch.equal(again[:, 6], packed[:, 6])
+    return packed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_on_a_gpu(config):
+    """In fp32 against the definition, with decoding by every row alone and by rows together; documents in bf16."""
+    exact = model_of(config, None)
+    model = build_model(config, None, "cuda", torch.float32)
+    model.load_state_dict(exact.state_dict())
+    tokens, targets = (part.cuda() for part in random_batch(3, LENGTH, config))
+    loss = model.loss(tokens, targets)
+    loss.backward()
+    wanted, gradients = definition_gradients(config, dict(exact.named_parameters()), tokens.cpu(), targets.cpu())
+    torch.testing.assert_close(loss.cpu().double(), wanted, rtol=1e-5, atol=0)
+    found = {name: gradient.cpu() for name, gradient in model.named_logical_gradients().items()}
+    assert max(relative_errors(found, gradients).values()) < 1e-4
+    with torch.no_grad():
+        logits = model(tokens).logits
+        assert (decoded(model, tokens) - logits).abs().max() < 1e-4 * logits.abs().max()
+    prompts = [tokens[row, :length].tolist() for row, length in enumerate((3, 9, 12))]
+    greedy = Sampler(temperature=0)
+    alone = [generate(model, [prompt], max_new_tokens=8, sampler=greedy)[0] for prompt in prompts]
+    assert generate(model, prompts, max_new_tokens=8, sampler=greedy) == alone
+    check_documents(model.bfloat16(), tokens[:1])
+
+
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_documents_do_not_leak(config):
     model = model_of(config, None)
     assert parameter_count(config) == sum(parameter.numel() for parameter in model.parameters())
     tokens, _ = random_batch(1, LENGTH)
-    bounds = torch.tensor([0, 6, 7, LENGTH, LENGTH], dtype=torch.int32)  # the last document is an empty one
+    packed = check_documents(model, tokens)
     with torch.no_grad():
         alone = [model(part).logits for part in tokens.split([6, 1, LENGTH - 7], dim=1)]
-        packed = model(tokens, cu_seqlens=bounds).logits
-        torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-11, atol=1e-12)
-        changed = tokens.clone()
-        changed[0, 6] += 1
-        again = model(changed, cu_seqlens=bounds).logits
-    assert torch.equal(again[:, :6], packed[:, :6])
-    assert torch.equal(again[:, 7:], packed[:, 7:])
-    assert not torch.equal(again[:, 6], packed[:, 6])
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-11, atol=1e-12)
 
 
 def gradients_on_ranks(configs: list[ModelConfig]):
-    contexts = [ParallelContext.create(2, sequence_parallel=shared) for shared in (False, True)]
+    contexts = [layout(2, sequence_parallel=shared) for shared in (False, True)]
     return [gradients_of(config, context) for config in configs for context in contexts]
 
 
 def test_every_variant_on_two_ranks_equals_its_definition():
     configs = list(CONFIGS.values())
-    for rank in run_ranks(2, gradients_on_ranks, configs):
+    for rank in run_shared(2, gradients_on_ranks, configs):
         for index, found in enumerate(rank):
             check(configs[index // 2], found)
 
