@@ -133,6 +133,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row_and_one_curve(tmp_path
     assert "<td>2.100 ± 0.141</td>" in page
     assert base64.b64encode((tmp_path / "compare.png").read_bytes()).decode() in page
     assert str(tmp_path / "gateless1") in page
+    assert "| model.gate=false | 2 | 50 | 2.100 ± 0.141 |" in (tmp_path / "compare.md").read_text()
     curve = curve_of([RunFolder(tmp_path / f"plain{seed}") for seed in (0, 1)])
     assert (curve.loss.tolist(), curve.lowest.tolist(), curve.highest.tolist()) == ([3.1] * 5, [3.0] * 5, [3.2] * 5)
     assert curve.tokens.tolist() == [10, 20, 30, 40, 50]
