@@ -60,20 +60,36 @@ def buffered_step_kernel(
     column = piece * SLICE + tl.arange(0, SLICE)
     held = i < summed_width
     wanted = column < width
+    source = tl.where(i < width, i, i - width)  # LRPE features: cosine half, then sine half of the same elements
+
+    # All loads come first, and none depends on another, so that their latencies overlap.
     at = state_pointer + row_head * summed_width * width + i[:, None] * width + column[None, :]
     mask = held[:, None] & wanted[None, :]
     state = tl.load(at, mask=mask, other=0.0)
-    source = tl.where(i < width, i, i - width)  # LRPE features: cosine half, then sine half of the same elements
-
+    keys_at = keys_pointer + row_head * buffered * summed_width
+    values_at = values_pointer + row_head * buffered * width
+    there = j < buffered
+    keys = tl.load(keys_at + j[:, None] * summed_width + i[None, :], mask=there[:, None] & held[None, :], other=0.0)
+    values = tl.load(values_at + j[:, None] * width + column[None, :], mask=there[:, None] & wanted[None, :], other=0.0)
     x = x_pointer + row * x_row + head * width
     part = heads * width
-    q = activate(tl.load(x + source, mask=held, other=0.0).to(tl.float32), ACT, QUICK)
-    k = activate(tl.load(x + part + source, mask=held, other=0.0).to(tl.float32), ACT, QUICK)
+    q = tl.load(x + source, mask=held, other=0.0).to(tl.float32)
+    k = tl.load(x + part + source, mask=held, other=0.0).to(tl.float32)
+    v = tl.load(x + 2 * part + column, mask=wanted, other=0.0)
+    if GATE:
+        u = tl.load(x + 3 * part + column, mask=wanted, other=0.0).to(tl.float32)
+    slot = tl.load(slot_pointer).to(tl.int32)
+    start = tl.load(start_pointer + row).to(tl.int32)
+    rate = tl.load(decay_pointer + head)
+    position = tl.zeros([1], tl.int64)
     if theta_pointer is not None:
-        position = tl.zeros([1], tl.int64)
         if positions_pointer is not None:
             position += tl.load(positions_pointer + row * positions_row).to(tl.int64)
         fraction = turn_fraction(tl.load(theta_pointer + head * width + source, mask=held, other=0.0))
+
+    q = activate(q, ACT, QUICK)
+    k = activate(k, ACT, QUICK)
+    if theta_pointer is not None:
         cos, sin = cos_sin(position, fraction, QUICK)
         turn = tl.where(i < width, tl.reshape(cos, [SUMMED]), tl.reshape(sin, [SUMMED]))
         q *= turn
@@ -81,28 +97,21 @@ def buffered_step_kernel(
     q = tl.where(held, q, 0.0)
     # What the fold will read: the key as it is stored.
     k = tl.where(held, k, 0.0).to(keys_pointer.dtype.element_ty)
-    v = tl.load(x + 2 * part + column, mask=wanted, other=0.0)
 
-    slot = tl.load(slot_pointer).to(tl.int32)
-    start = tl.load(start_pointer + row).to(tl.int32)
-    rate = tl.load(decay_pointer + head)
+    # The current token takes its slot; the slots not in use may hold anything, NaN too.
     earlier = (j >= start) & (j < slot)
-    keys_at = keys_pointer + row_head * buffered * summed_width
-    values_at = values_pointer + row_head * buffered * width
-    keys = tl.load(keys_at + j[:, None] * summed_width + i[None, :], mask=earlier[:, None] & held[None, :], other=0.0)
-    values = tl.load(
-        values_at + j[:, None] * width + column[None, :], mask=earlier[:, None] & wanted[None, :], other=0.0
-    )
+    current = j == slot
+    keys = tl.where(earlier[:, None], keys, tl.where(current[:, None], k[None, :], 0.0))
+    values = tl.where(earlier[:, None], values, tl.where(current[:, None], v[None, :], 0.0))
     if piece == 0:
         tl.store(keys_at + slot * summed_width + i, k, mask=held)
     tl.store(values_at + slot * width + column, v, mask=wanted)
 
+    used = earlier | current
     before = tl.exp(-rate * (slot + 1 - start).to(tl.float32))
-    age = tl.where(earlier, tl.exp(-rate * tl.where(earlier, slot - j, 0).to(tl.float32)), 0.0)
+    age = tl.where(used, tl.exp(-rate * tl.where(used, slot - j, 0).to(tl.float32)), 0.0)
     scores = tl.sum(keys.to(tl.float32) * q[None, :], 1) * age
-    o = before * tl.sum(state * q[:, None], 0)
-    o += tl.sum(values.to(tl.float32) * scores[:, None], 0)
-    o += tl.sum(k.to(tl.float32) * q, 0) * v.to(tl.float32)
+    o = tl.sum(state * (before * q)[:, None], 0) + tl.sum(values.to(tl.float32) * scores[:, None], 0)
     if slot == buffered - 1:
         state *= before
         for past in range(start, slot):
@@ -114,7 +123,7 @@ def buffered_step_kernel(
         tl.store(at, state, mask=mask)
     tl.store(sums_pointer + tl.program_id(0), tl.sum(o * o, 0))
     if GATE:
-        o *= tl.load(x + 3 * part + column, mask=wanted, other=0.0).to(tl.float32)
+        o *= u
     tl.store(y_pointer + row_head * width + column, o.to(y_pointer.dtype.element_ty), mask=wanted)
 
 

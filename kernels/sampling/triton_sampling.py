@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 8192, 32
+BLOCK, WARPS = 4096, 16
+UNROLL = 4  # blocks of a pass whose loads are in flight together
 GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
 FIRST_MULTIPLIER = tl.constexpr(0xBF58476D1CE4E5B9)
 SECOND_MULTIPLIER = tl.constexpr(0x94D049BB133111EB)
@@ -60,6 +61,7 @@ def sample_kernel(
     PENALTY: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits_at = logits_pointer + row * row_stride
@@ -76,7 +78,7 @@ def sample_kernel(
     # Each thread keeps the best of its columns; one reduction over threads follows.
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     where = offsets
-    for first in range(0, size, BLOCK):
+    for first in tl.range(0, size, BLOCK, loop_unroll_factor=UNROLL):
         x = load_logits(logits_at, seen_at, first + offsets, size, penalty, PENALTY)
         where = tl.where(x > best, first + offsets, where)
         best = tl.maximum(x, best)
@@ -90,7 +92,7 @@ def sample_kernel(
                 one = tl.full([], 1, tl.uint32) << shift
                 # How many logits reach least + 1, 2 and 3 units of this pass, in the digits of one number.
                 counts = tl.zeros([BLOCK], tl.int64)
-                for first in range(0, size, BLOCK):
+                for first in tl.range(0, size, BLOCK, loop_unroll_factor=UNROLL):
                     key = order(load_logits(logits_at, seen_at, first + offsets, size, penalty, PENALTY), BITS)
                     units = tl.where(key >= least, (key - least) >> shift, 0)
                     counts += tl.where(units >= 1, 1, 0).to(tl.int64)
@@ -101,7 +103,9 @@ def sample_kernel(
                 reached += (((total_counts >> 21) & 0x1FFFFF) >= top_k).to(tl.uint32)
                 reached += ((total_counts >> 42) >= top_k).to(tl.uint32)
                 least += reached * one
-        total = kept_weight(logits_at, seen_at, size, penalty, largest, temperature, least, PENALTY, BITS, BLOCK)
+        total = kept_weight(
+            logits_at, seen_at, size, penalty, largest, temperature, least, PENALTY, BITS, BLOCK, UNROLL
+        )
         if top_p < 1:
             mass = top_p * total
             nucleus = tl.full([], 0, tl.uint32)
@@ -111,7 +115,7 @@ def sample_kernel(
                 first_sums = tl.zeros([BLOCK], tl.float32)
                 second_sums = tl.zeros([BLOCK], tl.float32)
                 third_sums = tl.zeros([BLOCK], tl.float32)
-                for first in range(0, size, BLOCK):
+                for first in tl.range(0, size, BLOCK, loop_unroll_factor=UNROLL):
                     x = load_logits(logits_at, seen_at, first + offsets, size, penalty, PENALTY)
                     key = order(x, BITS)
                     weight = tl.where(key >= least, tl.exp((x - largest) / temperature), 0.0)
@@ -126,7 +130,9 @@ def sample_kernel(
             # Rounding may leave `mass` above the largest token's weight alone; that token always stays.
             top = order(largest, BITS)
             least = tl.where(nucleus > least, tl.where(nucleus < top, nucleus, top), least)
-            total = kept_weight(logits_at, seen_at, size, penalty, largest, temperature, least, PENALTY, BITS, BLOCK)
+            total = kept_weight(
+                logits_at, seen_at, size, penalty, largest, temperature, least, PENALTY, BITS, BLOCK, UNROLL
+            )
         drawn = uniform(tl.load(keys_pointer + row), tl.load(positions_pointer + row)) * total
         passed = 0.0
         found = tl.full([], -1, tl.int32)
@@ -161,11 +167,12 @@ def kept_weight(
     PENALTY: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """The sum of exp((logit - largest) / temperature) over the tokens that are kept."""
     offsets = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, size, BLOCK):
+    for first in tl.range(0, size, BLOCK, loop_unroll_factor=UNROLL):
         x = load_logits(logits_at, seen_at, first + offsets, size, penalty, PENALTY)
         sums += tl.where(order(x, BITS) >= least, tl.exp((x - largest) / temperature), 0.0)
     return tl.sum(sums, 0)
@@ -202,6 +209,7 @@ def sample(
             PENALTY=seen is not None,
             BITS=16 if logits.dtype == torch.bfloat16 and seen is None else 32,
             BLOCK=BLOCK,
+            UNROLL=UNROLL,
             num_warps=WARPS,
         )
     return chosen

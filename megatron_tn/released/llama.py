@@ -62,7 +62,7 @@ def from_released(values: dict[str, Any]) -> ModelConfig:
         "rope_base": rope.get("rope_theta", 10000.0),
         "init_std": values.get("initializer_range", 0.02),
     }
-    for name, absent in (("pad", 0), ("bos", 1), ("eos", 2)):
+    for name, absent in (("pad", extra.get("pad_id", 0)), ("bos", 1), ("eos", 2)):
         given = values.get(f"{name}_token_id", absent)
         fields[f"{name}_id"] = absent if given is None else given
     return model_config(fields)
@@ -86,9 +86,10 @@ def to_released(config: ModelConfig, sequence_length: int | None = None) -> dict
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
         "max_position_embeddings": sequence_length or ANY_LENGTH,
         "initializer_range": config.init_std,
-        "pad_token_id": config.pad_id,
+        # transformers would not train the embedding of a pad that is bos or eos, too; generation_config.json has it.
+        "pad_token_id": None if config.pad_id in (config.bos_id, config.eos_id) else config.pad_id,
         "bos_token_id": config.bos_id,
         "eos_token_id": config.eos_id,
         "tie_word_embeddings": True,
-        "megatron_tn": {"name": config.name},
+        "megatron_tn": {"name": config.name, "pad_id": config.pad_id},
     }

@@ -60,11 +60,11 @@ def plain(model: Model, prompt: Sequence[int], count: int) -> tuple[list[int], T
 
 @contextlib.contextmanager
 def recorded_logits() -> Iterator[list[Tensor]]:
-    """The logits [B, V] of every step that decoders make within the block, on the host."""
+    """The logits [B, V] of every step that decoders run or capture within the block."""
     found, sample = [], decoder.sample
 
     def recording(logits, *given):
-        found.append(logits.float().cpu())
+        found.append(logits.float().clone())
         return sample(logits, *given)
 
     decoder.sample = recording

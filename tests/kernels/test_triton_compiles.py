@@ -301,7 +301,8 @@ def test_sampling(capability, penalty):
     types = dict.fromkeys(("top_k_pointer", "keys_pointer", "positions_pointer", "chosen_pointer"), "*i64")
     types |= dict.fromkeys(("temperature_pointer", "top_p_pointer"), "*fp64")
     types |= {"logits_pointer": "*fp32" if penalty else "*bf16"}
-    constants = {"PENALTY": penalty, "BITS": 32 if penalty else 16, "BLOCK": triton_sampling.BLOCK}
+    constants = {"PENALTY": penalty, "BITS": 32 if penalty else 16}
+    constants |= {"BLOCK": triton_sampling.BLOCK, "UNROLL": triton_sampling.UNROLL}
     if penalty:
         types |= {"seen_pointer": "*u8", "penalty_pointer": "*fp32"}
     else:

@@ -67,9 +67,23 @@ def test_transformers_computes_our_logits_and_gradients(ours, theirs):
     assert max(relative_errors(gradients, wanted).values()) < 1e-4
 
 
+def test_a_pad_that_is_eos_is_trained_by_transformers_too(tmp_path):
+    config = dataclasses.replace(TRANSFORMER, pad_id=TRANSFORMER.eos_id)
+    ours = reference_model(config, seed=1, dtype=torch.float32)
+    save_pretrained(ours, tmp_path)
+    theirs = hub.transformers().AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert theirs.generation_config.pad_token_id == config.eos_id
+    tokens = torch.tensor([[1, 5, 2, 1, 7, 9, 2]])
+    theirs(tokens, labels=tokens).loss.backward()
+    ours.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+    wanted = ours.model.embed_tokens.weight.grad
+    assert (theirs.model.embed_tokens.weight.grad - wanted).norm() < 1e-4 * wanted.norm()
+    assert load_pretrained(tmp_path).config == config
+
+
 def test_greedy_generation_is_ours(ours, theirs):
     prompt = random_batch(1, 20, seed=6)[0]
-    wanted = list(generate(ours, prompt[0].tolist(), max_new_tokens=24, sampler=Sampler(temperature=0)))
+    wanted = generate(ours, prompt.tolist(), max_new_tokens=24, sampler=Sampler(temperature=0))[0]
     found = theirs.generate(prompt, max_new_tokens=24, do_sample=False)[0, prompt.shape[1] :].tolist()
     assert len(set(wanted)) > 5
     assert (found[:-1] if found[-1] == LIVELY.eos_id else found) == wanted
