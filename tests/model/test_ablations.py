@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from kernels import self_check
 from megatron_tn.checkpoint.load import load_model
 from megatron_tn.config import ConfigError, DataConfig, ModelConfig, ParallelConfig
 from megatron_tn.convert import main as convert
@@ -16,6 +17,7 @@ from megatron_tn.evaluation.perplexity import document_nats
 from megatron_tn.inference.generator import generate
 from megatron_tn.inference.sampler import Sampler
 from megatron_tn.model.base import Model
+from megatron_tn.model.check import attentions
 from megatron_tn.model.init import initialize
 from megatron_tn.model.registry import build_model, parameter_count
 from megatron_tn.overrides import CONF
@@ -25,7 +27,7 @@ from tests.helpers.definition import definition_gradients
 from tests.helpers.models import COSFORMER, HYBRID, TINY, TRANSNORMER_2022, random_batch, relative_errors, tiny_config
 from tests.helpers.ranks import layout, run_shared
 from tests.helpers.training import call
-from tests.model.test_registry import saved, trained
+from tests.model.test_registry import CPU, saved, trained
 
 TABLES = sorted((CONF / "experiment/paper").glob("*/*.yaml"))
 ROWS = {f"{path.parent.name}/{path.stem}": OmegaConf.load(path).get("model") for path in TABLES}
@@ -150,6 +152,16 @@ def test_every_variant_on_two_ranks_equals_its_definition():
     for rank in run_shared(2, gradients_on_ranks, configs):
         for config, found in zip(configs, rank, strict=True):
             check(config, found)
+
+
+@pytest.mark.parametrize("config", [HYBRID, COSFORMER, TRANSNORMER_2022], ids=lambda config: config.name)
+def test_the_operators_of_every_kind_of_layer_are_checked(config):
+    of_attention = list(attentions(config))
+    kinds = {HYBRID.name: 2, COSFORMER.name: 1, TRANSNORMER_2022.name: 2}
+    assert len(of_attention) == kinds[config.name]
+    common = {"heads": 2, "glu_width": 8, "embed_width": 16, "length": 65, "dtype": torch.float32, "device": CPU}
+    for arguments in of_attention:
+        assert ("rope" if "rope_base" in arguments else "gla") in self_check(**common, **arguments)
 
 
 TOO_LONG = "a sequence of 25 tokens is longer than model.max_length=24"
