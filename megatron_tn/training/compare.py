@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from megatron_tn.config import ConfigError, to_mapping
 from megatron_tn.training.run_folder import RunFolder
@@ -69,12 +70,12 @@ def table_of(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
 def _cell(values: list[float], form: str, spread: bool) -> str:
     if not values:
         return "-"
-    mean = f"{statistics.fmean(values):{form}}"
-    return f"{mean} ± {statistics.stdev(values):{form}}" if spread and len(values) > 1 else mean
+    mean = f"{np.mean(values):{form}}"
+    return f"{mean} ± {np.std(values, ddof=1):{form}}" if spread and len(values) > 1 else mean
 
 
 def _rank(group: Group, figure: str) -> float:
-    mean = statistics.fmean(group.values(figure))
+    mean = np.mean(group.values(figure))
     return math.inf if math.isnan(mean) else mean  # a run that diverged is the worst
 
 

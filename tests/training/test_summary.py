@@ -125,10 +125,16 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row_and_one_curve(tmp_path
         for seed, loss in enumerate(losses):
             folder = make_run(tmp_path / f"{name}{seed}", 5, loss)
             save(replace(config, seed=seed, run_dir=str(folder.path)), folder.config_file)
+    diverged = [make_run(tmp_path / f"diverged{seed}", 5, 1.0) for seed in (0, 1)]
+    for seed, folder in enumerate(diverged):
+        save(replace(base, optim=replace(base.optim, lr=1.0), seed=seed), folder.config_file)
+    journal = diverged[1].journal.path
+    journal.write_text(re.sub(r'loss": [0-9.]+', 'loss": null', journal.read_text()))
     assert call(compare.main, str(tmp_path)) == 0
     said = capsys.readouterr().out
+    assert said.index("model.gate=false") < said.index("reference") < said.index("optim.lr=1.0 ")  # diverged: the worst
+    assert "nan ± nan" in said
     assert re.search(r"model.gate=false.* 2 .* 2.100 ± 0.141 .* 3.100 ± 0.141 ", said)
-    assert said.index("model.gate=false") < said.index("model.gate=true")  # the best first
     page = (tmp_path / "compare.html").read_text()
     assert "<td>2.100 ± 0.141</td>" in page
     assert base64.b64encode((tmp_path / "compare.png").read_bytes()).decode() in page
