@@ -85,7 +85,7 @@ class ModelConfig:
 
 
 WITH_LRPE = ("linear", "norm")  # kinds of token mixers
-WITHOUT_STATE = ("softmax", "block")  # kinds of softmax attention, with RoPE
+SOFTMAX_KINDS = ("softmax", "block")  # kinds of softmax attention, with RoPE
 RELATIONS = Relations()
 
 
@@ -155,7 +155,7 @@ def _cosformer_alone_is_built_for_a_length(model: ModelConfig, tp: int) -> Itera
 
 @RELATIONS.reads("model.embed_dim", "model.heads", "model.layers")
 def _rope_pairs_channels(model: ModelConfig, tp: int) -> Iterator[str]:
-    rotated = model.attention and set(model.mixers) & set(WITHOUT_STATE)
+    rotated = model.attention and set(model.mixers) & set(SOFTMAX_KINDS)
     if rotated and model.embed_dim % model.heads == 0 and model.head_dim % 2:
         yield (
             f"model.embed_dim={model.embed_dim} / model.heads={model.heads} = {model.head_dim} must be even: RoPE "

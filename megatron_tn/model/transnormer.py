@@ -17,7 +17,6 @@ from torch import Tensor
 from kernels.gla.step_buffer import StepBuffer
 from megatron_tn.config import ModelConfig
 from megatron_tn.model import decoder
-from megatron_tn.model.attention import GatedLinearAttention
 from megatron_tn.model.base import Model
 from megatron_tn.model.decay import all_decay_rates
 from megatron_tn.model.decoder import Decoder
@@ -50,18 +49,14 @@ class TransNormerModel(Decoder):
     @property
     def fixed_state(self) -> bool:
         """Whether the state's size does not depend on the number of tokens: linear attention in every layer."""
-        return all(isinstance(block.token_mixer, GatedLinearAttention) for block in self.layers)
+        return all(hasattr(block.token_mixer, "state_widths") for block in self.layers)
 
     def initial_state(self, rows: int) -> list[Tensor]:
         """Zeros [B, H / tp, K, d] for each layer, fp32 (fp64 for an fp64 model). Needs `fixed_state`."""
-        states = []
-        for block in self.layers:
-            weight, heads = block.token_mixer.out_proj.weight, len(self.rates[0])
-            width = weight.shape[1] // heads
-            shape = (rows, heads, width * (1 if block.token_mixer.lrpe is None else 2), width)
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            states.append(torch.zeros(shape, dtype=wide, device=weight.device))
-        return states
+        weight, heads = self.embed_tokens.weight, len(self.rates[0])
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        widths = [block.token_mixer.state_widths for block in self.layers]
+        return [torch.zeros(rows, heads, *pair, dtype=wide, device=weight.device) for pair in widths]
 
     def buffered_state(self, rows: int, slots: int) -> list[StepBuffer]:
         """`initial_state` in buffers of `slots` tokens, for steps that seldom write it."""

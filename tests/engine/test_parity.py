@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_tn.config import DataConfig, EngineConfig, OptimConfig, ParallelConfig
-from megatron_tn.config.model import WITHOUT_STATE
+from megatron_tn.config.model import SOFTMAX_KINDS
 from megatron_tn.engine.base import DTYPES
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.optim.schedule import learning_rate
@@ -182,7 +182,7 @@ LAYOUTS = [
 )
 def test_gradients_equal_one_fp64_process_in_every_layout(world, tp, cp, sequence_parallel):
     engines = [LOCAL, *ZERO, ALL_PARTITIONED, FSDP2]
-    models = [name for name, model in MODELS.items() if cp == 1 or not set(model.mixers) & set(WITHOUT_STATE)]
+    models = [name for name, model in MODELS.items() if cp == 1 or not set(model.mixers) & set(SOFTMAX_KINDS)]
     cases = [(engine, n, model) for engine in engines for n in (1, 3) for model in models]
     check_gradients(world, tp, cases, cp=cp, sequence_parallel=sequence_parallel)
 
