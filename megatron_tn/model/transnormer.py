@@ -17,6 +17,7 @@ from torch import Tensor
 from kernels.gla.step_buffer import StepBuffer
 from megatron_tn.config import ModelConfig
 from megatron_tn.model import decoder
+from megatron_tn.model.attention import GatedLinearAttention
 from megatron_tn.model.base import Model
 from megatron_tn.model.decay import all_decay_rates
 from megatron_tn.model.decoder import Decoder
@@ -57,6 +58,11 @@ class TransNormerModel(Decoder):
         wide = torch.promote_types(weight.dtype, torch.float32)
         widths = [block.token_mixer.state_widths for block in self.layers]
         return [torch.zeros(rows, heads, *pair, dtype=wide, device=weight.device) for pair in widths]
+
+    @property
+    def bufferable_state(self) -> bool:
+        """Whether there is `buffered_state`: gated linear attention in every layer."""
+        return all(isinstance(block.token_mixer, GatedLinearAttention) for block in self.layers)
 
     def buffered_state(self, rows: int, slots: int) -> list[StepBuffer]:
         """`initial_state` in buffers of `slots` tokens, for steps that seldom write it."""
