@@ -150,12 +150,13 @@ class Model(nn.Module):
             ValueError: more tokens than config.max_length.
         """
         start = 0 if state is None else state.position
-        self._check_length(start + tokens.shape[1], None)
+        self._check_length(start + tokens.shape[1])
         _, states = self.model(tokens, TokenLayout.of(tokens, start=start, return_state=True), state)
         return DecodingState(states, start + tokens.shape[1])
 
-    def _check_length(self, length: int, cu_seqlens: Tensor | None) -> None:
-        if self.config.max_length:
+    def _check_length(self, length: int | Tensor, cu_seqlens: Tensor | None = None) -> None:
+        """length: tokens of a row; a tensor of each row's is not read, since the decoder has checked requests."""
+        if self.config.max_length and not isinstance(length, Tensor):
             if cu_seqlens is not None:
                 length = 0 if cu_seqlens.is_cuda else int(cu_seqlens.diff().max())
             if length > self.config.max_length:
