@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from data_pipeline.audit.answers import AnswersFile
 from data_pipeline.audit.samples import Samples
@@ -29,6 +31,8 @@ from megatron_tn.checkpoint.load import CheckpointWeights
 from megatron_tn.checkpoint.manifest import FORMAT, MANIFEST, VERSION, CheckpointManifest
 from megatron_tn.checkpoint.verify import glance, verify
 from megatron_tn.config import ConfigError, EngineConfig, ModelConfig, TrainConfig, from_mapping, to_mapping
+from megatron_tn.inference.prefix_file import fingerprint, load_prefix
+from megatron_tn.inference.records import prompt_problems, read_prompts
 from megatron_tn.parallel import world
 from megatron_tn.released.config import config_from_released, config_to_released, read_config
 from megatron_tn.released.tokenizer import tokenizer_files
@@ -36,6 +40,7 @@ from megatron_tn.released.weights import ReleasedWeights, weight_files
 from megatron_tn.training import freeze
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.watchdog.signs import Sign
+from tests.helpers.models import TINY, reference_model
 from tests.helpers.shards import make_text_shards
 
 CONTENTS = {
@@ -93,6 +98,22 @@ def journal(path: Path) -> None:
     file.set_aside_after(3)
 
 
+def prompts(path: Path) -> None:
+    if problems := prompt_problems(str(path), "a", {"end"}):
+        raise ConfigError(problems)
+    list(read_prompts(str(path)))
+
+
+def prefix_metadata(path: Path) -> None:
+    """The content as each value of a prefix's metadata in turn."""
+    text, model = path.read_bytes().decode("utf-8", "replace"), reference_model(TINY, 0)
+    good = {"config": json.dumps(to_mapping(TINY)), "dtype": "torch.float64", "model": fingerprint(model)}
+    good |= {"format": "megatron_tn prefix 1", "length": "1", "last": "5"}
+    for name in good:
+        save_file({"seen": torch.tensor([5], dtype=torch.int32)}, path, good | {name: text})
+        refused(lambda: load_prefix(path, model))
+
+
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "manifest": ("manifest.json", Manifest.load),
     "filter": ("filter.yaml", lambda path: ScoreFilter.load(str(path))),
@@ -118,6 +139,9 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "released index": ("model.safetensors.index.json", lambda path: weight_files(path.parent)),
     "released pickle": ("pytorch_model.bin", released),
     "released tensors": ("model.safetensors", released),
+    "prompts": ("prompts.jsonl", prompts),
+    "state of a prefix": ("prefix.safetensors", lambda path: load_prefix(path, reference_model(TINY, 0))),
+    "metadata of a prefix": ("prefix.safetensors", prefix_metadata),
     "DeepSpeed's settings": ("ds.json", lambda path: from_mapping(EngineConfig, {"deepspeed_config": str(path)})),
 }
 
