@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic.dataclasses import dataclass
 
-from megatron_tn.config.bounds import Count, Positive, Seed
+from megatron_tn.config.bounds import MOST_INT, Bounds, Count, Positive, Seed
+from megatron_tn.config.evaluation import Names
 from megatron_tn.config.mapping import STRICT, unwritable
 from megatron_tn.config.run import TrainConfig
 
@@ -41,10 +42,15 @@ class EvaluateConfig:
 
     checkpoint: str = ""  # a checkpoint, a run's folder (its newest checkpoint is taken), or a released model's folder
     manifest: str = ""  # manifest.json of held-out shards
+    # Tasks of lm-evaluation-harness, by name or as task files: docs/evaluation.md. They need the extra eval.
+    tasks: Names = dataclasses.field(default_factory=list)
+    task_folder: str = ""  # a folder of task files of one's own, whose names `tasks` may then have
+    task_documents: Count = 0  # of each task, the first ones; 0: all
+    shots: Annotated[int | None, Bounds(0, MOST_INT)] = None  # examples before each question; null: as the task says
     train_manifest: str = ""  # of the shards that the unigram baseline is counted on; empty leaves that baseline out
     tokenizer: str = ""  # tokenizer.json; empty looks beside the checkpoint
-    max_documents: Count = 0  # 0: all
-    batch_tokens: Positive = 4096  # tokens of the documents in one forward pass
+    max_documents: Count = 0  # of the held-out shards, equally many of each source; 0: all
+    batch_tokens: Positive = 4096  # tokens of the documents in one forward pass; a GPU takes more than a CPU
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one
     precision: Literal["trained", "bf16", "fp32"] = "trained"  # trained: what the weights were trained or stored in
     output: str = ""  # JSON file for the result, which is printed as well
