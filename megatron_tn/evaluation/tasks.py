@@ -23,6 +23,8 @@ from tokenizers import Tokenizer
 from megatron_tn.config import ConfigError
 from megatron_tn.model.base import Model
 
+log = logging.getLogger(__name__)
+
 SEED = 1234  # of few-shot examples, the harness's own default
 RESAMPLES = 100  # of the bootstrap, for the standard error of metrics that are no mean
 
@@ -90,6 +92,7 @@ def _all_tasks(folder: str) -> Any:
     """The harness's tasks and those below `folder`: thousands of files, which takes some ten seconds."""
     from lm_eval.tasks import TaskManager
 
+    log.info("looking through the task files of lm-evaluation-harness")
     return TaskManager(include_path=folder or None)
 
 

@@ -17,6 +17,7 @@ from megatron_tn.config import ConfigError
 from megatron_tn.evaluation.tasks import load_tasks, run_tasks
 from megatron_tn.inference.generator import generate
 from megatron_tn.inference.sampler import Sampler
+from megatron_tn.loading import read_tokenizer
 from megatron_tn.model.base import Model
 from megatron_tn.model.init import initialize
 from megatron_tn.model.registry import build_model
@@ -134,12 +135,12 @@ def test_scores_depend_neither_on_the_batch_nor_on_the_window(scores, model, tok
 def on_ranks(tokenizer: str, folder: str) -> dict[str, dict[str, float]]:
     model = build_model(CONFIG, ParallelContext.create(tp=2))
     initialize(model, 1)
-    return run_tasks(model, Tokenizer.from_str(tokenizer), load_tasks(NAMES, folder), batch_tokens=512)
+    return run_tasks(model, read_tokenizer(Path(tokenizer)), load_tasks(NAMES, folder), batch_tokens=512)
 
 
-def test_tensor_parallel_ranks_score_as_one(scores, tokenizer, folder):
-    text = tokenizer.to_str()
-    for found in run_ranks(2, on_ranks, text, str(folder)):
+def test_tensor_parallel_ranks_score_as_one(scores, tokenizer, folder, tmp_path):
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for found in run_ranks(2, on_ranks, str(tmp_path / "tokenizer.json"), str(folder)):
         assert found == {name: pytest.approx(values, abs=1e-4, rel=1e-4) for name, values in scores.items()}
 
 
