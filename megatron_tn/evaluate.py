@@ -10,12 +10,12 @@ Bits per byte stand beside what simpler models make of the same bytes, by source
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, track
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer
 
 from data_pipeline.shards import read_documents
@@ -25,7 +25,8 @@ from megatron_tn.config import ConfigError, EvaluateConfig, TrainConfig, out_of_
 from megatron_tn.data import other_tokenizer as other_tokenizer_than_training
 from megatron_tn.data import tokenizer_file
 from megatron_tn.evaluation.baselines import compressor_bits_per_byte, unigram_bits_per_byte
-from megatron_tn.evaluation.perplexity import Sums, evaluate_documents
+from megatron_tn.evaluation.perplexity import Documents, Sums, evaluate_documents
+from megatron_tn.evaluation.progress import DocumentProgress
 from megatron_tn.evaluation.tasks import TaskSet, journal_names, load_tasks, run_tasks
 from megatron_tn.held_out import held_out_documents, held_out_loss, load_manifest, problems_of_held_out
 from megatron_tn.loading import load_any_model, load_tokenizer, other_tokenizer, read_tokenizer, resolve_checkpoint
@@ -86,25 +87,33 @@ def held_out_figures(config: EvaluateConfig, model: Model, tokenizer: Tokenizer)
     if problems := problems or other_tokenizer(held_out, setting, config.tokenizer, config.checkpoint):
         raise ConfigError(problems)
     documents = held_out_documents(config.manifest, config.max_documents)
-    found = evaluate_documents(model, documents, batch_tokens=config.batch_tokens)
+    size, hidden = (len(documents.tokens), sum(map(len, documents.tokens))), not is_first_process()
+    with DocumentProgress("evaluate", *size, hidden=hidden) as shown:
+        found = evaluate_documents(model, documents, batch_tokens=config.batch_tokens, progress=shown.advance)
     bits_per_byte = {"model": found.bits_per_byte}
     if config.train_manifest:
         training = (document.tokens for document in read_documents(load_manifest(config.train_manifest)))
         bits_per_byte["unigram"] = unigram_bits_per_byte(
             training, documents.tokens, found.text_bytes, model.config.vocab_size
         )
-    shown = track(documents.tokens, "compressors", transient=True, disable=not is_first_process())
-    texts = (tokenizer.decode(list(ids)).encode() for ids in shown)
+    with DocumentProgress("compress", *size, hidden=hidden) as shown:
+        bits_per_byte |= compressor_bits_per_byte(texts(documents, tokenizer, shown))
     return {
         "manifest": config.manifest,
         "documents": found.documents,
         "tokens": found.tokens,
         "text_bytes": found.text_bytes,
         "nats_per_token": found.nats_per_token,
-        "bits_per_byte": bits_per_byte | compressor_bits_per_byte(texts),
+        "bits_per_byte": bits_per_byte,
         "sources": {name: figures(sums) for name, sums in found.sources.items()},
         "positions": {str(first): figures(sums) for first, sums in found.positions.items()},
     }
+
+
+def texts(documents: Documents, tokenizer: Tokenizer, shown: DocumentProgress) -> Iterator[bytes]:
+    for ids in documents.tokens:
+        yield tokenizer.decode(list(ids)).encode()
+        shown.advance(1, len(ids))
 
 
 def figures(sums: Sums) -> dict[str, Any]:
@@ -126,7 +135,7 @@ def task_scores(
             shots=config.shots,
             limit=config.task_documents,
             batch_tokens=config.batch_tokens,
-            progress=lambda requests: bar.advance(done, requests),
+            progress=lambda requests, tokens: bar.advance(done, requests),
         )
 
 
@@ -156,12 +165,12 @@ def problems_in_training(config: TrainConfig) -> list[str]:
 
 
 def evaluate_in_training(
-    model: Model, config: TrainConfig, progress: Callable[[int], None] = lambda done: None
+    model: Model, config: TrainConfig, progress: Callable[[int, int], None] = lambda documents, tokens: None
 ) -> dict[str, float]:
     """Held-out figures and task scores, by their names in the journal.
 
     Every rank evaluates the same documents, so that engines that gather parameters in the forward pass stay in step.
-    progress(n): called after each batch of n documents or requests.
+    progress(n, tokens): called after each batch of n documents or requests, of so many tokens.
     """
     evaluation, found = config.evaluation, {}
     if evaluation.manifest:

@@ -31,11 +31,11 @@ def problems_of_held_out(manifest: Manifest, setting: str, vocab_size: int) -> l
 
 
 def held_out_loss(
-    model: Model, config: TrainConfig, progress: Callable[[int], None] = lambda done: None
+    model: Model, config: TrainConfig, progress: Callable[[int, int], None] = lambda documents, tokens: None
 ) -> dict[str, float]:
     """For the training loop: held-out figures, by the names that the journal has for them. Every rank evaluates the
-    same documents, so that engines that gather parameters in the forward pass stay in step. `progress(n)` is told of n
-    more documents done."""
+    same documents, so that engines that gather parameters in the forward pass stay in step. progress(n, tokens): told
+    of n more documents done, of so many tokens."""
     documents = held_out_documents(config.evaluation.manifest, config.evaluation.max_documents)
     found = evaluate_documents(model, documents, window=config.data.sequence_length, progress=progress)
     values = {"heldout_loss": found.nats_per_token, "heldout_bits_per_byte": found.bits_per_byte}

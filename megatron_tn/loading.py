@@ -23,10 +23,10 @@ def load_any_model(path: str, device: str, precision: str, context: ParallelCont
     """The model in a checkpoint folder, in the newest of a folder of checkpoints, or in a released model's folder.
 
     precision "trained" keeps what the weights were trained or stored in; device "auto" takes a GPU where there is one.
-    context: of which this rank reads its part; None for a single process.
+    context: each of its tensor-parallel ranks loads its own part.
 
     Raises:
-        ConfigError: there is none of these at `path`, or no such device.
+        ConfigError: there is none of these at `path`, no such device, or a model that does not fit the layout.
     """
     directory = resolve_checkpoint(path)
     if device == "auto":
@@ -34,7 +34,7 @@ def load_any_model(path: str, device: str, precision: str, context: ParallelCont
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"device={device} is not to be had here: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"device={device} is not available here: {str(error).splitlines()[0]}") from None
     with open_weights(directory) as weights:
         stored = set(weights.dtypes.values())
         trained = torch.bfloat16 if stored == {torch.bfloat16} else torch.float32
@@ -60,7 +60,7 @@ def load_tokenizer(path: str, checkpoint: str) -> Tokenizer:
     """
     place = tokenizer_path(path, checkpoint)
     if place is None:
-        raise ConfigError(f"tokenizer={path!r}: there is no tokenizer.json there or beside checkpoint={checkpoint}")
+        raise ConfigError(f"tokenizer={path!r}: no tokenizer.json is there or beside checkpoint={checkpoint}")
     return read_tokenizer(place)
 
 
@@ -104,4 +104,4 @@ def resolve_checkpoint(path: str) -> Path:
         return directory
     if found := find_checkpoint(directory):
         return found
-    raise ConfigError(f"checkpoint={path}: there is no checkpoint and no released model")
+    raise ConfigError(f"checkpoint={path}: no checkpoint, run or released model is there")

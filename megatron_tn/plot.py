@@ -1,8 +1,12 @@
-"""Draws the losses of runs by tokens and by position in the document, and prints a table of where they stand.
+"""Draws the losses of runs by tokens, by seconds and by position in the document, and prints a table of where they
+stand, the best first.
 
 python -m megatron_tn.plot runs/first                            writes runs/first/loss.png
 python -m megatron_tn.plot runs/decay runs/other output=all.png  a sweep's folder stands for all runs below it
 python -m megatron_tn.plot ours.json theirs.json                 files of evaluate's output=: losses by position
+
+Runs that differ in their seed alone share a row (mean ± standard deviation) and a curve (mean and range).
+`python -m launch.compare` writes the same as a page.
 """
 
 from __future__ import annotations
@@ -12,12 +16,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
 from megatron_tn.cli import bad_input_exits
 from megatron_tn.config import ConfigError, read_mapping, unwritable
+from megatron_tn.training.compare import Group, groups_of, table_of
 from megatron_tn.training.curve import draw
 from megatron_tn.training.run_folder import RunFolder
-from megatron_tn.training.summary import sweep_table
 
 
 def main() -> None:
@@ -54,20 +59,26 @@ def positions_in(file: Path) -> dict[int, float]:
         raise ConfigError(f"{file}: {why}") from None
 
 
-def compare(runs: Sequence[Path], output: Path, evaluated: Mapping[str, Mapping[int, float]] | None = None) -> None:
-    """One table and one picture of several runs. A job of a sweep is named after the settings that it varies.
+def compare(
+    runs: Sequence[Path], output: Path, evaluated: Mapping[str, Mapping[int, float]] | None = None
+) -> list[Group]:
+    """Print a table and draw a picture of several runs; returns them by settings, the best first.
+
     evaluated: label -> losses by position, beside those of the runs.
 
     Raises:
         OSError: the picture cannot be written.
     """
-    named = {path.name: RunFolder(path) for path in runs}
-    if len(named) < len(runs):
-        named = {str(path): RunFolder(path) for path in runs}
-    if named:
-        Console(highlight=False, markup=False).print(sweep_table(named.items()))
-    if draw(named, output, evaluated):
+    groups = groups_of([RunFolder(path) for path in runs]) if runs else []
+    if groups:
+        titles, rows = table_of(groups)
+        table = Table(*titles)
+        for row in rows:
+            table.add_row(*row)
+        Console(highlight=False, markup=False).print(table)
+    if draw({group.name: group.runs for group in groups}, output, evaluated):
         print(f"wrote {output}")
+    return groups
 
 
 if __name__ == "__main__":

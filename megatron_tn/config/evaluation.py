@@ -21,9 +21,9 @@ Names = Annotated[list[str], BeforeValidator(_in_a_list)]  # tasks=a is tasks=[a
 
 @dataclass(frozen=True, config=STRICT)
 class EvaluationConfig:
-    manifest: str = ""  # manifest.json of held-out shards; empty leaves the held-out loss out
-    every: Count = 0  # steps; 0 evaluates at the end only
-    max_documents: Count = 256  # of the held-out shards, equally many of each source; 0: all
+    manifest: str = ""  # manifest.json of held-out shards; empty: no held-out loss during training
+    every: Count = 0  # steps between evaluations; 0: only at the end of the run
+    max_documents: Count = 256  # evaluate so many held-out documents, equally many of each source; 0: all
     # Tasks of lm-evaluation-harness, by name or as task files: docs/evaluation.md. They need the extra eval.
     tasks: Names = dataclasses.field(default_factory=list)
     task_folder: str = ""  # a folder of task files of one's own, whose names `tasks` may then have

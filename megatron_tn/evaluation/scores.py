@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -34,16 +35,17 @@ def row_scores(
     batch_tokens: int = 4096,
     window: int = 256,
     greedy: bool = False,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int, int], None] = lambda rows, tokens: None,
 ) -> Iterator[RowScores]:
     """The scores of tokens first[i], first[i] + 1, ... of rows[i] (ids [n], n >= 1), the longest rows first.
 
     first: at least 1, since a row's first token is given; None means 1 for all rows.
     batch_tokens: a batch has batch_tokens // window rows of similar length, and more of rows shorter than a window.
     The model runs on `window` tokens at a time, from the decoding state after the preceding window: every token sees
-    its row's whole past in bounded memory, and scores depend neither on the window nor on the batch.
+    its row's whole past in bounded memory, and scores depend neither on the window nor on the batch. A model that is
+    built for sequences of config.max_length tokens begins anew where a window would lead past it.
     greedy: logits [rows, window, V] are formed in each window that has a scored token.
-    progress(n): called after each batch of n rows. Collective over tensor parallelism.
+    progress(n, tokens): called after each batch of n rows, of so many tokens. Collective over tensor parallelism.
     """
     first = first or [1] * len(rows)
     device = next(model.parameters()).device
@@ -65,7 +67,7 @@ def row_scores(
         for row, index in enumerate(chosen):
             part = slice(first[index] - 1, len(rows[index]) - 1)
             yield RowScores(index, nats[row, part], hits[row, part] if greedy else None)
-        progress(len(chosen))
+        progress(len(chosen), sum(lengths))
 
 
 def _batch_scores(
@@ -84,10 +86,12 @@ def _batch_scores(
     nats = torch.zeros(tokens.shape, dtype=torch.float32, device=device)
     hits = torch.zeros(tokens.shape, dtype=torch.bool, device=device)
     state: DecodingState | None = None
+    most = model.config.max_length or math.inf
+    window = min(window, most)
     for begin in range(0, lengths[0], window):
         rows = sum(length > begin for length in lengths)
         if state is not None:
-            state = state.first_rows(rows)
+            state = None if state.position + window > most else state.first_rows(rows)
         piece = (slice(rows), slice(begin, begin + window))
         wanted = torch.from_numpy(targets[piece]).to(device)
         inputs = torch.from_numpy(tokens[piece]).to(device)

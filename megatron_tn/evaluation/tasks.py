@@ -132,15 +132,15 @@ def run_tasks(
     tokenizer: Tokenizer,
     tasks: TaskSet,
     *,
-    shots: int | None = None,
+    shots: int = -1,
     limit: int = 0,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int, int], None] = lambda requests, tokens: None,
     **options: int,
 ) -> dict[str, dict[str, float]]:
     """Task or group -> metric -> score; metrics of a filter of the task are named METRIC,FILTER. "samples" is the
     number of documents, METRIC_stderr the standard error.
 
-    shots: examples in front of each question; None: as many as the task says. limit: documents of each task, the first
+    shots: examples in front of each question; -1: as many as the task says. limit: documents of each task, the first
     ones; 0: all. options, progress: of `HarnessModel`. Few-shot examples depend on SEED alone, and no random state is
     changed. Collective: every rank gets the scores.
     """
@@ -151,7 +151,7 @@ def run_tasks(
     for task in tasks["tasks"].values():
         # The harness leaves both to its command line. A task draws on from where its last evaluation stopped.
         task.set_fewshot_seed(SEED)
-        number = task.get_config("num_fewshot") if shots is None else shots
+        number = task.get_config("num_fewshot") if shots < 0 else shots
         task.set_config("num_fewshot", number or 0)
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the bootstrap would fork a process that has threads
     with random_states_kept(), _quiet():

@@ -1,4 +1,6 @@
-"""Decoding of several prompts of different lengths at once."""
+"""Decoding of several prompts at once by the model's forward pass alone, which is what engines gather parameters in.
+
+`generator.Generator` is faster on a GPU, but calls kernels with a whole model's parameters."""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ def generate_rows(
     model: Model,
     prompts: Sequence[Sequence[int]],
     *,
-    choose: Callable[[list[int], Tensor], Tensor],
+    choose: Callable[[Tensor, Tensor], Tensor],
     is_done: Callable[[int, list[int]], bool],
     window: int = 256,
 ) -> list[list[int]]:
@@ -38,7 +40,8 @@ def generate_rows(
     All rows begin at position 0, so there is no padding: the tokens that every prompt has are processed `window` at a
     time; then one token of each row at a time, the prompt's while it lasts and the chosen one after it.
 
-    choose(places of R rows, logits [R, V]) -> ids [R] on any device. Collective over tensor parallelism.
+    choose(logits [B, V], positions int64 [B] of the tokens that they follow) -> ids [B]; ids of rows whose prompt is
+    not at its end, or that are done, are dropped. Collective over tensor parallelism.
     """
     device = next(model.parameters()).device
     given = min(map(len, prompts)) - 1
@@ -53,12 +56,14 @@ def generate_rows(
     place = given
     while running:
         out = model(torch.tensor(now, device=device).unsqueeze(1), state=state, return_state=True)
+        positions = torch.full((len(prompts),), place, device=device)
         state, place = out.state, place + 1
-        now = [prompt[place] if place < len(prompt) else now[row] for row, prompt in enumerate(prompts)]
-        at_end = [row for row in sorted(running) if place >= len(prompts[row])]
-        for row, chosen in zip(at_end, choose(at_end, out.logits[at_end, -1]).tolist(), strict=True):
-            now[row] = chosen
-            found[row].append(chosen)
-            if is_done(row, found[row]):
-                running.discard(row)
+        now = choose(out.logits[:, -1], positions).tolist()
+        for row, prompt in enumerate(prompts):
+            if place < len(prompt):
+                now[row] = prompt[place]
+            elif row in running:
+                found[row].append(now[row])
+                if is_done(row, found[row]):
+                    running.discard(row)
     return found

@@ -1,64 +1,124 @@
-"""The picture of one run or several: training loss and held-out loss by tokens, and by position in the document."""
+"""The picture of one run or several: training loss and held-out loss by tokens and by seconds of training, and held-out
+loss by position in the document."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
+
+import numpy as np
 
 from megatron_tn.evaluation.perplexity import AFTER
 from megatron_tn.training.run_folder import RunFolder
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+POINTS = 200  # longer curves are drawn as means over 1 / POINTS of their records
 
 
-def draw(runs: Mapping[str, RunFolder], path: Path, evaluated: Mapping[str, Mapping[int, float]] | None = None) -> bool:
-    """Write a PNG. runs: label -> run. evaluated: label -> losses by position, as `positions_of` returns them. Returns
-    False, and writes nothing, when there is no loss yet.
+class Curve(NamedTuple):
+    """Of one run or the mean of several, one value a record: tokens seen, seconds of training steps, loss in nats a
+    token, lowest and highest loss of the runs. held_out: rows of (tokens, seconds, held-out loss)."""
+
+    tokens: np.ndarray
+    seconds: np.ndarray
+    loss: np.ndarray
+    lowest: np.ndarray
+    highest: np.ndarray
+    held_out: np.ndarray
+
+
+def draw(
+    runs: Mapping[str, RunFolder | Sequence[RunFolder]],
+    path: Path,
+    evaluated: Mapping[str, Mapping[int, float]] | None = None,
+) -> bool:
+    """Write a PNG. runs: label -> run, or the runs over which the curve is a mean and its band the range. evaluated:
+    label -> losses by position, as `positions_of` returns them, beside those of the runs. Returns False, and writes
+    nothing, when there is no loss yet.
 
     Raises:
         OSError: `path` cannot be written.
     """
     from matplotlib.figure import Figure  # not pyplot: it would look for a display
 
-    at = {label: {record["step"]: record["tokens"] for record in run.records("loss")} for label, run in runs.items()}
-    positions = {label: found for label, run in runs.items() if (found := positions_of(run))} | dict(evaluated or {})
-    panels = [functools.partial(_by_tokens, runs, at)] if any(at.values()) else []
-    panels += [functools.partial(_by_position, positions)] if positions else []
+    each = {label: [own] if isinstance(own, RunFolder) else own for label, own in runs.items()}
+    curves = {label: curve for label, own in each.items() if (curve := curve_of(own)) is not None}
+    positions = {label: found for label, own in each.items() if (found := positions_of(own))} | dict(evaluated or {})
+    panels = 2 * bool(curves) + bool(positions)
     if not panels:
         return False
-    figure = Figure(figsize=(7 * len(panels), 4), dpi=120, layout="tight")
-    for number, panel in enumerate(panels, 1):
-        axes = figure.add_subplot(1, len(panels), number)
-        panel(axes)
-        axes.legend()
+    figure = Figure(figsize=(6 * panels, 4.5), dpi=120, layout="constrained")
+    places = list(figure.subplots(1, panels, squeeze=False)[0])
+    if curves:
+        by_tokens, by_seconds = places[:2]
+        by_seconds.sharey(by_tokens)
+        for axes, column in ((by_tokens, 0), (by_seconds, 1)):
+            for label, curve in curves.items():
+                (line,) = axes.plot(curve[column], curve.loss, lw=1, label=label)
+                if not np.array_equal(curve.lowest, curve.highest, equal_nan=True):
+                    color = line.get_color()
+                    axes.fill_between(curve[column], curve.lowest, curve.highest, color=color, alpha=0.2, lw=0)
+                axes.plot(curve.held_out[:, column], curve.held_out[:, 2], "o", ms=3, color=line.get_color())
+        by_tokens.set(xlabel="tokens", ylabel="loss (nats a token; dots: held-out)")
+        by_seconds.set(xlabel="seconds of training steps")
+    if positions:
+        for label, losses in positions.items():
+            places[-1].plot(losses.keys(), losses.values(), "o-", ms=3, lw=1, label=label)
+        places[-1].set_xscale("log", base=2)
+        places[-1].set(xlabel="tokens of the document before, to twice as many", ylabel="held-out loss (nats a token)")
+    for axes in places:
         axes.grid(alpha=0.3)
+    places[0].legend(fontsize="small")
+    places[-1].legend(fontsize="small")
     figure.savefig(path)
     return True
 
 
-def positions_of(run: RunFolder) -> dict[int, float]:
-    """2^k -> the last held-out loss, in nats a token, of predictions after 2^k to 2^(k+1) - 1 tokens of a document;
-    empty where there is none."""
-    last = run.records("heldout_loss")[-1:]
-    return {int(name.removeprefix(AFTER)): loss for record in last for name, loss in record.items() if AFTER in name}
+def positions_of(runs: Sequence[RunFolder]) -> dict[int, float]:
+    """2^k -> the last held-out loss, in nats a token, of predictions after 2^k to 2^(k+1) - 1 tokens of a document: the
+    mean over runs, where all of them have it."""
+    each = []
+    for run in runs:
+        last = run.records("heldout_loss")[-1:]
+        each.append({int(name.removeprefix(AFTER)): v for r in last for name, v in r.items() if AFTER in name})
+    first = sorted(set.intersection(*map(set, each))) if each else []
+    return {place: float(np.mean([losses[place] for losses in each])) for place in first}
 
 
-def _by_tokens(runs: Mapping[str, RunFolder], at: Mapping[str, Mapping[int, int]], axes: Axes) -> None:
-    """at: label -> step -> tokens."""
-    for label, run in runs.items():
-        tokens = at[label]
-        (line,) = axes.plot(tokens.values(), [record["loss"] for record in run.records("loss")], lw=1, label=label)
-        held_out = [record for record in run.records("heldout_loss") if record["step"] in tokens]
-        points = [record["heldout_loss"] for record in held_out]
-        axes.plot([tokens[record["step"]] for record in held_out], points, "o", ms=3, color=line.get_color())
-    axes.set(xlabel="tokens", ylabel="loss (nats a token; dots: held-out)")
+def curve_of(runs: Sequence[RunFolder]) -> Curve | None:
+    """The mean over runs at the steps that all of them have recorded; None where there is no such step."""
+    losses, places = [], []
+    for run in runs:
+        records = run.records("loss")
+        before = [0, *(record["step"] for record in records)]  # steps in which a record's mean time is new
+        seconds = np.cumsum(
+            [r.get("step_seconds", 0.0) * (r["step"] - b) for b, r in zip(before, records, strict=False)]
+        )
+        places.append({r["step"]: (r["tokens"], s) for r, s in zip(records, seconds, strict=True)})
+        losses.append({r["step"]: math.nan if r["loss"] is None else r["loss"] for r in records})
+    steps = sorted(set.intersection(*(set(own) for own in losses))) if losses else []
+    if not steps:
+        return None
+    each = np.array([[own[step] for step in steps] for own in losses])
+    place = np.mean([[own[step] for step in steps] for own in places], axis=0)
+    held_out = [
+        (*np.mean([own[step] for own in places], axis=0), np.mean(found))
+        for step in steps
+        if (found := [own[step] for own in map(_held_out, runs) if step in own])
+    ]
+    width = -(-len(steps) // POINTS)
+    tokens, seconds, loss, lowest, highest = (
+        _thinned(values, width) for values in (*place.T, each.mean(0), each.min(0), each.max(0))
+    )
+    return Curve(tokens, seconds, loss, lowest, highest, np.array(held_out).reshape(-1, 3))
 
 
-def _by_position(positions: Mapping[str, Mapping[int, float]], axes: Axes) -> None:
-    for label, losses in positions.items():
-        axes.plot(losses.keys(), losses.values(), "o-", ms=3, lw=1, label=label)
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="tokens of the document before (to twice as many)", ylabel="held-out loss (nats a token)")
+def _held_out(run: RunFolder) -> dict[int, float]:
+    found = {record["step"]: record["heldout_loss"] for record in run.records("heldout_loss")}
+    return {step: math.nan if loss is None else loss for step, loss in found.items()}
+
+
+def _thinned(values: np.ndarray, width: int) -> np.ndarray:
+    """Means over `width` values each; the last may have fewer."""
+    return np.array([values[start : start + width].mean() for start in range(0, len(values), width)])

@@ -35,7 +35,7 @@ from typing import Any
 
 from megatron_tn.checkpoint.files import sync_folder
 from megatron_tn.checkpoint.manifest import MANIFEST, checkpoint_name, step_of, whole_checkpoints
-from megatron_tn.config import ConfigError, TrainConfig, from_mapping, load, read_mapping, save
+from megatron_tn.config import ConfigError, TrainConfig, from_mapping, load, read_mapping, redacted, save
 from megatron_tn.training.journal_file import JournalFile
 from megatron_tn.training.state import Ledger
 
@@ -139,7 +139,7 @@ class RunFolder:
         sync_folder(self.checkpoints)
         return aside
 
-    # Settings and their SLURM job
+    # The run's settings (submitted/*.json, config.json) and the SLURM job that froze them (job.json)
 
     def submit(self, config: TrainConfig) -> Path:
         """Write the settings of a job before its submission; returns the file, unique to this job."""
@@ -191,6 +191,8 @@ class RunFolder:
     def write_status(self, state: str, step: int, **more: Any) -> None:
         """Replace status.json; on a full disk, rewrite it in place. Raises OSError if that fails, too."""
         values = {"state": state, "step": step, "time": time.time(), "config": self.config_file.name} | more
+        if "error" in values:
+            values["error"] = redacted(values["error"])
         try:
             _replace(self.status_file, values)
         except OSError:
@@ -201,7 +203,7 @@ class RunFolder:
         path = self.path / "tracebacks" / f"rank_{rank:05d}.txt"
         try:
             path.parent.mkdir(exist_ok=True)
-            path.write_text("".join(traceback.format_exception(error)))
+            path.write_text(redacted("".join(traceback.format_exception(error))))
         except OSError:
             return None
         return path

@@ -21,6 +21,7 @@ EDITED = {
     "invisible": (Characters(), "a\u200bb\u00adc \ufeffd\u202ee", "abc de", "special_characters", 4),
     "spaces": (Characters(), "a\u00a0b\u2009c\u3000d", "a b c\u3000d", "special_characters", 2),
     "line ends": (Characters(), "a\r\nb\rc\x0cd", "a\nb\nc\nd", "special_characters", 3),
+    "windows-1252": (Characters(), "\x93Don\x92t\x94, caf\xe9\x92", "“Don’t”, café", "special_characters", 4),
     "undecodable": (Characters(), "a\ufffdb\x00c\ue000d", "abcd", "special_characters", 3),
     "accents": (Characters(), "cafe\u0301 na\u0131\u0308ve", "café naı̈ve", "special_characters", 1),
     "tags": (Html(), "a <b>bold</b> word<br/>and <a href='x'>link</a>", "a bold word\nand link", "html_tags", 5),

@@ -47,15 +47,15 @@ def signal_at(overrides: tuple[str, ...], moment: str) -> None:
     if os.environ["RANK"] == "1" and moment == "warm-up":
         module.check_kernels = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
     if os.environ["RANK"] == "1" and moment == "evaluation":
-        real, times = module.held_out_loss, []
+        real, times = module.evaluate_in_training, []
 
-        def held_out_loss(*arguments, **options):
+        def evaluate_in_training(*arguments, **options):
             times.append(1)
             if len(times) == 2:
                 os.kill(os.getpid(), signal.SIGUSR1)
             return real(*arguments, **options)
 
-        module.held_out_loss = held_out_loss
+        module.evaluate_in_training = evaluate_in_training
     train_here(overrides)
 
 
@@ -123,7 +123,7 @@ def test_a_signal_to_every_process_readers_included_saves_as_well(words, tmp_pat
     status = run.status()
     assert status["state"] == "preempted"
     assert list(run.saved()) == [status["step"]] == [run.records("loss")[-1]["step"]]
-    assert said.count(f"saved step {status['step']}; the same command goes on") == 1
+    assert said.count(f"saved step {status['step']}; the same command continues the run") == 1
     assert "megatron_tn/train.py" not in said  # no traceback of a trainer
 
 

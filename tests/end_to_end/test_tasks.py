@@ -92,12 +92,7 @@ def test_bad_tasks_before_anything_is_started(shards, folder, tmp_path, capsys):
     assert "error: evaluation.tasks=nowhere.yaml: there is no such file" in said
     assert "model.heads=3" in said
     assert not (tmp_path / "run").exists()
-    assert call(evaluate, "checkpoint=nowhere", "tasks=[a.yaml,b.yaml]", "shots=-1") == 2
+    assert call(evaluate, "checkpoint=nowhere", "tasks=[a.yaml,b.yaml]", "shots=-2") == 2
     said = capsys.readouterr().err
-    for line in (
-        "tasks=a.yaml: there is",
-        "tasks=b.yaml: there is",
-        "checkpoint=nowhere: there is",
-        "shots=-1 must be",
-    ):
+    for line in ("tasks=a.yaml: there is", "tasks=b.yaml: there is", "checkpoint=nowhere: no", "shots=-2 must be"):
         assert f"error: {line}" in said

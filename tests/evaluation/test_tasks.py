@@ -119,7 +119,8 @@ def test_generation(model, tokenizer, folder):
     found = HarnessModel(model, tokenizer, window=5).generate_until(requests)
     for context, text in zip(contexts, found, strict=False):
         prompt = [CONFIG.bos_id, *tokenizer.encode(context, add_special_tokens=False).ids]
-        alone = tokenizer.decode(list(generate(model, prompt, max_new_tokens=15, sampler=Sampler(temperature=0))))
+        (ids,) = generate(model, [prompt], max_new_tokens=15, sampler=Sampler(temperature=0))
+        alone = tokenizer.decode(ids)
         assert text == alone.partition("sat")[0].partition("\n")[0]
     assert HarnessModel(model, tokenizer, batch_tokens=64).generate_until(requests) == found
     assert len(set(found[len(contexts) :])) == len(contexts)

@@ -86,6 +86,9 @@ def test_a_run_that_does_not_fit_is_refused_before_it_starts(tmp_path):
 
 
 WIDE = ModelConfig(vocab_size=512, embed_dim=128, layers=4, heads=4, glu_dim=384)
+WIDE_TRANSFORMER = dataclasses.replace(
+    WIDE, architecture="transformer", norm="rmsnorm", glu_act="silu", scale_embedding=False
+)
 
 
 def shape(
@@ -96,9 +99,10 @@ def shape(
     lrpe: str = "first",
     rows: int = 2,
     shared: bool = False,
+    model: ModelConfig = WIDE,
 ):
     return tiny_config(
-        model=dataclasses.replace(WIDE, lrpe=lrpe),
+        model=dataclasses.replace(model, lrpe=lrpe),
         parallel=ParallelConfig(tp=tp, cp=cp, sequence_parallel=shared),
         engine=EngineConfig(name="local", precision="fp32", recompute=recompute, recompute_every=every),
         data=DataConfig(sequence_length=256, global_batch=rows, micro_batch=rows),
@@ -159,6 +163,9 @@ SHAPES = {
     "tp2 shared": shape(tp=2, shared=True),
     "tp2 shared selective": shape(tp=2, recompute="selective", shared=True),
     "tp2 shared full": shape(tp=2, recompute="full", shared=True),
+    "transformer": shape(model=WIDE_TRANSFORMER),
+    "transformer selective": shape(model=WIDE_TRANSFORMER, recompute="selective"),
+    "transformer tp2 shared": shape(model=WIDE_TRANSFORMER, tp=2, shared=True),
     "tp2 cp2 shared": shape(tp=2, cp=2, rows=1, shared=True),
 }
 

@@ -1,0 +1,27 @@
+"""What the families' readers of config.json share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from megatron_tn.config import ConfigError, ModelConfig, from_mapping
+
+
+def whole_numbers(values: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """One line for each of the fields `names` that is missing or no whole number."""
+    problems = []
+    for name in names:
+        if name not in values:
+            problems.append(f"config.json has no {name}")
+        elif not isinstance(values[name], int):
+            problems.append(f"config.json: {name}={values[name]!r} is not a whole number")
+    return problems
+
+
+def model_config(fields: dict[str, Any]) -> ModelConfig:
+    """A `ModelConfig` of settings that config.json gave. Raises ConfigError, whose lines begin with config.json."""
+    try:
+        return from_mapping(ModelConfig, fields)
+    except ConfigError as error:
+        raise ConfigError([f"config.json: {problem}" for problem in error.problems]) from None
