@@ -41,36 +41,35 @@ def mean(key: str) -> Callable[[list[Row]], str]:
     return cell
 
 
-CONFIG = ("plan", "model", "lr", "tokens", "sequence_length", "global_batch")
-LINE = {
-    "model": lambda rows: rows[0]["model"],
+CONFIG = ("model", "variant", "lr", "tokens", "sequence_length", "global_batch")
+BITS = {
     "peak rate": lambda rows: f"{rows[0]['lr']:g}",
     "seeds": lambda rows: str(len(rows)),
+    "tokens": lambda rows: f"{rows[0]['tokens'] / 1e6:.1f} M",
+    "bits/byte": mean("value"),
+    **{source: mean(f"sources/{source}") for source in SOURCES},
+    "GPU": machine,
+    "commit": commit,
 }
+POSITION = {"peak rate": BITS["peak rate"]} | {f"after {first}": mean(f"positions/{first}") for first in POSITIONS}
 
 
-def of_runs(columns: dict[str, Callable[[list[Row]], str]]) -> Table:
-    """A table with a line for each config: its runs differ in the seed alone."""
+def of_runs(plan: str, name: str, columns: dict[str, Callable[[list[Row]], str]]) -> Table:
+    """A line for each config of a plan; its runs differ in the seed alone. name: the first column's key."""
     return Table(
-        holds=lambda row: row["name"] == "result",
+        holds=lambda row: row["name"] == "result" and row["plan"] == plan,
         same=(*CONFIG, "seed"),
         line=(*CONFIG, "gpu"),
-        order=lambda row: (row["plan"], row["tokens"], row["model"], row["lr"]),
-        columns=LINE | columns,
+        order=lambda row: (row["tokens"], row[name], row["lr"]),
+        columns={name: lambda rows: rows[0][name].removeprefix("paper/")} | columns,
     )
 
 
 RESULTS = {
-    "bits per byte": of_runs(
-        {
-            "tokens": lambda rows: f"{rows[0]['tokens'] / 1e6:.1f} M",
-            "bits/byte": mean("value"),
-            **{source: mean(f"sources/{source}") for source in SOURCES},
-            "GPU": machine,
-            "commit": commit,
-        }
-    ),
-    "positions": of_runs({f"after {first}": mean(f"positions/{first}") for first in POSITIONS}),
+    "50m": of_runs("results_50m", "model", BITS),
+    "50m positions": of_runs("results_50m", "model", POSITION),
+    "385m": of_runs("results_385m", "model", BITS),
+    "ablations": of_runs("results_ablations", "variant", BITS),
     "training": TABLES["training"],
 }
 
@@ -113,18 +112,14 @@ def tables() -> dict[str, Table | Corpus]:
     return RESULTS | {"corpus": Corpus(corpus, corpus_table), "packages": Corpus(corpus, package_table)}
 
 
-def curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """model -> the runs of its best peak rate: the one of the lowest mean bits per byte, at the most tokens."""
-    found: dict[str, dict[tuple, list[Row]]] = defaultdict(lambda: defaultdict(list))
+def curves(rows: Sequence[Row], plan: str = "results_50m") -> dict[str, list[Row]]:
+    """model -> the runs of its best peak rate in a plan: the one of the lowest mean bits per byte."""
+    found: dict[str, dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        if row["name"] == "result" and row.get("curve"):
-            found[row["model"]][-row["tokens"], row["lr"]].append(row)
-    best = {}
-    for model, configs in found.items():
-        most = min(tokens for tokens, _ in configs)
-        each = [own for (tokens, _), own in configs.items() if tokens == most]
-        best[model] = min(each, key=lambda own: statistics.fmean(row["value"] for row in own))
-    return best
+        if row["name"] == "result" and row["plan"] == plan:
+            found[row["model"]][row["lr"]].append(row)
+    value = lambda own: statistics.fmean(row["value"] for row in own)  # noqa: E731
+    return {model: min(rates.values(), key=value) for model, rates in found.items()}
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

@@ -54,8 +54,13 @@ class Run:
         return ",".join(str(value) if key == "model" else f"{key}={value}" for key, value in self.own.items())
 
     @property
+    def variant(self) -> str:
+        """What sets the run apart beside its model, peak rate and seed."""
+        return ",".join(f"{value}" for key, value in self.own.items() if key not in ("model", "optim.lr", "seed"))
+
+    @property
     def folder(self) -> RunFolder:
-        return RunFolder(self.runs / self.name)
+        return RunFolder(self.runs / self.name.replace("/", "-"))
 
     @property
     def is_benchmark(self) -> bool:
@@ -110,6 +115,7 @@ class Run:
             bits["model"],
             plan=self.plan,
             run=self.name,
+            variant=self.variant,
             model=config.model.name,
             lr=config.optim.lr,
             seed=config.seed,

@@ -53,7 +53,7 @@ def open_weights(directory: Path) -> CheckpointWeights | ReleasedWeights:
 
 def load_tokenizer(path: str, checkpoint: str) -> Tokenizer:
     """tokenizer.json at `path`, or, where that is empty, in the checkpoint's folder or its run's. It neither cuts nor
-    pads, whatever the file says, adds no entries, and reads `</s>` in a text as those four characters.
+    pads nor drops merges, whatever the file says, adds no entries, and reads `</s>` in a text as those four characters.
 
     Raises:
         ConfigError: there is none, or it cannot be read.
@@ -74,6 +74,8 @@ def read_tokenizer(place: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.post_processor = None  # it would add a bos, and leave white space out of a token's place in the text
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
     return tokenizer
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 
+import hydra
 import pytest
+from omegaconf import OmegaConf
 
+import megatron_tn.train
 from launch import render_results
 from launch.render_table import fill
-from launch.results import main, read_plan
+from launch.results import grid_runs, main, read_plan
 from launch.runs import Failed, Programs, TimeUp
-from megatron_tn.config import ModelConfig, OptimConfig, TrainConfig, save
+from megatron_tn import cli
+from megatron_tn.config import ModelConfig, OptimConfig, TrainConfig, from_mapping, save
 
 PLAN = """
 settings: {experiment: results}
@@ -110,9 +115,24 @@ def test_bad_input_is_said_before_anything_runs(place, programs, capsys):
     assert programs == []
 
 
-def test_the_plan_in_the_repository_can_be_read():
-    plan = read_plan(Path("launch/plans/results_50m.yaml"))
-    assert {"rates", "seeds", "family"} <= set(plan["pieces"])
+@pytest.mark.parametrize("path", sorted(Path("launch/plans").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_runs_of_every_plan_are_there(path):
+    plan = read_plan(path)
+    known = [{"name": "result", "model": path.stem.removeprefix("results_"), "lr": 0.001, "value": 1.0}]
+    known += [known[0] | {"model": f"transformer_{known[0]['model']}"}]
+    assert megatron_tn.train.main  # importing it registers the schema
+    chosen = [own for grids in plan["pieces"].values() for grid in grids for own in grid_runs(grid, known)]
+    assert len({tuple(own.items()) for own in chosen}) == len(chosen) > 0
+    for group in ("model", "experiment"):  # test_config.py composes each of these files
+        assert {own[group] for own in chosen if group in own} <= names_in(cli.CONF / group)
+    with hydra.initialize_config_dir(str(cli.CONF), version_base=None):
+        words = [f"{key}={value}" for key, value in (plan["settings"] | chosen[0]).items()]
+        config = OmegaConf.to_container(hydra.compose("config", words), resolve=True)
+    assert from_mapping(TrainConfig, config).problems(world_size=1) == []
+
+
+def names_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml")}
 
 
 def test_a_failure_has_the_end_of_its_log_and_stops_what_waits(tmp_path):
@@ -133,14 +153,21 @@ def test_a_program_is_told_to_stop_at_the_deadline(tmp_path, monkeypatch):
         "print('ready', flush=True)\ntime.sleep(60)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    left = iter([30, 1.5, 0])
-    programs = Programs()
-    monkeypatch.setattr(programs, "_left", lambda: next(left))
+    programs, log = Programs(), tmp_path / "log"
+
+    def left() -> float | None:
+        if not log.exists():
+            return None
+        while "ready" not in log.read_text():
+            time.sleep(0.05)
+        return 0.0
+
+    monkeypatch.setattr(programs, "_left", left)
     with pytest.raises(TimeUp):
-        programs.run("waits", [], tmp_path / "log")
-    assert (tmp_path / "log").read_text() == "ready\nsaved\n"
+        programs.run("waits", [], log)
+    assert log.read_text() == "ready\nsaved\n"
     with pytest.raises(TimeUp):
-        programs.run("waits", [], tmp_path / "log")
+        programs.run("waits", [], log)
 
 
 BASE = {
@@ -151,20 +178,18 @@ BASE = {
     "cpu": None,
     "unit": "bits/byte",
 }
-RESULT = BASE | {
-    "name": "result", "plan": "p", "model": "50m", "lr": 0.002, "tokens": 60_000_000, "sequence_length": 2048,
-    "global_batch": 32,
-}  # fmt: skip
+RESULT = BASE | {"name": "result", "plan": "results_50m", "model": "50m", "variant": "", "lr": 0.002}
+RESULT |= {"tokens": 60_000_000, "sequence_length": 2048, "global_batch": 32}
 
 
 def test_the_page_shows_means_and_spread_of_seeds():
     found = [
         RESULT | {"seed": seed, "value": 1.2 + seed / 10, "sources/code": 0.8, "positions/64": 1.5} for seed in (0, 1)
     ]
-    page = "<!-- rows: bits per byte -->\n<!-- end of rows -->\n<!-- rows: positions -->\n<!-- end of rows -->\n"
+    page = "<!-- rows: 50m -->\n<!-- end of rows -->\n<!-- rows: 50m positions -->\n<!-- end of rows -->\n"
     lines = fill(page, found, render_results.tables()).splitlines()
     assert "| 50m | 0.002 | 2 | 60.0 M | 1.2500 ± 0.0707 | 0.8000 ± 0.0000 |  |  | H200 | 0123456 |" in lines
-    assert "| 50m | 0.002 | 2 |  | 1.5000 ± 0.0000 |  |  |  |  |" in lines
+    assert "| 50m | 0.002 |  | 1.5000 ± 0.0000 |  |  |  |  |" in lines
 
 
 def test_curves_are_of_the_best_rate_and_drawn(tmp_path):

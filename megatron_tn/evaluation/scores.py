@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_tn.evaluation.windows import windows
 from megatron_tn.model.base import IGNORE, DecodingState, Model
 
 # Batches are padded to a multiple of 16 tokens: Triton specialises kernels on divisibility of lengths by 16.
@@ -43,7 +43,7 @@ def row_scores(
     batch_tokens: a batch has batch_tokens // window rows of similar length, and more of rows shorter than a window.
     The model runs on `window` tokens at a time, from the decoding state after the preceding window: every token sees
     its row's whole past in bounded memory, and scores depend neither on the window nor on the batch. A model that is
-    built for sequences of config.max_length tokens begins anew where a window would lead past it.
+    built for sequences of config.max_length tokens begins afresh after each so many.
     greedy: logits [rows, window, V] are formed in each window that has a scored token.
     progress(n, tokens): called after each batch of n rows, of so many tokens. Collective over tensor parallelism.
     """
@@ -86,13 +86,12 @@ def _batch_scores(
     nats = torch.zeros(tokens.shape, dtype=torch.float32, device=device)
     hits = torch.zeros(tokens.shape, dtype=torch.bool, device=device)
     state: DecodingState | None = None
-    most = model.config.max_length or math.inf
-    window = min(window, most)
-    for begin in range(0, lengths[0], window):
+    for begin, end, afresh in windows(tokens.shape[1], window, model.config.max_length):
         rows = sum(length > begin for length in lengths)
-        if state is not None:
-            state = None if state.position + window > most else state.first_rows(rows)
-        piece = (slice(rows), slice(begin, begin + window))
+        if not rows:  # all else is padding
+            break
+        state = None if afresh else state.first_rows(rows)
+        piece = (slice(rows), slice(begin, end))
         wanted = torch.from_numpy(targets[piece]).to(device)
         inputs = torch.from_numpy(tokens[piece]).to(device)
         if greedy and (targets[piece] != IGNORE).any():

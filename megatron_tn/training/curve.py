@@ -4,7 +4,7 @@ loss by position in the document."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,6 +62,12 @@ def draw(
                 axes.plot(curve.held_out[:, column], curve.held_out[:, 2], "o", ms=3, color=line.get_color())
         by_tokens.set(xlabel="tokens", ylabel="loss (nats a token; dots: held-out)")
         by_seconds.set(xlabel="seconds of training steps")
+        early = [curve.loss[len(curve.loss) // 10] for curve in curves.values()]
+        if len(curves) > 1 and np.isfinite(early).any():
+            by_tokens.set_ylim(top=np.nanmax(early))  # the first tenth would hide by how little the ends differ
+        if ratio := _bits_per_byte_of_a_nat(each.values()):
+            axis = by_seconds.secondary_yaxis("right", functions=(lambda nats: nats * ratio, lambda bits: bits / ratio))
+            axis.set_ylabel("bits per byte of the held-out text")
     if positions:
         for label, losses in positions.items():
             places[-1].plot(losses.keys(), losses.values(), "o-", ms=3, lw=1, label=label)
@@ -84,6 +90,20 @@ def positions_of(runs: Sequence[RunFolder]) -> dict[int, float]:
         each.append({int(name.removeprefix(AFTER)): v for r in last for name, v in r.items() if AFTER in name})
     first = sorted(set.intersection(*map(set, each))) if each else []
     return {place: float(np.mean([losses[place] for losses in each])) for place in first}
+
+
+def _bits_per_byte_of_a_nat(runs: Iterable[Sequence[RunFolder]]) -> float | None:
+    """Held-out bits per byte over held-out nats per token: 1 / ln 2 times tokens per byte. None where runs differ in it
+    (another tokenizer, another text), or have no such figures."""
+    records = [
+        record
+        for own in runs
+        for run in own
+        for record in run.records("heldout_bits_per_byte")
+        if record["heldout_loss"]
+    ]
+    ratios = [record["heldout_bits_per_byte"] / record["heldout_loss"] for record in records]
+    return ratios[0] if ratios and math.isclose(min(ratios), max(ratios), rel_tol=1e-6) else None
 
 
 def curve_of(runs: Sequence[RunFolder]) -> Curve | None:
