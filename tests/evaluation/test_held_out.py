@@ -17,7 +17,7 @@ from megatron_tn.evaluation.scores import row_scores
 from megatron_tn.evaluation.token_bytes import token_bytes
 from megatron_tn.held_out import held_out_documents
 from tests.data_pipeline.shard_factory import make_shards
-from tests.helpers.models import TINY, reference_model
+from tests.helpers.models import HYBRID, TINY, TRANSFORMER, TRANSNORMER_2022, reference_model
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +56,14 @@ def test_sums_by_source_and_by_position(documents):
     assert list(found.positions) == [1, 2, 4, 8, 16, 32]
 
 
-@pytest.mark.parametrize(("batch_tokens", "window"), [(8, 8), (4096, 256), (100, 7)], ids=str)
-def test_scores_of_parts_of_rows_are_those_of_the_logits(documents, batch_tokens, window):
-    """Also with fp32 weights, as evaluated on a CPU."""
-    model = reference_model(TINY, seed=1, dtype=torch.float32)
+ARCHITECTURES = {config.name: config for config in (TINY, TRANSFORMER, HYBRID, TRANSNORMER_2022)}
+
+
+@pytest.mark.parametrize(("batch_tokens", "window"), [(4096, 256), (100, 7)], ids=str)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_scores_of_parts_of_rows_are_those_of_the_logits(documents, name, batch_tokens, window):
+    """With fp32 weights, as evaluated on a CPU."""
+    model = reference_model(ARCHITECTURES[name], seed=1, dtype=torch.float32)
     first = [1 + number % max(len(ids) - 1, 1) for number, ids in enumerate(documents)]
     options = {"batch_tokens": batch_tokens, "window": window}
     for (index, nats, greedy), plain in zip(

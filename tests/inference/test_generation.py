@@ -8,7 +8,7 @@ import torch
 from megatron_tn.inference.generator import generate, stream
 from megatron_tn.inference.rows import batches_of, generate_rows
 from megatron_tn.inference.sampler import Sampler
-from tests.helpers.models import TINY, reference_model
+from tests.helpers.models import TINY, TRANSFORMER, reference_model
 
 
 def test_decoding_equals_running_the_whole_text_each_time():
@@ -22,9 +22,11 @@ def test_decoding_equals_running_the_whole_text_each_time():
     assert ids[len(prompt) :] == found
 
 
-@pytest.mark.parametrize("window", [3, 256])
-def test_prompts_of_different_lengths_decode_as_each_alone(window):
-    model = reference_model(TINY, seed=1)
+@pytest.mark.parametrize(
+    ("config", "window"), [(TINY, 3), (TINY, 256), (TRANSFORMER, 3)], ids=["windows", "whole", "transformer"]
+)
+def test_prompts_of_different_lengths_decode_as_each_alone(config, window):
+    model = reference_model(config, seed=1)
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, 101, (length,), generator=draw).tolist() for length in (7, 1, 23, 8)]
     lengths = [5, 1, 9, 12]
