@@ -58,9 +58,10 @@ def examples() -> list[Example]:
 
 
 def commands(shell: str) -> list[list[str]]:
-    """The words of each command, without comments."""
+    """The words of each command, without comments and redirections."""
     lines = shell.replace("\\\n", "").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    found = [shlex.split(line, comments=True) for line in lines]
+    return [words[: words.index(">")] if ">" in words else words for words in found if words]
 
 
 def program(words: list[str]) -> tuple[str, list[str]]:
