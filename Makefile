@@ -31,11 +31,12 @@ demo: setup ## raw text -> cleaned shards -> trained, resumed and sampled model,
 train: setup ## train on this machine: make train ARGS="model=demo run_dir=runs/mine ..."
 	launch/local.sh $(ARGS)
 
+# worksteal gives a worker tests that stand together, so that a file's fixtures are made once and not by each worker.
 test: setup ## every CPU test (a covering set where the product is large)
-	$(BIN)/python -m pytest -n 2 --durations=25 -m "not gpu and not slurm and not full"
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=25 -m "not gpu and not slurm and not full"
 
 test-full: setup ## the whole products, on CPU
-	$(BIN)/python -m pytest -n 2 -m "not gpu and not slurm"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not slurm"
 
 test-gpu: setup ## what needs a CUDA device
 	$(BIN)/python -m pytest -m gpu

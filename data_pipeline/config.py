@@ -21,7 +21,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.files import read_object, replace_file
 from data_pipeline.filters.language import Language
 from data_pipeline.redaction import resolve, storable
-from data_pipeline.sources import STRICT, AnySource, LocalFolder, Positive
+from data_pipeline.sources import KINDS, STRICT, AnySource, LocalFolder, Positive
 from data_pipeline.words import as_typed
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -207,6 +207,10 @@ def _line(error: dict, names: list[str]) -> str:
         return f"{key}: unknown setting{_nearest(key, names)}"
     if error["type"] in ("missing", "missing_argument"):
         return f"{key}: missing; give it as {key}=..."
+    if key.count(".") == 1 and key.startswith("sources."):
+        kind = error["input"].get("kind") if isinstance(error["input"], dict) else None
+        spelled = f"give {key}={{kind: KIND, path: PATH}}, where KIND is one of {', '.join(KINDS)}"
+        return f"{key}.kind={kind!r}: no such kind{_nearest(str(kind), KINDS)}: {spelled}"
     if error["input"] is None and key.startswith("sources."):
         return f"{key}: missing; give input=FOLDER, or {key}=..."
     return f"{key}={error['input']!r}: {error['msg']}"

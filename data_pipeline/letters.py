@@ -69,6 +69,9 @@ _MAYBE_NOT_PLAIN = re.compile(
     "[\xad\u0300-\u036f\u0483-\u1fff\u200b-\u200f\u202a-\u202e\u2060-\u206f\u20d0-\u20ff\u2800-\u28ff\u2ce0-\u2dff"
     "\u2e31\u302a-\u302f\u3099\u309a\ua66f-\uabff\ufb1e\ufe00-\ufe2f\ufeff\ufff9-\ufffb\U00010000-\U0010ffff]"
 )
+# Quotes, dashes and letters of Windows-1252 read as Latin-1. After ASCII alone: UTF-8 read as Latin-1 has such a
+# character only after another one that is not ASCII. Without U+0085, a line end.
+WINDOWS_1252 = "(?<![^\\t\\n -~])[\x80\x82-\x84\x86-\x8c\x8e\x91-\x9c\x9e\x9f]"
 _SPACELESS = re.compile(f"[{SPACELESS}]")
 _SIMPLE_WORDS = re.compile(r"\w+")
 _MAYBE_SPECIAL = re.compile(

@@ -113,8 +113,8 @@ def _drops(folder: Path) -> dict[str, dict]:
         entry["measures"][record["measure"]] += 1
         entry["sources"][record["source"]] += 1
         if sum(example["measure"] == record["measure"] for example in entry["examples"]) < EXAMPLES:
-            keys = ("id", "measure", "value", "threshold", "excerpt")
-            entry["examples"].append({key: record[key] for key in keys})
+            keys = ("id", "measure", "value", "threshold", "kept", "excerpt")
+            entry["examples"].append({key: record[key] for key in keys if key in record})
     return drops
 
 

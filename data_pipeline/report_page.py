@@ -189,7 +189,7 @@ def _rule(name: str, entry: dict, report: dict) -> str:
     share = entry["documents"] / max(read, 1)
     examples = "".join(
         f"<p>{escape(str(e['id']))}: {escape(str(e['measure']))} {_value(e['value'])}, threshold "
-        f"{_value(e['threshold'])}</p><pre>{escape(e['excerpt'])}</pre>"
+        f"{_value(e['threshold'])}{_kept(e)}</p><pre>{escape(e['excerpt'])}</pre>"
         for e in entry["examples"]
     )
     counts, sources = _counts(entry["measures"]), _counts(entry["sources"])
@@ -198,6 +198,10 @@ def _rule(name: str, entry: dict, report: dict) -> str:
         f"{_short(entry['bytes'])}B <small>({escape(counts)}; from {escape(sources)})</small></summary>"
         f"{examples}</details>"
     )
+
+
+def _kept(example: dict) -> str:
+    return f"; kept: {escape(str(example['kept']))}" if "kept" in example else ""
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -24,7 +24,7 @@ from data_pipeline.files import TEMPORARY, explain, open_lock, read_object, repl
 from data_pipeline.redaction import has_credentials, redacted, storable, written
 
 # Raised with every change of the output for the same settings and sources, so that two versions never share a run.
-PIPELINE_VERSION = 5
+PIPELINE_VERSION = 6
 RECORD = "pipeline.json"
 
 
@@ -52,7 +52,14 @@ def run(settings: Settings) -> dict | None:
             else:
                 _run_here(settings, stages, work, log, display)
                 complete = True
-    return json.loads((output / "report.json").read_bytes()) if complete else None
+    if not complete:
+        return None
+    report = json.loads((output / "report.json").read_bytes())
+    found, asked = report["tokenizer"]["vocab_size"], settings.tokenizer.vocab_size
+    if report["tokenizer"]["trained"] and found < asked:
+        because = "its sample of text has no more pairs to merge"
+        print(f"note: the tokenizer has {found} entries, not tokenizer.vocab_size={asked}: {because}", file=sys.stderr)
+    return report
 
 
 def _run_here(settings: Settings, stages: list, work: Path, log, display) -> None:
@@ -99,16 +106,18 @@ def check(settings: Settings) -> dict:
     from data_pipeline import tokenizer
     from data_pipeline.readers import input_sizes, inputs_hash, list_source
     from data_pipeline.readers.preflight import key_problem, output_problem
+    from data_pipeline.round_trip import round_trip_problem
     from data_pipeline.sample import weight_problems
     from data_pipeline.tokenise import describe
 
-    problems, inputs, tokenizer_hash = [], [], None
+    problems, inputs, files, tokenizer_hash = [], [], {}, None
     for name, source in settings.sources.items():
         try:
             listing = list_source(name, source)
         except InputError as error:
             problems += error.problems
             continue
+        files[name] = listing.files
         inputs += input_sizes(listing.files)
         found = (output_problem(name, source, Path(settings.output)), key_problem(name, source, listing.files))
         problems += filter(None, found)
@@ -129,6 +138,8 @@ def check(settings: Settings) -> dict:
         problems.append(f"output={output}: {existing} is not a folder that may be written to")
     problems += weight_problems(settings.tokenizer, settings.sources)
     problems += _slurm_problems(settings) if settings.executor == "slurm" else []
+    if tokenizer_hash and not problems:
+        problems += filter(None, [round_trip_problem(settings, files)])
     if problems:
         raise InputError(*problems)
     decisive = TypeAdapter(Settings).dump_python(settings, mode="json", exclude=set(FREE))
@@ -178,7 +189,7 @@ def _prepare(output: Path, record: dict, overwrite: bool) -> None:
     if old and changed:
         if not overwrite:
             raise InputError(
-                *(f"output={output} was made otherwise: {line}" for line in changed),
+                *(f"output={output} was made with other settings: {line}" for line in changed),
                 f"output={output}: choose another, or overwrite=true to delete its content",
             )
         # Deletes completion markers first and keeps the record: if interrupted, this can be repeated, and a run with

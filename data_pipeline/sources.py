@@ -106,4 +106,5 @@ def category_of(name: str, source: Source) -> str:
     return source.category or name
 
 
+KINDS = ("tree", "jsonl", "parquet", "warc")
 AnySource = Annotated[Tree | Jsonl | Parquet | Warc, Field(discriminator="kind")]

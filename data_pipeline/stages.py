@@ -8,6 +8,7 @@ from datatrove.pipeline.base import PipelineStep
 from data_pipeline.config import Settings
 from data_pipeline.dedup import exact, near
 from data_pipeline.dedup.lines import CountLines, FindLines, RemoveLines
+from data_pipeline.dedup.stayed import NameStayed
 from data_pipeline.executors import LocalExecutor, last_error, name_tasks
 from data_pipeline.readers import ReadSources
 from data_pipeline.report import WriteReport
@@ -77,6 +78,7 @@ def build_stages(settings: Settings, output: Path, work: Path, inputs: str) -> l
         stages.append(Stage(name, list(steps), tasks, folder, stages[-1] if stages else None))
 
     tallied: list[str] = []
+    named: list[NameStayed] = []
 
     def tally(name: str) -> Tally:
         tallied.append(name)
@@ -105,7 +107,8 @@ def build_stages(settings: Settings, output: Path, work: Path, inputs: str) -> l
     )
     if settings.exact_duplicates:
         add("exact_find", 1, exact.find(work))
-        add_removal("exact", exact.remove(work, drops / "exact_duplicates"))
+        add_removal("exact", *exact.remove(work, drops / "exact_duplicates"))
+        named.append(NameStayed(work / "exact" / "stayed", drops / "exact_duplicates"))
     if options := settings.line_duplicates:
         counts, often, cuts = (work / "lines" / name for name in ("counts", "often", "cuts"))
         # CountLines also passes the documents on, unused here.
@@ -118,7 +121,8 @@ def build_stages(settings: Settings, output: Path, work: Path, inputs: str) -> l
         add("near_signatures", settings.tasks, TaskReader(documents), noted, near.signatures(options, work))
         add("near_pairs", options.buckets, near.buckets(options, work))
         add("near_clusters", 1, near.cluster(work))
-        add_removal("near", near.remove(options, work, drops / "near_duplicates"))
+        add_removal("near", *near.remove(options, work, drops / "near_duplicates"))
+        named.append(NameStayed(work / "near" / "stayed", drops / "near_duplicates"))
     tokens, heldout, records, sampled = settings.tokenizer, settings.heldout_fraction, work / "records", work / "sample"
     sample = None
     if not tokens.file:
@@ -129,5 +133,5 @@ def build_stages(settings: Settings, output: Path, work: Path, inputs: str) -> l
     add("shards", settings.tasks, TaskReader(documents), write)
     add("manifests", 1, WriteManifests(tokens, heldout, settings.sources, output, records, sample))
     done_with = [work / name for name in ("ruled", "kept", "exact", "lines", "near", "sample")]
-    add("report", 1, WriteReport(output, work, splits(heldout)), RemoveFolders(done_with))
+    add("report", 1, *named, WriteReport(output, work, splits(heldout)), RemoveFolders(done_with))
     return stages

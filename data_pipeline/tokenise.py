@@ -5,16 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from datatrove.data import Document, DocumentsPipeline
+from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from pydantic import TypeAdapter
 
 from data_pipeline import tokenizer as tokenizers
 from data_pipeline.config import TokenizerSettings
-from data_pipeline.document import in_heldout, text_bytes, text_hash
+from data_pipeline.document import in_heldout, text_bytes
 from data_pipeline.encoder import Encoder
 from data_pipeline.errors import InputError
 from data_pipeline.files import replace_file
+from data_pipeline.round_trip import RoundTrip
 from data_pipeline.sample import SampleText
 from data_pipeline.shards.manifest import Manifest, Shard, SourceInfo, token_dtype
 from data_pipeline.shards.writer import ShardWriter
@@ -23,9 +24,6 @@ from data_pipeline.steps.documents import Stored
 
 SPLITS = ("train", "heldout")
 SHARDS = TypeAdapter(dict[str, list[Shard]])
-PROVEN_FIRST = 4  # first documents per category and task whose encoding is checked by decoding
-PROOF = 16  # one in 16 of the later documents is checked
-SHOWN = 20  # characters after the first difference in a message
 METADATA = "tokenizer.metadata.json"
 
 
@@ -52,40 +50,6 @@ class MakeTokenizer(PipelineStep):
     def _texts(self) -> Iterator[str]:
         for rank in self.sample.tasks():
             yield from (document.text for document in self.sample.read(rank))
-
-
-class RoundTrip:
-    """Checks that decoding restores the text, for the first PROVEN_FIRST documents of each category and one in PROOF of
-    the rest. `proven`: {category: [documents, bytes]} restored exactly."""
-
-    def __init__(self, path: Path, tokenizer, categories: dict[str, str]):
-        self.path = path
-        self.tokenizer = tokenizer
-        self.categories = categories
-        self.proven: dict[str, list[int]] = {}
-
-    def check(self, document: Document, ids: np.ndarray) -> None:
-        """Raises InputError naming the category, the document and the first difference."""
-        category = self.categories[document.metadata["source"]]
-        proven = self.proven.setdefault(category, [0, 0])
-        if proven[0] >= PROVEN_FIRST and int(text_hash(document.text)[32:48], 16) % PROOF:
-            return
-        decoded = self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
-        if decoded != document.text:
-            place, given, came = first_difference(document.text, decoded)
-            raise InputError(
-                f"tokenizer {self.path}: category {category!r}, document {document.id!r} does not decode to its own "
-                f"text: from character {place} it is {given!r} and becomes {came!r}"
-            )
-        proven[0] += 1
-        proven[1] += text_bytes(document)
-
-
-def first_difference(text: str, other: str) -> tuple[int, str, str]:
-    """(Index of the first difference, SHOWN characters of each text from there)."""
-    pairs = enumerate(zip(text, other, strict=False))
-    place = next((at for at, (one, two) in pairs if one != two), min(len(text), len(other)))
-    return place, text[place : place + SHOWN], other[place : place + SHOWN]
 
 
 class WriteShards(PipelineStep):
@@ -117,7 +81,7 @@ class WriteShards(PipelineStep):
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         path = self.output / "tokenizer.json"
         info, tokenizer = describe(path, self.settings), tokenizers.load(path)
-        round_trip, encoder = RoundTrip(path, tokenizer, self.categories), Encoder(tokenizer)
+        round_trip, encoder = RoundTrip(f"tokenizer {path}", tokenizer, self.categories), Encoder(tokenizer)
         dtype = np.dtype(token_dtype(info.vocab_size))
         train, heldout = (
             ShardWriter(self.output / split, f"{split}-{rank:05d}", dtype=dtype, shard_tokens=self.shard_tokens)

@@ -59,8 +59,8 @@ def command(
 
         def run(composed: DictConfig) -> None:
             with bad_input_exits(), closed_pipe_exits(), told_failure_exits():
-                job = HydraConfig.get()
-                multirun = job.mode == hydra.types.RunMode.MULTIRUN
+                job = HydraConfig.get() if line.needs_hydra else None
+                multirun = job is not None and job.mode == hydra.types.RunMode.MULTIRUN
                 if multirun and (words := line.choices_win(job.overrides.task)) != job.overrides.task:
                     composed = line.compose(words)  # with a choice that the sweep varies
                 try:
@@ -72,7 +72,7 @@ def command(
                     values["run_dir"] = jobs[-1][1]
                 if (code := function(from_mapping(kind, values))) is not None:
                     if multirun:
-                        log.info("told to stop: the sweep ends here, and the same command goes on with it")
+                        log.info("stop signal: the sweep ends with this job; the same command continues it")
                     sys.exit(code)
 
         def main() -> None:
@@ -83,6 +83,7 @@ def command(
                 return
             _log_to_standard_error(logging.INFO if is_first_process() else logging.WARNING)
             pairs = [word.partition("=") for word in sys.argv[1:]]
+            texts.clear()  # of a call before, in the same process
             texts.update({key: value for key, equals, value in pairs if equals and key in literal})
             # The deepspeed launcher adds --local_rank; the environment variable LOCAL_RANK says the same.
             aside = {*literal, "--local_rank"}
@@ -90,6 +91,9 @@ def command(
             with bad_input_exits():
                 line = CommandLine.parse(kind, config_name, words)
                 line.check()
+            if not line.needs_hydra:  # Hydra would compose the config twice more: 0.15 s of each rank's start
+                run(line.composed)
+                return
             sys.argv[1:] = line.words()
             hydra.main(version_base=None, config_path=str(CONF), config_name=config_name)(run)()
             if jobs and is_first_process():

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import track
+from tokenizers import Tokenizer
 
 from data_pipeline.shards import read_documents
 from data_pipeline.stream import InputError, Manifest
@@ -20,6 +20,7 @@ from megatron_tn.cli import command
 from megatron_tn.config import ConfigError, EvaluateConfig, TrainConfig, out_of_bounds, unwritable
 from megatron_tn.evaluation.baselines import compressor_bits_per_byte, unigram_bits_per_byte
 from megatron_tn.evaluation.perplexity import evaluate_documents
+from megatron_tn.evaluation.progress import DocumentProgress
 from megatron_tn.loading import load_any_model, load_tokenizer, other_tokenizer, resolve_checkpoint
 from megatron_tn.model.base import Model
 
@@ -34,7 +35,11 @@ def main(config: EvaluateConfig) -> None:
     if problems := problems or other_tokenizer(held_out, setting, config.tokenizer, config.checkpoint):
         raise ConfigError(problems)
     documents, text_bytes = held_out_documents(config.manifest, config.max_documents)
-    found = evaluate_documents(model, documents, text_bytes, batch_tokens=config.batch_tokens)
+    tokens = sum(map(len, documents))
+    with DocumentProgress("evaluate", len(documents), tokens) as shown:
+        found = evaluate_documents(
+            model, documents, text_bytes, batch_tokens=config.batch_tokens, progress=shown.advance
+        )
     result: dict[str, Any] = {
         "checkpoint": config.checkpoint,
         "manifest": config.manifest,
@@ -49,11 +54,17 @@ def main(config: EvaluateConfig) -> None:
         result["bits_per_byte"]["unigram"] = unigram_bits_per_byte(
             training, documents, found.text_bytes, model.config.vocab_size
         )
-    texts = (tokenizer.decode(list(ids)).encode() for ids in track(documents, "compressors", transient=True))
-    result["bits_per_byte"] |= compressor_bits_per_byte(texts)
+    with DocumentProgress("compress", len(documents), tokens) as shown:
+        result["bits_per_byte"] |= compressor_bits_per_byte(_texts(documents, tokenizer, shown))
     if config.output:
         Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
+
+
+def _texts(documents: list[np.ndarray], tokenizer: Tokenizer, shown: DocumentProgress) -> Iterator[bytes]:
+    for ids in documents:
+        yield tokenizer.decode(list(ids)).encode()
+        shown.advance(1, len(ids))
 
 
 def check(config: EvaluateConfig) -> None:
@@ -84,10 +95,11 @@ def problems_of_held_out(manifest: Manifest, setting: str, vocab_size: int) -> l
 
 
 def held_out_loss(
-    model: Model, config: TrainConfig, progress: Callable[[int], None] = lambda done: None
+    model: Model, config: TrainConfig, progress: Callable[[int, int], None] = lambda documents, tokens: None
 ) -> dict[str, float]:
     """For the training loop: the held-out loss as two named figures. Every rank evaluates the same documents, so that
-    engines that gather parameters in the forward pass stay in step. `progress(n)` is told of n more documents done."""
+    engines that gather parameters in the forward pass stay in step. progress(n, tokens): told of n
+    more documents done, of so many tokens."""
     documents, text_bytes = held_out_documents(config.evaluation.manifest, config.evaluation.max_documents)
     found = evaluate_documents(model, documents, text_bytes, window=config.data.sequence_length, progress=progress)
     return {"heldout_loss": found.nats_per_token, "heldout_bits_per_byte": found.bits_per_byte}

@@ -15,8 +15,6 @@ import re
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_pipeline.selfclean.score import score_shards
 from data_pipeline.shards.manifest import Manifest
@@ -24,6 +22,7 @@ from data_pipeline.stream import InputError
 from megatron_tn.checkpoint.manifest import MANIFEST
 from megatron_tn.cli import command
 from megatron_tn.config import ConfigError, ScoreConfig, out_of_bounds
+from megatron_tn.evaluation.progress import DocumentProgress
 from megatron_tn.evaluation.scorer import ModelScorer
 from megatron_tn.loading import load_any_model, other_tokenizer, resolve_checkpoint
 from megatron_tn.parallel.world import number
@@ -48,13 +47,18 @@ def main(config: ScoreConfig) -> None:
         )
     if problems := other_tokenizer(manifest, f"manifest={config.manifest}", "", config.checkpoint):
         raise ConfigError(problems)
-    scorer = ModelScorer(model, batch_tokens=config.batch_tokens)
-    columns = (TextColumn(f"scores {name}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True, disable=rank > 0, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=sum(shard.documents for shard in manifest.shards[rank::size]))
+    mine = manifest.shards[rank::size]
+    totals = sum(shard.documents for shard in mine), sum(shard.tokens for shard in mine)
+    with DocumentProgress(f"score {name}", *totals, hidden=rank > 0) as shown:
+        scorer = ModelScorer(model, batch_tokens=config.batch_tokens, progress=shown.advance)
         try:
             scored = score_shards(
-                manifest, scorer, name, rank=rank, size=size, progress=lambda documents: bar.advance(task, documents)
+                manifest,
+                scorer,
+                name,
+                rank=rank,
+                size=size,
+                passed_over=lambda shard: shown.pass_over(shard.documents, shard.tokens),
             )
         except InputError as error:
             raise ConfigError(error.problems) from None

@@ -13,6 +13,7 @@ from datatrove.pipeline.dedup.exact_dedup import (
 )
 
 from data_pipeline.dedup import HASH
+from data_pipeline.dedup.stayed import RecordStayed
 from data_pipeline.document import text_hash
 from data_pipeline.steps.drops import drop_writer
 
@@ -39,13 +40,23 @@ def find(work: Path) -> PipelineStep:
     return ExactFindDedups(str(work / "exact" / "signatures"), str(work / "exact" / "duplicates"), _config({}))
 
 
-def remove(work: Path, drops: Path) -> PipelineStep:
-    """Per task: drops the duplicates found, recording the hash that they share with the copy that stays."""
+def remove(work: Path, drops: Path) -> list[PipelineStep]:
+    """Per task: drops the duplicates found, recording the hash that they share with the copy that stays, and records
+    the copies that stay."""
     # datatrove lists the folder, which does not exist when no duplicate was found.
     (work / "exact" / "duplicates").mkdir(parents=True, exist_ok=True)
-    return ExactDedupFilter(str(work / "exact" / "duplicates"), _config({}), drop_writer(drops, _reason))
+    drop = ExactDedupFilter(str(work / "exact" / "duplicates"), _config({}), drop_writer(drops, _reason))
+    return [drop, RecordStayed(work / "exact" / "stayed", _stays)]
 
 
 def _reason(document: Document) -> dict:
-    value = f"sha256:{text_hash(document.text)}"
-    return {"filter": "exact_duplicate", "measure": "copies", "value": value, "threshold": 1}
+    return {"filter": "exact_duplicate", "measure": "copies", "value": _hash(document), "threshold": 1}
+
+
+def _stays(document: Document) -> str | None:
+    # datatrove's filter gives a document that stays the number of its dropped copies.
+    return _hash(document) if document.metadata["duplicate_count"] else None
+
+
+def _hash(document: Document) -> str:
+    return f"sha256:{text_hash(document.text)}"

@@ -22,6 +22,7 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 
 from data_pipeline.config import NearDuplicates
 from data_pipeline.dedup import HASH
+from data_pipeline.dedup.stayed import RecordStayed
 from data_pipeline.letters import WORDS, composed, find_words
 from data_pipeline.steps.drops import drop_writer
 
@@ -227,12 +228,24 @@ def cluster(work: Path) -> PipelineStep:
     return Cluster(work / "near" / "pairs", work / "near" / "priorities", work / "near" / "remove")
 
 
-def remove(settings: NearDuplicates, work: Path, drops: Path) -> PipelineStep:
-    """Per task: drops all but one document of a cluster, recording the cluster and the settings' threshold."""
+def remove(settings: NearDuplicates, work: Path, drops: Path) -> list[PipelineStep]:
+    """Per task: drops all but one document of a cluster, recording the cluster and the settings' threshold, and records
+    the documents that stay."""
     similarity = round((1 / settings.buckets) ** (1 / settings.hashes), 3)
 
     def reason(document: Document) -> dict:
-        value = f"cluster:{document.metadata['minhash_cluster_id']}"
-        return {"filter": "near_duplicate", "measure": "similarity", "value": value, "threshold": similarity}
+        return {
+            "filter": "near_duplicate",
+            "measure": "similarity",
+            "value": _cluster_of(document),
+            "threshold": similarity,
+        }
 
-    return MinhashDedupFilter(str(work / "near" / "remove"), drop_writer(drops, reason), load_cluster_ids=True)
+    drop = MinhashDedupFilter(str(work / "near" / "remove"), drop_writer(drops, reason), load_cluster_ids=True)
+    return [drop, RecordStayed(work / "near" / "stayed", _cluster_of)]
+
+
+def _cluster_of(document: Document) -> str | None:
+    # Absent in a task without duplicates, -1 for a document without duplicates.
+    cluster = document.metadata.get("minhash_cluster_id", -1)
+    return None if cluster < 0 else f"cluster:{cluster}"

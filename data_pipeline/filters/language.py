@@ -14,6 +14,9 @@ from data_pipeline.thresholds import STRICT, Share
 
 NONE = "zxx"  # the code of text in no language
 UNKNOWN = "und"  # the code of text in an unknown language
+# The model's own class of no language has a probability of 0.99 and more in base64 and lists of codes, of less in
+# languages that the model does not know (Zhuang 0.88, Drung 0.989), and in lists of file names, with fewer letters.
+SURE_OF_NONE, LETTERS_OF_PROSE = 0.99, 0.8
 LONGEST = 20_000  # characters used for identification
 LETTER = re.compile(r"[^\W\d_]")
 # Letters of scripts without a language in the model, whose answer for them is arbitrary.
@@ -44,7 +47,8 @@ class Language:
 
 def identify(text: str) -> tuple[str, float]:
     """(code, probability) of the likeliest language. (NONE, 0) for text without a letter, such as rulers and dots;
-    (UNKNOWN, 0) for text without an n-gram of the model, or in a script without a language in the model."""
+    (UNKNOWN, 0) for text without an n-gram of the model, in a script without a language in the model, or of letters
+    that the model takes for no language with a probability below SURE_OF_NONE."""
     if not LETTER.search(plain(text)):
         return NONE, 0.0
     model = identifier()
@@ -52,7 +56,15 @@ def identify(text: str) -> tuple[str, float]:
     # Equal probabilities of all classes mean unknown; a code has up to two classes.
     if confidence < 2.01 / len(model.classes) or _is_strange(text):
         return UNKNOWN, 0.0
+    if code == NONE and confidence < SURE_OF_NONE and _share_of_letters(text) >= LETTERS_OF_PROSE:
+        return UNKNOWN, 0.0
     return code, confidence
+
+
+def _share_of_letters(text: str) -> float:
+    """Letters among the characters other than white space."""
+    letters = "".join(plain(text).split())
+    return len(LETTER.findall(letters)) / len(letters)
 
 
 def _is_strange(text: str) -> bool:

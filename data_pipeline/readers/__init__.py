@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,7 +20,7 @@ from data_pipeline.readers.tree import read_file, tree_listing
 from data_pipeline.readers.warc import read_warc
 from data_pipeline.sources import Jsonl, Parquet, Source, Tree, Warc
 
-__all__ = ["ReadSources", "input_sizes", "inputs_hash", "list_inputs", "list_source"]
+__all__ = ["ReadSources", "documents_of", "input_sizes", "inputs_hash", "list_inputs", "list_source"]
 
 LONGEST_DETAIL = 500  # characters of `detail`, as a URL may be very long
 
@@ -61,6 +62,13 @@ class ReadSources(PipelineStep):
                         records.write(
                             json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
                         )
+
+
+def documents_of(file: File, name: str, source: Source) -> Iterator[Document]:
+    """The documents of one file of source `name`, without what is quarantined."""
+    for item in _items(file, source):
+        if isinstance(item, Found):
+            yield _document(item, file, name, source)
 
 
 def _document(item: Found, file: File, name: str, source: Source) -> Document:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from data_pipeline.selfclean.scorer import Scorer
-from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.manifest import Manifest, Shard
 from data_pipeline.shards.reading import read_shard
 from data_pipeline.shards.scores import save_scores, scores_file
 
@@ -21,17 +21,18 @@ def score_shards(
     *,
     rank: int = 0,
     size: int = 1,
-    progress: Callable[[int], None] = lambda documents: None,
+    passed_over: Callable[[Shard], None] = lambda shard: None,
 ) -> int:
     """Writes scores `name` beside every shard without them; returns the number of scored documents.
 
-    Process `rank` of `size` takes every size-th shard. `progress(n)`: n more documents are done. A document without
-    text (only bos and eos) scores NaN per byte. Raises InputError when a remote folder is not writable.
+    Process `rank` of `size` takes every size-th shard. `passed_over(shard)`: called for each that has scores. A
+    document without text (only bos and eos) scores NaN per byte. Raises InputError when a remote folder is not
+    writable.
     """
     scored, there = 0, manifest.names()
     for shard in manifest.shards[rank::size]:
         if scores_file(shard, name) in there:
-            progress(shard.documents)
+            passed_over(shard)
             continue
         documents = list(read_shard(manifest, shard))
         nats = np.array(scorer.document_nats([document.tokens for document in documents]))
@@ -41,5 +42,4 @@ def score_shards(
         path = save_scores(manifest.directory, shard, name, np.stack([nats / predicted, nats / text_bytes], axis=1))
         manifest.publish(path.name)
         scored += len(documents)
-        progress(len(documents))
     return scored

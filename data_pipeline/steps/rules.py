@@ -48,7 +48,7 @@ class ApplyRules(PipelineStep):
         with self.drops as drops, self.edited as edited:
             for document in data:
                 made, size = [], text_bytes(document)
-                if found := self._judge(document, made):
+                if found := self.judge(document, made):
                     name, drop = found
                     reason = {"measure": drop.measure, "value": drop.value, "threshold": drop.threshold}
                     document.metadata["drop"] = {"filter": name, **reason}
@@ -60,7 +60,7 @@ class ApplyRules(PipelineStep):
                 document.metadata.pop("edit", None)
                 yield document
 
-    def _judge(self, document: Document, made: list[dict]) -> tuple[str, Drop] | None:
+    def judge(self, document: Document, made: list[dict]) -> tuple[str, Drop] | None:
         """Edits the document and appends records of the edits to `made`; returns (rule, Drop), or None to keep it."""
         for name, rule in self.first.items():
             if drop := rule(document.text):

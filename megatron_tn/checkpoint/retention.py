@@ -91,7 +91,7 @@ def discard(path: Path) -> None:
 def reading(checkpoint: Path) -> Iterator[None]:
     """Holds a shared file lock, so that no run's retention removes the checkpoint (on file systems with locks)."""
     with (checkpoint / MANIFEST).open("rb") as file:
-        with contextlib.suppress(OSError):  # a file system without locks
+        with contextlib.suppress(OSError):  # the file system has no file locks
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         yield
 
@@ -103,7 +103,7 @@ def being_read(checkpoint: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # a file system without locks, or a read-only one
+    except OSError:  # the file system has no file locks, or a read-only one
         return False
     return False
 

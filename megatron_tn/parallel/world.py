@@ -82,13 +82,17 @@ _holders: list[Holder] = []
 
 
 def release_on_leaving(holder: Holder) -> None:
-    """Call `holder.release()` before the process groups are destroyed."""
+    """Call `holder.release()` in `release_holders`, before the process groups are destroyed."""
     _holders.append(holder)
 
 
-def leave_world() -> None:
+def release_holders() -> None:
     while _holders:
         _holders.pop().release()  # in reverse order: CUDA graphs before the engine that owns their tensors
+
+
+def leave_world() -> None:
+    release_holders()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -139,7 +139,7 @@ class RunFolder:
         sync_folder(self.checkpoints)
         return aside
 
-    # Settings and their SLURM job
+    # The run's settings (submitted/*.json, config.json) and the SLURM job that froze them (job.json)
 
     def submit(self, config: TrainConfig) -> Path:
         """Write the settings of a job before its submission; returns the file, unique to this job."""
@@ -232,7 +232,7 @@ class RunFolder:
         """Write and fsync ledger.json. Raises OSError."""
         _replace(self.ledger_file, asdict(ledger), sync=True)
 
-    # One run at a time
+    # The lock: one run at a time uses the folder
 
     def claim(self) -> str:
         """Lock the folder for this process until `release` or exit. Returns the current holder, "" on success.

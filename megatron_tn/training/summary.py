@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shlex
 import statistics
 from collections.abc import Iterable, Mapping
@@ -62,17 +63,20 @@ def _device(device: torch.device, processes: int) -> str:
 
 
 def figures_of(folder: RunFolder) -> dict[str, Any]:
-    """step, loss (mean over the last tenth of the records), heldout_loss and tokens_per_second (median) of a run, by
-    its journal; those that it does not have are left out."""
+    """step, tokens, loss (mean over the last tenth of the records), tokens_per_second (median), heldout_loss and
+    heldout_bits_per_byte of a run, by its journal; those that it does not have are left out. NaN where the loss was."""
     records = folder.records("loss")
     found: dict[str, Any] = {}
     if records:
-        tail = [record["loss"] for record in records[-max(len(records) // 10, 1) :]]
-        found["step"] = records[-1]["step"]
+        losses = [record["loss"] for record in records[-max(len(records) // 10, 1) :]]
+        tail = [math.nan if loss is None else loss for loss in losses]
+        found["step"], found["tokens"] = records[-1]["step"], records[-1]["tokens"]
         found["loss"] = statistics.fmean(tail)
         found["tokens_per_second"] = statistics.median(record["tokens_per_second"] for record in records)
-    if held_out := folder.records("heldout_loss"):
-        found["heldout_loss"] = held_out[-1]["heldout_loss"]
+    for figure in ("heldout_loss", "heldout_bits_per_byte"):
+        if held_out := folder.records(figure):
+            value = held_out[-1][figure]
+            found[figure] = math.nan if value is None else value
     return found
 
 
@@ -91,19 +95,6 @@ def show_end(config: TrainConfig, folder: RunFolder, state: str) -> None:
         f"  python -m megatron_tn.plot {shlex.quote(run)}",
     )
     _print(f"{state}: {config.model.name}", {name: text for name, text in rows.items() if text}, lines)
-
-
-def sweep_table(rows: Iterable[tuple[str, RunFolder]]) -> Table:
-    """One row a run: its name (the overrides of a sweep's job), last step, loss, held-out loss, tokens/s."""
-    table = Table("run", "step", "loss", "held-out", "tokens/s")
-    for name, folder in rows:
-        found = figures_of(folder)
-        cells = [f"{found[key]:{form}}" if key in found else "-" for key, form in _COLUMNS.items()]
-        table.add_row(name, *cells)
-    return table
-
-
-_COLUMNS = {"step": ",", "loss": ".3f", "heldout_loss": ".3f", "tokens_per_second": ",.0f"}
 
 
 def _print(title: str, rows: Mapping[str, str], lines: Iterable[str] = ()) -> None:

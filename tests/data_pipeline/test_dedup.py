@@ -53,6 +53,10 @@ def test_the_copy_of_the_source_of_highest_priority_stays(tmp_path, first):
     for kind, numbers in {"exact_duplicate": range(3), "near_duplicate": range(3, 6)}.items():
         dropped = [drop["id"] for drop in drops if drop["filter"] == kind]
         assert sorted(dropped) == sorted(f"{name}/{n:03d}.txt" for name in others for n in numbers)
+    assert all(drop["kept"] == f"{first}{drop['id'][1:]}" for drop in drops)
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    (example, *_) = report["drops"]["near_duplicate"]["examples"]
+    assert f"kept: {example['kept']}" in (tmp_path / "out/report.html").read_text()
 
 
 NOTICE = "This article is brought to you by the friends of page 3.\n"

@@ -55,6 +55,7 @@ DROPPED = {
         "max_share",
         None,
     ),
+    "russian read as latin-1": (Garbled(), ("Книга, и дом. " * 5).encode().decode("latin-1"), "max_share", None),
     "utf-8 read as windows-1252": (
         Garbled(),
         ("“Don’t” — she said… " * 5).encode().decode("cp1252", "replace"),

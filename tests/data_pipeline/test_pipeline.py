@@ -216,6 +216,11 @@ BAD = {
         "sources.main.language='zh-Hant-TW': Value error, language='zh-Hant-TW' is not an ASCII code of at most 7",
     ),
     "no input": ("input=null", "sources.main.path: missing; give input=FOLDER"),
+    "a source of no kind": (
+        "sources.b={path: x}",
+        "sources.b.kind=None: no such kind: give sources.b={kind: KIND, path",
+    ),
+    "a source of no such kind": ("sources.b={kind: tre, path: x}", "kind='tre': no such kind; did you mean tree?"),
     "no such tokenizer": ("tokenizer.file=/no/such.json", "tokenizer.file=/no/such.json"),
     "not Hydra's grammar": ("a b", "a b"),
 }

@@ -1,6 +1,7 @@
 """No script of the world loses ordinary text: paragraphs in many languages, and made-up words in the letters of every
 script that Unicode has."""
 
+import base64
 import collections
 import json
 import random
@@ -91,6 +92,28 @@ def test_marks_tell_lines_and_words_apart_but_not_how_they_are_spelled():
 def test_text_in_which_nothing_is_found_is_in_no_language(text):
     code, drop = RULES.language.judge(text)
     assert (code, drop.measure, drop.value) == ("zxx", "allowed", "zxx")
+
+
+# Zhuang, with letters for tones, which the identifier takes for no language; Kongo, with the apostrophes of
+# Windows-1252 read as Latin-1.
+ZHUANG = """Gyoengqvunz ndaw mbanj cungj gyaez ciengqfwen. Boux geq caeuq lwgnyez doxcaez youq gyaeujmbanj, bouxsai boiq
+rog, mehmbwk daenj buhmoq. Bouxboux cungj miz gienzleih doegsaw, hagfeiq cingqcingq mbouj yungh gyau."""
+KONGO = """Nki\x92a bantu bakwiza ku mbanza? Mono i\x92mwana wa ngudi ame,
+y\x92e mpangi zame zazo bena mu nzo a yaya."""
+
+
+@pytest.mark.parametrize("text", [ZHUANG, KONGO], ids=["zhuang", "kongo"])
+def test_latin_text_in_a_language_or_an_encoding_of_its_own_is_kept(text):
+    assert drops(text) == {}
+
+
+def test_codes_and_names_of_files_are_in_no_language():
+    draw = random.Random(3)
+    bytes_of_6 = (base64.b64encode(draw.randbytes(6)).decode() for _ in range(60))
+    codes = ("".join(draw.choices("BCDFGHJKLMNPQRSTVWXZ", k=5)) for _ in range(60))
+    files = (f"img_{draw.randrange(9999):04d}.jpg" for _ in range(60))
+    for words in (bytes_of_6, codes, files):
+        assert RULES.language.judge(" ".join(words))[0] == "zxx"
 
 
 def test_a_script_that_the_identifier_does_not_know_is_an_unknown_language_and_stays():

@@ -4,12 +4,13 @@ import json
 import random
 
 import pytest
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers
 
 from data_pipeline import tokenizer as tokenizers
 from data_pipeline.config import TokenizerSettings, compose
 from data_pipeline.run import main, run
 from data_pipeline.sample import allot, strata
+from data_pipeline.tokenizer import ASCII, SPECIAL
 from tests.data_pipeline.corpus import prose
 from tests.data_pipeline.test_readers import source
 
@@ -79,18 +80,47 @@ def test_the_tokenizer_does_not_depend_on_the_number_of_tasks(corpus, tmp_path):
     assert metadata(tmp_path / "1")["sample"] == metadata(tmp_path / "4")["sample"]
 
 
-def test_a_tokenizer_that_loses_text_is_refused_with_category_document_and_place(corpus, tmp_path, capsys):
+def test_a_tokenizer_smaller_than_asked_for_says_so_in_one_line(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_text(prose(0))
+    options = ["pipeline=text", f"input={tmp_path}/in", "near_duplicates=null", "tasks=1", "heldout_fraction=0"]
+    assert main([*options, "tokenizer.vocab_size=5000", f"output={tmp_path}/out", "workers=1"]) == 0
+    (note,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    entries = metadata(tmp_path / "out")["vocab_size"]
+    assert entries < 5000
+    assert note.startswith(f"note: the tokenizer has {entries} entries, not tokenizer.vocab_size=5000: ")
+
+
+def test_what_the_rules_drop_or_edit_need_not_come_back(corpus, tmp_path):
+    """A tokenizer without bytes knows no control character; edits take them out, rules drop a text full of them."""
+    texts = [prose(0) + "A \u200bword\u00ad.\n", prose(1), "\u0007\ufffd" * 200]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    known = Tokenizer(models.BPE({letter: id for id, letter in enumerate([*SPECIAL, *ASCII])}, []))
+    known.decoder = decoders.Fuse()
+    known.save(str(tmp_path / "known.json"))
+    options = ["pipeline=text", f"input={tmp_path}", "near_duplicates=null", "tasks=1", "heldout_fraction=0"]
+    options += [f"tokenizer.file={tmp_path}/known.json", f"output={tmp_path.parent}/{tmp_path.name}-out"]
+    assert main([*options, "workers=1"]) == 0
+
+
+def test_a_tokenizer_that_loses_text_is_refused_with_category_document_and_place(corpus, tmp_path, capsys, monkeypatch):
     run(compose([*corpus, f"output={tmp_path}/good"]))
     lossy = Tokenizer.from_file(str(tmp_path / "good/tokenizer.json"))
     lossy.normalizer = normalizers.Lowercase()
     lossy.save(str(tmp_path / "lossy.json"))
     capsys.readouterr()
     assert main([*corpus, f"tokenizer.file={tmp_path}/lossy.json", f"output={tmp_path}/out", "workers=1"]) == 2
-    (error,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert not (tmp_path / "out").exists()  # before anything is written
     first = prose(0)[0]
-    assert "category 'web', document 'web/" in error
+    assert f"tokenizer.file={tmp_path}/lossy.json: category 'web', document 'web/" in error
     assert "does not decode to its own text: from character 0 it is '" + first in error
     assert "and becomes '" + first.lower() in error
+    # Where the first documents say nothing, the shards stage does.
+    monkeypatch.setattr("data_pipeline.round_trip.round_trip_problem", lambda *_: None)
+    assert main([*corpus, f"tokenizer.file={tmp_path}/lossy.json", f"output={tmp_path}/out", "workers=1"]) == 2
+    assert f"tokenizer {tmp_path}/out/tokenizer.json: category 'web', document 'web/" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def _of_rank_0(run: Run, work: Work) -> list[Hook]:
 def _evaluation(
     run: Run, work: Work, evaluate: Callable[..., dict[str, Any]], interrupted: Callable[[], bool]
 ) -> EvaluateEvery:
-    def go_on(_documents: int) -> None:
+    def go_on(_documents: int, _tokens: int) -> None:
         run.progress.at("evaluate")
         if anywhere(interrupted()):
             run.report("evaluation interrupted by the stop signal", {}, run.state.step)

@@ -22,6 +22,7 @@ from megatron_tn.training.watchdog.signs import MOST_INTERVAL_S, Progress, Sign,
 from megatron_tn.training.watchdog.stack import where_this_process_is
 
 HANG_EXIT = 75  # exit code after a hang
+REPORT_S = 30.0  # for stacks, signs and messages on a busy disk, beyond timeout_s; then faulthandler ends the process
 
 
 class Watchdog:
@@ -109,10 +110,10 @@ class Watchdog:
             if self._told or time.monotonic() - self.progress.since > self._limit_s:
                 self._give_up()
 
-    def _arm(self) -> None:
-        """Reset the timer of faulthandler's C thread, which ends the process if C code holds the GIL and blocks this
-        thread."""
-        faulthandler.dump_traceback_later(self.timeout_s + self.interval_s, exit=True, file=2)
+    def _arm(self, more_s: float = 0.0) -> None:
+        """Reset the timer of faulthandler's C thread, which ends the process with exit code 1 if C code holds the GIL,
+        or a file system hangs, and blocks this thread."""
+        faulthandler.dump_traceback_later(self.timeout_s + self.interval_s + more_s, exit=True, file=2)
 
     @property
     def _limit_s(self) -> float:
@@ -127,11 +128,11 @@ class Watchdog:
 
     def _give_up(self) -> None:
         """One rank reports the hang; every rank dumps its stacks and exits."""
+        self._arm(REPORT_S)
         with contextlib.suppress(OSError):
             self.run.stacks.mkdir(exist_ok=True)
             with open_new(self.run.stacks / f"rank_{self._me.rank:05d}.txt") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-        self._arm()
         times = {"limit_s": self._limit_s, "timeout_s": self.timeout_s}
         text, first = self.observer.hang(**times, stacks=str(self.run.stacks))
         if first:
@@ -139,7 +140,6 @@ class Watchdog:
             self._mark_failed(text.splitlines()[0])
             with contextlib.suppress(OSError), open_new(self.run.hang) as file:
                 file.write(text)
-        self._arm()
         time.sleep(2 * self.interval_s)  # the launcher kills the other ranks when one exits
         os._exit(HANG_EXIT)
 
