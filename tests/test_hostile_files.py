@@ -31,8 +31,10 @@ from megatron_tn.checkpoint.load import CheckpointWeights
 from megatron_tn.checkpoint.manifest import FORMAT, MANIFEST, VERSION, CheckpointManifest
 from megatron_tn.checkpoint.verify import glance, verify
 from megatron_tn.config import ConfigError, EngineConfig, ModelConfig, TrainConfig, from_mapping, to_mapping
+from megatron_tn.inference import prefix_file
 from megatron_tn.inference.prefix_file import fingerprint, load_prefix
 from megatron_tn.inference.records import prompt_problems, read_prompts
+from megatron_tn.model.registry import build_model
 from megatron_tn.parallel import world
 from megatron_tn.released.config import config_from_released, config_to_released, read_config
 from megatron_tn.released.tokenizer import tokenizer_files
@@ -189,6 +191,35 @@ def test_hostile_counts_and_scores(manifest):
             (manifest.directory / name).write_bytes(content)
             assert refused(read)
         (manifest.directory / name).unlink()
+
+
+PREFIX = {
+    "length": "3",
+    "last": "1",
+    "dtype": "torch.float32",
+    "model": "mine",
+    "config": json.dumps(to_mapping(ModelConfig())),
+}
+PREFIXES = {
+    "no config": ({"config": None}, {}),
+    "deep config": ({"config": "[" * 100_000}, {}),
+    "a list for a config": ({"config": "[]"}, {}),
+    "no length": ({"length": "many"}, {}),
+    "a negative length": ({"length": "-1"}, {}),
+    "a token beyond the vocabulary": ({"last": str(2**40)}, {}),
+    "no layer": ({}, {}),
+    "layers without a dimension": ({}, {f"layer.{n}": torch.zeros(()) for n in range(24)}),
+    "layers of another shape": ({}, {f"layer.{n}": torch.zeros(1, 2, 3, 4) for n in range(24)}),
+}
+
+
+@pytest.mark.parametrize(("metadata", "tensors"), PREFIXES.values(), ids=PREFIXES)
+def test_hostile_prefixes(tmp_path, monkeypatch, metadata, tensors):
+    monkeypatch.setattr(prefix_file, "fingerprint", lambda model: "mine")
+    metadata = {key: value for key, value in (PREFIX | metadata | {"format": prefix_file.FORMAT}).items() if value}
+    save_file({"seen": torch.zeros(1, dtype=torch.int32)} | tensors, tmp_path / "a", metadata)
+    model = build_model(ModelConfig(), None, "meta")
+    assert refused(lambda: prefix_file.load_prefix(tmp_path / "a", model))
 
 
 def header(name: str, kind: bytes, size: int) -> bytes:

@@ -79,7 +79,9 @@ def load_prefix(path: str | Path, model: Model) -> Prefix:
         if problem := _other_model(metadata, model):
             raise ConfigError(f"state={path} was computed by another model: {problem}")
         return _prefix(metadata, tensors, model)
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except ConfigError:
+        raise
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:  # of JSON, shapes or nesting
         raise ConfigError(f"state={path} is damaged: {error}") from None
 
 
