@@ -18,8 +18,9 @@ from pydantic.dataclasses import dataclass
 
 from data_pipeline import edits, filters
 from data_pipeline.errors import InputError
-from data_pipeline.files import replace_file
+from data_pipeline.files import read_object, replace_file
 from data_pipeline.filters.language import Language
+from data_pipeline.redaction import resolve, storable
 from data_pipeline.sources import KINDS, STRICT, AnySource, LocalFolder, Positive
 from data_pipeline.words import as_typed
 
@@ -139,7 +140,6 @@ def compose_plain(root: str, overrides: list[str], cls: type, directory: Path = 
     from hydra import initialize_config_dir
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     groups = {path.name for path in directory.iterdir() if path.is_dir()} if directory.is_dir() else set()
@@ -154,7 +154,7 @@ def compose_plain(root: str, overrides: list[str], cls: type, directory: Path = 
         lines = [o.input_line if o in chosen or o.input_line[0] in "+~" else f"++{o.input_line}" for o in parsed]
         with initialize_config_dir(str(directory), version_base="1.3"):
             config = hydra_compose(root, lines)
-        return OmegaConf.to_container(config, resolve=True), groups
+        return resolve(config), groups
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(" ".join(str(error).split())) from None
 
@@ -183,11 +183,11 @@ def difference(old: dict, new: dict, prefix: str = "") -> list[str]:
 def keep_settings(output: str, settings: dict, what: str) -> None:
     """Writes `settings`, which determine the output's bytes, to `output`/settings.json. If the file exists, raises
     InputError naming every setting that differs. what: description of `output`'s content, for the message."""
-    path, now = Path(output) / "settings.json", json.loads(json.dumps(settings))
+    path, now = Path(output) / "settings.json", json.loads(json.dumps(storable(settings)))
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, json.dumps(now, indent=1).encode() + b"\n")
-    elif changed := difference(json.loads(path.read_text()), now):
+    elif changed := difference(storable(read_object(path)), now):
         raise InputError(*(f"output={output} holds {what} with other settings: {line}" for line in changed))
 
 

@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,13 +20,15 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 
+from datatrove.executor.base import ExecutorJSONEncoder
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.executor.slurm import SlurmPipelineExecutor
 from loguru import _better_exceptions
 
 from data_pipeline.config import Slurm
 from data_pipeline.errors import InputError, StageError
-from data_pipeline.files import replace_file
+from data_pipeline.files import read_object, replace_file
+from data_pipeline.redaction import redacted, storable
 
 ROOT = Path(__file__).resolve().parents[1]
 ORPHAN_SECONDS = 0.5  # interval at which a worker checks that its parent lives
@@ -34,15 +37,16 @@ PATIENCE = 15  # polls between a job's end and its completion markers on a share
 SHOWN_TASKS = 5
 
 
-def _remember_library_folders() -> None:
-    """Has loguru look for the folders of libraries once. It asks sysconfig for 36 paths, in 10 ms, for every handler,
-    and datatrove adds three handlers a task."""
-    formatter = getattr(_better_exceptions, "ExceptionFormatter", None)
-    if find := getattr(formatter, "_get_lib_dirs", None):
-        formatter._get_lib_dirs = staticmethod(functools.cache(find))
+def _adapt_tracebacks() -> None:
+    """Has loguru look for the folders of libraries once: it asks sysconfig for 36 paths, in 10 ms, for every handler,
+    and datatrove adds three handlers a task. And its tracebacks, which show values of variables, hold no secrets."""
+    formatter = _better_exceptions.ExceptionFormatter
+    find, lines = formatter._get_lib_dirs, formatter.format_exception
+    formatter._get_lib_dirs = staticmethod(functools.cache(find))
+    formatter.format_exception = lambda *args, **more: map(redacted, lines(*args, **more))
 
 
-_remember_library_folders()
+_adapt_tracebacks()
 
 
 class TaskError(StageError):
@@ -54,7 +58,16 @@ class TaskError(StageError):
         self.error = error
 
 
-class LocalExecutor(LocalPipelineExecutor):
+class _Described:
+    """An executor whose description in executor.json holds no secrets."""
+
+    def save_executor_as_json(self, indent: int = 4) -> None:
+        text = json.dumps(self, cls=ExecutorJSONEncoder)
+        with self.logging_dir.open("executor.json", "w") as file:
+            json.dump(storable(json.loads(text)), file, indent=indent)
+
+
+class LocalExecutor(_Described, LocalPipelineExecutor):
     """datatrove's local executor, with a pool that detects a killed worker (datatrove's waits forever for its task),
     and whose workers exit when the run is killed."""
 
@@ -116,17 +129,38 @@ def _run_task(executor: LocalExecutor, rank: int) -> None:
     task._run_for_rank(rank, local_rank=rank)
 
 
-class SlurmExecutor(SlurmPipelineExecutor):
-    """datatrove's SLURM executor without its extra job per stage for statistics, which the report already has."""
+class SlurmExecutor(_Described, SlurmPipelineExecutor):
+    """datatrove's SLURM executor, with every word of its job script quoted for the shell and for sbatch, and without
+    its extra job per stage for statistics, which the report already has."""
 
     def launch_merge_stats(self) -> None:
         pass
+
+    def get_sbatch_args(self, max_array: int = 1) -> dict:
+        options = super().get_sbatch_args(max_array)
+        log = Path(self.slurm_logs_folder.replace("%", "%%")) / "%A_%a.out"  # SLURM replaces %A in its options
+        return options | {"output": log, "error": log}
+
+    def get_launch_file_contents(self, sbatch_args: dict, run_script: str) -> str:
+        """The job script; `run_script`, datatrove's unquoted command, is not used."""
+        options = [f"--{key}={value}" if value else f"--{key}" for key, value in sbatch_args.items()]
+        srun = ["srun", *(f"--{key}={value}" for key, value in (self.srun_args or {}).items()), "-l", "-n", "1"]
+        lines = [
+            "#!/bin/bash",
+            *(f"#SBATCH {shlex.quote(option)}" for option in options),
+            self.env_command,
+            "set -xe",
+            "export PYTHONUNBUFFERED=TRUE",
+            shlex.join([*srun, "launch_pickled_pipeline", self.logging_dir.resolve_paths("executor.pik")]),
+        ]
+        return "\n".join(lines) + "\n"
 
 
 def slurm_executor(settings: Slurm, name: str, steps: list, tasks: int, folder: Path, depends) -> SlurmExecutor:
     """The job array of a stage, which starts after `depends`, the previous stage's executor, has succeeded."""
     # The job uses this process's interpreter and sources, whatever the node's environment.
-    path = f"export PATH={Path(sys.executable).parent}:$PATH PYTHONPATH={ROOT}${{PYTHONPATH:+:$PYTHONPATH}}"
+    bin, root = shlex.quote(str(Path(sys.executable).parent)), shlex.quote(str(ROOT))
+    path = f"export PATH={bin}:$PATH PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}}"
     return SlurmExecutor(
         steps,
         tasks=tasks,
@@ -155,7 +189,7 @@ class Queue:
         self.path = work / "slurm.json"
 
     def jobs(self) -> dict[str, str]:
-        return json.loads(self.path.read_bytes()) if self.path.is_file() else {}
+        return read_object(self.path) if self.path.is_file() else {}
 
     def record(self, jobs: dict[str, str]) -> None:
         replace_file(self.path, json.dumps(jobs, indent=1).encode() + b"\n")

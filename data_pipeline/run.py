@@ -20,7 +20,8 @@ from pydantic import TypeAdapter
 from data_pipeline.cli import command, overrides
 from data_pipeline.config import FREE, Settings, compose, difference
 from data_pipeline.errors import InputError, StageError
-from data_pipeline.files import TEMPORARY, explain, open_lock, replace_file
+from data_pipeline.files import TEMPORARY, explain, open_lock, read_object, replace_file
+from data_pipeline.redaction import has_credentials, redacted, storable, written
 
 # Raised with every change of the output for the same settings and sources, so that two versions never share a run.
 PIPELINE_VERSION = 6
@@ -121,7 +122,7 @@ def check(settings: Settings) -> dict:
         found = (output_problem(name, source, Path(settings.output)), key_problem(name, source, listing.files))
         problems += filter(None, found)
         for note in listing.notes:
-            print(f"note: {note}", file=sys.stderr)
+            print(f"note: {redacted(note)}", file=sys.stderr)
     if not settings.sources:
         problems.append("sources: empty; there is nothing to read")
     if settings.tokenizer.file:
@@ -143,7 +144,7 @@ def check(settings: Settings) -> dict:
         raise InputError(*problems)
     decisive = TypeAdapter(Settings).dump_python(settings, mode="json", exclude=set(FREE))
     read = {"files": len(inputs), "sha256": inputs_hash(inputs), "tokenizer_sha256": tokenizer_hash}
-    return {"version": PIPELINE_VERSION, "inputs": read, "settings": decisive}
+    return {"version": PIPELINE_VERSION, "inputs": read, "settings": storable(decisive)}
 
 
 def _slurm_problems(settings: Settings) -> list[str]:
@@ -152,6 +153,23 @@ def _slurm_problems(settings: Settings) -> list[str]:
         problems.append("slurm.partition: missing; executor=slurm needs slurm.partition=NAME (sinfo lists them)")
     if missing := [command for command in ("sbatch", "squeue", "scancel") if shutil.which(command) is None]:
         problems.append(f"executor=slurm: no {' '.join(missing)} on this machine: it is no SLURM login node")
+    slurm = settings.slurm
+    words = {f"slurm.{name}": getattr(slurm, name) for name in ("partition", "time", "qos", "job_name")}
+    for group in ("sbatch_args", "srun_args"):
+        words |= {f"slurm.{group}.{key}": f"{key}={value}" for key, value in getattr(slurm, group).items()}
+    for name, word in (words | {"output": settings.output}).items():
+        if not str(word).isprintable() or "\\" in str(word):
+            problems.append(f"{name}={word!r}: a backslash or a control character in it cannot stand in a job script")
+    if written(slurm.env_command) != slurm.env_command:
+        problems.append(
+            "slurm.env_command: write $NAME for ${oc.env:NAME}, which the job script would have the value of"
+        )
+    problems += [
+        f"sources.{name}.path={source.path}: with executor=slurm its credentials would lie in files: give them as "
+        "${oc.env:NAME}, which the tasks resolve"
+        for name, source in settings.sources.items()
+        if has_credentials(source.path)
+    ]
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         problems.append(
             "executor=slurm: this is a task of a job array, which cannot submit the stages: use a login node"
@@ -164,14 +182,14 @@ def _prepare(output: Path, record: dict, overwrite: bool) -> None:
     path, stages = output / RECORD, output / "work" / "stages"
     names = [entry.name for entry in output.iterdir() if not entry.name.endswith(TEMPORARY)]
     held = sorted(name for name in names if name not in (".lock", RECORD))
-    old = json.loads(path.read_bytes()) if path.is_file() else {}
+    old = storable(read_object(path)) if path.is_file() else {}
     changed = difference(old, record)
     if held and not old:
         raise InputError(f"output={output} holds {held[0]!r} and no {RECORD}: it is no run of this pipeline")
     if old and changed:
         if not overwrite:
             raise InputError(
-                *(f"output={output} was made otherwise: {line}" for line in changed),
+                *(f"output={output} was made with other settings: {line}" for line in changed),
                 f"output={output}: choose another, or overwrite=true to delete its content",
             )
         # Deletes completion markers first and keeps the record: if interrupted, this can be repeated, and a run with

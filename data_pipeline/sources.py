@@ -6,6 +6,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from data_pipeline.locations import local, openable
+from data_pipeline.redaction import resolved, written
 from data_pipeline.shards.index import language_number
 from data_pipeline.thresholds import Count, Positive
 
@@ -31,7 +32,8 @@ class Source:
     and the like), null to identify each; `max_document_bytes`: larger documents are quarantined unread;
     `max_expansion`: a compressed file whose content exceeds max_expansion x its size and max_document_bytes is a bomb:
     the documents before stay, and the rest is quarantined unread; `max_seconds`: a page that takes longer to extract is
-    quarantined. docs/bounds.md lists the resulting limits.
+    quarantined, and so is a line, record or batch of rows that takes more CPU time to decode. docs/bounds.md lists the
+    resulting limits.
     """
 
     path: Location
@@ -42,6 +44,13 @@ class Source:
     max_document_bytes: Positive = 100_000_000
     max_expansion: Positive = 200
     max_seconds: Positive = 60
+
+    def __getstate__(self) -> dict:
+        # SLURM's tasks get it from a file, and resolve its variables in their environment.
+        return self.__dict__ | {"path": written(self.path)}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state | {"path": resolved(state["path"])})
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

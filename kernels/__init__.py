@@ -1,4 +1,4 @@
-"""GPU operators of TransNormerLLM, each with a plain PyTorch form that runs anywhere.
+"""GPU operators of TransNormerLLM and of its rival, a Transformer, each with a plain PyTorch form that runs anywhere.
 
 The public functions are below; their docstrings are the reference. Needs torch alone; Triton is used where installed.
 """
@@ -10,6 +10,9 @@ from kernels.embedding.op import scaled_embedding
 from kernels.gla.op import gla
 from kernels.gla.slice import StateExchange, gla_slice
 from kernels.lightning.op import lightning_attention
+from kernels.rmsnorm.op import add_rms_norm, branch_rms_norm
+from kernels.rope.op import rope
+from kernels.sampling.op import sample_tokens
 from kernels.self_check import self_check
 from kernels.sglu.op import sglu
 from kernels.srmsnorm.op import (
@@ -18,6 +21,7 @@ from kernels.srmsnorm.op import (
     branch_simple_rms_norm,
     simple_rms_norm,
 )
+from kernels.token.op import token_glu, token_linear
 
 # Hugging Face transformers takes any package named `kernels` for its kernel hub client and reads its version, from the
 # distribution's metadata or from here. A version below its minimum: the hub client counts as not installed.
@@ -26,16 +30,22 @@ __version__ = "0.0.0"
 __all__ = [
     "StateExchange",
     "adamw_",
+    "add_rms_norm",
     "add_scaled_simple_rms_norm",
     "add_simple_rms_norm",
+    "branch_rms_norm",
     "branch_simple_rms_norm",
     "gla",
     "gla_slice",
     "lightning_attention",
     "linear_cross_entropy",
+    "rope",
+    "sample_tokens",
     "scaled_embedding",
     "self_check",
     "set_backend",
     "sglu",
     "simple_rms_norm",
+    "token_glu",
+    "token_linear",
 ]

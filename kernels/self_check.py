@@ -21,6 +21,10 @@ from kernels.embedding.op import scaled_embedding
 from kernels.gla.op import gla
 from kernels.lightning.op import lightning_attention
 from kernels.numerics import accumulation_dtype
+from kernels.rmsnorm import reference as rmsnorm_reference
+from kernels.rmsnorm.op import add_rms_norm, branch_rms_norm
+from kernels.rope import reference as rope_reference
+from kernels.rope.op import rope
 from kernels.sglu import reference as sglu_reference
 from kernels.sglu.op import sglu
 from kernels.srmsnorm import reference as srmsnorm_reference
@@ -53,7 +57,10 @@ class _Sizes:
     glu_width: int
     embed_width: int
     act: str
+    glu_act: str
     decay: Tensor
+    rope_base: float | None
+    theta_learnt: bool
     length: int
     dtype: torch.dtype
 
@@ -84,7 +91,10 @@ def self_check(
     device: torch.device,
     embed_width: int | None = None,
     act: str = "silu",
+    glu_act: str = "none",
     decay: Tensor | None = None,
+    rope_base: float | None = None,
+    theta_learnt: bool = True,
     length: int = 4097,
     fall_back: bool = False,
 ) -> dict[str, float]:
@@ -95,7 +105,10 @@ def self_check(
         LRPE. The norms are checked at width heads * value_width.
     glu_width: width of the gated product.
     embed_width: width of the embedding and the output head, over all ranks (default: heads * value_width).
-    act: the activation of q and k.
+    act: the activation of q and k. glu_act: the gated product's.
+    rope_base: of softmax attention, with heads of value_width: rope is checked in the place of lightning attention and
+        gla; None: linear attention.
+    theta_learnt: whether the gradient of LRPE's theta is checked.
     decay: [heads], the rates (default: evenly spaced from 0 to 1, slow and fast heads in one call).
     length: positions of a sequence; the default is odd, and long enough to be cut into segments if there are few heads.
     fall_back: if an operator is wrong, log it, switch this process to plain PyTorch, and check again.
@@ -112,7 +125,10 @@ def self_check(
         glu_width=glu_width,
         embed_width=embed_width,
         act=act,
+        glu_act=glu_act,
         decay=decay,
+        rope_base=rope_base,
+        theta_learnt=theta_learnt,
         length=length,
         dtype=dtype,
     )
@@ -140,7 +156,7 @@ def _errors(sizes: _Sizes, device: torch.device) -> dict[str, float]:
 
 
 def _checks(sizes: _Sizes) -> Iterator[_Check]:
-    yield from _attention_checks(sizes)
+    yield from _attention_checks(sizes) if sizes.rope_base is None else _rope_check(sizes)
     yield from _norm_checks(sizes)
     yield from _vocabulary_checks(sizes)
     yield _update_check(sizes)
@@ -172,12 +188,25 @@ def _attention_checks(sizes: _Sizes) -> Iterator[_Check]:
     # Definition: the chunked form in fp64, because the recurrence launches several kernels per position.
     yield _Check("lightning_attention", attention, attention, (key, key, value))
     yield _Check("gla", of_qkvu, of_qkvu, ((1, length, 4 * heads * width),))
-    if with_lrpe:
+    if with_lrpe and sizes.theta_learnt:
         yield _Check("gla_theta", of_theta, of_theta, ((heads, 1, width),), LARGEST_THETA_ERROR)
 
 
+def _rope_check(sizes: _Sizes) -> Iterator[_Check]:
+    positions = torch.arange(TOKENS, device=sizes.decay.device) * 101  # as far as the context of today's models
+    options = {"head_dim": sizes.value_width, "base": sizes.rope_base}
+
+    def rotated(q: Tensor, k: Tensor) -> Tensor:
+        return torch.cat(rope(q, k, positions, **options), dim=-1)
+
+    def exactly_rotated(q: Tensor, k: Tensor) -> Tensor:
+        return torch.cat([rope_reference.rope(x, positions, **options) for x in (q, k)], dim=-1)
+
+    yield _Check("rope", rotated, exactly_rotated, ((1, TOKENS, sizes.width),) * 2)
+
+
 def _norm_checks(sizes: _Sizes) -> Iterator[_Check]:
-    """Checks of the norms, with and without residual additions, and of the gated product."""
+    """Checks of the norms, without and with a weight and residual additions, and of the gated product."""
     norm = srmsnorm_reference.simple_rms_norm
 
     def added(x: Tensor, update: Tensor) -> Tensor:
@@ -193,11 +222,28 @@ def _norm_checks(sizes: _Sizes) -> Iterator[_Check]:
     def exactly_added_scaled(x: Tensor, update: Tensor) -> Tensor:
         return exactly_added(x, norm(update))
 
+    def weighted(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.cat(branch_rms_norm(x, weight), dim=-1)
+
+    def added_weighted(x: Tensor, update: Tensor, weight: Tensor) -> Tensor:
+        return torch.cat(add_rms_norm(x, update, weight), dim=-1)
+
+    def exactly_added_weighted(x: Tensor, update: Tensor, weight: Tensor) -> Tensor:
+        return torch.cat((x + update, rmsnorm_reference.rms_norm(x + update, weight)), dim=-1)
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return sglu(a, b, sizes.glu_act)
+
+    def exact_product(a: Tensor, b: Tensor) -> Tensor:
+        return sglu_reference.sglu(a, b, sizes.glu_act)
+
     rows = (TOKENS, sizes.width)
     yield _Check("simple_rms_norm", simple_rms_norm, norm, (rows,))
     yield _Check("add_simple_rms_norm", added, exactly_added, (rows, rows))
     yield _Check("add_scaled_simple_rms_norm", added_scaled, exactly_added_scaled, (rows, rows))
-    yield _Check("sglu", sglu, sglu_reference.sglu, ((TOKENS, sizes.glu_width),) * 2)
+    yield _Check("rms_norm", weighted, lambda x, weight: exactly_added_weighted(x, 0, weight), (rows, rows[1:]))
+    yield _Check("add_rms_norm", added_weighted, exactly_added_weighted, (rows, rows, rows[1:]))
+    yield _Check("sglu", product, exact_product, ((TOKENS, sizes.glu_width),) * 2)
 
 
 def _vocabulary_checks(sizes: _Sizes) -> Iterator[_Check]:

@@ -26,6 +26,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_tn.training.curve import draw
 from megatron_tn.training.run_folder import RunFolder
 
 console = Console(highlight=False)
@@ -149,27 +150,6 @@ def summarise(corpora: dict[str, Any], runs: list[Run], overrides: list[str]) ->
     return summary
 
 
-def draw(runs: list[Run], path: Path) -> None:
-    """Plot every run's held-out loss during training, one colour per arm."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = list(dict.fromkeys(run.arm.name for run in runs))
-    figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
-    for run in runs:
-        found = run.records("heldout_loss")
-        label = run.arm.name if run.seed == 0 else None
-        steps, losses = [record["step"] for record in found], [record["heldout_loss"] for record in found]
-        axes.plot(steps, losses, color=f"C{names.index(run.arm.name)}", lw=1, label=label)
-    axes.set(xlabel="step", ylabel="held-out loss (nats per token)", title="Equal models on equal numbers of tokens")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path)
-
-
 def show(summary: dict[str, Any]) -> None:
     table = Table("trained on", "perplexity by seed", "mean", "bits per byte", title="held-out clean text")
     for name, found in summary["arms"].items():
@@ -221,7 +201,9 @@ def main(arguments: list[str] | None = None) -> int:
     summary = summarise(corpora, runs, options.overrides)
     (options.run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     show(summary)
-    draw(runs, options.run_dir / "worth.png")
+    names = dict.fromkeys(run.arm.name for run in runs)
+    arms_of = {name: [RunFolder(run.folder) for run in runs if run.arm.name == name] for name in names}
+    draw(arms_of, options.run_dir / "worth.png")
     return 0
 
 

@@ -17,7 +17,11 @@ export MEGATRON_TN_ROOT MEGATRON_TN_PYTHON
 # CPUs; torch's default, all CPUs in every process, is slower still. Bitwise repeatable CPU runs need the same
 # OMP_NUM_THREADS, which the same allocation gives.
 if [ -z "${OMP_NUM_THREADS:-}" ]; then
-  OMP_NUM_THREADS=$((${SLURM_CPUS_ON_NODE:-$(nproc)} / ${NPROC_PER_NODE:-1}))
+  # Bash's arithmetic would run commands in a variable: numbers only.
+  cpus=${SLURM_CPUS_ON_NODE:-} processes_here=${NPROC_PER_NODE:-}
+  [[ $cpus =~ ^[0-9]+$ ]] || cpus=$(nproc)
+  [[ $processes_here =~ ^[1-9][0-9]*$ ]] || processes_here=1
+  OMP_NUM_THREADS=$((10#$cpus / processes_here))
   [ "$OMP_NUM_THREADS" -ge 1 ] || OMP_NUM_THREADS=1
 fi
 export OMP_NUM_THREADS

@@ -16,7 +16,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -236,9 +236,19 @@ def read(paths: Iterable[Path]) -> list[Row]:
     return rows
 
 
-def fill(page: str, rows: Sequence[Row]) -> str:
+def fill(page: str, rows: Sequence[Row], tables: Mapping[str, Table] = TABLES) -> str:
     """`page` with a table between each `<!-- rows: NAME -->` and the `<!-- end of rows -->` after it."""
-    return BLOCK.sub(lambda match: f"{match[1]}{TABLES[match['table']].render(rows)}{match[3]}", page)
+    return BLOCK.sub(lambda match: f"{match[1]}{tables[match['table']].render(rows)}{match[3]}", page)
+
+
+def write(page: Path, filled: str, *, check: bool, command: str) -> int:
+    """Writes a page, or with `check` says whether it is out of date; returns the exit code. command: that writes it."""
+    if not check:
+        page.write_text(filled)
+    elif page.read_text() != filled:
+        print(f"{page.name} is out of date: run {command}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -255,14 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.files:
         print("\n".join(table.render(rows) for table in TABLES.values() if any(map(table.holds, rows))), end="")
         return 0
-    page = PAGE.read_text()
-    filled = fill(page, rows)
-    if options.check:
-        if filled != page:
-            print(f"{PAGE.name} is out of date: run python -m launch.render_table", file=sys.stderr)
-        return int(filled != page)
-    PAGE.write_text(filled)
-    return 0
+    return write(PAGE, fill(PAGE.read_text(), rows), check=options.check, command="python -m launch.render_table")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,12 @@ def main() -> None:
     sys.argv[1:] = words
 
     def submit(config: TrainConfig) -> int:
-        if problems := config.problems():
+        problems = config.problems()
+        if "\\" in config.run_dir or not config.run_dir.isprintable():
+            problems.append(
+                f"run_dir={config.run_dir!r}: train.sbatch takes no backslash and no control character in it"
+            )
+        if problems:
             raise ConfigError(problems)
         settings = RunFolder(config.run_dir).submit(config)
         environment = os.environ | {SUBMITTED: str(settings.absolute())}

@@ -22,13 +22,13 @@ from rich.table import Table
 
 from data_pipeline.shards.manifest import Manifest as Shards
 from data_pipeline.shards.manifest import TokenizerInfo
-from data_pipeline.stream import InputError
 from megatron_tn.checkpoint.load import CheckpointWeights
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest
 from megatron_tn.checkpoint.verify import verify
 from megatron_tn.cli import command
-from megatron_tn.config import ConfigError, ConvertConfig, ModelConfig, out_of_bounds
+from megatron_tn.config import ConfigError, ConvertConfig, ModelConfig, out_of_bounds, resolved
 from megatron_tn.loading import DTYPES, open_weights, resolve_checkpoint, tokenizer_path
+from megatron_tn.model.registry import problems_of_export
 from megatron_tn.released.card import card, training_facts
 from megatron_tn.released.to_checkpoint import write_checkpoint
 from megatron_tn.released.tokenizer import TOKENIZER_CONFIG_FILE, tokenizer_files
@@ -70,6 +70,8 @@ def export(config: ConvertConfig) -> None:
     if problems := problems_of_output(output):
         raise ConfigError(problems)
     with open_weights(directory) as weights:
+        if problems := problems_of_export(weights.config):
+            raise ConfigError(problems)
         data = shards_of(weights)
         model = weights.config if data is None else with_ids_of(data.tokenizer, weights.config)
         dtypes = {name: DTYPES.get(config.precision, stored) for name, stored in weights.dtypes.items()}
@@ -80,12 +82,15 @@ def export(config: ConvertConfig) -> None:
                 and (found := hashlib.sha256(tokenizer.read_bytes()).hexdigest()) != data.tokenizer.sha256
             ):
                 raise ConfigError(
-                    f"tokenizer {tokenizer} has sha256 {found[:12]}..., but the shards that the model was trained on "
-                    f"were made by one of {data.tokenizer.sha256[:12]}..."
+                    f"tokenizer {tokenizer} has sha256 {found[:12]}..., but the tokenizer of the training shards has "
+                    f"{data.tokenizer.sha256[:12]}..."
                 )
             texts = tokenizer_files(tokenizer, model)
             bos = json.loads(texts[TOKENIZER_CONFIG_FILE])["bos_token"]
-        facts = {} if isinstance(weights, ReleasedWeights) else training_facts(weights.manifest, text_of_sources(data))
+        facts, sequence_length = {}, None
+        if not isinstance(weights, ReleasedWeights):
+            facts = training_facts(weights.manifest, text_of_sources(data))
+            sequence_length = weights.manifest.config["data"].get("sequence_length")
         texts["README.md"] = card(model, next(iter(dtypes.values())), facts, bos)
         write_released(
             output,
@@ -95,6 +100,7 @@ def export(config: ConvertConfig) -> None:
             lambda name: whole_tensor(weights, name, dtypes[name]),
             shard_bytes=config.shard_mib << 20,
             texts=texts,
+            sequence_length=sequence_length,
         )
     print(f"wrote {output}")
 
@@ -130,10 +136,10 @@ def check_output(config: ConvertConfig) -> Path:
 
 def shards_of(weights: CheckpointWeights | ReleasedWeights) -> Shards | None:
     """The manifest of a checkpoint's training shards; None if it cannot be read on this machine."""
-    path = "" if isinstance(weights, ReleasedWeights) else weights.manifest.config["data"].get("manifest", "")
     try:
+        path = "" if isinstance(weights, ReleasedWeights) else resolved(weights.manifest.config["data"]["manifest"])
         return Shards.load(path, check_files=False) if path and Path(path).is_file() else None
-    except InputError:
+    except (KeyError, TypeError, ValueError):  # none in an old checkpoint, an unset variable, damage
         return None
 
 

@@ -1,49 +1,248 @@
 """Continue a text with a trained model.
 
-python -m megatron_tn.generate checkpoint=runs/demo/checkpoints/latest prompt="def "
+python -m megatron_tn.generate checkpoint=runs/demo prompt="def "
+python -m megatron_tn.generate checkpoint=runs/demo prompts=texts.jsonl output=continued.jsonl batch=32
+torchrun --nproc-per-node 2 -m megatron_tn.generate checkpoint=runs/7b prompt="def "        tensor parallel 2
 """
 
 from __future__ import annotations
 
 import codecs
+import contextlib
+import json
 import logging
 import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
 
-from megatron_tn.cli import command
-from megatron_tn.config import ConfigError, GenerateConfig, out_of_bounds
-from megatron_tn.inference.generator import generate
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from tokenizers import Tokenizer
+
+from megatron_tn.cli import command, run_program
+from megatron_tn.config import ConfigError, GenerateConfig, out_of_bounds, unwritable
+from megatron_tn.inference.generator import Generator, Request, check_length
+from megatron_tn.inference.prefix import Prefix, check_ids
+from megatron_tn.inference.prefix_file import load_prefix, save_prefix
+from megatron_tn.inference.records import (
+    OrderedLines,
+    open_output,
+    output_problems,
+    prompt_problems,
+    read_prompts,
+    whole_lines,
+)
 from megatron_tn.inference.sampler import Sampler
-from megatron_tn.loading import load_any_model, load_tokenizer
+from megatron_tn.inference.text import TextStream
+from megatron_tn.loading import load_any_model, load_tokenizer, resolve_checkpoint
+from megatron_tn.model.base import Model
+from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.parallel.world import join_world, leave_world, world_size
 
 log = logging.getLogger(__name__)
 
+END = "end"  # key of an output line: why its text ends, eos, length or stop
+SAMPLE = "sample"  # key of an output line with samples > 1: which of them, from 0
+TIMEOUT_S = 1800  # of a collective between tensor-parallel ranks
 
-@command(GenerateConfig, "generate", literal=("prompt",))
+
+@command(GenerateConfig, "generate", literal=("prompt", "stop"))
 def main(config: GenerateConfig) -> None:
-    sampler = Sampler(config.temperature, config.top_k, config.top_p)
-    if problems := [*sampler.problems(), *out_of_bounds(config).values()]:
+    check(config)
+    with tensor_parallel(config) as (context, device):
+        tokenizer = load_tokenizer(config.tokenizer, config.checkpoint)
+        tokenizer.encode_special_tokens = not config.special_tokens
+        model = load_any_model(config.checkpoint, device, config.precision, context)
+        job = Job(config, model, tokenizer)
+        if config.prompts:
+            job.continue_file()
+        else:
+            job.continue_prompt()
+
+
+class Job:
+    """One command's work. Under tensor parallelism every rank runs it, and rank 0 writes."""
+
+    def __init__(self, config: GenerateConfig, model: Model, tokenizer: Tokenizer):
+        self.config = config
+        self.model = model
+        self.tokenizer = tokenizer
+        self.writes = model.context.tp.rank == 0
+        self.sampler = sampler_of(config)
+        self.stop = stop_strings(config.stop)
+        self.beginning = load_prefix(config.state, model) if config.state else None
+        rows = config.batch if config.prompts else min(config.batch, config.samples)
+        self.generator = Generator(
+            model, rows, together=config.together, check_every=config.check_every, chunk=config.prefill_chunk
+        )
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of `text`, which follow those of state= or begin a document."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        before = 0
+        if self.beginning is None:
+            ids = [self.model.config.bos_id, *ids]
+        else:
+            before = self.beginning.length
+        try:
+            check_ids(ids, self.model.config.vocab_size)
+            check_length(self.model, before + len(ids), self.config.max_new_tokens)
+        except ValueError as error:
+            raise ConfigError(f"checkpoint={self.config.checkpoint} cannot continue this text: {error}") from None
+        return ids
+
+    def prefix(self, ids: list[int]) -> Prefix:
+        return Prefix.of(self.model, ids, self.beginning, self.config.prefill_chunk)
+
+    def request(self, ids: list[int], prefix: Prefix | None, number: int) -> tuple[Request, TextStream]:
+        context = ids or [prefix.last]
+        text = TextStream(self.tokenizer, context, self.stop)
+        return Request(
+            prompt=ids,
+            prefix=prefix,
+            sampler=self.sampler,
+            max_new_tokens=self.config.max_new_tokens,
+            seed=self.config.seed,
+            number=number,
+            until=text,
+        ), text
+
+    def continue_prompt(self) -> None:
+        """Print the prompt and its continuation as it comes; several of them one after the other."""
+        config = self.config
+        ids, prefix = self.ids(config.prompt), self.beginning
+        if config.save_state:
+            ids, prefix = [], self.prefix(ids)
+            save_prefix(prefix, self.model, config.save_state)
+            log.info("save_state=%s holds %d tokens", config.save_state, prefix.length)
+        if config.output or config.samples > 1:
+            self._write_lines([{config.text_key: config.prompt}])
+            return
+        request, text = self.request(ids, prefix, 0)
+        self._print(config.prompt)
+        for piece in self.generator.stream([request]):
+            if piece.end:
+                text.finish()
+            self._print(text.take())
+        self._print("\n")
+
+    def continue_file(self) -> None:
+        self._write_lines(read_prompts(self.config.prompts))
+
+    def _write_lines(self, records: Iterable[dict[str, Any]]) -> None:
+        """One JSON line for each continuation, in the order of `records`, written as it goes."""
+        config, open_texts = self.config, {}
+        first, size = whole_lines(config.output)
+
+        def requests() -> Iterator[Request]:
+            for index, record in enumerate(records):
+                numbers = range(max(index * config.samples, first), (index + 1) * config.samples)
+                ids, prefix = self.ids(record[config.text_key]), self.beginning
+                if len(numbers) > 1:
+                    ids, prefix = [], self.prefix(ids)  # once for all samples
+                for number in numbers:
+                    request, text = self.request(ids, prefix, number)
+                    open_texts[number - first] = (record, text)
+                    yield request
+
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(self._output(size))
+            lines = OrderedLines(file, first)
+            columns = (TextColumn("continuations"), BarColumn(), MofNCompleteColumn())
+            console = Console(stderr=True)
+            hidden = not self.writes or not config.output or not console.is_terminal
+            bar = stack.enter_context(Progress(*columns, transient=True, disable=hidden, console=console))
+            task = bar.add_task("", total=None, completed=first)
+            for piece in self.generator.stream(requests()):
+                if not piece.end:
+                    continue
+                record, text = open_texts.pop(piece.index)
+                text.finish()
+                added = {config.output_key: text.text, END: "stop" if piece.end == "until" else piece.end}
+                if config.samples > 1:
+                    added[SAMPLE] = (first + piece.index) % config.samples
+                if self.writes:
+                    lines.put(first + piece.index, record | added)
+                bar.advance(task)
+        if config.output:
+            log.info("output=%s holds %d continuations", config.output, whole_lines(config.output)[0])
+
+    def _output(self, size: int) -> contextlib.AbstractContextManager[BinaryIO]:
+        if self.config.output and self.writes:
+            return open_output(self.config.output, size)
+        return contextlib.nullcontext(sys.stdout.buffer)
+
+    def _print(self, text: str) -> None:
+        if self.writes and text:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+
+def check(config: GenerateConfig) -> None:
+    """Raises ConfigError with every problem that can be known before anything is loaded."""
+    problems = [*sampler_of(config).problems(), *out_of_bounds(config).values()]
+    try:
+        resolve_checkpoint(config.checkpoint)
+        stop_strings(config.stop)
+    except ConfigError as error:
+        problems += error.problems
+    if config.prompts:
+        for name in ("prompt", "save_state"):
+            if getattr(config, name):
+                problems.append(
+                    f"{name}={getattr(config, name)} is for one text, and prompts={config.prompts} for many"
+                )
+        added = {config.output_key, END} | ({SAMPLE} if config.samples > 1 else set())
+        problems += prompt_problems(config.prompts, config.text_key, added)
+    if config.state and not Path(config.state).is_file():
+        problems.append(f"state={config.state} cannot be read: there is no such file")
+    if len({config.output_key, END, SAMPLE, config.text_key}) < 4:
+        problems.append(f"output_key={config.output_key} must be none of {config.text_key!r}, {END!r} and {SAMPLE!r}")
+    for name in ("output", "save_state"):
+        problems += unwritable(name, getattr(config, name))
+    problems += output_problems(config.output, config.resume)
+    if world_size() > 1 and config.device not in ("auto", "cpu"):
+        problems.append(f"device={config.device}: each of {world_size()} processes takes its own; use auto or cpu")
+    if problems:
         raise ConfigError(problems)
-    if codecs.lookup(sys.stdout.encoding).name != "utf-8":
+    if not config.prompts and not config.output and codecs.lookup(sys.stdout.encoding).name != "utf-8":
         sys.stdout.reconfigure(errors="backslashreplace")
         log.warning(
             "standard output takes %s: other characters are printed as \\u escapes; PYTHONIOENCODING=utf-8 prints them",
             sys.stdout.encoding,
         )
-    tokenizer = load_tokenizer(config.tokenizer, config.checkpoint)
-    model = load_any_model(config.checkpoint, config.device, config.precision)
-    tokenizer.encode_special_tokens = not config.special_tokens
-    prompt = [model.config.bos_id, *tokenizer.encode(config.prompt, add_special_tokens=False).ids]
-    ids = list(prompt[1:])
-    shown = ""
-    for chosen in generate(model, prompt, max_new_tokens=config.max_new_tokens, sampler=sampler, seed=config.seed):
-        ids.append(chosen)
-        text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # the bytes of a character may still be coming
-            sys.stdout.write(text[len(shown) :])
-            sys.stdout.flush()
-            shown = text
-    sys.stdout.write(tokenizer.decode(ids)[len(shown) :] + "\n")
+
+
+def sampler_of(config: GenerateConfig) -> Sampler:
+    return Sampler(config.temperature, config.top_k, config.top_p, config.repetition_penalty)
+
+
+def stop_strings(text: str) -> list[str]:
+    """The strings of setting `stop`: a JSON list of strings, or one string that does not begin with [."""
+    if not text.startswith("["):
+        return [text] if text else []
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"stop={text} begins a JSON list, and is none: {error}") from None
+    if not all(isinstance(each, str) and each for each in found):
+        raise ConfigError(f"stop={text} must be a list of texts that are not empty")
+    return found
+
+
+@contextlib.contextmanager
+def tensor_parallel(config: GenerateConfig) -> Iterator[tuple[ParallelContext, str]]:
+    """All processes of the launcher as one tensor-parallel group, and this process's device."""
+    if world_size() == 1:
+        yield ParallelContext(), config.device
+        return
+    device = join_world(TIMEOUT_S)
+    try:
+        yield ParallelContext.create(tp=world_size()), "cpu" if config.device == "cpu" else str(device)
+    finally:
+        leave_world()
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

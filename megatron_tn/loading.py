@@ -12,19 +12,21 @@ from megatron_tn.checkpoint.load import CheckpointWeights, load_model
 from megatron_tn.checkpoint.manifest import MANIFEST
 from megatron_tn.config import ConfigError
 from megatron_tn.model.base import Model
+from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.released.weights import ReleasedWeights, load_pretrained
 from megatron_tn.training.run_folder import find_checkpoint
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of precision=; "trained" keeps what the weights have
 
 
-def load_any_model(path: str, device: str, precision: str) -> Model:
+def load_any_model(path: str, device: str, precision: str, context: ParallelContext | None = None) -> Model:
     """The model in a checkpoint folder, in the newest of a folder of checkpoints, or in a released model's folder.
 
     precision "trained" keeps what the weights were trained or stored in; device "auto" takes a GPU where there is one.
+    context: each of its tensor-parallel ranks loads its own part.
 
     Raises:
-        ConfigError: there is none of these at `path`, or no such device.
+        ConfigError: there is none of these at `path`, no such device, or a model that does not fit the layout.
     """
     directory = resolve_checkpoint(path)
     if device == "auto":
@@ -32,11 +34,11 @@ def load_any_model(path: str, device: str, precision: str) -> Model:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"device={device} is not to be had here: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"device={device} is not available here: {str(error).splitlines()[0]}") from None
     dtype = DTYPES.get(precision)
     if (directory / MANIFEST).is_file():
-        return load_model(directory, device=device, dtype=dtype)
-    return load_pretrained(directory, device=device, dtype=dtype or torch.float32)
+        return load_model(directory, context, device, dtype)
+    return load_pretrained(directory, context, device, dtype or torch.float32)
 
 
 def open_weights(directory: Path) -> CheckpointWeights | ReleasedWeights:
@@ -58,7 +60,7 @@ def load_tokenizer(path: str, checkpoint: str) -> Tokenizer:
     """
     place = tokenizer_path(path, checkpoint)
     if place is None:
-        raise ConfigError(f"tokenizer={path!r}: there is no tokenizer.json there or beside checkpoint={checkpoint}")
+        raise ConfigError(f"tokenizer={path!r}: no tokenizer.json is there or beside checkpoint={checkpoint}")
     try:
         tokenizer = Tokenizer.from_file(str(place))
     except Exception as error:  # the library raises nothing narrower
@@ -98,4 +100,4 @@ def resolve_checkpoint(path: str) -> Path:
         return directory
     if found := find_checkpoint(directory):
         return found
-    raise ConfigError(f"checkpoint={path}: there is no checkpoint and no released model")
+    raise ConfigError(f"checkpoint={path}: no checkpoint, run or released model is there")

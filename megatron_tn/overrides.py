@@ -15,7 +15,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data_pipeline import redaction
 from data_pipeline.words import as_typed, quoted
 from megatron_tn.config import ConfigError, from_mapping, known_keys, unknown_key
 
@@ -67,7 +68,8 @@ class CommandLine:
                 "folder"
             )
         name = asked.config_name or config_name
-        return cls(kind, name, flags, overrides, asked.multirun, asked.config_dir)
+        line = cls(kind, name, flags, overrides, asked.multirun, asked.config_dir)
+        return replace(line, overrides=[line.of_folders(word) for word in overrides]) if asked.multirun else line
 
     def words(self) -> list[str]:
         """The arguments for Hydra, which accepts flags only before overrides."""
@@ -85,6 +87,18 @@ class CommandLine:
             return hydra.compose(self.config_name, overrides=[f"hydra.searchpath=[{path}]", *overrides])
 
     @functools.cached_property
+    def composed(self) -> DictConfig:
+        """The config of a command without a sweep. Raises Hydra's exceptions."""
+        return self.compose(self.choices_win(self.overrides))
+
+    @property
+    def needs_hydra(self) -> bool:
+        """Whether the command asks Hydra for more than `composed`: by a flag, a setting of Hydra's, or its value."""
+        return bool(self.flags) or any(
+            word.lstrip("+~").startswith(("hydra.", "hydra/")) or "${hydra:" in word for word in self.overrides
+        )
+
+    @functools.cached_property
     def groups(self) -> dict[str, list[str]]:
         """Config group -> its choices, including those of --config-dir."""
         found: dict[str, set[str]] = {}
@@ -94,6 +108,28 @@ class CommandLine:
                 if choice:
                     found.setdefault(group, set()).add(choice)
         return {group: sorted(choices) for group, choices in found.items()}
+
+    def of_folders(self, word: str) -> str:
+        """`word`, in which every value that is a folder of its group is replaced by the files right in that folder:
+        experiment=paper/norm by the rows of that table. Of files with equal settings, such as the row that several
+        tables have in common, the first alone is kept."""
+        group, equals, value = word.partition("=")
+        choices, parts = self.groups.get(group, []), value.split(",")
+        inside = {part: _files_in(part, choices) for part in parts if part not in choices}
+        if not equals or not any(inside.values()):
+            return word
+        named: dict[str, str] = {}  # settings -> choice
+        for choice in (choice for part in parts for choice in inside.get(part) or [part]):
+            named.setdefault(self._content(group, choice), choice)
+        return f"{group}={','.join(named.values())}"
+
+    def _content(self, group: str, choice: str) -> str:
+        """The settings of a group's file as text that equals another file's where they do; the name of one that is not
+        there."""
+        for root in self.roots:
+            with contextlib.suppress(OSError):
+                return OmegaConf.to_yaml(OmegaConf.load(root / group / f"{choice}.yaml"))
+        return choice
 
     def choices_win(self, overrides: Sequence[str]) -> list[str]:
         """With experiment=...: `overrides` preceded by KEY=VALUE for every value in the other chosen groups' files.
@@ -175,9 +211,9 @@ class CommandLine:
         return [f"{name}={value}" for value in values]
 
     def _job_problems(self, words: Sequence[str], *, values: bool) -> list[str]:
-        """Error lines of one job. values: check values as well, not only names."""
+        """Error lines of one job. values: of a sweep, whose values are checked as well, not only names."""
         try:
-            composed = self.compose(self.choices_win(words))
+            composed = self.compose(self.choices_win(words)) if values else self.composed
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             return self._explain(error, words)
         if not values:
@@ -197,6 +233,12 @@ class CommandLine:
             key, _, value = word.lstrip("+~").partition("=")
             if (choices := self.groups.get(key)) is not None:
                 if value not in choices:
+                    if inside := _files_in(value, choices):
+                        problems.append(
+                            f"{word}: conf/{key}/{value} is a folder of {len(inside)} files: name one, such as "
+                            f"{key}={inside[0]}, or run all of them with --multirun"
+                        )
+                        continue
                     close = difflib.get_close_matches(value, choices, n=1)
                     hint = f"; did you mean {close[0]}?" if close else ""
                     problems.append(f"{key}={value}: conf/{key} has {', '.join(choices)}{hint}")
@@ -224,7 +266,7 @@ def settings(composed: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: a value begins with ~USER, and there is no such user.
     """
-    return _with_home(OmegaConf.to_container(composed, resolve=True), "")
+    return redaction.resolve(composed, lambda values: _with_home(values, ""))
 
 
 def _with_home(value: Any, key: str) -> Any:
@@ -273,6 +315,11 @@ def _kinds(kind: type, prefix: str = "") -> dict[str, tuple[type, ...]]:
             found |= _kinds(hint, f"{prefix}{name}.")
         found[f"{prefix}{name}"] = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return found
+
+
+def _files_in(folder: str, choices: Sequence[str]) -> list[str]:
+    """The choices right in `folder` of their group."""
+    return [choice for choice in choices if choice.rpartition("/")[0] == folder]
 
 
 def literal(value: Any) -> str:

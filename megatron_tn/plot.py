@@ -1,7 +1,10 @@
-"""Draws the losses of runs by tokens, and prints a table of where they stand.
+"""Draws the losses of runs by tokens and by seconds, and prints a table of where they stand, the best first.
 
 python -m megatron_tn.plot runs/first                            writes runs/first/loss.png
 python -m megatron_tn.plot runs/decay runs/other output=all.png  a sweep's folder stands for all runs below it
+
+Runs that differ in their seed alone share a row (mean ± standard deviation) and a curve (mean and range).
+`python -m launch.compare` writes the same as a page.
 """
 
 from __future__ import annotations
@@ -11,12 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Column, Table
 
 from megatron_tn.cli import bad_input_exits
 from megatron_tn.config import ConfigError, unwritable
+from megatron_tn.training.compare import Group, groups_of, table_of
 from megatron_tn.training.curve import draw
 from megatron_tn.training.run_folder import RunFolder
-from megatron_tn.training.summary import sweep_table
 
 
 def main() -> None:
@@ -42,18 +46,21 @@ def runs_in(folder: Path) -> list[Path]:
     return found[:1] if found[0] == folder else found
 
 
-def compare(runs: Sequence[Path], output: Path) -> None:
-    """One table and one picture of several runs. A job of a sweep is named after the settings that it varies.
+def compare(runs: Sequence[Path], output: Path) -> list[Group]:
+    """Print a table and draw a picture of several runs; returns them by settings, the best first.
 
     Raises:
         OSError: the picture cannot be written.
     """
-    named = {path.name: RunFolder(path) for path in runs}
-    if len(named) < len(runs):
-        named = {str(path): RunFolder(path) for path in runs}
-    Console(highlight=False, markup=False).print(sweep_table(named.items()))
-    if draw(named, output):
+    groups = groups_of([RunFolder(path) for path in runs])
+    titles, rows = table_of(groups)
+    table = Table(Column(titles[0], overflow="fold"), *titles[1:])
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False, markup=False).print(table)
+    if draw({group.name: group.runs for group in groups}, output):
         print(f"wrote {output}")
+    return groups
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def folder_of_weights(config: TrainConfig) -> Path:
     try:
         directory = resolve_checkpoint(config.init_from)
     except ConfigError:
-        raise ConfigError(f"{setting}: there is no checkpoint and no released model") from None
+        raise ConfigError(f"{setting}: no checkpoint, run or released model is there") from None
     with open_weights(directory) as weights:
         if changed := model_differences(weights.config, config.model):
             raise ConfigError([f"{setting} holds another model: {line}" for line in changed])

@@ -1,8 +1,9 @@
-"""What holds for every test: one compute thread a process, Ctrl-C is heard, and a test marked `gpu` is skipped, with
-the reason, where there are too few devices."""
+"""What holds for every test: one compute thread a process, imports that no garbage collection looks at, Ctrl-C is
+heard, and a test marked `gpu` is skipped, with the reason, where there are too few devices."""
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
@@ -17,6 +18,11 @@ def pytest_configure() -> None:
     # A shell has what it starts in the background ignore Ctrl-C, and so would the processes that tests interrupt.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what is imported stays: no later collection looks at it
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -3,10 +3,15 @@
 import json
 
 import pytest
+import torch
 
 from kernels.bench import rows
 from megatron_tn.benchmark import main
-from megatron_tn.config import ClusterConfig
+from megatron_tn.benchmarking.peers import llama
+from megatron_tn.config import ClusterConfig, ModelConfig, from_mapping
+from megatron_tn.model.registry import parameter_count
+from tests.helpers import hub
+from tests.helpers.sizes import compose_model
 from tests.helpers.training import SMALL, call
 
 PROVENANCE = {"commit", "dirty", "command", "date", "gpu", "cpu", "torch", "triton", "deepspeed", "python"}
@@ -32,6 +37,14 @@ def test_rows_of_a_small_model(tmp_path):
     later = [record["tokens_per_second"] for record in journal[10:]]
     assert len(later) == 2
     assert min(later) <= loop["tokens_per_second"] <= max(later)
+
+
+def test_the_peer_of_a_transformer_has_its_parameters():
+    hub.transformers()
+    config = from_mapping(ModelConfig, compose_model("transformer_demo"))
+    peer = llama(config, torch.device("meta"))
+    assert sum(parameter.numel() for parameter in peer.parameters()) == parameter_count(config)
+    assert peer.config.rope_parameters["rope_theta"] == config.rope_base
 
 
 def test_a_row_says_how_to_repeat_it():

@@ -150,5 +150,5 @@ def test_help_says_what_a_command_does_and_lists_its_own_settings(capsys):
     assert call(generate, "--help") == 0
     said = capsys.readouterr().out
     assert said.startswith("Continue a text with a trained model.")
-    assert "  temperature=0.8\n      0: the likeliest token each time\n" in said
+    assert "  temperature=0.8\n      the logits are divided by it; 0: always the likeliest token\n" in said
     assert "optim.lr" not in said

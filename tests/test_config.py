@@ -14,6 +14,7 @@ from megatron_tn.config import (
     ConfigError,
     DataConfig,
     EngineConfig,
+    ModelConfig,
     ParallelConfig,
     TrainConfig,
     describe,
@@ -28,7 +29,7 @@ from megatron_tn.config import (
 
 GROUPS = {"model", "parallel", "engine", "data", "optim", "schedule", "logging", "cluster", "experiment"}
 CHOICES = [
-    f"{path.parent.relative_to(cli.CONF)}={path.stem}"
+    f"{group}={path.relative_to(cli.CONF / group).with_suffix('')}"
     for group in sorted(GROUPS)
     for path in sorted((cli.CONF / group).rglob("*.yaml"))
 ]
@@ -100,7 +101,7 @@ def test_relations_that_do_not_hold_are_named(change, world, problem):
 
 
 OUT_OF_BOUNDS = {
-    "model.heads=0": "must be at least 1",
+    "model.heads=0": "must be from 1 to 2048",
     "model.eos_id=-1": "must be at least 0",
     "model.norm_eps=inf": "must be finite",
     "model.init_std=nan": "must be at least 0, and finite",
@@ -132,6 +133,18 @@ def test_a_captured_graph_needs_a_device_that_is_known_to_be_there():
     assert config.problems(1) == []  # a plan is made without the device
     assert device_problems(config, cuda=True) == []
     assert "engine.cuda_graph=true needs a CUDA device" in device_problems(config, cuda=False)[0]
+
+
+def test_what_a_transformer_does_not_have_is_refused_by_name():
+    transformer = ModelConfig(architecture="transformer", norm="rmsnorm", glu_act="silu", scale_embedding=False)
+    assert TrainConfig(model=transformer, parallel=ParallelConfig(tp=2)).problems(2) == []
+    (problem,) = TrainConfig(model=transformer, parallel=ParallelConfig(cp=2)).problems(2)
+    assert "parallel.cp=2 does not go with model.architecture=transformer" in problem
+    found = dataclasses.replace(transformer, norm="simplermsnorm", decay="paper", heads=1024).problems()
+    found = {line.partition(" ")[0]: line for line in found}
+    assert set(found) == {"model.norm=simplermsnorm", "model.decay=paper", "model.embed_dim=1024"}
+    assert "model.architecture=transformer has model.decay=released" in found["model.decay=paper"]
+    assert "must be even: RoPE rotates pairs of channels" in found["model.embed_dim=1024"]
 
 
 def test_differences_name_each_setting():

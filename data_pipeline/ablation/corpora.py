@@ -105,7 +105,7 @@ def plant(real: Manifest, settings: AblationSettings, folder: Path) -> dict:
         if is_host(text):
             hosts.append((identity, text))
     if not hosts:
-        raise InputError("noise: none of the real documents is prose of a length to make noise of")
+        raise InputError("noise: the real documents hold no prose that is long enough to make noise from")
     counts = {REAL: {"documents": len(texts), "bytes": size}}
     generator = random.Random(settings.seed)
     generator.shuffle(hosts)

@@ -64,6 +64,10 @@ def too_large(place: str, size: int, source: Source) -> Quarantined:
     return Quarantined(place, "too_large", detail, size)
 
 
+def too_slow(place: str, what: str, source: Source, size: int = 0) -> Quarantined:
+    return Quarantined(place, "too_slow", f"{what} take more than max_seconds={source.max_seconds} of CPU time", size)
+
+
 def guarded(items: Items) -> Items:
     """The items of a file; at damage, a Quarantined with the reason ends them, and the items before it stay.
 

@@ -8,8 +8,9 @@ from typing import BinaryIO
 
 import orjson
 
-from data_pipeline.readers.base import Found, Items, Quarantined, too_large
+from data_pipeline.readers.base import Found, Items, Quarantined, too_large, too_slow
 from data_pipeline.readers.html import page_text
+from data_pipeline.readers.limit import TooSlow, cpu_seconds
 from data_pipeline.sources import Jsonl, Parquet
 
 CHUNK = 1 << 20
@@ -34,7 +35,11 @@ def read_jsonl(file: BinaryIO, source: Jsonl) -> Items:
                 size += len(line)
             yield too_large(str(number), size, source)
         elif line.strip():
-            item = _line(line, str(number), source)
+            try:
+                with cpu_seconds(source.max_seconds):
+                    item = _line(line, str(number), source)
+            except TooSlow:
+                item = too_slow(str(number), f"{len(line)} bytes of JSON", source, len(line))
             line = b""  # frees the line before the document is processed
             yield item
 

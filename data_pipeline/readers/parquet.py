@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from data_pipeline.errors import InputError
-from data_pipeline.readers.base import Bomb, Items, Quarantined
+from data_pipeline.readers.base import Bomb, Items, Quarantined, too_slow
+from data_pipeline.readers.limit import TooSlow, cpu_seconds
 from data_pipeline.readers.lines import from_record
 from data_pipeline.sources import Parquet
 
 ROWS = 64  # rows per batch, if their values together cannot exceed max_document_bytes; else fewer
 SHOWN = 20  # columns in a message
+ROW_BYTES = 128  # least bytes that a row counts towards max_expansion: a small file may hold 2**31 empty rows
 PAGE_HEADER = 64  # bytes read of a page header, whose first three fields take at most 18
 
 
@@ -28,29 +30,34 @@ def read_parquet(file: BinaryIO, source: Parquet, size: int) -> Items:
     from pyarrow.parquet import ParquetFile
 
     try:
-        # Reads page by page, not a whole column chunk.
-        table = ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
-        schema = table.schema_arrow
+        with cpu_seconds(source.max_seconds):
+            # Reads page by page, not a whole column chunk.
+            table = ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
+            schema = table.schema_arrow
         if problem := _schema_problem(schema, source):
             yield Quarantined("", "wrong_schema", problem)
             return
         columns = [name for name in (source.text_key, source.id_key) if name in schema.names]
         most, given, number = max(size * source.max_expansion, source.max_document_bytes), 0, 0
+        after = 0  # number of the last row of the row group before
         for group in range(table.num_row_groups):
             rows = table.metadata.row_group(group).num_rows
+            number, after = after, after + rows
             parts = _parts(table, group, columns)
             if (needed := sum(part.total_uncompressed_size for part in parts)) > source.max_row_group_bytes:
                 detail = f"{rows} rows, {needed} bytes uncompressed, max_row_group_bytes={source.max_row_group_bytes}"
                 yield Quarantined(f"row group {group}", "too_large", detail, needed)
-                number += rows
                 continue
             largest = max(_largest_value(file, part) for part in parts)
             at_once = max(1, min(ROWS, source.max_document_bytes // max(largest, 1)))
-            for batch in table.iter_batches(batch_size=at_once, row_groups=[group], columns=columns):
+            for batch in _batches(table, group, columns, at_once, source):
+                if isinstance(batch, Quarantined):
+                    yield batch
+                    break
                 for record in _records(batch, source):
                     number += 1
                     text = record[source.text_key]
-                    given += len(text) if text is not None else 0
+                    given += max(len(text) if text is not None else 0, ROW_BYTES)
                     if given > most:
                         raise Bomb(
                             f"rows of {given} bytes in a file of {size}: expands beyond max_expansion="
@@ -64,6 +71,23 @@ def read_parquet(file: BinaryIO, source: Parquet, size: int) -> Items:
                     yield from_record(record, str(number), source)
     except ArrowException as error:
         yield Quarantined("", "unreadable", " ".join(str(error).split()))
+    except TooSlow:
+        yield too_slow("", "the footer's columns", source, size)
+
+
+def _batches(table, group: int, columns: list[str], at_once: int, source: Parquet) -> Iterator:
+    """The record batches of a row group, of `at_once` rows. If one takes too long, a Quarantined is the last item."""
+    batches = table.iter_batches(batch_size=at_once, row_groups=[group], columns=columns)
+    while True:
+        try:
+            with cpu_seconds(source.max_seconds):
+                batch = next(batches, None)
+        except TooSlow:
+            yield too_slow(f"row group {group}", f"{at_once} rows", source)
+            return
+        if batch is None:
+            return
+        yield batch
 
 
 def parquet_keys(file: BinaryIO) -> list[str]:

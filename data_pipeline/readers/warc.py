@@ -10,8 +10,9 @@ from typing import BinaryIO
 
 from data_pipeline.pages.encodings import decode_page
 from data_pipeline.readers import http
-from data_pipeline.readers.base import Found, Items, Quarantined, too_large
+from data_pipeline.readers.base import Found, Items, Quarantined, too_large, too_slow
 from data_pipeline.readers.html import page_text
+from data_pipeline.readers.limit import TooSlow, cpu_seconds
 from data_pipeline.readers.members import DamagedMember, Members
 from data_pipeline.sources import Warc
 
@@ -76,7 +77,7 @@ def read_warc(file: BinaryIO, source: Warc, size: int) -> Items:
         problem, damage = _end_problem(record, members)
         if not problem:
             if record.kind not in ABOUT:
-                yield _item(record, str(number), source)
+                yield _item_in_time(record, str(number), source)
             if damage is None:
                 continue
         else:  # of a record about others too: what it hides may have been a document
@@ -163,6 +164,14 @@ def _find_record(members: Members, block: bytearray | bytes) -> bool:
     except DamagedMember:
         return members.next_member()
     return False
+
+
+def _item_in_time(record: Record, place: str, source: Warc) -> Found | Quarantined:
+    try:
+        with cpu_seconds(source.max_seconds):
+            return _item(record, place, source)
+    except TooSlow:
+        return too_slow(place, f"{record.size} bytes of {record.url}", source, record.size)
 
 
 def _item(record: Record, place: str, source: Warc) -> Found | Quarantined:

@@ -78,8 +78,8 @@ class Manifest:
         must exist, and every shard have its recorded size (one stat per file; `verify` reads and hashes them). An
         fsspec URL is read through `cache`, a local folder (see `cache.default_cache`) that manifests share, of at most
         `cache_bytes` in all. Raises InputError naming each bad file."""
-        remote = _open_remote(str(path), cache, cache_bytes)
-        path = Path(path) if remote is None else remote.folder / str(path).rpartition("/")[2]
+        remote, name = _open_remote(str(path), cache, cache_bytes)
+        path = Path(path) if remote is None else remote.folder / name
         try:
             content = CONTENT.validate_json(path.read_bytes())
         except OSError as error:
@@ -134,8 +134,8 @@ class Manifest:
 
     @property
     def place(self) -> str:
-        """The folder or URL that the manifest was loaded from."""
-        return self.remote.url if self.remote else str(self.directory)
+        """The folder or URL that the manifest was loaded from, for messages: without secrets."""
+        return str(self.remote or self.directory)
 
     def local(self, name: str, *, size: int | None = None, sha256: str | None = None) -> Path:
         """The local path of a file of this manifest, downloaded if necessary. Raises OSError."""
@@ -206,7 +206,7 @@ class Manifest:
         problems = []
         for shard in self.shards:
             if shard.name not in sizes or shard.index not in sizes:
-                problems.append(f"shard {shard.name}: it or its index is missing in {self.remote.url}")
+                problems.append(f"shard {shard.name}: it or its index is missing in {self.remote}")
             elif sizes[shard.name] not in (shard.size, None):
                 kind = "truncated" if sizes[shard.name] < shard.size else "altered"
                 problems.append(f"shard {shard.name}: {kind}: {sizes[shard.name]} bytes, {shard.size} in the manifest")
@@ -225,17 +225,18 @@ class Manifest:
         return f"shard {shard.name}: {kind}: {size} bytes on disk, {shard.size} in the manifest"
 
 
-def _open_remote(path: str, cache: str | Path | None, cache_bytes: int) -> Remote | None:
-    """The remote folder of a manifest's URL, with manifest.json downloaded again; None for a local path."""
+def _open_remote(path: str, cache: str | Path | None, cache_bytes: int) -> tuple[Remote | None, str]:
+    """The remote folder of a manifest's URL and the manifest's name in it, downloaded again; None for a local path."""
     if not is_remote(path):
-        return None
-    url, _, name = path.rpartition("/")
-    remote = Remote(url, Cache(Path(cache) if cache else default_cache(), cache_bytes))
+        return None, ""
+    address, mark, query = path.partition("?") if path.startswith(("http://", "https://")) else (path, "", "")
+    url, _, name = address.rpartition("/")
+    remote = Remote(url, Cache(Path(cache) if cache else default_cache(), cache_bytes), mark + query)
     try:
         remote.fetch(name, fresh=True)
     except (OSError, CacheFull) as error:
         raise InputError(f"manifest {path}: {error}") from None
-    return remote
+    return remote, name
 
 
 def _refuse(where: str, problems: list[str]) -> None:

@@ -25,6 +25,7 @@ from fsspec.callbacks import Callback
 from data_pipeline.errors import InputError
 from data_pipeline.files import sha256_of
 from data_pipeline.locations import SCHEME, openable
+from data_pipeline.redaction import redacted
 from data_pipeline.shards.cache import Cache, CacheFull
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class Remote:
 
     url: str
     cache: Cache
+    query: str = ""  # appended to every file's URL, with its `?`: a signature that holds for the whole folder
     attempts: int = 8
     first_wait: float = 0.5
     downloads: int = 0  # number of downloads by this process, for tests and logs
@@ -90,6 +92,9 @@ class Remote:
         self._locks: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
+
+    def __str__(self) -> str:
+        return redacted(self.url)
 
     def __getstate__(self) -> dict:
         return {k: v for k, v in self.__dict__.items() if k not in ("_locks", "_guard", "_pool", "_asked")}
@@ -134,7 +139,7 @@ class Remote:
             path = self.fetch(name, size=size, sha256=sha256, most=most)
             with contextlib.suppress(FileNotFoundError):  # another download needed its room already
                 return FileIO(path)
-        raise OSError(f"{self.url}/{name}: {self.cache} is too small for the files in use")
+        raise OSError(f"{self}/{name}: {self.cache} is too small for the files in use")
 
     def prefetch(self, wanted: list[tuple[str, int, str]]) -> None:
         """Starts downloads of files (name, size, sha256), as many as fit into half of the cache. Errors are raised by a
@@ -168,7 +173,7 @@ class Remote:
         """(Whether a file exists, its bytes or None if unknown)."""
         filesystem, root = self._filesystem()
         try:
-            return True, self._retry(name, lambda: filesystem.info(f"{root}/{name}").get("size"))
+            return True, self._retry(name, lambda: filesystem.info(f"{root}/{name}{self.query}").get("size"))
         except FileNotFoundError:
             return False, None
 
@@ -184,14 +189,14 @@ class Remote:
         """Uploads a file of the cache to the remote folder. Raises the file system's errors."""
         filesystem, root = self._filesystem()
         data = (self.folder / name).read_bytes()
-        self._retry(name, lambda: filesystem.pipe_file(f"{root}/{name}", data))
+        self._retry(name, lambda: filesystem.pipe_file(f"{root}/{name}{self.query}", data))
 
     def _try(self, name: str, size: int, sha256: str) -> None:
         try:
             # One attempt: the reader's `fetch` retries, and an exiting process does not wait for retries.
             self.fetch(name, size=size, sha256=sha256, attempts=1)
         except (OSError, CacheFull) as error:
-            logger.warning("prefetch of %s: %s", name, error)
+            logger.warning("prefetch of %s: %s", name, redacted(str(error)))
         finally:
             with self._guard:
                 self._asked.discard(sha256)
@@ -204,13 +209,13 @@ class Remote:
             try:
                 from aiohttp import ClientTimeout
             except ImportError:
-                raise InputError(f"manifest in {self.url}: needs the package aiohttp (pip install aiohttp)") from None
+                raise InputError(f"manifest in {self}: needs the package aiohttp (pip install aiohttp)") from None
             # By default aiohttp limits the whole download to five minutes.
             options["client_kwargs"] = {"timeout": ClientTimeout(sock_connect=STALLED, sock_read=STALLED)}
         try:
             return fsspec.core.url_to_fs(self.url, **options)
         except ImportError as error:
-            raise InputError(f"manifest in {self.url}: {error}") from None
+            raise InputError(f"manifest in {self}: {error}") from None
 
     def _retry(self, name: str, attempt: Callable[[], Any], attempts: int | None = None) -> Any:
         """The result of `attempt()`, retried with exponential backoff. Raises FileNotFoundError without a retry, and
@@ -227,10 +232,11 @@ class Remote:
                 raise
             except Exception as error:  # each fsspec file system has its own errors
                 if _says_absent(error):
-                    raise FileNotFoundError(errno.ENOENT, "not there", f"{self.url}/{name}") from None
+                    raise FileNotFoundError(errno.ENOENT, "not there", f"{self}/{name}") from None
                 problem = error
-                logger.warning("%s/%s, attempt %d: %s: %s", self.url, name, number + 1, type(error).__name__, error)
-        raise OSError(f"{self.url}/{name}: {attempts} attempts: {str(problem) or type(problem).__name__}")
+                line = redacted(f"{type(error).__name__}: {error}")
+                logger.warning("%s/%s, attempt %d: %s", self, name, number + 1, line)
+        raise OSError(f"{self}/{name}: {attempts} attempts: {redacted(str(problem)) or type(problem).__name__}")
 
     def _attempt(self, name: str, path: Path, size: int | None, sha256: str | None, most: int) -> None:
         filesystem, root = self._filesystem()
@@ -239,8 +245,8 @@ class Remote:
             try:
                 watch = _Watch(most)
                 if self.url.startswith("file:"):  # its get_file does not call the callback
-                    watch.relative_update(filesystem.size(f"{root}/{name}"))
-                filesystem.get_file(f"{root}/{name}", str(temporary), callback=watch)
+                    watch.relative_update(filesystem.size(f"{root}/{name}{self.query}"))
+                filesystem.get_file(f"{root}/{name}{self.query}", str(temporary), callback=watch)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise

@@ -5,16 +5,20 @@ module:object of a user-defined filter. Only indexes and scores are read. Progre
 run continues. The result is cached beside the manifest. Exit code 2 with a line per problem for bad input.
 """
 
+import contextlib
+import fcntl
 import functools
 import json
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
+
+from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.cli import command, parser
 from data_pipeline.errors import InputError
-from data_pipeline.files import replace_file
+from data_pipeline.files import open_lock, replace_file
 from data_pipeline.pool import process_pool
 from data_pipeline.shards.content import Shard
 from data_pipeline.shards.manifest import Manifest
@@ -23,6 +27,7 @@ from data_pipeline.stream.pipeline import load_filter
 from data_pipeline.stream.score_filter import DocumentFilter, KeptCounts, Row, ScoreFilter, count_row, counts_file
 
 CHUNK = 16  # shards per task of a worker
+NOTE = TypeAdapter(tuple[str, Row])  # a line of the progress file
 
 
 def count(manifest: Manifest, filter: DocumentFilter, *, workers: int = 1, publish: bool = True) -> KeptCounts:
@@ -32,14 +37,7 @@ def count(manifest: Manifest, filter: DocumentFilter, *, workers: int = 1, publi
     name = counts_file(manifest, filter)
     path = manifest.directory / name
     if not path.exists():
-        progress = path.with_suffix(".progress")
-        record = {
-            "manifest": manifest.content_hash,
-            "filter": filter.filter_hash,
-            "shards": _count_rest(manifest, filter, workers, progress),
-        }
-        replace_file(path, json.dumps(record).encode() + b"\n")
-        os.unlink(progress)
+        _count_alone(manifest, filter, workers, path)
     if publish:
         try:
             manifest.publish(name)
@@ -51,11 +49,29 @@ def count(manifest: Manifest, filter: DocumentFilter, *, workers: int = 1, publi
     return KeptCounts.load(manifest, filter)
 
 
-def _count_rest(manifest: Manifest, filter: DocumentFilter, workers: int, progress: Path) -> list[Row]:
-    """Counts of every shard; shards missing from file `progress` are counted and appended to it."""
-    done = _noted(progress)
+def _count_alone(manifest: Manifest, filter: DocumentFilter, workers: int, path: Path) -> None:
+    """Writes `path`, or waits until another process has written it: its lock is the file of its progress."""
+    progress = path.with_suffix(".progress")
+    try:
+        notes = open_lock(progress)
+    except OSError as error:
+        raise InputError(f"{progress}: {error.strerror}") from None
+    with notes:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(notes, fcntl.LOCK_EX)
+        if path.exists():
+            return
+        rows = _count_rest(manifest, filter, workers, notes)
+        record = {"manifest": manifest.content_hash, "filter": filter.filter_hash, "shards": rows}
+        replace_file(path, json.dumps(record).encode() + b"\n")
+        progress.unlink(missing_ok=True)
+
+
+def _count_rest(manifest: Manifest, filter: DocumentFilter, workers: int, notes: BinaryIO) -> list[Row]:
+    """Counts of every shard; shards missing from file `notes` are counted and appended to it."""
+    done = _noted(notes)
     todo = [shard for shard in manifest.shards if shard.name not in done]
-    with progress.open("ab") as notes, process_pool(workers) as pool:
+    with process_pool(workers) as pool:
         work = functools.partial(count_shard, manifest, filter)
         rows: Iterable[Row] = map(work, todo) if workers == 1 else pool.map(work, todo, chunksize=CHUNK)
         for shard, row in zip(todo, rows, strict=True):
@@ -74,14 +90,18 @@ def count_shard(manifest: Manifest, filter: DocumentFilter, shard: Shard) -> Row
         raise InputError(f"shard {shard.name}: index {shard.index}: {error}") from None
 
 
-def _noted(progress: Path) -> dict[str, Row]:
-    """{shard: counts} from `progress`, which a killed run may have left with a truncated last line."""
-    if not progress.exists():
-        return {}
-    whole, _, torn = progress.read_bytes().rpartition(b"\n")
-    if torn:
-        os.truncate(progress, len(whole) + 1 if whole else 0)
-    return {name: tuple(row) for name, row in map(json.loads, whole.splitlines())}
+def _noted(notes: BinaryIO) -> dict[str, Row]:
+    """{shard: counts} from `notes`, up to a truncated line, as a killed run leaves it, or a damaged one."""
+    found, end = {}, 0
+    for line in notes.read().splitlines(keepends=True):
+        try:
+            name, row = NOTE.validate_json(line if line.endswith(b"\n") else b"")
+        except ValidationError:
+            break
+        found[name], end = row, end + len(line)
+    notes.seek(end)
+    notes.truncate()
+    return found
 
 
 @command

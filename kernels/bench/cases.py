@@ -10,6 +10,8 @@ from torch import Tensor
 import kernels
 from kernels.bench.peers import Peer
 from kernels.numerics import accumulation_dtype
+from kernels.rmsnorm import reference as rmsnorm_reference
+from kernels.rope import reference as rope_reference
 from kernels.sglu import reference as sglu_reference
 from kernels.srmsnorm import reference
 
@@ -83,7 +85,7 @@ def cases(device: torch.device) -> Iterator[tuple[Case, Case]]:
     """Pairs (small case to compare with fp64, case to time) of the same widths and type."""
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
-    for build in (_norm, _branch_norm, _add_norm, _add_scaled_norm, _sglu):
+    for build in (_norm, _branch_norm, _add_norm, _add_scaled_norm, _add_weighted_norm, _sglu, _rope):
         for rows in (4096, 32768) if gpu else (4096,):
             for columns in (2048, 4096) if gpu else (256,):
                 yield build(65, columns, dtype, device), build(rows, columns, dtype, device)
@@ -156,6 +158,45 @@ def _add_scaled_norm(rows: int, columns: int, dtype: torch.dtype, device: torch.
         exact,
         spared_bytes=x.nbytes,  # backward reads the sum and one of the inputs
     )
+
+
+def _add_weighted_norm(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Case:
+    def exact(x, residual, weight):
+        total = x + residual
+        return total, rmsnorm_reference.rms_norm(total, weight)
+
+    def torchs(x, residual, weight):
+        total = x + residual
+        return total, F.rms_norm(total, weight.shape, weight, eps=1e-6)
+
+    x, residual, dtotal, dy = random_inputs(4, rows, columns, dtype=dtype, device=device)
+    (weight,) = random_inputs(1, columns, dtype=dtype, device=device)
+    return Case(
+        "add_rms_norm",
+        f"{rows} x {columns}",
+        kernels.add_rms_norm,
+        [x, residual, weight],
+        [dtotal.detach(), dy.detach()],
+        exact,
+        spared_bytes=2 * x.nbytes,  # backward reads the sum, not both inputs, and writes one gradient for both
+        peers=(Peer("torch.nn.functional.rms_norm", torchs),),
+    )
+
+
+def _rope(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Case:
+    options = {"head_dim": min(columns, 128)}
+    positions = torch.arange(rows, device=device)
+
+    def function(q, k):
+        return kernels.rope(q, k, positions, **options)
+
+    def exact(q, k):
+        return tuple(rope_reference.rope(x, positions, **options) for x in (q, k))
+
+    q, k, dq, dk = random_inputs(4, 1, rows, columns, dtype=dtype, device=device)
+    gradients = [dq.detach(), dk.detach()]
+    spared = 2 * q.nbytes  # backward does not read the inputs
+    return Case("rope", f"{rows} x {columns}", function, [q, k], gradients, exact, spared_bytes=spared)
 
 
 def _sglu(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Case:

@@ -23,5 +23,6 @@ ACTIVATIONS = {
     "none": Activation(lambda x: x, lambda x: 1.0),
     "silu": Activation(F.silu, _silu_derivative),
     "1+elu": Activation(lambda x: 1 + F.elu(x), lambda x: x.clamp(max=0).exp()),
+    "relu": Activation(F.relu, lambda x: (x > 0).to(x.dtype)),
 }
 NAMES = tuple(ACTIVATIONS)

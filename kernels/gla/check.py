@@ -5,6 +5,7 @@ from torch import Tensor
 
 from kernels.gla.activations import NAMES
 from kernels.lightning.check import DTYPES, check_decay_and_states, check_devices, check_values
+from kernels.numerics import accumulation_dtype
 
 
 def check_gla(
@@ -41,6 +42,20 @@ def check_gla(
         raise ValueError(f"qkvu.shape={tuple(qkvu.shape)}: the length T={total} must be at least 1")
     key = width if theta is None else 2 * width
     check_decay_and_states(qkvu, decay, heads, initial_state, cu_seqlens, state_widths=(key, width))
+
+
+def check_update(qkvu: Tensor, initial_state: Tensor | None, one_token: bool) -> None:
+    """Raise ValueError unless `gla` can write the final state over initial_state."""
+    if not one_token:
+        raise ValueError(
+            f"update_state=True needs one token, an initial state, no cu_seqlens and no gradients, got "
+            f"qkvu.shape={tuple(qkvu.shape)}"
+        )
+    if initial_state.dtype != accumulation_dtype(qkvu.dtype) or not initial_state.is_contiguous():
+        raise ValueError(
+            f"initial_state, {initial_state.dtype} with strides {initial_state.stride()}, must be contiguous and "
+            f"{accumulation_dtype(qkvu.dtype)} for update_state=True"
+        )
 
 
 def check_gla_values(decay: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, total: int) -> None:

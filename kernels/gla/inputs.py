@@ -10,6 +10,7 @@ from kernels.lightning.inputs import AttentionInputs
 from kernels.lightning.op import MAX_TRITON_WIDTH
 
 MAX_TRITON_LRPE_WIDTH = MAX_TRITON_WIDTH // 2  # head width d; LRPE features have width 2 d
+PIECE = 32  # columns of a head whose o^2 a decoding step sums together
 MAX_TRITON_ROW = 65536  # H d: the gate's kernels hold a whole row
 
 

@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.gla import plain
-from kernels.gla.check import check_gla, check_gla_values
+from kernels.gla.check import check_gla, check_gla_values, check_update
 from kernels.gla.features import form_features
 from kernels.gla.inputs import GlaInputs, Saved, document_positions, key_width, parts, products
-from kernels.gla.step import gla_step
+from kernels.gla.step import gla_step, gla_step_
 from kernels.lightning.op import empty_starts, empty_state
 from kernels.numerics import accumulation_dtype
 
@@ -26,6 +26,7 @@ def gla(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     return_state: bool = False,
+    update_state: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The token mixer of TransNormerLLM between its two projections (arXiv 2307.14995, section 3.1).
 
@@ -36,10 +37,12 @@ def gla(
     decay: [H], fp32 (or fp64). decay, cu_seqlens, initial_state and return_state: as in `lightning_attention`.
     theta: [H, 1, d], radians a position; None for a layer without LRPE. LRPE makes [x cos(theta t), x sin(theta t)] of
         x, so that states are [.., H, 2 d, d], and [.., H, d, d] without it.
-    act: of q and k: "silu", "none" or "1+elu".
+    act: of q and k: "silu", "none", "1+elu" or "relu".
     gate: False for y = o, an ablation that does not use u.
     positions: the integers t, [T] or [B, T], rising by 1 within a row or document; None counts each from 0. The first
         value matters only with an initial or a final state. Values are checked only on CPU.
+    update_state: write the final state over initial_state, which must be contiguous and, unless qkvu is fp64, fp32. For
+        one token without gradients.
 
     Returns y [B, T, H d]; the sum of o^2 over heads and columns [B, T] in fp32 (fp64 for fp64), an input of
     `add_scaled_simple_rms_norm` after summation over tensor-parallel ranks; and the final state, None unless
@@ -56,7 +59,12 @@ def gla(
         cu_seqlens=cu_seqlens,
     )
     one_token = qkvu.shape[1] == 1 and initial_state is not None and cu_seqlens is None
-    if one_token and not _tracked(qkvu, theta, initial_state):
+    one_token = one_token and not _tracked(qkvu, theta, initial_state)
+    if update_state:
+        check_update(qkvu, initial_state, one_token)
+        y, parts = gla_step_(qkvu, initial_state, decay, theta, act, gate, positions)
+        return y, parts.sum(-1, keepdim=True), initial_state if return_state else None
+    if one_token:
         y, square_sum, state = gla_step(qkvu, initial_state, decay, theta, act, gate, positions)
         return y, square_sum, state if return_state else None
     if theta is None or (initial_state is None and not return_state):

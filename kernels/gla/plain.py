@@ -49,6 +49,12 @@ def forward(inputs: GlaInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return o * u if inputs.gate else o, o, square_sum, state
 
 
+def features(inputs: GlaInputs, x: Tensor) -> Tensor:
+    """The features [B, T, H, K] of x, q or k of `inputs`, [B, T, H, d], in the accumulation type."""
+    dtype = accumulation_dtype(x.dtype)
+    return _features(x, inputs.act, _Turn.of(inputs, dtype), dtype)
+
+
 def final_state(inputs: GlaInputs) -> Tensor:
     """The final state alone, [B or documents, H, K, d]."""
     _, k, v, _ = inputs.parts

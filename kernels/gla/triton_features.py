@@ -11,9 +11,10 @@ drops exactly the whole turns, so angles at positions in the millions are as exa
 import triton
 import triton.language as tl
 
-ACTIVATIONS = {"none": 0, "silu": 1, "1+elu": 2}
+ACTIVATIONS = {"none": 0, "silu": 1, "1+elu": 2, "relu": 3}
 SILU = tl.constexpr(1)
 ONE_PLUS_ELU = tl.constexpr(2)
+RELU = tl.constexpr(3)
 
 
 @triton.jit
@@ -34,6 +35,8 @@ def activate(x, ACT: tl.constexpr, QUICK: tl.constexpr):
         return x * sigmoid(x, QUICK)
     elif ACT == ONE_PLUS_ELU:
         return tl.where(x > 0, 1.0 + x, tl.exp(tl.minimum(x, 0.0)))
+    elif ACT == RELU:
+        return tl.where(x > 0, x, 0.0)
     else:
         return x
 
@@ -46,6 +49,8 @@ def slope(x, ACT: tl.constexpr, QUICK: tl.constexpr):
         return s * (1.0 + x * (1.0 - s))
     elif ACT == ONE_PLUS_ELU:
         return tl.where(x > 0, 1.0, tl.exp(tl.minimum(x, 0.0)))
+    elif ACT == RELU:
+        return tl.where(x > 0, 1.0, 0.0)
     else:
         return x * 0.0 + 1.0
 

@@ -8,12 +8,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.gla.inputs import GlaInputs
+from kernels.dependent_launch import launch_options
+from kernels.gla.inputs import PIECE, GlaInputs
 from kernels.gla.triton_features import ACTIVATIONS, activate, cos_sin, turn_fraction
 from kernels.lightning.tiles import padded
 
-SLICE, WARPS = 32, 4  # columns of the state: rows of 128 bytes
+SLICE, WARPS = PIECE, 4  # columns of the state: rows of 128 bytes
 
 
 @triton.jit
@@ -37,7 +39,11 @@ def step_kernel(
     GATE: tl.constexpr,
     SUMMED: tl.constexpr,
     SLICE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     piece = tl.program_id(0) % slices
     row_head = tl.program_id(0) // slices
     row = row_head // heads
@@ -79,17 +85,20 @@ def step_kernel(
     tl.store(y_at, o.to(y_pointer.dtype.element_ty), mask=wanted)
 
 
-def step(inputs: GlaInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """See `gla_step` in step.py; the state is inputs.initial_state."""
+def step(inputs: GlaInputs, new_state: Tensor) -> tuple[Tensor, Tensor]:
+    """y [B, 1, H d] and the sums of o^2 over SLICE columns of a head each, [B, P]; see step.py.
+
+    The state is inputs.initial_state. The next state is written to new_state [B, H, K, d], fp32 and contiguous, which
+    may be the same tensor.
+    """
     qkvu, theta, positions = inputs.qkvu, inputs.theta, inputs.positions
     batch, _, fused = qkvu.shape
     state = inputs.initial_state.contiguous()
     _, heads, summed, width = state.shape
     slices = triton.cdiv(width, SLICE)
     qkvu = qkvu if qkvu.stride(-1) == 1 else qkvu.contiguous()
-    new_state = torch.empty(state.shape, dtype=torch.float32, device=qkvu.device)
     y = torch.empty(batch, 1, fused // 4, dtype=qkvu.dtype, device=qkvu.device)
-    sums = torch.empty(batch, 1, heads * slices, dtype=torch.float32, device=qkvu.device)
+    sums = torch.empty(batch, heads * slices, dtype=torch.float32, device=qkvu.device)
     with torch.cuda.device_of(qkvu):
         step_kernel[(batch * heads * slices,)](
             x_pointer=qkvu,
@@ -112,5 +121,6 @@ def step(inputs: GlaInputs) -> tuple[Tensor, Tensor, Tensor]:
             SUMMED=padded(summed),
             SLICE=SLICE,
             num_warps=WARPS,
+            **launch_options(qkvu),
         )
-    return y, sums.sum(-1), new_state
+    return y, sums

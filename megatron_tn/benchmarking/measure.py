@@ -49,8 +49,10 @@ def engine_results(config: BenchmarkConfig, device: torch.device) -> Iterator[Re
         config.parallel.tp, config.parallel.cp, sequence_parallel=config.parallel.sequence_parallel
     )
     engine = build_engine(config, context, device)
+    specs = engine.model.shard_specs()
     for owned in engine.owned_ranges():
-        owned.values["param"].normal_(0, config.model.init_std)
+        values, is_norm = owned.values["param"], len(specs[owned.name].shape) == 1
+        values.fill_(1) if is_norm else values.normal_(0, config.model.init_std)
     engine.refresh(optimizer_step=0)
     data = config.data
     tokens, targets = random_tokens(config, device)

@@ -8,7 +8,8 @@ from megatron_tn.config import ConfigError, ModelConfig
 
 
 def llama(shape: ModelConfig, device: torch.device) -> torch.nn.Module:
-    """A Hugging Face LlamaModel with the sizes in `shape`, bf16.
+    """A Hugging Face LlamaModel with the sizes in `shape`, bf16: of a Transformer the same layers, of a TransNormerLLM
+    layers without the gate, so fewer parameters.
 
     Raises:
         ConfigError: transformers is not installed.
@@ -23,6 +24,8 @@ def llama(shape: ModelConfig, device: torch.device) -> torch.nn.Module:
         intermediate_size=shape.glu_dim,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
+        rms_norm_eps=shape.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_base},
         max_position_embeddings=2**20,
         attn_implementation="sdpa",
     )

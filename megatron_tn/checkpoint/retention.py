@@ -91,7 +91,7 @@ def discard(path: Path) -> None:
 def reading(checkpoint: Path) -> Iterator[None]:
     """Holds a shared file lock, so that no run's retention removes the checkpoint (on file systems with locks)."""
     with (checkpoint / MANIFEST).open("rb") as file:
-        with contextlib.suppress(OSError):  # a file system without locks
+        with contextlib.suppress(OSError):  # the file system has no file locks
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         yield
 
@@ -103,7 +103,7 @@ def being_read(checkpoint: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # a file system without locks, or a read-only one
+    except OSError:  # the file system has no file locks, or a read-only one
         return False
     return False
 
@@ -112,5 +112,8 @@ def _describe(path: Path, *, with_loss: bool) -> Saved:
     step = step_of(path)
     if not with_loss:
         return Saved(path, step)
-    held_out = json.loads((path / MANIFEST).read_text())["training"].get("held_out") or {}
-    return Saved(path, step, held_out.get("heldout_loss") if held_out.get("step") == step else None)
+    try:
+        held_out = json.loads((path / MANIFEST).read_text())["training"].get("held_out") or {}
+        return Saved(path, step, held_out.get("heldout_loss") if held_out.get("step") == step else None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # damaged: no save fails for it
+        return Saved(path, step)

@@ -198,7 +198,7 @@ def write_snapshot(
 
 
 def _replace(again: Path) -> None:
-    """Replace step_N by step_N-again."""
+    """Rename step_N-again, a second save of step N, to step_N, and delete the first save."""
     final = again.with_name(again.name.removesuffix("-again"))
     if os.path.lexists(final):
         remove(final)

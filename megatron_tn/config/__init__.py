@@ -8,6 +8,7 @@ annotations of the fields; relations.py has the relations between groups.
 `ConfigError` lists all problems, one line each: the setting, its value and the relation it breaks.
 """
 
+from data_pipeline.redaction import redacted, resolved, storable
 from megatron_tn.config.bounds import MOST_SEED, out_of_bounds
 from megatron_tn.config.checkpoint import CheckpointConfig
 from megatron_tn.config.cluster import ClusterConfig
@@ -29,10 +30,12 @@ from megatron_tn.config.mapping import (
     ConfigError,
     differences,
     from_mapping,
+    from_stored,
     known_keys,
     read_mapping,
     save,
     to_mapping,
+    to_stored,
     unknown_key,
     unwritable,
 )
@@ -69,12 +72,17 @@ __all__ = [
     "device_problems",
     "differences",
     "from_mapping",
+    "from_stored",
     "known_keys",
     "load",
     "out_of_bounds",
     "read_mapping",
+    "redacted",
+    "resolved",
     "save",
+    "storable",
     "to_mapping",
+    "to_stored",
     "unknown_key",
     "unwritable",
 ]

@@ -14,14 +14,17 @@ from megatron_tn.config.mapping import STRICT
 class CheckpointConfig:
     """A checkpoint stays if any of keep, keep_every and keep_best keeps it."""
 
-    every: Count = 500  # steps; 0 saves only at the end and on preemption
-    at_end: bool = True  # save when the run ends; False is for benchmarks
-    keep: Count = 3  # the newest so many; 0 keeps all
-    keep_every: Count = 0  # those at multiples of so many steps; 0: none for that
-    keep_best: Count = 0  # so many with the lowest held-out loss, of those evaluated at the step that was saved
-    # Write while training goes on. Costs host memory for one copy of what the rank owns (12 bytes a parameter without
-    # ZeRO). On by default: while a step waits for a shared file system, every GPU stands still.
+    every: Count = 500  # steps between checkpoints; 0: only at the end of the run and on preemption
+    at_end: bool = True  # whether to save when the run ends; False is for benchmarks
+    keep: Count = 3  # number of newest checkpoints to keep; 0: all
+    keep_every: Count = 0  # keep the checkpoints whose step is a multiple of this; 0: this rule keeps none
+    # Number of checkpoints with the lowest held-out loss to keep, among those of steps that were also evaluated.
+    keep_best: Count = 0
+    # Write checkpoint files in a background thread while training goes on. Needs host memory for one copy of the
+    # masters and moments that the rank owns (12 bytes a parameter without ZeRO).
     async_save: bool = True
-    on_failure: Literal["report", "abort"] = "report"  # of a save that failed; the last save of a run always aborts
-    # auto: the newest whole checkpoint in run_dir; none: start afresh; a step in run_dir; a path.
+    # After a failed save: log it and train on, or end the run. A failed last save always ends the run with an error.
+    on_failure: Literal["report", "abort"] = "report"
+    # Checkpoint to resume from. auto: the newest complete one in run_dir; none: start a new run; N: step N in run_dir;
+    # or the path of a checkpoint.
     resume: int | str = "auto"

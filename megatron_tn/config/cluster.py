@@ -25,13 +25,14 @@ DATASHEET_BF16_TFLOPS = (
 
 @dataclass(frozen=True, config=STRICT)
 class ClusterConfig:
-    name: str = "local"  # for reports
-    gpus_per_node: Count = 0  # 0: not known
-    gpu_memory_gib: Unlimited = 0.0  # 0: not known
-    outside_allocator_gib: Unlimited = 1.5  # allowance of a plan for CUDA's context, kernels and NCCL's buffers
-    bf16_tflops: Rate = None  # dense peak of one GPU; null: by the GPU's name, where that is known
+    name: str = "local"  # name of the cluster in reports
+    gpus_per_node: Count = 0  # GPUs of one node; 0: not known
+    gpu_memory_gib: Unlimited = 0.0  # memory of one GPU in GiB, as CUDA reports it; 0: not known
+    # GiB of GPU memory outside PyTorch's allocator that a plan adds: CUDA context, kernel code, NCCL buffers.
+    outside_allocator_gib: Unlimited = 1.5
+    bf16_tflops: Rate = None  # dense bf16 peak of one GPU, TFLOP/s; null: the datasheet's, by the GPU's name
     memory_bandwidth_gbs: Rate = None  # GB/s of a GPU's memory; null: not known
-    interconnect_gbs: Rate = None  # between nodes, per GPU and direction
+    interconnect_gbs: Rate = None  # GB/s between nodes, per GPU and direction; null: not known
 
     def peak_tflops(self, device_name: str | None) -> float | None:
         """The denominator of utilisation: bf16_tflops, else the datasheet's of the GPU that CUDA calls `device_name`;

@@ -16,10 +16,10 @@ LOOP_WARM_UP = 10  # steps of the training loop that a benchmark does not count
 
 @dataclass(frozen=True, config=STRICT)
 class BenchmarkSettings:
-    steps: Positive = 12  # measured steps, after warm-up, of this model and of its peer
-    loop_steps: Count = 0  # steps of the training loop (data, optimizer, logging); 0 leaves it out
-    peer: Literal["none", "llama"] = "none"  # a model of the same shape, measured in the same process
-    output: str = ""  # JSON lines file to which the rows are appended
+    steps: Positive = 12  # measured steps after warm-up, for this model and for the peer
+    loop_steps: Count = 0  # steps of the whole training loop (data, optimizer, logging) to measure; 0: not measured
+    peer: Literal["none", "llama"] = "none"  # another model of the same shape, measured in the same process
+    output: str = ""  # JSON lines file to append the results to; empty: results are only printed
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -41,13 +41,13 @@ class EvaluateConfig:
 
     checkpoint: str = ""  # a checkpoint, a run's folder (its newest checkpoint is taken), or a released model's folder
     manifest: str = ""  # manifest.json of held-out shards
-    train_manifest: str = ""  # of the shards that the unigram baseline is counted on; empty leaves that baseline out
-    tokenizer: str = ""  # tokenizer.json; empty looks beside the checkpoint
-    max_documents: Count = 0  # 0: all
-    batch_tokens: Positive = 4096  # tokens of the documents in one forward pass
+    train_manifest: str = ""  # manifest.json of training shards for the unigram baseline; empty: no such baseline
+    tokenizer: str = ""  # path of tokenizer.json; empty: the one beside the checkpoint
+    max_documents: Count = 0  # evaluate the first so many documents of the manifest; 0: all
+    batch_tokens: Positive = 4096  # tokens of one forward pass
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one
-    precision: Literal["trained", "bf16", "fp32"] = "trained"  # trained: what the weights were trained or stored in
-    output: str = ""  # JSON file for the result, which is printed as well
+    precision: Literal["trained", "bf16", "fp32"] = "trained"  # type to compute in; trained: as the weights
+    output: str = ""  # JSON file for the result; empty: the result is only printed
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -56,27 +56,41 @@ class ScoreConfig:
 
     checkpoint: str = ""  # a checkpoint, a run's folder (its newest checkpoint is taken), or a released model's folder
     manifest: str = ""  # manifest.json of the shards to score
-    name: str = ""  # of the scores; empty: eval- and the first digits of the model's hash
-    batch_tokens: Positive = 16384  # tokens of the documents in one forward pass; a GPU takes more than a CPU
+    name: str = ""  # name of the scores in sidecar file names; empty: eval- and digits of the model's hash
+    batch_tokens: Positive = 16384  # tokens of one forward pass; a GPU needs more than a CPU to be busy
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one
-    precision: Literal["trained", "bf16", "fp32"] = "trained"  # trained: what the weights were trained or stored in
+    precision: Literal["trained", "bf16", "fp32"] = "trained"  # type to compute in; trained: as the weights
 
 
 @dataclass(frozen=True, config=STRICT)
 class GenerateConfig:
-    """`python -m megatron_tn.generate`. The sampler checks temperature, top_k and top_p."""
+    """`python -m megatron_tn.generate`. The sampler checks temperature, top_k, top_p and repetition_penalty."""
 
     checkpoint: str = ""  # a checkpoint, a run's folder (its newest checkpoint is taken), or a released model's folder
-    prompt: str = ""  # text to continue, taken to the letter
-    special_tokens: bool = False  # whether <s> in the prompt is that special token, and not the text of 3 characters
-    tokenizer: str = ""  # tokenizer.json; empty looks beside the checkpoint
-    max_new_tokens: Count = 128  # generation ends there, or before the model's eos
-    temperature: float = 0.8  # 0: the likeliest token each time
-    top_k: int = 0  # sample from the so many likeliest tokens; 0: all
-    top_p: float = 1.0  # sample from the likeliest tokens of this share of probability
-    seed: Seed = 0  # the same seed gives the same text
-    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one
-    precision: Literal["trained", "bf16", "fp32"] = "trained"  # trained: what the weights were trained or stored in
+    prompt: str = ""  # text to continue, verbatim
+    prompts: str = ""  # JSON lines file of texts to continue, instead of prompt
+    output: str = ""  # JSON lines file for the continuations; empty: standard output
+    text_key: str = "text"  # key of the text in each line of prompts
+    output_key: str = "continuation"  # key that a line of output has beside those of its line of prompts
+    resume: bool = False  # continue behind the last whole line of output, which must not exist otherwise
+    state: str = ""  # file that save_state wrote: the prompt follows the text that it was made from
+    save_state: str = ""  # file for the state after the prompt, from which any number of continuations can begin
+    samples: Positive = 1  # continuations of each prompt
+    batch: Positive = 8  # continuations at a time
+    together: Count = 0  # rows of one forward pass; 0: all on a GPU, 1 on a CPU, where rounding depends on their number
+    special_tokens: bool = False  # true: <s> in the prompt is the special token; false: the text of three characters
+    tokenizer: str = ""  # path of tokenizer.json; empty: the one beside the checkpoint
+    max_new_tokens: Count = 128  # generation ends after so many tokens, or at the model's eos token
+    stop: str = ""  # generation ends before this text, taken verbatim; several: a JSON list, ["\n\n", "def "]
+    temperature: float = 0.8  # the logits are divided by it; 0: always the likeliest token
+    top_k: int = 0  # sample from the top_k likeliest tokens; 0: from all
+    top_p: float = 1.0  # sample from the fewest likeliest tokens whose probabilities add up to top_p
+    repetition_penalty: float = 1.0  # divides positive logits of tokens seen before, and multiplies negative ones
+    seed: Seed = 0  # of the random draws; the same seed gives the same text, on a CPU with together=0 at every batch
+    check_every: Count = 0  # tokens between two looks of the host at the ids; 0: 8 on a GPU, 1 on a CPU
+    prefill_chunk: Positive = 4096  # tokens of a prompt in one forward pass; a longer prompt needs no more memory
+    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one. Under torchrun: cpu or auto
+    precision: Literal["trained", "bf16", "fp32"] = "trained"  # type to compute in; trained: as the weights
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -89,5 +103,5 @@ class ConvertConfig:
     # export: folder to write in the released layout. import: run_dir whose first checkpoint these weights become
     output: str = ""
     shard_mib: Positive = 4096  # export: MiB of one weight file
-    precision: Literal["trained", "bf16", "fp32"] = "trained"  # trained: what the weights were trained or stored in
+    precision: Literal["trained", "bf16", "fp32"] = "trained"  # type to compute in; trained: as the weights
     json: bool = False  # describe, verify: print JSON

@@ -12,24 +12,26 @@ from megatron_tn.config.mapping import STRICT
 
 @dataclass(frozen=True, config=STRICT)
 class DataConfig:
-    manifest: str = ""  # manifest.json of tokenised WebDataset shards, as python -m data_pipeline.run writes it
-    sequence_length: Positive = 2048  # tokens
-    global_batch: Positive = 64  # sequences an optimizer step, over all ranks
-    micro_batch: Positive = 1  # sequences a forward pass of one rank
-    shuffle_window: Positive = 32  # shards over which sequences are shuffled; neighbours in one shard are alike
-    # Self-cleaning: a YAML file or inline JSON of data_pipeline.stream.ScoreFilter, or a filter of one's own as
-    # module:object; empty keeps every document.
+    manifest: str = ""  # manifest.json of tokenised WebDataset shards, written by python -m data_pipeline.run
+    sequence_length: Positive = 2048  # tokens of a sequence
+    global_batch: Positive = 64  # sequences per optimizer step, over all ranks
+    micro_batch: Positive = 1  # sequences per forward pass of one rank
+    shuffle_window: Positive = 32  # shards that sequences are shuffled across; neighbours in a shard are alike
+    # Document filter: a YAML file or inline JSON of data_pipeline.stream.ScoreFilter (self-cleaning), or module:object
+    # for a user-defined filter; empty: every document is kept.
     filter: str = ""
-    # Functions of data_pipeline.stream.Document, as module:function, applied to each document. They keep its length.
+    # Functions, as module:function, from data_pipeline.stream.Document to Document, applied to each document in this
+    # order. They must not change its number of tokens.
     document_stages: list[str] = dataclasses.field(default_factory=list)
-    # Sources by {epochs: {...}} or {weights: {...}}; on the command line: +data.mixture.epochs.wiki=1.5
+    # Mixture of sources: {epochs: {source: repetitions}} or {weights: {source: weight}}; on the command line:
+    # +data.mixture.epochs.wiki=1.5. Empty: the epochs of the manifest.
     mixture: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    # Reset attention's state where a document begins. The paper packs documents without a reset.
+    # Reset the state of attention where a document begins. The paper packs documents into sequences without a reset.
     isolate_documents: bool = False
-    workers: Count = 1  # reader processes a data-parallel rank; 0 reads in the training process
-    max_damaged: Count = 100  # unreadable samples that a rank replaces by padding before it stops
-    cache_bytes: Count = 100_000_000_000  # of each node's local copies of a remote manifest's shards
-    # Batches that are not trained on, each by the number of its step: [17, "100-299"]. Checkpoints keep the list.
+    workers: Count = 1  # reader processes per data-parallel rank; 0: the training process reads
+    max_damaged: Count = 100  # unreadable samples that a rank replaces by padding before it ends the run
+    cache_bytes: Count = 100_000_000_000  # most bytes of a node's local copies of remote shards
+    # Step numbers whose batches are skipped (no training on them): [17, "100-299"]. Checkpoints store the list.
     skip_batches: list[int | str] = dataclasses.field(default_factory=list)
 
     @property

@@ -19,20 +19,20 @@ class EngineConfig:
     """DeepSpeed ZeRO 0 to 3, FSDP2, or the local engine, which shards nothing."""
 
     name: Literal["deepspeed", "fsdp2", "local"] = "deepspeed"
-    zero_stage: Literal[0, 1, 2, 3] = 1  # of name=deepspeed
+    zero_stage: Literal[0, 1, 2, 3] = 1  # ZeRO stage of engine.name=deepspeed
     precision: Literal["bf16", "fp32"] = "bf16"  # of parameters and activations; masters and moments are always fp32
-    gradient_dtype: Literal["fp32", "bf16"] = "fp32"  # in which microbatches' gradients are summed and reduced
-    # Gradients reduced in one collective, in elements. ZeRO 3 and FSDP2 reduce block by block instead.
+    gradient_dtype: Literal["fp32", "bf16"] = "fp32"  # type of the gradient sums over microbatches and ranks
+    # Gradient elements reduced in one collective. ZeRO 3 and FSDP2 reduce block by block instead.
     reduce_bucket_elements: Positive = 50_000_000
     reshard_after_forward: bool = True  # fsdp2: free a block's gathered weights between its forward and backward pass
-    recompute: Literal["none", "selective", "full"] = "none"  # activations recomputed in the backward pass
-    recompute_every: Positive = 1  # n: recompute in blocks 0, n, 2n, ...
-    # Blocks compiled by inductor; cuda_graphs also replays each as a CUDA graph.
+    recompute: Literal["none", "selective", "full"] = "none"  # activations to recompute in the backward pass
+    recompute_every: Positive = 1  # n: recompute in blocks 0, n, 2n, ... only
+    # blocks: torch.compile each block with inductor; cuda_graphs: also replay each block as a CUDA graph.
     compile: Literal["none", "blocks", "cuda_graphs"] = "none"
-    # local and zero1: capture a microbatch's forward and backward pass as one CUDA graph, and replay it.
+    # Capture the forward and backward pass of a microbatch as one CUDA graph, and replay it. For local and zero1.
     cuda_graph: bool = False
-    # deepspeed: settings of DeepSpeed's own, laid over ours. Given as a path, the JSON file is read once, and its
-    # content becomes part of the run's config. Keys that other settings decide must agree with those.
+    # Keys of DeepSpeed's own config to add, or the path of a JSON file with such keys, whose content becomes part of
+    # the run's config. A key that another setting determines must agree with that setting.
     deepspeed_config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -52,5 +52,5 @@ class EngineConfig:
             return {}
         try:
             return json.loads(Path(value).read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{value!r} is not a JSON file that can be read: {error}") from None

@@ -10,6 +10,6 @@ from megatron_tn.config.mapping import STRICT
 
 @dataclass(frozen=True, config=STRICT)
 class EvaluationConfig:
-    manifest: str = ""  # manifest.json of held-out shards; empty turns evaluation off
-    every: Count = 0  # steps; 0 evaluates at the end only
-    max_documents: Count = 256  # 0: all
+    manifest: str = ""  # manifest.json of held-out shards; empty: no evaluation during training
+    every: Count = 0  # steps between evaluations; 0: only at the end of the run
+    max_documents: Count = 256  # evaluate the first so many held-out documents; 0: all

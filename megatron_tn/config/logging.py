@@ -14,17 +14,17 @@ from megatron_tn.config.mapping import STRICT
 @dataclass(frozen=True, config=STRICT)
 class WandbConfig:
     mode: Literal["online", "offline", "disabled"] = "offline"
-    project: str = "megatron_tn"  # of wandb
-    entity: str | None = None  # wandb's user or team; null: the one that is logged in
+    project: str = "megatron_tn"  # name of the wandb project
+    entity: str | None = None  # wandb user or team; null: the logged-in user
 
 
 @dataclass(frozen=True, config=STRICT)
 class LoggingConfig:
     every: Positive = 1  # steps between records of log.jsonl
-    progress: bool = True  # progress bar on rank 0, and a table of the run at its start and at its end
-    summary: bool = True  # loss.png and the table at the run's end
-    ranks_every: Count = 100  # steps between reports of each rank's speed and peak memory; 0: none
-    profile: bool = False  # write rank 0's Chrome trace and table of kernels to run_dir/profile
-    profile_skip: Count = 10  # steps of this process before the first profiled one
-    profile_steps: Positive = 3  # profiled steps
+    progress: bool = True  # show a progress bar on rank 0, and a table of the run when it starts and ends
+    summary: bool = True  # write loss.png and print the table when the run ends
+    ranks_every: Count = 100  # steps between records of every rank's speed and peak memory; 0: no such records
+    profile: bool = False  # profile rank 0: write a Chrome trace and a table of kernels to run_dir/profile
+    profile_skip: Count = 10  # steps of this process before the first profiled step
+    profile_steps: Positive = 3  # number of profiled steps
     wandb: WandbConfig = dataclasses.field(default_factory=WandbConfig)

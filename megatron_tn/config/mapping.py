@@ -13,22 +13,43 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from data_pipeline.redaction import lines_of, restored, storable
 from megatron_tn.config.bounds import out_of_bounds
 
+MOST = 50  # problems of a mapping that are looked into: a damaged file may have thousands
 STRICT = ConfigDict(extra="forbid")
 
 
 class ConfigError(ValueError):
-    """One or more settings are wrong. `problems` holds one line for each; command lines exit with code 2."""
+    """One or more settings are wrong. `problems` holds one line for each, without secrets; command lines exit with code
+    2."""
 
     def __init__(self, problems: Iterable[str] | str):
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.problems = lines_of([problems] if isinstance(problems, str) else problems)
         super().__init__("\n".join(self.problems))
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
     """A config dataclass as nested plain dictionaries, ready for JSON or Hydra."""
     return dataclasses.asdict(config)
+
+
+def to_stored(config: Any) -> dict[str, Any]:
+    """`to_mapping` as files and loggers get it: interpolated variables unresolved, URLs without credentials."""
+    return storable(to_mapping(config))
+
+
+def from_stored(kind: type, values: Mapping[str, Any], given: Any) -> Any:
+    """Config dataclass `kind` from `to_stored`'s mapping. Secrets come from the environment and the config `given`.
+
+    Raises:
+        ConfigError: as `from_mapping`, or a secret is in neither.
+    """
+    problems: list[str] = []
+    values = restored(values, to_mapping(given), problems)
+    if problems:
+        raise ConfigError(problems)
+    return from_mapping(kind, values)
 
 
 def from_mapping(kind: type, values: Mapping[str, Any]) -> Any:
@@ -43,7 +64,7 @@ def from_mapping(kind: type, values: Mapping[str, Any]) -> Any:
     try:
         return adapter.validate_python(dict(values))
     except ValidationError as error:
-        known, refused = known_keys(kind), error.errors()
+        known, refused = known_keys(kind), error.errors(include_url=False)[:MOST]
         problems = [_describe(item, known) for item in refused]
         with contextlib.suppress(ValidationError):
             rest = adapter.validate_python(_without([_setting(item) for item in refused], values))
@@ -55,7 +76,7 @@ def _without(settings: list[list[str]], values: Mapping[str, Any]) -> dict[str, 
     """`values` without `settings`, each a path of nested keys."""
     kept = {}
     for key, value in values.items():
-        below = [path[1:] for path in settings if path[0] == key]
+        below = [path[1:] for path in settings if path[:1] == [key]]
         if [] not in below:
             kept[key] = _without(below, value) if below and isinstance(value, Mapping) else value
     return kept
@@ -83,7 +104,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is damaged: it holds {type(values).__name__}, not settings")
@@ -91,9 +112,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def save(config: Any, path: Path) -> None:
-    """Write `config` as JSON, atomically (temporary file, then rename): a killed job leaves no partial file."""
+    """Write `to_stored(config)` as JSON, atomically (temporary file, then rename): a kill leaves no partial file."""
     partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(json.dumps(to_mapping(config), indent=1) + "\n")
+    partial.write_text(json.dumps(to_stored(config), indent=1) + "\n")
     partial.replace(path)
 
 

@@ -1,51 +1,81 @@
-"""The settings `model.*`: shape and variant of a TransNormerLLM."""
+"""The settings `model.*`: shape and variant of a TransNormerLLM, or of a model that it is compared with."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic.dataclasses import dataclass
 
-from megatron_tn.config.bounds import Count, FromZero, Positive, Relations, out_of_bounds
+from megatron_tn.config.bounds import AboveZero, Bounds, Count, FromZero, Positive, Relations, out_of_bounds
 from megatron_tn.config.mapping import STRICT
+
+# Largest extents: a model that a damaged or hostile file describes is refused before it is built.
+Vocabulary = Annotated[int, Bounds(1, 2**32)]  # the widest token that shards can hold
+Width = Annotated[int, Bounds(1, 2**24)]
+NUMBER = Bounds(1, 2**11)
+Number = Annotated[int, NUMBER]
 
 
 @dataclass(frozen=True, config=STRICT)
 class ModelConfig:
-    """Shape and variant of a TransNormerLLM (arXiv 2307.14995). The defaults are the released family's semantics."""
+    """Shape and variant of a TransNormerLLM (arXiv 2307.14995), with the released family's semantics as defaults; or of
+    a Transformer, a cosFormer (arXiv 2202.08791) or a TransNormer (arXiv 2210.10340), as files of conf/model have
+    them."""
 
-    name: str = "385m"  # of the size, for reports
-    architecture: Literal["transnormer"] = "transnormer"  # of megatron_tn.model.registry
-    vocab_size: Positive = 64000  # V, entries of the tokenizer; the vocabulary-parallel embedding pads it by itself
-    embed_dim: Positive = 1024  # D
-    layers: Positive = 24  # L
-    heads: Positive = 8  # H; the released sizes have D / H = 128
-    glu_dim: Positive = 2816  # F
+    name: str = "385m"  # name of the model size in reports
+    # Name in megatron_tn.model.registry. transnormer: TransNormerLLM; transnormer_2022: TransNormer, its predecessor.
+    architecture: Literal["transnormer", "transformer", "cosformer", "transnormer_2022"] = "transnormer"
+    vocab_size: Vocabulary = 64000  # V, entries of the tokenizer; vocabulary parallelism pads the embedding as needed
+    embed_dim: Width = 1024  # D, width of the residual stream
+    layers: Number = 24  # L, number of blocks
+    heads: Number = 8  # H, attention heads; the released sizes have D / H = 128
+    glu_dim: Width = 2816  # F, width of SGLU
     scale_embedding: bool = True  # x = E[ids] * sqrt(D); the released 3B and larger models have x = E[ids]
-    norm: Literal["simplermsnorm", "rmsnorm"] = "simplermsnorm"
-    norm_eps: FromZero = 1e-6  # added to the mean square under the root
-    act: Literal["silu", "none", "1+elu"] = "silu"  # of q and k
-    glu_act: Literal["none", "silu"] = "none"
-    gate: bool = True  # the output gate u of the token mixer
-    lrpe: Literal["first", "all", "none"] | list[bool] = "first"  # the layers that apply LRPE
-    decay: Literal["released", "paper", "none"] = "released"  # form of the decay rates, one a head
-    decay_temperature: bool = True  # the factor 1 - l/(L-1) of layer l's decay rates
-    init_std: FromZero = 0.02  # of the matrices' normal initial values
-    pad_id: Count = 0  # training takes this and the next two from the shards' tokenizer
-    bos_id: Count = 1  # of the token that begins a document
-    eos_id: Count = 2  # of the token that ends a document
+    absolute_positions: bool = False  # add sinusoids of the position to x, as in arXiv 1706.03762 (an ablation)
+    norm: Literal["simplermsnorm", "rmsnorm", "layernorm"] = "simplermsnorm"  # simplermsnorm has no weights
+    norm_eps: FromZero = 1e-6  # added under the root to the mean square, or the variance
+    # Token mixers of transnormer's layers, a pattern that is repeated over depth: [linear, linear, linear, softmax].
+    attention: list[Literal["linear", "softmax"]] = dataclasses.field(default_factory=lambda: ["linear"])
+    act: Literal["silu", "none", "1+elu", "relu"] = "silu"  # activation function of q and k
+    glu_act: Literal["none", "silu"] = "none"  # activation function of SGLU's gate
+    gate: bool = True  # whether the token mixer has the output gate u
+    lrpe: Literal["first", "all", "none"] | list[bool] = "first"  # layers with LRPE; list: one entry per layer
+    decay: Literal["released", "paper", "none"] = "released"  # formula of the decay rates, one rate per head
+    decay_temperature: bool = True  # whether the decay rates of layer l have the factor 1 - l/(L-1)
+    rope_base: AboveZero = 10000.0  # RoPE turns pair j by base^(-2 j / d) radians a position; softmax attention only
+    block_length: Positive = 64  # transnormer_2022: tokens of a block, within which its lower layers attend
+    max_length: Count = 0  # cosformer: M, the longest sequence: weights cos(pi/2 (t - s) / M) are negative past it
+    init_std: FromZero = 0.02  # standard deviation of the matrices' normal initial values
+    pad_id: Count = 0  # id of the padding token; training takes all three ids from the shards' tokenizer
+    bos_id: Count = 1  # id of the token that begins a document
+    eos_id: Count = 2  # id of the token that ends a document
 
     @property
     def head_dim(self) -> int:
         return self.embed_dim // self.heads
 
     @property
+    def mixers(self) -> list[str]:
+        """[L]: the kind of each layer's token mixer, a key of megatron_tn.model.mixers."""
+        if self.architecture == "transnormer_2022":
+            lower = self.layers // 2
+            return ["block"] * lower + ["norm"] * (self.layers - lower)
+        pattern = {"transformer": ["softmax"], "cosformer": ["cosine"]}.get(self.architecture, self.attention)
+        return [pattern[layer % len(pattern)] for layer in range(self.layers)]
+
+    @property
     def lrpe_layers(self) -> list[bool]:
-        """[L]: whether each layer applies LRPE."""
-        if isinstance(self.lrpe, list):
-            return list(self.lrpe)
-        return [self.lrpe == "all" or (self.lrpe == "first" and layer == 0) for layer in range(self.layers)]
+        """[L]: whether each layer applies LRPE; layers of other attention never do."""
+        wanted = {"first": [layer == 0 for layer in range(self.layers)], "all": [True] * self.layers}
+        flags = self.lrpe if isinstance(self.lrpe, list) else wanted.get(self.lrpe, [False] * self.layers)
+        return [flag and kind in WITH_LRPE for flag, kind in zip(flags, self.mixers, strict=True)]
+
+    def shortened(self, layers: int) -> ModelConfig:
+        """This model's first `layers` layers."""
+        lrpe = self.lrpe[:layers] if isinstance(self.lrpe, list) else self.lrpe
+        return dataclasses.replace(self, layers=layers, lrpe=lrpe, attention=self.attention[:layers])
 
     def problems(self, tp: int = 1) -> list[str]:
         """One line for each setting out of bounds, and for each relation between the model's settings, or to `tp`
@@ -54,6 +84,8 @@ class ModelConfig:
         return [*out.values(), *RELATIONS.broken(out, self, tp)]
 
 
+WITH_LRPE = ("linear", "norm")  # kinds of token mixers
+SOFTMAX_KINDS = ("softmax", "block")  # kinds of softmax attention, with RoPE
 RELATIONS = Relations()
 
 
@@ -82,3 +114,50 @@ def _heads_and_glu_are_split_over_ranks(model: ModelConfig, tp: int) -> Iterator
         yield f"model.heads={model.heads} is not divisible by parallel.tp={tp}"
     if model.glu_dim < tp:
         yield f"model.glu_dim={model.glu_dim} is smaller than parallel.tp={tp}"
+
+
+@RELATIONS.reads("model.layers")
+def _the_pattern_of_attention_fits_into_the_layers(model: ModelConfig, tp: int) -> Iterator[str]:
+    if not 1 <= len(model.attention) <= model.layers:
+        yield f"model.attention has {len(model.attention)} entries, but must have 1 to model.layers={model.layers}"
+
+
+# What an architecture has, settings included that do not change it: another value would say that they do.
+LINEAR_ATTENTION = ("attention", "act", "gate", "lrpe", "decay", "decay_temperature")
+PLAIN = {name: getattr(ModelConfig(), name) for name in LINEAR_ATTENTION}
+HAS = {
+    "transformer": PLAIN
+    | {"absolute_positions": False, "norm": "rmsnorm", "glu_act": "silu", "scale_embedding": False},
+    "cosformer": PLAIN | {"act": "relu", "gate": False, "lrpe": "none", "decay": "none"},
+    "transnormer_2022": {"attention": PLAIN["attention"], "gate": False, "decay": "none"},
+}
+
+
+@RELATIONS.reads()
+def _other_architectures_have_no_variants_of_linear_attention(model: ModelConfig, tp: int) -> Iterator[str]:
+    for name, needed in HAS.get(model.architecture, {}).items():
+        if getattr(model, name) != needed:
+            yield (
+                f"model.{name}={getattr(model, name)} is a variant of TransNormerLLM: model.architecture="
+                f"{model.architecture} has model.{name}={needed}"
+            )
+
+
+@RELATIONS.reads("model.max_length")
+def _cosformer_alone_is_built_for_a_length(model: ModelConfig, tp: int) -> Iterator[str]:
+    if (model.architecture == "cosformer") != (model.max_length > 0):
+        needed = "at least 1: the length that it is built for" if model.max_length == 0 else "0"
+        yield (
+            f"model.max_length={model.max_length}, but model.architecture={model.architecture} has model.max_length="
+            f"{needed}"
+        )
+
+
+@RELATIONS.reads("model.embed_dim", "model.heads", "model.layers")
+def _rope_pairs_channels(model: ModelConfig, tp: int) -> Iterator[str]:
+    rotated = model.attention and set(model.mixers) & set(SOFTMAX_KINDS)
+    if rotated and model.embed_dim % model.heads == 0 and model.head_dim % 2:
+        yield (
+            f"model.embed_dim={model.embed_dim} / model.heads={model.heads} = {model.head_dim} must be even: RoPE "
+            "rotates pairs of channels"
+        )

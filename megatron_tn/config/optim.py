@@ -16,11 +16,12 @@ Beta = Annotated[float, Bounds(0, 1, below=True)]
 class OptimConfig:
     """AdamW (arXiv 1711.05101)."""
 
-    lr: AboveZero = 3e-4  # at the peak of the schedule
-    beta1: Beta = 0.9  # of the first moment
-    beta2: Beta = 0.95  # of the second moment
-    eps: AboveZero = 1e-8  # added to the root of the second moment
-    weight_decay: FromZero = 0.1  # of matrices alone: neither norm weights nor LRPE's theta
-    clip_norm: Unlimited = 1.0  # of the global gradient; 0 turns clipping off
-    # "triton": this package's kernel; "apex": FusedAdam of NVIDIA apex; "auto": "triton" on a GPU, "torch" on a CPU.
+    lr: AboveZero = 3e-4  # learning rate at the peak of the schedule
+    beta1: Beta = 0.9  # decay rate of the first moment
+    beta2: Beta = 0.95  # decay rate of the second moment
+    eps: AboveZero = 1e-8  # added to the square root of the second moment
+    weight_decay: FromZero = 0.1  # for matrices only; norm weights and LRPE's theta have none
+    clip_norm: Unlimited = 1.0  # largest global gradient norm; gradients are scaled down to it. 0: no clipping
+    # AdamW kernel. triton: this package's; torch: PyTorch's; apex: FusedAdam of NVIDIA apex; auto: triton on a GPU,
+    # torch on a CPU.
     fused: Literal["auto", "triton", "torch", "apex"] = "auto"

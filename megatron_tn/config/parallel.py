@@ -12,8 +12,8 @@ from megatron_tn.config.mapping import STRICT
 class ParallelConfig:
     """World size = dp x cp x tp; the data-parallel size dp follows from the other three."""
 
-    tp: Positive = 1  # tensor parallel: splits attention's heads, SGLU's width and the vocabulary
-    cp: Positive = 1  # context parallel: splits each sequence into contiguous slices
+    tp: Positive = 1  # tensor-parallel size: splits attention heads, SGLU's width and the vocabulary
+    cp: Positive = 1  # context-parallel size: splits each sequence into contiguous slices
     # Megatron's sequence parallelism (arXiv 2205.05198): outside the split layers each tensor-parallel rank holds 1/tp
     # of the tokens; without it every rank repeats norms and residual sums for all tokens.
     sequence_parallel: bool = False

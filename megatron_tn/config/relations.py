@@ -14,7 +14,7 @@ from megatron_tn.config.checkpoint import CheckpointConfig
 from megatron_tn.config.data import DataConfig
 from megatron_tn.config.engine import EngineConfig
 from megatron_tn.config.evaluation import EvaluationConfig
-from megatron_tn.config.model import ModelConfig
+from megatron_tn.config.model import SOFTMAX_KINDS, ModelConfig
 from megatron_tn.config.optim import OptimConfig
 from megatron_tn.config.parallel import ParallelConfig
 from megatron_tn.config.schedule import ScheduleConfig
@@ -73,7 +73,7 @@ def _skipped_batches_are_in_the_schedule(config: Settings) -> Iterator[str]:
         yield str(error)
         return
     if last > config.schedule.steps:
-        yield f"data.skip_batches: {last} is past schedule.steps={config.schedule.steps}"
+        yield f"data.skip_batches: step {last} is above schedule.steps={config.schedule.steps}"
 
 
 @RELATIONS.reads("hang_timeout_s", "distributed_timeout_s")
@@ -94,8 +94,8 @@ def _the_best_checkpoints_have_held_out_losses(config: Settings) -> Iterator[str
         yield (f"checkpoint.keep_best={keep_best} needs held-out losses: set evaluation.manifest and evaluation.every")
     elif saved and math.lcm(saved, evaluated) > config.schedule.steps:
         yield (
-            f"checkpoint.keep_best={keep_best} keeps what is saved and evaluated at one step, but the first multiple "
-            f"of checkpoint.every={saved} and evaluation.every={evaluated} is {math.lcm(saved, evaluated)}, past "
+            f"checkpoint.keep_best={keep_best} needs checkpoints of evaluated steps, but the first common multiple of "
+            f"checkpoint.every={saved} and evaluation.every={evaluated}, {math.lcm(saved, evaluated)}, is above "
             f"schedule.steps={config.schedule.steps}"
         )
 
@@ -104,6 +104,28 @@ def _the_best_checkpoints_have_held_out_losses(config: Settings) -> Iterator[str
 def _every_slice_has_a_token(config: Settings) -> Iterator[str]:
     if config.data.sequence_length < config.parallel.cp:
         yield f"data.sequence_length={config.data.sequence_length} is smaller than parallel.cp={config.parallel.cp}"
+
+
+@RELATIONS.reads("parallel.cp", "model.layers")
+def _slices_of_a_sequence_pass_a_state(config: Settings) -> Iterator[str]:
+    model = config.model
+    if config.parallel.cp > 1 and model.attention and set(model.mixers) & set(SOFTMAX_KINDS):
+        setting = f"model.architecture={model.architecture}"
+        if model.architecture == "transnormer":
+            setting = f"model.attention=[{', '.join(model.attention)}]"
+        yield (
+            f"parallel.cp={config.parallel.cp} does not go with {setting}: context parallelism "
+            "passes the state of linear attention from slice to slice, and softmax attention has none"
+        )
+
+
+@RELATIONS.reads("data.sequence_length", "model.max_length")
+def _no_sequence_is_longer_than_the_model(config: Settings) -> Iterator[str]:
+    if 0 < config.model.max_length < config.data.sequence_length:
+        yield (
+            f"data.sequence_length={config.data.sequence_length} is longer than model.max_length="
+            f"{config.model.max_length}"
+        )
 
 
 @RELATIONS.reads("schedule.warmup_steps", "schedule.steps")
@@ -141,8 +163,8 @@ def _gradients_are_summed_in_a_type_the_engine_has(config: Settings) -> Iterator
     engine = config.engine
     if engine.gradient_dtype == "bf16" and (engine.name != "deepspeed" or engine.precision != "bf16"):
         yield (
-            f"engine.gradient_dtype=bf16 needs DeepSpeed in bf16: engine.name={engine.name}, engine.precision="
-            f"{engine.precision} sum in fp32"
+            "engine.gradient_dtype=bf16 needs engine.name=deepspeed and engine.precision=bf16; here engine.name="
+            f"{engine.name}, engine.precision={engine.precision}"
         )
 
 

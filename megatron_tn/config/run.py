@@ -28,15 +28,16 @@ from megatron_tn.config.schedule import ScheduleConfig
 class TrainConfig:
     """`python -m megatron_tn.train` writes it, resolved, to run_dir/config.json."""
 
-    run_dir: str = "runs/default"  # folder of the run: checkpoints, log.jsonl, config.json; the same folder goes on
-    # Weights to begin a new run from: a checkpoint, a run's folder or a released model's; empty: initial values.
+    run_dir: str = "runs/default"  # folder of the run's files; a run that exists there is resumed
+    # Initial weights of a new run: a checkpoint, a run's folder or a released model's folder; empty: random values.
     init_from: str = ""
-    seed: Seed = 0  # of initial values and of the data's order
-    nodes: Positive = 1  # machines of this run
-    stop_after: Count = 0  # save and end after this step of the same schedule; 0: after schedule.steps
-    deterministic: bool = False  # bitwise repeatable kernels; slower
-    distributed_timeout_s: Positive = 1800  # of a collective; also of start-up, compilation and evaluation
-    # A rank without progress for so long ends the run, and the rank that the others wait for is named; 0: never.
+    seed: Seed = 0  # of the random initial weights and of the data order
+    nodes: Positive = 1  # number of nodes of the run
+    stop_after: Count = 0  # save and end after this step, with an unchanged schedule; 0: run to schedule.steps
+    deterministic: bool = False  # use bitwise reproducible kernels, which are slower
+    # Seconds until a collective gives up. Must exceed the time of start-up, of compilation and of an evaluation.
+    distributed_timeout_s: Positive = 1800
+    # Seconds without progress after which the run ends, naming the rank that the others wait for; 0: never.
     hang_timeout_s: Count = 600
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)

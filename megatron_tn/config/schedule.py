@@ -14,16 +14,16 @@ from megatron_tn.config.mapping import STRICT
 class ScheduleConfig:
     """`megatron_tn.optim.schedule` has the formulas."""
 
-    name: Literal["cosine", "wsd", "constant"] = "cosine"
+    name: Literal["cosine", "wsd", "constant"] = "cosine"  # shape of the learning-rate schedule after warm-up
     steps: Positive = 1000  # optimizer steps of the whole run
-    warmup_steps: Count = 100  # steps over which the rate rises to optim.lr
-    decay_fraction: Share = 0.2  # wsd: share of the steps, at the end, over which the rate falls
-    min_lr_ratio: Share = 0.1  # learning rate of the last step over that of the peak
-    # Batch-size ramp: from ramp_from sequences to data.global_batch, by ramp_increment at a time, spread evenly over
-    # the first ramp_steps steps. ramp_from=0: data.global_batch at every step.
+    warmup_steps: Count = 100  # steps over which the learning rate rises linearly to optim.lr
+    decay_fraction: Share = 0.2  # wsd: share of schedule.steps, at the end, over which the learning rate falls
+    min_lr_ratio: Share = 0.1  # learning rate of the last step / optim.lr
+    # Batch-size ramp: the batch of the first step, in sequences. It grows to data.global_batch in increments spread
+    # evenly over the first ramp_steps steps. 0: no ramp.
     ramp_from: Count = 0
-    ramp_increment: Count = 0  # sequences that the batch grows by
-    ramp_steps: Count = 0  # steps over which it grows to data.global_batch
+    ramp_increment: Count = 0  # sequences of one increment of the batch-size ramp
+    ramp_steps: Count = 0  # steps of the batch-size ramp
 
     @property
     def decay_steps(self) -> int:

@@ -49,7 +49,7 @@ class GraphCache:
         found.graph.replay()
         return found.output
 
-    def clear(self) -> None:
+    def release(self) -> None:
         """Drop every graph and its memory."""
         for captured in self._graphs.values():
             captured.graph.reset()

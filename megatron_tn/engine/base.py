@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_tn.config import TrainConfig
 from megatron_tn.engine.update import Shards, StepResult, Update
+from megatron_tn.gradients.phase import Phase
 from megatron_tn.model.base import Model
 from megatron_tn.optim.build import build_optimizer
 from megatron_tn.optim.groups import parameter_groups
@@ -35,6 +36,9 @@ class Engine(Protocol):
 
         tokens, targets [b, N] int64. Gradients are summed over microbatches and data-parallel ranks; `scale` alone
         turns the sum into a mean. last: whether this is the step's last microbatch.
+
+        Raises:
+            RuntimeError: the step's last microbatch has been added, and `step` was not called since.
         """
         ...
 
@@ -42,6 +46,9 @@ class Engine(Protocol):
         """Clip, update with learning rate `lr`, clear gradients. All ranks take the same decision.
 
         tokens: number of target tokens of the step over all ranks, [] on the device; 0 skips the update.
+
+        Raises:
+            RuntimeError: no microbatch with last=True was added since the previous step.
         """
         ...
 
@@ -65,13 +72,31 @@ class Engine(Protocol):
 
 
 class UpdatingEngine:
-    """Base class of the engines: the methods of `Engine` that call `Update`."""
+    """Base class of the engines: the order of calls within a step, and the methods of `Engine` that call `Update`."""
 
     model: Model
     context: ParallelContext
     update: Update
 
+    def __init__(self) -> None:
+        self.phase = Phase()
+
+    def forward_backward(
+        self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, *, scale: Tensor, last: bool
+    ) -> Tensor:
+        self.phase.add(last)
+        return self._forward_backward(tokens, targets, cu_seqlens, scale, last)
+
+    def _forward_backward(
+        self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, scale: Tensor, last: bool
+    ) -> Tensor:
+        raise NotImplementedError
+
     def step(self, lr: float, tokens: Tensor | None = None) -> StepResult:
+        self.phase.take()
+        return self._step(lr, tokens)
+
+    def _step(self, lr: float, tokens: Tensor | None) -> StepResult:
         return self.update.step(lr, tokens)
 
     @property

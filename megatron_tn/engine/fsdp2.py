@@ -27,6 +27,7 @@ class FSDP2Engine(UpdatingEngine):
     partitioned = True
 
     def __init__(self, model: Model, config: TrainConfig, device: torch.device):
+        super().__init__()
         self.model = model
         self.context = model.context
         names = [name for name, _ in model.named_parameters()]
@@ -49,8 +50,8 @@ class FSDP2Engine(UpdatingEngine):
         parameters = {name: mark(new, spec) for name, new, spec in zip(names, model.parameters(), specs, strict=True)}
         self.update = build_update(model, FSDP2Shards(parameters, self.context.data), config)
 
-    def forward_backward(
-        self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, *, scale: Tensor, last: bool
+    def _forward_backward(
+        self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, scale: Tensor, last: bool
     ) -> Tensor:
         loss = self.model(tokens, targets=targets, cu_seqlens=cu_seqlens, reduction="sum").loss * scale
         # FSDP2 divides gradients by the number of ranks; multiplying the loss by it cancels that. FSDP2 reduces after

@@ -70,7 +70,7 @@ class CapturedPasses(Passes):
     def release(self) -> None:
         """Drop the graphs and their memory; the next pass captures again. Call before destroying NCCL communicators."""
         if self.graphs is not None:
-            self.graphs.clear()
+            self.graphs.release()
 
     def _pass(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, scale: Tensor, last: bool) -> Tensor:
         inputs = [tokens, targets, cu_seqlens, scale]

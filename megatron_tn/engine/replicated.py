@@ -23,6 +23,7 @@ class ReplicatedEngine(UpdatingEngine):
     partitioned = False
 
     def __init__(self, model: Model, config: TrainConfig):
+        super().__init__()
         self.model = model
         self.context = model.context
         named = dict(model.named_parameters())
@@ -38,8 +39,8 @@ class ReplicatedEngine(UpdatingEngine):
         )
         self.update = build_update(model, ReplicatedShards(named), config)
 
-    def forward_backward(
-        self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, *, scale: Tensor, last: bool
+    def _forward_backward(
+        self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, scale: Tensor, last: bool
     ) -> Tensor:
         return self.passes(tokens, targets, cu_seqlens, scale, last)
 

@@ -6,6 +6,8 @@ Phases of every sum within a step:
     adding   gradients of some microbatches are added
     whole    after the last microbatch: reduced over ranks, and zero if no gradient was added; the optimizer may read it
 
+gradients/phase.py refuses an addition to whole sums, and a step on sums that are not whole.
+
 Sums are views of buckets: flat buffers, one collective each. In the last microbatch a bucket's reduction starts as
 soon as all its parameters have their gradients, and overlaps with the backward pass of earlier layers (PyTorch's DDP,
 arXiv 2006.15704, section 3.2.3). Under ZeRO each rank updates one equal part of every bucket (arXiv 1910.02054, section

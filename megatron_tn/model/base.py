@@ -19,17 +19,18 @@ REDUCTIONS = ("mean", "sum", "none")
 class DecodingState(NamedTuple):
     """Recurrent state after the tokens processed so far (the counterpart of a KV cache).
 
-    layers: one tensor per block, B its first dimension. TransNormer: fp32 [B, H / tp, K, d], K = 2d if the block uses
-        LRPE, else d; the size does not depend on the number of tokens. Softmax attention would hold keys and values.
-    position: number of tokens processed.
+    layers: one tensor per block, B its first dimension. Linear attention: fp32 [B, H / tp, K, d], K = 2d if the block
+        uses LRPE, else d; the size does not depend on the number of tokens. Softmax attention: keys and values.
+    position: number of tokens processed; int64 [B] where rows differ.
     """
 
     layers: list[Tensor]
-    position: int
+    position: int | Tensor
 
     def first_rows(self, count: int) -> DecodingState:
         """The state of the first `count` of the B rows."""
-        return DecodingState([layer[:count] for layer in self.layers], self.position)
+        position = self.position[:count] if isinstance(self.position, Tensor) else self.position
+        return DecodingState([layer[:count] for layer in self.layers], position)
 
 
 class ModelOutput(NamedTuple):
@@ -50,6 +51,13 @@ class Body(Protocol):
     """
 
     layers: nn.ModuleList
+
+    fixed_state: bool  # whether the state's size does not depend on the number of tokens
+
+    def initial_state(self, rows: int) -> list[Tensor]:
+        """Each block's state before the first token, in tensors that `update_state` writes over. An architecture whose
+        state grows with the number of tokens need not have it."""
+        ...
 
     def __call__(
         self, tokens: Tensor, layout: TokenLayout, state: DecodingState | None = None
@@ -86,6 +94,7 @@ class Model(nn.Module):
         reduction: str = "mean",
         state: DecodingState | None = None,
         return_state: bool = False,
+        update_state: bool = False,
     ) -> ModelOutput:
         """tokens [B, N] int64 -> logits [B, N, V], or the next-token loss.
 
@@ -95,6 +104,7 @@ class Model(nn.Module):
         cu_seqlens [documents + 1] int32: bounds of the documents in a packed sequence (B = 1); tokens see only their
         own document.
         state: the state after the preceding tokens. return_state: return in `out.state` the state after `tokens`.
+        update_state: write the state after the one token of each row over the tensors of `state`; without gradients.
 
         Every context-parallel rank gets the whole sequences. With targets and neither state nor return_state, a rank
         computes its slice of n tokens only: token_losses [B, n], and loss = sum over the slice's targets ("mean":
@@ -102,7 +112,8 @@ class Model(nn.Module):
         is used in this case only: decoding has about one token a row.
 
         Raises:
-            ValueError: an unknown reduction; cu_seqlens with B > 1, or together with a state.
+            ValueError: an unknown reduction; cu_seqlens with B > 1, or together with a state; more tokens than
+                config.max_length (of packed documents checked on a CPU only, and not where each row has a position).
         """
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction={reduction!r} is not one of {', '.join(REDUCTIONS)}")
@@ -114,8 +125,12 @@ class Model(nn.Module):
             )
         shared = targets is not None and state is None and not return_state
         start = 0 if state is None else state.position
+        if not isinstance(start, Tensor):  # it would have to be read from the device
+            self._check_length(start + tokens.shape[1], cu_seqlens)
         context = self.context if shared else None
-        layout = TokenLayout.of(tokens, cu_seqlens, start=start, return_state=return_state, context=context)
+        layout = TokenLayout.of(
+            tokens, cu_seqlens, start=start, return_state=return_state, update_state=update_state, context=context
+        )
         hidden, states = self.model(layout.take(tokens), layout, state)
         state = DecodingState(states, start + tokens.shape[1]) if return_state else None
         if targets is None:
@@ -126,6 +141,28 @@ class Model(nn.Module):
         elif reduction == "none":
             loss = token_losses
         return ModelOutput(loss=loss, token_losses=token_losses, state=state)
+
+    def advance(self, tokens: Tensor, state: DecodingState | None) -> DecodingState:
+        """The state after tokens [B, N], which follow those of `state`, at the same position in every row. No logits
+        are formed.
+
+        Raises:
+            ValueError: more tokens than config.max_length.
+        """
+        start = 0 if state is None else state.position
+        self._check_length(start + tokens.shape[1])
+        _, states = self.model(tokens, TokenLayout.of(tokens, start=start, return_state=True), state)
+        return DecodingState(states, start + tokens.shape[1])
+
+    def _check_length(self, length: int | Tensor, cu_seqlens: Tensor | None = None) -> None:
+        """length: tokens of a row; a tensor of each row's is not read, since the decoder has checked requests."""
+        if self.config.max_length and not isinstance(length, Tensor):
+            if cu_seqlens is not None:
+                length = 0 if cu_seqlens.is_cuda else int(cu_seqlens.diff().max())
+            if length > self.config.max_length:
+                raise ValueError(
+                    f"a sequence of {length} tokens is longer than model.max_length={self.config.max_length}"
+                )
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean next-token loss in nats over targets != -100."""
@@ -145,3 +182,8 @@ class Model(nn.Module):
             for name, parameter in self.named_parameters()
             if parameter.grad is not None
         }
+
+
+def has_fixed_state(model: Model) -> bool:
+    """Whether the size of the model's state does not depend on the number of tokens (`Body.fixed_state`)."""
+    return getattr(model.model, "fixed_state", False)

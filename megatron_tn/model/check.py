@@ -1,15 +1,21 @@
-"""Self-check of TransNormerLLM's GPU operators against fp64 references, before training."""
+"""Self-check of a model's GPU operators against fp64 references, before training."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from kernels import self_check
+from megatron_tn.config import ModelConfig
 from megatron_tn.model.base import Model
+from megatron_tn.model.cosine_attention import MORE_COLUMNS
 
 
 def check_kernels(model: Model, device: torch.device, dtype: torch.dtype) -> None:
-    """Compare the operators, in `dtype` and at this rank's widths, with their fp64 references; does nothing on a CPU.
+    """Compare the operators, in `dtype` and at this rank's widths, with their fp64 references. Does nothing
+    on a CPU. PyTorch's attention is not checked.
 
     If a Triton kernel is wrong, the mismatch is logged and all operators fall back to plain PyTorch.
 
@@ -19,15 +25,27 @@ def check_kernels(model: Model, device: torch.device, dtype: torch.dtype) -> Non
     if device.type != "cuda":
         return
     config, tp = model.config, model.context.tp.size
-    for key_width in {config.head_dim * (2 if lrpe else 1) for lrpe in config.lrpe_layers}:
+    for of_attention in attentions(config):
         self_check(
             heads=config.heads // tp,
-            key_width=key_width,
-            value_width=config.head_dim,
             glu_width=config.glu_dim // tp,
             dtype=dtype,
             device=device,
             embed_width=config.embed_dim,
-            act=config.act,
+            glu_act=config.glu_act,
             fall_back=True,
+            **of_attention,
         )
+
+
+def attentions(config: ModelConfig) -> Iterator[dict[str, Any]]:
+    """For each kind of attention in the layers, the arguments of `self_check` that it determines."""
+    d = config.head_dim
+    for kind, lrpe in dict.fromkeys(zip(config.mixers, config.lrpe_layers, strict=True)):
+        if kind in ("softmax", "block"):
+            yield {"key_width": d, "value_width": d, "rope_base": config.rope_base}
+        elif kind == "cosine":
+            width = d + MORE_COLUMNS
+            yield {"key_width": 2 * width, "value_width": width, "act": "relu", "theta_learnt": False}
+        else:
+            yield {"key_width": d * (2 if lrpe else 1), "value_width": d, "act": config.act}

@@ -7,13 +7,13 @@ in `ModelConfig.architecture`, and its own settings in `ModelConfig`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from megatron_tn.config import ConfigError, ModelConfig
-from megatron_tn.model import check, flops, transnormer
+from megatron_tn.model import check, decoder, decoding, flops, transformer, transnormer
 from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.sharding import Box
@@ -21,15 +21,34 @@ from megatron_tn.parallel.sharding import Box
 
 @dataclass(frozen=True)
 class ReleasedNames:
-    """Names of an architecture in released (Hugging Face) files; tensors there have the model's parameter names.
+    """Names of an architecture in released (Hugging Face) files.
 
     model_type, class_name: fields `model_type` and `architectures` of config.json.
-    repeated: extra tensor that a file may hold -> the parameter of which it is a copy (tied weights).
+    repeated: extra tensor that a file may hold -> the tensor of which it is a copy (tied weights).
+    renamed: part of a parameter's dotted name -> the same part of the tensor's name; other parts are equal.
     """
 
     model_type: str
     class_name: str
     repeated: Mapping[str, str]
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    def tensor(self, parameter: str) -> str:
+        """The name of the parameter's tensor."""
+        return ".".join(self.renamed.get(part, part) for part in parameter.split("."))
+
+
+@dataclass(frozen=True)
+class FusedToken:
+    """A forward pass of one token a row by operators made for it, faster than the model's own.
+
+    serves(model, rows): whether it computes this model's function for so many rows.
+    logits(model, tokens, positions, states): tokens and positions int64 [B], states as of `Body.initial_state`, which
+        become those after the tokens -> logits [B, V].
+    """
+
+    serves: Callable[[Model, int], bool]
+    logits: Callable[[Model, Tensor, Tensor, list[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,7 +63,9 @@ class Architecture:
         mean over a sequence; a multiply-add counts as two.
     initial_box(name, shape, box, config, seed): initial values within `box` of the logical parameter `name` of
         `shape`, fp32 on the CPU.
+    fused_token: a faster forward pass of a decoding step; None: there is none.
     check_kernels(model, device, dtype): compares the model's operators with fp64 references, at this rank's shapes.
+    released: None for an architecture that no released layout can say.
     """
 
     build: Callable[[ModelConfig, ParallelContext], Model]
@@ -53,21 +74,42 @@ class Architecture:
     forward_flops_per_token: Callable[[ModelConfig, int], dict[str, int]]
     initial_box: Callable[[str, tuple[int, ...], Box, ModelConfig, int], Tensor]
     check_kernels: Callable[[Model, torch.device, torch.dtype], None]
-    released: ReleasedNames
+    released: ReleasedNames | None
+    fused_token: FusedToken | None = None
 
+
+TRANSNORMER = Architecture(
+    build=transnormer.build,
+    problems=ModelConfig.problems,
+    parameter_count=flops.parameter_count,
+    forward_flops_per_token=flops.forward_flops_per_token,
+    initial_box=transnormer.initial_box,
+    check_kernels=check.check_kernels,
+    released=ReleasedNames(
+        model_type="transnormer",
+        class_name="TransnormerForCausalLM",
+        repeated={"lm_head.weight": "model.embed_tokens.weight"},
+    ),
+    fused_token=FusedToken(decoding.serves, decoding.token_logits),
+)
 
 ARCHITECTURES = {
-    "transnormer": Architecture(
-        build=transnormer.build,
+    "transnormer": TRANSNORMER,
+    # The same body with the token mixers of arXiv 2202.08791 and 2210.10340.
+    "cosformer": replace(TRANSNORMER, released=None, fused_token=None),
+    "transnormer_2022": replace(TRANSNORMER, released=None, fused_token=None),
+    "transformer": Architecture(
+        build=transformer.build,
         problems=ModelConfig.problems,
         parameter_count=flops.parameter_count,
         forward_flops_per_token=flops.forward_flops_per_token,
-        initial_box=transnormer.initial_box,
+        initial_box=decoder.initial_box,
         check_kernels=check.check_kernels,
         released=ReleasedNames(
-            model_type="transnormer",
-            class_name="TransnormerForCausalLM",
+            model_type="llama",
+            class_name="LlamaForCausalLM",
             repeated={"lm_head.weight": "model.embed_tokens.weight"},
+            renamed=transformer.LLAMA_NAMES,
         ),
     ),
 }
@@ -117,6 +159,18 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     """FLOPs of one token's forward and backward pass: 3 x forward, since the backward of a product is two products of
     the same size. Recomputation is not counted."""
     return 3 * sum(forward_flops_per_token(config, sequence_length).values())
+
+
+def problems_of_export(config: ModelConfig) -> list[str]:
+    """Why no released layout can say this model."""
+    if architecture(config).released is None:
+        return [f"model.architecture={config.architecture} has no released layout, so it cannot be exported"]
+    if config.architecture == "transnormer" and set(config.mixers) != {"linear"}:
+        return [
+            f"model.attention=[{', '.join(config.attention)}] cannot be exported: the released layout has linear "
+            "attention in every layer"
+        ]
+    return []
 
 
 def check_kernels(model: Model, device: torch.device, dtype: torch.dtype) -> None:

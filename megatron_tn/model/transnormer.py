@@ -12,32 +12,28 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from kernels.gla.step_buffer import StepBuffer
 from megatron_tn.config import ModelConfig
-from megatron_tn.model.base import DecodingState, Model
-from megatron_tn.model.block import Block
+from megatron_tn.model import decoder
+from megatron_tn.model.attention import GatedLinearAttention
+from megatron_tn.model.base import Model
 from megatron_tn.model.decay import all_decay_rates
-from megatron_tn.model.layout import TokenLayout
-from megatron_tn.model.norm import NORMS
-from megatron_tn.model.tiles import normal_box
+from megatron_tn.model.decoder import Decoder
+from megatron_tn.model.mixers import mixers_of
 from megatron_tn.parallel.context import Axis, ParallelContext
-from megatron_tn.parallel.embedding import VocabParallelEmbedding, VocabParallelHead
+from megatron_tn.parallel.embedding import VocabParallelHead
 from megatron_tn.parallel.sharding import Box
 
 
-class TransNormerModel(nn.Module):
-    """ids [B, n] -> normed hidden vectors [B, n, D], or this rank's slice [S, D]; and the blocks' states.
-
-    See `megatron_tn.model.base.Body`.
-    """
+class TransNormerModel(Decoder):
+    """A `Decoder` with the token mixers of `ModelConfig.mixers`: gated linear attention, in a hybrid softmax attention
+    too, and those of cosFormer and TransNormer (arXiv 2210.10340)."""
 
     def __init__(self, config: ModelConfig, axis: Axis):
-        super().__init__()
         scale = math.sqrt(config.embed_dim) if config.scale_embedding else 1.0
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.embed_dim, axis, scale)
-        self.layers = nn.ModuleList(Block(config, layer, axis) for layer in range(config.layers))
-        self.final_norm = NORMS[config.norm](config.embed_dim, config.norm_eps)
+        super().__init__(config, axis, mixers_of(config, axis), scale)
         # Decay rates of this rank's heads, [L][H / tp]. Numbers, which the first forward pass makes a tensor: engines
         # cast buffers to the parameters' type, and ZeRO 3 every tensor made while a model is built, but rates are fp32.
         # They are an argument of the blocks, so that one compiled graph serves all layers.
@@ -51,18 +47,29 @@ class TransNormerModel(nn.Module):
             self._decay = torch.tensor(self.rates, dtype=torch.float32, device=device)
         return self._decay
 
-    def forward(
-        self, tokens: Tensor, layout: TokenLayout, state: DecodingState | None = None
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        x = self.embed_tokens(tokens, layout.token_slices)
-        decay = self.decay(x.device)
-        states = []
-        for layer, block in enumerate(self.layers):
-            before = None if state is None else state.layers[layer]
-            x, after = block(x, layout.continuing(before), decay[layer])
-            states.append(after)
-        _, x = self.final_norm(x, slices=layout.token_slices)
-        return x, states
+    @property
+    def fixed_state(self) -> bool:
+        """Whether the state's size does not depend on the number of tokens: linear attention in every layer."""
+        return all(hasattr(block.token_mixer, "state_widths") for block in self.layers)
+
+    def initial_state(self, rows: int) -> list[Tensor]:
+        """Zeros [B, H / tp, K, d] for each layer, fp32 (fp64 for an fp64 model). Needs `fixed_state`."""
+        weight, heads = self.embed_tokens.weight, len(self.rates[0])
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        widths = [block.token_mixer.state_widths for block in self.layers]
+        return [torch.zeros(rows, heads, *pair, dtype=wide, device=weight.device) for pair in widths]
+
+    @property
+    def bufferable_state(self) -> bool:
+        """Whether there is `buffered_state`: gated linear attention in every layer."""
+        return all(isinstance(block.token_mixer, GatedLinearAttention) for block in self.layers)
+
+    def buffered_state(self, rows: int, slots: int) -> list[StepBuffer]:
+        """`initial_state` in buffers of `slots` tokens, for steps that seldom write it."""
+        weight = self.embed_tokens.weight
+        slot = torch.zeros(1, dtype=torch.int64, device=weight.device)
+        start = torch.zeros(rows, dtype=torch.int64, device=weight.device)
+        return [StepBuffer.around(s, slots, weight.dtype, slot, start) for s in self.initial_state(rows)]
 
 
 def build(config: ModelConfig, context: ParallelContext) -> Model:
@@ -71,22 +78,10 @@ def build(config: ModelConfig, context: ParallelContext) -> Model:
 
 
 def initial_box(name: str, shape: tuple[int, ...], box: Box, config: ModelConfig, seed: int) -> Tensor:
-    """The initial values within `box` of the logical parameter `name` of `shape`, fp32 on the CPU.
-
-    Matrices: N(0, init_std), with the pad row of the embedding zero, unless that token begins or ends documents, too.
-    Norm weights: ones. LRPE's theta:
-    10000^(-2j/D) (arXiv 2307.09270), j = 0..D-1 counted across heads, so that each head has its own band of
-    frequencies.
-    """
-    if name.endswith("norm.weight"):
-        return torch.ones([stop - start for start, stop in box], device="cpu")
-    if name.endswith("lrpe.theta"):
-        j = torch.arange(config.embed_dim, dtype=torch.float64, device="cpu")
-        theta = (10000 ** (-2 * j / config.embed_dim)).float().view(shape)
-        return theta[tuple(slice(*edge) for edge in box)]
-    value = normal_box(name, shape, box, config.init_std, seed)
-    top, bottom = box[0]
-    pads_alone = config.pad_id not in (config.bos_id, config.eos_id)
-    if name == "model.embed_tokens.weight" and pads_alone and top <= config.pad_id < bottom:
-        value[config.pad_id - top] = 0
-    return value
+    """`decoder.initial_box`; and LRPE's theta: 10000^(-2j/D) (arXiv 2307.09270), j = 0..D-1 counted across heads, so
+    that each head has its own band of frequencies."""
+    if not name.endswith("lrpe.theta"):
+        return decoder.initial_box(name, shape, box, config, seed)
+    j = torch.arange(config.embed_dim, dtype=torch.float64, device="cpu")
+    theta = (10000 ** (-2 * j / config.embed_dim)).float().view(shape)
+    return theta[tuple(slice(*edge) for edge in box)]

@@ -22,6 +22,11 @@ COSTLY = frozenset(
     {
         torch.ops.aten.mm.default,
         torch.ops.aten.addmm.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.aten._flash_attention_forward.default,
         torch.ops.megatron_tn.lightning_forward.default,
         torch.ops.megatron_tn.gla_forward.default,
         torch.ops.megatron_tn.gla_state.default,

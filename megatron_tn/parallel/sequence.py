@@ -33,6 +33,12 @@ class TokenSlices:
         """Before split layers: this rank's slice x [S, D] -> all tokens [B, N, D]. dx is summed over ranks."""
         return _AllGather.apply(x, self.axis, self.rows).unflatten(0, self.shape)
 
+    def take(self, per_position: Tensor) -> Tensor:
+        """Values [N], one for each position of a row -> [S], those of this rank's slice; padding repeats the last."""
+        count = -(-self.rows // self.axis.size)
+        token = torch.arange(count, device=per_position.device) + self.axis.rank * count
+        return per_position[token.clamp(max=self.rows - 1) % self.shape[1]]
+
     def repeated(self, parameter: Tensor) -> Tensor:
         """A replicated parameter that each rank applies to its own slice. Its gradient is summed over ranks."""
         return copy_to(parameter, self.axis)

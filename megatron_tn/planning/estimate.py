@@ -206,6 +206,8 @@ WORKSPACE = {
     "megatron_tn.gla_slice_backward.default": lambda dy, dsquare_sum, o, qkvu, decay, theta, *rest: (
         _gla_gradients_bytes(qkvu, theta)
     ),
+    # The name of softmax attention's backward pass on the plan's tensors; a GPU's kernels sum dq in fp32.
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward.default": lambda dy, q, *rest, **options: 4 * q.numel(),
     "megatron_tn.column_forward.default": lambda x, weights, group, rows: _rows_bytes(x, rows),
     "megatron_tn.row_forward.default": lambda x, weight, group, rows, beside=None: (
         rows * weight.shape[0] * x.element_size()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -74,7 +73,7 @@ def cpu_cost(config: TrainConfig, processes: int, done: int = 0) -> str:
     flops = training_flops_per_token(config.model, data.sequence_length) * sequences * data.sequence_length
     if flops / (CORE_FLOPS * torch.get_num_threads() * processes) < WORTH_TIMING_S:
         return ""
-    one, two = (_seconds(config, replace(config.model, layers=n, lrpe=config.model.lrpe_layers[:n])) for n in (1, 2))
+    one, two = (_seconds(config, config.model.shortened(layers)) for layers in (1, 2))
     microbatch = one + (config.model.layers - 1) * max(two - one, 0)
     step = microbatch * data.global_batch / data.micro_batch / processes
     return (

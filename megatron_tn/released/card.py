@@ -8,22 +8,20 @@ from typing import Any
 import torch
 
 from megatron_tn.checkpoint.manifest import CheckpointManifest
-from megatron_tn.config import ModelConfig
-from megatron_tn.model.registry import parameter_count
+from megatron_tn.config import ModelConfig, storable
+from megatron_tn.model.registry import architecture, parameter_count
 
 CARD = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
 tags:
-- linear-attention
-- transnormer
+{tags}
 ---
-# {name}
+# {kind} {name}
 
-A TransNormerLLM ([arXiv 2307.14995](https://arxiv.org/abs/2307.14995)) of {parameters:,} parameters: {layers} layers of
-width {width}, {heads} heads, GLU width {glu}, vocabulary {vocabulary:,}; stored in {dtype}. Linear attention: one token
-of decoding costs the same after any number of tokens.
+{kind_linked} of {parameters:,} parameters: {layers} layers of
+width {width}, {heads} heads, GLU width {glu}, vocabulary {vocabulary:,}; stored in {dtype}. {about}
 
 ## Training
 
@@ -39,20 +37,42 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained({arguments})
 ids = [tokenizer.bos_token_id, *tokenizer.encode("Once upon a time")]
 print(tokenizer.decode(model.generate(torch.tensor([ids]), max_new_tokens=64)[0]))
 ```
 
-Batches are padded on the left. Assisted decoding is refused: a recurrent state cannot go back some tokens.
+{notes}
 """
+
+# model_type -> what its card says beside the sizes.
+FAMILIES = {
+    "transnormer": {
+        "tags": "- linear-attention\n- transnormer",
+        "kind": "TransNormerLLM",
+        "kind_linked": "A TransNormerLLM ([arXiv 2307.14995](https://arxiv.org/abs/2307.14995))",
+        "about": "Linear attention: one token\nof decoding costs the same after any number of tokens.",
+        "arguments": "folder, trust_remote_code=True",
+        "notes": "Batches are padded on the left. Assisted decoding is refused: a recurrent state cannot go back some "
+        "tokens.",
+    },
+    "llama": {
+        "tags": "- llama",
+        "kind": "Transformer",
+        "kind_linked": "A Transformer with LLaMA's layers ([arXiv 2302.13971](https://arxiv.org/abs/2302.13971))",
+        "about": "The head is the\nembedding.",
+        "arguments": "folder",
+        "notes": "Batches are padded on the left.",
+    },
+}
 
 
 def card(config: ModelConfig, dtype: torch.dtype, facts: dict[str, Any], bos: str) -> str:
     """facts: what is known of the training, name -> value; none for weights from elsewhere. bos: the entry."""
     training = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     return CARD.format(
-        name=f"TransNormerLLM {config.name}",
+        **FAMILIES[architecture(config).released.model_type],
+        name=config.name,
         parameters=parameter_count(config),
         layers=config.layers,
         width=config.embed_dim,
@@ -77,7 +97,7 @@ def training_facts(manifest: CheckpointManifest, sources: Mapping[str, tuple[int
         "optimizer": f"{optim.get('name', 'adamw')}, peak learning rate {optim.get('lr', 0):g}",
         "precision": config["engine"].get("precision", "unknown"),
         "seed": config.get("seed", 0),
-        "shards": f"`{data.get('manifest', '')}`",
+        "shards": f"`{storable(data.get('manifest', ''))}`",
     }
     facts |= {
         f"source `{name}`": f"{documents:,} documents, {size:,} bytes of text"

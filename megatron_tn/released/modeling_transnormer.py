@@ -31,11 +31,13 @@ except ImportError:
     kernel_gla = None
 
 CHUNK = 64  # tokens of one step of the plain PyTorch attention, whose time grows with T x CHUNK
+NORM_TYPES = ("simplermsnorm", "rmsnorm", "layernorm")
 ACTIVATIONS = {
     "silu": nn.functional.silu,
     "swish": nn.functional.silu,
     "none": lambda x: x,
     "1+elu": lambda x: 1 + nn.functional.elu(x),
+    "relu": nn.functional.relu,
 }
 
 
@@ -43,7 +45,7 @@ class TransnormerConfig(PreTrainedConfig):
     """Fields of the released family's config.json.
 
     decay_rates: [L][H], rate of each head's decay a token; None means the released family's formula.
-    megatron_tn: variants that the family does not have: norm_eps, glu_act, gate.
+    megatron_tn: variants that the family does not have: norm_eps, glu_act, gate, absolute_positions.
     """
 
     model_type = "transnormer"
@@ -80,9 +82,10 @@ class TransnormerConfig(PreTrainedConfig):
             self.linear_use_lrpe_list = [1] + [0] * (layers - 1)
         if self.decay_rates is None:
             self.decay_rates = [released_decay_rates(heads, layer, layers) for layer in range(layers)]
-        self.megatron_tn = {"norm_eps": 1e-6, "glu_act": "none", "gate": True} | (self.megatron_tn or {})
+        variants = {"norm_eps": 1e-6, "glu_act": "none", "gate": True, "absolute_positions": False}
+        self.megatron_tn = variants | (self.megatron_tn or {})
         super().__post_init__(**kwargs)
-        for name, known in (("linear_act_fun", ACTIVATIONS), ("norm_type", ("simplermsnorm", "rmsnorm"))):
+        for name, known in (("linear_act_fun", ACTIVATIONS), ("norm_type", NORM_TYPES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
         if self.bias:
@@ -108,6 +111,13 @@ def released_decay_rates(heads: int, layer: int, layers: int) -> list[float]:
     power = 2 ** math.floor(math.log2(heads))
     slopes = geometric(power) + geometric(2 * power)[0::2][: heads - power]
     return [slope * (1 - layer / max(layers - 1, 1) + 1e-5) for slope in slopes]
+
+
+def sinusoids(positions: Tensor, width: int) -> Tensor:
+    """positions [..] -> fp32 [.., D]: sin(w_j t), cos(w_j t) in columns 2j, 2j + 1, w_j = 10000^(-2j/D)."""
+    column = torch.arange(width, device=positions.device)
+    frequency = 10000.0 ** (-2 * (column // 2).double() / width)
+    return torch.sin(positions.double()[..., None] * frequency + (column % 2).double() * (math.pi / 2)).float()
 
 
 class RecurrentState(CacheLayerMixin):
@@ -199,6 +209,13 @@ class GateNorm(nn.Module):
         return y * self.weight
 
 
+def norm_of(config: TransnormerConfig) -> nn.Module:
+    """The norm of [.., D] that norm_type names."""
+    if config.norm_type == "layernorm":
+        return nn.LayerNorm(config.decoder_embed_dim, eps=config.megatron_tn["norm_eps"])
+    return SimpleRMSNorm(config)
+
+
 class LRPE(nn.Module):
     """theta [H, 1, d], radians a token: x -> [x cos(theta t), x sin(theta t)] (arXiv 2307.09270)."""
 
@@ -250,25 +267,32 @@ class GatedLinearAttention(nn.Module):
         self.qkvu_proj = nn.Linear(width, 4 * width, bias=False)
         self.out_proj = nn.Linear(width, width, bias=False)
         self.lrpe = LRPE(heads, width // heads) if config.linear_use_lrpe_list[layer] else None
-        self.norm = GateNorm(width) if config.norm_type == "rmsnorm" else None
+        self.norm = None
+        if config.norm_type != "simplermsnorm":
+            self.norm = GateNorm(width) if config.norm_type == "rmsnorm" else norm_of(config)
 
     def forward(
         self, x: Tensor, positions: Tensor, decay: Tensor, state: Tensor | None, keep: bool
     ) -> tuple[Tensor, Tensor | None]:
         """x [B, T, D], positions [T], decay [H], state [B, H, K, d] -> [B, T, D], and the next state if keep."""
         qkvu = self.qkvu_proj(x)
+        after_norm = isinstance(self.norm, nn.LayerNorm)  # the gate follows the norm: it does not commute with it
+        gate = self.gate and not after_norm
         if kernel_gla is None:
             with torch.autocast(qkvu.device.type, enabled=False):
-                y, square_sum, state = self.in_pytorch(qkvu.float(), positions, decay, state)
+                y, square_sum, state = self.in_pytorch(qkvu.float(), positions, decay, state, gate)
         else:
             theta = None if self.lrpe is None else self.lrpe.theta
-            options = {"act": self.act, "gate": self.gate, "positions": positions}
+            options = {"act": self.act, "gate": gate, "positions": positions}
             y, square_sum, state = kernel_gla(qkvu, decay, theta, **options, initial_state=state, return_state=keep)
+        if after_norm:
+            y = self.norm(y.to(x.dtype))
+            return self.out_proj(y * qkvu[..., -y.shape[-1] :] if self.gate else y), state
         y = (y.float() * inverse_rms(square_sum, y.shape[-1], self.eps)).to(x.dtype)
         return self.out_proj(y if self.norm is None else self.norm(y)), state
 
     def in_pytorch(
-        self, qkvu: Tensor, positions: Tensor, decay: Tensor, state: Tensor | None
+        self, qkvu: Tensor, positions: Tensor, decay: Tensor, state: Tensor | None, gate: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What `kernels.gla` of megatron_tn computes: o * u [B, T, D], sum of o^2 [B, T], and the next state."""
         q, k, v, u = qkvu.unflatten(-1, (4, self.heads, -1)).unbind(2)
@@ -276,7 +300,7 @@ class GatedLinearAttention(nn.Module):
         if self.lrpe is not None:
             q, k = self.lrpe(q, positions), self.lrpe(k, positions)
         o, state = linear_attention(q, k, v, decay, state)
-        y = o * u if self.gate else o
+        y = o * u if gate else o
         return y.flatten(2), o.square().sum((-1, -2)), state
 
 
@@ -297,9 +321,9 @@ class SGLU(nn.Module):
 class TransnormerBlock(GradientCheckpointingLayer):
     def __init__(self, config: TransnormerConfig, layer: int):
         super().__init__()
-        self.token_norm = SimpleRMSNorm(config)
+        self.token_norm = norm_of(config)
         self.token_mixer = GatedLinearAttention(config, layer)
-        self.channel_norm = SimpleRMSNorm(config)
+        self.channel_norm = norm_of(config)
         self.channel_mixer = SGLU(config)
 
     def forward(
@@ -334,6 +358,9 @@ class TransnormerPreTrainedModel(PreTrainedModel):
             init.copy_(module.theta, (10000 ** (-2 * j / len(j))).view(module.theta.shape).to(module.theta.dtype))
         elif isinstance(module, (SimpleRMSNorm, GateNorm)) and module.weight is not None:
             init.ones_(module.weight)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
 
 
 class TransnormerModel(TransnormerPreTrainedModel):
@@ -345,7 +372,7 @@ class TransnormerModel(TransnormerPreTrainedModel):
             config.vocab_size, config.decoder_embed_dim
         )  # the pad row learns, as in training
         self.layers = nn.ModuleList(TransnormerBlock(config, layer) for layer in range(config.decoder_layers))
-        self.final_norm = SimpleRMSNorm(config)
+        self.final_norm = norm_of(config)
         self.gradient_checkpointing = False
         # Numbers, which the first forward pass makes a tensor: a buffer would be cast to the weights' type.
         self.rates: Tensor | None = None
@@ -396,6 +423,11 @@ class TransnormerModel(TransnormerPreTrainedModel):
             mask = attention_mask[:, -length:, None].to(x.dtype)
         start = 0 if cache is None else cache.get_seq_length()
         positions = torch.arange(start, start + length, device=x.device)
+        if self.config.megatron_tn["absolute_positions"]:
+            seen = positions
+            if attention_mask is not None and attention_mask.shape[1] == start + length:  # padding counts no position
+                seen = (attention_mask.long().cumsum(-1) - 1)[:, -length:]
+            x = x + sinusoids(seen, x.shape[-1]).to(x.dtype)
         rates = self.decay(x.device)
         kept = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden = (x,)

@@ -12,7 +12,7 @@ import torch
 from megatron_tn.checkpoint.files import stream_tensors, sync_folder
 from megatron_tn.checkpoint.load import Weights
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, checkpoint_name, rank_file
-from megatron_tn.config import ConfigError, EngineConfig, TrainConfig, to_mapping
+from megatron_tn.config import ConfigError, EngineConfig, TrainConfig, to_stored
 from megatron_tn.released.write import whole_tensor
 
 
@@ -53,7 +53,7 @@ def _write(weights: Weights, partial: Path, precision: str) -> None:
     manifest = CheckpointManifest(
         step=0,
         optimizer_step=0,
-        config=to_mapping(config),
+        config=to_stored(config),
         layout={"dp": 1, "cp": 1, "tp": 1},
         shapes={name: list(shape) for name, shape in weights.shapes.items()},
         pieces={

@@ -23,7 +23,7 @@ def tokenizer_files(path: Path, config: ModelConfig) -> dict[str, str]:
     try:
         content = json.loads(path.read_text())
         names = {place: entry for entry, place in _entries(content)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"tokenizer {path} cannot be read: {type(error).__name__}: {error}") from None
     problems = []
     if (count := 1 + max(names, default=-1)) > config.vocab_size:

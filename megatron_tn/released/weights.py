@@ -94,6 +94,8 @@ class ReleasedWeights:
         self.config: ModelConfig = read_config(directory)
         specs = build_model(self.config, None, "meta").shard_specs()
         self.shapes: dict[str, tuple[int, ...]] = {name: spec.shape for name, spec in specs.items()}
+        self._released = architecture(self.config).released
+        self._tensors = {name: self._released.tensor(name) for name in self.shapes}
         self._stack = ExitStack()
         try:
             self._files = self._open()
@@ -101,7 +103,7 @@ class ReleasedWeights:
         except BaseException:
             self._stack.close()
             raise
-        self.dtypes = {name: self._stored(name)[0] for name in self.shapes}
+        self.dtypes = {name: self._stored(tensor)[0] for name, tensor in self._tensors.items()}
 
     def __enter__(self) -> ReleasedWeights:
         return self
@@ -111,16 +113,16 @@ class ReleasedWeights:
 
     def fill(self, name: str, piece: Piece, destination: Tensor) -> None:
         """Fill `destination` [piece.stop - piece.start], contiguous, with that piece of the parameter `name`."""
-        staging = destination
-        if destination.dtype != (stored := self._stored(name)[0]):
+        staging, tensor = destination, self._tensors[name]
+        if destination.dtype != (stored := self._stored(tensor)[0]):
             staging = torch.empty(destination.shape, dtype=stored)
         for rectangle in rectangles(piece):
-            self._files[name].read(name, rectangle, view_of(piece, staging, rectangle))
+            self._files[tensor].read(tensor, rectangle, view_of(piece, staging, rectangle))
         if staging is not destination:
             destination.copy_(staging)
 
-    def _stored(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        return self._files[name].shapes[name]
+    def _stored(self, tensor: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        return self._files[tensor].shapes[tensor]
 
     def _open(self) -> dict[str, SafetensorsFile | PickleFile]:
         """Tensor -> the file that holds it."""
@@ -134,11 +136,12 @@ class ReleasedWeights:
         return found
 
     def _check(self) -> None:
-        repeated = architecture(self.config).released.repeated
-        problems = [f"{self.directory}: tensor {name} is missing" for name in self.shapes if name not in self._files]
-        unknown = self._files.keys() - self.shapes.keys() - repeated.keys()
+        repeated = self._released.repeated
+        shapes = {tensor: self.shapes[name] for name, tensor in self._tensors.items()}
+        problems = [f"{self.directory}: tensor {name} is missing" for name in shapes if name not in self._files]
+        unknown = self._files.keys() - shapes.keys() - repeated.keys()
         problems += [f"{self.directory}: unknown tensor {name}" for name in sorted(unknown)]
-        there = {name: self.shapes[repeated.get(name, name)] for name in self._files if name not in unknown}
+        there = {name: shapes[repeated.get(name, name)] for name in self._files if name not in unknown}
         for name, wanted in there.items():
             if (shape := self._stored(name)[1]) != wanted:
                 problems.append(
@@ -155,7 +158,7 @@ class ReleasedWeights:
 
     def _same(self, name: str, other: str) -> bool:
         """Whether two tensors of one shape are equal, by their first, middle and last rows."""
-        rows, *inner = self.shapes[other]
+        rows, *inner = self._stored(other)[1]
         one, two = (torch.empty(math.prod(inner), dtype=self._stored(which)[0]) for which in (name, other))
         for row in {0, rows // 2, rows - 1}:
             rectangle = Rectangle(row, row + 1, 0, len(one))

@@ -22,12 +22,14 @@ from megatron_tn.checkpoint.load import Weights
 from megatron_tn.checkpoint.manifest import Piece
 from megatron_tn.config import ConfigError, ModelConfig
 from megatron_tn.model.base import Model
+from megatron_tn.model.registry import architecture, problems_of_export
 from megatron_tn.released.config import CONFIG_FILE, config_to_released
 from megatron_tn.released.weights import INDEX_FILE, WEIGHTS_FILE
 
 SHARD_BYTES = 4 << 30  # of one weight file, unless one tensor alone is larger
 STAGING = ".export-"  # how the folder begins in which new files wait for the last of them
-MODELLING = Path(__file__).with_name("modeling_transnormer.py")
+# model_type -> the modelling file of its exports; transformers has that of all others.
+MODELLING = {"transnormer": Path(__file__).with_name("modeling_transnormer.py")}
 # What an export consists of, here or written by transformers: no such file of an older export stays beside a new one.
 EXPORT_FILES = (
     CONFIG_FILE,
@@ -56,7 +58,7 @@ def problems_of_output(directory: Path) -> list[str]:
         values = json.loads((directory / CONFIG_FILE).read_text())
         if "model_type" in values or "decoder_layers" in values:
             return []
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         pass
     return [f"output={directory} holds files that are no export: name a new folder to write the model to"]
 
@@ -70,29 +72,33 @@ def write_released(
     *,
     shard_bytes: int = SHARD_BYTES,
     texts: Mapping[str, str] | None = None,
+    sequence_length: int | None = None,
 ) -> None:
     """Write the model in the released layout to `directory`; an export that is there is replaced.
 
     tensor(name): the whole tensor of that parameter, on the CPU, contiguous, of shapes[name] and dtypes[name]; called
-        once for each, in the order of `shapes`. texts: further files, name -> content.
+        once for each, in the order of `shapes`. texts: further files, name -> content. sequence_length: of training,
+        where it is known.
 
     Raises:
-        ConfigError: `directory` holds files that are no export.
+        ConfigError: the released layout cannot say this model, or `directory` holds files that are no export.
     """
-    if problems := problems_of_output(directory):
+    if problems := problems_of_export(config) + problems_of_output(directory):
         raise ConfigError(problems)
     directory.mkdir(parents=True, exist_ok=True)
     for leftover in directory.glob(f"{STAGING}*"):  # of an export that was killed
         shutil.rmtree(leftover)
     staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=directory))
     try:
-        _write_weights(staging, shapes, dtypes, tensor, shard_bytes)
+        released = architecture(config).released
+        _write_weights(staging, shapes, dtypes, tensor, shard_bytes, released.tensor)
         main_dtype = dtypes[next(iter(shapes))]
         ids = {f"{name}_token_id": getattr(config, f"{name}_id") for name in ("bos", "eos", "pad")}
-        settings = config_to_released(config) | {"dtype": str(main_dtype).removeprefix("torch.")}
+        settings = config_to_released(config, sequence_length) | {"dtype": str(main_dtype).removeprefix("torch.")}
+        modelling = MODELLING.get(released.model_type)
         for name, content in {
             "generation_config.json": _json(ids),
-            MODELLING.name: MODELLING.read_text(),
+            **({} if modelling is None else {modelling.name: modelling.read_text()}),
             **(texts or {}),
             CONFIG_FILE: _json(settings),
         }.items():
@@ -148,14 +154,15 @@ def _write_weights(
     dtypes: Mapping[str, torch.dtype],
     tensor: Callable[[str], Tensor],
     shard_bytes: int,
+    released_name: Callable[[str], str],
 ) -> None:
     files = shards(shapes, dtypes, shard_bytes)
     weight_map = {}
     for number, names in enumerate(files, 1):
         file = WEIGHTS_FILE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        entries = {name: (dtypes[name], shapes[name]) for name in names}
+        entries = {released_name(name): (dtypes[name], shapes[name]) for name in names}
         stream_tensors(folder / file, entries, map(tensor, names), metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
+        weight_map |= dict.fromkeys(entries, file)
     if len(files) > 1:
         size = sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items())
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
@@ -168,7 +175,7 @@ def _publish(staging: Path, directory: Path) -> None:
     old = {path for pattern in EXPORT_FILES for path in directory.glob(pattern) if path.is_file() or path.is_symlink()}
     for path in sorted(old, key=lambda path: path.name != CONFIG_FILE):
         path.unlink()
-    mode = directory.stat().st_mode & 0o666  # the folder's read and write permissions
+    mode = (staging / CONFIG_FILE).stat().st_mode  # what the umask gives: safetensors writes its files with another one
     for path in sorted(staging.iterdir(), key=lambda path: path.name == CONFIG_FILE):
         path.chmod(mode)
         path.rename(directory / path.name)

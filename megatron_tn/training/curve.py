@@ -1,37 +1,108 @@
-"""The picture of one run or several: training loss and held-out loss by tokens."""
+"""The picture of one run or several: training loss and held-out loss by tokens and by seconds of training."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from megatron_tn.training.run_folder import RunFolder
 
+POINTS = 200  # longer curves are drawn as means over 1 / POINTS of their records
 
-def draw(runs: Mapping[str, RunFolder], path: Path) -> bool:
-    """Write a PNG. runs: label -> run. Returns False, and writes nothing, when no run has a loss yet.
+
+class Curve(NamedTuple):
+    """Of one run or the mean of several, one value a record: tokens seen, seconds of training steps, loss in nats a
+    token, lowest and highest loss of the runs. held_out: rows of (tokens, seconds, held-out loss)."""
+
+    tokens: np.ndarray
+    seconds: np.ndarray
+    loss: np.ndarray
+    lowest: np.ndarray
+    highest: np.ndarray
+    held_out: np.ndarray
+
+
+def draw(runs: Mapping[str, RunFolder | Sequence[RunFolder]], path: Path) -> bool:
+    """Write a PNG. runs: label -> run, or the runs over which the curve is a mean and its band the range. Returns
+    False, and writes nothing, when no run has a loss yet.
 
     Raises:
         OSError: `path` cannot be written.
     """
     from matplotlib.figure import Figure  # not pyplot: it would look for a display
 
-    figure = Figure(figsize=(7, 4), dpi=120, layout="tight")
-    axes = figure.add_subplot()
-    tokens = 0
-    for label, run in runs.items():
-        records = run.records("loss")
-        at = {record["step"]: record["tokens"] for record in records}
-        tokens = max([tokens, *at.values()])
-        (line,) = axes.plot(at.values(), [record["loss"] for record in records], lw=1, label=label)
-        held_out = [record for record in run.records("heldout_loss") if record["step"] in at]
-        if held_out:
-            points = [record["heldout_loss"] for record in held_out]
-            axes.plot([at[record["step"]] for record in held_out], points, "o", ms=3, color=line.get_color())
-    if not tokens:
+    curves = {label: curve_of([own] if isinstance(own, RunFolder) else own) for label, own in runs.items()}
+    curves = {label: curve for label, curve in curves.items() if curve is not None}
+    if not curves:
         return False
-    axes.set(xlabel="tokens", ylabel="loss (nats a token; dots: held-out)")
-    axes.legend()
-    axes.grid(alpha=0.3)
+    figure = Figure(figsize=(12, 4.5), dpi=120, layout="constrained")
+    by_tokens, by_seconds = figure.subplots(1, 2, sharey=True)
+    for axes, column in ((by_tokens, 0), (by_seconds, 1)):
+        for label, curve in curves.items():
+            (line,) = axes.plot(curve[column], curve.loss, lw=1, label=label)
+            if not np.array_equal(curve.lowest, curve.highest, equal_nan=True):
+                axes.fill_between(curve[column], curve.lowest, curve.highest, color=line.get_color(), alpha=0.2, lw=0)
+            axes.plot(curve.held_out[:, column], curve.held_out[:, 2], "o", ms=3, color=line.get_color())
+        axes.grid(alpha=0.3)
+    by_tokens.set(xlabel="tokens", ylabel="loss (nats a token; dots: held-out)")
+    by_seconds.set(xlabel="seconds of training steps")
+    early = [curve.loss[len(curve.loss) // 10] for curve in curves.values()]
+    if len(curves) > 1 and np.isfinite(early).any():
+        by_tokens.set_ylim(top=np.nanmax(early))  # the first tenth would hide by how little the ends differ
+    if ratio := _bits_per_byte_of_a_nat(runs.values()):
+        axis = by_seconds.secondary_yaxis("right", functions=(lambda nats: nats * ratio, lambda bits: bits / ratio))
+        axis.set_ylabel("bits per byte of the held-out text")
+    by_tokens.legend(fontsize="small")
     figure.savefig(path)
     return True
+
+
+def _bits_per_byte_of_a_nat(runs: Iterable[RunFolder | Sequence[RunFolder]]) -> float | None:
+    """Held-out bits per byte over held-out nats per token: 1 / ln 2 times tokens per byte. None where runs differ in it
+    (another tokenizer, another text), or have no such figures."""
+    each = [run for own in runs for run in ([own] if isinstance(own, RunFolder) else own)]
+    records = [record for run in each for record in run.records("heldout_bits_per_byte") if record["heldout_loss"]]
+    ratios = [record["heldout_bits_per_byte"] / record["heldout_loss"] for record in records]
+    return ratios[0] if ratios and math.isclose(min(ratios), max(ratios), rel_tol=1e-6) else None
+
+
+def curve_of(runs: Sequence[RunFolder]) -> Curve | None:
+    """The mean over runs at the steps that all of them have recorded; None where there is no such step."""
+    losses, places = [], []
+    for run in runs:
+        records = run.records("loss")
+        before = [0, *(record["step"] for record in records)]  # steps in which a record's mean time is new
+        seconds = np.cumsum(
+            [r.get("step_seconds", 0.0) * (r["step"] - b) for b, r in zip(before, records, strict=False)]
+        )
+        places.append({r["step"]: (r["tokens"], s) for r, s in zip(records, seconds, strict=True)})
+        losses.append({r["step"]: math.nan if r["loss"] is None else r["loss"] for r in records})
+    steps = sorted(set.intersection(*(set(own) for own in losses))) if losses else []
+    if not steps:
+        return None
+    each = np.array([[own[step] for step in steps] for own in losses])
+    place = np.mean([[own[step] for step in steps] for own in places], axis=0)
+    held_out = [
+        (*np.mean([own[step] for own in places], axis=0), np.mean(found))
+        for step in steps
+        if (found := [own[step] for own in map(_held_out, runs) if step in own])
+    ]
+    width = -(-len(steps) // POINTS)
+    tokens, seconds, loss, lowest, highest = (
+        _thinned(values, width) for values in (*place.T, each.mean(0), each.min(0), each.max(0))
+    )
+    return Curve(tokens, seconds, loss, lowest, highest, np.array(held_out).reshape(-1, 3))
+
+
+def _held_out(run: RunFolder) -> dict[int, float]:
+    found = {record["step"]: record["heldout_loss"] for record in run.records("heldout_loss")}
+    return {step: math.nan if loss is None else loss for step, loss in found.items()}
+
+
+def _thinned(values: np.ndarray, width: int) -> np.ndarray:
+    """Means over `width` values each; the last may have fewer."""
+    return np.array([values[start : start + width].mean() for start in range(0, len(values), width)])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_tn.config import TrainConfig, differences, load, read_mapping, to_mapping
+from megatron_tn.config import TrainConfig, differences, from_stored, read_mapping, storable, to_stored
+from megatron_tn.parallel.world import number
 from megatron_tn.training.run_folder import SUBMITTED, RunFolder
 
 
@@ -18,7 +18,7 @@ def slurm_job() -> str | None:
 
 def is_requeued() -> bool:
     """Whether SLURM restarted this job, after a node failure or the job's own `scontrol requeue`."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    return number("SLURM_RESTART_COUNT", default=0) > 0
 
 
 def goes_on(folder: RunFolder) -> bool:
@@ -32,11 +32,12 @@ def settings_of_this_start(config: TrainConfig, folder: RunFolder) -> tuple[Trai
 
     Every start freezes its settings in run_dir/config.json, and its job id in job.json. A requeued job runs the
     settings it froze, even if YAML files changed since; a job of launch.submit those frozen at submission; run_dir
-    is taken from the command line in both cases. Any other start runs its command line's settings, also in the folder
-    of an earlier start.
+    is taken from the command line in both cases. No file has secrets: `${oc.env:NAME}` is resolved again, and the
+    credentials of a URL are the command line's. Any other start runs its command line's settings, also in the folder of
+    an earlier start.
 
     Raises:
-        ConfigError: config.json, or the submission's settings file, is damaged.
+        ConfigError: config.json, or the submission's settings file, is damaged, or a secret of it is not there.
     """
     before, notes = folder.frozen_mapping(), []
     if is_requeued() and folder.is_frozen_by(slurm_job()):
@@ -48,11 +49,13 @@ def settings_of_this_start(config: TrainConfig, folder: RunFolder) -> tuple[Trai
         if changed:
             notes = [f"settings differ from those in {folder.config_file}; the new settings win:", *changed]
         return config, notes
-    if changed := _changed(read_mapping(frozen), config):
+    values = read_mapping(frozen)
+    if changed := _changed(values, config):
         notes = [f"settings differ from those in {frozen}; {frozen} wins, because {why}:", *changed]
-    return replace(load(frozen), run_dir=config.run_dir), notes
+    return from_stored(TrainConfig, values | {"run_dir": config.run_dir}, config), notes
 
 
 def _changed(before: dict[str, Any] | None, config: TrainConfig) -> list[str]:
     """Settings of `config` that differ from `before`. run_dir is skipped: it can be absolute or relative."""
-    return [] if before is None else differences(before | {"run_dir": config.run_dir}, to_mapping(config))
+    now = to_stored(config)
+    return [] if before is None else differences(storable(before) | {"run_dir": now["run_dir"]}, now)

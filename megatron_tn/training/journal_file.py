@@ -29,7 +29,7 @@ class JournalFile:
         found = []
         with contextlib.suppress(FileNotFoundError):
             for line in self.path.read_bytes().splitlines():
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError, RecursionError):
                     record = json.loads(line)
                     if isinstance(record, dict):
                         found.append(record)
@@ -72,7 +72,7 @@ class JournalFile:
         for line in content.splitlines():
             try:
                 (later if json.loads(line)["step"] > step else kept).append(line)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 later.append(line)
         if not later and (content.endswith(b"\n") or not content):
             return

@@ -60,7 +60,7 @@ def checkpoint_problems(config: TrainConfig, start: Start) -> list[str]:
     changed = model_differences(from_mapping(ModelConfig, manifest.config["model"]), config.model)
     found = [f"checkpoint {directory} holds another model: {line}" for line in changed]
     if manifest.step > config.schedule.steps:
-        found.append(f"checkpoint {directory} is at step {manifest.step}, past schedule.steps={config.schedule.steps}")
+        found.append(f"checkpoint {directory} is at step {manifest.step}, above schedule.steps={config.schedule.steps}")
     try:
         state = TrainingState.from_json(manifest.training)
     except ConfigError as error:

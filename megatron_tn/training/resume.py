@@ -138,8 +138,8 @@ def leave_later_behind(folder: RunFolder, start: Start, resume: int | str) -> No
     kept = [folder.keep_aside(path, "rewound") for path in start.later if path not in start.damage]
     if kept:
         log.warning(
-            "checkpoint.resume=%s goes back; later checkpoints are kept until you remove them, and another run_dir can "
-            "go on from one of them with checkpoint.resume=PATH:\n%s",
+            "checkpoint.resume=%s is not the newest checkpoint; later ones are kept under other names until you remove "
+            "them (to continue from one in another run_dir: checkpoint.resume=PATH):\n%s",
             resume,
             "\n".join(f"  {path}" for path in kept),
         )

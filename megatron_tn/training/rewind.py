@@ -30,7 +30,7 @@ def restore(run: Run, engine: Engine) -> TrainingState:
         log.info("resumed from %s at step %d", start.checkpoint, state.step)
         if state.step >= config.last_step:
             setting = "stop_after" if config.last_step < config.schedule.steps else "schedule.steps"
-            log.info("nothing is left to do: %s=%d; a larger one goes on", setting, config.last_step)
+            log.info("the run is complete at %s=%d; a larger value continues it", setting, config.last_step)
     elif start.weights is not None and run.is_first:
         log.info("weights from %s", start.weights)
     state.add_ledger(start.ledger)

@@ -177,7 +177,7 @@ class Run:
             command = "the same command"
             if self.config.checkpoint.resume != "auto":
                 command += f" without checkpoint.resume={self.config.checkpoint.resume}"
-            log.info("saved step %d; %s goes on", self.state.step, command)
+            log.info("saved step %d; %s continues the run", self.state.step, command)
 
     def record(self, values: dict[str, Any], step: int) -> None:
         """Write named values to the journal and its copies, on rank 0."""

@@ -35,7 +35,7 @@ from typing import Any
 
 from megatron_tn.checkpoint.files import sync_folder
 from megatron_tn.checkpoint.manifest import MANIFEST, checkpoint_name, step_of, whole_checkpoints
-from megatron_tn.config import ConfigError, TrainConfig, from_mapping, load, read_mapping, save
+from megatron_tn.config import ConfigError, TrainConfig, from_mapping, load, read_mapping, redacted, save
 from megatron_tn.training.journal_file import JournalFile
 from megatron_tn.training.state import Ledger
 
@@ -139,7 +139,7 @@ class RunFolder:
         sync_folder(self.checkpoints)
         return aside
 
-    # Settings and their SLURM job
+    # The run's settings (submitted/*.json, config.json) and the SLURM job that froze them (job.json)
 
     def submit(self, config: TrainConfig) -> Path:
         """Write the settings of a job before its submission; returns the file, unique to this job."""
@@ -191,6 +191,8 @@ class RunFolder:
     def write_status(self, state: str, step: int, **more: Any) -> None:
         """Replace status.json; on a full disk, rewrite it in place. Raises OSError if that fails, too."""
         values = {"state": state, "step": step, "time": time.time(), "config": self.config_file.name} | more
+        if "error" in values:
+            values["error"] = redacted(values["error"])
         try:
             _replace(self.status_file, values)
         except OSError:
@@ -201,16 +203,16 @@ class RunFolder:
         path = self.path / "tracebacks" / f"rank_{rank:05d}.txt"
         try:
             path.parent.mkdir(exist_ok=True)
-            path.write_text("".join(traceback.format_exception(error)))
+            path.write_text(redacted("".join(traceback.format_exception(error))))
         except OSError:
             return None
         return path
 
     def mark_failed(self, step: int, error: str) -> None:
         """Write state "failed" on behalf of a dead or hanging rank 0. step: steps done, as this rank knows."""
-        before = self.status()
-        if before:
-            self.write_status("failed", max(before.get("step", 0), step), error=error)
+        if before := self.status():
+            done = before.get("step")
+            self.write_status("failed", max(done, step) if isinstance(done, int) else step, error=error)
 
     # Ledger
 
@@ -221,14 +223,15 @@ class RunFolder:
         try:
             return from_mapping(Ledger, read_mapping(self.ledger_file))
         except ConfigError as error:
-            message = f"{error}; move {self.ledger_file} away, and the run goes on with the ledger of its checkpoint"
+            why = "; ".join(error.problems)
+            message = f"{why}; move {self.ledger_file} away, and the run goes on with the ledger of its checkpoint"
             raise ConfigError(message) from None
 
     def write_ledger(self, ledger: Ledger) -> None:
         """Write and fsync ledger.json. Raises OSError."""
         _replace(self.ledger_file, asdict(ledger), sync=True)
 
-    # One run at a time
+    # The lock: one run at a time uses the folder
 
     def claim(self) -> str:
         """Lock the folder for this process until `release` or exit. Returns the current holder, "" on success.
@@ -274,7 +277,7 @@ def find_checkpoint(path: Path) -> Path | None:
 
 def _read(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty where the file is absent or unreadable."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         found = json.loads(path.read_text())
         return found if isinstance(found, dict) else {}
     return {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import shlex
 import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_tn.config import TrainConfig
+from megatron_tn.config import TrainConfig, storable
 from megatron_tn.optim.schedule import batch_of_step
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.training.run_folder import RunFolder
@@ -48,7 +50,7 @@ def show_start(
             "tokens a step": f"{data.global_batch * data.sequence_length:,} = {data.global_batch} sequences of "
             f"{data.sequence_length}, {data.micro_batch} at a time",
             "steps": f"{step + 1:,} to {config.last_step:,}: {sequences * data.sequence_length:,} tokens, "
-            f"{sequences / max(epoch_samples, 1):.2f} epochs of {data.manifest}",
+            f"{sequences / max(epoch_samples, 1):.2f} epochs of {storable(data.manifest)}",
             "run folder": config.run_dir,
         },
     )
@@ -61,17 +63,20 @@ def _device(device: torch.device, processes: int) -> str:
 
 
 def figures_of(folder: RunFolder) -> dict[str, Any]:
-    """step, loss (mean over the last tenth of the records), heldout_loss and tokens_per_second (median) of a run, by
-    its journal; those that it does not have are left out."""
+    """step, tokens, loss (mean over the last tenth of the records), tokens_per_second (median), heldout_loss and
+    heldout_bits_per_byte of a run, by its journal; those that it does not have are left out. NaN where the loss was."""
     records = folder.records("loss")
     found: dict[str, Any] = {}
     if records:
-        tail = [record["loss"] for record in records[-max(len(records) // 10, 1) :]]
-        found["step"] = records[-1]["step"]
+        losses = [record["loss"] for record in records[-max(len(records) // 10, 1) :]]
+        tail = [math.nan if loss is None else loss for loss in losses]
+        found["step"], found["tokens"] = records[-1]["step"], records[-1]["tokens"]
         found["loss"] = statistics.fmean(tail)
         found["tokens_per_second"] = statistics.median(record["tokens_per_second"] for record in records)
-    if held_out := folder.records("heldout_loss"):
-        found["heldout_loss"] = held_out[-1]["heldout_loss"]
+    for figure in ("heldout_loss", "heldout_bits_per_byte"):
+        if held_out := folder.records(figure):
+            value = held_out[-1][figure]
+            found[figure] = math.nan if value is None else value
     return found
 
 
@@ -86,23 +91,10 @@ def show_end(config: TrainConfig, folder: RunFolder, state: str) -> None:
     }
     lines = (
         f"{run} holds log.jsonl, loss.png, checkpoints/ and tokenizer.json. Next:",
-        f'  python -m megatron_tn.generate checkpoint={run} prompt="..."',
-        f"  python -m megatron_tn.plot {run}",
+        f'  python -m megatron_tn.generate checkpoint={shlex.quote(run)} prompt="..."',
+        f"  python -m megatron_tn.plot {shlex.quote(run)}",
     )
     _print(f"{state}: {config.model.name}", {name: text for name, text in rows.items() if text}, lines)
-
-
-def sweep_table(rows: Iterable[tuple[str, RunFolder]]) -> Table:
-    """One row a run: its name (the overrides of a sweep's job), last step, loss, held-out loss, tokens/s."""
-    table = Table("run", "step", "loss", "held-out", "tokens/s")
-    for name, folder in rows:
-        found = figures_of(folder)
-        cells = [f"{found[key]:{form}}" if key in found else "-" for key, form in _COLUMNS.items()]
-        table.add_row(name, *cells)
-    return table
-
-
-_COLUMNS = {"step": ",", "loss": ".3f", "heldout_loss": ".3f", "tokens_per_second": ",.0f"}
 
 
 def _print(title: str, rows: Mapping[str, str], lines: Iterable[str] = ()) -> None:

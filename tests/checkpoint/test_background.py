@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ from megatron_tn.engine.build import initialize_engine
 from megatron_tn.parallel.world import join_world
 from tests.checkpoint.test_save_load import make_engine, one_step
 from tests.engine.test_parity import LOCAL, ZERO
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import run_shared
 from tests.helpers.training import fork_ranks
 
 
@@ -50,7 +52,7 @@ def save_both_ways(folder: Path, tp: int, engine_config) -> list[float]:
 
 @pytest.mark.parametrize(("world", "tp", "engine"), [(1, 1, LOCAL), (4, 2, ZERO[1])], ids=["local", "4xzero1tp2"])
 def test_the_files_are_those_of_a_save_that_training_waits_for(tmp_path, world, tp, engine):
-    run_ranks(world, save_both_ways, tmp_path, tp, engine)
+    run_shared(world, save_both_ways, tmp_path, tp, engine)
     for one in whole_checkpoints(tmp_path / "at_once"):
         other = tmp_path / "background" / one.name
         names = sorted(path.name for path in one.iterdir())
@@ -99,20 +101,21 @@ def fail_on_one_rank(folder: Path) -> tuple[str, list[str]]:
     writer.save(engine, 1, **content(config, 1))
     writer.wait()
     if engine.context.rank == 1:
-        real, save_module.write_tensors = save_module.write_tensors, lambda *_: (_ for _ in ()).throw(OSError("full"))
-    writer.save(engine, 2, **content(config, 2))
-    one_step(engine, seed=1)  # training's own collectives are not disturbed
-    failed = writer.wait()
+        full = mock.patch.object(save_module, "write_tensors", side_effect=OSError("full"))
+    else:
+        full = contextlib.nullcontext()
+    with full:
+        writer.save(engine, 2, **content(config, 2))
+        one_step(engine, seed=1)  # training's own collectives are not disturbed
+        failed = writer.wait()
     assert isinstance(failed.error, CheckpointError)
-    if engine.context.rank == 1:
-        save_module.write_tensors = real
     writer.save(engine, 3, **content(config, 3))
     assert writer.close().error is None
     return str(failed.error), sorted(path.name for path in folder.iterdir())
 
 
 def test_a_write_that_fails_on_one_rank_is_known_to_all_and_the_next_succeeds(tmp_path):
-    for error, _ in run_ranks(2, fail_on_one_rank, tmp_path):
+    for error, _ in run_shared(2, fail_on_one_rank, tmp_path):
         assert "step_00000002 could not be written: rank 1: OSError: full" in error
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
 

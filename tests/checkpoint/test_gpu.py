@@ -15,12 +15,11 @@ from megatron_tn.checkpoint.retention import Retention
 from megatron_tn.checkpoint.save import HostMemory, save_checkpoint
 from megatron_tn.config import EngineConfig
 from megatron_tn.engine.build import build_engine, initialize_engine
-from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.training.diagnose import find_nonfinite
 from megatron_tn.training.step import train_step
 from tests.checkpoint.test_background import content
 from tests.helpers.models import TINY, Rows, random_batch, tiny_config
-from tests.helpers.ranks import run_ranks, this_device
+from tests.helpers.ranks import layout, run_shared, this_device
 
 pytestmark = pytest.mark.gpu
 # 57 M parameters: 0.7 GB of masters and moments.
@@ -35,7 +34,7 @@ def one_step(engine, seed: int):
 
 def save_both_ways(folder: Path, engine_config: EngineConfig) -> tuple[float, float]:
     config = tiny_config(model=MEDIUM, engine=engine_config)
-    engine = build_engine(config, ParallelContext.create(), this_device())
+    engine = build_engine(config, layout(), this_device())
     initialize_engine(engine, 3)
     one_step(engine, 0)
     writer = CheckpointWriter(folder / "background", Retention(newest=1), background=True, timeout_s=60)
@@ -54,7 +53,7 @@ def save_both_ways(folder: Path, engine_config: EngineConfig) -> tuple[float, fl
 
 @pytest.mark.parametrize("engine", ENGINES, ids=lambda e: e.name)
 def test_the_files_are_those_of_a_save_that_training_waits_for(tmp_path, engine):
-    ((pause, write),) = run_ranks(1, save_both_ways, tmp_path, engine, device="cuda")
+    ((pause, write),) = run_shared(1, save_both_ways, tmp_path, engine, device="cuda")
     print(f"\n{engine.name}: pause {1000 * pause:.1f} ms, write {1000 * write:.0f} ms")
     assert pause < write
     (one,), (other,) = (whole_checkpoints(tmp_path / name) for name in ("at_once", "background"))
@@ -73,7 +72,7 @@ def test_host_memory_is_page_locked_and_reused():
 
 def find_on_the_gpu(engine_config: EngineConfig) -> tuple[bool, list[str], bool]:
     config = tiny_config(model=MEDIUM, engine=dataclasses.replace(engine_config, compile="blocks"))
-    engine = build_engine(config, ParallelContext.create(), this_device())
+    engine = build_engine(config, layout(), this_device())
     initialize_engine(engine, 3)
     one_step(engine, 0)
     name = "model.layers.1.channel_mixer.l1.weight"
@@ -88,7 +87,7 @@ def find_on_the_gpu(engine_config: EngineConfig) -> tuple[bool, list[str], bool]
 
 @pytest.mark.parametrize("engine", ENGINES, ids=lambda e: e.name)
 def test_a_gradient_that_is_not_finite_is_found_in_compiled_blocks(engine):
-    ((applied, found, next_applied),) = run_ranks(1, find_on_the_gpu, engine, device="cuda")
+    ((applied, found, next_applied),) = run_shared(1, find_on_the_gpu, engine, device="cuda")
     assert not applied
     assert found == ["the gradient of model.layers.1.channel_mixer.l1.weight"]
     assert next_applied

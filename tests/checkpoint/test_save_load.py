@@ -22,8 +22,8 @@ from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.training.step import train_step
 from tests.engine.test_parity import FSDP2, LAYOUTS, LOCAL, RMSNORM, ZERO, name_of
-from tests.helpers.models import TINY, Rows, random_batch, tiny_config
-from tests.helpers.ranks import run_ranks
+from tests.helpers.models import TINY, TRANSFORMER, Rows, random_batch, tiny_config
+from tests.helpers.ranks import layout, run_shared
 
 CPU = torch.device("cpu")
 
@@ -35,7 +35,7 @@ WIDE = dataclasses.replace(TINY, embed_dim=1024, glu_dim=1536, layers=1)
 def make_engine(
     tp: int, engine: EngineConfig, model: ModelConfig = RMSNORM, cp: int = 1, sequence_parallel: bool = False
 ):
-    context = ParallelContext.create(tp, cp, sequence_parallel=sequence_parallel)
+    context = layout(tp, cp, sequence_parallel)
     parallel = ParallelConfig(tp=tp, cp=cp, sequence_parallel=sequence_parallel)
     config = tiny_config(model=model, engine=engine, parallel=parallel)
     return config, build_engine(config, context, CPU)
@@ -51,10 +51,10 @@ def one_step(engine, seed: int) -> float:
 
 
 def save_after_two_steps(
-    folder: Path, tp: int, engine_config: EngineConfig, cp: int = 1, sequence_parallel: bool = False
+    folder: Path, tp: int, engine_config: EngineConfig, cp: int = 1, shared: bool = False, model: ModelConfig = RMSNORM
 ) -> float:
-    """Save at step 2; return the loss of the step after it."""
-    config, engine = make_engine(tp, engine_config, RMSNORM, cp, sequence_parallel)
+    """Save at step 2; return the loss of the step after it. shared: sequence parallel."""
+    config, engine = make_engine(tp, engine_config, model, cp, shared)
     initialize_engine(engine, seed=5)
     for seed in range(2):
         one_step(engine, seed)
@@ -64,10 +64,16 @@ def save_after_two_steps(
 
 
 def load_and_step(
-    checkpoint: Path, again: Path, tp: int, engine_config: EngineConfig, cp: int = 1, sequence_parallel: bool = False
+    checkpoint: Path,
+    again: Path,
+    tp: int,
+    engine_config: EngineConfig,
+    cp: int = 1,
+    shared: bool = False,
+    model: ModelConfig = RMSNORM,
 ) -> float:
     """Load, save what was loaded, and take the next step."""
-    config, engine = make_engine(tp, engine_config, RMSNORM, cp, sequence_parallel)
+    config, engine = make_engine(tp, engine_config, model, cp, shared)
     manifest = load_checkpoint(engine, checkpoint)
     save_checkpoint(
         engine, again, step=2, optimizer_step=manifest.optimizer_step, config=to_mapping(config), training={}
@@ -90,7 +96,7 @@ def logical(checkpoint: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-# (world, tp, engine[, cp, sequence parallel]) at the save -> at the load: every engine, tensor-parallel and
+# (world, tp, engine[, cp, sequence parallel, model]) at the save -> at the load: every engine, tensor-parallel and
 # context-parallel size on both sides at least once.
 MOVES = [
     ((4, 2, ZERO[1], 2, True), (4, 1, ZERO[3])),
@@ -99,22 +105,24 @@ MOVES = [
     ((4, 4, ZERO[0]), (1, 1, LOCAL)),
     ((1, 1, LOCAL), (4, 2, FSDP2, 2)),
     ((4, 1, FSDP2, 2), (4, 1, ZERO[0], 4)),
+    ((2, 2, ZERO[3], 1, True, TRANSFORMER), (2, 1, FSDP2, 1, False, TRANSFORMER)),
 ]
 
 
 def label(side) -> str:
     world, tp, engine, *more = side
-    cp, shared = (*more, *(1, False)[len(more) :])
-    return f"{world}x{engine.name[:5]}{engine.zero_stage}tp{tp}cp{cp}" + "sp" * shared
+    cp, shared, model = (*more, *(1, False, RMSNORM)[len(more) :])
+    words = f"{world}x{engine.name[:5]}{engine.zero_stage}tp{tp}cp{cp}" + "sp" * shared
+    return words + "-transformer" * (model is TRANSFORMER)
 
 
 @pytest.mark.parametrize(("saved", "loaded"), MOVES, ids=[f"{label(a)}-to-{label(b)}" for a, b in MOVES])
 def test_any_layout_loads_what_any_other_saved(tmp_path, saved, loaded):
     world, *layout = saved
-    loss = run_ranks(world, save_after_two_steps, tmp_path / "a", *layout)[0]
+    loss = run_shared(world, save_after_two_steps, tmp_path / "a", *layout)[0]
     world, *layout = loaded
     checkpoint = tmp_path / "a" / "step_00000002"
-    losses = run_ranks(world, load_and_step, checkpoint, tmp_path / "b", *layout)
+    losses = run_shared(world, load_and_step, checkpoint, tmp_path / "b", *layout)
     assert losses == pytest.approx([loss] * world, rel=1e-5)
     before, after = logical(checkpoint), logical(tmp_path / "b" / "step_00000002")
     assert before.keys() == after.keys()
@@ -159,7 +167,7 @@ def of_every_layout(tmp_path_factory) -> dict[Path, float]:
     found = {}
     for world, tp, cp in LAYOUTS:
         folder = tmp_path_factory.mktemp("layout")
-        found |= run_ranks(world, save_by_each_engine, folder, tp, cp)[0]
+        found |= run_shared(world, save_by_each_engine, folder, tp, cp)[0]
     assert len(found) == len(LAYOUTS) * len(ENGINES) == 54
     return found
 
@@ -167,7 +175,7 @@ def of_every_layout(tmp_path_factory) -> dict[Path, float]:
 @pytest.mark.full
 @pytest.mark.parametrize(("world", "tp", "cp"), LAYOUTS, ids=str)
 def test_every_layout_loads_what_every_other_saved(of_every_layout, world, tp, cp):
-    assert run_ranks(world, load_into_each_engine, of_every_layout, tp, cp) == [54 * len(ENGINES)] * world
+    assert run_shared(world, load_into_each_engine, of_every_layout, tp, cp) == [54 * len(ENGINES)] * world
 
 
 def save_and_go_back(folder: Path, engine_config: EngineConfig, evaluates: bool) -> list[float]:
@@ -199,8 +207,8 @@ UNTIL_BACKWARD = dataclasses.replace(FSDP2, reshard_after_forward=False)
 )
 def test_an_evaluation_changes_neither_a_save_nor_a_load(tmp_path, engine):
     """Engines that gather weights for a forward pass must not save, or go on with, what an evaluation gathered."""
-    found = run_ranks(2, save_and_go_back, tmp_path / "a", engine, True)
-    run_ranks(2, save_and_go_back, tmp_path / "b", engine, False)
+    found = run_shared(2, save_and_go_back, tmp_path / "a", engine, True)
+    run_shared(2, save_and_go_back, tmp_path / "b", engine, False)
     for first, second, again in found:
         assert first == again != second
     evaluated, plain = (logical(tmp_path / name / "step_00000002") for name in ("a", "b"))
@@ -224,7 +232,7 @@ def load_into_poisoned_memory(checkpoint: Path, tp: int, engine_config: EngineCo
 @pytest.mark.parametrize("engine", [LOCAL, ZERO[1], ZERO[3], FSDP2], ids=lambda e: f"{e.name}{e.zero_stage}")
 def test_a_load_leaves_nothing_of_what_memory_held(checkpoint, engine):
     """The vocabulary's padding rows are in no file, and must not keep what was there."""
-    found = run_ranks(2, load_into_poisoned_memory, checkpoint, 2, engine)
+    found = run_shared(2, load_into_poisoned_memory, checkpoint, 2, engine)
     assert all(applied for _, applied in found)
     assert len({loss for loss, _ in found}) == 1
 
@@ -232,7 +240,7 @@ def test_a_load_leaves_nothing_of_what_memory_held(checkpoint, engine):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
-    run_ranks(1, save_after_two_steps, folder, 1, LOCAL)
+    run_shared(1, save_after_two_steps, folder, 1, LOCAL)
     return folder / "step_00000002"
 
 
@@ -389,9 +397,9 @@ def save_wide(folder: Path, tp: int, engine_config: EngineConfig) -> None:
     ids=lambda side: label(side),
 )
 def test_a_rank_reads_what_it_needs_and_little_more(tmp_path, saved, loaded):
-    run_ranks(saved[0], save_wide, tmp_path, *saved[1:])
+    run_shared(saved[0], save_wide, tmp_path, *saved[1:])
     whole = sum(path.stat().st_size for path in (tmp_path / "step_00000001").glob("*.safetensors"))
-    for read, needed in run_ranks(loaded[0], bytes_read_at, tmp_path / "step_00000001", *loaded[1:]):
+    for read, needed in run_shared(loaded[0], bytes_read_at, tmp_path / "step_00000001", *loaded[1:]):
         assert needed < 0.6 * whole
         assert needed <= read <= 1.02 * needed + 50_000  # the headers, and the 5 kB of random state
 

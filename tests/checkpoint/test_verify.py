@@ -18,7 +18,7 @@ from megatron_tn.convert import main as convert
 from tests.checkpoint.test_reshard import random_piece
 from tests.checkpoint.test_save_load import save_after_two_steps
 from tests.engine.test_parity import ZERO
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import run_shared
 from tests.helpers.training import call
 
 NORM = "exp_avg/model.final_norm.weight"
@@ -28,7 +28,7 @@ NORM = "exp_avg/model.final_norm.weight"
 def checkpoint(tmp_path_factory) -> Path:
     """Of tensor parallel 2 x ZeRO 1."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    run_ranks(4, save_after_two_steps, folder, 2, ZERO[1])
+    run_shared(4, save_after_two_steps, folder, 2, ZERO[1])
     return folder / "step_00000002"
 
 

@@ -1,16 +1,22 @@
 """The bounds of docs/bounds.md: memory by max_document_bytes, time by the size, structure before the costly step."""
 
 import gzip
+import itertools
 import json
 import os
+import signal
 import time
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
+import zstandard
 
+from data_pipeline import readers
 from data_pipeline.pages import client
 from data_pipeline.pages.structure import FEWEST_TAGS, MOST_ATTRIBUTES, structure_problem
 from data_pipeline.pages.worker import extract
+from data_pipeline.readers import limit
 from data_pipeline.readers.lines import FEWEST_VALUES, read_jsonl
 from tests.data_pipeline.test_readers import read, source, warc_record
 from tests.helpers.peaks import costs_of_reading
@@ -142,6 +148,141 @@ def test_time_grows_with_the_size_of_a_file_whose_records_claim_what_follows(tmp
         read(tmp_path, crawl=source(folder, kind="warc"))
 
     assert not takes_the_square(work, 4_000_000)
+
+
+MANY = {  # name -> (file's suffix, content of about n bytes)
+    "gzip members of WARC": (".warc.gz", lambda n: gzip.compress(warc_record("conversion", b"word " * 9)) * (n // 150)),
+    "headers of WARC": (
+        ".warc",
+        lambda n: warc_record("conversion", b"w", "".join(f"a{i}: b\r\n" for i in range(n // 9))),
+    ),
+    "headers of HTTP": (
+        ".warc",
+        lambda n: warc_record("response", b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * (n // 6) + b"\r\n<p>x"),
+    ),
+    "chunks of HTTP": (
+        ".warc",
+        lambda n: warc_record(
+            "response",
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * (n // 6) + b"0\r\n\r\n",
+        ),
+    ),
+    "codings of HTTP": (
+        ".warc",
+        lambda n: warc_record(
+            "response", f"HTTP/1.1 200 OK\r\nContent-Encoding: {'gzip,' * (n // 5)}\r\n\r\nx".encode()
+        ),
+    ),
+    "gzip members of JSON": (".jsonl.gz", lambda n: gzip.compress(b'{"text": "a"}\n') * (n // 35)),
+    "empty lines": (".jsonl", lambda n: b"\n" * n),
+    "frames of zstd": (".jsonl.zst", lambda n: zstandard.compress(b'{"text": "a"}\n') * (n // 23)),
+}
+
+
+@pytest.mark.parametrize(("suffix", "make"), MANY.values(), ids=MANY)
+def test_time_grows_with_the_size_of_a_file_of_many_parts(tmp_path, suffix, make):
+    kind = "warc" if "warc" in suffix else "jsonl"
+
+    def work(size: int) -> None:
+        folder = tmp_path / str(size)
+        folder.mkdir(exist_ok=True)
+        (folder / f"a{suffix}").write_bytes(make(size))
+        read(tmp_path, s=source(folder, kind=kind))
+
+    assert not takes_the_square(work, 400_000)
+
+
+@pytest.mark.parametrize("columns", [1, 200])
+def test_time_grows_with_the_size_of_a_file_of_many_row_groups(tmp_path, columns):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    def work(size: int) -> None:
+        folder = tmp_path / str(size)
+        if not folder.exists():
+            folder.mkdir()
+            rows = arrow.table({f"c{i}" if i else "text": ["some words"] * (size // columns) for i in range(columns)})
+            parquet.write_table(rows, folder / "a.parquet", row_group_size=1)
+        read(tmp_path, s=source(folder, kind="parquet"))
+
+    for size in (500, 2000):
+        work(size)  # writes the files
+    assert not takes_the_square(work, 2000)
+
+
+def test_rows_without_text_are_bounded_by_file(tmp_path):
+    """A file of some kilobytes may hold 2**31 of them, a line of quarantine each."""
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = arrow.table({"text": arrow.nulls(300_000, arrow.string())})
+    parquet.write_table(rows, tmp_path / "a.parquet", compression="zstd")
+    _, quarantine = read(tmp_path, s=source(tmp_path, kind="parquet", max_document_bytes=100_000, max_expansion=2))
+    assert quarantine.pop("s/a.parquet") == "bomb"
+    assert set(quarantine.values()) == {"no_text"}
+    assert len(quarantine) < 2000
+
+
+SLOW = {
+    "line of JSON": (
+        "jsonl",
+        "lines.from_record",
+        "a.jsonl",
+        b'{"text": "a"}\n{"text": "slow"}\n{"text": "c"}\n',
+        ":2",
+    ),
+    "record of WARC": (
+        "warc",
+        "warc._item",
+        "a.warc",
+        b"".join(warc_record("conversion", text) for text in (b"a", b"slow", b"c")),
+        ":2",
+    ),
+    "row of Parquet": ("parquet", "parquet._records", "a.parquet", None, ":row group 1"),
+}
+
+
+@pytest.mark.parametrize(("kind", "step", "file", "content", "place"), SLOW.values(), ids=SLOW)
+def test_what_takes_too_long_to_decode_is_named_and_the_rest_is_read(
+    tmp_path, monkeypatch, kind, step, file, content, place
+):
+    """Decoding is linear, so the slow one is made up: it computes until it is stopped."""
+    real, module = attrgetter(step)(readers), f"data_pipeline.readers.{step.partition('.')[0]}"
+    monkeypatch.setattr(f"{module}.cpu_seconds", lambda most: limit.cpu_seconds(most / 10))
+
+    def decode(item, *more):
+        while b"slow" in bytes(getattr(item, "block", b"")) or (isinstance(item, dict) and item["text"] == "slow"):
+            pass
+        return real(item, *more)
+
+    if kind == "parquet":
+        arrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(arrow.table({"text": ["a", "slow", "c"]}), tmp_path / file, row_group_size=1)
+        whole = parquet.ParquetFile.iter_batches
+
+        def batches(table, row_groups, **more):
+            while row_groups == [1]:
+                pass
+            yield from whole(table, row_groups=row_groups, **more)
+
+        monkeypatch.setattr(parquet.ParquetFile, "iter_batches", batches)
+    else:
+        (tmp_path / file).write_bytes(content)
+        monkeypatch.setattr(f"data_pipeline.readers.{step}", decode)
+    documents, quarantine = read(tmp_path, s=source(tmp_path, kind=kind, max_seconds=1))
+    assert [text for text, _ in documents.values()] == ["a", "c"]
+    assert list(documents) == [f"s/{file}:1", f"s/{file}:3"]
+    assert quarantine == {f"s/{file}{place}": "too_slow"}
+
+
+def test_time_that_a_disk_or_another_program_takes_counts_for_no_document():
+    with limit.cpu_seconds(0.05):
+        time.sleep(0.2)
+    with pytest.raises(limit.TooSlow), limit.cpu_seconds(0.05):
+        sum(0 for _ in itertools.count())
+    assert signal.getitimer(signal.ITIMER_PROF) == (0, 0)
 
 
 def test_what_ordinary_pages_and_lines_hold_is_no_problem(tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,29 @@ def test_an_interrupted_count_says_so_in_one_line_and_goes_on(tmp_path):
     assert 0 < len(progress.read_bytes().splitlines()) < len(manifest.shards)
     (tmp_path / "aside").rename(index)
     assert counting.main(words) == 0
+
+
+def test_of_two_counts_at_once_the_second_waits_and_counts_nothing(manifest, monkeypatch):
+    counted, work = [], counting.count_shard
+
+    def slowly(*arguments):
+        counted.append(arguments[-1].name)
+        time.sleep(0.05)
+        return work(*arguments)
+
+    monkeypatch.setattr(counting, "count_shard", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda _: counting.count(manifest, BAND).content_hash, range(3)))
+    assert len(set(results)) == 1
+    assert counted == [shard.name for shard in manifest.shards]
+
+
+@pytest.mark.parametrize("damage", [b"[" * 100_000 + b"\n", b'{"a": 1}\n', b'["part-0", [1, 2]]\n', b"\xff\n"])
+def test_damaged_progress_is_counted_again(manifest, damage):
+    path = manifest.directory / counts_file(manifest, BAND)
+    path.with_suffix(".progress").write_bytes(damage)
+    assert counting.count(manifest, BAND).content_hash
+    assert not path.with_suffix(".progress").exists()
 
 
 def test_counting_in_processes_is_the_same(manifest):

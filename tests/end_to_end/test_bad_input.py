@@ -19,6 +19,8 @@ from megatron_tn.score import main as score
 from megatron_tn.train import main as train
 from tests.helpers.training import SMALL, call
 
+GRADIENT_DTYPE = "engine.gradient_dtype=bf16 needs engine.name=deepspeed and engine.precision=bf16; here"
+
 
 @pytest.mark.parametrize(
     ("words", "messages"),
@@ -60,15 +62,15 @@ from tests.helpers.training import SMALL, call
         (["model.norm_eps=-1", "model.init_std=nan"], ["model.norm_eps=-1.0 must be at least 0", "model.init_std=nan"]),
         (
             ["engine=fsdp2", "engine.gradient_dtype=bf16"],
-            ["engine.gradient_dtype=bf16 needs DeepSpeed in bf16: engine.name=fsdp2, engine.precision=bf16 sum"],
+            [f"{GRADIENT_DTYPE} engine.name=fsdp2, engine.precision=bf16"],
         ),
         (
             ["engine.precision=fp32", "engine.gradient_dtype=bf16"],
-            ["engine.gradient_dtype=bf16 needs DeepSpeed in bf16: engine.name=deepspeed, engine.precision=fp32 sum"],
+            [f"{GRADIENT_DTYPE} engine.name=deepspeed, engine.precision=fp32"],
         ),
         (["optim.weight_decay=inf"], ["optim.weight_decay=inf must be finite"]),
         (["cluster.bf16_tflops=0"], ["cluster.bf16_tflops=0.0 must be above 0"]),
-        (["data.skip_batches=['1-99999999999']"], ["data.skip_batches: 99999999999 is past schedule.steps=1000"]),
+        (["data.skip_batches=['1-99999999999']"], ["data.skip_batches: step 99999999999 is above schedule.steps=1000"]),
         (["checkpoint.resume=null"], ["checkpoint.resume=None: input should be a valid integer"]),
         (["checkpoint.resume=/"], ["checkpoint.resume=/: / is not a checkpoint"]),
     ],
@@ -219,7 +221,7 @@ def test_a_run_folder_that_cannot_be_made(shards, tmp_path, capsys):
 @pytest.mark.parametrize("main", [generate, evaluate, convert, score], ids=["generate", "evaluate", "convert", "score"])
 @pytest.mark.parametrize(
     ("words", "message"),
-    [([], "checkpoint is not set"), (["checkpoint=nowhere"], "checkpoint=nowhere: there is no checkpoint")],
+    [([], "checkpoint is not set"), (["checkpoint=nowhere"], "checkpoint=nowhere: no checkpoint")],
     ids=["unset", "absent"],
 )
 def test_checkpoints_that_are_not_there(capsys, main, words, message):
@@ -234,7 +236,7 @@ def test_scoring_names_every_problem(capsys):
         "batch_tokens=0 must be",
         "name='a/b' must be",
         "manifest nowhere.json",
-        "checkpoint=nowhere: there",
+        "checkpoint=nowhere: no checkpoint",
     ):
         assert problem in said
 

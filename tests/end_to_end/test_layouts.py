@@ -12,7 +12,7 @@ from tests.helpers.training import SMALL, losses, records, train_forked
 WORDS = (
     *SMALL,
     *("model.layers=4", "model.norm=rmsnorm", "model.lrpe=all", "engine.precision=fp32"),
-    *("data.sequence_length=33", "data.global_batch=12", "data.isolate_documents=true", "schedule.steps=4"),
+    *("data.sequence_length=33", "data.global_batch=4", "data.isolate_documents=true", "schedule.steps=4"),
     *("evaluation.every=2", "evaluation.max_documents=20", "checkpoint.every=2"),
 )
 LAYOUTS = {
@@ -52,9 +52,25 @@ def test_a_layout_trains_as_one_process_does(words, alone, tmp_path, layout):
     assert len(held_out(run)) == 2
 
 
+def test_a_transformer_trains_in_a_layout_as_in_one_process(words, tmp_path):
+    of_linear_attention = ("model=demo", "model.lrpe=all")
+    words = ("model=transformer_demo", *(word for word in words if word not in of_linear_attention))
+    train_forked(1, *words, "engine=local", f"run_dir={tmp_path / 'alone'}")
+    layout = LAYOUTS["tp2 fsdp2, every second block"]
+    train_forked(4, *words, *layout, "parallel.sequence_parallel=true", f"run_dir={tmp_path / 'run'}")
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+    assert held_out(tmp_path / "run") == pytest.approx(held_out(tmp_path / "alone"), rel=1e-5)
+
+
 def test_a_run_goes_on_in_one_layout_after_another(words, tmp_path):
     """Within the growth of the batch, with a batch left out that was named at the first start alone."""
-    growing = ("schedule.steps=8", "schedule.ramp_from=4", "schedule.ramp_increment=4", "schedule.ramp_steps=6")
+    growing = (
+        "data.global_batch=12",
+        "schedule.steps=8",
+        "schedule.ramp_from=4",
+        "schedule.ramp_increment=4",
+        "schedule.ramp_steps=6",
+    )
     words = (*words, *growing, "evaluation.every=0", "checkpoint.keep=0")
     train_forked(1, *words, "engine=local", f"run_dir={tmp_path / 'whole'}", "data.skip_batches=[5]")
     cut = (*words, f"run_dir={tmp_path / 'cut'}")

@@ -123,7 +123,7 @@ def test_a_signal_to_every_process_readers_included_saves_as_well(words, tmp_pat
     status = run.status()
     assert status["state"] == "preempted"
     assert list(run.saved()) == [status["step"]] == [run.records("loss")[-1]["step"]]
-    assert said.count(f"saved step {status['step']}; the same command goes on") == 1
+    assert said.count(f"saved step {status['step']}; the same command continues the run") == 1
     assert "megatron_tn/train.py" not in said  # no traceback of a trainer
 
 

@@ -211,7 +211,7 @@ def test_rewinding_by_hand(words, wanted, tmp_path, capsys):
     kept = sorted((run / "checkpoints").glob("*.rewound-*"))
     assert [path.suffix.partition("-")[0] for path in kept] == [".rewound"] * 2
     said = (tmp_path / "said.0").read_text()
-    assert "checkpoint.resume=4 goes back; later checkpoints are kept" in said
+    assert "checkpoint.resume=4 is not the newest checkpoint; later ones are kept" in said
     assert all(str(path) in said for path in kept)
     assert "the new settings win:\ncheckpoint.at_end: True -> False\n" in said
     assert "settings differ" not in (tmp_path / "said.1").read_text()  # said once, not once a rank
@@ -227,12 +227,12 @@ def test_rewinding_by_hand(words, wanted, tmp_path, capsys):
     [
         ("data.skip_batches=[0]", "data.skip_batches: 0 is neither a step from 1 nor a range"),
         ("data.skip_batches=['9-7']", "data.skip_batches: '9-7' is neither"),
-        ("data.skip_batches=[13]", "data.skip_batches: 13 is past schedule.steps=12"),
+        ("data.skip_batches=[13]", "data.skip_batches: step 13 is above schedule.steps=12"),
         ("checkpoint.keep_best=1", "checkpoint.keep_best=1 needs held-out losses"),
         (
             "checkpoint.keep_best=1 evaluation.manifest=x evaluation.every=5",
-            "checkpoint.keep_best=1 keeps what is saved and evaluated at one step, but the first multiple of "
-            "checkpoint.every=4 and evaluation.every=5 is 20, past schedule.steps=12",
+            "checkpoint.keep_best=1 needs checkpoints of evaluated steps, but the first common multiple of "
+            "checkpoint.every=4 and evaluation.every=5, 20, is above schedule.steps=12",
         ),
         ("guard.max_consecutive=0", "guard.max_consecutive=0 must be at least 1"),
         ("guard.spike=explode", "guard.spike='explode': input should be"),

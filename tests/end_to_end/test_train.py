@@ -118,7 +118,7 @@ def test_weights_to_start_from_are_a_runs_or_an_exports(trained, tmp_path, capsy
     assert json.loads((saved / "manifest.json").read_text())["optimizer_step"] == 3
     none = f"run_dir={tmp_path / 'none'}"
     assert call(train, *settings, none, f"init_from={tmp_path / 'gone'}") == 2
-    assert f"init_from={tmp_path / 'gone'}: there is no checkpoint and no released model" in capsys.readouterr().err
+    assert f"init_from={tmp_path / 'gone'}: no checkpoint, run or released model is there" in capsys.readouterr().err
     assert call(train, *settings, none, f"init_from={trained}", "model.glu_dim=64") == 2
     assert "holds another model: glu_dim: 48 -> 64" in capsys.readouterr().err
 

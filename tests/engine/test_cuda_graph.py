@@ -8,13 +8,13 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from megatron_tn.config import DataConfig, EngineConfig, ParallelConfig
+from megatron_tn.config import DataConfig, EngineConfig, ModelConfig, ParallelConfig
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.training.diagnose import find_nonfinite
 from megatron_tn.training.step import train_step
-from tests.helpers.models import Rows, random_batch, tiny_config
-from tests.helpers.ranks import run_ranks, this_device
+from tests.helpers.models import TINY, TRANSFORMER, Rows, random_batch, tiny_config
+from tests.helpers.ranks import layout, run_shared, this_device
 
 ENGINES = [
     EngineConfig(name="local", precision="bf16", reduce_bucket_elements=3000),  # several buckets
@@ -29,6 +29,7 @@ class Case(NamedTuple):
     engine: EngineConfig
     accumulation: int
     packed: bool
+    model: ModelConfig = TINY
 
 
 class Run(NamedTuple):
@@ -42,6 +43,7 @@ def trained(case: Case, context: ParallelContext) -> Run:
     """In one of the six steps a hook looks at gradients. Data-parallel ranks see the same batches."""
     length, accumulation, rows = 48, case.accumulation, 1 if case.packed else 2
     config = tiny_config(
+        model=case.model,
         engine=case.engine,
         data=DataConfig(sequence_length=length, global_batch=2 * accumulation, micro_batch=rows),
         parallel=ParallelConfig(tp=context.tp.size, sequence_parallel=context.sequence_parallel),
@@ -64,7 +66,7 @@ def trained(case: Case, context: ParallelContext) -> Run:
 
 def both_ways(tp: int, cases: list[Case]) -> list[tuple[Run, Run]]:
     """Each case kernel by kernel, and replayed."""
-    context = ParallelContext.create(tp, sequence_parallel=tp > 1)
+    context = layout(tp, sequence_parallel=tp > 1)
     replayed = [case._replace(engine=dataclasses.replace(case.engine, cuda_graph=True)) for case in cases]
     return [(trained(case, context), trained(other, context)) for case, other in zip(cases, replayed, strict=True)]
 
@@ -81,7 +83,8 @@ def test_replayed_passes_are_the_eager_ones(device):
     # A CPU has no graphs: there one case shows that the setting changes nothing.
     ways = [(1, False), (3, False), (1, True)] if device == "cuda" else [(3, False)]
     cases = [Case(engine, *way) for engine in ENGINES for way in ways]
-    (pairs,) = run_ranks(1, both_ways, 1, cases, device=device)
+    cases += [Case(ENGINES[1], 3, packed, TRANSFORMER) for packed in ((False, True) if device == "cuda" else ())]
+    (pairs,) = run_shared(1, both_ways, 1, cases, device=device)
     check(pairs, cases)
 
 
@@ -89,7 +92,7 @@ def test_replayed_passes_are_the_eager_ones(device):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(2))])
 def test_replayed_collectives_are_the_eager_ones(tp, device):
     cases = [Case(engine, 2, False) for engine in ENGINES]
-    for pairs in run_ranks(2, both_ways, tp, cases, device=device):
+    for pairs in run_shared(2, both_ways, tp, cases, device=device):
         check(pairs, cases)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -19,14 +20,15 @@ from tests.engine.test_parity import (
     ZERO,
     ZERO_BF16,
     check_gradients,
+    in_chunks,
     name_of,
     train,
     train_each,
 )
-from tests.engine.test_replicas import assert_replicas_equal, replicated
 from tests.helpers.golden import NAMES, golden, relative_to_max
 from tests.helpers.models import TINY
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import layout, run_shared
+from tests.helpers.replicas import assert_replicas_equal, replicated
 
 pytestmark = pytest.mark.gpu
 TWO = pytest.mark.gpu(2)
@@ -63,6 +65,8 @@ def test_golden_vectors(name):
 @pytest.mark.parametrize(("world", "tp"), LAYOUTS)
 def test_gradients_equal_one_fp64_process(world, tp):
     cases = [(engine, n, TINY.norm) for engine in (LOCAL, *ZERO) for n in (1, 3)]
+    others = ("transformer", "layernorm", "hybrid", "cosformer", "transnormer_2022")
+    cases += [(engine, 3, model) for engine in (LOCAL, ZERO[1], FSDP2) for model in others]
     check_gradients(world, tp, [*cases, (ZERO[1], 1, "rmsnorm"), (ZERO[3], 3, "rmsnorm")], device="cuda")
 
 
@@ -70,8 +74,9 @@ def test_gradients_equal_one_fp64_process(world, tp):
 @pytest.mark.parametrize("cut", [False, True], ids=["whole products", "products in chunks"])
 def test_gradients_under_sequence_parallelism_equal_one_fp64_process(cut):
     recomputed = [dataclasses.replace(LOCAL, recompute=policy) for policy in ("selective", "full")]
+    models = ((1, TINY.norm), (3, "rmsnorm"), (1, "transformer"), (1, "hybrid"), (1, "cosformer"))
     for engines in ([LOCAL, *ZERO, ALL_PARTITIONED, FSDP2], recomputed[:1], recomputed[1:]):
-        cases = [(engine, n, norm) for engine in engines for n, norm in ((1, TINY.norm), (3, "rmsnorm"))]
+        cases = [(engine, n, model) for engine in engines for n, model in models]
         check_gradients(2, 2, cases, device="cuda", sequence_parallel=True, chunk_tokens=8 if cut else None)
 
 
@@ -80,7 +85,8 @@ def test_gradients_of_context_parallel_slices_equal_one_fp64_process():
     recomputed = [dataclasses.replace(LOCAL, recompute=policy) for policy in ("selective", "full")]
     cases = [(engine, n, TINY.norm) for engine in (LOCAL, *ZERO, FSDP2) for n in (1, 3)]
     check_gradients(2, 1, cases, device="cuda", cp=2)
-    check_gradients(2, 1, [(engine, 1, "rmsnorm") for engine in recomputed], device="cuda", cp=2)
+    others = [(engine, 1, model) for engine in recomputed for model in ("rmsnorm", "layernorm", "cosformer")]
+    check_gradients(2, 1, others, device="cuda", cp=2)
 
 
 @FOUR
@@ -94,11 +100,16 @@ def test_gradients_of_products_of_layouts_equal_one_fp64_process(tp, cp, shared)
     check_gradients(4, tp, cases, device="cuda", cp=cp, sequence_parallel=shared)
 
 
+@functools.cache
+def losses_in_fp32() -> list[float]:
+    return train(1, LOCAL, 10, TINY)["losses"]
+
+
 @pytest.mark.parametrize(("world", "tp"), LAYOUTS)
 def test_bf16_training_follows_fp32(world, tp):
-    exact = run_ranks(1, train, 1, LOCAL, 10, TINY)[0]["losses"]
+    exact = losses_in_fp32()
     for sequence_parallel in (False, True) if tp > 1 else (False,):
-        of_engines = run_ranks(world, train_each, tp, ZERO_BF16, 10, TINY, sequence_parallel, device="cuda")[0]
+        of_engines = run_shared(world, train_each, tp, ZERO_BF16, 10, TINY, sequence_parallel, device="cuda")[0]
         for name, found in of_engines.items():
             assert found["losses"] == pytest.approx(exact, rel=0.02), name
             assert found["losses"][-1] < found["losses"][0] - 0.1, name
@@ -107,7 +118,7 @@ def test_bf16_training_follows_fp32(world, tp):
 @TWO
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence_parallel"])
 def test_replicated_parameters_are_bit_equal_after_twenty_steps(sequence_parallel):
-    ranks = run_ranks(2, train, 2, ZERO_BF16[1], 20, RMSNORM, sequence_parallel, device="cuda")
+    ranks = run_shared(2, train, 2, ZERO_BF16[1], 20, RMSNORM, sequence_parallel, device="cuda")
     one, other = (replicated(found) for found in ranks)
     for name in one:
         assert torch.equal(one[name], other[name]), name
@@ -122,15 +133,18 @@ def replicas_of_each(
 @FOUR
 @pytest.mark.parametrize(("tp", "cp", "shared"), [(4, 1, True), (2, 2, True), (2, 2, False)], ids=str)
 def test_replicated_parameters_are_bit_equal_in_products_of_layouts(tp, cp, shared):
-    ranks = run_ranks(4, replicas_of_each, tp, cp, shared, [LOCAL, *ZERO, FSDP2], device="cuda")
+    ranks = run_shared(4, replicas_of_each, tp, cp, shared, [LOCAL, *ZERO, FSDP2], device="cuda")
     for name in ranks[0]:
-        assert_replicas_equal([found[name] for found in ranks], tp)
+        assert_replicas_equal([found[name] for found in ranks], tp, RMSNORM.layers)
 
 
 def products_of(cut: bool) -> list[torch.Tensor]:
     """Both products, forward and backward, in bf16, whole and under sequence parallelism, in one chunk or several."""
-    products.CHUNK_TOKENS["cuda"] = 512 if cut else 1 << 30
-    context = ParallelContext.create(2)
+    with in_chunks(512 if cut else 1 << 30):
+        return [x.float().cpu() for x in both_products(layout(2))]
+
+
+def both_products(context: ParallelContext) -> list[torch.Tensor]:
     draw = torch.Generator("cuda").manual_seed(context.tp.rank)
     found = []
     for rows in (0, 4099):
@@ -146,13 +160,13 @@ def products_of(cut: bool) -> list[torch.Tensor]:
         torch.autograd.backward(outs, [out.detach().sin() for out in outs])
         found += [x.detach() for x in outs] + [leaf.grad for leaf in (*leaves, beside)]
     torch.cuda.synchronize()
-    return [x.float().cpu() for x in found]
+    return found
 
 
 @TWO
 def test_products_in_chunks_are_the_whole_ones():
     for cut, whole in zip(
-        run_ranks(2, products_of, True, device="cuda"), run_ranks(2, products_of, False, device="cuda"), strict=True
+        run_shared(2, products_of, True, device="cuda"), run_shared(2, products_of, False, device="cuda"), strict=True
     ):
         for one, other in zip(cut, whole, strict=True):
             assert (one - other).norm() < 2e-3 * other.norm()

@@ -16,7 +16,7 @@ from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import train_step
 from tests.engine.test_parity import FSDP2, LOCAL, ZERO, name_of
 from tests.helpers.models import Rows, random_batch, tiny_config
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import layout, run_shared
 
 BF16 = [EngineConfig(name="deepspeed", zero_stage=stage, precision="bf16") for stage in range(4)]
 ENGINES = [LOCAL, *ZERO, *BF16, FSDP2, dataclasses.replace(FSDP2, precision="bf16")]
@@ -37,7 +37,7 @@ class Found(NamedTuple):
 
 def poisoned_steps(tp: int, cp: int) -> dict[str, Found]:
     """By each engine."""
-    context = ParallelContext.create(tp, cp)
+    context = layout(tp, cp)
     return {f"{name_of(engine)} {engine.precision}": poisoned_step(engine, context) for engine in ENGINES}
 
 
@@ -63,7 +63,7 @@ def poisoned_step(engine_config: EngineConfig, context: ParallelContext) -> Foun
 
 @pytest.mark.parametrize(("tp", "cp"), [(1, 1), (2, 1), (1, 2)], ids=str)
 def test_one_bad_rank_stops_the_update_everywhere(tp, cp):
-    for of_engines in run_ranks(2, poisoned_steps, tp, cp):
+    for of_engines in run_shared(2, poisoned_steps, tp, cp):
         assert len(of_engines) == len(ENGINES)
         for name, found in of_engines.items():
             assert found.applied == [True, False, True], name

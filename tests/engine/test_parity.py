@@ -5,19 +5,32 @@ from __future__ import annotations
 import dataclasses
 import functools
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 
 from megatron_tn.config import DataConfig, EngineConfig, OptimConfig, ParallelConfig
+from megatron_tn.config.model import SOFTMAX_KINDS
 from megatron_tn.engine.base import DTYPES
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.optim.schedule import learning_rate
 from megatron_tn.parallel import products
-from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.training.step import train_step
-from tests.helpers.models import TINY, Rows, random_batch, reference_gradients, relative_errors, tiny_config
-from tests.helpers.ranks import run_ranks, this_device
+from tests.helpers.models import (
+    COSFORMER,
+    HYBRID,
+    TINY,
+    TRANSFORMER,
+    TRANSNORMER_2022,
+    Rows,
+    random_batch,
+    reference_gradients,
+    relative_errors,
+    tiny_config,
+)
+from tests.helpers.ranks import layout, run_shared, this_device
+from tests.helpers.replicas import assert_replicas_equal, replicated
 
 SEED, LENGTH, BATCH = 7, 23, 12  # context-parallel slices are uneven
 LOCAL = EngineConfig(name="local", precision="fp32")
@@ -28,7 +41,17 @@ FSDP2 = EngineConfig(name="fsdp2", precision="fp32")
 ALL_PARTITIONED = dataclasses.replace(
     ZERO[3], deepspeed_config={"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 )
+RECOMPUTED = dataclasses.replace(FSDP2, recompute="full")
 RMSNORM = dataclasses.replace(TINY, norm="rmsnorm")
+MODELS = {
+    "simplermsnorm": TINY,
+    "rmsnorm": RMSNORM,
+    "layernorm": dataclasses.replace(TINY, norm="layernorm", absolute_positions=True),
+    "transformer": TRANSFORMER,
+    "hybrid": HYBRID,
+    "cosformer": COSFORMER,
+    "transnormer_2022": TRANSNORMER_2022,
+}
 
 
 def name_of(engine: EngineConfig) -> str:
@@ -40,7 +63,12 @@ class Case(NamedTuple):
     engine: str
     precision: str
     accumulation: int
-    norm: str
+    model: str
+
+
+def in_chunks(tokens: int | None):
+    """Products over tensor-parallel ranks are cut into chunks of as few; None: as ever."""
+    return mock.patch.dict(products.CHUNK_TOKENS, {} if tokens is None else {this_device().type: tokens})
 
 
 def gradients_of(
@@ -51,17 +79,15 @@ def gradients_of(
     chunk_tokens: int | None = None,
 ) -> dict[Case, tuple[dict[str, torch.Tensor], float]]:
     """case -> (gradients, gradient norm), of one step of the same global batch."""
-    if chunk_tokens:
-        products.CHUNK_TOKENS[this_device().type] = chunk_tokens
-    context = ParallelContext.create(tp, cp, sequence_parallel=sequence_parallel)
+    context = layout(tp, cp, sequence_parallel)
     tokens, targets = (part.to(this_device()) for part in random_batch(BATCH, LENGTH))
     share = BATCH // context.dp.size
     mine = slice(context.dp.rank * share, (context.dp.rank + 1) * share)
     found = {}
-    for engine_config, accumulation, norm in cases:
+    for engine_config, accumulation, model in cases:
         micro = share // accumulation
         config = tiny_config(
-            model=dataclasses.replace(TINY, norm=norm),
+            model=MODELS[model],
             engine=engine_config,
             parallel=ParallelConfig(tp=tp, cp=cp, sequence_parallel=sequence_parallel),
             data=DataConfig(sequence_length=LENGTH, global_batch=BATCH, micro_batch=micro),
@@ -69,24 +95,24 @@ def gradients_of(
         engine = build_engine(config, context, this_device())
         initialize_engine(engine, SEED)
         scale = 1 / (targets != -100).sum()
-        for index, (ids, wanted) in enumerate(zip(tokens[mine].split(micro), targets[mine].split(micro), strict=True)):
-            engine.forward_backward(ids, wanted, None, scale=scale, last=index == accumulation - 1)
+        with in_chunks(chunk_tokens):
+            for index, rows in enumerate(zip(tokens[mine].split(micro), targets[mine].split(micro), strict=True)):
+                engine.forward_backward(*rows, None, scale=scale, last=index == accumulation - 1)
         gradients = engine.named_logical_gradients()
         gradients = {name: gradient.cpu() for name, gradient in gradients.items()}
-        case = Case(name_of(engine_config), engine_config.precision, accumulation, norm)
+        case = Case(name_of(engine_config), engine_config.precision, accumulation, model)
         found[case] = gradients, engine.step(1e-3).grad_norm
     return found
 
 
 @functools.cache
-def reference(norm: str) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
+def reference(model: str) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
     """Every gradient of one fp64 process; and by precision, the relative error of each by one process in it."""
-    config = dataclasses.replace(TINY, norm=norm)
     tokens, targets = random_batch(BATCH, LENGTH)
-    _, exact = reference_gradients(config, SEED, tokens, targets)
+    _, exact = reference_gradients(MODELS[model], SEED, tokens, targets)
     errors = {}
     for precision, dtype in DTYPES.items():
-        _, single = reference_gradients(config, SEED, tokens, targets, dtype)
+        _, single = reference_gradients(MODELS[model], SEED, tokens, targets, dtype)
         errors[precision] = relative_errors(single, exact)
     return exact, errors
 
@@ -105,10 +131,10 @@ def check_gradients(
 
     chunk_tokens: products over tensor-parallel ranks are cut into chunks of as few.
     """
-    ranks = run_ranks(world, gradients_of, tp, cp, cases, sequence_parallel, chunk_tokens, device=device)
+    ranks = run_shared(world, gradients_of, tp, cp, cases, sequence_parallel, chunk_tokens, device=device)
     for rank, found in enumerate(ranks):
         for case, (gradients, grad_norm) in found.items():
-            exact, errors = reference(case.norm)
+            exact, errors = reference(case.model)
             for parameter, error in relative_errors(gradients, exact).items():
                 assert error <= max(1e-5, 2 * errors[case.precision][parameter]), (rank, case, parameter)
             total = torch.stack([value.norm() for value in exact.values()]).norm().item()
@@ -121,13 +147,20 @@ def check_gradients(
 def test_gradients_equal_one_fp64_process(world, tp, cp):
     engines = [LOCAL, *ZERO, FSDP2, *ZERO_BF16]
     covering = [(engine, 1 + 2 * (index % 2), TINY.norm) for index, engine in enumerate(engines)]
-    check_gradients(world, tp, [*covering, (ZERO[1], 1, "rmsnorm"), (ZERO[2], 3, "rmsnorm")], cp=cp)
+    cases = [*covering, (ZERO[1], 1, "rmsnorm"), (ZERO[2], 3, "rmsnorm"), (ZERO[3], 1, "layernorm")]
+    cases.append((dataclasses.replace(ZERO[2], recompute="selective"), 3, "cosformer"))
+    if cp == 1:
+        cases += [(engine, 1, "transformer") for engine in (LOCAL, ZERO[3], FSDP2, ZERO_BF16[1])]
+        cases += [(ALL_PARTITIONED, 1, "hybrid"), (dataclasses.replace(FSDP2, recompute="full"), 1, "transnormer_2022")]
+    check_gradients(world, tp, cases, cp=cp)
 
 
 @pytest.mark.parametrize(("world", "tp", "cp"), [(2, 2, 1), (4, 2, 1), (4, 4, 1), (4, 2, 2)], ids=str)
 def test_gradients_under_sequence_parallelism_equal_one_fp64_process(world, tp, cp):
     covering = [(engine, 1 + 2 * (index % 2), TINY.norm) for index, engine in enumerate([*ZERO, FSDP2, LOCAL])]
-    cases = [*covering, (ZERO[1], 3, "rmsnorm"), (ZERO[2], 1, "rmsnorm"), (FSDP2, 3, "rmsnorm")]
+    cases = [*covering, (ZERO[1], 3, "rmsnorm"), (ZERO[2], 1, "layernorm"), (FSDP2, 3, "layernorm")]
+    if cp == 1:
+        cases += [(engine, 1, "transformer") for engine in (LOCAL, ZERO[2], ALL_PARTITIONED, RECOMPUTED)]
     check_gradients(world, tp, cases, cp=cp, sequence_parallel=True)
 
 
@@ -149,21 +182,27 @@ LAYOUTS = [
 )
 def test_gradients_equal_one_fp64_process_in_every_layout(world, tp, cp, sequence_parallel):
     engines = [LOCAL, *ZERO, ALL_PARTITIONED, FSDP2]
-    norms = ("simplermsnorm", "rmsnorm")
-    cases = [(engine, n, norm) for engine in engines for n in (1, 3) for norm in norms]
+    models = [name for name, model in MODELS.items() if cp == 1 or not set(model.mixers) & set(SOFTMAX_KINDS)]
+    cases = [(engine, n, model) for engine in engines for n in (1, 3) for model in models]
     check_gradients(world, tp, cases, cp=cp, sequence_parallel=sequence_parallel)
 
 
 def train(
-    tp: int, engine_config: EngineConfig, steps: int, model=RMSNORM, sequence_parallel: bool = False, cp: int = 1
+    tp: int,
+    engine_config: EngineConfig,
+    steps: int,
+    model=RMSNORM,
+    sequence_parallel: bool = False,
+    cp: int = 1,
+    rows: int = 1,
 ) -> dict[str, Any]:
-    """Losses, gradient norms and, after the last step, this rank's parameters."""
-    context = ParallelContext.create(tp, cp, sequence_parallel=sequence_parallel)
+    """Losses, gradient norms and, after the last step, this rank's parameters. rows: of a microbatch."""
+    context = layout(tp, cp, sequence_parallel)
     config = tiny_config(
         model=model,
         engine=engine_config,
         parallel=ParallelConfig(tp=tp, cp=cp, sequence_parallel=sequence_parallel),
-        data=DataConfig(sequence_length=LENGTH, global_batch=4, micro_batch=1),
+        data=DataConfig(sequence_length=LENGTH, global_batch=4, micro_batch=rows),
         optim=OptimConfig(lr=1e-2, clip_norm=0.5),
     )
     engine = build_engine(config, context, this_device())
@@ -172,8 +211,8 @@ def train(
     reports = []
     for step in range(steps):
         tokens, targets = random_batch(4, LENGTH, seed=step % 4)
-        mine = range(context.dp.rank * share, (context.dp.rank + 1) * share)
-        batches = [Rows(tokens[i : i + 1], targets[i : i + 1]) for i in mine]
+        mine = range(context.dp.rank * share, (context.dp.rank + 1) * share, rows)
+        batches = [Rows(tokens[i : i + rows], targets[i : i + rows]) for i in mine]
         lr = learning_rate(step, config.optim, config.schedule)
         reports.append(train_step(engine, batches, lr, this_device()))
     owned = {(r.name, r.start): r.values["param"].clone().cpu() for r in engine.owned_ranges()}
@@ -194,7 +233,7 @@ def train_each(tp: int, engines: list[EngineConfig], *options: Any) -> dict[str,
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
     """Twenty steps of one process."""
-    found = run_ranks(1, train, 1, LOCAL, 20)[0]
+    found = train(1, LOCAL, 20)
     assert found["losses"][-1] < found["losses"][0] - 0.1
     return found
 
@@ -205,15 +244,18 @@ def alone() -> dict[str, Any]:
     ids=["whole", "sequence_parallel"],
 )
 def test_twenty_steps_of_training_equal_one_process(alone, engines, sequence_parallel):
-    for of_engines in run_ranks(4, train_each, 2, engines, 20, RMSNORM, sequence_parallel):
+    ranks = run_shared(4, train_each, 2, engines, 20, RMSNORM, sequence_parallel)
+    for of_engines in ranks:
         for name, found in of_engines.items():
             assert found["losses"] == pytest.approx(alone["losses"], rel=2e-4), name
             assert found["norms"] == pytest.approx(alone["norms"], rel=2e-3), name
+    for name in ranks[0]:
+        assert_replicas_equal([replicated(of_engines[name]) for of_engines in ranks], 2, RMSNORM.layers)
 
 
 def test_bf16_trains_with_fp32_masters():
     """Updates far below a bf16 step must add up in the masters."""
-    for found in run_ranks(2, train_each, 1, ZERO_BF16, 8, TINY)[0].values():
+    for found in run_shared(2, train_each, 1, ZERO_BF16, 8, TINY)[0].values():
         assert found["losses"][-1] < found["losses"][0]
         masters = torch.cat(list(found["owned"].values()))
         assert masters.dtype == torch.float32
@@ -225,7 +267,7 @@ def test_zero1_in_bf16_trains_as_the_local_engine_does(elements):
     """Sums of bf16 gradients are reduced, in buckets, to the rank that updates them, and its parameters gathered."""
     ours = EngineConfig(name="deepspeed", zero_stage=1, precision="bf16", reduce_bucket_elements=elements)
     theirs = EngineConfig(name="local", precision="bf16", reduce_bucket_elements=50_000_000 // elements)
-    found, wanted = (run_ranks(4, train, 2, engine, 6, RMSNORM, True) for engine in (ours, theirs))
+    found, wanted = (run_shared(4, train, 2, engine, 6, RMSNORM, True) for engine in (ours, theirs))
     for one, other in zip(found, wanted, strict=True):
         assert one["losses"] == pytest.approx(other["losses"], rel=1e-6)
         assert one["norms"] == pytest.approx(other["norms"], rel=1e-6)

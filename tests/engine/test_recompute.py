@@ -1,29 +1,32 @@
 """Recomputation changes what is kept, never what comes out; a block compiles without a break at our operators."""
 
+import contextlib
 import dataclasses
 import functools
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from megatron_tn.config import EngineConfig, ParallelConfig
+from megatron_tn.config import EngineConfig, ModelConfig, ParallelConfig
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.model.block import Block
 from megatron_tn.model.init import initialize
 from megatron_tn.model.registry import build_model
-from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.recompute import recompute_blocks
 from megatron_tn.planning.live import LiveMemory
 from tests.engine.test_parity import ALL_PARTITIONED, FSDP2, LOCAL, ZERO
-from tests.helpers.models import TINY, random_batch, tiny_config
-from tests.helpers.ranks import run_ranks, this_device
+from tests.helpers.models import TINY, TRANSFORMER, random_batch, tiny_config
+from tests.helpers.ranks import layout, run_shared, this_device
+
+LRPE_EVERYWHERE = dataclasses.replace(TINY, lrpe="all")
 
 
-def backward(policy: str, every: int = 1) -> tuple[int, dict[str, torch.Tensor]]:
+def backward(policy: str, every: int = 1, config: ModelConfig = LRPE_EVERYWHERE) -> tuple[int, dict[str, torch.Tensor]]:
     """Bytes that the forward pass leaves behind, and every gradient."""
-    model = build_model(dataclasses.replace(TINY, lrpe="all"), None, "cpu", torch.float32)
+    model = build_model(config, None, "cpu", torch.float32)
     initialize(model, 0)
     recompute_blocks(model.model.layers, policy, every)
     tokens, targets = random_batch(2, 64)
@@ -42,9 +45,10 @@ def backward(policy: str, every: int = 1) -> tuple[int, dict[str, torch.Tensor]]
 
 
 @pytest.mark.parametrize("policy", ["selective", "full"])
-def test_gradients_are_those_of_no_recomputation(policy):
-    _, wanted = backward("none")
-    _, found = backward(policy)
+@pytest.mark.parametrize("config", [LRPE_EVERYWHERE, TRANSFORMER], ids=lambda config: config.name)
+def test_gradients_are_those_of_no_recomputation(config, policy):
+    _, wanted = backward("none", config=config)
+    _, found = backward(policy, config=config)
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
         assert torch.equal(found[name], gradient), name
@@ -70,7 +74,7 @@ def gradients(
     engine_config: EngineConfig, tp: int, cp: int = 1, sequence_parallel: bool = False
 ) -> dict[str, torch.Tensor]:
     torch._dynamo.reset()
-    context = ParallelContext.create(tp, cp, sequence_parallel=sequence_parallel)
+    context = layout(tp, cp, sequence_parallel)
     parallel = ParallelConfig(tp=tp, cp=cp, sequence_parallel=sequence_parallel)
     engine = build_engine(tiny_config(engine=engine_config, parallel=parallel), context, this_device())
     initialize_engine(engine, 3)
@@ -85,39 +89,52 @@ def all_gradients(
     tp: int, cases: list[EngineConfig], cp: int = 1, sequence_parallel: bool = False
 ) -> list[dict[str, torch.Tensor]]:
     # On a CPU inductor needs a C++ compiler; what comes before it, where hooks and collectives count, does not.
-    if this_device().type == "cpu":
-        Block.compile = functools.partialmethod(nn.Module.compile, backend="aot_eager")
-    return [gradients(case, tp, cp, sequence_parallel) for case in cases]
+    on_cpu = mock.patch.object(Block, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager"))
+    with on_cpu if this_device().type == "cpu" else contextlib.nullcontext():
+        return [gradients(case, tp, cp, sequence_parallel) for case in cases]
 
 
 OVER_TWO = [(1, 1, False), (2, 1, False), (2, 1, True), (1, 2, False)]  # tp, cp, sequence parallel
-HOOKED = (ZERO[3], ALL_PARTITIONED, FSDP2)  # engines that gather weights as a block runs
+ENGINES = (LOCAL, ZERO[1], ZERO[3], ALL_PARTITIONED, FSDP2)
+POLICIES = (("none", 1), ("selective", 1), ("full", 1), ("full", 2))  # policy, every
+ALL = [(engine, *policy, compiled) for compiled in ("none", "blocks") for engine in ENGINES for policy in POLICIES]
+# Two policies an engine in each layout; all four in any two layouts that follow each other.
+EAGER = [
+    [(engine, *POLICIES[(place + first) % 4], "none") for place, engine in enumerate(ENGINES) for first in (at, at + 2)]
+    for at in range(len(OVER_TWO))
+]
+# Engines that gather weights as a block runs, and every policy: a compiled case takes two seconds.
+COMPILED = [
+    (ZERO[3], "none", 1, "blocks"),
+    (ZERO[3], "full", 2, "blocks"),
+    (FSDP2, "selective", 1, "blocks"),
+    (FSDP2, "full", 1, "blocks"),
+]
 
 
 @pytest.mark.parametrize(
-    ("tp", "cp", "sequence_parallel", "engines", "compiled"),
+    ("tp", "cp", "sequence_parallel", "cases"),
     [
-        *(pytest.param(*layout, (LOCAL, ZERO[1], *HOOKED), "none") for layout in OVER_TWO),
-        pytest.param(*OVER_TWO[0], (ZERO[3], FSDP2), "blocks"),
-        *(pytest.param(*layout, (LOCAL, ZERO[1], *HOOKED), "blocks", marks=pytest.mark.full) for layout in OVER_TWO),
+        *(pytest.param(*over, cases, id=f"{over}-eager") for over, cases in zip(OVER_TWO, EAGER, strict=True)),
+        pytest.param(*OVER_TWO[0], COMPILED, id=f"{OVER_TWO[0]}-compiled"),
+        *(pytest.param(*over, ALL, id=f"{over}-all", marks=pytest.mark.full) for over in OVER_TWO),
     ],
-    ids=lambda value: "" if isinstance(value, tuple) else str(value),
 )
-def test_every_engine_recomputes(tp, cp, sequence_parallel, engines, compiled):
+def test_every_engine_recomputes(tp, cp, sequence_parallel, cases):
     cases = [
         dataclasses.replace(engine, recompute=policy, recompute_every=every, compile=compiled)
-        for engine in engines
-        for policy, every in (("none", 1), ("selective", 1), ("full", 1), ("full", 2))
+        for engine, policy, every, compiled in cases
     ]
-    for wanted, *found in run_ranks(2, all_gradients, tp, [LOCAL, *cases], cp, sequence_parallel):
+    for wanted, *found in run_shared(2, all_gradients, tp, [LOCAL, *cases], cp, sequence_parallel):
         for case, result in zip(cases, found, strict=True):
             for name, gradient in result.items():
                 assert torch.allclose(gradient, wanted[name], rtol=0, atol=2e-6 * wanted[name].norm()), (case, name)
 
 
 @pytest.mark.parametrize("policy", ["none", "full"])
-def test_a_block_is_one_graph(policy):
-    model = build_model(TINY, None, "cpu", torch.float32)
+@pytest.mark.parametrize(("config", "graphs"), [(TINY, 2), (TRANSFORMER, 1)], ids=["transnormer", "transformer"])
+def test_a_block_is_one_graph(config, graphs, policy):
+    model = build_model(config, None, "cpu", torch.float32)
     initialize(model, 0)
     tokens, targets = random_batch(2, 24)
     wanted = model.loss(tokens, targets)
@@ -129,16 +146,18 @@ def test_a_block_is_one_graph(policy):
     loss = model.loss(tokens, targets)
     loss.backward()
     assert torch.allclose(loss, wanted, rtol=1e-6)
-    # The first block has LRPE; all others share a graph, whatever their decay rates.
-    assert compiled.frame_count == 2
+    # TransNormerLLM's first block has LRPE; all others share a graph, whatever their decay rates.
+    assert compiled.frame_count == graphs
 
 
-def compiled_gradients(tp: int, cp: int, sequence_parallel: bool) -> list[dict[str, torch.Tensor]]:
+def compiled_gradients(
+    tp: int, cp: int, sequence_parallel: bool, policies: tuple[str, ...]
+) -> list[dict[str, torch.Tensor]]:
     """Eager, and of blocks compiled with each policy, which must not break at a collective."""
-    context = ParallelContext.create(tp, cp, sequence_parallel=sequence_parallel)
+    context = layout(tp, cp, sequence_parallel)
     tokens, targets = random_batch(3, 7)
     found = []
-    for compiled, policy in ((False, "none"), (True, "none"), (True, "selective"), (True, "full")):
+    for compiled, policy in ((False, "none"), *((True, policy) for policy in policies)):
         model = build_model(TINY, context, "cpu", torch.float32)
         initialize(model, 0)
         recompute_blocks(model.model.layers, policy)
@@ -151,9 +170,18 @@ def compiled_gradients(tp: int, cp: int, sequence_parallel: bool) -> list[dict[s
     return found
 
 
-@pytest.mark.parametrize(("tp", "cp", "shared"), [(2, 1, False), (2, 1, True), (1, 2, False)], ids=str)
-def test_a_block_over_ranks_is_one_graph(tp, cp, shared):
-    for eager, *compiled in run_ranks(2, compiled_gradients, tp, cp, shared):
+@pytest.mark.parametrize(
+    ("over", "policies"),
+    [
+        ((2, 1, False), ("none", "full")),
+        ((2, 1, True), ("selective", "full")),
+        ((1, 2, False), ("none", "selective")),
+        *(pytest.param(over, ("none", "selective", "full"), marks=pytest.mark.full) for over in OVER_TWO[1:]),
+    ],
+    ids=str,
+)
+def test_a_block_over_ranks_is_one_graph(over, policies):
+    for eager, *compiled in run_shared(2, compiled_gradients, *over, policies):
         for found in compiled:
             for name, gradient in eager.items():
                 assert torch.allclose(found[name], gradient, rtol=0, atol=2e-6 * gradient.norm()), name
@@ -168,7 +196,7 @@ def test_compiled_or_recomputed_on_the_gpu(name, stage):
         for policy in ("none", "selective", "full")
     ]
     others.append(dataclasses.replace(others[1], compile="none"))
-    (wanted, *found) = run_ranks(1, all_gradients, 1, [eager, *others], device="cuda")[0]
+    (wanted, *found) = run_shared(1, all_gradients, 1, [eager, *others], device="cuda")[0]
     for result in found:
         for parameter, gradient in result.items():
             difference = (gradient - wanted[parameter]).norm() / wanted[parameter].norm()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
@@ -10,47 +10,27 @@ import torch
 from megatron_tn.parallel import products
 from megatron_tn.parallel.sequence import TokenSlices
 from tests.engine.test_parity import FSDP2, LOCAL, RMSNORM, ZERO, name_of, train
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import run_shared
+from tests.helpers.replicas import assert_replicas_equal, replicated
 
 STEPS = 20
 WAYS = pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence_parallel"])
 ENGINES = {name_of(engine): engine for engine in (LOCAL, *ZERO, FSDP2)}
 LAYOUTS = [(2, 1, False), (2, 1, True), (2, 2, False), (2, 2, True), (4, 1, False), (4, 1, True)]  # tp, cp, sequence
-COVERING = [
-    ("local", LAYOUTS[0]),
-    ("zero1", LAYOUTS[1]),
-    ("zero2", LAYOUTS[3]),
-    ("zero3", LAYOUTS[0]),
-    ("fsdp2", LAYOUTS[5]),
-]
+# test_parity's twenty steps have every engine with tp 2, and ZeRO 1 with sequence parallelism.
+COVERING = [("zero2", LAYOUTS[3]), ("fsdp2", LAYOUTS[1]), ("local", LAYOUTS[5])]
 REST = [(name, layout) for name in ENGINES for layout in LAYOUTS if (name, layout) not in COVERING]
-
-
-def replicated(found: dict) -> dict[tuple[str, int], torch.Tensor]:
-    """Masters of norm weights before the mixers and at the end, which every tensor-parallel rank holds whole: by name
-    and first element, as much as the engine leaves this rank."""
-    return {place: value for place, value in found["owned"].items() if place[0].endswith("_norm.weight")}
-
-
-def assert_replicas_equal(ranks: list[dict[tuple[str, int], torch.Tensor]], tp: int) -> None:
-    """Every holder's bits are the same, every norm weight has been trained, and tp ranks or more hold each piece."""
-    holders = Counter(place for found in ranks for place, value in found.items() if value.numel())
-    assert len({parameter for parameter, _ in holders}) == 2 * RMSNORM.layers + 1
-    assert all(count % tp == 0 for count in holders.values())
-    first = {place: value for found in reversed(ranks) for place, value in found.items()}
-    for found in ranks:
-        for place, value in found.items():
-            assert torch.equal(value, first[place]), place
-    assert all((value != 1).any() for value in first.values() if value.numel())  # trained
 
 
 def train_without_a_reduction(tp: int, sequence_parallel: bool) -> dict:
     """Where tokens are whole, of what the products send back; where they are shared out, of the weights' gradients."""
-    if sequence_parallel:
-        TokenSlices.repeated = lambda slices, parameter: parameter
-    else:
-        products.start_sum_of_gradients = lambda dx, group, rows: dx
-    return train(tp, LOCAL, STEPS, RMSNORM, sequence_parallel)
+    left_out = (
+        mock.patch.object(TokenSlices, "repeated", lambda slices, parameter: parameter)
+        if sequence_parallel
+        else mock.patch.object(products, "start_sum_of_gradients", lambda dx, group, rows: dx)
+    )
+    with left_out:
+        return train(tp, LOCAL, STEPS, RMSNORM, sequence_parallel, rows=4)
 
 
 @pytest.mark.parametrize(
@@ -60,11 +40,13 @@ def train_without_a_reduction(tp: int, sequence_parallel: bool) -> dict:
 )
 def test_replicated_parameters_are_bit_equal_after_twenty_steps(name, layout):
     tp, cp, shared = layout
-    ranks = [replicated(found) for found in run_ranks(4, train, tp, ENGINES[name], STEPS, RMSNORM, shared, cp)]
-    assert_replicas_equal(ranks, tp)
+    one_microbatch = tp * cp  # rows
+    ranks = run_shared(4, train, tp, ENGINES[name], STEPS, RMSNORM, shared, cp, one_microbatch)
+    ranks = [replicated(found) for found in ranks]
+    assert_replicas_equal(ranks, tp, RMSNORM.layers)
 
 
 @WAYS
 def test_a_reduction_left_out_makes_them_differ(sequence_parallel):
-    one, other = (replicated(found) for found in run_ranks(2, train_without_a_reduction, 2, sequence_parallel))
+    one, other = (replicated(found) for found in run_shared(2, train_without_a_reduction, 2, sequence_parallel))
     assert any(not torch.equal(one[place], other[place]) for place in one)

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_tn.gradients.accumulator import Bucket, GradientAccumulator, split_into_buckets
-from megatron_tn.parallel.context import Axis, ParallelContext
-from tests.helpers.ranks import run_ranks
+from megatron_tn.parallel.context import Axis
+from tests.helpers.ranks import layout, run_shared
 
 LAYERS, WIDTH = 6, 8
 PADDING = 4  # elements of a buffer that are no parameter's, so that it has equal parts
@@ -45,7 +45,7 @@ def reduced(elements: int, partitioned: bool) -> tuple[list[torch.Tensor], list[
         for group, wanted in zip(groups, expected, strict=True)
         for parameter, total in zip(group, Bucket(group, wanted).sums(), strict=True)
     }
-    axis = ParallelContext.create().data
+    axis = layout().data
     accumulator = GradientAccumulator(buckets, axis, partitioned=partitioned)
     works = axis.size if partitioned else 1  # of a bucket: on a CPU each part is reduced to its rank
     sent: list[int] = []
@@ -72,7 +72,7 @@ def reduced(elements: int, partitioned: bool) -> tuple[list[torch.Tensor], list[
 @pytest.mark.parametrize("partitioned", [False, True], ids=["to all", "to their owners"])
 @pytest.mark.parametrize("elements", [1, 2 * WIDTH * WIDTH, 1 << 20], ids=["each", "two layers", "all"])
 def test_sums_are_those_of_one_all_reduce(elements, partitioned):
-    for rank, (found, expected, sent) in enumerate(run_ranks(2, reduced, elements, partitioned)):
+    for rank, (found, expected, sent) in enumerate(run_shared(2, reduced, elements, partitioned)):
         for one, other in zip(found, expected, strict=True):
             half = len(one) // 2
             mine = slice(rank * half, (rank + 1) * half) if partitioned else slice(None)

@@ -15,6 +15,35 @@ from megatron_tn.model.registry import build_model
 
 # Eight heads and a GLU width of 96 divide by every tensor-parallel size up to 8; 101 does not, so rows are padded.
 TINY = ModelConfig(name="tiny", vocab_size=101, embed_dim=64, layers=3, heads=8, glu_dim=96, init_std=0.05)
+# The same shape as a Transformer.
+TRANSFORMER = dataclasses.replace(
+    TINY, name="tiny transformer", architecture="transformer", norm="rmsnorm", glu_act="silu", scale_embedding=False
+)
+HYBRID = dataclasses.replace(TINY, name="tiny hybrid", attention=["linear", "softmax"], lrpe="all")
+COSFORMER = dataclasses.replace(
+    TINY,
+    name="tiny cosformer",
+    architecture="cosformer",
+    max_length=24,
+    act="relu",
+    gate=False,
+    lrpe="none",
+    decay="none",
+    norm="rmsnorm",
+    glu_act="silu",
+)
+TRANSNORMER_2022 = dataclasses.replace(
+    TINY,
+    name="tiny transnormer",
+    architecture="transnormer_2022",
+    block_length=4,
+    act="1+elu",
+    gate=False,
+    lrpe="all",
+    decay="none",
+    norm="rmsnorm",
+    glu_act="silu",
+)
 
 
 class Rows(NamedTuple):

@@ -22,14 +22,19 @@ TRITON_MODULES = (
     "kernels.gla.triton_features",
     "kernels.gla.triton_gate",
     "kernels.gla.triton_step",
+    "kernels.rmsnorm.triton_rmsnorm",
+    "kernels.rope.triton_rope",
+    "kernels.gla.triton_buffered",
     "kernels.gla.feature_map",
     "kernels.gla.passes",
     "kernels.cross_entropy.triton_exponentials",
     "kernels.cross_entropy.triton_gradient",
     "kernels.cross_entropy.exponentials",
     "kernels.embedding.triton_embedding",
+    "kernels.sampling.triton_sampling",
     "kernels.sglu.triton_sglu",
     "kernels.srmsnorm.triton_norm",
+    "kernels.token.triton_token",
 )
 
 

@@ -81,11 +81,13 @@ def test_rows_and_picture_are_written(tmp_path):
 
 
 def test_the_command_writes_rows_of_the_operators_it_is_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["bench", "--only", "sglu,branch", "--output", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["bench", "--only", "sglu,branch,rope,add_rms", "--output", str(tmp_path)])
     monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e6)
     assert bench.main() == 0
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert {row["name"].partition(",")[0] for row in rows} == {"device copy", "branch_simple_rms_norm", "sglu"}
+    assert {row["name"].partition(",")[0] for row in rows} == {
+        *("device copy", "branch_simple_rms_norm", "add_rms_norm", "sglu", "rope")
+    }
 
 
 def test_tuning_orders_tiles_and_puts_the_pinned_one_back(monkeypatch):

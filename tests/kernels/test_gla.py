@@ -18,7 +18,7 @@ def test_any_length(length, dtype, with_lrpe):
     Gated.random(length=length, dtype=dtype, with_lrpe=with_lrpe, begin=3).check()
 
 
-@pytest.mark.parametrize("act", ["none", "silu", "1+elu"])
+@pytest.mark.parametrize("act", ["none", "silu", "1+elu", "relu"])
 @pytest.mark.parametrize("gate", [True, False], ids=["gated", "not gated"])
 def test_every_activation(act, gate):
     Gated.random(act=act, gate=gate, length=40).check()
@@ -99,7 +99,7 @@ def test_views_and_results():
         ({"decay": torch.zeros(0)}, r"qkvu.shape\[2\]=192 must be 4 H d with H from decay.shape=\(0,\)"),
         ({"qkvu": torch.zeros(70, 192)}, r"must be \[B, T, 4 H d\]"),
         ({"qkvu": torch.zeros(2, 0, 192)}, "length T=0 must be at least 1"),
-        ({"act": "relu"}, "act='relu' is not one of the activations"),
+        ({"act": "gelu"}, "act='gelu' is not one of the activations"),
         ({"theta": torch.zeros(3, 16)}, r"theta.shape=\(3, 16\) must be \[H, 1, d\] = \(3, 1, 16\)"),
         ({"theta": torch.zeros(3, 1, 16, device="meta")}, "theta.device=meta must be that of the other inputs, cpu"),
         ({"positions": torch.zeros(70)}, "positions.dtype=torch.float32"),

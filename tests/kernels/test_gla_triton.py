@@ -29,7 +29,7 @@ def test_any_width_with_lrpe(triton_device, width):
     Gated.random(length=35, batch=1, width=width, rates=(0.05,), device=triton_device).check()
 
 
-@pytest.mark.parametrize("act", ["none", "1+elu"])
+@pytest.mark.parametrize("act", ["none", "1+elu", "relu"])
 @pytest.mark.parametrize("with_lrpe", [False, True], ids=["plain", "lrpe"])
 def test_every_activation(triton_device, act, with_lrpe):
     """At a width that is padded, where 1 + elu makes ones of zeros."""

@@ -28,11 +28,12 @@ def small_vocabulary(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_plain_pytorch_passes(dtype):
-    norms = ["simple_rms_norm", "add_simple_rms_norm", "add_scaled_simple_rms_norm"]
+    norms = ["simple_rms_norm", "add_simple_rms_norm", "add_scaled_simple_rms_norm", "rms_norm", "add_rms_norm"]
     others = ["sglu", "scaled_embedding", "scaled_embedding_sum", "linear_cross_entropy", "adamw_"]
     names = ["lightning_attention", "gla", "gla_theta", *norms, *others]
     assert list(check("cpu", dtype, key_width=48)) == names
     assert list(check("cpu", dtype)) == [name for name in names if name != "gla_theta"]
+    assert list(check("cpu", dtype, rope_base=1e4, glu_act="silu")) == ["rope", *norms, *others]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.full)], ids=str)
@@ -121,6 +122,9 @@ def off_step(right):
         ("kernels.srmsnorm.triton_norm", "backward", "simple_rms_norm"),
         ("kernels.srmsnorm.triton_norm", "add_scaled_backward", "add_scaled_simple_rms_norm"),
         ("kernels.sglu.triton_sglu", "backward", "sglu"),
+        ("kernels.rope.triton_rope", "rotate_heads", "rope"),
+        ("kernels.rmsnorm.triton_rmsnorm", "backward", "rms_norm"),
+        ("kernels.rmsnorm.triton_rmsnorm", "backward", "add_rms_norm"),
         ("kernels.embedding.triton_embedding", "forward", "scaled_embedding"),
         ("kernels.embedding.triton_embedding", "add_gradient_", "scaled_embedding_sum"),
         ("kernels.cross_entropy.exponentials", "exponentials", "linear_cross_entropy"),
@@ -138,7 +142,7 @@ def test_a_broken_kernel_is_named(triton_device, monkeypatch, one_operator, modu
         found = importlib.import_module(module)
         monkeypatch.setattr(found, function, changed_argument(getattr(found, function)))
     with pytest.raises(KernelMismatchError, match=f"^{operator} at "):
-        check(triton_device)
+        check(triton_device, rope_base=1e4 if operator == "rope" else None)
 
 
 def test_a_broken_kernel_makes_all_fall_back(triton_device, monkeypatch, caplog):

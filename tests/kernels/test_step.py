@@ -4,6 +4,9 @@ import pytest
 import torch
 
 import kernels
+from kernels.gla.buffered import gla_step_buffered_
+from kernels.gla.step import gla_step
+from kernels.gla.step_buffer import StepBuffer
 from tests.kernels.gla_support import Gated
 from tests.kernels.support import TOLERANCE, assert_close, strided
 
@@ -11,18 +14,17 @@ LRPE = pytest.mark.parametrize("with_lrpe", [False, True], ids=["plain", "lrpe"]
 
 
 def decode(case: Gated):
-    """The three results without autograd, which is what takes the one-token kernel."""
+    """The three results without autograd, which is what takes the one-token kernel, in both of its forms."""
+    given = {"act": case.act, "gate": case.gate, "positions": case.positions}
+    inputs = (case.qkvu, case.decay, case.theta)
     with torch.no_grad():
-        return kernels.gla(
-            case.qkvu,
-            case.decay,
-            case.theta,
-            act=case.act,
-            gate=case.gate,
-            positions=case.positions,
-            initial_state=case.initial_state,
-            return_state=True,
-        )
+        y, square_sum, state = kernels.gla(*inputs, **given, initial_state=case.initial_state, return_state=True)
+        if case.qkvu.shape[1] == 1:
+            written = case.initial_state.clone()
+            results = kernels.gla(*inputs, **given, initial_state=written, update_state=True)
+            assert all(map(torch.equal, (*results[:2], written), (y, square_sum, state)))
+            assert results[2] is None
+    return y, square_sum, state
 
 
 def check(**sizes) -> None:
@@ -47,7 +49,7 @@ def test_triton(triton_device, width, dtype, with_lrpe):
     check(dtype=dtype, width=width, with_lrpe=with_lrpe, batch=3, device=triton_device)
 
 
-@pytest.mark.parametrize("act", ["none", "1+elu"])
+@pytest.mark.parametrize("act", ["none", "1+elu", "relu"])
 def test_triton_with_other_activations_and_no_gate(triton_device, act):
     check(act=act, gate=False, with_lrpe=act == "none", device=triton_device)
 
@@ -99,6 +101,72 @@ def test_a_negative_rate_is_refused():
         decode(case)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"length": 2}, "needs one token"),
+        ({"dtype": torch.float64}, "must be contiguous and torch.float32"),
+        ({"view": True}, "must be contiguous and torch.float32"),
+    ],
+    ids=["length", "dtype", "view"],
+)
+def test_a_state_that_cannot_be_written_over_is_refused(change, message):
+    case = Gated.random(length=change.get("length", 1), with_lrpe=False)
+    state = case.initial_state.to(change.get("dtype", torch.float32))
+    state = state.mT if "view" in change else state
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        kernels.gla(case.qkvu, case.decay, None, act="silu", initial_state=state, update_state=True)
+
+
 def test_gradients_are_not_lost():
     """With autograd on, one token goes the way that has a backward pass."""
     Gated.random(length=1).check()
+
+
+BATCH, SLOTS = 3, 4  # of the buffered cases
+
+
+def buffered_and_plain_steps(case: Gated, tokens: int, entering: int):
+    """y, sum of o^2 and state after each of `tokens` steps: buffered, and by gla_step. Row 1 takes the state of a new
+    sequence before step `entering`, which lies between two folds."""
+    fresh = case.initial_state[1].flip(0).contiguous()
+    device = case.qkvu.device
+    slot, start = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(BATCH, dtype=torch.int64, device=device)
+    buffer = StepBuffer.around(case.initial_state.clone(), SLOTS, case.qkvu.dtype, slot, start)
+    state = case.initial_state.clone()
+    found = []
+    for t in range(tokens):
+        if t == entering:
+            state = state.clone()
+            buffer.state[1], state[1], start[1] = fresh, fresh, slot[0]
+        arguments = (case.decay, case.theta, case.act, case.gate, case.positions[t : t + 1])
+        x = case.qkvu[:, t : t + 1]
+        got = gla_step_buffered_(x, *buffer, *arguments)
+        *wanted, state = gla_step(x, state, *arguments)
+        buffer.advance()
+        found.append(((*got, buffer.folded(case.decay)), (*wanted, state)))
+    return found
+
+
+def check_buffered(tolerance: float, **sizes) -> None:
+    case = Gated.random(length=11, batch=BATCH, begin=70_001, **sizes)
+    for got, wanted in buffered_and_plain_steps(case, 11, entering=6):
+        assert_close("y norm state", got, wanted, tolerance)
+
+
+@LRPE
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_buffered_steps_in_plain_pytorch(dtype, with_lrpe):
+    check_buffered(TOLERANCE[dtype], dtype=dtype, with_lrpe=with_lrpe)
+
+
+@LRPE
+@pytest.mark.parametrize("width", [8, 48, 80])
+def test_buffered_steps_in_triton(triton_device, width, with_lrpe):
+    check_buffered(TOLERANCE[torch.float32], width=width, with_lrpe=with_lrpe, device=triton_device)
+
+
+@pytest.mark.gpu
+@LRPE
+def test_buffered_steps_in_bf16_on_the_gpu(cuda, with_lrpe):
+    check_buffered(TOLERANCE[torch.bfloat16], dtype=torch.bfloat16, width=128, with_lrpe=with_lrpe, device=cuda)

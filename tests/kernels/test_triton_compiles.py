@@ -231,17 +231,83 @@ def test_embedding(capability):
 
 
 @pytest.mark.parametrize("capability", sorted(TILES))
+def test_rmsnorm(capability):
+    from kernels.rmsnorm import triton_rmsnorm as norm
+    from kernels.rows import block_for
+
+    for kernel in (norm.forward_kernel, norm.backward_kernel):
+        types = {name: "*bf16" for name in kernel.arg_names if name.endswith("_pointer")} | {"eps": "fp32"}
+        if "parts_pointer" in types:
+            types["parts_pointer"] = "*fp32"
+        for width in (2048, 4096):
+            block, warps = block_for(width)
+            assert resources(compiled(kernel, capability, types, {"WIDTH": block}, num_warps=warps))[1] == 0
+
+
+@pytest.mark.parametrize("capability", sorted(TILES))
+def test_rope(capability):
+    from kernels.rope import triton_rope
+
+    types = dict.fromkeys(("q_pointer", "k_pointer", "rotated_q_pointer", "rotated_k_pointer"), "*bf16")
+    types |= {"positions_pointer": "*i64", "fractions_pointer": "*i64"}
+    constants = {"BACK": True, "QUICK": True, "HEADS": 16, "HALF": 64}
+    assert resources(compiled(triton_rope.rope_kernel, capability, types, constants, num_warps=4))[1] == 0
+
+
+@pytest.mark.parametrize("capability", sorted(TILES))
 @pytest.mark.parametrize("with_lrpe", [pytest.param(False, marks=pytest.mark.full), True], ids=["plain", "lrpe"])
 def test_decoding_step(capability, with_lrpe):
-    from kernels.gla import triton_step
+    from kernels.gla import triton_buffered, triton_step
 
     types = dict.fromkeys(("x_pointer", "theta_pointer", "y_pointer"), "*bf16") | {"positions_pointer": "*i64"}
     types |= dict.fromkeys(("decay_pointer", "state_pointer", "new_state_pointer", "sums_pointer"), "*fp32")
     constants = {"ACT": 1, "QUICK": True, "GATE": True, "SUMMED": 256 if with_lrpe else 128, "SLICE": triton_step.SLICE}
+    constants["DEPENDENT"] = capability >= 9
     if not with_lrpe:
         constants |= {"theta_pointer": None, "positions_pointer": None}
         types = {name: type_ for name, type_ in types.items() if name not in constants}
     kernel = compiled(triton_step.step_kernel, capability, types, constants, num_warps=triton_step.WARPS)
+    assert resources(kernel)[1] == 0
+    types = {name: type_ for name, type_ in types.items() if not name.startswith("new")}
+    types |= dict.fromkeys(("keys_pointer", "values_pointer"), "*bf16")
+    types |= dict.fromkeys(("slot_pointer", "start_pointer"), "*i64")
+    constants |= {"SLICE": triton_buffered.slice_columns(constants["SUMMED"], 128), "SLOTS": 16}
+    kernel = compiled(
+        triton_buffered.buffered_step_kernel, capability, types, constants, num_warps=triton_buffered.WARPS
+    )
+    assert resources(kernel)[1] == 0
+
+
+@pytest.mark.parametrize("capability", sorted(TILES))
+@pytest.mark.parametrize("gated", [False, True], ids=["linear", "glu"])
+def test_token_products(capability, gated):
+    from kernels.token import triton_token
+
+    types = {f"{name}_pointer": "*bf16" for name in ("x", "weight", "value", "residual", "y")}
+    types |= {"square_sum_pointer": "*fp32", "eps": "fp32"}
+    absent = ("square_sum_pointer", "residual_pointer") if gated else ("value_pointer",)
+    types = {name: type_ for name, type_ in types.items() if name not in absent}
+    constants = {"NORM": True, "SILU": gated, "PARTS": 64, "DEPENDENT": capability >= 9} | dict.fromkeys(absent)
+    constants |= {"OUT": 2 if gated else 4, "WIDTH": 2048}
+    kernel = compiled(triton_token.token_kernel, capability, types, constants, num_warps=triton_token.WARPS)
+    assert resources(kernel)[1] == 0
+
+
+@pytest.mark.parametrize("capability", sorted(TILES))
+@pytest.mark.parametrize("penalty", [False, True], ids=["plain", "penalty"])
+def test_sampling(capability, penalty):
+    from kernels.sampling import triton_sampling
+
+    types = dict.fromkeys(("top_k_pointer", "keys_pointer", "positions_pointer", "chosen_pointer"), "*i64")
+    types |= dict.fromkeys(("temperature_pointer", "top_p_pointer"), "*fp64")
+    types |= {"logits_pointer": "*fp32" if penalty else "*bf16"}
+    constants = {"PENALTY": penalty, "BITS": 32 if penalty else 16}
+    constants |= {"BLOCK": triton_sampling.BLOCK, "UNROLL": triton_sampling.UNROLL}
+    if penalty:
+        types |= {"seen_pointer": "*u8", "penalty_pointer": "*fp32"}
+    else:
+        constants |= {"seen_pointer": None, "penalty_pointer": None}
+    kernel = compiled(triton_sampling.sample_kernel, capability, types, constants, num_warps=triton_sampling.WARPS)
     assert resources(kernel)[1] == 0
 
 

@@ -8,7 +8,7 @@ import torch
 from megatron_tn import ParallelContext, load_pretrained
 from megatron_tn.model.layout import TokenLayout
 from tests.helpers.golden import NAMES, golden, relative_to_max
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import layout, run_shared
 
 LOGITS, GRADIENT = 2e-5, 1e-4
 
@@ -71,13 +71,13 @@ def test_hidden_state_after_the_first_block(name):
 
 def compute_each(tp: int, names: tuple[str, ...]) -> list[dict]:
     """Without and with sequence parallelism."""
-    contexts = [ParallelContext.create(tp, sequence_parallel=shared) for shared in (False, True)]
+    contexts = [layout(tp, sequence_parallel=shared) for shared in (False, True)]
     return [compute(name, context) for name in names for context in contexts]
 
 
 @pytest.mark.parametrize(("tp", "names"), [(2, NAMES), (3, NAMES[1:]), (4, NAMES[:1])], ids=str)
 def test_tensor_parallel(tp, names):
-    for rank in run_ranks(tp, compute_each, tp, names):
+    for rank in run_shared(tp, compute_each, tp, names):
         for index, found in enumerate(rank):
             check(found, names[index // 2])
 

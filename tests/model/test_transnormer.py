@@ -10,7 +10,7 @@ import torch
 from megatron_tn.config import ConfigError, ModelConfig, from_mapping
 from megatron_tn.model.layout import document_positions
 from megatron_tn.model.registry import build_model
-from tests.helpers.models import TINY, random_batch, reference_model
+from tests.helpers.models import TINY, TRANSFORMER, random_batch, reference_model
 from tests.helpers.sizes import SIZES, compose_model
 
 
@@ -35,8 +35,13 @@ def pack(lengths: list[int], room: int) -> torch.Tensor:
 LENGTHS = [5, 1, 17, 9]
 
 
-def test_packed_documents_equal_each_alone():
-    config = dataclasses.replace(TINY, lrpe="all")
+ARCHITECTURES = pytest.mark.parametrize(
+    "config", [dataclasses.replace(TINY, lrpe="all"), TRANSFORMER], ids=["transnormer", "transformer"]
+)
+
+
+@ARCHITECTURES
+def test_packed_documents_equal_each_alone(config):
     model = reference_model(config, seed=1)
     tokens, targets = random_batch(1, sum(LENGTHS))
     packed = model(tokens, cu_seqlens=pack(LENGTHS, 8)).logits
@@ -56,9 +61,10 @@ def test_packed_documents_equal_each_alone():
         torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=1e-9, atol=1e-11, msg=name)
 
 
-def test_a_document_does_not_see_its_neighbours_at_all():
-    # decay="none" is the hardest case: nothing would fade on its own.
-    model = reference_model(dataclasses.replace(TINY, decay="none"), seed=1, dtype=torch.float32)
+# decay="none" is the hardest case: nothing would fade on its own.
+@pytest.mark.parametrize("config", [dataclasses.replace(TINY, decay="none"), TRANSFORMER], ids=lambda c: c.name)
+def test_a_document_does_not_see_its_neighbours_at_all(config):
+    model = reference_model(config, seed=1, dtype=torch.float32)
     tokens, _ = random_batch(1, sum(LENGTHS))
     boundaries = pack(LENGTHS, 5)
     before = model(tokens, cu_seqlens=boundaries).logits
@@ -76,8 +82,9 @@ def test_positions_start_again_at_each_document():
 
 
 @pytest.mark.parametrize("cuts", [[1, 1, 30], [13, 19], [31, 1]])
-def test_state_carries_everything(cuts):
-    model = reference_model(dataclasses.replace(TINY, lrpe="all"), seed=2)
+@ARCHITECTURES
+def test_state_carries_everything(config, cuts):
+    model = reference_model(config, seed=2)
     tokens, _ = random_batch(2, sum(cuts))
     whole, state, parts = model(tokens).logits, None, []
     for piece in tokens.split(cuts, dim=1):

@@ -18,7 +18,7 @@ from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.training.step import train_step
 from tests.helpers.apex import FusedAdam
 from tests.helpers.models import Rows, random_batch, tiny_config
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import layout, run_shared
 
 CPU = torch.device("cpu")
 
@@ -77,7 +77,7 @@ ENGINES = {
 
 def losses_and_parameters(fused: str, engine_config: EngineConfig) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Of six steps, the third of which has no finite gradient, and the masters after them."""
-    engine = engine_with(fused, engine_config, ParallelContext.create(1))[1]
+    engine = engine_with(fused, engine_config, layout())[1]
     found = []
     for step in range(6):
         if step == 2:
@@ -110,7 +110,7 @@ def trained_by_each(fused: str) -> dict[str, tuple[list[float], dict[str, torch.
 @pytest.fixture(scope="module")
 def trained() -> dict[str, dict[str, tuple[list[float], dict[str, torch.Tensor]]]]:
     """By each kernel, with each engine."""
-    return {fused: run_ranks(1, trained_by_each, fused)[0] for fused in ("torch", "triton")}
+    return {fused: run_shared(1, trained_by_each, fused)[0] for fused in ("torch", "triton")}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -126,7 +126,7 @@ def test_this_packages_trains_like_torchs(trained, engine):
 
 
 def test_ranks_of_zero_1_hold_the_same_copies(trained):
-    (one, _), (other, _) = run_ranks(2, losses_and_parameters, "triton", ENGINES["zero 1 bf16"])
+    (one, _), (other, _) = run_shared(2, losses_and_parameters, "triton", ENGINES["zero 1 bf16"])
     alone, _ = trained["triton"]["zero 1 bf16"]
     assert one == other
     assert one == pytest.approx(alone, rel=1e-2)

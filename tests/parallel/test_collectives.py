@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from megatron_tn.parallel.collectives import gather_parts_
-from megatron_tn.parallel.context import ParallelContext
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import layout, run_shared
 
 LENGTHS = [4, 64, 6]
 
 
 def gathered(tp: int, device: str) -> tuple[int, list[torch.Tensor]]:
-    context = ParallelContext.create(tp)
+    context = layout(tp)
     buffers = [torch.full((length,), torch.nan, dtype=torch.bfloat16, device=device) for length in LENGTHS]
     for index, buffer in enumerate(buffers):
         buffer.chunk(context.data.size)[context.data.rank].fill_(10 * index + context.rank)
@@ -25,7 +24,7 @@ def gathered(tp: int, device: str) -> tuple[int, list[torch.Tensor]]:
     ("world", "tp", "device"), [(1, 1, "cpu"), (4, 2, "cpu"), pytest.param(2, 1, "cuda", marks=pytest.mark.gpu(2))]
 )
 def test_every_rank_of_an_axis_has_all_parts(world, tp, device):
-    ranks = run_ranks(world, gathered, tp, device, device=device) if world > 1 else [gathered(tp, device)]
+    ranks = run_shared(world, gathered, tp, device, device=device) if world > 1 else [gathered(tp, device)]
     for tp_rank, buffers in ranks:
         for index, (length, buffer) in enumerate(zip(LENGTHS, buffers, strict=True)):
             members = range(tp_rank, world, tp)

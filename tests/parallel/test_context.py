@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_tn.parallel.context import ParallelContext
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import run_shared
 
 
 def places(*layouts: dict[str, int]) -> list[dict[str, tuple[int, int]]]:
@@ -18,7 +18,7 @@ def places(*layouts: dict[str, int]) -> list[dict[str, tuple[int, int]]]:
 
 
 def test_tensor_parallel_is_fastest_then_context_parallel():
-    for rank, (tensor, context) in enumerate(run_ranks(4, places, {"tp": 2}, {"cp": 2})):
+    for rank, (tensor, context) in enumerate(run_shared(4, places, {"tp": 2}, {"cp": 2})):
         assert tensor == {"tp": (rank % 2, 2), "cp": (0, 1), "dp": (rank // 2, 2), "data": (rank // 2, 2)}
         # Context-parallel ranks hold the same parameters as data-parallel ones.
         assert context == {"tp": (0, 1), "cp": (rank % 2, 2), "dp": (rank // 2, 2), "data": (rank, 4)}

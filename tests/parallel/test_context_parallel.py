@@ -8,12 +8,12 @@ import torch
 from kernels.gla import slice as slices
 from megatron_tn.model.init import initialize
 from megatron_tn.model.registry import build_model
-from megatron_tn.parallel import products
 from megatron_tn.parallel.collectives import all_reduce_
 from megatron_tn.parallel.context import Axis, ParallelContext
 from megatron_tn.parallel.state_passing import SequenceSlice
+from tests.engine.test_parity import in_chunks
 from tests.helpers.models import TINY, random_batch, reference_model, relative_errors
-from tests.helpers.ranks import run_ranks, this_device
+from tests.helpers.ranks import layout, run_shared, this_device
 
 # Some slices lie within one document, some hold several, one bound falls on a slice's edge, two documents are empty.
 LENGTH = 37
@@ -55,23 +55,22 @@ def one_row(changed: bool = False, only_later: bool = False):
 def on_ranks_each_way(tp: int, cp: int) -> dict[str, list[dict]]:
     """Without and with sequence parallelism, where there is tensor parallelism, and with products cut into chunks: the
     sequence as one document, packed documents, and what must not leak between these."""
-    contexts = [ParallelContext.create(tp, cp, sequence_parallel=shared) for shared in (False, True)[: min(tp, 2)]]
+    contexts = [layout(tp, cp, shared) for shared in (False, True)[: min(tp, 2)]]
     leaks = [
         [on_ranks(context, True, changed, only_later) for only_later in (False, True) for changed in (False, True)]
         for context in contexts
     ]
     found = {False: [], True: []}
     for chunk_tokens in (None, 3)[: min(tp, 2)]:
-        if chunk_tokens is not None:
-            products.CHUNK_TOKENS["cpu"] = chunk_tokens
-        for packed in found:
-            found[packed] += [on_ranks(context, packed) for context in contexts]
+        with in_chunks(chunk_tokens):
+            for packed in found:
+                found[packed] += [on_ranks(context, packed) for context in contexts]
     return {"one document": found[False], "packed": found[True], "leaks": leaks}
 
 
 @pytest.mark.parametrize(("world", "tp", "cp"), [(2, 1, 2), (4, 1, 4), (2, 2, 1), (4, 2, 2), (4, 4, 1)], ids=str)
 def test_slices_equal_the_whole_sequence_and_documents_do_not_leak(world, tp, cp):
-    ranks = run_ranks(world, on_ranks_each_way, tp, cp)
+    ranks = run_shared(world, on_ranks_each_way, tp, cp)
     check_equal_to_one_process([rank["one document"] for rank in ranks], None)
     check_equal_to_one_process([rank["packed"] for rank in ranks], torch.tensor(BOUNDS, dtype=torch.int32))
     for rank in ranks:
@@ -108,7 +107,7 @@ def check_that_nothing_leaks(before: dict, after: dict, later_before: dict, late
 def in_single_precision(cp: int) -> dict:
     """Token losses and whole gradients of packed documents, in fp32."""
     device = this_device()
-    context = ParallelContext.create(1, cp)
+    context = layout(1, cp)
     model = build_model(TINY, context, device, torch.float32)
     initialize(model, 0)
     tokens, targets = (part.to(device) for part in random_batch(1, 301))
@@ -123,8 +122,8 @@ def in_single_precision(cp: int) -> dict:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(2))])
 def test_slices_in_single_precision(device):
-    whole = in_single_precision(1) if device == "cpu" else run_ranks(1, in_single_precision, 1, device=device)[0]
-    ranks = run_ranks(2, in_single_precision, 2, device=device)
+    whole = in_single_precision(1) if device == "cpu" else run_shared(1, in_single_precision, 1, device=device)[0]
+    ranks = run_shared(2, in_single_precision, 2, device=device)
     losses = torch.cat([found["token_losses"] for found in ranks])
     torch.testing.assert_close(losses, whole["token_losses"], rtol=1e-5, atol=1e-5)
     for found in ranks:
@@ -134,7 +133,7 @@ def test_slices_in_single_precision(device):
 def states_kept() -> list[torch.Size]:
     """Shapes of what the forward pass of packed documents keeps, of those that are states' own."""
     shapes = []
-    model = build_model(SLOW, ParallelContext.create(1, 2), "cpu", torch.float64)
+    model = build_model(SLOW, layout(1, 2), "cpu", torch.float64)
     initialize(model, 0)
     tokens, targets = one_row()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append(x.shape) or x, lambda x: x):
@@ -144,13 +143,13 @@ def states_kept() -> list[torch.Size]:
 
 
 def test_of_many_documents_the_states_at_the_edges_are_kept():
-    for shapes in run_ranks(2, states_kept):
+    for shapes in run_shared(2, states_kept):
         assert len(shapes) == 2 * SLOW.layers  # the state before, and for theta's gradient the one after
         assert {shape[0] for shape in shapes} == {1}
 
 
 def on_eight_ranks() -> dict:
-    return on_ranks(ParallelContext.create(1, 8), packed=False)
+    return on_ranks(layout(1, 8), packed=False)
 
 
 @pytest.mark.full
@@ -159,7 +158,7 @@ def test_eight_ranks_agree():
     tokens, targets = one_row()
     model(tokens, targets=targets, reduction="sum").loss.backward()
     wanted = model.named_logical_gradients()
-    for found in run_ranks(8, on_eight_ranks):
+    for found in run_shared(8, on_eight_ranks):
         assert max(relative_errors(found["gradients"], wanted).values()) < 1e-11
 
 

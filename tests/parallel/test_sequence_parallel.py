@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ from megatron_tn.model.init import initialize
 from megatron_tn.model.registry import build_model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.sequence import TokenSlices
-from megatron_tn.planning.live import saved_bytes
 from tests.helpers.models import TINY, random_batch, reference_model, relative_errors
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import layout, run_shared
+from tests.helpers.saved import saved_bytes
 
 WEIGHTED = dataclasses.replace(TINY, norm="rmsnorm")
 SIZES = [(1, 1), (1, 3), (2, 5), (3, 7), (4, 8)]  # rows and lengths; four ranks may have nothing but padding
@@ -25,7 +26,7 @@ SIZES = [(1, 1), (1, 3), (2, 5), (3, 7), (4, 8)]  # rows and lengths; four ranks
 
 @pytest.fixture(scope="module", params=[2, 4], ids="tp{}".format)
 def ranks(request) -> list[Found]:
-    return run_ranks(request.param, on_ranks, request.param)
+    return run_shared(request.param, on_ranks, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +46,13 @@ class Found(NamedTuple):
 
 
 def on_ranks(tp: int) -> Found:
-    whole, shared = (ParallelContext.create(tp, sequence_parallel=shared) for shared in (False, True))
+    whole, shared = (layout(tp, sequence_parallel=shared) for shared in (False, True))
     gradients = gradients_of_each_size(lambda: model_of(shared))
     kept = saved_by(model_of(whole, torch.float32)), saved_by(model_of(shared, torch.float32))
     logits = decoded(model_of(shared))
-    TokenSlices.repeated = lambda slices, parameter: parameter
-    return Found(gradients, gradients_of_each_size(lambda: model_of(shared), SIZES[-1:])[0][1], kept, logits)
+    with mock.patch.object(TokenSlices, "repeated", lambda slices, parameter: parameter):
+        ((_, without_a_reduction),) = gradients_of_each_size(lambda: model_of(shared), SIZES[-1:])
+    return Found(gradients, without_a_reduction, kept, logits)
 
 
 def model_of(context: ParallelContext, dtype: torch.dtype = torch.float64) -> Model:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_tn.parallel.sharding import ShardSpec
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import layout, run_shared
 
 SPECS = {
     "replicated": ShardSpec((5,)),
@@ -52,14 +52,12 @@ def test_the_fused_projection_gives_each_rank_its_heads_of_q_k_v_and_u():
 
 
 def gather_all(size: int) -> dict[str, torch.Tensor]:
-    from megatron_tn.parallel.context import ParallelContext
-
-    axis = ParallelContext.create(tp=size).tp
+    axis = layout(size).tp
     return {name: spec.gather(spec.take(values(spec), axis.rank, size), axis) for name, spec in SPECS.items()}
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_gather_undoes_take(size):
-    for found in run_ranks(size, gather_all, size) if size > 1 else [gather_all(size)]:
+    for found in run_shared(size, gather_all, size) if size > 1 else [gather_all(size)]:
         for name, spec in SPECS.items():
             assert torch.equal(found[name], values(spec)), name

@@ -20,10 +20,10 @@ pytestmark = pytest.mark.gpu
 LAYERS, ROWS, LENGTH = 24, 8, 2048
 
 
-def planned_config(engine: EngineConfig) -> TrainConfig:
+def planned_config(engine: EngineConfig, size: str = "385m") -> TrainConfig:
     return dataclasses.replace(
         TrainConfig(),
-        model=from_mapping(ModelConfig, compose_model("385m") | {"layers": LAYERS}),
+        model=from_mapping(ModelConfig, compose_model(size) | {"layers": LAYERS}),
         engine=engine,
         data=DataConfig(sequence_length=LENGTH, global_batch=2 * ROWS, micro_batch=ROWS),
     )
@@ -56,7 +56,7 @@ def held_and_living(config: TrainConfig) -> tuple[int, int]:
 
 
 CASES = {
-    f"{name}-{recompute}": EngineConfig(**kind, recompute=recompute)
+    f"{name}-{recompute}": planned_config(EngineConfig(**kind, recompute=recompute))
     for name, kind in {
         "local": {"name": "local"},
         "zero1": {"zero_stage": 1},
@@ -66,11 +66,19 @@ CASES = {
     }.items()
     for recompute in ("none", "full")
 }
+CASES |= {
+    f"transformer {name}": planned_config(engine, "transformer_385m")
+    for name, engine in {
+        "local": EngineConfig(name="local"),
+        "zero1 graph": EngineConfig(cuda_graph=True),
+        "selective": EngineConfig(recompute="selective"),
+    }.items()
+}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_plan_is_within_a_tenth_of_the_measured_peak(name):
-    config = planned_config(CASES[name])
+    config = CASES[name]
     plan = plan_memory(config, 1)
     (measured,) = run_ranks(1, reserved, config, device="cuda")
     kinds = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in plan.kinds.items())

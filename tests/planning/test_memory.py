@@ -25,12 +25,13 @@ from megatron_tn.parallel.recompute import recompute_blocks
 from megatron_tn.plan import main
 from megatron_tn.planning import estimate
 from megatron_tn.planning.estimate import GIB, activation_bytes, buffer_bytes, plan_memory, state_bytes
-from megatron_tn.planning.live import LiveMemory, saved_bytes
+from megatron_tn.planning.live import LiveMemory
 from megatron_tn.planning.remedies import memory_problems
 from megatron_tn.training.preflight import problems_before_start
 from tests.engine.test_parity import ZERO
 from tests.helpers.models import TINY, random_batch, tiny_config
 from tests.helpers.ranks import run_ranks
+from tests.helpers.saved import saved_bytes
 from tests.helpers.sizes import compose_model
 from tests.helpers.training import call
 
@@ -86,6 +87,9 @@ def test_a_run_that_does_not_fit_is_refused_before_it_starts(tmp_path):
 
 
 WIDE = ModelConfig(vocab_size=512, embed_dim=128, layers=4, heads=4, glu_dim=384)
+WIDE_TRANSFORMER = dataclasses.replace(
+    WIDE, architecture="transformer", norm="rmsnorm", glu_act="silu", scale_embedding=False
+)
 
 
 def shape(
@@ -96,9 +100,10 @@ def shape(
     lrpe: str = "first",
     rows: int = 2,
     shared: bool = False,
+    model: ModelConfig = WIDE,
 ):
     return tiny_config(
-        model=dataclasses.replace(WIDE, lrpe=lrpe),
+        model=dataclasses.replace(model, lrpe=lrpe),
         parallel=ParallelConfig(tp=tp, cp=cp, sequence_parallel=shared),
         engine=EngineConfig(name="local", precision="fp32", recompute=recompute, recompute_every=every),
         data=DataConfig(sequence_length=256, global_batch=rows, micro_batch=rows),
@@ -159,6 +164,9 @@ SHAPES = {
     "tp2 shared": shape(tp=2, shared=True),
     "tp2 shared selective": shape(tp=2, recompute="selective", shared=True),
     "tp2 shared full": shape(tp=2, recompute="full", shared=True),
+    "transformer": shape(model=WIDE_TRANSFORMER),
+    "transformer selective": shape(model=WIDE_TRANSFORMER, recompute="selective"),
+    "transformer tp2 shared": shape(model=WIDE_TRANSFORMER, tp=2, shared=True),
     "tp2 cp2 shared": shape(tp=2, cp=2, rows=1, shared=True),
 }
 

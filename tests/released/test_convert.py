@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_tn import ParallelContext, load_pretrained
+from megatron_tn import load_pretrained
 from megatron_tn.checkpoint.load import load_model
 from megatron_tn.checkpoint.verify import verify
 from megatron_tn.config import ConfigError
@@ -24,7 +24,7 @@ from megatron_tn.released.weights import ReleasedWeights
 from megatron_tn.released.write import save_pretrained, write_released
 from tests.helpers.golden import golden
 from tests.helpers.models import TINY, random_batch, reference_model
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import layout, run_shared
 from tests.helpers.training import call
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +56,7 @@ def test_released_to_checkpoint_and_back_is_the_same_model(tmp_path):
 
 def save_at(tp: int, folder: Path) -> bool:
     """Export at one layout and read back at it."""
-    context = ParallelContext.create(tp=tp)
+    context = layout(tp)
     model = load_pretrained(golden("heads4").directory, context)
     save_pretrained(model, folder)
     torch.distributed.barrier()
@@ -65,7 +65,7 @@ def save_at(tp: int, folder: Path) -> bool:
 
 
 def test_tensor_parallel_ranks_write_and_read_one_export(tmp_path):
-    assert run_ranks(2, save_at, 2, tmp_path) == [True, True]
+    assert run_shared(2, save_at, 2, tmp_path) == [True, True]
     wanted = load_pretrained(golden("heads4").directory)
     again = dict(load_pretrained(tmp_path).named_parameters())
     assert all(torch.equal(again[name], parameter) for name, parameter in wanted.named_parameters())

@@ -23,6 +23,7 @@ VARIANTS = {
     "released": {},
     "no scale, 6 heads": {"scale_embedding": False, "heads": 6, "embed_dim": 48, "lrpe": "all"},
     "ablations": {"norm": "rmsnorm", "act": "1+elu", "glu_act": "silu", "decay": "paper", "lrpe": "none"},
+    "absolute": {"norm": "layernorm", "absolute_positions": True, "lrpe": "none", "decay": "none"},
     "no gate": {"gate": False, "act": "none", "decay": "none"},
 }
 # Initial values of this spread give a model whose next token depends on its prompt.
@@ -79,7 +80,7 @@ def test_rates_that_config_json_lacks_are_those_of_the_definition(model, heads):
 def test_greedy_generation_is_ours(folder, either):
     prompt = random_batch(1, 20, seed=5)[0]
     sampler = Sampler(temperature=0)
-    wanted = list(generate(load_pretrained(folder), prompt[0].tolist(), max_new_tokens=24, sampler=sampler))
+    wanted = generate(load_pretrained(folder), prompt.tolist(), max_new_tokens=24, sampler=sampler)[0]
     found = either.generate(prompt, max_new_tokens=24, do_sample=False)[0, prompt.shape[1] :].tolist()
     assert len(set(wanted)) > 5
     assert (found[:-1] if found[-1] == TINY.eos_id else found) == wanted
@@ -113,6 +114,16 @@ def test_a_left_padded_batch_is_its_rows(either):
     found = either.generate(tokens, attention_mask=mask, max_new_tokens=10, do_sample=False)
     for row, alone in zip(found, wanted, strict=True):
         assert row[80 : 80 + len(alone)].tolist() == alone.tolist()
+
+
+def test_padding_on_the_left_counts_no_position(tmp_path):
+    config = dataclasses.replace(TINY, absolute_positions=True, norm="layernorm")
+    save_pretrained(reference_model(config, seed=1, dtype=torch.float32), tmp_path)
+    model, tokens = hub.load(tmp_path), random_batch(1, 9)[0]
+    padded, mask = (torch.cat([torch.zeros_like(x[:, :4]), x], 1) for x in (tokens, torch.ones_like(tokens)))
+    with torch.no_grad():
+        found = model(padded, attention_mask=mask).logits[:, 4:]
+        assert relative_to_max(found, model(tokens).logits) < 1e-5
 
 
 def test_what_a_recurrent_state_cannot_do_is_refused(model):
@@ -184,4 +195,4 @@ def test_an_older_transformers_is_named(monkeypatch):
     older.__version__ = "4.57.1"
     monkeypatch.setitem(sys.modules, "transformers", older)
     with pytest.raises(ImportError, match=r"this model needs transformers 5; 4\.57\.1 is installed"):
-        runpy.run_path(str(MODELLING))
+        runpy.run_path(str(MODELLING["transnormer"]))

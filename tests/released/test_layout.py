@@ -18,7 +18,9 @@ from tests.helpers.models import TINY, random_batch, reference_model
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"norm": "rmsnorm"}, {"decay": "paper"}, {"lrpe": "all"}, {"gate": False}], ids=str
+    "change",
+    [{}, {"norm": "rmsnorm"}, {"norm": "layernorm", "absolute_positions": True}, {"decay": "paper"}, {"lrpe": "all"}],
+    ids=str,
 )
 def test_an_exported_model_is_the_same_model(tmp_path, change):
     model = reference_model(dataclasses.replace(TINY, **change), seed=1, dtype=torch.float32)
@@ -67,7 +69,7 @@ def test_absent_decay_rates_mean_the_released_form():
         ({"linear_act_fun": ["silu"]}, "linear_act_fun=\\['silu'\\]"),
         ({"linear_use_lrpe_list": 3}, "linear_use_lrpe_list=3 is not a list of 0 and 1"),
         ({"linear_use_lrpe_list": [1, "x", 0]}, "is not a list of 0 and 1"),
-        ({"norm_type": "layernorm"}, "norm_type='layernorm'"),
+        ({"norm_type": "batchnorm"}, "norm_type='batchnorm'"),
         ({"hidden_dim": 32}, "hidden_dim=32 differs from decoder_embed_dim=64"),
         ({"glu_dim": None}, "no glu_dim"),
         ({"decoder_layers": "many"}, "decoder_layers='many' is not a whole number"),

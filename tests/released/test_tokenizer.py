@@ -10,9 +10,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from data_pipeline import tokenizer as tokenizers
 from megatron_tn.config import ConfigError
+from megatron_tn.released.config import config_to_released
 from megatron_tn.released.tokenizer import tokenizer_files
 from tests.helpers import hub
-from tests.helpers.models import TINY
+from tests.helpers.models import TINY, TRANSFORMER
 
 CORPUS = [f"def function_{n}(value):\n    return [value] * {n}  # a heron, an otter and a stoat\n" for n in range(200)]
 TEXTS = (
@@ -53,13 +54,18 @@ def byte_level(path):
     return {"bos_id": last, "eos_id": last, "pad_id": last}
 
 
-@pytest.mark.parametrize("make", [ours, byte_level])
-def test_transformers_gives_the_ids_of_training(tmp_path, make):
+@pytest.mark.parametrize(
+    ("make", "family"), [(ours, None), (byte_level, None), (byte_level, TRANSFORMER)], ids=["ours", "bytes", "llama"]
+)
+def test_transformers_gives_the_ids_of_training(tmp_path, make, family):
     auto = hub.transformers().AutoTokenizer
-    config = dataclasses.replace(TINY, vocab_size=600, **make(tmp_path / "of_data.json"))
+    config = dataclasses.replace(family or TINY, vocab_size=600, **make(tmp_path / "of_data.json"))
     export = tmp_path / "export"
     export.mkdir()
-    for name, content in tokenizer_files(tmp_path / "of_data.json", config).items():
+    files = tokenizer_files(tmp_path / "of_data.json", config)
+    if family is not None:  # transformers may choose a tokenizer's class by the model's
+        files["config.json"] = json.dumps(config_to_released(config))
+    for name, content in files.items():
         (export / name).write_text(content)
     training, exported = tokenizers.load(tmp_path / "of_data.json"), auto.from_pretrained(export)
     assert (exported.bos_token_id, exported.eos_token_id, exported.pad_token_id) == (

@@ -17,11 +17,10 @@ from data_pipeline.shards.reading import shard_index
 from data_pipeline.stream import BatchLoader, Manifest, StreamState, TokenStream, build_stream
 from megatron_tn.config import ParallelConfig
 from megatron_tn.engine.build import build_engine, initialize_engine
-from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.training.step import StepReport, train_step
 from tests.data_pipeline.shard_factory import make_shards
 from tests.helpers.models import TINY, tiny_config
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import layout, run_shared
 
 CPU, STEPS = torch.device("cpu"), 2
 
@@ -58,7 +57,7 @@ def make_stream(folder: Path, isolate: bool) -> TokenStream:
 
 def train(stream: TokenStream, tp: int, cp: int) -> list[StepReport]:
     config = dataclasses.replace(tiny_config(), parallel=ParallelConfig(tp=tp, cp=cp))
-    engine = build_engine(config, ParallelContext.create(tp, cp), CPU)
+    engine = build_engine(config, layout(tp, cp), CPU)
     initialize_engine(engine, 3)
     with BatchLoader(stream, lambda step: (4 * step, 4) if step < STEPS else None, micro_batch=2) as steps:
         return [train_step(engine, microbatches, 1e-2, CPU) for microbatches in steps]
@@ -84,7 +83,7 @@ def test_a_blind_rank_trains_on_what_the_others_do(tmp_path):
     """Under tp 2 and under cp 2, for some samples and for all, with documents isolated and without."""
     make_shards(tmp_path / "shards", documents=80, vocab_size=TINY.vocab_size)
     for (_, damage, isolate), (found, ledger), (other, _) in zip(
-        CASES, *run_ranks(2, train_with_one_blind_rank, tmp_path), strict=True
+        CASES, *run_shared(2, train_with_one_blind_rank, tmp_path), strict=True
     ):
         repaired = make_stream(tmp_path / "shards", isolate)
         repaired.restore(StreamState.from_json(ledger))

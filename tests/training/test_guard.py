@@ -13,7 +13,6 @@ from torch.distributed.fsdp import fully_shard
 
 from megatron_tn.config import EngineConfig, GuardConfig, ParallelConfig
 from megatron_tn.engine.build import build_engine, initialize_engine
-from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.training.diagnose import Culprit, find_nonfinite, watching
 from megatron_tn.training.guard import Guard, TrainingAborted, spike_height
 from megatron_tn.training.state import TrainingState
@@ -21,7 +20,7 @@ from megatron_tn.training.step import StepReport, train_step
 from tests.engine.test_nonfinite import BF16
 from tests.engine.test_parity import LOCAL, ZERO
 from tests.helpers.models import Rows, random_batch, tiny_config
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import layout, run_shared
 
 CPU = torch.device("cpu")
 WEIGHT = "model.layers.1.channel_mixer.l1.weight"
@@ -103,7 +102,7 @@ def test_rewinds_are_bounded_and_skip_what_they_are_told_to():
 
 def diagnose(tp: int, engine_config: EngineConfig, fault: str) -> tuple[bool, list[Culprit], list[bool], bool]:
     """A fault on rank 1: was the update refused, who was found, did anything change, did the next step go well?"""
-    context = ParallelContext.create(tp)
+    context = layout(tp)
     config = tiny_config(engine=engine_config, parallel=ParallelConfig(tp=tp))
     engine = build_engine(config, context, CPU)
     initialize_engine(engine, 3)
@@ -144,7 +143,7 @@ TENSORS = {"gradient": f"the gradient of {WEIGHT}", "activation": "the output of
     "cases", [[*GRADIENTS, *ACTIVATIONS], pytest.param(MORE, marks=pytest.mark.full)], ids=["some", "all"]
 )
 def test_the_rank_and_the_first_tensor_are_found_and_nothing_is_changed(cases):
-    for found_here in run_ranks(2, diagnose_each, cases):
+    for found_here in run_shared(2, diagnose_each, cases):
         for case, (applied, found, unchanged, next_applied) in zip(cases, found_here, strict=True):
             assert (applied, next_applied) == (False, True), case
             assert [(culprit.rank, culprit.tensor) for culprit in found] == [(1, TENSORS[case[-1]])], case
@@ -171,14 +170,14 @@ def watch_sharded() -> tuple[str, int] | None:
 
 
 def test_parameters_that_fsdp2_swaps_in_are_watched():
-    healthy, found = run_ranks(2, watch_sharded)
+    healthy, found = run_shared(2, watch_sharded)
     assert healthy is None
     assert found[0] == "the gradient of 1.weight"
 
 
 def step_without_targets(engine_config: EngineConfig) -> None:
     """A step, a step without target tokens, then one in which only one of the two ranks has some."""
-    context = ParallelContext.create(1)
+    context = layout()
     engine = build_engine(tiny_config(engine=engine_config), context, CPU)
     initialize_engine(engine, 0)
     tokens, targets = random_batch(2, 24)
@@ -213,4 +212,4 @@ def step_without_targets_in_every_engine() -> None:
 
 
 def test_a_batch_without_target_tokens_changes_nothing():
-    run_ranks(2, step_without_targets_in_every_engine)
+    run_shared(2, step_without_targets_in_every_engine)

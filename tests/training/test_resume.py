@@ -101,7 +101,7 @@ def test_later_ones_are_kept_and_named(folder, caplog):
     assert list(folder.saved()) == [4]
     kept = sorted(folder.checkpoints.glob("*.rewound-*"))
     assert [path.name.partition(".")[0] for path in kept] == [path.name for path in later]
-    assert "checkpoint.resume=4 goes back; later checkpoints are kept" in caplog.text
+    assert "checkpoint.resume=4 is not the newest checkpoint; later ones are kept" in caplog.text
     assert all(str(path) in caplog.text for path in kept)
     assert choose(folder, str(kept[1])).checkpoint == kept[1]  # so one of them is gone on from
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from launch import compare
 from megatron_tn import plot
 from megatron_tn.benchmark import main as benchmark
-from megatron_tn.config import DataConfig, ModelConfig, ScheduleConfig, TrainConfig
+from megatron_tn.config import DataConfig, ModelConfig, ScheduleConfig, TrainConfig, save
 from megatron_tn.planning import host
+from megatron_tn.training.compare import group_names
+from megatron_tn.training.curve import curve_of
 from megatron_tn.training.hooks.console import ConsoleProgress
 from megatron_tn.training.hooks.journal import Journal
 from megatron_tn.training.run_folder import RunFolder
@@ -54,7 +60,8 @@ def test_speeds_do_not_count_evaluations_and_saves(tmp_path, capsys):
 
 def test_the_end_names_figures_files_and_next_commands(tmp_path, capsys):
     folder = make_run(tmp_path / "run", 20, 2.0)
-    assert figures_of(folder) == {"step": 20, "loss": 2.0, "heldout_loss": 3.0, "tokens_per_second": 73.5}
+    figures = {"step": 20, "tokens": 200, "loss": 2.0, "heldout_loss": 3.0, "tokens_per_second": 73.5}
+    assert figures_of(folder) == figures
     show_end(TrainConfig(run_dir=str(folder), schedule=ScheduleConfig(steps=20)), folder, "finished")
     said = capsys.readouterr().out
     for words in ("20 of 20", "2.000", "3.000", "megatron_tn.generate checkpoint=", f"megatron_tn.plot {folder}"):
@@ -108,3 +115,50 @@ def test_a_long_run_without_a_gpu_says_what_it_will_cost(monkeypatch):
 def test_blocks_are_timed_by_themselves(layers):
     model = ModelConfig(vocab_size=256, embed_dim=64, layers=layers, heads=2, glu_dim=128)
     assert host._seconds(config(), model) > 0
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_row_and_one_curve(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    base = TrainConfig()
+    gateless = replace(base, model=replace(base.model, gate=False))
+    for name, config, losses in (("plain", base, (3.0, 3.2)), ("gateless", gateless, (2.0, 2.2))):
+        for seed, loss in enumerate(losses):
+            folder = make_run(tmp_path / f"{name}{seed}", 5, loss)
+            save(replace(config, seed=seed, run_dir=str(folder.path)), folder.config_file)
+    diverged = [make_run(tmp_path / f"diverged{seed}", 5, 1.0) for seed in (0, 1)]
+    for seed, folder in enumerate(diverged):
+        save(replace(base, optim=replace(base.optim, lr=1.0), seed=seed), folder.config_file)
+    journal = diverged[1].journal.path
+    journal.write_text(re.sub(r'loss": [0-9.]+', 'loss": null', journal.read_text()))
+    assert call(compare.main, str(tmp_path)) == 0
+    said = capsys.readouterr().out
+    assert said.index("model.gate=false") < said.index("reference") < said.index("optim.lr=1.0 ")  # diverged: the worst
+    assert "nan ± nan" in said
+    assert re.search(r"model.gate=false.* 2 .* 2.100 ± 0.141 .* 3.100 ± 0.141 ", said)
+    page = (tmp_path / "compare.html").read_text()
+    assert "<td>2.100 ± 0.141</td>" in page
+    assert base64.b64encode((tmp_path / "compare.png").read_bytes()).decode() in page
+    assert str(tmp_path / "gateless1") in page
+    assert "| model.gate=false | 2 | 50 | 2.100 ± 0.141 |" in (tmp_path / "compare.md").read_text()
+    curve = curve_of([RunFolder(tmp_path / f"plain{seed}") for seed in (0, 1)])
+    assert (curve.loss.tolist(), curve.lowest.tolist(), curve.highest.tolist()) == ([3.1] * 5, [3.0] * 5, [3.2] * 5)
+    assert curve.tokens.tolist() == [10, 20, 30, 40, 50]
+    assert curve.held_out[0, 2] == pytest.approx(4.1)
+    assert call(compare.main, str(tmp_path / "nothing")) == 2
+
+
+def test_a_group_is_named_by_what_sets_it_apart():
+    settings = [
+        {"model.name": "s", "model.layers": 2, "optim.lr": 1e-3, "model.norm": "simplermsnorm"} for _ in range(4)
+    ]
+    settings[1]["model.norm"] = "rmsnorm"
+    settings[2] |= {"model.name": "m", "model.layers": 4}
+    settings[3]["optim.lr"] = 2e-3
+    names = group_names(settings, [["a"], ["b"], ["c"], ["d"]])
+    assert names == [
+        *("model.name=s", "model.name=s, model.norm=rmsnorm", "model.name=m"),
+        "model.name=s, optim.lr=0.002",
+    ]
+    assert group_names(settings[:2], [["a"], ["b"]]) == ["model.norm=simplermsnorm", "model.norm=rmsnorm"]
+    many = [{str(key): value for key in range(6)} for value in (0, 0, 1)]
+    assert group_names(many, [["a"], ["b"], ["c", "d"]]) == ["reference", "reference", "c, d"]

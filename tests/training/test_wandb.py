@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
 import signal
+import subprocess
 
 import pytest
 
@@ -170,6 +172,61 @@ def test_after_kill_9_the_next_start_tells_what_the_offline_copy_lacks(tmp_path)
     assert last_step_in(folder.wandb, run_id) == 5
 
 
+def whole(message: bytes) -> bytes:
+    return b"\0" * 4 + len(message).to_bytes(2, "little") + b"\1" + message
+
+
+@pytest.mark.parametrize("wandb_id", ["", "../../elsewhere", "a\nb"])
+def test_damage_of_its_files_and_of_the_journal_costs_no_more_than_what_is_damaged(
+    folder, monkeypatch, caplog, wandb_id
+):
+    from wandb.proto.wandb_internal_pb2 import HistoryItem, HistoryRecord, Record
+
+    server = Server(monkeypatch)
+    folder.wandb_id.write_text(wandb_id)
+    lines = [b'{"step": 1, "loss": 2.0}', b"[" * 100_000, b'{"step": "two"}', b'{"step": null}', b"\xff", b'{"step": 3']
+    folder.journal.path.write_bytes(b"\n".join(lines))
+    journal, board, state = Journal(folder.journal, 1, WORK), hook(folder), TrainingState(step=3)
+    for one in (journal, board):
+        one.on_start(state)
+    board.on_step(TrainingState(step=4), REPORT)
+    (run_id,) = server.steps
+    assert server.steps[run_id] == [1, 4]
+    assert folder.wandb_id.read_text() == run_id != wandb_id
+    assert not caplog.records
+    items = [HistoryItem(key="_step", value_json=value) for value in ("7", "[" * 20_000, "many")]
+    told = [Record(history=HistoryRecord(item=[item])).SerializeToString() for item in items]
+    (folder.wandb / f"run-1-{run_id}").mkdir(parents=True)
+    file = folder.wandb / f"run-1-{run_id}/run-{run_id}.wandb"
+    file.write_bytes(b":W&B\0\0\0" + b"".join(map(whole, [b"\xff\xff\xff", *told, b"x"])))
+    assert last_step_in(folder.wandb, run_id) == 7
+
+
+def test_a_full_disk_ends_the_copy_and_nothing_else(tmp_path):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        run = RunFolder(tmp_path / "run")
+        run.path.mkdir()
+        with contextlib.suppress(OSError):
+            (tmp_path / "filling").write_bytes(bytes(1 << 20))
+        board = hook(run)
+        board.on_start(TrainingState())
+        assert run.wandb_id.read_text() == ""
+        (tmp_path / "filling").unlink()
+        board = hook(run)
+        board.on_start(TrainingState())
+        with contextlib.suppress(OSError):
+            (tmp_path / "filling").write_bytes(bytes(1 << 20))
+        for step in range(1, 300):
+            board.on_step(TrainingState(step=step), REPORT)
+        board.on_stop(TrainingState(step=300))
+        assert run.wandb_id.read_text()
+    finally:
+        subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
 @pytest.mark.parametrize("cut", [0, 5, 20, 26])
 def test_a_copy_that_was_cut_short_is_read_as_far_as_it_goes(cut):
     block = 32 * 1024
@@ -179,6 +236,6 @@ def test_a_copy_that_was_cut_short_is_read_as_far_as_it_goes(cut):
         left = block - len(content) % block
         content += b"\0" * left if left < 7 else b""
         content += b"\0" * 4 + len(record).to_bytes(2, "little") + b"\1" + record
-    whole = list(messages(content))
-    assert whole == records
+    found = list(messages(content))
+    assert found == records
     assert list(messages(content[: len(content) - cut])) == (records if not cut else records[:2])

@@ -44,6 +44,7 @@ class DeepSpeedEngine(UpdatingEngine):
     """See `engine.base.Engine`."""
 
     def __init__(self, model: Model, config: TrainConfig):
+        super().__init__()
         self.model = model
         self.context = model.context
         self.stage = config.engine.zero_stage
@@ -76,8 +77,8 @@ class DeepSpeedEngine(UpdatingEngine):
             shards = {0: Stage0Shards, 1: Stage2Shards, 2: Stage2Shards, 3: Stage3Shards}[self.stage](self.wrapped)
         self.update = Update(optimizer, shards, model.shard_specs(), self.context.tp, clip_norm=config.optim.clip_norm)
 
-    def forward_backward(
-        self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, *, scale: Tensor, last: bool
+    def _forward_backward(
+        self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, scale: Tensor, last: bool
     ) -> Tensor:
         self.wrapped.begin_microbatch(last)
         if self.passes is not None:
@@ -90,7 +91,7 @@ class DeepSpeedEngine(UpdatingEngine):
             self.wrapped.count_microbatch()
         return loss.detach()
 
-    def step(self, lr: float, tokens: Tensor | None = None) -> StepResult:
+    def _step(self, lr: float, tokens: Tensor | None) -> StepResult:
         return self.wrapped.step(lambda: self.update.step(lr, tokens))
 
     def named_logical_gradients(self) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 
 from megatron_tn.checkpoint.background import CheckpointWriter, Save
 from megatron_tn.checkpoint.retention import Retention
-from megatron_tn.config import to_mapping
+from megatron_tn.config import to_stored
 from megatron_tn.engine.base import Engine
 from megatron_tn.training.hooks import Hook
 from megatron_tn.training.hooks.checkpoint import CheckpointEvery
@@ -61,7 +61,7 @@ def _of_rank_0(run: Run, work: Work) -> list[Hook]:
     config, logging = run.config, run.config.logging
     run.sinks.append(Journal(run.folder.journal, logging.every, work))
     if logging.wandb.mode != "disabled":
-        run.sinks.append(WeightsAndBiases(logging.wandb, run.folder, to_mapping(config), work))
+        run.sinks.append(WeightsAndBiases(logging.wandb, run.folder, to_stored(config), work))
     hooks: list[Hook] = [*run.sinks]
     if logging.progress:
         hooks.append(ConsoleProgress(config.last_step, work))
@@ -100,7 +100,7 @@ def _checkpoints(
     def save(state: TrainingState) -> Save | None:
         with run.progress.during("save"), work.clock.pause():
             state.stream = stream_state(state.samples)
-            content = {"config": to_mapping(config), "training": state.to_json()}
+            content = {"config": to_stored(config), "training": state.to_json()}
             before = writer.save(engine, state.step, optimizer_step=state.optimizer_step, **content)
         run.status("running")
         return before

@@ -7,6 +7,7 @@ whole, 2: first, 3: middle, 4: last part) and a piece of a protobuf `Record` mes
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,17 +17,18 @@ WHOLE, FIRST, LAST = 1, 2, 4
 
 
 def last_step_in(folder: Path, run_id: str) -> int:
-    """The largest step in the history records of run `run_id` below `folder` (wandb/); 0 where there are none."""
+    """The largest step in the history records of run `run_id` below `folder` (wandb/); 0 where there are none. Damaged
+    records are skipped."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     found = 0
     # [offline-]run-TIME-ID, and run-TIME-ID-1 where two processes began in the same second
     for path in folder.glob(f"*run-*/run-{run_id}.wandb"):
         for message in messages(path.read_bytes()):
-            record = Record.FromString(message)
-            for item in record.history.item:
-                if item.key == "_step" or list(item.nested_key) == ["_step"]:
-                    found = max(found, int(json.loads(item.value_json)))
+            with contextlib.suppress(Exception):  # of protobuf or json, or no number
+                for item in Record.FromString(message).history.item:
+                    if item.key == "_step" or list(item.nested_key) == ["_step"]:
+                        found = max(found, int(json.loads(item.value_json)))
     return found
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
+import sys
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
-from megatron_tn.config import WandbConfig
+from megatron_tn.config import WandbConfig, storable
 from megatron_tn.training.hooks import NullHook
 from megatron_tn.training.hooks.wandb_file import last_step_in
 from megatron_tn.training.run_folder import RunFolder
@@ -15,6 +19,8 @@ from megatron_tn.training.step import StepReport
 from megatron_tn.training.throughput import Work
 
 log = logging.getLogger(__name__)
+
+RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class WeightsAndBiases(NullHook):
@@ -85,7 +91,17 @@ class WeightsAndBiases(NullHook):
         part = f"-r{len(state.rewinds)}" if state.rewinds else ""
         first = self._id()
         self._told = last_step_in(self.folder.wandb, first + part) if mode == "offline" else 0
-        self._run = wandb.init(
+        with _command_line_without_credentials():
+            self._run = self._init(wandb, mode, first, part)
+        if mode == "online":
+            self._told = max(self._run.starting_step - 1, 0)
+        for values in self.folder.records():
+            step = values.pop("step")
+            if isinstance(step, int) and self._told < step <= state.step:
+                self.record({name: v for name, v in values.items() if isinstance(v, int | float)}, step)
+
+    def _init(self, wandb: Any, mode: str, first: str, part: str) -> Any:
+        return wandb.init(
             project=self.config.project,
             entity=self.config.entity,
             mode=mode,
@@ -97,19 +113,25 @@ class WeightsAndBiases(NullHook):
             config=self.run_config,
             settings=wandb.Settings(silent=True, console="off"),
         )
-        if mode == "online":
-            self._told = max(self._run.starting_step - 1, 0)
-        for values in self.folder.records():
-            step = values.pop("step")
-            if self._told < step <= state.step:
-                self.record({name: v for name, v in values.items() if isinstance(v, int | float)}, step)
 
     def _id(self) -> str:
+        """The content of run_dir/wandb_id, made anew where that is absent or, as after a full disk, empty."""
         file = self.folder.wandb_id
-        if not file.exists():
+        if not file.is_file() or not RUN_ID.fullmatch(file.read_text(errors="replace").strip()):
             file.write_text(uuid.uuid4().hex[:8])
         return file.read_text().strip()
 
     def _give_up(self, error: Exception) -> None:
         log.warning("wandb: %s: %s; going on without it (log.jsonl has everything)", type(error).__name__, error)
         self._run = None
+
+
+@contextlib.contextmanager
+def _command_line_without_credentials() -> Iterator[None]:
+    """wandb stores the arguments of the process."""
+    before = sys.argv
+    sys.argv = storable(before)
+    try:
+        yield
+    finally:
+        sys.argv = before

@@ -1,0 +1,169 @@
+"""Render tables and curves of docs/results.md from the rows of docs/measurements/results/.
+
+    python -m launch.render_results            write the tables into the page, and the curves beside it
+    python -m launch.render_results --check    only check the tables: exit code 1 if they are out of date
+
+Rows are those of `python -m launch.results`; corpus.json beside them is that of `python -m data_pipeline.corpus`.
+Seconds of a curve are its tokens over the tokens/s of the model's training loop, measured alone on the GPU. Exit code
+2: a file holds something other than rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from launch.render_table import ROOT, TABLES, NotRows, Row, Table, commit, fill, machine, read, write
+
+PAGE = ROOT / "docs/results.md"
+ROWS = ROOT / "docs/measurements/results"
+PICTURE = ROOT / "docs/results.png"
+COMMAND = "python -m launch.render_results"
+SOURCES = ("code", "documentation", "prose")
+POSITIONS = (16, 64, 256, 1024, 4096, 16384)
+
+
+def mean(key: str) -> Callable[[list[Row]], str]:
+    """Mean over a line's rows, and the standard deviation where there are several."""
+
+    def cell(rows: list[Row]) -> str:
+        values = [row[key] for row in rows if row.get(key) is not None]
+        if not values:
+            return ""
+        spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):.4f}{spread}"
+
+    return cell
+
+
+CONFIG = ("model", "variant", "lr", "tokens", "sequence_length", "global_batch")
+BITS = {
+    "peak rate": lambda rows: f"{rows[0]['lr']:g}",
+    "seeds": lambda rows: str(len(rows)),
+    "tokens": lambda rows: f"{rows[0]['tokens'] / 1e6:.1f} M",
+    "bits/byte": mean("value"),
+    **{source: mean(f"sources/{source}") for source in SOURCES},
+    "GPU": machine,
+    "commit": commit,
+}
+POSITION = {"peak rate": BITS["peak rate"]} | {f"after {first}": mean(f"positions/{first}") for first in POSITIONS}
+
+
+def of_runs(plan: str, name: str, columns: dict[str, Callable[[list[Row]], str]]) -> Table:
+    """A line for each config of a plan; its runs differ in the seed alone. name: the first column's key."""
+    return Table(
+        holds=lambda row: row["name"] == "result" and row["plan"] == plan,
+        same=(*CONFIG, "seed"),
+        line=(*CONFIG, "gpu"),
+        order=lambda row: (row["tokens"], row[name], row["lr"]),
+        columns={name: lambda rows: rows[0][name].removeprefix("paper/")} | columns,
+    )
+
+
+RESULTS = {
+    "50m": of_runs("results_50m", "model", BITS),
+    "50m positions": of_runs("results_50m", "model", POSITION),
+    "385m": of_runs("results_385m", "model", BITS),
+    "ablations": of_runs("results_ablations", "variant", BITS),
+    "training": TABLES["training"],
+}
+
+
+def corpus_table(summary: dict) -> str:
+    """Documents, text and tokens of each source in the splits."""
+    shown = ["| source | training documents | MB | tokens | held-out documents | MB | tokens |", "|" + "---|" * 7]
+    for source, splits in summary["sources"].items():
+        cells = [source]
+        for split in ("train", "heldout"):
+            found = splits.get(split, {"documents": 0, "bytes": 0, "tokens": 0})
+            cells += [f"{found['documents']:,}", f"{found['bytes'] / 1e6:.1f}", f"{found['tokens']:,}"]
+        shown.append("| " + " | ".join(cells) + " |")
+    return "\n".join(shown) + "\n"
+
+
+def package_table(summary: dict) -> str:
+    """The packages, with the text that was taken out of them."""
+    shown = ["| package | version | files | MB |", "|---|---|---|---|"]
+    shown += [
+        f"| {name} | {found['version']} | {found['files']:,} | {found['bytes'] / 1e6:.1f} |"
+        for name, found in summary["packages"].items()
+    ]
+    return "\n".join(shown) + "\n"
+
+
+class Corpus:
+    """A table that is made from corpus.json instead of rows; empty without the file."""
+
+    def __init__(self, path: Path, table: Callable[[dict], str]):
+        self.path = path
+        self.table = table
+
+    def render(self, _rows: Sequence[Row]) -> str:
+        return self.table(json.loads(self.path.read_text())) if self.path.exists() else ""
+
+
+def tables() -> dict[str, Table | Corpus]:
+    corpus = ROWS / "corpus.json"
+    return RESULTS | {"corpus": Corpus(corpus, corpus_table), "packages": Corpus(corpus, package_table)}
+
+
+def curves(rows: Sequence[Row], plan: str = "results_50m") -> dict[str, list[Row]]:
+    """model -> the runs of its best peak rate in a plan: the one of the lowest mean bits per byte."""
+    found: dict[str, dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["name"] == "result" and row["plan"] == plan:
+            found[row["model"]][row["lr"]].append(row)
+    value = lambda own: statistics.fmean(row["value"] for row in own)  # noqa: E731
+    return {model: min(rates.values(), key=value) for model, rates in found.items()}
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Held-out bits per byte against tokens and against seconds: mean over seeds, and their range."""
+    from matplotlib.figure import Figure  # not pyplot: it would look for a display
+
+    speeds = {row["model"]: row["tokens_per_second"] for row in rows if row["name"] == "training loop"}
+    figure = Figure(figsize=(11, 4), dpi=90, layout="constrained")
+    by_tokens, by_seconds = figure.subplots(1, 2, sharey=True)
+    for model, own in sorted(curves(rows).items()):
+        points = [dict(pair.split(":") for pair in row["curve"].split()) for row in own]
+        at = [place for place in points[0] if all(place in each for each in points)]
+        values = [[float(each[place]) for each in points] for place in at]
+        tokens = [float(place) for place in at]
+        panels = [(by_tokens, tokens)]
+        if speed := speeds.get(model):
+            panels.append((by_seconds, [1e6 * place / speed for place in tokens]))
+        for axes, x in panels:
+            (line,) = axes.plot(x, [statistics.fmean(each) for each in values], lw=1.2, label=model)
+            axes.fill_between(
+                x, list(map(min, values)), list(map(max, values)), alpha=0.2, lw=0, color=line.get_color()
+            )
+    by_tokens.set(xlabel="million training tokens", ylabel="held-out bits per byte")
+    by_seconds.set(xlabel="seconds of training, alone on the GPU")
+    for axes in (by_tokens, by_seconds):
+        axes.grid(alpha=0.3)
+    by_tokens.legend(fontsize="small")
+    figure.savefig(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    as_it_stands = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__, formatter_class=as_it_stands)
+    parser.add_argument("--check", action="store_true", help="exit with 1 where the page is not up to date")
+    options = parser.parse_args(arguments)
+    try:
+        rows = read(sorted(ROWS.glob("*.jsonl")))
+    except NotRows as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not options.check and curves(rows):
+        draw(rows, PICTURE)
+    return write(PAGE, fill(PAGE.read_text(), rows, tables()), check=options.check, command=COMMAND)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

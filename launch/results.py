@@ -1,0 +1,262 @@
+"""Train and evaluate the runs of a plan on one GPU, and write a row of figures for each.
+
+    python -m data_pipeline.corpus.join PARTS data/results          (parts that python -m data_pipeline.corpus made)
+    python -m launch.results --plan launch/plans/results_50m.yaml --data data/results --output rows.jsonl --pieces rates
+
+A plan (launch/plans/) lists runs as grids of settings, in pieces. Each run is trained (megatron_tn.train), evaluated on
+the held-out documents (megatron_tn.evaluate), and a row is appended to --output; runs that have a row there are not run
+again, and a stopped one goes on from its checkpoint in --runs. A grid with settings benchmark.* is measured instead
+(megatron_tn.benchmark), one run at a time: the speed of runs side by side says nothing.
+Words after -- are overrides of every run. Exit code 1 when a run fails, 3 when --minutes ended before the runs did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kernels.bench import rows
+from launch.runs import Failed, Programs, TimeUp
+from megatron_tn.training.run_folder import RunFolder
+
+FAILED, TIME_UP = 1, 3
+BATCH_TOKENS = 8192  # of a batch of held-out documents
+REPORT_S = 20.0  # between two lines on the runs under way
+BEST = re.compile(r"best of (\w+)")
+RESULT, LOOP = "result", "training loop"  # names of the rows of a trained and of a measured run
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of a plan: settings that all runs share, its own, and the folder of all runs."""
+
+    plan: str
+    shared: dict[str, Any]
+    own: dict[str, Any]
+    runs: Path
+
+    @property
+    def name(self) -> str:
+        return ",".join(str(value) if key == "model" else f"{key}={value}" for key, value in self.own.items())
+
+    @property
+    def variant(self) -> str:
+        """What sets the run apart beside its model, peak rate and seed."""
+        return ",".join(f"{value}" for key, value in self.own.items() if key not in ("model", "optim.lr", "seed"))
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.runs / self.name.replace("/", "-"))
+
+    @property
+    def is_benchmark(self) -> bool:
+        return any(key.startswith("benchmark.") for key in self.own)
+
+    def has_row(self, known: list[Row]) -> bool:
+        """Whether one of the rows is this run's."""
+        if self.is_benchmark:
+            return any((row["name"], row["model"]) == (LOOP, self.own["model"]) for row in known)
+        return any(row["name"] == RESULT and (row["plan"], row["run"]) == (self.plan, self.name) for row in known)
+
+    def measure(self, programs: Programs, options: argparse.Namespace) -> None:
+        """Appends the rows of megatron_tn.benchmark to the output. Raises Failed and TimeUp."""
+        words = [f"{key}={value}" for key, value in (self.shared | self.own).items()]
+        words += [f"run_dir={self.folder.path}", f"benchmark.output={options.output}", *options.overrides]
+        programs.run("megatron_tn.benchmark", words, self.folder.path / "console.log")
+
+    def finish(self, programs: Programs, options: argparse.Namespace) -> Row:
+        """Trains, or goes on training, and evaluates; returns the row. Raises Failed and TimeUp."""
+        folder, held_out = self.folder.path, options.data / "heldout/manifest.json"
+        words = [f"{key}={value}" for key, value in (self.shared | self.own).items()] + [f"run_dir={folder}"]
+        words += [f"data.manifest={options.data / 'train/manifest.json'}", f"evaluation.manifest={held_out}"]
+        programs.run("megatron_tn.train", [*words, *options.overrides], folder / "console.log")
+        evaluation = folder / "evaluation.json"
+        words = [f"checkpoint={folder}", f"manifest={held_out}", f"output={evaluation}"]
+        words += [f"max_documents={options.documents}", f"batch_tokens={BATCH_TOKENS}"]
+        programs.run("megatron_tn.evaluate", words, folder / "console.log")
+        return self._row(json.loads(evaluation.read_text()), options.at_once)
+
+    def _row(self, found: Row, at_once: int) -> Row:
+        config, losses = self.folder.frozen_config(), self.folder.records("loss")
+        memory = [record["memory/allocated_gib"] for record in self.folder.records("memory/allocated_gib")]
+        bits = found["bits_per_byte"]
+        curve = [(record["step"], record["heldout_bits_per_byte"]) for record in self.folder.records("heldout_loss")]
+        tokens = {record["step"]: record["tokens"] for record in losses}
+        figures = {
+            "heldout_tokens": found["tokens"],
+            "heldout_bytes": found["text_bytes"],
+            "gzip": bits["gzip -9"],
+            "xz": bits["xz -9"],
+            "peak_gib": max(memory, default=None),
+            "tokens_per_second": statistics.median(record["tokens_per_second"] for record in losses),
+            "at_once": at_once,
+            # Million training tokens and held-out bits per byte of evaluation.max_documents documents, in order.
+            "curve": " ".join(f"{tokens[step] / 1e6:.3f}:{value:.4f}" for step, value in curve if step in tokens),
+        }
+        for kind in ("sources", "positions"):
+            figures |= {f"{kind}/{name}": _bits(own) for name, own in found.get(kind, {}).items()}
+        return rows.row(
+            RESULT,
+            "bits/byte",
+            bits["model"],
+            plan=self.plan,
+            run=self.name,
+            variant=self.variant,
+            model=config.model.name,
+            lr=config.optim.lr,
+            seed=config.seed,
+            steps=losses[-1]["step"],
+            tokens=losses[-1]["tokens"],
+            sequence_length=config.data.sequence_length,
+            global_batch=config.data.global_batch,
+            **figures,
+        )
+
+
+def _bits(found: Row) -> float | None:
+    return found.get("bits_per_byte")
+
+
+class Bad(Exception):
+    """A plan that cannot be run; the message is one line."""
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """{"settings": {...}, "pieces": {name: [grid]}}. Raises Bad."""
+    try:
+        plan = yaml.safe_load(path.read_text())
+        grids = [grid for piece in plan["pieces"].values() for grid in piece]
+        ok = all(isinstance(values, list) for grid in grids for values in grid.values())
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise Bad(f"{path}: no plan: {' '.join(str(error).split())}") from None
+    if not ok:
+        raise Bad(f"{path}: each setting of a grid needs a list of values")
+    return plan
+
+
+def grid_runs(grid: dict[str, list[Any]], done: list[Row]) -> Iterator[dict[str, Any]]:
+    """The settings of each run of a grid; `done`: rows from which "best of MODEL" is read. Raises Bad."""
+    for values in itertools.product(*grid.values()):
+        yield {key: _resolved(key, value, done) for key, value in zip(grid, values, strict=True)}
+
+
+def _resolved(key: str, value: Any, done: list[Row]) -> Any:
+    if not (wanted := BEST.fullmatch(str(value))):
+        return value
+    column = key.rpartition(".")[2]
+    found = [row for row in done if (row["name"], row.get("model")) == (RESULT, wanted[1])]
+    if not found:
+        raise Bad(f"{key}={value}: no run of {wanted[1]} has a row yet")
+    return min(found, key=lambda row: row["value"])[column]
+
+
+def read_rows(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run_piece(grids: list[dict], plan: dict, options: argparse.Namespace, programs: Programs) -> None:
+    """Runs what has no row yet. Raises Bad, Failed and TimeUp."""
+    known = read_rows(options.output)
+    chosen = [own for grid in grids for own in grid_runs(grid, known)]
+    runs = [Run(options.plan.stem, plan["settings"], own, options.runs) for own in chosen]
+    left = [run for run in runs if not run.has_row(known)]
+    train([run for run in left if not run.is_benchmark], options, programs)
+    for run in left:
+        if run.is_benchmark:
+            say(f"{run.name}: measured")
+            run.measure(programs, options)
+
+
+def train(runs: list[Run], options: argparse.Namespace, programs: Programs) -> None:
+    """Finishes the runs, options.at_once at a time, with a line on each of them now and then; appends their rows.
+    Raises Failed and TimeUp."""
+    writing, under_way = threading.Lock(), {}
+
+    def task(run: Run) -> None:
+        under_way[run.name] = run
+        say(f"{run.name}: begins")
+        try:
+            row = run.finish(programs, options)
+        finally:
+            del under_way[run.name]
+        with writing:
+            rows.append(options.output, [row])
+        say(f"{run.name}: {row['value']:.4f} bits per byte, {row['tokens_per_second']:,.0f} tokens/s")
+
+    ended = threading.Event()
+
+    def report() -> None:
+        while not ended.wait(REPORT_S):
+            for run in list(under_way.values()):
+                if records := run.folder.records("loss"):
+                    say(f"  {run.name}: step {records[-1]['step']}, loss {records[-1]['loss']:.3f}")
+
+    reporter = threading.Thread(target=report, daemon=True)
+    reporter.start()
+    try:
+        programs.side_by_side([lambda run=run: task(run) for run in runs], options.at_once)
+    finally:
+        ended.set()
+        reporter.join()
+
+
+def say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.results", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--plan", type=Path, required=True, help="a YAML file such as launch/plans/results_50m.yaml")
+    parser.add_argument("--data", type=Path, required=True, help="folder with train/ and heldout/ (corpus.join)")
+    parser.add_argument("--output", type=Path, required=True, help="JSON lines file that rows are appended to")
+    parser.add_argument("--runs", type=Path, default=Path("runs/results"), help="folder of the runs' own folders")
+    parser.add_argument("--pieces", nargs="+", metavar="PIECE", help="of the plan, in order; default: all")
+    parser.add_argument("--at-once", type=int, default=1, help="runs side by side (default 1)")
+    parser.add_argument("--documents", type=int, default=0, help="held-out documents that are evaluated; 0: all")
+    parser.add_argument("--minutes", type=float, help="stop after so many; the same command goes on")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of every run, after --")
+    options = parser.parse_args(arguments)
+    if options.at_once < 1:
+        parser.error(f"--at-once {options.at_once} must be at least 1")
+    programs = Programs(None if options.minutes is None else time.monotonic() + 60 * options.minutes)
+    try:
+        plan = read_plan(options.plan)
+        if unknown := sorted(set(options.pieces or ()) - set(plan["pieces"])):
+            raise Bad(f"--pieces {unknown[0]}: {options.plan} has {', '.join(plan['pieces'])}")
+        for split in ("train", "heldout"):
+            if not (path := options.data / split / "manifest.json").is_file():
+                raise Bad(f"--data {options.data}: no {path}; python -m data_pipeline.corpus.join makes it")
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        for piece in options.pieces or plan["pieces"]:
+            say(f"piece {piece}")
+            run_piece(plan["pieces"][piece], plan, options, programs)
+    except Bad as bad:
+        parser.error(str(bad))
+    except Failed as failed:
+        say(str(failed))
+        return FAILED
+    except TimeUp:
+        say("time is up: the same command goes on from here")
+        return TIME_UP
+    say("done")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

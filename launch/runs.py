@@ -1,0 +1,74 @@
+"""Command lines of this project as subprocesses, several side by side, with a time after which none goes on."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+TAIL = 15  # lines of a log in a message
+GRACE_S = 60.0  # that a program told to stop has to save
+
+
+class Failed(Exception):
+    """A command of the project failed; the message names the command, its log and the log's last lines."""
+
+
+class TimeUp(Exception):
+    """The deadline has passed, before the command was started or while it ran."""
+
+
+class Programs:
+    """Runs command lines of this project. deadline: `time.monotonic()` after which running ones are told to stop, by
+    SIGTERM, and no further one starts; None for none."""
+
+    def __init__(self, deadline: float | None = None):
+        self.deadline = deadline
+        self._stopped = threading.Event()
+
+    def run(self, module: str, words: Sequence[str], log: Path) -> None:
+        """`python -m module words`, with its output in `log`. Raises Failed and TimeUp."""
+        if self._left() == 0:
+            raise TimeUp
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            program = subprocess.Popen([sys.executable, "-m", module, *words], stdout=file, stderr=file)
+            try:
+                code = program.wait(self._left())
+            except subprocess.TimeoutExpired:
+                program.send_signal(signal.SIGTERM)
+                try:
+                    program.wait(GRACE_S)
+                except subprocess.TimeoutExpired:
+                    program.kill()
+                raise TimeUp from None
+        if code:
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])
+            raise Failed(f"python -m {module} {' '.join(words)}: exit code {code}; the end of {log}:\n{tail}")
+
+    def _left(self) -> float | None:
+        if self._stopped.is_set():
+            return 0
+        return None if self.deadline is None else max(self.deadline - time.monotonic(), 0)
+
+    def side_by_side(self, tasks: Sequence[Callable[[], None]], at_once: int) -> None:
+        """Call the tasks, `at_once` at a time. After a failure no further command starts; those that run end. Raises
+        Failed and TimeUp."""
+
+        def call(task: Callable[[], None]) -> None:
+            try:
+                task()
+            except Failed:
+                self._stopped.set()
+                raise
+
+        with ThreadPoolExecutor(at_once) as pool:
+            results = [pool.submit(call, task) for task in tasks]
+        errors = [error for result in results if (error := result.exception())]
+        for error in sorted(errors, key=lambda error: isinstance(error, TimeUp)):
+            raise error

@@ -1,0 +1,128 @@
+"""A prefix in a file: its state in safetensors, computed once and continued any number of times.
+
+Tensors: layer.N, the state of layer N without its batch dimension, of all heads; seen, int32, the ids that occur.
+Metadata: format, model (`fingerprint`), config (JSON), dtype, length (tokens), last (the last token's id).
+A file is read into any tensor-parallel layout. Its size does not depend on the number of tokens where the state's does
+not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_tn.config import ConfigError, differences, to_mapping
+from megatron_tn.inference.prefix import Prefix, check_ids
+from megatron_tn.model.base import DecodingState, Model, has_fixed_state
+from megatron_tn.parallel.collectives import all_gather, all_reduce_
+
+FORMAT = "megatron_tn prefix 1"
+NO_DIFFERENCE = {"name": "", "init_std": 0.0}  # settings that do not change what a model computes
+HEADS = -3  # the dimension of every state that is split over tensor parallelism: [.., H / tp, K, d]
+
+
+@torch.no_grad()
+def save_prefix(prefix: Prefix, model: Model, path: str | Path) -> None:
+    """Write `prefix`, computed by `model`, to `path`. Rank 0 writes, and every rank returns when the file is there.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    axis, config = model.context.tp, model.config
+    layers = [] if prefix.state is None else prefix.state.layers
+    tensors = {f"layer.{n}": all_gather(layer[0], axis, HEADS).cpu() for n, layer in enumerate(layers)}
+    tensors["seen"] = torch.tensor(sorted(prefix.seen), dtype=torch.int32)
+    metadata = {
+        "format": FORMAT,
+        "model": fingerprint(model),
+        "config": json.dumps(to_mapping(config)),
+        "dtype": str(next(model.parameters()).dtype),
+        "length": str(prefix.length),
+        "last": str(prefix.last),
+    }
+    error = "rank 0 failed"
+    written = torch.zeros(1, dtype=torch.int64, device=next(model.parameters()).device)
+    if axis.rank == 0:
+        try:
+            partial = Path(f"{path}.tmp")
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+            partial.replace(path)
+            written += 1
+        except (OSError, SafetensorError) as failure:
+            error = str(failure)
+    if not all_reduce_(written, axis).item():
+        raise ConfigError(f"{path} cannot be written: {error}")
+
+
+@torch.no_grad()
+def load_prefix(path: str | Path, model: Model) -> Prefix:
+    """The prefix in `path`, on the model's device. Collective over tensor parallelism.
+
+    Raises:
+        ConfigError: the file cannot be read, is no prefix, or another model computed it; the line says which.
+    """
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"state={path} cannot be read: {error}") from None
+    if metadata.get("format") != FORMAT:
+        raise ConfigError(f"state={path} has format {metadata.get('format')!r}, not {FORMAT!r}")
+    if problem := _other_model(metadata, model):
+        raise ConfigError(f"state={path} was computed by another model: {problem}")
+    try:
+        return _prefix(metadata, tensors, model)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"state={path} is damaged: {error}") from None
+
+
+def _prefix(metadata: dict[str, str], tensors: dict[str, Tensor], model: Model) -> Prefix:
+    length, last, seen = int(metadata["length"]), int(metadata["last"]), frozenset(tensors["seen"].tolist())
+    check_ids(seen | {last}, model.config.vocab_size)
+    if length == 1:
+        return Prefix(None, last, seen)
+    axis, device = model.context.tp, next(model.parameters()).device
+    layers = [tensors[f"layer.{n}"] for n in range(model.config.layers)]
+    layers = [layer.chunk(axis.size, HEADS)[axis.rank].to(device)[None].contiguous() for layer in layers]
+    wanted = model.model.initial_state(1) if has_fixed_state(model) else layers
+    for n, (layer, own) in enumerate(zip(layers, wanted, strict=True)):
+        if (layer.shape, layer.dtype) != (own.shape, own.dtype):
+            raise ValueError(f"layer.{n} is {layer.dtype} {list(layer.shape)}, not {own.dtype} {list(own.shape)}")
+    return Prefix(DecodingState(layers, length - 1), last, seen)
+
+
+def _other_model(metadata: dict[str, str], model: Model) -> str:
+    """What of `model` is not as the metadata has it; empty if all is."""
+    own, theirs = to_mapping(model.config), json.loads(metadata["config"])
+    if changed := differences(theirs | NO_DIFFERENCE, own | NO_DIFFERENCE):
+        return ", ".join(changed)
+    if (dtype := str(next(model.parameters()).dtype)) != metadata["dtype"]:
+        return f"weights in {metadata['dtype']}, not {dtype}"
+    if (found := fingerprint(model)) != metadata["model"]:
+        return f"weights with fingerprint {metadata['model']}, not {found}"
+    return ""
+
+
+def fingerprint(model: Model) -> str:
+    """16 hex digits of the weights' values, equal for every tensor-parallel layout. Collective over tensor parallelism.
+
+    SHA-256 of each parameter's name and of the sum of its elements' bit patterns modulo 2^64, which does not depend on
+    the order of summation.
+    """
+    axis, sums = model.context.tp, []
+    for parameter in model.parameters():
+        bits = (
+            parameter.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.itemsize])
+        )
+        replica = parameter.shard_spec.replicated and axis.rank > 0
+        sums.append(torch.zeros_like(bits.sum()) if replica else bits.sum())
+    total = all_reduce_(torch.stack(sums), axis).tolist()
+    names = [name for name, _ in model.named_parameters()]
+    return hashlib.sha256(json.dumps([names, total]).encode()).hexdigest()[:16]

@@ -1,0 +1,108 @@
+"""JSON lines files of prompts and of their continuations."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron_tn.config import ConfigError
+
+MOST_PROBLEMS = 5  # lines of a file that are named
+
+
+def prompt_problems(path: str, text_key: str, taken: set[str]) -> list[str]:
+    """Why prompts=`path` cannot be continued, line by line. taken: keys that the lines must not have.
+
+    Reads the file once, so that nothing is computed for one that breaks off in the middle.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            found = []
+            for number, line in enumerate(file, 1):
+                if line.strip() and (problem := _problem(line, text_key, taken)):
+                    found.append(f"prompts={path}, line {number}: {problem}")
+                if len(found) == MOST_PROBLEMS:
+                    break
+    except OSError as error:
+        return [f"prompts={path} cannot be read: {error.strerror}"]
+    return found
+
+
+def read_prompts(path: str) -> Iterator[dict[str, Any]]:
+    """The records of a file without `prompt_problems`, one at a time. Blank lines are none."""
+    with Path(path).open("rb") as file:
+        yield from (json.loads(line) for line in file if line.strip())
+
+
+def _problem(line: bytes, text_key: str, taken: set[str]) -> str | None:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        return f"no JSON: {error}"
+    if not isinstance(record, dict):
+        return f"a JSON {type(record).__name__}, no object"
+    text = record.get(text_key)
+    if not isinstance(text, str):
+        return f"text_key={text_key}: {'no such key' if text is None else f'{text!r} is no text'}"
+    if clash := taken & record.keys():
+        return f"the key {min(clash)!r} is there already: output_key names another"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"text_key={text_key}: the text holds half a character: {error.reason}"
+    return None
+
+
+class OrderedLines:
+    """Writes numbered records to a JSON lines file in the order of their numbers, each as soon as all before it are
+    there. first: the first number."""
+
+    def __init__(self, file: BinaryIO, first: int = 0):
+        self._file = file
+        self._next = first
+        self._waiting: dict[int, dict[str, Any]] = {}
+
+    def put(self, number: int, record: dict[str, Any]) -> None:
+        self._waiting[number] = record
+        while self._next in self._waiting:
+            self._file.write(_line(self._waiting.pop(self._next)))
+            self._next += 1
+        self._file.flush()
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    try:
+        return (json.dumps(record, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # a key that was kept holds half a character
+        return (json.dumps(record) + "\n").encode()
+
+
+def output_problems(path: str, resume: bool) -> list[str]:
+    """Why continuations cannot be written to output=`path` beyond `config.unwritable`."""
+    if not resume and path and Path(path).is_file() and Path(path).stat().st_size:
+        return [f"output={path} exists: resume=true goes on behind its last line; or name another file"]
+    return []
+
+
+def whole_lines(path: str) -> tuple[int, int]:
+    """(lines that end, bytes of them) of a file that a writer may have left in the middle of a line."""
+    lines = size = 0
+    if Path(path).is_file():
+        with Path(path).open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    lines, size = lines + 1, size + len(line)
+    return lines, size
+
+
+def open_output(path: str, size: int) -> BinaryIO:
+    """The file at `path`, cut to `size` bytes, for writing behind them."""
+    try:
+        if Path(path).is_file():
+            os.truncate(path, size)
+        return Path(path).open("ab")
+    except OSError as error:
+        raise ConfigError(f"output={path} cannot be written: {error.strerror}") from None

@@ -1,0 +1,99 @@
+"""A document that is fed and asked by turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from megatron_tn.inference.generator import Generator, Request
+from megatron_tn.inference.prefill import CHUNK
+from megatron_tn.inference.prefix import Prefix
+from megatron_tn.inference.prefix_file import load_prefix, save_prefix
+from megatron_tn.inference.sampler import Sampler
+from megatron_tn.model.base import Model
+
+
+class Session:
+    """feed(ids) appends to the document; ask() continues it, and appends what it yields; fork() makes another session
+    that begins as this one is, at no cost.
+
+        session = Session(model)
+        session.feed(question)
+        answer = list(session.ask(max_new_tokens=64, sampler=Sampler(temperature=0)))
+        session.feed(next_question)
+
+    Costs of a turn are those of its tokens, however long the document is already. Collective over tensor parallelism.
+    """
+
+    def __init__(self, model: Model, prefix: Prefix | None = None, *, chunk: int = CHUNK):
+        self.model = model
+        self.prefix = prefix
+        self.chunk = chunk
+        self._idle: list[Generator] = []  # of this session and its forks; each is in one `ask` at a time
+
+    @property
+    def length(self) -> int:
+        """Number of tokens of the document."""
+        return 0 if self.prefix is None else self.prefix.length
+
+    def feed(self, ids: Sequence[int]) -> None:
+        """Append `ids`.
+
+        Raises:
+            ValueError: an id outside the vocabulary.
+        """
+        if len(ids):
+            self.prefix = Prefix.of(self.model, list(ids), self.prefix, self.chunk)
+
+    def ask(
+        self,
+        *,
+        max_new_tokens: int = 128,
+        sampler: Sampler | None = None,
+        seed: int = 0,
+        number: int = 0,
+        until: Callable[[int], bool] = lambda chosen: False,
+    ) -> Iterator[int]:
+        """Yield up to `max_new_tokens` ids, ending before the model's eos_id; `Request` has the other arguments. The
+        ids are appended when the iterator ends or is closed.
+
+        Raises:
+            ValueError: the document has no tokens.
+        """
+        given = {"sampler": sampler or Sampler(), "max_new_tokens": max_new_tokens, "seed": seed, "number": number}
+        request = Request(prefix=self.prefix, until=until, **given)
+        generator = self._idle.pop() if self._idle else Generator(self.model, 1, chunk=self.chunk)
+        taken = []
+        try:
+            for piece in generator.stream([request]):
+                for chosen in piece.ids:
+                    taken.append(chosen)
+                    yield chosen
+        finally:
+            self._idle.append(generator)
+            self.feed(taken)
+
+    def fork(self) -> Session:
+        """A session with the same document, and its own from here on."""
+        other = Session(self.model, self.prefix, chunk=self.chunk)
+        other._idle = self._idle
+        return other
+
+    def save(self, path: str | Path) -> None:
+        """Write the document's state to `path`, see `prefix_file`.
+
+        Raises:
+            ValueError: the document has no tokens.
+        """
+        if self.prefix is None:
+            raise ValueError("the session has no tokens: feed it before it is saved")
+        save_prefix(self.prefix, self.model, path)
+
+    @classmethod
+    def load(cls, model: Model, path: str | Path, *, chunk: int = CHUNK) -> Session:
+        """The session that `save` wrote.
+
+        Raises:
+            ConfigError: the file cannot be read, or another model computed it.
+        """
+        return cls(model, load_prefix(path, model), chunk=chunk)

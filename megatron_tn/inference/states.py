@@ -1,0 +1,64 @@
+"""The states of a decoder's rows, in buffers at fixed addresses that decoding steps write over."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megatron_tn.inference.token import token_logits
+from megatron_tn.model.base import DecodingState, Model
+
+BUFFERED_ROWS = 16  # from so many rows on, states rather than weights are most of what a step reads and writes
+SLOTS = 16  # tokens between two writes of a buffered state: more make a step read more keys and values
+
+
+class RowStates:
+    """One state tensor a layer, [B, ...], read and written by every step."""
+
+    def __init__(self, model: Model, rows: int):
+        self.model = model
+        self.layers = model.model.initial_state(rows)
+
+    def put(self, row: int, state: DecodingState | None) -> None:
+        """Let `row` begin with `state` (B = 1); None: before the first token."""
+        for layer, buffer in enumerate(self.layers):
+            buffer[row] = 0 if state is None else state.layers[layer][0]
+
+    def take(self, row: int) -> list[Tensor]:
+        """Copies of the states of `row`, B = 1."""
+        return [layer[row : row + 1].clone() for layer in self.layers]
+
+    def logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """tokens, positions int64 [B] -> [B, V]; the states become those after the tokens."""
+        return token_logits(self.model, tokens, positions, self.layers)
+
+
+class BufferedRowStates(RowStates):
+    """States that are written every SLOTS tokens only; see `kernels.gla.buffered`."""
+
+    def __init__(self, model: Model, rows: int):
+        self.model = model
+        self.buffers = model.model.buffered_state(rows, SLOTS)
+        self.layers = [buffer.state for buffer in self.buffers]
+
+    def put(self, row: int, state: DecodingState | None) -> None:
+        super().put(row, state)
+        first = self.buffers[0]
+        first.start[row : row + 1].copy_(first.slot)
+
+    def take(self, row: int) -> list[Tensor]:
+        decay = self.model.model.decay(self.layers[0].device)
+        return [b.row(row).folded(decay[layer]) for layer, b in enumerate(self.buffers)]
+
+    def logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        state = DecodingState(self.buffers, positions)
+        out = self.model(tokens[:, None], state=state, update_state=True)
+        self.buffers[0].advance()
+        return out.logits[:, 0]
+
+
+def row_states(model: Model, rows: int) -> RowStates:
+    """Buffered where that is faster: on a GPU, for many rows, if the architecture can."""
+    on_gpu = next(model.parameters()).is_cuda
+    if on_gpu and rows >= BUFFERED_ROWS and getattr(model.model, "bufferable_state", False):
+        return BufferedRowStates(model, rows)
+    return RowStates(model, rows)

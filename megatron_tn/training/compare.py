@@ -1,0 +1,123 @@
+"""Runs side by side: those that differ in their seed alone are a group, named by the settings in which it differs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_tn.config import ConfigError, to_mapping
+from megatron_tn.training.run_folder import RunFolder
+from megatron_tn.training.summary import figures_of
+
+# Settings that change neither the model nor what it learns from.
+ASIDE = ("seed", "run_dir", "nodes", "stop_after", "hang_timeout_s", "distributed_timeout_s")
+GROUPS_ASIDE = ("logging.", "checkpoint.", "cluster.", "guard.")
+MOST_SETTINGS = 4  # in a group's name; runs with less in common are named by their folders
+# Figure -> column title and format.
+COLUMNS = {
+    "tokens": ("tokens", ",.0f"),
+    "loss": ("loss", ".3f"),
+    "heldout_loss": ("held-out", ".3f"),
+    "heldout_bits_per_byte": ("bits/byte", ".4f"),
+    "tokens_per_second": ("tokens/s", ",.0f"),
+}
+SPREAD = ("loss", "heldout_loss", "heldout_bits_per_byte")  # figures shown with their deviation over seeds
+ORDER = ("heldout_bits_per_byte", "heldout_loss", "loss")  # the first figure that all groups have sorts them
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of equal settings but for the seed. name: the settings that set it apart, as on a command line."""
+
+    name: str
+    runs: list[RunFolder]
+
+    def values(self, figure: str) -> list[float]:
+        """The figure of every run that has it (see `summary.figures_of`)."""
+        return [found[figure] for run in self.runs if figure in (found := figures_of(run))]
+
+
+def groups_of(runs: Sequence[RunFolder]) -> list[Group]:
+    """Best first: by held-out bits per byte, or held-out loss, or loss, whichever all groups have."""
+    settings = [_settings(run) for run in runs]
+    keys = [json.dumps(values, sort_keys=True) for values in settings]
+    firsts = {key: settings[index] for index, key in reversed(list(enumerate(keys)))}
+    members = {key: [run for run, own in zip(runs, keys, strict=True) if own == key] for key in dict.fromkeys(keys)}
+    names = group_names(
+        [firsts[key] for key in members], [[run.path.name for run in found] for found in members.values()]
+    )
+    groups = [Group(name, found) for name, found in zip(names, members.values(), strict=True)]
+    figures = [figure for figure in ORDER if all(group.values(figure) for group in groups)]
+    return sorted(groups, key=lambda group: _rank(group, figures[0])) if figures else groups
+
+
+def table_of(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
+    """Titles, and a row of cells for each group: means over its runs, losses ± the standard deviation."""
+    shown = [figure for figure in COLUMNS if any(group.values(figure) for group in groups)]
+    rows = []
+    for group in groups:
+        cells = [_cell(group.values(figure), COLUMNS[figure][1], figure in SPREAD) for figure in shown]
+        rows.append([group.name, str(len(group.runs)), *cells])
+    return ["run", "seeds", *(COLUMNS[figure][0] for figure in shown)], rows
+
+
+def _cell(values: list[float], form: str, spread: bool) -> str:
+    if not values:
+        return "-"
+    mean = f"{np.mean(values):{form}}"
+    return f"{mean} ± {np.std(values, ddof=1):{form}}" if spread and len(values) > 1 else mean
+
+
+def _rank(group: Group, figure: str) -> float:
+    mean = np.mean(group.values(figure))
+    return math.inf if math.isnan(mean) else mean  # a run that diverged is the worst
+
+
+def _settings(run: RunFolder) -> dict[str, Any]:
+    """Dotted name -> value of what may change a run's result; the folder's name where it has no (readable) settings."""
+    try:
+        values = _flat(to_mapping(run.frozen_config()))
+    except ConfigError:
+        return {"run": run.path.name}
+    return {key: value for key, value in values.items() if key not in ASIDE and not key.startswith(GROUPS_ASIDE)}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def group_names(settings: list[dict[str, Any]], folders: list[list[str]]) -> list[str]:
+    """One name a group: its settings that differ from the most common value, or all values where none is. Settings of a
+    model are compared among groups of one model.name, which says the others. "reference" for a group that differs in
+    nothing; the folders' names in the place of more than MOST_SETTINGS settings."""
+    keys = dict.fromkeys(key for own in settings for key in own)
+    columns = {key: [json.dumps(own.get(key)).strip('"') for own in settings] for key in keys}
+    sizes = columns.get("model.name", [""] * len(settings))
+    names = []
+    for index, own in enumerate(folders):
+        differing = []
+        for key, values in columns.items():
+            of_model = key.startswith("model.") and key != "model.name"
+            peers = [value for value, size in zip(values, sizes, strict=True) if not of_model or size == sizes[index]]
+            if len(set(peers)) > 1 and (key == "model.name" or values[index] != _most_common(peers)):
+                differing.append(f"{key}={values[index]}")
+        if len(settings) == 1 or len(differing) > MOST_SETTINGS:
+            names.append(", ".join(own))
+        else:
+            names.append(", ".join(differing) or "reference")
+    return names
+
+
+def _most_common(values: list[str]) -> str | None:
+    """None where two values are equally common."""
+    (first, count), *others = Counter(values).most_common(2)
+    return None if others and others[0][1] == count else first

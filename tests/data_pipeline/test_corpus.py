@@ -1,0 +1,160 @@
+"""A corpus of packages: what was asked for, once, in parts that are corpora by themselves and join to the whole."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import subprocess
+import tarfile
+import zipfile
+
+import pytest
+import yaml
+
+from data_pipeline.config import CONF
+from data_pipeline.corpus import packages
+from data_pipeline.corpus.join import main as join
+from data_pipeline.corpus.make import make_corpus
+from data_pipeline.corpus.packages import take
+from data_pipeline.corpus.parts import deal
+from data_pipeline.corpus.settings import CorpusSettings, Package, compose_corpus
+from data_pipeline.errors import InputError, StageError
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.reading import read_documents
+from tests.data_pipeline.real_text import write_real_text
+
+ANY = "0" * 64
+
+
+def wheel(path, files: dict[str, str]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A corpus of three packages in parts of 60 kB at most, and the folder of its packages."""
+    folder = tmp_path_factory.mktemp("corpus")
+    output = folder / "output"
+    (output / "packages").mkdir(parents=True)
+    write_real_text(folder / "texts", 100)
+    texts = [path.read_text() for path in sorted((folder / "texts").iterdir())]
+    given = {}
+    chosen = (("manual", "documentation", texts[:50]), ("more", "prose", texts[40:80]), ("last", "code", texts[80:]))
+    for name, source, own in chosen:
+        path = output / "packages" / f"{name}_1.0.whl"
+        wheel(
+            path,
+            {f"{name}/{number:03d}.txt": text for number, text in enumerate(own)} | {f"{name}/data.bin": "no text"},
+        )
+        given[name] = {"source": source, "kind": "pypi", "version": "1.0", "licence": "free", "files": ["*.txt"]}
+        given[name]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    settings = CorpusSettings(
+        output=str(output), packages=given, vocab_size=600, heldout_fraction=0.1, part_bytes=60_000, tasks=2, workers=1
+    )
+    make_corpus(settings, say=lambda line: None)
+    return output, texts
+
+
+def identities(path) -> list[str]:
+    return sorted(document.metadata["id"] for document in read_documents(Manifest.load(path)))
+
+
+def test_texts_come_once_and_every_part_is_a_corpus_by_itself(made, tmp_path, capsys):
+    output, texts = made
+    said = json.loads((output / "corpus.json").read_text())
+    assert {name: found["files"] for name, found in said["packages"].items()} == {
+        "manual": 50,
+        "more": 40,
+        "last": 20,
+    }
+    whole = {split: output / "corpus" / split / "manifest.json" for split in ("train", "heldout")}
+    ids = {split: identities(path) for split, path in whole.items()}
+    assert ids["heldout"]
+    assert len(set(ids["train"] + ids["heldout"])) <= len(set(texts))  # ten texts are in both packages
+    parts = sorted((output / "parts").glob("part-*.tar"))
+    assert len(parts) == len(said["parts"]) > 1
+    assert [part.stat().st_size for part in parts] == [found["bytes"] for found in said["parts"]]
+
+    one = tmp_path / "one"
+    one.mkdir()
+    (one / parts[0].name).write_bytes(parts[0].read_bytes())
+    assert join([str(one), str(tmp_path / "joined")]) == 0
+    first = identities(tmp_path / "joined/train/manifest.json")
+    assert 0 < len(first) < len(ids["train"])
+    # Further parts come later; then it is the whole, to the last hash.
+    assert join([str(output / "parts"), str(tmp_path / "joined")]) == 0
+    assert f"{len(ids['train'])} documents" in capsys.readouterr().out
+    for split, path in whole.items():
+        joined = Manifest.load(tmp_path / "joined" / split / "manifest.json")
+        assert sorted(map(dataclasses.astuple, joined.shards)) == sorted(
+            map(dataclasses.astuple, Manifest.load(path).shards)
+        )
+
+
+def test_joining_says_what_is_wrong(tmp_path, capsys):
+    assert join([str(tmp_path), str(tmp_path / "joined")]) == 2
+    assert "no part-*.tar" in capsys.readouterr().err
+    with tarfile.open(tmp_path / "part-1.tar", "w") as archive:
+        entry = tarfile.TarInfo("../evil")
+        archive.addfile(entry, io.BytesIO(b""))
+    assert join([str(tmp_path), str(tmp_path / "joined")]) == 2
+    assert "../evil is no file of a part" in capsys.readouterr().err
+
+
+def test_a_package_of_another_hash_or_without_files_is_refused(tmp_path):
+    package = Package("code", "pypi", "1.0", ANY, "free", ("*.txt",))
+    wheel(tmp_path / "made_1.0.whl", {"a.md": "text"})
+    with pytest.raises(InputError, match=r"packages.made.sha256=000.*: .*made_1.0.whl has sha256 "):
+        packages.fetch("made", package, tmp_path)
+    with pytest.raises(InputError, match=r"packages.made.files=\['\*.txt'\]: no file of made_1.0.whl matches"):
+        take("made", package, tmp_path / "made_1.0.whl", tmp_path / "text", 1.0)
+
+
+def test_a_package_that_cannot_be_had_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(packages, "_download", lambda name, package: ["sh", "-c", "echo no such version >&2; exit 1"])
+    with pytest.raises(StageError, match=r"packages.made: version 1.0 cannot be downloaded: no such version"):
+        packages.fetch("made", Package("code", "debian", "1.0", ANY, "free", ("*",)), tmp_path)
+
+
+def test_files_of_an_archive_within_a_debian_package_are_taken(tmp_path):
+    """What a Debian package of sources holds; links are not followed."""
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w:xz") as archive:
+        for name in ("linux/kernel/fork.c", "linux/drivers/net.c"):
+            entry = tarfile.TarInfo(name)
+            entry.size = 4
+            archive.addfile(entry, io.BytesIO(b"int;"))
+        link = tarfile.TarInfo("linux/kernel/link.c")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    root = tmp_path / "root"
+    (root / "usr/src").mkdir(parents=True)
+    (root / "DEBIAN").mkdir()
+    (root / "usr/src/linux.tar.xz").write_bytes(inner.getvalue())
+    (root / "DEBIAN/control").write_text(
+        "Package: l\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b.c>\nDescription: d\n"
+    )
+    subprocess.run(["dpkg-deb", "--build", root, tmp_path / "l.deb"], check=True, capture_output=True)
+    package = Package("code", "debian", "1", ANY, "free", ("linux/kernel/*.c",), inner="*/linux.tar.xz")
+    assert take("l", package, tmp_path / "l.deb", tmp_path / "text", 1.0) == {"files": 1, "bytes": 4}
+    assert [path.name for path in (tmp_path / "text").rglob("*.*")] == ["fork.c"]
+
+
+def test_parts_are_alike_in_size_and_sources(made):
+    output, _ = made
+    shards = list(Manifest.load(output / "corpus/train/manifest.json").shards)
+    sizes = {shard.name: 10 for shard in shards}
+    groups = deal(shards, sizes, 10 * len(shards) // 2)
+    assert sorted(shard.name for group in groups for shard in group) == sorted(sizes)
+    assert max(map(len, groups)) - min(map(len, groups)) <= 1
+    assert {shard.source for shard in groups[0]} >= {"documentation", "prose"}
+
+
+def test_every_package_in_conf_is_pinned_and_of_a_known_source():
+    listed = yaml.safe_load((CONF / "corpus.yaml").read_text())["packages"]
+    found = compose_corpus(["output=out"]).packages
+    assert len(found) == len(listed) > 50
+    assert len({package.sha256 for package in found.values()}) == len(found)
+    assert {package.source for package in found.values()} == {"code", "documentation", "prose"}

@@ -1,0 +1,102 @@
+"""Decoding on a GPU: one CUDA graph a token gives what kernels launched one by one give."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from megatron_tn.inference import Generator, Prefix, Request, Sampler, generate
+from megatron_tn.inference.decoder import Decoder
+from megatron_tn.model.base import Model
+from megatron_tn.model.init import initialize
+from megatron_tn.model.registry import build_model
+from tests.helpers.decoding import plain, prompts, recorded_logits, trained_model
+from tests.helpers.models import TINY
+from tests.helpers.ranks import layout, run_shared, this_device
+
+pytestmark = pytest.mark.gpu
+GREEDY = Sampler(temperature=0)
+# Heads of 64: the widths of the step's kernel. Spread initial values: the next token depends on the prompt.
+WIDE = dataclasses.replace(TINY, vocab_size=1000, embed_dim=256, heads=4, glu_dim=512, layers=2, init_std=0.1)
+
+
+def model_on(device: str | torch.device, dtype: torch.dtype = torch.bfloat16, tp: int = 1) -> Model:
+    model = build_model(WIDE, layout(tp), device, dtype)
+    initialize(model, seed=0)
+    return model
+
+
+def requests() -> list[Request]:
+    """More than rows, of different lengths and settings, so that rows are filled again under other plans."""
+    samplers = [
+        Sampler(1.0),
+        Sampler(0.8, top_k=50),
+        GREEDY,
+        Sampler(1.0, top_p=0.9),
+        Sampler(1.0, 9, 0.8, 1.2),
+        GREEDY,
+    ]
+    return [
+        Request(prompt, sampler=sampler, max_new_tokens=11 + 3 * n, seed=1, number=n)
+        for n, (prompt, sampler) in enumerate(zip(prompts(), samplers, strict=True))
+    ]
+
+
+def decoded(model: Model, rows: int = 3) -> list[list[int]]:
+    found = [[] for _ in requests()]
+    for piece in Generator(model, rows).stream(requests()):
+        found[piece.index] += piece.ids
+    return found
+
+
+def test_a_graph_gives_what_kernels_one_by_one_give(monkeypatch):
+    """Bit for bit, since they are the same kernels; with refilled rows, plans that change, and looks 8 tokens apart."""
+    model = model_on("cuda")
+    captured = decoded(model)
+    assert sum(map(len, captured)) > 60
+    monkeypatch.setattr(Decoder, "_run_one", Decoder._step)
+    assert decoded(model) == captured
+
+
+def test_states_and_logits_of_a_graph_are_those_of_the_recurrence():
+    model = trained_model().cuda()
+    ids, exact = plain(model, prompts()[3], 12)
+    wanted = [plain(model, prompt, 12)[0] for prompt in prompts()]
+    for feed_below in (0, 20):
+        given = {"rows": 4, "feed_below": feed_below, "check_every": 5}
+        assert generate(model, prompts(), max_new_tokens=12, sampler=GREEDY, **given) == wanted
+    decoder, prefix = Decoder(model, 2), Prefix.of(model, prompts()[3], chunk=16)
+    for row in range(2):
+        decoder.start(row, prefix, sampler=GREEDY, key=0)
+    with recorded_logits() as logits:
+        found = decoder.run(12).read()
+    assert found.T.tolist() == [ids] * 2
+    assert len(logits) == 2  # one step ran kernel by kernel, one was captured
+    assert (logits[0][1].cpu() - exact[0]).abs().max() < 1e-4 * exact.abs().max()
+    whole = Prefix.of(model, prompts()[3] + ids)
+    for buffer, layer in zip(decoder.states.layers, whole.state.layers, strict=True):
+        torch.testing.assert_close(buffer[1], layer[0], rtol=1e-4, atol=1e-4)
+
+
+def test_memory_does_not_grow_with_the_prompt():
+    model, peaks = model_on("cuda"), []
+    for chunks in (2, 2, 40):  # the first run compiles
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        Prefix.of(model, [5] * (512 * chunks), chunk=512)
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[2] <= 1.01 * peaks[1]
+
+
+def on_ranks() -> list[list[int]]:
+    return decoded(model_on(this_device(), torch.float32, tp=2))
+
+
+@pytest.mark.gpu(2)
+def test_tensor_parallel_ranks_capture_the_same_ids():
+    one, other = run_shared(2, on_ranks, device="cuda")
+    assert one == other
+    alone = decoded(model_on("cuda", torch.float32))
+    assert [ids[:4] for ids in one] == [ids[:4] for ids in alone]

@@ -1,0 +1,208 @@
+"""A plan of runs: which are left, what is read from them, when it stops; and the page that shows their rows."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+import hydra
+import pytest
+from omegaconf import OmegaConf
+
+import megatron_tn.train
+from launch import render_results
+from launch.render_table import fill
+from launch.results import grid_runs, main, read_plan
+from launch.runs import Failed, Programs, TimeUp
+from megatron_tn import cli
+from megatron_tn.config import ModelConfig, OptimConfig, TrainConfig, from_mapping, save
+
+PLAN = """
+settings: {experiment: results}
+pieces:
+  rates:
+    - {model: [ours, rival], optim.lr: [1.0e-3, 2.0e-3, 4.0e-3], seed: [0]}
+  seeds:
+    - {model: [ours], optim.lr: [best of ours], seed: [0, 1, 2]}
+  speed:
+    - {model: [ours, rival], benchmark.loop_steps: [20]}
+"""
+BITS = {"ours": {0.001: 1.4, 0.002: 1.2, 0.004: 1.3}, "rival": {0.001: 1.25, 0.002: 1.5, 0.004: 1.6}}
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    for split in ("train", "heldout"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        (tmp_path / "data" / split / "manifest.json").touch()
+    return tmp_path
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """Stand-ins for the command lines, which leave the files that those leave; the list of calls."""
+    calls = []
+
+    def run(self, module, words, log):
+        said = dict(word.split("=", 1) for word in words)
+        calls.append((module, said))
+        if module == "megatron_tn.train":
+            folder, lr, seed = Path(said["run_dir"]), float(said["optim.lr"]), int(said["seed"])
+            folder.mkdir(parents=True, exist_ok=True)
+            config = TrainConfig(seed=seed, model=ModelConfig(name=said["model"]), optim=OptimConfig(lr=lr))
+            save(config, folder / "config.json")
+            steps = [{"step": n, "loss": 5.0 - n, "tokens": n * 1_000_000, "tokens_per_second": 10.0} for n in (1, 2)]
+            held_out = [{"step": 2, "heldout_loss": 3.0, "heldout_bits_per_byte": 1.5}]
+            (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in steps + held_out))
+        elif module == "megatron_tn.evaluate":
+            config = json.loads(Path(said["checkpoint"], "config.json").read_text())
+            bits = BITS[config["model"]["name"]][config["optim"]["lr"]] + config["seed"] / 100
+            found = {"tokens": 7, "text_bytes": 20, "bits_per_byte": {"model": bits, "gzip -9": 2.0, "xz -9": 1.9}}
+            found["sources"] = {"code": {"tokens": 7, "nats_per_token": 1.0, "bits_per_byte": 0.9}}
+            Path(said["output"]).write_text(json.dumps(found))
+        else:
+            with Path(said["benchmark.output"]).open("a") as file:
+                file.write(json.dumps({"name": "training loop", "model": said["model"]}) + "\n")
+
+    monkeypatch.setattr(Programs, "run", run)
+    return calls
+
+
+def command(place: Path, *words: str) -> list[str]:
+    places = {"--plan": "plan.yaml", "--data": "data", "--output": "rows.jsonl", "--runs": "runs"}
+    return [word for key, name in places.items() for word in (key, str(place / name))] + list(words)
+
+
+def rows(place: Path) -> list[dict]:
+    return [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()]
+
+
+def test_a_plan_is_run_once_and_the_best_rate_is_read_from_its_rows(place, programs):
+    assert main(command(place, "--pieces", "rates", "--at-once", "2", "--", "seed=0")) == 0
+    assert len(rows(place)) == 6
+    assert all(said["experiment"] == "results" for module, said in programs if module == "megatron_tn.train")
+    programs.clear()
+    assert main(command(place, "--pieces", "rates", "seeds")) == 0
+    trained = [(said["optim.lr"], said["seed"]) for module, said in programs if module == "megatron_tn.train"]
+    assert trained == [("0.002", "1"), ("0.002", "2")]  # seed 0 has a row
+    last = rows(place)[-1]
+    assert (last["model"], last["value"], last["curve"], last["sources/code"]) == ("ours", 1.22, "2.000:1.5000", 0.9)
+    for _ in range(2):
+        assert main(command(place)) == 0
+    assert [said["model"] for module, said in programs if module == "megatron_tn.benchmark"] == ["ours", "rival"]
+
+
+def test_bad_input_is_said_before_anything_runs(place, programs, capsys):
+    (place / "bad.yaml").write_text("pieces: {rates: [{model: ours}]}")
+    for words, line in (
+        (command(place, "--pieces", "rate"), "--pieces rate: .* has rates, seeds, speed"),
+        (command(place, "--pieces", "seeds"), "optim.lr=best of ours: no run of ours has a row yet"),
+        (command(place, "--plan", str(place / "bad.yaml")), "bad.yaml: each setting of a grid needs a list of values"),
+        (command(place, "--plan", str(place / "none.yaml")), "none.yaml: no plan: .*No such file"),
+        (
+            command(place, "--data", str(place)),
+            "no .*train/manifest.json; python -m data_pipeline.corpus.join makes it",
+        ),
+        (command(place, "--at-once", "0"), "--at-once 0 must be at least 1"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        assert stopped.value.code == 2
+        assert re.search(line, capsys.readouterr().err)
+    assert programs == []
+
+
+@pytest.mark.parametrize("path", sorted(Path("launch/plans").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_runs_of_every_plan_are_there(path):
+    plan = read_plan(path)
+    known = [{"name": "result", "model": path.stem.removeprefix("results_"), "lr": 0.001, "value": 1.0}]
+    known += [known[0] | {"model": f"transformer_{known[0]['model']}"}]
+    assert megatron_tn.train.main  # importing it registers the schema
+    chosen = [own for grids in plan["pieces"].values() for grid in grids for own in grid_runs(grid, known)]
+    assert len({tuple(own.items()) for own in chosen}) == len(chosen) > 0
+    for group in ("model", "experiment"):  # test_config.py composes each of these files
+        assert {own[group] for own in chosen if group in own} <= names_in(cli.CONF / group)
+    with hydra.initialize_config_dir(str(cli.CONF), version_base=None):
+        words = [f"{key}={value}" for key, value in (plan["settings"] | chosen[0]).items()]
+        config = OmegaConf.to_container(hydra.compose("config", words), resolve=True)
+    assert from_mapping(TrainConfig, config).problems(world_size=1) == []
+
+
+def names_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml")}
+
+
+def test_a_failure_has_the_end_of_its_log_and_stops_what_waits(tmp_path):
+    programs, done = Programs(), []
+    fails = lambda: programs.run("no_such_module", ["a=1"], tmp_path / "log")  # noqa: E731
+    with pytest.raises(
+        Failed, match=r"python -m no_such_module a=1: exit code 1; the end of .*log:\n.*No module named"
+    ):
+        programs.side_by_side([fails, lambda: programs.run("this", [], tmp_path / "x"), lambda: done.append(1)], 1)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_program_is_told_to_stop_at_the_deadline(tmp_path, monkeypatch):
+    """It gets SIGTERM, as a training run does that then saves; no further one starts."""
+    (tmp_path / "waits.py").write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(143)))\n"
+        "print('ready', flush=True)\ntime.sleep(60)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    programs, log = Programs(), tmp_path / "log"
+
+    def left() -> float | None:
+        if not log.exists():
+            return None
+        while "ready" not in log.read_text():
+            time.sleep(0.05)
+        return 0.0
+
+    monkeypatch.setattr(programs, "_left", left)
+    with pytest.raises(TimeUp):
+        programs.run("waits", [], log)
+    assert log.read_text() == "ready\nsaved\n"
+    with pytest.raises(TimeUp):
+        programs.run("waits", [], log)
+
+
+BASE = {
+    "commit": "0123456789",
+    "command": "c",
+    "date": "2026-01-01",
+    "gpu": "NVIDIA H200",
+    "cpu": None,
+    "unit": "bits/byte",
+}
+RESULT = BASE | {"name": "result", "plan": "results_50m", "model": "50m", "variant": "", "lr": 0.002}
+RESULT |= {"tokens": 60_000_000, "sequence_length": 2048, "global_batch": 32}
+
+
+def test_the_page_shows_means_and_spread_of_seeds():
+    found = [
+        RESULT | {"seed": seed, "value": 1.2 + seed / 10, "sources/code": 0.8, "positions/64": 1.5} for seed in (0, 1)
+    ]
+    page = "<!-- rows: 50m -->\n<!-- end of rows -->\n<!-- rows: 50m positions -->\n<!-- end of rows -->\n"
+    lines = fill(page, found, render_results.tables()).splitlines()
+    assert "| 50m | 0.002 | 2 | 60.0 M | 1.2500 ± 0.0707 | 0.8000 ± 0.0000 |  |  | H200 | 0123456 |" in lines
+    assert "| 50m | 0.002 |  | 1.5000 ± 0.0000 |  |  |  |  |" in lines
+
+
+def test_curves_are_of_the_best_rate_and_drawn(tmp_path):
+    found = [
+        RESULT | {"seed": 0, "value": value, "lr": lr, "curve": "10.0:1.5 20.0:1.3"}
+        for lr, value in ((0.001, 1.4), (0.002, 1.2))
+    ]
+    assert [row["lr"] for row in render_results.curves(found)["50m"]] == [0.002]
+    render_results.draw(
+        [*found, {"name": "training loop", "model": "50m", "tokens_per_second": 1e6}], tmp_path / "a.png"
+    )
+    assert 1_000 < (tmp_path / "a.png").stat().st_size < 100_000
+
+
+def test_the_page_in_the_repository_is_up_to_date():
+    assert render_results.main(["--check"]) == 0
