@@ -22,6 +22,8 @@ from megatron_tn.training.compare import Group, groups_of, table_of
 from megatron_tn.training.curve import draw
 from megatron_tn.training.run_folder import RunFolder
 
+FORMATS = (".png", ".svg", ".pdf")
+
 
 def main() -> None:
     words = sys.argv[1:]
@@ -33,7 +35,10 @@ def main() -> None:
         folders = [Path(word) for word in words if not word.startswith("output=")]
         runs = [run for folder in folders for run in runs_in(folder)]
         place = output or str((folders[0] if len(folders) == 1 else Path()) / "loss.png")
-        if problems := unwritable("output", place):
+        problems = unwritable("output", place)
+        if Path(place).suffix not in FORMATS:
+            problems.append(f"output={place} must end in {', '.join(FORMATS)}: the ending is the picture's format")
+        if problems:
             raise ConfigError(problems)
         compare(runs, Path(place))
 
