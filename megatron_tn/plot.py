@@ -24,6 +24,8 @@ from megatron_tn.training.compare import Group, groups_of, table_of
 from megatron_tn.training.curve import draw
 from megatron_tn.training.run_folder import RunFolder
 
+FORMATS = (".png", ".svg", ".pdf")
+
 
 def main() -> None:
     words = sys.argv[1:]
@@ -36,7 +38,10 @@ def main() -> None:
         evaluated = {path.stem: positions_in(path) for path in paths if path.suffix == ".json"}
         runs = [run for path in paths if path.suffix != ".json" for run in runs_in(path)]
         place = output or str((paths[0] if len(paths) == 1 and runs else Path()) / "loss.png")
-        if problems := unwritable("output", place):
+        problems = unwritable("output", place)
+        if Path(place).suffix not in FORMATS:
+            problems.append(f"output={place} must end in {', '.join(FORMATS)}: the ending is the picture's format")
+        if problems:
             raise ConfigError(problems)
         compare(runs, Path(place), evaluated)
 

@@ -60,7 +60,8 @@ log = logging.getLogger(__name__)
 def train(config: TrainConfig) -> int | None:
     """Returns the exit code of a run that was told to stop before its end, and None for one that reached it."""
     config, stream, start = preflight(config)
-    with Preemption() as preemption, Run(config, start, open_weights) as run:
+    with Preemption(joined=False) as preemption, Run(config, start, open_weights) as run:
+        preemption.joined = True
         go_to(stream, run.start)
         context = ParallelContext.create(
             config.parallel.tp, config.parallel.cp, sequence_parallel=config.parallel.sequence_parallel

@@ -66,8 +66,9 @@ def commands(shell: str) -> list[list[str]]:
 
 def program(words: list[str]) -> tuple[str, list[str]]:
     """(Module, its arguments) of a command; the module is empty for a command that is not the project's."""
-    if words[0].endswith("python") and words[1] == "-m":
-        return words[2], words[3:]
+    if words[0].endswith(("python", "torchrun")) and "-m" in words:
+        module = words.index("-m") + 1
+        return words[module], words[module + 1 :]
     launcher = next((number for number, word in enumerate(words) if word.startswith("launch/")), None)
     if launcher is None:
         return "", []
