@@ -86,11 +86,21 @@ def corpus_table(summary: dict) -> str:
     return "\n".join(shown) + "\n"
 
 
+def stage_table(summary: dict) -> str:
+    """What each stage of the pipeline left."""
+    shown = ["| stage | documents left | MB |", "|---|---|---|"]
+    shown += [
+        f"| {name} | {found['documents']:,} | {found['bytes'] / 1e6:.1f} |" for name, found in summary["stages"].items()
+    ]
+    return "\n".join(shown) + "\n"
+
+
 def package_table(summary: dict) -> str:
     """The packages, with the text that was taken out of them."""
-    shown = ["| package | version | files | MB |", "|---|---|---|---|"]
+    shown = ["| package | version | licence | source | files | MB |", "|" + "---|" * 6]
     shown += [
-        f"| {name} | {found['version']} | {found['files']:,} | {found['bytes'] / 1e6:.1f} |"
+        f"| {name} | {found['version']} | {found['licence']} | {found['source']} | {found['files']:,} "
+        f"| {found['bytes'] / 1e6:.1f} |"
         for name, found in summary["packages"].items()
     ]
     return "\n".join(shown) + "\n"
@@ -108,8 +118,8 @@ class Corpus:
 
 
 def tables() -> dict[str, Table | Corpus]:
-    corpus = ROWS / "corpus.json"
-    return RESULTS | {"corpus": Corpus(corpus, corpus_table), "packages": Corpus(corpus, package_table)}
+    of_corpus = {"corpus": corpus_table, "stages": stage_table, "packages": package_table}
+    return RESULTS | {name: Corpus(ROWS / "corpus.json", table) for name, table in of_corpus.items()}
 
 
 def curves(rows: Sequence[Row], plan: str = "results_50m") -> dict[str, list[Row]]:

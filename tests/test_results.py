@@ -192,6 +192,19 @@ def test_the_page_shows_means_and_spread_of_seeds():
     assert "| 50m | 0.002 |  | 1.5000 ± 0.0000 |  |  |  |  |" in lines
 
 
+def test_the_page_shows_the_corpus(tmp_path, monkeypatch):
+    found = {"documents": 1234, "bytes": 5_600_000, "tokens": 1_500_000}
+    package = {"version": "1:2-3", "source": "code", "licence": "MIT", "files": 7, "bytes": 900_000}
+    summary = {"sources": {"code": {"train": found}}, "stages": {"read": found}, "packages": {"made": package}}
+    (tmp_path / "corpus.json").write_text(json.dumps(summary))
+    monkeypatch.setattr(render_results, "ROWS", tmp_path)
+    blocks = "".join(f"<!-- rows: {name} -->\n<!-- end of rows -->\n" for name in ("corpus", "stages", "packages"))
+    lines = fill(blocks, [], render_results.tables()).splitlines()
+    assert "| code | 1,234 | 5.6 | 1,500,000 | 0 | 0.0 | 0 |" in lines
+    assert "| read | 1,234 | 5.6 |" in lines
+    assert "| made | 1:2-3 | MIT | code | 7 | 0.9 |" in lines
+
+
 def test_curves_are_of_the_best_rate_and_drawn(tmp_path):
     found = [
         RESULT | {"seed": 0, "value": value, "lr": lr, "curve": "10.0:1.5 20.0:1.3"}
