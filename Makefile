@@ -1,4 +1,4 @@
-# `make help` lists the targets. Everything runs in .venv, which `make setup` fills from requirements.txt.
+# `make help` lists the targets. Everything runs in .venv, which `make setup` fills from requirements.lock.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,13 +12,16 @@ help: ## list the targets
 
 setup: $(VENV)/.ready ## create .venv and install the pinned requirements (no compiler, no GPU needed)
 
-# torch goes first and alone: the other packages then accept the build that is there. deepspeed (and antlr4, which hydra
-# needs) are source packages: without build isolation they see that torch, and with DS_BUILD_OPS=0 they compile nothing.
-$(VENV)/.ready: requirements.txt pyproject.toml
+# torch goes first and alone, without a hash: its builds for CPUs have the version of requirements.txt and other hashes
+# than PyPI's, and bring no CUDA. Everything else is what requirements.lock has, hash by hash. deepspeed (and antlr4,
+# which hydra needs) are source packages: without build isolation they see that torch, and with DS_BUILD_OPS=0 they
+# compile nothing.
+$(VENV)/.ready: requirements.txt requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "megatron_tn needs Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $$(sed -n 's/^\(torch==[^ ;]*\).*/\1/p' requirements.txt) setuptools wheel
-	DS_BUILD_OPS=0 $(PIP) --no-build-isolation -r requirements.txt
+	awk '/^[a-z0-9]/ {keep = !/^(torch|setuptools|nvidia-|cuda-)/} keep' requirements.lock >$(VENV)/without_torch.lock
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation --no-deps --require-hashes -r $(VENV)/without_torch.lock
 	$(PIP) --no-build-isolation --no-deps --editable .
 	@touch $@
 
@@ -28,11 +31,12 @@ demo: setup ## raw text -> cleaned shards -> trained, resumed and sampled model,
 train: setup ## train on this machine: make train ARGS="model=demo run_dir=runs/mine ..."
 	launch/local.sh $(ARGS)
 
+# worksteal gives a worker tests that stand together, so that a file's fixtures are made once and not by each worker.
 test: setup ## every CPU test (a covering set where the product is large)
-	$(BIN)/python -m pytest -n 2 --durations=25 -m "not gpu and not slurm and not full"
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=25 -m "not gpu and not slurm and not full"
 
 test-full: setup ## the whole products, on CPU
-	$(BIN)/python -m pytest -n 2 -m "not gpu and not slurm"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not slurm"
 
 test-gpu: setup ## what needs a CUDA device
 	$(BIN)/python -m pytest -m gpu

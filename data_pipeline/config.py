@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 
 from data_pipeline import edits, filters
 from data_pipeline.errors import InputError
-from data_pipeline.files import replace_file
+from data_pipeline.files import read_object, replace_file
 from data_pipeline.filters.language import Language
 from data_pipeline.redaction import resolve, storable
 from data_pipeline.sources import KINDS, STRICT, AnySource, LocalFolder, Positive
@@ -187,7 +187,7 @@ def keep_settings(output: str, settings: dict, what: str) -> None:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, json.dumps(now, indent=1).encode() + b"\n")
-    elif changed := difference(storable(json.loads(path.read_text())), now):
+    elif changed := difference(storable(read_object(path)), now):
         raise InputError(*(f"output={output} holds {what} with other settings: {line}" for line in changed))
 
 

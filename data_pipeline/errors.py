@@ -1,13 +1,13 @@
 """Errors that command lines print without a traceback. Their texts hold no secrets (see `redaction`)."""
 
-from data_pipeline.redaction import redacted
+from data_pipeline.redaction import lines_of, redacted
 
 
 class InputError(ValueError):
     """Bad input: a setting, a file or an argument. `problems` holds one line each; command lines print them, exit 2."""
 
     def __init__(self, *problems: str):
-        self.problems = tuple(map(redacted, problems))
+        self.problems = tuple(lines_of(problems))
         super().__init__("\n".join(self.problems))
 
     def __reduce__(self):

@@ -27,7 +27,7 @@ from loguru import _better_exceptions
 
 from data_pipeline.config import Slurm
 from data_pipeline.errors import InputError, StageError
-from data_pipeline.files import replace_file
+from data_pipeline.files import read_object, replace_file
 from data_pipeline.redaction import redacted, storable
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -189,7 +189,7 @@ class Queue:
         self.path = work / "slurm.json"
 
     def jobs(self) -> dict[str, str]:
-        return json.loads(self.path.read_bytes()) if self.path.is_file() else {}
+        return read_object(self.path) if self.path.is_file() else {}
 
     def record(self, jobs: dict[str, str]) -> None:
         replace_file(self.path, json.dumps(jobs, indent=1).encode() + b"\n")

@@ -7,12 +7,15 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from data_pipeline.errors import InputError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEMPORARY = ".tmp"  # suffix of files being written
@@ -59,6 +62,18 @@ def replace_file(path: Path, data: bytes) -> None:
     """Atomically replaces `path` by `data`."""
     with replacing(path) as file:
         file.write(data)
+
+
+def read_object(path: Path) -> dict:
+    """The JSON object in a file. Raises InputError if it holds none."""
+    try:
+        found = json.loads(path.read_bytes())
+        if isinstance(found, dict):
+            return found
+        problem = f"a {type(found).__name__} and no object"
+    except (OSError, ValueError, RecursionError) as error:
+        problem = getattr(error, "strerror", None) or str(error)
+    raise InputError(f"{path} is damaged: {problem}")
 
 
 def sha256_of(path: Path) -> str:

@@ -7,7 +7,7 @@ Messages pass through `redacted`. This module keeps the interpolations that the 
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote
@@ -19,6 +19,7 @@ URL = re.compile(
     r"(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]*://)(?:([^\s/?#]*)@)?([^\s?#'\"<>]*)(?:\?([^\s#'\"<>]*))?"
 )
 PUNCTUATION = ",;:.)]"  # of a sentence, behind a URL
+LONGEST, MOST = 2000, 50  # characters of a line, and lines: a damaged file may give one a key
 SHORTEST = 6  # characters of a value that messages hide: a shorter one may be part of any word
 SHOWN = re.compile(r"USER|LOGNAME|HOSTNAME|SLURM_\w+")  # variables whose values messages show
 
@@ -56,6 +57,13 @@ def redacted(text: str) -> str:
     for value in sorted(_values, key=len, reverse=True):
         text = text.replace(value, _values[value])
     return _without_credentials(text)
+
+
+def lines_of(problems: Iterable[str]) -> list[str]:
+    """Problems as a command line shows them: `redacted`, each cut to LONGEST characters, at most MOST of them."""
+    found = list(problems)
+    lines = [redacted(line if len(line) <= LONGEST else f"{line[:LONGEST]}...") for line in found[:MOST]]
+    return [*lines, f"and {len(found) - MOST} problems more"] if len(found) > MOST else lines
 
 
 def has_credentials(text: str) -> bool:

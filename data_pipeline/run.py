@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from data_pipeline.cli import command, overrides
 from data_pipeline.config import FREE, Settings, compose, difference
 from data_pipeline.errors import InputError, StageError
-from data_pipeline.files import TEMPORARY, explain, open_lock, replace_file
+from data_pipeline.files import TEMPORARY, explain, open_lock, read_object, replace_file
 from data_pipeline.redaction import has_credentials, redacted, storable, written
 
 # Raised with every change of the output for the same settings and sources, so that two versions never share a run.
@@ -182,7 +182,7 @@ def _prepare(output: Path, record: dict, overwrite: bool) -> None:
     path, stages = output / RECORD, output / "work" / "stages"
     names = [entry.name for entry in output.iterdir() if not entry.name.endswith(TEMPORARY)]
     held = sorted(name for name in names if name not in (".lock", RECORD))
-    old = storable(json.loads(path.read_bytes())) if path.is_file() else {}
+    old = storable(read_object(path)) if path.is_file() else {}
     changed = difference(old, record)
     if held and not old:
         raise InputError(f"output={output} holds {held[0]!r} and no {RECORD}: it is no run of this pipeline")

@@ -85,8 +85,8 @@ def _with_bytes(learned: dict) -> Tokenizer:
 
 
 def load(path: str | Path) -> Tokenizer:
-    """Loads a tokenizer.json, set to encode `</s>` in a text as four characters, not as eos. Raises InputError naming
-    the file."""
+    """Loads a tokenizer.json, set to encode `</s>` in a text as four characters, not as eos, and every text always
+    alike: without truncation, padding, or a BPE's dropout. Raises InputError naming the file."""
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exception
@@ -94,16 +94,26 @@ def load(path: str | Path) -> Tokenizer:
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
     return tokenizer
 
 
 def describe(path: str | Path, *, bos: str = BOS, eos: str = EOS, pad: str = PAD) -> TokenizerInfo:
-    """A manifest's entry for a tokenizer.json; raises InputError when a special entry is missing."""
-    tokenizer = load(path)
-    ids = {name: tokenizer.token_to_id(entry) for name, entry in (("bos", bos), ("eos", eos), ("pad", pad))}
+    """A manifest's entry for a tokenizer.json; raises InputError when a special entry is missing, or is the encoding of
+    its own name in a text."""
+    tokenizer, entries = load(path), {"bos": bos, "eos": eos, "pad": pad}
+    ids = {name: tokenizer.token_to_id(entry) for name, entry in entries.items()}
     if missing := [name for name, value in ids.items() if value is None]:
-        entries = {"bos": bos, "eos": eos, "pad": pad}
         raise InputError(*(f"tokenizer.{name}={entries[name]!r} is no entry of {path}" for name in missing))
+    spelled = {name: tokenizer.encode(entry, add_special_tokens=False).ids for name, entry in entries.items()}
+    if problems := [
+        f"tokenizer.{name}={entries[name]!r}: a text that spells it would have its id {ids[name]}, since {path} does "
+        'not list it in added_tokens with "special": true'
+        for name in entries
+        if ids[name] in spelled[name]
+    ]:
+        raise InputError(*problems)
     path = Path(path)
     # Not the number of entries, because an existing tokenizer may have unused ids.
     vocab_size = 1 + max(tokenizer.get_vocab().values())

@@ -60,6 +60,7 @@ class _Sizes:
     glu_act: str
     decay: Tensor
     rope_base: float | None
+    theta_learnt: bool
     length: int
     dtype: torch.dtype
 
@@ -93,6 +94,7 @@ def self_check(
     glu_act: str = "none",
     decay: Tensor | None = None,
     rope_base: float | None = None,
+    theta_learnt: bool = True,
     length: int = 4097,
     fall_back: bool = False,
 ) -> dict[str, float]:
@@ -106,6 +108,7 @@ def self_check(
     act: the activation of q and k. glu_act: the gated product's.
     rope_base: of softmax attention, with heads of value_width: rope is checked in the place of lightning attention and
         gla; None: linear attention.
+    theta_learnt: whether the gradient of LRPE's theta is checked.
     decay: [heads], the rates (default: evenly spaced from 0 to 1, slow and fast heads in one call).
     length: positions of a sequence; the default is odd, and long enough to be cut into segments if there are few heads.
     fall_back: if an operator is wrong, log it, switch this process to plain PyTorch, and check again.
@@ -125,6 +128,7 @@ def self_check(
         glu_act=glu_act,
         decay=decay,
         rope_base=rope_base,
+        theta_learnt=theta_learnt,
         length=length,
         dtype=dtype,
     )
@@ -184,7 +188,7 @@ def _attention_checks(sizes: _Sizes) -> Iterator[_Check]:
     # Definition: the chunked form in fp64, because the recurrence launches several kernels per position.
     yield _Check("lightning_attention", attention, attention, (key, key, value))
     yield _Check("gla", of_qkvu, of_qkvu, ((1, length, 4 * heads * width),))
-    if with_lrpe:
+    if with_lrpe and sizes.theta_learnt:
         yield _Check("gla_theta", of_theta, of_theta, ((heads, 1, width),), LARGEST_THETA_ERROR)
 
 

@@ -1,10 +1,10 @@
 """Compare runs: a table of mean and spread over seeds, the best first, and curves by tokens and by seconds.
 
-python -m launch.compare runs/paper                  a sweep's folder: writes compare.png and compare.html into it
+python -m launch.compare runs/paper                  a sweep's folder: writes compare.png, .html and .md into it
 python -m launch.compare runs/a runs/b output=out    runs and sweeps; into the folder out
 
 Runs that differ in their seed alone are one row and one curve, named by the settings in which they differ from most
-others (megatron_tn.training.compare). The page holds table and picture in one file.
+others (megatron_tn.training.compare). The page compare.html holds table and picture in one file, compare.md the table.
 """
 
 from __future__ import annotations
@@ -34,11 +34,14 @@ def main() -> None:
         output = next((Path(word.removeprefix("output=")) for word in words if word.startswith("output=")), None)
         runs = list(dict.fromkeys(run for folder in folders for run in runs_in(folder)))
         output = output or (folders[0] if len(folders) == 1 else Path())
-        picture, page = output / "compare.png", output / "compare.html"
-        if problems := [problem for path in (picture, page) for problem in unwritable("output", str(path))]:
+        picture, page, text = (output / f"compare.{kind}" for kind in ("png", "html", "md"))
+        if problems := [problem for path in (picture, page, text) for problem in unwritable("output", str(path))]:
             raise ConfigError(problems)
-        page.write_text(page_of(compare(runs, picture), picture))
-        print(f"wrote {page}")
+        groups = compare(runs, picture)
+        page.write_text(page_of(groups, picture))
+        titles, rows = table_of(groups)
+        text.write_text("".join(f"| {' | '.join(cells)} |\n" for cells in (titles, ["---"] * len(titles), *rows)))
+        print(f"wrote {page}\nwrote {text}")
 
 
 def page_of(groups: list[Group], picture: Path) -> str:

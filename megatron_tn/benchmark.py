@@ -16,7 +16,6 @@ With benchmark.output each row is appended as one JSON object, with commit, comm
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from megatron_tn.benchmarking.measure import measure
 from megatron_tn.benchmarking.result import Result, show
 from megatron_tn.cli import command, run_program
 from megatron_tn.config import BenchmarkConfig, ConfigError, device_problems
-from megatron_tn.parallel.world import processes_here, world_size
+from megatron_tn.parallel.world import number, processes_here, world_size
 from megatron_tn.planning.host import host_memory_problems
 
 
@@ -37,7 +36,7 @@ def benchmark(config: BenchmarkConfig) -> None:
         problems = host_memory_problems(config, size, processes_here())
     if problems:
         raise ConfigError(problems)
-    first = int(os.environ.get("RANK", 0)) == 0
+    first = number("RANK", default=0) == 0
     results: list[Result] = []
     try:
         for found in measure(config):

@@ -59,8 +59,8 @@ def command(
 
         def run(composed: DictConfig) -> None:
             with bad_input_exits(), closed_pipe_exits(), told_failure_exits():
-                job = HydraConfig.get()
-                multirun = job.mode == hydra.types.RunMode.MULTIRUN
+                job = HydraConfig.get() if line.needs_hydra else None
+                multirun = job is not None and job.mode == hydra.types.RunMode.MULTIRUN
                 if multirun and (words := line.choices_win(job.overrides.task)) != job.overrides.task:
                     composed = line.compose(words)  # with a choice that the sweep varies
                 try:
@@ -91,6 +91,9 @@ def command(
             with bad_input_exits():
                 line = CommandLine.parse(kind, config_name, words)
                 line.check()
+            if not line.needs_hydra:  # Hydra would compose the config twice more: 0.15 s of each rank's start
+                run(line.composed)
+                return
             sys.argv[1:] = line.words()
             hydra.main(version_base=None, config_path=str(CONF), config_name=config_name)(run)()
             if jobs and is_first_process():

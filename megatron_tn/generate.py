@@ -22,8 +22,8 @@ from tokenizers import Tokenizer
 
 from megatron_tn.cli import command, run_program
 from megatron_tn.config import ConfigError, GenerateConfig, out_of_bounds, unwritable
-from megatron_tn.inference.generator import Generator, Request
-from megatron_tn.inference.prefix import Prefix
+from megatron_tn.inference.generator import Generator, Request, check_length
+from megatron_tn.inference.prefix import Prefix, check_ids
 from megatron_tn.inference.prefix_file import load_prefix, save_prefix
 from megatron_tn.inference.records import (
     OrderedLines,
@@ -77,19 +77,29 @@ class Job:
             model, rows, together=config.together, check_every=config.check_every, chunk=config.prefill_chunk
         )
 
-    def prefix(self, text: str) -> Prefix:
-        """The tokens of `text` behind those of state=, or behind a document's beginning."""
+    def ids(self, text: str) -> list[int]:
+        """The tokens of `text`, which follow those of state= or begin a document."""
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        before = 0
         if self.beginning is None:
             ids = [self.model.config.bos_id, *ids]
+        else:
+            before = self.beginning.length
         try:
-            return Prefix.of(self.model, ids, self.beginning, self.config.prefill_chunk)
+            check_ids(ids, self.model.config.vocab_size)
+            check_length(self.model, before + len(ids), self.config.max_new_tokens)
         except ValueError as error:
-            raise ConfigError(f"checkpoint={self.config.checkpoint} has another tokenizer: {error}") from None
+            raise ConfigError(f"checkpoint={self.config.checkpoint} cannot continue this text: {error}") from None
+        return ids
 
-    def request(self, prefix: Prefix, number: int) -> tuple[Request, TextStream]:
-        text = TextStream(self.tokenizer, [prefix.last], self.stop)
+    def prefix(self, ids: list[int]) -> Prefix:
+        return Prefix.of(self.model, ids, self.beginning, self.config.prefill_chunk)
+
+    def request(self, ids: list[int], prefix: Prefix | None, number: int) -> tuple[Request, TextStream]:
+        context = ids or [prefix.last]
+        text = TextStream(self.tokenizer, context, self.stop)
         return Request(
+            prompt=ids,
             prefix=prefix,
             sampler=self.sampler,
             max_new_tokens=self.config.max_new_tokens,
@@ -101,14 +111,15 @@ class Job:
     def continue_prompt(self) -> None:
         """Print the prompt and its continuation as it comes; several of them one after the other."""
         config = self.config
-        prefix = self.prefix(config.prompt)
+        ids, prefix = self.ids(config.prompt), self.beginning
         if config.save_state:
+            ids, prefix = [], self.prefix(ids)
             save_prefix(prefix, self.model, config.save_state)
             log.info("save_state=%s holds %d tokens", config.save_state, prefix.length)
         if config.output or config.samples > 1:
-            self._write_lines({config.text_key: config.prompt} for _ in range(1))
+            self._write_lines([{config.text_key: config.prompt}])
             return
-        request, text = self.request(prefix, 0)
+        request, text = self.request(ids, prefix, 0)
         self._print(config.prompt)
         for piece in self.generator.stream([request]):
             if piece.end:
@@ -127,9 +138,11 @@ class Job:
         def requests() -> Iterator[Request]:
             for index, record in enumerate(records):
                 numbers = range(max(index * config.samples, first), (index + 1) * config.samples)
-                prefix = self.prefix(record[config.text_key]) if numbers else None
+                ids, prefix = self.ids(record[config.text_key]), self.beginning
+                if len(numbers) > 1:
+                    ids, prefix = [], self.prefix(ids)  # once for all samples
                 for number in numbers:
-                    request, text = self.request(prefix, number)
+                    request, text = self.request(ids, prefix, number)
                     open_texts[number - first] = (record, text)
                     yield request
 

@@ -53,7 +53,7 @@ def open_weights(directory: Path) -> CheckpointWeights | ReleasedWeights:
 
 def load_tokenizer(path: str, checkpoint: str) -> Tokenizer:
     """tokenizer.json at `path`, or, where that is empty, in the checkpoint's folder or its run's. It neither cuts nor
-    pads, whatever the file says, and reads `</s>` in a text as those four characters.
+    pads nor drops merges, whatever the file says, and reads `</s>` in a text as those four characters.
 
     Raises:
         ConfigError: there is none, or it cannot be read.
@@ -68,6 +68,8 @@ def load_tokenizer(path: str, checkpoint: str) -> Tokenizer:
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
     return tokenizer
 
 

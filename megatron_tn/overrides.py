@@ -81,6 +81,18 @@ class CommandLine:
             return hydra.compose(self.config_name, overrides=[f"hydra.searchpath=[{path}]", *overrides])
 
     @functools.cached_property
+    def composed(self) -> DictConfig:
+        """The config of a command without a sweep. Raises Hydra's exceptions."""
+        return self.compose(self.choices_win(self.overrides))
+
+    @property
+    def needs_hydra(self) -> bool:
+        """Whether the command asks Hydra for more than `composed`: by a flag, a setting of Hydra's, or its value."""
+        return bool(self.flags) or any(
+            word.lstrip("+~").startswith(("hydra.", "hydra/")) or "${hydra:" in word for word in self.overrides
+        )
+
+    @functools.cached_property
     def groups(self) -> dict[str, list[str]]:
         """Config group -> its choices, including those of --config-dir."""
         found: dict[str, set[str]] = {}
@@ -191,9 +203,9 @@ class CommandLine:
         return [f"{name}={value}" for value in values]
 
     def _job_problems(self, words: Sequence[str], *, values: bool) -> list[str]:
-        """Error lines of one job. values: check values as well, not only names."""
+        """Error lines of one job. values: of a sweep, whose values are checked as well, not only names."""
         try:
-            composed = self.compose(self.choices_win(words))
+            composed = self.compose(self.choices_win(words)) if values else self.composed
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             return self._explain(error, words)
         if not values:

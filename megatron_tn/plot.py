@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from megatron_tn.cli import bad_input_exits
 from megatron_tn.config import ConfigError, unwritable
@@ -54,7 +54,7 @@ def compare(runs: Sequence[Path], output: Path) -> list[Group]:
     """
     groups = groups_of([RunFolder(path) for path in runs])
     titles, rows = table_of(groups)
-    table = Table(*titles)
+    table = Table(Column(titles[0], overflow="fold"), *titles[1:])
     for row in rows:
         table.add_row(*row)
     Console(highlight=False, markup=False).print(table)

@@ -25,12 +25,17 @@ from megatron_tn.config import ConfigError, ScoreConfig, out_of_bounds
 from megatron_tn.evaluation.progress import DocumentProgress
 from megatron_tn.evaluation.scorer import ModelScorer
 from megatron_tn.loading import load_any_model, other_tokenizer, resolve_checkpoint
+from megatron_tn.parallel.world import number
 
 
 @command(ScoreConfig, "score")
 def main(config: ScoreConfig) -> None:
     manifest, name = checked(config)
-    rank, size, local = (int(os.environ.get(key, default)) for key, default in _PROCESS)
+    rank, size, local = (
+        number("RANK", default=0),
+        number("WORLD_SIZE", default=1, least=1),
+        number("LOCAL_RANK", default=0),
+    )
     device = config.device
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{local}"
@@ -59,9 +64,6 @@ def main(config: ScoreConfig) -> None:
             raise ConfigError(error.problems) from None
     whose = f" (process {rank} of {size})" if size > 1 else ""
     print(f"{name}: {scored} documents scored{whose}; the others had scores already")
-
-
-_PROCESS = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))  # as torchrun sets them
 
 
 def checked(config: ScoreConfig) -> tuple[Manifest, str]:

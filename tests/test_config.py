@@ -101,7 +101,7 @@ def test_relations_that_do_not_hold_are_named(change, world, problem):
 
 
 OUT_OF_BOUNDS = {
-    "model.heads=0": "must be at least 1",
+    "model.heads=0": "must be from 1 to 2048",
     "model.eos_id=-1": "must be at least 0",
     "model.norm_eps=inf": "must be finite",
     "model.init_std=nan": "must be at least 0, and finite",

@@ -77,7 +77,7 @@ class AnswersFile:
                     continue
                 try:
                     answer = ANSWER.validate_python(json.loads(line))
-                except (ValueError, ValidationError):
+                except (ValueError, ValidationError, RecursionError):
                     self.damaged += 1
                     continue
                 self.latest[answer.sample, answer.auditor] = answer

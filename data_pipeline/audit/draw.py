@@ -9,9 +9,9 @@ import numpy as np
 from data_pipeline.audit.samples import Sample, sample_id
 from data_pipeline.audit.sampling import Chosen, tails_and_borders
 from data_pipeline.errors import InputError
-from data_pipeline.shards.index import LANGUAGE, language_code, parse_index
+from data_pipeline.shards.index import LANGUAGE, language_code
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.shards.reading import read_shard
+from data_pipeline.shards.reading import read_shard, shard_index
 from data_pipeline.shards.scores import MEASURES, load_scores
 from data_pipeline.stream.score_filter import ScoreFilter
 
@@ -97,17 +97,9 @@ def group_scores(
     for number, shard in enumerate(manifest.shards):
         scores, _ = load_scores(manifest.read, shard, name)
         try:
-            data = manifest.read(shard.index, sha256=shard.index_sha256)
+            index = shard_index(manifest, shard)
         except OSError as error:
             raise InputError(f"index {shard.index}: {error.strerror or error}") from None
-        index = parse_index(
-            data,
-            shard.index,
-            documents=shard.documents,
-            tokens=shard.tokens,
-            size=shard.size,
-            itemsize=manifest.dtype.itemsize,
-        )
         for language in np.unique(index[:, LANGUAGE]):
             here = np.flatnonzero(index[:, LANGUAGE] == language)
             group = shard.source, language_code(language)

@@ -140,7 +140,7 @@ class Samples:
 def _parse(line: bytes) -> tuple[Sample, str]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(record, dict) or not isinstance(text := record.pop("text", None), str):
         raise ValueError("no object with a text")

@@ -14,12 +14,14 @@ from data_pipeline.readers.html import EXTRACTOR
 from data_pipeline.thresholds import STRICT, Count
 
 MOST_BYTES, SECONDS = 100_000_000, 60  # of a page that is extracted; a larger or slower one leaves no text
-# Tag names of HTML only, so that `<stdin>`, `List<int>` and `<3` are not taken for tags.
+# Tag names of HTML only, so that `<stdin>`, `List<int>` and `<3` are not taken for tags; without the names that manuals
+# use for what the reader fills in (`cp <source> <dir>`): base, data, dir, map, object, output, param, path, time, var.
 NAMES = (
-    "a|abbr|article|aside|b|big|blockquote|body|br|button|caption|center|cite|code|col|dd|del|details|div|dl|dt|em|"
-    "fieldset|figcaption|figure|font|footer|form|h[1-6]|head|header|hr|html|i|iframe|img|input|ins|label|li|link|main|"
-    "meta|nav|noscript|ol|option|p|pre|script|section|select|small|span|strike|strong|style|sub|summary|sup|table|"
-    "tbody|td|textarea|tfoot|th|thead|title|tr|tt|u|ul|video"
+    "a|abbr|acronym|applet|article|aside|audio|b|basefont|bdi|bdo|big|blockquote|body|br|button|canvas|caption|center|"
+    "cite|code|col|colgroup|datalist|dd|del|details|dfn|div|dl|dt|em|embed|fieldset|figcaption|figure|font|footer|form|"
+    "frameset|h[1-6]|head|header|hgroup|hr|html|i|iframe|img|input|ins|kbd|label|legend|li|link|main|mark|marquee|meta|"
+    "nav|nobr|noframes|noscript|ol|optgroup|option|p|picture|pre|rb|rp|rt|rtc|ruby|samp|script|section|select|small|"
+    "span|strike|strong|style|sub|summary|sup|svg|table|tbody|td|textarea|tfoot|th|thead|title|tr|tt|u|ul|video|wbr"
 )
 # An attribute must have a value, except for HTML's boolean attributes: in `a <b and c> d` there is no tag.
 ATTRIBUTES = (

@@ -8,7 +8,9 @@ from pydantic.dataclasses import dataclass
 from data_pipeline.edits.base import Edit, edit, substitute
 from data_pipeline.thresholds import STRICT, Positive
 
-MARKS = "!?,;:.…~。，！？、；：～"  # noqa: RUF001  (full-width marks are meant)
+# Marks within and at the end of sentences: ASCII and European, full-width, of Arabic and Hebrew, of Armenian, of Indic
+# scripts, of Ethiopic, of Burmese, Khmer and Tibetan.
+MARKS = "!?,;:.…~¡¿" + "。，！？、；：～｡､" + "؟،؛۔׃" + "՞՜։" + "।॥" + "።፣፤፥፧፨" + "။၊។៕།"  # noqa: RUF001
 
 
 @functools.cache

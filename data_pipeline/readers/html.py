@@ -12,6 +12,8 @@ def page_text(
     data: bytes, label: str | None, place: str, source: Source, extra: dict | None = None
 ) -> Found | Quarantined:
     """The main content of the page `data`; `label`: charset of the HTTP header."""
+    if not data.strip():
+        return Quarantined(place, "empty", "a page without a character", len(data))
     try:
         limits = {"most_bytes": source.max_document_bytes, "seconds": source.max_seconds}
         return Found(place, EXTRACTOR.text(data, label, **limits), extra or {})

@@ -1,7 +1,8 @@
 """HTTP responses as crawlers store them: original headers, with a body that may already be decoded.
 
 A coding named in the headers (chunked, gzip, ...) is decoded if the body begins accordingly. Otherwise the crawler has
-already decoded the body, which is used unchanged.
+already decoded the body, which is used unchanged. A body of text that begins with the magic number of gzip or zstd is
+decoded without a header, too.
 """
 
 import re
@@ -26,7 +27,10 @@ MARKUP = re.compile(
 )
 BINARY = re.compile(rb"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f]")
 NO_TYPES = ("*/*", "unknown/unknown", "application/unknown")  # types for which browsers sniff the body
+PAGES = ("text/html", "application/xhtml+xml")
+LISTS = ("content-encoding", "transfer-encoding")  # headers whose repetitions make one list (RFC 9110, 5.3)
 MEMBER = b"\x1f\x8b"  # magic number of a gzip member
+FRAME = b"\x28\xb5\x2f\xfd"  # and of a zstd frame
 GZIP, ZLIB, RAW = 31, 15, -15  # zlib's wbits
 PIECE = 1 << 20  # compressed bytes per step, for libraries without an output limit
 SNIFFED = 1024  # bytes of a body used for sniffing
@@ -42,7 +46,7 @@ class TooLarge(ValueError):
 
 @dataclass(frozen=True)
 class Response:
-    """`headers`: {lower-case name: first value}; `body`: as stored, not decoded."""
+    """`headers`: {lower-case name: first value; of LISTS, all values}; `body`: as stored, not decoded."""
 
     status: int
     headers: dict[str, str]
@@ -65,8 +69,11 @@ class Response:
         for coding in reversed(self.headers.get("content-encoding", "").lower().split(",")):
             if decode := CODINGS.get(coding.strip()):
                 data = decode(data, most)
-            elif coding.strip() and is_binary(data):
+            elif coding.strip() and is_binary(data) and not data.startswith((MEMBER, FRAME)):
                 raise Undecodable(f"Content-Encoding {coding.strip()} is not known, and the body is no text")
+        for magic, decode in ((MEMBER, _gzip), (FRAME, _zstd)):
+            if data.startswith(magic) and self.media_type in ("", *PAGES, "text/plain"):
+                data = decode(data, most)
         if len(data) > most:
             raise TooLarge
         return data
@@ -74,16 +81,25 @@ class Response:
 
 def parse_response(message: bytearray) -> Response | None:
     """Parses a message with CRLF or LF line ends; None if it is no response. The body is `message` itself, from which
-    the headers are deleted."""
-    if not (status := STATUS.match(message)):
+    the headers are deleted, and interim responses (100 Continue, 103 Early Hints) before them."""
+    while (status := STATUS.match(message)) and status[1].startswith(b"1"):
+        end = HEAD_END.search(message, 0, LONGEST_HEAD).end()
+        if not STATUS.match(message, end):
+            break
+        del status  # as below
+        del message[:end]
+    if not status:
         return None
     end = HEAD_END.search(message, 0, LONGEST_HEAD)
     headers: dict[str, str] = {}
     head = FOLDED.sub(b" ", message[status.end() : end.start()])
     for line in head.decode("latin-1").split("\n")[1:]:
         name, colon, value = line.partition(":")
-        if colon:
-            headers.setdefault(name.strip().lower(), value.strip())
+        name = name.strip().lower()
+        if colon and name in LISTS and name in headers:
+            headers[name] += f", {value.strip()}"
+        elif colon:
+            headers.setdefault(name, value.strip())
     code, length = int(status[1]), end.end()
     del status, end  # a match object references `message`, which then cannot be resized
     del message[:length]
@@ -167,7 +183,7 @@ def _deflate(data: bytes, most: int) -> bytes:
 
 
 def _zstd(data: bytes, most: int) -> bytes:
-    if not data.startswith(b"\x28\xb5\x2f\xfd"):
+    if not data.startswith(FRAME):
         return data
     pieces, size = [], 0
     try:

@@ -3,6 +3,7 @@
 import os
 import re
 import stat
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,14 +109,15 @@ def _below(folder: DataFolder, exclude: frozenset[str]) -> Below:
 
 
 def files_below(root: Path, exclude: frozenset[str] = frozenset()) -> Below:
-    """The files below a local folder. Symbolic links are followed last; a link to an already listed file or folder is
-    skipped with a note. Raises OSError for a folder that cannot be listed."""
-    paths, notes, broken, followed = [], [], [], []
+    """The files below a local folder. Symbolic links are followed last, those to folders before those to files, which
+    may lie in these folders; a link to an already listed file or folder is skipped with a note. Raises OSError for a
+    folder that cannot be listed."""
+    paths, notes, broken, followed, others = [], [], [], [], []
     seen: set[tuple[int, int]] = {_identity(root)}
-    folders, links = [root], []
-    while folders or links:
-        if not folders:  # links in alphabetical order
-            link = links.pop(0)
+    folders, folder_links, links = [root], deque(), deque()
+    while folders or folder_links or links:
+        if not folders:
+            link = (folder_links or links).popleft()
             try:
                 found = link.stat()
             except OSError:
@@ -130,13 +132,14 @@ def files_below(root: Path, exclude: frozenset[str] = frozenset()) -> Below:
                 paths.append(link.relative_to(root).as_posix())
                 continue
             if not stat.S_ISDIR(found.st_mode):
+                others.append(link.relative_to(root).as_posix())
                 continue
             folders = [link]
         for entry in _entries(folders.pop()):
             path = Path(entry.path)
             if entry.is_symlink():
                 if entry.name not in exclude:
-                    links.append(path)
+                    (folder_links if path.is_dir() else links).append(path)
             elif entry.is_dir():
                 if entry.name not in exclude:
                     folders.append(path)
@@ -144,8 +147,12 @@ def files_below(root: Path, exclude: frozenset[str] = frozenset()) -> Below:
             elif entry.is_file():
                 paths.append(path.relative_to(root).as_posix())
                 seen.add((entry.stat().st_dev, entry.inode()))
+            else:
+                others.append(path.relative_to(root).as_posix())
     if followed:
         notes.append(f"{len(followed)} links are followed: {_some(followed)}")
+    if others:
+        notes.append(f"{len(others)} pipes, sockets and devices are not read: {_some(others)}")
     return Below(paths, broken, notes)
 
 

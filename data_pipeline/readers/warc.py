@@ -21,7 +21,6 @@ LONGEST_HEAD = 1 << 16  # bytes of a record's headers
 MOST_RESTARTS = 1000  # damaged records per file, before the file is given up
 MOST_REREAD = 8  # x the bytes decompressed so far: time stays linear if every Content-Length covers the rest
 BEGINNING = re.compile(rb"\nWARC/1\.")
-PAGES = ("text/html", "application/xhtml+xml")
 CONTENT = ("response", "resource", "conversion")
 ABOUT = ("warcinfo", "request", "metadata")  # records about other records, without documents
 
@@ -208,7 +207,7 @@ def _document(
         return too_large(place, record.size, source)
     media_type = media_type or http.sniff(data)
     extra = {"key": record.url} if record.url else {}
-    if media_type in PAGES:
+    if media_type in http.PAGES:
         return page_text(data, charset, place, source, extra)
     if media_type != "text/plain":
         return Quarantined(place, "media_type", f"{media_type or 'none'} {record.url}", record.size)

@@ -20,6 +20,7 @@ OFFSET, TOKENS, TEXT_BYTES, LANGUAGE = range(4)
 COLUMNS = 4
 HEADER_BYTES = 4096  # maximum header size of an .npy file
 MOST = 2**53  # maximum tokens or bytes of a document
+LONGEST_METADATA = 1 << 20  # bytes of a document's JSON
 LONGEST_LANGUAGE = 7  # bytes of a code; the eighth byte of an int64 has its sign
 
 
@@ -35,8 +36,11 @@ def safe_members(path: Path) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]
                 if member.name.startswith(("/", "\\")) or ".." in member.name.replace("\\", "/").split("/"):
                     raise InputError(f"shard {path.name}: member {member.name!r} leads out of the archive: refused")
                 yield tar, member
-    except (tarfile.TarError, EOFError) as error:
-        raise InputError(f"shard {path.name}: not a whole tar file: {error}") from None
+    except InputError:
+        raise
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError, MemoryError) as error:
+        # The latter ones come of extended headers: thousands in a row, or one that claims a terabyte.
+        raise InputError(f"shard {path.name}: not a whole tar file: {error or type(error).__name__}") from None
     except OSError as error:
         raise InputError(f"shard {path.name}: {error.strerror or error}") from None
 
@@ -61,6 +65,8 @@ def build_index(path: Path, itemsize: int) -> tuple[np.ndarray, list[dict]]:
     for tar, member in safe_members(path):
         key, _, extension = member.name.partition(".")
         where = f"shard {path.name}: member {member.name!r}"
+        if extension == "json" and member.size > LONGEST_METADATA:
+            raise InputError(f"{where}: {member.size} bytes of metadata, more than {LONGEST_METADATA}")
         if extension == "json" and key not in pending and key not in keys:
             payload = tar.extractfile(member).read()
             if len(payload) != member.size:

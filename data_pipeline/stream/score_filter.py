@@ -11,6 +11,7 @@ import json
 import shlex
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -24,6 +25,9 @@ from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.scores import MEASURES, ScoresName, load_scores
 
 Band = tuple[float | None, float | None]
+LARGEST = 1 << 18  # bytes of a filter's file
+DEEPEST = 8  # collections inside one another in a filter's file
+SHOWN = 80  # characters of a wrong value in a message
 
 
 class DocumentFilter(Protocol):
@@ -59,24 +63,21 @@ class ScoreFilter:
     def load(cls, text: str) -> "ScoreFilter":
         """A filter from a YAML file, or from inline JSON (beginning with a brace). Raises InputError, a line per
         problem."""
-        from omegaconf import OmegaConf
-        from yaml import YAMLError
-
         try:
             if text.lstrip().startswith("{"):
                 return FILTER.validate_json(text)
-            return FILTER.validate_python(OmegaConf.to_container(OmegaConf.load(text)))
+            return FILTER.validate_python(_read_yaml(Path(text)))
         except OSError as error:
             raise InputError(f"filter {text}: {error.strerror or error}") from None
-        except (YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"filter {text}: {' '.join(str(error).split())}") from None
         except ValidationError as error:
             raise InputError(
                 *(
-                    f"filter: {'.'.join(map(str, e['loc'])) or 'document'}={e['input']!r}: {e['msg']}"
+                    f"filter: {'.'.join(map(str, e['loc'])) or 'document'}={str(e['input'])[:SHOWN]!r}: {e['msg']}"
                     for e in error.errors()
                 )
             ) from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"filter {text}: {' '.join(str(error).split())}") from None
 
     def to_json(self) -> str:
         return json.dumps(FILTER.dump_python(self, mode="json"), sort_keys=True)
@@ -170,6 +171,32 @@ class KeptCounts:
         """sha256 over all counts and the scores' hashes."""
         parts = [self.documents.tolist(), self.tokens.tolist(), self.shortest.tolist(), self.scores_sha256]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _read_yaml(path: Path) -> object:
+    """The content of a YAML file. Raises OSError, and ValueError for one that is no YAML, too large, or has aliases,
+    ten lines of which can stand for gigabytes."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if (size := path.stat().st_size) > LARGEST:
+        raise ValueError(f"{size} bytes, more than {LARGEST}")
+    text = path.read_text(encoding="utf-8")
+    try:
+        depth, mappings = 0, 0
+        for event in yaml.parse(text):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise ValueError(f"nested deeper than {DEEPEST}")
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("an alias (*NAME) is not allowed")
+            mappings += isinstance(event, yaml.MappingStartEvent)
+        if not mappings:
+            raise ValueError("no mapping of settings to values")
+        return OmegaConf.to_container(OmegaConf.create(text))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(str(error)) from None
 
 
 Row = tuple[int, int, int, str]

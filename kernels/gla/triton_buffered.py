@@ -17,7 +17,7 @@ from kernels.gla.step_buffer import StepBuffer
 from kernels.gla.triton_features import ACTIVATIONS, activate, cos_sin, turn_fraction
 from kernels.lightning.tiles import padded
 
-ELEMENTS, WARPS = 8192, 4  # of the state that a program holds: 64 registers a thread
+ELEMENTS, WARPS = 4096, 4  # of the state that a program holds: 32 registers a thread
 
 
 @triton.jit
@@ -113,14 +113,8 @@ def buffered_step_kernel(
     scores = tl.sum(keys.to(tl.float32) * q[None, :], 1) * age
     o = tl.sum(state * (before * q)[:, None], 0) + tl.sum(values.to(tl.float32) * scores[:, None], 0)
     if slot == buffered - 1:
-        state *= before
-        for past in range(start, slot):
-            kept = tl.exp(-rate * (slot - past).to(tl.float32))
-            key = tl.load(keys_at + past * summed_width + i, mask=held, other=0.0).to(tl.float32)
-            value = tl.load(values_at + past * width + column, mask=wanted, other=0.0).to(tl.float32)
-            state += (kept * key)[:, None] * value[None, :]
-        state += k.to(tl.float32)[:, None] * v.to(tl.float32)[None, :]
-        tl.store(at, state, mask=mask)
+        weighted = tl.trans(keys.to(tl.float32) * age[:, None])
+        tl.store(at, tl.dot(weighted, values.to(tl.float32), state * before, input_precision="tf32x3"), mask=mask)
     tl.store(sums_pointer + tl.program_id(0), tl.sum(o * o, 0))
     if GATE:
         o *= u

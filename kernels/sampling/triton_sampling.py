@@ -38,11 +38,12 @@ def load_logits(logits_at, seen_at, column, size, penalty, PENALTY: tl.constexpr
 
 
 @triton.jit
-def order(x, BITS: tl.constexpr):
-    """A uint32 below 2^BITS that rises with the fp32 number x: of its upper bits if BITS is 16."""
-    bits = x.to(tl.int32, bitcast=True)
-    flipped = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (flipped.to(tl.uint32, bitcast=True) ^ 0x80000000) >> (32 - BITS)
+def in_order(place):
+    """The fp32 number at a uint32 place of their order, by bit patterns; -inf for the places before that of -inf, which
+    belong to NaN."""
+    flipped = (place ^ 0x80000000).to(tl.int32, bitcast=True)
+    x = (flipped ^ ((flipped >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return tl.where(place < 0x007FFFFF, float("-inf"), x)
 
 
 @triton.jit
@@ -85,54 +86,50 @@ def sample_kernel(
     largest = tl.max(best, 0)
     chosen = tl.min(tl.where(best == largest, where, 2147483647), 0)
     if temperature > 0:
-        least = tl.full([], 0, tl.uint32)  # `order` of the least logit that is kept
+        least = float("-inf")  # the least logit that is kept
         if (top_k > 0) & (top_k < size):
+            place = tl.full([], 0, tl.uint32)  # of the kth largest logit in the order, from its highest bits on
             for step in range(BITS // 2):
-                shift = BITS - 2 - 2 * step
-                one = tl.full([], 1, tl.uint32) << shift
-                # How many logits reach least + 1, 2 and 3 units of this pass, in the digits of one number.
-                counts = tl.zeros([BLOCK], tl.int64)
+                unit = tl.full([], 1, tl.uint32) << (30 - 2 * step)
+                first_bound, second_bound = in_order(place + unit), in_order(place + 2 * unit)
+                third_bound = in_order(place + 3 * unit)
+                # How many logits reach each bound, in three fields of one number: a thread's part is below 2^10.
+                counts = tl.zeros([BLOCK], tl.int32)
                 for first in tl.range(0, size, BLOCK, loop_unroll_factor=UNROLL):
-                    key = order(load_logits(logits_at, seen_at, first + offsets, size, penalty, PENALTY), BITS)
-                    units = tl.where(key >= least, (key - least) >> shift, 0)
-                    counts += tl.where(units >= 1, 1, 0).to(tl.int64)
-                    counts += tl.where(units >= 2, 1 << 21, 0).to(tl.int64)
-                    counts += tl.where(units >= 3, 1 << 42, 0).to(tl.int64)
-                total_counts = tl.sum(counts, 0)
+                    x = load_logits(logits_at, seen_at, first + offsets, size, penalty, PENALTY)
+                    counts += tl.where(x >= first_bound, 1, 0) + tl.where(x >= second_bound, 1 << 10, 0)
+                    counts += tl.where(x >= third_bound, 1 << 20, 0)
+                wide = (counts & 0x3FF).to(tl.int64) + (((counts >> 10) & 0x3FF).to(tl.int64) << 21)
+                total_counts = tl.sum(wide + ((counts >> 20).to(tl.int64) << 42), 0)
                 reached = ((total_counts & 0x1FFFFF) >= top_k).to(tl.uint32)
                 reached += (((total_counts >> 21) & 0x1FFFFF) >= top_k).to(tl.uint32)
                 reached += ((total_counts >> 42) >= top_k).to(tl.uint32)
-                least += reached * one
-        total = kept_weight(
-            logits_at, seen_at, size, penalty, largest, temperature, least, PENALTY, BITS, BLOCK, UNROLL
-        )
+                place += reached * unit
+            least = in_order(place)
+        total = kept_weight(logits_at, seen_at, size, penalty, largest, temperature, least, PENALTY, BLOCK, UNROLL)
         if top_p < 1:
             mass = top_p * total
-            nucleus = tl.full([], 0, tl.uint32)
+            place = tl.full([], 0, tl.uint32)
             for step in range(BITS // 2):
-                shift = BITS - 2 - 2 * step
-                one = tl.full([], 1, tl.uint32) << shift
+                unit = tl.full([], 1, tl.uint32) << (30 - 2 * step)
+                first_bound, second_bound = in_order(place + unit), in_order(place + 2 * unit)
+                third_bound = in_order(place + 3 * unit)
                 first_sums = tl.zeros([BLOCK], tl.float32)
                 second_sums = tl.zeros([BLOCK], tl.float32)
                 third_sums = tl.zeros([BLOCK], tl.float32)
                 for first in tl.range(0, size, BLOCK, loop_unroll_factor=UNROLL):
                     x = load_logits(logits_at, seen_at, first + offsets, size, penalty, PENALTY)
-                    key = order(x, BITS)
-                    weight = tl.where(key >= least, tl.exp((x - largest) / temperature), 0.0)
-                    units = tl.where(key >= nucleus, (key - nucleus) >> shift, 0)
-                    first_sums += tl.where(units >= 1, weight, 0.0)
-                    second_sums += tl.where(units >= 2, weight, 0.0)
-                    third_sums += tl.where(units >= 3, weight, 0.0)
+                    weight = tl.where(x >= least, tl.exp((x - largest) / temperature), 0.0)
+                    first_sums += tl.where(x >= first_bound, weight, 0.0)
+                    second_sums += tl.where(x >= second_bound, weight, 0.0)
+                    third_sums += tl.where(x >= third_bound, weight, 0.0)
                 reached = (tl.sum(first_sums, 0) >= mass).to(tl.uint32)
                 reached += (tl.sum(second_sums, 0) >= mass).to(tl.uint32)
                 reached += (tl.sum(third_sums, 0) >= mass).to(tl.uint32)
-                nucleus += reached * one
+                place += reached * unit
             # Rounding may leave `mass` above the largest token's weight alone; that token always stays.
-            top = order(largest, BITS)
-            least = tl.where(nucleus > least, tl.where(nucleus < top, nucleus, top), least)
-            total = kept_weight(
-                logits_at, seen_at, size, penalty, largest, temperature, least, PENALTY, BITS, BLOCK, UNROLL
-            )
+            least = tl.maximum(least, tl.minimum(in_order(place), largest))
+            total = kept_weight(logits_at, seen_at, size, penalty, largest, temperature, least, PENALTY, BLOCK, UNROLL)
         drawn = uniform(tl.load(keys_pointer + row), tl.load(positions_pointer + row)) * total
         passed = 0.0
         found = tl.full([], -1, tl.int32)
@@ -140,7 +137,7 @@ def sample_kernel(
             if found < 0:
                 column = first + offsets
                 x = load_logits(logits_at, seen_at, column, size, penalty, PENALTY)
-                kept = (order(x, BITS) >= least) & (column < size)
+                kept = (x >= least) & (column < size)
                 weight = tl.where(kept, tl.exp((x - largest) / temperature), 0.0)
                 here = tl.sum(weight, 0)
                 if passed + here > drawn:
@@ -165,7 +162,6 @@ def kept_weight(
     temperature,
     least,
     PENALTY: tl.constexpr,
-    BITS: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
@@ -174,7 +170,7 @@ def kept_weight(
     sums = tl.zeros([BLOCK], tl.float32)
     for first in tl.range(0, size, BLOCK, loop_unroll_factor=UNROLL):
         x = load_logits(logits_at, seen_at, first + offsets, size, penalty, PENALTY)
-        sums += tl.where(order(x, BITS) >= least, tl.exp((x - largest) / temperature), 0.0)
+        sums += tl.where(x >= least, tl.exp((x - largest) / temperature), 0.0)
     return tl.sum(sums, 0)
 
 

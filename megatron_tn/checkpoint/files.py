@@ -150,7 +150,7 @@ class TensorFile:
                 if min(shape, default=0) < 0 or stop - start != math.prod(shape) * dtype.itemsize or start != end:
                     raise ConfigError(f"{self.path} is damaged: {name} does not follow the tensor before it")
                 entries[name], end = (dtype, shape, start), stop
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"{self.path} is damaged: its header: {type(error).__name__}: {error}") from None

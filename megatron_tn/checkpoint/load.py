@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_tn.checkpoint.files import TensorFile
-from megatron_tn.checkpoint.manifest import CheckpointManifest, Piece, Trainable, rank_file
+from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, Trainable, rank_file
 from megatron_tn.checkpoint.reshard import overlaps, pieces_of_local_range, spans_of, view_of
 from megatron_tn.checkpoint.retention import reading
 from megatron_tn.config import ConfigError, ModelConfig, from_mapping
@@ -144,7 +144,9 @@ class CheckpointWeights:
     def __init__(self, directory: Path):
         self.manifest = CheckpointManifest.read(directory)
         self.config = from_mapping(ModelConfig, self.manifest.config["model"])
-        trained = torch.bfloat16 if self.manifest.config["engine"]["precision"] == "bf16" else torch.float32
+        if problems := self.config.problems():
+            raise ConfigError([f"{directory / MANIFEST}: config: {problem}" for problem in problems])
+        trained = torch.bfloat16 if self.manifest.config["engine"].get("precision") == "bf16" else torch.float32
         self.shapes = {name: tuple(shape) for name, shape in self.manifest.shapes.items()}
         self.dtypes = dict.fromkeys(self.shapes, trained)
         self._reader = Reader(directory, self.manifest)

@@ -109,7 +109,7 @@ class CheckpointManifest:
         try:
             values = json.loads(path.read_text())
             found = values.pop("format", None), values.pop("version", None)
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{path} is damaged: {error}") from None
         if found != (FORMAT, VERSION):
             raise ConfigError(f"{path}: format and version are {found}, expected {(FORMAT, VERSION)}")

@@ -112,5 +112,8 @@ def _describe(path: Path, *, with_loss: bool) -> Saved:
     step = step_of(path)
     if not with_loss:
         return Saved(path, step)
-    held_out = json.loads((path / MANIFEST).read_text())["training"].get("held_out") or {}
-    return Saved(path, step, held_out.get("heldout_loss") if held_out.get("step") == step else None)
+    try:
+        held_out = json.loads((path / MANIFEST).read_text())["training"].get("held_out") or {}
+        return Saved(path, step, held_out.get("heldout_loss") if held_out.get("step") == step else None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # damaged: no save fails for it
+        return Saved(path, step)

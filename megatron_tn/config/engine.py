@@ -52,5 +52,5 @@ class EngineConfig:
             return {}
         try:
             return json.loads(Path(value).read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{value!r} is not a JSON file that can be read: {error}") from None

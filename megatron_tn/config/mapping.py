@@ -13,9 +13,10 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from data_pipeline.redaction import redacted, restored, storable
+from data_pipeline.redaction import lines_of, restored, storable
 from megatron_tn.config.bounds import out_of_bounds
 
+MOST = 50  # problems of a mapping that are looked into: a damaged file may have thousands
 STRICT = ConfigDict(extra="forbid")
 
 
@@ -24,7 +25,7 @@ class ConfigError(ValueError):
     2."""
 
     def __init__(self, problems: Iterable[str] | str):
-        self.problems = [redacted(problem) for problem in ([problems] if isinstance(problems, str) else problems)]
+        self.problems = lines_of([problems] if isinstance(problems, str) else problems)
         super().__init__("\n".join(self.problems))
 
 
@@ -63,7 +64,7 @@ def from_mapping(kind: type, values: Mapping[str, Any]) -> Any:
     try:
         return adapter.validate_python(dict(values))
     except ValidationError as error:
-        known, refused = known_keys(kind), error.errors()
+        known, refused = known_keys(kind), error.errors(include_url=False)[:MOST]
         problems = [_describe(item, known) for item in refused]
         with contextlib.suppress(ValidationError):
             rest = adapter.validate_python(_without([_setting(item) for item in refused], values))
@@ -75,7 +76,7 @@ def _without(settings: list[list[str]], values: Mapping[str, Any]) -> dict[str, 
     """`values` without `settings`, each a path of nested keys."""
     kept = {}
     for key, value in values.items():
-        below = [path[1:] for path in settings if path[0] == key]
+        below = [path[1:] for path in settings if path[:1] == [key]]
         if [] not in below:
             kept[key] = _without(below, value) if below and isinstance(value, Mapping) else value
     return kept
@@ -103,7 +104,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is damaged: it holds {type(values).__name__}, not settings")

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic.dataclasses import dataclass
 
-from megatron_tn.config.bounds import AboveZero, Count, FromZero, Positive, Relations, out_of_bounds
+from megatron_tn.config.bounds import AboveZero, Bounds, Count, FromZero, Positive, Relations, out_of_bounds
 from megatron_tn.config.mapping import STRICT
+
+# Largest extents: a model that a damaged or hostile file describes is refused before it is built.
+Vocabulary = Annotated[int, Bounds(1, 2**32)]  # the widest token that shards can hold
+Width = Annotated[int, Bounds(1, 2**24)]
+NUMBER = Bounds(1, 2**11)
+Number = Annotated[int, NUMBER]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -21,11 +27,11 @@ class ModelConfig:
     name: str = "385m"  # name of the model size in reports
     # Name in megatron_tn.model.registry. transnormer: TransNormerLLM; transnormer_2022: TransNormer, its predecessor.
     architecture: Literal["transnormer", "transformer", "cosformer", "transnormer_2022"] = "transnormer"
-    vocab_size: Positive = 64000  # V, entries of the tokenizer; vocabulary parallelism pads the embedding as needed
-    embed_dim: Positive = 1024  # D, width of the residual stream
-    layers: Positive = 24  # L, number of blocks
-    heads: Positive = 8  # H, attention heads; the released sizes have D / H = 128
-    glu_dim: Positive = 2816  # F, width of SGLU
+    vocab_size: Vocabulary = 64000  # V, entries of the tokenizer; vocabulary parallelism pads the embedding as needed
+    embed_dim: Width = 1024  # D, width of the residual stream
+    layers: Number = 24  # L, number of blocks
+    heads: Number = 8  # H, attention heads; the released sizes have D / H = 128
+    glu_dim: Width = 2816  # F, width of SGLU
     scale_embedding: bool = True  # x = E[ids] * sqrt(D); the released 3B and larger models have x = E[ids]
     absolute_positions: bool = False  # add sinusoids of the position to x, as in arXiv 1706.03762 (an ablation)
     norm: Literal["simplermsnorm", "rmsnorm", "layernorm"] = "simplermsnorm"  # simplermsnorm has no weights
@@ -79,7 +85,7 @@ class ModelConfig:
 
 
 WITH_LRPE = ("linear", "norm")  # kinds of token mixers
-WITHOUT_STATE = ("softmax", "block")  # kinds of softmax attention, with RoPE
+SOFTMAX_KINDS = ("softmax", "block")  # kinds of softmax attention, with RoPE
 RELATIONS = Relations()
 
 
@@ -149,7 +155,7 @@ def _cosformer_alone_is_built_for_a_length(model: ModelConfig, tp: int) -> Itera
 
 @RELATIONS.reads("model.embed_dim", "model.heads", "model.layers")
 def _rope_pairs_channels(model: ModelConfig, tp: int) -> Iterator[str]:
-    rotated = model.attention and set(model.mixers) & set(WITHOUT_STATE)
+    rotated = model.attention and set(model.mixers) & set(SOFTMAX_KINDS)
     if rotated and model.embed_dim % model.heads == 0 and model.head_dim % 2:
         yield (
             f"model.embed_dim={model.embed_dim} / model.heads={model.heads} = {model.head_dim} must be even: RoPE "

@@ -14,7 +14,7 @@ from megatron_tn.config.checkpoint import CheckpointConfig
 from megatron_tn.config.data import DataConfig
 from megatron_tn.config.engine import EngineConfig
 from megatron_tn.config.evaluation import EvaluationConfig
-from megatron_tn.config.model import WITHOUT_STATE, ModelConfig
+from megatron_tn.config.model import SOFTMAX_KINDS, ModelConfig
 from megatron_tn.config.optim import OptimConfig
 from megatron_tn.config.parallel import ParallelConfig
 from megatron_tn.config.schedule import ScheduleConfig
@@ -109,7 +109,7 @@ def _every_slice_has_a_token(config: Settings) -> Iterator[str]:
 @RELATIONS.reads("parallel.cp", "model.layers")
 def _slices_of_a_sequence_pass_a_state(config: Settings) -> Iterator[str]:
     model = config.model
-    if config.parallel.cp > 1 and model.attention and set(model.mixers) & set(WITHOUT_STATE):
+    if config.parallel.cp > 1 and model.attention and set(model.mixers) & set(SOFTMAX_KINDS):
         setting = f"model.architecture={model.architecture}"
         if model.architecture == "transnormer":
             setting = f"model.attention=[{', '.join(model.attention)}]"

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_tn.evaluation.windows import windows
 from megatron_tn.model.base import IGNORE, Model
 
 # Batches are padded to a multiple of 16 tokens: Triton specialises kernels on divisibility of lengths by 16.
@@ -48,7 +49,7 @@ def document_nats(
 
     A batch has batch_tokens // window documents of similar length. The model runs on `window` tokens at a time, from
     the recurrent state after the preceding window: every token sees its document's whole past in bounded memory. A
-    model that is built for sequences of config.max_length tokens begins anew where a window would lead past it.
+    model that is built for sequences of config.max_length tokens begins afresh after as many.
     progress(n, tokens): called after each batch of n documents, of so many tokens.
     """
     device = next(model.parameters()).device
@@ -79,15 +80,14 @@ def _row_nats(model: Model, tokens: Tensor, targets: Tensor, lengths: list[int],
 
     Each window runs only for the rows whose documents extend into it, to avoid padding.
     """
-    longest = model.config.max_length or lengths[0]
-    window = min(window, longest)
     total = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
     state = None
-    for first in range(0, lengths[0], window):
-        rows = sum(length > first for length in lengths)
-        if state is not None:
-            state = None if state.position + window > longest else state.first_rows(rows)
-        piece = (slice(rows), slice(first, first + window))
+    for begin, end, afresh in windows(tokens.shape[1], window, model.config.max_length):
+        rows = sum(length > begin for length in lengths)
+        if not rows:
+            break
+        state = None if afresh else state.first_rows(rows)
+        piece = (slice(rows), slice(begin, end))
         out = model(tokens[piece], targets=targets[piece], reduction="none", state=state, return_state=True)
         total[:rows] += out.loss.double().sum(1)
         state = out.state

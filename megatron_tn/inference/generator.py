@@ -10,19 +10,20 @@ from typing import Literal, NamedTuple
 from megatron_tn.device.host_copy import HostCopy
 from megatron_tn.inference.decoder import build_decoder
 from megatron_tn.inference.prefill import CHUNK
-from megatron_tn.inference.prefix import Prefix
+from megatron_tn.inference.prefix import Prefix, check_ids
 from megatron_tn.inference.sampler import Sampler
 from megatron_tn.inference.uniform import stream_key
 from megatron_tn.model.base import Model, has_fixed_state
 
 CHECK_EVERY = 8  # tokens
+FED_PER_ROW = 8  # tokens
 
 
 @dataclass(frozen=True)
 class Request:
     """A sequence to continue by up to `max_new_tokens` ids, ending before the model's eos_id.
 
-    prompt: ids that follow `prefix`; together they hold at least one token.
+    prompt: a list of ids, which follow `prefix`; together they hold at least one token.
     seed, number: the key of the random numbers. Requests that differ in neither, with equal prompts, get equal ids.
     until: called with each new id; True ends the sequence behind it.
     """
@@ -34,6 +35,10 @@ class Request:
     seed: int = 0
     number: int = 0
     until: Callable[[int], bool] = lambda chosen: False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompt, int):
+            raise ValueError(f"the prompt {self.prompt} is an id: give a list of prompts, each a list of ids")
 
 
 class Piece(NamedTuple):
@@ -54,6 +59,8 @@ class Generator:
     check_every: ids are looked at by the host so many tokens at a time. On a GPU they are copied while the next ones
     are decoded, so that a sequence's last ids are followed by up to 2 x check_every - 1 that are dropped.
     chunk: tokens of a prompt in one forward pass.
+    feed_below: a prompt with fewer tokens has no forward pass of its own: the rows' steps take it, a token each. By
+    default 8 x rows on a GPU, where kernels of a short prompt take less time than their launches; 0 on a CPU.
     Collective over tensor parallelism: every rank makes the same calls and gets the same ids.
 
     Raises:
@@ -61,7 +68,14 @@ class Generator:
     """
 
     def __init__(
-        self, model: Model, rows: int = 8, *, together: int = 0, check_every: int = 0, chunk: int = CHUNK
+        self,
+        model: Model,
+        rows: int = 8,
+        *,
+        together: int = 0,
+        check_every: int = 0,
+        chunk: int = CHUNK,
+        feed_below: int | None = None,
     ) -> None:
         cuda = next(model.parameters()).is_cuda
         if not has_fixed_state(model):
@@ -73,13 +87,14 @@ class Generator:
                 raise ValueError(f"{name}={value} must be at least 1")
         self.model = model
         self.chunk = chunk
+        self.feed_below = feed_below if feed_below is not None else FED_PER_ROW * rows * cuda
         self._lanes = [_Lane(self, together, check_every, int(cuda)) for _ in range(-(-rows // together))]
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Piece]:
         """The continuations, piece by piece, of several requests at a time. One stream of a Generator at a time.
 
         Raises:
-            ValueError: a prompt without tokens or with an id outside the vocabulary.
+            ValueError: a prompt without tokens, with an id outside the vocabulary, or too long for model.max_length.
         """
         waiting = enumerate(requests)
         for lane in self._lanes:
@@ -99,12 +114,15 @@ class Generator:
 
 
 class _Running:
-    """A request in a row. launched: steps queued so far."""
+    """A request in a row. fed: ids of its prompt that are the row's first ids. steps: of all its ids. launched: steps
+    queued so far."""
 
-    def __init__(self, index: int, request: Request, eos_id: int):
+    def __init__(self, index: int, request: Request, fed: int, eos_id: int):
         self.index = index
         self.request = request
         self.eos_id = eos_id
+        self.fed = fed
+        self.steps = fed + request.max_new_tokens
         self.launched = 0
         self.taken = 0
         self.done = False
@@ -112,7 +130,8 @@ class _Running:
     def take(self, ids: list[int]) -> Piece:
         """The next ids of its row, cut where the sequence ends."""
         kept, end = [], None
-        for chosen in ids:
+        own, self.fed = ids[self.fed :], max(self.fed - len(ids), 0)
+        for chosen in own:
             if chosen == self.eos_id:
                 end = "eos"
                 break
@@ -136,7 +155,7 @@ class _Lane:
 
     def __init__(self, generator: Generator, rows: int, check_every: int, ahead: int):
         self.generator = generator
-        self.decoder = build_decoder(generator.model, rows)
+        self.decoder = build_decoder(generator.model, rows, generator.feed_below)
         self.check_every = check_every
         self.ahead = ahead
         self.clear()
@@ -151,26 +170,30 @@ class _Lane:
 
     def fill(self, waiting: Iterator[tuple[int, Request]]) -> Iterator[Piece]:
         """Put requests into the free rows; yield the pieces of those that want no tokens."""
+        model = self.generator.model
         for row, occupant in enumerate(self.occupants):
             while occupant is None and (found := next(waiting, None)):
                 index, request = found
-                model = self.generator.model
-                prefix = Prefix.of(model, request.prompt, request.prefix, self.generator.chunk)
-                check_length(model, prefix.length, request.max_new_tokens)
+                prompt, fed = request.prompt, ()
+                if len(prompt) < self.generator.feed_below:
+                    first = 0 if request.prefix else 1
+                    prompt, fed = prompt[:first], prompt[first:]
+                    check_ids(fed, model.config.vocab_size)
+                prefix = Prefix.of(model, prompt, request.prefix, self.generator.chunk)
+                check_length(model, prefix.length + len(fed), request.max_new_tokens)
                 if request.max_new_tokens == 0:
                     yield Piece(index, [], "length")
                     continue
                 key = stream_key(request.seed, request.number)
-                self.decoder.start(row, prefix, sampler=request.sampler, key=key)
-                occupant = _Running(index, request, self.generator.model.config.eos_id)
+                self.decoder.start(row, prefix, fed, sampler=request.sampler, key=key)
+                occupant = _Running(index, request, len(fed), model.config.eos_id)
             self.occupants[row] = occupant
 
     def turn(self) -> Iterator[Piece]:
         """Queue the next steps, and yield the ids of earlier ones."""
-        wanting = [x for x in self.occupants if x is not None and x.launched < x.request.max_new_tokens]
+        wanting = [x for x in self.occupants if x is not None and x.launched < x.steps]
         if wanting:
-            most = max(x.request.max_new_tokens - x.launched for x in wanting)
-            steps = min(self.check_every, most)
+            steps = min(self.check_every, max(x.steps - x.launched for x in wanting))
             self.in_flight.append((self.decoder.run(steps), list(self.occupants)))
             for occupant in wanting:
                 occupant.launched += steps
@@ -182,8 +205,17 @@ class _Lane:
                     piece = running.take(ids[row])
                     if running.done:
                         self.occupants[row] = None
+                        self.decoder.free(row)
                     if piece.ids or running.done:
                         yield piece
+
+
+def check_length(model: Model, length: int, max_new_tokens: int) -> None:
+    """Raise ValueError if a prompt of `length` tokens and its continuation exceed model.max_length."""
+    most = model.config.max_length
+    if most and length + max_new_tokens - 1 > most:  # the last token is not fed back
+        asked = f"a prompt of {length} tokens and max_new_tokens={max_new_tokens}"
+        raise ValueError(f"{asked} are longer than model.max_length={most}")
 
 
 def generate(
@@ -201,7 +233,7 @@ def generate(
     seed: prompt n draws its random numbers from the key (seed, n). rows, options: of `Generator`.
 
     Raises:
-        ValueError: a prompt is empty or holds an id outside the vocabulary.
+        ValueError: a prompt is empty, holds an id outside the vocabulary, or leaves too little of model.max_length.
     """
     sampler = sampler or Sampler()
     requests = (
@@ -225,11 +257,3 @@ def stream(
     request = Request(prompt, sampler=sampler or Sampler(), max_new_tokens=max_new_tokens, seed=seed)
     for piece in Generator(model, 1).stream([request]):
         yield from piece.ids
-
-
-def check_length(model: Model, prompt: int, max_new_tokens: int) -> None:
-    """Raise ValueError where a prompt of so many tokens leaves too little of model.max_length for the new ones."""
-    most = model.config.max_length
-    if most and prompt + max_new_tokens - 1 > most:  # the last token is not fed back
-        asked = f"a prompt of {prompt} tokens and max_new_tokens={max_new_tokens}"
-        raise ValueError(f"{asked} are longer than model.max_length={most}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from megatron_tn.inference.prefill import CHUNK, prefill
@@ -44,7 +44,8 @@ class Prefix:
         return 1 if self.state is None else self.state.position + 1
 
 
-def check_ids(ids: frozenset[int], vocab_size: int) -> None:
-    for index in (min(ids), max(ids)):
+def check_ids(ids: Collection[int], vocab_size: int) -> None:
+    """Raise ValueError if an id is outside the vocabulary."""
+    for index in (min(ids), max(ids)) if ids else ():
         if not 0 <= index < vocab_size:
             raise ValueError(f"the prompt holds id {index}, but the vocabulary has {vocab_size} entries")

@@ -59,6 +59,6 @@ class BufferedRowStates(RowStates):
 def row_states(model: Model, rows: int) -> RowStates:
     """Buffered where that is faster: on a GPU, for many rows, if the architecture can."""
     on_gpu = next(model.parameters()).is_cuda
-    if on_gpu and rows >= BUFFERED_ROWS and hasattr(model.model, "buffered_state"):
+    if on_gpu and rows >= BUFFERED_ROWS and getattr(model.model, "bufferable_state", False):
         return BufferedRowStates(model, rows)
     return RowStates(model, rows)

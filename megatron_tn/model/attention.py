@@ -61,6 +61,7 @@ class GatedLinearAttention(nn.Module):
         super().__init__()
         self.act = config.act
         self.gate = config.gate
+        self.state_widths = (config.head_dim * (2 if config.lrpe_layers[layer] else 1), config.head_dim)  # K, d
         self.add_projection(config.embed_dim, axis)
         self.out_proj = RowParallelLinear(config.embed_dim, config.embed_dim, axis)
         self.lrpe = LRPE(config.heads, config.head_dim, axis) if config.lrpe_layers[layer] else None

@@ -113,7 +113,7 @@ class Model(nn.Module):
 
         Raises:
             ValueError: an unknown reduction; cu_seqlens with B > 1, or together with a state; more tokens than
-                config.max_length (of packed documents checked on a CPU only).
+                config.max_length (of packed documents checked on a CPU only, and not where each row has a position).
         """
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction={reduction!r} is not one of {', '.join(REDUCTIONS)}")
@@ -125,7 +125,8 @@ class Model(nn.Module):
             )
         shared = targets is not None and state is None and not return_state
         start = 0 if state is None else state.position
-        self._check_length(start + tokens.shape[1], cu_seqlens)
+        if not isinstance(start, Tensor):  # it would have to be read from the device
+            self._check_length(start + tokens.shape[1], cu_seqlens)
         context = self.context if shared else None
         layout = TokenLayout.of(
             tokens, cu_seqlens, start=start, return_state=return_state, update_state=update_state, context=context
@@ -141,21 +142,27 @@ class Model(nn.Module):
             loss = token_losses
         return ModelOutput(loss=loss, token_losses=token_losses, state=state)
 
-    def _check_length(self, length: int, cu_seqlens: Tensor | None) -> None:
-        if self.config.max_length:
+    def advance(self, tokens: Tensor, state: DecodingState | None) -> DecodingState:
+        """The state after tokens [B, N], which follow those of `state`, at the same position in every row. No logits
+        are formed.
+
+        Raises:
+            ValueError: more tokens than config.max_length.
+        """
+        start = 0 if state is None else state.position
+        self._check_length(start + tokens.shape[1])
+        _, states = self.model(tokens, TokenLayout.of(tokens, start=start, return_state=True), state)
+        return DecodingState(states, start + tokens.shape[1])
+
+    def _check_length(self, length: int | Tensor, cu_seqlens: Tensor | None = None) -> None:
+        """length: tokens of a row; a tensor of each row's is not read, since the decoder has checked requests."""
+        if self.config.max_length and not isinstance(length, Tensor):
             if cu_seqlens is not None:
                 length = 0 if cu_seqlens.is_cuda else int(cu_seqlens.diff().max())
             if length > self.config.max_length:
                 raise ValueError(
                     f"a sequence of {length} tokens is longer than model.max_length={self.config.max_length}"
                 )
-
-    def advance(self, tokens: Tensor, state: DecodingState | None) -> DecodingState:
-        """The state after tokens [B, N], which follow those of `state`; no logits are formed."""
-        start = 0 if state is None else state.position
-        layout = TokenLayout.of(tokens, start=start, return_state=True)
-        _, states = self.model(tokens, layout, state)
-        return DecodingState(states, start + tokens.shape[1])
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean next-token loss in nats over targets != -100."""

@@ -14,7 +14,7 @@ from megatron_tn.parallel.context import Axis
 class Block(nn.Module):
     """x [B, n, D] -> [B, n, D], or slices [S, D] -> [S, D]; and the token mixer's state, None without return_state.
 
-    token_mixer: `GatedLinearAttention` or `SoftmaxAttention`. decay: rates of this layer's heads on this rank, fp32
+    token_mixer: of megatron_tn.model.mixers. decay: rates of this layer's heads on this rank, fp32
     [H / tp]; None for softmax attention.
     """
 

@@ -44,19 +44,18 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, block: int, cu_seqlens: Ten
     n, t = q.shape[1], k.shape[1]
     if cu_seqlens is None and t <= block:
         return causal_attention(q, k, v)
-    q = pad(q, (0, 0, 0, 0, t - n, 0))
+    parts = (pad(q, (0, 0, 0, 0, t - n, 0)) if n < t else q, k, v)
     if cu_seqlens is None:
-        rows = torch.arange(t, device=q.device)
         blocks = -(-t // block)
+        filled = [pad(part, (0, 0, 0, 0, 0, -t % block)) if t % block else part for part in parts]
     else:
         rows = rows_in_blocks(t, block, cu_seqlens)
         blocks = t // block + cu_seqlens.shape[0] - 1  # each document may leave a block partly filled
-    filled = [
-        part.new_zeros(part.shape[0], blocks * block, *part.shape[2:]).index_copy(1, rows, part) for part in (q, k, v)
-    ]
+        filled = [part.new_zeros(1, blocks * block, *part.shape[2:]).index_copy(1, rows, part) for part in parts]
     # What is not filled comes after the tokens of its block, which therefore do not see it.
     y = causal_attention(*(part.unflatten(1, (blocks, block)).flatten(0, 1) for part in filled))
-    return y.unflatten(0, (-1, blocks)).flatten(1, 2).index_select(1, rows)[:, t - n :]
+    y = y.unflatten(0, (-1, blocks)).flatten(1, 2)
+    return y[:, t - n : t] if cu_seqlens is None else y.index_select(1, rows)
 
 
 def rows_in_blocks(total: int, block: int, cu_seqlens: Tensor) -> Tensor:

@@ -46,6 +46,6 @@ def attentions(config: ModelConfig) -> Iterator[dict[str, Any]]:
             yield {"key_width": d, "value_width": d, "rope_base": config.rope_base}
         elif kind == "cosine":
             width = d + MORE_COLUMNS
-            yield {"key_width": 2 * width, "value_width": width, "act": "relu"}
+            yield {"key_width": 2 * width, "value_width": width, "act": "relu", "theta_learnt": False}
         else:
             yield {"key_width": d * (2 if lrpe else 1), "value_width": d, "act": config.act}

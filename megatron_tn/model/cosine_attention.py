@@ -35,6 +35,7 @@ class CosineAttention(nn.Module):
     def __init__(self, config: ModelConfig, axis: Axis):
         super().__init__()
         self.head_dim, self.eps = config.head_dim, config.norm_eps
+        self.state_widths = (2 * (self.head_dim + MORE_COLUMNS), self.head_dim + MORE_COLUMNS)
         self.angle = math.pi / 2 / config.max_length  # radians a position
         self.qkv_proj = ColumnParallelLinear(config.embed_dim, 3 * config.embed_dim, axis, blocks=3)
         self.out_proj = RowParallelLinear(config.embed_dim, config.embed_dim, axis)

@@ -50,18 +50,19 @@ class TransNormerModel(Decoder):
     @property
     def fixed_state(self) -> bool:
         """Whether the state's size does not depend on the number of tokens: linear attention in every layer."""
-        return all(isinstance(block.token_mixer, GatedLinearAttention) for block in self.layers)
+        return all(hasattr(block.token_mixer, "state_widths") for block in self.layers)
 
     def initial_state(self, rows: int) -> list[Tensor]:
         """Zeros [B, H / tp, K, d] for each layer, fp32 (fp64 for an fp64 model). Needs `fixed_state`."""
-        states = []
-        for block in self.layers:
-            weight, heads = block.token_mixer.out_proj.weight, len(self.rates[0])
-            width = weight.shape[1] // heads
-            shape = (rows, heads, width * (1 if block.token_mixer.lrpe is None else 2), width)
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            states.append(torch.zeros(shape, dtype=wide, device=weight.device))
-        return states
+        weight, heads = self.embed_tokens.weight, len(self.rates[0])
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        widths = [block.token_mixer.state_widths for block in self.layers]
+        return [torch.zeros(rows, heads, *pair, dtype=wide, device=weight.device) for pair in widths]
+
+    @property
+    def bufferable_state(self) -> bool:
+        """Whether there is `buffered_state`: gated linear attention in every layer."""
+        return all(isinstance(block.token_mixer, GatedLinearAttention) for block in self.layers)
 
     def buffered_state(self, rows: int, slots: int) -> list[StepBuffer]:
         """`initial_state` in buffers of `slots` tokens, for steps that seldom write it."""

@@ -13,19 +13,31 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from megatron_tn.config import ConfigError
 from megatron_tn.device.allocator import use_expandable_segments
 
 _worlds = itertools.count()  # numbers the process group initialisations of this process
 
 
+def number(*names: str, default: int, least: int = 0) -> int:
+    """The first of these environment variables that is set, or `default`. Raises ConfigError unless it is a number."""
+    name = next((name for name in names if os.environ.get(name)), None)
+    if name is None:
+        return default
+    text = os.environ[name]
+    if not (text.isascii() and text.isdigit() and len(text) < 19 and int(text) >= least):
+        raise ConfigError(f"{name}={text!r} in the environment must be a number of at least {least}")
+    return int(text)
+
+
 def world_size() -> int:
     """Number of processes the launcher started; needs no process group."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    return number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", default=1, least=1)
 
 
 def processes_here() -> int:
     """Number of those on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or world_size())
+    return number("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", default=0, least=1) or world_size()
 
 
 def join_world(timeout_s: int) -> torch.device:
@@ -36,7 +48,8 @@ def join_world(timeout_s: int) -> torch.device:
     """
     _translate_slurm()
     gc.collect()  # in a sweep, frees the last job's engine, which has reference cycles
-    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # deepspeed requires the variable
+    os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed requires the variable
+    local_rank, *_ = (number(name, default=0) for name in ("LOCAL_RANK", "RANK", "MASTER_PORT"))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
@@ -85,7 +98,7 @@ def leave_world() -> None:
 
 
 def _translate_slurm() -> None:
-    if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+    if "RANK" in os.environ or number("SLURM_STEP_NUM_TASKS", default=1, least=1) == 1:
         return
     hosts = subprocess.run(
         ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
@@ -95,4 +108,4 @@ def _translate_slurm() -> None:
     os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
     os.environ.setdefault("MASTER_ADDR", hosts[0])
     # A port that all ranks of a job agree on and that differs between jobs on a node; ephemeral ports begin at 32768.
-    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 10000))
+    os.environ.setdefault("MASTER_PORT", str(20000 + number("SLURM_JOB_ID", default=0) % 10000))

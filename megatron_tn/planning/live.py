@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
@@ -58,22 +56,3 @@ class LiveMemory(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         self.current -= self._seen.pop(key, 0)
-
-
-def saved_bytes(graph_of: Callable[[], Any], exclude: tuple[Tensor, ...] = ()) -> int:
-    """Bytes of the distinct storages that autograd saves for the backward pass of `graph_of()`.
-
-    exclude: tensors not counted, such as parameters.
-    """
-    own = {tensor.untyped_storage()._cdata for tensor in exclude}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        graph_of()  # must keep its graph alive: the address of a freed storage may be reused
-    return sum(kept.values())

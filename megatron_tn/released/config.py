@@ -32,7 +32,7 @@ def config_from_released(values: dict[str, Any]) -> ModelConfig:
         ConfigError: another model_type; a field is missing, or its value is not supported.
     """
     family = values.get("model_type", "transnormer")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ConfigError(f"config.json: model_type={family!r} is not one of {', '.join(FAMILIES)}")
     return FAMILIES[family].from_released(values)
 

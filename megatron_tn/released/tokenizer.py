@@ -14,8 +14,8 @@ SPECIAL = ("bos", "eos", "pad")
 def tokenizer_files(path: Path, config: ModelConfig) -> dict[str, str]:
     """tokenizer.json and tokenizer_config.json, name -> content, of the tokenizer.json at `path`.
 
-    Training encodes a text without truncation, padding and added entries, and reads the name of a special entry in it
-    as the letters that it has; so does the exported tokenizer.
+    Training encodes a text without truncation, padding, a BPE's dropout and added entries, and reads the name of a
+    special entry in it as the letters that it has; so does the exported tokenizer.
 
     Raises:
         ConfigError: `path` is damaged; it has more entries than the model's vocabulary; or it lacks an id of the model.
@@ -23,7 +23,7 @@ def tokenizer_files(path: Path, config: ModelConfig) -> dict[str, str]:
     try:
         content = json.loads(path.read_text())
         names = {place: entry for entry, place in _entries(content)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"tokenizer {path} cannot be read: {type(error).__name__}: {error}") from None
     problems = []
     if (count := 1 + max(names, default=-1)) > config.vocab_size:
@@ -35,6 +35,8 @@ def tokenizer_files(path: Path, config: ModelConfig) -> dict[str, str]:
     if problems:
         raise ConfigError(problems)
     content |= {"truncation": None, "padding": None, "post_processor": None}
+    if "dropout" in content["model"]:
+        content["model"]["dropout"] = None
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{f"{name}_token": names[place] for name, place in ids.items()},

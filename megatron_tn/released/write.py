@@ -58,7 +58,7 @@ def problems_of_output(directory: Path) -> list[str]:
         values = json.loads((directory / CONFIG_FILE).read_text())
         if "model_type" in values or "decoder_layers" in values:
             return []
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         pass
     return [f"output={directory} holds files that are no export: name a new folder to write the model to"]
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from megatron_tn.config import ConfigError, to_mapping
 from megatron_tn.training.run_folder import RunFolder
@@ -18,15 +19,15 @@ from megatron_tn.training.summary import figures_of
 ASIDE = ("seed", "run_dir", "nodes", "stop_after", "hang_timeout_s", "distributed_timeout_s")
 GROUPS_ASIDE = ("logging.", "checkpoint.", "cluster.", "guard.")
 MOST_SETTINGS = 4  # in a group's name; runs with less in common are named by their folders
-# Figure -> column title, format, factor.
+# Figure -> column title and format.
 COLUMNS = {
-    "step": ("step", ",.0f"),
     "tokens": ("tokens", ",.0f"),
     "loss": ("loss", ".3f"),
     "heldout_loss": ("held-out", ".3f"),
     "heldout_bits_per_byte": ("bits/byte", ".4f"),
     "tokens_per_second": ("tokens/s", ",.0f"),
 }
+SPREAD = ("loss", "heldout_loss", "heldout_bits_per_byte")  # figures shown with their deviation over seeds
 ORDER = ("heldout_bits_per_byte", "heldout_loss", "loss")  # the first figure that all groups have sorts them
 
 
@@ -57,24 +58,24 @@ def groups_of(runs: Sequence[RunFolder]) -> list[Group]:
 
 
 def table_of(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
-    """Titles, and a row of cells for each group: the mean, ± the standard deviation where its runs differ."""
+    """Titles, and a row of cells for each group: means over its runs, losses ± the standard deviation."""
     shown = [figure for figure in COLUMNS if any(group.values(figure) for group in groups)]
     rows = []
     for group in groups:
-        cells = [_cell(group.values(figure), COLUMNS[figure][1]) for figure in shown]
+        cells = [_cell(group.values(figure), COLUMNS[figure][1], figure in SPREAD) for figure in shown]
         rows.append([group.name, str(len(group.runs)), *cells])
     return ["run", "seeds", *(COLUMNS[figure][0] for figure in shown)], rows
 
 
-def _cell(values: list[float], form: str) -> str:
+def _cell(values: list[float], form: str, spread: bool) -> str:
     if not values:
         return "-"
-    mean = f"{statistics.fmean(values):{form}}"
-    return mean if len(set(values)) < 2 else f"{mean} ± {statistics.stdev(values):{form}}"
+    mean = f"{np.mean(values):{form}}"
+    return f"{mean} ± {np.std(values, ddof=1):{form}}" if spread and len(values) > 1 else mean
 
 
 def _rank(group: Group, figure: str) -> float:
-    mean = statistics.fmean(group.values(figure))
+    mean = np.mean(group.values(figure))
     return math.inf if math.isnan(mean) else mean  # a run that diverged is the worst
 
 
@@ -95,29 +96,28 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def group_names(settings: list[dict[str, Any]], folders: list[list[str]]) -> list[str]:
-    """One name a group: its settings that differ from those of most groups. "reference" for the group with none, and
-    the folders where a name would be long."""
+    """One name a group: its settings that differ from the most common value, or all values where none is. Settings of a
+    model are compared among groups of one model.name, which says the others. "reference" for a group that differs in
+    nothing; the folders' names in the place of more than MOST_SETTINGS settings."""
     keys = dict.fromkeys(key for own in settings for key in own)
     columns = {key: [json.dumps(own.get(key)).strip('"') for own in settings] for key in keys}
-    columns = {key: values for key, values in columns.items() if len(set(values)) > 1}
-    sizes = columns.get("model.name")
-    if sizes:  # a size says its shape
-        columns = {
-            key: values
-            for key, values in columns.items()
-            if key == "model.name"
-            or not key.startswith("model.")
-            or len(set(zip(sizes, values, strict=True))) > len(set(sizes))
-        }
-    usual = {}
-    for key, values in columns.items():
-        value, count = Counter(values).most_common(1)[0]
-        usual[key] = value if 2 * count > len(values) else None
+    sizes = columns.get("model.name", [""] * len(settings))
     names = []
     for index, own in enumerate(folders):
-        differing = [f"{key}={values[index]}" for key, values in columns.items() if values[index] != usual[key]]
+        differing = []
+        for key, values in columns.items():
+            of_model = key.startswith("model.") and key != "model.name"
+            peers = [value for value, size in zip(values, sizes, strict=True) if not of_model or size == sizes[index]]
+            if len(set(peers)) > 1 and (key == "model.name" or values[index] != _most_common(peers)):
+                differing.append(f"{key}={values[index]}")
         if len(settings) == 1 or len(differing) > MOST_SETTINGS:
             names.append(", ".join(own))
         else:
             names.append(", ".join(differing) or "reference")
     return names
+
+
+def _most_common(values: list[str]) -> str | None:
+    """None where two values are equally common."""
+    (first, count), *others = Counter(values).most_common(2)
+    return None if others and others[0][1] == count else first

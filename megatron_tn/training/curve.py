@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,9 +50,24 @@ def draw(runs: Mapping[str, RunFolder | Sequence[RunFolder]], path: Path) -> boo
         axes.grid(alpha=0.3)
     by_tokens.set(xlabel="tokens", ylabel="loss (nats a token; dots: held-out)")
     by_seconds.set(xlabel="seconds of training steps")
+    early = [curve.loss[len(curve.loss) // 10] for curve in curves.values()]
+    if len(curves) > 1 and np.isfinite(early).any():
+        by_tokens.set_ylim(top=np.nanmax(early))  # the first tenth would hide by how little the ends differ
+    if ratio := _bits_per_byte_of_a_nat(runs.values()):
+        axis = by_seconds.secondary_yaxis("right", functions=(lambda nats: nats * ratio, lambda bits: bits / ratio))
+        axis.set_ylabel("bits per byte of the held-out text")
     by_tokens.legend(fontsize="small")
     figure.savefig(path)
     return True
+
+
+def _bits_per_byte_of_a_nat(runs: Iterable[RunFolder | Sequence[RunFolder]]) -> float | None:
+    """Held-out bits per byte over held-out nats per token: 1 / ln 2 times tokens per byte. None where runs differ in it
+    (another tokenizer, another text), or have no such figures."""
+    each = [run for own in runs for run in ([own] if isinstance(own, RunFolder) else own)]
+    records = [record for run in each for record in run.records("heldout_bits_per_byte") if record["heldout_loss"]]
+    ratios = [record["heldout_bits_per_byte"] / record["heldout_loss"] for record in records]
+    return ratios[0] if ratios and math.isclose(min(ratios), max(ratios), rel_tol=1e-6) else None
 
 
 def curve_of(runs: Sequence[RunFolder]) -> Curve | None:

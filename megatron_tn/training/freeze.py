@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tn.config import TrainConfig, differences, from_stored, read_mapping, storable, to_stored
+from megatron_tn.parallel.world import number
 from megatron_tn.training.run_folder import SUBMITTED, RunFolder
 
 
@@ -17,7 +18,7 @@ def slurm_job() -> str | None:
 
 def is_requeued() -> bool:
     """Whether SLURM restarted this job, after a node failure or the job's own `scontrol requeue`."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    return number("SLURM_RESTART_COUNT", default=0) > 0
 
 
 def goes_on(folder: RunFolder) -> bool:

@@ -210,9 +210,9 @@ class RunFolder:
 
     def mark_failed(self, step: int, error: str) -> None:
         """Write state "failed" on behalf of a dead or hanging rank 0. step: steps done, as this rank knows."""
-        before = self.status()
-        if before:
-            self.write_status("failed", max(before.get("step", 0), step), error=error)
+        if before := self.status():
+            done = before.get("step")
+            self.write_status("failed", max(done, step) if isinstance(done, int) else step, error=error)
 
     # Ledger
 
@@ -223,14 +223,15 @@ class RunFolder:
         try:
             return from_mapping(Ledger, read_mapping(self.ledger_file))
         except ConfigError as error:
-            message = f"{error}; move {self.ledger_file} away, and the run goes on with the ledger of its checkpoint"
+            why = "; ".join(error.problems)
+            message = f"{why}; move {self.ledger_file} away, and the run goes on with the ledger of its checkpoint"
             raise ConfigError(message) from None
 
     def write_ledger(self, ledger: Ledger) -> None:
         """Write and fsync ledger.json. Raises OSError."""
         _replace(self.ledger_file, asdict(ledger), sync=True)
 
-    # One run at a time
+    # The lock: one run at a time uses the folder
 
     def claim(self) -> str:
         """Lock the folder for this process until `release` or exit. Returns the current holder, "" on success.
@@ -276,7 +277,7 @@ def find_checkpoint(path: Path) -> Path | None:
 
 def _read(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty where the file is absent or unreadable."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         found = json.loads(path.read_text())
         return found if isinstance(found, dict) else {}
     return {}

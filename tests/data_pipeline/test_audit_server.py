@@ -1,5 +1,6 @@
 """What the audit page's server answers, and to whom it does not."""
 
+import contextlib
 import http.client
 import json
 import socket
@@ -272,3 +273,60 @@ def test_a_note_that_is_no_text_gets_an_answer(serve):
     status, _, found = client.ask("POST", "/api/answers", body)
     assert status == 400
     assert "character 1 is an unpaired surrogate" in json.loads(found)["error"]
+
+
+RAW = {
+    "a URL that does not parse": b"GET //[ HTTP/1.1\r\nHost: {host}\r\n\r\n",
+    "a query that does not parse": b"GET /api/document?position=%ff&start=%zz&&&= HTTP/1.1\r\nHost: {host}\r\n\r\n",
+    "100 000 fields": b"GET /?" + b"a&" * 30_000 + b" HTTP/1.1\r\nHost: {host}\r\n\r\n",
+    "a line of a megabyte": b"GET /" + b"a" * (1 << 20) + b" HTTP/1.1\r\n\r\n",
+    "10 000 headers": b"GET / HTTP/1.1\r\nHost: {host}\r\n" + b"a: b\r\n" * 10_000 + b"\r\n",
+    "two hosts": b"GET / HTTP/1.1\r\nHost: {host}\r\nHost: evil\r\n\r\n",
+    "a host that does not parse": b"GET / HTTP/1.1\r\nHost: [::\r\n\r\n",
+    "headers that are no text": b"GET / HTTP/1.1\r\nHost: {host}\r\nX-Audit-Token: \xff\xfe\r\nOrigin: \xff\r\n\r\n",
+    "zeros": bytes(1000) + b"\r\n\r\n",
+    "another protocol": b"\x16\x03\x01\x02\x00\x01\r\n\r\n",
+    "a future version": b"GET / HTTP/9.9\r\nHost: {host}\r\n\r\n",
+    "no version": b"GET /\r\n",
+    "another method": b"PATCH / HTTP/1.1\r\nHost: {host}\r\n\r\n",
+    "a request inside another": b"GET /nothing HTTP/1.1\r\nHost: {host}\r\nContent-Length: 30\r\n\r\n"
+    b"GET / HTTP/1.1\r\nHost: evil\r\n\r\n",
+}
+
+
+def test_bytes_that_are_no_request_of_a_page(serve, capfd):
+    client = serve()
+    for name, request in RAW.items():
+        with socket.create_connection(client.server.server_address[:2], timeout=10) as connection:
+            answer = b""
+            with contextlib.suppress(OSError):  # the server has closed it with the rest unread
+                connection.sendall(request.replace(b"{host}", client.place.encode()))
+                connection.shutdown(socket.SHUT_WR)
+                while piece := connection.recv(1 << 16):
+                    answer += piece
+        assert not answer or answer.startswith((b"HTTP/1.1 ", b"HTTP/1.0 ", b"<!DOCTYPE", b'{"error": ')), name
+        assert b"Traceback" not in answer, name
+        assert "audit: " not in capfd.readouterr().err, name
+        assert client.get("/api/session")["answered"] == 0, name
+
+
+HOSTILE_BODIES = [
+    b"",
+    b"[" * 60_000,
+    b'{"a":' * 12_000,
+    b"\xff\xfe",
+    b"null",
+    b"9" * 60_000,
+    b'{"sample": {}, "verdict": []}',
+]
+
+
+def test_bodies_that_are_no_answer(serve, capfd):
+    client = serve()
+    own = {"sample": ids(client)[0], "verdict": "keep", "seconds": 1e999, "note": ["a"]}
+    for body in [*HOSTILE_BODIES, json.dumps(own).encode()]:
+        status, _, found = client.ask("POST", "/api/answers", body)
+        assert 400 <= status < 500
+        assert "\n" not in json.loads(found)["error"]
+    assert not capfd.readouterr().err
+    assert client.get("/api/session")["answered"] == 0

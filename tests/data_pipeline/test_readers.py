@@ -378,12 +378,19 @@ def test_sources_keep_their_categories_epochs_and_shards(tmp_path):
 
 @pytest.fixture
 def disks(tmp_path):
-    """A folder of one file, and links in it: to a folder on another disk, to a file there, to itself, to its file."""
+    """A folder of one file, and links in it: to a folder on another disk, to a file in that and to one beside it, to
+    itself, to its file."""
     (tmp_path / "in").mkdir()
     (tmp_path / "disk/deep").mkdir(parents=True)
     for place in ("in/a.jsonl", "disk/b.jsonl", "disk/deep/c.jsonl", "d.jsonl"):
         (tmp_path / place).write_text(json.dumps({"text": place}))
-    for link, target in (("part", "disk"), ("d.jsonl", "d.jsonl"), ("loop", "in"), ("same.jsonl", "in/a.jsonl")):
+    for link, target in (
+        ("part", "disk"),
+        ("again.jsonl", "disk/b.jsonl"),
+        ("d.jsonl", "d.jsonl"),
+        ("loop", "in"),
+        ("same.jsonl", "in/a.jsonl"),
+    ):
         (tmp_path / "in" / link).symlink_to(tmp_path / target)
     return tmp_path
 
@@ -394,10 +401,12 @@ def test_links_are_followed_once_and_named(disks, kind):
     documents, _ = read(disks, web=where)
     names = ["a.jsonl", "d.jsonl", "part/b.jsonl", "part/deep/c.jsonl"]
     assert [id.removesuffix(":1").removeprefix("web/") for id in documents] == names
-    left, again, followed = list_source("web", where).notes
-    assert f"2 links are followed: d.jsonl -> {disks}/d.jsonl, part -> {disks}/disk" in followed
-    assert "link loop leads to something already read" in left
-    assert "link same.jsonl leads to something already read" in again
+    *left, followed = list_source("web", where).notes
+    assert f"2 links are followed: part -> {disks}/disk, d.jsonl -> {disks}/d.jsonl" in followed
+    for note, link in zip(left, ("loop", "again.jsonl", "same.jsonl"), strict=True):
+        assert f"link {link} leads to something already read" in note
+    os.mkfifo(disks / "in/pipe.jsonl")
+    assert "1 pipes, sockets and devices are not read: pipe.jsonl" in list_source("web", where).notes[-1]
     (disks / "in/gone").symlink_to(disks / "nowhere")
     assert "1 links lead nowhere: gone" in list_source("web", where).notes[-1]
     (disks / "in/gone.jsonl").symlink_to(disks / "nowhere")

@@ -109,8 +109,12 @@ def test_description_matches_the_file(path):
         (lambda _: tokenizers.train(lambda: iter(CORPUS), 300), "vocab_size=300"),
         (lambda path: tokenizers.load(path.with_name("absent.json")), "absent.json"),
         (lambda path: tokenizers.describe(path, bos="[BOS]"), r"tokenizer.bos='\[BOS\]'"),
+        (
+            lambda path: tokenizers.describe(path, eos="e"),
+            r"tokenizer.eos='e': a text that spells it would have its id",
+        ),
     ],
-    ids=["too small", "absent", "no such entry"],
+    ids=["too small", "absent", "no such entry", "an entry of texts"],
 )
 def test_refused_by_name(path, call, message):
     with pytest.raises(InputError, match=message):

@@ -43,6 +43,12 @@ READ = {
     "brotli, undone already": response(BODY, "Content-Encoding: br"),
     "zstd": response(zstandard.compress(BODY), "Content-Encoding: zstd"),
     "gzip in gzip": response(gzip.compress(gzip.compress(BODY)), "Content-Encoding: gzip, gzip"),
+    "gzip in deflate, two headers": response(
+        gzip.compress(RAW_DEFLATED), "Content-Encoding: deflate", "Content-Encoding: gzip"
+    ),
+    "gzip, not named": response(gzip.compress(BODY)),
+    "zstd, another coding named": response(zstandard.compress(BODY), "Content-Encoding: identity"),
+    "behind an interim response": b"HTTP/1.1 103 Early Hints\r\nLink: <a>\r\n\r\n" + response(BODY),
     "chunks": response(chunks(BODY), "Transfer-Encoding: chunked"),
     "chunks, undone already": response(BODY, "Transfer-Encoding: chunked"),
     "chunks of gzip": response(chunks(gzip.compress(BODY)), "Transfer-Encoding: chunked", "Content-Encoding: gzip"),
@@ -60,6 +66,7 @@ QUARANTINED = {
     "bytes without a type": (response(b"\x00\x01\x02", kind=None), "media_type"),
     "not found": (response(BODY, status="404 Not Found"), "status"),
     "moved": (response(BODY, status="301"), "status"),
+    "nothing": (response(b""), "empty"),
     "cut gzip": (response(gzip.compress(BODY)[:-30], "Content-Encoding: gzip"), "undecodable"),
     "broken chunks": (response(chunks(BODY)[:-60], "Transfer-Encoding: chunked"), "undecodable"),
     "an unknown coding": (response(bytes(range(256)), "Content-Encoding: compress"), "undecodable"),
@@ -89,7 +96,7 @@ def test_every_way_to_send_a_page_is_read_and_what_is_not_is_named(tmp_path, pac
             assert reasons.get(str(number)) == entry[1], name
     assert len(found) + len(reasons) == len(entries)
     details = [json.loads(line)["detail"] for line in (tmp_path / "quarantine/00000.jsonl").open()]
-    assert all("http://pears.example/" in detail for detail in details if "can be read as" not in detail)
+    assert all("http://pears.example/" in detail for detail in details if "character" not in detail)
 
 
 def test_statuses_and_kinds_of_records(tmp_path):

@@ -12,7 +12,7 @@ from tests.helpers.training import SMALL, losses, records, train_forked
 WORDS = (
     *SMALL,
     *("model.layers=4", "model.norm=rmsnorm", "model.lrpe=all", "engine.precision=fp32"),
-    *("data.sequence_length=33", "data.global_batch=12", "data.isolate_documents=true", "schedule.steps=4"),
+    *("data.sequence_length=33", "data.global_batch=4", "data.isolate_documents=true", "schedule.steps=4"),
     *("evaluation.every=2", "evaluation.max_documents=20", "checkpoint.every=2"),
 )
 LAYOUTS = {
@@ -64,7 +64,13 @@ def test_a_transformer_trains_in_a_layout_as_in_one_process(words, tmp_path):
 
 def test_a_run_goes_on_in_one_layout_after_another(words, tmp_path):
     """Within the growth of the batch, with a batch left out that was named at the first start alone."""
-    growing = ("schedule.steps=8", "schedule.ramp_from=4", "schedule.ramp_increment=4", "schedule.ramp_steps=6")
+    growing = (
+        "data.global_batch=12",
+        "schedule.steps=8",
+        "schedule.ramp_from=4",
+        "schedule.ramp_increment=4",
+        "schedule.ramp_steps=6",
+    )
     words = (*words, *growing, "evaluation.every=0", "checkpoint.keep=0")
     train_forked(1, *words, "engine=local", f"run_dir={tmp_path / 'whole'}", "data.skip_batches=[5]")
     cut = (*words, f"run_dir={tmp_path / 'cut'}")

@@ -30,7 +30,8 @@ SENTENCES = [f"The {a} {b}." for a in ("old", "new", "red", "odd") for b in ("ca
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
-    """manifest.json of documents of one sentence; the tokenizer.json beside it cuts and pads to 3 tokens."""
+    """manifest.json of documents of one sentence; the tokenizer.json beside it cuts and pads to 3 tokens, and
+    drops most merges."""
     folder = tmp_path_factory.mktemp("foreign")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -40,6 +41,7 @@ def shards(tmp_path_factory) -> Path:
     tokenizer.train_from_iterator(SENTENCES, trainer)
     tokenizer.add_special_tokens([END])
     encoded = [tokenizer.encode(text).ids for text in SENTENCES]
+    tokenizer.model.dropout = 0.9
     tokenizer.enable_truncation(3)
     tokenizer.enable_padding(length=3)
     tokenizer.save(str(folder / "tokenizer.json"))

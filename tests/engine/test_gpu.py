@@ -65,7 +65,8 @@ def test_golden_vectors(name):
 @pytest.mark.parametrize(("world", "tp"), LAYOUTS)
 def test_gradients_equal_one_fp64_process(world, tp):
     cases = [(engine, n, TINY.norm) for engine in (LOCAL, *ZERO) for n in (1, 3)]
-    cases += [(engine, 3, "transformer") for engine in (LOCAL, ZERO[1], FSDP2)]
+    others = ("transformer", "layernorm", "hybrid", "cosformer", "transnormer_2022")
+    cases += [(engine, 3, model) for engine in (LOCAL, ZERO[1], FSDP2) for model in others]
     check_gradients(world, tp, [*cases, (ZERO[1], 1, "rmsnorm"), (ZERO[3], 3, "rmsnorm")], device="cuda")
 
 
@@ -73,7 +74,7 @@ def test_gradients_equal_one_fp64_process(world, tp):
 @pytest.mark.parametrize("cut", [False, True], ids=["whole products", "products in chunks"])
 def test_gradients_under_sequence_parallelism_equal_one_fp64_process(cut):
     recomputed = [dataclasses.replace(LOCAL, recompute=policy) for policy in ("selective", "full")]
-    models = ((1, TINY.norm), (3, "rmsnorm"), (1, "transformer"))
+    models = ((1, TINY.norm), (3, "rmsnorm"), (1, "transformer"), (1, "hybrid"), (1, "cosformer"))
     for engines in ([LOCAL, *ZERO, ALL_PARTITIONED, FSDP2], recomputed[:1], recomputed[1:]):
         cases = [(engine, n, model) for engine in engines for n, model in models]
         check_gradients(2, 2, cases, device="cuda", sequence_parallel=True, chunk_tokens=8 if cut else None)
@@ -84,7 +85,8 @@ def test_gradients_of_context_parallel_slices_equal_one_fp64_process():
     recomputed = [dataclasses.replace(LOCAL, recompute=policy) for policy in ("selective", "full")]
     cases = [(engine, n, TINY.norm) for engine in (LOCAL, *ZERO, FSDP2) for n in (1, 3)]
     check_gradients(2, 1, cases, device="cuda", cp=2)
-    check_gradients(2, 1, [(engine, 1, "rmsnorm") for engine in recomputed], device="cuda", cp=2)
+    others = [(engine, 1, model) for engine in recomputed for model in ("rmsnorm", "layernorm", "cosformer")]
+    check_gradients(2, 1, others, device="cuda", cp=2)
 
 
 @FOUR

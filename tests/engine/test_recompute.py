@@ -97,10 +97,14 @@ def all_gradients(
 OVER_TWO = [(1, 1, False), (2, 1, False), (2, 1, True), (1, 2, False)]  # tp, cp, sequence parallel
 ENGINES = (LOCAL, ZERO[1], ZERO[3], ALL_PARTITIONED, FSDP2)
 POLICIES = (("none", 1), ("selective", 1), ("full", 1), ("full", 2))  # policy, every
-EAGER = [(engine, *policy, "none") for engine in ENGINES for policy in POLICIES]
-COMPILED = [(engine, *policy, "blocks") for engine in ENGINES for policy in POLICIES]
-# Engines that gather weights as a block runs, and every policy: a case takes two seconds.
-COVERING = [
+ALL = [(engine, *policy, compiled) for compiled in ("none", "blocks") for engine in ENGINES for policy in POLICIES]
+# Two policies an engine in each layout; all four in any two layouts that follow each other.
+EAGER = [
+    [(engine, *POLICIES[(place + first) % 4], "none") for place, engine in enumerate(ENGINES) for first in (at, at + 2)]
+    for at in range(len(OVER_TWO))
+]
+# Engines that gather weights as a block runs, and every policy: a compiled case takes two seconds.
+COMPILED = [
     (ZERO[3], "none", 1, "blocks"),
     (ZERO[3], "full", 2, "blocks"),
     (FSDP2, "selective", 1, "blocks"),
@@ -111,9 +115,9 @@ COVERING = [
 @pytest.mark.parametrize(
     ("tp", "cp", "sequence_parallel", "cases"),
     [
-        *(pytest.param(*layout, EAGER, id=f"{layout}-eager") for layout in OVER_TWO),
-        pytest.param(*OVER_TWO[0], COVERING, id=f"{OVER_TWO[0]}-compiled"),
-        *(pytest.param(*layout, COMPILED, id=f"{layout}-all", marks=pytest.mark.full) for layout in OVER_TWO),
+        *(pytest.param(*over, cases, id=f"{over}-eager") for over, cases in zip(OVER_TWO, EAGER, strict=True)),
+        pytest.param(*OVER_TWO[0], COMPILED, id=f"{OVER_TWO[0]}-compiled"),
+        *(pytest.param(*over, ALL, id=f"{over}-all", marks=pytest.mark.full) for over in OVER_TWO),
     ],
 )
 def test_every_engine_recomputes(tp, cp, sequence_parallel, cases):
@@ -146,12 +150,14 @@ def test_a_block_is_one_graph(config, graphs, policy):
     assert compiled.frame_count == graphs
 
 
-def compiled_gradients(tp: int, cp: int, sequence_parallel: bool) -> list[dict[str, torch.Tensor]]:
+def compiled_gradients(
+    tp: int, cp: int, sequence_parallel: bool, policies: tuple[str, ...]
+) -> list[dict[str, torch.Tensor]]:
     """Eager, and of blocks compiled with each policy, which must not break at a collective."""
     context = layout(tp, cp, sequence_parallel)
     tokens, targets = random_batch(3, 7)
     found = []
-    for compiled, policy in ((False, "none"), (True, "none"), (True, "selective"), (True, "full")):
+    for compiled, policy in ((False, "none"), *((True, policy) for policy in policies)):
         model = build_model(TINY, context, "cpu", torch.float32)
         initialize(model, 0)
         recompute_blocks(model.model.layers, policy)
@@ -164,9 +170,18 @@ def compiled_gradients(tp: int, cp: int, sequence_parallel: bool) -> list[dict[s
     return found
 
 
-@pytest.mark.parametrize(("tp", "cp", "shared"), [(2, 1, False), (2, 1, True), (1, 2, False)], ids=str)
-def test_a_block_over_ranks_is_one_graph(tp, cp, shared):
-    for eager, *compiled in run_shared(2, compiled_gradients, tp, cp, shared):
+@pytest.mark.parametrize(
+    ("over", "policies"),
+    [
+        ((2, 1, False), ("none", "full")),
+        ((2, 1, True), ("selective", "full")),
+        ((1, 2, False), ("none", "selective")),
+        *(pytest.param(over, ("none", "selective", "full"), marks=pytest.mark.full) for over in OVER_TWO[1:]),
+    ],
+    ids=str,
+)
+def test_a_block_over_ranks_is_one_graph(over, policies):
+    for eager, *compiled in run_shared(2, compiled_gradients, *over, policies):
         for found in compiled:
             for name, gradient in eager.items():
                 assert torch.allclose(found[name], gradient, rtol=0, atol=2e-6 * gradient.norm()), name

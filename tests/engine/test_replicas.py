@@ -30,7 +30,7 @@ def train_without_a_reduction(tp: int, sequence_parallel: bool) -> dict:
         else mock.patch.object(products, "start_sum_of_gradients", lambda dx, group, rows: dx)
     )
     with left_out:
-        return train(tp, LOCAL, STEPS, RMSNORM, sequence_parallel)
+        return train(tp, LOCAL, STEPS, RMSNORM, sequence_parallel, rows=4)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,9 @@ def train_without_a_reduction(tp: int, sequence_parallel: bool) -> dict:
 )
 def test_replicated_parameters_are_bit_equal_after_twenty_steps(name, layout):
     tp, cp, shared = layout
-    ranks = [replicated(found) for found in run_shared(4, train, tp, ENGINES[name], STEPS, RMSNORM, shared, cp)]
+    one_microbatch = tp * cp  # rows
+    ranks = run_shared(4, train, tp, ENGINES[name], STEPS, RMSNORM, shared, cp, one_microbatch)
+    ranks = [replicated(found) for found in ranks]
     assert_replicas_equal(ranks, tp, RMSNORM.layers)
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_tn import ParallelContext, load_pretrained
+from megatron_tn import load_pretrained
 from megatron_tn.inference import Generator, Prefix, Request, Sampler, Session, generate
 from megatron_tn.inference.prefix_file import load_prefix, save_prefix
 from megatron_tn.model.base import Model
 from megatron_tn.released.write import save_pretrained
 from tests.helpers.decoding import plain, prompts, recorded_logits, trained_model
-from tests.helpers.ranks import run_ranks
+from tests.helpers.models import COSFORMER, HYBRID, TRANSFORMER, TRANSNORMER_2022, reference_model
+from tests.helpers.ranks import layout, run_shared
 
 COUNT = 9
 GREEDY = Sampler(temperature=0)
@@ -44,8 +46,14 @@ def test_the_model_decodes_no_constant(wanted):
 
 @pytest.mark.parametrize(
     "options",
-    [{"rows": 1}, {"rows": 4}, {"rows": 4, "together": 4, "check_every": 4}, {"rows": 6, "together": 3, "chunk": 3}],
-    ids=["alone", "four at a time", "together", "by chunks"],
+    [
+        {"rows": 1},
+        {"rows": 4},
+        {"rows": 4, "together": 4, "check_every": 4},
+        {"rows": 6, "together": 3, "chunk": 3},
+        {"rows": 4, "together": 2, "check_every": 3, "feed_below": 20},
+    ],
+    ids=["alone", "four at a time", "together", "by chunks", "fed"],
 )
 def test_batches_refilled_in_every_way(model, wanted, options):
     assert generate(model, prompts(), max_new_tokens=COUNT, sampler=GREEDY, **options) == wanted
@@ -94,7 +102,7 @@ def test_forked_saved_and_fed(model, wanted, tmp_path):
 
 def on_ranks(folder: Path, path: Path) -> tuple:
     """Greedy and sampled continuations, the ways of a prefix, and one of another layout."""
-    model = load_pretrained(folder, ParallelContext.create(tp=2))
+    model = load_pretrained(folder, layout(tp=2))
     given = {"max_new_tokens": COUNT, "rows": 4, "chunk": 5}
     other = Session.load(model, path)
     return (
@@ -110,10 +118,31 @@ def test_tensor_parallel_ranks_say_the_same_as_one(model, wanted, folder, tmp_pa
     save_prefix(Prefix.of(model, prompts()[3]), model, path)
     sampled = generate(model, prompts(), sampler=Sampler(1.0, top_k=20, top_p=0.9), max_new_tokens=COUNT, seed=3)
     ways = dict.fromkeys(("forked", "loaded", "session"), wanted)
-    assert run_ranks(2, on_ranks, folder, path) == [(wanted, sampled, ways, wanted[3])] * 2
+    assert run_shared(2, on_ranks, folder, path) == [(wanted, sampled, ways, wanted[3])] * 2
     last = Session.load(model, f"{path}.tp2")  # of the last prompt's beginning, written by two ranks
     last.feed(prompts()[-1][last.length :])
     assert list(last.ask(max_new_tokens=COUNT, sampler=GREEDY)) == wanted[-1]
+
+
+OTHERS = {config.name: config for config in (TRANSFORMER, HYBRID, COSFORMER, TRANSNORMER_2022)}
+
+
+@pytest.mark.parametrize("config", OTHERS.values(), ids=OTHERS)
+def test_other_architectures_and_their_states(config, tmp_path):
+    """In fp64, against the whole text each time; a state may grow with every token, or hold what is left of a block."""
+    model = reference_model(dataclasses.replace(config, init_std=0.2), seed=2)
+    given = {"max_new_tokens": COUNT, "sampler": GREEDY, "rows": 3}
+    short = [prompt[:14] for prompt in prompts()]
+    found = generate(model, short, **given)
+    assert generate(model, short, **given, together=2, chunk=5) == found
+    for prompt, continuation in zip(short, found, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + continuation])).logits[0, len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == continuation
+        session = Session(model)
+        session.feed(prompt)
+        session.save(tmp_path / "prefix")
+        assert list(Session.load(model, tmp_path / "prefix").ask(max_new_tokens=COUNT, sampler=GREEDY)) == continuation
 
 
 MIXED = [

@@ -32,3 +32,8 @@ def test_it_stops_at_the_end_of_the_document():
 def test_bad_prompts(prompt, message):
     with pytest.raises(ValueError, match=message):
         generate(reference_model(TINY, 0), [prompt], max_new_tokens=1)
+
+
+def test_one_prompt_in_the_place_of_many_is_refused():
+    with pytest.raises(ValueError, match="the prompt 1 is an id: give a list of prompts"):
+        generate(reference_model(TINY, 0), [1, 5, 9], max_new_tokens=1)

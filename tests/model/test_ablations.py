@@ -6,8 +6,10 @@ import dataclasses
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
+from kernels import self_check
 from megatron_tn.checkpoint.load import load_model
 from megatron_tn.config import ConfigError, DataConfig, ModelConfig, ParallelConfig
 from megatron_tn.convert import main as convert
@@ -15,23 +17,25 @@ from megatron_tn.evaluation.perplexity import document_nats
 from megatron_tn.inference.generator import generate
 from megatron_tn.inference.sampler import Sampler
 from megatron_tn.model.base import Model
+from megatron_tn.model.check import attentions
 from megatron_tn.model.init import initialize
 from megatron_tn.model.registry import build_model, parameter_count
+from megatron_tn.overrides import CONF
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.released.write import save_pretrained
 from tests.helpers.definition import definition_gradients
 from tests.helpers.models import COSFORMER, HYBRID, TINY, TRANSNORMER_2022, random_batch, relative_errors, tiny_config
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import layout, run_shared
 from tests.helpers.training import call
-from tests.model.test_registry import saved, trained
+from tests.model.test_registry import CPU, saved, trained
 
-VARIANTS = {
-    "layernorm": {"norm": "layernorm"},
-    "layernorm, no gate": {"norm": "layernorm", "gate": False, "lrpe": "all"},
-    "rmsnorm": {"norm": "rmsnorm", "act": "1+elu", "lrpe": "all"},
-    "absolute": {"absolute_positions": True, "lrpe": "none", "decay": "none", "glu_act": "silu"},
-}
+TABLES = sorted((CONF / "experiment/paper").glob("*/*.yaml"))
+ROWS = {f"{path.parent.name}/{path.stem}": OmegaConf.load(path).get("model") for path in TABLES}
+# The rows of architecture are the models below, those of size have no variant of their own, and released rows are TINY.
+VARIANTS = {name: OmegaConf.to_container(row) for name, row in ROWS.items() if row and not name.startswith("size")}
 CONFIGS = {name: dataclasses.replace(TINY, **change) for name, change in VARIANTS.items()} | {
+    "layernorm, no gate": dataclasses.replace(TINY, norm="layernorm", gate=False, lrpe="all"),
+    "rmsnorm and others": dataclasses.replace(TINY, norm="rmsnorm", act="1+elu", glu_act="silu", lrpe="all"),
     "hybrid": HYBRID,
     "hybrid, softmax first": dataclasses.replace(HYBRID, attention=["softmax", "linear", "linear"], norm="rmsnorm"),
     "cosformer": COSFORMER,
@@ -89,34 +93,75 @@ def test_a_variant_and_its_decoding_equal_their_definition(config):
     check(config, gradients_of(config))
 
 
+def check_documents(model: Model, tokens: Tensor) -> Tensor:
+    """The logits of three packed documents and an empty one. Another token in the second changes no other document."""
+    bounds = torch.tensor([0, 6, 7, LENGTH, LENGTH], dtype=torch.int32, device=tokens.device)
+    changed = tokens.clone()
+    changed[0, 6] += 1
+    with torch.no_grad():
+        packed, again = (model(ids, cu_seqlens=bounds).logits for ids in (tokens, changed))
+    assert torch.equal(again[:, :6], packed[:, :6])
+    assert torch.equal(again[:, 7:], packed[:, 7:])
+    assert not torch.equal(again[:, 6], packed[:, 6])
+    return packed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_on_a_gpu(config):
+    """In fp32 against the definition, with decoding by every row alone and by rows together; documents in bf16."""
+    exact = model_of(config, None)
+    model = build_model(config, None, "cuda", torch.float32)
+    model.load_state_dict(exact.state_dict())
+    tokens, targets = (part.cuda() for part in random_batch(3, LENGTH, config))
+    loss = model.loss(tokens, targets)
+    loss.backward()
+    wanted, gradients = definition_gradients(config, dict(exact.named_parameters()), tokens.cpu(), targets.cpu())
+    torch.testing.assert_close(loss.cpu().double(), wanted, rtol=1e-5, atol=0)
+    found = {name: gradient.cpu() for name, gradient in model.named_logical_gradients().items()}
+    assert max(relative_errors(found, gradients).values()) < 1e-4
+    with torch.no_grad():
+        logits = model(tokens).logits
+        assert (decoded(model, tokens) - logits).abs().max() < 1e-4 * logits.abs().max()
+    prompts = [tokens[row, :length].tolist() for row, length in enumerate((3, 9, 12))]
+    greedy = Sampler(temperature=0)
+    alone = [generate(model, [prompt], max_new_tokens=8, sampler=greedy)[0] for prompt in prompts]
+    assert generate(model, prompts, max_new_tokens=8, sampler=greedy) == alone
+    check_documents(model.bfloat16(), tokens[:1])
+
+
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_documents_do_not_leak(config):
     model = model_of(config, None)
     assert parameter_count(config) == sum(parameter.numel() for parameter in model.parameters())
     tokens, _ = random_batch(1, LENGTH)
-    bounds = torch.tensor([0, 6, 7, LENGTH, LENGTH], dtype=torch.int32)  # the last document is an empty one
+    packed = check_documents(model, tokens)
     with torch.no_grad():
         alone = [model(part).logits for part in tokens.split([6, 1, LENGTH - 7], dim=1)]
-        packed = model(tokens, cu_seqlens=bounds).logits
-        torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-11, atol=1e-12)
-        changed = tokens.clone()
-        changed[0, 6] += 1
-        again = model(changed, cu_seqlens=bounds).logits
-    assert torch.equal(again[:, :6], packed[:, :6])
-    assert torch.equal(again[:, 7:], packed[:, 7:])
-    assert not torch.equal(again[:, 6], packed[:, 6])
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-11, atol=1e-12)
 
 
 def gradients_on_ranks(configs: list[ModelConfig]):
-    contexts = [ParallelContext.create(2, sequence_parallel=shared) for shared in (False, True)]
-    return [gradients_of(config, context) for config in configs for context in contexts]
+    """Every second one under sequence parallelism."""
+    contexts = [layout(2, sequence_parallel=shared) for shared in (False, True)]
+    return [gradients_of(config, contexts[index % 2]) for index, config in enumerate(configs)]
 
 
 def test_every_variant_on_two_ranks_equals_its_definition():
     configs = list(CONFIGS.values())
-    for rank in run_ranks(2, gradients_on_ranks, configs):
-        for index, found in enumerate(rank):
-            check(configs[index // 2], found)
+    for rank in run_shared(2, gradients_on_ranks, configs):
+        for config, found in zip(configs, rank, strict=True):
+            check(config, found)
+
+
+@pytest.mark.parametrize("config", [HYBRID, COSFORMER, TRANSNORMER_2022], ids=lambda config: config.name)
+def test_the_operators_of_every_kind_of_layer_are_checked(config):
+    of_attention = list(attentions(config))
+    kinds = {HYBRID.name: 2, COSFORMER.name: 1, TRANSNORMER_2022.name: 2}
+    assert len(of_attention) == kinds[config.name]
+    common = {"heads": 2, "glu_width": 8, "embed_width": 16, "length": 65, "dtype": torch.float32, "device": CPU}
+    for arguments in of_attention:
+        assert ("rope" if "rope_base" in arguments else "gla") in self_check(**common, **arguments)
 
 
 TOO_LONG = "a sequence of 25 tokens is longer than model.max_length=24"
@@ -131,14 +176,13 @@ def test_a_sequence_longer_than_cosformer_is_refused_and_a_document_read_in_piec
             model(tokens[:, :1] if "state" in given else tokens, **given)
     prompt, sampler = tokens[0, :20].tolist(), Sampler(temperature=0)
     with pytest.raises(ValueError, match="a prompt of 20 tokens and max_new_tokens=6 are longer than"):
-        next(generate(model, prompt, max_new_tokens=6, sampler=sampler))
-    assert len(list(generate(model, prompt, max_new_tokens=5, sampler=sampler))) <= 5
+        generate(model, [prompt], max_new_tokens=6, sampler=sampler)
+    assert len(generate(model, [prompt], max_new_tokens=5, sampler=sampler)[0]) <= 5
     ids = tokens[0].numpy()
-    (nats,) = document_nats(model, [ids], window=8)
-    pieces = [
-        model(tokens[:, a:b], targets=tokens[:, a + 1 : b + 1], reduction="sum").loss for a, b in ((0, 24), (24, 29))
-    ]
-    assert nats == pytest.approx(sum(pieces).item(), rel=1e-5)
+    (nats,), (again,) = (document_nats(model, [ids], window=window) for window in (7, 256))
+    pieces = ((tokens[:, begin:end], tokens[:, begin + 1 : end + 1]) for begin, end in ((0, 24), (24, 29)))
+    wanted = sum(model(ids, targets=targets, reduction="sum").loss.item() for ids, targets in pieces)
+    assert (nats, again) == pytest.approx((wanted, wanted), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -176,12 +220,14 @@ def test_a_checkpoint_is_the_model_and_is_not_exported(tmp_path, config, capsys)
     checkpoint = saved(engine, settings, tmp_path)
     model, tokens = load_model(checkpoint), random_batch(2, 9)
     assert engine.model.loss(*tokens) == model.loss(*tokens)
-    ids = [1, 5, 9]
-    found = list(generate(model, ids, max_new_tokens=12, sampler=Sampler(temperature=0)))
+    prompts = [[1, 5, 9], [1, *range(3, 14)]]
+    found = generate(model, prompts, max_new_tokens=12, sampler=Sampler(temperature=0), together=2)
     with torch.no_grad():
-        for _ in found:
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    assert ids[3:] == found
+        for ids, more in zip(prompts, found, strict=True):
+            for chosen in more:
+                assert int(model(torch.tensor([ids])).logits[0, -1].argmax()) == chosen
+                ids.append(chosen)
+    assert all(found)
     output = tmp_path / "export"
     assert call(convert, "export", f"checkpoint={checkpoint}", f"output={output}") == 2
     assert "cannot be exported" in capsys.readouterr().err

@@ -16,9 +16,9 @@ from megatron_tn.model.init import initialize
 from megatron_tn.model.registry import build_model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.sequence import TokenSlices
-from megatron_tn.planning.live import saved_bytes
 from tests.helpers.models import TINY, random_batch, reference_model, relative_errors
 from tests.helpers.ranks import layout, run_shared
+from tests.helpers.saved import saved_bytes
 
 WEIGHTED = dataclasses.replace(TINY, norm="rmsnorm")
 SIZES = [(1, 1), (1, 3), (2, 5), (3, 7), (4, 8)]  # rows and lengths; four ranks may have nothing but padding

@@ -25,12 +25,13 @@ from megatron_tn.parallel.recompute import recompute_blocks
 from megatron_tn.plan import main
 from megatron_tn.planning import estimate
 from megatron_tn.planning.estimate import GIB, activation_bytes, buffer_bytes, plan_memory, state_bytes
-from megatron_tn.planning.live import LiveMemory, saved_bytes
+from megatron_tn.planning.live import LiveMemory
 from megatron_tn.planning.remedies import memory_problems
 from megatron_tn.training.preflight import problems_before_start
 from tests.engine.test_parity import ZERO
 from tests.helpers.models import TINY, random_batch, tiny_config
 from tests.helpers.ranks import run_ranks
+from tests.helpers.saved import saved_bytes
 from tests.helpers.sizes import compose_model
 from tests.helpers.training import call
 

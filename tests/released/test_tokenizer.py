@@ -33,7 +33,8 @@ def ours(path):
 
 
 def byte_level(path):
-    """GPT-2's kind: one special entry with the last id; saved with truncation, padding and a bos that is added."""
+    """GPT-2's kind: one special entry with the last id; saved with truncation, padding, a bos that is added, and the
+    dropout of its training."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -43,6 +44,7 @@ def byte_level(path):
     )
     made.add_special_tokens(["<|endoftext|>"])
     last = made.token_to_id("<|endoftext|>")
+    made.model.dropout = 0.5
     made.enable_truncation(8)
     made.enable_padding(length=32)
     made.post_processor = processors.TemplateProcessing(

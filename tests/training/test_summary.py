@@ -125,14 +125,21 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row_and_one_curve(tmp_path
         for seed, loss in enumerate(losses):
             folder = make_run(tmp_path / f"{name}{seed}", 5, loss)
             save(replace(config, seed=seed, run_dir=str(folder.path)), folder.config_file)
+    diverged = [make_run(tmp_path / f"diverged{seed}", 5, 1.0) for seed in (0, 1)]
+    for seed, folder in enumerate(diverged):
+        save(replace(base, optim=replace(base.optim, lr=1.0), seed=seed), folder.config_file)
+    journal = diverged[1].journal.path
+    journal.write_text(re.sub(r'loss": [0-9.]+', 'loss": null', journal.read_text()))
     assert call(compare.main, str(tmp_path)) == 0
     said = capsys.readouterr().out
+    assert said.index("model.gate=false") < said.index("reference") < said.index("optim.lr=1.0 ")  # diverged: the worst
+    assert "nan ± nan" in said
     assert re.search(r"model.gate=false.* 2 .* 2.100 ± 0.141 .* 3.100 ± 0.141 ", said)
-    assert said.index("model.gate=false") < said.index("model.gate=true")  # the best first
     page = (tmp_path / "compare.html").read_text()
     assert "<td>2.100 ± 0.141</td>" in page
     assert base64.b64encode((tmp_path / "compare.png").read_bytes()).decode() in page
     assert str(tmp_path / "gateless1") in page
+    assert "| model.gate=false | 2 | 50 | 2.100 ± 0.141 |" in (tmp_path / "compare.md").read_text()
     curve = curve_of([RunFolder(tmp_path / f"plain{seed}") for seed in (0, 1)])
     assert (curve.loss.tolist(), curve.lowest.tolist(), curve.highest.tolist()) == ([3.1] * 5, [3.0] * 5, [3.2] * 5)
     assert curve.tokens.tolist() == [10, 20, 30, 40, 50]
@@ -148,6 +155,10 @@ def test_a_group_is_named_by_what_sets_it_apart():
     settings[2] |= {"model.name": "m", "model.layers": 4}
     settings[3]["optim.lr"] = 2e-3
     names = group_names(settings, [["a"], ["b"], ["c"], ["d"]])
-    assert names == ["reference", "model.norm=rmsnorm", "model.name=m", "optim.lr=0.002"]
+    assert names == [
+        *("model.name=s", "model.name=s, model.norm=rmsnorm", "model.name=m"),
+        "model.name=s, optim.lr=0.002",
+    ]
+    assert group_names(settings[:2], [["a"], ["b"]]) == ["model.norm=simplermsnorm", "model.norm=rmsnorm"]
     many = [{str(key): value for key in range(6)} for value in (0, 0, 1)]
     assert group_names(many, [["a"], ["b"], ["c", "d"]]) == ["reference", "reference", "c, d"]

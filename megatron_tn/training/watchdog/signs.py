@@ -98,7 +98,7 @@ class Sign:
         """The sign in `path`; None where it is absent or partly written."""
         try:
             return cls(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
 
     @property

@@ -1,0 +1,115 @@
+"""Examples in README and docs can be pasted: shell and Python parse, imports exist, settings are settings."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple, get_args, get_type_hints
+
+import pytest
+
+from data_pipeline.ablation.settings import compose_ablation
+from data_pipeline.audit.settings import compose_audit
+from data_pipeline.config import compose as compose_pipeline
+from data_pipeline.selfclean.settings import compose_rounds
+from megatron_tn import benchmark, convert, evaluate, generate, plan, score, train
+from megatron_tn.config import BenchmarkConfig, ConvertConfig, EvaluateConfig, GenerateConfig, ScoreConfig, TrainConfig
+from megatron_tn.overrides import CommandLine
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+HERE_DOCUMENT = re.compile(r"^(.*) - <<'END'\n(.*?)^END$", re.DOTALL | re.MULTILINE)
+TRAINERS = {  # module -> (settings, file of conf/); importing a module registers its schema
+    train: (TrainConfig, "config"),
+    plan: (TrainConfig, "config"),
+    benchmark: (BenchmarkConfig, "benchmark"),
+    convert: (ConvertConfig, "convert"),
+    evaluate: (EvaluateConfig, "evaluate"),
+    generate: (GenerateConfig, "generate"),
+    score: (ScoreConfig, "score"),
+}
+CLEANERS = {
+    "run": compose_pipeline,
+    "canaries": compose_pipeline,
+    "selfclean": compose_rounds,
+    "audit": compose_audit,
+    "ablation": compose_ablation,
+}
+FIRST_WORDS = {*get_args(get_type_hints(ConvertConfig)["action"]), "draw", "summary", "judge"}
+
+
+class Example(NamedTuple):
+    place: str
+    language: str  # "" for a shell
+    text: str
+
+
+def examples() -> list[Example]:
+    return [
+        Example(f"{page.name}:{text.count(chr(10), 0, found.start()) + 1}", found[1], found[2])
+        for page in PAGES
+        for text in [page.read_text()]
+        for found in FENCE.finditer(text)
+    ]
+
+
+def commands(shell: str) -> list[list[str]]:
+    """The words of each command, without comments."""
+    lines = shell.replace("\\\n", "").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def program(words: list[str]) -> tuple[str, list[str]]:
+    """(Module, its arguments) of a command; the module is empty for a command that is not the project's."""
+    if words[0].endswith("python") and words[1] == "-m":
+        return words[2], words[3:]
+    launcher = next((number for number, word in enumerate(words) if word.startswith("launch/")), None)
+    if launcher is None:
+        return "", []
+    assert (ROOT / words[launcher]).is_file(), words
+    arguments = words[launcher + 1 :]
+    arguments = arguments[2:] if arguments[0] == "-n" else arguments
+    return "data_pipeline.run" if words[launcher] == "launch/pipeline.sbatch" else "megatron_tn.train", arguments
+
+
+def check(module: str, arguments: list[str]) -> None:
+    """Raises an error that names the setting."""
+    assert importlib.util.find_spec(module), module
+    package, _, name = module.partition(".")
+    arguments = arguments[arguments[0] in FIRST_WORDS :]
+    if module == "launch.compare_losses":
+        package, name, arguments = "megatron_tn", "train", arguments[arguments.index("--") + 1 :]
+    if package == "megatron_tn" and (found := TRAINERS.get(importlib.import_module(module))):
+        CommandLine.parse(*found, arguments).check()
+    elif package == "data_pipeline" and name in CLEANERS:
+        CLEANERS[name]([word for word in arguments if not word.startswith("per_kind=")])
+
+
+PYTHON = [Example(e.place, "python", body) for e in examples() for _, body in HERE_DOCUMENT.findall(e.text)]
+PYTHON += [example for example in examples() if example.language == "python"]
+SHELL = [e._replace(text=HERE_DOCUMENT.sub("", e.text)) for e in examples() if not e.language]
+
+
+def test_every_page_with_commands_is_read():
+    assert {example.place.partition(":")[0] for example in SHELL} >= {"README.md", "quickstart.md", "data.md"}
+
+
+@pytest.mark.parametrize("example", PYTHON, ids=lambda example: example.place)
+def test_python_compiles_and_its_imports_exist(example):
+    compile(example.text, example.place, "exec")
+    imports = [line for line in example.text.splitlines() if line.startswith(("import ", "from "))]
+    assert imports
+    exec("\n".join(imports), {})
+
+
+@pytest.mark.parametrize("example", SHELL, ids=lambda example: example.place)
+def test_a_command_can_be_pasted_and_has_settings_that_exist(example):
+    for words in commands(example.text):
+        assert not [word for word in words if "..." in word], words  # a place for the reader to fill in
+        module, arguments = program(words)
+        if module:
+            check(module, arguments)
