@@ -117,9 +117,20 @@ class Corpus:
         return self.table(json.loads(self.path.read_text())) if self.path.exists() else ""
 
 
-def tables() -> dict[str, Table | Corpus]:
+class Picture:
+    """A link to the curves, where there are any."""
+
+    def render(self, rows: Sequence[Row]) -> str:
+        return f"![held-out bits per byte by tokens and by seconds]({PICTURE.name})\n" if curves(rows) else ""
+
+
+def tables() -> dict[str, Table | Corpus | Picture]:
     of_corpus = {"corpus": corpus_table, "stages": stage_table, "packages": package_table}
-    return RESULTS | {name: Corpus(ROWS / "corpus.json", table) for name, table in of_corpus.items()}
+    return (
+        RESULTS
+        | {"curves": Picture()}
+        | {name: Corpus(ROWS / "corpus.json", table) for name, table in of_corpus.items()}
+    )
 
 
 def curves(rows: Sequence[Row], plan: str = "results_50m") -> dict[str, list[Row]]:
