@@ -48,6 +48,7 @@ BITS = {
     "tokens": lambda rows: f"{rows[0]['tokens'] / 1e6:.1f} M",
     "bits/byte": mean("value"),
     **{source: mean(f"sources/{source}") for source in SOURCES},
+    "whole documents": mean("whole"),
     "GPU": machine,
     "commit": commit,
 }

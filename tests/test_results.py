@@ -35,7 +35,7 @@ BITS = {"ours": {0.001: 1.4, 0.002: 1.2, 0.004: 1.3}, "rival": {0.001: 1.25, 0.0
 @pytest.fixture
 def place(tmp_path):
     (tmp_path / "plan.yaml").write_text(PLAN)
-    for split in ("train", "heldout"):
+    for split in ("train", "heldout", "pieces"):
         (tmp_path / "data" / split).mkdir(parents=True)
         (tmp_path / "data" / split / "manifest.json").touch()
     return tmp_path
@@ -61,7 +61,11 @@ def programs(monkeypatch):
             config = json.loads(Path(said["checkpoint"], "config.json").read_text())
             bits = BITS[config["model"]["name"]][config["optim"]["lr"]] + config["seed"] / 100
             found = {"tokens": 7, "text_bytes": 20, "bits_per_byte": {"model": bits, "gzip -9": 2.0, "xz -9": 1.9}}
-            found["sources"] = {"code": {"tokens": 7, "nats_per_token": 1.0, "bits_per_byte": 0.9}}
+            whole = "heldout/" in said["manifest"]
+            found["bits_per_byte"]["model"] = 9.0 if whole else bits
+            found["positions" if whole else "sources"] = {
+                "64" if whole else "code": {"tokens": 7, "bits_per_byte": 0.9}
+            }
             Path(said["output"]).write_text(json.dumps(found))
         else:
             with Path(said["benchmark.output"]).open("a") as file:
@@ -89,7 +93,8 @@ def test_a_plan_is_run_once_and_the_best_rate_is_read_from_its_rows(place, progr
     trained = [(said["optim.lr"], said["seed"]) for module, said in programs if module == "megatron_tn.train"]
     assert trained == [("0.002", "1"), ("0.002", "2")]  # seed 0 has a row
     last = rows(place)[-1]
-    assert (last["model"], last["value"], last["curve"], last["sources/code"]) == ("ours", 1.22, "2.000:1.5000", 0.9)
+    assert (last["model"], last["value"], last["whole"], last["curve"]) == ("ours", 1.22, 9.0, "2.000:1.5000")
+    assert (last["sources/code"], last["positions/64"]) == (0.9, 0.9)
     for _ in range(2):
         assert main(command(place)) == 0
     assert [said["model"] for module, said in programs if module == "megatron_tn.benchmark"] == ["ours", "rival"]
@@ -188,7 +193,7 @@ def test_the_page_shows_means_and_spread_of_seeds():
     ]
     page = "".join(f"<!-- rows: {name} -->\n<!-- end of rows -->\n" for name in ("50m", "50m positions", "curves"))
     lines = fill(page, found, render_results.tables()).splitlines()
-    assert "| 50m | 0.002 | 2 | 60.0 M | 1.2500 ± 0.0707 | 0.8000 ± 0.0000 |  |  | H200 | 0123456 |" in lines
+    assert "| 50m | 0.002 | 2 | 60.0 M | 1.2500 ± 0.0707 | 0.8000 ± 0.0000 |  |  |  | H200 | 0123456 |" in lines
     assert "| 50m | 0.002 |  | 1.5000 ± 0.0000 |  |  |  |  |" in lines
     assert "![held-out bits per byte by tokens and by seconds](results.png)" in lines
 
