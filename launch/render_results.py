@@ -48,6 +48,7 @@ BITS = {
     "tokens": lambda rows: f"{rows[0]['tokens'] / 1e6:.1f} M",
     "bits/byte": mean("value"),
     **{source: mean(f"sources/{source}") for source in SOURCES},
+    "whole documents": mean("whole"),
     "GPU": machine,
     "commit": commit,
 }
@@ -86,11 +87,21 @@ def corpus_table(summary: dict) -> str:
     return "\n".join(shown) + "\n"
 
 
+def stage_table(summary: dict) -> str:
+    """What each stage of the pipeline left."""
+    shown = ["| stage | documents left | MB |", "|---|---|---|"]
+    shown += [
+        f"| {name} | {found['documents']:,} | {found['bytes'] / 1e6:.1f} |" for name, found in summary["stages"].items()
+    ]
+    return "\n".join(shown) + "\n"
+
+
 def package_table(summary: dict) -> str:
     """The packages, with the text that was taken out of them."""
-    shown = ["| package | version | files | MB |", "|---|---|---|---|"]
+    shown = ["| package | version | licence | source | files | MB |", "|" + "---|" * 6]
     shown += [
-        f"| {name} | {found['version']} | {found['files']:,} | {found['bytes'] / 1e6:.1f} |"
+        f"| {name} | {found['version']} | {found['licence']} | {found['source']} | {found['files']:,} "
+        f"| {found['bytes'] / 1e6:.1f} |"
         for name, found in summary["packages"].items()
     ]
     return "\n".join(shown) + "\n"
@@ -107,9 +118,20 @@ class Corpus:
         return self.table(json.loads(self.path.read_text())) if self.path.exists() else ""
 
 
-def tables() -> dict[str, Table | Corpus]:
-    corpus = ROWS / "corpus.json"
-    return RESULTS | {"corpus": Corpus(corpus, corpus_table), "packages": Corpus(corpus, package_table)}
+class Picture:
+    """A link to the curves, where there are any."""
+
+    def render(self, rows: Sequence[Row]) -> str:
+        return f"![held-out bits per byte by tokens and by seconds]({PICTURE.name})\n" if curves(rows) else ""
+
+
+def tables() -> dict[str, Table | Corpus | Picture]:
+    of_corpus = {"corpus": corpus_table, "stages": stage_table, "packages": package_table}
+    return (
+        RESULTS
+        | {"curves": Picture()}
+        | {name: Corpus(ROWS / "corpus.json", table) for name, table in of_corpus.items()}
+    )
 
 
 def curves(rows: Sequence[Row], plan: str = "results_50m") -> dict[str, list[Row]]:

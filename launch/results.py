@@ -4,7 +4,7 @@
     python -m launch.results --plan launch/plans/results_50m.yaml --data data/results --output rows.jsonl --pieces rates
 
 A plan (launch/plans/) lists runs as grids of settings, in pieces. Each run is trained (megatron_tn.train), evaluated on
-the held-out documents (megatron_tn.evaluate), and a row is appended to --output; runs that have a row there are not run
+the held-out text (megatron_tn.evaluate), and a row is appended to --output; runs that have a row there are not run
 again, and a stopped one goes on from its checkpoint in --runs. A grid with settings benchmark.* is measured instead
 (megatron_tn.benchmark), one run at a time: the speed of runs side by side says nothing.
 Words after -- are overrides of every run. Exit code 1 when a run fails, 3 when --minutes ended before the runs did.
@@ -80,17 +80,21 @@ class Run:
 
     def finish(self, programs: Programs, options: argparse.Namespace) -> Row:
         """Trains, or goes on training, and evaluates; returns the row. Raises Failed and TimeUp."""
-        folder, held_out = self.folder.path, options.data / "heldout/manifest.json"
+        folder, pieces = self.folder.path, options.data / "pieces/manifest.json"
         words = [f"{key}={value}" for key, value in (self.shared | self.own).items()] + [f"run_dir={folder}"]
-        words += [f"data.manifest={options.data / 'train/manifest.json'}", f"evaluation.manifest={held_out}"]
+        words += [f"data.manifest={options.data / 'train/manifest.json'}", f"evaluation.manifest={pieces}"]
         programs.run("megatron_tn.train", [*words, *options.overrides], folder / "console.log")
-        evaluation = folder / "evaluation.json"
-        words = [f"checkpoint={folder}", f"manifest={held_out}", f"output={evaluation}"]
-        words += [f"max_documents={options.documents}", f"batch_tokens={BATCH_TOKENS}"]
-        programs.run("megatron_tn.evaluate", words, folder / "console.log")
-        return self._row(json.loads(evaluation.read_text()), options.at_once)
+        found = []
+        for held_out in (pieces, options.data / "heldout/manifest.json"):
+            output = folder / f"{held_out.parent.name}.json"
+            words = [f"checkpoint={folder}", f"manifest={held_out}", f"output={output}"]
+            words += [f"max_documents={options.documents}", f"batch_tokens={BATCH_TOKENS}"]
+            programs.run("megatron_tn.evaluate", words, folder / "console.log")
+            found.append(json.loads(output.read_text()))
+        return self._row(*found, options.at_once)
 
-    def _row(self, found: Row, at_once: int) -> Row:
+    def _row(self, found: Row, whole: Row, at_once: int) -> Row:
+        """found, whole: of the held-out text in pieces, and of whole documents."""
         config, losses = self.folder.frozen_config(), self.folder.records("loss")
         memory = [record["memory/allocated_gib"] for record in self.folder.records("memory/allocated_gib")]
         bits = found["bits_per_byte"]
@@ -99,16 +103,17 @@ class Run:
         figures = {
             "heldout_tokens": found["tokens"],
             "heldout_bytes": found["text_bytes"],
+            "whole": whole["bits_per_byte"]["model"],
             "gzip": bits["gzip -9"],
             "xz": bits["xz -9"],
             "peak_gib": max(memory, default=None),
             "tokens_per_second": statistics.median(record["tokens_per_second"] for record in losses),
             "at_once": at_once,
-            # Million training tokens and held-out bits per byte of evaluation.max_documents documents, in order.
+            # Million training tokens and held-out bits per byte of evaluation.max_documents pieces, in order.
             "curve": " ".join(f"{tokens[step] / 1e6:.3f}:{value:.4f}" for step, value in curve if step in tokens),
         }
-        for kind in ("sources", "positions"):
-            figures |= {f"{kind}/{name}": _bits(own) for name, own in found.get(kind, {}).items()}
+        for kind, of in (("sources", found), ("positions", whole)):
+            figures |= {f"{kind}/{name}": own.get("bits_per_byte") for name, own in of.get(kind, {}).items()}
         return rows.row(
             RESULT,
             "bits/byte",
@@ -125,10 +130,6 @@ class Run:
             global_batch=config.data.global_batch,
             **figures,
         )
-
-
-def _bits(found: Row) -> float | None:
-    return found.get("bits_per_byte")
 
 
 class Bad(Exception):
@@ -223,12 +224,14 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m launch.results", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--plan", type=Path, required=True, help="a YAML file such as launch/plans/results_50m.yaml")
-    parser.add_argument("--data", type=Path, required=True, help="folder with train/ and heldout/ (corpus.join)")
+    parser.add_argument("--data", type=Path, required=True, help="folder that data_pipeline.corpus.join wrote")
     parser.add_argument("--output", type=Path, required=True, help="JSON lines file that rows are appended to")
     parser.add_argument("--runs", type=Path, default=Path("runs/results"), help="folder of the runs' own folders")
     parser.add_argument("--pieces", nargs="+", metavar="PIECE", help="of the plan, in order; default: all")
     parser.add_argument("--at-once", type=int, default=1, help="runs side by side (default 1)")
-    parser.add_argument("--documents", type=int, default=0, help="held-out documents that are evaluated; 0: all")
+    parser.add_argument(
+        "--documents", type=int, default=0, help="held-out documents and pieces that are evaluated; 0: all"
+    )
     parser.add_argument("--minutes", type=float, help="stop after so many; the same command goes on")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of every run, after --")
     options = parser.parse_args(arguments)
@@ -239,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
         plan = read_plan(options.plan)
         if unknown := sorted(set(options.pieces or ()) - set(plan["pieces"])):
             raise Bad(f"--pieces {unknown[0]}: {options.plan} has {', '.join(plan['pieces'])}")
-        for split in ("train", "heldout"):
+        for split in ("train", "heldout", "pieces"):
             if not (path := options.data / split / "manifest.json").is_file():
                 raise Bad(f"--data {options.data}: no {path}; python -m data_pipeline.corpus.join makes it")
         options.output.parent.mkdir(parents=True, exist_ok=True)

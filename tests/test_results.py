@@ -35,7 +35,7 @@ BITS = {"ours": {0.001: 1.4, 0.002: 1.2, 0.004: 1.3}, "rival": {0.001: 1.25, 0.0
 @pytest.fixture
 def place(tmp_path):
     (tmp_path / "plan.yaml").write_text(PLAN)
-    for split in ("train", "heldout"):
+    for split in ("train", "heldout", "pieces"):
         (tmp_path / "data" / split).mkdir(parents=True)
         (tmp_path / "data" / split / "manifest.json").touch()
     return tmp_path
@@ -61,7 +61,11 @@ def programs(monkeypatch):
             config = json.loads(Path(said["checkpoint"], "config.json").read_text())
             bits = BITS[config["model"]["name"]][config["optim"]["lr"]] + config["seed"] / 100
             found = {"tokens": 7, "text_bytes": 20, "bits_per_byte": {"model": bits, "gzip -9": 2.0, "xz -9": 1.9}}
-            found["sources"] = {"code": {"tokens": 7, "nats_per_token": 1.0, "bits_per_byte": 0.9}}
+            whole = "heldout/" in said["manifest"]
+            found["bits_per_byte"]["model"] = 9.0 if whole else bits
+            found["positions" if whole else "sources"] = {
+                "64" if whole else "code": {"tokens": 7, "bits_per_byte": 0.9}
+            }
             Path(said["output"]).write_text(json.dumps(found))
         else:
             with Path(said["benchmark.output"]).open("a") as file:
@@ -89,7 +93,8 @@ def test_a_plan_is_run_once_and_the_best_rate_is_read_from_its_rows(place, progr
     trained = [(said["optim.lr"], said["seed"]) for module, said in programs if module == "megatron_tn.train"]
     assert trained == [("0.002", "1"), ("0.002", "2")]  # seed 0 has a row
     last = rows(place)[-1]
-    assert (last["model"], last["value"], last["curve"], last["sources/code"]) == ("ours", 1.22, "2.000:1.5000", 0.9)
+    assert (last["model"], last["value"], last["whole"], last["curve"]) == ("ours", 1.22, 9.0, "2.000:1.5000")
+    assert (last["sources/code"], last["positions/64"]) == (0.9, 0.9)
     for _ in range(2):
         assert main(command(place)) == 0
     assert [said["model"] for module, said in programs if module == "megatron_tn.benchmark"] == ["ours", "rival"]
@@ -186,10 +191,24 @@ def test_the_page_shows_means_and_spread_of_seeds():
     found = [
         RESULT | {"seed": seed, "value": 1.2 + seed / 10, "sources/code": 0.8, "positions/64": 1.5} for seed in (0, 1)
     ]
-    page = "<!-- rows: 50m -->\n<!-- end of rows -->\n<!-- rows: 50m positions -->\n<!-- end of rows -->\n"
+    page = "".join(f"<!-- rows: {name} -->\n<!-- end of rows -->\n" for name in ("50m", "50m positions", "curves"))
     lines = fill(page, found, render_results.tables()).splitlines()
-    assert "| 50m | 0.002 | 2 | 60.0 M | 1.2500 ± 0.0707 | 0.8000 ± 0.0000 |  |  | H200 | 0123456 |" in lines
+    assert "| 50m | 0.002 | 2 | 60.0 M | 1.2500 ± 0.0707 | 0.8000 ± 0.0000 |  |  |  | H200 | 0123456 |" in lines
     assert "| 50m | 0.002 |  | 1.5000 ± 0.0000 |  |  |  |  |" in lines
+    assert "![held-out bits per byte by tokens and by seconds](results.png)" in lines
+
+
+def test_the_page_shows_the_corpus(tmp_path, monkeypatch):
+    found = {"documents": 1234, "bytes": 5_600_000, "tokens": 1_500_000}
+    package = {"version": "1:2-3", "source": "code", "licence": "MIT", "files": 7, "bytes": 900_000}
+    summary = {"sources": {"code": {"train": found}}, "stages": {"read": found}, "packages": {"made": package}}
+    (tmp_path / "corpus.json").write_text(json.dumps(summary))
+    monkeypatch.setattr(render_results, "ROWS", tmp_path)
+    blocks = "".join(f"<!-- rows: {name} -->\n<!-- end of rows -->\n" for name in ("corpus", "stages", "packages"))
+    lines = fill(blocks, [], render_results.tables()).splitlines()
+    assert "| code | 1,234 | 5.6 | 1,500,000 | 0 | 0.0 | 0 |" in lines
+    assert "| read | 1,234 | 5.6 |" in lines
+    assert "| made | 1:2-3 | MIT | code | 7 | 0.9 |" in lines
 
 
 def test_curves_are_of_the_best_rate_and_drawn(tmp_path):

@@ -14,6 +14,8 @@ from data_pipeline.files import replace_file
 from data_pipeline.run import run
 from data_pipeline.shards.manifest import Manifest
 
+COUNTS = ("documents", "bytes")
+
 
 def make_corpus(settings: CorpusSettings, say: Callable[[str], None] = print) -> dict:
     """Makes what is missing below `settings.output`; returns the content of corpus.json. Raises InputError and
@@ -33,8 +35,8 @@ def make_corpus(settings: CorpusSettings, say: Callable[[str], None] = print) ->
     divided = _once(output / "parts.json", lambda: _divide(settings, output))
     summary = {
         "sources": _sources(output / "corpus"),
-        "stages": report["stages"],
-        "drops": report["drops"],
+        "stages": {found["stage"]: {key: found[key] for key in COUNTS} for found in report["stages"]},
+        "drops": {rule: {key: found[key] for key in COUNTS} for rule, found in report["drops"].items()},
         "parts": divided["parts"],
         "packages": taken["packages"],
         "seconds": {"packages": taken["seconds"], **_stage_seconds(output), "parts": divided["seconds"]},

@@ -17,6 +17,7 @@ from data_pipeline.corpus.join import main as join
 from data_pipeline.corpus.make import make_corpus
 from data_pipeline.corpus.packages import take
 from data_pipeline.corpus.parts import deal
+from data_pipeline.corpus.pieces import cut
 from data_pipeline.corpus.settings import CorpusSettings, Package, compose_corpus
 from data_pipeline.errors import InputError, StageError
 from data_pipeline.shards.manifest import Manifest
@@ -91,6 +92,22 @@ def test_texts_come_once_and_every_part_is_a_corpus_by_itself(made, tmp_path, ca
         assert sorted(map(dataclasses.astuple, joined.shards)) == sorted(
             map(dataclasses.astuple, Manifest.load(path).shards)
         )
+
+
+def test_pieces_have_every_token_once_and_their_bytes(made, tmp_path):
+    output, _ = made
+    held_out = Manifest.load(output / "corpus/heldout/manifest.json")
+    pieces = cut(held_out, 50, tmp_path / "pieces")
+    whole, found = {}, {}
+    for document in read_documents(held_out):
+        whole[document.metadata["id"]] = (document.tokens[1:].tolist(), document.metadata["bytes"])
+    for piece in read_documents(Manifest.load(tmp_path / "pieces/manifest.json")):
+        assert 2 <= len(piece.tokens) <= 50
+        assert piece.tokens[0] == held_out.tokenizer.bos
+        tokens, size = found.get(name := piece.metadata["id"].partition("#")[0], ([], 0))
+        found[name] = (tokens + piece.tokens[1:].tolist(), size + piece.metadata["bytes"])
+    assert found == whole
+    assert pieces.totals.text_bytes == held_out.totals.text_bytes
 
 
 def test_joining_says_what_is_wrong(tmp_path, capsys):
