@@ -104,7 +104,9 @@ class _World:
                 try:
                     failure, result = pipe.recv()
                 except EOFError:
-                    raise AssertionError(f"rank {rank} of {len(self.pipes)} has died") from None
+                    self.ranks[rank].join(10)
+                    code = self.ranks[rank].exitcode
+                    raise AssertionError(f"rank {rank} of {len(self.pipes)} died: exit code {code}") from None
                 assert not failure, f"rank {rank} of {len(self.pipes)}:\n{failure}"
                 found[pipe] = torch.load(io.BytesIO(result), weights_only=False)
         return [found[pipe] for pipe in self.pipes]
