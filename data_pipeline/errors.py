@@ -1,6 +1,6 @@
 """Errors that command lines print without a traceback. Their texts hold no secrets (see `redaction`)."""
 
-from data_pipeline.redaction import lines_of, redacted
+from data_pipeline.redaction import lines_of, shown
 
 
 class InputError(ValueError):
@@ -19,4 +19,4 @@ class StageError(RuntimeError):
     """A stage failed, not because of its input; another run continues with this stage."""
 
     def __init__(self, problem: str):
-        super().__init__(redacted(problem))
+        super().__init__(shown(problem))

@@ -47,7 +47,7 @@ class Display:
 
     def tell(self, line: str) -> None:
         """Shows a line above the bars."""
-        self.progress.console.print(line)
+        self.progress.console.print(line, markup=False)
 
 
 @contextlib.contextmanager

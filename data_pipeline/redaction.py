@@ -19,6 +19,7 @@ URL = re.compile(
     r"(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]*://)(?:([^\s/?#]*)@)?([^\s?#'\"<>]*)(?:\?([^\s#'\"<>]*))?"
 )
 PUNCTUATION = ",;:.)]"  # of a sentence, behind a URL
+CONTROL = re.compile(r"[^\n\t -~\xa0-\u200d\u2010-\u2027\u202f-\u2065\u206a-\U0010ffff]|[\u2066-\u2069\ud800-\udfff]")
 LONGEST, MOST = 2000, 50  # characters of a line, and lines: a damaged file may give one a key
 SHORTEST = 6  # characters of a value that messages hide: a shorter one may be part of any word
 SHOWN = re.compile(r"USER|LOGNAME|HOSTNAME|SLURM_\w+")  # variables whose values messages show
@@ -59,10 +60,15 @@ def redacted(text: str) -> str:
     return _without_credentials(text)
 
 
+def shown(text: str) -> str:
+    """A `redacted` message with control characters of terminals escaped: it may quote names of other people's files."""
+    return CONTROL.sub(lambda match: repr(match[0])[1:-1], redacted(text))
+
+
 def lines_of(problems: Iterable[str]) -> list[str]:
-    """Problems as a command line shows them: `redacted`, each cut to LONGEST characters, at most MOST of them."""
+    """Problems as a command line shows them: `shown`, each cut to LONGEST characters, at most MOST of them."""
     found = list(problems)
-    lines = [redacted(line if len(line) <= LONGEST else f"{line[:LONGEST]}...") for line in found[:MOST]]
+    lines = [shown(line if len(line) <= LONGEST else f"{line[:LONGEST]}...") for line in found[:MOST]]
     return [*lines, f"and {len(found) - MOST} problems more"] if len(found) > MOST else lines
 
 

@@ -5,6 +5,8 @@ import re
 import types
 from collections.abc import Callable
 
+PLAIN = re.compile(r"[A-Za-z_./-][A-Za-z0-9_./:-]*")
+
 
 def as_typed(word: str, takes: Callable[[str], tuple[type, ...]], *, multirun: bool = False) -> str:
     """`word` with its value quoted where Hydra would change it (20250101, 1e3, true) or fail to parse it (a=b, my
@@ -29,6 +31,11 @@ def as_typed(word: str, takes: Callable[[str], tuple[type, ...]], *, multirun: b
     if override.is_sweep_override() or override.value() is None or isinstance(override.value(), str):
         return word
     return word if int in kinds and value.isdecimal() else f"{key}={quoted(value)}"
+
+
+def value(text: str) -> str:
+    """`text` as the value of an override that this program writes for another: quoted, unless it is a plain word."""
+    return text if PLAIN.fullmatch(text) else quoted(text)
 
 
 def quoted(text: str) -> str:

@@ -22,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_tn.config import ConfigError, from_mapping, redacted, to_mapping
+from megatron_tn.config import ConfigError, from_mapping, redacted, shown, to_mapping
 from megatron_tn.config.describe import help_text
 from megatron_tn.overrides import CONF, CommandLine, job_folder, settings
 
@@ -146,7 +146,7 @@ def run_program(main: Callable[[], None]) -> NoReturn:
 
 class _Redacting(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return redacted(super().format(record))
+        return shown(super().format(record))
 
 
 def _log_to_standard_error(level: int) -> None:

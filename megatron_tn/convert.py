@@ -205,7 +205,7 @@ def describe(directory: Path) -> dict[str, Any]:
 
 def show(facts: dict[str, Any]) -> None:
     """Print `describe`'s result as a table of facts and a table of tensors."""
-    console = Console()
+    console = Console(markup=False)
     saved_by = " x ".join(f"{name} {value}" for name, value in facts["saved_by"].items())
     model = facts["model"]
     rewinds = [f"from {one['from']} to {one['to']}, by {one['by']}" for one in facts["rewinds"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 
 from data_pipeline.shards.manifest import TokenizerInfo
 from data_pipeline.stream import (
@@ -48,6 +49,16 @@ def tokenizer_of(manifest: str) -> TokenizerInfo | None:
         return Manifest.load(manifest).tokenizer
     except InputError:
         return None
+
+
+def tokenizer_file(manifest: str) -> Path | None:
+    """The tokenizer.json of shards; None where it, or their manifest.json, cannot be found."""
+    try:
+        shards = Manifest.load(manifest)
+    except InputError:
+        return None
+    file = shards.directory / shards.tokenizer.file
+    return file if file.is_file() else None
 
 
 def other_tokenizer(held_out: Manifest, config: TrainConfig) -> list[str]:

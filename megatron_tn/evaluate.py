@@ -1,127 +1,194 @@
-"""Held-out bits per byte of a checkpoint or a released model, beside what simpler models make of the same bytes.
+"""Held-out bits per byte of a checkpoint or a released model, and its scores in tasks of lm-evaluation-harness.
 
-python -m megatron_tn.evaluate checkpoint=runs/demo/checkpoints/latest manifest=runs/demo/data/heldout/manifest.json
+python -m megatron_tn.evaluate checkpoint=runs/demo manifest=runs/demo/data/heldout/manifest.json
+python -m megatron_tn.evaluate checkpoint=export/ tasks=[boolq,piqa,hellaswag]           docs/evaluation.md
+torchrun --nproc-per-node 8 -m megatron_tn.evaluate checkpoint=runs/65b ...              split by tensor parallelism
+
+Bits per byte stand beside what simpler models make of the same bytes, by source, and by position in the document.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer
 
 from data_pipeline.shards import read_documents
 from data_pipeline.stream import InputError, Manifest
-from megatron_tn.cli import command
+from megatron_tn.cli import command, is_first_process
 from megatron_tn.config import ConfigError, EvaluateConfig, TrainConfig, out_of_bounds, unwritable
+from megatron_tn.data import other_tokenizer as other_tokenizer_than_training
+from megatron_tn.data import tokenizer_file
 from megatron_tn.evaluation.baselines import compressor_bits_per_byte, unigram_bits_per_byte
-from megatron_tn.evaluation.perplexity import evaluate_documents
+from megatron_tn.evaluation.perplexity import Documents, Sums, evaluate_documents
 from megatron_tn.evaluation.progress import DocumentProgress
-from megatron_tn.loading import load_any_model, load_tokenizer, other_tokenizer, resolve_checkpoint
+from megatron_tn.evaluation.tasks import TaskSet, journal_names, load_tasks, run_tasks
+from megatron_tn.held_out import held_out_documents, held_out_loss, load_manifest, problems_of_held_out
+from megatron_tn.loading import load_any_model, load_tokenizer, other_tokenizer, read_tokenizer, resolve_checkpoint
 from megatron_tn.model.base import Model
+from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.parallel.world import join_world, leave_world, world_size
+
+TIMEOUT_S = 1800  # of a collective
 
 
 @command(EvaluateConfig, "evaluate")
 def main(config: EvaluateConfig) -> None:
-    check(config)
-    model = load_any_model(config.checkpoint, config.device, config.precision)
-    tokenizer = load_tokenizer(config.tokenizer, config.checkpoint)
-    held_out, setting = _manifest(config.manifest), f"manifest={config.manifest}"
+    tasks = check(config)
+    context, device = None, config.device
+    if world_size() > 1:
+        joined = join_world(TIMEOUT_S)
+        device = str(joined) if device == "auto" else device
+        context = ParallelContext.create(tp=world_size())
+    try:
+        model = load_any_model(config.checkpoint, device, config.precision, context)
+        tokenizer = load_tokenizer(config.tokenizer, config.checkpoint)
+        result: dict[str, Any] = {"checkpoint": config.checkpoint}
+        if config.manifest:
+            result |= held_out_figures(config, model, tokenizer)
+        if tasks:
+            result["tasks"] = task_scores(config, model, tokenizer, tasks)
+    finally:
+        leave_world()
+    if is_first_process():
+        if config.output:
+            Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
+        print(json.dumps(result, indent=1))
+
+
+def check(config: EvaluateConfig) -> TaskSet | None:
+    """The tasks, if there are any. Raises ConfigError with every problem that can be known before a model is loaded."""
+    problems, tasks = list(out_of_bounds(config).values()), None
+    try:
+        resolve_checkpoint(config.checkpoint)
+    except ConfigError as error:
+        problems += error.problems
+    if not config.manifest and not config.tasks:
+        problems.append("manifest is not set: name the manifest.json of held-out shards, or tasks")
+    problems += unwritable("output", config.output)
+    try:
+        if config.tasks:
+            tasks = load_tasks(tuple(config.tasks), config.task_folder)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return tasks
+
+
+def held_out_figures(config: EvaluateConfig, model: Model, tokenizer: Tokenizer) -> dict[str, Any]:
+    held_out, setting = load_manifest(config.manifest), f"manifest={config.manifest}"
     problems = problems_of_held_out(held_out, setting, model.config.vocab_size)
     if problems := problems or other_tokenizer(held_out, setting, config.tokenizer, config.checkpoint):
         raise ConfigError(problems)
-    documents, text_bytes = held_out_documents(config.manifest, config.max_documents)
-    tokens = sum(map(len, documents))
-    with DocumentProgress("evaluate", len(documents), tokens) as shown:
-        found = evaluate_documents(
-            model, documents, text_bytes, batch_tokens=config.batch_tokens, progress=shown.advance
+    documents = held_out_documents(config.manifest, config.max_documents)
+    size, hidden = (len(documents.tokens), sum(map(len, documents.tokens))), not is_first_process()
+    with DocumentProgress("evaluate", *size, hidden=hidden) as shown:
+        found = evaluate_documents(model, documents, batch_tokens=config.batch_tokens, progress=shown.advance)
+    bits_per_byte = {"model": found.bits_per_byte}
+    if config.train_manifest:
+        training = (document.tokens for document in read_documents(load_manifest(config.train_manifest)))
+        bits_per_byte["unigram"] = unigram_bits_per_byte(
+            training, documents.tokens, found.text_bytes, model.config.vocab_size
         )
-    result: dict[str, Any] = {
-        "checkpoint": config.checkpoint,
+    with DocumentProgress("compress", *size, hidden=hidden) as shown:
+        bits_per_byte |= compressor_bits_per_byte(texts(documents, tokenizer, shown))
+    return {
         "manifest": config.manifest,
         "documents": found.documents,
         "tokens": found.tokens,
         "text_bytes": found.text_bytes,
         "nats_per_token": found.nats_per_token,
-        "bits_per_byte": {"model": found.bits_per_byte},
+        "bits_per_byte": bits_per_byte,
+        "sources": {name: figures(sums) for name, sums in found.sources.items()},
+        "positions": {str(first): figures(sums) for first, sums in found.positions.items()},
     }
-    if config.train_manifest:
-        training = (document.tokens for document in read_documents(_manifest(config.train_manifest)))
-        result["bits_per_byte"]["unigram"] = unigram_bits_per_byte(
-            training, documents, found.text_bytes, model.config.vocab_size
-        )
-    with DocumentProgress("compress", len(documents), tokens) as shown:
-        result["bits_per_byte"] |= compressor_bits_per_byte(_texts(documents, tokenizer, shown))
-    if config.output:
-        Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
 
 
-def _texts(documents: list[np.ndarray], tokenizer: Tokenizer, shown: DocumentProgress) -> Iterator[bytes]:
-    for ids in documents:
+def texts(documents: Documents, tokenizer: Tokenizer, shown: DocumentProgress) -> Iterator[bytes]:
+    for ids in documents.tokens:
         yield tokenizer.decode(list(ids)).encode()
         shown.advance(1, len(ids))
 
 
-def check(config: EvaluateConfig) -> None:
-    """Raises ConfigError with every problem that can be known before anything is read."""
-    problems = list(out_of_bounds(config).values())
+def figures(sums: Sums) -> dict[str, Any]:
+    """Without bits_per_byte where the bytes of tokens are not known."""
+    found = {"tokens": sums.tokens, "nats_per_token": sums.nats_per_token}
+    return found | ({"text_bytes": sums.text_bytes, "bits_per_byte": sums.bits_per_byte} if sums.text_bytes else {})
+
+
+def task_scores(
+    config: EvaluateConfig, model: Model, tokenizer: Tokenizer, tasks: TaskSet
+) -> dict[str, dict[str, float]]:
+    columns = (SpinnerColumn(), TextColumn("tasks: {task.completed:.0f} requests done"), TimeElapsedColumn())
+    with Progress(*columns, transient=True, disable=not is_first_process(), console=Console(stderr=True)) as bar:
+        done = bar.add_task("", total=None)
+        return run_tasks(
+            model,
+            tokenizer,
+            tasks,
+            shots=config.shots,
+            limit=config.task_documents,
+            batch_tokens=config.batch_tokens,
+            progress=lambda requests, tokens: bar.advance(done, requests),
+        )
+
+
+# In training
+
+
+def problems_in_training(config: TrainConfig) -> list[str]:
+    """Why evaluation.* cannot be evaluated, one line each."""
+    evaluation, problems = config.evaluation, []
     try:
-        resolve_checkpoint(config.checkpoint)
+        if evaluation.manifest:
+            held_out, setting = Manifest.load(evaluation.manifest), f"evaluation.manifest={evaluation.manifest}"
+            problems += problems_of_held_out(held_out, setting, config.model.vocab_size)
+            problems += other_tokenizer_than_training(held_out, config)
+    except InputError as error:
+        problems += [f"evaluation.manifest: {problem}" for problem in error.problems]
+    try:
+        if evaluation.tasks:
+            _tasks_in_training(config)
     except ConfigError as error:
         problems += error.problems
-    if not config.manifest:
-        problems.append("manifest is not set: name the manifest.json of held-out shards")
-    problems += unwritable("output", config.output)
-    if problems:
-        raise ConfigError(problems)
+    if evaluation.tasks and tokenizer_file(config.data.manifest) is None:
+        problems.append(
+            f"evaluation.tasks needs the tokenizer of data.manifest={config.data.manifest}: it is not there"
+        )
+    return problems
 
 
-def problems_of_held_out(manifest: Manifest, setting: str, vocab_size: int) -> list[str]:
-    """Why a model of so many entries cannot be evaluated on these shards. setting: the one that names them."""
-    totals = manifest.totals
-    if totals.tokens <= totals.documents:  # a document's first token is given
-        return [f"{setting} holds nothing to predict: {totals.tokens} tokens in {totals.documents} documents"]
-    if manifest.tokenizer.vocab_size > vocab_size:
-        return [
-            f"{setting} was made with a tokenizer of {manifest.tokenizer.vocab_size} entries, more than "
-            f"model.vocab_size={vocab_size}"
-        ]
-    return []
-
-
-def held_out_loss(
+def evaluate_in_training(
     model: Model, config: TrainConfig, progress: Callable[[int, int], None] = lambda documents, tokens: None
 ) -> dict[str, float]:
-    """For the training loop: the held-out loss as two named figures. Every rank evaluates the same documents, so that
-    engines that gather parameters in the forward pass stay in step. progress(n, tokens): told of n
-    more documents done, of so many tokens."""
-    documents, text_bytes = held_out_documents(config.evaluation.manifest, config.evaluation.max_documents)
-    found = evaluate_documents(model, documents, text_bytes, window=config.data.sequence_length, progress=progress)
-    return {"heldout_loss": found.nats_per_token, "heldout_bits_per_byte": found.bits_per_byte}
+    """Held-out figures and task scores, by their names in the journal.
+
+    Every rank evaluates the same documents, so that engines that gather parameters in the forward pass stay in step.
+    progress(n, tokens): called after each batch of n documents or requests, of so many tokens.
+    """
+    evaluation, found = config.evaluation, {}
+    if evaluation.manifest:
+        found |= held_out_loss(model, config, progress)
+    if evaluation.tasks:
+        scores = run_tasks(
+            model,
+            read_tokenizer(tokenizer_file(config.data.manifest)),
+            _tasks_in_training(config),
+            limit=evaluation.task_documents,
+            progress=progress,
+        )
+        found |= journal_names(scores)
+    return found
 
 
-@functools.lru_cache(maxsize=2)
-def held_out_documents(manifest: str, most: int) -> tuple[list[np.ndarray], list[int]]:
-    """Ids and UTF-8 bytes of the first `most` documents (0: all) of a shard folder."""
-    documents, text_bytes = [], []
-    for document in read_documents(_manifest(manifest)):
-        documents.append(document.tokens)
-        text_bytes.append(document.metadata["bytes"])
-        if len(documents) == most:
-            break
-    return documents, text_bytes
-
-
-def _manifest(path: str) -> Manifest:
-    try:
-        return Manifest.load(path)
-    except InputError as error:
-        raise ConfigError(error.problems) from None
+def _tasks_in_training(config: TrainConfig) -> TaskSet:
+    return load_tasks(tuple(config.evaluation.tasks), config.evaluation.task_folder, "evaluation.tasks")
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ import torch
 from tokenizers import Tokenizer
 
 from data_pipeline.shards.manifest import Manifest
-from megatron_tn.checkpoint.load import CheckpointWeights, load_model
+from megatron_tn.checkpoint.load import CheckpointWeights, model_of
 from megatron_tn.checkpoint.manifest import MANIFEST
 from megatron_tn.config import ConfigError
 from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import ParallelContext
-from megatron_tn.released.weights import ReleasedWeights, load_pretrained
+from megatron_tn.released.weights import ReleasedWeights
 from megatron_tn.training.run_folder import find_checkpoint
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of precision=; "trained" keeps what the weights have
@@ -35,10 +35,10 @@ def load_any_model(path: str, device: str, precision: str, context: ParallelCont
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"device={device} is not available here: {str(error).splitlines()[0]}") from None
-    dtype = DTYPES.get(precision)
-    if (directory / MANIFEST).is_file():
-        return load_model(directory, context, device, dtype)
-    return load_pretrained(directory, context, device, dtype or torch.float32)
+    with open_weights(directory) as weights:
+        stored = set(weights.dtypes.values())
+        trained = torch.bfloat16 if stored == {torch.bfloat16} else torch.float32
+        return model_of(weights, context, device, DTYPES.get(precision, trained))
 
 
 def open_weights(directory: Path) -> CheckpointWeights | ReleasedWeights:
@@ -53,7 +53,7 @@ def open_weights(directory: Path) -> CheckpointWeights | ReleasedWeights:
 
 def load_tokenizer(path: str, checkpoint: str) -> Tokenizer:
     """tokenizer.json at `path`, or, where that is empty, in the checkpoint's folder or its run's. It neither cuts nor
-    pads nor drops merges, whatever the file says, and reads `</s>` in a text as those four characters.
+    pads nor drops merges, whatever the file says, adds no entries, and reads `</s>` in a text as those four characters.
 
     Raises:
         ConfigError: there is none, or it cannot be read.
@@ -61,6 +61,11 @@ def load_tokenizer(path: str, checkpoint: str) -> Tokenizer:
     place = tokenizer_path(path, checkpoint)
     if place is None:
         raise ConfigError(f"tokenizer={path!r}: no tokenizer.json is there or beside checkpoint={checkpoint}")
+    return read_tokenizer(place)
+
+
+def read_tokenizer(place: Path) -> Tokenizer:
+    """As `load_tokenizer`, of the file at `place`."""
     try:
         tokenizer = Tokenizer.from_file(str(place))
     except Exception as error:  # the library raises nothing narrower
@@ -68,6 +73,7 @@ def load_tokenizer(path: str, checkpoint: str) -> Tokenizer:
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    tokenizer.post_processor = None  # it would add a bos, and leave white space out of a token's place in the text
     if getattr(tokenizer.model, "dropout", None):
         tokenizer.model.dropout = None
     return tokenizer

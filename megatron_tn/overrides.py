@@ -52,7 +52,8 @@ class CommandLine:
 
     @classmethod
     def parse(cls, kind: type, config_name: str, words: Sequence[str]) -> CommandLine:
-        """Parse `words`; Hydra's flags may be anywhere among them. Exit code 2 for an unknown flag."""
+        """Parse `words`; Hydra's flags may be anywhere among them. Exit code 2 for an unknown flag. Raises ConfigError
+        for --config-path, which would replace conf/ and the settings' schema."""
         asked = get_args_parser().parse_intermixed_args(list(words))
         flags = list(words)
         for word in asked.overrides:
@@ -61,6 +62,11 @@ class CommandLine:
         overrides = [
             as_typed(word, lambda key: kinds.get(key, ()), multirun=asked.multirun) for word in asked.overrides
         ]
+        if asked.config_path:
+            raise ConfigError(
+                f"--config-path {asked.config_path}: the settings are composed from {CONF}; --config-dir DIR adds a "
+                "folder"
+            )
         name = asked.config_name or config_name
         line = cls(kind, name, flags, overrides, asked.multirun, asked.config_dir)
         return replace(line, overrides=[line.of_folders(word) for word in overrides]) if asked.multirun else line
@@ -153,6 +159,8 @@ class CommandLine:
                 sweep without --multirun, or a sweep without values.
         """
         parsed, problems = [], []
+        if self.config_dir and not Path(self.config_dir).is_dir():
+            raise ConfigError(f"--config-dir {self.config_dir}: there is no such folder")
         for word in self.overrides:
             try:
                 parsed += OverridesParser.create().parse_overrides([word])

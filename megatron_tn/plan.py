@@ -20,7 +20,7 @@ def main(config: TrainConfig) -> None:
     world = config.nodes * max(config.cluster.gpus_per_node, 1)
     if problems := config.problems(world):
         raise ConfigError(problems)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     tp, cp = config.parallel.tp, config.parallel.cp
     layout = f"{world} processes: tp {tp} x cp {cp} x dp {world // (tp * cp)}"
     console.print(f"{config.model.name}: {parameter_count(config.model):,} parameters; {layout}")

@@ -1,7 +1,9 @@
-"""Draws the losses of runs by tokens and by seconds, and prints a table of where they stand, the best first.
+"""Draws the losses of runs by tokens, by seconds and by position in the document, and prints a table of where they
+stand, the best first.
 
 python -m megatron_tn.plot runs/first                            writes runs/first/loss.png
 python -m megatron_tn.plot runs/decay runs/other output=all.png  a sweep's folder stands for all runs below it
+python -m megatron_tn.plot ours.json theirs.json                 files of evaluate's output=: losses by position
 
 Runs that differ in their seed alone share a row (mean ± standard deviation) and a curve (mean and range).
 `python -m launch.compare` writes the same as a page.
@@ -10,17 +12,19 @@ Runs that differ in their seed alone share a row (mean ± standard deviation) an
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Column, Table
 
 from megatron_tn.cli import bad_input_exits
-from megatron_tn.config import ConfigError, unwritable
+from megatron_tn.config import ConfigError, read_mapping, unwritable
 from megatron_tn.training.compare import Group, groups_of, table_of
 from megatron_tn.training.curve import draw
 from megatron_tn.training.run_folder import RunFolder
+
+FORMATS = (".png", ".svg", ".pdf")
 
 
 def main() -> None:
@@ -30,12 +34,16 @@ def main() -> None:
         return
     output = next((word.removeprefix("output=") for word in words if word.startswith("output=")), "")
     with bad_input_exits():
-        folders = [Path(word) for word in words if not word.startswith("output=")]
-        runs = [run for folder in folders for run in runs_in(folder)]
-        place = output or str((folders[0] if len(folders) == 1 else Path()) / "loss.png")
-        if problems := unwritable("output", place):
+        paths = [Path(word) for word in words if not word.startswith("output=")]
+        evaluated = {path.stem: positions_in(path) for path in paths if path.suffix == ".json"}
+        runs = [run for path in paths if path.suffix != ".json" for run in runs_in(path)]
+        place = output or str((paths[0] if len(paths) == 1 and runs else Path()) / "loss.png")
+        problems = unwritable("output", place)
+        if Path(place).suffix not in FORMATS:
+            problems.append(f"output={place} must end in {', '.join(FORMATS)}: the ending is the picture's format")
+        if problems:
             raise ConfigError(problems)
-        compare(runs, Path(place))
+        compare(runs, Path(place), evaluated)
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -46,19 +54,34 @@ def runs_in(folder: Path) -> list[Path]:
     return found[:1] if found[0] == folder else found
 
 
-def compare(runs: Sequence[Path], output: Path) -> list[Group]:
+def positions_in(file: Path) -> dict[int, float]:
+    """As `training.curve.positions_of`, of an output of `megatron_tn.evaluate`. Raises ConfigError if it has none."""
+    try:
+        positions = read_mapping(file)["positions"]
+        return {int(first): figures["nats_per_token"] for first, figures in positions.items()}
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        why = error if isinstance(error, ConfigError) else "it is no output of megatron_tn.evaluate manifest=..."
+        raise ConfigError(f"{file}: {why}") from None
+
+
+def compare(
+    runs: Sequence[Path], output: Path, evaluated: Mapping[str, Mapping[int, float]] | None = None
+) -> list[Group]:
     """Print a table and draw a picture of several runs; returns them by settings, the best first.
+
+    evaluated: label -> losses by position, beside those of the runs.
 
     Raises:
         OSError: the picture cannot be written.
     """
-    groups = groups_of([RunFolder(path) for path in runs])
-    titles, rows = table_of(groups)
-    table = Table(Column(titles[0], overflow="fold"), *titles[1:])
-    for row in rows:
-        table.add_row(*row)
-    Console(highlight=False, markup=False).print(table)
-    if draw({group.name: group.runs for group in groups}, output):
+    groups = groups_of([RunFolder(path) for path in runs]) if runs else []
+    if groups:
+        titles, rows = table_of(groups)
+        table = Table(Column(titles[0], overflow="fold"), *titles[1:])
+        for row in rows:
+            table.add_row(*row)
+        Console(highlight=False, markup=False).print(table)
+    if draw({group.name: group.runs for group in groups}, output, evaluated):
         print(f"wrote {output}")
     return groups
 

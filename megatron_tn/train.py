@@ -22,7 +22,6 @@ from webdataset import DataPipeline
 from data_pipeline.stream import (
     Batch,
     InputError,
-    Manifest,
     StreamState,
     TokenStream,
     batches,
@@ -30,9 +29,9 @@ from data_pipeline.stream import (
 from kernels.dispatch import in_words
 from megatron_tn.cli import command, is_first_process, run_program
 from megatron_tn.config import ConfigError, TrainConfig
-from megatron_tn.data import open_stream, other_tokenizer, with_token_ids
+from megatron_tn.data import open_stream, with_token_ids
 from megatron_tn.engine.build import DTYPES, build_engine
-from megatron_tn.evaluate import held_out_loss, problems_of_held_out
+from megatron_tn.evaluate import evaluate_in_training, problems_in_training
 from megatron_tn.loading import open_weights, resolve_checkpoint
 from megatron_tn.model.registry import check_kernels, parameter_count, training_flops_per_token
 from megatron_tn.optim.schedule import batch_of_step, learning_rate
@@ -61,7 +60,8 @@ log = logging.getLogger(__name__)
 def train(config: TrainConfig) -> int | None:
     """Returns the exit code of a run that was told to stop before its end, and None for one that reached it."""
     config, stream, start = preflight(config)
-    with Preemption() as preemption, Run(config, start, open_weights) as run:
+    with Preemption(joined=False) as preemption, Run(config, start, open_weights) as run:
+        preemption.joined = True
         go_to(stream, run.start)
         context = ParallelContext.create(
             config.parallel.tp, config.parallel.cp, sequence_parallel=config.parallel.sequence_parallel
@@ -85,7 +85,7 @@ def train(config: TrainConfig) -> int | None:
             run,
             engine,
             stream_state=functools.partial(stream_state, stream),
-            evaluate=functools.partial(held_out_loss, engine.model, config) if config.evaluation.manifest else None,
+            evaluate=functools.partial(evaluate_in_training, engine.model, config) if config.evaluation.is_on else None,
             interrupted=lambda: preemption.received is not None,
             flops_per_token=training_flops_per_token(config.model, config.data.sequence_length),
         )
@@ -121,15 +121,8 @@ def preflight(config: TrainConfig) -> tuple[TrainConfig, TokenStream, Start | No
     config = with_token_ids(config)  # settings frozen at a submission have none yet
     for note in notes:
         log.info(note)  # by one rank: the others log warnings alone
-    problems: list[str] = []
+    problems = problems_in_training(config)
     stream = start = None
-    try:
-        if config.evaluation.manifest:
-            held_out, path = Manifest.load(config.evaluation.manifest), config.evaluation.manifest
-            problems += problems_of_held_out(held_out, f"evaluation.manifest={path}", config.model.vocab_size)
-            problems += other_tokenizer(held_out, config)
-    except InputError as error:
-        problems += [f"evaluation.manifest: {problem}" for problem in error.problems]
     try:
         stream = open_stream(config)
     except InputError as error:

@@ -58,15 +58,17 @@ def examples() -> list[Example]:
 
 
 def commands(shell: str) -> list[list[str]]:
-    """The words of each command, without comments."""
+    """The words of each command, without comments and redirections."""
     lines = shell.replace("\\\n", "").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    found = [shlex.split(line, comments=True) for line in lines]
+    return [words[: words.index(">")] if ">" in words else words for words in found if words]
 
 
 def program(words: list[str]) -> tuple[str, list[str]]:
     """(Module, its arguments) of a command; the module is empty for a command that is not the project's."""
-    if words[0].endswith("python") and words[1] == "-m":
-        return words[2], words[3:]
+    if words[0].endswith(("python", "torchrun")) and "-m" in words:
+        module = words.index("-m") + 1
+        return words[module], words[module + 1 :]
     launcher = next((number for number, word in enumerate(words) if word.startswith("launch/")), None)
     if launcher is None:
         return "", []

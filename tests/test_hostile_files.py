@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from data_pipeline.audit.answers import AnswersFile
 from data_pipeline.audit.samples import Samples
@@ -29,6 +31,10 @@ from megatron_tn.checkpoint.load import CheckpointWeights
 from megatron_tn.checkpoint.manifest import FORMAT, MANIFEST, VERSION, CheckpointManifest
 from megatron_tn.checkpoint.verify import glance, verify
 from megatron_tn.config import ConfigError, EngineConfig, ModelConfig, TrainConfig, from_mapping, to_mapping
+from megatron_tn.inference import prefix_file
+from megatron_tn.inference.prefix_file import fingerprint, load_prefix
+from megatron_tn.inference.records import prompt_problems, read_prompts
+from megatron_tn.model.registry import build_model
 from megatron_tn.parallel import world
 from megatron_tn.released.config import config_from_released, config_to_released, read_config
 from megatron_tn.released.tokenizer import tokenizer_files
@@ -36,6 +42,7 @@ from megatron_tn.released.weights import ReleasedWeights, weight_files
 from megatron_tn.training import freeze
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.watchdog.signs import Sign
+from tests.helpers.models import TINY, reference_model
 from tests.helpers.shards import make_text_shards
 
 CONTENTS = {
@@ -93,6 +100,22 @@ def journal(path: Path) -> None:
     file.set_aside_after(3)
 
 
+def prompts(path: Path) -> None:
+    if problems := prompt_problems(str(path), "a", {"end"}):
+        raise ConfigError(problems)
+    list(read_prompts(str(path)))
+
+
+def prefix_metadata(path: Path) -> None:
+    """The content as each value of a prefix's metadata in turn."""
+    text, model = path.read_bytes().decode("utf-8", "replace"), reference_model(TINY, 0)
+    good = {"config": json.dumps(to_mapping(TINY)), "dtype": "torch.float64", "model": fingerprint(model)}
+    good |= {"format": "megatron_tn prefix 1", "length": "1", "last": "5"}
+    for name in good:
+        save_file({"seen": torch.tensor([5], dtype=torch.int32)}, path, good | {name: text})
+        refused(lambda: load_prefix(path, model))
+
+
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "manifest": ("manifest.json", Manifest.load),
     "filter": ("filter.yaml", lambda path: ScoreFilter.load(str(path))),
@@ -118,6 +141,9 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "released index": ("model.safetensors.index.json", lambda path: weight_files(path.parent)),
     "released pickle": ("pytorch_model.bin", released),
     "released tensors": ("model.safetensors", released),
+    "prompts": ("prompts.jsonl", prompts),
+    "state of a prefix": ("prefix.safetensors", lambda path: load_prefix(path, reference_model(TINY, 0))),
+    "metadata of a prefix": ("prefix.safetensors", prefix_metadata),
     "DeepSpeed's settings": ("ds.json", lambda path: from_mapping(EngineConfig, {"deepspeed_config": str(path)})),
 }
 
@@ -165,6 +191,35 @@ def test_hostile_counts_and_scores(manifest):
             (manifest.directory / name).write_bytes(content)
             assert refused(read)
         (manifest.directory / name).unlink()
+
+
+PREFIX = {
+    "length": "3",
+    "last": "1",
+    "dtype": "torch.float32",
+    "model": "mine",
+    "config": json.dumps(to_mapping(ModelConfig())),
+}
+PREFIXES = {
+    "no config": ({"config": None}, {}),
+    "deep config": ({"config": "[" * 100_000}, {}),
+    "a list for a config": ({"config": "[]"}, {}),
+    "no length": ({"length": "many"}, {}),
+    "a negative length": ({"length": "-1"}, {}),
+    "a token beyond the vocabulary": ({"last": str(2**40)}, {}),
+    "no layer": ({}, {}),
+    "layers without a dimension": ({}, {f"layer.{n}": torch.zeros(()) for n in range(24)}),
+    "layers of another shape": ({}, {f"layer.{n}": torch.zeros(1, 2, 3, 4) for n in range(24)}),
+}
+
+
+@pytest.mark.parametrize(("metadata", "tensors"), PREFIXES.values(), ids=PREFIXES)
+def test_hostile_prefixes(tmp_path, monkeypatch, metadata, tensors):
+    monkeypatch.setattr(prefix_file, "fingerprint", lambda model: "mine")
+    metadata = {key: value for key, value in (PREFIX | metadata | {"format": prefix_file.FORMAT}).items() if value}
+    save_file({"seen": torch.zeros(1, dtype=torch.int32)} | tensors, tmp_path / "a", metadata)
+    model = build_model(ModelConfig(), None, "meta")
+    assert refused(lambda: prefix_file.load_prefix(tmp_path / "a", model))
 
 
 def header(name: str, kind: bytes, size: int) -> bytes:

@@ -119,6 +119,9 @@ def test_flags_are_as_hydra_spells_them(tmp_path, capsys):
     assert seen == []
     assert call(main, "--config-dir", str(tmp_path), "data=shorter") == 2
     assert "data=shorter: conf/data has 2k, 8k, short; did you mean short?" in capsys.readouterr().err
+    for flag, reason in (("--config-dir", "there is no such folder"), ("--config-path", "the settings are composed")):
+        assert call(main, flag, f"{tmp_path}/none") == 2
+        assert capsys.readouterr().err.startswith(f"error: {flag} {tmp_path}/none: {reason}")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ Arguments are Hydra overrides of conf/audit.yaml. Exit code 2 with a line per pr
 import json
 import os
 import secrets
+import shlex
 import sys
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def draw(settings: AuditSettings) -> None:
         )
         count = write_samples(Path(settings.samples), samples, overwrite=settings.overwrite)
     print(f"{settings.samples}: {count} documents of {manifest.totals.documents}; judge them with")
-    print(f"  python -m data_pipeline.audit samples={settings.samples}")
+    print(f"  python -m data_pipeline.audit samples={shlex.quote(settings.samples)}")
 
 
 def judge(settings: AuditSettings) -> None:

@@ -9,7 +9,7 @@ from data_pipeline.audit.agreement import Estimate, Figures, Summary
 
 def show(found: Summary, problems: list[str], console: Console | None = None) -> None:
     """Prints `found`, and `problems` of the answers file."""
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, markup=False)
     for problem in problems:
         console.print(f"warning: {escape(problem)}", style="yellow")
     how = (

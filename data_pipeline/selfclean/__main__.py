@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> None:
         return
     from rich.console import Console
 
-    Console(highlight=False).print(table(reports))
+    Console(highlight=False, markup=False).print(table(reports))
     last = f"{settings.output}/round_{settings.rounds:02d}/filter.json"
     print(f"train on what is kept with data.manifest={settings.manifest} data.filter={last}")
 

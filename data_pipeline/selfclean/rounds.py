@@ -11,6 +11,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,11 +24,13 @@ from data_pipeline.audit.samples import Samples, write_samples
 from data_pipeline.config import keep_settings
 from data_pipeline.errors import InputError, StageError
 from data_pipeline.files import open_lock, replace_file
+from data_pipeline.redaction import redacted, storable, written
 from data_pipeline.selfclean.bands import Quantiles, choose_bands
 from data_pipeline.selfclean.settings import RoundsSettings
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.stream.count import count
 from data_pipeline.stream.score_filter import ScoreFilter
+from data_pipeline.words import value
 
 STEP = 1.5  # factor on a tail's quantile after human verdicts
 FEWEST = 8  # minimum of decided documents in a tail to change its quantile
@@ -116,13 +119,14 @@ class Round:
 
     def run(self, say, lock: IO) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        manifest = f"manifest={self.settings.manifest}"
+        # Everybody on the machine may read a program's arguments: it resolves variables itself.
+        manifest = f"manifest={value(written(self.settings.manifest))}"
         run_dir = self.folder / "train"
-        words = [f"model={self.settings.evaluation_model}", f"data.{manifest}", f"run_dir={run_dir}"]
+        words = [f"model={self.settings.evaluation_model}", f"data.{manifest}", f"run_dir={value(str(run_dir))}"]
         if self.before:
-            words.append(f"data.filter={self.before.filter}")
+            words.append(f"data.filter={value(str(self.before.filter))}")
         self._program("train", [*self.settings.trainer, *words, *self.settings.train], say, lock)
-        words = [f"checkpoint={run_dir}", manifest, f"name={self.scores}", *self.settings.score]
+        words = [f"checkpoint={value(str(run_dir))}", manifest, f"name={self.scores}", *self.settings.score]
         self._program("score", [*self.settings.scorer, *words], say, lock)
         if not self.filter.exists():
             values, _ = group_scores(self.manifest, self.scores, self.settings.measure, lambda *_: None)
@@ -139,14 +143,14 @@ class Round:
         done = self.folder / f"{name}.done"
         if done.exists():
             return
-        say(f"round {self.number}: {' '.join(command)}")
+        say(redacted(f"round {self.number}: {shlex.join(command)}"))
         finished = subprocess.run(command, check=False, pass_fds=(lock.fileno(),))
         if finished.returncode:
             raise StageError(
                 f"round {self.number}: {name} ended with exit code {finished.returncode}; see its output above; the "
                 "same command continues from here"
             )
-        replace_file(done, json.dumps(command).encode() + b"\n")
+        replace_file(done, json.dumps(storable(command)).encode() + b"\n")
 
     def _figures(self, chosen: ScoreFilter, counts) -> dict:
         """[kept, all] documents and tokens of every source, the bands, and their quantiles."""
@@ -173,7 +177,7 @@ class Round:
         if left:
             raise WaitingForPeople(
                 f"round {self.number}: {left} of {len(samples)} documents are not judged yet. Judge them with\n"
-                f"  python -m data_pipeline.audit samples={self.samples}\n"
+                f"  python -m data_pipeline.audit samples={shlex.quote(str(self.samples))}\n"
                 "then start this command again; audit=skip continues without verdicts."
             )
 

@@ -156,10 +156,10 @@ class Remote:
 
     def sizes(self, names: list[str]) -> dict[str, int | None]:
         """{name: bytes, None if unknown} of the remote folder's files, at least of those in `names`: by one listing or,
-        if listings have no sizes (plain HTTP), by a request per file of `names`. Raises OSError."""
+        if listings have no sizes, as over HTTP, by a request per file of `names`. Raises OSError."""
         filesystem, root = self._filesystem()
         try:
-            listing = self._retry("", lambda: filesystem.ls(root, detail=True))
+            listing = [] if self._is_http() else self._retry("", lambda: filesystem.ls(root, detail=True))
         except (OSError, NotImplementedError):
             listing = []
         found = {entry["name"].rpartition("/")[2]: entry["size"] for entry in listing}
@@ -178,12 +178,18 @@ class Remote:
             return False, None
 
     def names(self) -> list[str]:
-        """Names in the remote folder; empty if it cannot be listed."""
+        """Names in the remote folder; empty if it cannot be listed. Of HTTP no page of links is read: fsspec would take
+        one of any length, in the square of its time."""
+        if self._is_http():
+            return []
         filesystem, root = self._filesystem()
         filesystem.invalidate_cache(root)  # a cached listing lacks new files
         with contextlib.suppress(Exception):
             return [entry.rpartition("/")[2] for entry in filesystem.ls(root, detail=False)]
         return []
+
+    def _is_http(self) -> bool:
+        return self.url.startswith(("http://", "https://"))
 
     def put(self, name: str) -> None:
         """Uploads a file of the cache to the remote folder. Raises the file system's errors."""
@@ -205,7 +211,7 @@ class Remote:
         import fsspec
 
         options = {}
-        if self.url.startswith(("http://", "https://")):
+        if self._is_http():
             try:
                 from aiohttp import ClientTimeout
             except ImportError:

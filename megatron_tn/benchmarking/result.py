@@ -111,4 +111,4 @@ def show(results: Sequence[Result]) -> None:
             f"{100 * of_datasheet:.1f} % of {found.datasheet_tflops:.0f}" if of_datasheet else "not known",
             f"{found.peak_gib:.1f}",
         )
-    Console(highlight=False, width=140).print(table)
+    Console(highlight=False, markup=False, width=140).print(table)

@@ -8,7 +8,7 @@ annotations of the fields; relations.py has the relations between groups.
 `ConfigError` lists all problems, one line each: the setting, its value and the relation it breaks.
 """
 
-from data_pipeline.redaction import redacted, resolved, storable
+from data_pipeline.redaction import redacted, resolved, shown, storable
 from megatron_tn.config.bounds import MOST_SEED, out_of_bounds
 from megatron_tn.config.checkpoint import CheckpointConfig
 from megatron_tn.config.cluster import ClusterConfig
@@ -32,6 +32,7 @@ from megatron_tn.config.mapping import (
     from_mapping,
     from_stored,
     known_keys,
+    open_new,
     read_mapping,
     save,
     to_mapping,
@@ -75,11 +76,13 @@ __all__ = [
     "from_stored",
     "known_keys",
     "load",
+    "open_new",
     "out_of_bounds",
     "read_mapping",
     "redacted",
     "resolved",
     "save",
+    "shown",
     "storable",
     "to_mapping",
     "to_stored",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic.dataclasses import dataclass
 
-from megatron_tn.config.bounds import Count, Positive, Seed
+from megatron_tn.config.bounds import MOST_INT, Bounds, Count, Positive, Seed
+from megatron_tn.config.evaluation import Names
 from megatron_tn.config.mapping import STRICT, unwritable
 from megatron_tn.config.run import TrainConfig
 
@@ -41,9 +42,14 @@ class EvaluateConfig:
 
     checkpoint: str = ""  # a checkpoint, a run's folder (its newest checkpoint is taken), or a released model's folder
     manifest: str = ""  # manifest.json of held-out shards
+    # Tasks of lm-evaluation-harness, by name or as task files: docs/evaluation.md. They need the extra eval.
+    tasks: Names = dataclasses.field(default_factory=list)
+    task_folder: str = ""  # a folder of task files of one's own, whose names `tasks` may then have
+    task_documents: Count = 0  # of each task, the first ones; 0: all
+    shots: Annotated[int, Bounds(-1, MOST_INT)] = -1  # examples before each question; -1: as many as the task says
     train_manifest: str = ""  # manifest.json of training shards for the unigram baseline; empty: no such baseline
     tokenizer: str = ""  # path of tokenizer.json; empty: the one beside the checkpoint
-    max_documents: Count = 0  # evaluate the first so many documents of the manifest; 0: all
+    max_documents: Count = 0  # evaluate so many held-out documents, equally many of each source; 0: all
     batch_tokens: Positive = 4096  # tokens of one forward pass
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one
     precision: Literal["trained", "bf16", "fp32"] = "trained"  # type to compute in; trained: as the weights

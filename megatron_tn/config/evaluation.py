@@ -1,15 +1,34 @@
-"""The settings `evaluation.*`: the held-out loss during training."""
+"""The settings `evaluation.*`: held-out loss and benchmark tasks during training."""
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from megatron_tn.config.bounds import Count
 from megatron_tn.config.mapping import STRICT
 
 
+def _in_a_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) and value else value
+
+
+Names = Annotated[list[str], BeforeValidator(_in_a_list)]  # tasks=a is tasks=[a]
+
+
 @dataclass(frozen=True, config=STRICT)
 class EvaluationConfig:
-    manifest: str = ""  # manifest.json of held-out shards; empty: no evaluation during training
+    manifest: str = ""  # manifest.json of held-out shards; empty: no held-out loss during training
     every: Count = 0  # steps between evaluations; 0: only at the end of the run
-    max_documents: Count = 256  # evaluate the first so many held-out documents; 0: all
+    max_documents: Count = 256  # evaluate so many held-out documents, equally many of each source; 0: all
+    # Tasks of lm-evaluation-harness, by name or as task files: docs/evaluation.md. They need the extra eval.
+    tasks: Names = dataclasses.field(default_factory=list)
+    task_folder: str = ""  # a folder of task files of one's own, whose names `tasks` may then have
+    task_documents: Count = 256  # of each task, the first ones; 0: all
+
+    @property
+    def is_on(self) -> bool:
+        return bool(self.manifest or self.tasks)

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -114,8 +114,16 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def save(config: Any, path: Path) -> None:
     """Write `to_stored(config)` as JSON, atomically (temporary file, then rename): a kill leaves no partial file."""
     partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(json.dumps(to_stored(config), indent=1) + "\n")
+    with open_new(partial) as file:
+        file.write(json.dumps(to_stored(config), indent=1) + "\n")
     partial.replace(path)
+
+
+def open_new(path: Path, mode: str = "x") -> IO:
+    """A new file in the place of what a killed process left there. In a folder that others may write to, no symbolic
+    link is followed."""
+    path.unlink(missing_ok=True)
+    return path.open(mode)
 
 
 def known_keys(kind: type, prefix: str = "") -> list[str]:

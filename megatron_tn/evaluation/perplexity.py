@@ -1,101 +1,90 @@
-"""Negative log-likelihood of documents under a model, for held-out loss, perplexity and bits per byte."""
+"""Negative log-likelihood of documents under a model: held-out loss and bits per byte, by source and by position."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from megatron_tn.evaluation.windows import windows
-from megatron_tn.model.base import IGNORE, Model
+from megatron_tn.evaluation.scores import row_scores
+from megatron_tn.model.base import Model
 
-# Batches are padded to a multiple of 16 tokens: Triton specialises kernels on divisibility of lengths by 16.
-ALIGNMENT = 16
+AFTER = "heldout_loss/after_"  # + 2^k: a journal's figure of the predictions after 2^k to 2^(k+1) - 1 tokens
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Sums over documents. nats: negative log-likelihood; tokens: number of predicted tokens (eos included, bos not);
-    text_bytes: UTF-8 bytes of the texts."""
+@dataclass
+class Sums:
+    """nats: negative log-likelihood of `tokens` predicted tokens (eos included, bos not), which stand for `text_bytes`
+    bytes of UTF-8 text."""
 
-    nats: float
-    tokens: int
-    text_bytes: int
-    documents: int
+    nats: float = 0.0
+    tokens: int = 0
+    text_bytes: int = 0
 
     @property
     def bits_per_byte(self) -> float:
-        return self.nats / math.log(2) / self.text_bytes
+        return self.nats / math.log(2) / self.text_bytes if self.text_bytes else math.nan
 
     @property
     def nats_per_token(self) -> float:
         return self.nats / self.tokens
 
-
-@torch.no_grad()
-def document_nats(
-    model: Model,
-    documents: Sequence[np.ndarray],
-    *,
-    batch_tokens: int = 4096,
-    window: int = 256,
-    progress: Callable[[int, int], None] = lambda documents, tokens: None,
-) -> list[float]:
-    """Negative log-likelihood in nats of each document (ids [n], bos first), given its first id.
-
-    A batch has batch_tokens // window documents of similar length. The model runs on `window` tokens at a time, from
-    the recurrent state after the preceding window: every token sees its document's whole past in bounded memory. A
-    model that is built for sequences of config.max_length tokens begins afresh after as many.
-    progress(n, tokens): called after each batch of n documents, of so many tokens.
-    """
-    device = next(model.parameters()).device
-    order = sorted(range(len(documents)), key=lambda i: -len(documents[i]))
-    rows = max(batch_tokens // window, 1)
-    nats = [0.0] * len(documents)
-    for start in range(0, len(order), rows):
-        chosen = order[start : start + rows]
-        longest = -(-len(documents[chosen[0]]) // ALIGNMENT) * ALIGNMENT
-        tokens = np.zeros((len(chosen), longest), dtype=np.int64)
-        targets = np.full((len(chosen), longest), IGNORE, dtype=np.int64)
-        for row, index in enumerate(chosen):
-            ids = documents[index]
-            tokens[row, : len(ids)] = ids
-            targets[row, : len(ids) - 1] = ids[1:]
-        lengths = [len(documents[index]) for index in chosen]
-        sums = _row_nats(
-            model, torch.from_numpy(tokens).to(device), torch.from_numpy(targets).to(device), lengths, window
-        )
-        for index, value in zip(chosen, sums.tolist(), strict=True):
-            nats[index] = value
-        progress(len(chosen), sum(lengths))
-    return nats
+    def add(self, nats: float, tokens: int, text_bytes: int) -> None:
+        self.nats += nats
+        self.tokens += tokens
+        self.text_bytes += text_bytes
 
 
-def _row_nats(model: Model, tokens: Tensor, targets: Tensor, lengths: list[int], window: int) -> Tensor:
-    """tokens, targets [B, N], lengths [B] descending -> summed loss of each row in nats, fp64 [B].
+@dataclass(frozen=True)
+class Documents:
+    """Held-out documents. tokens: ids int64 [n] of each, bos first. text_bytes, sources: UTF-8 bytes and name of the
+    source of each. token_bytes int64 [V]: UTF-8 bytes that each id stands for; None where that is not known."""
 
-    Each window runs only for the rows whose documents extend into it, to avoid padding.
-    """
-    total = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
-    state = None
-    for begin, end, afresh in windows(tokens.shape[1], window, model.config.max_length):
-        rows = sum(length > begin for length in lengths)
-        if not rows:
-            break
-        state = None if afresh else state.first_rows(rows)
-        piece = (slice(rows), slice(begin, end))
-        out = model(tokens[piece], targets=targets[piece], reduction="none", state=state, return_state=True)
-        total[:rows] += out.loss.double().sum(1)
-        state = out.state
-    return total
+    tokens: list[np.ndarray]
+    text_bytes: list[int]
+    sources: list[str]
+    token_bytes: np.ndarray | None = None
 
 
-def evaluate_documents(model: Model, documents: Sequence[np.ndarray], text_bytes: Sequence[int], **options) -> HeldOut:
-    """Sum `document_nats` over documents. text_bytes: UTF-8 bytes of each document's text."""
-    nats = document_nats(model, documents, **options)
-    tokens = sum(len(ids) - 1 for ids in documents)
-    return HeldOut(math.fsum(nats), tokens, sum(text_bytes), len(documents))
+@dataclass
+class HeldOut(Sums):
+    """Sums over all documents. sources: by source, in the order of the documents. positions: by the number of tokens
+    that the model saw of the document: 2^k -> sums over predictions after 2^k to 2^(k+1) - 1 tokens; text_bytes is 0
+    where the bytes of a token are not known."""
+
+    documents: int = 0
+    sources: dict[str, Sums] = field(default_factory=dict)
+    positions: dict[int, Sums] = field(default_factory=dict)
+
+
+def document_nats(model: Model, documents: Sequence[np.ndarray], **options) -> list[float]:
+    """Negative log-likelihood in nats of each document (ids [n], bos first), given its first id. options: of
+    `row_scores`."""
+    found = [0.0] * len(documents)
+    for scores in row_scores(model, documents, **options):
+        found[scores.index] = float(scores.nats.sum(dtype=np.float64))
+    return found
+
+
+def evaluate_documents(model: Model, documents: Documents, **options) -> HeldOut:
+    """Sums of the negative log-likelihood over documents. options: of `row_scores`."""
+    found = HeldOut(documents=len(documents.tokens))
+    found.sources = {name: Sums() for name in documents.sources}
+    longest = max(map(len, documents.tokens))
+    bins = np.frexp(np.arange(1, longest))[1] - 1  # [i]: k of the prediction after i + 1 tokens, 2^k <= i + 1 < 2^(k+1)
+    sums = np.zeros((3, bins.max(initial=0) + 1))  # nats, tokens and bytes of each k
+    for scores in row_scores(model, documents.tokens, **options):
+        ids = documents.tokens[scores.index]
+        nats = scores.nats.astype(np.float64)
+        part = bins[: len(nats)]
+        sums[0] += np.bincount(part, nats, len(sums[0]))
+        sums[1] += np.bincount(part, minlength=len(sums[1]))
+        if documents.token_bytes is not None:
+            sums[2] += np.bincount(part, documents.token_bytes[ids[1:]], len(sums[2]))
+        of_document = float(nats.sum()), len(ids) - 1, documents.text_bytes[scores.index]
+        found.add(*of_document)
+        found.sources[documents.sources[scores.index]].add(*of_document)
+    found.positions = {2**k: Sums(n, int(t), int(b)) for k, (n, t, b) in enumerate(sums.T.tolist()) if t}
+    return found

@@ -75,17 +75,21 @@ def load_prefix(path: str | Path, model: Model) -> Prefix:
         raise ConfigError(f"state={path} cannot be read: {error}") from None
     if metadata.get("format") != FORMAT:
         raise ConfigError(f"state={path} has format {metadata.get('format')!r}, not {FORMAT!r}")
-    if problem := _other_model(metadata, model):
-        raise ConfigError(f"state={path} was computed by another model: {problem}")
     try:
+        if problem := _other_model(metadata, model):
+            raise ConfigError(f"state={path} was computed by another model: {problem}")
         return _prefix(metadata, tensors, model)
-    except (KeyError, ValueError) as error:
+    except ConfigError:
+        raise
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:  # of JSON, shapes or nesting
         raise ConfigError(f"state={path} is damaged: {error}") from None
 
 
 def _prefix(metadata: dict[str, str], tensors: dict[str, Tensor], model: Model) -> Prefix:
     length, last, seen = int(metadata["length"]), int(metadata["last"]), frozenset(tensors["seen"].tolist())
     check_ids(seen | {last}, model.config.vocab_size)
+    if not 1 <= length < 2**62 or tensors["seen"].dtype != torch.int32:
+        raise ValueError(f"length {length}, ids in {tensors['seen'].dtype}")
     if length == 1:
         return Prefix(None, last, seen)
     axis, device = model.context.tp, next(model.parameters()).device

@@ -40,7 +40,7 @@ def read_prompts(path: str) -> Iterator[dict[str, Any]]:
 def _problem(line: bytes, text_key: str, taken: set[str]) -> str | None:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return f"no JSON: {error}"
     if not isinstance(record, dict):
         return f"a JSON {type(record).__name__}, no object"

@@ -1,4 +1,5 @@
-"""The picture of one run or several: training loss and held-out loss by tokens and by seconds of training."""
+"""The picture of one run or several: training loss and held-out loss by tokens and by seconds of training, and held-out
+loss by position in the document."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_tn.evaluation.perplexity import AFTER
 from megatron_tn.training.run_folder import RunFolder
 
 POINTS = 200  # longer curves are drawn as means over 1 / POINTS of their records
@@ -26,46 +28,80 @@ class Curve(NamedTuple):
     held_out: np.ndarray
 
 
-def draw(runs: Mapping[str, RunFolder | Sequence[RunFolder]], path: Path) -> bool:
-    """Write a PNG. runs: label -> run, or the runs over which the curve is a mean and its band the range. Returns
-    False, and writes nothing, when no run has a loss yet.
+def draw(
+    runs: Mapping[str, RunFolder | Sequence[RunFolder]],
+    path: Path,
+    evaluated: Mapping[str, Mapping[int, float]] | None = None,
+) -> bool:
+    """Write a PNG. runs: label -> run, or the runs over which the curve is a mean and its band the range. evaluated:
+    label -> losses by position, as `positions_of` returns them, beside those of the runs. Returns False, and writes
+    nothing, when there is no loss yet.
 
     Raises:
         OSError: `path` cannot be written.
     """
     from matplotlib.figure import Figure  # not pyplot: it would look for a display
 
-    curves = {label: curve_of([own] if isinstance(own, RunFolder) else own) for label, own in runs.items()}
-    curves = {label: curve for label, curve in curves.items() if curve is not None}
-    if not curves:
+    each = {label: [own] if isinstance(own, RunFolder) else own for label, own in runs.items()}
+    curves = {label: curve for label, own in each.items() if (curve := curve_of(own)) is not None}
+    positions = {label: found for label, own in each.items() if (found := positions_of(own))} | dict(evaluated or {})
+    panels = 2 * bool(curves) + bool(positions)
+    if not panels:
         return False
-    figure = Figure(figsize=(12, 4.5), dpi=120, layout="constrained")
-    by_tokens, by_seconds = figure.subplots(1, 2, sharey=True)
-    for axes, column in ((by_tokens, 0), (by_seconds, 1)):
-        for label, curve in curves.items():
-            (line,) = axes.plot(curve[column], curve.loss, lw=1, label=label)
-            if not np.array_equal(curve.lowest, curve.highest, equal_nan=True):
-                axes.fill_between(curve[column], curve.lowest, curve.highest, color=line.get_color(), alpha=0.2, lw=0)
-            axes.plot(curve.held_out[:, column], curve.held_out[:, 2], "o", ms=3, color=line.get_color())
+    figure = Figure(figsize=(6 * panels, 4.5), dpi=120, layout="constrained")
+    places = list(figure.subplots(1, panels, squeeze=False)[0])
+    if curves:
+        by_tokens, by_seconds = places[:2]
+        by_seconds.sharey(by_tokens)
+        for axes, column in ((by_tokens, 0), (by_seconds, 1)):
+            for label, curve in curves.items():
+                (line,) = axes.plot(curve[column], curve.loss, lw=1, label=label)
+                if not np.array_equal(curve.lowest, curve.highest, equal_nan=True):
+                    color = line.get_color()
+                    axes.fill_between(curve[column], curve.lowest, curve.highest, color=color, alpha=0.2, lw=0)
+                axes.plot(curve.held_out[:, column], curve.held_out[:, 2], "o", ms=3, color=line.get_color())
+        by_tokens.set(xlabel="tokens", ylabel="loss (nats a token; dots: held-out)")
+        by_seconds.set(xlabel="seconds of training steps")
+        early = [curve.loss[len(curve.loss) // 10] for curve in curves.values()]
+        if len(curves) > 1 and np.isfinite(early).any():
+            by_tokens.set_ylim(top=np.nanmax(early))  # the first tenth would hide by how little the ends differ
+        if ratio := _bits_per_byte_of_a_nat(each.values()):
+            axis = by_seconds.secondary_yaxis("right", functions=(lambda nats: nats * ratio, lambda bits: bits / ratio))
+            axis.set_ylabel("bits per byte of the held-out text")
+    if positions:
+        for label, losses in positions.items():
+            places[-1].plot(losses.keys(), losses.values(), "o-", ms=3, lw=1, label=label)
+        places[-1].set_xscale("log", base=2)
+        places[-1].set(xlabel="tokens of the document before, to twice as many", ylabel="held-out loss (nats a token)")
+    for axes in places:
         axes.grid(alpha=0.3)
-    by_tokens.set(xlabel="tokens", ylabel="loss (nats a token; dots: held-out)")
-    by_seconds.set(xlabel="seconds of training steps")
-    early = [curve.loss[len(curve.loss) // 10] for curve in curves.values()]
-    if len(curves) > 1 and np.isfinite(early).any():
-        by_tokens.set_ylim(top=np.nanmax(early))  # the first tenth would hide by how little the ends differ
-    if ratio := _bits_per_byte_of_a_nat(runs.values()):
-        axis = by_seconds.secondary_yaxis("right", functions=(lambda nats: nats * ratio, lambda bits: bits / ratio))
-        axis.set_ylabel("bits per byte of the held-out text")
-    by_tokens.legend(fontsize="small")
+    places[0].legend(fontsize="small")
+    places[-1].legend(fontsize="small")
     figure.savefig(path)
     return True
 
 
-def _bits_per_byte_of_a_nat(runs: Iterable[RunFolder | Sequence[RunFolder]]) -> float | None:
+def positions_of(runs: Sequence[RunFolder]) -> dict[int, float]:
+    """2^k -> the last held-out loss, in nats a token, of predictions after 2^k to 2^(k+1) - 1 tokens of a document: the
+    mean over runs, where all of them have it."""
+    each = []
+    for run in runs:
+        last = run.records("heldout_loss")[-1:]
+        each.append({int(name.removeprefix(AFTER)): v for r in last for name, v in r.items() if AFTER in name})
+    first = sorted(set.intersection(*map(set, each))) if each else []
+    return {place: float(np.mean([losses[place] for losses in each])) for place in first}
+
+
+def _bits_per_byte_of_a_nat(runs: Iterable[Sequence[RunFolder]]) -> float | None:
     """Held-out bits per byte over held-out nats per token: 1 / ln 2 times tokens per byte. None where runs differ in it
     (another tokenizer, another text), or have no such figures."""
-    each = [run for own in runs for run in ([own] if isinstance(own, RunFolder) else own)]
-    records = [record for run in each for record in run.records("heldout_bits_per_byte") if record["heldout_loss"]]
+    records = [
+        record
+        for own in runs
+        for run in own
+        for record in run.records("heldout_bits_per_byte")
+        if record["heldout_loss"]
+    ]
     ratios = [record["heldout_bits_per_byte"] / record["heldout_loss"] for record in records]
     return ratios[0] if ratios and math.isclose(min(ratios), max(ratios), rel_tol=1e-6) else None
 

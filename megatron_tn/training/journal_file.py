@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megatron_tn.config import open_new
+
 APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 
 
@@ -78,7 +80,8 @@ class JournalFile:
             return
         rewritten = self.path.with_suffix(".tmp")
         try:
-            rewritten.write_bytes(b"".join(line + b"\n" for line in kept))
+            with open_new(rewritten, "xb") as file:
+                file.write(b"".join(line + b"\n" for line in kept))
             if later:
                 self._append_superseded(later)
         except OSError:

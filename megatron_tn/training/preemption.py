@@ -18,12 +18,14 @@ class Preemption:
     blocked in a collective. A process started with SIGINT ignored keeps ignoring it: shells start background jobs so,
     and launch/node.sh its trainers.
 
-    received: the first signal's name, or None.
+    received: the first signal's name, or None. joined: whether the ranks have joined; before, Ctrl-C ends the process
+    at once: there is nothing to save, and a rank would wait for those that Ctrl-C ended while they imported.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-    def __init__(self) -> None:
+    def __init__(self, joined: bool = True) -> None:
+        self.joined = joined
         self.received: str | None = None
         self._before: dict[int, object] = {}
 
@@ -57,6 +59,10 @@ class Preemption:
         while numbers := os.read(self._reader, 64):
             if signal.SIGINT not in numbers or signal.SIGINT not in self._before:
                 continue
+            if not self.joined:
+                if os.environ.get("RANK", "0") == "0":
+                    os.write(2, b"interrupted before there was anything to save\n")
+                os._exit(INTERRUPTED)
             first = first or time.monotonic()
             if time.monotonic() - first > SAME_S:
                 os.write(2, b"interrupted again: ended without saving\n")

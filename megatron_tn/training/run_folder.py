@@ -35,7 +35,7 @@ from typing import Any
 
 from megatron_tn.checkpoint.files import sync_folder
 from megatron_tn.checkpoint.manifest import MANIFEST, checkpoint_name, step_of, whole_checkpoints
-from megatron_tn.config import ConfigError, TrainConfig, from_mapping, load, read_mapping, redacted, save
+from megatron_tn.config import ConfigError, TrainConfig, from_mapping, load, open_new, read_mapping, redacted, save
 from megatron_tn.training.journal_file import JournalFile
 from megatron_tn.training.state import Ledger
 
@@ -203,7 +203,8 @@ class RunFolder:
         path = self.path / "tracebacks" / f"rank_{rank:05d}.txt"
         try:
             path.parent.mkdir(exist_ok=True)
-            path.write_text(redacted("".join(traceback.format_exception(error))))
+            with open_new(path) as file:
+                file.write(redacted("".join(traceback.format_exception(error))))
         except OSError:
             return None
         return path
@@ -286,7 +287,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _replace(path: Path, values: dict[str, Any], *, sync: bool = False) -> None:
     partial = path.with_suffix(".tmp")
     try:
-        with partial.open("w") as file:
+        with open_new(partial) as file:
             file.write(json.dumps(values) + "\n")
             file.flush()
             if sync:

@@ -6,12 +6,14 @@ import time
 
 import pytest
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from data_pipeline import redaction
 from data_pipeline.config import compose
 from data_pipeline.errors import InputError, StageError
 from data_pipeline.redaction import HIDDEN, redacted, resolve, restored, storable, written
 from data_pipeline.run import check, main
+from data_pipeline.selfclean.rounds import table
 from data_pipeline.sources import Warc
 from tests.data_pipeline.corpus import prose
 
@@ -45,6 +47,19 @@ def test_credentials_of_urls(text, shown):
     assert redacted(text) == storable(text) == (shown or text)
     assert str(InputError(text)) == str(StageError(text)) == (shown or text)
     assert redacted(redacted(text)) == redacted(text)
+
+
+def test_a_message_cannot_write_over_a_terminal():
+    kept = "tab\t, accents é, 中文, हिन्दी, 😀, a\u200db"
+    assert str(InputError(kept)) == kept
+    assert str(InputError("\x1b[2Ja\rb\x9b\u202ec\u2066d\ud800\0")) == r"\x1b[2Ja\rb\x9b\u202ec\u2066d\ud800\x00"
+
+
+def test_a_table_takes_names_to_the_letter(capsys):
+    figures = {"documents": [1, 2], "tokens": [1, 2]}
+    filter = {"bands": {}, "default": [0.1, 0.2]}
+    Console(markup=False, width=200).print(table([{"round": 1, "kept_of": {"[/x] [red]": figures}, "filter": filter}]))
+    assert "[/x] [red]" in capsys.readouterr().out
 
 
 def test_time_grows_linearly_with_a_message():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from data_pipeline.audit.samples import Samples
 from data_pipeline.selfclean.__main__ import main
@@ -65,6 +67,22 @@ def start(corpus, tmp_path):
         return main([*paths, *programs, "quantiles.low=0.1", "quantiles.high=0.9", "quantiles.minimum=50", *words])
 
     return run
+
+
+def test_programs_get_hostile_paths_as_they_are_and_no_values_of_variables(start, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SHARDS_TOKEN", "shards")
+    name = "it's a,b [c] $(touch marker) =1"
+    out, manifest = f"output={tmp_path / name}", f"manifest={tmp_path}/${{oc.env:SHARDS_TOKEN}}/manifest.json"
+    words = tmp_path / "words"
+    (tmp_path / "scorer.py").write_text(
+        f"import json, sys; open({str(words)!r}, 'w').write(json.dumps(sys.argv[2:]))\n"
+    )
+    assert start(out, manifest) in (1, 2)  # there are no scores
+    found = OverridesParser.create().parse_overrides(json.loads(words.read_text()))
+    assert {one.key_or_group: one.value() for one in found}["checkpoint"] == f"{tmp_path / name}/round_01/train"
+    assert json.loads(words.read_text())[1] == f"manifest='{tmp_path}/${{oc.env:SHARDS_TOKEN}}/manifest.json'"
+    line = [line for line in capsys.readouterr().out.splitlines() if line.startswith("round 1: ")][-1]
+    assert shlex.split(line)[2:][-3:] == json.loads(words.read_text())
 
 
 def log(folder: Path) -> list[list[str]]:

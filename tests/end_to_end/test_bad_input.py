@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -210,6 +211,16 @@ def test_values_that_other_commands_cannot_have(capsys, main, words, messages):
     said = capsys.readouterr().err
     for message in messages:
         assert f"error: {message}" in said
+
+
+@pytest.mark.parametrize("main", [evaluate, train], ids=["evaluate", "train"])
+def test_tasks_without_the_extra(shards, capsys, monkeypatch, main):
+    for module in ("lm_eval", "lm_eval.tasks"):  # another test may have imported it
+        monkeypatch.setitem(sys.modules, module, None)
+    prefix = "" if main is evaluate else "evaluation."
+    words = (*SMALL, f"data.manifest={shards}") if main is train else ()
+    assert call(main, *words, f"{prefix}tasks=boolq") == 2
+    assert f"error: {prefix}tasks needs the extra eval, pip install -e '.[eval]': " in capsys.readouterr().err
 
 
 def test_a_run_folder_that_cannot_be_made(shards, tmp_path, capsys):

@@ -236,6 +236,10 @@ def test_evaluate_agrees_with_the_loop(trained, tmp_path):
     (in_loop,) = records(trained, "heldout_bits_per_byte")
     assert found["bits_per_byte"]["model"] == pytest.approx(in_loop["heldout_bits_per_byte"], rel=5e-3)
     assert set(found["bits_per_byte"]) == {"model", "unigram", "gzip -9", "xz -9"}
+    for first, figures in found["positions"].items():
+        assert figures["nats_per_token"] == pytest.approx(in_loop[f"heldout_loss/after_{first}"], rel=5e-3)
+    assert found["sources"]["test"]["bits_per_byte"] == found["bits_per_byte"]["model"]
+    assert sum(figures["text_bytes"] for figures in found["positions"].values()) == found["text_bytes"]
 
 
 def test_scores_are_written_once_and_are_the_models(trained, tmp_path, capsys, monkeypatch):

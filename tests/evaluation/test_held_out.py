@@ -8,10 +8,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from data_pipeline.tokenizer import train
 from megatron_tn.evaluation.baselines import compressor_bits_per_byte, unigram_bits_per_byte
-from megatron_tn.evaluation.perplexity import document_nats, evaluate_documents
-from tests.helpers.models import TINY, reference_model
+from megatron_tn.evaluation.perplexity import Documents, document_nats, evaluate_documents
+from megatron_tn.evaluation.scores import row_scores
+from megatron_tn.evaluation.token_bytes import token_bytes
+from megatron_tn.held_out import held_out_documents
+from tests.data_pipeline.shard_factory import make_shards
+from tests.helpers.models import HYBRID, TINY, TRANSFORMER, TRANSNORMER_2022, reference_model
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +36,68 @@ def test_a_document_scores_the_same_however_it_is_batched(documents, batch_token
         assert nats == pytest.approx(alone, rel=1e-6)
 
 
-def test_sums(documents):
+def test_sums_by_source_and_by_position(documents):
     model = reference_model(TINY, seed=1)
-    found = evaluate_documents(model, documents, [len(ids) for ids in documents])
+    sources = [f"{number % 3}" for number in range(len(documents))]
+    token_bytes = np.arange(TINY.vocab_size)
+    found = evaluate_documents(model, Documents(documents, [2 * len(ids) for ids in documents], sources, token_bytes))
+    nats = document_nats(model, documents)
     assert found.tokens == sum(len(ids) - 1 for ids in documents)
-    assert found.nats == pytest.approx(sum(document_nats(model, documents)))
+    assert found.nats == pytest.approx(sum(nats))
     assert found.bits_per_byte == pytest.approx(found.nats / math.log(2) / found.text_bytes)
+    assert found.sources["1"].nats == pytest.approx(sum(nats[1::3]))
+    assert found.sources["1"].text_bytes == sum(2 * len(ids) for ids in documents[1::3])
+    # After 4 to 7 tokens: predictions of the tokens at 4, 5, 6, 7.
+    parts = {score.index: score.nats[3:7].sum() for score in row_scores(model, documents)}
+    assert found.positions[4].nats == pytest.approx(sum(parts.values()))
+    assert found.positions[4].tokens == sum(len(ids[4:8]) for ids in documents)
+    assert found.positions[4].text_bytes == sum(int(ids[4:8].sum()) for ids in documents)
+    assert sum(sums.nats for sums in found.positions.values()) == pytest.approx(found.nats)
+    assert list(found.positions) == [1, 2, 4, 8, 16, 32]
+
+
+ARCHITECTURES = {config.name: config for config in (TINY, TRANSFORMER, HYBRID, TRANSNORMER_2022)}
+
+
+@pytest.mark.parametrize(("batch_tokens", "window"), [(4096, 256), (100, 7)], ids=str)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_scores_of_parts_of_rows_are_those_of_the_logits(documents, name, batch_tokens, window):
+    """With fp32 weights, as evaluated on a CPU."""
+    model = reference_model(ARCHITECTURES[name], seed=1, dtype=torch.float32)
+    first = [1 + number % max(len(ids) - 1, 1) for number, ids in enumerate(documents)]
+    options = {"batch_tokens": batch_tokens, "window": window}
+    for (index, nats, greedy), plain in zip(
+        row_scores(model, documents, first, greedy=True, **options),
+        row_scores(model, documents, first, **options),
+        strict=True,
+    ):
+        ids = torch.from_numpy(documents[index])
+        logits = model(ids.view(1, -1)).logits[0, first[index] - 1 : -1].detach()
+        expected = torch.nn.functional.cross_entropy(logits, ids[first[index] :], reduction="none")
+        np.testing.assert_allclose(nats, expected, atol=1e-5)
+        np.testing.assert_allclose(plain.nats, expected, atol=1e-5)
+        assert greedy.tolist() == (logits.argmax(-1) == ids[first[index] :]).tolist()
+
+
+def test_bytes_of_tokens_add_up_to_those_of_texts(tmp_path):
+    texts = ["naïve 数字 \x00\n\tdef f(x):\n    return x", "the cat"]
+    ours = train(lambda: ["the cat sat on the mat"] * 30, 380)
+    bytelevel = Tokenizer(models.BPE())
+    bytelevel.pre_tokenizer, bytelevel.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bytelevel.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
+    for tokenizer in (ours, bytelevel):
+        for text in texts:
+            assert token_bytes(tokenizer)[tokenizer.encode(text).ids].sum() == len(text.encode())
+    assert token_bytes(ours)[:4].tolist() == [0, 0, 0, 0]
+
+
+def test_held_out_documents_are_of_all_sources(tmp_path):
+    manifest = make_shards(tmp_path, documents=40, sources={"a": 0.75, "b": 0.2, "c": 0.05})
+    found = held_out_documents(str(tmp_path / "manifest.json"), 16)
+    assert {name: found.sources.count(name) for name in manifest.sources} == {"a": 6, "b": 5, "c": 2}
+    assert len(held_out_documents(str(tmp_path / "manifest.json"), 0).tokens) == 40
+    assert found.token_bytes is None  # no tokenizer is there
 
 
 def test_scoring_leaves_random_state_and_gradients_alone(documents):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from megatron_tn.inference.generator import generate, stream
+from megatron_tn.inference.rows import batches_of, generate_rows
 from megatron_tn.inference.sampler import Sampler
-from tests.helpers.models import TINY, reference_model
+from tests.helpers.models import TINY, TRANSFORMER, reference_model
 
 
 def test_decoding_equals_running_the_whole_text_each_time():
@@ -19,6 +20,31 @@ def test_decoding_equals_running_the_whole_text_each_time():
         while len(ids) < len(prompt) + len(found):
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     assert ids[len(prompt) :] == found
+
+
+@pytest.mark.parametrize(
+    ("config", "window"), [(TINY, 3), (TINY, 256), (TRANSFORMER, 3)], ids=["windows", "whole", "transformer"]
+)
+def test_prompts_of_different_lengths_decode_as_each_alone(config, window):
+    model = reference_model(config, seed=1)
+    draw = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, 101, (length,), generator=draw).tolist() for length in (7, 1, 23, 8)]
+    lengths = [5, 1, 9, 12]
+    found = generate_rows(
+        model,
+        prompts,
+        choose=lambda logits, positions: logits.argmax(-1),
+        is_done=lambda row, ids: len(ids) == lengths[row],
+        window=window,
+    )
+    for prompt, length, ids in zip(prompts, lengths, found, strict=True):
+        assert [ids] == generate(model, [prompt], max_new_tokens=length, sampler=Sampler(temperature=0))
+
+
+def test_batches_have_prompts_of_similar_length():
+    assert list(batches_of([100, 3, 5, 70, 4], rows=3)) == [[1, 4, 2], [3, 0]]
+    assert list(batches_of([1, 64, 66], rows=3)) == [[0, 1], [2]]
+    assert list(batches_of([], rows=3)) == []
 
 
 def test_it_stops_at_the_end_of_the_document():

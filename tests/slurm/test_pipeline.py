@@ -59,7 +59,7 @@ def jobs(output: Path) -> dict[str, str]:
 
 
 def test_job_arrays_write_the_same_bytes_as_local_processes(cluster, source, local, tmp_path):
-    output = tmp_path / "data"
+    output = tmp_path / """it's "data" of 100% %A $(touch marker) `touch marker`; #"""
     process = start(cluster, *source, *SLURM, f"output={output}")
     out, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
@@ -72,6 +72,7 @@ def test_job_arrays_write_the_same_bytes_as_local_processes(cluster, source, loc
     stage = next((output / "work/stages").glob("*_exact"))
     assert "#SBATCH --array=0-2" in (stage / "launch_script.slurm").read_text()
     assert len(list((stage / "slurm_logs").iterdir())) == 3
+    assert not list(tmp_path.rglob("marker")) + list(ROOT.glob("marker"))
 
     process = start(cluster, *source, *SLURM, f"output={output}")  # nothing is left to do
     _, errors = process.communicate(timeout=60)

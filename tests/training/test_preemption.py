@@ -38,9 +38,9 @@ def wait_until_told(said: str, where: str) -> None:
     os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY), 2)
     if where == "ignored":
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with Preemption() as preemption:
+    with Preemption(joined=where != "joining") as preemption:
         print("ready", file=sys.stderr)
-        if where == "in C":  # where Python runs no handler; a signal ends sem_wait, so it is called again
+        if where in ("in C", "joining"):  # where Python runs no handler; a signal ends sem_wait, so it is called again
             libc, semaphore = ctypes.CDLL(None), ctypes.create_string_buffer(64)
             libc.sem_init(semaphore, 0, 0)
             while libc.sem_wait(semaphore):
@@ -73,6 +73,13 @@ def test_a_second_ctrl_c_ends_a_process_that_waits_inside_a_collective(start):
     os.kill(process.pid, signal.SIGINT)
     process.join(10)
     assert (process.exitcode, said.read_text()) == (130, "ready\ninterrupted again: ended without saving\n")
+
+
+def test_ctrl_c_ends_a_rank_at_once_that_waits_for_the_others_to_join(start):
+    process, said = start("joining")
+    os.kill(process.pid, signal.SIGINT)
+    process.join(10)
+    assert (process.exitcode, said.read_text()) == (130, "ready\ninterrupted before there was anything to save\n")
 
 
 def test_a_process_that_was_started_to_ignore_ctrl_c_ignores_it(start):

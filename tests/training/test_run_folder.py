@@ -8,10 +8,11 @@ import time
 
 import pytest
 
-from megatron_tn.config import ConfigError
+from megatron_tn.config import ConfigError, TrainConfig
 from megatron_tn.training import run_folder
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import Ledger, TrainingState
+from megatron_tn.training.watchdog.signs import Sign, file_of
 from tests.helpers.training import fork_ranks
 
 
@@ -111,3 +112,25 @@ def test_a_step_is_found_under_the_name_that_a_kill_inside_publication_left(fold
         7: "step_00000007",
         8: "step_00000008-again",
     }
+
+
+def test_no_link_in_the_place_of_a_temporary_file_is_followed(folder, tmp_path):
+    """In a folder that others may write to, a link would have the run overwrite a file of its owner."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    for name in ("config.json.tmp", "status.tmp", "job.tmp", "ledger.tmp", "log.tmp", "tracebacks/rank_00000.txt"):
+        (folder.path / name).parent.mkdir(exist_ok=True)
+        (folder.path / name).symlink_to(victim)
+    sign = Sign(rank=0, host="here", pid=1)
+    file_of(tmp_path, 0).symlink_to(victim)
+    folder.freeze(TrainConfig(), "7")
+    folder.write_status("running", 1)
+    folder.write_ledger(Ledger())
+    folder.write_traceback(0, ValueError("here"))
+    folder.journal.path.write_text('{"step": 9}\n')
+    folder.journal.set_aside_after(3)
+    sign.write(tmp_path)
+    assert victim.read_text() == "mine"
+    assert folder.status()["state"] == "running"
+    assert folder.frozen_config() == TrainConfig()
+    assert "here" in (folder.path / "tracebacks/rank_00000.txt").read_text()

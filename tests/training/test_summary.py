@@ -17,7 +17,7 @@ from megatron_tn.benchmark import main as benchmark
 from megatron_tn.config import DataConfig, ModelConfig, ScheduleConfig, TrainConfig, save
 from megatron_tn.planning import host
 from megatron_tn.training.compare import group_names
-from megatron_tn.training.curve import curve_of
+from megatron_tn.training.curve import curve_of, positions_of
 from megatron_tn.training.hooks.console import ConsoleProgress
 from megatron_tn.training.hooks.journal import Journal
 from megatron_tn.training.run_folder import RunFolder
@@ -77,6 +77,24 @@ def test_plot_takes_runs_and_folders_of_runs(tmp_path, capsys):
     assert (tmp_path / "sweep" / "loss.png").stat().st_size > 1000
     assert call(plot.main, str(tmp_path / "nothing")) == 2
     assert "nothing: there is no run" in capsys.readouterr().err
+    assert call(plot.main, str(tmp_path / "sweep"), f"output={tmp_path}/all.txt") == 2
+    assert "all.txt must end in .png, .svg, .pdf: the ending is the picture's format" in capsys.readouterr().err
+
+
+def test_losses_by_position_are_drawn(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = make_run(tmp_path / "run", 5, 2.0)
+    folder.journal.append([{"step": 5, "heldout_loss": 2.5, "heldout_loss/after_1": 4.0, "heldout_loss/after_2": 3.0}])
+    assert positions_of([folder]) == {1: 4.0, 2: 3.0}
+    evaluation = {"positions": {"1": {"nats_per_token": 4.5}, "2": {"nats_per_token": 3.5}}}
+    (tmp_path / "other.json").write_text(json.dumps(evaluation))
+    (tmp_path / "tasks.json").write_text("{}")
+    assert call(plot.main, "run", "other.json") == 0
+    assert "wrote loss.png" in capsys.readouterr().out
+    assert call(plot.main, "other.json", "output=alone.png") == 0
+    assert (tmp_path / "alone.png").stat().st_size < (tmp_path / "loss.png").stat().st_size
+    assert call(plot.main, "tasks.json") == 2
+    assert "error: tasks.json: it is no output of megatron_tn.evaluate" in capsys.readouterr().err
 
 
 def config(**data) -> TrainConfig:

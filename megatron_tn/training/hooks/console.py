@@ -46,7 +46,7 @@ class ConsoleProgress(NullHook):
         self.total = total_steps
         self.work = work
         self.gone = False
-        self._console = Console()
+        self._console = Console(markup=False)
         self._progress = Progress(
             TextColumn("[bold]train"),
             BarColumn(),

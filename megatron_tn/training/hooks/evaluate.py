@@ -38,5 +38,6 @@ class EvaluateEvery(NullHook):
                 found = self.evaluate()
             except Interrupted:
                 return
-            state.held_out = {"step": state.step, **found}
+            whole = {name: value for name, value in found.items() if "/" not in name}
+            state.held_out = {"step": state.step, **whole}
             self.record(found | {"evaluation_s": time.perf_counter() - began}, state.step)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_tn.config import open_new
 from megatron_tn.training.watchdog.detect import Observation
 from megatron_tn.training.watchdog.explain import explain_failure, explain_hang
 from megatron_tn.training.watchdog.signs import read_all
@@ -59,7 +60,8 @@ class Observer:
         text = explain(self._observe())
         with contextlib.suppress(OSError):
             partial = file.with_suffix(".tmp")
-            partial.write_text(text)
+            with open_new(partial) as written:
+                written.write(text)
             partial.rename(file)
         return text, True
 

@@ -81,7 +81,7 @@ class Sign:
         """
         content = self._to_bytes(MOST_TEXT)
         with contextlib.suppress(OSError):
-            descriptor = os.open(file_of(folder, self.rank), os.O_CREAT | os.O_WRONLY, 0o644)
+            descriptor = os.open(file_of(folder, self.rank), os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o644)
             try:
                 os.pwrite(descriptor, content, 0)
             finally:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_tn.config import open_new
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.watchdog.detect import from_collective, patience_s
 from megatron_tn.training.watchdog.observe import Observer
@@ -130,15 +131,15 @@ class Watchdog:
         self._arm(REPORT_S)
         with contextlib.suppress(OSError):
             self.run.stacks.mkdir(exist_ok=True)
-            with (self.run.stacks / f"rank_{self._me.rank:05d}.txt").open("w") as file:
+            with open_new(self.run.stacks / f"rank_{self._me.rank:05d}.txt") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
         times = {"limit_s": self._limit_s, "timeout_s": self.timeout_s}
         text, first = self.observer.hang(**times, stacks=str(self.run.stacks))
         if first:
             print(text, file=sys.stderr, flush=True)
             self._mark_failed(text.splitlines()[0])
-            with contextlib.suppress(OSError):
-                self.run.hang.write_text(text)
+            with contextlib.suppress(OSError), open_new(self.run.hang) as file:
+                file.write(text)
         time.sleep(2 * self.interval_s)  # the launcher kills the other ranks when one exits
         os._exit(HANG_EXIT)
 

@@ -1,0 +1,87 @@
+"""Measure decoding on this machine: milliseconds of one token of the whole batch, sampling included.
+
+python -m megatron_tn.benchmarking.decode --model 1b --rows 1 256 --positions 0 1000000 --output rows.jsonl
+
+Random weights, bf16 on a GPU; the decoder of `python -m megatron_tn.generate`, which replays one CUDA graph a token.
+Each figure is the median of three runs of --tokens tokens. Rows of the output are JSON, as of megatron_tn.benchmark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import hydra
+import torch
+from omegaconf import OmegaConf
+
+import megatron_tn.train  # noqa: F401  registers the schema of conf/config.yaml
+from kernels.bench import rows
+from megatron_tn.cli import CONF
+from megatron_tn.config import ModelConfig, from_mapping
+from megatron_tn.inference.decoder import build_decoder
+from megatron_tn.inference.prefix import Prefix
+from megatron_tn.inference.sampler import Sampler
+from megatron_tn.model.base import Model
+from megatron_tn.model.init import initialize
+from megatron_tn.model.registry import build_model
+
+RUNS = 3
+
+
+def random_model(name: str, device: str, seed: int = 0) -> Model:
+    """The size conf/model/`name`.yaml with random weights; bf16 on a GPU."""
+    with hydra.initialize_config_dir(str(CONF), version_base=None):
+        settings = OmegaConf.to_container(hydra.compose("config", overrides=[f"model={name}"]).model)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = build_model(from_mapping(ModelConfig, settings), None, device, dtype)
+    initialize(model, seed)
+    return model
+
+
+def token_ms(model: Model, batch: int, position: int, sampler: Sampler, tokens: int) -> float:
+    """Milliseconds of one decoding step of `batch` rows that are at `position`, the median of RUNS runs of `tokens`
+    steps after two that compile kernels and capture the graph."""
+    decoder = build_decoder(model, batch)
+    for row in range(batch):
+        decoder.start(row, Prefix(None, model.config.bos_id, frozenset()), sampler=sampler, key=row)
+    decoder.positions += position
+    decoder.run(2).read()
+    found = []
+    for _ in range(RUNS):
+        begin = time.perf_counter()
+        decoder.run(tokens).read()  # the copy to the host ends after the last step
+        found.append(1e3 * (time.perf_counter() - begin) / tokens)
+    decoder.release()
+    return statistics.median(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m megatron_tn.benchmarking.decode", description=__doc__)
+    parser.add_argument("--model", default="1b", help="a file of conf/model (default: 1b)")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1], help="batch sizes (default: 1)")
+    parser.add_argument("--positions", type=int, nargs="+", default=[0], help="tokens before the first (default: 0)")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens of a timed run (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default: 0.8)")
+    parser.add_argument("--top-k", type=int, default=50, help="0: all (default: 50)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="1: all (default: 1)")
+    parser.add_argument("--output", type=Path, help="file that JSON rows are appended to (default: none)")
+    asked = parser.parse_args()
+    sampler = Sampler(asked.temperature, asked.top_k, asked.top_p)
+    if problems := sampler.problems():
+        parser.error("; ".join(problems))
+    model = random_model(asked.model, "cuda" if torch.cuda.is_available() else "cpu")
+    for batch in asked.rows:
+        for position in asked.positions:
+            value = token_ms(model, batch, position, sampler, asked.tokens)
+            print(f"{asked.model}, batch {batch}, after {position} tokens: {value:.4f} ms a token", flush=True)
+            if asked.output:
+                settings = {"temperature": sampler.temperature, "top_k": sampler.top_k, "top_p": sampler.top_p}
+                extras = {"model": asked.model, "batch": batch, "position": position, **settings}
+                rows.append(asked.output, [rows.row("decoding", "ms", value, **extras)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""A model behind lm-evaluation-harness's interface (the package lm_eval, an extra)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.models.utils import normalize_gen_kwargs
+from tokenizers import Tokenizer
+
+from megatron_tn.evaluation.encoding import encode_pair, encode_text
+from megatron_tn.evaluation.scores import SHORTEST, row_scores
+from megatron_tn.inference.rows import batches_of, generate_rows
+from megatron_tn.inference.sampler import Plan, Sampler, SamplingRows, sample
+from megatron_tn.inference.uniform import stream_key
+from megatron_tn.model.base import Model
+
+GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")  # generation_kwargs of tasks
+
+
+class HarnessModel(LM):
+    """tokenizer: reads `</s>` in a text as those four letters. batch_tokens, window: see `row_scores`. progress(n,
+    tokens): called after each batch of n requests, of so many tokens. seed: of sampled generation.
+
+    Every text begins with the model's bos, once, which is never scored. A text's whole past is seen, however long it
+    is. Collective over tensor parallelism; every rank gets all results.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        *,
+        batch_tokens: int = 4096,
+        window: int = 256,
+        seed: int = 0,
+        progress: Callable[[int, int], None] = lambda requests, tokens: None,
+    ):
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.options = {"batch_tokens": batch_tokens, "window": window, "progress": progress}
+        self.seed = seed
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Of each (context, continuation): ln p(continuation | context), and whether greedy decoding gives it."""
+        bos = self.model.config.bos_id
+        pairs = [encode_pair(self.tokenizer, bos, *request.args) for request in requests]
+        found = [(0.0, True)] * len(pairs)
+        rows, first = [ids for ids, _ in pairs], [place for _, place in pairs]
+        for index, nats, greedy in row_scores(self.model, rows, first, greedy=True, **self.options):
+            found[index] = -float(nats.sum(dtype=float)), bool(greedy.all())
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """ln p(text) of each request's (text,)."""
+        bos = self.model.config.bos_id
+        rows = [encode_text(self.tokenizer, bos, request.args[0]) for request in requests]
+        found = [0.0] * len(rows)
+        for index, nats, _ in row_scores(self.model, rows, **self.options):
+            found[index] = -float(nats.sum(dtype=float))
+        return found
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """What follows each request's (context, settings), up to the first of its stop texts, which is left out.
+
+        settings: `GENERATION`. Sampled text depends on the seed and the request's place, not on the batch.
+        """
+        texts = [
+            _Text(self.tokenizer, self.model.config.eos_id, normalize_gen_kwargs(request.args[1] or {}))
+            for request in requests
+        ]
+        prompts = [self._prompt(request.args[0], text.most) for request, text in zip(requests, texts, strict=True)]
+        rows = max(self.options["batch_tokens"] // SHORTEST, 1)
+        for batch in batches_of(list(map(len, prompts)), rows):
+            self._generate([prompts[number] for number in batch], [texts[number] for number in batch], batch)
+            self.options["progress"](len(batch), sum(len(prompts[number]) for number in batch))
+        return [text.found for text in texts]
+
+    def _generate(self, prompts: list[list[int]], texts: list[_Text], numbers: list[int]) -> None:
+        vocab_size = self.model.config.vocab_size
+        sampling = SamplingRows(len(prompts), vocab_size, next(self.model.parameters()).device)
+        for row, (text, number) in enumerate(zip(texts, numbers, strict=True)):
+            sampling.set(row, text.sampler, stream_key(self.seed, number), prompts[row])
+        plan = Plan.of([text.sampler for text in texts], vocab_size)
+        generate_rows(
+            self.model,
+            prompts,
+            choose=lambda logits, positions: sample(logits, sampling, positions, plan),
+            is_done=lambda row, ids: texts[row].is_done(ids),
+            window=self.options["window"],
+        )
+
+    def _prompt(self, context: str, new: int) -> list[int]:
+        """Without its beginning where a model built for sequences of max_length tokens has no room for it."""
+        ids = encode_text(self.tokenizer, self.model.config.bos_id, context).tolist()
+        room = self.model.config.max_length - new + 1
+        return ids if not self.model.config.max_length or len(ids) <= room else [ids[0], *ids[len(ids) - room + 1 :]]
+
+
+class _Text:
+    """What is generated for one request. settings: as `normalize_gen_kwargs` returns them."""
+
+    def __init__(self, tokenizer: Tokenizer, eos: int, settings: dict[str, Any]):
+        self.tokenizer = tokenizer
+        self.eos = eos
+        self.stops = [stop for stop in settings["until"] if stop]
+        self.most = settings["max_gen_toks"]
+        self.sampler = sampler_of(settings)
+        self.found = ""
+
+    def is_done(self, ids: list[int]) -> bool:
+        """Whether the text of these ids, which becomes `found`, is at its end."""
+        ended = ids[-1] == self.eos
+        text = self.tokenizer.decode(ids[:-1] if ended else ids)
+        places = [place for stop in self.stops if (place := text.find(stop)) >= 0]
+        self.found = text[: min(places)] if places else text
+        return ended or bool(places) or len(ids) >= self.most
+
+
+def sampler_of(settings: dict[str, Any]) -> Sampler:
+    """settings: as `normalize_gen_kwargs` returns them."""
+    if not settings["do_sample"]:
+        return Sampler(temperature=0)
+    return Sampler(settings.get("temperature", 1.0), settings.get("top_k", 0), settings.get("top_p", 1.0))

@@ -1,0 +1,203 @@
+"""Tasks of lm-evaluation-harness: found and read before a model is loaded, and run on one.
+
+lm_eval is an extra, imported when tasks are asked for. Its files are YAML; data is read by `datasets`, from the hub or
+from local files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import logging
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from megatron_tn.config import ConfigError
+from megatron_tn.model.base import Model
+
+log = logging.getLogger(__name__)
+
+SEED = 1234  # of few-shot examples, the harness's own default
+RESAMPLES = 100  # of the bootstrap, for the standard error of metrics that are no mean
+
+TaskSet = dict[
+    str, Any
+]  # {"tasks": {name: task}, "groups": ..., "group_map": ...}, as lm_eval's TaskManager returns it
+
+
+@functools.lru_cache(maxsize=4)
+def load_tasks(names: tuple[str, ...], folder: str = "", setting: str = "tasks") -> TaskSet:
+    """The tasks with their data. names: of tasks, groups or tags that the harness or a file below `folder` has, or
+    paths of task files. setting: the one that names them.
+
+    Raises:
+        ConfigError: the extra is missing; a task does not exist or cannot be read, or needs what `HarnessModel` lacks.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigError(f"{setting} needs the extra eval, pip install -e '.[eval]': {error}") from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if problems := _unreadable(folder, setting):
+        raise ConfigError(problems)
+    manager = TaskManager(include_path=folder or None, include_defaults=False)
+    if any(not _is_file(name) and name not in manager.all_tasks for name in names):
+        manager = _all_tasks(folder)
+    found: TaskSet = {"tasks": {}, "groups": {}, "group_map": {}}
+    for name in names:
+        try:
+            loaded = _load(manager, name)
+        except ConfigError as error:
+            problems += [f"{setting}={name}: {line}" for line in error.problems]
+            continue
+        for task in loaded["tasks"].keys() & found["tasks"].keys():
+            problems.append(f"{setting}={name}: task {task} is in another one of {','.join(names)}, too")
+        for kind, values in loaded.items():
+            found[kind] |= values
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
+
+
+def _load(manager: Any, name: str) -> TaskSet:
+    if _is_file(name) and not Path(name).is_file():
+        raise ConfigError("there is no such file")
+    if not _is_file(name) and name not in manager.all_tasks:
+        close = difflib.get_close_matches(name, manager.all_tasks, n=2)
+        raise ConfigError("there is no such task" + (f"; did you mean {' or '.join(close)}?" if close else ""))
+    try:
+        with _quiet():
+            loaded = manager.load([name])
+    except Exception as error:  # whatever YAML, jinja, datasets or a task's own code raises
+        raise ConfigError(f"it cannot be read: {type(error).__name__}: {' '.join(str(error).split())}") from None
+    if problems := [line for task in loaded["tasks"].values() for line in _unsupported(task)]:
+        raise ConfigError(problems)
+    return loaded
+
+
+@functools.lru_cache(maxsize=2)
+def _all_tasks(folder: str) -> Any:
+    """The harness's tasks and those below `folder`: thousands of files, which takes some ten seconds."""
+    from lm_eval.tasks import TaskManager
+
+    log.info("looking through the task files of lm-evaluation-harness")
+    return TaskManager(include_path=folder or None)
+
+
+def _unreadable(folder: str, setting: str) -> list[str]:
+    """One line for each task file below `folder` that cannot be read: the harness passes over it without a word."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    if not folder:
+        return []
+    setting = f"{setting.removesuffix('tasks')}task_folder={folder}"
+    if not Path(folder).is_dir():
+        return [f"{setting} is no folder"]
+    found = []
+    for path in sorted(Path(folder).glob("**/*.yaml")):
+        try:
+            load_yaml(path, resolve_func=False)
+        except Exception as error:
+            found.append(f"{setting}: {path} cannot be read: {' '.join(str(error).split())}")
+    return found
+
+
+def _unsupported(task: Any) -> Iterator[str]:
+    from megatron_tn.evaluation.harness import GENERATION
+
+    if getattr(task, "UNSAFE_CODE", False):
+        yield f"{task.task_name} runs code that the model writes, which is refused here"
+    if getattr(task, "MULTIMODAL", False):
+        yield f"{task.task_name} has images or sound, but the model reads text alone"
+    settings = (task.get_config("generation_kwargs") or {}) if task.OUTPUT_TYPE == "generate_until" else {}
+    if unknown := settings.keys() - set(GENERATION):
+        wrong, known = ", ".join(sorted(unknown)), ", ".join(GENERATION)
+        yield f"{task.task_name} sets {wrong} in generation_kwargs; known are {known}"
+
+
+def run_tasks(
+    model: Model,
+    tokenizer: Tokenizer,
+    tasks: TaskSet,
+    *,
+    shots: int = -1,
+    limit: int = 0,
+    progress: Callable[[int, int], None] = lambda requests, tokens: None,
+    **options: int,
+) -> dict[str, dict[str, float]]:
+    """Task or group -> metric -> score; metrics of a filter of the task are named METRIC,FILTER. "samples" is the
+    number of documents, METRIC_stderr the standard error.
+
+    shots: examples in front of each question; -1: as many as the task says. limit: documents of each task, the first
+    ones; 0: all. options, progress: of `HarnessModel`. Few-shot examples depend on SEED alone, and no random state is
+    changed. Collective: every rank gets the scores.
+    """
+    from lm_eval.evaluator import evaluate
+
+    from megatron_tn.evaluation.harness import HarnessModel
+
+    for task in tasks["tasks"].values():
+        # The harness leaves both to its command line. A task draws on from where its last evaluation stopped.
+        task.set_fewshot_seed(SEED)
+        number = task.get_config("num_fewshot") if shots < 0 else shots
+        task.set_config("num_fewshot", number or 0)
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the bootstrap would fork a process that has threads
+    with random_states_kept(), _quiet():
+        found = evaluate(
+            HarnessModel(model, tokenizer, progress=progress, **options),
+            tasks,
+            limit=limit or None,
+            bootstrap_iters=RESAMPLES,
+            log_samples=False,
+        )
+    scores = {}
+    for name, values in found["results"].items():
+        named = {key.removesuffix(",none"): value for key, value in values.items() if isinstance(value, float | int)}
+        scores[name] = {key: float(value) for key, value in named.items() if key not in ("sample_len", "sample_count")}
+        if name in found["n-samples"]:
+            scores[name]["samples"] = found["n-samples"][name]["effective"]
+    return scores
+
+
+def journal_names(scores: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Scores by the names that a run's journal has for them: tasks/TASK/METRIC."""
+    return {
+        f"tasks/{task}/{metric}": value
+        for task, values in scores.items()
+        for metric, value in values.items()
+        if metric != "samples" and "_stderr" not in metric
+    }
+
+
+@contextlib.contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Python's, numpy's and PyTorch's random states are afterwards what they were before."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without progress bars and what the harness prints: standard output is the result's."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield

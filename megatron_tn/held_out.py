@@ -1,0 +1,82 @@
+"""Held-out documents of a shard folder, and a model's loss on them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from data_pipeline.shards import read_shard
+from data_pipeline.stream import InputError, Manifest
+from megatron_tn.config import ConfigError, TrainConfig
+from megatron_tn.evaluation.perplexity import AFTER, Documents, evaluate_documents
+from megatron_tn.evaluation.token_bytes import token_bytes
+from megatron_tn.model.base import Model
+
+
+def problems_of_held_out(manifest: Manifest, setting: str, vocab_size: int) -> list[str]:
+    """Why a model of so many entries cannot be evaluated on these shards. setting: the one that names them."""
+    totals = manifest.totals
+    if totals.tokens <= totals.documents:  # a document's first token is given
+        return [f"{setting} holds nothing to predict: {totals.tokens} tokens in {totals.documents} documents"]
+    if manifest.tokenizer.vocab_size > vocab_size:
+        return [
+            f"{setting} was made with a tokenizer of {manifest.tokenizer.vocab_size} entries, more than "
+            f"model.vocab_size={vocab_size}"
+        ]
+    return []
+
+
+def held_out_loss(
+    model: Model, config: TrainConfig, progress: Callable[[int, int], None] = lambda documents, tokens: None
+) -> dict[str, float]:
+    """For the training loop: held-out figures, by the names that the journal has for them. Every rank evaluates the
+    same documents, so that engines that gather parameters in the forward pass stay in step. progress(n, tokens): told
+    of n more documents done, of so many tokens."""
+    documents = held_out_documents(config.evaluation.manifest, config.evaluation.max_documents)
+    found = evaluate_documents(model, documents, window=config.data.sequence_length, progress=progress)
+    values = {"heldout_loss": found.nats_per_token, "heldout_bits_per_byte": found.bits_per_byte}
+    if len(found.sources) > 1:
+        values |= {f"heldout_bits_per_byte/{name}": sums.bits_per_byte for name, sums in found.sources.items()}
+    return values | {f"{AFTER}{first}": sums.nats_per_token for first, sums in found.positions.items()}
+
+
+@functools.lru_cache(maxsize=2)
+def held_out_documents(manifest: str, most: int) -> Documents:
+    """The first documents of a shard folder, `most` in all (0: all): equally many of each source, where it has them."""
+    shards = load_manifest(manifest)
+    tokens, text_bytes, sources = [], [], []
+    for number, source in enumerate(shards.sources):
+        share = most // len(shards.sources) + (number < most % len(shards.sources)) if most else None
+        of_source = (
+            document for shard in shards.shards if shard.source == source for document in read_shard(shards, shard)
+        )
+        for document in itertools.islice(of_source, share):
+            tokens.append(document.tokens)
+            text_bytes.append(document.metadata["bytes"])
+            sources.append(source)
+    return Documents(tokens, text_bytes, sources, _token_bytes(shards, tokens, text_bytes))
+
+
+def _token_bytes(shards: Manifest, tokens: Sequence[np.ndarray], text_bytes: Sequence[int]) -> np.ndarray | None:
+    """UTF-8 bytes of each id; None where the shards' tokenizer is not beside them, or normalises texts, so that the
+    bytes of a document's tokens are not those of its text."""
+    try:
+        found = token_bytes(Tokenizer.from_file(str(shards.directory / shards.tokenizer.file)))
+    except Exception:  # the library raises nothing narrower
+        return None
+    try:
+        agrees = all(found[ids].sum() == size for ids, size in zip(tokens, text_bytes, strict=True))
+    except IndexError:
+        return None
+    return found if agrees else None
+
+
+def load_manifest(path: str) -> Manifest:
+    try:
+        return Manifest.load(path)
+    except InputError as error:
+        raise ConfigError(error.problems) from None

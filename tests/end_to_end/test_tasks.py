@@ -1,0 +1,98 @@
+"""Tasks of lm-evaluation-harness on the command line and in training."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_tn.checkpoint.load import Reader
+from megatron_tn.checkpoint.manifest import CheckpointManifest
+from megatron_tn.convert import main as convert
+from megatron_tn.evaluate import main as evaluate
+from megatron_tn.train import main as train
+from megatron_tn.training.run_folder import RunFolder
+from tests.helpers.tasks import lm_eval, write_tasks
+from tests.helpers.training import SMALL, call, fork_ranks, losses, records, train_forked
+
+lm_eval()
+TASKS = "[our_boolq,our_gsm8k,our_wikitext]"
+FP32 = (*SMALL, "engine.precision=fp32", "schedule.steps=4", "evaluation.task_documents=2")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+def scores_of(checkpoint: Path, folder: Path, output: Path, *more: str) -> dict[str, float]:
+    """As a journal has them."""
+    words = [f"checkpoint={checkpoint}", f"tasks={TASKS}", f"task_folder={folder}", f"output={output}", *more]
+    assert call(evaluate, *words, "device=cpu", "task_documents=2") == 0
+    return flat(json.loads(output.read_text())["tasks"])
+
+
+def flat(tasks: dict[str, dict[str, float]]) -> dict[str, float]:
+    found = {f"tasks/{task}/{metric}": value for task, values in tasks.items() for metric, value in values.items()}
+    return {name: value for name, value in found.items() if "_stderr" not in name and not name.endswith("/samples")}
+
+
+def journal(run: Path) -> list[dict[str, float]]:
+    found = records(run, "tasks/our_boolq/acc")
+    return [{name: value for name, value in record.items() if name.startswith("tasks/")} for record in found]
+
+
+def evaluate_on_a_rank(words: list[str]) -> None:
+    sys.exit(call(evaluate, *words))
+
+
+def test_in_training_from_a_checkpoint_split_in_two_and_from_an_export(shards, folder, tmp_path):
+    """ZeRO 3 gathers parameters in the forward pass, so both ranks score all documents."""
+    run = tmp_path / "run"
+    settings = (f"evaluation.tasks={TASKS}", f"evaluation.task_folder={folder}", "evaluation.every=2", "engine=zero3")
+    train_forked(2, *FP32, *settings, f"data.manifest={shards}", f"run_dir={run}")
+    halfway, at_end = journal(run)
+    assert at_end != halfway
+    assert at_end == pytest.approx(scores_of(run, folder, tmp_path / "one.json"), abs=1e-4, rel=1e-4)
+
+    assert call(convert, "export", f"checkpoint={run}", f"output={tmp_path / 'export'}") == 0
+    exported = scores_of(tmp_path / "export", folder, tmp_path / "exported.json")
+    assert exported == pytest.approx(at_end, abs=1e-4, rel=1e-4)
+
+    output = tmp_path / "two.json"
+    words = [f"checkpoint={run}", f"tasks={TASKS}", f"task_folder={folder}", f"output={output}", "task_documents=2"]
+    for process in fork_ranks(2, evaluate_on_a_rank, words):
+        process.join(timeout=300)
+        assert process.exitcode == 0
+    assert flat(json.loads(output.read_text())["tasks"]) == pytest.approx(at_end, abs=1e-4, rel=1e-4)
+
+
+def test_evaluating_changes_neither_losses_nor_random_states_nor_the_data(shards, folder, tmp_path):
+    words = (*FP32, "engine=fsdp2", f"data.manifest={shards}")
+    tasks = (f"evaluation.tasks={TASKS}", f"evaluation.task_folder={folder}", "evaluation.every=1")
+    assert call(train, *words, f"run_dir={tmp_path / 'without'}") == 0
+    assert call(train, *words, *tasks, f"run_dir={tmp_path / 'with'}") == 0
+    assert len(journal(tmp_path / "with")) == 4
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    states = []
+    for name in ("with", "without"):
+        checkpoint = RunFolder(tmp_path / name).whole_checkpoints()[-1]
+        manifest = CheckpointManifest.read(checkpoint)
+        with Reader(checkpoint, manifest) as reader:
+            states.append((reader.rng(0)["rng/cpu"].tolist(), manifest.training["stream"]))
+    assert states[0] == states[1]
+
+
+def test_bad_tasks_before_anything_is_started(shards, folder, tmp_path, capsys):
+    words = (f"data.manifest={shards}", f"run_dir={tmp_path / 'run'}", "evaluation.tasks=nowhere.yaml")
+    assert call(train, *SMALL, *words, "model.heads=3") == 2
+    said = capsys.readouterr().err
+    assert "error: evaluation.tasks=nowhere.yaml: there is no such file" in said
+    assert "model.heads=3" in said
+    assert not (tmp_path / "run").exists()
+    assert call(evaluate, "checkpoint=nowhere", "tasks=[a.yaml,b.yaml]", "shots=-2") == 2
+    said = capsys.readouterr().err
+    for line in ("tasks=a.yaml: there is", "tasks=b.yaml: there is", "checkpoint=nowhere: no", "shots=-2 must be"):
+        assert f"error: {line}" in said

@@ -1,0 +1,211 @@
+"""Tasks of lm-evaluation-harness on a model: scores against the model's logits, one text at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from data_pipeline.tokenizer import train
+from megatron_tn.config import ConfigError
+from megatron_tn.evaluation.tasks import load_tasks, run_tasks
+from megatron_tn.inference.generator import generate
+from megatron_tn.inference.sampler import Sampler
+from megatron_tn.loading import read_tokenizer
+from megatron_tn.model.base import Model
+from megatron_tn.model.init import initialize
+from megatron_tn.model.registry import build_model
+from megatron_tn.parallel.context import ParallelContext
+from tests.helpers.models import TINY, reference_model
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tasks import TASKS, lm_eval, write_task, write_tasks
+
+lm_eval()
+CONFIG = dataclasses.replace(TINY, vocab_size=401)
+NAMES = tuple(TASKS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    text = "the cat sat on the mat and the dog sat on the log while 12 birds sang 99 songs.\nQuestion: Answer: yes no\n"
+    found = train(lambda: [text * 30], CONFIG.vocab_size)
+    found.encode_special_tokens = True
+    return found
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return reference_model(CONFIG, seed=1, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def scores(model, tokenizer, folder) -> dict[str, dict[str, float]]:
+    return run_tasks(model, tokenizer, load_tasks(NAMES, str(folder)))
+
+
+@torch.no_grad()
+def log_probability(model: Model, tokenizer: Tokenizer, context: str, continuation: str) -> tuple[float, bool]:
+    """Of texts whose border no merge crosses."""
+    first, second = (tokenizer.encode(part, add_special_tokens=False).ids for part in (context, continuation))
+    assert first + second == tokenizer.encode(context + continuation, add_special_tokens=False).ids
+    ids = torch.tensor([[CONFIG.bos_id, *first, *second]])
+    logs = model(ids).logits[0, len(first) : -1].double().log_softmax(-1)
+    targets = ids[0, 1 + len(first) :]
+    return logs.gather(1, targets.unsqueeze(1)).sum().item(), bool((logs.argmax(-1) == targets).all())
+
+
+def accuracy(model: Model, tokenizer: Tokenizer, questions: list[tuple[str, list[str], int]], by_length: bool) -> float:
+    right = 0
+    for context, choices, label in questions:
+        found = [log_probability(model, tokenizer, context, f" {choice}")[0] for choice in choices]
+        found = [value / (len(choice) if by_length else 1) for value, choice in zip(found, choices, strict=True)]
+        right += int(np.argmax(found)) == label
+    return right / len(questions)
+
+
+def test_multiple_choice(scores, model, tokenizer):
+    documents = {name: data for name, (_, data) in TASKS.items()}
+    questions = {
+        "our_boolq": [
+            (f"{d['passage']}\nQuestion: {d['question']}?\nAnswer:", ["no", "yes"], d["label"])
+            for d in documents["our_boolq"]
+        ],
+        "our_hellaswag": [(f"A cat: {d['ctx']}", d["endings"], int(d["label"])) for d in documents["our_hellaswag"]],
+        "our_arc": [
+            (f"Question: {d['question']}\nAnswer:", d["choices"]["text"], "ABC".index(d["answerKey"]))
+            for d in documents["our_arc"]
+        ],
+    }
+    for name, asked in questions.items():
+        assert scores[name]["acc"] == accuracy(model, tokenizer, asked, by_length=False), name
+        assert scores[name]["samples"] == len(asked)
+    assert scores["our_boolq"]["acc_stderr"] == pytest.approx(
+        math.sqrt(scores["our_boolq"]["acc"] * (1 - scores["our_boolq"]["acc"]) / 5)
+    )
+
+
+def test_likelihood_and_perplexity(scores, model, tokenizer):
+    words = [d["text"].rpartition(" ") for d in TASKS["our_lambada"][1]]
+    found = [log_probability(model, tokenizer, context, f" {word}") for context, _, word in words]
+    assert scores["our_lambada"]["perplexity"] == pytest.approx(math.exp(-np.mean([nats for nats, _ in found])), 1e-5)
+    assert scores["our_lambada"]["acc"] == np.mean([greedy for _, greedy in found])
+    pages = [d["page"] for d in TASKS["our_wikitext"][1]]
+    nats = sum(log_probability(model, tokenizer, "", page)[0] for page in pages)
+    size = sum(len(page.encode()) for page in pages)
+    assert scores["our_wikitext"]["bits_per_byte"] == pytest.approx(-nats / size / math.log(2), 1e-5)
+
+
+def test_generation(model, tokenizer, folder):
+    from lm_eval.api.instance import Instance
+
+    from megatron_tn.evaluation.harness import HarnessModel
+
+    contexts = [f"Question: {d['question']}\nAnswer:" for d in TASKS["our_gsm8k"][1]]
+    greedy = {"until": ["sat", "\n"], "max_gen_toks": 15, "do_sample": False}
+    sampled = {"do_sample": True, "temperature": 0.7, "top_k": 20, "max_gen_toks": 15, "until": []}
+    both = [(context, settings) for settings in (greedy, sampled) for context in contexts]
+    requests = [Instance("generate_until", {}, arguments, index) for index, arguments in enumerate(both)]
+    found = HarnessModel(model, tokenizer, window=5).generate_until(requests)
+    for context, text in zip(contexts, found, strict=False):
+        prompt = [CONFIG.bos_id, *tokenizer.encode(context, add_special_tokens=False).ids]
+        (ids,) = generate(model, [prompt], max_new_tokens=15, sampler=Sampler(temperature=0))
+        alone = tokenizer.decode(ids)
+        assert text == alone.partition("sat")[0].partition("\n")[0]
+    assert HarnessModel(model, tokenizer, batch_tokens=64).generate_until(requests) == found
+    assert len(set(found[len(contexts) :])) == len(contexts)
+
+
+def test_scores_depend_neither_on_the_batch_nor_on_the_window(scores, model, tokenizer, folder):
+    for options in ({"batch_tokens": 1, "window": 16}, {"batch_tokens": 512, "window": 7}):
+        other = run_tasks(model, tokenizer, load_tasks(NAMES, str(folder)), **options)
+        for name, values in scores.items():
+            assert other[name] == pytest.approx(values, abs=1e-5, rel=1e-5), (name, options)
+
+
+def on_ranks(tokenizer: str, folder: str) -> dict[str, dict[str, float]]:
+    model = build_model(CONFIG, ParallelContext.create(tp=2))
+    initialize(model, 1)
+    return run_tasks(model, read_tokenizer(Path(tokenizer)), load_tasks(NAMES, folder), batch_tokens=512)
+
+
+def test_tensor_parallel_ranks_score_as_one(scores, tokenizer, folder, tmp_path):
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for found in run_ranks(2, on_ranks, str(tmp_path / "tokenizer.json"), str(folder)):
+        assert found == {name: pytest.approx(values, abs=1e-4, rel=1e-4) for name, values in scores.items()}
+
+
+def test_few_shot_examples_are_the_same_each_time_and_random_states_stay(scores, model, tokenizer, folder):
+    """The harness draws them from a generator of the task, which goes on from one evaluation to the next."""
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    again = run_tasks(model, tokenizer, load_tasks(NAMES, str(folder)))
+    assert again == scores
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[:2]
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_shots_and_limits(model, tokenizer, folder):
+    tasks = load_tasks(("our_piqa",), str(folder))
+    asked = [(f"Question: {d['goal']}\nAnswer:", [d["sol1"], d["sol2"]], d["label"]) for d in TASKS["our_piqa"][1][:3]]
+    found = run_tasks(model, tokenizer, tasks, shots=0, limit=3)["our_piqa"]
+    assert found["samples"] == 3
+    assert found["acc_norm"] == accuracy(model, tokenizer, asked, by_length=True)
+
+
+UNREADABLE = "output_type: ["
+SAMPLED = TASKS["our_gsm8k"][0].replace("max_gen_toks: 12", "num_beams: 4")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("{folder}/absent.yaml",), "tasks={folder}/absent.yaml: there is no such file"),
+        (("beams",), "tasks=beams: beams sets num_beams in generation_kwargs; known are until, "),
+        (("no_data",), "tasks=no_data: it cannot be read: FileNotFoundError: "),
+        (("no_field",), "tasks=no_field: it cannot be read: UndefinedError: 'pasage' is undefined"),
+        (("fine", "{folder}/fine.yaml"), "tasks={folder}/fine.yaml: task fine is in another one of fine,"),
+    ],
+    ids=["absent file", "unknown setting", "no data", "no field", "twice"],
+)
+def test_tasks_that_cannot_be_run(tmp_path, names, message):
+    text, documents = TASKS["our_boolq"]
+    write_task(tmp_path, "beams", SAMPLED, TASKS["our_gsm8k"][1])
+    write_task(tmp_path, "fine", text, documents)
+    write_task(tmp_path, "no_field", text.replace("{{passage}}", "{{pasage.x}}"), documents)
+    write_task(tmp_path, "no_data", text, documents)
+    (tmp_path / "no_data.jsonl").unlink()
+    with pytest.raises(ConfigError) as error:
+        load_tasks(tuple(name.format(folder=tmp_path) for name in names), str(tmp_path))
+    (line,) = error.value.problems
+    assert line.startswith(message.format(folder=tmp_path))
+    assert "\n" not in line
+
+
+def test_a_task_file_that_is_no_yaml_is_named(tmp_path):
+    """The harness passes over such a file in a folder."""
+    file = write_task(tmp_path, "broken", UNREADABLE, [])
+    with pytest.raises(ConfigError, match=rf"^task_folder={tmp_path}: {file} cannot be read: while parsing"):
+        load_tasks(("broken",), str(tmp_path))
+    with pytest.raises(ConfigError, match=r"^evaluation\.task_folder=nowhere is no folder$"):
+        load_tasks(("broken",), "nowhere", "evaluation.tasks")
+
+
+def test_a_task_that_does_not_exist(folder, monkeypatch):
+    """Without the harness's own tasks, thousands of files."""
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr(
+        "megatron_tn.evaluation.tasks._all_tasks", lambda path: TaskManager(include_path=path, include_defaults=False)
+    )
+    with pytest.raises(ConfigError, match=r"^tasks=our_bolq: there is no such task; did you mean our_boolq"):
+        load_tasks(("our_bolq",), str(folder))
