@@ -87,6 +87,16 @@ def corpus_table(summary: dict) -> str:
     return "\n".join(shown) + "\n"
 
 
+def overlap_table(summary: dict) -> str:
+    """How much of the held-out text stands in the training text."""
+    shown = ["| source | passages found in training | held-out documents | more than half found |", "|" + "---|" * 4]
+    shown += [
+        f"| {source} | {100 * found['passages']:.1f} % | {found['documents']:,} | {found['over_half']:,} |"
+        for source, found in summary["overlap"].items()
+    ]
+    return "\n".join(shown) + "\n"
+
+
 def stage_table(summary: dict) -> str:
     """What each stage of the pipeline left."""
     shown = ["| stage | documents left | MB |", "|---|---|---|"]
@@ -126,7 +136,7 @@ class Picture:
 
 
 def tables() -> dict[str, Table | Corpus | Picture]:
-    of_corpus = {"corpus": corpus_table, "stages": stage_table, "packages": package_table}
+    of_corpus = {"corpus": corpus_table, "overlap": overlap_table, "stages": stage_table, "packages": package_table}
     return (
         RESULTS
         | {"curves": Picture()}

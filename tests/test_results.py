@@ -201,12 +201,21 @@ def test_the_page_shows_means_and_spread_of_seeds():
 def test_the_page_shows_the_corpus(tmp_path, monkeypatch):
     found = {"documents": 1234, "bytes": 5_600_000, "tokens": 1_500_000}
     package = {"version": "1:2-3", "source": "code", "licence": "MIT", "files": 7, "bytes": 900_000}
-    summary = {"sources": {"code": {"train": found}}, "stages": {"read": found}, "packages": {"made": package}}
+    shared = {"code": {"passages": 0.125, "documents": 59, "over_half": 6}}
+    summary = {
+        "overlap": shared,
+        "sources": {"code": {"train": found}},
+        "stages": {"read": found},
+        "packages": {"made": package},
+    }
     (tmp_path / "corpus.json").write_text(json.dumps(summary))
     monkeypatch.setattr(render_results, "ROWS", tmp_path)
-    blocks = "".join(f"<!-- rows: {name} -->\n<!-- end of rows -->\n" for name in ("corpus", "stages", "packages"))
+    blocks = "".join(
+        f"<!-- rows: {name} -->\n<!-- end of rows -->\n" for name in ("corpus", "overlap", "stages", "packages")
+    )
     lines = fill(blocks, [], render_results.tables()).splitlines()
     assert "| code | 1,234 | 5.6 | 1,500,000 | 0 | 0.0 | 0 |" in lines
+    assert "| code | 12.5 % | 59 | 6 |" in lines
     assert "| read | 1,234 | 5.6 |" in lines
     assert "| made | 1:2-3 | MIT | code | 7 | 0.9 |" in lines
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data_pipeline.config import compose, keep_settings
+from data_pipeline.corpus.overlap import overlap
 from data_pipeline.corpus.packages import fetch, take
 from data_pipeline.corpus.parts import SPLITS, divide
 from data_pipeline.corpus.settings import CorpusSettings
@@ -33,7 +34,11 @@ def make_corpus(settings: CorpusSettings, say: Callable[[str], None] = print) ->
     report = run(compose([*words, f"workers={settings.workers}"]))
     say("divided into parts")
     divided = _once(output / "parts.json", lambda: _divide(settings, output))
+    say("held-out passages looked for in the training text")
+    train, held_out = (Manifest.load(output / "corpus" / split / "manifest.json") for split in SPLITS)
+    shared = _once(output / "overlap.json", lambda: overlap(train, held_out))
     summary = {
+        "overlap": shared,
         "sources": _sources(output / "corpus"),
         "stages": {found["stage"]: {key: found[key] for key in COUNTS} for found in report["stages"]},
         "drops": {rule: {key: found[key] for key in COUNTS} for rule, found in report["drops"].items()},

@@ -8,6 +8,7 @@ import subprocess
 import tarfile
 import zipfile
 
+import numpy as np
 import pytest
 import yaml
 
@@ -15,13 +16,16 @@ from data_pipeline.config import CONF
 from data_pipeline.corpus import packages
 from data_pipeline.corpus.join import main as join
 from data_pipeline.corpus.make import make_corpus
+from data_pipeline.corpus.overlap import overlap
 from data_pipeline.corpus.packages import take
 from data_pipeline.corpus.parts import deal
 from data_pipeline.corpus.pieces import cut
 from data_pipeline.corpus.settings import CorpusSettings, Package, compose_corpus
 from data_pipeline.errors import InputError, StageError
+from data_pipeline.shards.content import TokenizerInfo
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.reading import read_documents
+from data_pipeline.shards.writer import ShardWriter
 from tests.data_pipeline.real_text import write_real_text
 
 ANY = "0" * 64
@@ -108,6 +112,22 @@ def test_pieces_have_every_token_once_and_their_bytes(made, tmp_path):
         found[name] = (tokens + piece.tokens[1:].tolist(), size + piece.metadata["bytes"])
     assert found == whole
     assert pieces.totals.text_bytes == held_out.totals.text_bytes
+
+
+def test_what_held_out_text_shares_with_training_text_is_counted(tmp_path):
+    """A document that begins as one of the training text does, and one that is nowhere else."""
+    words = np.random.default_rng(0).integers(4, 500, 400)
+    for split, documents in (("train", [words[:100], words[100:200]]), ("heldout", [words[80:120], words[300:340]])):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "tokenizer.json").write_text("{}")
+        info = TokenizerInfo("tokenizer.json", hashlib.sha256(b"{}").hexdigest(), 500, 1, 2, 0)
+        with ShardWriter(tmp_path / split, "part", dtype=np.dtype("uint16"), shard_tokens=10_000) as writer:
+            for number, own in enumerate(documents):
+                writer.write(np.array([1, *own, 2]), id=f"{number}", source="code", text_bytes=9)
+        Manifest.create(tmp_path / split, info, writer.shards).save()
+    found = overlap(*(Manifest.load(tmp_path / split / "manifest.json") for split in ("train", "heldout")))
+    # Of 28 passages of 13 tokens each, the first document has 8 within either of two training documents.
+    assert found == {"code": {"passages": 16 / 56, "documents": 2, "over_half": 1}}
 
 
 def test_joining_says_what_is_wrong(tmp_path, capsys):
