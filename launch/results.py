@@ -32,7 +32,9 @@ from launch.runs import Failed, Programs, TimeUp
 from megatron_tn.training.run_folder import RunFolder
 
 FAILED, TIME_UP = 1, 3
-BATCH_TOKENS = 8192  # of a batch of held-out documents
+PIECE_TOKENS = 65536  # of a batch of held-out pieces
+WHOLE_TOKENS = 8192  # of a batch of whole documents, whose key-value caches may be long
+WHOLE_DOCUMENTS = 240  # whole documents that are evaluated, equally many of each source where it has them
 REPORT_S = 20.0  # between two lines on the runs under way
 BEST = re.compile(r"best of (\w+)")
 RESULT, LOOP = "result", "training loop"  # names of the rows of a trained and of a measured run
@@ -85,10 +87,14 @@ class Run:
         words += [f"data.manifest={options.data / 'train/manifest.json'}", f"evaluation.manifest={pieces}"]
         programs.run("megatron_tn.train", [*words, *options.overrides], folder / "console.log")
         found = []
-        for held_out in (pieces, options.data / "heldout/manifest.json"):
+        whole = options.data / "heldout/manifest.json"
+        for held_out, documents, tokens in (
+            (pieces, options.documents, PIECE_TOKENS),
+            (whole, options.documents or WHOLE_DOCUMENTS, WHOLE_TOKENS),
+        ):
             output = folder / f"{held_out.parent.name}.json"
             words = [f"checkpoint={folder}", f"manifest={held_out}", f"output={output}"]
-            words += [f"max_documents={options.documents}", f"batch_tokens={BATCH_TOKENS}"]
+            words += [f"max_documents={documents}", f"batch_tokens={tokens}"]
             programs.run("megatron_tn.evaluate", words, folder / "console.log")
             found.append(json.loads(output.read_text()))
         return self._row(*found, options.at_once)
