@@ -8,7 +8,7 @@ from megatron_tn.benchmarking import decode
 
 def test_a_row_for_each_batch_and_position(tmp_path, monkeypatch, capsys):
     output = tmp_path / "rows.jsonl"
-    words = "--model demo --rows 1 2 --positions 0 1000 --tokens 2 --output".split()
+    words = ["--model", "demo", "--rows", "1", "2", "--positions", "0", "1000", "--tokens", "2", "--output"]
     monkeypatch.setattr(sys, "argv", ["decode", *words, str(output)])
     decode.main()
     found = [json.loads(line) for line in output.read_text().splitlines()]
