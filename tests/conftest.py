@@ -1,5 +1,6 @@
 """What holds for every test: one compute thread a process, imports that no garbage collection looks at, Ctrl-C is
-heard, and a test marked `gpu` is skipped, with the reason, where there are too few devices."""
+heard, no secret of one test is hidden from the messages of another, and a test marked `gpu` is skipped, with the
+reason, where there are too few devices."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ import signal
 
 import pytest
 import torch
+
+from data_pipeline import redaction
 
 
 def pytest_configure() -> None:
@@ -29,3 +32,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     wanted = max((mark.args[0] if mark.args else 1 for mark in item.iter_markers("gpu")), default=0)
     if wanted and torch.cuda.device_count() < wanted:
         pytest.skip(f"needs {wanted} CUDA device{'s' if wanted > 1 else ''}")
+
+
+@pytest.fixture(autouse=True)
+def no_secrets_of_other_tests():
+    yield
+    redaction._written.clear()
+    redaction._values.clear()
