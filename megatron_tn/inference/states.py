@@ -7,7 +7,7 @@ from torch import Tensor
 from megatron_tn.inference.token import token_logits
 from megatron_tn.model.base import DecodingState, Model
 
-BUFFERED_ROWS = 16  # from so many rows on, states rather than weights are most of what a step reads and writes
+BUFFERED_ROWS = 16  # from so many rows on a buffered step was faster (docs/measurements/2026-11-29.md)
 SLOTS = 16  # tokens between two writes of a buffered state: more make a step read more keys and values
 
 
