@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels.dependent_launch import launch_options
 from kernels.gla.inputs import GlaInputs
 from kernels.gla.step_buffer import StepBuffer
-from kernels.gla.triton_features import ACTIVATIONS, activate, cos_sin, turn_fraction
+from kernels.gla.triton_features import ACTIVATIONS, activate, turn_of
 from kernels.lightning.tiles import padded
 
 ELEMENTS, WARPS = 4096, 4  # of the state that a program holds: 32 registers a thread
@@ -62,7 +62,7 @@ def buffered_step_kernel(
     wanted = column < width
     source = tl.where(i < width, i, i - width)  # LRPE features: cosine half, then sine half of the same elements
 
-    # All loads come first, and none depends on another, so that their latencies overlap.
+    # These loads come first, and none depends on another, so that their latencies overlap.
     at = state_pointer + row_head * summed_width * width + i[:, None] * width + column[None, :]
     mask = held[:, None] & wanted[None, :]
     state = tl.load(at, mask=mask, other=0.0)
@@ -81,17 +81,11 @@ def buffered_step_kernel(
     slot = tl.load(slot_pointer).to(tl.int32)
     start = tl.load(start_pointer + row).to(tl.int32)
     rate = tl.load(decay_pointer + head)
-    position = tl.zeros([1], tl.int64)
-    if theta_pointer is not None:
-        if positions_pointer is not None:
-            position += tl.load(positions_pointer + row * positions_row).to(tl.int64)
-        fraction = turn_fraction(tl.load(theta_pointer + head * width + source, mask=held, other=0.0))
 
     q = activate(q, ACT, QUICK)
     k = activate(k, ACT, QUICK)
     if theta_pointer is not None:
-        cos, sin = cos_sin(position, fraction, QUICK)
-        turn = tl.where(i < width, tl.reshape(cos, [SUMMED]), tl.reshape(sin, [SUMMED]))
+        turn = turn_of(theta_pointer + head * width, positions_pointer, positions_row, row, source, held, QUICK, SUMMED)
         q *= turn
         k *= turn
     q = tl.where(held, q, 0.0)

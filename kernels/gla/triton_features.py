@@ -77,6 +77,26 @@ def cos_sin(position, fraction, QUICK: tl.constexpr):
 
 
 @triton.jit
+def turn_of(
+    theta_at,  # of the row's head, [d]
+    positions_pointer,  # [B] or [1], or None: 0
+    positions_row,
+    row,
+    source,  # [SUMMED]: each feature's channel of the head
+    held,
+    QUICK: tl.constexpr,
+    SUMMED: tl.constexpr,
+):
+    """LRPE's factors of one token's q and k, fp32 [SUMMED]: cos(theta t) in the first half, then sin(theta t)."""
+    position = tl.zeros([1], tl.int64)
+    if positions_pointer is not None:
+        position += tl.load(positions_pointer + row * positions_row).to(tl.int64)
+    fraction = turn_fraction(tl.load(theta_at + source, mask=held, other=0.0))
+    cos, sin = cos_sin(position, fraction, QUICK)
+    return tl.where(source == tl.arange(0, SUMMED), tl.reshape(cos, [SUMMED]), tl.reshape(sin, [SUMMED]))
+
+
+@triton.jit
 def positions_of(token, total, positions_pointer, positions_row, positions_time, held):
     """The position of each token, int64; its index in its row where positions_pointer is None."""
     row = token // total

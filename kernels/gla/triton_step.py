@@ -12,7 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.dependent_launch import launch_options
 from kernels.gla.inputs import PIECE, GlaInputs
-from kernels.gla.triton_features import ACTIVATIONS, activate, cos_sin, turn_fraction
+from kernels.gla.triton_features import ACTIVATIONS, activate, turn_of
 from kernels.lightning.tiles import padded
 
 SLICE, WARPS = PIECE, 4  # columns of the state: rows of 128 bytes
@@ -59,12 +59,7 @@ def step_kernel(
     q = activate(tl.load(x + source, mask=held, other=0.0).to(tl.float32), ACT, QUICK)
     k = activate(tl.load(x + part + source, mask=held, other=0.0).to(tl.float32), ACT, QUICK)
     if theta_pointer is not None:
-        position = tl.zeros([1], tl.int64)
-        if positions_pointer is not None:
-            position += tl.load(positions_pointer + row * positions_row).to(tl.int64)
-        fraction = turn_fraction(tl.load(theta_pointer + head * width + source, mask=held, other=0.0))
-        cos, sin = cos_sin(position, fraction, QUICK)
-        turn = tl.where(i < width, tl.reshape(cos, [SUMMED]), tl.reshape(sin, [SUMMED]))
+        turn = turn_of(theta_pointer + head * width, positions_pointer, positions_row, row, source, held, QUICK, SUMMED)
         q *= turn
         k *= turn
     # With "1+elu", act(0) = 1: padding must be zeroed after the activation.
