@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from megatron_tn.training.hooks import NullHook
@@ -23,26 +24,47 @@ class Journal(NullHook):
     log.superseded.jsonl, so that log.jsonl is one curve and nothing is lost.
 
     Logging never stops training: while writes fail, records are buffered in memory, with one warning at the first
-    failure and a line when they are written. every: steps between records.
+    failure and a line when they are written.
+
+    every: steps between records. began: Unix time at which this process began; None records no start. waited_s: seconds
+    that rank 0 has waited for data since then.
     """
 
-    def __init__(self, file: JournalFile, every: int, work: Work):
+    def __init__(
+        self,
+        file: JournalFile,
+        every: int,
+        work: Work,
+        *,
+        began: float | None = None,
+        waited_s: Callable[[], float] = lambda: 0.0,
+    ):
         self.file = file
         self.every = every
         self.work = work
+        self.began = began
+        self.waited_s = waited_s
         self._waiting: deque[dict[str, Any]] = deque()
         self._lost = 0
         self._take_back: int | None = None  # move records after this step, once writes work
         self._failed = False  # whether the failure was reported
 
     def on_start(self, state: TrainingState) -> None:
+        self._go_on_from(state)
+        if self.began is not None:
+            self.record({"start/began": self.began}, state.step)
+
+    def on_rewind(self, state: TrainingState) -> None:
+        self._go_on_from(state)
+
+    def _go_on_from(self, state: TrainingState) -> None:
         self._waiting = deque(record for record in self._waiting if record["step"] <= state.step)
         self._take_back = state.step
         self._write()
-        self._since, self._tokens, self._steps = self.work.clock.now(), 0, 0
+        self._count_from(self.work.clock.now())
 
-    def on_rewind(self, state: TrainingState) -> None:
-        self.on_start(state)
+    def _count_from(self, now: float) -> None:
+        self._since, self._waited, self._tokens, self._steps = now, self.waited_s(), 0, 0
 
     def on_step(self, state: TrainingState, report: StepReport) -> None:
         self._tokens += report.tokens
@@ -65,11 +87,12 @@ class Journal(NullHook):
                 "samples": state.samples,
                 **self.work.rates(self._tokens / seconds),
                 "step_seconds": seconds / self._steps,
+                "data_s": (self.waited_s() - self._waited) / self._steps,
                 "world_size": self.work.processes,
                 "time": time.time(),
             }
         )
-        self._since, self._tokens, self._steps = now, 0, 0
+        self._count_from(now)
 
     def on_stop(self, state: TrainingState) -> None:
         self._write()
@@ -78,7 +101,7 @@ class Journal(NullHook):
         self.file.close()
 
     def record(self, values: dict[str, Any], step: int) -> None:
-        self.write({"step": step, **values})
+        self.write({"step": step, **values, "time": time.time()})
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record now or, if the write fails, buffer it for the next."""
