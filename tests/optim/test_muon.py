@@ -377,6 +377,13 @@ def test_a_checkpoint_of_another_optimizer_and_a_lost_momentum_are_named(tmp_pat
         load_checkpoint(muon_engine(1, LOCAL)[1], checkpoint)
 
 
+def test_settings_of_muon_are_not_read_in_silence():
+    problems = tiny_config(optim=OptimConfig(momentum=0.9, momentum_warmup_steps=3)).problems()
+    assert [line for line in problems if "is a setting of optim.name=muon, but optim.name=adamw" in line] == problems
+    assert len(problems) == 2
+    assert tiny_config(optim=MUON).problems() == []
+
+
 def test_a_matrix_that_tensor_parallel_ranks_hold_twice_is_refused():
     with pytest.raises(ConfigError, match=r"optim\.name=muon has no update for w, of which parallel.tp=2 ranks hold"):
         matrices.matrices_of("w", ShardSpec((4, 4)), 2)
