@@ -98,7 +98,7 @@ def load_checkpoint(engine: Trainable, directory: Path) -> CheckpointManifest:
     context, specs = engine.context, engine.model.shard_specs()
     with Reader(directory, manifest) as reader:
         for owned, piece, place in _owned_pieces(engine):
-            for kind in manifest.kinds:
+            for kind in owned.values if manifest.state_kinds else ["param"]:
                 reader.fill(kind, owned.name, specs[owned.name].shape, piece, owned.values[kind][place])
         if math.prod(manifest.layout.values()) == context.world_size:
             rng = reader.rng(context.rank)

@@ -120,7 +120,7 @@ def take_snapshot(
     )
     sources: dict[str, Tensor] = {}
     for owned, located in _written_here(engine):
-        for kind in manifest.kinds:
+        for kind in owned.values:
             pieces = manifest.pieces.setdefault(f"{kind}/{owned.name}", [])
             for piece, at in located:
                 key = f"{kind}/{owned.name}/{len(pieces)}"
@@ -172,6 +172,10 @@ def write_snapshot(
             manifest.files[rank_file(rank)] = record
             for name, items in pieces.items():
                 manifest.pieces.setdefault(name, []).extend(items)
+        for name in manifest.shapes:
+            kinds = [kind for kind in manifest.state_kinds if f"{kind}/{name}" in manifest.pieces]
+            if kinds != manifest.state_kinds:
+                manifest.own_kinds[name] = kinds
         with (partial / MANIFEST).open("w") as file:
             file.write(manifest.to_json())
             file.flush()
