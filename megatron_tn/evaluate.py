@@ -36,6 +36,9 @@ from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.world import join_world, leave_world, world_size
 
 TIMEOUT_S = 1800  # of a collective
+# Long documents are read so many at a time, in windows of batch_tokens // DOCUMENTS tokens: few windows, since a window
+# costs a GPU a forward pass's kernel launches, and few decoding states, since a Transformer's grow with the document.
+DOCUMENTS, SHORTEST_WINDOW = 8, 256
 
 
 @command(EvaluateConfig, "evaluate")
@@ -87,10 +90,11 @@ def held_out_figures(config: EvaluateConfig, model: Model, tokenizer: Tokenizer)
     problems = problems_of_held_out(held_out, setting, model.config.vocab_size)
     if problems := problems or other_tokenizer(held_out, setting, config.tokenizer, config.checkpoint):
         raise ConfigError(problems)
-    documents = held_out_documents(config.manifest, config.max_documents)
+    documents = held_out_documents(config.manifest, config.max_documents, config.max_document_tokens)
+    options = {"batch_tokens": config.batch_tokens, "window": max(SHORTEST_WINDOW, config.batch_tokens // DOCUMENTS)}
     size, hidden = (len(documents.tokens), sum(map(len, documents.tokens))), not is_first_process()
     with DocumentProgress("evaluate", *size, hidden=hidden) as shown:
-        found = evaluate_documents(model, documents, batch_tokens=config.batch_tokens, progress=shown.advance)
+        found = evaluate_documents(model, documents, progress=shown.advance, **options)
     bits_per_byte = {"model": found.bits_per_byte}
     if config.train_manifest:
         training = (document.tokens for document in read_documents(load_manifest(config.train_manifest)))
