@@ -12,7 +12,7 @@
       checkpoints/           see `checkpoint.manifest`
       tracebacks/            rank_N.txt: Python's traceback of a rank that failed
       ranks/ hang.txt stacks/    ranks' heartbeats; diagnosis of a hang; Python stacks during the hang
-      profile/ wandb/ wandb_id   see `hooks`
+      profile/ wandb/ wandb_id tensorboard/    see `hooks`
       run.lock               locked by rank 0 during the run
 
 Files are replaced atomically: readers see the old or the new content, also after a kill.
@@ -98,6 +98,10 @@ class RunFolder:
     @property
     def wandb(self) -> Path:
         return self.path / "wandb"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
 
     @property
     def wandb_id(self) -> Path:
