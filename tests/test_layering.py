@@ -75,6 +75,7 @@ ALLOWED = {
         "megatron_tn.training.compare",
         "megatron_tn.training.curve",
         "megatron_tn.plot",
+        "megatron_tn.preflight",
     ],
 }
 
