@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -112,6 +113,7 @@ def _checkpoints(
 
     return CheckpointEvery(
         writer,
+        functools.partial(writer.prepare, engine),
         save,
         run.report,
         run.record,
