@@ -12,10 +12,11 @@ from torch import Tensor
 
 from data_pipeline.stream.bench import write_shards
 from kernels import linear_cross_entropy
-from megatron_tn.benchmarking.clock import Marks, mark, peak_gib, release, sampled
+from megatron_tn.benchmarking.clock import peak_gib, release, sampled
 from megatron_tn.benchmarking.peers import llama
 from megatron_tn.benchmarking.result import LOOP, STEP, WITH_OPTIMIZER, Result, layout_of, peer_layout
 from megatron_tn.config import LOOP_WARM_UP, BenchmarkConfig, TrainConfig, from_mapping, to_mapping
+from megatron_tn.device.matrix_rate import Marks, mark
 from megatron_tn.engine.build import build_engine
 from megatron_tn.model.registry import parameter_count
 from megatron_tn.parallel.context import ParallelContext

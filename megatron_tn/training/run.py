@@ -17,6 +17,7 @@ from megatron_tn.checkpoint.background import CheckpointWriter
 from megatron_tn.checkpoint.load import Weights
 from megatron_tn.checkpoint.save import CheckpointError
 from megatron_tn.config import ConfigError, TrainConfig
+from megatron_tn.device.matrix_rate import matmul_tflops
 from megatron_tn.parallel.world import join_world, leave_world
 from megatron_tn.training.curve import draw
 from megatron_tn.training.freeze import goes_on, slurm_job
@@ -82,6 +83,7 @@ class Run:
             ) from error
         try:
             self.is_first = dist.get_rank() == 0
+            self.sampled_tflops = self._sample_matrix_rate()
             torch.manual_seed(self.config.seed)
             agree_on_settings(self.config)
             self.start = agree_on(self.start)
@@ -121,6 +123,15 @@ class Run:
             leave_world()
             self.watchdog.__exit__(None, None, None)
             self.folder.release()
+
+    def _sample_matrix_rate(self) -> float | None:
+        """TFLOP/s of rank 0's GPU, before the model takes memory; None on other ranks and without a GPU."""
+        if not self.is_first or self.device.type != "cuda":
+            return None
+        rate = matmul_tflops(self.device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return rate
 
     def _record_stop(self, state: str) -> None:
         """End of this start, with the goodput of all starts so far."""

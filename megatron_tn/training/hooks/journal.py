@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_tn.training.hooks import NullHook
+from megatron_tn.training.hooks.figures import StepFigures
 from megatron_tn.training.journal_file import JournalFile
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
@@ -40,10 +41,8 @@ class Journal(NullHook):
         waited_s: Callable[[], float] = lambda: 0.0,
     ):
         self.file = file
-        self.every = every
-        self.work = work
+        self.figures = StepFigures(work, every, waited_s)
         self.began = began
-        self.waited_s = waited_s
         self._waiting: deque[dict[str, Any]] = deque()
         self._lost = 0
         self._take_back: int | None = None  # move records after this step, once writes work
@@ -61,38 +60,11 @@ class Journal(NullHook):
         self._waiting = deque(record for record in self._waiting if record["step"] <= state.step)
         self._take_back = state.step
         self._write()
-        self._count_from(self.work.clock.now())
-
-    def _count_from(self, now: float) -> None:
-        self._since, self._waited, self._tokens, self._steps = now, self.waited_s(), 0, 0
+        self.figures.restart()
 
     def on_step(self, state: TrainingState, report: StepReport) -> None:
-        self._tokens += report.tokens
-        self._steps += 1
-        if report.skipped:
-            self.write({"step": state.step, "skipped": True, "tokens": state.tokens, "time": time.time()})
-            return
-        if state.step % self.every and report.applied and not report.stop:
-            return
-        now = self.work.clock.now()
-        seconds = now - self._since
-        self.write(
-            {
-                "step": state.step,
-                "loss": report.loss,
-                "lr": report.lr,
-                "grad_norm": report.grad_norm,
-                "applied": report.applied,
-                "tokens": state.tokens,
-                "samples": state.samples,
-                **self.work.rates(self._tokens / seconds),
-                "step_seconds": seconds / self._steps,
-                "data_s": (self.waited_s() - self._waited) / self._steps,
-                "world_size": self.work.processes,
-                "time": time.time(),
-            }
-        )
-        self._count_from(now)
+        if values := self.figures.of(state, report):
+            self.write({"step": state.step, **values})
 
     def on_stop(self, state: TrainingState) -> None:
         self._write()
