@@ -49,10 +49,19 @@ def signalled(number: int) -> Callable[[Target], None]:
 
 
 def damage(target: Target) -> None:
-    """Cut the newest checkpoint's last file short, as a file system that lost its last writes; then a rank dies."""
+    """Cut a file of the newest checkpoint short, as a file system does that lost its last writes, or flip a bit in it;
+    then a rank dies."""
     newest = target.folder.whole_checkpoints()[-1]
-    file = sorted(newest.glob("*.safetensors"))[-1]
-    os.truncate(file, file.stat().st_size // 2)
+    path = target.choice.choice(sorted(newest.glob("*.safetensors")))
+    middle = path.stat().st_size // 2
+    if target.choice.random() < 0.5:
+        os.truncate(path, middle)
+    else:
+        with path.open("r+b") as file:
+            file.seek(middle)
+            byte = file.read(1)[0]
+            file.seek(middle)
+            file.write(bytes([byte ^ 1]))
     target.signal_one(signal.SIGKILL)
 
 
