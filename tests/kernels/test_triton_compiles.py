@@ -347,6 +347,22 @@ def test_cross_entropy(capability):
 
 
 @pytest.mark.parametrize("capability", sorted(TILES))
+@pytest.mark.parametrize("added", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_symmetric_products(capability, added):
+    from kernels.newton_schulz import triton_symmetric as own
+
+    types = dict.fromkeys(("x_pointer", "added_pointer", "out_pointer"), "*bf16") | {"alpha": "fp32", "beta": "fp32"}
+    constants = {"HAS_ADDED": added, "TILE": own.TILE, "DEPTH": own.DEPTH, "x_column": 1}
+    if not added:
+        constants["added_pointer"] = None
+        del types["added_pointer"]
+    kernel = compiled(own.symmetric_kernel, capability, types, constants, num_warps=own.WARPS, num_stages=own.STAGES)
+    shared, spilled = resources(kernel)
+    assert shared <= SHARED_MEMORY[capability]
+    assert spilled == 0
+
+
+@pytest.mark.parametrize("capability", sorted(TILES))
 def test_muon(capability):
     from kernels.muon import triton_muon
 
