@@ -79,6 +79,10 @@ def test_plot_takes_runs_and_folders_of_runs(tmp_path, capsys):
     assert "nothing: there is no run" in capsys.readouterr().err
     assert call(plot.main, str(tmp_path / "sweep"), f"output={tmp_path}/all.txt") == 2
     assert "all.txt must end in .png, .svg, .pdf: the ending is the picture's format" in capsys.readouterr().err
+    assert call(plot.main, "outptu=all.png") == 2
+    assert "error: unknown setting outptu=all.png; there is output=\n" in capsys.readouterr().err
+    assert call(plot.main, "output=all.png") == 2
+    assert "error: no run is named" in capsys.readouterr().err
 
 
 def test_losses_by_position_are_drawn(tmp_path, capsys, monkeypatch):
