@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from megatron_tn.benchmark import main as benchmark
 from megatron_tn.config import DataConfig, ModelConfig, ScheduleConfig, TrainConfig, save
 from megatron_tn.planning import host
 from megatron_tn.training.compare import group_names
-from megatron_tn.training.curve import curve_of, positions_of
+from megatron_tn.training.curve import curve_of, draw, positions_of
 from megatron_tn.training.hooks.console import ConsoleProgress
 from megatron_tn.training.hooks.journal import Journal
 from megatron_tn.training.run_folder import RunFolder
@@ -97,6 +98,9 @@ def test_losses_by_position_are_drawn(tmp_path, capsys, monkeypatch):
     assert "wrote loss.png" in capsys.readouterr().out
     assert call(plot.main, "other.json", "output=alone.png") == 0
     assert (tmp_path / "alone.png").stat().st_size < (tmp_path / "loss.png").stat().st_size
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a label as long as two paths left no room for curves
+        assert draw({f"data.manifest={'a' * 300}": folder, f"data.manifest={'b' * 300}": folder}, Path("long.png"))
     assert call(plot.main, "tasks.json") == 2
     assert "error: tasks.json: it is no output of megatron_tn.evaluate" in capsys.readouterr().err
 
