@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from megatron_tn.benchmark import main as benchmark
 from megatron_tn.config import DataConfig, ModelConfig, ScheduleConfig, TrainConfig, save
 from megatron_tn.planning import host
 from megatron_tn.training.compare import group_names
-from megatron_tn.training.curve import curve_of, positions_of
+from megatron_tn.training.curve import curve_of, draw, positions_of
 from megatron_tn.training.hooks.console import ConsoleProgress
 from megatron_tn.training.hooks.journal import Journal
 from megatron_tn.training.journal_file import JournalFile
@@ -80,6 +81,10 @@ def test_plot_takes_runs_and_folders_of_runs(tmp_path, capsys):
     assert "nothing: there is no run" in capsys.readouterr().err
     assert call(plot.main, str(tmp_path / "sweep"), f"output={tmp_path}/all.txt") == 2
     assert "all.txt must end in .png, .svg, .pdf: the ending is the picture's format" in capsys.readouterr().err
+    assert call(plot.main, "outptu=all.png") == 2
+    assert "error: unknown setting outptu=all.png; there is output=\n" in capsys.readouterr().err
+    assert call(plot.main, "output=all.png") == 2
+    assert "error: no run is named" in capsys.readouterr().err
 
 
 def test_losses_by_position_are_drawn(tmp_path, capsys, monkeypatch):
@@ -94,6 +99,9 @@ def test_losses_by_position_are_drawn(tmp_path, capsys, monkeypatch):
     assert "wrote loss.png" in capsys.readouterr().out
     assert call(plot.main, "other.json", "output=alone.png") == 0
     assert (tmp_path / "alone.png").stat().st_size < (tmp_path / "loss.png").stat().st_size
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a label as long as two paths left no room for curves
+        assert draw({f"data.manifest={'a' * 300}": folder, f"data.manifest={'b' * 300}": folder}, Path("long.png"))
     assert call(plot.main, "tasks.json") == 2
     assert "error: tasks.json: it is no output of megatron_tn.evaluate" in capsys.readouterr().err
 
