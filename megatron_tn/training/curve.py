@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_tn.config import replacing
 from megatron_tn.evaluation.perplexity import AFTER
 from megatron_tn.training.run_folder import RunFolder
 
@@ -78,7 +79,8 @@ def draw(
         axes.grid(alpha=0.3)
     places[0].legend(fontsize="small")
     places[-1].legend(fontsize="small")
-    figure.savefig(path)
+    with replacing(path, "xb") as file:
+        figure.savefig(file, format=path.suffix.removeprefix("."))
     return True
 
 

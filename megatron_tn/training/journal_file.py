@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_tn.config import open_new
+from megatron_tn.config import replacing
 
 APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 
@@ -71,17 +71,11 @@ class JournalFile:
                 later.append(line)
         if not later and (content.endswith(b"\n") or not content):
             return
-        rewritten = self.path.with_suffix(".tmp")
-        try:
-            with open_new(rewritten, "xb") as file:
-                file.write(b"".join(line + b"\n" for line in kept))
+        with replacing(self.path, "xb") as file:
+            file.write(b"".join(line + b"\n" for line in kept))
+            file.flush()
             if later:
                 self._append_superseded(later)
-        except OSError:
-            with contextlib.suppress(OSError):
-                rewritten.unlink()
-            raise
-        rewritten.replace(self.path)
 
     def _append_superseded(self, lines: list[bytes]) -> None:
         descriptor = os.open(self.superseded, APPEND, 0o666)

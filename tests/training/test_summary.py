@@ -16,12 +16,14 @@ from launch import compare
 from megatron_tn import plot
 from megatron_tn.benchmark import main as benchmark
 from megatron_tn.config import DataConfig, ModelConfig, ScheduleConfig, TrainConfig, save
+from megatron_tn.loading import open_weights
 from megatron_tn.planning import host
 from megatron_tn.training.compare import group_names
 from megatron_tn.training.curve import curve_of, draw, positions_of
 from megatron_tn.training.hooks.console import ConsoleProgress
 from megatron_tn.training.hooks.journal import Journal
 from megatron_tn.training.journal_file import JournalFile
+from megatron_tn.training.run import Run
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
@@ -68,6 +70,15 @@ def test_the_end_names_figures_files_and_next_commands(tmp_path, capsys):
     said = capsys.readouterr().out
     for words in ("20 of 20", "2.000", "3.000", "megatron_tn.generate checkpoint=", f"megatron_tn.plot {folder}"):
         assert words in said
+
+
+def test_a_journal_with_foreign_records_ends_no_run_with_an_error(tmp_path, caplog):
+    folder = make_run(tmp_path / "run", 20, 2.0)
+    folder.journal.append([{"step": 21, "loss": {"a": 1}}])
+    run = Run(TrainConfig(run_dir=str(folder), schedule=ScheduleConfig(steps=20)), None, open_weights)
+    run.is_first = True
+    run._sum_up("finished")
+    assert [record.message.partition(" cannot")[0] for record in caplog.records] == ["loss.png", "the table"]
 
 
 def test_plot_takes_runs_and_folders_of_runs(tmp_path, capsys):

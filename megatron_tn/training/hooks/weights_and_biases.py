@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_tn.config import WandbConfig, storable
+from megatron_tn.config import WandbConfig, replacing, storable
 from megatron_tn.training.hooks.figures import TEXTS, StepFigures
 from megatron_tn.training.hooks.journal_copy import JournalCopy
 from megatron_tn.training.hooks.wandb_file import last_step_in
@@ -79,7 +79,8 @@ class WeightsAndBiases(JournalCopy):
         """The content of run_dir/wandb_id, made anew where that is absent or, as after a full disk, empty."""
         file = self.folder.wandb_id
         if not file.is_file() or not RUN_ID.fullmatch(file.read_text(errors="replace").strip()):
-            file.write_text(uuid.uuid4().hex[:8])
+            with replacing(file) as new:
+                new.write(uuid.uuid4().hex[:8])
         return file.read_text().strip()
 
 
