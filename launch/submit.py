@@ -85,7 +85,7 @@ def submit(configs: Sequence[SubmitConfig], options: list[str], typed: list[str]
     state = code()
     settings = _freeze(runs, submission, array=array)
     text = script(first, submission, settings, state.revision, array=array)
-    submission.write("job.sbatch", text)
+    submission.write(Submission.SCRIPT, text)
     submission.write("packages.txt", packages())
     if state.diff:
         submission.write("code.diff", state.diff)

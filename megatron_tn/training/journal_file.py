@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_tn.config import open_new
 
+TAIL_BYTES = 100_000  # about 300 records
 APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 
 
@@ -28,14 +29,20 @@ class JournalFile:
 
     def read(self) -> list[dict[str, Any]]:
         """All complete records in the order of writing; empty where there is no journal."""
-        found = []
-        with contextlib.suppress(FileNotFoundError):
-            for line in self.path.read_bytes().splitlines():
-                with contextlib.suppress(ValueError, RecursionError):
-                    record = json.loads(line)
-                    if isinstance(record, dict):
-                        found.append(record)
-        return found
+        try:
+            return _records(self.path.read_bytes())
+        except FileNotFoundError:
+            return []
+
+    def tail(self, size: int = TAIL_BYTES) -> list[dict[str, Any]]:
+        """The complete records in the last `size` bytes: of a run of months the file is large."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(max(os.fstat(file.fileno()).st_size - size, 0))
+                content = file.read()
+        except FileNotFoundError:
+            return []
+        return _records(content)
 
     def append(self, records: list[dict[str, Any]]) -> int:
         """Append records; returns how many were written: all, unless the disk is full.
@@ -96,6 +103,16 @@ class JournalFile:
             _append_whole(descriptor, b"".join(line + b"\n" for line in lines))
         finally:
             os.close(descriptor)
+
+
+def _records(content: bytes) -> list[dict[str, Any]]:
+    found = []
+    for line in content.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                found.append(record)
+    return found
 
 
 def _line(record: dict[str, Any]) -> bytes:
