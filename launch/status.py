@@ -34,7 +34,8 @@ TITLES = ("run", "state", "step", "loss", "tokens/s", "utilisation", "time left"
 
 @dataclass(frozen=True)
 class Job:
-    """A line of squeue. number: of a job, or of a job array's task. array: of the job array, or number. script: path."""
+    """A line of squeue. number: of a job, or of a job array's task. array: of the job array, or number. script: its
+    path."""
 
     number: str
     array: str
