@@ -30,7 +30,7 @@ ALLOWED = {
         "megatron_tn.device",
         "megatron_tn.config",
     ],
-    "megatron_tn.checkpoint": ["megatron_tn.model", "megatron_tn.parallel", "megatron_tn.config"],
+    "megatron_tn.checkpoint": ["megatron_tn.model", "megatron_tn.parallel", "megatron_tn.device", "megatron_tn.config"],
     "megatron_tn.released": [
         "megatron_tn.model",
         "megatron_tn.checkpoint",

@@ -29,20 +29,11 @@ class JournalFile:
 
     def read(self) -> list[dict[str, Any]]:
         """All complete records in the order of writing; empty where there is no journal."""
-        try:
-            return _records(self.path.read_bytes())
-        except FileNotFoundError:
-            return []
+        return read_records(self.path)
 
     def tail(self, size: int = TAIL_BYTES) -> list[dict[str, Any]]:
         """The complete records in the last `size` bytes: of a run of months the file is large."""
-        try:
-            with self.path.open("rb") as file:
-                file.seek(max(os.fstat(file.fileno()).st_size - size, 0))
-                content = file.read()
-        except FileNotFoundError:
-            return []
-        return _records(content)
+        return read_records(self.path, size)
 
     def append(self, records: list[dict[str, Any]]) -> int:
         """Append records; returns how many were written: all, unless the disk is full.
@@ -105,13 +96,17 @@ class JournalFile:
             os.close(descriptor)
 
 
-def _records(content: bytes) -> list[dict[str, Any]]:
+def read_records(path: Path, last: int | None = None) -> list[dict[str, Any]]:
+    """All complete records of a file, or of its `last` bytes, in the order of writing; empty where there is no file."""
     found = []
-    for line in content.splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            record = json.loads(line)
-            if isinstance(record, dict):
-                found.append(record)
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        if last is not None:
+            file.seek(max(os.fstat(file.fileno()).st_size - last, 0))
+        for line in file.read().splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                record = json.loads(line)
+                if isinstance(record, dict):
+                    found.append(record)
     return found
 
 

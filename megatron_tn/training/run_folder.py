@@ -13,7 +13,7 @@
       checkpoints/           see `checkpoint.manifest`
       tracebacks/            rank_N.txt: Python's traceback of a rank that failed
       ranks/ hang.txt stacks/    ranks' heartbeats; diagnosis of a hang; Python stacks during the hang
-      profile/ wandb/ wandb_id   see `hooks`
+      profile/ wandb/ wandb_id tensorboard/    see `hooks`
       run.lock               locked by rank 0 during the run
 
 Files are replaced atomically: readers see the old or the new content, also after a kill.
@@ -36,7 +36,7 @@ from typing import Any
 from megatron_tn.checkpoint.files import sync_folder
 from megatron_tn.checkpoint.manifest import MANIFEST, checkpoint_name, step_of, whole_checkpoints
 from megatron_tn.config import ConfigError, TrainConfig, from_mapping, load, open_new, read_mapping, redacted, save
-from megatron_tn.training.journal_file import JournalFile
+from megatron_tn.training.journal_file import JournalFile, read_records
 from megatron_tn.training.state import Ledger
 
 BLOCK_BYTES = 4096  # file-system block: a status up to this size can be rewritten in place on a full disk
@@ -104,6 +104,10 @@ class RunFolder:
         return self.path / "wandb"
 
     @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
     def wandb_id(self) -> Path:
         return self.path / "wandb_id"
 
@@ -119,6 +123,10 @@ class RunFolder:
     def records(self, key: str = "step") -> list[dict[str, Any]]:
         """The journal's records that have `key`, in the order of writing."""
         return [record for record in self.journal.read() if key in record]
+
+    def superseded(self, key: str = "step") -> list[dict[str, Any]]:
+        """The records with `key` of steps that a resume or a rewind took back, in the order of taking back."""
+        return [record for record in read_records(self.journal.superseded) if key in record]
 
     # Checkpoints
 
