@@ -30,7 +30,7 @@ def test_submit_requeue_chain(cluster, training, uninterrupted, tmp_path):
     first, second = (Job(cluster, number, submission.path / f"{number}.log") for number in ids)
     assert second.field("Dependency").startswith(f"afterany:{first.id}")
 
-    first.wait_for(lambda: len(run.checkpoints()) >= 1)
+    first.wait_for(lambda: Folder(run.path).saved())
     os.kill(run.trainer(rank=1), signal.SIGKILL)
     first.wait_for_end()
     assert (first.field("JobState"), first.field("Restarts")) == ("COMPLETED", "1"), first.output()
