@@ -73,6 +73,10 @@ class RunFolder:
         return self.path / "job.json"
 
     @property
+    def submitted(self) -> Path:
+        return self.path / "submitted"
+
+    @property
     def status_file(self) -> Path:
         return self.path / "status.json"
 
@@ -170,6 +174,10 @@ class RunFolder:
     def is_frozen_by(self, job: str | None) -> bool:
         """Whether SLURM job `job` wrote config.json."""
         return job is not None and self.config_file.is_file() and _read(self.job_file).get("job") == job
+
+    def job(self) -> str | None:
+        """The SLURM job of the last start; None where it was none, or is not known."""
+        return _read(self.job_file).get("job")
 
     def is_begun_by(self, job: str | None) -> bool:
         """Whether job `job` wrote config.json, loaded its checkpoint and renamed the newer checkpoints."""
