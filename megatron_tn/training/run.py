@@ -24,7 +24,7 @@ from megatron_tn.training.curve import draw
 from megatron_tn.training.freeze import goes_on, slurm_job
 from megatron_tn.training.goodput import goodput_of
 from megatron_tn.training.hooks import Hook, Sink
-from megatron_tn.training.resume import Start, agree_on, agree_on_settings, choose_start
+from megatron_tn.training.resume import Start, agree_on, agree_on_settings, choose_start, verified
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.summary import show_end
@@ -89,6 +89,8 @@ class Run:
             agree_on_settings(self.config)
             self.start = agree_on(self.start)
             self._take_folder()
+            if self.config.checkpoint.verify:
+                self.start = verified(self.start, self.folder)
         except BaseException:
             leave_world()
             self.folder.release()
