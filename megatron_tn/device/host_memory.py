@@ -35,7 +35,7 @@ class HostMemory:
 
     def prepare(self, elements: int, pinned: bool) -> None:
         """Begin to make a block of fp32 [elements] in a thread, unless there is a large enough one; `take` waits."""
-        self._join()
+        self.join()
         if self._block.numel() < elements:
             self.release()
             self._preparing = start_thread(lambda: self._make(elements, pinned), "host-memory")
@@ -43,18 +43,19 @@ class HostMemory:
     def take(self, elements: int, pinned: bool) -> Tensor:
         """fp32 [elements]. It aliases the tensors of earlier calls."""
         self.prepare(elements, pinned)
-        self._join()
+        self.join()
         if self._error is not None:
             raise self._error
         return self._block[:elements]
 
     def release(self) -> None:
-        self._join()
+        self.join()
         if self._pinned:
             torch.cuda.cudart().cudaHostUnregister(self._block.data_ptr())
         self._block, self._pinned = torch.empty(0), False
 
-    def _join(self) -> None:
+    def join(self) -> None:
+        """Wait until a block that `prepare` began is made."""
         if self._preparing is not None:
             self._preparing.join()
             self._preparing = None
