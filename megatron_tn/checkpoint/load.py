@@ -118,7 +118,7 @@ def load_checkpoint(engine: Trainable, directory: Path) -> CheckpointManifest:
         reads = (
             read
             for owned, piece, place in _owned_pieces(engine)
-            for kind in manifest.kinds
+            for kind in (owned.values if manifest.state_kinds else ["param"])
             for read in reader.reads(kind, owned.name, specs[owned.name].shape, piece, owned.values[kind][place])
         )
         in_parallel(lambda read: read(), reads)

@@ -148,6 +148,10 @@ def write_snapshot(
             manifest.files[rank_file(rank)] = record
             for name, items in pieces.items():
                 manifest.pieces.setdefault(name, []).extend(items)
+        for name in manifest.shapes:
+            kinds = [kind for kind in manifest.state_kinds if f"{kind}/{name}" in manifest.pieces]
+            if kinds != manifest.state_kinds:
+                manifest.own_kinds[name] = kinds
         with (partial / MANIFEST).open("w") as file:
             file.write(manifest.to_json())
             file.flush()
@@ -194,7 +198,7 @@ def _written_here(engine: Trainable) -> tuple[dict[str, Tensor], dict[str, list[
         if (spec := specs[owned.name]).replicated and context.tp.rank > 0:
             continue
         located = list(pieces_of_local_range(spec, context.tp.rank, context.tp.size, owned.start, owned.stop))
-        for kind in ("param", *engine.state_kinds):
+        for kind in owned.values:
             here = pieces.setdefault(f"{kind}/{owned.name}", [])
             for piece, at in located:
                 key = f"{kind}/{owned.name}/{len(here)}"

@@ -77,7 +77,7 @@ def _content_problems(manifest: CheckpointManifest) -> list[str]:
     ranks, files = math.prod(manifest.layout.values()), len(manifest.files)
     if ranks != files:
         found.append(f"{MANIFEST}: layout {manifest.layout} is of {ranks} ranks, but {files} files are listed")
-    wanted = {f"{kind}/{name}" for kind in manifest.kinds for name in manifest.shapes}
+    wanted = {f"{kind}/{name}" for name in manifest.shapes for kind in manifest.kinds(name)}
     found += [f"{name}: no such tensor in shapes" for name in sorted(manifest.pieces.keys() - wanted)]
     for name in sorted(wanted):
         pieces, shape = manifest.pieces.get(name, []), manifest.shapes[name.partition("/")[2]]

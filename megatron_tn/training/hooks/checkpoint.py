@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -55,7 +56,10 @@ class CheckpointEvery(NullHook):
         if due or final:
             self._report(self.save(state), state)
         if final:
-            self._report(self.writer.wait(), state, fatal=True)
+            began = time.perf_counter()
+            if (done := self.writer.wait()) is not None:
+                done.pause_s += time.perf_counter() - began
+            self._report(done, state, fatal=True)
 
     def on_stop(self, state: TrainingState) -> None:
         done = self.writer.close()  # a save may be in progress when a step raises
