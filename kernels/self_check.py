@@ -22,6 +22,8 @@ from kernels.gla.op import gla
 from kernels.lightning.op import lightning_attention
 from kernels.muon import reference as muon_reference
 from kernels.muon.op import muon_apply_, muon_direction_
+from kernels.newton_schulz import op as newton_schulz_op
+from kernels.newton_schulz import reference as newton_schulz_reference
 from kernels.numerics import accumulation_dtype
 from kernels.rmsnorm import reference as rmsnorm_reference
 from kernels.rmsnorm.op import add_rms_norm, branch_rms_norm
@@ -162,6 +164,8 @@ def _checks(sizes: _Sizes) -> Iterator[_Check]:
     yield from _norm_checks(sizes)
     yield from _vocabulary_checks(sizes)
     yield _muon_check(sizes)
+    if sizes.dtype in newton_schulz_op.HALF_TYPES:
+        yield _gram_check()
     yield _update_check(sizes)
 
 
@@ -280,6 +284,19 @@ def _vocabulary_checks(sizes: _Sizes) -> Iterator[_Check]:
     yield _Check("scaled_embedding", embedding, exact_embedding, (vocabulary,))
     yield _Check("scaled_embedding_sum", gradient_sum, exact_gradient_sum, (tokens,), differentiable=False)
     yield _Check("linear_cross_entropy", head, exact_head, (tokens, vocabulary))
+
+
+def _gram_check() -> _Check:
+    """Of matrices with singular values from 0 to 1.4, like those within the iterations."""
+    rows = columns = newton_schulz_op.LEAST_ROWS + 1
+
+    def polynomial(x: Tensor) -> Tensor:
+        return newton_schulz_op.gram_polynomial(x.detach() / 32)
+
+    def exact_polynomial(x: Tensor) -> Tensor:
+        return newton_schulz_reference.gram_polynomial(x.detach() / 32)
+
+    return _Check("gram_polynomial", polynomial, exact_polynomial, ((2, rows, columns),), differentiable=False)
 
 
 def _muon_check(sizes: _Sizes) -> _Check:

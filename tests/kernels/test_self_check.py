@@ -30,6 +30,8 @@ def small_vocabulary(monkeypatch):
 def test_plain_pytorch_passes(dtype):
     norms = ["simple_rms_norm", "add_simple_rms_norm", "add_scaled_simple_rms_norm", "rms_norm", "add_rms_norm"]
     others = ["sglu", "scaled_embedding", "scaled_embedding_sum", "linear_cross_entropy", "muon_", "adamw_"]
+    if dtype != torch.float32:
+        others.insert(-1, "gram_polynomial")
     names = ["lightning_attention", "gla", "gla_theta", *norms, *others]
     assert list(check("cpu", dtype, key_width=48)) == names
     assert list(check("cpu", dtype)) == [name for name in names if name != "gla_theta"]
@@ -148,6 +150,13 @@ def test_a_broken_kernel_is_named(triton_device, monkeypatch, one_operator, modu
         monkeypatch.setattr(found, function, changed_argument(getattr(found, function)))
     with pytest.raises(KernelMismatchError, match=f"^{operator} at "):
         check(triton_device, rope_base=1e4 if operator == "rope" else None)
+
+
+def test_a_broken_symmetric_product_is_named(triton_device, monkeypatch, one_operator):
+    one_operator("gram_polynomial")
+    break_output(monkeypatch, "kernels.newton_schulz.triton_symmetric", "symmetric_product", off_by_a_hundredth)
+    with pytest.raises(KernelMismatchError, match=r"^gram_polynomial at "):
+        check(triton_device, torch.float16)
 
 
 def test_a_broken_kernel_makes_all_fall_back(triton_device, monkeypatch, caplog):
