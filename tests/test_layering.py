@@ -68,12 +68,15 @@ ALLOWED = {
     ],
     "launch": [
         "kernels.bench",
+        "data_pipeline.html_page",
         "megatron_tn.cli",
         "megatron_tn.config",
         "megatron_tn.planning",
         "megatron_tn.training.run_folder",
         "megatron_tn.training.compare",
         "megatron_tn.training.curve",
+        "megatron_tn.training.summary",
+        "megatron_tn.training.hooks",
         "megatron_tn.plot",
     ],
 }
