@@ -10,6 +10,8 @@ from kernels.embedding.op import scaled_embedding
 from kernels.gla.op import gla
 from kernels.gla.slice import StateExchange, gla_slice
 from kernels.lightning.op import lightning_attention
+from kernels.muon.op import muon_apply_, muon_direction_
+from kernels.newton_schulz.op import newton_schulz
 from kernels.rmsnorm.op import add_rms_norm, branch_rms_norm
 from kernels.rope.op import rope
 from kernels.sampling.op import sample_tokens
@@ -39,6 +41,9 @@ __all__ = [
     "gla_slice",
     "lightning_attention",
     "linear_cross_entropy",
+    "muon_apply_",
+    "muon_direction_",
+    "newton_schulz",
     "rope",
     "sample_tokens",
     "scaled_embedding",

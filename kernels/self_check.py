@@ -20,6 +20,8 @@ from kernels.embedding import reference as embedding_reference
 from kernels.embedding.op import scaled_embedding
 from kernels.gla.op import gla
 from kernels.lightning.op import lightning_attention
+from kernels.muon import reference as muon_reference
+from kernels.muon.op import muon_apply_, muon_direction_
 from kernels.numerics import accumulation_dtype
 from kernels.rmsnorm import reference as rmsnorm_reference
 from kernels.rmsnorm.op import add_rms_norm, branch_rms_norm
@@ -159,6 +161,7 @@ def _checks(sizes: _Sizes) -> Iterator[_Check]:
     yield from _attention_checks(sizes) if sizes.rope_base is None else _rope_check(sizes)
     yield from _norm_checks(sizes)
     yield from _vocabulary_checks(sizes)
+    yield _muon_check(sizes)
     yield _update_check(sizes)
 
 
@@ -277,6 +280,25 @@ def _vocabulary_checks(sizes: _Sizes) -> Iterator[_Check]:
     yield _Check("scaled_embedding", embedding, exact_embedding, (vocabulary,))
     yield _Check("scaled_embedding_sum", gradient_sum, exact_gradient_sum, (tokens,), differentiable=False)
     yield _Check("linear_cross_entropy", head, exact_head, (tokens, vocabulary))
+
+
+def _muon_check(sizes: _Sizes) -> _Check:
+    settings = {"lr": 0.1, "scale": 9.0, "weight_decay": 0.1}
+
+    def update(master: Tensor, gradient: Tensor, momentum: Tensor) -> Tensor:
+        master, gradient, momentum = (x.detach().float().clone().view(-1) for x in (master, gradient, momentum))
+        direction, copy, divisor = *torch.empty_like(momentum.expand(2, -1)), torch.full((), 2.0, device=master.device)
+        muon_direction_(direction, momentum, gradient, beta=0.95, divisor=divisor)
+        muon_apply_(master, direction, **settings, divisor=divisor, copy=copy)
+        return torch.stack((momentum, direction, master, copy))
+
+    def exact_update(master: Tensor, gradient: Tensor, momentum: Tensor) -> Tensor:
+        momentum, direction = muon_reference.direction(momentum, gradient / 2, beta=0.95)
+        master = muon_reference.apply(master, direction, **settings)
+        return torch.stack((momentum, direction, master, master)).flatten(1)
+
+    shapes = ((TOKENS, sizes.width),) * 3
+    return _Check("muon_", update, exact_update, shapes, LARGEST_UPDATE_ERROR, differentiable=False)
 
 
 def _update_check(sizes: _Sizes) -> _Check:

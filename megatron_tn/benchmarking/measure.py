@@ -125,8 +125,8 @@ def loop_result(config: BenchmarkConfig, shards: Path, rate: float) -> Result:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     train(from_mapping(TrainConfig, values))
-    records = RunFolder(run_dir).records()
-    speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record][LOOP_WARM_UP:]
+    records = RunFolder(run_dir).records("tokens_per_second")
+    speeds = [record["tokens_per_second"] for record in records][LOOP_WARM_UP:]
     if not speeds:
         raise RuntimeError(f"the training loop was stopped after {len(records)} steps; {LOOP_WARM_UP + 1} are needed")
     milliseconds = 1e3 * data.global_batch * data.sequence_length / statistics.median(speeds)

@@ -29,7 +29,7 @@ def small_vocabulary(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_plain_pytorch_passes(dtype):
     norms = ["simple_rms_norm", "add_simple_rms_norm", "add_scaled_simple_rms_norm", "rms_norm", "add_rms_norm"]
-    others = ["sglu", "scaled_embedding", "scaled_embedding_sum", "linear_cross_entropy", "adamw_"]
+    others = ["sglu", "scaled_embedding", "scaled_embedding_sum", "linear_cross_entropy", "muon_", "adamw_"]
     names = ["lightning_attention", "gla", "gla_theta", *norms, *others]
     assert list(check("cpu", dtype, key_width=48)) == names
     assert list(check("cpu", dtype)) == [name for name in names if name != "gla_theta"]
@@ -113,6 +113,10 @@ def off_step(right):
     return lambda *, step, **others: right(step=step + 1, **others)
 
 
+def off_beta(right):
+    return lambda out, momentum, gradient, beta, divisor: right(out, momentum, gradient, beta - 0.01, divisor)
+
+
 @pytest.mark.parametrize(
     ("module", "function", "operator"),
     [
@@ -128,6 +132,7 @@ def off_step(right):
         ("kernels.embedding.triton_embedding", "forward", "scaled_embedding"),
         ("kernels.embedding.triton_embedding", "add_gradient_", "scaled_embedding_sum"),
         ("kernels.cross_entropy.exponentials", "exponentials", "linear_cross_entropy"),
+        ("kernels.muon.triton_muon", "direction_", "muon_"),
         ("kernels.adamw.triton_adamw", "update_", "adamw_"),
     ],
 )
@@ -135,7 +140,7 @@ def test_a_broken_kernel_is_named(triton_device, monkeypatch, one_operator, modu
     if operator == "linear_cross_entropy" and triton_device == "cuda":
         pytest.skip("the head has no kernel for fp32 on a GPU")
     one_operator(operator)
-    changed_argument = {"add_gradient_": off_scale, "update_": off_step}.get(function)
+    changed_argument = {"add_gradient_": off_scale, "direction_": off_beta, "update_": off_step}.get(function)
     if changed_argument is None:
         break_output(monkeypatch, module, function, off_by_a_hundredth)
     else:  # writes its result in place

@@ -347,6 +347,20 @@ def test_cross_entropy(capability):
 
 
 @pytest.mark.parametrize("capability", sorted(TILES))
+def test_muon(capability):
+    from kernels.muon import triton_muon
+
+    types = dict.fromkeys(("master_pointer", "momentum_pointer", "gradient_pointer", "divisor_pointer"), "*fp32")
+    types |= dict.fromkeys(("out_pointer", "update_pointer", "copy_pointer"), "*bf16")
+    types |= dict.fromkeys(("beta", "left", "kept", "step_size"), "fp32") | {"elements": "i64"}
+    for kernel in (triton_muon.direction_kernel, triton_muon.apply_kernel):
+        constants = {name: value for name, value in vars(triton_muon).items() if name in kernel.arg_names}
+        constants |= {"HAS_COPY": True} if "HAS_COPY" in kernel.arg_names else {}
+        given = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+        assert resources(compiled(kernel, capability, given, constants, num_warps=triton_muon.WARPS))[1] == 0
+
+
+@pytest.mark.parametrize("capability", sorted(TILES))
 @pytest.mark.parametrize("plain", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_adamw(capability, plain):
     from kernels.adamw import triton_adamw

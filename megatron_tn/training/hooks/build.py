@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from megatron_tn.checkpoint.background import CheckpointWriter, Save
 from megatron_tn.checkpoint.retention import Retention
 from megatron_tn.config import to_stored
 from megatron_tn.engine.base import Engine
+from megatron_tn.training.goodput import process_began
 from megatron_tn.training.hooks import Hook
 from megatron_tn.training.hooks.checkpoint import CheckpointEvery
 from megatron_tn.training.hooks.console import ConsoleProgress
@@ -61,12 +63,15 @@ def _of_rank_0(run: Run, work: Work) -> list[Hook]:
     if not run.is_first:
         return []
     config, logging = run.config, run.config.logging
-    run.sinks.append(Journal(run.folder.journal, logging.every, work))
     settings = to_stored(config)
+    waited_s = functools.partial(run.progress.seconds.__getitem__, "data")
+    run.sinks.append(Journal(run.folder.journal, logging.every, work, began=process_began(), waited_s=waited_s))
     if logging.wandb.mode != "disabled":
-        run.sinks.append(WeightsAndBiases(logging.wandb, run.folder, settings, StepFigures(work, logging.every)))
+        run.sinks.append(
+            WeightsAndBiases(logging.wandb, run.folder, settings, StepFigures(work, logging.every, waited_s))
+        )
     if logging.tensorboard:
-        run.sinks.append(TensorBoard(run.folder, settings, StepFigures(work, logging.every)))
+        run.sinks.append(TensorBoard(run.folder, settings, StepFigures(work, logging.every, waited_s)))
     hooks: list[Hook] = [*run.sinks]
     if logging.progress:
         hooks.append(ConsoleProgress(config.last_step, work))
@@ -112,6 +117,7 @@ def _checkpoints(
 
     return CheckpointEvery(
         writer,
+        functools.partial(writer.prepare, engine),
         save,
         run.report,
         run.record,

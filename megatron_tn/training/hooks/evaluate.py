@@ -38,6 +38,7 @@ class EvaluateEvery(NullHook):
             try:
                 found = self.evaluate()
             except Interrupted:
+                self.record({"evaluation_s": time.perf_counter() - began}, state.step)
                 return
             whole = {name: value for name, value in found.items() if "/" not in name and name != TEXTS}
             state.held_out = {"step": state.step, **whole}

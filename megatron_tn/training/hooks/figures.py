@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 from megatron_tn.training.state import TrainingState
@@ -15,15 +16,17 @@ TEXTS = "texts"  # key of a record with generated texts: [{"prompt": ..., "text"
 
 class StepFigures:
     """Counts tokens and seconds between records. every: steps between records; a skipped step, a step whose update was
-    refused, and the last one before a stop have a record in any case."""
+    refused, and the last one before a stop have a record in any case. waited_s: seconds that rank 0 has waited for data
+    so far."""
 
-    def __init__(self, work: Work, every: int = 1):
+    def __init__(self, work: Work, every: int = 1, waited_s: Callable[[], float] = lambda: 0.0):
         self.work = work
         self.every = every
+        self.waited_s = waited_s
         self.restart()
 
     def restart(self) -> None:
-        self._since, self._tokens, self._steps = self.work.clock.now(), 0, 0
+        self._since, self._waited, self._tokens, self._steps = self.work.clock.now(), self.waited_s(), 0, 0
 
     def of(self, state: TrainingState, report: StepReport) -> dict[str, Any] | None:
         """The record of the step that `state` counts, without its number; None where no record is due."""
@@ -34,7 +37,7 @@ class StepFigures:
             return {"skipped": True, "tokens": state.tokens, **counts}
         if state.step % self.every and report.applied and not report.stop:
             return None
-        tokens, steps, before = self._tokens, self._steps, self._since
+        tokens, steps, before, waited = self._tokens, self._steps, self._since, self._waited
         self.restart()
         seconds = self._since - before
         return {
@@ -46,6 +49,7 @@ class StepFigures:
             "samples": state.samples,
             **self.work.rates(tokens / seconds),
             "step_seconds": seconds / steps,
+            "data_s": (self._waited - waited) / steps,
             "world_size": self.work.processes,
             **counts,
         }
