@@ -34,6 +34,7 @@ svg .line { fill: none; stroke-width: 1.8; stroke-linejoin: round } svg .spread 
 svg .mark { stroke: var(--mark); stroke-dasharray: 4 3 } svg .mark.rewind { stroke-dasharray: 1 3; stroke-width: 2 }
 svg .level { stroke: var(--text); stroke-dasharray: 8 4 } svg .hit { fill: transparent }
 svg .hit:hover { fill: var(--text) } .wrong { color: var(--mark) }
+svg.bar { width: 100%; height: 24px }
 """ + "".join(f".s{n} {{ stroke: var(--c{n}); background: var(--c{n}); fill: var(--c{n}) }}\n" for n in range(COLOURS))
 
 

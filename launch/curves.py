@@ -97,9 +97,8 @@ def series_of(records: Sequence[dict[str, Any]]) -> dict[str, tuple[list[int], l
 
 
 def marks_of(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Restarts and rewinds: {"kind", "text", "step", "tokens", "seconds" (of training), "time" where it is known}."""
-    found, tokens, seconds, step = [], 0, 0.0, 0
-    starts = 0
+    """Restarts and rewinds: {"kind", "text", "step", "tokens", "seconds" (of training)}."""
+    found, tokens, seconds, step, starts = [], 0, 0.0, 0, 0
     for record in records:
         if "loss" in record:
             seconds += record.get("step_seconds", 0.0) * (record["step"] - step)
@@ -107,7 +106,7 @@ def marks_of(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         mark = None
         if "start/began" in record:
             starts += 1
-            mark = ("restart", f"start {starts}, from step {record['step']}") if starts > 1 else None
+            mark = ("restart", f"restart from step {record['step']}") if starts > 1 else None
         if "rewind/from" in record:
             skipped = record.get("rewind/skip", [])
             mark = (
@@ -115,7 +114,7 @@ def marks_of(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 f"from step {record['rewind/from']} to {record['step']}; skipped batches: {skipped or 'none'}",
             )
         if mark:
-            place = {"step": record["step"], "tokens": tokens, "seconds": seconds, "time": record.get("time")}
+            place = {"step": record["step"], "tokens": tokens, "seconds": seconds}
             found.append(dict(zip(("kind", "text"), mark, strict=True)) | place)
     return found
 

@@ -1,4 +1,4 @@
-"""One page of a run: curves, throughput, restarts, memory against plan, generated texts, failures and settings.
+"""One page of a run: goodput, curves, starts, memory against plan, generated texts, failures and settings.
 
 python -m launch.report runs/7b                        writes runs/7b/report.html
 python -m launch.report runs/7b output=7b.html
@@ -21,12 +21,13 @@ import numpy as np
 
 from data_pipeline.html_page import document, short, table, tiles
 from launch import curves
-from launch.chart import STYLE
+from launch.chart import COLOURS, STYLE
 from megatron_tn.cli import bad_input_exits
 from megatron_tn.config import ConfigError, TrainConfig, to_mapping, unwritable
 from megatron_tn.planning.estimate import GIB, OUTSIDE, plan_memory
 from megatron_tn.plot import runs_in
 from megatron_tn.training.compare import flat
+from megatron_tn.training.goodput import CAUSES, Goodput, goodput_of
 from megatron_tn.training.hooks.figures import TEXTS
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.summary import figures_of
@@ -57,7 +58,7 @@ def main() -> None:
 
 def page_of(run: RunFolder) -> str:
     """The HTML page."""
-    records, unreadable = run.records(), ""
+    records, goodput, unreadable = run.records(), goodput_of(run), ""
     try:
         config = run.frozen_config()
     except ConfigError as error:
@@ -65,9 +66,10 @@ def page_of(run: RunFolder) -> str:
     planned, memory = _memory(config, records)
     parts = [
         _head(run, config),
-        tiles(_figures(run, config, records)),
+        tiles(_figures(run, config, records, goodput)),
+        *_goodput(goodput),
         *curves.of_run(run, records, planned),
-        *_restarts(records),
+        *_starts(records, run.superseded()),
         *memory,
         *_texts(records),
         *_failures(run),
@@ -87,7 +89,9 @@ def _head(run: RunFolder, config: TrainConfig | None) -> str:
     return f"<p>{' · '.join(words)}</p>{error}"
 
 
-def _figures(run: RunFolder, config: TrainConfig | None, records: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+def _figures(
+    run: RunFolder, config: TrainConfig | None, records: list[dict[str, Any]], goodput: Goodput | None
+) -> Iterator[tuple[str, str]]:
     found = figures_of(run)
     last = next((record for record in reversed(records) if "loss" in record), {})
     if "step" in found:
@@ -103,18 +107,55 @@ def _figures(run: RunFolder, config: TrainConfig | None, records: list[dict[str,
     for key, of in (("utilisation", "datasheet's"), ("utilisation_sampled", "measured matrix")):
         if values := [record[key] for record in records if record.get(key)]:
             yield f"{np.median(values):.1%}", f"of the {of} rate, median"
+    if goodput:
+        yield f"{goodput.share:.1%}", f"goodput, over {goodput.starts} start{'s' * (goodput.starts > 1)}"
     if last.get("steps_without_update"):
         yield f"{last['steps_without_update']:,}", "steps without an update"
 
 
-def _restarts(records: list[dict[str, Any]]) -> Iterator[str]:
-    rows = [
-        (mark["step"], _utc(mark["time"]) if "time" in mark else "", mark["kind"], mark["text"])
-        for mark in curves.marks_of(records)
-    ]
+def _goodput(found: Goodput | None) -> Iterator[str]:
+    """Where the wall time went, as a bar and a table."""
+    if found is None or not found.wall_s:
+        return
+    parts = [("useful steps", found.useful_s)]
+    parts += sorted(((CAUSES[cause], seconds) for cause, seconds in found.lost_s.items()), key=lambda part: -part[1])
+    parts = [(name, seconds) for name, seconds in parts if seconds > 0]
+    shapes, left, rows = [], 0.0, []
+    for number, (name, seconds) in enumerate(parts):
+        width = 1000 * seconds / found.wall_s
+        told = f"<title>{escape(name)} {seconds:,.0f} s</title>"
+        shapes.append(f'<rect class="s{number % COLOURS}" x="{left:.2f}" width="{width:.2f}" height="24">{told}</rect>')
+        left += width
+        rows.append((name, seconds, f"{seconds / found.wall_s:.2%}"))
+    yield f"<h2>Goodput</h2><p>Of {found.wall_s:,.0f} s from the first start to the last record.</p>"
+    label = f"goodput {found.share:.1%}"
+    yield f'<svg class=bar viewBox="0 0 1000 24" preserveAspectRatio="none" role="img" aria-label="{label}">'
+    yield f"{''.join(shapes)}</svg>"
+    yield table(("what the time went into", "seconds", "share"), rows)
+
+
+def _starts(kept: list[dict[str, Any]], superseded: list[dict[str, Any]]) -> Iterator[str]:
+    """Every start with its end; and every rewind."""
+    rows: list[dict[str, Any]] = []
+    both = sorted((one for one in [*kept, *superseded] if "time" in one), key=lambda one: one["time"])
+    for record in both:
+        if "start/began" in record:
+            rows.append({"began": record["start/began"], "from": record["step"], "end": "without a word"})
+        if rows:
+            rows[-1] |= {"to": record["step"], "last": record["time"]}
+            rows[-1]["end"] = record.get("stop/state", rows[-1]["end"])
     if rows:
-        yield "<h2>Restarts and rewinds</h2>"
-        yield table(("from step", "when", "what", ""), rows)
+        yield "<h2>Starts</h2><p>A start without a word at its end was killed, or goes on.</p>"
+        yield table(
+            ("start", "process began", "from step", "to step", "last record", "ended"),
+            (
+                (number, _utc(row["began"]), row["from"], row["to"], _utc(row["last"]), row["end"])
+                for number, row in enumerate(rows, 1)
+            ),
+        )
+    if rewinds := [mark for mark in curves.marks_of(kept) if mark["kind"] == "rewind"]:
+        yield "<h2>Rewinds</h2>"
+        yield table(("to step", "what"), ((mark["step"], mark["text"]) for mark in rewinds))
 
 
 def _memory(config: TrainConfig | None, records: list[dict[str, Any]]) -> tuple[float | None, list[str]]:

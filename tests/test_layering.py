@@ -76,6 +76,7 @@ ALLOWED = {
         "megatron_tn.training.compare",
         "megatron_tn.training.curve",
         "megatron_tn.training.summary",
+        "megatron_tn.training.goodput",
         "megatron_tn.training.hooks",
         "megatron_tn.training.submission",
         "megatron_tn.plot",

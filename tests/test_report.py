@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -52,13 +53,15 @@ def make_run(path: Path) -> RunFolder:
     records += [record(step, 1e9) for step in range(1, 61)]
     records.append({"step": 60, "start/began": 1e9 + 300, "time": 1e9 + 320})
     records += [record(step, 1e9 + 320) for step in range(61, 101)]
-    records.insert(80, {"step": 78, "rewind/from": 90, "rewind/skip": [85], "time": 1e9 + 600})
+    records.insert(80, {"step": 78, "rewind/from": 90, "rewind/skip": [85], "time": 1e9 + 477})
     for step in (50, 100):
         texts = [{"prompt": HOSTILE, "text": f"text of step {step}\n  {HOSTILE}"}]
         records.append({"step": step, "heldout_loss": 2.5, "heldout_bits_per_byte": 1.0, f"tasks/{HOSTILE}": 0.5})
         records.append({"step": step, "texts": texts, "memory/allocated_gib": 20.0, "memory/reserved_gib": 25.0})
     records.sort(key=lambda one: one["step"])
-    run.journal.append(records)
+    killed = [record(step, 1e9) for step in range(61, 71)]  # steps of the first start that the second one repeats
+    run.journal.superseded.write_text("".join(json.dumps(one) + "\n" for one in killed))
+    run.journal.append([*records, {"step": 100, "stop/state": "failed", "time": 1e9 + 530}])
     run.write_status("failed", 100, error=f"rank 0 stops: {HOSTILE}")
     run.write_traceback(0, RuntimeError(HOSTILE))
     return run
@@ -78,18 +81,10 @@ def test_the_page_of_a_run_in_a_browser(tmp_path, capsys):
         said = run("return document.body.textContent")
         assert said.count(HOSTILE) >= 6  # error, prompt, text, task, traceback, setting
         titles = run("return [...document.querySelectorAll('h2')].map(each => each.textContent)")
-        parts = (
-            "Loss",
-            "Throughput",
-            "Memory",
-            "Restarts and rewinds",
-            "Memory of a GPU",
-            "Generated texts",
-            "Settings",
-        )
-        assert not set(parts) - set(titles)
+        assert {"Goodput", "Loss", "Throughput", "Memory", "Progress", "Starts", "Rewinds"} <= set(titles)
+        assert {"Memory of a GPU", "Generated texts", "Failures", "Settings"} <= set(titles)
         assert "text of step 100" in run("return document.querySelector('details[open]').innerText")
-        for words in ("start 2, from step 60", "from step 90 to 78; skipped batches: [85]", "50.0%", "70.0%"):
+        for words in ("from step 90 to 78; skipped batches: [85]", "50.0%", "70.0%", "36.4%"):
             assert words in said
         charts = run("return [...document.querySelectorAll('svg.chart')].map(each => each.getAttribute('aria-label'))")
         assert "Loss by tokens: nats a token by tokens" in charts
@@ -100,6 +95,12 @@ def test_the_page_of_a_run_in_a_browser(tmp_path, capsys):
         marks = run(f"return {marked}")
         assert set(marks) <= {0, 2}  # one restart, one rewind
         assert marks.count(2) == len(charts) - charts.count("Held-out loss by position")
+        starts = "table:has(th:first-child + th + th + th + th + th) tr"
+        rows = run(f"return [...document.querySelectorAll('{starts}')].map(each => each.innerText.split('\\t'))")
+        assert [(row[2], row[3], row[5]) for row in rows[1:]] == [
+            ("0", "70", "without a word"),
+            ("60", "100", "failed"),
+        ]
         colours = []
         for scheme in ("light", "dark"):
             features = [{"name": "prefers-color-scheme", "value": scheme}]

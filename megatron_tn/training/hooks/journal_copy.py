@@ -29,6 +29,7 @@ class JournalCopy(NullHook):
         self.figures = figures
         self._is_open = False
         self._told = 0
+        self._starts = 0  # of the run, by the journal's records so far
 
     def open(self, state: TrainingState) -> int:
         """Begin at `state.step`; returns the last step that the other program has already."""
@@ -43,6 +44,7 @@ class JournalCopy(NullHook):
 
     def on_start(self, state: TrainingState) -> None:
         self.figures.restart()
+        self._starts = 0
         try:
             self._told = self.open(state)
             self._is_open = True
@@ -62,6 +64,9 @@ class JournalCopy(NullHook):
             self.record(values, state.step)
 
     def record(self, values: dict[str, Any], step: int) -> None:
+        self._starts += "start/began" in values
+        if "loss" in values and self._starts:
+            values = values | {"starts": self._starts}
         if not self._is_open or step <= self._told:
             return
         try:
