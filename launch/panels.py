@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import re
+from typing import Any, NamedTuple
+
+WORKSPACE = "megatron_tn"  # name of the view in a wandb project
 
 
 class Panel(NamedTuple):
@@ -53,3 +56,33 @@ def keys_of(panel: Panel, present: dict[str, object]) -> list[str]:
     """The panel's keys among those that are present."""
     found = (key for key in present for own in panel.keys if key == own or (own.endswith("/") and key.startswith(own)))
     return list(dict.fromkeys(found))
+
+
+def workspace(entity: str, project: str) -> Any:
+    """SECTIONS as a view of a wandb project, a `wandb_workspaces.workspaces.Workspace` that is not saved yet: losses by
+    tokens, the rest by step.
+
+    Raises:
+        ImportError: the extra panels is not installed.
+    """
+    import wandb_workspaces.reports.v2 as reports
+    import wandb_workspaces.workspaces as workspaces
+
+    def plot(panel: Panel, x: str) -> Any:
+        unit = panel.unit if panel.scale == 1 else f"{panel.unit} / {panel.scale:g}"
+        found = {"title": panel.title, "x": x, "title_y": unit, "log_y": panel.log or None}
+        found |= {"range_y": (0.0, None)} if panel.zero else {}
+        if not any(key.endswith("/") for key in panel.keys):
+            return reports.LinePlot(y=list(panel.keys), **found)
+        names = "|".join(re.escape(key) + (".*" if key.endswith("/") else "") for key in panel.keys)
+        return reports.LinePlot(metric_regex=f"^({names})$", **found)
+
+    sections = [
+        workspaces.Section(
+            name=title,
+            panels=[plot(panel, "tokens" if title == "Loss" else "Step") for panel in panels],
+            is_open=True,
+        )
+        for title, panels in SECTIONS.items()
+    ]
+    return workspaces.Workspace(entity=entity, project=project, name=WORKSPACE, sections=sections)
