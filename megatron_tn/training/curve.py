@@ -114,8 +114,9 @@ def _bits_per_byte_of_a_nat(runs: Iterable[Sequence[RunFolder]]) -> float | None
     return ratios[0] if ratios and math.isclose(min(ratios), max(ratios), rel_tol=1e-6) else None
 
 
-def curve_of(runs: Sequence[RunFolder]) -> Curve | None:
-    """The mean over runs at the steps that all of them have recorded; None where there is no such step."""
+def curve_of(runs: Sequence[RunFolder], points: int | None = POINTS) -> Curve | None:
+    """The mean over runs at the steps that all of them have recorded; None where there is no such step. points: more
+    records are drawn together; None keeps each."""
     losses, places = [], []
     for run in runs:
         records = run.records("loss")
@@ -136,7 +137,7 @@ def curve_of(runs: Sequence[RunFolder]) -> Curve | None:
         for step in steps
         if (found := [own[step] for own in evaluated if step in own])
     ]
-    width = -(-len(steps) // POINTS)
+    width = -(-len(steps) // (points or len(steps)))
     tokens, seconds, loss, lowest, highest = (
         _thinned(values, width) for values in (*place.T, each.mean(0), each.min(0), each.max(0))
     )

@@ -105,6 +105,10 @@ class RunFolder:
         return self.path / "stacks"
 
     @property
+    def tracebacks(self) -> Path:
+        return self.path / "tracebacks"
+
+    @property
     def profile(self) -> Path:
         return self.path / "profile"
 
@@ -217,7 +221,7 @@ class RunFolder:
 
     def write_traceback(self, rank: int, error: BaseException) -> Path | None:
         """The file; None where it cannot be written."""
-        path = self.path / "tracebacks" / f"rank_{rank:05d}.txt"
+        path = self.tracebacks / f"rank_{rank:05d}.txt"
         try:
             path.parent.mkdir(exist_ok=True)
             with open_new(path) as file:
