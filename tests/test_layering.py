@@ -68,6 +68,7 @@ ALLOWED = {
     ],
     "launch": [
         "kernels.bench",
+        "data_pipeline.html_page",
         "megatron_tn.cli",
         "megatron_tn.config",
         "megatron_tn.planning",
@@ -76,6 +77,9 @@ ALLOWED = {
         "megatron_tn.training.goodput",
         "megatron_tn.training.compare",
         "megatron_tn.training.curve",
+        "megatron_tn.training.summary",
+        "megatron_tn.training.goodput",
+        "megatron_tn.training.hooks",
         "megatron_tn.training.submission",
         "megatron_tn.plot",
         "megatron_tn.data",

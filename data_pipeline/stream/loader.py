@@ -124,8 +124,14 @@ class BatchLoader:
             generator=torch.Generator(),
         )
         # Started here, in the main thread, where PyTorch detects a dead worker at once. The iterator's finaliser ends
-        # the processes, so only the generator may reference the iterator.
-        return (step for step in iter(loader))
+        # the processes, so only the generator may reference the iterator. A forked reader inherits the signal mask: a
+        # SIGTERM that reaches it before `_end_by_parent_alone` runs waits, too.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            steps = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return (step for step in steps)
 
 
 class _Shares(Dataset):

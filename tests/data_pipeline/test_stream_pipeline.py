@@ -32,6 +32,7 @@ from data_pipeline.stream import (
     token_stages,
 )
 from data_pipeline.stream import count as counting
+from data_pipeline.stream import loader as loader_module
 from data_pipeline.stream import pipeline as stages_of
 from data_pipeline.stream.loader import _end_by_parent_alone
 from data_pipeline.stream.score_filter import counts_file
@@ -248,7 +249,13 @@ def test_a_stage_that_raises_stop_iteration_does_not_end_the_data(manifest, work
         next(iter(loader))
 
 
-def test_only_its_parent_ends_a_reader_process(manifest):
+def test_only_its_parent_ends_a_reader_process(manifest, monkeypatch):
+    def told_at_once(worker):
+        os.kill(os.getpid(), signal.SIGTERM)  # the stop signal of a job whose reader has just been forked
+        protect(worker)
+
+    protect = loader_module._end_by_parent_alone
+    monkeypatch.setattr(loader_module, "_end_by_parent_alone", told_at_once)
     gc.collect()  # the error of a test before this one may still hold that test's reader
     others = set(multiprocessing.active_children())  # worlds of ranks that tests share
     stream = build_stream(manifest, sequence_length=LENGTH, seed=0)

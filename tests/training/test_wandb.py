@@ -7,20 +7,24 @@ import json
 import math
 import os
 import pty
+import re
 import signal
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
-from megatron_tn.config import WandbConfig
+from launch import sync
+from launch.panels import SECTIONS, workspace
+from megatron_tn.config import TrainConfig, WandbConfig, save
 from megatron_tn.training.hooks.figures import StepFigures
 from megatron_tn.training.hooks.journal import Journal
 from megatron_tn.training.hooks.wandb_file import last_step_in, messages
 from megatron_tn.training.hooks.weights_and_biases import WeightsAndBiases
 from megatron_tn.training.run_folder import RunFolder
-from megatron_tn.training.state import TrainingState
+from megatron_tn.training.state import Ledger, TrainingState
 from tests.helpers.steps import REPORT, WORK
-from tests.helpers.training import fork_ranks
+from tests.helpers.training import call, fork_ranks
 
 
 @pytest.fixture
@@ -75,6 +79,7 @@ class Server:
         server = self
 
         class Part:
+            url = f"https://wandb.example/{id}"
             starting_step = steps[-1] + 1 if steps else 0
 
             def log(self, values, step):
@@ -124,6 +129,52 @@ def test_where_nobody_is_logged_in_it_logs_offline_and_says_so_once(folder, monk
     assert [record.message for record in caplog.records] == [
         "wandb: nobody is logged in here, so it logs offline; `python -m launch.sync` uploads it later"
     ]
+
+
+def test_sync_tells_what_the_server_lacks_and_a_new_project_gets_panels(folder, monkeypatch, capsys):
+    import wandb
+
+    server, views = Server(monkeypatch), []
+    api = SimpleNamespace(default_entity="us", projects=lambda entity: [SimpleNamespace(name="other")])
+    monkeypatch.setattr(wandb, "Api", lambda: api)
+    monkeypatch.setattr(sync, "_add_panels", lambda *place: views.append(place))
+    run = str(folder)
+    save(TrainConfig(run_dir=run), folder.config_file)
+    folder.write_ledger(Ledger(rewinds=[{"from": 7, "to": 4}]))
+    folder.journal.append([{"step": step, "loss": 2.0} for step in (1, 2, 3)])
+    assert call(sync.main, run, "project=paper") == 0
+    (part,) = server.steps
+    assert part == f"{folder.wandb_id.read_text()}-r1"
+    assert server.steps[part] == [1, 2, 3]
+    assert views == [(None, "paper")]
+    assert capsys.readouterr().out == f"{run}: https://wandb.example/{part}\n"
+    folder.journal.append([{"step": 4, "loss": 2.0}])
+    assert call(sync.main, run, "panels=false") == 0
+    assert server.steps == {part: [1, 2, 3, 4]}
+    assert len(views) == 1
+
+    def no_route(**_):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(wandb, "init", no_route)
+    assert call(sync.main, run, "panels=false") == "error: wandb: OSError: no route to host"
+    monkeypatch.setattr(wandb, "login", lambda **_: False)
+    assert call(sync.main, run) == 2
+    assert "error: wandb: nobody is logged in here" in capsys.readouterr().err
+    assert call(sync.main, run, "panels=some") == 2
+
+
+def test_panels_as_a_view_of_a_wandb_project():
+    pytest.importorskip("wandb_workspaces")
+    view = workspace("us", "paper")
+    assert (view.entity, view.project) == ("us", "paper")
+    plots = {plot.title: plot for section in view.sections for plot in section.panels}
+    assert (plots["Loss"].x, plots["Loss"].y) == ("tokens", ["loss", "heldout_loss"])
+    assert re.fullmatch(plots["Held-out text"].metric_regex, "heldout_bits_per_byte/code")
+    assert not re.fullmatch(plots["Held-out text"].metric_regex, "heldout_bits_per_byte_of_others")
+    assert plots["Utilisation"].title_y == "% of the rate / 100"
+    spec = json.loads(view._to_model().model_dump_json(by_alias=True))["spec"]["section"]["panelBankConfig"]
+    assert [section["name"] for section in spec["sections"]] == list(SECTIONS)
 
 
 def log_steps(folder: str, *parts: tuple[int, int]) -> None:
@@ -245,7 +296,7 @@ def test_a_full_disk_ends_the_copy_and_nothing_else(tmp_path):
             (tmp_path / "filling").write_bytes(bytes(1 << 20))
         board = hook(run)
         board.on_start(TrainingState())
-        assert run.wandb_id.read_text() == ""
+        assert not run.wandb_id.exists()
         (tmp_path / "filling").unlink()
         board = hook(run)
         board.on_start(TrainingState())
