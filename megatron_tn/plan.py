@@ -63,7 +63,14 @@ def plan_of(config: PlanConfig, named: set[str]) -> tuple[Plan, list[Candidate]]
         config = with_usual_batch(config, world)
     if problems := config.problems(world):
         raise ConfigError(problems)
-    return make_plan(config, world, config.tokens, memory_problems(config, world), chosen=chosen), candidates
+    problems = memory_problems(config, world)
+    logs = None
+    if config.dry_run:
+        from megatron_tn.planning.dry_run import dry_run  # imports the engines
+
+        logs, wrong = dry_run(config, world)
+        problems += wrong
+    return make_plan(config, world, config.tokens, problems, chosen=chosen, logs=logs), candidates
 
 
 def show(plan: Plan, candidates: list[Candidate], config: PlanConfig) -> None:
@@ -72,7 +79,7 @@ def show(plan: Plan, candidates: list[Candidate], config: PlanConfig) -> None:
         print_json(plan, candidates)
     else:
         if config.search:
-            print_search(candidates, console)
+            print_search(candidates, plan.world_size, console)
         print_plan(plan, console)
     if plan.problems:
         raise ConfigError(plan.problems)

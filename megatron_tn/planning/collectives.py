@@ -24,6 +24,24 @@ class Collective(NamedTuple):
     dtype: str
 
 
+class Call(NamedTuple):
+    """One collective of a rank. ranks: the members of its group. size: bytes of the whole tensor."""
+
+    kind: str
+    ranks: tuple[int, ...]
+    size: int
+    dtype: str
+
+    def __str__(self) -> str:
+        members = f"{self.ranks[0]}, {self.ranks[1]}, .. {self.ranks[-1]}" if len(self.ranks) > 3 else str(self.ranks)
+        return f"{self.kind} of {self.size:,} bytes of {self.dtype} over ranks {members}"
+
+    @property
+    def shape(self) -> tuple[str, int, int]:
+        """Kind, members and their distance: equal on all ranks, whose slices of a sequence differ in length."""
+        return self.kind, len(self.ranks), self.ranks[-1] - self.ranks[0]
+
+
 class CollectiveLog(TorchDispatchMode):
     """Context manager. `calls`: the collectives in order, those within the operators of `INNER` included."""
 

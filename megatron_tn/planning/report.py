@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,11 @@ from rich.table import Table
 from megatron_tn.config import TrainConfig
 from megatron_tn.model.registry import forward_flops_per_token, parameter_count, training_flops_per_token
 from megatron_tn.planning.batch import REASON
+from megatron_tn.planning.collectives import Call
 from megatron_tn.planning.concerns import checkpoint_bytes, checkpoint_seconds, concerns
 from megatron_tn.planning.estimate import GIB, MemoryPlan, plan_memory
 from megatron_tn.planning.microbatch import microbatch
+from megatron_tn.planning.pipeline import best_pipeline
 from megatron_tn.planning.search import Candidate, engine_word, layout_words
 from megatron_tn.planning.speed import CONTENTION, MEMORY_SHARE, StepTime, missing_rates, step_time
 from megatron_tn.planning.traffic import Traffic, step_traffic
@@ -36,6 +38,7 @@ class Plan:
     time: StepTime | None
     problems: Sequence[str]
     chosen: bool = False  # whether the batch is the usual one, since none was named
+    logs: Mapping[int, Sequence[Call]] | None = None  # of a dry run: rank -> its collectives
 
     @property
     def days(self) -> float | None:
@@ -85,6 +88,8 @@ class Plan:
             "warnings": self.warnings,
             "assumptions": self.assumptions,
         }
+        if self.logs is not None:
+            found["dry_run"] = {str(rank): [call._asdict() for call in calls] for rank, calls in self.logs.items()}
         if time is not None:
             found |= {
                 "step_seconds": time.kinds | {"all": time.total},
@@ -96,14 +101,20 @@ class Plan:
 
 
 def make_plan(
-    config: TrainConfig, world_size: int, tokens: int, problems: Sequence[str] = (), *, chosen: bool = False
+    config: TrainConfig,
+    world_size: int,
+    tokens: int,
+    problems: Sequence[str] = (),
+    *,
+    chosen: bool = False,
+    logs: Mapping[int, Sequence[Call]] | None = None,
 ) -> Plan:
-    """tokens: the budget; 0: TOKENS_A_PARAMETER a parameter."""
+    """tokens: the budget; 0: TOKENS_A_PARAMETER a parameter. chosen, logs: see `Plan`."""
     work = microbatch(config)
     time = None if missing_rates(config.cluster) else step_time(config, world_size, work)
     tokens = tokens or TOKENS_A_PARAMETER * parameter_count(config.model)
     traffic = step_traffic(config, world_size, work)
-    return Plan(config, world_size, tokens, plan_memory(config, world_size), traffic, time, problems, chosen)
+    return Plan(config, world_size, tokens, plan_memory(config, world_size), traffic, time, problems, chosen, logs)
 
 
 def print_json(plan: Plan, candidates: Sequence[Candidate]) -> None:
@@ -152,6 +163,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     size, seconds = checkpoint_bytes(config), checkpoint_seconds(config)
     writing = "" if seconds is None else f", {seconds:.0f} s to write at {config.cluster.storage_gbs:g} GB/s a node"
     console.print(f"a checkpoint: {size / 1e9:,.0f} GB{writing}")
+    if plan.logs is not None:
+        console.print(_dry_run_line(plan))
     for line in plan.assumptions:
         console.print(f"assumed: {line}")
     for line in plan.warnings:
@@ -170,7 +183,17 @@ def _time_table(plan: Plan, time: StepTime) -> Table:
     return table
 
 
-def print_search(candidates: Sequence[Candidate], console: Console) -> None:
+def _dry_run_line(plan: Plan) -> str:
+    sizes: dict[str, list[int]] = {}
+    for call in next(iter(plan.logs.values())):
+        sizes.setdefault(f"{call.kind} over {len(call.ranks)}", []).append(call.size)
+    made = ", ".join(f"{len(each)} {name} ({sum(each) / 1e9:.2f} GB)" for name, each in sizes.items())
+    outcome = "agree" if not plan.problems else "were run"
+    ranks = ", ".join(map(str, plan.logs))
+    return f"dry run of one microbatch: ranks {ranks} of {plan.world_size} {outcome}; rank 0 made {made}"
+
+
+def print_search(candidates: Sequence[Candidate], world_size: int, console: Console) -> None:
     """The best layout of each tp x cp x engine; of one that never fits, the leanest."""
     table = Table(
         "tp", "cp", "sp", "engine", "recompute", "rows", "tokens/s", "GiB", "slower than the first, or why not"
@@ -187,6 +210,13 @@ def print_search(candidates: Sequence[Candidate], console: Console) -> None:
         cells += [f"{each.time.tokens_per_second:,.0f}", f"{each.memory / GIB:.1f}"] if each.time else ["", ""]
         table.add_row(*cells, each.reason or slower_by(each.time, candidates[0].time))
     console.print(table)
+    first = candidates[0]
+    if not first.reason and (pipeline := best_pipeline(first.config, world_size)) is not None:
+        console.print(
+            f"for comparison, pipeline parallel, which this package does not have: tp {first.config.parallel.tp} x "
+            f"{pipeline.stages} stages, ZeRO 1, recompute {pipeline.recompute}, {pipeline.rows} rows: "
+            f"{pipeline.tokens_per_second:,.0f} tokens/s, {pipeline.memory / GIB:.1f} GiB, bubble {pipeline.bubble:.1%}"
+        )
     fitting = sum(not each.reason for each in candidates)
     console.print(f"{fitting} layouts fit, {len(candidates) - fitting} do not: of each engine the best; --json has all")
 

@@ -21,6 +21,7 @@ from megatron_tn.planning.traffic import (
     LAYER,
     MICROBATCH,
     Traffic,
+    gathers,
     microbatches_of,
     spans_of,
     step_traffic,
@@ -141,7 +142,7 @@ def engine_bytes(config: TrainConfig, world_size: int) -> float:
     """Bytes that an engine moves in a microbatch beside the model's operators.
 
     fp32 sums that products add to: read, 4 an element (their writing is part of the product's rate). DeepSpeed's own
-    reduction, at stage 2: 25 (engine/deepspeed/stage3.py). ZeRO 3 and FSDP2, in each of two gathers: FSDP2's cast of
+    reduction, at stage 2: 25 (engine/deepspeed/stage3.py). ZeRO 3 and FSDP2, in each gather: FSDP2's cast of
     its shard, fp32 read and bf16 written; bf16 read and written from the gathered buffer to the weights. And of a
     gradient: bf16 read and fp32 written, sorted by rank.
     """
@@ -149,5 +150,5 @@ def engine_bytes(config: TrainConfig, world_size: int) -> float:
     local = parameter_count(config.model) / config.parallel.tp
     if engine.name == "fsdp2" or engine.zero_stage == 3:
         cast = 6 / math.prod(spans_of(config, world_size, "data")) if engine.name == "fsdp2" else 0
-        return local * (2 * (cast + 4) + 6)
+        return local * (gathers(config) * (cast + 4) + 6)
     return local * (4 if engine.sums_own_gradients else 25)

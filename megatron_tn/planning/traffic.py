@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_tn.config import TrainConfig
+from megatron_tn.engine.deepspeed.settings import zero3_live_parameters
 from megatron_tn.model.registry import parameter_count
 from megatron_tn.planning.microbatch import Microbatch
 
@@ -73,15 +74,29 @@ def engine_exchanges(config: TrainConfig, microbatches: int) -> list[tuple[str, 
         return [("gradients", "all-reduce", 4, 1, LAST_BACKWARD)]
     if engine.name == "deepspeed" and engine.zero_stage == 0:
         return [("gradients", "all-reduce", width, 1, NOTHING)]
+    if engine.sums_own_gradients:
+        reduced = ("gradients", "reduce-scatter", 4, 1, LAST_BACKWARD)
+        return [reduced, ("updated weights", "all-gather", width, 1, NOTHING)]
     if engine.name == "deepspeed" and engine.zero_stage < 3:
+        # DeepSpeed all-reduces its buckets, unless use_multi_rank_bucket_allreduce=false; stage 2 in every microbatch.
         every = microbatches if engine.zero_stage == 2 else 1
-        gradients = ("gradients", "reduce-scatter", gradient, every, LAST_BACKWARD if every == 1 else MICROBATCH)
-        return [gradients, ("updated weights", "all-gather", width, 1, NOTHING)]
-    gathers = 1 if engine.name == "fsdp2" and not engine.reshard_after_forward else 2
+        reduced = ("gradients", "all-reduce", gradient, every, MICROBATCH if every > 1 else LAST_BACKWARD)
+        return [reduced, ("updated weights", "all-gather", width, 1, NOTHING)]
     return [
-        ("weights", "all-gather", width, gathers * microbatches, MICROBATCH),
+        ("weights", "all-gather", width, gathers(config) * microbatches, MICROBATCH),
         ("gradients", "reduce-scatter", 4, microbatches, MICROBATCH),
     ]
+
+
+def gathers(config: TrainConfig) -> int:
+    """In how many of a microbatch's two passes ZeRO 3 and FSDP2 gather the weights: in one where they stay gathered
+    until the backward pass, which ZeRO 3 allows to stage3_max_live_parameters elements."""
+    engine = config.engine
+    if engine.name == "fsdp2":
+        return 2 if engine.reshard_after_forward else 1
+    asked = engine.deepspeed_config.get("zero_optimization", {})
+    live = asked.get("stage3_max_live_parameters", zero3_live_parameters(config))
+    return 1 if parameter_count(config.model) / config.parallel.tp <= live else 2
 
 
 def microbatches_of(config: TrainConfig, world_size: int) -> int:

@@ -103,8 +103,9 @@ def test_bytes_over_nvlink_and_network_by_hand():
     [
         (EngineConfig(name="local"), 2 * 4),
         (EngineConfig(zero_stage=1), 4 + 2),
-        (EngineConfig(zero_stage=2), 3 * 4 + 2),
-        (EngineConfig(zero_stage=3), 3 * (2 + 2 + 4)),
+        (EngineConfig(zero_stage=1, gradient_dtype="bf16"), 2 * 2 + 2),
+        (EngineConfig(zero_stage=2), 3 * 2 * 4 + 2),
+        (EngineConfig(zero_stage=3), 3 * (2 + 4)),
         (EngineConfig(name="fsdp2"), 3 * (2 + 2 + 4)),
         (EngineConfig(name="fsdp2", reshard_after_forward=False), 3 * (2 + 4)),
     ],
