@@ -35,6 +35,8 @@ def main() -> None:
             problems.append(
                 f"run_dir={config.run_dir!r}: train.sbatch takes no backslash and no control character in it"
             )
+        if any(word.lstrip("+").startswith("run_dir=") and "${" in word for word in words):
+            problems.append("run_dir must be a path: a requeued job has to find the same folder")
         if problems:
             raise ConfigError(problems)
         settings = RunFolder(config.run_dir).submit(config)

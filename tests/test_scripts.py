@@ -120,6 +120,8 @@ def test_a_name_that_the_script_would_read_otherwise_is_refused(fakes, tmp_path,
     assert (done.returncode, "a backslash" in done.stderr) == (2, True)
     assert call(submit, "--", "model=demo", rf"run_dir={tmp_path}/a\b") == 2
     assert "takes no backslash" in capsys.readouterr().err
+    assert call(submit, "--", "model=demo", "run_dir=${oc.env:HOME}/run") == 2
+    assert "run_dir must be a path" in capsys.readouterr().err
     assert call(submit, "--", "model=demo", f"run_dir={tmp_path / HOSTILE}") == 0
     assert fakes("sbatch")[-1] == f"run_dir={tmp_path / HOSTILE}"
     assert list(Path(tmp_path / HOSTILE / "submitted").iterdir())
