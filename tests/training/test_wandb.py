@@ -222,7 +222,7 @@ def test_after_kill_9_the_next_start_tells_what_the_offline_copy_lacks(tmp_path)
     board = hook(folder)
     board.on_start(TrainingState(step=4))
     board.on_step(TrainingState(step=5, optimizer_step=4, tokens=500, samples=20), REPORT)
-    texts = [{"prompt": "def ", "text": "f(x):"}]
+    texts = [{"prompt": "def ", "text": "f(x): <b>"}]
     board.record(
         {"heldout_loss": 2.0, "heldout_bits_per_byte/code": 1.25, "ranks/slowest": "rank 3", "texts": texts}, 5
     )
@@ -250,8 +250,8 @@ def test_after_kill_9_the_next_start_tells_what_the_offline_copy_lacks(tmp_path)
     assert last["heldout_perplexity"] == pytest.approx(math.exp(2.0))
     assert last["heldout_bits_per_byte/code"] == 1.25
     assert (last["memory/allocated_gib"], last["goodput"], last["goodput/starts"]) == (30.5, 0.9, 2)
-    (table,) = folder.wandb.glob(f"offline-run-*/files/{last['texts/path']}")
-    assert json.loads(table.read_text())["data"] == [[5, "def ", "f(x):"]]
+    (page,) = folder.wandb.glob(f"offline-run-*/files/{last['texts/path']}")
+    assert page.read_text() == "<pre><b>def </b>f(x): &lt;b&gt;</pre>"
     assert last_step_in(folder.wandb, run_id) == 5
 
 
