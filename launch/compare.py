@@ -17,7 +17,7 @@ from launch.chart import STYLE
 from launch.curves import losses, positions
 from megatron_tn.cli import bad_input_exits
 from megatron_tn.config import ConfigError, unwritable
-from megatron_tn.plot import compare, runs_in
+from megatron_tn.plot import compare, paths_and_output, runs_in
 from megatron_tn.training.compare import Group, table_of
 from megatron_tn.training.curve import curve_of
 
@@ -28,10 +28,9 @@ def main() -> None:
         print(__doc__)
         return
     with bad_input_exits():
-        folders = [Path(word) for word in words if not word.startswith("output=")]
-        output = next((Path(word.removeprefix("output=")) for word in words if word.startswith("output=")), None)
+        folders, named = paths_and_output(words)
         runs = list(dict.fromkeys(run for folder in folders for run in runs_in(folder)))
-        output = output or (folders[0] if len(folders) == 1 else Path())
+        output = Path(named) if named or len(folders) > 1 else folders[0]
         picture, page, text = (output / f"compare.{kind}" for kind in ("png", "html", "md"))
         if problems := [problem for path in (picture, page, text) for problem in unwritable("output", str(path))]:
             raise ConfigError(problems)

@@ -1,12 +1,14 @@
 """The benchmark's rows on a CPU: the same tokens, times that add up, and the training loop's own figures."""
 
 import json
+import sys
 
 import pytest
 import torch
 
 from kernels.bench import rows
 from megatron_tn.benchmark import main
+from megatron_tn.benchmarking import checkpoint
 from megatron_tn.benchmarking.peers import llama
 from megatron_tn.config import ClusterConfig, ModelConfig, from_mapping
 from megatron_tn.model.registry import parameter_count
@@ -68,3 +70,19 @@ def test_a_row_says_how_to_repeat_it():
 def test_the_datasheet_rate_is_known_by_the_gpus_name(name, tflops):
     assert ClusterConfig().peak_tflops(name) == tflops
     assert ClusterConfig(bf16_tflops=100.0).peak_tflops(name) == 100.0
+
+
+def test_checkpoints_of_a_small_model_are_timed_and_removed(tmp_path, capsys, monkeypatch):
+    folder, output = tmp_path / "disk", tmp_path / "rows.jsonl"
+    words = ["--folder", str(folder), "--models", "demo/2", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["checkpoint", *words])
+    checkpoint.main()
+    found = {row["name"]: row for row in map(json.loads, output.read_text().splitlines())}
+    assert found.keys() >= {"dd, direct write", "pause, first save", "pause, later saves", "write", "load, cold"}
+    parameters = parameter_count(from_mapping(ModelConfig, compose_model("demo")))
+    for row in found.values():
+        assert row["gigabytes"] == pytest.approx(12e-9 * parameters / 2, rel=0.01)
+        assert row["value"] > 0
+    assert found["write"]["of_dd"] == pytest.approx(found["write"]["value"] / found["dd, direct write"]["value"])
+    assert not folder.exists()
+    assert "verify, cold" in capsys.readouterr().out

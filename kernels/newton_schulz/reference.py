@@ -15,10 +15,15 @@ A, B, C = 3.4445, -4.7750, 2.0315
 EPS = 1e-7  # of the Frobenius norm: a zero matrix stays zero
 
 
+def gram_polynomial(x: Tensor) -> Tensor:
+    """b A + c A^2 for A = X X^T, X [rows, columns]."""
+    gram = x @ x.mT
+    return B * gram + C * gram @ gram
+
+
 def newton_schulz(matrix: Tensor, iterations: int) -> Tensor:
     """matrix [rows, columns] -> X after `iterations`, in matrix's type."""
     x = matrix / vector_norm(matrix).clamp(min=EPS)
     for _ in range(iterations):
-        gram = x @ x.T
-        x = A * x + (B * gram + C * gram @ gram) @ x
+        x = A * x + gram_polynomial(x) @ x
     return x

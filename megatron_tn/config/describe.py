@@ -93,6 +93,7 @@ COMMANDS = {
 def page() -> str:
     """docs/settings.md."""
     lines = ["# Settings", "", "Made by `python -m megatron_tn.config.describe`; `--help` of a command prints its own."]
+    lines += ["Settings of data_pipeline are in its commands' help, such as `python -m data_pipeline.run --help`."]
     for name, (kind, title) in COMMANDS.items():
         lines += ["", f"## {title}", "| setting | default | |", "|---|---|---|"]
         prefix = {"benchmark": "benchmark.", "submit": "slurm."}.get(name, "")

@@ -47,3 +47,51 @@ def test_other_shapes_are_refused():
 def test_flops_are_those_of_three_products_an_iteration():
     assert op.flops(4, 6, 5) == 5 * (2 * 4 * 4 * 6 + 2 * 4**3 + 2 * 4 * 4 * 6) == op.flops(6, 4, 5)
     assert op.flops(4, 6, 5, symmetric=True) == 5 * (4 * 4 * 6 + 4**3 + 2 * 4 * 4 * 6)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(40, 70), (33, 32), (16, 16), (130, 17)], ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+def test_symmetric_products_are_those_of_whole_products(triton_device, monkeypatch, rows, columns, transposed):
+    from kernels.newton_schulz import triton_symmetric
+
+    monkeypatch.setattr(triton_symmetric, "TILE", 16)
+    monkeypatch.setattr(triton_symmetric, "DEPTH", 16)
+    draw = torch.Generator().manual_seed(0)
+    shape = (2, columns, rows) if transposed else (2, rows, columns)
+    x = (torch.randn(shape, generator=draw) / columns**0.5).half().to(triton_device)
+    x = x.mT if transposed else x
+    gram = triton_symmetric.symmetric_product(x)
+    exact = x.double() @ x.double().mT
+    assert relative_error(gram, exact) < 1e-3
+    tile = torch.arange(rows, device=x.device) // triton_symmetric.TILE
+    mirrored = gram * (tile[:, None] != tile)
+    assert torch.equal(mirrored, mirrored.mT)
+    polynomial = triton_symmetric.symmetric_product(gram, 2.0, gram, -3.0)
+    exact = 2 * gram.double() @ gram.double() - 3 * gram.double()
+    assert relative_error(polynomial, exact) < 1e-3
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(48, 80), (80, 48)], ids=str)
+def test_iterations_by_half_are_the_definition(triton_device, monkeypatch, rows, columns):
+    from kernels.newton_schulz import triton_symmetric
+
+    monkeypatch.setattr(op, "LEAST_ROWS", 1)
+    if triton_device == "cpu":  # a few tiles, and parts of one
+        monkeypatch.setattr(triton_symmetric, "TILE", 32)
+        monkeypatch.setattr(triton_symmetric, "DEPTH", 32)
+    given = matrices(rows, columns, torch.float16)[1:].to(triton_device)
+    found = kernels.newton_schulz(given)
+    assert relative_error(found[0], reference.newton_schulz(given[0].double(), 5)) < 2e-2
+    assert not found[1].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "columns"), [(2048, 2048), (2048, 5632), (5632, 2048)], ids=str)
+def test_a_models_matrices_by_half(cuda, rows, columns):
+    given = torch.randn(3, rows, columns, device=cuda, dtype=torch.bfloat16)
+    found = kernels.newton_schulz(given)
+    with kernels.dispatch.backend("torch"):
+        plain = kernels.newton_schulz(given)
+    exact = kernels.newton_schulz(given.double())
+    error, plain_error = relative_error(found, exact), relative_error(plain, exact)
+    assert error < 1.1 * plain_error < 0.1

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from html import escape
 from typing import Any
 
-from megatron_tn.config import ConfigError, TrainConfig, WandbConfig, storable, to_stored
+from megatron_tn.config import ConfigError, TrainConfig, WandbConfig, replacing, storable, to_stored
 from megatron_tn.training.hooks.figures import TEXTS, StepFigures
 from megatron_tn.training.hooks.journal_copy import JournalCopy
 from megatron_tn.training.hooks.wandb_file import last_step_in
@@ -88,7 +88,8 @@ class WeightsAndBiases(JournalCopy):
         """The content of run_dir/wandb_id, made anew where that is absent or, as after a full disk, empty."""
         file = self.folder.wandb_id
         if not file.is_file() or not RUN_ID.fullmatch(file.read_text(errors="replace").strip()):
-            file.write_text(uuid.uuid4().hex[:8])
+            with replacing(file) as new:
+                new.write(uuid.uuid4().hex[:8])
         return file.read_text().strip()
 
 
