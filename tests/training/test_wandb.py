@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import pty
 import re
 import signal
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +27,7 @@ from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import Ledger, TrainingState
 from tests.helpers.steps import REPORT, WORK
 from tests.helpers.training import call, fork_ranks
+from tests.helpers.wandb_server import WandbServer
 
 
 @pytest.fixture
@@ -162,6 +165,31 @@ def test_sync_tells_what_the_server_lacks_and_a_new_project_gets_panels(folder, 
     assert call(sync.main, run) == 2
     assert "error: wandb: nobody is logged in here" in capsys.readouterr().err
     assert call(sync.main, run, "panels=some") == 2
+
+
+@pytest.mark.full
+def test_sync_by_the_real_client_adds_rows_in_their_places(folder, tmp_path):
+    run, server = str(folder), WandbServer(projects=("other",))
+    save(TrainConfig(run_dir=run), folder.config_file)
+    with server.running() as address:
+        environment = os.environ | {"WANDB_BASE_URL": address, "WANDB_API_KEY": "a" * 40, "HOME": str(tmp_path)}
+        for last in (3, 5):
+            have = len(folder.records())
+            folder.journal.append([{"step": step, "loss": 2.0, "tokens": step} for step in range(have + 1, last + 1)])
+            command = [sys.executable, "-m", "launch.sync", run, "project=paper"]
+            said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+            run_id = folder.wandb_id.read_text()
+            assert f"{run}: {address}/us/paper/runs/{run_id}" in said.stdout
+            assert [(row["_step"], row["tokens"]) for row in server.rows[run_id]] == [
+                (n, n) for n in range(1, last + 1)
+            ]
+            server.projects.append("paper")
+    if importlib.util.find_spec("wandb_workspaces"):
+        (view,) = server.views
+        assert (view["entityName"], view["projectName"], view["displayName"]) == ("us", "paper", "megatron_tn")
+        assert '"chartTitle":"Gradient norm"' in view["spec"]
+    else:
+        assert "pip install -e '.[panels]'" in said.stderr
 
 
 def test_panels_as_a_view_of_a_wandb_project():
