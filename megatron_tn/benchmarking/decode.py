@@ -24,6 +24,7 @@ from megatron_tn.config import ModelConfig, from_mapping
 from megatron_tn.inference.decoder import build_decoder
 from megatron_tn.inference.prefix import Prefix
 from megatron_tn.inference.sampler import Sampler
+from megatron_tn.inference.states import SLOTS
 from megatron_tn.model.base import Model
 from megatron_tn.model.init import initialize
 from megatron_tn.model.registry import build_model
@@ -43,12 +44,12 @@ def random_model(name: str, device: str, seed: int = 0) -> Model:
 
 def token_ms(model: Model, batch: int, position: int, sampler: Sampler, tokens: int) -> float:
     """Milliseconds of one decoding step of `batch` rows that are at `position`, the median of RUNS runs of `tokens`
-    steps after two that compile kernels and capture the graph."""
+    steps after those that compile kernels and capture the graphs."""
     decoder = build_decoder(model, batch)
     for row in range(batch):
         decoder.start(row, Prefix(None, model.config.bos_id, frozenset()), sampler=sampler, key=row)
     decoder.positions += position
-    decoder.run(2).read()
+    decoder.run(2 * SLOTS).read()
     found = []
     for _ in range(RUNS):
         begin = time.perf_counter()

@@ -28,7 +28,7 @@ from typing import Any, Protocol
 
 from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
-from megatron_tn.checkpoint.files import FileRecord
+from megatron_tn.checkpoint.parts import FileRecord
 from megatron_tn.config import ConfigError
 from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import ParallelContext

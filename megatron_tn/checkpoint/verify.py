@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from contextlib import closing
@@ -11,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_tn.checkpoint.files import CHUNK_BYTES, TensorFile
+from megatron_tn.checkpoint.files import TensorFile
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, whole_checkpoints
+from megatron_tn.checkpoint.parts import digest_of
 from megatron_tn.checkpoint.reshard import rectangles
 from megatron_tn.config import ConfigError, TrainConfig, from_mapping
 from megatron_tn.model.registry import build_model
@@ -138,12 +138,12 @@ def _file_problems(path: Path, size: int, sha256: str, manifest: CheckpointManif
     found += [f"{path}: {key} belongs to no tensor" for key in strangers]
     if path.stat().st_size != size:
         return [*found, _wrong_size(path, size)]
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    if (digested := digest.hexdigest()) != sha256:
-        found.append(f"{path} is damaged: its sha256 is {digested[:16]}..., but {sha256[:16]}... was written")
+    try:
+        digest = digest_of(path, sha256)
+    except OSError as error:
+        return [*found, f"{path} cannot be read: {error.strerror}"]
+    if digest != sha256:
+        found.append(f"{path} is damaged: its sha256 is {digest[:25]}..., but {sha256[:25]}... was written")
     return found
 
 

@@ -122,10 +122,11 @@ def curve_of(runs: Sequence[RunFolder]) -> Curve | None:
         return None
     each = np.array([[own[step] for step in steps] for own in losses])
     place = np.mean([[own[step] for step in steps] for own in places], axis=0)
+    evaluated = [_held_out(run) for run in runs]
     held_out = [
         (*np.mean([own[step] for own in places], axis=0), np.mean(found))
         for step in steps
-        if (found := [own[step] for own in map(_held_out, runs) if step in own])
+        if (found := [own[step] for own in evaluated if step in own])
     ]
     width = -(-len(steps) // POINTS)
     tokens, seconds, loss, lowest, highest = (

@@ -28,14 +28,7 @@ class JournalFile:
 
     def read(self) -> list[dict[str, Any]]:
         """All complete records in the order of writing; empty where there is no journal."""
-        found = []
-        with contextlib.suppress(FileNotFoundError):
-            for line in self.path.read_bytes().splitlines():
-                with contextlib.suppress(ValueError, RecursionError):
-                    record = json.loads(line)
-                    if isinstance(record, dict):
-                        found.append(record)
-        return found
+        return read_records(self.path)
 
     def append(self, records: list[dict[str, Any]]) -> int:
         """Append records; returns how many were written: all, unless the disk is full.
@@ -96,6 +89,18 @@ class JournalFile:
             _append_whole(descriptor, b"".join(line + b"\n" for line in lines))
         finally:
             os.close(descriptor)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All complete records of a file in the order of writing; empty where there is no file."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                record = json.loads(line)
+                if isinstance(record, dict):
+                    found.append(record)
+    return found
 
 
 def _line(record: dict[str, Any]) -> bytes:

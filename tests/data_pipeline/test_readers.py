@@ -262,6 +262,34 @@ def test_every_arrow_type_that_holds_text_is_read(tmp_path):
     assert quarantine == {f"p/{number}.parquet:3": "no_text" for number in range(len(kinds))}
 
 
+def test_names_of_parquet_rows(tmp_path):
+    """What is no name of a row costs no row, and is not read."""
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    broken = arrow.array([b"a\xff"], arrow.binary()).view(arrow.string())
+    columns = {
+        "word": (arrow.array(["a"]).cast(arrow.string_view()), "a"),
+        "number": (arrow.array([2**64 - 1], arrow.uint64()), str(2**64 - 1)),
+        "repeated": (arrow.array(["a"]).dictionary_encode(), "a"),
+        "not UTF-8": (broken, "a\ufffd"),
+        "long": (arrow.array(["a" * 10_001]), None),
+        "null": (arrow.array([None], arrow.string()), None),
+        "nested": (arrow.array([[["a"]]]), None),
+        "bytes": (arrow.array([b"\0" * 16], arrow.binary(16)), None),
+        "truth": (arrow.array([True]), None),
+    }
+    for name, (column, _) in columns.items():
+        table = arrow.table({"id": column, "text": ["some words"], "text.en": [["other"]]})
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+    documents, quarantine = read(tmp_path, p=source(tmp_path, kind="parquet"))
+    assert not quarantine
+    assert {text for text, _ in documents.values()} == {"some words"}
+    assert {id[2:-10]: metadata.get("key") for id, (_, metadata) in documents.items()} == {
+        name: key for name, (_, key) in columns.items()
+    }
+
+
 def test_parquet_without_pyarrow_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -41,6 +41,7 @@ def trained(shards, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     settings = (*SMALL, f"data.manifest={shards}", f"schedule.steps={STEPS}", "parallel.tp=2", "checkpoint.keep=0")
     settings = (*settings, f"evaluation.manifest={shards}", "evaluation.max_documents=20", "logging.wandb.mode=offline")
+    settings = (*settings, "evaluation.prompts=[the cat,'']", "evaluation.prompt_tokens=5")
     train_ranks(2, *settings, f"run_dir={folder / 'run'}", folder=folder)
     return folder / "run"
 
@@ -58,6 +59,8 @@ def test_it_learns_and_leaves_everything_behind(trained):
     assert (status["state"], status["step"]) == ("finished", STEPS)
     (evaluated,) = records(trained, "heldout_bits_per_byte")
     assert evaluated["step"] == STEPS
+    assert [text["prompt"] for text in evaluated["texts"]] == ["the cat", ""]
+    assert all(text["text"] for text in evaluated["texts"])
     assert 0 < evaluated["heldout_bits_per_byte"] < 8
     (saved,) = records(trained, "checkpoint/pause_s")
     assert (saved["checkpoint/step"], saved["checkpoint/failed"]) == (STEPS, False)

@@ -271,11 +271,11 @@ def test_decoding_step(capability, with_lrpe):
     types = {name: type_ for name, type_ in types.items() if not name.startswith("new")}
     types |= dict.fromkeys(("keys_pointer", "values_pointer"), "*bf16")
     types |= dict.fromkeys(("slot_pointer", "start_pointer"), "*i64")
-    constants |= {"SLICE": triton_buffered.slice_columns(constants["SUMMED"], 128), "SLOTS": 16}
-    kernel = compiled(
-        triton_buffered.buffered_step_kernel, capability, types, constants, num_warps=triton_buffered.WARPS
-    )
-    assert resources(kernel)[1] == 0
+    del constants["SUMMED"], constants["SLICE"]
+    for fold, tile in triton_buffered.TILES.items():
+        own = constants | triton_buffered.constants(tile, 128, 16) | {"FOLD": fold}
+        kernel = compiled(triton_buffered.buffered_step_kernel, capability, types, own, num_warps=tile.warps)
+        assert resources(kernel)[1] == 0
 
 
 @pytest.mark.parametrize("capability", sorted(TILES))

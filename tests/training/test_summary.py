@@ -20,6 +20,7 @@ from megatron_tn.training.compare import group_names
 from megatron_tn.training.curve import curve_of, positions_of
 from megatron_tn.training.hooks.console import ConsoleProgress
 from megatron_tn.training.hooks.journal import Journal
+from megatron_tn.training.journal_file import JournalFile
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
@@ -95,6 +96,14 @@ def test_losses_by_position_are_drawn(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "alone.png").stat().st_size < (tmp_path / "loss.png").stat().st_size
     assert call(plot.main, "tasks.json") == 2
     assert "error: tasks.json: it is no output of megatron_tn.evaluate" in capsys.readouterr().err
+
+
+def test_a_curve_reads_each_journal_a_fixed_number_of_times(tmp_path, monkeypatch):
+    read, reads = JournalFile.read, []
+    monkeypatch.setattr(JournalFile, "read", lambda self: reads.append(self.path) or read(self))
+    curve = curve_of([make_run(tmp_path / "run", 100, 2.0)])
+    assert curve.held_out.tolist() == [[1000.0, 0.0, 3.0]]
+    assert len(reads) == 2
 
 
 def config(**data) -> TrainConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pty
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import pytest
 
 from megatron_tn.config import WandbConfig
+from megatron_tn.training.hooks.figures import StepFigures
 from megatron_tn.training.hooks.journal import Journal
 from megatron_tn.training.hooks.wandb_file import last_step_in, messages
 from megatron_tn.training.hooks.weights_and_biases import WeightsAndBiases
@@ -27,7 +29,7 @@ def folder(tmp_path) -> RunFolder:
 
 
 def hook(folder: RunFolder, mode: str = "offline") -> WeightsAndBiases:
-    return WeightsAndBiases(WandbConfig(mode=mode), folder, {}, WORK)
+    return WeightsAndBiases(WandbConfig(mode=mode), folder, {}, StepFigures(WORK))
 
 
 @pytest.mark.parametrize("moment", ["init", "log", "finish"])
@@ -120,7 +122,7 @@ def test_where_nobody_is_logged_in_it_logs_offline_and_says_so_once(folder, monk
     hook(folder, "online").on_start(TrainingState())
     assert server.modes == ["offline"]
     assert [record.message for record in caplog.records] == [
-        "wandb: nobody is logged in here, so it logs offline; `wandb sync` uploads it later"
+        "wandb: nobody is logged in here, so it logs offline; `python -m launch.sync` uploads it later"
     ]
 
 
@@ -146,29 +148,59 @@ def log_steps(folder: str, *parts: tuple[int, int]) -> None:
         hooks[1].on_stop(state)
 
 
-def test_after_kill_9_the_next_start_tells_what_the_offline_copy_lacks(tmp_path):
-    """Steps 1 and 2 reached the disk, 3 and 4 did not: one row for each, over all copies."""
-    import wandb
+def logged(folder: RunFolder) -> list[dict[str, object]]:
+    """The rows of the offline copies, in the order of their processes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    folder, found = RunFolder(tmp_path), []
+    found = []
+    for path in sorted(folder.wandb.glob(f"offline-run-*/run-{folder.wandb_id.read_text()}.wandb")):
+        for message in messages(path.read_bytes()):
+            items = Record.FromString(message).history.item
+            found.append({"/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    return [row for row in found if row]
+
+
+def test_after_kill_9_the_next_start_tells_what_the_offline_copy_lacks(tmp_path):
+    """Steps 1 and 2 reached the disk, 3 and 4 did not: one row for each, over all copies, with all figures."""
+    import wandb
+
+    folder = RunFolder(tmp_path)
     (process,) = fork_ranks(1, log_steps, str(tmp_path), (1, 2), (3, 4))
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     board = hook(folder)
     board.on_start(TrainingState(step=4))
-    board.on_step(TrainingState(step=5), REPORT)
+    board.on_step(TrainingState(step=5, optimizer_step=4, tokens=500, samples=20), REPORT)
+    texts = [{"prompt": "def ", "text": "f(x):"}]
+    board.record(
+        {"heldout_loss": 2.0, "heldout_bits_per_byte/code": 1.25, "ranks/slowest": "rank 3", "texts": texts}, 5
+    )
+    board.record({"memory/allocated_gib": 30.5, "ranks/slowest": "rank 3", "goodput": 0.9, "goodput/starts": 2}, 5)
     board.on_stop(TrainingState(step=5))
     wandb.teardown()  # its process writes the file to the end
     run_id = folder.wandb_id.read_text()
     newest = max(folder.wandb.glob("offline-run-*"), key=lambda path: path.stat().st_mtime_ns)
     newest.rename(f"{newest}-1")  # as wandb names it where two processes began in the same second
-    for path in sorted(folder.wandb.glob(f"offline-run-*/run-{run_id}.wandb")):
-        for message in messages(path.read_bytes()):
-            items = {item.nested_key[0]: item.value_json for item in Record.FromString(message).history.item}
-            if "loss" in items:
-                found.append((int(items["_step"]), json.loads(items["loss"])))
-    assert found == [(step, 2.5) for step in range(1, 6)]
+    rows = logged(folder)
+    assert [(row["_step"], row["loss"], row["perplexity"]) for row in rows] == [
+        (step, 2.5, pytest.approx(math.exp(2.5))) for step in range(1, 6)
+    ]
+    last = rows[-1]
+    assert last["tokens_per_second_per_gpu"] == pytest.approx(last["tokens_per_second"] / 2)
+    assert last["utilisation"] == pytest.approx(last["model_tflops"] / 400)
+    assert last["utilisation_sampled"] == pytest.approx(last["model_tflops"] / 300)
+    assert {name: last[name] for name in ("lr", "grad_norm", "tokens", "samples", "steps_without_update")} == {
+        "lr": 1e-3,
+        "grad_norm": 1.0,
+        "tokens": 500,
+        "samples": 20,
+        "steps_without_update": 1,
+    }
+    assert last["heldout_perplexity"] == pytest.approx(math.exp(2.0))
+    assert last["heldout_bits_per_byte/code"] == 1.25
+    assert (last["memory/allocated_gib"], last["goodput"], last["goodput/starts"]) == (30.5, 0.9, 2)
+    (table,) = folder.wandb.glob(f"offline-run-*/files/{last['texts/path']}")
+    assert json.loads(table.read_text())["data"] == [[5, "def ", "f(x):"]]
     assert last_step_in(folder.wandb, run_id) == 5
 
 
