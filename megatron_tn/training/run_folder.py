@@ -293,9 +293,10 @@ def _replace(path: Path, values: dict[str, Any], *, sync: bool = False) -> None:
             if sync:
                 os.fsync(file.fileno())
         partial.replace(path)
-    except OSError:
+    except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
+        error.filename = error.filename or str(path)  # a failed write names none
         raise
     if sync:
         sync_folder(path.parent)
