@@ -109,10 +109,10 @@ class Cluster:
         assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
         return done.stdout.strip()
 
-    def submit(self, *overrides: str) -> Job:
-        """launch/train.sbatch on all nodes, a process each."""
+    def submit(self, *overrides: str, failures: int = 3) -> Job:
+        """launch/train.sbatch on all nodes, a process each. failures: requeues without a new checkpoint."""
         log = self.folder / f"{len(list(self.folder.glob('*.log')))}.log"
         log.touch()
         script = str(ROOT / "launch/train.sbatch")
-        options = [f"--nodes={self.nodes}", f"--output={log}"]
+        options = [f"--nodes={self.nodes}", f"--output={log}", f"--export=ALL,MEGATRON_TN_FAILURES={failures}"]
         return Job(self, self.call("sbatch", "--parsable", *options, script, *overrides), log)
