@@ -20,16 +20,17 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.html_page import document, short, table, tiles
-from launch import curves
+from launch import curves, requeue
 from launch.chart import COLOURS, STYLE
 from megatron_tn.cli import bad_input_exits
-from megatron_tn.config import ConfigError, TrainConfig, to_mapping, unwritable
+from megatron_tn.config import ConfigError, TrainConfig, replacing, to_mapping, unwritable
 from megatron_tn.planning.estimate import GIB, OUTSIDE, plan_memory
-from megatron_tn.plot import runs_in
+from megatron_tn.plot import paths_and_output, runs_in
 from megatron_tn.training.compare import flat
 from megatron_tn.training.goodput import CAUSES, Goodput, goodput_of
 from megatron_tn.training.hooks.figures import TEXTS
 from megatron_tn.training.run_folder import RunFolder
+from megatron_tn.training.submission import Submission
 from megatron_tn.training.summary import figures_of
 
 TRACEBACK_LINES = 40
@@ -42,17 +43,16 @@ def main() -> None:
         print(__doc__)
         return
     with bad_input_exits():
-        folders = [word for word in words if not word.startswith("output=")]
-        found = [path for folder in folders for path in runs_in(Path(folder))]
+        folders, named = paths_and_output(words)
+        found = [path for folder in folders for path in runs_in(folder)]
         if len(found) != 1:
-            raise ConfigError(
-                f"{' '.join(folders)}: {len(found)} runs; a report is of one, launch.compare takes several"
-            )
-        outputs = [word.removeprefix("output=") for word in words if word.startswith("output=")]
-        output = Path(outputs[-1]) if outputs else found[0] / "report.html"
+            names = " ".join(map(str, folders))
+            raise ConfigError(f"{names}: {len(found)} runs; a report is of one, launch.compare takes several")
+        output = Path(named) if named else found[0] / "report.html"
         if problems := unwritable("output", str(output)):
             raise ConfigError(problems)
-        output.write_text(page_of(RunFolder(found[0])), encoding="utf-8")
+        with replacing(output) as file:
+            file.write(page_of(RunFolder(found[0])))
         print(f"wrote {output}")
 
 
@@ -70,6 +70,7 @@ def page_of(run: RunFolder) -> str:
         *_goodput(goodput),
         *curves.of_run(run, records, planned),
         *_starts(records, run.superseded()),
+        *_submissions(run),
         *memory,
         *_texts(records),
         *_failures(run),
@@ -194,6 +195,25 @@ def _texts(records: list[dict[str, Any]]) -> Iterator[str]:
             f"<pre><b>{escape(str(text['prompt']))}</b>{escape(str(text['text']))}</pre>" for text in record[TEXTS]
         )
         yield f"<details{' open' * (not number)}><summary>step {record['step']:,}</summary>{body}</details>"
+
+
+def _submissions(run: RunFolder) -> Iterator[str]:
+    """What launch.submit and the job's requeues have noted."""
+    submissions = [(submission.name, submission.read()) for submission in Submission.all_of(run)]
+    if submissions:
+        yield "<h2>Submissions</h2>"
+        rows = ((name, " ".join(made.get("jobs", [])), made.get("revision", "")) for name, made in submissions)
+        yield table(("submission", "SLURM jobs", "revision of the code"), rows)
+    if requeues := requeue.records(str(run.path)):
+        yield "<h2>Requeues</h2>"
+        yield table(
+            ("job", "restart", "exit code", "cause", "at step", ""),
+            (
+                (*(each.get(key, "") for key in ("job", "restart", "code", "cause", "step")), "gave up" * gave_up)
+                for each in requeues
+                for gave_up in ["gave-up" in each]
+            ),
+        )
 
 
 def _failures(run: RunFolder) -> Iterator[str]:
