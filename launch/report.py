@@ -51,8 +51,12 @@ def main() -> None:
         output = Path(named) if named else found[0] / "report.html"
         if problems := unwritable("output", str(output)):
             raise ConfigError(problems)
+        try:
+            page = page_of(RunFolder(found[0]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{found[0]}/log.jsonl has records that no run wrote: {error!r}") from None
         with replacing(output) as file:
-            file.write(page_of(RunFolder(found[0])))
+            file.write(page)
         print(f"wrote {output}")
 
 

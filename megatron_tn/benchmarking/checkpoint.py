@@ -136,9 +136,8 @@ def measure_files(bench: Bench, folder: Path, name: str, device: torch.device, r
     bench.add("dd, direct read", "GB/s", dd[1], **about)
     config = to_stored(TrainConfig(model=state.model.config))
     writer = CheckpointWriter(folder, Retention(), background=True, timeout_s=600)
-    bench.add(
-        "host memory, beside training", "s", seconds(lambda: (writer.prepare(state), writer.join()), device), **about
-    )
+    writer.prepare(state)
+    bench.add("host memory, beside training", "s", seconds(writer.join, device), **about)
     saves: list[Save] = []
     for step in range(1, 2 + rounds):
         shutil.rmtree(folder / f"step_{step - 1:08d}", ignore_errors=True)  # the disk need not hold two
@@ -189,12 +188,12 @@ def measure_resume(bench: Bench, folder: Path, model: str, settings: list[str]) 
             sys.exit(f"--resume: {' '.join(command[1:])} failed")
         records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         now = [record for record in records if record.get("time", 0) > began]
-        ready = next(record["time"] for record in now if "start/began" in record) - began
+        ready = next(record["time"] for record in now if "start/began" in record)
         first = next(record for record in now if "loss" in record)
         if run == begun and first["step"] == 1:
             continue
         source = "initial values" if first["step"] == 1 else "the checkpoint"
-        bench.add(f"start-up, from {source}", "s", ready, model=model)
+        bench.add(f"start-up, from {source}", "s", ready - began, model=model)
         bench.add(f"start to first step, from {source}", "s", first["time"] - began, model=model)
 
 

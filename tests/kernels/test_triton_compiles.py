@@ -352,11 +352,13 @@ def test_symmetric_products(capability, added):
     from kernels.newton_schulz import triton_symmetric as own
 
     types = dict.fromkeys(("x_pointer", "added_pointer", "out_pointer"), "*bf16") | {"alpha": "fp32", "beta": "fp32"}
-    constants = {"HAS_ADDED": added, "TILE": own.TILE, "DEPTH": own.DEPTH, "x_column": 1}
+    tile = own.TILES[capability]
+    constants = {"HAS_ADDED": added, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "x_column": 1}
     if not added:
         constants["added_pointer"] = None
         del types["added_pointer"]
-    kernel = compiled(own.symmetric_kernel, capability, types, constants, num_warps=own.WARPS, num_stages=own.STAGES)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    kernel = compiled(own.symmetric_kernel, capability, types, constants, **options)
     shared, spilled = resources(kernel)
     assert shared <= SHARED_MEMORY[capability]
     assert spilled == 0
