@@ -5,6 +5,7 @@ The public functions are below; their docstrings are the reference. Needs torch 
 
 from kernels.adamw.op import adamw_
 from kernels.cross_entropy.op import linear_cross_entropy
+from kernels.decoding_check import decoding_check
 from kernels.dispatch import set_backend
 from kernels.embedding.op import scaled_embedding
 from kernels.gla.op import gla
@@ -37,6 +38,7 @@ __all__ = [
     "add_simple_rms_norm",
     "branch_rms_norm",
     "branch_simple_rms_norm",
+    "decoding_check",
     "gla",
     "gla_slice",
     "lightning_attention",

@@ -17,12 +17,14 @@ from megatron_tn.config import redacted
 ROOT = Path(__file__).resolve().parents[1]
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)  # in the name of an environment variable
 SHORTEST = 6  # characters of a secret: a shorter value may be part of any word
+FOLDERS = ("kernels", "megatron_tn", "data_pipeline", "launch", "conf")  # whose new files belong to the code: no .env
 MOST_DIFF = 20_000_000  # characters of code.diff
 
 
 @dataclass(frozen=True)
 class Code:
-    """revision: of the checkout; empty where it is none of git's. diff: of the files against it, new ones included."""
+    """revision: of the checkout; empty where it is none of git's. diff: of the files against it, and new ones of
+    FOLDERS."""
 
     revision: str
     diff: str
@@ -36,7 +38,7 @@ def code() -> Code:
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder, "index")
             shutil.copyfile(index, copy)
-            _git("add", "--intent-to-add", "--all", index=copy)
+            _git("add", "--intent-to-add", "--", *FOLDERS, index=copy)
             diff = _git("diff", "HEAD", index=copy)
     except (OSError, subprocess.CalledProcessError):
         return Code("", "")

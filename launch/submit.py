@@ -41,6 +41,16 @@ SBATCH = ("sbatch", "--parsable")
 SHAPE = ("nodes", "cluster", "slurm", "dry_run")  # settings that all tasks of a job array share
 
 
+configs: list[SubmitConfig] = []  # of the runs of one command line, as `compose` finds them
+
+
+def collect(config: SubmitConfig) -> None:
+    configs.append(config)
+
+
+compose = command(SubmitConfig, "submit")(collect)
+
+
 def main() -> None:
     typed = sys.argv[1:]
     end = typed.index("--") if "--" in typed else 0
@@ -48,21 +58,16 @@ def main() -> None:
     if not words:
         print(__doc__)
         sys.exit(2)
-    configs: list[SubmitConfig] = []
-
-    def collect(config: SubmitConfig) -> None:
-        configs.append(config)
-
-    collect.__globals__["__doc__"] = __doc__
+    configs.clear()
     sys.argv[1:] = words
     with bad_input_exits():
         if any(word.startswith("hydra/launcher") for word in words):
             raise ConfigError(
                 "hydra/launcher: a sweep of launch.submit is a job array; the launcher is one of training"
             )
-        command(SubmitConfig, "submit")(collect)()
+        compose()
         if configs:
-            sys.exit(submit(configs, options, typed, array=bool(SWEEP & set(words))))
+            sys.exit(submit(configs.copy(), options, typed, array=bool(SWEEP & set(words))))
 
 
 def submit(configs: Sequence[SubmitConfig], options: list[str], typed: list[str], *, array: bool) -> int:
@@ -85,7 +90,7 @@ def submit(configs: Sequence[SubmitConfig], options: list[str], typed: list[str]
     state = code()
     settings = _freeze(runs, submission, array=array)
     text = script(first, submission, settings, state.revision, array=array)
-    submission.write("job.sbatch", text)
+    submission.write(Submission.SCRIPT, text)
     submission.write("packages.txt", packages())
     if state.diff:
         submission.write("code.diff", state.diff)

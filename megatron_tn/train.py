@@ -92,6 +92,7 @@ def train(config: TrainConfig) -> int | None:
             for hook in hooks:
                 hook.on_step(state, report)
             if report.stop:
+                preemption.stopped = True
                 return preemption.exit_code
     return None
 

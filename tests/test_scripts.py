@@ -140,6 +140,19 @@ def test_a_preemption_by_slurm_is_no_cancellation(fakes, tmp_path):
     assert fakes("scontrol")[-2:] == ["requeue", "17"]
 
 
+@pytest.mark.parametrize(
+    ("marks", "state", "requeued"),
+    [("failed terminated", "", True), ("terminated failed", "", False), ("failed", "JobState=CANCELLED", False)],
+    ids=["srun ends the other nodes", "told to stop", "scancel"],
+)
+def test_a_cancellation_is_told_from_a_failure_on_one_node(fakes, tmp_path, marks, state, requeued):
+    lines = "".join(f'echo 137 >"$RUN_MARK.{mark}"; sleep 0.02\n' for mark in marks.split())
+    (tmp_path / "bin/srun").write_text(f"#!/bin/bash\n{lines}exit 137\n")
+    (tmp_path / "bin/scontrol.says").write_text(f"   {state}\n   Command={ROOT}/launch/train.sbatch\n")
+    done = sbatch(f"run_dir={tmp_path}")
+    assert (done.returncode, fakes("scontrol")[-2:] == ["requeue", "17"]) == (0 if requeued else 137, requeued)
+
+
 def test_a_job_that_fails_is_requeued_and_ends_with_its_code(fakes, tmp_path):
     (tmp_path / "bin/srun").write_text("#!/bin/bash\nexit 75\n")
     environment = {"MEGATRON_TN_FAILURES": "1"}

@@ -82,6 +82,8 @@ class Manifest:
         path = Path(path) if remote is None else remote.folder / name
         try:
             content = CONTENT.validate_json(path.read_bytes())
+        except IsADirectoryError:
+            raise InputError(f"manifest {path}: it is a folder; name the file {path / 'manifest.json'}") from None
         except OSError as error:
             raise InputError(f"manifest {path}: {error.strerror or error}") from None
         except ValidationError as error:

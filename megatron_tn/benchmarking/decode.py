@@ -32,12 +32,18 @@ from megatron_tn.model.registry import build_model
 RUNS = 3
 
 
-def random_model(name: str, device: str, seed: int = 0) -> Model:
-    """The size conf/model/`name`.yaml with random weights; bf16 on a GPU."""
+def model_config(name: str) -> ModelConfig:
+    """The size conf/model/`name`.yaml."""
     with hydra.initialize_config_dir(str(CONF), version_base=None):
-        settings = OmegaConf.to_container(hydra.compose("config", overrides=[f"model={name}"]).model)
+        return from_mapping(
+            ModelConfig, OmegaConf.to_container(hydra.compose("config", overrides=[f"model={name}"]).model)
+        )
+
+
+def random_model(name: str, device: str, seed: int = 0) -> Model:
+    """`model_config(name)` with random weights; bf16 on a GPU."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = build_model(from_mapping(ModelConfig, settings), None, device, dtype)
+    model = build_model(model_config(name), None, device, dtype)
     initialize(model, seed)
     return model
 

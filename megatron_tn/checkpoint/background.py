@@ -53,7 +53,7 @@ class CheckpointWriter:
         self._current: Save | None = None
 
     def prepare(self, engine: Trainable) -> None:
-        """Begin to make the host memory of the saves, in a thread: else the first save makes it. Not collective."""
+        """Begin to make the host memory of the saves, in a thread: else the first save waits for it. Not collective."""
         prepare_host_memory(engine, self._memory)
 
     def save(self, engine: Trainable, step: int, **content) -> Save | None:
@@ -86,7 +86,8 @@ class CheckpointWriter:
         return self.wait()
 
     def join(self) -> None:
-        """Wait for the last save; a later `finished` or `wait` still returns it."""
+        """Wait for `prepare` and the last save; a later `finished` or `wait` still returns the save."""
+        self._memory.join()
         if self._thread is not None:
             self._thread.join()
 

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 ALIGNMENT = 4096  # bytes: a multiple of every common disk's block
 DIRECT = getattr(os, "O_DIRECT", 0)
+REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)
 
 _threads_own = threading.local()
 
@@ -60,7 +61,7 @@ class DirectFile:
         try:
             self.descriptor = os.open(path, flags | DIRECT, 0o666)
         except OSError as error:
-            if error.errno != errno.EINVAL:
+            if error.errno not in REFUSED:
                 raise
             self.descriptor = os.open(path, flags, 0o666)
             self._go_through_the_cache()
@@ -90,7 +91,7 @@ class DirectFile:
         try:
             return access(data, at)
         except OSError as error:
-            if error.errno != errno.EINVAL or not was_direct:
+            if error.errno not in REFUSED or not was_direct:
                 raise
             self._go_through_the_cache()
             return access(data, at)

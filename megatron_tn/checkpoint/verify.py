@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -48,11 +48,22 @@ def glance(directory: Path) -> list[str]:
     return found
 
 
-def whole_from(folder: Path) -> tuple[Path | None, dict[Path, list[str]]]:
-    """The newest checkpoint without problems by `glance`, if any; and the problems of each newer checkpoint."""
-    damage = {}
+def damage_in_files(directory: Path, rank: int, size: int) -> list[str]:
+    """Problems in every `size`th file of a checkpoint from the one of number `rank` on: ranks share the reading of
+    every byte. The checkpoint has no problems by `glance`."""
+    manifest = CheckpointManifest.read(directory)
+    files = sorted(manifest.files.items())[rank::size]
+    return [line for name, file in files for line in _file_problems(directory / name, file.size, file.sha256, manifest)]
+
+
+def whole_from(
+    folder: Path, known: Mapping[Path, list[str]] | None = None
+) -> tuple[Path | None, dict[Path, list[str]]]:
+    """The newest checkpoint that is not in `known` (problems of checkpoints) and has no problems by `glance`, if any;
+    and the problems of each newer checkpoint."""
+    known, damage = known or {}, {}
     for checkpoint in reversed(whole_checkpoints(folder)):
-        if not (problems := glance(checkpoint)):
+        if not (problems := known.get(checkpoint) or glance(checkpoint)):
             return checkpoint, damage
         damage[checkpoint] = problems
     return None, damage

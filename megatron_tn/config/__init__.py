@@ -19,6 +19,8 @@ from megatron_tn.config.commands import (
     ConvertConfig,
     EvaluateConfig,
     GenerateConfig,
+    PlanConfig,
+    PlanSettings,
     ScoreConfig,
 )
 from megatron_tn.config.data import DataConfig
@@ -34,6 +36,7 @@ from megatron_tn.config.mapping import (
     known_keys,
     open_new,
     read_mapping,
+    replacing,
     save,
     to_mapping,
     to_stored,
@@ -66,6 +69,8 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "ParallelConfig",
+    "PlanConfig",
+    "PlanSettings",
     "ScheduleConfig",
     "ScoreConfig",
     "TrainConfig",
@@ -81,6 +86,7 @@ __all__ = [
     "out_of_bounds",
     "read_mapping",
     "redacted",
+    "replacing",
     "resolved",
     "save",
     "shown",

@@ -80,7 +80,8 @@ def help_text(kind: type, about: str) -> str:
 
 
 COMMANDS = {
-    "train": (TrainConfig, "`python -m megatron_tn.train`, and `plan`, which has the same"),
+    "train": (TrainConfig, "`python -m megatron_tn.train`"),
+    "plan": (commands.PlanSettings, "`plan`, beside those of `train`"),
     "submit": (SlurmConfig, "`launch.submit`, beside those of `train`, and `dry_run=true`"),
     "benchmark": (commands.BenchmarkSettings, "`benchmark`, beside those of `train`"),
     "evaluate": (commands.EvaluateConfig, "`evaluate`"),
@@ -93,6 +94,7 @@ COMMANDS = {
 def page() -> str:
     """docs/settings.md."""
     lines = ["# Settings", "", "Made by `python -m megatron_tn.config.describe`; `--help` of a command prints its own."]
+    lines += ["Settings of data_pipeline are in its commands' help, such as `python -m data_pipeline.run --help`."]
     for name, (kind, title) in COMMANDS.items():
         lines += ["", f"## {title}", "| setting | default | |", "|---|---|---|"]
         prefix = {"benchmark": "benchmark.", "submit": "slurm."}.get(name, "")

@@ -198,7 +198,8 @@ def _what_a_cuda_graph_can_hold(config: Settings) -> Iterator[str]:
 def _the_layout_divides_the_world(config: Settings, world_size: int) -> Iterator[str]:
     tp, cp = config.parallel.tp, config.parallel.cp
     if world_size % (tp * cp):
-        yield f"world size {world_size} is not a multiple of parallel.tp={tp} x parallel.cp={cp} = {tp * cp}"
+        how = f"; launch/local.sh -n {tp * cp} starts as many processes" if world_size == 1 else ""
+        yield f"world size {world_size} is not a multiple of parallel.tp={tp} x parallel.cp={cp} = {tp * cp}{how}"
 
 
 @WORLD.reads("parallel.tp", "parallel.cp", "data.global_batch", "data.micro_batch")

@@ -1,12 +1,12 @@
 """One large block of host memory that is reused, page-locked where a GPU copies into it.
 
 Page-locking memory that nothing has written makes the driver fault in one page after the other: 12 GiB take 5.6 s on an
-H200's host. So threads write to each page first, in huge pages where the system grants them.
+H200's host. So threads write to each page first. (Not in huge pages: where memory is fragmented, the kernel compacts
+it first, which took six times as long.)
 """
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import threading
 
@@ -35,7 +35,7 @@ class HostMemory:
 
     def prepare(self, elements: int, pinned: bool) -> None:
         """Begin to make a block of fp32 [elements] in a thread, unless there is a large enough one; `take` waits."""
-        self._join()
+        self.join()
         if self._block.numel() < elements:
             self.release()
             self._preparing = start_thread(lambda: self._make(elements, pinned), "host-memory")
@@ -43,18 +43,19 @@ class HostMemory:
     def take(self, elements: int, pinned: bool) -> Tensor:
         """fp32 [elements]. It aliases the tensors of earlier calls."""
         self.prepare(elements, pinned)
-        self._join()
+        self.join()
         if self._error is not None:
             raise self._error
         return self._block[:elements]
 
     def release(self) -> None:
-        self._join()
+        self.join()
         if self._pinned:
             torch.cuda.cudart().cudaHostUnregister(self._block.data_ptr())
         self._block, self._pinned = torch.empty(0), False
 
-    def _join(self) -> None:
+    def join(self) -> None:
+        """Wait until a block that `prepare` began is made."""
         if self._preparing is not None:
             self._preparing.join()
             self._preparing = None
@@ -83,10 +84,7 @@ def faulted_in(elements: int) -> Tensor:
     if elements == 0:
         return torch.empty(0)
     memory = mmap.mmap(-1, elements * torch.float32.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # Data workers are forked: they need no copy of the page table of this block.
-    for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK):
-        with contextlib.suppress(OSError):  # a kernel without it
-            memory.madvise(advice)
+    memory.madvise(mmap.MADV_DONTFORK)  # data workers are forked: they need no copy of the page table of this block
     block = torch.frombuffer(memory, dtype=torch.float32)
     per_page = mmap.PAGESIZE // torch.float32.itemsize
     in_parallel(Tensor.zero_, block[::per_page].split(FAULT_BYTES // mmap.PAGESIZE), threads=FAULT_THREADS)

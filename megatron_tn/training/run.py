@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from megatron_tn.training.curve import draw
 from megatron_tn.training.freeze import goes_on, slurm_job
 from megatron_tn.training.goodput import goodput_of
 from megatron_tn.training.hooks import Hook, Sink
-from megatron_tn.training.resume import Start, agree_on, agree_on_settings, choose_start
+from megatron_tn.training.resume import Start, agree_on, agree_on_settings, choose_start, verified
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.summary import show_end
@@ -88,6 +89,8 @@ class Run:
             agree_on_settings(self.config)
             self.start = agree_on(self.start)
             self._take_folder()
+            if self.config.checkpoint.verify:
+                self.start = verified(self.start, self.folder)
         except BaseException:
             leave_world()
             self.folder.release()
@@ -185,16 +188,18 @@ class Run:
         return ""
 
     def _sum_up(self, state: str) -> None:
-        """Picture and table; a full disk ends no run with an error."""
+        """Picture and table. The run is saved: whatever is wrong with its journal or the disk is a warning."""
         logging = self.config.logging
         if not self.is_first or not logging.summary:
             return
-        try:
-            draw({self.folder.path.name: self.folder}, self.folder.path / "loss.png")
-        except OSError as error:
-            log.warning("loss.png cannot be written: %s", error.strerror)
+        parts = {"loss.png": partial(draw, {self.folder.path.name: self.folder}, self.folder.path / "loss.png")}
         if logging.progress:
-            show_end(self.config, self.folder, state)
+            parts["the table"] = partial(show_end, self.config, self.folder, state)
+        for name, make in parts.items():
+            try:
+                make()
+            except Exception as error:
+                log.warning("%s cannot be made: %s: %s", name, type(error).__name__, error)
 
     def _say_how_to_go_on(self) -> None:
         if self.is_first:

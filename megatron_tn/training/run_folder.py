@@ -25,7 +25,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import socket
 import time
 import traceback
@@ -35,7 +34,17 @@ from typing import Any
 
 from megatron_tn.checkpoint.files import sync_folder
 from megatron_tn.checkpoint.manifest import MANIFEST, checkpoint_name, step_of, whole_checkpoints
-from megatron_tn.config import ConfigError, TrainConfig, from_mapping, load, open_new, read_mapping, redacted, save
+from megatron_tn.config import (
+    ConfigError,
+    TrainConfig,
+    from_mapping,
+    load,
+    open_new,
+    read_mapping,
+    redacted,
+    replacing,
+    save,
+)
 from megatron_tn.training.journal_file import JournalFile, read_records
 from megatron_tn.training.state import Ledger
 
@@ -64,6 +73,10 @@ class RunFolder:
         return self.path / "job.json"
 
     @property
+    def submitted(self) -> Path:
+        return self.path / "submitted"
+
+    @property
     def status_file(self) -> Path:
         return self.path / "status.json"
 
@@ -90,6 +103,10 @@ class RunFolder:
     @property
     def stacks(self) -> Path:
         return self.path / "stacks"
+
+    @property
+    def tracebacks(self) -> Path:
+        return self.path / "tracebacks"
 
     @property
     def profile(self) -> Path:
@@ -162,6 +179,10 @@ class RunFolder:
         """Whether SLURM job `job` wrote config.json."""
         return job is not None and self.config_file.is_file() and _read(self.job_file).get("job") == job
 
+    def job(self) -> str | None:
+        """The SLURM job of the last start; None where it was none, or is not known."""
+        return _read(self.job_file).get("job")
+
     def is_begun_by(self, job: str | None) -> bool:
         """Whether job `job` wrote config.json, loaded its checkpoint and renamed the newer checkpoints."""
         return self.is_frozen_by(job) and bool(_read(self.job_file).get("begun"))
@@ -200,7 +221,7 @@ class RunFolder:
 
     def write_traceback(self, rank: int, error: BaseException) -> Path | None:
         """The file; None where it cannot be written."""
-        path = self.path / "tracebacks" / f"rank_{rank:05d}.txt"
+        path = self.tracebacks / f"rank_{rank:05d}.txt"
         try:
             path.parent.mkdir(exist_ok=True)
             with open_new(path) as file:
@@ -265,7 +286,8 @@ class RunFolder:
     def keep_tokenizer(self, tokenizer: Path) -> None:
         """Copy tokenizer.json to the folder, so that a copied run folder can still decode tokens."""
         if tokenizer.is_file():
-            shutil.copyfile(tokenizer, self.tokenizer)
+            with replacing(self.tokenizer, "xb") as file:
+                file.write(tokenizer.read_bytes())
 
 
 def find_checkpoint(path: Path) -> Path | None:
@@ -285,18 +307,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _replace(path: Path, values: dict[str, Any], *, sync: bool = False) -> None:
-    partial = path.with_suffix(".tmp")
-    try:
-        with open_new(partial) as file:
-            file.write(json.dumps(values) + "\n")
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
+    with replacing(path, sync=sync) as file:
+        file.write(json.dumps(values) + "\n")
     if sync:
         sync_folder(path.parent)
 

@@ -18,30 +18,31 @@ import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from megatron_tn.config import TrainConfig, open_new, save
 from megatron_tn.training.run_folder import RunFolder
 
-FOLDER = "submitted"
-
 
 @dataclass(frozen=True)
 class Submission:
+    SCRIPT: ClassVar[str] = "job.sbatch"
+    RECORD: ClassVar[str] = "submission.json"
+
     path: Path
 
     @classmethod
     def new(cls, folder: RunFolder, name: str = "") -> Submission:
         """A new folder in run_dir/submitted. name: that the submissions of a sweep share; empty: a name of its own."""
         name = name or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
-        submission = cls(folder.path.absolute() / FOLDER / name)
+        submission = cls(folder.submitted.absolute() / name)
         submission.path.mkdir(parents=True)
         return submission
 
     @classmethod
     def all_of(cls, folder: RunFolder) -> list[Submission]:
         """Those of a run or of a sweep, oldest first."""
-        return [cls(path.parent) for path in sorted((folder.path / FOLDER).glob("*/submission.json"))]
+        return [cls(path.parent) for path in sorted(folder.submitted.glob(f"*/{cls.RECORD}"))]
 
     @property
     def name(self) -> str:
@@ -53,7 +54,7 @@ class Submission:
 
     @property
     def script(self) -> Path:
-        return self.path / "job.sbatch"
+        return self.path / self.SCRIPT
 
     @property
     def run_dir(self) -> Path:
@@ -70,13 +71,13 @@ class Submission:
 
     def record(self, values: dict[str, Any]) -> None:
         """Write, or replace, submission.json."""
-        partial = self.write("submission.json.tmp", json.dumps(values, indent=1) + "\n")
-        partial.replace(self.path / "submission.json")
+        partial = self.write(f"{self.RECORD}.tmp", json.dumps(values, indent=1) + "\n")
+        partial.replace(self.path / self.RECORD)
 
     def read(self) -> dict[str, Any]:
         """submission.json; empty where it is absent or damaged."""
         try:
-            found = json.loads((self.path / "submission.json").read_text())
+            found = json.loads((self.path / self.RECORD).read_text())
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}

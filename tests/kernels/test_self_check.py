@@ -10,7 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 import kernels
 from kernels import dispatch
-from kernels.self_check import KernelMismatchError, self_check
+from kernels.comparison import KernelMismatchError
+from kernels.decoding_check import decoding_check
+from kernels.self_check import self_check
 
 SHAPES = {"heads": 2, "key_width": 16, "value_width": 24, "glu_width": 40, "length": 67}
 
@@ -23,7 +25,7 @@ def check(device: str, dtype=torch.float32, **changes) -> dict[str, float]:
 def small_vocabulary(monkeypatch):
     """Two whole tiles of the head and a part of one, where there is no GPU: the interpreter is slow."""
     if not torch.cuda.is_available():
-        monkeypatch.setattr(inspect.getmodule(KernelMismatchError), "VOCABULARY", 523)
+        monkeypatch.setattr(inspect.getmodule(self_check), "VOCABULARY", 523)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -56,7 +58,7 @@ def test_the_kernels_pass_in_bf16_on_the_gpu(cuda, embed_width):
 @pytest.fixture
 def one_operator(monkeypatch):
     """Call it with the name of an operator: self_check then checks that one alone."""
-    module = inspect.getmodule(KernelMismatchError)
+    module = inspect.getmodule(self_check)
     checks = module._checks
 
     def choose(operator: str) -> None:
@@ -161,7 +163,7 @@ def test_a_broken_symmetric_product_is_named(triton_device, monkeypatch, one_ope
 
 def test_a_broken_kernel_makes_all_fall_back(triton_device, monkeypatch, caplog):
     break_output(monkeypatch, "kernels.lightning.passes", "forward", off_by_a_hundredth)
-    with caplog.at_level(logging.ERROR, logger="kernels.self_check"):
+    with caplog.at_level(logging.ERROR, logger="kernels.comparison"):
         errors = check(triton_device, fall_back=True)
     assert list(errors)[-1] == "adamw_"  # all operators were checked again
     assert "lightning_attention at" in caplog.text
@@ -169,6 +171,58 @@ def test_a_broken_kernel_makes_all_fall_back(triton_device, monkeypatch, caplog)
     assert dispatch.requested_backend() == "torch"
     x = torch.ones(1, 4, device=triton_device)
     assert torch.allclose(kernels.simple_rms_norm(x), x)
+
+
+# Decoding
+
+
+def check_decoding(device: str, dtype=torch.float32, key_width: int = 48, **changes) -> dict[str, float]:
+    sizes = {"heads": 2, "key_width": key_width, "value_width": 24, "glu_width": 40, "embed_width": 64}
+    return decoding_check(**{**sizes, "dtype": dtype, "device": torch.device(device)} | changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_decoding_in_plain_pytorch_passes(dtype):
+    operators = ["gla_step_", "gla_step_buffered_", "token_linear", "token_glu", "sample_tokens"]
+    assert list(check_decoding("cpu", dtype)) == operators
+    assert list(check_decoding("cpu", dtype, linear=False)) == operators[2:]
+
+
+@pytest.mark.parametrize("key_width", [24, 48], ids=["plain", "lrpe"])
+def test_the_kernels_of_decoding_pass(triton_device, monkeypatch, key_width):
+    if triton_device == "cpu":
+        monkeypatch.setattr(inspect.getmodule(decoding_check), "DRAWS", 6)
+    check_decoding(triton_device, key_width=key_width, glu_act="silu")
+
+
+@pytest.mark.gpu
+def test_the_kernels_of_decoding_pass_in_bf16_on_the_gpu(cuda):
+    check_decoding(cuda, torch.bfloat16, heads=16, key_width=256, value_width=128, glu_width=5504, embed_width=2048)
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "operator"),
+    [
+        ("kernels.gla.triton_step", "step", "gla_step_"),
+        ("kernels.gla.triton_buffered", "step", "gla_step_buffered_"),
+        ("kernels.token.triton_token", "linear", "token_linear"),
+        ("kernels.token.triton_token", "glu", "token_glu"),
+        ("kernels.sampling.triton_sampling", "sample", "sample_tokens"),
+    ],
+)
+def test_a_broken_kernel_of_decoding_is_named(triton_device, monkeypatch, module, function, operator):
+    checks = inspect.getmodule(decoding_check)
+    one, draws = checks._checks, 6 if triton_device == "cpu" else 64
+    monkeypatch.setattr(checks, "_checks", lambda sizes: (c for c in one(sizes) if c.operator == operator))
+    monkeypatch.setattr(checks, "DRAWS", draws)
+    if operator == "sample_tokens":  # it has arguments in fp64
+        found = importlib.import_module(module)
+        right = found.sample
+        monkeypatch.setattr(found, function, lambda **given: (right(**given) - 1).clamp_(min=0))
+    else:
+        break_output(monkeypatch, module, function, off_by_a_hundredth)
+    with pytest.raises(KernelMismatchError, match=f"^{operator} at "):
+        check_decoding(triton_device)
 
 
 def test_the_random_state_is_left_alone():

@@ -109,8 +109,10 @@ def test_hostile_names_are_words_and_nothing_else(sbatch, words, tmp_path):
     site = tmp_path / "site/slurm/mine.yaml"
     site.parent.mkdir(parents=True)
     site.write_text(json.dumps(slurm | {"environment": {"SEEN": name}}))
-    assert call(submit, "--config-dir", str(tmp_path / "site"), "+slurm=mine", *words, f"run_dir={run}") == 0
+    more = ["--config-dir", str(tmp_path / "site"), "+slurm=mine", f"logging.wandb.project={HOSTILE}"]
+    assert call(submit, *more, *words, f"run_dir={run}") == 0
     ((path, script),) = sbatch()
+    assert load(Path(path).with_name("config.json")).logging.wandb.project == HOSTILE
     options = options_of(script)
     assert options["job-name"] == options["partition"] == options["comment"] == name
     assert options["output"] == f"{Path(path).parent}/%j.log".replace("%A #", "%%A #")

@@ -25,7 +25,7 @@ from megatron_tn.model.registry import build_model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.recompute import recompute_blocks
 from megatron_tn.plan import main
-from megatron_tn.planning import estimate
+from megatron_tn.planning import microbatch
 from megatron_tn.planning.estimate import GIB, activation_bytes, buffer_bytes, plan_memory, state_bytes, update_bytes
 from megatron_tn.planning.live import LiveMemory
 from megatron_tn.planning.remedies import memory_problems
@@ -223,7 +223,7 @@ def test_recomputation_and_parallelism_save_what_they_should():
 def test_a_machine_with_a_gpu_plans_as_one_without(monkeypatch):
     config = tiny_config(engine=EngineConfig(name="local", precision="bf16"))
     alone = activation_bytes(config)
-    estimate._measured.clear()
+    microbatch._measured.clear()
 
     def capability(device=None):
         assert torch.device(device).type == "cuda", "the plan's tensors are on no GPU, whatever they say"

@@ -45,7 +45,8 @@ def test_one_curve_after_a_rewind_and_a_restart(folder):
     for hook in hooks:
         hook.on_rewind(state)
     take(hooks, [3.0, 2.0])
-    killed, hooks = hooks, [journal, board(folder)]  # the first board is never closed, and its last events are lost
+    killed, hooks = hooks[1], [journal, board(folder)]  # the first board is never closed
+    killed._writer.flush()
     for hook in hooks:
         hook.on_start(state)
     state.count(skipped_step(1e-3), samples=4)
@@ -53,7 +54,6 @@ def test_one_curve_after_a_rewind_and_a_restart(folder):
         hook.on_step(state, skipped_step(1e-3))
         hook.record({"texts": [{"prompt": "def ", "text": "f(x):\n  `<b>"}], "heldout_loss": 2.5}, 6)
         hook.on_stop(state)
-    assert killed[0] is journal
     found = reading.EventAccumulator(str(folder.tensorboard))
     found.Reload()
 

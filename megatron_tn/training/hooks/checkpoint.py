@@ -73,7 +73,7 @@ class CheckpointEvery(NullHook):
             if fatal or self.abort:
                 raise save.error
             self.report(f"{save.error}; training goes on (checkpoint.on_failure=report)", {}, state.step)
-        if save.wait_s > WORTH_SAYING_S and not self._said:
+        if save.wait_s > WORTH_SAYING_S and self.every and save.step % self.every == 0 and not self._said:
             self._said = True
             self.report(
                 f"the save of step {save.step} waited {save.wait_s:.1f} s for the write of the previous one: "

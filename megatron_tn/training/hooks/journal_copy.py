@@ -29,6 +29,7 @@ class JournalCopy(NullHook):
         self.figures = figures
         self._is_open = False
         self._told = 0
+        self._starts = 0  # of the run, by the journal's records so far
 
     def open(self, state: TrainingState) -> int:
         """Begin at `state.step`; returns the last step that the other program has already."""
@@ -41,15 +42,20 @@ class JournalCopy(NullHook):
     def close(self) -> None:
         raise NotImplementedError
 
+    def catch_up(self, state: TrainingState) -> None:
+        """Open the copy and show what the other program lacks, up to `state.step`. Raises what that program raises."""
+        self._starts = 0
+        self._told = self.open(state)
+        for record in self.folder.records():
+            step = record.pop("step")
+            if isinstance(step, int) and step <= state.step:
+                self._show(record, step)
+
     def on_start(self, state: TrainingState) -> None:
         self.figures.restart()
         try:
-            self._told = self.open(state)
+            self.catch_up(state)
             self._is_open = True
-            for record in self.folder.records():
-                step = record.pop("step")
-                if isinstance(step, int) and step <= state.step:
-                    self.record(record, step)
         except Exception as error:
             self._give_up(error)
 
@@ -62,12 +68,19 @@ class JournalCopy(NullHook):
             self.record(values, state.step)
 
     def record(self, values: dict[str, Any], step: int) -> None:
-        if not self._is_open or step <= self._told:
+        if not self._is_open:
             return
         try:
-            self.show(shown(values), values.get(TEXTS, []), step)
+            self._show(values, step)
         except Exception as error:
             self._give_up(error)
+
+    def _show(self, values: dict[str, Any], step: int) -> None:
+        self._starts += "start/began" in values
+        if "loss" in values and self._starts:
+            values = values | {"starts": self._starts}
+        if step > self._told:
+            self.show(shown(values), values.get(TEXTS, []), step)
 
     def on_stop(self, state: TrainingState) -> None:
         if not self._is_open:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import re
 import sys
 import uuid
 from collections.abc import Iterator
+from html import escape
 from typing import Any
 
-from megatron_tn.config import WandbConfig, storable
+from megatron_tn.config import ConfigError, TrainConfig, WandbConfig, replacing, storable, to_stored
 from megatron_tn.training.hooks.figures import TEXTS, StepFigures
 from megatron_tn.training.hooks.journal_copy import JournalCopy
 from megatron_tn.training.hooks.wandb_file import last_step_in
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import TrainingState
+from megatron_tn.training.throughput import Work
 
 log = logging.getLogger(__name__)
 
@@ -68,19 +71,45 @@ class WeightsAndBiases(JournalCopy):
         if texts:
             import wandb
 
-            rows = [[step, text["prompt"], text["text"]] for text in texts]
-            media[TEXTS] = wandb.Table(columns=["step", "prompt", "text"], data=rows)
+            # Not a wandb.Table: that is an artifact, which asks the server before it is logged.
+            parts = (f"<pre><b>{escape(text['prompt'])}</b>{escape(text['text'])}</pre>" for text in texts)
+            media[TEXTS] = wandb.Html("".join(parts), inject=False)
         self._run.log(values | media, step=step)
 
     def close(self) -> None:
         self._run.finish()
 
+    @property
+    def address(self) -> str:
+        """Of the wandb run's page."""
+        return self._run.url
+
     def _id(self) -> str:
         """The content of run_dir/wandb_id, made anew where that is absent or, as after a full disk, empty."""
         file = self.folder.wandb_id
         if not file.is_file() or not RUN_ID.fullmatch(file.read_text(errors="replace").strip()):
-            file.write_text(uuid.uuid4().hex[:8])
+            with replacing(file) as new:
+                new.write(uuid.uuid4().hex[:8])
         return file.read_text().strip()
+
+
+def log_in() -> None:
+    """With what the machine has: WANDB_API_KEY, or what `wandb login` left. Raises ConfigError without such."""
+    import wandb
+
+    if not wandb.login(prompt=False, verify=False):
+        raise ConfigError("wandb: nobody is logged in here: `wandb login`, or set WANDB_API_KEY")
+
+
+def push(folder: RunFolder, config: TrainConfig) -> str:
+    """Tell the wandb run of a training run, online, what it lacks of the journal; returns the address of its page.
+    Raises what wandb raises."""
+    online = dataclasses.replace(config.logging.wandb, mode="online")
+    board = WeightsAndBiases(online, folder, to_stored(config), StepFigures(Work(0, 1, None)))
+    steps = [record["step"] for record in folder.records() if isinstance(record["step"], int)]
+    board.catch_up(TrainingState(step=max(steps, default=0), rewinds=folder.ledger().rewinds))
+    board.close()
+    return board.address
 
 
 @contextlib.contextmanager
