@@ -16,7 +16,7 @@ from data_pipeline.html_page import document, table
 from launch.chart import STYLE
 from launch.curves import losses, positions
 from megatron_tn.cli import bad_input_exits
-from megatron_tn.config import ConfigError, unwritable
+from megatron_tn.config import ConfigError, replacing, unwritable
 from megatron_tn.plot import compare, paths_and_output, runs_in
 from megatron_tn.training.compare import Group, table_of
 from megatron_tn.training.curve import curve_of
@@ -35,9 +35,11 @@ def main() -> None:
         if problems := [problem for path in (picture, page, text) for problem in unwritable("output", str(path))]:
             raise ConfigError(problems)
         groups = compare(runs, picture)
-        page.write_text(page_of(groups))
         titles, rows = table_of(groups)
-        text.write_text("".join(f"| {' | '.join(cells)} |\n" for cells in (titles, ["---"] * len(titles), *rows)))
+        lines = (f"| {' | '.join(cells)} |\n" for cells in (titles, ["---"] * len(titles), *rows))
+        for path, content in ((page, page_of(groups)), (text, "".join(lines))):
+            with replacing(path) as file:
+                file.write(content)
         print(f"wrote {page}\nwrote {text}")
 
 

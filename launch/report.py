@@ -20,16 +20,17 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.html_page import document, short, table, tiles
-from launch import curves
+from launch import curves, requeue
 from launch.chart import COLOURS, STYLE
 from megatron_tn.cli import bad_input_exits
-from megatron_tn.config import ConfigError, TrainConfig, to_mapping, unwritable
+from megatron_tn.config import ConfigError, TrainConfig, replacing, to_mapping, unwritable
 from megatron_tn.planning.estimate import GIB, OUTSIDE, plan_memory
-from megatron_tn.plot import runs_in
+from megatron_tn.plot import paths_and_output, runs_in
 from megatron_tn.training.compare import flat
 from megatron_tn.training.goodput import CAUSES, Goodput, goodput_of
 from megatron_tn.training.hooks.figures import TEXTS
 from megatron_tn.training.run_folder import RunFolder
+from megatron_tn.training.submission import Submission
 from megatron_tn.training.summary import figures_of
 
 TRACEBACK_LINES = 40
@@ -42,17 +43,20 @@ def main() -> None:
         print(__doc__)
         return
     with bad_input_exits():
-        folders = [word for word in words if not word.startswith("output=")]
-        found = [path for folder in folders for path in runs_in(Path(folder))]
+        folders, named = paths_and_output(words)
+        found = [path for folder in folders for path in runs_in(folder)]
         if len(found) != 1:
-            raise ConfigError(
-                f"{' '.join(folders)}: {len(found)} runs; a report is of one, launch.compare takes several"
-            )
-        outputs = [word.removeprefix("output=") for word in words if word.startswith("output=")]
-        output = Path(outputs[-1]) if outputs else found[0] / "report.html"
+            names = " ".join(map(str, folders))
+            raise ConfigError(f"{names}: {len(found)} runs; a report is of one, launch.compare takes several")
+        output = Path(named) if named else found[0] / "report.html"
         if problems := unwritable("output", str(output)):
             raise ConfigError(problems)
-        output.write_text(page_of(RunFolder(found[0])), encoding="utf-8")
+        try:
+            page = page_of(RunFolder(found[0]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{found[0]}/log.jsonl has records that no run wrote: {error!r}") from None
+        with replacing(output) as file:
+            file.write(page)
         print(f"wrote {output}")
 
 
@@ -70,6 +74,7 @@ def page_of(run: RunFolder) -> str:
         *_goodput(goodput),
         *curves.of_run(run, records, planned),
         *_starts(records, run.superseded()),
+        *_submissions(run),
         *memory,
         *_texts(records),
         *_failures(run),
@@ -103,7 +108,7 @@ def _figures(
     if "heldout_bits_per_byte" in found:
         yield f"{found['heldout_bits_per_byte']:.3f}", "held-out bits a byte"
     if "tokens_per_second" in found:
-        yield short(found["tokens_per_second"]).strip(), f"tokens/s, median; {last.get('world_size', 1)} processes"
+        yield short(found["tokens_per_second"]).strip(), f"tokens/s, median; {_processes(last.get('world_size', 1))}"
     for key, of in (("utilisation", "datasheet's"), ("utilisation_sampled", "measured matrix")):
         if values := [record[key] for record in records if record.get(key)]:
             yield f"{np.median(values):.1%}", f"of the {of} rate, median"
@@ -173,14 +178,16 @@ def _memory(config: TrainConfig | None, records: list[dict[str, Any]]) -> tuple[
         max((record[key] for record in records if key in record), default=None)
         for key in ("memory/reserved_gib", "memory/allocated_gib")
     )
-    rows = [(kind, size / GIB, None, "") for kind, size in plan.kinds.items() if kind != OUTSIDE]
-    rows.append(("reserved by the allocator", planned, reserved, f"{reserved / planned - 1:+.1%}" if reserved else ""))
+    rows = [(kind, round(size / GIB, 3), None, "") for kind, size in plan.kinds.items() if kind != OUTSIDE]
+    rows.append(
+        ("reserved by the allocator", round(planned, 3), reserved, f"{reserved / planned - 1:+.1%}" if reserved else "")
+    )
     rows += [("of it allocated", None, allocated, "")] if allocated else []
     rows.append((OUTSIDE, plan.kinds[OUTSIDE] / GIB, None, ""))
     measured = "The highest peak of all ranks" if reserved else "Nothing was measured (no GPU, or no record yet)"
     return planned, [
         title,
-        f"<p>Planned for {worlds[-1]:,} processes. {measured}.</p>",
+        f"<p>Planned for {_processes(worlds[-1])}. {measured}.</p>",
         table(("GiB", "planned", "measured", "measured against plan"), rows),
     ]
 
@@ -194,6 +201,25 @@ def _texts(records: list[dict[str, Any]]) -> Iterator[str]:
             f"<pre><b>{escape(str(text['prompt']))}</b>{escape(str(text['text']))}</pre>" for text in record[TEXTS]
         )
         yield f"<details{' open' * (not number)}><summary>step {record['step']:,}</summary>{body}</details>"
+
+
+def _submissions(run: RunFolder) -> Iterator[str]:
+    """What launch.submit and the job's requeues have noted."""
+    submissions = [(submission.name, submission.read()) for submission in Submission.all_of(run)]
+    if submissions:
+        yield "<h2>Submissions</h2>"
+        rows = ((name, " ".join(made.get("jobs", [])), made.get("revision", "")) for name, made in submissions)
+        yield table(("submission", "SLURM jobs", "revision of the code"), rows)
+    if requeues := requeue.records(str(run.path)):
+        yield "<h2>Requeues</h2>"
+        yield table(
+            ("job", "restart", "exit code", "cause", "at step", ""),
+            (
+                (*(each.get(key, "") for key in ("job", "restart", "code", "cause", "step")), "gave up" * gave_up)
+                for each in requeues
+                for gave_up in ["gave-up" in each]
+            ),
+        )
 
 
 def _failures(run: RunFolder) -> Iterator[str]:
@@ -221,6 +247,10 @@ def _settings(config: TrainConfig | None, unreadable: str) -> Iterator[str]:
 
 def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _processes(count: int) -> str:
+    return f"{count:,} process{'es' * (count != 1)}"
 
 
 def _utc(seconds: float) -> str:

@@ -17,7 +17,15 @@ from data_pipeline.config import compose as compose_pipeline
 from data_pipeline.selfclean.settings import compose_rounds
 from launch import submit
 from megatron_tn import benchmark, convert, evaluate, generate, plan, score, train
-from megatron_tn.config import BenchmarkConfig, ConvertConfig, EvaluateConfig, GenerateConfig, ScoreConfig, TrainConfig
+from megatron_tn.config import (
+    BenchmarkConfig,
+    ConvertConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    PlanConfig,
+    ScoreConfig,
+    TrainConfig,
+)
 from megatron_tn.config.slurm import SubmitConfig
 from megatron_tn.overrides import CommandLine
 
@@ -27,7 +35,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 HERE_DOCUMENT = re.compile(r"^(.*) - <<'END'\n(.*?)^END$", re.DOTALL | re.MULTILINE)
 TRAINERS = {  # module -> (settings, file of conf/); importing a module registers its schema
     train: (TrainConfig, "config"),
-    plan: (TrainConfig, "config"),
+    plan: (PlanConfig, "plan"),
     benchmark: (BenchmarkConfig, "benchmark"),
     convert: (ConvertConfig, "convert"),
     evaluate: (EvaluateConfig, "evaluate"),

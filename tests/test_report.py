@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch import report
+from launch import report, requeue
 from launch.chart import POINTS, Line, chart, thinned
 from launch.curves import marks_of, series_of
 from megatron_tn.config import DataConfig, EvaluationConfig, ModelConfig, ScheduleConfig, TrainConfig, save
 from megatron_tn.training.run_folder import RunFolder
+from megatron_tn.training.submission import Submission
 from tests.helpers.browser import chromium
 from tests.helpers.training import call
 
@@ -63,6 +64,9 @@ def make_run(path: Path) -> RunFolder:
     run.journal.superseded.write_text("".join(json.dumps(one) + "\n" for one in killed))
     run.journal.append([*records, {"step": 100, "stop/state": "failed", "time": 1e9 + 530}])
     run.write_status("failed", 100, error=f"rank 0 stops: {HOSTILE}")
+    submission = Submission.new(run)
+    submission.record({"jobs": ["17"], "revision": "0123abc"})
+    requeue.append(str(path), f"2026-11-29T20:00:00+0000 job=17 restart=0 code=75 cause={json.dumps(HOSTILE)} step=70")
     run.write_traceback(0, RuntimeError(HOSTILE))
     return run
 
@@ -79,10 +83,10 @@ def test_the_page_of_a_run_in_a_browser(tmp_path, capsys):
         assert run("return performance.getEntriesByType('resource').length") == 0
         assert run("return document.querySelectorAll('script, link, img, [src]').length") == 0
         said = run("return document.body.textContent")
-        assert said.count(HOSTILE) >= 6  # error, prompt, text, task, traceback, setting
+        assert said.count(HOSTILE) >= 7  # error, prompt, text, task, requeue, traceback, setting
         titles = run("return [...document.querySelectorAll('h2')].map(each => each.textContent)")
         assert {"Goodput", "Loss", "Throughput", "Memory", "Progress", "Starts", "Rewinds"} <= set(titles)
-        assert {"Memory of a GPU", "Generated texts", "Failures", "Settings"} <= set(titles)
+        assert {"Memory of a GPU", "Generated texts", "Failures", "Settings", "Submissions", "Requeues"} <= set(titles)
         assert "text of step 100" in run("return document.querySelector('details[open]').innerText")
         for words in ("from step 90 to 78; skipped batches: [85]", "50.0%", "70.0%", "36.4%"):
             assert words in said
@@ -95,12 +99,10 @@ def test_the_page_of_a_run_in_a_browser(tmp_path, capsys):
         marks = run(f"return {marked}")
         assert set(marks) <= {0, 2}  # one restart, one rewind
         assert marks.count(2) == len(charts) - charts.count("Held-out loss by position")
-        starts = "table:has(th:first-child + th + th + th + th + th) tr"
-        rows = run(f"return [...document.querySelectorAll('{starts}')].map(each => each.innerText.split('\\t'))")
-        assert [(row[2], row[3], row[5]) for row in rows[1:]] == [
-            ("0", "70", "without a word"),
-            ("60", "100", "failed"),
-        ]
+        starts = "[...document.querySelectorAll('h2')].find(each => each.textContent == 'Starts').nextElementSibling"
+        rows = run(f"return [...{starts}.nextElementSibling.querySelectorAll('tr')].map(each => each.innerText)")
+        cells = [row.split("\t") for row in rows[1:]]
+        assert [row[2:4] + row[5:] for row in cells] == [["0", "70", "without a word"], ["60", "100", "failed"]]
         colours = []
         for scheme in ("light", "dark"):
             features = [{"name": "prefers-color-scheme", "value": scheme}]
@@ -120,6 +122,9 @@ def test_a_run_that_has_only_begun_or_whose_settings_are_damaged_has_a_page(tmp_
     run.config_file.write_text("{")
     assert call(report.main, str(run.path), f"output={tmp_path / 'page.html'}") == 0
     assert "config.json" in (tmp_path / "page.html").read_text()
+    run.journal.append([{"step": 1, "loss": {"a": 1}}])
+    assert call(report.main, str(run.path)) == 2
+    assert "log.jsonl has records that no run wrote" in capsys.readouterr().err
     assert call(report.main, str(tmp_path / "nowhere")) == 2
     assert call(report.main, str(run.path), str(run.path)) == 2
     assert "2 runs; a report is of one" in capsys.readouterr().err

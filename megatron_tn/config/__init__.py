@@ -19,6 +19,8 @@ from megatron_tn.config.commands import (
     ConvertConfig,
     EvaluateConfig,
     GenerateConfig,
+    PlanConfig,
+    PlanSettings,
     ScoreConfig,
 )
 from megatron_tn.config.data import DataConfig
@@ -67,6 +69,8 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "ParallelConfig",
+    "PlanConfig",
+    "PlanSettings",
     "ScheduleConfig",
     "ScoreConfig",
     "TrainConfig",

@@ -80,7 +80,8 @@ def help_text(kind: type, about: str) -> str:
 
 
 COMMANDS = {
-    "train": (TrainConfig, "`python -m megatron_tn.train`, and `plan`, which has the same"),
+    "train": (TrainConfig, "`python -m megatron_tn.train`"),
+    "plan": (commands.PlanSettings, "`plan`, beside those of `train`"),
     "submit": (SlurmConfig, "`launch.submit`, beside those of `train`, and `dry_run=true`"),
     "benchmark": (commands.BenchmarkSettings, "`benchmark`, beside those of `train`"),
     "evaluate": (commands.EvaluateConfig, "`evaluate`"),

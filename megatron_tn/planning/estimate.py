@@ -1,28 +1,20 @@
 """Predicted peak GPU memory of a rank, by kind, computed without a GPU before a run starts.
 
-Activations of a microbatch are measured: the model's own code runs forward and backward on fake tensors without
-storage (stand_ins.py), and live bytes are counted after every operator (live.py). Parameters, gradients, optimizer
-state and buffers have formulas: `state_bytes`, `buffer_bytes`, `side_stream_bytes`, `update_bytes`.
+Activations of a microbatch are measured on fake tensors (microbatch.py, live.py). Parameters, gradients, optimizer
+state and engine buffers have formulas: `state_bytes`, `buffer_bytes`, `side_stream_bytes`, `update_bytes`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from megatron_tn.config import ModelConfig, TrainConfig
-from megatron_tn.engine.base import DTYPES
 from megatron_tn.engine.deepspeed.settings import zero3_live_parameters
 from megatron_tn.engine.matrices import ROUND_ELEMENTS, block_matrix_elements
-from megatron_tn.model.base import Model
-from megatron_tn.model.registry import build_model, parameter_count
-from megatron_tn.parallel.context import ParallelContext
-from megatron_tn.parallel.recompute import recompute_blocks
-from megatron_tn.planning.live import BLOCK, LiveMemory
-from megatron_tn.planning.stand_ins import stand_in_tensors, stand_in_world
+from megatron_tn.model.registry import parameter_count
+from megatron_tn.planning.microbatch import Microbatch, microbatch
 
 GIB = 2**30
 SLACK = 0.03  # fragmentation of the caching allocator, as a share of the allocated bytes
@@ -54,14 +46,17 @@ class MemoryPlan:
         return sum(self.kinds.values())
 
 
-def plan_memory(config: TrainConfig, world_size: int) -> MemoryPlan:
+def plan_memory(config: TrainConfig, world_size: int, work_of: Callable = microbatch) -> MemoryPlan:
     """The plan for `world_size` processes. `config.problems(world_size)` must be empty.
+
+    work_of: `microbatch`, or `extrapolated` for a search.
 
     Raises:
         ValueError: torch.distributed is already initialised in this process.
     """
     state = state_bytes(config, world_size)
-    kept, peak = activation_bytes(config)
+    done: Microbatch = work_of(config)
+    kept, peak = done.kept, done.peak
     work = {
         "activations kept for backward": kept,
         "temporaries at the peak": peak - kept + CUBLAS,
@@ -141,14 +136,15 @@ def buffer_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
 def update_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
     """Bytes of a round of Muon's update (engine/matrices.py, kernels/newton_schulz): in the computing type, the
     matrices as they are sent, X before and after an iteration, X X^T and its polynomial. They reuse the memory of the
-    freed activations."""
+    freed activations, which a CUDA graph keeps."""
     if config.optim.name != "muon":
         return 0
     engine = config.engine
     replicated = engine.name == "local" or (engine.name == "deepspeed" and engine.zero_stage == 0)
     ranks = config.parallel.tp if replicated else world_size
     elements = min(ROUND_ELEMENTS, math.ceil(_block_matrix_elements(config.model) / ranks))
-    return max(0, 5 * elements * (2 if engine.precision == "bf16" else 4) - activations)
+    reused = 0 if engine.cuda_graph else activations
+    return max(0, 5 * elements * (2 if engine.precision == "bf16" else 4) - reused)
 
 
 def _block_matrix_elements(model: ModelConfig) -> int:
@@ -172,74 +168,6 @@ def side_stream_bytes(config: TrainConfig) -> int:
 
 
 def activation_bytes(config: TrainConfig, device: str = "cuda") -> tuple[int, int]:
-    """(kept, peak) bytes of one microbatch, parameters excluded. kept: alive between forward and backward pass.
-
-    device: "cuda" or "cpu", whose operators and allocator rounding are counted. Compiled blocks are counted as eager
-    blocks: torch.compile keeps this project's custom operators, and saves the same tensors. Results are cached,
-    since remedies.py compares engines that run the same pass.
-    """
-    engine, data = config.engine, config.data
-    same_pass = (repr(config.model), config.parallel, engine.precision, engine.recompute, engine.recompute_every)
-    key = (*same_pass, data.micro_batch, data.sequence_length, device)
-    if key not in _measured:
-        _measured[key] = _measure(config, device)
-    return _measured[key]
-
-
-_measured: dict[tuple, tuple[int, int]] = {}
-
-
-def _measure(config: TrainConfig, device: str) -> tuple[int, int]:
-    rules = (BLOCK, WORKSPACE) if device == "cuda" else ()
-    with stand_in_world(config.parallel) as context, stand_in_tensors(device), LiveMemory(*rules) as memory:
-        model = step_model(config, context)
-        for parameter in model.parameters():
-            # Engines free parameter.grad once it is computed and added to their gradient sum.
-            parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        tokens = torch.zeros(config.data.micro_batch, config.data.sequence_length, dtype=torch.int64)
-        before = memory.current
-        loss = model(tokens, targets=tokens, reduction="sum").loss
-        kept = memory.current - before
-        loss.backward()
-        return kept, memory.peak - before
-
-
-def step_model(config: TrainConfig, context: ParallelContext) -> Model:
-    """This rank's model in the computing type, with recomputation, as in `engine.build`."""
-    model = build_model(config.model, context, "cpu", DTYPES[config.engine.precision])
-    recompute_blocks(model.blocks, config.engine.recompute, config.engine.recompute_every)
-    return model
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
-
-
-def _gla_gradients_bytes(qkvu: Tensor, theta: Tensor | None) -> int:
-    """Bytes of do [tokens, D], and with LRPE of the gradients of the features of q and k, [tokens, 2 D] each
-    (kernels/gla/passes.py)."""
-    part = qkvu.numel() // 4 * qkvu.element_size()
-    return part if theta is None else 5 * part
-
-
-def _rows_bytes(x: Tensor, rows: int) -> int:
-    """Bytes of a tensor [rows, D] of the type of x [.., D]."""
-    return rows * x.shape[-1] * x.element_size()
-
-
-# Operator -> function of its arguments: bytes allocated and freed within one call. The column- and row-parallel
-# products of sequence parallelism gather tokens, or reduce-scatter sums, within one operator.
-WORKSPACE = {
-    "megatron_tn.gla_backward.default": lambda dy, dsquare_sum, dstate, o, qkvu, decay, theta, *rest: (
-        _gla_gradients_bytes(qkvu, theta)
-    ),
-    "megatron_tn.gla_slice_backward.default": lambda dy, dsquare_sum, o, qkvu, decay, theta, *rest: (
-        _gla_gradients_bytes(qkvu, theta)
-    ),
-    # The name of softmax attention's backward pass on the plan's tensors; a GPU's kernels sum dq in fp32.
-    "aten._scaled_dot_product_flash_attention_for_cpu_backward.default": lambda dy, q, *rest, **options: 4 * q.numel(),
-    "megatron_tn.column_forward.default": lambda x, weights, group, rows: _rows_bytes(x, rows),
-    "megatron_tn.row_forward.default": lambda x, weight, group, rows, beside=None: (
-        rows * weight.shape[0] * x.element_size()
-    ),
-}
+    """(kept, peak) bytes of one microbatch, parameters excluded: see `Microbatch`."""
+    found = microbatch(config, device)
+    return found.kept, found.peak

@@ -49,13 +49,19 @@ def test_flops_are_those_of_three_products_an_iteration():
     assert op.flops(4, 6, 5, symmetric=True) == 5 * (4 * 4 * 6 + 4**3 + 2 * 4 * 4 * 6)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(40, 70), (33, 32), (16, 16), (130, 17)], ids=str)
-@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
-def test_symmetric_products_are_those_of_whole_products(triton_device, monkeypatch, rows, columns, transposed):
+def use_tile(monkeypatch, tile: tuple[int, ...]) -> None:
     from kernels.newton_schulz import triton_symmetric
 
-    monkeypatch.setattr(triton_symmetric, "TILE", 16)
-    monkeypatch.setattr(triton_symmetric, "DEPTH", 16)
+    monkeypatch.setattr(triton_symmetric, "TILES", dict.fromkeys((8, 9), triton_symmetric.Tile(*tile)))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(40, 72), (33, 32), (16, 16), (72, 17)], ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("tile", [(16, 16, 16, 1, 1), (16, 32, 16, 1, 1)], ids=str)
+def test_symmetric_products_are_those_of_whole_products(triton_device, monkeypatch, rows, columns, transposed, tile):
+    from kernels.newton_schulz import triton_symmetric
+
+    use_tile(monkeypatch, tile)
     draw = torch.Generator().manual_seed(0)
     shape = (2, columns, rows) if transposed else (2, rows, columns)
     x = (torch.randn(shape, generator=draw) / columns**0.5).half().to(triton_device)
@@ -63,9 +69,7 @@ def test_symmetric_products_are_those_of_whole_products(triton_device, monkeypat
     gram = triton_symmetric.symmetric_product(x)
     exact = x.double() @ x.double().mT
     assert relative_error(gram, exact) < 1e-3
-    tile = torch.arange(rows, device=x.device) // triton_symmetric.TILE
-    mirrored = gram * (tile[:, None] != tile)
-    assert torch.equal(mirrored, mirrored.mT)
+    assert torch.equal(gram, gram.mT)
     polynomial = triton_symmetric.symmetric_product(gram, 2.0, gram, -3.0)
     exact = 2 * gram.double() @ gram.double() - 3 * gram.double()
     assert relative_error(polynomial, exact) < 1e-3
@@ -73,12 +77,9 @@ def test_symmetric_products_are_those_of_whole_products(triton_device, monkeypat
 
 @pytest.mark.parametrize(("rows", "columns"), [(48, 80), (80, 48)], ids=str)
 def test_iterations_by_half_are_the_definition(triton_device, monkeypatch, rows, columns):
-    from kernels.newton_schulz import triton_symmetric
-
     monkeypatch.setattr(op, "LEAST_ROWS", 1)
     if triton_device == "cpu":  # a few tiles, and parts of one
-        monkeypatch.setattr(triton_symmetric, "TILE", 32)
-        monkeypatch.setattr(triton_symmetric, "DEPTH", 32)
+        use_tile(monkeypatch, (32, 32, 32, 1, 1))
     given = matrices(rows, columns, torch.float16)[1:].to(triton_device)
     found = kernels.newton_schulz(given)
     assert relative_error(found[0], reference.newton_schulz(given[0].double(), 5)) < 2e-2

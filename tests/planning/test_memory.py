@@ -25,7 +25,7 @@ from megatron_tn.model.registry import build_model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.recompute import recompute_blocks
 from megatron_tn.plan import main
-from megatron_tn.planning import estimate
+from megatron_tn.planning import microbatch
 from megatron_tn.planning.estimate import GIB, activation_bytes, buffer_bytes, plan_memory, state_bytes, update_bytes
 from megatron_tn.planning.live import LiveMemory
 from megatron_tn.planning.remedies import memory_problems
@@ -80,6 +80,8 @@ def test_muons_update_takes_what_is_planned():
     planned = update_bytes(config, 8, 0)
     assert planned == 5 * 2 * 2**26  # 16 matrices of 2048 x 2048 in bf16, and four tensors as large
     assert update_bytes(config, 8, planned) == 0
+    graph = dataclasses.replace(config, engine=dataclasses.replace(config.engine, cuda_graph=True))
+    assert update_bytes(graph, 8, planned) == planned
     sent = torch.zeros(16, 32, 32, dtype=torch.bfloat16)
     with LiveMemory() as memory:
         newton_schulz(sent)
@@ -223,7 +225,7 @@ def test_recomputation_and_parallelism_save_what_they_should():
 def test_a_machine_with_a_gpu_plans_as_one_without(monkeypatch):
     config = tiny_config(engine=EngineConfig(name="local", precision="bf16"))
     alone = activation_bytes(config)
-    estimate._measured.clear()
+    microbatch._measured.clear()
 
     def capability(device=None):
         assert torch.device(device).type == "cuda", "the plan's tensors are on no GPU, whatever they say"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import pty
 import re
 import signal
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +27,7 @@ from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import Ledger, TrainingState
 from tests.helpers.steps import REPORT, WORK
 from tests.helpers.training import call, fork_ranks
+from tests.helpers.wandb_server import WandbServer
 
 
 @pytest.fixture
@@ -164,6 +167,31 @@ def test_sync_tells_what_the_server_lacks_and_a_new_project_gets_panels(folder, 
     assert call(sync.main, run, "panels=some") == 2
 
 
+@pytest.mark.full
+def test_sync_by_the_real_client_adds_rows_in_their_places(folder, tmp_path):
+    run, server = str(folder), WandbServer(projects=("other",))
+    save(TrainConfig(run_dir=run), folder.config_file)
+    with server.running() as address:
+        environment = os.environ | {"WANDB_BASE_URL": address, "WANDB_API_KEY": "a" * 40, "HOME": str(tmp_path)}
+        for last in (3, 5):
+            have = len(folder.records())
+            folder.journal.append([{"step": step, "loss": 2.0, "tokens": step} for step in range(have + 1, last + 1)])
+            command = [sys.executable, "-m", "launch.sync", run, "project=paper"]
+            said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+            run_id = folder.wandb_id.read_text()
+            assert f"{run}: {address}/us/paper/runs/{run_id}" in said.stdout
+            assert [(row["_step"], row["tokens"]) for row in server.rows[run_id]] == [
+                (n, n) for n in range(1, last + 1)
+            ]
+            server.projects.append("paper")
+    if importlib.util.find_spec("wandb_workspaces"):
+        (view,) = server.views
+        assert (view["entityName"], view["projectName"], view["displayName"]) == ("us", "paper", "megatron_tn")
+        assert '"chartTitle":"Gradient norm"' in view["spec"]
+    else:
+        assert "pip install -e '.[panels]'" in said.stderr
+
+
 def test_panels_as_a_view_of_a_wandb_project():
     pytest.importorskip("wandb_workspaces")
     view = workspace("us", "paper")
@@ -222,7 +250,7 @@ def test_after_kill_9_the_next_start_tells_what_the_offline_copy_lacks(tmp_path)
     board = hook(folder)
     board.on_start(TrainingState(step=4))
     board.on_step(TrainingState(step=5, optimizer_step=4, tokens=500, samples=20), REPORT)
-    texts = [{"prompt": "def ", "text": "f(x):"}]
+    texts = [{"prompt": "def ", "text": "f(x): <b>"}]
     board.record(
         {"heldout_loss": 2.0, "heldout_bits_per_byte/code": 1.25, "ranks/slowest": "rank 3", "texts": texts}, 5
     )
@@ -250,8 +278,8 @@ def test_after_kill_9_the_next_start_tells_what_the_offline_copy_lacks(tmp_path)
     assert last["heldout_perplexity"] == pytest.approx(math.exp(2.0))
     assert last["heldout_bits_per_byte/code"] == 1.25
     assert (last["memory/allocated_gib"], last["goodput"], last["goodput/starts"]) == (30.5, 0.9, 2)
-    (table,) = folder.wandb.glob(f"offline-run-*/files/{last['texts/path']}")
-    assert json.loads(table.read_text())["data"] == [[5, "def ", "f(x):"]]
+    (page,) = folder.wandb.glob(f"offline-run-*/files/{last['texts/path']}")
+    assert page.read_text() == "<pre><b>def </b>f(x): &lt;b&gt;</pre>"
     assert last_step_in(folder.wandb, run_id) == 5
 
 

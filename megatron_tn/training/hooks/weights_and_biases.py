@@ -9,6 +9,7 @@ import re
 import sys
 import uuid
 from collections.abc import Iterator
+from html import escape
 from typing import Any
 
 from megatron_tn.config import ConfigError, TrainConfig, WandbConfig, replacing, storable, to_stored
@@ -70,8 +71,9 @@ class WeightsAndBiases(JournalCopy):
         if texts:
             import wandb
 
-            rows = [[step, text["prompt"], text["text"]] for text in texts]
-            media[TEXTS] = wandb.Table(columns=["step", "prompt", "text"], data=rows)
+            # Not a wandb.Table: that is an artifact, which asks the server before it is logged.
+            parts = (f"<pre><b>{escape(text['prompt'])}</b>{escape(text['text'])}</pre>" for text in texts)
+            media[TEXTS] = wandb.Html("".join(parts), inject=False)
         self._run.log(values | media, step=step)
 
     def close(self) -> None:
