@@ -196,7 +196,7 @@ def describe(directory: Path) -> dict[str, Any]:
         "tensors": {
             name: {
                 "shape": shape,
-                "pieces": {kind: len(manifest.pieces.get(f"{kind}/{name}", [])) for kind in manifest.kinds},
+                "pieces": {kind: len(manifest.pieces.get(f"{kind}/{name}", [])) for kind in manifest.kinds(name)},
             }
             for name, shape in manifest.shapes.items()
         },

@@ -1,45 +1,125 @@
-"""Estimate a run without starting it: peak memory per rank, by kind, and FLOPs per token.
+"""Plan a run without starting it, and without a GPU: memory, traffic and time of a step, tokens/s, days.
 
 python -m megatron_tn.plan model=7b parallel.tp=8 engine=zero1 cluster=a100_80g nodes=16
+python -m megatron_tn.plan model=175b cluster=a100_80g nodes=64           the fastest layout that fits
+python -m megatron_tn.plan model=65b cluster=h100_80g nodes=32 search=true   all layouts, by predicted throughput
+
+Exit code 0 if the layout fits into the GPUs' memory, else 2; of a --multirun, 0 if one does. docs/scaling.md.
 """
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
+
+from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 from rich.table import Table
 
-from megatron_tn.cli import command
-from megatron_tn.config import ConfigError, TrainConfig
-from megatron_tn.model.registry import forward_flops_per_token, parameter_count, training_flops_per_token
-from megatron_tn.planning.estimate import GIB, plan_memory
+from megatron_tn.cli import BAD_INPUT, command
+from megatron_tn.config import ConfigError, PlanConfig
+from megatron_tn.planning.batch import with_usual_batch
+from megatron_tn.planning.estimate import GIB
 from megatron_tn.planning.remedies import memory_problems
+from megatron_tn.planning.report import Plan, make_plan, print_json, print_plan, print_search
+from megatron_tn.planning.search import Candidate, names_a_layout, search
+from megatron_tn.planning.speed import missing_rates
+
+MULTIRUN = {"-m", "--multirun"}
 
 
-@command(TrainConfig, "config")
-def main(config: TrainConfig) -> None:
+@dataclass(frozen=True)
+class Job:
+    """A layout of a multirun: its overrides, and its plan or why there is none."""
+
+    words: str
+    plan: Plan | None
+    problem: str
+
+
+_jobs: list[Job] = []
+
+
+def plan_of(config: PlanConfig, named: set[str]) -> tuple[Plan, list[Candidate]]:
+    """The plan of the named layout, or of the fastest one that fits; and the layouts of a search.
+
+    Raises:
+        ConfigError: settings that contradict each other, or a search on a cluster that is not known.
+    """
     world = config.nodes * max(config.cluster.gpus_per_node, 1)
+    unknown = missing_rates(config.cluster)
+    if not config.cluster.gpu_memory_gib:
+        unknown.insert(0, "cluster.gpu_memory_gib")
+    if config.search and unknown:
+        raise ConfigError(f"search=true needs {', '.join(unknown)}: choose a cluster, such as cluster=a100_80g")
+    chosen = "data.global_batch" not in named and "experiment" not in named and not unknown
+    candidates: list[Candidate] = []
+    if config.search or not (unknown or names_a_layout(named)):
+        if problems := config.problems():
+            raise ConfigError(problems)
+        candidates = search(config, world, named)
+        config = candidates[0].config
+    elif chosen and not any("global_batch" in problem for problem in config.problems()):
+        config = with_usual_batch(config, world)
     if problems := config.problems(world):
         raise ConfigError(problems)
+    problems = memory_problems(config, world)
+    logs = None
+    if config.dry_run:
+        from megatron_tn.planning.dry_run import dry_run  # imports the engines
+
+        logs, wrong = dry_run(config, world)
+        problems += wrong
+    return make_plan(config, world, config.tokens, problems, chosen=chosen, logs=logs), candidates
+
+
+def show(plan: Plan, candidates: list[Candidate], config: PlanConfig) -> None:
     console = Console(highlight=False, markup=False)
-    tp, cp = config.parallel.tp, config.parallel.cp
-    layout = f"{world} processes: tp {tp} x cp {cp} x dp {world // (tp * cp)}"
-    console.print(f"{config.model.name}: {parameter_count(config.model):,} parameters; {layout}")
-    plan = plan_memory(config, world)
-    memory = Table("peak memory, per rank", "GiB", title_justify="left")
-    for kind, size in plan.kinds.items():
-        memory.add_row(kind, f"{size / GIB:.2f}")
-    memory.add_section()
-    memory.add_row("reserved by the allocator", f"{plan.reserved / GIB:.2f}")
-    memory.add_row("all", f"{plan.total / GIB:.2f}")
-    console.print(memory)
-    flops = Table("operations", "GFLOP a token")
-    training_flops = training_flops_per_token(config.model, config.data.sequence_length)
-    for part, count in forward_flops_per_token(config.model, config.data.sequence_length).items():
-        flops.add_row(part, f"{count / 1e9:.3f}")
-    flops.add_row("forward and backward", f"{training_flops / 1e9:.3f}")
-    console.print(flops)
-    if problems := memory_problems(config, world):
-        raise ConfigError(problems)
+    if config.json:
+        print_json(plan, candidates)
+    else:
+        if config.search:
+            print_search(candidates, plan.world_size, console)
+        print_plan(plan, console)
+    if plan.problems:
+        raise ConfigError(plan.problems)
+
+
+def _run(config: PlanConfig) -> None:
+    named = {word.lstrip("+~").partition("=")[0] for word in sys.argv[1:]}
+    if not MULTIRUN & set(sys.argv):
+        show(*plan_of(config, named), config)
+        return
+    words = " ".join(word for word in HydraConfig.get().overrides.task if word not in sys.argv)
+    try:
+        plan, _ = plan_of(config, named)
+        _jobs.append(Job(words, plan, "; ".join(plan.problems)))
+    except ConfigError as error:
+        _jobs.append(Job(words, None, "; ".join(error.problems)))
+
+
+def _show_jobs(run_dir: str, runs: list[str]) -> None:
+    table = Table("layout", "GiB", "tokens/s per GPU", "days", "why not")
+    for job in _jobs:
+        cells = ["", "", ""]
+        if job.plan is not None:
+            time = job.plan.time
+            cells = [f"{job.plan.memory.total / GIB:.1f}"]
+            cells += [f"{time.tokens_per_second:,.0f}", f"{job.plan.days:,.1f}"] if time else ["", ""]
+        table.add_row(job.words, *cells, job.problem)
+    Console(highlight=False, markup=False).print(table)
+    fits = any(not job.problem for job in _jobs)
+    _jobs.clear()
+    if not fits:
+        sys.exit(BAD_INPUT)
+
+
+_command = command(PlanConfig, "plan", after_sweep=_show_jobs)(_run)
+
+
+def main() -> None:
+    sys.argv = ["json=true" if word == "--json" else word for word in sys.argv]
+    _command()
 
 
 if __name__ == "__main__":

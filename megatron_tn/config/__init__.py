@@ -8,7 +8,7 @@ annotations of the fields; relations.py has the relations between groups.
 `ConfigError` lists all problems, one line each: the setting, its value and the relation it breaks.
 """
 
-from data_pipeline.redaction import redacted, resolved, shown, storable
+from data_pipeline.redaction import has_credentials, redacted, resolved, shown, storable
 from megatron_tn.config.bounds import MOST_SEED, out_of_bounds
 from megatron_tn.config.checkpoint import CheckpointConfig
 from megatron_tn.config.cluster import ClusterConfig
@@ -19,6 +19,8 @@ from megatron_tn.config.commands import (
     ConvertConfig,
     EvaluateConfig,
     GenerateConfig,
+    PlanConfig,
+    PlanSettings,
     ScoreConfig,
 )
 from megatron_tn.config.data import DataConfig
@@ -34,6 +36,7 @@ from megatron_tn.config.mapping import (
     known_keys,
     open_new,
     read_mapping,
+    replacing,
     save,
     to_mapping,
     to_stored,
@@ -66,6 +69,8 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "ParallelConfig",
+    "PlanConfig",
+    "PlanSettings",
     "ScheduleConfig",
     "ScoreConfig",
     "TrainConfig",
@@ -74,12 +79,14 @@ __all__ = [
     "differences",
     "from_mapping",
     "from_stored",
+    "has_credentials",
     "known_keys",
     "load",
     "open_new",
     "out_of_bounds",
     "read_mapping",
     "redacted",
+    "replacing",
     "resolved",
     "save",
     "shown",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated
 
 from pydantic.dataclasses import dataclass
@@ -33,6 +34,12 @@ class ClusterConfig:
     bf16_tflops: Rate = None  # dense bf16 peak of one GPU, TFLOP/s; null: the datasheet's, by the GPU's name
     memory_bandwidth_gbs: Rate = None  # GB/s of a GPU's memory; null: not known
     interconnect_gbs: Rate = None  # GB/s between nodes, per GPU and direction; null: not known
+    # GB/s that a collective sustains between the GPUs of a node, per GPU and direction; null: not known.
+    nvlink_gbs: Rate = None
+    latency_us: Unlimited = 0.0  # microseconds that a collective takes however few bytes it moves
+    # Rates that bf16 matrix products sustain: pairs [smallest dimension, TFLOP/s], rising; [] not known.
+    matrix_rates: list[list[float]] = dataclasses.field(default_factory=list)
+    storage_gbs: Rate = None  # GB/s that a node writes to the checkpoints' file system; null: not known
 
     def peak_tflops(self, device_name: str | None) -> float | None:
         """The denominator of utilisation: bf16_tflops, else the datasheet's of the GPU that CUDA calls `device_name`;

@@ -1,4 +1,4 @@
-"""The settings of the other command lines: benchmark, evaluate, score, generate, convert."""
+"""The settings of the other command lines: plan, benchmark, evaluate, score, generate, convert."""
 
 from __future__ import annotations
 
@@ -13,6 +13,19 @@ from megatron_tn.config.mapping import STRICT, unwritable
 from megatron_tn.config.run import TrainConfig
 
 LOOP_WARM_UP = 10  # steps of the training loop that a benchmark does not count
+
+
+@dataclass(frozen=True, config=STRICT)
+class PlanSettings:
+    search: bool = False  # rank layouts by predicted throughput; settings on the command line stay as they are
+    dry_run: bool = False  # run a step on tensors without storage as several ranks, and compare their collectives
+    tokens: Count = 0  # token budget, for the days that a run takes; 0: 20 tokens a parameter (arXiv 2203.15556)
+    json: bool = False  # print JSON; --json is the same
+
+
+@dataclass(frozen=True, config=STRICT)
+class PlanConfig(TrainConfig, PlanSettings):
+    """`python -m megatron_tn.plan`: a run's settings, and what to print of its plan."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -5,6 +5,7 @@ model.py has the relations within `model.*`, since models are also built without
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Protocol
@@ -150,6 +151,14 @@ def _warm_up_ends_before_the_decay(config: Settings) -> Iterator[str]:
 def _apex_keeps_its_own_masters(config: Settings) -> Iterator[str]:
     if config.optim.fused == "apex" and config.engine.name == "deepspeed" and config.engine.zero_stage == 0:
         yield "optim.fused=apex does not go with engine.zero_stage=0, where DeepSpeed flattens apex's masters"
+
+
+@RELATIONS.reads()
+def _momentum_is_muons(config: Settings) -> Iterator[str]:
+    for field in dataclasses.fields(OptimConfig):
+        value = getattr(config.optim, field.name)
+        if field.name.startswith("momentum") and config.optim.name != "muon" and value != field.default:
+            yield f"optim.{field.name}={value} is a setting of optim.name=muon, but optim.name={config.optim.name}"
 
 
 @RELATIONS.reads()

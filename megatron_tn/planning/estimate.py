@@ -1,27 +1,20 @@
 """Predicted peak GPU memory of a rank, by kind, computed without a GPU before a run starts.
 
-Activations of a microbatch are measured: the model's own code runs forward and backward on fake tensors without
-storage (stand_ins.py), and live bytes are counted after every operator (live.py). Parameters, gradients, optimizer
-state and engine buffers have formulas: `state_bytes`, `buffer_bytes`, `side_stream_bytes`.
+Activations of a microbatch are measured on fake tensors (microbatch.py, live.py). Parameters, gradients, optimizer
+state and engine buffers have formulas: `state_bytes`, `buffer_bytes`, `side_stream_bytes`, `update_bytes`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from megatron_tn.config import TrainConfig
-from megatron_tn.engine.base import DTYPES
+from megatron_tn.config import ModelConfig, TrainConfig
 from megatron_tn.engine.deepspeed.settings import zero3_live_parameters
-from megatron_tn.model.base import Model
-from megatron_tn.model.registry import build_model, parameter_count
-from megatron_tn.parallel.context import ParallelContext
-from megatron_tn.parallel.recompute import recompute_blocks
-from megatron_tn.planning.live import BLOCK, LiveMemory
-from megatron_tn.planning.stand_ins import stand_in_tensors, stand_in_world
+from megatron_tn.engine.matrices import ROUND_ELEMENTS, block_matrix_elements
+from megatron_tn.model.registry import parameter_count
+from megatron_tn.planning.microbatch import Microbatch, microbatch
 
 GIB = 2**30
 SLACK = 0.03  # fragmentation of the caching allocator, as a share of the allocated bytes
@@ -53,18 +46,23 @@ class MemoryPlan:
         return sum(self.kinds.values())
 
 
-def plan_memory(config: TrainConfig, world_size: int) -> MemoryPlan:
+def plan_memory(config: TrainConfig, world_size: int, work_of: Callable = microbatch) -> MemoryPlan:
     """The plan for `world_size` processes. `config.problems(world_size)` must be empty.
+
+    work_of: `microbatch`, or `extrapolated` for a search.
 
     Raises:
         ValueError: torch.distributed is already initialised in this process.
     """
     state = state_bytes(config, world_size)
-    kept, peak = activation_bytes(config)
+    done: Microbatch = work_of(config)
+    kept, peak = done.kept, done.peak
     work = {
         "activations kept for backward": kept,
         "temporaries at the peak": peak - kept + CUBLAS,
-        "engine buffers": buffer_bytes(config, world_size, peak) + side_stream_bytes(config),
+        "engine buffers": buffer_bytes(config, world_size, peak)
+        + side_stream_bytes(config)
+        + update_bytes(config, world_size, peak),
     }
     allocated = sum(state.values()) + sum(work.values())
     work["allocator slack"] = int(SLACK * allocated)
@@ -73,7 +71,8 @@ def plan_memory(config: TrainConfig, world_size: int) -> MemoryPlan:
 
 
 def state_bytes(config: TrainConfig, world_size: int) -> dict[str, int]:
-    """Bytes of parameters, gradients, fp32 masters and AdamW's two moments per rank, by kind.
+    """Bytes of parameters, gradients, fp32 masters and the optimizer's moments per rank, by kind: two fp32 values a
+    parameter for AdamW, one for a parameter that Muon updates.
 
     With P parameters, each kind has P / tp values, divided by dp x cp from a ZeRO stage on (arXiv 1910.02054, figure
     1): moments and masters from stage 1, gradients from 2, parameters from 3. FSDP2 divides like stage 3, and its
@@ -90,12 +89,15 @@ def state_bytes(config: TrainConfig, world_size: int) -> dict[str, int]:
     def over_data(count: int, from_stage: int) -> int:
         return math.ceil(count / data) if stage >= from_stage else count
 
+    moments = 8 * local
+    if config.optim.name == "muon":
+        moments -= 4 * math.ceil(_block_matrix_elements(config.model) / config.parallel.tp)
     separate_masters = engine.name != "fsdp2" and (engine.precision == "bf16" or stage > 0)
     return {
         "parameters": over_data(local * width, 3),
         "gradients": over_data(local * gradient_width, 2),
         "masters": over_data(local * 4, 1) if separate_masters else 0,
-        "moments": over_data(local * 8, 1),
+        "moments": over_data(moments, 1),
     }
 
 
@@ -131,6 +133,30 @@ def buffer_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
     return bucket * width + max(0, (2 * width + 4) * local - activations)
 
 
+def update_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
+    """Bytes of a round of Muon's update (engine/matrices.py, kernels/newton_schulz): in the computing type, the
+    matrices as they are sent, X before and after an iteration, X X^T and its polynomial. They reuse the memory of the
+    freed activations, which a CUDA graph keeps."""
+    if config.optim.name != "muon":
+        return 0
+    engine = config.engine
+    replicated = engine.name == "local" or (engine.name == "deepspeed" and engine.zero_stage == 0)
+    ranks = config.parallel.tp if replicated else world_size
+    elements = min(ROUND_ELEMENTS, math.ceil(_block_matrix_elements(config.model) / ranks))
+    reused = 0 if engine.cuda_graph else activations
+    return max(0, 5 * elements * (2 if engine.precision == "bf16" else 4) - reused)
+
+
+def _block_matrix_elements(model: ModelConfig) -> int:
+    """`block_matrix_elements`, cached, since remedies.py asks for many layouts of one model."""
+    if repr(model) not in _counted:
+        _counted[repr(model)] = block_matrix_elements(model)
+    return _counted[repr(model)]
+
+
+_counted: dict[str, int] = {}
+
+
 def side_stream_bytes(config: TrainConfig) -> int:
     """Bytes of inputs kept alive for weight-gradient products on the side stream of a CUDA graph
     (device/side_stream.py): at most those of an SGLU and of the projection before it."""
@@ -142,74 +168,6 @@ def side_stream_bytes(config: TrainConfig) -> int:
 
 
 def activation_bytes(config: TrainConfig, device: str = "cuda") -> tuple[int, int]:
-    """(kept, peak) bytes of one microbatch, parameters excluded. kept: alive between forward and backward pass.
-
-    device: "cuda" or "cpu", whose operators and allocator rounding are counted. Compiled blocks are counted as eager
-    blocks: torch.compile keeps this project's custom operators, and saves the same tensors. Results are cached,
-    since remedies.py compares engines that run the same pass.
-    """
-    engine, data = config.engine, config.data
-    same_pass = (repr(config.model), config.parallel, engine.precision, engine.recompute, engine.recompute_every)
-    key = (*same_pass, data.micro_batch, data.sequence_length, device)
-    if key not in _measured:
-        _measured[key] = _measure(config, device)
-    return _measured[key]
-
-
-_measured: dict[tuple, tuple[int, int]] = {}
-
-
-def _measure(config: TrainConfig, device: str) -> tuple[int, int]:
-    rules = (BLOCK, WORKSPACE) if device == "cuda" else ()
-    with stand_in_world(config.parallel) as context, stand_in_tensors(device), LiveMemory(*rules) as memory:
-        model = step_model(config, context)
-        for parameter in model.parameters():
-            # Engines free parameter.grad once it is computed and added to their gradient sum.
-            parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        tokens = torch.zeros(config.data.micro_batch, config.data.sequence_length, dtype=torch.int64)
-        before = memory.current
-        loss = model(tokens, targets=tokens, reduction="sum").loss
-        kept = memory.current - before
-        loss.backward()
-        return kept, memory.peak - before
-
-
-def step_model(config: TrainConfig, context: ParallelContext) -> Model:
-    """This rank's model in the computing type, with recomputation, as in `engine.build`."""
-    model = build_model(config.model, context, "cpu", DTYPES[config.engine.precision])
-    recompute_blocks(model.blocks, config.engine.recompute, config.engine.recompute_every)
-    return model
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
-
-
-def _gla_gradients_bytes(qkvu: Tensor, theta: Tensor | None) -> int:
-    """Bytes of do [tokens, D], and with LRPE of the gradients of the features of q and k, [tokens, 2 D] each
-    (kernels/gla/passes.py)."""
-    part = qkvu.numel() // 4 * qkvu.element_size()
-    return part if theta is None else 5 * part
-
-
-def _rows_bytes(x: Tensor, rows: int) -> int:
-    """Bytes of a tensor [rows, D] of the type of x [.., D]."""
-    return rows * x.shape[-1] * x.element_size()
-
-
-# Operator -> function of its arguments: bytes allocated and freed within one call. The column- and row-parallel
-# products of sequence parallelism gather tokens, or reduce-scatter sums, within one operator.
-WORKSPACE = {
-    "megatron_tn.gla_backward.default": lambda dy, dsquare_sum, dstate, o, qkvu, decay, theta, *rest: (
-        _gla_gradients_bytes(qkvu, theta)
-    ),
-    "megatron_tn.gla_slice_backward.default": lambda dy, dsquare_sum, o, qkvu, decay, theta, *rest: (
-        _gla_gradients_bytes(qkvu, theta)
-    ),
-    # The name of softmax attention's backward pass on the plan's tensors; a GPU's kernels sum dq in fp32.
-    "aten._scaled_dot_product_flash_attention_for_cpu_backward.default": lambda dy, q, *rest, **options: 4 * q.numel(),
-    "megatron_tn.column_forward.default": lambda x, weights, group, rows: _rows_bytes(x, rows),
-    "megatron_tn.row_forward.default": lambda x, weight, group, rows, beside=None: (
-        rows * weight.shape[0] * x.element_size()
-    ),
-}
+    """(kept, peak) bytes of one microbatch, parameters excluded: see `Microbatch`."""
+    found = microbatch(config, device)
+    return found.kept, found.peak

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_tn.config import replacing
 from megatron_tn.evaluation.perplexity import AFTER
 from megatron_tn.training.run_folder import RunFolder
 
@@ -78,7 +79,8 @@ def draw(
         axes.grid(alpha=0.3)
     places[0].legend(fontsize="small")
     places[-1].legend(fontsize="small")
-    figure.savefig(path)
+    with replacing(path, "xb") as file:
+        figure.savefig(file, format=path.suffix.removeprefix("."))
     return True
 
 
@@ -112,8 +114,9 @@ def _bits_per_byte_of_a_nat(runs: Iterable[Sequence[RunFolder]]) -> float | None
     return ratios[0] if ratios and math.isclose(min(ratios), max(ratios), rel_tol=1e-6) else None
 
 
-def curve_of(runs: Sequence[RunFolder]) -> Curve | None:
-    """The mean over runs at the steps that all of them have recorded; None where there is no such step."""
+def curve_of(runs: Sequence[RunFolder], points: int | None = POINTS) -> Curve | None:
+    """The mean over runs at the steps that all of them have recorded; None where there is no such step. points: more
+    records are drawn together; None keeps each."""
     losses, places = [], []
     for run in runs:
         records = run.records("loss")
@@ -128,12 +131,13 @@ def curve_of(runs: Sequence[RunFolder]) -> Curve | None:
         return None
     each = np.array([[own[step] for step in steps] for own in losses])
     place = np.mean([[own[step] for step in steps] for own in places], axis=0)
+    evaluated = [_held_out(run) for run in runs]
     held_out = [
         (*np.mean([own[step] for own in places], axis=0), np.mean(found))
         for step in steps
-        if (found := [own[step] for own in map(_held_out, runs) if step in own])
+        if (found := [own[step] for own in evaluated if step in own])
     ]
-    width = -(-len(steps) // POINTS)
+    width = -(-len(steps) // (points or len(steps)))
     tokens, seconds, loss, lowest, highest = (
         _thinned(values, width) for values in (*place.T, each.mean(0), each.min(0), each.max(0))
     )

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from data_pipeline.stream import (
 from data_pipeline.stream import count as counting
 from data_pipeline.stream import loader as loader_module
 from data_pipeline.stream import pipeline as stages_of
+from data_pipeline.stream.loader import _end_by_parent_alone
 from data_pipeline.stream.score_filter import counts_file
 from tests.data_pipeline.shard_factory import BOS, EOS, make_shards
 
@@ -267,3 +269,29 @@ def test_only_its_parent_ends_a_reader_process(manifest, monkeypatch):
         assert reader.is_alive()
     reader.join(10)
     assert not reader.is_alive()
+
+
+def read_for_a_trainer(pipe) -> None:
+    """A trainer whose reader has another process for its parent, as a fork server's children have."""
+    reader = multiprocessing.get_context("fork").Process(target=be_a_reader, args=(pipe,))
+    reader.start()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def be_a_reader(pipe) -> None:
+    _end_by_parent_alone(0)
+    pipe.send(os.getpid())
+    time.sleep(1000)
+
+
+def test_a_reader_process_ends_with_a_killed_trainer():
+    here, there = multiprocessing.Pipe()
+    trainer = multiprocessing.get_context("fork").Process(target=read_for_a_trainer, args=(there,))
+    trainer.start()
+    trainer.join(10)
+    there.close()
+    reader = here.recv()
+    assert here.poll(10)  # its end of the pipe is closed
+    with pytest.raises(EOFError):
+        here.recv()
+    assert reader != trainer.pid

@@ -16,7 +16,7 @@ from megatron_tn.model.registry import (
     parameter_count,
     training_flops_per_token,
 )
-from megatron_tn.planning.estimate import step_model
+from megatron_tn.planning.microbatch import step_model
 from megatron_tn.planning.stand_ins import stand_in_tensors, stand_in_world
 from tests.helpers.models import TINY, tiny_config
 from tests.helpers.sizes import SIZES, compose_model

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_tn.config import ConfigError, TrainConfig
 from megatron_tn.training import run_folder
+from megatron_tn.training.curve import draw
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import Ledger, TrainingState
 from megatron_tn.training.watchdog.signs import Sign, file_of
@@ -129,7 +130,9 @@ def test_no_link_in_the_place_of_a_temporary_file_is_followed(folder, tmp_path):
     """In a folder that others may write to, a link would have the run overwrite a file of its owner."""
     victim = tmp_path / "victim"
     victim.write_text("mine")
-    for name in ("config.json.tmp", "status.tmp", "job.tmp", "ledger.tmp", "log.tmp", "tracebacks/rank_00000.txt"):
+    replaced = ("config.json", "status.json", "job.json", "ledger.json", "log.jsonl", "tokenizer.json", "loss.png")
+    links = [*(f"{name}.tmp" for name in replaced), "tokenizer.json", "loss.png", "tracebacks/rank_00000.txt"]
+    for name in links:
         (folder.path / name).parent.mkdir(exist_ok=True)
         (folder.path / name).symlink_to(victim)
     sign = Sign(rank=0, host="here", pid=1)
@@ -140,8 +143,13 @@ def test_no_link_in_the_place_of_a_temporary_file_is_followed(folder, tmp_path):
     folder.write_traceback(0, ValueError("here"))
     folder.journal.path.write_text('{"step": 9}\n')
     folder.journal.set_aside_after(3)
+    folder.keep_tokenizer(victim)
+    folder.journal.append([{"step": 1, "tokens": 1, "loss": 2.0}])
+    assert draw({"run": folder}, folder.path / "loss.png")
     sign.write(tmp_path)
     assert victim.read_text() == "mine"
+    assert folder.tokenizer.read_text() == "mine"
+    assert not folder.tokenizer.is_symlink()
     assert folder.status()["state"] == "running"
     assert folder.frozen_config() == TrainConfig()
     assert "here" in (folder.path / "tracebacks/rank_00000.txt").read_text()

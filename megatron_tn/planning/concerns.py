@@ -1,0 +1,69 @@
+"""What a plan warns of: settings that are allowed and that seldom are what was meant."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+
+from megatron_tn.config import TrainConfig
+from megatron_tn.model.registry import parameter_count
+from megatron_tn.planning.batch import REASON, usual_tokens
+from megatron_tn.planning.speed import StepTime
+
+FAR = 4  # times the usual batch, or less than one over it
+CHECKPOINT_BYTES = 12  # of a parameter: fp32 master and AdamW's two moments (docs/checkpoints.md)
+NOTICEABLE = 0.05  # share of the time between two checkpoints
+
+
+def checkpoint_bytes(config: TrainConfig) -> int:
+    return CHECKPOINT_BYTES * parameter_count(config.model)
+
+
+def checkpoint_seconds(config: TrainConfig) -> float | None:
+    """To write one, each node its part; None where `cluster.storage_gbs` is not known."""
+    rate = config.cluster.storage_gbs
+    return checkpoint_bytes(config) / (config.nodes * rate * 1e9) if rate else None
+
+
+def concerns(config: TrainConfig, time: StepTime | None, environment: Mapping[str, str] = os.environ) -> Iterator[str]:
+    """One line each, naming the setting, its value and the relation."""
+    parallel, node = config.parallel, config.cluster.gpus_per_node
+    if node and (parallel.tp > node or node % parallel.tp):
+        yield (
+            f"parallel.tp={parallel.tp} crosses nodes of cluster.gpus_per_node={node}: every layer's activations then "
+            "go over the network"
+        )
+    if line := other_world(config, environment):
+        yield line
+    tokens = config.data.global_batch * config.data.sequence_length
+    usual = usual_tokens(config)
+    if not 1 / FAR <= tokens / usual <= FAR:
+        yield (
+            f"data.global_batch={config.data.global_batch} x data.sequence_length={config.data.sequence_length} is "
+            f"{tokens / 1e6:.2f} M tokens, far from {usual / 1e6:.1f} M: {REASON}"
+        )
+    yield from _checkpoint_concerns(config, time)
+
+
+def other_world(config: TrainConfig, environment: Mapping[str, str]) -> str | None:
+    """One line where the nodes that SLURM gave, or the processes that a launcher started, are not those of `nodes`."""
+    given = environment.get("SLURM_JOB_NUM_NODES", "")
+    if given.isdecimal() and int(given) != config.nodes:
+        return f"nodes={config.nodes}, but this SLURM job has {given}"
+    started, node = environment.get("WORLD_SIZE", ""), config.cluster.gpus_per_node
+    if node and started.isdecimal() and int(started) != config.nodes * node:
+        return f"nodes={config.nodes} x cluster.gpus_per_node={node} is not the world of {started} processes started"
+    return None
+
+
+def _checkpoint_concerns(config: TrainConfig, time: StepTime | None) -> Iterator[str]:
+    seconds, every = checkpoint_seconds(config), config.checkpoint.every
+    if seconds is None or time is None or not every:
+        return
+    share = seconds / (every * time.total)
+    if share > NOTICEABLE:
+        yield (
+            f"checkpoint.every={every} steps take {every * time.total:,.0f} s, and writing a checkpoint of "
+            f"{checkpoint_bytes(config) / 1e9:,.1f} GB takes {seconds:,.0f} s: {math.ceil(100 * share)} % of them"
+        )

@@ -1,0 +1,185 @@
+"""A step of 512 ranks on tensors without storage: collectives agree, and planted differences are found."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_tn.config import DataConfig, EngineConfig, ModelConfig, ParallelConfig, TrainConfig, from_mapping
+from megatron_tn.engine.build import build_engine, initialize_engine
+from megatron_tn.model.registry import parameter_count
+from megatron_tn.parallel import collectives, products
+from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.plan import main
+from megatron_tn.planning.collectives import CollectiveLog
+from megatron_tn.planning.dry_run import dry_run, meeting_ranks
+from megatron_tn.planning.microbatch import microbatch
+from megatron_tn.planning.traffic import engine_exchanges
+from tests.helpers.models import TINY, random_batch, tiny_config
+from tests.helpers.ranks import run_ranks
+from tests.helpers.sizes import SIZES, compose_model
+from tests.helpers.training import call
+
+WORLD = 512
+LAYOUTS = {
+    "tp 8, ZeRO 1": (8, 1, EngineConfig(zero_stage=1)),
+    "tp 8, ZeRO 3": (8, 1, EngineConfig(zero_stage=3)),
+    "tp 8, cp 4, ZeRO 1": (8, 4, EngineConfig(zero_stage=1)),
+    "FSDP2": (1, 1, EngineConfig(name="fsdp2")),
+    "tp 8, local": (8, 1, EngineConfig(name="local")),
+}
+
+
+def layout(model: str, name: str, layers: int = 0) -> TrainConfig:
+    tp, cp, engine = LAYOUTS[name]
+    tp = 4 if model == "3b" and tp == 8 else tp  # twenty heads
+    config = from_mapping(ModelConfig, compose_model(model))
+    return dataclasses.replace(
+        TrainConfig(),
+        model=config.shortened(layers) if layers else config,
+        parallel=ParallelConfig(tp=tp, cp=cp, sequence_parallel=tp > 1),
+        engine=engine,
+        data=DataConfig(sequence_length=2048, micro_batch=1, global_batch=WORLD // (tp * cp)),
+    )
+
+
+def check(config: TrainConfig) -> None:
+    logs, problems = dry_run(config, WORLD)
+    assert problems == []
+    assert list(logs) == meeting_ranks(config, WORLD)
+    if config.parallel.tp > 1:  # as many bytes as planning's table of the operators' collectives has
+        planned = {kind: size for (kind, axis), (_, size) in microbatch(config).exchanged.items() if axis == "tp"}
+        recorded = Counter()
+        for each in logs[WORLD - 1]:
+            recorded[each.kind] += each.size * (len(each.ranks) == config.parallel.tp)
+        assert {kind: recorded[kind] for kind in ("all-gather", "reduce-scatter")} == {
+            kind: planned[kind] for kind in ("all-gather", "reduce-scatter")
+        }
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [(model, name) for model in ("1b", "175b") for name in LAYOUTS if "local" not in name] + [("1b", "tp 8, local")],
+)
+def test_ranks_that_meet_agree(model, name):
+    check(layout(model, name, layers=2))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if "local" not in name])
+@pytest.mark.parametrize("model", SIZES)
+def test_ranks_that_meet_agree_at_full_depth(model, name):
+    check(layout(model, name))
+
+
+def _another_shape(x, group, **options):
+    rows = 2 * group.size() if dist.get_rank() else group.size()
+    return SCATTER(x.new_empty(rows, *x.shape[1:]), group)
+
+
+def _another_type(x, group, **options):
+    return SCATTER(x.float() if dist.get_rank() else x, group)
+
+
+def _another_group(x, group, **options):
+    return SCATTER(x, dist.group.WORLD if dist.get_rank() == WORLD - 1 else group)
+
+
+def _another_split(x, group, out=None):
+    part = x.new_empty(x.shape[0] // group.size() + (dist.get_rank() == 7), *x.shape[1:])
+    return part, dist.reduce_scatter_tensor(part, x, group=group, async_op=True)
+
+
+def _another_order(x, group, **options):
+    if dist.get_rank() == WORLD - 1:  # tensor parallel before data parallel
+        dist.all_reduce(x.new_zeros(1), group=group)
+        dist.all_reduce(x.new_zeros(1))
+    else:
+        dist.all_reduce(x.new_zeros(1))
+        dist.all_reduce(x.new_zeros(1), group=group)
+    return SCATTER(x, group)
+
+
+SCATTER = products.start_reduce_scatter
+
+
+@pytest.mark.parametrize("broken", [_another_shape, _another_type, _another_group, _another_split, _another_order])
+def test_a_difference_between_ranks_is_found(broken, monkeypatch):
+    monkeypatch.setattr(products, "start_reduce_scatter", lambda x, group, out=None: broken(x, group))
+    config = tiny_config(parallel=ParallelConfig(tp=8, sequence_parallel=True), engine=EngineConfig(name="local"))
+    _, problems = dry_run(config, WORLD)
+    assert problems
+    assert "rank" in problems[0]
+
+
+def test_a_collective_that_one_rank_leaves_out_is_found(monkeypatch):
+    reduce_ = collectives.all_reduce_
+    left_out = lambda x, axis, *op: x if dist.get_rank() == WORLD - 1 else reduce_(x, axis, *op)  # noqa: E731
+    monkeypatch.setattr("megatron_tn.gradients.norm.all_reduce_", left_out)
+    config = tiny_config(parallel=ParallelConfig(tp=8), engine=EngineConfig(name="local"))
+    _, problems = dry_run(config, WORLD)
+    assert "none on 511" in problems[0]
+
+
+def test_the_command_line_runs_it(capsys):
+    words = (
+        "model=1b",
+        "model.layers=2",
+        "parallel=tp8",
+        "parallel.sequence_parallel=true",
+        "engine=fsdp2",
+        "nodes=64",
+    )
+    assert call(main, *words, "cluster=h100_80g", "dry_run=true") == 0
+    assert "ranks 0, 7, 511 of 512 agree" in " ".join(capsys.readouterr().out.split())
+
+
+# Weights above 10^5 elements, below which ZeRO 3 leaves a parameter whole on every rank.
+WIDE = dataclasses.replace(TINY, vocab_size=401, embed_dim=384, glu_dim=768, layers=2)
+FREED = {"zero_optimization": {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}}
+ZERO = [
+    EngineConfig(zero_stage=1),
+    EngineConfig(zero_stage=2),
+    EngineConfig(zero_stage=3),
+    EngineConfig(zero_stage=3, deepspeed_config=FREED),
+]
+
+
+def recorded(engines: list[EngineConfig]) -> list[dict[str, int]]:
+    """Bytes of each engine's collectives over data-parallel ranks in a step of two microbatches, by kind."""
+    found = []
+    for settings in engines:
+        config = tiny_config(
+            engine=settings, model=WIDE, data=DataConfig(sequence_length=32, micro_batch=1, global_batch=8)
+        )
+        engine = build_engine(config, ParallelContext.create(), torch.device("cpu"))
+        initialize_engine(engine, 0)
+        tokens, targets = random_batch(1, 32, config.model)
+        for _ in range(2):  # the first step's trace tells ZeRO 3 what to gather ahead
+            with CollectiveLog() as log:
+                for last in (False, True):
+                    engine.forward_backward(tokens, targets, None, scale=torch.tensor(1e-3), last=last)
+                engine.step(1e-4)
+        sizes = Counter()
+        for each in log.calls:
+            sizes[each.kind] += each.size
+        found.append(dict(sizes))
+    return found
+
+
+def test_formulas_of_zero_are_what_four_processes_exchange():
+    """gloo has no reduce-scatter without a copy: ZeRO 1 reduces each rank's part on its own there. ZeRO 3 that frees
+    weights at once gathers the tied embedding once more than the formula has."""
+    parameters = parameter_count(WIDE)
+    for ranks in run_ranks(4, recorded, ZERO):
+        for engine, sizes in zip(ZERO, ranks, strict=True):
+            planned = Counter()
+            for _, kind, width, times, _ in engine_exchanges(tiny_config(engine=engine, model=WIDE), 2):
+                planned["reduce" if engine.zero_stage == 1 and kind == "reduce-scatter" else kind] += width * times
+            for kind, bytes_an_element in planned.items():
+                assert sizes[kind] / parameters == pytest.approx(bytes_an_element, rel=0.05), (engine, kind)
+            assert sum(size for kind, size in sizes.items() if kind not in planned) < 100  # the gradient norm

@@ -1,0 +1,99 @@
+"""`python -m megatron_tn.plan`: the layout it chooses, its JSON, exit code and warnings, and a sweep of layouts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from megatron_tn.config import CheckpointConfig, DataConfig, ParallelConfig
+from megatron_tn.plan import main
+from megatron_tn.planning.concerns import checkpoint_bytes, checkpoint_seconds, concerns
+from megatron_tn.planning.estimate import plan_memory
+from megatron_tn.planning.microbatch import extrapolated
+from megatron_tn.planning.speed import step_time
+from tests.helpers.models import tiny_config
+from tests.helpers.training import call
+from tests.planning.test_speed import cluster
+
+# Little memory, so that it decides between layouts of a small model.
+SMALL = ("model=1b", "model.layers=4", "cluster=a100_80g", "cluster.gpu_memory_gib=10", "cluster.gpus_per_node=2")
+
+
+def test_a_layout_is_chosen_where_none_is_named_and_the_same_words_give_it_again(capsys):
+    assert call(main, *SMALL, "nodes=2", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"]
+    assert found["processes"] == 4
+    assert found["memory_bytes"]["all"] < found["memory_limit_bytes"]
+    assert found["layout"] == found["search"][0]["layout"]
+    assert not found["search"][0]["reason"]
+    rates = [each["tokens_per_second_per_gpu"] for each in found["search"] if not each["reason"]]
+    assert rates == sorted(rates, reverse=True)
+    assert any(each["reason"].startswith("memory: ") for each in found["search"])
+    assert {each["axis"] for each in found["traffic"]} == {"data"}
+    assert any(": the tokens that GPT-3 of this size" in line for line in found["assumptions"])
+    assert call(main, *SMALL, "nodes=2", *found["layout"].split(), "--json") == 0
+    again = json.loads(capsys.readouterr().out)
+    assert "search" not in again
+    assert all(again[key] == found[key] for key in ("memory_bytes", "step_seconds", "traffic", "days"))
+
+
+def test_a_search_keeps_what_is_named_and_says_why_not(capsys):
+    words = ("parallel.tp=2", "engine=zero1", "data.micro_batch=4", "data.global_batch=64")
+    assert call(main, *SMALL, *words, "search=true", "json=true") == 0
+    found = json.loads(capsys.readouterr().out)["search"]
+    assert all("parallel.tp=2" in each["layout"] and "engine=zero1" in each["layout"] for each in found)
+    with_slices, without = (
+        next(each for each in found if f"parallel.sequence_parallel={value}" in each["layout"] and not each["reason"])
+        for value in ("true", "false")
+    )
+    assert with_slices["tokens_per_second_per_gpu"] > without["tokens_per_second_per_gpu"]
+    assert call(main, *SMALL, "engine=zero1", "parallel.tp=1", "data.global_batch=3", "search=true") == 2
+    assert "data.global_batch=3 is not a multiple" in capsys.readouterr().err
+
+
+def test_a_search_needs_to_know_the_cluster(capsys):
+    assert call(main, "model=1b", "search=true") == 2
+    assert "search=true needs cluster.gpu_memory_gib" in capsys.readouterr().err
+    assert call(main, "model=demo", "data.global_batch=4") == 0  # memory alone
+    assert "no time without cluster.bf16_tflops" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_sweep_goes_past_layouts_that_do_not_fit_and_ends_with_a_table(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    sweep = ("--multirun", *SMALL, "data.micro_batch=1,64,3", "data.global_batch=128", f"run_dir={tmp_path}")
+    assert call(main, *sweep) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for words in ("why not", "a rank needs", "multiple"):
+        assert words in out
+    assert call(main, *sweep, "nodes=512") == 2  # 4096 processes have no batch of 128
+
+
+def test_warnings_name_what_is_seldom_meant():
+    base = tiny_config(
+        cluster=cluster("a100_80g"),
+        data=DataConfig(sequence_length=2048, micro_batch=1, global_batch=256),
+        nodes=2,
+    )
+    time = step_time(base, 16, extrapolated(base))
+    slow = dataclasses.replace(time, products=60.0)
+    assert list(concerns(base, slow, {})) == []
+    wide = dataclasses.replace(base, parallel=ParallelConfig(tp=16))
+    assert "parallel.tp=16 crosses nodes of cluster.gpus_per_node=8" in next(concerns(wide, slow, {}))
+    (line,) = concerns(base, slow, {"SLURM_JOB_NUM_NODES": "3"})
+    assert line == "nodes=2, but this SLURM job has 3"
+    (line,) = concerns(base, slow, {"WORLD_SIZE": "8"})
+    assert line == "nodes=2 x cluster.gpus_per_node=8 is not the world of 8 processes started"
+    small = dataclasses.replace(base, data=dataclasses.replace(base.data, global_batch=16))
+    assert "0.03 M tokens, far from 0.5 M" in next(concerns(small, slow, {}))
+    often = dataclasses.replace(base, checkpoint=CheckpointConfig(every=1))
+    crawling = dataclasses.replace(often, cluster=dataclasses.replace(base.cluster, storage_gbs=1e-3))
+    assert "checkpoint.every=1 steps take" in next(concerns(crawling, time, {}))
+    assert checkpoint_seconds(crawling) == pytest.approx(checkpoint_bytes(base) / 2e6)
+
+
+def test_extrapolated_memory_is_not_below_that_of_all_layers():
+    config = tiny_config(parallel=ParallelConfig(tp=2, sequence_parallel=True))
+    assert plan_memory(config, 2, extrapolated).total >= 0.999 * plan_memory(config, 2).total
