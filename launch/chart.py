@@ -161,15 +161,19 @@ class _Axis:
         return self.first + (value - self.low) / (self.high - self.low) * (self.last - self.first)
 
     def ticks(self) -> list[float]:
-        """Multiples of 1, 2 or 5 times a power of ten: about five."""
-        if self.log and self.high - self.low >= 1:
-            decades = range(math.ceil(self.low), math.floor(self.high) + 1)
-            return [10.0**power for power in decades[:: -(-len(decades) // 6)]]
-        low, high = (10**self.low, 10**self.high) if self.log else (self.low, self.high)
-        rough = (high - low) / 5
-        base = 10 ** math.floor(math.log10(rough))
-        step = next(base * factor for factor in (1, 2, 5, 10) if base * factor >= rough)
-        return [step * number for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+        """About five: multiples of 1, 2 or 5 times a power of ten; on a long logarithmic axis powers of ten alone."""
+        decades = range(math.floor(self.low), math.ceil(self.high) + 1) if self.log else ()
+        if self.log and self.high - self.low >= 3:
+            found = [10.0**power for power in decades[:: -(-len(decades) // 6)]]
+        elif self.log and self.high - self.low >= 1:
+            found = [factor * 10.0**power for power in decades for factor in (1, 2, 5)]
+        else:
+            low, high = (10**self.low, 10**self.high) if self.log else (self.low, self.high)
+            rough = (high - low) / 5
+            base = 10 ** math.floor(math.log10(rough))
+            step = next(base * factor for factor in (1, 2, 5, 10) if base * factor >= rough)
+            return [step * number for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+        return [tick for tick in found if self.low <= math.log10(tick) <= self.high]
 
 
 def _grid(x: _Axis, y: _Axis, x_label: str, y_label: str) -> list[str]:

@@ -137,5 +137,5 @@ def _panel(
         label = "" if len(panel.keys) == 1 and not prefix else label
         lines.append(Line(label, steps, np.multiply(values, panel.scale), dots=len(steps) < most // 4))
     places = [Mark(mark["step"], mark["kind"], mark["text"]) for mark in marks]
-    shape = {"until": last, "log": panel.log, "zero": panel.zero, "settled": not panel.zero}
+    shape = {"until": last, "log": panel.log, "zero": panel.zero, "settled": True}
     return chart(panel.title, lines, x_label="step", y_label=panel.unit, marks=places, level=level, **shape)

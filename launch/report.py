@@ -51,8 +51,12 @@ def main() -> None:
         output = Path(named) if named else found[0] / "report.html"
         if problems := unwritable("output", str(output)):
             raise ConfigError(problems)
+        try:
+            page = page_of(RunFolder(found[0]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{found[0]}/log.jsonl has records that no run wrote: {error!r}") from None
         with replacing(output) as file:
-            file.write(page_of(RunFolder(found[0])))
+            file.write(page)
         print(f"wrote {output}")
 
 
@@ -104,7 +108,7 @@ def _figures(
     if "heldout_bits_per_byte" in found:
         yield f"{found['heldout_bits_per_byte']:.3f}", "held-out bits a byte"
     if "tokens_per_second" in found:
-        yield short(found["tokens_per_second"]).strip(), f"tokens/s, median; {last.get('world_size', 1)} processes"
+        yield short(found["tokens_per_second"]).strip(), f"tokens/s, median; {_processes(last.get('world_size', 1))}"
     for key, of in (("utilisation", "datasheet's"), ("utilisation_sampled", "measured matrix")):
         if values := [record[key] for record in records if record.get(key)]:
             yield f"{np.median(values):.1%}", f"of the {of} rate, median"
@@ -174,14 +178,16 @@ def _memory(config: TrainConfig | None, records: list[dict[str, Any]]) -> tuple[
         max((record[key] for record in records if key in record), default=None)
         for key in ("memory/reserved_gib", "memory/allocated_gib")
     )
-    rows = [(kind, size / GIB, None, "") for kind, size in plan.kinds.items() if kind != OUTSIDE]
-    rows.append(("reserved by the allocator", planned, reserved, f"{reserved / planned - 1:+.1%}" if reserved else ""))
+    rows = [(kind, round(size / GIB, 3), None, "") for kind, size in plan.kinds.items() if kind != OUTSIDE]
+    rows.append(
+        ("reserved by the allocator", round(planned, 3), reserved, f"{reserved / planned - 1:+.1%}" if reserved else "")
+    )
     rows += [("of it allocated", None, allocated, "")] if allocated else []
     rows.append((OUTSIDE, plan.kinds[OUTSIDE] / GIB, None, ""))
     measured = "The highest peak of all ranks" if reserved else "Nothing was measured (no GPU, or no record yet)"
     return planned, [
         title,
-        f"<p>Planned for {worlds[-1]:,} processes. {measured}.</p>",
+        f"<p>Planned for {_processes(worlds[-1])}. {measured}.</p>",
         table(("GiB", "planned", "measured", "measured against plan"), rows),
     ]
 
@@ -241,6 +247,10 @@ def _settings(config: TrainConfig | None, unreadable: str) -> Iterator[str]:
 
 def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _processes(count: int) -> str:
+    return f"{count:,} process{'es' * (count != 1)}"
 
 
 def _utc(seconds: float) -> str:

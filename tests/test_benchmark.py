@@ -12,6 +12,7 @@ from megatron_tn.benchmarking import block, checkpoint
 from megatron_tn.benchmarking.local_copies import world_of_copies
 from megatron_tn.benchmarking.peers import llama
 from megatron_tn.config import ClusterConfig, ModelConfig, ParallelConfig, from_mapping
+from megatron_tn.device.matrix_rate import matmul_tflops
 from megatron_tn.model.registry import parameter_count
 from tests.helpers import hub
 from tests.helpers.sizes import compose_model
@@ -109,3 +110,12 @@ def test_checkpoints_of_a_small_model_are_timed_and_removed(tmp_path, capsys, mo
     assert found["write"]["of_dd"] == pytest.approx(found["write"]["value"] / found["dd, direct write"]["value"])
     assert not folder.exists()
     assert "verify, cold" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_matrix_rate_changes_no_generator(kind):
+    device = torch.device(kind)
+    generator = torch.cuda if kind == "cuda" else torch
+    before = generator.get_rng_state()
+    assert 1e-5 < matmul_tflops(device) < 1e4
+    assert generator.get_rng_state().equal(before)

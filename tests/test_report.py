@@ -122,6 +122,9 @@ def test_a_run_that_has_only_begun_or_whose_settings_are_damaged_has_a_page(tmp_
     run.config_file.write_text("{")
     assert call(report.main, str(run.path), f"output={tmp_path / 'page.html'}") == 0
     assert "config.json" in (tmp_path / "page.html").read_text()
+    run.journal.append([{"step": 1, "loss": {"a": 1}}])
+    assert call(report.main, str(run.path)) == 2
+    assert "log.jsonl has records that no run wrote" in capsys.readouterr().err
     assert call(report.main, str(tmp_path / "nowhere")) == 2
     assert call(report.main, str(run.path), str(run.path)) == 2
     assert "2 runs; a report is of one" in capsys.readouterr().err

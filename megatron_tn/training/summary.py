@@ -95,6 +95,7 @@ def show_end(config: TrainConfig, folder: RunFolder, state: str) -> None:
         f"{run} holds log.jsonl, loss.png, checkpoints/ and tokenizer.json. Next:",
         f'  python -m megatron_tn.generate checkpoint={shlex.quote(run)} prompt="..."',
         f"  python -m megatron_tn.plot {shlex.quote(run)}",
+        f"  python -m launch.report {shlex.quote(run)}",
     )
     _print(f"{state}: {config.model.name}", {name: text for name, text in rows.items() if text}, lines)
 
