@@ -3,9 +3,8 @@
     goodput = (seconds of useful steps) / (wall seconds)
 
 Computed from the journal's records alone, those of log.superseded.jsonl included: steps that a later start or a rewind
-took back. A start is a record with "start/began", the Unix time at which its process began; its own "time" is when the
-first step could begin. A start's last record is the last sign of it; an orderly end or an exception leaves one with
-"stop/state", a kill leaves none.
+took back. A start is a record with "start/began", the Unix time at which its process began. Its last record is the last
+sign of it: an orderly end or an exception leaves one with "stop/state", a kill leaves none.
 """
 
 from __future__ import annotations
@@ -66,14 +65,16 @@ class Goodput:
 
 @dataclass
 class _Start:
-    """One start, as its records tell. at: step of the last record that steps are counted from. steps: of each record
-    of a loss: (number of steps, their seconds without waits for data, waits for data, whether it counts)."""
+    """One start, as its records tell. ready: when its first step began. at: step of the last record that steps are
+    counted from. paused: seconds of its checkpoint pauses and evaluations. steps: of each record of a loss: (number of
+    steps, their seconds without waits for data, waits for data, whether it counts)."""
 
     began: float
     ready: float
     at: int
     last: float
     finished: bool = False
+    paused: float = 0.0
     steps: list[tuple[int, float, float, bool]] = field(default_factory=list)
 
     def usual(self) -> list[float]:
@@ -114,14 +115,18 @@ def account(kept: Iterable[dict[str, Any]], superseded: Iterable[dict[str, Any]]
             continue  # of a start before starts were recorded
         start = starts[-1]
         start.last = moment
-        lost["checkpoint"] += record.get("checkpoint/pause_s", 0.0)
-        lost["evaluation"] += record.get("evaluation_s", 0.0)
+        pauses = {"checkpoint": record.get("checkpoint/pause_s", 0.0), "evaluation": record.get("evaluation_s", 0.0)}
+        for cause, seconds in pauses.items():
+            lost[cause] += seconds
+            start.paused += seconds
         start.finished = record.get("stop/state") == "finished"
         if "rewind/from" in record:
             start.at = record["step"]
         if "loss" in record and record["step"] > start.at:
             count, start.at = record["step"] - start.at, record["step"]
             data = record.get("data_s", 0.0)
+            if not start.steps:
+                start.ready = max(start.ready, moment - count * record["step_seconds"] - start.paused)
             start.steps.append((count, count * (record["step_seconds"] - data), count * data, counts))
     return _sum(starts, lost) if starts else None
 

@@ -71,6 +71,16 @@ def test_a_kill_replays_steps_and_the_gap_is_lost_too():
     assert (again.starts, again.lost_s["startup"]) == (3, 30)
 
 
+@pytest.mark.parametrize("every", [1, 5])
+def test_what_comes_between_the_journals_start_and_the_first_step_is_start_up(every):
+    pause = {"step": 2, "checkpoint/pause_s": 3.0, "time": 65.0}
+    later = steps(3, 10, begin=65) if every == 1 else [{**r, "time": r["time"] + 3} for r in steps(1, 10, 60, every=5)]
+    early = steps(1, 2, begin=60) if every == 1 else []
+    found = account([*start(0), *early, pause, *later], [])
+    assert found.lost_s == causes(startup=60, checkpoint=3, data=2.5)
+    check_whole(found)
+
+
 @pytest.mark.parametrize(("state", "down"), [("finished", 0), ("preempted", 1000), ("failed", 1000)])
 def test_time_after_a_finished_run_is_nobodys_loss(state, down):
     records = [*start(0), *steps(1, 5, begin=10), stop(state, 5, 15.0), *start(1015, step=5), *steps(6, 9, begin=1025)]
