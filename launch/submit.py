@@ -27,9 +27,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from launch.checks import GIB, HOUR, Checked, check
-from launch.job_script import job_name, job_number, script
-from launch.provenance import Code, code, packages, without_secrets
+from launch.submission.checks import GIB, HOUR, Checked, check
+from launch.submission.provenance import Code, code, packages, without_secrets
+from launch.submission.script import job_name, job_number, script
 from megatron_tn.cli import bad_input_exits, command
 from megatron_tn.config import ConfigError, storable
 from megatron_tn.config.slurm import SubmitConfig

@@ -142,8 +142,13 @@ def test_a_preemption_by_slurm_is_no_cancellation(fakes, tmp_path):
 
 @pytest.mark.parametrize(
     ("marks", "state", "requeued"),
-    [("failed terminated", "", True), ("terminated failed", "", False), ("failed", "JobState=CANCELLED", False)],
-    ids=["srun ends the other nodes", "told to stop", "scancel"],
+    [
+        ("failed terminated", "", True),
+        ("terminated failed", "", False),
+        ("failed", "JobState=COMPLETING Reason=None", False),
+        ("terminated failed", "JobState=COMPLETING Reason=TimeLimit", True),
+    ],
+    ids=["srun ends the other nodes", "told to stop", "scancel", "time limit in the middle of a save"],
 )
 def test_a_cancellation_is_told_from_a_failure_on_one_node(fakes, tmp_path, marks, state, requeued):
     lines = "".join(f'echo 137 >"$RUN_MARK.{mark}"; sleep 0.02\n' for mark in marks.split())

@@ -171,6 +171,13 @@ class Manifest:
         """Names of the files beside the manifest; empty for a remote folder that cannot be listed."""
         return set(self.remote.names() if self.remote else os.listdir(self.directory))
 
+    def score_problems(self, setting: str) -> list[str]:
+        """One line, which begins with `setting`, when the folder of a local manifest takes no scores. Whether a remote
+        one does, `publish` finds out."""
+        if self.remote is not None or os.access(self.directory, os.W_OK | os.X_OK):
+            return []
+        return [f"{setting}: scores are written beside it, and {self.directory} is read-only"]
+
     def publish(self, name: str) -> None:
         """Uploads a file from `directory` to a remote manifest's folder. Raises InputError."""
         if not self.remote:

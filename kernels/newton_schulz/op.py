@@ -11,10 +11,11 @@ HALF_TYPES = (torch.bfloat16, torch.float16)
 LEAST_ROWS = 512  # 10 of 16 tiles of 128 x 128 are made
 
 
+@torch.no_grad()
 def newton_schulz(matrices: Tensor, iterations: int = 5) -> Tensor:
     """Bring the singular values of each of `matrices` [n, rows, columns] near 1, and keep its singular vectors: the
     result of `reference.newton_schulz` for each. A new tensor of matrices' type, bf16, fp16, fp32 or fp64, in which the
-    products are made; Frobenius norms are summed in fp32 at least.
+    products are made; Frobenius norms are summed in fp32 at least. Without a gradient.
 
     FLOPs, see `flops`: with r = min(rows, columns) and c = max(rows, columns), an iteration multiplies the Gram matrix
     [r, r] of the short side. In bf16 and fp16, from r = LEAST_ROWS on, a Triton kernel makes half of the two symmetric
@@ -27,7 +28,7 @@ def newton_schulz(matrices: Tensor, iterations: int = 5) -> Tensor:
         raise ValueError(f"matrices.shape={tuple(matrices.shape)} must be [n, rows, columns]")
     wide = torch.promote_types(matrices.dtype, torch.float32)
     norms = vector_norm(matrices, dim=(1, 2), keepdim=True, dtype=wide).clamp(min=EPS)
-    x = (matrices / norms).to(matrices.dtype)
+    x = torch.div(matrices, norms, out=torch.empty_like(matrices))  # divides in fp32, stores in matrices' type
     tall = x.shape[1] > x.shape[2]
     for _ in range(iterations):
         factor = gram_polynomial(x.mT if tall else x)

@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -76,17 +76,19 @@ class Bench:
     def add(self, name: str, unit: str, value: float, **extras: Any) -> float:
         found = rows.row(name, unit, value, **extras)
         self.rows.append(found)
-        print(f"{extras.get('model', ''):>8} {name}: {value:.3f} {unit}", flush=True)
+        print(f"{extras['model']:>8} {name}: {value:.3f} {unit}", flush=True)
         if self.output is not None:
             rows.append(self.output, [found])
         return value
 
     def show(self) -> None:
-        table = Table("model", "GB", "what", "value", "unit", "of dd")
+        table = Table("model", "GB", "what", "value", "unit", "of dd", "CPU s a GB")
         for row in self.rows:
-            size, share = row.get("gigabytes"), row.get("of_dd")
-            cells = (row.get("model", ""), f"{size:.1f}" if size else "", row["name"], f"{row['value']:.3f}")
-            table.add_row(*cells, row["unit"], f"{share:.2f}" if share else "")
+            size, share, cpu = (
+                f"{row[key]:.{digits}f}" if key in row else ""
+                for key, digits in (("gigabytes", 1), ("of_dd", 2), ("cpu_s_a_gb", 2))
+            )
+            table.add_row(row["model"], size, row["name"], f"{row['value']:.3f}", row["unit"], share, cpu)
         Console(highlight=False, markup=False, width=120).print(table)
 
 
@@ -118,12 +120,19 @@ def forget_pages(checkpoint: Path) -> None:
         os.close(descriptor)
 
 
-def seconds(function: Callable[[], Any], device: torch.device) -> float:
-    began = time.perf_counter()
+class Spent(NamedTuple):
+    """Seconds of a call, and of all cores of this process in it."""
+
+    wall: float
+    cpu: float
+
+
+def spent(function: Callable[[], Any], device: torch.device) -> Spent:
+    began, cpu = time.perf_counter(), time.process_time()
     function()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return Spent(time.perf_counter() - began, time.process_time() - cpu)
 
 
 def measure_files(bench: Bench, folder: Path, name: str, device: torch.device, rounds: int) -> None:
@@ -137,28 +146,35 @@ def measure_files(bench: Bench, folder: Path, name: str, device: torch.device, r
     config = to_stored(TrainConfig(model=state.model.config))
     writer = CheckpointWriter(folder, Retention(), background=True, timeout_s=600)
     writer.prepare(state)
-    bench.add("host memory, beside training", "s", seconds(writer.join, device), **about)
+    bench.add("host memory, beside training", "s", spent(writer.join, device).wall, **about)
     saves: list[Save] = []
-    for step in range(1, 2 + rounds):
-        shutil.rmtree(folder / f"step_{step - 1:08d}", ignore_errors=True)  # the disk need not hold two
+
+    def save() -> None:
+        step = len(saves) + 1
         writer.save(state, step, optimizer_step=step, config=config, training={"step": step})
         saves.append(writer.wait())
         if saves[-1].error is not None:
             raise saves[-1].error
+
+    cpu = []
+    for _ in range(1 + rounds):
+        if saves:
+            shutil.rmtree(saves[-1].path)  # the disk need not hold two
+        cpu.append(spent(save, device).cpu)
     writer.close()
     bench.add("pause, first save", "s", saves[0].pause_s, **about)
     bench.add("pause, later saves", "s", statistics.median(save.pause_s for save in saves[1:]), **about)
-    written = gigabytes / statistics.median(save.write_s for save in saves)
-    bench.add("write", "GB/s", written, of_dd=written / dd[0], **about)
     checkpoint, loads, checks = saves[-1].path, [], []
     for _ in range(rounds):
         forget_pages(checkpoint)
-        loads.append(seconds(lambda: load_checkpoint(state, checkpoint), device))
+        loads.append(spent(lambda: load_checkpoint(state, checkpoint), device))
         forget_pages(checkpoint)
-        checks.append(seconds(lambda: _verify(checkpoint), device))
-    for what, times in (("load, cold", loads), ("verify, cold", checks)):
-        rate = gigabytes / statistics.median(times)
-        bench.add(what, "GB/s", rate, of_dd=rate / dd[1], **about)
+        checks.append(spent(lambda: _verify(checkpoint), device))
+    writes = [Spent(save.write_s, cpu_s) for save, cpu_s in zip(saves, cpu, strict=True)]
+    for what, times, rate in (("write", writes, dd[0]), ("load, cold", loads, dd[1]), ("verify, cold", checks, dd[1])):
+        found = gigabytes / statistics.median(time.wall for time in times)
+        cpu_s = statistics.median(time.cpu for time in times) / gigabytes
+        bench.add(what, "GB/s", found, of_dd=found / rate, cpu_s_a_gb=cpu_s, **about)
     shutil.rmtree(checkpoint)
 
 

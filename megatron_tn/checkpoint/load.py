@@ -23,7 +23,7 @@ from megatron_tn.model.registry import build_model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.sharding import OwnedRange
 
-BAND_ELEMENTS = 4 << 20  # fp32, of one read: 16 MiB
+BAND_ELEMENTS = 2 << 20  # fp32, of one read: 8 MiB
 
 
 class Reader:

@@ -29,7 +29,7 @@ from megatron_tn.checkpoint.direct import (
 )
 from megatron_tn.device.threads import in_parallel
 
-READ_BYTES = 16 << 20  # at most: of one access of `digest_of`
+READ_BYTES = 8 << 20  # at most: of one access of `digest_of`
 IN_PARTS = re.compile(r"([1-9]\d{0,15})/[0-9a-f]{64}")
 
 

@@ -129,9 +129,11 @@ def replacing(path: Path, mode: str = "x", *, sync: bool = False) -> Iterator[IO
                 file.flush()
                 os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a failed write names none
         raise
 
 

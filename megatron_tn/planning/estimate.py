@@ -136,14 +136,15 @@ def buffer_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
 def update_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
     """Bytes of a round of Muon's update (engine/matrices.py, kernels/newton_schulz): in the computing type, the
     matrices as they are sent, X before and after an iteration, X X^T and its polynomial. They reuse the memory of the
-    freed activations."""
+    freed activations, which a CUDA graph keeps."""
     if config.optim.name != "muon":
         return 0
     engine = config.engine
     replicated = engine.name == "local" or (engine.name == "deepspeed" and engine.zero_stage == 0)
     ranks = config.parallel.tp if replicated else world_size
     elements = min(ROUND_ELEMENTS, math.ceil(_block_matrix_elements(config.model) / ranks))
-    return max(0, 5 * elements * (2 if engine.precision == "bf16" else 4) - activations)
+    reused = 0 if engine.cuda_graph else activations
+    return max(0, 5 * elements * (2 if engine.precision == "bf16" else 4) - reused)
 
 
 def _block_matrix_elements(model: ModelConfig) -> int:

@@ -347,13 +347,21 @@ def test_cross_entropy(capability):
 
 
 @pytest.mark.parametrize("capability", sorted(TILES))
-@pytest.mark.parametrize("added", [True, pytest.param(False, marks=pytest.mark.full)])
-def test_symmetric_products(capability, added):
+@pytest.mark.parametrize(
+    ("added", "transposed"), [(True, False), *(pytest.param(False, t, marks=pytest.mark.full) for t in (False, True))]
+)
+def test_symmetric_products(capability, added, transposed):
     from kernels.newton_schulz import triton_symmetric as own
 
-    types = dict.fromkeys(("x_pointer", "added_pointer", "out_pointer"), "*bf16") | {"alpha": "fp32", "beta": "fp32"}
+    types = dict.fromkeys(("x", "other", "added_pointer", "out_pointer"), "*bf16") | {"alpha": "fp32", "share": "fp32"}
     tile = own.TILES[capability]
-    constants = {"HAS_ADDED": added, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "x_column": 1}
+    if capability >= own.HOPPER:
+        for name, side in (("x", tile.rows), ("other", tile.columns)):
+            block = [1, tile.depth, side] if transposed else [1, side, tile.depth]
+            types[name] = f"tensordesc<bf16{block}>"
+    constants = {"HAS_ADDED": added, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+    constants |= {"DESCRIPTORS": capability >= own.HOPPER, "TRANSPOSED": transposed}
+    constants |= {"x_row" if transposed else "x_column": 1}
     if not added:
         constants["added_pointer"] = None
         del types["added_pointer"]

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from launch.checks import check
-from launch.job_script import override
+from launch.submission.checks import check
+from launch.submission.script import override
 from launch.submit import main as submit
 from megatron_tn.config import ClusterConfig, ParallelConfig, load
 from megatron_tn.config.slurm import SlurmConfig, SubmitConfig

@@ -32,7 +32,7 @@ from megatron_tn.training.step import train_step
 from tests.checkpoint.test_save_load import logical
 from tests.engine.test_parity import FSDP2, LOCAL, RMSNORM, ZERO, ZERO_BF16, name_of
 from tests.helpers.models import Rows, random_batch, tiny_config
-from tests.helpers.ranks import layout, run_shared
+from tests.helpers.ranks import layout, run_shared, this_device
 
 CPU = torch.device("cpu")
 LR = 1e-2
@@ -211,7 +211,7 @@ def label(engine: EngineConfig) -> str:
 
 def muon_engine(tp: int, engine_config: EngineConfig):
     config = tiny_config(model=RMSNORM, engine=engine_config, parallel=ParallelConfig(tp=tp), optim=MUON)
-    engine = build_engine(config, layout(tp), CPU)
+    engine = build_engine(config, layout(tp), this_device())
     initialize_engine(engine, seed=3)
     return config, engine
 
@@ -219,8 +219,8 @@ def muon_engine(tp: int, engine_config: EngineConfig):
 def one_step(engine, seed: int) -> float:
     """The loss of a step on the same four rows, however many ranks share them."""
     dp = engine.context.dp
-    rows = [part.chunk(dp.size)[dp.rank] for part in random_batch(4, 23, RMSNORM, seed=seed)]
-    report = train_step(engine, [Rows(*rows)], LR, CPU)
+    rows = [part.chunk(dp.size)[dp.rank].to(this_device()) for part in random_batch(4, 23, RMSNORM, seed=seed)]
+    report = train_step(engine, [Rows(*rows)], LR, this_device())
     assert report.applied
     return report.loss
 
@@ -236,7 +236,8 @@ def changes(tp: int, engines: list[EngineConfig]) -> dict[str, list[Part]]:
         pairs = zip(engine.owned_ranges(), before, strict=True)
         specs = engine.model.shard_specs()
         found[label(engine_config)] = [
-            Part(owned.name, specs[owned.name], owned.start, owned.values["param"] - was) for owned, was in pairs
+            Part(owned.name, specs[owned.name], owned.start, (owned.values["param"] - was).cpu())
+            for owned, was in pairs
         ]
     return found
 
@@ -258,19 +259,28 @@ FSDP2_BF16 = dataclasses.replace(FSDP2, precision="bf16")
 LOCAL_BF16 = dataclasses.replace(LOCAL, precision="bf16")
 
 
-@pytest.mark.parametrize(("world", "tp"), [(2, 2), (2, 1), (4, 2)], ids=str)
-def test_every_engine_takes_the_steps_of_one_process(world, tp):
+GPU = pytest.mark.gpu(2)
+
+
+@pytest.mark.parametrize(
+    ("world", "tp", "device"),
+    [(2, 2, "cpu"), (2, 1, "cpu"), (4, 2, "cpu"), *(pytest.param(2, tp, "cuda", marks=GPU) for tp in (1, 2))],
+    ids=str,
+)
+def test_every_engine_takes_the_steps_of_one_process(world, tp, device):
     engines = [LOCAL, *ZERO, FSDP2]
-    wanted = {part.name: part.change.view(part.spec.shape) for part in changes(1, [LOCAL])["local fp32"]}
-    ranks = run_shared(world, changes, tp, engines)
+    alone = changes(1, [LOCAL]) if device == "cpu" else run_shared(1, changes, 1, [LOCAL], device=device)[0]
+    wanted = {part.name: part.change.view(part.spec.shape) for part in alone["local fp32"]}
+    ranks = run_shared(world, changes, tp, engines, device=device)
     for engine in engines:
         assert errors(ranks, tp, engine, wanted).max() < 1e-3, engine
 
 
-def test_engines_with_the_same_bf16_gradients_take_the_same_steps():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_engines_with_the_same_bf16_gradients_take_the_same_steps(device):
     """Gradients in bf16 differ over layouts by more than the steps may, so these are of one layout."""
     kinds = [[LOCAL_BF16, ZERO_BF16[1]], [ZERO_BF16[2], ZERO_BF16[3], FSDP2_BF16]]  # fp32 sums, bf16 sums
-    ranks = run_shared(2, changes, 1, [engine for engines in kinds for engine in engines])
+    ranks = run_shared(2, changes, 1, [engine for engines in kinds for engine in engines], device=device)
     for first, *others in kinds:
         wanted = {}
         for name, spec, start, change in itertools.chain(*(found[label(first)] for found in ranks)):

@@ -80,6 +80,8 @@ def test_muons_update_takes_what_is_planned():
     planned = update_bytes(config, 8, 0)
     assert planned == 5 * 2 * 2**26  # 16 matrices of 2048 x 2048 in bf16, and four tensors as large
     assert update_bytes(config, 8, planned) == 0
+    graph = dataclasses.replace(config, engine=dataclasses.replace(config.engine, cuda_graph=True))
+    assert update_bytes(graph, 8, planned) == planned
     sent = torch.zeros(16, 32, 32, dtype=torch.bfloat16)
     with LiveMemory() as memory:
         newton_schulz(sent)

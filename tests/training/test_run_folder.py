@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
+import os
 import time
 
 import pytest
@@ -49,6 +51,15 @@ def test_a_full_disk_takes_a_status_in_place_of_the_one_before(folder, monkeypat
     assert folder.status_file.stat().st_size <= 4096
     folder.write_status("finished", 6)
     assert "error" not in folder.status()
+
+
+def test_a_full_disk_names_the_file_that_it_does_not_take(folder, monkeypatch):
+    def no_room(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as write and fsync do: without a name
+
+    monkeypatch.setattr(os, "fsync", no_room)
+    with pytest.raises(OSError, match=r"No space left on device: .*ledger\.json"):
+        folder.write_ledger(Ledger())
 
 
 def test_a_rank_that_speaks_for_rank_0_keeps_the_larger_step(folder):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.provenance import secrets
+from launch.submission.provenance import secrets
 from megatron_tn.config import ConfigError, differences, has_credentials, redacted, storable, to_mapping, to_stored
 from megatron_tn.config.slurm import SubmitConfig
 from megatron_tn.data import with_token_ids

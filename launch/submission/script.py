@@ -12,7 +12,7 @@ from megatron_tn.config.slurm import SubmitConfig
 from megatron_tn.training.run_folder import SUBMITTED
 from megatron_tn.training.submission import Submission
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "launch/train.sbatch"
 
 
