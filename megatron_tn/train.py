@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from megatron_tn.model.registry import check_kernels, parameter_count, training_
 from megatron_tn.optim.schedule import batch_of_step, learning_rate
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.world import processes_here, world_size
+from megatron_tn.planning.concerns import other_world
 from megatron_tn.planning.host import cpu_cost
 from megatron_tn.plot import compare
 from megatron_tn.training.diagnose import find_nonfinite
@@ -141,6 +143,8 @@ def preflight(config: TrainConfig) -> tuple[TrainConfig, TokenStream, Start | No
             problems += error.problems
     if problems:
         raise ConfigError(problems)
+    if is_first_process() and (line := other_world(config, os.environ)):
+        log.warning(line)
     if is_first_process() and config.logging.progress and not torch.cuda.is_available():
         done = manifest.step if (manifest := start.manifest()) else 0
         if cost := cpu_cost(config, processes_here(), done):
