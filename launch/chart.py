@@ -27,6 +27,7 @@ STYLE = """
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: 1rem 1.5rem;
   margin: .8rem 0 }
 figure { margin: 0; min-width: 0 } figcaption { font-weight: 600 } figcaption small { font-weight: 400 }
+.keyed { display: inline-block; max-width: 100% }
 .key { display: inline-block; width: 1.1em; height: .22em; margin: 0 .3em .2em .8em; vertical-align: middle }
 svg.chart { width: 100%; height: auto } svg.chart text { font-size: 12px } svg .grid { stroke: var(--line) }
 .d1 { stroke-dasharray: 6 3 } .d2 { stroke-dasharray: 2 3 }
@@ -74,7 +75,7 @@ def chart(
     """An HTML figure; "" where no line has a finite value.
 
     level: a horizontal line at this y, and what it is. until: x goes from 0 at least so far. log: logarithmic y.
-    zero: y begins at 0. settled: the first twentieth of a line does not widen the range of y, so that a start far above
+    zero: y begins at 0. settled: the first tenth of a line does not widen the range of y, so that a start far above
     does not flatten the rest.
     """
     lines = [thinned(line) for line in lines]
@@ -98,7 +99,7 @@ def chart(
         shapes.append(f'<path class="level" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
         shapes.append(f'<text x="{WIDTH - RIGHT}" y="{at - 4:.1f}" text-anchor="end">{escape(level[1])}</text>')
     keys = "".join(
-        f'<span class="key {_look(number)}"></span>{escape(line.label)}'
+        f'<span class="keyed"><span class="key {_look(number)}"></span>{escape(line.label)}</span>'
         for number, line in enumerate(lines)
         if line.label
     )
@@ -138,7 +139,7 @@ def _most(values: np.ndarray) -> float:
 
 def _range(line: Line, settled: bool) -> np.ndarray:
     """The values that the range of y must hold."""
-    skipped = len(line.y) // 20 if settled and not line.dots else 0
+    skipped = len(line.y) // 10 if settled and not line.dots else 0
     return np.concatenate([line.y[skipped:], line.low[skipped:], line.high[skipped:]])
 
 

@@ -53,20 +53,24 @@ def of_run(run: RunFolder, records: Sequence[dict[str, Any]], planned_gib: float
 
 
 def losses(curves: Mapping[str, Curve], marks: Sequence[dict[str, Any]] = ()) -> list[str]:
-    """Two charts, by tokens and by seconds of training. curves: name of a run or group -> its curve. marks: as
-    `marks_of` returns them."""
-    found = []
-    for x_label, column in (("tokens", 0), ("seconds of training steps", 1)):
-        lines = []
-        for name, curve in curves.items():
-            lines.append(Line(name or "training", curve[column], curve.loss, curve.lowest, curve.highest))
-        for name, curve in curves.items():
-            label = f"{name}, held-out" if name else "held-out"
-            lines.append(Line(label, curve.held_out[:, column], curve.held_out[:, 2], dots=True))
-        places = [Mark(mark[("tokens", "seconds")[column]], mark["kind"], mark["text"]) for mark in marks]
-        title = f"Loss by {x_label}"
-        found.append(chart(title, lines, x_label=x_label, y_label="nats a token", marks=places, settled=True))
-    return found
+    """Charts by tokens and by seconds of training. Held-out losses are in the chart of a single curve, and in charts of
+    their own for several. curves: name of a run or group -> its curve. marks: as `marks_of` returns them."""
+    training, held_out = [], []
+    for x_label, column, place in (("tokens", 0, "tokens"), ("seconds of training steps", 1, "seconds")):
+        several = len(curves) > 1
+        lines = [
+            Line(name if several else "training", curve[column], curve.loss, curve.lowest, curve.highest)
+            for name, curve in curves.items()
+        ]
+        dots = [
+            Line(name if several else "held-out", curve.held_out[:, column], curve.held_out[:, 2], dots=True)
+            for name, curve in curves.items()
+        ]
+        places = [Mark(mark[place], mark["kind"], mark["text"]) for mark in marks]
+        shape = {"x_label": x_label, "y_label": "nats a token", "marks": places, "settled": True}
+        training.append(chart(f"Loss by {x_label}", lines if several else lines + dots, **shape))
+        held_out.append(chart(f"Held-out loss by {x_label}", dots, **shape) if several else "")
+    return training + held_out
 
 
 def positions(runs: Mapping[str, Sequence[RunFolder]]) -> str:

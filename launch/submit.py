@@ -213,7 +213,8 @@ def _duration(run: Checked) -> str:
         limit = f"{slurm.chain} {limit}, one after the other ({slurm.dependency})"
     if run.seconds is None:
         return limit
-    return f"about {run.seconds / HOUR:,.1f} h at {slurm.utilisation:.0%} of the datasheet; {limit}"
+    by = "by plan" if run.outline.time else f"at {slurm.utilisation:.0%} of the datasheet"
+    return f"about {run.seconds / HOUR:,.1f} h {by}; {limit}"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from megatron_tn.data import open_stream, with_token_ids
 from megatron_tn.evaluate import problems_in_training
 from megatron_tn.loading import open_weights, resolve_checkpoint
 from megatron_tn.parallel.world import processes_here, world_size
+from megatron_tn.planning.concerns import other_world
 from megatron_tn.planning.host import cpu_cost
 from megatron_tn.training.freeze import goes_on, settings_of_this_start
 from megatron_tn.training.preflight import checkpoint_problems, model_differences, problems_before_start
@@ -40,6 +42,8 @@ def preflight(config: TrainConfig) -> tuple[TrainConfig, TokenStream, Start | No
     stream, start, problems = inspect(config, world_size(), requeued=goes_on(folder))
     if problems:
         raise ConfigError(problems)
+    if is_first_process() and (line := other_world(config, os.environ)):
+        log.warning(line)
     if is_first_process() and config.logging.progress and not torch.cuda.is_available():
         done = manifest.step if (manifest := start.manifest()) else 0
         if cost := cpu_cost(config, processes_here(), done):

@@ -52,11 +52,13 @@ def check(config: SubmitConfig) -> Checked:
     manifest = start.manifest() if start else None
     figures = outline(train, world, manifest.step if manifest else 0)
     config, seconds, found = _time(config, figures)
-    problems = list(dict.fromkeys([*problems, *found, *_disk(config, figures)]))
+    full = _disk(config, figures)
+    problems = list(dict.fromkeys([*problems, *found, *([] if config.dry_run else full)]))
     if problems:
         return Checked(config, problems, [])
     epochs = figures.tokens / config.data.sequence_length / max(stream.samples_per_epoch, 1)
-    return Checked(config, [], _notes(config, figures), figures, seconds, epochs)
+    notes = [*full, *_notes(config, figures)]  # a dry run may be on a machine without the run's file system
+    return Checked(config, [], notes, figures, seconds, epochs)
 
 
 def _names(config: SubmitConfig) -> Iterator[str]:
@@ -104,12 +106,6 @@ def _layout(config: SubmitConfig) -> Iterator[str]:
     here, gpus = config.processes_per_node, config.cluster.gpus_per_node
     if gpus and here > gpus:
         yield f"slurm.processes_per_node={here} is above cluster.gpus_per_node={gpus}: a process needs a GPU of its own"
-    tp = config.parallel.tp
-    if tp > 0 and here % tp and tp % here:
-        yield (
-            f"parallel.tp={tp} neither divides nor is a multiple of the {here} processes of a node: groups would lie "
-            "across nodes"
-        )
 
 
 def _with_budget(config: SubmitConfig) -> tuple[SubmitConfig, list[str]]:
@@ -133,7 +129,7 @@ def _time(config: SubmitConfig, figures: Outline) -> tuple[SubmitConfig, float |
         missing = ["slurm.chain=0 needs cluster.bf16_tflops, to know how many jobs the run takes"] * (slurm.chain == 0)
         return config, None, missing
     peak = figures.seconds(cluster.bf16_tflops * config.world_size)
-    seconds = peak / slurm.utilisation
+    seconds = figures.planned_seconds or peak / slurm.utilisation
     if slurm.seconds is None:
         return config, seconds, ["slurm.chain=0 needs slurm.time"] * (slurm.chain == 0)
     job = slurm.seconds - slurm.grace_s
@@ -146,8 +142,7 @@ def _time(config: SubmitConfig, figures: Outline) -> tuple[SubmitConfig, float |
             [
                 f"slurm.time={slurm.time} and slurm.chain={slurm.chain} with slurm.requeue=false are "
                 f"{slurm.chain * job / HOUR:.1f} h of training, but the run takes {peak / HOUR:.1f} h at "
-                f"cluster.bf16_tflops={cluster.bf16_tflops} and {seconds / HOUR:.1f} h at slurm.utilisation="
-                f"{slurm.utilisation}"
+                f"cluster.bf16_tflops={cluster.bf16_tflops}, and about {seconds / HOUR:.1f} h in all likelihood"
             ],
         )
     return config, seconds, []
@@ -179,9 +174,7 @@ def _notes(config: SubmitConfig, figures: Outline) -> list[str]:
         notes.append(
             f"cluster={config.cluster.name} says nothing of GPUs: none is asked for, and memory is not planned"
         )
-    tp, here = config.parallel.tp, config.processes_per_node
-    if tp > here:
-        notes.append(f"parallel.tp={tp} is above the {here} processes of a node: its all-reduces cross the network")
+    notes += figures.concerns
     status = folder.status()
     if status.get("state") == "running":
         notes.append(f"{folder} is in use, as its status says: a job that starts before that run has ended is refused")

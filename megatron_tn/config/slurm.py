@@ -64,7 +64,7 @@ class SlurmConfig:
     # afterany: each job of a chain waits for the one before it; singleton: for all of the user's with the same name.
     dependency: Literal["afterany", "singleton"] = "afterany"
     tokens: Count = 0  # stop, with an unchanged schedule, at the first step with so many tokens; 0: at schedule.steps
-    utilisation: Utilisation = 0.4  # share of cluster.bf16_tflops by which the time is estimated
+    utilisation: Utilisation = 0.4  # share of cluster.bf16_tflops, for the time where the cluster's rates are not known
     at_once: Count = 0  # tasks of a job array (a sweep) that run side by side; 0: no limit
 
     @property

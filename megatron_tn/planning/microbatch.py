@@ -75,7 +75,7 @@ def microbatch(config: TrainConfig, device: str = "cuda") -> Microbatch:
 def extrapolated(config: TrainConfig) -> Microbatch:
     """`microbatch` from runs of a few layers where all layers after the first are alike, else `microbatch`."""
     model, every = config.model, config.engine.recompute_every
-    fewer = every + 1 + (model.layers - every - 1) % every
+    fewer = 1 + (model.layers - 1) % every
     alike = len(set(zip(model.mixers[1:], model.lrpe_layers[1:], strict=True))) == 1
     if model.layers <= fewer + every or not alike:
         return microbatch(config)
@@ -84,10 +84,19 @@ def extrapolated(config: TrainConfig) -> Microbatch:
 
 
 def extrapolated_in_rows(config: TrainConfig) -> Microbatch:
-    """`extrapolated`, from microbatches of one and of two sequences."""
-    rows = config.data.micro_batch
-    one, two = (extrapolated(replace(config, data=replace(config.data, micro_batch=few))) for few in (1, 2))
-    return one if rows == 1 else _continued(one, two, rows - 1)
+    """`extrapolated`; a microbatch of more than 2 x FULL_RATE tokens from two smaller ones, of powers of two."""
+    data = config.data
+    fewer = 1
+    while fewer * data.sequence_length < FULL_RATE * config.parallel.cp:
+        fewer *= 2
+    if data.micro_batch <= 2 * fewer:
+        return extrapolated(config)
+    few, more = (extrapolated(replace(config, data=replace(data, micro_batch=rows))) for rows in (fewer, 2 * fewer))
+    rest = data.micro_batch - fewer
+    return _continued(few, more, rest // fewer) if rest % fewer == 0 else extrapolated(config)
+
+
+FULL_RATE = 8192  # tokens of a rank from which on more do not make the head's chunks of tokens, and so its rate, larger
 
 
 def _continued(one: Microbatch, two: Microbatch, times: int) -> Microbatch:

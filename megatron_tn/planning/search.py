@@ -83,16 +83,22 @@ def search(config: TrainConfig, world_size: int, named: Collection[str]) -> list
             if all(candidate.reason for candidate in tried):
                 break  # a larger microbatch needs more memory
     found.sort(key=lambda candidate: candidate.order)
-    if found and not found[0].reason and found[0].config.parallel.tp > 1 and not _fixes(named, "parallel"):
-        # Without it as many bytes cross the wire and norms are repeated: shown beside the best layout alone.
+    if found and not found[0].reason and found[0].config.parallel.tp > 1 and not _fixes_slices(named):
+        # Without slices of tokens every rank repeats the norms and keeps all tokens, but the backward pass gathers
+        # nothing again: compared for the best layout alone.
         parallel = replace(found[0].config.parallel, sequence_parallel=False)
         found.append(_evaluated(replace(found[0].config, parallel=parallel), world_size, named))
+        found.sort(key=lambda candidate: candidate.order)
     while found and not found[0].reason:
         found[0] = _evaluated(found[0].config, world_size, named, work_of=microbatch)
         if not found[0].reason:
             break
         found.append(found.pop(0))
     return sorted(found, key=lambda candidate: candidate.order)
+
+
+def _fixes_slices(named: Collection[str]) -> bool:
+    return _fixes(named, "parallel") or "parallel.sequence_parallel" in named
 
 
 def parallel_layouts(config: TrainConfig, world_size: int, named: Collection[str]) -> Iterator[TrainConfig]:
@@ -104,7 +110,7 @@ def parallel_layouts(config: TrainConfig, world_size: int, named: Collection[str
     for tp, cp in itertools.product(tps, cps):
         if cp > 1 and set(config.model.mixers) & set(SOFTMAX_KINDS):
             continue
-        shared = parallel.sequence_parallel if whole or "parallel.sequence_parallel" in named else tp > 1
+        shared = parallel.sequence_parallel if _fixes_slices(named) else tp > 1
         yield replace(config, parallel=replace(parallel, tp=tp, cp=cp, sequence_parallel=shared))
 
 

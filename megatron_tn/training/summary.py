@@ -16,6 +16,7 @@ from rich.table import Table
 from megatron_tn.config import TrainConfig, storable
 from megatron_tn.optim.schedule import batch_of_step
 from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.planning.host import counted
 from megatron_tn.training.goodput import goodput_of
 from megatron_tn.training.run_folder import RunFolder
 
@@ -44,7 +45,7 @@ def show_start(
         f"training {config.model.name}",
         {
             "device": _device(device, context.world_size),
-            "layout": f"{context.world_size} processes: tp {tp} x cp {cp} x dp {dp}",
+            "layout": f"{counted(context.world_size, 'process')}: tp {tp} x cp {cp} x dp {dp}",
             "engine": f"{name}, {config.engine.precision}, recompute {config.engine.recompute}",
             "kernels": kernels,
             "parameters": f"{parameters:,}",
@@ -60,7 +61,7 @@ def show_start(
 def _device(device: torch.device, processes: int) -> str:
     if device.type == "cuda":
         return f"{processes} x {torch.cuda.get_device_name(device)}"
-    return f"CPU, {torch.get_num_threads()} threads a process"
+    return f"CPU, {counted(torch.get_num_threads(), 'thread')} a process"
 
 
 def figures_of(folder: RunFolder) -> dict[str, Any]:

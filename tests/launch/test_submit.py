@@ -154,7 +154,6 @@ def test_a_run_folder_is_read_as_it_was_written(path):
         ),
         ("cluster.name=x://me:pw@host/", "cluster.name=x://***@host/: its credentials would"),
         ("slurm.processes_per_node=16", "slurm.processes_per_node=16 is above cluster.gpus_per_node=8"),
-        ("parallel.tp=5", "parallel.tp=5 neither divides nor is a multiple of the 8 processes of a node"),
         ("slurm.tokens=99999999", "slurm.tokens=99999999 is above what schedule.steps=50 steps train on"),
         ("cluster.gpu_memory_gib=1.5", "a rank needs 1.5 GiB, but cluster.gpu_memory_gib=1.5"),
         ("data.manifest=nowhere.json", "data.manifest: manifest nowhere.json: No such file"),
@@ -167,7 +166,7 @@ def test_what_is_refused(sbatch, words, capsys, monkeypatch, word, message):
     """Together with another problem: all are told at once."""
     monkeypatch.setenv("KEY", "c0ffee-c0ffee")
     monkeypatch.setenv("DOOR", "mellon-mellon")
-    alone = ("slurm.tim=", "slurm.tokens=", "parallel.tp=", "cluster.gpu_memory_gib=")
+    alone = ("slurm.tim=", "slurm.tokens=", "cluster.gpu_memory_gib=")
     other = [] if word.startswith(alone) else ["data.micro_batch=3"]
     given = [*words, "cluster=h200_141g", "data.global_batch=8", "run_dir=run", word, *other]
     assert call(submit, *given) == 2
@@ -237,9 +236,9 @@ def test_time_and_disk(sbatch, words, tmp_path, monkeypatch):
     unknown = dataclasses.replace(base, cluster=ClusterConfig(), slurm=SlurmConfig(chain=0))
     assert "slurm.chain=0 needs cluster.bf16_tflops" in check(unknown).problems[0]
     wide = dataclasses.replace(base, parallel=ParallelConfig(tp=4), nodes=2)
-    assert any("its all-reduces cross the network" in note for note in check(wide).notes)
+    assert any("parallel.tp=4 crosses nodes of cluster.gpus_per_node=2" in note for note in check(wide).notes)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=3 * 12 * 32_320))
-    (full,) = check(base).problems
+    (full,) = check(dataclasses.replace(base, dry_run=False)).problems
     assert "GiB free, but 4 checkpoints of 0.0 GiB (checkpoint.keep=3, and the one being written) need" in full
 
 

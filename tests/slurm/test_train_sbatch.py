@@ -66,8 +66,9 @@ def test_signal_before_the_trainers_listen_is_not_lost(cluster, training, run):
 
 def test_killed_trainer_is_requeued_until_it_gets_no_further(cluster, training, uninterrupted, run):
     job = cluster.submit(*training, f"run_dir={run.path}", failures=1)
+    superseded = run.path / "log.superseded.jsonl"  # of the first start's steps, once the second has begun
     for restart in range(2):
-        job.wait_for(lambda restart=restart: f"restart {restart}" in job.output() and len(run.steps()) >= 2)
+        job.wait_for(lambda restart=restart: superseded.exists() == bool(restart) and len(run.steps()) >= 2)
         os.kill(run.trainer(rank=1), signal.SIGKILL)
         job.wait_for(lambda restart=restart: len(job.ends()) == restart + 1)
     job.wait_for_end()

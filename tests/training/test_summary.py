@@ -14,7 +14,7 @@ import pytest
 from launch import compare
 from megatron_tn import plot
 from megatron_tn.benchmark import main as benchmark
-from megatron_tn.config import DataConfig, ModelConfig, ScheduleConfig, TrainConfig, save
+from megatron_tn.config import DataConfig, ModelConfig, ParallelConfig, ScheduleConfig, TrainConfig, save
 from megatron_tn.loading import open_weights
 from megatron_tn.planning import host
 from megatron_tn.training.compare import group_names
@@ -154,6 +154,8 @@ def test_a_long_run_without_a_gpu_says_what_it_will_cost(monkeypatch):
     said = host.cpu_cost(config(), 1)
     assert said.startswith("no GPU: a microbatch takes about 1.5 s, a step 3 s (4 sequences over 1 process)")
     assert said.endswith("10 steps about 30 s")
+    said = host.cpu_cost(replace(config(), parallel=ParallelConfig(tp=2)), 2)
+    assert said.endswith("(4 sequences over 2 processes), 10 steps at least 15 s")
 
 
 @pytest.mark.parametrize("layers", [1, 2])
