@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train test test-full test-gpu test-slurm lint format bench bench-kernels tune
+.PHONY: help setup demo train test test-full test-gpu test-slurm test-slurm-full soak lint format bench bench-kernels tune
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,7 +50,13 @@ tune: setup ## time the candidate tiles of lightning attention on this GPU (the 
 	$(BIN)/python -m kernels.bench.tune
 
 test-slurm: setup ## training under a real SLURM on this machine (root; installs Debian's slurm if it is missing)
+	$(BIN)/python -m pytest -m "slurm and not full"
+
+test-slurm-full: setup ## the same with every fault, a job each
 	$(BIN)/python -m pytest -m slurm
+
+soak: setup ## train while faults come at random, then compare: make soak ARGS="minutes=60 mtbf_s=120 seed=1"
+	$(BIN)/python -m launch.soak $(ARGS)
 
 lint: setup ## style, import order, layering
 	$(BIN)/ruff check .

@@ -172,7 +172,7 @@ def measure(settings: Settings, per_kind: int) -> dict:
 
 @command
 def main(arguments: list[str]) -> None:
-    given = overrides("data_pipeline.canaries", __doc__, arguments)
+    given = overrides("data_pipeline.canaries", __doc__, arguments, Settings)
     counts = [part for part in given if part.startswith("per_kind=")]
     number = counts[-1].partition("=")[2] if counts else "50"
     if not number.isdigit() or int(number) < 1:

@@ -5,6 +5,7 @@ import functools
 import sys
 from collections.abc import Callable
 
+from data_pipeline.describe import settings_text
 from data_pipeline.errors import InputError, StageError
 from data_pipeline.files import NO_ROOM
 
@@ -35,15 +36,14 @@ def command(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
     return guarded
 
 
-def parser(module: str, text: str) -> argparse.ArgumentParser:
+def parser(module: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
     """The parser of `python -m MODULE`, with the module's docstring as help."""
-    return argparse.ArgumentParser(
-        prog=f"python -m {module}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=f"python -m {module}", description=text, epilog=epilog, formatter_class=raw)
 
 
-def overrides(module: str, text: str, arguments: list[str]) -> list[str]:
-    """The arguments of a command line that takes only Hydra overrides."""
-    given = parser(module, text)
+def overrides(module: str, text: str, arguments: list[str], settings: type) -> list[str]:
+    """The arguments of a command line that takes only Hydra overrides of the fields of dataclass `settings`."""
+    given = parser(module, text, settings_text(settings) if {"-h", "--help"} & set(arguments) else "")
     given.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, in Hydra's grammar")
     return given.parse_args(arguments).overrides

@@ -100,6 +100,9 @@ class Slurm:
 class Settings:
     """All settings of a run. All except those in FREE determine the bytes of its output.
 
+    `output`: folder of the run; `overwrite`: whether to delete what it holds from a run with other settings; `input`:
+    path of the pipeline's own source; `exact_duplicates`, `line_duplicates`, `near_duplicates`: which copies are
+    removed, null for none; `heldout_fraction`: share of the documents in heldout/; `shard_tokens`: tokens of a shard;
     `tasks`: number of independent tasks of each per-document stage; `executor`: runs them, as `workers` local processes
     or by SLURM.
     """
@@ -230,11 +233,11 @@ def known_keys(cls: type, data: object = None, prefix: str = "") -> list[str]:
         name, here = f"{prefix}{field.name}", data.get(field.name) if isinstance(data, dict) else None
         keys.append(name)
         if typing.get_origin(field.type) is dict:
-            kinds = _dataclasses(typing.get_args(field.type)[1])
+            kinds = dataclasses_of(typing.get_args(field.type)[1])
             entries = here if isinstance(here, dict) else {}
             keys += [key for entry in entries for kind in kinds for key in known_keys(kind, None, f"{name}.{entry}.")]
         else:
-            keys += [key for kind in _dataclasses(field.type) for key in known_keys(kind, here, f"{name}.")]
+            keys += [key for kind in dataclasses_of(field.type) for key in known_keys(kind, here, f"{name}.")]
     return keys
 
 
@@ -243,7 +246,7 @@ def _kinds(cls: type) -> dict[str, tuple[type, ...]]:
     found: dict[str, tuple[type, ...]] = {}
     for field in dataclasses.fields(cls):
         found[field.name] = (*found.get(field.name, ()), *_members(field.type))
-        for below in _dataclasses(field.type):
+        for below in dataclasses_of(field.type):
             for name, kinds in _kinds(below).items():
                 found[name] = (*found.get(name, ()), *kinds)
     return found
@@ -259,8 +262,8 @@ def _members(hint: object) -> tuple[type, ...]:
     return (hint,) if isinstance(hint, type) and origin is None else (object,)
 
 
-def _dataclasses(hint: object) -> list[type]:
+def dataclasses_of(hint: object) -> list[type]:
     parts = typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return [hint]
-    return functools.reduce(operator.iadd, (_dataclasses(part) for part in parts), [])
+    return functools.reduce(operator.iadd, (dataclasses_of(part) for part in parts), [])

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 from urllib.parse import quote
 
@@ -67,9 +68,10 @@ def shown(text: str) -> str:
 
 def lines_of(problems: Iterable[str]) -> list[str]:
     """Problems as a command line shows them: `shown`, each cut to LONGEST characters, at most MOST of them."""
-    found = list(problems)
-    lines = [shown(line if len(line) <= LONGEST else f"{line[:LONGEST]}...") for line in found[:MOST]]
-    return [*lines, f"and {len(found) - MOST} problems more"] if len(found) > MOST else lines
+    left = iter(problems)
+    lines = [shown(line if len(line) <= LONGEST else f"{line[:LONGEST]}...") for line in islice(left, MOST)]
+    more = sum(1 for _ in left)
+    return [*lines, f"and {more} problems more"] if more else lines
 
 
 def has_credentials(text: str) -> bool:

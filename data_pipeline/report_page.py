@@ -1,29 +1,9 @@
 """The report as one HTML page, without scripts or external resources; document texts are escaped."""
 
-from collections.abc import Iterable
 from html import escape
 
-STYLE = """
-:root { color-scheme: light dark; --text: #1d2129; --soft: #5c6470; --line: #d9dde3; --box: #f4f6f8; --back: #fff;
-  --bar: #2b6cb0; --band: #a8cbe8; --lost: #e59866 }
-@media (prefers-color-scheme: dark) { :root { --text: #e4e7eb; --soft: #9aa4b1; --line: #353c46; --box: #20252c;
-  --back: #15181d; --bar: #63a4e0; --band: #27476a; --lost: #b8683a } }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: var(--text);
-  background: var(--back) }
-h2 { margin: 2.2rem 0 .4rem; font-size: 1.2rem } p { margin: .3rem 0; color: var(--soft) }
-.wide { overflow-x: auto } table { border-collapse: collapse; margin: .5rem 0 1rem }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top }
-th { text-align: left; font-weight: 600; color: var(--soft); vertical-align: bottom } th.n { text-align: right }
-td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-small { color: var(--soft) } .figures { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1rem 0 1.5rem }
-.figures div { background: var(--box); border-radius: 8px; padding: .6rem 1rem } .figures b { display: block;
-  font-size: 1.25rem }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; background: var(--box); padding: .5rem;
-  margin: .2rem 0 .8rem; border-radius: 6px; max-height: 12rem; overflow: auto }
-details { border-bottom: 1px solid var(--line); padding: .25rem 0 } summary { cursor: pointer }
-svg text { font: 13px system-ui, sans-serif; fill: var(--text) } svg .soft { fill: var(--soft) }
-svg .bar { fill: var(--bar) } svg .band { fill: var(--band) } svg .lost { fill: var(--lost) }
-"""
+from data_pipeline.html_page import cell, document, short, table, tiles
+
 WIDTH, HEIGHT, BAR, GAP = 1000, 150, 14, 62  # of the flow diagram, in SVG units
 FALL, NARROW = 34, 3  # distance of loss bands below the bars, and their minimum thickness
 
@@ -31,10 +11,6 @@ FALL, NARROW = 34, 3  # distance of loss bands below the bars, and their minimum
 def page(report: dict) -> str:
     """The HTML page of a report from `write_report`."""
     parts = [
-        "<!DOCTYPE html>\n<html lang=en><head><meta charset=utf-8>",
-        "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; style-src 'unsafe-inline'\">",
-        '<meta name=viewport content="width=device-width">',
-        f"<title>Cleaning report</title><style>{STYLE}</style></head><body><h1>Cleaning report</h1>",
         _figures(report),
         flow([*report["stages"], *_final(report)]),
         "<h2>Stages</h2><p>Tokens are estimates from bytes up to the last stage; those of the shards are counted.</p>",
@@ -44,7 +20,7 @@ def page(report: dict) -> str:
         "<h2>By language</h2><p>A language is known once the rules have run; — stands for none.</p>",
         _groups(report["stages"], "languages"),
         "<h2>Quarantined</h2><p>What is no document, by reason: every one is a line in quarantine/.</p>",
-        _table(
+        table(
             ("reason", "documents", "bytes", "for example"),
             (
                 (name, e["documents"], e["bytes"], "; ".join(f"{x['id']}: {x['detail']}" for x in e["examples"]))
@@ -54,24 +30,23 @@ def page(report: dict) -> str:
         "<h2>Drops</h2><p>By rule, with the measures that it took, the sources, and examples.</p>",
         *(_rule(name, entry, report) for name, entry in _by_documents(report["drops"])),
         "<h2>Edits</h2>",
-        _table(
+        table(
             ("edit", "documents", "sum of values"),
             ((name, entry["documents"], entry["value"]) for name, entry in report["edits"].items()),
         ),
         *_tokenizer(report["tokenizer"]),
         "<h2>Shards</h2>",
-        _table(
+        table(
             ("split", *(name.replace("_", " ") for name in next(iter(report["splits"].values())))),
             ((name, *entry.values()) for name, entry in report["splits"].items()),
         ),
-        _table(
+        table(
             ("source", "category", "epochs", "documents", "bytes", "tokens"),
             ((name, *entry.values()) for name, entry in report["sources"].items()),
         ),
         *(_canaries(report["canaries"]) if report.get("canaries") else ()),
-        "</body></html>\n",
     ]
-    return "\n".join(parts)
+    return document("Cleaning report", parts)
 
 
 def _final(report: dict) -> list[dict]:
@@ -95,12 +70,12 @@ def _figures(report: dict) -> str:
     figures = (
         (f"{first['documents']:,}", "documents read"),
         (f"{final['documents']:,}", f"kept, {_share(final['documents'], first['documents'])}"),
-        (f"{_short(final['bytes'])}B", f"of {_short(first['bytes'])}B of text"),
-        (_short(final["tokens_estimated"]), "tokens"),
+        (f"{short(final['bytes'])}B", f"of {short(first['bytes'])}B of text"),
+        (short(final["tokens_estimated"]), "tokens"),
         (f"{sum(split['shards'] for split in report['splits'].values()):,}", "shards"),
         (f"{quarantined:,}", "quarantined"),
     )
-    return f"<div class=figures>{''.join(f'<div><b>{value}</b>{name}</div>' for value, name in figures)}</div>"
+    return tiles(figures)
 
 
 def flow(stages: list[dict]) -> str:
@@ -117,7 +92,7 @@ def flow(stages: list[dict]) -> str:
         share = _lost(lost / stages[place - 1]["bytes"]) if place and stages[place - 1]["bytes"] else ""
         shapes.append(f'<rect class="bar" x="{left:.1f}" y="{top}" width="{BAR}" height="{max(height, 1):.1f}"/>')
         shapes.append(f'<text x="{left:.1f}" y="14">{escape(stage["stage"])}</text>')
-        shapes.append(f'<text class="soft" x="{left:.1f}" y="32">{_short(stage["bytes"])}B {escape(share)}</text>')
+        shapes.append(f'<text class="soft" x="{left:.1f}" y="32">{short(stage["bytes"])}B {escape(share)}</text>')
         shapes.append(f'<text class="soft" x="{left:.1f}" y="50">{stage["documents"]:,} docs</text>')
     view = f"0 0 {WIDTH} {GAP + HEIGHT + FALL + 8}"
     return f'<svg viewBox="{view}" width="100%" role="img" aria-label="bytes by stage">{"".join(shapes)}</svg>'
@@ -152,14 +127,14 @@ def _stages(stages: list[dict]) -> str:
             row += [into, stage[key], _share(stage[key], into)]
         rows.append(row)
     units = ("documents", "bytes", "tokens")
-    return _table(("stage", *(f"{unit} {side}" for unit in units for side in ("in", "out", "kept"))), rows)
+    return table(("stage", *(f"{unit} {side}" for unit in units for side in ("in", "out", "kept"))), rows)
 
 
 def _groups(stages: list[dict], kind: str) -> str:
     names = sorted({name for stage in stages for name in stage[kind]})
     nothing = {"documents": 0, "bytes": 0, "tokens_estimated": 0}
     header = (kind[:-1], *(stage["stage"] for stage in stages))
-    return _table(header, ((name or "—", *(stage[kind].get(name, nothing) for stage in stages)) for name in names))
+    return table(header, ((name or "—", *(stage[kind].get(name, nothing) for stage in stages)) for name in names))
 
 
 def _by_documents(drops: dict) -> list[tuple[str, dict]]:
@@ -180,7 +155,7 @@ def _tokenizer(tokenizer: dict) -> tuple[str, ...]:
         "<h2>Tokenizer</h2>",
         f"<p>{words}; {tokenizer['vocab_size']:,} entries. Documents proven came back from their tokens to the byte.",
         "</p>",
-        _table(("category", *sampled, "documents proven", "bytes proven"), rows),
+        table(("category", *sampled, "documents proven", "bytes proven"), rows),
     )
 
 
@@ -188,14 +163,14 @@ def _rule(name: str, entry: dict, report: dict) -> str:
     read = report["stages"][0]["documents"] if report["stages"] else 0
     share = entry["documents"] / max(read, 1)
     examples = "".join(
-        f"<p>{escape(str(e['id']))}: {escape(str(e['measure']))} {_value(e['value'])}, threshold "
-        f"{_value(e['threshold'])}{_kept(e)}</p><pre>{escape(e['excerpt'])}</pre>"
+        f"<p>{escape(str(e['id']))}: {escape(str(e['measure']))} {cell(e['value'])}, threshold "
+        f"{cell(e['threshold'])}{_kept(e)}</p><pre>{escape(e['excerpt'])}</pre>"
         for e in entry["examples"]
     )
     counts, sources = _counts(entry["measures"]), _counts(entry["sources"])
     return (
         f"<details><summary><b>{escape(name)}</b>: {entry['documents']:,} documents, {share:.1%} of those read, "
-        f"{_short(entry['bytes'])}B <small>({escape(counts)}; from {escape(sources)})</small></summary>"
+        f"{short(entry['bytes'])}B <small>({escape(counts)}; from {escape(sources)})</small></summary>"
         f"{examples}</details>"
     )
 
@@ -224,44 +199,10 @@ def _canaries(canaries: dict) -> tuple[str, ...]:
     return (
         "<h2>Canaries</h2>",
         f"<p>{escape(summary)}</p>",
-        _table(("kind", "planted", "dropped", *names, "good text lost", "by rule"), kinds),
-        _table(("stage", "kind", "reached it", "dropped", *names), stages),
+        table(("kind", "planted", "dropped", *names, "good text lost", "by rule"), kinds),
+        table(("stage", "kind", "reached it", "dropped", *names), stages),
     )
-
-
-def _table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    rows = [list(row) for row in rows]
-    if not rows:
-        return "<p>None.</p>"
-    lines = [
-        "<tr>" + "".join(f"<td{' class=n' * _is_figure(v)}>{_value(v)}</td>" for v in row) + "</tr>" for row in rows
-    ]
-    figures = [_is_figure(value) for value in rows[0]]
-    head = "".join(f"<th{' class=n' * n}>{escape(h)}</th>" for h, n in zip(header, figures, strict=True))
-    return f"<div class=wide><table><tr>{head}</tr>{''.join(lines)}</table></div>"
-
-
-def _is_figure(value: object) -> bool:
-    return isinstance(value, int | float | dict) or (isinstance(value, str) and value.endswith("%"))
-
-
-def _value(value: object) -> str:
-    if isinstance(value, dict):  # documents, bytes and tokens of a stage
-        rest = f"{_short(value['bytes'])}B, {_short(value['tokens_estimated'])} tokens"
-        return f"{value['documents']:,}<br><small>{rest}</small>"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
 
 
 def _share(part: float, whole: float) -> str:
     return f"{part / whole:.1%}" if whole else ""
-
-
-def _short(count: float) -> str:
-    power = 0
-    while count >= 1000 and power < 4:
-        count, power = count / 1000, power + 1
-    return f"{count:.3g} {('', 'k', 'M', 'G', 'T')[power]}"

@@ -233,7 +233,7 @@ def _quiet(log) -> Iterator[None]:
 @command
 def main(arguments: list[str]) -> None:
     began = time.perf_counter()
-    settings = compose(overrides("data_pipeline.run", __doc__, arguments))
+    settings = compose(overrides("data_pipeline.run", __doc__, arguments, Settings))
     report = run(settings)
     if report is None:
         print(f"jobs submitted; the same command follows them until {settings.output}/report.json is written")

@@ -5,11 +5,14 @@ The public functions are below; their docstrings are the reference. Needs torch 
 
 from kernels.adamw.op import adamw_
 from kernels.cross_entropy.op import linear_cross_entropy
+from kernels.decoding_check import decoding_check
 from kernels.dispatch import set_backend
 from kernels.embedding.op import scaled_embedding
 from kernels.gla.op import gla
 from kernels.gla.slice import StateExchange, gla_slice
 from kernels.lightning.op import lightning_attention
+from kernels.muon.op import muon_apply_, muon_direction_
+from kernels.newton_schulz.op import newton_schulz
 from kernels.rmsnorm.op import add_rms_norm, branch_rms_norm
 from kernels.rope.op import rope
 from kernels.sampling.op import sample_tokens
@@ -35,10 +38,14 @@ __all__ = [
     "add_simple_rms_norm",
     "branch_rms_norm",
     "branch_simple_rms_norm",
+    "decoding_check",
     "gla",
     "gla_slice",
     "lightning_attention",
     "linear_cross_entropy",
+    "muon_apply_",
+    "muon_direction_",
+    "newton_schulz",
     "rope",
     "sample_tokens",
     "scaled_embedding",

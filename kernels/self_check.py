@@ -4,22 +4,25 @@ A kernel that is right with one Triton version or GPU may be silently wrong with
 the first step.
 """
 
-import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kernels import dispatch
 from kernels.adamw import reference as adamw_reference
 from kernels.adamw.op import adamw_
+from kernels.comparison import LARGEST_ERROR, Check, compare
 from kernels.cross_entropy import reference as cross_entropy_reference
 from kernels.cross_entropy.op import linear_cross_entropy
 from kernels.embedding import reference as embedding_reference
 from kernels.embedding.op import scaled_embedding
 from kernels.gla.op import gla
 from kernels.lightning.op import lightning_attention
+from kernels.muon import reference as muon_reference
+from kernels.muon.op import muon_apply_, muon_direction_
+from kernels.newton_schulz import op as newton_schulz_op
+from kernels.newton_schulz import reference as newton_schulz_reference
 from kernels.numerics import accumulation_dtype
 from kernels.rmsnorm import reference as rmsnorm_reference
 from kernels.rmsnorm.op import add_rms_norm, branch_rms_norm
@@ -30,10 +33,6 @@ from kernels.sglu.op import sglu
 from kernels.srmsnorm import reference as srmsnorm_reference
 from kernels.srmsnorm.op import add_scaled_simple_rms_norm, add_simple_rms_norm, simple_rms_norm
 
-logger = logging.getLogger(__name__)
-
-# Largest allowed relative error in norm against fp64, by input type; the tests use the same bounds.
-LARGEST_ERROR = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 # dtheta is a sum of terms that cancel, so its relative error is larger.
 LARGEST_THETA_ERROR = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 # The optimizer's arithmetic is fp32 for every model type.
@@ -41,10 +40,6 @@ LARGEST_UPDATE_ERROR = dict.fromkeys(LARGEST_ERROR, 1e-6)
 
 TOKENS = 65  # for operators that act per token
 VOCABULARY = 4099  # full tiles of the output head and a partial one
-
-
-class KernelMismatchError(RuntimeError):
-    """A kernel disagrees with its definition on this device."""
 
 
 @dataclass(frozen=True)
@@ -67,18 +62,6 @@ class _Sizes:
     @property
     def width(self) -> int:
         return self.heads * self.value_width
-
-
-@dataclass(frozen=True)
-class _Check:
-    """`function` and `definition` get random inputs of `shapes`; `definition` in fp64, with backend "torch"."""
-
-    operator: str
-    function: Callable[..., Tensor]
-    definition: Callable[..., Tensor]
-    shapes: tuple[tuple[int, ...], ...]
-    bounds: Mapping[torch.dtype, float] = field(default_factory=lambda: LARGEST_ERROR)
-    differentiable: bool = True
 
 
 def self_check(
@@ -132,37 +115,20 @@ def self_check(
         length=length,
         dtype=dtype,
     )
-    try:
-        return _errors(sizes, device)
-    except KernelMismatchError as mismatch:
-        if not fall_back or dispatch.requested_backend() == "torch":
-            raise
-        logger.error("%s; all operators run in PyTorch from here on", mismatch)
-    dispatch.set_backend("torch")
-    return _errors(sizes, device)
+    return compare(lambda: _checks(sizes), dtype, device, fall_back)
 
 
-def _errors(sizes: _Sizes, device: torch.device) -> dict[str, float]:
-    """Operator -> largest error. Raises KernelMismatchError at the first error above its bound."""
-    errors, dtype = {}, sizes.dtype
-    for check in _checks(sizes):
-        error = errors[check.operator] = _worst_error(check, dtype, device)
-        if not error <= check.bounds[dtype]:  # NaN fails, too
-            raise KernelMismatchError(
-                f"{check.operator} at {check.shapes} in {dtype} on {device} is off by {error:.1e} relative to fp64, "
-                f"more than {check.bounds[dtype]:.0e}"
-            )
-    return errors
-
-
-def _checks(sizes: _Sizes) -> Iterator[_Check]:
+def _checks(sizes: _Sizes) -> Iterator[Check]:
     yield from _attention_checks(sizes) if sizes.rope_base is None else _rope_check(sizes)
     yield from _norm_checks(sizes)
     yield from _vocabulary_checks(sizes)
+    yield _muon_check(sizes)
+    if sizes.dtype in newton_schulz_op.HALF_TYPES:
+        yield _gram_check()
     yield _update_check(sizes)
 
 
-def _attention_checks(sizes: _Sizes) -> Iterator[_Check]:
+def _attention_checks(sizes: _Sizes) -> Iterator[Check]:
     heads, width, decay, length = sizes.heads, sizes.value_width, sizes.decay, sizes.length
     with_lrpe = sizes.key_width == 2 * width
 
@@ -186,13 +152,13 @@ def _attention_checks(sizes: _Sizes) -> Iterator[_Check]:
 
     key, value = (1, length, heads, sizes.key_width), (1, length, heads, width)
     # Definition: the chunked form in fp64, because the recurrence launches several kernels per position.
-    yield _Check("lightning_attention", attention, attention, (key, key, value))
-    yield _Check("gla", of_qkvu, of_qkvu, ((1, length, 4 * heads * width),))
+    yield Check("lightning_attention", attention, attention, (key, key, value))
+    yield Check("gla", of_qkvu, of_qkvu, ((1, length, 4 * heads * width),))
     if with_lrpe and sizes.theta_learnt:
-        yield _Check("gla_theta", of_theta, of_theta, ((heads, 1, width),), LARGEST_THETA_ERROR)
+        yield Check("gla_theta", of_theta, of_theta, ((heads, 1, width),), LARGEST_THETA_ERROR)
 
 
-def _rope_check(sizes: _Sizes) -> Iterator[_Check]:
+def _rope_check(sizes: _Sizes) -> Iterator[Check]:
     positions = torch.arange(TOKENS, device=sizes.decay.device) * 101  # as far as the context of today's models
     options = {"head_dim": sizes.value_width, "base": sizes.rope_base}
 
@@ -202,10 +168,10 @@ def _rope_check(sizes: _Sizes) -> Iterator[_Check]:
     def exactly_rotated(q: Tensor, k: Tensor) -> Tensor:
         return torch.cat([rope_reference.rope(x, positions, **options) for x in (q, k)], dim=-1)
 
-    yield _Check("rope", rotated, exactly_rotated, ((1, TOKENS, sizes.width),) * 2)
+    yield Check("rope", rotated, exactly_rotated, ((1, TOKENS, sizes.width),) * 2)
 
 
-def _norm_checks(sizes: _Sizes) -> Iterator[_Check]:
+def _norm_checks(sizes: _Sizes) -> Iterator[Check]:
     """Checks of the norms, without and with a weight and residual additions, and of the gated product."""
     norm = srmsnorm_reference.simple_rms_norm
 
@@ -238,15 +204,15 @@ def _norm_checks(sizes: _Sizes) -> Iterator[_Check]:
         return sglu_reference.sglu(a, b, sizes.glu_act)
 
     rows = (TOKENS, sizes.width)
-    yield _Check("simple_rms_norm", simple_rms_norm, norm, (rows,))
-    yield _Check("add_simple_rms_norm", added, exactly_added, (rows, rows))
-    yield _Check("add_scaled_simple_rms_norm", added_scaled, exactly_added_scaled, (rows, rows))
-    yield _Check("rms_norm", weighted, lambda x, weight: exactly_added_weighted(x, 0, weight), (rows, rows[1:]))
-    yield _Check("add_rms_norm", added_weighted, exactly_added_weighted, (rows, rows, rows[1:]))
-    yield _Check("sglu", product, exact_product, ((TOKENS, sizes.glu_width),) * 2)
+    yield Check("simple_rms_norm", simple_rms_norm, norm, (rows,))
+    yield Check("add_simple_rms_norm", added, exactly_added, (rows, rows))
+    yield Check("add_scaled_simple_rms_norm", added_scaled, exactly_added_scaled, (rows, rows))
+    yield Check("rms_norm", weighted, lambda x, weight: exactly_added_weighted(x, 0, weight), (rows, rows[1:]))
+    yield Check("add_rms_norm", added_weighted, exactly_added_weighted, (rows, rows, rows[1:]))
+    yield Check("sglu", product, exact_product, ((TOKENS, sizes.glu_width),) * 2)
 
 
-def _vocabulary_checks(sizes: _Sizes) -> Iterator[_Check]:
+def _vocabulary_checks(sizes: _Sizes) -> Iterator[Check]:
     """Checks of the embedding, with and without gradient sum, and of the output head with its loss."""
     width, device = sizes.embed_width, sizes.decay.device
     small = 2.0 ** -(width.bit_length() // 2)  # scales logits to about 1; a power of two, so without rounding
@@ -274,12 +240,44 @@ def _vocabulary_checks(sizes: _Sizes) -> Iterator[_Check]:
         return cross_entropy_reference.linear_cross_entropy(hidden, weight * small, targets)[0]
 
     tokens, vocabulary = (TOKENS, width), (VOCABULARY, width)
-    yield _Check("scaled_embedding", embedding, exact_embedding, (vocabulary,))
-    yield _Check("scaled_embedding_sum", gradient_sum, exact_gradient_sum, (tokens,), differentiable=False)
-    yield _Check("linear_cross_entropy", head, exact_head, (tokens, vocabulary))
+    yield Check("scaled_embedding", embedding, exact_embedding, (vocabulary,))
+    yield Check("scaled_embedding_sum", gradient_sum, exact_gradient_sum, (tokens,), differentiable=False)
+    yield Check("linear_cross_entropy", head, exact_head, (tokens, vocabulary))
 
 
-def _update_check(sizes: _Sizes) -> _Check:
+def _gram_check() -> Check:
+    """Of matrices with singular values from 0 to 1.4, like those within the iterations."""
+    rows = columns = newton_schulz_op.LEAST_ROWS + 1
+
+    def polynomial(x: Tensor) -> Tensor:
+        return newton_schulz_op.gram_polynomial(x.detach() / 32)
+
+    def exact_polynomial(x: Tensor) -> Tensor:
+        return newton_schulz_reference.gram_polynomial(x.detach() / 32)
+
+    return Check("gram_polynomial", polynomial, exact_polynomial, ((2, rows, columns),), differentiable=False)
+
+
+def _muon_check(sizes: _Sizes) -> Check:
+    settings = {"lr": 0.1, "scale": 9.0, "weight_decay": 0.1}
+
+    def update(master: Tensor, gradient: Tensor, momentum: Tensor) -> Tensor:
+        master, gradient, momentum = (x.detach().float().clone().view(-1) for x in (master, gradient, momentum))
+        direction, copy, divisor = *torch.empty_like(momentum.expand(2, -1)), torch.full((), 2.0, device=master.device)
+        muon_direction_(direction, momentum, gradient, beta=0.95, divisor=divisor)
+        muon_apply_(master, direction, **settings, divisor=divisor, copy=copy)
+        return torch.stack((momentum, direction, master, copy))
+
+    def exact_update(master: Tensor, gradient: Tensor, momentum: Tensor) -> Tensor:
+        momentum, direction = muon_reference.direction(momentum, gradient / 2, beta=0.95)
+        master = muon_reference.apply(master, direction, **settings)
+        return torch.stack((momentum, direction, master, master)).flatten(1)
+
+    shapes = ((TOKENS, sizes.width),) * 3
+    return Check("muon_", update, exact_update, shapes, LARGEST_UPDATE_ERROR, differentiable=False)
+
+
+def _update_check(sizes: _Sizes) -> Check:
     settings = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "step": 3}
 
     def update(master: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -295,25 +293,4 @@ def _update_check(sizes: _Sizes) -> _Check:
         return torch.stack((*state, state[0]))
 
     shapes = ((TOKENS, sizes.width),) * 4
-    return _Check("adamw_", update, exact_update, shapes, LARGEST_UPDATE_ERROR, differentiable=False)
-
-
-def _worst_error(check: _Check, dtype: torch.dtype, device: torch.device) -> float:
-    """The largest relative error in norm of the output and the inputs' gradients, on fixed random inputs."""
-    generator = torch.Generator(device).manual_seed(0)  # leaves the global generator, which training uses, unchanged
-
-    def draw(shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
-
-    inputs = [draw(shape).requires_grad_() for shape in check.shapes]
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    with torch.enable_grad():
-        out = check.function(*inputs)
-        gradient = draw(out.shape)
-        values = (out, *(torch.autograd.grad(out, inputs, gradient) if check.differentiable else ()))
-        with dispatch.backend("torch"):
-            wanted = check.definition(*exact)
-            gradients = torch.autograd.grad(wanted, exact, gradient.double()) if check.differentiable else ()
-            expected = (wanted, *gradients)
-    errors = [((x.double() - y).norm() / y.norm()).item() for x, y in zip(values, expected, strict=True)]
-    return max(errors) if all(error == error for error in errors) else float("nan")  # max() may skip a NaN
+    return Check("adamw_", update, exact_update, shapes, LARGEST_UPDATE_ERROR, differentiable=False)

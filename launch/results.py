@@ -33,7 +33,8 @@ from megatron_tn.training.run_folder import RunFolder
 
 FAILED, TIME_UP = 1, 3
 PIECE_TOKENS = 65536  # of a batch of held-out pieces
-WHOLE_TOKENS = 8192  # of a batch of whole documents, whose key-value caches may be long
+WHOLE_TOKENS = 16384  # of a batch of whole documents
+LONGEST = 131072  # tokens of a whole document that are evaluated
 WHOLE_DOCUMENTS = 240  # whole documents that are evaluated, equally many of each source where it has them
 REPORT_S = 20.0  # between two lines on the runs under way
 BEST = re.compile(r"best of (\w+)")
@@ -88,13 +89,13 @@ class Run:
         programs.run("megatron_tn.train", [*words, *options.overrides], folder / "console.log")
         found = []
         whole = options.data / "heldout/manifest.json"
-        for held_out, documents, tokens in (
-            (pieces, options.documents, PIECE_TOKENS),
-            (whole, options.documents or WHOLE_DOCUMENTS, WHOLE_TOKENS),
+        for held_out, documents, tokens, longest in (
+            (pieces, options.documents, PIECE_TOKENS, 0),
+            (whole, options.documents or WHOLE_DOCUMENTS, WHOLE_TOKENS, LONGEST),
         ):
             output = folder / f"{held_out.parent.name}.json"
             words = [f"checkpoint={folder}", f"manifest={held_out}", f"output={output}"]
-            words += [f"max_documents={documents}", f"batch_tokens={tokens}"]
+            words += [f"max_documents={documents}", f"batch_tokens={tokens}", f"max_document_tokens={longest}"]
             programs.run("megatron_tn.evaluate", words, folder / "console.log")
             found.append(json.loads(output.read_text()))
         return self._row(*found, options.at_once)

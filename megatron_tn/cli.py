@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_tn.config import ConfigError, from_mapping, redacted, shown, to_mapping
 from megatron_tn.config.describe import help_text
 from megatron_tn.overrides import CONF, CommandLine, job_folder, settings
+from megatron_tn.submitit import settings_for_submitit
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,8 @@ def command(
         line: CommandLine
 
         def run(composed: DictConfig) -> None:
+            if not logging.getLogger().handlers:  # a process of submitit's
+                _log_to_standard_error(logging.INFO if is_first_process() else logging.WARNING)
             with bad_input_exits(), closed_pipe_exits(), told_failure_exits():
                 job = HydraConfig.get() if line.needs_hydra else None
                 multirun = job is not None and job.mode == hydra.types.RunMode.MULTIRUN
@@ -89,6 +92,7 @@ def command(
             aside = {*literal, "--local_rank"}
             words = ["".join(pair) for pair in pairs if pair[0] not in aside]
             with bad_input_exits():
+                words += settings_for_submitit(words)
                 line = CommandLine.parse(kind, config_name, words)
                 line.check()
             if not line.needs_hydra:  # Hydra would compose the config twice more: 0.15 s of each rank's start

@@ -14,7 +14,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -196,7 +196,7 @@ def describe(directory: Path) -> dict[str, Any]:
         "tensors": {
             name: {
                 "shape": shape,
-                "pieces": {kind: len(manifest.pieces.get(f"{kind}/{name}", [])) for kind in manifest.kinds},
+                "pieces": {kind: len(manifest.pieces.get(f"{kind}/{name}", [])) for kind in manifest.kinds(name)},
             }
             for name, shape in manifest.shapes.items()
         },
@@ -238,7 +238,7 @@ _run = command(ConvertConfig, "convert")(convert)
 
 def main() -> None:
     """The command line, whose first word may name the action."""
-    if len(sys.argv) > 1 and sys.argv[1] in get_args(get_type_hints(ConvertConfig)["action"]):
+    if len(sys.argv) > 1 and "=" not in sys.argv[1] and not sys.argv[1].startswith("-"):
         sys.argv[1] = f"action={sys.argv[1]}"
     _run()
 

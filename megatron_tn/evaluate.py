@@ -25,6 +25,7 @@ from megatron_tn.config import ConfigError, EvaluateConfig, TrainConfig, out_of_
 from megatron_tn.data import other_tokenizer as other_tokenizer_than_training
 from megatron_tn.data import tokenizer_file
 from megatron_tn.evaluation.baselines import compressor_bits_per_byte, unigram_bits_per_byte
+from megatron_tn.evaluation.continuations import continue_texts, prompt_problems
 from megatron_tn.evaluation.perplexity import Documents, Sums, evaluate_documents
 from megatron_tn.evaluation.progress import DocumentProgress
 from megatron_tn.evaluation.tasks import TaskSet, journal_names, load_tasks, run_tasks
@@ -35,6 +36,9 @@ from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.world import join_world, leave_world, world_size
 
 TIMEOUT_S = 1800  # of a collective
+# Long documents are read so many at a time, in windows of batch_tokens // DOCUMENTS tokens: few windows, since a window
+# costs a GPU a forward pass's kernel launches, and few decoding states, since a Transformer's grow with the document.
+DOCUMENTS, SHORTEST_WINDOW = 8, 256
 
 
 @command(EvaluateConfig, "evaluate")
@@ -86,10 +90,11 @@ def held_out_figures(config: EvaluateConfig, model: Model, tokenizer: Tokenizer)
     problems = problems_of_held_out(held_out, setting, model.config.vocab_size)
     if problems := problems or other_tokenizer(held_out, setting, config.tokenizer, config.checkpoint):
         raise ConfigError(problems)
-    documents = held_out_documents(config.manifest, config.max_documents)
+    documents = held_out_documents(config.manifest, config.max_documents, config.max_document_tokens)
+    options = {"batch_tokens": config.batch_tokens, "window": max(SHORTEST_WINDOW, config.batch_tokens // DOCUMENTS)}
     size, hidden = (len(documents.tokens), sum(map(len, documents.tokens))), not is_first_process()
     with DocumentProgress("evaluate", *size, hidden=hidden) as shown:
-        found = evaluate_documents(model, documents, batch_tokens=config.batch_tokens, progress=shown.advance)
+        found = evaluate_documents(model, documents, progress=shown.advance, **options)
     bits_per_byte = {"model": found.bits_per_byte}
     if config.train_manifest:
         training = (document.tokens for document in read_documents(load_manifest(config.train_manifest)))
@@ -157,17 +162,23 @@ def problems_in_training(config: TrainConfig) -> list[str]:
             _tasks_in_training(config)
     except ConfigError as error:
         problems += error.problems
-    if evaluation.tasks and tokenizer_file(config.data.manifest) is None:
-        problems.append(
-            f"evaluation.tasks needs the tokenizer of data.manifest={config.data.manifest}: it is not there"
-        )
+    needing = [name for name in ("tasks", "prompts") if getattr(evaluation, name)]
+    file = tokenizer_file(config.data.manifest) if needing else None
+    if needing and file is None:
+        problems += [
+            f"evaluation.{name} needs the tokenizer of data.manifest={config.data.manifest}: it is not there"
+            for name in needing
+        ]
+    elif evaluation.prompts:
+        tokenizer, most = read_tokenizer(file), config.model.max_length
+        problems += prompt_problems(tokenizer, evaluation.prompts, evaluation.prompt_tokens, most)
     return problems
 
 
 def evaluate_in_training(
     model: Model, config: TrainConfig, progress: Callable[[int, int], None] = lambda documents, tokens: None
-) -> dict[str, float]:
-    """Held-out figures and task scores, by their names in the journal.
+) -> dict[str, Any]:
+    """Held-out figures, task scores and generated texts, by their names in the journal.
 
     Every rank evaluates the same documents, so that engines that gather parameters in the forward pass stay in step.
     progress(n, tokens): called after each batch of n documents or requests, of so many tokens.
@@ -175,6 +186,9 @@ def evaluate_in_training(
     evaluation, found = config.evaluation, {}
     if evaluation.manifest:
         found |= held_out_loss(model, config, progress)
+    if evaluation.prompts:
+        tokenizer = read_tokenizer(tokenizer_file(config.data.manifest))
+        found["texts"] = continue_texts(model, tokenizer, evaluation.prompts, evaluation.prompt_tokens)
     if evaluation.tasks:
         scores = run_tasks(
             model,

@@ -45,8 +45,10 @@ def held_out_loss(
 
 
 @functools.lru_cache(maxsize=2)
-def held_out_documents(manifest: str, most: int) -> Documents:
-    """The first documents of a shard folder, `most` in all (0: all): equally many of each source, where it has them."""
+def held_out_documents(manifest: str, most: int, longest: int = 0) -> Documents:
+    """The first documents of a shard folder, `most` in all (0: all): equally many of each source, where it has them.
+    longest: tokens that each is cut to, bos included; 0: none is cut. Raises ConfigError where documents are to be cut
+    and the bytes of a token are not known."""
     shards = load_manifest(manifest)
     tokens, text_bytes, sources = [], [], []
     for number, source in enumerate(shards.sources):
@@ -58,7 +60,18 @@ def held_out_documents(manifest: str, most: int) -> Documents:
             tokens.append(document.tokens)
             text_bytes.append(document.metadata["bytes"])
             sources.append(source)
-    return Documents(tokens, text_bytes, sources, _token_bytes(shards, tokens, text_bytes))
+    of_token = _token_bytes(shards, tokens, text_bytes)
+    if longest and any(len(ids) > longest for ids in tokens):
+        if of_token is None:
+            raise ConfigError(
+                [
+                    f"max_document_tokens={longest} needs the tokenizer of manifest={manifest} beside it: the bytes of "
+                    "a cut document are those of its tokens"
+                ]
+            )
+        tokens = [ids[:longest] for ids in tokens]
+        text_bytes = [int(of_token[ids].sum()) for ids in tokens]
+    return Documents(tokens, text_bytes, sources, of_token)
 
 
 def _token_bytes(shards: Manifest, tokens: Sequence[np.ndarray], text_bytes: Sequence[int]) -> np.ndarray | None:

@@ -11,6 +11,7 @@ from data_pipeline.shards.manifest import Manifest
 from megatron_tn.checkpoint.load import CheckpointWeights, model_of
 from megatron_tn.checkpoint.manifest import MANIFEST
 from megatron_tn.config import ConfigError
+from megatron_tn.device.allocator import use_expandable_segments
 from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.released.weights import ReleasedWeights
@@ -31,6 +32,8 @@ def load_any_model(path: str, device: str, precision: str, context: ParallelCont
     directory = resolve_checkpoint(path)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda"):
+        use_expandable_segments()  # a Transformer's cache grows by a window at a time
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

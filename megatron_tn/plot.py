@@ -32,9 +32,8 @@ def main() -> None:
     if not words or {"-h", "--help"} & set(words):
         print(__doc__)
         return
-    output = next((word.removeprefix("output=") for word in words if word.startswith("output=")), "")
     with bad_input_exits():
-        paths = [Path(word) for word in words if not word.startswith("output=")]
+        paths, output = paths_and_output(words)
         evaluated = {path.stem: positions_in(path) for path in paths if path.suffix == ".json"}
         runs = [run for path in paths if path.suffix != ".json" for run in runs_in(path)]
         place = output or str((paths[0] if len(paths) == 1 and runs else Path()) / "loss.png")
@@ -44,6 +43,20 @@ def main() -> None:
         if problems:
             raise ConfigError(problems)
         compare(runs, Path(place), evaluated)
+
+
+def paths_and_output(words: Sequence[str]) -> tuple[list[Path], str]:
+    """The paths among a command line's words, and the value of output=, "" where it is not set. Raises ConfigError for
+    another setting, and where no path is named."""
+    named = [word for word in words if not word.startswith("output=")]
+    problems = [
+        f"unknown setting {word}; there is output=" for word in named if "=" in word and not Path(word).exists()
+    ]
+    if not named:
+        problems.append("no run is named: give the folders of runs or of sweeps")
+    if problems:
+        raise ConfigError(problems)
+    return list(map(Path, named)), next((word.removeprefix("output=") for word in words if word not in named), "")
 
 
 def runs_in(folder: Path) -> list[Path]:

@@ -10,7 +10,6 @@ killed goes on where it stopped. `data.filter` and `python -m data_pipeline.audi
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from pathlib import Path
 
@@ -79,10 +78,7 @@ def checked(config: ScoreConfig) -> tuple[Manifest, str]:
         if not config.manifest:
             raise InputError("not set: name the manifest.json of the shards to score")
         manifest = Manifest.load(config.manifest)
-        if manifest.remote is None and not os.access(manifest.directory, os.W_OK | os.X_OK):
-            problems.append(
-                f"manifest={config.manifest}: scores are written beside it, and {manifest.directory} is read-only"
-            )
+        problems += manifest.score_problems(f"manifest={config.manifest}")
     except InputError as error:
         problems += [f"manifest: {problem}" for problem in error.problems]
     try:

@@ -7,11 +7,9 @@ torchrun --nproc-per-node 8 -m megatron_tn.train model=7b parallel.tp=8 data.man
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import json
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,37 +18,24 @@ import torch
 import torch.distributed as dist
 from webdataset import DataPipeline
 
-from data_pipeline.stream import (
-    Batch,
-    InputError,
-    StreamState,
-    TokenStream,
-    batches,
-)
+from data_pipeline.stream import Batch, StreamState, TokenStream, batches
 from kernels.dispatch import in_words
-from megatron_tn.cli import command, is_first_process, run_program
-from megatron_tn.config import ConfigError, TrainConfig
-from megatron_tn.data import open_stream, with_token_ids
+from megatron_tn.cli import command, run_program
+from megatron_tn.config import TrainConfig
 from megatron_tn.engine.build import DTYPES, build_engine
-from megatron_tn.evaluate import evaluate_in_training, problems_in_training
-from megatron_tn.loading import open_weights, resolve_checkpoint
+from megatron_tn.evaluate import evaluate_in_training
+from megatron_tn.loading import open_weights
 from megatron_tn.model.registry import check_kernels, parameter_count, training_flops_per_token
 from megatron_tn.optim.schedule import batch_of_step, learning_rate
 from megatron_tn.parallel.context import ParallelContext
-from megatron_tn.parallel.world import processes_here, world_size
-from megatron_tn.planning.concerns import other_world
-from megatron_tn.planning.host import cpu_cost
 from megatron_tn.plot import compare
+from megatron_tn.preflight import go_to, preflight
 from megatron_tn.training.diagnose import find_nonfinite
-from megatron_tn.training.freeze import goes_on, settings_of_this_start
 from megatron_tn.training.guard import Guard
 from megatron_tn.training.hooks.build import start_hooks
 from megatron_tn.training.preemption import Preemption
-from megatron_tn.training.preflight import checkpoint_problems, model_differences, problems_before_start
-from megatron_tn.training.resume import Start, choose_start
 from megatron_tn.training.rewind import restore, rewind
 from megatron_tn.training.run import Run
-from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import skipped_step, train_step
 from megatron_tn.training.summary import show_start
@@ -107,78 +92,9 @@ def train(config: TrainConfig) -> int | None:
             for hook in hooks:
                 hook.on_step(state, report)
             if report.stop:
+                preemption.stopped = True
                 return preemption.exit_code
     return None
-
-
-def preflight(config: TrainConfig) -> tuple[TrainConfig, TokenStream, Start | None]:
-    """Everything that can be checked before anything is started or written: the settings to run, the data, and on rank
-    0 where to go on.
-
-    Raises:
-        ConfigError: with every problem found.
-    """
-    folder = RunFolder(config.run_dir)
-    config, notes = settings_of_this_start(with_token_ids(config), folder)
-    config = with_token_ids(config)  # settings frozen at a submission have none yet
-    for note in notes:
-        log.info(note)  # by one rank: the others log warnings alone
-    problems = problems_in_training(config)
-    stream = start = None
-    try:
-        stream = open_stream(config)
-    except InputError as error:
-        problems += [f"data.manifest: {problem}" for problem in error.problems]
-    settings = problems_before_start(config, world_size(), stream and stream.manifest.tokenizer.vocab_size)
-    problems += settings
-    if is_first_process() and not settings:
-        try:
-            start = choose_start(config, folder, requeued=goes_on(folder))
-            if config.init_from and start.checkpoint is None:
-                start = dataclasses.replace(start, weights=folder_of_weights(config))
-            problems += checkpoint_problems(config, start)
-            if not problems:
-                go_to(stream, start)
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    if is_first_process() and (line := other_world(config, os.environ)):
-        log.warning(line)
-    if is_first_process() and config.logging.progress and not torch.cuda.is_available():
-        done = manifest.step if (manifest := start.manifest()) else 0
-        if cost := cpu_cost(config, processes_here(), done):
-            log.info(cost)
-    return config, stream, start
-
-
-def folder_of_weights(config: TrainConfig) -> Path:
-    """The checkpoint or the released folder that init_from names.
-
-    Raises:
-        ConfigError: there is none, or it holds another model.
-    """
-    setting = f"init_from={config.init_from}"
-    try:
-        directory = resolve_checkpoint(config.init_from)
-    except ConfigError:
-        raise ConfigError(f"{setting}: no checkpoint, run or released model is there") from None
-    with open_weights(directory) as weights:
-        if changed := model_differences(weights.config, config.model):
-            raise ConfigError([f"{setting} holds another model: {line}" for line in changed])
-    return directory
-
-
-def go_to(stream: TokenStream, start: Start) -> None:
-    """Bring the stream to where a checkpoint was saved. Raises ConfigError when it was trained on other data."""
-    manifest = start.manifest()
-    if manifest is None or not manifest.training.get("stream"):  # initial values, or a checkpoint of weights alone
-        return
-    try:
-        stream.restore(StreamState.from_json(json.dumps(manifest.training.get("stream", {}))))
-    except InputError as error:
-        where = f"checkpoint {start.checkpoint} was trained on other data"
-        raise ConfigError([f"{where}: {problem}" for problem in error.problems]) from None
 
 
 def batches_from(

@@ -15,6 +15,7 @@ from data_pipeline.ablation.settings import compose_ablation
 from data_pipeline.audit.settings import compose_audit
 from data_pipeline.config import compose as compose_pipeline
 from data_pipeline.selfclean.settings import compose_rounds
+from launch import submit
 from megatron_tn import benchmark, convert, evaluate, generate, plan, score, train
 from megatron_tn.config import (
     BenchmarkConfig,
@@ -25,6 +26,7 @@ from megatron_tn.config import (
     ScoreConfig,
     TrainConfig,
 )
+from megatron_tn.config.slurm import SubmitConfig
 from megatron_tn.overrides import CommandLine
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +41,7 @@ TRAINERS = {  # module -> (settings, file of conf/); importing a module register
     evaluate: (EvaluateConfig, "evaluate"),
     generate: (GenerateConfig, "generate"),
     score: (ScoreConfig, "score"),
+    submit: (SubmitConfig, "submit"),
 }
 CLEANERS = {
     "run": compose_pipeline,
@@ -93,7 +96,9 @@ def check(module: str, arguments: list[str]) -> None:
     arguments = arguments[arguments[0] in FIRST_WORDS :]
     if module == "launch.compare_losses":
         package, name, arguments = "megatron_tn", "train", arguments[arguments.index("--") + 1 :]
-    if package == "megatron_tn" and (found := TRAINERS.get(importlib.import_module(module))):
+    # The launchers of the extra submitit, which the tests do without.
+    arguments = [word for word in arguments if not word.startswith(("hydra/launcher=", "hydra.launcher."))]
+    if package in ("megatron_tn", "launch") and (found := TRAINERS.get(importlib.import_module(module))):
         CommandLine.parse(*found, arguments).check()
     elif package == "data_pipeline" and name in CLEANERS:
         CLEANERS[name]([word for word in arguments if not word.startswith("per_kind=")])

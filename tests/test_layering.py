@@ -30,7 +30,7 @@ ALLOWED = {
         "megatron_tn.device",
         "megatron_tn.config",
     ],
-    "megatron_tn.checkpoint": ["megatron_tn.model", "megatron_tn.parallel", "megatron_tn.config"],
+    "megatron_tn.checkpoint": ["megatron_tn.model", "megatron_tn.parallel", "megatron_tn.device", "megatron_tn.config"],
     "megatron_tn.released": [
         "megatron_tn.model",
         "megatron_tn.checkpoint",
@@ -68,13 +68,23 @@ ALLOWED = {
     ],
     "launch": [
         "kernels.bench",
+        "data_pipeline.html_page",
         "megatron_tn.cli",
         "megatron_tn.config",
         "megatron_tn.planning",
+        "megatron_tn.checkpoint.manifest",
         "megatron_tn.training.run_folder",
+        "megatron_tn.training.goodput",
         "megatron_tn.training.compare",
         "megatron_tn.training.curve",
+        "megatron_tn.training.summary",
+        "megatron_tn.training.goodput",
+        "megatron_tn.training.hooks",
+        "megatron_tn.training.submission",
         "megatron_tn.plot",
+        "megatron_tn.data",
+        "megatron_tn.outline",
+        "megatron_tn.preflight",
     ],
 }
 

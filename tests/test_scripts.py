@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from data_pipeline.config import compose
 from data_pipeline.errors import InputError
 from data_pipeline.run import check, run
-from launch.submit import main as submit
 from tests.data_pipeline.corpus import prose
-from tests.helpers.training import ROOT, call
+from tests.helpers.training import ROOT
 
 HOSTILE = """it's a "run" $(touch marker) `touch marker`; touch marker &|<>*? =,[x] %A #"""
 RECORD = """#!/bin/bash
@@ -115,11 +113,57 @@ def test_numbers_of_slurm_are_numbers(fakes, tmp_path, name):
     assert done.returncode == 0 or name in done.stderr
 
 
-def test_a_name_that_the_script_would_read_otherwise_is_refused(fakes, tmp_path, capsys):
+def test_a_name_that_the_script_would_read_otherwise_is_refused(fakes, tmp_path):
     done = sbatch(r"run_dir='a\'b'")
     assert (done.returncode, "a backslash" in done.stderr) == (2, True)
-    assert call(submit, "--", "model=demo", rf"run_dir={tmp_path}/a\b") == 2
-    assert "takes no backslash" in capsys.readouterr().err
-    assert call(submit, "--", "model=demo", f"run_dir={tmp_path / HOSTILE}") == 0
-    assert fakes("sbatch")[-1] == f"run_dir={tmp_path / HOSTILE}"
-    assert list(Path(tmp_path / HOSTILE / "submitted").iterdir())
+
+
+def test_options_before_the_overrides_are_sruns_and_the_containers(fakes, tmp_path):
+    name = "$(touch marker) `touch marker`"
+    done = sbatch(f"--srun=--container-image={name}", "--container=run", f"--container={name}", f"run_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    words = fakes("srun")
+    assert words[words.index(f"--container-image={name}") + 1 :][:3] == ["run", name, "bash"]
+    assert words[-2:] == ["--", f"run_dir={tmp_path}"]
+
+
+def test_a_preemption_by_slurm_is_no_cancellation(fakes, tmp_path):
+    """SLURM sends SIGTERM for both; node.sh has left word of it."""
+    (tmp_path / "status.json").write_text('{"state": "preempted", "step": 3}')
+    folder = tmp_path / "bin"
+    (folder / "srun").write_text('#!/bin/bash\n: >"$RUN_MARK.terminated"\n')
+    assert "cancelled, so not requeued" in sbatch(f"run_dir={tmp_path}").stdout
+    (folder / "scontrol.says").write_text(
+        "   PreemptEligibleTime=2026-11-29T20:00:00 PreemptTime=2026-11-29T20:00:10\n"
+    )
+    assert "told to stop: requeueing" in sbatch(f"run_dir={tmp_path}").stdout
+    assert fakes("scontrol")[-2:] == ["requeue", "17"]
+
+
+@pytest.mark.parametrize(
+    ("marks", "state", "requeued"),
+    [
+        ("failed terminated", "", True),
+        ("terminated failed", "", False),
+        ("failed", "JobState=COMPLETING Reason=None", False),
+        ("terminated failed", "JobState=COMPLETING Reason=TimeLimit", True),
+    ],
+    ids=["srun ends the other nodes", "told to stop", "scancel", "time limit in the middle of a save"],
+)
+def test_a_cancellation_is_told_from_a_failure_on_one_node(fakes, tmp_path, marks, state, requeued):
+    lines = "".join(f'echo 137 >"$RUN_MARK.{mark}"; sleep 0.02\n' for mark in marks.split())
+    (tmp_path / "bin/srun").write_text(f"#!/bin/bash\n{lines}exit 137\n")
+    (tmp_path / "bin/scontrol.says").write_text(f"   {state}\n   Command={ROOT}/launch/train.sbatch\n")
+    done = sbatch(f"run_dir={tmp_path}")
+    assert (done.returncode, fakes("scontrol")[-2:] == ["requeue", "17"]) == (0 if requeued else 137, requeued)
+
+
+def test_a_job_that_fails_is_requeued_and_ends_with_its_code(fakes, tmp_path):
+    (tmp_path / "bin/srun").write_text("#!/bin/bash\nexit 75\n")
+    environment = {"MEGATRON_TN_FAILURES": "1"}
+    done = sbatch(f"run_dir={tmp_path}", **environment)
+    assert (done.returncode, fakes("scontrol")[-2:]) == (0, ["requeue", "17"])
+    done = sbatch(f"run_dir={tmp_path}", SLURM_RESTART_COUNT="1", **environment)
+    assert (done.returncode, "a hang (exit code 75): requeued 1 times" in done.stdout) == (75, True)
+    done = sbatch(f"run_dir={tmp_path}", MEGATRON_TN_REQUEUE="no")
+    assert (done.returncode, "not requeued" in done.stdout) == (75, True)

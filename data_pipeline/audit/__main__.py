@@ -104,7 +104,7 @@ COMMANDS = {"draw": draw, "judge": judge, "summary": summarise}
 
 @command
 def main(arguments: list[str]) -> None:
-    given = overrides("data_pipeline.audit", __doc__, arguments)
+    given = overrides("data_pipeline.audit", __doc__, arguments, AuditSettings)
     name = given.pop(0) if given and "=" not in given[0] else "judge"
     if name not in COMMANDS:
         raise InputError(f"{name}: no such command; there are {', '.join(COMMANDS)}, then KEY=VALUE")

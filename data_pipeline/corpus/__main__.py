@@ -12,12 +12,12 @@ import sys
 
 from data_pipeline.cli import command, overrides
 from data_pipeline.corpus.make import make_corpus
-from data_pipeline.corpus.settings import compose_corpus
+from data_pipeline.corpus.settings import CorpusSettings, compose_corpus
 
 
 @command
 def main(arguments: list[str]) -> None:
-    settings = compose_corpus(overrides("data_pipeline.corpus", __doc__, arguments))
+    settings = compose_corpus(overrides("data_pipeline.corpus", __doc__, arguments, CorpusSettings))
     summary = make_corpus(settings, say=lambda line: print(line, flush=True))
     for source, found in summary["sources"].items():
         print(f"{source}: " + ", ".join(f"{own['tokens']} tokens in {split}" for split, own in found.items()))

@@ -11,6 +11,7 @@ MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_BE, "utf-16-be"), (codecs
 WIDER = {"gbk": "gb18030", "euc_kr": "cp949", "shift_jis": "cp932", "big5": "big5hkscs", "iso8859-11": "cp874"}
 UNMAPPED = {"x-mac-cyrillic": "mac_cyrillic", "x-mac-ukrainian": "mac_cyrillic"}  # labels that resiliparse does not map
 REPLACED = {"replacement", "iso-2022-kr", "csiso2022kr", "hz-gb-2312", "iso-2022-cn", "iso-2022-cn-ext"}
+DETECTED = 1 << 20  # bytes that decide between UTF-8 and windows-1252
 PRESCAN = 1024  # bytes searched for an XML declaration or meta element with the encoding
 COMMENT = re.compile(rb"<!--.*?(?:-->|\Z)", re.DOTALL)
 META = re.compile(rb"<meta[\s/][^>]*", re.IGNORECASE)
@@ -33,7 +34,7 @@ def decode_page(data: bytes | bytearray, label: str | None = None, *, markup: bo
     try:
         return data.decode()
     except UnicodeDecodeError:
-        return _decode(data, codec(detect_encoding(bytes(data))) or "utf-8")
+        return _decode(data, _guess(bytes(data)))
 
 
 def codec(label: str) -> str | None:
@@ -57,6 +58,16 @@ def _named_in(data: bytes) -> str | None:
             break
     label = match and match[1].decode("ascii", "replace")
     return "utf-8" if label and label.lower().startswith("utf-16") else label
+
+
+def _guess(data: bytes) -> str:
+    """The detected encoding of a page; the browsers' windows-1252 if that is UTF-8 with fewer valid characters beyond
+    ASCII than invalid bytes."""
+    name = codec(detect_encoding(data)) or "utf-8"
+    if name != "utf-8":
+        return name
+    head = data[:DETECTED].decode("utf-8", "replace")
+    return "cp1252" if 2 * head.count("\ufffd") > len(head) - len(head.encode("ascii", "ignore")) else name
 
 
 def _decode(data: bytes, name: str) -> str:

@@ -15,6 +15,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.sources import Source
 
 BUFFER = 1 << 17  # bytes per read from a decompressor
+MOST_WINDOW = 128 << 20  # bytes of earlier output that a decompressor keeps; a frame that needs more is refused
 # Errors of damaged files, in addition to the OSError without errno of gzip and fastwarc.
 DAMAGED = (EOFError, zlib.error, ZstdError, lzma.LZMAError, zipfile.BadZipFile)
 # Errors of parsers on unexpected content.
@@ -102,8 +103,8 @@ def opener(folder, path: str, source: Source, compression: str | None = "infer")
         if path.endswith(".zip"):
             raise zipfile.BadZipFile("an archive of files, of which only the first would be read: unpack it")
         most = max(folder.size(path) * source.max_expansion, source.max_document_bytes)
-        if path.endswith(".zst"):
-            packed = Zstandard(folder.open(path, "rb"))
+        if suffix := next((suffix for suffix in FRAMES if path.endswith(suffix)), None):
+            packed = Frames(folder.open(path, "rb"), FRAMES[suffix])
         else:
             packed = folder.open(path, "rb", compression=compression)
         return io.BufferedReader(_AsItComes(packed, most, source), BUFFER)
@@ -111,14 +112,15 @@ def opener(folder, path: str, source: Source, compression: str | None = "infer")
     return open_packed
 
 
-class Zstandard:
-    """The decompressed frames of a .zst file. Raises EOFError where the file ends within a frame, which zstandard's own
-    reader takes for the end of the data."""
+class Frames:
+    """The decompressed frames of a .zst or .xz file. Raises EOFError where the file ends within a frame, which the
+    libraries' own readers of .zst take for the end of the data. `start`: makes a frame's decompressor."""
 
-    PIECE = 1024  # compressed bytes per step: at most 32 MiB of output (128 KiB per 4 bytes)
+    PIECE = 1024  # compressed bytes per step: at most 32 MiB of output (zstd: 128 KiB per 4 bytes)
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: BinaryIO, start: Callable):
         self._file = file
+        self._start = start
         self._frame = None  # decompressor of the unfinished frame
         self._packed = b""
         self._ready = memoryview(b"")
@@ -128,9 +130,13 @@ class Zstandard:
             self._packed = self._packed or self._file.read(self.PIECE)
             if not self._packed:
                 if self._frame:
-                    raise EOFError("the file ends inside a frame of zstd")
+                    raise EOFError("the file ends inside a frame")
                 break
-            self._frame = self._frame or ZstdDecompressor().decompressobj()
+            if self._frame is None and self._start is xz_frame:
+                self._packed = self._packed.lstrip(b"\0")  # padding
+                if not self._packed:
+                    continue
+            self._frame = self._frame or self._start()
             self._ready = memoryview(self._frame.decompress(self._packed))
             self._packed = b""
             if self._frame.eof:
@@ -140,6 +146,17 @@ class Zstandard:
 
     def close(self) -> None:
         self._file.close()
+
+
+def zstd_frame():
+    return ZstdDecompressor(max_window_size=MOST_WINDOW).decompressobj()
+
+
+def xz_frame() -> lzma.LZMADecompressor:
+    return lzma.LZMADecompressor(memlimit=MOST_WINDOW + (2 << 20))  # 2 MiB for tables
+
+
+FRAMES = {".zst": zstd_frame, ".xz": xz_frame, ".lzma": xz_frame}  # by a file's suffix
 
 
 class _AsItComes(io.RawIOBase):

@@ -1,8 +1,8 @@
 """HTTP responses as crawlers store them: original headers, with a body that may already be decoded.
 
-A coding named in the headers (chunked, gzip, ...) is decoded if the body begins accordingly. Otherwise the crawler has
-already decoded the body, which is used unchanged. A body of text that begins with the magic number of gzip or zstd is
-decoded without a header, too.
+A coding named in the headers (chunked, gzip, ...) is decoded if the body begins accordingly. If the body is text, the
+crawler has already decoded it; if it is neither, it is undecodable. A body that begins with the magic number of gzip or
+zstd is decoded whatever the header names.
 """
 
 import re
@@ -67,15 +67,32 @@ class Response:
         if "chunked" in self.headers.get("transfer-encoding", "").lower():
             data = _without_chunks(data)
         for coding in reversed(self.headers.get("content-encoding", "").lower().split(",")):
-            if decode := CODINGS.get(coding.strip()):
-                data = decode(data, most)
-            elif coding.strip() and is_binary(data) and not data.startswith((MEMBER, FRAME)):
-                raise Undecodable(f"Content-Encoding {coding.strip()} is not known, and the body is no text")
-        for magic, decode in ((MEMBER, _gzip), (FRAME, _zstd)):
+            if coding.strip():
+                data = self._without_coding(coding.strip(), data, most)
+        for magic, decode in MAGIC.items():
             if data.startswith(magic) and self.media_type in ("", *PAGES, "text/plain"):
                 data = decode(data, most)
         if len(data) > most:
             raise TooLarge
+        return data
+
+    def _without_coding(self, name: str, data: bytes | bytearray, most: int) -> bytes | bytearray:
+        """`data` decoded as its bytes say, and only then as `name` says; unchanged if it is text already."""
+        for magic, decode in MAGIC.items():
+            if data.startswith(magic):
+                return decode(data, most)
+        is_text = not is_binary(data) or (self.charset or "").lower().startswith("utf-16")
+        zlib_header = len(data) > 1 and data[0] & 15 == 8 and int.from_bytes(data[:2]) % 31 == 0
+        try:
+            if name in DEFLATED and (zlib_header or not is_text):  # zlib format, or raw deflate, as some servers send
+                return _inflate(data, most, ZLIB if zlib_header else RAW)
+            if name == "br" and not is_text:
+                return _brotli(data, most)
+        except Undecodable as error:
+            if not is_text:
+                raise Undecodable(f"Content-Encoding {name}: {error}") from None
+        if not is_text:
+            raise Undecodable(f"Content-Encoding {name}: the body is neither that nor text")
         return data
 
 
@@ -168,23 +185,10 @@ def _inflate(data: bytes, most: int, wbits: int) -> bytes:
 
 
 def _gzip(data: bytes, most: int) -> bytes:
-    return _inflate(data, most, GZIP) if data.startswith(MEMBER) else data
-
-
-def _deflate(data: bytes, most: int) -> bytes:
-    """Decodes `deflate`: zlib format, as in the HTTP standard, or raw deflate, as some servers send."""
-    zlib_header = len(data) > 1 and data[0] & 15 == 8 and int.from_bytes(data[:2]) % 31 == 0
-    try:
-        return _inflate(data, most, ZLIB if zlib_header else RAW)
-    except Undecodable:
-        if is_binary(data):
-            raise
-        return data
+    return _inflate(data, most, GZIP)
 
 
 def _zstd(data: bytes, most: int) -> bytes:
-    if not data.startswith(FRAME):
-        return data
     pieces, size = [], 0
     try:
         with ZstdDecompressor().stream_reader(data, read_across_frames=True) as reader:
@@ -198,9 +202,6 @@ def _zstd(data: bytes, most: int) -> bytes:
 
 
 def _brotli(data: bytes, most: int) -> bytes:
-    """Decodes brotli, which has no magic number: a body that is already text is returned unchanged."""
-    if not is_binary(data):
-        return data
     try:
         import brotli
     except ImportError:
@@ -219,10 +220,5 @@ def _brotli(data: bytes, most: int) -> bytes:
     return b"".join(pieces)
 
 
-CODINGS: dict[str, Callable[[bytes, int], bytes]] = {
-    "gzip": _gzip,
-    "x-gzip": _gzip,
-    "deflate": _deflate,
-    "zstd": _zstd,
-    "br": _brotli,
-}
+MAGIC: dict[bytes, Callable[[bytes, int], bytes]] = {MEMBER: _gzip, FRAME: _zstd}
+DEFLATED = ("deflate", "gzip", "x-gzip")  # names of codings in which a body may be deflate without gzip's header

@@ -20,6 +20,7 @@ BYTES_A_VALUE = 128  # a line may have one JSON value per 128 bytes of max_docum
 FEWEST_VALUES = 50_000  # always allowed
 SHOWN_KEYS = 20  # keys in a message
 LINES_LOOKED_AT = 10  # first lines of a file from which keys are collected
+LONGEST_KEY = 10_000  # characters of a document's name: shards hold 1 MiB of metadata a document
 
 
 def read_jsonl(file: BinaryIO, source: Jsonl) -> Items:
@@ -66,7 +67,8 @@ def _line(line: bytes, place: str, source: Jsonl) -> Found | Quarantined:
 
 
 def from_record(record: dict, place: str, source: Jsonl | Parquet) -> Found | Quarantined:
-    """A document from a JSON object or Parquet row."""
+    """A document from a JSON object or Parquet row. Its name is not kept if it is no string or integer, or longer than
+    LONGEST_KEY."""
     text = record.get(source.text_key)
     if not isinstance(text, str):
         seen = "" if source.text_key in record else f"; keys: {', '.join(list(record)[:SHOWN_KEYS])}"
@@ -76,7 +78,7 @@ def from_record(record: dict, place: str, source: Jsonl | Parquet) -> Found | Qu
     if (size := _bytes(text, source.max_document_bytes)) > source.max_document_bytes:
         return too_large(place, size, source)
     key = record.get(source.id_key)
-    extra = {"key": str(key)} if isinstance(key, str | int) else {}
+    extra = {"key": str(key)} if isinstance(key, str | int) and len(str(key)) <= LONGEST_KEY else {}
     return page_text(text.encode(), "utf-8", place, source, extra) if source.html else Found(place, text, extra)
 
 

@@ -4,7 +4,7 @@ import re
 import zlib
 from typing import BinaryIO
 
-from data_pipeline.readers.base import Bomb, Zstandard
+from data_pipeline.readers.base import Bomb, Frames, zstd_frame
 from data_pipeline.sources import Source
 
 PIECE = 1 << 16  # bytes per read and per decompression step
@@ -36,7 +36,7 @@ class Members:
         head = file.read(4)
         file.seek(0)
         self.packed = head.startswith(GZIP)
-        self._frames = Zstandard(file) if head in ZSTD else None
+        self._frames = Frames(file, zstd_frame) if head in ZSTD else None
         self._member = None  # zlib decompressor of the current member
         self._input = b""  # compressed bytes read but not yet decompressed
         self.given = 0  # bytes decompressed

@@ -8,12 +8,12 @@ import sys
 
 from data_pipeline.cli import command, overrides
 from data_pipeline.selfclean.rounds import WaitingForPeople, run_rounds, table
-from data_pipeline.selfclean.settings import compose_rounds
+from data_pipeline.selfclean.settings import RoundsSettings, compose_rounds
 
 
 @command
 def main(arguments: list[str]) -> None:
-    settings = compose_rounds(overrides("data_pipeline.selfclean", __doc__, arguments))
+    settings = compose_rounds(overrides("data_pipeline.selfclean", __doc__, arguments, RoundsSettings))
     try:
         reports = run_rounds(settings, say=lambda line: print(line, flush=True))
     except WaitingForPeople as waiting:

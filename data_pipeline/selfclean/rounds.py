@@ -55,6 +55,8 @@ def run_rounds(settings: RoundsSettings, say=print) -> list[dict]:
         for number in range(1, settings.rounds + 1):
             one = Round(settings, manifest, number, quantiles, before)
             if not one.report.exists():
+                if problems := manifest.score_problems(f"manifest={settings.manifest}"):
+                    raise InputError(*problems)
                 one.run(say, lock)
             reports.append(json.loads(one.report.read_text()))
             if number < settings.rounds:

@@ -15,7 +15,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass(frozen=True, config=STRICT)
 class QuantileSettings:
-    """See `bands.Quantiles`."""
+    """Of each source and language, documents are kept whose score lies between the quantiles `low` and `high`. A
+    language with fewer than `minimum` documents has its source's quantiles, and such a source those of all documents.
+    `sources`: {NAME: [LOW, HIGH]}."""
 
     low: Share = 0.02
     high: Share = 0.98

@@ -82,6 +82,8 @@ class Manifest:
         path = Path(path) if remote is None else remote.folder / name
         try:
             content = CONTENT.validate_json(path.read_bytes())
+        except IsADirectoryError:
+            raise InputError(f"manifest {path}: it is a folder; name the file {path / 'manifest.json'}") from None
         except OSError as error:
             raise InputError(f"manifest {path}: {error.strerror or error}") from None
         except ValidationError as error:
@@ -168,6 +170,13 @@ class Manifest:
     def names(self) -> set[str]:
         """Names of the files beside the manifest; empty for a remote folder that cannot be listed."""
         return set(self.remote.names() if self.remote else os.listdir(self.directory))
+
+    def score_problems(self, setting: str) -> list[str]:
+        """One line, which begins with `setting`, when the folder of a local manifest takes no scores. Whether a remote
+        one does, `publish` finds out."""
+        if self.remote is not None or os.access(self.directory, os.W_OK | os.X_OK):
+            return []
+        return [f"{setting}: scores are written beside it, and {self.directory} is read-only"]
 
     def publish(self, name: str) -> None:
         """Uploads a file from `directory` to a remote manifest's folder. Raises InputError."""

@@ -44,6 +44,9 @@ def load_scores(read: Callable[[str], bytes], shard: Shard, name: str) -> tuple[
     try:
         data = read(file)
         scores = read_npy(data, (shard.documents, len(MEASURES)), np.float32)
+    except FileNotFoundError:
+        how = f"python -m megatron_tn.score checkpoint=... manifest=... name={name}"
+        raise InputError(f"scores {file}: no such file; {how} writes it") from None
     except OSError as error:
         raise InputError(f"scores {file}: {error.strerror or error}") from None
     except ValueError as error:

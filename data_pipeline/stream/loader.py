@@ -1,5 +1,6 @@
 """Prefetches a rank's share of each step's global batch."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -13,6 +14,8 @@ from data_pipeline.stream.ahead import read_ahead
 from data_pipeline.stream.device import receive, send
 from data_pipeline.stream.sample import Batch
 from data_pipeline.stream.token_stream import TokenStream
+
+TRAINER_S = 1.0  # seconds between a reader's looks at whether its trainer lives
 
 Plan = Callable[[int], tuple[int, int] | None]
 
@@ -121,8 +124,14 @@ class BatchLoader:
             generator=torch.Generator(),
         )
         # Started here, in the main thread, where PyTorch detects a dead worker at once. The iterator's finaliser ends
-        # the processes, so only the generator may reference the iterator.
-        return (step for step in iter(loader))
+        # the processes, so only the generator may reference the iterator. A forked reader inherits the signal mask: a
+        # SIGTERM that reaches it before `_end_by_parent_alone` runs waits, too.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            steps = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return (step for step in steps)
 
 
 class _Shares(Dataset):
@@ -145,17 +154,21 @@ def _as_it_is(item):
 
 
 def _end_by_parent_alone(_worker: int) -> None:
-    """In a reader process: only a SIGTERM from its parent ends it.
+    """In a reader process: only a SIGTERM from the trainer ends it, and the trainer's end.
 
     SLURM and container runtimes send a job's stop signal to all its processes. The trainer then finishes its step and
-    saves; a reader that died before would make it fail.
+    saves; a reader that died before would make it fail. A killed trainer sends nothing. Then DataLoader's own watch,
+    which looks at the parent process, sees nothing either where a fork server is the parent: Python's default start
+    method from 3.14 on.
     """
-    parent = os.getppid()
+    trainer = multiprocessing.parent_process()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait_for_parent() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-            pass
+        while trainer.is_alive():
+            told = signal.sigtimedwait({signal.SIGTERM}, TRAINER_S)
+            if told is not None and told.si_pid == trainer.pid:
+                break
         os._exit(0)
 
     threading.Thread(target=wait_for_parent, name="signals", daemon=True).start()

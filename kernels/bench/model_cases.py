@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim._muon import _zeropower_via_newtonschulz
 
 import kernels
 from kernels.adamw import reference as adamw_reference
 from kernels.bench.cases import Case, random_inputs
 from kernels.bench.peers import Peer
 from kernels.cross_entropy import reference as head_reference
+from kernels.newton_schulz import reference as ns_reference
 
 
 def cases(device: torch.device) -> Iterator[tuple[Case, Case]]:
@@ -24,6 +26,8 @@ def cases(device: torch.device) -> Iterator[tuple[Case, Case]]:
     for width in (2048, 4096) if gpu else (64,):
         yield _layer(65, width, dtype, device), _layer(16384 if gpu else 256, width, dtype, device)
     yield _adamw(4099, dtype, device), _adamw(2**28 if gpu else 2**20, dtype, device, in_place=True)
+    for shape in ((16, 2048, 2048), (5, 5632, 2048), (4, 4096, 4096)) if gpu else ((4, 64, 96),):
+        yield _newton_schulz((2, 520, 640), dtype, device), _newton_schulz(shape, dtype, device)
 
 
 def _adamw(elements: int, dtype: torch.dtype, device: torch.device, *, in_place: bool = False) -> Case:
@@ -61,6 +65,42 @@ def _adamw(elements: int, dtype: torch.dtype, device: torch.device, *, in_place:
         output_bytes=3 * master.nbytes + copy.nbytes,
         in_place=True,
         peers=(Peer("torch.optim.AdamW(fused=True), and the copy", torchs),),
+    )
+
+
+def _newton_schulz(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Case:
+    """Lower bound: time of the products, the symmetric ones by half, one at a time in the inputs' type."""
+    count, rows, columns = shape
+    matrices = torch.randn(shape, dtype=dtype, device=device)
+    wide = matrices if rows <= columns else matrices.mT
+    gram, half = wide @ wide.mT, min(rows, columns) // 2
+
+    def exact(x: Tensor) -> Tensor:
+        return torch.stack([ns_reference.newton_schulz(one, 5) for one in x])
+
+    def products() -> list[tuple[Tensor, ...]]:
+        return [(wide[:, :half] @ wide.mT, gram[:, :half] @ gram, gram @ wide) for _ in range(5)]
+
+    def plain(x: Tensor) -> Tensor:
+        with kernels.dispatch.backend("torch"):
+            return kernels.newton_schulz(x)
+
+    def torchs(x: Tensor) -> list[Tensor]:
+        return [
+            _zeropower_via_newtonschulz(one, (ns_reference.A, ns_reference.B, ns_reference.C), 5, 1e-7) for one in x
+        ]
+
+    return Case(
+        "newton_schulz",
+        f"{count} x {rows} x {columns}",
+        kernels.newton_schulz,
+        [matrices],
+        [],
+        exact,
+        chained=True,
+        output_bytes=matrices.nbytes,
+        products=products,
+        peers=(Peer("whole products, batched", plain), Peer("torch.optim.Muon's, one by one", torchs)),
     )
 
 

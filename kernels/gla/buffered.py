@@ -34,6 +34,7 @@ def gla_step_buffered_(
     values: Tensor,
     slot: Tensor,
     start: Tensor,
+    fold: bool,
     decay: Tensor,
     theta: Tensor | None,
     act: str,
@@ -42,20 +43,25 @@ def gla_step_buffered_(
 ) -> tuple[Tensor, Tensor]:
     """`gla_step` with a `StepBuffer`, which it updates: y [B, 1, H d] and the sum of o^2 [B, 1].
 
-    state, keys, values, slot, start: the fields of the buffer.
+    state, keys, values, slot, start, fold: the fields of the buffer.
     """
     if not qkvu.is_cuda:
         check_values(decay, None, 1)
+        if fold != (int(slot) == keys.shape[2] - 1):
+            raise ValueError(
+                f"fold={fold} with slot={int(slot)}: a buffer of W={keys.shape[2]} slots folds at the last"
+            )
+    buffer = StepBuffer(state, keys, values, slot, start, fold)
     inputs = GlaInputs(qkvu, decay, theta, act, gate, positions, state, None)
     if inputs.backend == "triton":
         from kernels.gla import triton_buffered
 
-        return triton_buffered.step(inputs, StepBuffer(state, keys, values, slot, start))
-    return _plain(inputs, StepBuffer(state, keys, values, slot, start))
+        return triton_buffered.step(inputs, buffer)
+    return _plain(inputs, buffer)
 
 
 @gla_step_buffered_.register_fake
-def _fake(qkvu, state, keys, values, slot, start, decay, theta, act, gate, positions):
+def _fake(qkvu, state, keys, values, slot, start, fold, decay, theta, act, gate, positions):
     batch, _, fused = qkvu.shape
     return qkvu.new_empty(batch, 1, fused // 4), qkvu.new_empty(batch, 1, dtype=accumulation_dtype(qkvu.dtype))
 
@@ -80,8 +86,8 @@ def _plain(inputs: GlaInputs, buffer: StepBuffer) -> tuple[Tensor, Tensor]:
     scores = torch.einsum("bhk,bhjk->bhj", q, buffer.keys.to(wide)) * age
     o = torch.einsum("bhk,bhkd->bhd", q, buffer.state.to(wide)) * before[..., None]
     o = (o + torch.einsum("bhj,bhjd->bhd", scores, buffer.values.to(wide))).to(v.dtype)
-    full = slot == slots - 1
-    buffer.state.copy_(torch.where(full, fold(buffer, slot, inputs.decay), buffer.state))
+    if buffer.fold:
+        buffer.state.copy_(fold(buffer, slot, inputs.decay))
     square_sum = o.flatten(1).to(wide).square().sum(-1, keepdim=True)
     y = o * u if inputs.gate else o
     return y.flatten(1)[:, None].contiguous(), square_sum

@@ -14,7 +14,8 @@ class StepBuffer(NamedTuple):
     state: [B, H, K, d], fp32 (fp64 for fp64). keys: [B, H, W, K], the features of k; values: [B, H, W, d]; both in the
     type of qkvu. The entries of slots outside start <= j < slot are not read.
     slot: int64 [1], where the next token's key and value go, 0 .. W - 1. start: int64 [B], each row's first slot in
-    use. All layers share these two tensors; the caller advances them once a token.
+    use. All layers share these two tensors; the caller advances them once a token. fold: whether slot is W - 1, so that
+    the next step folds; the caller, who counts steps on the host, says so.
     """
 
     state: Tensor
@@ -22,6 +23,7 @@ class StepBuffer(NamedTuple):
     values: Tensor
     slot: Tensor
     start: Tensor
+    fold: bool = False
 
     @classmethod
     def around(cls, state: Tensor, slots: int, dtype: torch.dtype, slot: Tensor, start: Tensor) -> StepBuffer:

@@ -82,18 +82,20 @@ def turn_of(
     positions_pointer,  # [B] or [1], or None: 0
     positions_row,
     row,
-    source,  # [SUMMED]: each feature's channel of the head
+    feature,  # [COUNT], of 0 .. 2 d - 1
+    source,  # [COUNT]: each feature's channel of the head
     held,
     QUICK: tl.constexpr,
-    SUMMED: tl.constexpr,
+    COUNT: tl.constexpr,
 ):
-    """LRPE's factors of one token's q and k, fp32 [SUMMED]: cos(theta t) in the first half, then sin(theta t)."""
+    """LRPE's factors of features of one token's q and k, fp32 [COUNT]: cos(theta t) of the first d, sin(theta t) of the
+    others."""
     position = tl.zeros([1], tl.int64)
     if positions_pointer is not None:
         position += tl.load(positions_pointer + row * positions_row).to(tl.int64)
     fraction = turn_fraction(tl.load(theta_at + source, mask=held, other=0.0))
     cos, sin = cos_sin(position, fraction, QUICK)
-    return tl.where(source == tl.arange(0, SUMMED), tl.reshape(cos, [SUMMED]), tl.reshape(sin, [SUMMED]))
+    return tl.where(source == feature, tl.reshape(cos, [COUNT]), tl.reshape(sin, [COUNT]))
 
 
 @triton.jit

@@ -59,7 +59,9 @@ def step_kernel(
     q = activate(tl.load(x + source, mask=held, other=0.0).to(tl.float32), ACT, QUICK)
     k = activate(tl.load(x + part + source, mask=held, other=0.0).to(tl.float32), ACT, QUICK)
     if theta_pointer is not None:
-        turn = turn_of(theta_pointer + head * width, positions_pointer, positions_row, row, source, held, QUICK, SUMMED)
+        turn = turn_of(
+            theta_pointer + head * width, positions_pointer, positions_row, row, i, source, held, QUICK, SUMMED
+        )
         q *= turn
         k *= turn
     # With "1+elu", act(0) = 1: padding must be zeroed after the activation.

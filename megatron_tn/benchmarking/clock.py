@@ -1,24 +1,19 @@
-"""Times training steps, and samples the rate of a matrix product in between.
-
-Utilisation compares both under the same GPU clocks. A sample lasts until the GPU's power limit acts: the first products
-after a pause run at clocks that the GPU sustains for less than 0.1 s.
-"""
+"""Times training steps, and samples the rate of a matrix product in between: utilisation compares both under the same
+GPU clocks."""
 
 from __future__ import annotations
 
 import gc
-import itertools
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 
+from megatron_tn.device.matrix_rate import Marks, elapsed, matmul_tflops
+
 GIB = 2**30
 WARM_UP = 4  # steps: compilation ends after two, growth of the allocator after three
 GROUP = 4  # consecutive steps between two samples of the matrix rate
-
-Marks = list  # of torch.cuda.Event, or of milliseconds as float on a CPU
 
 
 def sampled(step: Callable[[], Marks], count: int, device: torch.device) -> tuple[list[list[float]], float, float]:
@@ -37,34 +32,6 @@ def sampled(step: Callable[[], Marks], count: int, device: torch.device) -> tupl
         _, *group = [step() for _ in range(1 + GROUP)]  # drop a group's first step: the device queue was idle
         times += [elapsed(marks) for marks in group]
     return times[:count], statistics.median(rates), max(peak, peak_gib())
-
-
-def matmul_tflops(device: torch.device) -> float:
-    """Sustained TFLOP/s of a bf16 product of 8192 x 8192 matrices; on a CPU of 256 x 256, only to fill the table."""
-    size, settling, repeats = (8192, 60, 100) if device.type == "cuda" else (256, 1, 3)
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    marks = [mark(device)]
-    for _ in range(settling + repeats):
-        a @ b
-        marks.append(mark(device))
-    return 2 * size**3 / statistics.median(elapsed(marks)[settling:]) / 1e9
-
-
-def mark(device: torch.device) -> torch.cuda.Event | float:
-    """A time stamp: a CUDA event recorded on the current stream, or the host's clock in ms on a CPU."""
-    if device.type != "cuda":
-        return 1e3 * time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def elapsed(marks: Marks) -> list[float]:
-    """Milliseconds between consecutive marks; synchronises with the last mark."""
-    if isinstance(marks[0], float):
-        return [b - a for a, b in itertools.pairwise(marks)]
-    marks[-1].synchronize()
-    return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
 
 
 def peak_gib() -> float:

@@ -24,6 +24,7 @@ from megatron_tn.config import ModelConfig, from_mapping
 from megatron_tn.inference.decoder import build_decoder
 from megatron_tn.inference.prefix import Prefix
 from megatron_tn.inference.sampler import Sampler
+from megatron_tn.inference.states import SLOTS
 from megatron_tn.model.base import Model
 from megatron_tn.model.init import initialize
 from megatron_tn.model.registry import build_model
@@ -31,24 +32,30 @@ from megatron_tn.model.registry import build_model
 RUNS = 3
 
 
-def random_model(name: str, device: str, seed: int = 0) -> Model:
-    """The size conf/model/`name`.yaml with random weights; bf16 on a GPU."""
+def model_config(name: str) -> ModelConfig:
+    """The size conf/model/`name`.yaml."""
     with hydra.initialize_config_dir(str(CONF), version_base=None):
-        settings = OmegaConf.to_container(hydra.compose("config", overrides=[f"model={name}"]).model)
+        return from_mapping(
+            ModelConfig, OmegaConf.to_container(hydra.compose("config", overrides=[f"model={name}"]).model)
+        )
+
+
+def random_model(name: str, device: str, seed: int = 0) -> Model:
+    """`model_config(name)` with random weights; bf16 on a GPU."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = build_model(from_mapping(ModelConfig, settings), None, device, dtype)
+    model = build_model(model_config(name), None, device, dtype)
     initialize(model, seed)
     return model
 
 
 def token_ms(model: Model, batch: int, position: int, sampler: Sampler, tokens: int) -> float:
     """Milliseconds of one decoding step of `batch` rows that are at `position`, the median of RUNS runs of `tokens`
-    steps after two that compile kernels and capture the graph."""
+    steps after those that compile kernels and capture the graphs."""
     decoder = build_decoder(model, batch)
     for row in range(batch):
         decoder.start(row, Prefix(None, model.config.bos_id, frozenset()), sampler=sampler, key=row)
     decoder.positions += position
-    decoder.run(2).read()
+    decoder.run(2 * SLOTS).read()
     found = []
     for _ in range(RUNS):
         begin = time.perf_counter()

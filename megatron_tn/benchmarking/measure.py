@@ -12,10 +12,11 @@ from torch import Tensor
 
 from data_pipeline.stream.bench import write_shards
 from kernels import linear_cross_entropy
-from megatron_tn.benchmarking.clock import Marks, mark, peak_gib, release, sampled
+from megatron_tn.benchmarking.clock import peak_gib, release, sampled
 from megatron_tn.benchmarking.peers import llama
 from megatron_tn.benchmarking.result import LOOP, STEP, WITH_OPTIMIZER, Result, layout_of, peer_layout
 from megatron_tn.config import LOOP_WARM_UP, BenchmarkConfig, TrainConfig, from_mapping, to_mapping
+from megatron_tn.device.matrix_rate import Marks, mark
 from megatron_tn.engine.build import build_engine
 from megatron_tn.model.registry import parameter_count
 from megatron_tn.parallel.context import ParallelContext
@@ -124,8 +125,8 @@ def loop_result(config: BenchmarkConfig, shards: Path, rate: float) -> Result:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     train(from_mapping(TrainConfig, values))
-    records = RunFolder(run_dir).records()
-    speeds = [record["tokens_per_second"] for record in records if "tokens_per_second" in record][LOOP_WARM_UP:]
+    records = RunFolder(run_dir).records("tokens_per_second")
+    speeds = [record["tokens_per_second"] for record in records][LOOP_WARM_UP:]
     if not speeds:
         raise RuntimeError(f"the training loop was stopped after {len(records)} steps; {LOOP_WARM_UP + 1} are needed")
     milliseconds = 1e3 * data.global_batch * data.sequence_length / statistics.median(speeds)

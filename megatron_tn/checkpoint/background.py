@@ -17,16 +17,19 @@ import torch.distributed as dist
 
 from megatron_tn.checkpoint.manifest import Trainable
 from megatron_tn.checkpoint.retention import Retention
-from megatron_tn.checkpoint.save import HostMemory, take_snapshot, write_snapshot
+from megatron_tn.checkpoint.save import prepare_host_memory, take_snapshot, write_snapshot
+from megatron_tn.device.host_memory import HostMemory
+from megatron_tn.device.threads import start_thread
 
 
 @dataclass
 class Save:
-    """One save. pause_s: seconds that training waited for the save. write_s: seconds from the snapshot to the rename.
-    error: set on every rank when the save failed."""
+    """One save. pause_s: seconds that training waited for the save, of which wait_s for the previous save's write.
+    write_s: seconds from the snapshot to the rename. error: set on every rank when the save failed."""
 
     step: int
     pause_s: float = 0.0
+    wait_s: float = 0.0
     write_s: float = 0.0
     path: Path | None = None
     error: Exception | None = None
@@ -49,12 +52,17 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._current: Save | None = None
 
+    def prepare(self, engine: Trainable) -> None:
+        """Begin to make the host memory of the saves, in a thread: else the first save waits for it. Not collective."""
+        prepare_host_memory(engine, self._memory)
+
     def save(self, engine: Trainable, step: int, **content) -> Save | None:
         """Save `step`; content: `save_checkpoint`'s arguments. Returns the previous `Save`, as `wait` does."""
         began = time.perf_counter()
         before = self.wait()
+        waited = time.perf_counter() - began
         snapshot = take_snapshot(engine, self.folder, step=step, memory=self._memory, **content)
-        self._current = save = Save(step)
+        self._current = save = Save(step, wait_s=waited)
 
         def write() -> None:
             since = time.perf_counter()
@@ -64,9 +72,7 @@ class CheckpointWriter:
                 save.error = error
             save.write_s = time.perf_counter() - since
 
-        # A daemon thread: when the run fails elsewhere, the process exits even if a write to the disk hangs.
-        self._thread = threading.Thread(target=write, name="checkpoint-writer", daemon=True)
-        self._thread.start()
+        self._thread = start_thread(write, "checkpoint-writer")
         if not self.background:
             self._thread.join()
         save.pause_s = time.perf_counter() - began
@@ -80,7 +86,8 @@ class CheckpointWriter:
         return self.wait()
 
     def join(self) -> None:
-        """Wait for the last save; a later `finished` or `wait` still returns it."""
+        """Wait for `prepare` and the last save; a later `finished` or `wait` still returns the save."""
+        self._memory.join()
         if self._thread is not None:
             self._thread.join()
 

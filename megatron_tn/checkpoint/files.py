@@ -3,23 +3,26 @@
 The format is 8 bytes of header length (little-endian), a JSON header {name: {dtype, shape, data_offsets}}, and the
 tensors' bytes; the safetensors library reads and writes the same files. Unlike that library, the writer hashes while it
 writes, and the reader calls pread on exact byte ranges instead of mapping the file: a rank can count the bytes it
-reads, and a truncated file raises an error that names it instead of a bus error.
+reads, and a truncated file raises an error that names it instead of a bus error. Both use direct I/O; for that, spaces
+at the end of the header let the tensors begin at a multiple of 4096 bytes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_tn.checkpoint.direct import ALIGNMENT, DirectFile, buffer_of_this_thread, round_up
+from megatron_tn.checkpoint.parts import FileRecord, write_file
 from megatron_tn.config import ConfigError
 
 DTYPES = {
@@ -30,24 +33,17 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MOST_HEADER_BYTES = 100 << 20
-CHUNK_BYTES = 16 << 20  # per write and hash update
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """size: bytes. sha256: hex, of the whole file."""
-
-    size: int
-    sha256: str
+CHUNK_BYTES = 8 << 20  # per read
+PART_BYTES = 8 << 20  # hashed and written by one thread at a time; 32 MiB at once are faster than 64
+COPIED_PART_BYTES = 2 << 20  # of parts that are copied, some of which are held at a time
+WORTH_DIRECT = 1 << 20  # bytes: smaller reads go through the page cache, which reads ahead
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
-    """Write contiguous CPU tensors to `path` and fsync it. The same tensors give the same bytes.
-
-    Hashing and writing release the GIL.
-    """
+    """Write contiguous CPU tensors to `path` and fsync it. The same tensors give the same bytes."""
     shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    return stream_tensors(path, shapes, tensors.values())
+    head = _header(shapes, None)
+    return write_file(path, itertools.chain([head], map(_bytes_of, joined(tensors.values()))), PART_BYTES)
 
 
 def stream_tensors(
@@ -60,6 +56,12 @@ def stream_tensors(
 
     metadata: of the file, which every reader of safetensors shows.
     """
+    return write_file(path, itertools.chain([_header(shapes, metadata)], map(_bytes_of, tensors)), COPIED_PART_BYTES)
+
+
+def _header(
+    shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None
+) -> np.ndarray:
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, (dtype, shape) in shapes.items():
@@ -67,35 +69,49 @@ def stream_tensors(
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # aligns the tensors to 8 bytes
-    digest, written = hashlib.sha256(), 0
-    with path.open("wb", buffering=0) as file:
-        for part in itertools.chain([len(text).to_bytes(8, "little") + text], map(_bytes_of, tensors)):
-            view = memoryview(part)
-            for start in range(0, len(view), CHUNK_BYTES):
-                chunk = view[start : start + CHUNK_BYTES]
-                digest.update(chunk)
-                written += len(chunk)
-                while chunk:
-                    chunk = chunk[file.write(chunk) :]
-        os.fsync(file.fileno())
-    return FileRecord(written, digest.hexdigest())
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+def joined(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Tensors that follow each other in one storage as one [n], so that a part of the file is seldom in several."""
+    run: Tensor | None = None
+    for tensor in tensors:
+        flat = tensor.view(-1)
+        if (
+            run is not None
+            and flat.dtype == run.dtype
+            and flat.untyped_storage().data_ptr() == run.untyped_storage().data_ptr()
+            and flat.storage_offset() == run.storage_offset() + run.numel()
+        ):
+            run = run.as_strided((run.numel() + flat.numel(),), (1,))
+            continue
+        if run is not None:
+            yield run
+        run = flat
+    if run is not None:
+        yield run
+
+
+def _bytes_of(tensor: Tensor) -> np.ndarray:
+    return tensor.view(-1).view(torch.uint8).numpy()
 
 
 class TensorFile:
     """An open tensor file. Reads exactly the requested bytes and counts them in `bytes_read`.
 
+    direct: whether large reads are direct I/O: for a file that is read once, on a disk that is faster than the page
+    cache. `read` and `get` may be called by several threads.
+
     Raises:
         ConfigError: the file is missing or damaged, or lacks the requested tensor.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, direct: bool = False):
         self.path = path
         self.bytes_read = 0
+        self._lock = threading.Lock()
+        self._direct: DirectFile | None = None
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
@@ -104,22 +120,35 @@ class TensorFile:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
         try:
             self.entries = self._read_header()
+            self._direct = DirectFile(path, os.O_RDONLY) if direct else None
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
         os.close(self._descriptor)
+        if self._direct is not None:
+            self._direct.close()
 
     def read(self, name: str, first: int, destination: Tensor) -> None:
-        """Fill `destination` [n], contiguous and on the CPU, with elements [first, first + n) of tensor `name`."""
+        """Fill `destination` [n], contiguous and on any device, with elements [first, first + n) of tensor `name`."""
         dtype, shape, offset = self.entry(name)
         if dtype != destination.dtype or first + destination.numel() > math.prod(shape):
             raise ConfigError(
                 f"{self.path} is damaged: {name} is {dtype} {list(shape)}, but {destination.dtype} elements "
                 f"{first} to {first + destination.numel()} were requested"
             )
-        self._fill(_bytes_of(destination), offset + first * destination.element_size())
+        at, target = offset + first * destination.element_size(), destination.view(-1).view(torch.uint8)
+        if target.is_cpu and (self._direct is None or len(target) < WORTH_DIRECT):
+            self._fill(target.numpy(), at)
+            return
+        for start in range(0, len(target), CHUNK_BYTES):
+            part = target[start : start + CHUNK_BYTES]
+            data = self._buffered(at + start, len(part))
+            if part.is_cpu:
+                np.copyto(part.numpy(), data)
+            else:
+                part.copy_(torch.from_numpy(data))
 
     def get(self, name: str) -> Tensor:
         """All elements of tensor `name`, in the shape of the file's header."""
@@ -159,11 +188,28 @@ class TensorFile:
         return entries
 
     def _head(self, count: int, at: int) -> bytes:
-        data = bytearray(max(0, min(count, MOST_HEADER_BYTES)))
-        self._fill(memoryview(data), at)
-        return bytes(data)
+        data = np.empty(max(0, min(count, MOST_HEADER_BYTES)), np.uint8)
+        self._fill(data, at)
+        return data.tobytes()
 
-    def _fill(self, view: memoryview, at: int) -> None:
+    def _buffered(self, at: int, count: int) -> np.ndarray:
+        """Bytes [at, at + count) of the file, in this thread's buffer: valid until the thread's next call."""
+        skip = at % ALIGNMENT
+        buffer = buffer_of_this_thread(CHUNK_BYTES + 2 * ALIGNMENT)
+        data = buffer[skip : skip + count]
+        if self._direct is None or count < WORTH_DIRECT:
+            self._fill(data, at)
+            return data
+        try:
+            found = self._direct.read(buffer[: round_up(skip + count)], at - skip)
+        except OSError as error:
+            raise ConfigError(f"{self.path} cannot be read: {error.strerror}") from None
+        if found < skip + count:
+            raise ConfigError(f"{self.path} is damaged: it ends at byte {at - skip + found}")
+        self._count(count)
+        return data
+
+    def _fill(self, view: np.ndarray, at: int) -> None:
         done = 0
         while done < len(view):
             try:
@@ -173,7 +219,11 @@ class TensorFile:
             if count == 0:
                 raise ConfigError(f"{self.path} is damaged: it ends at byte {at + done}")
             done += count
-        self.bytes_read += done
+        self._count(done)
+
+    def _count(self, read: int) -> None:
+        with self._lock:
+            self.bytes_read += read
 
 
 def sync_folder(path: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -13,27 +14,31 @@ from torch import Tensor
 
 from megatron_tn.checkpoint.files import TensorFile
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, Trainable, rank_file
-from megatron_tn.checkpoint.reshard import overlaps, pieces_of_local_range, spans_of, view_of
+from megatron_tn.checkpoint.reshard import Rectangle, bands, overlaps, pieces_of_local_range, spans_of, view_of
 from megatron_tn.checkpoint.retention import reading
 from megatron_tn.config import ConfigError, ModelConfig, from_mapping
+from megatron_tn.device.threads import in_parallel
 from megatron_tn.model.base import Model
 from megatron_tn.model.registry import build_model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.sharding import OwnedRange
 
+BAND_ELEMENTS = 2 << 20  # fp32, of one read: 8 MiB
+
 
 class Reader:
     """Open files of one checkpoint, locked against removal by a run's retention. Use as a context manager.
 
-    `bytes_read`: bytes read from all files.
+    direct: see `TensorFile`. `bytes_read`: bytes read from all files.
 
     Raises:
         ConfigError: a file is missing or damaged, a tensor is incomplete or of another shape.
     """
 
-    def __init__(self, directory: Path, manifest: CheckpointManifest):
+    def __init__(self, directory: Path, manifest: CheckpointManifest, *, direct: bool = False):
         self.directory = directory
         self.manifest = manifest
+        self.direct = direct
         self._files: dict[str, TensorFile] = {}
         self._stack = ExitStack()
 
@@ -46,27 +51,25 @@ class Reader:
 
     def fill(self, kind: str, name: str, shape: tuple[int, ...], piece: Piece, destination: Tensor) -> None:
         """Fill `destination` [piece.stop - piece.start], contiguous, with `piece` of logical tensor kind/name."""
+        for read in self.reads(kind, name, shape, piece, destination):
+            read()
+
+    def reads(
+        self, kind: str, name: str, shape: tuple[int, ...], piece: Piece, destination: Tensor
+    ) -> Iterator[Callable[[], None]]:
+        """`fill` as calls that may run in any order and in several threads, each for a band of the tensor."""
         stored_shape = self.manifest.shapes.get(name)
         if stored_shape != list(shape):
             raise ConfigError(f"{self.directory}: {name} has shape {stored_shape}, but the model needs {list(shape)}")
-        staging = torch.empty(destination.shape, dtype=torch.float32)
         filled = 0
         for stored in self.manifest.pieces.get(f"{kind}/{name}", []):
             for rectangle in overlaps(stored, piece):
-                for part, first, last in spans_of(stored, rectangle):
-                    target = view_of(piece, staging, part)
-                    if target.is_contiguous() and target.numel() == last - first:
-                        self._open(stored.file).read(stored.key, first, target.view(-1))
-                    else:
-                        values = torch.empty(last - first)
-                        self._open(stored.file).read(stored.key, first, values)
-                        target.copy_(view_of(stored, values, part, first))
-                    filled += target.numel()
+                for band in bands(rectangle, BAND_ELEMENTS):
+                    filled += (band.bottom - band.top) * (band.right - band.left)
+                    yield partial(_read, self._open(stored.file), stored, band, view_of(piece, destination, band))
         if filled != piece.stop - piece.start:
             missing = piece.stop - piece.start - filled
             raise ConfigError(f"{self.directory}: {missing} elements of {kind}/{name} are in none of its files")
-        with torch.no_grad():
-            destination.copy_(staging)
 
     def rng(self, rank: int) -> dict[str, Tensor]:
         stored = self._open(rank_file(rank))
@@ -78,8 +81,23 @@ class Reader:
 
     def _open(self, name: str) -> TensorFile:
         if name not in self._files:
-            self._files[name] = self._stack.enter_context(closing(TensorFile(self.directory / name)))
+            self._files[name] = self._stack.enter_context(
+                closing(TensorFile(self.directory / name, direct=self.direct))
+            )
         return self._files[name]
+
+
+@torch.no_grad()
+def _read(file: TensorFile, stored: Piece, band: Rectangle, target: Tensor) -> None:
+    """Fill `target` [rows, columns], a view of fp32 values or of another type, with `band` of the piece `stored`."""
+    for part, first, last in spans_of(stored, band):
+        rows = target[part.top - band.top : part.bottom - band.top]
+        if rows.dtype == torch.float32 and rows.is_contiguous() and rows.numel() == last - first:
+            file.read(stored.key, first, rows.view(-1))
+        else:
+            values = torch.empty(last - first)
+            file.read(stored.key, first, values)
+            rows.copy_(view_of(stored, values, part, first))
 
 
 def load_checkpoint(engine: Trainable, directory: Path) -> CheckpointManifest:
@@ -96,10 +114,14 @@ def load_checkpoint(engine: Trainable, directory: Path) -> CheckpointManifest:
             f"{', '.join(engine.state_kinds)}: resume with the optimizer that saved the checkpoint"
         )
     context, specs = engine.context, engine.model.shard_specs()
-    with Reader(directory, manifest) as reader:
-        for owned, piece, place in _owned_pieces(engine):
-            for kind in manifest.kinds:
-                reader.fill(kind, owned.name, specs[owned.name].shape, piece, owned.values[kind][place])
+    with Reader(directory, manifest, direct=True) as reader:
+        reads = (
+            read
+            for owned, piece, place in _owned_pieces(engine)
+            for kind in (owned.values if manifest.state_kinds else ["param"])
+            for read in reader.reads(kind, owned.name, specs[owned.name].shape, piece, owned.values[kind][place])
+        )
+        in_parallel(lambda read: read(), reads)
         if math.prod(manifest.layout.values()) == context.world_size:
             rng = reader.rng(context.rank)
             if "rng/cpu" in rng:

@@ -6,9 +6,10 @@
       ...
 
 Every tensor has its logical (released) name under its kind: param/NAME, and for AdamW exp_avg/NAME and exp_avg_sq/NAME;
-the manifest's state_kinds lists the optimizer's kinds. A piece is an element range of a box of the logical tensor,
-flattened in row-major order: the box is the slice of a tensor-parallel rank, the range the part of that slice that a
-ZeRO rank owned. Padding is in no box, so it is never saved.
+the manifest's state_kinds lists the optimizer's kinds, own_kinds those of a parameter that has only some of them. A
+piece is an element range of a box of the logical tensor, flattened in row-major order: the box is the slice of a
+tensor-parallel rank, the range the part of that slice that a ZeRO rank owned. Padding is in no box, so it is never
+saved.
 
 Readers ignore these folders beside complete checkpoints:
   step_N.tmp             a save in progress or interrupted; the next save removes it
@@ -27,7 +28,7 @@ from typing import Any, Protocol
 
 from pydantic import ConfigDict, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
-from megatron_tn.checkpoint.files import FileRecord
+from megatron_tn.checkpoint.parts import FileRecord
 from megatron_tn.config import ConfigError
 from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import ParallelContext
@@ -70,7 +71,8 @@ class Piece:
 @dataclass
 class CheckpointManifest:
     """step: training steps done. optimizer_step: steps whose update was applied. training: state of the training loop
-    (tokens, data position, ...). state_kinds: the optimizer's `state_kinds`, such as exp_avg."""
+    (tokens, data position, ...). state_kinds: the optimizer's `state_kinds`, such as exp_avg. own_kinds: parameter ->
+    its state kinds, where they are not all of state_kinds."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -84,11 +86,11 @@ class CheckpointManifest:
     training: dict[str, Any] = field(default_factory=dict)
     padded_vocab: int = 0
     state_kinds: list[str] = field(default_factory=MOMENTS.copy)
+    own_kinds: dict[str, list[str]] = field(default_factory=dict)
 
-    @property
-    def kinds(self) -> list[str]:
-        """Kinds of tensor per parameter: "param" (the fp32 master) and the optimizer's state_kinds."""
-        return ["param", *self.state_kinds]
+    def kinds(self, name: str) -> list[str]:
+        """Kinds of tensor of parameter `name`: "param" (the fp32 master) and its optimizer state."""
+        return ["param", *self.own_kinds.get(name, self.state_kinds)]
 
     def to_json(self) -> str:
         values = asdict(self)

@@ -80,6 +80,13 @@ def overlaps(a: Piece, b: Piece) -> Iterator[Rectangle]:
                 yield shared
 
 
+def bands(rectangle: Rectangle, elements: int) -> Iterator[Rectangle]:
+    """`rectangle` in bands of whole rows, of at most `elements` elements or one row each."""
+    rows = max(1, elements // (rectangle.right - rectangle.left))
+    for top in range(rectangle.top, rectangle.bottom, rows):
+        yield rectangle._replace(top=top, bottom=min(top + rows, rectangle.bottom))
+
+
 def view_of(piece: Piece, values: Tensor, rectangle: Rectangle, first: int = 0) -> Tensor:
     """`rectangle` as a matrix that aliases `values` [n]: elements [first, first + n) of `piece`."""
     grid = Grid.of(piece)

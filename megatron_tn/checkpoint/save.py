@@ -22,7 +22,7 @@ from megatron_tn.checkpoint.files import FileRecord, sync_folder, write_tensors
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, Trainable, checkpoint_name, rank_file
 from megatron_tn.checkpoint.reshard import pieces_of_local_range
 from megatron_tn.checkpoint.retention import Retention, apply_retention, discard, remove
-from megatron_tn.parallel.sharding import OwnedRange
+from megatron_tn.device.host_memory import HostMemory
 
 log = logging.getLogger(__name__)
 
@@ -43,34 +43,6 @@ class Snapshot:
     world_size: int
     tensors: dict[str, Tensor]
     manifest: CheckpointManifest
-
-
-class HostMemory:
-    """One block of host memory that snapshots reuse; pinned (page-locked) where a GPU copies into it.
-
-    Pinned by cudaHostRegister, because torch's pinned allocator rounds up to a power of two: 70 GiB of a rank's
-    masters and moments would take 128 GiB.
-    """
-
-    def __init__(self) -> None:
-        self._block = torch.empty(0)
-        self._pinned = False
-
-    def take(self, elements: int, pinned: bool) -> Tensor:
-        """fp32 [elements]. It aliases the tensors of earlier calls."""
-        if self._block.numel() < elements:
-            self.release()
-            self._block = torch.empty(elements)
-            if pinned and elements:
-                # Where the operating system refuses to pin this much memory, copies are only slower.
-                size = elements * self._block.element_size()
-                self._pinned = int(torch.cuda.cudart().cudaHostRegister(self._block.data_ptr(), size, 0)) == 0
-        return self._block[:elements]
-
-    def release(self) -> None:
-        if self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._block.data_ptr())
-        self._block, self._pinned = torch.empty(0), False
 
 
 def save_checkpoint(
@@ -108,27 +80,21 @@ def take_snapshot(
     memory: host memory to reuse; the previous snapshot in it must have been written.
     """
     context, specs = engine.context, engine.model.shard_specs()
+    sources, pieces = _written_here(engine)
     manifest = CheckpointManifest(
         step=step,
         optimizer_step=optimizer_step,
         config=config,
         layout={"dp": context.dp.size, "cp": context.cp.size, "tp": context.tp.size},
         shapes={name: list(spec.shape) for name, spec in specs.items()},
+        pieces=pieces,
         training=training,
         padded_vocab=specs["model.embed_tokens.weight"].padded,
         state_kinds=list(engine.state_kinds),
     )
-    sources: dict[str, Tensor] = {}
-    for owned, located in _written_here(engine):
-        for kind in manifest.kinds:
-            pieces = manifest.pieces.setdefault(f"{kind}/{owned.name}", [])
-            for piece, at in located:
-                key = f"{kind}/{owned.name}/{len(pieces)}"
-                sources[key] = owned.values[kind][at : at + piece.stop - piece.start]
-                pieces.append(replace(piece, file=rank_file(context.rank), key=key))
     # Pinning pays only where the memory is reused.
-    pinned = memory is not None and any(source.is_cuda for source in sources.values())
-    block = (memory or HostMemory()).take(sum(source.numel() for source in sources.values()), pinned)
+    elements, pinned = _host_memory(sources)
+    block = (memory or HostMemory()).take(elements, pinned and memory is not None)
     parts = block.split([source.numel() for source in sources.values()])
     tensors = {}
     for (key, source), part in zip(sources.items(), parts, strict=True):
@@ -138,6 +104,16 @@ def take_snapshot(
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
         torch.cuda.current_stream().synchronize()
     return Snapshot(folder, context.rank, context.world_size, tensors, manifest)
+
+
+def prepare_host_memory(engine: Trainable, memory: HostMemory) -> None:
+    """Begin to make the memory that `take_snapshot` will need: the first save then waits for the copy alone."""
+    memory.prepare(*_host_memory(_written_here(engine)[0]))
+
+
+def _host_memory(sources: dict[str, Tensor]) -> tuple[int, bool]:
+    """Elements of a copy of `sources`, and whether its memory should be page-locked."""
+    return sum(source.numel() for source in sources.values()), any(source.is_cuda for source in sources.values())
 
 
 def write_snapshot(
@@ -172,6 +148,10 @@ def write_snapshot(
             manifest.files[rank_file(rank)] = record
             for name, items in pieces.items():
                 manifest.pieces.setdefault(name, []).extend(items)
+        for name in manifest.shapes:
+            kinds = [kind for kind in manifest.state_kinds if f"{kind}/{name}" in manifest.pieces]
+            if kinds != manifest.state_kinds:
+                manifest.own_kinds[name] = kinds
         with (partial / MANIFEST).open("w") as file:
             file.write(manifest.to_json())
             file.flush()
@@ -205,17 +185,26 @@ def _replace(again: Path) -> None:
     again.rename(final)
 
 
-def _written_here(engine: Trainable) -> list[tuple[OwnedRange, list[tuple[Piece, int]]]]:
-    """The owned ranges that this rank writes, and their pieces. The first of several ranks with the same range writes
-    it."""
+def _written_here(engine: Trainable) -> tuple[dict[str, Tensor], dict[str, list[Piece]]]:
+    """What this rank writes: key -> tensor [n] of the engine, and kind/NAME -> pieces. The first of several ranks with
+    the same range writes it."""
     context, specs = engine.context, engine.model.shard_specs()
+    sources: dict[str, Tensor] = {}
+    pieces: dict[str, list[Piece]] = {}
     if not engine.partitioned and context.data.rank > 0:
-        return []
-    return [
-        (owned, list(pieces_of_local_range(spec, context.tp.rank, context.tp.size, owned.start, owned.stop)))
-        for owned in engine.owned_ranges()
-        if not (spec := specs[owned.name]).replicated or context.tp.rank == 0
-    ]
+        return sources, pieces
+    file = rank_file(context.rank)
+    for owned in engine.owned_ranges():
+        if (spec := specs[owned.name]).replicated and context.tp.rank > 0:
+            continue
+        located = list(pieces_of_local_range(spec, context.tp.rank, context.tp.size, owned.start, owned.stop))
+        for kind in owned.values:
+            here = pieces.setdefault(f"{kind}/{owned.name}", [])
+            for piece, at in located:
+                key = f"{kind}/{owned.name}/{len(here)}"
+                sources[key] = owned.values[kind][at : at + piece.stop - piece.start]
+                here.append(replace(piece, file=file, key=key))
+    return sources, pieces
 
 
 def _gather(value: Any, snapshot: Snapshot, group: dist.ProcessGroup | None) -> list[Any]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from megatron_tn.checkpoint.files import CHUNK_BYTES, TensorFile
+from megatron_tn.checkpoint.files import TensorFile
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, whole_checkpoints
+from megatron_tn.checkpoint.parts import digest_of
 from megatron_tn.checkpoint.reshard import rectangles
 from megatron_tn.config import ConfigError, TrainConfig, from_mapping
 from megatron_tn.model.registry import build_model
@@ -48,11 +48,22 @@ def glance(directory: Path) -> list[str]:
     return found
 
 
-def whole_from(folder: Path) -> tuple[Path | None, dict[Path, list[str]]]:
-    """The newest checkpoint without problems by `glance`, if any; and the problems of each newer checkpoint."""
-    damage = {}
+def damage_in_files(directory: Path, rank: int, size: int) -> list[str]:
+    """Problems in every `size`th file of a checkpoint from the one of number `rank` on: ranks share the reading of
+    every byte. The checkpoint has no problems by `glance`."""
+    manifest = CheckpointManifest.read(directory)
+    files = sorted(manifest.files.items())[rank::size]
+    return [line for name, file in files for line in _file_problems(directory / name, file.size, file.sha256, manifest)]
+
+
+def whole_from(
+    folder: Path, known: Mapping[Path, list[str]] | None = None
+) -> tuple[Path | None, dict[Path, list[str]]]:
+    """The newest checkpoint that is not in `known` (problems of checkpoints) and has no problems by `glance`, if any;
+    and the problems of each newer checkpoint."""
+    known, damage = known or {}, {}
     for checkpoint in reversed(whole_checkpoints(folder)):
-        if not (problems := glance(checkpoint)):
+        if not (problems := known.get(checkpoint) or glance(checkpoint)):
             return checkpoint, damage
         damage[checkpoint] = problems
     return None, damage
@@ -77,7 +88,7 @@ def _content_problems(manifest: CheckpointManifest) -> list[str]:
     ranks, files = math.prod(manifest.layout.values()), len(manifest.files)
     if ranks != files:
         found.append(f"{MANIFEST}: layout {manifest.layout} is of {ranks} ranks, but {files} files are listed")
-    wanted = {f"{kind}/{name}" for kind in manifest.kinds for name in manifest.shapes}
+    wanted = {f"{kind}/{name}" for name in manifest.shapes for kind in manifest.kinds(name)}
     found += [f"{name}: no such tensor in shapes" for name in sorted(manifest.pieces.keys() - wanted)]
     for name in sorted(wanted):
         pieces, shape = manifest.pieces.get(name, []), manifest.shapes[name.partition("/")[2]]
@@ -138,12 +149,12 @@ def _file_problems(path: Path, size: int, sha256: str, manifest: CheckpointManif
     found += [f"{path}: {key} belongs to no tensor" for key in strangers]
     if path.stat().st_size != size:
         return [*found, _wrong_size(path, size)]
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    if (digested := digest.hexdigest()) != sha256:
-        found.append(f"{path} is damaged: its sha256 is {digested[:16]}..., but {sha256[:16]}... was written")
+    try:
+        digest = digest_of(path, sha256)
+    except OSError as error:
+        return [*found, f"{path} cannot be read: {error.strerror}"]
+    if digest != sha256:
+        found.append(f"{path} is damaged: its sha256 is {digest[:25]}..., but {sha256[:25]}... was written")
     return found
 
 

@@ -8,7 +8,7 @@ annotations of the fields; relations.py has the relations between groups.
 `ConfigError` lists all problems, one line each: the setting, its value and the relation it breaks.
 """
 
-from data_pipeline.redaction import redacted, resolved, shown, storable
+from data_pipeline.redaction import has_credentials, redacted, resolved, shown, storable
 from megatron_tn.config.bounds import MOST_SEED, out_of_bounds
 from megatron_tn.config.checkpoint import CheckpointConfig
 from megatron_tn.config.cluster import ClusterConfig
@@ -36,6 +36,7 @@ from megatron_tn.config.mapping import (
     known_keys,
     open_new,
     read_mapping,
+    replacing,
     save,
     to_mapping,
     to_stored,
@@ -78,12 +79,14 @@ __all__ = [
     "differences",
     "from_mapping",
     "from_stored",
+    "has_credentials",
     "known_keys",
     "load",
     "open_new",
     "out_of_bounds",
     "read_mapping",
     "redacted",
+    "replacing",
     "resolved",
     "save",
     "shown",

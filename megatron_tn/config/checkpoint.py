@@ -28,3 +28,6 @@ class CheckpointConfig:
     # Checkpoint to resume from. auto: the newest complete one in run_dir; none: start a new run; N: step N in run_dir;
     # or the path of a checkpoint.
     resume: int | str = "auto"
+    # Whether to read all of that checkpoint first and compare it with the hashes that were saved with it. The ranks
+    # share the reading. Where bytes have changed, the checkpoint before it is taken.
+    verify: bool = True

@@ -63,6 +63,7 @@ class EvaluateConfig:
     train_manifest: str = ""  # manifest.json of training shards for the unigram baseline; empty: no such baseline
     tokenizer: str = ""  # path of tokenizer.json; empty: the one beside the checkpoint
     max_documents: Count = 0  # evaluate so many held-out documents, equally many of each source; 0: all
+    max_document_tokens: Count = 0  # of each held-out document, the first ones, bos included; 0: all
     batch_tokens: Positive = 4096  # tokens of one forward pass
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one
     precision: Literal["trained", "bf16", "fp32"] = "trained"  # type to compute in; trained: as the weights

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from megatron_tn.config import commands
 from megatron_tn.config.run import TrainConfig
+from megatron_tn.config.slurm import SlurmConfig
 
 
 class Setting(NamedTuple):
@@ -81,6 +82,7 @@ def help_text(kind: type, about: str) -> str:
 COMMANDS = {
     "train": (TrainConfig, "`python -m megatron_tn.train`"),
     "plan": (commands.PlanSettings, "`plan`, beside those of `train`"),
+    "submit": (SlurmConfig, "`launch.submit`, beside those of `train`, and `dry_run=true`"),
     "benchmark": (commands.BenchmarkSettings, "`benchmark`, beside those of `train`"),
     "evaluate": (commands.EvaluateConfig, "`evaluate`"),
     "score": (commands.ScoreConfig, "`score`"),
@@ -92,9 +94,10 @@ COMMANDS = {
 def page() -> str:
     """docs/settings.md."""
     lines = ["# Settings", "", "Made by `python -m megatron_tn.config.describe`; `--help` of a command prints its own."]
+    lines += ["Settings of data_pipeline are in its commands' help, such as `python -m data_pipeline.run --help`."]
     for name, (kind, title) in COMMANDS.items():
         lines += ["", f"## {title}", "| setting | default | |", "|---|---|---|"]
-        prefix = "benchmark." if name == "benchmark" else ""
+        prefix = {"benchmark": "benchmark.", "submit": "slurm."}.get(name, "")
         lines += ["| " + " | ".join(map(_cell, setting)) + " |" for setting in settings(kind, prefix)]
     return "\n".join(lines) + "\n"
 

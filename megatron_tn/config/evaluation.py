@@ -1,4 +1,4 @@
-"""The settings `evaluation.*`: held-out loss and benchmark tasks during training."""
+"""The settings `evaluation.*`: held-out loss, benchmark tasks and generated texts during training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
-from megatron_tn.config.bounds import Count
+from megatron_tn.config.bounds import Count, Positive
 from megatron_tn.config.mapping import STRICT
 
 
@@ -28,7 +28,9 @@ class EvaluationConfig:
     tasks: Names = dataclasses.field(default_factory=list)
     task_folder: str = ""  # a folder of task files of one's own, whose names `tasks` may then have
     task_documents: Count = 256  # of each task, the first ones; 0: all
+    prompts: Names = dataclasses.field(default_factory=list)  # texts that each evaluation continues
+    prompt_tokens: Positive = 64  # tokens of a continuation
 
     @property
     def is_on(self) -> bool:
-        return bool(self.manifest or self.tasks)
+        return bool(self.manifest or self.tasks or self.prompts)

@@ -27,4 +27,5 @@ class LoggingConfig:
     profile: bool = False  # profile rank 0: write a Chrome trace and a table of kernels to run_dir/profile
     profile_skip: Count = 10  # steps of this process before the first profiled step
     profile_steps: Positive = 3  # number of profiled steps
+    tensorboard: bool = False  # write run_dir/tensorboard for TensorBoard; needs the extra tensorboard
     wandb: WandbConfig = dataclasses.field(default_factory=WandbConfig)

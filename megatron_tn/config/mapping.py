@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -112,11 +112,29 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def save(config: Any, path: Path) -> None:
-    """Write `to_stored(config)` as JSON, atomically (temporary file, then rename): a kill leaves no partial file."""
-    partial = path.with_name(f"{path.name}.tmp")
-    with open_new(partial) as file:
+    """Write `to_stored(config)` as JSON."""
+    with replacing(path) as file:
         file.write(json.dumps(to_stored(config), indent=1) + "\n")
-    partial.replace(path)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: str = "x", *, sync: bool = False) -> Iterator[IO]:
+    """A temporary file that is renamed to `path` when the block ends: readers see the old or the new file, also after a
+    kill, and a symbolic link in its place is replaced. On an exception it is removed. sync: fsync it first."""
+    partial = path.with_name(f"{path.name}.tmp")
+    try:
+        with open_new(partial, mode) as file:
+            yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a failed write names none
+        raise
 
 
 def open_new(path: Path, mode: str = "x") -> IO:

@@ -5,6 +5,7 @@ model.py has the relations within `model.*`, since models are also built without
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Protocol
@@ -153,6 +154,14 @@ def _apex_keeps_its_own_masters(config: Settings) -> Iterator[str]:
 
 
 @RELATIONS.reads()
+def _momentum_is_muons(config: Settings) -> Iterator[str]:
+    for field in dataclasses.fields(OptimConfig):
+        value = getattr(config.optim, field.name)
+        if field.name.startswith("momentum") and config.optim.name != "muon" and value != field.default:
+            yield f"optim.{field.name}={value} is a setting of optim.name=muon, but optim.name={config.optim.name}"
+
+
+@RELATIONS.reads()
 def _deepspeed_reads_its_own_settings(config: Settings) -> Iterator[str]:
     if config.engine.deepspeed_config and config.engine.name != "deepspeed":
         yield f"engine.deepspeed_config is set, but engine.name={config.engine.name} is not deepspeed"
@@ -189,7 +198,8 @@ def _what_a_cuda_graph_can_hold(config: Settings) -> Iterator[str]:
 def _the_layout_divides_the_world(config: Settings, world_size: int) -> Iterator[str]:
     tp, cp = config.parallel.tp, config.parallel.cp
     if world_size % (tp * cp):
-        yield f"world size {world_size} is not a multiple of parallel.tp={tp} x parallel.cp={cp} = {tp * cp}"
+        how = f"; launch/local.sh -n {tp * cp} starts as many processes" if world_size == 1 else ""
+        yield f"world size {world_size} is not a multiple of parallel.tp={tp} x parallel.cp={cp} = {tp * cp}{how}"
 
 
 @WORLD.reads("parallel.tp", "parallel.cp", "data.global_batch", "data.micro_batch")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# Held during a capture, and by other threads during long CUDA calls that shall not fall into one.
+CAPTURE = threading.Lock()
 
 
 class _Captured(NamedTuple):
@@ -36,7 +40,7 @@ class GraphCache:
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
         # "thread_local": CUDA calls of other threads (the batch loader's memory pinning, NCCL's watchdog) are allowed.
-        with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
+        with CAPTURE, torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
             output = function(*places)
         self._graphs[key] = _Captured(graph, places, output)
 

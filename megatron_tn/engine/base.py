@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_tn.config import TrainConfig
-from megatron_tn.engine.update import Shards, StepResult, Update
+from megatron_tn.engine.shards import Shards
+from megatron_tn.engine.update import StepResult, Update
 from megatron_tn.gradients.phase import Phase
 from megatron_tn.model.base import Model
 from megatron_tn.optim.build import build_optimizer
@@ -58,7 +59,7 @@ class Engine(Protocol):
 
     @property
     def state_kinds(self) -> tuple[str, ...]:
-        """Names of the optimizer's state tensors of a master: the keys of `OwnedRange.values` besides "param"."""
+        """Names of all of the optimizer's state tensors; each parameter has some of them, see `OwnedRange.values`."""
         ...
 
     def owned_ranges(self) -> list[OwnedRange]:
@@ -116,5 +117,5 @@ def build_update(model: Model, shards: Shards, config: TrainConfig) -> Update:
     named = [
         (place.name, master, master.dim()) for place, master in zip(shards.placements, shards.masters, strict=True)
     ]
-    optimizer = build_optimizer(parameter_groups(named, config.optim.weight_decay), config.optim)
+    optimizer = build_optimizer(parameter_groups(named, config.optim), config.optim, DTYPES[config.engine.precision])
     return Update(optimizer, shards, model.shard_specs(), model.context.tp, clip_norm=config.optim.clip_norm)

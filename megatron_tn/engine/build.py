@@ -61,6 +61,6 @@ def initialize_engine(engine: Engine, seed: int) -> None:
     for owned in engine.owned_ranges():
         spec, config = specs[owned.name], engine.model.config
         fill_initial(owned.values["param"], owned.name, spec, axis.rank, axis.size, owned.start, config, seed)
-        for kind in engine.state_kinds:
-            owned.values[kind].zero_()
+        for state in owned.values.keys() - {"param"}:
+            owned.values[state].zero_()
     engine.refresh(optimizer_step=0)

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from megatron_tn.config import TrainConfig
 from megatron_tn.engine.base import DTYPES, UpdatingEngine, build_update
-from megatron_tn.engine.update import Placement
+from megatron_tn.engine.shards import Placement
 from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import Axis
 from megatron_tn.parallel.sharding import mark
@@ -67,7 +67,7 @@ class FSDP2Engine(UpdatingEngine):
 
 
 class FSDP2Shards:
-    """See `engine.update.Shards`. This rank's rows of each parameter, as plain views of FSDP2's DTensors."""
+    """See `engine.shards.Shards`. This rank's rows of each parameter, as plain views of FSDP2's DTensors."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], data: Axis):
         self.copies: dict[Tensor, Tensor] = {}  # none: FSDP2 casts the masters when it gathers them

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megatron_tn.config import TrainConfig
 from megatron_tn.engine.base import UpdatingEngine, build_update
 from megatron_tn.engine.passes import build_passes, capture_stream
-from megatron_tn.engine.update import Placement
+from megatron_tn.engine.shards import Placement
 from megatron_tn.gradients.accumulator import Bucket, GradientAccumulator, split_into_buckets
 from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import Axis
@@ -52,7 +52,7 @@ class ReplicatedEngine(UpdatingEngine):
 
 
 class ReplicatedShards:
-    """See `engine.update.Shards`. One master per parameter; an fp32 parameter is its own master."""
+    """See `engine.shards.Shards`. One master per parameter; an fp32 parameter is its own master."""
 
     sharded_over = Axis()
 

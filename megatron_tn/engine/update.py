@@ -6,15 +6,15 @@ the reduction is here.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_tn.config import ConfigError
 from megatron_tn.device.host_copy import HostCopy
+from megatron_tn.engine.matrices import matrix_rounds
+from megatron_tn.engine.shards import Shards
 from megatron_tn.gradients.clipping import clipping_divisor
 from megatron_tn.gradients.norm import gradient_norm
 from megatron_tn.optim.adamw import write_copies
@@ -30,54 +30,12 @@ class StepResult(NamedTuple):
     applied: bool
 
 
-class Placement(NamedTuple):
-    """Elements [start, stop) of parameter `name`, flattened as this tensor-parallel rank holds it, lie in
-    masters[master], flattened, from `offset` on."""
-
-    name: str
-    start: int
-    stop: int
-    master: int
-    offset: int
-
-    def of(self, tensors: Sequence[Tensor]) -> Tensor:
-        """View [stop - start] of this placement's elements. tensors: one per master, of the master's shape."""
-        return tensors[self.master].view(-1).narrow(0, self.offset, self.stop - self.start)
-
-
-class Shards(Protocol):
-    """The masters that a rank updates.
-
-    masters: the optimizer's fp32 tensors, of any shape; one master may hold several parameters.
-    copies: master -> the same elements in the computing type, of the master's shape; no entry for a master that the
-    model computes with directly.
-    placements: position of every parameter's elements in the masters; padding of a master belongs to no placement.
-    sharded_over: the axis over whose ranks the elements are partitioned; of size 1 where every rank holds all.
-    """
-
-    masters: Sequence[Tensor]
-    copies: Mapping[Tensor, Tensor]
-    placements: Sequence[Placement]
-    sharded_over: Axis
-
-    def gradients(self) -> Sequence[Tensor]:
-        """After the last microbatch: one fp32 gradient per master, of the master's shape, summed over ranks."""
-        ...
-
-    def clear(self) -> None:
-        """Clear the gradients, after an applied or a skipped update."""
-        ...
-
-    def publish(self) -> None:
-        """After a change of masters and copies: update the model's parameters on every rank. Collective."""
-        ...
-
-
 class Update:
-    """Clips and applies gradients. specs: parameter name -> its split over tensor parallelism.
+    """Clips and applies gradients. specs: parameter name -> its split over tensor parallelism. Building it is
+    collective.
 
     Raises:
-        ConfigError: the optimizer has `whole_matrices`, and a master is not one whole parameter.
+        ConfigError: the optimizer has `whole_matrices`, and a matrix is replicated over tensor-parallel ranks.
     """
 
     def __init__(
@@ -90,7 +48,7 @@ class Update:
         self.clip_norm = clip_norm
         optimizer.copies = shards.copies
         if optimizer.whole_matrices:
-            self._check_whole_matrices()
+            optimizer.rounds = matrix_rounds(shards, list(optimizer.weight_decays), specs, tp)
 
     @torch.no_grad()
     def step(self, lr: float, tokens: Tensor | None = None) -> StepResult:
@@ -102,7 +60,7 @@ class Update:
         shards, masters = self.shards, self.shards.masters
         gradients = shards.gradients()
         placed = [place for place in shards.placements if place.stop > place.start]
-        pieces = [(self.specs[place.name], place.of(gradients)) for place in placed]
+        pieces = [(self.specs[place.name], place.of(gradients[place.master])) for place in placed]
         norm = gradient_norm(pieces, self.tp, masters[0].device, sharded_over=shards.sharded_over)
         if tokens is not None:
             norm = torch.where(tokens > 0, norm, torch.nan)
@@ -120,24 +78,14 @@ class Update:
         shards.publish()
         return StepResult(found, True)
 
-    def _check_whole_matrices(self) -> None:
-        for place in self.shards.placements:
-            size = math.prod(self.specs[place.name].local_shape(self.tp.rank, self.tp.size))
-            if (place.stop - place.start, self.shards.masters[place.master].numel()) != (size, size):
-                raise ConfigError(
-                    f"{type(self.optimizer).__name__} updates whole matrices, but this engine keeps {place.name} "
-                    "in parts or beside other parameters"
-                )
-
     def owned_ranges(self) -> list[OwnedRange]:
         """Views of the masters and optimizer state that this rank updates, one `OwnedRange` per placement."""
         masters = self.shards.masters
-        states = [self.optimizer.state_of(master) for master in masters]
-        kinds = {"param": [master.detach() for master in masters]}
-        kinds |= {kind: [state[kind] for state in states] for kind in self.optimizer.state_kinds}
+        held = [{"param": master.detach()} | self.optimizer.state_of(master) for master in masters]
         return [
-            OwnedRange(place.name, place.start, place.stop, {kind: place.of(held) for kind, held in kinds.items()})
+            OwnedRange(place.name, place.start, place.stop, {kind: place.of(whole) for kind, whole in state.items()})
             for place in self.shards.placements
+            for state in [held[place.master]]
         ]
 
     @torch.no_grad()

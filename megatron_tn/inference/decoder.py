@@ -19,10 +19,11 @@ from megatron_tn.parallel.world import release_on_leaving
 
 
 class Parts(NamedTuple):
-    """The key of a CUDA graph. feeding: some row has ids of its prompt left."""
+    """The key of a CUDA graph. feeding: some row has ids of its prompt left. writing: the states are written."""
 
     plan: Plan
     feeding: bool
+    writing: bool = True
 
 
 class Decoder:
@@ -87,7 +88,7 @@ class Decoder:
         parts = Parts(Plan.of(self.samplers, self.model.config.vocab_size), feeding=any(self.left_to_feed))
         ids = torch.empty(count, self.rows, dtype=torch.int64, device=self.tokens.device)
         for at in range(count):
-            ids[at] = self._run_one(parts)
+            ids[at] = self._run_next(parts)
         self.left_to_feed = [max(left - count, 0) for left in self.left_to_feed]
         return HostCopy(ids)
 
@@ -95,6 +96,13 @@ class Decoder:
         """Drop the CUDA graphs; the next step captures again."""
         if self._graphs is not None:
             self._graphs.release()
+
+    def _run_next(self, parts: Parts) -> Tensor:
+        if self.states is None:
+            return self._run_one(parts)
+        ids = self._run_one(parts._replace(writing=self.states.writes))
+        self.states.advance()
+        return ids
 
     def _run_one(self, parts: Parts) -> Tensor:
         if self._graphs is None:

@@ -14,6 +14,7 @@ from megatron_tn.inference.prefix import Prefix, check_ids
 from megatron_tn.inference.sampler import Sampler
 from megatron_tn.inference.uniform import stream_key
 from megatron_tn.model.base import Model, has_fixed_state
+from megatron_tn.model.registry import check_decoding_kernels
 
 CHECK_EVERY = 8  # tokens
 FED_PER_ROW = 8  # tokens
@@ -85,6 +86,7 @@ class Generator:
         for name, value in (("rows", rows), ("together", together), ("check_every", check_every), ("chunk", chunk)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        check_decoding_kernels(model)
         self.model = model
         self.chunk = chunk
         self.feed_below = feed_below if feed_below is not None else FED_PER_ROW * rows * cuda

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from pathlib import Path
 
 import torch
@@ -49,12 +50,13 @@ def save_prefix(prefix: Prefix, model: Model, path: str | Path) -> None:
     error = "rank 0 failed"
     written = torch.zeros(1, dtype=torch.int64, device=next(model.parameters()).device)
     if axis.rank == 0:
+        partial = Path(path).with_name(f".{Path(path).name}.{secrets.token_hex(8)}.tmp")  # nobody else can foresee it
         try:
-            partial = Path(f"{path}.tmp")
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
             partial.replace(path)
             written += 1
         except (OSError, SafetensorError) as failure:
+            partial.unlink(missing_ok=True)
             error = str(failure)
     if not all_reduce_(written, axis).item():
         raise ConfigError(f"{path} cannot be written: {error}")

@@ -44,9 +44,11 @@ def _problem(line: bytes, text_key: str, taken: set[str]) -> str | None:
         return f"no JSON: {error}"
     if not isinstance(record, dict):
         return f"a JSON {type(record).__name__}, no object"
-    text = record.get(text_key)
+    if text_key not in record:
+        return f"text_key={text_key}: no such key; there are {', '.join(sorted(record)) or 'none'}"
+    text = record[text_key]
     if not isinstance(text, str):
-        return f"text_key={text_key}: {'no such key' if text is None else f'{text!r} is no text'}"
+        return f"text_key={text_key}: {text!r} is no text"
     if clash := taken & record.keys():
         return f"the key {min(clash)!r} is there already: output_key names another"
     try:

@@ -14,9 +14,14 @@ SLOTS = 16  # tokens between two writes of a buffered state: more make a step re
 class RowStates:
     """One state tensor a layer, [B, ...], read and written by every step."""
 
+    writes = True  # whether the next step writes the states: part of a CUDA graph's key
+
     def __init__(self, model: Model, rows: int):
         self.model = model
         self.layers = model.model.initial_state(rows)
+
+    def advance(self) -> None:
+        """A step has been run, or its graph replayed."""
 
     def put(self, row: int, state: DecodingState | None) -> None:
         """Let `row` begin with `state` (B = 1); None: before the first token."""
@@ -39,6 +44,14 @@ class BufferedRowStates(RowStates):
         self.model = model
         self.buffers = model.model.buffered_state(rows, SLOTS)
         self.layers = [buffer.state for buffer in self.buffers]
+        self.steps = 0
+
+    @property
+    def writes(self) -> bool:
+        return self.steps % SLOTS == SLOTS - 1
+
+    def advance(self) -> None:
+        self.steps += 1
 
     def put(self, row: int, state: DecodingState | None) -> None:
         super().put(row, state)
@@ -50,7 +63,7 @@ class BufferedRowStates(RowStates):
         return [b.row(row).folded(decay[layer]) for layer, b in enumerate(self.buffers)]
 
     def logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        state = DecodingState(self.buffers, positions)
+        state = DecodingState([buffer._replace(fold=self.writes) for buffer in self.buffers], positions)
         out = self.model(tokens[:, None], state=state, update_state=True)
         self.buffers[0].advance()
         return out.logits[:, 0]

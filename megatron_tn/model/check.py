@@ -1,4 +1,4 @@
-"""Self-check of a model's GPU operators against fp64 references, before training."""
+"""Self-check of a model's GPU operators against fp64 references, before training and before decoding."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
-from kernels import self_check
+from kernels import decoding_check, self_check
 from megatron_tn.config import ModelConfig
 from megatron_tn.model.base import Model
 from megatron_tn.model.cosine_attention import MORE_COLUMNS
+
+_checked: set[tuple[str, int, torch.dtype, torch.device]] = set()  # of decoding: configuration, tp, type, device
 
 
 def check_kernels(model: Model, device: torch.device, dtype: torch.dtype) -> None:
@@ -36,6 +38,29 @@ def check_kernels(model: Model, device: torch.device, dtype: torch.dtype) -> Non
             fall_back=True,
             **of_attention,
         )
+
+
+def check_decoding_kernels(model: Model) -> None:
+    """`check_kernels` for the operators of decoding steps, once a process for each configuration."""
+    config, tp, weight = model.config, model.context.tp.size, next(model.parameters())
+    key = (repr(config), tp, weight.dtype, weight.device)
+    if not weight.is_cuda or key in _checked:
+        return
+    for of_attention in attentions(config):
+        decoding_check(
+            heads=config.heads // tp,
+            key_width=of_attention["key_width"],
+            value_width=of_attention["value_width"],
+            glu_width=config.glu_dim // tp,
+            embed_width=config.embed_dim,
+            dtype=weight.dtype,
+            device=weight.device,
+            act=of_attention.get("act", "silu"),
+            glu_act=config.glu_act,
+            linear="rope_base" not in of_attention,
+            fall_back=True,
+        )
+    _checked.add(key)
 
 
 def attentions(config: ModelConfig) -> Iterator[dict[str, Any]]:

@@ -180,3 +180,8 @@ def check_kernels(model: Model, device: torch.device, dtype: torch.dtype) -> Non
         KernelMismatchError: an operator's plain PyTorch implementation is wrong, too.
     """
     architecture(model.config).check_kernels(model, device, dtype)
+
+
+def check_decoding_kernels(model: Model) -> None:
+    """`check_kernels` for the operators of decoding steps, once a process for each configuration."""
+    check.check_decoding_kernels(model)

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import torch
+
 from megatron_tn.config import ConfigError, OptimConfig
 from megatron_tn.optim.adamw import ApexAdamW, TorchAdamW, TritonAdamW
+from megatron_tn.optim.muon import Muon
 from megatron_tn.optim.protocol import Optimizer
 
 KERNELS = {"triton": TritonAdamW, "torch": TorchAdamW, "apex": ApexAdamW}
 
 
-def build_optimizer(groups: list[dict], config: OptimConfig) -> Optimizer:
-    """AdamW with the kernel of optim.fused; "auto": this package's on a GPU, torch's on a CPU.
+def build_optimizer(groups: list[dict], config: OptimConfig, dtype: torch.dtype = torch.float32) -> Optimizer:
+    """The optimizer of optim.name.
 
-    groups: parameter groups, from `optim.groups.parameter_groups`.
+    groups: parameter groups, from `optim.groups.parameter_groups`. dtype: the computing type (engine.precision), in
+    which Muon orthogonalises.
 
     Raises:
         ConfigError: optim.fused=apex without apex.
     """
+    if config.name == "muon":
+        return Muon(
+            groups,
+            adamw=lambda others: _adamw(others, config),
+            momentum=config.momentum,
+            momentum_warmup_steps=config.momentum_warmup_steps,
+            dtype=dtype,
+        )
+    return _adamw(groups, config)
+
+
+def _adamw(groups: list[dict], config: OptimConfig) -> Optimizer:
+    """AdamW with the kernel of optim.fused; "auto": this package's on a GPU, torch's on a CPU."""
     kernel = config.fused
     if kernel == "auto":
         kernel = "triton" if groups[0]["params"][0].is_cuda else "torch"

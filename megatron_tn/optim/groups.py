@@ -1,4 +1,4 @@
-"""Optimizer parameter groups: with and without weight decay."""
+"""Optimizer parameter groups: with and without weight decay, and for Muon the blocks' matrices."""
 
 from __future__ import annotations
 
@@ -6,16 +6,33 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from megatron_tn.config import OptimConfig
+
+MATRICES = "matrices"  # key of a parameter group: whether Muon updates its parameters
+
 
 def is_decayed(name: str, dimensions: int) -> bool:
     """Weight decay applies to matrices, not to norm weights (scales) or LRPE's theta (frequencies)."""
     return dimensions == 2 and not name.endswith(".theta")
 
 
-def parameter_groups(named: Iterable[tuple[str, Tensor, int]], weight_decay: float) -> list[dict]:
-    """(name, tensor to optimise, dimensions of the logical parameter) -> non-empty groups, the decayed one first."""
-    named = list(named)
-    decayed = [tensor for name, tensor, dimensions in named if is_decayed(name, dimensions)]
-    rest = [tensor for name, tensor, dimensions in named if not is_decayed(name, dimensions)]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+def is_block_matrix(name: str, dimensions: int) -> bool:
+    """The matrices that Muon updates: those of the blocks. The embedding, which is also the head, is none: its rows are
+    read one at a time, and AdamW is better for it (Jordan 2024)."""
+    return is_decayed(name, dimensions) and name.startswith("model.layers.")
+
+
+def parameter_groups(named: Iterable[tuple[str, Tensor, int]], config: OptimConfig) -> list[dict]:
+    """(name, tensor to optimise, dimensions of the logical parameter) -> non-empty groups, the decayed ones first."""
+    matrices, decayed, rest = [], [], []
+    for name, tensor, dimensions in named:
+        if config.name == "muon" and is_block_matrix(name, dimensions):
+            matrices.append(tensor)
+        else:
+            (decayed if is_decayed(name, dimensions) else rest).append(tensor)
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay, MATRICES: True},
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]

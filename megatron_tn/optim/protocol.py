@@ -14,10 +14,11 @@ class Optimizer(Protocol):
 
     inner: the torch.optim.Optimizer that holds parameter groups and state; DeepSpeed is initialised with `inner`, and
     replaces the parameters in its groups by flat masters.
-    state_kinds: names of the state tensors per master (fp32, of the master's shape). A checkpoint stores each of them
-    for every parameter, beside "param", and its manifest lists them.
-    whole_matrices: True if each master must be one whole matrix; False if the update is elementwise, so that engines
-    may shard masters anywhere and concatenate many into one flat tensor.
+    state_kinds: names of all state tensors (fp32, of the master's shape). A master has those that `state_of` returns; a
+    checkpoint stores them for its parameters, beside "param", and the manifest lists them.
+    whole_matrices: False if the update is elementwise. True if it needs whole matrices of some masters, as Muon's does:
+    it then has `Muon.rounds` and `Muon.weight_decays`. Either way engines may shard masters anywhere and concatenate
+    many into one flat tensor.
     copies: master -> the same elements in the computing type, of the master's shape. Every applied step casts the new
     master into its copy.
     """
@@ -37,7 +38,8 @@ class Optimizer(Protocol):
         ...
 
     def state_of(self, master: Tensor) -> dict[str, Tensor]:
-        """kind -> state tensor, of master's shape, zero before the first step. Writes to it affect the next step."""
+        """kind -> state tensor, of master's shape, zero before the first step, for some of `state_kinds`. Writes to it
+        affect the next step."""
         ...
 
     def set_step(self, step: int) -> None:

@@ -126,7 +126,8 @@ class OwnedRange:
 
     name: released name of the parameter.
     start, stop: element range of the flattened local (tensor-parallel) parameter.
-    values: "param" (the master), "exp_avg", "exp_avg_sq" -> fp32 [stop - start], views of the optimizer's tensors.
+    values: "param" (the master), and the state kinds that the optimizer keeps of this parameter, such as "exp_avg" ->
+        fp32 [stop - start], views of the optimizer's tensors.
     """
 
     name: str

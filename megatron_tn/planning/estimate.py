@@ -1,7 +1,7 @@
 """Predicted peak GPU memory of a rank, by kind, computed without a GPU before a run starts.
 
 Activations of a microbatch are measured on fake tensors (microbatch.py, live.py). Parameters, gradients, optimizer
-state and engine buffers have formulas: `state_bytes`, `buffer_bytes`, `side_stream_bytes`.
+state and engine buffers have formulas: `state_bytes`, `buffer_bytes`, `side_stream_bytes`, `update_bytes`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_tn.config import TrainConfig
+from megatron_tn.config import ModelConfig, TrainConfig
 from megatron_tn.engine.deepspeed.settings import zero3_live_parameters
+from megatron_tn.engine.matrices import ROUND_ELEMENTS, block_matrix_elements
 from megatron_tn.model.registry import parameter_count
 from megatron_tn.planning.microbatch import Microbatch, microbatch
 
@@ -59,7 +60,9 @@ def plan_memory(config: TrainConfig, world_size: int, work_of: Callable = microb
     work = {
         "activations kept for backward": kept,
         "temporaries at the peak": peak - kept + CUBLAS,
-        "engine buffers": buffer_bytes(config, world_size, peak) + side_stream_bytes(config),
+        "engine buffers": buffer_bytes(config, world_size, peak)
+        + side_stream_bytes(config)
+        + update_bytes(config, world_size, peak),
     }
     allocated = sum(state.values()) + sum(work.values())
     work["allocator slack"] = int(SLACK * allocated)
@@ -68,7 +71,8 @@ def plan_memory(config: TrainConfig, world_size: int, work_of: Callable = microb
 
 
 def state_bytes(config: TrainConfig, world_size: int) -> dict[str, int]:
-    """Bytes of parameters, gradients, fp32 masters and AdamW's two moments per rank, by kind.
+    """Bytes of parameters, gradients, fp32 masters and the optimizer's moments per rank, by kind: two fp32 values a
+    parameter for AdamW, one for a parameter that Muon updates.
 
     With P parameters, each kind has P / tp values, divided by dp x cp from a ZeRO stage on (arXiv 1910.02054, figure
     1): moments and masters from stage 1, gradients from 2, parameters from 3. FSDP2 divides like stage 3, and its
@@ -85,12 +89,15 @@ def state_bytes(config: TrainConfig, world_size: int) -> dict[str, int]:
     def over_data(count: int, from_stage: int) -> int:
         return math.ceil(count / data) if stage >= from_stage else count
 
+    moments = 8 * local
+    if config.optim.name == "muon":
+        moments -= 4 * math.ceil(_block_matrix_elements(config.model) / config.parallel.tp)
     separate_masters = engine.name != "fsdp2" and (engine.precision == "bf16" or stage > 0)
     return {
         "parameters": over_data(local * width, 3),
         "gradients": over_data(local * gradient_width, 2),
         "masters": over_data(local * 4, 1) if separate_masters else 0,
-        "moments": over_data(local * 8, 1),
+        "moments": over_data(moments, 1),
     }
 
 
@@ -124,6 +131,30 @@ def buffer_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
     # Stage 1 without `sums_own_gradients`: after the last microbatch DeepSpeed copies the gradients into a flat buffer,
     # and copies that buffer to fp32.
     return bucket * width + max(0, (2 * width + 4) * local - activations)
+
+
+def update_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
+    """Bytes of a round of Muon's update (engine/matrices.py, kernels/newton_schulz): in the computing type, the
+    matrices as they are sent, X before and after an iteration, X X^T and its polynomial. They reuse the memory of the
+    freed activations, which a CUDA graph keeps."""
+    if config.optim.name != "muon":
+        return 0
+    engine = config.engine
+    replicated = engine.name == "local" or (engine.name == "deepspeed" and engine.zero_stage == 0)
+    ranks = config.parallel.tp if replicated else world_size
+    elements = min(ROUND_ELEMENTS, math.ceil(_block_matrix_elements(config.model) / ranks))
+    reused = 0 if engine.cuda_graph else activations
+    return max(0, 5 * elements * (2 if engine.precision == "bf16" else 4) - reused)
+
+
+def _block_matrix_elements(model: ModelConfig) -> int:
+    """`block_matrix_elements`, cached, since remedies.py asks for many layouts of one model."""
+    if repr(model) not in _counted:
+        _counted[repr(model)] = block_matrix_elements(model)
+    return _counted[repr(model)]
+
+
+_counted: dict[str, int] = {}
 
 
 def side_stream_bytes(config: TrainConfig) -> int:

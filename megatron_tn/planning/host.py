@@ -12,7 +12,7 @@ from megatron_tn.engine.base import DTYPES
 from megatron_tn.model.init import initialize
 from megatron_tn.model.registry import build_model, training_flops_per_token
 from megatron_tn.parallel.context import ParallelContext
-from megatron_tn.planning.estimate import GIB, activation_bytes, buffer_bytes, state_bytes
+from megatron_tn.planning.estimate import GIB, activation_bytes, buffer_bytes, state_bytes, update_bytes
 
 PYTHON = 0.5 * GIB  # resident bytes of a process that has imported PyTorch and DeepSpeed
 CORE_FLOPS = 2e10  # operations a second of one core, to guess by before anything is timed
@@ -27,13 +27,14 @@ def host_memory_problems(config: TrainConfig, world_size: int, processes: int) -
         return []
     if processes * state < 2 * free:  # else the passes need not be followed to know
         activations = activation_bytes(config, "cpu")[1]
-    need = processes * (state + activations + buffer_bytes(config, world_size, activations) + PYTHON)
+    buffers = buffer_bytes(config, world_size, activations) + update_bytes(config, world_size, activations)
+    need = processes * (state + activations + buffers + PYTHON)
     if need <= free:
         return []
     model, data = config.model, config.data
     return [
-        f"the run needs {need / GIB:.1f} GiB of memory in {processes} processes (parameters, gradients and optimizer "
-        f"{processes * state / GIB:.1f}, activations {processes * activations / GIB:.1f}), but this "
+        f"the run needs {need / GIB:.1f} GiB of memory in {counted(processes, 'process')} (parameters, gradients and "
+        f"optimizer {processes * state / GIB:.1f}, activations {processes * activations / GIB:.1f}), but this "
         f"machine has {free / GIB:.1f} GiB free: model={model.name}, data.micro_batch={data.micro_batch}, "
         f"data.sequence_length={data.sequence_length}; there is no GPU here, and model=demo is a model for a CPU"
     ]
@@ -76,10 +77,16 @@ def cpu_cost(config: TrainConfig, processes: int, done: int = 0) -> str:
     one, two = (_seconds(config, config.model.shortened(layers)) for layers in (1, 2))
     microbatch = one + (config.model.layers - 1) * max(two - one, 0)
     step = microbatch * data.global_batch / data.micro_batch / processes
+    about = "at least" if config.parallel.tp * config.parallel.cp > 1 else "about"  # a split pass has every operation
     return (
         f"no GPU: a microbatch takes about {microbatch:.2g} s, a step {step:.2g} s ({data.global_batch} sequences over "
-        f"{processes} process{'es' if processes > 1 else ''}), {steps} steps about {_duration(step * steps)}"
+        f"{counted(processes, 'process')}), {steps} steps {about} {_duration(step * steps)}"
     )
+
+
+def counted(number: int, noun: str) -> str:
+    """1 process, 2 processes, 3 threads."""
+    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
 
 
 def _seconds(config: TrainConfig, model_config: ModelConfig) -> float:

@@ -36,7 +36,7 @@ tokenizer does not add by itself.
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained({arguments})
 model = AutoModelForCausalLM.from_pretrained({arguments})
 ids = [tokenizer.bos_token_id, *tokenizer.encode("Once upon a time")]
 print(tokenizer.decode(model.generate(torch.tensor([ids]), max_new_tokens=64)[0]))

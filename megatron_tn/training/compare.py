@@ -82,16 +82,17 @@ def _rank(group: Group, figure: str) -> float:
 def _settings(run: RunFolder) -> dict[str, Any]:
     """Dotted name -> value of what may change a run's result; the folder's name where it has no (readable) settings."""
     try:
-        values = _flat(to_mapping(run.frozen_config()))
+        values = flat(to_mapping(run.frozen_config()))
     except ConfigError:
         return {"run": run.path.name}
     return {key: value for key, value in values.items() if key not in ASIDE and not key.startswith(GROUPS_ASIDE)}
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings -> dotted name: value."""
     found = {}
     for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
 
 

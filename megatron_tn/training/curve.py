@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_tn.config import replacing
 from megatron_tn.evaluation.perplexity import AFTER
 from megatron_tn.training.run_folder import RunFolder
 
+LONGEST_LABEL = 60  # characters of the legend; a panel has room for about 70
 POINTS = 200  # longer curves are drawn as means over 1 / POINTS of their records
 
 
@@ -55,7 +57,7 @@ def draw(
         by_seconds.sharey(by_tokens)
         for axes, column in ((by_tokens, 0), (by_seconds, 1)):
             for label, curve in curves.items():
-                (line,) = axes.plot(curve[column], curve.loss, lw=1, label=label)
+                (line,) = axes.plot(curve[column], curve.loss, lw=1, label=_shortened(label))
                 if not np.array_equal(curve.lowest, curve.highest, equal_nan=True):
                     color = line.get_color()
                     axes.fill_between(curve[column], curve.lowest, curve.highest, color=color, alpha=0.2, lw=0)
@@ -70,15 +72,21 @@ def draw(
             axis.set_ylabel("bits per byte of the held-out text")
     if positions:
         for label, losses in positions.items():
-            places[-1].plot(losses.keys(), losses.values(), "o-", ms=3, lw=1, label=label)
+            places[-1].plot(losses.keys(), losses.values(), "o-", ms=3, lw=1, label=_shortened(label))
         places[-1].set_xscale("log", base=2)
         places[-1].set(xlabel="tokens of the document before, to twice as many", ylabel="held-out loss (nats a token)")
     for axes in places:
         axes.grid(alpha=0.3)
     places[0].legend(fontsize="small")
     places[-1].legend(fontsize="small")
-    figure.savefig(path)
+    with replacing(path, "xb") as file:
+        figure.savefig(file, format=path.suffix.removeprefix("."))
     return True
+
+
+def _shortened(label: str) -> str:
+    """A label that leaves room for the curves beside it: settings such as data.manifest are long paths."""
+    return label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL // 2]}...{label[-LONGEST_LABEL // 2 :]}"
 
 
 def positions_of(runs: Sequence[RunFolder]) -> dict[int, float]:
@@ -106,8 +114,9 @@ def _bits_per_byte_of_a_nat(runs: Iterable[Sequence[RunFolder]]) -> float | None
     return ratios[0] if ratios and math.isclose(min(ratios), max(ratios), rel_tol=1e-6) else None
 
 
-def curve_of(runs: Sequence[RunFolder]) -> Curve | None:
-    """The mean over runs at the steps that all of them have recorded; None where there is no such step."""
+def curve_of(runs: Sequence[RunFolder], points: int | None = POINTS) -> Curve | None:
+    """The mean over runs at the steps that all of them have recorded; None where there is no such step. points: more
+    records are drawn together; None keeps each."""
     losses, places = [], []
     for run in runs:
         records = run.records("loss")
@@ -122,12 +131,13 @@ def curve_of(runs: Sequence[RunFolder]) -> Curve | None:
         return None
     each = np.array([[own[step] for step in steps] for own in losses])
     place = np.mean([[own[step] for step in steps] for own in places], axis=0)
+    evaluated = [_held_out(run) for run in runs]
     held_out = [
         (*np.mean([own[step] for own in places], axis=0), np.mean(found))
         for step in steps
-        if (found := [own[step] for own in map(_held_out, runs) if step in own])
+        if (found := [own[step] for own in evaluated if step in own])
     ]
-    width = -(-len(steps) // POINTS)
+    width = -(-len(steps) // (points or len(steps)))
     tokens, seconds, loss, lowest, highest = (
         _thinned(values, width) for values in (*place.T, each.mean(0), each.min(0), each.max(0))
     )

@@ -31,31 +31,39 @@ def settings_of_this_start(config: TrainConfig, folder: RunFolder) -> tuple[Trai
     """The settings of this process, and lines to print about their differences from the previous start's.
 
     Every start freezes its settings in run_dir/config.json, and its job id in job.json. A requeued job runs the
-    settings it froze, even if YAML files changed since; a job of launch.submit those frozen at submission; run_dir
-    is taken from the command line in both cases. No file has secrets: `${oc.env:NAME}` is resolved again, and the
-    credentials of a URL are the command line's. Any other start runs its command line's settings, also in the folder of
-    an earlier start.
+    settings it froze, even if YAML files changed since; a job of launch.submit those frozen at submission, and its
+    command line has run_dir alone. run_dir is taken from the command line in both cases. No file has secrets:
+    `${oc.env:NAME}` is resolved again, and the credentials of a URL are the command line's. Any other start runs its
+    command line's settings, also in the folder of an earlier start.
 
     Raises:
         ConfigError: config.json, or the submission's settings file, is damaged, or a secret of it is not there.
     """
     before, notes = folder.frozen_mapping(), []
+    submitted = os.environ.get(SUBMITTED)
     if is_requeued() and folder.is_frozen_by(slurm_job()):
-        frozen, why = folder.config_file, "SLURM requeued this job"
-    elif submitted := os.environ.get(SUBMITTED):
-        frozen, why = Path(submitted), "this job was submitted with it"
+        frozen, now = folder.config_file, None if submitted else config
+    elif submitted:
+        frozen, now = Path(submitted), None
+        if changed := _differences(before, read_mapping(frozen)):
+            wins = "those that the job was submitted with win:"
+            notes = [f"settings differ from those in {folder.config_file}; {wins}", *changed]
     else:
         changed = _changed(before, config)
         if changed:
             notes = [f"settings differ from those in {folder.config_file}; the new settings win:", *changed]
         return config, notes
     values = read_mapping(frozen)
-    if changed := _changed(values, config):
-        notes = [f"settings differ from those in {frozen}; {frozen} wins, because {why}:", *changed]
+    if now is not None and (changed := _changed(values, now)):
+        notes = [f"settings differ from those in {frozen}; {frozen} wins, because SLURM requeued this job:", *changed]
     return from_stored(TrainConfig, values | {"run_dir": config.run_dir}, config), notes
 
 
 def _changed(before: dict[str, Any] | None, config: TrainConfig) -> list[str]:
-    """Settings of `config` that differ from `before`. run_dir is skipped: it can be absolute or relative."""
-    now = to_stored(config)
-    return [] if before is None else differences(storable(before) | {"run_dir": now["run_dir"]}, now)
+    """Settings of `config` that differ from `before`."""
+    return _differences(before, to_stored(config))
+
+
+def _differences(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
+    """run_dir is skipped: it can be absolute or relative."""
+    return [] if before is None else differences(storable(before) | {"run_dir": now["run_dir"]}, storable(now))

@@ -9,8 +9,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_tn.config import open_new
+from megatron_tn.config import replacing
 
+TAIL_BYTES = 100_000  # about 300 records
 APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 
 
@@ -28,14 +29,11 @@ class JournalFile:
 
     def read(self) -> list[dict[str, Any]]:
         """All complete records in the order of writing; empty where there is no journal."""
-        found = []
-        with contextlib.suppress(FileNotFoundError):
-            for line in self.path.read_bytes().splitlines():
-                with contextlib.suppress(ValueError, RecursionError):
-                    record = json.loads(line)
-                    if isinstance(record, dict):
-                        found.append(record)
-        return found
+        return read_records(self.path)
+
+    def tail(self, size: int = TAIL_BYTES) -> list[dict[str, Any]]:
+        """The complete records in the last `size` bytes: of a run of months the file is large."""
+        return read_records(self.path, size)
 
     def append(self, records: list[dict[str, Any]]) -> int:
         """Append records; returns how many were written: all, unless the disk is full.
@@ -78,17 +76,11 @@ class JournalFile:
                 later.append(line)
         if not later and (content.endswith(b"\n") or not content):
             return
-        rewritten = self.path.with_suffix(".tmp")
-        try:
-            with open_new(rewritten, "xb") as file:
-                file.write(b"".join(line + b"\n" for line in kept))
+        with replacing(self.path, "xb") as file:
+            file.write(b"".join(line + b"\n" for line in kept))
+            file.flush()
             if later:
                 self._append_superseded(later)
-        except OSError:
-            with contextlib.suppress(OSError):
-                rewritten.unlink()
-            raise
-        rewritten.replace(self.path)
 
     def _append_superseded(self, lines: list[bytes]) -> None:
         descriptor = os.open(self.superseded, APPEND, 0o666)
@@ -96,6 +88,20 @@ class JournalFile:
             _append_whole(descriptor, b"".join(line + b"\n" for line in lines))
         finally:
             os.close(descriptor)
+
+
+def read_records(path: Path, last: int | None = None) -> list[dict[str, Any]]:
+    """All complete records of a file, or of its `last` bytes, in the order of writing; empty where there is no file."""
+    found = []
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        if last is not None:
+            file.seek(max(os.fstat(file.fileno()).st_size - last, 0))
+        for line in file.read().splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                record = json.loads(line)
+                if isinstance(record, dict):
+                    found.append(record)
+    return found
 
 
 def _line(record: dict[str, Any]) -> bytes:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from typing import Any
 
 SAME_S = 1.0  # seconds; closer SIGINTs are one Ctrl-C, sent by the terminal and forwarded by torchrun
 INTERRUPTED = 128 + signal.SIGINT  # exit code, a shell's code for Ctrl-C
@@ -18,6 +19,9 @@ class Preemption:
     blocked in a collective. A process started with SIGINT ignored keeps ignoring it: shells start background jobs so,
     and launch/node.sh its trainers.
 
+    stopped: set by a training loop that stops because of the signal. A handler of SIGUSR1 that was there before, such
+    as submitit's, which requeues its job, is then called on exit.
+
     received: the first signal's name, or None. joined: whether the ranks have joined; before, Ctrl-C ends the process
     at once: there is nothing to save, and a rank would wait for those that Ctrl-C ended while they imported.
     """
@@ -27,7 +31,8 @@ class Preemption:
     def __init__(self, joined: bool = True) -> None:
         self.joined = joined
         self.received: str | None = None
-        self._before: dict[int, object] = {}
+        self.stopped = False
+        self._before: dict[int, Any] = {}
 
     @property
     def exit_code(self) -> int:
@@ -44,12 +49,15 @@ class Preemption:
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, *_) -> None:
         for number, handler in self._before.items():
             # Repeated signals during the exit must not change the exit code.
             signal.signal(number, signal.SIG_IGN if self.received else handler)
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._writer)  # the thread reads end of file and ends
+        earlier = self._before[signal.SIGUSR1]
+        if self.stopped and kind is None and self.received == "SIGUSR1" and callable(earlier):
+            earlier(signal.SIGUSR1, None)
 
     def _remember(self, number: int, _frame) -> None:
         self.received = self.received or signal.Signals(number).name

@@ -25,9 +25,14 @@ from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import TrainingState
 
 
-def problems_before_start(config: TrainConfig, world_size: int, tokenizer_vocab: int | None) -> list[str]:
-    """One line per problem that would make the run fail later. tokenizer_vocab: of the shards' tokenizer, if known."""
-    found = [*config.problems(world_size), *device_problems(config, cuda=torch.cuda.is_available())]
+def problems_before_start(
+    config: TrainConfig, world_size: int, tokenizer_vocab: int | None, *, gpus: bool | None = None
+) -> list[str]:
+    """One line per problem that would make the run fail later. tokenizer_vocab: of the shards' tokenizer, if known.
+    gpus: of a run on other machines, whether its processes have GPUs; None for a run that starts here."""
+    cuda = torch.cuda.is_available() if gpus is None else gpus
+    settings = [*config.problems(world_size), *device_problems(config, cuda=cuda)]
+    found = list(settings)
     if tokenizer_vocab is not None and config.model.vocab_size < tokenizer_vocab:
         found.append(
             f"model.vocab_size={config.model.vocab_size} is smaller than the {tokenizer_vocab} entries of the "
@@ -39,16 +44,16 @@ def problems_before_start(config: TrainConfig, world_size: int, tokenizer_vocab:
         found.append(f"run_dir={config.run_dir} cannot be written: {existing} is not a folder")
     elif not os.access(existing, os.W_OK | os.X_OK):
         found.append(f"run_dir={config.run_dir} cannot be written: no permission in {existing}")
-    if found:
+    if settings:  # a layout that is none has no memory plan
         return found
     try:
         if config.engine.name == "deepspeed":
             deepspeed_settings(config, world_size // (config.parallel.tp * config.parallel.cp))
-        if not torch.cuda.is_available() and config.cluster.gpu_memory_gib <= 0:
-            return host_memory_problems(config, world_size, processes_here())
-        return memory_problems(config, world_size)
+        if gpus is None and not cuda and config.cluster.gpu_memory_gib <= 0:
+            return [*found, *host_memory_problems(config, world_size, processes_here())]
+        return [*found, *memory_problems(config, world_size)]
     except ConfigError as error:
-        return error.problems
+        return [*found, *error.problems]
 
 
 def checkpoint_problems(config: TrainConfig, start: Start) -> list[str]:

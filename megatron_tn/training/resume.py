@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, step_of
-from megatron_tn.checkpoint.verify import whole_from
+from megatron_tn.checkpoint.verify import damage_in_files, whole_from
 from megatron_tn.config import ConfigError, TrainConfig, differences, to_mapping
 from megatron_tn.training.run_folder import RunFolder, find_checkpoint
 from megatron_tn.training.state import Ledger
@@ -84,13 +84,15 @@ def choose_start(config: TrainConfig, folder: RunFolder, *, requeued: bool) -> S
     return Start(checkpoint, _sha256_of_manifest(checkpoint), by_hand=True, later=later)
 
 
-def newest_start(folder: RunFolder) -> Start:
+def newest_start(folder: RunFolder, known: Mapping[Path, list[str]] | None = None) -> Start:
     """The newest undamaged checkpoint of a run, or step 0 where it has no checkpoints. Called on rank 0.
+
+    known: checkpoint -> damage that only reading all of it has shown.
 
     Raises:
         ConfigError: all checkpoints are damaged; the user must decide whether to start afresh.
     """
-    checkpoint, damage = whole_from(folder.checkpoints)
+    checkpoint, damage = whole_from(folder.checkpoints, known)
     if checkpoint is None and damage:
         problems = chain.from_iterable(damage.values())
         where = f"all checkpoints in {folder.checkpoints} are damaged; move them away to start afresh"
@@ -117,6 +119,28 @@ def agree_on(start: Start | None, problems: Sequence[str] = ()) -> Start:
             "their view of the file system is stale, or run_dir is not on a shared one: start again when all see it"
         )
     return sent
+
+
+def verified(start: Start, folder: RunFolder) -> Start:
+    """`start` or, where bytes of its checkpoint are not those that were saved, the newest older one whose are.
+    Collective: the ranks share the reading.
+
+    Raises:
+        ConfigError: on all ranks: a checkpoint chosen by hand, or every checkpoint, is damaged.
+    """
+    while start.checkpoint is not None:
+        found = _gathered(damage_in_files(start.checkpoint, dist.get_rank(), dist.get_world_size()))
+        damage = list(chain.from_iterable(found))
+        if not damage:
+            break
+        older, problems = None, damage if start.by_hand else []
+        if dist.get_rank() == 0 and not problems:
+            try:
+                older = newest_start(folder, start.damage | {start.checkpoint: damage})
+            except ConfigError as error:
+                problems = error.problems
+        start = agree_on(older, problems)
+    return start
 
 
 def agree_on_settings(config: TrainConfig) -> None:
@@ -174,9 +198,14 @@ def _send(value: Any) -> Any:
 
 def _everywhere(problem: str) -> str:
     """All ranks' problems, those of the first SHOWN ranks spelled out, in one line; empty without any. Collective."""
-    problems = [problem] * dist.get_world_size()
-    if len(problems) > 1:
-        dist.all_gather_object(problems, problem)
-    found = [one for one in problems if one]
+    found = [one for one in _gathered(problem) if one]
     more = [f"and {len(found) - SHOWN} ranks more"] if len(found) > SHOWN else []
     return "; ".join(found[:SHOWN] + more)
+
+
+def _gathered(value: Any) -> list[Any]:
+    """Every rank's `value`. Collective."""
+    values = [value] * dist.get_world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values

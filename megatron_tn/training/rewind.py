@@ -12,7 +12,7 @@ from megatron_tn.config import ConfigError
 from megatron_tn.engine.base import Engine
 from megatron_tn.engine.build import initialize_engine
 from megatron_tn.training.guard import Rewind
-from megatron_tn.training.resume import Start, agree_on, leave_later_behind, newest_start
+from megatron_tn.training.resume import Start, agree_on, leave_later_behind, newest_start, verified
 from megatron_tn.training.run import Run
 from megatron_tn.training.state import TrainingState
 
@@ -63,6 +63,8 @@ def rewind(run: Run, engine: Engine, wanted: Rewind) -> None:
         except ConfigError as error:
             problems = error.problems
     start = agree_on(start, problems)
+    if run.config.checkpoint.verify:
+        start = verified(start, run.folder)
     state, before = run.state, run.state.step
     earlier = state.ledger
     _load(run, engine, start)

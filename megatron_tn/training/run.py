@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from megatron_tn.checkpoint.background import CheckpointWriter
 from megatron_tn.checkpoint.load import Weights
 from megatron_tn.checkpoint.save import CheckpointError
 from megatron_tn.config import ConfigError, TrainConfig
+from megatron_tn.device.matrix_rate import matmul_tflops
 from megatron_tn.parallel.world import join_world, leave_world
 from megatron_tn.training.curve import draw
 from megatron_tn.training.freeze import goes_on, slurm_job
+from megatron_tn.training.goodput import goodput_of
 from megatron_tn.training.hooks import Hook, Sink
-from megatron_tn.training.resume import Start, agree_on, agree_on_settings, choose_start
+from megatron_tn.training.resume import Start, agree_on, agree_on_settings, choose_start, verified
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.summary import show_end
@@ -81,10 +84,13 @@ class Run:
             ) from error
         try:
             self.is_first = dist.get_rank() == 0
+            self.sampled_tflops = self._sample_matrix_rate()
             torch.manual_seed(self.config.seed)
             agree_on_settings(self.config)
             self.start = agree_on(self.start)
             self._take_folder()
+            if self.config.checkpoint.verify:
+                self.start = verified(self.start, self.folder)
         except BaseException:
             leave_world()
             self.folder.release()
@@ -104,22 +110,43 @@ class Run:
             if not issubclass(kind, ConfigError | KeyboardInterrupt | SystemExit):
                 self._say_why_it_failed(error, other)
             why = f"{other} (here: {why})" if other else why
+        state = "failed" if kind else "finished" if self.state.step >= self.config.last_step else "preempted"
+        self._record_stop(state)
         try:
             for hook in self.started:
                 hook.on_stop(self.state)
         finally:
-            if kind is not None:
-                self.status("failed", error=why)
-            elif self.state.step >= self.config.last_step:
-                self.status("finished")
-                self._sum_up("finished")
+            if state == "failed":
+                self.status(state, error=why)
             else:
-                self.status("preempted")
-                self._sum_up("stopped")
+                self.status(state)
+                self._sum_up("finished" if state == "finished" else "stopped")
+            if state == "preempted":
                 self._say_how_to_go_on()
             leave_world()
             self.watchdog.__exit__(None, None, None)
             self.folder.release()
+
+    def _sample_matrix_rate(self) -> float | None:
+        """TFLOP/s of rank 0's GPU, before the model takes memory; None on other ranks and without a GPU."""
+        if not self.is_first or self.device.type != "cuda":
+            return None
+        rate = matmul_tflops(self.device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return rate
+
+    def _record_stop(self, state: str) -> None:
+        """End of this start, with the goodput of all starts so far."""
+        if not self.sinks:
+            return
+        self.record({"stop/state": state}, self.state.step)
+        try:
+            goodput = goodput_of(self.folder)
+        except OSError:
+            return
+        if goodput is not None:
+            self.record(goodput.values(), self.state.step)
 
     def _say_why_it_failed(self, error: BaseException, other: str) -> None:
         """Tell, in one line of the first rank that fails, why, and which file has its traceback. Where no file can be
@@ -161,16 +188,18 @@ class Run:
         return ""
 
     def _sum_up(self, state: str) -> None:
-        """Picture and table; a full disk ends no run with an error."""
+        """Picture and table. The run is saved: whatever is wrong with its journal or the disk is a warning."""
         logging = self.config.logging
         if not self.is_first or not logging.summary:
             return
-        try:
-            draw({self.folder.path.name: self.folder}, self.folder.path / "loss.png")
-        except OSError as error:
-            log.warning("loss.png cannot be written: %s", error.strerror)
+        parts = {"loss.png": partial(draw, {self.folder.path.name: self.folder}, self.folder.path / "loss.png")}
         if logging.progress:
-            show_end(self.config, self.folder, state)
+            parts["the table"] = partial(show_end, self.config, self.folder, state)
+        for name, make in parts.items():
+            try:
+                make()
+            except Exception as error:
+                log.warning("%s cannot be made: %s: %s", name, type(error).__name__, error)
 
     def _say_how_to_go_on(self) -> None:
         if self.is_first:

@@ -2,7 +2,8 @@
 
     run_dir/
       config.json            the resolved settings, as `config.load` reads them: what a requeued job runs
-      submitted/             settings that were frozen when a job was submitted (launch/submit.py)
+      submitted/             a folder for each submission of launch.submit, see `submission`
+      requeues.log           a line for each time a job was requeued, or gave up (launch/requeue.py)
       job.json               the start that wrote config.json: {"job": SLURM job id or null, "begun": whether it has
                              loaded its checkpoint}
       status.json            {"state": "running" | "finished" | "preempted" | "failed", "step": steps done, "time": ...}
@@ -12,7 +13,7 @@
       checkpoints/           see `checkpoint.manifest`
       tracebacks/            rank_N.txt: Python's traceback of a rank that failed
       ranks/ hang.txt stacks/    ranks' heartbeats; diagnosis of a hang; Python stacks during the hang
-      profile/ wandb/ wandb_id   see `hooks`
+      profile/ wandb/ wandb_id tensorboard/    see `hooks`
       run.lock               locked by rank 0 during the run
 
 Files are replaced atomically: readers see the old or the new content, also after a kill.
@@ -24,25 +25,33 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import socket
 import time
 import traceback
-import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_tn.checkpoint.files import sync_folder
 from megatron_tn.checkpoint.manifest import MANIFEST, checkpoint_name, step_of, whole_checkpoints
-from megatron_tn.config import ConfigError, TrainConfig, from_mapping, load, open_new, read_mapping, redacted, save
-from megatron_tn.training.journal_file import JournalFile
+from megatron_tn.config import (
+    ConfigError,
+    TrainConfig,
+    from_mapping,
+    load,
+    open_new,
+    read_mapping,
+    redacted,
+    replacing,
+    save,
+)
+from megatron_tn.training.journal_file import JournalFile, read_records
 from megatron_tn.training.state import Ledger
 
 BLOCK_BYTES = 4096  # file-system block: a status up to this size can be rewritten in place on a full disk
 
 
-SUBMITTED = "MEGATRON_TN_SUBMITTED"  # environment variable: path of the settings that RunFolder.submit wrote
+SUBMITTED = "MEGATRON_TN_SUBMITTED"  # environment variable: path of the settings that launch.submit froze
 
 
 class RunFolder:
@@ -62,6 +71,10 @@ class RunFolder:
     @property
     def job_file(self) -> Path:
         return self.path / "job.json"
+
+    @property
+    def submitted(self) -> Path:
+        return self.path / "submitted"
 
     @property
     def status_file(self) -> Path:
@@ -92,12 +105,20 @@ class RunFolder:
         return self.path / "stacks"
 
     @property
+    def tracebacks(self) -> Path:
+        return self.path / "tracebacks"
+
+    @property
     def profile(self) -> Path:
         return self.path / "profile"
 
     @property
     def wandb(self) -> Path:
         return self.path / "wandb"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
 
     @property
     def wandb_id(self) -> Path:
@@ -115,6 +136,10 @@ class RunFolder:
     def records(self, key: str = "step") -> list[dict[str, Any]]:
         """The journal's records that have `key`, in the order of writing."""
         return [record for record in self.journal.read() if key in record]
+
+    def superseded(self, key: str = "step") -> list[dict[str, Any]]:
+        """The records with `key` of steps that a resume or a rewind took back, in the order of taking back."""
+        return [record for record in read_records(self.journal.superseded) if key in record]
 
     # Checkpoints
 
@@ -139,15 +164,7 @@ class RunFolder:
         sync_folder(self.checkpoints)
         return aside
 
-    # The run's settings (submitted/*.json, config.json) and the SLURM job that froze them (job.json)
-
-    def submit(self, config: TrainConfig) -> Path:
-        """Write the settings of a job before its submission; returns the file, unique to this job."""
-        folder = self.path / "submitted"
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}.json"
-        save(config, file)
-        return file
+    # The run's settings (config.json) and the SLURM job that froze them (job.json)
 
     def freeze(self, config: TrainConfig, job: str | None) -> None:
         """Write the settings to config.json and the SLURM job id `job` to job.json."""
@@ -161,6 +178,10 @@ class RunFolder:
     def is_frozen_by(self, job: str | None) -> bool:
         """Whether SLURM job `job` wrote config.json."""
         return job is not None and self.config_file.is_file() and _read(self.job_file).get("job") == job
+
+    def job(self) -> str | None:
+        """The SLURM job of the last start; None where it was none, or is not known."""
+        return _read(self.job_file).get("job")
 
     def is_begun_by(self, job: str | None) -> bool:
         """Whether job `job` wrote config.json, loaded its checkpoint and renamed the newer checkpoints."""
@@ -200,7 +221,7 @@ class RunFolder:
 
     def write_traceback(self, rank: int, error: BaseException) -> Path | None:
         """The file; None where it cannot be written."""
-        path = self.path / "tracebacks" / f"rank_{rank:05d}.txt"
+        path = self.tracebacks / f"rank_{rank:05d}.txt"
         try:
             path.parent.mkdir(exist_ok=True)
             with open_new(path) as file:
@@ -265,7 +286,8 @@ class RunFolder:
     def keep_tokenizer(self, tokenizer: Path) -> None:
         """Copy tokenizer.json to the folder, so that a copied run folder can still decode tokens."""
         if tokenizer.is_file():
-            shutil.copyfile(tokenizer, self.tokenizer)
+            with replacing(self.tokenizer, "xb") as file:
+                file.write(tokenizer.read_bytes())
 
 
 def find_checkpoint(path: Path) -> Path | None:
@@ -285,18 +307,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _replace(path: Path, values: dict[str, Any], *, sync: bool = False) -> None:
-    partial = path.with_suffix(".tmp")
-    try:
-        with open_new(partial) as file:
-            file.write(json.dumps(values) + "\n")
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
+    with replacing(path, sync=sync) as file:
+        file.write(json.dumps(values) + "\n")
     if sync:
         sync_folder(path.parent)
 

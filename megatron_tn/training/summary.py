@@ -16,6 +16,8 @@ from rich.table import Table
 from megatron_tn.config import TrainConfig, storable
 from megatron_tn.optim.schedule import batch_of_step
 from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.planning.host import counted
+from megatron_tn.training.goodput import goodput_of
 from megatron_tn.training.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ def show_start(
         f"training {config.model.name}",
         {
             "device": _device(device, context.world_size),
-            "layout": f"{context.world_size} processes: tp {tp} x cp {cp} x dp {dp}",
+            "layout": f"{counted(context.world_size, 'process')}: tp {tp} x cp {cp} x dp {dp}",
             "engine": f"{name}, {config.engine.precision}, recompute {config.engine.recompute}",
             "kernels": kernels,
             "parameters": f"{parameters:,}",
@@ -59,7 +61,7 @@ def show_start(
 def _device(device: torch.device, processes: int) -> str:
     if device.type == "cuda":
         return f"{processes} x {torch.cuda.get_device_name(device)}"
-    return f"CPU, {torch.get_num_threads()} threads a process"
+    return f"CPU, {counted(torch.get_num_threads(), 'thread')} a process"
 
 
 def figures_of(folder: RunFolder) -> dict[str, Any]:
@@ -82,17 +84,19 @@ def figures_of(folder: RunFolder) -> dict[str, Any]:
 
 def show_end(config: TrainConfig, folder: RunFolder, state: str) -> None:
     """state: of status.json, "finished" or "preempted"."""
-    found, run = figures_of(folder), config.run_dir
+    found, goodput, run = figures_of(folder), goodput_of(folder), config.run_dir
     rows = {
         "steps": f"{found.get('step', 0):,} of {config.schedule.steps:,}",
         "loss": f"{found['loss']:.3f} nats a token, mean of the last tenth" if "loss" in found else "",
         "held-out loss": f"{found['heldout_loss']:.3f}" if "heldout_loss" in found else "",
         "tokens/s": f"{found['tokens_per_second']:,.0f}, median" if "loss" in found else "",
+        "goodput": goodput.in_words() if goodput else "",
     }
     lines = (
         f"{run} holds log.jsonl, loss.png, checkpoints/ and tokenizer.json. Next:",
         f'  python -m megatron_tn.generate checkpoint={shlex.quote(run)} prompt="..."',
         f"  python -m megatron_tn.plot {shlex.quote(run)}",
+        f"  python -m launch.report {shlex.quote(run)}",
     )
     _print(f"{state}: {config.model.name}", {name: text for name, text in rows.items() if text}, lines)
 

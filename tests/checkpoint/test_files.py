@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
+import os
 import struct
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_tn.checkpoint.files import TensorFile, write_tensors
+from megatron_tn.checkpoint import direct
+from megatron_tn.checkpoint.files import TensorFile, stream_tensors, write_tensors
+from megatron_tn.checkpoint.parts import FileRecord, digest_of
 from megatron_tn.config import ConfigError
+from megatron_tn.device.host_memory import faulted_in
 
 TENSORS = {
     "a": torch.arange(1000.0),
@@ -33,21 +40,62 @@ def test_it_is_a_safetensors_file(path):
     assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
 
 
-def test_the_record_is_of_the_whole_file(path, monkeypatch):
-    monkeypatch.setattr("megatron_tn.checkpoint.files.CHUNK_BYTES", 100)
-    record = write_tensors(path, TENSORS)
-    assert (record.size, record.sha256) == (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+def digest_by_definition(path: Path, part: int) -> str:
+    data = path.read_bytes()
+    parts = [hashlib.sha256(data[at : at + part]).digest() for at in range(0, len(data), part)]
+    return f"{part}/{hashlib.sha256(b''.join(parts)).hexdigest()}"
 
 
-@pytest.mark.parametrize("chunk", [7, 1 << 20])
-def test_a_range_reads_its_own_bytes_and_no_others(path, monkeypatch, chunk):
+@pytest.mark.parametrize("part", [4096, 3 * 4096, 8 << 20])
+def test_the_record_and_the_bytes_are_the_same_however_the_file_is_cut(path, tmp_path, monkeypatch, part):
+    """Tensors of one block, as a snapshot has them, among others: parts are written from the block or from a copy."""
+    monkeypatch.setattr("megatron_tn.checkpoint.files.PART_BYTES", part)
+    block = faulted_in(20_000).copy_(torch.arange(20_000.0))
+    tensors = {f"block/{number}": one for number, one in enumerate(block.split(4099))} | TENSORS
+    record = write_tensors(path, tensors)
+    assert record == FileRecord(path.stat().st_size, digest_by_definition(path, part))
+    assert digest_of(path, record.sha256) == record.sha256
+    whole = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert digest_of(path, "") == whole  # as older checkpoints have it
+    found = load_file(path)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    stream_tensors(tmp_path / "other", {n: (t.dtype, t.shape) for n, t in tensors.items()}, iter(tensors.values()))
+    assert (tmp_path / "other").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("refused", ["open", "pwrite", "preadv"])
+def test_a_file_system_without_direct_io(path, tmp_path, monkeypatch, refused):
+    real, said = getattr(os, refused), []
+
+    def access(first, *more):
+        flags = more[0] if refused == "open" else fcntl.fcntl(first, fcntl.F_GETFL)
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(first, *more)
+
+    monkeypatch.setattr(os, refused, access)
+    monkeypatch.setattr(direct.log, "info", lambda *words: said.append(words))
+    direct.say_refused.cache_clear()
+    record = write_tensors(tmp_path / "other.safetensors", TENSORS)
+    assert digest_of(tmp_path / "other.safetensors", record.sha256) == record.sha256
+    assert (tmp_path / "other.safetensors").read_bytes() == path.read_bytes()
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(("chunk", "direct"), [(7, False), (1 << 20, False), (4096, True), (1 << 20, True)])
+def test_a_range_reads_its_own_bytes_and_no_others(path, monkeypatch, chunk, direct):
     monkeypatch.setattr("megatron_tn.checkpoint.files.CHUNK_BYTES", chunk)
-    file = TensorFile(path)
+    monkeypatch.setattr("megatron_tn.checkpoint.files.WORTH_DIRECT", 0)
+    file = TensorFile(path, direct=direct)
     before, values = file.bytes_read, torch.empty(50)
     file.read("a", 300, values)
     assert torch.equal(values, torch.arange(300.0, 350.0))
     assert file.bytes_read - before == 200
-    assert torch.equal(file.get("rng/cpu"), TENSORS["rng/cpu"])
+    assert torch.equal(file.get("a"), TENSORS["a"])
+    assert torch.equal(file.get("rng/cpu"), TENSORS["rng/cpu"])  # up to the file's last byte
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match="is damaged: it ends at byte"):
+        file.get("rng/cpu")
     file.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -158,6 +159,19 @@ def test_a_whole_one_is_whole(checkpoint, capsys):
     assert verify(checkpoint) == []
     assert call(convert, "verify", f"checkpoint={checkpoint}") == 0
     assert capsys.readouterr().out == f"{checkpoint} is whole\n"
+
+
+def test_a_digest_of_the_file_as_one_is_checked_as_well(copy):
+    """Older checkpoints have it."""
+
+    def change(values):
+        for name, record in values["files"].items():
+            record["sha256"] = hashlib.sha256((copy / name).read_bytes()).hexdigest()
+
+    edit(copy, change)
+    assert verify(copy) == []
+    flip_a_bit(copy)
+    assert [problem.partition(": ")[0] for problem in verify(copy)] == [f"{copy / 'rank_00001.safetensors'} is damaged"]
 
 
 def test_damage_makes_the_exit_code(copy, capsys):

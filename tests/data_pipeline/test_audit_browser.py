@@ -2,7 +2,6 @@
 
 import functools
 import json
-import shutil
 import signal
 import threading
 import time
@@ -18,31 +17,15 @@ from data_pipeline.audit.app import Audit
 from data_pipeline.audit.samples import Samples
 from data_pipeline.audit.server import AuditServer
 from tests.data_pipeline.audit_factory import HOSTILE, make_samples, start
+from tests.helpers.browser import chromium
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-DRIVER = shutil.which("chromedriver")
-SWITCHES = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1200,900"
-)
-if not (CHROMIUM and DRIVER):
-    pytest.skip(
-        "no chromium or no chromedriver on the PATH: apt-get install chromium chromium-driver", allow_module_level=True
-    )
 
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory) -> Iterator["webdriver.Chrome"]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for switch in (*SWITCHES.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(switch)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    started.set_script_timeout(10)
-    yield started
-    started.quit()
+    with chromium(tmp_path_factory.mktemp("profile")) as started:
+        yield started
 
 
 @pytest.fixture

@@ -71,21 +71,46 @@ def test_memory_is_at_most_a_multiple_of_the_largest_document(tmp_path):
         assert cost.grown <= MULTIPLE * most + ROOM, name
 
 
+REPEATED = {  # columns of so many rows, with one value of so many bytes
+    "texts": lambda rows, size: {"text": _repeated(rows, "x" * size)},
+    "names": lambda rows, size: {"text": ["some words"] * rows, "id": _repeated(rows, "x" * size)},
+}
+
+
+def _repeated(rows: int, value: str):
+    import pyarrow
+
+    return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * rows, pyarrow.int32()), [value])
+
+
 def test_rows_that_repeat_a_dictionary_s_value_are_bounded_by_batch_and_by_file(tmp_path):
-    """A megabyte in 4000 rows is 4 GB of documents in a file of some kilobytes."""
+    """900 kB in 4000 rows are 3.6 GB of documents in a file of some kilobytes."""
     arrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    for folder, size in (("small", 10), ("large", 1_000_000)):
-        (tmp_path / folder).mkdir()
-        column = arrow.DictionaryArray.from_arrays(arrow.array([0] * 4000, arrow.int32()), ["x" * size])
-        parquet.write_table(arrow.table({"text": column}), tmp_path / folder / "a.parquet", compression="zstd")
-    options = {"kind": "parquet", "max_document_bytes": 2_000_000}
-    (cost,) = costs_of_reading((tmp_path / "small", tmp_path / "large", options))
-    assert cost.grown < MULTIPLE * 2_000_000 + ROOM
-    assert cost.documents == max(2_000_000, 200 * (tmp_path / "large/a.parquet").stat().st_size) // 1_000_000
-    (record,) = [json.loads(line) for line in (tmp_path / "large/quarantine/00000.jsonl").open()]
-    assert record["reason"] == "bomb"
+    cases = []
+    for name, columns in REPEATED.items():
+        for size in (10, 900_000):
+            (folder := tmp_path / name / str(size)).mkdir(parents=True)
+            parquet.write_table(arrow.table(columns(4000, size)), folder / "a.parquet", compression="zstd")
+        options = {"kind": "parquet", "max_document_bytes": 2_000_000}
+        cases.append((tmp_path / name / "10", tmp_path / name / "900000", options))
+    for (_, folder, _), cost in zip(cases, costs_of_reading(*cases), strict=True):
+        assert cost.grown < MULTIPLE * 2_000_000 + ROOM, folder
+        assert (folder / "a.parquet").stat().st_size < 2_000_000 // 200
+        assert cost.documents == 2
+        (record,) = [json.loads(line) for line in (folder / "quarantine/00000.jsonl").open()]
+        assert record["reason"] == "bomb", folder
+
+
+def test_a_footer_above_the_bound_is_not_read(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = {"text": ["words"], **{f"{n:0100d}": [n] for n in range(50)}}
+    parquet.write_table(arrow.table(columns), tmp_path / "a.parquet")
+    documents, quarantine = read(tmp_path, p=source(tmp_path, kind="parquet", max_document_bytes=5000))
+    assert (documents, quarantine) == ({}, {"p/a.parquet:footer": "too_large"})
 
 
 HTML = {

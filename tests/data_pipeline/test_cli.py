@@ -7,10 +7,13 @@ import sys
 
 import pytest
 
-from data_pipeline.ablation.settings import compose_ablation
-from data_pipeline.cli import command
-from data_pipeline.config import compose
+from data_pipeline.ablation.settings import AblationSettings, compose_ablation
+from data_pipeline.audit.settings import AuditSettings
+from data_pipeline.cli import command, overrides
+from data_pipeline.config import Settings, compose, known_keys
+from data_pipeline.corpus.settings import CorpusSettings
 from data_pipeline.errors import InputError, StageError
+from data_pipeline.selfclean.settings import RoundsSettings
 from tests.data_pipeline.test_pipeline import ROOT
 
 MODULES = ("run", "canaries", "selfclean", "ablation", "audit", "stream.count", "stream.bench", "shards.verify")
@@ -81,6 +84,20 @@ def test_paths_are_taken_as_they_are_typed(monkeypatch, tmp_path):
     settings = compose(["output=x", "sources.stdlib.path=[1]", "language={min_confidence: 0.5}"])
     assert (settings.sources["stdlib"].path, settings.language.min_confidence) == ("[1]", 0.5)
     assert compose_ablation(["output=1e3", "packages=[rich]"]).output == "1e3"
+
+
+@pytest.mark.parametrize("kind", [Settings, RoundsSettings, AuditSettings, CorpusSettings, AblationSettings])
+def test_help_lists_every_setting_with_its_default(kind, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        overrides("data_pipeline.run", "About.", ["--help"], kind)
+    said = capsys.readouterr().out
+    names = {line.strip().partition("=")[0] for line in said.splitlines() if line.startswith("    ")}
+    groups = {f"{line.partition(' of ')[0].rstrip(':')}" for line in said.splitlines() if line.endswith(":")}
+    assert set(known_keys(kind)) <= names | groups | {group.removesuffix(".NAME") for group in groups}
+    if kind is Settings:
+        assert "    tokenizer.vocab_size=64000\n" in said
+        assert "    sources.NAME.text_key=text\n" in said
+        assert said.count("    sources.NAME.priority=0\n") == 1
 
 
 @pytest.mark.parametrize("module", ["data_pipeline.worth", "launch.worth"])

@@ -10,6 +10,7 @@ from data_pipeline.filters import RULES
 from data_pipeline.filters.garbled import Garbled
 from data_pipeline.filters.length import Length
 from data_pipeline.filters.lines import Lines
+from data_pipeline.filters.raw_length import RawLength
 from data_pipeline.filters.repetition import Repetition
 from data_pipeline.filters.symbols import Symbols
 
@@ -48,6 +49,7 @@ DROPPED = {
     "too short": (Length(min_bytes=10), "tiny", "min_bytes", 4),
     "short in bytes, not characters": (Length(min_bytes=10), "四个汉", "min_bytes", 9),
     "too long": (Length(min_bytes=1, max_bytes=10), "x" * 11, "max_bytes", 11),
+    "too long to be edited": (RawLength(max_bytes=11), "四个汉字", "max_bytes", 12),
     "binary": (Garbled(), bytes(range(256)).decode("utf-8", "replace"), "max_share", None),
     "utf-8 read as latin-1": (
         Garbled(),

@@ -119,15 +119,35 @@ def test_a_corrupt_compressed_file_gives_what_came_before_and_its_name(tmp_path,
     assert quarantine[f"web/{name}"] == "unreadable"
 
 
-def test_a_zst_file_of_many_frames_is_read_to_its_end(tmp_path):
+MANY_FRAMES = {  # suffix -> (packer, what may stand between frames)
+    ".zst": (zstandard.compress, b"\x50\x2a\x4d\x18\x04\x00\x00\x00skip"),
+    ".xz": (lzma.compress, bytes(8)),
+}
+
+
+@pytest.mark.parametrize("suffix", MANY_FRAMES)
+def test_a_file_of_many_frames_is_read_to_its_end(tmp_path, suffix):
     """As `cat` and parallel packers make them, empty and skippable frames among the others."""
+    pack, between = MANY_FRAMES[suffix]
     lines = [json.dumps({"text": prose(n)}).encode() + b"\n" for n in range(30)]
-    skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00skip"
-    frames = [zstandard.compress(line) for line in lines]
-    (tmp_path / "a.jsonl.zst").write_bytes(skippable.join([*frames, zstandard.compress(b"")]))
+    frames = [pack(line) for line in lines]
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(between.join([*frames, pack(b"")]) + between)
     documents, quarantine = read(tmp_path, web=source(tmp_path, kind="jsonl"))
     assert [text for text, _ in documents.values()] == [prose(n) for n in range(30)]
     assert not quarantine
+
+
+def test_a_frame_that_needs_much_memory_is_refused(tmp_path):
+    """Both of a few bytes, with a window of 256 MiB."""
+    packer = zstandard.ZstdCompressor(
+        compression_params=zstandard.ZstdCompressionParameters(window_log=28)
+    ).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(packer.compress(b'{"text": "words"}\n') + packer.flush())
+    packed = bytearray(lzma.compress(b'{"text": "words"}\n', lzma.FORMAT_ALONE))
+    packed[1:5] = (256 << 20).to_bytes(4, "little")
+    (tmp_path / "a.jsonl.lzma").write_bytes(packed)
+    documents, quarantine = read(tmp_path, web=source(tmp_path, kind="jsonl"))
+    assert (documents, quarantine) == ({}, dict.fromkeys(("web/a.jsonl.zst", "web/a.jsonl.lzma"), "unreadable"))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "tree"])
@@ -260,6 +280,34 @@ def test_every_arrow_type_that_holds_text_is_read(tmp_path):
     wanted = [f"p/{number}.parquet:{row}" for number in range(len(kinds)) for row in (1, 2)]
     assert {name: text for name, (text, _) in documents.items()} == dict.fromkeys(wanted, "sweet ")
     assert quarantine == {f"p/{number}.parquet:3": "no_text" for number in range(len(kinds))}
+
+
+def test_names_of_parquet_rows(tmp_path):
+    """What is no name of a row costs no row, and is not read."""
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    broken = arrow.array([b"a\xff"], arrow.binary()).view(arrow.string())
+    columns = {
+        "word": (arrow.array(["a"]).cast(arrow.string_view()), "a"),
+        "number": (arrow.array([2**64 - 1], arrow.uint64()), str(2**64 - 1)),
+        "repeated": (arrow.array(["a"]).dictionary_encode(), "a"),
+        "not UTF-8": (broken, "a\ufffd"),
+        "long": (arrow.array(["a" * 10_001]), None),
+        "null": (arrow.array([None], arrow.string()), None),
+        "nested": (arrow.array([[["a"]]]), None),
+        "bytes": (arrow.array([b"\0" * 16], arrow.binary(16)), None),
+        "truth": (arrow.array([True]), None),
+    }
+    for name, (column, _) in columns.items():
+        table = arrow.table({"id": column, "text": ["some words"], "text.en": [["other"]]})
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+    documents, quarantine = read(tmp_path, p=source(tmp_path, kind="parquet"))
+    assert not quarantine
+    assert {text for text, _ in documents.values()} == {"some words"}
+    assert {id[2:-10]: metadata.get("key") for id, (_, metadata) in documents.items()} == {
+        name: key for name, (_, key) in columns.items()
+    }
 
 
 def test_parquet_without_pyarrow_says_how_to_install_it(tmp_path, monkeypatch):

@@ -187,6 +187,13 @@ def test_people_move_the_next_quantiles(start, tmp_path, capsys, verdict, low, h
     assert (found["low"], found["high"]) == pytest.approx((low, high))
 
 
+def test_shards_that_take_no_scores_are_refused_before_a_model_is_trained(start, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "shards")
+    assert start("each=0") == 2
+    assert f"scores are written beside it, and {tmp_path / 'shards'} is read-only" in capsys.readouterr().err
+    assert not (tmp_path / "log").exists()
+
+
 def test_other_settings_are_refused(start, capsys):
     assert start("rounds=1", "each=0") == 0
     assert start("rounds=1", "each=0", "quantiles.low=0.2") == 2

@@ -249,6 +249,8 @@ def test_what_is_no_manifest_is_refused(tmp_path, content):
         Manifest.load(tmp_path / "manifest.json")
     with pytest.raises(InputError, match="No such file"):
         Manifest.load(tmp_path / "absent.json")
+    with pytest.raises(InputError, match=r"it is a folder; name the file .*manifest\.json"):
+        Manifest.load(tmp_path)
 
 
 class Bomb:

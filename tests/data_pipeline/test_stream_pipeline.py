@@ -5,8 +5,11 @@ import gc
 import hashlib
 import itertools
 import multiprocessing
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -29,7 +32,9 @@ from data_pipeline.stream import (
     token_stages,
 )
 from data_pipeline.stream import count as counting
+from data_pipeline.stream import loader as loader_module
 from data_pipeline.stream import pipeline as stages_of
+from data_pipeline.stream.loader import _end_by_parent_alone
 from data_pipeline.stream.score_filter import counts_file
 from tests.data_pipeline.shard_factory import BOS, EOS, make_shards
 
@@ -244,7 +249,13 @@ def test_a_stage_that_raises_stop_iteration_does_not_end_the_data(manifest, work
         next(iter(loader))
 
 
-def test_only_its_parent_ends_a_reader_process(manifest):
+def test_only_its_parent_ends_a_reader_process(manifest, monkeypatch):
+    def told_at_once(worker):
+        os.kill(os.getpid(), signal.SIGTERM)  # the stop signal of a job whose reader has just been forked
+        protect(worker)
+
+    protect = loader_module._end_by_parent_alone
+    monkeypatch.setattr(loader_module, "_end_by_parent_alone", told_at_once)
     gc.collect()  # the error of a test before this one may still hold that test's reader
     others = set(multiprocessing.active_children())  # worlds of ranks that tests share
     stream = build_stream(manifest, sequence_length=LENGTH, seed=0)
@@ -258,3 +269,29 @@ def test_only_its_parent_ends_a_reader_process(manifest):
         assert reader.is_alive()
     reader.join(10)
     assert not reader.is_alive()
+
+
+def read_for_a_trainer(pipe) -> None:
+    """A trainer whose reader has another process for its parent, as a fork server's children have."""
+    reader = multiprocessing.get_context("fork").Process(target=be_a_reader, args=(pipe,))
+    reader.start()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def be_a_reader(pipe) -> None:
+    _end_by_parent_alone(0)
+    pipe.send(os.getpid())
+    time.sleep(1000)
+
+
+def test_a_reader_process_ends_with_a_killed_trainer():
+    here, there = multiprocessing.Pipe()
+    trainer = multiprocessing.get_context("fork").Process(target=read_for_a_trainer, args=(there,))
+    trainer.start()
+    trainer.join(10)
+    there.close()
+    reader = here.recv()
+    assert here.poll(10)  # its end of the pipe is closed
+    with pytest.raises(EOFError):
+        here.recv()
+    assert reader != trainer.pid

@@ -46,6 +46,12 @@ READ = {
     "gzip in deflate, two headers": response(
         gzip.compress(RAW_DEFLATED), "Content-Encoding: deflate", "Content-Encoding: gzip"
     ),
+    "deflate of zlib, another coding named": response(zlib.compress(BODY), "Content-Encoding: gzip"),
+    "raw deflate, another coding named": response(RAW_DEFLATED, "Content-Encoding: x-gzip"),
+    "gzip, another coding named": response(gzip.compress(BODY), "Content-Encoding: deflate"),
+    "UTF-16 without a mark, gzip undone already": response(
+        BODY.decode().encode("utf-16-le"), "Content-Encoding: gzip", kind="text/html; charset=utf-16le"
+    ),
     "gzip, not named": response(gzip.compress(BODY)),
     "zstd, another coding named": response(zstandard.compress(BODY), "Content-Encoding: identity"),
     "behind an interim response": b"HTTP/1.1 103 Early Hints\r\nLink: <a>\r\n\r\n" + response(BODY),
@@ -70,6 +76,9 @@ QUARANTINED = {
     "cut gzip": (response(gzip.compress(BODY)[:-30], "Content-Encoding: gzip"), "undecodable"),
     "broken chunks": (response(chunks(BODY)[:-60], "Transfer-Encoding: chunked"), "undecodable"),
     "an unknown coding": (response(bytes(range(256)), "Content-Encoding: compress"), "undecodable"),
+    "brotli, gzip named": (response(brotli.compress(BODY), "Content-Encoding: gzip"), "undecodable"),
+    "zstd without its beginning": (response(zstandard.compress(BODY)[8:], "Content-Encoding: zstd"), "undecodable"),
+    "gzip behind an empty line": (response(b"\r\n" + gzip.compress(BODY), "Content-Encoding: gzip"), "undecodable"),
     "a refused charset": (response(b"words", kind="text/html; charset=iso-2022-kr"), "undecodable"),
     "no response": (b"words", "not_http"),
 }
@@ -199,3 +208,10 @@ def test_marks_come_before_labels_and_bad_bytes_cost_themselves_alone():
         "Москва"
     )
     assert codec("zlib_codec") is None
+
+
+def test_an_encoding_that_nothing_names_is_guessed():
+    german = "<p>Ein kurzer Text über Äpfel und Birnen, die im Garten wachsen. </p>" * 3  # detected as UTF-8
+    assert decode_page(german.encode("latin-1")) == german
+    assert decode_page(german.encode() + b"\xff") == german + "\ufffd"
+    assert decode_page("吾輩は猫である。名前はまだ無い。".encode("cp932")) == "吾輩は猫である。名前はまだ無い。"

@@ -35,7 +35,10 @@ GRADIENT_DTYPE = "engine.gradient_dtype=bf16 needs engine.name=deepspeed and eng
         (["engine.zero_stage=7"], ["engine.zero_stage=7: input should be 0, 1, 2 or 3"]),
         (["optim.lr=fast"], ["optim.lr='fast': input should be a valid number"]),
         (["parallel.tp=3"], ["model.heads=4 is not divisible by parallel.tp=3", "world size 1 is not a multiple of"]),
-        (["parallel.tp=2"], ["world size 1 is not a multiple of parallel.tp=2 x parallel.cp=1 = 2"]),
+        (
+            ["parallel.tp=2"],
+            ["world size 1 is not a multiple of parallel.tp=2 x parallel.cp=1 = 2; launch/local.sh -n 2 starts as"],
+        ),
         (
             ["data.global_batch=3", "data.micro_batch=2"],
             ["data.global_batch=3 is not a multiple of data.micro_batch=2"],
@@ -238,6 +241,16 @@ def test_a_run_folder_that_cannot_be_made(shards, tmp_path, capsys):
 def test_checkpoints_that_are_not_there(capsys, main, words, message):
     assert call(main, *words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_parts_of_other_files_are_no_choices(capsys):
+    assert call(train, "model=nosuch") == 2
+    assert ", 7b, demo, " in capsys.readouterr().err
+
+
+def test_a_word_that_is_no_action_of_convert(capsys):
+    assert call(convert, "exprt", "checkpoint=runs/mine") == 2
+    assert "action='exprt': input should be 'describe', 'verify', 'export' or 'import'" in capsys.readouterr().err
 
 
 def test_scoring_names_every_problem(capsys):

@@ -268,18 +268,31 @@ def cut(checkpoint) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
 
-def test_a_damaged_newest_checkpoint_is_left_out_and_kept(words, uninterrupted, tmp_path, capsys):
+def flip(checkpoint) -> None:
+    path = checkpoint / "rank_00000.safetensors"
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_damaged_newest_checkpoints_are_left_out_and_kept(words, uninterrupted, tmp_path, capsys):
     run = RunFolder(tmp_path / "run")
     again = (*words, f"run_dir={run}")
-    train_forked(2, *again, "checkpoint.every=2", "stop_after=4")
-    second, fourth = run.whole_checkpoints()
+    train_forked(2, *again, "checkpoint.every=1", "stop_after=4")
+    second, third, fourth = run.whole_checkpoints()
     cut(fourth)
+    flip(third)  # of the size that was written
+    assert call(train, *again, "checkpoint.resume=3", "parallel.tp=1") == 2
+    assert f"error: {third / 'rank_00000.safetensors'} is damaged: its sha256 is " in capsys.readouterr().err
     train_forked(2, *again)
     assert losses(run.path) == losses(uninterrupted)
-    assert len(list(run.checkpoints.glob("step_00000004.damaged-*"))) == 1
+    assert len(list(run.checkpoints.glob("step_0000000[34].damaged-*"))) == 2
     (rewind,) = CheckpointManifest.read(run.whole_checkpoints()[-1]).training["rewinds"]
     assert (rewind["from"], rewind["to"], rewind["by"]) == (4, 2, "damage")
     assert "rank_00001.safetensors has " in rewind["reason"]
+    assert "rank_00000.safetensors is damaged" in rewind["reason"]
 
     (second / MANIFEST).unlink()
     cut(run.whole_checkpoints()[-1])  # no other is left

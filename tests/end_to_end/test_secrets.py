@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import stat
@@ -9,6 +10,7 @@ import sys
 
 import pytest
 
+from launch import report
 from megatron_tn.checkpoint.manifest import MANIFEST
 from megatron_tn.train import main
 from megatron_tn.training.run_folder import RunFolder
@@ -47,6 +49,7 @@ def test_secrets_are_in_no_file_and_are_asked_for_again(shards, tmp_path, train,
     (tmp_path / SECRET).symlink_to(shards.parent)
     (tmp_path / "moved").symlink_to(shards.parent)
     words = [*SMALL, "engine=local", "logging.wandb.mode=offline", f"run_dir={folder}", "schedule.steps=4"]
+    words += ["logging.tensorboard=true"] if importlib.util.find_spec("tensorboard") else []
     words += [
         f"data.manifest={tmp_path}/${{oc.env:DOOR}}/manifest.json",
         f"cluster.name=x://me:{TOKEN}@host/?k",
@@ -64,7 +67,12 @@ def test_secrets_are_in_no_file_and_are_asked_for_again(shards, tmp_path, train,
     code, said = train("moved", *words)  # requeued: the variable has another value
     assert code == 0, said
     assert list(losses(folder)) == [1, 2, 3, 4]
+    monkeypatch.setenv("DOOR", SECRET)
+    before = os.umask(0o027)
+    assert call(report.main, str(folder)) == 0
+    os.umask(before)
     files = [path for path in folder.rglob("*") if path.is_file()]
+    assert "${oc.env:DOOR}" in (folder / "report.html").read_text()
     assert any(path.suffix == ".wandb" for path in files)
     for path in files:
         content = path.read_bytes()

@@ -18,6 +18,8 @@ from data_pipeline.shards.reading import read_shard
 from data_pipeline.shards.scores import load_scores
 from data_pipeline.stream.count import count
 from data_pipeline.stream.score_filter import ScoreFilter
+from launch.curves import series_of
+from launch.panels import SECTIONS, keys_of
 from megatron_tn import load_pretrained
 from megatron_tn.checkpoint.load import load_model
 from megatron_tn.convert import main as convert
@@ -41,6 +43,7 @@ def trained(shards, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     settings = (*SMALL, f"data.manifest={shards}", f"schedule.steps={STEPS}", "parallel.tp=2", "checkpoint.keep=0")
     settings = (*settings, f"evaluation.manifest={shards}", "evaluation.max_documents=20", "logging.wandb.mode=offline")
+    settings = (*settings, "evaluation.prompts=[the cat,'']", "evaluation.prompt_tokens=5")
     train_ranks(2, *settings, f"run_dir={folder / 'run'}", folder=folder)
     return folder / "run"
 
@@ -58,7 +61,12 @@ def test_it_learns_and_leaves_everything_behind(trained):
     assert (status["state"], status["step"]) == ("finished", STEPS)
     (evaluated,) = records(trained, "heldout_bits_per_byte")
     assert evaluated["step"] == STEPS
+    assert [text["prompt"] for text in evaluated["texts"]] == ["the cat", ""]
+    assert all(text["text"] for text in evaluated["texts"])
     assert 0 < evaluated["heldout_bits_per_byte"] < 8
+    values = series_of(RunFolder(trained).records())
+    without = {panel.title for section in SECTIONS.values() for panel in section if not keys_of(panel, values)}
+    assert without == {"Tasks", "Ranks", "Utilisation", "Peak of a GPU"}  # of every hundredth step, or of a GPU
     (saved,) = records(trained, "checkpoint/pause_s")
     assert (saved["checkpoint/step"], saved["checkpoint/failed"]) == (STEPS, False)
     assert saved["checkpoint/pause_s"] > 0
@@ -177,6 +185,7 @@ def test_exported_model_is_the_trained_one(trained, tmp_path):
     said = (folder / "README.md").read_text()
     assert "- steps: 12\n" in said
     assert "documents" in said  # of its data's sources
+    assert said.count("trust_remote_code=True") == 2  # else transformers asks, of the tokenizer too, and waits
     tokenizer = Manifest.load(settings_of(trained)[len(SMALL)].partition("=")[2]).tokenizer
     generation = json.loads((folder / "generation_config.json").read_text())
     wanted = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}

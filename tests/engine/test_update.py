@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_tn.config import ConfigError
 from megatron_tn.engine.replicated import ReplicatedShards
-from megatron_tn.engine.update import Placement, Update
+from megatron_tn.engine.update import Update
 from megatron_tn.optim.adamw import TorchAdamW, TritonAdamW
 from megatron_tn.parallel.context import Axis
 from megatron_tn.parallel.sharding import ShardSpec
@@ -51,12 +50,3 @@ def test_copies_follow_masters_that_were_written():
         owned.values["param"].fill_(3)
     update.refresh(optimizer_step=5)
     assert all((parameter == 3).all() for parameter in parameters)
-
-
-def test_whole_matrices_are_asked_for_and_refused_where_they_are_cut():
-    update, _ = updating()
-    update.optimizer.whole_matrices = True
-    Update(update.optimizer, update.shards, SPECS, Axis(), clip_norm=1.0)  # a master a parameter
-    update.shards.placements = [Placement("w", 0, 3, master=0, offset=0)]
-    with pytest.raises(ConfigError, match="TritonAdamW updates whole matrices, but this engine keeps w"):
-        Update(update.optimizer, update.shards, SPECS, Axis(), clip_norm=1.0)

@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_pipeline.tokenizer import train
+from megatron_tn.config import ConfigError
 from megatron_tn.evaluation.baselines import compressor_bits_per_byte, unigram_bits_per_byte
 from megatron_tn.evaluation.perplexity import Documents, document_nats, evaluate_documents
 from megatron_tn.evaluation.scores import row_scores
@@ -18,6 +19,7 @@ from megatron_tn.evaluation.token_bytes import token_bytes
 from megatron_tn.held_out import held_out_documents
 from tests.data_pipeline.shard_factory import make_shards
 from tests.helpers.models import HYBRID, TINY, TRANSFORMER, TRANSNORMER_2022, reference_model
+from tests.helpers.shards import make_text_shards
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +100,16 @@ def test_held_out_documents_are_of_all_sources(tmp_path):
     assert {name: found.sources.count(name) for name in manifest.sources} == {"a": 6, "b": 5, "c": 2}
     assert len(held_out_documents(str(tmp_path / "manifest.json"), 0).tokens) == 40
     assert found.token_bytes is None  # no tokenizer is there
+    with pytest.raises(ConfigError, match="max_document_tokens=2 needs the tokenizer"):
+        held_out_documents(str(tmp_path / "manifest.json"), 0, 2)
+
+
+def test_a_cut_document_has_the_bytes_of_its_tokens(tmp_path):
+    make_text_shards(tmp_path)
+    manifest = str(tmp_path / "manifest.json")
+    whole, cut = held_out_documents(manifest, 0), held_out_documents(manifest, 0, 5)
+    assert [ids.tolist() for ids in cut.tokens] == [ids[:5].tolist() for ids in whole.tokens]
+    assert cut.text_bytes == [whole.token_bytes[ids[:5]].sum() for ids in whole.tokens] < whole.text_bytes
 
 
 def test_scoring_leaves_random_state_and_gradients_alone(documents):

@@ -96,7 +96,7 @@ def test_prompts_that_cannot_be_read_are_named_by_line(tmp_path):
     assert found[0].startswith("3: no JSON: ")
     assert found[1:] == [
         "4: a JSON list, no object",
-        "5: text_key=text: no such key",
+        "5: text_key=text: no such key; there are other",
         "6: text_key=text: 3 is no text",
         "7: the key 'end' is there already: output_key names another",
     ]

@@ -22,6 +22,8 @@ TRITON_MODULES = (
     "kernels.gla.triton_features",
     "kernels.gla.triton_gate",
     "kernels.gla.triton_step",
+    "kernels.muon.triton_muon",
+    "kernels.newton_schulz.triton_symmetric",
     "kernels.rmsnorm.triton_rmsnorm",
     "kernels.rope.triton_rope",
     "kernels.gla.triton_buffered",

@@ -10,7 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 import kernels
 from kernels import dispatch
-from kernels.self_check import KernelMismatchError, self_check
+from kernels.comparison import KernelMismatchError
+from kernels.decoding_check import decoding_check
+from kernels.self_check import self_check
 
 SHAPES = {"heads": 2, "key_width": 16, "value_width": 24, "glu_width": 40, "length": 67}
 
@@ -23,13 +25,15 @@ def check(device: str, dtype=torch.float32, **changes) -> dict[str, float]:
 def small_vocabulary(monkeypatch):
     """Two whole tiles of the head and a part of one, where there is no GPU: the interpreter is slow."""
     if not torch.cuda.is_available():
-        monkeypatch.setattr(inspect.getmodule(KernelMismatchError), "VOCABULARY", 523)
+        monkeypatch.setattr(inspect.getmodule(self_check), "VOCABULARY", 523)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_plain_pytorch_passes(dtype):
     norms = ["simple_rms_norm", "add_simple_rms_norm", "add_scaled_simple_rms_norm", "rms_norm", "add_rms_norm"]
-    others = ["sglu", "scaled_embedding", "scaled_embedding_sum", "linear_cross_entropy", "adamw_"]
+    others = ["sglu", "scaled_embedding", "scaled_embedding_sum", "linear_cross_entropy", "muon_", "adamw_"]
+    if dtype != torch.float32:
+        others.insert(-1, "gram_polynomial")
     names = ["lightning_attention", "gla", "gla_theta", *norms, *others]
     assert list(check("cpu", dtype, key_width=48)) == names
     assert list(check("cpu", dtype)) == [name for name in names if name != "gla_theta"]
@@ -54,7 +58,7 @@ def test_the_kernels_pass_in_bf16_on_the_gpu(cuda, embed_width):
 @pytest.fixture
 def one_operator(monkeypatch):
     """Call it with the name of an operator: self_check then checks that one alone."""
-    module = inspect.getmodule(KernelMismatchError)
+    module = inspect.getmodule(self_check)
     checks = module._checks
 
     def choose(operator: str) -> None:
@@ -113,6 +117,10 @@ def off_step(right):
     return lambda *, step, **others: right(step=step + 1, **others)
 
 
+def off_beta(right):
+    return lambda out, momentum, gradient, beta, divisor: right(out, momentum, gradient, beta - 0.01, divisor)
+
+
 @pytest.mark.parametrize(
     ("module", "function", "operator"),
     [
@@ -128,6 +136,7 @@ def off_step(right):
         ("kernels.embedding.triton_embedding", "forward", "scaled_embedding"),
         ("kernels.embedding.triton_embedding", "add_gradient_", "scaled_embedding_sum"),
         ("kernels.cross_entropy.exponentials", "exponentials", "linear_cross_entropy"),
+        ("kernels.muon.triton_muon", "direction_", "muon_"),
         ("kernels.adamw.triton_adamw", "update_", "adamw_"),
     ],
 )
@@ -135,7 +144,7 @@ def test_a_broken_kernel_is_named(triton_device, monkeypatch, one_operator, modu
     if operator == "linear_cross_entropy" and triton_device == "cuda":
         pytest.skip("the head has no kernel for fp32 on a GPU")
     one_operator(operator)
-    changed_argument = {"add_gradient_": off_scale, "update_": off_step}.get(function)
+    changed_argument = {"add_gradient_": off_scale, "direction_": off_beta, "update_": off_step}.get(function)
     if changed_argument is None:
         break_output(monkeypatch, module, function, off_by_a_hundredth)
     else:  # writes its result in place
@@ -145,9 +154,16 @@ def test_a_broken_kernel_is_named(triton_device, monkeypatch, one_operator, modu
         check(triton_device, rope_base=1e4 if operator == "rope" else None)
 
 
+def test_a_broken_symmetric_product_is_named(triton_device, monkeypatch, one_operator):
+    one_operator("gram_polynomial")
+    break_output(monkeypatch, "kernels.newton_schulz.triton_symmetric", "symmetric_product", off_by_a_hundredth)
+    with pytest.raises(KernelMismatchError, match=r"^gram_polynomial at "):
+        check(triton_device, torch.float16)
+
+
 def test_a_broken_kernel_makes_all_fall_back(triton_device, monkeypatch, caplog):
     break_output(monkeypatch, "kernels.lightning.passes", "forward", off_by_a_hundredth)
-    with caplog.at_level(logging.ERROR, logger="kernels.self_check"):
+    with caplog.at_level(logging.ERROR, logger="kernels.comparison"):
         errors = check(triton_device, fall_back=True)
     assert list(errors)[-1] == "adamw_"  # all operators were checked again
     assert "lightning_attention at" in caplog.text
@@ -155,6 +171,58 @@ def test_a_broken_kernel_makes_all_fall_back(triton_device, monkeypatch, caplog)
     assert dispatch.requested_backend() == "torch"
     x = torch.ones(1, 4, device=triton_device)
     assert torch.allclose(kernels.simple_rms_norm(x), x)
+
+
+# Decoding
+
+
+def check_decoding(device: str, dtype=torch.float32, key_width: int = 48, **changes) -> dict[str, float]:
+    sizes = {"heads": 2, "key_width": key_width, "value_width": 24, "glu_width": 40, "embed_width": 64}
+    return decoding_check(**{**sizes, "dtype": dtype, "device": torch.device(device)} | changes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_decoding_in_plain_pytorch_passes(dtype):
+    operators = ["gla_step_", "gla_step_buffered_", "token_linear", "token_glu", "sample_tokens"]
+    assert list(check_decoding("cpu", dtype)) == operators
+    assert list(check_decoding("cpu", dtype, linear=False)) == operators[2:]
+
+
+@pytest.mark.parametrize("key_width", [24, 48], ids=["plain", "lrpe"])
+def test_the_kernels_of_decoding_pass(triton_device, monkeypatch, key_width):
+    if triton_device == "cpu":
+        monkeypatch.setattr(inspect.getmodule(decoding_check), "DRAWS", 6)
+    check_decoding(triton_device, key_width=key_width, glu_act="silu")
+
+
+@pytest.mark.gpu
+def test_the_kernels_of_decoding_pass_in_bf16_on_the_gpu(cuda):
+    check_decoding(cuda, torch.bfloat16, heads=16, key_width=256, value_width=128, glu_width=5504, embed_width=2048)
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "operator"),
+    [
+        ("kernels.gla.triton_step", "step", "gla_step_"),
+        ("kernels.gla.triton_buffered", "step", "gla_step_buffered_"),
+        ("kernels.token.triton_token", "linear", "token_linear"),
+        ("kernels.token.triton_token", "glu", "token_glu"),
+        ("kernels.sampling.triton_sampling", "sample", "sample_tokens"),
+    ],
+)
+def test_a_broken_kernel_of_decoding_is_named(triton_device, monkeypatch, module, function, operator):
+    checks = inspect.getmodule(decoding_check)
+    one, draws = checks._checks, 6 if triton_device == "cpu" else 64
+    monkeypatch.setattr(checks, "_checks", lambda sizes: (c for c in one(sizes) if c.operator == operator))
+    monkeypatch.setattr(checks, "DRAWS", draws)
+    if operator == "sample_tokens":  # it has arguments in fp64
+        found = importlib.import_module(module)
+        right = found.sample
+        monkeypatch.setattr(found, function, lambda **given: (right(**given) - 1).clamp_(min=0))
+    else:
+        break_output(monkeypatch, module, function, off_by_a_hundredth)
+    with pytest.raises(KernelMismatchError, match=f"^{operator} at "):
+        check_decoding(triton_device)
 
 
 def test_the_random_state_is_left_alone():

@@ -141,6 +141,7 @@ def buffered_and_plain_steps(case: Gated, tokens: int, entering: int):
             buffer.state[1], state[1], start[1] = fresh, fresh, slot[0]
         arguments = (case.decay, case.theta, case.act, case.gate, case.positions[t : t + 1])
         x = case.qkvu[:, t : t + 1]
+        buffer = buffer._replace(fold=t % SLOTS == SLOTS - 1)
         got = gla_step_buffered_(x, *buffer, *arguments)
         *wanted, state = gla_step(x, state, *arguments)
         buffer.advance()
@@ -158,6 +159,14 @@ def check_buffered(tolerance: float, **sizes) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_buffered_steps_in_plain_pytorch(dtype, with_lrpe):
     check_buffered(TOLERANCE[dtype], dtype=dtype, with_lrpe=with_lrpe)
+
+
+def test_a_fold_at_another_slot_than_the_last_is_refused():
+    case = Gated.random(length=1, with_lrpe=False)
+    slot, start = torch.zeros(1, dtype=torch.int64), torch.zeros(len(case.qkvu), dtype=torch.int64)
+    buffer = StepBuffer.around(case.initial_state.clone(), SLOTS, case.qkvu.dtype, slot, start)._replace(fold=True)
+    with pytest.raises(ValueError, match=f"fold=True with slot=0: a buffer of W={SLOTS} slots"):
+        gla_step_buffered_(case.qkvu, *buffer, case.decay, None, case.act, case.gate, None)
 
 
 @LRPE

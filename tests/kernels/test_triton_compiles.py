@@ -271,11 +271,11 @@ def test_decoding_step(capability, with_lrpe):
     types = {name: type_ for name, type_ in types.items() if not name.startswith("new")}
     types |= dict.fromkeys(("keys_pointer", "values_pointer"), "*bf16")
     types |= dict.fromkeys(("slot_pointer", "start_pointer"), "*i64")
-    constants |= {"SLICE": triton_buffered.slice_columns(constants["SUMMED"], 128), "SLOTS": 16}
-    kernel = compiled(
-        triton_buffered.buffered_step_kernel, capability, types, constants, num_warps=triton_buffered.WARPS
-    )
-    assert resources(kernel)[1] == 0
+    del constants["SUMMED"], constants["SLICE"]
+    for fold, tile in triton_buffered.TILES.items():
+        own = constants | triton_buffered.constants(tile, 128, 16) | {"FOLD": fold}
+        kernel = compiled(triton_buffered.buffered_step_kernel, capability, types, own, num_warps=tile.warps)
+        assert resources(kernel)[1] == 0
 
 
 @pytest.mark.parametrize("capability", sorted(TILES))
@@ -344,6 +344,46 @@ def test_cross_entropy(capability):
     ):
         found = {n: types.get(n, "*fp32") for n in kernel.arg_names if n.endswith("pointer") or n in types}
         assert resources(compiled(kernel, capability, found, constants, num_warps=4))[1] == 0
+
+
+@pytest.mark.parametrize("capability", sorted(TILES))
+@pytest.mark.parametrize(
+    ("added", "transposed"), [(True, False), *(pytest.param(False, t, marks=pytest.mark.full) for t in (False, True))]
+)
+def test_symmetric_products(capability, added, transposed):
+    from kernels.newton_schulz import triton_symmetric as own
+
+    types = dict.fromkeys(("x", "other", "added_pointer", "out_pointer"), "*bf16") | {"alpha": "fp32", "share": "fp32"}
+    tile = own.TILES[capability]
+    if capability >= own.HOPPER:
+        for name, side in (("x", tile.rows), ("other", tile.columns)):
+            block = [1, tile.depth, side] if transposed else [1, side, tile.depth]
+            types[name] = f"tensordesc<bf16{block}>"
+    constants = {"HAS_ADDED": added, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+    constants |= {"DESCRIPTORS": capability >= own.HOPPER, "TRANSPOSED": transposed}
+    constants |= {"x_row" if transposed else "x_column": 1}
+    if not added:
+        constants["added_pointer"] = None
+        del types["added_pointer"]
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    kernel = compiled(own.symmetric_kernel, capability, types, constants, **options)
+    shared, spilled = resources(kernel)
+    assert shared <= SHARED_MEMORY[capability]
+    assert spilled == 0
+
+
+@pytest.mark.parametrize("capability", sorted(TILES))
+def test_muon(capability):
+    from kernels.muon import triton_muon
+
+    types = dict.fromkeys(("master_pointer", "momentum_pointer", "gradient_pointer", "divisor_pointer"), "*fp32")
+    types |= dict.fromkeys(("out_pointer", "update_pointer", "copy_pointer"), "*bf16")
+    types |= dict.fromkeys(("beta", "left", "kept", "step_size"), "fp32") | {"elements": "i64"}
+    for kernel in (triton_muon.direction_kernel, triton_muon.apply_kernel):
+        constants = {name: value for name, value in vars(triton_muon).items() if name in kernel.arg_names}
+        constants |= {"HAS_COPY": True} if "HAS_COPY" in kernel.arg_names else {}
+        given = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+        assert resources(compiled(kernel, capability, given, constants, num_warps=triton_muon.WARPS))[1] == 0
 
 
 @pytest.mark.parametrize("capability", sorted(TILES))

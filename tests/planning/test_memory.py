@@ -8,11 +8,13 @@ import time
 import pytest
 import torch
 
+from kernels import newton_schulz
 from megatron_tn.config import (
     ClusterConfig,
     DataConfig,
     EngineConfig,
     ModelConfig,
+    OptimConfig,
     ParallelConfig,
     TrainConfig,
     from_mapping,
@@ -24,13 +26,13 @@ from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.recompute import recompute_blocks
 from megatron_tn.plan import main
 from megatron_tn.planning import microbatch
-from megatron_tn.planning.estimate import GIB, activation_bytes, buffer_bytes, plan_memory, state_bytes
+from megatron_tn.planning.estimate import GIB, activation_bytes, buffer_bytes, plan_memory, state_bytes, update_bytes
 from megatron_tn.planning.live import LiveMemory
 from megatron_tn.planning.remedies import memory_problems
 from megatron_tn.training.preflight import problems_before_start
 from tests.engine.test_parity import ZERO
 from tests.helpers.models import TINY, random_batch, tiny_config
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import run_ranks, run_shared
 from tests.helpers.saved import saved_bytes
 from tests.helpers.sizes import compose_model
 from tests.helpers.training import call
@@ -47,24 +49,43 @@ def test_seven_billion_on_eight_gpus_by_hand():
     assert found == {"parameters": local * 2, "gradients": local * 4, "masters": local, "moments": local * 2}
 
 
-def held(engines: list[EngineConfig]) -> list[tuple[int, int]]:
+def held(engines: list[EngineConfig], optim: OptimConfig) -> list[tuple[int, int]]:
     """Of each engine, bytes of masters that are tensors of their own, and of moments, on this rank."""
     found = []
     for engine_config in engines:
-        engine = build_engine(tiny_config(engine=engine_config), ParallelContext.create(), torch.device("cpu"))
+        engine = build_engine(
+            tiny_config(engine=engine_config, optim=optim), ParallelContext.create(), torch.device("cpu")
+        )
         ranges = engine.owned_ranges()
-        sizes = [sum(r.values[kind].numel() * 4 for r in ranges) for kind in ("param", "exp_avg", "exp_avg_sq")]
-        found.append((sizes[0], sizes[1] + sizes[2]))
+        masters = sum(r.values["param"].numel() * 4 for r in ranges)
+        found.append((masters, sum(value.numel() * 4 for r in ranges for value in r.values.values()) - masters))
     return found
 
 
-def test_engines_hold_what_is_planned():
-    engines = [*ZERO[1:], *BF16]
-    for ranks in run_ranks(2, held, engines):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_engines_hold_what_is_planned(optimizer):
+    engines, optim = [*ZERO[1:], *BF16], OptimConfig(name=optimizer)
+    for ranks in run_shared(2, held, engines, optim):
         for engine, (masters, moments) in zip(engines, ranks, strict=True):
-            planned = state_bytes(tiny_config(engine=engine, model=TINY), world_size=2)
+            planned = state_bytes(tiny_config(engine=engine, model=TINY, optim=optim), world_size=2)
             assert moments == pytest.approx(planned["moments"], rel=0.02), engine
             assert masters == pytest.approx(planned["masters"], rel=0.02), engine
+
+
+def test_muons_update_takes_what_is_planned():
+    model = from_mapping(ModelConfig, compose_model("7b"))
+    config = dataclasses.replace(TrainConfig(), model=model, optim=OptimConfig(name="muon"))
+    in_matrices = model.layers * (5 * model.embed_dim**2 + 3 * model.embed_dim * model.glu_dim)
+    assert state_bytes(config, 1)["moments"] == 8 * 6_836_719_616 - 4 * in_matrices
+    planned = update_bytes(config, 8, 0)
+    assert planned == 5 * 2 * 2**26  # 16 matrices of 2048 x 2048 in bf16, and four tensors as large
+    assert update_bytes(config, 8, planned) == 0
+    graph = dataclasses.replace(config, engine=dataclasses.replace(config.engine, cuda_graph=True))
+    assert update_bytes(graph, 8, planned) == planned
+    sent = torch.zeros(16, 32, 32, dtype=torch.bfloat16)
+    with LiveMemory() as memory:
+        newton_schulz(sent)
+    assert sent.nbytes + memory.peak == pytest.approx(5 * sent.nbytes, rel=0.01)
 
 
 def test_the_command_line_says_when_it_does_not_fit(capsys):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.soak.faults import trainers_of
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -56,15 +58,9 @@ class RunFolder:
 
     def trainer(self, rank: int) -> int:
         """PID of the process of this run that has this rank."""
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                words = (process / "cmdline").read_bytes().decode().split("\0")
-                variables = (process / "environ").read_bytes().decode(errors="replace").split("\0")
-            except OSError:  # it has just ended
-                continue
-            if "megatron_tn.train" in words and f"run_dir={self.path}" in words and f"RANK={rank}" in variables:
-                return int(process.name)
-        pytest.fail(f"no process of rank {rank} of {self.path}")
+        found = trainers_of(self.path)
+        assert rank in found, f"no process of rank {rank} of {self.path}"
+        return found[rank]
 
 
 @dataclasses.dataclass
@@ -97,7 +93,7 @@ class Job:
 
 @dataclasses.dataclass
 class Cluster:
-    """base: cluster-up.sh's folder. folder: where jobs are submitted and their logs are."""
+    """base: cluster-up.sh's folder. folder: where jobs are submitted and their logs are. nodes: of a job."""
 
     base: Path
     folder: Path
@@ -109,10 +105,10 @@ class Cluster:
         assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
         return done.stdout.strip()
 
-    def submit(self, *overrides: str) -> Job:
-        """launch/train.sbatch on all nodes, a process each."""
+    def submit(self, *overrides: str, failures: int = 3) -> Job:
+        """launch/train.sbatch on all nodes, a process each. failures: requeues without a new checkpoint."""
         log = self.folder / f"{len(list(self.folder.glob('*.log')))}.log"
         log.touch()
         script = str(ROOT / "launch/train.sbatch")
-        options = [f"--nodes={self.nodes}", f"--output={log}"]
+        options = [f"--nodes={self.nodes}", f"--output={log}", f"--export=ALL,MEGATRON_TN_FAILURES={failures}"]
         return Job(self, self.call("sbatch", "--parsable", *options, script, *overrides), log)

@@ -1,4 +1,4 @@
-"""A real SLURM of two virtual nodes on this machine, and a small corpus to train on."""
+"""A real SLURM of four virtual nodes on this machine, and a small corpus to train on."""
 
 import os
 import random
@@ -18,7 +18,7 @@ from tests.slurm.cluster import ROOT, Cluster, RunFolder, clean_environment
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 COMMANDS = ("slurmctld", "slurmd", "sbatch", "munged", "unshare")
-NODES = 2
+NODES = 4  # of the cluster; jobs take two of them, test_faults.py's take all
 STEPS = 40
 
 
@@ -57,15 +57,19 @@ def cluster() -> Iterator[Cluster]:
     require_slurm()
     base = Path(tempfile.mkdtemp(prefix="slurm-"))  # not below pytest's own folder, which is closed to others
     jobs = base / "jobs"
-    jobs.mkdir()
+    disk = base / "disk"  # small, and mounted before the nodes copy the table of mounts
+    for folder in (jobs, disk):
+        folder.mkdir()
     environment = clean_environment()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "faults", disk], check=True)
     try:
         port = free_ports(NODES + 1)
         up = [HERE / "cluster-up.sh", base, str(NODES), str(port)]
         subprocess.run(up, env=environment, stdin=subprocess.DEVNULL, check=True, timeout=120)
-        yield Cluster(base, jobs, NODES)
+        yield Cluster(base, jobs, nodes=2)
     finally:
         subprocess.run([HERE / "cluster-down.sh", base], env=environment, check=True, timeout=120)
+        subprocess.run(["umount", "--lazy", disk], check=True)
         shutil.rmtree(base, ignore_errors=True)
 
 

@@ -64,13 +64,18 @@ def test_signal_before_the_trainers_listen_is_not_lost(cluster, training, run):
     assert (job.field("JobState"), job.field("ExitCode"), job.field("Restarts")) == ("COMPLETED", "0:0", "0")
 
 
-def test_killed_trainer_fails_the_job_for_good(cluster, training, run):
-    job = cluster.submit(*training, f"run_dir={run.path}")
-    job.wait_for(lambda: len(run.steps()) >= 2)
-    os.kill(run.trainer(rank=1), signal.SIGKILL)
+def test_killed_trainer_is_requeued_until_it_gets_no_further(cluster, training, uninterrupted, run):
+    job = cluster.submit(*training, f"run_dir={run.path}", failures=1)
+    superseded = run.path / "log.superseded.jsonl"  # of the first start's steps, once the second has begun
+    for restart in range(2):
+        job.wait_for(lambda restart=restart: superseded.exists() == bool(restart) and len(run.steps()) >= 2)
+        os.kill(run.trainer(rank=1), signal.SIGKILL)
+        job.wait_for(lambda restart=restart: len(job.ends()) == restart + 1)
     job.wait_for_end()
-    assert (job.field("JobState"), job.field("Restarts")) == ("FAILED", "0"), job.output()
+    assert (job.field("JobState"), job.field("Restarts")) == ("FAILED", "1"), job.output()
     assert job.field("ExitCode") == f"{128 + signal.SIGKILL}:0", job.output()
+    assert "(1 of 2 failures without a new checkpoint): requeueing; the job goes on from its beginning" in job.output()
+    assert "requeued 1 times at the same newest checkpoint; giving up" in job.output()
 
 
 def test_bad_configuration_fails_the_job_for_good(cluster, training, run):

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.submit import main as submit
-from megatron_tn.config import OptimConfig, TrainConfig
+from megatron_tn.config import OptimConfig, TrainConfig, save
 from megatron_tn.training.freeze import goes_on, settings_of_this_start
 from megatron_tn.training.run_folder import SUBMITTED, RunFolder
-from tests.helpers.training import ROOT, call
 
 
 @pytest.fixture
@@ -91,38 +89,21 @@ def test_a_job_goes_on_once_it_has_loaded_what_its_first_start_was_asked_for(fol
     assert not goes_on(folder)
 
 
-SBATCH = """#!/bin/sh
-printf '%s\\n' "$@" >"$0.words"
-printf '%s' "$MEGATRON_TN_SUBMITTED" >"$0.settings"
-exit 3
-"""
-
-
 def test_a_job_runs_what_was_frozen_when_it_was_submitted(folder, monkeypatch, tmp_path):
-    sbatch = tmp_path / "bin/sbatch"
-    sbatch.parent.mkdir()
-    sbatch.write_text(SBATCH)
-    sbatch.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
-    words = ("model=demo", "optim.lr=1e-2", f"run_dir={folder}")
-    assert call(submit, "--nodes=2", "--time=5", "--", *words) == 3  # sbatch's own exit code
-    script = str(ROOT / "launch/train.sbatch")
-    assert sbatch.with_name("sbatch.words").read_text().splitlines() == ["--nodes=2", "--time=5", script, *words]
-    monkeypatch.setenv(SUBMITTED, sbatch.with_name("sbatch.settings").read_text())
-    _, edited = configs(folder)  # as YAML files have it by the time the job starts
+    yaml, submitted = configs(folder)  # as YAML files have it by the time the job starts; as it was submitted
+    save(submitted, tmp_path / "submitted.json")
+    monkeypatch.setenv(SUBMITTED, str(tmp_path / "submitted.json"))
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
     for restart in ("0", "1"):
         monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
-        config, notes = settings_of_this_start(edited, folder)
-        assert (config.model.name, config.optim.lr) == ("demo", 1e-2)
-        assert "wins, because this job was submitted with it" in notes[0]
-        assert "optim.lr: 0.01 -> 0.5" in notes
-
-
-def test_what_cannot_be_trained_is_not_submitted(folder, capsys):
-    assert call(submit, "--nodes=2", "--", "model=demo", "schedule.steps=0", f"run_dir={folder}") == 2
-    assert "schedule.steps=0" in capsys.readouterr().err
-    assert call(submit, "model=demo") == 2
-    assert not (folder.path / "submitted").exists()
+        assert settings_of_this_start(yaml, folder) == (submitted, [])
+    folder.freeze(yaml, "16")  # of an earlier job
+    config, notes = settings_of_this_start(yaml, folder)
+    assert config == submitted
+    assert "those that the job was submitted with win" in notes[0]
+    assert notes[1:] == ["optim.lr: 0.0003 -> 0.5"]
+    folder.freeze(submitted, "17")
+    assert settings_of_this_start(yaml, folder) == (submitted, [])
 
 
 def test_a_person_gets_what_they_ask_for_and_is_told_the_difference(folder):

@@ -103,3 +103,24 @@ def test_progress_that_nobody_reads_any_more_stops_nothing(monkeypatch, caplog, 
         hook.on_step(state, REPORT)
     hook.on_stop(state)
     assert [record.message.partition(":")[0] for record in caplog.records] == ["progress cannot be printed"]
+
+
+@pytest.mark.parametrize(
+    ("number", "stopped", "called"),
+    [(signal.SIGUSR1, True, True), (signal.SIGUSR1, False, False), (signal.SIGTERM, True, False)],
+    ids=["stopped", "reached its end", "cancelled"],
+)
+def test_a_handler_that_was_there_is_called_after_the_run_has_stopped(number, stopped, called):
+    """submitit's: it requeues the job."""
+    before = {one: signal.getsignal(one) for one in Preemption.SIGNALS}
+    seen: list[int] = []
+    try:
+        signal.signal(signal.SIGUSR1, lambda number, _: seen.append(number))
+        with Preemption() as preemption:
+            os.kill(os.getpid(), number)
+            preemption.stopped = stopped
+            assert seen == []
+        assert seen == [signal.SIGUSR1] * called
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)

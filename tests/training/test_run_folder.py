@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
+import os
 import time
 
 import pytest
 
 from megatron_tn.config import ConfigError, TrainConfig
 from megatron_tn.training import run_folder
+from megatron_tn.training.curve import draw
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import Ledger, TrainingState
 from megatron_tn.training.watchdog.signs import Sign, file_of
@@ -48,6 +51,15 @@ def test_a_full_disk_takes_a_status_in_place_of_the_one_before(folder, monkeypat
     assert folder.status_file.stat().st_size <= 4096
     folder.write_status("finished", 6)
     assert "error" not in folder.status()
+
+
+def test_a_full_disk_names_the_file_that_it_does_not_take(folder, monkeypatch):
+    def no_room(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as write and fsync do: without a name
+
+    monkeypatch.setattr(os, "fsync", no_room)
+    with pytest.raises(OSError, match=r"No space left on device: .*ledger\.json"):
+        folder.write_ledger(Ledger())
 
 
 def test_a_rank_that_speaks_for_rank_0_keeps_the_larger_step(folder):
@@ -118,7 +130,9 @@ def test_no_link_in_the_place_of_a_temporary_file_is_followed(folder, tmp_path):
     """In a folder that others may write to, a link would have the run overwrite a file of its owner."""
     victim = tmp_path / "victim"
     victim.write_text("mine")
-    for name in ("config.json.tmp", "status.tmp", "job.tmp", "ledger.tmp", "log.tmp", "tracebacks/rank_00000.txt"):
+    replaced = ("config.json", "status.json", "job.json", "ledger.json", "log.jsonl", "tokenizer.json", "loss.png")
+    links = [*(f"{name}.tmp" for name in replaced), "tokenizer.json", "loss.png", "tracebacks/rank_00000.txt"]
+    for name in links:
         (folder.path / name).parent.mkdir(exist_ok=True)
         (folder.path / name).symlink_to(victim)
     sign = Sign(rank=0, host="here", pid=1)
@@ -129,8 +143,13 @@ def test_no_link_in_the_place_of_a_temporary_file_is_followed(folder, tmp_path):
     folder.write_traceback(0, ValueError("here"))
     folder.journal.path.write_text('{"step": 9}\n')
     folder.journal.set_aside_after(3)
+    folder.keep_tokenizer(victim)
+    folder.journal.append([{"step": 1, "tokens": 1, "loss": 2.0}])
+    assert draw({"run": folder}, folder.path / "loss.png")
     sign.write(tmp_path)
     assert victim.read_text() == "mine"
+    assert folder.tokenizer.read_text() == "mine"
+    assert not folder.tokenizer.is_symlink()
     assert folder.status()["state"] == "running"
     assert folder.frozen_config() == TrainConfig()
     assert "here" in (folder.path / "tracebacks/rank_00000.txt").read_text()

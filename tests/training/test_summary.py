@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +14,15 @@ import pytest
 from launch import compare
 from megatron_tn import plot
 from megatron_tn.benchmark import main as benchmark
-from megatron_tn.config import DataConfig, ModelConfig, ScheduleConfig, TrainConfig, save
+from megatron_tn.config import DataConfig, ModelConfig, ParallelConfig, ScheduleConfig, TrainConfig, save
+from megatron_tn.loading import open_weights
 from megatron_tn.planning import host
 from megatron_tn.training.compare import group_names
-from megatron_tn.training.curve import curve_of, positions_of
+from megatron_tn.training.curve import curve_of, draw, positions_of
 from megatron_tn.training.hooks.console import ConsoleProgress
 from megatron_tn.training.hooks.journal import Journal
+from megatron_tn.training.journal_file import JournalFile
+from megatron_tn.training.run import Run
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
@@ -68,6 +71,15 @@ def test_the_end_names_figures_files_and_next_commands(tmp_path, capsys):
         assert words in said
 
 
+def test_a_journal_with_foreign_records_ends_no_run_with_an_error(tmp_path, caplog):
+    folder = make_run(tmp_path / "run", 20, 2.0)
+    folder.journal.append([{"step": 21, "loss": {"a": 1}}])
+    run = Run(TrainConfig(run_dir=str(folder), schedule=ScheduleConfig(steps=20)), None, open_weights)
+    run.is_first = True
+    run._sum_up("finished")
+    assert [record.message.partition(" cannot")[0] for record in caplog.records] == ["loss.png", "the table"]
+
+
 def test_plot_takes_runs_and_folders_of_runs(tmp_path, capsys):
     make_run(tmp_path / "sweep" / "0_optim.lr-0.1", 5, 2.0)
     make_run(tmp_path / "sweep" / "1_optim.lr-0.2", 5, 3.0)
@@ -79,6 +91,10 @@ def test_plot_takes_runs_and_folders_of_runs(tmp_path, capsys):
     assert "nothing: there is no run" in capsys.readouterr().err
     assert call(plot.main, str(tmp_path / "sweep"), f"output={tmp_path}/all.txt") == 2
     assert "all.txt must end in .png, .svg, .pdf: the ending is the picture's format" in capsys.readouterr().err
+    assert call(plot.main, "outptu=all.png") == 2
+    assert "error: unknown setting outptu=all.png; there is output=\n" in capsys.readouterr().err
+    assert call(plot.main, "output=all.png") == 2
+    assert "error: no run is named" in capsys.readouterr().err
 
 
 def test_losses_by_position_are_drawn(tmp_path, capsys, monkeypatch):
@@ -93,8 +109,19 @@ def test_losses_by_position_are_drawn(tmp_path, capsys, monkeypatch):
     assert "wrote loss.png" in capsys.readouterr().out
     assert call(plot.main, "other.json", "output=alone.png") == 0
     assert (tmp_path / "alone.png").stat().st_size < (tmp_path / "loss.png").stat().st_size
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a label as long as two paths left no room for curves
+        assert draw({f"data.manifest={'a' * 300}": folder, f"data.manifest={'b' * 300}": folder}, Path("long.png"))
     assert call(plot.main, "tasks.json") == 2
     assert "error: tasks.json: it is no output of megatron_tn.evaluate" in capsys.readouterr().err
+
+
+def test_a_curve_reads_each_journal_a_fixed_number_of_times(tmp_path, monkeypatch):
+    read, reads = JournalFile.read, []
+    monkeypatch.setattr(JournalFile, "read", lambda self: reads.append(self.path) or read(self))
+    curve = curve_of([make_run(tmp_path / "run", 100, 2.0)])
+    assert curve.held_out.tolist() == [[1000.0, 0.0, 3.0]]
+    assert len(reads) == 2
 
 
 def config(**data) -> TrainConfig:
@@ -127,6 +154,8 @@ def test_a_long_run_without_a_gpu_says_what_it_will_cost(monkeypatch):
     said = host.cpu_cost(config(), 1)
     assert said.startswith("no GPU: a microbatch takes about 1.5 s, a step 3 s (4 sequences over 1 process)")
     assert said.endswith("10 steps about 30 s")
+    said = host.cpu_cost(replace(config(), parallel=ParallelConfig(tp=2)), 2)
+    assert said.endswith("(4 sequences over 2 processes), 10 steps at least 15 s")
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -155,7 +184,10 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row_and_one_curve(tmp_path
     assert re.search(r"model.gate=false.* 2 .* 2.100 ± 0.141 .* 3.100 ± 0.141 ", said)
     page = (tmp_path / "compare.html").read_text()
     assert "<td>2.100 ± 0.141</td>" in page
-    assert base64.b64encode((tmp_path / "compare.png").read_bytes()).decode() in page
+    for by in ("tokens", "seconds of training steps"):
+        assert f'aria-label="Loss by {by}: nats a token by {by}"' in page
+    assert "<title>model.gate=false 2.1, tokens 50</title>" in page
+    assert (tmp_path / "compare.png").stat().st_size > 1000
     assert str(tmp_path / "gateless1") in page
     assert "| model.gate=false | 2 | 50 | 2.100 ± 0.141 |" in (tmp_path / "compare.md").read_text()
     curve = curve_of([RunFolder(tmp_path / f"plain{seed}") for seed in (0, 1)])

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
+import math
 import os
 import pty
+import re
 import signal
 import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 
-from megatron_tn.config import WandbConfig
+from launch import sync
+from launch.panels import SECTIONS, workspace
+from megatron_tn.config import TrainConfig, WandbConfig, save
+from megatron_tn.training.hooks.figures import StepFigures
 from megatron_tn.training.hooks.journal import Journal
 from megatron_tn.training.hooks.wandb_file import last_step_in, messages
 from megatron_tn.training.hooks.weights_and_biases import WeightsAndBiases
 from megatron_tn.training.run_folder import RunFolder
-from megatron_tn.training.state import TrainingState
+from megatron_tn.training.state import Ledger, TrainingState
 from tests.helpers.steps import REPORT, WORK
-from tests.helpers.training import fork_ranks
+from tests.helpers.training import call, fork_ranks
+from tests.helpers.wandb_server import WandbServer
 
 
 @pytest.fixture
@@ -27,7 +36,7 @@ def folder(tmp_path) -> RunFolder:
 
 
 def hook(folder: RunFolder, mode: str = "offline") -> WeightsAndBiases:
-    return WeightsAndBiases(WandbConfig(mode=mode), folder, {}, WORK)
+    return WeightsAndBiases(WandbConfig(mode=mode), folder, {}, StepFigures(WORK))
 
 
 @pytest.mark.parametrize("moment", ["init", "log", "finish"])
@@ -73,6 +82,7 @@ class Server:
         server = self
 
         class Part:
+            url = f"https://wandb.example/{id}"
             starting_step = steps[-1] + 1 if steps else 0
 
             def log(self, values, step):
@@ -120,8 +130,79 @@ def test_where_nobody_is_logged_in_it_logs_offline_and_says_so_once(folder, monk
     hook(folder, "online").on_start(TrainingState())
     assert server.modes == ["offline"]
     assert [record.message for record in caplog.records] == [
-        "wandb: nobody is logged in here, so it logs offline; `wandb sync` uploads it later"
+        "wandb: nobody is logged in here, so it logs offline; `python -m launch.sync` uploads it later"
     ]
+
+
+def test_sync_tells_what_the_server_lacks_and_a_new_project_gets_panels(folder, monkeypatch, capsys):
+    import wandb
+
+    server, views = Server(monkeypatch), []
+    api = SimpleNamespace(default_entity="us", projects=lambda entity: [SimpleNamespace(name="other")])
+    monkeypatch.setattr(wandb, "Api", lambda: api)
+    monkeypatch.setattr(sync, "_add_panels", lambda *place: views.append(place))
+    run = str(folder)
+    save(TrainConfig(run_dir=run), folder.config_file)
+    folder.write_ledger(Ledger(rewinds=[{"from": 7, "to": 4}]))
+    folder.journal.append([{"step": step, "loss": 2.0} for step in (1, 2, 3)])
+    assert call(sync.main, run, "project=paper") == 0
+    (part,) = server.steps
+    assert part == f"{folder.wandb_id.read_text()}-r1"
+    assert server.steps[part] == [1, 2, 3]
+    assert views == [(None, "paper")]
+    assert capsys.readouterr().out == f"{run}: https://wandb.example/{part}\n"
+    folder.journal.append([{"step": 4, "loss": 2.0}])
+    assert call(sync.main, run, "panels=false") == 0
+    assert server.steps == {part: [1, 2, 3, 4]}
+    assert len(views) == 1
+
+    def no_route(**_):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(wandb, "init", no_route)
+    assert call(sync.main, run, "panels=false") == "error: wandb: OSError: no route to host"
+    monkeypatch.setattr(wandb, "login", lambda **_: False)
+    assert call(sync.main, run) == 2
+    assert "error: wandb: nobody is logged in here" in capsys.readouterr().err
+    assert call(sync.main, run, "panels=some") == 2
+
+
+@pytest.mark.full
+def test_sync_by_the_real_client_adds_rows_in_their_places(folder, tmp_path):
+    run, server = str(folder), WandbServer(projects=("other",))
+    save(TrainConfig(run_dir=run), folder.config_file)
+    with server.running() as address:
+        environment = os.environ | {"WANDB_BASE_URL": address, "WANDB_API_KEY": "a" * 40, "HOME": str(tmp_path)}
+        for last in (3, 5):
+            have = len(folder.records())
+            folder.journal.append([{"step": step, "loss": 2.0, "tokens": step} for step in range(have + 1, last + 1)])
+            command = [sys.executable, "-m", "launch.sync", run, "project=paper"]
+            said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+            run_id = folder.wandb_id.read_text()
+            assert f"{run}: {address}/us/paper/runs/{run_id}" in said.stdout
+            assert [(row["_step"], row["tokens"]) for row in server.rows[run_id]] == [
+                (n, n) for n in range(1, last + 1)
+            ]
+            server.projects.append("paper")
+    if importlib.util.find_spec("wandb_workspaces"):
+        (view,) = server.views
+        assert (view["entityName"], view["projectName"], view["displayName"]) == ("us", "paper", "megatron_tn")
+        assert '"chartTitle":"Gradient norm"' in view["spec"]
+    else:
+        assert "pip install -e '.[panels]'" in said.stderr
+
+
+def test_panels_as_a_view_of_a_wandb_project():
+    pytest.importorskip("wandb_workspaces")
+    view = workspace("us", "paper")
+    assert (view.entity, view.project) == ("us", "paper")
+    plots = {plot.title: plot for section in view.sections for plot in section.panels}
+    assert (plots["Loss"].x, plots["Loss"].y) == ("tokens", ["loss", "heldout_loss"])
+    assert re.fullmatch(plots["Held-out text"].metric_regex, "heldout_bits_per_byte/code")
+    assert not re.fullmatch(plots["Held-out text"].metric_regex, "heldout_bits_per_byte_of_others")
+    assert plots["Utilisation"].title_y == "% of the rate / 100"
+    spec = json.loads(view._to_model().model_dump_json(by_alias=True))["spec"]["section"]["panelBankConfig"]
+    assert [section["name"] for section in spec["sections"]] == list(SECTIONS)
 
 
 def log_steps(folder: str, *parts: tuple[int, int]) -> None:
@@ -146,29 +227,59 @@ def log_steps(folder: str, *parts: tuple[int, int]) -> None:
         hooks[1].on_stop(state)
 
 
-def test_after_kill_9_the_next_start_tells_what_the_offline_copy_lacks(tmp_path):
-    """Steps 1 and 2 reached the disk, 3 and 4 did not: one row for each, over all copies."""
-    import wandb
+def logged(folder: RunFolder) -> list[dict[str, object]]:
+    """The rows of the offline copies, in the order of their processes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    folder, found = RunFolder(tmp_path), []
+    found = []
+    for path in sorted(folder.wandb.glob(f"offline-run-*/run-{folder.wandb_id.read_text()}.wandb")):
+        for message in messages(path.read_bytes()):
+            items = Record.FromString(message).history.item
+            found.append({"/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    return [row for row in found if row]
+
+
+def test_after_kill_9_the_next_start_tells_what_the_offline_copy_lacks(tmp_path):
+    """Steps 1 and 2 reached the disk, 3 and 4 did not: one row for each, over all copies, with all figures."""
+    import wandb
+
+    folder = RunFolder(tmp_path)
     (process,) = fork_ranks(1, log_steps, str(tmp_path), (1, 2), (3, 4))
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     board = hook(folder)
     board.on_start(TrainingState(step=4))
-    board.on_step(TrainingState(step=5), REPORT)
+    board.on_step(TrainingState(step=5, optimizer_step=4, tokens=500, samples=20), REPORT)
+    texts = [{"prompt": "def ", "text": "f(x): <b>"}]
+    board.record(
+        {"heldout_loss": 2.0, "heldout_bits_per_byte/code": 1.25, "ranks/slowest": "rank 3", "texts": texts}, 5
+    )
+    board.record({"memory/allocated_gib": 30.5, "ranks/slowest": "rank 3", "goodput": 0.9, "goodput/starts": 2}, 5)
     board.on_stop(TrainingState(step=5))
     wandb.teardown()  # its process writes the file to the end
     run_id = folder.wandb_id.read_text()
     newest = max(folder.wandb.glob("offline-run-*"), key=lambda path: path.stat().st_mtime_ns)
     newest.rename(f"{newest}-1")  # as wandb names it where two processes began in the same second
-    for path in sorted(folder.wandb.glob(f"offline-run-*/run-{run_id}.wandb")):
-        for message in messages(path.read_bytes()):
-            items = {item.nested_key[0]: item.value_json for item in Record.FromString(message).history.item}
-            if "loss" in items:
-                found.append((int(items["_step"]), json.loads(items["loss"])))
-    assert found == [(step, 2.5) for step in range(1, 6)]
+    rows = logged(folder)
+    assert [(row["_step"], row["loss"], row["perplexity"]) for row in rows] == [
+        (step, 2.5, pytest.approx(math.exp(2.5))) for step in range(1, 6)
+    ]
+    last = rows[-1]
+    assert last["tokens_per_second_per_gpu"] == pytest.approx(last["tokens_per_second"] / 2)
+    assert last["utilisation"] == pytest.approx(last["model_tflops"] / 400)
+    assert last["utilisation_sampled"] == pytest.approx(last["model_tflops"] / 300)
+    assert {name: last[name] for name in ("lr", "grad_norm", "tokens", "samples", "steps_without_update")} == {
+        "lr": 1e-3,
+        "grad_norm": 1.0,
+        "tokens": 500,
+        "samples": 20,
+        "steps_without_update": 1,
+    }
+    assert last["heldout_perplexity"] == pytest.approx(math.exp(2.0))
+    assert last["heldout_bits_per_byte/code"] == 1.25
+    assert (last["memory/allocated_gib"], last["goodput"], last["goodput/starts"]) == (30.5, 0.9, 2)
+    (page,) = folder.wandb.glob(f"offline-run-*/files/{last['texts/path']}")
+    assert page.read_text() == "<pre><b>def </b>f(x): &lt;b&gt;</pre>"
     assert last_step_in(folder.wandb, run_id) == 5
 
 
@@ -213,7 +324,7 @@ def test_a_full_disk_ends_the_copy_and_nothing_else(tmp_path):
             (tmp_path / "filling").write_bytes(bytes(1 << 20))
         board = hook(run)
         board.on_start(TrainingState())
-        assert run.wandb_id.read_text() == ""
+        assert not run.wandb_id.exists()
         (tmp_path / "filling").unlink()
         board = hook(run)
         board.on_start(TrainingState())

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from megatron_tn.config import ConfigError
 from megatron_tn.engine.deepspeed.stage3 import BlockReduction
-from megatron_tn.engine.update import Placement, StepResult
+from megatron_tn.engine.shards import Placement
+from megatron_tn.engine.update import StepResult
 from megatron_tn.gradients.accumulator import Bucket
 from megatron_tn.model.base import Model
 from megatron_tn.parallel.collectives import gather_parts_
@@ -216,7 +217,7 @@ class Wrapped:
 
 
 class Stage0Shards:
-    """See `engine.update.Shards`. Every rank holds one master per parameter, as in `engine.replicated`. Gradients are
+    """See `engine.shards.Shards`. Every rank holds one master per parameter, as in `engine.replicated`. Gradients are
     `parameter.grad`, all-reduced by DeepSpeed. In fp32 a parameter is its own master."""
 
     sharded_over = Axis()
@@ -266,7 +267,7 @@ class _FlatShards:
 
 
 class Stage1Shards(_FlatShards):
-    """See `engine.update.Shards`. DeepSpeed's BF16_Optimizer; `GradientAccumulator` sums gradients in its fp32 buffers.
+    """See `engine.shards.Shards`. DeepSpeed's BF16_Optimizer; `GradientAccumulator` sums gradients in its fp32 buffers.
     DeepSpeed itself would keep all bf16 gradients until the backward pass ends, then cast each to fp32 and add it."""
 
     def __init__(self, wrapped: Wrapped):
@@ -289,7 +290,7 @@ class Stage1Shards(_FlatShards):
 
 
 class Stage2Shards(_FlatShards):
-    """See `engine.update.Shards`. DeepSpeed's optimizer of stage 2, and of stage 1 without `sums_own_gradients`. It
+    """See `engine.shards.Shards`. DeepSpeed's optimizer of stage 2, and of stage 1 without `sums_own_gradients`. It
     reduces gradients in buckets during the backward pass, each partition to the rank that updates it."""
 
     def __init__(self, wrapped: Wrapped):
@@ -312,7 +313,7 @@ class Stage2Shards(_FlatShards):
 
 
 class Stage3Shards:
-    """See `engine.update.Shards`. Each parameter is cut into equal parts over dp x cp; this rank's parts of many
+    """See `engine.shards.Shards`. Each parameter is cut into equal parts over dp x cp; this rank's parts of many
     parameters lie in one flat master. `BlockReduction` replaces DeepSpeed's gradient reduction."""
 
     def __init__(self, wrapped: Wrapped):

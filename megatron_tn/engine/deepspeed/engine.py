@@ -51,7 +51,7 @@ class DeepSpeedEngine(UpdatingEngine):
         self.partitioned = self.stage > 0
         # Dimensions of the logical parameter, not of `p`: ZeRO 3 has already flattened `p`.
         named = [(name, p, len(p.shard_spec.shape)) for name, p in model.named_parameters()]
-        groups = parameter_groups(named, config.optim.weight_decay)
+        groups = parameter_groups(named, config.optim)
         if config.engine.sums_own_gradients:
             # DeepSpeed makes one flat tensor per optimizer group; each serves as a bucket of `GradientAccumulator`.
             elements = config.engine.reduce_bucket_elements
@@ -60,7 +60,7 @@ class DeepSpeedEngine(UpdatingEngine):
                 for group in groups
                 for members in split_into_buckets(group["params"], elements)
             ]
-        optimizer = build_optimizer(groups, config.optim)
+        optimizer = build_optimizer(groups, config.optim, DTYPES[config.engine.precision])
         device = next(model.parameters()).device
         stream = capture_stream(device) if config.engine.cuda_graph else None
         settings = deepspeed_settings(config, self.context.dp.size) | {"gradient_clipping": 0.0}  # `Update` clips

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,13 +12,16 @@ from megatron_tn.checkpoint.background import CheckpointWriter, Save
 from megatron_tn.checkpoint.retention import Retention
 from megatron_tn.config import to_stored
 from megatron_tn.engine.base import Engine
+from megatron_tn.training.goodput import process_began
 from megatron_tn.training.hooks import Hook
 from megatron_tn.training.hooks.checkpoint import CheckpointEvery
 from megatron_tn.training.hooks.console import ConsoleProgress
 from megatron_tn.training.hooks.evaluate import EvaluateEvery, Interrupted
+from megatron_tn.training.hooks.figures import StepFigures
 from megatron_tn.training.hooks.journal import Journal
 from megatron_tn.training.hooks.profile import Profile
 from megatron_tn.training.hooks.ranks import RankReport
+from megatron_tn.training.hooks.tensorboard import TensorBoard
 from megatron_tn.training.hooks.weights_and_biases import WeightsAndBiases
 from megatron_tn.training.run import Run
 from megatron_tn.training.state import TrainingState
@@ -42,7 +46,7 @@ def start_hooks(
     """
     config = run.config
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    work = Work(flops_per_token, engine.context.world_size, config.cluster.peak_tflops(gpu))
+    work = Work(flops_per_token, engine.context.world_size, config.cluster.peak_tflops(gpu), run.sampled_tflops)
     hooks = _of_rank_0(run, work)
     if evaluate is not None:
         hooks.append(_evaluation(run, work, evaluate, interrupted))
@@ -51,7 +55,8 @@ def start_hooks(
     hooks.append(_checkpoints(run, work, engine, stream_state))
     for hook in hooks:
         run.started.append(hook)
-        hook.on_start(run.state)
+        with work.clock.pause():  # a dashboard that is slow to answer is none of the first step's time
+            hook.on_start(run.state)
     return hooks
 
 
@@ -59,9 +64,15 @@ def _of_rank_0(run: Run, work: Work) -> list[Hook]:
     if not run.is_first:
         return []
     config, logging = run.config, run.config.logging
-    run.sinks.append(Journal(run.folder.journal, logging.every, work))
+    settings = to_stored(config)
+    waited_s = functools.partial(run.progress.seconds.__getitem__, "data")
+    run.sinks.append(Journal(run.folder.journal, logging.every, work, began=process_began(), waited_s=waited_s))
     if logging.wandb.mode != "disabled":
-        run.sinks.append(WeightsAndBiases(logging.wandb, run.folder, to_stored(config), work))
+        run.sinks.append(
+            WeightsAndBiases(logging.wandb, run.folder, settings, StepFigures(work, logging.every, waited_s))
+        )
+    if logging.tensorboard:
+        run.sinks.append(TensorBoard(run.folder, settings, StepFigures(work, logging.every, waited_s)))
     hooks: list[Hook] = [*run.sinks]
     if logging.progress:
         hooks.append(ConsoleProgress(config.last_step, work))
@@ -107,6 +118,7 @@ def _checkpoints(
 
     return CheckpointEvery(
         writer,
+        functools.partial(writer.prepare, engine),
         save,
         run.report,
         run.record,

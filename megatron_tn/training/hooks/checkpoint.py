@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,19 +11,22 @@ from megatron_tn.training.hooks import NullHook
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
 
+WORTH_SAYING_S = 1.0  # seconds that a save waited for the one before it
+
 
 class CheckpointEvery(NullHook):
     """Calls `save(state)` on all ranks, and reports each save when it is on disk.
 
-    save: starts a save with `writer`; returns the previous save if not yet reported. report(line, values, step): prints
-    a line once and records values. record(values, step): records values. every: steps; 0 saves only on a stop signal
-    and at the end. last: the run's last step; 0 for no save at the end. abort: whether a failed save ends the run; a
-    failure of the run's last save always does.
+    prepare: begins to make what the first save needs. save: starts a save with `writer`; returns the previous save if
+    not yet reported. report(line, values, step): prints a line once and records values. record(values, step): records
+    values. every: steps; 0 saves only on a stop signal and at the end. last: the run's last step; 0 for no save at the
+    end. abort: whether a failed save ends the run; a failure of the run's last save always does.
     """
 
     def __init__(
         self,
         writer: CheckpointWriter,
+        prepare: Callable[[], None],
         save: Callable[[TrainingState], Save | None],
         report: Callable[[str, dict[str, Any], int], None],
         record: Callable[[dict[str, Any], int], None],
@@ -32,12 +36,18 @@ class CheckpointEvery(NullHook):
         abort: bool,
     ):
         self.writer = writer
+        self.prepare = prepare
         self.save = save
         self.report = report
         self.record = record
         self.every = every
         self.last = last
         self.abort = abort
+        self._said = False
+
+    def on_start(self, state: TrainingState) -> None:
+        if self.every or self.last > state.step:
+            self.prepare()
 
     def on_step(self, state: TrainingState, report: StepReport) -> None:
         self._report(self.writer.finished(), state)
@@ -46,7 +56,10 @@ class CheckpointEvery(NullHook):
         if due or final:
             self._report(self.save(state), state)
         if final:
-            self._report(self.writer.wait(), state, fatal=True)
+            began = time.perf_counter()
+            if (done := self.writer.wait()) is not None:
+                done.pause_s += time.perf_counter() - began
+            self._report(done, state, fatal=True)
 
     def on_stop(self, state: TrainingState) -> None:
         done = self.writer.close()  # a save may be in progress when a step raises
@@ -60,5 +73,14 @@ class CheckpointEvery(NullHook):
             if fatal or self.abort:
                 raise save.error
             self.report(f"{save.error}; training goes on (checkpoint.on_failure=report)", {}, state.step)
-        figures = {"step": save.step, "pause_s": save.pause_s, "write_s": save.write_s, "failed": bool(save.error)}
+        if save.wait_s > WORTH_SAYING_S and self.every and save.step % self.every == 0 and not self._said:
+            self._said = True
+            self.report(
+                f"the save of step {save.step} waited {save.wait_s:.1f} s for the write of the previous one: "
+                f"checkpoint.every={self.every} is less than a write takes; training waits at each such save",
+                {},
+                state.step,
+            )
+        figures = {name: getattr(save, name) for name in ("step", "pause_s", "wait_s", "write_s")}
+        figures["failed"] = bool(save.error)
         self.record({f"checkpoint/{name}": value for name, value in figures.items()}, state.step)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_tn.training.hooks import NullHook
+from megatron_tn.training.hooks.figures import TEXTS
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
 
@@ -37,7 +38,8 @@ class EvaluateEvery(NullHook):
             try:
                 found = self.evaluate()
             except Interrupted:
+                self.record({"evaluation_s": time.perf_counter() - began}, state.step)
                 return
-            whole = {name: value for name, value in found.items() if "/" not in name}
+            whole = {name: value for name, value in found.items() if "/" not in name and name != TEXTS}
             state.held_out = {"step": state.step, **whole}
             self.record(found | {"evaluation_s": time.perf_counter() - began}, state.step)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from megatron_tn.training.hooks import NullHook
+from megatron_tn.training.hooks.figures import StepFigures
 from megatron_tn.training.journal_file import JournalFile
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
@@ -23,53 +25,46 @@ class Journal(NullHook):
     log.superseded.jsonl, so that log.jsonl is one curve and nothing is lost.
 
     Logging never stops training: while writes fail, records are buffered in memory, with one warning at the first
-    failure and a line when they are written. every: steps between records.
+    failure and a line when they are written.
+
+    every: steps between records. began: Unix time at which this process began; None records no start. waited_s: seconds
+    that rank 0 has waited for data since then.
     """
 
-    def __init__(self, file: JournalFile, every: int, work: Work):
+    def __init__(
+        self,
+        file: JournalFile,
+        every: int,
+        work: Work,
+        *,
+        began: float | None = None,
+        waited_s: Callable[[], float] = lambda: 0.0,
+    ):
         self.file = file
-        self.every = every
-        self.work = work
+        self.figures = StepFigures(work, every, waited_s)
+        self.began = began
         self._waiting: deque[dict[str, Any]] = deque()
         self._lost = 0
         self._take_back: int | None = None  # move records after this step, once writes work
         self._failed = False  # whether the failure was reported
 
     def on_start(self, state: TrainingState) -> None:
+        self._go_on_from(state)
+        if self.began is not None:
+            self.record({"start/began": self.began}, state.step)
+
+    def on_rewind(self, state: TrainingState) -> None:
+        self._go_on_from(state)
+
+    def _go_on_from(self, state: TrainingState) -> None:
         self._waiting = deque(record for record in self._waiting if record["step"] <= state.step)
         self._take_back = state.step
         self._write()
-        self._since, self._tokens, self._steps = self.work.clock.now(), 0, 0
-
-    def on_rewind(self, state: TrainingState) -> None:
-        self.on_start(state)
+        self.figures.restart()
 
     def on_step(self, state: TrainingState, report: StepReport) -> None:
-        self._tokens += report.tokens
-        self._steps += 1
-        if report.skipped:
-            self.write({"step": state.step, "skipped": True, "tokens": state.tokens, "time": time.time()})
-            return
-        if state.step % self.every and report.applied and not report.stop:
-            return
-        now = self.work.clock.now()
-        seconds = now - self._since
-        self.write(
-            {
-                "step": state.step,
-                "loss": report.loss,
-                "lr": report.lr,
-                "grad_norm": report.grad_norm,
-                "applied": report.applied,
-                "tokens": state.tokens,
-                "samples": state.samples,
-                **self.work.rates(self._tokens / seconds),
-                "step_seconds": seconds / self._steps,
-                "world_size": self.work.processes,
-                "time": time.time(),
-            }
-        )
-        self._since, self._tokens, self._steps = now, 0, 0
+        if values := self.figures.of(state, report):
+            self.write({"step": state.step, **values})
 
     def on_stop(self, state: TrainingState) -> None:
         self._write()
@@ -78,7 +73,7 @@ class Journal(NullHook):
         self.file.close()
 
     def record(self, values: dict[str, Any], step: int) -> None:
-        self.write({"step": step, **values})
+        self.write({"step": step, **values, "time": time.time()})
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record now or, if the write fails, buffer it for the next."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from megatron_tn.config import replacing
 from megatron_tn.training.hooks import NullHook
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
+
+log = logging.getLogger(__name__)
 
 ROWS = 80  # rows of the operator table
 
@@ -57,9 +61,14 @@ class Profile(NullHook):
             running.stop()
 
     def _write(self, found: profile) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         name = f"steps_{self._first}_to_{self._last}"
-        found.export_chrome_trace(str(self.folder / f"{name}.trace.json.gz"))
         by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = found.key_averages().table(sort_by=by, row_limit=ROWS, max_name_column_width=80)
-        (self.folder / f"{name}.txt").write_text(table + "\n")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (trace := self.folder / f"{name}.trace.json.gz").unlink(missing_ok=True)
+            found.export_chrome_trace(str(trace))
+            with replacing(self.folder / f"{name}.txt") as file:
+                file.write(table + "\n")
+        except OSError as error:
+            log.warning("profile %s cannot be written: %s", self.folder / name, error.strerror)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_tn.config import open_new
+from megatron_tn.config import replacing
 from megatron_tn.training.watchdog.detect import Observation
 from megatron_tn.training.watchdog.explain import explain_failure, explain_hang
 from megatron_tn.training.watchdog.signs import read_all
@@ -58,11 +58,8 @@ class Observer:
         except OSError:
             pass  # the file cannot be written: each rank observes alone
         text = explain(self._observe())
-        with contextlib.suppress(OSError):
-            partial = file.with_suffix(".tmp")
-            with open_new(partial) as written:
-                written.write(text)
-            partial.rename(file)
+        with contextlib.suppress(OSError), replacing(file) as written:
+            written.write(text)
         return text, True
 
     def _observe(self) -> Observation:

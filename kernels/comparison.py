@@ -1,0 +1,84 @@
+"""Comparison of operators with their definitions in fp64, on random inputs, with a fall back to plain PyTorch."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kernels import dispatch
+
+logger = logging.getLogger(__name__)
+
+# Largest allowed relative error in norm against fp64, by input type; the tests use the same bounds.
+LARGEST_ERROR = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+
+
+class KernelMismatchError(RuntimeError):
+    """A kernel disagrees with its definition on this device."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """`function` and `definition` get random inputs of `shapes`; `definition` in fp64, with backend "torch"."""
+
+    operator: str
+    function: Callable[..., Tensor]
+    definition: Callable[..., Tensor]
+    shapes: tuple[tuple[int, ...], ...]
+    bounds: Mapping[torch.dtype, float] = field(default_factory=lambda: LARGEST_ERROR)
+    differentiable: bool = True
+
+
+def compare(
+    checks: Callable[[], Iterable[Check]], dtype: torch.dtype, device: torch.device, fall_back: bool
+) -> dict[str, float]:
+    """Operator -> the largest relative error of its output and its inputs' gradients.
+
+    fall_back: if an operator is wrong, log it, switch this process to plain PyTorch, and check again.
+
+    Raises KernelMismatchError, which names the operator, its error and the bound.
+    """
+    try:
+        return _errors(checks(), dtype, device)
+    except KernelMismatchError as mismatch:
+        if not fall_back or dispatch.requested_backend() == "torch":
+            raise
+        logger.error("%s; all operators run in PyTorch from here on", mismatch)
+    dispatch.set_backend("torch")
+    return _errors(checks(), dtype, device)
+
+
+def _errors(checks: Iterable[Check], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Raises KernelMismatchError at the first error above its bound."""
+    errors = {}
+    for check in checks:
+        error = errors[check.operator] = _worst_error(check, dtype, device)
+        if not error <= check.bounds[dtype]:  # NaN fails, too
+            raise KernelMismatchError(
+                f"{check.operator} at {check.shapes} in {dtype} on {device} is off by {error:.1e} relative to fp64, "
+                f"more than {check.bounds[dtype]:.0e}"
+            )
+    return errors
+
+
+def _worst_error(check: Check, dtype: torch.dtype, device: torch.device) -> float:
+    """The largest relative error in norm of the output and the inputs' gradients, on fixed random inputs."""
+    generator = torch.Generator(device).manual_seed(0)  # leaves the global generator, which training uses, unchanged
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    inputs = [draw(shape).requires_grad_() for shape in check.shapes]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    with torch.enable_grad():
+        out = check.function(*inputs)
+        gradient = draw(out.shape)
+        values = (out, *(torch.autograd.grad(out, inputs, gradient) if check.differentiable else ()))
+        with dispatch.backend("torch"):
+            wanted = check.definition(*exact)
+            gradients = torch.autograd.grad(wanted, exact, gradient.double()) if check.differentiable else ()
+            expected = (wanted, *gradients)
+    errors = [((x.double() - y).norm() / y.norm()).item() for x, y in zip(values, expected, strict=True)]
+    return max(errors) if all(error == error for error in errors) else float("nan")  # max() may skip a NaN

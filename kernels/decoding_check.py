@@ -1,0 +1,157 @@
+"""Compares the kernels of decoding steps with their definitions on this GPU, at the model's widths, before decoding."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import dispatch
+from kernels.comparison import LARGEST_ERROR, Check, compare
+from kernels.gla.buffered import gla_step_buffered_
+from kernels.gla.op import gla
+from kernels.gla.step import gla_step_
+from kernels.gla.step_buffer import StepBuffer
+from kernels.numerics import accumulation_dtype
+from kernels.sampling.op import sample_tokens
+from kernels.token import reference
+from kernels.token.op import token_glu, token_linear
+
+ROWS, SLOTS = 2, 4  # of states, and of the buffer between two writes of them
+PRODUCT_ROWS = 257  # of a weight
+DRAWS, VOCABULARY = 64, 4099
+MOST_DIFFERENT_DRAWS = 0.05  # rounding to fp32 moves the border between two tokens
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """The arguments of `decoding_check` that determine the inputs."""
+
+    heads: int
+    key_width: int
+    value_width: int
+    glu_width: int
+    embed_width: int
+    act: str
+    glu_act: str
+    linear: bool
+    decay: Tensor
+
+
+def decoding_check(
+    *,
+    heads: int,
+    key_width: int,
+    value_width: int,
+    glu_width: int,
+    embed_width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    act: str = "silu",
+    glu_act: str = "none",
+    linear: bool = True,
+    fall_back: bool = False,
+) -> dict[str, float]:
+    """Compare the operators of a decoding step with their fp64 definitions; return the largest relative error of each.
+
+    heads, key_width, value_width, glu_width, embed_width, act, glu_act: as in `self_check`. linear: whether the model
+    has linear attention, whose steps are checked, with LRPE where key_width = 2 value_width.
+    fall_back: if an operator is wrong, log it, switch this process to plain PyTorch, and check again.
+
+    Raises KernelMismatchError, which names the operator, its error and the bound.
+    """
+    decay = torch.linspace(0, 1, heads, device=device)
+    sizes = _Sizes(heads, key_width, value_width, glu_width, embed_width, act, glu_act, linear, decay)
+    return compare(lambda: _checks(sizes), dtype, device, fall_back)
+
+
+def _checks(sizes: _Sizes) -> Iterator[Check]:
+    if sizes.linear:
+        yield from _step_checks(sizes)
+    yield from _product_checks(sizes)
+    yield _sampling_check(sizes.decay.device)
+
+
+def _step_checks(sizes: _Sizes) -> Iterator[Check]:
+    """One step over its state, and SLOTS + 1 buffered ones, of which one folds; y, the sum of o^2, and the state."""
+    heads, width, decay, act = sizes.heads, sizes.value_width, sizes.decay, sizes.act
+    j = torch.arange(heads * width, device=decay.device)
+    theta = (10000.0 ** (-j / j.numel())).view(heads, 1, width) if sizes.key_width == 2 * width else None
+
+    def of_type(x: Tensor) -> Tensor | None:
+        return None if theta is None else theta.to(x.dtype)
+
+    def results(y: Tensor, square_sum: Tensor, state: Tensor) -> Tensor:
+        return torch.cat([part.to(state.dtype).flatten() for part in (y, square_sum.sqrt(), state)])
+
+    def written_over(qkvu: Tensor, state: Tensor) -> Tensor:
+        qkvu, state = qkvu.detach(), state.detach().to(accumulation_dtype(qkvu.dtype))
+        y, sums = gla_step_(qkvu, state, decay, of_type(qkvu), act, True, None)
+        return results(y, sums.sum(-1), state)
+
+    def buffered(qkvu: Tensor, state: Tensor) -> Tensor:
+        qkvu, state = qkvu.detach(), state.detach().to(accumulation_dtype(qkvu.dtype))
+        slot, start = (torch.zeros(n, dtype=torch.int64, device=decay.device) for n in (1, ROWS))
+        buffer = StepBuffer.around(state, SLOTS, qkvu.dtype, slot, start)
+        found = []
+        for t in range(qkvu.shape[1]):
+            buffer = buffer._replace(fold=t % SLOTS == SLOTS - 1)
+            position = torch.full((1,), t, device=decay.device)
+            token = qkvu[:, t : t + 1]
+            found.append(gla_step_buffered_(token, *buffer, decay, of_type(qkvu), act, True, position))
+            buffer.advance()
+        return results(*(torch.cat(part, 1) for part in zip(*found, strict=True)), buffer.folded(decay))
+
+    def definition(qkvu: Tensor, state: Tensor) -> Tensor:
+        return results(*gla(qkvu, decay, of_type(qkvu), act=act, initial_state=state, return_state=True))
+
+    state = (ROWS, heads, sizes.key_width, width)
+    for operator, function, tokens in (("gla_step_", written_over, 1), ("gla_step_buffered_", buffered, SLOTS + 1)):
+        qkvu = (ROWS, tokens, 4 * heads * width)
+        yield Check(operator, function, definition, (qkvu, state), differentiable=False)
+
+
+def _product_checks(sizes: _Sizes) -> Iterator[Check]:
+    def linear(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+        x, weight, residual = x.detach(), weight.detach(), residual.detach()
+        parts = x.to(accumulation_dtype(x.dtype)).square().view(2, -1).sum(-1)
+        normed = token_linear(x, weight, eps=EPS)
+        return torch.cat((normed, token_linear(x, weight, eps=EPS, square_sum=parts, residual=residual)))
+
+    def exact_linear(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+        normed = reference.token_linear(x, weight, eps=EPS)
+        return torch.cat((normed, normed + residual))
+
+    def glu(x: Tensor, gate: Tensor, value: Tensor) -> Tensor:
+        return token_glu(x.detach(), gate.detach(), value.detach(), eps=EPS, act=sizes.glu_act)
+
+    def exact_glu(x: Tensor, gate: Tensor, value: Tensor) -> Tensor:
+        return reference.token_glu(x, gate, value, eps=EPS, act=sizes.glu_act)
+
+    width, weight = (sizes.embed_width,), (PRODUCT_ROWS, sizes.embed_width)
+    yield Check("token_linear", linear, exact_linear, (width, weight, (PRODUCT_ROWS,)), differentiable=False)
+    gate = (sizes.glu_width, sizes.embed_width)
+    yield Check("token_glu", glu, exact_glu, (width, gate, gate), differentiable=False)
+
+
+def _sampling_check(device: torch.device) -> Check:
+    """The share of draws that are those of plain PyTorch."""
+    rows = torch.arange(DRAWS, device=device)
+    given = {"top_k": rows % 5 * 10, "temperature": (rows % 3) / 2.0, "top_p": 1 - (rows % 2) / 5.0}
+    given |= {name: given[name].double() for name in ("temperature", "top_p")}
+
+    def draw(logits: Tensor) -> Tensor:
+        return sample_tokens(logits, rows * 987_654_321, rows, **given, candidates=VOCABULARY, nucleus=True)
+
+    def agreement(logits: Tensor) -> Tensor:
+        logits = 3 * logits.detach()
+        with dispatch.backend("torch"):
+            wanted = draw(logits)
+        return (draw(logits) == wanted).double().mean()
+
+    def whole(logits: Tensor) -> Tensor:
+        return logits.new_ones(())
+
+    bounds = dict.fromkeys(LARGEST_ERROR, MOST_DIFFERENT_DRAWS)
+    return Check("sample_tokens", agreement, whole, ((DRAWS, VOCABULARY),), bounds, differentiable=False)

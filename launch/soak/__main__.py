@@ -1,0 +1,182 @@
+"""Soak: train for as long as told while faults come at random, then compare with an undisturbed run, bit for bit.
+
+    python -m launch.soak minutes=60 mtbf_s=120 seed=1 output=runs/soak
+
+    minutes     of training under faults (60); an undisturbed run of as many steps follows
+    mtbf_s      mean time between a start's first step and its next fault: exponential (120)
+    seed        of times, kinds and ranks (0)
+    faults      kinds to choose from, joined by commas (all of launch/soak/faults.py)
+    heal_s      how long a full disk or a read-only folder lasts (20)
+    processes   trainers on this machine (2)
+    output      folder; it must not hold a soak already (runs/soak)
+
+Other words are overrides for training, which is the demo's model on a small corpus made here unless data.manifest= is
+among them. output/summary.json has every fault, goodput and time lost by cause; output/trainers.log what the trainers
+said. Exit code 1 when the runs differ, a start ends otherwise than its fault ends one, or something is left behind.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import sysconfig
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from launch.soak.faults import FAULTS
+from launch.soak.soak import ROOT, LocalTrainers, Soak
+from megatron_tn.training.goodput import CAUSES, goodput_of
+from megatron_tn.training.run_folder import RunFolder
+
+console = Console(highlight=False, markup=False)
+
+TRAINING = (
+    "model=demo",
+    "model.vocab_size=512",
+    "parallel.tp=2",
+    "data.sequence_length=256",
+    "data.global_batch=8",
+    "data.micro_batch=8",
+    "data.workers=0",
+    "schedule=constant",
+    "schedule.steps=1000000",
+    "schedule.warmup_steps=60",
+    "optim.lr=4e-3",
+    "deterministic=true",
+    "checkpoint.every=20",
+    "checkpoint.keep=3",
+    "evaluation.every=100",
+    "evaluation.max_documents=20",
+    "hang_timeout_s=12",
+    "distributed_timeout_s=60",
+    "logging=quiet",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    minutes: float = 60.0
+    mtbf_s: float = 120.0
+    seed: int = 0
+    faults: tuple[str, ...] = tuple(FAULTS)
+    heal_s: float = 20.0
+    processes: int = 2
+    output: str = "runs/soak"
+    overrides: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, words: Sequence[str]) -> Settings:
+        """Raises ValueError, one line."""
+        kinds = {"minutes": float, "mtbf_s": float, "seed": int, "heal_s": float, "processes": int, "output": str}
+        found: dict[str, Any] = {"overrides": ()}
+        for word in words:
+            name, equals, value = word.partition("=")
+            if name == "faults":
+                found[name] = tuple(value.split(","))
+            elif equals and name in kinds:
+                try:
+                    found[name] = kinds[name](value)
+                except ValueError:
+                    raise ValueError(f"{word}: not a number") from None
+            elif equals:
+                found["overrides"] += (word,)
+            else:
+                raise ValueError(f"{word}: not NAME=VALUE")
+        settings = cls(**found)
+        for name in ("minutes", "mtbf_s", "processes"):
+            if getattr(settings, name) <= 0:
+                raise ValueError(f"{name}={getattr(settings, name)} must be above 0")
+        if strange := [name for name in settings.faults if name not in FAULTS]:
+            raise ValueError(f"faults={','.join(strange)}: unknown; there are {', '.join(FAULTS)}")
+        if Path(settings.output, "run").exists():
+            raise ValueError(f"output={settings.output} holds a soak already: choose another, or remove it")
+        return settings
+
+
+def make_corpus(folder: Path) -> Path:
+    """Shards of a part of the standard library; returns their folder."""
+    source = Path(sysconfig.get_path("stdlib"), "asyncio")
+    words = ["pipeline=code", f"input={source}", f"output={folder}", "tokenizer.vocab_size=512", "tasks=2"]
+    command = [sys.executable, "-m", "data_pipeline.run", *words, "near_duplicates=null"]
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    return folder
+
+
+def summary_of(settings: Settings, soak: Soak) -> dict[str, Any]:
+    goodput = goodput_of(soak.folder)
+    return {
+        "settings": asdict(settings),
+        "steps": soak.folder.status().get("step", 0),
+        "faults": Counter(event.fault for event in soak.events),
+        "goodput": goodput and asdict(goodput) | {"share": goodput.share},
+        "events": [asdict(event) for event in soak.events],
+        "problems": soak.problems,
+    }
+
+
+def show(summary: dict[str, Any]) -> None:
+    table = Table(title=f"{summary['steps']:,} steps, {len(summary['events'])} faults", show_header=False)
+    for name, count in sorted(summary["faults"].items()):
+        seconds = [event["took_s"] for event in summary["events"] if event["fault"] == name]
+        table.add_row(f"{count} x {name}", f"{sum(seconds) / count:.1f} s each, to the end of it or of the start")
+    if goodput := summary["goodput"]:
+        table.add_section()
+        table.add_row("goodput", f"{goodput['share']:.1%} of {goodput['wall_s']:,.0f} s in {goodput['starts']} starts")
+        for cause, seconds in goodput["lost_s"].items():
+            table.add_row(f"lost: {CAUSES[cause]}", f"{seconds / goodput['wall_s']:.1%}")
+    console.print(table)
+    for line in summary["problems"] or ["steps, data, losses and final weights equal an undisturbed run's bit for bit"]:
+        console.print(line)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    words = sys.argv[1:] if words is None else words
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return 0
+    try:
+        settings = Settings.parse(words)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    output = Path(settings.output)
+    output.mkdir(parents=True, exist_ok=True)
+    training = [*TRAINING, *settings.overrides]
+    if not any(word.startswith("data.manifest=") for word in training):
+        data = make_corpus(output / "data")
+        training += [f"data.manifest={data}/train/manifest.json", f"evaluation.manifest={data}/heldout/manifest.json"]
+
+    def start(folder: Path, more: Sequence[str]) -> LocalTrainers:
+        return LocalTrainers(settings.processes, folder, [*training, *more], output / "trainers.log")
+
+    soak = Soak(
+        RunFolder(output / "run"),
+        start,
+        processes=settings.processes,
+        mtbf_s=settings.mtbf_s,
+        kinds=settings.faults,
+        heal_s=settings.heal_s,
+        choice=random.Random(settings.seed),
+        say=console.print,
+    )
+    end = time.monotonic() + 60 * settings.minutes
+    soak.run(lambda: time.monotonic() > end)
+    if not soak.problems:
+        soak.compare(RunFolder(output / "undisturbed"))
+    summary = summary_of(settings, soak)
+    (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    show(summary)
+    return 1 if soak.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

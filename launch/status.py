@@ -1,0 +1,173 @@
+"""The runs of a folder, or of a user's SLURM jobs, in a table: how far they are, how fast, and what last stopped them.
+
+python -m launch.status runs             the folder itself, or the runs up to three folders below it
+python -m launch.status --user           of one's own jobs in the queue, submitted with launch.submit
+python -m launch.status --user=anna --wide     a line for every figure, for narrow terminals and for scripts
+"""
+
+from __future__ import annotations
+
+import getpass
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from launch.requeue import in_words, records
+from megatron_tn.cli import bad_input_exits
+from megatron_tn.config import ConfigError, load, shown
+from megatron_tn.training.run_folder import RunFolder
+from megatron_tn.training.submission import Submission
+
+DEPTH = 3  # folders below the one that is named
+SILENT_S = 600.0  # a running run without a record for so long, and for twenty steps, is said to be silent
+TITLES = ("run", "state", "step", "loss", "tokens/s", "utilisation", "time left", "restarts", "last failure")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A line of squeue. number: of a job, or of a job array's task. array: of the job array, or number. script: its
+    path."""
+
+    number: str
+    array: str
+    state: str
+    script: str
+
+
+def main() -> None:
+    words = [word for word in sys.argv[1:] if word != "--wide"]
+    users = [word for word in words if word == "--user" or word.startswith("--user=")]
+    folders = [Path(word) for word in words if not word.startswith("-")]
+    if {"-h", "--help"} & set(words) or len(users) + len(folders) != len(words) or not words:
+        print(__doc__)
+        sys.exit(0 if {"-h", "--help"} & set(words) else 2)
+    with bad_input_exits():
+        jobs = queue()
+        if users:
+            user = users[-1].partition("=")[2] or getpass.getuser()
+            folders += folders_of_jobs(queue(user))
+        runs = list(dict.fromkeys(run for folder in folders for run in runs_below(folder)))
+        if not runs:
+            raise ConfigError(f"no run in {', '.join(map(str, folders)) or 'the jobs of SLURM'}")
+        show([row_of(RunFolder(run), jobs) for run in runs], wide="--wide" in sys.argv)
+
+
+def runs_below(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
+    """The folder itself where it is a run's, else those below it, in the order of their names."""
+    run = RunFolder(folder)
+    if run.is_there or run.config_file.is_file() or any(run.submitted.glob("*/config.json")):
+        yield folder
+    elif depth and folder.is_dir():
+        for below in sorted(path for path in folder.iterdir() if path.is_dir() and path != run.submitted):
+            yield from runs_below(below, depth - 1)
+
+
+def queue(user: str = "") -> list[Job]:
+    """SLURM's queue; empty where there is no SLURM, or it does not answer."""
+    if shutil.which("squeue") is None:
+        return []
+    words = ["squeue", "--noheader", "--format=%A|%F|%T|%o", *([f"--user={user}"] if user else [])]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    lines = [line.split("|", 3) for line in done.stdout.splitlines()]
+    return [Job(*map(str.strip, line)) for line in lines if len(line) == 4]
+
+
+def folders_of_jobs(jobs: Sequence[Job]) -> list[Path]:
+    """Folders of the runs, or sweeps, whose scripts launch.submit wrote."""
+    scripts = [Submission(Path(job.script).parent) for job in jobs if job.script.endswith(f"/{Submission.SCRIPT}")]
+    return list(dict.fromkeys(submission.run_dir for submission in scripts))
+
+
+def row_of(run: RunFolder, jobs: Sequence[Job], now: float | None = None) -> dict[str, str]:
+    """TITLES -> what is known of a run."""
+    now = time.time() if now is None else now
+    status, tail = run.status(), run.journal.tail()
+    steps = [record for record in tail if "step_seconds" in record]
+    last = steps[-1] if steps else {}
+    seconds = statistics.median(record["step_seconds"] for record in steps) if steps else 0.0
+    step, end = status.get("step", 0), last_step(run)
+    if status.get("state") == "running" and last:
+        step = max(step, last["step"])
+    rates = [record["tokens_per_second"] for record in steps if "tokens_per_second" in record]
+    requeues = records(run.path)
+    found = {
+        "run": str(run),
+        "state": state_of(run, status, tail, jobs, max(SILENT_S, 20 * seconds), now),
+        "step": f"{step:,} of {end:,}" if end else f"{step:,}",
+        "loss": "" if last.get("loss") is None else f"{last['loss']:.4f}",
+        "tokens/s": f"{statistics.median(rates):,.0f}" if rates else "",
+        "utilisation": f"{last['utilisation']:.1%}" if "utilisation" in last else "",
+        "time left": duration((end - step) * seconds) if seconds and end > step else "",
+        "restarts": str(sum("gave-up" not in record for record in requeues)),
+        "last failure": failure_of(status, requeues),
+    }
+    return {title: shown(text) for title, text in found.items()}
+
+
+def last_step(run: RunFolder) -> int:
+    """Of the settings of the last start, or of the newest submission before the first; 0 where neither can be read."""
+    files = [run.config_file, *sorted(run.submitted.glob("*/config.json"), reverse=True)]
+    for file in files:
+        try:
+            return load(file).last_step
+        except ConfigError:
+            continue
+    return 0
+
+
+def state_of(
+    run: RunFolder, status: dict[str, Any], tail: list[dict[str, Any]], jobs: Sequence[Job], silent: float, now: float
+) -> str:
+    """status.json's, with what SLURM says of the job, and whether a run that should be running has fallen silent."""
+    state = status.get("state", "not started")
+    times = [record["time"] for record in (status, *tail) if isinstance(record.get("time"), int | float)]
+    if state == "running" and times and now - max(times) > silent:
+        state = f"running, silent for {duration(now - max(times))}"
+    numbers = {run.job(), *(number for one in Submission.all_of(run) for number in one.read().get("jobs", []))}
+    mine = [f"job {job.number} {job.state.lower()}" for job in jobs if job.number in numbers or job.array in numbers]
+    return ", ".join([state, *mine])
+
+
+def failure_of(status: dict[str, Any], requeues: Sequence[dict[str, str]]) -> str:
+    """The last failure's cause and step, by status.json or by requeues.log."""
+    if status.get("state") == "failed" and status.get("error"):
+        return f"step {status.get('step', 0):,}: {status['error']}"
+    for record in reversed(requeues):
+        if (code := record.get("code", "0")) != "0":
+            return f"step {record.get('step')}: {record.get('cause') or in_words(int(code))}"
+    return ""
+
+
+def duration(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def show(rows: Sequence[dict[str, str]], *, wide: bool) -> None:
+    if wide:
+        for row in rows:
+            print("\n".join(f"{title}: {row[title]}" for title in TITLES if row[title]), end="\n\n")
+        return
+    table = Table(*TITLES)
+    for row in rows:
+        table.add_row(*(row[title] for title in TITLES))
+    width = None if sys.stdout.isatty() else 240
+    Console(highlight=False, markup=False, width=width).print(table)
+
+
+if __name__ == "__main__":
+    main()

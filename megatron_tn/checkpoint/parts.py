@@ -1,0 +1,157 @@
+"""Files in parts, which several threads hash, write and read beside each other.
+
+A digest is "BYTES/HEX": the sha256 of the concatenated sha256s of the file's parts of BYTES bytes each, the last part
+being what is left. Without "BYTES/" it is the sha256 of the file as one, as older checkpoints have it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import queue
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_tn.checkpoint.direct import (
+    ALIGNMENT,
+    DirectFile,
+    aligned_buffer,
+    buffer_of_this_thread,
+    is_aligned,
+    round_up,
+)
+from megatron_tn.device.threads import in_parallel
+
+READ_BYTES = 8 << 20  # at most: of one access of `digest_of`
+IN_PARTS = re.compile(r"([1-9]\d{0,15})/[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """size: bytes. sha256: digest of the whole file, in parts (see above)."""
+
+    size: int
+    sha256: str
+
+
+class _Part(NamedTuple):
+    """data, aligned, at byte `at` of the file. buffer: what `data` is the beginning of, where it was copied; None where
+    it lies in the contents."""
+
+    at: int
+    data: np.ndarray
+    buffer: np.ndarray | None = None
+
+
+def write_file(path: Path, contents: Iterable[np.ndarray], part_bytes: int) -> FileRecord:
+    """Write `contents`, uint8 [n] each, one after the other, and fsync. Hashing and writing release the GIL.
+
+    `contents` is iterated in this thread; its arrays must not change before the return. A part that lies aligned in one
+    array is written from there; else it is first copied, so beside the arrays of `contents` memory holds THREADS + 2
+    parts at most.
+    """
+    digests: dict[int, bytes] = {}
+    buffers: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
+    size = 0
+
+    def write(part: _Part) -> None:
+        digests[part.at] = hashlib.sha256(part.data).digest()
+        if part.buffer is None:
+            file.write(part.data, part.at)
+        else:  # the file's last part is written to the end of a block, and cut off below
+            file.write(part.buffer[: round_up(len(part.data))], part.at)
+            buffers.put(part.buffer)
+
+    def counted() -> Iterator[_Part]:
+        nonlocal size
+        for part in _parts(contents, part_bytes, buffers):
+            size = part.at + len(part.data)
+            yield part
+
+    with closing(DirectFile(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)) as file:
+        in_parallel(write, counted())
+        os.ftruncate(file.descriptor, size)
+        os.fsync(file.descriptor)
+    return FileRecord(size, _digest_of_parts([digests[at] for at in sorted(digests)], part_bytes))
+
+
+def _parts(contents: Iterable[np.ndarray], part_bytes: int, buffers: queue.SimpleQueue[np.ndarray]) -> Iterator[_Part]:
+    """`contents` cut into parts. buffers: those of parts that have been written."""
+    at, buffer, filled = 0, None, 0
+    for content in contents:
+        done = 0
+        while done < len(content):
+            rest = content[done:]
+            if not filled and len(rest) >= part_bytes and is_aligned(rest):
+                yield _Part(at, rest[:part_bytes])
+                at, done = at + part_bytes, done + part_bytes
+                continue
+            if buffer is None:
+                buffer = aligned_buffer(part_bytes) if buffers.empty() else buffers.get()
+            count = min(part_bytes - filled, len(rest))
+            np.copyto(buffer[filled : filled + count], rest[:count])
+            filled, done = filled + count, done + count
+            if filled == part_bytes:
+                yield _Part(at, buffer[:filled], buffer)
+                at, buffer, filled = at + filled, None, 0
+    if filled:
+        yield _Part(at, buffer[:filled], buffer)
+
+
+def digest_of(path: Path, like: str) -> str:
+    """The digest of a file, in parts or as one as the digest `like` is. Reads every byte once, from the disk.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with closing(DirectFile(path, os.O_RDONLY)) as file:
+        if part_bytes := _part_bytes_of(like):
+            return _in_parts(file, os.fstat(file.descriptor).st_size, part_bytes)
+        return _as_one(file)
+
+
+def _in_parts(file: DirectFile, size: int, part_bytes: int) -> str:
+    digests: dict[int, bytes] = {}
+
+    def read(at: int) -> None:
+        digest, buffer = hashlib.sha256(), buffer_of_this_thread(READ_BYTES)
+        for start in range(at, min(at + part_bytes, size), READ_BYTES):
+            data = buffer[: min(READ_BYTES, at + part_bytes - start)]
+            digest.update(data[: file.read(data, start)])
+        digests[at] = digest.digest()
+
+    in_parallel(read, range(0, size, part_bytes))
+    return _digest_of_parts([digests[at] for at in sorted(digests)], part_bytes)
+
+
+def _as_one(file: DirectFile) -> str:
+    """One thread hashes while this one reads."""
+    digest, buffers = hashlib.sha256(), [aligned_buffer(READ_BYTES) for _ in range(4)]
+
+    def chunks() -> Iterator[np.ndarray]:
+        for number in itertools.count():  # in_parallel of one thread is three chunks behind at most
+            buffer = buffers[number % len(buffers)]
+            if not (count := file.read(buffer, number * READ_BYTES)):
+                return
+            yield buffer[:count]
+
+    in_parallel(digest.update, chunks(), threads=1)
+    return digest.hexdigest()
+
+
+def _digest_of_parts(digests: Iterable[bytes], part_bytes: int) -> str:
+    return f"{part_bytes}/{hashlib.sha256(b''.join(digests)).hexdigest()}"
+
+
+def _part_bytes_of(digest: str) -> int:
+    """BYTES of a digest; 0 for the file as one, and for a damaged digest, which no file has."""
+    found = IN_PARTS.fullmatch(digest)
+    size = int(found[1]) if found else 0
+    return 0 if size % ALIGNMENT else size

@@ -1,0 +1,91 @@
+"""One large block of host memory that is reused, page-locked where a GPU copies into it.
+
+Page-locking memory that nothing has written makes the driver fault in one page after the other: 12 GiB take 5.6 s on an
+H200's host. So threads write to each page first. (Not in huge pages: where memory is fragmented, the kernel compacts
+it first, which took six times as long.)
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+
+import torch
+from torch import Tensor
+
+from megatron_tn.device.graph import CAPTURE
+from megatron_tn.device.threads import in_parallel, start_thread
+
+FAULT_THREADS = 8
+FAULT_BYTES = 64 << 20  # of one thread at a time
+
+
+class HostMemory:
+    """A block of fp32 elements that begins at a page boundary (direct I/O needs that), kept from one use to the next.
+
+    Page-locked (pinned) by cudaHostRegister, because torch's pinned allocator rounds up to a power of two: 70 GiB of a
+    rank's masters and moments would take 128 GiB.
+    """
+
+    def __init__(self) -> None:
+        self._block = torch.empty(0)
+        self._pinned = False
+        self._preparing: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def prepare(self, elements: int, pinned: bool) -> None:
+        """Begin to make a block of fp32 [elements] in a thread, unless there is a large enough one; `take` waits."""
+        self.join()
+        if self._block.numel() < elements:
+            self.release()
+            self._preparing = start_thread(lambda: self._make(elements, pinned), "host-memory")
+
+    def take(self, elements: int, pinned: bool) -> Tensor:
+        """fp32 [elements]. It aliases the tensors of earlier calls."""
+        self.prepare(elements, pinned)
+        self.join()
+        if self._error is not None:
+            raise self._error
+        return self._block[:elements]
+
+    def release(self) -> None:
+        self.join()
+        if self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._block.data_ptr())
+        self._block, self._pinned = torch.empty(0), False
+
+    def join(self) -> None:
+        """Wait until a block that `prepare` began is made."""
+        if self._preparing is not None:
+            self._preparing.join()
+            self._preparing = None
+
+    def _make(self, elements: int, pinned: bool) -> None:
+        self._error = None
+        try:
+            self._block = block = faulted_in(elements)
+        except Exception as error:  # out of memory: `take` tries again, and raises
+            self._error = error
+            return
+        if pinned:
+            # Where the operating system refuses to pin this much memory, copies are only slower. CUDA's last error,
+            # which the next kernel launch would raise, is one of this thread.
+            with CAPTURE:
+                size = elements * block.element_size()
+                self._pinned = int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), size, 0)) == 0
+
+
+def faulted_in(elements: int) -> Tensor:
+    """fp32 [elements] of zeros at a page boundary; every page of it is in memory.
+
+    Raises:
+        OSError: the system has not so much memory.
+    """
+    if elements == 0:
+        return torch.empty(0)
+    memory = mmap.mmap(-1, elements * torch.float32.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_DONTFORK)  # data workers are forked: they need no copy of the page table of this block
+    block = torch.frombuffer(memory, dtype=torch.float32)
+    per_page = mmap.PAGESIZE // torch.float32.itemsize
+    in_parallel(Tensor.zero_, block[::per_page].split(FAULT_BYTES // mmap.PAGESIZE), threads=FAULT_THREADS)
+    return block

@@ -1,0 +1,222 @@
+"""Whole matrices for an optimizer whose masters hold parts of them, in any layout (Muon).
+
+Tensor parallelism gives a rank rows or columns of a logical matrix; ZeRO and FSDP2 give it an element range of that.
+Each matrix is assigned to one of the ranks that hold parts of it, so that no rank repeats another's work. In a round
+every rank gets at most ROUND_ELEMENTS elements of its matrices by one all-to-all, and returns the results by another.
+A rank's matrices of a round have one shape, so that they are one batch.
+
+Where every data-parallel rank holds all masters (engine=local, zero0), each of them updates all matrices, as it updates
+all elements; the matrices are shared out over tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tn.config import ConfigError, ModelConfig
+from megatron_tn.engine.shards import Placement, Shards
+from megatron_tn.model.registry import build_model
+from megatron_tn.optim.groups import is_block_matrix
+from megatron_tn.optim.muon import MatrixPart, flops
+from megatron_tn.parallel.context import Axis
+from megatron_tn.parallel.sharding import ShardSpec
+
+ROUND_ELEMENTS = 2**26  # 16 matrices of 2048 x 2048: enough to fill a GPU, 128 MiB in bf16
+
+
+class Matrix(NamedTuple):
+    """Block `block` of parameter `name`: a logical matrix of `shape` (rows, columns).
+
+    sizes: elements of each tensor-parallel rank's part. dim: the dimension that the parts are cut along.
+    """
+
+    name: str
+    block: int
+    shape: tuple[int, int]
+    sizes: tuple[int, ...]
+    dim: int
+
+
+class Piece(NamedTuple):
+    """`length` elements of a matrix, from `offset` on in the concatenation of its flattened parts. They lie in
+    masters[master], flattened, from `start` on."""
+
+    matrix: Matrix
+    offset: int
+    length: int
+    master: int
+    start: int
+
+
+def matrices_of(name: str, spec: ShardSpec, tp: int) -> list[Matrix]:
+    """The logical matrices of a parameter: one, or one for each block of a packed projection.
+
+    Raises:
+        ConfigError: the parameter is replicated over several tensor-parallel ranks.
+    """
+    rows, columns = spec.shape
+    if spec.dim is None and tp > 1:
+        raise ConfigError(f"optim.name=muon has no update for {name}, of which parallel.tp={tp} ranks hold copies")
+    sizes = tuple(math.prod(spec.local_shape(rank, tp)) // spec.blocks for rank in range(tp))
+    return [Matrix(name, block, (rows // spec.blocks, columns), sizes, spec.dim or 0) for block in range(spec.blocks)]
+
+
+def pieces_of(matrix: Matrix, placements: Sequence[Placement], tp_rank: int) -> list[Piece]:
+    """The parts of `matrix` among a rank's placements of its parameter."""
+    size, before = matrix.sizes[tp_rank], sum(matrix.sizes[:tp_rank])
+    first = matrix.block * size  # in the rank's part of the parameter
+    found = []
+    for place in placements:
+        start, stop = max(place.start, first), min(place.stop, first + size)
+        if start < stop:
+            at = place.offset + start - place.start
+            found.append(Piece(matrix, before + start - first, stop - start, place.master, at))
+    return found
+
+
+def block_matrix_elements(config: ModelConfig) -> int:
+    """Elements of all parameters that Muon updates."""
+    specs = build_model(config, None, "meta").shard_specs()
+    return sum(math.prod(spec.shape) for name, spec in specs.items() if is_block_matrix(name, len(spec.shape)))
+
+
+def shared_out(matrices: Sequence[Matrix], ranks: int) -> list[list[Matrix]]:
+    """Each rank's matrices, ordered by shape: every matrix, the costliest first, goes to the rank with the least."""
+    found: list[list[Matrix]] = [[] for _ in range(ranks)]
+    work = [0] * ranks
+    for matrix in sorted(matrices, key=lambda matrix: (-flops(matrix.shape), matrix.shape)):
+        rank = work.index(min(work))
+        work[rank] += flops(matrix.shape)
+        found[rank].append(matrix)
+    return found
+
+
+def batches(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
+    """Runs of matrices of one shape, of at most ROUND_ELEMENTS elements or one matrix each."""
+    found = []
+    for shape, run in itertools.groupby(matrices, key=lambda matrix: matrix.shape):
+        count = max(1, ROUND_ELEMENTS // math.prod(shape))
+        members = list(run)
+        found += [members[first : first + count] for first in range(0, len(members), count)]
+    return found
+
+
+def matrix_rounds(shards: Shards, masters: Sequence[Tensor], specs: Mapping[str, ShardSpec], tp: Axis) -> list[Round]:
+    """The rounds in which all matrices in `masters`, some of shards.masters, are updated. Collective.
+
+    specs: parameter name -> its split over tensor parallelism, in the same order on every rank.
+    """
+    positions = {id(master) for master in masters}
+    mine = [place for place in shards.placements if id(shards.masters[place.master]) in positions]
+    axis = _ranks(tp, shards.sharded_over)
+    held: list[tuple[int, list[Placement]]] = [(tp.rank, mine)]
+    if axis.size > 1:
+        held = [held[0]] * axis.size
+        dist.all_gather_object(held, (tp.rank, mine), group=axis.group)
+    names = {place.name for _, placements in held for place in placements}
+    matrices = [matrix for name in specs if name in names for matrix in matrices_of(name, specs[name], tp.size)]
+    pieces: list[dict[Matrix, list[Piece]]] = []  # of each rank
+    for tp_rank, placements in held:
+        by_name = {name: [place for place in placements if place.name == name] for name in names}
+        pieces.append({matrix: pieces_of(matrix, by_name[matrix.name], tp_rank) for matrix in matrices})
+    of_ranks = [batches(share) for share in shared_out(matrices, axis.size)]
+    return [
+        Round([share or [] for share in shares], pieces, shards.masters, axis)
+        for shares in itertools.zip_longest(*of_ranks)
+    ]
+
+
+def _ranks(tp: Axis, sharded_over: Axis) -> Axis:
+    """The ranks that hold different parts of the matrices."""
+    if sharded_over.size == 1:
+        return tp
+    if tp.size == 1:
+        return sharded_over
+    return Axis(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
+
+
+class Round:
+    """See `optim.muon.MatrixRound`.
+
+    shares: of each rank, the matrices that it updates, of one shape. pieces: of each rank, its pieces of every matrix.
+    """
+
+    def __init__(
+        self,
+        shares: Sequence[Sequence[Matrix]],
+        pieces: Sequence[Mapping[Matrix, Sequence[Piece]]],
+        masters: Sequence[Tensor],
+        axis: Axis,
+    ):
+        self.axis = axis
+        self.device = masters[0].device
+        self.mine = shares[axis.rank]
+        sent = [[piece for matrix in share for piece in pieces[axis.rank][matrix]] for share in shares]
+        received = [[piece for matrix in self.mine for piece in held[matrix]] for held in pieces]
+        self.sent, self.received = ([sum(p.length for p in part) for part in parts] for parts in (sent, received))
+        self.parts = [
+            MatrixPart(masters[piece.master], piece.start, piece.start + piece.length, piece.matrix.shape)
+            for part in sent
+            for piece in part
+        ]
+        index = {matrix: row for row, matrix in enumerate(self.mine)}
+        self.places = [(index[p.matrix], p.offset, p.offset + p.length) for part in received for p in part]
+
+    def send_buffer(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        if self.axis.size == 1:
+            return self._empty(dtype)
+        buffer = torch.empty(sum(self.sent), dtype=dtype, device=self.device)
+        return buffer, list(buffer.split([part.stop - part.start for part in self.parts]))
+
+    def _empty(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        """This rank's matrices, flat, uninitialised, and the place of each received piece in them."""
+        rows, columns = self.mine[0].shape if self.mine else (0, 0)
+        flat = torch.empty(len(self.mine), rows * columns, dtype=dtype, device=self.device)
+        return flat, [flat[row, start:stop] for row, start, stop in self.places]
+
+    def gather(self, buffer: Tensor) -> Tensor:
+        flat = buffer
+        if self.axis.size > 1:
+            flat, places = self._empty(buffer.dtype)
+            received = self._exchange(buffer, self.received, self.sent)
+            _copy(places, received.split([len(place) for place in places]))
+        rows, columns = self.mine[0].shape if self.mine else (0, 0)
+        matrices = flat.view(len(self.mine), rows, columns)
+        for matrix, whole in zip(self.mine, matrices, strict=True):
+            if matrix.dim == 1 and len(matrix.sizes) > 1:
+                parts = whole.view(-1).split(matrix.sizes)
+                whole.copy_(torch.cat([part.view(rows, -1) for part in parts], dim=1))
+        return matrices
+
+    def scatter(self, matrices: Tensor) -> list[Tensor]:
+        flat = []
+        for matrix, whole in zip(self.mine, matrices, strict=True):
+            if matrix.dim == 1 and len(matrix.sizes) > 1:
+                widths = [size // matrix.shape[0] for size in matrix.sizes]
+                whole = torch.cat([part.reshape(-1) for part in whole.split(widths, dim=1)])
+            flat.append(whole.reshape(-1))
+        values = [flat[row][start:stop] for row, start, stop in self.places]
+        if self.axis.size == 1:
+            return values
+        packed = torch.empty(sum(self.received), dtype=matrices.dtype, device=self.device)
+        _copy(packed.split([len(value) for value in values]), values)
+        lengths = [part.stop - part.start for part in self.parts]
+        return list(self._exchange(packed, self.sent, self.received).split(lengths))
+
+    def _exchange(self, packed: Tensor, received: list[int], sent: list[int]) -> Tensor:
+        """All-to-all: sent[n] elements of `packed` go to rank n; received[n] come from it."""
+        found = packed.new_empty(sum(received))
+        dist.all_to_all_single(found, packed, received, sent, group=self.axis.group)
+        return found
+
+
+def _copy(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(list(targets), list(values))

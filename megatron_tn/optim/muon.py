@@ -1,0 +1,176 @@
+"""Muon (Jordan 2024, kellerjordan.github.io/posts/muon; arXiv 2502.16982) for the matrices of the blocks, AdamW for the
+rest. Of each logical matrix P [rows, columns] (q, k, v and u of a packed projection are four):
+
+    M = mu M + (1 - mu) G
+    O = NewtonSchulz((1 - mu) G + mu M)                                         Nesterov's form of the momentum
+    P -= lr (0.2 sqrt(max(rows, columns)) O + weight_decay P)
+
+O has min(rows, columns) singular values near 1, so an element's root mean square is 1 / sqrt(max(rows, columns)); the
+factor makes that 0.2, about AdamW's (arXiv 2502.16982, section 2.2), so that one rate and one weight decay serve both.
+
+M and P are updated element by element, wherever the engine keeps them. Only the Newton-Schulz iteration needs whole
+matrices: `MatrixRound` brings them together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from kernels import muon_apply_, muon_direction_, newton_schulz
+from kernels.newton_schulz import op
+from megatron_tn.optim.adamw import MOMENTS
+from megatron_tn.optim.groups import MATRICES
+from megatron_tn.optim.protocol import Optimizer
+
+MOMENTUM = "momentum"
+ITERATIONS = 5  # Jordan 2024: fewer leave small singular values small, more do not lower the loss
+RMS = 0.2  # root mean square of an update's elements / learning rate
+FIRST_MOMENTUM = 0.85  # at the first step of a momentum warm-up (Jordan's NanoGPT speed runs)
+
+
+class MatrixPart(NamedTuple):
+    """Elements [start, stop) of `master`, flattened: a part of one logical matrix of `shape` (rows, columns)."""
+
+    master: Tensor
+    start: int
+    stop: int
+    shape: tuple[int, int]
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """View [stop - start] of the part's elements. tensor: of the master's shape."""
+        return tensor.view(-1)[self.start : self.stop]
+
+
+class MatrixRound(Protocol):
+    """Logical matrices that are updated together, each by one of the ranks that hold parts of it.
+
+    parts: this rank's parts of all ranks' matrices.
+    """
+
+    parts: Sequence[MatrixPart]
+
+    def send_buffer(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        """A buffer of `dtype` for the elements of this rank's parts, and the place of each part in it."""
+        ...
+
+    def gather(self, buffer: Tensor) -> Tensor:
+        """The whole matrices [n, rows, columns], n >= 0, that this rank orthogonalises, from all ranks' buffers.
+        Collective."""
+        ...
+
+    def scatter(self, matrices: Tensor) -> list[Tensor]:
+        """The elements of each of this rank's parts, from the matrices [n, rows, columns] of all ranks. Collective."""
+        ...
+
+
+class _Groups(torch.optim.Optimizer):
+    """Holds the parameter groups, which `Muon.adamw` shares, and the momenta."""
+
+    def step(self, closure=None) -> None:
+        """Nothing to do: DeepSpeed calls step() with zero gradients at initialisation."""
+
+
+class Muon:
+    """See `optim.protocol.Optimizer`. The groups with the key MATRICES hold the blocks' matrices.
+
+    adamw: makes the optimizer of the other groups. It keeps the group dictionaries that it is given, so that masters
+        that DeepSpeed puts in the place of parameters are in both.
+    momentum, momentum_warmup_steps: mu rises linearly from FIRST_MOMENTUM to `momentum` over so many applied steps.
+    dtype: type of the Newton-Schulz iterations, and of what ranks send each other.
+    rounds: set by `engine.update.Update`. weight_decays: master -> its weight decay, for the masters of the matrices.
+    """
+
+    state_kinds = (MOMENTUM, *MOMENTS)
+    whole_matrices = True
+
+    def __init__(
+        self,
+        groups: list[dict],
+        *,
+        adamw: Callable[[list[dict]], Optimizer],
+        momentum: float,
+        momentum_warmup_steps: int,
+        dtype: torch.dtype,
+    ):
+        self.inner = _Groups(groups, {"weight_decay": 0.0, MATRICES: False})
+        self.adamw = adamw([group for group in self.inner.param_groups if not group[MATRICES]])
+        self.momentum = momentum
+        self.momentum_warmup_steps = momentum_warmup_steps
+        self.dtype = dtype
+        self.rounds: Sequence[MatrixRound] = ()
+        self.weight_decays: dict[Tensor, float] = {}
+        self._copies: Mapping[Tensor, Tensor] = {}
+        self._steps = 0
+
+    @property
+    def copies(self) -> Mapping[Tensor, Tensor]:
+        return self._copies
+
+    @copies.setter
+    def copies(self, copies: Mapping[Tensor, Tensor]) -> None:
+        """Set when the groups hold the masters: `weight_decays` is made of them."""
+        groups = [group for group in self.inner.param_groups if group[MATRICES]]
+        self.weight_decays = {master: group["weight_decay"] for group in groups for master in group["params"]}
+        self._copies = {master: copy for master, copy in copies.items() if master in self.weight_decays}
+        self.adamw.copies = {master: copy for master, copy in copies.items() if master not in self.weight_decays}
+
+    @torch.no_grad()
+    def step(self, lr: float, divisor: Tensor) -> None:
+        self.adamw.step(lr, divisor)
+        momentum = self._momentum()
+        self._steps += 1
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+        for matrices in self.rounds:
+            buffer, places = matrices.send_buffer(self.dtype)
+            for part, place in zip(matrices.parts, places, strict=True):
+                held, gradient = part.of(self.state_of(part.master)[MOMENTUM]), part.of(part.master.grad)
+                muon_direction_(place, held, gradient, beta=momentum, divisor=divisor)
+            whole = matrices.gather(buffer)
+            del buffer, places  # before the iterations, whose temporaries are as large
+            updates = matrices.scatter(newton_schulz(whole, ITERATIONS) if len(whole) else whole)
+            del whole
+            for part, update in zip(matrices.parts, updates, strict=True):
+                copy = self._copies.get(part.master)
+                muon_apply_(
+                    part.of(part.master),
+                    update,
+                    lr=lr,
+                    scale=RMS * math.sqrt(max(part.shape)),
+                    weight_decay=self.weight_decays[part.master],
+                    divisor=divisor,
+                    copy=None if copy is None else part.of(copy),
+                )
+
+    def _momentum(self) -> float:
+        """mu of the next step."""
+        if self._steps >= self.momentum_warmup_steps:
+            return self.momentum
+        first = min(FIRST_MOMENTUM, self.momentum)
+        return first + (self.momentum - first) * self._steps / self.momentum_warmup_steps
+
+    def undo(self) -> None:
+        self._steps -= 1
+        self.adamw.undo()
+
+    def state_of(self, master: Tensor) -> dict[str, Tensor]:
+        if master not in self.weight_decays:
+            return self.adamw.state_of(master)
+        state = self.inner.state[master]
+        if MOMENTUM not in state:
+            state[MOMENTUM] = torch.zeros_like(master, requires_grad=False)
+        return {MOMENTUM: state[MOMENTUM]}
+
+    def set_step(self, step: int) -> None:
+        self._steps = step
+        self.adamw.set_step(step)
+
+
+def flops(shape: tuple[int, int]) -> int:
+    """FLOPs of the Newton-Schulz iterations of a matrix of `shape`."""
+    return op.flops(*shape, ITERATIONS)

@@ -1,0 +1,109 @@
+"""What is checked of a run before anything is started or written: when it starts, and when it is submitted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from data_pipeline.stream import InputError, StreamState, TokenStream
+from megatron_tn.cli import is_first_process
+from megatron_tn.config import ConfigError, TrainConfig
+from megatron_tn.data import open_stream, with_token_ids
+from megatron_tn.evaluate import problems_in_training
+from megatron_tn.loading import open_weights, resolve_checkpoint
+from megatron_tn.parallel.world import processes_here, world_size
+from megatron_tn.planning.concerns import other_world
+from megatron_tn.planning.host import cpu_cost
+from megatron_tn.training.freeze import goes_on, settings_of_this_start
+from megatron_tn.training.preflight import checkpoint_problems, model_differences, problems_before_start
+from megatron_tn.training.resume import Start, choose_start
+from megatron_tn.training.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+def preflight(config: TrainConfig) -> tuple[TrainConfig, TokenStream, Start | None]:
+    """Everything that can be checked before anything is started or written: the settings to run, the data, and on rank
+    0 where to go on.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    folder = RunFolder(config.run_dir)
+    config, notes = settings_of_this_start(with_token_ids(config), folder)
+    config = with_token_ids(config)  # settings frozen at a submission have none yet
+    for note in notes:
+        log.info(note)  # by one rank: the others log warnings alone
+    stream, start, problems = inspect(config, world_size(), requeued=goes_on(folder))
+    if problems:
+        raise ConfigError(problems)
+    if is_first_process() and (line := other_world(config, os.environ)):
+        log.warning(line)
+    if is_first_process() and config.logging.progress and not torch.cuda.is_available():
+        done = manifest.step if (manifest := start.manifest()) else 0
+        if cost := cpu_cost(config, processes_here(), done):
+            log.info(cost)
+    return config, stream, start
+
+
+def inspect(
+    config: TrainConfig, world_size: int, *, requeued: bool = False, gpus: bool | None = None
+) -> tuple[TokenStream | None, Start | None, list[str]]:
+    """The data at the run's beginning, on rank 0 where the run goes on, and every problem, one line each.
+
+    requeued: see `choose_start`. gpus: of a run on other machines, whether its processes have GPUs; None for a run that
+    starts here.
+    """
+    problems = problems_in_training(config)
+    stream = start = None
+    try:
+        stream = open_stream(config)
+    except InputError as error:
+        problems += [f"data.manifest: {problem}" for problem in error.problems]
+    settings = problems_before_start(config, world_size, stream and stream.manifest.tokenizer.vocab_size, gpus=gpus)
+    problems += settings
+    if is_first_process() and not settings:
+        try:
+            start = choose_start(config, RunFolder(config.run_dir), requeued=requeued)
+            if config.init_from and start.checkpoint is None:
+                start = dataclasses.replace(start, weights=folder_of_weights(config))
+            problems += checkpoint_problems(config, start)
+            if not problems:
+                go_to(stream, start)
+        except ConfigError as error:
+            problems += error.problems
+    return stream, start, problems
+
+
+def folder_of_weights(config: TrainConfig) -> Path:
+    """The checkpoint or the released folder that init_from names.
+
+    Raises:
+        ConfigError: there is none, or it holds another model.
+    """
+    setting = f"init_from={config.init_from}"
+    try:
+        directory = resolve_checkpoint(config.init_from)
+    except ConfigError:
+        raise ConfigError(f"{setting}: no checkpoint, run or released model is there") from None
+    with open_weights(directory) as weights:
+        if changed := model_differences(weights.config, config.model):
+            raise ConfigError([f"{setting} holds another model: {line}" for line in changed])
+    return directory
+
+
+def go_to(stream: TokenStream, start: Start) -> None:
+    """Bring the stream to where a checkpoint was saved. Raises ConfigError when it was trained on other data."""
+    manifest = start.manifest()
+    if manifest is None or not manifest.training.get("stream"):  # initial values, or a checkpoint of weights alone
+        return
+    try:
+        stream.restore(StreamState.from_json(json.dumps(manifest.training.get("stream", {}))))
+    except InputError as error:
+        where = f"checkpoint {start.checkpoint} was trained on other data"
+        raise ConfigError([f"{where}: {problem}" for problem in error.problems]) from None

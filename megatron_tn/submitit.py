@@ -1,0 +1,38 @@
+"""Sweeps with hydra/launcher=submitit_slurm (the extra submitit), so that a job saves and is requeued.
+
+submitit sends a job SIGUSR2 ahead of its time limit, and requeues it at once, without a checkpoint. Its handler takes
+any such signal for a time-out once min(0.8 T, T - 10 minutes) of a time limit T have passed, so in a job of ten minutes
+or less also a preemption in its first second; and hydra's launcher allows no time-out (max_num_timeout=0): the job is
+given up. Here the signal is SIGUSR1, which the trainer takes (training/preemption.py): it saves, stops, and then calls
+submitit's handler; and time-outs are allowed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+
+from megatron_tn.config import ConfigError
+
+LAUNCHERS = ("hydra/launcher=submitit_slurm", "hydra/launcher=submitit_local")
+TIMEOUTS = "hydra.launcher.max_num_timeout"
+MOST = 100  # time-outs of a job that goes on from its checkpoints each time; the command line may say another number
+
+
+def settings_for_submitit(words: Sequence[str]) -> list[str]:
+    """What to add to the overrides `words`; nothing where they do not choose submitit. Names the signal for submitit in
+    the environment, which its jobs inherit.
+
+    Raises:
+        ConfigError: the launcher is chosen and not installed.
+    """
+    chosen = [word for word in words if word in LAUNCHERS]
+    if not chosen:
+        return []
+    if importlib.util.find_spec("submitit") is None:
+        raise ConfigError(f"{chosen[0]} needs the extra submitit: pip install --no-build-isolation -e '.[submitit]'")
+    os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
+    if any(word.lstrip("+").startswith(f"{TIMEOUTS}=") for word in words) or chosen[0] != LAUNCHERS[0]:
+        return []
+    return [f"{TIMEOUTS}={MOST}"]

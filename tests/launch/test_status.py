@@ -1,0 +1,116 @@
+"""launch.status: what it says of runs that train, wait, failed and fell silent."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import pytest
+
+from launch.status import TITLES, Job, main, row_of, runs_below
+from megatron_tn.config import ScheduleConfig, TrainConfig
+from megatron_tn.training.run_folder import RunFolder
+from megatron_tn.training.submission import Submission
+from tests.helpers.training import call
+
+NOW = 1_800_000_000.0
+
+
+@pytest.fixture
+def run(tmp_path) -> RunFolder:
+    """Step 40 of 100, two seconds a step, a second ago."""
+    run = RunFolder(tmp_path / "runs/first")
+    run.freeze(TrainConfig(run_dir=str(run), schedule=ScheduleConfig(steps=100, warmup_steps=1)), "17")
+    record = {"loss": 2.5, "tokens_per_second": 1234.0, "utilisation": 0.414, "step_seconds": 2.0}
+    lines = [record | {"step": step, "time": NOW - 81 + 2 * step} for step in range(1, 41)]
+    run.journal.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run.status_file.write_text(json.dumps({"state": "running", "step": 0, "time": NOW - 90}))
+    return run
+
+
+def test_a_run_under_way(run):
+    jobs = [Job("17", "17", "RUNNING", "x"), Job("18", "18", "PENDING", "y")]
+    assert row_of(run, jobs, NOW) == {
+        "run": str(run),
+        "state": "running, job 17 running",
+        "step": "40 of 100",
+        "loss": "2.5000",
+        "tokens/s": "1,234",
+        "utilisation": "41.4%",
+        "time left": "2.0 min",
+        "restarts": "0",
+        "last failure": "",
+    }
+    assert row_of(run, [], NOW + 3600)["state"] == "running, silent for 60.0 min"
+
+
+def test_what_stopped_a_run_last(run):
+    line = '2026-11-29T20:00:00+0000 job=17 restart={} code={} cause="{}" {}saved=20 step=34\n'
+    text = line.format(0, 75, "a hang (exit code 75)", "") + line.format(1, 0, "told to stop", "")
+    (run.path / "requeues.log").write_text(text + line.format(2, 137, r"rank 3\u001b[2J died", "gave-up "))
+    row = row_of(run, [], NOW)
+    assert (row["restarts"], row["last failure"]) == ("2", "step 34: rank 3\\x1b[2J died")
+    run.write_status("failed", 41, error="OSError: disk full")
+    row = row_of(run, [], NOW)
+    assert (row["state"], row["step"], row["last failure"]) == ("failed", "41 of 100", "step 41: OSError: disk full")
+
+
+def test_a_run_that_waits_for_its_first_start(tmp_path):
+    run = RunFolder(tmp_path / "next")
+    submission = Submission.new(run)
+    submission.freeze(TrainConfig(stop_after=7))
+    submission.record({"jobs": ["21", "22"]})
+    jobs = [Job("21", "21", "PENDING", "x"), Job("22", "22", "PENDING", "x")]
+    row = row_of(run, jobs, NOW)
+    assert (row["state"], row["step"]) == ("not started, job 21 pending, job 22 pending", "0 of 7")
+
+
+def test_a_damaged_run_has_a_row(tmp_path):
+    for name in ("config.json", "status.json", "log.jsonl", "requeues.log", "job.json"):
+        (tmp_path / name).write_bytes(b'\xff{"step":\0 [')
+    row = row_of(RunFolder(tmp_path), [], NOW)
+    assert (row["state"], row["step"], row["restarts"]) == ("not started", "0", "1")
+
+
+def test_the_end_of_a_long_journal_is_read(run):
+    content = run.journal.path.read_text()
+    run.journal.path.write_text(content * 500)
+    began = time.perf_counter()
+    assert run.journal.tail()[-1]["step"] == 40
+    assert len(run.journal.tail(1000)) < 12
+    assert time.perf_counter() - began < 0.5
+
+
+SQUEUE = """#!/bin/sh
+echo "$@" >"$0.words"
+printf '17|17|RUNNING|%s/submitted/a/job.sbatch\\n18_1|18|PENDING|/elsewhere/script.sh\\n' "{run}"
+"""
+
+
+def test_the_command_line(run, tmp_path, monkeypatch, capsys):
+    other = RunFolder(tmp_path / "runs/deep/er")
+    other.freeze(TrainConfig(), None)
+    assert list(runs_below(tmp_path)) == [other.path, run.path]
+    assert call(main, str(tmp_path / "runs")) == 0
+    said = capsys.readouterr().out
+    assert all(title in said for title in TITLES)
+    assert str(run) in said
+    assert str(other) in said
+    squeue = tmp_path / "bin/squeue"
+    squeue.parent.mkdir()
+    squeue.write_text(SQUEUE.format(run=run))
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
+    assert call(main, "--user=anna", "--wide") == 0
+    said = capsys.readouterr().out
+    assert "--user=anna" in squeue.with_name("squeue.words").read_text()
+    assert f"run: {run}\nstate: running, silent for " in said or f"run: {run}\nstate: running, job 17 running\n" in said
+    assert str(other) not in said
+    assert call(main, str(tmp_path / "bin")) == 2
+    assert f"no run in {tmp_path / 'bin'}" in capsys.readouterr().err
+    assert call(main) == 2
+
+
+def test_folders_that_are_no_runs_have_none(tmp_path):
+    assert list(runs_below(tmp_path / "nowhere")) == []
