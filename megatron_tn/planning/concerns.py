@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
-from megatron_tn.config import TrainConfig
+from megatron_tn.config import ParallelConfig, TrainConfig
 from megatron_tn.model.registry import parameter_count
 from megatron_tn.planning.batch import REASON, usual_tokens
+from megatron_tn.planning.estimate import state_bytes
 from megatron_tn.planning.speed import StepTime
 
 FAR = 4  # times the usual batch, or less than one over it
-CHECKPOINT_BYTES = 12  # of a parameter: fp32 master and AdamW's two moments (docs/checkpoints.md)
 NOTICEABLE = 0.05  # share of the time between two checkpoints
 
 
 def checkpoint_bytes(config: TrainConfig) -> int:
-    return CHECKPOINT_BYTES * parameter_count(config.model)
+    """fp32 masters and the optimizer's moments, each element once: 12 bytes a parameter with AdamW."""
+    whole = replace(config, parallel=ParallelConfig())
+    return 4 * parameter_count(config.model) + state_bytes(whole, 1)["moments"]
 
 
 def checkpoint_seconds(config: TrainConfig) -> float | None:

@@ -65,6 +65,8 @@ class Plan:
             "the host launches ahead of the GPU, data is there, and no rank is slower than another",
             f"days: {self.tokens:,} tokens without pauses, evaluations and failures",
         ]
+        if self.config.optim.name == "muon":
+            lines.append("optim.name=muon: an update as of AdamW, without Muon's products and exchange of matrices")
         if self.chosen:
             lines.append(f"data.global_batch={self.config.data.global_batch}: {REASON}")
         return lines
