@@ -95,6 +95,7 @@ def test_buffered_states_give_the_greedy_tokens_of_plain_ones(monkeypatch):
                 if step == 6:
                     states.put(1, DecodingState(states.take(2), 0))
                 logits = states.logits(tokens, positions)
+                states.advance()
                 tokens, positions = logits.argmax(-1), positions + 1
                 found.append(logits)
         return torch.stack(found), states.take(1)
