@@ -35,7 +35,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MOST_HEADER_BYTES = 100 << 20
 CHUNK_BYTES = 8 << 20  # per read
 PART_BYTES = 8 << 20  # hashed and written by one thread at a time; 32 MiB at once are faster than 64
-COPIED_PART_BYTES = 2 << 20  # of parts that are copied, some of which are held at a time
+COPIED_PART_BYTES = 1 << 20  # of parts that are copied, some of which are held at a time
 WORTH_DIRECT = 1 << 20  # bytes: smaller reads go through the page cache, which reads ahead
 
 
