@@ -22,7 +22,7 @@ from megatron_tn.config import TrainConfig, WandbConfig, save
 from megatron_tn.training.hooks.figures import StepFigures
 from megatron_tn.training.hooks.journal import Journal
 from megatron_tn.training.hooks.wandb_file import last_step_in, messages
-from megatron_tn.training.hooks.weights_and_biases import WeightsAndBiases
+from megatron_tn.training.hooks.weights_and_biases import WeightsAndBiases, push
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import Ledger, TrainingState
 from tests.helpers.steps import REPORT, WORK
@@ -132,6 +132,26 @@ def test_where_nobody_is_logged_in_it_logs_offline_and_says_so_once(folder, monk
     assert [record.message for record in caplog.records] == [
         "wandb: nobody is logged in here, so it logs offline; `python -m launch.sync` uploads it later"
     ]
+
+
+def test_where_no_server_answers_a_start_logs_offline_and_sync_fails(folder, monkeypatch, caplog):
+    import wandb
+
+    server = Server(monkeypatch)
+
+    def init(*, mode: str, **given):
+        if mode == "online":
+            raise wandb.errors.CommError("no answer")
+        return server.init(mode=mode, **given)
+
+    monkeypatch.setattr(wandb, "init", init)
+    board, state = hook(folder, "online"), TrainingState()
+    board.on_start(state)
+    board.on_step(TrainingState(step=1), REPORT)
+    assert list(server.steps.values()) == [[1]]
+    assert "wandb: no answer; it logs offline; `python -m launch.sync` uploads it later" in caplog.text
+    with pytest.raises(wandb.errors.CommError):
+        push(folder, TrainConfig())
 
 
 def test_sync_tells_what_the_server_lacks_and_a_new_project_gets_panels(folder, monkeypatch, capsys):

@@ -22,6 +22,7 @@ from megatron_tn.training.throughput import Work
 
 log = logging.getLogger(__name__)
 
+ANSWER_S = 30.0  # that wandb's server has to answer at a start, which waits for it
 RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -31,15 +32,24 @@ class WeightsAndBiases(JournalCopy):
     wandb cannot delete logged steps. So after a rewind, steps go to a new wandb run, ID-r1, ID-r2, ..., which begins
     with the journal's records up to the rewind; these wandb runs share a group.
 
-    run_config: the run's settings, which the wandb run has as its config.
+    run_config: the run's settings, which the wandb run has as its config. must_reach: raise where the server does not
+    answer; else the start logs offline.
     """
 
     name = "wandb"
 
-    def __init__(self, config: WandbConfig, folder: RunFolder, run_config: dict[str, Any], figures: StepFigures):
+    def __init__(
+        self,
+        config: WandbConfig,
+        folder: RunFolder,
+        run_config: dict[str, Any],
+        figures: StepFigures,
+        must_reach: bool = False,
+    ):
         super().__init__(folder, figures)
         self.config = config
         self.run_config = run_config
+        self.must_reach = must_reach
 
     def open(self, state: TrainingState) -> int:
         import wandb
@@ -48,6 +58,19 @@ class WeightsAndBiases(JournalCopy):
         if mode == "online" and not wandb.login(prompt=False, verify=False):
             log.warning("wandb: nobody is logged in here, so it logs offline; `python -m launch.sync` uploads it later")
             mode = "offline"
+        if mode == "online" and not self.must_reach:
+            try:
+                return self._open("online", state)
+            except wandb.Error as error:
+                why = str(error).partition("\n")[0]
+                log.warning("wandb: %s; it logs offline; `python -m launch.sync` uploads it later", why)
+                wandb.teardown()  # its process still has the run of this id
+                mode = "offline"
+        return self._open(mode, state)
+
+    def _open(self, mode: str, state: TrainingState) -> int:
+        import wandb
+
         part = f"-r{len(state.rewinds)}" if state.rewinds else ""
         first = self._id()
         told = last_step_in(self.folder.wandb, first + part) if mode == "offline" else 0
@@ -62,7 +85,7 @@ class WeightsAndBiases(JournalCopy):
                 dir=self.folder.path,
                 resume="allow",
                 config=self.run_config,
-                settings=wandb.Settings(silent=True, console="off"),
+                settings=wandb.Settings(silent=True, console="off", init_timeout=ANSWER_S),
             )
         return told if mode == "offline" else max(self._run.starting_step - 1, 0)
 
@@ -105,7 +128,7 @@ def push(folder: RunFolder, config: TrainConfig) -> str:
     """Tell the wandb run of a training run, online, what it lacks of the journal; returns the address of its page.
     Raises what wandb raises."""
     online = dataclasses.replace(config.logging.wandb, mode="online")
-    board = WeightsAndBiases(online, folder, to_stored(config), StepFigures(Work(0, 1, None)))
+    board = WeightsAndBiases(online, folder, to_stored(config), StepFigures(Work(0, 1, None)), must_reach=True)
     steps = [record["step"] for record in folder.records() if isinstance(record["step"], int)]
     board.catch_up(TrainingState(step=max(steps, default=0), rewinds=folder.ledger().rewinds))
     board.close()
