@@ -19,12 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 from kernels.bench import rows
-from megatron_tn.benchmarking.clock import mark, release, sampled
+from megatron_tn.benchmarking.clock import release, sampled
 from megatron_tn.benchmarking.local_copies import world_of_copies
 from megatron_tn.benchmarking.measure import random_tokens
 from megatron_tn.benchmarking.result import layout_of
 from megatron_tn.cli import command, run_program
 from megatron_tn.config import BenchmarkConfig, ConfigError
+from megatron_tn.device.matrix_rate import mark
 from megatron_tn.engine.build import build_engine
 from megatron_tn.planning.microbatch import extrapolated
 from megatron_tn.planning.speed import StepTime, missing_rates, step_time
