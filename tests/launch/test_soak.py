@@ -132,7 +132,7 @@ def test_a_short_soak(tmp_path, capsys):
     """Two faults, each of which ends a start, and a last stop: the weights are an undisturbed run's."""
     make_text_shards(tmp_path / "shards")
     words = [f"data.manifest={tmp_path}/shards/manifest.json", "parallel.tp=2", "deterministic=true"]
-    words += ["schedule.steps=100000", "checkpoint.every=5", "hang_timeout_s=3", "distributed_timeout_s=30"]
+    words += ["schedule.steps=100000", "checkpoint.every=5", "hang_timeout_s=3", "distributed_timeout_s=10"]
     settings = Settings(seed=1, output=str(tmp_path))
     soak = Soak(
         RunFolder(tmp_path / "run"),

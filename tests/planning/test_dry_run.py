@@ -55,7 +55,8 @@ def check(config: TrainConfig) -> None:
         planned = {kind: size for (kind, axis), (_, size) in microbatch(config).exchanged.items() if axis == "tp"}
         recorded = Counter()
         for each in logs[WORLD - 1]:
-            recorded[each.kind] += each.size * (len(each.ranks) == config.parallel.tp)
+            last, neighbours = each.ranks[-1], len(each.ranks) == config.parallel.tp  # cp may have as many ranks
+            recorded[each.kind] += each.size * (neighbours and last - each.ranks[0] == len(each.ranks) - 1)
         assert {kind: recorded[kind] for kind in ("all-gather", "reduce-scatter")} == {
             kind: planned[kind] for kind in ("all-gather", "reduce-scatter")
         }
