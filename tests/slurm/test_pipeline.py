@@ -136,7 +136,9 @@ def test_pipeline_sbatch_runs_it_on_one_node(cluster, source, local, tmp_path):
     [
         ("slurm.partition=null", "slurm.partition: missing", 2),
         ("slurm.partition=nowhere", "sbatch refused a stage", 2),
-        ("slurm.env_command='echo no python here; exit 3'", "stage rules: SLURM job", 1),
+        pytest.param(
+            "slurm.env_command='echo no python here; exit 3'", "stage rules: SLURM job", 1, marks=pytest.mark.full
+        ),
     ],
     ids=["no partition", "unknown partition", "environment fails"],
 )

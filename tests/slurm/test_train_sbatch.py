@@ -64,6 +64,7 @@ def test_signal_before_the_trainers_listen_is_not_lost(cluster, training, run):
     assert (job.field("JobState"), job.field("ExitCode"), job.field("Restarts")) == ("COMPLETED", "0:0", "0")
 
 
+@pytest.mark.full
 def test_killed_trainer_is_requeued_until_it_gets_no_further(cluster, training, uninterrupted, run):
     job = cluster.submit(*training, f"run_dir={run.path}", failures=1)
     superseded = run.path / "log.superseded.jsonl"  # of the first start's steps, once the second has begun
