@@ -31,10 +31,9 @@ demo: setup ## raw text -> cleaned shards -> trained, resumed and sampled model,
 train: setup ## train on this machine: make train ARGS="model=demo run_dir=runs/mine ..."
 	launch/local.sh $(ARGS)
 
-# Three workers for two cores, since many tests wait for processes. worksteal gives a worker tests that stand together,
-# so that a file's fixtures are made once and not by each worker.
+# worksteal gives a worker tests that stand together, so that a file's fixtures are made once and not by each worker.
 test: setup ## every CPU test (a covering set where the product is large)
-	$(BIN)/python -m pytest -n 3 --dist worksteal --durations=25 -m "not gpu and not slurm and not full"
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=25 -m "not gpu and not slurm and not full"
 
 test-full: setup ## the whole products, on CPU
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not slurm"

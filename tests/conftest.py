@@ -23,11 +23,6 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests with the most processes first: at the end, where workers wait for each other, short ones are left."""
-    items.sort(key=lambda item: "tests/engine/" not in item.nodeid)
-
-
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()  # what is imported stays: no later collection looks at it

@@ -81,6 +81,7 @@ def test_job_arrays_write_the_same_bytes_as_local_processes(cluster, source, loc
     assert jobs(output) == submitted
 
 
+@pytest.mark.full
 def test_a_failed_task_is_named_with_its_log_and_the_next_run_does_only_what_is_left(cluster, source, local, tmp_path):
     output = tmp_path / "data"
     output.mkdir()
