@@ -170,7 +170,7 @@ def test_a_fold_at_another_slot_than_the_last_is_refused():
 
 
 @LRPE
-@pytest.mark.parametrize("width", [8, 48, 80])
+@pytest.mark.parametrize("width", [8, 80])
 def test_buffered_steps_in_triton(triton_device, width, with_lrpe):
     check_buffered(TOLERANCE[torch.float32], width=width, with_lrpe=with_lrpe, device=triton_device)
 
