@@ -1,7 +1,6 @@
 """Compares the kernels of decoding steps with their definitions on this GPU, at the model's widths, before decoding."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,21 +21,6 @@ PRODUCT_ROWS = 257  # of a weight
 DRAWS, VOCABULARY = 64, 4099
 MOST_DIFFERENT_DRAWS = 0.05  # rounding to fp32 moves the border between two tokens
 EPS = 1e-6
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """The arguments of `decoding_check` that determine the inputs."""
-
-    heads: int
-    key_width: int
-    value_width: int
-    glu_width: int
-    embed_width: int
-    act: str
-    glu_act: str
-    linear: bool
-    decay: Tensor
 
 
 def decoding_check(
@@ -61,23 +45,22 @@ def decoding_check(
 
     Raises KernelMismatchError, which names the operator, its error and the bound.
     """
-    decay = torch.linspace(0, 1, heads, device=device)
-    sizes = _Sizes(heads, key_width, value_width, glu_width, embed_width, act, glu_act, linear, decay)
-    return compare(lambda: _checks(sizes), dtype, device, fall_back)
+
+    def checks() -> Iterator[Check]:
+        if linear:
+            decay = torch.linspace(0, 1, heads, device=device)
+            yield from _step_checks(key_width, value_width, act, decay)
+        yield from _product_checks(embed_width, glu_width, glu_act)
+        yield _sampling_check(device)
+
+    return compare(checks, dtype, device, fall_back)
 
 
-def _checks(sizes: _Sizes) -> Iterator[Check]:
-    if sizes.linear:
-        yield from _step_checks(sizes)
-    yield from _product_checks(sizes)
-    yield _sampling_check(sizes.decay.device)
-
-
-def _step_checks(sizes: _Sizes) -> Iterator[Check]:
+def _step_checks(key_width: int, width: int, act: str, decay: Tensor) -> Iterator[Check]:
     """One step over its state, and SLOTS + 1 buffered ones, of which one folds; y, the sum of o^2, and the state."""
-    heads, width, decay, act = sizes.heads, sizes.value_width, sizes.decay, sizes.act
+    heads = len(decay)
     j = torch.arange(heads * width, device=decay.device)
-    theta = (10000.0 ** (-j / j.numel())).view(heads, 1, width) if sizes.key_width == 2 * width else None
+    theta = (10000.0 ** (-j / j.numel())).view(heads, 1, width) if key_width == 2 * width else None
 
     def of_type(x: Tensor) -> Tensor | None:
         return None if theta is None else theta.to(x.dtype)
@@ -106,13 +89,13 @@ def _step_checks(sizes: _Sizes) -> Iterator[Check]:
     def definition(qkvu: Tensor, state: Tensor) -> Tensor:
         return results(*gla(qkvu, decay, of_type(qkvu), act=act, initial_state=state, return_state=True))
 
-    state = (ROWS, heads, sizes.key_width, width)
+    state = (ROWS, heads, key_width, width)
     for operator, function, tokens in (("gla_step_", written_over, 1), ("gla_step_buffered_", buffered, SLOTS + 1)):
         qkvu = (ROWS, tokens, 4 * heads * width)
         yield Check(operator, function, definition, (qkvu, state), differentiable=False)
 
 
-def _product_checks(sizes: _Sizes) -> Iterator[Check]:
+def _product_checks(embed_width: int, glu_width: int, glu_act: str) -> Iterator[Check]:
     def linear(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
         x, weight, residual = x.detach(), weight.detach(), residual.detach()
         parts = x.to(accumulation_dtype(x.dtype)).square().view(2, -1).sum(-1)
@@ -124,14 +107,14 @@ def _product_checks(sizes: _Sizes) -> Iterator[Check]:
         return torch.cat((normed, normed + residual))
 
     def glu(x: Tensor, gate: Tensor, value: Tensor) -> Tensor:
-        return token_glu(x.detach(), gate.detach(), value.detach(), eps=EPS, act=sizes.glu_act)
+        return token_glu(x.detach(), gate.detach(), value.detach(), eps=EPS, act=glu_act)
 
     def exact_glu(x: Tensor, gate: Tensor, value: Tensor) -> Tensor:
-        return reference.token_glu(x, gate, value, eps=EPS, act=sizes.glu_act)
+        return reference.token_glu(x, gate, value, eps=EPS, act=glu_act)
 
-    width, weight = (sizes.embed_width,), (PRODUCT_ROWS, sizes.embed_width)
+    width, weight = (embed_width,), (PRODUCT_ROWS, embed_width)
     yield Check("token_linear", linear, exact_linear, (width, weight, (PRODUCT_ROWS,)), differentiable=False)
-    gate = (sizes.glu_width, sizes.embed_width)
+    gate = (glu_width, embed_width)
     yield Check("token_glu", glu, exact_glu, (width, gate, gate), differentiable=False)
 
 

@@ -18,6 +18,7 @@ from megatron_tn.checkpoint.background import CheckpointWriter
 from megatron_tn.checkpoint.load import Weights
 from megatron_tn.checkpoint.save import CheckpointError
 from megatron_tn.config import ConfigError, TrainConfig
+from megatron_tn.device.allocator import return_cached_segments
 from megatron_tn.device.matrix_rate import matmul_tflops
 from megatron_tn.parallel.world import join_world, leave_world
 from megatron_tn.training.curve import draw
@@ -132,8 +133,7 @@ class Run:
         if not self.is_first or self.device.type != "cuda":
             return None
         rate = matmul_tflops(self.device)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        return_cached_segments(self.device)
         return rate
 
     def _record_stop(self, state: str) -> None:
