@@ -12,8 +12,9 @@ import torch
 
 from megatron_tn.checkpoint.files import TensorFile
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, whole_checkpoints
-from megatron_tn.checkpoint.parts import digest_of
+from megatron_tn.checkpoint.parts import FileRecord, digest_of
 from megatron_tn.checkpoint.reshard import rectangles
+from megatron_tn.checkpoint.shares import by_file, files_of_rank
 from megatron_tn.config import ConfigError, TrainConfig, from_mapping
 from megatron_tn.model.registry import build_model
 
@@ -25,8 +26,8 @@ def verify(directory: Path) -> list[str]:
     except ConfigError as error:
         return error.problems
     found = _content_problems(manifest)
-    for name, record in sorted(manifest.files.items()):
-        found += _file_problems(directory / name, record.size, record.sha256, manifest)
+    for name, (record, pieces) in sorted(by_file(manifest).items()):
+        found += _file_problems(directory / name, record, pieces)
     known = {MANIFEST, *manifest.files}
     strangers = sorted(path.name for path in directory.iterdir() if path.name not in known)
     return found + [f"{directory / name} is not part of the checkpoint" for name in strangers]
@@ -50,10 +51,9 @@ def glance(directory: Path) -> list[str]:
 
 def damage_in_files(directory: Path, rank: int, size: int) -> list[str]:
     """Problems in every `size`th file of a checkpoint from the one of number `rank` on: ranks share the reading of
-    every byte. The checkpoint has no problems by `glance`."""
-    manifest = CheckpointManifest.read(directory)
-    files = sorted(manifest.files.items())[rank::size]
-    return [line for name, file in files for line in _file_problems(directory / name, file.size, file.sha256, manifest)]
+    every byte. The checkpoint has no problems by `glance`. Collective."""
+    files = files_of_rank(directory, rank, size)
+    return [line for name, content in files.items() for line in _file_problems(directory / name, *content)]
 
 
 def whole_from(
@@ -129,15 +129,14 @@ def times_covered(pieces: Sequence[Piece], shape: Sequence[int]) -> tuple[int, i
     return tuple(int(elements[mask].sum()) for mask in (count == 0, count == 1, count > 1))
 
 
-def _file_problems(path: Path, size: int, sha256: str, manifest: CheckpointManifest) -> list[str]:
-    """Problems of one file: its header first, then its bytes."""
+def _file_problems(path: Path, record: FileRecord, pieces: Mapping[str, Piece]) -> list[str]:
+    """Problems of one file, which should hold `pieces`: its header first, then its bytes."""
     try:
         with closing(TensorFile(path)) as file:
             entries = dict(file.entries)
     except ConfigError as error:
         return error.problems
     found = []
-    pieces = {piece.key: piece for pieces in manifest.pieces.values() for piece in pieces if piece.file == path.name}
     for key, piece in pieces.items():
         if key not in entries:
             found.append(f"{path}: {key} is missing")
@@ -147,14 +146,14 @@ def _file_problems(path: Path, size: int, sha256: str, manifest: CheckpointManif
             )
     strangers = sorted(key for key in entries.keys() - pieces.keys() if not key.startswith("rng/"))
     found += [f"{path}: {key} belongs to no tensor" for key in strangers]
-    if path.stat().st_size != size:
-        return [*found, _wrong_size(path, size)]
+    if path.stat().st_size != record.size:
+        return [*found, _wrong_size(path, record.size)]
     try:
-        digest = digest_of(path, sha256)
+        digest = digest_of(path, record.sha256)
     except OSError as error:
         return [*found, f"{path} cannot be read: {error.strerror}"]
-    if digest != sha256:
-        found.append(f"{path} is damaged: its sha256 is {digest[:25]}..., but {sha256[:25]}... was written")
+    if digest != record.sha256:
+        found.append(f"{path} is damaged: its sha256 is {digest[:25]}..., but {record.sha256[:25]}... was written")
     return found
 
 
