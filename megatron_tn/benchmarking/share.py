@@ -31,6 +31,7 @@ from megatron_tn.checkpoint.manifest import CheckpointManifest
 from megatron_tn.checkpoint.save import take_snapshot, write_snapshot
 from megatron_tn.cli import command, run_program
 from megatron_tn.config import BenchmarkConfig, ConfigError, TrainConfig, to_stored
+from megatron_tn.device.host_memory import HostMemory
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.planning.concerns import rank_checkpoint_bytes
@@ -72,7 +73,8 @@ def measure(config: TrainConfig, ranks: int, folder: Path, device: torch.device)
         before = [{kind: values.cpu().clone() for kind, values in each.values.items()} for each in owned]
         taken = []
         step = {"step": 1, "optimizer_step": 1, "config": to_stored(config), "training": {"step": 1}}
-        copy = _seconds(lambda: taken.append(take_snapshot(engine, folder, **step)), device)
+        host = HostMemory()
+        copy = _seconds(lambda: taken.append(take_snapshot(engine, folder, memory=host, **step)), device)
         alone = dataclasses.replace(taken.pop(), world_size=1)  # the other ranks write nothing
         paths = []
         write = _seconds(lambda: paths.append(write_snapshot(alone)), device)

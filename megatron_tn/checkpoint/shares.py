@@ -75,7 +75,7 @@ def _edges(pieces: Sequence[Piece]) -> np.ndarray:
 
 def files_of_rank(directory: Path, rank: int, size: int) -> dict[str, tuple[FileRecord, dict[str, Piece]]]:
     """Every `size`th file of a checkpoint from the one of number `rank` on: name -> its record and its pieces by key.
-    Collective over `size` ranks.
+    Collective over `size` ranks, where there are process groups.
 
     Raises:
         ConfigError: on every rank: see `CheckpointManifest.read`.
@@ -85,7 +85,7 @@ def files_of_rank(directory: Path, rank: int, size: int) -> dict[str, tuple[File
         contents = by_file(CheckpointManifest.read(directory))
         return [{name: contents[name] for name in sorted(contents)[first::size]} for first in range(size)]
 
-    return scattered(shares, rank, size)
+    return scattered(shares, rank, size) if dist.is_initialized() else shares()[rank]
 
 
 def by_file(manifest: CheckpointManifest) -> dict[str, tuple[FileRecord, dict[str, Piece]]]:

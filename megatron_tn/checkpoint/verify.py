@@ -14,7 +14,7 @@ from megatron_tn.checkpoint.files import TensorFile
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, whole_checkpoints
 from megatron_tn.checkpoint.parts import FileRecord, digest_of
 from megatron_tn.checkpoint.reshard import rectangles
-from megatron_tn.checkpoint.shares import by_file, files_of_rank
+from megatron_tn.checkpoint.shares import by_file
 from megatron_tn.config import ConfigError, TrainConfig, from_mapping
 from megatron_tn.model.registry import build_model
 
@@ -27,7 +27,7 @@ def verify(directory: Path) -> list[str]:
         return error.problems
     found = _content_problems(manifest)
     for name, (record, pieces) in sorted(by_file(manifest).items()):
-        found += _file_problems(directory / name, record, pieces)
+        found += problems_of_file(directory / name, record, pieces)
     known = {MANIFEST, *manifest.files}
     strangers = sorted(path.name for path in directory.iterdir() if path.name not in known)
     return found + [f"{directory / name} is not part of the checkpoint" for name in strangers]
@@ -47,13 +47,6 @@ def glance(directory: Path) -> list[str]:
         elif path.stat().st_size != record.size:
             found.append(_wrong_size(path, record.size))
     return found
-
-
-def damage_in_files(directory: Path, rank: int, size: int) -> list[str]:
-    """Problems in every `size`th file of a checkpoint from the one of number `rank` on: ranks share the reading of
-    every byte. The checkpoint has no problems by `glance`. Collective."""
-    files = files_of_rank(directory, rank, size)
-    return [line for name, content in files.items() for line in _file_problems(directory / name, *content)]
 
 
 def whole_from(
@@ -129,8 +122,11 @@ def times_covered(pieces: Sequence[Piece], shape: Sequence[int]) -> tuple[int, i
     return tuple(int(elements[mask].sum()) for mask in (count == 0, count == 1, count > 1))
 
 
-def _file_problems(path: Path, record: FileRecord, pieces: Mapping[str, Piece]) -> list[str]:
-    """Problems of one file, which should hold `pieces`: its header first, then its bytes."""
+def problems_of_file(
+    path: Path, record: FileRecord, pieces: Mapping[str, Piece], into: np.ndarray | None = None
+) -> list[str]:
+    """Problems of one file, which should hold `pieces`, by key: its header first, then its bytes. into: filled with
+    these, see `parts.read_file`."""
     try:
         with closing(TensorFile(path)) as file:
             entries = dict(file.entries)
@@ -146,10 +142,10 @@ def _file_problems(path: Path, record: FileRecord, pieces: Mapping[str, Piece]) 
             )
     strangers = sorted(key for key in entries.keys() - pieces.keys() if not key.startswith("rng/"))
     found += [f"{path}: {key} belongs to no tensor" for key in strangers]
-    if path.stat().st_size != record.size:
-        return [*found, _wrong_size(path, record.size)]
     try:
-        digest = digest_of(path, record.sha256)
+        if path.stat().st_size != record.size:
+            return [*found, _wrong_size(path, record.size)]
+        digest = digest_of(path, record.sha256, into)
     except OSError as error:
         return [*found, f"{path} cannot be read: {error.strerror}"]
     if digest != record.sha256:
