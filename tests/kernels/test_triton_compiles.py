@@ -398,3 +398,24 @@ def test_adamw(capability, plain):
     constants = {"HAS_COPY": not plain, "HAS_DIVISOR": not plain, "BLOCK": triton_adamw.BLOCK}
     kernel = compiled(triton_adamw.update_kernel, capability, types, constants, num_warps=triton_adamw.WARPS)
     assert resources(kernel)[1] == 0
+
+
+def test_quantize():
+    """On Hopper; Ampere has no fp8. Loads and stores of 16 bytes a thread."""
+    from kernels.quantize import triton_quantize as quantize
+
+    pointers = {"x_pointer": "*bf16", "largest_pointer": "*i32", "scale_pointer": "*fp32"}
+    tile = {"ROWS": quantize.ROWS, "COLUMNS": quantize.COLUMNS}
+    outputs = dict.fromkeys(("rows_pointer", "transposed_pointer"), "*fp8e4nv")
+    constants = tile | {"SHIFT": 8, "PARTIAL": quantize.PROGRAMS}
+    cases = (
+        (quantize.largest_kernel, pointers, {"BLOCK": quantize.BLOCK}),
+        (quantize.quantize_kernel, pointers | outputs, constants),
+        (quantize.transpose_kernel, dict.fromkeys(outputs, "*u8"), tile),
+    )
+    for kernel, types, constants in cases:
+        types = {name: type_ for name, type_ in types.items() if name in kernel.arg_names}
+        built = compiled(kernel, 9, types, constants, num_warps=quantize.WARPS)
+        assert resources(built)[1] == 0
+        assert "ld.global.v4" in built.asm["ptx"]
+        assert kernel is quantize.largest_kernel or "st.global.v4" in built.asm["ptx"]
