@@ -64,7 +64,8 @@ def check(config: TrainConfig) -> None:
 
 @pytest.mark.parametrize(
     ("model", "name"),
-    [(model, name) for model in ("1b", "175b") for name in LAYOUTS if "local" not in name] + [("1b", "tp 8, local")],
+    # FSDP2 makes 512 views of every parameter; of 175B's in test_ranks_that_meet_agree_at_full_depth.
+    [("1b", name) for name in LAYOUTS] + [("175b", name) for name in LAYOUTS if "ZeRO" in name],
 )
 def test_ranks_that_meet_agree(model, name):
     check(layout(model, name, layers=2))
