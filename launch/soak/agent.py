@@ -65,12 +65,14 @@ def _take_too_much(*_: Any) -> None:
 
 
 def _cut(*_: Any) -> None:
-    """Shut down this process's TCP connections: collectives abort, on this rank and on its peers."""
+    """Shut down this process's TCP connections: collectives abort, on this rank and on its peers. Sockets that listen
+    stay: without them gloo ends the process with SIGABRT."""
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
                 with socket.socket(fileno=os.dup(int(name))) as connection:
-                    if connection.family in (socket.AF_INET, socket.AF_INET6):
+                    listens = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+                    if connection.family in (socket.AF_INET, socket.AF_INET6) and not listens:
                         connection.shutdown(socket.SHUT_RDWR)
 
 
