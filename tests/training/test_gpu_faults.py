@@ -19,7 +19,8 @@ from tests.helpers.shards import make_text_shards
 
 pytestmark = pytest.mark.gpu
 OWN = {
-    "parallel.tp": 1,  # two GPUs: data parallel, ZeRO 1
+    "parallel.tp": 1,  # two GPUs: data parallel
+    "data.micro_batch": 4,
     "model.vocab_size": 401,
     "checkpoint.every": 5,
     "evaluation.every": 0,
