@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from megatron_tn.config import TrainConfig
 from megatron_tn.planning.estimate import GIB, MemoryPlan, plan_memory
+from megatron_tn.planning.microbatch import extrapolated_in_rows
 
 Change = tuple[str, TrainConfig]  # command-line overrides, and the resulting config
 
@@ -57,7 +58,7 @@ def remedies(config: TrainConfig, world_size: int) -> list[tuple[str, MemoryPlan
     def first_that_fits(changes: list[Change]) -> tuple[str, MemoryPlan] | None:
         for words, changed in changes:
             if not changed.problems(world_size):
-                plans.append((words, plan_memory(changed, world_size)))
+                plans.append((words, plan_memory(changed, world_size, extrapolated_in_rows)))
                 if plans[-1][1].total <= limit:
                     return plans[-1]
         return None

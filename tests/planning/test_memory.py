@@ -250,6 +250,25 @@ def test_the_largest_model_is_planned_in_seconds():
     assert 30 * GIB < plan.total < 300 * GIB
 
 
+def test_remedies_of_the_largest_model_follow_a_few_layers_each(monkeypatch):
+    """All layers once, for the layout itself: what does not fit is refused within seconds, too."""
+    model, followed = from_mapping(ModelConfig, compose_model("175b")), []
+
+    def measure(config, device):
+        followed.append(config.model.layers)
+        return microbatch.Microbatch(GIB * config.model.layers, GIB * config.model.layers, {}, 0, {})
+
+    monkeypatch.setattr(microbatch, "_measured", {})
+    monkeypatch.setattr(microbatch, "_measure", measure)
+    config = dataclasses.replace(TrainConfig(), model=model, parallel=ParallelConfig(tp=8))
+    config = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, gpu_memory_gib=80.0))
+    (problem,) = memory_problems(config, 512)
+    assert "nothing tried is enough" in problem
+    assert followed[0] == model.layers
+    assert len(followed) > 5
+    assert max(followed[1:]) <= 3
+
+
 def step_peaks(configs: list[TrainConfig]) -> list[int]:
     return [step_peak(config) for config in configs]
 
