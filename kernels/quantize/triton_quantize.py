@@ -47,6 +47,7 @@ def quantize_kernel(
     padded_width,
     padded_count,
     SHIFT: tl.constexpr,
+    MOST: tl.constexpr,
     PARTIAL: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -62,6 +63,7 @@ def quantize_kernel(
     mask = (row < count)[:, None] & (column < width)[None, :]
     x = tl.load(x_pointer + row.to(tl.int64)[:, None] * width + column[None, :], mask=mask, other=0.0)
     x = x.to(tl.float32) * inverse
+    x = tl.where(tl.abs(x) > MOST, float("nan"), x)
     if rows_pointer is not None:
         data = x.to(rows_pointer.dtype.element_ty)
         mask = (row < count)[:, None] & (column < padded_width)[None, :]
@@ -121,6 +123,7 @@ def quantize(x: Tensor, largest: Tensor, *, rows: Tensor, transposed: Tensor, sc
             padded_width,
             padded_count,
             SHIFT=SHIFTS[rows.dtype],
+            MOST=torch.finfo(rows.dtype).max,
             PARTIAL=triton.next_power_of_2(largest.numel()),
             ROWS=ROWS,
             COLUMNS=COLUMNS,

@@ -12,7 +12,7 @@ from megatron_tn.engine.base import DTYPES, Engine
 from megatron_tn.engine.fsdp2 import FSDP2Engine
 from megatron_tn.engine.replicated import ReplicatedEngine
 from megatron_tn.model.init import fill_initial
-from megatron_tn.model.registry import build_model
+from megatron_tn.model.registry import build_model, norm_bound
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.float8_layers import check_device, float8_layers, keep_weights
 from megatron_tn.parallel.recompute import recompute_blocks
@@ -41,7 +41,7 @@ def build_engine(config: TrainConfig, context: ParallelContext, device: torch.de
     layers = []
     if settings.products == "fp8":
         check_device(device)
-        layers = float8_layers(model.blocks)
+        layers = float8_layers(model.blocks, norm_bound(config.model))
     # 2. Recomputation replaces a block's forward, so it comes before compilers and engines wrap the block.
     recompute_blocks(model.blocks, settings.recompute, settings.recompute_every)
     # 3. Blocks of one class share one compiled graph: compile time does not grow with the number of layers.

@@ -211,8 +211,8 @@ def test_sglu(capability, silu):
     from kernels.sglu import triton_sglu
 
     for kernel in (triton_sglu.forward_kernel, triton_sglu.backward_kernel):
-        types = {name: "*bf16" for name in kernel.arg_names if name.endswith("pointer")}
-        constants = {"SILU": silu, "BLOCK": triton_sglu.BLOCK}
+        types = {name: "*bf16" for name in kernel.arg_names if name.endswith("pointer")} | {"largest_pointer": "*i32"}
+        constants = {"SILU": silu, "BLOCK": triton_sglu.BLOCK, "SLOTS": triton_sglu.SLOTS}
         assert resources(compiled(kernel, capability, types, constants, num_warps=triton_sglu.WARPS))[1] == 0
 
 
@@ -407,7 +407,7 @@ def test_quantize():
     pointers = {"x_pointer": "*bf16", "largest_pointer": "*i32", "scale_pointer": "*fp32"}
     tile = {"ROWS": quantize.ROWS, "COLUMNS": quantize.COLUMNS}
     outputs = dict.fromkeys(("rows_pointer", "transposed_pointer"), "*fp8e4nv")
-    constants = tile | {"SHIFT": 8, "PARTIAL": quantize.PROGRAMS}
+    constants = tile | {"SHIFT": 8, "MOST": 448.0, "PARTIAL": quantize.PROGRAMS}
     cases = (
         (quantize.largest_kernel, pointers, {"BLOCK": quantize.BLOCK}),
         (quantize.quantize_kernel, pointers | outputs, constants),
