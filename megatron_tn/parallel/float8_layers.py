@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
 from megatron_tn.config import ConfigError
 from megatron_tn.parallel.linear import ColumnParallelLinear, SplitLinear
-from megatron_tn.precision.fp8 import OLDEST_CAPABILITY, Float8Weights
+from megatron_tn.precision.fp8 import OLDEST_CAPABILITY, Float8Weights, KeptWeights
 
 
 def float8_layers(blocks: Iterable[nn.Module], bound: float | None) -> list[SplitLinear]:
@@ -25,12 +25,13 @@ def float8_layers(blocks: Iterable[nn.Module], bound: float | None) -> list[Spli
     return layers
 
 
-def keep_weights(layers: Iterable[SplitLinear]) -> None:
-    """Quantise the weights; after every change of them."""
-    for layer in layers:
-        together = layer.together or (layer,)
-        if layer is together[0]:
-            layer.float8.keep([each.weight for each in together])
+def kept_weights(layers: Iterable[SplitLinear]) -> Callable[[], None]:
+    """Give the layers operands that stay from step to step; returns what writes them, for after each change of the
+    weights."""
+    groups = list(dict.fromkeys(layer.together or (layer,) for layer in layers))
+    shapes = [[layer.weight.shape for layer in group] for group in groups]
+    kept = KeptWeights([group[0].float8 for group in groups], shapes, groups[0][0].weight.device)
+    return lambda: kept.quantize([[layer.weight.detach() for layer in group] for group in groups])
 
 
 def check_device(device: torch.device) -> None:

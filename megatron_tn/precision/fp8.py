@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from kernels.numerics import accumulation_dtype
-from kernels.quantize.op import largest, quantize, quantize_
+from kernels.quantize.many import ManyMatrices, stacked
+from kernels.quantize.op import MULTIPLE, largest, padded, quantize
 from megatron_tn.device.side_stream import on_side_stream
 from megatron_tn.precision.gradient_sum import GradientSum
 
@@ -62,6 +63,8 @@ def scaled_product(
         return y if out is None else out.copy_(y)
     if not len(a):  # a slice of padding alone
         return out if out is not None else torch.empty(0, columns, dtype=dtype, device=a.device)
+    if b.shape[0] % MULTIPLE:
+        b = torch.nn.functional.pad(b.view(torch.uint8), (0, 0, 0, padded(len(b)) - len(b))).view(b.dtype)
     whole = columns == b.shape[0]
     into = {"out": out} if whole and out is not None else {}
     # Fast accumulation: of 16384 terms its error is 1.6e-3, where rounding to fp8 leaves 3.8e-2.
@@ -96,10 +99,8 @@ def weight_gradients(
 class Float8Weights:
     """The weights [out_i, in] of linear layers with a common input, stacked, as an fp8 operand.
 
-    Engines whose weights stay on the device call `keep` after each change of them, once a step; microbatches and
-    recomputation then share the operand. Where weights are gathered for a block and freed (ZeRO 3, FSDP2), `of`
-    quantises what was gathered.
-
+    kept: set by `KeptWeights`, where weights stay on the device; microbatches and recomputation then share the operand.
+    Where weights are gathered for a block and freed (ZeRO 3, FSDP2), `of` quantises what was gathered.
     bound: of the input's elements, where one is known; None: the input's scale is of its largest element.
     """
 
@@ -107,15 +108,6 @@ class Float8Weights:
         self.bound = bound
         self.kept: Float8 | None = None
         self._bits: Tensor | None = None
-
-    @torch.no_grad()
-    def keep(self, weights: Sequence[Tensor]) -> None:
-        """Quantise `weights` into the operand that `of` returns from now on; its memory stays at the same addresses."""
-        whole = stacked(weights)
-        if self.kept is None:
-            self.kept = quantized(whole, OPERAND)
-        else:
-            quantize_(whole, largest(whole), *self.kept[:3])
 
     def of(self, weights: Sequence[Tensor], *, rows: bool = False, transposed: bool = False) -> Float8:
         """The operand [sum of out_i, in], in the order that is wanted."""
@@ -128,13 +120,14 @@ class Float8Weights:
         return self._bits
 
 
-def stacked(weights: Sequence[Tensor]) -> Tensor:
-    """[sum of out_i, in]: a view of weights that follow each other in memory, as in a flat buffer; else a copy."""
-    first, *others = weights = [weight.detach() for weight in weights]
-    end = first.storage_offset() + first.numel()
-    for weight in others:
-        follows = weight.untyped_storage()._cdata == first.untyped_storage()._cdata and weight.storage_offset() == end
-        if not (follows and weight.is_contiguous()):
-            return torch.cat(weights)
-        end += weight.numel()
-    return first.as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
+class KeptWeights:
+    """The operands of several `Float8Weights`, at addresses that do not change. shapes: of each one's weights."""
+
+    def __init__(self, held: Sequence[Float8Weights], shapes: Sequence[Sequence[torch.Size]], device: torch.device):
+        self.matrices = ManyMatrices(shapes, OPERAND, device)
+        for each, group, operand in zip(held, shapes, self.matrices.operands, strict=True):
+            each.kept = Float8(*operand, (sum(shape[0] for shape in group), group[0][1]))
+
+    def quantize(self, weights: Sequence[Sequence[Tensor]]) -> None:
+        """Call this after every change of the weights, once a step."""
+        self.matrices.quantize_(weights)

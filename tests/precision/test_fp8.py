@@ -7,7 +7,7 @@ from kernels import sglu
 from megatron_tn.parallel import float8_products
 from megatron_tn.parallel.context import Axis
 from megatron_tn.precision import fp8
-from megatron_tn.precision.fp8 import GRADIENT, OPERAND, Float8Weights, quantized, stacked
+from megatron_tn.precision.fp8 import GRADIENT, OPERAND, Float8Weights, KeptWeights, quantized
 from megatron_tn.precision.gradient_sum import GradientSum
 
 # Of a product's relative error in norm against fp64: x and W round by up to 1/16 (e4m3), dy by up to 1/8 (e5m2).
@@ -46,10 +46,8 @@ def check_exact(device):
         weights = [integers(out, ins, seed=out + 1) for out in outs]
         x, *rest = (tensor.to(device) for tensor in (x, *dys, *weights))
         dys, weights, held = rest[:2], rest[2:], Float8Weights()
-        held.keep([torch.zeros_like(weight) for weight in weights])
-        address = held.kept.rows.data_ptr()
-        held.keep(weights)
-        assert held.kept.rows.data_ptr() == address
+        kept = KeptWeights([held], [[weight.shape for weight in weights]], x.device)
+        kept.quantize([weights])
         for dtype in (torch.float32, torch.bfloat16):
             for summed, kept in ((True, held), (False, None)):
                 cast = [tensor.to(dtype) for tensor in (x, *weights, *dys)]
@@ -128,15 +126,6 @@ def test_the_gated_unit_is_its_parts():
 @pytest.mark.gpu
 def test_the_gated_unit_is_its_parts_on_the_gpu():
     check_gated_unit("cuda")
-
-
-def test_weights_of_one_buffer_are_stacked_without_a_copy():
-    flat = torch.arange(60.0)
-    weights = [flat[:20].view(4, 5), flat[20:50].view(6, 5)]
-    assert torch.equal(stacked(weights), torch.cat(weights))
-    assert stacked(weights).data_ptr() == flat.data_ptr()
-    assert stacked(weights[::-1]).data_ptr() != flat.data_ptr()
-    assert torch.equal(stacked(weights[::-1]), torch.cat(weights[::-1]))
 
 
 def check_non_finite(device):
