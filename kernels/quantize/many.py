@@ -44,7 +44,7 @@ class ManyMatrices:
     def quantize_(self, groups: Sequence[Sequence[Tensor]]) -> None:
         """Write the operands of the matrices, which have `shapes`."""
         first = groups[0][0]
-        if self._launchable(groups) and dispatch.choose("quantize", first) == "triton":
+        if dispatch.choose("quantize", first) == "triton" and self._launchable(groups):
             from kernels.quantize import triton_many
 
             addresses = [matrix.data_ptr() for group in groups for matrix in group]

@@ -70,6 +70,13 @@ def test_ranks_that_meet_agree(model, name):
     check(layout(model, name, layers=2))
 
 
+def test_ranks_with_fp8_products_agree():
+    """Gathers of bytes, and of the largest element."""
+    parallel = ParallelConfig(tp=2, sequence_parallel=True)
+    data = DataConfig(sequence_length=24, micro_batch=1, global_batch=WORLD // 2)
+    check(tiny_config(engine=EngineConfig(name="local", products="fp8"), parallel=parallel, data=data))
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if "local" not in name])
 @pytest.mark.parametrize("model", SIZES)
