@@ -49,13 +49,13 @@ def train(config: TrainConfig) -> int | None:
     config, stream, start = preflight(config)
     with Preemption(joined=False) as preemption, Run(config, start, open_weights) as run:
         preemption.joined = True
-        go_to(stream, run.start)
         context = ParallelContext.create(
             config.parallel.tp, config.parallel.cp, sequence_parallel=config.parallel.sequence_parallel
         )
         engine = build_engine(config, context, run.device)
         check_kernels(engine.model, run.device, DTYPES[config.engine.precision])
         state = restore(run, engine)
+        go_to(stream, run.start)  # restore may have taken an older checkpoint, for one that is damaged
         if run.is_first:
             run.folder.keep_tokenizer(stream.manifest.directory / stream.manifest.tokenizer.file)
             if config.logging.progress and state.step < config.last_step:

@@ -38,23 +38,34 @@ class Save:
 class CheckpointWriter:
     """Writes one checkpoint at a time. The constructor, `save` and `wait` are collective over all ranks.
 
-    background: whether `save` returns once the snapshot is taken. timeout_s: how long a rank waits for the others.
+    background: whether `save` returns once the snapshot is taken; else once the files are written, from the engine's
+    tensors without a copy. timeout_s: how long a rank waits for the others.
+    memory: of the snapshots, where something else has used it before.
     """
 
-    def __init__(self, folder: Path, retention: Retention, *, background: bool, timeout_s: float):
+    def __init__(
+        self,
+        folder: Path,
+        retention: Retention,
+        *,
+        background: bool,
+        timeout_s: float,
+        memory: HostMemory | None = None,
+    ):
         self.folder = folder
         self.retention = retention
         self.background = background
         self._group = None
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
-        self._memory = HostMemory()
+        self._memory = (memory or HostMemory()) if background else None
         self._thread: threading.Thread | None = None
         self._current: Save | None = None
 
     def prepare(self, engine: Trainable) -> None:
         """Begin to make the host memory of the saves, in a thread: else the first save waits for it. Not collective."""
-        prepare_host_memory(engine, self._memory)
+        if self._memory is not None:
+            prepare_host_memory(engine, self._memory)
 
     def save(self, engine: Trainable, step: int, **content) -> Save | None:
         """Save `step`; content: `save_checkpoint`'s arguments. Returns the previous `Save`, as `wait` does."""
@@ -87,7 +98,8 @@ class CheckpointWriter:
 
     def join(self) -> None:
         """Wait for `prepare` and the last save; a later `finished` or `wait` still returns the save."""
-        self._memory.join()
+        if self._memory is not None:
+            self._memory.join()
         if self._thread is not None:
             self._thread.join()
 
@@ -102,5 +114,6 @@ class CheckpointWriter:
     def close(self) -> Save | None:
         """Wait for the last save and free the host memory."""
         done = self.wait()
-        self._memory.release()
+        if self._memory is not None:
+            self._memory.release()
         return done

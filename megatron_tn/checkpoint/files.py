@@ -40,10 +40,11 @@ WORTH_DIRECT = 1 << 20  # bytes: smaller reads go through the page cache, which 
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
-    """Write contiguous CPU tensors to `path` and fsync it. The same tensors give the same bytes."""
+    """Write contiguous tensors to `path` and fsync it. The same tensors give the same bytes, also from a GPU, of which
+    host memory holds some parts at a time."""
     shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    head = _header(shapes, None)
-    return write_file(path, itertools.chain([head], map(_bytes_of, joined(tensors.values()))), PART_BYTES)
+    head, parts = _header(shapes, None), itertools.chain.from_iterable(map(_on_host, joined(tensors.values())))
+    return write_file(path, itertools.chain([head], map(_bytes_of, parts)), PART_BYTES)
 
 
 def stream_tensors(
@@ -93,6 +94,14 @@ def joined(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
         yield run
 
 
+def _on_host(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor [n] of the host, or copies of its parts."""
+    if tensor.is_cpu:
+        yield tensor
+    else:
+        yield from (part.cpu() for part in tensor.split(PART_BYTES // tensor.element_size()))
+
+
 def _bytes_of(tensor: Tensor) -> np.ndarray:
     return tensor.view(-1).view(torch.uint8).numpy()
 
@@ -101,14 +110,16 @@ class TensorFile:
     """An open tensor file. Reads exactly the requested bytes and counts them in `bytes_read`.
 
     direct: whether large reads are direct I/O: for a file that is read once, on a disk that is faster than the page
-    cache. `read` and `get` may be called by several threads.
+    cache. content: the file's bytes, uint8 [size], where they are in memory already: no tensor is read from the disk.
+    `read` and `get` may be called by several threads.
 
     Raises:
         ConfigError: the file is missing or damaged, or lacks the requested tensor.
     """
 
-    def __init__(self, path: Path, *, direct: bool = False):
+    def __init__(self, path: Path, *, direct: bool = False, content: np.ndarray | None = None):
         self.path = path
+        self._content = content
         self.bytes_read = 0
         self._lock = threading.Lock()
         self._direct: DirectFile | None = None
@@ -120,7 +131,7 @@ class TensorFile:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
         try:
             self.entries = self._read_header()
-            self._direct = DirectFile(path, os.O_RDONLY) if direct else None
+            self._direct = DirectFile(path, os.O_RDONLY) if direct and content is None else None
         except BaseException:
             self.close()
             raise
@@ -139,6 +150,9 @@ class TensorFile:
                 f"{first} to {first + destination.numel()} were requested"
             )
         at, target = offset + first * destination.element_size(), destination.view(-1).view(torch.uint8)
+        if self._content is not None:
+            target.copy_(torch.from_numpy(self._content[at : at + len(target)]))
+            return
         if target.is_cpu and (self._direct is None or len(target) < WORTH_DIRECT):
             self._fill(target.numpy(), at)
             return

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,16 +30,25 @@ BAND_ELEMENTS = 2 << 20  # fp32, of one read: 8 MiB
 class Reader:
     """Open files of one checkpoint, locked against removal by a run's retention. Use as a context manager.
 
-    direct: see `TensorFile`. `bytes_read`: bytes read from all files.
+    direct: see `TensorFile`. contents: file -> its bytes, of those that are in memory. `bytes_read`: bytes read from
+    all files.
 
     Raises:
         ConfigError: a file is missing or damaged, a tensor is incomplete or of another shape.
     """
 
-    def __init__(self, directory: Path, manifest: CheckpointManifest, *, direct: bool = False):
+    def __init__(
+        self,
+        directory: Path,
+        manifest: CheckpointManifest,
+        *,
+        direct: bool = False,
+        contents: Mapping[str, np.ndarray] | None = None,
+    ):
         self.directory = directory
         self.manifest = manifest
         self.direct = direct
+        self.contents = contents or {}
         self._files: dict[str, TensorFile] = {}
         self._stack = ExitStack()
 
@@ -81,9 +91,8 @@ class Reader:
 
     def _open(self, name: str) -> TensorFile:
         if name not in self._files:
-            self._files[name] = self._stack.enter_context(
-                closing(TensorFile(self.directory / name, direct=self.direct))
-            )
+            file = TensorFile(self.directory / name, direct=self.direct, content=self.contents.get(name))
+            self._files[name] = self._stack.enter_context(closing(file))
         return self._files[name]
 
 
@@ -100,8 +109,12 @@ def _read(file: TensorFile, stored: Piece, band: Rectangle, target: Tensor) -> N
             rows.copy_(view_of(stored, values, part, first))
 
 
-def load_checkpoint(engine: Trainable, directory: Path) -> CheckpointManifest:
+def load_checkpoint(
+    engine: Trainable, directory: Path, contents: Mapping[str, np.ndarray] | None = None
+) -> CheckpointManifest:
     """Restore masters, optimizer state and step and, at the same world size, RNG states. Returns the manifest.
+
+    contents: file -> its bytes, of those that are in memory (`ReadAhead.contents`).
 
     Raises:
         ConfigError: the checkpoint is damaged, or of another model or optimizer.
@@ -114,7 +127,7 @@ def load_checkpoint(engine: Trainable, directory: Path) -> CheckpointManifest:
             f"{', '.join(engine.state_kinds)}: resume with the optimizer that saved the checkpoint"
         )
     context, specs = engine.context, engine.model.shard_specs()
-    with Reader(directory, manifest, direct=True) as reader:
+    with Reader(directory, manifest, direct=True, contents=contents) as reader:
         reads = (
             read
             for owned, piece, place in _owned_pieces(engine)

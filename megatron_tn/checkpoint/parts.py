@@ -105,24 +105,41 @@ def _parts(contents: Iterable[np.ndarray], part_bytes: int, buffers: queue.Simpl
         yield _Part(at, buffer[:filled], buffer)
 
 
-def digest_of(path: Path, like: str) -> str:
+def read_file(path: Path, into: np.ndarray) -> int:
+    """Fill `into`, uint8, aligned, of `round_up(size)` bytes, with a file. Returns how many bytes were read.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    counts: list[int] = []
+    with closing(DirectFile(path, os.O_RDONLY)) as file:
+        in_parallel(
+            lambda at: counts.append(file.read(into[at : at + READ_BYTES], at)), range(0, len(into), READ_BYTES)
+        )
+    return sum(counts)
+
+
+def digest_of(path: Path, like: str, into: np.ndarray | None = None) -> str:
     """The digest of a file, in parts or as one as the digest `like` is. Reads every byte once, from the disk.
+
+    into: filled with the file, as by `read_file`.
 
     Raises:
         OSError: the file cannot be read.
     """
     with closing(DirectFile(path, os.O_RDONLY)) as file:
         if part_bytes := _part_bytes_of(like):
-            return _in_parts(file, os.fstat(file.descriptor).st_size, part_bytes)
-        return _as_one(file)
+            return _in_parts(file, os.fstat(file.descriptor).st_size, part_bytes, into)
+        return _as_one(file, into)
 
 
-def _in_parts(file: DirectFile, size: int, part_bytes: int) -> str:
+def _in_parts(file: DirectFile, size: int, part_bytes: int, into: np.ndarray | None) -> str:
     digests: dict[int, bytes] = {}
 
     def read(at: int) -> None:
-        digest, buffer = hashlib.sha256(), buffer_of_this_thread(READ_BYTES)
+        digest = hashlib.sha256()
         for start in range(at, min(at + part_bytes, size), READ_BYTES):
+            buffer = buffer_of_this_thread(READ_BYTES) if into is None else into[start:]
             data = buffer[: min(READ_BYTES, at + part_bytes - start)]
             digest.update(data[: file.read(data, start)])
         digests[at] = digest.digest()
@@ -131,14 +148,15 @@ def _in_parts(file: DirectFile, size: int, part_bytes: int) -> str:
     return _digest_of_parts([digests[at] for at in sorted(digests)], part_bytes)
 
 
-def _as_one(file: DirectFile) -> str:
+def _as_one(file: DirectFile, into: np.ndarray | None) -> str:
     """One thread hashes while this one reads."""
-    digest, buffers = hashlib.sha256(), [aligned_buffer(READ_BYTES) for _ in range(4)]
+    digest, buffers = hashlib.sha256(), [aligned_buffer(READ_BYTES) for _ in range(4)] if into is None else []
 
     def chunks() -> Iterator[np.ndarray]:
         for number in itertools.count():  # in_parallel of one thread is three chunks behind at most
-            buffer = buffers[number % len(buffers)]
-            if not (count := file.read(buffer, number * READ_BYTES)):
+            start = number * READ_BYTES
+            buffer = buffers[number % len(buffers)] if into is None else into[start : start + READ_BYTES]
+            if not (count := file.read(buffer, start)):
                 return
             yield buffer[:count]
 

@@ -1,7 +1,7 @@
 """Write a checkpoint: every rank writes its file, rank 0 the manifest, then one rename makes the checkpoint visible.
 
-`take_snapshot` copies this rank's tensors to the host; then training may continue. `write_snapshot` writes the files:
-`save_checkpoint` calls it at once, `background.CheckpointWriter` in a thread.
+`take_snapshot` copies this rank's tensors to host memory; then training may continue. `write_snapshot` writes the
+files: `background.CheckpointWriter` calls it in a thread; `save_checkpoint` at once, without a copy.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """This rank's part of a checkpoint, on the host.
+    """This rank's part of a checkpoint.
 
-    tensors: key -> fp32 [n] or uint8 [n], views of host memory. manifest: lacks the other ranks' pieces and files.
+    tensors: key -> fp32 [n] or uint8 [n], views of host memory or of the engine's tensors. manifest: lacks the other
+    ranks' pieces and files.
     """
 
     folder: Path
@@ -75,9 +76,10 @@ def take_snapshot(
     training: dict[str, Any],
     memory: HostMemory | None = None,
 ) -> Snapshot:
-    """Copy the tensors that this rank writes to the host. The engine may change after the return. Not collective.
+    """Copy the tensors that this rank writes to `memory`; the engine may then change. Not collective.
 
-    memory: host memory to reuse; the previous snapshot in it must have been written.
+    memory: the snapshot before in it must have been written. None: the snapshot has the engine's own tensors, which may
+    not change until it is written.
     """
     context, specs = engine.context, engine.model.shard_specs()
     sources, pieces = _written_here(engine)
@@ -92,13 +94,11 @@ def take_snapshot(
         padded_vocab=specs["model.embed_tokens.weight"].padded,
         state_kinds=list(engine.state_kinds),
     )
-    # Pinning pays only where the memory is reused.
-    elements, pinned = _host_memory(sources)
-    block = (memory or HostMemory()).take(elements, pinned and memory is not None)
-    parts = block.split([source.numel() for source in sources.values()])
-    tensors = {}
-    for (key, source), part in zip(sources.items(), parts, strict=True):
-        tensors[key] = part.copy_(source.detach(), non_blocking=True)
+    tensors = {key: source.detach() for key, source in sources.items()}
+    if memory is not None:
+        parts = memory.take(*_host_memory(sources)).split([source.numel() for source in sources.values()])
+        for (key, source), part in zip(sources.items(), parts, strict=True):
+            tensors[key] = part.copy_(source.detach(), non_blocking=True)
     tensors["rng/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng/cuda"] = torch.cuda.get_rng_state()

@@ -12,7 +12,7 @@ import torch
 
 from megatron_tn.checkpoint.files import TensorFile
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, whole_checkpoints
-from megatron_tn.checkpoint.parts import digest_of
+from megatron_tn.checkpoint.parts import FileRecord, digest_of
 from megatron_tn.checkpoint.reshard import rectangles
 from megatron_tn.config import ConfigError, TrainConfig, from_mapping
 from megatron_tn.model.registry import build_model
@@ -26,7 +26,7 @@ def verify(directory: Path) -> list[str]:
         return error.problems
     found = _content_problems(manifest)
     for name, record in sorted(manifest.files.items()):
-        found += _file_problems(directory / name, record.size, record.sha256, manifest)
+        found += problems_of_file(directory / name, record, manifest)
     known = {MANIFEST, *manifest.files}
     strangers = sorted(path.name for path in directory.iterdir() if path.name not in known)
     return found + [f"{directory / name} is not part of the checkpoint" for name in strangers]
@@ -46,14 +46,6 @@ def glance(directory: Path) -> list[str]:
         elif path.stat().st_size != record.size:
             found.append(_wrong_size(path, record.size))
     return found
-
-
-def damage_in_files(directory: Path, rank: int, size: int) -> list[str]:
-    """Problems in every `size`th file of a checkpoint from the one of number `rank` on: ranks share the reading of
-    every byte. The checkpoint has no problems by `glance`."""
-    manifest = CheckpointManifest.read(directory)
-    files = sorted(manifest.files.items())[rank::size]
-    return [line for name, file in files for line in _file_problems(directory / name, file.size, file.sha256, manifest)]
 
 
 def whole_from(
@@ -129,8 +121,10 @@ def times_covered(pieces: Sequence[Piece], shape: Sequence[int]) -> tuple[int, i
     return tuple(int(elements[mask].sum()) for mask in (count == 0, count == 1, count > 1))
 
 
-def _file_problems(path: Path, size: int, sha256: str, manifest: CheckpointManifest) -> list[str]:
-    """Problems of one file: its header first, then its bytes."""
+def problems_of_file(
+    path: Path, record: FileRecord, manifest: CheckpointManifest, into: np.ndarray | None = None
+) -> list[str]:
+    """Problems of one file: its header first, then its bytes. into: filled with these, see `parts.read_file`."""
     try:
         with closing(TensorFile(path)) as file:
             entries = dict(file.entries)
@@ -147,14 +141,14 @@ def _file_problems(path: Path, size: int, sha256: str, manifest: CheckpointManif
             )
     strangers = sorted(key for key in entries.keys() - pieces.keys() if not key.startswith("rng/"))
     found += [f"{path}: {key} belongs to no tensor" for key in strangers]
-    if path.stat().st_size != size:
-        return [*found, _wrong_size(path, size)]
     try:
-        digest = digest_of(path, sha256)
+        if path.stat().st_size != record.size:
+            return [*found, _wrong_size(path, record.size)]
+        digest = digest_of(path, record.sha256, into)
     except OSError as error:
         return [*found, f"{path} cannot be read: {error.strerror}"]
-    if digest != sha256:
-        found.append(f"{path} is damaged: its sha256 is {digest[:25]}..., but {sha256[:25]}... was written")
+    if digest != record.sha256:
+        found.append(f"{path} is damaged: its sha256 is {digest[:25]}..., but {record.sha256[:25]}... was written")
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,12 +34,17 @@ class HostMemory:
         self._preparing: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def prepare(self, elements: int, pinned: bool) -> None:
-        """Begin to make a block of fp32 [elements] in a thread, unless there is a large enough one; `take` waits."""
+    def prepare(self, elements: int, pinned: bool, fill: Callable[[Tensor], None] | None = None) -> None:
+        """Begin to make a block of fp32 [elements] in a thread, unless there is a large enough one; `take` waits.
+
+        fill: called in the thread with the first `elements` of the block, which it writes. Only then is the block
+        page-locked: what has written to a page has faulted it in."""
         self.join()
         if self._block.numel() < elements:
             self.release()
-            self._preparing = start_thread(lambda: self._make(elements, pinned), "host-memory")
+            self._preparing = start_thread(lambda: self._make(elements, pinned, fill), "host-memory")
+        elif fill is not None:
+            self._preparing = start_thread(lambda: fill(self._block[:elements]), "host-memory")
 
     def take(self, elements: int, pinned: bool) -> Tensor:
         """fp32 [elements]. It aliases the tensors of earlier calls."""
@@ -60,10 +66,11 @@ class HostMemory:
             self._preparing.join()
             self._preparing = None
 
-    def _make(self, elements: int, pinned: bool) -> None:
+    def _make(self, elements: int, pinned: bool, fill: Callable[[Tensor], None] | None) -> None:
         self._error = None
         try:
-            self._block = block = faulted_in(elements)
+            self._block = block = reserved(elements)
+            (fill or fault_in)(block)
         except Exception as error:  # out of memory: `take` tries again, and raises
             self._error = error
             return
@@ -75,8 +82,8 @@ class HostMemory:
                 self._pinned = int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), size, 0)) == 0
 
 
-def faulted_in(elements: int) -> Tensor:
-    """fp32 [elements] of zeros at a page boundary; every page of it is in memory.
+def reserved(elements: int) -> Tensor:
+    """fp32 [elements] of zeros at a page boundary; a page takes memory once it is written to.
 
     Raises:
         OSError: the system has not so much memory.
@@ -85,7 +92,10 @@ def faulted_in(elements: int) -> Tensor:
         return torch.empty(0)
     memory = mmap.mmap(-1, elements * torch.float32.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_DONTFORK)  # data workers are forked: they need no copy of the page table of this block
-    block = torch.frombuffer(memory, dtype=torch.float32)
+    return torch.frombuffer(memory, dtype=torch.float32)
+
+
+def fault_in(block: Tensor) -> None:
+    """Write to every page of `block`, fp32 [n] of `reserved`."""
     per_page = mmap.PAGESIZE // torch.float32.itemsize
     in_parallel(Tensor.zero_, block[::per_page].split(FAULT_BYTES // mmap.PAGESIZE), threads=FAULT_THREADS)
-    return block

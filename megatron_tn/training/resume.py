@@ -17,8 +17,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_tn.checkpoint.ahead import ReadAhead
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, step_of
-from megatron_tn.checkpoint.verify import damage_in_files, whole_from
+from megatron_tn.checkpoint.verify import whole_from
 from megatron_tn.config import ConfigError, TrainConfig, differences, to_mapping
 from megatron_tn.training.run_folder import RunFolder, find_checkpoint
 from megatron_tn.training.state import Ledger
@@ -121,15 +122,15 @@ def agree_on(start: Start | None, problems: Sequence[str] = ()) -> Start:
     return sent
 
 
-def verified(start: Start, folder: RunFolder) -> Start:
+def verified(start: Start, folder: RunFolder, ahead: ReadAhead) -> Start:
     """`start` or, where bytes of its checkpoint are not those that were saved, the newest older one whose are.
-    Collective: the ranks share the reading.
+    Collective: the ranks share the reading, which `ahead` may have begun.
 
     Raises:
         ConfigError: on all ranks: a checkpoint chosen by hand, or every checkpoint, is damaged.
     """
     while start.checkpoint is not None:
-        found = _gathered(damage_in_files(start.checkpoint, dist.get_rank(), dist.get_world_size()))
+        found = _gathered(ahead.problems(start.checkpoint))
         damage = list(chain.from_iterable(found))
         if not damage:
             break

@@ -24,7 +24,8 @@ def restore(run: Run, engine: Engine) -> TrainingState:
 
     Newer checkpoints are renamed, so that a start after a crash before the next save does not resume from them.
     """
-    start, state, config = run.start, run.state, run.config
+    state, config = run.state, run.config
+    run.start = start = verified(run.start, run.folder, run.ahead)
     _load(run, engine, start)
     if start.checkpoint is not None and run.is_first:
         log.info("resumed from %s at step %d", start.checkpoint, state.step)
@@ -62,9 +63,7 @@ def rewind(run: Run, engine: Engine, wanted: Rewind) -> None:
             start = newest_start(run.folder)
         except ConfigError as error:
             problems = error.problems
-    start = agree_on(start, problems)
-    if run.config.checkpoint.verify:
-        start = verified(start, run.folder)
+    start = verified(agree_on(start, problems), run.folder, run.ahead)
     state, before = run.state, run.state.step
     earlier = state.ledger
     _load(run, engine, start)
@@ -90,7 +89,9 @@ def _load(run: Run, engine: Engine, start: Start) -> None:
             initialize_engine(engine, run.config.seed)
         run.state.become(TrainingState())
     else:
-        run.state.become(TrainingState.from_json(load_checkpoint(engine, start.checkpoint).training))
+        manifest = load_checkpoint(engine, start.checkpoint, run.ahead.contents(start.checkpoint))
+        run.ahead.forget()
+        run.state.become(TrainingState.from_json(manifest.training))
 
 
 def _write_ledger(run: Run) -> None:

@@ -14,18 +14,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_tn.checkpoint.ahead import ReadAhead
 from megatron_tn.checkpoint.background import CheckpointWriter
 from megatron_tn.checkpoint.load import Weights
 from megatron_tn.checkpoint.save import CheckpointError
 from megatron_tn.config import ConfigError, TrainConfig
 from megatron_tn.device.allocator import return_cached_segments
+from megatron_tn.device.host_memory import HostMemory
 from megatron_tn.device.matrix_rate import matmul_tflops
 from megatron_tn.parallel.world import join_world, leave_world
 from megatron_tn.training.curve import draw
 from megatron_tn.training.freeze import goes_on, slurm_job
 from megatron_tn.training.goodput import goodput_of
 from megatron_tn.training.hooks import Hook, Sink
-from megatron_tn.training.resume import Start, agree_on, agree_on_settings, choose_start, verified
+from megatron_tn.training.resume import Start, agree_on, agree_on_settings, choose_start
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.summary import show_end
@@ -85,13 +87,12 @@ class Run:
             ) from error
         try:
             self.is_first = dist.get_rank() == 0
-            self.sampled_tflops = self._sample_matrix_rate()
             torch.manual_seed(self.config.seed)
             agree_on_settings(self.config)
             self.start = agree_on(self.start)
             self._take_folder()
-            if self.config.checkpoint.verify:
-                self.start = verified(self.start, self.folder)
+            self._read_ahead()
+            self.sampled_tflops = self._sample_matrix_rate()
         except BaseException:
             leave_world()
             self.folder.release()
@@ -127,6 +128,20 @@ class Run:
             leave_world()
             self.watchdog.__exit__(None, None, None)
             self.folder.release()
+
+    def _read_ahead(self) -> None:
+        """Begin to read the checkpoint, while the model is built."""
+        self.memory = HostMemory() if self.config.checkpoint.async_save else None
+        self.ahead = ReadAhead(
+            dist.get_rank(),
+            dist.get_world_size(),
+            self.memory,
+            verify=self.config.checkpoint.verify,
+            pinned=self.device.type == "cuda",
+        )
+        if self.start.checkpoint is not None:
+            manifest = self.ahead.begin(self.start.checkpoint)
+            self.state.step = manifest.step  # for status.json until the checkpoint is loaded
 
     def _sample_matrix_rate(self) -> float | None:
         """TFLOP/s of rank 0's GPU, before the model takes memory; None on other ranks and without a GPU."""

@@ -18,7 +18,7 @@ from megatron_tn.checkpoint import direct
 from megatron_tn.checkpoint.files import TensorFile, stream_tensors, write_tensors
 from megatron_tn.checkpoint.parts import FileRecord, digest_of
 from megatron_tn.config import ConfigError
-from megatron_tn.device.host_memory import faulted_in
+from megatron_tn.device.host_memory import reserved
 
 TENSORS = {
     "a": torch.arange(1000.0),
@@ -50,7 +50,7 @@ def digest_by_definition(path: Path, part: int) -> str:
 def test_the_record_and_the_bytes_are_the_same_however_the_file_is_cut(path, tmp_path, monkeypatch, part):
     """Tensors of one block, as a snapshot has them, among others: parts are written from the block or from a copy."""
     monkeypatch.setattr("megatron_tn.checkpoint.files.PART_BYTES", part)
-    block = faulted_in(20_000).copy_(torch.arange(20_000.0))
+    block = reserved(20_000).copy_(torch.arange(20_000.0))
     tensors = {f"block/{number}": one for number, one in enumerate(block.split(4099))} | TENSORS
     record = write_tensors(path, tensors)
     assert record == FileRecord(path.stat().st_size, digest_by_definition(path, part))

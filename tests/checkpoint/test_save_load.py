@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_tn.checkpoint.ahead import ReadAhead
 from megatron_tn.checkpoint.files import TensorFile
 from megatron_tn.checkpoint.load import Reader, load_checkpoint, load_model
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, whole_checkpoints
@@ -18,6 +19,7 @@ from megatron_tn.checkpoint.reshard import pieces_of_local_range
 from megatron_tn.checkpoint.retention import Retention
 from megatron_tn.checkpoint.save import CheckpointError, save_checkpoint
 from megatron_tn.config import ConfigError, EngineConfig, ModelConfig, ParallelConfig, to_mapping
+from megatron_tn.device.host_memory import HostMemory
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.training.step import train_step
@@ -72,9 +74,16 @@ def load_and_step(
     shared: bool = False,
     model: ModelConfig = RMSNORM,
 ) -> float:
-    """Load, save what was loaded, and take the next step."""
+    """Load, save what was loaded, and take the next step. What is read ahead gives the same."""
     config, engine = make_engine(tp, engine_config, model, cp, shared)
-    manifest = load_checkpoint(engine, checkpoint)
+    load_checkpoint(engine, checkpoint)
+    values = [values.clone() for owned in engine.owned_ranges() for values in owned.values.values()]
+    context = engine.context
+    ahead = ReadAhead(context.rank, context.world_size, HostMemory(), verify=True, pinned=False)
+    assert ahead.problems(checkpoint) == []
+    manifest = load_checkpoint(engine, checkpoint, ahead.contents(checkpoint))
+    loaded = [values for owned in engine.owned_ranges() for values in owned.values.values()]
+    assert all(map(torch.equal, values, loaded))
     save_checkpoint(
         engine, again, step=2, optimizer_step=manifest.optimizer_step, config=to_mapping(config), training={}
     )

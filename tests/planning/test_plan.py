@@ -13,7 +13,7 @@ from megatron_tn.planning.concerns import checkpoint_bytes, checkpoint_seconds, 
 from megatron_tn.planning.estimate import plan_memory
 from megatron_tn.planning.microbatch import extrapolated
 from megatron_tn.planning.speed import step_time
-from tests.helpers.models import tiny_config
+from tests.helpers.models import TINY, tiny_config
 from tests.helpers.training import call
 from tests.planning.test_speed import cluster
 
@@ -93,5 +93,6 @@ def test_warnings_name_what_is_seldom_meant():
 
 
 def test_extrapolated_memory_is_not_below_that_of_all_layers():
-    config = tiny_config(parallel=ParallelConfig(tp=2, sequence_parallel=True))
+    model = dataclasses.replace(TINY, layers=5)
+    config = tiny_config(model=model, parallel=ParallelConfig(tp=2, sequence_parallel=True))
     assert plan_memory(config, 2, extrapolated).total >= 0.999 * plan_memory(config, 2).total

@@ -81,7 +81,13 @@ class Job:
         return self.log.read_text() if self.log.exists() else ""
 
     def wait_for(self, condition: Callable[[], object], seconds: float = 120) -> None:
-        wait_for(condition, seconds, lambda: f"job {self.id} is {self.field('JobState')}; its log:\n{self.output()}")
+        """Also fails as soon as the job has ended without it."""
+        wait_for(lambda: condition() or self.ended(), seconds, self.as_it_is)
+        if not condition():
+            pytest.fail(f"not before its end: {self.as_it_is()}")
+
+    def as_it_is(self) -> str:
+        return f"job {self.id} is {self.field('JobState')}; its log:\n{self.output()}"
 
     def wait_for_end(self, seconds: float = 180) -> None:
         self.wait_for(self.ended, seconds)

@@ -24,7 +24,7 @@ from launch.soak.check import outcome_of, problems
 from launch.soak.faults import FAULTS, Target, trainers_of
 from launch.soak.soak import AGENT
 from megatron_tn.training.run_folder import RunFolder
-from tests.slurm.cluster import ROOT, Cluster, Job, clean_environment
+from tests.slurm.cluster import ROOT, Cluster, Job, clean_environment, wait_for
 from tests.slurm.nodes import crash, fill, free, revive
 
 pytestmark = pytest.mark.slurm
@@ -148,7 +148,7 @@ def nothing(running: Running) -> None:
 NO_WANDB = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}  # nobody listens there
 UNREACHABLE = ("logging=wandb", "logging.wandb.mode=online", "distributed_timeout_s=600")  # wandb tries for 90 s
 CASES = {
-    "time limit": Case(time_limit, (0,), words=("hang_timeout_s=600",)),
+    "time limit": Case(time_limit, (0,), words=("hang_timeout_s=600", "distributed_timeout_s=900")),
     "SIGTERM": of_soak("term"),
     "scontrol requeue": Case(requeue),
     "task killed": of_soak("kill"),
@@ -239,7 +239,7 @@ def check(running: Running, undisturbed: RunFolder, restarts: int) -> None:
     assert outcome_of(undisturbed).step == STEPS
     assert problems(outcome_of(running.folder), outcome_of(undisturbed)) == [], job.output()
     idle = ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"]
-    job.wait_for(lambda: len(set(running.cluster.call(*idle).split())) == NODES, 60)
+    wait_for(lambda: len(set(running.cluster.call(*idle).split())) == NODES, 60, job.as_it_is)
 
 
 def test_four_faults_in_one_job(start, undisturbed):

@@ -106,6 +106,7 @@ def _checkpoints(
         Retention(newest=keep.keep, every=keep.keep_every, best=keep.keep_best),
         background=keep.async_save,
         timeout_s=config.distributed_timeout_s,
+        memory=run.memory,
     )
 
     def save(state: TrainingState) -> Save | None:

@@ -1,0 +1,109 @@
+"""Read a checkpoint while the model is built: one read of the disk checks the files and feeds the load.
+
+Rank r of R reads the files r, r + R, ... into the block of host memory that its saves use later, and hashes them on the
+way. In the layout that saved the checkpoint these are the bytes that the rank owns, and its load reads no file; in
+another layout the load reads what is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_tn.checkpoint.direct import round_up
+from megatron_tn.checkpoint.manifest import CheckpointManifest
+from megatron_tn.checkpoint.parts import FileRecord, read_file
+from megatron_tn.checkpoint.verify import problems_of_file
+from megatron_tn.device.host_memory import HostMemory
+from megatron_tn.device.threads import start_thread
+
+
+class ReadAhead:
+    """Reads one checkpoint at a time. verify: whether its files are checked. memory: keeps the files' bytes until the
+    next save; None: they are only checked. pinned: whether `memory` is page-locked."""
+
+    def __init__(self, rank: int, size: int, memory: HostMemory | None, *, verify: bool, pinned: bool):
+        self.rank = rank
+        self.size = size
+        self.memory = memory
+        self.verify = verify
+        self.pinned = pinned
+        self._thread: threading.Thread | None = None
+        self.forget()
+
+    def begin(self, directory: Path) -> CheckpointManifest:
+        """Begin to read `directory`, which has no problems by `verify.glance`. Returns its manifest."""
+        self.forget()
+        self._directory, self._manifest = directory, CheckpointManifest.read(directory)
+        names = sorted(self._manifest.files)[self.rank :: self.size]
+        self._files = {name: self._manifest.files[name] for name in names}
+        if self.memory is not None:
+            if self.pinned:
+                torch.cuda.init()  # a thread begins on this thread's device only if CUDA is initialised
+            size = sum(round_up(record.size) for record in self._files.values())
+            self.memory.prepare(size // torch.float32.itemsize, self.pinned, fill=self._read)
+        elif self.verify:
+            self._thread = start_thread(self._read, "read-ahead")
+        return self._manifest
+
+    def problems(self, directory: Path) -> list[str]:
+        """One line for each problem in this rank's files; none without `verify`. Waits for the files."""
+        if directory != self._directory:
+            self.begin(directory)
+        self._join()
+        if self.verify and not self._ended:  # there was not enough memory
+            self._read()
+        if self._error is not None:
+            raise self._error
+        return self._problems
+
+    def contents(self, directory: Path) -> dict[str, np.ndarray]:
+        """File -> its bytes, uint8 [size], for the files of `directory` that are in memory. Waits for them."""
+        self._join()
+        return self._contents if directory == self._directory else {}
+
+    def forget(self) -> None:
+        """Leave the memory to the next save."""
+        self._join()
+        self._directory: Path | None = None
+        self._contents: dict[str, np.ndarray] = {}
+        self._problems: list[str] = []
+        self._error: Exception | None = None
+        self._ended = False
+
+    def _join(self) -> None:
+        if self.memory is not None:
+            self.memory.join()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _read(self, block: Tensor | None = None) -> None:
+        """Read, check and, in `block`, keep this rank's files."""
+        try:
+            at = 0
+            for name, record in self._files.items():
+                into = None
+                if block is not None:
+                    into = block.numpy().view(np.uint8)[at : at + round_up(record.size)]
+                    at += len(into)
+                if self._is_whole(name, record, into) and into is not None:
+                    self._contents[name] = into[: record.size]
+        except Exception as error:  # raised by `problems`
+            self._error = error
+        self._ended = True
+
+    def _is_whole(self, name: str, record: FileRecord, into: np.ndarray | None) -> bool:
+        path = self._directory / name
+        if not self.verify:
+            with contextlib.suppress(OSError):  # else the load reads the file itself, and says what is wrong with it
+                return read_file(path, into) == record.size
+            return False
+        found = problems_of_file(path, record, self._manifest, into)
+        self._problems += found
+        return not found

@@ -1,0 +1,95 @@
+"""Reading ahead: every byte is read from the disk once, checked, and what the load takes is in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_tn.checkpoint.ahead import ReadAhead
+from megatron_tn.checkpoint.background import CheckpointWriter
+from megatron_tn.checkpoint.load import load_checkpoint
+from megatron_tn.checkpoint.manifest import MANIFEST, rank_file
+from megatron_tn.checkpoint.retention import Retention
+from megatron_tn.checkpoint.save import save_checkpoint
+from megatron_tn.device.host_memory import HostMemory
+from megatron_tn.engine.build import initialize_engine
+from tests.checkpoint.test_background import content
+from tests.checkpoint.test_save_load import make_engine
+from tests.engine.test_parity import LOCAL
+
+
+@pytest.fixture
+def engine():
+    config, engine = make_engine(1, LOCAL)
+    initialize_engine(engine, seed=5)
+    engine.run_config = config
+    return engine
+
+
+@pytest.fixture
+def checkpoint(engine, tmp_path) -> Path:
+    return save_checkpoint(engine, tmp_path, step=1, **content(engine.run_config, 1))
+
+
+def values_of(engine) -> list[torch.Tensor]:
+    return [values.clone() for owned in engine.owned_ranges() for values in owned.values.values()]
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("digest", ["in parts", "as one"])
+def test_the_disk_is_read_once(engine, checkpoint, monkeypatch, verify, digest):
+    file, wanted, real, counts = checkpoint / rank_file(0), values_of(engine), os.preadv, []
+    if digest == "as one":  # of an older checkpoint
+        values = json.loads((checkpoint / MANIFEST).read_text())
+        values["files"][file.name]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        (checkpoint / MANIFEST).write_text(json.dumps(values))
+
+    def read(descriptor, buffers, at):
+        counts.append(real(descriptor, buffers, at))
+        return counts[-1]
+
+    monkeypatch.setattr(os, "preadv", read)
+    memory = HostMemory()
+    ahead = ReadAhead(0, 1, memory, verify=verify, pinned=False)
+    ahead.begin(checkpoint)
+    assert ahead.problems(checkpoint) == []
+    for values in (values for owned in engine.owned_ranges() for values in owned.values.values()):
+        values.fill_(7)
+    load_checkpoint(engine, checkpoint, ahead.contents(checkpoint))
+    assert all(map(torch.equal, values_of(engine), wanted))
+    size, header = file.stat().st_size, int.from_bytes(file.read_bytes()[:8], "little") + 8
+    assert size <= sum(counts) <= size + 2 * header
+    # The next save uses the same memory.
+    ahead.forget()
+    assert ahead.contents(checkpoint) == {}
+    block = memory.take(size // 8, pinned=False)
+    writer = CheckpointWriter(checkpoint.parent, Retention(), background=True, timeout_s=60, memory=memory)
+    writer.save(engine, 2, **content(engine.run_config, 2))
+    assert block.data_ptr() == memory.take(1, pinned=False).data_ptr()
+    again = writer.close().path
+    assert (again / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("kept", ["memory", "no memory", "not enough"])
+def test_damage_is_found_wherever_the_bytes_go(checkpoint, monkeypatch, kept):
+    file = checkpoint / rank_file(0)
+    with file.open("r+b") as opened:
+        opened.seek(-1000, os.SEEK_END)
+        opened.write(b"\xff\xfe")
+    if kept == "not enough":
+        monkeypatch.setattr("megatron_tn.device.host_memory.reserved", lambda elements: 1 / 0)
+    memory = None if kept == "no memory" else HostMemory()
+    ahead = ReadAhead(0, 1, memory, verify=True, pinned=False)
+    ahead.begin(checkpoint)
+    (problem,) = ahead.problems(checkpoint)
+    assert problem.startswith(f"{file} is damaged: its sha256 is ")
+    assert ahead.contents(checkpoint) == {}
+    file.unlink()
+    assert ReadAhead(0, 1, memory, verify=True, pinned=False).problems(checkpoint) == [f"{file} is missing"]
+    assert ReadAhead(0, 1, memory, verify=False, pinned=False).problems(checkpoint) == []
+    assert ReadAhead(1, 2, memory, verify=True, pinned=False).problems(checkpoint) == []  # another rank's file
