@@ -21,8 +21,9 @@ from megatron_tn.config import (
 )
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.model.init import initialize
-from megatron_tn.model.registry import build_model
+from megatron_tn.model.registry import build_model, norm_bound
 from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.parallel.float8_layers import float8_layers, kept_weights
 from megatron_tn.parallel.recompute import recompute_blocks
 from megatron_tn.plan import main
 from megatron_tn.planning import microbatch as passes
@@ -124,11 +125,14 @@ def shape(
     rows: int = 2,
     shared: bool = False,
     model: ModelConfig = WIDE,
+    products: str = "bf16",
 ):
     return tiny_config(
         model=dataclasses.replace(model, lrpe=lrpe),
         parallel=ParallelConfig(tp=tp, cp=cp, sequence_parallel=shared),
-        engine=EngineConfig(name="local", precision="fp32", recompute=recompute, recompute_every=every),
+        engine=EngineConfig(
+            name="local", precision="fp32", recompute=recompute, recompute_every=every, products=products
+        ),
         data=DataConfig(sequence_length=256, global_batch=rows, micro_batch=rows),
     )
 
@@ -150,6 +154,11 @@ def measured(config: TrainConfig) -> tuple[int, int, int | None]:
     context = ParallelContext.create(parallel.tp, parallel.cp, sequence_parallel=parallel.sequence_parallel)
     model = build_model(config.model, context, "cpu", torch.float32)
     initialize(model, 0)
+    operands = []
+    if config.engine.products == "fp8":
+        layers = float8_layers(model.blocks, norm_bound(config.model))
+        kept_weights(layers)
+        operands = [layer.float8.kept.rows for layer in layers]
     recompute_blocks(model.model.layers, config.engine.recompute, config.engine.recompute_every)
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -163,7 +172,7 @@ def measured(config: TrainConfig) -> tuple[int, int, int | None]:
     # gloo's threads may hold what they sent a moment longer than it is waited for: the least counts.
     for _ in range(3 if parallel.tp * parallel.cp > 1 else 1):
         with LiveMemory() as memory:
-            for tensor in (*model.parameters(), tokens, targets):
+            for tensor in (*model.parameters(), *operands, tokens, targets):
                 memory.add(tensor)
             before = memory.current
             loss = model(tokens, targets=targets, reduction="sum").loss
@@ -192,6 +201,8 @@ SHAPES = {
     "transformer": shape(model=WIDE_TRANSFORMER),
     "transformer selective": shape(model=WIDE_TRANSFORMER, recompute="selective"),
     "transformer tp2 shared": shape(model=WIDE_TRANSFORMER, tp=2, shared=True),
+    "fp8": shape(products="fp8"),
+    "fp8 tp2 shared selective": shape(tp=2, shared=True, recompute="selective", products="fp8"),
     "tp2 cp2 shared": shape(tp=2, cp=2, rows=1, shared=True),
 }
 
@@ -225,6 +236,7 @@ def test_recomputation_and_parallelism_save_what_they_should():
     assert kept["tp2 shared"] < 0.85 * kept["tp2"]
     assert kept["tp2 shared full"] < 0.65 * kept["tp2 full"]
     assert kept["cp2"] < 0.6 * kept["none"]
+    assert kept["fp8"] < 0.9 * kept["none"]
 
 
 def test_a_machine_with_a_gpu_plans_as_one_without(monkeypatch):
