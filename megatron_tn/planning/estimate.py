@@ -139,14 +139,14 @@ def buffer_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
 
 def update_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
     """Bytes of a round of Muon's update (engine/matrices.py, kernels/newton_schulz): in the computing type, the
-    matrices as they are sent, X before and after an iteration, X X^T and its polynomial. They reuse the memory of the
-    freed activations, which a CUDA graph keeps."""
+    matrices as they are sent, X, and at most twice as much for X X^T, polynomials of it and the next X. They reuse the
+    memory of the freed activations, which a CUDA graph keeps."""
     if config.optim.name != "muon":
         return 0
     engine = config.engine
     elements = most_work(config, world_size).elements
     reused = 0 if engine.cuda_graph else activations
-    return max(0, 5 * elements * (2 if engine.precision == "bf16" else 4) - reused)
+    return max(0, 4 * elements * (2 if engine.precision == "bf16" else 4) - reused)
 
 
 def side_stream_bytes(config: TrainConfig) -> int:
