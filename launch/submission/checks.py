@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from launch.submission.provenance import secrets
+from launch.submission.script import override
 from megatron_tn.config import ConfigError, differences, has_credentials, redacted, storable, to_mapping, to_stored
 from megatron_tn.config.slurm import SubmitConfig
 from megatron_tn.data import with_token_ids
 from megatron_tn.outline import Outline, outline, step_with_tokens
+from megatron_tn.overrides import is_sweep
 from megatron_tn.preflight import inspect
 from megatron_tn.training.run_folder import RunFolder
 
@@ -68,6 +70,8 @@ def _names(config: SubmitConfig) -> Iterator[str]:
         yield f"run_dir={run_dir!r}: train.sbatch takes no backslash and no control character in it"
     if "${" in run_dir:
         yield f"run_dir={run_dir}: must be a path, as a requeued job has to find the same folder"
+    elif "\\" not in run_dir and is_sweep(override("run_dir", str(Path(run_dir).absolute()))):
+        yield f"run_dir={run_dir}: with a comma and both kinds of quotes it reads as a sweep; choose another name"
     if config.slurm.chain != 1 and config.checkpoint.resume != "auto":
         yield (
             f"checkpoint.resume={config.checkpoint.resume} with slurm.chain={config.slurm.chain}: every job of the "
