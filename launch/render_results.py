@@ -161,7 +161,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     speeds = {row["model"]: row["tokens_per_second"] for row in rows if row["name"] == "training loop"}
     figure = Figure(figsize=(11, 4), dpi=90, layout="constrained")
     by_tokens, by_seconds = figure.subplots(1, 2, sharey=True)
-    for model, own in sorted(curves(rows).items()):
+    for number, (model, own) in enumerate(sorted(curves(rows).items())):
+        color = f"C{number}"  # of the model, in both panels
         points = [dict(pair.split(":") for pair in row["curve"].split()) for row in own]
         at = [place for place in points[0] if all(place in each for each in points)]
         values = [[float(each[place]) for each in points] for place in at]
@@ -170,10 +171,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         if speed := speeds.get(model):
             panels.append((by_seconds, [1e6 * place / speed for place in tokens]))
         for axes, x in panels:
-            (line,) = axes.plot(x, [statistics.fmean(each) for each in values], lw=1.2, label=model)
-            axes.fill_between(
-                x, list(map(min, values)), list(map(max, values)), alpha=0.2, lw=0, color=line.get_color()
-            )
+            axes.plot(x, [statistics.fmean(each) for each in values], lw=1.2, label=model, color=color)
+            axes.fill_between(x, list(map(min, values)), list(map(max, values)), alpha=0.2, lw=0, color=color)
     by_tokens.set(xlabel="million training tokens", ylabel="held-out bits per byte")
     by_seconds.set(xlabel="seconds of training, alone on the GPU")
     for axes in (by_tokens, by_seconds):

@@ -1,4 +1,4 @@
-"""Train and evaluate the runs of a plan on one GPU, and write a row of figures for each.
+"""Train and evaluate the runs of a plan, each on one GPU, and write a row of figures for each.
 
     python -m data_pipeline.corpus.join PARTS data/results          (parts that python -m data_pipeline.corpus made)
     python -m launch.results --plan launch/plans/results_50m.yaml --data data/results --output rows.jsonl --pieces rates
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import queue
 import re
 import statistics
 import sys
@@ -81,12 +82,12 @@ class Run:
         words += [f"run_dir={self.folder.path}", f"benchmark.output={options.output}", *options.overrides]
         programs.run("megatron_tn.benchmark", words, self.folder.path / "console.log")
 
-    def finish(self, programs: Programs, options: argparse.Namespace) -> Row:
-        """Trains, or goes on training, and evaluates; returns the row. Raises Failed and TimeUp."""
+    def finish(self, programs: Programs, options: argparse.Namespace, gpu: str | None) -> Row:
+        """Trains, or goes on training, and evaluates, on one GPU; returns the row. Raises Failed and TimeUp."""
         folder, pieces = self.folder.path, options.data / "pieces/manifest.json"
         words = [f"{key}={value}" for key, value in (self.shared | self.own).items()] + [f"run_dir={folder}"]
         words += [f"data.manifest={options.data / 'train/manifest.json'}", f"evaluation.manifest={pieces}"]
-        programs.run("megatron_tn.train", [*words, *options.overrides], folder / "console.log")
+        programs.run("megatron_tn.train", [*words, *options.overrides], folder / "console.log", gpu)
         found = []
         whole = options.data / "heldout/manifest.json"
         for held_out, documents, tokens, longest in (
@@ -96,12 +97,12 @@ class Run:
             output = folder / f"{held_out.parent.name}.json"
             words = [f"checkpoint={folder}", f"manifest={held_out}", f"output={output}"]
             words += [f"max_documents={documents}", f"batch_tokens={tokens}", f"max_document_tokens={longest}"]
-            programs.run("megatron_tn.evaluate", words, folder / "console.log")
+            programs.run("megatron_tn.evaluate", words, folder / "console.log", gpu)
             found.append(json.loads(output.read_text()))
-        return self._row(*found, options.at_once)
+        return self._row(*found, -(-options.at_once // len(options.gpus or [0])))
 
     def _row(self, found: Row, whole: Row, at_once: int) -> Row:
-        """found, whole: of the held-out text in pieces, and of whole documents."""
+        """found, whole: of the held-out text in pieces, and of whole documents. at_once: runs that shared a GPU."""
         config, losses = self.folder.frozen_config(), self.folder.records("loss")
         memory = [record["memory/allocated_gib"] for record in self.folder.records("memory/allocated_gib")]
         bits = found["bits_per_byte"]
@@ -193,14 +194,19 @@ def train(runs: list[Run], options: argparse.Namespace, programs: Programs) -> N
     """Finishes the runs, options.at_once at a time, with a line on each of them now and then; appends their rows.
     Raises Failed and TimeUp."""
     writing, under_way = threading.Lock(), {}
+    free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    for _, gpu in zip(range(options.at_once), itertools.cycle(options.gpus or [None])):
+        free.put(gpu)
 
     def task(run: Run) -> None:
         under_way[run.name] = run
         say(f"{run.name}: begins")
+        gpu = free.get_nowait()
         try:
-            row = run.finish(programs, options)
+            row = run.finish(programs, options, gpu)
         finally:
             del under_way[run.name]
+            free.put(gpu)
         with writing:
             rows.append(options.output, [row])
         say(f"{run.name}: {row['value']:.4f} bits per byte, {row['tokens_per_second']:,.0f} tokens/s")
@@ -235,7 +241,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="JSON lines file that rows are appended to")
     parser.add_argument("--runs", type=Path, default=Path("runs/results"), help="folder of the runs' own folders")
     parser.add_argument("--pieces", nargs="+", metavar="PIECE", help="of the plan, in order; default: all")
-    parser.add_argument("--at-once", type=int, default=1, help="runs side by side (default 1)")
+    parser.add_argument("--at-once", type=int, default=1, help="runs side by side, of all GPUs (default 1)")
+    parser.add_argument("--gpus", nargs="+", metavar="INDEX", help="runs take these in turn; default: the first")
     parser.add_argument(
         "--documents", type=int, default=0, help="held-out documents and pieces that are evaluated; 0: all"
     )

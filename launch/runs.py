@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -31,13 +32,17 @@ class Programs:
         self.deadline = deadline
         self._stopped = threading.Event()
 
-    def run(self, module: str, words: Sequence[str], log: Path) -> None:
-        """`python -m module words`, with its output in `log`. Raises Failed and TimeUp."""
+    def run(self, module: str, words: Sequence[str], log: Path, gpu: str | None = None) -> None:
+        """`python -m module words`, with its output in `log`; with a `gpu`, by its index, no other one is seen.
+        Raises Failed and TimeUp."""
         if self._left() == 0:
             raise TimeUp
         log.parent.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
         with log.open("a") as file:
-            program = subprocess.Popen([sys.executable, "-m", module, *words], stdout=file, stderr=file)
+            program = subprocess.Popen(
+                [sys.executable, "-m", module, *words], stdout=file, stderr=file, env=environment
+            )
             try:
                 code = program.wait(self._left())
             except subprocess.TimeoutExpired:

@@ -45,11 +45,11 @@ def test_rows_of_a_small_model(tmp_path):
 
 def test_one_rank_s_slice_beside_the_plan(tmp_path, capsys):
     output = tmp_path / "rows.jsonl"
-    words = ("model.layers=5", "parallel.tp=2", "parallel.sequence_parallel=true", "engine.precision=fp32")
+    words = ("model.layers=7", "parallel.tp=2", "parallel.sequence_parallel=true", "engine.precision=fp32")
     assert call(block.main, *SMALL, *words, "cluster=h200_141g", "benchmark.steps=1", f"benchmark.output={output}") == 0
     found = {row["name"]: row for row in map(json.loads, output.read_text().splitlines())}
     one, rest, whole = (found[f"slice: {name}"]["value"] for name in ("block", block.REST, "all layers"))
-    assert whole == pytest.approx(rest + 5 * one)
+    assert whole == pytest.approx(rest + 7 * one)
     assert found["slice: all layers + predicted collectives"]["value"] > whole
     assert found["slice: block"]["layout"] == "tp 2, cp 1, dp 1, sequence parallel"
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -97,10 +100,16 @@ def part_of(module: str) -> str:
     return max((part for part in ALLOWED if is_in(module, part)), key=len)
 
 
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imports(path: Path) -> list[tuple[int, str]]:
     """(line, module) of every import of a project module, wherever in the file it stands."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -132,17 +141,18 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
+def reached(start: str, edges: dict[str, set[str]]) -> set[str]:
+    """What `start` imports, directly or not. edges: {module: modules it imports}."""
+    found, ahead = set(), [start]
+    while ahead:
+        new = edges.get(ahead.pop(), set()) - found
+        found |= new
+        ahead += new
+    return found
+
+
 def circles(graph: dict[str, set[str]]) -> list[set[str]]:
     """The sets of modules that import each other: strongly connected components of {module: modules it imports}."""
-
-    def reached(start: str, edges: dict[str, set[str]]) -> set[str]:
-        found, ahead = set(), [start]
-        while ahead:
-            new = edges.get(ahead.pop(), set()) - found
-            found |= new
-            ahead += new
-        return found
-
     reverse: dict[str, set[str]] = {}
     for module, imported in graph.items():
         for name in imported:
@@ -190,15 +200,33 @@ def test_the_check_can_fail(tmp_path):
     assert [module for _, module in imports(offender)] == ["megatron_tn.engine.base", "data_pipeline.stream"]
 
 
+def libraries(nodes: Iterable[ast.AST]) -> set[str]:
+    """The packages that these import statements name."""
+    found = set()
+    for node in nodes:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        found |= {name.split(".")[0] for name in names}
+    return found
+
+
 def test_one_file_imports_deepspeed():
-    importing = set()
-    for path in modules():
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            if any(name.split(".")[0] == "deepspeed" for name in names):
-                importing.add(str(path.relative_to(ROOT)))
-    assert importing == {"megatron_tn/engine/deepspeed/adapter.py"}
+    importing = [path for path in modules() if "deepspeed" in libraries(ast.walk(tree(path)))]
+    assert [str(path.relative_to(ROOT)) for path in importing] == ["megatron_tn/engine/deepspeed/adapter.py"]
+
+
+def test_a_rank_that_trains_imports_no_library_of_the_cleaning_pipeline():
+    """It builds the filter's rules and edits, every file of those folders (data_pipeline/registry.py)."""
+    graph = {module_name(path): {module for _, module in imports(path)} for path in modules()}
+    for module, imported in graph.items():  # a module's packages are imported before it
+        imported |= {
+            ".".join(name.split(".")[:n]) for name in (module, *imported) for n in range(1, name.count(".") + 1)
+        }
+    graph["rank"] = {"megatron_tn.train", "data_pipeline.corpus.join"}
+    graph["rank"] |= {name for name in graph if name.startswith(("data_pipeline.edits.", "data_pipeline.rules."))}
+    at_import = {module_name(path): libraries(tree(path).body) for path in modules()}
+    needing = {name for name in reached("rank", graph) if at_import.get(name, set()) & {"datatrove", "resiliparse"}}
+    assert needing == set()
 
 
 def test_kernels_import_torch_and_triton_alone():
@@ -206,9 +234,5 @@ def test_kernels_import_torch_and_triton_alone():
     for path in (ROOT / "kernels").rglob("*.py"):
         if "bench" in path.parts:
             continue  # measuring may use what it likes
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            for name in names:
-                top = name.split(".")[0]
-                assert top in outside | {"kernels"} or top in __import__("sys").stdlib_module_names, f"{path}: {name}"
+        used = libraries(ast.walk(tree(path)))
+        assert used <= outside | {"kernels"} | sys.stdlib_module_names, path

@@ -46,8 +46,8 @@ def programs(monkeypatch):
     """Stand-ins for the command lines, which leave the files that those leave; the list of calls."""
     calls = []
 
-    def run(self, module, words, log):
-        said = dict(word.split("=", 1) for word in words)
+    def run(self, module, words, log, gpu=None):
+        said = dict(word.split("=", 1) for word in words) | {"gpu": gpu}
         calls.append((module, said))
         if module == "megatron_tn.train":
             folder, lr, seed = Path(said["run_dir"]), float(said["optim.lr"]), int(said["seed"])
@@ -85,8 +85,10 @@ def rows(place: Path) -> list[dict]:
 
 
 def test_a_plan_is_run_once_and_the_best_rate_is_read_from_its_rows(place, programs):
-    assert main(command(place, "--pieces", "rates", "--at-once", "2", "--", "seed=0")) == 0
+    assert main(command(place, "--pieces", "rates", "--at-once", "4", "--gpus", "0", "1", "--", "seed=0")) == 0
     assert len(rows(place)) == 6
+    assert {row["at_once"] for row in rows(place)} == {2}
+    assert {said["gpu"] for _, said in programs} == {"0", "1"}
     assert all(said["experiment"] == "results" for module, said in programs if module == "megatron_tn.train")
     programs.clear()
     assert main(command(place, "--pieces", "rates", "seeds")) == 0

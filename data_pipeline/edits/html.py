@@ -8,9 +8,8 @@ from pydantic.dataclasses import dataclass
 
 from data_pipeline.edits.base import Edit, edit
 from data_pipeline.edits.characters import standard_characters
-from data_pipeline.pages.client import Refused
+from data_pipeline.pages.client import EXTRACTOR, Refused
 from data_pipeline.protected import outside_protected
-from data_pipeline.readers.html import EXTRACTOR
 from data_pipeline.thresholds import STRICT, Count
 
 MOST_BYTES, SECONDS = 100_000_000, 60  # of a page that is extracted; a larger or slower one leaves no text

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
-from data_pipeline.pages.worker import ANSWER, HEADER, TEXT
+from data_pipeline.pages.messages import ANSWER, HEADER, TEXT
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,6 +89,9 @@ class Extractor:
                 raise EOFError
             pieces += piece
         return bytes(pieces)
+
+
+EXTRACTOR = Extractor()  # one per process; ends with it
 
 
 def _write(pipe: BinaryIO, data: bytes | bytearray) -> None:

@@ -1,12 +1,10 @@
-"""The extraction process: requests on stdin, answers on stdout, until stdin ends.
+"""The extraction process: requests on stdin, answers on stdout (messages.py), until stdin ends.
 
-Request: HEADER (bytes of the label, bytes of the page, max_document_bytes), the label, the page. Answer: ANSWER (kind,
-bytes), then the text, or `reason` and `detail` on two lines. Memory limit: MOST_GROWTH x max_document_bytes of growth.
+Memory limit: MOST_GROWTH x max_document_bytes of growth.
 """
 
 import resource
 import signal
-import struct
 import sys
 from pathlib import Path
 from typing import BinaryIO
@@ -14,10 +12,9 @@ from typing import BinaryIO
 from resiliparse.extract.html2text import extract_plain_text
 
 from data_pipeline.pages.encodings import decode_page
+from data_pipeline.pages.messages import ANSWER, HEADER, REFUSED, TEXT
 from data_pipeline.pages.structure import structure_problem
 
-HEADER, ANSWER = struct.Struct(">HQQ"), struct.Struct(">BQ")
-TEXT, REFUSED = 0, 1
 MOST_GROWTH = 4  # x max_document_bytes; the reader process holds one copy of the page more, two while it reads the page
 ROOM = 64 << 20  # bytes of growth allowed in addition, for small max_document_bytes
 PAGE_BYTES = resource.getpagesize()

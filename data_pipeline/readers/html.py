@@ -1,11 +1,10 @@
 """Web pages as documents: their visible text, extracted by resiliparse in a separate process."""
 
-from data_pipeline.pages.client import Extractor, Refused
+from data_pipeline.pages.client import EXTRACTOR, Refused
 from data_pipeline.readers.base import Found, Quarantined
 from data_pipeline.sources import Source
 
 SUFFIXES = (".html", ".htm", ".xhtml")
-EXTRACTOR = Extractor()  # one per process; ends with it
 
 
 def page_text(

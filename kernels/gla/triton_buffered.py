@@ -1,8 +1,9 @@
 """One buffered decoding step in one kernel: a program owns one head's state.
 
 It reads the state, ROWS of its K rows at a time with the loads of the next ones under way, and the head's buffer, and
-computes o. The step that folds also adds the buffer to the rows and writes them. Memory traffic per element of the
-state: 4 bytes, 8 where it folds; and a buffer that is W / d of the state's elements, in the type of qkvu.
+computes o. The step that folds adds the buffer to the rows first, one key and value at a time (W of them are too few
+for a product of matrices), writes the rows, and o is then q S. Memory traffic per element of the state: 4 bytes, 8 in
+the step that folds; and a buffer of W / d of the state's elements, in the type of qkvu.
 """
 
 from typing import NamedTuple
@@ -28,9 +29,9 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By whether the step folds. One warp reduces o without shared memory: of 48 tiles the fastest that reads alone
-# (docs/measurements/2026-11-29.md). A fold is a product of matrices, which needs 16 rows, and registers.
-TILES = {False: Tile(rows=8, warps=1, stages=3), True: Tile(rows=16, warps=4, stages=2)}
+# By whether the step folds. One warp reduces o without shared memory; of 48 tiles, and of 108 for the fold, the fastest
+# (docs/measurements/2026-11-29.md and 2026-11-30.md).
+TILES = {False: Tile(rows=8, warps=1, stages=3), True: Tile(rows=8, warps=1, stages=2)}
 
 
 @triton.jit
@@ -80,15 +81,14 @@ def buffered_step_kernel(
     # The current token takes its slot; the slots not in use may hold anything, NaN too.
     earlier = (j >= start) & (j < slot)
     current = j == slot
-    used = earlier | current
     before = tl.exp(-rate * (slot + 1 - start).to(tl.float32))
-    age = tl.where(used, tl.exp(-rate * tl.where(used, slot - j, 0).to(tl.float32)), 0.0)
     v = tl.load(x + 2 * part + column, mask=wanted, other=0.0)
     values_at = values_pointer + row_head * BUFFERED * width
-    values = tl.load(
-        values_at + j[:, None] * width + column[None, :], mask=earlier[:, None] & wanted[None, :], other=0.0
-    )
-    values = tl.where(current[:, None], v[None, :], values)
+    if not FOLD:
+        values = tl.load(
+            values_at + j[:, None] * width + column[None, :], mask=earlier[:, None] & wanted[None, :], other=0.0
+        )
+        values = tl.where(current[:, None], v[None, :], values)
     tl.store(values_at + slot * width + column, v, mask=wanted)
 
     keys_at = keys_pointer + row_head * BUFFERED * summed_width
@@ -102,9 +102,6 @@ def buffered_step_kernel(
         at = state_at + feature[:, None] * width + column[None, :]
         mask = held[:, None] & wanted[None, :]
         state = tl.load(at, mask=mask, other=0.0)
-        keys = tl.load(
-            keys_at + j[:, None] * summed_width + feature[None, :], mask=earlier[:, None] & held[None, :], other=0.0
-        )
         q = activate(tl.load(x + source, mask=held, other=0.0).to(tl.float32), ACT, QUICK)
         k = activate(tl.load(x + part + source, mask=held, other=0.0).to(tl.float32), ACT, QUICK)
         if theta_pointer is not None:
@@ -116,16 +113,28 @@ def buffered_step_kernel(
         # What the fold will read: the key as it is stored.
         k = tl.where(held, k, 0.0).to(keys_pointer.dtype.element_ty)
         tl.store(keys_at + slot * summed_width + feature, k, mask=held)
-        keys = tl.where(current[:, None], k[None, :], keys)
-        o += state * q[:, None]
-        scores += keys.to(tl.float32) * q[None, :]
         if FOLD:
-            weighted = tl.trans(keys.to(tl.float32) * age[:, None])
-            folded = tl.dot(weighted, values.to(tl.float32), state * before, input_precision="tf32x3")
-            tl.store(at, folded, mask=mask)
+            state = state * before + k.to(tl.float32)[:, None] * v.to(tl.float32)[None, :]
+            for older in tl.static_range(BUFFERED - 1):
+                used = older >= start
+                age = tl.exp(-rate * (BUFFERED - 1 - older))
+                key = tl.load(keys_at + older * summed_width + feature, mask=held & used, other=0.0).to(tl.float32)
+                value = tl.load(values_at + older * width + column, mask=wanted & used, other=0.0).to(tl.float32)
+                state += (key * age)[:, None] * value[None, :]
+            tl.store(at, state, mask=mask)
+        else:
+            keys = tl.load(
+                keys_at + j[:, None] * summed_width + feature[None, :], mask=earlier[:, None] & held[None, :], other=0.0
+            )
+            keys = tl.where(current[:, None], k[None, :], keys)
+            scores += keys.to(tl.float32) * q[None, :]
+        o += state * q[:, None]
 
-    weights = tl.sum(scores, 1) * age
-    o = before * tl.sum(o, 0) + tl.sum(values.to(tl.float32) * weights[:, None], 0)
+    o = tl.sum(o, 0)
+    if not FOLD:
+        age = tl.exp(-rate * tl.where(earlier, slot - j, 0).to(tl.float32))
+        weights = tl.sum(scores, 1) * tl.where(earlier | current, age, 0.0)
+        o = before * o + tl.sum(values.to(tl.float32) * weights[:, None], 0)
     tl.store(sums_pointer + row_head, tl.sum(o * o, 0))
     if GATE:
         o *= tl.load(x + 3 * part + column, mask=wanted, other=0.0).to(tl.float32)
@@ -134,7 +143,7 @@ def buffered_step_kernel(
 
 def constants(tile: Tile, width: int, slots: int) -> dict[str, int]:
     """The kernel's sizes for states [K, d = width] and W = slots."""
-    sizes = {"BUFFERED": slots, "SLOTS": max(padded(slots), 16), "WIDTH": padded(width)}
+    sizes = {"BUFFERED": slots, "SLOTS": padded(slots), "WIDTH": padded(width)}
     return sizes | {"ROWS": tile.rows, "STAGES": tile.stages}
 
 

@@ -51,7 +51,7 @@ def check(config: SubmitConfig) -> Checked:
     problems += found
     if train.problems(world):
         return Checked(config, list(dict.fromkeys(problems)), [])
-    manifest = start.manifest() if start else None
+    manifest = start.manifest if start else None
     figures = outline(train, world, manifest.step if manifest else 0)
     config, seconds, found = _time(config, figures)
     full = _disk(config, figures)

@@ -21,6 +21,9 @@ class EngineConfig:
     name: Literal["deepspeed", "fsdp2", "local"] = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 1  # ZeRO stage of engine.name=deepspeed
     precision: Literal["bf16", "fp32"] = "bf16"  # of parameters and activations; masters and moments are always fp32
+    # Of the blocks' linear layers. bf16: in the type of engine.precision. fp8: of operands quantised with one scale a
+    # tensor, on Hopper and later, emulated on a CPU; all other operators stay in engine.precision.
+    products: Literal["bf16", "fp8"] = "bf16"
     gradient_dtype: Literal["fp32", "bf16"] = "fp32"  # type of the gradient sums over microbatches and ranks
     # Gradient elements reduced in one collective. ZeRO 3 and FSDP2 reduce block by block instead.
     reduce_bucket_elements: Positive = 50_000_000
@@ -42,6 +45,11 @@ class EngineConfig:
         if self.name == "deepspeed":
             return (self.zero_stage, self.precision, self.gradient_dtype) == (1, "bf16", "fp32")
         return self.name == "local"
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether a rank keeps its tensor-parallel part of the weights whole; else they are gathered for each block."""
+        return self.name == "local" or (self.name == "deepspeed" and self.zero_stage < 3)
 
     @field_validator("deepspeed_config", mode="before")
     @classmethod

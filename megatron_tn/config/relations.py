@@ -177,6 +177,12 @@ def _gradients_are_summed_in_a_type_the_engine_has(config: Settings) -> Iterator
         )
 
 
+@RELATIONS.reads()
+def _fp8_products_are_not_compiled(config: Settings) -> Iterator[str]:
+    if config.engine.products == "fp8" and config.engine.compile != "none":
+        yield f"engine.products=fp8 does not go with engine.compile={config.engine.compile}, which sees no fp8 operands"
+
+
 @RELATIONS.reads("parallel.cp")
 def _what_a_cuda_graph_can_hold(config: Settings) -> Iterator[str]:
     engine, cp = config.engine, config.parallel.cp

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from megatron_tn.config import TrainConfig
@@ -12,13 +14,18 @@ from megatron_tn.engine.replicated import ReplicatedEngine
 from megatron_tn.model.init import fill_initial
 from megatron_tn.model.registry import build_model
 from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.parallel.float8_layers import check_device, float8_layers, keep_weights
 from megatron_tn.parallel.recompute import recompute_blocks
 
 COMPILE_MODES = {"blocks": None, "cuda_graphs": "reduce-overhead"}
 
 
 def build_engine(config: TrainConfig, context: ParallelContext, device: torch.device) -> Engine:
-    """Model on its device -> recomputation -> compilation -> engine. Parameters have no values: `initialize_engine`."""
+    """Model on its device -> recomputation -> compilation -> engine. Parameters have no values: `initialize_engine`.
+
+    Raises:
+        ConfigError: engine.products=fp8 on a GPU without fp8 products.
+    """
     settings = config.engine
     # 1. Layers allocate this rank's tensor-parallel part only, never the whole weight. Parameters are in the computing
     #    type and the engine keeps fp32 masters. FSDP2's fp32 parameters are the masters, allocated after sharding.
@@ -31,6 +38,10 @@ def build_engine(config: TrainConfig, context: ParallelContext, device: torch.de
         model = partitioned_model(config, context, device)  # each parameter is partitioned once allocated
     else:
         model = build_model(config.model, context, device, DTYPES[settings.precision])
+    layers = []
+    if settings.products == "fp8":
+        check_device(device)
+        layers = float8_layers(model.blocks)
     # 2. Recomputation replaces a block's forward, so it comes before compilers and engines wrap the block.
     recompute_blocks(model.blocks, settings.recompute, settings.recompute_every)
     # 3. Blocks of one class share one compiled graph: compile time does not grow with the number of layers.
@@ -46,6 +57,8 @@ def build_engine(config: TrainConfig, context: ParallelContext, device: torch.de
         from megatron_tn.engine.deepspeed.engine import DeepSpeedEngine  # importing it takes a second
 
         engine = DeepSpeedEngine(model, config)
+    if layers and settings.keeps_weights:
+        engine.update.after_publish = functools.partial(keep_weights, layers)
     # 5. DeepSpeed copies the parameters twice into new layouts. The allocator would keep the freed layouts' segments,
     #    each the size of one weight, which few later allocations fit.
     return_cached_segments(device)

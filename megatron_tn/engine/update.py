@@ -6,7 +6,7 @@ the reduction is here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -34,6 +34,8 @@ class Update:
     """Clips and applies gradients. specs: parameter name -> its split over tensor parallelism. Building it is
     collective.
 
+    after_publish: called when the model's parameters have new values.
+
     Raises:
         ConfigError: the optimizer has `whole_matrices`, and a matrix is replicated over tensor-parallel ranks.
     """
@@ -46,6 +48,7 @@ class Update:
         self.specs = specs
         self.tp = tp
         self.clip_norm = clip_norm
+        self.after_publish: Callable[[], None] = lambda: None
         optimizer.copies = shards.copies
         if optimizer.whole_matrices:
             optimizer.rounds = matrix_rounds(shards, list(optimizer.weight_decays), specs, tp)
@@ -76,6 +79,7 @@ class Update:
             self.optimizer.undo()
             return StepResult(found, False)
         shards.publish()
+        self.after_publish()
         return StepResult(found, True)
 
     def owned_ranges(self) -> list[OwnedRange]:
@@ -95,3 +99,4 @@ class Update:
         self.optimizer.set_step(optimizer_step)
         write_copies(self.shards.copies)
         self.shards.publish()
+        self.after_publish()

@@ -22,7 +22,7 @@ collectives. precision/matmul.py computes the products.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -70,7 +70,7 @@ def _column_forward(x: Tensor, weights: list[Tensor], group: str, rows: int) -> 
     if not rows:
         return [forward_product(x, weight) for weight in weights]
     outs = [x.new_empty(rows, weight.shape[0]) for weight in weights]
-    for tokens, piece in _Gathering(x, _resolve(group), rows):
+    for tokens, piece in Gathering(x, resolve(group), rows):
         for out, weight in zip(outs, weights, strict=True):
             forward_product(piece, weight, out=out[tokens])
     return outs
@@ -80,25 +80,32 @@ def _column_forward(x: Tensor, weights: list[Tensor], group: str, rows: int) -> 
 def _row_forward(
     x: Tensor, weight: Tensor, group: str, rows: int, beside: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    ranks = _resolve(group)
+    y = x.new_empty(slice_length(rows, resolve(group).size()) if rows else x.shape[0], weight.shape[0])
+    return y, summed_over_ranks(x, lambda piece, out: forward_product(piece, weight, out=out), y, group, rows, beside)
+
+
+def summed_over_ranks(
+    x: Tensor, product: Callable[[Tensor, Tensor], object], y: Tensor, group: str, rows: int, beside: Tensor | None
+) -> Tensor:
+    """Write to y [T or S, out] the sum over ranks of what `product(tokens of x, out)` writes to `out`; see
+    `row_product`. Returns the sum of `beside`, [0] where that is None."""
+    ranks = resolve(group)
     in_flight = []
-    summed = x.new_empty(0)
+    summed = y.new_empty(0)
     if beside is not None:
         start = start_reduce_scatter if rows else start_all_reduce_
         summed, work = start(padded(beside, ranks.size()) if rows else beside.clone(), ranks)
         in_flight.append(work)
-    size = slice_length(rows, ranks.size()) if rows else x.shape[0]
-    y = x.new_empty(size, weight.shape[0])
-    for chunk in _chunks(size, x.device):
+    for chunk in _chunks(len(y), x.device):
         if rows:
-            part = _part_of_every_slice(x, weight, chunk, size, ranks.size())
+            part = _part_of_every_slice(x, product, chunk, y, ranks.size())
             in_flight.append(start_reduce_scatter(part, ranks, out=y[chunk])[1])
         else:
-            forward_product(x[chunk], weight, out=y[chunk])
+            product(x[chunk], y[chunk])
             in_flight.append(start_all_reduce_(y[chunk], ranks)[1])
     for work in in_flight:
         work.wait()
-    return y, summed
+    return summed
 
 
 @torch.library.custom_op("megatron_tn::row_backward", mutates_args=())
@@ -107,16 +114,16 @@ def _row_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """gradient: this rank's slice of dy [S, out]. beside: this rank's slice of dbeside, [S] or [0].
     -> dx [rows, in], dy [rows, out], dbeside [rows] or [0]."""
-    ranks = _resolve(group)
-    gathering = _Gathering(gradient, ranks, rows)
-    small = _Gathering(beside, ranks, rows) if beside.numel() else None
+    ranks = resolve(group)
+    gathering = Gathering(gradient, ranks, rows)
+    small = Gathering(beside, ranks, rows) if beside.numel() else None
     dx = gradient.new_empty(rows, weight.shape[1])
     for tokens, piece in gathering:
         input_gradient([piece], [weight], out=dx[tokens])
     return dx, gathering.whole, beside.new_empty(0) if small is None else small.wait()
 
 
-class _Gathering:
+class Gathering:
     """The constructor starts an all-gather of slices x [S, ...] into `whole` [rows, ...], valid after `wait`.
 
     Iterating yields (token range, tokens): this rank's own slice first, before the wait, then all others.
@@ -145,20 +152,23 @@ class _Gathering:
                 yield others, self.whole[others]
 
 
-def _part_of_every_slice(x: Tensor, weight: Tensor, chunk: slice, size: int, ranks: int) -> Tensor:
-    """x weight^T for tokens `chunk` of every rank's slice of `size` tokens, stacked by rank: [ranks * len(chunk), out],
-    the input of a reduce-scatter. Padding tokens give zeros."""
+def _part_of_every_slice(
+    x: Tensor, product: Callable[[Tensor, Tensor], object], chunk: slice, y: Tensor, ranks: int
+) -> Tensor:
+    """What `product` makes of tokens `chunk` of every rank's slice, of y's length, stacked by rank: [ranks *
+    len(chunk), out], the input of a reduce-scatter. Padding tokens give zeros."""
+    size = len(y)
     if chunk == slice(0, size):
-        part = x.new_empty(ranks * size, weight.shape[0])
-        forward_product(x, weight, out=part[: x.shape[0]])
+        part = y.new_empty(ranks * size, y.shape[1])
+        product(x, part[: x.shape[0]])
         part[x.shape[0] :].zero_()
         return part
     length = chunk.stop - chunk.start
-    part = x.new_empty(ranks * length, weight.shape[0])
+    part = y.new_empty(ranks * length, y.shape[1])
     for rank in range(ranks):
         start, stop = (min(rank * size + edge, x.shape[0]) for edge in (chunk.start, chunk.stop))
         end = rank * length + stop - start
-        forward_product(x[start:stop], weight, out=part[rank * length : end])
+        product(x[start:stop], part[rank * length : end])
         part[end : (rank + 1) * length].zero_()
     return part
 
@@ -188,7 +198,7 @@ def start_reduce_scatter(x: Tensor, group: dist.ProcessGroup, out: Tensor | None
     return out, dist.reduce_scatter_tensor(out, x, group=group, async_op=True)
 
 
-def _resolve(group: str) -> dist.ProcessGroup:
+def resolve(group: str) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(group)
 
 
@@ -199,7 +209,7 @@ def _column_forward_fake(x, weights, group, rows):
 
 @_row_forward.register_fake
 def _row_forward_fake(x, weight, group, rows, beside=None):
-    size = slice_length(rows, _resolve(group).size()) if rows else x.shape[0]
+    size = slice_length(rows, resolve(group).size()) if rows else x.shape[0]
     return x.new_empty(size, weight.shape[0]), x.new_empty(0) if beside is None else beside.new_empty(size)
 
 
@@ -218,7 +228,7 @@ def _column_save(ctx, inputs, output):
 def _column_differentiate(ctx, gradients):
     x, *weights = ctx.saved_tensors
     if ctx.rows:
-        x = collectives.all_gather_into_tensor(x.contiguous(), _resolve(ctx.group).size(), ctx.group)
+        x = collectives.all_gather_into_tensor(x.contiguous(), resolve(ctx.group).size(), ctx.group)
     dx = start_sum_of_gradients(input_gradient(gradients, weights), ctx.group, ctx.rows)
     if ctx.rows:
         x = collectives.wait_tensor(x)[: ctx.rows]
@@ -231,7 +241,7 @@ def start_sum_of_gradients(dx: Tensor, group: str, rows: int) -> Tensor:
     after `wait_tensor`."""
     if not rows:
         return collectives.all_reduce(dx, "sum", group)  # not in place: compilers have no rule for all_reduce_
-    ranks = _resolve(group).size()
+    ranks = resolve(group).size()
     return collectives.reduce_scatter_tensor(padded(dx, ranks), "sum", ranks, group)
 
 

@@ -15,13 +15,14 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import kernels  # noqa: F401 (registers operators of COSTLY)
-import megatron_tn.parallel.products  # noqa: F401 (registers operators of COSTLY)
+import megatron_tn.parallel.float8_products  # noqa: F401 (registers operators of COSTLY, with those of products.py)
 
 # Operators with nearly all of a block's FLOPs. `selective` keeps their outputs.
 COSTLY = frozenset(
     {
         torch.ops.aten.mm.default,
         torch.ops.aten.addmm.default,
+        torch.ops.aten._scaled_mm.default,
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -32,6 +33,8 @@ COSTLY = frozenset(
         torch.ops.megatron_tn.gla_state.default,
         torch.ops.megatron_tn.column_forward.default,
         torch.ops.megatron_tn.row_forward.default,
+        torch.ops.megatron_tn.column_forward_fp8.default,
+        torch.ops.megatron_tn.row_forward_fp8.default,
     }
 )
 

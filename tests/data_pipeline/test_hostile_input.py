@@ -276,6 +276,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
+@pytest.mark.full  # test_pipeline has a limit on the size of a file in its place
 def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(small_disk, tmp_path, capsys):
     texts = tmp_path / "text"
     plant(texts)

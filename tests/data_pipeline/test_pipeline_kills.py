@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 from data_pipeline.config import compose
 from data_pipeline.run import run
 from tests.data_pipeline.corpus import plant
-from tests.data_pipeline.test_pipeline import ROOT, arguments, fingerprint
+from tests.data_pipeline.test_pipeline import arguments, fingerprint, started
 
 SLOW = "tasks=6"  # more, shorter tasks: more places to be killed in
 
@@ -34,18 +33,6 @@ def undisturbed(source, tmp_path_factory) -> dict[str, str]:
     return fingerprint(output)
 
 
-@contextlib.contextmanager
-def started(source: Path, output: Path):
-    command = [sys.executable, "-m", "data_pipeline.run", *arguments(source, output, SLOW)]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
 def workers(process: subprocess.Popen) -> list[int]:
     with contextlib.suppress(OSError):
         return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
@@ -60,14 +47,15 @@ def wait_for_stage(output: Path, process: subprocess.Popen, stage: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
-@pytest.mark.parametrize("stage", ["rules", "shards"])
-def test_a_killed_worker_ends_the_run_with_one_line(source, undisturbed, tmp_path, stage):
+def test_a_killed_worker_ends_the_run_with_one_line(source, undisturbed, tmp_path):
     """A pool that only replaces the worker would wait for its task for ever."""
-    with started(source, tmp_path / "data") as process:
-        wait_for_stage(tmp_path / "data", process, stage)
-        os.kill(random.choice(workers(process)), signal.SIGKILL)
-        _, errors = process.communicate(timeout=60)
-    if process.returncode:  # else the worker had just become idle for good
+    for stage in ("rules", "shards"):  # the second run goes on where the first one ended
+        with started(source, tmp_path / "data", SLOW, stderr=subprocess.PIPE) as process:
+            wait_for_stage(tmp_path / "data", process, stage)
+            os.kill(random.choice(workers(process)), signal.SIGKILL)
+            _, errors = process.communicate(timeout=60)
+        if process.returncode == 0:  # the worker had just become idle for good
+            break
         assert process.returncode == 1
         line = errors.strip().splitlines()[-1]
         assert line.startswith(f"stage {stage}: a worker was killed (is the memory enough for workers=2?); task")
@@ -76,7 +64,7 @@ def test_a_killed_worker_ends_the_run_with_one_line(source, undisturbed, tmp_pat
 
 
 def test_workers_end_when_their_run_is_killed(source, tmp_path):
-    with started(source, tmp_path / "data") as process:
+    with started(source, tmp_path / "data", SLOW) as process:
         wait_for_stage(tmp_path / "data", process, "rules")
         left = workers(process)
         os.kill(process.pid, signal.SIGKILL)
@@ -97,7 +85,7 @@ def disturb(source: Path, output: Path, seed: int) -> str:
     """Kills the run, its workers or one of them after a random time; returns what was killed, `complete` when the run
     was faster."""
     generator = random.Random(seed)
-    with started(source, output) as process:
+    with started(source, output, SLOW, stderr=subprocess.PIPE) as process:
         # Importing takes the first second, and the stages less than another.
         try:
             process.wait(timeout=generator.uniform(0.6, 2.2))

@@ -11,8 +11,8 @@ from tests.helpers.training import SMALL, losses, records, train_forked
 # 33 tokens are shared unevenly by every number of ranks; documents end within slices and go on over several.
 WORDS = (
     *SMALL,
-    *("model.layers=4", "model.norm=rmsnorm", "model.lrpe=all", "engine.precision=fp32"),
-    *("data.sequence_length=33", "data.global_batch=4", "data.isolate_documents=true", "schedule.steps=4"),
+    *("model.norm=rmsnorm", "model.lrpe=all", "engine.precision=fp32"),
+    *("data.sequence_length=33", "data.micro_batch=2", "data.isolate_documents=true", "schedule.steps=4"),
     *("evaluation.every=2", "evaluation.max_documents=20", "checkpoint.every=2"),
 )
 LAYOUTS = {
@@ -72,11 +72,14 @@ def test_a_run_goes_on_in_one_layout_after_another(words, tmp_path):
         "schedule.ramp_steps=6",
     )
     words = (*words, *growing, "evaluation.every=0", "checkpoint.keep=0")
+    deepspeed = tmp_path / "deepspeed.json"  # buckets of a DeepSpeed file of one's own change nothing of the figures
+    deepspeed.write_text('{"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000}}')
     train_forked(1, *words, "engine=local", f"run_dir={tmp_path / 'whole'}", "data.skip_batches=[5]")
     cut = (*words, f"run_dir={tmp_path / 'cut'}")
     train_forked(4, *cut, *LAYOUTS["cp2 zero2"], "stop_after=3", "data.skip_batches=[5]")
     train_forked(4, *cut, *LAYOUTS["tp2 fsdp2, every second block"], "stop_after=6")
-    train_forked(2, *cut, "engine=zero1", "checkpoint.resume=4", "stop_after=7")  # rewound by hand
+    own = f"engine.deepspeed_config={deepspeed}"
+    train_forked(2, *cut, "engine=zero1", own, "checkpoint.resume=4", "stop_after=7")  # rewound by hand
     train_forked(4, *cut, *LAYOUTS["tp2 cp2 zero3, sequence parallel"])
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
     for key in ("samples", "tokens"):

@@ -23,6 +23,7 @@ ENGINES = [LOCAL, *ZERO, *BF16, FSDP2, dataclasses.replace(FSDP2, precision="bf1
 ADAMW = OptimConfig(lr=1e-2, clip_norm=1.0)
 MUON = dataclasses.replace(ADAMW, name="muon")
 CASES = [(ADAMW, engine) for engine in ENGINES] + [(MUON, engine) for engine in (LOCAL, BF16[1], BF16[3], FSDP2)]
+CASES += [(ADAMW, dataclasses.replace(engine, products="fp8")) for engine in (LOCAL, BF16[1], FSDP2)]
 
 
 def poison(module, inputs, output: torch.Tensor) -> None:
@@ -42,7 +43,7 @@ def poisoned_steps(tp: int, cp: int) -> dict[str, Found]:
     """By each optimizer and engine."""
     context = layout(tp, cp)
     return {
-        f"{optim.name} {name_of(engine)} {engine.precision}": poisoned_step(optim, engine, context)
+        f"{optim.name} {name_of(engine)} {engine.precision} {engine.products}": poisoned_step(optim, engine, context)
         for optim, engine in CASES
     }
 

@@ -21,7 +21,7 @@ from tests.engine.test_parity import ALL_PARTITIONED, FSDP2, LOCAL, ZERO
 from tests.helpers.models import TINY, TRANSFORMER, random_batch, tiny_config
 from tests.helpers.ranks import layout, run_shared, this_device
 
-LRPE_EVERYWHERE = dataclasses.replace(TINY, lrpe="all")
+LRPE_EVERYWHERE = dataclasses.replace(TINY, lrpe="all")  # its compiled blocks share one graph
 
 
 def backward(policy: str, every: int = 1, config: ModelConfig = LRPE_EVERYWHERE) -> tuple[int, dict[str, torch.Tensor]]:
@@ -45,7 +45,7 @@ def backward(policy: str, every: int = 1, config: ModelConfig = LRPE_EVERYWHERE)
 
 
 @pytest.mark.parametrize("policy", ["selective", "full"])
-@pytest.mark.parametrize("config", [LRPE_EVERYWHERE, TRANSFORMER], ids=lambda config: config.name)
+@pytest.mark.parametrize("config", [TINY, TRANSFORMER], ids=lambda config: config.name)
 def test_gradients_are_those_of_no_recomputation(config, policy):
     _, wanted = backward("none", config=config)
     _, found = backward(policy, config=config)
@@ -76,7 +76,8 @@ def gradients(
     torch._dynamo.reset()
     context = layout(tp, cp, sequence_parallel)
     parallel = ParallelConfig(tp=tp, cp=cp, sequence_parallel=sequence_parallel)
-    engine = build_engine(tiny_config(engine=engine_config, parallel=parallel), context, this_device())
+    config = tiny_config(model=LRPE_EVERYWHERE, engine=engine_config, parallel=parallel)
+    engine = build_engine(config, context, this_device())
     initialize_engine(engine, 3)
     tokens, targets = (part.to(this_device()) for part in random_batch(2, 23, seed=context.dp.rank))
     engine.forward_backward(tokens, targets, None, scale=torch.tensor(0.01, device=this_device()), last=True)
@@ -153,7 +154,7 @@ def compiled_gradients(
     tokens, targets = random_batch(3, 7)
     found = []
     for compiled, policy in ((False, "none"), *((True, policy) for policy in policies)):
-        model = build_model(TINY, context, "cpu", torch.float32)
+        model = build_model(LRPE_EVERYWHERE, context, "cpu", torch.float32)
         initialize(model, 0)
         recompute_blocks(model.model.layers, policy)
         if compiled:
@@ -183,15 +184,15 @@ def test_a_block_over_ranks_is_one_graph(over, policies):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("name", "stage"), [("local", 0), ("deepspeed", 1), ("deepspeed", 3), ("fsdp2", 0)])
-def test_compiled_or_recomputed_on_the_gpu(name, stage):
-    eager = EngineConfig(name="local", precision="fp32")
-    others = [
-        EngineConfig(name=name, zero_stage=stage, precision="fp32", compile="blocks", recompute=policy)
-        for policy in ("none", "selective", "full")
-    ]
-    others.append(dataclasses.replace(others[1], compile="none"))
-    (wanted, *found) = run_shared(1, all_gradients, 1, [eager, *others], device="cuda")[0]
+@pytest.mark.parametrize(
+    ("engine", "policies"),
+    [(LOCAL, ("none", "selective", "full")), (ZERO[1], ("none",)), (ZERO[3], ("full",)), (FSDP2, ("selective",))],
+    ids=lambda value: value.name if isinstance(value, EngineConfig) else "-".join(value),
+)
+def test_compiled_or_recomputed_on_the_gpu(engine, policies):
+    others = [dataclasses.replace(engine, compile="blocks", recompute=policy) for policy in policies]
+    others.append(dataclasses.replace(engine, recompute="selective"))
+    (wanted, *found) = run_shared(1, all_gradients, 1, [LOCAL, *others], device="cuda")[0]
     for result in found:
         for parameter, gradient in result.items():
             difference = (gradient - wanted[parameter]).norm() / wanted[parameter].norm()

@@ -14,7 +14,8 @@ from megatron_tn.model.init import initialize
 from megatron_tn.model.registry import build_model
 
 # Eight heads and a GLU width of 96 divide by every tensor-parallel size up to 8; 101 does not, so rows are padded.
-TINY = ModelConfig(name="tiny", vocab_size=101, embed_dim=64, layers=3, heads=8, glu_dim=96, init_std=0.05)
+# One layer has LRPE and one has not; one decays fast and one hardly.
+TINY = ModelConfig(name="tiny", vocab_size=101, embed_dim=64, layers=2, heads=8, glu_dim=96, init_std=0.05)
 # The same shape as a Transformer.
 TRANSFORMER = dataclasses.replace(
     TINY, name="tiny transformer", architecture="transformer", norm="rmsnorm", glu_act="silu", scale_embedding=False

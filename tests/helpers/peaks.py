@@ -14,7 +14,7 @@ CODE = """
 import json, os, sys, time
 from pathlib import Path
 from data_pipeline.readers import ReadSources
-from data_pipeline.readers.html import EXTRACTOR
+from data_pipeline.pages.client import EXTRACTOR
 from tests.data_pipeline.test_readers import source
 
 def read(folder, options):

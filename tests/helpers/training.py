@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from megatron_tn.training.run_folder import RunFolder
@@ -46,44 +43,6 @@ def call(main: Callable[[], None], *overrides: str) -> int:
     finally:
         sys.argv = before
     return 0
-
-
-def start_ranks(size: int, *overrides: str, folder: Path) -> list[subprocess.Popen]:
-    """`size` processes of megatron_tn.train, as a launcher would start them, with no compiler on their PATH."""
-    empty = folder / "empty_path"
-    empty.mkdir(exist_ok=True)
-    assert not any(shutil.which(name, path=str(empty)) for name in ("cc", "gcc", "g++", "c++", "clang", "ninja"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        **os.environ,
-        "PATH": str(empty),
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-    }
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "megatron_tn.train", *overrides],
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-
-
-def train_ranks(size: int, *overrides: str, folder: Path) -> None:
-    """Train to the end; a rank that fails fails the test with what it said."""
-    ranks = start_ranks(size, *overrides, folder=folder)
-    for rank, process in enumerate(ranks):
-        _, said = process.communicate(timeout=300)
-        if process.returncode:
-            pytest.fail(f"rank {rank} exited with {process.returncode}:\n{said}")
 
 
 def fork_ranks(size: int, function: Callable[..., None], *args: Any) -> list[multiprocessing.Process]:

@@ -92,7 +92,9 @@ def test_a_state_is_continued_as_its_text_is(checkpoint, prompts, tmp_path, caps
     same = [json.loads(line) for line in continued(checkpoint, prompts, wanted).splitlines()]
     assert [record["continuation"] for record in records] == [record["continuation"] for record in same]
     other = tmp_path / "other"
-    save_pretrained(reference_model(dataclasses.replace(TINY, vocab_size=259), seed=2, dtype=torch.float32), other)
+    save_pretrained(
+        reference_model(dataclasses.replace(TINY, vocab_size=259, layers=3), seed=2, dtype=torch.float32), other
+    )
     (other / "tokenizer.json").write_bytes((checkpoint / "tokenizer.json").read_bytes())
     assert call(generate, *words(other, f"state={state}")) == 2
     assert f"state={state} was computed by another model: layers: 2 -> 3" in capsys.readouterr().err

@@ -24,6 +24,7 @@ TRITON_MODULES = (
     "kernels.gla.triton_step",
     "kernels.muon.triton_muon",
     "kernels.newton_schulz.triton_symmetric",
+    "kernels.quantize.triton_quantize",
     "kernels.rmsnorm.triton_rmsnorm",
     "kernels.rope.triton_rope",
     "kernels.gla.triton_buffered",

@@ -70,6 +70,9 @@ def operators():
             (torch.zeros(5, 4), torch.randn(3, 4), targets.clamp(min=0), 2.0, 1),
         ),
         "local_targets": (ops.local_targets, (targets, -100, 2, 4, 6)),
+        "largest": (ops.largest, (x.detach(),)),
+        "quantize": (ops.quantize, (x.detach()[0], torch.ones(1, dtype=torch.int32), torch.float8_e5m2, True, False)),
+        "transpose_fp8": (ops.transpose_fp8, (torch.zeros(3, 16, dtype=torch.uint8),)),
         **head_operators(),
     }
 

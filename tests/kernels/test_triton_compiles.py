@@ -353,18 +353,20 @@ def test_cross_entropy(capability):
 def test_symmetric_products(capability, added, transposed):
     from kernels.newton_schulz import triton_symmetric as own
 
-    types = dict.fromkeys(("x", "other", "added_pointer", "out_pointer"), "*bf16") | {"alpha": "fp32", "share": "fp32"}
+    types = dict.fromkeys(("x", "y", "added", "out", "mirrored"), "*fp16") | {"alpha": "fp32", "share": "fp32"}
     tile = own.TILES[capability]
     if capability >= own.HOPPER:
-        for name, side in (("x", tile.rows), ("other", tile.columns)):
-            block = [1, tile.depth, side] if transposed else [1, side, tile.depth]
-            types[name] = f"tensordesc<bf16{block}>"
-    constants = {"HAS_ADDED": added, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+        square = [tile.rows, tile.columns]
+        blocks = {"x": [tile.rows, tile.depth], "y": [tile.columns, tile.depth]}
+        blocks = {name: block[::-1] if transposed else block for name, block in blocks.items()}
+        blocks |= {"added": square, "out": square, "mirrored": square[::-1]}
+        types |= {name: f"tensordesc<fp16{[1, *block]}>" for name, block in blocks.items()}
+    constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
     constants |= {"DESCRIPTORS": capability >= own.HOPPER, "TRANSPOSED": transposed}
     constants |= {"x_row" if transposed else "x_column": 1}
     if not added:
-        constants["added_pointer"] = None
-        del types["added_pointer"]
+        constants["added"] = None
+        del types["added"]
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     kernel = compiled(own.symmetric_kernel, capability, types, constants, **options)
     shared, spilled = resources(kernel)
@@ -398,3 +400,24 @@ def test_adamw(capability, plain):
     constants = {"HAS_COPY": not plain, "HAS_DIVISOR": not plain, "BLOCK": triton_adamw.BLOCK}
     kernel = compiled(triton_adamw.update_kernel, capability, types, constants, num_warps=triton_adamw.WARPS)
     assert resources(kernel)[1] == 0
+
+
+def test_quantize():
+    """On Hopper; Ampere has no fp8. Loads and stores of 16 bytes a thread."""
+    from kernels.quantize import triton_quantize as quantize
+
+    pointers = {"x_pointer": "*bf16", "largest_pointer": "*i32", "scale_pointer": "*fp32"}
+    tile = {"ROWS": quantize.ROWS, "COLUMNS": quantize.COLUMNS}
+    outputs = dict.fromkeys(("rows_pointer", "transposed_pointer"), "*fp8e4nv")
+    constants = tile | {"SHIFT": 8, "PARTIAL": quantize.PROGRAMS}
+    cases = (
+        (quantize.largest_kernel, pointers, {"BLOCK": quantize.BLOCK}),
+        (quantize.quantize_kernel, pointers | outputs, constants),
+        (quantize.transpose_kernel, dict.fromkeys(outputs, "*u8"), tile),
+    )
+    for kernel, types, constants in cases:
+        types = {name: type_ for name, type_ in types.items() if name in kernel.arg_names}
+        built = compiled(kernel, 9, types, constants, num_warps=quantize.WARPS)
+        assert resources(built)[1] == 0
+        assert "ld.global.v4" in built.asm["ptx"]
+        assert kernel is quantize.largest_kernel or "st.global.v4" in built.asm["ptx"]

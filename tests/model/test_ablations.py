@@ -37,7 +37,7 @@ CONFIGS = {name: dataclasses.replace(TINY, **change) for name, change in VARIANT
     "layernorm, no gate": dataclasses.replace(TINY, norm="layernorm", gate=False, lrpe="all"),
     "rmsnorm and others": dataclasses.replace(TINY, norm="rmsnorm", act="1+elu", glu_act="silu", lrpe="all"),
     "hybrid": HYBRID,
-    "hybrid, softmax first": dataclasses.replace(HYBRID, attention=["softmax", "linear", "linear"], norm="rmsnorm"),
+    "hybrid, softmax first": dataclasses.replace(HYBRID, attention=["softmax", "linear"], norm="rmsnorm"),
     "cosformer": COSFORMER,
     "transnormer_2022": TRANSNORMER_2022,
     "transnormer_2022, layernorm": dataclasses.replace(TRANSNORMER_2022, norm="layernorm", lrpe="none"),
@@ -189,7 +189,7 @@ def test_a_sequence_longer_than_cosformer_is_refused_and_a_document_read_in_piec
     ("model", "parallel", "said"),
     [
         (COSFORMER, {}, ["data.sequence_length=32 is longer than model.max_length=24"]),
-        ({"attention": []}, {}, ["model.attention has 0 entries, but must have 1 to model.layers=3"]),
+        ({"attention": []}, {}, ["model.attention has 0 entries, but must have 1 to model.layers=2"]),
         ({"max_length": 50}, {}, ["model.max_length=50, but model.architecture=transnormer has model.max_length=0"]),
         (
             dataclasses.replace(COSFORMER, max_length=0, act="silu"),

@@ -25,9 +25,10 @@ from megatron_tn.model.registry import build_model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.recompute import recompute_blocks
 from megatron_tn.plan import main
-from megatron_tn.planning import microbatch
+from megatron_tn.planning import microbatch as passes
 from megatron_tn.planning.estimate import GIB, activation_bytes, buffer_bytes, plan_memory, state_bytes, update_bytes
 from megatron_tn.planning.live import LiveMemory
+from megatron_tn.planning.microbatch import extrapolated, microbatch
 from megatron_tn.planning.remedies import memory_problems
 from megatron_tn.training.preflight import problems_before_start
 from tests.engine.test_parity import ZERO
@@ -89,11 +90,12 @@ def test_muons_update_takes_what_is_planned():
 
 
 def test_the_command_line_says_when_it_does_not_fit(capsys):
-    assert call(main, "model=7b", "parallel.tp=8", "engine=zero1", "cluster=a100_80g", "nodes=16", *BATCH) == 0
-    assert "6,836,719,616 parameters" in capsys.readouterr().out
-    assert call(main, "model=1b", "engine=zero1", "cluster=a100_80g", "data.micro_batch=32", *BATCH) == 2
+    assert call(main, "model=1b", "parallel.tp=8", "engine=zero1", "cluster=a100_80g", "nodes=16", *BATCH) == 0
+    assert "1,020,266,496 parameters" in capsys.readouterr().out
+    shallow = ("model=1b", "model.layers=4", "engine=zero1", "cluster=a100_80g", "cluster.gpu_memory_gib=28")
+    assert call(main, *shallow, "data.micro_batch=32", *BATCH) == 2
     said = capsys.readouterr().err
-    assert "GiB, but cluster.gpu_memory_gib=79.1 (parameters 1.9" in said
+    assert "GiB, but cluster.gpu_memory_gib=28.0 (parameters 0.7" in said
     assert "data.micro_batch=32" in said
     assert "data.micro_batch=16 needs" in said
     assert "engine.recompute=selective needs" in said
@@ -141,8 +143,9 @@ def test_a_sequence_too_long_for_a_rank_is_offered_to_several():
     assert "in GiB: parallel.cp=4 needs 1.1" in problem
 
 
-def measured(config: TrainConfig) -> tuple[int, int, int]:
-    """A real microbatch: bytes kept for backward and at most, and what autograd saved by its own hooks."""
+def measured(config: TrainConfig) -> tuple[int, int, int | None]:
+    """A real microbatch: bytes kept for backward and at most, and, without recomputation, what autograd saved by its
+    own hooks."""
     parallel = config.parallel
     context = ParallelContext.create(parallel.tp, parallel.cp, sequence_parallel=parallel.sequence_parallel)
     model = build_model(config.model, context, "cpu", torch.float32)
@@ -151,13 +154,14 @@ def measured(config: TrainConfig) -> tuple[int, int, int]:
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     tokens, targets = random_batch(config.data.micro_batch, config.data.sequence_length, config.model)
-    outputs = []
-    saved = saved_bytes(
-        lambda: outputs.append(model(tokens, targets=targets, reduction="sum").loss), tuple(model.parameters())
-    )
-    outputs.clear()
-    found = []
-    for _ in range(3):  # gloo's threads may hold what they sent a moment longer than it is waited for: the least counts
+    saved, outputs, found = None, [], []
+    if config.engine.recompute == "none":
+        saved = saved_bytes(
+            lambda: outputs.append(model(tokens, targets=targets, reduction="sum").loss), tuple(model.parameters())
+        )
+        outputs.clear()
+    # gloo's threads may hold what they sent a moment longer than it is waited for: the least counts.
+    for _ in range(3 if parallel.tp * parallel.cp > 1 else 1):
         with LiveMemory() as memory:
             for tensor in (*model.parameters(), tokens, targets):
                 memory.add(tensor)
@@ -192,7 +196,7 @@ SHAPES = {
 }
 
 
-def measured_each(configs: list[TrainConfig]) -> list[tuple[int, int, int]]:
+def measured_each(configs: list[TrainConfig]) -> list[tuple[int, int, int | None]]:
     return [measured(config) for config in configs]
 
 
@@ -208,12 +212,13 @@ def test_activations_are_those_of_the_real_model(world):
             print(f"peak {predicted_peak} predicted, {peak} alive")
             assert predicted_kept == pytest.approx(kept, rel=0.01), name
             assert predicted_peak == pytest.approx(peak, rel=0.01), name
-            if config.engine.recompute == "none":
+            if saved is not None:
                 assert predicted_kept == pytest.approx(saved, rel=0.01), name
 
 
 def test_recomputation_and_parallelism_save_what_they_should():
-    kept = {name: activation_bytes(config)[0] for name, config in SHAPES.items()}
+    names = ("none", "selective", "full", "every second", "tp2", "tp2 full", "tp2 shared", "tp2 shared full", "cp2")
+    kept = {name: activation_bytes(SHAPES[name])[0] for name in names}
     assert kept["full"] < kept["every second"] < kept["none"]
     assert kept["full"] < kept["selective"] < kept["none"]
     assert kept["tp2"] < kept["none"]
@@ -225,7 +230,7 @@ def test_recomputation_and_parallelism_save_what_they_should():
 def test_a_machine_with_a_gpu_plans_as_one_without(monkeypatch):
     config = tiny_config(engine=EngineConfig(name="local", precision="bf16"))
     alone = activation_bytes(config)
-    microbatch._measured.clear()
+    passes._measured.clear()
 
     def capability(device=None):
         assert torch.device(device).type == "cuda", "the plan's tensors are on no GPU, whatever they say"
@@ -325,8 +330,10 @@ MEASURED = {
 }
 
 
+@pytest.mark.parametrize("follow", [extrapolated, pytest.param(microbatch, marks=pytest.mark.full)])
 @pytest.mark.parametrize(("model", "batch", "engine", "parallel", "world", "gib"), MEASURED.values(), ids=MEASURED)
-def test_the_plan_is_within_a_tenth_of_what_a_gpu_took(model, batch, engine, parallel, world, gib):
+def test_the_plan_is_within_a_tenth_of_what_a_gpu_took(model, batch, engine, parallel, world, gib, follow):
+    """By a few layers, of which test_speed says that they tell of all; in full by all."""
     rows, length = batch
     config = dataclasses.replace(
         TrainConfig(),
@@ -335,7 +342,7 @@ def test_the_plan_is_within_a_tenth_of_what_a_gpu_took(model, batch, engine, par
         parallel=parallel,
         data=DataConfig(sequence_length=length, global_batch=rows * world // parallel.tp, micro_batch=rows),
     )
-    planned = plan_memory(config, world).reserved / GIB
+    planned = plan_memory(config, world, follow).reserved / GIB
     print(f"{planned:.1f} GiB planned, {gib} measured: {100 * (planned / gib - 1):+.1f} %")
     assert planned == pytest.approx(gib, rel=0.10)
 

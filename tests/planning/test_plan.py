@@ -13,7 +13,7 @@ from megatron_tn.planning.concerns import checkpoint_bytes, checkpoint_seconds, 
 from megatron_tn.planning.estimate import plan_memory
 from megatron_tn.planning.microbatch import extrapolated
 from megatron_tn.planning.speed import step_time
-from tests.helpers.models import tiny_config
+from tests.helpers.models import TINY, tiny_config
 from tests.helpers.training import call
 from tests.planning.test_speed import cluster
 
@@ -61,7 +61,14 @@ def test_a_search_needs_to_know_the_cluster(capsys):
 
 def test_a_sweep_goes_past_layouts_that_do_not_fit_and_ends_with_a_table(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
-    sweep = ("--multirun", *SMALL, "data.micro_batch=1,64,3", "data.global_batch=128", f"run_dir={tmp_path}")
+    sweep = (
+        "--multirun",
+        *SMALL,
+        "model.layers=2",
+        "data.micro_batch=1,64,3",
+        "data.global_batch=128",
+        f"run_dir={tmp_path}",
+    )
     assert call(main, *sweep) == 0
     out = " ".join(capsys.readouterr().out.split())
     for words in ("why not", "a rank needs", "multiple"):
@@ -93,5 +100,6 @@ def test_warnings_name_what_is_seldom_meant():
 
 
 def test_extrapolated_memory_is_not_below_that_of_all_layers():
-    config = tiny_config(parallel=ParallelConfig(tp=2, sequence_parallel=True))
+    model = dataclasses.replace(TINY, layers=5)
+    config = tiny_config(model=model, parallel=ParallelConfig(tp=2, sequence_parallel=True))
     assert plan_memory(config, 2, extrapolated).total >= 0.999 * plan_memory(config, 2).total

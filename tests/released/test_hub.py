@@ -27,7 +27,7 @@ VARIANTS = {
     "no gate": {"gate": False, "act": "none", "decay": "none"},
 }
 # Initial values of this spread give a model whose next token depends on its prompt.
-LIVELY = dataclasses.replace(TINY, init_std=0.2)
+LIVELY = dataclasses.replace(TINY, layers=3, init_std=0.2)
 
 
 @pytest.fixture(scope="module")

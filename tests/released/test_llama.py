@@ -25,7 +25,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.training import call
 
 # Initial values of this spread give a model whose next token depends on its prompt.
-LIVELY = dataclasses.replace(TRANSFORMER, init_std=0.3, rope_base=500.0)
+LIVELY = dataclasses.replace(TRANSFORMER, layers=3, init_std=0.3, rope_base=500.0)
 
 
 @pytest.fixture(scope="module")

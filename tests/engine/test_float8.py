@@ -1,0 +1,162 @@
+"""engine.products=fp8: every engine and layout against one process, evaluation, resuming, and what is not finite."""
+
+from __future__ import annotations
+
+import dataclasses
+from unittest import mock
+
+import pytest
+import torch
+
+from megatron_tn.config import ConfigError, DataConfig, EngineConfig, ParallelConfig
+from megatron_tn.engine.base import Engine
+from megatron_tn.engine.build import build_engine, initialize_engine
+from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.parallel.float8_layers import check_device
+from megatron_tn.training.step import train_step
+from tests.engine.test_parity import ALL_PARTITIONED, FSDP2, LOCAL, ZERO, in_chunks
+from tests.helpers.models import TINY, Rows, random_batch, reference_gradients, relative_errors, tiny_config
+from tests.helpers.ranks import layout, run_shared, this_device
+
+SEED, LENGTH, BATCH = 7, 23, 4
+# Of a gradient, relative in norm. fp8 rounds x and W by up to 1/16, dy by up to 1/8, in every layer.
+FROM_FP64 = 0.2
+# Other sums round other numbers up; what fp8 adds to them is then another draw of the same errors.
+FROM_ANOTHER_LAYOUT = 0.1
+
+
+def fp8(engine: EngineConfig, **changes) -> EngineConfig:
+    return dataclasses.replace(engine, products="fp8", **changes)
+
+
+# Each engine, and the microbatches of a rank.
+CASES = [
+    (fp8(LOCAL), 2),
+    (fp8(ZERO[0], recompute="selective"), 1),
+    (fp8(ZERO[1]), 2),
+    (fp8(ZERO[2]), 1),
+    (fp8(ALL_PARTITIONED, recompute="full"), 2),
+    (fp8(FSDP2, recompute="selective"), 1),
+]
+Gradients = dict[str, torch.Tensor]
+
+
+def gradients_of(
+    tp: int, sequence_parallel: bool, cases: list[tuple[EngineConfig, int]], chunk_tokens: int | None = None
+) -> list[Gradients]:
+    context = layout(tp, 1, sequence_parallel)
+    tokens, targets = random_batch(BATCH, LENGTH)
+    share = BATCH // context.dp.size
+    mine = slice(context.dp.rank * share, (context.dp.rank + 1) * share)
+    found = []
+    for engine_config, microbatches in cases:
+        micro = share // microbatches
+        config = tiny_config(
+            engine=engine_config,
+            parallel=ParallelConfig(tp=tp, sequence_parallel=sequence_parallel),
+            data=DataConfig(sequence_length=LENGTH, global_batch=BATCH, micro_batch=micro),
+        )
+        engine = build_engine(config, context, this_device())
+        initialize_engine(engine, SEED)
+        scale = 1 / (targets != -100).sum()
+        with in_chunks(chunk_tokens):
+            for index, rows in enumerate(zip(tokens[mine].split(micro), targets[mine].split(micro), strict=True)):
+                engine.forward_backward(*rows, None, scale=scale, last=index == microbatches - 1)
+        found.append({name: gradient.clone() for name, gradient in engine.named_logical_gradients().items()})
+        engine.step(1e-3)
+    return found
+
+
+def test_gradients_of_every_layout():
+    """Against one process: data-parallel ranks that see the same microbatches make the same numbers."""
+    _, exact = reference_gradients(TINY, SEED, *random_batch(BATCH, LENGTH))
+    sizes = (4, 2, 1)
+    one = dict(zip(sizes, gradients_of(1, False, [(fp8(LOCAL), BATCH // size) for size in sizes]), strict=True))
+    for gradients in one.values():
+        assert max(relative_errors(gradients, exact).values()) < FROM_FP64
+    for tp, sequence_parallel, chunk, cases in (
+        (1, False, None, CASES),
+        (2, False, None, CASES[:1]),
+        (2, True, 2, CASES),
+    ):
+        for rank in run_shared(2, gradients_of, tp, sequence_parallel, cases, chunk):
+            for (engine, microbatches), gradients in zip(cases, rank, strict=True):
+                wanted = one[BATCH * tp // 2 // microbatches]
+                bound = 1e-6 if tp == 1 else FROM_ANOTHER_LAYOUT
+                assert max(relative_errors(gradients, wanted).values()) < bound, (tp, engine)
+                assert max(relative_errors(gradients, exact).values()) < FROM_FP64, (tp, engine)
+
+
+def built(engine: EngineConfig) -> Engine:
+    built = build_engine(tiny_config(engine=engine), ParallelContext(), torch.device("cpu"))
+    initialize_engine(built, SEED)
+    return built
+
+
+def steps(engine: Engine, count: int, first: int = 0) -> list[float]:
+    """Losses of steps on rows that count upwards, which a model can learn."""
+    losses = []
+    for step in range(first, first + count):
+        start = torch.randint(0, 101, (8, 1), generator=torch.Generator().manual_seed(step))
+        ids = (start + torch.arange(25)) % 101
+        rows = Rows(ids[:, :-1], ids[:, 1:])
+        losses.append(train_step(engine, [rows], 3e-3, torch.device("cpu")).loss)
+    return losses
+
+
+def test_a_run_ends_within_a_bound_of_fp32s_loss():
+    wanted, found = (steps(built(engine), 40)[-1] for engine in (LOCAL, fp8(LOCAL)))
+    assert wanted < 0.5
+    assert abs(found - wanted) < 0.02
+
+
+def test_evaluation_is_in_the_computing_type():
+    tokens, targets = random_batch(2, LENGTH)
+    with torch.no_grad():
+        wanted, found = (built(engine).model.loss(tokens, targets) for engine in (LOCAL, fp8(LOCAL)))
+    assert torch.equal(found, wanted)
+    assert not torch.equal(built(fp8(LOCAL)).model.loss(tokens, targets), wanted)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_resumed_run_is_bitwise_the_same(precision):
+    """Scales are of current values, so masters and moments are all of the state."""
+    config = fp8(LOCAL, precision=precision)
+    first, second = built(config), built(config)
+    steps(first, 2)
+    for there, here in zip(first.owned_ranges(), second.owned_ranges(), strict=True):
+        for kind, values in there.values.items():
+            here.values[kind].copy_(values)
+    second.refresh(optimizer_step=2)
+    assert steps(second, 2, first=2) == steps(first, 2, first=2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_in_activations_skips_the_step(value):
+    """Infinity, which the cast to fp8 would make its largest number."""
+    engine = built(fp8(LOCAL))
+
+    def poison(module, inputs, output):
+        x, normed = output
+        normed = normed.clone()
+        normed[0, 3, 5] = value
+        return x, normed
+
+    hook = engine.model.blocks[1].channel_norm.register_forward_hook(poison)
+    before = [owned.values["param"].clone() for owned in engine.owned_ranges()]
+    tokens, targets = random_batch(2, LENGTH)
+    report = train_step(engine, [Rows(tokens, targets)], 1e-2, torch.device("cpu"))
+    assert not report.applied
+    assert all(torch.equal(a, b.values["param"]) for a, b in zip(before, engine.owned_ranges(), strict=True))
+    hook.remove()
+    assert train_step(engine, [Rows(tokens, targets)], 1e-2, torch.device("cpu")).applied
+
+
+def test_an_older_gpu_is_refused_by_name():
+    with (
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=(8, 9)),
+        pytest.raises(ConfigError, match=r"engine.products=fp8 needs .* 9.0 \(Hopper\) or later, and this one has 8.9"),
+    ):
+        check_device(torch.device("cuda"))
+    (problem,) = tiny_config(engine=fp8(LOCAL, compile="blocks")).problems(1)
+    assert problem.startswith("engine.products=fp8 does not go with engine.compile=blocks")
