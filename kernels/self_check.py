@@ -24,6 +24,7 @@ from kernels.muon.op import muon_apply_, muon_direction_
 from kernels.newton_schulz import op as newton_schulz_op
 from kernels.newton_schulz import reference as newton_schulz_reference
 from kernels.numerics import accumulation_dtype
+from kernels.quantize.many import ManyMatrices
 from kernels.quantize.op import TYPES, largest, quantize, transpose
 from kernels.rmsnorm import reference as rmsnorm_reference
 from kernels.rmsnorm.op import add_rms_norm, branch_rms_norm
@@ -231,6 +232,12 @@ def _float8_checks(sizes: _Sizes) -> Iterator[Check]:
             found += [each[:width, :count].t().float() * scale for each in (transposed, again)]
         return torch.cat(found)
 
+    def many(*matrices: Tensor) -> Tensor:
+        found = ManyMatrices([[x.shape for x in matrices]], TYPES[0], matrices[0].device)
+        found.quantize_([matrices])
+        rows, transposed, scale = found.operands[0]
+        return torch.cat((rows.float() * scale, transposed.t().float() * scale))
+
     def pair(x: Tensor) -> Tensor:
         product, bits = sglu_pair_forward(x, sizes.glu_act)
         gradient, gradient_bits = sglu_pair_backward(product, x, sizes.glu_act)
@@ -247,6 +254,8 @@ def _float8_checks(sizes: _Sizes) -> Iterator[Check]:
 
     for width in (sizes.width, sizes.glu_width):
         yield Check(f"quantize_{width}", quantized, quantized, ((TOKENS, width),), differentiable=False)
+    matrices = ((16 * TOKENS, 128), (16, 128))
+    yield Check("quantize_many", many, many, matrices, differentiable=False)
     yield Check("sglu_pair", pair, exact_pair, ((TOKENS, 2 * sizes.glu_width),), differentiable=False)
 
 

@@ -248,14 +248,6 @@ class CommandLine:
         return problems or [_first_line(error)]
 
 
-def is_sweep(word: str) -> bool:
-    """Whether an override is one over several values; False for what Hydra cannot parse, which is quoted as a whole."""
-    try:
-        return OverridesParser.create().parse_override(word).is_sweep_override()
-    except HydraException:
-        return False
-
-
 @contextlib.contextmanager
 def _hydra_over(root: Path) -> Iterator[None]:
     """Within the block hydra.compose reads from `root`, even if Hydra is already initialised."""

@@ -15,7 +15,6 @@ from kernels.quantize.reference import SHIFTS
 from kernels.quantize.triton_quantize import COLUMNS, ROWS, WARPS, quantize_tile, scales
 
 FIELDS = 8  # offsets of x, rows, transposed; count; width; elements between rows of transposed; first tile; group
-SLOTS = 64  # integers of a group that programs share to note the largest element
 
 
 @triton.jit
@@ -89,43 +88,49 @@ class Plan:
         self.addresses = addresses
         places, origin = iter(addresses), addresses[0]
         table, tiles = [], []
-        for group, (matrices, (rows, transposed, _)) in enumerate(zip(groups, many.operands, strict=True)):
-            below = 0
+        for group, matrices in enumerate(groups):
+            below, start, start_transposed, transposed_row = 0, 0, 0, 0
+            if many.operands:
+                rows, transposed, _ = many.operands[group]
+                start, start_transposed = rows.storage_offset(), transposed.storage_offset()
+                transposed_row = transposed.shape[1]
             for count, width in (matrix.shape for matrix in matrices):
                 table.append(
                     [
                         (next(places) - origin) // 2,
-                        rows.storage_offset() + below * width,
-                        transposed.storage_offset() + below,
+                        start + below * width,
+                        start_transposed + below,
                         count,
                         width,
-                        transposed.shape[1],
+                        transposed_row,
                         sum(tiles),
                         group,
                     ]
                 )
                 tiles.append(triton.cdiv(count, ROWS) * triton.cdiv(width, COLUMNS))
                 below += count
-        device = many.buffer.device
+        device = many.bits.device
         self.table = torch.tensor(table, dtype=torch.int64, device=device)
         self.matrix = torch.arange(len(table), device=device).repeat_interleave(torch.tensor(tiles, device=device))
 
 
 def quantize(first: Tensor, many) -> None:
     """many: a `ManyMatrices`; first: its first matrix, from which offsets count."""
-    plan, dtype = many.plan, many.buffer.dtype
-    bits = torch.zeros(len(many.operands), SLOTS, dtype=torch.int32, device=first.device)
-    shared = (first, plan.table, plan.matrix, bits)
+    plan, slots = many.plan, many.bits.shape[1]
+    shared = (first, plan.table, plan.matrix, many.bits.zero_())
     with torch.cuda.device_of(first):
         many_largest_kernel[(len(plan.matrix),)](
-            *shared, FIELDS=FIELDS, BLOCK=ROWS * COLUMNS, SLOTS=SLOTS, num_warps=WARPS
+            *shared, FIELDS=FIELDS, BLOCK=ROWS * COLUMNS, SLOTS=slots, num_warps=WARPS
         )
+        if not many.operands:
+            return
+        dtype = many.buffer.dtype
         many_quantize_kernel[(len(plan.matrix),)](
             *shared,
             many.buffer,
             many.scales,
             FIELDS=FIELDS,
-            SLOTS=SLOTS,
+            SLOTS=slots,
             SCALE_STRIDE=many.scales.stride(0),
             SHIFT=SHIFTS[dtype],
             MOST=torch.finfo(dtype).max,

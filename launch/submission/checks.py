@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from launch.submission.provenance import secrets
-from launch.submission.script import override
+from launch.submission.script import is_sweep, override
 from megatron_tn.config import ConfigError, differences, has_credentials, redacted, storable, to_mapping, to_stored
 from megatron_tn.config.slurm import SubmitConfig
 from megatron_tn.data import with_token_ids
 from megatron_tn.outline import Outline, outline, step_with_tokens
-from megatron_tn.overrides import is_sweep
 from megatron_tn.preflight import inspect
 from megatron_tn.training.run_folder import RunFolder
 

@@ -56,7 +56,7 @@ def build_engine(config: TrainConfig, context: ParallelContext, device: torch.de
 
         engine = DeepSpeedEngine(model, config)
     if layers and settings.keeps_weights:
-        engine.update.after_publish = kept_weights(layers)
+        engine.update.after_publish = kept_weights(layers, operands=settings.keeps_fp8_operands)
     # 5. DeepSpeed copies the parameters twice into new layouts. The allocator would keep the freed layouts' segments,
     #    each the size of one weight, which few later allocations fit.
     return_cached_segments(device)

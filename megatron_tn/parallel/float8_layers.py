@@ -25,12 +25,12 @@ def float8_layers(blocks: Iterable[nn.Module], bound: float | None) -> list[Spli
     return layers
 
 
-def kept_weights(layers: Iterable[SplitLinear]) -> Callable[[], None]:
-    """Give the layers operands that stay from step to step; returns what writes them, for after each change of the
+def kept_weights(layers: Iterable[SplitLinear], *, operands: bool) -> Callable[[], None]:
+    """Give the layers what `KeptWeights` keeps from step to step; returns what writes it, for after each change of the
     weights."""
     groups = list(dict.fromkeys(layer.together or (layer,) for layer in layers))
     shapes = [[layer.weight.shape for layer in group] for group in groups]
-    kept = KeptWeights([group[0].float8 for group in groups], shapes, groups[0][0].weight.device)
+    kept = KeptWeights([group[0].float8 for group in groups], shapes, groups[0][0].weight.device, operands=operands)
     return lambda: kept.quantize([[layer.weight.detach() for layer in group] for group in groups])
 
 

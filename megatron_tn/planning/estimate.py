@@ -74,7 +74,7 @@ def state_bytes(config: TrainConfig, world_size: int) -> dict[str, int]:
     """Bytes of parameters, gradients, fp32 masters and the optimizer's moments per rank, by kind: two fp32 values a
     parameter for AdamW, one for a parameter that Muon updates.
 
-    engine.products=fp8 keeps the blocks' matrices in fp8 beside the parameters, where those are kept whole.
+    engine.products=fp8 keeps the blocks' matrices in fp8, too, where `keeps_fp8_operands`.
 
     With P parameters, each kind has P / tp values, divided by dp x cp from a ZeRO stage on (arXiv 1910.02054, figure
     1): moments and masters from stage 1, gradients from 2, parameters from 3. FSDP2 divides like stage 3, and its
@@ -98,7 +98,7 @@ def state_bytes(config: TrainConfig, world_size: int) -> dict[str, int]:
     # Rows and transpose, a byte each.
     fp8 = 2 * math.ceil(matrix_elements(config.model) / config.parallel.tp)
     return {
-        "parameters": over_data(local * width, 3) + (fp8 if engine.products == "fp8" and engine.keeps_weights else 0),
+        "parameters": over_data(local * width, 3) + (fp8 if engine.keeps_fp8_operands else 0),
         "gradients": over_data(local * gradient_width, 2),
         "masters": over_data(local * 4, 1) if separate_masters else 0,
         "moments": over_data(moments, 1),

@@ -139,7 +139,7 @@ def step_model(config: TrainConfig, context: ParallelContext) -> Model:
     if config.engine.products == "fp8":
         layers = float8_layers(model.blocks, norm_bound(config.model))
         if config.engine.keeps_weights:
-            kept_weights(layers)
+            kept_weights(layers, operands=config.engine.keeps_fp8_operands)
     recompute_blocks(model.blocks, config.engine.recompute, config.engine.recompute_every)
     return model
 

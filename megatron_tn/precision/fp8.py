@@ -66,7 +66,7 @@ def scaled_product(
     if b.shape[0] % MULTIPLE:
         b = torch.nn.functional.pad(b.view(torch.uint8), (0, 0, 0, padded(len(b)) - len(b))).view(b.dtype)
     whole = columns == b.shape[0]
-    into = {"out": out} if whole and out is not None else {}
+    into = {"out": out} if whole and out is not None and out.data_ptr() % 16 == 0 else {}
     # Fast accumulation: of 16384 terms its error is 1.6e-3, where rounding to fp8 leaves 3.8e-2.
     y = torch._scaled_mm(a, b.t(), *scales, out_dtype=dtype, use_fast_accum=True, **into)
     if into or (whole and out is None):
@@ -99,19 +99,23 @@ def weight_gradients(
 class Float8Weights:
     """The weights [out_i, in] of linear layers with a common input, stacked, as an fp8 operand.
 
-    kept: set by `KeptWeights`, where weights stay on the device; microbatches and recomputation then share the operand.
-    Where weights are gathered for a block and freed (ZeRO 3, FSDP2), `of` quantises what was gathered.
+    kept, largest: the operand, or the largest element alone; set by `KeptWeights`, where weights stay on the device.
+    Microbatches share the operand. With the largest element `of` quantises in one pass; where weights are gathered for
+    a block and freed (ZeRO 3, FSDP2), it has neither and takes two.
     bound: of the input's elements, where one is known; None: the input's scale is of its largest element.
     """
 
     def __init__(self, bound: float | None = None) -> None:
         self.bound = bound
         self.kept: Float8 | None = None
+        self.largest: Tensor | None = None
         self._bits: Tensor | None = None
 
     def of(self, weights: Sequence[Tensor], *, rows: bool = False, transposed: bool = False) -> Float8:
         """The operand [sum of out_i, in], in the order that is wanted."""
-        return self.kept or quantized(stacked(weights), OPERAND, rows=rows, transposed=transposed)
+        if self.kept is not None:
+            return self.kept
+        return quantized(stacked(weights), OPERAND, rows=rows, transposed=transposed, bits=self.largest)
 
     def bits_of_bound(self, x: Tensor) -> Tensor | None:
         """The bound as `kernels.quantize.op.largest` gives a largest element; None without a bound."""
@@ -121,12 +125,24 @@ class Float8Weights:
 
 
 class KeptWeights:
-    """The operands of several `Float8Weights`, at addresses that do not change. shapes: of each one's weights."""
+    """What several `Float8Weights` keep from step to step, at addresses that do not change.
 
-    def __init__(self, held: Sequence[Float8Weights], shapes: Sequence[Sequence[torch.Size]], device: torch.device):
-        self.matrices = ManyMatrices(shapes, OPERAND, device)
-        for each, group, operand in zip(held, shapes, self.matrices.operands, strict=True):
-            each.kept = Float8(*operand, (sum(shape[0] for shape in group), group[0][1]))
+    shapes: of each one's weights. operands: whether the operands, two bytes an element, or the largest elements alone.
+    """
+
+    def __init__(
+        self,
+        held: Sequence[Float8Weights],
+        shapes: Sequence[Sequence[torch.Size]],
+        device: torch.device,
+        *,
+        operands: bool = True,
+    ):
+        self.matrices = ManyMatrices(shapes, OPERAND, device, operands=operands)
+        for index, (each, group) in enumerate(zip(held, shapes, strict=True)):
+            each.largest = self.matrices.bits[index]
+            if operands:
+                each.kept = Float8(*self.matrices.operands[index], (sum(shape[0] for shape in group), group[0][1]))
 
     def quantize(self, weights: Sequence[Sequence[Tensor]]) -> None:
         """Call this after every change of the weights, once a step."""

@@ -5,7 +5,7 @@ import torch
 
 from kernels import dispatch
 from kernels.quantize import op, reference
-from kernels.quantize.many import ManyMatrices
+from kernels.quantize.many import ManyMatrices, stacked
 
 TYPES = pytest.mark.parametrize("dtype", op.TYPES, ids=str)
 SHAPES = pytest.mark.parametrize("shape", [(33, 70), (64, 144)], ids=str)
@@ -78,14 +78,23 @@ def check_many(device, heights):
         assert (many.plan is None) == (
             (device == "cpu" and dispatch.requested_backend() != "triton") or heights[0] % 16 > 0
         )
+        alone = ManyMatrices(shapes, torch.float8_e4m3fn, torch.device(device), operands=False)
+        alone.quantize_(groups)
+        assert torch.equal(alone.bits.amax(1), many.bits.amax(1))
         for group, operand in zip(groups, many.operands, strict=True):
             whole = torch.cat(group)
+            assert torch.equal(stacked(group), whole)
             for found, wanted in zip(operand, op.quantize(whole, op.largest(whole), torch.float8_e4m3fn), strict=True):
                 assert torch.equal(bits(found), bits(wanted))
 
 
 def test_many():
     check_many("cpu", (32, 16))
+    flat = torch.arange(60.0)
+    neighbours = [flat[:20].view(4, 5), flat[20:50].view(6, 5)]
+    assert stacked(neighbours).data_ptr() == flat.data_ptr()
+    assert torch.equal(stacked(neighbours), flat[:50].view(10, 5))
+    assert torch.equal(stacked(neighbours[::-1]), torch.cat(neighbours[::-1]))
 
 
 @pytest.mark.parametrize("heights", [(32, 16), (9, 16)], ids=str)

@@ -406,13 +406,14 @@ def test_quantize():
     """On Hopper; Ampere has no fp8. Loads and stores of 16 bytes a thread."""
     from kernels.quantize import triton_many as many
     from kernels.quantize import triton_quantize as quantize
+    from kernels.quantize.many import SLOTS
 
     pointers = {"x_pointer": "*bf16", "largest_pointer": "*i32", "scale_pointer": "*fp32"}
     tile = {"ROWS": quantize.ROWS, "COLUMNS": quantize.COLUMNS}
     outputs = dict.fromkeys(("rows_pointer", "transposed_pointer"), "*fp8e4nv")
     constants = tile | {"SHIFT": 8, "MOST": 448.0, "PARTIAL": quantize.PROGRAMS}
     tables = {"table_pointer": "*i64", "matrix_pointer": "*i64", "data_pointer": "*fp8e4nv"}
-    slots = {"FIELDS": many.FIELDS, "SLOTS": many.SLOTS}
+    slots = {"FIELDS": many.FIELDS, "SLOTS": SLOTS}
     cases = (
         (quantize.largest_kernel, pointers, {"BLOCK": quantize.BLOCK}),
         (quantize.quantize_kernel, pointers | outputs, constants),

@@ -158,8 +158,8 @@ def measured(config: TrainConfig) -> tuple[int, int, int | None]:
     operands = []
     if config.engine.products == "fp8":
         layers = float8_layers(model.blocks, norm_bound(config.model))
-        kept_weights(layers)
-        operands = [layer.float8.kept.rows for layer in layers]
+        kept_weights(layers, operands=config.engine.keeps_fp8_operands)
+        operands = [layer.float8.kept.rows for layer in layers if layer.float8.kept]
     recompute_blocks(model.model.layers, config.engine.recompute, config.engine.recompute_every)
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
