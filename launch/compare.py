@@ -9,38 +9,33 @@ others (megatron_tn.training.compare). The page compare.html holds table and cur
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from data_pipeline.html_page import document, table
 from launch.chart import STYLE
 from launch.curves import losses, positions
-from megatron_tn.cli import bad_input_exits
+from megatron_tn.cli import of_words
 from megatron_tn.config import ConfigError, replacing, unwritable
 from megatron_tn.plot import compare, paths_and_output, runs_in
 from megatron_tn.training.compare import Group, table_of
 from megatron_tn.training.curve import curve_of
 
 
-def main() -> None:
-    words = sys.argv[1:]
-    if not words or {"-h", "--help"} & set(words):
-        print(__doc__)
-        return
-    with bad_input_exits():
-        folders, named = paths_and_output(words)
-        runs = list(dict.fromkeys(run for folder in folders for run in runs_in(folder)))
-        output = Path(named) if named or len(folders) > 1 else folders[0]
-        picture, page, text = (output / f"compare.{kind}" for kind in ("png", "html", "md"))
-        if problems := [problem for path in (picture, page, text) for problem in unwritable("output", str(path))]:
-            raise ConfigError(problems)
-        groups = compare(runs, picture)
-        titles, rows = table_of(groups)
-        lines = (f"| {' | '.join(cells)} |\n" for cells in (titles, ["---"] * len(titles), *rows))
-        for path, content in ((page, page_of(groups)), (text, "".join(lines))):
-            with replacing(path) as file:
-                file.write(content)
-        print(f"wrote {page}\nwrote {text}")
+@of_words
+def main(words: list[str]) -> None:
+    folders, named = paths_and_output(words)
+    runs = list(dict.fromkeys(run for folder in folders for run in runs_in(folder)))
+    output = Path(named) if named or len(folders) > 1 else folders[0]
+    picture, page, text = (output / f"compare.{kind}" for kind in ("png", "html", "md"))
+    if problems := [problem for path in (picture, page, text) for problem in unwritable("output", str(path))]:
+        raise ConfigError(problems)
+    groups = compare(runs, picture)
+    titles, rows = table_of(groups)
+    lines = (f"| {' | '.join(cells)} |\n" for cells in (titles, ["---"] * len(titles), *rows))
+    for path, content in ((page, page_of(groups)), (text, "".join(lines))):
+        with replacing(path) as file:
+            file.write(content)
+    print(f"wrote {page}\nwrote {text}")
 
 
 def page_of(groups: list[Group]) -> str:

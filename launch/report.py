@@ -10,7 +10,6 @@ the run goes on.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from html import escape
@@ -22,7 +21,7 @@ import numpy as np
 from data_pipeline.html_page import document, short, table, tiles
 from launch import curves, requeue
 from launch.chart import COLOURS, STYLE
-from megatron_tn.cli import bad_input_exits
+from megatron_tn.cli import of_words
 from megatron_tn.config import ConfigError, TrainConfig, replacing, to_mapping, unwritable
 from megatron_tn.planning.estimate import GIB, OUTSIDE, plan_memory
 from megatron_tn.plot import paths_and_output, runs_in
@@ -37,27 +36,23 @@ TRACEBACK_LINES = 40
 OLDER_TEXTS = 20  # evaluations whose generated texts the page has, the newest first
 
 
-def main() -> None:
-    words = sys.argv[1:]
-    if not words or {"-h", "--help"} & set(words):
-        print(__doc__)
-        return
-    with bad_input_exits():
-        folders, named = paths_and_output(words)
-        found = [path for folder in folders for path in runs_in(folder)]
-        if len(found) != 1:
-            names = " ".join(map(str, folders))
-            raise ConfigError(f"{names}: {len(found)} runs; a report is of one, launch.compare takes several")
-        output = Path(named) if named else found[0] / "report.html"
-        if problems := unwritable("output", str(output)):
-            raise ConfigError(problems)
-        try:
-            page = page_of(RunFolder(found[0]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"{found[0]}/log.jsonl has records that no run wrote: {error!r}") from None
-        with replacing(output) as file:
-            file.write(page)
-        print(f"wrote {output}")
+@of_words
+def main(words: list[str]) -> None:
+    folders, named = paths_and_output(words)
+    found = [path for folder in folders for path in runs_in(folder)]
+    if len(found) != 1:
+        names = " ".join(map(str, folders))
+        raise ConfigError(f"{names}: {len(found)} runs; a report is of one, launch.compare takes several")
+    output = Path(named) if named else found[0] / "report.html"
+    if problems := unwritable("output", str(output)):
+        raise ConfigError(problems)
+    try:
+        page = page_of(RunFolder(found[0]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{found[0]}/log.jsonl has records that no run wrote: {error!r}") from None
+    with replacing(output) as file:
+        file.write(page)
+    print(f"wrote {output}")
 
 
 def page_of(run: RunFolder) -> str:

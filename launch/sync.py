@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.panels import WORKSPACE, workspace
-from megatron_tn.cli import bad_input_exits
+from megatron_tn.cli import of_words
 from megatron_tn.config import ConfigError, TrainConfig
 from megatron_tn.plot import runs_in
 from megatron_tn.training.hooks.weights_and_biases import log_in, push
@@ -25,24 +25,20 @@ from megatron_tn.training.run_folder import RunFolder
 OPTIONS = {"project": None, "entity": None, "panels": "new"}
 
 
-def main() -> None:
-    words = sys.argv[1:]
-    if not words or {"-h", "--help"} & set(words):
-        print(__doc__)
-        return
-    with bad_input_exits():
-        given = dict(word.split("=", 1) for word in words if word.partition("=")[0] in OPTIONS)
-        options = OPTIONS | given
-        if options["panels"] not in ("new", "true", "false"):
-            raise ConfigError(f"panels={options['panels']} must be true, false or new")
-        folders = [word for word in words if word.partition("=")[0] not in OPTIONS]
-        runs = [RunFolder(path) for folder in folders for path in runs_in(Path(folder))]
-        configs = [_aimed(run.frozen_config(), options["project"], options["entity"]) for run in runs]
-        log_in()
-        try:
-            _push(runs, configs, options["panels"])
-        except Exception as error:  # of wandb, which raises many kinds
-            sys.exit(f"error: wandb: {type(error).__name__}: {error}")
+@of_words
+def main(words: list[str]) -> None:
+    given = dict(word.split("=", 1) for word in words if word.partition("=")[0] in OPTIONS)
+    options = OPTIONS | given
+    if options["panels"] not in ("new", "true", "false"):
+        raise ConfigError(f"panels={options['panels']} must be true, false or new")
+    folders = [word for word in words if word.partition("=")[0] not in OPTIONS]
+    runs = [RunFolder(path) for folder in folders for path in runs_in(Path(folder))]
+    configs = [_aimed(run.frozen_config(), options["project"], options["entity"]) for run in runs]
+    log_in()
+    try:
+        _push(runs, configs, options["panels"])
+    except Exception as error:  # of wandb, which raises many kinds
+        sys.exit(f"error: wandb: {type(error).__name__}: {error}")
 
 
 def _push(runs: Sequence[RunFolder], configs: Sequence[TrainConfig], panels: str) -> None:

@@ -108,6 +108,21 @@ def command(
     return decorate
 
 
+def of_words(function: Callable[[list[str]], None]) -> Callable[[], None]:
+    """Decorator: `function(words)` becomes a command line outside Hydra, of paths and few settings. Without words, or
+    with --help, the docstring of its module is printed; bad input exits with 2."""
+
+    def main() -> None:
+        words = sys.argv[1:]
+        if not words or {"-h", "--help"} & set(words):
+            print(function.__globals__["__doc__"])
+            return
+        with bad_input_exits():
+            function(words)
+
+    return main
+
+
 def run_program(main: Callable[[], None]) -> NoReturn:
     """Run a command line that trains, and end this process with its exit code.
 

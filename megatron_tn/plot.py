@@ -11,14 +11,13 @@ Runs that differ in their seed alone share a row (mean ± standard deviation) an
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Column, Table
 
-from megatron_tn.cli import bad_input_exits
+from megatron_tn.cli import of_words
 from megatron_tn.config import ConfigError, read_mapping, unwritable
 from megatron_tn.training.compare import Group, groups_of, table_of
 from megatron_tn.training.curve import draw
@@ -27,22 +26,18 @@ from megatron_tn.training.run_folder import RunFolder
 FORMATS = (".png", ".svg", ".pdf")
 
 
-def main() -> None:
-    words = sys.argv[1:]
-    if not words or {"-h", "--help"} & set(words):
-        print(__doc__)
-        return
-    with bad_input_exits():
-        paths, output = paths_and_output(words)
-        evaluated = {path.stem: positions_in(path) for path in paths if path.suffix == ".json"}
-        runs = [run for path in paths if path.suffix != ".json" for run in runs_in(path)]
-        place = output or str((paths[0] if len(paths) == 1 and runs else Path()) / "loss.png")
-        problems = unwritable("output", place)
-        if Path(place).suffix not in FORMATS:
-            problems.append(f"output={place} must end in {', '.join(FORMATS)}: the ending is the picture's format")
-        if problems:
-            raise ConfigError(problems)
-        compare(runs, Path(place), evaluated)
+@of_words
+def main(words: list[str]) -> None:
+    paths, output = paths_and_output(words)
+    evaluated = {path.stem: positions_in(path) for path in paths if path.suffix == ".json"}
+    runs = [run for path in paths if path.suffix != ".json" for run in runs_in(path)]
+    place = output or str((paths[0] if len(paths) == 1 and runs else Path()) / "loss.png")
+    problems = unwritable("output", place)
+    if Path(place).suffix not in FORMATS:
+        problems.append(f"output={place} must end in {', '.join(FORMATS)}: the ending is the picture's format")
+    if problems:
+        raise ConfigError(problems)
+    compare(runs, Path(place), evaluated)
 
 
 def paths_and_output(words: Sequence[str]) -> tuple[list[Path], str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -99,10 +100,16 @@ def part_of(module: str) -> str:
     return max((part for part in ALLOWED if is_in(module, part)), key=len)
 
 
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imports(path: Path) -> list[tuple[int, str]]:
     """(line, module) of every import of a project module, wherever in the file it stands."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -204,7 +211,7 @@ def libraries(nodes: Iterable[ast.AST]) -> set[str]:
 
 
 def test_one_file_imports_deepspeed():
-    importing = [path for path in modules() if "deepspeed" in libraries(ast.walk(ast.parse(path.read_text())))]
+    importing = [path for path in modules() if "deepspeed" in libraries(ast.walk(tree(path)))]
     assert [str(path.relative_to(ROOT)) for path in importing] == ["megatron_tn/engine/deepspeed/adapter.py"]
 
 
@@ -217,7 +224,7 @@ def test_a_rank_that_trains_imports_no_library_of_the_cleaning_pipeline():
         }
     graph["rank"] = {"megatron_tn.train", "data_pipeline.corpus.join"}
     graph["rank"] |= {name for name in graph if name.startswith(("data_pipeline.edits.", "data_pipeline.rules."))}
-    at_import = {module_name(path): libraries(ast.parse(path.read_text()).body) for path in modules()}
+    at_import = {module_name(path): libraries(tree(path).body) for path in modules()}
     needing = {name for name in reached("rank", graph) if at_import.get(name, set()) & {"datatrove", "resiliparse"}}
     assert needing == set()
 
@@ -227,5 +234,5 @@ def test_kernels_import_torch_and_triton_alone():
     for path in (ROOT / "kernels").rglob("*.py"):
         if "bench" in path.parts:
             continue  # measuring may use what it likes
-        used = libraries(ast.walk(ast.parse(path.read_text())))
+        used = libraries(ast.walk(tree(path)))
         assert used <= outside | {"kernels"} | sys.stdlib_module_names, path

@@ -23,9 +23,9 @@ def fail_on_rank_1() -> None:
 
 
 def test_engines_before_it_change_no_engine():
-    run_shared(2, train_each, 2, [FSDP2, ZERO[1], LOCAL], 3)
+    run_shared(2, train_each, 2, [FSDP2, ZERO[1], LOCAL], 2)
     for engine, tp in ((ZERO[3], 1), (ZERO[1], 2)):
-        for alone, shared in zip(*(run(2, train, tp, engine, 3) for run in (run_ranks, run_shared)), strict=True):
+        for alone, shared in zip(*(run(2, train, tp, engine, 2) for run in (run_ranks, run_shared)), strict=True):
             assert alone["losses"] == shared["losses"]
             assert all(torch.equal(alone["owned"][place], shared["owned"][place]) for place in alone["owned"])
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Collective(NamedTuple):
-    """kind: "all-gather", "reduce-scatter", "all-reduce", "reduce", "broadcast" or "barrier".
+    """kind: "all-gather", "reduce-scatter", "all-reduce", "reduce", "broadcast", "all-to-all" or "barrier".
 
     group: name of the process group. size: bytes of the whole tensor: what an all-gather returns, and what the others
     take. dtype: of its elements.
@@ -101,6 +101,7 @@ KINDS = {
     "c10d.allreduce_coalesced_": ("all-reduce", 0),
     "c10d.reduce_": ("reduce", 0),
     "c10d.broadcast_": ("broadcast", 0),
+    "c10d.alltoall_base_": ("all-to-all", 0),  # what comes to this rank
     "c10d.barrier": ("barrier", 0),
     "_c10d_functional.all_gather_into_tensor": ("all-gather", 0),
     "_c10d_functional.reduce_scatter_tensor": ("reduce-scatter", 0),

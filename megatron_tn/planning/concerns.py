@@ -23,6 +23,13 @@ def checkpoint_bytes(config: TrainConfig) -> int:
     return 4 * parameter_count(config.model) + state_bytes(whole, 1)["moments"]
 
 
+def rank_checkpoint_bytes(config: TrainConfig, world_size: int) -> float:
+    """What one rank writes: masters and moments lie over all ranks with ZeRO and FSDP2, else over tensor parallel."""
+    engine = config.engine
+    sharded = engine.name == "fsdp2" or (engine.name == "deepspeed" and engine.zero_stage > 0)
+    return checkpoint_bytes(config) / (world_size if sharded else config.parallel.tp)
+
+
 def checkpoint_seconds(config: TrainConfig) -> float | None:
     """To write one, each node its part; None where `cluster.storage_gbs` is not known."""
     rate = config.cluster.storage_gbs

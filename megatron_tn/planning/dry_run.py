@@ -29,7 +29,7 @@ from megatron_tn.model.registry import parameter_count
 from megatron_tn.parallel import float8_operators, products
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.planning.collectives import Call, Collective, CollectiveLog, bytes_of
-from megatron_tn.planning.microbatch import step_model
+from megatron_tn.planning.microbatch import same_pass, step_model
 from megatron_tn.planning.stand_ins import stand_in_tensors
 from megatron_tn.planning.traffic import engine_exchanges
 
@@ -51,6 +51,7 @@ def meeting_ranks(config: TrainConfig, world_size: int) -> list[int]:
 
 def run_as(config: TrainConfig, world_size: int, rank: int) -> tuple[list[Call], list[str]]:
     """The collectives of `rank`; and one line for each whose parts do not make up the whole tensor, and for an error.
+    DeepSpeed's stages run one model: its recording is kept.
 
     Raises:
         ValueError: torch.distributed is already initialised in this process.
@@ -61,17 +62,27 @@ def run_as(config: TrainConfig, world_size: int, rank: int) -> tuple[list[Call],
             warnings.simplefilter("ignore", FutureWarning)  # deprecated collectives; PyTorch 2.11 lacks the new names
             parallel = config.parallel
             context = ParallelContext.create(parallel.tp, parallel.cp, sequence_parallel=parallel.sequence_parallel)
-            with stand_in_tensors("cpu"), _real_meshes(), _RankLog(rank) as log:
-                try:
-                    _step(config, context)
-                except (RuntimeError, ValueError, AssertionError) as error:
-                    log.problems.append(f"rank {rank} fails: {str(error).splitlines()[0]}")
-            calls = [_named(call) for call in log.calls]
-            if config.engine.name == "deepspeed" and context.data.size > 1:
-                calls += _formulas(config, context)
-            return calls, log.problems
+            if config.engine.name != "deepspeed":
+                return _record(config, context, rank)
+            key = (same_pass(config), world_size, rank)
+            if key not in _recorded:
+                _recorded[key] = _record(config, context, rank)
+            calls, problems = _recorded[key]
+            return [*calls, *(_formulas(config, context) if context.data.size > 1 else ())], problems
     finally:
         dist.destroy_process_group()
+
+
+_recorded: dict[tuple, tuple[list[Call], list[str]]] = {}
+
+
+def _record(config: TrainConfig, context: ParallelContext, rank: int) -> tuple[list[Call], list[str]]:
+    with stand_in_tensors("cpu"), _real_meshes(), _RankLog(rank) as log:
+        try:
+            _step(config, context)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            log.problems.append(f"rank {rank} fails: {str(error).splitlines()[0]}")
+    return [_named(call) for call in log.calls], log.problems
 
 
 def _step(config: TrainConfig, context: ParallelContext) -> None:

@@ -65,12 +65,18 @@ def microbatch(config: TrainConfig, device: str = "cuda") -> Microbatch:
     Raises:
         ValueError: torch.distributed is already initialised in this process.
     """
-    engine, data = config.engine, config.data
-    same_pass = (repr(config.model), config.parallel, engine.precision, engine.recompute, engine.recompute_every)
-    key = (*same_pass, engine.products, engine.keeps_weights, data.micro_batch, data.sequence_length, device)
+    key = (same_pass(config), device)
     if key not in _measured:
         _measured[key] = _measure(config, device)
     return _measured[key]
+
+
+def same_pass(config: TrainConfig) -> tuple:
+    """What the passes of a microbatch depend on: equal for engines that run the same ones."""
+    engine, data = config.engine, config.data
+    recompute = engine.recompute, engine.recompute_every
+    products = engine.precision, engine.products, engine.keeps_weights
+    return repr(config.model), config.parallel, recompute, products, data.micro_batch, data.sequence_length
 
 
 def extrapolated(config: TrainConfig) -> Microbatch:

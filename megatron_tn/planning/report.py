@@ -24,6 +24,7 @@ from megatron_tn.planning.speed import CONTENTION, MEMORY_SHARE, StepTime, missi
 from megatron_tn.planning.traffic import Traffic, step_traffic
 
 TOKENS_A_PARAMETER = 20  # arXiv 2203.15556
+AXES = {"data": "data x context", "world": "all ranks"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Plan:
             f"days: {self.tokens:,} tokens without pauses, evaluations and failures",
         ]
         if self.config.optim.name == "muon":
-            lines.append("optim.name=muon: an update as of AdamW, without Muon's products and exchange of matrices")
+            lines.append("optim.name=muon: the rank with most matrices; nothing hides their exchange")
         if self.chosen:
             lines.append(f"data.global_batch={self.config.data.global_batch}: {REASON}")
         return lines
@@ -156,7 +157,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     if plan.traffic:
         traffic = Table("collectives of a step, per rank", "over", "calls", "GB by NVLink", "GB by network", "beside")
         for each in plan.traffic:
-            over = f"{each.kind}, {'data x context' if each.axis == 'data' else each.axis}"
+            over = f"{each.kind}, {AXES.get(each.axis, each.axis)}"
             sizes = (f"{size / 1e9:.2f}" for size in (each.nvlink, each.network))
             traffic.add_row(each.name, over, f"{each.calls:,}", *sizes, each.beside)
         console.print(traffic)

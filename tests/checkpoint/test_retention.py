@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_tn.checkpoint.manifest import MANIFEST, whole_checkpoints
 from megatron_tn.checkpoint.retention import Retention, Saved, apply_retention, reading, remove, superfluous
+from tests.helpers.training import fork_ranks
 
 LOSSES = {100: 3.0, 200: 2.0, 300: None, 400: 2.5, 500: 2.1, 600: 2.2}
 SAVED = [Saved(Path(f"step_{step:08d}"), step, loss) for step, loss in LOSSES.items()]
@@ -59,16 +59,20 @@ def test_the_loss_counts_at_its_own_step_only(tmp_path):
     assert [path.name for path in apply_retention(tmp_path, Retention(newest=1, best=1))] == ["step_00000200"]
 
 
+def read(checkpoint: Path, begun, done) -> None:
+    with reading(checkpoint):
+        begun.set()
+        done.wait(60)
+
+
 def test_one_that_another_process_reads_is_left_until_it_is_done(tmp_path):
     first, _ = make(tmp_path, 1), make(tmp_path, 2)
-    program = "import sys, pathlib; from megatron_tn.checkpoint.retention import reading\n"
-    program += "with reading(pathlib.Path(sys.argv[1])): print('open', flush=True); sys.stdin.read()"
-    reader = subprocess.Popen(
-        [sys.executable, "-c", program, first], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert reader.stdout.readline() == "open\n"
+    begun, done = (multiprocessing.get_context("forkserver").Event() for _ in range(2))
+    (reader,) = fork_ranks(1, read, first, begun, done)
+    assert begun.wait(60)
     assert apply_retention(tmp_path, Retention(newest=1)) == []
-    reader.communicate("")
+    done.set()
+    reader.join()
     assert apply_retention(tmp_path, Retention(newest=1)) == [first]
 
 

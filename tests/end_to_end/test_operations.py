@@ -22,7 +22,11 @@ STEPS = 6
 @pytest.fixture(scope="module")
 def words(shards) -> tuple[str, ...]:
     evaluation = (f"evaluation.manifest={shards}", "evaluation.every=2", "evaluation.max_documents=80")
-    return (*SMALL, "engine=local", f"schedule.steps={STEPS}", f"data.manifest={shards}", *evaluation)
+    training = ("engine=local", "data.micro_batch=2", f"schedule.steps={STEPS}")
+    return (*SMALL, *training, f"data.manifest={shards}", *evaluation)
+
+
+NO_EVALUATION = "evaluation.every=0"  # which changes no loss
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +94,7 @@ def until_step(run, step: int) -> None:
     raise TimeoutError(f"{run} is not at step {step}")
 
 
-LONG = ("data.workers=2", "schedule.steps=100000", "evaluation.every=0", "logging.wandb.mode=offline")
+LONG = ("data.workers=2", "schedule.steps=100000", NO_EVALUATION, "logging.wandb.mode=offline")
 
 
 def train_in_a_group(overrides: tuple[str, ...], said: str, torchrun: bool) -> None:
@@ -129,7 +133,7 @@ def test_a_signal_to_every_process_readers_included_saves_as_well(words, tmp_pat
 
 def test_of_two_runs_that_start_in_one_folder_at_once_one_trains(words, tmp_path, capsys):
     run = tmp_path / "run"
-    many = (*words, "data.workers=1", "schedule.steps=100000", "evaluation.every=0", f"run_dir={run}")
+    many = (*words, "data.workers=1", "schedule.steps=100000", NO_EVALUATION, f"run_dir={run}")
     both = [fork_ranks(1, train_here, many)[0] for _ in range(2)]
     until_step(run, 1)
     while all(process.is_alive() for process in both):
@@ -162,7 +166,7 @@ def signal_the_job(overrides: tuple[str, ...], number: int) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["TERM", "Ctrl-C"])
 def test_a_sweep_that_is_told_to_stop_begins_no_other_job(words, tmp_path, number, code):
-    many = ("schedule.steps=100000", "evaluation.every=0", f"run_dir={tmp_path}", "seed=1,2", "--multirun")
+    many = ("schedule.steps=100000", NO_EVALUATION, f"run_dir={tmp_path}", "seed=1,2", "--multirun")
     (process,) = fork_ranks(1, signal_the_job, (*words, *many), number)
     process.join(60)
     assert process.exitcode == code
@@ -199,8 +203,8 @@ def slow_rank(overrides: tuple[str, ...], said: str, what: str) -> None:
 
 @pytest.mark.parametrize(("what", "words_of"), [("forward", "forward passes take"), ("data", "waiting for data take")])
 def test_the_slow_rank_is_named(words, tmp_path, what, words_of):
-    arguments = (*words, f"run_dir={tmp_path / 'run'}", "logging.ranks_every=3", "evaluation.every=0", "stop_after=3")
-    train_forked(2, *arguments, function=slow_rank, args=(str(tmp_path / "said"), what))
+    arguments = (*words, f"run_dir={tmp_path / 'run'}", "logging.ranks_every=3", NO_EVALUATION, "stop_after=3")
+    train_forked(2, *arguments, "data.micro_batch=1", function=slow_rank, args=(str(tmp_path / "said"), what))
     (record,) = records(tmp_path / "run", "ranks/forward_s")
     assert record["step"] == 3
     assert record[f"ranks/{what}_slowest"].startswith("rank 1 (")
@@ -211,7 +215,7 @@ def test_the_slow_rank_is_named(words, tmp_path, what, words_of):
 def test_a_profile_of_the_steps_that_were_asked_for(words, uninterrupted, tmp_path):
     run = tmp_path / "run"
     profile = ("logging.profile=true", "logging.profile_skip=2", "logging.profile_steps=2")
-    train_forked(2, *words, f"run_dir={run}", *profile)
+    train_forked(2, *words, NO_EVALUATION, f"run_dir={run}", *profile)
     names = ["steps_3_to_4.trace.json.gz", "steps_3_to_4.txt"]
     assert sorted(path.name for path in (run / "profile").iterdir()) == names
     with gzip.open(run / "profile" / "steps_3_to_4.trace.json.gz", "rt") as file:
@@ -242,7 +246,8 @@ def fail_to_write(overrides: tuple[str, ...], said: str, from_save: int) -> None
 
 def test_a_save_that_fails_is_reported_and_training_goes_on(words, uninterrupted, tmp_path):
     run, said = tmp_path / "run", tmp_path / "said"
-    train_forked(2, *words, f"run_dir={run}", "checkpoint.every=2", function=fail_to_write, args=(str(said), 1))
+    more = (NO_EVALUATION, f"run_dir={run}", "checkpoint.every=2")
+    train_forked(2, *words, *more, function=fail_to_write, args=(str(said), 1))
     assert losses(run) == losses(uninterrupted)
     saves = records(run, "checkpoint/failed")
     assert [record["checkpoint/step"] for record in saves if record["checkpoint/failed"]] == [2]
@@ -253,7 +258,7 @@ def test_a_save_that_fails_is_reported_and_training_goes_on(words, uninterrupted
 
 @pytest.mark.parametrize(("more", "save"), [((), 3), (("checkpoint.on_failure=abort",), 1)], ids=["the last", "abort"])
 def test_a_save_that_fails_ends_the_run_when_it_must(words, tmp_path, more, save):
-    arguments = (*words, f"run_dir={tmp_path / 'run'}", "checkpoint.every=2", *more)
+    arguments = (*words, NO_EVALUATION, f"run_dir={tmp_path / 'run'}", "checkpoint.every=2", *more)
     ranks = fork_ranks(2, fail_to_write, arguments, str(tmp_path / "said"), save)
     for rank in ranks:
         rank.join(120)
@@ -279,7 +284,7 @@ def flip(checkpoint) -> None:
 
 def test_damaged_newest_checkpoints_are_left_out_and_kept(words, uninterrupted, tmp_path, capsys):
     run = RunFolder(tmp_path / "run")
-    again = (*words, f"run_dir={run}")
+    again = (*words, NO_EVALUATION, f"run_dir={run}")
     train_forked(2, *again, "checkpoint.every=1", "stop_after=4")
     second, third, fourth = run.whole_checkpoints()
     cut(fourth)

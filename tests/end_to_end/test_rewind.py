@@ -16,7 +16,14 @@ from megatron_tn.train import main as train
 from tests.helpers.training import SMALL, call, fork_ranks, losses, records, train_forked, train_here
 
 STEPS, BAD, BATCH = 12, 7, 4
-WORDS = (*SMALL, f"schedule.steps={STEPS}", "checkpoint.every=4", "checkpoint.keep=0", "engine=zero1")
+WORDS = (
+    *SMALL,
+    "data.micro_batch=2",
+    f"schedule.steps={STEPS}",
+    "checkpoint.every=4",
+    "checkpoint.keep=0",
+    "engine=zero1",
+)
 WORDS = (*WORDS, "guard.spike=rewind", "guard.spike_nats=3", "guard.spike_window=4")
 
 

@@ -41,16 +41,19 @@ STEPS = 12
 def trained(shards, tmp_path_factory) -> Path:
     """An uninterrupted run: tensor parallel 2 x ZeRO 1 in bf16."""
     folder = tmp_path_factory.mktemp("trained")
-    settings = (*SMALL, f"data.manifest={shards}", f"schedule.steps={STEPS}", "parallel.tp=2", "checkpoint.keep=0")
-    settings = (*settings, f"evaluation.manifest={shards}", "evaluation.max_documents=20", "logging.wandb.mode=offline")
-    settings = (*settings, "evaluation.prompts=[the cat,'']", "evaluation.prompt_tokens=5")
-    train_forked(2, *settings, f"run_dir={folder / 'run'}")
+    settings = (*settings_over(shards), "logging.wandb.mode=offline", "evaluation.prompts=[the cat,'']")
+    evaluation = (f"evaluation.manifest={shards}", "evaluation.max_documents=20", "evaluation.prompt_tokens=5")
+    train_forked(2, *settings, *evaluation, f"run_dir={folder / 'run'}")
     return folder / "run"
 
 
+def settings_over(manifest: Path | str) -> tuple[str, ...]:
+    training = ("data.micro_batch=2", f"schedule.steps={STEPS}", "parallel.tp=2", "checkpoint.keep=0")
+    return (*SMALL, f"data.manifest={manifest}", *training)
+
+
 def settings_of(run: Path) -> tuple[str, ...]:
-    manifest = json.loads((run / "config.json").read_text())["data"]["manifest"]
-    return (*SMALL, f"data.manifest={manifest}", f"schedule.steps={STEPS}", "parallel.tp=2", "checkpoint.keep=0")
+    return settings_over(json.loads((run / "config.json").read_text())["data"]["manifest"])
 
 
 def test_it_learns_and_leaves_everything_behind(trained):

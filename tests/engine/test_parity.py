@@ -62,6 +62,7 @@ def name_of(engine: EngineConfig) -> str:
 class Case(NamedTuple):
     engine: str
     precision: str
+    recompute: str
     accumulation: int
     model: str
 
@@ -100,8 +101,10 @@ def gradients_of(
                 engine.forward_backward(*rows, None, scale=scale, last=index == accumulation - 1)
         gradients = engine.named_logical_gradients()
         gradients = {name: gradient.cpu() for name, gradient in gradients.items()}
-        case = Case(name_of(engine_config), engine_config.precision, accumulation, model)
+        settings = (engine_config.precision, engine_config.recompute)
+        case = Case(name_of(engine_config), *settings, accumulation, model)
         found[case] = gradients, engine.step(1e-3).grad_norm
+    assert len(found) == len(cases)
     return found
 
 
@@ -268,7 +271,8 @@ def test_twenty_steps_of_training_equal_one_process(alone, engines, sequence_par
 
 def test_bf16_trains_with_fp32_masters():
     """Updates far below a bf16 step must add up in the masters."""
-    for found in run_shared(2, train_each, 1, ZERO_BF16, 8, TINY)[0].values():
+    one_microbatch = 2  # rows
+    for found in run_shared(2, train_each, 1, ZERO_BF16, 8, TINY, False, 1, one_microbatch)[0].values():
         assert found["losses"][-1] < found["losses"][0]
         masters = torch.cat(list(found["owned"].values()))
         assert masters.dtype == torch.float32

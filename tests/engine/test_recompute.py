@@ -184,15 +184,15 @@ def test_a_block_over_ranks_is_one_graph(over, policies):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("name", "stage"), [("local", 0), ("deepspeed", 1), ("deepspeed", 3), ("fsdp2", 0)])
-def test_compiled_or_recomputed_on_the_gpu(name, stage):
-    eager = EngineConfig(name="local", precision="fp32")
-    others = [
-        EngineConfig(name=name, zero_stage=stage, precision="fp32", compile="blocks", recompute=policy)
-        for policy in ("none", "selective", "full")
-    ]
-    others.append(dataclasses.replace(others[1], compile="none"))
-    (wanted, *found) = run_shared(1, all_gradients, 1, [eager, *others], device="cuda")[0]
+@pytest.mark.parametrize(
+    ("engine", "policies"),
+    [(LOCAL, ("none", "selective", "full")), (ZERO[1], ("none",)), (ZERO[3], ("full",)), (FSDP2, ("selective",))],
+    ids=lambda value: value.name if isinstance(value, EngineConfig) else "-".join(value),
+)
+def test_compiled_or_recomputed_on_the_gpu(engine, policies):
+    others = [dataclasses.replace(engine, compile="blocks", recompute=policy) for policy in policies]
+    others.append(dataclasses.replace(engine, recompute="selective"))
+    (wanted, *found) = run_shared(1, all_gradients, 1, [LOCAL, *others], device="cuda")[0]
     for result in found:
         for parameter, gradient in result.items():
             difference = (gradient - wanted[parameter]).norm() / wanted[parameter].norm()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import hydra
@@ -29,6 +30,11 @@ SIZES = {
 
 def compose_model(name: str) -> dict:
     """The model section of a run with model=`name`."""
+    return dict(_composed(name))
+
+
+@functools.cache
+def _composed(name: str) -> dict:
     import megatron_tn.train  # noqa: F401  registers the schema
 
     with hydra.initialize_config_dir(str(cli.CONF), version_base=None):

@@ -47,6 +47,7 @@ def test_other_shapes_are_refused():
 def test_flops_are_those_of_three_products_an_iteration():
     assert op.flops(4, 6, 5) == 5 * (2 * 4 * 4 * 6 + 2 * 4**3 + 2 * 4 * 4 * 6) == op.flops(6, 4, 5)
     assert op.flops(4, 6, 5, symmetric=True) == 5 * (4 * 4 * 6 + 4**3 + 2 * 4 * 4 * 6)
+    assert op.flops(4, 8, 5, symmetric=True) == 2 * 3 * 4 * 4 * 8 + (9 + 5) * 4**3  # joined by three and by two
 
 
 def use_tile(monkeypatch, tile: tuple[int, ...]) -> None:
@@ -69,13 +70,16 @@ def test_symmetric_products_are_those_of_whole_products(triton_device, monkeypat
     gram = triton_symmetric.symmetric_product(x)
     exact = x.double() @ x.double().mT
     assert relative_error(gram, exact) < 1e-3
-    assert torch.equal(gram, gram.mT)
-    polynomial = triton_symmetric.symmetric_product(gram, 2.0, gram, -3.0)
+    square = torch.arange(rows, device=gram.device) // tile[1]  # on the diagonal, made whole
+    assert torch.equal(gram, gram.mT.where(square[:, None] != square, gram))
+    polynomial = triton_symmetric.symmetric_product(gram, gram, 2.0, gram, -3.0)
     exact = 2 * gram.double() @ gram.double() - 3 * gram.double()
     assert relative_error(polynomial, exact) < 1e-3
+    found = triton_symmetric.symmetric_product(polynomial, gram, 1.0, gram, 3.4)
+    assert relative_error(found, polynomial.double() @ gram.double() + 3.4 * gram.double()) < 1e-3
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(48, 80), (80, 48)], ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(48, 80), (96, 40)], ids=str)  # one by one, and joined
 def test_iterations_by_half_are_the_definition(triton_device, monkeypatch, rows, columns):
     monkeypatch.setattr(op, "LEAST_ROWS", 1)
     if triton_device == "cpu":  # a few tiles, and parts of one

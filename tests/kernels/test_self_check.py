@@ -22,10 +22,12 @@ def check(device: str, dtype=torch.float32, **changes) -> dict[str, float]:
 
 
 @pytest.fixture(autouse=True)
-def small_vocabulary(monkeypatch):
-    """Two whole tiles of the head and a part of one, where there is no GPU: the interpreter is slow."""
+def few_tiles(monkeypatch):
+    """Whole tiles and a part of one, of the head and of symmetric products, where there is no GPU: the interpreter is
+    slow."""
     if not torch.cuda.is_available():
         monkeypatch.setattr(inspect.getmodule(self_check), "VOCABULARY", 523)
+        monkeypatch.setattr(importlib.import_module("kernels.newton_schulz.op"), "LEAST_ROWS", 128)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

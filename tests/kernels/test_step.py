@@ -150,8 +150,9 @@ def buffered_and_plain_steps(case: Gated, tokens: int, entering: int):
 
 
 def check_buffered(tolerance: float, **sizes) -> None:
-    case = Gated.random(length=11, batch=BATCH, begin=70_001, **sizes)
-    for got, wanted in buffered_and_plain_steps(case, 11, entering=6):
+    tokens = 2 * SLOTS + 1  # two folds
+    case = Gated.random(length=tokens, batch=BATCH, begin=70_001, **sizes)
+    for got, wanted in buffered_and_plain_steps(case, tokens, entering=6):
         assert_close("y norm state", got, wanted, tolerance)
 
 
@@ -169,8 +170,11 @@ def test_a_fold_at_another_slot_than_the_last_is_refused():
         gla_step_buffered_(case.qkvu, *buffer, case.decay, None, case.act, case.gate, None)
 
 
-@LRPE
-@pytest.mark.parametrize("width", [8, 80])
+@pytest.mark.parametrize(
+    ("width", "with_lrpe"),
+    [(8, True), (80, False), *(pytest.param(*case, marks=pytest.mark.full) for case in ((8, False), (80, True)))],
+    ids=str,
+)
 def test_buffered_steps_in_triton(triton_device, width, with_lrpe):
     check_buffered(TOLERANCE[torch.float32], width=width, with_lrpe=with_lrpe, device=triton_device)
 

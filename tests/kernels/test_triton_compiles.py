@@ -353,18 +353,20 @@ def test_cross_entropy(capability):
 def test_symmetric_products(capability, added, transposed):
     from kernels.newton_schulz import triton_symmetric as own
 
-    types = dict.fromkeys(("x", "other", "added_pointer", "out_pointer"), "*bf16") | {"alpha": "fp32", "share": "fp32"}
+    types = dict.fromkeys(("x", "y", "added", "out", "mirrored"), "*fp16") | {"alpha": "fp32", "share": "fp32"}
     tile = own.TILES[capability]
     if capability >= own.HOPPER:
-        for name, side in (("x", tile.rows), ("other", tile.columns)):
-            block = [1, tile.depth, side] if transposed else [1, side, tile.depth]
-            types[name] = f"tensordesc<bf16{block}>"
-    constants = {"HAS_ADDED": added, "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+        square = [tile.rows, tile.columns]
+        blocks = {"x": [tile.rows, tile.depth], "y": [tile.columns, tile.depth]}
+        blocks = {name: block[::-1] if transposed else block for name, block in blocks.items()}
+        blocks |= {"added": square, "out": square, "mirrored": square[::-1]}
+        types |= {name: f"tensordesc<fp16{[1, *block]}>" for name, block in blocks.items()}
+    constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
     constants |= {"DESCRIPTORS": capability >= own.HOPPER, "TRANSPOSED": transposed}
     constants |= {"x_row" if transposed else "x_column": 1}
     if not added:
-        constants["added_pointer"] = None
-        del types["added_pointer"]
+        constants["added"] = None
+        del types["added"]
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     kernel = compiled(own.symmetric_kernel, capability, types, constants, **options)
     shared, spilled = resources(kernel)

@@ -80,14 +80,15 @@ def test_muons_update_takes_what_is_planned():
     in_matrices = model.layers * (5 * model.embed_dim**2 + 3 * model.embed_dim * model.glu_dim)
     assert state_bytes(config, 1)["moments"] == 8 * 6_836_719_616 - 4 * in_matrices
     planned = update_bytes(config, 8, 0)
-    assert planned == 5 * 2 * 2**26  # 16 matrices of 2048 x 2048 in bf16, and four tensors as large
+    assert planned == 4 * 2 * 2**26  # 16 matrices of 2048 x 2048 in bf16, and three tensors as large
     assert update_bytes(config, 8, planned) == 0
     graph = dataclasses.replace(config, engine=dataclasses.replace(config.engine, cuda_graph=True))
     assert update_bytes(graph, 8, planned) == planned
-    sent = torch.zeros(16, 32, 32, dtype=torch.bfloat16)
-    with LiveMemory() as memory:
-        newton_schulz(sent)
-    assert sent.nbytes + memory.peak == pytest.approx(5 * sent.nbytes, rel=0.01)
+    for columns in (32, 64):  # iterations one by one, and joined
+        sent = torch.zeros(16, 32, columns, dtype=torch.bfloat16)
+        with LiveMemory() as memory:
+            newton_schulz(sent)
+        assert sent.nbytes + memory.peak == pytest.approx(4 * sent.nbytes, rel=0.01)
 
 
 def test_the_command_line_says_when_it_does_not_fit(capsys):
@@ -147,8 +148,9 @@ def test_a_sequence_too_long_for_a_rank_is_offered_to_several():
     assert "in GiB: parallel.cp=4 needs 1.1" in problem
 
 
-def measured(config: TrainConfig) -> tuple[int, int, int]:
-    """A real microbatch: bytes kept for backward and at most, and what autograd saved by its own hooks."""
+def measured(config: TrainConfig) -> tuple[int, int, int | None]:
+    """A real microbatch: bytes kept for backward and at most, and, without recomputation, what autograd saved by its
+    own hooks."""
     parallel = config.parallel
     context = ParallelContext.create(parallel.tp, parallel.cp, sequence_parallel=parallel.sequence_parallel)
     model = build_model(config.model, context, "cpu", torch.float32)
@@ -162,12 +164,12 @@ def measured(config: TrainConfig) -> tuple[int, int, int]:
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     tokens, targets = random_batch(config.data.micro_batch, config.data.sequence_length, config.model)
-    outputs = []
-    saved = saved_bytes(
-        lambda: outputs.append(model(tokens, targets=targets, reduction="sum").loss), tuple(model.parameters())
-    )
-    outputs.clear()
-    found = []
+    saved, outputs, found = None, [], []
+    if config.engine.recompute == "none":
+        saved = saved_bytes(
+            lambda: outputs.append(model(tokens, targets=targets, reduction="sum").loss), tuple(model.parameters())
+        )
+        outputs.clear()
     # gloo's threads may hold what they sent a moment longer than it is waited for: the least counts.
     for _ in range(3 if parallel.tp * parallel.cp > 1 else 1):
         with LiveMemory() as memory:
@@ -206,7 +208,7 @@ SHAPES = {
 }
 
 
-def measured_each(configs: list[TrainConfig]) -> list[tuple[int, int, int]]:
+def measured_each(configs: list[TrainConfig]) -> list[tuple[int, int, int | None]]:
     return [measured(config) for config in configs]
 
 
@@ -222,7 +224,7 @@ def test_activations_are_those_of_the_real_model(world):
             print(f"peak {predicted_peak} predicted, {peak} alive")
             assert predicted_kept == pytest.approx(kept, rel=0.01), name
             assert predicted_peak == pytest.approx(peak, rel=0.01), name
-            if config.engine.recompute == "none":
+            if saved is not None:
                 assert predicted_kept == pytest.approx(saved, rel=0.01), name
 
 
@@ -259,6 +261,25 @@ def test_the_largest_model_is_planned_in_seconds():
     plan = plan_memory(config, 512)
     assert time.monotonic() - began < 60
     assert 30 * GIB < plan.total < 300 * GIB
+
+
+def test_remedies_of_the_largest_model_follow_a_few_layers_each(monkeypatch):
+    """All layers once, for the layout itself: what does not fit is refused within seconds, too."""
+    model, followed = from_mapping(ModelConfig, compose_model("175b")), []
+
+    def measure(config, device):
+        followed.append(config.model.layers)
+        return microbatch.Microbatch(GIB * config.model.layers, GIB * config.model.layers, {}, 0, {})
+
+    monkeypatch.setattr(microbatch, "_measured", {})
+    monkeypatch.setattr(microbatch, "_measure", measure)
+    config = dataclasses.replace(TrainConfig(), model=model, parallel=ParallelConfig(tp=8))
+    config = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, gpu_memory_gib=80.0))
+    (problem,) = memory_problems(config, 512)
+    assert "nothing tried is enough" in problem
+    assert followed[0] == model.layers
+    assert len(followed) > 5
+    assert max(followed[1:]) <= 3
 
 
 def step_peaks(configs: list[TrainConfig]) -> list[int]:

@@ -61,7 +61,14 @@ def test_a_search_needs_to_know_the_cluster(capsys):
 
 def test_a_sweep_goes_past_layouts_that_do_not_fit_and_ends_with_a_table(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
-    sweep = ("--multirun", *SMALL, "data.micro_batch=1,64,3", "data.global_batch=128", f"run_dir={tmp_path}")
+    sweep = (
+        "--multirun",
+        *SMALL,
+        "model.layers=2",
+        "data.micro_batch=1,64,3",
+        "data.global_batch=128",
+        f"run_dir={tmp_path}",
+    )
     assert call(main, *sweep) == 0
     out = " ".join(capsys.readouterr().out.split())
     for words in ("why not", "a rank needs", "multiple"):
