@@ -2,7 +2,7 @@
 
     columns       y_i = X W_i^T                            q, k, v, u; layers with a common input
     row           Y = sum over ranks of x W^T              the token mixer's output
-    gated_unit    Y = row(act(y_1) y_2), y = columns(X)    SGLU, whose two products quantise their input only here
+    gated_unit    Y = row(act(y_1) y_2), y = columns(X)    SGLU
 
 Slices of tokens and the overlap with collectives are those of parallel/products.py. Where tokens are gathered, each
 rank quantises its slice by the largest element of all slices (one integer a rank is reduced first; none where a bound
@@ -58,7 +58,9 @@ class Input(NamedTuple):
 
 def columns(x: Tensor, weights: Sequence[Tensor], held: Float8Weights, axis: Axis, rows: int = 0) -> Sequence[Tensor]:
     """x [T, in], or this rank's slice [S, in] of `rows` tokens -> x W_i^T [T or rows, out_i] for each i."""
-    return _Columns.apply(x, Layer.of(weights, held, axis, rows), *weights).split([len(w) for w in weights], dim=-1)
+    y = _Columns.apply(x, Layer.of(weights, held, axis, rows), *weights)
+    # The gradient of a split is a copy, even of one part.
+    return [y] if len(weights) == 1 else y.split([len(weight) for weight in weights], dim=-1)
 
 
 def row(
