@@ -26,7 +26,7 @@ from megatron_tn.config import TrainConfig
 from megatron_tn.engine import fsdp2
 from megatron_tn.engine.build import build_engine
 from megatron_tn.model.registry import parameter_count
-from megatron_tn.parallel import products
+from megatron_tn.parallel import float8_operators, products
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.planning.collectives import Call, Collective, CollectiveLog, bytes_of
 from megatron_tn.planning.microbatch import same_pass, step_model
@@ -142,6 +142,9 @@ CODE: dict[str, Callable[..., Tensor]] = {
     "megatron_tn.column_forward.default": products._column_forward._init_fn,
     "megatron_tn.row_forward.default": products._row_forward._init_fn,
     "megatron_tn.row_backward.default": products._row_backward._init_fn,
+    "megatron_tn.column_forward_fp8.default": float8_operators.column_forward._init_fn,
+    "megatron_tn.row_forward_fp8.default": float8_operators.row_forward._init_fn,
+    "megatron_tn.row_backward_fp8.default": float8_operators.row_backward._init_fn,
 }
 
 

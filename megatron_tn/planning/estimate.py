@@ -74,6 +74,8 @@ def state_bytes(config: TrainConfig, world_size: int) -> dict[str, int]:
     """Bytes of parameters, gradients, fp32 masters and the optimizer's moments per rank, by kind: two fp32 values a
     parameter for AdamW, one for a parameter that Muon updates.
 
+    engine.products=fp8 keeps the blocks' matrices in fp8, too, where `keeps_fp8_operands`.
+
     With P parameters, each kind has P / tp values, divided by dp x cp from a ZeRO stage on (arXiv 1910.02054, figure
     1): moments and masters from stage 1, gradients from 2, parameters from 3. FSDP2 divides like stage 3, and its
     fp32 parameters are the masters. With engine.precision=fp32 the local engine and ZeRO 0 use the parameters as
@@ -93,8 +95,10 @@ def state_bytes(config: TrainConfig, world_size: int) -> dict[str, int]:
     if config.optim.name == "muon":
         moments -= 4 * math.ceil(matrix_elements(config.model) / config.parallel.tp)
     separate_masters = engine.name != "fsdp2" and (engine.precision == "bf16" or stage > 0)
+    # Rows and transpose, a byte each.
+    fp8 = 2 * math.ceil(matrix_elements(config.model) / config.parallel.tp)
     return {
-        "parameters": over_data(local * width, 3),
+        "parameters": over_data(local * width, 3) + (fp8 if engine.keeps_fp8_operands else 0),
         "gradients": over_data(local * gradient_width, 2),
         "masters": over_data(local * 4, 1) if separate_masters else 0,
         "moments": over_data(moments, 1),
@@ -135,14 +139,14 @@ def buffer_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
 
 def update_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
     """Bytes of a round of Muon's update (engine/matrices.py, kernels/newton_schulz): in the computing type, the
-    matrices as they are sent, X before and after an iteration, X X^T and its polynomial. They reuse the memory of the
-    freed activations, which a CUDA graph keeps."""
+    matrices as they are sent, X, and at most twice as much for X X^T, polynomials of it and the next X. They reuse the
+    memory of the freed activations, which a CUDA graph keeps."""
     if config.optim.name != "muon":
         return 0
     engine = config.engine
     elements = most_work(config, world_size).elements
     reused = 0 if engine.cuda_graph else activations
-    return max(0, 5 * elements * (2 if engine.precision == "bf16" else 4) - reused)
+    return max(0, 4 * elements * (2 if engine.precision == "bf16" else 4) - reused)
 
 
 def side_stream_bytes(config: TrainConfig) -> int:

@@ -47,6 +47,10 @@ class Plan:
         return self.time and self.tokens / (self.time.tokens_per_second * self.world_size) / 86400
 
     @property
+    def gpu_hours(self) -> float | None:
+        return self.days and 24 * self.days * self.world_size
+
+    @property
     def warnings(self) -> list[str]:
         return list(concerns(self.config, self.time))
 
@@ -99,6 +103,7 @@ class Plan:
                 "tokens_per_second_per_gpu": time.tokens_per_second,
                 "utilisation_datasheet": time.utilisation(config),
                 "days": self.days,
+                "gpu_hours": self.gpu_hours,
             }
         return found
 
@@ -183,6 +188,7 @@ def _time_table(plan: Plan, time: StepTime) -> Table:
     table.add_row("tokens/s per GPU", f"{time.tokens_per_second:,.0f}")
     table.add_row("of the datasheet's bf16 peak", f"{time.utilisation(plan.config):.1%}")
     table.add_row(f"days for {plan.tokens / 1e9:,.0f} billion tokens", f"{plan.days:,.1f}")
+    table.add_row("GPU hours", f"{plan.gpu_hours:,.0f}")
     return table
 
 

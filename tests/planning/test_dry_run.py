@@ -80,6 +80,13 @@ def test_ranks_that_meet_agree(model, name):
     check(layout(model, name, layers=2))
 
 
+def test_ranks_with_fp8_products_agree():
+    """Gathers of bytes, and of the largest element."""
+    parallel = ParallelConfig(tp=2, sequence_parallel=True)
+    data = DataConfig(sequence_length=24, micro_batch=1, global_batch=WORLD // 2)
+    check(tiny_config(engine=EngineConfig(name="local", products="fp8"), parallel=parallel, data=data))
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if "local" not in name])
 @pytest.mark.parametrize("model", SIZES)
@@ -174,9 +181,7 @@ def recorded(configs: list[TrainConfig]) -> list[dict[str, int]]:
         engine = build_engine(config, every_rank(), torch.device("cpu"))
         initialize_engine(engine, 0)
         tokens, targets = random_batch(1, 32, config.model)
-        for _ in range(
-            2 if config.engine.zero_stage == 3 else 1
-        ):  # the first step's trace tells it what to gather ahead
+        for _ in range(2 if config.engine.zero_stage == 3 else 1):  # it gathers ahead by the first step's trace
             with CollectiveLog() as log:
                 for last in (False, True):
                     engine.forward_backward(tokens, targets, None, scale=torch.tensor(1e-3), last=last)
