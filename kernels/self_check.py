@@ -24,12 +24,14 @@ from kernels.muon.op import muon_apply_, muon_direction_
 from kernels.newton_schulz import op as newton_schulz_op
 from kernels.newton_schulz import reference as newton_schulz_reference
 from kernels.numerics import accumulation_dtype
+from kernels.quantize.many import ManyMatrices
+from kernels.quantize.op import TYPES, largest, quantize, transpose
 from kernels.rmsnorm import reference as rmsnorm_reference
 from kernels.rmsnorm.op import add_rms_norm, branch_rms_norm
 from kernels.rope import reference as rope_reference
 from kernels.rope.op import rope
 from kernels.sglu import reference as sglu_reference
-from kernels.sglu.op import sglu
+from kernels.sglu.op import sglu, sglu_pair_backward, sglu_pair_forward
 from kernels.srmsnorm import reference as srmsnorm_reference
 from kernels.srmsnorm.op import add_scaled_simple_rms_norm, add_simple_rms_norm, simple_rms_norm
 
@@ -56,6 +58,7 @@ class _Sizes:
     decay: Tensor
     rope_base: float | None
     theta_learnt: bool
+    float8: bool
     length: int
     dtype: torch.dtype
 
@@ -78,6 +81,7 @@ def self_check(
     decay: Tensor | None = None,
     rope_base: float | None = None,
     theta_learnt: bool = True,
+    float8: bool = False,
     length: int = 4097,
     fall_back: bool = False,
 ) -> dict[str, float]:
@@ -92,6 +96,7 @@ def self_check(
     rope_base: of softmax attention, with heads of value_width: rope is checked in the place of lightning attention and
         gla; None: linear attention.
     theta_learnt: whether the gradient of LRPE's theta is checked.
+    float8: whether the operators of fp8 products are checked.
     decay: [heads], the rates (default: evenly spaced from 0 to 1, slow and fast heads in one call).
     length: positions of a sequence; the default is odd, and long enough to be cut into segments if there are few heads.
     fall_back: if an operator is wrong, log it, switch this process to plain PyTorch, and check again.
@@ -112,6 +117,7 @@ def self_check(
         decay=decay,
         rope_base=rope_base,
         theta_learnt=theta_learnt,
+        float8=float8,
         length=length,
         dtype=dtype,
     )
@@ -121,6 +127,8 @@ def self_check(
 def _checks(sizes: _Sizes) -> Iterator[Check]:
     yield from _attention_checks(sizes) if sizes.rope_base is None else _rope_check(sizes)
     yield from _norm_checks(sizes)
+    if sizes.float8:
+        yield from _float8_checks(sizes)
     yield from _vocabulary_checks(sizes)
     yield _muon_check(sizes)
     if sizes.dtype in newton_schulz_op.HALF_TYPES:
@@ -210,6 +218,45 @@ def _norm_checks(sizes: _Sizes) -> Iterator[Check]:
     yield Check("rms_norm", weighted, lambda x, weight: exactly_added_weighted(x, 0, weight), (rows, rows[1:]))
     yield Check("add_rms_norm", added_weighted, exactly_added_weighted, (rows, rows, rows[1:]))
     yield Check("sglu", product, exact_product, ((TOKENS, sizes.glu_width),) * 2)
+
+
+def _float8_checks(sizes: _Sizes) -> Iterator[Check]:
+    """Checks of the cast to fp8 and its transposes, and of the gated product of one tensor."""
+
+    def quantized(x: Tensor) -> Tensor:
+        (count, width), found = x.shape, []
+        for dtype in TYPES:
+            rows, transposed, scale = quantize(x, largest(x), dtype)
+            again = transpose(rows)
+            found += [rows[:, :width].float() * scale]
+            found += [each[:width, :count].t().float() * scale for each in (transposed, again)]
+        return torch.cat(found)
+
+    def many(*matrices: Tensor) -> Tensor:
+        found = ManyMatrices([[x.shape for x in matrices]], TYPES[0], matrices[0].device)
+        found.quantize_([matrices])
+        rows, transposed, scale = found.operands[0]
+        return torch.cat((rows.float() * scale, transposed.t().float() * scale))
+
+    def pair(x: Tensor) -> Tensor:
+        product, bits = sglu_pair_forward(x, sizes.glu_act)
+        gradient, gradient_bits = sglu_pair_backward(product, x, sizes.glu_act)
+        most = torch.stack([found.amax().view(torch.float32) for found in (bits, gradient_bits)])
+        return torch.cat((product.flatten(), gradient.flatten(), most.to(x.dtype)))
+
+    def exact_pair(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        product = sglu_reference.sglu(*x.chunk(2, dim=-1), sizes.glu_act)
+        (gradient,) = torch.autograd.grad(product, x, product.detach())
+        return torch.cat(
+            (product.flatten(), gradient.flatten(), product.abs().amax()[None], gradient.abs().amax()[None])
+        )
+
+    for width in (sizes.width, sizes.glu_width):
+        yield Check(f"quantize_{width}", quantized, quantized, ((TOKENS, width),), differentiable=False)
+    matrices = ((16 * TOKENS, 128), (16, 128))
+    yield Check("quantize_many", many, many, matrices, differentiable=False)
+    yield Check("sglu_pair", pair, exact_pair, ((TOKENS, 2 * sizes.glu_width),), differentiable=False)
 
 
 def _vocabulary_checks(sizes: _Sizes) -> Iterator[Check]:

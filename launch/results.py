@@ -17,6 +17,7 @@ import itertools
 import json
 import queue
 import re
+import shlex
 import statistics
 import sys
 import threading
@@ -38,7 +39,7 @@ WHOLE_TOKENS = 16384  # of a batch of whole documents
 LONGEST = 131072  # tokens of a whole document that are evaluated
 WHOLE_DOCUMENTS = 240  # whole documents that are evaluated, equally many of each source where it has them
 REPORT_S = 20.0  # between two lines on the runs under way
-BEST = re.compile(r"best of (\w+)")
+BEST = re.compile(r"best of (\w+)(?: (\S+))?")  # model, and variant
 RESULT, LOOP = "result", "training loop"  # names of the rows of a trained and of a measured run
 
 Row = dict[str, Any]
@@ -70,10 +71,11 @@ class Run:
     def is_benchmark(self) -> bool:
         return any(key.startswith("benchmark.") for key in self.own)
 
-    def has_row(self, known: list[Row]) -> bool:
-        """Whether one of the rows is this run's."""
+    def has_row(self, known: list[Row], overrides: list[str]) -> bool:
+        """Whether one of the rows is this run's. overrides: of every run of this call."""
         if self.is_benchmark:
-            return any((row["name"], row["model"]) == (LOOP, self.own["model"]) for row in known)
+            asked = {f"{key}={value}" for key, value in (self.shared | self.own).items()}
+            return any(row["name"] == LOOP and asked == settings_of(row) - set(overrides) for row in known)
         return any(row["name"] == RESULT and (row["plan"], row["run"]) == (self.plan, self.name) for row in known)
 
     def measure(self, programs: Programs, options: argparse.Namespace) -> None:
@@ -140,6 +142,12 @@ class Run:
         )
 
 
+def settings_of(row: Row) -> set[str]:
+    """KEY=VALUE of a benchmark's command line, but for the places that it writes to."""
+    words = {word for word in shlex.split(row["command"]) if "=" in word}
+    return {word for word in words if not word.startswith(("run_dir=", "benchmark.output="))}
+
+
 class Bad(Exception):
     """A plan that cannot be run; the message is one line."""
 
@@ -167,9 +175,10 @@ def _resolved(key: str, value: Any, done: list[Row]) -> Any:
     if not (wanted := BEST.fullmatch(str(value))):
         return value
     column = key.rpartition(".")[2]
-    found = [row for row in done if (row["name"], row.get("model")) == (RESULT, wanted[1])]
+    asked = (RESULT, wanted[1], wanted[2] or "")
+    found = [row for row in done if (row["name"], row.get("model"), row.get("variant", "")) == asked]
     if not found:
-        raise Bad(f"{key}={value}: no run of {wanted[1]} has a row yet")
+        raise Bad(f"{key}={value}: no run of {wanted[0].removeprefix('best of ')} has a row yet")
     return min(found, key=lambda row: row["value"])[column]
 
 
@@ -182,7 +191,7 @@ def run_piece(grids: list[dict], plan: dict, options: argparse.Namespace, progra
     known = read_rows(options.output)
     chosen = [own for grid in grids for own in grid_runs(grid, known)]
     runs = [Run(options.plan.stem, plan["settings"], own, options.runs) for own in chosen]
-    left = [run for run in runs if not run.has_row(known)]
+    left = [run for run in runs if not run.has_row(known, options.overrides)]
     train([run for run in left if not run.is_benchmark], options, programs)
     for run in left:
         if run.is_benchmark:

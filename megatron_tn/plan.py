@@ -65,6 +65,11 @@ def plan_of(config: PlanConfig, named: set[str]) -> tuple[Plan, list[Candidate]]
         raise ConfigError(problems)
     problems = memory_problems(config, world)
     logs = None
+    if config.dry_run and config.optim.name == "muon" and config.engine.name != "deepspeed":
+        raise ConfigError(
+            f"dry_run=true follows no update by optim.name=muon with engine.name={config.engine.name}, whose ranks "
+            "tell each other which matrices they hold: take optim=adamw, or an engine of DeepSpeed"
+        )
     if config.dry_run:
         from megatron_tn.planning.dry_run import dry_run  # imports the engines
 

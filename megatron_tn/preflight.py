@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from data_pipeline.shards.remote import is_remote
 from data_pipeline.stream import InputError, StreamState, TokenStream
 from megatron_tn.cli import is_first_process
 from megatron_tn.config import ConfigError, TrainConfig
 from megatron_tn.data import open_stream, with_token_ids
 from megatron_tn.evaluate import problems_in_training
 from megatron_tn.loading import open_weights, resolve_checkpoint
-from megatron_tn.parallel.world import processes_here, world_size
+from megatron_tn.parallel.world import of_first, processes_here, world_size
 from megatron_tn.planning.concerns import other_world
 from megatron_tn.planning.host import cpu_cost
 from megatron_tn.training.freeze import goes_on, settings_of_this_start
@@ -29,54 +33,72 @@ log = logging.getLogger(__name__)
 
 def preflight(config: TrainConfig) -> tuple[TrainConfig, TokenStream, Start | None]:
     """Everything that can be checked before anything is started or written: the settings to run, the data, and on rank
-    0 where to go on.
+    0 where to go on. Rank 0 reads the files. Collective.
 
     Raises:
         ConfigError: with every problem found.
     """
+    once = functools.partial(of_first, timeout_s=config.distributed_timeout_s)
     folder = RunFolder(config.run_dir)
-    config, notes = settings_of_this_start(with_token_ids(config), folder)
-    config = with_token_ids(config)  # settings frozen at a submission have none yet
+    config, notes, requeued = once(lambda: (*_settings(config, folder), goes_on(folder)))
     for note in notes:
         log.info(note)  # by one rank: the others log warnings alone
-    stream, start, problems = inspect(config, world_size(), requeued=goes_on(folder))
+    stream, start, problems = inspect(config, world_size(), requeued=requeued, once=once)
     if problems:
         raise ConfigError(problems)
     if is_first_process() and (line := other_world(config, os.environ)):
         log.warning(line)
     if is_first_process() and config.logging.progress and not torch.cuda.is_available():
-        done = manifest.step if (manifest := start.manifest()) else 0
+        done = manifest.step if (manifest := start.manifest) else 0
         if cost := cpu_cost(config, processes_here(), done):
             log.info(cost)
     return config, stream, start
 
 
+def _settings(config: TrainConfig, folder: RunFolder) -> tuple[TrainConfig, list[str]]:
+    config, notes = settings_of_this_start(with_token_ids(config), folder)
+    return with_token_ids(config), notes  # settings frozen at a submission have no ids yet
+
+
 def inspect(
-    config: TrainConfig, world_size: int, *, requeued: bool = False, gpus: bool | None = None
+    config: TrainConfig,
+    world_size: int,
+    *,
+    requeued: bool = False,
+    gpus: bool | None = None,
+    once: Callable[[Callable[[], Any]], Any] = lambda read: read(),
 ) -> tuple[TokenStream | None, Start | None, list[str]]:
     """The data at the run's beginning, on rank 0 where the run goes on, and every problem, one line each.
 
     requeued: see `choose_start`. gpus: of a run on other machines, whether its processes have GPUs; None for a run that
-    starts here.
+    starts here. once: calls a function on rank 0 and returns on every rank what it returned.
     """
-    problems = problems_in_training(config)
+    problems = once(lambda: problems_in_training(config))
     stream = start = None
     try:
-        stream = open_stream(config)
+        of_url = is_remote(config.data.manifest)  # whose cache is each node's own
+        stream = open_stream(config) if of_url else once(lambda: open_stream(config))
     except InputError as error:
         problems += [f"data.manifest: {problem}" for problem in error.problems]
     settings = problems_before_start(config, world_size, stream and stream.manifest.tokenizer.vocab_size, gpus=gpus)
     problems += settings
-    if is_first_process() and not settings:
-        try:
-            start = choose_start(config, RunFolder(config.run_dir), requeued=requeued)
-            if config.init_from and start.checkpoint is None:
-                start = dataclasses.replace(start, weights=folder_of_weights(config))
-            problems += checkpoint_problems(config, start)
-            if not problems:
-                go_to(stream, start)
-        except ConfigError as error:
-            problems += error.problems
+    if settings:
+        return stream, None, problems
+
+    def choose() -> None:
+        nonlocal start
+        start = choose_start(config, RunFolder(config.run_dir), requeued=requeued)
+        if config.init_from and start.checkpoint is None:
+            start = dataclasses.replace(start, weights=folder_of_weights(config))
+        if found := checkpoint_problems(config, start):
+            raise ConfigError(found)
+        if not problems:
+            go_to(stream, start)
+
+    try:
+        once(choose)
+    except ConfigError as error:
+        problems += error.problems
     return stream, start, problems
 
 
@@ -99,7 +121,7 @@ def folder_of_weights(config: TrainConfig) -> Path:
 
 def go_to(stream: TokenStream, start: Start) -> None:
     """Bring the stream to where a checkpoint was saved. Raises ConfigError when it was trained on other data."""
-    manifest = start.manifest()
+    manifest = start.manifest
     if manifest is None or not manifest.training.get("stream"):  # initial values, or a checkpoint of weights alone
         return
     try:

@@ -46,8 +46,9 @@ log = logging.getLogger(__name__)
 
 def train(config: TrainConfig) -> int | None:
     """Returns the exit code of a run that was told to stop before its end, and None for one that reached it."""
+    given = config
     config, stream, start = preflight(config)
-    with Preemption(joined=False) as preemption, Run(config, start, open_weights) as run:
+    with Preemption(joined=False) as preemption, Run(config, start, open_weights, given) as run:
         preemption.joined = True
         context = ParallelContext.create(
             config.parallel.tp, config.parallel.cp, sequence_parallel=config.parallel.sequence_parallel

@@ -8,7 +8,7 @@ import torch
 
 from kernels.bench import rows
 from megatron_tn.benchmark import main
-from megatron_tn.benchmarking import block, checkpoint
+from megatron_tn.benchmarking import block, checkpoint, decode
 from megatron_tn.benchmarking.local_copies import world_of_copies
 from megatron_tn.benchmarking.peers import llama
 from megatron_tn.config import ClusterConfig, ModelConfig, ParallelConfig, from_mapping
@@ -45,11 +45,11 @@ def test_rows_of_a_small_model(tmp_path):
 
 def test_one_rank_s_slice_beside_the_plan(tmp_path, capsys):
     output = tmp_path / "rows.jsonl"
-    words = ("model.layers=5", "parallel.tp=2", "parallel.sequence_parallel=true", "engine.precision=fp32")
+    words = ("model.layers=7", "parallel.tp=2", "parallel.sequence_parallel=true", "engine.precision=fp32")
     assert call(block.main, *SMALL, *words, "cluster=h200_141g", "benchmark.steps=1", f"benchmark.output={output}") == 0
     found = {row["name"]: row for row in map(json.loads, output.read_text().splitlines())}
     one, rest, whole = (found[f"slice: {name}"]["value"] for name in ("block", block.REST, "all layers"))
-    assert whole == pytest.approx(rest + 5 * one)
+    assert whole == pytest.approx(rest + 7 * one)
     assert found["slice: all layers + predicted collectives"]["value"] > whole
     assert found["slice: block"]["layout"] == "tp 2, cp 1, dp 1, sequence parallel"
 
@@ -71,6 +71,30 @@ def test_the_peer_of_a_transformer_has_its_parameters():
     peer = llama(config, torch.device("meta"))
     assert sum(parameter.numel() for parameter in peer.parameters()) == parameter_count(config)
     assert peer.config.rope_parameters["rope_theta"] == config.rope_base
+
+
+def test_a_peer_decodes_beside_us(tmp_path, monkeypatch, capsys):
+    """A cache that does not fit leaves a row without a value."""
+    hub.transformers()
+    output = tmp_path / "rows.jsonl"
+    words = ["--model", "transformer_demo", "--tokens", "2", "--output", str(output)]
+    monkeypatch.setattr(decode, "RUNS", 1)
+    decode.main([*words, "--peer", "llama", "--rows", "2", "--positions", "5"])
+    monkeypatch.setattr(decode, "peer_token_ms", mock_out_of_memory)
+    decode.main([*words, "--peer", "llama", "--rows", "64", "--positions", "7"])
+    decode.main(words)
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(row["name"], row["batch"], row["position"]) for row in found] == [
+        ("decoding of a LLaMA", 2, 5),
+        ("decoding of a LLaMA", 64, 7),
+        ("decoding", 1, 0),
+    ]
+    assert [row["value"] is None for row in found] == [False, True, False]
+    assert "after 7 tokens: the cache does not fit" in capsys.readouterr().out
+
+
+def mock_out_of_memory(*_):
+    raise torch.OutOfMemoryError
 
 
 def test_a_row_says_how_to_repeat_it():

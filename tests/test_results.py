@@ -69,7 +69,8 @@ def programs(monkeypatch):
             Path(said["output"]).write_text(json.dumps(found))
         else:
             with Path(said["benchmark.output"]).open("a") as file:
-                file.write(json.dumps({"name": "training loop", "model": said["model"]}) + "\n")
+                command = f"python -m {module} {' '.join(words)}"
+                file.write(json.dumps({"name": "training loop", "model": said["model"], "command": command}) + "\n")
 
     monkeypatch.setattr(Programs, "run", run)
     return calls
@@ -102,6 +103,13 @@ def test_a_plan_is_run_once_and_the_best_rate_is_read_from_its_rows(place, progr
     assert [said["model"] for module, said in programs if module == "megatron_tn.benchmark"] == ["ours", "rival"]
 
 
+def test_the_best_rate_is_that_of_the_variant():
+    rows = [{"name": "result", "model": "ours", "lr": lr, "value": bits} for lr, bits in ((1e-3, 1.2), (2e-3, 1.3))]
+    rows += [row | {"variant": "muon", "value": 3 - row["value"]} for row in rows]
+    for asked, lr in (("best of ours", 1e-3), ("best of ours muon", 2e-3)):
+        assert [*grid_runs({"optim.lr": [asked]}, rows)] == [{"optim.lr": lr}]
+
+
 def test_bad_input_is_said_before_anything_runs(place, programs, capsys):
     (place / "bad.yaml").write_text("pieces: {rates: [{model: ours}]}")
     for words, line in (
@@ -127,6 +135,7 @@ def test_the_runs_of_every_plan_are_there(path):
     plan = read_plan(path)
     known = [{"name": "result", "model": path.stem.removeprefix("results_"), "lr": 0.001, "value": 1.0}]
     known += [known[0] | {"model": f"transformer_{known[0]['model']}"}]
+    known += [known[0] | {"model": "50m"}, known[0] | {"model": "50m", "variant": "muon"}]
     assert megatron_tn.train.main  # importing it registers the schema
     chosen = [own for grids in plan["pieces"].values() for grid in grids for own in grid_runs(grid, known)]
     assert len({tuple(own.items()) for own in chosen}) == len(chosen) > 0

@@ -40,7 +40,7 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def row(name: str, unit: str, value: float, **extras: Any) -> dict[str, Any]:
+def row(name: str, unit: str, value: float | None, **extras: Any) -> dict[str, Any]:
     """One measurement as a row. extras: further keys with plain values, such as model, layout, sequence_length."""
     return {**provenance(), "name": name, "unit": unit, "value": value, **extras}
 

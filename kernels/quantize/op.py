@@ -5,7 +5,8 @@ Matrix products of Hopper's tensor cores read both fp8 operands along the contra
 such products also need; the padding is zero. The scale stays on the device. `reference` defines it.
 
 NaN and infinity: if x has one, the scale is NaN, so that every product with x is NaN. A cast alone would lose them:
-infinity saturates at the largest fp8 number, and a floating-point maximum may drop NaN.
+infinity saturates at the largest fp8 number, and a floating-point maximum may drop NaN. With the scale of a bound, an
+element above it becomes NaN.
 """
 
 import torch

@@ -30,6 +30,7 @@ def scale_of(largest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def quantize(x: Tensor, largest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x [T, C], largest |x| (see `largest`) -> x / s in `dtype`, and s, fp32 [1]."""
+    """x [T, C], largest |x| (see `largest`) -> x / s in `dtype`, and s, fp32 [1]. What is larger becomes NaN."""
     scale, inverse = scale_of(largest, dtype)
-    return (x.float() * inverse).to(dtype), scale
+    x = x.float() * inverse
+    return x.masked_fill(x.abs() > torch.finfo(dtype).max, float("nan")).to(dtype), scale

@@ -35,33 +35,30 @@ def scales(largest, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def quantize_kernel(
+def quantize_tile(
+    tile,
     x_pointer,
-    largest_pointer,
     rows_pointer,  # None: not written
     transposed_pointer,  # None: not written
-    scale_pointer,
-    count,  # rows
+    inverse,
+    count,
     width,
-    partial,
     padded_width,
     padded_count,
-    SHIFT: tl.constexpr,
-    PARTIAL: tl.constexpr,
+    transposed_row,
+    MOST: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    """One tile of x [count, width] to rows [count, padded_width] and transposed [padded_width, padded_count], the rows
+    of which are transposed_row elements apart."""
     across = tl.cdiv(padded_width, COLUMNS)
-    row = (tl.program_id(0) // across) * ROWS + tl.arange(0, ROWS)
-    column = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
-    some = tl.arange(0, PARTIAL)
-    largest = tl.max(tl.load(largest_pointer + some, mask=some < partial, other=0), axis=0)
-    scale, inverse = scales(largest, SHIFT)
-    if tl.program_id(0) == 0:
-        tl.store(scale_pointer, scale)
+    row = (tile // across) * ROWS + tl.arange(0, ROWS)
+    column = (tile % across) * COLUMNS + tl.arange(0, COLUMNS)
     mask = (row < count)[:, None] & (column < width)[None, :]
     x = tl.load(x_pointer + row.to(tl.int64)[:, None] * width + column[None, :], mask=mask, other=0.0)
     x = x.to(tl.float32) * inverse
+    x = tl.where(tl.abs(x) > MOST, float("nan"), x)
     if rows_pointer is not None:
         data = x.to(rows_pointer.dtype.element_ty)
         mask = (row < count)[:, None] & (column < padded_width)[None, :]
@@ -69,7 +66,48 @@ def quantize_kernel(
     if transposed_pointer is not None:
         data = tl.trans(x.to(transposed_pointer.dtype.element_ty))
         mask = (column < padded_width)[:, None] & (row < padded_count)[None, :]
-        tl.store(transposed_pointer + column.to(tl.int64)[:, None] * padded_count + row[None, :], data, mask=mask)
+        tl.store(transposed_pointer + column.to(tl.int64)[:, None] * transposed_row + row[None, :], data, mask=mask)
+
+
+@triton.jit
+def quantize_kernel(
+    x_pointer,
+    largest_pointer,
+    rows_pointer,  # None: not written
+    transposed_pointer,  # None: not written
+    scale_pointer,
+    count,
+    width,
+    partial,
+    padded_width,
+    padded_count,
+    SHIFT: tl.constexpr,
+    MOST: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    some = tl.arange(0, PARTIAL)
+    largest = tl.max(tl.load(largest_pointer + some, mask=some < partial, other=0), axis=0)
+    scale, inverse = scales(largest, SHIFT)
+    if tile == 0:
+        tl.store(scale_pointer, scale)
+    quantize_tile(
+        tile,
+        x_pointer,
+        rows_pointer,
+        transposed_pointer,
+        inverse,
+        count,
+        width,
+        padded_width,
+        padded_count,
+        padded_count,
+        MOST,
+        ROWS,
+        COLUMNS,
+    )
 
 
 @triton.jit
@@ -121,6 +159,7 @@ def quantize(x: Tensor, largest: Tensor, *, rows: Tensor, transposed: Tensor, sc
             padded_width,
             padded_count,
             SHIFT=SHIFTS[rows.dtype],
+            MOST=torch.finfo(rows.dtype).max,
             PARTIAL=triton.next_power_of_2(largest.numel()),
             ROWS=ROWS,
             COLUMNS=COLUMNS,

@@ -1,8 +1,10 @@
 """Sampling in one kernel: a program owns a row of logits, and reads it again for each pass over the vocabulary.
 
 A row of 64000 bf16 logits stays in the multiprocessor's L1 cache. The kth largest logit is found by bisection over
-its bit pattern, two bits a pass: 8 passes for bf16, 16 for fp32. So is the least logit of the nucleus, by the weights
-of the tokens above a threshold. Then the token is drawn by inverting the cumulative weights in the order of ids.
+its bit pattern, two bits a pass: at most 8 passes for bf16, 16 for fp32. For k <= GROUPS it is at least the least of
+GROUPS groups' largest logits; passes over bits above the distance from there to the largest logit are left out, about
+half of them. So is the least logit of the nucleus found, by the weights of the tokens above a threshold. Then the token
+is drawn by inverting the cumulative weights in the order of ids.
 """
 
 import torch
@@ -11,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK, WARPS = 4096, 16
+GROUPS = tl.constexpr(64)  # of a row's columns
 UNROLL = 4  # blocks of a pass whose loads are in flight together
 GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
 FIRST_MULTIPLIER = tl.constexpr(0xBF58476D1CE4E5B9)
@@ -44,6 +47,19 @@ def in_order(place):
     flipped = (place ^ 0x80000000).to(tl.int32, bitcast=True)
     x = (flipped ^ ((flipped >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
     return tl.where(place < 0x007FFFFF, float("-inf"), x)
+
+
+@triton.jit
+def place_of(x):
+    """The place of an fp32 number in the order of `in_order`, uint32."""
+    bits = x.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
+
+
+@triton.jit
+def beyond(place, more):
+    """The number that many places on; NaN, which no logit reaches, where the order ends before."""
+    return in_order(tl.where(place > 0xFFFFFFFF - more, 0xFFFFFFFF, place + more))
 
 
 @triton.jit
@@ -89,22 +105,27 @@ def sample_kernel(
         least = float("-inf")  # the least logit that is kept
         if (top_k > 0) & (top_k < size):
             place = tl.full([], 0, tl.uint32)  # of the kth largest logit in the order, from its highest bits on
+            if top_k <= GROUPS:
+                floor = place_of(tl.min(tl.max(tl.reshape(best, (GROUPS, BLOCK // GROUPS)), 1), 0))
+                place = (floor >> (32 - BITS)) << (32 - BITS)
+            distance = place_of(largest) - place
             for step in range(BITS // 2):
                 unit = tl.full([], 1, tl.uint32) << (30 - 2 * step)
-                first_bound, second_bound = in_order(place + unit), in_order(place + 2 * unit)
-                third_bound = in_order(place + 3 * unit)
-                # How many logits reach each bound, in three fields of one number: a thread's part is below 2^10.
-                counts = tl.zeros([BLOCK], tl.int32)
-                for first in tl.range(0, size, BLOCK, loop_unroll_factor=UNROLL):
-                    x = load_logits(logits_at, seen_at, first + offsets, size, penalty, PENALTY)
-                    counts += tl.where(x >= first_bound, 1, 0) + tl.where(x >= second_bound, 1 << 10, 0)
-                    counts += tl.where(x >= third_bound, 1 << 20, 0)
-                wide = (counts & 0x3FF).to(tl.int64) + (((counts >> 10) & 0x3FF).to(tl.int64) << 21)
-                total_counts = tl.sum(wide + ((counts >> 20).to(tl.int64) << 42), 0)
-                reached = ((total_counts & 0x1FFFFF) >= top_k).to(tl.uint32)
-                reached += (((total_counts >> 21) & 0x1FFFFF) >= top_k).to(tl.uint32)
-                reached += ((total_counts >> 42) >= top_k).to(tl.uint32)
-                place += reached * unit
+                if distance >= unit:
+                    first_bound, second_bound = beyond(place, unit), beyond(place, 2 * unit)
+                    third_bound = beyond(place, 3 * unit)
+                    # How many logits reach each bound, in three fields of one number: a thread's part is below 2^10.
+                    counts = tl.zeros([BLOCK], tl.int32)
+                    for first in tl.range(0, size, BLOCK, loop_unroll_factor=UNROLL):
+                        x = load_logits(logits_at, seen_at, first + offsets, size, penalty, PENALTY)
+                        counts += tl.where(x >= first_bound, 1, 0) + tl.where(x >= second_bound, 1 << 10, 0)
+                        counts += tl.where(x >= third_bound, 1 << 20, 0)
+                    wide = (counts & 0x3FF).to(tl.int64) + (((counts >> 10) & 0x3FF).to(tl.int64) << 21)
+                    total_counts = tl.sum(wide + ((counts >> 20).to(tl.int64) << 42), 0)
+                    reached = ((total_counts & 0x1FFFFF) >= top_k).to(tl.uint32)
+                    reached += (((total_counts >> 21) & 0x1FFFFF) >= top_k).to(tl.uint32)
+                    reached += ((total_counts >> 42) >= top_k).to(tl.uint32)
+                    place += reached * unit
             least = in_order(place)
         total = kept_weight(logits_at, seen_at, size, penalty, largest, temperature, least, PENALTY, BLOCK, UNROLL)
         if top_p < 1:
@@ -141,8 +162,8 @@ def sample_kernel(
                 weight = tl.where(kept, tl.exp((x - largest) / temperature), 0.0)
                 here = tl.sum(weight, 0)
                 if passed + here > drawn:
-                    beyond = kept & (passed + tl.cumsum(weight, 0) > drawn)
-                    found = tl.min(tl.where(beyond, column, 2147483647), 0)
+                    past = kept & (passed + tl.cumsum(weight, 0) > drawn)
+                    found = tl.min(tl.where(past, column, 2147483647), 0)
                     if found == 2147483647:  # the scan's last sum is rounded below `here`: the last kept token
                         found = tl.max(tl.where(kept, column, 0), 0)
                 passed += here

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.numerics import accumulation_dtype
+from kernels.quantize.op import largest
 
 ACTS = ("none", "silu")
 
@@ -25,6 +26,17 @@ def sglu(a: Tensor, b: Tensor, act: str = "none") -> Tensor:
     if not torch.is_floating_point(a):
         raise ValueError(f"a.dtype={a.dtype} is not a floating type")
     return torch.ops.megatron_tn.sglu_forward(a, b, act)
+
+
+def sglu_pair_forward(pair: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    """pair a | b [T, 2 F], contiguous -> (act(a) * b [T, F], int32 [n]: `kernels.quantize.op.largest` of it). For fp8
+    products; without autograd."""
+    return torch.ops.megatron_tn.sglu_pair_forward(pair, act)
+
+
+def sglu_pair_backward(dy: Tensor, pair: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    """dy [T, F] -> (the gradient of pair [T, 2 F], `kernels.quantize.op.largest` of it)."""
+    return torch.ops.megatron_tn.sglu_pair_backward(dy, pair, act)
 
 
 @torch.library.custom_op("megatron_tn::sglu_forward", mutates_args=())
@@ -61,6 +73,39 @@ def _forward_fake(a, b, act):
 @_backward.register_fake
 def _backward_fake(dy, a, b, act):
     return a.new_empty(a.shape), b.new_empty(b.shape)
+
+
+@torch.library.custom_op("megatron_tn::sglu_pair_forward", mutates_args=())
+def _pair_forward(pair: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    a, b = pair.chunk(2, dim=-1)
+    if _backend(pair) == "triton":
+        from kernels.sglu import triton_sglu
+
+        bits = torch.zeros(triton_sglu.SLOTS, dtype=torch.int32, device=pair.device)
+        return triton_sglu.forward(a=a, b=b, act=act, largest=bits), bits
+    y = _forward(a, b, act)
+    return y, largest(y)
+
+
+@torch.library.custom_op("megatron_tn::sglu_pair_backward", mutates_args=())
+def _pair_backward(dy: Tensor, pair: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    if _backend(pair) == "triton":
+        from kernels.sglu import triton_sglu
+
+        bits = torch.zeros(triton_sglu.SLOTS, dtype=torch.int32, device=pair.device)
+        return triton_sglu.pair_backward(dy=dy, pair=pair, act=act, largest=bits), bits
+    gradient = torch.cat(_backward(dy, *pair.chunk(2, dim=-1), act), dim=-1)
+    return gradient, largest(gradient)
+
+
+@_pair_forward.register_fake
+def _pair_forward_fake(pair, act):
+    return pair.new_empty(pair.shape[0], pair.shape[1] // 2), pair.new_empty(1, dtype=torch.int32)
+
+
+@_pair_backward.register_fake
+def _pair_backward_fake(dy, pair, act):
+    return pair.new_empty(pair.shape), pair.new_empty(1, dtype=torch.int32)
 
 
 def _save(ctx, inputs, output):

@@ -8,10 +8,29 @@ from torch import Tensor
 from kernels.rows import as_rows
 
 BLOCK, WARPS = 2048, 4  # elements per program: 16 per thread, two 16-byte accesses per tensor
+SLOTS = 1024  # integers that programs share to note the largest element: few programs meet in one
 
 
 @triton.jit
-def forward_kernel(a_pointer, b_pointer, y_pointer, a_row, b_row, width, SILU: tl.constexpr, BLOCK: tl.constexpr):
+def note_largest(largest_pointer, y, SLOTS: tl.constexpr):
+    """See `kernels.quantize.op.largest`: of y, into one of SLOTS integers."""
+    bits = y.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    tl.atomic_max(largest_pointer + tl.program_id(0) % SLOTS, tl.max(bits, axis=0), sem="relaxed")
+
+
+@triton.jit
+def forward_kernel(
+    a_pointer,
+    b_pointer,
+    y_pointer,
+    largest_pointer,  # None: not noted
+    a_row,
+    b_row,
+    width,
+    SILU: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
     blocks = tl.cdiv(width, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -20,7 +39,10 @@ def forward_kernel(a_pointer, b_pointer, y_pointer, a_row, b_row, width, SILU: t
     b = tl.load(b_pointer + row * b_row + column, mask=mask, other=0.0).to(tl.float32)
     if SILU:
         a *= tl.sigmoid(a)
-    tl.store(y_pointer + row * width + column, (a * b).to(y_pointer.dtype.element_ty), mask=mask)
+    y = (a * b).to(y_pointer.dtype.element_ty)
+    tl.store(y_pointer + row * width + column, y, mask=mask)
+    if largest_pointer is not None:
+        note_largest(largest_pointer, y, SLOTS)
 
 
 @triton.jit
@@ -30,12 +52,15 @@ def backward_kernel(
     b_pointer,
     da_pointer,
     db_pointer,
+    largest_pointer,  # None: not noted
     dy_row,
     a_row,
     b_row,
+    out_row,
     width,
     SILU: tl.constexpr,
     BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
     blocks = tl.cdiv(width, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -49,35 +74,51 @@ def backward_kernel(
         gate = tl.sigmoid(a)
         da *= gate * (1.0 + a * (1.0 - gate))
         db *= gate
-    tl.store(da_pointer + row * width + column, da.to(da_pointer.dtype.element_ty), mask=mask)
-    tl.store(db_pointer + row * width + column, db.to(db_pointer.dtype.element_ty), mask=mask)
+    da, db = da.to(da_pointer.dtype.element_ty), db.to(db_pointer.dtype.element_ty)
+    tl.store(da_pointer + row * out_row + column, da, mask=mask)
+    tl.store(db_pointer + row * out_row + column, db, mask=mask)
+    if largest_pointer is not None:
+        note_largest(largest_pointer, da, SLOTS)
+        note_largest(largest_pointer, db, SLOTS)
 
 
-def forward(*, a: Tensor, b: Tensor, act: str) -> Tensor:
-    """a, b: [..., F] -> act(a) * b, contiguous, in their type."""
+def forward(*, a: Tensor, b: Tensor, act: str, largest: Tensor | None = None) -> Tensor:
+    """a, b: [..., F] -> act(a) * b, contiguous, in their type. largest: zeros, int32 [SLOTS], for `note_largest`."""
     y = torch.empty(a.shape, dtype=a.dtype, device=a.device)
-    _launch(forward_kernel, {"a": a, "b": b}, act=act, y_pointer=y)
+    _launch(forward_kernel, {"a": a, "b": b}, act=act, y_pointer=y, largest_pointer=largest)
     return y
 
 
 def backward(*, dy: Tensor, a: Tensor, b: Tensor, act: str) -> tuple[Tensor, Tensor]:
     """dy, a, b: [..., F] -> the gradients of a and b, contiguous, in their type."""
     da, db = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (a, b))
-    _launch(backward_kernel, {"dy": dy, "a": a, "b": b}, act=act, da_pointer=da, db_pointer=db)
+    _launch(backward_kernel, {"dy": dy, "a": a, "b": b}, act=act, da_pointer=da, db_pointer=db, largest_pointer=None)
     return da, db
 
 
-def _launch(kernel, inputs: dict[str, Tensor], *, act: str, **outputs: Tensor) -> None:
+def pair_backward(*, dy: Tensor, pair: Tensor, act: str, largest: Tensor) -> Tensor:
+    """dy [T, F], pair a | b [T, 2 F], contiguous -> its gradient."""
+    gradient = torch.empty(pair.shape, dtype=pair.dtype, device=pair.device)
+    (a, b), (da, db) = pair.chunk(2, dim=-1), gradient.chunk(2, dim=-1)
+    inputs = {"dy": dy, "a": a, "b": b}
+    _launch(
+        backward_kernel, inputs, act=act, da_pointer=da, db_pointer=db, largest_pointer=largest, out_row=pair.shape[-1]
+    )
+    return gradient
+
+
+def _launch(kernel, inputs: dict[str, Tensor], *, act: str, **arguments: Tensor | int | None) -> None:
     """One program per BLOCK columns of a row. inputs: passed to the kernel as NAME_pointer, row strides as NAME_row."""
     if all(x.is_contiguous() for x in inputs.values()):
         rows = {name: x.view(1, -1) for name, x in inputs.items()}  # one long row: at most one partial block
     else:
         rows = {name: as_rows(x) for name, x in inputs.items()}
     count, width = rows["a"].shape
-    arguments = dict(outputs)
     for name, x in rows.items():
         arguments |= {f"{name}_pointer": x, f"{name}_row": x.stride(0)}
+    if kernel is backward_kernel:
+        arguments.setdefault("out_row", width)
     with torch.cuda.device_of(rows["a"]):
         kernel[(triton.cdiv(width, BLOCK) * count,)](
-            **arguments, width=width, SILU=act == "silu", BLOCK=BLOCK, num_warps=WARPS
+            **arguments, width=width, SILU=act == "silu", BLOCK=BLOCK, SLOTS=SLOTS, num_warps=WARPS
         )

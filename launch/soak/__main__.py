@@ -5,7 +5,7 @@
     minutes     of training under faults (60); an undisturbed run of as many steps follows
     mtbf_s      mean time between a start's first step and its next fault: exponential (120)
     seed        of times, kinds and ranks (0)
-    faults      kinds to choose from, joined by commas (all of launch/soak/faults.py)
+    faults      kinds to choose from, joined by commas (all FAULTS of launch/soak/faults.py; GPU_FAULTS need a GPU)
     heal_s      how long a full disk or a read-only folder lasts (20)
     processes   trainers on this machine (2)
     output      folder; it must not hold a soak already (runs/soak)
@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.soak.faults import FAULTS
-from launch.soak.soak import ROOT, LocalTrainers, Soak
+from launch.soak.soak import KNOWN, ROOT, LocalTrainers, Soak
 from megatron_tn.training.goodput import CAUSES, goodput_of
 from megatron_tn.training.run_folder import RunFolder
 
@@ -95,8 +95,8 @@ class Settings:
         for name in ("minutes", "mtbf_s", "processes"):
             if getattr(settings, name) <= 0:
                 raise ValueError(f"{name}={getattr(settings, name)} must be above 0")
-        if strange := [name for name in settings.faults if name not in FAULTS]:
-            raise ValueError(f"faults={','.join(strange)}: unknown; there are {', '.join(FAULTS)}")
+        if strange := [name for name in settings.faults if name not in KNOWN]:
+            raise ValueError(f"faults={','.join(strange)}: unknown; there are {', '.join(KNOWN)}")
         if Path(settings.output, "run").exists():
             raise ValueError(f"output={settings.output} holds a soak already: choose another, or remove it")
         return settings

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
 import os
 import signal
 import socket
@@ -15,7 +16,9 @@ import sys
 import time
 from typing import Any
 
-RAISE, HOLD_LOCK, CUT, READ_ONLY, READ_WRITE, SLOW_SAVE = (signal.SIGRTMIN + number for number in range(3, 9))
+SIGNALS = iter(range(signal.SIGRTMIN + 3, signal.SIGRTMAX))
+RAISE, HOLD_LOCK, CUT, READ_ONLY, READ_WRITE, SLOW_SAVE = itertools.islice(SIGNALS, 6)
+CUDA_ERROR, OUT_OF_MEMORY = itertools.islice(SIGNALS, 2)
 SLOW_S = 600.0
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink"}  # audit events
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -36,6 +39,8 @@ def listen() -> None:
         READ_ONLY: lambda *_: _audited.add(READ_ONLY),
         READ_WRITE: lambda *_: _audited.discard(READ_ONLY),
         SLOW_SAVE: lambda *_: _audited.add(SLOW_SAVE),
+        CUDA_ERROR: _fail_in_a_kernel,
+        OUT_OF_MEMORY: _take_too_much,
     }
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -46,13 +51,28 @@ def _raise(*_: Any) -> None:
     raise InjectedFault("a fault of launch.soak")
 
 
+def _fail_in_a_kernel(*_: Any) -> None:
+    """An index beyond a tensor's end on the GPU: a later call of this process finds the CUDA context lost."""
+    import torch
+
+    torch.zeros(1, device="cuda")[torch.full((1,), 9, device="cuda")]
+
+
+def _take_too_much(*_: Any) -> None:
+    import torch
+
+    torch.empty(1 << 50, dtype=torch.uint8, device="cuda")  # a petabyte
+
+
 def _cut(*_: Any) -> None:
-    """Shut down this process's TCP connections: collectives abort, on this rank and on its peers."""
+    """Shut down this process's TCP connections: collectives abort, on this rank and on its peers. Sockets that listen
+    stay: without them gloo ends the process with SIGABRT."""
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
                 with socket.socket(fileno=os.dup(int(name))) as connection:
-                    if connection.family in (socket.AF_INET, socket.AF_INET6):
+                    listens = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+                    if connection.family in (socket.AF_INET, socket.AF_INET6) and not listens:
                         connection.shutdown(socket.SHUT_RDWR)
 
 

@@ -97,6 +97,11 @@ FAULTS = {
     "disk": Fault(lambda target: limit_files(target, 0), heal=lambda target: limit_files(target, -1)),
     "readonly": Fault(read_only, heal=read_write),
 }
+# On a GPU. NCCL's own thread may find the lost context first, and abort.
+GPU_FAULTS = {
+    "cuda": Fault(signalled(agent.CUDA_ERROR), (1, 75, 128 + signal.SIGABRT), checkpoints=1),
+    "memory": Fault(signalled(agent.OUT_OF_MEMORY), (1, 75), checkpoints=1),
+}
 
 
 def trainers_of(run_dir: Path | str) -> dict[int, int]:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Protocol
 
 from launch.soak.check import outcome_of, problems
-from launch.soak.faults import FAULTS, Fault, Target, trainers_of
+from launch.soak.faults import FAULTS, GPU_FAULTS, Fault, Target, trainers_of
 from megatron_tn.training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 AGENT = Path(__file__).with_name("site")
+KNOWN = FAULTS | GPU_FAULTS
 POLL_S = 0.2
 PATIENCE_S = 300.0  # a start must train its first step, and end after a fault that ends one, within this
 
@@ -128,7 +129,7 @@ class Soak:
         while not self.problems:
             at = time.time() + self.choice.expovariate(1 / self.mtbf_s)
             name = self.choice.choice(self.kinds)
-            while time.time() < at or not self._is_possible(FAULTS[name], trainers, launched):
+            while time.time() < at or not self._is_possible(KNOWN[name], trainers, launched):
                 if not self._goes_on(trainers, launched):
                     return False
                 if is_over():
@@ -163,7 +164,7 @@ class Soak:
 
     def _inject(self, name: str, trainers: Trainers) -> int | None:
         """The exit code of a start that the fault ended."""
-        fault, target = FAULTS[name], Target(self.folder, trainers.pids(), self.choice)
+        fault, target = KNOWN[name], Target(self.folder, trainers.pids(), self.choice)
         event = Event(name, time.time() - self._began, self.folder.status().get("step", 0))
         self.events.append(event)
         self.say(f"{event.at_s:8.1f} s: {name}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.submission.provenance import secrets
+from launch.submission.script import is_sweep, override
 from megatron_tn.config import ConfigError, differences, has_credentials, redacted, storable, to_mapping, to_stored
 from megatron_tn.config.slurm import SubmitConfig
 from megatron_tn.data import with_token_ids
@@ -49,7 +50,7 @@ def check(config: SubmitConfig) -> Checked:
     problems += found
     if train.problems(world):
         return Checked(config, list(dict.fromkeys(problems)), [])
-    manifest = start.manifest() if start else None
+    manifest = start.manifest if start else None
     figures = outline(train, world, manifest.step if manifest else 0)
     config, seconds, found = _time(config, figures)
     full = _disk(config, figures)
@@ -68,6 +69,8 @@ def _names(config: SubmitConfig) -> Iterator[str]:
         yield f"run_dir={run_dir!r}: train.sbatch takes no backslash and no control character in it"
     if "${" in run_dir:
         yield f"run_dir={run_dir}: must be a path, as a requeued job has to find the same folder"
+    elif "\\" not in run_dir and is_sweep(override("run_dir", str(Path(run_dir).absolute()))):
+        yield f"run_dir={run_dir}: with a comma and both kinds of quotes it reads as a sweep; choose another name"
     if config.slurm.chain != 1 and config.checkpoint.resume != "auto":
         yield (
             f"checkpoint.resume={config.checkpoint.resume} with slurm.chain={config.slurm.chain}: every job of the "

@@ -8,6 +8,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
 from megatron_tn.config.slurm import SubmitConfig
 from megatron_tn.training.run_folder import SUBMITTED
 from megatron_tn.training.submission import Submission
@@ -102,6 +105,14 @@ def override(key: str, path: str) -> str:
             if quote not in path:
                 return f"{key}={quote}{path}{quote}"
     return f"{key}={path}"
+
+
+def is_sweep(word: str) -> bool:
+    """Whether an override is one over several values; False for what Hydra cannot parse, which is quoted as a whole."""
+    try:
+        return OverridesParser.create().parse_override(word).is_sweep_override()
+    except HydraException:
+        return False
 
 
 def job_number(said: str) -> str:

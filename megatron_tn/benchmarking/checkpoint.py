@@ -30,11 +30,13 @@ from rich.table import Table
 from data_pipeline.stream.bench import write_shards
 from kernels.bench import rows
 from megatron_tn.benchmarking.decode import model_config
+from megatron_tn.checkpoint.ahead import ReadAhead
 from megatron_tn.checkpoint.background import CheckpointWriter, Save
 from megatron_tn.checkpoint.load import load_checkpoint
 from megatron_tn.checkpoint.retention import Retention
 from megatron_tn.checkpoint.verify import verify
 from megatron_tn.config import ModelConfig, TrainConfig, to_stored
+from megatron_tn.device.host_memory import HostMemory
 from megatron_tn.model.registry import build_model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.sharding import OwnedRange
@@ -164,18 +166,35 @@ def measure_files(bench: Bench, folder: Path, name: str, device: torch.device, r
     writer.close()
     bench.add("pause, first save", "s", saves[0].pause_s, **about)
     bench.add("pause, later saves", "s", statistics.median(save.pause_s for save in saves[1:]), **about)
-    checkpoint, loads, checks = saves[-1].path, [], []
+    checkpoint, loads, checks, resumes = saves[-1].path, [], [], []
     for _ in range(rounds):
         forget_pages(checkpoint)
         loads.append(spent(lambda: load_checkpoint(state, checkpoint), device))
         forget_pages(checkpoint)
         checks.append(spent(lambda: _verify(checkpoint), device))
+        forget_pages(checkpoint)
+        resumes.append(spent(lambda: _check_and_load(state, checkpoint, device), device))
     writes = [Spent(save.write_s, cpu_s) for save, cpu_s in zip(saves, cpu, strict=True)]
-    for what, times, rate in (("write", writes, dd[0]), ("load, cold", loads, dd[1]), ("verify, cold", checks, dd[1])):
+    for what, times, rate in (
+        ("write", writes, dd[0]),
+        ("load, cold", loads, dd[1]),
+        ("verify, cold", checks, dd[1]),
+        ("verify and load in one read, cold", resumes, dd[1]),
+    ):
         found = gigabytes / statistics.median(time.wall for time in times)
         cpu_s = statistics.median(time.cpu for time in times) / gigabytes
         bench.add(what, "GB/s", found, of_dd=found / rate, cpu_s_a_gb=cpu_s, **about)
     shutil.rmtree(checkpoint)
+
+
+def _check_and_load(state: State, checkpoint: Path, device: torch.device) -> None:
+    """As a resume does, without a model that is built meanwhile."""
+    memory = HostMemory()
+    ahead = ReadAhead(0, 1, memory, verify=True, pinned=device.type == "cuda")
+    if damage := ahead.problems(checkpoint):
+        raise RuntimeError("; ".join(damage))
+    load_checkpoint(state, checkpoint, ahead.contents(checkpoint))
+    memory.release()
 
 
 def _verify(checkpoint: Path) -> None:

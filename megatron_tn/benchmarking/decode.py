@@ -4,11 +4,16 @@ python -m megatron_tn.benchmarking.decode --model 1b --rows 1 256 --positions 0 
 
 Random weights, bf16 on a GPU; the decoder of `python -m megatron_tn.generate`, which replays one CUDA graph a token.
 Each figure is the median of three runs of --tokens tokens. Rows of the output are JSON, as of megatron_tn.benchmark.
+
+With --peer llama, a Hugging Face LLaMA of the sizes of --model (transformer_1b, ...) decodes instead: generate() with
+its static key-value cache, which it compiles on a GPU. Positions are then tokens in that cache; a cache that does not
+fit into the GPU's memory is a row without a value.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from pathlib import Path
@@ -19,6 +24,7 @@ from omegaconf import OmegaConf
 
 import megatron_tn.train  # noqa: F401  registers the schema of conf/config.yaml
 from kernels.bench import rows
+from megatron_tn.benchmarking.peers import llama
 from megatron_tn.cli import CONF
 from megatron_tn.config import ModelConfig, from_mapping
 from megatron_tn.inference.decoder import build_decoder
@@ -65,7 +71,47 @@ def token_ms(model: Model, batch: int, position: int, sampler: Sampler, tokens: 
     return statistics.median(found)
 
 
-def main() -> None:
+def peer_token_ms(peer: torch.nn.Module, batch: int, position: int, sampler: Sampler, tokens: int) -> float:
+    """`token_ms` of a Hugging Face model whose static cache holds `position` >= 1 tokens of each row: the time of a
+    call that makes 1 + `tokens` tokens, less that of one that makes a token."""
+    device = next(peer.parameters()).device
+    prompts = torch.ones(batch, position, dtype=torch.int64, device=device)
+    sampled = sampler.temperature > 0
+    drawn = {"temperature": sampler.temperature, "top_k": sampler.top_k, "top_p": sampler.top_p} if sampled else {}
+
+    def seconds(count: int) -> float:
+        begin = time.perf_counter()
+        made = peer.generate(
+            prompts,
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=sampled,
+            cache_implementation="static",
+            pad_token_id=0,
+            **drawn,
+        )
+        made.cpu()
+        return time.perf_counter() - begin
+
+    seconds(1 + tokens)  # compiles; later calls reuse a cache of this length, or of the longest before
+    found = [1e3 * (seconds(1 + tokens) - seconds(1)) / tokens for _ in range(RUNS)]
+    return statistics.median(found)
+
+
+def measured(
+    model: torch.nn.Module, *, peer: bool, batch: int, position: int, sampler: Sampler, tokens: int
+) -> float | None:
+    """None: a peer's cache does not fit into the GPU's memory."""
+    if not peer:
+        return token_ms(model, batch, position, sampler, tokens)
+    try:
+        return peer_token_ms(model, batch, position, sampler, tokens)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return None
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m megatron_tn.benchmarking.decode", description=__doc__)
     parser.add_argument("--model", default="1b", help="a file of conf/model (default: 1b)")
     parser.add_argument("--rows", type=int, nargs="+", default=[1], help="batch sizes (default: 1)")
@@ -75,19 +121,28 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=50, help="0: all (default: 50)")
     parser.add_argument("--top-p", type=float, default=1.0, help="1: all (default: 1)")
     parser.add_argument("--output", type=Path, help="file that JSON rows are appended to (default: none)")
-    asked = parser.parse_args()
+    parser.add_argument("--peer", choices=["llama"], help="the Hugging Face model that decodes instead")
+    asked = parser.parse_args(arguments)
     sampler = Sampler(asked.temperature, asked.top_k, asked.top_p)
     if problems := sampler.problems():
         parser.error("; ".join(problems))
-    model = random_model(asked.model, "cuda" if torch.cuda.is_available() else "cpu")
-    for batch in asked.rows:
-        for position in asked.positions:
-            value = token_ms(model, batch, position, sampler, asked.tokens)
-            print(f"{asked.model}, batch {batch}, after {position} tokens: {value:.4f} ms a token", flush=True)
-            if asked.output:
-                settings = {"temperature": sampler.temperature, "top_k": sampler.top_k, "top_p": sampler.top_p}
-                extras = {"model": asked.model, "batch": batch, "position": position, **settings}
-                rows.append(asked.output, [rows.row("decoding", "ms", value, **extras)])
+    if asked.peer and 0 in asked.positions:
+        parser.error("--positions 0: a peer's cache begins with a token")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if asked.peer:
+        model, name = llama(model_config(asked.model), torch.device(device), head=True), "decoding of a LLaMA"
+    else:
+        model, name = random_model(asked.model, device), "decoding"
+    given = {"temperature": sampler.temperature, "top_k": sampler.top_k, "top_p": sampler.top_p}
+    for position, batch in itertools.product(sorted(asked.positions), asked.rows):
+        value = measured(
+            model, peer=bool(asked.peer), batch=batch, position=position, sampler=sampler, tokens=asked.tokens
+        )
+        said = "the cache does not fit" if value is None else f"{value:.4f} ms a token"
+        print(f"{name}, {asked.model}, batch {batch}, after {position} tokens: {said}", flush=True)
+        if asked.output:
+            extras = {"model": asked.model, "batch": batch, "position": position, **given}
+            rows.append(asked.output, [rows.row(name, "ms", value, **extras)])
 
 
 if __name__ == "__main__":

@@ -44,8 +44,7 @@ class LocalCopies(dist.ProcessGroup):
         return _Done()
 
     def _allgather_base(self, whole: Tensor, part: Tensor, options: object = None) -> dist._Work:
-        for slot in whole.view(-1).chunk(self.size()):
-            slot.copy_(part.view(-1))
+        whole.view(self.size(), -1).copy_(part.view(1, -1).expand(self.size(), -1))
         return _Done()
 
     def _reduce_scatter_base(self, part: Tensor, whole: Tensor, options: object = None) -> dist._Work:

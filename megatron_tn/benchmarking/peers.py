@@ -7,17 +7,17 @@ import torch
 from megatron_tn.config import ConfigError, ModelConfig
 
 
-def llama(shape: ModelConfig, device: torch.device) -> torch.nn.Module:
-    """A Hugging Face LlamaModel with the sizes in `shape`, bf16: of a Transformer the same layers, of a TransNormerLLM
-    layers without the gate, so fewer parameters.
+def llama(shape: ModelConfig, device: torch.device, *, head: bool = False) -> torch.nn.Module:
+    """A Hugging Face LlamaModel, or with a `head` LlamaForCausalLM, with the sizes in `shape`, bf16: of a Transformer
+    the same layers, of a TransNormerLLM layers without the gate, so fewer parameters.
 
     Raises:
         ConfigError: transformers is not installed.
     """
     try:
-        from transformers import LlamaConfig, LlamaModel
+        from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
     except ImportError:
-        raise ConfigError("benchmark.peer=llama needs transformers: pip install transformers") from None
+        raise ConfigError("a peer needs transformers: pip install transformers") from None
     sizes = LlamaConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.embed_dim,
@@ -28,6 +28,7 @@ def llama(shape: ModelConfig, device: torch.device) -> torch.nn.Module:
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_base},
         max_position_embeddings=2**20,
         attn_implementation="sdpa",
+        tie_word_embeddings=True,
     )
     with torch.device(device):
-        return LlamaModel(sizes).to(torch.bfloat16)
+        return (LlamaForCausalLM if head else LlamaModel)(sizes).to(torch.bfloat16)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from megatron_tn.checkpoint.direct import round_up
-from megatron_tn.checkpoint.manifest import CheckpointManifest
+from megatron_tn.checkpoint.manifest import Piece
 from megatron_tn.checkpoint.parts import FileRecord, read_file
+from megatron_tn.checkpoint.shares import files_of_rank
 from megatron_tn.checkpoint.verify import problems_of_file
 from megatron_tn.device.host_memory import HostMemory
 from megatron_tn.device.threads import start_thread
@@ -36,20 +38,17 @@ class ReadAhead:
         self._thread: threading.Thread | None = None
         self.forget()
 
-    def begin(self, directory: Path) -> CheckpointManifest:
-        """Begin to read `directory`, which has no problems by `verify.glance`. Returns its manifest."""
+    def begin(self, directory: Path) -> None:
+        """Begin to read `directory`, which has no problems by `verify.glance`. Collective."""
         self.forget()
-        self._directory, self._manifest = directory, CheckpointManifest.read(directory)
-        names = sorted(self._manifest.files)[self.rank :: self.size]
-        self._files = {name: self._manifest.files[name] for name in names}
+        self._directory, self._files = directory, files_of_rank(directory, self.rank, self.size)
         if self.memory is not None:
             if self.pinned:
                 torch.cuda.init()  # a thread begins on this thread's device only if CUDA is initialised
-            size = sum(round_up(record.size) for record in self._files.values())
+            size = sum(round_up(record.size) for record, _ in self._files.values())
             self.memory.prepare(size // torch.float32.itemsize, self.pinned, fill=self._read)
         elif self.verify:
             self._thread = start_thread(self._read, "read-ahead")
-        return self._manifest
 
     def problems(self, directory: Path) -> list[str]:
         """One line for each problem in this rank's files; none without `verify`. Waits for the files."""
@@ -87,23 +86,23 @@ class ReadAhead:
         """Read, check and, in `block`, keep this rank's files."""
         try:
             at = 0
-            for name, record in self._files.items():
+            for name, (record, pieces) in self._files.items():
                 into = None
                 if block is not None:
                     into = block.numpy().view(np.uint8)[at : at + round_up(record.size)]
                     at += len(into)
-                if self._is_whole(name, record, into) and into is not None:
+                if self._is_whole(name, record, pieces, into) and into is not None:
                     self._contents[name] = into[: record.size]
         except Exception as error:  # raised by `problems`
             self._error = error
         self._ended = True
 
-    def _is_whole(self, name: str, record: FileRecord, into: np.ndarray | None) -> bool:
+    def _is_whole(self, name: str, record: FileRecord, pieces: Mapping[str, Piece], into: np.ndarray | None) -> bool:
         path = self._directory / name
         if not self.verify:
             with contextlib.suppress(OSError):  # else the load reads the file itself, and says what is wrong with it
                 return read_file(path, into) == record.size
             return False
-        found = problems_of_file(path, record, self._manifest, into)
+        found = problems_of_file(path, record, pieces, into)
         self._problems += found
         return not found

@@ -17,6 +17,7 @@ from megatron_tn.checkpoint.files import TensorFile
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, Trainable, rank_file
 from megatron_tn.checkpoint.reshard import Rectangle, bands, overlaps, pieces_of_local_range, spans_of, view_of
 from megatron_tn.checkpoint.retention import reading
+from megatron_tn.checkpoint.shares import share_of_manifest
 from megatron_tn.config import ConfigError, ModelConfig, from_mapping
 from megatron_tn.device.threads import in_parallel
 from megatron_tn.model.base import Model
@@ -112,14 +113,34 @@ def _read(file: TensorFile, stored: Piece, band: Rectangle, target: Tensor) -> N
 def load_checkpoint(
     engine: Trainable, directory: Path, contents: Mapping[str, np.ndarray] | None = None
 ) -> CheckpointManifest:
-    """Restore masters, optimizer state and step and, at the same world size, RNG states. Returns the manifest.
+    """Restore masters, optimizer state and step and, at the same world size, RNG states. Returns the manifest, of
+    several ranks with the pieces that this one needs. Collective.
 
     contents: file -> its bytes, of those that are in memory (`ReadAhead.contents`).
 
     Raises:
         ConfigError: the checkpoint is damaged, or of another model or optimizer.
     """
-    manifest = CheckpointManifest.read(directory)
+    wanted: dict[str, list[Piece]] = {}
+    for owned, piece, _ in _owned_pieces(engine):
+        wanted.setdefault(owned.name, []).append(piece)
+    manifest = share_of_manifest(directory, wanted, engine.context)
+    fill_owned(engine, directory, manifest, contents)
+    engine.refresh(manifest.optimizer_step)
+    return manifest
+
+
+def fill_owned(
+    engine: Trainable,
+    directory: Path,
+    manifest: CheckpointManifest,
+    contents: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """Fill this rank's masters and optimizer state, and RNG states of the same world size, from files of a checkpoint.
+
+    Raises:
+        ConfigError: as `load_checkpoint`.
+    """
     # A checkpoint made of released weights has no optimizer state: its moments begin at zero.
     if manifest.state_kinds and set(manifest.state_kinds) != set(engine.state_kinds):
         raise ConfigError(
@@ -127,6 +148,7 @@ def load_checkpoint(
             f"{', '.join(engine.state_kinds)}: resume with the optimizer that saved the checkpoint"
         )
     context, specs = engine.context, engine.model.shard_specs()
+    _zero(engine)
     with Reader(directory, manifest, direct=True, contents=contents) as reader:
         reads = (
             read
@@ -141,20 +163,22 @@ def load_checkpoint(
                 torch.set_rng_state(rng["rng/cpu"])
             if torch.cuda.is_available() and "rng/cuda" in rng:
                 torch.cuda.set_rng_state(rng["rng/cuda"])
-    engine.refresh(manifest.optimizer_step)
-    return manifest
 
 
 def _owned_pieces(engine: Trainable) -> Iterator[tuple[OwnedRange, Piece, slice]]:
-    """What this rank owns, as pieces of logical tensors, each with its place in the owned range. All values are zero:
-    padding is in no file, and uninitialised memory may hold NaN."""
+    """What this rank owns, as pieces of logical tensors, each with its place in the owned range."""
     axis, specs = engine.context.tp, engine.model.shard_specs()
     for owned in engine.owned_ranges():
-        for values in owned.values.values():
-            values.zero_()
         spec = specs[owned.name]
         for piece, at in pieces_of_local_range(spec, axis.rank, axis.size, owned.start, owned.stop):
             yield owned, piece, slice(at, at + piece.stop - piece.start)
+
+
+def _zero(engine: Trainable) -> None:
+    """Padding is in no file, and uninitialised memory may hold NaN."""
+    for owned in engine.owned_ranges():
+        for values in owned.values.values():
+            values.zero_()
 
 
 class Weights(Protocol):
@@ -206,6 +230,7 @@ def load_weights(engine: Trainable, weights: Weights) -> None:
     Raises:
         ConfigError: a file is missing or damaged.
     """
+    _zero(engine)
     for owned, piece, place in _owned_pieces(engine):
         values = torch.empty(piece.stop - piece.start)
         weights.fill(owned.name, piece, values)

@@ -20,9 +20,10 @@ Readers ignore these folders beside complete checkpoints:
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -93,9 +94,14 @@ class CheckpointManifest:
         return ["param", *self.own_kinds.get(name, self.state_kinds)]
 
     def to_json(self) -> str:
-        values = asdict(self)
-        values["pieces"] = {name: [asdict(piece) for piece in pieces] for name, pieces in self.pieces.items()}
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        values["pieces"] = {name: list(map(vars, pieces)) for name, pieces in self.pieces.items()}
+        values["files"] = {name: vars(record) for name, record in self.files.items()}
         return json.dumps({"format": FORMAT, "version": VERSION} | values)
+
+    def without_pieces(self) -> CheckpointManifest:
+        """What it says of the checkpoint as a whole: of one size, whatever the number of ranks."""
+        return replace(self, pieces={}, files={})
 
     @classmethod
     def read(cls, directory: Path) -> CheckpointManifest:
@@ -108,8 +114,13 @@ class CheckpointManifest:
         path = directory / MANIFEST
         if not path.is_file():
             raise ConfigError(f"{directory} is not a checkpoint: it has no {MANIFEST}")
+        return cls._parsed(path.read_bytes(), path)
+
+    @classmethod
+    @functools.lru_cache(maxsize=1)  # a start reads one several times, and one of 512 ranks takes seconds to check
+    def _parsed(cls, text: bytes, path: Path) -> CheckpointManifest:
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(text)
             found = values.pop("format", None), values.pop("version", None)
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{path} is damaged: {error}") from None
@@ -128,6 +139,11 @@ class CheckpointManifest:
             if Path(file).name != file or not file.endswith(".safetensors"):
                 raise ConfigError(f"{path}: {file!r} is not a safetensors file in its own folder")
         return manifest
+
+    @classmethod
+    def forget(cls) -> None:
+        """Free the manifest that was read last."""
+        cls._parsed.cache_clear()
 
 
 def checkpoint_name(step: int) -> str:

@@ -225,10 +225,9 @@ def _together(action: Callable[[], Any] | None, snapshot: Snapshot, group: dist.
             result = action()
     except Exception as caught:
         failure = f"rank {snapshot.rank}: {type(caught).__name__}: {caught}"
-    failures = [failure]
+    failures = ["; ".join(filter(None, _gather(failure, snapshot, group)))]
     if snapshot.world_size > 1:
-        failures = [""] * snapshot.world_size
-        dist.all_gather_object(failures, failure, group=group)
-    if any(failures):
-        raise CheckpointError("; ".join(filter(None, failures)))
+        dist.broadcast_object_list(failures, src=0, group=group)
+    if failures[0]:
+        raise CheckpointError(failures[0])
     return result

@@ -14,6 +14,7 @@ from megatron_tn.checkpoint.files import TensorFile
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, whole_checkpoints
 from megatron_tn.checkpoint.parts import FileRecord, digest_of
 from megatron_tn.checkpoint.reshard import rectangles
+from megatron_tn.checkpoint.shares import by_file
 from megatron_tn.config import ConfigError, TrainConfig, from_mapping
 from megatron_tn.model.registry import build_model
 
@@ -25,8 +26,8 @@ def verify(directory: Path) -> list[str]:
     except ConfigError as error:
         return error.problems
     found = _content_problems(manifest)
-    for name, record in sorted(manifest.files.items()):
-        found += problems_of_file(directory / name, record, manifest)
+    for name, (record, pieces) in sorted(by_file(manifest).items()):
+        found += problems_of_file(directory / name, record, pieces)
     known = {MANIFEST, *manifest.files}
     strangers = sorted(path.name for path in directory.iterdir() if path.name not in known)
     return found + [f"{directory / name} is not part of the checkpoint" for name in strangers]
@@ -122,16 +123,16 @@ def times_covered(pieces: Sequence[Piece], shape: Sequence[int]) -> tuple[int, i
 
 
 def problems_of_file(
-    path: Path, record: FileRecord, manifest: CheckpointManifest, into: np.ndarray | None = None
+    path: Path, record: FileRecord, pieces: Mapping[str, Piece], into: np.ndarray | None = None
 ) -> list[str]:
-    """Problems of one file: its header first, then its bytes. into: filled with these, see `parts.read_file`."""
+    """Problems of one file, which should hold `pieces`, by key: its header first, then its bytes. into: filled with
+    these, see `parts.read_file`."""
     try:
         with closing(TensorFile(path)) as file:
             entries = dict(file.entries)
     except ConfigError as error:
         return error.problems
     found = []
-    pieces = {piece.key: piece for pieces in manifest.pieces.values() for piece in pieces if piece.file == path.name}
     for key, piece in pieces.items():
         if key not in entries:
             found.append(f"{path}: {key} is missing")

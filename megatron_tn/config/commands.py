@@ -34,6 +34,7 @@ class BenchmarkSettings:
     loop_steps: Count = 0  # steps of the whole training loop (data, optimizer, logging) to measure; 0: not measured
     peer: Literal["none", "llama"] = "none"  # another model of the same shape, measured in the same process
     output: str = ""  # JSON lines file to append the results to; empty: results are only printed
+    checkpoint: str = ""  # new folder for one rank's share of a checkpoint (megatron_tn.benchmarking.share)
 
 
 @dataclass(frozen=True, config=STRICT)

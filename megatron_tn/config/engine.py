@@ -51,6 +51,12 @@ class EngineConfig:
         """Whether a rank keeps its tensor-parallel part of the weights whole; else they are gathered for each block."""
         return self.name == "local" or (self.name == "deepspeed" and self.zero_stage < 3)
 
+    @property
+    def keeps_fp8_operands(self) -> bool:
+        """Whether the weights are kept in fp8, too, two bytes a parameter: not by an engine that frees weights, nor
+        with recomputation, which is for want of memory. There products quantise their weight anew."""
+        return self.products == "fp8" and self.keeps_weights and self.recompute == "none"
+
     @field_validator("deepspeed_config", mode="before")
     @classmethod
     def _read_deepspeed_config(cls, value: Any) -> Any:

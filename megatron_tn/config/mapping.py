@@ -28,6 +28,10 @@ class ConfigError(ValueError):
         self.problems = lines_of([problems] if isinstance(problems, str) else problems)
         super().__init__("\n".join(self.problems))
 
+    def __reduce__(self):
+        # By default, unpickling on another rank would make one problem of the joined text.
+        return type(self), (self.problems,)
+
 
 def to_mapping(config: Any) -> dict[str, Any]:
     """A config dataclass as nested plain dictionaries, ready for JSON or Hydra."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from megatron_tn.config import TrainConfig
@@ -12,9 +10,9 @@ from megatron_tn.engine.base import DTYPES, Engine
 from megatron_tn.engine.fsdp2 import FSDP2Engine
 from megatron_tn.engine.replicated import ReplicatedEngine
 from megatron_tn.model.init import fill_initial
-from megatron_tn.model.registry import build_model
+from megatron_tn.model.registry import build_model, norm_bound
 from megatron_tn.parallel.context import ParallelContext
-from megatron_tn.parallel.float8_layers import check_device, float8_layers, keep_weights
+from megatron_tn.parallel.float8_layers import check_device, float8_layers, kept_weights
 from megatron_tn.parallel.recompute import recompute_blocks
 
 COMPILE_MODES = {"blocks": None, "cuda_graphs": "reduce-overhead"}
@@ -41,7 +39,7 @@ def build_engine(config: TrainConfig, context: ParallelContext, device: torch.de
     layers = []
     if settings.products == "fp8":
         check_device(device)
-        layers = float8_layers(model.blocks)
+        layers = float8_layers(model.blocks, norm_bound(config.model))
     # 2. Recomputation replaces a block's forward, so it comes before compilers and engines wrap the block.
     recompute_blocks(model.blocks, settings.recompute, settings.recompute_every)
     # 3. Blocks of one class share one compiled graph: compile time does not grow with the number of layers.
@@ -58,7 +56,7 @@ def build_engine(config: TrainConfig, context: ParallelContext, device: torch.de
 
         engine = DeepSpeedEngine(model, config)
     if layers and settings.keeps_weights:
-        engine.update.after_publish = functools.partial(keep_weights, layers)
+        engine.update.after_publish = kept_weights(layers, operands=settings.keeps_fp8_operands)
     # 5. DeepSpeed copies the parameters twice into new layouts. The allocator would keep the freed layouts' segments,
     #    each the size of one weight, which few later allocations fit.
     return_cached_segments(device)

@@ -81,10 +81,11 @@ def pieces_of(matrix: Matrix, placements: Sequence[Placement], tp_rank: int) -> 
     return found
 
 
-def block_matrix_elements(config: ModelConfig) -> int:
-    """Elements of all parameters that Muon updates."""
-    specs = build_model(config, None, "meta").shard_specs()
-    return sum(math.prod(spec.shape) for name, spec in specs.items() if is_block_matrix(name, len(spec.shape)))
+def block_matrices(config: ModelConfig) -> list[Matrix]:
+    """All logical matrices that Muon updates, of a model without tensor parallelism."""
+    specs = build_model(config, None, "meta").shard_specs().items()
+    chosen = ((name, spec) for name, spec in specs if is_block_matrix(name, len(spec.shape)))
+    return [matrix for name, spec in chosen for matrix in matrices_of(name, spec, 1)]
 
 
 def shared_out(matrices: Sequence[Matrix], ranks: int) -> list[list[Matrix]]:
@@ -95,6 +96,15 @@ def shared_out(matrices: Sequence[Matrix], ranks: int) -> list[list[Matrix]]:
         rank = work.index(min(work))
         work[rank] += flops(matrix.shape)
         found[rank].append(matrix)
+    return found
+
+
+def products_of(matrices: Sequence[Matrix], dtype: torch.dtype) -> dict[int, int]:
+    """FLOPs of the iterations of `matrices` in `dtype`, by the smallest dimension of a product."""
+    found: dict[int, int] = {}
+    for matrix in matrices:
+        size = min(matrix.shape)
+        found[size] = found.get(size, 0) + flops(matrix.shape, dtype)
     return found
 
 

@@ -27,6 +27,7 @@ def check_kernels(model: Model, device: torch.device, dtype: torch.dtype) -> Non
     if device.type != "cuda":
         return
     config, tp = model.config, model.context.tp.size
+    float8 = any(getattr(module, "float8", None) is not None for module in model.modules())
     for of_attention in attentions(config):
         self_check(
             heads=config.heads // tp,
@@ -35,6 +36,7 @@ def check_kernels(model: Model, device: torch.device, dtype: torch.dtype) -> Non
             device=device,
             embed_width=config.embed_dim,
             glu_act=config.glu_act,
+            float8=float8,
             fall_back=True,
             **of_attention,
         )

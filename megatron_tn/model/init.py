@@ -7,7 +7,10 @@ An element is a function of the seed, the parameter's released name and the elem
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,15 +19,27 @@ from megatron_tn.config import ModelConfig
 from megatron_tn.model.base import Model
 from megatron_tn.model.registry import architecture
 from megatron_tn.model.tiles import TILE
-from megatron_tn.parallel.sharding import ShardSpec
+from megatron_tn.parallel.sharding import Box, ShardSpec
+from megatron_tn.parallel.world import processes_here
+
+MOST_THREADS = 16
 
 
-def initial_parts(
-    name: str, spec: ShardSpec, rank: int, size: int, start: int, stop: int, config: ModelConfig, seed: int
-) -> Iterator[tuple[int, Tensor]]:
-    """Elements [start, stop) of rank `rank`'s flattened local part, in bands of at most TILE rows: (index of the band's
-    first element, values) each. Elements in no band are padding, which is zero."""
-    initial_box = architecture(config).initial_box
+class Band(NamedTuple):
+    """Rows of one box of a rank's part of a parameter, of which elements [lower, upper) are wanted.
+
+    offset: of the band's first element in the rank's flattened part.
+    """
+
+    box: Box
+    offset: int
+    lower: int
+    upper: int
+
+
+def bands(spec: ShardSpec, rank: int, size: int, start: int, stop: int) -> Iterator[Band]:
+    """Those of elements [start, stop) of rank `rank`'s flattened local part, of at most TILE rows each. Elements in no
+    band are padding."""
     local = spec.local_shape(rank, size)
     width = math.prod(local[1:])
     at = 0  # rows of the local tensor before this box
@@ -35,12 +50,15 @@ def initial_parts(
         row = top + first
         while row < top + last:
             below = min((row // TILE + 1) * TILE, top + last)  # bands end at tile edges: each tile is drawn once
-            values = initial_box(name, spec.shape, ((row, below), *rest), config, seed).reshape(-1)
             offset = (at + row - top) * width
-            lower, upper = max(start - offset, 0), min(stop - offset, values.numel())
-            yield offset + lower, values[lower:upper]
+            yield Band(((row, below), *rest), offset, max(start - offset, 0), min(stop - offset, (below - row) * width))
             row = below
         at += end - begin
+
+
+def threads() -> int:
+    """That draw values in this process: its share of the machine's cores."""
+    return max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // processes_here()))
 
 
 @torch.no_grad()
@@ -48,11 +66,24 @@ def fill_initial(
     target: Tensor, name: str, spec: ShardSpec, rank: int, size: int, start: int, config: ModelConfig, seed: int
 ) -> None:
     """Write initial values into `target` [n]: elements [start, start + n) of rank `rank`'s flattened local part of the
-    parameter `name`."""
+    parameter `name`; zero where they are padding."""
+    initial_box = architecture(config).initial_box
+
+    @torch.no_grad()
+    def fill(band: Band) -> None:
+        values = initial_box(name, spec.shape, band.box, config, seed).reshape(-1)[band.lower : band.upper]
+        first = band.offset + band.lower - start
+        target[first : first + len(values)].copy_(values)
+
     target.zero_()
-    stop = start + target.numel()
-    for offset, values in initial_parts(name, spec, rank, size, start, stop, config, seed):
-        target[offset - start : offset - start + values.numel()].copy_(values)
+    wanted = bands(spec, rank, size, start, start + target.numel())
+    if (count := threads()) == 1:
+        for band in wanted:
+            fill(band)
+        return
+    with ThreadPoolExecutor(count) as pool:  # drawing random numbers releases Python's lock
+        for _ in pool.map(fill, wanted):
+            pass
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ in `ModelConfig.architecture`, and its own settings in `ModelConfig`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -148,6 +149,11 @@ def build_model(
 def parameter_count(config: ModelConfig) -> int:
     """Parameters of the whole model, a tied weight once, without padding."""
     return architecture(config).parameter_count(config)
+
+
+def norm_bound(config: ModelConfig) -> float | None:
+    """A bound of the elements that the blocks' norms give out; None where a learnt weight scales them."""
+    return 1.01 * math.sqrt(config.embed_dim) if config.norm == "simplermsnorm" else None  # 1.01: they are rounded
 
 
 def forward_flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, int]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kernels import sglu
 from megatron_tn.config import ModelConfig
 from megatron_tn.parallel.context import Axis
-from megatron_tn.parallel.linear import ColumnParallelLinear, RowParallelLinear, column_parallel
+from megatron_tn.parallel.linear import ColumnParallelLinear, RowParallelLinear, gated_unit, share_input
 from megatron_tn.parallel.sequence import TokenSlices
 
 
@@ -22,8 +21,8 @@ class SGLU(nn.Module):
         self.act = config.glu_act
         self.l1 = ColumnParallelLinear(config.embed_dim, config.glu_dim, axis)
         self.l2 = ColumnParallelLinear(config.embed_dim, config.glu_dim, axis)
+        share_input(self.l1, self.l2)
         self.l3 = RowParallelLinear(config.glu_dim, config.embed_dim, axis)
 
     def forward(self, x: Tensor, slices: TokenSlices | None = None) -> Tensor:
-        gate, value = column_parallel(x, (self.l1, self.l2), slices)
-        return self.l3(sglu(gate, value, self.act), slices)
+        return gated_unit(x, self.l1, self.l2, self.l3, self.act, slices)

@@ -22,7 +22,7 @@ from kernels import rope
 from megatron_tn.config import ModelConfig
 from megatron_tn.model.layout import TokenLayout
 from megatron_tn.parallel.context import Axis
-from megatron_tn.parallel.linear import ColumnParallelLinear, RowParallelLinear, column_parallel
+from megatron_tn.parallel.linear import ColumnParallelLinear, RowParallelLinear, column_parallel, share_input
 
 FLASH_DTYPES = (torch.bfloat16, torch.float16)  # of FlashAttention's variable-length form
 FLASH_WIDTHS = range(8, 257, 8)  # d of the same
@@ -49,6 +49,7 @@ class SoftmaxAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = (
             ColumnParallelLinear(config.embed_dim, config.embed_dim, axis) for _ in range(3)
         )
+        share_input(self.q_proj, self.k_proj, self.v_proj)
         self.out_proj = RowParallelLinear(config.embed_dim, config.embed_dim, axis)
 
     def forward(

@@ -171,6 +171,7 @@ class Muon:
         self.adamw.set_step(step)
 
 
-def flops(shape: tuple[int, int]) -> int:
-    """FLOPs of the Newton-Schulz iterations of a matrix of `shape`."""
-    return op.flops(*shape, ITERATIONS)
+def flops(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> int:
+    """FLOPs of the Newton-Schulz iterations of a matrix of `shape`, made in `dtype` on a GPU."""
+    symmetric = dtype in op.HALF_TYPES and min(shape) >= op.LEAST_ROWS
+    return op.flops(*shape, ITERATIONS, symmetric=symmetric)

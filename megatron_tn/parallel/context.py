@@ -63,22 +63,21 @@ class ParallelContext:
         rank = dist.get_rank()
         dp_rank, cp_rank, tp_rank = rank // (cp * tp), rank // tp % cp, rank % tp
 
-        def axis(ranks_of_all_groups: list[list[int]]) -> Axis:
-            mine = next(ranks for ranks in ranks_of_all_groups if rank in ranks)
-            if len(mine) == 1:
+        def axis(*ranks: int) -> Axis:
+            if len(ranks) == 1:
                 return Axis()
-            # new_group is collective: every rank creates every group and keeps its own.
-            groups = [dist.new_group(ranks) for ranks in ranks_of_all_groups]
-            return Axis(groups[ranks_of_all_groups.index(mine)], mine.index(rank), len(mine))
+            # The members of a group alone create it: at most four groups a rank, however many ranks there are.
+            group = dist.new_group(list(ranks), use_local_synchronization=True)
+            return Axis(group, ranks.index(rank), len(ranks))
 
         def at(d: int, c: int, t: int) -> int:
             return (d * cp + c) * tp + t
 
         context = cls(
-            dp=axis([[at(d, c, t) for d in range(dp)] for c in range(cp) for t in range(tp)]),
-            cp=axis([[at(d, c, t) for c in range(cp)] for d in range(dp) for t in range(tp)]),
-            tp=axis([[at(d, c, t) for t in range(tp)] for d in range(dp) for c in range(cp)]),
-            data=axis([[at(d, c, t) for d in range(dp) for c in range(cp)] for t in range(tp)]),
+            dp=axis(*(at(d, cp_rank, tp_rank) for d in range(dp))),
+            cp=axis(*(at(dp_rank, c, tp_rank) for c in range(cp))),
+            tp=axis(*(at(dp_rank, cp_rank, t) for t in range(tp))),
+            data=axis(*(at(d, c, tp_rank) for d in range(dp) for c in range(cp))),
             sequence_parallel=sequence_parallel,
         )
         assert (context.dp.rank, context.cp.rank, context.tp.rank) == (dp_rank, cp_rank, tp_rank)

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
 from megatron_tn.config import ConfigError
-from megatron_tn.parallel.linear import SplitLinear
-from megatron_tn.precision.fp8 import OLDEST_CAPABILITY, Float8Weight
+from megatron_tn.parallel.linear import ColumnParallelLinear, SplitLinear
+from megatron_tn.precision.fp8 import OLDEST_CAPABILITY, Float8Weights, KeptWeights
 
 
-def float8_layers(blocks: Iterable[nn.Module]) -> list[SplitLinear]:
-    """Mark the linear layers of `blocks` for fp8 products, and return them."""
+def float8_layers(blocks: Iterable[nn.Module], bound: float | None) -> list[SplitLinear]:
+    """Mark the linear layers of `blocks` for fp8 products, and return them. bound: of the elements that a block's norms
+    give to column-parallel layers; None: not known."""
     layers = [module for block in blocks for module in block.modules() if isinstance(module, SplitLinear)]
     for layer in layers:
-        layer.float8 = Float8Weight()
+        first = layer.together[0] if layer.together else layer
+        if layer is first:
+            layer.float8 = Float8Weights(bound if isinstance(layer, ColumnParallelLinear) else None)
+        else:
+            layer.float8 = first.float8
     return layers
 
 
-def keep_weights(layers: list[SplitLinear]) -> None:
-    """Quantise the weights; after every change of them."""
-    for layer in layers:
-        layer.float8.keep(layer.weight)
+def kept_weights(layers: Iterable[SplitLinear], *, operands: bool) -> Callable[[], None]:
+    """Give the layers what `KeptWeights` keeps from step to step; returns what writes it, for after each change of the
+    weights."""
+    groups = list(dict.fromkeys(layer.together or (layer,) for layer in layers))
+    shapes = [[layer.weight.shape for layer in group] for group in groups]
+    kept = KeptWeights([group[0].float8 for group in groups], shapes, groups[0][0].weight.device, operands=operands)
+    return lambda: kept.quantize([[layer.weight.detach() for layer in group] for group in groups])
 
 
 def check_device(device: torch.device) -> None:

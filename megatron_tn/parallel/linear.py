@@ -11,22 +11,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from kernels import sglu
 from megatron_tn.parallel import float8_products
 from megatron_tn.parallel.context import Axis
 from megatron_tn.parallel.products import column_products, row_product
 from megatron_tn.parallel.sequence import TokenSlices
 from megatron_tn.parallel.sharding import ShardSpec, mark
-from megatron_tn.precision.fp8 import Float8Weight
+from megatron_tn.precision.fp8 import Float8Weights
 from megatron_tn.precision.gradient_sum import gradient_sum
-from megatron_tn.precision.matmul import in_fp8, linear
+from megatron_tn.precision.matmul import linear
 
 
 class SplitLinear(nn.Module):
-    """float8: set where the layer's products are to be in fp8 (engine/float8.py)."""
+    """float8: of the layers in `together`, where their products are to be in fp8 (float8_layers.py).
+    together: this layer and those that always get the same input, in their order; empty: this layer alone."""
 
     axis: Axis
     weight: nn.Parameter
-    float8: Float8Weight | None = None
+    float8: Float8Weights | None = None
+    together: tuple[SplitLinear, ...] = ()
+
+    def in_fp8(self) -> bool:
+        """Whether this pass forms the layer's products in fp8: only one with gradients does."""
+        return self.float8 is not None and torch.is_grad_enabled()
 
 
 class ColumnParallelLinear(SplitLinear):
@@ -43,40 +50,57 @@ class ColumnParallelLinear(SplitLinear):
         self.weight = mark(nn.Parameter(torch.empty(spec.local_shape(axis.rank, axis.size))), spec)
 
     def forward(self, x: Tensor, slices: TokenSlices | None = None) -> Tensor:
-        if self.axis.size == 1:
-            return linear(x, [self.weight], [self.float8])[0]
-        return _columns(x, [self], slices)[0]
+        return column_parallel(x, [self], slices)[0]
+
+
+def share_input(*layers: ColumnParallelLinear) -> None:
+    """Say that `layers` always get the same input, and are called by `column_parallel` or `gated_unit` only."""
+    for layer in layers:
+        layer.together = layers
 
 
 def column_parallel(
     x: Tensor, layers: Sequence[ColumnParallelLinear], slices: TokenSlices | None = None
-) -> list[Tensor]:
+) -> Sequence[Tensor]:
     """Each layer's output for one input x, with one all-gather of x and one reduction of dx for all layers.
 
-    With tp > 1, and where the engine keeps gradient sums, the weights are read without calling their layers' forward.
-    An engine that gathers weights in forward hooks must gather a whole block at once (ZeRO 3's leaf modules,
+    With tp > 1, in fp8, and where the engine keeps gradient sums, the weights are read without calling their layers'
+    forward. An engine that gathers weights in forward hooks must gather a whole block at once (ZeRO 3's leaf modules,
     `partition_parameters` of engine.deepspeed.adapter).
     """
-    axis = layers[0].axis
-    if axis.size == 1 and gradient_sum(layers[0].weight) is None:
+    axis, weights = layers[0].axis, [layer.weight for layer in layers]
+    shape, rows = _tokens(x, slices)
+    if layers[0].in_fp8():
+        outs = float8_products.columns(x.flatten(0, -2), weights, layers[0].float8, axis, rows)
+    elif axis.size > 1:
+        outs = column_products(x.flatten(0, -2), weights, axis.name, rows)
+    elif len(layers) > 1 and gradient_sum(weights[0]) is None:
         return [layer(x) for layer in layers]
-    if axis.size == 1:
-        return linear(x, [layer.weight for layer in layers], [layer.float8 for layer in layers])
-    return _columns(x, layers, slices)
-
-
-def _columns(x: Tensor, layers: Sequence[ColumnParallelLinear], slices: TokenSlices | None) -> list[Tensor]:
-    axis, weights, float8 = layers[0].axis, [layer.weight for layer in layers], [layer.float8 for layer in layers]
-    if slices is None:
-        shape, rows = x.shape[:-1], 0
     else:
-        shape, rows = slices.shape, slices.rows
-    x = x.flatten(0, -2)
-    if in_fp8(float8):
-        outs = float8_products.column_products(x, weights, float8, axis, rows)
-    else:
-        outs = column_products(x, weights, axis.name, rows)
+        return linear(x, weights)
     return [out.unflatten(0, shape) for out in outs]
+
+
+def gated_unit(
+    x: Tensor,
+    gate: ColumnParallelLinear,
+    value: ColumnParallelLinear,
+    out: RowParallelLinear,
+    act: str,
+    slices: TokenSlices | None = None,
+) -> Tensor:
+    """out(act(gate x) * value x). gate and value `share_input`."""
+    if not out.in_fp8():
+        return out(sglu(*column_parallel(x, (gate, value), slices), act), slices)
+    shape, rows = (x.shape[:-1], 0) if slices is None else ((-1,), slices.rows)
+    weights = gate.weight, value.weight, out.weight
+    y = float8_products.gated_unit(x.flatten(0, -2), weights, (gate.float8, out.float8), out.axis, rows, act)
+    return y.unflatten(0, shape)
+
+
+def _tokens(x: Tensor, slices: TokenSlices | None) -> tuple[Sequence[int], int]:
+    """Dimensions of x whose rows are tokens, once slices are gathered; and the tokens of all slices, 0 without."""
+    return (x.shape[:-1], 0) if slices is None else (slices.shape, slices.rows)
 
 
 class RowParallelLinear(SplitLinear):
@@ -96,15 +120,16 @@ class RowParallelLinear(SplitLinear):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """y. With `beside` [B, N], one number per token: (y, sum over ranks of `beside`, in its dtype); the reduction
         overlaps with the product."""
-        if self.axis.size == 1:
-            (y,) = linear(x, [self.weight], [self.float8])
+        if self.axis.size == 1 and not self.in_fp8():
+            (y,) = linear(x, [self.weight])
             return y if beside is None else (y, beside)
         shape, rows = (x.shape[:-1], 0) if slices is None else ((-1,), slices.rows)
-        flat = None if beside is None else beside.flatten()
-        x = x.flatten(0, -2)
-        if in_fp8([self.float8]):
-            y, summed = float8_products.row_product(x, self.weight, self.float8, self.axis, rows, flat)
+        x, flat = x.flatten(0, -2), None if beside is None or self.axis.size == 1 else beside.flatten()
+        if self.in_fp8():
+            y, summed = float8_products.row(x, self.weight, self.float8, self.axis, rows, flat)
         else:
             y, summed = row_product(x, self.weight, self.axis.name, rows, flat)
         y = y.unflatten(0, shape)
-        return y if beside is None else (y, summed.view(y.shape[:-1]))
+        if beside is None:
+            return y
+        return y, beside if flat is None else summed.view(y.shape[:-1])

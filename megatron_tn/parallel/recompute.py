@@ -15,14 +15,13 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import kernels  # noqa: F401 (registers operators of COSTLY)
-import megatron_tn.parallel.float8_products  # noqa: F401 (registers operators of COSTLY, with those of products.py)
+import megatron_tn.parallel.float8_operators  # noqa: F401 (registers operators of COSTLY, with those of products.py)
 
 # Operators with nearly all of a block's FLOPs. `selective` keeps their outputs.
 COSTLY = frozenset(
     {
         torch.ops.aten.mm.default,
         torch.ops.aten.addmm.default,
-        torch.ops.aten._scaled_mm.default,
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,

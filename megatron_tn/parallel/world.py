@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import itertools
 import os
+import pickle
 import subprocess
-from typing import Protocol
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,7 +20,12 @@ from torch.distributed.rendezvous import rendezvous
 from megatron_tn.config import ConfigError
 from megatron_tn.device.allocator import use_expandable_segments
 
+T = TypeVar("T")
+PARTING_S = 10  # how long rank 0 waits for the others to receive an error
+
 _worlds = itertools.count()  # numbers the process group initialisations of this process
+_readings = itertools.count()  # numbers its calls of `of_first`
+_meetings: dict[tuple, tuple[dist.Store, int, int]] = {}  # address -> the launcher's store, this rank, number of ranks
 
 
 def number(*names: str, default: int, least: int = 0) -> int:
@@ -60,15 +69,91 @@ def join_world(timeout_s: int) -> torch.device:
         device, backend = torch.device("cpu"), "gloo"
     timeout = datetime.timedelta(seconds=timeout_s)
     if "RANK" in os.environ:
-        store, rank, size = next(rendezvous("env://", timeout=timeout))
-        store.set_timeout(timeout)
-        # In a sweep, torchrun's store still holds the keys of the last job's process groups, so each initialisation
-        # gets its own prefix; the count is the same on all ranks.
-        store = dist.PrefixStore(f"megatron_tn/{next(_worlds)}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        with _joining(timeout_s):
+            store, rank, size = _meet(timeout_s)
+            # In a sweep the store still holds the keys of the last job's process groups, so each initialisation gets
+            # its own prefix; the count is the same on all ranks.
+            store = dist.PrefixStore(f"megatron_tn/{next(_worlds)}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return device
+
+
+def of_first(read: Callable[[], T], timeout_s: int) -> T:
+    """What `read()` returns, or raises, on rank 0, on every rank: one process reads a file that all need. It needs no
+    process group: rank 0 puts the value into the launcher's store. Where it cannot be pickled, each rank reads.
+    Collective.
+
+    Raises:
+        ConfigError, RuntimeError: rank 0 could not be reached, as in `join_world`.
+    """
+    _translate_slurm()
+    if "RANK" not in os.environ or world_size() == 1:
+        return read()
+    with _joining(timeout_s):
+        store, rank, size = _meet(timeout_s)
+    store = dist.PrefixStore(f"megatron_tn/of_first/{next(_readings)}", store)
+    if rank > 0:
+        with _joining(timeout_s):
+            found = store.get("value")
+            store.add("received", 1)
+        value, error = pickle.loads(found) if found else (read(), None)
+    else:
+        value, error = None, None
+        try:
+            value = read()
+        except Exception as caught:
+            error = caught
+        store.set("value", _pickled((value, error)))
+        if error is not None:  # this process ends, and with it a store of its own
+            _wait_until(lambda: store.add("received", 0) == size - 1, PARTING_S)
+    if error is not None:
+        raise error
+    return value
+
+
+def _pickled(value: object) -> bytes:
+    """Empty for a value of a caller's own class that cannot be pickled."""
+    try:
+        return pickle.dumps(value)
+    except Exception:
+        return b""
+
+
+def _wait_until(true: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def _meet(timeout_s: int) -> tuple[dist.Store, int, int]:
+    """The launcher's store, this process's rank and the number of ranks. Kept, since rank 0 itself may serve it."""
+    timeout = datetime.timedelta(seconds=timeout_s)
+    address = tuple(os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"))
+    if address not in _meetings:
+        _meetings[address] = next(rendezvous("env://", timeout=timeout))
+    _meetings[address][0].set_timeout(timeout)
+    return _meetings[address]
+
+
+@contextlib.contextmanager
+def _joining(timeout_s: int) -> Iterator[None]:
+    """Says in one line what kept this rank from joining the others."""
+    try:
+        yield
+    except RuntimeError as error:
+        port = os.environ.get("MASTER_PORT")
+        if "EADDRINUSE" in str(error):
+            raise ConfigError(
+                f"MASTER_PORT={port} is in use on this host: name a free port, or start with launch/local.sh, which "
+                "finds one"
+            ) from None
+        raise RuntimeError(
+            f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} could not join the others at "
+            f"{os.environ.get('MASTER_ADDR')}:{port} within distributed_timeout_s={timeout_s}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 class Holder(Protocol):

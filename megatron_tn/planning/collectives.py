@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Collective(NamedTuple):
-    """kind: "all-gather", "reduce-scatter", "all-reduce", "reduce", "broadcast" or "barrier".
+    """kind: "all-gather", "reduce-scatter", "all-reduce", "reduce", "broadcast", "all-to-all" or "barrier".
 
     group: name of the process group. size: bytes of the whole tensor: what an all-gather returns, and what the others
     take. dtype: of its elements.
@@ -100,6 +101,7 @@ KINDS = {
     "c10d.allreduce_coalesced_": ("all-reduce", 0),
     "c10d.reduce_": ("reduce", 0),
     "c10d.broadcast_": ("broadcast", 0),
+    "c10d.alltoall_base_": ("all-to-all", 0),  # what comes to this rank
     "c10d.barrier": ("barrier", 0),
     "_c10d_functional.all_gather_into_tensor": ("all-gather", 0),
     "_c10d_functional.reduce_scatter_tensor": ("reduce-scatter", 0),
@@ -118,16 +120,37 @@ def _row_forward(
     x: Tensor, weight: Tensor, group: str, rows: int, beside: Tensor | None = None
 ) -> Iterator[Collective]:
     """x [T, in], weight [out, in]; beside [T]: the sum of o^2, reduced first."""
-    kind, tokens = ("reduce-scatter", _padded(rows, group)) if rows else ("all-reduce", x.shape[0])
+    yield from _row_sums(x.shape[0], weight.shape[0], x.dtype, group, rows, beside)
+
+
+def _row_sums(
+    tokens: int, width: int, dtype: torch.dtype, group: str, rows: int, beside: Tensor | None
+) -> Iterator[Collective]:
+    kind, tokens = ("reduce-scatter", _padded(rows, group)) if rows else ("all-reduce", tokens)
     if beside is not None:
         yield Collective(kind, group, tokens * beside.element_size(), dtype_of(beside))
-    yield Collective(kind, group, tokens * weight.shape[0] * x.element_size(), dtype_of(x))
+    yield Collective(kind, group, tokens * width * dtype.itemsize, str(dtype).removeprefix("torch."))
 
 
 def _row_backward(gradient: Tensor, beside: Tensor, weight: Tensor, group: str, rows: int) -> Iterator[Collective]:
     yield _slices("all-gather", gradient, group)
     if beside.numel():
         yield _slices("all-gather", beside, group)
+
+
+def _column_forward_fp8(x: Tensor, *rest: Any) -> Iterator[Collective]:
+    *_, group, rows, _ = rest
+    yield from _column_forward(x.view(torch.uint8), [], group, rows)
+
+
+def _row_forward_fp8(x: Tensor, *rest: Any) -> Iterator[Collective]:
+    _, _, _, width, group, rows, dtype, *beside = rest
+    yield from _row_sums(x.shape[0], width, dtype, group, rows, beside[0] if beside else None)
+
+
+def _row_backward_fp8(gradient: Tensor, scale: Tensor, beside: Tensor, *rest: Any) -> Iterator[Collective]:
+    *_, group, rows, _ = rest
+    yield from _row_backward(gradient.view(torch.uint8), beside, gradient, group, rows)
 
 
 def _slice_backward(*args: Any) -> Iterator[Collective]:
@@ -153,5 +176,8 @@ INNER: dict[str, Callable[..., Iterator[Collective]]] = {
     "megatron_tn.column_forward": _column_forward,
     "megatron_tn.row_forward": _row_forward,
     "megatron_tn.row_backward": _row_backward,
+    "megatron_tn.column_forward_fp8": _column_forward_fp8,
+    "megatron_tn.row_forward_fp8": _row_forward_fp8,
+    "megatron_tn.row_backward_fp8": _row_backward_fp8,
     "megatron_tn.gla_slice_backward": _slice_backward,
 }

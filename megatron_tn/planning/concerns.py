@@ -13,6 +13,7 @@ from megatron_tn.planning.batch import REASON, usual_tokens
 from megatron_tn.planning.estimate import state_bytes
 from megatron_tn.planning.speed import StepTime
 
+HOST_BLOCK_S = 11e-3  # to launch a block's forward and backward pass at tp > 1 (docs/scaling.md)
 FAR = 4  # times the usual batch, or less than one over it
 NOTICEABLE = 0.05  # share of the time between two checkpoints
 
@@ -21,6 +22,13 @@ def checkpoint_bytes(config: TrainConfig) -> int:
     """fp32 masters and the optimizer's moments, each element once: 12 bytes a parameter with AdamW."""
     whole = replace(config, parallel=ParallelConfig())
     return 4 * parameter_count(config.model) + state_bytes(whole, 1)["moments"]
+
+
+def rank_checkpoint_bytes(config: TrainConfig, world_size: int) -> float:
+    """What one rank writes: masters and moments lie over all ranks with ZeRO and FSDP2, else over tensor parallel."""
+    engine = config.engine
+    sharded = engine.name == "fsdp2" or (engine.name == "deepspeed" and engine.zero_stage > 0)
+    return checkpoint_bytes(config) / (world_size if sharded else config.parallel.tp)
 
 
 def checkpoint_seconds(config: TrainConfig) -> float | None:
@@ -46,7 +54,22 @@ def concerns(config: TrainConfig, time: StepTime | None, environment: Mapping[st
             f"data.global_batch={config.data.global_batch} x data.sequence_length={config.data.sequence_length} is "
             f"{tokens / 1e6:.2f} M tokens, far from {usual / 1e6:.1f} M: {REASON}"
         )
+    if time is not None and (line := _host_concern(config, time)):
+        yield line
     yield from _checkpoint_concerns(config, time)
+
+
+def _host_concern(config: TrainConfig, time: StepTime) -> str | None:
+    parallel, data = config.parallel, config.data
+    tokens = data.micro_batch * data.sequence_length / (parallel.tp * parallel.cp)
+    block = time.passes * tokens / time.tokens_per_gpu / config.model.layers
+    if parallel.tp == 1 or config.engine.cuda_graph or block > HOST_BLOCK_S:
+        return None
+    return (
+        f"data.micro_batch={data.micro_batch} x data.sequence_length={data.sequence_length} at parallel.tp={parallel.tp}"
+        f" takes {1e3 * block:.1f} ms a block on the GPU, and the host about {1e3 * HOST_BLOCK_S:.0f} ms to launch it: "
+        "take a larger microbatch, less tensor parallelism, or engine.cuda_graph=true"
+    )
 
 
 def other_world(config: TrainConfig, environment: Mapping[str, str]) -> str | None:

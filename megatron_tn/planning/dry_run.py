@@ -26,10 +26,10 @@ from megatron_tn.config import TrainConfig
 from megatron_tn.engine import fsdp2
 from megatron_tn.engine.build import build_engine
 from megatron_tn.model.registry import parameter_count
-from megatron_tn.parallel import products
+from megatron_tn.parallel import float8_operators, products
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.planning.collectives import Call, Collective, CollectiveLog, bytes_of
-from megatron_tn.planning.microbatch import step_model
+from megatron_tn.planning.microbatch import same_pass, step_model
 from megatron_tn.planning.stand_ins import stand_in_tensors
 from megatron_tn.planning.traffic import engine_exchanges
 
@@ -51,6 +51,7 @@ def meeting_ranks(config: TrainConfig, world_size: int) -> list[int]:
 
 def run_as(config: TrainConfig, world_size: int, rank: int) -> tuple[list[Call], list[str]]:
     """The collectives of `rank`; and one line for each whose parts do not make up the whole tensor, and for an error.
+    DeepSpeed's stages run one model: its recording is kept.
 
     Raises:
         ValueError: torch.distributed is already initialised in this process.
@@ -61,17 +62,27 @@ def run_as(config: TrainConfig, world_size: int, rank: int) -> tuple[list[Call],
             warnings.simplefilter("ignore", FutureWarning)  # deprecated collectives; PyTorch 2.11 lacks the new names
             parallel = config.parallel
             context = ParallelContext.create(parallel.tp, parallel.cp, sequence_parallel=parallel.sequence_parallel)
-            with stand_in_tensors("cpu"), _real_meshes(), _RankLog(rank) as log:
-                try:
-                    _step(config, context)
-                except (RuntimeError, ValueError, AssertionError) as error:
-                    log.problems.append(f"rank {rank} fails: {str(error).splitlines()[0]}")
-            calls = [_named(call) for call in log.calls]
-            if config.engine.name == "deepspeed" and context.data.size > 1:
-                calls += _formulas(config, context)
-            return calls, log.problems
+            if config.engine.name != "deepspeed":
+                return _record(config, context, rank)
+            key = (same_pass(config), world_size, rank)
+            if key not in _recorded:
+                _recorded[key] = _record(config, context, rank)
+            calls, problems = _recorded[key]
+            return [*calls, *(_formulas(config, context) if context.data.size > 1 else ())], problems
     finally:
         dist.destroy_process_group()
+
+
+_recorded: dict[tuple, tuple[list[Call], list[str]]] = {}
+
+
+def _record(config: TrainConfig, context: ParallelContext, rank: int) -> tuple[list[Call], list[str]]:
+    with stand_in_tensors("cpu"), _real_meshes(), _RankLog(rank) as log:
+        try:
+            _step(config, context)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            log.problems.append(f"rank {rank} fails: {str(error).splitlines()[0]}")
+    return [_named(call) for call in log.calls], log.problems
 
 
 def _step(config: TrainConfig, context: ParallelContext) -> None:
@@ -131,6 +142,9 @@ CODE: dict[str, Callable[..., Tensor]] = {
     "megatron_tn.column_forward.default": products._column_forward._init_fn,
     "megatron_tn.row_forward.default": products._row_forward._init_fn,
     "megatron_tn.row_backward.default": products._row_backward._init_fn,
+    "megatron_tn.column_forward_fp8.default": float8_operators.column_forward._init_fn,
+    "megatron_tn.row_forward_fp8.default": float8_operators.row_forward._init_fn,
+    "megatron_tn.row_backward_fp8.default": float8_operators.row_backward._init_fn,
 }
 
 

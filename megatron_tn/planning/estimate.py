@@ -10,11 +10,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_tn.config import ModelConfig, TrainConfig
+from megatron_tn.config import TrainConfig
 from megatron_tn.engine.deepspeed.settings import zero3_live_parameters
-from megatron_tn.engine.matrices import ROUND_ELEMENTS, block_matrix_elements
 from megatron_tn.model.registry import parameter_count
 from megatron_tn.planning.microbatch import Microbatch, microbatch
+from megatron_tn.planning.muon import matrix_elements, most_work
 
 GIB = 2**30
 SLACK = 0.03  # fragmentation of the caching allocator, as a share of the allocated bytes
@@ -74,6 +74,8 @@ def state_bytes(config: TrainConfig, world_size: int) -> dict[str, int]:
     """Bytes of parameters, gradients, fp32 masters and the optimizer's moments per rank, by kind: two fp32 values a
     parameter for AdamW, one for a parameter that Muon updates.
 
+    engine.products=fp8 keeps the blocks' matrices in fp8, too, where `keeps_fp8_operands`.
+
     With P parameters, each kind has P / tp values, divided by dp x cp from a ZeRO stage on (arXiv 1910.02054, figure
     1): moments and masters from stage 1, gradients from 2, parameters from 3. FSDP2 divides like stage 3, and its
     fp32 parameters are the masters. With engine.precision=fp32 the local engine and ZeRO 0 use the parameters as
@@ -91,10 +93,12 @@ def state_bytes(config: TrainConfig, world_size: int) -> dict[str, int]:
 
     moments = 8 * local
     if config.optim.name == "muon":
-        moments -= 4 * math.ceil(_block_matrix_elements(config.model) / config.parallel.tp)
+        moments -= 4 * math.ceil(matrix_elements(config.model) / config.parallel.tp)
     separate_masters = engine.name != "fsdp2" and (engine.precision == "bf16" or stage > 0)
+    # Rows and transpose, a byte each.
+    fp8 = 2 * math.ceil(matrix_elements(config.model) / config.parallel.tp)
     return {
-        "parameters": over_data(local * width, 3),
+        "parameters": over_data(local * width, 3) + (fp8 if engine.keeps_fp8_operands else 0),
         "gradients": over_data(local * gradient_width, 2),
         "masters": over_data(local * 4, 1) if separate_masters else 0,
         "moments": over_data(moments, 1),
@@ -135,26 +139,14 @@ def buffer_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
 
 def update_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
     """Bytes of a round of Muon's update (engine/matrices.py, kernels/newton_schulz): in the computing type, the
-    matrices as they are sent, X before and after an iteration, X X^T and its polynomial. They reuse the memory of the
-    freed activations, which a CUDA graph keeps."""
+    matrices as they are sent, X, and at most twice as much for X X^T, polynomials of it and the next X. They reuse the
+    memory of the freed activations, which a CUDA graph keeps."""
     if config.optim.name != "muon":
         return 0
     engine = config.engine
-    replicated = engine.name == "local" or (engine.name == "deepspeed" and engine.zero_stage == 0)
-    ranks = config.parallel.tp if replicated else world_size
-    elements = min(ROUND_ELEMENTS, math.ceil(_block_matrix_elements(config.model) / ranks))
+    elements = most_work(config, world_size).elements
     reused = 0 if engine.cuda_graph else activations
-    return max(0, 5 * elements * (2 if engine.precision == "bf16" else 4) - reused)
-
-
-def _block_matrix_elements(model: ModelConfig) -> int:
-    """`block_matrix_elements`, cached, since remedies.py asks for many layouts of one model."""
-    if repr(model) not in _counted:
-        _counted[repr(model)] = block_matrix_elements(model)
-    return _counted[repr(model)]
-
-
-_counted: dict[str, int] = {}
+    return max(0, 4 * elements * (2 if engine.precision == "bf16" else 4) - reused)
 
 
 def side_stream_bytes(config: TrainConfig) -> int:

@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves
 from megatron_tn.config import TrainConfig
 from megatron_tn.engine.base import DTYPES
 from megatron_tn.model.base import Model
-from megatron_tn.model.registry import build_model
+from megatron_tn.model.registry import build_model, norm_bound
 from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.parallel.float8_layers import float8_layers, kept_weights
 from megatron_tn.parallel.recompute import recompute_blocks
 from megatron_tn.planning.collectives import bytes_of, collectives_of
 from megatron_tn.planning.live import BLOCK, LiveMemory
@@ -33,8 +34,8 @@ Exchange = tuple[str, str]  # kind of collective, axis "tp" or "cp"
 class Microbatch:
     """kept, peak: bytes alive between forward and backward pass, and at most; parameters excluded.
 
-    products: smallest dimension of a matrix product -> FLOPs of all such products. moved: bytes that all other kernels
-    read and write. exchanged: (kind, axis) -> (calls, bytes of the whole tensors).
+    products: smallest dimension of a matrix product -> FLOPs of all such products, those of fp8 over FP8_RATE. moved:
+    bytes that all other kernels read and write. exchanged: (kind, axis) -> (calls, bytes of the whole tensors).
     """
 
     kept: int
@@ -64,12 +65,18 @@ def microbatch(config: TrainConfig, device: str = "cuda") -> Microbatch:
     Raises:
         ValueError: torch.distributed is already initialised in this process.
     """
-    engine, data = config.engine, config.data
-    same_pass = (repr(config.model), config.parallel, engine.precision, engine.recompute, engine.recompute_every)
-    key = (*same_pass, data.micro_batch, data.sequence_length, device)
+    key = (same_pass(config), device)
     if key not in _measured:
         _measured[key] = _measure(config, device)
     return _measured[key]
+
+
+def same_pass(config: TrainConfig) -> tuple:
+    """What the passes of a microbatch depend on: equal for engines that run the same ones."""
+    engine, data = config.engine, config.data
+    recompute = engine.recompute, engine.recompute_every
+    products = engine.precision, engine.products, engine.keeps_weights
+    return repr(config.model), config.parallel, recompute, products, data.micro_batch, data.sequence_length
 
 
 def extrapolated(config: TrainConfig) -> Microbatch:
@@ -129,6 +136,10 @@ def _measure(config: TrainConfig, device: str) -> Microbatch:
 def step_model(config: TrainConfig, context: ParallelContext) -> Model:
     """This rank's model in the computing type, with recomputation, as in `engine.build`."""
     model = build_model(config.model, context, "cpu", DTYPES[config.engine.precision])
+    if config.engine.products == "fp8":
+        layers = float8_layers(model.blocks, norm_bound(config.model))
+        if config.engine.keeps_weights:
+            kept_weights(layers, operands=config.engine.keeps_fp8_operands)
     recompute_blocks(model.blocks, config.engine.recompute, config.engine.recompute_every)
     return model
 
@@ -158,8 +169,9 @@ class Work(TorchDispatchMode):
             self.exchanged[key] = calls + 1, size + call.size
         name = str(operator).rpartition(".")[0]
         if name in PRODUCTS:
+            faster = FP8_RATE if name in FP8_PRODUCTS else 1
             for m, n, k in PRODUCTS[name](*args):
-                self.products[min(m, n, k)] += 2 * m * n * k
+                self.products[min(m, n, k)] += int(2 * m * n * k / faster)
         elif not name.startswith(("prim.", "c10d.", "_c10d_functional.")):
             self.moved += int(_moved(name, operator, args, out))
         return out
@@ -189,10 +201,21 @@ PRODUCTS: dict[str, Callable[..., list[Product]]] = {
     "megatron_tn.column_forward": lambda x, weights, group, rows: _rows(x, weights, rows or x.shape[0]),
     "megatron_tn.row_forward": lambda x, weight, *rest: _rows(x, [weight], x.shape[0]),
     "megatron_tn.row_backward": lambda gradient, beside, weight, group, rows: _rows(gradient, [weight], rows),
+    "aten._scaled_mm": _mm,
+    "megatron_tn.column_forward_fp8": lambda x, scale, weight, weight_scale, width, group, rows, dtype: _rows(
+        x, [weight], rows or x.shape[0]
+    ),
+    "megatron_tn.row_forward_fp8": lambda x, scale, weight, *rest: _rows(x, [weight], x.shape[0]),
+    "megatron_tn.row_backward_fp8": lambda gradient, scale, beside, weight, weight_scale, width, group, rows, dtype: (
+        _rows(gradient, [weight], rows)
+    ),
     "aten._scaled_dot_product_flash_attention_for_cpu": lambda q, *rest: _attention(q, 2),
     "aten._scaled_dot_product_flash_attention_for_cpu_backward": lambda dy, q, *rest: _attention(q, 5),
     "megatron_tn.head_exponentials": lambda hidden, weight, *rest: _rows(hidden, [weight], hidden.shape[0]),
 }
+
+FP8_PRODUCTS = [name for name in PRODUCTS if name.endswith(("_fp8", "_scaled_mm"))]
+FP8_RATE = 1.84  # of bf16's: the products of 1B's and 7B's blocks on an H200, 120.2 / 65.0 and 904 / 493 ms
 
 # Kernels that move more than each input and output once: factor. Attention's backward pass takes its operands in two
 # scans: 0.75 ms for 0.44 ms of bytes (docs/performance.md, lightning_attention at N 8192).
@@ -241,5 +264,11 @@ WORKSPACE = {
     "megatron_tn.column_forward.default": lambda x, weights, group, rows: _rows_bytes(x, rows),
     "megatron_tn.row_forward.default": lambda x, weight, group, rows, beside=None: (
         rows * weight.shape[0] * x.element_size()
+    ),
+    "megatron_tn.column_forward_fp8.default": lambda x, scale, weight, weight_scale, width, group, rows, dtype: (
+        _rows_bytes(x, rows)
+    ),
+    "megatron_tn.row_forward_fp8.default": lambda x, scale, weight, weight_scale, width, group, rows, dtype, *beside: (
+        rows * width * dtype.itemsize
     ),
 }

@@ -24,6 +24,7 @@ from megatron_tn.planning.speed import CONTENTION, MEMORY_SHARE, StepTime, missi
 from megatron_tn.planning.traffic import Traffic, step_traffic
 
 TOKENS_A_PARAMETER = 20  # arXiv 2203.15556
+AXES = {"data": "data x context", "world": "all ranks"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class Plan:
         return self.time and self.tokens / (self.time.tokens_per_second * self.world_size) / 86400
 
     @property
+    def gpu_hours(self) -> float | None:
+        return self.days and 24 * self.days * self.world_size
+
+    @property
     def warnings(self) -> list[str]:
         return list(concerns(self.config, self.time))
 
@@ -66,7 +71,7 @@ class Plan:
             f"days: {self.tokens:,} tokens without pauses, evaluations and failures",
         ]
         if self.config.optim.name == "muon":
-            lines.append("optim.name=muon: an update as of AdamW, without Muon's products and exchange of matrices")
+            lines.append("optim.name=muon: the rank with most matrices; nothing hides their exchange")
         if self.chosen:
             lines.append(f"data.global_batch={self.config.data.global_batch}: {REASON}")
         return lines
@@ -98,6 +103,7 @@ class Plan:
                 "tokens_per_second_per_gpu": time.tokens_per_second,
                 "utilisation_datasheet": time.utilisation(config),
                 "days": self.days,
+                "gpu_hours": self.gpu_hours,
             }
         return found
 
@@ -156,7 +162,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     if plan.traffic:
         traffic = Table("collectives of a step, per rank", "over", "calls", "GB by NVLink", "GB by network", "beside")
         for each in plan.traffic:
-            over = f"{each.kind}, {'data x context' if each.axis == 'data' else each.axis}"
+            over = f"{each.kind}, {AXES.get(each.axis, each.axis)}"
             sizes = (f"{size / 1e9:.2f}" for size in (each.nvlink, each.network))
             traffic.add_row(each.name, over, f"{each.calls:,}", *sizes, each.beside)
         console.print(traffic)
@@ -182,6 +188,7 @@ def _time_table(plan: Plan, time: StepTime) -> Table:
     table.add_row("tokens/s per GPU", f"{time.tokens_per_second:,.0f}")
     table.add_row("of the datasheet's bf16 peak", f"{time.utilisation(plan.config):.1%}")
     table.add_row(f"days for {plan.tokens / 1e9:,.0f} billion tokens", f"{plan.days:,.1f}")
+    table.add_row("GPU hours", f"{plan.gpu_hours:,.0f}")
     return table
 
 

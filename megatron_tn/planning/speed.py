@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from megatron_tn.config import ClusterConfig, TrainConfig
 from megatron_tn.model.registry import parameter_count
 from megatron_tn.planning.microbatch import Microbatch
+from megatron_tn.planning.muon import ELEMENT_BYTES, matrix_elements, most_work
 from megatron_tn.planning.traffic import (
     LAST_BACKWARD,
     LAYER,
@@ -109,7 +110,10 @@ def step_time(config: TrainConfig, world_size: int, work: Microbatch) -> StepTim
     windows = {MICROBATCH: passes, LAST_BACKWARD: BACKWARD * passes / microbatches}
     others = sum(exposed(each, cluster, windows.get(each.beside)) for each in traffic if each.beside in windows)
     published = sum(duration(each, cluster) for each in traffic if each.beside not in (LAYER, *windows))
-    update = updated_elements(config, world_size) * UPDATE_BYTES / bandwidth + published
+    update = updated_bytes(config, world_size) / bandwidth + published
+    if config.optim.name == "muon":
+        iterations = most_work(config, world_size).products
+        update += sum(flops / matrix_rate(cluster, size) for size, flops in iterations.items())
     tokens = data.global_batch * data.sequence_length / world_size
     return StepTime(products, memory, layers, others, update, tokens)
 
@@ -130,12 +134,15 @@ def exposed(traffic: Traffic, cluster: ClusterConfig, window: float) -> float:
     return contention + max(duration(traffic, cluster) - window - contention, 0.0)
 
 
-def updated_elements(config: TrainConfig, world_size: int) -> int:
-    """Parameters that a rank updates: of its tensor-parallel part all, or with ZeRO and FSDP2 its share."""
-    local = math.ceil(parameter_count(config.model) / config.parallel.tp)
+def updated_bytes(config: TrainConfig, world_size: int) -> float:
+    """Bytes that an update moves, of the parameters that a rank updates: of its tensor-parallel part all, or with ZeRO
+    and FSDP2 its share. Muon's iterations are products."""
+    size = UPDATE_BYTES * parameter_count(config.model)
+    if config.optim.name == "muon":
+        size += (ELEMENT_BYTES - UPDATE_BYTES) * matrix_elements(config.model)
     engine = config.engine
     sharded = engine.name == "fsdp2" or (engine.name == "deepspeed" and engine.zero_stage > 0)
-    return math.ceil(local / math.prod(spans_of(config, world_size, "data"))) if sharded else local
+    return size / config.parallel.tp / (math.prod(spans_of(config, world_size, "data")) if sharded else 1)
 
 
 def engine_bytes(config: TrainConfig, world_size: int) -> float:

@@ -6,7 +6,11 @@ reduce-scatter
     over NVLink      S (r - 1) / r           the parts that arrive at the other ranks of its node
     over the network S (k - 1) / (k r)       its share of what arrives at its node: each GPU has a port of its own
 
-and in an all-reduce, which is one of each, twice as much: NCCL's rings, as nccl-tests count bus bandwidth.
+and in an all-reduce, which is one of each, twice as much: NCCL's rings, as nccl-tests count bus bandwidth. Of an
+all-to-all in which a tensor of S bytes in all comes to rest, 1 / (k r) of it on each rank:
+
+    over NVLink      S (r - 1) / (k r)^2     the parts that come from its node
+    over the network S (k r - r) / (k r)^2
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from megatron_tn.config import TrainConfig
 from megatron_tn.engine.deepspeed.settings import zero3_live_parameters
 from megatron_tn.model.registry import parameter_count
 from megatron_tn.planning.microbatch import Microbatch
+from megatron_tn.planning.muon import matrix_elements, most_work, sharing
 
 # What a collective runs beside, so that its time can be hidden.
 NOTHING, LAYER, MICROBATCH, LAST_BACKWARD = "nothing", "a layer's products", "a microbatch", "the last backward pass"
@@ -44,7 +49,7 @@ def step_traffic(config: TrainConfig, world_size: int, work: Microbatch) -> list
     """All collectives of a step, but for the gradient norm's (8 bytes)."""
     parallel = config.parallel
     microbatches = microbatches_of(config, world_size)
-    spans = {axis: spans_of(config, world_size, axis) for axis in ("tp", "cp", "data")}
+    spans = {axis: spans_of(config, world_size, axis) for axis in ("tp", "cp", "data", "world")}
     found = []
 
     def add(name: str, axis: str, kind: str, calls: int, size: int, beside: str) -> None:
@@ -61,6 +66,11 @@ def step_traffic(config: TrainConfig, world_size: int, work: Microbatch) -> list
         if config.engine.name == "fsdp2" or config.engine.zero_stage == 3:
             calls = times * (config.model.layers + 1)
         add(name, "data", kind, calls, width * elements, beside)
+    if config.optim.name == "muon":
+        axis, _ = sharing(config, world_size)
+        size = matrix_elements(config.model) * (2 if config.engine.precision == "bf16" else 4)
+        for name in ("matrices, to be updated", "updates of matrices"):
+            add(name, axis, "all-to-all", most_work(config, world_size).rounds, size, NOTHING)
     return found
 
 
@@ -109,7 +119,7 @@ def spans_of(config: TrainConfig, world_size: int, axis: str) -> tuple[int, int]
     """(r, k): ranks of a group of `axis` on one node, and nodes that the group spans. Ranks are laid out as in
     parallel/context.py: tensor parallel on neighbouring ranks, then context, then data parallel."""
     tp, cp = config.parallel.tp, config.parallel.cp
-    ranks, stride = {"tp": (tp, 1), "cp": (cp, tp), "data": (world_size // tp, tp)}[axis]
+    ranks, stride = {"tp": (tp, 1), "cp": (cp, tp), "data": (world_size // tp, tp), "world": (world_size, 1)}[axis]
     node = config.cluster.gpus_per_node or world_size
     on_a_node = min(max(node // stride, 1), ranks)
     return on_a_node, math.ceil(ranks / on_a_node)
@@ -117,5 +127,8 @@ def spans_of(config: TrainConfig, world_size: int, axis: str) -> tuple[int, int]
 
 def received(kind: str, size: float, ranks: int, nodes: int) -> tuple[float, float]:
     """Bytes over NVLink and over the network: the formulas above, r = ranks on each of k = nodes."""
+    if kind == "all-to-all":
+        world = nodes * ranks
+        return size * (ranks - 1) / world**2, size * (world - ranks) / world**2
     both = 2 if kind == "all-reduce" else 1
     return both * size * (ranks - 1) / ranks, both * size * (nodes - 1) / (nodes * ranks)

@@ -1,15 +1,16 @@
 """Matrix products of fp8 operands, for engine.products=fp8: the blocks' linear layers, forward and backward.
 
     y  = x W^T      x and W in e4m3
-    dx = dy W       dy in GRADIENT
+    dx = dy W       dy in e5m2
     dW = dy^T x     fp32, added to the gradient sum
 
-Each operand has one power-of-two scale, of its current largest element (kernels/quantize). Both operands lie along the
-contraction, so x, W and dy are each needed as rows and transposed: x is kept for the backward pass only transposed, at
-one byte an element. On a GPU torch._scaled_mm multiplies; elsewhere the same fp8 numbers are multiplied in fp32.
+Each operand has one power-of-two scale (kernels/quantize), of its current largest element or of a bound. Both operands
+lie along the contraction, so x, W and dy are each needed as rows and transposed: x is kept for the backward pass only
+transposed, at one byte an element. On a GPU torch._scaled_mm multiplies; elsewhere the same fp8 numbers are multiplied
+in fp32. Weights of one input are stacked: one product makes all their outputs, one the sum of their dx.
 
-Passes without gradients (evaluation, decoding) use the weights as they are, so that a loss measured during training is
-the exported model's.
+parallel/float8_products.py makes layers of these, in passes with gradients. Passes without (evaluation, decoding) use
+the weights as they are, so that a loss measured during training is the exported model's.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ import torch
 from torch import Tensor
 
 from kernels.numerics import accumulation_dtype
-from kernels.quantize.op import largest, quantize, quantize_
+from kernels.quantize.many import ManyMatrices, stacked
+from kernels.quantize.op import MULTIPLE, largest, padded, quantize
 from megatron_tn.device.side_stream import on_side_stream
 from megatron_tn.precision.gradient_sum import GradientSum
 
 OPERAND = torch.float8_e4m3fn  # activations and weights
-GRADIENT = torch.float8_e5m2  # gradients of activations
+# Gradients of activations. A few tokens have most of them, and e4m3's 15 binades leave the others to underflow: with it
+# errors of weight gradients were 1.5 to 2 times as large (a model of 3 layers against fp64).
+GRADIENT = torch.float8_e5m2
 OLDEST_CAPABILITY = (9, 0)  # Hopper
 
 
@@ -43,7 +47,7 @@ class Float8(NamedTuple):
 def quantized(
     x: Tensor, dtype: torch.dtype, *, rows: bool = True, transposed: bool = True, bits: Tensor | None = None
 ) -> Float8:
-    """x [T, C] in fp8. bits: the result of `largest` of x, or of a tensor that x is a part of."""
+    """x [T, C] in fp8. bits: the result of `kernels.quantize.op.largest` of x, of more than x, or a bound's."""
     bits = largest(x) if bits is None else bits
     return Float8(*quantize(x, bits, dtype, rows=rows, transposed=transposed), tuple(x.shape))
 
@@ -59,98 +63,87 @@ def scaled_product(
         return y if out is None else out.copy_(y)
     if not len(a):  # a slice of padding alone
         return out if out is not None else torch.empty(0, columns, dtype=dtype, device=a.device)
-    into = {"out": out} if out is not None and columns == b.shape[0] else {}
+    if b.shape[0] % MULTIPLE:
+        b = torch.nn.functional.pad(b.view(torch.uint8), (0, 0, 0, padded(len(b)) - len(b))).view(b.dtype)
+    whole = columns == b.shape[0]
+    into = {"out": out} if whole and out is not None and out.data_ptr() % 16 == 0 else {}
+    # Fast accumulation: of 16384 terms its error is 1.6e-3, where rounding to fp8 leaves 3.8e-2.
     y = torch._scaled_mm(a, b.t(), *scales, out_dtype=dtype, use_fast_accum=True, **into)
-    if into or columns == b.shape[0]:
-        return y if out is None or into else out.copy_(y)
+    if into or (whole and out is None):
+        return y
     return y[:, :columns].contiguous() if out is None else out.copy_(y[:, :columns])
 
 
-def forward_product(x: Float8, weight: Float8, dtype: torch.dtype) -> Tensor:
-    """y = x W^T [T, out] in `dtype`."""
-    return scaled_product(x.rows, weight.rows, (x.scale, weight.scale), weight.shape[0], dtype)
+def weight_gradients(
+    sums: Sequence[GradientSum | None], widths: Sequence[int], dy: Float8, x: Float8, dtype: torch.dtype
+) -> list[Tensor | None]:
+    """dW_i = dy_i^T x [out_i, in] of stacked weights, out_i = widths[i]: in `dtype` for autograd, or added to sums[i]
+    in fp32, and None for autograd."""
+    found, start = [], 0
+    for sum, width in zip(sums, widths, strict=True):
+        operands = (dy.transposed[start : start + width], x.transposed, (dy.scale, x.scale), x.shape[1])
+        start += width
+        if sum is None:
+            found.append(scaled_product(*operands, dtype))
+            continue
+        with on_side_stream(dy.transposed, x.transposed, dy.scale, x.scale):
+            if sum.empty:
+                scaled_product(*operands, sum.value.dtype, sum.value)
+            else:
+                sum.value.add_(scaled_product(*operands, sum.value.dtype))
+        sum.empty = False
+        found.append(None)
+    return found
 
 
-def input_gradient(
-    gradients: Sequence[Float8], weights: Sequence[Float8], dtype: torch.dtype, out: Tensor | None = None
-) -> Tensor:
-    """dx = sum over i of dy_i W_i [T, in] in `dtype`; written to `out` if given."""
-    for index, (dy, weight) in enumerate(zip(gradients, weights, strict=True)):
-        operands = (dy.rows, weight.transposed, (dy.scale, weight.scale), weight.shape[1], dtype)
-        if not index:
-            out = scaled_product(*operands, out)
-        else:
-            out.add_(scaled_product(*operands))
-    return out
+class Float8Weights:
+    """The weights [out_i, in] of linear layers with a common input, stacked, as an fp8 operand.
 
-
-def weight_gradient(sum: GradientSum | None, dy: Float8, x: Float8, dtype: torch.dtype) -> Tensor | None:
-    """dW = dy^T x [out, in] in `dtype` for autograd; with a `sum`: sum += dW in fp32, and None for autograd."""
-    outs, ins = dy.shape[1], x.shape[1]
-    operands = (dy.transposed[:outs], x.transposed, (dy.scale, x.scale), ins)
-    if sum is None:
-        return scaled_product(*operands, dtype)
-    with on_side_stream(dy.transposed, x.transposed, dy.scale, x.scale):
-        if sum.empty:
-            scaled_product(*operands, sum.value.dtype, sum.value)
-        else:
-            sum.value.add_(scaled_product(*operands, sum.value.dtype))
-    sum.empty = False
-    return None
-
-
-class Float8Weight:
-    """What a linear layer holds beside its weight [out, in] for fp8 products.
-
-    Engines whose weights stay on the device call `keep` after each change of them, once a step; microbatches and
-    recomputation then share the operand. Where weights are gathered for a block and freed (ZeRO 3, FSDP2), `of`
-    quantises what was gathered.
+    kept, largest: the operand, or the largest element alone; set by `KeptWeights`, where weights stay on the device.
+    Microbatches share the operand. With the largest element `of` quantises in one pass; where weights are gathered for
+    a block and freed (ZeRO 3, FSDP2), it has neither and takes two.
+    bound: of the input's elements, where one is known; None: the input's scale is of its largest element.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bound: float | None = None) -> None:
+        self.bound = bound
         self.kept: Float8 | None = None
+        self.largest: Tensor | None = None
+        self._bits: Tensor | None = None
 
-    @torch.no_grad()
-    def keep(self, weight: Tensor) -> None:
-        """Quantise `weight` into the operand that `of` returns from now on; its memory stays at the same addresses."""
-        if self.kept is None:
-            self.kept = quantized(weight, OPERAND)
-        else:
-            quantize_(weight, largest(weight), *self.kept[:3])
+    def of(self, weights: Sequence[Tensor], *, rows: bool = False, transposed: bool = False) -> Float8:
+        """The operand [sum of out_i, in], in the order that is wanted."""
+        if self.kept is not None:
+            return self.kept
+        return quantized(stacked(weights), OPERAND, rows=rows, transposed=transposed, bits=self.largest)
 
-    def of(self, weight: Tensor, *, rows: bool = False, transposed: bool = False) -> Float8:
-        """The operand, with the order that is wanted."""
-        return self.kept or quantized(weight, OPERAND, rows=rows, transposed=transposed)
-
-
-class _Linear(torch.autograd.Function):
-    """x [T, in], weights W_i [out_i, in] -> x W_i^T for each i; backward adds dW_i to sums[i]."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, float8: list[Float8Weight], sums: list[GradientSum | None], *weights: Tensor):
-        operand = quantized(x, OPERAND)
-        ctx.save_for_backward(operand.transposed, operand.scale, *weights)
-        ctx.float8, ctx.sums, ctx.shape, ctx.dtype = float8, sums, operand.shape, x.dtype
-        return tuple(
-            forward_product(operand, held.of(weight, rows=True), x.dtype)
-            for held, weight in zip(float8, weights, strict=True)
-        )
-
-    @staticmethod
-    def backward(ctx, *gradients: Tensor):
-        transposed, scale, *weights = ctx.saved_tensors
-        x = Float8(transposed, transposed, scale, ctx.shape)
-        dys = [quantized(gradient, GRADIENT) for gradient in gradients]
-        dx = None
-        if ctx.needs_input_grad[0]:
-            operands = [held.of(w, transposed=True) for held, w in zip(ctx.float8, weights, strict=True)]
-            dx = input_gradient(dys, operands, ctx.dtype)
-        return dx, None, None, *(weight_gradient(sum, dy, x, ctx.dtype) for sum, dy in zip(ctx.sums, dys, strict=True))
+    def bits_of_bound(self, x: Tensor) -> Tensor | None:
+        """The bound as `kernels.quantize.op.largest` gives a largest element; None without a bound."""
+        if self.bound is not None and (self._bits is None or self._bits.device != x.device):
+            self._bits = torch.full((1,), self.bound, device=x.device).view(torch.int32)
+        return self._bits
 
 
-def linear(
-    x: Tensor, weights: Sequence[Tensor], float8: Sequence[Float8Weight], sums: Sequence[GradientSum | None]
-) -> list[Tensor]:
-    """`precision.matmul.linear` by fp8 products. x [.., in]."""
-    outs = _Linear.apply(x.flatten(0, -2), list(float8), list(sums), *weights)
-    return [out.unflatten(0, x.shape[:-1]) for out in outs]
+class KeptWeights:
+    """What several `Float8Weights` keep from step to step, at addresses that do not change.
+
+    shapes: of each one's weights. operands: whether the operands, two bytes an element, or the largest elements alone.
+    """
+
+    def __init__(
+        self,
+        held: Sequence[Float8Weights],
+        shapes: Sequence[Sequence[torch.Size]],
+        device: torch.device,
+        *,
+        operands: bool = True,
+    ):
+        self.matrices = ManyMatrices(shapes, OPERAND, device, operands=operands)
+        for index, (each, group) in enumerate(zip(held, shapes, strict=True)):
+            each.largest = self.matrices.bits[index]
+            if operands:
+                each.kept = Float8(*self.matrices.operands[index], (sum(shape[0] for shape in group), group[0][1]))
+
+    def quantize(self, weights: Sequence[Sequence[Tensor]]) -> None:
+        """Call this after every change of the weights, once a step."""
+        self.matrices.quantize_(weights)

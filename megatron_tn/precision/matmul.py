@@ -1,4 +1,4 @@
-"""The three matrix products of a linear layer y = x W^T, in the computing type or in fp8 (fp8.py).
+"""The three matrix products of a linear layer y = x W^T in the computing type. fp8.py has those of fp8 operands.
 
     forward           y  = x W^T       x [T, in],  W [out, in]  ->  y  [T, out]
     input gradient    dx = dy W        dy [T, out]              ->  dx [T, in]
@@ -17,8 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_tn.precision import fp8
-from megatron_tn.precision.fp8 import Float8Weight
 from megatron_tn.precision.gradient_sum import GradientSum, gradient_sum
 
 
@@ -59,19 +57,9 @@ class _Linear(torch.autograd.Function):
         return dx, None, *map(weight_gradient, ctx.sums, gradients, [x] * len(weights))
 
 
-def linear(x: Tensor, weights: Sequence[Tensor], float8: Sequence[Float8Weight | None] = ()) -> list[Tensor]:
-    """x [.., in], weights W_i [out_i, in] -> x W_i^T [.., out_i] for each i; dx = sum over i of dy_i W_i.
-
-    float8: what the layers hold for fp8 products; none of them, or None: products in the computing type.
-    """
+def linear(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """x [.., in], weights W_i [out_i, in] -> x W_i^T [.., out_i] for each i; dx = sum over i of dy_i W_i."""
     sums = [gradient_sum(weight) for weight in weights]
-    if in_fp8(float8):
-        return fp8.linear(x, weights, float8, sums)
     if None in sums:
         return [F.linear(x, weight) for weight in weights]
     return [out.unflatten(0, x.shape[:-1]) for out in _Linear.apply(x.flatten(0, -2), sums, *weights)]
-
-
-def in_fp8(float8: Sequence[Float8Weight | None]) -> bool:
-    """Whether layers that hold `float8` form their products in fp8 in this pass: only in one with gradients."""
-    return bool(float8) and None not in float8 and torch.is_grad_enabled()

@@ -58,7 +58,7 @@ def problems_before_start(
 
 def checkpoint_problems(config: TrainConfig, start: Start) -> list[str]:
     """Reasons, one line each, why a run with these settings cannot resume from `start`'s checkpoint."""
-    manifest, directory = start.manifest(), start.checkpoint
+    manifest, directory = start.manifest, start.checkpoint
     if manifest is None:
         return []
     # A setting added after the checkpoint was written has its default value there.

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from megatron_tn.training.state import Ledger
 log = logging.getLogger(__name__)
 
 SHOWN = 4  # at most so many ranks are named in a message
+FINGERPRINTED = 1 << 16  # bytes at a manifest's end
 
 
 @dataclass(frozen=True)
@@ -34,22 +36,26 @@ class Start:
     """Where a run begins or resumes.
 
     checkpoint: None for initial values. weights: the folder of init_from that they are read from instead, for a run
-    that has no checkpoint yet. manifest_sha256: of the checkpoint's manifest; "" for initial values. by_hand: whether
+    that has no checkpoint yet. fingerprint: of the checkpoint's manifest; "" for initial values. by_hand: whether
     checkpoint.resume named a checkpoint, or none. later: newer checkpoints in run_dir, to be renamed. damage:
     checkpoint -> problems, for those of `later` that are damaged. ledger: notes since the checkpoint was saved; empty
-    where checkpoint.resume named a checkpoint, or none.
+    where checkpoint.resume named a checkpoint, or none. manifest: the checkpoint's, without pieces and files.
     """
 
     checkpoint: Path | None = None
-    manifest_sha256: str = ""
+    fingerprint: str = ""
     by_hand: bool = False
     later: tuple[Path, ...] = ()
     damage: dict[Path, list[str]] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
     weights: Path | None = field(default=None, compare=False)
+    manifest: CheckpointManifest | None = field(default=None, compare=False)
 
-    def manifest(self) -> CheckpointManifest | None:
-        return None if self.checkpoint is None else CheckpointManifest.read(self.checkpoint)
+    @classmethod
+    def at(cls, checkpoint: Path, **more: Any) -> Start:
+        """Raises ConfigError: its manifest is absent or damaged."""
+        manifest = CheckpointManifest.read(checkpoint).without_pieces()
+        return cls(checkpoint, _fingerprint(checkpoint), manifest=manifest, **more)
 
 
 def choose_start(config: TrainConfig, folder: RunFolder, *, requeued: bool) -> Start:
@@ -78,11 +84,10 @@ def choose_start(config: TrainConfig, folder: RunFolder, *, requeued: bool) -> S
         steps = ", ".join(map(str, folder.saved())) or "none"
         raise ConfigError(f"checkpoint.resume={asked} does not exist; run_dir={config.run_dir} has steps: {steps}")
     try:
-        step = CheckpointManifest.read(checkpoint).step
+        start = Start.at(checkpoint, by_hand=True)
     except ConfigError as error:
         raise ConfigError(f"checkpoint.resume={asked}: {error}") from None
-    later = tuple(path for path in there if step_of(path) > step)
-    return Start(checkpoint, _sha256_of_manifest(checkpoint), by_hand=True, later=later)
+    return replace(start, later=tuple(path for path in there if step_of(path) > start.manifest.step))
 
 
 def newest_start(folder: RunFolder, known: Mapping[Path, list[str]] | None = None) -> Start:
@@ -98,9 +103,8 @@ def newest_start(folder: RunFolder, known: Mapping[Path, list[str]] | None = Non
         problems = chain.from_iterable(damage.values())
         where = f"all checkpoints in {folder.checkpoints} are damaged; move them away to start afresh"
         raise ConfigError([*problems, where])
-    later = tuple(sorted(damage))
-    sha256 = _sha256_of_manifest(checkpoint) if checkpoint else ""
-    return Start(checkpoint, sha256, later=later, damage=damage, ledger=folder.ledger())
+    found = {"later": tuple(sorted(damage)), "damage": damage, "ledger": folder.ledger()}
+    return Start.at(checkpoint, **found) if checkpoint else Start(**found)
 
 
 def agree_on(start: Start | None, problems: Sequence[str] = ()) -> Start:
@@ -131,7 +135,7 @@ def verified(start: Start, folder: RunFolder, ahead: ReadAhead) -> Start:
     """
     while start.checkpoint is not None:
         found = _gathered(ahead.problems(start.checkpoint))
-        damage = list(chain.from_iterable(found))
+        damage = _send(list(chain.from_iterable(found)))
         if not damage:
             break
         older, problems = None, damage if start.by_hand else []
@@ -149,8 +153,8 @@ def agree_on_settings(config: TrainConfig) -> None:
     mine, wanted = to_mapping(config), _send(to_mapping(config))
     if unlike := _everywhere("" if mine == wanted else f"{_name()}: {', '.join(differences(wanted, mine))}"):
         raise ConfigError(
-            f"ranks have other settings than rank 0: {unlike}; they read another run_dir/config.json, or have "
-            "other command line overrides"
+            f"ranks have other settings than rank 0: {unlike}; they have other command line overrides, or other files "
+            "in conf/"
         )
 
 
@@ -175,7 +179,7 @@ def _what_is_unlike(start: Start) -> str:
         lost = start.weights is not None and not start.weights.is_dir()
         return f"{_name()} sees no init_from={start.weights}" if lost else ""
     try:
-        same = _sha256_of_manifest(start.checkpoint) == start.manifest_sha256
+        same = _fingerprint(start.checkpoint) == start.fingerprint
     except OSError as error:
         return f"{_name()} cannot read its {MANIFEST} ({error.strerror})"
     return "" if same else f"{_name()} sees another {MANIFEST} in it"
@@ -185,8 +189,12 @@ def _name() -> str:
     return f"rank {dist.get_rank()} (host {socket.gethostname()})"
 
 
-def _sha256_of_manifest(checkpoint: Path) -> str:
-    return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
+def _fingerprint(checkpoint: Path) -> str:
+    """Size and sha256 of the end of the manifest, where digests of the files are: of 512 ranks it is 100 MB long."""
+    with (checkpoint / MANIFEST).open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - FINGERPRINTED, 0))
+        return f"{size}/{hashlib.sha256(file.read()).hexdigest()}"
 
 
 def _send(value: Any) -> Any:
@@ -201,12 +209,13 @@ def _everywhere(problem: str) -> str:
     """All ranks' problems, those of the first SHOWN ranks spelled out, in one line; empty without any. Collective."""
     found = [one for one in _gathered(problem) if one]
     more = [f"and {len(found) - SHOWN} ranks more"] if len(found) > SHOWN else []
-    return "; ".join(found[:SHOWN] + more)
+    return _send("; ".join(found[:SHOWN] + more))
 
 
 def _gathered(value: Any) -> list[Any]:
-    """Every rank's `value`. Collective."""
-    values = [value] * dist.get_world_size()
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return values
+    """On rank 0 every rank's `value`, on the others none. Collective."""
+    if dist.get_world_size() == 1:
+        return [value]
+    values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values, dst=0)
+    return values or []

@@ -41,7 +41,7 @@ class Run:
     ended. Entry and exit are collective.
 
     start: rank 0's choice of checkpoint; None on other ranks, which receive it from rank 0. open_weights: of
-    `start.weights`.
+    `start.weights`. given: the settings of this rank's command line, which must be those of rank 0; None: `config`.
 
     Raises, on entry and on every rank:
         ConfigError: another run has the folder, ranks' settings differ, or some rank does not see the checkpoint.
@@ -55,8 +55,10 @@ class Run:
         config: TrainConfig,
         start: Start | None,
         open_weights: Callable[[Path], AbstractContextManager[Weights]],
+        given: TrainConfig | None = None,
     ):
         self.config = config
+        self.given = given or config
         self.open_weights = open_weights
         self.start = start
         self.folder = RunFolder(config.run_dir)
@@ -71,24 +73,11 @@ class Run:
         if self.config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        try:
-            self.device = join_world(self.config.distributed_timeout_s)
-        except RuntimeError as error:
-            if "EADDRINUSE" in str(error):
-                raise ConfigError(
-                    f"MASTER_PORT={os.environ.get('MASTER_PORT')} is in use on this host: name a free port, or start "
-                    "with launch/local.sh, which finds one"
-                ) from None
-            rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
-            raise RuntimeError(
-                f"rank {rank} of {size} could not join the others at {os.environ.get('MASTER_ADDR')}:"
-                f"{os.environ.get('MASTER_PORT')} within distributed_timeout_s={self.config.distributed_timeout_s}: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
+        self.device = join_world(self.config.distributed_timeout_s)
         try:
             self.is_first = dist.get_rank() == 0
             torch.manual_seed(self.config.seed)
-            agree_on_settings(self.config)
+            agree_on_settings(self.given)
             self.start = agree_on(self.start)
             self._take_folder()
             self._read_ahead()
@@ -140,8 +129,8 @@ class Run:
             pinned=self.device.type == "cuda",
         )
         if self.start.checkpoint is not None:
-            manifest = self.ahead.begin(self.start.checkpoint)
-            self.state.step = manifest.step  # for status.json until the checkpoint is loaded
+            self.ahead.begin(self.start.checkpoint)
+            self.state.step = self.start.manifest.step  # for status.json until the checkpoint is loaded
 
     def _sample_matrix_rate(self) -> float | None:
         """TFLOP/s of rank 0's GPU, before the model takes memory; None on other ranks and without a GPU."""

@@ -74,10 +74,11 @@ def test_gradients_of_every_layout():
     one = dict(zip(sizes, gradients_of(1, False, [(fp8(LOCAL), BATCH // size) for size in sizes]), strict=True))
     for gradients in one.values():
         assert max(relative_errors(gradients, exact).values()) < FROM_FP64
+    split = [CASES[index] for index in (0, 2, 4, 5)]
     for tp, sequence_parallel, chunk, cases in (
         (1, False, None, CASES),
-        (2, False, None, CASES[:1]),
-        (2, True, 2, CASES),
+        (2, False, None, split[:1]),
+        (2, True, 2, split),
     ):
         for rank in run_shared(2, gradients_of, tp, sequence_parallel, cases, chunk):
             for (engine, microbatches), gradients in zip(cases, rank, strict=True):

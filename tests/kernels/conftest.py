@@ -28,6 +28,7 @@ TRITON_MODULES = (
     "kernels.muon.triton_muon",
     "kernels.newton_schulz.triton_symmetric",
     "kernels.quantize.triton_quantize",
+    "kernels.quantize.triton_many",
     "kernels.rmsnorm.triton_rmsnorm",
     "kernels.rope.triton_rope",
     "kernels.gla.triton_buffered",

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from kernels import dispatch
 from kernels.quantize import op, reference
+from kernels.quantize.many import ManyMatrices, stacked
 
 TYPES = pytest.mark.parametrize("dtype", op.TYPES, ids=str)
 SHAPES = pytest.mark.parametrize("shape", [(33, 70), (64, 144)], ids=str)
@@ -61,6 +63,43 @@ def test_triton(triton_device, shape, dtype):
 def test_rounding_on_the_gpu(cuda, shape, dtype):
     for x in (heavy_tailed(*shape).bfloat16(), heavy_tailed(*shape)):
         check(x, dtype, cuda)
+
+
+def check_many(device, heights):
+    """Two groups, one of two matrices that are not neighbours in memory; again at other addresses."""
+    draw = torch.Generator().manual_seed(3)
+    shapes = [[torch.Size((height, 80)) for height in heights], [torch.Size((48, 144))]]
+    many = ManyMatrices(shapes, torch.float8_e4m3fn, torch.device(device))
+    for _ in range(2):
+        values = [[torch.randint(-7, 8, shape, generator=draw) / 4 for shape in group] for group in shapes]
+        values[0][1][3, 5] = 448.0
+        groups = [[value.bfloat16().to(device) for value in group] for group in values]
+        many.quantize_(groups)
+        assert (many.plan is None) == (
+            (device == "cpu" and dispatch.requested_backend() != "triton") or heights[0] % 16 > 0
+        )
+        alone = ManyMatrices(shapes, torch.float8_e4m3fn, torch.device(device), operands=False)
+        alone.quantize_(groups)
+        assert torch.equal(alone.bits.amax(1), many.bits.amax(1))
+        for group, operand in zip(groups, many.operands, strict=True):
+            whole = torch.cat(group)
+            assert torch.equal(stacked(group), whole)
+            for found, wanted in zip(operand, op.quantize(whole, op.largest(whole), torch.float8_e4m3fn), strict=True):
+                assert torch.equal(bits(found), bits(wanted))
+
+
+def test_many():
+    check_many("cpu", (32, 16))
+    flat = torch.arange(60.0)
+    neighbours = [flat[:20].view(4, 5), flat[20:50].view(6, 5)]
+    assert stacked(neighbours).data_ptr() == flat.data_ptr()
+    assert torch.equal(stacked(neighbours), flat[:50].view(10, 5))
+    assert torch.equal(stacked(neighbours[::-1]), torch.cat(neighbours[::-1]))
+
+
+@pytest.mark.parametrize("heights", [(32, 16), (9, 16)], ids=str)
+def test_many_in_triton(triton_device, heights):
+    check_many(triton_device, heights)
 
 
 @TYPES

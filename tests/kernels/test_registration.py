@@ -44,6 +44,8 @@ def operators():
         "sglu_forward": (ops.sglu_forward, (x, y, "silu")),
         "sglu_forward+views": (ops.sglu_forward, (x.transpose(0, 1), y.transpose(0, 1), "none")),
         "sglu_backward": (ops.sglu_backward, (*(a.detach() for a in (y, x, y)), "none")),
+        "sglu_pair_forward": (ops.sglu_pair_forward, (x.detach()[0], "silu")),
+        "sglu_pair_backward": (ops.sglu_pair_backward, (y.detach()[0, :, :4], x.detach()[0], "silu")),
         "token_linear": (ops.token_linear, (x.detach()[0, 0], y.detach()[0], 1e-6, s.detach()[0], None)),
         "token_glu": (ops.token_glu, (x.detach()[0, 0], y.detach()[0], y.detach()[1], 1e-6, "silu")),
         "sample_tokens": (
@@ -71,7 +73,10 @@ def operators():
         ),
         "local_targets": (ops.local_targets, (targets, -100, 2, 4, 6)),
         "largest": (ops.largest, (x.detach(),)),
-        "quantize": (ops.quantize, (x.detach()[0], torch.ones(1, dtype=torch.int32), torch.float8_e5m2, True, False)),
+        "quantize": (
+            ops.quantize,
+            (x.detach()[0], torch.tensor([2**30 + 2**24], dtype=torch.int32), torch.float8_e5m2, True, False),
+        ),
         "transpose_fp8": (ops.transpose_fp8, (torch.zeros(3, 16, dtype=torch.uint8),)),
         **head_operators(),
     }

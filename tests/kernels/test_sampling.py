@@ -39,6 +39,7 @@ def agree(device, dtype, size, positions):
     logits = (3 * torch.randn(len(SETTINGS), size, generator=generator)).to(device, dtype)
     logits[:, size // 2 :: 3] = -torch.inf  # tokens that are ruled out
     logits[2, 40:] = -torch.inf  # fewer tokens left than top_k
+    logits[3] -= 7.5  # the kth largest logit and bounds below it on both sides of 0
     different = total = 0
     for position in positions:
         for penalised in (False, True):

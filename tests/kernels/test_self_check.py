@@ -40,6 +40,8 @@ def test_plain_pytorch_passes(dtype):
     assert list(check("cpu", dtype, key_width=48)) == names
     assert list(check("cpu", dtype)) == [name for name in names if name != "gla_theta"]
     assert list(check("cpu", dtype, rope_base=1e4, glu_act="silu")) == ["rope", *norms, *others]
+    float8 = check("cpu", dtype, rope_base=1e4, float8=True).keys() - {"rope", *norms, *others}
+    assert float8 == {"quantize_48", "quantize_40", "quantize_many", "sglu_pair"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.full)], ids=str)
@@ -54,7 +56,8 @@ def test_the_kernels_pass(triton_device, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("embed_width", [64, 4096])
 def test_the_kernels_pass_in_bf16_on_the_gpu(cuda, embed_width):
-    check(cuda, torch.bfloat16, key_width=48, embed_width=embed_width)
+    float8 = torch.cuda.get_device_capability()[0] >= 9
+    check(cuda, torch.bfloat16, key_width=48, embed_width=embed_width, float8=float8)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import torch
 
 import kernels
 from kernels.sglu import reference
+from kernels.sglu.op import sglu_pair_backward, sglu_pair_forward
 from tests.kernels.support import TOLERANCE, assert_close
 
 ACTS = pytest.mark.parametrize("act", ["none", "silu"])
@@ -52,6 +53,27 @@ def test_views_of_a_fused_projection():
 def test_triton_takes_strided_rows(triton_device):
     a, b = torch.randn(6, 3, 80, device=triton_device)[:, 1].chunk(2, dim=-1)
     assert torch.equal(kernels.sglu(a, b), kernels.sglu(a.clone(), b.clone()))
+
+
+def check_pair(device):
+    pair, dy = torch.randn(5, 802, device=device), torch.randn(5, 401, device=device)
+    (a, b), leaf = pair.chunk(2, dim=-1), pair.clone().requires_grad_()
+    product, bits = sglu_pair_forward(pair, "silu")
+    gradient, gradient_bits = sglu_pair_backward(dy, pair, "silu")
+    wanted = kernels.sglu(*leaf.chunk(2, dim=-1), "silu")
+    wanted.backward(dy)
+    assert torch.equal(product, kernels.sglu(a, b, "silu"))
+    assert torch.equal(gradient, leaf.grad)
+    for value, found in ((product, bits), (gradient, gradient_bits)):
+        assert found.amax().view(torch.float32) == value.abs().amax()
+
+
+def test_pair():
+    check_pair("cpu")
+
+
+def test_pair_in_triton(triton_device):
+    check_pair(triton_device)
 
 
 ONES = torch.ones(1, 4, 2, 6)

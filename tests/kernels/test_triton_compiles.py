@@ -211,8 +211,8 @@ def test_sglu(capability, silu):
     from kernels.sglu import triton_sglu
 
     for kernel in (triton_sglu.forward_kernel, triton_sglu.backward_kernel):
-        types = {name: "*bf16" for name in kernel.arg_names if name.endswith("pointer")}
-        constants = {"SILU": silu, "BLOCK": triton_sglu.BLOCK}
+        types = {name: "*bf16" for name in kernel.arg_names if name.endswith("pointer")} | {"largest_pointer": "*i32"}
+        constants = {"SILU": silu, "BLOCK": triton_sglu.BLOCK, "SLOTS": triton_sglu.SLOTS}
         assert resources(compiled(kernel, capability, types, constants, num_warps=triton_sglu.WARPS))[1] == 0
 
 
@@ -357,12 +357,16 @@ def test_symmetric_products(capability, added, transposed):
     tile = own.TILES[capability]
     if capability >= own.HOPPER:
         square = [tile.rows, tile.columns]
-        blocks = {"x": [tile.rows, tile.depth], "y": [tile.columns, tile.depth]}
-        blocks = {name: block[::-1] if transposed else block for name, block in blocks.items()}
+        blocks = {"x": [tile.rows, tile.depth], "y": [tile.depth, tile.columns]}
+        if transposed:  # X of a tall matrix is stored as X^T; of others, Y = X^T as X
+            blocks["x"].reverse()
+        elif not added:
+            blocks["y"].reverse()
         blocks |= {"added": square, "out": square, "mirrored": square[::-1]}
         types |= {name: f"tensordesc<fp16{[1, *block]}>" for name, block in blocks.items()}
     constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
-    constants |= {"DESCRIPTORS": capability >= own.HOPPER, "TRANSPOSED": transposed}
+    constants |= {"DESCRIPTORS": capability >= own.HOPPER, "X_TRANSPOSED": transposed}
+    constants |= {"Y_TRANSPOSED": not transposed and not added}
     constants |= {"x_row" if transposed else "x_column": 1}
     if not added:
         constants["added"] = None
@@ -404,20 +408,26 @@ def test_adamw(capability, plain):
 
 def test_quantize():
     """On Hopper; Ampere has no fp8. Loads and stores of 16 bytes a thread."""
+    from kernels.quantize import triton_many as many
     from kernels.quantize import triton_quantize as quantize
+    from kernels.quantize.many import SLOTS
 
     pointers = {"x_pointer": "*bf16", "largest_pointer": "*i32", "scale_pointer": "*fp32"}
     tile = {"ROWS": quantize.ROWS, "COLUMNS": quantize.COLUMNS}
     outputs = dict.fromkeys(("rows_pointer", "transposed_pointer"), "*fp8e4nv")
-    constants = tile | {"SHIFT": 8, "PARTIAL": quantize.PROGRAMS}
+    constants = tile | {"SHIFT": 8, "MOST": 448.0, "PARTIAL": quantize.PROGRAMS}
+    tables = {"table_pointer": "*i64", "matrix_pointer": "*i64", "data_pointer": "*fp8e4nv"}
+    slots = {"FIELDS": many.FIELDS, "SLOTS": SLOTS}
     cases = (
         (quantize.largest_kernel, pointers, {"BLOCK": quantize.BLOCK}),
         (quantize.quantize_kernel, pointers | outputs, constants),
         (quantize.transpose_kernel, dict.fromkeys(outputs, "*u8"), tile),
+        (many.many_largest_kernel, pointers | tables, slots | {"BLOCK": quantize.ROWS * quantize.COLUMNS}),
+        (many.many_quantize_kernel, pointers | tables, slots | tile | {"SHIFT": 8, "MOST": 448.0, "SCALE_STRIDE": 4}),
     )
     for kernel, types, constants in cases:
         types = {name: type_ for name, type_ in types.items() if name in kernel.arg_names}
         built = compiled(kernel, 9, types, constants, num_warps=quantize.WARPS)
         assert resources(built)[1] == 0
         assert "ld.global.v4" in built.asm["ptx"]
-        assert kernel is quantize.largest_kernel or "st.global.v4" in built.asm["ptx"]
+        assert kernel in (quantize.largest_kernel, many.many_largest_kernel) or "st.global.v4" in built.asm["ptx"]

@@ -14,6 +14,9 @@ from megatron_tn.training.run_folder import RunFolder
 from tests.helpers.training import ROOT
 
 STARTED = 1000.0
+CUDA_ERROR = """CUDA error: device-side assert triggered
+CUDA kernel errors might be asynchronously reported at some other API call"""
+NO_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.19 GiB"
 
 
 @pytest.fixture
@@ -70,6 +73,9 @@ def test_failures_are_requeued_as_long_as_there_is_a_new_checkpoint_between_them
     [
         (75, None, "a hang (exit code 75)"),
         (137, None, "a rank was killed by signal 9 (exit code 137)"),
+        (134, None, "a rank was killed by signal 6 (exit code 134)"),  # NCCL's thread found the CUDA context lost
+        (1, f"AcceleratorError: {CUDA_ERROR}", f"AcceleratorError: {' '.join(CUDA_ERROR.splitlines())}"),
+        (1, f"OutOfMemoryError: {NO_MEMORY}", f"OutOfMemoryError: {NO_MEMORY}"),
         (1, 'OSError: a "quoted"\nname \\ saved=99 step=98', 'OSError: a "quoted" name \\ saved=99 step=98'),
     ],
 )

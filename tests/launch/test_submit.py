@@ -137,6 +137,7 @@ def test_a_run_folder_is_read_as_it_was_written(path):
     ("word", "message"),
     [
         ("run_dir=a\\b", "run_dir='a\\\\b': train.sbatch takes no backslash"),
+        ("""run_dir='/x,"b",\\'c\\''""", """run_dir=/x,"b",'c': with a comma and both kinds of quotes it reads as a"""),
         ("slurm.partition='a\nb'", "slurm.partition='a\\nb': a backslash or a control character"),
         ("slurm.options=['--nodes=4']", "slurm.options: '--nodes=4' is written by nodes"),
         ("slurm.options=[-N4]", "slurm.options: '-N4' must be a long option"),

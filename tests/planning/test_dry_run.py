@@ -9,7 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_tn.config import DataConfig, EngineConfig, ModelConfig, ParallelConfig, TrainConfig, from_mapping
+from megatron_tn.config import (
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainConfig,
+    from_mapping,
+)
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.model.registry import parameter_count
 from megatron_tn.parallel import collectives, products
@@ -17,7 +25,8 @@ from megatron_tn.plan import main
 from megatron_tn.planning.collectives import CollectiveLog
 from megatron_tn.planning.dry_run import dry_run, meeting_ranks
 from megatron_tn.planning.microbatch import microbatch
-from megatron_tn.planning.traffic import engine_exchanges
+from megatron_tn.planning.muon import matrix_elements
+from megatron_tn.planning.traffic import engine_exchanges, step_traffic
 from tests.helpers.models import TINY, random_batch, tiny_config
 from tests.helpers.ranks import layout as every_rank
 from tests.helpers.ranks import run_shared
@@ -69,6 +78,13 @@ def check(config: TrainConfig) -> None:
 )
 def test_ranks_that_meet_agree(model, name):
     check(layout(model, name, layers=2))
+
+
+def test_ranks_with_fp8_products_agree():
+    """Gathers of bytes, and of the largest element."""
+    parallel = ParallelConfig(tp=2, sequence_parallel=True)
+    data = DataConfig(sequence_length=24, micro_batch=1, global_batch=WORLD // 2)
+    check(tiny_config(engine=EngineConfig(name="local", products="fp8"), parallel=parallel, data=data))
 
 
 @pytest.mark.full
@@ -151,17 +167,21 @@ ZERO = [
 ]
 
 
-def recorded(engines: list[EngineConfig]) -> list[dict[str, int]]:
+BATCH = DataConfig(sequence_length=32, micro_batch=1, global_batch=8)
+CONFIGS = [
+    tiny_config(engine=engine, optim=OptimConfig(name=optimizer), model=WIDE, data=BATCH)
+    for engine, optimizer in (*((engine, "adamw") for engine in ZERO), (ZERO[0], "muon"))
+]
+
+
+def recorded(configs: list[TrainConfig]) -> list[dict[str, int]]:
     """Bytes of each engine's collectives over data-parallel ranks in a step of two microbatches, by kind."""
     found = []
-    for settings in engines:
-        config = tiny_config(
-            engine=settings, model=WIDE, data=DataConfig(sequence_length=32, micro_batch=1, global_batch=8)
-        )
+    for config in configs:
         engine = build_engine(config, every_rank(), torch.device("cpu"))
         initialize_engine(engine, 0)
         tokens, targets = random_batch(1, 32, config.model)
-        for _ in range(2 if settings.zero_stage == 3 else 1):  # the first step's trace tells it what to gather ahead
+        for _ in range(2 if config.engine.zero_stage == 3 else 1):  # it gathers ahead by the first step's trace
             with CollectiveLog() as log:
                 for last in (False, True):
                     engine.forward_backward(tokens, targets, None, scale=torch.tensor(1e-3), last=last)
@@ -177,7 +197,8 @@ def test_formulas_of_zero_are_what_four_processes_exchange():
     """gloo has no reduce-scatter without a copy: ZeRO 1 reduces each rank's part on its own there. ZeRO 3 that frees
     weights at once gathers the tied embedding once more than the formula has."""
     parameters = parameter_count(WIDE)
-    for ranks in run_shared(4, recorded, ZERO):
+    everyones = run_shared(4, recorded, CONFIGS)
+    for *ranks, _ in everyones:
         for engine, sizes in zip(ZERO, ranks, strict=True):
             planned = Counter()
             for _, kind, width, times, _ in engine_exchanges(tiny_config(engine=engine, model=WIDE), 2):
@@ -185,3 +206,6 @@ def test_formulas_of_zero_are_what_four_processes_exchange():
             for kind, bytes_an_element in planned.items():
                 assert sizes[kind] / parameters == pytest.approx(bytes_an_element, rel=0.05), (engine, kind)
             assert sum(size for kind, size in sizes.items() if kind not in planned) < 100  # the gradient norm
+    exchanges = [each for each in step_traffic(CONFIGS[-1], 4, microbatch(CONFIGS[-1])) if each.kind == "all-to-all"]
+    assert [each.size for each in exchanges] == [2 * matrix_elements(WIDE)] * 2
+    assert sum(ranks[-1]["all-to-all"] for ranks in everyones) == sum(each.size for each in exchanges)

@@ -16,11 +16,13 @@ from megatron_tn.config import (
     DataConfig,
     EngineConfig,
     ModelConfig,
+    OptimConfig,
     ParallelConfig,
     TrainConfig,
     from_mapping,
 )
 from megatron_tn.planning.microbatch import extrapolated, microbatch
+from megatron_tn.planning.muon import most_work
 from megatron_tn.planning.speed import matrix_rate, step_time
 from megatron_tn.planning.traffic import engine_exchanges, received, spans_of
 from tests.helpers.models import TINY, tiny_config
@@ -94,6 +96,7 @@ def test_bytes_over_nvlink_and_network_by_hand():
     assert received("all-gather", 800, 8, 1) == (700, 0)
     assert received("reduce-scatter", 6400, 1, 64) == (0, 6300)
     assert received("all-reduce", 6400, 8, 64) == (2 * 5600, 2 * 6300 / 8)  # the node receives 6300 at eight ports
+    assert received("all-to-all", 6400, 8, 2) == (6400 / 16 * 7 / 16, 6400 / 16 * 8 / 16)  # 400 come to rest here
     config = tiny_config(cluster=cluster("a100_80g"), parallel=ParallelConfig(tp=4, cp=4))
     assert [spans_of(config, 64, axis) for axis in ("tp", "cp", "data")] == [(4, 1), (2, 2), (2, 8)]
 
@@ -115,6 +118,22 @@ def test_an_engine_s_bytes_in_a_step_of_three_microbatches(engine, bytes_an_elem
     assert sum((2 if kind == "all-reduce" else 1) * width * times for _, kind, width, times, _ in found) == (
         bytes_an_element
     )
+
+
+def test_muon_adds_the_products_of_the_rank_with_most_matrices():
+    model = from_mapping(ModelConfig, compose_model("7b"))
+    data = DataConfig(sequence_length=2048, global_batch=1024, micro_batch=4)
+    config = dataclasses.replace(TrainConfig(), model=model, cluster=cluster("h100_80g"), data=data)
+    muon = dataclasses.replace(config, optim=OptimConfig(name="muon"))
+    work = most_work(muon, 64)
+    d, f = model.embed_dim, model.glu_dim
+    square, wide = (5 * (side * d * d + 2 * d * d * long) for side, long in ((2 * d, d), (d + f, f)))
+    assert set(work.products) == {d}
+    assert work.products[d] in {squares * square + wides * wide for squares in range(6) for wides in range(4)}
+    assert 0 <= work.products[d] - (150 * square + 90 * wide) / 64 <= square
+    time, plain = (step_time(one, 64, extrapolated(one)) for one in (muon, config))
+    assert time.passes == plain.passes
+    assert time.update > plain.update + work.products[d] / matrix_rate(config.cluster, d)
 
 
 def test_a_matrix_rate_between_two_that_are_known():

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from kernels import sglu
+from megatron_tn.parallel import float8_products
+from megatron_tn.parallel.context import Axis
 from megatron_tn.precision import fp8
-from megatron_tn.precision.fp8 import GRADIENT, OPERAND, Float8Weight, quantized
+from megatron_tn.precision.fp8 import GRADIENT, OPERAND, Float8Weights, KeptWeights, quantized
 from megatron_tn.precision.gradient_sum import GradientSum
 
 # Of a product's relative error in norm against fp64: x and W round by up to 1/16 (e4m3), dy by up to 1/8 (e5m2).
@@ -18,19 +21,22 @@ def integers(*shape, seed=0, most=3):
     return x
 
 
+def leaves(*tensors, summed=False):
+    """Copies that require gradients; with `summed`, those are added to fp32 sums."""
+    copies = [tensor.clone().requires_grad_() for tensor in tensors]
+    for copy in copies if summed else ():
+        copy.gradient_sum = GradientSum(torch.full(copy.shape, float("nan"), device=copy.device))
+    return copies
+
+
 def products(x, weights, dys, *, summed, held=None, microbatches=1):
-    """[y_i], dx, [dW_i] of fp8's linear layer; with `summed`, the dW from fp32 sums over equal microbatches."""
-    x = x.clone().requires_grad_()
-    weights = [weight.clone().requires_grad_() for weight in weights]
-    sums = [
-        GradientSum(torch.full(weight.shape, float("nan"), device=x.device)) if summed else None for weight in weights
-    ]
-    held = held or [Float8Weight() for _ in weights]
+    """[y_i], dx, [dW_i] of fp8's linear layers; with `summed`, the dW from fp32 sums over equal microbatches."""
+    (x,), weights = leaves(x), leaves(*weights, summed=summed)
     for _ in range(microbatches):
         x.grad = None
-        ys = fp8.linear(x, weights, held, sums)
+        ys = float8_products.columns(x, weights, held or Float8Weights(), Axis())
         torch.autograd.backward(ys, dys)
-    return ys, x.grad, [sum.value if sum else weight.grad for sum, weight in zip(sums, weights, strict=True)]
+    return ys, x.grad, [weight.gradient_sum.value if summed else weight.grad for weight in weights]
 
 
 def check_exact(device):
@@ -38,14 +44,10 @@ def check_exact(device):
     for tokens, ins, outs in ((32, 48, (64, 16)), (21, 40, (24, 9))):
         x, dys = integers(tokens, ins), [integers(tokens, out, seed=out) for out in outs]
         weights = [integers(out, ins, seed=out + 1) for out in outs]
-        held = [Float8Weight() for _ in weights]
         x, *rest = (tensor.to(device) for tensor in (x, *dys, *weights))
-        dys, weights = rest[:2], rest[2:]
-        for each, weight in zip(held, weights, strict=True):
-            each.keep(torch.zeros_like(weight))
-            address = each.kept.rows.data_ptr()
-            each.keep(weight)
-            assert each.kept.rows.data_ptr() == address
+        dys, weights, held = rest[:2], rest[2:], Float8Weights()
+        kept = KeptWeights([held], [[weight.shape for weight in weights]], x.device)
+        kept.quantize([weights])
         for dtype in (torch.float32, torch.bfloat16):
             for summed, kept in ((True, held), (False, None)):
                 cast = [tensor.to(dtype) for tensor in (x, *weights, *dys)]
@@ -54,9 +56,8 @@ def check_exact(device):
                 )
                 for y, weight in zip(ys, weights, strict=True):
                     assert torch.equal(y, (x @ weight.t()).to(dtype))
-                assert torch.equal(
-                    dx.float(), sum(dy @ weight for dy, weight in zip(dys, weights, strict=True)).to(dtype)
-                )
+                wanted = sum(dy @ weight for dy, weight in zip(dys, weights, strict=True))
+                assert torch.equal(dx, wanted.to(dtype))
                 for dw, dy in zip(dws, dys, strict=True):
                     assert torch.equal(dw, 3 * dy.t() @ x if summed else (dy.t() @ x).to(dtype))
 
@@ -98,6 +99,33 @@ def test_the_gpu_agrees_with_the_emulation():
     there = [tensor.to("cuda") for tensor in (a.rows, b.rows, a.scale, b.scale)]
     found = fp8.scaled_product(*there[:2], tuple(there[2:]), 96, torch.float32).cpu()
     assert ((found - wanted).norm() / wanted.norm()).item() < 1e-3
+
+
+def check_gated_unit(device):
+    """The gated unit makes the numbers of its parts, each a layer of its own."""
+    draw = torch.Generator().manual_seed(3)
+    shapes = (19, 32), (24, 32), (24, 32), (32, 24), (19, 32)
+    *tensors, dy = (torch.randn(shape, generator=draw).to(device) for shape in shapes)
+    found, wanted = leaves(*tensors), leaves(*tensors)
+    x, *weights = found
+    y = float8_products.gated_unit(x, tuple(weights), (Float8Weights(), Float8Weights()), Axis(), 0, "silu")
+    y.backward(dy)
+    x, first, second, third = wanted
+    inner = sglu(*float8_products.columns(x, [first, second], Float8Weights(), Axis()), "silu")
+    other, _ = float8_products.row(inner, third, Float8Weights(), Axis())
+    other.backward(dy)
+    assert torch.equal(y, other)
+    for one, another in zip(found, wanted, strict=True):
+        assert torch.equal(one.grad, another.grad)
+
+
+def test_the_gated_unit_is_its_parts():
+    check_gated_unit("cpu")
+
+
+@pytest.mark.gpu
+def test_the_gated_unit_is_its_parts_on_the_gpu():
+    check_gated_unit("cuda")
 
 
 def check_non_finite(device):

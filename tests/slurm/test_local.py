@@ -3,6 +3,8 @@
 import os
 import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,25 @@ def test_bad_input_exits_with_2(words, message, tmp_path: Path):
     assert done.returncode == 2
     assert message in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+STOPS = """
+import os, pathlib, signal, sys, time
+told = pathlib.Path(__file__).with_name("stopped")
+if os.environ["RANK"] == "1":
+    told.write_text(f"/proc/{os.getpid()}/stat")
+    os.kill(os.getpid(), signal.SIGSTOP)
+while not (told.exists() and ") T " in pathlib.Path(told.read_text()).read_text()):
+    time.sleep(0.05)
+told.with_name("ended").touch()
+sys.exit(75)
+"""
+
+
+def test_the_first_workers_code_counts_and_a_stopped_worker_gets_no_time(tmp_path: Path):
+    (tmp_path / "worker.py").write_text(STOPS)
+    words = ["-m", "launch.torchrun", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
+    command = [sys.executable, *words, tmp_path / "worker.py"]
+    done = subprocess.run(command, env=clean_environment(), cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 75, done.stderr
+    assert time.time() - (tmp_path / "ended").stat().st_mtime < 25  # torchrun alone waits for 30 s

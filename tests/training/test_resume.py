@@ -112,8 +112,8 @@ def agree_where_rank_1_sees(folder: str, view: str) -> tuple[str, Start | None]:
         if view == "stale":  # its host's cached listing lacks the newest
             RunFolder.whole_checkpoints = lambda folder: whole_checkpoints(folder.checkpoints)[:-1]
         else:  # run_dir is another folder there
-            real = resume._sha256_of_manifest
-            resume._sha256_of_manifest = lambda checkpoint: real(Path(folder).parent / view / checkpoint.name)
+            real = resume._fingerprint
+            resume._fingerprint = lambda checkpoint: real(Path(folder).parent / view / checkpoint.name)
     start = choose(RunFolder(folder)) if dist.get_rank() == 0 else None
     try:
         return "", agree_on(start)
@@ -151,7 +151,7 @@ def test_ranks_with_other_settings_than_rank_0_are_named():
     errors = run_ranks(3, agree_with_other_words)
     assert len(set(errors)) == 1
     assert "rank 1 (host " in errors[0]
-    assert "seed: 0 -> 2; they read another run_dir/config.json" in errors[0]
+    assert "seed: 0 -> 2; they have other command line overrides" in errors[0]
 
 
 def test_the_order_of_names_is_that_of_age(folder):

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_tn.training.run_folder import RunFolder
@@ -142,8 +143,10 @@ def chained(first: Exception, cause: Exception) -> Exception:
         (chained(ValueError("no batch"), RuntimeError("Broken pipe")), True),
         (ValueError("a socket is not a batch"), False),
         (RuntimeError("shape [2, 3] is invalid"), False),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered", 710), False),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), False),
     ],
-    ids=["gloo", "nccl", "cause", "own", "shape"],
+    ids=["gloo", "nccl", "cause", "own", "shape", "cuda", "memory"],
 )
 def test_whose_error_it_is(error, others):
     assert from_collective(error) == others
@@ -164,9 +167,13 @@ def test_whose_error_it_is(error, others):
             observe(sign(0, failed="RuntimeError: gloo", lost=True), sign(9, failed="ValueError: wet"), dead=(0, 9)),
             "rank 9 (host host1, process 109) failed: ValueError: wet",
         ),
+        (
+            observe(sign(0, failed="nccl", lost=True), sign(1, failed="OutOfMemoryError: CUDA out of memory")),
+            "rank 1 (host host0, process 101) failed: OutOfMemoryError: CUDA out of memory",
+        ),
         (observe(sign(0, failed="gloo", lost=True), sign(1), dead=(0,)), "all ranks are alive, but the connection"),
     ],
-    ids=["died", "never gave a sign", "failed", "connection"],
+    ids=["died", "never gave a sign", "failed", "out of memory", "connection"],
 )
 def test_a_failure_in_words(seen, words):
     assert explain_failure(seen).startswith(words)

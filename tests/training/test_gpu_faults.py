@@ -1,0 +1,67 @@
+"""A CUDA error and an out-of-memory in one rank: the start ends and says why, and the next one goes on, bit for bit.
+
+`python -m pytest -m gpu tests/training/test_gpu_faults.py`, on a machine with one GPU or two.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.soak.__main__ import TRAINING
+from launch.soak.faults import GPU_FAULTS
+from launch.soak.soak import LocalTrainers, Soak
+from megatron_tn.training.run_folder import RunFolder
+from tests.helpers.shards import make_text_shards
+
+pytestmark = pytest.mark.gpu
+OWN = {
+    "parallel.tp": 1,  # two GPUs: data parallel
+    "data.micro_batch": 4,
+    "model.vocab_size": 401,
+    "checkpoint.every": 5,
+    "evaluation.every": 0,
+    "hang_timeout_s": 20,
+    "distributed_timeout_s": 300,  # kernels are compiled by the first start
+}
+SAID = {"cuda": "CUDA error", "memory": "CUDA out of memory"}
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> list[str]:
+    shards = tmp_path_factory.mktemp("shards")
+    make_text_shards(shards)
+    kept = [word for word in TRAINING if word.partition("=")[0] not in OWN]
+    return [*kept, *(f"{name}={value}" for name, value in OWN.items()), f"data.manifest={shards}/manifest.json"]
+
+
+@pytest.mark.parametrize("name", GPU_FAULTS)
+@pytest.mark.parametrize("gpus", [1, 2], ids="gpus={}".format)
+def test_the_start_ends_and_the_next_goes_on(words, tmp_path, name, gpus):
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
+    log = tmp_path / "log"
+
+    def start(folder: Path, more) -> LocalTrainers:
+        return LocalTrainers(gpus, folder, [*words, *more], log)
+
+    soak = Soak(
+        RunFolder(tmp_path / "run"),
+        start,
+        processes=gpus,
+        mtbf_s=2.0,
+        kinds=[name],
+        heal_s=0.0,
+        choice=random.Random(0),
+    )
+    soak.run(lambda: bool(soak.events))
+    (fault,) = soak.events
+    print(f"\n{gpus} GPUs, {name}: ended with {fault.code} after {fault.took_s:.1f} s")
+    assert soak.problems == [], log.read_text()
+    assert SAID[name] in log.read_text()
+    assert (RunFolder(soak.folder.path).status()["state"]) == "preempted"
+    soak.compare(RunFolder(tmp_path / "undisturbed"))
+    assert soak.problems == [], log.read_text()

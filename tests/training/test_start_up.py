@@ -1,0 +1,75 @@
+"""What a rank opens and reads before its first step does not depend on the number of ranks; rank 0 reads for all."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from data_pipeline.errors import InputError
+from megatron_tn.benchmarking.start_up import Opens, simulate
+from megatron_tn.checkpoint.manifest import Piece
+from megatron_tn.checkpoint.shares import needed
+from megatron_tn.config import ConfigError
+from megatron_tn.parallel.world import of_first
+from tests.helpers.training import fork_ranks
+
+
+def test_files_and_groups_of_a_rank_do_not_grow_with_the_world(tmp_path):
+    opens, found = Opens(), {}
+    for ranks in (16, 512):
+        for each in simulate(tmp_path, ranks, opens):
+            found.setdefault(ranks, []).append(each)
+    for few, many in zip(*found.values(), strict=True):
+        assert (many.shared, many.software, many.groups) == (few.shared, few.software, few.groups), (few, many)
+    for _, *others in found.values():
+        for each in others:
+            assert each.manifests == 2  # its end, to see that it is rank 0's; and the lock against its removal
+            assert each.read < 1e6
+            assert each.groups <= 4
+
+
+def test_a_rank_is_sent_the_pieces_that_overlap_its_own():
+    def rows(*edges: int) -> list[Piece]:
+        return [Piece(((0, 8), (0, 4)), 4 * edges[at], 4 * edges[at + 1], f"{at}") for at in range(len(edges) - 1)]
+
+    stored = {"param/a": rows(0, 2, 4, 6, 8), "exp_avg/a": rows(0, 8), "param/b": [Piece(((0, 4),), 0, 4, "0")]}
+    columns = [Piece(((0, 8), (side, side + 2)), 0, 8) for side in (0, 2)]  # rows 0 to 4 of half of the columns
+    found = needed(stored, [{"a": rows(0, 3)}, {"a": rows(0, 6, 8)[1:], "b": stored["param/b"]}, {"a": columns}, {}])
+    assert [[piece.file for piece in share.get("param/a", [])] for share in found] == [
+        ["0", "1"],
+        ["3"],
+        ["0", "1"],
+        [],
+    ]
+    assert [sorted(share) for share in found] == [
+        ["exp_avg/a", "param/a"],
+        ["exp_avg/a", "param/a", "param/b"],
+        ["exp_avg/a", "param/a"],
+        [],
+    ]
+
+
+def ask_of_first() -> None:
+    rank = os.environ["RANK"]
+    assert of_first(lambda: f"read by {rank}", 60) == "read by 0"
+    own = of_first(lambda: lambda: rank, 60)  # a function cannot be pickled
+    assert own() == rank
+    for error in (ConfigError(["a", "b"]), InputError("a", "b")):
+        try:
+            of_first(lambda error=error: _raise(error), 60)
+        except type(error) as caught:
+            assert list(caught.problems) == ["a", "b"]  # noqa: PT017
+        else:
+            raise AssertionError(error)
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("ranks", [3])
+def test_what_rank_0_reads_or_raises_is_every_rank_s(ranks):
+    for process in fork_ranks(ranks, ask_of_first):
+        process.join(timeout=100)
+        assert process.exitcode == 0
