@@ -56,12 +56,15 @@ def config_of(row: dict) -> TrainConfig:
         zero_stage=int(stage[1]) if stage else 1,
         recompute=policy,
         recompute_every=int(every[0]) if every else 1,
+        products="fp8" if "fp8 products" in row["layout"] else "bf16",
+        cuda_graph=row["replay"] == "CUDA graph",
     )
     return dataclasses.replace(
         TrainConfig(),
         model=from_mapping(ModelConfig, compose_model(row["model"])),
         parallel=ParallelConfig(tp=tp, cp=cp, sequence_parallel="sequence parallel" in row["layout"]),
         engine=engine,
+        optim=OptimConfig(name="muon" if "Muon" in row["layout"] else "adamw"),
         cluster=cluster(CLUSTERS[row["gpu"]]),
         data=DataConfig(**{key: row[key] for key in ("sequence_length", "micro_batch", "global_batch")}),
     )
