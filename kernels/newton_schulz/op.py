@@ -91,7 +91,7 @@ def _product(x: Tensor, y: Tensor, alpha: float = 1.0, added: Tensor | None = No
     if x.dtype in HALF_TYPES and x.shape[1] >= LEAST_ROWS and dispatch.choose("gram_polynomial", x) == "triton":
         from kernels.newton_schulz.triton_symmetric import symmetric_product
 
-        return symmetric_product(x, y.mT, alpha, added, beta)
+        return symmetric_product(x, y, alpha, added, beta)
     return x @ y if added is None else torch.baddbmm(added, x, y, beta=beta, alpha=alpha)
 
 

@@ -26,25 +26,29 @@ TILES = {8: Tile(128, 128, 64, 8, 3), HOPPER: Tile(128, 256, 64, 8, 4)}  # major
 
 @triton.jit
 def symmetric_kernel(
-    x,  # X [n, rows, columns], or X^T [n, columns, rows] where TRANSPOSED: a TMA descriptor, tiles of `ROWS` rows of X
-    y,  # Y, likewise, of tiles of `COLUMNS` rows of Y
+    x,  # X [n, rows, depth], or X^T where X_TRANSPOSED: a TMA descriptor, of tiles [ROWS, DEPTH] of X
+    y,  # Y [n, depth, rows], or Y^T where Y_TRANSPOSED, of tiles [DEPTH, COLUMNS] of Y
     added,  # [n, rows, rows], of tiles [ROWS, COLUMNS]; or None
     out,  # [n, rows, rows], of tiles [ROWS, COLUMNS]
     mirrored,  # `out`, of tiles [COLUMNS, ROWS]. Without DESCRIPTORS, these five are pointers
     rows,
-    columns,
-    x_matrix,  # strides of X and Y, in elements
+    depth,
+    x_matrix,  # strides in elements
     x_row,
     x_column,
+    y_matrix,
+    y_row,
+    y_column,
     alpha,
     share,  # beta / alpha
     DESCRIPTORS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+    X_TRANSPOSED: tl.constexpr,
+    Y_TRANSPOSED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Tile (i, j), j COLUMNS <= i ROWS, of matrix m of alpha X Y^T + beta added. Programs [`tiles`, matrices]."""
+    """Tile (i, j), j COLUMNS <= i ROWS, of matrix m of alpha X Y + beta added. Programs [`tiles`, matrices]."""
     tile, matrix = tl.program_id(0), tl.program_id(1)
     # Rows of tiles come in groups of `ratio` with equally many tiles, g + 1 in group g, which begins at
     # ratio g (g + 1) / 2.
@@ -66,24 +70,26 @@ def symmetric_kernel(
         else:
             share_of = tl.load(added + at, mask=inside, other=0.0)
         sums += share * share_of.to(tl.float32)
-    depth = tl.arange(0, DEPTH)
+    along = tl.arange(0, DEPTH)
     if not DESCRIPTORS:
-        begin = matrix.to(tl.int64) * x_matrix
-        of_rows = x + begin + (down[:, None] * x_row + depth[None, :] * x_column)
-        of_columns = y + begin + (across[None, :] * x_row + depth[:, None] * x_column)
-    for start in range(0, columns, DEPTH):
-        if DESCRIPTORS and TRANSPOSED:
-            a = x.load([matrix, start, i * ROWS]).reshape(DEPTH, ROWS).T
-            b = y.load([matrix, start, j * COLUMNS]).reshape(DEPTH, COLUMNS)
-        elif DESCRIPTORS:
-            a = x.load([matrix, i * ROWS, start]).reshape(ROWS, DEPTH)
-            b = y.load([matrix, j * COLUMNS, start]).reshape(COLUMNS, DEPTH).T
+        x_at = x + matrix.to(tl.int64) * x_matrix + (down[:, None] * x_row + along[None, :] * x_column)
+        y_at = y + matrix.to(tl.int64) * y_matrix + (along[:, None] * y_row + across[None, :] * y_column)
+    for start in range(0, depth, DEPTH):
+        if DESCRIPTORS:
+            if X_TRANSPOSED:
+                a = x.load([matrix, start, i * ROWS]).reshape(DEPTH, ROWS).T
+            else:
+                a = x.load([matrix, i * ROWS, start]).reshape(ROWS, DEPTH)
+            if Y_TRANSPOSED:
+                b = y.load([matrix, j * COLUMNS, start]).reshape(COLUMNS, DEPTH).T
+            else:
+                b = y.load([matrix, start, j * COLUMNS]).reshape(DEPTH, COLUMNS)
         else:
-            held = depth < columns - start
-            a = tl.load(of_rows, mask=(down < rows)[:, None] & held[None, :], other=0.0)
-            b = tl.load(of_columns, mask=(across < rows)[None, :] & held[:, None], other=0.0)
-            of_rows += DEPTH * x_column
-            of_columns += DEPTH * x_column
+            held = along < depth - start
+            a = tl.load(x_at, mask=(down < rows)[:, None] & held[None, :], other=0.0)
+            b = tl.load(y_at, mask=(across < rows)[None, :] & held[:, None], other=0.0)
+            x_at += DEPTH * x_column
+            y_at += DEPTH * y_row
         sums = tl.dot(a, b, sums)
     # The tiles of group g with j = g make a whole square on the diagonal; those with j < g lie below it.
     if DESCRIPTORS:
@@ -105,38 +111,37 @@ def tiles(rows: int, tile: Tile) -> int:
 
 
 def symmetric_product(
-    x: Tensor, y: Tensor | None = None, alpha: float = 1.0, added: Tensor | None = None, beta: float = 0.0
+    x: Tensor, y: Tensor, alpha: float = 1.0, added: Tensor | None = None, beta: float = 0.0
 ) -> Tensor:
-    """alpha X Y^T + beta added, [n, r, r] in x's type, where that is symmetric: X = x and Y = y [n, r, c], of any
-    strides, the same for both; `added` [n, r, r] is symmetric and contiguous. y: None for x."""
-    y = x if y is None else y
-    count, rows, columns = x.shape
+    """alpha X Y + beta added, [n, r, r] in x's type, where that is symmetric up to rounding: X = x [n, r, c] and Y = y
+    [n, c, r], of any strides; `added` [n, r, r] is contiguous."""
+    count, rows, depth = x.shape
     out = x.new_empty(count, rows, rows)
     capability = min(torch.cuda.get_device_capability(x.device)[0], HOPPER) if x.is_cuda else HOPPER
     tile = TILES[capability]
-    transposed = x.stride(1) == 1 and x.stride(2) > 1
-    stored, stored_y = (x.mT, y.mT) if transposed else (x, y)
-    described = capability >= HOPPER and all(map(_has_descriptors, (stored, stored_y, out)))
-    operands = [x, y, added, out, out]
+    x_transposed, y_transposed = not x.is_contiguous(), not y.is_contiguous()
+    stored = (x.mT if x_transposed else x, y.mT if y_transposed else y, added, out, out)
+    described = capability >= HOPPER and all(tensor is None or _has_descriptors(tensor) for tensor in stored)
+    operands: list = [x, y, added, out, out]
     if described:
-        of_rows, of_columns, square = (tile.rows, tile.depth), (tile.columns, tile.depth), (tile.rows, tile.columns)
-        if transposed:
-            of_rows, of_columns = of_rows[::-1], of_columns[::-1]
-        blocks = (of_rows, of_columns, square, square, square[::-1])
+        of_x, of_y, square = (tile.rows, tile.depth), (tile.depth, tile.columns), (tile.rows, tile.columns)
+        blocks = (of_x[::-1] if x_transposed else of_x, of_y[::-1] if y_transposed else of_y)
         operands = [
             None if tensor is None else TensorDescriptor.from_tensor(tensor, [1, *block])
-            for tensor, block in zip((stored, stored_y, added, out, out), blocks, strict=True)
+            for tensor, block in zip(stored, (*blocks, square, square, square[::-1]), strict=True)
         ]
     with torch.cuda.device_of(x):
         symmetric_kernel[(tiles(rows, tile), count)](
             *operands,
             rows,
-            columns,
+            depth,
             *x.stride(),
+            *y.stride(),
             alpha,
             beta / alpha,
             DESCRIPTORS=described,
-            TRANSPOSED=transposed,
+            X_TRANSPOSED=x_transposed,
+            Y_TRANSPOSED=y_transposed,
             ROWS=tile.rows,
             COLUMNS=tile.columns,
             DEPTH=tile.depth,

@@ -66,9 +66,10 @@ def _host_concern(config: TrainConfig, time: StepTime) -> str | None:
     if parallel.tp == 1 or config.engine.cuda_graph or block > HOST_BLOCK_S:
         return None
     return (
-        f"data.micro_batch={data.micro_batch} x data.sequence_length={data.sequence_length} at parallel.tp={parallel.tp}"
-        f" takes {1e3 * block:.1f} ms a block on the GPU, and the host about {1e3 * HOST_BLOCK_S:.0f} ms to launch it: "
-        "take a larger microbatch, less tensor parallelism, or engine.cuda_graph=true"
+        f"data.micro_batch={data.micro_batch} x data.sequence_length={data.sequence_length}, "
+        f"parallel.tp={parallel.tp}: a block takes the GPU {1e3 * block:.1f} ms, and the host about "
+        f"{1e3 * HOST_BLOCK_S:.0f} ms to launch: take a larger microbatch, less tensor parallelism, or "
+        "engine.cuda_graph=true"
     )
 
 

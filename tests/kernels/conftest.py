@@ -1,9 +1,12 @@
 """Fixtures that put an operator on a machine: PyTorch on the CPU, Triton's interpreter, or Triton on a GPU."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import sys
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -59,10 +62,12 @@ def interpreted_module(name: str):
 def interpreted_language():
     """Let Triton's own library (tl.sum, tl.cdiv), written in Triton and defined for compilation, be interpreted.
 
-    The interpreter replaces attributes of the language and, after a kernel that calls another, leaves some replaced;
-    all are put back, since other tests compile.
+    The interpreter replaces attributes of the language for every launch and every call of a function of a kernel, which
+    takes as long as the arithmetic: here they are replaced once, and put back, since other tests compile. And it adds,
+    subtracts and multiplies int32 once more in int64 to find overflows, of which tensors as small as here have none.
     """
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
@@ -72,9 +77,18 @@ def interpreted_language():
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction):
                 setattr(module, name, InterpretedFunction(value.fn))
+    replaced = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    nothing_more = functools.partial(lambda scope, function: scope, interpreter._LangPatchScope())
+    builder = interpreter.interpreter_builder
+    quick = dataclasses.replace(builder.options, sanitize_overflow=False)
     try:
-        yield
+        with (
+            mock.patch.object(interpreter, "_patch_lang", nothing_more),
+            mock.patch.object(builder, "options", quick),
+        ):
+            yield
     finally:
+        replaced.restore()
         for part, attributes in zip(parts, saved, strict=True):
             for name, value in attributes.items():
                 if vars(part)[name] is not value:

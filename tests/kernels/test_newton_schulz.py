@@ -67,7 +67,7 @@ def test_symmetric_products_are_those_of_whole_products(triton_device, monkeypat
     shape = (2, columns, rows) if transposed else (2, rows, columns)
     x = (torch.randn(shape, generator=draw) / columns**0.5).half().to(triton_device)
     x = x.mT if transposed else x
-    gram = triton_symmetric.symmetric_product(x)
+    gram = triton_symmetric.symmetric_product(x, x.mT)
     exact = x.double() @ x.double().mT
     assert relative_error(gram, exact) < 1e-3
     square = torch.arange(rows, device=gram.device) // tile[1]  # on the diagonal, made whole

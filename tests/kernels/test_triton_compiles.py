@@ -357,12 +357,16 @@ def test_symmetric_products(capability, added, transposed):
     tile = own.TILES[capability]
     if capability >= own.HOPPER:
         square = [tile.rows, tile.columns]
-        blocks = {"x": [tile.rows, tile.depth], "y": [tile.columns, tile.depth]}
-        blocks = {name: block[::-1] if transposed else block for name, block in blocks.items()}
+        blocks = {"x": [tile.rows, tile.depth], "y": [tile.depth, tile.columns]}
+        if transposed:  # X of a tall matrix is stored as X^T; of others, Y = X^T as X
+            blocks["x"].reverse()
+        elif not added:
+            blocks["y"].reverse()
         blocks |= {"added": square, "out": square, "mirrored": square[::-1]}
         types |= {name: f"tensordesc<fp16{[1, *block]}>" for name, block in blocks.items()}
     constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
-    constants |= {"DESCRIPTORS": capability >= own.HOPPER, "TRANSPOSED": transposed}
+    constants |= {"DESCRIPTORS": capability >= own.HOPPER, "X_TRANSPOSED": transposed}
+    constants |= {"Y_TRANSPOSED": not transposed and not added}
     constants |= {"x_row" if transposed else "x_column": 1}
     if not added:
         constants["added"] = None

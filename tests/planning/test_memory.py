@@ -229,7 +229,8 @@ def test_activations_are_those_of_the_real_model(world):
 
 
 def test_recomputation_and_parallelism_save_what_they_should():
-    names = ("none", "selective", "full", "every second", "tp2", "tp2 full", "tp2 shared", "tp2 shared full", "cp2")
+    names = ("none", "selective", "full", "every second", "fp8")
+    names += ("tp2", "tp2 full", "tp2 shared", "tp2 shared full", "cp2")
     kept = {name: activation_bytes(SHAPES[name])[0] for name in names}
     assert kept["full"] < kept["every second"] < kept["none"]
     assert kept["full"] < kept["selective"] < kept["none"]
@@ -269,10 +270,10 @@ def test_remedies_of_the_largest_model_follow_a_few_layers_each(monkeypatch):
 
     def measure(config, device):
         followed.append(config.model.layers)
-        return microbatch.Microbatch(GIB * config.model.layers, GIB * config.model.layers, {}, 0, {})
+        return passes.Microbatch(GIB * config.model.layers, GIB * config.model.layers, {}, 0, {})
 
-    monkeypatch.setattr(microbatch, "_measured", {})
-    monkeypatch.setattr(microbatch, "_measure", measure)
+    monkeypatch.setattr(passes, "_measured", {})
+    monkeypatch.setattr(passes, "_measure", measure)
     config = dataclasses.replace(TrainConfig(), model=model, parallel=ParallelConfig(tp=8))
     config = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, gpu_memory_gib=80.0))
     (problem,) = memory_problems(config, 512)

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from megatron_tn.cli import CONF
@@ -21,6 +22,7 @@ from megatron_tn.config import (
     TrainConfig,
     from_mapping,
 )
+from megatron_tn.optim.muon import flops
 from megatron_tn.planning.microbatch import extrapolated, microbatch
 from megatron_tn.planning.muon import most_work
 from megatron_tn.planning.speed import matrix_rate, step_time
@@ -127,10 +129,10 @@ def test_muon_adds_the_products_of_the_rank_with_most_matrices():
     muon = dataclasses.replace(config, optim=OptimConfig(name="muon"))
     work = most_work(muon, 64)
     d, f = model.embed_dim, model.glu_dim
-    square, wide = (5 * (side * d * d + 2 * d * d * long) for side, long in ((2 * d, d), (d + f, f)))
+    square, wide = (flops((d, columns), torch.bfloat16) for columns in (d, f))
     assert set(work.products) == {d}
     assert work.products[d] in {squares * square + wides * wide for squares in range(6) for wides in range(4)}
-    assert 0 <= work.products[d] - (150 * square + 90 * wide) / 64 <= square
+    assert 0 <= work.products[d] - (150 * square + 90 * wide) / 64 <= wide
     time, plain = (step_time(one, 64, extrapolated(one)) for one in (muon, config))
     assert time.passes == plain.passes
     assert time.update > plain.update + work.products[d] / matrix_rate(config.cluster, d)
