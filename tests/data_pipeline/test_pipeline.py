@@ -133,8 +133,8 @@ def test_killed_in_one_stage_after_another_and_run_again_it_gives_the_same_bytes
         with started(planted[0], again) as process:
             kill_in(stage, process, os.killpg, again)
     with started(planted[0], again) as process:
-        kill_in("shards", process, os.kill, again)  # its workers live on for a moment, into the next run
-        run(compose(arguments(planted[0], again)))
+        kill_in("shards", process, os.kill, again)  # its workers live on for a moment
+    run(compose(arguments(planted[0], again)))
     assert fingerprint(again) == fingerprint(output)
 
 

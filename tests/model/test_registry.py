@@ -76,9 +76,9 @@ def test_a_checkpoint_older_than_the_registry_loads_and_resumes(tmp_path):
     load_checkpoint(again, checkpoint)
     tokens, targets = random_batch(2, 9)
     assert again.model.loss(tokens, targets) == load_model(checkpoint).loss(tokens, targets)
-    assert checkpoint_problems(config, Start(checkpoint)) == []
+    assert checkpoint_problems(config, Start.at(checkpoint)) == []
     other = dataclasses.replace(config, model=dataclasses.replace(TINY, decay="paper"))
-    assert checkpoint_problems(other, Start(checkpoint)) == [
+    assert checkpoint_problems(other, Start.at(checkpoint)) == [
         f"checkpoint {checkpoint} holds another model: decay: 'released' -> 'paper'"
     ]
 
