@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 
@@ -49,18 +50,22 @@ def restore(run: Run, engine: Engine) -> TrainingState:
 
 
 def rewind(run: Run, engine: Engine, wanted: Rewind) -> None:
-    """Load the newest undamaged checkpoint, or initial values, and skip `wanted.batches` from then on. Collective.
+    """Load the newest undamaged checkpoint, or where the run has none yet what it began from: another run's checkpoint
+    or initial values; and skip `wanted.batches` from then on. Collective.
 
     The ledger is written before training continues, so that the skipped batches and the rewind survive a crash.
 
     Raises:
         ConfigError: on every rank: all checkpoints are damaged, or some rank does not see the chosen one.
     """
+    run.progress.at("start")  # the watchdog's limit for a step is too short for reading a checkpoint
     run.writer.join()
     start, problems = None, []
     if run.is_first:
         try:
             start = newest_start(run.folder)
+            if start.checkpoint is None:
+                start = replace(run.start, later=(), damage={})  # `restore` has renamed those
         except ConfigError as error:
             problems = error.problems
     start = verified(agree_on(start, problems), run.folder, run.ahead)

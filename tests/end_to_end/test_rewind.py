@@ -27,14 +27,14 @@ WORDS = (
 WORDS = (*WORDS, "guard.spike=rewind", "guard.spike_nats=3", "guard.spike_window=4")
 
 
-def train_with_a_bad_batch(overrides: tuple[str, ...], fault: str) -> None:
-    """As if batch BAD were poison: whoever trains on it gets a high loss, or no finite one."""
+def train_with_a_bad_batch(overrides: tuple[str, ...], fault: str, bad: int = BAD) -> None:
+    """As if batch `bad` were poison: whoever trains on it gets a high loss, or no finite one."""
     import megatron_tn.train as module
 
     real = module.train_step
 
     def step(engine, microbatches, lr, device, *, stop):
-        poisoned = any(index // BATCH == BAD - 1 for batch in microbatches for index in batch.indices)
+        poisoned = any(index // BATCH == bad - 1 for batch in microbatches for index in batch.indices)
         if poisoned and fault == "nan":
             parameter = next(engine.model.parameters())
             hook = parameter.register_hook(lambda gradient: gradient * math.nan)
@@ -225,7 +225,10 @@ def test_rewinding_by_hand(words, wanted, tmp_path, capsys):
     train_forked(2, *words, *rewound)
     assert_same_run(run, wanted)
     assert all((path / MANIFEST).is_file() for path in kept)  # whatever was saved since
-    train_forked(2, *words, f"run_dir={tmp_path / 'back'}", f"checkpoint.resume={kept[0]}", "stop_after=9")
+    # One is gone on from in another folder. A rewind goes back to it while that folder has no checkpoint of its own.
+    back = (f"run_dir={tmp_path / 'back'}", f"checkpoint.resume={kept[0]}", "stop_after=10", "guard.nonfinite=rewind")
+    train_forked(2, *words, *back, function=train_with_a_bad_batch, args=("nan", 10))
+    assert records(tmp_path / "back", "rewind/from")[0]["step"] == 8
     assert losses(tmp_path / "back") == {9: before[9]}
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_tn.training import rewind
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.watchdog import Progress, Watchdog, living_run, signs, watch
 from megatron_tn.training.watchdog.detect import Observation, from_collective, patience_s, waited_for
@@ -128,6 +129,30 @@ def test_whom_the_others_wait_for(ranks, wanted):
 )
 def test_how_long_a_rank_may_stay_in_a_phase(phase, first_step, failed, seconds):
     assert patience_s(phase, first_step=first_step, failed=failed, timeout_s=10, long_s=99) == seconds
+
+
+def test_a_rewind_may_take_as_long_as_a_start(monkeypatch):
+    """It reads a checkpoint, as a start does."""
+    progress, phases = Progress(), []
+    progress.at("step", 9)
+
+    class Chosen(Exception):
+        pass
+
+    def choose(folder):
+        phases.append(progress.phase)
+        raise Chosen
+
+    monkeypatch.setattr(rewind, "newest_start", choose)
+    run = SimpleNamespace(
+        progress=progress,
+        is_first=True,
+        folder=None,
+        writer=SimpleNamespace(join=lambda: phases.append(progress.phase)),
+    )
+    with pytest.raises(Chosen):
+        rewind.rewind(run, None, None)
+    assert phases == ["start", "start"]
 
 
 def chained(first: Exception, cause: Exception) -> Exception:
