@@ -17,7 +17,6 @@ import torch.distributed as dist
 from megatron_tn.checkpoint.manifest import CheckpointManifest, Piece
 from megatron_tn.checkpoint.parts import FileRecord
 from megatron_tn.checkpoint.reshard import Grid
-from megatron_tn.config import ConfigError
 from megatron_tn.parallel.context import ParallelContext
 
 Wanted = Mapping[str, Sequence[Piece]]  # parameter -> pieces of it that a rank fills
@@ -102,17 +101,17 @@ def scattered(shares: Callable[[], Sequence[Any]], rank: int, size: int) -> Any:
     """This rank's of the values that `shares()` returns on rank 0, for ranks 0 .. size - 1. Collective.
 
     Raises:
-        ConfigError: on every rank: the one that `shares()` raised.
+        Exception: on every rank: what `shares()` raised.
     """
     values: Sequence[Any] | None = None
     if rank == 0:
         try:
             values = shares()
-        except ConfigError as error:
+        except Exception as error:  # else the others would wait for rank 0 without a reason
             values = [error] * size
     mine = [values and values[0]]
     if size > 1:
         dist.scatter_object_list(mine, list(values) if values else None, src=0)
-    if isinstance(mine[0], ConfigError):
+    if isinstance(mine[0], Exception):
         raise mine[0]
     return mine[0]

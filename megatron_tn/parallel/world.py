@@ -82,7 +82,7 @@ def join_world(timeout_s: int) -> torch.device:
 
 def of_first(read: Callable[[], T], timeout_s: int) -> T:
     """What `read()` returns, or raises, on rank 0, on every rank: one process reads a file that all need. It needs no
-    process group: rank 0 puts the value into the launcher's store. Where it cannot be pickled, each rank reads.
+    process group: rank 0 puts the value into the launcher's store. Where pickle cannot carry it, each rank reads.
     Collective.
 
     Raises:
@@ -98,7 +98,10 @@ def of_first(read: Callable[[], T], timeout_s: int) -> T:
         with _joining(timeout_s):
             found = store.get("value")
             store.add("received", 1)
-        value, error = pickle.loads(found) if found else (read(), None)
+        try:
+            value, error = pickle.loads(found)
+        except Exception:  # nothing, or an exception whose constructor takes more than its message
+            value, error = read(), None
     else:
         value, error = None, None
         try:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
+import torch.distributed as dist
 
 from data_pipeline.errors import InputError
 from megatron_tn.benchmarking.start_up import Opens, simulate
 from megatron_tn.checkpoint.manifest import Piece
-from megatron_tn.checkpoint.shares import needed
+from megatron_tn.checkpoint.shares import needed, scattered
 from megatron_tn.config import ConfigError
 from megatron_tn.parallel.world import of_first
+from tests.helpers.ranks import run_shared
 from tests.helpers.training import fork_ranks
 
 
@@ -50,12 +53,20 @@ def test_a_rank_is_sent_the_pieces_that_overlap_its_own():
     ]
 
 
+class Unreadable(Exception):
+    """Pickle can write but not read it: it would call the constructor with the message alone."""
+
+    def __init__(self, *, problems: list[str]):
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
 def ask_of_first() -> None:
     rank = os.environ["RANK"]
     assert of_first(lambda: f"read by {rank}", 60) == "read by 0"
     own = of_first(lambda: lambda: rank, 60)  # a function cannot be pickled
     assert own() == rank
-    for error in (ConfigError(["a", "b"]), InputError("a", "b")):
+    for error in (ConfigError(["a", "b"]), InputError("a", "b"), Unreadable(problems=["a", "b"])):
         try:
             of_first(lambda error=error: _raise(error), 60)
         except type(error) as caught:
@@ -66,6 +77,16 @@ def ask_of_first() -> None:
 
 def _raise(error: Exception) -> None:
     raise error
+
+
+def scatter_what_cannot_be_read() -> str:
+    with pytest.raises(OSError, match="stale") as caught:
+        scattered(lambda: _raise(OSError(errno.ESTALE, "stale", "manifest.json")), dist.get_rank(), 2)
+    return caught.value.filename
+
+
+def test_what_rank_0_cannot_read_ends_every_rank_with_its_reason():
+    assert run_shared(2, scatter_what_cannot_be_read) == ["manifest.json"] * 2
 
 
 @pytest.mark.parametrize("ranks", [3])
