@@ -40,6 +40,7 @@ class HostMemory:
         fill: called in the thread with the first `elements` of the block, which it writes. Only then is the block
         page-locked: what has written to a page has faulted it in."""
         self.join()
+        self._error = None
         if self._block.numel() < elements:
             self.release()
             self._preparing = start_thread(lambda: self._make(elements, pinned, fill), "host-memory")
@@ -67,7 +68,6 @@ class HostMemory:
             self._preparing = None
 
     def _make(self, elements: int, pinned: bool, fill: Callable[[Tensor], None] | None) -> None:
-        self._error = None
         try:
             self._block = block = reserved(elements)
             (fill or fault_in)(block)
