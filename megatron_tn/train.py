@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from webdataset import DataPipeline
 
+from data_pipeline.shards.remote import is_remote
 from data_pipeline.stream import Batch, StreamState, TokenStream, batches
 from kernels.dispatch import in_words
 from megatron_tn.cli import command, run_program
@@ -34,6 +35,7 @@ from megatron_tn.training.diagnose import find_nonfinite
 from megatron_tn.training.guard import Guard
 from megatron_tn.training.hooks.build import start_hooks
 from megatron_tn.training.preemption import Preemption
+from megatron_tn.training.resume import agree_on_files
 from megatron_tn.training.rewind import restore, rewind
 from megatron_tn.training.run import Run
 from megatron_tn.training.state import TrainingState
@@ -50,6 +52,7 @@ def train(config: TrainConfig) -> int | None:
     config, stream, start = preflight(config)
     with Preemption(joined=False) as preemption, Run(config, start, open_weights, given) as run:
         preemption.joined = True
+        agree_on_files(local_manifests(config))
         context = ParallelContext.create(
             config.parallel.tp, config.parallel.cp, sequence_parallel=config.parallel.sequence_parallel
         )
@@ -96,6 +99,12 @@ def train(config: TrainConfig) -> int | None:
                 preemption.stopped = True
                 return preemption.exit_code
     return None
+
+
+def local_manifests(config: TrainConfig) -> dict[str, str]:
+    """Setting -> path of the shards' manifests that are no URLs."""
+    manifests = {"data.manifest": config.data.manifest, "evaluation.manifest": config.evaluation.manifest}
+    return {setting: path for setting, path in manifests.items() if path and not is_remote(path)}
 
 
 def batches_from(

@@ -158,6 +158,14 @@ def agree_on_settings(config: TrainConfig) -> None:
         )
 
 
+def agree_on_files(files: Mapping[str, str]) -> None:
+    """files: setting -> path of a file that rank 0 has read for all. Raises ConfigError on all ranks if some rank does
+    not see one: it would train on padding instead of the data. Collective."""
+    lost = [f"{setting}={path}" for setting, path in files.items() if not Path(path).is_file()]
+    if blind := _everywhere(f"{_name()} sees no {', '.join(lost)}" if lost else ""):
+        raise ConfigError(f"ranks do not see what rank 0 has read: {blind}; is it on a shared file system?")
+
+
 def leave_later_behind(folder: RunFolder, start: Start, resume: int | str) -> None:
     """Rename the checkpoints newer than the start's, so that no later start resumes from them, and log their new names.
     Called on rank 0."""

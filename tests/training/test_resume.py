@@ -13,10 +13,17 @@ import torch.distributed as dist
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, checkpoint_name, whole_checkpoints
 from megatron_tn.config import CheckpointConfig, ConfigError, TrainConfig
 from megatron_tn.training import resume
-from megatron_tn.training.resume import Start, agree_on, agree_on_settings, choose_start, leave_later_behind
+from megatron_tn.training.resume import (
+    Start,
+    agree_on,
+    agree_on_files,
+    agree_on_settings,
+    choose_start,
+    leave_later_behind,
+)
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import Ledger
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import run_ranks, run_shared
 
 
 def save(folder: RunFolder, step: int, name: str = "", damaged: bool = False) -> Path:
@@ -152,6 +159,22 @@ def test_ranks_with_other_settings_than_rank_0_are_named():
     assert len(set(errors)) == 1
     assert "rank 1 (host " in errors[0]
     assert "seed: 0 -> 2; they have other command line overrides" in errors[0]
+
+
+def agree_where_rank_1_has_no_data(data: str) -> str:
+    try:
+        agree_on_files({"data.manifest": data if dist.get_rank() == 0 else f"{data}/elsewhere"})
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_a_rank_without_the_data_ends_the_run(tmp_path):
+    (tmp_path / "manifest.json").touch()
+    errors = run_shared(2, agree_where_rank_1_has_no_data, str(tmp_path / "manifest.json"))
+    assert errors[0] == errors[1]
+    assert "do not see what rank 0 has read: rank 1 (host " in errors[0]
+    assert f" sees no data.manifest={tmp_path / 'manifest.json/elsewhere'};" in errors[0]
 
 
 def test_the_order_of_names_is_that_of_age(folder):
