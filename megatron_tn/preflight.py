@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from megatron_tn.config import ConfigError, TrainConfig
 from megatron_tn.data import open_stream, with_token_ids
 from megatron_tn.evaluate import problems_in_training
 from megatron_tn.loading import open_weights, resolve_checkpoint
-from megatron_tn.parallel.world import of_first, processes_here, world_size
+from megatron_tn.parallel.world import number, of_first, processes_here, world_size
 from megatron_tn.planning.concerns import other_world
 from megatron_tn.planning.host import cpu_cost
 from megatron_tn.training.freeze import goes_on, settings_of_this_start
@@ -80,7 +81,13 @@ def inspect(
         stream = open_stream(config) if of_url else once(lambda: open_stream(config))
     except InputError as error:
         problems += [f"data.manifest: {problem}" for problem in error.problems]
-    settings = problems_before_start(config, world_size, stream and stream.manifest.tokenizer.vocab_size, gpus=gpus)
+    vocabulary = stream and stream.manifest.tokenizer.vocab_size
+    check = functools.partial(problems_before_start, config, world_size, vocabulary, gpus=gpus)
+    settings = once(check)
+    if not settings and not is_first_process():
+        settings = check()  # of this host alone
+        for problem in settings:  # rank 0 alone prints what ends the run, and does not know of it
+            log.error("rank %d (host %s): %s", number("RANK", default=0), socket.gethostname(), problem)
     problems += settings
     if settings:
         return stream, None, problems

@@ -9,10 +9,11 @@ import pytest
 import torch.distributed as dist
 
 from data_pipeline.errors import InputError
+from megatron_tn import preflight
 from megatron_tn.benchmarking.start_up import Opens, simulate
 from megatron_tn.checkpoint.manifest import Piece
 from megatron_tn.checkpoint.shares import needed, scattered
-from megatron_tn.config import ConfigError
+from megatron_tn.config import ConfigError, TrainConfig
 from megatron_tn.parallel.world import of_first
 from tests.helpers.ranks import run_shared
 from tests.helpers.training import fork_ranks
@@ -51,6 +52,18 @@ def test_a_rank_is_sent_the_pieces_that_overlap_its_own():
         ["exp_avg/a", "param/a"],
         [],
     ]
+
+
+def test_what_is_wrong_on_one_host_alone_is_told_by_its_ranks(monkeypatch, caplog):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(preflight, "problems_before_start", lambda *_, **__: ["no GPU"])
+    of_rank_0 = iter([[], None, []])  # problems of the evaluation, the stream, problems of the settings
+    assert preflight.inspect(TrainConfig(), 2, once=lambda read: next(of_rank_0)) == (None, None, ["no GPU"])
+    assert "rank 1 (host " in caplog.text
+    of_rank_0 = iter([[], None, ["lr"]])
+    caplog.clear()
+    assert preflight.inspect(TrainConfig(), 2, once=lambda read: next(of_rank_0)) == (None, None, ["lr"])
+    assert not caplog.text  # rank 0 tells it
 
 
 class Unreadable(Exception):
