@@ -75,20 +75,22 @@ def inspect(
     starts here. once: calls a function on rank 0 and returns on every rank what it returned.
     """
     problems = once(lambda: problems_in_training(config))
-    stream = start = None
+    data, stream, start = [], None, None
     try:
         of_url = is_remote(config.data.manifest)  # whose cache is each node's own
         stream = open_stream(config) if of_url else once(lambda: open_stream(config))
     except InputError as error:
-        problems += [f"data.manifest: {problem}" for problem in error.problems]
+        data = [f"data.manifest: {problem}" for problem in error.problems]
     vocabulary = stream and stream.manifest.tokenizer.vocab_size
     check = functools.partial(problems_before_start, config, world_size, vocabulary, gpus=gpus)
-    settings = once(check)
-    if not settings and not is_first_process():
-        settings = check()  # of this host alone
-        for problem in settings:  # rank 0 alone prints what ends the run, and does not know of it
+    of_rank_0 = once(lambda: (data, check()))
+    if is_first_process() or any(of_rank_0):
+        data, settings = of_rank_0
+    else:
+        settings = check()
+        for problem in data + settings:  # of this host alone: rank 0, which prints what ends the run, has none
             log.error("rank %d (host %s): %s", number("RANK", default=0), socket.gethostname(), problem)
-    problems += settings
+    problems += data + settings
     if settings:
         return stream, None, problems
 
