@@ -161,7 +161,7 @@ def agree_on_settings(config: TrainConfig) -> None:
 def agree_on_files(files: Mapping[str, str]) -> None:
     """files: setting -> path of a file that rank 0 has read for all. Raises ConfigError on all ranks if some rank does
     not see one: it would train on padding instead of the data. Collective."""
-    lost = [f"{setting}={path}" for setting, path in files.items() if not Path(path).is_file()]
+    lost = [f"{setting}={path}" for setting, path in files.items() if not os.path.isfile(path)]
     if blind := _everywhere(f"{_name()} sees no {', '.join(lost)}" if lost else ""):
         raise ConfigError(f"ranks do not see what rank 0 has read: {blind}; is it on a shared file system?")
 
@@ -184,7 +184,7 @@ def leave_later_behind(folder: RunFolder, start: Start, resume: int | str) -> No
 
 def _what_is_unlike(start: Start) -> str:
     if start.checkpoint is None:
-        lost = start.weights is not None and not start.weights.is_dir()
+        lost = start.weights is not None and not os.path.isdir(start.weights)
         return f"{_name()} sees no init_from={start.weights}" if lost else ""
     try:
         same = _fingerprint(start.checkpoint) == start.fingerprint
