@@ -10,7 +10,7 @@ from kernels import dispatch
 from kernels.newton_schulz.reference import EPS, A, B, C
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
-LEAST_ROWS = 512  # 10 of 16 tiles of 128 x 128 are made
+LEAST_ROWS = 512  # 10 of 16 tiles of 128 x 128 are made, or 6 of 8 of 128 x 256 (triton_symmetric.TILES)
 WIDE = 2  # columns / rows from which on iterations are joined
 JOINED = 3  # iterations; a fourth would amplify the rounding of the Gram matrix's smallest eigenvalues by 12 once more
 

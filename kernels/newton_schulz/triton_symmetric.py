@@ -12,7 +12,7 @@ HOPPER = 9  # major compute capability from which on tiles are loaded by bulk te
 
 
 class Tile(NamedTuple):
-    """rows x columns of the result, a multiple of `rows` columns; depth: columns of X of one product."""
+    """rows x columns of the result, with columns a multiple of rows; depth: columns of X that one tl.dot reads."""
 
     rows: int
     columns: int

@@ -35,7 +35,7 @@ class ManyMatrices:
             return
         heights, widths = [sum(shape[0] for shape in group) for group in shapes], [group[0][1] for group in shapes]
         sizes = [(c, padded(d), padded(c)) for c, d in zip(heights, widths, strict=True)]
-        # Zeros: padding is never written.
+        # Zeros until the first `quantize_`, which also writes the padding.
         count = sum(d * (c + more) for c, d, more in sizes)
         self.buffer = torch.zeros(count, dtype=torch.uint8, device=device).view(dtype)
         self.scales = torch.zeros(len(shapes), SCALE_STRIDE, device=device)

@@ -27,7 +27,8 @@ def many_largest_kernel(
     BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """A matrix has at least as many tiles of BLOCK elements as blocks."""
+    """A program takes BLOCK elements that follow each other. It is one of as many programs as its matrix has tiles of
+    BLOCK elements in `many_quantize_kernel`, which are at least as many as its blocks."""
     program = tl.program_id(0)
     entry = table_pointer + tl.load(matrix_pointer + program) * FIELDS
     x_pointer += tl.multiple_of(tl.load(entry), 8)

@@ -107,5 +107,6 @@ def _least(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, ca
     total = _weights(logits, logits, temperature).masked_fill_(logits < least, 0).cumsum(-1)[:, -1:]
     summands = _weights(ordered, logits, temperature).masked_fill_(ordered < least, 0)
     before = summands.cumsum(-1) - summands
-    inside = (before < top_p[:, None] * total).sum(-1, keepdim=True)
+    # The likeliest token is always inside. Where no logit is finite, weights are NaN, and the sum is 0.
+    inside = (before < top_p[:, None] * total).sum(-1, keepdim=True).clamp(min=1)
     return torch.where(top_p[:, None] < 1, torch.maximum(least, ordered.gather(1, inside - 1)), least)

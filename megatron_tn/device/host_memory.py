@@ -91,7 +91,8 @@ def reserved(elements: int) -> Tensor:
     if elements == 0:
         return torch.empty(0)
     memory = mmap.mmap(-1, elements * torch.float32.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_DONTFORK)  # data workers are forked: they need no copy of the page table of this block
+    if hasattr(mmap, "MADV_DONTFORK"):  # Linux
+        memory.madvise(mmap.MADV_DONTFORK)  # data workers are forked: they need no copy of the page table of this block
     return torch.frombuffer(memory, dtype=torch.float32)
 
 

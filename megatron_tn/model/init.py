@@ -57,8 +57,11 @@ def bands(spec: ShardSpec, rank: int, size: int, start: int, stop: int) -> Itera
 
 
 def threads() -> int:
-    """That draw values in this process: its share of the machine's cores."""
-    return max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // processes_here()))
+    """Number of threads that draw values: this process's share of the machine's cores, and at most as many as the cores
+    that the process is bound to, as srun binds each task to its own."""
+    cores = os.cpu_count() or 1
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores  # macOS has no such function
+    return max(1, min(MOST_THREADS, bound, cores // processes_here()))
 
 
 @torch.no_grad()

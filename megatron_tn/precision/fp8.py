@@ -28,8 +28,8 @@ from megatron_tn.device.side_stream import on_side_stream
 from megatron_tn.precision.gradient_sum import GradientSum
 
 OPERAND = torch.float8_e4m3fn  # activations and weights
-# Gradients of activations. A few tokens have most of them, and e4m3's 15 binades leave the others to underflow: with it
-# errors of weight gradients were 1.5 to 2 times as large (a model of 3 layers against fp64).
+# Gradients of activations. Those of a few tokens are far larger than all others, which would underflow in e4m3, whose
+# normal numbers span 15 binades: errors of weight gradients were 1.5 to 2 times as large (3 layers against fp64).
 GRADIENT = torch.float8_e5m2
 OLDEST_CAPABILITY = (9, 0)  # Hopper
 

@@ -52,7 +52,8 @@ def test_an_error_is_raised_here_when_all_threads_have_ended(where):
     assert 20 < len(made) < 10_000
 
 
-def test_host_memory_is_made_ahead_and_kept():
+def test_host_memory_is_made_ahead_and_kept(monkeypatch):
+    monkeypatch.delattr(mmap, "MADV_DONTFORK", raising=False)  # macOS has no such advice
     memory = HostMemory()
     memory.prepare(100_003, pinned=False)
     block = memory.take(100_003, pinned=False)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 
 import pytest
 import torch
 
 from megatron_tn.config import EngineConfig, ModelConfig, ParallelConfig
 from megatron_tn.engine.build import build_engine, initialize_engine
-from megatron_tn.model.init import TILE, fill_initial
+from megatron_tn.model.init import TILE, fill_initial, threads
 from megatron_tn.model.registry import parameter_count
 from megatron_tn.model.transnormer import initial_box
 from megatron_tn.parallel.context import ParallelContext
@@ -56,6 +57,16 @@ def test_the_pad_row_is_zero():
     config = dataclasses.replace(TINY, pad_id=2, eos_id=3)
     value = initial_box(name, (9, 4), ((1, 5), (0, 4)), config, 0)
     assert (value == 0).all(1).tolist() == [False, True, False, False]
+
+
+def test_threads_are_a_processs_share_of_the_cores(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    for bound, wanted in ((64, 8), (8, 8), (2, 2)):  # srun binds each task to its cores
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, bound=bound: set(range(bound)), raising=False)
+        assert threads() == wanted
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS
+    assert threads() == 8
 
 
 # Large against TILE, so that what is drawn at a time does not count, in one layer as in the whole.

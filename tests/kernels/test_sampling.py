@@ -57,6 +57,16 @@ def test_the_kernel_draws_the_same_tokens(triton_device, dtype):
     agree(triton_device, dtype, 10_001, range(2))
 
 
+@pytest.mark.parametrize("value", [-torch.inf, torch.nan])
+def test_a_row_without_a_finite_logit_leaves_the_others_as_they_are(value):
+    logits = torch.zeros(len(SETTINGS), 9)
+    wanted, _ = draw(logits, 1, False, "torch")
+    logits[4] = value  # top_p < 1
+    found, _ = draw(logits, 1, False, "torch")
+    wanted[4] = 0
+    assert torch.equal(found, wanted)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_kernel_draws_the_same_tokens_of_a_large_vocabulary(cuda, dtype):
