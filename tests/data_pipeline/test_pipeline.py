@@ -146,8 +146,12 @@ def started(source, output, *more, stderr=subprocess.DEVNULL):
     try:
         yield process
     finally:
+        deadline = time.monotonic() + 30
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+            while time.monotonic() < deadline:  # a worker that is not gone yet keeps its files from being cleared
+                os.killpg(process.pid, signal.SIGKILL)
+                process.poll()
+                time.sleep(0.01)
         process.wait()
 
 
