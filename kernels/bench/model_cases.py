@@ -14,6 +14,7 @@ from kernels.bench.cases import Case, random_inputs
 from kernels.bench.peers import Peer
 from kernels.cross_entropy import reference as head_reference
 from kernels.newton_schulz import reference as ns_reference
+from kernels.newton_schulz.op import parts
 
 
 def cases(device: torch.device) -> Iterator[tuple[Case, Case]]:
@@ -79,7 +80,11 @@ def _newton_schulz(shape: tuple[int, int, int], dtype: torch.dtype, device: torc
         return torch.stack([ns_reference.newton_schulz(one, 5) for one in x])
 
     def products() -> list[tuple[Tensor, ...]]:
-        return [(wide[:, :half] @ wide.mT, gram[:, :half] @ gram, gram @ wide) for _ in range(5)]
+        made = []
+        for joined in parts(rows, columns, 5) if dtype.itemsize == 2 else [1] * 5:
+            squares = [gram[:, :half] @ gram for _ in range(4 * joined - 3)]
+            made.append((wide[:, :half] @ wide.mT, *squares, gram @ wide))
+        return made
 
     def plain(x: Tensor) -> Tensor:
         with kernels.dispatch.backend("torch"):

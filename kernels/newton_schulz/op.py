@@ -36,13 +36,13 @@ def newton_schulz(matrices: Tensor, iterations: int = 5) -> Tensor:
     working = torch.float16 if matrices.dtype in HALF_TYPES else matrices.dtype
     # Divides in fp32, stores in the working type.
     x = torch.div(matrices, norms, out=torch.empty_like(matrices, dtype=working))
-    for joined in _parts(*x.shape[1:], iterations) if working == torch.float16 else [1] * iterations:
+    for joined in parts(*x.shape[1:], iterations) if working == torch.float16 else [1] * iterations:
         x = _iterated(x, joined)
     return x.to(matrices.dtype)
 
 
-def _parts(rows: int, columns: int, iterations: int) -> Iterator[int]:
-    """The numbers of iterations that are joined, in order."""
+def parts(rows: int, columns: int, iterations: int) -> Iterator[int]:
+    """How many of the iterations share a product with X, run after run: (3, 2), or one by one."""
     most = JOINED if max(rows, columns) >= WIDE * min(rows, columns) else 1
     while iterations > 0:
         yield min(most, iterations)
@@ -104,4 +104,4 @@ def flops(rows: int, columns: int, iterations: int = 5, *, symmetric: bool = Fal
     if not symmetric:
         return iterations * (4 * r * r * c + 2 * r**3)
     # n joined iterations: A = X X^T, Q X, and [r, r] products: n of A^2, 2 (n - 1) of the next A, n - 1 of the next Q.
-    return sum(3 * r * r * c + (4 * n - 3) * r**3 for n in _parts(r, c, iterations))
+    return sum(3 * r * r * c + (4 * n - 3) * r**3 for n in parts(r, c, iterations))

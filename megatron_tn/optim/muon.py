@@ -81,7 +81,7 @@ class Muon:
     adamw: makes the optimizer of the other groups. It keeps the group dictionaries that it is given, so that masters
         that DeepSpeed puts in the place of parameters are in both.
     momentum, momentum_warmup_steps: mu rises linearly from FIRST_MOMENTUM to `momentum` over so many applied steps.
-    dtype: type of the Newton-Schulz iterations, and of what ranks send each other.
+    dtype: type of the matrices that ranks send each other, and that `newton_schulz` takes and returns.
     rounds: set by `engine.update.Update`. weight_decays: master -> its weight decay, for the masters of the matrices.
     """
 
