@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -153,14 +154,20 @@ class Soak:
         return not fault.in_training or self._trains_since(launched)
 
     def _trains_since(self, launched: float) -> bool:
-        """Whether a start after `launched` has taken a step; read off the journal's end."""
+        """Whether a start after `launched` has taken a step: one of the journal's last records says so, but not always
+        the very last, which an evaluation or a save may have written."""
         try:
             with self.folder.journal.path.open("rb") as file:
-                file.seek(max(file.seek(0, os.SEEK_END) - 4096, 0))
-                last = json.loads(file.read().splitlines()[-1])
-        except (OSError, ValueError, IndexError):
+                file.seek(max(file.seek(0, os.SEEK_END) - (1 << 14), 0))
+                lines = file.read().splitlines()
+        except OSError:
             return False
-        return "loss" in last and last["time"] > launched
+        for line in reversed(lines):
+            with contextlib.suppress(ValueError):  # the first and the last one may be parts of lines
+                record = json.loads(line)
+                if "loss" in record:
+                    return record["time"] > launched
+        return False
 
     def _inject(self, name: str, trainers: Trainers) -> int | None:
         """The exit code of a start that the fault ended."""
