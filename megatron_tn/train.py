@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_tn import imports  # before those below
+
+# isort: split
 import torch
 import torch.distributed as dist
 from webdataset import DataPipeline
@@ -43,6 +46,7 @@ from megatron_tn.training.step import skipped_step, train_step
 from megatron_tn.training.summary import show_start
 from megatron_tn.training.watchdog import Progress
 
+imports.done()
 log = logging.getLogger(__name__)
 
 
