@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parents[2]
 AGENT = Path(__file__).with_name("site")
 KNOWN = FAULTS | GPU_FAULTS
 POLL_S = 0.2
-PATIENCE_S = 300.0  # a start must train its first step, and end after a fault that ends one, within this
 
 
 class Trainers(Protocol):
@@ -86,8 +85,9 @@ class Event:
 
 @dataclass
 class Soak:
-    """folder: of the run under faults. start(folder, more overrides): starts trainers. processes: their number. say:
-    prints a line."""
+    """folder: of the run under faults. start(folder, more overrides): starts trainers. processes: their number.
+    patience_s: a start must train its first step, and end after a fault that ends one, within this. say: prints a line.
+    """
 
     folder: RunFolder
     start: Callable[[Path, Sequence[str]], Trainers]
@@ -96,6 +96,7 @@ class Soak:
     kinds: Sequence[str]
     heal_s: float
     choice: random.Random
+    patience_s: float = 300.0
     say: Callable[[str], None] = print
     events: list[Event] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -147,8 +148,8 @@ class Soak:
         """Whether a start that has no fault is well; else that is a problem."""
         if trainers.exit_code() is not None:
             self.problems.append(f"a start ended with exit code {trainers.exit_code()} without a fault")
-        elif time.time() - launched > PATIENCE_S and not self._trains_since(launched):
-            self.problems.append(f"a start trained no step within {PATIENCE_S:.0f} s")
+        elif time.time() - launched > self.patience_s and not self._trains_since(launched):
+            self.problems.append(f"a start trained no step within {self.patience_s:.0f} s")
         return not self.problems
 
     def _is_possible(self, fault: Fault, trainers: Trainers, launched: float) -> bool:
@@ -179,10 +180,10 @@ class Soak:
         self.events.append(event)
         self.say(f"{event.at_s:8.1f} s: {name}")
         fault.inject(target)
-        code = event.code = self._wait(trainers, PATIENCE_S if fault.ends else self.heal_s)
+        code = event.code = self._wait(trainers, self.patience_s if fault.ends else self.heal_s)
         event.took_s = time.time() - self._began - event.at_s
         if fault.ends and code not in fault.ends:
-            how = f"had not ended {PATIENCE_S:.0f} s later" if code is None else f"ended with exit code {code}"
+            how = f"had not ended {self.patience_s:.0f} s later" if code is None else f"ended with exit code {code}"
             self.problems.append(f"{name}: the start {how}; wanted: {fault.ends}")
         elif not fault.ends and code is not None:
             self.problems.append(f"{name} ended a start, with exit code {code}")
@@ -195,7 +196,7 @@ class Soak:
             time.sleep(POLL_S)
         if trainers.exit_code() is None:
             os.kill(trainers.pids()[0], signal.SIGTERM)
-        if (code := self._wait(trainers, PATIENCE_S)) != 0:
+        if (code := self._wait(trainers, self.patience_s)) != 0:
             self.problems.append(f"told to stop at the end, the trainers ended with exit code {code}")
 
     def _wait(self, trainers: Trainers, seconds: float) -> int | None:

@@ -96,8 +96,8 @@ def test_settings(words, message):
 
 
 def test_settings_leave_other_words_to_training():
-    found = Settings.parse(["minutes=2", "faults=kill,stop", "seed=3", "model=20m", "optim.lr=1e-3"])
-    assert (found.minutes, found.faults, found.seed) == (2, ("kill", "stop"), 3)
+    found = Settings.parse(["minutes=2", "faults=kill,stop", "seed=3", "patience_s=9", "model=20m", "optim.lr=1e-3"])
+    assert (found.minutes, found.faults, found.seed, found.patience_s) == (2, ("kill", "stop"), 3, 9)
     assert found.overrides == ("model=20m", "optim.lr=1e-3")
 
 
