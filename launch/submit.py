@@ -27,6 +27,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from data_pipeline.shards.remote import few_attempts
 from launch.submission.checks import GIB, HOUR, Checked, check
 from launch.submission.provenance import Code, code, packages, without_secrets
 from launch.submission.script import job_name, job_number, script
@@ -76,7 +77,8 @@ def submit(configs: Sequence[SubmitConfig], options: list[str], typed: list[str]
     Raises:
         ConfigError: with every problem of every run.
     """
-    runs = [check(_with_options(config, options)) for config in configs]
+    with few_attempts():
+        runs = [check(_with_options(config, options)) for config in configs]
     problems = [problem for run in runs for problem in run.problems]
     first = runs[0].config
     if any(getattr(run.config, name) != getattr(first, name) for run in runs for name in SHAPE):

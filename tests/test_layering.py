@@ -72,6 +72,7 @@ ALLOWED = {
     "launch": [
         "kernels.bench",
         "data_pipeline.html_page",
+        "data_pipeline.shards.remote",  # how patient a submission is
         "megatron_tn.cli",
         "megatron_tn.config",
         "megatron_tn.planning",

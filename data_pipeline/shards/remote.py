@@ -13,8 +13,9 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -30,6 +31,7 @@ from data_pipeline.shards.cache import Cache, CacheFull
 
 logger = logging.getLogger(__name__)
 
+ATTEMPTS: ContextVar[int] = ContextVar("ATTEMPTS", default=8)  # tries per download, of folders opened from now on
 LONGEST_WAIT = 30.0  # seconds between two attempts
 STALLED = 60.0  # seconds: HTTP read timeout, and the window in which LEAST_RATE is measured
 LEAST_RATE = 10_000  # bytes per second; slower downloads fail
@@ -70,6 +72,16 @@ class _Watch(Callback):
             self.since, self.before = time.monotonic(), self.came
 
 
+@contextlib.contextmanager
+def few_attempts(number: int = 3) -> Iterator[None]:
+    """For a person who waits for the answer: eight tries of a server that does not answer take a minute."""
+    before = ATTEMPTS.set(number)
+    try:
+        yield
+    finally:
+        ATTEMPTS.reset(before)
+
+
 @dataclass
 class Remote:
     """Files of the folder `url`, cached in `cache`. `attempts`: tries per download, with waits of `first_wait` seconds,
@@ -78,7 +90,7 @@ class Remote:
     url: str
     cache: Cache
     query: str = ""  # appended to every file's URL, with its `?`: a signature that holds for the whole folder
-    attempts: int = 8
+    attempts: int = field(default_factory=ATTEMPTS.get)
     first_wait: float = 0.5
     downloads: int = 0  # number of downloads by this process, for tests and logs
     folder: Path = field(init=False)  # cache folder of this URL's files without a known hash

@@ -181,6 +181,17 @@ def test_what_is_refused(sbatch, words, capsys, monkeypatch, word, message):
     assert not Path("run").exists()
 
 
+def test_a_server_that_does_not_answer_is_told_soon(sbatch, words, capsys, monkeypatch):
+    waits = []
+    monkeypatch.setattr("data_pipeline.shards.remote.time.sleep", waits.append)
+    urls = ["data.manifest=https://127.0.0.1:1/m.json", "evaluation.manifest=https://127.0.0.1:1/e.json"]
+    assert call(submit, *words, "run_dir=run", *urls) == 2
+    said = capsys.readouterr().err
+    assert "error: data.manifest: manifest https://127.0.0.1:1/m.json: " in said
+    assert "error: evaluation.manifest: manifest https://127.0.0.1:1/e.json: " in said
+    assert sum(waits) < 10
+
+
 def test_a_sweep_is_one_job_array_with_a_folder_for_each_run(sbatch, words, tmp_path, capsys):
     sweep = tmp_path / HOSTILE.replace(",", "")
     more = ["--multirun", "optim.lr=1e-2,2e-2", "seed=0,1", "slurm.at_once=2", "slurm.chain=2"]
