@@ -50,7 +50,7 @@ def main(config: EvaluateConfig) -> None:
         device = str(joined) if device == "auto" else device
         context = ParallelContext.create(tp=world_size())
     try:
-        model = load_any_model(config.checkpoint, device, config.precision, context)
+        model = load_any_model(config.checkpoint, device, config.precision, context, fp8_weights=config.fp8_weights)
         tokenizer = load_tokenizer(config.tokenizer, config.checkpoint)
         result: dict[str, Any] = {"checkpoint": config.checkpoint}
         if config.manifest:

@@ -68,6 +68,8 @@ class EvaluateConfig:
     batch_tokens: Positive = 4096  # tokens of one forward pass
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one
     precision: Literal["trained", "bf16", "fp32"] = "trained"  # type to compute in; trained: as the weights
+    # Keep the matrices of the blocks in fp8, with a scale a row: half the bytes that a token of decoding reads.
+    fp8_weights: bool = False
     output: str = ""  # JSON file for the result; empty: the result is only printed
 
 
@@ -81,6 +83,8 @@ class ScoreConfig:
     batch_tokens: Positive = 16384  # tokens of one forward pass; a GPU needs more than a CPU to be busy
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one
     precision: Literal["trained", "bf16", "fp32"] = "trained"  # type to compute in; trained: as the weights
+    # Keep the matrices of the blocks in fp8, with a scale a row: half the bytes that a token of decoding reads.
+    fp8_weights: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -112,6 +116,8 @@ class GenerateConfig:
     prefill_chunk: Positive = 4096  # tokens of a prompt in one forward pass; a longer prompt needs no more memory
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one. Under torchrun: cpu or auto
     precision: Literal["trained", "bf16", "fp32"] = "trained"  # type to compute in; trained: as the weights
+    # Keep the matrices of the blocks in fp8, with a scale a row: half the bytes that a token of decoding reads.
+    fp8_weights: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)
