@@ -11,13 +11,13 @@ import hydra
 import pytest
 from omegaconf import OmegaConf
 
-import megatron_tn.train
+import megatron_tn.benchmark
 from launch import render_results
 from launch.render_table import fill
 from launch.results import grid_runs, main, read_plan
 from launch.runs import Failed, Programs, TimeUp
 from megatron_tn import cli
-from megatron_tn.config import ModelConfig, OptimConfig, TrainConfig, from_mapping, save
+from megatron_tn.config import BenchmarkConfig, ModelConfig, OptimConfig, TrainConfig, from_mapping, save
 
 PLAN = """
 settings: {experiment: results}
@@ -136,15 +136,17 @@ def test_the_runs_of_every_plan_are_there(path):
     model = path.stem.rpartition("_")[2].replace("time", "50m")
     known = [{"name": "result", "model": model, "lr": 0.001, "value": 1.0}]
     known += [known[0] | {"model": f"transformer_{model}"}, known[0] | {"variant": "muon"}]
-    assert megatron_tn.train.main  # importing it registers the schema
+    assert megatron_tn.benchmark.main  # importing it registers the schema
     chosen = [own for grids in plan["pieces"].values() for grid in grids for own in grid_runs(grid, known)]
     assert len({tuple(own.items()) for own in chosen}) == len(chosen) > 0
     for group in ("model", "experiment"):  # test_config.py composes each of these files
         assert {own[group] for own in chosen if group in own} <= names_in(cli.CONF / group)
     with hydra.initialize_config_dir(str(cli.CONF), version_base=None):
-        words = [f"{key}={value}" for key, value in (plan["settings"] | chosen[0]).items()]
-        config = OmegaConf.to_container(hydra.compose("config", words), resolve=True)
-    assert from_mapping(TrainConfig, config).problems(world_size=1) == []
+        for own in {tuple(own): own for own in chosen}.values():  # one of each form
+            words = [f"{key}={value}" for key, value in (plan["settings"] | own).items()]
+            name, kind = ("config", TrainConfig) if "seed" in own else ("benchmark", BenchmarkConfig)
+            config = OmegaConf.to_container(hydra.compose(name, words), resolve=True)
+            assert from_mapping(kind, config).problems(world_size=1) == []
 
 
 def names_in(folder: Path) -> set[str]:
