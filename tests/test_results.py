@@ -135,7 +135,8 @@ def test_the_runs_of_every_plan_are_there(path):
     plan = read_plan(path)
     model = path.stem.rpartition("_")[2].replace("time", "50m")
     known = [{"name": "result", "model": model, "lr": 0.001, "value": 1.0}]
-    known += [known[0] | {"model": f"transformer_{model}"}, known[0] | {"variant": "muon"}]
+    known += [known[0] | {"model": f"transformer_{model}"}]
+    known += [known[0] | {"variant": variant} for variant in ("muon", "muon,fp8,458,46")]
     assert megatron_tn.benchmark.main  # importing it registers the schema
     chosen = [own for grids in plan["pieces"].values() for grid in grids for own in grid_runs(grid, known)]
     assert len({tuple(own.items()) for own in chosen}) == len(chosen) > 0
