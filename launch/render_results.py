@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launch.render_table import ROOT, TABLES, NotRows, Row, Table, commit, fill, machine, read, write
+from launch.time_to_loss import TimeToLoss, variant_of
 
 PAGE = ROOT / "docs/results.md"
 ROWS = ROOT / "docs/measurements/results"
@@ -135,11 +136,11 @@ class Picture:
         return f"![held-out bits per byte by tokens and by seconds]({PICTURE.name})\n" if curves(rows) else ""
 
 
-def tables() -> dict[str, Table | Corpus | Picture]:
+def tables() -> dict[str, Table | Corpus | Picture | TimeToLoss]:
     of_corpus = {"corpus": corpus_table, "overlap": overlap_table, "stages": stage_table, "packages": package_table}
     return (
         RESULTS
-        | {"curves": Picture()}
+        | {"curves": Picture(), "time to the same loss": TimeToLoss()}
         | {name: Corpus(ROWS / "corpus.json", table) for name, table in of_corpus.items()}
     )
 
@@ -158,7 +159,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """Held-out bits per byte against tokens and against seconds: mean over seeds, and their range."""
     from matplotlib.figure import Figure  # not pyplot: it would look for a display
 
-    speeds = {row["model"]: row["tokens_per_second"] for row in rows if row["name"] == "training loop"}
+    loops = [row for row in rows if row["name"] == "training loop" and not variant_of(row)]
+    speeds = {row["model"]: row["tokens_per_second"] for row in loops}
     figure = Figure(figsize=(11, 4), dpi=90, layout="constrained")
     by_tokens, by_seconds = figure.subplots(1, 2, sharey=True)
     for number, (model, own) in enumerate(sorted(curves(rows).items())):
