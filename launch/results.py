@@ -4,9 +4,9 @@
     python -m launch.results --plan launch/plans/results_50m.yaml --data data/results --output rows.jsonl --pieces rates
 
 A plan (launch/plans/) lists runs as grids of settings, in pieces. Each run is trained (megatron_tn.train), evaluated on
-the held-out text (megatron_tn.evaluate), and a row is appended to --output; runs that have a row there are not run
-again, and a stopped one goes on from its checkpoint in --runs. A grid with settings benchmark.* is measured instead
-(megatron_tn.benchmark), one run at a time: the speed of runs side by side says nothing.
+the held-out text (megatron_tn.evaluate; a plan may add evaluations), and a row is appended to --output; runs that have
+a row there are not run again, and a stopped one goes on from its checkpoint in --runs. A grid with settings benchmark.*
+is measured instead (megatron_tn.benchmark), one run at a time: the speed of runs side by side says nothing.
 Words after -- are overrides of every run. Exit code 1 when a run fails, 3 when --minutes ended before the runs did.
 """
 
@@ -34,10 +34,11 @@ from launch.runs import Failed, Programs, TimeUp
 from megatron_tn.training.run_folder import RunFolder
 
 FAILED, TIME_UP = 1, 3
-PIECE_TOKENS = 65536  # of a batch of held-out pieces
-WHOLE_TOKENS = 16384  # of a batch of whole documents
-LONGEST = 131072  # tokens of a whole document that are evaluated
-WHOLE_DOCUMENTS = 240  # whole documents that are evaluated, equally many of each source where it has them
+# Settings of megatron_tn.evaluate for every run: of the held-out text in pieces, and of whole documents, equally many
+# of each source where it has them.
+PIECES = {"batch_tokens": 65536}
+WHOLE = {"batch_tokens": 16384, "max_document_tokens": 131072, "max_documents": 240}
+SPLITS = ("train", "heldout", "pieces")  # of --data
 REPORT_S = 20.0  # between two lines on the runs under way
 BEST = re.compile(r"best of (\w+)(?: (\S+))?")  # model, and variant
 RESULT, LOOP = "result", "training loop"  # names of the rows of a trained and of a measured run
@@ -47,12 +48,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """A run of a plan: settings that all runs share, its own, and the folder of all runs."""
+    """A run of a plan: settings that all runs share, its own, the folder of all runs, and the plan's evaluations."""
 
     plan: str
     shared: dict[str, Any]
     own: dict[str, Any]
     runs: Path
+    evaluations: dict[str, dict[str, Any]]
 
     @property
     def name(self) -> str:
@@ -86,25 +88,28 @@ class Run:
 
     def finish(self, programs: Programs, options: argparse.Namespace, gpu: str | None) -> Row:
         """Trains, or goes on training, and evaluates, on one GPU; returns the row. Raises Failed and TimeUp."""
-        folder, pieces = self.folder.path, options.data / "pieces/manifest.json"
+        folder = self.folder.path
         words = [f"{key}={value}" for key, value in (self.shared | self.own).items()] + [f"run_dir={folder}"]
-        words += [f"data.manifest={options.data / 'train/manifest.json'}", f"evaluation.manifest={pieces}"]
+        manifests = {split: options.data / split / "manifest.json" for split in SPLITS}
+        words += [f"data.manifest={manifests['train']}", f"evaluation.manifest={manifests['pieces']}"]
         programs.run("megatron_tn.train", [*words, *options.overrides], folder / "console.log", gpu)
-        found = []
-        whole = options.data / "heldout/manifest.json"
-        for held_out, documents, tokens, longest in (
-            (pieces, options.documents, PIECE_TOKENS, 0),
-            (whole, options.documents or WHOLE_DOCUMENTS, WHOLE_TOKENS, LONGEST),
-        ):
-            output = folder / f"{held_out.parent.name}.json"
-            words = [f"checkpoint={folder}", f"manifest={held_out}", f"output={output}"]
-            words += [f"max_documents={documents}", f"batch_tokens={tokens}", f"max_document_tokens={longest}"]
+        of_all = {"pieces": {"split": "pieces", **PIECES}, "heldout": {"split": "heldout", **WHOLE}}
+        found = {}
+        for name, settings in (of_all | self.evaluations).items():
+            output, settings = folder / f"{name}.json", dict(settings)
+            words = [f"checkpoint={folder}", f"manifest={manifests[settings.pop('split')]}", f"output={output}"]
+            if options.documents:
+                settings["max_documents"] = options.documents
+            words += [f"{key}={value}" for key, value in settings.items()]
             programs.run("megatron_tn.evaluate", words, folder / "console.log", gpu)
-            found.append(json.loads(output.read_text()))
-        return self._row(*found, -(-options.at_once // len(options.gpus or [0])))
+            found[name] = json.loads(output.read_text())
+        return self._row(
+            found.pop("pieces"), found.pop("heldout"), found, -(-options.at_once // len(options.gpus or [0]))
+        )
 
-    def _row(self, found: Row, whole: Row, at_once: int) -> Row:
-        """found, whole: of the held-out text in pieces, and of whole documents. at_once: runs that shared a GPU."""
+    def _row(self, found: Row, whole: Row, more: dict[str, Row], at_once: int) -> Row:
+        """found, whole, more: of the held-out text in pieces, of whole documents, and the plan's own evaluations.
+        at_once: runs that shared a GPU."""
         config, losses = self.folder.frozen_config(), self.folder.records("loss")
         memory = [record["memory/allocated_gib"] for record in self.folder.records("memory/allocated_gib")]
         bits = found["bits_per_byte"]
@@ -124,6 +129,10 @@ class Run:
         }
         for kind, of in (("sources", found), ("positions", whole)):
             figures |= {f"{kind}/{name}": own.get("bits_per_byte") for name, own in of.get(kind, {}).items()}
+        for name, of in more.items():
+            figures[name] = of["bits_per_byte"]["model"]
+            positions = of.get("positions", {}) if "sequence_tokens" in self.evaluations[name] else {}
+            figures |= {f"{name}/{first}": own.get("bits_per_byte") for first, own in positions.items()}
         return rows.row(
             RESULT,
             "bits/byte",
@@ -153,15 +162,20 @@ class Bad(Exception):
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """{"settings": {...}, "pieces": {name: [grid]}}. Raises Bad."""
+    """{"settings": {...}, "pieces": {name: [grid]}, "evaluations": {name: {"split": ..., setting: value}}}. Raises
+    Bad."""
     try:
         plan = yaml.safe_load(path.read_text())
         grids = [grid for piece in plan["pieces"].values() for grid in piece]
         ok = all(isinstance(values, list) for grid in grids for values in grid.values())
+        evaluations = plan.setdefault("evaluations", {})
+        unknown = [name for name, settings in evaluations.items() if settings.get("split") not in SPLITS]
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise Bad(f"{path}: no plan: {' '.join(str(error).split())}") from None
     if not ok:
         raise Bad(f"{path}: each setting of a grid needs a list of values")
+    if unknown:
+        raise Bad(f"{path}: evaluations.{unknown[0]}.split must be one of {', '.join(SPLITS)}")
     return plan
 
 
@@ -190,7 +204,7 @@ def run_piece(grids: list[dict], plan: dict, options: argparse.Namespace, progra
     """Runs what has no row yet. Raises Bad, Failed and TimeUp."""
     known = read_rows(options.output)
     chosen = [own for grid in grids for own in grid_runs(grid, known)]
-    runs = [Run(options.plan.stem, plan["settings"], own, options.runs) for own in chosen]
+    runs = [Run(options.plan.stem, plan["settings"], own, options.runs, plan["evaluations"]) for own in chosen]
     left = [run for run in runs if not run.has_row(known, options.overrides)]
     train([run for run in left if not run.is_benchmark], options, programs)
     for run in left:
@@ -265,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
         plan = read_plan(options.plan)
         if unknown := sorted(set(options.pieces or ()) - set(plan["pieces"])):
             raise Bad(f"--pieces {unknown[0]}: {options.plan} has {', '.join(plan['pieces'])}")
-        for split in ("train", "heldout", "pieces"):
+        for split in SPLITS:
             if not (path := options.data / split / "manifest.json").is_file():
                 raise Bad(f"--data {options.data}: no {path}; python -m data_pipeline.corpus.join makes it")
         options.output.parent.mkdir(parents=True, exist_ok=True)

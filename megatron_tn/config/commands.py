@@ -65,6 +65,9 @@ class EvaluateConfig:
     tokenizer: str = ""  # path of tokenizer.json; empty: the one beside the checkpoint
     max_documents: Count = 0  # evaluate so many held-out documents, equally many of each source; 0: all
     max_document_tokens: Count = 0  # of each held-out document, the first ones, bos included; 0: all
+    # Lay held-out documents end to end, as training does, and cut them into sequences of so many tokens, for the loss
+    # at positions that few documents reach; 0: each document for itself.
+    sequence_tokens: Count = 0
     batch_tokens: Positive = 4096  # tokens of one forward pass
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one
     precision: Literal["trained", "bf16", "fp32"] = "trained"  # type to compute in; trained: as the weights
