@@ -5,8 +5,9 @@
 
 A plan (launch/plans/) lists runs as grids of settings, in pieces. Each run is trained (megatron_tn.train), evaluated on
 the held-out text (megatron_tn.evaluate), and a row is appended to --output; runs that have a row there are not run
-again, and a stopped one goes on from its checkpoint in --runs. A grid with settings benchmark.* is measured instead
-(megatron_tn.benchmark), one run at a time: the speed of runs side by side says nothing.
+again, and a stopped one goes on from its checkpoint in --runs. With `held_out: curve` in a plan, the last evaluation of
+the training is the row's figure, and megatron_tn.evaluate is not called. A grid with settings benchmark.* is measured
+instead (megatron_tn.benchmark), one run at a time: the speed of runs side by side says nothing.
 Words after -- are overrides of every run. Exit code 1 when a run fails, 3 when --minutes ended before the runs did.
 """
 
@@ -40,6 +41,7 @@ LONGEST = 131072  # tokens of a whole document that are evaluated
 WHOLE_DOCUMENTS = 240  # whole documents that are evaluated, equally many of each source where it has them
 REPORT_S = 20.0  # between two lines on the runs under way
 BEST = re.compile(r"best of (\w+)(?: (\S+))?")  # model, and variant
+HELD_OUT = ("evaluate", "curve")  # where a run's figure comes from; the first is the default
 RESULT, LOOP = "result", "training loop"  # names of the rows of a trained and of a measured run
 
 Row = dict[str, Any]
@@ -47,12 +49,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """A run of a plan: settings that all runs share, its own, and the folder of all runs."""
+    """A run of a plan: settings that all runs share, its own, the folder of all runs, and whether its figure is the
+    last evaluation of its training."""
 
     plan: str
     shared: dict[str, Any]
     own: dict[str, Any]
     runs: Path
+    by_curve: bool = False
 
     @property
     def name(self) -> str:
@@ -90,6 +94,10 @@ class Run:
         words = [f"{key}={value}" for key, value in (self.shared | self.own).items()] + [f"run_dir={folder}"]
         words += [f"data.manifest={options.data / 'train/manifest.json'}", f"evaluation.manifest={pieces}"]
         programs.run("megatron_tn.train", [*words, *options.overrides], folder / "console.log", gpu)
+        at_once = -(-options.at_once // len(options.gpus or [0]))
+        if self.by_curve:
+            last = self.folder.records("heldout_loss")[-1]
+            return self._row(last["heldout_bits_per_byte"], at_once, {})
         found = []
         whole = options.data / "heldout/manifest.json"
         for held_out, documents, tokens, longest in (
@@ -101,33 +109,25 @@ class Run:
             words += [f"max_documents={documents}", f"batch_tokens={tokens}", f"max_document_tokens={longest}"]
             programs.run("megatron_tn.evaluate", words, folder / "console.log", gpu)
             found.append(json.loads(output.read_text()))
-        return self._row(*found, -(-options.at_once // len(options.gpus or [0])))
+        return self._row(found[0]["bits_per_byte"]["model"], at_once, evaluated(*found))
 
-    def _row(self, found: Row, whole: Row, at_once: int) -> Row:
-        """found, whole: of the held-out text in pieces, and of whole documents. at_once: runs that shared a GPU."""
+    def _row(self, value: float, at_once: int, evaluated: Row) -> Row:
+        """value: held-out bits per byte. at_once: runs that shared a GPU."""
         config, losses = self.folder.frozen_config(), self.folder.records("loss")
         memory = [record["memory/allocated_gib"] for record in self.folder.records("memory/allocated_gib")]
-        bits = found["bits_per_byte"]
         curve = [(record["step"], record["heldout_bits_per_byte"]) for record in self.folder.records("heldout_loss")]
         tokens = {record["step"]: record["tokens"] for record in losses}
         figures = {
-            "heldout_tokens": found["tokens"],
-            "heldout_bytes": found["text_bytes"],
-            "whole": whole["bits_per_byte"]["model"],
-            "gzip": bits["gzip -9"],
-            "xz": bits["xz -9"],
             "peak_gib": max(memory, default=None),
             "tokens_per_second": statistics.median(record["tokens_per_second"] for record in losses),
             "at_once": at_once,
             # Million training tokens and held-out bits per byte of evaluation.max_documents pieces, in order.
             "curve": " ".join(f"{tokens[step] / 1e6:.3f}:{value:.4f}" for step, value in curve if step in tokens),
         }
-        for kind, of in (("sources", found), ("positions", whole)):
-            figures |= {f"{kind}/{name}": own.get("bits_per_byte") for name, own in of.get(kind, {}).items()}
         return rows.row(
             RESULT,
             "bits/byte",
-            bits["model"],
+            value,
             plan=self.plan,
             run=self.name,
             variant=self.variant,
@@ -138,8 +138,24 @@ class Run:
             tokens=losses[-1]["tokens"],
             sequence_length=config.data.sequence_length,
             global_batch=config.data.global_batch,
+            **evaluated,
             **figures,
         )
+
+
+def evaluated(found: Row, whole: Row) -> Row:
+    """Figures of megatron_tn.evaluate. found, whole: of the held-out text in pieces, and of whole documents."""
+    bits = found["bits_per_byte"]
+    figures = {
+        "heldout_tokens": found["tokens"],
+        "heldout_bytes": found["text_bytes"],
+        "whole": whole["bits_per_byte"]["model"],
+        "gzip": bits["gzip -9"],
+        "xz": bits["xz -9"],
+    }
+    for kind, of in (("sources", found), ("positions", whole)):
+        figures |= {f"{kind}/{name}": own.get("bits_per_byte") for name, own in of.get(kind, {}).items()}
+    return figures
 
 
 def settings_of(row: Row) -> set[str]:
@@ -153,15 +169,18 @@ class Bad(Exception):
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """{"settings": {...}, "pieces": {name: [grid]}}. Raises Bad."""
+    """{"settings": {...}, "pieces": {name: [grid]}, "held_out": one of HELD_OUT}. Raises Bad."""
     try:
         plan = yaml.safe_load(path.read_text())
         grids = [grid for piece in plan["pieces"].values() for grid in piece]
         ok = all(isinstance(values, list) for grid in grids for values in grid.values())
+        held_out = plan.get("held_out", HELD_OUT[0])
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise Bad(f"{path}: no plan: {' '.join(str(error).split())}") from None
     if not ok:
         raise Bad(f"{path}: each setting of a grid needs a list of values")
+    if held_out not in HELD_OUT:
+        raise Bad(f"{path}: held_out: {held_out} must be one of {', '.join(HELD_OUT)}")
     return plan
 
 
@@ -190,7 +209,8 @@ def run_piece(grids: list[dict], plan: dict, options: argparse.Namespace, progra
     """Runs what has no row yet. Raises Bad, Failed and TimeUp."""
     known = read_rows(options.output)
     chosen = [own for grid in grids for own in grid_runs(grid, known)]
-    runs = [Run(options.plan.stem, plan["settings"], own, options.runs) for own in chosen]
+    by_curve = plan.get("held_out") == "curve"
+    runs = [Run(options.plan.stem, plan["settings"], own, options.runs, by_curve) for own in chosen]
     left = [run for run in runs if not run.has_row(known, options.overrides)]
     train([run for run in left if not run.is_benchmark], options, programs)
     for run in left:

@@ -229,6 +229,12 @@ def test_a_rank_that_trains_imports_no_library_of_the_cleaning_pipeline():
     assert needing == set()
 
 
+def test_a_world_with_engines_is_left_by_one_function():
+    """`leave_world` releases what engines registered for it; planning's stand-in world has none."""
+    leaving = [path for path in modules() if "dist.destroy_process_group" in path.read_text()]
+    assert {module_name(path) for path in leaving} == {"megatron_tn.parallel.world", "megatron_tn.planning.stand_ins"}
+
+
 def test_kernels_import_torch_and_triton_alone():
     outside = {"torch", "triton", "numpy"}
     for path in (ROOT / "kernels").rglob("*.py"):

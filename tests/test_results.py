@@ -103,6 +103,14 @@ def test_a_plan_is_run_once_and_the_best_rate_is_read_from_its_rows(place, progr
     assert [said["model"] for module, said in programs if module == "megatron_tn.benchmark"] == ["ours", "rival"]
 
 
+def test_the_last_evaluation_of_the_training_is_enough_where_the_plan_says_so(place, programs):
+    (place / "plan.yaml").write_text("held_out: curve" + PLAN)
+    assert main(command(place, "--pieces", "rates", "--", "seed=0")) == 0
+    assert {module for module, _ in programs} == {"megatron_tn.train"}
+    assert {row["value"] for row in rows(place)} == {1.5}
+    assert not any("/" in key or key == "whole" for row in rows(place) for key in row)
+
+
 def test_the_best_rate_is_that_of_the_variant():
     rows = [{"name": "result", "model": "ours", "lr": lr, "value": bits} for lr, bits in ((1e-3, 1.2), (2e-3, 1.3))]
     rows += [row | {"variant": "muon", "value": 3 - row["value"]} for row in rows]
@@ -112,10 +120,12 @@ def test_the_best_rate_is_that_of_the_variant():
 
 def test_bad_input_is_said_before_anything_runs(place, programs, capsys):
     (place / "bad.yaml").write_text("pieces: {rates: [{model: ours}]}")
+    (place / "curves.yaml").write_text("held_out: curves" + PLAN)
     for words, line in (
         (command(place, "--pieces", "rate"), "--pieces rate: .* has rates, seeds, speed"),
         (command(place, "--pieces", "seeds"), "optim.lr=best of ours: no run of ours has a row yet"),
         (command(place, "--plan", str(place / "bad.yaml")), "bad.yaml: each setting of a grid needs a list of values"),
+        (command(place, "--plan", str(place / "curves.yaml")), "held_out: curves must be one of evaluate, curve"),
         (command(place, "--plan", str(place / "none.yaml")), "none.yaml: no plan: .*No such file"),
         (
             command(place, "--data", str(place)),
@@ -135,7 +145,8 @@ def test_the_runs_of_every_plan_are_there(path):
     plan = read_plan(path)
     model = path.stem.rpartition("_")[2].replace("time", "50m")
     known = [{"name": "result", "model": model, "lr": 0.001, "value": 1.0}]
-    known += [known[0] | {"model": f"transformer_{model}"}, known[0] | {"variant": "muon"}]
+    known += [known[0] | {"model": f"transformer_{model}"}]
+    known += [known[0] | {"variant": variant} for variant in ("muon", "muon,fp8,458,46")]
     assert megatron_tn.benchmark.main  # importing it registers the schema
     chosen = [own for grids in plan["pieces"].values() for grid in grids for own in grid_runs(grid, known)]
     assert len({tuple(own.items()) for own in chosen}) == len(chosen) > 0

@@ -39,6 +39,7 @@ from megatron_tn.checkpoint.reshard import pieces_of_local_range
 from megatron_tn.config import TrainConfig, from_mapping, to_stored
 from megatron_tn.model.registry import build_model
 from megatron_tn.overrides import CommandLine, settings
+from megatron_tn.parallel.world import leave_world
 from megatron_tn.train import main as train
 from megatron_tn.training.state import TrainingState
 
@@ -197,8 +198,7 @@ def _started(folder: Path, words: list[str], opens: Opens, ranks: int, rank: int
     finally:
         opens.on, sys.argv = False, argv
         counted = count()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_world()
         shutil.rmtree(folder / "run" / "alive", ignore_errors=True)
     return counted, came_far
 
