@@ -224,6 +224,7 @@ class Stage0Shards:
     `parameter.grad`, all-reduced by DeepSpeed. In fp32 a parameter is its own master."""
 
     sharded_over = Axis()
+    whole = ()
 
     def __init__(self, wrapped: Wrapped):
         self.parameters = list(wrapped.names)
