@@ -8,14 +8,14 @@ TYPE = torch.float8_e4m3fn
 LARGEST = 448.0  # number of e4m3
 
 
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(weight: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """weight [N, K] of any floating type -> (data [N, K] in e4m3, scale fp32 [N]), weight ~ scale * data.
 
     scale: the row's largest element / 448, so that none saturates; 1 for a row of zeros. A row with an infinity or a
-    NaN has a NaN in every element.
+    NaN has a NaN in every element. largest: fp32 [N], where rows are longer than these parts of them.
     """
     wide = weight.to(torch.float32)
-    scale = wide.abs().amax(1) / LARGEST
+    scale = (wide.abs().amax(1) if largest is None else largest) / LARGEST
     scale = torch.where(scale == 0, 1.0, torch.where(scale.isfinite(), scale, torch.nan))
     return (wide / scale[:, None]).clamp(-LARGEST, LARGEST).to(TYPE), scale
 
