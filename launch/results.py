@@ -5,8 +5,9 @@
 
 A plan (launch/plans/) lists runs as grids of settings, in pieces. Each run is trained (megatron_tn.train), evaluated on
 the held-out text (megatron_tn.evaluate; a plan may add evaluations), and a row is appended to --output; runs that have
-a row there are not run again, and a stopped one goes on from its checkpoint in --runs. A grid with settings benchmark.*
-is measured instead (megatron_tn.benchmark), one run at a time: the speed of runs side by side says nothing.
+a row there are not run again, and a stopped one goes on from its checkpoint in --runs. With `held_out: curve` in the
+plan, the last evaluation of the training is the row's figure instead. A grid with settings benchmark.* is measured
+(megatron_tn.benchmark), one run at a time: the speed of runs side by side says nothing.
 Words after -- are overrides of every run. Exit code 1 when a run fails, 3 when --minutes ended before the runs did.
 """
 
@@ -34,10 +35,13 @@ from launch.runs import Failed, Programs, TimeUp
 from megatron_tn.training.run_folder import RunFolder
 
 FAILED, TIME_UP = 1, 3
-# Settings of megatron_tn.evaluate for every run: of the held-out text in pieces, and of whole documents, equally many
-# of each source where it has them.
-PIECES = {"batch_tokens": 65536}
-WHOLE = {"batch_tokens": 16384, "max_document_tokens": 131072, "max_documents": 240}
+# Evaluations of every run: name -> settings of megatron_tn.evaluate. Of the held-out text in pieces, whose figure is
+# the row's, and of whole documents, equally many of each source where it has them.
+OF_ALL = {
+    "pieces": {"split": "pieces", "batch_tokens": 65536},
+    "heldout": {"split": "heldout", "batch_tokens": 16384, "max_document_tokens": 131072, "max_documents": 240},
+}
+HELD_OUT = ("evaluate", "curve")  # `held_out` of a plan; the first is the default, "curve": without OF_ALL
 SPLITS = ("train", "heldout", "pieces")  # of --data
 REPORT_S = 20.0  # between two lines on the runs under way
 BEST = re.compile(r"best of (\w+)(?: (\S+))?")  # model, and variant
@@ -48,7 +52,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """A run of a plan: settings that all runs share, its own, the folder of all runs, and the plan's evaluations."""
+    """A run of a plan: settings that all runs share, its own, the folder of all runs, and its evaluations."""
 
     plan: str
     shared: dict[str, Any]
@@ -93,9 +97,8 @@ class Run:
         manifests = {split: options.data / split / "manifest.json" for split in SPLITS}
         words += [f"data.manifest={manifests['train']}", f"evaluation.manifest={manifests['pieces']}"]
         programs.run("megatron_tn.train", [*words, *options.overrides], folder / "console.log", gpu)
-        of_all = {"pieces": {"split": "pieces", **PIECES}, "heldout": {"split": "heldout", **WHOLE}}
         found = {}
-        for name, settings in (of_all | self.evaluations).items():
+        for name, settings in self.evaluations.items():
             output, settings = folder / f"{name}.json", dict(settings)
             words = [f"checkpoint={folder}", f"manifest={manifests[settings.pop('split')]}", f"output={output}"]
             if options.documents:
@@ -103,40 +106,37 @@ class Run:
             words += [f"{key}={value}" for key, value in settings.items()]
             programs.run("megatron_tn.evaluate", words, folder / "console.log", gpu)
             found[name] = json.loads(output.read_text())
-        return self._row(
-            found.pop("pieces"), found.pop("heldout"), found, -(-options.at_once // len(options.gpus or [0]))
-        )
+        return self._row(found, -(-options.at_once // len(options.gpus or [0])))
 
-    def _row(self, found: Row, whole: Row, more: dict[str, Row], at_once: int) -> Row:
-        """found, whole, more: of the held-out text in pieces, of whole documents, and the plan's own evaluations.
-        at_once: runs that shared a GPU."""
+    def _row(self, found: dict[str, Row], at_once: int) -> Row:
+        """found: results of self.evaluations. at_once: runs that shared a GPU."""
         config, losses = self.folder.frozen_config(), self.folder.records("loss")
         memory = [record["memory/allocated_gib"] for record in self.folder.records("memory/allocated_gib")]
-        bits = found["bits_per_byte"]
         curve = [(record["step"], record["heldout_bits_per_byte"]) for record in self.folder.records("heldout_loss")]
         tokens = {record["step"]: record["tokens"] for record in losses}
         figures = {
-            "heldout_tokens": found["tokens"],
-            "heldout_bytes": found["text_bytes"],
-            "whole": whole["bits_per_byte"]["model"],
-            "gzip": bits["gzip -9"],
-            "xz": bits["xz -9"],
             "peak_gib": max(memory, default=None),
             "tokens_per_second": statistics.median(record["tokens_per_second"] for record in losses),
             "at_once": at_once,
             # Million training tokens and held-out bits per byte of evaluation.max_documents pieces, in order.
             "curve": " ".join(f"{tokens[step] / 1e6:.3f}:{value:.4f}" for step, value in curve if step in tokens),
         }
-        for kind, of in (("sources", found), ("positions", whole)):
-            figures |= {f"{kind}/{name}": own.get("bits_per_byte") for name, own in of.get(kind, {}).items()}
-        for name, of in more.items():
-            figures[name] = of["bits_per_byte"]["model"]
-            positions = of.get("positions", {}) if "sequence_tokens" in self.evaluations[name] else {}
-            figures |= {f"{name}/{first}": own.get("bits_per_byte") for first, own in positions.items()}
+        value = curve[-1][1]
+        for name, of in found.items():
+            bits, own = of["bits_per_byte"], self.evaluations[name]
+            if name == "pieces":
+                value = bits["model"]
+                figures |= {"heldout_tokens": of["tokens"], "heldout_bytes": of["text_bytes"]}
+                figures |= {"gzip": bits["gzip -9"], "xz": bits["xz -9"]} | by_part("sources", of["sources"])
+            elif name == "heldout":
+                figures |= {"whole": bits["model"]} | by_part("positions", of["positions"])
+            else:
+                figures[name] = bits["model"]
+                figures |= by_part(name, of["positions"]) if "sequence_tokens" in own else {}
         return rows.row(
             RESULT,
             "bits/byte",
-            bits["model"],
+            value,
             plan=self.plan,
             run=self.name,
             variant=self.variant,
@@ -151,6 +151,11 @@ class Run:
         )
 
 
+def by_part(kind: str, parts: dict[str, Row]) -> Row:
+    """Bits per byte of each source, or from each position on."""
+    return {f"{kind}/{name}": part.get("bits_per_byte") for name, part in parts.items()}
+
+
 def settings_of(row: Row) -> set[str]:
     """KEY=VALUE of a benchmark's command line, but for the places that it writes to."""
     words = {word for word in shlex.split(row["command"]) if "=" in word}
@@ -162,18 +167,21 @@ class Bad(Exception):
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """{"settings": {...}, "pieces": {name: [grid]}, "evaluations": {name: {"split": ..., setting: value}}}. Raises
-    Bad."""
+    """{"settings": {...}, "pieces": {name: [grid]}, "evaluations": {name: {"split": ..., setting: value}}}, OF_ALL
+    among these unless the plan says `held_out: curve`. Raises Bad."""
     try:
         plan = yaml.safe_load(path.read_text())
         grids = [grid for piece in plan["pieces"].values() for grid in piece]
         ok = all(isinstance(values, list) for grid in grids for values in grid.values())
-        evaluations = plan.setdefault("evaluations", {})
+        evaluations, held_out = plan.get("evaluations", {}), plan.get("held_out", HELD_OUT[0])
+        plan["evaluations"] = (OF_ALL if held_out == HELD_OUT[0] else {}) | evaluations
         unknown = [name for name, settings in evaluations.items() if settings.get("split") not in SPLITS]
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise Bad(f"{path}: no plan: {' '.join(str(error).split())}") from None
     if not ok:
         raise Bad(f"{path}: each setting of a grid needs a list of values")
+    if held_out not in HELD_OUT:
+        raise Bad(f"{path}: held_out: {held_out} must be one of {', '.join(HELD_OUT)}")
     if unknown:
         raise Bad(f"{path}: evaluations.{unknown[0]}.split must be one of {', '.join(SPLITS)}")
     return plan

@@ -24,6 +24,7 @@ from megatron_tn.cli import command, is_first_process
 from megatron_tn.config import ConfigError, EvaluateConfig, TrainConfig, out_of_bounds, unwritable
 from megatron_tn.data import other_tokenizer as other_tokenizer_than_training
 from megatron_tn.data import tokenizer_file
+from megatron_tn.engine.base import Engine
 from megatron_tn.evaluation.baselines import compressor_bits_per_byte, unigram_bits_per_byte
 from megatron_tn.evaluation.continuations import continue_texts, prompt_problems
 from megatron_tn.evaluation.perplexity import Documents, Sums, evaluate_documents
@@ -184,8 +185,14 @@ def problems_in_training(config: TrainConfig) -> list[str]:
 
 
 def evaluate_in_training(
-    model: Model, config: TrainConfig, progress: Callable[[int, int], None] = lambda documents, tokens: None
+    engine: Engine, config: TrainConfig, progress: Callable[[int, int], None] = lambda documents, tokens: None
 ) -> dict[str, Any]:
+    """`evaluated` with the engine's model."""
+    with engine.whole_weights():
+        return evaluated(engine.model, config, progress)
+
+
+def evaluated(model: Model, config: TrainConfig, progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Held-out figures, task scores and generated texts, by their names in the journal.
 
     Every rank evaluates the same documents, so that engines that gather parameters in the forward pass stay in step.

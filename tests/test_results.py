@@ -107,6 +107,14 @@ def test_a_plan_is_run_once_and_the_best_rate_is_read_from_its_rows(place, progr
     assert [said["model"] for module, said in programs if module == "megatron_tn.benchmark"] == ["ours", "rival"]
 
 
+def test_the_last_evaluation_of_the_training_is_enough_where_the_plan_says_so(place, programs):
+    (place / "plan.yaml").write_text("held_out: curve" + PLAN)
+    assert main(command(place, "--pieces", "rates", "--", "seed=0")) == 0
+    outputs = {Path(said["output"]).name for module, said in programs if module == "megatron_tn.evaluate"}
+    assert outputs == {"long.json"}  # the plan's own
+    assert {(row["value"], row["long"], row.get("whole")) for row in rows(place)} == {(1.5, 9.0, None)}
+
+
 def test_the_best_rate_is_that_of_the_variant():
     rows = [{"name": "result", "model": "ours", "lr": lr, "value": bits} for lr, bits in ((1e-3, 1.2), (2e-3, 1.3))]
     rows += [row | {"variant": "muon", "value": 3 - row["value"]} for row in rows]
@@ -116,11 +124,13 @@ def test_the_best_rate_is_that_of_the_variant():
 
 def test_bad_input_is_said_before_anything_runs(place, programs, capsys):
     (place / "bad.yaml").write_text("pieces: {rates: [{model: ours}]}")
+    (place / "curves.yaml").write_text("held_out: curves" + PLAN)
     (place / "split.yaml").write_text("pieces: {}\nevaluations: {long: {split: held}}")
     for words, line in (
         (command(place, "--pieces", "rate"), "--pieces rate: .* has rates, seeds, speed"),
         (command(place, "--pieces", "seeds"), "optim.lr=best of ours: no run of ours has a row yet"),
         (command(place, "--plan", str(place / "bad.yaml")), "bad.yaml: each setting of a grid needs a list of values"),
+        (command(place, "--plan", str(place / "curves.yaml")), "held_out: curves must be one of evaluate, curve"),
         (
             command(place, "--plan", str(place / "split.yaml")),
             "split.yaml: evaluations.long.split must be one of train, h",

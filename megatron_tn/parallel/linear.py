@@ -40,8 +40,16 @@ class SplitLinear(nn.Module):
         self.register_parameter("weight_scale", None)
 
     def in_fp8(self) -> bool:
-        """Whether this pass forms the layer's products in fp8: only one with gradients does."""
-        return self.float8 is not None and torch.is_grad_enabled()
+        """Whether this pass forms the layer's products in fp8: only one with gradients does.
+
+        Raises:
+            RuntimeError: a pass without gradients, while the engine holds the weight in fp8 alone.
+        """
+        if self.float8 is None or torch.is_grad_enabled():
+            return self.float8 is not None
+        if self.float8.kept is not None and not self.weight.untyped_storage().size():
+            raise RuntimeError("a pass without gradients outside Engine.whole_weights: the weights are in fp8 alone")
+        return False
 
 
 class ColumnParallelLinear(SplitLinear):

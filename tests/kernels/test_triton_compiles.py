@@ -437,12 +437,14 @@ def test_quantize():
     constants = tile | {"SHIFT": 8, "MOST": 448.0, "PARTIAL": quantize.PROGRAMS}
     tables = {"table_pointer": "*i64", "matrix_pointer": "*i64", "data_pointer": "*fp8e4nv"}
     slots = {"FIELDS": many.FIELDS, "SLOTS": SLOTS}
+    both = slots | tile | {"SHIFT": 8, "MOST": 448.0, "SCALE_STRIDE": 4}
     cases = (
         (quantize.largest_kernel, pointers, {"BLOCK": quantize.BLOCK}),
         (quantize.quantize_kernel, pointers | outputs, constants),
         (quantize.transpose_kernel, dict.fromkeys(outputs, "*u8"), tile),
         (many.many_largest_kernel, pointers | tables, slots | {"BLOCK": quantize.ROWS * quantize.COLUMNS}),
-        (many.many_quantize_kernel, pointers | tables, slots | tile | {"SHIFT": 8, "MOST": 448.0, "SCALE_STRIDE": 4}),
+        (many.many_quantize_kernel, pointers | tables, both | {"TRANSPOSED": True}),
+        (many.many_quantize_kernel, pointers | tables, both | {"TRANSPOSED": False}),
     )
     for kernel, types, constants in cases:
         types = {name: type_ for name, type_ in types.items() if name in kernel.arg_names}
