@@ -294,7 +294,9 @@ def test_token_products(capability, weight, gated):
     types = {name: type_ for name, type_ in types.items() if name not in absent}
     constants = {"NORM": True, "SILU": gated, "PARTS": 64, "DEPENDENT": capability >= 9} | dict.fromkeys(absent)
     out = triton_token.TILE_BYTES // 2048 // (2 if weight == "bf16" else 1)
-    constants |= {"OUT": out // 2 if gated else out, "WIDTH": 2048}
+    constants |= {"OUT": out // 2 if gated else out, "WIDTH": 2048, "PIECES": 1}
+    if weight != "bf16" and not gated:  # 7B's widest
+        constants |= {"OUT": triton_token.FLOAT8_BYTES // triton_token.FLOAT8_PIECE, "PIECES": 6}
     kernel = compiled(triton_token.token_kernel, capability, types, constants, num_warps=triton_token.WARPS)
     assert resources(kernel)[1] == 0
 
