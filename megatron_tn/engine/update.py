@@ -51,7 +51,7 @@ class Update:
         self.after_publish: Callable[[], None] = lambda: None
         optimizer.copies = shards.copies
         if optimizer.whole_matrices:
-            optimizer.rounds = matrix_rounds(shards, list(optimizer.weight_decays), specs, tp)
+            optimizer.rounds = matrix_rounds(shards, specs, tp)
 
     @torch.no_grad()
     def step(self, lr: float, tokens: Tensor | None = None) -> StepResult:
