@@ -84,18 +84,18 @@ def test_a_peer_decodes_beside_us(tmp_path, monkeypatch, capsys):
     output = tmp_path / "rows.jsonl"
     words = ["--model", "transformer_demo", "--tokens", "2", "--output", str(output)]
     monkeypatch.setattr(decode, "RUNS", 1)
-    decode.main([*words, "--peer", "llama", "--rows", "2", "--positions", "5"])
+    decode.main([*words, "--peer", "llama", "--rows", "2", "--positions", "15"])
     monkeypatch.setattr(decode, "peer_token_ms", mock_out_of_memory)
-    decode.main([*words, "--peer", "llama", "--rows", "64", "--positions", "7"])
+    decode.main([*words, "--peer", "llama", "--rows", "64", "--positions", "17"])
     decode.main(words)
     found = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(row["name"], row["batch"], row["position"]) for row in found] == [
-        ("decoding of a LLaMA", 2, 5),
-        ("decoding of a LLaMA", 64, 7),
+        ("decoding of a LLaMA", 2, 15),
+        ("decoding of a LLaMA", 64, 17),
         ("decoding", 1, 0),
     ]
     assert [row["value"] is None for row in found] == [False, True, False]
-    assert "after 7 tokens: the cache does not fit" in capsys.readouterr().out
+    assert "after 17 tokens: the cache does not fit" in capsys.readouterr().out
 
 
 def mock_out_of_memory(*_):

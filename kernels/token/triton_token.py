@@ -21,6 +21,8 @@ def token_kernel(
     x_pointer,  # [K]
     weight_pointer,  # [N, K]
     value_pointer,  # [N, K], or None: no gate
+    weight_scale_pointer,  # [N] fp32, or None: 1
+    value_scale_pointer,  # [N] fp32, or None: 1
     square_sum_pointer,  # [P] fp32, or None: the sum of x^2
     residual_pointer,  # [N], or None: zero
     y_pointer,  # [N]
@@ -56,25 +58,48 @@ def token_kernel(
             total = tl.sum(x * x, 0)
         scale = tl.rsqrt(total / width + eps)
     y = tl.sum(weight.to(tl.float32) * x[None, :], 1) * scale
+    if weight_scale_pointer is not None:
+        y *= tl.load(weight_scale_pointer + n, mask=held, other=0.0)
     if SILU:
         y *= tl.sigmoid(y)
     if value_pointer is not None:
         y *= tl.sum(value.to(tl.float32) * x[None, :], 1) * scale
+    if value_scale_pointer is not None:
+        y *= tl.load(value_scale_pointer + n, mask=held, other=0.0)
     if residual_pointer is not None:
         y += tl.load(residual_pointer + n, mask=held, other=0.0).to(tl.float32)
     tl.store(y_pointer + n, y.to(y_pointer.dtype.element_ty), mask=held)
 
 
 def linear(
-    *, x: Tensor, weight: Tensor, eps: float | None, square_sum: Tensor | None, residual: Tensor | None
+    *,
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    eps: float | None,
+    square_sum: Tensor | None,
+    residual: Tensor | None,
 ) -> Tensor:
     """See `token_linear` in op.py."""
-    return _launch(x=x, weight=weight, value=None, eps=eps, square_sum=square_sum, residual=residual, silu=False)
+    scales = weight_scale, None
+    return _launch(
+        x=x, weight=weight, value=None, scales=scales, eps=eps, square_sum=square_sum, residual=residual, silu=False
+    )
 
 
-def glu(*, x: Tensor, gate: Tensor, value: Tensor, eps: float, act: str) -> Tensor:
+def glu(
+    *,
+    x: Tensor,
+    gate: Tensor,
+    value: Tensor,
+    gate_scale: Tensor | None,
+    value_scale: Tensor | None,
+    eps: float,
+    act: str,
+) -> Tensor:
     """See `token_glu` in op.py."""
-    return _launch(x=x, weight=gate, value=value, eps=eps, square_sum=None, residual=None, silu=act == "silu")
+    scales, silu = (gate_scale, value_scale), act == "silu"
+    return _launch(x=x, weight=gate, value=value, scales=scales, eps=eps, square_sum=None, residual=None, silu=silu)
 
 
 def _launch(
@@ -82,6 +107,7 @@ def _launch(
     x: Tensor,
     weight: Tensor,
     value: Tensor | None,
+    scales: tuple[Tensor | None, Tensor | None],
     eps: float | None,
     square_sum: Tensor | None,
     residual: Tensor | None,
@@ -96,6 +122,8 @@ def _launch(
             x_pointer=x.contiguous(),
             weight_pointer=weight,
             value_pointer=value,
+            weight_scale_pointer=scales[0],
+            value_scale_pointer=scales[1],
             square_sum_pointer=None if square_sum is None else square_sum.to(torch.float32).contiguous(),
             residual_pointer=None if residual is None else residual.contiguous(),
             y_pointer=y,

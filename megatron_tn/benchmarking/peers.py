@@ -32,3 +32,19 @@ def llama(shape: ModelConfig, device: torch.device, *, head: bool = False) -> to
     )
     with torch.device(device):
         return (LlamaForCausalLM if head else LlamaModel)(sizes).to(torch.bfloat16)
+
+
+def filled_cache(peer: torch.nn.Module, batch: int, count: int, most: int) -> object:
+    """A static cache of transformers for `most` tokens of each of `batch` rows, of which the first `count` have random
+    keys and values: a step takes as long as after a forward pass of so many tokens."""
+    from transformers import StaticCache
+
+    config, weight = peer.config, next(peer.parameters())
+    cache = StaticCache(config=config, max_cache_len=most)
+    heads, width = config.num_key_value_heads, config.head_dim
+    cache.early_initialization(batch, heads, width, weight.dtype, weight.device)
+    for layer in cache.layers:
+        layer.keys[:, :, :count].normal_()
+        layer.values[:, :, :count].normal_()
+        layer.cumulative_length.fill_(count)
+    return cache

@@ -7,12 +7,11 @@ import torch
 from megatron_tn.config import TrainConfig
 from megatron_tn.device.allocator import return_cached_segments
 from megatron_tn.engine.base import DTYPES, Engine
-from megatron_tn.engine.fsdp2 import FSDP2Engine
 from megatron_tn.engine.replicated import ReplicatedEngine
 from megatron_tn.model.init import fill_initial
 from megatron_tn.model.registry import build_model, norm_bound
 from megatron_tn.parallel.context import ParallelContext
-from megatron_tn.parallel.float8_layers import check_device, float8_layers, kept_weights
+from megatron_tn.parallel.float8_layers import check_device, float8_layers
 from megatron_tn.parallel.recompute import recompute_blocks
 
 COMPILE_MODES = {"blocks": None, "cuda_graphs": "reduce-overhead"}
@@ -50,13 +49,15 @@ def build_engine(config: TrainConfig, context: ParallelContext, device: torch.de
     if settings.name == "local":
         engine = ReplicatedEngine(model, config)
     elif settings.name == "fsdp2":
+        from megatron_tn.engine.fsdp2 import FSDP2Engine  # it imports DTensor and sympy, 0.6 s
+
         engine = FSDP2Engine(model, config, device)
     else:
-        from megatron_tn.engine.deepspeed.engine import DeepSpeedEngine  # importing it takes a second
+        from megatron_tn.engine.deepspeed.engine import DeepSpeedEngine
 
         engine = DeepSpeedEngine(model, config)
     if layers and settings.keeps_weights:
-        engine.update.after_publish = kept_weights(layers, operands=settings.keeps_fp8_operands)
+        engine.update.keep_in_float8(layers, transposed=settings.keeps_fp8_transposes)
     # 5. DeepSpeed copies the parameters twice into new layouts. The allocator would keep the freed layouts' segments,
     #    each the size of one weight, which few later allocations fit.
     return_cached_segments(device)

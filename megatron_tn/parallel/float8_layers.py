@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -25,12 +25,22 @@ def float8_layers(blocks: Iterable[nn.Module], bound: float | None) -> list[Spli
     return layers
 
 
-def kept_weights(layers: Iterable[SplitLinear], *, operands: bool) -> Callable[[], None]:
-    """Give the layers what `KeptWeights` keeps from step to step; returns what writes it, for after each change of the
-    weights."""
-    groups = list(dict.fromkeys(layer.together or (layer,) for layer in layers))
+def marked_layers(model: nn.Module) -> list[SplitLinear]:
+    """Those that `float8_layers` marked."""
+    return [module for module in model.modules() if isinstance(module, SplitLinear) and module.float8 is not None]
+
+
+def layer_groups(layers: Iterable[SplitLinear]) -> list[tuple[SplitLinear, ...]]:
+    """The layers, those with a common input together, in their order."""
+    return list(dict.fromkeys(layer.together or (layer,) for layer in layers))
+
+
+def kept_weights(groups: Sequence[tuple[SplitLinear, ...]], *, transposed: bool) -> Callable[[], None]:
+    """Give groups of layers the operands that `KeptWeights` keeps from step to step; returns what writes them, for
+    after each change of the weights."""
     shapes = [[layer.weight.shape for layer in group] for group in groups]
-    kept = KeptWeights([group[0].float8 for group in groups], shapes, groups[0][0].weight.device, operands=operands)
+    device = groups[0][0].weight.device
+    kept = KeptWeights([group[0].float8 for group in groups], shapes, device, transposed=transposed)
     return lambda: kept.quantize([[layer.weight.detach() for layer in group] for group in groups])
 
 

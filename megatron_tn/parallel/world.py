@@ -101,19 +101,43 @@ def of_first(read: Callable[[], T], timeout_s: int) -> T:
         with _joining(timeout_s):
             found = store.get("value")
             store.add("received", 1)
-        try:
-            value, error = pickle.loads(found)
-        except Exception:  # nothing, or an exception whose constructor takes more than its message
-            value, error = read(), None
-    else:
-        value, error = None, None
-        try:
-            value = read()
-        except Exception as caught:
-            error = caught
-        store.set("value", _pickled((value, error)))
-        if error is not None:  # this process ends, and with it a store of its own
-            _wait_until(lambda: store.add("received", 0) == size - 1, PARTING_S)
+        return _received(found, read)
+    value, error = _outcome(read)
+    store.set("value", _pickled((value, error)))
+    if error is not None:  # this process ends, and with it a store of its own
+        _wait_until(lambda: store.add("received", 0) == size - 1, PARTING_S)
+        raise error
+    return value
+
+
+def first_for_all(read: Callable[[], T]) -> T:
+    """`of_first` by the process group, where there is one. Collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return read()
+    if dist.get_rank() > 0:
+        sent = [b""]
+        dist.broadcast_object_list(sent, src=0)
+        return _received(sent[0], read)
+    value, error = _outcome(read)
+    dist.broadcast_object_list([_pickled((value, error))], src=0)
+    if error is not None:
+        raise error
+    return value
+
+
+def _outcome(read: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return read(), None
+    except Exception as error:
+        return None, error
+
+
+def _received(found: bytes, read: Callable[[], T]) -> T:
+    """What rank 0 sent."""
+    try:
+        value, error = pickle.loads(found)
+    except Exception:  # nothing, or an exception whose constructor takes more than its message
+        return read()
     if error is not None:
         raise error
     return value

@@ -10,8 +10,9 @@ import hashlib
 import logging
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from megatron_tn.checkpoint.ahead import ReadAhead
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, step_of
 from megatron_tn.checkpoint.verify import whole_from
 from megatron_tn.config import ConfigError, TrainConfig, differences, to_mapping
+from megatron_tn.parallel.world import first_for_all
 from megatron_tn.training.run_folder import RunFolder, find_checkpoint
 from megatron_tn.training.state import Ledger
 
@@ -114,17 +116,14 @@ def newest_start(folder: RunFolder, known: Mapping[Path, list[str]] | None = Non
     return Start.at(checkpoint, **found) if checkpoint else Start(**found)
 
 
-def agree_on(start: Start | None, problems: Sequence[str] = ()) -> Start:
-    """Broadcast rank 0's start and check that every rank reads the same manifest. Collective.
-
-    start, problems: rank 0's choice, or its problems; ignored on other ranks.
+def agree_on(choose: Callable[[], Start]) -> Start:
+    """`choose()` on rank 0, sent to all, and checked: every rank reads the same manifest. Collective.
 
     Raises:
-        ConfigError: on all ranks: rank 0 has problems, or some rank does not see the checkpoint.
+        Exception: on all ranks: what `choose` raised.
+        ConfigError: on all ranks: some rank does not see the checkpoint.
     """
-    sent, problems = _send((start, list(problems)))
-    if problems:
-        raise ConfigError(problems)
+    sent = first_for_all(choose)
     if unlike := _everywhere(_what_is_unlike(sent)):
         raise ConfigError(
             f"checkpoint {sent.checkpoint or sent.weights}, which rank 0 chose, is not the same to all ranks: "
@@ -146,13 +145,9 @@ def verified(start: Start, folder: RunFolder, ahead: ReadAhead) -> Start:
         damage = _send(list(chain.from_iterable(found)))
         if not damage:
             break
-        older, problems = None, damage if start.by_hand else []
-        if dist.get_rank() == 0 and not problems:
-            try:
-                older = newest_start(folder, start.damage | {start.checkpoint: damage})
-            except ConfigError as error:
-                problems = error.problems
-        start = agree_on(older, problems)
+        if start.by_hand:
+            raise ConfigError(damage)
+        start = agree_on(partial(newest_start, folder, start.damage | {start.checkpoint: damage}))
     return start
 
 

@@ -12,7 +12,8 @@ from megatron_tn.config import ConfigError, DataConfig, EngineConfig, ParallelCo
 from megatron_tn.engine.base import Engine
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.parallel.context import ParallelContext
-from megatron_tn.parallel.float8_layers import check_device
+from megatron_tn.parallel.float8_layers import check_device, layer_groups, marked_layers
+from megatron_tn.precision.fp8 import OPERAND, quantized
 from megatron_tn.training.step import train_step
 from tests.engine.test_parity import ALL_PARTITIONED, FSDP2, LOCAL, ZERO, in_chunks
 from tests.helpers.models import TINY, Rows, random_batch, reference_gradients, relative_errors, tiny_config
@@ -64,7 +65,19 @@ def gradients_of(
                 engine.forward_backward(*rows, None, scale=scale, last=index == microbatches - 1)
         found.append({name: gradient.clone() for name, gradient in engine.named_logical_gradients().items()})
         engine.step(1e-3)
+        if engine_config.keeps_weights:
+            assert_operands_are_of_the_weights(engine)
     return found
+
+
+def assert_operands_are_of_the_weights(engine: Engine) -> None:
+    """Bit for bit, of those that the masters of all ranks make."""
+    with engine.whole_weights():
+        for group in layer_groups(marked_layers(engine.model)):
+            weight = torch.cat([layer.weight.detach() for layer in group])
+            for kept, wanted in zip(group[0].float8.kept, quantized(weight, OPERAND), strict=True):
+                if not isinstance(kept, torch.Tensor) or kept.numel():  # the transpose is not always kept
+                    assert torch.equal(*(torch.as_tensor(each).view(torch.uint8) for each in (kept, wanted)))
 
 
 def test_gradients_of_every_layout():
@@ -117,6 +130,28 @@ def test_evaluation_is_in_the_computing_type():
         wanted, found = (built(engine).model.loss(tokens, targets) for engine in (LOCAL, fp8(LOCAL)))
     assert torch.equal(found, wanted)
     assert not torch.equal(built(fp8(LOCAL)).model.loss(tokens, targets), wanted)
+
+
+def blocks_storage(engine: Engine) -> int:
+    """Bytes that the blocks' matrices have in the computing type."""
+    storages = [layer.weight.untyped_storage() for layer in marked_layers(engine.model)]
+    return sum({storage._cdata: storage.size() for storage in storages}.values())
+
+
+@pytest.mark.parametrize("changes", [{}, {"recompute": "full"}], ids=str)
+def test_weights_are_kept_in_fp8_alone(changes):
+    """bf16 weights exist within `whole_weights`, where evaluation is bf16's; steps before and after are the same."""
+    local = dataclasses.replace(LOCAL, precision="bf16")
+    engine, undisturbed = (built(fp8(local, **changes)) for _ in range(2))
+    tokens, targets = random_batch(2, LENGTH)
+    assert blocks_storage(engine) == 0
+    with engine.whole_weights(), torch.no_grad():
+        assert torch.equal(engine.model.loss(tokens, targets), built(local).model.loss(tokens, targets))
+        assert blocks_storage(engine) > 0
+    assert blocks_storage(engine) == 0
+    assert steps(engine, 2) == steps(undisturbed, 2)
+    with pytest.raises(RuntimeError, match="outside Engine"), torch.no_grad():
+        engine.model.loss(tokens, targets)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -38,6 +38,7 @@ TRITON_MODULES = (
     "kernels.cross_entropy.triton_gradient",
     "kernels.cross_entropy.exponentials",
     "kernels.embedding.triton_embedding",
+    "kernels.float8_linear.triton_float8",
     "kernels.sampling.triton_sampling",
     "kernels.sglu.triton_sglu",
     "kernels.srmsnorm.triton_norm",

@@ -50,7 +50,7 @@ def check_version(installed: str) -> None:
 
 check_version(deepspeed.__version__)  # before the imports below, which may not exist in another version
 
-from deepspeed.runtime import bf16_optimizer  # noqa: E402
+from deepspeed.runtime import bf16_optimizer, compiler  # noqa: E402
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK  # noqa: E402
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator  # noqa: E402
 from deepspeed.utils import logger, safe_get_full_grad, set_z3_leaf_modules  # noqa: E402
@@ -62,6 +62,9 @@ warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated", cat
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 # DeepSpeed's bf16 optimizer calls this for every parameter group: it runs gc.collect() and prints the memory in use.
 bf16_optimizer.see_memory_usage = lambda *_, **__: None
+# To look at an optimizer's type DeepSpeed imports its own Muon, whose functions are decorated with this torch.compile:
+# TorchInductor would be imported for nothing, 1 s of every start.
+compiler.compile = lambda: compiler.dummy_decorator
 
 
 class ModelParallelUnit:
@@ -214,6 +217,7 @@ class Stage0Shards:
     `parameter.grad`, all-reduced by DeepSpeed. In fp32 a parameter is its own master."""
 
     sharded_over = Axis()
+    whole = ()
 
     def __init__(self, wrapped: Wrapped):
         self.parameters = list(wrapped.names)
