@@ -13,6 +13,7 @@ from megatron_tn.engine.base import Engine
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.float8_layers import check_device, layer_groups, marked_layers
+from megatron_tn.precision import fp8 as float8
 from megatron_tn.precision.fp8 import OPERAND, quantized
 from megatron_tn.training.step import train_step
 from tests.engine.test_parity import ALL_PARTITIONED, FSDP2, LOCAL, ZERO, in_chunks
@@ -116,6 +117,14 @@ def steps(engine: Engine, count: int, first: int = 0) -> list[float]:
         rows = Rows(ids[:, :-1], ids[:, 1:])
         losses.append(train_step(engine, [rows], 3e-3, torch.device("cpu")).loss)
     return losses
+
+
+def test_operands_are_not_searched():
+    """Kernels that write them note the largest elements; what the final norm's gradient brings is searched."""
+    engine = built(fp8(LOCAL, precision="bf16"))
+    with mock.patch.object(float8, "largest", side_effect=float8.largest) as search:
+        steps(engine, 1)
+    assert search.call_count == 1
 
 
 def test_a_run_ends_within_a_bound_of_fp32s_loss():
