@@ -53,7 +53,19 @@ BITS = {
     "GPU": machine,
     "commit": commit,
 }
+SEQUENCE_POSITIONS = (256, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 POSITION = {"peak rate": BITS["peak rate"]} | {f"after {first}": mean(f"positions/{first}") for first in POSITIONS}
+
+
+LONG = {
+    "peak rate": BITS["peak rate"],
+    "seeds": BITS["seeds"],
+    "pieces": mean("value"),
+    "pieces, fp8 weights": mean("fp8_weights"),
+    **{f"after {first}": mean(f"end_to_end/{first}") for first in SEQUENCE_POSITIONS},
+    "GPU": machine,
+    "commit": commit,
+}
 
 
 def of_runs(plan: str, name: str, columns: dict[str, Callable[[list[Row]], str]]) -> Table:
@@ -70,6 +82,7 @@ def of_runs(plan: str, name: str, columns: dict[str, Callable[[list[Row]], str]]
 RESULTS = {
     "50m": of_runs("results_50m", "model", BITS),
     "50m positions": of_runs("results_50m", "model", POSITION),
+    "50m long": of_runs("results_long", "model", LONG),
     "385m": of_runs("results_385m", "model", BITS),
     "ablations": of_runs("results_ablations", "variant", BITS),
     "training": TABLES["training"],

@@ -80,6 +80,28 @@ def held_out_documents(manifest: str, most: int, longest: int = 0) -> Documents:
     return Documents(tokens, text_bytes, sources, of_token)
 
 
+def laid_end_to_end(documents: Documents, length: int) -> Documents:
+    """The documents in a random order, always the same, one after the other, cut into sequences of `length` tokens;
+    what is left over is dropped. Training packs documents so, too. The mixture of texts is the same at every position,
+    so what differs by position is the model's.
+
+    Raises:
+        ConfigError: fewer tokens than `length`, or the bytes of a token are not known.
+    """
+    total = sum(map(len, documents.tokens))
+    if documents.token_bytes is None:
+        raise ConfigError(
+            f"sequence_tokens={length} needs the tokenizer of the manifest beside it: bytes are those of tokens"
+        )
+    if total < length:
+        raise ConfigError(f"sequence_tokens={length} is more than the {total} tokens of the documents")
+    order = np.random.default_rng(0).permutation(len(documents.tokens))
+    ids = np.concatenate([documents.tokens[index] for index in order])
+    sequences = list(ids[: total // length * length].reshape(-1, length))
+    text_bytes = [int(documents.token_bytes[each[1:]].sum()) for each in sequences]
+    return Documents(sequences, text_bytes, ["end to end"] * len(sequences), documents.token_bytes)
+
+
 def _token_bytes(shards: Manifest, tokens: Sequence[np.ndarray], text_bytes: Sequence[int]) -> np.ndarray | None:
     """UTF-8 bytes of each id; None where the shards' tokenizer is not beside them, or normalises texts, so that the
     bytes of a document's tokens are not those of its text."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import logging
@@ -91,14 +90,12 @@ def inspect(
         for problem in data + settings:  # of this host alone: rank 0, which prints what ends the run, has none
             log.error("rank %d (host %s): %s", number("RANK", default=0), socket.gethostname(), problem)
     problems += data + settings
-    if settings:
-        return stream, None, problems
 
     def choose() -> None:
         nonlocal start
         start = choose_start(config, RunFolder(config.run_dir), requeued=requeued)
         if config.init_from and start.checkpoint is None:
-            start = dataclasses.replace(start, weights=folder_of_weights(config))
+            start = start.with_weights(folder_of_weights(config))
         if found := checkpoint_problems(config, start):
             raise ConfigError(found)
         if not problems:
@@ -108,6 +105,9 @@ def inspect(
         once(choose)
     except ConfigError as error:
         problems += error.problems
+    except OSError:
+        if not problems:  # that run_dir is no folder, or may not be read, is one of them
+            raise
     return stream, start, problems
 
 

@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_tn import imports  # before those below
+
+# isort: split
 import torch
 import torch.distributed as dist
 from webdataset import DataPipeline
@@ -29,6 +32,7 @@ from megatron_tn.loading import open_weights
 from megatron_tn.model.registry import check_kernels, parameter_count, training_flops_per_token
 from megatron_tn.optim.schedule import batch_of_step, learning_rate
 from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.parallel.world import first_for_all
 from megatron_tn.plot import compare
 from megatron_tn.preflight import go_to, preflight
 from megatron_tn.training.diagnose import find_nonfinite
@@ -43,6 +47,7 @@ from megatron_tn.training.step import skipped_step, train_step
 from megatron_tn.training.summary import show_start
 from megatron_tn.training.watchdog import Progress
 
+imports.done()
 log = logging.getLogger(__name__)
 
 
@@ -60,18 +65,18 @@ def train(config: TrainConfig) -> int | None:
         check_kernels(engine.model, run.device, DTYPES[config.engine.precision])
         state = restore(run, engine)
         go_to(stream, run.start)  # restore may have taken an older checkpoint, for one that is damaged
-        if run.is_first:
-            run.folder.keep_tokenizer(stream.manifest.directory / stream.manifest.tokenizer.file)
-            if config.logging.progress and state.step < config.last_step:
-                show_start(
-                    config,
-                    context,
-                    run.device,
-                    parameters=parameter_count(config.model),
-                    kernels=in_words(run.device.type),
-                    step=state.step,
-                    epoch_samples=stream.samples_per_epoch,
-                )
+        tokenizer = stream.manifest.directory / stream.manifest.tokenizer.file
+        first_for_all(functools.partial(run.folder.keep_tokenizer, tokenizer))
+        if run.is_first and config.logging.progress and state.step < config.last_step:
+            show_start(
+                config,
+                context,
+                run.device,
+                parameters=parameter_count(config.model),
+                kernels=in_words(run.device.type),
+                step=state.step,
+                epoch_samples=stream.samples_per_epoch,
+            )
         hooks = start_hooks(
             run,
             engine,

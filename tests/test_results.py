@@ -21,6 +21,8 @@ from megatron_tn.config import BenchmarkConfig, ModelConfig, OptimConfig, TrainC
 
 PLAN = """
 settings: {experiment: results}
+evaluations:
+  long: {split: heldout, sequence_tokens: 9}
 pieces:
   rates:
     - {model: [ours, rival], optim.lr: [1.0e-3, 2.0e-3, 4.0e-3], seed: [0]}
@@ -98,6 +100,8 @@ def test_a_plan_is_run_once_and_the_best_rate_is_read_from_its_rows(place, progr
     last = rows(place)[-1]
     assert (last["model"], last["value"], last["whole"], last["curve"]) == ("ours", 1.22, 9.0, "2.000:1.5000")
     assert (last["sources/code"], last["positions/64"]) == (0.9, 0.9)
+    assert (last["long"], last["long/64"]) == (9.0, 0.9)
+    assert {said["sequence_tokens"] for _, said in programs if said.get("output", "").endswith("long.json")} == {"9"}
     for _ in range(2):
         assert main(command(place)) == 0
     assert [said["model"] for module, said in programs if module == "megatron_tn.benchmark"] == ["ours", "rival"]
@@ -106,9 +110,9 @@ def test_a_plan_is_run_once_and_the_best_rate_is_read_from_its_rows(place, progr
 def test_the_last_evaluation_of_the_training_is_enough_where_the_plan_says_so(place, programs):
     (place / "plan.yaml").write_text("held_out: curve" + PLAN)
     assert main(command(place, "--pieces", "rates", "--", "seed=0")) == 0
-    assert {module for module, _ in programs} == {"megatron_tn.train"}
-    assert {row["value"] for row in rows(place)} == {1.5}
-    assert not any("/" in key or key == "whole" for row in rows(place) for key in row)
+    outputs = {Path(said["output"]).name for module, said in programs if module == "megatron_tn.evaluate"}
+    assert outputs == {"long.json"}  # the plan's own
+    assert {(row["value"], row["long"], row.get("whole")) for row in rows(place)} == {(1.5, 9.0, None)}
 
 
 def test_the_best_rate_is_that_of_the_variant():
@@ -121,11 +125,16 @@ def test_the_best_rate_is_that_of_the_variant():
 def test_bad_input_is_said_before_anything_runs(place, programs, capsys):
     (place / "bad.yaml").write_text("pieces: {rates: [{model: ours}]}")
     (place / "curves.yaml").write_text("held_out: curves" + PLAN)
+    (place / "split.yaml").write_text("pieces: {}\nevaluations: {long: {split: held}}")
     for words, line in (
         (command(place, "--pieces", "rate"), "--pieces rate: .* has rates, seeds, speed"),
         (command(place, "--pieces", "seeds"), "optim.lr=best of ours: no run of ours has a row yet"),
         (command(place, "--plan", str(place / "bad.yaml")), "bad.yaml: each setting of a grid needs a list of values"),
         (command(place, "--plan", str(place / "curves.yaml")), "held_out: curves must be one of evaluate, curve"),
+        (
+            command(place, "--plan", str(place / "split.yaml")),
+            "split.yaml: evaluations.long.split must be one of train, h",
+        ),
         (command(place, "--plan", str(place / "none.yaml")), "none.yaml: no plan: .*No such file"),
         (
             command(place, "--data", str(place)),

@@ -3,10 +3,11 @@
     python -m launch.soak minutes=60 mtbf_s=120 seed=1 output=runs/soak
 
     minutes     of training under faults (60); an undisturbed run of as many steps follows
-    mtbf_s      mean time between a start's first step and its next fault: exponential (120)
+    mtbf_s      mean time from a start's launch, or a fault that it survived, to its next fault: exponential (120)
     seed        of times, kinds and ranks (0)
     faults      kinds to choose from, joined by commas (all FAULTS of launch/soak/faults.py; GPU_FAULTS need a GPU)
     heal_s      how long a full disk or a read-only folder lasts (20)
+    patience_s  a start must train its first step, and end after a fault that ends one, within this (300)
     processes   trainers on this machine (2)
     output      folder; it must not hold a soak already (runs/soak)
 
@@ -69,6 +70,7 @@ class Settings:
     seed: int = 0
     faults: tuple[str, ...] = tuple(FAULTS)
     heal_s: float = 20.0
+    patience_s: float = 300.0
     processes: int = 2
     output: str = "runs/soak"
     overrides: tuple[str, ...] = ()
@@ -76,7 +78,8 @@ class Settings:
     @classmethod
     def parse(cls, words: Sequence[str]) -> Settings:
         """Raises ValueError, one line."""
-        kinds = {"minutes": float, "mtbf_s": float, "seed": int, "heal_s": float, "processes": int, "output": str}
+        numbers = dict.fromkeys(("minutes", "mtbf_s", "heal_s", "patience_s"), float)
+        kinds = numbers | {"seed": int, "processes": int, "output": str}
         found: dict[str, Any] = {"overrides": ()}
         for word in words:
             name, equals, value = word.partition("=")
@@ -166,6 +169,7 @@ def main(words: Sequence[str] | None = None) -> int:
         kinds=settings.faults,
         heal_s=settings.heal_s,
         choice=random.Random(settings.seed),
+        patience_s=settings.patience_s,
         say=console.print,
     )
     end = time.monotonic() + 60 * settings.minutes

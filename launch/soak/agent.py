@@ -61,7 +61,7 @@ def _fail_in_a_kernel(*_: Any) -> None:
 def _take_too_much(*_: Any) -> None:
     import torch
 
-    torch.empty(1 << 50, dtype=torch.uint8, device="cuda")  # a petabyte
+    torch.empty(1 << 60, dtype=torch.uint8, device="cuda")  # refused before any memory is mapped
 
 
 def _cut(*_: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -21,7 +22,6 @@ ROOT = Path(__file__).resolve().parents[2]
 AGENT = Path(__file__).with_name("site")
 KNOWN = FAULTS | GPU_FAULTS
 POLL_S = 0.2
-PATIENCE_S = 300.0  # a start must train its first step, and end after a fault that ends one, within this
 
 
 class Trainers(Protocol):
@@ -66,6 +66,9 @@ class LocalTrainers:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+            for pid in self.pids().values():  # torchrun gives each of them a session of its own
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 @dataclass
@@ -82,8 +85,9 @@ class Event:
 
 @dataclass
 class Soak:
-    """folder: of the run under faults. start(folder, more overrides): starts trainers. processes: their number. say:
-    prints a line."""
+    """folder: of the run under faults. start(folder, more overrides): starts trainers. processes: their number.
+    patience_s: a start must train its first step, and end after a fault that ends one, within this. say: prints a line.
+    """
 
     folder: RunFolder
     start: Callable[[Path, Sequence[str]], Trainers]
@@ -92,6 +96,7 @@ class Soak:
     kinds: Sequence[str]
     heal_s: float
     choice: random.Random
+    patience_s: float = 300.0
     say: Callable[[str], None] = print
     events: list[Event] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -143,8 +148,8 @@ class Soak:
         """Whether a start that has no fault is well; else that is a problem."""
         if trainers.exit_code() is not None:
             self.problems.append(f"a start ended with exit code {trainers.exit_code()} without a fault")
-        elif time.time() - launched > PATIENCE_S and not self._trains_since(launched):
-            self.problems.append(f"a start trained no step within {PATIENCE_S:.0f} s")
+        elif time.time() - launched > self.patience_s and not self._trains_since(launched):
+            self.problems.append(f"a start trained no step within {self.patience_s:.0f} s")
         return not self.problems
 
     def _is_possible(self, fault: Fault, trainers: Trainers, launched: float) -> bool:
@@ -153,14 +158,20 @@ class Soak:
         return not fault.in_training or self._trains_since(launched)
 
     def _trains_since(self, launched: float) -> bool:
-        """Whether a start after `launched` has taken a step; read off the journal's end."""
+        """Whether a start after `launched` has taken a step: one of the journal's last records says so, but not always
+        the very last, which an evaluation or a save may have written."""
         try:
             with self.folder.journal.path.open("rb") as file:
-                file.seek(max(file.seek(0, os.SEEK_END) - 4096, 0))
-                last = json.loads(file.read().splitlines()[-1])
-        except (OSError, ValueError, IndexError):
+                file.seek(max(file.seek(0, os.SEEK_END) - (1 << 14), 0))
+                lines = file.read().splitlines()
+        except OSError:
             return False
-        return "loss" in last and last["time"] > launched
+        for line in reversed(lines):
+            with contextlib.suppress(ValueError):  # the first and the last one may be parts of lines
+                record = json.loads(line)
+                if "loss" in record:
+                    return record["time"] > launched
+        return False
 
     def _inject(self, name: str, trainers: Trainers) -> int | None:
         """The exit code of a start that the fault ended."""
@@ -169,10 +180,10 @@ class Soak:
         self.events.append(event)
         self.say(f"{event.at_s:8.1f} s: {name}")
         fault.inject(target)
-        code = event.code = self._wait(trainers, PATIENCE_S if fault.ends else self.heal_s)
+        code = event.code = self._wait(trainers, self.patience_s if fault.ends else self.heal_s)
         event.took_s = time.time() - self._began - event.at_s
         if fault.ends and code not in fault.ends:
-            how = f"had not ended {PATIENCE_S:.0f} s later" if code is None else f"ended with exit code {code}"
+            how = f"had not ended {self.patience_s:.0f} s later" if code is None else f"ended with exit code {code}"
             self.problems.append(f"{name}: the start {how}; wanted: {fault.ends}")
         elif not fault.ends and code is not None:
             self.problems.append(f"{name} ended a start, with exit code {code}")
@@ -185,7 +196,7 @@ class Soak:
             time.sleep(POLL_S)
         if trainers.exit_code() is None:
             os.kill(trainers.pids()[0], signal.SIGTERM)
-        if (code := self._wait(trainers, PATIENCE_S)) != 0:
+        if (code := self._wait(trainers, self.patience_s)) != 0:
             self.problems.append(f"told to stop at the end, the trainers ended with exit code {code}")
 
     def _wait(self, trainers: Trainers, seconds: float) -> int | None:

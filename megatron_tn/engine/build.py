@@ -7,7 +7,6 @@ import torch
 from megatron_tn.config import TrainConfig
 from megatron_tn.device.allocator import return_cached_segments
 from megatron_tn.engine.base import DTYPES, Engine
-from megatron_tn.engine.fsdp2 import FSDP2Engine
 from megatron_tn.engine.replicated import ReplicatedEngine
 from megatron_tn.model.init import fill_initial
 from megatron_tn.model.registry import build_model, norm_bound
@@ -50,9 +49,11 @@ def build_engine(config: TrainConfig, context: ParallelContext, device: torch.de
     if settings.name == "local":
         engine = ReplicatedEngine(model, config)
     elif settings.name == "fsdp2":
+        from megatron_tn.engine.fsdp2 import FSDP2Engine  # it imports DTensor and sympy, 0.6 s
+
         engine = FSDP2Engine(model, config, device)
     else:
-        from megatron_tn.engine.deepspeed.engine import DeepSpeedEngine  # importing it takes a second
+        from megatron_tn.engine.deepspeed.engine import DeepSpeedEngine
 
         engine = DeepSpeedEngine(model, config)
     if layers and settings.keeps_weights:

@@ -53,9 +53,12 @@ def join_world(timeout_s: int) -> torch.device:
     """Initialise the default process group and return this process's device.
 
     torchrun and deepspeed set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Under plain srun these are set
-    from SLURM's variables. Without a launcher the world size is 1. Backends: NCCL for CUDA tensors, gloo for CPU.
+    from SLURM's variables. Without a launcher the world size is 1. Backends: NCCL for CUDA tensors, gloo for CPU, which
+    connects two ranks when they first send to each other, unless TORCH_GLOO_LAZY_INIT=0 is set: else each of n ranks
+    holds n - 1 sockets of every group.
     """
     _translate_slurm()
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     gc.collect()  # in a sweep, frees the last job's engine, which has reference cycles
     os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed requires the variable
     local_rank, *_ = (number(name, default=0) for name in ("LOCAL_RANK", "RANK", "MASTER_PORT"))
@@ -98,19 +101,43 @@ def of_first(read: Callable[[], T], timeout_s: int) -> T:
         with _joining(timeout_s):
             found = store.get("value")
             store.add("received", 1)
-        try:
-            value, error = pickle.loads(found)
-        except Exception:  # nothing, or an exception whose constructor takes more than its message
-            value, error = read(), None
-    else:
-        value, error = None, None
-        try:
-            value = read()
-        except Exception as caught:
-            error = caught
-        store.set("value", _pickled((value, error)))
-        if error is not None:  # this process ends, and with it a store of its own
-            _wait_until(lambda: store.add("received", 0) == size - 1, PARTING_S)
+        return _received(found, read)
+    value, error = _outcome(read)
+    store.set("value", _pickled((value, error)))
+    if error is not None:  # this process ends, and with it a store of its own
+        _wait_until(lambda: store.add("received", 0) == size - 1, PARTING_S)
+        raise error
+    return value
+
+
+def first_for_all(read: Callable[[], T]) -> T:
+    """`of_first` by the process group, where there is one. Collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return read()
+    if dist.get_rank() > 0:
+        sent = [b""]
+        dist.broadcast_object_list(sent, src=0)
+        return _received(sent[0], read)
+    value, error = _outcome(read)
+    dist.broadcast_object_list([_pickled((value, error))], src=0)
+    if error is not None:
+        raise error
+    return value
+
+
+def _outcome(read: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return read(), None
+    except Exception as error:
+        return None, error
+
+
+def _received(found: bytes, read: Callable[[], T]) -> T:
+    """What rank 0 sent."""
+    try:
+        value, error = pickle.loads(found)
+    except Exception:  # nothing, or an exception whose constructor takes more than its message
+        return read()
     if error is not None:
         raise error
     return value

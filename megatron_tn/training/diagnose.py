@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from megatron_tn.engine.base import Engine
@@ -35,7 +34,7 @@ class _Watch:
 
     def look(self, what: str, tensor: Tensor) -> None:
         self.seen += 1
-        if isinstance(tensor, DTensor):  # isfinite of a DTensor is collective, but only some ranks run it
+        if hasattr(tensor, "to_local"):  # a DTensor, whose isfinite is collective, but only some ranks run it
             tensor = tensor.to_local()
         if self.found is None and tensor.is_floating_point() and not tensor.isfinite().all():
             self.found = (what, self.seen)

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import torch
 
-from megatron_tn.checkpoint.load import load_checkpoint, load_weights
+from megatron_tn.checkpoint.load import load_checkpoint, load_checkpoint_weights, load_weights
 from megatron_tn.checkpoint.manifest import step_of
 from megatron_tn.config import ConfigError
 from megatron_tn.engine.base import Engine
 from megatron_tn.engine.build import initialize_engine
+from megatron_tn.parallel.world import first_for_all
 from megatron_tn.training.guard import Rewind
 from megatron_tn.training.resume import Start, agree_on, leave_later_behind, newest_start, verified
 from megatron_tn.training.run import Run
@@ -42,10 +43,13 @@ def restore(run: Run, engine: Engine) -> TrainingState:
             by, reason = "damage", _lines(start)
         state.note_rewind(start=step_of(start.later[-1]), batches=[], by=by, reason=reason)
     state.add_skip(config.data.skipped)
-    if run.is_first:
+
+    def write() -> None:
         leave_later_behind(run.folder, start, config.checkpoint.resume)
         _write_ledger(run)
         run.folder.mark_begun()
+
+    first_for_all(write)
     return state
 
 
@@ -60,24 +64,24 @@ def rewind(run: Run, engine: Engine, wanted: Rewind) -> None:
     """
     run.progress.at("start")  # the watchdog's limit for a step is too short for reading a checkpoint
     run.writer.join()
-    start, problems = None, []
-    if run.is_first:
-        try:
-            start = newest_start(run.folder)
-            if start.checkpoint is None:
-                start = replace(run.start, later=(), damage={})  # `restore` has renamed those
-        except ConfigError as error:
-            problems = error.problems
-    start = verified(agree_on(start, problems), run.folder, run.ahead)
+
+    def choose() -> Start:
+        start = newest_start(run.folder)
+        return start if start.checkpoint else replace(run.start, later=(), damage={})  # `restore` has renamed those
+
+    start = verified(agree_on(choose), run.folder, run.ahead)
     state, before = run.state, run.state.step
     earlier = state.ledger
     _load(run, engine, start)
     state.add_ledger(earlier)
     state.add_skip(wanted.batches)
     state.note_rewind(start=before, batches=wanted.batches, by="guard", reason=wanted.reason)
-    if run.is_first:
+
+    def write() -> None:
         leave_later_behind(run.folder, start, "auto")
         _write_ledger(run)
+
+    first_for_all(write)
     for hook in run.started:
         hook.on_rewind(state)
     line = f"rewound from step {before} to {state.step}; skipping batches {wanted.batches}"
@@ -87,7 +91,9 @@ def rewind(run: Run, engine: Engine, wanted: Rewind) -> None:
 def _load(run: Run, engine: Engine, start: Start) -> None:
     if start.checkpoint is None:
         torch.manual_seed(run.config.seed)
-        if run.start.weights is not None:
+        if run.start.weights_fingerprint:
+            load_checkpoint_weights(engine, run.start.weights)
+        elif run.start.weights is not None:
             with run.open_weights(run.start.weights) as weights:
                 load_weights(engine, weights)
         else:

@@ -22,7 +22,7 @@ from megatron_tn.config import ConfigError, TrainConfig
 from megatron_tn.device.allocator import return_cached_segments
 from megatron_tn.device.host_memory import HostMemory
 from megatron_tn.device.matrix_rate import matmul_tflops
-from megatron_tn.parallel.world import join_world, leave_world
+from megatron_tn.parallel.world import first_for_all, join_world, leave_world
 from megatron_tn.training.curve import draw
 from megatron_tn.training.freeze import goes_on, slurm_job
 from megatron_tn.training.goodput import goodput_of
@@ -78,8 +78,8 @@ class Run:
             self.is_first = dist.get_rank() == 0
             torch.manual_seed(self.config.seed)
             agree_on_settings(self.given)
-            self.start = agree_on(self.start)
-            self._take_folder()
+            self.start = agree_on(lambda: self.start)
+            first_for_all(self._take_folder)
             self._read_ahead()
             self.sampled_tflops = self._sample_matrix_rate()
         except BaseException:
@@ -165,31 +165,21 @@ class Run:
         log.error("rank %d stops: %s%s", rank, why, f"; traceback: {path}" if path else "")
 
     def _take_folder(self) -> None:
-        """Lock the folder: two runs in it would overwrite each other's checkpoints and journal. Collective.
+        """Lock the folder: two runs in it would overwrite each other's checkpoints and journal. Called on rank 0.
 
         Raises:
-            ConfigError: on every rank: another run has the lock, or has just saved into the folder.
+            ConfigError: another run has the lock, or has just saved into the folder; or it cannot be written.
         """
-        problem = [self._claim() if self.is_first else ""]
-        if dist.get_world_size() > 1:
-            dist.broadcast_object_list(problem, src=0)
-        if problem[0]:
-            raise ConfigError(problem[0])
-
-    def _claim(self) -> str:
         run_dir = f"run_dir={self.config.run_dir}"
         try:
             if holder := self.folder.claim() or living_run(self.folder):
-                return f"{run_dir} is in use: {holder} trains in it"
+                raise ConfigError(f"{run_dir} is in use: {holder} trains in it")
             # The checkpoint was chosen before the lock was taken; another run may have saved and ended in between.
             if choose_start(self.config, self.folder, requeued=goes_on(self.folder)) != self.start:
-                return f"{run_dir}: another run saved into it while this one started: start it again"
+                raise ConfigError(f"{run_dir}: another run saved into it while this one started: start it again")
             self.folder.freeze(self.config, slurm_job())
-        except ConfigError as error:
-            return str(error)
         except OSError as error:
-            return f"{run_dir} cannot be written: {error.strerror}"
-        return ""
+            raise ConfigError(f"{run_dir} cannot be written: {error.strerror}") from None
 
     def _sum_up(self, state: str) -> None:
         """Picture and table. The run is saved: whatever is wrong with its journal or the disk is a warning."""

@@ -101,3 +101,10 @@ def test_another_version_of_deepspeed_is_refused_with_what_to_do():
     check_version(f"{WRITTEN_FOR}+cpu")
     with pytest.raises(ConfigError, match=rf"deepspeed 0\.20\.1 is installed, .*install deepspeed=={WRITTEN_FOR}"):
         check_version("0.20.1")
+
+
+def test_deepspeeds_own_muon_is_imported_without_the_compiler():
+    from megatron_tn.engine.deepspeed import adapter  # noqa: F401  # isort: skip
+    from deepspeed.runtime.zero.muon import original_muon  # isort: skip
+
+    assert not hasattr(original_muon.zeropower_via_newtonschulz5, "_torchdynamo_orig_callable")

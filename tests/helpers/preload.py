@@ -2,14 +2,14 @@
 
 import gc
 
-import deepspeed.runtime.zero.muon.original_muon  # noqa: F401 (when DeepSpeed takes its first optimizer)
-import torch._inductor.compile_fx  # noqa: F401 (PyTorch's compiler: four seconds, when the first optimizer is made)
+import torch._inductor.compile_fx  # noqa: F401 (PyTorch's compiler: four seconds)
 from torch._dynamo import trace_rules
 
 import megatron_tn.checkpoint.load
 import megatron_tn.checkpoint.save
 import megatron_tn.engine.build
 import megatron_tn.engine.deepspeed.engine
+import megatron_tn.engine.fsdp2
 import megatron_tn.train  # noqa: F401
 from megatron_tn.config import TrainConfig
 from megatron_tn.overrides import CommandLine

@@ -308,9 +308,8 @@ def test_products_of_weights_in_fp8():
     """On Hopper; Ampere has no conversion of e4m3, which `float8_linear.op.obstacle` says."""
     from kernels.float8_linear import triton_float8
 
-    tile = triton_float8.TILE
     types = {"x_pointer": "*bf16", "data_pointer": "*fp8e4nv", "y_pointer": "*fp32"}
-    for rows in (16, triton_float8.MOST_ROWS):
+    for rows, tile in triton_float8.TILES.items():
         constants = {"scale_pointer": None, "OUT": tile.out, "ROWS": rows, "DEPTH": tile.depth}
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
         shared, spilled = resources(compiled(triton_float8.linear_kernel, 9, types, constants, **options))

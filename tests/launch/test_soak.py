@@ -96,9 +96,27 @@ def test_settings(words, message):
 
 
 def test_settings_leave_other_words_to_training():
-    found = Settings.parse(["minutes=2", "faults=kill,stop", "seed=3", "model=20m", "optim.lr=1e-3"])
-    assert (found.minutes, found.faults, found.seed) == (2, ("kill", "stop"), 3)
+    found = Settings.parse(["minutes=2", "faults=kill,stop", "seed=3", "patience_s=9", "model=20m", "optim.lr=1e-3"])
+    assert (found.minutes, found.faults, found.seed, found.patience_s) == (2, ("kill", "stop"), 3, 9)
     assert found.overrides == ("model=20m", "optim.lr=1e-3")
+
+
+@pytest.mark.parametrize(
+    ("ends", "trains"),
+    [
+        ([{"step": 3, "loss": 2.5, "time": 20.0}], True),
+        ([{"step": 3, "loss": 2.5, "time": 9.0}], False),  # of the start before
+        ([{"step": 3, "loss": 2.5, "time": 20.0}, {"step": 3, "heldout_loss": 2.4, "time": 21.0}], True),
+        ([{"step": 3, "loss": 2.5, "time": 20.0}, '{"step": 4, "lo'], True),
+        ([{"start/began": 12.0, "time": 13.0}], False),
+    ],
+)
+def test_a_start_that_has_taken_a_step_is_known_whatever_the_journal_ends_with(tmp_path, ends, trains):
+    folder = RunFolder(tmp_path)
+    lines = [end if isinstance(end, str) else json.dumps(end) + "\n" for end in ends]
+    folder.journal.path.write_text("".join(['{"step": 1, "loss": 3.0, "time": 5.0}\n' * 999, *lines]))
+    soak = Soak(folder, None, processes=1, mtbf_s=1, kinds=("kill",), heal_s=1, choice=random.Random(0))
+    assert soak._trains_since(10.0) == trains
 
 
 class ForkedTrainers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import json
 from pathlib import Path
@@ -121,9 +122,8 @@ def agree_where_rank_1_sees(folder: str, view: str) -> tuple[str, Start | None]:
         else:  # run_dir is another folder there
             real = resume._fingerprint
             resume._fingerprint = lambda checkpoint: real(Path(folder).parent / view / checkpoint.name)
-    start = choose(RunFolder(folder)) if dist.get_rank() == 0 else None
     try:
-        return "", agree_on(start)
+        return "", agree_on(lambda: choose(RunFolder(folder)))
     except ConfigError as error:
         return str(error), None
 
@@ -144,6 +144,19 @@ def test_all_ranks_start_where_rank_0_says_or_none_does(folder, tmp_path, view):
     how = "cannot read its manifest.json (No such file or directory)" if view == "empty" else "sees another manifest"
     assert errors[0].startswith(f"checkpoint {newest}, which rank 0 chose, is not the same to all ranks: rank 1 (host ")
     assert how in errors[0]
+
+
+def agree_on_what_rank_0_cannot_read() -> str | None:
+    def choose() -> Start:
+        raise OSError(errno.ESTALE, "Stale file handle", f"ledger.json of rank {dist.get_rank()}")
+
+    with pytest.raises(OSError, match="Stale") as caught:
+        agree_on(choose)
+    return caught.value.filename
+
+
+def test_what_rank_0_cannot_read_ends_all_ranks_with_its_reason():
+    assert run_shared(2, agree_on_what_rank_0_cannot_read) == ["ledger.json of rank 0"] * 2
 
 
 def agree_with_other_words() -> str:

@@ -50,7 +50,7 @@ def check_version(installed: str) -> None:
 
 check_version(deepspeed.__version__)  # before the imports below, which may not exist in another version
 
-from deepspeed.runtime import bf16_optimizer  # noqa: E402
+from deepspeed.runtime import bf16_optimizer, compiler  # noqa: E402
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK  # noqa: E402
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator  # noqa: E402
 from deepspeed.utils import logger, safe_get_full_grad, set_z3_leaf_modules  # noqa: E402
@@ -62,6 +62,9 @@ warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated", cat
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 # DeepSpeed's bf16 optimizer calls this for every parameter group: it runs gc.collect() and prints the memory in use.
 bf16_optimizer.see_memory_usage = lambda *_, **__: None
+# To look at an optimizer's type DeepSpeed imports its own Muon, whose functions are decorated with this torch.compile:
+# TorchInductor would be imported for nothing, 1 s of every start.
+compiler.compile = lambda: compiler.dummy_decorator
 
 
 class ModelParallelUnit:
@@ -72,8 +75,8 @@ class ModelParallelUnit:
     """
 
     def __init__(self, context: ParallelContext):
-        self._tensor = _with_group(context.tp, context.rank)
-        self._data = _with_group(context.data, context.rank)
+        # DeepSpeed reads group=None as the whole world.
+        self._tensor, self._data = context.tp.with_group(), context.data.with_group()
 
     def get_model_parallel_rank(self) -> int:
         return self._tensor.rank
@@ -99,13 +102,6 @@ class ModelParallelUnit:
     get_sequence_data_parallel_rank = get_data_parallel_rank
     get_sequence_data_parallel_world_size = get_data_parallel_world_size
     get_sequence_data_parallel_group = get_data_parallel_group
-
-
-def _with_group(axis: Axis, rank: int) -> Axis:
-    """`axis` with a process group. DeepSpeed reads group=None as the whole world, so size 1 gets a one-rank group."""
-    if axis.group is not None:
-        return axis
-    return Axis(dist.new_group([rank], use_local_synchronization=True), 0, 1)
 
 
 def refusal(settings: Mapping[str, Any]) -> str | None:

@@ -10,11 +10,13 @@ import socket
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_tn.config import open_new
+from megatron_tn.parallel.world import first_for_all
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.watchdog.detect import from_collective, patience_s
 from megatron_tn.training.watchdog.observe import Observer
@@ -33,16 +35,14 @@ class Watchdog:
     """
 
     def __init__(self, run: RunFolder, progress: Progress, *, timeout_s: float, long_s: float):
-        folder = [new_folder(run) if dist.get_rank() == 0 else None]
-        if dist.get_world_size() > 1:
-            dist.broadcast_object_list(folder, src=0)  # one folder per start, without signs of earlier starts
+        folder = first_for_all(partial(new_folder, run))  # one folder per start, without signs of earlier starts
         self.run = run
         self.progress = progress
         self.timeout_s = timeout_s
         self.long_s = long_s
         self.interval_s = min(MOST_INTERVAL_S, timeout_s / 6)
         self.size = dist.get_world_size()
-        self.observer = Observer(folder[0], self.size, self.interval_s, self._write)
+        self.observer = Observer(folder, self.size, self.interval_s, self._write)
         self._me = Sign(dist.get_rank(), socket.gethostname(), os.getpid())
         self._count = 0
         self._failure, self._lost = "", False
