@@ -7,6 +7,8 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.comparison import LARGEST_ERROR, Check, compare
+from kernels.float8_linear.op import MOST_ROWS, float8_linear
+from kernels.float8_linear.reference import dequantized, quantize_rows
 from kernels.gla.buffered import gla_step_buffered_
 from kernels.gla.op import gla
 from kernels.gla.step import gla_step_
@@ -18,6 +20,7 @@ from kernels.token.op import token_glu, token_linear
 
 ROWS, SLOTS = 2, 4  # of states, and of the buffer between two writes of them
 PRODUCT_ROWS = 257  # of a weight
+FLOAT8_ROWS, MANY_ROWS = 70, MOST_ROWS + 1  # of a weight in fp8, and of its other factor
 DRAWS, VOCABULARY = 64, 4099
 MOST_DIFFERENT_DRAWS = 0.05  # rounding to fp32 moves the border between two tokens
 EPS = 1e-6
@@ -35,12 +38,14 @@ def decoding_check(
     act: str = "silu",
     glu_act: str = "none",
     linear: bool = True,
+    float8: bool = False,
     fall_back: bool = False,
 ) -> dict[str, float]:
     """Compare the operators of a decoding step with their fp64 definitions; return the largest relative error of each.
 
     heads, key_width, value_width, glu_width, embed_width, act, glu_act: as in `self_check`. linear: whether the model
     has linear attention, whose steps are checked, with LRPE where key_width = 2 value_width.
+    float8: whether weights are kept in fp8, and products with them are checked, too.
     fall_back: if an operator is wrong, log it, switch this process to plain PyTorch, and check again.
 
     Raises KernelMismatchError, which names the operator, its error and the bound.
@@ -51,6 +56,8 @@ def decoding_check(
             decay = torch.linspace(0, 1, heads, device=device)
             yield from _step_checks(key_width, value_width, act, decay)
         yield from _product_checks(embed_width, glu_width, glu_act)
+        if float8:
+            yield from _float8_checks(embed_width, glu_width, glu_act)
         yield _sampling_check(device)
 
     return compare(checks, dtype, device, fall_back)
@@ -116,6 +123,36 @@ def _product_checks(embed_width: int, glu_width: int, glu_act: str) -> Iterator[
     yield Check("token_linear", linear, exact_linear, (width, weight, (PRODUCT_ROWS,)), differentiable=False)
     gate = (glu_width, embed_width)
     yield Check("token_glu", glu, exact_glu, (width, gate, gate), differentiable=False)
+
+
+def _float8_checks(embed_width: int, glu_width: int, glu_act: str) -> Iterator[Check]:
+    """Both sides quantise the same weights; the definition takes the numbers that fp8 and scales stand for."""
+
+    def exact(weight: Tensor) -> Tensor:
+        return dequantized(*quantize_rows(weight), weight.dtype)
+
+    def linear(x: Tensor, weight: Tensor) -> Tensor:
+        data, scale = quantize_rows(weight.detach())
+        few, many = x.detach()[:ROWS], x.detach()
+        alone = token_linear(few[0], data, weight_scale=scale, eps=EPS)
+        return torch.cat((alone[None], float8_linear(few, data, scale), float8_linear(many, data, scale)))
+
+    def exact_linear(x: Tensor, weight: Tensor) -> Tensor:
+        alone, rows = reference.token_linear(x[0], exact(weight), eps=EPS), x @ exact(weight).t()
+        return torch.cat((alone[None], rows[:ROWS], rows))
+
+    def glu(x: Tensor, gate: Tensor, value: Tensor) -> Tensor:
+        (gate, gate_scale), (value, value_scale) = quantize_rows(gate.detach()), quantize_rows(value.detach())
+        scales = {"gate_scale": gate_scale, "value_scale": value_scale}
+        return token_glu(x.detach(), gate, value, **scales, eps=EPS, act=glu_act)
+
+    def exact_glu(x: Tensor, gate: Tensor, value: Tensor) -> Tensor:
+        return reference.token_glu(x, exact(gate), exact(value), eps=EPS, act=glu_act)
+
+    gate = (glu_width, embed_width)
+    shapes = (MANY_ROWS, embed_width), (FLOAT8_ROWS, embed_width)
+    yield Check("float8_linear", linear, exact_linear, shapes, differentiable=False)
+    yield Check("token_glu of fp8 weights", glu, exact_glu, ((embed_width,), gate, gate), differentiable=False)
 
 
 def _sampling_check(device: torch.device) -> Check:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launch.render_table import ROOT, TABLES, NotRows, Row, Table, commit, fill, machine, read, write
+from launch.time_to_loss import TimeToLoss, variant_of
 
 PAGE = ROOT / "docs/results.md"
 ROWS = ROOT / "docs/measurements/results"
@@ -52,7 +53,19 @@ BITS = {
     "GPU": machine,
     "commit": commit,
 }
+SEQUENCE_POSITIONS = (256, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 POSITION = {"peak rate": BITS["peak rate"]} | {f"after {first}": mean(f"positions/{first}") for first in POSITIONS}
+
+
+LONG = {
+    "peak rate": BITS["peak rate"],
+    "seeds": BITS["seeds"],
+    "pieces": mean("value"),
+    "pieces, fp8 weights": mean("fp8_weights"),
+    **{f"after {first}": mean(f"end_to_end/{first}") for first in SEQUENCE_POSITIONS},
+    "GPU": machine,
+    "commit": commit,
+}
 
 
 def of_runs(plan: str, name: str, columns: dict[str, Callable[[list[Row]], str]]) -> Table:
@@ -69,6 +82,7 @@ def of_runs(plan: str, name: str, columns: dict[str, Callable[[list[Row]], str]]
 RESULTS = {
     "50m": of_runs("results_50m", "model", BITS),
     "50m positions": of_runs("results_50m", "model", POSITION),
+    "50m long": of_runs("results_long", "model", LONG),
     "385m": of_runs("results_385m", "model", BITS),
     "ablations": of_runs("results_ablations", "variant", BITS),
     "training": TABLES["training"],
@@ -135,11 +149,11 @@ class Picture:
         return f"![held-out bits per byte by tokens and by seconds]({PICTURE.name})\n" if curves(rows) else ""
 
 
-def tables() -> dict[str, Table | Corpus | Picture]:
+def tables() -> dict[str, Table | Corpus | Picture | TimeToLoss]:
     of_corpus = {"corpus": corpus_table, "overlap": overlap_table, "stages": stage_table, "packages": package_table}
     return (
         RESULTS
-        | {"curves": Picture()}
+        | {"curves": Picture(), "time to the same loss": TimeToLoss()}
         | {name: Corpus(ROWS / "corpus.json", table) for name, table in of_corpus.items()}
     )
 
@@ -158,7 +172,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """Held-out bits per byte against tokens and against seconds: mean over seeds, and their range."""
     from matplotlib.figure import Figure  # not pyplot: it would look for a display
 
-    speeds = {row["model"]: row["tokens_per_second"] for row in rows if row["name"] == "training loop"}
+    loops = [row for row in rows if row["name"] == "training loop" and not variant_of(row)]
+    speeds = {row["model"]: row["tokens_per_second"] for row in loops}
     figure = Figure(figsize=(11, 4), dpi=90, layout="constrained")
     by_tokens, by_seconds = figure.subplots(1, 2, sharey=True)
     for number, (model, own) in enumerate(sorted(curves(rows).items())):

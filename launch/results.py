@@ -4,8 +4,9 @@
     python -m launch.results --plan launch/plans/results_50m.yaml --data data/results --output rows.jsonl --pieces rates
 
 A plan (launch/plans/) lists runs as grids of settings, in pieces. Each run is trained (megatron_tn.train), evaluated on
-the held-out text (megatron_tn.evaluate), and a row is appended to --output; runs that have a row there are not run
-again, and a stopped one goes on from its checkpoint in --runs. A grid with settings benchmark.* is measured instead
+the held-out text (megatron_tn.evaluate; a plan may add evaluations), and a row is appended to --output; runs that have
+a row there are not run again, and a stopped one goes on from its checkpoint in --runs. With `held_out: curve` in the
+plan, the last evaluation of the training is the row's figure instead. A grid with settings benchmark.* is measured
 (megatron_tn.benchmark), one run at a time: the speed of runs side by side says nothing.
 Words after -- are overrides of every run. Exit code 1 when a run fails, 3 when --minutes ended before the runs did.
 """
@@ -34,10 +35,14 @@ from launch.runs import Failed, Programs, TimeUp
 from megatron_tn.training.run_folder import RunFolder
 
 FAILED, TIME_UP = 1, 3
-PIECE_TOKENS = 65536  # of a batch of held-out pieces
-WHOLE_TOKENS = 16384  # of a batch of whole documents
-LONGEST = 131072  # tokens of a whole document that are evaluated
-WHOLE_DOCUMENTS = 240  # whole documents that are evaluated, equally many of each source where it has them
+# Evaluations of every run: name -> settings of megatron_tn.evaluate. Of the held-out text in pieces, whose figure is
+# the row's, and of whole documents, equally many of each source where it has them.
+OF_ALL = {
+    "pieces": {"split": "pieces", "batch_tokens": 65536},
+    "heldout": {"split": "heldout", "batch_tokens": 16384, "max_document_tokens": 131072, "max_documents": 240},
+}
+HELD_OUT = ("evaluate", "curve")  # `held_out` of a plan; the first is the default, "curve": without OF_ALL
+SPLITS = ("train", "heldout", "pieces")  # of --data
 REPORT_S = 20.0  # between two lines on the runs under way
 BEST = re.compile(r"best of (\w+)(?: (\S+))?")  # model, and variant
 RESULT, LOOP = "result", "training loop"  # names of the rows of a trained and of a measured run
@@ -47,12 +52,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """A run of a plan: settings that all runs share, its own, and the folder of all runs."""
+    """A run of a plan: settings that all runs share, its own, the folder of all runs, and its evaluations."""
 
     plan: str
     shared: dict[str, Any]
     own: dict[str, Any]
     runs: Path
+    evaluations: dict[str, dict[str, Any]]
 
     @property
     def name(self) -> str:
@@ -86,48 +92,51 @@ class Run:
 
     def finish(self, programs: Programs, options: argparse.Namespace, gpu: str | None) -> Row:
         """Trains, or goes on training, and evaluates, on one GPU; returns the row. Raises Failed and TimeUp."""
-        folder, pieces = self.folder.path, options.data / "pieces/manifest.json"
+        folder = self.folder.path
         words = [f"{key}={value}" for key, value in (self.shared | self.own).items()] + [f"run_dir={folder}"]
-        words += [f"data.manifest={options.data / 'train/manifest.json'}", f"evaluation.manifest={pieces}"]
+        manifests = {split: options.data / split / "manifest.json" for split in SPLITS}
+        words += [f"data.manifest={manifests['train']}", f"evaluation.manifest={manifests['pieces']}"]
         programs.run("megatron_tn.train", [*words, *options.overrides], folder / "console.log", gpu)
-        found = []
-        whole = options.data / "heldout/manifest.json"
-        for held_out, documents, tokens, longest in (
-            (pieces, options.documents, PIECE_TOKENS, 0),
-            (whole, options.documents or WHOLE_DOCUMENTS, WHOLE_TOKENS, LONGEST),
-        ):
-            output = folder / f"{held_out.parent.name}.json"
-            words = [f"checkpoint={folder}", f"manifest={held_out}", f"output={output}"]
-            words += [f"max_documents={documents}", f"batch_tokens={tokens}", f"max_document_tokens={longest}"]
+        found = {}
+        for name, settings in self.evaluations.items():
+            output, settings = folder / f"{name}.json", dict(settings)
+            words = [f"checkpoint={folder}", f"manifest={manifests[settings.pop('split')]}", f"output={output}"]
+            if options.documents:
+                settings["max_documents"] = options.documents
+            words += [f"{key}={value}" for key, value in settings.items()]
             programs.run("megatron_tn.evaluate", words, folder / "console.log", gpu)
-            found.append(json.loads(output.read_text()))
-        return self._row(*found, -(-options.at_once // len(options.gpus or [0])))
+            found[name] = json.loads(output.read_text())
+        return self._row(found, -(-options.at_once // len(options.gpus or [0])))
 
-    def _row(self, found: Row, whole: Row, at_once: int) -> Row:
-        """found, whole: of the held-out text in pieces, and of whole documents. at_once: runs that shared a GPU."""
+    def _row(self, found: dict[str, Row], at_once: int) -> Row:
+        """found: results of self.evaluations. at_once: runs that shared a GPU."""
         config, losses = self.folder.frozen_config(), self.folder.records("loss")
         memory = [record["memory/allocated_gib"] for record in self.folder.records("memory/allocated_gib")]
-        bits = found["bits_per_byte"]
         curve = [(record["step"], record["heldout_bits_per_byte"]) for record in self.folder.records("heldout_loss")]
         tokens = {record["step"]: record["tokens"] for record in losses}
         figures = {
-            "heldout_tokens": found["tokens"],
-            "heldout_bytes": found["text_bytes"],
-            "whole": whole["bits_per_byte"]["model"],
-            "gzip": bits["gzip -9"],
-            "xz": bits["xz -9"],
             "peak_gib": max(memory, default=None),
             "tokens_per_second": statistics.median(record["tokens_per_second"] for record in losses),
             "at_once": at_once,
             # Million training tokens and held-out bits per byte of evaluation.max_documents pieces, in order.
             "curve": " ".join(f"{tokens[step] / 1e6:.3f}:{value:.4f}" for step, value in curve if step in tokens),
         }
-        for kind, of in (("sources", found), ("positions", whole)):
-            figures |= {f"{kind}/{name}": own.get("bits_per_byte") for name, own in of.get(kind, {}).items()}
+        value = curve[-1][1]
+        for name, of in found.items():
+            bits, own = of["bits_per_byte"], self.evaluations[name]
+            if name == "pieces":
+                value = bits["model"]
+                figures |= {"heldout_tokens": of["tokens"], "heldout_bytes": of["text_bytes"]}
+                figures |= {"gzip": bits["gzip -9"], "xz": bits["xz -9"]} | by_part("sources", of["sources"])
+            elif name == "heldout":
+                figures |= {"whole": bits["model"]} | by_part("positions", of["positions"])
+            else:
+                figures[name] = bits["model"]
+                figures |= by_part(name, of["positions"]) if "sequence_tokens" in own else {}
         return rows.row(
             RESULT,
             "bits/byte",
-            bits["model"],
+            value,
             plan=self.plan,
             run=self.name,
             variant=self.variant,
@@ -142,6 +151,11 @@ class Run:
         )
 
 
+def by_part(kind: str, parts: dict[str, Row]) -> Row:
+    """Bits per byte of each source, or from each position on."""
+    return {f"{kind}/{name}": part.get("bits_per_byte") for name, part in parts.items()}
+
+
 def settings_of(row: Row) -> set[str]:
     """KEY=VALUE of a benchmark's command line, but for the places that it writes to."""
     words = {word for word in shlex.split(row["command"]) if "=" in word}
@@ -153,15 +167,23 @@ class Bad(Exception):
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """{"settings": {...}, "pieces": {name: [grid]}}. Raises Bad."""
+    """{"settings": {...}, "pieces": {name: [grid]}, "evaluations": {name: {"split": ..., setting: value}}}, OF_ALL
+    among these unless the plan says `held_out: curve`. Raises Bad."""
     try:
         plan = yaml.safe_load(path.read_text())
         grids = [grid for piece in plan["pieces"].values() for grid in piece]
         ok = all(isinstance(values, list) for grid in grids for values in grid.values())
+        evaluations, held_out = plan.get("evaluations", {}), plan.get("held_out", HELD_OUT[0])
+        plan["evaluations"] = (OF_ALL if held_out == HELD_OUT[0] else {}) | evaluations
+        unknown = [name for name, settings in evaluations.items() if settings.get("split") not in SPLITS]
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise Bad(f"{path}: no plan: {' '.join(str(error).split())}") from None
     if not ok:
         raise Bad(f"{path}: each setting of a grid needs a list of values")
+    if held_out not in HELD_OUT:
+        raise Bad(f"{path}: held_out: {held_out} must be one of {', '.join(HELD_OUT)}")
+    if unknown:
+        raise Bad(f"{path}: evaluations.{unknown[0]}.split must be one of {', '.join(SPLITS)}")
     return plan
 
 
@@ -190,7 +212,7 @@ def run_piece(grids: list[dict], plan: dict, options: argparse.Namespace, progra
     """Runs what has no row yet. Raises Bad, Failed and TimeUp."""
     known = read_rows(options.output)
     chosen = [own for grid in grids for own in grid_runs(grid, known)]
-    runs = [Run(options.plan.stem, plan["settings"], own, options.runs) for own in chosen]
+    runs = [Run(options.plan.stem, plan["settings"], own, options.runs, plan["evaluations"]) for own in chosen]
     left = [run for run in runs if not run.has_row(known, options.overrides)]
     train([run for run in left if not run.is_benchmark], options, programs)
     for run in left:
@@ -265,7 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
         plan = read_plan(options.plan)
         if unknown := sorted(set(options.pieces or ()) - set(plan["pieces"])):
             raise Bad(f"--pieces {unknown[0]}: {options.plan} has {', '.join(plan['pieces'])}")
-        for split in ("train", "heldout", "pieces"):
+        for split in SPLITS:
             if not (path := options.data / split / "manifest.json").is_file():
                 raise Bad(f"--data {options.data}: no {path}; python -m data_pipeline.corpus.join makes it")
         options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -24,12 +24,19 @@ from megatron_tn.cli import command, is_first_process
 from megatron_tn.config import ConfigError, EvaluateConfig, TrainConfig, out_of_bounds, unwritable
 from megatron_tn.data import other_tokenizer as other_tokenizer_than_training
 from megatron_tn.data import tokenizer_file
+from megatron_tn.engine.base import Engine
 from megatron_tn.evaluation.baselines import compressor_bits_per_byte, unigram_bits_per_byte
 from megatron_tn.evaluation.continuations import continue_texts, prompt_problems
 from megatron_tn.evaluation.perplexity import Documents, Sums, evaluate_documents
 from megatron_tn.evaluation.progress import DocumentProgress
 from megatron_tn.evaluation.tasks import TaskSet, journal_names, load_tasks, run_tasks
-from megatron_tn.held_out import held_out_documents, held_out_loss, load_manifest, problems_of_held_out
+from megatron_tn.held_out import (
+    held_out_documents,
+    held_out_loss,
+    laid_end_to_end,
+    load_manifest,
+    problems_of_held_out,
+)
 from megatron_tn.loading import load_any_model, load_tokenizer, other_tokenizer, read_tokenizer, resolve_checkpoint
 from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import ParallelContext
@@ -50,7 +57,7 @@ def main(config: EvaluateConfig) -> None:
         device = str(joined) if device == "auto" else device
         context = ParallelContext.create(tp=world_size())
     try:
-        model = load_any_model(config.checkpoint, device, config.precision, context)
+        model = load_any_model(config.checkpoint, device, config.precision, context, fp8_weights=config.fp8_weights)
         tokenizer = load_tokenizer(config.tokenizer, config.checkpoint)
         result: dict[str, Any] = {"checkpoint": config.checkpoint}
         if config.manifest:
@@ -91,6 +98,8 @@ def held_out_figures(config: EvaluateConfig, model: Model, tokenizer: Tokenizer)
     if problems := problems or other_tokenizer(held_out, setting, config.tokenizer, config.checkpoint):
         raise ConfigError(problems)
     documents = held_out_documents(config.manifest, config.max_documents, config.max_document_tokens)
+    if config.sequence_tokens:
+        documents = laid_end_to_end(documents, config.sequence_tokens)
     options = {"batch_tokens": config.batch_tokens, "window": max(SHORTEST_WINDOW, config.batch_tokens // DOCUMENTS)}
     size, hidden = (len(documents.tokens), sum(map(len, documents.tokens))), not is_first_process()
     with DocumentProgress("evaluate", *size, hidden=hidden) as shown:
@@ -176,8 +185,14 @@ def problems_in_training(config: TrainConfig) -> list[str]:
 
 
 def evaluate_in_training(
-    model: Model, config: TrainConfig, progress: Callable[[int, int], None] = lambda documents, tokens: None
+    engine: Engine, config: TrainConfig, progress: Callable[[int, int], None] = lambda documents, tokens: None
 ) -> dict[str, Any]:
+    """`evaluated` with the engine's model."""
+    with engine.whole_weights():
+        return evaluated(engine.model, config, progress)
+
+
+def evaluated(model: Model, config: TrainConfig, progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Held-out figures, task scores and generated texts, by their names in the journal.
 
     Every rank evaluates the same documents, so that engines that gather parameters in the forward pass stay in step.

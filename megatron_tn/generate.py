@@ -53,7 +53,7 @@ def main(config: GenerateConfig) -> None:
     with tensor_parallel(config) as (context, device):
         tokenizer = load_tokenizer(config.tokenizer, config.checkpoint)
         tokenizer.encode_special_tokens = not config.special_tokens
-        model = load_any_model(config.checkpoint, device, config.precision, context)
+        model = load_any_model(config.checkpoint, device, config.precision, context, fp8_weights=config.fp8_weights)
         job = Job(config, model, tokenizer)
         if config.prompts:
             job.continue_file()

@@ -16,6 +16,8 @@ from megatron_tn.evaluation.perplexity import AFTER, Documents, evaluate_documen
 from megatron_tn.evaluation.token_bytes import token_bytes
 from megatron_tn.model.base import Model
 
+CPU_TOKENS, GPU_TOKENS = 4096, 16384  # of a batch of documents; a small one leaves a GPU waiting for launches
+
 
 def problems_of_held_out(manifest: Manifest, setting: str, vocab_size: int) -> list[str]:
     """Why a model of so many entries cannot be evaluated on these shards. setting: the one that names them."""
@@ -37,7 +39,11 @@ def held_out_loss(
     same documents, so that engines that gather parameters in the forward pass stay in step. progress(n, tokens): told
     of n more documents done, of so many tokens."""
     documents = held_out_documents(config.evaluation.manifest, config.evaluation.max_documents)
-    found = evaluate_documents(model, documents, window=config.data.sequence_length, progress=progress)
+    window = config.data.sequence_length
+    batch_tokens = CPU_TOKENS
+    if next(model.parameters()).is_cuda:  # what a microbatch has room for
+        batch_tokens = max(min(config.data.micro_batch * window, GPU_TOKENS), CPU_TOKENS)
+    found = evaluate_documents(model, documents, window=window, batch_tokens=batch_tokens, progress=progress)
     values = {"heldout_loss": found.nats_per_token, "heldout_bits_per_byte": found.bits_per_byte}
     if len(found.sources) > 1:
         values |= {f"heldout_bits_per_byte/{name}": sums.bits_per_byte for name, sums in found.sources.items()}
@@ -72,6 +78,28 @@ def held_out_documents(manifest: str, most: int, longest: int = 0) -> Documents:
         tokens = [ids[:longest] for ids in tokens]
         text_bytes = [int(of_token[ids].sum()) for ids in tokens]
     return Documents(tokens, text_bytes, sources, of_token)
+
+
+def laid_end_to_end(documents: Documents, length: int) -> Documents:
+    """The documents in a random order, always the same, one after the other, cut into sequences of `length` tokens;
+    what is left over is dropped. Training packs documents so, too. The mixture of texts is the same at every position,
+    so what differs by position is the model's.
+
+    Raises:
+        ConfigError: fewer tokens than `length`, or the bytes of a token are not known.
+    """
+    total = sum(map(len, documents.tokens))
+    if documents.token_bytes is None:
+        raise ConfigError(
+            f"sequence_tokens={length} needs the tokenizer of the manifest beside it: bytes are those of tokens"
+        )
+    if total < length:
+        raise ConfigError(f"sequence_tokens={length} is more than the {total} tokens of the documents")
+    order = np.random.default_rng(0).permutation(len(documents.tokens))
+    ids = np.concatenate([documents.tokens[index] for index in order])
+    sequences = list(ids[: total // length * length].reshape(-1, length))
+    text_bytes = [int(documents.token_bytes[each[1:]].sum()) for each in sequences]
+    return Documents(sequences, text_bytes, ["end to end"] * len(sequences), documents.token_bytes)
 
 
 def _token_bytes(shards: Manifest, tokens: Sequence[np.ndarray], text_bytes: Sequence[int]) -> np.ndarray | None:

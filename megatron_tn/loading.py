@@ -14,20 +14,24 @@ from megatron_tn.config import ConfigError
 from megatron_tn.device.allocator import use_expandable_segments
 from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.parallel.fp8_weights import keep_in_fp8
 from megatron_tn.released.weights import ReleasedWeights
 from megatron_tn.training.run_folder import find_checkpoint
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of precision=; "trained" keeps what the weights have
 
 
-def load_any_model(path: str, device: str, precision: str, context: ParallelContext | None = None) -> Model:
+def load_any_model(
+    path: str, device: str, precision: str, context: ParallelContext | None = None, *, fp8_weights: bool = False
+) -> Model:
     """The model in a checkpoint folder, in the newest of a folder of checkpoints, or in a released model's folder.
 
     precision "trained" keeps what the weights were trained or stored in; device "auto" takes a GPU where there is one.
-    context: each of its tensor-parallel ranks loads its own part.
+    context: each of its tensor-parallel ranks loads its own part. fp8_weights: see `keep_in_fp8`.
 
     Raises:
-        ConfigError: there is none of these at `path`, no such device, or a model that does not fit the layout.
+        ConfigError: there is none of these at `path`, no such device, a model that does not fit the layout, or a GPU
+            that cannot convert fp8 numbers.
     """
     directory = resolve_checkpoint(path)
     if device == "auto":
@@ -41,7 +45,10 @@ def load_any_model(path: str, device: str, precision: str, context: ParallelCont
     with open_weights(directory) as weights:
         stored = set(weights.dtypes.values())
         trained = torch.bfloat16 if stored == {torch.bfloat16} else torch.float32
-        return model_of(weights, context, device, DTYPES.get(precision, trained))
+        model = model_of(weights, context, device, DTYPES.get(precision, trained))
+    if fp8_weights:
+        keep_in_fp8(model)
+    return model
 
 
 def open_weights(directory: Path) -> CheckpointWeights | ReleasedWeights:

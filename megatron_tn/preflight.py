@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import logging
@@ -96,7 +95,7 @@ def inspect(
         nonlocal start
         start = choose_start(config, RunFolder(config.run_dir), requeued=requeued)
         if config.init_from and start.checkpoint is None:
-            start = dataclasses.replace(start, weights=folder_of_weights(config))
+            start = start.with_weights(folder_of_weights(config))
         if found := checkpoint_problems(config, start):
             raise ConfigError(found)
         if not problems:

@@ -38,7 +38,7 @@ def main(config: ScoreConfig) -> None:
     device = config.device
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{local}"
-    model = load_any_model(config.checkpoint, device, config.precision)
+    model = load_any_model(config.checkpoint, device, config.precision, fp8_weights=config.fp8_weights)
     if manifest.tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(
             f"manifest={config.manifest} was made with a tokenizer of {manifest.tokenizer.vocab_size} entries, more "
@@ -83,7 +83,7 @@ def checked(config: ScoreConfig) -> tuple[Manifest, str]:
         problems += [f"manifest: {problem}" for problem in error.problems]
     try:
         directory = resolve_checkpoint(config.checkpoint)
-        name = name or f"eval-{model_hash(directory)[:16]}"
+        name = name or f"eval-{model_hash(directory)[:16]}{'-fp8' if config.fp8_weights else ''}"
     except ConfigError as error:
         problems += error.problems
     if problems:

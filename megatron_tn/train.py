@@ -81,7 +81,7 @@ def train(config: TrainConfig) -> int | None:
             run,
             engine,
             stream_state=functools.partial(stream_state, stream),
-            evaluate=functools.partial(evaluate_in_training, engine.model, config) if config.evaluation.is_on else None,
+            evaluate=functools.partial(evaluate_in_training, engine, config) if config.evaluation.is_on else None,
             interrupted=lambda: preemption.received is not None,
             flops_per_token=training_flops_per_token(config.model, config.data.sequence_length),
         )

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from kernels.bench import rows
 from megatron_tn.benchmark import main
 from megatron_tn.benchmarking import block, checkpoint, decode
 from megatron_tn.benchmarking.local_copies import world_of_copies
-from megatron_tn.benchmarking.peers import llama
+from megatron_tn.benchmarking.peers import llama, retnet
 from megatron_tn.config import ClusterConfig, ModelConfig, ParallelConfig, from_mapping
 from megatron_tn.device.matrix_rate import matmul_tflops
 from megatron_tn.model.registry import parameter_count
+from megatron_tn.parallel.world import release_on_leaving
 from tests.helpers import hub
 from tests.helpers.sizes import compose_model
 from tests.helpers.training import SMALL, call
@@ -55,6 +57,7 @@ def test_one_rank_s_slice_beside_the_plan(tmp_path, capsys):
 
 
 def test_collectives_of_a_world_of_copies():
+    graphs = mock.Mock()
     with world_of_copies(ParallelConfig(tp=4)) as context:
         x, whole = torch.arange(3.0), torch.empty(12)
         torch.distributed.all_gather_into_tensor(whole, x, group=context.tp.group)
@@ -62,7 +65,9 @@ def test_collectives_of_a_world_of_copies():
         part = torch.empty(3)
         torch.distributed.reduce_scatter_tensor(part, torch.arange(12.0), group=context.tp.group)
         assert part.equal(x)
+        release_on_leaving(graphs)
     assert not torch.distributed.is_initialized()
+    graphs.release.assert_called_once()  # else the next slice would be measured beside this one's memory
 
 
 def test_the_peer_of_a_transformer_has_its_parameters():
@@ -73,24 +78,31 @@ def test_the_peer_of_a_transformer_has_its_parameters():
     assert peer.config.rope_parameters["rope_theta"] == config.rope_base
 
 
+def test_a_retnet_has_our_parameters_but_for_the_weights_of_norms():
+    pytest.importorskip("fla", reason="flash-linear-attention is not installed (pip install -e '.[bench]')")
+    config = from_mapping(ModelConfig, compose_model("1b"))
+    found = sum(parameter.numel() for parameter in retnet(config, torch.device("meta")).parameters())
+    assert 0 < found - parameter_count(config) < 1e-4 * found
+
+
 def test_a_peer_decodes_beside_us(tmp_path, monkeypatch, capsys):
     """A cache that does not fit leaves a row without a value."""
     hub.transformers()
     output = tmp_path / "rows.jsonl"
     words = ["--model", "transformer_demo", "--tokens", "2", "--output", str(output)]
     monkeypatch.setattr(decode, "RUNS", 1)
-    decode.main([*words, "--peer", "llama", "--rows", "2", "--positions", "5"])
+    decode.main([*words, "--peer", "llama", "--rows", "2", "--positions", "15"])
     monkeypatch.setattr(decode, "peer_token_ms", mock_out_of_memory)
-    decode.main([*words, "--peer", "llama", "--rows", "64", "--positions", "7"])
+    decode.main([*words, "--peer", "llama", "--rows", "64", "--positions", "17"])
     decode.main(words)
     found = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(row["name"], row["batch"], row["position"]) for row in found] == [
-        ("decoding of a LLaMA", 2, 5),
-        ("decoding of a LLaMA", 64, 7),
+        ("decoding of a LLaMA", 2, 15),
+        ("decoding of a LLaMA", 64, 17),
         ("decoding", 1, 0),
     ]
     assert [row["value"] is None for row in found] == [False, True, False]
-    assert "after 7 tokens: the cache does not fit" in capsys.readouterr().out
+    assert "after 17 tokens: the cache does not fit" in capsys.readouterr().out
 
 
 def mock_out_of_memory(*_):

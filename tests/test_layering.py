@@ -230,6 +230,12 @@ def test_a_rank_that_trains_imports_no_library_of_the_cleaning_pipeline():
     assert needing == set()
 
 
+def test_a_world_with_engines_is_left_by_one_function():
+    """`leave_world` releases what engines registered for it; planning's stand-in world has none."""
+    leaving = [path for path in modules() if "dist.destroy_process_group" in path.read_text()]
+    assert {module_name(path) for path in leaving} == {"megatron_tn.parallel.world", "megatron_tn.planning.stand_ins"}
+
+
 def test_a_start_imports_dtensor_with_the_engine_that_needs_it_alone():
     """It takes 0.6 s of every rank's start."""
 

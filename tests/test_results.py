@@ -11,16 +11,18 @@ import hydra
 import pytest
 from omegaconf import OmegaConf
 
-import megatron_tn.train
+import megatron_tn.benchmark
 from launch import render_results
 from launch.render_table import fill
 from launch.results import grid_runs, main, read_plan
 from launch.runs import Failed, Programs, TimeUp
 from megatron_tn import cli
-from megatron_tn.config import ModelConfig, OptimConfig, TrainConfig, from_mapping, save
+from megatron_tn.config import BenchmarkConfig, ModelConfig, OptimConfig, TrainConfig, from_mapping, save
 
 PLAN = """
 settings: {experiment: results}
+evaluations:
+  long: {split: heldout, sequence_tokens: 9}
 pieces:
   rates:
     - {model: [ours, rival], optim.lr: [1.0e-3, 2.0e-3, 4.0e-3], seed: [0]}
@@ -98,9 +100,19 @@ def test_a_plan_is_run_once_and_the_best_rate_is_read_from_its_rows(place, progr
     last = rows(place)[-1]
     assert (last["model"], last["value"], last["whole"], last["curve"]) == ("ours", 1.22, 9.0, "2.000:1.5000")
     assert (last["sources/code"], last["positions/64"]) == (0.9, 0.9)
+    assert (last["long"], last["long/64"]) == (9.0, 0.9)
+    assert {said["sequence_tokens"] for _, said in programs if said.get("output", "").endswith("long.json")} == {"9"}
     for _ in range(2):
         assert main(command(place)) == 0
     assert [said["model"] for module, said in programs if module == "megatron_tn.benchmark"] == ["ours", "rival"]
+
+
+def test_the_last_evaluation_of_the_training_is_enough_where_the_plan_says_so(place, programs):
+    (place / "plan.yaml").write_text("held_out: curve" + PLAN)
+    assert main(command(place, "--pieces", "rates", "--", "seed=0")) == 0
+    outputs = {Path(said["output"]).name for module, said in programs if module == "megatron_tn.evaluate"}
+    assert outputs == {"long.json"}  # the plan's own
+    assert {(row["value"], row["long"], row.get("whole")) for row in rows(place)} == {(1.5, 9.0, None)}
 
 
 def test_the_best_rate_is_that_of_the_variant():
@@ -112,10 +124,17 @@ def test_the_best_rate_is_that_of_the_variant():
 
 def test_bad_input_is_said_before_anything_runs(place, programs, capsys):
     (place / "bad.yaml").write_text("pieces: {rates: [{model: ours}]}")
+    (place / "curves.yaml").write_text("held_out: curves" + PLAN)
+    (place / "split.yaml").write_text("pieces: {}\nevaluations: {long: {split: held}}")
     for words, line in (
         (command(place, "--pieces", "rate"), "--pieces rate: .* has rates, seeds, speed"),
         (command(place, "--pieces", "seeds"), "optim.lr=best of ours: no run of ours has a row yet"),
         (command(place, "--plan", str(place / "bad.yaml")), "bad.yaml: each setting of a grid needs a list of values"),
+        (command(place, "--plan", str(place / "curves.yaml")), "held_out: curves must be one of evaluate, curve"),
+        (
+            command(place, "--plan", str(place / "split.yaml")),
+            "split.yaml: evaluations.long.split must be one of train, h",
+        ),
         (command(place, "--plan", str(place / "none.yaml")), "none.yaml: no plan: .*No such file"),
         (
             command(place, "--data", str(place)),
@@ -133,18 +152,21 @@ def test_bad_input_is_said_before_anything_runs(place, programs, capsys):
 @pytest.mark.parametrize("path", sorted(Path("launch/plans").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_runs_of_every_plan_are_there(path):
     plan = read_plan(path)
-    known = [{"name": "result", "model": path.stem.removeprefix("results_"), "lr": 0.001, "value": 1.0}]
-    known += [known[0] | {"model": f"transformer_{known[0]['model']}"}]
-    known += [known[0] | {"model": "50m"}, known[0] | {"model": "50m", "variant": "muon"}]
-    assert megatron_tn.train.main  # importing it registers the schema
+    model = path.stem.rpartition("_")[2].replace("time", "50m")
+    known = [{"name": "result", "model": model, "lr": 0.001, "value": 1.0}]
+    known += [known[0] | {"model": f"transformer_{model}"}]
+    known += [known[0] | {"variant": variant} for variant in ("muon", "muon,fp8,458,46")]
+    assert megatron_tn.benchmark.main  # importing it registers the schema
     chosen = [own for grids in plan["pieces"].values() for grid in grids for own in grid_runs(grid, known)]
     assert len({tuple(own.items()) for own in chosen}) == len(chosen) > 0
     for group in ("model", "experiment"):  # test_config.py composes each of these files
         assert {own[group] for own in chosen if group in own} <= names_in(cli.CONF / group)
     with hydra.initialize_config_dir(str(cli.CONF), version_base=None):
-        words = [f"{key}={value}" for key, value in (plan["settings"] | chosen[0]).items()]
-        config = OmegaConf.to_container(hydra.compose("config", words), resolve=True)
-    assert from_mapping(TrainConfig, config).problems(world_size=1) == []
+        for own in {tuple(own): own for own in chosen}.values():  # one of each form
+            words = [f"{key}={value}" for key, value in (plan["settings"] | own).items()]
+            name, kind = ("config", TrainConfig) if "seed" in own else ("benchmark", BenchmarkConfig)
+            config = OmegaConf.to_container(hydra.compose(name, words), resolve=True)
+            assert from_mapping(kind, config).problems(world_size=1) == []
 
 
 def names_in(folder: Path) -> set[str]:
@@ -198,6 +220,55 @@ RESULT = BASE | {"name": "result", "plan": "results_50m", "model": "50m", "varia
 RESULT |= {"tokens": 60_000_000, "sequence_length": 2048, "global_batch": 32}
 
 
+def trained(variant: str, lr: float, seed: int, *bits: float, **other) -> dict:
+    """bits: of the evaluations, after equally many tokens; the last one is the row's value."""
+    tokens = RESULT["tokens"] / 1e6 / len(bits)
+    curve = " ".join(f"{tokens * number:.3f}:{value:.4f}" for number, value in enumerate(bits, 1))
+    row = RESULT | {"plan": "results_time", "variant": variant, "lr": lr, "seed": seed, "value": bits[-1]}
+    return row | {"curve": curve} | other
+
+
+def measured(layout: str, milliseconds: float, **other) -> dict:
+    row = {key: RESULT[key] for key in (*BASE, "model", "sequence_length", "global_batch")}
+    row |= {"name": "training loop", "layout": layout, "value": milliseconds, "tokens_per_second": 65.536e6 / 65.5}
+    return row | other
+
+
+def time_to_loss(rows: list[dict]) -> list[list[str]]:
+    """The table's cells, without titles and without GPU and commit."""
+    page = "<!-- rows: time to the same loss -->\n<!-- end of rows -->\n"
+    lines = fill(page, rows, render_results.tables()).splitlines()[3:-1]
+    return [line.strip("| ").split(" | ")[:-2] for line in lines]
+
+
+def test_time_to_the_same_loss_is_read_from_the_curves():
+    rows = [
+        *(trained("", lr, 0, 2.0, value, plan="results_50m") for lr, value in ((0.001, 1.5), (0.004, 1.45))),
+        *(trained("", 0.002, seed, 2.0, 1.6, 1.4 + seed / 100) for seed in (0, 1, 2)),  # 1.41 after 60 M tokens
+        *(trained("muon", lr, 0, 1.9, value, 1.31) for lr, value in ((0.001, 1.4), (0.002, 1.39))),
+        trained("muon", 0.001, 1, 1.8, 1.4, 1.29),  # mean 1.85, 1.40, 1.30: 1.41 at 20 M + 20 M * 0.44 / 0.45
+        trained("fp8", 0.002, 0, 2.0, 1.7, 1.45),
+        trained("muon,fp8", 0.001, 0, 1.4, 1.3, 1.25),
+        trained("muon,fp8,300", 0.001, 0, 1.7, 1.4, tokens=30_000_000, curve="15.0:1.7000 30.0:1.4000"),
+        trained("paper/decay/none", 0.001, 0, 1.0, 1.0),  # of another table
+        *(measured("tp 1", value) for value in (70.0, 65.536, 60.0)),  # 1 us a token
+        measured("tp 1, Muon", 131.072),
+        measured("tp 1, Muon, fp8 products", 32.768),
+        measured("tp 1, Muon", 1.0, global_batch=8),
+    ]
+    found = [[cells[0], cells[4], *cells[1:4], *cells[5:]] for cells in time_to_loss(rows[::-1])]
+    assert found == [
+        ["50m", "60.0 M", *line]
+        for line in (
+            ["AdamW, bf16", "0.002 (of 3, bracketed)", "3", "1.4100 ± 0.0100", "65.5", "60.0 M", "60.0", "1.00"],
+            ["Muon, bf16", "0.001 (of 2, not bracketed)", "2", "1.3000 ± 0.0141", "131.1", "39.6 M", "79.1", "1.32"],
+            ["AdamW, fp8", "0.002 (the only one)", "1", "1.4500", "", "not reached", "", ""],
+            ["Muon, fp8", "0.001 (the only one)", "1", "1.2500", "32.8", "20.0 M", "10.0", "0.17"],
+        )
+    ] + [["50m", "30.0 M", "Muon, fp8", "0.001 (the only one)", "1", "1.4000", "32.8", "29.5 M", "14.8", "0.25"]]
+    assert time_to_loss(rows[5:]) == []  # nothing to compare with
+
+
 def test_the_page_shows_means_and_spread_of_seeds():
     found = [
         RESULT | {"seed": seed, "value": 1.2 + seed / 10, "sources/code": 0.8, "positions/64": 1.5} for seed in (0, 1)
@@ -237,9 +308,7 @@ def test_curves_are_of_the_best_rate_and_drawn(tmp_path):
         for lr, value in ((0.001, 1.4), (0.002, 1.2))
     ]
     assert [row["lr"] for row in render_results.curves(found)["50m"]] == [0.002]
-    render_results.draw(
-        [*found, {"name": "training loop", "model": "50m", "tokens_per_second": 1e6}], tmp_path / "a.png"
-    )
+    render_results.draw([*found, measured("tp 1", 65.5)], tmp_path / "a.png")
     assert 1_000 < (tmp_path / "a.png").stat().st_size < 100_000
 
 

@@ -22,27 +22,31 @@ class ManyMatrices:
     shapes: for each group the shapes [C_i, D] of the matrices that are stacked to one operand [sum of C_i, D].
     bits: int32 [groups, SLOTS], for each group the `kernels.quantize.op.largest` of its matrices.
     operands: for each group rows, transposed and scale, as of `kernels.quantize.op.quantize` of the stacked matrix;
-        none unless wanted.
+        with transposed=False an empty tensor takes the place of `transposed`.
     """
 
     def __init__(
-        self, shapes: Sequence[Sequence[torch.Size]], dtype: torch.dtype, device: torch.device, *, operands: bool = True
+        self,
+        shapes: Sequence[Sequence[torch.Size]],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        transposed: bool = True,
     ):
         self.bits = torch.zeros(len(shapes), SLOTS, dtype=torch.int32, device=device)
         self.operands: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.transposed = transposed
         self.plan: object | None = None  # of triton_many.py
-        if not operands:
-            return
         heights, widths = [sum(shape[0] for shape in group) for group in shapes], [group[0][1] for group in shapes]
-        sizes = [(c, padded(d), padded(c)) for c, d in zip(heights, widths, strict=True)]
+        sizes = [(c, padded(d), padded(c) if transposed else 0) for c, d in zip(heights, widths, strict=True)]
         # Zeros until the first `quantize_`, which also writes the padding.
         count = sum(d * (c + more) for c, d, more in sizes)
         self.buffer = torch.zeros(count, dtype=torch.uint8, device=device).view(dtype)
         self.scales = torch.zeros(len(shapes), SCALE_STRIDE, device=device)
         start = 0
         for group, (c, d, more) in enumerate(sizes):
-            rows, transposed = self.buffer[start : start + d * (c + more)].split([c * d, d * more])
-            self.operands.append((rows.view(c, d), transposed.view(d, more), self.scales[group, :1]))
+            rows, other = self.buffer[start : start + d * (c + more)].split([c * d, d * more])
+            self.operands.append((rows.view(c, d), other.view(d, more) if more else other, self.scales[group, :1]))
             start += d * (c + more)
 
     @torch.no_grad()
@@ -53,15 +57,15 @@ class ManyMatrices:
             from kernels.quantize import triton_many
 
             addresses = [matrix.data_ptr() for group in groups for matrix in group]
-            if self.plan is None or self.plan.addresses != addresses:
-                self.plan = triton_many.Plan(self, groups, addresses)
+            offsets = [address - addresses[0] for address in addresses]
+            if self.plan is None or self.plan.offsets != offsets:
+                self.plan = triton_many.Plan(self, groups, offsets)
             triton_many.quantize(first, self)
             return
         for index, group in enumerate(groups):
             whole = stacked(group)
             self.bits[index] = largest(whole).amax()
-            if self.operands:
-                quantize_(whole, self.bits[index], *self.operands[index])
+            quantize_(whole, self.bits[index], *self.operands[index])
 
     def _launchable(self, groups: Sequence[Sequence[Tensor]]) -> bool:
         """Whether the kernels load and store whole vectors; of 16-bit numbers alone (triton_quantize.py)."""

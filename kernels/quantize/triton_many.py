@@ -51,6 +51,7 @@ def many_quantize_kernel(
     FIELDS: tl.constexpr,
     SLOTS: tl.constexpr,
     SCALE_STRIDE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     SHIFT: tl.constexpr,
     MOST: tl.constexpr,
     ROWS: tl.constexpr,
@@ -69,7 +70,7 @@ def many_quantize_kernel(
         tile,
         x_pointer + tl.multiple_of(tl.load(entry), 8),
         data_pointer + tl.multiple_of(tl.load(entry + 1), 16),
-        data_pointer + tl.multiple_of(tl.load(entry + 2), 16),
+        data_pointer + tl.multiple_of(tl.load(entry + 2), 16) if TRANSPOSED else None,
         inverse,
         count,
         width,
@@ -83,22 +84,20 @@ def many_quantize_kernel(
 
 
 class Plan:
-    """The table, and for each program its matrix; valid while the matrices stay at `addresses`."""
+    """The table, and for each program its matrix; valid for matrices at these `offsets`, in bytes, from the first."""
 
-    def __init__(self, many, groups: Sequence[Sequence[Tensor]], addresses: list[int]):
-        self.addresses = addresses
-        places, origin = iter(addresses), addresses[0]
+    def __init__(self, many, groups: Sequence[Sequence[Tensor]], offsets: list[int]):
+        self.offsets = offsets
+        places = iter(offsets)
         table, tiles = [], []
         for group, matrices in enumerate(groups):
-            below, start, start_transposed, transposed_row = 0, 0, 0, 0
-            if many.operands:
-                rows, transposed, _ = many.operands[group]
-                start, start_transposed = rows.storage_offset(), transposed.storage_offset()
-                transposed_row = transposed.shape[1]
+            rows, transposed, _ = many.operands[group]
+            below, start, start_transposed = 0, rows.storage_offset(), transposed.storage_offset()
+            transposed_row = transposed.shape[1] if many.transposed else 0
             for count, width in (matrix.shape for matrix in matrices):
                 table.append(
                     [
-                        (next(places) - origin) // 2,
+                        next(places) // 2,
                         start + below * width,
                         start_transposed + below,
                         count,
@@ -123,8 +122,6 @@ def quantize(first: Tensor, many) -> None:
         many_largest_kernel[(len(plan.matrix),)](
             *shared, FIELDS=FIELDS, BLOCK=ROWS * COLUMNS, SLOTS=slots, num_warps=WARPS
         )
-        if not many.operands:
-            return
         dtype = many.buffer.dtype
         many_quantize_kernel[(len(plan.matrix),)](
             *shared,
@@ -133,6 +130,7 @@ def quantize(first: Tensor, many) -> None:
             FIELDS=FIELDS,
             SLOTS=slots,
             SCALE_STRIDE=many.scales.stride(0),
+            TRANSPOSED=many.transposed,
             SHIFT=SHIFTS[dtype],
             MOST=torch.finfo(dtype).max,
             ROWS=ROWS,

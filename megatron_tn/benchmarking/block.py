@@ -48,6 +48,7 @@ class Slice:
 
 def measure(config: BenchmarkConfig, layers: int, device: torch.device) -> Slice:
     """This rank's slice of a model of `layers` layers in the local engine, without its update."""
+    release()
     engine_config = replace(config.engine, name="local")
     short = replace(config, model=config.model.shortened(layers), engine=engine_config)
     with world_of_copies(config.parallel) as context:
@@ -69,7 +70,6 @@ def measure(config: BenchmarkConfig, layers: int, device: torch.device) -> Slice
             return marks
 
         times, rate, peak = sampled(step, config.benchmark.steps, device)
-    release()
     return Slice(layers, statistics.median(each[0] for each in times), peak, rate)
 
 

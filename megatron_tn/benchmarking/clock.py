@@ -17,7 +17,7 @@ GROUP = 4  # consecutive steps between two samples of the matrix rate
 
 
 def sampled(step: Callable[[], Marks], count: int, device: torch.device) -> tuple[list[list[float]], float, float]:
-    """(milliseconds between the marks of each of `count` steps, median matrix rate in TFLOP/s, peak memory in GiB).
+    """(milliseconds between the marks of each of `count` steps, median matrix rate in TFLOP/s, peak GiB of the steps).
 
     step: runs one step and returns its marks, without waiting for the device (as in training).
     """
@@ -25,13 +25,14 @@ def sampled(step: Callable[[], Marks], count: int, device: torch.device) -> tupl
         elapsed(step())
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    times, peak, rates = [], 0.0, []
+    elapsed(step())
+    peak = peak_gib()  # before the samples' 384 MiB, which the memory pool of a CUDA graph lends to nothing else
+    times, rates = [], []
     while len(times) < count:
-        peak = max(peak, peak_gib())
         rates.append(matmul_tflops(device))
         _, *group = [step() for _ in range(1 + GROUP)]  # drop a group's first step: the device queue was idle
         times += [elapsed(marks) for marks in group]
-    return times[:count], statistics.median(rates), max(peak, peak_gib())
+    return times[:count], statistics.median(rates), peak
 
 
 def peak_gib() -> float:

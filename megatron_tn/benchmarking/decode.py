@@ -6,8 +6,9 @@ Random weights, bf16 on a GPU; the decoder of `python -m megatron_tn.generate`, 
 Each figure is the median of three runs of --tokens tokens. Rows of the output are JSON, as of megatron_tn.benchmark.
 
 With --peer llama, a Hugging Face LLaMA of the sizes of --model (transformer_1b, ...) decodes instead: generate() with
-its static key-value cache, which it compiles on a GPU. Positions are then tokens in that cache; a cache that does not
-fit into the GPU's memory is a row without a value.
+its static key-value cache, which it compiles on a GPU. Positions are then the lengths of that cache, filled with random
+keys and values; a cache that does not fit into the GPU's memory is a row without a value. With --peer retnet,
+flash-linear-attention's RetNet of the sizes of --model (1b, ...): generate() with its recurrent state, after a prompt.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from omegaconf import OmegaConf
 
 import megatron_tn.train  # noqa: F401  registers the schema of conf/config.yaml
 from kernels.bench import rows
-from megatron_tn.benchmarking.peers import llama
+from megatron_tn.benchmarking.clock import release
+from megatron_tn.benchmarking.peers import filled_cache, llama, retnet
 from megatron_tn.cli import CONF
 from megatron_tn.config import ModelConfig, from_mapping
+from megatron_tn.device.matrix_rate import elapsed, mark
 from megatron_tn.inference.decoder import build_decoder
 from megatron_tn.inference.prefix import Prefix
 from megatron_tn.inference.sampler import Sampler
@@ -34,8 +37,10 @@ from megatron_tn.inference.states import SLOTS
 from megatron_tn.model.base import Model
 from megatron_tn.model.init import initialize
 from megatron_tn.model.registry import build_model
+from megatron_tn.parallel.fp8_weights import keep_in_fp8
 
 RUNS = 3
+PEER_WARM_UP = 8  # tokens: the first compile, and are captured as a CUDA graph
 
 
 def model_config(name: str) -> ModelConfig:
@@ -46,11 +51,13 @@ def model_config(name: str) -> ModelConfig:
         )
 
 
-def random_model(name: str, device: str, seed: int = 0) -> Model:
-    """`model_config(name)` with random weights; bf16 on a GPU."""
+def random_model(name: str, device: str, seed: int = 0, *, fp8_weights: bool = False) -> Model:
+    """`model_config(name)` with random weights; bf16 on a GPU, with `fp8_weights` kept in fp8."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = build_model(model_config(name), None, device, dtype)
     initialize(model, seed)
+    if fp8_weights:
+        keep_in_fp8(model)
     return model
 
 
@@ -71,31 +78,35 @@ def token_ms(model: Model, batch: int, position: int, sampler: Sampler, tokens: 
     return statistics.median(found)
 
 
+def peer_steps(tokens: int) -> int:
+    """Tokens that `peer_token_ms` decodes."""
+    return PEER_WARM_UP + RUNS * tokens + 1
+
+
 def peer_token_ms(peer: torch.nn.Module, batch: int, position: int, sampler: Sampler, tokens: int) -> float:
-    """`token_ms` of a Hugging Face model whose static cache holds `position` >= 1 tokens of each row: the time of a
-    call that makes 1 + `tokens` tokens, less that of one that makes a token."""
+    """`token_ms` of a Hugging Face model. A LLaMA has a static cache of `position` tokens a row, all of which attention
+    reads in every step. The last peer_steps(tokens) of them are decoded."""
     device = next(peer.parameters()).device
-    prompts = torch.ones(batch, position, dtype=torch.int64, device=device)
     sampled = sampler.temperature > 0
     drawn = {"temperature": sampler.temperature, "top_k": sampler.top_k, "top_p": sampler.top_p} if sampled else {}
+    count, marks = peer_steps(tokens), []
 
-    def seconds(count: int) -> float:
-        begin = time.perf_counter()
-        made = peer.generate(
-            prompts,
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=sampled,
-            cache_implementation="static",
-            pad_token_id=0,
-            **drawn,
-        )
-        made.cpu()
-        return time.perf_counter() - begin
+    def marked(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        marks.append(mark(device))
+        return logits
 
-    seconds(1 + tokens)  # compiles; later calls reuse a cache of this length, or of the longest before
-    found = [1e3 * (seconds(1 + tokens) - seconds(1)) / tokens for _ in range(RUNS)]
-    return statistics.median(found)
+    if peer.config.model_type == "llama":
+        drawn["past_key_values"] = filled_cache(peer, batch, position - count - 1, position)
+    peer.generate(
+        torch.ones(batch, position - count, dtype=torch.int64, device=device),
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=sampled,
+        pad_token_id=0,
+        logits_processor=[marked],
+        **drawn,
+    )
+    return statistics.median(elapsed(marks[PEER_WARM_UP::tokens])) / tokens
 
 
 def measured(
@@ -107,8 +118,9 @@ def measured(
     try:
         return peer_token_ms(model, batch, position, sampler, tokens)
     except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
         return None
+    finally:
+        release()  # the next shape is compiled for itself: torch.compile would make one program for all
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -121,25 +133,38 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--top-k", type=int, default=50, help="0: all (default: 50)")
     parser.add_argument("--top-p", type=float, default=1.0, help="1: all (default: 1)")
     parser.add_argument("--output", type=Path, help="file that JSON rows are appended to (default: none)")
-    parser.add_argument("--peer", choices=["llama"], help="the Hugging Face model that decodes instead")
+    parser.add_argument("--fp8-weights", action="store_true", help="keep the matrices of the blocks in fp8")
+    parser.add_argument("--peer", choices=["llama", "retnet"], help="the model of others that decodes instead")
     asked = parser.parse_args(arguments)
     sampler = Sampler(asked.temperature, asked.top_k, asked.top_p)
     if problems := sampler.problems():
         parser.error("; ".join(problems))
-    if asked.peer and 0 in asked.positions:
-        parser.error("--positions 0: a peer's cache begins with a token")
+    if asked.peer and (least := min(asked.positions)) <= (steps := peer_steps(asked.tokens)):
+        parser.error(
+            f"--positions {least} must be more than {steps}, the tokens that are decoded with --tokens {asked.tokens}"
+        )
+    if asked.peer and asked.fp8_weights:
+        parser.error("--fp8-weights is of our model, and --peer decodes another")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if asked.peer:
+    if asked.peer == "llama":
         model, name = llama(model_config(asked.model), torch.device(device), head=True), "decoding of a LLaMA"
+    elif asked.peer:
+        model, name = retnet(model_config(asked.model), torch.device(device)), "decoding of a RetNet"
     else:
-        model, name = random_model(asked.model, device), "decoding"
-    given = {"temperature": sampler.temperature, "top_k": sampler.top_k, "top_p": sampler.top_p}
+        model, name = random_model(asked.model, device, fp8_weights=asked.fp8_weights), "decoding"
+    given = {
+        "fp8_weights": asked.fp8_weights,
+        "temperature": sampler.temperature,
+        "top_k": sampler.top_k,
+        "top_p": sampler.top_p,
+    }
     for position, batch in itertools.product(sorted(asked.positions), asked.rows):
         value = measured(
             model, peer=bool(asked.peer), batch=batch, position=position, sampler=sampler, tokens=asked.tokens
         )
         said = "the cache does not fit" if value is None else f"{value:.4f} ms a token"
-        print(f"{name}, {asked.model}, batch {batch}, after {position} tokens: {said}", flush=True)
+        kept = ", fp8 weights" if asked.fp8_weights else ""
+        print(f"{name}, {asked.model}{kept}, batch {batch}, after {position} tokens: {said}", flush=True)
         if asked.output:
             extras = {"model": asked.model, "batch": batch, "position": position, **given}
             rows.append(asked.output, [rows.row(name, "ms", value, **extras)])

@@ -16,6 +16,7 @@ from torch.futures import Future
 
 from megatron_tn.config import ParallelConfig
 from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.parallel.world import leave_world
 
 BACKEND = "local_copies"
 
@@ -87,4 +88,4 @@ def world_of_copies(parallel: ParallelConfig) -> Iterator[ParallelContext]:
             warnings.simplefilter("ignore", FutureWarning)  # deprecated collectives; PyTorch 2.11 lacks the new names
             yield ParallelContext.create(parallel.tp, sequence_parallel=parallel.sequence_parallel)
     finally:
-        dist.destroy_process_group()
+        leave_world()

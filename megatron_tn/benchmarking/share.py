@@ -34,6 +34,7 @@ from megatron_tn.config import BenchmarkConfig, ConfigError, TrainConfig, to_sto
 from megatron_tn.device.host_memory import HostMemory
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.parallel.world import leave_world
 from megatron_tn.planning.concerns import rank_checkpoint_bytes
 from megatron_tn.planning.estimate import GIB
 from megatron_tn.planning.live import LiveMemory
@@ -87,7 +88,7 @@ def measure(config: TrainConfig, ranks: int, folder: Path, device: torch.device)
         state = sum(value.nbytes for values in before for value in values.values())
         return Share(state, _bytes_below(paths[0]), memory.peak, initialise, copy, write, read)
     finally:
-        dist.destroy_process_group()
+        leave_world()
 
 
 def _seconds(function: Callable[[], object], device: torch.device) -> float:

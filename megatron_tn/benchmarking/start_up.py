@@ -2,10 +2,11 @@
 
 python -m megatron_tn.benchmarking.start_up --folder NEW --ranks 8 64 512
 
-The command line of a small model with FSDP2 resumes from a checkpoint of as many ranks, up to its first step, as rank
-0, an inner rank and the last one in turn, in this process. torch's "fake" process group stands for the others' tensors;
-what rank 0 sends as objects is kept and given to the ranks after it. Beside files below --folder, which a cluster has
-on a shared disk, stand those of the software, and the process groups that a rank creates.
+The command line of a small model with FSDP2 resumes from a checkpoint of as many ranks, or begins from its weights
+(init_from, with optim=muon), up to its first step, as rank 0, an inner rank and the last one in turn, in this process.
+torch's "fake" process group stands for the others' tensors; what rank 0 sends as objects is kept and given to the ranks
+after it. Beside files below --folder, which a cluster has on a shared disk, stand those of the software, the process
+groups that a rank creates, and the bytes of the objects that it receives from others.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import dataclasses
 import itertools
 import math
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,6 +41,7 @@ from megatron_tn.checkpoint.reshard import pieces_of_local_range
 from megatron_tn.config import TrainConfig, from_mapping, to_stored
 from megatron_tn.model.registry import build_model
 from megatron_tn.overrides import CommandLine, settings
+from megatron_tn.parallel.world import leave_world
 from megatron_tn.train import main as train
 from megatron_tn.training.state import TrainingState
 
@@ -62,7 +65,7 @@ print(f"{len(opened):,} opens, {read / 1e6:.0f} MB, {time.perf_counter() - began
 @dataclasses.dataclass(frozen=True)
 class Count:
     """Of one rank. shared: opens of files below the folder; manifests: those of a manifest.json among them. software:
-    all other opens. read: bytes. groups: process groups created."""
+    all other opens. read: bytes. groups: process groups created. told: bytes of objects from other ranks."""
 
     ranks: int
     rank: int
@@ -71,6 +74,7 @@ class Count:
     software: int
     read: int
     groups: int
+    told: int
     seconds: float
 
 
@@ -99,11 +103,12 @@ class Others:
         self.sent: dict[int, list[Any]] = {}  # rank -> what it sent to rank 0, call by call
         self.received: list[Any] = []  # what rank 0 sent, call by call
         self.store = dist.HashStore()
+        self.told = 0  # bytes of objects that this rank has received from others
 
     @contextlib.contextmanager
     def around(self, rank: int) -> Iterator[None]:
         """This process is `rank`."""
-        calls, mine = itertools.count(), self.sent.setdefault(rank, [])
+        calls, mine, self.told = itertools.count(), self.sent.setdefault(rank, []), 0
         mine.clear()
         if rank == 0:
             self.received.clear()
@@ -112,6 +117,7 @@ class Others:
             if rank == 0:
                 self.received.append(list(values))
             values[:] = self.received[next(calls)]
+            hear(values if rank else ())
 
         def gather(value: Any, values: list | None = None, dst: int = 0, **options: Any) -> None:
             at = len(mine)
@@ -120,14 +126,20 @@ class Others:
                 values[:] = [value] * self.ranks
                 for other, theirs in self.sent.items():
                     values[other] = theirs[at] if at < len(theirs) else value
+                hear(values)
 
         def scatter(output: list, values: list | None, src: int = 0, **options: Any) -> None:
             if rank == 0:
                 self.received.append(list(values))
             output[0] = self.received[next(calls)][rank]
+            hear(output if rank else ())
 
         def gather_everywhere(values: list, value: Any, **options: Any) -> None:
             values[:] = [value] * self.ranks
+            hear(values)
+
+        def hear(values: Sequence[Any]) -> None:
+            self.told += sum(len(pickle.dumps(value)) for value in values)
 
         def join(timeout_s: int) -> torch.device:
             dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=self.ranks)
@@ -154,24 +166,29 @@ def _stop(*arguments: Any, **options: Any) -> None:
     raise _FirstStep
 
 
-def simulate(folder: Path, ranks: int, opens: Opens) -> list[Count]:
-    """Counts of rank 0, an inner rank and the last one of a start of `ranks` ranks, from a checkpoint of theirs."""
+def simulate(folder: Path, ranks: int, opens: Opens, *, first: bool = False) -> list[Count]:
+    """Counts of rank 0, an inner rank and the last one of a start of `ranks` ranks, from a checkpoint of theirs. first:
+    a first start, with Muon, from that checkpoint's weights."""
     words = prepare(folder, ranks)
+    if first:
+        shutil.rmtree(folder / "earlier", ignore_errors=True)
+        (folder / "run").rename(folder / "earlier")
+        words += [f"init_from={folder / 'earlier'}", "optim=muon"]
     others, simulated = Others(ranks), (0, ranks // 2 + 1, ranks - 1)
     for rank in simulated:  # to learn what each rank asks rank 0 for
         with others.around(rank):
-            _started(folder, words, opens, ranks, rank)
+            _started(folder, words, opens, others, rank)
     found = []
     for rank in simulated:
         with others.around(rank):
-            count, came_far = _started(folder, words, opens, ranks, rank)
+            count, came_far = _started(folder, words, opens, others, rank)
         if not came_far:
             raise RuntimeError(f"rank {rank} of {ranks} did not come to its first step: {' '.join(words)}")
         found.append(count)
     return found
 
 
-def _started(folder: Path, words: list[str], opens: Opens, ranks: int, rank: int) -> tuple[Count, bool]:
+def _started(folder: Path, words: list[str], opens: Opens, others: Others, rank: int) -> tuple[Count, bool]:
     """One rank's start; and whether it came to its first step."""
     opens.paths, before, argv = [], _bytes_read(), sys.argv
     groups, make, came_far = [], dist.new_group, False
@@ -185,7 +202,8 @@ def _started(folder: Path, words: list[str], opens: Opens, ranks: int, rank: int
         inside = [path for path in opens.paths if Path(path).is_relative_to(folder)]
         manifests = sum(Path(path).name == MANIFEST for path in inside)
         software, seconds = len(opens.paths) - len(inside), time.perf_counter() - began
-        return Count(ranks, rank, len(inside), manifests, software, _bytes_read() - before, len(groups), seconds)
+        read, told = _bytes_read() - before, others.told
+        return Count(others.ranks, rank, len(inside), manifests, software, read, len(groups), told, seconds)
 
     sys.argv, began = ["train", *words], time.perf_counter()
     opens.on = True
@@ -197,8 +215,7 @@ def _started(folder: Path, words: list[str], opens: Opens, ranks: int, rank: int
     finally:
         opens.on, sys.argv = False, argv
         counted = count()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_world()
         shutil.rmtree(folder / "run" / "alive", ignore_errors=True)
     return counted, came_far
 
@@ -261,12 +278,15 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="*", default=[8, 64, 512], help="multiples of 8 (default: 8 64 512)")
     asked = parser.parse_args()
     folder = asked.folder or Path(tempfile.mkdtemp(prefix="start_up_"))
-    opens, table = Opens(), Table("ranks", "rank", "opens", "of a manifest", "of software", "MB read", "groups", "s")
+    names = "ranks", "start", "rank", "opens", "of a manifest", "of software", "MB read", "MB told", "groups", "s"
+    opens, table = Opens(), Table(*names)
     try:
-        for ranks in asked.ranks:
-            for each in simulate(folder.absolute(), ranks, opens):
-                cells = each.ranks, each.rank, each.shared, each.manifests, each.software, f"{each.read / 1e6:.2f}"
-                table.add_row(*map(str, cells), str(each.groups), f"{each.seconds:.2f}")
+        for ranks, first in itertools.product(asked.ranks, (False, True)):
+            for each in simulate(folder.absolute(), ranks, opens, first=first):
+                cells = each.rank, each.shared, each.manifests, each.software, f"{each.read / 1e6:.2f}"
+                start = "init_from, Muon" if first else "resume"
+                rest = f"{each.told / 1e6:.3f}", each.groups, f"{each.seconds:.2f}"
+                table.add_row(str(each.ranks), start, *map(str, cells + rest))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     console = Console(highlight=False, markup=False)

@@ -121,10 +121,7 @@ def load_checkpoint(
     Raises:
         ConfigError: the checkpoint is damaged, or of another model or optimizer.
     """
-    wanted: dict[str, list[Piece]] = {}
-    for owned, piece, _ in _owned_pieces(engine):
-        wanted.setdefault(owned.name, []).append(piece)
-    manifest = share_of_manifest(directory, wanted, engine.context)
+    manifest = _share(engine, directory)
     fill_owned(engine, directory, manifest, contents)
     engine.refresh(manifest.optimizer_step)
     return manifest
@@ -174,6 +171,14 @@ def _owned_pieces(engine: Trainable) -> Iterator[tuple[OwnedRange, Piece, slice]
             yield owned, piece, slice(at, at + piece.stop - piece.start)
 
 
+def _share(engine: Trainable, directory: Path) -> CheckpointManifest:
+    """The manifest with the pieces that this rank needs. Collective."""
+    wanted: dict[str, list[Piece]] = {}
+    for owned, piece, _ in _owned_pieces(engine):
+        wanted.setdefault(owned.name, []).append(piece)
+    return share_of_manifest(directory, wanted, engine.context)
+
+
 def _zero(engine: Trainable) -> None:
     """Padding is in no file, and uninitialised memory may hold NaN."""
     for owned in engine.owned_ranges():
@@ -198,10 +203,13 @@ class Weights(Protocol):
 
 class CheckpointWeights:
     """`Weights` of a checkpoint: masters rounded to the precision that it was trained in, since the model that was
-    trained is the one with rounded weights. Use as a context manager."""
+    trained is the one with rounded weights. Use as a context manager.
 
-    def __init__(self, directory: Path):
-        self.manifest = CheckpointManifest.read(directory)
+    manifest: the checkpoint's, with the pieces of a rank's share at least; None: reads it.
+    """
+
+    def __init__(self, directory: Path, manifest: CheckpointManifest | None = None):
+        self.manifest = manifest or CheckpointManifest.read(directory)
         self.config = from_mapping(ModelConfig, self.manifest.config["model"])
         if problems := self.config.problems():
             raise ConfigError([f"{directory / MANIFEST}: config: {problem}" for problem in problems])
@@ -221,6 +229,12 @@ class CheckpointWeights:
         self._reader.fill("param", name, self.shapes[name], piece, destination)
         if destination.dtype != self.dtypes[name]:
             destination.copy_(destination.to(self.dtypes[name]))
+
+
+def load_checkpoint_weights(engine: Trainable, directory: Path) -> None:
+    """`load_weights` of a checkpoint, whose manifest rank 0 alone reads. Collective."""
+    with CheckpointWeights(directory, _share(engine, directory)) as weights:
+        load_weights(engine, weights)
 
 
 @torch.no_grad()

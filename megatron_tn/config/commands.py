@@ -65,9 +65,14 @@ class EvaluateConfig:
     tokenizer: str = ""  # path of tokenizer.json; empty: the one beside the checkpoint
     max_documents: Count = 0  # evaluate so many held-out documents, equally many of each source; 0: all
     max_document_tokens: Count = 0  # of each held-out document, the first ones, bos included; 0: all
+    # Lay held-out documents end to end, as training does, and cut them into sequences of so many tokens, for the loss
+    # at positions that few documents reach; 0: each document for itself.
+    sequence_tokens: Count = 0
     batch_tokens: Positive = 4096  # tokens of one forward pass
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one
     precision: Literal["trained", "bf16", "fp32"] = "trained"  # type to compute in; trained: as the weights
+    # Keep the matrices of the blocks in fp8, with a scale a row: half the bytes that a token of decoding reads.
+    fp8_weights: bool = False
     output: str = ""  # JSON file for the result; empty: the result is only printed
 
 
@@ -81,6 +86,8 @@ class ScoreConfig:
     batch_tokens: Positive = 16384  # tokens of one forward pass; a GPU needs more than a CPU to be busy
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one
     precision: Literal["trained", "bf16", "fp32"] = "trained"  # type to compute in; trained: as the weights
+    # Keep the matrices of the blocks in fp8, with a scale a row: half the bytes that a token of decoding reads.
+    fp8_weights: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -112,6 +119,8 @@ class GenerateConfig:
     prefill_chunk: Positive = 4096  # tokens of a prompt in one forward pass; a longer prompt needs no more memory
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: a GPU where there is one. Under torchrun: cpu or auto
     precision: Literal["trained", "bf16", "fp32"] = "trained"  # type to compute in; trained: as the weights
+    # Keep the matrices of the blocks in fp8, with a scale a row: half the bytes that a token of decoding reads.
+    fp8_weights: bool = False
 
 
 @dataclass(frozen=True, config=STRICT)

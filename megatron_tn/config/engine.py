@@ -52,10 +52,17 @@ class EngineConfig:
         return self.name == "local" or (self.name == "deepspeed" and self.zero_stage < 3)
 
     @property
-    def keeps_fp8_operands(self) -> bool:
-        """Whether the weights are kept in fp8, too, two bytes a parameter: not by an engine that frees weights, nor
-        with recomputation, which is for want of memory. There products quantise their weight anew."""
-        return self.products == "fp8" and self.keeps_weights and self.recompute == "none"
+    def frees_weights(self) -> bool:
+        """Whether the blocks' matrices are kept in fp8 and not in the computing type (engine/freed_weights.py): where
+        a rank keeps its weights whole, and they are not the masters."""
+        own_masters = self.precision == "fp32" and (self.name == "local" or self.zero_stage == 0)
+        return self.products == "fp8" and self.keeps_weights and not own_masters
+
+    @property
+    def keeps_fp8_transposes(self) -> bool:
+        """Whether weights kept in fp8 are kept in both orders, two bytes a parameter: not with recomputation, which is
+        for want of memory. There each backward pass transposes them."""
+        return self.recompute == "none"
 
     @field_validator("deepspeed_config", mode="before")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -71,6 +72,10 @@ class Engine(Protocol):
         optimizer's step count to `optimizer_step`. Collective."""
         ...
 
+    def whole_weights(self) -> AbstractContextManager:
+        """Within it, passes without gradients may run: engine.products=fp8 keeps weights in fp8 alone. Collective."""
+        ...
+
 
 class UpdatingEngine:
     """Base class of the engines: the order of calls within a step, and the methods of `Engine` that call `Update`."""
@@ -109,6 +114,9 @@ class UpdatingEngine:
 
     def refresh(self, optimizer_step: int) -> None:
         self.update.refresh(optimizer_step)
+
+    def whole_weights(self) -> AbstractContextManager:
+        return nullcontext() if self.update.float8 is None else self.update.float8.whole()
 
 
 def build_update(model: Model, shards: Shards, config: TrainConfig) -> Update:

@@ -11,7 +11,7 @@ from megatron_tn.engine.replicated import ReplicatedEngine
 from megatron_tn.model.init import fill_initial
 from megatron_tn.model.registry import build_model, norm_bound
 from megatron_tn.parallel.context import ParallelContext
-from megatron_tn.parallel.float8_layers import check_device, float8_layers, kept_weights
+from megatron_tn.parallel.float8_layers import check_device, float8_layers
 from megatron_tn.parallel.recompute import recompute_blocks
 
 COMPILE_MODES = {"blocks": None, "cuda_graphs": "reduce-overhead"}
@@ -57,7 +57,7 @@ def build_engine(config: TrainConfig, context: ParallelContext, device: torch.de
 
         engine = DeepSpeedEngine(model, config)
     if layers and settings.keeps_weights:
-        engine.update.after_publish = kept_weights(layers, operands=settings.keeps_fp8_operands)
+        engine.update.keep_in_float8(layers, transposed=settings.keeps_fp8_transposes)
     # 5. DeepSpeed copies the parameters twice into new layouts. The allocator would keep the freed layouts' segments,
     #    each the size of one weight, which few later allocations fit.
     return_cached_segments(device)

@@ -8,7 +8,6 @@ rows of this tensor-parallel rank's part over dp x cp.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -103,5 +102,4 @@ def _free_after_evaluation(model: Model, inputs, output) -> None:
 
 
 def _mesh(axis: Axis, device: torch.device) -> DeviceMesh:
-    group = axis.group or dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    return DeviceMesh.from_group(group, device.type)
+    return DeviceMesh.from_group(axis.with_group().group, device.type)

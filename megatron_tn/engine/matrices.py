@@ -11,6 +11,7 @@ all elements; the matrices are shared out over tensor-parallel ranks.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -91,10 +92,10 @@ def block_matrices(config: ModelConfig) -> list[Matrix]:
 def shared_out(matrices: Sequence[Matrix], ranks: int) -> list[list[Matrix]]:
     """Each rank's matrices, ordered by shape: every matrix, the costliest first, goes to the rank with the least."""
     found: list[list[Matrix]] = [[] for _ in range(ranks)]
-    work = [0] * ranks
+    least = [(0, rank) for rank in range(ranks)]  # a heap of (work, rank)
     for matrix in sorted(matrices, key=lambda matrix: (-flops(matrix.shape), matrix.shape)):
-        rank = work.index(min(work))
-        work[rank] += flops(matrix.shape)
+        work, rank = least[0]
+        heapq.heapreplace(least, (work + flops(matrix.shape), rank))
         found[rank].append(matrix)
     return found
 
@@ -118,29 +119,61 @@ def batches(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
     return found
 
 
-def matrix_rounds(shards: Shards, masters: Sequence[Tensor], specs: Mapping[str, ShardSpec], tp: Axis) -> list[Round]:
-    """The rounds in which all matrices in `masters`, some of shards.masters, are updated. Collective.
+def matrix_rounds(shards: Shards, specs: Mapping[str, ShardSpec], tp: Axis) -> list[Round]:
+    """The rounds in which all matrices that Muon updates are updated. Collective.
 
-    specs: parameter name -> its split over tensor parallelism, in the same order on every rank.
+    specs: parameter name -> its split over tensor parallelism, in the same order on every rank. Every rank knows which
+    rank updates which matrix, and tells it which pieces of it to expect.
     """
-    positions = {id(master) for master in masters}
-    mine = [place for place in shards.placements if id(shards.masters[place.master]) in positions]
     axis = _ranks(tp, shards.sharded_over)
-    held: list[tuple[int, list[Placement]]] = [(tp.rank, mine)]
-    if axis.size > 1:
-        held = [held[0]] * axis.size
-        dist.all_gather_object(held, (tp.rank, mine), group=axis.group)
-    names = {place.name for _, placements in held for place in placements}
-    matrices = [matrix for name in specs if name in names for matrix in matrices_of(name, specs[name], tp.size)]
-    pieces: list[dict[Matrix, list[Piece]]] = []  # of each rank
-    for tp_rank, placements in held:
-        by_name = {name: [place for place in placements if place.name == name] for name in names}
-        pieces.append({matrix: pieces_of(matrix, by_name[matrix.name], tp_rank) for matrix in matrices})
-    of_ranks = [batches(share) for share in shared_out(matrices, axis.size)]
-    return [
-        Round([share or [] for share in shares], pieces, shards.masters, axis)
-        for shares in itertools.zip_longest(*of_ranks)
+    named = [(name, spec) for name, spec in specs.items() if is_block_matrix(name, len(spec.shape))]
+    by_name: dict[str, list[Placement]] = {name: [] for name, _ in named}
+    for place in shards.placements:
+        if place.name in by_name:
+            by_name[place.name].append(place)
+    matrices = [matrix for name, spec in named for matrix in matrices_of(name, spec, tp.size)]
+    shares = shared_out(matrices, axis.size)
+    sent = [[pieces_of(matrix, by_name[matrix.name], tp.rank) for matrix in share] for share in shares]
+    received = _told(sent, axis, shards.masters[0].device)
+    of_ranks = [_rounds(share) for share in shares]
+    found = []
+    for number in range(max(map(len, of_ranks))):
+        of_round = [rounds[number] if number < len(rounds) else slice(0, 0) for rounds in of_ranks]
+        mine = of_round[axis.rank]
+        found.append(
+            Round(
+                shares[axis.rank][mine],
+                [list(itertools.chain(*pieces[rows])) for pieces, rows in zip(sent, of_round, strict=True)],
+                [[(row - mine.start, *at) for row, *at in rows if mine.start <= row < mine.stop] for rows in received],
+                shards.masters,
+                axis,
+            )
+        )
+    return found
+
+
+def _rounds(share: Sequence[Matrix]) -> list[slice]:
+    """Of each round of a rank, its matrices' place among those of the rank."""
+    edges = itertools.accumulate(map(len, batches(share)), initial=0)
+    return [slice(*pair) for pair in itertools.pairwise(edges)]
+
+
+def _told(sent: Sequence[Sequence[Sequence[Piece]]], axis: Axis, device: torch.device) -> list[list[list[int]]]:
+    """sent[n]: this rank's pieces of each matrix that rank n updates. Of every rank, its pieces of the matrices that
+    this rank updates: [index of the matrix, offset, length] each. Collective."""
+    rows = [
+        [[index, piece.offset, piece.length] for index, pieces in enumerate(share) for piece in pieces]
+        for share in sent
     ]
+    if axis.size == 1:
+        return rows
+    counts = torch.tensor([len(part) for part in rows], device=device)
+    theirs = torch.zeros_like(counts)
+    dist.all_to_all_single(theirs, counts, group=axis.group)
+    table = torch.tensor(list(itertools.chain(*rows)), dtype=torch.int64, device=device).view(-1, 3)
+    received = table.new_empty(sum(theirs.tolist()), 3)
+    dist.all_to_all_single(received, table, theirs.tolist(), counts.tolist(), group=axis.group)
+    return [part.tolist() for part in received.split(theirs.tolist())]
 
 
 def _ranks(tp: Axis, sharded_over: Axis) -> Axis:
@@ -155,29 +188,29 @@ def _ranks(tp: Axis, sharded_over: Axis) -> Axis:
 class Round:
     """See `optim.muon.MatrixRound`.
 
-    shares: of each rank, the matrices that it updates, of one shape. pieces: of each rank, its pieces of every matrix.
+    mine: the matrices that this rank updates, of one shape. sent: of each rank, this rank's pieces of the matrices that
+    it updates. received: of each rank, its pieces of `mine`: (row of the matrix, offset, length) each.
     """
 
     def __init__(
         self,
-        shares: Sequence[Sequence[Matrix]],
-        pieces: Sequence[Mapping[Matrix, Sequence[Piece]]],
+        mine: Sequence[Matrix],
+        sent: Sequence[Sequence[Piece]],
+        received: Sequence[Sequence[tuple[int, int, int]]],
         masters: Sequence[Tensor],
         axis: Axis,
     ):
         self.axis = axis
         self.device = masters[0].device
-        self.mine = shares[axis.rank]
-        sent = [[piece for matrix in share for piece in pieces[axis.rank][matrix]] for share in shares]
-        received = [[piece for matrix in self.mine for piece in held[matrix]] for held in pieces]
-        self.sent, self.received = ([sum(p.length for p in part) for part in parts] for parts in (sent, received))
+        self.mine = mine
+        self.sent = [sum(piece.length for piece in part) for part in sent]
+        self.received = [sum(length for _, _, length in part) for part in received]
         self.parts = [
             MatrixPart(masters[piece.master], piece.start, piece.start + piece.length, piece.matrix.shape)
             for part in sent
             for piece in part
         ]
-        index = {matrix: row for row, matrix in enumerate(self.mine)}
-        self.places = [(index[p.matrix], p.offset, p.offset + p.length) for part in received for p in part]
+        self.places = [(row, start, start + length) for part in received for row, start, length in part]
 
     def send_buffer(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         if self.axis.size == 1:

@@ -55,6 +55,7 @@ class ReplicatedShards:
     """See `engine.shards.Shards`. One master per parameter; an fp32 parameter is its own master."""
 
     sharded_over = Axis()
+    whole = ()
 
     def __init__(self, named: dict[str, nn.Parameter]):
         self.parameters = list(named.values())

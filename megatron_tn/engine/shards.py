@@ -31,12 +31,14 @@ class Shards(Protocol):
     masters: the optimizer's fp32 tensors, of any shape; one master may hold several parameters.
     copies: master -> the same elements in the computing type, of the master's shape; no entry for a master that the
     model computes with directly.
+    whole: the flat tensors that hold the model's parameters, where they are views of such.
     placements: position of every parameter's elements in the masters; padding of a master belongs to no placement.
     sharded_over: the axis over whose ranks the elements are partitioned; of size 1 where every rank holds all.
     """
 
     masters: Sequence[Tensor]
     copies: Mapping[Tensor, Tensor]
+    whole: Sequence[Tensor]
     placements: Sequence[Placement]
     sharded_over: Axis
 

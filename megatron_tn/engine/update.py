@@ -6,13 +6,14 @@ the reduction is here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_tn.device.host_copy import HostCopy
+from megatron_tn.engine.freed_weights import FreedWeights
 from megatron_tn.engine.matrices import matrix_rounds
 from megatron_tn.engine.shards import Shards
 from megatron_tn.gradients.clipping import clipping_divisor
@@ -20,6 +21,7 @@ from megatron_tn.gradients.norm import gradient_norm
 from megatron_tn.optim.adamw import write_copies
 from megatron_tn.optim.protocol import Optimizer
 from megatron_tn.parallel.context import Axis
+from megatron_tn.parallel.linear import SplitLinear
 from megatron_tn.parallel.sharding import OwnedRange, ShardSpec
 
 
@@ -34,7 +36,7 @@ class Update:
     """Clips and applies gradients. specs: parameter name -> its split over tensor parallelism. Building it is
     collective.
 
-    after_publish: called when the model's parameters have new values.
+    float8: the weights that are kept in fp8, set by `keep_in_float8`.
 
     Raises:
         ConfigError: the optimizer has `whole_matrices`, and a matrix is replicated over tensor-parallel ranks.
@@ -48,10 +50,10 @@ class Update:
         self.specs = specs
         self.tp = tp
         self.clip_norm = clip_norm
-        self.after_publish: Callable[[], None] = lambda: None
+        self.float8: FreedWeights | None = None
         optimizer.copies = shards.copies
         if optimizer.whole_matrices:
-            optimizer.rounds = matrix_rounds(shards, list(optimizer.weight_decays), specs, tp)
+            optimizer.rounds = matrix_rounds(shards, specs, tp)
 
     @torch.no_grad()
     def step(self, lr: float, tokens: Tensor | None = None) -> StepResult:
@@ -78,9 +80,18 @@ class Update:
         if not found < float("inf"):
             self.optimizer.undo()
             return StepResult(found, False)
-        shards.publish()
-        self.after_publish()
+        self._publish()
         return StepResult(found, True)
+
+    def _publish(self) -> None:
+        self.shards.publish()
+        if self.float8 is not None:
+            self.float8.quantize()
+
+    def keep_in_float8(self, layers: Sequence[SplitLinear], *, transposed: bool) -> None:
+        """Keep the weights of `layers` in fp8. transposed: see `KeptWeights`."""
+        self.float8 = FreedWeights(self.shards, layers, transposed=transposed)
+        self.optimizer.copies = self.shards.copies
 
     def owned_ranges(self) -> list[OwnedRange]:
         """Views of the masters and optimizer state that this rank updates, one `OwnedRange` per placement."""
@@ -98,5 +109,4 @@ class Update:
         optimizer's step count to `optimizer_step`. Collective."""
         self.optimizer.set_step(optimizer_step)
         write_copies(self.shards.copies)
-        self.shards.publish()
-        self.after_publish()
+        self._publish()

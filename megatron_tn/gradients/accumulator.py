@@ -17,7 +17,7 @@ arXiv 2006.15704, section 3.2.3). Under ZeRO each rank updates one equal part of
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -156,14 +156,17 @@ class _GradientHook:
             accumulator._arrived(self._bucket)
 
 
-def split_into_buckets(parameters: Sequence[nn.Parameter], elements: int) -> list[list[nn.Parameter]]:
+def split_into_buckets(
+    parameters: Sequence[nn.Parameter], elements: int, follow: Collection[nn.Parameter] = ()
+) -> list[list[nn.Parameter]]:
     """Cut `parameters` (in the model's order) into contiguous runs of at least `elements` elements, the last run first:
-    the order in which the backward pass computes gradients. The run with the first parameters may be shorter."""
+    the order in which the backward pass computes gradients. The run with the first parameters may be shorter. follow:
+    parameters that no cut separates from the one before them."""
     found, members, count = [], [], 0
     for parameter in reversed(parameters):
         members.insert(0, parameter)
         count += parameter.numel()
-        if count >= elements:
+        if count >= elements and parameter not in follow:
             found.append(members)
             members, count = [], 0
     return [*found, members] if members else found

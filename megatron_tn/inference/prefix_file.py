@@ -22,9 +22,11 @@ from megatron_tn.config import ConfigError, differences, to_mapping
 from megatron_tn.inference.prefix import Prefix, check_ids
 from megatron_tn.model.base import DecodingState, Model, has_fixed_state
 from megatron_tn.parallel.collectives import all_gather, all_reduce_
+from megatron_tn.parallel.fp8_weights import keeps_fp8
 
 FORMAT = "megatron_tn prefix 1"
 NO_DIFFERENCE = {"name": "", "init_std": 0.0}  # settings that do not change what a model computes
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 HEADS = -3  # the dimension of every state that is split over tensor parallelism: [.., H / tp, K, d]
 
 
@@ -43,7 +45,7 @@ def save_prefix(prefix: Prefix, model: Model, path: str | Path) -> None:
         "format": FORMAT,
         "model": fingerprint(model),
         "config": json.dumps(to_mapping(config)),
-        "dtype": str(next(model.parameters()).dtype),
+        "dtype": types(model),
         "length": str(prefix.length),
         "last": str(prefix.last),
     }
@@ -109,11 +111,17 @@ def _other_model(metadata: dict[str, str], model: Model) -> str:
     own, theirs = to_mapping(model.config), json.loads(metadata["config"])
     if changed := differences(theirs | NO_DIFFERENCE, own | NO_DIFFERENCE):
         return ", ".join(changed)
-    if (dtype := str(next(model.parameters()).dtype)) != metadata["dtype"]:
+    if (dtype := types(model)) != metadata["dtype"]:
         return f"weights in {metadata['dtype']}, not {dtype}"
     if (found := fingerprint(model)) != metadata["model"]:
         return f"weights with fingerprint {metadata['model']}, not {found}"
     return ""
+
+
+def types(model: Model) -> str:
+    """The type that the model computes in, and whether its weights are kept in another."""
+    computing = str(next(model.parameters()).dtype)
+    return f"{computing} and fp8" if keeps_fp8(model) else computing
 
 
 def fingerprint(model: Model) -> str:
@@ -124,9 +132,7 @@ def fingerprint(model: Model) -> str:
     """
     axis, sums = model.context.tp, []
     for parameter in model.parameters():
-        bits = (
-            parameter.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.itemsize])
-        )
+        bits = parameter.detach().contiguous().view(INTEGERS[parameter.itemsize])
         replica = parameter.shard_spec.replicated and axis.rank > 0
         sums.append(torch.zeros_like(bits.sum()) if replica else bits.sum())
     total = all_reduce_(torch.stack(sums), axis).tolist()

@@ -11,8 +11,10 @@ from kernels import decoding_check, self_check
 from megatron_tn.config import ModelConfig
 from megatron_tn.model.base import Model
 from megatron_tn.model.cosine_attention import MORE_COLUMNS
+from megatron_tn.parallel.fp8_weights import keeps_fp8
 
-_checked: set[tuple[str, int, torch.dtype, torch.device]] = set()  # of decoding: configuration, tp, type, device
+# Of decoding: configuration, tp, type, device, whether weights are in fp8.
+_checked: set[tuple[str, int, torch.dtype, torch.device, bool]] = set()
 
 
 def check_kernels(model: Model, device: torch.device, dtype: torch.dtype) -> None:
@@ -45,7 +47,8 @@ def check_kernels(model: Model, device: torch.device, dtype: torch.dtype) -> Non
 def check_decoding_kernels(model: Model) -> None:
     """`check_kernels` for the operators of decoding steps, once a process for each configuration."""
     config, tp, weight = model.config, model.context.tp.size, next(model.parameters())
-    key = (repr(config), tp, weight.dtype, weight.device)
+    float8 = keeps_fp8(model)
+    key = (repr(config), tp, weight.dtype, weight.device, float8)
     if not weight.is_cuda or key in _checked:
         return
     for of_attention in attentions(config):
@@ -60,6 +63,7 @@ def check_decoding_kernels(model: Model) -> None:
             act=of_attention.get("act", "silu"),
             glu_act=config.glu_act,
             linear="rope_base" not in of_attention,
+            float8=float8,
             fall_back=True,
         )
     _checked.add(key)

@@ -11,6 +11,7 @@ from megatron_tn.model.base import Model
 from megatron_tn.model.block import Block
 from megatron_tn.model.norm import SimpleRMSNorm
 from megatron_tn.model.sglu import SGLU
+from megatron_tn.parallel.linear import SplitLinear
 
 
 def serves(model: Model, rows: int) -> bool:
@@ -47,10 +48,16 @@ def token_logits(model: Model, tokens: Tensor, positions: Tensor, states: list[T
     decay = body.decay(x.device)
     for layer, block in enumerate(body.layers):
         mixer, glu = block.token_mixer, block.channel_mixer
-        qkvu = token_linear(x, mixer.qkvu_proj.weight, eps=eps)
+        qkvu = token_linear(x, **_weight(mixer.qkvu_proj), eps=eps)
         theta = None if mixer.lrpe is None else mixer.lrpe()
         y, squares = gla_step_(qkvu[None, None], states[layer], decay[layer], theta, mixer.act, mixer.gate, positions)
-        x = token_linear(y[0, 0], mixer.out_proj.weight, eps=eps, square_sum=squares[0], residual=x)
-        hidden = token_glu(x, glu.l1.weight, glu.l2.weight, eps=eps, act=glu.act)
-        x = token_linear(hidden, glu.l3.weight, residual=x)
+        x = token_linear(y[0, 0], **_weight(mixer.out_proj), eps=eps, square_sum=squares[0], residual=x)
+        scales = {"gate_scale": glu.l1.weight_scale, "value_scale": glu.l2.weight_scale}
+        hidden = token_glu(x, glu.l1.weight, glu.l2.weight, **scales, eps=eps, act=glu.act)
+        x = token_linear(hidden, **_weight(glu.l3), residual=x)
     return token_linear(x, model.lm_head.weight, eps=eps)[None, : model.lm_head.vocab_size]
+
+
+def _weight(layer: SplitLinear) -> dict[str, Tensor | None]:
+    """The arguments of `token_linear` that are the layer's."""
+    return {"weight": layer.weight, "weight_scale": layer.weight_scale}

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
+_alone: dist.ProcessGroup | None = None
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -27,6 +29,16 @@ class Axis:
     def name(self) -> str:
         """The group's name, "" without a group. Registered operators take it, as a group cannot be their argument."""
         return "" if self.group is None else self.group.group_name
+
+    def with_group(self) -> Axis:
+        """The same for a library that needs a group: of size 1, the group of this rank alone, one for all callers. Each
+        group has a thread of gloo's, which wakes a hundred times a second."""
+        global _alone
+        if self.group is not None:
+            return self
+        if _alone not in dist.distributed_c10d._world.pg_map:  # none yet, or of a world that was left
+            _alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        return Axis(_alone)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -13,8 +13,14 @@ from megatron_tn.precision.fp8 import OLDEST_CAPABILITY, Float8Weights, KeptWeig
 
 
 def float8_layers(blocks: Iterable[nn.Module], bound: float | None) -> list[SplitLinear]:
-    """Mark the linear layers of `blocks` for fp8 products, and return them. bound: of the elements that a block's norms
-    give to column-parallel layers; None: not known."""
+    """Mark the linear layers of `blocks` for fp8 products, and return them; and the modules that note the largest
+    element of an operand which they write.
+
+    bound: of the elements that a block's norms give to column-parallel layers; None: not known.
+    """
+    for module in (module for block in blocks for module in block.modules()):
+        if hasattr(module, "noting"):
+            module.noting = True
     layers = [module for block in blocks for module in block.modules() if isinstance(module, SplitLinear)]
     for layer in layers:
         first = layer.together[0] if layer.together else layer
@@ -25,12 +31,22 @@ def float8_layers(blocks: Iterable[nn.Module], bound: float | None) -> list[Spli
     return layers
 
 
-def kept_weights(layers: Iterable[SplitLinear], *, operands: bool) -> Callable[[], None]:
-    """Give the layers what `KeptWeights` keeps from step to step; returns what writes it, for after each change of the
-    weights."""
-    groups = list(dict.fromkeys(layer.together or (layer,) for layer in layers))
+def marked_layers(model: nn.Module) -> list[SplitLinear]:
+    """Those that `float8_layers` marked."""
+    return [module for module in model.modules() if isinstance(module, SplitLinear) and module.float8 is not None]
+
+
+def layer_groups(layers: Iterable[SplitLinear]) -> list[tuple[SplitLinear, ...]]:
+    """The layers, those with a common input together, in their order."""
+    return list(dict.fromkeys(layer.together or (layer,) for layer in layers))
+
+
+def kept_weights(groups: Sequence[tuple[SplitLinear, ...]], *, transposed: bool) -> Callable[[], None]:
+    """Give groups of layers the operands that `KeptWeights` keeps from step to step; returns what writes them, for
+    after each change of the weights."""
     shapes = [[layer.weight.shape for layer in group] for group in groups]
-    kept = KeptWeights([group[0].float8 for group in groups], shapes, groups[0][0].weight.device, operands=operands)
+    device = groups[0][0].weight.device
+    kept = KeptWeights([group[0].float8 for group in groups], shapes, device, transposed=transposed)
     return lambda: kept.quantize([[layer.weight.detach() for layer in group] for group in groups])
 
 

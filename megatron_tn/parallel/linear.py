@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from kernels import sglu
+from kernels.float8_linear.op import float8_linear
 from megatron_tn.parallel import float8_products
 from megatron_tn.parallel.context import Axis
-from megatron_tn.parallel.products import column_products, row_product
+from megatron_tn.parallel.products import column_products, row_product, summed_over_ranks
 from megatron_tn.parallel.sequence import TokenSlices
 from megatron_tn.parallel.sharding import ShardSpec, mark
 from megatron_tn.precision.fp8 import Float8Weights
@@ -24,16 +25,31 @@ from megatron_tn.precision.matmul import linear
 
 class SplitLinear(nn.Module):
     """float8: of the layers in `together`, where their products are to be in fp8 (float8_layers.py).
-    together: this layer and those that always get the same input, in their order; empty: this layer alone."""
+    together: this layer and those that always get the same input, in their order; empty: this layer alone.
+    weight_scale: fp32 [out] where the weight itself is kept in fp8 (fp8_weights.py), which needs passes without slices;
+    None elsewhere."""
 
     axis: Axis
     weight: nn.Parameter
+    weight_scale: nn.Parameter | None
     float8: Float8Weights | None = None
     together: tuple[SplitLinear, ...] = ()
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("weight_scale", None)
+
     def in_fp8(self) -> bool:
-        """Whether this pass forms the layer's products in fp8: only one with gradients does."""
-        return self.float8 is not None and torch.is_grad_enabled()
+        """Whether this pass forms the layer's products in fp8: only one with gradients does.
+
+        Raises:
+            RuntimeError: a pass without gradients, while the engine holds the weight in fp8 alone.
+        """
+        if self.float8 is None or torch.is_grad_enabled():
+            return self.float8 is not None
+        if self.float8.kept is not None and not self.weight.untyped_storage().size():
+            raise RuntimeError("a pass without gradients outside Engine.whole_weights: the weights are in fp8 alone")
+        return False
 
 
 class ColumnParallelLinear(SplitLinear):
@@ -70,6 +86,8 @@ def column_parallel(
     """
     axis, weights = layers[0].axis, [layer.weight for layer in layers]
     shape, rows = _tokens(x, slices)
+    if layers[0].weight_scale is not None:
+        return [float8_linear(x, layer.weight, layer.weight_scale) for layer in layers]
     if layers[0].in_fp8():
         outs = float8_products.columns(x.flatten(0, -2), weights, layers[0].float8, axis, rows)
     elif axis.size > 1:
@@ -120,12 +138,16 @@ class RowParallelLinear(SplitLinear):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """y. With `beside` [B, N], one number per token: (y, sum over ranks of `beside`, in its dtype); the reduction
         overlaps with the product."""
+        kept = self.weight_scale is not None
         if self.axis.size == 1 and not self.in_fp8():
-            (y,) = linear(x, [self.weight])
+            y = float8_linear(x, self.weight, self.weight_scale) if kept else linear(x, [self.weight])[0]
             return y if beside is None else (y, beside)
         shape, rows = (x.shape[:-1], 0) if slices is None else ((-1,), slices.rows)
         x, flat = x.flatten(0, -2), None if beside is None or self.axis.size == 1 else beside.flatten()
-        if self.in_fp8():
+        if kept:
+            y = x.new_empty(len(x), len(self.weight))
+            summed = summed_over_ranks(x, self._product_into, y, self.axis.name, rows, flat)
+        elif self.in_fp8():
             y, summed = float8_products.row(x, self.weight, self.float8, self.axis, rows, flat)
         else:
             y, summed = row_product(x, self.weight, self.axis.name, rows, flat)
@@ -133,3 +155,6 @@ class RowParallelLinear(SplitLinear):
         if beside is None:
             return y
         return y, beside if flat is None else summed.view(y.shape[:-1])
+
+    def _product_into(self, x: Tensor, out: Tensor) -> None:
+        out.copy_(float8_linear(x, self.weight, self.weight_scale))

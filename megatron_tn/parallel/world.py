@@ -53,9 +53,12 @@ def join_world(timeout_s: int) -> torch.device:
     """Initialise the default process group and return this process's device.
 
     torchrun and deepspeed set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Under plain srun these are set
-    from SLURM's variables. Without a launcher the world size is 1. Backends: NCCL for CUDA tensors, gloo for CPU.
+    from SLURM's variables. Without a launcher the world size is 1. Backends: NCCL for CUDA tensors, gloo for CPU, which
+    connects two ranks when they first send to each other, unless TORCH_GLOO_LAZY_INIT=0 is set: else each of n ranks
+    holds n - 1 sockets of every group.
     """
     _translate_slurm()
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     gc.collect()  # in a sweep, frees the last job's engine, which has reference cycles
     os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed requires the variable
     local_rank, *_ = (number(name, default=0) for name in ("LOCAL_RANK", "RANK", "MASTER_PORT"))

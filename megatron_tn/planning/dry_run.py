@@ -28,6 +28,7 @@ from megatron_tn.engine.build import build_engine
 from megatron_tn.model.registry import parameter_count
 from megatron_tn.parallel import float8_operators, products
 from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.parallel.world import leave_world
 from megatron_tn.planning.collectives import Call, Collective, CollectiveLog, bytes_of
 from megatron_tn.planning.microbatch import same_pass, step_model
 from megatron_tn.planning.stand_ins import stand_in_tensors
@@ -70,7 +71,7 @@ def run_as(config: TrainConfig, world_size: int, rank: int) -> tuple[list[Call],
             calls, problems = _recorded[key]
             return [*calls, *(_formulas(config, context) if context.data.size > 1 else ())], problems
     finally:
-        dist.destroy_process_group()
+        leave_world()
 
 
 _recorded: dict[tuple, tuple[list[Call], list[str]]] = {}

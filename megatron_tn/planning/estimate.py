@@ -1,7 +1,8 @@
 """Predicted peak GPU memory of a rank, by kind, computed without a GPU before a run starts.
 
 Activations of a microbatch are measured on fake tensors (microbatch.py, live.py). Parameters, gradients, optimizer
-state and engine buffers have formulas: `state_bytes`, `buffer_bytes`, `side_stream_bytes`, `update_bytes`.
+state and engine buffers have formulas: `state_bytes`, `buffer_bytes`, `side_stream_bytes`, `update_bytes`,
+`float8_moment_bytes`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 from megatron_tn.config import TrainConfig
 from megatron_tn.engine.deepspeed.settings import zero3_live_parameters
+from megatron_tn.engine.freed_weights import GATHERED_BYTES
 from megatron_tn.model.registry import parameter_count
 from megatron_tn.planning.microbatch import Microbatch, microbatch
 from megatron_tn.planning.muon import matrix_elements, most_work
@@ -62,7 +64,7 @@ def plan_memory(config: TrainConfig, world_size: int, work_of: Callable = microb
         "temporaries at the peak": peak - kept + CUBLAS,
         "engine buffers": buffer_bytes(config, world_size, peak)
         + side_stream_bytes(config)
-        + update_bytes(config, world_size, peak),
+        + max(update_bytes(config, world_size, peak), float8_moment_bytes(config, world_size, peak)),
     }
     allocated = sum(state.values()) + sum(work.values())
     work["allocator slack"] = int(SLACK * allocated)
@@ -74,7 +76,8 @@ def state_bytes(config: TrainConfig, world_size: int) -> dict[str, int]:
     """Bytes of parameters, gradients, fp32 masters and the optimizer's moments per rank, by kind: two fp32 values a
     parameter for AdamW, one for a parameter that Muon updates.
 
-    engine.products=fp8 keeps the blocks' matrices in fp8, too, where `keeps_fp8_operands`.
+    With engine.products=fp8 and where a rank keeps its weights whole, the blocks' matrices are parameters in fp8, of a
+    byte as rows and another one transposed; in the computing type they exist for moments (`float8_moment_bytes`).
 
     With P parameters, each kind has P / tp values, divided by dp x cp from a ZeRO stage on (arXiv 1910.02054, figure
     1): moments and masters from stage 1, gradients from 2, parameters from 3. FSDP2 divides like stage 3, and its
@@ -95,10 +98,13 @@ def state_bytes(config: TrainConfig, world_size: int) -> dict[str, int]:
     if config.optim.name == "muon":
         moments -= 4 * math.ceil(matrix_elements(config.model) / config.parallel.tp)
     separate_masters = engine.name != "fsdp2" and (engine.precision == "bf16" or stage > 0)
-    # Rows and transpose, a byte each.
-    fp8 = 2 * math.ceil(matrix_elements(config.model) / config.parallel.tp)
+    matrices = math.ceil(matrix_elements(config.model) / config.parallel.tp)
+    freed = width * matrices if engine.frees_weights else 0
+    fp8 = (
+        (2 if engine.keeps_fp8_transposes else 1) * matrices if engine.products == "fp8" and engine.keeps_weights else 0
+    )
     return {
-        "parameters": over_data(local * width, 3) + (fp8 if engine.keeps_fp8_operands else 0),
+        "parameters": over_data(local * width, 3) - freed + fp8,
         "gradients": over_data(local * gradient_width, 2),
         "masters": over_data(local * 4, 1) if separate_masters else 0,
         "moments": over_data(moments, 1),
@@ -147,6 +153,24 @@ def update_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
     elements = most_work(config, world_size).elements
     reused = 0 if engine.cuda_graph else activations
     return max(0, 4 * elements * (2 if engine.precision == "bf16" else 4) - reused)
+
+
+def float8_moment_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
+    """Bytes of the blocks' matrices in the computing type where they are kept in fp8 (engine/freed_weights.py): all of
+    them during an evaluation, else a bucket, or several that are gathered at once. They reuse the memory of the freed
+    activations, which a CUDA graph keeps."""
+    engine, tp = config.engine, config.parallel.tp
+    if not engine.frees_weights:
+        return 0
+    width = 2 if engine.precision == "bf16" else 4
+    size = width * math.ceil(matrix_elements(config.model) / tp)
+    if not config.evaluation.is_on:
+        bucket = 2 * config.model.glu_dim * config.model.embed_dim // tp  # the largest weights that are stacked
+        if engine.name == "deepspeed" and engine.zero_stage:
+            bucket += engine.reduce_bucket_elements
+            bucket = max(bucket, GATHERED_BYTES // width if world_size > tp else 0)
+        size = min(size, width * bucket)
+    return max(0, size - (0 if engine.cuda_graph else activations))
 
 
 def side_stream_bytes(config: TrainConfig) -> int:

@@ -21,7 +21,7 @@ from megatron_tn.engine.base import DTYPES
 from megatron_tn.model.base import Model
 from megatron_tn.model.registry import build_model, norm_bound
 from megatron_tn.parallel.context import ParallelContext
-from megatron_tn.parallel.float8_layers import float8_layers, kept_weights
+from megatron_tn.parallel.float8_layers import float8_layers, kept_weights, layer_groups
 from megatron_tn.parallel.recompute import recompute_blocks
 from megatron_tn.planning.collectives import bytes_of, collectives_of
 from megatron_tn.planning.live import BLOCK, LiveMemory
@@ -139,7 +139,7 @@ def step_model(config: TrainConfig, context: ParallelContext) -> Model:
     if config.engine.products == "fp8":
         layers = float8_layers(model.blocks, norm_bound(config.model))
         if config.engine.keeps_weights:
-            kept_weights(layers, operands=config.engine.keeps_fp8_operands)
+            kept_weights(layer_groups(layers), transposed=config.engine.keeps_fp8_transposes)
     recompute_blocks(model.blocks, config.engine.recompute, config.engine.recompute_every)
     return model
 

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from kernels.numerics import accumulation_dtype
 from kernels.quantize.many import ManyMatrices, stacked
-from kernels.quantize.op import MULTIPLE, largest, padded, quantize
+from kernels.quantize.noted import noted
+from kernels.quantize.op import MULTIPLE, largest, padded, quantize, transpose
 from megatron_tn.device.side_stream import on_side_stream
 from megatron_tn.precision.gradient_sum import GradientSum
 
@@ -44,11 +45,17 @@ class Float8(NamedTuple):
     shape: tuple[int, int]
 
 
+def largest_of(x: Tensor) -> Tensor:
+    """`kernels.quantize.op.largest` of x, as the kernel that wrote x noted it, or by a search."""
+    bits = noted(x)
+    return largest(x) if bits is None else bits
+
+
 def quantized(
     x: Tensor, dtype: torch.dtype, *, rows: bool = True, transposed: bool = True, bits: Tensor | None = None
 ) -> Float8:
     """x [T, C] in fp8. bits: the result of `kernels.quantize.op.largest` of x, of more than x, or a bound's."""
-    bits = largest(x) if bits is None else bits
+    bits = largest_of(x) if bits is None else bits
     return Float8(*quantize(x, bits, dtype, rows=rows, transposed=transposed), tuple(x.shape))
 
 
@@ -99,23 +106,23 @@ def weight_gradients(
 class Float8Weights:
     """The weights [out_i, in] of linear layers with a common input, stacked, as an fp8 operand.
 
-    kept, largest: the operand, or the largest element alone; set by `KeptWeights`, where weights stay on the device.
-    Microbatches share the operand. With the largest element `of` quantises in one pass; where weights are gathered for
-    a block and freed (ZeRO 3, FSDP2), it has neither and takes two.
+    kept: the operand, or its rows alone; set by `KeptWeights`, where weights stay on the device, and shared by
+    microbatches. Where weights are gathered for a block and freed (ZeRO 3, FSDP2), `of` quantises them.
     bound: of the input's elements, where one is known; None: the input's scale is of its largest element.
     """
 
     def __init__(self, bound: float | None = None) -> None:
         self.bound = bound
         self.kept: Float8 | None = None
-        self.largest: Tensor | None = None
         self._bits: Tensor | None = None
 
     def of(self, weights: Sequence[Tensor], *, rows: bool = False, transposed: bool = False) -> Float8:
         """The operand [sum of out_i, in], in the order that is wanted."""
-        if self.kept is not None:
-            return self.kept
-        return quantized(stacked(weights), OPERAND, rows=rows, transposed=transposed, bits=self.largest)
+        if self.kept is None:
+            return quantized(stacked(weights), OPERAND, rows=rows, transposed=transposed)
+        if transposed and not self.kept.transposed.numel():
+            return self.kept._replace(transposed=transpose(self.kept.rows))
+        return self.kept
 
     def bits_of_bound(self, x: Tensor) -> Tensor | None:
         """The bound as `kernels.quantize.op.largest` gives a largest element; None without a bound."""
@@ -125,9 +132,10 @@ class Float8Weights:
 
 
 class KeptWeights:
-    """What several `Float8Weights` keep from step to step, at addresses that do not change.
+    """The operands that several `Float8Weights` keep from step to step, at addresses that do not change.
 
-    shapes: of each one's weights. operands: whether the operands, two bytes an element, or the largest elements alone.
+    shapes: of each one's weights. transposed: whether operands are kept in both orders, two bytes an element, or as
+    rows alone, which each backward pass transposes.
     """
 
     def __init__(
@@ -136,13 +144,11 @@ class KeptWeights:
         shapes: Sequence[Sequence[torch.Size]],
         device: torch.device,
         *,
-        operands: bool = True,
+        transposed: bool = True,
     ):
-        self.matrices = ManyMatrices(shapes, OPERAND, device, operands=operands)
-        for index, (each, group) in enumerate(zip(held, shapes, strict=True)):
-            each.largest = self.matrices.bits[index]
-            if operands:
-                each.kept = Float8(*self.matrices.operands[index], (sum(shape[0] for shape in group), group[0][1]))
+        self.matrices = ManyMatrices(shapes, OPERAND, device, transposed=transposed)
+        for each, operand, group in zip(held, self.matrices.operands, shapes, strict=True):
+            each.kept = Float8(*operand, (sum(shape[0] for shape in group), group[0][1]))
 
     def quantize(self, weights: Sequence[Sequence[Tensor]]) -> None:
         """Call this after every change of the weights, once a step."""

@@ -38,7 +38,8 @@ class Start:
     """Where a run begins or resumes.
 
     checkpoint: None for initial values. weights: the folder of init_from that they are read from instead, for a run
-    that has no checkpoint yet. fingerprint: of the checkpoint's manifest; "" for initial values. by_hand: whether
+    that has no checkpoint yet. fingerprint: of the checkpoint's manifest; "" for initial values. weights_fingerprint:
+    the same of `weights`; "" where these are no checkpoint. by_hand: whether
     checkpoint.resume named a checkpoint, or none. later: newer checkpoints in run_dir, to be renamed. damage:
     checkpoint -> problems, for those of `later` that are damaged. ledger: notes since the checkpoint was saved; empty
     where checkpoint.resume named a checkpoint, or none. manifest: the checkpoint's, without pieces and files.
@@ -51,6 +52,7 @@ class Start:
     damage: dict[Path, list[str]] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
     weights: Path | None = field(default=None, compare=False)
+    weights_fingerprint: str = field(default="", compare=False)
     manifest: CheckpointManifest | None = field(default=None, compare=False)
 
     @classmethod
@@ -58,6 +60,11 @@ class Start:
         """Raises ConfigError: its manifest is absent or damaged."""
         manifest = CheckpointManifest.read(checkpoint).without_pieces()
         return cls(checkpoint, _fingerprint(checkpoint), manifest=manifest, **more)
+
+    def with_weights(self, folder: Path) -> Start:
+        """The same, from the weights in `folder`: a checkpoint, or in the released layout."""
+        ours = (folder / MANIFEST).is_file()
+        return replace(self, weights=folder, weights_fingerprint=_fingerprint(folder) if ours else "")
 
 
 def choose_start(config: TrainConfig, folder: RunFolder, *, requeued: bool) -> Start:
@@ -119,8 +126,9 @@ def agree_on(choose: Callable[[], Start]) -> Start:
     sent = first_for_all(choose)
     if unlike := _everywhere(_what_is_unlike(sent)):
         raise ConfigError(
-            f"checkpoint {sent.checkpoint}, which rank 0 chose, is not the same to all ranks: {unlike}; "
-            "their view of the file system is stale, or run_dir is not on a shared one: start again when all see it"
+            f"checkpoint {sent.checkpoint or sent.weights}, which rank 0 chose, is not the same to all ranks: "
+            f"{unlike}; their view of the file system is stale, or run_dir is not on a shared one: start again when "
+            "all see it"
         )
     return sent
 
@@ -178,11 +186,12 @@ def leave_later_behind(folder: RunFolder, start: Start, resume: int | str) -> No
 
 
 def _what_is_unlike(start: Start) -> str:
-    if start.checkpoint is None:
-        lost = start.weights is not None and not os.path.isdir(start.weights)
-        return f"{_name()} sees no init_from={start.weights}" if lost else ""
+    checkpoint, wanted = start.checkpoint or start.weights, start.fingerprint or start.weights_fingerprint
+    if not wanted:
+        lost = checkpoint is not None and not os.path.isdir(checkpoint)
+        return f"{_name()} sees no init_from={checkpoint}" if lost else ""
     try:
-        same = _fingerprint(start.checkpoint) == start.fingerprint
+        same = _fingerprint(checkpoint) == wanted
     except OSError as error:
         return f"{_name()} cannot read its {MANIFEST} ({error.strerror})"
     return "" if same else f"{_name()} sees another {MANIFEST} in it"

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from megatron_tn.checkpoint.load import load_checkpoint, load_weights
+from megatron_tn.checkpoint.load import load_checkpoint, load_checkpoint_weights, load_weights
 from megatron_tn.checkpoint.manifest import step_of
 from megatron_tn.config import ConfigError
 from megatron_tn.engine.base import Engine
@@ -91,7 +91,9 @@ def rewind(run: Run, engine: Engine, wanted: Rewind) -> None:
 def _load(run: Run, engine: Engine, start: Start) -> None:
     if start.checkpoint is None:
         torch.manual_seed(run.config.seed)
-        if run.start.weights is not None:
+        if run.start.weights_fingerprint:
+            load_checkpoint_weights(engine, run.start.weights)
+        elif run.start.weights is not None:
             with run.open_weights(run.start.weights) as weights:
                 load_weights(engine, weights)
         else:

@@ -12,11 +12,14 @@ from megatron_tn.config import ConfigError, DataConfig, EngineConfig, ParallelCo
 from megatron_tn.engine.base import Engine
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.parallel.context import ParallelContext
-from megatron_tn.parallel.float8_layers import check_device
+from megatron_tn.parallel.float8_layers import check_device, layer_groups, marked_layers
+from megatron_tn.precision import fp8 as float8
+from megatron_tn.precision.fp8 import OPERAND, quantized
 from megatron_tn.training.step import train_step
-from tests.engine.test_parity import ALL_PARTITIONED, FSDP2, LOCAL, ZERO, in_chunks
+from tests.engine.test_parity import ALL_PARTITIONED, FSDP2, LOCAL, ZERO
+from tests.helpers.gradients import step_gradients
 from tests.helpers.models import TINY, Rows, random_batch, reference_gradients, relative_errors, tiny_config
-from tests.helpers.ranks import layout, run_shared, this_device
+from tests.helpers.ranks import layout, run_shared
 
 SEED, LENGTH, BATCH = 7, 23, 4
 # Of a gradient, relative in norm. fp8 rounds x and W by up to 1/16, dy by up to 1/8, in every layer.
@@ -45,26 +48,30 @@ def gradients_of(
     tp: int, sequence_parallel: bool, cases: list[tuple[EngineConfig, int]], chunk_tokens: int | None = None
 ) -> list[Gradients]:
     context = layout(tp, 1, sequence_parallel)
-    tokens, targets = random_batch(BATCH, LENGTH)
-    share = BATCH // context.dp.size
-    mine = slice(context.dp.rank * share, (context.dp.rank + 1) * share)
     found = []
     for engine_config, microbatches in cases:
-        micro = share // microbatches
+        micro = BATCH // context.dp.size // microbatches
         config = tiny_config(
             engine=engine_config,
             parallel=ParallelConfig(tp=tp, sequence_parallel=sequence_parallel),
             data=DataConfig(sequence_length=LENGTH, global_batch=BATCH, micro_batch=micro),
         )
-        engine = build_engine(config, context, this_device())
-        initialize_engine(engine, SEED)
-        scale = 1 / (targets != -100).sum()
-        with in_chunks(chunk_tokens):
-            for index, rows in enumerate(zip(tokens[mine].split(micro), targets[mine].split(micro), strict=True)):
-                engine.forward_backward(*rows, None, scale=scale, last=index == microbatches - 1)
-        found.append({name: gradient.clone() for name, gradient in engine.named_logical_gradients().items()})
+        engine, gradients = step_gradients(config, context, SEED, chunk_tokens)
+        found.append(gradients)
         engine.step(1e-3)
+        if engine_config.keeps_weights:
+            assert_operands_are_of_the_weights(engine)
     return found
+
+
+def assert_operands_are_of_the_weights(engine: Engine) -> None:
+    """Bit for bit, of those that the masters of all ranks make."""
+    with engine.whole_weights():
+        for group in layer_groups(marked_layers(engine.model)):
+            weight = torch.cat([layer.weight.detach() for layer in group])
+            for kept, wanted in zip(group[0].float8.kept, quantized(weight, OPERAND), strict=True):
+                if not isinstance(kept, torch.Tensor) or kept.numel():  # the transpose is not always kept
+                    assert torch.equal(*(torch.as_tensor(each).view(torch.uint8) for each in (kept, wanted)))
 
 
 def test_gradients_of_every_layout():
@@ -105,6 +112,14 @@ def steps(engine: Engine, count: int, first: int = 0) -> list[float]:
     return losses
 
 
+def test_operands_are_not_searched():
+    """Kernels that write them note the largest elements; what the final norm's gradient brings is searched."""
+    engine = built(fp8(LOCAL, precision="bf16"))
+    with mock.patch.object(float8, "largest", side_effect=float8.largest) as search:
+        steps(engine, 1)
+    assert search.call_count == 1
+
+
 def test_a_run_ends_within_a_bound_of_fp32s_loss():
     wanted, found = (steps(built(engine), 40)[-1] for engine in (LOCAL, fp8(LOCAL)))
     assert wanted < 0.5
@@ -117,6 +132,28 @@ def test_evaluation_is_in_the_computing_type():
         wanted, found = (built(engine).model.loss(tokens, targets) for engine in (LOCAL, fp8(LOCAL)))
     assert torch.equal(found, wanted)
     assert not torch.equal(built(fp8(LOCAL)).model.loss(tokens, targets), wanted)
+
+
+def blocks_storage(engine: Engine) -> int:
+    """Bytes that the blocks' matrices have in the computing type."""
+    storages = [layer.weight.untyped_storage() for layer in marked_layers(engine.model)]
+    return sum({storage._cdata: storage.size() for storage in storages}.values())
+
+
+@pytest.mark.parametrize("changes", [{}, {"recompute": "full"}], ids=str)
+def test_weights_are_kept_in_fp8_alone(changes):
+    """bf16 weights exist within `whole_weights`, where evaluation is bf16's; steps before and after are the same."""
+    local = dataclasses.replace(LOCAL, precision="bf16")
+    engine, undisturbed = (built(fp8(local, **changes)) for _ in range(2))
+    tokens, targets = random_batch(2, LENGTH)
+    assert blocks_storage(engine) == 0
+    with engine.whole_weights(), torch.no_grad():
+        assert torch.equal(engine.model.loss(tokens, targets), built(local).model.loss(tokens, targets))
+        assert blocks_storage(engine) > 0
+    assert blocks_storage(engine) == 0
+    assert steps(engine, 2) == steps(undisturbed, 2)
+    with pytest.raises(RuntimeError, match="outside Engine"), torch.no_grad():
+        engine.model.loss(tokens, targets)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

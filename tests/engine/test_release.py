@@ -6,6 +6,7 @@ import gc
 import os
 
 import torch
+import torch.distributed as dist
 
 from megatron_tn.config import EngineConfig
 from megatron_tn.parallel.world import join_world, leave_world
@@ -22,7 +23,9 @@ def left_after_each() -> dict[str, int]:
     for engine in ENGINES:
         gc.collect()
         before = _bytes_alive()
-        train(1, engine, steps=2)
+        for _ in range(2):
+            train(1, engine, steps=1)
+        assert len(dist.distributed_c10d._world.pg_map) <= 2  # the world, and this rank alone: none for each engine
         leave_world()
         os.environ.pop("RANK", None)
         join_world(60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import math
 
@@ -16,7 +17,7 @@ from megatron_tn.evaluation.baselines import compressor_bits_per_byte, unigram_b
 from megatron_tn.evaluation.perplexity import Documents, document_nats, evaluate_documents
 from megatron_tn.evaluation.scores import row_scores
 from megatron_tn.evaluation.token_bytes import token_bytes
-from megatron_tn.held_out import held_out_documents
+from megatron_tn.held_out import held_out_documents, laid_end_to_end
 from tests.data_pipeline.shard_factory import make_shards
 from tests.helpers.models import HYBRID, TINY, TRANSFORMER, TRANSNORMER_2022, reference_model
 from tests.helpers.shards import make_text_shards
@@ -110,6 +111,31 @@ def test_a_cut_document_has_the_bytes_of_its_tokens(tmp_path):
     whole, cut = held_out_documents(manifest, 0), held_out_documents(manifest, 0, 5)
     assert [ids.tolist() for ids in cut.tokens] == [ids[:5].tolist() for ids in whole.tokens]
     assert cut.text_bytes == [whole.token_bytes[ids[:5]].sum() for ids in whole.tokens] < whole.text_bytes
+
+
+def test_documents_laid_end_to_end(tmp_path):
+    """Every token once, in an order that stays; what a position sees is what a model that reads on carries there."""
+    make_text_shards(tmp_path)
+    documents = held_out_documents(str(tmp_path / "manifest.json"), 6)
+    length = sum(map(len, documents.tokens)) // 3
+    found = laid_end_to_end(documents, length)
+    assert [len(ids) for ids in found.tokens] == [length] * 3
+    laid, given = np.concatenate(found.tokens), np.concatenate(documents.tokens)
+    assert (
+        np.abs(np.bincount(laid, minlength=512) - np.bincount(given, minlength=512)).sum() == len(given) - len(laid) < 3
+    )
+    assert laid[: len(given)].tolist() != given[: len(laid)].tolist()
+    again = laid_end_to_end(documents, length)
+    assert all(np.array_equal(a, b) for a, b in zip(again.tokens, found.tokens, strict=True))
+    model = reference_model(dataclasses.replace(TINY, vocab_size=512), seed=1)
+    sums = evaluate_documents(model, found, window=16)
+    assert (sums.tokens, sums.text_bytes) == (3 * length - 3, sum(found.text_bytes))
+    with torch.no_grad():
+        whole = model.loss(*(torch.from_numpy(found.tokens[1])[None, part] for part in (slice(-1), slice(1, None))))
+    nats = document_nats(model, found.tokens[1:2], window=16)
+    assert abs(nats[0] / (length - 1) - whole.item()) < 1e-6
+    with pytest.raises(ConfigError, match=r"sequence_tokens=9999999 is more than the \d+ tokens"):
+        laid_end_to_end(documents, 9999999)
 
 
 def test_scoring_leaves_random_state_and_gradients_alone(documents):

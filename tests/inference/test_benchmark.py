@@ -14,4 +14,7 @@ def test_a_row_for_each_batch_and_position(tmp_path, monkeypatch, capsys):
     found = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(row["batch"], row["position"]) for row in found] == [(1, 0), (2, 0), (1, 1000), (2, 1000)]
     assert all(row["name"] == "decoding" and row["value"] > 0 for row in found)
-    assert "demo, batch 2, after 1000 tokens:" in capsys.readouterr().out
+    decode.main(["--model", "demo", "--tokens", "2", "--fp8-weights"])
+    said = capsys.readouterr().out
+    assert "demo, batch 2, after 1000 tokens:" in said
+    assert "demo, fp8 weights, batch 1, after 0 tokens:" in said

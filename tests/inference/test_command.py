@@ -98,6 +98,8 @@ def test_a_state_is_continued_as_its_text_is(checkpoint, prompts, tmp_path, caps
     (other / "tokenizer.json").write_bytes((checkpoint / "tokenizer.json").read_bytes())
     assert call(generate, *words(other, f"state={state}")) == 2
     assert f"state={state} was computed by another model: layers: 2 -> 3" in capsys.readouterr().err
+    assert call(generate, *words(checkpoint, f"state={state}", "fp8_weights=true")) == 2
+    assert "another model: weights in torch.float32, not torch.float32 and fp8" in capsys.readouterr().err
 
 
 def on_a_rank(lines: tuple[str, ...]) -> None:

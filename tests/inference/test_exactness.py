@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from megatron_tn import load_pretrained
-from megatron_tn.inference import Generator, Prefix, Request, Sampler, Session, generate
-from megatron_tn.inference.prefix_file import load_prefix, save_prefix
+from megatron_tn.inference import Generator, Prefix, Request, Sampler, Session, generate, keep_in_fp8
+from megatron_tn.inference.prefix_file import fingerprint, load_prefix, save_prefix
 from megatron_tn.model.base import Model
 from megatron_tn.released.write import save_pretrained
 from tests.helpers.decoding import plain, prompts, recorded_logits, trained_model
@@ -101,15 +101,18 @@ def test_forked_saved_and_fed(model, wanted, tmp_path):
 
 
 def on_ranks(folder: Path, path: Path) -> tuple:
-    """Greedy and sampled continuations, the ways of a prefix, and one of another layout."""
+    """Greedy and sampled continuations, the ways of a prefix, one of another layout, and one with fp8 weights."""
     model = load_pretrained(folder, layout(tp=2))
     given = {"max_new_tokens": COUNT, "rows": 4, "chunk": 5}
     other = Session.load(model, path)
+    kept = load_pretrained(folder, layout(tp=2))
+    keep_in_fp8(kept)
     return (
         generate(model, prompts(), sampler=GREEDY, **given),
         generate(model, prompts(), sampler=Sampler(1.0, top_k=20, top_p=0.9), seed=3, **given),
         ways_of_a_prefix(model, f"{path}.tp2"),
         list(other.ask(max_new_tokens=COUNT, sampler=GREEDY)),
+        (generate(kept, prompts(), sampler=GREEDY, **given), fingerprint(kept)),
     )
 
 
@@ -118,7 +121,10 @@ def test_tensor_parallel_ranks_say_the_same_as_one(model, wanted, folder, tmp_pa
     save_prefix(Prefix.of(model, prompts()[3]), model, path)
     sampled = generate(model, prompts(), sampler=Sampler(1.0, top_k=20, top_p=0.9), max_new_tokens=COUNT, seed=3)
     ways = dict.fromkeys(("forked", "loaded", "session"), wanted)
-    assert run_shared(2, on_ranks, folder, path) == [(wanted, sampled, ways, wanted[3])] * 2
+    kept = load_pretrained(folder)
+    keep_in_fp8(kept)
+    in_fp8 = generate(kept, prompts(), sampler=GREEDY, max_new_tokens=COUNT), fingerprint(kept)
+    assert run_shared(2, on_ranks, folder, path) == [(wanted, sampled, ways, wanted[3], in_fp8)] * 2
     last = Session.load(model, f"{path}.tp2")  # of the last prompt's beginning, written by two ranks
     last.feed(prompts()[-1][last.length :])
     assert list(last.ask(max_new_tokens=COUNT, sampler=GREEDY)) == wanted[-1]

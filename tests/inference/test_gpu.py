@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_tn.inference import Generator, Prefix, Request, Sampler, generate
+from megatron_tn.inference import Generator, Prefix, Request, Sampler, generate, keep_in_fp8
 from megatron_tn.inference.decoder import Decoder
 from megatron_tn.model.base import Model
 from megatron_tn.model.init import initialize
@@ -51,9 +51,12 @@ def decoded(model: Model, rows: int = 3) -> list[list[int]]:
     return found
 
 
-def test_a_graph_gives_what_kernels_one_by_one_give(monkeypatch):
+@pytest.mark.parametrize("fp8_weights", [False, True], ids=["bf16", "fp8 weights"])
+def test_a_graph_gives_what_kernels_one_by_one_give(monkeypatch, fp8_weights):
     """Bit for bit, since they are the same kernels; with refilled rows, plans that change, and looks 8 tokens apart."""
     model = model_on("cuda")
+    if fp8_weights:
+        keep_in_fp8(model)
     captured = decoded(model)
     assert sum(map(len, captured)) > 60
     monkeypatch.setattr(Decoder, "_run_one", Decoder._step)

@@ -10,6 +10,7 @@ from megatron_tn.inference.states import BufferedRowStates, RowStates
 from megatron_tn.inference.token import token_logits
 from megatron_tn.model import decoding
 from megatron_tn.model.base import DecodingState
+from megatron_tn.parallel.fp8_weights import keep_in_fp8
 from tests.helpers.models import TINY, reference_model
 from tests.kernels.support import relative_error
 
@@ -20,8 +21,10 @@ VARIANTS = {
 }
 
 
-def compare(model, device: str, dtype: torch.dtype, bound: float) -> None:
+def compare(model, device: str, dtype: torch.dtype, bound: float, *, fp8_weights: bool = False) -> None:
     model = model.to(device, dtype)
+    if fp8_weights:
+        keep_in_fp8(model)
     generator = torch.Generator().manual_seed(0)
     fused = model.model.initial_state(1)
     plain = model.model.initial_state(1)
@@ -42,6 +45,7 @@ def test_it_computes_the_models_function(changes):
     assert decoding.serves(model, 1)
     assert not decoding.serves(model, 2)
     compare(model, "cpu", torch.float64, 1e-10)
+    compare(model, "cpu", torch.float64, 1e-10, fp8_weights=True)
 
 
 @pytest.mark.gpu
@@ -49,6 +53,7 @@ def test_it_computes_the_models_function(changes):
 def test_it_computes_the_models_function_on_the_gpu(changes):
     model = reference_model(type(TINY)(**{**vars(TINY), **changes}), seed=1)
     compare(model, "cuda", torch.float32, 1e-5)
+    compare(model, "cuda", torch.float32, 1e-5, fp8_weights=True)
 
 
 @pytest.mark.gpu

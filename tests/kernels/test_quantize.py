@@ -78,9 +78,12 @@ def check_many(device, heights):
         assert (many.plan is None) == (
             (device == "cpu" and dispatch.requested_backend() != "triton") or heights[0] % 16 > 0
         )
-        alone = ManyMatrices(shapes, torch.float8_e4m3fn, torch.device(device), operands=False)
-        alone.quantize_(groups)
-        assert torch.equal(alone.bits.amax(1), many.bits.amax(1))
+        rows = ManyMatrices(shapes, torch.float8_e4m3fn, torch.device(device), transposed=False)
+        rows.quantize_(groups)
+        for (one, none, scale), (other, _, wanted) in zip(rows.operands, many.operands, strict=True):
+            assert torch.equal(bits(one), bits(other))
+            assert torch.equal(scale, wanted)
+            assert not none.numel()
         for group, operand in zip(groups, many.operands, strict=True):
             whole = torch.cat(group)
             assert torch.equal(stacked(group), whole)

@@ -35,7 +35,7 @@ def operators():
         "add_scaled_srmsnorm_forward": (ops.add_scaled_srmsnorm_forward, (x, y, s, 1e-6)),
         "add_scaled_srmsnorm_backward": (
             ops.add_scaled_srmsnorm_backward,
-            (*(a.detach() for a in (y, y, x, y, s)), 1e-6),
+            (*(a.detach() for a in (y, y, x, y, s)), 1e-6, torch.zeros(4, dtype=torch.int32)),
         ),
         "rmsnorm_forward": (ops.rmsnorm_forward, (x, leaf(8), 1e-6)),
         "add_rmsnorm_forward": (ops.add_rmsnorm_forward, (x, y, leaf(8), 1e-6)),
@@ -46,8 +46,10 @@ def operators():
         "sglu_backward": (ops.sglu_backward, (*(a.detach() for a in (y, x, y)), "none")),
         "sglu_pair_forward": (ops.sglu_pair_forward, (x.detach()[0], "silu")),
         "sglu_pair_backward": (ops.sglu_pair_backward, (y.detach()[0, :, :4], x.detach()[0], "silu")),
-        "token_linear": (ops.token_linear, (x.detach()[0, 0], y.detach()[0], 1e-6, s.detach()[0], None)),
-        "token_glu": (ops.token_glu, (x.detach()[0, 0], y.detach()[0], y.detach()[1], 1e-6, "silu")),
+        "token_linear": (ops.token_linear, (x.detach()[0, 0], y.detach()[0], None, 1e-6, s.detach()[0], None)),
+        "token_glu": (ops.token_glu, (x.detach()[0, 0], *y.detach(), None, None, 1e-6, "silu")),
+        # Bytes in the place of fp8: opcheck multiplies inputs, which a CPU cannot in fp8.
+        "float8_linear": (ops.float8_linear, (x.detach()[0], torch.ones(3, 8, dtype=torch.uint8), torch.ones(3))),
         "sample_tokens": (
             ops.sample_tokens,
             (
@@ -107,7 +109,7 @@ def gla_operators(decay, bounds):
 
     return {
         "gla_features": (ops.gla_features, plain(qkvu, theta, "silu", positions, 2)),
-        "gla_forward": (ops.gla_forward, (qkvu, None, decay, None, "silu", True, None, None, None, False)),
+        "gla_forward": (ops.gla_forward, (qkvu, None, decay, None, "silu", True, None, None, None, False, True)),
         "gla_forward+lrpe": (
             ops.gla_forward,
             (qkvu, None, decay, theta, "silu", False, positions, state, bounds, True),

@@ -190,19 +190,21 @@ def check_decoding(device: str, dtype=torch.float32, key_width: int = 48, **chan
 def test_decoding_in_plain_pytorch_passes(dtype):
     operators = ["gla_step_", "gla_step_buffered_", "token_linear", "token_glu", "sample_tokens"]
     assert list(check_decoding("cpu", dtype)) == operators
-    assert list(check_decoding("cpu", dtype, linear=False)) == operators[2:]
+    operators[4:4] = ["float8_linear", "token_glu of fp8 weights"]
+    assert list(check_decoding("cpu", dtype, linear=False, float8=True)) == operators[2:]
 
 
 @pytest.mark.parametrize("key_width", [24, 48], ids=["plain", "lrpe"])
 def test_the_kernels_of_decoding_pass(triton_device, monkeypatch, key_width):
     if triton_device == "cpu":
         monkeypatch.setattr(inspect.getmodule(decoding_check), "DRAWS", 6)
-    check_decoding(triton_device, key_width=key_width, glu_act="silu")
+    check_decoding(triton_device, key_width=key_width, glu_act="silu", float8=key_width == 48)
 
 
 @pytest.mark.gpu
 def test_the_kernels_of_decoding_pass_in_bf16_on_the_gpu(cuda):
-    check_decoding(cuda, torch.bfloat16, heads=16, key_width=256, value_width=128, glu_width=5504, embed_width=2048)
+    sizes = {"heads": 16, "key_width": 256, "value_width": 128, "glu_width": 5504, "embed_width": 2048}
+    check_decoding(cuda, torch.bfloat16, **sizes, float8=True)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +214,7 @@ def test_the_kernels_of_decoding_pass_in_bf16_on_the_gpu(cuda):
         ("kernels.gla.triton_buffered", "step", "gla_step_buffered_"),
         ("kernels.token.triton_token", "linear", "token_linear"),
         ("kernels.token.triton_token", "glu", "token_glu"),
+        ("kernels.float8_linear.triton_float8", "linear", "float8_linear"),
         ("kernels.sampling.triton_sampling", "sample", "sample_tokens"),
     ],
 )
@@ -229,7 +232,7 @@ def test_a_broken_kernel_of_decoding_is_named(triton_device, monkeypatch, module
     else:
         break_output(monkeypatch, module, function, off_by_a_hundredth)
     with pytest.raises(KernelMismatchError, match=f"^{operator} at "):
-        check_decoding(triton_device)
+        check_decoding(triton_device, float8=True)
 
 
 def test_the_random_state_is_left_alone():

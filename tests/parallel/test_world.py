@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -48,11 +50,25 @@ def join_three_times(port: int) -> None:
         if os.environ["RANK"] == late:
             time.sleep(0.5)
         join_world(60)
+        joined = connections()
+        group = dist.new_group([0, 1])
+        assert late or connections() == joined  # ranks that have not sent to each other are not connected
         total = torch.ones(())
         dist.all_reduce(total)
         assert total == 2
-        dist.barrier(dist.new_group([0, 1]))
-        leave_world()
+        assert late or connections() == joined + 1
+        dist.barrier(group)
+        leave_world()  # connections of this world may end within the next
+
+
+def connections() -> int:
+    """Of this process to others."""
+    found = 0
+    for link in Path("/proc/self/fd").iterdir():
+        if link.is_socket():
+            with socket.socket(fileno=os.dup(int(link.name))) as one, contextlib.suppress(OSError):
+                found += bool(one.getpeername())
+    return found
 
 
 def test_a_process_joins_again_under_torchrun():

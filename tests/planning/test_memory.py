@@ -23,7 +23,7 @@ from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.model.init import initialize
 from megatron_tn.model.registry import build_model, norm_bound
 from megatron_tn.parallel.context import ParallelContext
-from megatron_tn.parallel.float8_layers import float8_layers, kept_weights
+from megatron_tn.parallel.float8_layers import float8_layers, kept_weights, layer_groups
 from megatron_tn.parallel.recompute import recompute_blocks
 from megatron_tn.plan import main
 from megatron_tn.planning import microbatch as passes
@@ -158,8 +158,8 @@ def measured(config: TrainConfig) -> tuple[int, int, int | None]:
     operands = []
     if config.engine.products == "fp8":
         layers = float8_layers(model.blocks, norm_bound(config.model))
-        kept_weights(layers, operands=config.engine.keeps_fp8_operands)
-        operands = [layer.float8.kept.rows for layer in layers if layer.float8.kept]
+        kept_weights(layer_groups(layers), transposed=config.engine.keeps_fp8_transposes)
+        operands = [layer.float8.kept.rows for layer in layers]
     recompute_blocks(model.model.layers, config.engine.recompute, config.engine.recompute_every)
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))

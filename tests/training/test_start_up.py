@@ -20,17 +20,18 @@ from tests.helpers.ranks import run_shared
 from tests.helpers.training import fork_ranks
 
 
-def test_files_and_groups_of_a_rank_do_not_grow_with_the_world(tmp_path):
+@pytest.mark.parametrize("first", [False, True], ids=["a resume", "init_from, with Muon"])
+def test_a_start_of_a_rank_does_not_grow_with_the_world(tmp_path, first):
     opens, found = Opens(), {}
     for ranks in (16, 512):
-        for each in simulate(tmp_path, ranks, opens):
-            found.setdefault(ranks, []).append(each)
+        found[ranks] = simulate(tmp_path, ranks, opens, first=first)
     for few, many in zip(*found.values(), strict=True):
         assert (many.shared, many.software, many.groups) == (few.shared, few.software, few.groups), (few, many)
     for _, *others in found.values():
         for each in others:
             assert each.manifests == 2  # its end, to see that it is rank 0's; and the lock against its removal
             assert each.read < 1e6
+            assert each.told < 1e5
             assert each.groups <= 4
 
 

@@ -75,8 +75,8 @@ class ModelParallelUnit:
     """
 
     def __init__(self, context: ParallelContext):
-        self._tensor = _with_group(context.tp, context.rank)
-        self._data = _with_group(context.data, context.rank)
+        # DeepSpeed reads group=None as the whole world.
+        self._tensor, self._data = context.tp.with_group(), context.data.with_group()
 
     def get_model_parallel_rank(self) -> int:
         return self._tensor.rank
@@ -102,13 +102,6 @@ class ModelParallelUnit:
     get_sequence_data_parallel_rank = get_data_parallel_rank
     get_sequence_data_parallel_world_size = get_data_parallel_world_size
     get_sequence_data_parallel_group = get_data_parallel_group
-
-
-def _with_group(axis: Axis, rank: int) -> Axis:
-    """`axis` with a process group. DeepSpeed reads group=None as the whole world, so size 1 gets a one-rank group."""
-    if axis.group is not None:
-        return axis
-    return Axis(dist.new_group([rank], use_local_synchronization=True), 0, 1)
 
 
 def refusal(settings: Mapping[str, Any]) -> str | None:
@@ -224,6 +217,7 @@ class Stage0Shards:
     `parameter.grad`, all-reduced by DeepSpeed. In fp32 a parameter is its own master."""
 
     sharded_over = Axis()
+    whole = ()
 
     def __init__(self, wrapped: Wrapped):
         self.parameters = list(wrapped.names)

@@ -8,7 +8,7 @@ gradients; otherwise DeepSpeed's `engine.backward` does. adapter.py describes De
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_tn.config import TrainConfig
 from megatron_tn.device.streams import on_stream
@@ -30,6 +30,7 @@ from megatron_tn.model.registry import build_model
 from megatron_tn.optim.build import build_optimizer
 from megatron_tn.optim.groups import parameter_groups
 from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.parallel.float8_layers import layer_groups, marked_layers
 from megatron_tn.parallel.world import release_on_leaving
 
 
@@ -38,6 +39,12 @@ def partitioned_model(config: TrainConfig, context: ParallelContext, device: tor
     model = build_model(config.model, context, "meta", DTYPES[config.engine.precision])
     partition_parameters(model, deepspeed_settings(config, context.dp.size), context, device)
     return model
+
+
+def _apart(parameters: list[nn.Parameter], chosen: set[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The parameters that are not chosen, and those that are; neither list is empty."""
+    parts = [[p for p in parameters if (p in chosen) == wanted] for wanted in (False, True)]
+    return [part for part in parts if part]
 
 
 class DeepSpeedEngine(UpdatingEngine):
@@ -52,14 +59,21 @@ class DeepSpeedEngine(UpdatingEngine):
         # Dimensions of the logical parameter, not of `p`: ZeRO 3 has already flattened `p`.
         named = [(name, p, len(p.shard_spec.shape)) for name, p in model.named_parameters()]
         groups = parameter_groups(named, config.optim)
-        if config.engine.sums_own_gradients:
-            # DeepSpeed makes one flat tensor per optimizer group; each serves as a bucket of `GradientAccumulator`.
-            elements = config.engine.reduce_bucket_elements
-            groups = [
-                group | {"params": members}
-                for group in groups
-                for members in split_into_buckets(group["params"], elements)
-            ]
+        # DeepSpeed makes one flat tensor per optimizer group. Each serves as a bucket of `GradientAccumulator`; weights
+        # that are kept in fp8 have their own, made and freed one by one (engine/freed_weights.py).
+        float8 = layer_groups(marked_layers(model)) if self.stage in (1, 2) else []
+        weights = {layer.weight for members in float8 for layer in members}
+        follow = {layer.weight for members in float8 for layer in members[1:]}
+        groups = [
+            group | {"params": members}
+            for group in groups
+            for part in _apart(group["params"], weights)
+            for members in (
+                split_into_buckets(part, config.engine.reduce_bucket_elements, follow)
+                if config.engine.sums_own_gradients or part[0] in weights
+                else [part]
+            )
+        ]
         optimizer = build_optimizer(groups, config.optim, DTYPES[config.engine.precision])
         device = next(model.parameters()).device
         stream = capture_stream(device) if config.engine.cuda_graph else None

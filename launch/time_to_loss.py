@@ -1,0 +1,131 @@
+"""The table "time to the same loss" of docs/results.md: how soon each optimizer and arithmetic has today's final loss.
+
+Rows are those of plans results_time*: trained runs, and their training loops measured alone on the GPU. The loss is the
+held-out bits per byte of a run's evaluations, which all read the same text; between two of them it is interpolated.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from launch.render_table import Row, commit, machine
+
+PLAN = "results_time"  # first letters of the plans' names
+LABELS = {"": "AdamW, bf16", "muon": "Muon, bf16", "fp8": "AdamW, fp8", "muon,fp8": "Muon, fp8"}
+VARIANTS = {"muon": ", Muon", "fp8": ", fp8 products"}  # word of a trained run -> text in the layout of a measured one
+COLUMNS = (
+    *("model", "optimizer, products", "peak rate", "seeds", "tokens", "bits/byte", "ms a step"),
+    *("AdamW's final loss after", "seconds", "ratio", "GPU", "commit"),
+)
+STEP = ("model", "sequence_length", "global_batch")
+
+Curve = list[tuple[float, float]]  # (tokens, bits per byte), in order
+
+
+def variant_of(row: Row) -> str:
+    """A key of LABELS. row: of a trained run, or of a measured one."""
+    return ",".join(word for word, text in VARIANTS.items() if word in _words(row) or text in row.get("layout", ""))
+
+
+def _words(row: Row) -> list[str]:
+    """What sets a trained run apart (launch.results.Run.variant): words of VARIANTS, a number of steps, or others."""
+    return list(filter(None, row.get("variant", "").split(",")))
+
+
+def first_reached(curve: Curve, target: float) -> float | None:
+    """Tokens after which a curve is first at `target` or below; None where it never is."""
+    if curve and curve[0][1] <= target:
+        return curve[0][0]
+    for (before, high), (after, low) in itertools.pairwise(curve):
+        if low <= target:
+            return before + (after - before) * (high - target) / (high - low)
+    return None
+
+
+@dataclass(frozen=True)
+class Line:
+    """The runs of a model and a variant at one peak rate and over equally many tokens, which differ in their seed."""
+
+    rows: list[Row]
+    rate: str
+    step_ms: float | None  # of a step of the training loop, median of the measurements
+
+    @property
+    def curve(self) -> Curve:
+        """Mean over the seeds, at the places that all have."""
+        points = [dict(pair.split(":") for pair in row["curve"].split()) for row in self.rows]
+        at = [place for place in points[0] if all(place in each for each in points)]
+        return [(1e6 * float(place), statistics.fmean(float(each[place]) for each in points)) for place in at]
+
+    def seconds(self, tokens: float | None) -> float | None:
+        """Of the steps that read so many tokens, without evaluations."""
+        if tokens is None or self.step_ms is None:
+            return None
+        return tokens / (self.rows[0]["sequence_length"] * self.rows[0]["global_batch"]) * self.step_ms / 1000
+
+    def cells(self, target: float, todays_seconds: float | None) -> list[str]:
+        row, values = self.rows[0], [row["value"] for row in self.rows]
+        spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+        reached = first_reached(self.curve, target)
+        seconds = self.seconds(reached)
+        ratio = f"{seconds / todays_seconds:.2f}" if seconds and todays_seconds else ""
+        return [
+            *(row["model"], LABELS[variant_of(row)], self.rate, str(len(values)), f"{row['tokens'] / 1e6:.1f} M"),
+            f"{statistics.fmean(values):.4f}{spread}",
+            "" if self.step_ms is None else f"{self.step_ms:.1f}",
+            "not reached" if reached is None else f"{reached / 1e6:.1f} M",
+            "" if seconds is None else f"{seconds:.1f}",
+            *(ratio, machine(self.rows), commit(self.rows)),
+        ]
+
+
+class TimeToLoss:
+    """For each model, a line a variant (and number of tokens, where runs of several are there) at its best peak rate.
+    AdamW's final loss: that of the last evaluation in bf16, the mean over seeds."""
+
+    def render(self, rows: Sequence[Row]) -> str:
+        shown = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+        for lines in _by_model(rows).values():
+            today = max((line for variant, line in lines if not variant), key=lambda line: line.rows[0]["tokens"])
+            target = today.curve[-1][1]
+            seconds = today.seconds(first_reached(today.curve, target))
+            order = sorted(lines, key=lambda found: (-found[1].rows[0]["tokens"], [*LABELS].index(found[0])))
+            shown += ["| " + " | ".join(line.cells(target, seconds)) + " |" for _, line in order]
+        return "\n".join(shown) + "\n"
+
+
+def _by_model(rows: Sequence[Row]) -> dict[tuple, list[tuple[str, Line]]]:
+    """(model, sequence_length, global_batch, GPU) -> its variants' lines, where AdamW in bf16 is among them."""
+    measured, trained = defaultdict(list), defaultdict(list)
+    for row in sorted(rows, key=lambda row: row["date"]):
+        of_model = (*(row.get(key) for key in STEP), row["gpu"])
+        if row["name"] == "training loop":
+            measured[of_model, variant_of(row)].append(row["value"])
+        elif row["name"] == "result" and all(word in VARIANTS or word.isdigit() for word in _words(row)):
+            trained[of_model, variant_of(row), row["tokens"]].append(row)
+    found = defaultdict(list)
+    for (of_model, variant, _), runs in trained.items():
+        speeds = measured.get((of_model, variant))
+        if (line := _line(runs, statistics.median(speeds) if speeds else None)) is not None:
+            found[of_model].append((variant, line))
+    return {key: found[key] for key in sorted(found, key=str) if any(not variant for variant, _ in found[key])}
+
+
+def _line(runs: list[Row], step_ms: float | None) -> Line | None:
+    """At the rate that most seeds of a plan results_time* have, of these the best one; None without such a run. runs:
+    the oldest first, of other plans, too, whose rates count as tried."""
+    seeds, lowest = defaultdict(dict), {}
+    for row in runs:
+        lowest[row["lr"]] = min(row["value"], lowest.get(row["lr"], row["value"]))
+        if row["plan"].startswith(PLAN):
+            seeds[row["lr"]][row["seed"]] = row  # the newest of a seed
+    if not seeds:
+        return None
+    rate = min(seeds, key=lambda lr: (-len(seeds[lr]), lowest[lr]))
+    bracketed = min(lowest, key=lowest.get) == rate and min(lowest) < rate < max(lowest)
+    tried = f"of {len(lowest)}, {'' if bracketed else 'not '}bracketed" if len(lowest) > 1 else "the only one"
+    return Line(list(seeds[rate].values()), f"{rate:g} ({tried})", step_ms)

@@ -1,0 +1,126 @@
+"""engine.products=fp8 where a rank keeps its weights whole: the blocks' matrices are kept in fp8, and not in bf16.
+
+Products read fp8 operands, and masters are fp32. A matrix exists in the computing type, as the model's parameter, only
+for a moment after each change of the masters, to be gathered over ranks and quantised; and for passes without
+gradients, such as an evaluation. At other times the memory of its storage is freed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_tn.engine.shards import Shards
+from megatron_tn.optim.adamw import write_copies
+from megatron_tn.parallel.collectives import gather_parts_
+from megatron_tn.parallel.float8_layers import kept_weights, layer_groups
+from megatron_tn.parallel.linear import SplitLinear
+
+# Bytes that exist for a moment, where they are gathered over ranks: one NCCL call for several buckets is faster.
+GATHERED_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Matrices whose parameters are views of `flat`, of the computing type. copies: master -> its part of `flat`.
+    quantize: writes their fp8 operands."""
+
+    flat: Tensor
+    copies: Mapping[Tensor, Tensor]
+    quantize: Callable[[], None]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.flat.numel() * self.flat.element_size()
+
+    def free(self) -> None:
+        self.flat.untyped_storage().resize_(0)
+
+
+class FreedWeights:
+    """The weights of `layers`, which it takes from shards.copies and shards.whole. transposed: see `KeptWeights`.
+
+    Parameters that are their own masters (fp32, engines without sharding) stay.
+    """
+
+    def __init__(self, shards: Shards, layers: Sequence[SplitLinear], *, transposed: bool):
+        self.axis = shards.sharded_over
+        self.buckets: list[Bucket] = []
+        self.masters: Callable[[], None] | None = None  # quantises parameters that are masters
+        groups = layer_groups(layers)
+        if not shards.copies:
+            self.masters = kept_weights(groups, transposed=transposed)
+            return
+        found: dict[int, tuple[Tensor, list]] = {}
+        for group in groups:
+            flat = _flat_of([layer.weight for layer in group], shards.whole)
+            found.setdefault(_storage(flat), (flat, []))[1].append(group)
+        for storage, (flat, members) in found.items():
+            copies = {master: copy for master, copy in shards.copies.items() if _storage(copy) == storage}
+            self.buckets.append(Bucket(flat, copies, kept_weights(members, transposed=transposed)))
+        taken = set(found)
+        shards.copies = {master: copy for master, copy in shards.copies.items() if _storage(copy) not in taken}
+        shards.whole = [flat for flat in shards.whole if _storage(flat) not in taken]
+        self._free(self.buckets)
+
+    def quantize(self) -> None:
+        """Write the operands of the masters' new values. Collective."""
+        if self.masters is not None:
+            self.masters()
+        for buckets in self._portions():
+            self._make(buckets)
+            for bucket in buckets:
+                bucket.quantize()
+            self._free(buckets)
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within it all parameters have their values. Collective."""
+        try:
+            self._make(self.buckets)
+            yield
+        finally:
+            self._free(self.buckets)
+
+    def _portions(self) -> Iterator[list[Bucket]]:
+        """The buckets, one by one; several at a time where they are gathered."""
+        portion, size = [], 0
+        for bucket in self.buckets:
+            if portion and (self.axis.size == 1 or size + bucket.size > GATHERED_BYTES):
+                yield portion
+                portion, size = [], 0
+            portion.append(bucket)
+            size += bucket.size
+        if portion:
+            yield portion
+
+    @torch.no_grad()
+    def _make(self, buckets: Sequence[Bucket]) -> None:
+        for bucket in buckets:
+            bucket.flat.untyped_storage().resize_(bucket.size)
+            write_copies(bucket.copies)
+        gather_parts_([bucket.flat for bucket in buckets], self.axis)
+
+    def _free(self, buckets: Sequence[Bucket]) -> None:
+        for bucket in buckets:
+            bucket.free()
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _flat_of(weights: Sequence[torch.nn.Parameter], whole: Sequence[Tensor]) -> Tensor:
+    """The one of `whole` that holds the weights; where each has a storage of its own, a new one for both."""
+    for flat in whole:
+        if _storage(flat) == _storage(weights[0]):
+            return flat
+    flat = torch.cat([weight.detach().flatten() for weight in weights])
+    for weight, part in zip(weights, flat.split([weight.numel() for weight in weights]), strict=True):
+        weight.data = part.view(weight.shape)
+    return flat
