@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.comparison import LARGEST_ERROR, Check, compare
-from kernels.float8_linear.op import float8_linear
+from kernels.float8_linear.op import MOST_ROWS, float8_linear
 from kernels.float8_linear.reference import dequantized, quantize_rows
 from kernels.gla.buffered import gla_step_buffered_
 from kernels.gla.op import gla
@@ -19,7 +19,8 @@ from kernels.token import reference
 from kernels.token.op import token_glu, token_linear
 
 ROWS, SLOTS = 2, 4  # of states, and of the buffer between two writes of them
-PRODUCT_ROWS, MANY_ROWS = 257, 40  # of a weight, and of its other factor
+PRODUCT_ROWS = 257  # of a weight
+FLOAT8_ROWS, MANY_ROWS = 70, MOST_ROWS + 1  # of a weight in fp8, and of its other factor
 DRAWS, VOCABULARY = 64, 4099
 MOST_DIFFERENT_DRAWS = 0.05  # rounding to fp32 moves the border between two tokens
 EPS = 1e-6
@@ -149,7 +150,7 @@ def _float8_checks(embed_width: int, glu_width: int, glu_act: str) -> Iterator[C
         return reference.token_glu(x, exact(gate), exact(value), eps=EPS, act=glu_act)
 
     gate = (glu_width, embed_width)
-    shapes = (MANY_ROWS, embed_width), (PRODUCT_ROWS, embed_width)
+    shapes = (MANY_ROWS, embed_width), (FLOAT8_ROWS, embed_width)
     yield Check("float8_linear", linear, exact_linear, shapes, differentiable=False)
     yield Check("token_glu of fp8 weights", glu, exact_glu, ((embed_width,), gate, gate), differentiable=False)
 

@@ -90,8 +90,6 @@ def inspect(
         for problem in data + settings:  # of this host alone: rank 0, which prints what ends the run, has none
             log.error("rank %d (host %s): %s", number("RANK", default=0), socket.gethostname(), problem)
     problems += data + settings
-    if settings:
-        return stream, None, problems
 
     def choose() -> None:
         nonlocal start
@@ -107,6 +105,9 @@ def inspect(
         once(choose)
     except ConfigError as error:
         problems += error.problems
+    except OSError:
+        if not problems:  # that run_dir is no folder, or may not be read, is one of them
+            raise
     return stream, start, problems
 
 

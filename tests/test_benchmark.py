@@ -11,7 +11,7 @@ from kernels.bench import rows
 from megatron_tn.benchmark import main
 from megatron_tn.benchmarking import block, checkpoint, decode
 from megatron_tn.benchmarking.local_copies import world_of_copies
-from megatron_tn.benchmarking.peers import llama
+from megatron_tn.benchmarking.peers import llama, retnet
 from megatron_tn.config import ClusterConfig, ModelConfig, ParallelConfig, from_mapping
 from megatron_tn.device.matrix_rate import matmul_tflops
 from megatron_tn.model.registry import parameter_count
@@ -77,6 +77,13 @@ def test_the_peer_of_a_transformer_has_its_parameters():
     peer = llama(config, torch.device("meta"))
     assert sum(parameter.numel() for parameter in peer.parameters()) == parameter_count(config)
     assert peer.config.rope_parameters["rope_theta"] == config.rope_base
+
+
+def test_a_retnet_has_our_parameters_but_for_the_weights_of_norms():
+    pytest.importorskip("fla", reason="flash-linear-attention is not installed (pip install -e '.[bench]')")
+    config = from_mapping(ModelConfig, compose_model("1b"))
+    found = sum(parameter.numel() for parameter in retnet(config, torch.device("meta")).parameters())
+    assert 0 < found - parameter_count(config) < 1e-4 * found
 
 
 def test_a_peer_decodes_beside_us(tmp_path, monkeypatch, capsys):

@@ -1,8 +1,8 @@
 """Products with weights that are kept in fp8 with a scale a row: y = x W^T, W[n, k] = scale[n] * data[n, k].
 
-Decoding reads every weight once a token, so its time is that of the weights' bytes. x is not quantised, and e4m3
-numbers are exact in bf16, so y is the product with W up to the rounding of y itself, for every number of rows.
-No gradients: decoding and evaluation alone use them. `reference` defines both operators.
+Decoding reads every weight once a token, so its time is that of the weights' bytes. x is not quantised, and W is exact
+in bf16, so y is that of a bf16 weight W, for every number of rows. No gradients: decoding and evaluation alone use
+them. `reference` defines the product.
 """
 
 import torch
@@ -18,12 +18,12 @@ from kernels.numerics import accumulation_dtype
 __all__ = ["MOST_ROWS", "OLDEST_CAPABILITY", "TYPE", "float8_linear", "obstacle", "quantize_rows"]
 
 OLDEST_CAPABILITY = (8, 9)  # Ada: the first GPUs that convert e4m3 numbers
-MOST_ROWS = 128  # T of the kernel; more rows multiply a copy of the weight in x's type, by cuBLAS
+MOST_ROWS = 64  # T of the kernel; with more, a copy of the weight in x's type and cuBLAS's product take less time
 
 
 def float8_linear(x: Tensor, data: Tensor, scale: Tensor) -> Tensor:
-    """x [..., K], data [N, K] in e4m3, contiguous, scale fp32 [N] -> scale * (x data^T) [..., N] in x's type, with fp32
-    sums (fp64 for fp64). Raises ValueError naming the argument that does not fit."""
+    """x [..., K], data [N, K] in e4m3, contiguous, scale fp32 [N] -> x W^T [..., N] in x's type, with fp32 sums (fp64
+    for fp64). Raises ValueError naming the argument that does not fit."""
     if not torch.is_floating_point(x) or data.dim() != 2 or x.shape[-1] != data.shape[1] or data.dtype != TYPE:
         raise ValueError(
             f"data is {list(data.shape)} {data.dtype}; it must be [N, {x.shape[-1]}] of {TYPE}, and x, {x.dtype}, "
@@ -49,12 +49,14 @@ def obstacle(device: torch.device) -> str | None:
 
 @torch.library.custom_op("megatron_tn::float8_linear", mutates_args=())
 def _linear(x: Tensor, data: Tensor, scale: Tensor) -> Tensor:
-    if x.shape[0] <= MOST_ROWS and _backend(x) == "triton":
+    if _backend(x) == "triton":
         from kernels.float8_linear import triton_float8
 
-        return triton_float8.linear(x.contiguous(), data, scale)
+        if x.shape[0] <= MOST_ROWS:
+            return triton_float8.linear(x.contiguous(), data, scale)
+        return F.linear(x, triton_float8.dequantized(data, scale, x.dtype))
     if x.is_cuda:
-        return F.linear(x, data.to(x.dtype)).mul_(scale)
+        return reference.float8_linear(x, data, scale)
     wide = accumulation_dtype(x.dtype)
     return reference.float8_linear(x.to(wide), data, scale).to(x.dtype)
 

@@ -1,4 +1,4 @@
-"""Products of a few rows with a weight in fp8, at the speed at which the weight is read.
+"""Products of a few rows with a weight in fp8, and copies of the weight in a wider type for more rows.
 
 A program multiplies OUT rows of the weight with ROWS rows of x, over a part of K: few rows of x leave too few tiles to
 keep every multiprocessor reading. Parts of K are summed by a second kernel, in their order.
@@ -13,16 +13,17 @@ from torch import Tensor
 
 
 class Tile(NamedTuple):
-    out: int = 64
-    depth: int = 128  # of K that a program reads at a time
+    out: int
+    depth: int  # of K that a program reads at a time
+    stages: int
     warps: int = 4
-    stages: int = 4
     programs: int = 264  # that there should be, by splitting K; two for each of an H200's multiprocessors
 
 
-TILE = Tile()
-MOST_ROWS = 128  # of x in a program
+# ROWS of x in a program -> the tile that was fastest on an H200 (docs/measurements/2026-11-30.md).
+TILES = {16: Tile(out=64, depth=256, stages=3), 32: Tile(64, 128, 4), 64: Tile(64, 128, 4)}
 SUMS = 1024  # elements that a program of the second kernel sums
+COPIED = 2048  # elements that a program copies
 
 
 @triton.jit
@@ -77,10 +78,37 @@ def sum_kernel(
     tl.store(y_pointer + at, total.to(y_pointer.dtype.element_ty), mask=held)
 
 
-def linear(x: Tensor, data: Tensor, scale: Tensor, tile: Tile = TILE) -> Tensor:
+@triton.jit
+def copy_kernel(
+    data_pointer,  # [N, K] e4m3
+    scale_pointer,  # [N] fp32
+    copy_pointer,  # [N, K]
+    width,  # K
+    COPIED: tl.constexpr,
+):
+    n, k = tl.program_id(0), tl.program_id(1) * COPIED + tl.arange(0, COPIED)
+    at = n.to(tl.int64) * width + k
+    data = tl.load(data_pointer + at, mask=k < width, other=0.0).to(tl.float32)
+    copy = data * tl.load(scale_pointer + n)
+    tl.store(copy_pointer + at, copy.to(copy_pointer.dtype.element_ty), mask=k < width)
+
+
+def dequantized(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """scale * data [N, K] in `dtype`."""
+    outs, width = data.shape
+    copy = torch.empty(outs, width, dtype=dtype, device=data.device)
+    with torch.cuda.device_of(data):
+        copy_kernel[(outs, triton.cdiv(width, COPIED))](
+            data_pointer=data, scale_pointer=scale, copy_pointer=copy, width=width, COPIED=COPIED, num_warps=4
+        )
+    return copy
+
+
+def linear(x: Tensor, data: Tensor, scale: Tensor, tile: Tile | None = None) -> Tensor:
     """x [T, K], data [N, K], scale [N] -> [T, N]; see `float8_linear` in op.py."""
     (rows, width), outs = x.shape, data.shape[0]
-    block = min(max(triton.next_power_of_2(rows), 16), MOST_ROWS)
+    block = min(max(triton.next_power_of_2(rows), min(TILES)), max(TILES))
+    tile = tile or TILES[block]
     across, down = triton.cdiv(outs, tile.out), triton.cdiv(rows, block)
     most = max(width // (2 * tile.depth), 1)
     parts = min(max(1 << (tile.programs // (across * down)).bit_length() >> 1, 1), 1 << most.bit_length() >> 1)

@@ -10,6 +10,7 @@ from kernels.gla.theta_gradient import distances_from_middle, middle_of_first
 from kernels.gla.triton_features import ACTIVATIONS, feature_gradients_kernel, features_kernel
 from kernels.lightning import tiles
 from kernels.lightning.tiles import padded
+from kernels.quantize.noted import SLOTS
 from kernels.rows import as_rows
 
 # Tokens and columns per step of a program, its steps, and its warps. Measured best for the gradients with LRPE; the
@@ -61,10 +62,12 @@ class FeatureMap:
         dqkvu: Tensor,
         cu_seqlens: Tensor | None,
         theta_wanted: bool,
+        largest: Tensor | None = None,
     ) -> Tensor | None:
         """Write dq and dk into dqkvu [B, T, 4 H d], contiguous, from the gradients of the features.
 
         dfeatures: shaped as the features; None where dqkvu already holds them in place of dq and dk.
+        largest: int32 [SLOTS], notes or zeros, to note the largest element of dq and dk in.
         Returns, if theta_wanted, the term `near` of dtheta, [H, d] fp64, as defined in theta_gradient.py.
         """
         batch, total, fused = qkvu.shape
@@ -82,6 +85,8 @@ class FeatureMap:
                 gradient_pointer=source,
                 out_pointer=dqkvu,
                 flow_pointer=flow,
+                largest_pointer=largest,
+                SLOTS=SLOTS,
                 x_row=rows.stride(0),
                 gradient_row=source.stride(1) if total > 1 else source.stride(0),
                 out_row=fused,

@@ -13,6 +13,8 @@ from kernels.gla.inputs import GlaInputs, Saved, document_positions, key_width, 
 from kernels.gla.step import gla_step, gla_step_
 from kernels.lightning.op import empty_starts, empty_state
 from kernels.numerics import accumulation_dtype
+from kernels.quantize.noted import SLOTS, note, slots
+from kernels.quantize.op import largest
 
 
 def gla(
@@ -27,6 +29,7 @@ def gla(
     cu_seqlens: Tensor | None = None,
     return_state: bool = False,
     update_state: bool = False,
+    noting: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The token mixer of TransNormerLLM between its two projections (arXiv 2307.14995, section 3.1).
 
@@ -43,6 +46,7 @@ def gla(
         value matters only with an initial or a final state. Values are checked only on CPU.
     update_state: write the final state over initial_state, which must be contiguous and, unless qkvu is fp64, fp32. For
         one token without gradients.
+    noting: note the largest element of y, and in the backward pass of qkvu's gradient (kernels/quantize/noted.py).
 
     Returns y [B, T, H d]; the sum of o^2 over heads and columns [B, T] in fp32 (fp64 for fp64), an input of
     `add_scaled_simple_rms_norm` after summation over tensor-parallel ranks; and the final state, None unless
@@ -73,9 +77,11 @@ def gla(
     elif positions is None and cu_seqlens is not None:
         positions = document_positions(cu_seqlens, qkvu.shape[1])
     features = form_features(qkvu=qkvu, theta=theta, act=act, positions=positions, heads=decay.shape[0])
-    y, square_sum, state, *_ = torch.ops.megatron_tn.gla_forward(
-        qkvu, features, decay, theta, act, gate, positions, initial_state, cu_seqlens, return_state
+    y, square_sum, state, *_, bits = torch.ops.megatron_tn.gla_forward(
+        qkvu, features, decay, theta, act, gate, positions, initial_state, cu_seqlens, return_state, noting
     )
+    if noting:
+        note(y, bits)
     return y, square_sum, state if return_state else None
 
 
@@ -91,27 +97,33 @@ def _forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     return_state: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, the sum of o^2, the final state (empty unless return_state); and for the backward pass o (empty where y is o)
-    and the segments' initial states. features: from `form_features`."""
+    noting: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, the sum of o^2, the final state (empty unless return_state); for the backward pass o (empty where y is o) and
+    the segments' initial states; and y's largest element (empty unless noting). features: from `form_features`."""
     inputs = GlaInputs(qkvu, decay, theta, act, gate, positions, initial_state, cu_seqlens)
     if not qkvu.is_cuda:
         check_gla_values(decay, positions, cu_seqlens, inputs.total)
     if inputs.backend == "triton":
         from kernels.gla import passes
 
-        y, square_sum, state, o, starts = passes.forward(inputs, features, return_state=return_state)
+        bits = slots(qkvu) if noting else None
+        y, square_sum, state, o, starts = passes.forward(inputs, features, return_state=return_state, largest=bits)
     else:
         y, o, square_sum, state = plain.forward(inputs)
         y = y.flatten(2)
         state = state if return_state else state.new_empty(0)
         v = inputs.parts[2]
         starts = empty_starts(v, v, key_width(v, theta), cu_seqlens)
-    return y, square_sum, state, o if gate else o.new_empty(0), starts
+        bits = largest(y) if noting else None
+    bits = qkvu.new_empty(0, dtype=torch.int32) if bits is None else bits
+    return y, square_sum, state, o if gate else o.new_empty(0), starts, bits
 
 
 @_forward.register_fake
-def _forward_fake(qkvu, features, decay, theta, act, gate, positions, initial_state, cu_seqlens, return_state):
+def _forward_fake(
+    qkvu, features, decay, theta, act, gate, positions, initial_state, cu_seqlens, return_state, noting=False
+):
     v = parts(qkvu, decay.shape[0])[2]
     key = key_width(v, theta)
     return (
@@ -120,6 +132,7 @@ def _forward_fake(qkvu, features, decay, theta, act, gate, positions, initial_st
         empty_state(v, v, key, cu_seqlens, return_state),
         qkvu.new_empty(v.shape if gate else (0,)),
         empty_starts(v, v, key, cu_seqlens),
+        qkvu.new_empty(SLOTS if noting and qkvu.is_cuda else int(noting), dtype=torch.int32),
     )
 
 
@@ -132,6 +145,7 @@ def gradients(
     dstate: Tensor | None = None,
     exchange: Callable[[Tensor], Callable[[], Tensor]] | None = None,
     theta_wanted: bool,
+    bits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of qkvu, of theta (empty unless wanted) and of the initial state (empty without one).
 
@@ -139,6 +153,7 @@ def gradients(
     exchange: replaces dstate with context parallelism. Called with the initial state's gradient from this slice's y and
         sum of o^2; returns a function that waits for dstate. dq, which does not depend on dstate, is computed between
         the two calls.
+    bits: zeros, int32 [SLOTS], to note the largest element of qkvu's gradient in.
     """
     v = inputs.parts[2]
     saved = saved._replace(o=saved.o.view(v.shape))
@@ -147,16 +162,18 @@ def gradients(
     if inputs.backend == "triton":
         from kernels.gla import passes
 
-        dinitial, dtheta = passes.backward(inputs, saved, **given, theta_wanted=theta_wanted)
+        dinitial, dtheta = passes.backward(inputs, saved, **given, theta_wanted=theta_wanted, largest=bits)
     else:
         dinitial, dtheta = plain.backward(inputs, saved, **given)
+        if bits is not None:
+            bits[:1] = largest(dqkvu)
     wide = accumulation_dtype(v.dtype)
     dinitial = dinitial.new_empty(0, dtype=wide) if inputs.initial_state is None else dinitial.to(wide)
     dtheta = dtheta.to(inputs.theta.dtype) if theta_wanted else dqkvu.new_empty(0)
     return dqkvu, dtheta, dinitial
 
 
-@torch.library.custom_op("megatron_tn::gla_backward", mutates_args=())
+@torch.library.custom_op("megatron_tn::gla_backward", mutates_args=("bits",))
 def _backward(
     dy: Tensor | None,
     dsquare_sum: Tensor | None,
@@ -174,16 +191,17 @@ def _backward(
     features: Tensor | None,
     state: Tensor | None,
     theta_wanted: bool,
+    bits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = GlaInputs(qkvu, decay, theta, act, gate, positions, initial_state, cu_seqlens)
     saved = Saved(o=o, starts=starts, features=features, state=state)
-    return gradients(inputs, saved, dy=dy, dsquare_sum=dsquare_sum, dstate=dstate, theta_wanted=theta_wanted)
+    return gradients(inputs, saved, dy=dy, dsquare_sum=dsquare_sum, dstate=dstate, theta_wanted=theta_wanted, bits=bits)
 
 
 @_backward.register_fake
 def _backward_fake(
     dy, dsquare_sum, dstate, o, qkvu, decay, theta, act, gate, positions, initial_state, cu_seqlens, starts,
-    features, state, theta_wanted,
+    features, state, theta_wanted, bits=None,
 ):  # fmt: skip
     v = parts(qkvu, decay.shape[0])[2]
     return (
@@ -195,8 +213,9 @@ def _backward_fake(
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    qkvu, features, decay, theta, ctx.act, ctx.gate, positions, initial_state, cu_seqlens, ctx.state_wanted = inputs
-    y, _, state, o, starts = output
+    qkvu, features, decay, theta, ctx.act, ctx.gate, positions, initial_state, cu_seqlens, *wanted = inputs
+    ctx.state_wanted, ctx.noting = wanted
+    y, _, state, o, starts, _ = output
     kept = state if ctx.state_wanted and theta is not None else None
     o = o if ctx.gate else y
     ctx.save_for_backward(qkvu, decay, theta, positions, initial_state, cu_seqlens, o, starts, features, kept)
@@ -205,14 +224,15 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, dy, dsquare_sum, dstate, *_):
     qkvu, decay, theta, positions, initial_state, cu_seqlens, o, starts, features, state = ctx.saved_tensors
     theta_wanted = theta is not None and ctx.needs_input_grad[3]
+    bits = slots(qkvu) if ctx.noting else None
     dqkvu, dtheta, dinitial = torch.ops.megatron_tn.gla_backward(
         dy, dsquare_sum, dstate if ctx.state_wanted else None, o, qkvu, decay, theta, ctx.act, ctx.gate, positions,
-        initial_state, cu_seqlens, starts, features, state, theta_wanted,
+        initial_state, cu_seqlens, starts, features, state, theta_wanted, bits,
     )  # fmt: skip
     dtheta = dtheta if theta_wanted else None
     dinitial = None if initial_state is None else dinitial.to(initial_state.dtype)
     # In the order of gla_forward's arguments.
-    return dqkvu, None, None, dtheta, None, None, None, dinitial, None, None
+    return note(dqkvu, bits), None, None, dtheta, None, None, None, dinitial, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

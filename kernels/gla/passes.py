@@ -11,18 +11,19 @@ from kernels.gla.inputs import GlaInputs, Saved, parts
 from kernels.gla.theta_gradient import end_terms
 from kernels.lightning import passes as attention
 from kernels.lightning.sequences import Sequences
+from kernels.quantize.triton_quantize import note_rows
 
 
 def forward(
-    inputs: GlaInputs, features: Tensor | None, *, return_state: bool
+    inputs: GlaInputs, features: Tensor | None, *, return_state: bool, largest: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y [B, T, H d] (o itself without a gate), the sum of o^2 [B, T] fp32, and as in lightning attention's forward pass
-    the final state, o [B, T, H, d] and the segments' initial states."""
+    the final state, o [B, T, H, d] and the segments' initial states. largest: zeros, to note y's largest element in."""
     q, k, v, u = inputs.parts
     if features is not None:
         q, k = features.unbind(2)
     o, state, starts = attention.forward(inputs.attention(q, k, v), return_state=return_state)
-    y, square_sum = triton_gate.gate(o.flatten(2), u.flatten(2), gated=inputs.gate)
+    y, square_sum = triton_gate.gate(o.flatten(2), u.flatten(2), gated=inputs.gate, largest=largest)
     return y, square_sum, state, o, starts
 
 
@@ -36,13 +37,20 @@ def backward(
     exchange: Callable[[Tensor], Callable[[], Tensor]] | None,
     theta_wanted: bool,
     dqkvu: Tensor,
+    largest: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Write dqkvu [B, T, 4 H d]; return the initial state's gradient, fp32, empty without an initial state, and dtheta
     [H, 1, d], fp64, if wanted. Other arguments as in `kernels.gla.op.gradients`."""
     q, k, v, u = inputs.parts
     dq, dk, dv, du = parts(dqkvu, inputs.heads)
     do = triton_gate.gate_gradient(
-        dy=dy, dsquare_sum=dsquare_sum, o=saved.o.flatten(2), u=u.flatten(2), du=du.flatten(2), gated=inputs.gate
+        dy=dy,
+        dsquare_sum=dsquare_sum,
+        o=saved.o.flatten(2),
+        u=u.flatten(2),
+        du=du.flatten(2),
+        gated=inputs.gate,
+        largest=largest,
     ).view(v.shape)
     feature_map = FeatureMap(heads=inputs.heads, act=inputs.act, theta=inputs.theta, positions=inputs.positions)
     dfeatures = None
@@ -69,8 +77,16 @@ def backward(
     near = None
     if not feature_map.trivial:
         near = feature_map.gradients(
-            dfeatures, qkvu=inputs.qkvu, dqkvu=dqkvu, cu_seqlens=inputs.cu_seqlens, theta_wanted=theta_wanted
+            dfeatures,
+            qkvu=inputs.qkvu,
+            dqkvu=dqkvu,
+            cu_seqlens=inputs.cu_seqlens,
+            theta_wanted=theta_wanted,
+            largest=largest,
         )
+    if largest is not None:  # the scan, which writes dv, has no registers left
+        for part in (dv,) if not feature_map.trivial else (dq, dk, dv):
+            note_rows(part.flatten(2).flatten(0, 1), largest)
     if not theta_wanted:
         return dinitial, None
     ends = end_terms(inputs, dinitial=dinitial, dstate=dstate, state=saved.state)

@@ -85,7 +85,7 @@ class _Slice(torch.autograd.Function):
         gathered = collectives.all_gather_into_tensor(_of_edge(own, edges, END), ranks, group)
         add_query_features_(features, qkvu=qkvu, theta=theta, act=act, positions=positions)
         initial = _combine(collectives.wait_tensor(gathered), received)
-        y, square_sum, state, o, starts = torch.ops.megatron_tn.gla_forward(
+        y, square_sum, state, o, starts, _ = torch.ops.megatron_tn.gla_forward(
             qkvu,
             features,
             decay,

@@ -11,6 +11,8 @@ drops exactly the whole turns, so angles at positions in the millions are as exa
 import triton
 import triton.language as tl
 
+from kernels.quantize.triton_quantize import magnitude_bits
+
 ACTIVATIONS = {"none": 0, "silu": 1, "1+elu": 2, "relu": 3}
 SILU = tl.constexpr(1)
 ONE_PLUS_ELU = tl.constexpr(2)
@@ -175,6 +177,7 @@ def feature_gradients_kernel(
     gradient_pointer,  # the features' gradients, laid out as the features
     out_pointer,  # [tokens, 4 D]: dq and dk are written; without LRPE it may equal gradient_pointer
     flow_pointer,  # [programs along tokens, D] fp32, written: the near part of dtheta; None: not wanted
+    largest_pointer,  # of dq and dk; None: not noted
     x_row,
     gradient_row,
     out_row,
@@ -191,6 +194,7 @@ def feature_gradients_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEPS: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     dtype = out_pointer.dtype.element_ty
@@ -198,6 +202,8 @@ def feature_gradients_kernel(
         fraction = turn_fraction(tl.load(theta_pointer + column, mask=column < width, other=0.0))
     if flow_pointer is not None:
         flow = tl.zeros([COLUMNS], dtype=tl.float32)
+    if largest_pointer is not None:
+        most = tl.zeros([COLUMNS], dtype=tl.int32)
     for step in range(STEPS):
         token = (tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)
         held = token < tokens
@@ -229,8 +235,14 @@ def feature_gradients_kernel(
             dq = tl.load(from_row + column[None, :], mask=mask, other=0.0).to(tl.float32)
             dk = tl.load(from_row + width + column[None, :], mask=mask, other=0.0).to(tl.float32)
         to = out_pointer + token.to(tl.int64)[:, None] * out_row + column[None, :]
-        tl.store(to, (dq * slope(q, ACT, QUICK)).to(dtype), mask=mask)
-        tl.store(to + width, (dk * slope(k, ACT, QUICK)).to(dtype), mask=mask)
+        dq = (dq * slope(q, ACT, QUICK)).to(dtype)
+        dk = (dk * slope(k, ACT, QUICK)).to(dtype)
+        tl.store(to, dq, mask=mask)
+        tl.store(to + width, dk, mask=mask)
+        if largest_pointer is not None:
+            most = tl.maximum(most, tl.max(tl.maximum(magnitude_bits(dq), magnitude_bits(dk)), axis=0))
+    if largest_pointer is not None:
+        tl.atomic_max(largest_pointer + tl.program_id(0) % SLOTS, tl.max(most, axis=0), sem="relaxed")
     if flow_pointer is not None:
         at = tl.program_id(0).to(tl.int64) * width + column
         tl.store(flow_pointer + at, flow, mask=column < width)

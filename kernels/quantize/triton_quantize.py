@@ -8,10 +8,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.quantize.noted import SLOTS
 from kernels.quantize.reference import SHIFTS
+from kernels.rows import block_for
 
 BLOCK, PROGRAMS = 8192, 1024  # elements a program reads at a time, and programs, in `largest_kernel`
 ROWS, COLUMNS, WARPS = 128, 64, 4  # a tile of `quantize_kernel`
+
+
+@triton.jit
+def magnitude_bits(x):
+    """The bits of |x| as fp32 numbers: integers in the order of |x|, NaN above infinity."""
+    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def note_largest(largest_pointer, x, SLOTS: tl.constexpr):
+    """See `kernels.quantize.op.largest`: of x, into one of SLOTS integers."""
+    tl.atomic_max(largest_pointer + tl.program_id(0) % SLOTS, tl.max(magnitude_bits(x), axis=0), sem="relaxed")
+
+
+@triton.jit
+def note_rows_kernel(x_pointer, largest_pointer, x_row, width, SLOTS: tl.constexpr, WIDTH: tl.constexpr):
+    column = tl.arange(0, WIDTH)
+    x = tl.load(x_pointer + tl.program_id(0).to(tl.int64) * x_row + column, mask=column < width, other=0.0)
+    note_largest(largest_pointer, x, SLOTS)
 
 
 @triton.jit
@@ -20,8 +41,8 @@ def largest_kernel(x_pointer, largest_pointer, count, BLOCK: tl.constexpr):
     start, step = tl.program_id(0).to(tl.int64) * BLOCK, tl.num_programs(0).to(tl.int64) * BLOCK
     for turn in range(tl.cdiv(count - start, step)):
         place = start + turn * step + tl.arange(0, BLOCK)
-        x = tl.load(x_pointer + place, mask=place < count, other=0.0).to(tl.float32)
-        found = tl.maximum(found, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+        x = tl.load(x_pointer + place, mask=place < count, other=0.0)
+        found = tl.maximum(found, magnitude_bits(x))
     tl.store(largest_pointer + tl.program_id(0), tl.max(found, axis=0))
 
 
@@ -131,6 +152,13 @@ def largest(x: Tensor) -> Tensor:
     with torch.cuda.device_of(x):
         largest_kernel[(programs,)](x, found, x.numel(), BLOCK=BLOCK, num_warps=4)
     return found
+
+
+def note_rows(x: Tensor, largest: Tensor) -> None:
+    """Note the largest element of x [rows, width], whose rows may lie apart. largest: int32 [SLOTS], zeros or notes."""
+    block, warps = block_for(x.shape[1])
+    with torch.cuda.device_of(x):
+        note_rows_kernel[(len(x),)](x, largest, x.stride(0), x.shape[1], SLOTS=SLOTS, WIDTH=block, num_warps=warps)
 
 
 def quantize(x: Tensor, largest: Tensor, *, rows: Tensor, transposed: Tensor, scale: Tensor) -> None:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.numerics import accumulation_dtype
+from kernels.quantize.noted import slots
 from kernels.quantize.op import largest
 
 ACTS = ("none", "silu")
@@ -81,7 +82,7 @@ def _pair_forward(pair: Tensor, act: str) -> tuple[Tensor, Tensor]:
     if _backend(pair) == "triton":
         from kernels.sglu import triton_sglu
 
-        bits = torch.zeros(triton_sglu.SLOTS, dtype=torch.int32, device=pair.device)
+        bits = slots(pair)
         return triton_sglu.forward(a=a, b=b, act=act, largest=bits), bits
     y = _forward(a, b, act)
     return y, largest(y)
@@ -92,7 +93,7 @@ def _pair_backward(dy: Tensor, pair: Tensor, act: str) -> tuple[Tensor, Tensor]:
     if _backend(pair) == "triton":
         from kernels.sglu import triton_sglu
 
-        bits = torch.zeros(triton_sglu.SLOTS, dtype=torch.int32, device=pair.device)
+        bits = slots(pair)
         return triton_sglu.pair_backward(dy=dy, pair=pair, act=act, largest=bits), bits
     gradient = torch.cat(_backward(dy, *pair.chunk(2, dim=-1), act), dim=-1)
     return gradient, largest(gradient)

@@ -5,17 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.quantize.noted import SLOTS
+from kernels.quantize.triton_quantize import note_largest
 from kernels.rows import as_rows
 
 BLOCK, WARPS = 2048, 4  # elements per program: 16 per thread, two 16-byte accesses per tensor
-SLOTS = 1024  # integers that programs share to note the largest element: few programs meet in one
-
-
-@triton.jit
-def note_largest(largest_pointer, y, SLOTS: tl.constexpr):
-    """See `kernels.quantize.op.largest`: of y, into one of SLOTS integers."""
-    bits = y.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    tl.atomic_max(largest_pointer + tl.program_id(0) % SLOTS, tl.max(bits, axis=0), sem="relaxed")
 
 
 @triton.jit

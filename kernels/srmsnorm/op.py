@@ -5,6 +5,8 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.numerics import accumulation_dtype, dot
+from kernels.quantize.noted import note, slots
+from kernels.quantize.op import largest
 
 MAX_TRITON_WIDTH = 65536
 
@@ -30,7 +32,7 @@ def add_simple_rms_norm(x: Tensor, residual: Tensor, eps: float = 1e-6) -> tuple
 
 
 def add_scaled_simple_rms_norm(
-    x: Tensor, residual: Tensor, square_sum: Tensor, eps: float = 1e-6
+    x: Tensor, residual: Tensor, square_sum: Tensor, eps: float = 1e-6, noting: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`add_simple_rms_norm` of x and residual / sqrt(square_sum / D + eps), in one pass.
 
@@ -38,7 +40,8 @@ def add_scaled_simple_rms_norm(
     (y W) / rms(o). square_sum is then the sum of o^2 over all tensor-parallel ranks.
 
     x, residual: [..., D], of the same shape and floating type. square_sum: [...], fp32 (fp64 for fp64), a sum over D
-    elements. The scaled residual is not rounded before the addition. Raises ValueError for other shapes or types.
+    elements. The scaled residual is not rounded before the addition. noting: whether the backward pass notes the
+    largest element of the residual's gradient (kernels/quantize/noted.py). Raises ValueError for other shapes or types.
     """
     _check(x, eps, residual)
     wide = accumulation_dtype(x.dtype)
@@ -47,35 +50,38 @@ def add_scaled_simple_rms_norm(
             f"square_sum is {tuple(square_sum.shape)} {square_sum.dtype}; it must be x.shape[:-1]="
             f"{tuple(x.shape[:-1])} of {wide}"
         )
-    return torch.ops.megatron_tn.add_scaled_srmsnorm_forward(x, residual, square_sum, eps)
+    return torch.ops.megatron_tn.add_scaled_srmsnorm_forward(x, residual, square_sum, eps, noting)
 
 
-def branch_simple_rms_norm(x: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def branch_simple_rms_norm(x: Tensor, eps: float = 1e-6, noting: bool = False) -> tuple[Tensor, Tensor]:
     """(x, simple_rms_norm(x)), where a sublayer branches off the residual stream: one backward kernel computes the
     norm's gradient and adds the gradient of the first result.
 
-    x: [..., D]. The first result is x itself, under autograd. Raises ValueError as simple_rms_norm does.
+    x: [..., D]. The first result is x itself, under autograd. noting: whether the backward pass notes the largest
+    element of x's gradient (kernels/quantize/noted.py). Raises ValueError as simple_rms_norm does.
     """
     _check(x, eps)
-    return _Branch.apply(x, eps)
+    return _Branch.apply(x, eps, noting)
 
 
 class _Branch(torch.autograd.Function):
     # Not a registered operator, because those may not return an input. The operators that it calls are registered.
     @staticmethod
-    def forward(ctx, x, eps):
+    def forward(ctx, x, eps, noting):
         ctx.save_for_backward(x)
-        ctx.eps = eps
+        ctx.eps, ctx.noting = eps, noting
         ctx.set_materialize_grads(False)
         return x, torch.ops.megatron_tn.srmsnorm_forward(x, eps)
 
     @staticmethod
     def backward(ctx, dx, dy):
         if dy is None:
-            return dx, None
+            return dx, None, None
         if dx is None:
-            return torch.ops.megatron_tn.srmsnorm_backward(dy, *ctx.saved_tensors, ctx.eps), None
-        return torch.ops.megatron_tn.add_srmsnorm_backward(dx, dy, *ctx.saved_tensors, ctx.eps), None
+            return torch.ops.megatron_tn.srmsnorm_backward(dy, *ctx.saved_tensors, ctx.eps), None, None
+        bits = slots(dx) if ctx.noting else None
+        dx = torch.ops.megatron_tn.add_srmsnorm_backward(dx, dy, *ctx.saved_tensors, ctx.eps, bits)
+        return note(dx, bits), None, None
 
 
 def _check(x: Tensor, eps: float, residual: Tensor | None = None) -> None:
@@ -140,13 +146,15 @@ def _add_forward(x: Tensor, residual: Tensor, eps: float) -> tuple[Tensor, Tenso
     return total, (total * _scale(total, eps)).to(x.dtype)
 
 
-@torch.library.custom_op("megatron_tn::add_srmsnorm_backward", mutates_args=())
-def _add_backward(dtotal: Tensor, dy: Tensor, total: Tensor, eps: float) -> Tensor:
+@torch.library.custom_op("megatron_tn::add_srmsnorm_backward", mutates_args=("bits",))
+def _add_backward(dtotal: Tensor, dy: Tensor, total: Tensor, eps: float, bits: Tensor | None = None) -> Tensor:
     if _backend(total) == "triton":
         from kernels.srmsnorm import triton_norm
 
-        return triton_norm.add_backward(dtotal=dtotal, dy=dy, total=total, eps=eps)
-    return (dtotal + _plain_backward(dy, total, eps)).to(total.dtype, memory_format=torch.contiguous_format)
+        return triton_norm.add_backward(dtotal=dtotal, dy=dy, total=total, eps=eps, largest=bits)
+    dx = (dtotal + _plain_backward(dy, total, eps)).to(total.dtype, memory_format=torch.contiguous_format)
+    _note_plainly(dx, bits)
+    return dx
 
 
 @_add_forward.register_fake
@@ -155,7 +163,7 @@ def _add_forward_fake(x, residual, eps):
 
 
 @_add_backward.register_fake
-def _add_backward_fake(dtotal, dy, total, eps):
+def _add_backward_fake(dtotal, dy, total, eps, bits=None):
     return total.new_empty(total.shape)
 
 
@@ -173,7 +181,9 @@ _add_forward.register_autograd(_add_differentiate, setup_context=_add_save)
 
 
 @torch.library.custom_op("megatron_tn::add_scaled_srmsnorm_forward", mutates_args=())
-def _add_scaled_forward(x: Tensor, residual: Tensor, square_sum: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _add_scaled_forward(
+    x: Tensor, residual: Tensor, square_sum: Tensor, eps: float, noting: bool = False
+) -> tuple[Tensor, Tensor]:
     if _backend(x) == "triton":
         from kernels.srmsnorm import triton_norm
 
@@ -182,43 +192,59 @@ def _add_scaled_forward(x: Tensor, residual: Tensor, square_sum: Tensor, eps: fl
     return total, (total * _scale(total, eps)).to(x.dtype)
 
 
-@torch.library.custom_op("megatron_tn::add_scaled_srmsnorm_backward", mutates_args=())
+@torch.library.custom_op("megatron_tn::add_scaled_srmsnorm_backward", mutates_args=("bits",))
 def _add_scaled_backward(
-    dtotal: Tensor, dy: Tensor, total: Tensor, residual: Tensor, square_sum: Tensor, eps: float
+    dtotal: Tensor,
+    dy: Tensor,
+    total: Tensor,
+    residual: Tensor,
+    square_sum: Tensor,
+    eps: float,
+    bits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if _backend(total) == "triton":
         from kernels.srmsnorm import triton_norm
 
         return triton_norm.add_scaled_backward(
-            dtotal=dtotal, dy=dy, total=total, residual=residual, square_sum=square_sum, eps=eps
+            dtotal=dtotal, dy=dy, total=total, residual=residual, square_sum=square_sum, eps=eps, largest=bits
         )
     dx, width = dtotal + _plain_backward(dy, total, eps), total.shape[-1]
     scale = _scale_of(square_sum, width, eps)
     along = dot(dx, residual.to(dx.dtype)) * scale.squeeze(-1) ** 3
     narrow = [z.to(total.dtype, memory_format=torch.contiguous_format) for z in (dx, dx * scale)]
+    _note_plainly(narrow[1], bits)
     return *narrow, along * (-0.5 / width)
 
 
 @_add_scaled_forward.register_fake
-def _add_scaled_forward_fake(x, residual, square_sum, eps):
+def _add_scaled_forward_fake(x, residual, square_sum, eps, noting=False):
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 @_add_scaled_backward.register_fake
-def _add_scaled_backward_fake(dtotal, dy, total, residual, square_sum, eps):
+def _add_scaled_backward_fake(dtotal, dy, total, residual, square_sum, eps, bits=None):
     return total.new_empty(total.shape), total.new_empty(total.shape), square_sum.new_empty(square_sum.shape)
 
 
 def _add_scaled_save(ctx, inputs, output):
-    _, residual, square_sum, ctx.eps = inputs
+    _, residual, square_sum, ctx.eps, ctx.noting = inputs
     ctx.save_for_backward(output[0], residual, square_sum)
 
 
 def _add_scaled_differentiate(ctx, dtotal, dy):
-    return *torch.ops.megatron_tn.add_scaled_srmsnorm_backward(dtotal, dy, *ctx.saved_tensors, ctx.eps), None
+    bits = slots(dy) if ctx.noting else None
+    dx, dresidual, dsquare_sum = torch.ops.megatron_tn.add_scaled_srmsnorm_backward(
+        dtotal, dy, *ctx.saved_tensors, ctx.eps, bits
+    )
+    return dx, note(dresidual, bits), dsquare_sum, None, None
 
 
 _add_scaled_forward.register_autograd(_add_scaled_differentiate, setup_context=_add_scaled_save)
+
+
+def _note_plainly(x: Tensor, noted: Tensor | None) -> None:
+    if noted is not None:
+        noted[:1] = largest(x)
 
 
 def _plain_backward(dy: Tensor, x: Tensor, eps: float) -> Tensor:

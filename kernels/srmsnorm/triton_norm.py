@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.quantize.noted import SLOTS
+from kernels.quantize.triton_quantize import note_largest
 from kernels.rows import as_rows, block_for
 
 
@@ -69,6 +71,7 @@ def add_backward_kernel(
     dx_pointer,  # written: dx, which unless SCALED is also dr
     dr_pointer,
     dsquare_sum_pointer,
+    largest_pointer,  # of dr; None: not noted
     dsum_row,
     dy_row,
     sum_row,
@@ -76,6 +79,7 @@ def add_backward_kernel(
     width,
     eps,
     SCALED: tl.constexpr,
+    SLOTS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -88,11 +92,15 @@ def add_backward_kernel(
     along = tl.sum(dy * total, axis=0) * scale * scale / width
     dx = dsum + (dy - total * along) * scale
     tl.store(dx_pointer + row * width + column, dx.to(dx_pointer.dtype.element_ty), mask=mask)
+    dr = dx
     if SCALED:
         r = tl.load(r_pointer + row * r_row + column, mask=mask, other=0.0).to(tl.float32)
         scale = 1.0 / tl.sqrt(tl.load(square_sum_pointer + row) / width + eps)
-        tl.store(dr_pointer + row * width + column, (dx * scale).to(dr_pointer.dtype.element_ty), mask=mask)
+        dr = dx * scale
+        tl.store(dr_pointer + row * width + column, dr.to(dr_pointer.dtype.element_ty), mask=mask)
         tl.store(dsquare_sum_pointer + row, tl.sum(dx * r, axis=0) * scale * scale * scale * (-0.5 / width))
+    if largest_pointer is not None:
+        note_largest(largest_pointer, dr.to(dx_pointer.dtype.element_ty), SLOTS)
 
 
 def forward(x: Tensor, *, eps: float) -> Tensor:
@@ -125,8 +133,8 @@ def add_forward(*, x: Tensor, residual: Tensor, square_sum: Tensor | None, eps: 
     return total, y
 
 
-def add_backward(*, dtotal: Tensor, dy: Tensor, total: Tensor, eps: float) -> Tensor:
-    """dx, contiguous; the residual's gradient is the same tensor."""
+def add_backward(*, dtotal: Tensor, dy: Tensor, total: Tensor, eps: float, largest: Tensor | None) -> Tensor:
+    """dx, contiguous; the residual's gradient is the same tensor. largest: zeros, int32 [SLOTS], for `note_largest`."""
     dx = torch.empty(total.shape, dtype=total.dtype, device=total.device)
     _launch(
         add_backward_kernel,
@@ -137,6 +145,7 @@ def add_backward(*, dtotal: Tensor, dy: Tensor, total: Tensor, eps: float) -> Te
         dx_pointer=dx,
         dr_pointer=None,
         dsquare_sum_pointer=None,
+        largest_pointer=largest,
         r_row=0,
         SCALED=False,
     )
@@ -144,9 +153,16 @@ def add_backward(*, dtotal: Tensor, dy: Tensor, total: Tensor, eps: float) -> Te
 
 
 def add_scaled_backward(
-    *, dtotal: Tensor, dy: Tensor, total: Tensor, residual: Tensor, square_sum: Tensor, eps: float
+    *,
+    dtotal: Tensor,
+    dy: Tensor,
+    total: Tensor,
+    residual: Tensor,
+    square_sum: Tensor,
+    eps: float,
+    largest: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, residual and square_sum, contiguous."""
+    """The gradients of x, residual and square_sum, contiguous. largest: as for `add_backward`, of the residual's."""
     dx, dresidual = (torch.empty(total.shape, dtype=total.dtype, device=total.device) for _ in range(2))
     dsquare_sum = torch.empty(square_sum.shape, dtype=torch.float32, device=total.device)
     _launch(
@@ -157,6 +173,7 @@ def add_scaled_backward(
         dx_pointer=dx,
         dr_pointer=dresidual,
         dsquare_sum_pointer=dsquare_sum,
+        largest_pointer=largest,
         SCALED=True,
     )
     return dx, dresidual, dsquare_sum
@@ -169,5 +186,7 @@ def _launch(kernel, inputs: dict[str, Tensor], **arguments) -> None:
     for name, x in rows.items():
         arguments |= {f"{name}_pointer": x, f"{name}_row": x.stride(0)}
     block, warps = block_for(width)
+    if kernel is add_backward_kernel:
+        arguments["SLOTS"] = SLOTS
     with torch.cuda.device_of(next(iter(rows.values()))):
         kernel[(count,)](**arguments, width=width, WIDTH=block, num_warps=warps)

@@ -14,6 +14,8 @@ from kernels.dependent_launch import launch_options
 from kernels.lightning.tiles import padded
 
 TILE_BYTES, WARPS = 16384, 4  # of weights that a program holds: 128 bytes a thread
+# Wider fp8 weights are read in pieces of several rows: a program that holds one row converts as many elements of x.
+FLOAT8_WIDTH, FLOAT8_PIECE, FLOAT8_BYTES = 4096, 2048, 8192
 
 
 @triton.jit
@@ -33,7 +35,8 @@ def token_kernel(
     NORM: tl.constexpr,
     SILU: tl.constexpr,
     OUT: tl.constexpr,
-    WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr,  # columns of the weight that a program holds
+    PIECES: tl.constexpr,  # of so many columns that it reads
     PARTS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -49,21 +52,41 @@ def token_kernel(
         gdc_launch_dependents()
         gdc_wait()
     x = tl.load(x_pointer + k, mask=k < width, other=0.0).to(tl.float32)
+    squares = x * x
+    if PIECES > 1:
+        weighted = weight.to(tl.float32) * x[None, :]
+        if value_pointer is not None:
+            valued = value.to(tl.float32) * x[None, :]
+    for _ in tl.static_range(1, PIECES):
+        k += WIDTH
+        at = n[:, None].to(tl.int64) * width + k[None, :]
+        mask = held[:, None] & (k[None, :] < width)
+        weight = tl.load(weight_pointer + at, mask=mask, other=0.0, eviction_policy="evict_first")
+        x = tl.load(x_pointer + k, mask=k < width, other=0.0).to(tl.float32)
+        squares += x * x
+        weighted += weight.to(tl.float32) * x[None, :]
+        if value_pointer is not None:
+            value = tl.load(value_pointer + at, mask=mask, other=0.0, eviction_policy="evict_first")
+            valued += value.to(tl.float32) * x[None, :]
     scale = 1.0
     if NORM:
         if square_sum_pointer is not None:
             part = tl.arange(0, PARTS)
             total = tl.sum(tl.load(square_sum_pointer + part, mask=part < parts, other=0.0), 0)
         else:
-            total = tl.sum(x * x, 0)
+            total = tl.sum(squares, 0)
         scale = tl.rsqrt(total / width + eps)
-    y = tl.sum(weight.to(tl.float32) * x[None, :], 1) * scale
+    if PIECES == 1:  # not above: the sum of squares would have fewer registers
+        weighted = weight.to(tl.float32) * x[None, :]
+    y = tl.sum(weighted, 1) * scale
     if weight_scale_pointer is not None:
         y *= tl.load(weight_scale_pointer + n, mask=held, other=0.0)
     if SILU:
         y *= tl.sigmoid(y)
     if value_pointer is not None:
-        y *= tl.sum(value.to(tl.float32) * x[None, :], 1) * scale
+        if PIECES == 1:
+            valued = value.to(tl.float32) * x[None, :]
+        y *= tl.sum(valued, 1) * scale
     if value_scale_pointer is not None:
         y *= tl.load(value_scale_pointer + n, mask=held, other=0.0)
     if residual_pointer is not None:
@@ -114,8 +137,10 @@ def _launch(
     silu: bool,
 ) -> Tensor:
     width, outs = x.shape[0], weight.shape[0]
-    whole = triton.next_power_of_2(width)
-    out = max(1, TILE_BYTES // (whole * weight.element_size() * (1 if value is None else 2)))
+    narrow = weight.element_size() == 1 and width > FLOAT8_WIDTH
+    whole = FLOAT8_PIECE if narrow else triton.next_power_of_2(width)
+    row_bytes = whole * weight.element_size() * (1 if value is None else 2)
+    out = max(1, (FLOAT8_BYTES if narrow else TILE_BYTES) // row_bytes)
     y = torch.empty(outs, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
         token_kernel[(triton.cdiv(outs, out),)](
@@ -135,6 +160,7 @@ def _launch(
             SILU=silu,
             OUT=out,
             WIDTH=whole,
+            PIECES=triton.cdiv(width, whole),
             PARTS=16 if square_sum is None else padded(square_sum.shape[0]),
             num_warps=WARPS,
             **launch_options(x),

@@ -7,7 +7,8 @@ Each figure is the median of three runs of --tokens tokens. Rows of the output a
 
 With --peer llama, a Hugging Face LLaMA of the sizes of --model (transformer_1b, ...) decodes instead: generate() with
 its static key-value cache, which it compiles on a GPU. Positions are then the lengths of that cache, filled with random
-keys and values; a cache that does not fit into the GPU's memory is a row without a value.
+keys and values; a cache that does not fit into the GPU's memory is a row without a value. With --peer retnet,
+flash-linear-attention's RetNet of the sizes of --model (1b, ...): generate() with its recurrent state, after a prompt.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from omegaconf import OmegaConf
 import megatron_tn.train  # noqa: F401  registers the schema of conf/config.yaml
 from kernels.bench import rows
 from megatron_tn.benchmarking.clock import release
-from megatron_tn.benchmarking.peers import filled_cache, llama
+from megatron_tn.benchmarking.peers import filled_cache, llama, retnet
 from megatron_tn.cli import CONF
 from megatron_tn.config import ModelConfig, from_mapping
 from megatron_tn.device.matrix_rate import elapsed, mark
@@ -83,8 +84,8 @@ def peer_steps(tokens: int) -> int:
 
 
 def peer_token_ms(peer: torch.nn.Module, batch: int, position: int, sampler: Sampler, tokens: int) -> float:
-    """`token_ms` of a Hugging Face model with a static cache of `position` tokens a row, all of which attention reads
-    in every step. The last peer_steps(tokens) of them are decoded."""
+    """`token_ms` of a Hugging Face model. A LLaMA has a static cache of `position` tokens a row, all of which attention
+    reads in every step. The last peer_steps(tokens) of them are decoded."""
     device = next(peer.parameters()).device
     sampled = sampler.temperature > 0
     drawn = {"temperature": sampler.temperature, "top_k": sampler.top_k, "top_p": sampler.top_p} if sampled else {}
@@ -94,9 +95,10 @@ def peer_token_ms(peer: torch.nn.Module, batch: int, position: int, sampler: Sam
         marks.append(mark(device))
         return logits
 
+    if peer.config.model_type == "llama":
+        drawn["past_key_values"] = filled_cache(peer, batch, position - count - 1, position)
     peer.generate(
         torch.ones(batch, position - count, dtype=torch.int64, device=device),
-        past_key_values=filled_cache(peer, batch, position - count - 1, position),
         max_new_tokens=count,
         min_new_tokens=count,
         do_sample=sampled,
@@ -132,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, help="1: all (default: 1)")
     parser.add_argument("--output", type=Path, help="file that JSON rows are appended to (default: none)")
     parser.add_argument("--fp8-weights", action="store_true", help="keep the matrices of the blocks in fp8")
-    parser.add_argument("--peer", choices=["llama"], help="the Hugging Face model that decodes instead")
+    parser.add_argument("--peer", choices=["llama", "retnet"], help="the model of others that decodes instead")
     asked = parser.parse_args(arguments)
     sampler = Sampler(asked.temperature, asked.top_k, asked.top_p)
     if problems := sampler.problems():
@@ -144,8 +146,10 @@ def main(arguments: list[str] | None = None) -> None:
     if asked.peer and asked.fp8_weights:
         parser.error("--fp8-weights is of our model, and --peer decodes another")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if asked.peer:
+    if asked.peer == "llama":
         model, name = llama(model_config(asked.model), torch.device(device), head=True), "decoding of a LLaMA"
+    elif asked.peer:
+        model, name = retnet(model_config(asked.model), torch.device(device)), "decoding of a RetNet"
     else:
         model, name = random_model(asked.model, device, fp8_weights=asked.fp8_weights), "decoding"
     given = {

@@ -34,6 +34,31 @@ def llama(shape: ModelConfig, device: torch.device, *, head: bool = False) -> to
         return (LlamaForCausalLM if head else LlamaModel)(sizes).to(torch.bfloat16)
 
 
+def retnet(shape: ModelConfig, device: torch.device) -> torch.nn.Module:
+    """flash-linear-attention's RetNetForCausalLM with the sizes in `shape`, bf16: the model class of its whose layers
+    are the nearest to ours, linear attention with a fixed decay a head, an output gate and a gated unit.
+
+    Raises:
+        ConfigError: flash-linear-attention is not installed.
+    """
+    try:
+        from fla.models import RetNetConfig, RetNetForCausalLM
+    except ImportError:
+        raise ConfigError("this peer needs flash-linear-attention: pip install -e '.[bench]'") from None
+    sizes = RetNetConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.embed_dim,
+        intermediate_size=shape.glu_dim,
+        num_hidden_layers=shape.layers,
+        num_heads=shape.heads,
+        expand_v=1,
+        norm_eps=shape.norm_eps,
+        tie_word_embeddings=True,
+    )
+    with torch.device(device):
+        return RetNetForCausalLM(sizes).to(torch.bfloat16)
+
+
 def filled_cache(peer: torch.nn.Module, batch: int, count: int, most: int) -> object:
     """A static cache of transformers for `most` tokens of each of `batch` rows, of which the first `count` have random
     keys and values: a step takes as long as after a forward pass of so many tokens."""

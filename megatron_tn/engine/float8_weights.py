@@ -42,7 +42,7 @@ class Run:
         self.flat.untyped_storage().resize_(0)
 
 
-class Float8Weights:
+class FreedWeights:
     """The weights of `layers`, which it takes from shards.copies and shards.whole. transposed: see `KeptWeights`.
 
     Parameters that are their own masters (fp32, engines without sharding) stay.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_tn.device.host_copy import HostCopy
-from megatron_tn.engine.float8_weights import Float8Weights
+from megatron_tn.engine.float8_weights import FreedWeights
 from megatron_tn.engine.matrices import matrix_rounds
 from megatron_tn.engine.shards import Shards
 from megatron_tn.gradients.clipping import clipping_divisor
@@ -50,7 +50,7 @@ class Update:
         self.specs = specs
         self.tp = tp
         self.clip_norm = clip_norm
-        self.float8: Float8Weights | None = None
+        self.float8: FreedWeights | None = None
         optimizer.copies = shards.copies
         if optimizer.whole_matrices:
             optimizer.rounds = matrix_rounds(shards, specs, tp)
@@ -90,7 +90,7 @@ class Update:
 
     def keep_in_float8(self, layers: Sequence[SplitLinear], *, transposed: bool) -> None:
         """Keep the weights of `layers` in fp8. transposed: see `KeptWeights`."""
-        self.float8 = Float8Weights(self.shards, layers, transposed=transposed)
+        self.float8 = FreedWeights(self.shards, layers, transposed=transposed)
         self.optimizer.copies = self.shards.copies
 
     def owned_ranges(self) -> list[OwnedRange]:

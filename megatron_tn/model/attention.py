@@ -55,7 +55,11 @@ class GatedLinearAttention(nn.Module):
     with the gate and with W_o, so each rank computes (o * u) W_o^T and sum(o^2) over its heads, and both are summed
     over ranks. The block's channel_norm applies the scale as it adds the output to the residual stream. LayerNorm does
     not commute: it reduces its statistics over ranks before W_o, and the gate follows it.
+
+    noting: whether the largest elements of operands that fp8 products quantise are noted.
     """
+
+    noting = False
 
     def __init__(self, config: ModelConfig, layer: int, axis: Axis):
         super().__init__()
@@ -83,7 +87,7 @@ class GatedLinearAttention(nn.Module):
         theta = None if self.lrpe is None else self.lrpe()
         commutes = not isinstance(self.norm, HeadLayerNorm)
         gate = self.gate and commutes
-        y, square_sum, state = attend(qkvu, decay, theta, layout, act=self.act, gate=gate)
+        y, square_sum, state = attend(qkvu, decay, theta, layout, act=self.act, gate=gate, noting=self.noting)
         if not commutes:
             y = self.norm(y)  # y = o
             u = qkvu[..., -y.shape[-1] :]
@@ -109,7 +113,14 @@ class NormAttention(GatedLinearAttention):
 
 
 def attend(
-    qkvu: Tensor, decay: Tensor, theta: Tensor | None, layout: TokenLayout, *, act: str, gate: bool
+    qkvu: Tensor,
+    decay: Tensor,
+    theta: Tensor | None,
+    layout: TokenLayout,
+    *,
+    act: str,
+    gate: bool,
+    noting: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`kernels.gla` of the tokens, documents and states that the layout says; with context parallelism, of this rank's
     slice of the sequence."""
@@ -127,4 +138,5 @@ def attend(
         cu_seqlens=layout.cu_seqlens,
         return_state=layout.return_state,
         update_state=layout.update_state,
+        noting=noting and torch.is_grad_enabled(),
     )

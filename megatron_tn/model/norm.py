@@ -31,7 +31,11 @@ class SimpleRMSNorm(nn.Module):
 
     square_sum [..]: sum(o^2) returned by `GatedLinearAttention`, whose output lacks the norm's scale: forward first
     multiplies `update` by 1 / sqrt(square_sum / D + eps).
+
+    noting: whether backward passes note the largest element of a gradient that fp8 products quantise.
     """
+
+    noting = False
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -45,10 +49,10 @@ class SimpleRMSNorm(nn.Module):
         slices: TokenSlices | None = None,
     ) -> tuple[Tensor, Tensor]:
         if update is None:
-            return branch_simple_rms_norm(x, self.eps)
+            return branch_simple_rms_norm(x, self.eps, self.noting)
         if square_sum is None:
             return add_simple_rms_norm(x, update, self.eps)
-        return add_scaled_simple_rms_norm(x, update, square_sum, self.eps)
+        return add_scaled_simple_rms_norm(x, update, square_sum, self.eps, self.noting)
 
 
 class RMSNorm(SimpleRMSNorm):

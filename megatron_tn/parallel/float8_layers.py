@@ -13,8 +13,14 @@ from megatron_tn.precision.fp8 import OLDEST_CAPABILITY, Float8Weights, KeptWeig
 
 
 def float8_layers(blocks: Iterable[nn.Module], bound: float | None) -> list[SplitLinear]:
-    """Mark the linear layers of `blocks` for fp8 products, and return them. bound: of the elements that a block's norms
-    give to column-parallel layers; None: not known."""
+    """Mark the linear layers of `blocks` for fp8 products, and return them; and the modules that note the largest
+    element of an operand which they write.
+
+    bound: of the elements that a block's norms give to column-parallel layers; None: not known.
+    """
+    for module in (module for block in blocks for module in block.modules()):
+        if hasattr(module, "noting"):
+            module.noting = True
     layers = [module for block in blocks for module in block.modules() if isinstance(module, SplitLinear)]
     for layer in layers:
         first = layer.together[0] if layer.together else layer

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.quantize.op import largest, transpose
+from kernels.quantize.op import transpose
 from kernels.sglu.op import sglu_pair_backward, sglu_pair_forward
 from megatron_tn.parallel.context import Axis
 from megatron_tn.parallel.float8_operators import column_forward, row_backward, row_forward
@@ -28,6 +28,7 @@ from megatron_tn.precision.fp8 import (
     OPERAND,
     Float8,
     Float8Weights,
+    largest_of,
     quantized,
     scaled_product,
     weight_gradients,
@@ -221,4 +222,4 @@ def _row_backward(
 
 def _largest_of_slices(x: Tensor, axis: Axis) -> Tensor:
     """`kernels.quantize.op.largest` over the slices of all ranks; an integer maximum, so NaN stays the largest."""
-    return collectives.wait_tensor(collectives.all_reduce(largest(x).amax().view(1), "max", axis.name))
+    return collectives.wait_tensor(collectives.all_reduce(largest_of(x).amax().view(1), "max", axis.name))

@@ -80,13 +80,16 @@ def _host_concern(config: TrainConfig, time: StepTime) -> str | None:
 
 
 def other_world(config: TrainConfig, environment: Mapping[str, str]) -> str | None:
-    """One line where the nodes that SLURM gave, or the processes that a launcher started, are not those of `nodes`."""
-    given = environment.get("SLURM_JOB_NUM_NODES", "")
-    if given.isdecimal() and int(given) != config.nodes:
-        return f"nodes={config.nodes}, but this SLURM job has {given}"
+    """One line where the nodes that SLURM gave, or the processes that a launcher started, are not those of `nodes`. In
+    a SLURM job nodes=1, the default, is no statement: plain sbatch has an option of its own."""
+    nodes, given = config.nodes, environment.get("SLURM_JOB_NUM_NODES", "")
+    if given.isdecimal() and int(given) != nodes:
+        if nodes > 1:
+            return f"nodes={nodes}, but this SLURM job has {given}"
+        nodes = int(given)
     started, node = environment.get("WORLD_SIZE", ""), config.cluster.gpus_per_node
-    if node and started.isdecimal() and int(started) != config.nodes * node:
-        return f"nodes={config.nodes} x cluster.gpus_per_node={node} is not the world of {started} processes started"
+    if node and started.isdecimal() and int(started) != nodes * node:
+        return f"nodes={nodes} x cluster.gpus_per_node={node} is not the world of {started} processes started"
     return None
 
 

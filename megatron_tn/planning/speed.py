@@ -136,13 +136,17 @@ def exposed(traffic: Traffic, cluster: ClusterConfig, window: float) -> float:
 
 def updated_bytes(config: TrainConfig, world_size: int) -> float:
     """Bytes that an update moves, of the parameters that a rank updates: of its tensor-parallel part all, or with ZeRO
-    and FSDP2 its share. Muon's iterations are products."""
-    size = UPDATE_BYTES * parameter_count(config.model)
+    and FSDP2 its share. Muon's iterations are products. Weights that are kept in fp8 are cast by a pass of their own,
+    and read twice and written in one order or both on every rank."""
+    size, quantised = UPDATE_BYTES * parameter_count(config.model), 0
+    engine = config.engine
     if config.optim.name == "muon":
         size += (ELEMENT_BYTES - UPDATE_BYTES) * matrix_elements(config.model)
-    engine = config.engine
+    if engine.frees_weights:
+        size += 4 * matrix_elements(config.model)
+        quantised = (6 if engine.keeps_fp8_transposes else 5) * matrix_elements(config.model) / config.parallel.tp
     sharded = engine.name == "fsdp2" or (engine.name == "deepspeed" and engine.zero_stage > 0)
-    return size / config.parallel.tp / (math.prod(spans_of(config, world_size, "data")) if sharded else 1)
+    return quantised + size / config.parallel.tp / (math.prod(spans_of(config, world_size, "data")) if sharded else 1)
 
 
 def engine_bytes(config: TrainConfig, world_size: int) -> float:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from kernels.numerics import accumulation_dtype
 from kernels.quantize.many import ManyMatrices, stacked
+from kernels.quantize.noted import noted
 from kernels.quantize.op import MULTIPLE, largest, padded, quantize, transpose
 from megatron_tn.device.side_stream import on_side_stream
 from megatron_tn.precision.gradient_sum import GradientSum
@@ -44,11 +45,17 @@ class Float8(NamedTuple):
     shape: tuple[int, int]
 
 
+def largest_of(x: Tensor) -> Tensor:
+    """`kernels.quantize.op.largest` of x, as the kernel that wrote x noted it, or by a search."""
+    bits = noted(x)
+    return largest(x) if bits is None else bits
+
+
 def quantized(
     x: Tensor, dtype: torch.dtype, *, rows: bool = True, transposed: bool = True, bits: Tensor | None = None
 ) -> Float8:
     """x [T, C] in fp8. bits: the result of `kernels.quantize.op.largest` of x, of more than x, or a bound's."""
-    bits = largest(x) if bits is None else bits
+    bits = largest_of(x) if bits is None else bits
     return Float8(*quantize(x, bits, dtype, rows=rows, transposed=transposed), tuple(x.shape))
 
 

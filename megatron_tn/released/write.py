@@ -23,6 +23,7 @@ from megatron_tn.checkpoint.manifest import Piece
 from megatron_tn.config import ConfigError, ModelConfig
 from megatron_tn.model.base import Model
 from megatron_tn.model.registry import architecture, problems_of_export
+from megatron_tn.parallel.fp8_weights import keeps_fp8
 from megatron_tn.released.config import CONFIG_FILE, config_to_released
 from megatron_tn.released.weights import INDEX_FILE, WEIGHTS_FILE
 
@@ -109,7 +110,13 @@ def write_released(
 
 
 def save_pretrained(model: Model, directory: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write `model` in the released layout; global rank 0 writes. Collective over tensor parallel."""
+    """Write `model` in the released layout; global rank 0 writes. Collective over tensor parallel.
+
+    Raises:
+        ConfigError: the weights are kept in fp8.
+    """
+    if keeps_fp8(model):
+        raise ConfigError("fp8_weights=true is for decoding and evaluation: no released layout holds weights in fp8")
     parameters = dict(model.named_parameters())
     shapes = {name: parameter.shard_spec.shape for name, parameter in parameters.items()}
     dtypes = {name: dtype or parameter.dtype for name, parameter in parameters.items()}

@@ -13,11 +13,13 @@ from megatron_tn.engine.base import Engine
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.float8_layers import check_device, layer_groups, marked_layers
+from megatron_tn.precision import fp8 as float8
 from megatron_tn.precision.fp8 import OPERAND, quantized
 from megatron_tn.training.step import train_step
-from tests.engine.test_parity import ALL_PARTITIONED, FSDP2, LOCAL, ZERO, in_chunks
+from tests.engine.test_parity import ALL_PARTITIONED, FSDP2, LOCAL, ZERO
+from tests.helpers.gradients import step_gradients
 from tests.helpers.models import TINY, Rows, random_batch, reference_gradients, relative_errors, tiny_config
-from tests.helpers.ranks import layout, run_shared, this_device
+from tests.helpers.ranks import layout, run_shared
 
 SEED, LENGTH, BATCH = 7, 23, 4
 # Of a gradient, relative in norm. fp8 rounds x and W by up to 1/16, dy by up to 1/8, in every layer.
@@ -46,24 +48,16 @@ def gradients_of(
     tp: int, sequence_parallel: bool, cases: list[tuple[EngineConfig, int]], chunk_tokens: int | None = None
 ) -> list[Gradients]:
     context = layout(tp, 1, sequence_parallel)
-    tokens, targets = random_batch(BATCH, LENGTH)
-    share = BATCH // context.dp.size
-    mine = slice(context.dp.rank * share, (context.dp.rank + 1) * share)
     found = []
     for engine_config, microbatches in cases:
-        micro = share // microbatches
+        micro = BATCH // context.dp.size // microbatches
         config = tiny_config(
             engine=engine_config,
             parallel=ParallelConfig(tp=tp, sequence_parallel=sequence_parallel),
             data=DataConfig(sequence_length=LENGTH, global_batch=BATCH, micro_batch=micro),
         )
-        engine = build_engine(config, context, this_device())
-        initialize_engine(engine, SEED)
-        scale = 1 / (targets != -100).sum()
-        with in_chunks(chunk_tokens):
-            for index, rows in enumerate(zip(tokens[mine].split(micro), targets[mine].split(micro), strict=True)):
-                engine.forward_backward(*rows, None, scale=scale, last=index == microbatches - 1)
-        found.append({name: gradient.clone() for name, gradient in engine.named_logical_gradients().items()})
+        engine, gradients = step_gradients(config, context, SEED, chunk_tokens)
+        found.append(gradients)
         engine.step(1e-3)
         if engine_config.keeps_weights:
             assert_operands_are_of_the_weights(engine)
@@ -116,6 +110,14 @@ def steps(engine: Engine, count: int, first: int = 0) -> list[float]:
         rows = Rows(ids[:, :-1], ids[:, 1:])
         losses.append(train_step(engine, [rows], 3e-3, torch.device("cpu")).loss)
     return losses
+
+
+def test_operands_are_not_searched():
+    """Kernels that write them note the largest elements; what the final norm's gradient brings is searched."""
+    engine = built(fp8(LOCAL, precision="bf16"))
+    with mock.patch.object(float8, "largest", side_effect=float8.largest) as search:
+        steps(engine, 1)
+    assert search.call_count == 1
 
 
 def test_a_run_ends_within_a_bound_of_fp32s_loss():

@@ -20,12 +20,12 @@ from tests.engine.test_parity import (
     ZERO,
     ZERO_BF16,
     check_gradients,
-    in_chunks,
     name_of,
     train,
     train_each,
 )
 from tests.helpers.golden import NAMES, golden, relative_to_max
+from tests.helpers.gradients import in_chunks
 from tests.helpers.models import TINY
 from tests.helpers.ranks import layout, run_shared
 from tests.helpers.replicas import assert_replicas_equal, replicated

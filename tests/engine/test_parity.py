@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from typing import Any, NamedTuple
-from unittest import mock
 
 import pytest
 import torch
@@ -15,8 +14,8 @@ from megatron_tn.config.model import SOFTMAX_KINDS
 from megatron_tn.engine.base import DTYPES
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.optim.schedule import learning_rate
-from megatron_tn.parallel import products
 from megatron_tn.training.step import train_step
+from tests.helpers.gradients import step_gradients
 from tests.helpers.models import (
     COSFORMER,
     HYBRID,
@@ -67,11 +66,6 @@ class Case(NamedTuple):
     model: str
 
 
-def in_chunks(tokens: int | None):
-    """Products over tensor-parallel ranks are cut into chunks of as few; None: as ever."""
-    return mock.patch.dict(products.CHUNK_TOKENS, {} if tokens is None else {this_device().type: tokens})
-
-
 def gradients_of(
     tp: int,
     cp: int,
@@ -81,26 +75,16 @@ def gradients_of(
 ) -> dict[Case, tuple[dict[str, torch.Tensor], float]]:
     """case -> (gradients, gradient norm), of one step of the same global batch."""
     context = layout(tp, cp, sequence_parallel)
-    tokens, targets = (part.to(this_device()) for part in random_batch(BATCH, LENGTH))
-    share = BATCH // context.dp.size
-    mine = slice(context.dp.rank * share, (context.dp.rank + 1) * share)
     found = {}
     for engine_config, accumulation, model in cases:
-        micro = share // accumulation
+        micro = BATCH // context.dp.size // accumulation
         config = tiny_config(
             model=MODELS[model],
             engine=engine_config,
             parallel=ParallelConfig(tp=tp, cp=cp, sequence_parallel=sequence_parallel),
             data=DataConfig(sequence_length=LENGTH, global_batch=BATCH, micro_batch=micro),
         )
-        engine = build_engine(config, context, this_device())
-        initialize_engine(engine, SEED)
-        scale = 1 / (targets != -100).sum()
-        with in_chunks(chunk_tokens):
-            for index, rows in enumerate(zip(tokens[mine].split(micro), targets[mine].split(micro), strict=True)):
-                engine.forward_backward(*rows, None, scale=scale, last=index == accumulation - 1)
-        gradients = engine.named_logical_gradients()
-        gradients = {name: gradient.cpu() for name, gradient in gradients.items()}
+        engine, gradients = step_gradients(config, context, SEED, chunk_tokens)
         settings = (engine_config.precision, engine_config.recompute)
         case = Case(name_of(engine_config), *settings, accumulation, model)
         found[case] = gradients, engine.step(1e-3).grad_norm

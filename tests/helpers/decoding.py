@@ -38,13 +38,17 @@ def trained_model(steps: int = 40) -> Model:
 @functools.cache
 def _trained_weights(steps: int) -> dict[str, Tensor]:
     model = reference_model(SHAPE, seed=1, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
+    train(model, steps)
+    return model.state_dict()
+
+
+def train(model: Model, steps: int, rate: float = 1e-2) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0)
     for step in range(steps):
-        ids = sequences(32, 25, seed=step)
+        ids = sequences(32, 25, seed=step).to(model.lm_head.weight.device)
         optimizer.zero_grad()
         model.loss(ids[:, :-1], ids[:, 1:]).backward()
         optimizer.step()
-    return model.state_dict()
 
 
 def prompts(lengths: Sequence[int] = (1, 9, 2, 40, 17, 5)) -> list[list[int]]:

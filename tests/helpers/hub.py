@@ -33,10 +33,10 @@ def module_of(model: torch.nn.Module) -> ModuleType:
 
 
 @torch.no_grad()
-def logits_by_path(folder: Path, tokens: Tensor) -> dict[str, Tensor]:
+def logits_by_path(folder: Path, tokens: Tensor, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """How it was computed -> logits [B, T, V] of tokens [B, T], T > 93: in our kernels' operators and in plain PyTorch,
     each of all tokens at once, by prefill in chunks, and by one-token decoding after a prefill."""
-    model = load(folder, dtype=torch.float32)
+    model = load(folder, dtype=dtype).to(tokens.device)
     module = module_of(model)
     kernels, found = module.kernel_gla, {}
     chunks = tokens.split([*CHUNKS, tokens.shape[1] - sum(CHUNKS)], dim=1)

@@ -6,14 +6,17 @@ import pytest
 import torch
 
 from kernels.float8_linear.reference import dequantized
-from megatron_tn.config import ConfigError
+from megatron_tn.config import ConfigError, ScoreConfig
 from megatron_tn.evaluation.perplexity import Documents, evaluate_documents
 from megatron_tn.inference import Prefix, Sampler, Session, generate, keep_in_fp8
 from megatron_tn.model.base import Model
 from megatron_tn.parallel import fp8_weights
 from megatron_tn.parallel.linear import SplitLinear
+from megatron_tn.released.write import save_pretrained
+from megatron_tn.score import checked
 from tests.helpers.decoding import plain, prompts, recorded_logits, sequences, trained_model
 from tests.helpers.models import HYBRID, TRANSFORMER, reference_model
+from tests.helpers.shards import make_text_shards
 
 GREEDY = Sampler(temperature=0)
 COUNT = 9
@@ -85,6 +88,16 @@ def test_other_architectures(config):
     keep_in_fp8(model)
     tokens = torch.tensor(prompts()[3])[None]
     torch.testing.assert_close(model(tokens).logits, emulated(model)(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_scores_have_a_name_of_their_own_and_an_export_is_refused(trained, kept, tmp_path):
+    make_text_shards(tmp_path / "shards")
+    save_pretrained(trained, tmp_path / "export")
+    given = {"checkpoint": str(tmp_path / "export"), "manifest": str(tmp_path / "shards/manifest.json")}
+    name, of_fp8 = (checked(ScoreConfig(**given, fp8_weights=each))[1] for each in (False, True))
+    assert of_fp8 == f"{name}-fp8"
+    with pytest.raises(ConfigError, match="no released layout holds weights in fp8"):
+        save_pretrained(kept, tmp_path / "export")
 
 
 def test_a_gpu_that_cannot_is_named(monkeypatch, trained):

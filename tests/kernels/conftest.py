@@ -16,6 +16,8 @@ from kernels import dispatch
 
 # In the order of import: a copy finds the copies of those before it.
 TRITON_MODULES = (
+    "kernels.quantize.triton_quantize",
+    "kernels.quantize.triton_many",
     "kernels.adamw.triton_adamw",
     "kernels.lightning.triton_sequences",
     "kernels.lightning.triton_scan",
@@ -27,8 +29,6 @@ TRITON_MODULES = (
     "kernels.gla.triton_step",
     "kernels.muon.triton_muon",
     "kernels.newton_schulz.triton_symmetric",
-    "kernels.quantize.triton_quantize",
-    "kernels.quantize.triton_many",
     "kernels.rmsnorm.triton_rmsnorm",
     "kernels.rope.triton_rope",
     "kernels.gla.triton_buffered",

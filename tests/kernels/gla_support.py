@@ -10,6 +10,8 @@ from kernels import dispatch
 from kernels.gla import features, reference
 from kernels.gla.inputs import GlaInputs, Saved
 from kernels.gla.op import gradients
+from kernels.quantize.noted import noted
+from kernels.quantize.op import largest
 from tests.kernels.support import TOLERANCE, assert_close
 
 # theta's gradient has a bound of its own.
@@ -150,7 +152,7 @@ class Gated:
         ready = self.features(keys_alone=True)
         given = {"qkvu": self.qkvu, "theta": self.theta, "act": self.act, "positions": self.positions}
         features.add_query_features_(ready, **given)
-        y, _, state, o, starts = torch.ops.megatron_tn.gla_forward(self.qkvu, ready, *self.inputs()[1:], True)
+        y, _, state, o, starts, _ = torch.ops.megatron_tn.gla_forward(self.qkvu, ready, *self.inputs()[1:], True)
         sent = []
 
         def exchange(dinitial: Tensor):
@@ -167,3 +169,20 @@ class Gated:
             assert_close("dtheta", [dtheta], wanted[5:], THETA_TOLERANCE[self.qkvu.dtype])
         self.dstate = torch.zeros_like(self.dstate)
         assert_close("dinitial", sent, self.exact()[4:5], TOLERANCE[self.qkvu.dtype])
+
+
+def check_noted(device, **options) -> None:
+    """The largest elements of y and of qkvu's gradient; results are those without."""
+    found = []
+    for noting in (False, True):
+        case = Gated.random(device=device, **options)
+        qkvu = case.qkvu.requires_grad_()
+        y, square_sum, _ = kernels.gla(
+            qkvu, case.decay, case.theta, act=case.act, gate=case.gate, cu_seqlens=case.cu_seqlens, noting=noting
+        )
+        (gradient,) = torch.autograd.grad((y, square_sum), qkvu, (case.dy, case.dsquare_sum))
+        found.append((y, gradient))
+    for plain, other in zip(*found, strict=True):
+        assert torch.equal(plain, other)
+        assert noted(plain) is None
+        assert torch.equal(noted(other.flatten(0, 1)).amax().cpu(), largest(other.detach().cpu()).amax())

@@ -5,7 +5,7 @@ import torch
 
 import kernels
 from kernels.gla.features import add_query_features_
-from tests.kernels.gla_support import Gated
+from tests.kernels.gla_support import Gated, check_noted
 from tests.kernels.support import relative_error
 
 BOUNDS = (0, 5, 5, 69, 70, 198, 200, 200)
@@ -22,6 +22,11 @@ def test_any_length(length, dtype, with_lrpe):
 @pytest.mark.parametrize("gate", [True, False], ids=["gated", "not gated"])
 def test_every_activation(act, gate):
     Gated.random(act=act, gate=gate, length=40).check()
+
+
+@pytest.mark.parametrize("gate", [True, False], ids=["gated", "not gated"])
+def test_largest_elements_are_noted(gate):
+    check_noted("cpu", gate=gate, length=40)
 
 
 @pytest.mark.parametrize("with_lrpe", [False, True], ids=["plain", "lrpe"])

@@ -5,7 +5,7 @@ import torch
 
 import kernels
 from kernels.lightning import sequences, tiles
-from tests.kernels.gla_support import Gated
+from tests.kernels.gla_support import Gated, check_noted
 from tests.kernels.support import relative_error, strided
 
 BOUNDS = (0, 5, 5, 37, 38, 103, 104, 104)
@@ -40,6 +40,11 @@ def test_every_activation(triton_device, act, with_lrpe):
         length=33, width=24, batch=1, rates=(0.1, 1.0), act=act, with_lrpe=with_lrpe, device=triton_device
     )
     case.check()
+
+
+@pytest.mark.parametrize("act", ["silu", "none"])
+def test_largest_elements_are_noted(triton_device, act):
+    check_noted(triton_device, length=33, batch=1, rates=(0.1, 0.5), act=act, with_lrpe=act == "silu")
 
 
 def test_without_a_gate(triton_device):

@@ -35,7 +35,7 @@ def operators():
         "add_scaled_srmsnorm_forward": (ops.add_scaled_srmsnorm_forward, (x, y, s, 1e-6)),
         "add_scaled_srmsnorm_backward": (
             ops.add_scaled_srmsnorm_backward,
-            (*(a.detach() for a in (y, y, x, y, s)), 1e-6),
+            (*(a.detach() for a in (y, y, x, y, s)), 1e-6, torch.zeros(4, dtype=torch.int32)),
         ),
         "rmsnorm_forward": (ops.rmsnorm_forward, (x, leaf(8), 1e-6)),
         "add_rmsnorm_forward": (ops.add_rmsnorm_forward, (x, y, leaf(8), 1e-6)),
@@ -109,7 +109,7 @@ def gla_operators(decay, bounds):
 
     return {
         "gla_features": (ops.gla_features, plain(qkvu, theta, "silu", positions, 2)),
-        "gla_forward": (ops.gla_forward, (qkvu, None, decay, None, "silu", True, None, None, None, False)),
+        "gla_forward": (ops.gla_forward, (qkvu, None, decay, None, "silu", True, None, None, None, False, True)),
         "gla_forward+lrpe": (
             ops.gla_forward,
             (qkvu, None, decay, theta, "silu", False, positions, state, bounds, True),

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import kernels
+from kernels.quantize.noted import noted
+from kernels.quantize.op import largest
 from kernels.srmsnorm import reference
 from tests.kernels.support import TOLERANCE, assert_close
 
@@ -123,6 +125,36 @@ def test_a_branch_leaves_the_stream_as_it_is(dtype):
         (dx,) = torch.autograd.grad([pairs[i][0][0] for i in used], leaf, [pairs[i][0][1] for i in used])
         (expected,) = torch.autograd.grad([pairs[i][1][0] for i in used], same, [pairs[i][1][1] for i in used])
         assert_close("dx", (dx,), (expected,), TOLERANCE[dtype])
+
+
+def check_noted(device):
+    """Gradients that fp8 products quantise come with their largest elements, and are those without."""
+    torch.manual_seed(0)
+    x, r, ds, dy = (torch.randn(3, 5, 257).to(device, torch.float16) for _ in range(4))
+    squares = 300 * torch.rand(3, 5, device=device)
+    for norm, inputs in (
+        (kernels.add_scaled_simple_rms_norm, (x, r, squares)),
+        (kernels.branch_simple_rms_norm, (x,)),
+    ):
+        leaves = [z.clone().requires_grad_() for z in inputs]
+        found, wanted = (
+            torch.autograd.grad(norm(*leaves, noting=noting), leaves, (ds, dy)) for noting in (True, False)
+        )
+        assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+        gradient = found[min(1, len(found) - 1)]
+        assert torch.equal(noted(gradient.flatten(0, 1)).amax().cpu(), largest(gradient.cpu()).amax())
+        assert noted(gradient[:2]) is None
+        assert noted(wanted[0]) is None
+        gradient.add_(1)
+        assert noted(gradient) is None
+
+
+def test_the_largest_element_is_noted():
+    check_noted("cpu")
+
+
+def test_the_largest_element_is_noted_in_triton(triton_device):
+    check_noted(triton_device)
 
 
 def test_the_residual_must_fit():

@@ -8,7 +8,8 @@ from kernels.float8_linear.reference import dequantized, quantize_rows
 from kernels.token import reference
 from tests.kernels.support import TOLERANCE, assert_close
 
-CASES = {"even": (48, 40), "odd": (101, 33), "several tiles": (272, 50)}  # summed width K, outputs N
+# Summed width K, outputs N.
+CASES = {"even": (48, 40), "odd": (101, 33), "several tiles": (272, 50), "pieces of rows": (4500, 9)}
 SIZES = pytest.mark.parametrize("sizes", CASES.values(), ids=CASES)
 LARGE = pytest.mark.parametrize("sizes", [(2048, 8192), (5632, 2048), (11008, 300)], ids=str)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pytest
 
 from kernels.lightning.tiles import THETA_STRETCH, TILES
+from kernels.quantize.noted import SLOTS
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
@@ -137,23 +138,24 @@ def test_what_stands_around_the_scan_of_gla(capability):
 
     names = ("sum", "dsum", "theta", "states", "given", "last", "decay", "flow", "weight")
     fp32 = {f"{name}_pointer": "*fp32" for name in names}
-    integers = dict.fromkeys(("positions_pointer", "bounds_pointer", "first_pointer"), "*i32")
+    integers = dict.fromkeys(("positions_pointer", "bounds_pointer", "first_pointer", "largest_pointer"), "*i32")
+    gate = {"GATE": True, "WIDTH": 4096, "SLOTS": SLOTS}
     features = {"ACT": 1, "QUICK": True, "ROWS": feature_map.ROWS, "COLUMNS": feature_map.COLUMNS}
-    steps = features | {"STEPS": feature_map.STEPS}
+    steps = features | {"STEPS": feature_map.STEPS, "SLOTS": SLOTS}
     without_lrpe = dict.fromkeys(("theta_pointer", "positions_pointer"))
+    gates = (triton_gate.gate_kernel, triton_gate.gate_gradient_kernel)
     cases = (
-        (triton_gate.gate_kernel, {"GATE": True, "WIDTH": 4096}, 8),
-        (triton_gate.gate_gradient_kernel, {"GATE": True, "WIDTH": 4096}, 8),
+        *((kernel, gate | {"largest_pointer": None}, 8) for kernel in gates),
+        *((kernel, gate, 8) for kernel in gates),
         *(
             (triton_features.features_kernel, features | wanted | lrpe, feature_map.WARPS)
             for wanted in ({"QUERIES": q, "KEYS": k} for q, k in ((True, True), (True, False), (False, True)))
             for lrpe in ({}, without_lrpe)
         ),
-        (triton_features.feature_gradients_kernel, steps, feature_map.WARPS),
-        (
-            triton_features.feature_gradients_kernel,
-            steps | without_lrpe | dict.fromkeys(("weight_pointer", "flow_pointer")),
-            feature_map.WARPS,
+        *(
+            (triton_features.feature_gradients_kernel, steps | absent | noting, feature_map.WARPS)
+            for absent in ({}, without_lrpe | dict.fromkeys(("weight_pointer", "flow_pointer")))
+            for noting in ({}, {"largest_pointer": None})
         ),
         (triton_segments.combine_kernel, {"REVERSE": True, "PACKED": True, "BLOCK": 1024}, 4),
     )
@@ -176,6 +178,7 @@ def test_lightning_segment_states(capability, element_bytes, summed):
 
 def row_kernels():
     """Each with its constants: an absent tensor is one."""
+    from kernels.quantize import triton_quantize as quantize
     from kernels.srmsnorm import triton_norm as norm
 
     scaling = ("r_pointer", "square_sum_pointer", "dr_pointer", "dsquare_sum_pointer")
@@ -184,8 +187,10 @@ def row_kernels():
         (norm.backward_kernel, {}),
         (norm.add_forward_kernel, {"SCALED": False, "square_sum_pointer": None}),
         (norm.add_forward_kernel, {"SCALED": True}),
-        (norm.add_backward_kernel, {"SCALED": False} | dict.fromkeys(scaling)),
-        (norm.add_backward_kernel, {"SCALED": True}),
+        (norm.add_backward_kernel, {"SCALED": False, "SLOTS": SLOTS} | dict.fromkeys(scaling)),
+        (norm.add_backward_kernel, {"SCALED": True, "SLOTS": SLOTS}),
+        (norm.add_backward_kernel, {"SCALED": True, "SLOTS": SLOTS, "largest_pointer": None}),
+        (quantize.note_rows_kernel, {"SLOTS": SLOTS}),
     ]
 
 
@@ -195,7 +200,7 @@ def test_row_kernels(capability, width):
     from kernels.rows import block_for
 
     block, warps = block_for(width)
-    fp32 = {"eps": "fp32", "square_sum_pointer": "*fp32", "dsquare_sum_pointer": "*fp32"}
+    fp32 = {"eps": "fp32", "square_sum_pointer": "*fp32", "dsquare_sum_pointer": "*fp32", "largest_pointer": "*i32"}
     for kernel, constants in row_kernels():
         types = {name: "*bf16" for name in kernel.arg_names if name.endswith("pointer")} | fp32
         types = {name: type_ for name, type_ in types.items() if name not in constants}
@@ -294,7 +299,9 @@ def test_token_products(capability, weight, gated):
     types = {name: type_ for name, type_ in types.items() if name not in absent}
     constants = {"NORM": True, "SILU": gated, "PARTS": 64, "DEPENDENT": capability >= 9} | dict.fromkeys(absent)
     out = triton_token.TILE_BYTES // 2048 // (2 if weight == "bf16" else 1)
-    constants |= {"OUT": out // 2 if gated else out, "WIDTH": 2048}
+    constants |= {"OUT": out // 2 if gated else out, "WIDTH": 2048, "PIECES": 1}
+    if weight != "bf16" and not gated:  # 7B's widest
+        constants |= {"OUT": triton_token.FLOAT8_BYTES // triton_token.FLOAT8_PIECE, "PIECES": 6}
     kernel = compiled(triton_token.token_kernel, capability, types, constants, num_warps=triton_token.WARPS)
     assert resources(kernel)[1] == 0
 
@@ -303,9 +310,8 @@ def test_products_of_weights_in_fp8():
     """On Hopper; Ampere has no conversion of e4m3, which `float8_linear.op.obstacle` says."""
     from kernels.float8_linear import triton_float8
 
-    tile = triton_float8.TILE
     types = {"x_pointer": "*bf16", "data_pointer": "*fp8e4nv", "y_pointer": "*fp32"}
-    for rows in (16, triton_float8.MOST_ROWS):
+    for rows, tile in triton_float8.TILES.items():
         constants = {"scale_pointer": None, "OUT": tile.out, "ROWS": rows, "DEPTH": tile.depth}
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
         shared, spilled = resources(compiled(triton_float8.linear_kernel, 9, types, constants, **options))
@@ -430,14 +436,14 @@ def test_quantize():
     """On Hopper; Ampere has no fp8. Loads and stores of 16 bytes a thread."""
     from kernels.quantize import triton_many as many
     from kernels.quantize import triton_quantize as quantize
-    from kernels.quantize.many import SLOTS
+    from kernels.quantize.many import SLOTS as MANY_SLOTS
 
     pointers = {"x_pointer": "*bf16", "largest_pointer": "*i32", "scale_pointer": "*fp32"}
     tile = {"ROWS": quantize.ROWS, "COLUMNS": quantize.COLUMNS}
     outputs = dict.fromkeys(("rows_pointer", "transposed_pointer"), "*fp8e4nv")
     constants = tile | {"SHIFT": 8, "MOST": 448.0, "PARTIAL": quantize.PROGRAMS}
     tables = {"table_pointer": "*i64", "matrix_pointer": "*i64", "data_pointer": "*fp8e4nv"}
-    slots = {"FIELDS": many.FIELDS, "SLOTS": SLOTS}
+    slots = {"FIELDS": many.FIELDS, "SLOTS": MANY_SLOTS}
     both = slots | tile | {"SHIFT": 8, "MOST": 448.0, "SCALE_STRIDE": 4}
     cases = (
         (quantize.largest_kernel, pointers, {"BLOCK": quantize.BLOCK}),

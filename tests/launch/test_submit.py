@@ -158,6 +158,8 @@ def test_a_run_folder_is_read_as_it_was_written(path):
         ("slurm.tokens=99999999", "slurm.tokens=99999999 is above what schedule.steps=50 steps train on"),
         ("cluster.gpu_memory_gib=1.5", "a rank needs 1.5 GiB, but cluster.gpu_memory_gib=1.5"),
         ("data.manifest=nowhere.json", "data.manifest: manifest nowhere.json: No such file"),
+        ("init_from=nowhere", "init_from=nowhere: no checkpoint, run or released model is there"),
+        ("checkpoint.resume=40", "checkpoint.resume=40 does not exist; run_dir=run has steps: none"),
         ("model.vocab_size=300", "model.vocab_size=300 is smaller than the 401 entries of the tokenizer"),
         ("slurm.tim=3", "unknown setting slurm.tim; did you mean slurm.time"),
     ],

@@ -11,7 +11,7 @@ from megatron_tn.model.registry import build_model
 from megatron_tn.parallel.collectives import all_reduce_
 from megatron_tn.parallel.context import Axis, ParallelContext
 from megatron_tn.parallel.state_passing import SequenceSlice
-from tests.engine.test_parity import in_chunks
+from tests.helpers.gradients import in_chunks
 from tests.helpers.models import TINY, random_batch, reference_model, relative_errors
 from tests.helpers.ranks import layout, run_shared, this_device
 

@@ -116,6 +116,10 @@ def test_warnings_name_what_is_seldom_meant():
     assert list(concerns(split, slow, {})) == []
     (line,) = concerns(base, slow, {"SLURM_JOB_NUM_NODES": "3"})
     assert line == "nodes=2, but this SLURM job has 3"
+    by_hand = dataclasses.replace(base, nodes=1)  # the default: sbatch --nodes=3 launch/train.sbatch
+    assert list(concerns(by_hand, slow, {"SLURM_JOB_NUM_NODES": "3", "WORLD_SIZE": "24"})) == []
+    (line,) = concerns(by_hand, slow, {"SLURM_JOB_NUM_NODES": "3", "WORLD_SIZE": "12"})
+    assert line == "nodes=3 x cluster.gpus_per_node=8 is not the world of 12 processes started"
     (line,) = concerns(base, slow, {"WORLD_SIZE": "8"})
     assert line == "nodes=2 x cluster.gpus_per_node=8 is not the world of 8 processes started"
     small = dataclasses.replace(base, data=dataclasses.replace(base.data, global_batch=16))

@@ -59,16 +59,17 @@ def test_a_rank_is_sent_the_pieces_that_overlap_its_own():
 def test_what_is_wrong_on_one_host_alone_is_told_by_its_ranks(monkeypatch, caplog):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(preflight, "problems_before_start", lambda *_, **__: ["no GPU"])
-    of_rank_0 = iter([[], None, ([], [])])  # problems of the evaluation, the stream, problems of data and settings
+    # Problems of the evaluation, the stream, problems of data and settings, the choice of the start.
+    of_rank_0 = iter([[], None, ([], []), None])
     assert preflight.inspect(TrainConfig(), 2, once=lambda read: next(of_rank_0)) == (None, None, ["no GPU"])
     assert "rank 1 (host " in caplog.text
-    of_rank_0 = iter([[], None, ([], ["lr"])])
+    of_rank_0 = iter([[], None, ([], ["lr"]), None])
     caplog.clear()
     assert preflight.inspect(TrainConfig(), 2, once=lambda read: next(of_rank_0)) == (None, None, ["lr"])
     assert not caplog.text  # rank 0 tells it
     url = dataclasses.replace(TrainConfig(), data=DataConfig(manifest="https://localhost:1/manifest.json"))
     monkeypatch.setattr(preflight, "open_stream", lambda _: _raise(InputError("no route")))
-    of_rank_0 = iter([[], ([], [])])
+    of_rank_0 = iter([[], ([], []), None])
     found = preflight.inspect(url, 2, once=lambda read: next(of_rank_0))
     assert found == (None, None, ["data.manifest: no route", "no GPU"])
     assert "data.manifest: no route" in caplog.text
