@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from megatron_tn.config import ClusterConfig, TrainConfig
 from megatron_tn.model.registry import parameter_count
 from megatron_tn.planning.microbatch import Microbatch
-from megatron_tn.planning.muon import ELEMENT_BYTES, matrix_elements, most_work
+from megatron_tn.planning.muon import ELEMENT_BYTES, ITERATION_RATE, matrix_elements, most_work
 from megatron_tn.planning.traffic import (
     LAST_BACKWARD,
     LAYER,
@@ -113,7 +113,7 @@ def step_time(config: TrainConfig, world_size: int, work: Microbatch) -> StepTim
     update = updated_bytes(config, world_size) / bandwidth + published
     if config.optim.name == "muon":
         iterations = most_work(config, world_size).products
-        update += sum(flops / matrix_rate(cluster, size) for size, flops in iterations.items())
+        update += sum(flops / matrix_rate(cluster, size) for size, flops in iterations.items()) / ITERATION_RATE
     tokens = data.global_batch * data.sequence_length / world_size
     return StepTime(products, memory, layers, others, update, tokens)
 
