@@ -53,7 +53,7 @@ class EngineConfig:
 
     @property
     def frees_weights(self) -> bool:
-        """Whether the blocks' matrices are kept in fp8 and not in the computing type (engine/float8_weights.py): where
+        """Whether the blocks' matrices are kept in fp8 and not in the computing type (engine/freed_weights.py): where
         a rank keeps its weights whole, and they are not the masters."""
         own_masters = self.precision == "fp32" and (self.name == "local" or self.zero_stage == 0)
         return self.products == "fp8" and self.keeps_weights and not own_masters

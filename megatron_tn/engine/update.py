@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_tn.device.host_copy import HostCopy
-from megatron_tn.engine.float8_weights import FreedWeights
+from megatron_tn.engine.freed_weights import FreedWeights
 from megatron_tn.engine.matrices import matrix_rounds
 from megatron_tn.engine.shards import Shards
 from megatron_tn.gradients.clipping import clipping_divisor

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from megatron_tn.config import TrainConfig
 from megatron_tn.engine.deepspeed.settings import zero3_live_parameters
-from megatron_tn.engine.float8_weights import GATHERED_BYTES
+from megatron_tn.engine.freed_weights import GATHERED_BYTES
 from megatron_tn.model.registry import parameter_count
 from megatron_tn.planning.microbatch import Microbatch, microbatch
 from megatron_tn.planning.muon import matrix_elements, most_work
@@ -156,7 +156,7 @@ def update_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
 
 
 def float8_moment_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
-    """Bytes of the blocks' matrices in the computing type where they are kept in fp8 (engine/float8_weights.py): all of
+    """Bytes of the blocks' matrices in the computing type where they are kept in fp8 (engine/freed_weights.py): all of
     them during an evaluation, else a bucket, or several that are gathered at once. They reuse the memory of the freed
     activations, which a CUDA graph keeps."""
     engine, tp = config.engine, config.parallel.tp

@@ -60,7 +60,7 @@ class DeepSpeedEngine(UpdatingEngine):
         named = [(name, p, len(p.shard_spec.shape)) for name, p in model.named_parameters()]
         groups = parameter_groups(named, config.optim)
         # DeepSpeed makes one flat tensor per optimizer group. Each serves as a bucket of `GradientAccumulator`; weights
-        # that are kept in fp8 have their own, made and freed one by one (engine/float8_weights.py).
+        # that are kept in fp8 have their own, made and freed one by one (engine/freed_weights.py).
         float8 = layer_groups(marked_layers(model)) if self.stage in (1, 2) else []
         weights = {layer.weight for members in float8 for layer in members}
         follow = {layer.weight for members in float8 for layer in members[1:]}

@@ -25,7 +25,7 @@ GATHERED_BYTES = 2**28
 
 
 @dataclass(frozen=True)
-class Run:
+class Bucket:
     """Matrices whose parameters are views of `flat`, of the computing type. copies: master -> its part of `flat`.
     quantize: writes their fp8 operands."""
 
@@ -50,7 +50,7 @@ class FreedWeights:
 
     def __init__(self, shards: Shards, layers: Sequence[SplitLinear], *, transposed: bool):
         self.axis = shards.sharded_over
-        self.runs: list[Run] = []
+        self.buckets: list[Bucket] = []
         self.masters: Callable[[], None] | None = None  # quantises parameters that are masters
         groups = layer_groups(layers)
         if not shards.copies:
@@ -62,53 +62,53 @@ class FreedWeights:
             found.setdefault(_storage(flat), (flat, []))[1].append(group)
         for storage, (flat, members) in found.items():
             copies = {master: copy for master, copy in shards.copies.items() if _storage(copy) == storage}
-            self.runs.append(Run(flat, copies, kept_weights(members, transposed=transposed)))
+            self.buckets.append(Bucket(flat, copies, kept_weights(members, transposed=transposed)))
         taken = set(found)
         shards.copies = {master: copy for master, copy in shards.copies.items() if _storage(copy) not in taken}
         shards.whole = [flat for flat in shards.whole if _storage(flat) not in taken]
-        self._free(self.runs)
+        self._free(self.buckets)
 
     def quantize(self) -> None:
         """Write the operands of the masters' new values. Collective."""
         if self.masters is not None:
             self.masters()
-        for runs in self._portions():
-            self._make(runs)
-            for run in runs:
-                run.quantize()
-            self._free(runs)
+        for buckets in self._portions():
+            self._make(buckets)
+            for bucket in buckets:
+                bucket.quantize()
+            self._free(buckets)
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
         """Within it all parameters have their values. Collective."""
         try:
-            self._make(self.runs)
+            self._make(self.buckets)
             yield
         finally:
-            self._free(self.runs)
+            self._free(self.buckets)
 
-    def _portions(self) -> Iterator[list[Run]]:
-        """The runs, one by one; several at a time where they are gathered."""
+    def _portions(self) -> Iterator[list[Bucket]]:
+        """The buckets, one by one; several at a time where they are gathered."""
         portion, size = [], 0
-        for run in self.runs:
-            if portion and (self.axis.size == 1 or size + run.size > GATHERED_BYTES):
+        for bucket in self.buckets:
+            if portion and (self.axis.size == 1 or size + bucket.size > GATHERED_BYTES):
                 yield portion
                 portion, size = [], 0
-            portion.append(run)
-            size += run.size
+            portion.append(bucket)
+            size += bucket.size
         if portion:
             yield portion
 
     @torch.no_grad()
-    def _make(self, runs: Sequence[Run]) -> None:
-        for run in runs:
-            run.flat.untyped_storage().resize_(run.size)
-            write_copies(run.copies)
-        gather_parts_([run.flat for run in runs], self.axis)
+    def _make(self, buckets: Sequence[Bucket]) -> None:
+        for bucket in buckets:
+            bucket.flat.untyped_storage().resize_(bucket.size)
+            write_copies(bucket.copies)
+        gather_parts_([bucket.flat for bucket in buckets], self.axis)
 
-    def _free(self, runs: Sequence[Run]) -> None:
-        for run in runs:
-            run.free()
+    def _free(self, buckets: Sequence[Bucket]) -> None:
+        for bucket in buckets:
+            bucket.free()
 
 
 def _storage(tensor: Tensor) -> int:
