@@ -4,11 +4,13 @@ python -m megatron_tn.plan model=7b parallel.tp=8 engine=zero1 cluster=a100_80g 
 python -m megatron_tn.plan model=175b cluster=a100_80g nodes=64           the fastest layout that fits
 python -m megatron_tn.plan model=65b cluster=h100_80g nodes=32 search=true   all layouts, by predicted throughput
 
-Exit code 0 if the layout fits into the GPUs' memory, else 2; of a --multirun, 0 if one does. docs/scaling.md.
+Exit code 0 if the layout fits into the GPUs' memory, or that is not known, else 2; of a --multirun, 0 if one does.
+docs/scaling.md.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 
@@ -52,14 +54,14 @@ def plan_of(config: PlanConfig, named: set[str]) -> tuple[Plan, list[Candidate]]
         unknown.insert(0, "cluster.gpu_memory_gib")
     if config.search and unknown:
         raise ConfigError(f"search=true needs {', '.join(unknown)}: choose a cluster, such as cluster=a100_80g")
+    if problems := config.problems():
+        raise ConfigError(problems)
     chosen = "data.global_batch" not in named and "experiment" not in named and not unknown
     candidates: list[Candidate] = []
     if config.search or not (unknown or names_a_layout(named)):
-        if problems := config.problems():
-            raise ConfigError(problems)
         candidates = search(config, world, named)
         config = candidates[0].config
-    elif chosen and not any("global_batch" in problem for problem in config.problems()):
+    elif chosen:
         config = with_usual_batch(config, world)
     if problems := config.problems(world):
         raise ConfigError(problems)
@@ -98,7 +100,9 @@ def _run(config: PlanConfig) -> None:
     words = " ".join(word for word in HydraConfig.get().overrides.task if word not in sys.argv)
     try:
         plan, _ = plan_of(config, named)
-        _jobs.append(Job(words, plan, "; ".join(plan.problems)))
+        # A table's cell has no room for the kinds of memory and the layout.
+        short = (re.sub(r" \(.*; in GiB: ", "; in GiB: ", problem) for problem in plan.problems)
+        _jobs.append(Job(words, plan, "; ".join(short)))
     except ConfigError as error:
         _jobs.append(Job(words, None, "; ".join(error.problems)))
 

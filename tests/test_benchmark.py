@@ -59,10 +59,11 @@ def test_one_rank_s_slice_beside_the_plan(tmp_path, capsys):
 def test_collectives_of_a_world_of_copies():
     graphs = mock.Mock()
     with world_of_copies(ParallelConfig(tp=4)) as context:
-        x, whole = torch.arange(3.0), torch.empty(12)
-        torch.distributed.all_gather_into_tensor(whole, x, group=context.tp.group)
-        assert whole.equal(x.repeat(4))
-        part = torch.empty(3)
+        for count in (3, 4):  # 12 bytes, 16 bytes; NaN and Inf
+            x, whole = torch.arange(count) / 0.0, torch.empty(4 * count)
+            torch.distributed.all_gather_into_tensor(whole, x, group=context.tp.group)
+            assert whole.view(torch.int32).equal(x.repeat(4).view(torch.int32))
+        part, x = torch.empty(3), torch.arange(3.0)
         torch.distributed.reduce_scatter_tensor(part, torch.arange(12.0), group=context.tp.group)
         assert part.equal(x)
         release_on_leaving(graphs)

@@ -32,6 +32,7 @@ class ClusterConfig:
     # GiB of GPU memory outside PyTorch's allocator that a plan adds: CUDA context, kernel code, NCCL buffers.
     outside_allocator_gib: Unlimited = 1.5
     bf16_tflops: Rate = None  # dense bf16 peak of one GPU, TFLOP/s; null: the datasheet's, by the GPU's name
+    fp8_tflops: Rate = None  # dense fp8 peak of one GPU, TFLOP/s; null: not known, or a GPU without fp8 products
     memory_bandwidth_gbs: Rate = None  # GB/s of a GPU's memory; null: not known
     interconnect_gbs: Rate = None  # GB/s between nodes, per GPU and direction; null: not known
     # GB/s that a collective sustains between the GPUs of a node, per GPU and direction; null: not known.

@@ -6,12 +6,14 @@ model.py has the relations within `model.*`, since models are also built without
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Protocol
 
 from megatron_tn.config.bounds import Relations, out_of_bounds
 from megatron_tn.config.checkpoint import CheckpointConfig
+from megatron_tn.config.cluster import ClusterConfig
 from megatron_tn.config.data import DataConfig
 from megatron_tn.config.engine import EngineConfig
 from megatron_tn.config.evaluation import EvaluationConfig
@@ -34,6 +36,7 @@ class Settings(Protocol):
     optim: OptimConfig
     schedule: ScheduleConfig
     checkpoint: CheckpointConfig
+    cluster: ClusterConfig
     evaluation: EvaluationConfig
 
 
@@ -58,6 +61,17 @@ def run_problems(config: Settings, world_size: int | None) -> list[str]:
 def _run_folder_has_a_name(config: Settings) -> Iterator[str]:
     if not config.run_dir.strip():
         yield f"run_dir={config.run_dir!r} must name a folder: the run's files would lie in the current one"
+
+
+@RELATIONS.reads()
+def _matrix_rates_are_rising_pairs(config: Settings) -> Iterator[str]:
+    rates = config.cluster.matrix_rates
+    pairs = all(len(pair) == 2 and all(0 < value < math.inf for value in pair) for pair in rates)
+    if not pairs or any(one[0] >= other[0] for one, other in itertools.pairwise(rates)):
+        yield (
+            f"cluster.matrix_rates={rates} must be pairs [smallest dimension, TFLOP/s] of numbers above 0, the "
+            "dimensions rising"
+        )
 
 
 @RELATIONS.reads("parallel.tp")

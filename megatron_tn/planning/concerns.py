@@ -39,7 +39,13 @@ def checkpoint_seconds(config: TrainConfig) -> float | None:
 
 def concerns(config: TrainConfig, time: StepTime | None, environment: Mapping[str, str] = os.environ) -> Iterator[str]:
     """One line each, naming the setting, its value and the relation."""
-    parallel, node = config.parallel, config.cluster.gpus_per_node
+    parallel, cluster, node = config.parallel, config.cluster, config.cluster.gpus_per_node
+    if not cluster.gpu_memory_gib:
+        yield "cluster.gpu_memory_gib=0: not known, so that nothing says whether the layout fits"
+    if time is not None and config.engine.precision == "fp32":
+        yield "engine.precision=fp32: the time is that of bf16 products; cluster.matrix_rates has no others"
+    if time is not None and config.engine.products == "fp8" and not cluster.fp8_tflops:
+        yield f"engine.products=fp8, but cluster.fp8_tflops is null: the GPUs of cluster={cluster.name} may have none"
     if node and (parallel.tp > node or node % parallel.tp):
         yield (
             f"parallel.tp={parallel.tp} crosses nodes of cluster.gpus_per_node={node}: every layer's activations then "

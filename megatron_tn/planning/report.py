@@ -84,7 +84,7 @@ class Plan:
             "cluster": config.cluster.name,
             "processes": self.world_size,
             "layout": layout_words(config),
-            "fits": not self.problems,
+            "fits": not self.problems if config.cluster.gpu_memory_gib or self.problems else None,
             "problems": list(self.problems),
             "memory_bytes": self.memory.kinds | {"all": self.memory.total},
             "memory_limit_bytes": int(config.cluster.gpu_memory_gib * GIB),

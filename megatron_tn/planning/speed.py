@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from megatron_tn.config import ClusterConfig, TrainConfig
 from megatron_tn.model.registry import parameter_count
 from megatron_tn.planning.microbatch import Microbatch
-from megatron_tn.planning.muon import ELEMENT_BYTES, matrix_elements, most_work
+from megatron_tn.planning.muon import ELEMENT_BYTES, ITERATION_RATE, matrix_elements, most_work
 from megatron_tn.planning.traffic import (
     LAST_BACKWARD,
     LAYER,
@@ -33,9 +33,6 @@ MEMORY_SHARE = 0.88  # of the datasheet's memory bandwidth that a device copy re
 # time over NVLink, though it is hidden.
 CONTENTION = 0.85
 UPDATE_BYTES = 34  # of a parameter: AdamW's kernel 30 (docs/performance.md), the gradient norm 4
-# Time of Muon's iterations over that of their FLOPs at the matrix rate: symmetric products make half of the FLOPs in
-# 0.6 to 0.7 of a whole product's time, and are many and small. Measured: 1.6 at 1B, 2.5 at 385M.
-ITERATION_TIME = 1.6
 BACKWARD = 2 / 3  # of a microbatch's time
 
 
@@ -116,7 +113,7 @@ def step_time(config: TrainConfig, world_size: int, work: Microbatch) -> StepTim
     update = updated_bytes(config, world_size) / bandwidth + published
     if config.optim.name == "muon":
         iterations = most_work(config, world_size).products
-        update += ITERATION_TIME * sum(flops / matrix_rate(cluster, size) for size, flops in iterations.items())
+        update += sum(flops / matrix_rate(cluster, size) for size, flops in iterations.items()) / ITERATION_RATE
     tokens = data.global_batch * data.sequence_length / world_size
     return StepTime(products, memory, layers, others, update, tokens)
 

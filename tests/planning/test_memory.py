@@ -320,7 +320,8 @@ def test_engines_take_what_is_planned_at_their_peak():
 
 # Peaks of the allocator on H200s, of four GPUs on H100s (docs/memory.md): bf16, a microbatch of rows x length.
 GRAPH = EngineConfig(cuda_graph=True)
-TP2, TP4 = (ParallelConfig(tp=tp, sequence_parallel=True) for tp in (2, 4))
+TP2, TP4, TP8 = (ParallelConfig(tp=tp, sequence_parallel=True) for tp in (2, 4, 8))
+SLICE = EngineConfig(name="local", cuda_graph=True)  # megatron_tn/benchmarking/block.py
 MEASURED = {
     "1b local": ("1b", (8, 2048), EngineConfig(name="local"), ParallelConfig(), 1, 39.5),
     "1b full": ("1b", (1, 16384), EngineConfig(name="local", recompute="full"), ParallelConfig(), 1, 19.9),
@@ -340,6 +341,10 @@ MEASURED = {
     "7b tp2 dp2 zero1 graph": ("7b", (1, 8192), GRAPH, TP2, 4, 59.6),
     "7b zero3 on four": ("7b", (1, 8192), EngineConfig(zero_stage=3, recompute="selective"), ParallelConfig(), 4, 62.6),
     "7b fsdp2 on four": ("7b", (1, 8192), EngineConfig(name="fsdp2", recompute="selective"), ParallelConfig(), 4, 57.4),
+    **{
+        f"{size}, six layers, tp8 graph": (f"{size}/6", (1, 8192), SLICE, TP8, 8, gib)
+        for size, gib in (("13b", 7.2), ("65b", 15.6), ("175b", 31.5))
+    },
     "13b fsdp2 on four": ("13b", (1, 8192), EngineConfig(name="fsdp2", recompute="full"), ParallelConfig(), 4, 57.3),
 }
 
@@ -349,9 +354,11 @@ MEASURED = {
 def test_the_plan_is_within_a_tenth_of_what_a_gpu_took(model, batch, engine, parallel, world, gib, follow):
     """By a few layers, of which test_speed says that they tell of all; in full by all."""
     rows, length = batch
+    name, _, layers = model.partition("/")
+    whole = from_mapping(ModelConfig, compose_model(name))
     config = dataclasses.replace(
         TrainConfig(),
-        model=from_mapping(ModelConfig, compose_model(model)),
+        model=whole.shortened(int(layers)) if layers else whole,
         engine=engine,
         parallel=parallel,
         data=DataConfig(sequence_length=length, global_batch=rows * world // parallel.tp, micro_batch=rows),
@@ -359,6 +366,18 @@ def test_the_plan_is_within_a_tenth_of_what_a_gpu_took(model, batch, engine, par
     planned = plan_memory(config, world, follow).reserved / GIB
     print(f"{planned:.1f} GiB planned, {gib} measured: {100 * (planned / gib - 1):+.1f} %")
     assert planned == pytest.approx(gib, rel=0.10)
+
+
+@pytest.mark.parametrize(("model", "gib"), [("1b", 37.1), ("385m", 23.1)])
+def test_the_plan_of_muon_is_within_a_tenth_of_what_a_gpu_took(model, gib):
+    config = dataclasses.replace(
+        TrainConfig(),
+        model=from_mapping(ModelConfig, compose_model(model)),
+        engine=GRAPH,
+        optim=OptimConfig(name="muon"),
+        data=DataConfig(sequence_length=2048, global_batch=8, micro_batch=8),
+    )
+    assert plan_memory(config, 1, extrapolated).reserved / GIB == pytest.approx(gib, rel=0.10)
 
 
 def test_zero_divides_over_data_parallel_ranks_alone():

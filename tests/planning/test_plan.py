@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 
-from megatron_tn.config import CheckpointConfig, DataConfig, ParallelConfig
+from megatron_tn.config import CheckpointConfig, DataConfig, EngineConfig, ParallelConfig
 from megatron_tn.plan import main
 from megatron_tn.planning.concerns import checkpoint_bytes, checkpoint_seconds, concerns
 from megatron_tn.planning.estimate import plan_memory
@@ -56,7 +57,21 @@ def test_a_search_needs_to_know_the_cluster(capsys):
     assert call(main, "model=1b", "search=true") == 2
     assert "search=true needs cluster.gpu_memory_gib" in capsys.readouterr().err
     assert call(main, "model=demo", "data.global_batch=4") == 0  # memory alone
-    assert "no time without cluster.bf16_tflops" in " ".join(capsys.readouterr().out.split())
+    out = " ".join(capsys.readouterr().out.split())
+    assert "no time without cluster.bf16_tflops" in out
+    assert "nothing says whether the layout fits" in out
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *("parallel.tp=0", "parallel.cp=-1", "data.micro_batch=0", "data.sequence_length=0", "nodes=0"),
+        *(f"cluster.matrix_rates={rates}" for rates in ("[[512]]", "[[512,0]]", "[[1024,9],[512,9]]", "[[512,9,9]]")),
+    ],
+)
+def test_what_no_layout_can_have_is_named(wrong, capsys):
+    assert call(main, "model=demo", "cluster=a100_80g", "engine=zero1", wrong) == 2
+    assert wrong.partition("=")[0] in capsys.readouterr().err
 
 
 def test_a_sweep_goes_past_layouts_that_do_not_fit_and_ends_with_a_table(capsys, tmp_path, monkeypatch):
@@ -73,12 +88,14 @@ def test_a_sweep_goes_past_layouts_that_do_not_fit_and_ends_with_a_table(capsys,
     out = " ".join(capsys.readouterr().out.split())
     for words in ("why not", "a rank needs", "multiple"):
         assert words in out
+    assert re.search(r"cluster.gpu_memory_gib=10.0; in GiB: data.micro_batch=\d+ needs \d", out)
     assert call(main, *sweep, "nodes=512") == 2  # 4096 processes have no batch of 128
 
 
 def test_warnings_name_what_is_seldom_meant():
     base = tiny_config(
         cluster=cluster("a100_80g"),
+        engine=EngineConfig(),
         data=DataConfig(sequence_length=2048, micro_batch=1, global_batch=256),
         nodes=2,
     )
@@ -87,6 +104,12 @@ def test_warnings_name_what_is_seldom_meant():
     assert list(concerns(base, slow, {})) == []
     wide = dataclasses.replace(base, parallel=ParallelConfig(tp=16))
     assert "parallel.tp=16 crosses nodes of cluster.gpus_per_node=8" in next(concerns(wide, slow, {}))
+    for engine, said in (
+        (EngineConfig(products="fp8"), "cluster.fp8_tflops"),
+        (EngineConfig(precision="fp32"), "fp32"),
+    ):
+        (line,) = concerns(dataclasses.replace(base, engine=engine), slow, {})
+        assert said in line
     split = dataclasses.replace(base, parallel=ParallelConfig(tp=2))
     (line,) = concerns(split, time, {})
     assert line.startswith("data.micro_batch=1 x data.sequence_length=2048, parallel.tp=2: a block takes the GPU 0.")

@@ -41,7 +41,8 @@ def cluster(name: str) -> ClusterConfig:
 
 def measured_rows() -> list[dict]:
     """Newest first, of each layout and part of the step the newest alone."""
-    lines = [json.loads(line) for path in sorted(ROWS.glob("*.jsonl"), reverse=True) for line in path.open()]
+    files = sorted(ROWS.glob("*.jsonl"), reverse=True)
+    lines = [json.loads(line) for path in files for line in reversed(path.read_text().splitlines())]
     rows = [row for row in lines if row["name"] in (STEP, WITH_OPTIMIZER) and not row["model"].startswith("llama")]
     keys = ("model", "layout", "engine", "recompute", "replay", "gpu", "sequence_length", "micro_batch", "name")
     return list({tuple(row[key] for key in keys): row for row in reversed(rows)}.values())
