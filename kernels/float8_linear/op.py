@@ -34,7 +34,8 @@ def float8_linear(x: Tensor, data: Tensor, scale: Tensor) -> Tensor:
             f"data of strides {data.stride()} must be contiguous, and scale, {list(scale.shape)} {scale.dtype}, "
             f"[{len(data)}] of torch.float32"
         )
-    return torch.ops.megatron_tn.float8_linear(x.flatten(0, -2), data, scale).unflatten(0, x.shape[:-1])
+    y = torch.ops.megatron_tn.float8_linear(x.reshape(-1, data.shape[1]), data, scale)
+    return y.view(*x.shape[:-1], len(data))
 
 
 def obstacle(device: torch.device) -> str | None:

@@ -107,6 +107,8 @@ def dequantized(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def linear(x: Tensor, data: Tensor, scale: Tensor, tile: Tile | None = None) -> Tensor:
     """x [T, K], data [N, K], scale [N] -> [T, N]; see `float8_linear` in op.py."""
     (rows, width), outs = x.shape, data.shape[0]
+    if not rows:
+        return x.new_empty(0, outs)
     block = min(max(triton.next_power_of_2(rows), min(TILES)), max(TILES))
     tile = tile or TILES[block]
     across, down = triton.cdiv(outs, tile.out), triton.cdiv(rows, block)

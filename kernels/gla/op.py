@@ -13,8 +13,8 @@ from kernels.gla.inputs import GlaInputs, Saved, document_positions, key_width, 
 from kernels.gla.step import gla_step, gla_step_
 from kernels.lightning.op import empty_starts, empty_state
 from kernels.numerics import accumulation_dtype
-from kernels.quantize.noted import SLOTS, note, slots
-from kernels.quantize.op import largest
+from kernels.quantize.noted import note, slots
+from kernels.quantize.op import note_plainly
 
 
 def gla(
@@ -80,9 +80,7 @@ def gla(
     y, square_sum, state, *_, bits = torch.ops.megatron_tn.gla_forward(
         qkvu, features, decay, theta, act, gate, positions, initial_state, cu_seqlens, return_state, noting
     )
-    if noting:
-        note(y, bits)
-    return y, square_sum, state if return_state else None
+    return note(y, bits), square_sum, state if return_state else None
 
 
 @torch.library.custom_op("megatron_tn::gla_forward", mutates_args=())
@@ -102,21 +100,22 @@ def _forward(
     """y, the sum of o^2, the final state (empty unless return_state); for the backward pass o (empty where y is o) and
     the segments' initial states; and y's largest element (empty unless noting). features: from `form_features`."""
     inputs = GlaInputs(qkvu, decay, theta, act, gate, positions, initial_state, cu_seqlens)
+    bits = slots(qkvu, noting)
     if not qkvu.is_cuda:
         check_gla_values(decay, positions, cu_seqlens, inputs.total)
     if inputs.backend == "triton":
         from kernels.gla import passes
 
-        bits = slots(qkvu) if noting else None
-        y, square_sum, state, o, starts = passes.forward(inputs, features, return_state=return_state, largest=bits)
+        y, square_sum, state, o, starts = passes.forward(
+            inputs, features, return_state=return_state, largest=bits if noting else None
+        )
     else:
         y, o, square_sum, state = plain.forward(inputs)
         y = y.flatten(2)
         state = state if return_state else state.new_empty(0)
         v = inputs.parts[2]
         starts = empty_starts(v, v, key_width(v, theta), cu_seqlens)
-        bits = largest(y) if noting else None
-    bits = qkvu.new_empty(0, dtype=torch.int32) if bits is None else bits
+        note_plainly(y, bits)
     return y, square_sum, state, o if gate else o.new_empty(0), starts, bits
 
 
@@ -132,7 +131,7 @@ def _forward_fake(
         empty_state(v, v, key, cu_seqlens, return_state),
         qkvu.new_empty(v.shape if gate else (0,)),
         empty_starts(v, v, key, cu_seqlens),
-        qkvu.new_empty(SLOTS if noting and qkvu.is_cuda else int(noting), dtype=torch.int32),
+        slots(qkvu, noting),
     )
 
 
@@ -166,14 +165,14 @@ def gradients(
     else:
         dinitial, dtheta = plain.backward(inputs, saved, **given)
         if bits is not None:
-            bits[:1] = largest(dqkvu)
+            note_plainly(dqkvu, bits)
     wide = accumulation_dtype(v.dtype)
     dinitial = dinitial.new_empty(0, dtype=wide) if inputs.initial_state is None else dinitial.to(wide)
     dtheta = dtheta.to(inputs.theta.dtype) if theta_wanted else dqkvu.new_empty(0)
     return dqkvu, dtheta, dinitial
 
 
-@torch.library.custom_op("megatron_tn::gla_backward", mutates_args=("bits",))
+@torch.library.custom_op("megatron_tn::gla_backward", mutates_args=())
 def _backward(
     dy: Tensor | None,
     dsquare_sum: Tensor | None,
@@ -191,23 +190,27 @@ def _backward(
     features: Tensor | None,
     state: Tensor | None,
     theta_wanted: bool,
-    bits: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    noting: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `gradients`; and the largest element of qkvu's (empty unless noting)."""
     inputs = GlaInputs(qkvu, decay, theta, act, gate, positions, initial_state, cu_seqlens)
     saved = Saved(o=o, starts=starts, features=features, state=state)
-    return gradients(inputs, saved, dy=dy, dsquare_sum=dsquare_sum, dstate=dstate, theta_wanted=theta_wanted, bits=bits)
+    given = {"dy": dy, "dsquare_sum": dsquare_sum, "dstate": dstate, "theta_wanted": theta_wanted}
+    bits = slots(qkvu, noting)
+    return *gradients(inputs, saved, **given, bits=bits if noting else None), bits
 
 
 @_backward.register_fake
 def _backward_fake(
     dy, dsquare_sum, dstate, o, qkvu, decay, theta, act, gate, positions, initial_state, cu_seqlens, starts,
-    features, state, theta_wanted, bits=None,
+    features, state, theta_wanted, noting=False,
 ):  # fmt: skip
     v = parts(qkvu, decay.shape[0])[2]
     return (
         qkvu.new_empty(qkvu.shape),
         theta.new_empty(theta.shape) if theta_wanted else qkvu.new_empty(0),
         empty_state(v, v, key_width(v, theta), cu_seqlens, initial_state is not None),
+        slots(qkvu, noting),
     )
 
 
@@ -224,10 +227,9 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, dy, dsquare_sum, dstate, *_):
     qkvu, decay, theta, positions, initial_state, cu_seqlens, o, starts, features, state = ctx.saved_tensors
     theta_wanted = theta is not None and ctx.needs_input_grad[3]
-    bits = slots(qkvu) if ctx.noting else None
-    dqkvu, dtheta, dinitial = torch.ops.megatron_tn.gla_backward(
+    dqkvu, dtheta, dinitial, bits = torch.ops.megatron_tn.gla_backward(
         dy, dsquare_sum, dstate if ctx.state_wanted else None, o, qkvu, decay, theta, ctx.act, ctx.gate, positions,
-        initial_state, cu_seqlens, starts, features, state, theta_wanted, bits,
+        initial_state, cu_seqlens, starts, features, state, theta_wanted, ctx.noting,
     )  # fmt: skip
     dtheta = dtheta if theta_wanted else None
     dinitial = None if initial_state is None else dinitial.to(initial_state.dtype)

@@ -11,14 +11,17 @@ from torch import Tensor
 SLOTS = 1024  # integers that programs share: few meet in one
 
 
-def slots(x: Tensor) -> Tensor:
-    """Zeros, int32 [SLOTS], on x's device, for the kernel that writes x."""
-    return torch.zeros(SLOTS, dtype=torch.int32, device=x.device)
+def slots(x: Tensor, wanted: bool = True) -> Tensor:
+    """Zeros, int32 [SLOTS], on x's device, for the kernel that writes x; empty unless wanted.
+
+    An operator makes and returns them: TorchInductor cannot lower one that writes to an optional argument.
+    """
+    return torch.zeros(SLOTS if wanted else 0, dtype=torch.int32, device=x.device)
 
 
-def note(x: Tensor, bits: Tensor | None) -> Tensor:
-    """x, of which `bits`, int32 [n], are the `kernels.quantize.op.largest`; None: not noted."""
-    if bits is not None:
+def note(x: Tensor, bits: Tensor) -> Tensor:
+    """x, of which `bits`, int32 [n], are the `kernels.quantize.op.largest`; empty: not noted."""
+    if bits.numel():
         x.untyped_storage().noted = bits, x._version, x.numel()
     return x
 

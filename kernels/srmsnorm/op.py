@@ -6,7 +6,7 @@ from torch import Tensor
 from kernels import dispatch
 from kernels.numerics import accumulation_dtype, dot
 from kernels.quantize.noted import note, slots
-from kernels.quantize.op import largest
+from kernels.quantize.op import note_plainly
 
 MAX_TRITON_WIDTH = 65536
 
@@ -79,8 +79,7 @@ class _Branch(torch.autograd.Function):
             return dx, None, None
         if dx is None:
             return torch.ops.megatron_tn.srmsnorm_backward(dy, *ctx.saved_tensors, ctx.eps), None, None
-        bits = slots(dx) if ctx.noting else None
-        dx = torch.ops.megatron_tn.add_srmsnorm_backward(dx, dy, *ctx.saved_tensors, ctx.eps, bits)
+        dx, bits = torch.ops.megatron_tn.add_srmsnorm_backward(dx, dy, *ctx.saved_tensors, ctx.eps, ctx.noting)
         return note(dx, bits), None, None
 
 
@@ -146,15 +145,18 @@ def _add_forward(x: Tensor, residual: Tensor, eps: float) -> tuple[Tensor, Tenso
     return total, (total * _scale(total, eps)).to(x.dtype)
 
 
-@torch.library.custom_op("megatron_tn::add_srmsnorm_backward", mutates_args=("bits",))
-def _add_backward(dtotal: Tensor, dy: Tensor, total: Tensor, eps: float, bits: Tensor | None = None) -> Tensor:
+@torch.library.custom_op("megatron_tn::add_srmsnorm_backward", mutates_args=())
+def _add_backward(dtotal: Tensor, dy: Tensor, total: Tensor, eps: float, noting: bool = False) -> tuple[Tensor, Tensor]:
+    """dx, and its largest element (empty unless noting)."""
+    bits = slots(total, noting)
     if _backend(total) == "triton":
         from kernels.srmsnorm import triton_norm
 
-        return triton_norm.add_backward(dtotal=dtotal, dy=dy, total=total, eps=eps, largest=bits)
+        given = {"dtotal": dtotal, "dy": dy, "total": total, "eps": eps}
+        return triton_norm.add_backward(**given, largest=bits if noting else None), bits
     dx = (dtotal + _plain_backward(dy, total, eps)).to(total.dtype, memory_format=torch.contiguous_format)
-    _note_plainly(dx, bits)
-    return dx
+    note_plainly(dx, bits)
+    return dx, bits
 
 
 @_add_forward.register_fake
@@ -163,8 +165,8 @@ def _add_forward_fake(x, residual, eps):
 
 
 @_add_backward.register_fake
-def _add_backward_fake(dtotal, dy, total, eps, bits=None):
-    return total.new_empty(total.shape)
+def _add_backward_fake(dtotal, dy, total, eps, noting=False):
+    return total.new_empty(total.shape), slots(total, noting)
 
 
 def _add_save(ctx, inputs, output):
@@ -173,7 +175,7 @@ def _add_save(ctx, inputs, output):
 
 
 def _add_differentiate(ctx, dtotal, dy):
-    dx = torch.ops.megatron_tn.add_srmsnorm_backward(dtotal, dy, *ctx.saved_tensors, ctx.eps)
+    dx, _ = torch.ops.megatron_tn.add_srmsnorm_backward(dtotal, dy, *ctx.saved_tensors, ctx.eps)
     return dx, dx, None
 
 
@@ -192,7 +194,7 @@ def _add_scaled_forward(
     return total, (total * _scale(total, eps)).to(x.dtype)
 
 
-@torch.library.custom_op("megatron_tn::add_scaled_srmsnorm_backward", mutates_args=("bits",))
+@torch.library.custom_op("megatron_tn::add_scaled_srmsnorm_backward", mutates_args=())
 def _add_scaled_backward(
     dtotal: Tensor,
     dy: Tensor,
@@ -200,20 +202,21 @@ def _add_scaled_backward(
     residual: Tensor,
     square_sum: Tensor,
     eps: float,
-    bits: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    noting: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, residual and square_sum, and the residual's largest element (empty unless noting)."""
+    bits = slots(total, noting)
     if _backend(total) == "triton":
         from kernels.srmsnorm import triton_norm
 
-        return triton_norm.add_scaled_backward(
-            dtotal=dtotal, dy=dy, total=total, residual=residual, square_sum=square_sum, eps=eps, largest=bits
-        )
+        given = {"dtotal": dtotal, "dy": dy, "total": total, "residual": residual, "square_sum": square_sum, "eps": eps}
+        return *triton_norm.add_scaled_backward(**given, largest=bits if noting else None), bits
     dx, width = dtotal + _plain_backward(dy, total, eps), total.shape[-1]
     scale = _scale_of(square_sum, width, eps)
     along = dot(dx, residual.to(dx.dtype)) * scale.squeeze(-1) ** 3
     narrow = [z.to(total.dtype, memory_format=torch.contiguous_format) for z in (dx, dx * scale)]
-    _note_plainly(narrow[1], bits)
-    return *narrow, along * (-0.5 / width)
+    note_plainly(narrow[1], bits)
+    return *narrow, along * (-0.5 / width), bits
 
 
 @_add_scaled_forward.register_fake
@@ -222,8 +225,9 @@ def _add_scaled_forward_fake(x, residual, square_sum, eps, noting=False):
 
 
 @_add_scaled_backward.register_fake
-def _add_scaled_backward_fake(dtotal, dy, total, residual, square_sum, eps, bits=None):
-    return total.new_empty(total.shape), total.new_empty(total.shape), square_sum.new_empty(square_sum.shape)
+def _add_scaled_backward_fake(dtotal, dy, total, residual, square_sum, eps, noting=False):
+    shapes = total.new_empty(total.shape), total.new_empty(total.shape), square_sum.new_empty(square_sum.shape)
+    return *shapes, slots(total, noting)
 
 
 def _add_scaled_save(ctx, inputs, output):
@@ -232,19 +236,13 @@ def _add_scaled_save(ctx, inputs, output):
 
 
 def _add_scaled_differentiate(ctx, dtotal, dy):
-    bits = slots(dy) if ctx.noting else None
-    dx, dresidual, dsquare_sum = torch.ops.megatron_tn.add_scaled_srmsnorm_backward(
-        dtotal, dy, *ctx.saved_tensors, ctx.eps, bits
+    dx, dresidual, dsquare_sum, bits = torch.ops.megatron_tn.add_scaled_srmsnorm_backward(
+        dtotal, dy, *ctx.saved_tensors, ctx.eps, ctx.noting
     )
     return dx, note(dresidual, bits), dsquare_sum, None, None
 
 
 _add_scaled_forward.register_autograd(_add_scaled_differentiate, setup_context=_add_scaled_save)
-
-
-def _note_plainly(x: Tensor, noted: Tensor | None) -> None:
-    if noted is not None:
-        noted[:1] = largest(x)
 
 
 def _plain_backward(dy: Tensor, x: Tensor, eps: float) -> Tensor:

@@ -110,19 +110,25 @@ def of_first(read: Callable[[], T], timeout_s: int) -> T:
     return value
 
 
-def first_for_all(read: Callable[[], T]) -> T:
-    """`of_first` by the process group, where there is one. Collective."""
+def first_for_all(act: Callable[[], T]) -> T:
+    """What `act()` returns, or raises, on rank 0, on every rank. It may write: no other rank ever runs it. Pickle must
+    carry what it returns; an exception that pickle cannot carry is a RuntimeError on the other ranks. Collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return read()
-    if dist.get_rank() > 0:
-        sent = [b""]
-        dist.broadcast_object_list(sent, src=0)
-        return _received(sent[0], read)
-    value, error = _outcome(read)
-    dist.broadcast_object_list([_pickled((value, error))], src=0)
-    if error is not None:
+        return act()
+    value, error = _outcome(act) if dist.get_rank() == 0 else (None, None)
+    sent = [value, _portable(error)]
+    dist.broadcast_object_list(sent, src=0)
+    if error := error or sent[1]:
         raise error
-    return value
+    return sent[0]
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # its constructor takes more than its message
+        return RuntimeError(f"rank 0: {type(error).__name__}: {error}")
+    return error
 
 
 def _outcome(read: Callable[[], T]) -> tuple[T | None, Exception | None]:

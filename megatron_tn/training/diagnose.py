@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -41,11 +42,15 @@ class _Watch:
 
 
 @contextlib.contextmanager
-def watching(model: nn.Module) -> Iterator[_Watch]:
-    """Checks all parameters on entering and, within the block, every module's output and every gradient."""
+def watching(model: nn.Module, whole: AbstractContextManager | None = None) -> Iterator[_Watch]:
+    """Checks all parameters on entering and, within the block, every module's output and every gradient.
+
+    whole: `Engine.whole_weights()`, without which parameters may have no memory.
+    """
     watch = _Watch()
-    for name, parameter in model.named_parameters():
-        watch.look(f"parameter {name}", parameter.detach())
+    with whole or contextlib.nullcontext():
+        for name, parameter in model.named_parameters():
+            watch.look(f"parameter {name}", parameter.detach())
 
     def gradient_of(what: str):
         # The gradient is None where the loss does not depend on the output.
@@ -93,7 +98,7 @@ def find_nonfinite(engine: Engine, microbatches: Sequence[Microbatch], device: t
     Collective over all ranks. For a step whose update was refused. Costs a step and a host synchronisation per tensor.
     """
     tokens = sum(batch.targets.numel() for batch in microbatches)
-    with watching(engine.model) as watch:
+    with watching(engine.model, engine.whole_weights()) as watch:
         for batch in microbatches:
             run_microbatch(engine, batch, torch.tensor(1 / tokens, device=device), device, last=False)
     # The engine must not apply these gradients. One more pass makes all of them NaN, so the engine refuses the update

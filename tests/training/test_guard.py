@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -132,7 +133,8 @@ def diagnose_each(cases: list[tuple[int, EngineConfig, str]]) -> list[tuple[bool
 
 
 FSDP2 = EngineConfig(name="fsdp2", precision="fp32")
-COVERING = [(1, LOCAL), (1, ZERO[0]), (1, ZERO[3]), (1, BF16[1]), (2, ZERO[1])]
+FP8 = dataclasses.replace(BF16[1], products="fp8")  # frees the weights that are looked at
+COVERING = [(1, LOCAL), (1, ZERO[0]), (1, ZERO[3]), (1, FP8), (2, ZERO[1])]
 GRADIENTS = [(tp, engine, "gradient") for tp, engine in COVERING]
 ACTIVATIONS = [(1, LOCAL, "activation"), (1, FSDP2, "activation")]
 MORE = [(tp, engine, "gradient") for tp in (1, 2) for engine in (LOCAL, *ZERO, *BF16)]
