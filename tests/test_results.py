@@ -115,6 +115,32 @@ def test_the_last_evaluation_of_the_training_is_enough_where_the_plan_says_so(pl
     assert {(row["value"], row["long"], row.get("whole")) for row in rows(place)} == {(1.5, 9.0, None)}
 
 
+@pytest.mark.parametrize("held_out", ["evaluate", "curve"])
+def test_a_run_that_was_stopped_within_its_last_evaluation(place, programs, monkeypatch, capsys, held_out):
+    """Its curve ends before the training does: the last value of it is no figure of the run."""
+    (place / "plan.yaml").write_text(f"held_out: {held_out}" + PLAN)
+    run = Programs.run
+
+    def stopped(self, module, words, log, gpu=None):
+        run(self, module, words, log, gpu)
+        if module == "megatron_tn.train":
+            journal = log.with_name("log.jsonl")
+            records = [json.loads(line) for line in journal.read_text().splitlines()]
+            records[-1:] = [
+                {"step": 1, "heldout_loss": 4.0, "heldout_bits_per_byte": 2.5},
+                {"step": 2, "evaluation_s": 1},
+            ]
+            journal.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    monkeypatch.setattr(Programs, "run", stopped)
+    code = main(command(place, "--pieces", "rates"))
+    if held_out == "evaluate":
+        assert (code, rows(place)[0]["value"], rows(place)[0]["curve"]) == (0, 1.4, "1.000:2.5000")
+    else:
+        assert (code, (place / "rows.jsonl").exists()) == (1, False)
+        assert "stopped within the evaluation after its last step, 2, which" in capsys.readouterr().out
+
+
 def test_the_best_rate_is_that_of_the_variant():
     rows = [{"name": "result", "model": "ours", "lr": lr, "value": bits} for lr, bits in ((1e-3, 1.2), (2e-3, 1.3))]
     rows += [row | {"variant": "muon", "value": 3 - row["value"]} for row in rows]
@@ -267,6 +293,15 @@ def test_time_to_the_same_loss_is_read_from_the_curves():
         )
     ] + [["50m", "30.0 M", "Muon, fp8", "0.001 (the only one)", "1", "1.4000", "32.8", "29.5 M", "14.8", "0.25"]]
     assert time_to_loss(rows[5:]) == []  # nothing to compare with
+    odd = [
+        measured("tp 1", 9.0, gpus=8),
+        trained("", 0.002, 3, 1.0, curve=""),
+        trained("muon", 0.008, 0, 1.0, curve=""),
+    ]
+    found[0][3], found[1][3] = "0.002 (of 3, bracketed)", "0.001 (of 3, not bracketed)"
+    assert [[cells[0], cells[4], *cells[1:4], *cells[5:]] for cells in time_to_loss([*rows, *odd])] == found
+    assert time_to_loss(odd) == []
+    assert time_to_loss([trained("", 0.002, seed, 1.5, curve=f"{seed}.0:1.5") for seed in (1, 2)]) == []
 
 
 def test_the_page_shows_means_and_spread_of_seeds():
