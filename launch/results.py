@@ -219,7 +219,8 @@ def run_piece(grids: list[dict], plan: dict, options: argparse.Namespace, progra
     known = read_rows(options.output)
     chosen = [own for grid in grids for own in grid_runs(grid, known)]
     runs = [Run(options.plan.stem, plan["settings"], own, options.runs, plan["evaluations"]) for own in chosen]
-    left = [run for run in runs if not run.has_row(known, options.overrides)]
+    once = {run.name: run for run in runs}.values()  # the best rate may be one that the piece lists, too
+    left = [run for run in once if not run.has_row(known, options.overrides)]
     train([run for run in left if not run.is_benchmark], options, programs)
     for run in left:
         if run.is_benchmark:

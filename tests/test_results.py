@@ -28,6 +28,9 @@ pieces:
     - {model: [ours, rival], optim.lr: [1.0e-3, 2.0e-3, 4.0e-3], seed: [0]}
   seeds:
     - {model: [ours], optim.lr: [best of ours], seed: [0, 1, 2]}
+  again:
+    - {model: [ours], optim.lr: [2.0e-3], seed: [0, 3]}
+    - {model: [ours], optim.lr: [best of ours], seed: [3]}
   speed:
     - {model: [ours, rival], benchmark.loop_steps: [20]}
 """
@@ -94,10 +97,10 @@ def test_a_plan_is_run_once_and_the_best_rate_is_read_from_its_rows(place, progr
     assert {said["gpu"] for _, said in programs} == {"0", "1"}
     assert all(said["experiment"] == "results" for module, said in programs if module == "megatron_tn.train")
     programs.clear()
-    assert main(command(place, "--pieces", "rates", "seeds")) == 0
+    assert main(command(place, "--pieces", "rates", "seeds", "again")) == 0
     trained = [(said["optim.lr"], said["seed"]) for module, said in programs if module == "megatron_tn.train"]
-    assert trained == [("0.002", "1"), ("0.002", "2")]  # seed 0 has a row
-    last = rows(place)[-1]
+    assert trained == [("0.002", "1"), ("0.002", "2"), ("0.002", "3")]  # seed 0 has a row; seed 3 is in two grids
+    last = rows(place)[-2]
     assert (last["model"], last["value"], last["whole"], last["curve"]) == ("ours", 1.22, 9.0, "2.000:1.5000")
     assert (last["sources/code"], last["positions/64"]) == (0.9, 0.9)
     assert (last["long"], last["long/64"]) == (9.0, 0.9)
@@ -153,7 +156,7 @@ def test_bad_input_is_said_before_anything_runs(place, programs, capsys):
     (place / "curves.yaml").write_text("held_out: curves" + PLAN)
     (place / "split.yaml").write_text("pieces: {}\nevaluations: {long: {split: held}}")
     for words, line in (
-        (command(place, "--pieces", "rate"), "--pieces rate: .* has rates, seeds, speed"),
+        (command(place, "--pieces", "rate"), "--pieces rate: .* has rates, seeds, again, speed"),
         (command(place, "--pieces", "seeds"), "optim.lr=best of ours: no run of ours has a row yet"),
         (command(place, "--plan", str(place / "bad.yaml")), "bad.yaml: each setting of a grid needs a list of values"),
         (command(place, "--plan", str(place / "curves.yaml")), "held_out: curves must be one of evaluate, curve"),
