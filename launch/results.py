@@ -109,7 +109,7 @@ class Run:
         return self._row(found, -(-options.at_once // len(options.gpus or [0])))
 
     def _row(self, found: dict[str, Row], at_once: int) -> Row:
-        """found: results of self.evaluations. at_once: runs that shared a GPU."""
+        """found: results of self.evaluations. at_once: runs that shared a GPU. Raises Failed."""
         config, losses = self.folder.frozen_config(), self.folder.records("loss")
         memory = [record["memory/allocated_gib"] for record in self.folder.records("memory/allocated_gib")]
         curve = [(record["step"], record["heldout_bits_per_byte"]) for record in self.folder.records("heldout_loss")]
@@ -121,7 +121,13 @@ class Run:
             # Million training tokens and held-out bits per byte of evaluation.max_documents pieces, in order.
             "curve": " ".join(f"{tokens[step] / 1e6:.3f}:{value:.4f}" for step, value in curve if step in tokens),
         }
-        value = curve[-1][1]
+        ended = max(record["step"] for record in self.folder.records())
+        value = dict(curve).get(ended)
+        if value is None and "pieces" not in found:
+            raise Failed(
+                f"{self.name}: stopped within the evaluation after its last step, {ended}, which is the row's figure "
+                f"with held_out: curve: remove {self.folder} to train it again"
+            )
         for name, of in found.items():
             bits, own = of["bits_per_byte"], self.evaluations[name]
             if name == "pieces":
@@ -213,7 +219,8 @@ def run_piece(grids: list[dict], plan: dict, options: argparse.Namespace, progra
     known = read_rows(options.output)
     chosen = [own for grid in grids for own in grid_runs(grid, known)]
     runs = [Run(options.plan.stem, plan["settings"], own, options.runs, plan["evaluations"]) for own in chosen]
-    left = [run for run in runs if not run.has_row(known, options.overrides)]
+    once = {run.name: run for run in runs}.values()  # the best rate may be one that the piece lists, too
+    left = [run for run in once if not run.has_row(known, options.overrides)]
     train([run for run in left if not run.is_benchmark], options, programs)
     for run in left:
         if run.is_benchmark:

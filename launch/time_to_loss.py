@@ -103,7 +103,7 @@ def _by_model(rows: Sequence[Row]) -> dict[tuple, list[tuple[str, Line]]]:
     measured, trained = defaultdict(list), defaultdict(list)
     for row in sorted(rows, key=lambda row: row["date"]):
         of_model = (*(row.get(key) for key in STEP), row["gpu"])
-        if row["name"] == "training loop":
+        if row["name"] == "training loop" and row.get("gpus", 1) == 1:
             measured[of_model, variant_of(row)].append(row["value"])
         elif row["name"] == "result" and all(word in VARIANTS or word.isdigit() for word in _words(row)):
             trained[of_model, variant_of(row), row["tokens"]].append(row)
@@ -116,16 +116,18 @@ def _by_model(rows: Sequence[Row]) -> dict[tuple, list[tuple[str, Line]]]:
 
 
 def _line(runs: list[Row], step_ms: float | None) -> Line | None:
-    """At the rate that most seeds of a plan results_time* have, of these the best one; None without such a run. runs:
-    the oldest first, of other plans, too, whose rates count as tried."""
+    """At the rate that most seeds of a plan results_time* have, of these the best one; None without such a run, or
+    where its seeds have no evaluation at the same place. runs: the oldest first, of other plans, too, whose rates count
+    as tried."""
     seeds, lowest = defaultdict(dict), {}
     for row in runs:
         lowest[row["lr"]] = min(row["value"], lowest.get(row["lr"], row["value"]))
-        if row["plan"].startswith(PLAN):
+        if row["plan"].startswith(PLAN) and row.get("curve"):
             seeds[row["lr"]][row["seed"]] = row  # the newest of a seed
     if not seeds:
         return None
     rate = min(seeds, key=lambda lr: (-len(seeds[lr]), lowest[lr]))
     bracketed = min(lowest, key=lowest.get) == rate and min(lowest) < rate < max(lowest)
     tried = f"of {len(lowest)}, {'' if bracketed else 'not '}bracketed" if len(lowest) > 1 else "the only one"
-    return Line(list(seeds[rate].values()), f"{rate:g} ({tried})", step_ms)
+    line = Line(list(seeds[rate].values()), f"{rate:g} ({tried})", step_ms)
+    return line if line.curve else None

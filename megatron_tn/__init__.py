@@ -15,6 +15,10 @@ __version__ = "0.1.0"
 _PLACES = {"ParallelContext": "megatron_tn.parallel.context", "load_pretrained": "megatron_tn.released.weights"}
 
 
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
 def __getattr__(name: str) -> Any:
     """Imports torch at the first use of a name: programs set up how modules are imported before that."""
     if name not in _PLACES:

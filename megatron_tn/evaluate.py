@@ -81,11 +81,9 @@ def check(config: EvaluateConfig) -> TaskSet | None:
         problems += error.problems
     if not config.manifest and not config.tasks:
         problems.append("manifest is not set: name the manifest.json of held-out shards, or tasks")
-    problems += [
-        f"{name}=1 leaves no token to predict: it must be 0, or at least 2"
-        for name in ("max_document_tokens", "sequence_tokens")
-        if getattr(config, name) == 1
-    ]
+    for setting in ("max_document_tokens", "sequence_tokens"):
+        if getattr(config, setting) == 1:
+            problems.append(f"{setting}=1 must be 0 or at least 2: nothing predicts the first token of a sequence")
     problems += unwritable("output", config.output)
     try:
         if config.tasks:

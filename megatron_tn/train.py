@@ -14,7 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_tn import imports  # before those below
+from megatron_tn import imports
+
+if __name__ == "__main__":
+    imports.begin()  # before the imports below
 
 # isort: split
 import torch

@@ -28,6 +28,9 @@ pieces:
     - {model: [ours, rival], optim.lr: [1.0e-3, 2.0e-3, 4.0e-3], seed: [0]}
   seeds:
     - {model: [ours], optim.lr: [best of ours], seed: [0, 1, 2]}
+  again:
+    - {model: [ours], optim.lr: [2.0e-3], seed: [0, 3]}
+    - {model: [ours], optim.lr: [best of ours], seed: [3]}
   speed:
     - {model: [ours, rival], benchmark.loop_steps: [20]}
 """
@@ -94,10 +97,10 @@ def test_a_plan_is_run_once_and_the_best_rate_is_read_from_its_rows(place, progr
     assert {said["gpu"] for _, said in programs} == {"0", "1"}
     assert all(said["experiment"] == "results" for module, said in programs if module == "megatron_tn.train")
     programs.clear()
-    assert main(command(place, "--pieces", "rates", "seeds")) == 0
+    assert main(command(place, "--pieces", "rates", "seeds", "again")) == 0
     trained = [(said["optim.lr"], said["seed"]) for module, said in programs if module == "megatron_tn.train"]
-    assert trained == [("0.002", "1"), ("0.002", "2")]  # seed 0 has a row
-    last = rows(place)[-1]
+    assert trained == [("0.002", "1"), ("0.002", "2"), ("0.002", "3")]  # seed 0 has a row; seed 3 is in two grids
+    last = rows(place)[-2]
     assert (last["model"], last["value"], last["whole"], last["curve"]) == ("ours", 1.22, 9.0, "2.000:1.5000")
     assert (last["sources/code"], last["positions/64"]) == (0.9, 0.9)
     assert (last["long"], last["long/64"]) == (9.0, 0.9)
@@ -115,6 +118,32 @@ def test_the_last_evaluation_of_the_training_is_enough_where_the_plan_says_so(pl
     assert {(row["value"], row["long"], row.get("whole")) for row in rows(place)} == {(1.5, 9.0, None)}
 
 
+@pytest.mark.parametrize("held_out", ["evaluate", "curve"])
+def test_a_run_that_was_stopped_within_its_last_evaluation(place, programs, monkeypatch, capsys, held_out):
+    """Its curve ends before the training does: the last value of it is no figure of the run."""
+    (place / "plan.yaml").write_text(f"held_out: {held_out}" + PLAN)
+    run = Programs.run
+
+    def stopped(self, module, words, log, gpu=None):
+        run(self, module, words, log, gpu)
+        if module == "megatron_tn.train":
+            journal = log.with_name("log.jsonl")
+            records = [json.loads(line) for line in journal.read_text().splitlines()]
+            records[-1:] = [
+                {"step": 1, "heldout_loss": 4.0, "heldout_bits_per_byte": 2.5},
+                {"step": 2, "evaluation_s": 1},
+            ]
+            journal.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    monkeypatch.setattr(Programs, "run", stopped)
+    code = main(command(place, "--pieces", "rates"))
+    if held_out == "evaluate":
+        assert (code, rows(place)[0]["value"], rows(place)[0]["curve"]) == (0, 1.4, "1.000:2.5000")
+    else:
+        assert (code, (place / "rows.jsonl").exists()) == (1, False)
+        assert "stopped within the evaluation after its last step, 2, which" in capsys.readouterr().out
+
+
 def test_the_best_rate_is_that_of_the_variant():
     rows = [{"name": "result", "model": "ours", "lr": lr, "value": bits} for lr, bits in ((1e-3, 1.2), (2e-3, 1.3))]
     rows += [row | {"variant": "muon", "value": 3 - row["value"]} for row in rows]
@@ -127,7 +156,7 @@ def test_bad_input_is_said_before_anything_runs(place, programs, capsys):
     (place / "curves.yaml").write_text("held_out: curves" + PLAN)
     (place / "split.yaml").write_text("pieces: {}\nevaluations: {long: {split: held}}")
     for words, line in (
-        (command(place, "--pieces", "rate"), "--pieces rate: .* has rates, seeds, speed"),
+        (command(place, "--pieces", "rate"), "--pieces rate: .* has rates, seeds, again, speed"),
         (command(place, "--pieces", "seeds"), "optim.lr=best of ours: no run of ours has a row yet"),
         (command(place, "--plan", str(place / "bad.yaml")), "bad.yaml: each setting of a grid needs a list of values"),
         (command(place, "--plan", str(place / "curves.yaml")), "held_out: curves must be one of evaluate, curve"),
@@ -267,6 +296,15 @@ def test_time_to_the_same_loss_is_read_from_the_curves():
         )
     ] + [["50m", "30.0 M", "Muon, fp8", "0.001 (the only one)", "1", "1.4000", "32.8", "29.5 M", "14.8", "0.25"]]
     assert time_to_loss(rows[5:]) == []  # nothing to compare with
+    odd = [
+        measured("tp 1", 9.0, gpus=8),
+        trained("", 0.002, 3, 1.0, curve=""),
+        trained("muon", 0.008, 0, 1.0, curve=""),
+    ]
+    found[0][3], found[1][3] = "0.002 (of 3, bracketed)", "0.001 (of 3, not bracketed)"
+    assert [[cells[0], cells[4], *cells[1:4], *cells[5:]] for cells in time_to_loss([*rows, *odd])] == found
+    assert time_to_loss(odd) == []
+    assert time_to_loss([trained("", 0.002, seed, 1.5, curve=f"{seed}.0:1.5") for seed in (1, 2)]) == []
 
 
 def test_the_page_shows_means_and_spread_of_seeds():

@@ -19,6 +19,7 @@ said. Exit code 1 when the runs differ, a start ends otherwise than its fault en
 from __future__ import annotations
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -95,9 +96,11 @@ class Settings:
             else:
                 raise ValueError(f"{word}: not NAME=VALUE")
         settings = cls(**found)
-        for name in ("minutes", "mtbf_s", "processes"):
-            if getattr(settings, name) <= 0:
-                raise ValueError(f"{name}={getattr(settings, name)} must be above 0")
+        for name in ("minutes", "mtbf_s", "patience_s", "processes"):
+            if not 0 < getattr(settings, name) < math.inf:  # nor "nan"
+                raise ValueError(f"{name}={getattr(settings, name)} must be above 0 and finite")
+        if not 0 <= settings.heal_s < math.inf:
+            raise ValueError(f"heal_s={settings.heal_s} must be at least 0 and finite")
         if strange := [name for name in settings.faults if name not in KNOWN]:
             raise ValueError(f"faults={','.join(strange)}: unknown; there are {', '.join(KNOWN)}")
         if Path(settings.output, "run").exists():

@@ -27,8 +27,8 @@ import megatron_tn.train  # noqa: F401  registers the schema of conf/config.yaml
 from kernels.bench import rows
 from megatron_tn.benchmarking.clock import release
 from megatron_tn.benchmarking.peers import filled_cache, llama, retnet
-from megatron_tn.cli import CONF
-from megatron_tn.config import ModelConfig, from_mapping
+from megatron_tn.cli import CONF, bad_input_exits
+from megatron_tn.config import ConfigError, ModelConfig, from_mapping
 from megatron_tn.device.matrix_rate import elapsed, mark
 from megatron_tn.inference.decoder import build_decoder
 from megatron_tn.inference.prefix import Prefix
@@ -44,7 +44,9 @@ PEER_WARM_UP = 8  # tokens: the first compile, and are captured as a CUDA graph
 
 
 def model_config(name: str) -> ModelConfig:
-    """The size conf/model/`name`.yaml."""
+    """The size conf/model/`name`.yaml. Raises ConfigError: there is none."""
+    if not (CONF / "model" / f"{name}.yaml").is_file():
+        raise ConfigError(f"--model {name}: conf/model has no such file")
     with hydra.initialize_config_dir(str(CONF), version_base=None):
         return from_mapping(
             ModelConfig, OmegaConf.to_container(hydra.compose("config", overrides=[f"model={name}"]).model)
@@ -146,12 +148,13 @@ def main(arguments: list[str] | None = None) -> None:
     if asked.peer and asked.fp8_weights:
         parser.error("--fp8-weights is of our model, and --peer decodes another")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if asked.peer == "llama":
-        model, name = llama(model_config(asked.model), torch.device(device), head=True), "decoding of a LLaMA"
-    elif asked.peer:
-        model, name = retnet(model_config(asked.model), torch.device(device)), "decoding of a RetNet"
-    else:
-        model, name = random_model(asked.model, device, fp8_weights=asked.fp8_weights), "decoding"
+    with bad_input_exits():
+        if asked.peer == "llama":
+            model, name = llama(model_config(asked.model), torch.device(device), head=True), "decoding of a LLaMA"
+        elif asked.peer:
+            model, name = retnet(model_config(asked.model), torch.device(device)), "decoding of a RetNet"
+        else:
+            model, name = random_model(asked.model, device, fp8_weights=asked.fp8_weights), "decoding"
     given = {
         "fp8_weights": asked.fp8_weights,
         "temperature": sampler.temperature,

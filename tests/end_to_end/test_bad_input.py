@@ -201,13 +201,13 @@ def test_held_out_shards_without_anything_to_predict(shards, tmp_path, capsys):
         ),
         (
             evaluate,
-            ["max_documents=-1", "batch_tokens=0", "output=/nowhere/file", "sequence_tokens=1"],
             [
-                "manifest is not set",
-                "max_documents=-1 must",
-                "batch_tokens=0 must",
-                "output=/nowhere/file cannot",
-                "sequence_tokens=1 leaves no token to predict",
+                *("max_documents=-1", "batch_tokens=0", "output=/nowhere/file"),
+                *("max_document_tokens=1", "sequence_tokens=1"),
+            ],
+            [
+                *("manifest is not set", "max_documents=-1 must", "batch_tokens=0 must", "output=/nowhere/file cannot"),
+                *("max_document_tokens=1 must be 0 or at least 2", "sequence_tokens=1 must be 0 or at least 2"),
             ],
         ),
         (benchmark, ["benchmark.steps=0", "benchmark.loop_steps=-1"], ["benchmark.steps=0", "benchmark.loop_steps=-1"]),

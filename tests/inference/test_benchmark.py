@@ -3,6 +3,8 @@
 import json
 import sys
 
+import pytest
+
 from megatron_tn.benchmarking import decode
 
 
@@ -18,3 +20,23 @@ def test_a_row_for_each_batch_and_position(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "demo, batch 2, after 1000 tokens:" in said
     assert "demo, fp8 weights, batch 1, after 0 tokens:" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--model 2b", "--model 2b: conf/model has no such file"),
+        (
+            "--model demo --peer retnet --positions 999 --tokens 1",
+            "this peer needs flash-linear-attention: pip install",
+        ),
+        ("--peer llama --positions 8 --tokens 2", "--positions 8 must be more than 15, the tokens that are decoded"),
+        ("--peer llama --positions 999 --fp8-weights", "--fp8-weights is of our model, and --peer decodes another"),
+    ],
+)
+def test_bad_input_is_one_line(monkeypatch, capsys, words, line):
+    monkeypatch.setitem(sys.modules, "fla", None)
+    with pytest.raises(SystemExit) as stop:
+        decode.main(words.split())
+    assert stop.value.code == 2
+    assert f"error: {line}" in capsys.readouterr().err

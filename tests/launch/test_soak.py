@@ -85,6 +85,9 @@ def test_what_is_left_behind_is_found(tmp_path):
     ("words", "message"),
     [
         ("mtbf_s=0", "mtbf_s=0.0 must be above 0"),
+        ("minutes=nan", "minutes=nan must be above 0"),
+        ("patience_s=0", "patience_s=0.0 must be above 0 and finite"),
+        ("heal_s=-1", "heal_s=-1.0 must be at least 0 and finite"),
         ("minutes=long", "minutes=long: not a number"),
         ("faults=kill,flood", "faults=flood: unknown; there are kill, segv, term,"),
         ("kill", "kill: not NAME=VALUE"),

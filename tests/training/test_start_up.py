@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import gc
 import os
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from data_pipeline.errors import InputError
-from megatron_tn import preflight
+from megatron_tn import imports, preflight, train
 from megatron_tn.benchmarking.start_up import Opens, simulate
 from megatron_tn.checkpoint.manifest import Piece
 from megatron_tn.checkpoint.shares import needed, scattered
@@ -119,3 +121,19 @@ def test_what_rank_0_reads_or_raises_is_every_rank_s(ranks):
     for process in fork_ranks(ranks, ask_of_first):
         process.join(timeout=100)
         assert process.exitcode == 0
+
+
+def test_garbage_is_collected_but_while_a_program_imports():
+    """Not in a notebook that imports megatron_tn.train: what is garbage there already would be kept for ever."""
+    before = gc.get_freeze_count()
+    imports.done()
+    assert (gc.isenabled(), gc.get_freeze_count()) == (True, before)
+    imports.begin()
+    assert not gc.isenabled()
+    imports.done()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > before
+    lines = Path(train.__file__).read_text().splitlines()
+    begin = lines.index("    imports.begin()  # before the imports below")
+    assert lines[begin - 1] == 'if __name__ == "__main__":'
+    assert begin < lines.index("import torch") < lines.index("imports.done()")
