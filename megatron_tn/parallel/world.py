@@ -85,8 +85,8 @@ def join_world(timeout_s: int) -> torch.device:
 
 def of_first(read: Callable[[], T], timeout_s: int) -> T:
     """What `read()` returns, or raises, on rank 0, on every rank: one process reads a file that all need. It needs no
-    process group: rank 0 puts the value into the launcher's store. Where pickle cannot carry a value, each rank reads;
-    where it cannot carry an error, the others raise a RuntimeError with its text. Collective.
+    process group: rank 0 puts the value into the launcher's store. Where pickle cannot carry it, each rank reads.
+    Collective.
 
     Raises:
         ConfigError, RuntimeError: rank 0 could not be reached, as in `join_world`.
@@ -103,7 +103,7 @@ def of_first(read: Callable[[], T], timeout_s: int) -> T:
             store.add("received", 1)
         return _received(found, read)
     value, error = _outcome(read)
-    store.set("value", _pickled((value, _carried(error))))
+    store.set("value", _pickled((value, error)))
     if error is not None:  # this process ends, and with it a store of its own
         _wait_until(lambda: store.add("received", 0) == size - 1, PARTING_S)
         raise error
@@ -123,15 +123,8 @@ def first_for_all(act: Callable[[], T]) -> T:
     return sent[0]
 
 
-def _outcome(read: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    try:
-        return read(), None
-    except Exception as error:
-        return None, error
-
-
 def _carried(error: Exception | None) -> Exception | None:
-    """`error`, or its text where pickle cannot carry it: ranks that received nothing would call `read` themselves."""
+    """`error`, or its text where pickle cannot carry it."""
     try:
         pickle.loads(pickle.dumps(error))
         return error
@@ -139,11 +132,18 @@ def _carried(error: Exception | None) -> Exception | None:
         return RuntimeError(f"rank 0: {type(error).__name__}: {error}")
 
 
+def _outcome(read: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return read(), None
+    except Exception as error:
+        return None, error
+
+
 def _received(found: bytes, read: Callable[[], T]) -> T:
     """What rank 0 sent."""
     try:
         value, error = pickle.loads(found)
-    except Exception:  # a value that pickle does not carry
+    except Exception:  # nothing, or an exception whose constructor takes more than its message
         return read()
     if error is not None:
         raise error
