@@ -29,9 +29,13 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By whether the step folds. One warp reduces o without shared memory; of 48 tiles, and of 108 for the fold, the fastest
-# (docs/measurements/2026-11-29.md and 2026-11-30.md).
-TILES = {False: Tile(rows=8, warps=1, stages=3), True: Tile(rows=8, warps=1, stages=2)}
+# Major compute capability -> by whether the step folds. One warp reduces o without shared memory; of 48 tiles, and of
+# 108 for the fold, the fastest on an H200 (docs/measurements/2026-11-29.md and 2026-11-30.md). On Ampere the fold's 8
+# rows would need more registers than there are.
+TILES = {
+    8: {False: Tile(rows=8, warps=1, stages=3), True: Tile(rows=4, warps=1, stages=3)},
+    9: {False: Tile(rows=8, warps=1, stages=3), True: Tile(rows=8, warps=1, stages=2)},
+}
 
 
 @triton.jit
@@ -152,7 +156,8 @@ def step(inputs: GlaInputs, buffer: StepBuffer) -> tuple[Tensor, Tensor]:
     qkvu, theta, positions = inputs.qkvu, inputs.theta, inputs.positions
     batch, _, fused = qkvu.shape
     _, heads, summed, width = buffer.state.shape
-    tile = TILES[buffer.fold]
+    capability = torch.cuda.get_device_capability(qkvu.device)[0] if qkvu.is_cuda else max(TILES)
+    tile = TILES[min(capability, max(TILES))][buffer.fold]
     y = torch.empty(batch, 1, fused // 4, dtype=qkvu.dtype, device=qkvu.device)
     sums = torch.empty(batch, 1, heads, dtype=torch.float32, device=qkvu.device)
     with torch.cuda.device_of(qkvu):

@@ -277,7 +277,7 @@ def test_decoding_step(capability, with_lrpe):
     types |= dict.fromkeys(("keys_pointer", "values_pointer"), "*bf16")
     types |= dict.fromkeys(("slot_pointer", "start_pointer"), "*i64")
     del constants["SUMMED"], constants["SLICE"]
-    for fold, tile in triton_buffered.TILES.items():
+    for fold, tile in triton_buffered.TILES[capability].items():
         own = constants | triton_buffered.constants(tile, 128, 16) | {"FOLD": fold}
         kernel = compiled(triton_buffered.buffered_step_kernel, capability, types, own, num_warps=tile.warps)
         assert resources(kernel)[1] == 0
