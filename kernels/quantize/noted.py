@@ -14,7 +14,8 @@ SLOTS = 1024  # integers that programs share: few meet in one
 def slots(x: Tensor, wanted: bool = True) -> Tensor:
     """Zeros, int32 [SLOTS], on x's device, for the kernel that writes x; empty unless wanted.
 
-    An operator makes and returns them: TorchInductor cannot lower one that writes to an optional argument.
+    An operator makes and returns them: TorchInductor cannot lower one that writes to an optional argument
+    (findings/torch_inductor_cannot_lower_optional_mutated_argument.sh).
     """
     return torch.zeros(SLOTS if wanted else 0, dtype=torch.int32, device=x.device)
 

@@ -63,7 +63,8 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 # DeepSpeed's bf16 optimizer calls this for every parameter group: it runs gc.collect() and prints the memory in use.
 bf16_optimizer.see_memory_usage = lambda *_, **__: None
 # To look at an optimizer's type DeepSpeed imports its own Muon, whose functions are decorated with this torch.compile:
-# TorchInductor would be imported for nothing, 1 s of every start.
+# TorchInductor would be imported for nothing, 1 s of every start
+# (findings/deepspeed_imports_inductor_to_look_at_an_optimizer.sh).
 compiler.compile = lambda: compiler.dummy_decorator
 
 
