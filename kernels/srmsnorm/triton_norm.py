@@ -148,6 +148,7 @@ def add_backward(*, dtotal: Tensor, dy: Tensor, total: Tensor, eps: float, large
         largest_pointer=largest,
         r_row=0,
         SCALED=False,
+        SLOTS=SLOTS,
     )
     return dx
 
@@ -175,6 +176,7 @@ def add_scaled_backward(
         dsquare_sum_pointer=dsquare_sum,
         largest_pointer=largest,
         SCALED=True,
+        SLOTS=SLOTS,
     )
     return dx, dresidual, dsquare_sum
 
@@ -186,7 +188,5 @@ def _launch(kernel, inputs: dict[str, Tensor], **arguments) -> None:
     for name, x in rows.items():
         arguments |= {f"{name}_pointer": x, f"{name}_row": x.stride(0)}
     block, warps = block_for(width)
-    if kernel is add_backward_kernel:
-        arguments["SLOTS"] = SLOTS
     with torch.cuda.device_of(next(iter(rows.values()))):
         kernel[(count,)](**arguments, width=width, WIDTH=block, num_warps=warps)
