@@ -1,4 +1,4 @@
-"""The table "time to the same loss" of docs/results.md: how soon each optimizer and arithmetic has today's final loss.
+"""The table "time to the same loss" of docs/results.md: how soon Muon and fp8 products have AdamW's final loss in bf16.
 
 Rows are those of plans results_time*: trained runs, and their training loops measured alone on the GPU. The loss is the
 held-out bits per byte of a run's evaluations, which all read the same text; between two of them it is interpolated.

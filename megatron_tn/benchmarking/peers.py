@@ -35,8 +35,8 @@ def llama(shape: ModelConfig, device: torch.device, *, head: bool = False) -> to
 
 
 def retnet(shape: ModelConfig, device: torch.device) -> torch.nn.Module:
-    """flash-linear-attention's RetNetForCausalLM with the sizes in `shape`, bf16: the model class of its whose layers
-    are the nearest to ours, linear attention with a fixed decay a head, an output gate and a gated unit.
+    """flash-linear-attention's RetNetForCausalLM with the sizes in `shape`, bf16. Of that library's models, RetNet has
+    the layers nearest to ours: linear attention with a fixed decay a head, an output gate and a gated unit.
 
     Raises:
         ConfigError: flash-linear-attention is not installed.

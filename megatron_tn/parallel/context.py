@@ -32,7 +32,7 @@ class Axis:
 
     def with_group(self) -> Axis:
         """The same for a library that needs a group: of size 1, the group of this rank alone, one for all callers. Each
-        group has a thread of gloo's, which wakes a hundred times a second."""
+        group has a thread of gloo's, which wakes ninety times a second."""
         global _alone
         if self.group is not None:
             return self
