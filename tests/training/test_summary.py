@@ -118,7 +118,7 @@ def test_losses_by_position_are_drawn(tmp_path, capsys, monkeypatch):
 
 def test_a_curve_reads_each_journal_a_fixed_number_of_times(tmp_path, monkeypatch):
     read, reads = JournalFile.read, []
-    monkeypatch.setattr(JournalFile, "read", lambda self: reads.append(self.path) or read(self))
+    monkeypatch.setattr(JournalFile, "read", lambda self, key: reads.append(self.path) or read(self, key))
     curve = curve_of([make_run(tmp_path / "run", 100, 2.0)])
     assert curve.held_out.tolist() == [[1000.0, 0.0, 3.0]]
     assert len(reads) == 2
