@@ -145,10 +145,10 @@ class RunFolder:
         """The records with `key` of steps that a resume or a rewind took back, in the order of taking back."""
         return read_records(self.journal.superseded, key=key)
 
-    def starts(self) -> int:
-        """Starts of the run that reached its first step, whoever made them."""
-        began = [*self.records("start/began"), *self.superseded("start/began")]
-        return len({record["start/began"] for record in began})
+    def starts(self) -> list[float]:
+        """When the processes of the starts began that reached training, those of superseded steps too, in order."""
+        records = [*self.records("start/began"), *self.superseded("start/began")]
+        return sorted({record["start/began"] for record in records})
 
     # Checkpoints
 
