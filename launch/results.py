@@ -113,7 +113,7 @@ class Run:
         config, losses = self.folder.frozen_config(), self.folder.records("loss")
         memory = [record["memory/allocated_gib"] for record in self.folder.records("memory/allocated_gib")]
         curve = [(record["step"], record["heldout_bits_per_byte"]) for record in self.folder.records("heldout_loss")]
-        tokens = {record["step"]: record["tokens"] for record in losses}
+        tokens = {record["step"]: record["tokens"] for record in self.folder.records("tokens")}  # of skipped steps, too
         figures = {
             "peak_gib": max(memory, default=None),
             "tokens_per_second": statistics.median(record["tokens_per_second"] for record in losses),

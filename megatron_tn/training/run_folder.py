@@ -77,6 +77,10 @@ class RunFolder:
         return self.path / "submitted"
 
     @property
+    def requeues(self) -> Path:
+        return self.path / "requeues.log"
+
+    @property
     def status_file(self) -> Path:
         return self.path / "status.json"
 
@@ -135,11 +139,16 @@ class RunFolder:
 
     def records(self, key: str = "step") -> list[dict[str, Any]]:
         """The journal's records that have `key`, in the order of writing."""
-        return [record for record in self.journal.read() if key in record]
+        return self.journal.read(key)
 
     def superseded(self, key: str = "step") -> list[dict[str, Any]]:
         """The records with `key` of steps that a resume or a rewind took back, in the order of taking back."""
-        return [record for record in read_records(self.journal.superseded) if key in record]
+        return read_records(self.journal.superseded, key=key)
+
+    def starts(self) -> int:
+        """Starts of the run that reached its first step, whoever made them."""
+        began = [*self.records("start/began"), *self.superseded("start/began")]
+        return len({record["start/began"] for record in began})
 
     # Checkpoints
 

@@ -20,6 +20,7 @@ from megatron_tn.planning import host
 from megatron_tn.training.compare import group_names
 from megatron_tn.training.curve import curve_of, draw, positions_of
 from megatron_tn.training.hooks.console import ConsoleProgress
+from megatron_tn.training.hooks.figures import StepFigures
 from megatron_tn.training.hooks.journal import Journal
 from megatron_tn.training.journal_file import JournalFile
 from megatron_tn.training.run import Run
@@ -45,7 +46,7 @@ def make_run(path: Path, steps: int, loss: float) -> RunFolder:
 def test_speeds_do_not_count_evaluations_and_saves(tmp_path, capsys):
     work, state = Work(1, 1, None), TrainingState()
     folder = RunFolder(tmp_path)
-    hooks = Journal(folder.journal, 1, work), ConsoleProgress(2, work)
+    hooks = Journal(folder.journal, StepFigures(work)), ConsoleProgress(2, work)
     for hook in hooks:
         hook.on_start(state)
     for _ in range(2):
@@ -118,9 +119,12 @@ def test_losses_by_position_are_drawn(tmp_path, capsys, monkeypatch):
 
 def test_a_curve_reads_each_journal_a_fixed_number_of_times(tmp_path, monkeypatch):
     read, reads = JournalFile.read, []
-    monkeypatch.setattr(JournalFile, "read", lambda self: reads.append(self.path) or read(self))
-    curve = curve_of([make_run(tmp_path / "run", 100, 2.0)])
-    assert curve.held_out.tolist() == [[1000.0, 0.0, 3.0]]
+    monkeypatch.setattr(JournalFile, "read", lambda self, key: reads.append(self.path) or read(self, key))
+    run = make_run(tmp_path / "run", 100, 2.0)
+    run.journal.append([{"step": 104, "loss": 2.0, "tokens": 1080, "step_seconds": 3.0}])
+    run.journal.append([{"step": step, "heldout_loss": 2.5} for step in (102, 105)])  # between records, and after all
+    curve = curve_of([run])
+    assert curve.held_out.tolist() == [[1000.0, 0.0, 3.0], [1040.0, 6.0, 2.5]]
     assert len(reads) == 2
 
 

@@ -95,7 +95,7 @@ class Server:
 
 def test_one_curve_after_a_rewind_and_one_id_for_all_processes(folder, monkeypatch):
     server = Server(monkeypatch)
-    journal, board, state = Journal(folder.journal, 1, WORK), hook(folder, "online"), TrainingState()
+    journal, board, state = Journal(folder.journal, StepFigures(WORK)), hook(folder, "online"), TrainingState()
 
     def take(steps: int) -> None:
         for _ in range(steps):
@@ -235,7 +235,7 @@ def log_steps(folder: str, *parts: tuple[int, int]) -> None:
     run = RunFolder(folder)
     for first, last in parts:
         state = TrainingState(step=first - 1)
-        hooks = Journal(run.journal, 1, WORK), hook(run, "online")
+        hooks = Journal(run.journal, StepFigures(WORK)), hook(run, "online")
         for one in hooks:
             one.on_start(state)
         for _ in range(first, last + 1):
@@ -317,7 +317,7 @@ def test_damage_of_its_files_and_of_the_journal_costs_no_more_than_what_is_damag
     folder.wandb_id.write_text(wandb_id)
     lines = [b'{"step": 1, "loss": 2.0}', b"[" * 100_000, b'{"step": "two"}', b'{"step": null}', b"\xff", b'{"step": 3']
     folder.journal.path.write_bytes(b"\n".join(lines))
-    journal, board, state = Journal(folder.journal, 1, WORK), hook(folder), TrainingState(step=3)
+    journal, board, state = Journal(folder.journal, StepFigures(WORK)), hook(folder), TrainingState(step=3)
     for one in (journal, board):
         one.on_start(state)
     board.on_step(TrainingState(step=4), REPORT)
