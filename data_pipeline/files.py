@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -62,6 +62,14 @@ def replace_file(path: Path, data: bytes) -> None:
     """Atomically replaces `path` by `data`."""
     with replacing(path) as file:
         file.write(data)
+
+
+def once(path: Path, make: Callable[[], dict]) -> dict:
+    """The result of `make()`, kept in `path` as JSON: a later call reads it there."""
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        replace_file(path, json.dumps(make(), indent=1).encode() + b"\n")
+    return json.loads(path.read_bytes())
 
 
 def read_object(path: Path) -> dict:
