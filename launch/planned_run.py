@@ -47,7 +47,7 @@ class Run:
         return any(key.startswith("benchmark.") for key in self.own)
 
     def has_row(self, known: list[Row], overrides: list[str]) -> bool:
-        """Whether one of the rows is this run's. overrides: of every run of this call."""
+        """Whether one of the rows is this run's. overrides: settings that this call adds to every run."""
         if self.is_benchmark:
             asked = {f"{key}={value}" for key, value in (self.shared | self.own).items()}
             return any(row["name"] == LOOP and asked == settings_of(row) - set(overrides) for row in known)

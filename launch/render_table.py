@@ -56,11 +56,18 @@ class Table:
         lines = sorted(newest.values(), key=lambda row: (self.order(row), _sortable(_key(row, self.line))))
         grouped = [list(group) for _, group in itertools.groupby(lines, key=lambda row: _key(row, self.line))]
         cells = [[cell(group) for cell in self.columns.values()] for group in grouped]
-        shown = ["| " + " | ".join(self.columns) + " |", "|" + "---|" * len(self.columns)]
+        shown = []
         for above, line in itertools.pairwise([[], *cells]):
             repeated = above[: self.blank] == line[: self.blank] and self.blank
-            shown.append("| " + " | ".join([""] * self.blank + line[self.blank :] if repeated else line) + " |")
-        return "\n".join(shown) + "\n"
+            shown.append([""] * self.blank + line[self.blank :] if repeated else line)
+        return markdown(self.columns, shown)
+
+
+def markdown(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    """A table of Markdown."""
+    titles = list(header)
+    rows = [f"| {' | '.join(cells)} |" for cells in (titles, *lines)]
+    return "\n".join([rows[0], "|" + "---|" * len(titles), *rows[1:]]) + "\n"
 
 
 def _key(row: Row, names: Sequence[str]) -> tuple:

@@ -183,9 +183,3 @@ def side_stream_bytes(config: TrainConfig) -> int:
     model, data = config.model, config.data
     values = 3 * model.glu_dim // config.parallel.tp + 3 * model.embed_dim
     return values * data.micro_batch * data.sequence_length * (2 if config.engine.precision == "bf16" else 4)
-
-
-def activation_bytes(config: TrainConfig, device: str = "cuda") -> tuple[int, int]:
-    """(kept, peak) bytes of one microbatch, parameters excluded: see `Microbatch`."""
-    found = microbatch(config, device)
-    return found.kept, found.peak
