@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import Popen, TimeoutExpired
 
 TAIL = 15  # lines of a log in a message
 GRACE_S = 60.0  # that a program told to stop has to save
@@ -35,28 +35,26 @@ class Programs:
     def run(self, module: str, words: Sequence[str], log: Path, gpu: str | None = None) -> None:
         """`python -m module words`, with its output in `log`; with a `gpu`, by its index, no other one is seen.
         Raises Failed and TimeUp."""
-        if self._left() == 0:
+        if self.left() == 0:
             raise TimeUp
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
         with log.open("a") as file:
-            program = subprocess.Popen(
-                [sys.executable, "-m", module, *words], stdout=file, stderr=file, env=environment
-            )
+            program = Popen([sys.executable, "-m", module, *words], stdout=file, stderr=file, env=environment)
             try:
-                code = program.wait(self._left())
-            except subprocess.TimeoutExpired:
+                code = program.wait(self.left())
+            except TimeoutExpired:
                 program.send_signal(signal.SIGTERM)
                 try:
                     program.wait(GRACE_S)
-                except subprocess.TimeoutExpired:
+                except TimeoutExpired:
                     program.kill()
                 raise TimeUp from None
         if code:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])
             raise Failed(f"python -m {module} {' '.join(words)}: exit code {code}; the end of {log}:\n{tail}")
 
-    def _left(self) -> float | None:
+    def left(self) -> float | None:
         if self._stopped.is_set():
             return 0
         return None if self.deadline is None else max(self.deadline - time.monotonic(), 0)

@@ -14,7 +14,6 @@ from megatron_tn.config import ConfigError
 from megatron_tn.device.allocator import use_expandable_segments
 from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import ParallelContext
-from megatron_tn.parallel.fp8_weights import keep_in_fp8
 from megatron_tn.released.weights import ReleasedWeights
 from megatron_tn.training.run_folder import find_checkpoint
 
@@ -27,7 +26,7 @@ def load_any_model(
     """The model in a checkpoint folder, in the newest of a folder of checkpoints, or in a released model's folder.
 
     precision "trained" keeps what the weights were trained or stored in; device "auto" takes a GPU where there is one.
-    context: each of its tensor-parallel ranks loads its own part. fp8_weights: see `keep_in_fp8`.
+    context: each of its tensor-parallel ranks loads its own part. fp8_weights: see `model_of`.
 
     Raises:
         ConfigError: there is none of these at `path`, no such device, a model that does not fit the layout, or a GPU
@@ -45,10 +44,7 @@ def load_any_model(
     with open_weights(directory) as weights:
         stored = set(weights.dtypes.values())
         trained = torch.bfloat16 if stored == {torch.bfloat16} else torch.float32
-        model = model_of(weights, context, device, DTYPES.get(precision, trained))
-    if fp8_weights:
-        keep_in_fp8(model)
-    return model
+        return model_of(weights, context, device, DTYPES.get(precision, trained), fp8_weights=fp8_weights)
 
 
 def open_weights(directory: Path) -> CheckpointWeights | ReleasedWeights:

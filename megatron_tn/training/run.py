@@ -140,7 +140,7 @@ class Run:
         return rate
 
     def _record_stop(self, state: str, why: dict[str, str]) -> None:
-        """End of this start, with the goodput of all starts so far."""
+        """Record how this start ended, and the goodput of all starts so far."""
         if not self.sinks:
             return
         self.record({"stop/state": state} | why, self.state.step)

@@ -59,74 +59,26 @@ class RunFolder:
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
+        self.config_file = self.path / "config.json"
+        self.job_file = self.path / "job.json"
+        self.submitted = self.path / "submitted"
+        self.requeues = self.path / "requeues.log"
+        self.status_file = self.path / "status.json"
+        self.ledger_file = self.path / "ledger.json"
+        self.tokenizer = self.path / "tokenizer.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.ranks = self.path / "ranks"
+        self.hang = self.path / "hang.txt"
+        self.stacks = self.path / "stacks"
+        self.tracebacks = self.path / "tracebacks"
+        self.profile = self.path / "profile"
+        self.wandb = self.path / "wandb"
+        self.tensorboard = self.path / "tensorboard"
+        self.wandb_id = self.path / "wandb_id"
         self._lock: int | None = None
 
     def __str__(self) -> str:
         return str(self.path)
-
-    @property
-    def config_file(self) -> Path:
-        return self.path / "config.json"
-
-    @property
-    def job_file(self) -> Path:
-        return self.path / "job.json"
-
-    @property
-    def submitted(self) -> Path:
-        return self.path / "submitted"
-
-    @property
-    def requeues(self) -> Path:
-        return self.path / "requeues.log"
-
-    @property
-    def status_file(self) -> Path:
-        return self.path / "status.json"
-
-    @property
-    def ledger_file(self) -> Path:
-        return self.path / "ledger.json"
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.path / "tokenizer.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def ranks(self) -> Path:
-        return self.path / "ranks"
-
-    @property
-    def hang(self) -> Path:
-        return self.path / "hang.txt"
-
-    @property
-    def stacks(self) -> Path:
-        return self.path / "stacks"
-
-    @property
-    def tracebacks(self) -> Path:
-        return self.path / "tracebacks"
-
-    @property
-    def profile(self) -> Path:
-        return self.path / "profile"
-
-    @property
-    def wandb(self) -> Path:
-        return self.path / "wandb"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
-    def wandb_id(self) -> Path:
-        return self.path / "wandb_id"
 
     @property
     def journal(self) -> JournalFile:

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from typing import Any
 
-from megatron_tn.training.hooks import NullHook
+from megatron_tn.training.hooks import Sink
 from megatron_tn.training.hooks.figures import StepFigures
 from megatron_tn.training.journal_file import JournalFile
 from megatron_tn.training.state import TrainingState
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 MOST_WAITING = 100_000  # records buffered while writes fail; the oldest are dropped first
 
 
-class Journal(NullHook):
+class Journal(Sink):
     """Writes records on global rank 0. After a resume or a rewind, records of later steps move to
     log.superseded.jsonl, so that log.jsonl is one curve and nothing is lost.
 

@@ -6,7 +6,7 @@ import logging
 from bisect import bisect_right
 from typing import Any
 
-from megatron_tn.training.hooks import NullHook
+from megatron_tn.training.hooks import Sink
 from megatron_tn.training.hooks.figures import TEXTS, StepFigures, shown
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import TrainingState
@@ -15,7 +15,7 @@ from megatron_tn.training.step import StepReport
 log = logging.getLogger(__name__)
 
 
-class JournalCopy(NullHook):
+class JournalCopy(Sink):
     """Shows the journal's records as they come, and at every start those that the other program lacks: after a kill,
     records that were in its memory alone; the whole journal where it cannot forget the steps that a rewind took back.
 
