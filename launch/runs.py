@@ -35,14 +35,14 @@ class Programs:
     def run(self, module: str, words: Sequence[str], log: Path, gpu: str | None = None) -> None:
         """`python -m module words`, with its output in `log`; with a `gpu`, by its index, no other one is seen.
         Raises Failed and TimeUp."""
-        if self._left() == 0:
+        if self.left() == 0:
             raise TimeUp
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
         with log.open("a") as file:
             program = Popen([sys.executable, "-m", module, *words], stdout=file, stderr=file, env=environment)
             try:
-                code = program.wait(self._left())
+                code = program.wait(self.left())
             except TimeoutExpired:
                 program.send_signal(signal.SIGTERM)
                 try:
@@ -54,7 +54,7 @@ class Programs:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])
             raise Failed(f"python -m {module} {' '.join(words)}: exit code {code}; the end of {log}:\n{tail}")
 
-    def _left(self) -> float | None:
+    def left(self) -> float | None:
         if self._stopped.is_set():
             return 0
         return None if self.deadline is None else max(self.deadline - time.monotonic(), 0)

@@ -57,8 +57,8 @@ def main(config: EvaluateConfig) -> None:
         device = str(joined) if device == "auto" else device
         context = ParallelContext.create(tp=world_size())
     try:
-        model = load_any_model(config.checkpoint, device, config.precision, context, fp8_weights=config.fp8_weights)
         tokenizer = load_tokenizer(config.tokenizer, config.checkpoint)
+        model = load_any_model(config.checkpoint, device, config.precision, context, fp8_weights=config.fp8_weights)
         result: dict[str, Any] = {"checkpoint": config.checkpoint}
         if config.manifest:
             result |= held_out_figures(config, model, tokenizer)
@@ -81,6 +81,12 @@ def check(config: EvaluateConfig) -> TaskSet | None:
         problems += error.problems
     if not config.manifest and not config.tasks:
         problems.append("manifest is not set: name the manifest.json of held-out shards, or tasks")
+    for setting in ("manifest", "train_manifest"):
+        try:
+            if getattr(config, setting):
+                Manifest.load(getattr(config, setting))
+        except InputError as error:
+            problems += [f"{setting}: {problem}" for problem in error.problems]
     for setting in ("max_document_tokens", "sequence_tokens"):
         if getattr(config, setting) == 1:
             problems.append(f"{setting}=1 must be 0 or at least 2: nothing predicts the first token of a sequence")

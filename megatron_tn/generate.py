@@ -196,7 +196,12 @@ def check(config: GenerateConfig) -> None:
         added = {config.output_key, END} | ({SAMPLE} if config.samples > 1 else set())
         problems += prompt_problems(config.prompts, config.text_key, added)
     if config.state and not Path(config.state).is_file():
-        problems.append(f"state={config.state} cannot be read: there is no such file")
+        why = (
+            "it is a folder: name a file that save_state wrote"
+            if Path(config.state).is_dir()
+            else "there is no such file"
+        )
+        problems.append(f"state={config.state} cannot be read: {why}")
     if len({config.output_key, END, SAMPLE, config.text_key}) < 4:
         problems.append(f"output_key={config.output_key} must be none of {config.text_key!r}, {END!r} and {SAMPLE!r}")
     for name in ("output", "save_state"):

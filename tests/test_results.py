@@ -13,11 +13,21 @@ from omegaconf import OmegaConf
 
 import megatron_tn.benchmark
 from launch import render_results
+from launch.planned_run import Run
 from launch.render_table import fill
-from launch.results import grid_runs, main, read_plan
+from launch.results import main
+from launch.run_plan import grid_runs, read_plan
 from launch.runs import Failed, Programs, TimeUp
 from megatron_tn import cli
-from megatron_tn.config import BenchmarkConfig, ModelConfig, OptimConfig, TrainConfig, from_mapping, save
+from megatron_tn.config import (
+    BenchmarkConfig,
+    ModelConfig,
+    OptimConfig,
+    ScheduleConfig,
+    TrainConfig,
+    from_mapping,
+    save,
+)
 
 PLAN = """
 settings: {experiment: results}
@@ -112,15 +122,16 @@ def test_a_plan_is_run_once_and_the_best_rate_is_read_from_its_rows(place, progr
 
 def test_the_last_evaluation_of_the_training_is_enough_where_the_plan_says_so(place, programs):
     (place / "plan.yaml").write_text("held_out: curve" + PLAN)
-    assert main(command(place, "--pieces", "rates", "--", "seed=0")) == 0
+    assert main(command(place, "--pieces", "rates", "--documents", "5", "--", "seed=0")) == 0
+    assert {said.get("evaluation.max_documents", said.get("max_documents")) for _, said in programs} == {"5"}
     outputs = {Path(said["output"]).name for module, said in programs if module == "megatron_tn.evaluate"}
     assert outputs == {"long.json"}  # the plan's own
     assert {(row["value"], row["long"], row.get("whole")) for row in rows(place)} == {(1.5, 9.0, None)}
 
 
 @pytest.mark.parametrize("held_out", ["evaluate", "curve"])
-def test_a_run_that_was_stopped_within_its_last_evaluation(place, programs, monkeypatch, capsys, held_out):
-    """Its curve ends before the training does: the last value of it is no figure of the run."""
+def test_a_run_that_was_stopped_within_its_last_evaluation(place, programs, monkeypatch, held_out):
+    """Its curve ends before the training does: the last value of it is no figure of the run, which is evaluated."""
     (place / "plan.yaml").write_text(f"held_out: {held_out}" + PLAN)
     run = Programs.run
 
@@ -136,12 +147,13 @@ def test_a_run_that_was_stopped_within_its_last_evaluation(place, programs, monk
             journal.write_text("".join(json.dumps(record) + "\n" for record in records))
 
     monkeypatch.setattr(Programs, "run", stopped)
-    code = main(command(place, "--pieces", "rates"))
-    if held_out == "evaluate":
-        assert (code, rows(place)[0]["value"], rows(place)[0]["curve"]) == (0, 1.4, "1.000:2.5000")
-    else:
-        assert (code, (place / "rows.jsonl").exists()) == (1, False)
-        assert "stopped within the evaluation after its last step, 2, which" in capsys.readouterr().out
+    assert main(command(place, "--pieces", "rates")) == 0
+    curve = "1.000:2.5000" if held_out == "evaluate" else "1.000:2.5000 2.000:1.4000"
+    assert (rows(place)[0]["value"], rows(place)[0]["curve"]) == (1.4, curve)
+    (said,) = (
+        s for _, s in programs if s.get("output", "").endswith("lr=0.001,seed=0/pieces.json") and "ours" in s["output"]
+    )
+    assert said.get("max_documents") == (None if held_out == "evaluate" else "256")  # as the training's evaluations
 
 
 def test_the_best_rate_is_that_of_the_variant():
@@ -151,30 +163,86 @@ def test_the_best_rate_is_that_of_the_variant():
         assert [*grid_runs({"optim.lr": [asked]}, rows)] == [{"optim.lr": lr}]
 
 
+def test_a_run_that_cannot_end_in_time_does_not_begin(place, programs, capsys):
+    """By what one like it took; the same command goes on, and repeats nothing."""
+    took = {"name": "result", "plan": "plan", "at_once": 1, "gpu": None, "model": "ours", "variant": "", "value": 1.4}
+    took |= {"run": "ours,optim.lr=0.001,seed=0", "lr": 0.001}
+    for row in (took | {"gpu": "A100", "seconds": 1}, took | {"tokens": 6_000, "tokens_per_second": 60}):
+        with (place / "rows.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    assert main(command(place, "--minutes", "1", "--pieces", "rates", "seeds")) == 3
+    assert {said["model"] for module, said in programs if module == "megatron_tn.train"} == {"rival"}  # none like it
+    said = capsys.readouterr().out
+    assert re.search(r"ours,optim.lr=0.002,seed=0: does not begin: about 100 s, and (60|59) s are left", said)
+    assert "Left:\n  ours,optim.lr=0.002,seed=0\n  ours,optim.lr=0.004,seed=0\n  piece seeds\n" in said
+    programs.clear()
+    assert main(command(place, "--minutes", "2", "--pieces", "rates")) == 0
+    trained = [(said["model"], said["optim.lr"]) for module, said in programs if module == "megatron_tn.train"]
+    assert trained == [("ours", "0.002"), ("ours", "0.004")]
+    assert rows(place)[-1]["seconds"] < 60
+
+
+def test_the_time_of_a_run_is_what_its_checkpoint_leaves(tmp_path):
+    run = Run("plan", {}, {"model": "ours", "optim.lr": 0.1, "seed": 3}, tmp_path, {})
+    known = [
+        {"name": "result", "plan": "plan", "at_once": 2, "gpu": None, "run": "ours,optim.lr=1,seed=0", "seconds": 8}
+    ]
+    assert (run.seconds_left(known, 1), run.seconds_left(known, 2)) == (None, 8)
+    checkpoint = run.folder.checkpoints / "step_00000003"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").touch()
+    save(TrainConfig(schedule=ScheduleConfig(steps=4)), run.folder.config_file)
+    assert run.seconds_left(known, 2) == 2
+
+
+BAD_PLANS = {
+    "{pieces: {rates: [{model: ours}]}}": "pieces.rates[0].model: 'ours' must be a list of values",
+    "{pieces: {rates: [{model: []}]}}": "pieces.rates[0].model: [] must be a list of values",
+    "{pieces: {rates: {model: [ours]}}}": "pieces.rates: {'model': ['ours']} must be a list of grids",
+    "{pieces: {rates: [{optim.rate: [1]}]}}": "pieces.rates[0]: unknown setting optim.rate; did you mean",
+    "{pieces: {rates: [{run_dir: [a]}]}}": "pieces.rates[0].run_dir: --runs says it",
+    "{pieces: [rates]}": "pieces: ['rates'] must be a mapping of names",
+    "{settings: {model: 50m}}": "pieces is missing: a plan has settings, pieces, evaluations, held_out",
+    "{pieces: {}, setting: {}}": "unknown key setting: a plan has settings, pieces, evaluations, held_out",
+    "{pieces: {}, settings: 5}": "settings: 5 must be a mapping of names",
+    "{pieces: {}, settings: {seeed: 1}}": "settings: unknown setting seeed; did you mean seed?",
+    "{pieces: {}, held_out: curves}": "held_out: curves must be one of evaluate, curve",
+    "{pieces: {}, evaluations: {long: {split: held}}}": "evaluations.long.split: held must be one of train, heldout, p",
+    "{pieces: {}, evaluations: {long: {}}}": "evaluations.long.split: None must be one of train, heldout, pieces",
+    "{pieces: {}, evaluations: {long: {split: train, batch: 1}}}": "evaluations.long: unknown setting batch; did you",
+    "[pieces]": "it holds ['pieces'], not keys and values: a plan has settings, pieces, evaluations, held_out",
+    "": "it holds None, not keys and values",
+    "{": "no plan: while parsing",
+}
+
+
 def test_bad_input_is_said_before_anything_runs(place, programs, capsys):
-    (place / "bad.yaml").write_text("pieces: {rates: [{model: ours}]}")
-    (place / "curves.yaml").write_text("held_out: curves" + PLAN)
-    (place / "split.yaml").write_text("pieces: {}\nevaluations: {long: {split: held}}")
+    (place / "no settings.yaml").write_text("pieces: {rates: [{model: [ours], optim.lr: [1.0e-3], seed: [0]}]}")
+    assert read_plan(place / "no settings.yaml")["settings"] == {}
+    for index, text in enumerate(BAD_PLANS):
+        (place / f"{index}.yaml").write_text(text)
+    plans = [
+        (command(place, "--plan", str(place / f"{n}.yaml")), f"{n}.yaml: {BAD_PLANS[t]}")
+        for n, t in enumerate(BAD_PLANS)
+    ]
+    (place / "torn.jsonl").write_text('{"name": "result", "plan')
     for words, line in (
-        (command(place, "--pieces", "rate"), "--pieces rate: .* has rates, seeds, again, speed"),
+        *plans,
+        (command(place, "--pieces", "rate"), "--pieces rate: "),
+        (command(place, "--pieces", "rate"), "has rates, seeds, again, speed"),
         (command(place, "--pieces", "seeds"), "optim.lr=best of ours: no run of ours has a row yet"),
-        (command(place, "--plan", str(place / "bad.yaml")), "bad.yaml: each setting of a grid needs a list of values"),
-        (command(place, "--plan", str(place / "curves.yaml")), "held_out: curves must be one of evaluate, curve"),
-        (
-            command(place, "--plan", str(place / "split.yaml")),
-            "split.yaml: evaluations.long.split must be one of train, h",
-        ),
-        (command(place, "--plan", str(place / "none.yaml")), "none.yaml: no plan: .*No such file"),
-        (
-            command(place, "--data", str(place)),
-            "no .*train/manifest.json; python -m data_pipeline.corpus.join makes it",
-        ),
+        (command(place, "--plan", str(place / "none.yaml")), "none.yaml: no plan: [Errno 2] No such file"),
+        (command(place, "--data", str(place)), "/train/manifest.json; python -m data_pipeline.corpus.join makes it"),
         (command(place, "--at-once", "0"), "--at-once 0 must be at least 1"),
+        (command(place, "--minutes", "nan"), "--minutes nan must be at least 0"),
+        (command(place, "--documents", "-1"), "--documents -1 must be at least 0"),
+        (command(place, "--output", str(place)), f"--output={place} is a folder: name a file"),
+        (command(place, "--output", str(place / "torn.jsonl")), "torn.jsonl: line 1 is no row (Unterminated string"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(words)
         assert stopped.value.code == 2
-        assert re.search(line, capsys.readouterr().err)
+        assert line in capsys.readouterr().err
     assert programs == []
 
 
@@ -229,7 +297,7 @@ def test_a_program_is_told_to_stop_at_the_deadline(tmp_path, monkeypatch):
             time.sleep(0.05)
         return 0.0
 
-    monkeypatch.setattr(programs, "_left", left)
+    monkeypatch.setattr(programs, "left", left)
     with pytest.raises(TimeUp):
         programs.run("waits", [], log)
     assert log.read_text() == "ready\nsaved\n"

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_tn.checkpoint.files import TensorFile
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, Trainable, rank_file
@@ -22,8 +22,10 @@ from megatron_tn.config import ConfigError, ModelConfig, from_mapping
 from megatron_tn.device.threads import in_parallel
 from megatron_tn.model.base import Model
 from megatron_tn.model.registry import build_model
-from megatron_tn.parallel.context import ParallelContext
-from megatron_tn.parallel.sharding import OwnedRange
+from megatron_tn.parallel.context import Axis, ParallelContext
+from megatron_tn.parallel.fp8_weights import check_device, keep_layer_in_fp8
+from megatron_tn.parallel.linear import SplitLinear
+from megatron_tn.parallel.sharding import OwnedRange, mark
 
 BAND_ELEMENTS = 2 << 20  # fp32, of one read: 8 MiB
 
@@ -257,24 +259,46 @@ def model_of(
     context: ParallelContext | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    *,
+    fp8_weights: bool = False,
 ) -> Model:
     """The model with these weights; each rank of `context` reads its own parts. dtype None: that of the weights.
 
+    fp8_weights: as after `keep_in_fp8`. A matrix is converted before the next one is read, so that the device never
+    holds more than one of the converted matrices in `dtype`.
+
     Raises:
-        ConfigError: the model does not fit the layout, or the weights do not fit the model.
+        ConfigError: the model does not fit the layout, the weights do not fit the model, or a GPU cannot convert fp8
+            numbers.
     """
     context = context or ParallelContext()
-    model = build_model(weights.config, context, device, dtype or next(iter(weights.dtypes.values())))
-    for name, parameter in model.named_parameters():
-        spec = parameter.shard_spec
-        if (stored := weights.shapes.get(name)) != spec.shape:
-            raise ConfigError(f"{name} has shape {stored}, but the model needs {spec.shape}")
-        local = torch.zeros(parameter.shape)  # padding of the vocabulary is in no file
-        for piece, at in pieces_of_local_range(spec, context.tp.rank, context.tp.size, 0, local.numel()):
-            weights.fill(name, piece, local.view(-1)[at : at + piece.stop - piece.start])
-        with torch.no_grad():
-            parameter.copy_(local)
-    return model
+    if fp8_weights:
+        check_device(torch.device(device))
+    model = build_model(weights.config, context, "meta", dtype or next(iter(weights.dtypes.values())))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    made: dict[nn.Parameter, nn.Parameter] = {}  # tied modules share one parameter
+    for module in model.modules():
+        for key, empty in list(module.named_parameters(recurse=False)):
+            if empty not in made:
+                made[empty] = _read_parameter(weights, names[empty], empty, context.tp, device)
+            module.register_parameter(key, made[empty])
+            if fp8_weights and isinstance(module, SplitLinear):
+                keep_layer_in_fp8(module)
+                made[empty] = module.weight
+    return model.requires_grad_(not fp8_weights)
+
+
+def _read_parameter(
+    weights: Weights, name: str, empty: nn.Parameter, tp: Axis, device: str | torch.device
+) -> nn.Parameter:
+    """`empty`, on the meta device, with this tensor-parallel rank's values on `device`."""
+    spec = empty.shard_spec
+    if (stored := weights.shapes.get(name)) != spec.shape:
+        raise ConfigError(f"{name} has shape {stored}, but the model needs {spec.shape}")
+    local = torch.zeros(empty.shape)  # padding of the vocabulary is in no file
+    for piece, at in pieces_of_local_range(spec, tp.rank, tp.size, 0, local.numel()):
+        weights.fill(name, piece, local.view(-1)[at : at + piece.stop - piece.start])
+    return mark(nn.Parameter(local.to(device, empty.dtype)), spec)
 
 
 def load_model(

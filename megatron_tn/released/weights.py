@@ -202,14 +202,16 @@ def load_pretrained(
     context: ParallelContext | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    *,
+    fp8_weights: bool = False,
 ) -> Model:
     """Build a model from a folder in the released layout.
 
-    Each tensor-parallel rank of `context` reads its own parts.
+    Each tensor-parallel rank of `context` reads its own parts. fp8_weights: see `model_of`.
 
     Raises:
         FileNotFoundError: no such folder, no config.json in it, or no weights.
         ConfigError: as `ReleasedWeights`, or the model does not fit the layout.
     """
     with ReleasedWeights(Path(directory)) as weights:
-        return model_of(weights, context, device, dtype)
+        return model_of(weights, context, device, dtype, fp8_weights=fp8_weights)

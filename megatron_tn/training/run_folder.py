@@ -62,6 +62,7 @@ class RunFolder:
         self.config_file = self.path / "config.json"
         self.job_file = self.path / "job.json"
         self.submitted = self.path / "submitted"
+        self.requeues = self.path / "requeues.log"
         self.status_file = self.path / "status.json"
         self.ledger_file = self.path / "ledger.json"
         self.tokenizer = self.path / "tokenizer.json"
@@ -88,13 +89,27 @@ class RunFolder:
         """Whether a run has written to the folder."""
         return self.status_file.exists() or self.checkpoints.exists()
 
+    def other_use(self) -> str | None:
+        """What the folder is of, where it is not a run's and a run's files would be among its own; None otherwise."""
+        if self.is_there:
+            return None
+        if (self.path / MANIFEST).is_file():
+            return f"a checkpoint or of shards: it has a {MANIFEST}"
+        weights = next(iter(sorted(self.path.glob("*.safetensors"))), None) if self.config_file.is_file() else None
+        return None if weights is None else f"a released model: it has {self.config_file.name} and {weights.name}"
+
     def records(self, key: str = "step") -> list[dict[str, Any]]:
         """The journal's records that have `key`, in the order of writing."""
-        return [record for record in self.journal.read() if key in record]
+        return self.journal.read(key)
 
     def superseded(self, key: str = "step") -> list[dict[str, Any]]:
         """The records with `key` of steps that a resume or a rewind took back, in the order of taking back."""
-        return [record for record in read_records(self.journal.superseded) if key in record]
+        return read_records(self.journal.superseded, key=key)
+
+    def starts(self) -> list[float]:
+        """When the processes of the starts began that reached training, those of superseded steps too, in order."""
+        records = [*self.records("start/began"), *self.superseded("start/began")]
+        return sorted({record["start/began"] for record in records})
 
     # Checkpoints
 

@@ -105,8 +105,7 @@ def on_ranks(folder: Path, path: Path) -> tuple:
     model = load_pretrained(folder, layout(tp=2))
     given = {"max_new_tokens": COUNT, "rows": 4, "chunk": 5}
     other = Session.load(model, path)
-    kept = load_pretrained(folder, layout(tp=2))
-    keep_in_fp8(kept)
+    kept = load_pretrained(folder, layout(tp=2), fp8_weights=True)
     return (
         generate(model, prompts(), sampler=GREEDY, **given),
         generate(model, prompts(), sampler=Sampler(1.0, top_k=20, top_p=0.9), seed=3, **given),

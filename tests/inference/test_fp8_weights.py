@@ -9,9 +9,13 @@ from kernels.float8_linear.reference import dequantized
 from megatron_tn.config import ConfigError, ScoreConfig
 from megatron_tn.evaluation.perplexity import Documents, evaluate_documents
 from megatron_tn.inference import Prefix, Sampler, Session, generate, keep_in_fp8
+from megatron_tn.loading import load_any_model
 from megatron_tn.model.base import Model
 from megatron_tn.parallel import fp8_weights
 from megatron_tn.parallel.linear import SplitLinear
+from megatron_tn.planning.live import LiveMemory
+from megatron_tn.released.to_checkpoint import write_checkpoint
+from megatron_tn.released.weights import ReleasedWeights
 from megatron_tn.released.write import save_pretrained
 from megatron_tn.score import checked
 from tests.helpers.decoding import plain, prompts, recorded_logits, sequences, trained_model
@@ -57,6 +61,31 @@ def test_matrices_take_a_byte_and_four_a_row(trained, kept):
     assert size(trained) - size(kept) == sum(3 * weight.numel() - 4 * len(weight) for weight in matrices)
     assert kept.lm_head.weight.dtype == torch.float32
     assert not any(parameter.requires_grad for parameter in kept.parameters())
+
+
+@pytest.mark.parametrize("stored", ["export", "checkpoint"])
+def test_a_matrix_is_converted_before_the_next_one_is_read(trained, tmp_path, monkeypatch, stored):
+    """Loaded in fp8 is loaded and then converted, bit for bit; with the memory of one matrix more than what is kept."""
+    save_pretrained(trained, tmp_path / "export", torch.float32)
+    with ReleasedWeights(tmp_path / "export") as weights:
+        checkpoint = write_checkpoint(weights, tmp_path, "fp32")
+    monkeypatch.setattr(fp8_weights, "BAND_ELEMENTS", 512)
+    place = str(tmp_path / "export" if stored == "export" else checkpoint)
+    for precision, width in (("fp32", 4), ("bf16", 2)):
+        wanted = load_any_model(place, "cpu", precision)
+        keep_in_fp8(wanted)
+        with LiveMemory() as memory:
+            loaded = load_any_model(place, "cpu", precision, fp8_weights=True)
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+        assert not any(parameter.requires_grad for parameter in loaded.parameters())
+        for (name, there), here in zip(wanted.named_parameters(), loaded.parameters(), strict=True):
+            assert there.shard_spec == here.shard_spec, name
+            assert torch.equal(*(each.detach().view(torch.uint8) for each in (there, here))), name
+        largest = max(parameter.numel() for parameter in trained.parameters())
+        kept = sum(parameter.nbytes for parameter in loaded.parameters())
+        on_host = 0 if width == 4 else 4  # a matrix is read in fp32
+        assert memory.current == kept
+        assert memory.peak - kept < (width + on_host) * largest + 16 * fp8_weights.BAND_ELEMENTS
 
 
 def test_every_way_to_decode(kept, tmp_path):

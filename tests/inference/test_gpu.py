@@ -9,9 +9,11 @@ import torch
 
 from megatron_tn.inference import Generator, Prefix, Request, Sampler, generate, keep_in_fp8
 from megatron_tn.inference.decoder import Decoder
+from megatron_tn.loading import load_any_model
 from megatron_tn.model.base import Model
 from megatron_tn.model.init import initialize
 from megatron_tn.model.registry import build_model
+from megatron_tn.released.write import save_pretrained
 from tests.helpers.decoding import plain, prompts, recorded_logits, trained_model
 from tests.helpers.models import TINY
 from tests.helpers.ranks import layout, run_shared, this_device
@@ -91,6 +93,23 @@ def test_memory_does_not_grow_with_the_prompt():
         Prefix.of(model, [5] * (512 * chunks), chunk=512)
         peaks.append(torch.cuda.max_memory_allocated())
     assert peaks[2] <= 1.01 * peaks[1]
+
+
+def test_weights_are_converted_to_fp8_as_they_are_read(tmp_path):
+    """The peak is what is kept and one matrix in bf16, with its temporaries: the whole in bf16 need not fit the GPU."""
+    model = build_model(dataclasses.replace(WIDE, layers=24), None, "cuda", torch.bfloat16)
+    initialize(model, seed=0)
+    save_pretrained(model, tmp_path)
+    largest = max(parameter.numel() for parameter in model.parameters())
+    in_bf16 = sum(parameter.nbytes for parameter in model.parameters())
+    del model
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model = load_any_model(str(tmp_path), "cuda", "bf16", fp8_weights=True)
+    kept = sum(parameter.nbytes for parameter in model.parameters())
+    peak = torch.cuda.max_memory_allocated() - before
+    print(f"bytes: {in_bf16} in bf16, {kept} kept, {peak} at the peak; the largest matrix has {largest} elements")
+    assert peak < kept + 16 * largest < 0.7 * in_bf16
 
 
 def on_ranks() -> list[list[int]]:
