@@ -4,8 +4,8 @@ submitit sends a job SIGUSR2 ahead of its time limit, and requeues it at once, w
 any such signal for a time-out once min(0.8 T, T - 10 minutes) of a time limit T have passed, so in a job of ten minutes
 or less also a preemption in its first second; and hydra's launcher allows no time-out (max_num_timeout=0): the job is
 given up. Here the signal is SIGUSR1, which the trainer takes (training/preemption.py): it saves, stops, and then calls
-submitit's handler; and time-outs are allowed. Before a job has unpickled its function there is no handler, and the signal
-ends it for good: so the pickle imports little (`cli._Program`).
+submitit's handler; and time-outs are allowed. Before a job has unpickled its function there is no handler, and the
+signal ends it for good: so the pickle imports little (`cli._Program`).
 """
 
 from __future__ import annotations
