@@ -136,6 +136,12 @@ def compose(overrides: list[str], directory: Path = CONF) -> Settings:
     return parse(data, extra_names=groups)
 
 
+def compose_settings(root: str, overrides: list[str], cls: type) -> typing.Any:
+    """Settings `cls` from conf/`root`.yaml and overrides in Hydra's grammar; raises InputError, a line per problem."""
+    data, _ = compose_plain(root, overrides, cls)
+    return parse(data, cls=cls)
+
+
 def compose_plain(root: str, overrides: list[str], cls: type, directory: Path = CONF) -> tuple[dict, set[str]]:
     """(Unchecked settings from `directory`/`root`.yaml and the overrides, names of the config groups). cls: dataclass
     of the settings; values of its text settings are taken verbatim."""

@@ -12,12 +12,10 @@ __all__ = ["Document", "in_heldout", "text_bytes", "text_hash"]
 
 
 def text_bytes(document: Document) -> int:
-    """UTF-8 bytes of a document's text."""
     return len(document.text.encode())
 
 
 def text_hash(text: str) -> str:
-    """sha256 of a text, hex."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -6,12 +6,13 @@ Safe in shared folders: symbolic links in place of files are not followed, and t
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -42,7 +43,7 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
 def open_temporary(path: Path, mode: int = 0o666) -> tuple[Path, BinaryIO]:
     """(Name, file) of a new temporary file beside `path`, open for writing and locked. Unlocked temporary files of the
     same `path`, left by killed writers, are removed."""
-    for left in path.parent.glob(f".{_literal(path.name)}.*{TEMPORARY}"):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY}"):
         _remove_unlocked(left)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{TEMPORARY}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -62,6 +63,14 @@ def replace_file(path: Path, data: bytes) -> None:
     """Atomically replaces `path` by `data`."""
     with replacing(path) as file:
         file.write(data)
+
+
+def once(path: Path, make: Callable[[], dict]) -> dict:
+    """The result of `make()`, kept in `path` as JSON: a later call reads it there."""
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        replace_file(path, json.dumps(make(), indent=1).encode() + b"\n")
+    return json.loads(path.read_bytes())
 
 
 def read_object(path: Path) -> dict:
@@ -90,11 +99,6 @@ def explain(error: Exception, output: Path) -> str:
         path = "" if error.filename else f": {output}"
         return f"{line}{path}; {free:,} bytes are free there"
     return f"{type(error).__name__}: {line}"
-
-
-def _literal(name: str) -> str:
-    """A file name, escaped as a glob pattern."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def _remove_unlocked(path: Path) -> None:

@@ -51,7 +51,6 @@ class Characters:
 
 @of_one_text
 def characters(text: str) -> Characters:
-    """The characters of a text."""
     text = plain(text)
     if text.isascii():
         codes = np.frombuffer(text.encode(), np.uint8)
@@ -68,7 +67,6 @@ def lines(text: str) -> list[str]:
 
 @of_one_text
 def lower(text: str) -> str:
-    """The text in lower case."""
     return text.lower()
 
 

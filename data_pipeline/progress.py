@@ -52,7 +52,6 @@ class Display:
 
 @contextlib.contextmanager
 def show(stages: list[Stage]) -> Iterator[Display]:
-    """A display for `stages`."""
     # The original stderr: it is redirected while stages run.
     console = Console(file=sys.stderr, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

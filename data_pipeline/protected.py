@@ -48,7 +48,6 @@ INLINE_MARK = re.compile(r"[`$\\]|\]\(")
 
 
 def protected_parts(text: str) -> list[str]:
-    """The protected parts of a text, in order."""
     return [text[start:end] for start, end in spans(text)]
 
 

@@ -9,7 +9,6 @@ FALL, NARROW = 34, 3  # distance of loss bands below the bars, and their minimum
 
 
 def page(report: dict) -> str:
-    """The HTML page of a report from `write_report`."""
     parts = [
         _figures(report),
         flow([*report["stages"], *_final(report)]),

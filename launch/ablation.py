@@ -6,7 +6,7 @@
 trains experiment=ablation for each corpus and seed (megatron_tn.train), evaluates each model on held-out documents that
 are in no corpus and were not cleaned (megatron_tn.evaluate), and writes summary.json and worth.png to the run folder.
 Further arguments are overrides for training. Completed models are not trained again. Exit code 1 when a run fails; the
-message names its log.
+message names its log, with its last lines.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from launch.runs import Failed, Programs
 from megatron_tn.training.curve import draw
 from megatron_tn.training.run_folder import RunFolder
 
@@ -34,10 +33,6 @@ console = Console(highlight=False)
 
 # Settings of the scoring model in a round of self-cleaning: less than one epoch of the cleaned corpus's 6 M tokens.
 EVALUATION_MODEL = ("experiment=ablation", "schedule.steps=300", "evaluation.every=0")
-
-
-class Failed(Exception):
-    """A command of the project failed; the message names the command and its log."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +57,18 @@ class Run:
         """The output file of `megatron_tn.evaluate`."""
         return self.folder / "evaluation.json"
 
-    def finish(self, heldout: Path, overrides: list[str]) -> None:
-        """Trains (or resumes) and evaluates, unless this is already done."""
+    def finish(self, programs: Programs, heldout: Path, overrides: list[str]) -> None:
+        """Trains (or resumes) and evaluates, unless this is already done. Raises Failed."""
         if self.evaluation.exists():
             return
         words = ["experiment=ablation", f"seed={self.seed}", f"run_dir={self.folder}"]
         words += [f"data.manifest={self.arm.manifest}", f"evaluation.manifest={heldout}"]
         words += [f"data.filter={self.arm.filter}"] if self.arm.filter else []
-        program("megatron_tn.train", [*words, *overrides], self.folder)
+        log = self.folder / "console.log"
+        programs.run("megatron_tn.train", [*words, *overrides], log)
         # As many tokens per evaluation batch as per training step, so that evaluation needs no more memory.
         words = [f"checkpoint={self.folder}", f"manifest={heldout}", f"output={self.evaluation}", "batch_tokens=16384"]
-        program("megatron_tn.evaluate", words, self.folder)
+        programs.run("megatron_tn.evaluate", words, log)
         console.print(f"{self.arm.name}, seed {self.seed}: {perplexity(self):.3f} held-out perplexity")
 
     def figures(self) -> dict[str, Any]:
@@ -83,40 +79,13 @@ class Run:
         return RunFolder(self.folder).records(key)
 
 
-def finish_all(runs: list[Run], heldout: Path, overrides: list[str], at_once: int) -> None:
-    """Call `finish` of every run, `at_once` at a time. After a failure no further run starts. Raises Failed."""
-    failed = threading.Event()
-
-    def finish(run: Run) -> None:
-        if failed.is_set():
-            return
-        try:
-            run.finish(heldout, overrides)
-        except Failed:
-            failed.set()
-            raise
-
-    with ThreadPoolExecutor(at_once) as pool:
-        list(pool.map(finish, runs))
-
-
-def program(module: str, words: list[str], folder: Path) -> None:
-    """Run a command line of this project with its output in `folder`/console.log. Raises Failed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "console.log"
-    with log.open("a") as file:
-        done = subprocess.run([sys.executable, "-m", module, *words], stdout=file, stderr=file, check=False)
-    if done.returncode:
-        raise Failed(f"python -m {module} {' '.join(words)}: exit code {done.returncode}; log: {log}")
-
-
-def self_clean(cleaned: Path, folder: Path, overrides: list[str]) -> Arm:
-    """The cleaned corpus after one round of self-cleaning by a model of the same shape."""
+def self_clean(programs: Programs, cleaned: Path, folder: Path, overrides: list[str]) -> Arm:
+    """The cleaned corpus after one round of self-cleaning by a model of the same shape. Raises Failed."""
     arm = Arm("selfcleaned", cleaned, folder / "round_01/filter.json")
     if not arm.filter.with_name("report.json").exists():
         train = f"train={json.dumps([*EVALUATION_MODEL, *overrides])}"
         words = [f"manifest={cleaned}", f"output={folder}", "rounds=1", "each=0", "evaluation_model=20m", train]
-        program("data_pipeline.selfclean", words, folder)
+        programs.run("data_pipeline.selfclean", words, folder / "console.log")
     return arm
 
 
@@ -190,11 +159,13 @@ def main(arguments: list[str] | None = None) -> int:
     arms = [Arm(name, options.corpora / name / "manifest.json") for name in corpora["corpora"]]
     heldout = options.corpora / "heldout/manifest.json"
     overrides = [f"model.vocab_size={corpora['vocab_size']}", *options.overrides]
+    programs = Programs()
     try:
         if options.selfclean:
-            arms.append(self_clean(arms[-1].manifest, options.run_dir / "selfclean", overrides))
+            arms.append(self_clean(programs, arms[-1].manifest, options.run_dir / "selfclean", overrides))
         runs = [Run(arm, seed, options.run_dir / f"{arm.name}-{seed}") for seed in range(options.seeds) for arm in arms]
-        finish_all(runs, heldout, overrides, options.at_once)
+        tasks = [partial(run.finish, programs, heldout, overrides) for run in runs]
+        programs.side_by_side(tasks, options.at_once)
     except Failed as failed:
         print(failed, file=sys.stderr)
         return 1

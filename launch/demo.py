@@ -20,13 +20,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
+from megatron_tn.training.curve import draw
 from megatron_tn.training.run_folder import RunFolder
 
 OUTPUT = Path("runs/demo")
@@ -52,7 +49,7 @@ def main() -> None:
     stage("train", "2/5  training: tensor parallel 2 x ZeRO 1", train)
     resumed = stage("resume", "3/5  resuming from half way", resume)
     figures = stage("evaluate", "4/5  held-out bits per byte", evaluate)
-    sample = stage("sample", "5/5  loss curve and a sample", draw_and_sample, resumed)
+    sample = stage("sample", "5/5  loss curve and a sample", draw_and_sample)
     summary = summarise(resumed, figures, sample, timings, time.time() - began)
     show(summary)
     if not resumed["bitwise_equal"]:
@@ -120,26 +117,12 @@ def evaluate() -> dict[str, Any]:
     return json.loads(output.read_text())
 
 
-def draw_and_sample(resumed: dict[str, Any]) -> str:
-    draw(RUN.records("loss"), resumed, OUTPUT / "loss.png")
+def draw_and_sample() -> str:
+    draw({"training": RUN, "resumed from the half-way checkpoint": RESUMED}, OUTPUT / "loss.png")
     command = ("-m", "megatron_tn.generate", f"checkpoint={checkpoint()}", f"prompt={PROMPT}", "device=cpu", "seed=1")
     done = subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True)
     console.print(done.stdout, markup=False)
     return done.stdout
-
-
-def draw(records: list[dict[str, Any]], resumed: dict[str, Any], path: Path) -> None:
-    """Plot training loss over tokens, with the resumed steps on top."""
-    figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
-    tokens = {record["step"]: record["tokens"] for record in records}
-    axes.plot(tokens.values(), [record["loss"] for record in records], lw=1, label="training")
-    again = resumed["losses_after"]
-    axes.plot([tokens[step] for step in again], again.values(), "o", ms=3, label="resumed from the half-way checkpoint")
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title="TransNormerLLM on Python's standard library")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path)
 
 
 def summarise(

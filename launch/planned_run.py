@@ -47,7 +47,7 @@ class Run:
         return any(key.startswith("benchmark.") for key in self.own)
 
     def has_row(self, known: list[Row], overrides: list[str]) -> bool:
-        """Whether one of the rows is this run's. overrides: of every run of this call."""
+        """Whether one of the rows is this run's. overrides: settings that this call adds to every run."""
         if self.is_benchmark:
             asked = {f"{key}={value}" for key, value in (self.shared | self.own).items()}
             return any(row["name"] == LOOP and asked == settings_of(row) - set(overrides) for row in known)
@@ -113,7 +113,7 @@ class Run:
         config, losses = self.folder.frozen_config(), self.folder.records("loss")
         memory = [record["memory/allocated_gib"] for record in self.folder.records("memory/allocated_gib")]
         curve, ended = self._curve(), self._ended()
-        tokens = {record["step"]: record["tokens"] for record in losses}
+        tokens = {record["step"]: record["tokens"] for record in self.folder.records("tokens")}  # of skipped steps, too
         if self.is_read_from_curve and "pieces" in found:
             curve[ended] = found["pieces"]["bits_per_byte"]["model"]
         value = curve.get(ended)

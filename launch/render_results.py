@@ -18,8 +18,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from launch.render_table import ROOT, TABLES, NotRows, Row, Table, commit, fill, machine, read, write
-from launch.time_to_loss import TimeToLoss, variant_of
+from launch.render_table import ROOT, TABLES, NotRows, Row, Table, commit, fill, machine, markdown, read, write
+from launch.time_to_loss import TimeToLoss, curves_of, mean_of, variant_of
 
 PAGE = ROOT / "docs/results.md"
 ROWS = ROOT / "docs/measurements/results"
@@ -33,11 +33,7 @@ def mean(key: str) -> Callable[[list[Row]], str]:
     """Mean over a line's rows, and the standard deviation where there are several."""
 
     def cell(rows: list[Row]) -> str:
-        values = [row[key] for row in rows if row.get(key) is not None]
-        if not values:
-            return ""
-        spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        return f"{statistics.fmean(values):.4f}{spread}"
+        return mean_of([row[key] for row in rows if row.get(key) is not None])
 
     return cell
 
@@ -91,44 +87,41 @@ RESULTS = {
 
 def corpus_table(summary: dict) -> str:
     """Documents, text and tokens of each source in the splits."""
-    shown = ["| source | training documents | MB | tokens | held-out documents | MB | tokens |", "|" + "---|" * 7]
+    lines = []
     for source, splits in summary["sources"].items():
         cells = [source]
         for split in ("train", "heldout"):
             found = splits.get(split, {"documents": 0, "bytes": 0, "tokens": 0})
             cells += [f"{found['documents']:,}", f"{found['bytes'] / 1e6:.1f}", f"{found['tokens']:,}"]
-        shown.append("| " + " | ".join(cells) + " |")
-    return "\n".join(shown) + "\n"
+        lines.append(cells)
+    of_split = ("MB", "tokens")
+    return markdown(("source", "training documents", *of_split, "held-out documents", *of_split), lines)
 
 
 def overlap_table(summary: dict) -> str:
     """How much of the held-out text stands in the training text."""
-    shown = ["| source | passages found in training | held-out documents | more than half found |", "|" + "---|" * 4]
-    shown += [
-        f"| {source} | {100 * found['passages']:.1f} % | {found['documents']:,} | {found['over_half']:,} |"
+    lines = (
+        (source, f"{100 * found['passages']:.1f} %", f"{found['documents']:,}", f"{found['over_half']:,}")
         for source, found in summary["overlap"].items()
-    ]
-    return "\n".join(shown) + "\n"
+    )
+    return markdown(("source", "passages found in training", "held-out documents", "more than half found"), lines)
 
 
 def stage_table(summary: dict) -> str:
     """What each stage of the pipeline left."""
-    shown = ["| stage | documents left | MB |", "|---|---|---|"]
-    shown += [
-        f"| {name} | {found['documents']:,} | {found['bytes'] / 1e6:.1f} |" for name, found in summary["stages"].items()
-    ]
-    return "\n".join(shown) + "\n"
+    stages = summary["stages"].items()
+    lines = ((name, f"{found['documents']:,}", f"{found['bytes'] / 1e6:.1f}") for name, found in stages)
+    return markdown(("stage", "documents left", "MB"), lines)
 
 
 def package_table(summary: dict) -> str:
     """The packages, with the text that was taken out of them."""
-    shown = ["| package | version | licence | source | files | MB |", "|" + "---|" * 6]
-    shown += [
-        f"| {name} | {found['version']} | {found['licence']} | {found['source']} | {found['files']:,} "
-        f"| {found['bytes'] / 1e6:.1f} |"
+    said = ("version", "licence", "source")
+    lines = (
+        (name, *(found[key] for key in said), f"{found['files']:,}", f"{found['bytes'] / 1e6:.1f}")
         for name, found in summary["packages"].items()
-    ]
-    return "\n".join(shown) + "\n"
+    )
+    return markdown(("package", *said, "files", "MB"), lines)
 
 
 class Corpus:
@@ -178,13 +171,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     by_tokens, by_seconds = figure.subplots(1, 2, sharey=True)
     for number, (model, own) in enumerate(sorted(curves(rows).items())):
         color = f"C{number}"  # of the model, in both panels
-        points = [dict(pair.split(":") for pair in row["curve"].split()) for row in own]
-        at = [place for place in points[0] if all(place in each for each in points)]
-        values = [[float(each[place]) for each in points] for place in at]
-        tokens = [float(place) for place in at]
-        panels = [(by_tokens, tokens)]
+        points = curves_of(own)
+        tokens, values = [place for place, _ in points], [each for _, each in points]
+        panels = [(by_tokens, [place / 1e6 for place in tokens])]
         if speed := speeds.get(model):
-            panels.append((by_seconds, [1e6 * place / speed for place in tokens]))
+            panels.append((by_seconds, [place / speed for place in tokens]))
         for axes, x in panels:
             axes.plot(x, [statistics.fmean(each) for each in values], lw=1.2, label=model, color=color)
             axes.fill_between(x, list(map(min, values)), list(map(max, values)), alpha=0.2, lw=0, color=color)

@@ -56,11 +56,18 @@ class Table:
         lines = sorted(newest.values(), key=lambda row: (self.order(row), _sortable(_key(row, self.line))))
         grouped = [list(group) for _, group in itertools.groupby(lines, key=lambda row: _key(row, self.line))]
         cells = [[cell(group) for cell in self.columns.values()] for group in grouped]
-        shown = ["| " + " | ".join(self.columns) + " |", "|" + "---|" * len(self.columns)]
+        shown = []
         for above, line in itertools.pairwise([[], *cells]):
             repeated = above[: self.blank] == line[: self.blank] and self.blank
-            shown.append("| " + " | ".join([""] * self.blank + line[self.blank :] if repeated else line) + " |")
-        return "\n".join(shown) + "\n"
+            shown.append([""] * self.blank + line[self.blank :] if repeated else line)
+        return markdown(self.columns, shown)
+
+
+def markdown(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    """A table of Markdown."""
+    titles = list(header)
+    rows = [f"| {' | '.join(cells)} |" for cells in (titles, *lines)]
+    return "\n".join([rows[0], "|" + "---|" * len(titles), *rows[1:]]) + "\n"
 
 
 def _key(row: Row, names: Sequence[str]) -> tuple:
@@ -139,6 +146,16 @@ def extra_memory(rows: list[Row]) -> str:
     return next((f"{row['extra_mib']:.0f}" for row in reversed(rows) if row.get("extra_mib") is not None), "")
 
 
+def at_batch(batch: int) -> Callable[[list[Row]], str]:
+    """Milliseconds that a token of a batch takes."""
+
+    def cell(rows: list[Row]) -> str:
+        found = [row["value"] for row in rows if row["batch"] == batch]
+        return "".join("does not fit" if value is None else f"{value:.3f}" for value in found)
+
+    return cell
+
+
 RUN = ("model", "engine", "layout", "recompute", "replay", "gpus", "sequence_length", "micro_batch", "global_batch")
 TABLES = {
     "training": Table(
@@ -180,6 +197,21 @@ TABLES = {
             "forward, ms (x floor)": of_floor(PASSES[0]),
             "forward + backward": of_floor(PASSES[1]),
             "extra MiB": extra_memory,
+            "GPU": machine,
+            "commit": commit,
+        },
+        blank=1,
+    ),
+    "decoding": Table(
+        holds=lambda row: row["name"].startswith("decoding"),
+        same=("name", "model", "position", "fp8_weights", "batch"),
+        line=("name", "model", "position", "fp8_weights", "gpu"),
+        order=lambda row: (_natural(row["model"].removeprefix("transformer_")), row["name"], row["position"]),
+        columns={
+            "model": lambda rows: rows[0]["model"] + ", LLaMA" * rows[0]["name"].endswith("LLaMA"),
+            "after tokens": lambda rows: f"{rows[0]['position']:,}",
+            "weights": lambda rows: "fp8" if rows[0]["fp8_weights"] else "bf16",
+            **{f"batch {batch}": at_batch(batch) for batch in (1, 8, 16, 64, 256)},
             "GPU": machine,
             "commit": commit,
         },

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import Popen, TimeoutExpired
 
 TAIL = 15  # lines of a log in a message
 GRACE_S = 60.0  # that a program told to stop has to save
@@ -40,16 +40,14 @@ class Programs:
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
         with log.open("a") as file:
-            program = subprocess.Popen(
-                [sys.executable, "-m", module, *words], stdout=file, stderr=file, env=environment
-            )
+            program = Popen([sys.executable, "-m", module, *words], stdout=file, stderr=file, env=environment)
             try:
                 code = program.wait(self.left())
-            except subprocess.TimeoutExpired:
+            except TimeoutExpired:
                 program.send_signal(signal.SIGTERM)
                 try:
                     program.wait(GRACE_S)
-                except subprocess.TimeoutExpired:
+                except TimeoutExpired:
                     program.kill()
                 raise TimeUp from None
         if code:

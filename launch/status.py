@@ -34,13 +34,19 @@ TITLES = ("run", "state", "step", "loss", "tokens/s", "utilisation", "time left"
 
 @dataclass(frozen=True)
 class Job:
-    """A line of squeue. number: of a job, or of a job array's task. array: of the job array, or number. script: its
-    path."""
+    """A line of squeue. number: SLURM_JOB_ID. array: the job array's number, or `number`. task: of the array, or "N/A".
+    script: its path."""
 
     number: str
     array: str
+    task: str
     state: str
     script: str
+
+    @property
+    def name(self) -> str:
+        """As scancel takes it: the SLURM_JOB_ID of one task is the array's number."""
+        return f"{self.array}_{self.task}" if self.task.isdecimal() else self.number
 
 
 def main() -> None:
@@ -75,19 +81,31 @@ def queue(user: str = "") -> list[Job]:
     """SLURM's queue; empty where there is no SLURM, or it does not answer."""
     if shutil.which("squeue") is None:
         return []
-    words = ["squeue", "--noheader", "--format=%A|%F|%T|%o", *([f"--user={user}"] if user else [])]
+    words = ["squeue", "--noheader", "--array", "--format=%A|%F|%K|%T|%o", *([f"--user={user}"] if user else [])]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    lines = [line.split("|", 3) for line in done.stdout.splitlines()]
-    return [Job(*map(str.strip, line)) for line in lines if len(line) == 4]
+    lines = [line.split("|", 4) for line in done.stdout.splitlines()]
+    return [Job(*map(str.strip, line)) for line in lines if len(line) == 5]
 
 
 def folders_of_jobs(jobs: Sequence[Job]) -> list[Path]:
     """Folders of the runs, or sweeps, whose scripts launch.submit wrote."""
     scripts = [Submission(Path(job.script).parent) for job in jobs if job.script.endswith(f"/{Submission.SCRIPT}")]
     return list(dict.fromkeys(submission.run_dir for submission in scripts))
+
+
+def jobs_of(run: RunFolder, jobs: Sequence[Job]) -> list[Job]:
+    """Those of the last start, of the run's submissions, and of its tasks in a sweep's."""
+    names = {number for one in Submission.all_of(run) for number in one.read().get("jobs", [])}
+    for sweep in Submission.all_of(RunFolder(run.path.absolute().parent)):
+        record = sweep.read()
+        tasks = [Path(path).name for path in record.get("runs", [])]
+        if run.path.absolute().name in tasks:
+            task = tasks.index(run.path.absolute().name)
+            names |= {f"{number}_{task}" for number in record.get("jobs", [])}
+    return [job for job in jobs if job.number == run.job() or job.name in names]
 
 
 def row_of(run: RunFolder, jobs: Sequence[Job], now: float | None = None) -> dict[str, str]:
@@ -104,14 +122,15 @@ def row_of(run: RunFolder, jobs: Sequence[Job], now: float | None = None) -> dic
     requeues = records(run.path)
     found = {
         "run": str(run),
-        "state": state_of(run, status, tail, jobs, max(SILENT_S, 20 * seconds), now),
+        "state": state_of(run, status, tail, jobs_of(run, jobs), max(SILENT_S, 20 * seconds), now),
         "step": f"{step:,} of {end:,}" if end else f"{step:,}",
         "loss": "" if last.get("loss") is None else f"{last['loss']:.4f}",
         "tokens/s": f"{statistics.median(rates):,.0f}" if rates else "",
         "utilisation": f"{last['utilisation']:.1%}" if "utilisation" in last else "",
         "time left": duration((end - step) * seconds) if seconds and end > step else "",
-        "restarts": str(sum("gave-up" not in record for record in requeues)),
-        "last failure": failure_of(status, requeues),
+        # The journal has starts by hand too, and no start that ended before its first step.
+        "restarts": str(max(len(run.starts()) - 1, sum("gave-up" not in record for record in requeues))),
+        "last failure": failure_of(run, status, requeues),
     }
     return {title: shown(text) for title, text in found.items()}
 
@@ -130,23 +149,28 @@ def last_step(run: RunFolder) -> int:
 def state_of(
     run: RunFolder, status: dict[str, Any], tail: list[dict[str, Any]], jobs: Sequence[Job], silent: float, now: float
 ) -> str:
-    """status.json's, with what SLURM says of the job, and whether a run that should be running has fallen silent."""
+    """status.json's, with what SLURM says of the run's jobs, and whether a run that should be running has fallen
+    silent."""
     state = status.get("state", "not started")
     times = [record["time"] for record in (status, *tail) if isinstance(record.get("time"), int | float)]
-    if state == "running" and times and now - max(times) > silent:
+    if state == "running" and any(job.number == run.job() and job.state == "PENDING" for job in jobs):
+        state = "requeued"
+    elif state == "running" and times and now - max(times) > silent:
         state = f"running, silent for {duration(now - max(times))}"
-    numbers = {run.job(), *(number for one in Submission.all_of(run) for number in one.read().get("jobs", []))}
-    mine = [f"job {job.number} {job.state.lower()}" for job in jobs if job.number in numbers or job.array in numbers]
-    return ", ".join([state, *mine])
+    return ", ".join([state, *(f"job {job.name} {job.state.lower()}" for job in jobs)])
 
 
-def failure_of(status: dict[str, Any], requeues: Sequence[dict[str, str]]) -> str:
-    """The last failure's cause and step, by status.json or by requeues.log."""
+def failure_of(run: RunFolder, status: dict[str, Any], requeues: Sequence[dict[str, str]]) -> str:
+    """The last failure's cause and step, by status.json, requeues.log or the journal, which has starts by hand too."""
     if status.get("state") == "failed" and status.get("error"):
         return f"step {status.get('step', 0):,}: {status['error']}"
-    for record in reversed(requeues):
-        if (code := record.get("code", "0")) != "0":
-            return f"step {record.get('step')}: {record.get('cause') or in_words(int(code))}"
+    requeued = [record for record in requeues if record.get("code", "0") != "0"][-1:]
+    stopped = [*run.records("stop/error"), *run.superseded("stop/error")]
+    last = max(stopped, key=lambda record: record["time"], default={"time": 0.0})
+    if stopped and not (requeued and run.requeues.stat().st_mtime > last["time"]):
+        return f"step {last['step']:,}: {last['stop/error']}"
+    if requeued:
+        return f"step {requeued[0].get('step')}: {requeued[0].get('cause') or in_words(int(requeued[0]['code']))}"
     return ""
 
 

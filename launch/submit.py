@@ -143,12 +143,14 @@ def _freeze(runs: Sequence[Checked], submission: Submission, *, array: bool) -> 
 
 
 def _sbatch(config: SubmitConfig, submission: Submission, options: list[str], record: dict) -> int:
+    """Every job of a chain waits for all before it: a job that is cancelled while it waits has ended, and would let the
+    next one start beside the one that runs."""
     for _ in range(config.slurm.chain):
         words = list(SBATCH)
         if config.slurm.chain > 1 and config.slurm.dependency == "singleton":
             words.append("--dependency=singleton")
         elif record["jobs"]:
-            words.append(f"--dependency=afterany:{record['jobs'][-1]}")
+            words.append(f"--dependency=afterany:{':'.join(record['jobs'])}")
         done = subprocess.run(
             [*words, *options, str(submission.script)], stdout=subprocess.PIPE, text=True, check=False
         )
@@ -171,7 +173,7 @@ def show(runs: Sequence[Checked], submission: Submission, state: Code, options: 
     tp, cp, world = config.parallel.tp, config.parallel.cp, config.world_size
     zero = f" ZeRO {config.engine.zero_stage}" if config.engine.name == "deepspeed" else ""
     rows = {
-        "job": job_name(config) + (f", an array of {len(runs)} runs" if array else ""),
+        "job": job_name(config, submission) + (f", an array of {len(runs)} runs" if array else ""),
         "nodes": f"{config.nodes} x {config.processes_per_node} "
         + (f"GPUs ({config.cluster.name})" if config.cluster.gpus_per_node else f"processes ({config.cluster.name})"),
         "layout": f"{world} processes: tp {tp} x cp {cp} x dp {world // (tp * cp)}",

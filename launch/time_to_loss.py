@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launch.render_table import Row, commit, machine
+from launch.render_table import Row, commit, machine, markdown
 
 PLAN = "results_time"  # first letters of the plans' names
 LABELS = {"": "AdamW, bf16", "muon": "Muon, bf16", "fp8": "AdamW, fp8", "muon,fp8": "Muon, fp8"}
@@ -36,6 +36,21 @@ def _words(row: Row) -> list[str]:
     return list(filter(None, row.get("variant", "").split(",")))
 
 
+def mean_of(values: list[float]) -> str:
+    """Mean, and the standard deviation where there are several; "" for none."""
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4f}{spread}"
+
+
+def curves_of(rows: list[Row]) -> list[tuple[float, list[float]]]:
+    """(tokens, bits per byte of each row) at the places of the rows' curves that all have."""
+    points = [dict(pair.split(":") for pair in row["curve"].split()) for row in rows]
+    at = [place for place in points[0] if all(place in each for each in points)]
+    return [(1e6 * float(place), [float(each[place]) for each in points]) for place in at]
+
+
 def first_reached(curve: Curve, target: float) -> float | None:
     """Tokens after which a curve is first at `target` or below; None where it never is."""
     if curve and curve[0][1] <= target:
@@ -57,9 +72,7 @@ class Line:
     @property
     def curve(self) -> Curve:
         """Mean over the seeds, at the places that all have."""
-        points = [dict(pair.split(":") for pair in row["curve"].split()) for row in self.rows]
-        at = [place for place in points[0] if all(place in each for each in points)]
-        return [(1e6 * float(place), statistics.fmean(float(each[place]) for each in points)) for place in at]
+        return [(tokens, statistics.fmean(values)) for tokens, values in curves_of(self.rows)]
 
     def seconds(self, tokens: float | None) -> float | None:
         """Of the steps that read so many tokens, without evaluations."""
@@ -69,13 +82,12 @@ class Line:
 
     def cells(self, target: float, todays_seconds: float | None) -> list[str]:
         row, values = self.rows[0], [row["value"] for row in self.rows]
-        spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
         reached = first_reached(self.curve, target)
         seconds = self.seconds(reached)
         ratio = f"{seconds / todays_seconds:.2f}" if seconds and todays_seconds else ""
         return [
             *(row["model"], LABELS[variant_of(row)], self.rate, str(len(values)), f"{row['tokens'] / 1e6:.1f} M"),
-            f"{statistics.fmean(values):.4f}{spread}",
+            mean_of(values),
             "" if self.step_ms is None else f"{self.step_ms:.1f}",
             "not reached" if reached is None else f"{reached / 1e6:.1f} M",
             "" if seconds is None else f"{seconds:.1f}",
@@ -88,14 +100,14 @@ class TimeToLoss:
     AdamW's final loss: that of the last evaluation in bf16, the mean over seeds."""
 
     def render(self, rows: Sequence[Row]) -> str:
-        shown = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+        shown = []
         for lines in _by_model(rows).values():
             today = max((line for variant, line in lines if not variant), key=lambda line: line.rows[0]["tokens"])
             target = today.curve[-1][1]
             seconds = today.seconds(first_reached(today.curve, target))
             order = sorted(lines, key=lambda found: (-found[1].rows[0]["tokens"], [*LABELS].index(found[0])))
-            shown += ["| " + " | ".join(line.cells(target, seconds)) + " |" for _, line in order]
-        return "\n".join(shown) + "\n"
+            shown += [line.cells(target, seconds) for _, line in order]
+        return markdown(COLUMNS, shown)
 
 
 def _by_model(rows: Sequence[Row]) -> dict[tuple, list[tuple[str, Line]]]:

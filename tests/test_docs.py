@@ -6,15 +6,17 @@ import importlib
 import importlib.util
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, get_args, get_type_hints
 
 import pytest
 
-from data_pipeline.ablation.settings import compose_ablation
-from data_pipeline.audit.settings import compose_audit
+from data_pipeline.ablation.settings import AblationSettings
+from data_pipeline.audit.settings import AuditSettings
 from data_pipeline.config import compose as compose_pipeline
-from data_pipeline.selfclean.settings import compose_rounds
+from data_pipeline.config import compose_settings
+from data_pipeline.selfclean.settings import RoundsSettings
 from launch import submit
 from megatron_tn import benchmark, convert, evaluate, generate, plan, score, train
 from megatron_tn.config import (
@@ -46,9 +48,9 @@ TRAINERS = {  # module -> (settings, file of conf/); importing a module register
 CLEANERS = {
     "run": compose_pipeline,
     "canaries": compose_pipeline,
-    "selfclean": compose_rounds,
-    "audit": compose_audit,
-    "ablation": compose_ablation,
+    "selfclean": partial(compose_settings, "rounds", cls=RoundsSettings),
+    "audit": partial(compose_settings, "audit", cls=AuditSettings),
+    "ablation": partial(compose_settings, "ablation", cls=AblationSettings),
 }
 FIRST_WORDS = {*get_args(get_type_hints(ConvertConfig)["action"]), "draw", "summary", "judge"}
 

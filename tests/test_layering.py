@@ -231,9 +231,9 @@ def test_a_rank_that_trains_imports_no_library_of_the_cleaning_pipeline():
 
 
 def test_a_world_with_engines_is_left_by_one_function():
-    """`leave_world` releases what engines registered for it; planning's stand-in world has none."""
+    """`leave_world` releases what engines registered for it."""
     leaving = [path for path in modules() if "dist.destroy_process_group" in path.read_text()]
-    assert {module_name(path) for path in leaving} == {"megatron_tn.parallel.world", "megatron_tn.planning.stand_ins"}
+    assert {module_name(path) for path in leaving} == {"megatron_tn.parallel.world"}
 
 
 def test_a_start_imports_dtensor_with_the_engine_that_needs_it_alone():

@@ -137,6 +137,7 @@ def test_marks_and_series_of_a_journal(tmp_path):
     assert (rewind["kind"], rewind["step"]) == ("rewind", 78)
     series = series_of([*records, {"step": 101, "loss": None}])
     assert series["starts"] == (list(range(1, 102)), [1] * 60 + [2] * 41)
+    assert series_of(records, [1e9 - 20, 1e9, 1e9 + 300])["starts"][1][-1] == 3  # one of superseded steps
     assert series["perplexity"][1][0] == pytest.approx(math.exp(10))
     assert math.isnan(series["loss"][1][-1])
     assert series["tokens_per_second_per_gpu"][1] == [250.0] * 100

@@ -158,6 +158,15 @@ def test_a_cancellation_is_told_from_a_failure_on_one_node(fakes, tmp_path, mark
     assert (done.returncode, fakes("scontrol")[-2:] == ["requeue", "17"]) == (0 if requeued else 137, requeued)
 
 
+@pytest.mark.parametrize(("said", "job"), [("JobId=17 ArrayJobId=17", "17_2"), ("JobId=16 ArrayJobId=17", "17")])
+def test_a_task_of_a_job_array_requeues_itself_alone(fakes, tmp_path, said, job):
+    """17 is all tasks of the array. A job that another array's task submitted has that one's variables."""
+    (tmp_path / "bin/srun").write_text("#!/bin/bash\nexit 75\n")
+    (tmp_path / "bin/scontrol.says").write_text(f"{said} JobName=x\n   Command={ROOT}/launch/train.sbatch\n")
+    done = sbatch(f"run_dir={tmp_path}", SLURM_ARRAY_JOB_ID="17", SLURM_ARRAY_TASK_ID="2")
+    assert (done.returncode, fakes("scontrol")[-2:]) == (0, ["requeue", job])
+
+
 def test_a_job_that_fails_is_requeued_and_ends_with_its_code(fakes, tmp_path):
     (tmp_path / "bin/srun").write_text("#!/bin/bash\nexit 75\n")
     environment = {"MEGATRON_TN_FAILURES": "1"}

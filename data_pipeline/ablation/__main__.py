@@ -8,13 +8,15 @@ stopped. Exit code 2 with a line per problem for bad input; 1 when a stage of th
 import sys
 
 from data_pipeline.ablation.corpora import make_corpora
-from data_pipeline.ablation.settings import AblationSettings, compose_ablation
+from data_pipeline.ablation.settings import AblationSettings
 from data_pipeline.cli import command, overrides
+from data_pipeline.config import compose_settings
 
 
 @command
 def main(arguments: list[str]) -> None:
-    settings = compose_ablation(overrides("data_pipeline.ablation", __doc__, arguments, AblationSettings))
+    given = overrides("data_pipeline.ablation", __doc__, arguments, AblationSettings)
+    settings = compose_settings("ablation", given, AblationSettings)
     summary = make_corpora(settings, say=lambda line: print(line, flush=True))
     for name, found in summary["corpora"].items():
         print(f"{name}: {found['documents']} documents, {found['tokens']} tokens, {100 * found['noise']:.1f} % noise")

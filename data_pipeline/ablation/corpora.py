@@ -21,7 +21,7 @@ from data_pipeline.canary_texts import NOISE
 from data_pipeline.config import compose, keep_settings
 from data_pipeline.document import text_hash
 from data_pipeline.errors import InputError
-from data_pipeline.files import replace_file, replacing
+from data_pipeline.files import once, replace_file, replacing
 from data_pipeline.run import run
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.reading import StoredDocument, read_documents
@@ -43,7 +43,7 @@ def make_corpora(settings: AblationSettings, say=print) -> dict:
         return json.loads(result.read_bytes())
 
     say("gathering text of the installed packages")
-    packages = _once(output / "packages.json", lambda: _gather(settings, output))
+    packages = once(output / "packages.json", lambda: _gather(settings, output))
     common = [f"tasks={PARTS}", f"workers={settings.workers}"]
     say("real text: duplicates go, a tokenizer is trained, a part is held out")
     words = ["pipeline=raw", f"input={output}/gathered", f"output={output}/real", "exact_duplicates=true"]
@@ -51,7 +51,7 @@ def make_corpora(settings: AblationSettings, say=print) -> dict:
     run(compose([*words, f"tokenizer.vocab_size={settings.vocab_size}", *common]))
     real = Manifest.load(str(output / "real/train/manifest.json"))
     say("planting noise")
-    planted = _once(output / "planted.json", lambda: plant(real, settings, output / "planted"))
+    planted = once(output / "planted.json", lambda: plant(real, settings, output / "planted"))
     common += [f"input={output}/planted", "heldout_fraction=0", f"tokenizer.file={output}/real/tokenizer.json"]
     whole = {}
     for name, pipeline in (("raw", "raw"), ("cleaned", "mixed")):
@@ -78,13 +78,6 @@ def make_corpora(settings: AblationSettings, say=print) -> dict:
     }
     replace_file(result, json.dumps(summary, indent=1).encode() + b"\n")
     return summary
-
-
-def _once(path: Path, make) -> dict:
-    """The result of `make()`, cached in `path`."""
-    if not path.exists():
-        replace_file(path, json.dumps(make(), indent=1).encode() + b"\n")
-    return json.loads(path.read_bytes())
 
 
 def _gather(settings: AblationSettings, output: Path) -> dict:

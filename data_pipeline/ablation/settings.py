@@ -5,7 +5,6 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.config import compose_plain, parse
 from data_pipeline.sources import STRICT, Count, LocalFolder, Positive
 
 
@@ -27,9 +26,3 @@ class AblationSettings:
     vocab_size: Positive = 8192
     seed: Count = 0
     workers: Positive = 2
-
-
-def compose_ablation(overrides: list[str]) -> AblationSettings:
-    """Settings from conf/ablation.yaml and overrides in Hydra's grammar; raises InputError, a line per problem."""
-    data, _ = compose_plain("ablation", overrides, AblationSettings)
-    return parse(data, cls=AblationSettings)

@@ -14,8 +14,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from data_pipeline.audit.settings import AuditSettings, compose_audit
+from data_pipeline.audit.settings import AuditSettings
 from data_pipeline.cli import command, overrides
+from data_pipeline.config import compose_settings
 from data_pipeline.errors import InputError
 
 
@@ -108,7 +109,7 @@ def main(arguments: list[str]) -> None:
     name = given.pop(0) if given and "=" not in given[0] else "judge"
     if name not in COMMANDS:
         raise InputError(f"{name}: no such command; there are {', '.join(COMMANDS)}, then KEY=VALUE")
-    COMMANDS[name](compose_audit(given))
+    COMMANDS[name](compose_settings("audit", given, AuditSettings))
 
 
 if __name__ == "__main__":

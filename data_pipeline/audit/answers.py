@@ -126,11 +126,6 @@ class AnswersFile:
         return lines
 
 
-def read_answers(path: str | Path) -> list[Answer]:
-    """The latest answer of each auditor on each sample; empty when there is no file. Raises InputError."""
-    return AnswersFile(path).all()
-
-
 def _write(descriptor: int, data: bytes) -> None:
     while data:
         data = data[os.write(descriptor, data) :]

@@ -41,7 +41,6 @@ HEADERS = {
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` is a loopback address or name."""
     if host == "localhost":
         return True
     try:

@@ -6,7 +6,6 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.config import compose_plain, parse
 from data_pipeline.sources import STRICT, Positive
 
 
@@ -50,9 +49,3 @@ class AuditSettings:
             return getpass.getuser()
         except (KeyError, OSError):  # a user id without a name, as in containers
             return "auditor"
-
-
-def compose_audit(overrides: list[str]) -> AuditSettings:
-    """Settings from conf/audit.yaml and overrides in Hydra's grammar; raises InputError, a line per problem."""
-    data, groups = compose_plain("audit", overrides, AuditSettings)
-    return parse(data, extra_names=groups, cls=AuditSettings)

@@ -11,13 +11,15 @@ or a stage of the pipeline fails.
 import sys
 
 from data_pipeline.cli import command, overrides
+from data_pipeline.config import compose_settings
 from data_pipeline.corpus.make import make_corpus
-from data_pipeline.corpus.settings import CorpusSettings, compose_corpus
+from data_pipeline.corpus.settings import CorpusSettings
 
 
 @command
 def main(arguments: list[str]) -> None:
-    settings = compose_corpus(overrides("data_pipeline.corpus", __doc__, arguments, CorpusSettings))
+    given = overrides("data_pipeline.corpus", __doc__, arguments, CorpusSettings)
+    settings = compose_settings("corpus", given, CorpusSettings)
     summary = make_corpus(settings, say=lambda line: print(line, flush=True))
     for source, found in summary["sources"].items():
         print(f"{source}: " + ", ".join(f"{own['tokens']} tokens in {split}" for split, own in found.items()))

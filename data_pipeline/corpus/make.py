@@ -11,7 +11,7 @@ from data_pipeline.corpus.overlap import overlap
 from data_pipeline.corpus.packages import fetch, take
 from data_pipeline.corpus.parts import SPLITS, divide
 from data_pipeline.corpus.settings import CorpusSettings
-from data_pipeline.files import replace_file
+from data_pipeline.files import once, replace_file
 from data_pipeline.run import run
 from data_pipeline.shards.manifest import Manifest
 
@@ -27,16 +27,16 @@ def make_corpus(settings: CorpusSettings, say: Callable[[str], None] = print) ->
     if result.exists():
         return json.loads(result.read_bytes())
     say(f"{len(settings.packages)} packages: fetched, and documents taken out")
-    taken = _once(output / "taken.json", lambda: _take(settings, output, say))
+    taken = once(output / "taken.json", lambda: _take(settings, output, say))
     say("cleaned, deduplicated, tokenised: pipeline=packages")
     words = ["pipeline=packages", f"input={output}/text", f"output={output}/corpus", f"tasks={settings.tasks}"]
     words += [f"heldout_fraction={settings.heldout_fraction}", f"tokenizer.vocab_size={settings.vocab_size}"]
     report = run(compose([*words, f"workers={settings.workers}"]))
     say("divided into parts")
-    divided = _once(output / "parts.json", lambda: _divide(settings, output))
+    divided = once(output / "parts.json", lambda: _divide(settings, output))
     say("held-out passages looked for in the training text")
     train, held_out = (Manifest.load(output / "corpus" / split / "manifest.json") for split in SPLITS)
-    shared = _once(output / "overlap.json", lambda: overlap(train, held_out))
+    shared = once(output / "overlap.json", lambda: overlap(train, held_out))
     summary = {
         "overlap": shared,
         "sources": _sources(output / "corpus"),
@@ -79,7 +79,7 @@ def _take(settings: CorpusSettings, output: Path, say: Callable[[str], None]) ->
         folder = output / "text" / package.source / name
         share = settings.fraction * settings.shares.get(package.source, 1.0)
         taking = functools.partial(take, name, package, path, folder, share)
-        found = _once(output / "taken" / f"{name}.json", taking)
+        found = once(output / "taken" / f"{name}.json", taking)
         packages[name] = {"version": package.version, "source": package.source, "licence": package.licence, **found}
         say(f"  {name} {package.version}: {found['files']} files, {found['bytes'] / 1e6:.1f} MB")
     return {"packages": packages, "seconds": round(time.perf_counter() - began, 1)}
@@ -89,11 +89,3 @@ def _divide(settings: CorpusSettings, output: Path) -> dict:
     began = time.perf_counter()
     parts = divide(output / "corpus", output / "parts", settings.part_bytes, settings.workers)
     return {"parts": parts, "seconds": round(time.perf_counter() - began, 1)}
-
-
-def _once(path: Path, make: Callable[[], dict]) -> dict:
-    """The result of `make()`, cached in `path`."""
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        replace_file(path, json.dumps(make(), indent=1).encode() + b"\n")
-    return json.loads(path.read_bytes())

@@ -6,8 +6,6 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.config import compose_plain, parse
-from data_pipeline.errors import InputError
 from data_pipeline.sources import STRICT, LocalFolder, Positive
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -40,7 +38,7 @@ class CorpusSettings:
     """
 
     output: LocalFolder
-    packages: dict[str, Package]
+    packages: Annotated[dict[str, Package], Field(min_length=1)]
     shares: dict[Literal["code", "documentation", "prose"], Share] = dataclasses.field(default_factory=dict)
     fraction: Share = 1.0
     vocab_size: Positive = 16384
@@ -52,12 +50,3 @@ class CorpusSettings:
     def decisive(self) -> dict:
         """The settings that decide the bytes of the corpus."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in ("output", "workers")}
-
-
-def compose_corpus(overrides: list[str]) -> CorpusSettings:
-    """Settings from conf/corpus.yaml and overrides in Hydra's grammar; raises InputError, a line per problem."""
-    data, _ = compose_plain("corpus", overrides, CorpusSettings)
-    settings = parse(data, cls=CorpusSettings)
-    if not settings.packages:
-        raise InputError("packages: empty; there is nothing to read")
-    return settings

@@ -53,7 +53,6 @@ def make_edits(editors: dict[str, Editor], text: str) -> tuple[str, dict[str, Ed
 
 
 def _in_order(parts: list[str], text: str) -> bool:
-    """Whether all parts occur in `text`, in this order."""
     at = 0
     for part in parts:
         if (found := text.find(part, at)) < 0:

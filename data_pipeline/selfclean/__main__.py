@@ -7,13 +7,15 @@ done, or a sample awaits human verdicts; 2 with a line per problem for bad input
 import sys
 
 from data_pipeline.cli import command, overrides
+from data_pipeline.config import compose_settings
 from data_pipeline.selfclean.rounds import WaitingForPeople, run_rounds, table
-from data_pipeline.selfclean.settings import RoundsSettings, compose_rounds
+from data_pipeline.selfclean.settings import RoundsSettings
 
 
 @command
 def main(arguments: list[str]) -> None:
-    settings = compose_rounds(overrides("data_pipeline.selfclean", __doc__, arguments, RoundsSettings))
+    given = overrides("data_pipeline.selfclean", __doc__, arguments, RoundsSettings)
+    settings = compose_settings("rounds", given, RoundsSettings)
     try:
         reports = run_rounds(settings, say=lambda line: print(line, flush=True))
     except WaitingForPeople as waiting:

@@ -5,32 +5,30 @@ sources and languages, so each pair with enough documents has its own band.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from data_pipeline.stream.score_filter import Band, ScoreFilter
+from data_pipeline.thresholds import STRICT, Positive, Share
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Quantiles:
-    """Keeps documents from quantile `low` to quantile `high` of their group; `sources` overrides both for a source.
+    """Of each source and language, documents are kept whose score lies between the quantiles `low` and `high`;
+    `sources`: {NAME: [LOW, HIGH]} for a source of its own. A source/language pair with fewer than `minimum` scored
+    documents uses its source's band; a source with fewer, the band of all documents."""
 
-    A source/language pair with fewer than `minimum` scored documents uses its source's band; a source with fewer, the
-    band of all documents.
-    """
-
-    low: float = 0.02
-    high: float = 0.98
-    minimum: int = 1000
-    sources: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    low: Share = 0.02
+    high: Share = 0.98
+    minimum: Positive = 1000
+    sources: dict[str, tuple[Share, Share]] = Field(default_factory=dict)
 
     def __post_init__(self):
-        for name, (low, high) in {"all": (self.low, self.high), **self.sources}.items():
-            if not 0 <= low < high <= 1:
-                raise ValueError(f"quantiles of {name}: 0 <= low={low} < high={high} <= 1 does not hold")
-        if self.minimum < 1:
-            raise ValueError(f"minimum={self.minimum} must be at least 1")
+        for name, (low, high) in {"quantiles": (self.low, self.high), **self.sources}.items():
+            if low >= high:
+                raise ValueError(f"{name}: low={low} must be below high={high}")
 
 
 def choose_bands(

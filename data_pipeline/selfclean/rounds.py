@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from data_pipeline.audit.agreement import decisions, wilson
-from data_pipeline.audit.answers import read_answers
+from data_pipeline.audit.answers import AnswersFile
 from data_pipeline.audit.draw import draw, group_scores
 from data_pipeline.audit.samples import Samples, write_samples
 from data_pipeline.config import keep_settings
@@ -50,7 +50,7 @@ def run_rounds(settings: RoundsSettings, say=print) -> list[dict]:
     decisive = {key: value for key, value in dataclasses.asdict(settings).items() if key not in FREE}
     keep_settings(settings.output, decisive | {"manifest_hash": manifest.content_hash}, "rounds")
     reports, before = [], None
-    quantiles = Quantiles(**dataclasses.asdict(settings.quantiles))
+    quantiles = settings.quantiles
     with _exclusive(Path(settings.output)) as lock:
         for number in range(1, settings.rounds + 1):
             one = Round(settings, manifest, number, quantiles, before)
@@ -94,13 +94,11 @@ class Round:
         quantiles: Quantiles,
         before: "Round | None",
     ):
-        self.settings, self.manifest, self.number, self.quantiles, self.before = (
-            settings,
-            manifest,
-            number,
-            quantiles,
-            before,
-        )
+        self.settings = settings
+        self.manifest = manifest
+        self.number = number
+        self.quantiles = quantiles
+        self.before = before
         self.folder = Path(settings.output) / f"round_{number:02d}"
         self.filter = self.folder / "filter.json"
         self.samples = self.folder / "samples.jsonl"
@@ -184,8 +182,7 @@ class Round:
             )
 
     def _answers(self):
-        path = self.samples.with_name("samples.answers.jsonl")
-        return read_answers(path) if path.exists() else []
+        return AnswersFile(self.samples.with_name("samples.answers.jsonl")).all()
 
     def next_quantiles(self) -> Quantiles:
         """The next round's quantiles, from the human verdicts on this round's drops, tail by tail.

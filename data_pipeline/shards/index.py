@@ -133,15 +133,6 @@ def read_npy(data: bytes, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     return np.frombuffer(data, dtype, offset=len(expected)).reshape(shape)
 
 
-def load_index(path: Path, *, documents: int, tokens: int, size: int, itemsize: int) -> np.ndarray:
-    """`parse_index` of a file."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"index {path.name}: {error}") from None
-    return parse_index(data, path.name, documents=documents, tokens=tokens, size=size, itemsize=itemsize)
-
-
 def parse_index(data: bytes, name: str, *, documents: int, tokens: int, size: int, itemsize: int) -> np.ndarray:
     """The index [documents, 4] of a shard with these numbers of documents, tokens and bytes. Raises InputError naming
     the file when it holds a pickle, is damaged, or does not fit the shard."""

@@ -43,7 +43,6 @@ def read_documents(manifest: Manifest) -> Iterator[StoredDocument]:
 
 
 def read_shard(manifest: Manifest, shard: Shard) -> Iterator[StoredDocument]:
-    """Every document of one shard."""
     path = manifest.local(shard.name, size=shard.size, sha256=shard.sha256)
     index, metadata = build_index(path, manifest.dtype.itemsize)
     with path.open("rb") as file:

@@ -23,7 +23,6 @@ MEASURES = ("nats_per_token", "nats_per_byte")
 
 
 def scores_file(shard: Shard, name: str) -> str:
-    """The sidecar's file name for scores `name` of a shard."""
     return f"{shard.name.removesuffix('.tar')}.{name}.scores.npy"
 
 

@@ -21,7 +21,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.files import sha256_of
 from data_pipeline.pool import process_pool
 from data_pipeline.shards.content import Shard
-from data_pipeline.shards.index import OFFSET, TEXT_BYTES, TOKENS, build_index, index_bytes, load_index
+from data_pipeline.shards.index import OFFSET, TEXT_BYTES, TOKENS, build_index, index_bytes, parse_index
 from data_pipeline.shards.manifest import Manifest
 
 
@@ -90,14 +90,16 @@ def _check_shard(manifest: Manifest, shard: Shard) -> Checked:
         if sha256_of(path) != shard.sha256:
             return _bad(f"shard {shard.name}: altered: its sha256 is not the manifest's")
         built, metadata = build_index(path, itemsize)
-        stored = load_index(
-            manifest.directory / shard.index,
+        packed = (manifest.directory / shard.index).read_bytes()
+        stored = parse_index(
+            packed,
+            shard.index,
             documents=shard.documents,
             tokens=shard.tokens,
             size=shard.size,
             itemsize=itemsize,
         )
-        if sha256_of(manifest.directory / shard.index) != shard.index_sha256 or not np.array_equal(built, stored):
+        if hashlib.sha256(packed).hexdigest() != shard.index_sha256 or not np.array_equal(built, stored):
             return _bad(f"shard {shard.name}: its index {shard.index} is altered")
         data = path.read_bytes()
     except InputError as error:

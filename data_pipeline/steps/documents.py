@@ -32,7 +32,6 @@ class Stored:
     cuts: Path | None = None
 
     def tasks(self) -> list[int]:
-        """The tasks with a file in `written`."""
         return sorted(int(path.name.removesuffix(SUFFIX)) for path in self.written.glob(f"*{SUFFIX}"))
 
     def read(self, rank: int) -> Iterator[Document]:

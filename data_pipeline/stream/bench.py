@@ -154,7 +154,6 @@ def start(folder: Path, shards: int = SHARDS) -> dict:
 
 
 def peak_memory_mb() -> int:
-    """Peak memory of this process in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 

@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from data_pipeline.errors import InputError
 from data_pipeline.shards.manifest import Manifest
+from data_pipeline.stream.order import sequences_per_epoch
 
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -58,7 +59,7 @@ def make_groups(manifest: Manifest, tokens: np.ndarray, mixture: Mixture | None,
     sources = np.array([shard.source for shard in manifest.shards])
     epochs = {name: info.epochs for name, info in manifest.sources.items()}
     if mixture is None and len(set(epochs.values())) == 1:
-        return [Group((), np.arange(len(tokens)), tokens, _sequences(tokens, sequence_length))]
+        return [Group((), np.arange(len(tokens)), tokens, sequences_per_epoch(int(tokens.sum()), sequence_length))]
     names = _members(manifest, (mixture.weights or mixture.epochs) if mixture else {})
     named = {source for members in names.values() for source in members}
     rest = sorted(set(manifest.sources) - named)
@@ -70,7 +71,7 @@ def make_groups(manifest: Manifest, tokens: np.ndarray, mixture: Mixture | None,
     if not any(shares.values()):
         raise InputError("mixture: every source is left out")
     by_weight = bool(mixture and mixture.weights)
-    whole = _sequences(tokens, sequence_length) / sum(shares.values()) if by_weight else 0.0
+    whole = sequences_per_epoch(int(tokens.sum()), sequence_length) / sum(shares.values()) if by_weight else 0.0
     groups = []
     for name in sorted(names):
         if shares[name] == 0:
@@ -78,14 +79,9 @@ def make_groups(manifest: Manifest, tokens: np.ndarray, mixture: Mixture | None,
         shards = np.flatnonzero(np.isin(sources, names[name]))
         if tokens[shards].sum() < 2:
             raise InputError(f"mixture: fewer than 2 tokens are kept of {name}; leave it out with 0")
-        unit = whole if by_weight else _sequences(tokens[shards], sequence_length)
+        unit = whole if by_weight else sequences_per_epoch(int(tokens[shards].sum()), sequence_length)
         groups.append(Group((name,), shards, tokens[shards], max(1, round(shares[name] * unit))))
     return groups
-
-
-def _sequences(tokens: np.ndarray, sequence_length: int) -> int:
-    """Number of sequences that cover these tokens so that each token but the first is a target once."""
-    return -(-(int(tokens.sum()) - 1) // sequence_length)
 
 
 def _members(manifest: Manifest, asked: dict[str, float]) -> dict[str, list[str]]:

@@ -87,7 +87,6 @@ class ScoreFilter:
 
     @functools.cached_property
     def filter_hash(self) -> str:
-        """sha256 of the filter, hex."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def kept(self, read: Callable[[str], bytes], shard: Shard, index: np.ndarray) -> tuple[np.ndarray, str]:
@@ -165,7 +164,6 @@ class KeptCounts:
         return cls(*numbers.T.copy(), tuple(row[3] for row in rows))
 
     def row(self, number: int) -> "Row":
-        """The counts of shard `number`."""
         counted = (int(column[number]) for column in (self.documents, self.tokens, self.shortest))
         return *counted, self.scores_sha256[number]
 

@@ -49,7 +49,6 @@ class Case:
 
     @property
     def written_bytes(self) -> int:
-        """Bytes of the outputs."""
         return sum(x.nbytes for x in self.gradients) if self.output_bytes is None else self.output_bytes
 
     @property

@@ -114,7 +114,7 @@ def buffered_step_kernel(
             q *= turn
             k *= turn
         q = tl.where(held, q, 0.0)
-        # What the fold will read: the key as it is stored.
+        # Rounded to the buffer's type first: a fold adds the keys that are stored, this one included, to the state.
         k = tl.where(held, k, 0.0).to(keys_pointer.dtype.element_ty)
         tl.store(keys_at + slot * summed_width + feature, k, mask=held)
         if FOLD:

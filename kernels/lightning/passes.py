@@ -66,9 +66,10 @@ def final_state(
 
 
 class Crossing(NamedTuple):
-    """Buffers for dtheta, from `query_gradient` to `key_value_gradients` (CROSSING in triton_scan.py).
+    """What the scans of dq and dk compute for dtheta (the formula is at CROSSING in triton_scan.py).
 
-    between: states between stretches. flow: [pieces, H, K] fp32, written by `key_value_gradients`.
+    between: [stretches, H, d, K], states of the scan of dq every THETA_STRETCH positions. flow: [pieces, H, K] fp32,
+    written by the scan of dk.
     """
 
     between: Tensor

@@ -38,7 +38,7 @@ class Scan:
         self.summed_width, self.c_width = summed, width = a.shape[3], c.shape[3]
         self.decay, self.sequences, self.reverse = decay.to(torch.float32).contiguous(), sequences, reverse
         self.state_shape = (self.heads, width, summed) if transposed else (self.heads, summed, width)
-        self.state_strides = (1, summed) if transposed else (width, 1)  # along S, along C
+        self.state_strides = (1, summed) if transposed else (width, 1)  # from row to row, column to column of [S, C]
 
         capability = capability_of(a)
         self.summed = padded(summed)

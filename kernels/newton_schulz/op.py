@@ -42,7 +42,7 @@ def newton_schulz(matrices: Tensor, iterations: int = 5) -> Tensor:
 
 
 def parts(rows: int, columns: int, iterations: int) -> Iterator[int]:
-    """How many of the iterations share a product with X, run after run: (3, 2), or one by one."""
+    """Sizes of the groups of iterations that are made as one product with X each, such as 3 and 2; or 1, 1, ..."""
     most = JOINED if max(rows, columns) >= WIDE * min(rows, columns) else 1
     while iterations > 0:
         yield min(most, iterations)

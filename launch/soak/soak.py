@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import signal
@@ -160,18 +159,8 @@ class Soak:
     def _trains_since(self, launched: float) -> bool:
         """Whether a start after `launched` has taken a step: one of the journal's last records says so, but not always
         the very last, which an evaluation or a save may have written."""
-        try:
-            with self.folder.journal.path.open("rb") as file:
-                file.seek(max(file.seek(0, os.SEEK_END) - (1 << 14), 0))
-                lines = file.read().splitlines()
-        except OSError:
-            return False
-        for line in reversed(lines):
-            with contextlib.suppress(ValueError):  # the first and the last one may be parts of lines
-                record = json.loads(line)
-                if "loss" in record:
-                    return record["time"] > launched
-        return False
+        last = reversed(self.folder.journal.tail(1 << 14))
+        return next((record["time"] > launched for record in last if "loss" in record), False)
 
     def _inject(self, name: str, trainers: Trainers) -> int | None:
         """The exit code of a start that the fault ended."""

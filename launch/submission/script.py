@@ -24,7 +24,7 @@ def sbatch_options(config: SubmitConfig, submission: Submission, tasks: int) -> 
     slurm = config.slurm
     folder = str(submission.path).replace("%", "%%")  # sbatch replaces %j and the like
     found = {
-        "job-name": job_name(config),
+        "job-name": job_name(config, submission),
         "nodes": config.nodes,
         "ntasks-per-node": 1,  # srun starts one task a node, and that the processes
         "open-mode": "append",  # a requeued job goes on in the same log
@@ -45,8 +45,8 @@ def sbatch_options(config: SubmitConfig, submission: Submission, tasks: int) -> 
     return [*options, *slurm.options]
 
 
-def job_name(config: SubmitConfig) -> str:
-    return config.slurm.job_name or Path(config.run_dir).absolute().name
+def job_name(config: SubmitConfig, submission: Submission) -> str:
+    return config.slurm.job_name or submission.run_dir.name
 
 
 def script(

@@ -11,7 +11,6 @@ values; words after `--` are settings of those runs. Rows of the output are JSON
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -40,6 +39,7 @@ from megatron_tn.device.host_memory import HostMemory
 from megatron_tn.model.registry import build_model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.sharding import OwnedRange
+from megatron_tn.training.run_folder import RunFolder
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 DD_BYTES = 4 << 30  # at most: what `dd` writes and reads
@@ -221,8 +221,7 @@ def measure_resume(bench: Bench, folder: Path, model: str, settings: list[str]) 
         command = [sys.executable, "-m", "megatron_tn.train", *words, f"run_dir={run}", "checkpoint.every=0", *more]
         if subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode:
             sys.exit(f"--resume: {' '.join(command[1:])} failed")
-        records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        now = [record for record in records if record.get("time", 0) > began]
+        now = [record for record in RunFolder(run).records("time") if record["time"] > began]
         ready = next(record["time"] for record in now if "start/began" in record)
         first = next(record for record in now if "loss" in record)
         if run == begun and first["step"] == 1:

@@ -53,11 +53,11 @@ def model_config(name: str) -> ModelConfig:
         )
 
 
-def random_model(name: str, device: str, seed: int = 0, *, fp8_weights: bool = False) -> Model:
+def random_model(name: str, device: str, *, fp8_weights: bool) -> Model:
     """`model_config(name)` with random weights; bf16 on a GPU, with `fp8_weights` kept in fp8."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = build_model(model_config(name), None, device, dtype)
-    initialize(model, seed)
+    initialize(model, seed=0)
     if fp8_weights:
         keep_in_fp8(model)
     return model

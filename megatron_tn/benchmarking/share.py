@@ -12,19 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from kernels.bench import rows
-from megatron_tn.benchmarking.checkpoint import forget_pages
+from megatron_tn.benchmarking.checkpoint import forget_pages, spent
 from megatron_tn.benchmarking.result import layout_of
 from megatron_tn.checkpoint.load import fill_owned
 from megatron_tn.checkpoint.manifest import CheckpointManifest
@@ -33,11 +29,10 @@ from megatron_tn.cli import command, run_program
 from megatron_tn.config import BenchmarkConfig, ConfigError, TrainConfig, to_stored
 from megatron_tn.device.host_memory import HostMemory
 from megatron_tn.engine.build import build_engine, initialize_engine
-from megatron_tn.parallel.context import ParallelContext
-from megatron_tn.parallel.world import leave_world
 from megatron_tn.planning.concerns import rank_checkpoint_bytes
 from megatron_tn.planning.estimate import GIB
 from megatron_tn.planning.live import LiveMemory
+from megatron_tn.planning.stand_ins import stand_in_world
 
 
 @dataclass(frozen=True)
@@ -60,13 +55,10 @@ def measure(config: TrainConfig, ranks: int, folder: Path, device: torch.device)
     Raises:
         RuntimeError: what was read is not what was saved.
     """
-    parallel = config.parallel
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    try:
-        context = ParallelContext.create(parallel.tp, parallel.cp, sequence_parallel=parallel.sequence_parallel)
+    with stand_in_world(config.parallel, 0, ranks) as context:
         with LiveMemory() as memory:
             engine = build_engine(config, context, device)
-            initialise = _seconds(lambda: initialize_engine(engine, config.seed), device)
+            initialise = spent(lambda: initialize_engine(engine, config.seed), device).wall
         owned = engine.owned_ranges()
         for each in owned:
             for kind in each.values.keys() - {"param"}:
@@ -75,32 +67,19 @@ def measure(config: TrainConfig, ranks: int, folder: Path, device: torch.device)
         taken = []
         step = {"step": 1, "optimizer_step": 1, "config": to_stored(config), "training": {"step": 1}}
         host = HostMemory()
-        copy = _seconds(lambda: taken.append(take_snapshot(engine, folder, memory=host, **step)), device)
+        copy = spent(lambda: taken.append(take_snapshot(engine, folder, memory=host, **step)), device).wall
         alone = dataclasses.replace(taken.pop(), world_size=1)  # the other ranks write nothing
         paths = []
-        write = _seconds(lambda: paths.append(write_snapshot(alone)), device)
+        write = spent(lambda: paths.append(write_snapshot(alone)), device).wall
         forget_pages(paths[0])
-        read = _seconds(lambda: fill_owned(engine, paths[0], CheckpointManifest.read(paths[0])), device)
+        read = spent(lambda: fill_owned(engine, paths[0], CheckpointManifest.read(paths[0])), device).wall
         for each, values in zip(owned, before, strict=True):
             for kind, saved in values.items():
                 if not torch.equal(each.values[kind].cpu(), saved):
                     raise RuntimeError(f"{kind} of {each.name} was read with other values than it was saved with")
         state = sum(value.nbytes for values in before for value in values.values())
-        return Share(state, _bytes_below(paths[0]), memory.peak, initialise, copy, write, read)
-    finally:
-        leave_world()
-
-
-def _seconds(function: Callable[[], object], device: torch.device) -> float:
-    began = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def _bytes_below(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        written = sum(path.stat().st_size for path in paths[0].glob("*.safetensors"))
+        return Share(state, written, memory.peak, initialise, copy, write, read)
 
 
 def benchmark(config: BenchmarkConfig) -> None:

@@ -163,7 +163,6 @@ def checkpoint_name(step: int) -> str:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step_").partition("-")[0])
 
 

@@ -20,7 +20,7 @@ class WandbConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class LoggingConfig:
-    every: Positive = 1  # steps between records of log.jsonl
+    every: Positive = 1  # steps between records of log.jsonl; the last step and those that are evaluated have one, too
     progress: bool = True  # show a progress bar on rank 0, and a table of the run when it starts and ends
     summary: bool = True  # write loss.png and print the table when the run ends
     ranks_every: Count = 100  # steps between records of every rank's speed and peak memory; 0: no such records

@@ -116,7 +116,6 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def save(config: Any, path: Path) -> None:
-    """Write `to_stored(config)` as JSON."""
     with replacing(path) as file:
         file.write(json.dumps(to_stored(config), indent=1) + "\n")
 

@@ -73,7 +73,6 @@ class ModelConfig:
         return [flag and kind in WITH_LRPE for flag, kind in zip(flags, self.mixers, strict=True)]
 
     def shortened(self, layers: int) -> ModelConfig:
-        """This model's first `layers` layers."""
         lrpe = self.lrpe[:layers] if isinstance(self.lrpe, list) else self.lrpe
         return dataclasses.replace(self, layers=layers, lrpe=lrpe, attention=self.attention[:layers])
 

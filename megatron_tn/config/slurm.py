@@ -39,7 +39,7 @@ TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 @dataclass(frozen=True, config=STRICT)
 class SlurmConfig:
-    job_name: str = ""  # name of the job; empty: the run folder's
+    job_name: str = ""  # name of the job; empty: that of the folder of the run, or of the sweep
     time: str | None = None  # time limit of one job, as of sbatch: 24:00:00, 2-12:00:00; null: the cluster's default
     partition: str | None = None  # null: the cluster's default
     account: str | None = None  # null: the user's default
@@ -61,7 +61,7 @@ class SlurmConfig:
     # Jobs of one run, each after the last; one that finds the run at its last step ends at once. 0: as many as the
     # estimated time needs.
     chain: Count = 1
-    # afterany: each job of a chain waits for the one before it; singleton: for all of the user's with the same name.
+    # afterany: each job of a chain waits for those before it; singleton: for all of the user's with the same name.
     dependency: Literal["afterany", "singleton"] = "afterany"
     tokens: Count = 0  # stop, with an unchanged schedule, at the first step with so many tokens; 0: at schedule.steps
     utilisation: Utilisation = 0.4  # share of cluster.bf16_tflops, for the time where the cluster's rates are not known

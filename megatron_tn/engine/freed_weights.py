@@ -20,8 +20,8 @@ from megatron_tn.parallel.collectives import gather_parts_
 from megatron_tn.parallel.float8_layers import kept_weights, layer_groups
 from megatron_tn.parallel.linear import SplitLinear
 
-# Bytes that exist for a moment, where they are gathered over ranks: one NCCL call for several buckets is faster.
-GATHERED_BYTES = 2**28
+# Bytes that exist for a moment: one NCCL call for several buckets is faster, as is one launch for several layers.
+PORTION_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,11 @@ class FreedWeights:
             self.masters = kept_weights(groups, transposed=transposed)
             return
         found: dict[int, tuple[Tensor, list]] = {}
+        whole = shards.whole or _flattened([[layer.weight for layer in group] for group in groups])
+        flats = {_storage(flat): flat for flat in whole}
         for group in groups:
-            flat = _flat_of([layer.weight for layer in group], shards.whole)
-            found.setdefault(_storage(flat), (flat, []))[1].append(group)
+            storage = _storage(group[0].weight)
+            found.setdefault(storage, (flats[storage], []))[1].append(group)
         for storage, (flat, members) in found.items():
             copies = {master: copy for master, copy in shards.copies.items() if _storage(copy) == storage}
             self.buckets.append(Bucket(flat, copies, kept_weights(members, transposed=transposed)))
@@ -91,7 +93,7 @@ class FreedWeights:
         """The buckets, one by one; several at a time where they are gathered."""
         portion, size = [], 0
         for bucket in self.buckets:
-            if portion and (self.axis.size == 1 or size + bucket.size > GATHERED_BYTES):
+            if portion and (self.axis.size == 1 or size + bucket.size > PORTION_BYTES):
                 yield portion
                 portion, size = [], 0
             portion.append(bucket)
@@ -115,12 +117,20 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _flat_of(weights: Sequence[torch.nn.Parameter], whole: Sequence[Tensor]) -> Tensor:
-    """The one of `whole` that holds the weights; where each has a storage of its own, a new one for both."""
-    for flat in whole:
-        if _storage(flat) == _storage(weights[0]):
-            return flat
-    flat = torch.cat([weight.detach().flatten() for weight in weights])
-    for weight, part in zip(weights, flat.split([weight.numel() for weight in weights]), strict=True):
-        weight.data = part.view(weight.shape)
-    return flat
+def _flattened(groups: Sequence[Sequence[torch.nn.Parameter]]) -> list[Tensor]:
+    """Weights with a storage each move into flat tensors of about PORTION_BYTES, of which they become views; a group's
+    follow each other in one of them."""
+    portions: list[list[torch.nn.Parameter]] = [[]]
+    size = 0
+    for group in groups:
+        if size > PORTION_BYTES:
+            portions.append([])
+            size = 0
+        portions[-1] += group
+        size += sum(weight.numel() * weight.element_size() for weight in group)
+    flats = []
+    for weights in portions:
+        flats.append(torch.cat([weight.detach().flatten() for weight in weights]))
+        for weight, part in zip(weights, flats[-1].split([weight.numel() for weight in weights]), strict=True):
+            weight.data = part.view(weight.shape)
+    return flats

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from megatron_tn.config import ConfigError
 
-MOST_PROBLEMS = 5  # lines of a file that are named
+MOST_PROBLEMS = 5  # malformed lines of a file of prompts that one message names
 
 
 def prompt_problems(path: str, text_key: str, taken: set[str]) -> list[str]:

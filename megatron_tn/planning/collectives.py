@@ -113,7 +113,7 @@ SILENT = {"_c10d_functional.wait_tensor", "c10d.monitored_barrier_"}
 
 def _column_forward(x: Tensor, weights: list[Tensor], group: str, rows: int) -> Iterator[Collective]:
     if rows:
-        yield _slices("all-gather", x, group)
+        yield _gathered(x, group)
 
 
 def _row_forward(
@@ -133,9 +133,9 @@ def _row_sums(
 
 
 def _row_backward(gradient: Tensor, beside: Tensor, weight: Tensor, group: str, rows: int) -> Iterator[Collective]:
-    yield _slices("all-gather", gradient, group)
+    yield _gathered(gradient, group)
     if beside.numel():
-        yield _slices("all-gather", beside, group)
+        yield _gathered(beside, group)
 
 
 def _column_forward_fp8(x: Tensor, *rest: Any) -> Iterator[Collective]:
@@ -155,11 +155,11 @@ def _row_backward_fp8(gradient: Tensor, scale: Tensor, beside: Tensor, *rest: An
 
 def _slice_backward(*args: Any) -> Iterator[Collective]:
     """The state's gradient has the shape of `initial_state` [B, H, K, d], the operator's tenth argument."""
-    yield _slices("all-gather", args[9], args[16])
+    yield _gathered(args[9], args[16])
 
 
-def _slices(kind: str, x: Tensor, group: str) -> Collective:
-    return Collective(kind, group, bytes_of(x) * ranks_of(group), dtype_of(x))
+def _gathered(x: Tensor, group: str) -> Collective:
+    return Collective("all-gather", group, bytes_of(x) * ranks_of(group), dtype_of(x))
 
 
 def ranks_of(group: str) -> int:

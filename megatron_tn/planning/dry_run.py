@@ -13,14 +13,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_tn.config import TrainConfig
 from megatron_tn.engine import fsdp2
@@ -28,10 +26,9 @@ from megatron_tn.engine.build import build_engine
 from megatron_tn.model.registry import parameter_count
 from megatron_tn.parallel import float8_operators, products
 from megatron_tn.parallel.context import ParallelContext
-from megatron_tn.parallel.world import leave_world
 from megatron_tn.planning.collectives import Call, Collective, CollectiveLog, bytes_of
 from megatron_tn.planning.microbatch import same_pass, step_model
-from megatron_tn.planning.stand_ins import stand_in_tensors
+from megatron_tn.planning.stand_ins import stand_in_tensors, stand_in_world
 from megatron_tn.planning.traffic import engine_exchanges
 
 
@@ -57,21 +54,14 @@ def run_as(config: TrainConfig, world_size: int, rank: int) -> tuple[list[Call],
     Raises:
         ValueError: torch.distributed is already initialised in this process.
     """
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # deprecated collectives; PyTorch 2.11 lacks the new names
-            parallel = config.parallel
-            context = ParallelContext.create(parallel.tp, parallel.cp, sequence_parallel=parallel.sequence_parallel)
-            if config.engine.name != "deepspeed":
-                return _record(config, context, rank)
-            key = (same_pass(config), world_size, rank)
-            if key not in _recorded:
-                _recorded[key] = _record(config, context, rank)
-            calls, problems = _recorded[key]
-            return [*calls, *(_formulas(config, context) if context.data.size > 1 else ())], problems
-    finally:
-        leave_world()
+    with stand_in_world(config.parallel, rank, world_size) as context:
+        if config.engine.name != "deepspeed":
+            return _record(config, context, rank)
+        key = (same_pass(config), world_size, rank)
+        if key not in _recorded:
+            _recorded[key] = _record(config, context, rank)
+        calls, problems = _recorded[key]
+        return [*calls, *(_formulas(config, context) if context.data.size > 1 else ())], problems
 
 
 _recorded: dict[tuple, tuple[list[Call], list[str]]] = {}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from megatron_tn.config import TrainConfig
 from megatron_tn.engine.deepspeed.settings import zero3_live_parameters
-from megatron_tn.engine.freed_weights import GATHERED_BYTES
+from megatron_tn.engine.freed_weights import PORTION_BYTES
 from megatron_tn.model.registry import parameter_count
 from megatron_tn.planning.microbatch import Microbatch, microbatch
 from megatron_tn.planning.muon import matrix_elements, most_work
@@ -157,7 +157,7 @@ def update_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
 
 def float8_moment_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
     """Bytes of the blocks' matrices in the computing type where they are kept in fp8 (engine/freed_weights.py): all of
-    them during an evaluation, else a bucket, or several that are gathered at once. They reuse the memory of the freed
+    them during an evaluation, else a bucket, or a portion of them at once. They reuse the memory of the freed
     activations, which a CUDA graph keeps."""
     engine, tp = config.engine, config.parallel.tp
     if not engine.frees_weights:
@@ -168,7 +168,9 @@ def float8_moment_bytes(config: TrainConfig, world_size: int, activations: int) 
         bucket = 2 * config.model.glu_dim * config.model.embed_dim // tp  # the largest weights that are stacked
         if engine.name == "deepspeed" and engine.zero_stage:
             bucket += engine.reduce_bucket_elements
-            bucket = max(bucket, GATHERED_BYTES // width if world_size > tp else 0)
+            bucket = max(bucket, PORTION_BYTES // width if world_size > tp else 0)
+        else:
+            bucket += PORTION_BYTES // width
         size = min(size, width * bucket)
     return max(0, size - (0 if engine.cuda_graph else activations))
 
@@ -181,9 +183,3 @@ def side_stream_bytes(config: TrainConfig) -> int:
     model, data = config.model, config.data
     values = 3 * model.glu_dim // config.parallel.tp + 3 * model.embed_dim
     return values * data.micro_batch * data.sequence_length * (2 if config.engine.precision == "bf16" else 4)
-
-
-def activation_bytes(config: TrainConfig, device: str = "cuda") -> tuple[int, int]:
-    """(kept, peak) bytes of one microbatch, parameters excluded: see `Microbatch`."""
-    found = microbatch(config, device)
-    return found.kept, found.peak

@@ -12,7 +12,8 @@ from megatron_tn.engine.base import DTYPES
 from megatron_tn.model.init import initialize
 from megatron_tn.model.registry import build_model, training_flops_per_token
 from megatron_tn.parallel.context import ParallelContext
-from megatron_tn.planning.estimate import GIB, activation_bytes, buffer_bytes, state_bytes, update_bytes
+from megatron_tn.planning.estimate import GIB, buffer_bytes, state_bytes, update_bytes
+from megatron_tn.planning.microbatch import microbatch
 
 PYTHON = 0.5 * GIB  # resident bytes of a process that has imported PyTorch and DeepSpeed
 CORE_FLOPS = 2e10  # operations a second of one core, to guess by before anything is timed
@@ -26,7 +27,7 @@ def host_memory_problems(config: TrainConfig, world_size: int, processes: int) -
     if free is None or processes * (state + activations + PYTHON) < free / 4:
         return []
     if processes * state < 2 * free:  # else the passes need not be followed to know
-        activations = activation_bytes(config, "cpu")[1]
+        activations = microbatch(config, "cpu").peak
     buffers = buffer_bytes(config, world_size, activations) + update_bytes(config, world_size, activations)
     need = processes * (state + activations + buffers + PYTHON)
     if need <= free:

@@ -16,24 +16,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tn.config import ParallelConfig
 from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.parallel.world import leave_world
 
 
 @contextlib.contextmanager
-def stand_in_world(parallel: ParallelConfig) -> Iterator[ParallelContext]:
-    """The ParallelContext of the rank with the highest memory in a world of tp x cp processes. Only this process
-    exists: collectives of torch's "fake" backend return at once and leave tensors unchanged.
+def stand_in_world(parallel: ParallelConfig, rank: int | None = None, size: int = 0) -> Iterator[ParallelContext]:
+    """The ParallelContext of `rank` of `size` processes; by default that with the highest memory of tp x cp. Only this
+    process exists: collectives of torch's "fake" backend return at once and leave tensors unchanged.
 
     Raises:
         ValueError: torch.distributed is already initialised in this process.
     """
-    last_slice = (parallel.cp - 1) * parallel.tp  # rank with the last, longest slice of a sequence
-    dist.init_process_group("fake", store=FakeStore(), rank=last_slice, world_size=parallel.tp * parallel.cp)
+    if rank is None:
+        rank, size = (parallel.cp - 1) * parallel.tp, parallel.tp * parallel.cp  # the last, longest slice of a sequence
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # deprecated collectives; PyTorch 2.11 lacks the new names
             yield ParallelContext.create(parallel.tp, parallel.cp, sequence_parallel=parallel.sequence_parallel)
     finally:
-        dist.destroy_process_group()
+        leave_world()
 
 
 @contextlib.contextmanager

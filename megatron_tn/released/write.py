@@ -133,7 +133,6 @@ def save_pretrained(model: Model, directory: str | Path, dtype: torch.dtype | No
 
 
 def whole_tensor(weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
-    """The parameter `name` of stored weights, in `dtype`."""
     shape = weights.shapes[name]
     values = torch.empty(shape, dtype=weights.dtypes[name])
     box = tuple((0, length) for length in shape)

@@ -124,24 +124,31 @@ def curve_of(runs: Sequence[RunFolder], points: int | None = POINTS) -> Curve | 
         seconds = np.cumsum(
             [r.get("step_seconds", 0.0) * (r["step"] - b) for b, r in zip(before, records, strict=False)]
         )
-        places.append({r["step"]: (r["tokens"], s) for r, s in zip(records, seconds, strict=True)})
+        places.append([(0, 0, 0.0), *((r["step"], r["tokens"], s) for r, s in zip(records, seconds, strict=True))])
         losses.append({r["step"]: math.nan if r["loss"] is None else r["loss"] for r in records})
     steps = sorted(set.intersection(*(set(own) for own in losses))) if losses else []
     if not steps:
         return None
     each = np.array([[own[step] for step in steps] for own in losses])
-    place = np.mean([[own[step] for step in steps] for own in places], axis=0)
+    place = np.mean([_place(own, steps) for own in places], axis=0)
     evaluated = [_held_out(run) for run in runs]
     held_out = [
-        (*np.mean([own[step] for own in places], axis=0), np.mean(found))
-        for step in steps
-        if (found := [own[step] for own in evaluated if step in own])
+        (*np.mean([_place(own, [step])[0] for own in places], axis=0), np.mean(found))
+        for step in sorted(set().union(*evaluated))
+        if step <= steps[-1] and (found := [own[step] for own in evaluated if step in own])
     ]
     width = -(-len(steps) // (points or len(steps)))
     tokens, seconds, loss, lowest, highest = (
         _thinned(values, width) for values in (*place.T, each.mean(0), each.min(0), each.max(0))
     )
     return Curve(tokens, seconds, loss, lowest, highest, np.array(held_out).reshape(-1, 3))
+
+
+def _place(records: Sequence[tuple[int, int, float]], steps: Sequence[int]) -> np.ndarray:
+    """(tokens, seconds) at each step; of a step without a record, such as a skipped one, in proportion between the two
+    beside it. records: (step, tokens, seconds)."""
+    at, *columns = np.array(records).T
+    return np.stack([np.interp(steps, at, column) for column in columns], axis=1)
 
 
 def _held_out(run: RunFolder) -> dict[int, float]:

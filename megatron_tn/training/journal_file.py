@@ -27,9 +27,9 @@ class JournalFile:
         self.superseded = superseded
         self._descriptor: int | None = None
 
-    def read(self) -> list[dict[str, Any]]:
-        """All complete records in the order of writing; empty where there is no journal."""
-        return read_records(self.path)
+    def read(self, key: str = "") -> list[dict[str, Any]]:
+        """All complete records, or those that have `key`, in the order of writing; empty where there is no journal."""
+        return read_records(self.path, key=key)
 
     def tail(self, size: int = TAIL_BYTES) -> list[dict[str, Any]]:
         """The complete records in the last `size` bytes: of a run of months the file is large."""
@@ -90,16 +90,20 @@ class JournalFile:
             os.close(descriptor)
 
 
-def read_records(path: Path, last: int | None = None) -> list[dict[str, Any]]:
-    """All complete records of a file, or of its `last` bytes, in the order of writing; empty where there is no file."""
+def read_records(path: Path, last: int | None = None, key: str = "") -> list[dict[str, Any]]:
+    """All complete records of a file, or of its `last` bytes, in the order of writing; empty where there is no file.
+    key: only records that have it; other lines are not parsed."""
+    named = f'"{key}"'.encode() if key else b""
     found = []
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         if last is not None:
             file.seek(max(os.fstat(file.fileno()).st_size - last, 0))
         for line in file.read().splitlines():
+            if named not in line:
+                continue
             with contextlib.suppress(ValueError, RecursionError):
                 record = json.loads(line)
-                if isinstance(record, dict):
+                if isinstance(record, dict) and (not key or key in record):
                     found.append(record)
     return found
 

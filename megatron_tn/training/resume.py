@@ -143,7 +143,7 @@ def verified(start: Start, folder: RunFolder, ahead: ReadAhead) -> Start:
     """
     while start.checkpoint is not None:
         found = _gathered(ahead.problems(start.checkpoint))
-        damage = _send(list(chain.from_iterable(found)))
+        damage = first_for_all(partial(list, chain.from_iterable(found)))
         if not damage:
             break
         if start.by_hand:
@@ -154,7 +154,7 @@ def verified(start: Start, folder: RunFolder, ahead: ReadAhead) -> Start:
 
 def agree_on_settings(config: TrainConfig) -> None:
     """Raises ConfigError on all ranks if any rank's settings differ from rank 0's. Collective."""
-    mine, wanted = to_mapping(config), _send(to_mapping(config))
+    mine, wanted = to_mapping(config), first_for_all(lambda: to_mapping(config))
     if unlike := _everywhere("" if mine == wanted else f"{_name()}: {', '.join(differences(wanted, mine))}"):
         raise ConfigError(
             f"ranks have other settings than rank 0: {unlike}; they have other command line overrides, or other files "
@@ -210,19 +210,11 @@ def _fingerprint(checkpoint: Path) -> str:
         return f"{size}/{hashlib.sha256(file.read()).hexdigest()}"
 
 
-def _send(value: Any) -> Any:
-    """Broadcast rank 0's `value`; returns it. Collective."""
-    values = [value]
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(values, src=0)
-    return values[0]
-
-
 def _everywhere(problem: str) -> str:
     """All ranks' problems, those of the first SHOWN ranks spelled out, in one line; empty without any. Collective."""
     found = [one for one in _gathered(problem) if one]
     more = [f"and {len(found) - SHOWN} ranks more"] if len(found) > SHOWN else []
-    return _send("; ".join(found[:SHOWN] + more))
+    return first_for_all(lambda: "; ".join(found[:SHOWN] + more))
 
 
 def _gathered(value: Any) -> list[Any]:

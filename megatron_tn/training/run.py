@@ -18,7 +18,7 @@ from megatron_tn.checkpoint.ahead import ReadAhead
 from megatron_tn.checkpoint.background import CheckpointWriter
 from megatron_tn.checkpoint.load import Weights
 from megatron_tn.checkpoint.save import CheckpointError
-from megatron_tn.config import ConfigError, TrainConfig
+from megatron_tn.config import ConfigError, TrainConfig, redacted
 from megatron_tn.device.allocator import return_cached_segments
 from megatron_tn.device.host_memory import HostMemory
 from megatron_tn.device.matrix_rate import matmul_tflops
@@ -82,13 +82,12 @@ class Run:
             first_for_all(self._take_folder)
             self._read_ahead()
             self.sampled_tflops = self._sample_matrix_rate()
+            limits = {"timeout_s": self.config.hang_timeout_s, "long_s": self.config.distributed_timeout_s}
+            self.watchdog = Watchdog(self.folder, self.progress, **limits)
         except BaseException:
             leave_world()
             self.folder.release()
             raise
-        self.watchdog = Watchdog(
-            self.folder, self.progress, timeout_s=self.config.hang_timeout_s, long_s=self.config.distributed_timeout_s
-        )
         self.watchdog.__enter__()
         self.status("running")  # last: after this, __exit__ is called and replaces the status
         return self
@@ -102,7 +101,7 @@ class Run:
                 self._say_why_it_failed(error, other)
             why = f"{other} (here: {why})" if other else why
         state = "failed" if kind else "finished" if self.state.step >= self.config.last_step else "preempted"
-        self._record_stop(state)
+        self._record_stop(state, {"stop/error": redacted(why)} if why else {})
         try:
             for hook in self.started:
                 hook.on_stop(self.state)
@@ -140,11 +139,11 @@ class Run:
         return_cached_segments(self.device)
         return rate
 
-    def _record_stop(self, state: str) -> None:
-        """End of this start, with the goodput of all starts so far."""
+    def _record_stop(self, state: str, why: dict[str, str]) -> None:
+        """Record how this start ended, and the goodput of all starts so far."""
         if not self.sinks:
             return
-        self.record({"stop/state": state}, self.state.step)
+        self.record({"stop/state": state} | why, self.state.step)
         try:
             goodput = goodput_of(self.folder)
         except OSError:

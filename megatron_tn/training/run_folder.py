@@ -59,70 +59,26 @@ class RunFolder:
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
+        self.config_file = self.path / "config.json"
+        self.job_file = self.path / "job.json"
+        self.submitted = self.path / "submitted"
+        self.requeues = self.path / "requeues.log"
+        self.status_file = self.path / "status.json"
+        self.ledger_file = self.path / "ledger.json"
+        self.tokenizer = self.path / "tokenizer.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.ranks = self.path / "ranks"
+        self.hang = self.path / "hang.txt"
+        self.stacks = self.path / "stacks"
+        self.tracebacks = self.path / "tracebacks"
+        self.profile = self.path / "profile"
+        self.wandb = self.path / "wandb"
+        self.tensorboard = self.path / "tensorboard"
+        self.wandb_id = self.path / "wandb_id"
         self._lock: int | None = None
 
     def __str__(self) -> str:
         return str(self.path)
-
-    @property
-    def config_file(self) -> Path:
-        return self.path / "config.json"
-
-    @property
-    def job_file(self) -> Path:
-        return self.path / "job.json"
-
-    @property
-    def submitted(self) -> Path:
-        return self.path / "submitted"
-
-    @property
-    def status_file(self) -> Path:
-        return self.path / "status.json"
-
-    @property
-    def ledger_file(self) -> Path:
-        return self.path / "ledger.json"
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.path / "tokenizer.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def ranks(self) -> Path:
-        return self.path / "ranks"
-
-    @property
-    def hang(self) -> Path:
-        return self.path / "hang.txt"
-
-    @property
-    def stacks(self) -> Path:
-        return self.path / "stacks"
-
-    @property
-    def tracebacks(self) -> Path:
-        return self.path / "tracebacks"
-
-    @property
-    def profile(self) -> Path:
-        return self.path / "profile"
-
-    @property
-    def wandb(self) -> Path:
-        return self.path / "wandb"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
-    def wandb_id(self) -> Path:
-        return self.path / "wandb_id"
 
     @property
     def journal(self) -> JournalFile:
@@ -144,11 +100,16 @@ class RunFolder:
 
     def records(self, key: str = "step") -> list[dict[str, Any]]:
         """The journal's records that have `key`, in the order of writing."""
-        return [record for record in self.journal.read() if key in record]
+        return self.journal.read(key)
 
     def superseded(self, key: str = "step") -> list[dict[str, Any]]:
         """The records with `key` of steps that a resume or a rewind took back, in the order of taking back."""
-        return [record for record in read_records(self.journal.superseded) if key in record]
+        return read_records(self.journal.superseded, key=key)
+
+    def starts(self) -> list[float]:
+        """When the processes of the starts began that reached training, those of superseded steps too, in order."""
+        records = [*self.records("start/began"), *self.superseded("start/began")]
+        return sorted({record["start/began"] for record in records})
 
     # Checkpoints
 

@@ -53,7 +53,6 @@ class TrainingState:
 
     @property
     def skips_next(self) -> bool:
-        """Whether the next step's batch is in `skip`."""
         return self.step + 1 in self.skip
 
     def add_skip(self, batches: Iterable[int]) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from data_pipeline.audit.__main__ import main
 from data_pipeline.audit.agreement import decisions, summary, wilson
-from data_pipeline.audit.answers import Answer, AnswersFile, now, read_answers
+from data_pipeline.audit.answers import Answer, AnswersFile, now
 from data_pipeline.audit.draw import draw
 from data_pipeline.audit.samples import Samples
 from data_pipeline.audit.sampling import strata, tails_and_borders
@@ -129,7 +129,7 @@ class TestAnswers:
         for verdict in ("keep", "drop"):
             file.append(answer("x", verdict))
         file.append(answer("x", "unsure", "bob"))
-        assert {(a.auditor, a.verdict) for a in read_answers(file.path)} == {("ann", "drop"), ("bob", "unsure")}
+        assert {(a.auditor, a.verdict) for a in AnswersFile(file.path).all()} == {("ann", "drop"), ("bob", "unsure")}
         assert len(file.path.read_text().splitlines()) == 3
 
     def test_a_torn_last_line_is_reported_and_never_joined(self, tmp_path):
@@ -142,7 +142,7 @@ class TestAnswers:
             assert file.torn == cut
             assert "torn" in file.problems()[0]
             file.append(answer("y", "drop"))
-            assert {a.sample: a.verdict for a in read_answers(path)} == {"x": "keep", "y": "drop"}
+            assert {a.sample: a.verdict for a in AnswersFile(path).all()} == {"x": "keep", "y": "drop"}
 
     def test_two_files_open_at_once_see_each_other(self, tmp_path):
         one, two = AnswersFile(tmp_path / "a.jsonl"), AnswersFile(tmp_path / "a.jsonl")

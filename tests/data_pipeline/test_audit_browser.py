@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from data_pipeline.audit.answers import AnswersFile, read_answers
+from data_pipeline.audit.answers import AnswersFile
 from data_pipeline.audit.app import Audit
 from data_pipeline.audit.samples import Samples
 from data_pipeline.audit.server import AuditServer
@@ -86,7 +86,7 @@ def open_page(driver, url: str) -> None:
 
 def verdicts(server: AuditServer) -> list[str]:
     """In the order of the samples, of those that are answered."""
-    given = {answer.sample: answer.verdict for answer in read_answers(server.audit.answers.path)}
+    given = {answer.sample: answer.verdict for answer in AnswersFile(server.audit.answers.path).all()}
     return [given[sample.id] for sample in server.audit.samples.entries if sample.id in given]
 
 
@@ -153,7 +153,7 @@ def test_scores_shown_before_the_answer_make_it_not_blind(driver, serve):
     assert "low tail" in text(driver, "filter")
     press(driver, "d")
     until(lambda: at(driver, 2))
-    assert [answer.blind for answer in read_answers(server.audit.answers.path)] == [False]
+    assert [answer.blind for answer in AnswersFile(server.audit.answers.path).all()] == [False]
 
 
 def test_hostile_documents_are_text_and_execute_nothing(driver, serve):
@@ -193,7 +193,7 @@ def test_every_acknowledged_answer_survives_kill_9_and_the_page_goes_on(driver, 
         process.send_signal(signal.SIGKILL)
         process.wait()
         answers = tmp_path / "s.answers.jsonl"
-        assert [answer.verdict for answer in read_answers(answers)] == ["keep", "keep"]
+        assert [answer.verdict for answer in AnswersFile(answers).all()] == ["keep", "keep"]
         with answers.open("ab") as file:
             file.write(b'{"sample": "torn')
         press(driver, "d")
@@ -208,7 +208,7 @@ def test_every_acknowledged_answer_survives_kill_9_and_the_page_goes_on(driver, 
         assert "damaged line" in text(driver, "problems")
         driver.refresh()
         until(lambda: at(driver, 4))
-        assert [answer.verdict for answer in read_answers(answers)] == ["keep", "keep", "drop"]
+        assert [answer.verdict for answer in AnswersFile(answers).all()] == ["keep", "keep", "drop"]
     finally:
         process.kill()
         process.communicate()

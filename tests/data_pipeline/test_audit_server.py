@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.audit.answers import AnswersFile, read_answers
+from data_pipeline.audit.answers import AnswersFile
 from data_pipeline.audit.app import PIECE, Audit
 from data_pipeline.audit.samples import Samples
 from data_pipeline.audit.server import FILES, LONGEST_BODY, AuditServer, is_loopback
@@ -95,7 +95,7 @@ def test_the_verdict_is_hidden_until_the_answer_or_a_look(serve):
     assert client.get("/api/document?position=1&reveal=1")["filter"]["verdict"] == "keep"
     client.answer(ids(client)[1])
     client.answer(ids(client)[0], "drop")
-    given = {answer.sample: answer.blind for answer in read_answers(client.server.audit.answers.path)}
+    given = {answer.sample: answer.blind for answer in AnswersFile(client.server.audit.answers.path).all()}
     assert given == {ids(client)[0]: False, ids(client)[1]: False}
     shown = serve(show_verdict=True)
     assert shown.get("/api/document?position=2")["filter"]["low"] == 2.0

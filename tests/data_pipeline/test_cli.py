@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from data_pipeline.ablation.settings import AblationSettings, compose_ablation
+from data_pipeline.ablation.settings import AblationSettings
 from data_pipeline.audit.settings import AuditSettings
 from data_pipeline.cli import command, overrides
-from data_pipeline.config import Settings, compose, known_keys
+from data_pipeline.config import Settings, compose, compose_settings, known_keys
 from data_pipeline.corpus.settings import CorpusSettings
 from data_pipeline.errors import InputError, StageError
 from data_pipeline.selfclean.settings import RoundsSettings
@@ -83,7 +83,7 @@ def test_paths_are_taken_as_they_are_typed(monkeypatch, tmp_path):
     assert (settings.output, settings.tokenizer.file, settings.slurm.time) == ("20250101", "a=b", 30)
     settings = compose(["output=x", "sources.stdlib.path=[1]", "language={min_confidence: 0.5}"])
     assert (settings.sources["stdlib"].path, settings.language.min_confidence) == ("[1]", 0.5)
-    assert compose_ablation(["output=1e3", "packages=[rich]"]).output == "1e3"
+    assert compose_settings("ablation", ["output=1e3", "packages=[rich]"], AblationSettings).output == "1e3"
 
 
 @pytest.mark.parametrize("kind", [Settings, RoundsSettings, AuditSettings, CorpusSettings, AblationSettings])

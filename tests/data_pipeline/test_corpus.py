@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from data_pipeline.config import CONF
+from data_pipeline.config import CONF, compose_settings
 from data_pipeline.corpus import packages
 from data_pipeline.corpus.join import main as join
 from data_pipeline.corpus.make import make_corpus
@@ -20,7 +20,7 @@ from data_pipeline.corpus.overlap import overlap
 from data_pipeline.corpus.packages import take
 from data_pipeline.corpus.parts import deal
 from data_pipeline.corpus.pieces import cut
-from data_pipeline.corpus.settings import CorpusSettings, Package, compose_corpus
+from data_pipeline.corpus.settings import CorpusSettings, Package
 from data_pipeline.errors import InputError, StageError
 from data_pipeline.shards.content import TokenizerInfo
 from data_pipeline.shards.manifest import Manifest
@@ -191,7 +191,7 @@ def test_parts_are_alike_in_size_and_sources(made):
 
 def test_every_package_in_conf_is_pinned_and_of_a_known_source():
     listed = yaml.safe_load((CONF / "corpus.yaml").read_text())["packages"]
-    found = compose_corpus(["output=out"]).packages
+    found = compose_settings("corpus", ["output=out"], CorpusSettings).packages
     assert len(found) == len(listed) > 50
     assert len({package.sha256 for package in found.values()}) == len(found)
     assert {package.source for package in found.values()} == {"code", "documentation", "prose"}

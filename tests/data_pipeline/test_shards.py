@@ -16,7 +16,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.files import replace_file, sha256_of
 from data_pipeline.shards import Manifest, read_documents
 from data_pipeline.shards.content import token_dtype
-from data_pipeline.shards.index import build_index, load_index
+from data_pipeline.shards.index import build_index, parse_index
 from data_pipeline.shards.tar import TarWriter
 from data_pipeline.shards.verify import main, verify
 from data_pipeline.shards.writer import ShardWriter
@@ -261,6 +261,10 @@ class Bomb:
 
     def __reduce__(self):
         return (open, (str(self.path), "w"))
+
+
+def load_index(path, **sizes):
+    return parse_index(path.read_bytes(), path.name, **sizes)
 
 
 def test_a_pickled_index_is_refused_and_never_run(manifest, tmp_path):

@@ -83,7 +83,7 @@ def test_a_run_that_fails_is_named_with_its_log_and_ends_the_others(corpora, tmp
     said = capsys.readouterr().err
     assert "python -m megatron_tn.train" in said
     log = tmp_path / "runs/raw-0/console.log"
-    assert f"exit code 2; log: {log}" in said
+    assert f"exit code 2; the end of {log}:" in said
     assert "model.heads" in log.read_text()
     assert not (tmp_path / "runs/cleaned-0/console.log").exists()
 

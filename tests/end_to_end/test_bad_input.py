@@ -234,10 +234,11 @@ def test_tasks_without_the_extra(shards, capsys, monkeypatch, main):
     assert f"error: {prefix}tasks needs the extra eval, pip install -e '.[eval]': " in capsys.readouterr().err
 
 
-def test_a_run_folder_that_cannot_be_made(shards, tmp_path, capsys):
-    (tmp_path / "file").write_text("in the way")
-    assert call(train, *SMALL, f"data.manifest={shards}", f"run_dir={tmp_path / 'file' / 'run'}") == 2
-    assert "cannot be written" in capsys.readouterr().err
+@pytest.mark.parametrize(("run", "message"), [("ranks/run", ""), (".", ": its folder ranks")], ids=["run", "ranks"])
+def test_a_run_folder_that_cannot_be_made(shards, tmp_path, capsys, run, message):
+    (tmp_path / "ranks").write_text("in the way")
+    assert call(train, *SMALL, f"data.manifest={shards}", f"run_dir={tmp_path / run}") == 2
+    assert f"{message} cannot be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("main", [generate, evaluate, convert, score], ids=["generate", "evaluate", "convert", "score"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_tn.config import ConfigError, DataConfig, EngineConfig, ParallelConfig
+from megatron_tn.engine import freed_weights
 from megatron_tn.engine.base import Engine
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.parallel.context import ParallelContext
@@ -141,10 +142,15 @@ def blocks_storage(engine: Engine) -> int:
 
 
 @pytest.mark.parametrize("changes", [{}, {"recompute": "full"}], ids=str)
-def test_weights_are_kept_in_fp8_alone(changes):
-    """bf16 weights exist within `whole_weights`, where evaluation is bf16's; steps before and after are the same."""
+def test_weights_are_kept_in_fp8_alone(changes, monkeypatch):
+    """bf16 weights exist within `whole_weights`, where evaluation is bf16's; steps before and after are the same, as
+    with weights that are made and quantised group by group."""
     local = dataclasses.replace(LOCAL, precision="bf16")
-    engine, undisturbed = (built(fp8(local, **changes)) for _ in range(2))
+    engine = built(fp8(local, **changes))
+    assert len(engine.update.float8.buckets) == 1
+    monkeypatch.setattr(freed_weights, "PORTION_BYTES", 0)
+    undisturbed = built(fp8(local, **changes))
+    assert len(undisturbed.update.float8.buckets) == len(layer_groups(marked_layers(engine.model)))
     tokens, targets = random_batch(2, LENGTH)
     assert blocks_storage(engine) == 0
     with engine.whole_weights(), torch.no_grad():

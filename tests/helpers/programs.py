@@ -11,30 +11,44 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
+
+from launch import runs
 
 REAL = subprocess.run
 
 
 @pytest.fixture
 def forked_programs(monkeypatch):
-    """Until the test ends, subprocess.run forks what would start Python with a module, here and in what is forked."""
+    """Until the test ends, subprocess.run and launch.runs fork what would start Python with a module, here and in what
+    is forked."""
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(runs, "Popen", Forked)
 
 
 def run(command: list[str], *, stdout: Any = None, stderr: Any = None, check: bool = False, **more: Any):
     if command[:2] != [sys.executable, "-m"] or more.keys() - {"pass_fds"}:
         return REAL(command, stdout=stdout, stderr=stderr, check=check, **more)
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["tests.helpers.preload"])
-    names = [None if file is None else file.name for file in (stdout, stderr)]
-    process = server.Process(target=_program, args=(dict(os.environ), command[2:], *names))
-    process.start()
-    process.join()
-    return subprocess.CompletedProcess(command, process.exitcode)
+    return subprocess.CompletedProcess(command, Forked(command, stdout, stderr, dict(os.environ)).wait())
+
+
+class Forked:
+    """`python -m MODULE WORDS` in a forked process. stdout, stderr: open files, or None for those of this process."""
+
+    def __init__(self, command: list[str], stdout: Any, stderr: Any, env: Mapping[str, str]):
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(["tests.helpers.preload"])
+        names = [None if file is None else file.name for file in (stdout, stderr)]
+        self._process = server.Process(target=_program, args=(dict(env), command[2:], *names))
+        self._process.start()
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self._process.join(timeout)
+        return self._process.exitcode
 
 
 def _program(environment: dict[str, str], words: list[str], stdout: str | None, stderr: str | None) -> None:

@@ -30,7 +30,7 @@ def run(tmp_path) -> RunFolder:
 
 
 def test_a_run_under_way(run):
-    jobs = [Job("17", "17", "RUNNING", "x"), Job("18", "18", "PENDING", "y")]
+    jobs = [Job("17", "17", "N/A", "RUNNING", "x"), Job("18", "18", "N/A", "PENDING", "y")]
     assert row_of(run, jobs, NOW) == {
         "run": str(run),
         "state": "running, job 17 running",
@@ -43,6 +43,7 @@ def test_a_run_under_way(run):
         "last failure": "",
     }
     assert row_of(run, [], NOW + 3600)["state"] == "running, silent for 60.0 min"
+    assert row_of(run, [Job("17", "17", "N/A", "PENDING", "x")], NOW + 3600)["state"] == "requeued, job 17 pending"
 
 
 def test_what_stopped_a_run_last(run):
@@ -56,14 +57,42 @@ def test_what_stopped_a_run_last(run):
     assert (row["state"], row["step"], row["last failure"]) == ("failed", "41 of 100", "step 41: OSError: disk full")
 
 
+def test_starts_by_hand_are_restarts_and_may_fail(run):
+    """Steps that a later start took back count, too, and a kill may leave a record twice."""
+    started = [{"step": step, "time": NOW + step, "start/began": NOW + step} for step in (0, 20, 20, 30)]
+    failed = {"step": 30, "time": NOW + 35, "stop/state": "failed", "stop/error": "OSError: disk full"}
+    run.journal.append(started[:2])
+    run.journal.superseded.write_text("".join(json.dumps(record) + "\n" for record in [*started[2:], failed]))
+    row = row_of(run, [], NOW)
+    assert (row["restarts"], row["last failure"]) == ("2", "step 30: OSError: disk full")
+    run.requeues.write_text('job=17 restart=0 code=75 cause="a hang" saved=20 step=34\n')
+    for written, cause in ((NOW + 30, "step 30: OSError: disk full"), (NOW + 40, "step 34: a hang")):
+        os.utime(run.requeues, (written, written))
+        assert row_of(run, [], NOW)["last failure"] == cause
+
+
 def test_a_run_that_waits_for_its_first_start(tmp_path):
     run = RunFolder(tmp_path / "next")
     submission = Submission.new(run)
     submission.freeze(TrainConfig(stop_after=7))
     submission.record({"jobs": ["21", "22"]})
-    jobs = [Job("21", "21", "PENDING", "x"), Job("22", "22", "PENDING", "x")]
+    jobs = [Job("21", "21", "N/A", "PENDING", "x"), Job("22", "22", "N/A", "PENDING", "x")]
     row = row_of(run, jobs, NOW)
     assert (row["state"], row["step"]) == ("not started, job 21 pending, job 22 pending", "0 of 7")
+
+
+def test_a_task_of_a_sweep_has_its_own_job(tmp_path):
+    """The last task's SLURM_JOB_ID is the array's number."""
+    sweep, runs = RunFolder(tmp_path / "sweep"), [RunFolder(tmp_path / f"sweep/{name}") for name in "ab"]
+    submission = Submission.new(sweep)
+    submission.record({"jobs": ["30"], "runs": [str(run) for run in runs]})
+    for run, job in zip(runs, ("31", "30"), strict=True):
+        run.freeze(TrainConfig(), job)
+    jobs = [Job("31", "30", "0", "RUNNING", "x"), Job("30", "30", "1", "PENDING", "x")]
+    assert [row_of(run, jobs, NOW)["state"].partition(", ")[2] for run in runs] == [
+        "job 30_0 running",
+        "job 30_1 pending",
+    ]
 
 
 def test_a_damaged_run_has_a_row(tmp_path):
@@ -84,7 +113,7 @@ def test_the_end_of_a_long_journal_is_read(run):
 
 SQUEUE = """#!/bin/sh
 echo "$@" >"$0.words"
-printf '17|17|RUNNING|%s/submitted/a/job.sbatch\\n18_1|18|PENDING|/elsewhere/script.sh\\n' "{run}"
+printf '17|17|N/A|RUNNING|%s/submitted/a/job.sbatch\\n19|18|1|PENDING|/elsewhere/script.sh\\n' "{run}"
 """
 
 

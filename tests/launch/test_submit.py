@@ -200,6 +200,7 @@ def test_a_sweep_is_one_job_array_with_a_folder_for_each_run(sbatch, words, tmp_
     first, second = sbatch()
     script = first[-1]
     assert options_of(script)["array"] == "0-3%2"
+    assert options_of(script)["job-name"] == sweep.name
     assert options_of(script)["output"].endswith("/%A_%a.log")
     assert second[0] == "--dependency=afterany:17"
     (submission,) = Submission.all_of(RunFolder(sweep))
@@ -223,7 +224,7 @@ def test_a_chain_lasts_until_its_budget(sbatch, words, tmp_path, monkeypatch, ca
     more = ["slurm.chain=3", "slurm.tokens=1000", f"run_dir={tmp_path}/run", "slurm.requeue=false"]
     assert call(submit, *words, *more) == 0
     calls = sbatch()
-    assert [call[0] for call in calls[1:]] == ["--dependency=afterany:17", "--dependency=afterany:18"]
+    assert [call[0] for call in calls[1:]] == ["--dependency=afterany:17", "--dependency=afterany:17:18"]
     (submission,) = Submission.all_of(RunFolder(tmp_path / "run"))
     assert load(submission.config_file).last_step == 8  # of 128 tokens each
     assert f"MEGATRON_TN_CHAIN={submission.name}" in calls[0][-1]

@@ -27,7 +27,7 @@ from megatron_tn.parallel.float8_layers import float8_layers, kept_weights, laye
 from megatron_tn.parallel.recompute import recompute_blocks
 from megatron_tn.plan import main
 from megatron_tn.planning import microbatch as passes
-from megatron_tn.planning.estimate import GIB, activation_bytes, buffer_bytes, plan_memory, state_bytes, update_bytes
+from megatron_tn.planning.estimate import GIB, buffer_bytes, plan_memory, state_bytes, update_bytes
 from megatron_tn.planning.live import LiveMemory
 from megatron_tn.planning.microbatch import extrapolated, microbatch
 from megatron_tn.planning.remedies import memory_problems
@@ -227,19 +227,19 @@ def test_activations_are_those_of_the_real_model(world):
     configs = list(shapes.values())
     for rank in run_ranks(world, measured_each, configs) if world > 1 else [measured_each(configs)]:
         for (name, config), (kept, peak, saved) in zip(shapes.items(), rank, strict=True):
-            predicted_kept, predicted_peak = activation_bytes(config, device="cpu")
-            print(f"{name}: kept {predicted_kept} predicted, {kept} alive, {saved} saved by autograd; ", end="")
-            print(f"peak {predicted_peak} predicted, {peak} alive")
-            assert predicted_kept == pytest.approx(kept, rel=0.01), name
-            assert predicted_peak == pytest.approx(peak, rel=0.01), name
+            predicted = microbatch(config, device="cpu")
+            print(f"{name}: kept {predicted.kept} predicted, {kept} alive, {saved} saved by autograd; ", end="")
+            print(f"peak {predicted.peak} predicted, {peak} alive")
+            assert predicted.kept == pytest.approx(kept, rel=0.01), name
+            assert predicted.peak == pytest.approx(peak, rel=0.01), name
             if saved is not None:
-                assert predicted_kept == pytest.approx(saved, rel=0.01), name
+                assert predicted.kept == pytest.approx(saved, rel=0.01), name
 
 
 def test_recomputation_and_parallelism_save_what_they_should():
     names = ("none", "selective", "full", "every second", "fp8")
     names += ("tp2", "tp2 full", "tp2 shared", "tp2 shared full", "cp2")
-    kept = {name: activation_bytes(SHAPES[name])[0] for name in names}
+    kept = {name: microbatch(SHAPES[name]).kept for name in names}
     assert kept["full"] < kept["every second"] < kept["none"]
     assert kept["full"] < kept["selective"] < kept["none"]
     assert kept["tp2"] < kept["none"]
@@ -251,7 +251,7 @@ def test_recomputation_and_parallelism_save_what_they_should():
 
 def test_a_machine_with_a_gpu_plans_as_one_without(monkeypatch):
     config = tiny_config(engine=EngineConfig(name="local", precision="bf16"))
-    alone = activation_bytes(config)
+    alone = microbatch(config)
     passes._measured.clear()
 
     def capability(device=None):
@@ -260,7 +260,7 @@ def test_a_machine_with_a_gpu_plans_as_one_without(monkeypatch):
 
     monkeypatch.setattr("kernels.lightning.op.torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("kernels.lightning.op.torch.cuda.get_device_capability", capability)
-    assert activation_bytes(config) == alone
+    assert microbatch(config) == alone
 
 
 def test_the_largest_model_is_planned_in_seconds():
@@ -320,7 +320,7 @@ def test_engines_take_what_is_planned_at_their_peak():
     ]
     for peaks in run_ranks(2, step_peaks, configs):
         for config, peak in zip(configs, peaks, strict=True):
-            _, activations = activation_bytes(config, device="cpu")
+            activations = microbatch(config, device="cpu").peak
             planned = sum(state_bytes(config, 2).values()) + buffer_bytes(config, 2, activations) + activations
             print(f"{config.engine.name} {config.engine.zero_stage}: {planned} planned, {peak} alive")
             assert planned == pytest.approx(peak, rel=0.10), config.engine

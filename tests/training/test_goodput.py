@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from megatron_tn.training.goodput import account, goodput_of, process_began
+from megatron_tn.training.hooks.figures import StepFigures
 from megatron_tn.training.hooks.journal import Journal
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import TrainingState
@@ -111,7 +112,7 @@ def test_a_runs_journal_has_what_is_needed(tmp_path):
 
     def train(last: int, state: TrainingState) -> None:
         nonlocal waited
-        journal = Journal(folder.journal, 2, work, began=time.time() - 5, waited_s=lambda: waited)
+        journal = Journal(folder.journal, StepFigures(work, 2, lambda: waited), began=time.time() - 5)
         journal.on_start(state)
         while state.step < last:
             time.sleep(0.01)

@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from megatron_tn.training.hooks.figures import StepFigures
 from megatron_tn.training.hooks.journal import Journal
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import TrainingState
@@ -19,7 +20,7 @@ def folder(tmp_path) -> RunFolder:
 
 
 def run_steps(folder: RunFolder, first: int, last: int, every: int = 1) -> None:
-    journal, state = Journal(folder.journal, every, WORK), TrainingState(step=first - 1)
+    journal, state = Journal(folder.journal, StepFigures(WORK, every)), TrainingState(step=first - 1)
     journal.on_start(state)
     for _ in range(first, last + 1):
         state.count(REPORT, samples=1)
@@ -89,7 +90,7 @@ def test_a_full_disk_is_said_once_and_the_journal_goes_on_when_it_can(folder, mo
         return written
 
     monkeypatch.setattr(os, "write", write)
-    journal, state = Journal(folder.journal, 1, WORK), TrainingState()
+    journal, state = Journal(folder.journal, StepFigures(WORK)), TrainingState()
     journal.on_start(state)
 
     def take(steps: int) -> None:

@@ -20,6 +20,7 @@ from megatron_tn.planning import host
 from megatron_tn.training.compare import group_names
 from megatron_tn.training.curve import curve_of, draw, positions_of
 from megatron_tn.training.hooks.console import ConsoleProgress
+from megatron_tn.training.hooks.figures import StepFigures
 from megatron_tn.training.hooks.journal import Journal
 from megatron_tn.training.journal_file import JournalFile
 from megatron_tn.training.run import Run
@@ -45,7 +46,7 @@ def make_run(path: Path, steps: int, loss: float) -> RunFolder:
 def test_speeds_do_not_count_evaluations_and_saves(tmp_path, capsys):
     work, state = Work(1, 1, None), TrainingState()
     folder = RunFolder(tmp_path)
-    hooks = Journal(folder.journal, 1, work), ConsoleProgress(2, work)
+    hooks = Journal(folder.journal, StepFigures(work)), ConsoleProgress(2, work)
     for hook in hooks:
         hook.on_start(state)
     for _ in range(2):
@@ -118,9 +119,12 @@ def test_losses_by_position_are_drawn(tmp_path, capsys, monkeypatch):
 
 def test_a_curve_reads_each_journal_a_fixed_number_of_times(tmp_path, monkeypatch):
     read, reads = JournalFile.read, []
-    monkeypatch.setattr(JournalFile, "read", lambda self: reads.append(self.path) or read(self))
-    curve = curve_of([make_run(tmp_path / "run", 100, 2.0)])
-    assert curve.held_out.tolist() == [[1000.0, 0.0, 3.0]]
+    monkeypatch.setattr(JournalFile, "read", lambda self, key: reads.append(self.path) or read(self, key))
+    run = make_run(tmp_path / "run", 100, 2.0)
+    run.journal.append([{"step": 104, "loss": 2.0, "tokens": 1080, "step_seconds": 3.0}])
+    run.journal.append([{"step": step, "heldout_loss": 2.5} for step in (102, 105)])  # between records, and after all
+    curve = curve_of([run])
+    assert curve.held_out.tolist() == [[1000.0, 0.0, 3.0], [1040.0, 6.0, 2.5]]
     assert len(reads) == 2
 
 
@@ -172,6 +176,9 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row_and_one_curve(tmp_path
         for seed, loss in enumerate(losses):
             folder = make_run(tmp_path / f"{name}{seed}", 5, loss)
             save(replace(config, seed=seed, run_dir=str(folder.path)), folder.config_file)
+    again = make_run(tmp_path / "again", 5, 2.2)  # of gateless1's settings and seed, and later
+    save(replace(gateless, seed=1), again.config_file)
+    again.journal.append([{"step": 5, "time": 1e9}])
     diverged = [make_run(tmp_path / f"diverged{seed}", 5, 1.0) for seed in (0, 1)]
     for seed, folder in enumerate(diverged):
         save(replace(base, optim=replace(base.optim, lr=1.0), seed=seed), folder.config_file)
@@ -188,7 +195,9 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row_and_one_curve(tmp_path
         assert f'aria-label="Loss by {by}: nats a token by {by}"' in page
     assert "<title>model.gate=false 2.1, tokens 50</title>" in page
     assert (tmp_path / "compare.png").stat().st_size > 1000
-    assert str(tmp_path / "gateless1") in page
+    left_out = f"{tmp_path}/gateless1 is left out: {again} is a later run of its settings and seed"
+    assert left_out in page
+    assert left_out in said
     assert "| model.gate=false | 2 | 50 | 2.100 ± 0.141 |" in (tmp_path / "compare.md").read_text()
     curve = curve_of([RunFolder(tmp_path / f"plain{seed}") for seed in (0, 1)])
     assert (curve.loss.tolist(), curve.lowest.tolist(), curve.highest.tolist()) == ([3.1] * 5, [3.0] * 5, [3.2] * 5)

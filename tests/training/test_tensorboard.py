@@ -34,7 +34,7 @@ def test_one_curve_after_a_rewind_and_a_restart(folder):
             for hook in hooks:
                 hook.on_step(state, REPORT._replace(loss=loss))
 
-    journal = Journal(folder.journal, 1, WORK)
+    journal = Journal(folder.journal, StepFigures(WORK))
     hooks = [journal, board(folder)]
     for hook in hooks:
         hook.on_start(state)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
 
 
-class Hook(Protocol):
+class Hook:
+    """Does nothing; hooks override what they need."""
+
     def on_start(self, state: TrainingState) -> None:
         """Before the first step of this process; `state.step` steps are done already."""
 
@@ -23,19 +25,8 @@ class Hook(Protocol):
         """After the last step of this process, also when it stops early or fails."""
 
 
-class Sink(Hook, Protocol):
+class Sink(Hook):
     """A hook that also records named values: the journal, or a copy of it. On global rank 0."""
 
-    def record(self, values: dict[str, Any], step: int) -> None: ...
-
-
-class NullHook:
-    """Does nothing; hooks derive from it and override what they need."""
-
-    def on_start(self, state: TrainingState) -> None: ...
-
-    def on_step(self, state: TrainingState, report: StepReport) -> None: ...
-
-    def on_rewind(self, state: TrainingState) -> None: ...
-
-    def on_stop(self, state: TrainingState) -> None: ...
+    def record(self, values: dict[str, Any], step: int) -> None:
+        raise NotImplementedError

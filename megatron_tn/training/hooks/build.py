@@ -65,14 +65,22 @@ def _of_rank_0(run: Run, work: Work) -> list[Hook]:
         return []
     config, logging = run.config, run.config.logging
     settings = to_stored(config)
-    waited_s = functools.partial(run.progress.seconds.__getitem__, "data")
-    run.sinks.append(Journal(run.folder.journal, logging.every, work, began=process_began(), waited_s=waited_s))
-    if logging.wandb.mode != "disabled":
-        run.sinks.append(
-            WeightsAndBiases(logging.wandb, run.folder, settings, StepFigures(work, logging.every, waited_s))
+    evaluated = config.evaluation.every if config.evaluation.is_on else 0
+
+    def figures() -> StepFigures:
+        """Held-out losses have their place, by tokens and seconds, from the record of their step."""
+        return StepFigures(
+            work,
+            logging.every,
+            waited_s=functools.partial(run.progress.seconds.__getitem__, "data"),
+            also=lambda step: step == config.last_step or bool(evaluated and step % evaluated == 0),
         )
+
+    run.sinks.append(Journal(run.folder.journal, figures(), began=process_began()))
+    if logging.wandb.mode != "disabled":
+        run.sinks.append(WeightsAndBiases(logging.wandb, run.folder, settings, figures()))
     if logging.tensorboard:
-        run.sinks.append(TensorBoard(run.folder, settings, StepFigures(work, logging.every, waited_s)))
+        run.sinks.append(TensorBoard(run.folder, settings, figures()))
     hooks: list[Hook] = [*run.sinks]
     if logging.progress:
         hooks.append(ConsoleProgress(config.last_step, work))

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_tn.checkpoint.background import CheckpointWriter, Save
-from megatron_tn.training.hooks import NullHook
+from megatron_tn.training.hooks import Hook
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
 
 WORTH_SAYING_S = 1.0  # seconds that a save waited for the one before it
 
 
-class CheckpointEvery(NullHook):
+class CheckpointEvery(Hook):
     """Calls `save(state)` on all ranks, and reports each save when it is on disk.
 
     prepare: begins to make what the first save needs. save: starts a save with `writer`; returns the previous save if

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megatron_tn.training.hooks import NullHook
+from megatron_tn.training.hooks import Hook
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
 from megatron_tn.training.throughput import Work
@@ -41,7 +41,7 @@ def while_it_is_there(method: Callable[..., None]) -> Callable[..., None]:
     return guarded
 
 
-class ConsoleProgress(NullHook):
+class ConsoleProgress(Hook):
     def __init__(self, total_steps: int, work: Work):
         self.total = total_steps
         self.work = work

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from megatron_tn.training.hooks import NullHook
+from megatron_tn.training.hooks import Hook
 from megatron_tn.training.hooks.figures import TEXTS
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
@@ -16,7 +16,7 @@ class Interrupted(Exception):
     """Raised on every rank within an evaluation after a stop signal."""
 
 
-class EvaluateEvery(NullHook):
+class EvaluateEvery(Hook):
     """Calls `evaluate()` on all ranks every `every` steps (0: never) and after step `last`, and `record(values, step)`
     with the held-out figures that it returns, and the seconds that they took."""
 

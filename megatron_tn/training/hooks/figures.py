@@ -16,13 +16,20 @@ TEXTS = "texts"  # key of a record with generated texts: [{"prompt": ..., "text"
 
 class StepFigures:
     """Counts tokens and seconds between records. every: steps between records; a skipped step, a step whose update was
-    refused, and the last one before a stop have a record in any case. waited_s: seconds that rank 0 has waited for data
-    so far."""
+    refused, the last one before a stop, and steps of which also(step) is true have a record in any case. waited_s:
+    seconds that rank 0 has waited for data so far."""
 
-    def __init__(self, work: Work, every: int = 1, waited_s: Callable[[], float] = lambda: 0.0):
+    def __init__(
+        self,
+        work: Work,
+        every: int = 1,
+        waited_s: Callable[[], float] = lambda: 0.0,
+        also: Callable[[int], bool] = lambda _: False,
+    ):
         self.work = work
         self.every = every
         self.waited_s = waited_s
+        self.also = also
         self.restart()
 
     def restart(self) -> None:
@@ -35,7 +42,8 @@ class StepFigures:
         counts = {"steps_without_update": state.step - state.optimizer_step, "time": time.time()}
         if report.skipped:
             return {"skipped": True, "tokens": state.tokens, **counts}
-        if state.step % self.every and report.applied and not report.stop:
+        due = state.step % self.every == 0 or self.also(state.step)
+        if not due and report.applied and not report.stop:
             return None
         tokens, steps, before, waited = self._tokens, self._steps, self._since, self._waited
         self.restart()

@@ -5,43 +5,33 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
-from megatron_tn.training.hooks import NullHook
+from megatron_tn.training.hooks import Sink
 from megatron_tn.training.hooks.figures import StepFigures
 from megatron_tn.training.journal_file import JournalFile
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
-from megatron_tn.training.throughput import Work
 
 log = logging.getLogger(__name__)
 
 MOST_WAITING = 100_000  # records buffered while writes fail; the oldest are dropped first
 
 
-class Journal(NullHook):
+class Journal(Sink):
     """Writes records on global rank 0. After a resume or a rewind, records of later steps move to
     log.superseded.jsonl, so that log.jsonl is one curve and nothing is lost.
 
     Logging never stops training: while writes fail, records are buffered in memory, with one warning at the first
     failure and a line when they are written.
 
-    every: steps between records. began: Unix time at which this process began; None records no start. waited_s: seconds
-    that rank 0 has waited for data since then.
+    figures: which steps have a record, and what is in it. began: Unix time at which this process began; None records no
+    start.
     """
 
-    def __init__(
-        self,
-        file: JournalFile,
-        every: int,
-        work: Work,
-        *,
-        began: float | None = None,
-        waited_s: Callable[[], float] = lambda: 0.0,
-    ):
+    def __init__(self, file: JournalFile, figures: StepFigures, *, began: float | None = None):
         self.file = file
-        self.figures = StepFigures(work, every, waited_s)
+        self.figures = figures
         self.began = began
         self._waiting: deque[dict[str, Any]] = deque()
         self._lost = 0

@@ -9,7 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from megatron_tn.config import replacing
-from megatron_tn.training.hooks import NullHook
+from megatron_tn.training.hooks import Hook
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 ROWS = 80  # rows of the operator table
 
 
-class Profile(NullHook):
+class Profile(Hook):
     """Profiles `steps` steps on this rank, after the process's first `skip` steps, and writes to `folder`:
 
     steps_A_to_B.trace.json.gz   for chrome://tracing or ui.perfetto.dev

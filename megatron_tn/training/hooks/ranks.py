@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_tn.engine.base import Engine
-from megatron_tn.training.hooks import NullHook
+from megatron_tn.training.hooks import Hook
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
 from megatron_tn.training.watchdog import Progress
@@ -27,7 +27,7 @@ SLOW = 1.2  # a rank above SLOW x the median is reported
 GIB = 2**30
 
 
-class RankReport(NullHook):
+class RankReport(Hook):
     """On all ranks. report(line, values, step): prints a line once and records values. record(values, step): records
     values. every: steps between reports."""
 
