@@ -38,7 +38,7 @@ def load_any_model(
     if device.startswith("cuda"):
         use_expandable_segments()  # a Transformer's cache grows by a window at a time
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).tolist()  # the meta device holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"device={device} is not available here: {str(error).splitlines()[0]}") from None
     with open_weights(directory) as weights:

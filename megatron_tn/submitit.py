@@ -13,9 +13,11 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import sys
+import traceback
 from collections.abc import Iterator, Sequence
 
-from megatron_tn.config import ConfigError
+from megatron_tn.config import ConfigError, redacted
 
 LAUNCHERS = ("hydra/launcher=submitit_slurm", "hydra/launcher=submitit_local")
 TIMEOUTS = "hydra.launcher.max_num_timeout"
@@ -44,8 +46,9 @@ def settings_for_submitit(words: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def failure_is_told() -> Iterator[None]:
-    """In a job of submitit, an exit code above 0 becomes an error, which ends the sweep's command. SystemExit would end
-    the job without a result, and where sacct does not work the command would wait for one for ever."""
+    """In a job of submitit, an exit code above 0 becomes an error, which ends the sweep's command: SystemExit would end
+    the job without a result, and where sacct does not work the command would wait for one for ever. Other errors go
+    into the job's log; Hydra would hand them to the command alone."""
     try:
         yield
     except SystemExit as stop:
@@ -54,3 +57,7 @@ def failure_is_told() -> Iterator[None]:
         from submitit import JobEnvironment
 
         raise RuntimeError(f"exit code {stop.code}: {JobEnvironment().paths.stderr} says why") from None
+    except Exception as error:
+        if "SUBMITIT_EXECUTOR" in os.environ:
+            print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr, flush=True)
+        raise
