@@ -29,7 +29,6 @@ from data_pipeline.shards.content import (
 )
 from data_pipeline.shards.remote import MOST_UNSIZED, Remote, is_remote
 
-SHOWN_PROBLEMS = 10
 ROOM = 4  # minimum of a cache in shards: two prefetched, one requested, one in use
 
 
@@ -97,7 +96,7 @@ class Manifest:
             raise InputError(
                 *(
                     f"manifest {path}: {'.'.join(map(str, e['loc'])) or 'document'}={_short(e['input'])}: {e['msg']}"
-                    for e in error.errors()[:SHOWN_PROBLEMS]
+                    for e in error.errors()
                 )
             ) from None
         _refuse(f"manifest {path}", contradictions(content))
@@ -266,10 +265,7 @@ def _format(written: bytes) -> object:
 
 def _refuse(where: str, problems: list[str]) -> None:
     if problems:
-        lines = [f"{where}: {problem}" for problem in problems[:SHOWN_PROBLEMS]]
-        if len(problems) > SHOWN_PROBLEMS:
-            lines.append(f"{where}: and {len(problems) - SHOWN_PROBLEMS} more")
-        raise InputError(*lines)
+        raise InputError(*(f"{where}: {problem}" for problem in problems))
 
 
 def _short(value: object) -> str:
