@@ -282,6 +282,7 @@ WRONG_KINDS = [  # a command, and its settings of `wrong_kinds`, each with its o
         {
             "checkpoint.resume=words.txt": " is a file, not a checkpoint's folder; run_dir=new has steps: none",
             "data.manifest=torn": ": manifest torn: it is a folder; name the file torn/manifest.json",
+            "evaluation.manifest=saved": ": manifest saved: it is a folder; name the manifest.json of shards",
         },
     ),
     (
@@ -321,6 +322,7 @@ def wrong_kinds(tmp_path_factory, shards) -> Path:
     (folder / "shards").symlink_to(shards.parent)
     for name, file, content in (
         ("torn", "manifest.json", '{"seed"'),
+        ("saved", "manifest.json", '{"format": "megatron_tn checkpoint"}'),
         ("released", "config.json", "{}"),
         (".", "words.txt", "a b"),
     ):
