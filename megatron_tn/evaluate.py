@@ -193,35 +193,23 @@ def problems_in_training(config: TrainConfig) -> list[str]:
     return problems
 
 
-def evaluate_in_training(
-    engine: Engine, config: TrainConfig, progress: Callable[[int, int], None] = lambda documents, tokens: None
-) -> dict[str, Any]:
-    """`evaluated` with the engine's model."""
-    with engine.whole_weights():
-        return evaluated(engine.model, config, progress)
-
-
-def evaluated(model: Model, config: TrainConfig, progress: Callable[[int, int], None]) -> dict[str, Any]:
+def evaluate_in_training(engine: Engine, config: TrainConfig, progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Held-out figures, task scores and generated texts, by their names in the journal.
 
     Every rank evaluates the same documents, so that engines that gather parameters in the forward pass stay in step.
     progress(n, tokens): called after each batch of n documents or requests, of so many tokens.
     """
-    evaluation, found = config.evaluation, {}
-    if evaluation.manifest:
-        found |= held_out_loss(model, config, progress)
-    if evaluation.prompts:
-        tokenizer = read_tokenizer(tokenizer_file(config.data.manifest))
-        found["texts"] = continue_texts(model, tokenizer, evaluation.prompts, evaluation.prompt_tokens)
-    if evaluation.tasks:
-        scores = run_tasks(
-            model,
-            read_tokenizer(tokenizer_file(config.data.manifest)),
-            _tasks_in_training(config),
-            limit=evaluation.task_documents,
-            progress=progress,
-        )
-        found |= journal_names(scores)
+    model, evaluation, found = engine.model, config.evaluation, {}
+    with engine.whole_weights():
+        if evaluation.manifest:
+            found |= held_out_loss(model, config, progress)
+        if evaluation.prompts:
+            tokenizer = read_tokenizer(tokenizer_file(config.data.manifest))
+            found["texts"] = continue_texts(model, tokenizer, evaluation.prompts, evaluation.prompt_tokens)
+        if evaluation.tasks:
+            tokenizer, tasks = read_tokenizer(tokenizer_file(config.data.manifest)), _tasks_in_training(config)
+            limit = evaluation.task_documents
+            found |= journal_names(run_tasks(model, tokenizer, tasks, limit=limit, progress=progress))
     return found
 
 

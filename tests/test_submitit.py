@@ -50,12 +50,15 @@ def test_what_a_job_unpickles_before_it_listens_for_signals_imports_no_torch():
 
 
 @pytest.mark.parametrize(("code", "kind"), [(2, RuntimeError), (0, SystemExit), (-1, SystemExit)])
-def test_a_job_that_fails_has_a_result_and_one_that_is_requeued_has_none(monkeypatch, code, kind):
+def test_a_job_that_fails_has_a_result_and_one_that_is_requeued_has_none(monkeypatch, capsys, code, kind):
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
     there = SimpleNamespace(paths=SimpleNamespace(stderr="sweep/.submitit/17_0/log.err"))
     monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(JobEnvironment=lambda: there))
     with pytest.raises(kind, match=str(code)), failure_is_told():
         sys.exit(code)
+    with pytest.raises(ValueError, match="odd"), failure_is_told():
+        raise ValueError("odd")
+    assert capsys.readouterr().err.endswith("ValueError: odd\n")
 
 
 def test_without_the_extra_it_is_named(monkeypatch, capsys):
