@@ -29,30 +29,3 @@ from kernels.token.op import token_glu, token_linear
 # Hugging Face transformers takes any package named `kernels` for its kernel hub client and reads its version, from the
 # distribution's metadata or from here. A version below its minimum: the hub client counts as not installed.
 __version__ = "0.0.0"
-
-__all__ = [
-    "StateExchange",
-    "adamw_",
-    "add_rms_norm",
-    "add_scaled_simple_rms_norm",
-    "add_simple_rms_norm",
-    "branch_rms_norm",
-    "branch_simple_rms_norm",
-    "decoding_check",
-    "gla",
-    "gla_slice",
-    "lightning_attention",
-    "linear_cross_entropy",
-    "muon_apply_",
-    "muon_direction_",
-    "newton_schulz",
-    "rope",
-    "sample_tokens",
-    "scaled_embedding",
-    "self_check",
-    "set_backend",
-    "sglu",
-    "simple_rms_norm",
-    "token_glu",
-    "token_linear",
-]

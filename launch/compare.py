@@ -4,11 +4,13 @@ python -m launch.compare runs/paper                  a sweep's folder: writes co
 python -m launch.compare runs/a runs/b output=out    runs and sweeps; into the folder out
 
 Runs that differ in their seed alone are one row and one curve, named by the settings in which they differ from most
-others (megatron_tn.training.compare). The page compare.html holds table and curves in one file, compare.md the table.
+others (megatron_tn.training.compare); of several with one seed the last one trained counts, which is said. The page
+compare.html holds table and curves in one file, compare.md the table.
 """
 
 from __future__ import annotations
 
+from html import escape
 from pathlib import Path
 
 from data_pipeline.html_page import document, table
@@ -49,6 +51,7 @@ def page_of(groups: list[Group]) -> str:
         f'<div class="charts">{"".join(charts)}</div>',
         "<h2>Folders</h2>",
         table(("run", "folders"), folders),
+        *(f"<p>{escape(note)}</p>" for group in groups for note in group.notes()),
     ]
     return document("Runs compared", parts, STYLE)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ NAMES = {
 def of_run(run: RunFolder, records: Sequence[dict[str, Any]], planned_gib: float | None) -> Iterator[str]:
     """A section of the page for each of SECTIONS that the run has values for; the loss stands by tokens and by seconds.
     planned_gib: memory that the plan has for the allocator."""
-    series, marks = series_of(records), marks_of(records)
+    series, marks = series_of(records, run.starts()), marks_of(records)
     curve = curve_of([run], points=None)
     yield (
         "<p>A point tells its value when the pointer rests on it; a band is the range of the values that a point "
@@ -84,12 +85,16 @@ def positions(runs: Mapping[str, Sequence[RunFolder]]) -> str:
     )
 
 
-def series_of(records: Sequence[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
-    """Name of a value -> its steps and values, as dashboards show them; NaN where a step has it without a number."""
+def series_of(
+    records: Sequence[dict[str, Any]], began: Sequence[float] = ()
+) -> dict[str, tuple[list[int], list[float]]]:
+    """Name of a value -> its steps and values, as dashboards show them; NaN where a step has it without a number.
+    began: of all starts, as `RunFolder.starts` returns it."""
     found: dict[str, tuple[list[int], list[float]]] = {}
     starts = 0
     for record in records:
-        starts += "start/began" in record
+        if "start/began" in record:
+            starts = max(starts + 1, bisect_right(began, record["start/began"]))
         values = shown(record) | ({"starts": starts} if starts and "loss" in record else {})
         if record.get("loss", 0) is None:
             values |= {"loss": math.nan, "perplexity": math.nan}

@@ -143,7 +143,8 @@ def _starts(kept: list[dict[str, Any]], superseded: list[dict[str, Any]]) -> Ite
             rows.append({"began": record["start/began"], "from": record["step"], "end": "without a word"})
         if rows:
             rows[-1] |= {"to": record["step"], "last": record["time"]}
-            rows[-1]["end"] = record.get("stop/state", rows[-1]["end"])
+            said = [record[key] for key in ("stop/state", "stop/error") if key in record]
+            rows[-1]["end"] = ": ".join(said) or rows[-1]["end"]
     if rows:
         yield "<h2>Starts</h2><p>A start without a word at its end was killed, or goes on.</p>"
         yield table(

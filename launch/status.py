@@ -129,7 +129,7 @@ def row_of(run: RunFolder, jobs: Sequence[Job], now: float | None = None) -> dic
         "utilisation": f"{last['utilisation']:.1%}" if "utilisation" in last else "",
         "time left": duration((end - step) * seconds) if seconds and end > step else "",
         # The journal has starts by hand too, and no start that ended before its first step.
-        "restarts": str(max(run.starts() - 1, sum("gave-up" not in record for record in requeues))),
+        "restarts": str(max(len(run.starts()) - 1, sum("gave-up" not in record for record in requeues))),
         "last failure": failure_of(run, status, requeues),
     }
     return {title: shown(text) for title, text in found.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import importlib
 import logging
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import hydra
@@ -25,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_tn.config import ConfigError, from_mapping, redacted, shown, to_mapping
 from megatron_tn.config.describe import help_text
 from megatron_tn.overrides import CONF, CommandLine, job_folder, settings
-from megatron_tn.submitit import settings_for_submitit
+from megatron_tn.submitit import failure_is_told, settings_for_submitit
 
 log = logging.getLogger(__name__)
 
@@ -57,11 +59,12 @@ def command(
         texts: dict[str, str] = {}
         jobs: list[tuple[str, str]] = []  # run_dir of the sweep and of each of its jobs
         line: CommandLine
+        program = _Program(function)
 
         def run(composed: DictConfig) -> None:
             if not logging.getLogger().handlers:  # a process of submitit's
                 _log_to_standard_error(logging.INFO if is_first_process() else logging.WARNING)
-            with bad_input_exits(), closed_pipe_exits(), told_failure_exits():
+            with failure_is_told(), bad_input_exits(), closed_pipe_exits(), told_failure_exits():
                 job = HydraConfig.get() if line.needs_hydra else None
                 multirun = job is not None and job.mode == hydra.types.RunMode.MULTIRUN
                 if multirun and (words := line.choices_win(job.overrides.task)) != job.overrides.task:
@@ -73,7 +76,7 @@ def command(
                 if multirun:
                     jobs.append((values["run_dir"], job_folder(values["run_dir"], job, line.overrides)))
                     values["run_dir"] = jobs[-1][1]
-                if (code := function(from_mapping(kind, values))) is not None:
+                if (code := program(from_mapping(kind, values))) is not None:
                     if multirun:
                         log.info("stop signal: the sweep ends with this job; the same command continues it")
                     sys.exit(code)
@@ -106,6 +109,31 @@ def command(
         return main
 
     return decorate
+
+
+class _Program:
+    """The function of a command line. submitit pickles it, and its job has no handler for signals, which end it then,
+    until the pickle is loaded; so the pickle has the function's name, and the job imports its module, and with that
+    torch, when it calls the function."""
+
+    def __init__(self, function: Callable[[Any], int | None]):
+        self.function = function
+
+    def __call__(self, config: Any) -> int | None:
+        return self.function(config)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        spec = self.function.__globals__["__spec__"]  # `__name__` of a module that runs as a program is __main__
+        return (_Named, (spec.name, self.function.__name__)) if spec else (_Program, (self.function,))
+
+
+@dataclass(frozen=True)
+class _Named:
+    module: str
+    name: str
+
+    def __call__(self, config: Any) -> int | None:
+        return getattr(importlib.import_module(self.module), self.name)(config)
 
 
 def of_words(function: Callable[[list[str]], None]) -> Callable[[], None]:

@@ -57,8 +57,8 @@ def main(config: EvaluateConfig) -> None:
         device = str(joined) if device == "auto" else device
         context = ParallelContext.create(tp=world_size())
     try:
-        model = load_any_model(config.checkpoint, device, config.precision, context, fp8_weights=config.fp8_weights)
         tokenizer = load_tokenizer(config.tokenizer, config.checkpoint)
+        model = load_any_model(config.checkpoint, device, config.precision, context, fp8_weights=config.fp8_weights)
         result: dict[str, Any] = {"checkpoint": config.checkpoint}
         if config.manifest:
             result |= held_out_figures(config, model, tokenizer)
@@ -81,6 +81,12 @@ def check(config: EvaluateConfig) -> TaskSet | None:
         problems += error.problems
     if not config.manifest and not config.tasks:
         problems.append("manifest is not set: name the manifest.json of held-out shards, or tasks")
+    for setting in ("manifest", "train_manifest"):
+        try:
+            if getattr(config, setting):
+                Manifest.load(getattr(config, setting))
+        except InputError as error:
+            problems += [f"{setting}: {problem}" for problem in error.problems]
     for setting in ("max_document_tokens", "sequence_tokens"):
         if getattr(config, setting) == 1:
             problems.append(f"{setting}=1 must be 0 or at least 2: nothing predicts the first token of a sequence")
@@ -187,35 +193,23 @@ def problems_in_training(config: TrainConfig) -> list[str]:
     return problems
 
 
-def evaluate_in_training(
-    engine: Engine, config: TrainConfig, progress: Callable[[int, int], None] = lambda documents, tokens: None
-) -> dict[str, Any]:
-    """`evaluated` with the engine's model."""
-    with engine.whole_weights():
-        return evaluated(engine.model, config, progress)
-
-
-def evaluated(model: Model, config: TrainConfig, progress: Callable[[int, int], None]) -> dict[str, Any]:
+def evaluate_in_training(engine: Engine, config: TrainConfig, progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Held-out figures, task scores and generated texts, by their names in the journal.
 
     Every rank evaluates the same documents, so that engines that gather parameters in the forward pass stay in step.
     progress(n, tokens): called after each batch of n documents or requests, of so many tokens.
     """
-    evaluation, found = config.evaluation, {}
-    if evaluation.manifest:
-        found |= held_out_loss(model, config, progress)
-    if evaluation.prompts:
-        tokenizer = read_tokenizer(tokenizer_file(config.data.manifest))
-        found["texts"] = continue_texts(model, tokenizer, evaluation.prompts, evaluation.prompt_tokens)
-    if evaluation.tasks:
-        scores = run_tasks(
-            model,
-            read_tokenizer(tokenizer_file(config.data.manifest)),
-            _tasks_in_training(config),
-            limit=evaluation.task_documents,
-            progress=progress,
-        )
-        found |= journal_names(scores)
+    model, evaluation, found = engine.model, config.evaluation, {}
+    with engine.whole_weights():
+        if evaluation.manifest:
+            found |= held_out_loss(model, config, progress)
+        if evaluation.prompts:
+            tokenizer = read_tokenizer(tokenizer_file(config.data.manifest))
+            found["texts"] = continue_texts(model, tokenizer, evaluation.prompts, evaluation.prompt_tokens)
+        if evaluation.tasks:
+            tokenizer, tasks = read_tokenizer(tokenizer_file(config.data.manifest)), _tasks_in_training(config)
+            limit = evaluation.task_documents
+            found |= journal_names(run_tasks(model, tokenizer, tasks, limit=limit, progress=progress))
     return found
 
 

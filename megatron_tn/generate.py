@@ -77,8 +77,8 @@ class Job:
             model, rows, together=config.together, check_every=config.check_every, chunk=config.prefill_chunk
         )
 
-    def ids(self, text: str) -> list[int]:
-        """The tokens of `text`, which follow those of state= or begin a document."""
+    def ids(self, text: str, name: str) -> list[int]:
+        """The tokens of `text`, which follow those of state= or begin a document. name: of the text, in errors."""
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         before = 0
         if self.beginning is None:
@@ -89,7 +89,7 @@ class Job:
             check_ids(ids, self.model.config.vocab_size)
             check_length(self.model, before + len(ids), self.config.max_new_tokens)
         except ValueError as error:
-            raise ConfigError(f"checkpoint={self.config.checkpoint} cannot continue this text: {error}") from None
+            raise ConfigError(f"checkpoint={self.config.checkpoint} cannot continue {name}: {error}") from None
         return ids
 
     def prefix(self, ids: list[int]) -> Prefix:
@@ -111,7 +111,7 @@ class Job:
     def continue_prompt(self) -> None:
         """Print the prompt and its continuation as it comes; several of them one after the other."""
         config = self.config
-        ids, prefix = self.ids(config.prompt), self.beginning
+        ids, prefix = self.ids(config.prompt, "prompt"), self.beginning
         if config.save_state:
             ids, prefix = [], self.prefix(ids)
             save_prefix(prefix, self.model, config.save_state)
@@ -138,7 +138,8 @@ class Job:
         def requests() -> Iterator[Request]:
             for index, record in enumerate(records):
                 numbers = range(max(index * config.samples, first), (index + 1) * config.samples)
-                ids, prefix = self.ids(record[config.text_key]), self.beginning
+                name = f"text {index + 1} of prompts={config.prompts}" if config.prompts else "prompt"
+                ids, prefix = self.ids(record[config.text_key], name), self.beginning
                 if len(numbers) > 1:
                     ids, prefix = [], self.prefix(ids)  # once for all samples
                 for number in numbers:
@@ -196,12 +197,21 @@ def check(config: GenerateConfig) -> None:
         added = {config.output_key, END} | ({SAMPLE} if config.samples > 1 else set())
         problems += prompt_problems(config.prompts, config.text_key, added)
     if config.state and not Path(config.state).is_file():
-        problems.append(f"state={config.state} cannot be read: there is no such file")
+        why = (
+            "it is a folder: name a file that save_state wrote"
+            if Path(config.state).is_dir()
+            else "there is no such file"
+        )
+        problems.append(f"state={config.state} cannot be read: {why}")
     if len({config.output_key, END, SAMPLE, config.text_key}) < 4:
         problems.append(f"output_key={config.output_key} must be none of {config.text_key!r}, {END!r} and {SAMPLE!r}")
     for name in ("output", "save_state"):
         problems += unwritable(name, getattr(config, name))
-    problems += output_problems(config.output, config.resume)
+    read = {name: value for name in ("prompts", "state", "tokenizer") if (value := getattr(config, name))}
+    problems += output_problems(config.output, config.resume, read, config.output_key)
+    for name in ("prompt", "stop"):
+        if any("\ud800" <= character <= "\udfff" for character in getattr(config, name)):
+            problems.append(f"{name}={getattr(config, name)!r} is no text: it has bytes that are not UTF-8")
     if world_size() > 1 and config.device not in ("auto", "cpu"):
         problems.append(f"device={config.device}: each of {world_size()} processes takes its own; use auto or cpu")
     if problems:

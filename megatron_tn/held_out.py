@@ -32,9 +32,7 @@ def problems_of_held_out(manifest: Manifest, setting: str, vocab_size: int) -> l
     return []
 
 
-def held_out_loss(
-    model: Model, config: TrainConfig, progress: Callable[[int, int], None] = lambda documents, tokens: None
-) -> dict[str, float]:
+def held_out_loss(model: Model, config: TrainConfig, progress: Callable[[int, int], None]) -> dict[str, float]:
     """For the training loop: held-out figures, by the names that the journal has for them. Every rank evaluates the
     same documents, so that engines that gather parameters in the forward pass stay in step. progress(n, tokens): told
     of n more documents done, of so many tokens."""

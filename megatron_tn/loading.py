@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from data_pipeline.shards.manifest import Manifest
 from megatron_tn.checkpoint.load import CheckpointWeights, model_of
-from megatron_tn.checkpoint.manifest import MANIFEST
+from megatron_tn.checkpoint.manifest import FORMAT, MANIFEST, format_of
 from megatron_tn.config import ConfigError
 from megatron_tn.device.allocator import use_expandable_segments
 from megatron_tn.model.base import Model
@@ -38,7 +38,7 @@ def load_any_model(
     if device.startswith("cuda"):
         use_expandable_segments()  # a Transformer's cache grows by a window at a time
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).tolist()  # the meta device holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"device={device} is not available here: {str(error).splitlines()[0]}") from None
     with open_weights(directory) as weights:
@@ -64,10 +64,12 @@ def load_tokenizer(path: str, checkpoint: str) -> Tokenizer:
     Raises:
         ConfigError: there is none, or it cannot be read.
     """
-    place = tokenizer_path(path, checkpoint)
-    if place is None:
-        raise ConfigError(f"tokenizer={path!r}: no tokenizer.json is there or beside checkpoint={checkpoint}")
-    return read_tokenizer(place)
+    if (place := tokenizer_path(path, checkpoint)) is not None:
+        return read_tokenizer(place)
+    if not path:
+        raise ConfigError(f"tokenizer is not set, and no tokenizer.json is beside checkpoint={checkpoint}")
+    why = "is a folder: name a tokenizer.json" if Path(path).is_dir() else "is not there: name a tokenizer.json"
+    raise ConfigError(f"tokenizer={path} {why}")
 
 
 def read_tokenizer(place: Path) -> Tokenizer:
@@ -75,7 +77,7 @@ def read_tokenizer(place: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(place))
     except Exception as error:  # the library raises nothing narrower
-        raise ConfigError(f"tokenizer={place} cannot be read: {error}") from None
+        raise ConfigError(f"tokenizer={place} cannot be read as a tokenizer.json: {error}") from None
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -103,13 +105,20 @@ def other_tokenizer(manifest: Manifest, setting: str, path: str, checkpoint: str
     return [f"{setting} was made with another tokenizer than {ours}, that of checkpoint={checkpoint}"]
 
 
-def resolve_checkpoint(path: str) -> Path:
+def resolve_checkpoint(path: str, setting: str = "checkpoint") -> Path:
+    """The folder of weights that `path`, the value of `setting`, names: a released model's, a checkpoint, or the newest
+    one of a run. Raises ConfigError where there is none."""
     if not path:
-        raise ConfigError("checkpoint is not set: name a checkpoint's folder or a released model's")
+        raise ConfigError(f"{setting} is not set: name a checkpoint's folder or a released model's")
     directory = Path(path)
     weights = (path for pattern in ("*.safetensors", "pytorch_model*.bin") for path in directory.glob(pattern))
     if (directory / "config.json").is_file() and any(weights):
         return directory
     if found := find_checkpoint(directory):
+        if (kind := format_of(found)) not in (FORMAT, ""):
+            raise ConfigError(
+                f"{setting}={path}: no checkpoint, run or released model is there: {found / MANIFEST} is of the format "
+                f"{kind!r}, not {FORMAT!r}"
+            )
         return found
-    raise ConfigError(f"checkpoint={path}: no checkpoint, run or released model is there")
+    raise ConfigError(f"{setting}={path}: no checkpoint, run or released model is there")

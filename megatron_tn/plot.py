@@ -5,7 +5,8 @@ python -m megatron_tn.plot runs/first                            writes runs/fir
 python -m megatron_tn.plot runs/decay runs/other output=all.png  a sweep's folder stands for all runs below it
 python -m megatron_tn.plot ours.json theirs.json                 files of evaluate's output=: losses by position
 
-Runs that differ in their seed alone share a row (mean ± standard deviation) and a curve (mean and range).
+Runs that differ in their seed alone share a row (mean ± standard deviation) and a curve (mean and range); of several
+with one seed the last one trained counts, which is said.
 `python -m launch.compare` writes the same as a page.
 """
 
@@ -89,6 +90,8 @@ def compare(
         for row in rows:
             table.add_row(*row)
         Console(highlight=False, markup=False).print(table)
+    for note in (note for group in groups for note in group.notes()):
+        print(note)
     if draw({group.name: group.runs for group in groups}, output, evaluated):
         print(f"wrote {output}")
     return groups

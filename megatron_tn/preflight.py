@@ -117,14 +117,14 @@ def folder_of_weights(config: TrainConfig) -> Path:
     Raises:
         ConfigError: there is none, or it holds another model.
     """
-    setting = f"init_from={config.init_from}"
+    setting, directory = f"init_from={config.init_from}", resolve_checkpoint(config.init_from, "init_from")
     try:
-        directory = resolve_checkpoint(config.init_from)
-    except ConfigError:
-        raise ConfigError(f"{setting}: no checkpoint, run or released model is there") from None
-    with open_weights(directory) as weights:
-        if changed := model_differences(weights.config, config.model):
-            raise ConfigError([f"{setting} holds another model: {line}" for line in changed])
+        with open_weights(directory) as weights:
+            changed = model_differences(weights.config, config.model)
+    except ConfigError as error:
+        raise ConfigError([f"{setting} cannot be read: {problem}" for problem in error.problems]) from None
+    if changed:
+        raise ConfigError([f"{setting} holds another model: {line}" for line in changed])
     return directory
 
 

@@ -96,7 +96,10 @@ def model_hash(directory: Path) -> str:
     released model's config and weights."""
     files = [directory / MANIFEST]
     if not files[0].is_file():
-        files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
+        files = [
+            directory / "config.json",
+            *(sorted(directory.glob("*.safetensors")) or sorted(directory.glob("pytorch_model*.bin"))),
+        ]
     found = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:

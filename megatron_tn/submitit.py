@@ -4,16 +4,20 @@ submitit sends a job SIGUSR2 ahead of its time limit, and requeues it at once, w
 any such signal for a time-out once min(0.8 T, T - 10 minutes) of a time limit T have passed, so in a job of ten minutes
 or less also a preemption in its first second; and hydra's launcher allows no time-out (max_num_timeout=0): the job is
 given up. Here the signal is SIGUSR1, which the trainer takes (training/preemption.py): it saves, stops, and then calls
-submitit's handler; and time-outs are allowed.
+submitit's handler; and time-outs are allowed. Before a job has unpickled its function there is no handler, and the
+signal ends it for good: so the pickle imports little (`cli._Program`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
-from collections.abc import Sequence
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
 
-from megatron_tn.config import ConfigError
+from megatron_tn.config import ConfigError, redacted
 
 LAUNCHERS = ("hydra/launcher=submitit_slurm", "hydra/launcher=submitit_local")
 TIMEOUTS = "hydra.launcher.max_num_timeout"
@@ -33,6 +37,27 @@ def settings_for_submitit(words: Sequence[str]) -> list[str]:
     if importlib.util.find_spec("submitit") is None:
         raise ConfigError(f"{chosen[0]} needs the extra submitit: pip install --no-build-isolation -e '.[submitit]'")
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
-    if any(word.lstrip("+").startswith(f"{TIMEOUTS}=") for word in words) or chosen[0] != LAUNCHERS[0]:
-        return []
-    return [f"{TIMEOUTS}={MOST}"]
+    added = {"hydra.launcher.name": "megatron_tn"}  # hydra's is that of this file
+    if chosen[0] == LAUNCHERS[0]:
+        added[TIMEOUTS] = str(MOST)
+    said = {word.lstrip("+").partition("=")[0] for word in words}
+    return [f"{name}={value}" for name, value in added.items() if name not in said]
+
+
+@contextlib.contextmanager
+def failure_is_told() -> Iterator[None]:
+    """In a job of submitit, an exit code above 0 becomes an error, which ends the sweep's command: SystemExit would end
+    the job without a result, and where sacct does not work the command would wait for one for ever. Other errors go
+    into the job's log; Hydra would hand them to the command alone."""
+    try:
+        yield
+    except SystemExit as stop:
+        if "SUBMITIT_EXECUTOR" not in os.environ or not isinstance(stop.code, int) or stop.code <= 0:
+            raise
+        from submitit import JobEnvironment
+
+        raise RuntimeError(f"exit code {stop.code}: {JobEnvironment().paths.stderr} says why") from None
+    except Exception as error:
+        if "SUBMITIT_EXECUTOR" in os.environ:
+            print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr, flush=True)
+        raise

@@ -62,7 +62,7 @@ def make_run(path: Path) -> RunFolder:
     records.sort(key=lambda one: one["step"])
     killed = [record(step, 1e9) for step in range(61, 71)]  # steps of the first start that the second one repeats
     run.journal.superseded.write_text("".join(json.dumps(one) + "\n" for one in killed))
-    run.journal.append([*records, {"step": 100, "stop/state": "failed", "time": 1e9 + 530}])
+    run.journal.append([*records, {"step": 100, "stop/state": "failed", "stop/error": HOSTILE, "time": 1e9 + 530}])
     run.write_status("failed", 100, error=f"rank 0 stops: {HOSTILE}")
     submission = Submission.new(run)
     submission.record({"jobs": ["17"], "revision": "0123abc"})
@@ -83,7 +83,7 @@ def test_the_page_of_a_run_in_a_browser(tmp_path, capsys):
         assert run("return performance.getEntriesByType('resource').length") == 0
         assert run("return document.querySelectorAll('script, link, img, [src]').length") == 0
         said = run("return document.body.textContent")
-        assert said.count(HOSTILE) >= 7  # error, prompt, text, task, requeue, traceback, setting
+        assert said.count(HOSTILE) >= 8  # error twice, prompt, text, task, requeue, traceback, setting
         titles = run("return [...document.querySelectorAll('h2')].map(each => each.textContent)")
         assert {"Goodput", "Loss", "Throughput", "Memory", "Progress", "Starts", "Rewinds"} <= set(titles)
         assert {"Memory of a GPU", "Generated texts", "Failures", "Settings", "Submissions", "Requeues"} <= set(titles)
@@ -102,7 +102,10 @@ def test_the_page_of_a_run_in_a_browser(tmp_path, capsys):
         starts = "[...document.querySelectorAll('h2')].find(each => each.textContent == 'Starts').nextElementSibling"
         rows = run(f"return [...{starts}.nextElementSibling.querySelectorAll('tr')].map(each => each.innerText)")
         cells = [row.split("\t") for row in rows[1:]]
-        assert [row[2:4] + row[5:] for row in cells] == [["0", "70", "without a word"], ["60", "100", "failed"]]
+        assert [row[2:4] + row[5:] for row in cells] == [
+            ["0", "70", "without a word"],
+            ["60", "100", f"failed: {HOSTILE}"],
+        ]
         colours = []
         for scheme in ("light", "dark"):
             features = [{"name": "prefers-color-scheme", "value": scheme}]
@@ -137,6 +140,7 @@ def test_marks_and_series_of_a_journal(tmp_path):
     assert (rewind["kind"], rewind["step"]) == ("rewind", 78)
     series = series_of([*records, {"step": 101, "loss": None}])
     assert series["starts"] == (list(range(1, 102)), [1] * 60 + [2] * 41)
+    assert series_of(records, [1e9 - 20, 1e9, 1e9 + 300])["starts"][1][-1] == 3  # one of superseded steps
     assert series["perplexity"][1][0] == pytest.approx(math.exp(10))
     assert math.isnan(series["loss"][1][-1])
     assert series["tokens_per_second_per_gpu"][1] == [250.0] * 100

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import pickle
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 
-from megatron_tn.submitit import MOST, settings_for_submitit
+from megatron_tn import train as module
+from megatron_tn.cli import _Program
+from megatron_tn.submitit import MOST, failure_is_told, settings_for_submitit
 from megatron_tn.train import main as train
-from tests.helpers.training import call
+from tests.helpers.training import ROOT, call
 
 CHOSEN = "hydra/launcher=submitit_slurm"
 
@@ -24,10 +30,35 @@ def submitit(monkeypatch):
 def test_a_job_may_time_out_and_is_signalled_as_the_trainer_listens(submitit):
     assert settings_for_submitit(["model=demo"]) == []
     assert "SUBMITIT_PREEMPT_SIGNAL" not in os.environ
-    assert settings_for_submitit([CHOSEN, "model=demo"]) == [f"hydra.launcher.max_num_timeout={MOST}"]
+    name = "hydra.launcher.name=megatron_tn"
+    assert settings_for_submitit([CHOSEN, "model=demo"]) == [name, f"hydra.launcher.max_num_timeout={MOST}"]
     assert os.environ["SUBMITIT_PREEMPT_SIGNAL"] == "USR1"
-    assert settings_for_submitit([CHOSEN, "hydra.launcher.max_num_timeout=3"]) == []
-    assert settings_for_submitit(["hydra/launcher=submitit_local"]) == []
+    assert settings_for_submitit([CHOSEN, "hydra.launcher.max_num_timeout=3"]) == [name]
+    assert settings_for_submitit(["hydra/launcher=submitit_local", "hydra.launcher.name=mine"]) == []
+
+
+def test_what_a_job_unpickles_before_it_listens_for_signals_imports_no_torch():
+    """Also after the requeue, for which submitit pickles it again."""
+    script = """if True:
+        import pickle, sys
+        program = pickle.loads(sys.stdin.buffer.read())
+        assert pickle.loads(pickle.dumps(program)) == program
+        print(program.module, program.name, "torch" in sys.modules)"""
+    pickled = pickle.dumps(_Program(module.train))
+    done = subprocess.run([sys.executable, "-c", script], input=pickled, capture_output=True, cwd=ROOT)
+    assert done.stdout == b"megatron_tn.train train False\n", done.stderr
+
+
+@pytest.mark.parametrize(("code", "kind"), [(2, RuntimeError), (0, SystemExit), (-1, SystemExit)])
+def test_a_job_that_fails_has_a_result_and_one_that_is_requeued_has_none(monkeypatch, capsys, code, kind):
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    there = SimpleNamespace(paths=SimpleNamespace(stderr="sweep/.submitit/17_0/log.err"))
+    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(JobEnvironment=lambda: there))
+    with pytest.raises(kind, match=str(code)), failure_is_told():
+        sys.exit(code)
+    with pytest.raises(ValueError, match="odd"), failure_is_told():
+        raise ValueError("odd")
+    assert capsys.readouterr().err.endswith("ValueError: odd\n")
 
 
 def test_without_the_extra_it_is_named(monkeypatch, capsys):

@@ -81,12 +81,19 @@ class Manifest:
         remote, name = _open_remote(str(path), cache, cache_bytes)
         path = Path(path) if remote is None else remote.folder / name
         try:
-            content = CONTENT.validate_json(path.read_bytes())
+            written = path.read_bytes()
+            content = CONTENT.validate_json(written)
         except IsADirectoryError:
-            raise InputError(f"manifest {path}: it is a folder; name the file {path / 'manifest.json'}") from None
+            inside = path / "manifest.json"
+            name = f"name the file {inside}" if inside.is_file() else "name the manifest.json of shards"
+            raise InputError(f"manifest {path}: it is a folder; {name}") from None
         except OSError as error:
             raise InputError(f"manifest {path}: {error.strerror or error}") from None
         except ValidationError as error:
+            if (found := _format(written)) is not None and found != FORMAT:
+                raise InputError(
+                    f"manifest {path}: format={found!r} is not {FORMAT!r}: no manifest of shards"
+                ) from None
             raise InputError(
                 *(
                     f"manifest {path}: {'.'.join(map(str, e['loc'])) or 'document'}={_short(e['input'])}: {e['msg']}"
@@ -246,6 +253,15 @@ def _open_remote(path: str, cache: str | Path | None, cache_bytes: int) -> tuple
     except (OSError, CacheFull) as error:
         raise InputError(f"manifest {path}: {error}") from None
     return remote, name
+
+
+def _format(written: bytes) -> object:
+    """The value of "format" in the bytes of a JSON object, "" where it has none; None for what is no JSON object."""
+    try:
+        values = json.loads(written)
+    except (ValueError, RecursionError):
+        return None
+    return values.get("format", "") if isinstance(values, dict) else None
 
 
 def _refuse(where: str, problems: list[str]) -> None:

@@ -3,7 +3,6 @@ layout. `pipeline` lists its stages."""
 
 from data_pipeline.errors import InputError
 from data_pipeline.shards.manifest import Manifest
-from data_pipeline.shards.reading import StoredDocument, read_documents
 from data_pipeline.stream.corpus import Corpus, Document, DocumentStage
 from data_pipeline.stream.loader import BatchLoader
 from data_pipeline.stream.mixture import Mixture
@@ -19,30 +18,3 @@ from data_pipeline.stream.sample import IGNORED, Batch, Sample, batches_hash
 from data_pipeline.stream.score_filter import ScoreFilter
 from data_pipeline.stream.state import Ledger, StreamState
 from data_pipeline.stream.token_stream import DamageLimitError, TokenStream
-
-__all__ = [
-    "IGNORED",
-    "Batch",
-    "BatchLoader",
-    "Corpus",
-    "DamageLimitError",
-    "Document",
-    "DocumentStage",
-    "InputError",
-    "Ledger",
-    "Manifest",
-    "Mixture",
-    "Sample",
-    "ScoreFilter",
-    "StoredDocument",
-    "StreamState",
-    "TokenStream",
-    "batches",
-    "batches_hash",
-    "build_stream",
-    "compose",
-    "load_document_stage",
-    "load_filter",
-    "read_documents",
-    "token_stages",
-]

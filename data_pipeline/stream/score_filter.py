@@ -5,6 +5,7 @@ random access needs the number of kept tokens per shard: `KeptCounts`, counted o
 `python -m data_pipeline.stream.count` and cached beside the manifest.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -63,18 +64,20 @@ class ScoreFilter:
     def load(cls, text: str) -> "ScoreFilter":
         """A filter from a YAML file, or from inline JSON (beginning with a brace). Raises InputError, a line per
         problem."""
+        where = "filter" if text.lstrip().startswith("{") else f"filter {text}"
         try:
-            if text.lstrip().startswith("{"):
+            if where == "filter":
                 return FILTER.validate_json(text)
             return FILTER.validate_python(_read_yaml(Path(text)))
         except OSError as error:
-            raise InputError(f"filter {text}: {error.strerror or error}") from None
+            raise InputError(f"{where}: {error.strerror or error}") from None
         except ValidationError as error:
+            found = {".".join(map(str, e["loc"])) or "document": e for e in error.errors()}
+            if found.get("scores", {}).get("type") == "missing":
+                known = ", ".join(field.name for field in dataclasses.fields(cls))
+                raise InputError(f"{where}: it does not name its scores; a filter has {known}") from None
             raise InputError(
-                *(
-                    f"filter: {'.'.join(map(str, e['loc'])) or 'document'}={str(e['input'])[:SHOWN]!r}: {e['msg']}"
-                    for e in error.errors()
-                )
+                *(f"{where}: {key}={str(e['input'])[:SHOWN]!r}: {e['msg']}" for key, e in found.items())
             ) from None
         except (ValueError, RecursionError) as error:
             raise InputError(f"filter {text}: {' '.join(str(error).split())}") from None

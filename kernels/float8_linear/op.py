@@ -29,10 +29,11 @@ def float8_linear(x: Tensor, data: Tensor, scale: Tensor) -> Tensor:
             f"data is {list(data.shape)} {data.dtype}; it must be [N, {x.shape[-1]}] of {TYPE}, and x, {x.dtype}, "
             "of a floating type"
         )
-    if not data.is_contiguous() or scale.shape != data.shape[:1] or scale.dtype != torch.float32:
+    fits = scale.shape == data.shape[:1] and scale.dtype == torch.float32
+    if not (fits and scale.is_contiguous() and data.is_contiguous()):
         raise ValueError(
             f"data of strides {data.stride()} must be contiguous, and scale, {list(scale.shape)} {scale.dtype}, "
-            f"[{len(data)}] of torch.float32"
+            f"[{len(data)}] of torch.float32 and contiguous, with strides {scale.stride()}"
         )
     y = torch.ops.megatron_tn.float8_linear(x.reshape(-1, data.shape[1]), data, scale)
     return y.view(*x.shape[:-1], len(data))

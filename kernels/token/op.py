@@ -150,8 +150,9 @@ def _check(x: Tensor, weight: Tensor, scale: Tensor | None) -> None:
         raise ValueError(f"weight is {list(weight.shape)} {weight.dtype}; it must be [N, {x.shape[0]}] of {wanted}")
     if scale is not None and (scale.shape != weight.shape[:1] or scale.dtype != torch.float32):
         raise ValueError(f"a scale is {list(scale.shape)} {scale.dtype}; it must be [{len(weight)}] of torch.float32")
-    if not weight.is_contiguous():
-        raise ValueError(f"weight of strides {weight.stride()} must be contiguous")
+    for name, part in (("weight", weight), ("a scale", scale)):
+        if part is not None and not part.is_contiguous():
+            raise ValueError(f"{name} of strides {part.stride()} must be contiguous")
 
 
 def _backend(x: Tensor, scale: Tensor | None) -> str:

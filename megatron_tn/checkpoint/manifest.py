@@ -40,6 +40,7 @@ VERSION = 2
 MANIFEST = "manifest.json"
 MOMENTS = ["exp_avg", "exp_avg_sq"]  # default for older manifests without state_kinds
 SECTIONS = ("model", "engine", "data")  # sections of the run's config that readers of a checkpoint use
+SNIFFED = 256  # bytes of a manifest's beginning that name its format
 NAME = re.compile(r"step_\d{8,}(-again)?")  # see save.publish for -again
 
 
@@ -144,6 +145,17 @@ class CheckpointManifest:
     def forget(cls) -> None:
         """Free the manifest that was read last."""
         cls._parsed.cache_clear()
+
+
+def format_of(folder: Path) -> str:
+    """What the manifest.json in `folder` says that it is of, in its first bytes: FORMAT, or that of shards of training
+    data; "" where it does not say."""
+    try:
+        with (folder / MANIFEST).open("rb") as file:
+            found = re.search(rb'"format": *"([^"]*)"', file.read(SNIFFED))
+    except OSError:  # removed since it was seen
+        return ""
+    return found[1].decode(errors="replace") if found else ""
 
 
 def checkpoint_name(step: int) -> str:

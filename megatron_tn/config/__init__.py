@@ -9,25 +9,23 @@ annotations of the fields; relations.py has the relations between groups.
 """
 
 from data_pipeline.redaction import has_credentials, redacted, resolved, shown, storable
-from megatron_tn.config.bounds import MOST_SEED, out_of_bounds
+from megatron_tn.config.bounds import out_of_bounds
 from megatron_tn.config.checkpoint import CheckpointConfig
 from megatron_tn.config.cluster import ClusterConfig
 from megatron_tn.config.commands import (
     LOOP_WARM_UP,
     BenchmarkConfig,
-    BenchmarkSettings,
     ConvertConfig,
     EvaluateConfig,
     GenerateConfig,
     PlanConfig,
-    PlanSettings,
     ScoreConfig,
 )
 from megatron_tn.config.data import DataConfig
 from megatron_tn.config.engine import EngineConfig
 from megatron_tn.config.evaluation import EvaluationConfig
 from megatron_tn.config.guard import GuardConfig
-from megatron_tn.config.logging import LoggingConfig, WandbConfig
+from megatron_tn.config.logging import WandbConfig
 from megatron_tn.config.mapping import (
     ConfigError,
     differences,
@@ -49,50 +47,3 @@ from megatron_tn.config.parallel import ParallelConfig
 from megatron_tn.config.relations import device_problems
 from megatron_tn.config.run import TrainConfig, load
 from megatron_tn.config.schedule import ScheduleConfig
-
-__all__ = [
-    "LOOP_WARM_UP",
-    "MOST_SEED",
-    "BenchmarkConfig",
-    "BenchmarkSettings",
-    "CheckpointConfig",
-    "ClusterConfig",
-    "ConfigError",
-    "ConvertConfig",
-    "DataConfig",
-    "EngineConfig",
-    "EvaluateConfig",
-    "EvaluationConfig",
-    "GenerateConfig",
-    "GuardConfig",
-    "LoggingConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "ParallelConfig",
-    "PlanConfig",
-    "PlanSettings",
-    "ScheduleConfig",
-    "ScoreConfig",
-    "TrainConfig",
-    "WandbConfig",
-    "device_problems",
-    "differences",
-    "from_mapping",
-    "from_stored",
-    "has_credentials",
-    "known_keys",
-    "load",
-    "open_new",
-    "out_of_bounds",
-    "read_mapping",
-    "redacted",
-    "replacing",
-    "resolved",
-    "save",
-    "shown",
-    "storable",
-    "to_mapping",
-    "to_stored",
-    "unknown_key",
-    "unwritable",
-]

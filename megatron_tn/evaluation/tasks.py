@@ -12,7 +12,7 @@ import functools
 import logging
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +134,13 @@ def run_tasks(
     *,
     shots: int = -1,
     limit: int = 0,
-    progress: Callable[[int, int], None] = lambda requests, tokens: None,
-    **options: int,
+    **options: Any,
 ) -> dict[str, dict[str, float]]:
     """Task or group -> metric -> score; metrics of a filter of the task are named METRIC,FILTER. "samples" is the
     number of documents, METRIC_stderr the standard error.
 
     shots: examples in front of each question; -1: as many as the task says. limit: documents of each task, the first
-    ones; 0: all. options, progress: of `HarnessModel`. Few-shot examples depend on SEED alone, and no random state is
+    ones; 0: all. options: of `HarnessModel`. Few-shot examples depend on SEED alone, and no random state is
     changed. Collective: every rank gets the scores.
     """
     from lm_eval.evaluator import evaluate
@@ -156,7 +155,7 @@ def run_tasks(
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the bootstrap would fork a process that has threads
     with random_states_kept(), _quiet():
         found = evaluate(
-            HarnessModel(model, tokenizer, progress=progress, **options),
+            HarnessModel(model, tokenizer, **options),
             tasks,
             limit=limit or None,
             bootstrap_iters=RESAMPLES,

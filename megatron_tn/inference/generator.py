@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from megatron_tn.device.host_copy import HostCopy
 from megatron_tn.inference.decoder import build_decoder
 from megatron_tn.inference.prefill import CHUNK
-from megatron_tn.inference.prefix import Prefix, check_ids
+from megatron_tn.inference.prefix import Prefix, as_ids, check_ids
 from megatron_tn.inference.sampler import Sampler
 from megatron_tn.inference.uniform import stream_key
 from megatron_tn.model.base import Model, has_fixed_state
@@ -24,9 +24,12 @@ FED_PER_ROW = 8  # tokens
 class Request:
     """A sequence to continue by up to `max_new_tokens` ids, ending before the model's eos_id.
 
-    prompt: a list of ids, which follow `prefix`; together they hold at least one token.
+    prompt: a list, array or tensor of ids, which follow `prefix`; together they hold at least one token.
     seed, number: the key of the random numbers. Requests that differ in neither, with equal prompts, get equal ids.
     until: called with each new id; True ends the sequence behind it.
+
+    Raises:
+        ValueError: a prompt of something else, or a number that is out of its range, one or several of them.
     """
 
     prompt: Sequence[int] = ()
@@ -40,6 +43,12 @@ class Request:
     def __post_init__(self) -> None:
         if isinstance(self.prompt, int):
             raise ValueError(f"the prompt {self.prompt} is an id: give a list of prompts, each a list of ids")
+        object.__setattr__(self, "prompt", as_ids(self.prompt))
+        problems = self.sampler.problems()
+        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 0:
+            problems.append(f"max_new_tokens={self.max_new_tokens} must be at least 0, and whole")
+        if problems:
+            raise ValueError("; ".join(problems))
 
 
 class Piece(NamedTuple):
@@ -90,15 +99,24 @@ class Generator:
         self.model = model
         self.chunk = chunk
         self.feed_below = feed_below if feed_below is not None else FED_PER_ROW * rows * cuda
+        self._streams = 0  # begun so far
         self._lanes = [_Lane(self, together, check_every, int(cuda)) for _ in range(-(-rows // together))]
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Piece]:
         """The continuations, piece by piece, of several requests at a time. One stream of a Generator at a time.
 
         Raises:
+            RuntimeError: a later stream of this Generator has begun.
             ValueError: a prompt without tokens, with an id outside the vocabulary, or too long for model.max_length.
         """
-        waiting = enumerate(requests)
+        self._streams += 1
+        this = self._streams
+        for piece in self._pieces(enumerate(requests)):
+            yield piece
+            if self._streams != this:
+                raise RuntimeError("another stream of this Generator has begun, which took its rows")
+
+    def _pieces(self, waiting: Iterator[tuple[int, Request]]) -> Iterator[Piece]:
         for lane in self._lanes:
             lane.clear()
         while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -26,8 +27,9 @@ class Prefix:
         """`before` and then `ids`. chunk: see `prefill`. Collective over tensor parallelism.
 
         Raises:
-            ValueError: there are no tokens, or an id outside the vocabulary.
+            ValueError: there are no tokens, they are no ids, or an id outside the vocabulary.
         """
+        ids = as_ids(ids)
         if before is not None:
             if not ids:
                 return before
@@ -42,6 +44,14 @@ class Prefix:
     def length(self) -> int:
         """Number of tokens."""
         return 1 if self.state is None else self.state.position + 1
+
+
+def as_ids(ids: Sequence[int]) -> list[int]:
+    """A sequence of ids, a tensor [N] or an array as a list. Raises ValueError for what holds something else."""
+    try:
+        return [operator.index(each) for each in (ids.tolist() if hasattr(ids, "tolist") else ids)]
+    except TypeError:
+        raise ValueError(f"a prompt is a list of ids, not {ids!r:.60}") from None
 
 
 def check_ids(ids: Collection[int], vocab_size: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -82,11 +82,27 @@ def _line(record: dict[str, Any]) -> bytes:
         return (json.dumps(record) + "\n").encode()
 
 
-def output_problems(path: str, resume: bool) -> list[str]:
-    """Why continuations cannot be written to output=`path` beyond `config.unwritable`."""
-    if not resume and path and Path(path).is_file() and Path(path).stat().st_size:
+def output_problems(path: str, resume: bool, read: Mapping[str, str], output_key: str) -> list[str]:
+    """Why continuations cannot be written to output=`path` beyond `config.unwritable`. read: other settings -> files
+    that are read. output_key: a key that every line of earlier output has."""
+    if not path or not Path(path).is_file():
+        return []
+    same = [f"output={path} is {name}={file} itself" for name, file in read.items() if _is_file(file, path)]
+    if same or not Path(path).stat().st_size:
+        return same
+    if not resume:
         return [f"output={path} exists: resume=true goes on behind its last line; or name another file"]
-    return []
+    with Path(path).open("rb") as file:
+        first = file.readline()
+    try:
+        own = first.endswith(b"\n") and output_key in json.loads(first)
+    except (ValueError, TypeError, RecursionError):
+        own = False
+    return [] if own else [f"output={path} does not begin with a line that has {output_key}: resume=true cannot go on"]
+
+
+def _is_file(one: str, other: str) -> bool:
+    return Path(one).is_file() and Path(one).samefile(other)
 
 
 def whole_lines(path: str) -> tuple[int, int]:

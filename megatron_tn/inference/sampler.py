@@ -12,6 +12,8 @@ from torch import Tensor
 
 from kernels import sample_tokens
 
+MOST_PENALTY = 1e30  # logits are multiplied by it in fp32
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -35,12 +37,13 @@ class Sampler:
         found = []
         if not 0 <= self.temperature < math.inf:
             found.append(f"temperature={self.temperature} must be at least 0, and finite")
-        if self.top_k < 0:
-            found.append(f"top_k={self.top_k} must be at least 0")
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            found.append(f"top_k={self.top_k} must be at least 0, and whole")
         if not 0 < self.top_p <= 1:
             found.append(f"top_p={self.top_p} must be above 0 and at most 1")
-        if not 0 < self.repetition_penalty < math.inf:
-            found.append(f"repetition_penalty={self.repetition_penalty} must be above 0, and finite")
+        if not 1 / MOST_PENALTY <= self.repetition_penalty <= MOST_PENALTY:
+            between = f"from {1 / MOST_PENALTY:g} to {MOST_PENALTY:g}"
+            found.append(f"repetition_penalty={self.repetition_penalty} must be above 0, and {between}")
         return found
 
 

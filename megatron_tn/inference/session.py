@@ -43,7 +43,7 @@ class Session:
             ValueError: an id outside the vocabulary.
         """
         if len(ids):
-            self.prefix = Prefix.of(self.model, list(ids), self.prefix, self.chunk)
+            self.prefix = Prefix.of(self.model, ids, self.prefix, self.chunk)
 
     def ask(
         self,

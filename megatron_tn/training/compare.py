@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.summary import figures_of
 
 # Settings that change neither the model nor what it learns from.
-ASIDE = ("seed", "run_dir", "nodes", "stop_after", "hang_timeout_s", "distributed_timeout_s")
+ASIDE = ("run_dir", "nodes", "stop_after", "hang_timeout_s", "distributed_timeout_s")
 GROUPS_ASIDE = ("logging.", "checkpoint.", "cluster.", "guard.")
 MOST_SETTINGS = 4  # in a group's name; runs with less in common are named by their folders
 # Figure -> column title and format.
@@ -33,10 +33,16 @@ ORDER = ("heldout_bits_per_byte", "heldout_loss", "loss")  # the first figure th
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of equal settings but for the seed. name: the settings that set it apart, as on a command line."""
+    """Runs of equal settings but for the seed. name: the settings that set it apart, as on a command line. repeated:
+    pairs of a run that is left out, and the later one of the same seed in `runs`."""
 
     name: str
     runs: list[RunFolder]
+    repeated: list[tuple[RunFolder, RunFolder]] = field(default_factory=list)
+
+    def notes(self) -> list[str]:
+        """A line for each run that is left out."""
+        return [f"{run} is left out: {last} is a later run of its settings and seed" for run, last in self.repeated]
 
     def values(self, figure: str) -> list[float]:
         """The figure of every run that has it (see `summary.figures_of`)."""
@@ -45,16 +51,26 @@ class Group:
 
 def groups_of(runs: Sequence[RunFolder]) -> list[Group]:
     """Best first: by held-out bits per byte, or held-out loss, or loss, whichever all groups have."""
-    settings = [_settings(run) for run in runs]
-    keys = [json.dumps(values, sort_keys=True) for values in settings]
-    firsts = {key: settings[index] for index, key in reversed(list(enumerate(keys)))}
-    members = {key: [run for run, own in zip(runs, keys, strict=True) if own == key] for key in dict.fromkeys(keys)}
-    names = group_names(
-        [firsts[key] for key in members], [[run.path.name for run in found] for found in members.values()]
-    )
-    groups = [Group(name, found) for name, found in zip(names, members.values(), strict=True)]
+    members: dict[str, list[RunFolder]] = {}
+    settings, seeds = {}, {}
+    for run in runs:
+        values = _settings(run)
+        seeds[run] = values.pop("seed")
+        key = json.dumps(values, sort_keys=True)
+        settings.setdefault(key, values)
+        members.setdefault(key, []).append(run)
+    names = group_names(list(settings.values()), [[run.path.name for run in found] for found in members.values()])
+    groups = [_group(name, found, seeds) for name, found in zip(names, members.values(), strict=True)]
     figures = [figure for figure in ORDER if all(group.values(figure) for group in groups)]
     return sorted(groups, key=lambda group: _rank(group, figures[0])) if figures else groups
+
+
+def _group(name: str, runs: Sequence[RunFolder], seeds: Mapping[RunFolder, int | str]) -> Group:
+    """Of runs of one seed the one that was trained last."""
+    by_time = sorted(runs, key=lambda run: max((record.get("time", 0.0) for record in run.journal.tail()), default=0.0))
+    last = {seeds[run]: run for run in by_time}
+    repeated = [(run, last[seeds[run]]) for run in runs if last[seeds[run]] is not run]
+    return Group(name, [run for run in runs if last[seeds[run]] is run], repeated)
 
 
 def table_of(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
@@ -80,11 +96,12 @@ def _rank(group: Group, figure: str) -> float:
 
 
 def _settings(run: RunFolder) -> dict[str, Any]:
-    """Dotted name -> value of what may change a run's result; the folder's name where it has no (readable) settings."""
+    """Dotted name -> value of what may change a run's result, and of the seed; the folder's name and path where it has
+    no (readable) settings."""
     try:
         values = flat(to_mapping(run.frozen_config()))
     except ConfigError:
-        return {"run": run.path.name}
+        return {"run": run.path.name, "seed": str(run.path)}
     return {key: value for key, value in values.items() if key not in ASIDE and not key.startswith(GROUPS_ASIDE)}
 
 

@@ -38,6 +38,8 @@ def problems_before_start(
             f"model.vocab_size={config.model.vocab_size} is smaller than the {tokenizer_vocab} entries of the "
             f"tokenizer that made data.manifest={config.data.manifest}"
         )
+    if (other := RunFolder(config.run_dir).other_use()) is not None:
+        found.append(f"run_dir={config.run_dir} is the folder of {other}: name another for the run")
     checkpoints = RunFolder(config.run_dir).checkpoints.absolute()
     existing = next(folder for folder in (checkpoints, *checkpoints.parents) if folder.exists())
     if not existing.is_dir():

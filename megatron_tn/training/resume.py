@@ -91,7 +91,8 @@ def choose_start(config: TrainConfig, folder: RunFolder, *, requeued: bool) -> S
     checkpoint = folder.saved().get(int(asked)) if asked.isdecimal() else find_checkpoint(Path(asked)) or Path(asked)
     if not asked.strip() or checkpoint is None or not checkpoint.is_dir():
         steps = ", ".join(map(str, folder.saved())) or "none"
-        raise ConfigError(f"checkpoint.resume={asked} does not exist; run_dir={config.run_dir} has steps: {steps}")
+        why = "is a file, not a checkpoint's folder" if checkpoint and checkpoint.is_file() else "does not exist"
+        raise ConfigError(f"checkpoint.resume={asked} {why}; run_dir={config.run_dir} has steps: {steps}")
     try:
         start = Start.at(checkpoint, by_hand=True)
     except ConfigError as error:

@@ -82,13 +82,12 @@ class Run:
             first_for_all(self._take_folder)
             self._read_ahead()
             self.sampled_tflops = self._sample_matrix_rate()
+            limits = {"timeout_s": self.config.hang_timeout_s, "long_s": self.config.distributed_timeout_s}
+            self.watchdog = Watchdog(self.folder, self.progress, **limits)
         except BaseException:
             leave_world()
             self.folder.release()
             raise
-        self.watchdog = Watchdog(
-            self.folder, self.progress, timeout_s=self.config.hang_timeout_s, long_s=self.config.distributed_timeout_s
-        )
         self.watchdog.__enter__()
         self.status("running")  # last: after this, __exit__ is called and replaces the status
         return self

@@ -89,6 +89,15 @@ class RunFolder:
         """Whether a run has written to the folder."""
         return self.status_file.exists() or self.checkpoints.exists()
 
+    def other_use(self) -> str | None:
+        """What the folder is of, where it is not a run's and a run's files would be among its own; None otherwise."""
+        if self.is_there:
+            return None
+        if (self.path / MANIFEST).is_file():
+            return f"a checkpoint or of shards: it has a {MANIFEST}"
+        weights = next(iter(sorted(self.path.glob("*.safetensors"))), None) if self.config_file.is_file() else None
+        return None if weights is None else f"a released model: it has {self.config_file.name} and {weights.name}"
+
     def records(self, key: str = "step") -> list[dict[str, Any]]:
         """The journal's records that have `key`, in the order of writing."""
         return self.journal.read(key)
@@ -97,10 +106,10 @@ class RunFolder:
         """The records with `key` of steps that a resume or a rewind took back, in the order of taking back."""
         return read_records(self.journal.superseded, key=key)
 
-    def starts(self) -> int:
-        """Starts of the run that reached its first step, whoever made them."""
-        began = [*self.records("start/began"), *self.superseded("start/began")]
-        return len({record["start/began"] for record in began})
+    def starts(self) -> list[float]:
+        """When the processes of the starts began that reached training, those of superseded steps too, in order."""
+        records = [*self.records("start/began"), *self.superseded("start/began")]
+        return sorted({record["start/began"] for record in records})
 
     # Checkpoints
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -232,10 +234,11 @@ def test_tasks_without_the_extra(shards, capsys, monkeypatch, main):
     assert f"error: {prefix}tasks needs the extra eval, pip install -e '.[eval]': " in capsys.readouterr().err
 
 
-def test_a_run_folder_that_cannot_be_made(shards, tmp_path, capsys):
-    (tmp_path / "file").write_text("in the way")
-    assert call(train, *SMALL, f"data.manifest={shards}", f"run_dir={tmp_path / 'file' / 'run'}") == 2
-    assert "cannot be written" in capsys.readouterr().err
+@pytest.mark.parametrize(("run", "message"), [("ranks/run", ""), (".", ": its folder ranks")], ids=["run", "ranks"])
+def test_a_run_folder_that_cannot_be_made(shards, tmp_path, capsys, run, message):
+    (tmp_path / "ranks").write_text("in the way")
+    assert call(train, *SMALL, f"data.manifest={shards}", f"run_dir={tmp_path / run}") == 2
+    assert f"{message} cannot be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("main", [generate, evaluate, convert, score], ids=["generate", "evaluate", "convert", "score"])
@@ -247,6 +250,97 @@ def test_a_run_folder_that_cannot_be_made(shards, tmp_path, capsys):
 def test_checkpoints_that_are_not_there(capsys, main, words, message):
     assert call(main, *words) == 2
     assert message in capsys.readouterr().err
+
+
+NO_CHECKPOINT = "no checkpoint, run or released model is there"
+OF_SHARDS = "shards/manifest.json is of the format 'megatron_tn.shards', not 'megatron_tn checkpoint'"
+RUN = (*SMALL, "data.manifest=shards/manifest.json", "run_dir=new")
+WRONG_KINDS = [  # a command, and its settings of `wrong_kinds`, each with its one line
+    (
+        train,
+        RUN,
+        {
+            "init_from=shards": f": {NO_CHECKPOINT}: {OF_SHARDS}",
+            "run_dir=shards": " is the folder of a checkpoint or of shards: it has a manifest.json: name another for",
+            "data.manifest=released": ": manifest released: it is a folder; name the manifest.json of shards",
+            "evaluation.manifest=torn/manifest.json": ": manifest torn/manifest.json: document=b'{",
+        },
+    ),
+    (
+        train,
+        RUN,
+        {
+            "init_from=torn": " cannot be read: torn/manifest.json is damaged: ",
+            "run_dir=released": " is the folder of a released model: it has config.json and model.safetensors: name",
+            "evaluation.manifest=shards/tokenizer.json": ": manifest shards/tokenizer.json: format='' is not 'meg",
+            "data.filter=shards/tokenizer.json": ": filter shards/tokenizer.json: it does not name its scores; a f",
+        },
+    ),
+    (
+        train,
+        RUN,
+        {
+            "checkpoint.resume=words.txt": " is a file, not a checkpoint's folder; run_dir=new has steps: none",
+            "data.manifest=torn": ": manifest torn: it is a folder; name the file torn/manifest.json",
+        },
+    ),
+    (
+        evaluate,
+        (),
+        {
+            "checkpoint=shards": f": {NO_CHECKPOINT}: {OF_SHARDS}",
+            "manifest=shards/tokenizer.json": ": manifest shards/tokenizer.json: format='' is not 'megatron_tn.sh",
+            "train_manifest=shards": ": manifest shards: it is a folder; name the file shards/manifest.json",
+        },
+    ),
+    (
+        generate,
+        ("prompt=a",),
+        {
+            "checkpoint=words.txt": f": {NO_CHECKPOINT}",
+            "state=shards": " cannot be read: it is a folder: name a file that save_state wrote",
+        },
+    ),
+    (
+        generate,
+        ("prompt=a", "checkpoint=released"),
+        {"tokenizer=shards": " is a folder: name a tokenizer.json"},
+    ),
+    (
+        generate,
+        ("prompt=a", "checkpoint=released"),
+        {"tokenizer=words.txt": " cannot be read as a tokenizer.json: "},
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def wrong_kinds(tmp_path_factory, shards) -> Path:
+    """A folder with shards, a torn manifest, a text, and what begins a released model."""
+    folder = tmp_path_factory.mktemp("kinds")
+    (folder / "shards").symlink_to(shards.parent)
+    for name, file, content in (
+        ("torn", "manifest.json", '{"seed"'),
+        ("released", "config.json", "{}"),
+        (".", "words.txt", "a b"),
+    ):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / file).write_text(content)
+    (folder / "released/model.safetensors").touch()
+    return folder
+
+
+@pytest.mark.parametrize(("main", "words", "lines"), WRONG_KINDS, ids=[" ".join(case[2]) for case in WRONG_KINDS])
+def test_files_and_folders_of_another_kind(wrong_kinds, capsys, monkeypatch, main, words, lines):
+    monkeypatch.chdir(wrong_kinds)
+    assert call(main, *words, *lines) == 2
+    said = capsys.readouterr().err
+    for word, line in lines.items():
+        setting = word.partition("=")[0].replace("data.filter", "data.manifest")  # the filter is one of its data
+        begin = word if f"error: {word}" in said else setting  # of shards the line names the file
+        assert f"error: {begin}{line}" in said
+        assert len(re.findall(rf"^error: {re.escape(setting)}\W", said, re.MULTILINE)) == 1
+    assert not Path("new").exists()
 
 
 def test_parts_of_other_files_are_no_choices(capsys):

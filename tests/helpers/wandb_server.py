@@ -16,11 +16,13 @@ ENTITY = {"id": "e", "name": "us"}
 
 
 class WandbServer:
-    """rows: run id -> its rows in order. views: those that were saved, each as the variables of its mutation."""
+    """rows: run id -> its rows in order. has_rows: set when the first have come. views: those that were saved, each as
+    the variables of its mutation."""
 
     def __init__(self, projects: tuple[str, ...] = ()):
         self.projects = list(projects)
         self.rows: dict[str, list[dict[str, Any]]] = {}
+        self.has_rows = threading.Event()
         self.views: list[dict[str, Any]] = []
 
     @contextlib.contextmanager
@@ -39,6 +41,7 @@ class WandbServer:
         for name, chunk in files.items():
             if name == "wandb-history.jsonl":
                 self.rows[run][chunk["offset"] :] = [json.loads(line) for line in chunk["content"]]
+                self.has_rows.set()
 
     def answer(self, question: str, asked: dict[str, Any]) -> dict[str, Any]:
         match question:

@@ -152,3 +152,16 @@ def test_everything_that_is_wrong_is_said_at_the_start(checkpoint, prompts, tmp_
     monkeypatch.delenv("WORLD_SIZE")
     assert call(generate, f"checkpoint={checkpoint}", "device=cpu", 'stop=["a"') == 2
     assert 'stop=["a" begins a JSON list, and is none' in capsys.readouterr().err
+    prompts.write_text('{"text": "a"}\r\n{"text": "b"}')
+    given = (f"prompts={prompts}", f"output={prompts}", "resume=true", "stop=\udcff")
+    assert call(generate, f"checkpoint={checkpoint}", *given) == 2
+    said = capsys.readouterr().err
+    assert f"error: output={prompts} is prompts={prompts} itself" in said
+    assert r"error: stop='\udcff' is no text: it has bytes that are not UTF-8" in said
+    for content in ('{"mine": 1}', '{"continuation": "a"}', "mine\n", '{"mine": 1}\n', "[1]\n", "1\n"):
+        prompts.write_text(content)
+        assert call(generate, f"checkpoint={checkpoint}", "prompt=a", f"output={prompts}", "resume=true") == 2
+        assert f"output={prompts} does not begin with a line that has continuation: " in capsys.readouterr().err
+    assert prompts.read_text() == content
+    assert call(generate, f"checkpoint={checkpoint}", "prompt=a", "device=meta") == 2
+    assert "error: device=meta is not available here: Cannot copy out of meta tensor" in capsys.readouterr().err

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from megatron_tn.inference.generator import generate, stream
+from megatron_tn.inference import Session
+from megatron_tn.inference.generator import Generator, Request, generate, stream
 from megatron_tn.inference.rows import batches_of, generate_rows
 from megatron_tn.inference.sampler import Sampler
 from tests.helpers.models import TINY, TRANSFORMER, reference_model
@@ -54,12 +56,39 @@ def test_it_stops_at_the_end_of_the_document():
     assert generate(model, [[1]], max_new_tokens=5, sampler=Sampler(temperature=0)) == [[]]
 
 
-@pytest.mark.parametrize(("prompt", "message"), [([], "no tokens"), ([200], "holds id 200")], ids=["empty", "outside"])
-def test_bad_prompts(prompt, message):
+@pytest.mark.parametrize(
+    ("prompt", "count", "message"),
+    [
+        ([], 1, "no tokens"),
+        ([200], 1, "holds id 200"),
+        ([1, 5.7], 1, r"a prompt is a list of ids, not \[1, 5.7\]"),
+        ("abc", 1, "a prompt is a list of ids, not 'abc'"),
+        (torch.tensor([[1, 5]]), 1, r"a prompt is a list of ids, not tensor\(\[\[1, 5"),
+        (1, 1, "the prompt 1 is an id: give a list of prompts"),
+        ([1], -1, "max_new_tokens=-1 must be at least 0, and whole"),
+        ([1], 2.5, "max_new_tokens=2.5 must be at least 0, and whole"),
+    ],
+    ids=str,
+)
+def test_bad_requests(prompt, count, message):
     with pytest.raises(ValueError, match=message):
-        generate(reference_model(TINY, 0), [prompt], max_new_tokens=1)
+        generate(reference_model(TINY, 0), [prompt], max_new_tokens=count)
 
 
-def test_one_prompt_in_the_place_of_many_is_refused():
-    with pytest.raises(ValueError, match="the prompt 1 is an id: give a list of prompts"):
-        generate(reference_model(TINY, 0), [1, 5, 9], max_new_tokens=1)
+def test_ids_may_be_a_tensor_or_an_array():
+    model, ids = reference_model(TINY, 0), [1, 5, 9]
+    wanted = generate(model, [ids] * 2, max_new_tokens=3)
+    assert generate(model, [np.array(ids), torch.tensor(ids)], max_new_tokens=3) == wanted
+    session = Session(model)
+    session.feed(torch.tensor(ids))
+    assert list(session.ask(max_new_tokens=3)) == wanted[0]
+
+
+def test_a_second_stream_of_a_generator_ends_the_first():
+    generator = Generator(reference_model(TINY, 0), 2)
+    one, two = (generator.stream([Request([1], max_new_tokens=4)]) for _ in range(2))
+    assert next(one).ids
+    assert next(two).ids
+    with pytest.raises(RuntimeError, match="another stream of this Generator has begun"):
+        next(one)
+    assert sum(len(piece.ids) for piece in two) == 3

@@ -71,6 +71,8 @@ def test_what_does_not_fit_is_named():
         float8_linear(torch.ones(2, 5), data, scale)
     with pytest.raises(ValueError, match=r"scale, \[2\] torch.float32, \[3\] of torch.float32"):
         float8_linear(torch.ones(2, 4), data, scale[:2])
+    with pytest.raises(ValueError, match=r"of torch.float32 and contiguous, with strides \(0,\)"):
+        float8_linear(torch.ones(2, 4), data, scale[:1].expand(3))
 
 
 def test_an_older_gpu_is_named(monkeypatch):

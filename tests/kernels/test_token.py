@@ -108,6 +108,8 @@ def test_wrong_options_are_named():
         kernels.token_linear(x, weight, square_sum=torch.ones(1))
     with pytest.raises(ValueError, match=r"a scale is \[1\] torch.float32; it must be \[3\] of torch.float32"):
         kernels.token_linear(x, weight.to(torch.float8_e4m3fn), weight_scale=torch.ones(1))
+    with pytest.raises(ValueError, match=r"a scale of strides \(2,\) must be contiguous"):
+        kernels.token_linear(x, weight.to(torch.float8_e4m3fn), weight_scale=torch.ones(6)[::2])
     with pytest.raises(ValueError, match=r"residual is \[4\]"):
         kernels.token_linear(x, weight, residual=x)
     with pytest.raises(ValueError, match="act='relu' is not one of"):

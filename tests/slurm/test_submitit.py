@@ -1,4 +1,5 @@
-"""A sweep with hydra/launcher=submitit_slurm under a real SLURM: a preemption in the first minute saves and goes on."""
+"""A sweep with hydra/launcher=submitit_slurm under a real SLURM: a run that is preempted in its first minute saves and
+goes on, and the other is left alone."""
 
 import subprocess
 import sys
@@ -12,13 +13,23 @@ pytestmark = pytest.mark.slurm
 
 
 def test_a_short_job_that_is_preempted_goes_on(cluster, training, uninterrupted, tmp_path):
-    sweep, run = tmp_path / "sweep", RunFolder(tmp_path / "sweep/0")
+    sweep = tmp_path / "sweep"
+    other, run = RunFolder(sweep / "0_seed-1"), RunFolder(sweep / "1_seed-0")
     launcher = [
         "hydra/launcher=submitit_slurm",
         "hydra.launcher.timeout_min=5",
         f"hydra.launcher.nodes={cluster.nodes}",
     ]
-    command = [sys.executable, "-m", "megatron_tn.train", "--multirun", *launcher, *training, f"run_dir={sweep}"]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_tn.train",
+        "--multirun",
+        *launcher,
+        *training,
+        "seed=1,0",
+        f"run_dir={sweep}",
+    ]
     environment = clean_environment(SLURM_CONF=str(cluster.base / "slurm.conf"))
     log = (tmp_path / "log").open("w")
     program = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log)
@@ -29,8 +40,8 @@ def test_a_short_job_that_is_preempted_goes_on(cluster, training, uninterrupted,
 
     try:
         wait_for(lambda: len(run.steps()) >= 5, 120, said)
-        job = cluster.call("squeue", "--noheader", "--format=%A").split()[0]
-        cluster.call("scancel", "--signal=USR1", job)
+        array = cluster.call("squeue", "--noheader", "--format=%F").split()[0]
+        cluster.call("scancel", "--signal=USR1", f"{array}_1")
         wait_for(lambda: "this job is timed-out" in said(), 60, said)
         stopped = run.checkpoints()[-1]
         wait_for(lambda: program.poll() is not None, 150, said)
@@ -40,3 +51,6 @@ def test_a_short_job_that_is_preempted_goes_on(cluster, training, uninterrupted,
     assert 5 <= stopped < 40
     assert run.status()["state"] == "finished", said()
     assert run.losses() == uninterrupted.losses()  # bitwise
+    assert program.returncode == 0, said()
+    assert other.steps() == run.steps()
+    assert cluster.call("scontrol", "show", "job", f"{array}_0").count("Restarts=0") == 1

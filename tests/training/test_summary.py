@@ -176,6 +176,9 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row_and_one_curve(tmp_path
         for seed, loss in enumerate(losses):
             folder = make_run(tmp_path / f"{name}{seed}", 5, loss)
             save(replace(config, seed=seed, run_dir=str(folder.path)), folder.config_file)
+    again = make_run(tmp_path / "again", 5, 2.2)  # of gateless1's settings and seed, and later
+    save(replace(gateless, seed=1), again.config_file)
+    again.journal.append([{"step": 5, "time": 1e9}])
     diverged = [make_run(tmp_path / f"diverged{seed}", 5, 1.0) for seed in (0, 1)]
     for seed, folder in enumerate(diverged):
         save(replace(base, optim=replace(base.optim, lr=1.0), seed=seed), folder.config_file)
@@ -192,7 +195,9 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row_and_one_curve(tmp_path
         assert f'aria-label="Loss by {by}: nats a token by {by}"' in page
     assert "<title>model.gate=false 2.1, tokens 50</title>" in page
     assert (tmp_path / "compare.png").stat().st_size > 1000
-    assert str(tmp_path / "gateless1") in page
+    left_out = f"{tmp_path}/gateless1 is left out: {again} is a later run of its settings and seed"
+    assert left_out in page
+    assert left_out in said
     assert "| model.gate=false | 2 | 50 | 2.100 ± 0.141 |" in (tmp_path / "compare.md").read_text()
     curve = curve_of([RunFolder(tmp_path / f"plain{seed}") for seed in (0, 1)])
     assert (curve.loss.tolist(), curve.lowest.tolist(), curve.highest.tolist()) == ([3.1] * 5, [3.0] * 5, [3.2] * 5)

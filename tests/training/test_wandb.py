@@ -36,7 +36,7 @@ def folder(tmp_path) -> RunFolder:
 
 
 def hook(folder: RunFolder, mode: str = "offline") -> WeightsAndBiases:
-    return WeightsAndBiases(WandbConfig(mode=mode), folder, {}, StepFigures(WORK))
+    return WeightsAndBiases(WandbConfig(mode=mode), folder, {"optim": {"lr": 1e-3}}, StepFigures(WORK))
 
 
 @pytest.mark.parametrize("moment", ["init", "log", "finish"])
@@ -193,10 +193,15 @@ def test_sync_by_the_real_client_adds_rows_in_their_places(folder, tmp_path):
     save(TrainConfig(run_dir=run), folder.config_file)
     with server.running() as address:
         environment = os.environ | {"WANDB_BASE_URL": address, "WANDB_API_KEY": "a" * 40, "HOME": str(tmp_path)}
+        command = [sys.executable, "-m", "launch.sync", run, "project=paper"]
         for last in (3, 5):
             have = len(folder.records())
             folder.journal.append([{"step": step, "loss": 2.0, "tokens": step} for step in range(have + 1, last + 1)])
-            command = [sys.executable, "-m", "launch.sync", run, "project=paper"]
+            if not have:  # interrupted when the server has some or all rows
+                first = subprocess.Popen(command, env=environment, start_new_session=True)
+                assert server.has_rows.wait(300)
+                os.killpg(first.pid, signal.SIGKILL)
+                first.wait()
             said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
             run_id = folder.wandb_id.read_text()
             assert f"{run}: {address}/us/paper/runs/{run_id}" in said.stdout
@@ -259,6 +264,18 @@ def logged(folder: RunFolder) -> list[dict[str, object]]:
     return [row for row in found if row]
 
 
+def settings_in(folder: RunFolder) -> list[dict[str, object]]:
+    """The settings of the runs of the offline copies."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = []
+    for path in folder.wandb.glob("offline-run-*/*.wandb"):
+        for message in messages(path.read_bytes()):
+            items = Record.FromString(message).run.config.update
+            found.append({item.key: json.loads(item.value_json) for item in items if item.key != "_wandb"})
+    return [settings for settings in found if settings]
+
+
 def test_after_kill_9_the_next_start_tells_what_the_offline_copy_lacks(tmp_path):
     """Steps 1 and 2 reached the disk, 3 and 4 did not: one row for each, over all copies, with all figures."""
     import wandb
@@ -267,6 +284,8 @@ def test_after_kill_9_the_next_start_tells_what_the_offline_copy_lacks(tmp_path)
     (process,) = fork_ranks(1, log_steps, str(tmp_path), (1, 2), (3, 4))
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
+    folder.journal.append([{"step": 4, "start/began": 30.0}])
+    folder.journal.superseded.write_text('{"step": 9, "start/began": 10.0}\n{"step": 9, "start/began": 20.0}\n')
     board = hook(folder)
     board.on_start(TrainingState(step=4))
     board.on_step(TrainingState(step=5, optimizer_step=4, tokens=500, samples=20), REPORT)
@@ -278,6 +297,8 @@ def test_after_kill_9_the_next_start_tells_what_the_offline_copy_lacks(tmp_path)
     board.on_stop(TrainingState(step=5))
     wandb.teardown()  # its process writes the file to the end
     run_id = folder.wandb_id.read_text()
+    first, *others = settings_in(folder)  # of the copies whose beginning reached the disk
+    assert [first, *others] == [{"optim": {"lr": 1e-3}}] * (1 + len(others))
     newest = max(folder.wandb.glob("offline-run-*"), key=lambda path: path.stat().st_mtime_ns)
     newest.rename(f"{newest}-1")  # as wandb names it where two processes began in the same second
     rows = logged(folder)
@@ -288,12 +309,14 @@ def test_after_kill_9_the_next_start_tells_what_the_offline_copy_lacks(tmp_path)
     assert last["tokens_per_second_per_gpu"] == pytest.approx(last["tokens_per_second"] / 2)
     assert last["utilisation"] == pytest.approx(last["model_tflops"] / 400)
     assert last["utilisation_sampled"] == pytest.approx(last["model_tflops"] / 300)
-    assert {name: last[name] for name in ("lr", "grad_norm", "tokens", "samples", "steps_without_update")} == {
+    names = ("lr", "grad_norm", "tokens", "samples", "steps_without_update", "starts")
+    assert {name: last[name] for name in names} == {
         "lr": 1e-3,
         "grad_norm": 1.0,
         "tokens": 500,
         "samples": 20,
         "steps_without_update": 1,
+        "starts": 3,  # with two of superseded steps
     }
     assert last["heldout_perplexity"] == pytest.approx(math.exp(2.0))
     assert last["heldout_bits_per_byte/code"] == 1.25

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from typing import Any
 
 from megatron_tn.training.hooks import Sink
@@ -29,7 +30,8 @@ class JournalCopy(Sink):
         self.figures = figures
         self._is_open = False
         self._told = 0
-        self._starts = 0  # of the run, by the journal's records so far
+        self._began: list[float] = []  # of all starts
+        self._starts = 0  # of the run, until the record that was shown last
 
     def open(self, state: TrainingState) -> int:
         """Begin at `state.step`; returns the last step that the other program has already."""
@@ -44,7 +46,7 @@ class JournalCopy(Sink):
 
     def catch_up(self, state: TrainingState) -> None:
         """Open the copy and show what the other program lacks, up to `state.step`. Raises what that program raises."""
-        self._starts = 0
+        self._began, self._starts = self.folder.starts(), 0
         self._told = self.open(state)
         for record in self.folder.records():
             step = record.pop("step")
@@ -76,7 +78,8 @@ class JournalCopy(Sink):
             self._give_up(error)
 
     def _show(self, values: dict[str, Any], step: int) -> None:
-        self._starts += "start/began" in values
+        if "start/began" in values:
+            self._starts = max(self._starts + 1, bisect_right(self._began, values["start/began"]))
         if "loss" in values and self._starts:
             values = values | {"starts": self._starts}
         if step > self._told:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_tn.config import ConfigError
 from megatron_tn.training.run_folder import RunFolder
 
 MOST_INTERVAL_S = 5.0  # longest heartbeat interval
@@ -126,10 +127,14 @@ def read_all(folder: Path, size: int) -> dict[int, Sign]:
 
 
 def new_folder(run: RunFolder) -> Path:
-    """An empty folder for the signs of one start; those of earlier starts are removed. Called on rank 0."""
+    """An empty folder for the signs of one start; those of earlier starts are removed. Called on rank 0. Raises
+    ConfigError."""
     shutil.rmtree(run.ranks, ignore_errors=True)
     folder = run.ranks / f"{time.time():.3f}"
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir={run}: its folder {run.ranks.name} cannot be written: {error.strerror}") from None
     return folder
 
 
