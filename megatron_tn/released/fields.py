@@ -1,4 +1,4 @@
-"""What the families' readers of config.json share."""
+"""Checks of config.json that the readers of all model families share (transnormer.py, llama.py)."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ class WeightsAndBiases(JournalCopy):
 
     @property
     def address(self) -> str:
-        """Of the wandb run's page."""
+        """Address of the wandb run's page."""
         return self._run.url
 
     def _id(self) -> str:
@@ -118,7 +118,8 @@ class WeightsAndBiases(JournalCopy):
 
 
 def log_in() -> None:
-    """With what the machine has: WANDB_API_KEY, or what `wandb login` left. Raises ConfigError without such."""
+    """Log in to wandb by WANDB_API_KEY, or by what `wandb login` left on the machine. Raises ConfigError without
+    either."""
     import wandb
 
     if not wandb.login(prompt=False, verify=False):
