@@ -1,7 +1,5 @@
 """A run of a plan (run_plan.py): what it is asked for, how long it takes, and the row of figures that it leaves."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import shlex

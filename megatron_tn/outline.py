@@ -1,7 +1,5 @@
 """A run in figures, before it is launched: what `python -m launch.submit` shows and holds time and disk against."""
 
-from __future__ import annotations
-
 import bisect
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Faults that a run can have, as a table: what is done to it, and how a start that has it ends."""
 
-from __future__ import annotations
-
 import os
 import random
 import resource

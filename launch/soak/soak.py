@@ -1,7 +1,5 @@
 """One soak: starts of the trainers, faults at random times, and what came of them."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import random

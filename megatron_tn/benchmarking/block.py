@@ -9,8 +9,6 @@ beside it stands the plan's, and beside the peak that of a plan of six layers. W
 bound by the host's launches, of which the copies are some.
 """
 
-from __future__ import annotations
-
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The settings `cluster.*`: the hardware by its datasheet, which plans and utilisation figures are held against."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Annotated
 

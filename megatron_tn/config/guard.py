@@ -1,7 +1,5 @@
 """The settings `guard.*`: what happens when a step goes wrong."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic.dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The ids of a context and of its continuation, of which a model scores the latter."""
 
-from __future__ import annotations
-
 import numpy as np
 from tokenizers import Tokenizer
 

@@ -1,7 +1,5 @@
 """The pieces in which a model reads a long row."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """What a plan warns of: settings that are allowed and that seldom are what was meant."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterator, Mapping

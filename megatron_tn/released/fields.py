@@ -1,7 +1,5 @@
 """What the families' readers of config.json share."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 
