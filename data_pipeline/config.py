@@ -197,7 +197,10 @@ def keep_settings(output: str, settings: dict, what: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, json.dumps(now, indent=1).encode() + b"\n")
     elif changed := difference(storable(read_object(path)), now):
-        raise InputError(*(f"output={output} holds {what} with other settings: {line}" for line in changed))
+        raise InputError(
+            *(f"output={output} holds {what} with other settings: {line}" for line in changed),
+            f"output={output}: choose another folder, or give the settings it was made with",
+        )
 
 
 def _unknown_choice(directory: Path, group: str, choice: object) -> str | None:

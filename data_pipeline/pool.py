@@ -1,4 +1,4 @@
-"""Worker processes."""
+"""A pool of worker processes that ends cleanly on Ctrl-C."""
 
 import contextlib
 import signal

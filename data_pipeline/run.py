@@ -185,7 +185,9 @@ def _prepare(output: Path, record: dict, overwrite: bool) -> None:
     old = storable(read_object(path)) if path.is_file() else {}
     changed = difference(old, record)
     if held and not old:
-        raise InputError(f"output={output} holds {held[0]!r} and no {RECORD}: it is no run of this pipeline")
+        raise InputError(
+            f"output={output} holds {held[0]!r} and no {RECORD}: it is no run of this pipeline; choose another folder"
+        )
     if old and changed:
         if not overwrite:
             raise InputError(

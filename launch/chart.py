@@ -225,7 +225,7 @@ def _drawn(line: Line, look: str, x: _Axis, y: _Axis, x_label: str) -> list[str]
 
 
 def _path(places: Sequence[tuple[float, float] | None]) -> str:
-    """None: a gap."""
+    """The SVG path through these places; None is a gap."""
     words, pen = [], "M"
     for place in places:
         if place is not None:

@@ -46,7 +46,7 @@ def of_run(run: RunFolder, records: Sequence[dict[str, Any]], planned_gib: float
         level = (planned_gib, f"planned: {planned_gib:.1f} GiB") if planned_gib and title == "Memory" else None
         charts = [_panel(panel, series, marks, level) for panel in panels]
         if title == "Loss" and curve is not None:
-            charts = [*losses({"": curve}, marks), *charts[1:], positions({"": [run]})]  # in the place of that by steps
+            charts = [*losses({"": curve}, marks), *charts[1:], positions({"": [run]})]  # instead of losses by step
         if any(charts):
             yield f'<h2>{title}</h2><div class="charts">{"".join(charts)}</div>'
 

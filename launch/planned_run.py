@@ -1,4 +1,4 @@
-"""A run of a plan (run_plan.py): what it is asked for, how long it takes, and the row of figures that it leaves."""
+"""A run of a plan (run_plan.py): its command line, its duration, and its row of figures."""
 
 import argparse
 import json
@@ -52,8 +52,9 @@ class Run:
         return any(row["name"] == RESULT and (row["plan"], row["run"]) == (self.plan, self.name) for row in known)
 
     def seconds_left(self, known: list[Row], at_once: int) -> float | None:
-        """What it takes by the last row of a run that differs in peak rate and seed alone, on the same machine; less
-        the share of its steps that its checkpoint has. None: there is no such row. at_once: see `_row`."""
+        """Estimated seconds until the run is done: those of the last row of a run on the same machine that differs in
+        peak rate and seed alone, less the share of steps that the checkpoint has. None without such a row. at_once: see
+        `_row`."""
         asked = {"name": RESULT, "plan": self.plan, "at_once": at_once, "gpu": rows.provenance()["gpu"]}
         like = [row for row in known if asked.items() <= row.items() and _kind(row["run"]) == _kind(self.name)]
         if not like:
@@ -102,7 +103,7 @@ class Run:
         return {record["step"]: record["heldout_bits_per_byte"] for record in self.folder.records("heldout_loss")}
 
     def _ended(self) -> int:
-        """The last step."""
+        """The last step of the run so far."""
         return max(record["step"] for record in self.folder.records())
 
     def _row(self, found: dict[str, Row], at_once: int, seconds: float | None) -> Row:

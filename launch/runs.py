@@ -1,4 +1,4 @@
-"""Command lines of this project as subprocesses, several side by side, with a time after which none goes on."""
+"""Command lines of this project as subprocesses, several side by side, up to a common deadline."""
 
 import os
 import signal

@@ -81,7 +81,8 @@ def queue(user: str = "") -> list[Job]:
     """SLURM's queue; empty where there is no SLURM, or it does not answer."""
     if shutil.which("squeue") is None:
         return []
-    words = ["squeue", "--noheader", "--array", "--format=%A|%F|%K|%T|%o", *([f"--user={user}"] if user else [])]
+    words = ["squeue", "--noheader", "--array", "--sort=i", "--format=%A|%F|%K|%T|%o"]
+    words += [f"--user={user}"] if user else []
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -97,7 +98,7 @@ def folders_of_jobs(jobs: Sequence[Job]) -> list[Path]:
 
 
 def jobs_of(run: RunFolder, jobs: Sequence[Job]) -> list[Job]:
-    """Those of the last start, of the run's submissions, and of its tasks in a sweep's."""
+    """The jobs of a run: of its last start, of its submissions, and of its tasks in a sweep's job arrays."""
     names = {number for one in Submission.all_of(run) for number in one.read().get("jobs", [])}
     for sweep in Submission.all_of(RunFolder(run.path.absolute().parent)):
         record = sweep.read()
@@ -136,7 +137,8 @@ def row_of(run: RunFolder, jobs: Sequence[Job], now: float | None = None) -> dic
 
 
 def last_step(run: RunFolder) -> int:
-    """Of the settings of the last start, or of the newest submission before the first; 0 where neither can be read."""
+    """The run's last step, by the settings of the last start, or of the newest submission before the first start; 0
+    where neither can be read."""
     files = [run.config_file, *sorted(run.submitted.glob("*/config.json"), reverse=True)]
     for file in files:
         try:
@@ -149,8 +151,8 @@ def last_step(run: RunFolder) -> int:
 def state_of(
     run: RunFolder, status: dict[str, Any], tail: list[dict[str, Any]], jobs: Sequence[Job], silent: float, now: float
 ) -> str:
-    """status.json's, with what SLURM says of the run's jobs, and whether a run that should be running has fallen
-    silent."""
+    """The run's state: that of status.json, with what SLURM says of its jobs, and whether a run that should be running
+    has fallen silent."""
     state = status.get("state", "not started")
     times = [record["time"] for record in (status, *tail) if isinstance(record.get("time"), int | float)]
     if state == "running" and any(job.number == run.job() and job.state == "PENDING" for job in jobs):

@@ -115,7 +115,8 @@ def submit(configs: Sequence[SubmitConfig], options: list[str], typed: list[str]
 
 
 def _with_options(config: SubmitConfig, options: list[str]) -> SubmitConfig:
-    """The config with the shape that options for sbatch ask for, as they win."""
+    """The config with the nodes, processes and time limit that options for sbatch ask for: options win over
+    settings."""
     slurm = config.slurm
     for option in options:
         name, _, value = option.partition("=")
@@ -143,8 +144,8 @@ def _freeze(runs: Sequence[Checked], submission: Submission, *, array: bool) -> 
 
 
 def _sbatch(config: SubmitConfig, submission: Submission, options: list[str], record: dict) -> int:
-    """Every job of a chain waits for all before it: a job that is cancelled while it waits has ended, and would let the
-    next one start beside the one that runs."""
+    """Submit the chain's jobs. Every job waits for all before it: a job that is cancelled while it waits has ended, and
+    would let the next one start beside the one that runs."""
     for _ in range(config.slurm.chain):
         words = list(SBATCH)
         if config.slurm.chain > 1 and config.slurm.dependency == "singleton":

@@ -57,7 +57,7 @@ def _aimed(config: TrainConfig, project: str | None, entity: str | None) -> Trai
 
 
 def _gets_panels(entity: str | None, project: str, wanted: str) -> bool:
-    """Asked before the first push, which makes the project."""
+    """Whether the project gets panels; asked before the first push, which makes the project."""
     import wandb
 
     if wanted != "new":

@@ -126,9 +126,9 @@ def _by_model(rows: Sequence[Row]) -> dict[tuple, list[tuple[str, Line]]]:
 
 
 def _line(runs: list[Row], step_ms: float | None) -> Line | None:
-    """At the rate that most seeds of a plan results_time* have, of these the best one; None without such a run, or
-    where its seeds have no evaluation at the same place. runs: the oldest first, of other plans, too, whose rates count
-    as tried."""
+    """The line of one variant at its peak learning rate: the rate that most seeds of a plan results_time* have, of
+    several such rates the best. None without such a run, or where its seeds have no evaluation at the same place. runs:
+    the oldest first; runs of other plans count as tried rates."""
     seeds, lowest = defaultdict(dict), {}
     for row in runs:
         lowest[row["lr"]] = min(row["value"], lowest.get(row["lr"], row["value"]))

@@ -138,7 +138,7 @@ def texts(documents: Documents, tokenizer: Tokenizer, shown: DocumentProgress) -
 
 
 def figures(sums: Sums) -> dict[str, Any]:
-    """Without bits_per_byte where the bytes of tokens are not known."""
+    """Figures of `sums` by name; without bits_per_byte where the bytes of tokens are not known."""
     found = {"tokens": sums.tokens, "nats_per_token": sums.nats_per_token}
     return found | ({"text_bytes": sums.text_bytes, "bits_per_byte": sums.bits_per_byte} if sums.text_bytes else {})
 

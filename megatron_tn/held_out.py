@@ -67,8 +67,9 @@ def held_out_documents(manifest: str, most: int, longest: int = 0) -> Documents:
         if of_token is None:
             raise ConfigError(
                 [
-                    f"max_document_tokens={longest} needs the tokenizer of manifest={manifest} beside it: the bytes of "
-                    "a cut document are those of its tokens"
+                    f"max_document_tokens={longest} cuts documents, and to count the bytes of a cut document needs the "
+                    f"tokenizer beside manifest={manifest}, which is missing; put it there, or set "
+                    "max_document_tokens=0"
                 ]
             )
         tokens = [ids[:longest] for ids in tokens]
@@ -87,10 +88,11 @@ def laid_end_to_end(documents: Documents, length: int) -> Documents:
     total = sum(map(len, documents.tokens))
     if documents.token_bytes is None:
         raise ConfigError(
-            f"sequence_tokens={length} needs the tokenizer of the manifest beside it: bytes are those of tokens"
+            f"sequence_tokens={length} cuts documents, and to count the bytes of a cut document needs the tokenizer "
+            "beside the manifest, which is missing; put it there, or set sequence_tokens=0"
         )
     if total < length:
-        raise ConfigError(f"sequence_tokens={length} is more than the {total} tokens of the documents")
+        raise ConfigError(f"sequence_tokens={length} is more than the {total} tokens of all held-out documents")
     order = np.random.default_rng(0).permutation(len(documents.tokens))
     ids = np.concatenate([documents.tokens[index] for index in order])
     sequences = list(ids[: total // length * length].reshape(-1, length))

@@ -1,4 +1,4 @@
-"""A run in figures, before it is launched: what `python -m launch.submit` shows and holds time and disk against."""
+"""Figures of a run before it is launched (tokens, FLOPs, memory, time, disk), which `python -m launch.submit` shows."""
 
 import bisect
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Outline:
     """parameters: of the model. tokens_a_step: of a step after the batch-size ramp. tokens: of the steps after `step`
     up to last_step. flops: of `tokens`, forward and backward pass. memory: of the rank with the highest peak; None
     where the GPUs' memory is not known. time: of a step; None where the cluster's rates are not known. concerns:
-    settings that are allowed and seldom meant."""
+    settings that are allowed but seldom intended."""
 
     parameters: int
     checkpoint_bytes: int

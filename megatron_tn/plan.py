@@ -67,8 +67,9 @@ def plan_of(config: PlanConfig, named: set[str]) -> tuple[Plan, list[Candidate]]
     logs = None
     if config.dry_run and config.optim.name == "muon" and config.engine.name != "deepspeed":
         raise ConfigError(
-            f"dry_run=true follows no update by optim.name=muon with engine.name={config.engine.name}, whose ranks "
-            "tell each other which matrices they hold: take optim=adamw, or an engine of DeepSpeed"
+            f"dry_run=true cannot follow the update of optim.name=muon with engine.name={config.engine.name}: its "
+            "ranks send each other which matrices they hold, and a dry run moves no values. Set optim=adamw, or "
+            "engine.name=deepspeed"
         )
     if config.dry_run:
         from megatron_tn.planning.dry_run import dry_run  # imports the engines

@@ -98,7 +98,10 @@ def plant(real: Manifest, settings: AblationSettings, folder: Path) -> dict:
         if is_host(text):
             hosts.append((identity, text))
     if not hosts:
-        raise InputError("noise: the real documents hold no prose that is long enough to make noise from")
+        raise InputError(
+            f"noise={settings.noise}: no real document is prose that is long enough to make noise from; raise "
+            "documentation_bytes, or name packages with documentation"
+        )
     counts = {REAL: {"documents": len(texts), "bytes": size}}
     generator = random.Random(settings.seed)
     generator.shuffle(hosts)

@@ -45,7 +45,10 @@ def draw(
             number, position = map(int, places[group][one.index])
             chosen[number, position] = (group, one)
     if not chosen:
-        raise InputError(f"scores {filter.scores}: no document of {manifest.directory} has a score")
+        raise InputError(
+            f"scores {filter.scores}: no document of {manifest.directory} has a score; python -m megatron_tn.score "
+            "writes scores"
+        )
     tokenizer = load(manifest.local(manifest.tokenizer.file))
     wanted = defaultdict(set)
     for number, position in chosen:

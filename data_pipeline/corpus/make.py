@@ -1,4 +1,4 @@
-"""The corpus from packages to parts: fetched, taken out, cleaned and tokenised, divided."""
+"""Makes the corpus: fetch packages, extract documents, clean and tokenise them, divide the shards into parts."""
 
 import functools
 import json

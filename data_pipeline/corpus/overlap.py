@@ -1,4 +1,4 @@
-"""How much of the held-out text stands in the training text to the token: what deduplication of documents leaves."""
+"""Overlap of held-out with training text: passages of RUN equal tokens, which document deduplication leaves."""
 
 from collections import Counter
 from collections.abc import Iterator

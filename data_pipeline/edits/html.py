@@ -1,4 +1,4 @@
-"""HTML left in text: tags, comments and entities."""
+"""Removes HTML left in text: tags, comments and entities."""
 
 import html
 import re

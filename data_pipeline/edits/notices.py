@@ -1,4 +1,4 @@
-"""Web page notices: cookie banners, terms, requests to enable JavaScript."""
+"""Removes web page notices: cookie banners, terms, requests to enable JavaScript."""
 
 import functools
 import re

@@ -1,4 +1,4 @@
-"""Formats of numbers."""
+"""Digits, groups of thousands and minus signs in one standard form."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Repeated punctuation."""
+"""Shortens repeated punctuation."""
 
 import functools
 import re

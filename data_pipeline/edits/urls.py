@@ -1,4 +1,4 @@
-"""Web addresses, from which a model learns nothing."""
+"""Removes web addresses, from which a model learns nothing."""
 
 import re
 

@@ -62,7 +62,7 @@ def _listing(
         below = Below([only], [], []) if only else _below(folder, exclude)
         found = sorted(path for path in below.paths if only or fits(path))
         if broken := sorted(filter(fits, below.broken)):
-            raise InputError(f"links that lead nowhere: {_some(broken)}")
+            raise InputError(f"links that lead nowhere: {_some(broken)}; remove or mend them")
         files = [
             File(f"{name}/{printable(path)}", opener(folder, path, source, packed), folder.size(path)) for path in found
         ]

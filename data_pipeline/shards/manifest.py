@@ -84,7 +84,8 @@ class Manifest:
             content = CONTENT.validate_json(written)
         except IsADirectoryError:
             inside = path / "manifest.json"
-            name = f"name the file {inside}" if inside.is_file() else "name the manifest.json of shards"
+            ours = inside.is_file() and _format(inside.read_bytes()) in (FORMAT, None)
+            name = f"name the file {inside}" if ours else "name the manifest.json of shards"
             raise InputError(f"manifest {path}: it is a folder; {name}") from None
         except OSError as error:
             raise InputError(f"manifest {path}: {error.strerror or error}") from None

@@ -66,7 +66,9 @@ def _map(check: Callable[[Shard], Checked], shards: tuple[Shard, ...], workers: 
         try:
             yield from pool.map(check, shards)
         except BrokenProcessPool:
-            raise InputError(f"workers={workers}: one was killed; is the memory enough for so many?") from None
+            raise InputError(
+                f"workers={workers}: a worker process was killed, perhaps for want of memory: take fewer workers"
+            ) from None
 
 
 def _tracked(checked: Iterable[Checked], total: int, progress: bool) -> Iterator[Checked]:

@@ -58,7 +58,10 @@ class Corpus:
         whole = np.array([shard.tokens for shard in self.manifest.shards], dtype=np.int64)
         tokens = self.counts.tokens if self.counts else whole
         if (total := int(tokens.sum())) < 2:
-            raise InputError(f"manifest in {self.manifest.directory}: tokens={total} are kept, a sample needs 2")
+            raise InputError(
+                f"manifest in {self.manifest.directory}: tokens={total} are kept, but a sample needs at least 2: check "
+                "data.filter and the shards"
+            )
         return tokens
 
     @property

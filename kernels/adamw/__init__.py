@@ -1,0 +1,1 @@
+"""AdamW's update of one parameter."""

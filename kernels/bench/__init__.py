@@ -1,0 +1,1 @@
+"""The operators' benchmark: `python -m kernels.bench`."""

@@ -1,0 +1,1 @@
+"""Cross-entropy of the output head without a tensor of all logits."""

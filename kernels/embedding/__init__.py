@@ -1,0 +1,1 @@
+"""The scaled embedding lookup."""

@@ -1,0 +1,1 @@
+"""Products with weights that are kept in fp8, one scale a row, for decoding."""

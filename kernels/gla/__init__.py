@@ -1,0 +1,1 @@
+"""Gated linear attention on the fused q|k|v|u projection, for training and decoding."""

@@ -1,0 +1,1 @@
+"""Lightning attention: linear attention with exponential decay."""

@@ -1,0 +1,1 @@
+"""The elementwise parts of Muon's update."""

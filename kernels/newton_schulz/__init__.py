@@ -1,0 +1,1 @@
+"""The Newton-Schulz iteration of Muon's update."""

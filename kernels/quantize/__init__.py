@@ -1,0 +1,1 @@
+"""Quantisation of tensors to fp8, one power-of-two scale a tensor."""

@@ -1,0 +1,1 @@
+"""RMSNorm with a learnt weight, fused with the residual addition."""

@@ -1,0 +1,1 @@
+"""Sampling of each row's next token from its logits."""

@@ -1,0 +1,1 @@
+"""SimpleRMSNorm, fused with residual additions."""

@@ -1,0 +1,1 @@
+"""Matrix-vector products of a decoding step of one row."""

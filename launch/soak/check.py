@@ -30,7 +30,7 @@ class Outcome:
 
 
 def outcome_of(folder: RunFolder) -> Outcome:
-    """Of a run that has ended."""
+    """The outcome of a run that has ended."""
     status, records = folder.status(), folder.records("loss")
     step = status.get("step", 0)
     position, weights = {}, {}
@@ -77,6 +77,6 @@ def problems(found: Outcome, wanted: Outcome) -> list[str]:
 
 
 def _odd(numbers: Sequence[int]) -> str:
-    """Where the steps 1, 2, 3, ... are first left."""
+    """The place in `numbers` where they first differ from 1, 2, 3, ..., for a message."""
     place = next((index for index, number in enumerate(numbers) if number != index + 1), len(numbers))
     return f"{numbers[max(place - 1, 0) : place + 2]} ..., {len(numbers)} records"

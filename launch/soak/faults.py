@@ -1,4 +1,4 @@
-"""Faults that a run can have, as a table: what is done to it, and how a start that has it ends."""
+"""Table of faults: how each is brought about in a running start, and how that start must end."""
 
 import os
 import random
@@ -14,7 +14,7 @@ from megatron_tn.training.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Target:
-    """A run's folder, its trainers as rank -> PID, and where a choice (of a rank) comes from."""
+    """A run's folder, its trainers as rank -> PID, and the source of random choices, such as of a rank."""
 
     folder: RunFolder
     pids: Mapping[int, int]
@@ -30,9 +30,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Fault:
-    """inject: does it. ends: exit codes of which one ends the start; empty where training goes on. heal: takes it back,
-    where training goes on. checkpoints: how many whole ones the run must have for it. in_training: whether it needs
-    trainers that train, and does not come during start-up."""
+    """inject: brings the fault about. ends: the exit codes with which it may end the start; empty where training must
+    go on. heal: takes the fault back, where training goes on. checkpoints: how many whole ones the run must have for
+    it. in_training: whether it needs trainers that train, and does not come during start-up."""
 
     inject: Callable[[Target], None]
     ends: tuple[int, ...] = ()
@@ -42,7 +42,7 @@ class Fault:
 
 
 def signalled(number: int) -> Callable[[Target], None]:
-    """To a rank of the choice's."""
+    """The `inject` that sends signal `number` to a randomly chosen rank."""
     return lambda target: target.signal_one(number)
 
 

@@ -1,4 +1,4 @@
-"""One soak: starts of the trainers, faults at random times, and what came of them."""
+"""One soak: starts of the trainers, faults at random times, and the outcome of each start."""
 
 import contextlib
 import os
@@ -25,13 +25,13 @@ class Trainers(Protocol):
     """One start of the trainers."""
 
     def pids(self) -> Mapping[int, int]:
-        """rank -> PID of those that have begun."""
+        """rank -> PID of the trainers that have begun."""
 
     def exit_code(self) -> int | None:
-        """None while it goes on."""
+        """The exit code of the launcher; None while it runs."""
 
     def kill(self) -> None:
-        """End everything at once."""
+        """End all trainers at once."""
 
 
 class LocalTrainers:
@@ -70,8 +70,9 @@ class LocalTrainers:
 
 @dataclass
 class Event:
-    """A fault that was injected. at_s: since the soak began. step: about where. code: with which its start ended; None
-    where training went on. took_s: until then."""
+    """An injected fault. at_s: seconds since the soak began. step: the run's last step by status.json. code: exit code
+    of the start that it ended; None where training went on. took_s: seconds from the fault until the start ended, or
+    was healed."""
 
     fault: str
     at_s: float
@@ -142,7 +143,7 @@ class Soak:
         return False
 
     def _goes_on(self, trainers: Trainers, launched: float) -> bool:
-        """Whether a start that has no fault is well; else that is a problem."""
+        """Whether a start without a fault is well; if not, notes a problem."""
         if trainers.exit_code() is not None:
             self.problems.append(f"a start ended with exit code {trainers.exit_code()} without a fault")
         elif time.time() - launched > self.patience_s and not self._trains_since(launched):
@@ -161,7 +162,7 @@ class Soak:
         return next((record["time"] > launched for record in last if "loss" in record), False)
 
     def _inject(self, name: str, trainers: Trainers) -> int | None:
-        """The exit code of a start that the fault ended."""
+        """Inject a fault; returns the exit code of the start if it ended."""
         fault, target = KNOWN[name], Target(self.folder, trainers.pids(), self.choice)
         event = Event(name, time.time() - self._began, self.folder.status().get("step", 0))
         self.events.append(event)
@@ -187,7 +188,7 @@ class Soak:
             self.problems.append(f"told to stop at the end, the trainers ended with exit code {code}")
 
     def _wait(self, trainers: Trainers, seconds: float) -> int | None:
-        """The exit code, or None when the start goes on after `seconds`."""
+        """The exit code of the start; None if it still runs after `seconds`."""
         until = time.time() + seconds
         while trainers.exit_code() is None and time.time() < until:
             time.sleep(POLL_S)

@@ -63,7 +63,7 @@ def check(config: SubmitConfig) -> Checked:
 
 
 def _names(config: SubmitConfig) -> Iterator[str]:
-    """run_dir is a word of the job's script."""
+    """Problems of names that the job's script holds: run_dir, and the checkpoint of a chain."""
     run_dir = config.run_dir
     if "\\" in run_dir or not run_dir.isprintable():
         yield f"run_dir={run_dir!r}: train.sbatch takes no backslash and no control character in it"
@@ -152,7 +152,8 @@ def _time(config: SubmitConfig, figures: Outline) -> tuple[SubmitConfig, float |
 
 
 def _disk(config: SubmitConfig, figures: Outline) -> list[str]:
-    """Retention keeps checkpoint.keep checkpoints while the next one is written."""
+    """A problem where the disk is too small for the checkpoints: retention keeps checkpoint.keep of them while the next
+    one is written."""
     checkpoints = RunFolder(config.run_dir).checkpoints.absolute()
     existing = next(folder for folder in (checkpoints, *checkpoints.parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free
@@ -192,5 +193,5 @@ def _notes(config: SubmitConfig, figures: Outline) -> list[str]:
 
 
 def _ids(stored: dict[str, Any]) -> dict[str, Any]:
-    """Token ids, which a start takes from the tokenizer."""
+    """The token ids of stored settings: a start takes them from the tokenizer, so they are no change."""
     return {name: stored["model"][name] for name in ("bos_id", "eos_id", "pad_id")}

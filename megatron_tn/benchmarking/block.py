@@ -3,10 +3,10 @@
 python -m megatron_tn.benchmarking.block model=175b parallel.tp=8 parallel.sequence_parallel=true \
     engine.cuda_graph=true data.sequence_length=8192 cluster=h200_141g benchmark.output=rows.jsonl
 
-Forward and backward pass of two and of six layers, with collectives as local copies of the right size: their difference
-is four blocks, the rest embedding and head. All layers, and the predicted time of the collectives, make a microbatch;
-beside it stands the plan's, and beside the peak that of a plan of six layers. Without a CUDA graph a small block is
-bound by the host's launches, of which the copies are some.
+Forward and backward pass are timed with two and with six layers, with local copies of the right size in place of
+collectives: block = (t6 - t2) / 4, and t2 - 2 block is embedding and head. The time of a microbatch is that of all
+layers plus the predicted time of the collectives; the table shows it beside the plan's time, and the peak memory of six
+layers beside its plan. Without a CUDA graph the time of a small block is that of its kernel launches on the host.
 """
 
 import statistics
@@ -72,7 +72,7 @@ def measure(config: BenchmarkConfig, layers: int, device: torch.device) -> Slice
 
 
 def block_of(few: Slice, more: Slice) -> float:
-    """Milliseconds."""
+    """Milliseconds of one block, from runs with few and with more layers."""
     return (more.milliseconds - few.milliseconds) / (more.layers - few.layers)
 
 
@@ -85,10 +85,14 @@ def planned(config: BenchmarkConfig) -> tuple[StepTime, float]:
 
 
 def benchmark(config: BenchmarkConfig) -> None:
-    if problems := [*config.problems(), *(f"{name} is not known" for name in missing_rates(config.cluster))]:
+    unknown = missing_rates(config.cluster)
+    if problems := [*config.problems(), *(f"{name} is not known: set it or cluster=h200_141g" for name in unknown)]:
         raise ConfigError(problems)
     if config.model.layers < FEW[-1] or config.parallel.cp > 1:
-        raise ConfigError(f"model.layers={config.model.layers} must be at least {FEW[-1]}, and parallel.cp 1")
+        raise ConfigError(
+            f"model.layers={config.model.layers} must be at least {FEW[-1]}, and parallel.cp={config.parallel.cp} must "
+            "be 1: a block is timed without other slices of its sequences"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan, plan_peak = planned(config)
     few, more = (measure(config, layers, device) for layers in FEW)

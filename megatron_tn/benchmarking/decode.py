@@ -112,7 +112,7 @@ def peer_token_ms(peer: torch.nn.Module, batch: int, position: int, sampler: Sam
 def measured(
     model: torch.nn.Module, *, peer: bool, batch: int, position: int, sampler: Sampler, tokens: int
 ) -> float | None:
-    """None: a peer's cache does not fit into the GPU's memory."""
+    """Milliseconds of one decoding step; None where a peer's cache does not fit into the GPU's memory."""
     if not peer:
         return token_ms(model, batch, position, sampler, tokens)
     try:
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, help="1: all (default: 1)")
     parser.add_argument("--output", type=Path, help="file that JSON rows are appended to (default: none)")
     parser.add_argument("--fp8-weights", action="store_true", help="keep the matrices of the blocks in fp8")
-    parser.add_argument("--peer", choices=["llama", "retnet"], help="the model of others that decodes instead")
+    parser.add_argument("--peer", choices=["llama", "retnet"], help="time this model instead of ours")
     asked = parser.parse_args(arguments)
     sampler = Sampler(asked.temperature, asked.top_k, asked.top_p)
     if problems := sampler.problems():
@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"--positions {least} must be more than {steps}, the tokens that are decoded with --tokens {asked.tokens}"
         )
     if asked.peer and asked.fp8_weights:
-        parser.error("--fp8-weights is of our model, and --peer decodes another")
+        parser.error(f"--fp8-weights does not go with --peer {asked.peer}: only our model can keep its weights in fp8")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with bad_input_exits():
         if asked.peer == "llama":

@@ -1,4 +1,4 @@
-"""Count what a rank opens and reads before its first step, in worlds that do not exist.
+"""Count the files that a rank opens and reads before its first step, in simulated worlds of many ranks.
 
 python -m megatron_tn.benchmarking.start_up --folder NEW --ranks 8 64 512
 
@@ -62,8 +62,9 @@ print(f"{len(opened):,} opens, {read / 1e6:.0f} MB, {time.perf_counter() - began
 
 @dataclasses.dataclass(frozen=True)
 class Count:
-    """Of one rank. shared: opens of files below the folder; manifests: those of a manifest.json among them. software:
-    all other opens. read: bytes. groups: process groups created. told: bytes of objects from other ranks."""
+    """Counts of one rank's start. shared: opens of files below the folder; manifests: those of a manifest.json among
+    them. software: all other opens. read: bytes. groups: process groups created. told: bytes of objects from other
+    ranks."""
 
     ranks: int
     rank: int
@@ -105,7 +106,7 @@ class Others:
 
     @contextlib.contextmanager
     def around(self, rank: int) -> Iterator[None]:
-        """This process is `rank`."""
+        """Context manager: this process acts as `rank`."""
         calls, mine, self.told = itertools.count(), self.sent.setdefault(rank, []), 0
         mine.clear()
         if rank == 0:
@@ -187,7 +188,7 @@ def simulate(folder: Path, ranks: int, opens: Opens, *, first: bool = False) -> 
 
 
 def _started(folder: Path, words: list[str], opens: Opens, others: Others, rank: int) -> tuple[Count, bool]:
-    """One rank's start; and whether it came to its first step."""
+    """Run one rank's start; returns whether it reached its first step."""
     opens.paths, before, argv = [], _bytes_read(), sys.argv
     groups, make, came_far = [], dist.new_group, False
 
@@ -219,7 +220,7 @@ def _started(folder: Path, words: list[str], opens: Opens, others: Others, rank:
 
 
 def _bytes_read() -> int:
-    """By this process, from files, sockets and pipes."""
+    """Bytes that this process has read so far, from files, sockets and pipes."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 

@@ -1,0 +1,1 @@
+"""Checkpoints: format, saving, loading into any layout, verification, removal of old ones."""

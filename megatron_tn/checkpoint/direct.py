@@ -84,7 +84,8 @@ class DirectFile:
         return done
 
     def _retry(self, access: Callable[[np.ndarray, int], int], data: np.ndarray, at: int) -> int:
-        """Some file systems open a file for direct I/O, and refuse the first access."""
+        """Call `access` again through the page cache where the file system refuses direct I/O at the first access
+        only."""
         was_direct = self.is_direct
         try:
             return access(data, at)

@@ -32,8 +32,8 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MOST_HEADER_BYTES = 100 << 20
 CHUNK_BYTES = 8 << 20  # per read
-PART_BYTES = 8 << 20  # hashed and written by one thread at a time; 32 MiB at once are faster than 64
-COPIED_PART_BYTES = 1 << 20  # of parts that are copied, some of which are held at a time
+PART_BYTES = 8 << 20  # a part: one thread hashes and writes it; 32 MiB of parts in flight are faster than 64
+COPIED_PART_BYTES = 1 << 20  # of parts that are copied first: several copies are in memory at a time
 WORTH_DIRECT = 1 << 20  # bytes: smaller reads go through the page cache, which reads ahead
 
 
@@ -73,7 +73,8 @@ def _header(
 
 
 def joined(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Tensors that follow each other in one storage as one [n], so that a part of the file is seldom in several."""
+    """Adjacent tensors of one storage are merged into one [n], so that a part of the file seldom spans several
+    tensors."""
     run: Tensor | None = None
     for tensor in tensors:
         flat = tensor.view(-1)
@@ -93,7 +94,7 @@ def joined(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def _on_host(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor [n] of the host, or copies of its parts."""
+    """The tensor [n] itself if it is on the host; else copies of its parts, one at a time."""
     if tensor.is_cpu:
         yield tensor
     else:

@@ -182,7 +182,7 @@ def _share(engine: Trainable, directory: Path) -> CheckpointManifest:
 
 
 def _zero(engine: Trainable) -> None:
-    """Padding is in no file, and uninitialised memory may hold NaN."""
+    """Zero masters and state before reading: padding is in no file, and uninitialised memory may hold NaN."""
     for owned in engine.owned_ranges():
         for values in owned.values.values():
             values.zero_()

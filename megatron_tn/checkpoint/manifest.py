@@ -101,7 +101,7 @@ class CheckpointManifest:
         return json.dumps({"format": FORMAT, "version": VERSION} | values)
 
     def without_pieces(self) -> CheckpointManifest:
-        """What it says of the checkpoint as a whole: of one size, whatever the number of ranks."""
+        """The manifest without pieces and files: its size does not grow with the number of ranks."""
         return replace(self, pieces={}, files={})
 
     @classmethod

@@ -40,8 +40,8 @@ class FileRecord:
 
 
 class _Part(NamedTuple):
-    """data, aligned, at byte `at` of the file. buffer: what `data` is the beginning of, where it was copied; None where
-    it lies in the contents."""
+    """data, aligned, at byte `at` of the file. buffer: the copy that `data` is the beginning of, where it was copied;
+    None where it lies in the contents."""
 
     at: int
     data: np.ndarray
@@ -147,7 +147,7 @@ def _in_parts(file: DirectFile, size: int, part_bytes: int, into: np.ndarray | N
 
 
 def _as_one(file: DirectFile, into: np.ndarray | None) -> str:
-    """One thread hashes while this one reads."""
+    """Digest of the file as one: a thread hashes while this one reads."""
     digest, buffers = hashlib.sha256(), [aligned_buffer(READ_BYTES) for _ in range(4)] if into is None else []
 
     def chunks() -> Iterator[np.ndarray]:

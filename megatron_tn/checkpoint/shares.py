@@ -86,7 +86,7 @@ def files_of_rank(directory: Path, rank: int, size: int) -> dict[str, tuple[File
 
 
 def by_file(manifest: CheckpointManifest) -> dict[str, tuple[FileRecord, dict[str, Piece]]]:
-    """Name of each file -> its record and its pieces by key."""
+    """File name -> (its record, key -> the piece stored under it)."""
     found: dict[str, tuple[FileRecord, dict[str, Piece]]] = {name: (one, {}) for name, one in manifest.files.items()}
     for pieces in manifest.pieces.values():
         for piece in pieces:
@@ -96,7 +96,7 @@ def by_file(manifest: CheckpointManifest) -> dict[str, tuple[FileRecord, dict[st
 
 
 def scattered(shares: Callable[[], Sequence[Any]], rank: int, size: int) -> Any:
-    """This rank's of the values that `shares()` returns on rank 0, for ranks 0 .. size - 1. Collective.
+    """This rank's element of the list that `shares()` returns on rank 0, for ranks 0 .. size - 1. Collective.
 
     Raises:
         Exception: on every rank: what `shares()` raised.

@@ -1,4 +1,4 @@
-"""The settings `cluster.*`: the hardware by its datasheet, which plans and utilisation figures are held against."""
+"""The settings `cluster.*`: rates and sizes of the hardware, from which plans and utilisation are computed."""
 
 import dataclasses
 from typing import Annotated
@@ -25,20 +25,30 @@ DATASHEET_BF16_TFLOPS = (
 @dataclass(frozen=True, config=STRICT)
 class ClusterConfig:
     name: str = "local"  # name of the cluster in reports
-    gpus_per_node: Count = 0  # GPUs of one node; 0: not known
-    gpu_memory_gib: Unlimited = 0.0  # memory of one GPU in GiB, as CUDA reports it; 0: not known
-    # GiB of GPU memory outside PyTorch's allocator that a plan adds: CUDA context, kernel code, NCCL buffers.
+    gpus_per_node: Count = 0  # GPUs of one node; 0: not known: plans assume one rank a node, and jobs ask for no GPUs
+    # Memory of one GPU in GiB, as CUDA reports it; 0: not known: plans do not say what fits.
+    gpu_memory_gib: Unlimited = 0.0
+    # GiB of GPU memory that a plan adds for CUDA context, kernel code and NCCL buffers, which PyTorch's allocator does
+    # not count.
     outside_allocator_gib: Unlimited = 1.5
-    bf16_tflops: Rate = None  # dense bf16 peak of one GPU, TFLOP/s; null: the datasheet's, by the GPU's name
-    fp8_tflops: Rate = None  # dense fp8 peak of one GPU, TFLOP/s; null: not known, or a GPU without fp8 products
-    memory_bandwidth_gbs: Rate = None  # GB/s of a GPU's memory; null: not known
-    interconnect_gbs: Rate = None  # GB/s between nodes, per GPU and direction; null: not known
-    # GB/s that a collective sustains between the GPUs of a node, per GPU and direction; null: not known.
+    # Dense bf16 peak of one GPU, TFLOP/s; null: not known: plans have no times, and utilisation uses the datasheet's
+    # peak of the GPU that CUDA reports.
+    bf16_tflops: Rate = None
+    # Dense fp8 peak of one GPU, TFLOP/s; null: not known, or a GPU without fp8 products: plans warn of
+    # engine.products=fp8.
+    fp8_tflops: Rate = None
+    memory_bandwidth_gbs: Rate = None  # GB/s of a GPU's memory; null: not known: plans have no times
+    interconnect_gbs: Rate = None  # GB/s between nodes, per GPU and direction; null: not known: plans have no times
+    # GB/s that a collective sustains between GPUs of a node, per GPU and direction; null: not known: plans have no
+    # times.
     nvlink_gbs: Rate = None
     latency_us: Unlimited = 0.0  # microseconds that a collective takes however few bytes it moves
-    # Rates that bf16 matrix products sustain: pairs [smallest dimension, TFLOP/s], rising; [] not known.
+    # Rates that bf16 matrix products sustain: pairs [smallest dimension, TFLOP/s], dimensions rising; []: not known:
+    # plans have no times.
     matrix_rates: list[list[float]] = dataclasses.field(default_factory=list)
-    storage_gbs: Rate = None  # GB/s that a node writes to the checkpoints' file system; null: not known
+    # GB/s that a node writes to the file system of checkpoints; null: not known: plans do not say how long a save
+    # takes.
+    storage_gbs: Rate = None
 
     def peak_tflops(self, device_name: str | None) -> float | None:
         """The denominator of utilisation: bf16_tflops, else the datasheet's of the GPU that CUDA calls `device_name`;

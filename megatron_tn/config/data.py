@@ -10,26 +10,31 @@ from megatron_tn.config.mapping import STRICT
 
 @dataclass(frozen=True, config=STRICT)
 class DataConfig:
-    manifest: str = ""  # manifest.json of tokenised WebDataset shards, written by python -m data_pipeline.run
-    sequence_length: Positive = 2048  # tokens of a sequence
-    global_batch: Positive = 64  # sequences per optimizer step, over all ranks
-    micro_batch: Positive = 1  # sequences per forward pass of one rank
-    shuffle_window: Positive = 32  # shards that sequences are shuffled across; neighbours in a shard are alike
+    # manifest.json of tokenised WebDataset shards, written by python -m data_pipeline.run; has to be set.
+    manifest: str = ""
+    sequence_length: Positive = 2048  # tokens of a training sequence
+    global_batch: Positive = 64  # sequences of an optimizer step, summed over all ranks and microbatches
+    micro_batch: Positive = 1  # sequences of one forward pass on one data-parallel rank
+    # Number of consecutive shards across which sequences are shuffled; neighbours within a shard are alike.
+    shuffle_window: Positive = 32
     # Document filter: a YAML file or inline JSON of data_pipeline.stream.ScoreFilter (self-cleaning), or module:object
-    # for a user-defined filter; empty: every document is kept.
+    # of a user-defined filter; empty: every document is kept.
     filter: str = ""
-    # Functions, as module:function, from data_pipeline.stream.Document to Document, applied to each document in this
-    # order. They must not change its number of tokens.
+    # Functions, each module:function, that map a data_pipeline.stream.Document to a Document with as many tokens;
+    # applied to each document in this order. []: none.
     document_stages: list[str] = dataclasses.field(default_factory=list)
-    # Mixture of sources: {epochs: {source: repetitions}} or {weights: {source: weight}}; on the command line:
-    # +data.mixture.epochs.wiki=1.5. Empty: the epochs of the manifest.
+    # Share of each source: {epochs: {source: repetitions}} or {weights: {source: weight}}; on the command line
+    # +data.mixture.epochs.wiki=1.5. {}: the epochs that the manifest records.
     mixture: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    # Reset the state of attention where a document begins. The paper packs documents into sequences without a reset.
+    # true: reset the attention state where a document begins. false: the state runs on across the documents of a
+    # sequence, as in the paper.
     isolate_documents: bool = False
-    workers: Count = 1  # reader processes per data-parallel rank; 0: the training process reads
-    max_damaged: Count = 100  # unreadable samples that a rank replaces by padding before it ends the run
-    cache_bytes: Count = 100_000_000_000  # most bytes of a node's local copies of remote shards
-    # Step numbers whose batches are skipped (no training on them): [17, "100-299"]. Checkpoints store the list.
+    workers: Count = 1  # reader processes of each data-parallel rank; 0: the training process reads
+    max_damaged: Count = 100  # unreadable samples that a rank replaces by padding; one more ends the run
+    # Bytes on a node's disk that copies of remote shards may take; unused with shards on local disks.
+    cache_bytes: Count = 100_000_000_000
+    # Numbers or ranges of steps whose batches are not trained on, such as [17, "100-299"]; checkpoints store the list.
+    # []: none.
     skip_batches: list[int | str] = dataclasses.field(default_factory=list)
 
     @property

@@ -16,24 +16,34 @@ from megatron_tn.config.mapping import STRICT
 class EngineConfig:
     """DeepSpeed ZeRO 0 to 3, FSDP2, or the local engine, which shards nothing."""
 
+    # deepspeed: ZeRO of engine.zero_stage; fsdp2: PyTorch's fully_shard; local: no sharding, gradients are all-reduced.
     name: Literal["deepspeed", "fsdp2", "local"] = "deepspeed"
-    zero_stage: Literal[0, 1, 2, 3] = 1  # ZeRO stage of engine.name=deepspeed
-    precision: Literal["bf16", "fp32"] = "bf16"  # of parameters and activations; masters and moments are always fp32
-    # Of the blocks' linear layers. bf16: in the type of engine.precision. fp8: of operands quantised with one scale a
-    # tensor, on Hopper and later, emulated on a CPU; all other operators stay in engine.precision.
+    # deepspeed: ZeRO stage. 0 shards nothing; 1 masters and moments; 2 gradients, too; 3 weights, too.
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    # type of parameters and activations; masters and moments are always fp32.
+    precision: Literal["bf16", "fp32"] = "bf16"
+    # type of the operands of the blocks' matrix products. bf16: that of engine.precision; fp8: quantised with one scale
+    # per tensor, on Hopper and later GPUs, emulated on a CPU. All other operators stay in engine.precision.
     products: Literal["bf16", "fp8"] = "bf16"
-    gradient_dtype: Literal["fp32", "bf16"] = "fp32"  # type of the gradient sums over microbatches and ranks
-    # Gradient elements reduced in one collective. ZeRO 3 and FSDP2 reduce block by block instead.
+    # type of the gradient sums over microbatches and ranks; bf16 needs engine.name=deepspeed.
+    gradient_dtype: Literal["fp32", "bf16"] = "fp32"
+    # Gradient elements that one collective reduces over ranks; ZeRO 3 and FSDP2 reduce block by block instead.
     reduce_bucket_elements: Positive = 50_000_000
-    reshard_after_forward: bool = True  # fsdp2: free a block's gathered weights between its forward and backward pass
-    recompute: Literal["none", "selective", "full"] = "none"  # activations to recompute in the backward pass
-    recompute_every: Positive = 1  # n: recompute in blocks 0, n, 2n, ... only
-    # blocks: torch.compile each block with inductor; cuda_graphs: also replay each block as a CUDA graph.
+    # fsdp2: free a block's gathered weights after its forward pass and gather them again for its backward pass; false:
+    # gather once, keep them in between.
+    reshard_after_forward: bool = True
+    # what the backward pass recomputes instead of keeping it. none: nothing; selective: norms, gates and activation
+    # functions; full: whole blocks from their inputs.
+    recompute: Literal["none", "selective", "full"] = "none"
+    recompute_every: Positive = 1  # n: engine.recompute holds for blocks 0, n, 2n, ...; 1: for every block
+    # none: eager blocks; blocks: torch.compile each block with inductor; cuda_graphs: replay each compiled block as a
+    # CUDA graph, too.
     compile: Literal["none", "blocks", "cuda_graphs"] = "none"
-    # Capture the forward and backward pass of a microbatch as one CUDA graph, and replay it. For local and zero1.
+    # true: capture forward and backward pass of a microbatch as one CUDA graph and replay it; only with engine=local or
+    # engine=zero1. false: launch kernel by kernel.
     cuda_graph: bool = False
-    # Keys of DeepSpeed's own config to add, or the path of a JSON file with such keys, whose content becomes part of
-    # the run's config. A key that another setting determines must agree with that setting.
+    # Keys to add to DeepSpeed's own config, or the path of a JSON file of such keys, whose content becomes part of the
+    # run's config. A key that another setting determines must agree with that setting. {}: none.
     deepspeed_config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property

@@ -20,14 +20,16 @@ Names = Annotated[list[str], BeforeValidator(_in_a_list)]  # tasks=a is tasks=[a
 @dataclass(frozen=True, config=STRICT)
 class EvaluationConfig:
     manifest: str = ""  # manifest.json of held-out shards; empty: no held-out loss during training
-    every: Count = 0  # steps between evaluations; 0: only at the end of the run
-    max_documents: Count = 256  # evaluate so many held-out documents, equally many of each source; 0: all
-    # Tasks of lm-evaluation-harness, by name or as task files: docs/evaluation.md. They need the extra eval.
+    every: Count = 0  # steps between evaluations; 0: evaluate only at the end of the run
+    max_documents: Count = 256  # number of held-out documents to evaluate, equally many of each source; 0: all
+    # Tasks of lm-evaluation-harness, by name or by task file (docs/evaluation.md); need pip install -e '.[eval]'. []:
+    # none.
     tasks: Names = dataclasses.field(default_factory=list)
-    task_folder: str = ""  # a folder of task files of one's own, whose names `tasks` may then have
-    task_documents: Count = 256  # of each task, the first ones; 0: all
-    prompts: Names = dataclasses.field(default_factory=list)  # texts that each evaluation continues
-    prompt_tokens: Positive = 64  # tokens of a continuation
+    task_folder: str = ""  # folder of your own task files, which evaluation.tasks may name; empty: none
+    task_documents: Count = 256  # evaluate only the first so many documents of each task; 0: all
+    # Texts that each evaluation lets the model continue; []: none.
+    prompts: Names = dataclasses.field(default_factory=list)
+    prompt_tokens: Positive = 64  # tokens of each continuation of evaluation.prompts
 
     @property
     def is_on(self) -> bool:

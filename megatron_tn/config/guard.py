@@ -1,4 +1,4 @@
-"""The settings `guard.*`: what happens when a step goes wrong."""
+"""The settings `guard.*`: reaction to non-finite steps and to loss spikes."""
 
 from typing import Annotated, Literal
 
@@ -12,15 +12,17 @@ from megatron_tn.config.mapping import STRICT
 class GuardConfig:
     """All ranks decide the same, from numbers that were reduced over all of them. docs/checkpoints.md: rewinds."""
 
-    # What follows a step whose loss or gradient norm is not finite. Its update is never applied. skip: go on with the
+    # what follows a step whose loss or gradient norm is not finite; its update is never applied. skip: go on with the
     # next batch; rewind: load the newest checkpoint and skip this batch from then on; abort: end the run.
     nonfinite: Literal["skip", "rewind", "abort"] = "skip"
-    max_consecutive: Positive = 10  # number of consecutive non-finite steps that ends the run
-    # A loss is a spike when it exceeds the median of the last spike_window losses by spike_sigmas standard deviations
-    # (1.4826 x the median absolute deviation, which a spike does not move) and by spike_nats.
+    max_consecutive: Positive = 10  # the run ends after this many non-finite steps in a row
+    # what follows a loss spike: a loss that exceeds the median m of the last spike_window losses by spike_sigmas
+    # standard deviations (taken as 1.4826 x median |loss - m|, which a spike does not move) and by spike_nats. off: no
+    # detection; report: log it and train on; rewind, abort: as for nonfinite.
     spike: Literal["off", "report", "rewind", "abort"] = "report"
-    spike_window: Annotated[int, Bounds(2, MOST_INT)] = 128  # losses; detection begins after half a window
-    spike_sigmas: Unlimited = 8.0  # robust standard deviations above the median
-    spike_nats: Unlimited = 0.5  # nats above the median; a spike exceeds both thresholds
-    skip_before: Count = 0  # batches before the bad batch that a rewind skips as well
-    max_rewinds: Count = 5  # number of rewinds of a run; the next one ends the run instead
+    # Number of last losses of which the median is taken; detection begins after half of them.
+    spike_window: Annotated[int, Bounds(2, MOST_INT)] = 128
+    spike_sigmas: Unlimited = 8.0  # least height of a spike above the median, in those standard deviations
+    spike_nats: Unlimited = 0.5  # least height of a spike above the median, in nats
+    skip_before: Count = 0  # a rewind skips the bad batch and this many batches before it
+    max_rewinds: Count = 5  # number of rewinds that the guard makes in a run; instead of another it ends the run

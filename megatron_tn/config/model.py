@@ -24,33 +24,51 @@ class ModelConfig:
     a Transformer, a cosFormer (arXiv 2202.08791) or a TransNormer (arXiv 2210.10340), as files of conf/model have
     them."""
 
-    name: str = "385m"  # name of the model size in reports
+    name: str = "385m"  # name of the model in reports and comparisons of runs
     # Name in megatron_tn.model.registry. transnormer: TransNormerLLM; transnormer_2022: TransNormer, its predecessor.
     architecture: Literal["transnormer", "transformer", "cosformer", "transnormer_2022"] = "transnormer"
-    vocab_size: Vocabulary = 64000  # V, entries of the tokenizer; vocabulary parallelism pads the embedding as needed
+    # V, rows of the embedding: at least the tokenizer's entries; padded to a multiple of parallel.tp as needed.
+    vocab_size: Vocabulary = 64000
     embed_dim: Width = 1024  # D, width of the residual stream
     layers: Number = 24  # L, number of blocks
     heads: Number = 8  # H, attention heads; the released sizes have D / H = 128
-    glu_dim: Width = 2816  # F, width of SGLU
-    scale_embedding: bool = True  # x = E[ids] * sqrt(D); the released 3B and larger models have x = E[ids]
-    absolute_positions: bool = False  # add sinusoids of the position to x, as in arXiv 1706.03762 (an ablation)
-    norm: Literal["simplermsnorm", "rmsnorm", "layernorm"] = "simplermsnorm"  # simplermsnorm has no weights
-    norm_eps: FromZero = 1e-6  # added under the root to the mean square, or the variance
-    # Token mixers of transnormer's layers, a pattern that is repeated over depth: [linear, linear, linear, softmax].
+    glu_dim: Width = 2816  # F, width of the feed-forward layer SGLU (about 8/3 D)
+    # true: x = E[ids] * sqrt(D); false: x = E[ids], as in the released 3B and larger models.
+    scale_embedding: bool = True
+    # true: add sinusoids of the position to x, as in arXiv 1706.03762 (an ablation); false: add nothing.
+    absolute_positions: bool = False
+    # normalisation before every sublayer; simplermsnorm is rmsnorm without weights.
+    norm: Literal["simplermsnorm", "rmsnorm", "layernorm"] = "simplermsnorm"
+    # Added under the root: to the mean square of rmsnorm and simplermsnorm, to the variance of layernorm.
+    norm_eps: FromZero = 1e-6
+    # transnormer: token mixers of the layers, a pattern that is repeated over depth, such as [linear, linear, linear,
+    # softmax]; [linear]: linear attention in every layer.
     attention: list[Literal["linear", "softmax"]] = dataclasses.field(default_factory=lambda: ["linear"])
-    act: Literal["silu", "none", "1+elu", "relu"] = "silu"  # activation function of q and k
-    glu_act: Literal["none", "silu"] = "none"  # activation function of SGLU's gate
-    gate: bool = True  # whether the token mixer has the output gate u
-    lrpe: Literal["first", "all", "none"] | list[bool] = "first"  # layers with LRPE; list: one entry per layer
-    decay: Literal["released", "paper", "none"] = "released"  # formula of the decay rates, one rate per head
-    decay_temperature: bool = True  # whether the decay rates of layer l have the factor 1 - l/(L-1)
-    rope_base: AboveZero = 10000.0  # RoPE turns pair j by base^(-2 j / d) radians a position; softmax attention only
-    block_length: Positive = 64  # transnormer_2022: tokens of a block, within which its lower layers attend
-    max_length: Count = 0  # cosformer: M, the longest sequence: weights cos(pi/2 (t - s) / M) are negative past it
-    init_std: FromZero = 0.02  # standard deviation of the matrices' normal initial values
-    pad_id: Count = 0  # id of the padding token; training takes all three ids from the shards' tokenizer
-    bos_id: Count = 1  # id of the token that begins a document
-    eos_id: Count = 2  # id of the token that ends a document
+    # activation function of q and k; none: the identity; 1+elu: 1 + elu(x).
+    act: Literal["silu", "none", "1+elu", "relu"] = "silu"
+    # activation function of SGLU's gate; none: the identity, as in TransNormerLLM.
+    glu_act: Literal["none", "silu"] = "none"
+    gate: bool = True  # true: the token mixer's output is multiplied by a gate u, linear in x; false: there is no u
+    # first, all, none, or a list of one bool per layer: the layers whose q and k get LRPE (linearised relative
+    # positional encoding). first: layer 0 alone.
+    lrpe: Literal["first", "all", "none"] | list[bool] = "first"
+    # formula of the decay rates, one rate per head (megatron_tn/model/decay.py). released: that of the released
+    # weights; paper: equation 10 of arXiv 2307.14995; none: no decay.
+    decay: Literal["released", "paper", "none"] = "released"
+    # true: decay rates fall with depth, in layer l by a factor of 1 - l/(L-1) (decay=paper: 1 - l/L); false: they are
+    # equal in all layers.
+    decay_temperature: bool = True
+    # Softmax attention: RoPE turns channel pair j of d / 2 by base^(-2 j / d) radians per position.
+    rope_base: AboveZero = 10000.0
+    # transnormer_2022: tokens of a block; softmax attention of the lower layers stays within it.
+    block_length: Positive = 64
+    # cosformer: M >= 1, the longest sequence, since the weights cos(pi/2 (t - s) / M) are negative past it; 0 for the
+    # other architectures, which have no such limit.
+    max_length: Count = 0
+    init_std: FromZero = 0.02  # standard deviation of the normal distribution that initial matrices are drawn from
+    pad_id: Count = 0  # id of the padding token; training reads pad_id, bos_id and eos_id from data.manifest instead
+    bos_id: Count = 1  # id of the token that begins a document; training reads it from data.manifest instead
+    eos_id: Count = 2  # id of the token that ends a document; training reads it from data.manifest instead
 
     @property
     def head_dim(self) -> int:

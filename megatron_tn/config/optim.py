@@ -14,19 +14,20 @@ Beta = Annotated[float, Bounds(0, 1, below=True)]
 class OptimConfig:
     """AdamW (arXiv 1711.05101); Muon (Jordan 2024, arXiv 2502.16982) with AdamW for what is no matrix of a block."""
 
-    # muon: momentum orthogonalised for the blocks' matrices, scaled so that lr and weight_decay are AdamW's; AdamW for
-    # embedding, head, norm weights and LRPE's theta.
+    # adamw: AdamW for every parameter. muon: orthogonalised momentum for the blocks' matrices, scaled so that AdamW's
+    # lr and weight_decay fit; AdamW for embedding, head, norm weights and LRPE's theta.
     name: Literal["adamw", "muon"] = "adamw"
-    lr: AboveZero = 3e-4  # learning rate at the peak of the schedule
-    beta1: Beta = 0.9  # decay rate of the first moment
-    beta2: Beta = 0.95  # decay rate of the second moment
-    eps: AboveZero = 1e-8  # added to the square root of the second moment
-    weight_decay: FromZero = 0.1  # for matrices only; norm weights and LRPE's theta have none
-    clip_norm: Unlimited = 1.0  # largest global gradient norm; gradients are scaled down to it. 0: no clipping
-    # AdamW kernel. triton: this package's; torch: PyTorch's; apex: FusedAdam of NVIDIA apex; auto: triton on a GPU,
-    # torch on a CPU.
+    lr: AboveZero = 3e-4  # learning rate at the peak of the schedule, after warm-up
+    beta1: Beta = 0.9  # AdamW: decay rate of the first moment
+    beta2: Beta = 0.95  # AdamW: decay rate of the second moment
+    eps: AboveZero = 1e-8  # AdamW: added to the square root of the second moment
+    weight_decay: FromZero = 0.1  # decoupled weight decay of matrices; norm weights and LRPE's theta have none
+    # Largest L2 norm of the whole gradient; a larger gradient is scaled down to it. 0: no clipping.
+    clip_norm: Unlimited = 1.0
+    # kernel of AdamW. triton: kernels/adamw; torch: PyTorch's fused AdamW; apex: NVIDIA apex's FusedAdam; auto: triton
+    # on a GPU, torch on a CPU.
     fused: Literal["auto", "triton", "torch", "apex"] = "auto"
-    momentum: Beta = 0.95  # muon: share of the momentum that a step keeps (Jordan 2024, arXiv 2502.16982)
-    # muon: applied steps over which momentum rises linearly from 0.85; 0: none, since the rate warms up, too (300 in
-    # Jordan's speed runs, which have no warm-up of the rate).
+    momentum: Beta = 0.95  # muon: mu in M = mu M + (1 - mu) G (Jordan 2024, arXiv 2502.16982)
+    # muon: applied steps over which momentum rises linearly from 0.85 to optim.momentum; 0: constant momentum, since
+    # the learning rate warms up. Jordan's speed runs have 300, and no warm-up of the learning rate.
     momentum_warmup_steps: Count = 0

@@ -10,8 +10,9 @@ from megatron_tn.config.mapping import STRICT
 class ParallelConfig:
     """World size = dp x cp x tp; the data-parallel size dp follows from the other three."""
 
-    tp: Positive = 1  # tensor-parallel size: splits attention heads, SGLU's width and the vocabulary
-    cp: Positive = 1  # context-parallel size: splits each sequence into contiguous slices
-    # Megatron's sequence parallelism (arXiv 2205.05198): outside the split layers each tensor-parallel rank holds 1/tp
-    # of the tokens; without it every rank repeats norms and residual sums for all tokens.
+    # Tensor-parallel size: splits attention heads, SGLU's width and the vocabulary over tp ranks; 1: no split.
+    tp: Positive = 1
+    cp: Positive = 1  # context-parallel size: splits each sequence into cp contiguous slices; 1: no split
+    # true: Megatron's sequence parallelism (arXiv 2205.05198): outside the split layers each tensor-parallel rank holds
+    # 1/tp of the tokens. false: every rank computes norms and residual sums of all tokens.
     sequence_parallel: bool = False

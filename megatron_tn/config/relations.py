@@ -75,7 +75,10 @@ def _matrix_rates_are_rising_pairs(config: Settings) -> Iterator[str]:
 @RELATIONS.reads("parallel.tp")
 def _sequence_parallel_needs_tensor_parallel(config: Settings) -> Iterator[str]:
     if config.parallel.sequence_parallel and config.parallel.tp == 1:
-        yield "parallel.sequence_parallel=true shares tokens out over tensor-parallel ranks, but parallel.tp=1"
+        yield (
+            "parallel.sequence_parallel=true shares tokens out over tensor-parallel ranks, but parallel.tp=1: raise "
+            "parallel.tp"
+        )
 
 
 @RELATIONS.reads("schedule.steps")
@@ -162,7 +165,10 @@ def _warm_up_ends_before_the_decay(config: Settings) -> Iterator[str]:
 @RELATIONS.reads()
 def _apex_keeps_its_own_masters(config: Settings) -> Iterator[str]:
     if config.optim.fused == "apex" and config.engine.name == "deepspeed" and config.engine.zero_stage == 0:
-        yield "optim.fused=apex does not go with engine.zero_stage=0, where DeepSpeed flattens apex's masters"
+        yield (
+            "optim.fused=apex does not go with engine.zero_stage=0, where DeepSpeed flattens apex's masters: set "
+            "optim.fused=auto or engine.zero_stage=1"
+        )
 
 
 @RELATIONS.reads()
@@ -192,7 +198,10 @@ def _gradients_are_summed_in_a_type_the_engine_has(config: Settings) -> Iterator
 @RELATIONS.reads()
 def _fp8_products_are_not_compiled(config: Settings) -> Iterator[str]:
     if config.engine.products == "fp8" and config.engine.compile != "none":
-        yield f"engine.products=fp8 does not go with engine.compile={config.engine.compile}, which sees no fp8 operands"
+        yield (
+            f"engine.products=fp8 does not go with engine.compile={config.engine.compile}: torch.compile sees no fp8 "
+            "operands. Set engine.compile=none or engine.products=bf16"
+        )
 
 
 @RELATIONS.reads("parallel.cp")
@@ -209,7 +218,7 @@ def _what_a_cuda_graph_can_hold(config: Settings) -> Iterator[str]:
     if engine.compile != "none":
         yield f"engine.cuda_graph=true captures eager passes, but engine.compile={engine.compile} is not none"
     if cp > 1:
-        yield f"engine.cuda_graph=true does not go with parallel.cp={cp}, whose slices are computed on the host"
+        yield f"engine.cuda_graph=true does not go with parallel.cp={cp}, whose slices' bounds are computed on the host"
 
 
 @WORLD.reads("parallel.tp", "parallel.cp")

@@ -26,16 +26,21 @@ from megatron_tn.config.schedule import ScheduleConfig
 class TrainConfig:
     """`python -m megatron_tn.train` writes it, resolved, to run_dir/config.json."""
 
-    run_dir: str = "runs/default"  # folder of the run's files; a run that exists there is resumed
+    # Folder of the run's files; a run that exists there is resumed, see checkpoint.resume.
+    run_dir: str = "runs/default"
     # Initial weights of a new run: a checkpoint, a run's folder or a released model's folder; empty: random values.
     init_from: str = ""
-    seed: Seed = 0  # of the random initial weights and of the data order
-    nodes: Positive = 1  # number of nodes of the run
-    stop_after: Count = 0  # save and end after this step, with an unchanged schedule; 0: run to schedule.steps
-    deterministic: bool = False  # use bitwise reproducible kernels, which are slower
-    # Seconds until a collective gives up. Must exceed the time of start-up, of compilation and of an evaluation.
+    seed: Seed = 0  # seed of the random initial weights and of the data order
+    nodes: Positive = 1  # number of nodes that the run is planned for and submitted to
+    # Save a checkpoint and end after this step; the schedule stays that of schedule.steps, where 0 ends the run.
+    stop_after: Count = 0
+    # true: bitwise reproducible kernels, which are slower; false: sums may differ in order from run to run.
+    deterministic: bool = False
+    # Seconds that a collective waits for other ranks before it fails. Must exceed the time of start-up, of compilation
+    # and of an evaluation.
     distributed_timeout_s: Positive = 1800
-    # Seconds without progress after which the run ends, naming the rank that the others wait for; 0: never.
+    # Seconds that a rank may stay in one phase of a step; then the run ends and names the rank that the others wait
+    # for. 0: no such watch.
     hang_timeout_s: Count = 600
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)

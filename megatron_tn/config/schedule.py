@@ -12,16 +12,17 @@ from megatron_tn.config.mapping import STRICT
 class ScheduleConfig:
     """`megatron_tn.optim.schedule` has the formulas."""
 
-    name: Literal["cosine", "wsd", "constant"] = "cosine"  # shape of the learning-rate schedule after warm-up
+    # learning rate after warm-up. cosine: half a cosine down to min_lr_ratio; wsd: constant, then a decay; constant.
+    name: Literal["cosine", "wsd", "constant"] = "cosine"
     steps: Positive = 1000  # optimizer steps of the whole run
-    warmup_steps: Count = 100  # steps over which the learning rate rises linearly to optim.lr
-    decay_fraction: Share = 0.2  # wsd: share of schedule.steps, at the end, over which the learning rate falls
-    min_lr_ratio: Share = 0.1  # learning rate of the last step / optim.lr
-    # Batch-size ramp: the batch of the first step, in sequences. It grows to data.global_batch in increments spread
-    # evenly over the first ramp_steps steps. 0: no ramp.
+    warmup_steps: Count = 100  # steps over which the learning rate rises linearly to optim.lr; 0: no warm-up
+    decay_fraction: Share = 0.2  # wsd: the learning rate falls over this share of schedule.steps, the last ones
+    min_lr_ratio: Share = 0.1  # cosine, wsd: learning rate of the last step divided by optim.lr
+    # Batch-size ramp: sequences of the first step's batch, which grows to data.global_batch in increments spread evenly
+    # over the first ramp_steps steps. 0: every step has data.global_batch.
     ramp_from: Count = 0
-    ramp_increment: Count = 0  # sequences of one increment of the batch-size ramp
-    ramp_steps: Count = 0  # steps of the batch-size ramp
+    ramp_increment: Count = 0  # batch-size ramp: sequences that each increment adds
+    ramp_steps: Count = 0  # batch-size ramp: steps until the batch is data.global_batch
 
     @property
     def decay_steps(self) -> int:

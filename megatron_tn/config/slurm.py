@@ -37,33 +37,43 @@ TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 @dataclass(frozen=True, config=STRICT)
 class SlurmConfig:
-    job_name: str = ""  # name of the job; empty: that of the folder of the run, or of the sweep
-    time: str | None = None  # time limit of one job, as of sbatch: 24:00:00, 2-12:00:00; null: the cluster's default
-    partition: str | None = None  # null: the cluster's default
-    account: str | None = None  # null: the user's default
+    job_name: str = ""  # name of the job; empty: the name of run_dir's last folder
+    # Time limit of one job in sbatch's form, 24:00:00 or 2-12:00:00; null: the cluster's default.
+    time: str | None = None
+    partition: str | None = None  # partition to submit to; null: the cluster's default
+    account: str | None = None  # account that is charged; null: the user's default
     qos: str | None = None  # quality of service; null: the user's default
-    gres: str = "gpu"  # a node's GPUs are asked for as --gres=GRES:cluster.gpus_per_node; empty: not asked for
-    processes_per_node: Count = 0  # 0: one for each of cluster.gpus_per_node; without GPUs one
-    exclusive: bool = True  # whole nodes
-    options: list[str] = dataclasses.field(default_factory=list)  # more options for sbatch: ['--constraint=ib']
-    modules: list[str] = dataclasses.field(default_factory=list)  # environment modules to load before training
-    # Command that runs each node's trainers in a container: [apptainer, exec, --nv, image.sif].
+    gres: str = "gpu"  # name of the GPUs in --gres=NAME:cluster.gpus_per_node; empty: no --gres
+    # Trainers on each node; 0: one for each of cluster.gpus_per_node, and one without GPUs.
+    processes_per_node: Count = 0
+    # true: the job has its nodes to itself (--exclusive); false: it may share them with other jobs.
+    exclusive: bool = True
+    # Further options of sbatch: ['--constraint=ib']; []: none.
+    options: list[str] = dataclasses.field(default_factory=list)
+    # Environment modules to load before training; []: none.
+    modules: list[str] = dataclasses.field(default_factory=list)
+    # Command that runs each node's trainers in a container: [apptainer, exec, --nv, image.sif]; []: no container.
     container: list[str] = dataclasses.field(default_factory=list)
-    srun: list[str] = dataclasses.field(default_factory=list)  # more options for srun: ['--container-image=...']
-    # Environment variables of the job beside those of the shell that submits: +slurm.environment.NCCL_SOCKET_IFNAME=ib0
+    # Further options of srun: ['--container-image=...']; []: none.
+    srun: list[str] = dataclasses.field(default_factory=list)
+    # Environment variables of the job, added to those of the shell that submits:
+    # +slurm.environment.NCCL_SOCKET_IFNAME=ib0.
     environment: dict[str, str | int] = dataclasses.field(default_factory=dict)
     grace_s: Positive = 120  # seconds before the time limit at which trainers are told to save and stop
-    requeue: bool = True  # whether a job that reached its time limit, or failed, is put back into the queue
-    # Requeues in a row without a new checkpoint after which a job gives up; 0: no failure is requeued.
+    requeue: bool = True  # true: a job that reached its time limit, or failed, goes back into the queue; false: it ends
+    # A job gives up after this many requeues in a row without a new checkpoint; 0: a failed job is not requeued.
     failures: Count = 3
-    # Jobs of one run, each after the last; one that finds the run at its last step ends at once. 0: as many as the
-    # estimated time needs.
+    # Number of jobs submitted for one run, each to start after the one before; a job that finds the run at its last
+    # step ends at once. 0: as many as the estimated time needs.
     chain: Count = 1
-    # afterany: each job of a chain waits for those before it; singleton: for all of the user's with the same name.
+    # afterany: each job of a chain waits for the job before it; singleton: it waits for all of the user's jobs with the
+    # same name.
     dependency: Literal["afterany", "singleton"] = "afterany"
-    tokens: Count = 0  # stop, with an unchanged schedule, at the first step with so many tokens; 0: at schedule.steps
-    utilisation: Utilisation = 0.4  # share of cluster.bf16_tflops, for the time where the cluster's rates are not known
-    at_once: Count = 0  # tasks of a job array (a sweep) that run side by side; 0: no limit
+    # Stop at the first step with so many tokens, with the schedule of schedule.steps; 0: stop at schedule.steps.
+    tokens: Count = 0
+    # Share of cluster.bf16_tflops that the run reaches, to estimate its time if other rates in cluster.* are unknown.
+    utilisation: Utilisation = 0.4
+    at_once: Count = 0  # tasks of a job array (a sweep) that may run at the same time; 0: no limit
 
     @property
     def seconds(self) -> int | None:

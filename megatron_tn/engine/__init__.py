@@ -1,0 +1,1 @@
+"""Engines: how parameters, gradients and optimizer state are sharded over data-parallel ranks. build.py selects."""

@@ -73,7 +73,8 @@ class Engine(Protocol):
         ...
 
     def whole_weights(self) -> AbstractContextManager:
-        """Within it, passes without gradients may run: engine.products=fp8 keeps weights in fp8 alone. Collective."""
+        """Context manager within which passes without gradients may run: with engine.products=fp8 weights are otherwise
+        in fp8 alone. Collective."""
         ...
 
 

@@ -20,7 +20,8 @@ from megatron_tn.parallel.collectives import gather_parts_
 from megatron_tn.parallel.float8_layers import kept_weights, layer_groups
 from megatron_tn.parallel.linear import SplitLinear
 
-# Bytes that exist for a moment: one NCCL call for several buckets is faster, as is one launch for several layers.
+# Bytes of weights in the computing type that exist at a time: gathering several buckets in one NCCL call, and
+# quantising several layers in one launch, are faster than one by one.
 PORTION_BYTES = 2**28
 
 
@@ -35,7 +36,7 @@ class Bucket:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Bytes of `flat`."""
         return self.flat.numel() * self.flat.element_size()
 
     def free(self) -> None:
@@ -82,7 +83,7 @@ class FreedWeights:
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """Within it all parameters have their values. Collective."""
+        """Context manager: within it all parameters hold their values in the computing type. Collective."""
         try:
             self._make(self.buckets)
             yield

@@ -64,7 +64,10 @@ def matrices_of(name: str, spec: ShardSpec, tp: int) -> list[Matrix]:
     """
     rows, columns = spec.shape
     if spec.dim is None and tp > 1:
-        raise ConfigError(f"optim.name=muon has no update for {name}, of which parallel.tp={tp} ranks hold copies")
+        raise ConfigError(
+            f"optim.name=muon has no update for {name}, of which parallel.tp={tp} ranks hold copies: set parallel.tp=1 "
+            "or optim.name=adamw"
+        )
     sizes = tuple(math.prod(spec.local_shape(rank, tp)) // spec.blocks for rank in range(tp))
     return [Matrix(name, block, (rows // spec.blocks, columns), sizes, spec.dim or 0) for block in range(spec.blocks)]
 
@@ -90,7 +93,8 @@ def block_matrices(config: ModelConfig) -> list[Matrix]:
 
 
 def shared_out(matrices: Sequence[Matrix], ranks: int) -> list[list[Matrix]]:
-    """Each rank's matrices, ordered by shape: every matrix, the costliest first, goes to the rank with the least."""
+    """Each rank's matrices, ordered by shape: every matrix, the costliest first, goes to the rank with the least work
+    so far."""
     found: list[list[Matrix]] = [[] for _ in range(ranks)]
     least = [(0, rank) for rank in range(ranks)]  # a heap of (work, rank)
     for matrix in sorted(matrices, key=lambda matrix: (-flops(matrix.shape), matrix.shape)):
@@ -153,14 +157,15 @@ def matrix_rounds(shards: Shards, specs: Mapping[str, ShardSpec], tp: Axis) -> l
 
 
 def _rounds(share: Sequence[Matrix]) -> list[slice]:
-    """Of each round of a rank, its matrices' place among those of the rank."""
+    """For each round of a rank, the slice of its matrices `share` that the round updates."""
     edges = itertools.accumulate(map(len, batches(share)), initial=0)
     return [slice(*pair) for pair in itertools.pairwise(edges)]
 
 
 def _told(sent: Sequence[Sequence[Sequence[Piece]]], axis: Axis, device: torch.device) -> list[list[list[int]]]:
-    """sent[n]: this rank's pieces of each matrix that rank n updates. Of every rank, its pieces of the matrices that
-    this rank updates: [index of the matrix, offset, length] each. Collective."""
+    """Exchange what the ranks send each other. sent[n]: this rank's pieces of each matrix that rank n updates. Returns
+    for every rank its pieces of the matrices that this rank updates: [index of the matrix, offset, length] each.
+    Collective."""
     rows = [
         [[index, piece.offset, piece.length] for index, pieces in enumerate(share) for piece in pieces]
         for share in sent

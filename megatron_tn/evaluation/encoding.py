@@ -1,4 +1,4 @@
-"""The ids of a context and of its continuation, of which a model scores the latter."""
+"""Token ids of a context followed by a continuation; a task scores the continuation."""
 
 import numpy as np
 from tokenizers import Tokenizer

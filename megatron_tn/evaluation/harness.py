@@ -94,7 +94,7 @@ class HarnessModel(LM):
         )
 
     def _prompt(self, context: str, new: int) -> list[int]:
-        """Without its beginning where a model built for sequences of max_length tokens has no room for it."""
+        """The prompt; its beginning is cut off where a model built for max_length tokens has no room for it."""
         ids = encode_text(self.tokenizer, self.model.config.bos_id, context).tolist()
         room = self.model.config.max_length - new + 1
         return ids if not self.model.config.max_length or len(ids) <= room else [ids[0], *ids[len(ids) - room + 1 :]]

@@ -195,6 +195,7 @@ def random_states_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without progress bars and what the harness prints: standard output is the result's."""
+    """Context manager: the harness shows no progress bars and prints nothing, since standard output is for the
+    result."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         yield

@@ -1,11 +1,11 @@
-"""The pieces in which a model reads a long row."""
+"""Cuts a long row of tokens into windows, one forward pass each."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
 
 class Window(NamedTuple):
-    """Tokens [begin, end) of a row. afresh: whether the model begins without the state of the tokens before."""
+    """Tokens [begin, end) of a row. afresh: whether the recurrent state is reset before the window."""
 
     begin: int
     end: int

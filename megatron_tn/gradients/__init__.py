@@ -1,0 +1,1 @@
+"""Gradient sums over microbatches and ranks, global gradient norm, clipping."""

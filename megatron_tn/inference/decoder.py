@@ -51,7 +51,7 @@ class Decoder:
         self.fed = torch.zeros(rows, max(most_fed, 1), dtype=torch.int64, device=device)
         self.fed_at = torch.zeros(rows, dtype=torch.int64, device=device)
         self.fed_count = torch.zeros(rows, dtype=torch.int64, device=device)
-        # What the host knows of the rows, which decides the parts of a step.
+        # The rows' settings on the host: they decide which parts a step has (`Parts`, `Plan`).
         self.samplers = [Sampler(temperature=0)] * rows
         self.left_to_feed = [0] * rows
         self._met: set[Parts] = set()

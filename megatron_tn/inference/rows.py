@@ -1,6 +1,6 @@
-"""Decoding of several prompts at once by the model's forward pass alone, which is what engines gather parameters in.
+"""Decoding of several prompts at once by the model's forward method, in which engines gather sharded parameters.
 
-`generator.Generator` is faster on a GPU, but calls kernels with a whole model's parameters."""
+`generator.Generator` is faster on a GPU, but its kernels need all parameters of the model on the rank."""
 
 from __future__ import annotations
 

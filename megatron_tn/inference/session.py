@@ -1,4 +1,4 @@
-"""A document that is fed and asked by turns."""
+"""A session: one document that grows by given and by generated text in turn, with its recurrent state kept."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Architectures, looked up by name in registry.py: TransNormerLLM, a Transformer, cosFormer, TransNormer."""

@@ -32,6 +32,9 @@ class BlockAttention(SoftmaxAttention):
     def kept(self, state: Tensor) -> Tensor:
         return state[:, :, :, state.shape[3] // self.block_length * self.block_length :]
 
+    def kept_tokens(self, tokens: int) -> int:
+        return tokens % self.block_length
+
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, block: int, cu_seqlens: Tensor | None = None) -> Tensor:
     """q [B, n, H, d], k, v [B, t, H, d] -> y [B, n, H, d]. The queries are those of the last n of t tokens, and the

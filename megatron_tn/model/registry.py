@@ -166,7 +166,7 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> int:
 
 
 def problems_of_export(config: ModelConfig) -> list[str]:
-    """Why no released layout can say this model."""
+    """Reasons why no released layout can represent this model, one line each."""
     if architecture(config).released is None:
         return [f"model.architecture={config.architecture} has no released layout, so it cannot be exported"]
     if config.architecture == "transnormer" and set(config.mixers) != {"linear"}:

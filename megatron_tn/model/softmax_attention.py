@@ -73,6 +73,10 @@ class SoftmaxAttention(nn.Module):
         """The part of the cache that later tokens attend to."""
         return state
 
+    def kept_tokens(self, tokens: int) -> int:
+        """How many of the first `tokens` tokens it has."""
+        return tokens
+
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """q [B, n, H, d], k, v [B, t, H, d] of one type -> y [B, n, H, d]. The queries are those of the last n of t tokens.

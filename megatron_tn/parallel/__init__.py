@@ -1,0 +1,1 @@
+"""Tensor, sequence and context parallelism: process layout, collectives, split layers, recomputation."""

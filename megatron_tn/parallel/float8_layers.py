@@ -11,10 +11,10 @@ from megatron_tn.precision.fp8 import OLDEST_CAPABILITY, Float8Weights, KeptWeig
 
 
 def float8_layers(blocks: Iterable[nn.Module], bound: float | None) -> list[SplitLinear]:
-    """Mark the linear layers of `blocks` for fp8 products, and return them; and the modules that note the largest
-    element of an operand which they write.
+    """Mark the linear layers of `blocks` for fp8 products, and return them. Modules that write an operand (attribute
+    `noting`) are told to note its largest element.
 
-    bound: of the elements that a block's norms give to column-parallel layers; None: not known.
+    bound: upper bound of |x| for outputs x of a block's norms, the inputs of column-parallel layers; None: not known.
     """
     for module in (module for block in blocks for module in block.modules()):
         if hasattr(module, "noting"):
@@ -30,18 +30,18 @@ def float8_layers(blocks: Iterable[nn.Module], bound: float | None) -> list[Spli
 
 
 def marked_layers(model: nn.Module) -> list[SplitLinear]:
-    """Those that `float8_layers` marked."""
+    """The layers of `model` that `float8_layers` marked."""
     return [module for module in model.modules() if isinstance(module, SplitLinear) and module.float8 is not None]
 
 
 def layer_groups(layers: Iterable[SplitLinear]) -> list[tuple[SplitLinear, ...]]:
-    """The layers, those with a common input together, in their order."""
+    """Groups of layers with a common input, in the layers' order; a layer alone is a group of one."""
     return list(dict.fromkeys(layer.together or (layer,) for layer in layers))
 
 
 def kept_weights(groups: Sequence[tuple[SplitLinear, ...]], *, transposed: bool) -> Callable[[], None]:
-    """Give groups of layers the operands that `KeptWeights` keeps from step to step; returns what writes them, for
-    after each change of the weights."""
+    """Set up `KeptWeights` for groups of layers; returns the function that quantises the weights, to be called after
+    each change of them."""
     shapes = [[layer.weight.shape for layer in group] for group in groups]
     device = groups[0][0].weight.device
     kept = KeptWeights([group[0].float8 for group in groups], shapes, device, transposed=transposed)
@@ -57,5 +57,5 @@ def check_device(device: torch.device) -> None:
         oldest, found = (".".join(map(str, each)) for each in (OLDEST_CAPABILITY, found))
         raise ConfigError(
             f"engine.products=fp8 needs a GPU of compute capability {oldest} (Hopper) or later, and this one has "
-            f"{found}"
+            f"{found}: set engine.products=bf16"
         )

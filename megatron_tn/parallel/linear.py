@@ -48,7 +48,10 @@ class SplitLinear(nn.Module):
         if self.float8 is None or torch.is_grad_enabled():
             return self.float8 is not None
         if self.float8.kept is not None and not self.weight.untyped_storage().size():
-            raise RuntimeError("a pass without gradients outside Engine.whole_weights: the weights are in fp8 alone")
+            raise RuntimeError(
+                "a forward pass without gradients needs the weight in the computing type, but the engine holds it in "
+                "fp8 alone: run the pass within Engine.whole_weights"
+            )
         return False
 
 

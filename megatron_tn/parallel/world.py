@@ -149,7 +149,7 @@ def _received(found: bytes, read: Callable[[], T]) -> T:
 
 
 def _pickled(value: object) -> bytes:
-    """Empty for a value of a caller's own class that cannot be pickled."""
+    """The value pickled; empty for one that cannot be pickled, of a caller's own class."""
     try:
         return pickle.dumps(value)
     except Exception:

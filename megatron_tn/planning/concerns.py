@@ -1,4 +1,4 @@
-"""What a plan warns of: settings that are allowed and that seldom are what was meant."""
+"""Warnings of a plan: settings that are allowed but seldom intended, one line each."""
 
 import math
 import os
@@ -23,20 +23,21 @@ def checkpoint_bytes(config: TrainConfig) -> int:
 
 
 def rank_checkpoint_bytes(config: TrainConfig, world_size: int) -> float:
-    """What one rank writes: masters and moments lie over all ranks with ZeRO and FSDP2, else over tensor parallel."""
+    """Bytes that one rank writes: masters and moments are split over all ranks with ZeRO and FSDP2, else over
+    tensor-parallel ranks."""
     engine = config.engine
     sharded = engine.name == "fsdp2" or (engine.name == "deepspeed" and engine.zero_stage > 0)
     return checkpoint_bytes(config) / (world_size if sharded else config.parallel.tp)
 
 
 def checkpoint_seconds(config: TrainConfig) -> float | None:
-    """To write one, each node its part; None where `cluster.storage_gbs` is not known."""
+    """Seconds to write a checkpoint, each node its part; None where `cluster.storage_gbs` is not known."""
     rate = config.cluster.storage_gbs
     return checkpoint_bytes(config) / (config.nodes * rate * 1e9) if rate else None
 
 
 def concerns(config: TrainConfig, time: StepTime | None, environment: Mapping[str, str] = os.environ) -> Iterator[str]:
-    """One line each, naming the setting, its value and the relation."""
+    """One line per warning, naming the setting, its value and the relation."""
     parallel, cluster, node = config.parallel, config.cluster, config.cluster.gpus_per_node
     if not cluster.gpu_memory_gib:
         yield "cluster.gpu_memory_gib=0: not known, so that nothing says whether the layout fits"

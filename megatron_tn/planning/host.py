@@ -24,7 +24,7 @@ def host_memory_problems(config: TrainConfig, world_size: int, processes: int) -
     state, activations = sum(state_bytes(config, world_size).values()), _guessed_activations(config)
     if free is None or processes * (state + activations + PYTHON) < free / 4:
         return []
-    if processes * state < 2 * free:  # else the passes need not be followed to know
+    if processes * state < 2 * free:  # not hopeless: replace the guess by a count on fake tensors
         activations = microbatch(config, "cpu").peak
     buffers = buffer_bytes(config, world_size, activations) + update_bytes(config, world_size, activations)
     need = processes * (state + activations + buffers + PYTHON)
@@ -84,12 +84,12 @@ def cpu_cost(config: TrainConfig, processes: int, done: int = 0) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """1 process, 2 processes, 3 threads."""
+    """A number and its noun: "1 process", "2 processes", "3 threads"."""
     return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
 
 
 def _seconds(config: TrainConfig, model_config: ModelConfig) -> float:
-    """Of forward and backward pass of one microbatch, after one of a single sequence."""
+    """Seconds of forward and backward pass of one microbatch, timed after a warm-up pass of one sequence."""
     with torch.random.fork_rng(devices=[]):
         model = build_model(model_config, ParallelContext(), "cpu", DTYPES[config.engine.precision])
         initialize(model, 0)

@@ -107,8 +107,8 @@ FULL_RATE = 8192  # tokens of a rank from which on more do not make the head's c
 
 
 def _continued(one: Microbatch, two: Microbatch, times: int) -> Microbatch:
-    """one + times x (two - one). The peak of a small pass can lie where it does not grow, in the embedding's gradient;
-    it is not below what `two` has above its kept bytes."""
+    """one + times x (two - one), by linear extrapolation. A small pass may have its peak in the embedding's gradient,
+    which does not grow with layers; so the peak is at least the kept bytes plus two.peak - two.kept."""
     found = one.plus(two.plus(one, -1), times)
     return replace(found, peak=max(found.peak, found.kept + two.peak - two.kept))
 

@@ -64,5 +64,5 @@ def _matrices(model: str) -> list[Matrix]:
 
 
 def _key(model: ModelConfig) -> str:
-    """A search asks for many layouts of one model."""
+    """Cache key, the settings that the work depends on: a search asks for many layouts of one model."""
     return json.dumps(to_mapping(model))

@@ -41,7 +41,7 @@ class Plan:
 
     @property
     def days(self) -> float | None:
-        """Of the token budget, without pauses, evaluations and failures."""
+        """Days that the token budget takes, without pauses, evaluations and failures."""
         return self.time and self.tokens / (self.time.tokens_per_second * self.world_size) / 86400
 
     @property
@@ -229,7 +229,7 @@ def print_search(candidates: Sequence[Candidate], world_size: int, console: Cons
 
 
 def slower_by(time: StepTime, best: StepTime) -> str:
-    """Per cent, and the part of the step that makes most of it, a token."""
+    """Loss of tokens/s against `best` in per cent, and the part of the step that adds most time per token."""
     lost = 1 - time.tokens_per_second / best.tokens_per_second
     if lost < 0.001:
         return ""

@@ -1,4 +1,4 @@
-"""Ranks layouts of a model on a cluster by predicted throughput, and says of the others why not.
+"""Ranks layouts of a model on a cluster by predicted throughput, and gives the reason why others are left out.
 
 Layouts differ in tensor and context parallelism, sequence parallelism, engine, recomputation policy and microbatch.
 A setting that the command line names stays as it is.

@@ -57,7 +57,7 @@ class StepTime:
 
     @property
     def passes(self) -> float:
-        """Without the update: "step" of docs/performance.md; `total` is its "step + optimizer"."""
+        """Seconds without the update: "step" of docs/performance.md; `total` is its "step + optimizer"."""
         return self.total - self.update
 
     @property
@@ -66,7 +66,7 @@ class StepTime:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of one GPU."""
+        """Tokens per second of one GPU."""
         return self.tokens_per_gpu / self.total
 
     def utilisation(self, config: TrainConfig) -> float:
@@ -96,7 +96,7 @@ def matrix_rate(cluster: ClusterConfig, size: int) -> float:
 
 
 def step_time(config: TrainConfig, world_size: int, work: Microbatch) -> StepTime:
-    """`missing_rates(config.cluster)` must be empty."""
+    """The predicted time of a step; `missing_rates(config.cluster)` must be empty."""
     cluster, data = config.cluster, config.data
     bandwidth = MEMORY_SHARE * cluster.memory_bandwidth_gbs * 1e9
     microbatches = microbatches_of(config, world_size)

@@ -97,8 +97,9 @@ def engine_exchanges(config: TrainConfig, microbatches: int) -> list[tuple[str, 
 
 
 def gathers(config: TrainConfig) -> int:
-    """In how many of a microbatch's two passes ZeRO 3 and FSDP2 gather the weights: in one where they stay gathered
-    until the backward pass, which ZeRO 3 allows to stage3_max_live_parameters elements."""
+    """In how many of a microbatch's two passes (forward, backward) ZeRO 3 and FSDP2 gather a block's weights: 1 where
+    gathered weights are kept until the backward pass, else 2. ZeRO 3 keeps up to stage3_max_live_parameters
+    elements."""
     engine = config.engine
     if engine.name == "fsdp2":
         return 2 if engine.reshard_after_forward else 1
@@ -108,7 +109,7 @@ def gathers(config: TrainConfig) -> int:
 
 
 def microbatches_of(config: TrainConfig, world_size: int) -> int:
-    """Of a step, on one data-parallel rank."""
+    """Number of microbatches of a step on one data-parallel rank."""
     dp = world_size // (config.parallel.tp * config.parallel.cp)
     return max(config.data.global_batch // (config.data.micro_batch * dp), 1)
 

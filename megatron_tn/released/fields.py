@@ -1,4 +1,4 @@
-"""What the families' readers of config.json share."""
+"""Checks of config.json that the readers of all model families share (transnormer.py, llama.py)."""
 
 from collections.abc import Iterable
 from typing import Any

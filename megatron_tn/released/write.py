@@ -26,7 +26,7 @@ from megatron_tn.released.config import CONFIG_FILE, config_to_released
 from megatron_tn.released.weights import INDEX_FILE, WEIGHTS_FILE
 
 SHARD_BYTES = 4 << 30  # of one weight file, unless one tensor alone is larger
-STAGING = ".export-"  # how the folder begins in which new files wait for the last of them
+STAGING = ".export-"  # prefix of the folder's name that holds new files until all are written
 # model_type -> the modelling file of its exports; transformers has that of all others.
 MODELLING = {"transnormer": Path(__file__).with_name("modeling_transnormer.py")}
 # What an export consists of, here or written by transformers: no such file of an older export stays beside a new one.
@@ -48,7 +48,8 @@ EXPORT_FILES = (
 
 
 def problems_of_output(directory: Path) -> list[str]:
-    """Why no export can be written to `directory`: it must be absent, empty, or hold an export, which is replaced."""
+    """Reasons why no export can be written to `directory`: it must be absent, empty, or hold an export, which is
+    replaced."""
     if directory.exists() and not directory.is_dir():
         return [f"output={directory} is a file: name a folder to write the model to"]
     if not directory.is_dir() or all(path.name.startswith(".") for path in directory.iterdir()):

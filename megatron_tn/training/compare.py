@@ -134,6 +134,6 @@ def group_names(settings: list[dict[str, Any]], folders: list[list[str]]) -> lis
 
 
 def _most_common(values: list[str]) -> str | None:
-    """None where two values are equally common."""
+    """The most common value; None where two values are equally common."""
     (first, count), *others = Counter(values).most_common(2)
     return None if others and others[0][1] == count else first

@@ -63,5 +63,5 @@ def _changed(before: dict[str, Any] | None, config: TrainConfig) -> list[str]:
 
 
 def _differences(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
-    """run_dir is skipped: it can be absolute or relative."""
+    """The settings that differ, without run_dir, which may be absolute or relative."""
     return [] if before is None else differences(storable(before) | {"run_dir": now["run_dir"]}, storable(now))

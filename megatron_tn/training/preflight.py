@@ -44,7 +44,7 @@ def problems_before_start(
         found.append(f"run_dir={config.run_dir} cannot be written: {existing} is not a folder")
     elif not os.access(existing, os.W_OK | os.X_OK):
         found.append(f"run_dir={config.run_dir} cannot be written: no permission in {existing}")
-    if settings:  # a layout that is none has no memory plan
+    if settings:  # an invalid layout has no memory plan
         return found
     try:
         if config.engine.name == "deepspeed":

@@ -99,7 +99,7 @@ def test_held_out_documents_are_of_all_sources(tmp_path):
     assert {name: found.sources.count(name) for name in manifest.sources} == {"a": 6, "b": 5, "c": 2}
     assert len(held_out_documents(str(tmp_path / "manifest.json"), 0).tokens) == 40
     assert found.token_bytes is None  # no tokenizer is there
-    with pytest.raises(ConfigError, match="max_document_tokens=2 needs the tokenizer"):
+    with pytest.raises(ConfigError, match="max_document_tokens=2 cuts documents, and to count"):
         held_out_documents(str(tmp_path / "manifest.json"), 0, 2)
 
 

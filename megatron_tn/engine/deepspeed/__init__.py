@@ -1,0 +1,1 @@
+"""engine=zero0 .. zero3: DeepSpeed ZeRO. adapter.py alone imports deepspeed."""

@@ -42,7 +42,7 @@ def partitioned_model(config: TrainConfig, context: ParallelContext, device: tor
 
 
 def _apart(parameters: list[nn.Parameter], chosen: set[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """The parameters that are not chosen, and those that are; neither list is empty."""
+    """[parameters not in `chosen`, parameters in it], without an empty list."""
     parts = [[p for p in parameters if (p in chosen) == wanted] for wanted in (False, True)]
     return [part for part in parts if part]
 

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_tn.config import ConfigError, TrainConfig, WandbConfig, replacing, storable, to_stored
 from megatron_tn.training.hooks.figures import TEXTS, StepFigures
 from megatron_tn.training.hooks.journal_copy import JournalCopy
-from megatron_tn.training.hooks.wandb_file import last_step_in
+from megatron_tn.training.hooks.wandb_file import cut_incomplete_messages, last_step_in
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.throughput import Work
@@ -71,6 +71,7 @@ class WeightsAndBiases(JournalCopy):
 
         part = f"-r{len(state.rewinds)}" if state.rewinds else ""
         first = self._id()
+        cut_incomplete_messages(self.folder.wandb)
         told = last_step_in(self.folder.wandb, first + part) if mode == "offline" else 0
         with _command_line_without_credentials():
             self._run = wandb.init(
@@ -102,7 +103,7 @@ class WeightsAndBiases(JournalCopy):
 
     @property
     def address(self) -> str:
-        """Of the wandb run's page."""
+        """Address of the wandb run's page."""
         return self._run.url
 
     def _id(self) -> str:
@@ -115,7 +116,8 @@ class WeightsAndBiases(JournalCopy):
 
 
 def log_in() -> None:
-    """With what the machine has: WANDB_API_KEY, or what `wandb login` left. Raises ConfigError without such."""
+    """Log in to wandb by WANDB_API_KEY, or by what `wandb login` left on the machine. Raises ConfigError without
+    either."""
     import wandb
 
     if not wandb.login(prompt=False, verify=False):
