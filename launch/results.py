@@ -12,8 +12,6 @@ begin where one like it took longer than what is left, and the pieces after it w
 Words after -- are overrides of every run. Exit code 1 when a run fails, 3 when --minutes ended before the runs did.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import itertools

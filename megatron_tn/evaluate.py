@@ -7,8 +7,6 @@ torchrun --nproc-per-node 8 -m megatron_tn.evaluate checkpoint=runs/65b ...     
 Bits per byte stand beside what simpler models make of the same bytes, by source, and by position in the document.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path

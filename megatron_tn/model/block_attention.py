@@ -5,8 +5,6 @@ y_t = sum over s <= t, in t's block, of softmax_s(q_t . k_s / sqrt(d)) v_s
 Blocks are counted from the beginning of a document, so a block never holds two documents.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad

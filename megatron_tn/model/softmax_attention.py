@@ -9,8 +9,6 @@ PyTorch's scaled_dot_product_attention computes y in its causal form. Packed doc
 variable lengths in bf16 or fp16 on a GPU, and a mask elsewhere.
 """
 
-from __future__ import annotations
-
 import contextlib
 
 import torch

@@ -1,7 +1,5 @@
 """Bad input: one clear line each, exit code 2, before anything is started or overwritten."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import sys

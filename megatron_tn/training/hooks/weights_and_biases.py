@@ -1,7 +1,5 @@
 """Copies the journal to Weights & Biases. Training neither waits nor fails when wandb is slow, offline or down."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import logging
