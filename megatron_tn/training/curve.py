@@ -122,7 +122,8 @@ def curve_of(runs: Sequence[RunFolder], points: int | None = POINTS) -> Curve | 
         seconds = np.cumsum(
             [r.get("step_seconds", 0.0) * (r["step"] - b) for b, r in zip(before, records, strict=False)]
         )
-        places.append([(0, 0, 0.0), *((r["step"], r["tokens"], s) for r, s in zip(records, seconds, strict=True))])
+        recorded = ([0, *(record[name] for record in records)] for name in ("step", "tokens"))
+        places.append(np.array([*recorded, [0.0, *seconds]]))
         losses.append({r["step"]: math.nan if r["loss"] is None else r["loss"] for r in records})
     steps = sorted(set.intersection(*(set(own) for own in losses))) if losses else []
     if not steps:
@@ -130,10 +131,10 @@ def curve_of(runs: Sequence[RunFolder], points: int | None = POINTS) -> Curve | 
     each = np.array([[own[step] for step in steps] for own in losses])
     place = np.mean([_place(own, steps) for own in places], axis=0)
     evaluated = [_held_out(run) for run in runs]
+    at = sorted(step for step in set().union(*evaluated) if step <= steps[-1])
     held_out = [
-        (*np.mean([_place(own, [step])[0] for own in places], axis=0), np.mean(found))
-        for step in sorted(set().union(*evaluated))
-        if step <= steps[-1] and (found := [own[step] for own in evaluated if step in own])
+        (*where, np.mean([own[step] for own in evaluated if step in own]))
+        for step, where in zip(at, np.mean([_place(own, at) for own in places], axis=0), strict=True)
     ]
     width = -(-len(steps) // (points or len(steps)))
     tokens, seconds, loss, lowest, highest = (
@@ -142,10 +143,10 @@ def curve_of(runs: Sequence[RunFolder], points: int | None = POINTS) -> Curve | 
     return Curve(tokens, seconds, loss, lowest, highest, np.array(held_out).reshape(-1, 3))
 
 
-def _place(records: Sequence[tuple[int, int, float]], steps: Sequence[int]) -> np.ndarray:
-    """(tokens, seconds) at each step; of a step without a record, such as a skipped one, in proportion between the two
-    beside it. records: (step, tokens, seconds)."""
-    at, *columns = np.array(records).T
+def _place(recorded: np.ndarray, steps: Sequence[int]) -> np.ndarray:
+    """[steps, 2]: (tokens, seconds) at each step; of a step without a record, such as a skipped one, in proportion
+    between the two beside it. recorded [3, records]: step, tokens, seconds."""
+    at, *columns = recorded
     return np.stack([np.interp(steps, at, column) for column in columns], axis=1)
 
 
