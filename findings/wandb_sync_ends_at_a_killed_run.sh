@@ -2,13 +2,15 @@
 # wandb 0.31.0: `wandb sync` of the offline files of one run id, of which an earlier process was killed. The killed one's file
 # ends in the middle of a record (wandb writes blocks of 32 KiB); sync uploads what is whole, says that the file ends with an
 # incomplete record, and does not come to the later files of that id, with exit code 0. Called again it uploads the rows of the
-# first file a second time, behind the others. With the incomplete record cut off it uploads all files, in order.
+# first file a second time, behind the others. With the incomplete record cut off it uploads all files, in order. A process
+# killed before its first 32 KiB leaves the 7 bytes of a file's header; there sync ends as well, and uploads nothing.
 #
 # Guessed: what a killed process has left is uploaded as far as it goes, and the files after it too; again is harmless.
 # Seen, for 400 steps of a killed process and steps 401 to 403 of the next one (rows that the server got; K: of the first):
 #   once: K rows of the first file, 0 of the second, exit code 0
 #   again: 2 K rows of the first file, 0 of the second, exit code 0
 #   cut: K rows of the first file, 3 of the second, exit code 0
+#   header: 0 rows of the first file, 0 of the second, exit code 0
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -134,15 +136,15 @@ server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 os.environ["WANDB_BASE_URL"] = f"http://127.0.0.1:{server.server_port}"
 seen = []
-for name in ("once", "again", "cut"):
-    if name == "cut":
+for name in ("once", "again", "cut", "header"):
+    if name in ("cut", "header"):
         rows.clear()
-        os.truncate(files()[0], whole(files()[0].read_bytes()))
+        os.truncate(files()[0], whole(files()[0].read_bytes()) if name == "cut" else 7)
     done = sync()
     seen.append((sum(step <= 400 for step in rows), sum(step > 400 for step in rows), done.returncode))
     told(name, f"exit code {done.returncode}")
     if name == "once":
         assert "the file ends with an incomplete record" in done.stderr
 count = seen[0][0]
-sys.exit(not count or seen != [(count, 0, 0), (2 * count, 0, 0), (count, 3, 0)])
+sys.exit(not count or seen != [(count, 0, 0), (2 * count, 0, 0), (count, 3, 0), (0, 0, 0)])
 PYTHON

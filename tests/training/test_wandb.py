@@ -21,7 +21,7 @@ from launch.panels import SECTIONS, workspace
 from megatron_tn.config import TrainConfig, WandbConfig, save
 from megatron_tn.training.hooks.figures import StepFigures
 from megatron_tn.training.hooks.journal import Journal
-from megatron_tn.training.hooks.wandb_file import cut_incomplete_messages, last_step_in, messages
+from megatron_tn.training.hooks.wandb_file import last_step_in, mend_files, messages
 from megatron_tn.training.hooks.weights_and_biases import WeightsAndBiases, push
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import Ledger, TrainingState
@@ -145,8 +145,12 @@ def test_where_no_server_answers_a_start_logs_offline_and_sync_fails(folder, mon
         return server.init(mode=mode, **given)
 
     monkeypatch.setattr(wandb, "init", init)
+    killed = folder.wandb / "offline-run-1-a/run-a.wandb"
+    killed.parent.mkdir(parents=True)
+    killed.write_bytes(b":W&B\0\0\0")
     board, state = hook(folder, "online"), TrainingState()
     board.on_start(state)
+    assert not killed.exists()
     board.on_step(TrainingState(step=1), REPORT)
     assert list(server.steps.values()) == [[1]]
     assert "wandb: no answer; it logs offline; `python -m launch.sync` uploads it later" in caplog.text
@@ -165,7 +169,11 @@ def test_sync_tells_what_the_server_lacks_and_a_new_project_gets_panels(folder, 
     save(TrainConfig(run_dir=run), folder.config_file)
     folder.write_ledger(Ledger(rewinds=[{"from": 7, "to": 4}]))
     folder.journal.append([{"step": step, "loss": 2.0} for step in (1, 2, 3)])
+    growing = folder.wandb / "offline-run-1-a/run-a.wandb"  # the run goes on
+    growing.parent.mkdir(parents=True)
+    growing.write_bytes(b":W&B\0\0\0")
     assert call(sync.main, run, "project=paper") == 0
+    assert growing.exists()
     (part,) = server.steps
     assert part == f"{folder.wandb_id.read_text()}-r1"
     assert server.steps[part] == [1, 2, 3]
@@ -381,20 +389,24 @@ def test_a_full_disk_ends_the_copy_and_nothing_else(tmp_path):
         subprocess.run(["umount", "--lazy", tmp_path], check=True)
 
 
-@pytest.mark.parametrize("cut", [0, 5, 20, 26])
+@pytest.mark.parametrize("cut", [0, 5, 20, 26, -12, -7, -3])
 def test_a_copy_that_was_cut_short_is_read_as_far_as_it_goes_and_ends_there_for_wandb(tmp_path, cut):
+    """cut: bytes; below 0: what is left, less than a run's record, so that nothing of the run is in the file."""
     block = 32 * 1024
     records = [b"a" * 10, b"b" * (block - 7 - 24 - 10), b"c" * 20]  # the second leaves 3 bytes, too few for a header
     content = b":W&B\0\0\0"
     for record in records:
         left = block - len(content) % block
         content += b"\0" * left if left < 7 else b""
-        content += b"\0" * 4 + len(record).to_bytes(2, "little") + b"\1" + record
-    found = list(messages(content))
-    assert found == records
-    assert list(messages(content[: len(content) - cut])) == (records if not cut else records[:2])
-    path = tmp_path / "offline-run-1-a/run-a.wandb"
-    path.parent.mkdir()
-    path.write_bytes(content[: len(content) - cut])
-    cut_incomplete_messages(tmp_path)
-    assert path.read_bytes() == (content[:-27] if cut else content)
+        content += whole(record)
+    assert list(messages(content)) == records
+    left = content[: len(content) - cut if cut >= 0 else -cut]
+    assert list(messages(left)) == (records if not cut else records[:2] if cut > 0 else [])
+    path, online = tmp_path / "offline-run-1-a/run-a.wandb", tmp_path / "run-1-a/run-a.wandb"
+    for file in (path, online):
+        file.parent.mkdir()
+        file.write_bytes(left)
+    mend_files(tmp_path)
+    assert online.read_bytes() == left
+    mended = path.read_bytes() if path.exists() else None
+    assert mended == (content if not cut else content[:-27] if cut > 0 else None)

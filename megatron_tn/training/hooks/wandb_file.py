@@ -15,6 +15,8 @@ from pathlib import Path
 
 FILE_HEADER, RECORD_HEADER, BLOCK = 7, 7, 32 * 1024
 WHOLE, FIRST, LAST = 1, 2, 4
+MAGIC = b":W&B"  # a file begins with it
+RUN_RECORD = 2  # the number of the message with the run's id and settings; the first has wandb's version
 
 
 def last_step_in(folder: Path, run_id: str) -> int:
@@ -33,15 +35,20 @@ def last_step_in(folder: Path, run_id: str) -> int:
     return found
 
 
-def cut_incomplete_messages(folder: Path) -> None:
-    """Cut the files below wandb/ after their last whole message. A kill leaves the beginning of another one; there
-    `wandb sync` ends, and it does not come to the files of the run's later starts."""
-    for path in folder.glob("*run-*/*.wandb"):
-        content = path.read_bytes()
-        end = max((end for _, end in _messages(content)), default=len(content))
-        if end < len(content):
-            with contextlib.suppress(OSError):
-                os.truncate(path, end)
+def mend_files(folder: Path) -> None:
+    """Cut the offline files below wandb/ after their last whole message, and remove those without a run's record. A
+    kill leaves the beginning of another message, or a file's header alone; there `wandb sync` ends, and it does not
+    come to the files of the run's later starts. No process may be writing to a file: it would go on behind the cut."""
+    for path in folder.glob("offline-run-*/*.wandb"):
+        with contextlib.suppress(OSError):
+            content = path.read_bytes()
+            if not MAGIC.startswith(content[: len(MAGIC)]):
+                continue
+            ends = [end for _, end in _messages(content)]
+            if len(ends) < RUN_RECORD:
+                path.unlink()
+            elif ends[-1] < len(content):
+                os.truncate(path, ends[-1])
 
 
 def messages(content: bytes) -> Iterator[bytes]:

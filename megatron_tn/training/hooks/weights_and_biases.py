@@ -13,7 +13,7 @@ from typing import Any
 from megatron_tn.config import ConfigError, TrainConfig, WandbConfig, replacing, storable, to_stored
 from megatron_tn.training.hooks.figures import TEXTS, StepFigures
 from megatron_tn.training.hooks.journal_copy import JournalCopy
-from megatron_tn.training.hooks.wandb_file import cut_incomplete_messages, last_step_in
+from megatron_tn.training.hooks.wandb_file import last_step_in, mend_files
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.throughput import Work
@@ -49,6 +49,10 @@ class WeightsAndBiases(JournalCopy):
         self.run_config = run_config
         self.must_reach = must_reach
 
+    def on_start(self, state: TrainingState) -> None:
+        mend_files(self.folder.wandb)  # not in `push`: the run may go on, and write to its file
+        super().on_start(state)
+
     def open(self, state: TrainingState) -> int:
         import wandb
 
@@ -71,7 +75,6 @@ class WeightsAndBiases(JournalCopy):
 
         part = f"-r{len(state.rewinds)}" if state.rewinds else ""
         first = self._id()
-        cut_incomplete_messages(self.folder.wandb)
         told = last_step_in(self.folder.wandb, first + part) if mode == "offline" else 0
         with _command_line_without_credentials():
             self._run = wandb.init(
