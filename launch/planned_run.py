@@ -47,7 +47,7 @@ class Run:
     def has_row(self, known: list[Row], overrides: list[str]) -> bool:
         """Whether one of the rows is this run's. overrides: settings that this call adds to every run."""
         if self.is_benchmark:
-            asked = {f"{key}={value}" for key, value in (self.shared | self.own).items()}
+            asked = {f"{key}={value}" for key, value in (self.shared | self.own).items()} - set(overrides)
             return any(row["name"] == LOOP and asked == settings_of(row) - set(overrides) for row in known)
         return any(row["name"] == RESULT and (row["plan"], row["run"]) == (self.plan, self.name) for row in known)
 

@@ -8,8 +8,9 @@ the held-out text (megatron_tn.evaluate; a plan may add evaluations), and a row 
 a row there are not run again, and a stopped one goes on from its checkpoint in --runs. With `held_out: curve` in the
 plan, the last evaluation of the training is the row's figure instead. A grid with settings benchmark.* is measured
 (megatron_tn.benchmark), one run at a time: the speed of runs side by side says nothing. With --minutes a run does not
-begin where one like it took longer than what is left, and the pieces after it wait, since they may read its row.
-Words after -- are overrides of every run. Exit code 1 when a run fails, 3 when --minutes ended before the runs did.
+begin where one like it took longer than what is left, unless that is longer than --minutes, and the pieces after it
+wait, since they may read its row. Words after -- are overrides of every run.
+Exit code 1 when a run fails, 3 when --minutes ended before the runs did.
 """
 
 import argparse
@@ -62,7 +63,8 @@ def run_piece(grids: list[dict], plan: dict, options: argparse.Namespace, progra
 
 def train(runs: list[Run], known: list[Row], options: argparse.Namespace, programs: Programs) -> None:
     """Finishes the runs, options.at_once at a time, with a line on each of them now and then; appends their rows to the
-    output and to `known`. A run for which the time left is too short does not begin. Raises Failed and TimeUp."""
+    output and to `known`. A run that does not end in the time left, but would in a call of its own, does not begin.
+    Raises Failed and TimeUp."""
     writing, under_way = threading.Lock(), {}
     free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     for _, gpu in zip(range(options.at_once), itertools.cycle(options.gpus or [None])):
@@ -72,7 +74,7 @@ def train(runs: list[Run], known: list[Row], options: argparse.Namespace, progra
         needed, left = run.seconds_left(known, runs_per_gpu(options)), programs.left()
         if left == 0:
             raise TimeUp
-        if None not in (needed, left) and needed > left:
+        if None not in (needed, left) and left < needed <= 60 * options.minutes:  # longer ones need several calls
             say(f"{run.name}: does not begin: about {needed:.0f} s, and {left:.0f} s are left")
             return
         under_way[run.name] = run

@@ -1,7 +1,6 @@
 """A plan of runs: which are left, what is read from them, when it stops; and the page that shows their rows."""
 
 import json
-import re
 import time
 from pathlib import Path
 
@@ -113,8 +112,8 @@ def test_a_plan_is_run_once_and_the_best_rate_is_read_from_its_rows(place, progr
     assert (last["sources/code"], last["positions/64"]) == (0.9, 0.9)
     assert (last["long"], last["long/64"]) == (9.0, 0.9)
     assert {said["sequence_tokens"] for _, said in programs if said.get("output", "").endswith("long.json")} == {"9"}
-    for _ in range(2):
-        assert main(command(place)) == 0
+    for again in ([], ["--", "experiment=results"]):  # which the plan says, too
+        assert main(command(place, *again)) == 0
     assert [said["model"] for module, said in programs if module == "megatron_tn.benchmark"] == ["ours", "rival"]
 
 
@@ -161,20 +160,21 @@ def test_the_best_rate_is_that_of_the_variant():
         assert [*grid_runs({"optim.lr": [asked]}, rows)] == [{"optim.lr": lr}]
 
 
-def test_a_run_that_cannot_end_in_time_does_not_begin(place, programs, capsys):
+def test_a_run_that_cannot_end_in_time_does_not_begin(place, programs, capsys, monkeypatch):
     """By what one like it took; the same command goes on, and repeats nothing."""
     took = {"name": "result", "plan": "plan", "at_once": 1, "gpu": None, "model": "ours", "variant": "", "value": 1.4}
     took |= {"run": "ours,optim.lr=0.001,seed=0", "lr": 0.001}
     for row in (took | {"gpu": "A100", "seconds": 1}, took | {"tokens": 6_000, "tokens_per_second": 60}):
         with (place / "rows.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
-    assert main(command(place, "--minutes", "1", "--pieces", "rates", "seeds")) == 3
+    monkeypatch.setattr(Programs, "left", lambda self: 60.0)
+    assert main(command(place, "--minutes", "2", "--pieces", "rates", "seeds")) == 3
     assert {said["model"] for module, said in programs if module == "megatron_tn.train"} == {"rival"}  # none like it
     said = capsys.readouterr().out
-    assert re.search(r"ours,optim.lr=0.002,seed=0: does not begin: about 100 s, and (60|59) s are left", said)
+    assert "ours,optim.lr=0.002,seed=0: does not begin: about 100 s, and 60 s are left" in said
     assert "Left:\n  ours,optim.lr=0.002,seed=0\n  ours,optim.lr=0.004,seed=0\n  piece seeds\n" in said
     programs.clear()
-    assert main(command(place, "--minutes", "2", "--pieces", "rates")) == 0
+    assert main(command(place, "--minutes", "1", "--pieces", "rates")) == 0  # a run is longer than any such call
     trained = [(said["model"], said["optim.lr"]) for module, said in programs if module == "megatron_tn.train"]
     assert trained == [("ours", "0.002"), ("ours", "0.004")]
     assert rows(place)[-1]["seconds"] < 60
