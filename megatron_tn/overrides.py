@@ -53,7 +53,7 @@ class CommandLine:
     @classmethod
     def parse(cls, kind: type, config_name: str, words: Sequence[str]) -> CommandLine:
         """Parse `words`; Hydra's flags may be anywhere among them. Exit code 2 for an unknown flag. Raises ConfigError
-        for --config-path, which would replace conf/ and the settings' schema."""
+        for --config-path, which would replace conf/ and the settings' schema, and for --multirun without run_dir."""
         asked = get_args_parser().parse_intermixed_args(list(words))
         flags = list(words)
         for word in asked.overrides:
@@ -67,6 +67,8 @@ class CommandLine:
                 f"--config-path {asked.config_path}: the settings are composed from {CONF}; --config-dir DIR adds a "
                 "folder"
             )
+        if asked.multirun and "run_dir" not in kinds:
+            raise ConfigError(f"--multirun: {config_name} has no run_dir for a sweep; call it once for each value")
         name = asked.config_name or config_name
         line = cls(kind, name, flags, overrides, asked.multirun, asked.config_dir)
         return replace(line, overrides=[line.of_folders(word) for word in overrides]) if asked.multirun else line
@@ -171,7 +173,8 @@ class CommandLine:
                 )
         swept = [override for override in parsed if override.is_sweep_override()]
         if swept and not self.multirun and not problems:
-            problems = [f"{override.input_line}: a sweep over several values needs --multirun" for override in swept]
+            needed = "needs --multirun" if "run_dir" in _kinds(self.kind) else f"is not for {self.config_name}"
+            problems = [f"{override.input_line}: a sweep over several values {needed}" for override in swept]
         values = []
         for override in [] if problems else parsed:
             try:

@@ -254,8 +254,13 @@ def test_a_run_folder_that_cannot_be_made(shards, tmp_path, capsys, run, message
 @pytest.mark.parametrize("main", [generate, evaluate, convert, score], ids=["generate", "evaluate", "convert", "score"])
 @pytest.mark.parametrize(
     ("words", "message"),
-    [([], "checkpoint is not set"), (["checkpoint=nowhere"], "checkpoint=nowhere: no checkpoint")],
-    ids=["unset", "absent"],
+    [
+        ([], "checkpoint is not set"),
+        (["checkpoint=nowhere"], "checkpoint=nowhere: no checkpoint"),
+        (["--multirun", "checkpoint=a,b"], " has no run_dir for a sweep; call it once for each value"),
+        (["precision=fp32,bf16"], "precision=fp32,bf16: a sweep over several values is not for "),
+    ],
+    ids=["unset", "absent", "sweep", "values"],
 )
 def test_checkpoints_that_are_not_there(capsys, main, words, message):
     assert call(main, *words) == 2
