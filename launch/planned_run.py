@@ -114,7 +114,7 @@ class Run:
         config, losses = self.folder.frozen_config(), self.folder.records("loss")
         memory = [record["memory/allocated_gib"] for record in self.folder.records("memory/allocated_gib")]
         curve, ended = self._curve(), self._ended()
-        tokens = {record["step"]: record["tokens"] for record in self.folder.records("tokens")}  # of skipped steps, too
+        tokens = {record["step"]: record["tokens"] for record in self.folder.records("tokens")}  # skipped steps, too
         if self.is_read_from_curve and "pieces" in found:
             curve[ended] = found["pieces"]["bits_per_byte"]["model"]
         value = curve.get(ended)

@@ -37,7 +37,7 @@ def main(words: list[str]) -> None:
     log_in()
     try:
         _push(runs, configs, options["panels"])
-    except Exception as error:  # of wandb, which raises many kinds
+    except Exception as error:  # wandb raises many kinds of errors
         sys.exit(f"error: wandb: {type(error).__name__}: {error}")
 
 

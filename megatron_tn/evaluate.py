@@ -42,9 +42,9 @@ from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.world import join_world, leave_world, world_size
 
-TIMEOUT_S = 1800  # of a collective
-# Long documents are read so many at a time, in windows of batch_tokens // DOCUMENTS tokens: few windows, since a window
-# costs a GPU a forward pass's kernel launches, and few decoding states, since a Transformer's grow with the document.
+TIMEOUT_S = 1800  # seconds that a collective waits for other ranks
+# Long documents are read DOCUMENTS at a time, in windows of batch_tokens // DOCUMENTS tokens: few windows, since each
+# costs a forward pass's kernel launches, and few decoding states, since a Transformer's grow with the document.
 DOCUMENTS, SHORTEST_WINDOW = 8, 256
 
 

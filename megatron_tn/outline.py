@@ -70,7 +70,7 @@ def tokens_before(step: int, config: TrainConfig) -> int:
 
 
 def step_with_tokens(tokens: int, config: TrainConfig) -> int | None:
-    """The first step after which the run has so many tokens; None where schedule.steps steps have fewer."""
+    """The first step after which the run has read `tokens` tokens; None where schedule.steps steps read fewer."""
     steps = range(config.schedule.steps + 1)
     step = bisect.bisect_left(steps, tokens, key=lambda step: tokens_before(step, config))
     return step if step < len(steps) else None

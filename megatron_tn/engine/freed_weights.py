@@ -119,8 +119,8 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _flattened(groups: Sequence[Sequence[torch.nn.Parameter]]) -> list[Tensor]:
-    """Weights with a storage each move into flat tensors of about PORTION_BYTES, of which they become views; a group's
-    follow each other in one of them."""
+    """Move weights that have a storage each into flat tensors of about PORTION_BYTES, of which they become views; the
+    weights of a group are adjacent in one tensor."""
     portions: list[list[torch.nn.Parameter]] = [[]]
     size = 0
     for group in groups:

@@ -45,7 +45,7 @@ class HarnessModel(LM):
         self.seed = seed
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Of each (context, continuation): ln p(continuation | context), and whether greedy decoding gives it."""
+        """For each (context, continuation): ln p(continuation | context), and whether greedy decoding gives it."""
         bos = self.model.config.bos_id
         pairs = [encode_pair(self.tokenizer, bos, *request.args) for request in requests]
         found = [(0.0, True)] * len(pairs)

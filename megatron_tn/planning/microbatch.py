@@ -215,7 +215,7 @@ PRODUCTS: dict[str, Callable[..., list[Product]]] = {
 }
 
 FP8_PRODUCTS = [name for name in PRODUCTS if name.endswith(("_fp8", "_scaled_mm"))]
-FP8_RATE = 1.84  # of bf16's: the products of 1B's and 7B's blocks on an H200, 120.2 / 65.0 and 904 / 493 ms
+FP8_RATE = 1.84  # times bf16's rate: products of 1B's and 7B's blocks, H200: 120.2 / 65.0 and 904 / 493 ms
 
 # Kernels that move more than each input and output once: factor. Attention's backward pass takes its operands in two
 # scans: 0.75 ms for 0.44 ms of bytes (docs/performance.md, lightning_attention at N 8192).
