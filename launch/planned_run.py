@@ -109,8 +109,8 @@ class Run:
         return max(record["step"] for record in self.folder.records())
 
     def _row(self, found: dict[str, Row], at_once: int, seconds: float | None) -> Row:
-        """found: results of evaluations. at_once: runs that shared a GPU. seconds: that training and evaluations took;
-        None: not known, since an earlier call began the training."""
+        """The row of the finished run. found: results of evaluations. at_once: runs that shared a GPU. seconds: that
+        training and evaluations took; None: not known, since an earlier call began the training."""
         config, losses = self.folder.frozen_config(), self.folder.records("loss")
         memory = [record["memory/allocated_gib"] for record in self.folder.records("memory/allocated_gib")]
         curve, ended = self._curve(), self._ended()

@@ -8,7 +8,8 @@ the held-out text (megatron_tn.evaluate; a plan may add evaluations), and a row 
 a row there are not run again, and a stopped one goes on from its checkpoint in --runs. With `held_out: curve` in the
 plan, the last evaluation of the training is the row's figure instead. A grid with settings benchmark.* is measured
 (megatron_tn.benchmark), one run at a time: the speed of runs side by side says nothing. With --minutes a run does not
-begin where one like it took longer than what is left, and the pieces after it wait, since they may read its row.
+begin if one like it took longer than the minutes that are left; the pieces after it then do not begin either, since
+they may read its row.
 Words after -- are overrides of every run. Exit code 1 when a run fails, 3 when --minutes ended before the runs did.
 """
 

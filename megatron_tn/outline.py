@@ -44,7 +44,7 @@ class Outline:
 
 
 def outline(config: TrainConfig, world_size: int, step: int = 0) -> Outline:
-    """step: steps done. `config.problems(world_size)` must be empty."""
+    """The outline of a run whose first `step` steps are done. `config.problems(world_size)` must be empty."""
     last = max(config.last_step, step)
     tokens = tokens_before(last, config) - tokens_before(step, config)
     gpus = config.cluster.gpu_memory_gib > 0

@@ -134,8 +134,8 @@ class Generator:
 
 
 class _Running:
-    """A request in a row. fed: ids of its prompt that are the row's first ids. steps: of all its ids. launched: steps
-    queued so far."""
+    """A request in a row. fed: ids of its prompt that are the row's first ids. steps: number of steps that make all its
+    ids. launched: steps queued so far."""
 
     def __init__(self, index: int, request: Request, fed: int, eos_id: int):
         self.index = index

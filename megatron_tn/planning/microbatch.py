@@ -58,9 +58,9 @@ class Microbatch:
 
 
 def microbatch(config: TrainConfig, device: str = "cuda") -> Microbatch:
-    """device: "cuda" or "cpu", whose operators and allocator rounding are counted. Compiled blocks are counted as eager
-    blocks: torch.compile keeps this project's custom operators, and saves the same tensors. Results are cached, since
-    engines and data-parallel sizes run the same pass.
+    """What one microbatch takes of a rank. device: "cuda" or "cpu", whose operators and allocator rounding are counted.
+    Compiled blocks are counted as eager blocks: torch.compile keeps this project's custom operators, and saves the same
+    tensors. Results are cached, since engines and data-parallel sizes run the same pass.
 
     Raises:
         ValueError: torch.distributed is already initialised in this process.

@@ -98,7 +98,8 @@ def goodput_of(folder: RunFolder) -> Goodput | None:
 
 
 def account(kept: Iterable[dict[str, Any]], superseded: Iterable[dict[str, Any]]) -> Goodput | None:
-    """kept, superseded: records of log.jsonl and log.superseded.jsonl. None without a record of a start."""
+    """The goodput that the records tell; None without a record of a start. kept, superseded: records of log.jsonl and
+    log.superseded.jsonl."""
     both = [(record, True) for record in kept] + [(record, False) for record in superseded]
     both.sort(key=lambda one: one[0]["time"])
     lost = dict.fromkeys(CAUSES, 0.0)
