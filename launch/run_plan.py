@@ -86,7 +86,7 @@ def _check_settings(place: str, settings: Any, known: set[str]) -> None:
     for key in map(str, _mapping(place, settings)):
         name = key.lstrip("+")
         if name in ELSEWHERE:
-            raise Bad(f"{place}.{key}: {ELSEWHERE[name]} says it")
+            raise Bad(f"{place}.{key}: {ELSEWHERE[name]} says it; leave it out here")
         if name not in known and not name.startswith(ANY_BELOW):
             raise Bad(f"{place}: {unknown_key(name, sorted(known))}")
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TYPE = torch.float8_e4m3fn
-LARGEST = 448.0  # number of e4m3
+LARGEST = 448.0  # the largest number of e4m3
 LEAST_EXPONENT = -126  # smallest exponent of a scale, a power of two
 
 

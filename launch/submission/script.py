@@ -26,7 +26,7 @@ def sbatch_options(config: SubmitConfig, submission: Submission, tasks: int) -> 
     found = {
         "job-name": job_name(config, submission),
         "nodes": config.nodes,
-        "ntasks-per-node": 1,  # srun starts one task a node, and that the processes
+        "ntasks-per-node": 1,  # srun starts one task per node, which starts the processes
         "open-mode": "append",  # a requeued job goes on in the same log
         "output": f"{folder}/%A_%a.log" if tasks else f"{folder}/%j.log",
         "signal": f"B:USR1@{slurm.grace_s}",

@@ -44,9 +44,10 @@ class Bucket:
 
 
 class FreedWeights:
-    """The weights of `layers`, which it takes from shards.copies and shards.whole. transposed: see `KeptWeights`.
+    """The weights of `layers`, kept in fp8 alone. transposed: see `KeptWeights`.
 
-    Parameters that are their own masters (fp32, engines without sharding) stay.
+    The constructor removes these weights from shards.copies and shards.whole, so that `Update` no longer writes them.
+    Parameters that are their own masters (fp32, engines without sharding) stay in memory beside their fp8 operands.
     """
 
     def __init__(self, shards: Shards, layers: Sequence[SplitLinear], *, transposed: bool):
