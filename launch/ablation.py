@@ -9,8 +9,6 @@ Further arguments are overrides for training. Completed models are not trained a
 message names its log, with its last lines.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

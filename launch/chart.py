@@ -1,8 +1,6 @@
 """Line charts as SVG for pages without scripts: colours come from CSS, light and dark, and a point tells its value when
 the pointer rests on it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from html import escape

@@ -1,7 +1,5 @@
 """The curves of runs, as charts of a page."""
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence

@@ -9,8 +9,6 @@
 All output goes to runs/demo; summary.json has all figures and the paths of the files behind them.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """What dashboards show of a run: the panels of a report's page and of a wandb project alike."""
 
-from __future__ import annotations
-
 import re
 from typing import Any, NamedTuple
 

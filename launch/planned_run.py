@@ -1,7 +1,5 @@
 """A run of a plan (run_plan.py): its command line, its duration, and its row of figures."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import shlex

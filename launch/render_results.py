@@ -8,8 +8,6 @@ Seconds of a curve are its tokens over the tokens/s of the model's training loop
 2: a file holds something other than rows.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

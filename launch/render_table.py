@@ -9,8 +9,6 @@ FOLDER` of kernels.bench. To publish rows, append them to docs/measurements/DATE
 on the same kind of machine, the newest is shown. Exit code 2: a file holds something other than rows.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

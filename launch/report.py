@@ -7,8 +7,6 @@ The page is one file without scripts, and opens without a network. It is made fr
 the run goes on.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterator

@@ -13,8 +13,6 @@ they may read its row.
 Words after -- are overrides of every run. Exit code 1 when a run fails, 3 when --minutes ended before the runs did.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import itertools

@@ -1,7 +1,5 @@
 """A plan of runs (launch/plans/): what its YAML file may hold, and the runs of its grids."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Iterator

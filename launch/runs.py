@@ -1,7 +1,5 @@
 """Command lines of this project as subprocesses, several side by side, up to a common deadline."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -81,7 +81,8 @@ def queue(user: str = "") -> list[Job]:
     """SLURM's queue; empty where there is no SLURM, or it does not answer."""
     if shutil.which("squeue") is None:
         return []
-    words = ["squeue", "--noheader", "--array", "--format=%A|%F|%K|%T|%o", *([f"--user={user}"] if user else [])]
+    words = ["squeue", "--noheader", "--array", "--sort=i", "--format=%A|%F|%K|%T|%o"]
+    words += [f"--user={user}"] if user else []
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):

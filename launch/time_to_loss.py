@@ -4,8 +4,6 @@ Rows are those of plans results_time*: trained runs, and their training loops me
 held-out bits per byte of a run's evaluations, which all read the same text; between two of them it is interpolated.
 """
 
-from __future__ import annotations
-
 import itertools
 import statistics
 from collections import defaultdict

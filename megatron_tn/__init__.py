@@ -1,7 +1,5 @@
 """Megatron-style pretraining of TransNormerLLM, the linear-attention language model of arXiv 2307.14995."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -14,8 +14,6 @@ With benchmark.output each row is appended as one JSON object, with commit, comm
 `python -m launch.render_table` makes the table of docs/performance.md from such rows.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """From a command line to a checked config: Hydra composes `conf/`, dataclasses come out, bad input exits with 2."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import gc

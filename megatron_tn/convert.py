@@ -6,8 +6,6 @@ python -m megatron_tn.convert export   checkpoint=runs/demo output=runs/demo/exp
 python -m megatron_tn.convert import   checkpoint=released/ output=runs/more           begin a run with these weights
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The data of a training run, as the settings data.* name it: the token stream, and the tokenizer of its shards."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from pathlib import Path

@@ -8,8 +8,6 @@ Bits per byte are given by source and by position in the document, beside those 
 unigram model on the same text.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path

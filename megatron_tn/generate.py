@@ -5,8 +5,6 @@ python -m megatron_tn.generate checkpoint=runs/demo prompts=texts.jsonl output=c
 torchrun --nproc-per-node 2 -m megatron_tn.generate checkpoint=runs/7b prompt="def "        tensor parallel 2
 """
 
-from __future__ import annotations
-
 import codecs
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """Held-out documents of a shard folder, and a model's loss on them."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable, Sequence

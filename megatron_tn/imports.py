@@ -5,8 +5,6 @@ For programs alone. In a notebook, a failed import would leave the collection of
 garbage already would be kept for ever.
 """
 
-from __future__ import annotations
-
 import gc
 
 _begun = False

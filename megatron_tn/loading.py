@@ -1,7 +1,5 @@
 """Finding what a command line names: a checkpoint or a released model, and its tokenizer."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

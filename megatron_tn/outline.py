@@ -1,7 +1,5 @@
 """Figures of a run before it is launched (tokens, FLOPs, memory, time, disk), which `python -m launch.submit` shows."""
 
-from __future__ import annotations
-
 import bisect
 from dataclasses import dataclass
 

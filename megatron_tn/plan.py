@@ -8,8 +8,6 @@ Exit code 0 if the layout fits into the GPUs' memory, or that is not known, else
 docs/scaling.md.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from dataclasses import dataclass

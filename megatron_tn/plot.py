@@ -10,8 +10,6 @@ with one seed the last one trained counts, and a line says so.
 `python -m launch.compare` writes the same as a page.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

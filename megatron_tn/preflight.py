@@ -1,7 +1,5 @@
 """What is checked of a run before anything is started or written: when it starts, and when it is submitted."""
 
-from __future__ import annotations
-
 import functools
 import json
 import logging

@@ -7,8 +7,6 @@ Scores are written beside the shards, once: a shard that has those of this model
 killed goes on where it stopped. `data.filter` and `python -m data_pipeline.audit draw` read them by their name.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from pathlib import Path

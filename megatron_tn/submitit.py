@@ -8,8 +8,6 @@ submitit's handler; and time-outs are allowed. Before a job has unpickled its fu
 signal ends it for good: so the pickle imports little (`cli._Program`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import os

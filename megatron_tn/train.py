@@ -4,8 +4,6 @@ python -m megatron_tn.train model=385m data.manifest=... run_dir=runs/mine      
 torchrun --nproc-per-node 8 -m megatron_tn.train model=7b parallel.tp=8 data.manifest=... run_dir=...     a node
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

@@ -2,8 +2,6 @@
 heard, no secret of one test is hidden from the messages of another, and a test marked `gpu` is skipped, with the
 reason, where there are too few devices."""
 
-from __future__ import annotations
-
 import gc
 import os
 import signal

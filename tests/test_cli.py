@@ -1,7 +1,5 @@
 """How a program that trains ends: with its own exit code, whatever threads, children and signals do meanwhile."""
 
-from __future__ import annotations
-
 import atexit
 import multiprocessing
 import os

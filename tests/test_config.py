@@ -1,7 +1,5 @@
 """Settings: strict, all problems at once, and every file in conf/ holds."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import hydra

@@ -1,7 +1,5 @@
 """Examples in README and docs can be pasted: shell and Python parse, imports exist, settings are settings."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import re

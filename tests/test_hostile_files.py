@@ -1,7 +1,5 @@
 """Every file that the product reads, with content made to do harm: one clear line or none, in bounded time."""
 
-from __future__ import annotations
-
 import json
 import os
 import tarfile

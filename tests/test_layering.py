@@ -1,7 +1,5 @@
 """Who may import whom, as docs/design states it: checked on the syntax tree, imports inside functions included."""
 
-from __future__ import annotations
-
 import ast
 import functools
 import sys

@@ -1,7 +1,5 @@
 """Words of a command line: taken as they are typed, in one order of precedence, and refused in one line each."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Tables from rows: the newest of each, whole and in order, and the page in docs holds what its rows say."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

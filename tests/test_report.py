@@ -1,7 +1,5 @@
 """The page of a run: in a browser without a network, light and dark, narrow and wide; and its charts."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """What is imported is required by name and pinned, and what is required is imported; the lock file agrees."""
 
-from __future__ import annotations
-
 import ast
 import functools
 import re

@@ -1,7 +1,5 @@
 """A plan of runs: which are left, what is read from them, when it stops; and the page that shows their rows."""
 
-from __future__ import annotations
-
 import json
 import re
 import time

@@ -1,7 +1,5 @@
 """Names with the shell's characters in everything that becomes a script or its arguments: nothing of them is run."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import subprocess

@@ -1,7 +1,5 @@
 """Ranks that many tests share give what ranks of their own give, and are replaced after a failure."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from data_pipeline.errors import InputError
@@ -77,7 +77,7 @@ class AnswersFile:
                     continue
                 try:
                     answer = ANSWER.validate_python(json.loads(line))
-                except (ValueError, ValidationError, RecursionError):
+                except (ValueError, RecursionError):
                     self.damaged += 1
                     continue
                 self.latest[answer.sample, answer.auditor] = answer

@@ -21,7 +21,6 @@ from data_pipeline.files import replacing
 from data_pipeline.shards.scores import MEASURES
 
 Count = Annotated[int, Field(ge=0, strict=True)]
-SHOWN_PROBLEMS = 10
 
 
 @checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -101,7 +100,7 @@ class Samples:
 
     @classmethod
     def load(cls, path: str | Path) -> "Samples":
-        """Raises InputError naming the first ten lines that are no samples, and duplicate ids."""
+        """Raises InputError naming lines that are no samples, and duplicate ids."""
         path = Path(path)
         entries, offsets, problems = [], [], []
         try:
@@ -121,7 +120,7 @@ class Samples:
         if not entries and not problems:
             problems = [f"samples={path}: holds no samples"]
         if problems:
-            raise InputError(*problems[:SHOWN_PROBLEMS])
+            raise InputError(*problems)
         return cls(path, tuple(entries), tuple(offsets))
 
     def __len__(self) -> int:

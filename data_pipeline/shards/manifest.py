@@ -29,7 +29,6 @@ from data_pipeline.shards.content import (
 )
 from data_pipeline.shards.remote import MOST_UNSIZED, Remote, is_remote
 
-SHOWN_PROBLEMS = 10
 ROOM = 4  # minimum of a cache in shards: two prefetched, one requested, one in use
 
 
@@ -85,7 +84,8 @@ class Manifest:
             content = CONTENT.validate_json(written)
         except IsADirectoryError:
             inside = path / "manifest.json"
-            name = f"name the file {inside}" if inside.is_file() else "name the manifest.json of shards"
+            ours = inside.is_file() and _format(inside.read_bytes()) in (FORMAT, None)
+            name = f"name the file {inside}" if ours else "name the manifest.json of shards"
             raise InputError(f"manifest {path}: it is a folder; {name}") from None
         except OSError as error:
             raise InputError(f"manifest {path}: {error.strerror or error}") from None
@@ -97,7 +97,7 @@ class Manifest:
             raise InputError(
                 *(
                     f"manifest {path}: {'.'.join(map(str, e['loc'])) or 'document'}={_short(e['input'])}: {e['msg']}"
-                    for e in error.errors()[:SHOWN_PROBLEMS]
+                    for e in error.errors()
                 )
             ) from None
         _refuse(f"manifest {path}", contradictions(content))
@@ -266,10 +266,7 @@ def _format(written: bytes) -> object:
 
 def _refuse(where: str, problems: list[str]) -> None:
     if problems:
-        lines = [f"{where}: {problem}" for problem in problems[:SHOWN_PROBLEMS]]
-        if len(problems) > SHOWN_PROBLEMS:
-            lines.append(f"{where}: and {len(problems) - SHOWN_PROBLEMS} more")
-        raise InputError(*lines)
+        raise InputError(*(f"{where}: {problem}" for problem in problems))
 
 
 def _short(value: object) -> str:

@@ -3,8 +3,6 @@
 Python runs the handlers in the main thread, so a rank that waits in a collective has its fault after it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import errno

@@ -1,8 +1,6 @@
 """What must be true of a run after faults: the same steps, data, losses and weights as an undisturbed one's, bit for
 bit, and nothing left behind."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Table of faults: how each is brought about in a running start, and how that start must end."""
 
-from __future__ import annotations
-
 import os
 import random
 import resource

@@ -1,7 +1,5 @@
 """One soak: starts of the trainers, faults at random times, and the outcome of each start."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import random

@@ -9,8 +9,6 @@ layers plus the predicted time of the collectives; the table shows it beside the
 layers beside its plan. Without a CUDA graph the time of a small block is that of its kernel launches on the host.
 """
 
-from __future__ import annotations
-
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -8,8 +8,6 @@ start of `python -m megatron_tn.train` to the first step (start-up) and to its e
 values; words after `--` are settings of those runs. Rows of the output are JSON, as of megatron_tn.benchmark.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import os

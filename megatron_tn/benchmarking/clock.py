@@ -1,8 +1,6 @@
 """Times training steps, and samples the rate of a matrix product in between: utilisation compares both under the same
 GPU clocks."""
 
-from __future__ import annotations
-
 import gc
 import statistics
 from collections.abc import Callable

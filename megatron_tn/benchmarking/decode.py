@@ -11,8 +11,6 @@ keys and values; a cache that does not fit into the GPU's memory is a row withou
 flash-linear-attention's RetNet of the sizes of --model (1b, ...): generate() with its recurrent state, after a prompt.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import statistics

@@ -4,8 +4,6 @@ For measuring one rank's part of a larger world on one GPU: an all-gather copies
 reduce-scatter takes this rank's slot, an all-reduce leaves the tensor. Nothing crosses a wire.
 """
 
-from __future__ import annotations
-
 import contextlib
 import warnings
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The measurements of `python -m megatron_tn.benchmark`: engine steps, then the peer model, then the training loop."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterator
 from pathlib import Path

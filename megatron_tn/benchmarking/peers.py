@@ -1,7 +1,5 @@
 """Third-party models of the same shape, for comparison in the same process."""
 
-from __future__ import annotations
-
 import torch
 
 from megatron_tn.config import ConfigError, ModelConfig

@@ -1,7 +1,5 @@
 """One measurement, and its forms as a JSON row and as a table row."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any

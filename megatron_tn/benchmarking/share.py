@@ -8,8 +8,6 @@ slice of every parameter, with masters and moments, is made without the whole pa
 the plan's figure stand side by side, with GB/s. The folder is removed after.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from dataclasses import dataclass

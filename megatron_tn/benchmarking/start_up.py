@@ -9,8 +9,6 @@ after it. Beside files below --folder, which a cluster has on a shared disk, sta
 groups that a rank creates, and the bytes of the objects that it receives from others.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

@@ -5,8 +5,6 @@ way. In the layout that saved the checkpoint these are the bytes that the rank o
 another layout the load reads what is missing.
 """
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ progress; the next save waits for it, and so does the end of the run. Asynchrono
 bytes.
 """
 
-from __future__ import annotations
-
 import datetime
 import threading
 import time

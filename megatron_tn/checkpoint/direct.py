@@ -4,8 +4,6 @@ Direct I/O takes buffers, offsets and lengths that are multiples of the disk's b
 the same calls go through the page cache.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import functools

@@ -7,8 +7,6 @@ reads, and a truncated file raises an error that names it instead of a bus error
 at the end of the header let the tensors begin at a multiple of 4096 bytes.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

@@ -4,8 +4,6 @@ A digest is "BYTES/HEX": the sha256 of the concatenated sha256s of the file's pa
 being what is left. Without "BYTES/" it is the sha256 of the file as one, as older checkpoints have it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import os

@@ -1,7 +1,5 @@
 """Removal of old checkpoints. It follows a complete save, and spares a checkpoint that a process reads."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json

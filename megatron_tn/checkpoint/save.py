@@ -4,8 +4,6 @@
 files: `background.CheckpointWriter` calls it in a thread; `save_checkpoint` at once, without a copy.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

@@ -4,8 +4,6 @@ A manifest lists every piece of every rank: 116 MB for 175B on 512 ranks with Ze
 each says which pieces it fills, and rank 0 sends it the stored pieces that overlap them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Checks a checkpoint: each file's size and sha256, and that the pieces cover every tensor element exactly once."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing

@@ -4,8 +4,6 @@ A field is annotated with its bounds: `Annotated[int, Bounds(1)]`. pydantic igno
 once, whereas values out of bounds are reported together with the violated relations.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -1,7 +1,5 @@
 """The settings `checkpoint.*`: when to save, which checkpoints to keep, and from which one to resume."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic.dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The settings `cluster.*`: rates and sizes of the hardware, from which plans and utilisation are computed."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Annotated
 

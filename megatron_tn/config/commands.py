@@ -1,7 +1,5 @@
 """The settings of the other command lines: plan, benchmark, evaluate, score, generate, convert."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Annotated, Literal
 

@@ -1,7 +1,5 @@
 """The settings `data.*`: training data, batch sizes, and filters of documents and batches."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from pydantic.dataclasses import dataclass

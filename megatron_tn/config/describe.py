@@ -3,8 +3,6 @@
 python -m megatron_tn.config.describe > docs/settings.md
 """
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import inspect

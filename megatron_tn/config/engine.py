@@ -1,7 +1,5 @@
 """The settings `engine.*`: sharding of gradients, masters and moments; precision, recomputation, compilation."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

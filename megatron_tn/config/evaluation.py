@@ -1,7 +1,5 @@
 """The settings `evaluation.*`: held-out loss, benchmark tasks and generated texts during training."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Annotated, Any
 

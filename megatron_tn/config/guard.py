@@ -1,7 +1,5 @@
 """The settings `guard.*`: reaction to non-finite steps and to loss spikes."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic.dataclasses import dataclass

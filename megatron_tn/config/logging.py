@@ -1,7 +1,5 @@
 """The settings `logging.*`: what a run records, and where."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Config dataclasses from and to plain mappings and JSON files; unknown keys and wrong types as one-line errors."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import difflib

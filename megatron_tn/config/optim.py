@@ -1,7 +1,5 @@
 """The settings `optim.*`: AdamW, and Muon for the blocks' matrices."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic.dataclasses import dataclass

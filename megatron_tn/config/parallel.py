@@ -1,7 +1,5 @@
 """The settings `parallel.*`: tensor, context and sequence parallelism."""
 
-from __future__ import annotations
-
 from pydantic.dataclasses import dataclass
 
 from megatron_tn.config.bounds import Positive

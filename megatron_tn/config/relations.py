@@ -3,8 +3,6 @@
 model.py has the relations within `model.*`, since models are also built without a run.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

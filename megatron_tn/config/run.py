@@ -1,7 +1,5 @@
 """The settings of a whole training run."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The settings `schedule.*`: learning rate and batch size by optimizer step."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic.dataclasses import dataclass

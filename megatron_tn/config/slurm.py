@@ -1,7 +1,5 @@
 """The settings `slurm.*` of `python -m launch.submit`: what a job asks SLURM for, and when it is requeued."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Iterator

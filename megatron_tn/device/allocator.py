@@ -1,7 +1,5 @@
 """Settings of the CUDA caching allocator."""
 
-from __future__ import annotations
-
 import os
 
 import torch

@@ -1,7 +1,5 @@
 """CUDA graphs: kernels captured once and launched together by one host call."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Asynchronous copies of device tensors to the host."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -5,8 +5,6 @@ H200's host. So threads write to each page first. (Not in huge pages: where memo
 it first, which took six times as long.)
 """
 
-from __future__ import annotations
-
 import mmap
 import threading
 from collections.abc import Callable

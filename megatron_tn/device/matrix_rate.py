@@ -1,7 +1,5 @@
 """The rate of a plain bf16 matrix product on this device, which utilisation is held against beside the datasheet's."""
 
-from __future__ import annotations
-
 import itertools
 import statistics
 import time

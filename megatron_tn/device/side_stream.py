@@ -7,8 +7,6 @@ graph the two streams become branches without host cost; outside a graph the eve
 so there the products stay on the main stream.
 """
 
-from __future__ import annotations
-
 import collections
 import contextlib
 from collections.abc import Iterator

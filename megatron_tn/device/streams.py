@@ -1,7 +1,5 @@
 """Context managers that run kernels on another CUDA stream, ordered with the current stream."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

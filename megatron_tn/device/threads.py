@@ -1,7 +1,5 @@
 """Threads for work that waits for the disk or for memory, or that computes without Python's lock."""
 
-from __future__ import annotations
-
 import queue
 import threading
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """Baselines for bits per byte: a unigram model, gzip and xz, on the same held-out documents."""
 
-from __future__ import annotations
-
 import gzip
 import lzma
 import math

@@ -1,7 +1,5 @@
 """Continuations of fixed prompts during training, to read beside the loss."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer

@@ -1,7 +1,5 @@
 """Token ids of a context followed by a continuation; a task scores the continuation."""
 
-from __future__ import annotations
-
 import numpy as np
 from tokenizers import Tokenizer
 

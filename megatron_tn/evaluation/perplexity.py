@@ -1,7 +1,5 @@
 """Negative log-likelihood of documents under a model: held-out loss and bits per byte, by source and by position."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field

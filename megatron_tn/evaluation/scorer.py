@@ -1,7 +1,5 @@
 """Document scores by a model, for self-cleaning: implements `data_pipeline.selfclean.scorer.Scorer`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Each token's negative log-likelihood under a model: what held-out figures and benchmark tasks are summed from."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 

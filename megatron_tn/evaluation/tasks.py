@@ -4,8 +4,6 @@ lm_eval is an extra, imported when tasks are asked for. Its files are YAML; data
 from local files.
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import functools

@@ -1,7 +1,5 @@
 """How many bytes of text each entry of a tokenizer stands for."""
 
-from __future__ import annotations
-
 import json
 import re
 

@@ -1,7 +1,5 @@
 """Cuts a long row of tokens into windows, one forward pass each."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

@@ -14,8 +14,6 @@ arXiv 2006.15704, section 3.2.3). Under ZeRO each rank updates one equal part of
 5.1), so a reduce-scatter replaces the all-reduce, with half its traffic.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Gradient clipping by global norm (arXiv 1211.5063), as a divisor that the optimizer applies to gradients."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

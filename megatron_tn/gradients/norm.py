@@ -1,7 +1,5 @@
 """Global gradient norm over all ranks, with every logical element counted once."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

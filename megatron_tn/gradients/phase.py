@@ -1,7 +1,5 @@
 """The order of calls within a step: microbatches, the last of them, the update."""
 
-from __future__ import annotations
-
 
 class Phase:
     """State of an engine's gradient sums: "empty" -> "adding" (some microbatches) -> "whole" (all, reduced) -> "empty".

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from megatron_tn.config import ConfigError, differences, to_mapping
 from megatron_tn.inference.prefix import Prefix, check_ids
-from megatron_tn.model.base import DecodingState, Model, has_fixed_state
+from megatron_tn.model.base import DecodingState, Model
 from megatron_tn.parallel.collectives import all_gather, all_reduce_
 from megatron_tn.parallel.fp8_weights import keeps_fp8
 
@@ -99,11 +100,21 @@ def _prefix(metadata: dict[str, str], tensors: dict[str, Tensor], model: Model) 
     axis, device = model.context.tp, next(model.parameters()).device
     layers = [tensors[f"layer.{n}"] for n in range(model.config.layers)]
     layers = [layer.chunk(axis.size, HEADS)[axis.rank].to(device)[None].contiguous() for layer in layers]
-    wanted = model.model.initial_state(1) if has_fixed_state(model) else layers
-    for n, (layer, own) in enumerate(zip(layers, wanted, strict=True)):
-        if (layer.shape, layer.dtype) != (own.shape, own.dtype):
-            raise ValueError(f"layer.{n} is {layer.dtype} {list(layer.shape)}, not {own.dtype} {list(own.shape)}")
+    for n, (layer, wanted) in enumerate(zip(layers, _layers_of(model, length - 1), strict=True)):
+        if (layer.dtype, list(layer.shape)) != wanted:
+            raise ValueError(f"layer.{n} is {layer.dtype} {list(layer.shape)}, not {wanted[0]} {wanted[1]}")
     return Prefix(DecodingState(layers, length - 1), last, seen)
+
+
+def _layers_of(model: Model, tokens: int) -> Iterator[tuple[torch.dtype, list[int]]]:
+    """Type and shape of each layer's state (B = 1) after so many tokens."""
+    heads, dtype = model.config.heads // model.context.tp.size, model.lm_head.weight.dtype
+    for block in model.blocks:
+        mixer = block.token_mixer
+        if widths := getattr(mixer, "state_widths", None):
+            yield torch.promote_types(dtype, torch.float32), [1, heads, *widths]
+        else:
+            yield dtype, [1, 2, heads, mixer.kept_tokens(tokens), mixer.head_dim]
 
 
 def _other_model(metadata: dict[str, str], model: Model) -> str:

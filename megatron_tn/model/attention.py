@@ -9,8 +9,6 @@ out = W_o y
 act is model.act, r the head's decay rate in this layer, norm model.norm.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad

@@ -1,7 +1,5 @@
 """One layer: x + mixer(norm(x)), then x + SGLU(norm(x))."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from megatron_tn.config import ModelConfig

@@ -5,8 +5,6 @@ y_t = sum over s <= t, in t's block, of softmax_s(q_t . k_s / sqrt(d)) v_s
 Blocks are counted from the beginning of a document, so a block never holds two documents.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -33,6 +31,9 @@ class BlockAttention(SoftmaxAttention):
 
     def kept(self, state: Tensor) -> Tensor:
         return state[:, :, :, state.shape[3] // self.block_length * self.block_length :]
+
+    def kept_tokens(self, tokens: int) -> int:
+        return tokens % self.block_length
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, block: int, cu_seqlens: Tensor | None = None) -> Tensor:

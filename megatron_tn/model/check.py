@@ -1,7 +1,5 @@
 """Self-check of a model's GPU operators against fp64 references, before training and before decoding."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -9,8 +9,6 @@ cos(a - b) = cos a cos b + sin a sin b, so the weights are those of LRPE with a 
 denominator is one more column of v, of ones: both run in `kernels.gla`, with its states, slices and documents.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -4,8 +4,6 @@ At each position the state of head h in layer l is multiplied by exp(-rate). Rat
 2307.14995) learnt rates became NaN.
 """
 
-from __future__ import annotations
-
 import math
 
 from megatron_tn.config import ModelConfig

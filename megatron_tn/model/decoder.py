@@ -7,8 +7,6 @@ logits = norm(x) E^T
 An ablation adds sinusoids of the position to the first x (model.absolute_positions).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The forward pass of TransNormerLLM's decoding step in fused operators: five kernels a layer."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from kernels import token_glu, token_linear

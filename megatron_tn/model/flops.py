@@ -1,7 +1,5 @@
 """Parameter and FLOP counts, by formula. One multiply-add counts as two operations."""
 
-from __future__ import annotations
-
 from megatron_tn.config import ModelConfig
 from megatron_tn.model.mixers import attention_flops, projections
 

@@ -4,8 +4,6 @@ An element is a function of the seed, the parameter's released name and the elem
 `Architecture.initial_box` computes values; this file maps them to a rank's local tensor.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 Every module is called as mixer(x, layout, decay) -> (output, sum(o^2) or None, state or None); see attention.py.
 """
 
-from __future__ import annotations
-
 from torch import nn
 
 from megatron_tn.config import ModelConfig

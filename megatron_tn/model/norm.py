@@ -4,8 +4,6 @@ NORMS are of the residual stream, which every rank has whole; HeadWeight and Hea
 whose D channels are split over tensor parallel by heads.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm

@@ -1,7 +1,5 @@
 """Absolute positions: the sinusoids that are added to the embeddings (model.absolute_positions, an ablation)."""
 
-from __future__ import annotations
-
 import math
 
 import torch

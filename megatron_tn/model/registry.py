@@ -4,8 +4,6 @@ To add an architecture: a module with its `Body`, initial values and FLOP formul
 in `ModelConfig.architecture`, and its own settings in `ModelConfig`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace

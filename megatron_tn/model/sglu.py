@@ -1,7 +1,5 @@
 """Simple gated linear unit, the channel mixer: out = W_3 (act(W_1 x) * W_2 x); act is the identity by default."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from megatron_tn.config import ModelConfig

@@ -9,8 +9,6 @@ PyTorch's scaled_dot_product_attention computes y in its causal form. Packed doc
 variable lengths in bf16 or fp16 on a GPU, and a mask elsewhere.
 """
 
-from __future__ import annotations
-
 import contextlib
 
 import torch
@@ -74,6 +72,10 @@ class SoftmaxAttention(nn.Module):
     def kept(self, state: Tensor) -> Tensor:
         """The part of the cache that later tokens attend to."""
         return state
+
+    def kept_tokens(self, tokens: int) -> int:
+        """How many of the first `tokens` tokens it has."""
+        return tokens
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:

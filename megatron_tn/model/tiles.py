@@ -4,8 +4,6 @@ A matrix is a grid of TILE x TILE tiles, each drawn from its own random generato
 its part, one at a time, so it never holds the whole matrix.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import torch

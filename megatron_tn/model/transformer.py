@@ -5,8 +5,6 @@ for each layer: x = x + softmax attention with RoPE (RMSNorm(x)); x = x + SwiGLU
 logits = RMSNorm(x) E^T
 """
 
-from __future__ import annotations
-
 from megatron_tn.config import ModelConfig
 from megatron_tn.model.base import Model
 from megatron_tn.model.decoder import Decoder

@@ -7,8 +7,6 @@
 Module names are those of the released weights, so a parameter's name is its name on disk.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -7,8 +7,6 @@
 t: number of applied steps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

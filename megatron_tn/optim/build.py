@@ -1,7 +1,5 @@
 """Builds the optimizer from the settings `optim.*`."""
 
-from __future__ import annotations
-
 import torch
 
 from megatron_tn.config import ConfigError, OptimConfig

@@ -1,7 +1,5 @@
 """Optimizer parameter groups: with and without weight decay, and for Muon the blocks' matrices."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from torch import Tensor

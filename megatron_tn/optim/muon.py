@@ -12,8 +12,6 @@ M and P are updated element by element, wherever the engine keeps them. Only the
 matrices: `MatrixRound` brings them together.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol

@@ -1,7 +1,5 @@
 """The optimizer interface that engines call. Each algorithm has a file beside this one; `optim/build.py` selects."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Protocol
 

@@ -1,7 +1,5 @@
 """Learning rate and batch of a step, as pure functions of the step number: no state in checkpoints."""
 
-from __future__ import annotations
-
 import math
 
 from megatron_tn.config import OptimConfig, ScheduleConfig

@@ -7,8 +7,6 @@
 On an axis of size 1 each returns its input, so model code needs no branch on tp.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 

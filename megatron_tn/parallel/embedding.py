@@ -1,7 +1,5 @@
 """Input embedding and output head, which share one weight [V, D], split by rows over tensor parallel."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

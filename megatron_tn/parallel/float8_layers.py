@@ -1,7 +1,5 @@
 """engine.products=fp8: which layers form their products in fp8, and when their weights are quantised."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 
 import torch

@@ -1,8 +1,6 @@
 """The registered operators of float8_products.py, one node each for selective recomputation and dry runs: products of
 fp8 operands beside the collectives of parallel/products.py. Their gradients are taken in float8_products.py."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula

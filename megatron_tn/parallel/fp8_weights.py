@@ -4,8 +4,6 @@ W[n, k] = weight_scale[n] * weight[n, k], with weight in e4m3 and a scale for ea
 What is multiplied with them stays in the computing type, as do the embedding with its tied head, norms and theta.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import nn

@@ -1,7 +1,5 @@
 """Cross-entropy over a vocabulary that is split by rows over tensor parallel; no rank forms the full logits."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from kernels import linear_cross_entropy

@@ -19,8 +19,6 @@ recomputation and dry runs; they take a process group by name. Column backward u
 collectives. precision/matmul.py computes the products.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator
 

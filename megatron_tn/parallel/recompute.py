@@ -5,8 +5,6 @@ selective  outputs of matrix products and attention are kept; norms, gates and a
 full       only a block's input is kept; the whole block is recomputed: a third more operations
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable
 

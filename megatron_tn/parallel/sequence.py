@@ -6,8 +6,6 @@ flattened, are cut into equal slices of S tokens. B x N need not be a multiple o
 zeros, whose outputs stay finite and whose gradients are zero.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import Tensor

@@ -6,8 +6,6 @@ k, of v and of u, concatenated. Initialisation, checkpoints, resharding, export,
 use these specs.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

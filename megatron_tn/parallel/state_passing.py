@@ -10,8 +10,6 @@ so a layer needs one all-gather of states [B, H, K, d], whatever the sequence le
 all-gather of the states' gradients. A state S_j of slices before the document at slice i's start has weight zero.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Process group initialisation under torchrun, the deepspeed launcher, srun, or for a single process."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import gc

@@ -1,7 +1,5 @@
 """The batch that a plan takes where none is named."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from megatron_tn.config import TrainConfig

@@ -1,7 +1,5 @@
 """The collectives that a rank takes part in, recorded while its code runs on fake tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Warnings of a plan: settings that are allowed but seldom intended, one line each."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterator, Mapping

@@ -8,8 +8,6 @@ The local engine and FSDP2 run as they are, the update included. DeepSpeed reads
 model runs, and its exchanges follow from `engine_exchanges`, which tests compare with recorded runs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math

@@ -5,8 +5,6 @@ state and engine buffers have formulas: `state_bytes`, `buffer_bytes`, `side_str
 `float8_moment_bytes`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a run needs of a machine without a GPU: memory before it starts, and hours."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

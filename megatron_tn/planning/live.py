@@ -1,7 +1,5 @@
 """Counts the bytes of live tensors, real or fake, operator by operator."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Mapping
 

@@ -2,8 +2,6 @@
 matrices that it updates, and their exchange with the ranks that hold parts of them.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import math

@@ -8,8 +8,6 @@ of which p - 1 of m + p - 1 microbatches' times are the bubble. A stage keeps p 
 activations of one microbatch of all layers. The last stage has the head beside its layers, and the others wait for it.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator

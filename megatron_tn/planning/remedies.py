@@ -1,7 +1,5 @@
 """Changes of settings that make a run fit into GPU memory, for the error message of a run that does not fit."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """A plan as one value, printed as tables or as JSON."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@ Layouts differ in tensor and context parallelism, sequence parallelism, engine, 
 A setting that the command line names stays as it is.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace

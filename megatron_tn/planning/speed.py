@@ -7,8 +7,6 @@ of conf/cluster.
 Constants were fitted to the rows of docs/measurements (1, 2 and 4 GPUs); tests/planning/test_speed.py compares them.
 """
 
-from __future__ import annotations
-
 import bisect
 import math
 from dataclasses import dataclass

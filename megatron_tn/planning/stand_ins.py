@@ -1,8 +1,6 @@
 """The environment in which planning runs the model's code: torch's fake process group (one process of tp x cp), and
 fake tensors without storage, with is_cuda=True for device="cuda"."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import warnings

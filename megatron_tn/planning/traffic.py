@@ -13,8 +13,6 @@ all-to-all in which a tensor of S bytes in all comes to rest, 1 / (k r) of it on
     over the network S (k r - r) / (k r)^2
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """README.md of an export: what the model is, what it was trained on, and how to run it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """config.json of the released layouts <-> `ModelConfig`, by the file's model_type or the model's architecture."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

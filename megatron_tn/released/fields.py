@@ -1,7 +1,5 @@
 """Checks of config.json that the readers of all model families share (transnormer.py, llama.py)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

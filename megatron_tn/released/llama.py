@@ -3,8 +3,6 @@
 transformers' own LlamaForCausalLM runs the export. Its RoPE, as ours, rotates a head's halves.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron_tn.config import ConfigError, ModelConfig

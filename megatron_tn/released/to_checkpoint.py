@@ -1,7 +1,5 @@
 """Weights as a checkpoint of step 0: a run begins with them, a fresh optimizer and data from the beginning."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import shutil

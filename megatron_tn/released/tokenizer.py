@@ -1,7 +1,5 @@
 """The tokenizer files of an export, made so that transformers' AutoTokenizer gives the ids of training."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

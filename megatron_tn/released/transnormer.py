@@ -4,8 +4,6 @@ The released family computes decay rates from the layer index. This writer also 
 the reader compares them: a model with other decay rates than in training would be silently wrong.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ Tensors are written one at a time, so memory holds the largest of them and not t
 folder of their own inside the target; when all are there, the old export's files are removed and the new ones moved.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

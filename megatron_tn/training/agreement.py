@@ -4,8 +4,6 @@ Each rank reads the same samples itself, from its node's cache. A rank that cann
 place; without agreement, the group would train on two different sequences without an error.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Protocol
 

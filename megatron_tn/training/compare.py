@@ -1,7 +1,5 @@
 """Runs side by side: those that differ in their seed alone are a group, named by the settings in which it differs."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

@@ -1,8 +1,6 @@
 """The picture of one run or several: training loss and held-out loss by tokens and by seconds of training, and held-out
 loss by position in the document."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

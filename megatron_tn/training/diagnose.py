@@ -1,7 +1,5 @@
 """Find the first tensor, and its rank, that holds NaN or infinity, by running the step's batch again."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager

@@ -1,7 +1,5 @@
 """Choose the settings of this start: the command line's, or those frozen in run_dir/config.json."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

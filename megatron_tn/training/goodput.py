@@ -7,8 +7,6 @@ took back. A start is a record with "start/began", the Unix time at which its pr
 sign of it: an orderly end or an exception leaves one with "stop/state", a kill leaves none.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import statistics

@@ -5,8 +5,6 @@ collective. The engine refuses a non-finite update. A spike is seen in the loss 
 recovery means loading an earlier checkpoint.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The journal's file: one JSON object per line, with its "step"."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Checks before the run starts or writes anything; they report all problems at once."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 

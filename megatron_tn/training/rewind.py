@@ -1,7 +1,5 @@
 """Load the checkpoint of a start, and of a rewind by the guard."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import replace
 

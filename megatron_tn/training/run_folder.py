@@ -19,8 +19,6 @@
 Files are replaced atomically: readers see the old or the new content, also after a kill.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json

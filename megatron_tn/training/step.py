@@ -1,7 +1,5 @@
 """One training step, for every engine and parallel layout."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """What a run says at its beginning and at its end: a table each, for people. Rank 0 prints them."""
 
-from __future__ import annotations
-
 import logging
 import math
 import shlex

@@ -2,8 +2,6 @@
 and a clock that stands still while a run evaluates or saves.
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Reading ahead: every byte is read from the disk once, checked, and what the load takes is in memory."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

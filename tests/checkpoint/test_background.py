@@ -1,7 +1,5 @@
 """Saving while training goes on, and dying at any moment of it."""
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """Tensor files: what the safetensors library reads, exactly what was asked for, and nothing that is damaged."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import hashlib

@@ -1,7 +1,5 @@
 """Saving from a GPU: page-locked host memory, and a snapshot that later steps do not reach."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from pathlib import Path

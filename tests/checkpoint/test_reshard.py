@@ -1,7 +1,5 @@
 """Copying between pieces that were cut differently."""
 
-from __future__ import annotations
-
 import math
 import random
 

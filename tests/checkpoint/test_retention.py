@@ -1,7 +1,5 @@
 """Which checkpoints stay."""
 
-from __future__ import annotations
-
 import json
 import math
 import multiprocessing

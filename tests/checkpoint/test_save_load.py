@@ -1,7 +1,5 @@
 """One format for every engine and layout: saved anywhere, loaded anywhere, bitwise; whole or absent."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

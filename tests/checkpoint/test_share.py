@@ -1,7 +1,5 @@
 """One rank's share of 175B, of two layers: made without a whole parameter, and saved and read as it is."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

@@ -1,7 +1,5 @@
 """`python -m megatron_tn.convert describe | verify`: what a checkpoint holds, and every kind of damage by name."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Reading ahead in a thread: order, errors, how far, and how it ends."""
 
-from __future__ import annotations
-
 import threading
 import time
 

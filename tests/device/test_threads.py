@@ -1,7 +1,5 @@
 """Work in several threads, and the block of host memory that one of them makes."""
 
-from __future__ import annotations
-
 import mmap
 import threading
 

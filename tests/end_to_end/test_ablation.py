@@ -1,7 +1,5 @@
 """Equal models on two corpora, one of sentences and one of the same tokens in no order, told apart on held-out text."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

@@ -1,7 +1,5 @@
 """Bad input: one clear line each, exit code 2, before anything is started or overwritten."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import sys
@@ -46,26 +44,40 @@ GRADIENT_DTYPE = "engine.gradient_dtype=bf16 needs engine.name=deepspeed and eng
             ["data.global_batch=3 is not a multiple of data.micro_batch=2"],
         ),
         (["model.vocab_size=300"], ["model.vocab_size=300 is smaller than the 401 entries of the tokenizer"]),
-        (["checkpoint.resume=nowhere"], ["checkpoint.resume=nowhere does not exist"]),
-        (["checkpoint.resume=-3"], ["checkpoint.resume=-3 does not exist"]),
-        (["engine.reduce_bucket_elements=0"], ["engine.reduce_bucket_elements=0 must be at least 1"]),
         (
-            ["optim.beta2=1.5", "optim.clip_norm=-1"],
-            ["optim.beta2=1.5 must be from 0 to below 1", "optim.clip_norm=-1"],
+            ["checkpoint.resume=nowhere", "data.manifest=nowhere.json"],
+            ["checkpoint.resume=nowhere does not exist", "data.manifest: manifest nowhere.json: No such file"],
         ),
-        (["optim.lr=nan"], ["optim.lr=nan must be above 0, and finite"]),
-        (["schedule.min_lr_ratio=2"], ["schedule.min_lr_ratio=2.0 must be from 0 to 1"]),
-        (["data.manifest=nowhere.json"], ["data.manifest: manifest nowhere.json: No such file"]),
+        (
+            [
+                *("optim.lr=nan", "optim.beta2=1.5", "optim.clip_norm=-1", "optim.weight_decay=inf"),
+                *("model.norm_eps=-1", "model.init_std=nan", "schedule.min_lr_ratio=2"),
+                *("engine.reduce_bucket_elements=0", "cluster.bf16_tflops=0"),
+            ],
+            [
+                "optim.lr=nan must be above 0, and finite",
+                "optim.beta2=1.5 must be from 0 to below 1",
+                "optim.clip_norm=-1",
+                "optim.weight_decay=inf must be finite",
+                "model.norm_eps=-1.0 must be at least 0",
+                "model.init_std=nan",
+                "schedule.min_lr_ratio=2.0 must be from 0 to 1",
+                "engine.reduce_bucket_elements=0 must be at least 1",
+                "cluster.bf16_tflops=0.0 must be above 0",
+            ],
+        ),
         (["schedule.warmup_steps=5000"], ["schedule.warmup_steps=5000 must be below schedule.steps=1000"]),
         (["what is this"], ["not an override"]),
         (["+data.mixture.epochs.wiki=2"], ["data.manifest: mixture"]),
-        (["data.filter=nowhere.yaml"], ["data.manifest: filter nowhere.yaml: No such file"]),
+        (
+            ["data.filter=nowhere.yaml", "checkpoint.resume=-3"],
+            ["data.manifest: filter nowhere.yaml: No such file", "checkpoint.resume=-3 does not exist"],
+        ),
         (["data.filter=os:getcwd"], ["data.manifest: filter 'os:getcwd' is <built-in function getcwd>, which has no"]),
         (["data.document_stages=[os:sep]"], ["data.manifest: document stage 'os:sep' is '/', which is no function"]),
         (["model=null"], ["model=null: conf/model has 13b, "]),
         (["optim.lr=1e-3,1e-2"], ["optim.lr=1e-3,1e-2: a sweep over several values needs --multirun"]),
         (["seed=18446744073709551616"], ["seed=18446744073709551616 must be from 0 to 18446744073709551615"]),
-        (["model.norm_eps=-1", "model.init_std=nan"], ["model.norm_eps=-1.0 must be at least 0", "model.init_std=nan"]),
         (
             ["engine=fsdp2", "engine.gradient_dtype=bf16"],
             [f"{GRADIENT_DTYPE} engine.name=fsdp2, engine.precision=bf16"],
@@ -74,8 +86,6 @@ GRADIENT_DTYPE = "engine.gradient_dtype=bf16 needs engine.name=deepspeed and eng
             ["engine.precision=fp32", "engine.gradient_dtype=bf16"],
             [f"{GRADIENT_DTYPE} engine.name=deepspeed, engine.precision=fp32"],
         ),
-        (["optim.weight_decay=inf"], ["optim.weight_decay=inf must be finite"]),
-        (["cluster.bf16_tflops=0"], ["cluster.bf16_tflops=0.0 must be above 0"]),
         (["data.skip_batches=['1-99999999999']"], ["data.skip_batches: step 99999999999 is above schedule.steps=1000"]),
         (["checkpoint.resume=null"], ["checkpoint.resume=None: input should be a valid integer"]),
         (["checkpoint.resume=/"], ["checkpoint.resume=/: / is not a checkpoint"]),
@@ -282,6 +292,7 @@ WRONG_KINDS = [  # a command, and its settings of `wrong_kinds`, each with its o
         {
             "checkpoint.resume=words.txt": " is a file, not a checkpoint's folder; run_dir=new has steps: none",
             "data.manifest=torn": ": manifest torn: it is a folder; name the file torn/manifest.json",
+            "evaluation.manifest=saved": ": manifest saved: it is a folder; name the manifest.json of shards",
         },
     ),
     (
@@ -321,6 +332,7 @@ def wrong_kinds(tmp_path_factory, shards) -> Path:
     (folder / "shards").symlink_to(shards.parent)
     for name, file, content in (
         ("torn", "manifest.json", '{"seed"'),
+        ("saved", "manifest.json", '{"format": "megatron_tn checkpoint"}'),
         ("released", "config.json", "{}"),
         (".", "words.txt", "a b"),
     ):

@@ -1,7 +1,5 @@
 """Two runs, step by step: equal, unequal at a step that is named, and failed are told apart by the exit code."""
 
-from __future__ import annotations
-
 import subprocess
 
 import pytest

@@ -1,7 +1,5 @@
 """A rank that stops, dies, sleeps or fails: the others name it and end, with stacks, in the set time."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

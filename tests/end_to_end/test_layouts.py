@@ -1,7 +1,5 @@
 """The whole loop in layouts that meet nowhere else: data, evaluation, recomputation and saves, against one process."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

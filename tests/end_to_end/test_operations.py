@@ -1,7 +1,5 @@
 """What operators rely on: the slow rank's name, profiles, being told to stop at any moment, saves that fail."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

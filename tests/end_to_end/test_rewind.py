@@ -1,7 +1,5 @@
 """Rewinding and skipping through the command line: whoever asks for it, the run is as if the batch had never been."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

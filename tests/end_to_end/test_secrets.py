@@ -1,7 +1,5 @@
 """A run whose settings hold secrets, in a folder with a hostile name: no file of it has them, and it goes on."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

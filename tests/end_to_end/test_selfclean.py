@@ -1,7 +1,5 @@
 """Rounds of self-cleaning with the trainer and the scorer themselves."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

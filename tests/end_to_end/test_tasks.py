@@ -1,7 +1,5 @@
 """Tasks of lm-evaluation-harness on the command line and in training."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A tokenizer whose special tokens have other ids than this project's: training, generation and export take its ids."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """Training through its command line: interrupted equals uninterrupted, whoever interrupts."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

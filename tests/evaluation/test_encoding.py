@@ -1,7 +1,5 @@
 """Contexts and continuations: whole, once, and with bos before them."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

@@ -1,7 +1,5 @@
 """Held-out figures: independent of how documents are batched, and right by hand."""
 
-from __future__ import annotations
-
 import dataclasses
 import gzip
 import math

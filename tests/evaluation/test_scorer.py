@@ -1,7 +1,5 @@
 """A model behind the self-cleaning protocol."""
 
-from __future__ import annotations
-
 import re
 
 import numpy as np

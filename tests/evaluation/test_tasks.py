@@ -1,7 +1,5 @@
 """Tasks of lm-evaluation-harness on a model: scores against the model's logits, one text at a time."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import random

@@ -1,7 +1,5 @@
 """Gradients are reduced while the backward pass goes on, each once, and in its last microbatch alone."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.distributed as dist

@@ -1,7 +1,5 @@
 """A stand-in for NVIDIA's apex, which is built from source where it is wanted."""
 
-from __future__ import annotations
-
 import torch
 
 

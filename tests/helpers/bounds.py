@@ -3,8 +3,6 @@
 Prints a row each: bytes by which the peak of memory grew, and seconds (readers: of wall time; others: of CPU time).
 """
 
-from __future__ import annotations
-
 import functools
 import gzip
 import json

@@ -1,7 +1,5 @@
 """A small trained model, and the plain recurrence that every way to decode must agree with."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """The models as equations, in fp64 and at quadratic cost: no chunk, no state, no kernel of the product."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """The golden vectors: a model with the released semantics, its inputs and everything it computes from them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The gradients of one step's microbatches, of any engine and layout."""
 
-from __future__ import annotations
-
 from unittest import mock
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """An export as users of transformers load it."""
 
-from __future__ import annotations
-
 import os
 import sys
 import tempfile

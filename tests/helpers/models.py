@@ -1,7 +1,5 @@
 """Small models, batches and references that many tests share."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import NamedTuple
 

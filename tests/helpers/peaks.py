@@ -1,7 +1,5 @@
 """What reading costs, measured in a process of its own (Linux: peaks are those of /proc)."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -4,8 +4,6 @@
 takes a tenth of one, and runs the same `__main__`.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import runpy

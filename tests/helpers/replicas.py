@@ -1,7 +1,5 @@
 """Parameters that tensor-parallel ranks repeat must stay bit-equal while they train."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """What autograd keeps for a backward pass."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Small shards of learnable text, made once for tests that train."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The released family's sizes, as the paper and the released files state them, independent of conf/."""
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 

@@ -1,8 +1,6 @@
 """Tasks in the formats of lm-evaluation-harness's own BoolQ, PIQA, HellaSwag, ARC, LAMBADA, WikiText and GSM8K, with
 data of our own beside them."""
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile

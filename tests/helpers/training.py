@@ -1,7 +1,5 @@
 """Starting the real command line in tests: in this process for what fails early, in its own ranks for what trains."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import socket

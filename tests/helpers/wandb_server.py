@@ -1,8 +1,6 @@
 """As much of a wandb server as the real client needs to push runs: who asks, which projects and runs there are, rows of
 a run's history by their place, views."""
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import json

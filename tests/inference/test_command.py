@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_tn.generate import main as generate
+from megatron_tn.inference.records import output_problems
 from megatron_tn.released.write import save_pretrained
 from tests.helpers.models import TINY, reference_model
 from tests.helpers.training import call, fork_ranks
@@ -160,8 +161,13 @@ def test_everything_that_is_wrong_is_said_at_the_start(checkpoint, prompts, tmp_
     assert r"error: stop='\udcff' is no text: it has bytes that are not UTF-8" in said
     for content in ('{"mine": 1}', '{"continuation": "a"}', "mine\n", '{"mine": 1}\n', "[1]\n", "1\n"):
         prompts.write_text(content)
-        assert call(generate, f"checkpoint={checkpoint}", "prompt=a", f"output={prompts}", "resume=true") == 2
-        assert f"output={prompts} does not begin with a line that has continuation: " in capsys.readouterr().err
-    assert prompts.read_text() == content
+        (problem,) = output_problems(str(prompts), True, {}, "continuation")
+        assert problem.startswith(f"output={prompts} does not begin with a line that has continuation: ")
+    prompts.write_text('{"text": "!"}\n{"text": "z"}\n')
+    small = reference_model(dataclasses.replace(TINY, vocab_size=60), seed=2, dtype=torch.float32)
+    save_pretrained(small, tmp_path / "small")
+    given = (f"prompts={prompts}", f"output={tmp_path / 'out'}", f"tokenizer={checkpoint / 'tokenizer.json'}")
+    assert call(generate, f"checkpoint={tmp_path / 'small'}", *given) == 2
+    assert f"cannot continue text 2 of prompts={prompts}: the prompt holds id " in capsys.readouterr().err
     assert call(generate, f"checkpoint={checkpoint}", "prompt=a", "device=meta") == 2
     assert "error: device=meta is not available here: Cannot copy out of meta tensor" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_tn import load_pretrained
+from megatron_tn.config import ConfigError
 from megatron_tn.inference import Generator, Prefix, Request, Sampler, Session, generate, keep_in_fp8
 from megatron_tn.inference.prefix_file import fingerprint, load_prefix, save_prefix
 from megatron_tn.model.base import Model
@@ -148,6 +149,14 @@ def test_other_architectures_and_their_states(config, tmp_path):
         session.feed(prompt)
         session.save(tmp_path / "prefix")
         assert list(Session.load(model, tmp_path / "prefix").ask(max_new_tokens=COUNT, sampler=GREEDY)) == continuation
+    state = session.prefix.state
+    wrong = [state._replace(layers=[layer[..., :-1, :, :] for layer in state.layers])]
+    if config is not COSFORMER:  # some layer's state says how many tokens it has
+        wrong.append(state._replace(position=state.position + 1))
+    for each in wrong:
+        save_prefix(dataclasses.replace(session.prefix, state=each), model, tmp_path / "prefix")
+        with pytest.raises(ConfigError, match=r"is damaged: layer\.\d is torch\.float64 \[.*\], not torch\.float64 \["):
+            Session.load(model, tmp_path / "prefix")
 
 
 MIXED = [

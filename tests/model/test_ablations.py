@@ -1,7 +1,5 @@
 """Every row of the paper's tables, as its file of conf/experiment/paper says it, equals its definition in fp64."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

@@ -1,7 +1,5 @@
 """Decay rates: ALiBi's slopes for every head count, the layer's temperature, and the paper's printed form."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

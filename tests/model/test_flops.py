@@ -1,7 +1,5 @@
 """The formula agrees with a counter that sees every product."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode

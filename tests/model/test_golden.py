@@ -1,7 +1,5 @@
 """The model computes what the released one computes: logits, loss, every gradient, prefill and decoding, at any tp."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

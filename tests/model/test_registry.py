@@ -1,7 +1,5 @@
 """Architectures are looked up by name, and nothing outside the registry knows which one it has."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Causal attention in its forms, against softmax(q k^T / sqrt(d)) v written out in fp64."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """The model as a whole: sizes, packed documents, carried state, variants, and input it refuses."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

@@ -1,7 +1,5 @@
 """Which AdamW is taken; that each trains like torch's, and is saved and resumed like it."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 

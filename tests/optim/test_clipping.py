@@ -1,7 +1,5 @@
 """Clipping within the optimizer's step equals torch's clipping before it; a norm that is not finite changes nothing."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

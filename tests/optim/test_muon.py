@@ -1,7 +1,5 @@
 """Muon in every layout against its definition, one logical matrix after the other; and against torch's."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Learning rates by hand, and batches that follow each other."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

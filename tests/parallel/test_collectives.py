@@ -1,7 +1,5 @@
 """Parts of flat buffers that ranks hold reach all of an axis."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

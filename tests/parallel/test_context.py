@@ -1,7 +1,5 @@
 """The layout: who is where, and sizes that do not fit."""
 
-from __future__ import annotations
-
 import pytest
 import torch.distributed as dist
 

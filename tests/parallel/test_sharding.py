@@ -1,7 +1,5 @@
 """Splits of logical parameters: parts are disjoint, cover everything, and come back together."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Joining the world, more than once in a process as the jobs of a sweep do, and leaving it."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import socket

@@ -1,7 +1,5 @@
 """A step of 512 ranks on tensors without storage: collectives agree, and planted differences are found."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import Counter
 

@@ -1,7 +1,5 @@
 """The plan's figure beside what a GPU's allocator took: `make test-gpu`."""
 
-from __future__ import annotations
-
 import dataclasses
 import gc
 

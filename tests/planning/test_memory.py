@@ -1,7 +1,5 @@
 """Plans of memory: by hand, beside real engines and models on a CPU, and beside what GPUs took."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 

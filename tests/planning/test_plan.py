@@ -1,7 +1,5 @@
 """`python -m megatron_tn.plan`: the layout it chooses, its JSON, exit code and warnings, and a sweep of layouts."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

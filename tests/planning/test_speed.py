@@ -1,7 +1,5 @@
 """Predicted step times, beside every measured row of this package's models on one, two and four GPUs."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

@@ -3,8 +3,6 @@
 The bound is against the same bf16 weights in fp64, relative to the largest logit.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

@@ -1,7 +1,5 @@
 """`python -m megatron_tn.convert export | import`: both ways, at any layout, in bounded memory."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import json

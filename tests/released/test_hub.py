@@ -1,7 +1,5 @@
 """An export in transformers: every way to compute it agrees with ours, and generation, training and saving work."""
 
-from __future__ import annotations
-
 import dataclasses
 import runpy
 import sys

@@ -1,7 +1,5 @@
 """The released layout: what is written is read back, and what does not fit is refused by name."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 

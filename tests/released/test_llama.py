@@ -1,7 +1,5 @@
 """A Transformer's export is a LLaMA that transformers itself runs, and a LLaMA with a tied head is read back."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 

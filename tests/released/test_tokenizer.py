@@ -1,7 +1,5 @@
 """The tokenizer of an export gives training's ids in transformers, with the project's own kind and with others."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 

@@ -1,7 +1,5 @@
 """Data that one rank of a tensor- or context-parallel group cannot read is padding on all ranks of the group."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import shutil

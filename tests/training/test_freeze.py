@@ -1,7 +1,5 @@
 """Which settings a start runs, and whose."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from pathlib import Path

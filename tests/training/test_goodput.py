@@ -1,7 +1,5 @@
 """Goodput: every second of the wall time has one cause, whatever ended the starts of a run."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """What a step costs the host, on a CUDA device: `make test-gpu`."""
 
-from __future__ import annotations
-
 import threading
 import warnings
 from pathlib import Path

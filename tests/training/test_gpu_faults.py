@@ -3,8 +3,6 @@
 `python -m pytest -m gpu tests/training/test_gpu_faults.py`, on a machine with one GPU or two.
 """
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 

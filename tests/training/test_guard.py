@@ -1,7 +1,5 @@
 """Steps that went wrong: what is decided, and which rank and tensor are named."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

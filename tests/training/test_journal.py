@@ -1,7 +1,5 @@
 """The journal: one curve whatever is taken back, and training that goes on whatever the disk does."""
 
-from __future__ import annotations
-
 import json
 import os
 

@@ -1,7 +1,5 @@
 """Signals to a trainer, and a console that goes away."""
 
-from __future__ import annotations
-
 import ctypes
 import io
 import multiprocessing

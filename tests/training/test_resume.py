@@ -1,7 +1,5 @@
 """Where a run goes on: chosen by rank 0, the same for all ranks."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import itertools

@@ -1,7 +1,5 @@
 """The files of a run: whole or absent, one run at a time, and written as far as a full disk allows."""
 
-from __future__ import annotations
-
 import errno
 import json
 import multiprocessing

@@ -1,7 +1,5 @@
 """What a rank opens and reads before its first step does not depend on the number of ranks; rank 0 reads for all."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import gc

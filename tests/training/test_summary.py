@@ -1,7 +1,5 @@
 """What a run says of itself: tables, pictures, and speeds that count training alone."""
 
-from __future__ import annotations
-
 import json
 import re
 import time

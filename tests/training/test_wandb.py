@@ -21,7 +21,7 @@ from launch.panels import SECTIONS, workspace
 from megatron_tn.config import TrainConfig, WandbConfig, save
 from megatron_tn.training.hooks.figures import StepFigures
 from megatron_tn.training.hooks.journal import Journal
-from megatron_tn.training.hooks.wandb_file import last_step_in, messages
+from megatron_tn.training.hooks.wandb_file import cut_incomplete_messages, last_step_in, messages
 from megatron_tn.training.hooks.weights_and_biases import WeightsAndBiases, push
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import Ledger, TrainingState
@@ -382,7 +382,7 @@ def test_a_full_disk_ends_the_copy_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [0, 5, 20, 26])
-def test_a_copy_that_was_cut_short_is_read_as_far_as_it_goes(cut):
+def test_a_copy_that_was_cut_short_is_read_as_far_as_it_goes_and_ends_there_for_wandb(tmp_path, cut):
     block = 32 * 1024
     records = [b"a" * 10, b"b" * (block - 7 - 24 - 10), b"c" * 20]  # the second leaves 3 bytes, too few for a header
     content = b":W&B\0\0\0"
@@ -393,3 +393,8 @@ def test_a_copy_that_was_cut_short_is_read_as_far_as_it_goes(cut):
     found = list(messages(content))
     assert found == records
     assert list(messages(content[: len(content) - cut])) == (records if not cut else records[:2])
+    path = tmp_path / "offline-run-1-a/run-a.wandb"
+    path.parent.mkdir()
+    path.write_bytes(content[: len(content) - cut])
+    cut_incomplete_messages(tmp_path)
+    assert path.read_bytes() == (content[:-27] if cut else content)

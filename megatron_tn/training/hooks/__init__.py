@@ -1,7 +1,5 @@
 """Hooks: code that runs between training steps, one concern per file. A hook never changes a step's results."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron_tn.training.state import TrainingState

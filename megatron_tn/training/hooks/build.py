@@ -1,7 +1,5 @@
 """Create and start the hooks of a config."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any

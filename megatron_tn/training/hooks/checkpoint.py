@@ -1,7 +1,5 @@
 """Saves a checkpoint every checkpoint.every steps, on a stop signal, and at the end of the run."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Held-out loss during training. Leaves the data position and all RNG states unchanged."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import Any

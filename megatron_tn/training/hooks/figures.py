@@ -1,7 +1,5 @@
 """The figures of a training step, as the journal records them and its copies show them."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """log.jsonl: one JSON object per line, one line per step. The primary log of a run; other sinks are copies."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections import deque

@@ -1,7 +1,5 @@
 """torch.profiler over a few steps: a Chrome trace, and a table of operators and kernels by time."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

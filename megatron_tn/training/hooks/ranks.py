@@ -6,8 +6,6 @@ Where the forward pass contains collectives (tensor parallel, ZeRO 3, FSDP2), a 
 the report shows the group.
 """
 
-from __future__ import annotations
-
 import socket
 import statistics
 import time

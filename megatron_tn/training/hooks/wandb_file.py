@@ -1,4 +1,4 @@
-"""The last step in wandb's offline files of a run.
+"""wandb's offline files of a run: the last step in them, and their end after a kill.
 
 wandb buffers up to 15 s of metrics in its own process, lost on kill -9. A .wandb file has the LevelDB log layout: 7
 bytes of file header, then blocks of 32 KiB, in which a record is crc (4 bytes), length (2, little-endian), kind (1:
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,8 +33,24 @@ def last_step_in(folder: Path, run_id: str) -> int:
     return found
 
 
+def cut_incomplete_messages(folder: Path) -> None:
+    """Cut the files below wandb/ after their last whole message. A kill leaves the beginning of another one; there
+    `wandb sync` ends, and it does not come to the files of the run's later starts."""
+    for path in folder.glob("*run-*/*.wandb"):
+        content = path.read_bytes()
+        end = max((end for _, end in _messages(content)), default=len(content))
+        if end < len(content):
+            with contextlib.suppress(OSError):
+                os.truncate(path, end)
+
+
 def messages(content: bytes) -> Iterator[bytes]:
     """The messages of a .wandb file, up to the first truncated one."""
+    return (message for message, _ in _messages(content))
+
+
+def _messages(content: bytes) -> Iterator[tuple[bytes, int]]:
+    """Each message, and where it ends."""
     at, parts = FILE_HEADER, b""
     while at + RECORD_HEADER <= len(content):
         if BLOCK - at % BLOCK < RECORD_HEADER:
@@ -47,4 +64,4 @@ def messages(content: bytes) -> Iterator[bytes]:
             return
         parts = piece if kind in (WHOLE, FIRST) else parts + piece
         if kind in (WHOLE, LAST):
-            yield parts
+            yield parts, at

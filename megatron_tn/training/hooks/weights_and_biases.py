@@ -1,7 +1,5 @@
 """Copies the journal to Weights & Biases. Training neither waits nor fails when wandb is slow, offline or down."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import logging
@@ -15,7 +13,7 @@ from typing import Any
 from megatron_tn.config import ConfigError, TrainConfig, WandbConfig, replacing, storable, to_stored
 from megatron_tn.training.hooks.figures import TEXTS, StepFigures
 from megatron_tn.training.hooks.journal_copy import JournalCopy
-from megatron_tn.training.hooks.wandb_file import last_step_in
+from megatron_tn.training.hooks.wandb_file import cut_incomplete_messages, last_step_in
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.throughput import Work
@@ -73,6 +71,7 @@ class WeightsAndBiases(JournalCopy):
 
         part = f"-r{len(state.rewinds)}" if state.rewinds else ""
         first = self._id()
+        cut_incomplete_messages(self.folder.wandb)
         told = last_step_in(self.folder.wandb, first + part) if mode == "offline" else 0
         with _command_line_without_credentials():
             self._run = wandb.init(
