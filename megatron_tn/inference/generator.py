@@ -16,8 +16,8 @@ from megatron_tn.inference.uniform import stream_key
 from megatron_tn.model.base import Model, has_fixed_state
 from megatron_tn.model.registry import check_decoding_kernels
 
-CHECK_EVERY = 8  # tokens
-FED_PER_ROW = 8  # tokens
+CHECK_EVERY = 8  # tokens decoded between two checks on the host whether a text has ended
+FED_PER_ROW = 8  # longest prompt, in tokens per row, that decoding steps take instead of a forward pass
 
 
 @dataclass(frozen=True)
