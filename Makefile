@@ -32,13 +32,13 @@ train: setup ## train on this machine: make train ARGS="model=demo run_dir=runs/
 	launch/local.sh $(ARGS)
 
 # worksteal gives a worker tests that stand together, so that a file's fixtures are made once and not by each worker.
-test: setup ## every CPU test (a covering set where the product is large)
+test: setup ## every CPU test (of many combinations of parameters a covering subset)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=25 -m "not gpu and not slurm and not full"
 
-test-full: setup ## the whole products, on CPU
+test-full: setup ## every CPU test, with all combinations of parameters
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not slurm"
 
-test-gpu: setup ## what needs a CUDA device
+test-gpu: setup ## tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
 bench: bench-kernels ## every benchmark

@@ -59,7 +59,8 @@ def _hosts(settings: Settings, wanted: int, seed: int) -> list[str]:
                 break
     if len(texts) < wanted:
         raise InputError(
-            f"per_kind={wanted // 2}: needs {wanted} documents of prose of {HOST_BYTES} bytes, there are {len(texts)}"
+            f"per_kind={wanted // 2} needs {wanted} documents of prose of {HOST_BYTES[0]} to {HOST_BYTES[1]} bytes, "
+            f"but the sources have {len(texts)}: lower per_kind, or add text"
         )
     return random.Random(seed).sample(texts, wanted)
 
@@ -162,7 +163,7 @@ def measure(settings: Settings, per_kind: int) -> dict:
 
     output = Path(settings.output)
     if settings.executor != "local":
-        raise InputError(f"executor={settings.executor}: canaries are measured with executor=local")
+        raise InputError(f"executor={settings.executor}: canaries can be measured with executor=local only")
     report = run(plant(settings, per_kind))
     report["canaries"] = score(output)
     replace_file(output / "report.json", json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")

@@ -55,10 +55,10 @@ class LineDuplicates:
 
 @dataclass(frozen=True, config=STRICT)
 class TokenizerSettings:
-    """`file`: an existing tokenizer.json; null trains one of `vocab_size` entries on at most `sample_bytes` of the
-    training split. `weights`: relative weight of each source category in the sample; null: its share of an epoch's
-    text, but at least `min_share`. Other categories fill the part of one with too little text. bos, eos, pad: the
-    special entries."""
+    """`file`: path of an existing tokenizer.json; null: train one of `vocab_size` entries on at most `sample_bytes`
+    bytes of the training split. `weights`: {category: weight}, the share of each source category in that sample; null:
+    its share of an epoch's text, but at least `min_share`. Where a category has too little text, the others fill its
+    part. `bos`, `eos`, `pad`: names of the special entries."""
 
     vocab_size: Positive = 64_000
     file: str | None = None
@@ -73,13 +73,12 @@ class TokenizerSettings:
 @dataclass(frozen=True, config=STRICT)
 class Slurm:
     """Job arrays of `executor=slurm`, one per stage. `partition`, `time`, `qos`, `cpus_per_task`: as in sbatch (quote a
-    time in YAML, which reads 24:00:00 as a number); memory in GB per CPU; `at_once`: concurrent array tasks, null for
-    no limit; `tasks_per_job`: the stage's tasks per array task; `max_array_size`: the cluster's MaxArraySize.
-
-    `env_command`: shell lines before the task, such as `module load python`; `sbatch_args`, `srun_args`: further
-    options without dashes, such as {account: lab}. `wait`: follow the jobs to their end; otherwise the command returns
-    after submission, and a second call shows their progress.
-    """
+    time in YAML, which reads 24:00:00 as a number); `mem_per_cpu_gb`: memory per CPU in GB; `at_once`: array tasks that
+    run at the same time, null: no limit; `tasks_per_job`: tasks of the stage per array task; `max_array_size`: the
+    cluster's MaxArraySize; `job_name`: beginning of the jobs' names. `env_command`: shell lines before the task, such
+    as `module load python`; null: none. `sbatch_args`, `srun_args`: further options without dashes, such as {account:
+    lab}. `wait`: follow the jobs to their end; false: the command returns after submission, and a second call shows
+    their progress."""
 
     partition: str | None = None
     time: str | int = "24:00:00"
@@ -98,14 +97,13 @@ class Slurm:
 
 @dataclass(frozen=True, config=STRICT)
 class Settings:
-    """All settings of a run. All except those in FREE determine the bytes of its output.
-
-    `output`: folder of the run; `overwrite`: whether to delete what it holds from a run with other settings; `input`:
-    path of the pipeline's own source; `exact_duplicates`, `line_duplicates`, `near_duplicates`: which copies are
-    removed, null for none; `heldout_fraction`: share of the documents in heldout/; `shard_tokens`: tokens of a shard;
-    `tasks`: number of independent tasks of each per-document stage; `executor`: runs them, as `workers` local processes
-    or by SLURM.
-    """
+    """All settings of a run. All except those in FREE determine the bytes of its output. `output`: folder of the run;
+    `overwrite`: delete what it holds from a run with other settings, instead of refusing. `sources`: {NAME: source};
+    `input`: path of the source `main` in conf/pipeline. `edits`, `rules`, `language`: thresholds, null for one that is
+    off. `exact_duplicates`, `line_duplicates`, `near_duplicates`: whether and how such copies are removed, false or
+    null: they stay. `heldout_fraction`: share of the documents that goes to heldout/ instead of train/. `shard_tokens`:
+    tokens of a shard. `tasks`: number of independent tasks of each per-document stage; `executor`: runs them as
+    `workers` local processes, or by SLURM (`slurm`)."""
 
     output: LocalFolder
     sources: dict[str, AnySource]

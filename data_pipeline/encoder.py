@@ -16,7 +16,7 @@ from data_pipeline.tokenizer import PIECES
 ASCII_PIECES = re.compile(
     r"[ _]?[A-Za-z]+| ?[0-9]{1,3}| ?[^\sA-Za-z0-9]+|\s*\n[ \t]*|[^\S\n]+(?=[^\S\n]\S)|\s+", re.ASCII
 )
-MOST_PIECES = 1 << 19  # in the cache
+MOST_PIECES = 1 << 19  # most pieces in the cache
 
 
 class Encoder:

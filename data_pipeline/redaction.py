@@ -19,7 +19,7 @@ USER = re.compile(rf"(?:{VARIABLE.pattern}(?::|\Z))+")  # user information of in
 URL = re.compile(
     r"(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]*://)(?:([^\s/?#]*)@)?([^\s?#'\"<>]*)(?:\?([^\s#'\"<>]*))?"
 )
-PUNCTUATION = ",;:.)]"  # of a sentence, behind a URL
+PUNCTUATION = ",;:.)]"  # marks of the sentence that may follow a URL
 CONTROL = re.compile(r"[^\n\t -~\xa0-\u200d\u2010-\u2027\u202f-\u2065\u206a-\U0010ffff]|[\u2066-\u2069\ud800-\udfff]")
 LONGEST, MOST = 2000, 50  # characters of a line, and lines: a damaged file may give one a key
 SHORTEST = 6  # characters of a value that messages hide: a shorter one may be part of any word

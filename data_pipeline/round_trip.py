@@ -18,7 +18,7 @@ from data_pipeline.tokenizer import load
 PROVEN_FIRST = 4  # first documents per category and task whose encoding is checked by decoding
 PROOF = 16  # one in 16 of the later documents is checked
 SHOWN = 20  # characters after the first difference in a message
-FILES_BEFORE, BYTES_BEFORE = 32, 2_000_000  # of a source, checked before a run begins: its files evenly spaced
+FILES_BEFORE, BYTES_BEFORE = 32, 2_000_000  # checked per source before a run begins, in evenly spaced files
 
 
 class RoundTrip:

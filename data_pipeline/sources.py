@@ -55,9 +55,10 @@ class Source:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class Tree(Source):
-    """A folder whose files are the documents: plain text, Markdown, source code; for .html, .htm and .xhtml, the page's
-    visible text; also with .gz or .zst, if `suffixes` include it. `path` may be `stdlib`, the running Python's standard
-    library. `fill`: installed packages to add, one by one, while the source has less than `minimum_bytes`."""
+    """A folder whose files are the documents: plain text, Markdown, source code; of .html, .htm and .xhtml the page's
+    visible text. `suffixes`: of the files to read, also with .gz or .zst; `exclude`: names of folders that are skipped.
+    `path` may be `stdlib`, the running Python's standard library. `fill`: installed packages to add, one by one, while
+    the source has less than `minimum_bytes` bytes; a source that stays below is refused."""
 
     kind: Literal["tree"]
     suffixes: tuple[str, ...] = (".py",)
@@ -68,8 +69,9 @@ class Tree(Source):
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class Jsonl(Source):
-    """JSON lines, plain, .gz or .zst: a document per line, its text under `text_key`. `id_key`: key of the document's
-    name, kept as `key` in the metadata. `html`: the text is an HTML page to extract."""
+    """JSON lines, plain, .gz or .zst: a document per line. `glob`: pattern of the files below `path`. `text_key`: key
+    of the text; `id_key`: key of the document's name, kept as `key` in the metadata. `html`: the text is an HTML page,
+    whose visible text is extracted."""
 
     kind: Literal["jsonl"]
     glob: str = "**/*.jsonl*"
@@ -80,8 +82,10 @@ class Jsonl(Source):
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class Parquet(Source):
-    """Parquet files: a document per row. Needs the package pyarrow. `max_row_group_bytes`: limit of the read columns'
-    uncompressed size; a larger row group is quarantined unread: a page, read whole, has no smaller bound."""
+    """Parquet files: a document per row. Needs the package pyarrow. `glob`, `text_key`, `id_key`, `html`: as of
+    kind=jsonl, with columns as keys. `max_row_group_bytes`: largest uncompressed size of the columns that are read of a
+    row group, in bytes; a larger row group is quarantined unread, since a page, which is read whole, may be as
+    large."""
 
     kind: Literal["parquet"]
     glob: str = "**/*.parquet"
@@ -93,8 +97,8 @@ class Parquet(Source):
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class Warc(Source):
-    """WARC files of a crawl: the text of each fetched page, and the plain text of WET files. `statuses`: HTTP status
-    codes of responses to read; others are quarantined."""
+    """WARC files of a crawl: the text of each fetched page, and the plain text of WET files. `glob`: pattern of the
+    files below `path`. `statuses`: HTTP status codes of responses to read; others are quarantined."""
 
     kind: Literal["warc"]
     glob: str = "**/*.warc*"

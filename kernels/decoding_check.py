@@ -18,9 +18,9 @@ from kernels.sampling.op import sample_tokens
 from kernels.token import reference
 from kernels.token.op import token_glu, token_linear
 
-ROWS, SLOTS = 2, 4  # of states, and of the buffer between two writes of them
-PRODUCT_ROWS = 257  # of a weight
-FLOAT8_ROWS, MANY_ROWS = 70, MOST_ROWS + 1  # of a weight in fp8, and of its other factor
+ROWS, SLOTS = 2, 4  # B of the states, and W of their buffer
+PRODUCT_ROWS = 257  # rows of a weight
+FLOAT8_ROWS, MANY_ROWS = 70, MOST_ROWS + 1  # rows of a weight in fp8, and of the x it is multiplied with
 DRAWS, VOCABULARY = 64, 4099
 MOST_DIFFERENT_DRAWS = 0.05  # rounding to fp32 moves the border between two tokens
 EPS = 1e-6

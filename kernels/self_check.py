@@ -293,7 +293,7 @@ def _vocabulary_checks(sizes: _Sizes) -> Iterator[Check]:
 
 
 def _gram_check() -> Check:
-    """Of matrices with singular values from 0 to 1.4, like those within the iterations."""
+    """Check of gram_polynomial on matrices with singular values from 0 to 1.4, like those within the iterations."""
     rows = columns = newton_schulz_op.LEAST_ROWS + 8  # not whole tiles, but rows of whole 16 bytes, as models have them
 
     def polynomial(x: Tensor) -> Tensor:

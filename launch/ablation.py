@@ -136,7 +136,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--selfclean", action="store_true", help="a third arm: the cleaned corpus after one round of self-cleaning"
     )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="schedule.steps=200 ...")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="settings added to every run, such as schedule.steps=200"
+    )
     options = parser.parse_args(arguments)
     description = options.corpora / "corpora.json"
     if not description.is_file():

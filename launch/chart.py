@@ -12,7 +12,7 @@ from data_pipeline.html_page import short
 
 WIDTH, HEIGHT = 560, 270
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 10, 42  # margins around the axes
-POINTS = 150  # of a line; a longer one is drawn as means, with a band from the lowest to the highest value
+POINTS = 150  # most points of a line; a longer line is drawn as means, with a band from the lowest to the highest value
 COLOURS = 6
 BOX = f"{LEFT} 0 {WIDTH - LEFT} {HEIGHT - BOTTOM + 3}"
 INSIDE = (

@@ -4,8 +4,8 @@ python -m launch.compare runs/paper                  a sweep's folder: writes co
 python -m launch.compare runs/a runs/b output=out    runs and sweeps; into the folder out
 
 Runs that differ in their seed alone are one row and one curve, named by the settings in which they differ from most
-others (megatron_tn.training.compare); of several with one seed the last one trained counts, which is said. The page
-compare.html holds table and curves in one file, compare.md the table.
+others (megatron_tn.training.compare); of several with one seed the last one trained counts, and a line says so. The
+page compare.html holds table and curves in one file, compare.md the table.
 """
 
 from __future__ import annotations

@@ -103,10 +103,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     sides = parser.add_mutually_exclusive_group(required=True)
     sides.add_argument("--commits", nargs=2, metavar=("OLD", "NEW"), help="git commits, branches or tags")
-    sides.add_argument("--configs", nargs=2, metavar=("ONE", "OTHER"), help="settings that only one of the runs has")
+    sides.add_argument(
+        "--configs", nargs=2, metavar=("ONE", "OTHER"), help="KEY=VALUE of the first run, and of the second"
+    )
     parser.add_argument("--bound", type=float, default=0.0, help="relative difference allowed (default 0: bit for bit)")
-    parser.add_argument("--processes", type=int, default=1, help="of each run, on this machine (default 1)")
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="of both runs, after --")
+    parser.add_argument("--processes", type=int, default=1, help="processes of each run, on this machine (default 1)")
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings of both runs, after --")
     options = parser.parse_args(arguments)
     for name, least in (("bound", 0), ("processes", 1)):
         if not getattr(options, name) >= least:

@@ -107,12 +107,12 @@ class Run:
         return max(record["step"] for record in self.folder.records())
 
     def _row(self, found: dict[str, Row], at_once: int, seconds: float | None) -> Row:
-        """found: results of evaluations. at_once: runs that shared a GPU. seconds: that training and evaluations took;
-        None: not known, since an earlier call began the training."""
+        """The row of the finished run. found: results of evaluations. at_once: runs that shared a GPU. seconds: that
+        training and evaluations took; None: not known, since an earlier call began the training."""
         config, losses = self.folder.frozen_config(), self.folder.records("loss")
         memory = [record["memory/allocated_gib"] for record in self.folder.records("memory/allocated_gib")]
         curve, ended = self._curve(), self._ended()
-        tokens = {record["step"]: record["tokens"] for record in self.folder.records("tokens")}  # of skipped steps, too
+        tokens = {record["step"]: record["tokens"] for record in self.folder.records("tokens")}  # skipped steps, too
         if self.is_read_from_curve and "pieces" in found:
             curve[ended] = found["pieces"]["bits_per_byte"]["model"]
         value = curve.get(ended)

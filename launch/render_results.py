@@ -168,7 +168,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(11, 4), dpi=90, layout="constrained")
     by_tokens, by_seconds = figure.subplots(1, 2, sharey=True)
     for number, (model, own) in enumerate(sorted(curves(rows).items())):
-        color = f"C{number}"  # of the model, in both panels
+        color = f"C{number}"  # the model's color, the same in both panels
         points = curves_of(own)
         tokens, values = [place for place, _ in points], [each for _, each in points]
         panels = [(by_tokens, [place / 1e6 for place in tokens])]

@@ -261,7 +261,7 @@ def read(paths: Iterable[Path]) -> list[Row]:
             if missing := [key for key in REQUIRED if key not in row]:
                 raise NotRows(f"{path}:{number}: {', '.join(missing)} missing")
             if nested := [key for key, value in row.items() if isinstance(value, dict | list)]:
-                raise NotRows(f"{path}:{number}: {nested[0]} is not a plain value")
+                raise NotRows(f"{path}:{number}: {nested[0]} is not a plain value, but a list or an object")
             rows.append(row)
     return rows
 

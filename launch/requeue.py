@@ -19,7 +19,7 @@ REFUSED = 10  # exit code; Python's own failures are 1 and 2
 PREEMPTED = 3  # requeues of a job that was told to stop, at the same step, where failures=0
 BAD_SETTINGS = 2  # exit code of the trainers
 GUARD = "TrainingAborted:"  # begins the error of a run that its own settings (guard.*) ended
-SKEW_S = 5  # of the clocks of two hosts
+SKEW_S = 5  # largest difference between the clocks of two hosts
 
 
 def main():
@@ -34,8 +34,15 @@ def main():
     after.add_argument("--job", required=True)
     after.add_argument("--restart", required=True)
     after.add_argument("--code", type=int, required=True, help="exit code of the trainers")
-    after.add_argument("--since", type=float, required=True, help="when they were started, in seconds")
-    after.add_argument("--failures", type=int, required=True, help="requeues without a new checkpoint; 0: none")
+    after.add_argument(
+        "--since", type=float, required=True, help="Unix time in seconds at which the trainers were started"
+    )
+    after.add_argument(
+        "--failures",
+        type=int,
+        required=True,
+        help="requeues in a row without a new checkpoint before giving up; 0: never requeue a failure",
+    )
     after.add_argument("--chain", default="")
     options = parser.parse_args()
     decide = ready_to_train if options.command == "ready" else requeued
@@ -58,10 +65,10 @@ def ready_to_train(options):
 
 
 def requeued(options):
-    """Whether to requeue the job, by what the trainers left behind."""
+    """Whether to requeue the job, by the trainers' exit code, status.json and the newest checkpoint."""
     status, saved = read(options.run_dir, "status.json"), newest(options.run_dir)
     if status.get("time", 0) < options.since - SKEW_S:
-        status = {}  # of an earlier start
+        status = {}  # status.json is of an earlier start
     told = options.code == 0
     cause = "told to stop" if told else status.get("error") or in_words(options.code)
     cause = "".join(letter if letter.isprintable() else " " for letter in str(cause))[:500]

@@ -8,7 +8,8 @@ the held-out text (megatron_tn.evaluate; a plan may add evaluations), and a row 
 a row there are not run again, and a stopped one goes on from its checkpoint in --runs. With `held_out: curve` in the
 plan, the last evaluation of the training is the row's figure instead. A grid with settings benchmark.* is measured
 (megatron_tn.benchmark), one run at a time: the speed of runs side by side says nothing. With --minutes a run does not
-begin where one like it took longer than what is left, and the pieces after it wait, since they may read its row.
+begin if one like it took longer than the minutes that are left; the pieces after it then do not begin either, since
+they may read its row.
 Words after -- are overrides of every run. Exit code 1 when a run fails, 3 when --minutes ended before the runs did.
 """
 
@@ -117,14 +118,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder that data_pipeline.corpus.join wrote")
     parser.add_argument("--output", type=Path, required=True, help="JSON lines file that rows are appended to")
     parser.add_argument("--runs", type=Path, default=Path("runs/results"), help="folder of the runs' own folders")
-    parser.add_argument("--pieces", nargs="+", metavar="PIECE", help="of the plan, in order; default: all")
+    parser.add_argument(
+        "--pieces", nargs="+", metavar="PIECE", help="pieces of the plan to run, in this order; default: all"
+    )
     parser.add_argument("--at-once", type=int, default=1, help="runs side by side, of all GPUs (default 1)")
-    parser.add_argument("--gpus", nargs="+", metavar="INDEX", help="runs take these in turn; default: the first")
+    parser.add_argument(
+        "--gpus", nargs="+", metavar="INDEX", help="indices of the GPUs that runs take in turn; default: the first GPU"
+    )
     parser.add_argument(
         "--documents", type=int, default=0, help="held-out documents and pieces that are evaluated; 0: all"
     )
-    parser.add_argument("--minutes", type=float, help="stop after so many; the same command goes on")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of every run, after --")
+    parser.add_argument("--minutes", type=float, help="stop after so many minutes; the same command continues")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings added to every run, after --")
     options = parser.parse_args(arguments)
     for option, least in (("at_once", 1), ("documents", 0), ("minutes", 0)):
         if (value := getattr(options, option)) is not None and not value >= least:

@@ -16,8 +16,8 @@ OF_ALL = {
     "pieces": {"split": "pieces", "batch_tokens": 65536},
     "heldout": {"split": "heldout", "batch_tokens": 16384, "max_document_tokens": 131072, "max_documents": 240},
 }
-HELD_OUT = ("evaluate", "curve")  # `held_out` of a plan; the first is the default, "curve": without OF_ALL
-SPLITS = ("train", "heldout", "pieces")  # of --data
+HELD_OUT = ("evaluate", "curve")  # values of `held_out`: "evaluate" (default) evaluates OF_ALL, "curve" does not
+SPLITS = ("train", "heldout", "pieces")  # splits in the folder --data
 KEYS = ("settings", "pieces", "evaluations", "held_out")
 OF_RUNS = {*known_keys(BenchmarkConfig), "experiment"}
 OF_EVALUATIONS = {*known_keys(EvaluateConfig), "split"}
@@ -84,7 +84,7 @@ def _check_settings(place: str, settings: Any, known: set[str]) -> None:
     for key in map(str, _mapping(place, settings)):
         name = key.lstrip("+")
         if name in ELSEWHERE:
-            raise Bad(f"{place}.{key}: {ELSEWHERE[name]} says it")
+            raise Bad(f"{place}.{key}: {ELSEWHERE[name]} says it; leave it out here")
         if name not in known and not name.startswith(ANY_BELOW):
             raise Bad(f"{place}: {unknown_key(name, sorted(known))}")
 

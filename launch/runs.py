@@ -11,7 +11,7 @@ from pathlib import Path
 from subprocess import Popen, TimeoutExpired
 
 TAIL = 15  # lines of a log in a message
-GRACE_S = 60.0  # that a program told to stop has to save
+GRACE_S = 60.0  # seconds that a program has to save after it was told to stop
 
 
 class Failed(Exception):

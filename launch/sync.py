@@ -3,7 +3,7 @@
 python -m launch.sync runs/7b runs/decay               runs, and folders of runs
 python -m launch.sync runs/7b project=paper entity=us  into another project than logging.wandb of the run names
 
-A run has one wandb run, whose id run_dir/wandb_id has, however often it was started and pushed; after a rewind another
+All starts and pushes of a run go to one wandb run, whose id is in run_dir/wandb_id; after a rewind they go to another
 one (docs/operations.md). A project that did not exist gets the panels of launch/panels.py as a view (the extra
 panels); panels=true adds the view to a project that exists, panels=false to none. Exit code 1 where wandb fails.
 """
@@ -37,7 +37,7 @@ def main(words: list[str]) -> None:
     log_in()
     try:
         _push(runs, configs, options["panels"])
-    except Exception as error:  # of wandb, which raises many kinds
+    except Exception as error:  # wandb raises many kinds of errors
         sys.exit(f"error: wandb: {type(error).__name__}: {error}")
 
 

@@ -65,7 +65,7 @@ class Line:
 
     rows: list[Row]
     rate: str
-    step_ms: float | None  # of a step of the training loop, median of the measurements
+    step_ms: float | None  # time of a step of the training loop, median of the measurements
 
     @property
     def curve(self) -> Curve:
@@ -73,7 +73,7 @@ class Line:
         return [(tokens, statistics.fmean(values)) for tokens, values in curves_of(self.rows)]
 
     def seconds(self, tokens: float | None) -> float | None:
-        """Of the steps that read so many tokens, without evaluations."""
+        """Seconds of the steps that read `tokens` tokens, without evaluations."""
         if tokens is None or self.step_ms is None:
             return None
         return tokens / (self.rows[0]["sequence_length"] * self.rows[0]["global_batch"]) * self.step_ms / 1000

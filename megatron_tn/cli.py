@@ -88,7 +88,7 @@ def command(
                 return
             _log_to_standard_error(logging.INFO if is_first_process() else logging.WARNING)
             pairs = [word.partition("=") for word in sys.argv[1:]]
-            texts.clear()  # of a call before, in the same process
+            texts.clear()  # left by an earlier call in this process
             texts.update({key: value for key, equals, value in pairs if equals and key in literal})
             # The deepspeed launcher adds --local_rank; the environment variable LOCAL_RANK says the same.
             aside = {*literal, "--local_rank"}

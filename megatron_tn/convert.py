@@ -81,7 +81,7 @@ def export(config: ConvertConfig) -> None:
             ):
                 raise ConfigError(
                     f"tokenizer {tokenizer} has sha256 {found[:12]}..., but the tokenizer of the training shards has "
-                    f"{data.tokenizer.sha256[:12]}..."
+                    f"{data.tokenizer.sha256[:12]}...: put that tokenizer.json beside the checkpoint"
                 )
             texts = tokenizer_files(tokenizer, model)
             bos = json.loads(texts[TOKENIZER_CONFIG_FILE])["bos_token"]
@@ -128,7 +128,7 @@ def check_output(config: ConvertConfig) -> Path:
         raise ConfigError(f"output={output} is the folder of a run or a checkpoint: name another to write the model to")
     directory = resolve_checkpoint(config.checkpoint)
     if output.exists() and output.samefile(directory):
-        raise ConfigError(f"output={output} is checkpoint={config.checkpoint} itself")
+        raise ConfigError(f"output={output} is checkpoint={config.checkpoint} itself: name another folder")
     return directory
 
 

@@ -25,7 +25,7 @@ def with_token_ids(config: TrainConfig) -> TrainConfig:
         ConfigError: a setting that is not at its default names another id.
     """
     tokenizer = tokenizer_of(config.data.manifest)
-    if tokenizer is None or tokenizer.vocab_size > config.model.vocab_size:  # which is refused
+    if tokenizer is None or tokenizer.vocab_size > config.model.vocab_size:  # refused later, with its own message
         return config
     ids = {"bos_id": tokenizer.bos, "eos_id": tokenizer.eos, "pad_id": tokenizer.pad}
     default = ModelConfig()

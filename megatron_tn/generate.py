@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 END = "end"  # key of an output line: why its text ends, eos, length or stop
 SAMPLE = "sample"  # key of an output line with samples > 1: which of them, from 0
-TIMEOUT_S = 1800  # of a collective between tensor-parallel ranks
+TIMEOUT_S = 1800  # seconds that a collective between tensor-parallel ranks waits
 
 
 @command(GenerateConfig, "generate", literal=("prompt", "stop"))

@@ -14,11 +14,12 @@ from megatron_tn.evaluation.perplexity import AFTER, Documents, evaluate_documen
 from megatron_tn.evaluation.token_bytes import token_bytes
 from megatron_tn.model.base import Model
 
-CPU_TOKENS, GPU_TOKENS = 4096, 16384  # of a batch of documents; a small one leaves a GPU waiting for launches
+CPU_TOKENS, GPU_TOKENS = 4096, 16384  # tokens per batch: a small batch leaves a GPU waiting for launches
 
 
 def problems_of_held_out(manifest: Manifest, setting: str, vocab_size: int) -> list[str]:
-    """Why a model of so many entries cannot be evaluated on these shards. setting: the one that names them."""
+    """Reasons why a model of `vocab_size` entries cannot be evaluated on these shards. setting: the one that names
+    them."""
     totals = manifest.totals
     if totals.tokens <= totals.documents:  # a document's first token is given
         return [f"{setting} holds nothing to predict: {totals.tokens} tokens in {totals.documents} documents"]
@@ -37,7 +38,7 @@ def held_out_loss(model: Model, config: TrainConfig, progress: Callable[[int, in
     documents = held_out_documents(config.evaluation.manifest, config.evaluation.max_documents)
     window = config.data.sequence_length
     batch_tokens = CPU_TOKENS
-    if next(model.parameters()).is_cuda:  # what a microbatch has room for
+    if next(model.parameters()).is_cuda:  # memory suffices for the tokens of a microbatch
         batch_tokens = max(min(config.data.micro_batch * window, GPU_TOKENS), CPU_TOKENS)
     found = evaluate_documents(model, documents, window=window, batch_tokens=batch_tokens, progress=progress)
     values = {"heldout_loss": found.nats_per_token, "heldout_bits_per_byte": found.bits_per_byte}

@@ -15,7 +15,7 @@ from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.released.weights import ReleasedWeights
 from megatron_tn.training.run_folder import find_checkpoint
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of precision=; "trained" keeps what the weights have
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # values of precision=; "trained" keeps the weights' own type
 
 
 def load_any_model(
@@ -86,7 +86,7 @@ def read_tokenizer(place: Path) -> Tokenizer:
 
 
 def tokenizer_path(path: str, checkpoint: str) -> Path | None:
-    """Where that tokenizer.json is, if there is one."""
+    """Path of the tokenizer.json that `load_tokenizer` reads; None where there is none."""
     directory = resolve_checkpoint(checkpoint)
     near = [folder / "tokenizer.json" for folder in (directory, *list(directory.absolute().parents)[:2])]
     return next((place for place in ([Path(path)] if path else near) if place.is_file()), None)

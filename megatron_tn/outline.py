@@ -42,7 +42,7 @@ class Outline:
 
 
 def outline(config: TrainConfig, world_size: int, step: int = 0) -> Outline:
-    """step: steps done. `config.problems(world_size)` must be empty."""
+    """The outline of a run whose first `step` steps are done. `config.problems(world_size)` must be empty."""
     last = max(config.last_step, step)
     tokens = tokens_before(last, config) - tokens_before(step, config)
     gpus = config.cluster.gpu_memory_gib > 0
@@ -68,7 +68,7 @@ def tokens_before(step: int, config: TrainConfig) -> int:
 
 
 def step_with_tokens(tokens: int, config: TrainConfig) -> int | None:
-    """The first step after which the run has so many tokens; None where schedule.steps steps have fewer."""
+    """The first step after which the run has read `tokens` tokens; None where schedule.steps steps read fewer."""
     steps = range(config.schedule.steps + 1)
     step = bisect.bisect_left(steps, tokens, key=lambda step: tokens_before(step, config))
     return step if step < len(steps) else None

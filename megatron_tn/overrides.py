@@ -239,7 +239,7 @@ class CommandLine:
                             f"{key}={inside[0]}, or run all of them with --multirun"
                         )
                         continue
-                    choices = [choice for choice in choices if not choice.startswith("_")]  # parts of other files
+                    choices = [choice for choice in choices if not choice.startswith("_")]  # _X: part of others
                     close = difflib.get_close_matches(value, choices, n=1)
                     hint = f"; did you mean {close[0]}?" if close else ""
                     problems.append(f"{key}={value}: conf/{key} has {', '.join(choices)}{hint}")

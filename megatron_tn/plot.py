@@ -6,7 +6,7 @@ python -m megatron_tn.plot runs/decay runs/other output=all.png  a sweep's folde
 python -m megatron_tn.plot ours.json theirs.json                 files of evaluate's output=: losses by position
 
 Runs that differ in their seed alone share a row (mean ± standard deviation) and a curve (mean and range); of several
-with one seed the last one trained counts, which is said.
+with one seed the last one trained counts, and a line says so.
 `python -m launch.compare` writes the same as a page.
 """
 

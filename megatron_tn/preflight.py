@@ -85,7 +85,8 @@ def inspect(
         data, settings = of_rank_0
     else:
         settings = check()
-        for problem in data + settings:  # of this host alone: rank 0, which prints what ends the run, has none
+        # Problems of this host alone: rank 0, which prints what ends the run, has none.
+        for problem in data + settings:
             log.error("rank %d (host %s): %s", number("RANK", default=0), socket.gethostname(), problem)
     problems += data + settings
 
@@ -104,7 +105,7 @@ def inspect(
     except ConfigError as error:
         problems += error.problems
     except OSError:
-        if not problems:  # that run_dir is no folder, or may not be read, is one of them
+        if not problems:  # a run_dir that is no folder, or cannot be read, is among the problems
             raise
     return stream, start, problems
 

@@ -1,4 +1,4 @@
-"""Scores every document of a folder of shards by a model, for self-cleaning: how surprising it is, by token and byte.
+"""Scores every document of a folder of shards by a model, for self-cleaning: nats per token and per byte.
 
 python -m megatron_tn.score checkpoint=runs/eval manifest=data/train/manifest.json
 torchrun --nproc-per-node 8 -m megatron_tn.score ...                                 each process takes every 8th shard

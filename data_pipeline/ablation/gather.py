@@ -108,7 +108,7 @@ def _files(name: str) -> Iterator[tuple[str, Path]]:
 def _split_source(name: str, place: str, source: str) -> Iterator[Text]:
     """Each docstring of a module as a document, and the module without docstrings."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of invalid escapes in the packages' strings
+        with warnings.catch_warnings(action="ignore"):  # warnings of invalid escapes in the packages' strings
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):
         return

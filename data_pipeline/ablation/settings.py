@@ -10,12 +10,11 @@ from data_pipeline.sources import STRICT, Count, LocalFolder, Positive
 
 @dataclass(frozen=True, config=STRICT)
 class AblationSettings:
-    """output: folder of the corpora. packages: names of packages to gather text from, null for all installed ones;
-    documentation_bytes, source_bytes: UTF-8 bytes of each kind.
-
-    noise: share of noise in the raw corpus's bytes, equal parts of every kind in canary_texts.NOISE; heldout_fraction:
-    share of real documents held out. workers: processes of the pipeline.
-    """
+    """output: folder of the corpora. packages: names of installed packages to gather text from; null: all of them.
+    documentation_bytes, source_bytes: UTF-8 bytes of documentation and of source code to gather. noise: share of noise
+    in the raw corpus's bytes, equal parts of every kind in canary_texts.NOISE. heldout_fraction: share of real
+    documents held out. vocab_size: entries of the tokenizer. seed: of the noise and of the cut to equal size. workers:
+    processes of the pipeline."""
 
     output: LocalFolder
     packages: list[str] | None = None

@@ -11,15 +11,14 @@ from data_pipeline.sources import STRICT, Positive
 
 @dataclass(frozen=True, config=STRICT)
 class AuditSettings:
-    """samples, answers: paths of the two JSON-lines files; by default answers are beside the samples. auditor: name;
-    None: the login name. show_verdict: show scores, reason and verdict before the answer. host, port: listening
-    address; token: required in the URL; None: random. ask_token: False requires none on loopback, which other users of
-    the machine reach too.
-
-    For draw: manifest: scored shards; filter: a YAML file or inline JSON (`ScoreFilter`); each: documents per place,
-    source and language; border: share of all documents that a border has on either side of its threshold;
-    max_characters: texts are cut here; overwrite: replace an existing samples file.
-    """
+    """samples: path of the JSON-lines file of samples, which draw writes and the others read; answers: of the verdicts,
+    null: beside the samples. auditor: name stored with each verdict; null: the login name. show_verdict: show scores,
+    reason and the filter's verdict before the answer. host, port: listening address; port 0: any free one. token:
+    required in the page's URL; null: a random one, printed at start. ask_token: false requires none on loopback, which
+    other users of the machine reach, too. For draw: manifest: scored shards; filter: a YAML file or inline JSON
+    (`ScoreFilter`); each: documents per place (tails, borders, middle), source and language; border: width of a border
+    on either side of its threshold, as a share of all documents; seed: of the random choice; max_characters: longer
+    texts are cut; overwrite: replace an existing samples file."""
 
     samples: str
     answers: str | None = None

@@ -18,7 +18,7 @@ from data_pipeline.errors import InputError
 @command
 def main(arguments: list[str]) -> None:
     given = parser("data_pipeline.corpus.join", __doc__)
-    given.add_argument("folder", type=Path, help="holds part-1.tar ...")
+    given.add_argument("folder", type=Path, help="folder that holds part-1.tar, part-2.tar, ...")
     given.add_argument("output", type=Path, help="folder of the joined corpus")
     given.add_argument("--context", type=int, default=2048, help="tokens of a piece, at least 2 (default 2048)")
     options = given.parse_args(arguments)

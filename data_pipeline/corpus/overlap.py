@@ -10,7 +10,7 @@ from data_pipeline.shards.reading import read_documents
 
 RUN = 13  # tokens of a passage that counts as the same
 STEP = 8_000_000  # passages of training text looked up at a time
-FACTOR = np.uint64(6364136223846793005)  # of the polynomial hash of a passage, modulo 2^64
+FACTOR = np.uint64(6364136223846793005)  # base of the polynomial hash of a passage, modulo 2^64
 
 
 def overlap(train: Manifest, held_out: Manifest) -> dict[str, dict[str, float]]:

@@ -87,7 +87,9 @@ def join(parts: list[Path], output: Path) -> dict[str, Manifest]:
     found = [Manifest.load(path) for path in sorted((output / "train").glob("part-*.json"))]
     tokenizers = {manifest.tokenizer for manifest in found}
     if len(tokenizers) > 1:
-        raise InputError(f"{output}: parts of {len(tokenizers)} corpora, with different tokenizers")
+        raise InputError(
+            f"{output}: parts of {len(tokenizers)} corpora, with different tokenizers: join each corpus alone"
+        )
     shards = sorted((shard for manifest in found for shard in manifest.shards), key=lambda shard: shard.name)
     sources = {name: info for manifest in found for name, info in manifest.sources.items()}
     Manifest.create(output / "train", found[0].tokenizer, shards, sources).save()
@@ -116,5 +118,5 @@ def _read(path: Path) -> Iterator[tuple[str, bytes]]:
         for entry in archive:
             place = Path(entry.name)
             if not entry.isreg() or len(place.parts) != 2 or place.parts[0] not in SPLITS:
-                raise InputError(f"{path}: {entry.name} is no file of a part")
+                raise InputError(f"{path}: {entry.name} is no file of a part that data_pipeline.corpus wrote")
             yield entry.name, archive.extractfile(entry).read()

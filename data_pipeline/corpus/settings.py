@@ -32,10 +32,10 @@ class Package:
 
 @dataclass(frozen=True, config=STRICT)
 class CorpusSettings:
-    """output: folder of the corpus. packages: name -> Package. shares: of each source's files, those that are taken,
-    chosen by the hash of their paths; fraction: of these, for a smaller corpus. heldout_fraction: share of documents
-    held out. part_bytes: most bytes of a part's file. tasks, workers: as in data_pipeline.run.
-    """
+    """output: folder of the corpus. packages: name -> Package. shares: source -> share of its files that is taken,
+    chosen by the hash of their paths. fraction: share of these that is taken, for a smaller corpus. vocab_size: entries
+    of the tokenizer. heldout_fraction: share of documents held out. part_bytes: largest size of a part's file, in
+    bytes. tasks, workers: as in data_pipeline.run."""
 
     output: LocalFolder
     packages: Annotated[dict[str, Package], Field(min_length=1)]

@@ -12,7 +12,7 @@ from data_pipeline.pages.client import EXTRACTOR, Refused
 from data_pipeline.protected import outside_protected
 from data_pipeline.thresholds import STRICT, Count
 
-MOST_BYTES, SECONDS = 100_000_000, 60  # of a page that is extracted; a larger or slower one leaves no text
+MOST_BYTES, SECONDS = 100_000_000, 60  # limits of a page's extraction; beyond them it leaves no text
 # Tag names of HTML only, so that `<stdin>`, `List<int>` and `<3` are not taken for tags; without the names that manuals
 # use for what the reader fills in (`cp <source> <dir>`): base, data, dir, map, object, output, param, path, time, var.
 NAMES = (

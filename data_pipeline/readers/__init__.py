@@ -45,7 +45,10 @@ class ReadSources(PipelineStep):
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         files = {name: list_source(name, source).files for name, source in self.sources.items()}
         if self.inputs not in (None, inputs_hash([item for found in files.values() for item in input_sizes(found)])):
-            raise InputError("sources: files were added or removed, or have another size, since this run began")
+            raise InputError(
+                "sources: files were added or removed, or have another size, since this run began: restore them, or "
+                "set overwrite=true to begin anew"
+            )
         # Written at once, not collected: in a garbage file, every line is a record.
         with contextlib.ExitStack() as stack:
             records = None

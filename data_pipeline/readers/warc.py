@@ -80,7 +80,7 @@ def read_warc(file: BinaryIO, source: Warc, size: int) -> Items:
                 yield _item_in_time(record, str(number), source)
             if damage is None:
                 continue
-        else:  # of a record about others too: what it hides may have been a document
+        else:  # also for a record about others: the damage may hide a document
             detail = f"{problem}{record.url and ': '}{record.url}"
             reason = "unreadable" if record.size < record.length else "false_length"
             yield Quarantined(at if record.kind in ABOUT else str(number), reason, detail, record.size)

@@ -16,9 +16,9 @@ from data_pipeline.thresholds import STRICT, Positive, Share
 
 @dataclass(frozen=True, config=STRICT)
 class Quantiles:
-    """Of each source and language, documents are kept whose score lies between the quantiles `low` and `high`;
-    `sources`: {NAME: [LOW, HIGH]} for a source of its own. A source/language pair with fewer than `minimum` scored
-    documents uses its source's band; a source with fewer, the band of all documents."""
+    """Of each source and language, documents are kept whose score lies between the quantiles `low` and `high`.
+    `sources`: {NAME: [LOW, HIGH]} sets the quantiles of one source. A pair of source and language with fewer than
+    `minimum` scored documents uses its source's band; a source with fewer, the band of all documents."""
 
     low: Share = 0.02
     high: Share = 0.98

@@ -75,7 +75,9 @@ def _exclusive(output: Path) -> Iterator[IO]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(f"output={output}: locked by another process, or by the trainer of a killed one") from None
+            raise InputError(
+                f"output={output} is locked by another process, or by the trainer of a killed one: wait for its end"
+            ) from None
         yield lock
 
 

@@ -14,13 +14,12 @@ from data_pipeline.thresholds import Share
 
 @dataclass(frozen=True, config=STRICT)
 class RoundsSettings:
-    """manifest: the shards to clean; output: folder of the rounds; rounds: their number.
-
-    evaluation_model: model to train, a choice of conf/model; train, score: further overrides for trainer and scorer.
-    measure, quantiles: determine the kept band of each source and language. each: audit documents per place, source and
-    language, 0 for no audit; audit: whether to wait for the verdicts before the next round; precision: minimum share of
-    drops that people confirm.
-    """
+    """manifest: the shards to clean. output: folder of the rounds. rounds: their number. evaluation_model: the model to
+    train in each round, a choice of conf/model. train, score: further overrides of trainer and scorer. measure: the
+    score, nats_per_token or nats_per_byte; quantiles: the band of scores that is kept of each source and language.
+    each: documents in the audit sample per place, source and language; 0: no audit. audit: wait: the next round waits
+    for the verdicts; skip: it does not. precision: target share of dropped documents that people would drop, too. seed:
+    of the random choice of the sample. trainer, scorer: the commands that train and score."""
 
     manifest: str
     output: LocalFolder

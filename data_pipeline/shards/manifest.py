@@ -103,7 +103,9 @@ class Manifest:
         _refuse(f"manifest {path}", contradictions(content))
         manifest = cls(content, path.parent, remote)
         if remote and cache_bytes < (least := ROOM * max((shard.size for shard in content.shards), default=0)):
-            raise InputError(f"cache_bytes={cache_bytes} is below {least}, which {ROOM} of the largest shards take")
+            raise InputError(
+                f"cache_bytes={cache_bytes} is below {least}, the size of {ROOM} of the largest shards: raise it"
+            )
         if check_files:
             _refuse(f"manifest {path}", [*manifest.tokenizer_problems(), *manifest.missing_or_truncated()])
         return manifest

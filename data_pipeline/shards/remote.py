@@ -74,7 +74,8 @@ class _Watch(Callback):
 
 @contextlib.contextmanager
 def few_attempts(number: int = 3) -> Iterator[None]:
-    """For a person who waits for the answer: eight tries of a server that does not answer take a minute."""
+    """Context manager: `number` tries per download, for a person who waits for the answer: eight tries of a server that
+    does not answer take a minute."""
     before = ATTEMPTS.set(number)
     try:
         yield

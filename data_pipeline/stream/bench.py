@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 DOCUMENT = 670  # tokens
 LENGTH = 2048  # tokens a sample
 BATCH = 8  # samples
-SHARDS, SHARD_TOKENS = 100_000, 20_000_000  # of the simulated manifest
+SHARDS, SHARD_TOKENS = 100_000, 20_000_000  # shards of the simulated manifest, tokens of each
 STEP, GLOBAL_BATCH = 10**6, 512  # sequences a step
 ROUNDS = 5
 
@@ -197,7 +197,9 @@ def main(arguments: list[str]) -> None:
     options = parser("data_pipeline.stream.bench", __doc__)
     options.add_argument("what", choices=["reader", "start"])
     options.add_argument("--folder", type=Path, help="an empty folder for the shards (default: a temporary one)")
-    options.add_argument("--shards", type=int, default=SHARDS, help=f"of the simulated manifest (default {SHARDS})")
+    options.add_argument(
+        "--shards", type=int, default=SHARDS, help=f"shards of the simulated manifest (default {SHARDS})"
+    )
     given = options.parse_args(arguments)
     if given.shards < 1:
         raise InputError(f"--shards={given.shards} must be at least 1")

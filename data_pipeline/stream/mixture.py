@@ -69,7 +69,7 @@ def make_groups(manifest: Manifest, tokens: np.ndarray, mixture: Mixture | None,
     for source in rest:
         names[source], shares[source] = [source], epochs[source]
     if not any(shares.values()):
-        raise InputError("mixture: every source is left out")
+        raise InputError("mixture: every source is left out: give one a number above 0")
     by_weight = bool(mixture and mixture.weights)
     whole = sequences_per_epoch(int(tokens.sum()), sequence_length) / sum(shares.values()) if by_weight else 0.0
     groups = []

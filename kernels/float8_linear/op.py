@@ -32,8 +32,8 @@ def float8_linear(x: Tensor, data: Tensor, scale: Tensor) -> Tensor:
     fits = scale.shape == data.shape[:1] and scale.dtype == torch.float32
     if not (fits and scale.is_contiguous() and data.is_contiguous()):
         raise ValueError(
-            f"data of strides {data.stride()} must be contiguous, and scale, {list(scale.shape)} {scale.dtype}, "
-            f"[{len(data)}] of torch.float32 and contiguous, with strides {scale.stride()}"
+            f"scale is {list(scale.shape)} {scale.dtype}; it must be [{len(data)}] of torch.float32, and data and "
+            f"scale, of strides {data.stride()} and {scale.stride()}, must be contiguous"
         )
     y = torch.ops.megatron_tn.float8_linear(x.reshape(-1, data.shape[1]), data, scale)
     return y.view(*x.shape[:-1], len(data))

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TYPE = torch.float8_e4m3fn
-LARGEST = 448.0  # number of e4m3
-LEAST_EXPONENT = -126  # of a scale
+LARGEST = 448.0  # the largest number of e4m3
+LEAST_EXPONENT = -126  # smallest exponent of a scale, a power of two
 
 
 def quantize_rows(weight: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:

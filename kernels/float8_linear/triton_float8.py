@@ -14,10 +14,10 @@ from torch import Tensor
 
 class Tile(NamedTuple):
     out: int
-    depth: int  # of K that a program reads at a time
+    depth: int  # columns of K that a program reads at a time
     stages: int
     warps: int = 4
-    programs: int = 264  # that there should be, by splitting K; two for each of an H200's multiprocessors
+    programs: int = 264  # wanted number of programs, reached by splitting K; two for each of an H200's multiprocessors
 
 
 # ROWS of x in a program -> the tile that was fastest on an H200 (docs/measurements/2026-11-30.md).
@@ -35,7 +35,7 @@ def linear_kernel(
     rows,  # T
     outs,  # N
     width,  # K
-    length,  # of K in a part, a multiple of DEPTH
+    length,  # columns of K in a part, a multiple of DEPTH
     OUT: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,

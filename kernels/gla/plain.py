@@ -26,7 +26,7 @@ class _Turn(NamedTuple):
 
     @classmethod
     def of(cls, inputs: GlaInputs, dtype: torch.dtype) -> "_Turn | None":
-        """None without LRPE."""
+        """LRPE's factors at the inputs' positions; None without LRPE."""
         if inputs.theta is None:
             return None
         positions = inputs.positions

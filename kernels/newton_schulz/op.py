@@ -50,7 +50,7 @@ def parts(rows: int, columns: int, iterations: int) -> Iterator[int]:
 
 
 def _iterated(x: Tensor, iterations: int) -> Tensor:
-    """X after so many iterations, as one product with X."""
+    """X after `iterations` iterations, as one product with X."""
     tall = x.shape[1] > x.shape[2]
     short = x.mT if tall else x
     factor, share = (gram_polynomial(short), A) if iterations == 1 else (_joined(short, iterations), 0.0)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 A, B, C = 3.4445, -4.7750, 2.0315
-EPS = 1e-7  # of the Frobenius norm: a zero matrix stays zero
+EPS = 1e-7  # least Frobenius norm to divide by: a zero matrix stays zero
 
 
 def gram_polynomial(x: Tensor) -> Tensor:

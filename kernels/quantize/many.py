@@ -36,7 +36,7 @@ class ManyMatrices:
         self.bits = torch.zeros(len(shapes), SLOTS, dtype=torch.int32, device=device)
         self.operands: list[tuple[Tensor, Tensor, Tensor]] = []
         self.transposed = transposed
-        self.plan: object | None = None  # of triton_many.py
+        self.plan: object | None = None  # a triton_many.Plan, made at first use
         heights, widths = [sum(shape[0] for shape in group) for group in shapes], [group[0][1] for group in shapes]
         sizes = [(c, padded(d), padded(c) if transposed else 0) for c, d in zip(heights, widths, strict=True)]
         # Zeros until the first `quantize_`, which also writes the padding.
@@ -68,7 +68,8 @@ class ManyMatrices:
             quantize_(whole, self.bits[index], *self.operands[index])
 
     def _launchable(self, groups: Sequence[Sequence[Tensor]]) -> bool:
-        """Whether the kernels load and store whole vectors; of 16-bit numbers alone (triton_quantize.py)."""
+        """Whether the Triton kernels can run: they load and store whole vectors, and only of 16-bit numbers
+        (triton_quantize.py)."""
         return all(
             matrix.element_size() == 2
             and matrix.is_contiguous()

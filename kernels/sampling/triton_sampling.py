@@ -104,7 +104,7 @@ def sample_kernel(
     if temperature > 0:
         least = float("-inf")  # the least logit that is kept
         if (top_k > 0) & (top_k < size):
-            place = tl.full([], 0, tl.uint32)  # of the kth largest logit in the order, from its highest bits on
+            place = tl.full([], 0, tl.uint32)  # place of the kth largest logit, found from its highest bits on
             if top_k <= GROUPS:
                 floor = place_of(tl.min(tl.max(tl.reshape(best, (GROUPS, BLOCK // GROUPS)), 1), 0))
                 place = (floor >> (32 - BITS)) << (32 - BITS)

@@ -13,7 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels.dependent_launch import launch_options
 from kernels.lightning.tiles import padded
 
-TILE_BYTES, WARPS = 16384, 4  # of weights that a program holds: 128 bytes a thread
+TILE_BYTES, WARPS = 16384, 4  # weights that a program holds: 128 bytes a thread
 # Wider fp8 weights are read in pieces of several rows: a program that holds one row converts as many elements of x.
 FLOAT8_WIDTH, FLOAT8_PIECE, FLOAT8_BYTES = 4096, 2048, 8192
 

@@ -1,19 +1,20 @@
-"""Soak: train for as long as told while faults come at random, then compare with an undisturbed run, bit for bit.
+"""Soak: train for `minutes` while faults come at random times, then compare with an undisturbed run, bit for bit.
 
     python -m launch.soak minutes=60 mtbf_s=120 seed=1 output=runs/soak
 
     minutes     of training under faults (60); an undisturbed run of as many steps follows
-    mtbf_s      mean time from a start's launch, or a fault that it survived, to its next fault: exponential (120)
+    mtbf_s      mean seconds from a start's launch, or a fault that it survived, to its next fault: exponential (120)
     seed        of times, kinds and ranks (0)
     faults      kinds to choose from, joined by commas (all FAULTS of launch/soak/faults.py; GPU_FAULTS need a GPU)
-    heal_s      how long a full disk or a read-only folder lasts (20)
-    patience_s  a start must train its first step, and end after a fault that ends one, within this (300)
+    heal_s      seconds that a full disk or a read-only folder lasts (20)
+    patience_s  seconds within which a start must train its first step, and end after a fault that ends it (300)
     processes   trainers on this machine (2)
     output      folder; it must not hold a soak already (runs/soak)
 
 Other words are overrides for training, which is the demo's model on a small corpus made here unless data.manifest= is
 among them. output/summary.json has every fault, goodput and time lost by cause; output/trainers.log what the trainers
-said. Exit code 1 when the runs differ, a start ends otherwise than its fault ends one, or something is left behind.
+print. Exit code 1 when the runs differ, a start ends with an exit code that its fault does not allow, or files or
+processes are left behind.
 """
 
 from __future__ import annotations

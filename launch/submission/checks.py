@@ -176,7 +176,7 @@ def _notes(config: SubmitConfig, figures: Outline) -> list[str]:
         notes.append(f"the run is at step {figures.step}, its last: the job will end at once")
     if config.cluster.gpus_per_node == 0 and config.cluster.name != "cpu":
         notes.append(
-            f"cluster={config.cluster.name} says nothing of GPUs: none is asked for, and memory is not planned"
+            f"cluster={config.cluster.name} has gpus_per_node=0: the job asks for no GPUs, and memory is not planned"
         )
     notes += figures.concerns
     status = folder.status()
@@ -186,7 +186,9 @@ def _notes(config: SubmitConfig, figures: Outline) -> list[str]:
         now = to_stored(config.train)
         changed = differences(before | {"run_dir": now["run_dir"], "model": before["model"] | _ids(now)}, now)
         if changed:
-            notes.append("settings that differ from the run's last start, and win: " + "; ".join(changed))
+            notes.append(
+                "settings of this submission that differ from the run's last start, and win: " + "; ".join(changed)
+            )
     if not Path(config.data.manifest).is_absolute() and "://" not in config.data.manifest:
         notes.append(f"data.manifest={storable(config.data.manifest)} is read from {Path.cwd()} on every node")
     return notes

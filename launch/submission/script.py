@@ -20,13 +20,13 @@ TRAIN = ROOT / "launch/train.sbatch"
 
 
 def sbatch_options(config: SubmitConfig, submission: Submission, tasks: int) -> list[str]:
-    """tasks: of a job array; 0 for a job of one run."""
+    """The job's options for sbatch. tasks: number of tasks of a job array; 0 for a job of one run."""
     slurm = config.slurm
     folder = str(submission.path).replace("%", "%%")  # sbatch replaces %j and the like
     found = {
         "job-name": job_name(config, submission),
         "nodes": config.nodes,
-        "ntasks-per-node": 1,  # srun starts one task a node, and that the processes
+        "ntasks-per-node": 1,  # srun starts one task per node, which starts the processes
         "open-mode": "append",  # a requeued job goes on in the same log
         "output": f"{folder}/%A_%a.log" if tasks else f"{folder}/%j.log",
         "signal": f"B:USR1@{slurm.grace_s}",
@@ -52,7 +52,8 @@ def job_name(config: SubmitConfig, submission: Submission) -> str:
 def script(
     config: SubmitConfig, submission: Submission, runs: Sequence[tuple[str, Path]], revision: str, *, array: bool
 ) -> str:
-    """runs: run_dir, absolute, and frozen settings of each task of a job array; one for a job of one run."""
+    """The text of the job's script. runs: run_dir, absolute, and frozen settings of each task of a job array; one for a
+    job of one run."""
     slurm = config.slurm
     lines = [
         "#!/usr/bin/env bash",

@@ -55,7 +55,7 @@ def measure(config: BenchmarkConfig, layers: int, device: torch.device) -> Slice
             owned.values["param"].normal_(0, config.model.init_std)
         engine.refresh(optimizer_step=0)
         tokens, targets = random_tokens(short, device)
-        # Tokens of this rank's slice of the vocabulary: no other rank adds to the zeros that the embedding gives for
+        # Only ids of this rank's slice of the vocabulary: no other rank adds to the zeros that the embedding gives for
         # others, and products of zeros take less power, so that the GPU's clock rises.
         tokens %= config.model.vocab_size // config.parallel.tp
         scale = torch.tensor(1 / tokens.numel(), device=device)

@@ -196,7 +196,9 @@ def _check_and_load(state: State, checkpoint: Path, device: torch.device) -> Non
 
 
 def _verify(checkpoint: Path) -> None:
-    damaged = [problem for problem in verify(checkpoint) if " are in none of the files" not in problem]  # of a share
+    damaged = [
+        problem for problem in verify(checkpoint) if " are in none of the files" not in problem
+    ]  # a share lacks the rest
     if damaged:
         raise RuntimeError("; ".join(damaged))
 
@@ -232,9 +234,14 @@ def measure_resume(bench: Bench, folder: Path, model: str, settings: list[str]) 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m megatron_tn.benchmarking.checkpoint", description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="new folder on the disk to measure; removed after")
-    parser.add_argument("--models", nargs="*", default=["1b"], help="files of conf/model, or MODEL/SHARE (default: 1b)")
-    parser.add_argument("--resume", default="", help="model of the runs that are started (default: none are)")
-    parser.add_argument("--rounds", type=int, default=1, help="loads, and saves after the first (default: 1)")
+    parser.add_argument(
+        "--models",
+        nargs="*",
+        default=["1b"],
+        help="files of conf/model, or MODEL/N for one Nth of the model (default: 1b)",
+    )
+    parser.add_argument("--resume", default="", help="model with which a resume is timed too (default: none)")
+    parser.add_argument("--rounds", type=int, default=1, help="loads to time, and saves after the first (default: 1)")
     parser.add_argument("--output", type=Path, help="file that JSON rows are appended to (default: none)")
     words = sys.argv[1:]
     settings = words[words.index("--") + 1 :] if "--" in words else []

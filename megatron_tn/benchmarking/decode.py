@@ -127,11 +127,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m megatron_tn.benchmarking.decode", description=__doc__)
     parser.add_argument("--model", default="1b", help="a file of conf/model (default: 1b)")
     parser.add_argument("--rows", type=int, nargs="+", default=[1], help="batch sizes (default: 1)")
-    parser.add_argument("--positions", type=int, nargs="+", default=[0], help="tokens before the first (default: 0)")
-    parser.add_argument("--tokens", type=int, default=200, help="tokens of a timed run (default: 200)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default: 0.8)")
-    parser.add_argument("--top-k", type=int, default=50, help="0: all (default: 50)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="1: all (default: 1)")
+    parser.add_argument(
+        "--positions", type=int, nargs="+", default=[0], help="tokens before the first decoded one (default: 0)"
+    )
+    parser.add_argument("--tokens", type=int, default=200, help="decoded tokens of a timed run (default: 200)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="the logits are divided by it; 0: greedy (default: 0.8)"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=50, help="sample from the K likeliest tokens; 0: from all (default: 50)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample from the likeliest tokens of total probability P; 1: from all (default: 1)",
+    )
     parser.add_argument("--output", type=Path, help="file that JSON rows are appended to (default: none)")
     parser.add_argument("--fp8-weights", action="store_true", help="keep the matrices of the blocks in fp8")
     parser.add_argument("--peer", choices=["llama", "retnet"], help="time this model instead of ours")

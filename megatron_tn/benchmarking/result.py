@@ -34,7 +34,7 @@ class Result:
 
     @property
     def model_tflops(self) -> float:
-        """Per GPU: 6 FLOPs per parameter and token; recomputation is not counted."""
+        """TFLOP/s per GPU at 6 FLOPs per parameter and token; recomputation is not counted."""
         return 6 * self.parameters * self.tokens_per_second / self.layout["gpus"] / 1e12
 
     @property

@@ -78,7 +78,8 @@ class Count:
 
 
 class _FirstStep(SystemExit):
-    """The first step would begin now. A SystemExit, which a run does not report as its failure."""
+    """Raised in place of the first step, to end the start there. A SystemExit, which a run does not report as its
+    failure."""
 
 
 class Opens:
@@ -274,7 +275,13 @@ def _write_files(checkpoint: Path, config: TrainConfig, ranks: int) -> Checkpoin
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m megatron_tn.benchmarking.start_up", description=__doc__)
     parser.add_argument("--folder", type=Path, default=None, help="new folder to work in; removed after")
-    parser.add_argument("--ranks", type=int, nargs="*", default=[8, 64, 512], help="multiples of 8 (default: 8 64 512)")
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        nargs="*",
+        default=[8, 64, 512],
+        help="world sizes to simulate, multiples of 8 (default: 8 64 512)",
+    )
     asked = parser.parse_args()
     folder = asked.folder or Path(tempfile.mkdtemp(prefix="start_up_"))
     names = "ranks", "start", "rank", "opens", "of a manifest", "of software", "MB read", "MB told", "groups", "s"

@@ -33,7 +33,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MOST_HEADER_BYTES = 100 << 20
 CHUNK_BYTES = 8 << 20  # per read
 PART_BYTES = 8 << 20  # a part: one thread hashes and writes it; 32 MiB of parts in flight are faster than 64
-COPIED_PART_BYTES = 1 << 20  # of parts that are copied first: several copies are in memory at a time
+COPIED_PART_BYTES = 1 << 20  # a part that is copied first; several copies are in memory at a time
 WORTH_DIRECT = 1 << 20  # bytes: smaller reads go through the page cache, which reads ahead
 
 

@@ -294,7 +294,9 @@ def _read_parameter(
     """`empty`, on the meta device, with this tensor-parallel rank's values on `device`."""
     spec = empty.shard_spec
     if (stored := weights.shapes.get(name)) != spec.shape:
-        raise ConfigError(f"{name} has shape {stored}, but the model needs {spec.shape}")
+        raise ConfigError(
+            f"{name} has shape {stored}, but the model needs {spec.shape}: set model.* as the weights were trained with"
+        )
     local = torch.zeros(empty.shape)  # padding of the vocabulary is in no file
     for piece, at in pieces_of_local_range(spec, tp.rank, tp.size, 0, local.numel()):
         weights.fill(name, piece, local.view(-1)[at : at + piece.stop - piece.start])

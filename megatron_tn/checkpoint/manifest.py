@@ -126,7 +126,9 @@ class CheckpointManifest:
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{path} is damaged: {error}") from None
         if found != (FORMAT, VERSION):
-            raise ConfigError(f"{path}: format and version are {found}, expected {(FORMAT, VERSION)}")
+            raise ConfigError(
+                f"{path}: format and version are {found}, expected {(FORMAT, VERSION)}: it is of another program"
+            )
         try:
             manifest = TypeAdapter(cls).validate_python(values)
         except ValidationError as error:

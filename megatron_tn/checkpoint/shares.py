@@ -43,7 +43,7 @@ def share_of_manifest(directory: Path, wanted: Wanted, context: ParallelContext)
 
 
 def needed(stored: Mapping[str, Sequence[Piece]], everyones: Sequence[Wanted]) -> list[dict[str, list[Piece]]]:
-    """Of each rank, kind/NAME -> the pieces of `stored` whose rows and columns overlap those that it wants."""
+    """For each rank, kind/NAME -> the pieces of `stored` whose rows and columns overlap the pieces that it wants."""
     found: list[dict[str, list[Piece]]] = [{} for _ in everyones]
     for key, pieces in stored.items():
         name = key.partition("/")[2]
@@ -61,7 +61,7 @@ def needed(stored: Mapping[str, Sequence[Piece]], everyones: Sequence[Wanted]) -
 
 
 def _edges(pieces: Sequence[Piece]) -> np.ndarray:
-    """Of each piece: rows [top, bottom) and columns [left, right) of the logical matrix that it lies within."""
+    """For each piece, the rows [top, bottom) and columns [left, right) of the logical matrix that it lies within."""
     found = np.empty((len(pieces), 4), dtype=np.int64)
     for index, piece in enumerate(pieces):
         grid = Grid.of(piece)

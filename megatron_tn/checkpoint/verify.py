@@ -123,8 +123,8 @@ def times_covered(pieces: Sequence[Piece], shape: Sequence[int]) -> tuple[int, i
 def problems_of_file(
     path: Path, record: FileRecord, pieces: Mapping[str, Piece], into: np.ndarray | None = None
 ) -> list[str]:
-    """Problems of one file, which should hold `pieces`, by key: its header first, then its bytes. into: filled with
-    these, see `parts.read_file`."""
+    """Problems of one file, of its header and then of its bytes. pieces: key -> the piece that the file should hold
+    under it. into: filled with the file's bytes, see `parts.read_file`."""
     try:
         with closing(TensorFile(path)) as file:
             entries = dict(file.entries)

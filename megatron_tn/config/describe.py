@@ -67,7 +67,8 @@ def _comments(kind: type) -> dict[str, str]:
 
 
 def help_text(kind: type, about: str) -> str:
-    """about: what the command does, its module's docstring."""
+    """The --help of a command with the settings of dataclass `kind`. about: what the command does, its module's
+    docstring."""
     lines = [about.strip(), "", "settings (KEY=VALUE), with their defaults:"]
     for name, default, meaning in settings(kind):
         lines.append(f"  {name}={default}")

@@ -68,8 +68,8 @@ class EngineConfig:
 
     @property
     def keeps_fp8_transposes(self) -> bool:
-        """Whether weights kept in fp8 are kept in both orders, two bytes a parameter: not with recomputation, which is
-        for want of memory. There each backward pass transposes them."""
+        """Whether weights kept in fp8 are kept in both orders, two bytes a parameter. Not with recomputation, which is
+        chosen where memory is short: there each backward pass transposes them."""
         return self.recompute == "none"
 
     @field_validator("deepspeed_config", mode="before")

@@ -22,7 +22,8 @@ class GuardConfig:
     spike: Literal["off", "report", "rewind", "abort"] = "report"
     # Number of last losses of which the median is taken; detection begins after half of them.
     spike_window: Annotated[int, Bounds(2, MOST_INT)] = 128
-    spike_sigmas: Unlimited = 8.0  # least height of a spike above the median, in those standard deviations
-    spike_nats: Unlimited = 0.5  # least height of a spike above the median, in nats
+    # Least height of a spike above the median, in the standard deviations that guard.spike defines.
+    spike_sigmas: Unlimited = 8.0
+    spike_nats: Unlimited = 0.5  # least height of a spike above the median, in nats per token
     skip_before: Count = 0  # a rewind skips the bad batch and this many batches before it
     max_rewinds: Count = 5  # number of rewinds that the guard makes in a run; instead of another it ends the run

@@ -32,7 +32,8 @@ class TrainConfig:
     init_from: str = ""
     seed: Seed = 0  # seed of the random initial weights and of the data order
     nodes: Positive = 1  # number of nodes that the run is planned for and submitted to
-    # Save a checkpoint and end after this step; the schedule stays that of schedule.steps, where 0 ends the run.
+    # Save a checkpoint and end after this step, with the learning-rate schedule of schedule.steps; 0: end at
+    # schedule.steps.
     stop_after: Count = 0
     # true: bitwise reproducible kernels, which are slower; false: sums may differ in order from run to run.
     deterministic: bool = False

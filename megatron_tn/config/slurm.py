@@ -69,7 +69,8 @@ class SlurmConfig:
     # afterany: each job of a chain waits for the job before it; singleton: it waits for all of the user's jobs with the
     # same name.
     dependency: Literal["afterany", "singleton"] = "afterany"
-    # Stop at the first step with so many tokens, with the schedule of schedule.steps; 0: stop at schedule.steps.
+    # Stop after the first step with which the run has read this many tokens, with the schedule of schedule.steps; 0:
+    # stop at schedule.steps.
     tokens: Count = 0
     # Share of cluster.bf16_tflops that the run reaches, to estimate its time if other rates in cluster.* are unknown.
     utilisation: Utilisation = 0.4

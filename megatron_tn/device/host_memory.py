@@ -16,7 +16,7 @@ from megatron_tn.device.graph import CAPTURE
 from megatron_tn.device.threads import in_parallel, start_thread
 
 FAULT_THREADS = 8
-FAULT_BYTES = 64 << 20  # of one thread at a time
+FAULT_BYTES = 64 << 20  # bytes that one thread faults in per call
 
 
 class HostMemory:
@@ -74,7 +74,7 @@ class HostMemory:
             return
         if pinned:
             # Where the operating system refuses to pin this much memory, copies are only slower. CUDA's last error,
-            # which the next kernel launch would raise, is one of this thread.
+            # which the next kernel launch raises, is kept per thread, so training's thread does not see this one.
             with CAPTURE:
                 size = elements * block.element_size()
                 self._pinned = int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), size, 0)) == 0

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-Marks = list  # of torch.cuda.Event, or of milliseconds as float on a CPU
+Marks = list  # list of torch.cuda.Event; on a CPU, of milliseconds as float
 
 
 def matmul_tflops(device: torch.device) -> float:

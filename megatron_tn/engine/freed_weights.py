@@ -44,9 +44,10 @@ class Bucket:
 
 
 class FreedWeights:
-    """The weights of `layers`, which it takes from shards.copies and shards.whole. transposed: see `KeptWeights`.
+    """The weights of `layers`, kept in fp8 alone. transposed: see `KeptWeights`.
 
-    Parameters that are their own masters (fp32, engines without sharding) stay.
+    The constructor removes these weights from shards.copies and shards.whole, so that `Update` no longer writes them.
+    Parameters that are their own masters (fp32, engines without sharding) stay in memory beside their fp8 operands.
     """
 
     def __init__(self, shards: Shards, layers: Sequence[SplitLinear], *, transposed: bool):
@@ -119,8 +120,8 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _flattened(groups: Sequence[Sequence[torch.nn.Parameter]]) -> list[Tensor]:
-    """Weights with a storage each move into flat tensors of about PORTION_BYTES, of which they become views; a group's
-    follow each other in one of them."""
+    """Move weights that have a storage each into flat tensors of about PORTION_BYTES, of which they become views; the
+    weights of a group are adjacent in one tensor."""
     portions: list[list[torch.nn.Parameter]] = [[]]
     size = 0
     for group in groups:

@@ -36,7 +36,8 @@ def continue_texts(model: Model, tokenizer: Tokenizer, prompts: Sequence[str], t
 
 
 def prompt_problems(tokenizer: Tokenizer, prompts: Sequence[str], tokens: int, max_length: int) -> list[str]:
-    """max_length: of the model; 0: no limit."""
+    """One line for each of evaluation.prompts that is too long for the model. tokens: evaluation.prompt_tokens.
+    max_length: model.max_length; 0: no limit."""
     problems = []
     for number, prompt in enumerate(prompts):
         length = 1 + len(tokenizer.encode(prompt, add_special_tokens=False).ids)  # with bos

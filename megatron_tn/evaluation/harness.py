@@ -45,7 +45,7 @@ class HarnessModel(LM):
         self.seed = seed
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Of each (context, continuation): ln p(continuation | context), and whether greedy decoding gives it."""
+        """For each (context, continuation): ln p(continuation | context), and whether greedy decoding gives it."""
         bos = self.model.config.bos_id
         pairs = [encode_pair(self.tokenizer, bos, *request.args) for request in requests]
         found = [(0.0, True)] * len(pairs)
@@ -121,7 +121,7 @@ class _Text:
 
 
 def sampler_of(settings: dict[str, Any]) -> Sampler:
-    """settings: as `normalize_gen_kwargs` returns them."""
+    """The sampler that a task's generation settings ask for. settings: as `normalize_gen_kwargs` returns them."""
     if not settings["do_sample"]:
         return Sampler(temperature=0)
     return Sampler(settings.get("temperature", 1.0), settings.get("top_k", 0), settings.get("top_p", 1.0))

@@ -42,7 +42,7 @@ class DocumentProgress(contextlib.AbstractContextManager):
         return self
 
     def advance(self, documents: int, tokens: int) -> None:
-        """So many more documents are done, with so many tokens."""
+        """Count `documents` more documents, of `tokens` tokens together, as done."""
         self.done += documents
         self.done_tokens += tokens
         now = time.perf_counter()

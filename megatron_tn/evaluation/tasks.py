@@ -23,7 +23,7 @@ from megatron_tn.model.base import Model
 
 log = logging.getLogger(__name__)
 
-SEED = 1234  # of few-shot examples, the harness's own default
+SEED = 1234  # for the choice of few-shot examples; the harness's own default
 RESAMPLES = 100  # of the bootstrap, for the standard error of metrics that are no mean
 
 TaskSet = dict[

@@ -16,8 +16,8 @@ from megatron_tn.inference.uniform import stream_key
 from megatron_tn.model.base import Model, has_fixed_state
 from megatron_tn.model.registry import check_decoding_kernels
 
-CHECK_EVERY = 8  # tokens
-FED_PER_ROW = 8  # tokens
+CHECK_EVERY = 8  # tokens decoded between two checks on the host whether a text has ended
+FED_PER_ROW = 8  # longest prompt, in tokens per row, that decoding steps take instead of a forward pass
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,8 @@ class Generator:
 
 
 class _Running:
-    """A request in a row. fed: ids of its prompt that are the row's first ids. steps: of all its ids. launched: steps
-    queued so far."""
+    """A request in a row. fed: ids of its prompt that are the row's first ids. steps: number of steps that make all its
+    ids. launched: steps queued so far."""
 
     def __init__(self, index: int, request: Request, fed: int, eos_id: int):
         self.index = index

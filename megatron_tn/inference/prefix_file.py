@@ -118,7 +118,7 @@ def _layers_of(model: Model, tokens: int) -> Iterator[tuple[torch.dtype, list[in
 
 
 def _other_model(metadata: dict[str, str], model: Model) -> str:
-    """What of `model` is not as the metadata has it; empty if all is."""
+    """The differences between `model` and the metadata, in words; empty without any."""
     own, theirs = to_mapping(model.config), json.loads(metadata["config"])
     if changed := differences(theirs | NO_DIFFERENCE, own | NO_DIFFERENCE):
         return ", ".join(changed)

@@ -70,7 +70,8 @@ class BufferedRowStates(RowStates):
 
 
 def row_states(model: Model, rows: int) -> RowStates:
-    """Buffered where that is faster: on a GPU, for many rows, if the architecture can."""
+    """The states of a decoder's rows: buffered where that is faster, on a GPU for many rows, if the architecture
+    can."""
     on_gpu = next(model.parameters()).is_cuda
     if on_gpu and rows >= BUFFERED_ROWS and getattr(model.model, "bufferable_state", False):
         return BufferedRowStates(model, rows)

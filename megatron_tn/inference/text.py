@@ -50,7 +50,8 @@ class TextStream:
         return new
 
     def _decoded(self, text: str) -> bool:
-        """text: of all of _ids."""
+        """Append what `text`, the decoded text of all of _ids, has beyond what is known; returns whether a stop string
+        occurred."""
         self._held += text[self._said :]
         self._ids = self._ids[self._known :]  # a window: what was new is the context of what follows
         self._known, self._said = len(self._ids), len(self._tokenizer.decode(self._ids))

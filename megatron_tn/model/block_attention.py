@@ -60,7 +60,8 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, block: int, cu_seqlens: Ten
 
 
 def rows_in_blocks(total: int, block: int, cu_seqlens: Tensor) -> Tensor:
-    """int64 [total]: each token's row, when every document begins a block."""
+    """int64 [total]: the index at which each token is placed when every document is moved to the beginning of a
+    block."""
     bounds = cu_seqlens.long()
     token = torch.arange(total, device=bounds.device)
     document = torch.searchsorted(bounds, token, right=True) - 1

@@ -21,7 +21,7 @@ from megatron_tn.model.layout import TokenLayout
 from megatron_tn.parallel.context import Axis
 from megatron_tn.parallel.linear import ColumnParallelLinear, RowParallelLinear
 
-MORE_COLUMNS = 8  # of each head: the ones, and zeros that keep bf16 rows a multiple of 16 bytes
+MORE_COLUMNS = 8  # per head: the column of ones, and zeros that keep bf16 rows a multiple of 16 bytes
 
 
 class CosineAttention(nn.Module):

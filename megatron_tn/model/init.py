@@ -36,8 +36,8 @@ class Band(NamedTuple):
 
 
 def bands(spec: ShardSpec, rank: int, size: int, start: int, stop: int) -> Iterator[Band]:
-    """Those of elements [start, stop) of rank `rank`'s flattened local part, of at most TILE rows each. Elements in no
-    band are padding."""
+    """The bands of elements [start, stop) of rank `rank`'s flattened local part, of at most TILE rows each. Elements in
+    no band are padding."""
     local = spec.local_shape(rank, size)
     width = math.prod(local[1:])
     at = 0  # rows of the local tensor before this box

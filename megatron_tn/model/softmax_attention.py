@@ -22,7 +22,7 @@ from megatron_tn.model.layout import TokenLayout
 from megatron_tn.parallel.context import Axis
 from megatron_tn.parallel.linear import ColumnParallelLinear, RowParallelLinear, column_parallel, share_input
 
-FLASH_DTYPES = (torch.bfloat16, torch.float16)  # of FlashAttention's variable-length form
+FLASH_DTYPES = (torch.bfloat16, torch.float16)  # types that FlashAttention's variable-length form takes
 FLASH_WIDTHS = range(8, 257, 8)  # d of the same
 # Kernels for a cache, which is longer at each call: cuDNN, not among them, makes a plan for each new shape.
 FOR_A_CACHE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

@@ -99,7 +99,7 @@ KINDS = {
     "c10d.allreduce_coalesced_": ("all-reduce", 0),
     "c10d.reduce_": ("reduce", 0),
     "c10d.broadcast_": ("broadcast", 0),
-    "c10d.alltoall_base_": ("all-to-all", 0),  # what comes to this rank
+    "c10d.alltoall_base_": ("all-to-all", 0),  # the tensor that this rank receives
     "c10d.barrier": ("barrier", 0),
     "_c10d_functional.all_gather_into_tensor": ("all-gather", 0),
     "_c10d_functional.reduce_scatter_tensor": ("reduce-scatter", 0),

@@ -40,11 +40,17 @@ def concerns(config: TrainConfig, time: StepTime | None, environment: Mapping[st
     """One line per warning, naming the setting, its value and the relation."""
     parallel, cluster, node = config.parallel, config.cluster, config.cluster.gpus_per_node
     if not cluster.gpu_memory_gib:
-        yield "cluster.gpu_memory_gib=0: not known, so that nothing says whether the layout fits"
+        yield (
+            "cluster.gpu_memory_gib=0: the GPUs' memory is not known, so nothing says whether the layout fits; choose "
+            "a cluster, such as cluster=h100_80g"
+        )
     if time is not None and config.engine.precision == "fp32":
-        yield "engine.precision=fp32: the time is that of bf16 products; cluster.matrix_rates has no others"
+        yield "engine.precision=fp32: the time is that of bf16 products, since cluster.matrix_rates has no fp32 rates"
     if time is not None and config.engine.products == "fp8" and not cluster.fp8_tflops:
-        yield f"engine.products=fp8, but cluster.fp8_tflops is null: the GPUs of cluster={cluster.name} may have none"
+        yield (
+            f"engine.products=fp8, but cluster.fp8_tflops is null: the GPUs of cluster={cluster.name} may have no fp8 "
+            "products"
+        )
     if node and (parallel.tp > node or node % parallel.tp):
         yield (
             f"parallel.tp={parallel.tp} crosses nodes of cluster.gpus_per_node={node}: every layer's activations then "
@@ -100,5 +106,5 @@ def _checkpoint_concerns(config: TrainConfig, time: StepTime | None) -> Iterator
     if share > NOTICEABLE:
         yield (
             f"checkpoint.every={every} steps take {every * time.total:,.0f} s, and writing a checkpoint of "
-            f"{checkpoint_bytes(config) / 1e9:,.1f} GB takes {seconds:,.0f} s: {math.ceil(100 * share)} % of them"
+            f"{checkpoint_bytes(config) / 1e9:,.1f} GB takes {seconds:,.0f} s: {math.ceil(100 * share)} % of that time"
         )

@@ -58,9 +58,9 @@ class Microbatch:
 
 
 def microbatch(config: TrainConfig, device: str = "cuda") -> Microbatch:
-    """device: "cuda" or "cpu", whose operators and allocator rounding are counted. Compiled blocks are counted as eager
-    blocks: torch.compile keeps this project's custom operators, and saves the same tensors. Results are cached, since
-    engines and data-parallel sizes run the same pass.
+    """What one microbatch takes of a rank. device: "cuda" or "cpu", whose operators and allocator rounding are counted.
+    Compiled blocks are counted as eager blocks: torch.compile keeps this project's custom operators, and saves the same
+    tensors. Results are cached, since engines and data-parallel sizes run the same pass.
 
     Raises:
         ValueError: torch.distributed is already initialised in this process.
@@ -215,7 +215,7 @@ PRODUCTS: dict[str, Callable[..., list[Product]]] = {
 }
 
 FP8_PRODUCTS = [name for name in PRODUCTS if name.endswith(("_fp8", "_scaled_mm"))]
-FP8_RATE = 1.84  # of bf16's: the products of 1B's and 7B's blocks on an H200, 120.2 / 65.0 and 904 / 493 ms
+FP8_RATE = 1.84  # times bf16's rate: products of 1B's and 7B's blocks, H200: 120.2 / 65.0 and 904 / 493 ms
 
 # Kernels that move more than each input and output once: factor. Attention's backward pass takes its operands in two
 # scans: 0.75 ms for 0.44 ms of bytes (docs/performance.md, lightning_attention at N 8192).

@@ -20,7 +20,7 @@ from megatron_tn.planning.microbatch import extrapolated_in_rows
 from megatron_tn.planning.speed import BACKWARD, MEMORY_SHARE, UPDATE_BYTES, step_time
 from megatron_tn.planning.traffic import received
 
-STATE_BYTES, SHARDED_BYTES = 2 + 4, 4 + 8  # of a parameter: weights and gradients; masters and moments
+STATE_BYTES, SHARDED_BYTES = 2 + 4, 4 + 8  # per parameter: weights + gradients; masters + moments
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def make_plan(
     chosen: bool = False,
     logs: Mapping[int, Sequence[Call]] | None = None,
 ) -> Plan:
-    """tokens: the budget; 0: TOKENS_A_PARAMETER a parameter. chosen, logs: see `Plan`."""
+    """The plan of a layout. tokens: the budget; 0: TOKENS_A_PARAMETER a parameter. chosen, logs: see `Plan`."""
     work = microbatch(config)
     time = None if missing_rates(config.cluster) else step_time(config, world_size, work)
     tokens = tokens or TOKENS_A_PARAMETER * parameter_count(config.model)

@@ -23,7 +23,7 @@ ENGINES = {
 }
 POLICIES = ("none", "selective", "full")  # the fastest first
 LEAST_SLICE = 4096  # tokens of a slice: shorter sequences are not cut
-MOST_TOKENS = 32768  # of a microbatch: products are at their full rate long before
+MOST_TOKENS = 32768  # most tokens of a microbatch: products are at full rate long before
 MOST_BATCH = 2.0  # times the usual batch, when the batch is free
 LAYOUT = ("parallel", "engine", "experiment", "data.micro_batch")  # settings that name a layout
 

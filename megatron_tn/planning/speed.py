@@ -26,12 +26,12 @@ from megatron_tn.planning.traffic import (
     step_traffic,
 )
 
-MEMORY_SHARE = 0.88  # of the datasheet's memory bandwidth that a device copy reaches (4.23 of 4.8 TB/s on an H200)
+MEMORY_SHARE = 0.88  # share of the datasheet's bandwidth that a device copy reaches (4.23 of 4.8 TB/s on an H200)
 # A collective beside products takes multiprocessors and memory bandwidth from them: it costs this share of its
 # time over NVLink, though it is hidden.
 CONTENTION = 0.85
-UPDATE_BYTES = 34  # of a parameter: AdamW's kernel 30 (docs/performance.md), the gradient norm 4
-BACKWARD = 2 / 3  # of a microbatch's time
+UPDATE_BYTES = 34  # per parameter: AdamW's kernel 30 (docs/performance.md), the gradient norm 4
+BACKWARD = 2 / 3  # the backward pass's share of a microbatch's time
 
 
 @dataclass(frozen=True)

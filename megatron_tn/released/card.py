@@ -66,7 +66,8 @@ FAMILIES = {
 
 
 def card(config: ModelConfig, dtype: torch.dtype, facts: dict[str, Any], bos: str) -> str:
-    """facts: what is known of the training, name -> value; none for weights from elsewhere. bos: the entry."""
+    """The text of README.md. facts: what is known of the training, name -> value; none for weights from elsewhere. bos:
+    the entry that begins a document."""
     training = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     return CARD.format(
         **FAMILIES[architecture(config).released.model_type],

@@ -49,13 +49,13 @@ class SafetensorsFile:
 
 
 class PickleFile:
-    """The same of a file that torch.save wrote; memory-mapped where it is of today's zip format."""
+    """As `SafetensorsFile`, of a file that torch.save wrote; memory-mapped where it has today's zip format."""
 
     def __init__(self, path: Path):
         try:
             try:
                 tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError:  # of the format before torch 1.6, which cannot be mapped
+            except RuntimeError:  # the file format before torch 1.6 cannot be memory-mapped
                 tensors = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise ConfigError(f"{path} is missing") from None

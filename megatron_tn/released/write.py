@@ -25,7 +25,7 @@ from megatron_tn.parallel.fp8_weights import keeps_fp8
 from megatron_tn.released.config import CONFIG_FILE, config_to_released
 from megatron_tn.released.weights import INDEX_FILE, WEIGHTS_FILE
 
-SHARD_BYTES = 4 << 30  # of one weight file, unless one tensor alone is larger
+SHARD_BYTES = 4 << 30  # bytes of one weight file, unless one tensor alone is larger
 STAGING = ".export-"  # prefix of the folder's name that holds new files until all are written
 # model_type -> the modelling file of its exports; transformers has that of all others.
 MODELLING = {"transnormer": Path(__file__).with_name("modeling_transnormer.py")}
@@ -86,7 +86,7 @@ def write_released(
     if problems := problems_of_export(config) + problems_of_output(directory):
         raise ConfigError(problems)
     directory.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.glob(f"{STAGING}*"):  # of an export that was killed
+    for leftover in directory.glob(f"{STAGING}*"):  # left by an export that was killed
         shutil.rmtree(leftover)
     staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=directory))
     try:
@@ -180,7 +180,7 @@ def _publish(staging: Path, directory: Path) -> None:
     old = {path for pattern in EXPORT_FILES for path in directory.glob(pattern) if path.is_file() or path.is_symlink()}
     for path in sorted(old, key=lambda path: path.name != CONFIG_FILE):
         path.unlink()
-    mode = (staging / CONFIG_FILE).stat().st_mode  # what the umask gives: safetensors writes its files with another one
+    mode = (staging / CONFIG_FILE).stat().st_mode  # the umask's mode: safetensors writes its files with another mode
     for path in sorted(staging.iterdir(), key=lambda path: path.name == CONFIG_FILE):
         path.chmod(mode)
         path.rename(directory / path.name)

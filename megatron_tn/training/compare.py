@@ -64,7 +64,7 @@ def groups_of(runs: Sequence[RunFolder]) -> list[Group]:
 
 
 def _group(name: str, runs: Sequence[RunFolder], seeds: Mapping[RunFolder, int | str]) -> Group:
-    """Of runs of one seed the one that was trained last."""
+    """The group of these runs; of several runs with one seed, the one that was trained last counts."""
     by_time = sorted(runs, key=lambda run: max((record.get("time", 0.0) for record in run.journal.tail()), default=0.0))
     last = {seeds[run]: run for run in by_time}
     repeated = [(run, last[seeds[run]]) for run in runs if last[seeds[run]] is not run]

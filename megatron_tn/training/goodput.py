@@ -91,12 +91,13 @@ def process_began() -> float:
 
 
 def goodput_of(folder: RunFolder) -> Goodput | None:
-    """Of a run, by its journal so far; None where it has recorded no start."""
+    """The goodput of a run, from its journal so far; None where it has recorded no start."""
     return account(folder.records("time"), folder.superseded("time"))
 
 
 def account(kept: Iterable[dict[str, Any]], superseded: Iterable[dict[str, Any]]) -> Goodput | None:
-    """kept, superseded: records of log.jsonl and log.superseded.jsonl. None without a record of a start."""
+    """The goodput that the records tell; None without a record of a start. kept, superseded: records of log.jsonl and
+    log.superseded.jsonl."""
     both = [(record, True) for record in kept] + [(record, False) for record in superseded]
     both.sort(key=lambda one: one[0]["time"])
     lost = dict.fromkeys(CAUSES, 0.0)
@@ -110,7 +111,7 @@ def account(kept: Iterable[dict[str, Any]], superseded: Iterable[dict[str, Any]]
         if "start/began" in record:
             starts.append(_Start(record["start/began"], moment, record["step"], moment))
         if not starts:
-            continue  # of a start before starts were recorded
+            continue  # a record from before starts were recorded
         start = starts[-1]
         start.last = moment
         pauses = {"checkpoint": record.get("checkpoint/pause_s", 0.0), "evaluation": record.get("evaluation_s", 0.0)}

@@ -39,10 +39,10 @@ class Start:
 
     checkpoint: None for initial values. weights: the folder of init_from that they are read from instead, for a run
     that has no checkpoint yet. fingerprint: of the checkpoint's manifest; "" for initial values. weights_fingerprint:
-    the same of `weights`; "" where these are no checkpoint. by_hand: whether
-    checkpoint.resume named a checkpoint, or none. later: newer checkpoints in run_dir, to be renamed. damage:
-    checkpoint -> problems, for those of `later` that are damaged. ledger: notes since the checkpoint was saved; empty
-    where checkpoint.resume named a checkpoint, or none. manifest: the checkpoint's, without pieces and files.
+    the same of `weights`; "" where these are no checkpoint. by_hand: whether checkpoint.resume named a checkpoint, or
+    "none". later: newer checkpoints in run_dir, to be renamed. damage: checkpoint -> problems, for those of `later`
+    that are damaged. ledger: notes since the checkpoint was saved; empty where `by_hand`. manifest: the checkpoint's,
+    without pieces and files.
     """
 
     checkpoint: Path | None = None
@@ -62,7 +62,7 @@ class Start:
         return cls(checkpoint, _fingerprint(checkpoint), manifest=manifest, **more)
 
     def with_weights(self, folder: Path) -> Start:
-        """The same, from the weights in `folder`: a checkpoint, or in the released layout."""
+        """This start, with initial weights from `folder`: a checkpoint, or in the released layout."""
         ours = (folder / MANIFEST).is_file()
         return replace(self, weights=folder, weights_fingerprint=_fingerprint(folder) if ours else "")
 

@@ -41,7 +41,7 @@ class Submission:
 
     @classmethod
     def all_of(cls, folder: RunFolder) -> list[Submission]:
-        """Those of a run or of a sweep, oldest first."""
+        """The submissions of a run or of a sweep, oldest first."""
         return [cls(path.parent) for path in sorted(folder.submitted.glob(f"*/{cls.RECORD}"))]
 
     @property

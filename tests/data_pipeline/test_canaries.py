@@ -142,7 +142,7 @@ def test_a_canary_follows_from_its_seed(make):
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [("per_kind=0", "per_kind=0"), ("per_kind=x", "per_kind=x"), ("per_kind=9999", "per_kind=9999: needs 19998")],
+    [("per_kind=0", "per_kind=0"), ("per_kind=x", "per_kind=x"), ("per_kind=9999", "per_kind=9999 needs 19998")],
 )
 def test_bad_input_is_one_clear_line(tmp_path, option, message, capsys):
     write_real_text(tmp_path / "real", 3)

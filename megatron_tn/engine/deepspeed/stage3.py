@@ -46,7 +46,7 @@ class BlockReduction:
         self.first_microbatch = first_microbatch
         self.in_block = collections.Counter(map(block_of, parts))
         self.in_block[None] = 1
-        self.ready: list[nn.Parameter] = []  # of the current block, with .grad; blocks finish one at a time
+        self.ready: list[nn.Parameter] = []  # parameters of the current block that have .grad
 
     def take(self, parameter: nn.Parameter) -> None:
         """Called when `parameter.grad` holds this microbatch's gradient; reduces the block once it is complete."""

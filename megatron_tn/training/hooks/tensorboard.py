@@ -38,7 +38,7 @@ class TensorBoard(JournalCopy):
     def show(self, values: dict[str, float], texts: list[dict[str, str]], step: int) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        seconds = values.pop("time", None)  # of the step, also where the record is an old one
+        seconds = values.pop("time", None)  # Unix time of the step, also of a record from an earlier start
         found = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._writer.add_summary(Summary(value=found), step, seconds)
         if texts:

@@ -20,7 +20,7 @@ from megatron_tn.training.throughput import Work
 
 log = logging.getLogger(__name__)
 
-ANSWER_S = 30.0  # that wandb's server has to answer at a start, which waits for it
+ANSWER_S = 30.0  # seconds within which wandb's server must answer at a start
 RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 

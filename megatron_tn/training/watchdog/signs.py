@@ -17,7 +17,7 @@ from megatron_tn.config import ConfigError
 from megatron_tn.training.run_folder import RunFolder
 
 MOST_INTERVAL_S = 5.0  # longest heartbeat interval
-BYTES = 4096  # size of the file
+BYTES = 4096  # size of a sign's file
 MOST_TEXT = 1000  # characters of `place` or `failed`
 
 
