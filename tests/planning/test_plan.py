@@ -72,22 +72,26 @@ def test_what_no_layout_can_have_is_named(wrong, capsys):
     assert wrong.partition("=")[0] in capsys.readouterr().err
 
 
-def test_a_sweep_goes_past_layouts_that_do_not_fit_and_ends_with_a_table(capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "1000")
-    sweep = (
-        "--multirun",
-        *SMALL,
-        "model.layers=2",
-        "data.micro_batch=1,64,3",
-        "data.global_batch=128",
-        f"run_dir={tmp_path}",
-    )
+def test_a_sweep_goes_past_layouts_that_do_not_fit_and_ends_with_a_table_or_json(capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)  # into a pipe nothing is cut
+    shared = (*SMALL, "model.layers=2", "data.global_batch=128", f"run_dir={tmp_path}")
+    sweep = ("--multirun", *shared, "data.micro_batch=1,64,3")
     assert call(main, *sweep) == 0
-    out = " ".join(capsys.readouterr().out.split())
-    for words in ("why not", "a rank needs", "multiple"):
-        assert words in out
-    assert re.search(r"cluster.gpu_memory_gib=10.0; in GiB: data.micro_batch=\d+ needs \d", out)
-    assert call(main, *sweep, "nodes=512") == 2  # 4096 processes have no batch of 128
+    rows = [line for line in capsys.readouterr().out.splitlines() if "data.micro_batch=" in line]
+    fits, large, odd = (line.split("│")[1:-1] for line in rows)
+    assert [cells[0].strip() for cells in (fits, large, odd)] == [f"data.micro_batch={rows}" for rows in (1, 64, 3)]
+    assert not fits[-1].strip()
+    assert re.search(r"a rank needs .* cluster.gpu_memory_gib=10.0; in GiB: data.micro_batch=\d+ needs \d", large[-1])
+    assert odd[-1].rstrip().endswith("multiple of data.micro_batch=3 x data-parallel size 2 = 6")
+    assert call(main, *sweep, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [each["fits"] for each in found] == [True, False, False]
+    assert found[0]["overrides"][-1] == "data.micro_batch=1"
+    assert found[0]["days"] > 0
+    assert found[1]["problems"][0].startswith("a rank needs ")
+    assert set(found[2]) == {"overrides", "fits", "problems"}
+    assert call(main, *sweep, "nodes=512", "json=true") == 2  # 4096 processes have no batch of 128
+    assert not any(each["fits"] for each in json.loads(capsys.readouterr().out))
 
 
 def test_warnings_name_what_is_seldom_meant():
