@@ -58,13 +58,13 @@ def plan_of(config: PlanConfig, named: set[str]) -> tuple[Plan, list[Candidate]]
         unknown.insert(0, "cluster.gpu_memory_gib")
     if config.search and unknown:
         raise ConfigError(f"search=true needs {', '.join(unknown)}: choose a cluster, such as cluster=a100_80g")
-    if problems := config.problems():
-        raise ConfigError(problems)
     chosen = "data.global_batch" not in named and "experiment" not in named and not unknown
     candidates: list[Candidate] = []
     if config.search or not (unknown or names_a_layout(named)):
         candidates = search(config, world, named)
         config = candidates[0].config
+    elif problems := config.problems():
+        raise ConfigError(problems)
     elif chosen:
         config = with_usual_batch(config, world)
     if problems := config.problems(world):
