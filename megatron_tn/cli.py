@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import gc
 import importlib
+import inspect
 import logging
 import multiprocessing
 import os
@@ -104,6 +105,7 @@ def command(
             if jobs and is_first_process():
                 after_sweep(jobs[0][0], [folder for _, folder in jobs])
 
+        main.__wrapped__ = function  # what `_Named` calls, where the module has `main` by the function's name
         return main
 
     return decorate
@@ -131,7 +133,7 @@ class _Named:
     name: str
 
     def __call__(self, config: Any) -> int | None:
-        return getattr(importlib.import_module(self.module), self.name)(config)
+        return inspect.unwrap(getattr(importlib.import_module(self.module), self.name))(config)
 
 
 def of_words(function: Callable[[list[str]], None]) -> Callable[[], None]:

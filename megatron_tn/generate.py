@@ -186,6 +186,7 @@ def check(config: GenerateConfig) -> None:
         stop_strings(config.stop)
     except ConfigError as error:
         problems += error.problems
+    record = {config.text_key: config.prompt}
     if config.prompts:
         for name in ("prompt", "save_state"):
             if getattr(config, name):
@@ -193,7 +194,9 @@ def check(config: GenerateConfig) -> None:
                     f"{name}={getattr(config, name)} is for one text, and prompts={config.prompts} for many"
                 )
         added = {config.output_key, END} | ({SAMPLE} if config.samples > 1 else set())
-        problems += prompt_problems(config.prompts, config.text_key, added)
+        found = prompt_problems(config.prompts, config.text_key, added)
+        record = {} if found else next(read_prompts(config.prompts), {})
+        problems += found
     if config.state and not Path(config.state).is_file():
         why = (
             "it is a folder: name a file that save_state wrote"
@@ -206,7 +209,7 @@ def check(config: GenerateConfig) -> None:
     for name in ("output", "save_state"):
         problems += unwritable(name, getattr(config, name))
     read = {name: value for name in ("prompts", "state", "tokenizer") if (value := getattr(config, name))}
-    problems += output_problems(config.output, config.resume, read, config.output_key)
+    problems += output_problems(config.output, config.resume, read, config.output_key, record)
     for name in ("prompt", "stop"):
         if any("\ud800" <= character <= "\udfff" for character in getattr(config, name)):
             problems.append(f"{name}={getattr(config, name)!r} is no text: it has bytes that are not UTF-8")

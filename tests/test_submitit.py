@@ -10,8 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_tn import evaluate
 from megatron_tn import train as module
 from megatron_tn.cli import _Program
+from megatron_tn.config import ConfigError, EvaluateConfig
 from megatron_tn.submitit import MOST, failure_is_told, settings_for_submitit
 from megatron_tn.train import main as train
 from tests.helpers.training import ROOT, call
@@ -47,6 +49,13 @@ def test_what_a_job_unpickles_before_it_listens_for_signals_imports_no_torch():
     pickled = pickle.dumps(_Program(module.train))
     done = subprocess.run([sys.executable, "-c", script], input=pickled, capture_output=True, cwd=ROOT)
     assert done.stdout == b"megatron_tn.train train False\n", done.stderr
+
+
+def test_a_job_calls_the_function_of_a_decorated_command():
+    """A module has the command line, without parameters, by the name of a function that is decorated."""
+    program = pickle.loads(pickle.dumps(_Program(evaluate.main.__wrapped__)))
+    with pytest.raises(ConfigError, match="checkpoint is not set"):
+        program(EvaluateConfig())
 
 
 @pytest.mark.parametrize(("code", "kind"), [(2, RuntimeError), (0, SystemExit), (-1, SystemExit)])

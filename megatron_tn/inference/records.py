@@ -82,9 +82,12 @@ def _line(record: dict[str, Any]) -> bytes:
         return (json.dumps(record) + "\n").encode()
 
 
-def output_problems(path: str, resume: bool, read: Mapping[str, str], output_key: str) -> list[str]:
+def output_problems(
+    path: str, resume: bool, read: Mapping[str, str], output_key: str, record: Mapping[str, Any]
+) -> list[str]:
     """Why continuations cannot be written to output=`path` beyond `config.unwritable`. read: other settings -> files
-    that are read. output_key: a key that every line of earlier output has."""
+    that are read. output_key: a key that every line of earlier output has. record: the first text to continue, with
+    whose keys an output begins that broke off in its first line."""
     if not path or not Path(path).is_file():
         return []
     same = [f"output={path} is {name}={file} itself" for name, file in read.items() if _is_file(file, path)]
@@ -94,10 +97,14 @@ def output_problems(path: str, resume: bool, read: Mapping[str, str], output_key
         return [f"output={path} exists: resume=true goes on behind its last line; or name another file"]
     with Path(path).open("rb") as file:
         first = file.readline()
-    try:
-        own = first.endswith(b"\n") and output_key in json.loads(first)
-    except (ValueError, TypeError, RecursionError):
-        own = False
+    if first.endswith(b"\n"):
+        try:
+            own = output_key in json.loads(first)
+        except (ValueError, TypeError, RecursionError):
+            own = False
+    else:
+        begin = _line({**record, output_key: ""}).removesuffix(b'"}\n')
+        own = begin.startswith(first) or first.startswith(begin)
     return [] if own else [f"output={path} does not begin with a line that has {output_key}: resume=true cannot go on"]
 
 

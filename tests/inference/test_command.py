@@ -67,6 +67,11 @@ def test_a_file_is_continued_in_order_at_any_batch_and_from_where_it_broke_off(c
     assert call(generate, *words(checkpoint, f"prompts={prompts}", f"output={again}", *settings)) == 2
     assert f"output={again} exists: resume=true goes on" in capsys.readouterr().err
     assert continued(checkpoint, prompts, again, *settings, "resume=true") == found
+    for length in (1, 9, 40, found.index(b"\n")):  # it broke off in its first line
+        again.write_bytes(found[:length])
+        capsys.readouterr()
+        assert call(generate, f"prompts={prompts}", f"output={again}", "resume=true") == 2
+        assert capsys.readouterr().err.startswith("error: checkpoint is not set")  # and nothing of output
 
 
 def test_a_prompt_is_printed_with_the_continuation_that_a_file_has(checkpoint, tmp_path, capsys):
@@ -161,7 +166,7 @@ def test_everything_that_is_wrong_is_said_at_the_start(checkpoint, prompts, tmp_
     assert r"error: stop='\udcff' is no text: it has bytes that are not UTF-8" in said
     for content in ('{"mine": 1}', '{"continuation": "a"}', "mine\n", '{"mine": 1}\n', "[1]\n", "1\n"):
         prompts.write_text(content)
-        (problem,) = output_problems(str(prompts), True, {}, "continuation")
+        (problem,) = output_problems(str(prompts), True, {}, "continuation", {"text": "a"})
         assert problem.startswith(f"output={prompts} does not begin with a line that has continuation: ")
     prompts.write_text('{"text": "!"}\n{"text": "z"}\n')
     small = reference_model(dataclasses.replace(TINY, vocab_size=60), seed=2, dtype=torch.float32)
