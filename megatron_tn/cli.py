@@ -84,7 +84,8 @@ def command(
             nonlocal line
             if {"-h", "--help"} & set(sys.argv[1:]):
                 if is_first_process():
-                    print(help_text(kind, function.__globals__["__doc__"] or ""))
+                    with closed_pipe_exits():
+                        print(help_text(kind, function.__globals__["__doc__"] or ""))
                 return
             _log_to_standard_error(logging.INFO if is_first_process() else logging.WARNING)
             pairs = [word.partition("=") for word in sys.argv[1:]]
@@ -143,7 +144,8 @@ def of_words(function: Callable[[list[str]], None]) -> Callable[[], None]:
     def main() -> None:
         words = sys.argv[1:]
         if not words or {"-h", "--help"} & set(words):
-            print(function.__globals__["__doc__"])
+            with closed_pipe_exits():
+                print(function.__globals__["__doc__"])
             return
         with bad_input_exits():
             function(words)

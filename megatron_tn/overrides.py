@@ -248,7 +248,8 @@ class CommandLine:
                     problems.append(f"{key}={value}: conf/{key} has {', '.join(choices)}{hint}")
             elif key not in known and not key.startswith(("hydra.", "hydra/")):
                 problems.append(unknown_key(key, sorted({*known, *self.groups})))
-        return problems or [_first_line(error)]
+        cause = f": {_first_line(error.__cause__)}" if error.__cause__ else ""
+        return problems or [_first_line(error) + cause]
 
 
 @contextlib.contextmanager
