@@ -65,7 +65,7 @@ def test_all_bad_keys_and_values_are_in_one_error():
         from_mapping(TrainConfig, bad)
     text = str(caught.value)
     assert len(caught.value.problems) == 5
-    assert "nodes=0 must be at least 1" in text
+    assert "nodes=0 must be from 1 to 1000000" in text
     assert "unknown setting model.emb_dim; did you mean model.embed_dim" in text
     assert "model.act='gelu'" in text
     assert "engine.zero_stage=4" in text

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic.dataclasses import dataclass
 
-from megatron_tn.config.bounds import Bounds, Count, Unlimited
+from megatron_tn.config.bounds import Bounds, Unlimited
 from megatron_tn.config.mapping import STRICT
 
 Rate = Annotated[float | None, Bounds(0, above=True, below=True)]
@@ -25,7 +25,8 @@ DATASHEET_BF16_TFLOPS = (
 @dataclass(frozen=True, config=STRICT)
 class ClusterConfig:
     name: str = "local"  # name of the cluster in reports
-    gpus_per_node: Count = 0  # GPUs of one node; 0: not known: plans assume one rank a node, and jobs ask for no GPUs
+    # GPUs of one node; 0: not known: plans assume one rank a node, and jobs ask for no GPUs.
+    gpus_per_node: Annotated[int, Bounds(0, 1024)] = 0
     # Memory of one GPU in GiB, as CUDA reports it; 0: not known: plans do not say what fits.
     gpu_memory_gib: Unlimited = 0.0
     # GiB of GPU memory that a plan adds for CUDA context, kernel code and NCCL buffers, which PyTorch's allocator does

@@ -2,11 +2,11 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic.dataclasses import dataclass
 
-from megatron_tn.config.bounds import Count, Positive, Seed
+from megatron_tn.config.bounds import Bounds, Count, Positive, Seed
 from megatron_tn.config.checkpoint import CheckpointConfig
 from megatron_tn.config.cluster import ClusterConfig
 from megatron_tn.config.data import DataConfig
@@ -31,7 +31,7 @@ class TrainConfig:
     # Initial weights of a new run: a checkpoint, a run's folder or a released model's folder; empty: random values.
     init_from: str = ""
     seed: Seed = 0  # seed of the random initial weights and of the data order
-    nodes: Positive = 1  # number of nodes that the run is planned for and submitted to
+    nodes: Annotated[int, Bounds(1, 1_000_000)] = 1  # number of nodes that the run is planned for and submitted to
     # Save a checkpoint and end after this step, with the learning-rate schedule of schedule.steps; 0: end at
     # schedule.steps.
     stop_after: Count = 0

@@ -9,6 +9,14 @@ from megatron_tn.model.registry import parameter_count
 BATCH_TOKENS = ((1.0e9, 0.5e6), (4e9, 1e6), (20e9, 2e6), (float("inf"), 3.2e6))
 REASON = "the tokens that GPT-3 of this size had in a batch (arXiv 2005.14165, table 2.1)"
 
+FAR = 4  # times the usual batch, or less than one over it
+
+
+def is_far(config: TrainConfig) -> bool:
+    """Whether the batch has more or fewer tokens than is usual for a model of this size, by more than FAR."""
+    tokens = config.data.global_batch * config.data.sequence_length
+    return not 1 / FAR <= tokens / usual_tokens(config) <= FAR
+
 
 def usual_tokens(config: TrainConfig) -> float:
     """Tokens of a batch for a model of this size."""

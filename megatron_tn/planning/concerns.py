@@ -7,12 +7,11 @@ from dataclasses import replace
 
 from megatron_tn.config import ParallelConfig, TrainConfig
 from megatron_tn.model.registry import parameter_count
-from megatron_tn.planning.batch import REASON, usual_tokens
+from megatron_tn.planning.batch import REASON, is_far, usual_tokens
 from megatron_tn.planning.estimate import state_bytes
 from megatron_tn.planning.speed import StepTime
 
 HOST_BLOCK_S = 11e-3  # to launch a block's forward and backward pass at tp > 1 (docs/scaling.md)
-FAR = 4  # times the usual batch, or less than one over it
 NOTICEABLE = 0.05  # share of the time between two checkpoints
 
 
@@ -58,9 +57,8 @@ def concerns(config: TrainConfig, time: StepTime | None, environment: Mapping[st
         )
     if line := other_world(config, environment):
         yield line
-    tokens = config.data.global_batch * config.data.sequence_length
-    usual = usual_tokens(config)
-    if not 1 / FAR <= tokens / usual <= FAR:
+    if is_far(config):
+        tokens, usual = config.data.global_batch * config.data.sequence_length, usual_tokens(config)
         yield (
             f"data.global_batch={config.data.global_batch} x data.sequence_length={config.data.sequence_length} is "
             f"{tokens / 1e6:.2f} M tokens, far from {usual / 1e6:.1f} M: {REASON}"

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from megatron_tn.config import TrainConfig
 from megatron_tn.model.registry import forward_flops_per_token, parameter_count, training_flops_per_token
-from megatron_tn.planning.batch import REASON
+from megatron_tn.planning.batch import REASON, is_far
 from megatron_tn.planning.collectives import Call
 from megatron_tn.planning.concerns import checkpoint_bytes, checkpoint_seconds, concerns
 from megatron_tn.planning.estimate import GIB, MemoryPlan, plan_memory
@@ -73,7 +73,10 @@ class Plan:
         if self.config.optim.name == "muon":
             lines.append("optim.name=muon: the rank with most matrices; nothing hides their exchange")
         if self.chosen:
-            lines.append(f"data.global_batch={self.config.data.global_batch}: {REASON}")
+            least = "one microbatch of each data-parallel rank, since none smaller can be split over them"
+            lines.append(
+                f"data.global_batch={self.config.data.global_batch}: {least if is_far(self.config) else REASON}"
+            )
         return lines
 
     def as_json(self) -> dict[str, Any]:

@@ -223,9 +223,14 @@ def test_held_out_shards_without_anything_to_predict(shards, tmp_path, capsys):
             ],
         ),
         (benchmark, ["benchmark.steps=0", "benchmark.loop_steps=-1"], ["benchmark.steps=0", "benchmark.loop_steps=-1"]),
-        (plan, ["nodes=0"], ["nodes=0 must be at least 1"]),
+        (plan, ["nodes=0"], ["nodes=0 must be from 1 to 1000000"]),
+        (
+            plan,
+            ["cluster.matrix_rates={}"],
+            ["Error merging override cluster.matrix_rates={}: Cannot merge DictConfig"],
+        ),
     ],
-    ids=["generate", "evaluate", "benchmark", "plan"],
+    ids=["generate", "evaluate", "benchmark", "plan", "a mapping for a list"],
 )
 def test_values_that_other_commands_cannot_have(capsys, main, words, messages):
     assert call(main, *words) == 2

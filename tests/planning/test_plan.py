@@ -8,10 +8,12 @@ import pytest
 
 from megatron_tn.config import CheckpointConfig, DataConfig, EngineConfig, ParallelConfig
 from megatron_tn.plan import main
+from megatron_tn.planning.batch import with_usual_batch
 from megatron_tn.planning.concerns import checkpoint_bytes, checkpoint_seconds, concerns
 from megatron_tn.planning.estimate import plan_memory
 from megatron_tn.planning.microbatch import extrapolated
 from megatron_tn.planning.remedies import combinations
+from megatron_tn.planning.report import make_plan
 from megatron_tn.planning.speed import step_time
 from tests.helpers.models import TINY, tiny_config
 from tests.helpers.training import call
@@ -92,6 +94,7 @@ def test_a_search_needs_to_know_the_cluster(capsys):
     [
         *("parallel.tp=0", "parallel.cp=-1", "data.micro_batch=0", "data.sequence_length=0", "nodes=0"),
         *("data.sequence_length=1000000000000", "data.micro_batch=4611686018427387904"),
+        *("nodes=1000000000", "cluster.gpus_per_node=1000000000"),
         *(f"cluster.matrix_rates={rates}" for rates in ("[[512]]", "[[512,0]]", "[[1024,9],[512,9]]", "[[512,9,9]]")),
     ],
 )
@@ -154,6 +157,9 @@ def test_warnings_name_what_is_seldom_meant():
     assert line == "nodes=2 x cluster.gpus_per_node=8 is not the world of 8 processes started"
     small = dataclasses.replace(base, data=dataclasses.replace(base.data, global_batch=16))
     assert "0.03 M tokens, far from 0.5 M" in next(concerns(small, slow, {}))
+    many = with_usual_batch(base, 2**20)  # no batch of 0.5 M tokens has a sequence for each
+    (line,) = make_plan(many, 2**20, 0, chosen=True).assumptions[-1:]
+    assert line.startswith(f"data.global_batch={2**20}: one microbatch of each data-parallel rank")
     often = dataclasses.replace(base, checkpoint=CheckpointConfig(every=1))
     crawling = dataclasses.replace(often, cluster=dataclasses.replace(base.cluster, storage_gbs=1e-3))
     assert "checkpoint.every=1 steps take" in next(concerns(crawling, time, {}))
