@@ -22,7 +22,7 @@ from megatron_tn.cli import command, run_program
 from megatron_tn.config import ConfigError, GenerateConfig, out_of_bounds, unwritable
 from megatron_tn.inference.generator import Generator, Request, check_length
 from megatron_tn.inference.prefix import Prefix, check_ids
-from megatron_tn.inference.prefix_file import load_prefix, save_prefix
+from megatron_tn.inference.prefix_file import identity, load_prefix, replacing_problem, save_prefix
 from megatron_tn.inference.records import (
     OrderedLines,
     open_output,
@@ -69,6 +69,8 @@ class Job:
         self.writes = model.context.tp.rank == 0
         self.sampler = sampler_of(config)
         self.stop = stop_strings(config.stop)
+        if config.save_state and (problem := replacing_problem(config.save_state, identity(model))):
+            raise ConfigError(f"save_state={config.save_state} cannot be written: {problem}")
         self.beginning = load_prefix(config.state, model) if config.state else None
         rows = config.batch if config.prompts else min(config.batch, config.samples)
         self.generator = Generator(
@@ -208,6 +210,8 @@ def check(config: GenerateConfig) -> None:
         problems.append(f"output_key={config.output_key} must be none of {config.text_key!r}, {END!r} and {SAMPLE!r}")
     for name in ("output", "save_state"):
         problems += unwritable(name, getattr(config, name))
+    if config.save_state and not Path(config.save_state).is_dir() and (problem := replacing_problem(config.save_state)):
+        problems.append(f"save_state={config.save_state} cannot be written: {problem}")
     read = {name: value for name in ("prompts", "state", "tokenizer") if (value := getattr(config, name))}
     problems += output_problems(config.output, config.resume, read, config.output_key, record)
     for name in ("prompt", "stop"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -97,6 +98,7 @@ def test_a_state_is_continued_as_its_text_is(checkpoint, prompts, tmp_path, caps
     prompts.write_text("".join(json.dumps(record) + "\n" for record in whole))
     same = [json.loads(line) for line in continued(checkpoint, prompts, wanted).splitlines()]
     assert [record["continuation"] for record in records] == [record["continuation"] for record in same]
+    assert call(generate, *words(checkpoint, "prompt=Twice", f"save_state={state}", "max_new_tokens=0")) == 0
     other = tmp_path / "other"
     save_pretrained(
         reference_model(dataclasses.replace(TINY, vocab_size=259, layers=3), seed=2, dtype=torch.float32), other
@@ -104,6 +106,14 @@ def test_a_state_is_continued_as_its_text_is(checkpoint, prompts, tmp_path, caps
     (other / "tokenizer.json").write_bytes((checkpoint / "tokenizer.json").read_bytes())
     assert call(generate, *words(other, f"state={state}")) == 2
     assert f"state={state} was computed by another model: layers: 2 -> 3" in capsys.readouterr().err
+    assert call(generate, *words(other, f"save_state={state}")) == 2
+    assert f"save_state={state} cannot be written: the state of another model is there" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(state)
+    os.mkfifo(tmp_path / "pipe")
+    for name, why in (("other/tokenizer.json", "a file is there"), ("link", "it is no"), ("pipe", "it is no")):
+        assert call(generate, *words(checkpoint, f"save_state={tmp_path / name}")) == 2
+        assert f"save_state={tmp_path / name} cannot be written: {why}" in capsys.readouterr().err
+    assert (other / "tokenizer.json").read_bytes() == (checkpoint / "tokenizer.json").read_bytes()
     assert call(generate, *words(checkpoint, f"state={state}", "fp8_weights=true")) == 2
     assert "another model: weights in torch.float32, not torch.float32 and fp8" in capsys.readouterr().err
 
