@@ -202,12 +202,13 @@ def existing_problems(config: GenerateConfig) -> list[str]:
 
 def check(config: GenerateConfig) -> None:
     """Raises ConfigError with every problem that can be known before anything is loaded."""
-    problems = [*sampler_of(config).problems(), *out_of_bounds(config).values()]
-    try:
-        resolve_checkpoint(config.checkpoint)
-        stop_strings(config.stop)
-    except ConfigError as error:
-        problems += error.problems
+    problems = [*out_of_bounds(config).values()]
+    readers = ((sampler_of, config), (resolve_checkpoint, config.checkpoint), (stop_strings, config.stop))
+    for read, value in readers:
+        try:
+            read(value)
+        except ConfigError as error:
+            problems += error.problems
     found = []
     if config.prompts:
         for name in ("prompt", "save_state"):

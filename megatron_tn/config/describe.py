@@ -73,9 +73,12 @@ def help_text(kind: type, about: str) -> str:
     for name, default, meaning in settings(kind):
         lines.append(f"  {name}={default}")
         lines += textwrap.wrap(meaning, 110, initial_indent="      ", subsequent_indent="      ")
-    return "\n".join(
-        [*lines, "", "-m, --multirun: a sweep over KEY=A,B; --cfg job: print the settings; more: --hydra-help"]
+    sweep = (
+        "-m, --multirun: a sweep over KEY=A,B; "
+        if "run_dir" in {field.name for field in dataclasses.fields(kind)}
+        else ""
     )
+    return "\n".join([*lines, "", f"{sweep}--cfg job: print the settings; more: --hydra-help"])
 
 
 COMMANDS = {

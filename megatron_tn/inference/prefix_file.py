@@ -19,14 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_tn.config import ConfigError, differences, to_mapping
-from megatron_tn.inference.prefix import Prefix, check_ids
+from megatron_tn.config import ConfigError, to_mapping
+from megatron_tn.inference.prefix import Prefix, check_ids, kind_difference, types
 from megatron_tn.model.base import DecodingState, Model
 from megatron_tn.parallel.collectives import all_gather, all_reduce_
-from megatron_tn.parallel.fp8_weights import keeps_fp8
 
 FORMAT = "megatron_tn prefix 1"
-NO_DIFFERENCE = {"name": "", "init_std": 0.0}  # settings that do not change what a model computes
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 HEADS = -3  # the dimension of every state that is split over tensor parallelism: [.., H / tp, K, d]
 
@@ -37,7 +35,9 @@ def save_prefix(prefix: Prefix, model: Model, path: str | Path) -> None:
 
     Raises:
         ConfigError: it cannot be written, or something else than a prefix of this model is there.
+        ValueError: a model of another kind computed it.
     """
+    prefix.check_kind(model)
     axis = model.context.tp
     layers = [] if prefix.state is None else prefix.state.layers
     tensors = {f"layer.{n}": all_gather(layer[0], axis, HEADS).cpu() for n, layer in enumerate(layers)}
@@ -123,7 +123,7 @@ def _prefix(metadata: dict[str, str], tensors: dict[str, Tensor], model: Model) 
     for n, (layer, wanted) in enumerate(zip(layers, _layers_of(model, length - 1), strict=True)):
         if (layer.dtype, list(layer.shape)) != wanted:
             raise ValueError(f"layer.{n} is {layer.dtype} {list(layer.shape)}, not {wanted[0]} {wanted[1]}")
-    return Prefix(DecodingState(layers, length - 1), last, seen)
+    return Prefix(DecodingState(layers, length - 1), last, seen, (model.config, types(model)))
 
 
 def _layers_of(model: Model, tokens: int) -> Iterator[tuple[torch.dtype, list[int]]]:
@@ -144,20 +144,12 @@ def identity(model: Model) -> dict[str, str]:
 
 def _difference(theirs: Mapping[str, str], own: Mapping[str, str]) -> str:
     """The differences between the `identity` in a file's metadata and a model's own, in words; empty without any."""
-    configs = (json.loads(each["config"]) | NO_DIFFERENCE for each in (theirs, own))
-    if changed := differences(*configs):
-        return ", ".join(changed)
-    if theirs["dtype"] != own["dtype"]:
-        return f"weights in {theirs['dtype']}, not {own['dtype']}"
+    kinds = ((json.loads(each["config"]), each["dtype"]) for each in (theirs, own))
+    if found := kind_difference(*kinds):
+        return found
     if theirs["model"] != own["model"]:
         return f"weights with fingerprint {theirs['model']}, not {own['model']}"
     return ""
-
-
-def types(model: Model) -> str:
-    """The type that the model computes in, and whether its weights are kept in another."""
-    computing = str(next(model.parameters()).dtype)
-    return f"{computing} and fp8" if keeps_fp8(model) else computing
 
 
 def fingerprint(model: Model) -> str:

@@ -22,17 +22,20 @@ def prompt_problems(path: str, text_key: str, taken: set[str]) -> list[str]:
 
     Reads the file once, so that nothing is computed for one that breaks off in the middle.
     """
+    if Path(path).exists() and not Path(path).is_dir() and not Path(path).is_file():
+        return [f"prompts={path} is no regular file, and is read more than once"]
     try:
         with Path(path).open("rb") as file:
-            found = []
+            found, empty = [], True
             for number, line in enumerate(file, 1):
+                empty = empty and not line.strip()
                 if line.strip() and (problem := _problem(line, text_key, taken)):
                     found.append(f"prompts={path}, line {number}: {problem}")
                 if len(found) == MOST_PROBLEMS:
                     break
     except OSError as error:
         return [f"prompts={path} cannot be read: {error.strerror}"]
-    return found
+    return [f"prompts={path} has no texts"] if empty else found
 
 
 def read_prompts(path: str) -> Iterator[dict[str, Any]]:

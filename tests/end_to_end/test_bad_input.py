@@ -258,9 +258,10 @@ def test_a_run_folder_that_cannot_be_made(shards, tmp_path, capsys, run, message
         ([], "checkpoint is not set"),
         (["checkpoint=nowhere"], "checkpoint=nowhere: no checkpoint"),
         (["--multirun", "checkpoint=a,b"], " has no run_dir for a sweep; call it once for each value"),
+        (["hydra.mode=MULTIRUN", "precision=fp32,bf16"], " has no run_dir for a sweep; call it once for each value"),
         (["precision=fp32,bf16"], "precision=fp32,bf16: a sweep over several values is not for "),
     ],
-    ids=["unset", "absent", "sweep", "values"],
+    ids=["unset", "absent", "sweep", "mode", "values"],
 )
 def test_checkpoints_that_are_not_there(capsys, main, words, message):
     assert call(main, *words) == 2

@@ -75,6 +75,12 @@ def test_bad_requests(prompt, count, message):
         generate(reference_model(TINY, 0), [prompt], max_new_tokens=count)
 
 
+@pytest.mark.parametrize("given", [{"seed": -1}, {"seed": 1.5}, {"seed": 2**70}, {"number": -1}], ids=str)
+def test_keys_of_random_numbers_that_are_none(given):
+    with pytest.raises(ValueError, match=r"^(seed|number)=\S+ must be from 0 to 18446744073709551615, and whole$"):
+        Request([1], **given)
+
+
 def test_ids_may_be_a_tensor_or_an_array():
     model, ids = reference_model(TINY, 0), [1, 5, 9]
     wanted = generate(model, [ids] * 2, max_new_tokens=3)
