@@ -84,7 +84,8 @@ def command(
             nonlocal line
             if {"-h", "--help"} & set(sys.argv[1:]):
                 if is_first_process():
-                    print(help_text(kind, function.__globals__["__doc__"] or ""))
+                    with closed_pipe_exits():
+                        print(help_text(kind, function.__globals__["__doc__"] or ""))
                 return
             _log_to_standard_error(logging.INFO if is_first_process() else logging.WARNING)
             pairs = [word.partition("=") for word in sys.argv[1:]]
