@@ -328,6 +328,11 @@ WRONG_KINDS = [  # a command, and its settings of `wrong_kinds`, each with its o
         ("prompt=a", "checkpoint=released"),
         {"tokenizer=words.txt": " cannot be read as a tokenizer.json: "},
     ),
+    (
+        generate,
+        ("prompt=a", "tokenizer=shards/tokenizer.json"),
+        {"checkpoint=released": " cannot be read: released/config.json is of a run, not of a model in the released"},
+    ),
 ]
 
 
@@ -339,7 +344,7 @@ def wrong_kinds(tmp_path_factory, shards) -> Path:
     for name, file, content in (
         ("torn", "manifest.json", '{"seed"'),
         ("saved", "manifest.json", '{"format": "megatron_tn checkpoint"}'),
-        ("released", "config.json", "{}"),
+        ("released", "config.json", '{"model": {}}'),
         (".", "words.txt", "a b"),
     ):
         (folder / name).mkdir(exist_ok=True)
