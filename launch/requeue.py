@@ -119,7 +119,7 @@ def newest(run_dir):
 
 
 def records(run_dir):
-    """The lines of requeues.log as dictionaries."""
+    """The lines of requeues.log as dictionaries, each with the local time of the decision as "at"."""
     try:
         with open(os.path.join(run_dir, "requeues.log"), errors="replace") as file:
             lines = file.read().splitlines()
@@ -127,7 +127,7 @@ def records(run_dir):
         return []
     found = []
     for line in lines:
-        values = {}
+        values = {"at": line.partition(" ")[0]}
         for key, quoted, plain in re.findall(r'([\w-]+)(?:=(?:("(?:[^"\\]|\\.)*")|(\S*)))?(?= |$)', line):
             try:
                 values[key] = json.loads(quoted) if quoted else plain

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -169,11 +170,19 @@ def failure_of(run: RunFolder, status: dict[str, Any], requeues: Sequence[dict[s
     requeued = [record for record in requeues if record.get("code", "0") != "0"][-1:]
     stopped = [*run.records("stop/error"), *run.superseded("stop/error")]
     last = max(stopped, key=lambda record: record["time"], default={"time": 0.0})
-    if stopped and not (requeued and run.requeues.stat().st_mtime > last["time"]):
+    if stopped and not (requeued and _time_of(requeued[0]) > last["time"]):
         return f"step {last['step']:,}: {last['stop/error']}"
     if requeued:
         return f"step {requeued[0].get('step')}: {requeued[0].get('cause') or in_words(int(requeued[0]['code']))}"
     return ""
+
+
+def _time_of(requeue: dict[str, str]) -> float:
+    """Unix time of a line of requeues.log; 0 where it has none."""
+    try:
+        return datetime.strptime(requeue["at"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    except ValueError:
+        return 0.0
 
 
 def duration(seconds: float) -> str:

@@ -66,7 +66,7 @@ class SlurmConfig:
     # Number of jobs submitted for one run, each to start after the one before; a job that finds the run at its last
     # step ends at once. 0: as many as the estimated time needs.
     chain: Count = 1
-    # afterany: each job of a chain waits for the job before it; singleton: it waits for all of the user's jobs with the
+    # afterany: each job of a chain waits for those before it; singleton: it waits for all of the user's jobs with the
     # same name.
     dependency: Literal["afterany", "singleton"] = "afterany"
     # Stop after the first step with which the run has read this many tokens, with the schedule of schedule.steps; 0:

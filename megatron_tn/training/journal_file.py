@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,14 +97,22 @@ def read_records(path: Path, last: int | None = None, key: str = "") -> list[dic
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         if last is not None:
             file.seek(max(os.fstat(file.fileno()).st_size - last, 0))
-        for line in file.read().splitlines():
-            if named not in line:
-                continue
+        for line in _lines(file.read(), named):
             with contextlib.suppress(ValueError, RecursionError):
                 record = json.loads(line)
                 if isinstance(record, dict) and (not key or key in record):
                     found.append(record)
     return found
+
+
+def _lines(content: bytes, named: bytes) -> Iterator[bytes]:
+    """The lines that hold `named`. No other one is taken apart: of a run of months the file is large."""
+    at = content.find(named)
+    while at >= 0:
+        begin, end = content.rfind(b"\n", 0, at) + 1, content.find(b"\n", at)
+        end = len(content) if end < 0 else end
+        yield content[begin:end]
+        at = content.find(named, end + 1)
 
 
 def _line(record: dict[str, Any]) -> bytes:

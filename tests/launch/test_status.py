@@ -65,9 +65,10 @@ def test_starts_by_hand_are_restarts_and_may_fail(run):
     run.journal.superseded.write_text("".join(json.dumps(record) + "\n" for record in [*started[2:], failed]))
     row = row_of(run, [], NOW)
     assert (row["restarts"], row["last failure"]) == ("2", "step 30: OSError: disk full")
-    run.requeues.write_text('job=17 restart=0 code=75 cause="a hang" saved=20 step=34\n')
-    for written, cause in ((NOW + 30, "step 30: OSError: disk full"), (NOW + 40, "step 34: a hang")):
-        os.utime(run.requeues, (written, written))
+    lines = ['job=17 restart=0 code=75 cause="a hang" saved=20 step=34', "job=17 restart=1 code=0 saved=34 step=34"]
+    for hung, cause in ((NOW + 30, "step 30: OSError: disk full"), (NOW + 40, "step 34: a hang")):
+        times = [time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(at)) for at in (hung, NOW + 50)]
+        run.requeues.write_text("".join(f"{at} {line}\n" for at, line in zip(times, lines, strict=True)))
         assert row_of(run, [], NOW)["last failure"] == cause
 
 
