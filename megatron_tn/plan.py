@@ -8,12 +8,13 @@ Exit code 0 if the layout fits into the GPUs' memory, or that is not known, else
 docs/scaling.md.
 """
 
+import json
 import re
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from rich.console import Console
 from rich.table import Table
 
 from megatron_tn.cli import BAD_INPUT, command
@@ -21,7 +22,7 @@ from megatron_tn.config import ConfigError, PlanConfig
 from megatron_tn.planning.batch import with_usual_batch
 from megatron_tn.planning.estimate import GIB
 from megatron_tn.planning.remedies import memory_problems
-from megatron_tn.planning.report import Plan, make_plan, print_json, print_plan, print_search
+from megatron_tn.planning.report import Plan, console, make_plan, print_json, print_plan, print_search
 from megatron_tn.planning.search import Candidate, names_a_layout, search
 from megatron_tn.planning.speed import missing_rates
 
@@ -30,11 +31,16 @@ MULTIRUN = {"-m", "--multirun"}
 
 @dataclass(frozen=True)
 class Job:
-    """A layout of a multirun: its overrides, and its plan or why there is none."""
+    """A layout of a multirun: its overrides, and its plan or why there is none. json: whether JSON was asked for."""
 
-    words: str
+    overrides: list[str]
     plan: Plan | None
-    problem: str
+    problems: list[str]
+    json: bool
+
+    def as_json(self) -> dict[str, Any]:
+        found = self.plan.as_json() if self.plan else {"fits": False}
+        return {"overrides": self.overrides} | found | {"problems": self.problems}
 
 
 _jobs: list[Job] = []
@@ -52,13 +58,13 @@ def plan_of(config: PlanConfig, named: set[str]) -> tuple[Plan, list[Candidate]]
         unknown.insert(0, "cluster.gpu_memory_gib")
     if config.search and unknown:
         raise ConfigError(f"search=true needs {', '.join(unknown)}: choose a cluster, such as cluster=a100_80g")
-    if problems := config.problems():
-        raise ConfigError(problems)
     chosen = "data.global_batch" not in named and "experiment" not in named and not unknown
     candidates: list[Candidate] = []
     if config.search or not (unknown or names_a_layout(named)):
         candidates = search(config, world, named)
         config = candidates[0].config
+    elif problems := config.problems():
+        raise ConfigError(problems)
     elif chosen:
         config = with_usual_batch(config, world)
     if problems := config.problems(world):
@@ -80,13 +86,13 @@ def plan_of(config: PlanConfig, named: set[str]) -> tuple[Plan, list[Candidate]]
 
 
 def show(plan: Plan, candidates: list[Candidate], config: PlanConfig) -> None:
-    console = Console(highlight=False, markup=False)
     if config.json:
         print_json(plan, candidates)
     else:
+        out = console()
         if config.search:
-            print_search(candidates, plan.world_size, console)
-        print_plan(plan, console)
+            print_search(candidates, plan.world_size, out)
+        print_plan(plan, out)
     if plan.problems:
         raise ConfigError(plan.problems)
 
@@ -96,30 +102,38 @@ def _run(config: PlanConfig) -> None:
     if not MULTIRUN & set(sys.argv):
         show(*plan_of(config, named), config)
         return
-    words = " ".join(word for word in HydraConfig.get().overrides.task if word not in sys.argv)
+    overrides = [word for word in HydraConfig.get().overrides.task if not word.startswith("json=")]
     try:
         plan, _ = plan_of(config, named)
-        # A table's cell has no room for the kinds of memory and the layout.
-        short = (re.sub(r" \(.*; in GiB: ", "; in GiB: ", problem) for problem in plan.problems)
-        _jobs.append(Job(words, plan, "; ".join(short)))
+        _jobs.append(Job(overrides, plan, list(plan.problems), config.json))
     except ConfigError as error:
-        _jobs.append(Job(words, None, "; ".join(error.problems)))
+        _jobs.append(Job(overrides, None, error.problems, config.json))
 
 
 def _show_jobs(run_dir: str, runs: list[str]) -> None:
+    jobs = list(_jobs)
+    _jobs.clear()
+    if any(job.json for job in jobs):
+        print(json.dumps([job.as_json() for job in jobs], indent=1))
+    else:
+        console().print(_table_of(jobs))
+    if all(job.problems for job in jobs):
+        sys.exit(BAD_INPUT)
+
+
+def _table_of(jobs: list[Job]) -> Table:
+    shared = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
     table = Table("layout", "GiB", "tokens/s per GPU", "days", "why not")
-    for job in _jobs:
+    for job in jobs:
         cells = ["", "", ""]
         if job.plan is not None:
             time = job.plan.time
             cells = [f"{job.plan.memory.total / GIB:.1f}"]
             cells += [f"{time.tokens_per_second:,.0f}", f"{job.plan.days:,.1f}"] if time else ["", ""]
-        table.add_row(job.words, *cells, job.problem)
-    Console(highlight=False, markup=False).print(table)
-    fits = any(not job.problem for job in _jobs)
-    _jobs.clear()
-    if not fits:
-        sys.exit(BAD_INPUT)
+        # A table's cell has no room for the kinds of memory and the layout.
+        short = (re.sub(r" \(.*; in GiB: ", "; in GiB: ", problem) for problem in job.problems)
+        table.add_row(" ".join(word for word in job.overrides if word not in shared), *cells, "; ".join(short))
+    return table
 
 
 _command = command(PlanConfig, "plan", after_sweep=_show_jobs)(_run)

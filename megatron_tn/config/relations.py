@@ -27,6 +27,7 @@ class Settings(Protocol):
     run_dir: str
     distributed_timeout_s: int
     hang_timeout_s: int
+    nodes: int
     model: ModelConfig
     parallel: ParallelConfig
     engine: EngineConfig
@@ -37,6 +38,8 @@ class Settings(Protocol):
     cluster: ClusterConfig
     evaluation: EvaluationConfig
 
+
+MOST_TOKENS = 2**31  # of a microbatch
 
 RELATIONS = Relations()  # between the settings of a run
 WORLD = Relations()  # between settings and the number of processes
@@ -120,6 +123,16 @@ def _the_best_checkpoints_have_held_out_losses(config: Settings) -> Iterator[str
 def _every_slice_has_a_token(config: Settings) -> Iterator[str]:
     if config.data.sequence_length < config.parallel.cp:
         yield f"data.sequence_length={config.data.sequence_length} is smaller than parallel.cp={config.parallel.cp}"
+
+
+@RELATIONS.reads("data.micro_batch", "data.sequence_length")
+def _a_microbatch_has_a_size(config: Settings) -> Iterator[str]:
+    data = config.data
+    if data.micro_batch * data.sequence_length > MOST_TOKENS:
+        yield (
+            f"data.micro_batch={data.micro_batch} x data.sequence_length={data.sequence_length} must be at most "
+            f"{MOST_TOKENS} tokens of a microbatch"
+        )
 
 
 @RELATIONS.reads("parallel.cp", "model.layers")
@@ -226,7 +239,12 @@ def _the_layout_divides_the_world(config: Settings, world_size: int) -> Iterator
     tp, cp = config.parallel.tp, config.parallel.cp
     if world_size % (tp * cp):
         how = f"; launch/local.sh -n {tp * cp} starts as many processes" if world_size == 1 else ""
-        yield f"world size {world_size} is not a multiple of parallel.tp={tp} x parallel.cp={cp} = {tp * cp}{how}"
+        nodes, node = config.nodes, config.cluster.gpus_per_node
+        planned = f" (nodes={nodes} x cluster.gpus_per_node={node})" if nodes * node == world_size else ""
+        yield (
+            f"world size {world_size}{planned} is not a multiple of parallel.tp={tp} x parallel.cp={cp} = "
+            f"{tp * cp}{how}"
+        )
 
 
 @WORLD.reads("parallel.tp", "parallel.cp", "data.global_batch", "data.micro_batch")

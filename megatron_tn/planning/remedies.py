@@ -32,27 +32,38 @@ def changes_by_setting(config: TrainConfig) -> Iterator[list[Change]]:
     if parallel.tp > 1 and not parallel.sequence_parallel:
         yield [("parallel.sequence_parallel=true", replace(config, parallel=replace(parallel, sequence_parallel=True)))]
     for axis in ("tp", "cp"):
-        sizes = [factor * getattr(parallel, axis) for factor in (2, 4, 8)]
-        if axis == "tp" and (node := config.cluster.gpus_per_node):  # beyond a node it would be warned of
-            sizes = [size for size in sizes if size <= node]
+        sizes = larger_tensor_parallel(config) if axis == "tp" else [factor * parallel.cp for factor in (2, 4, 8)]
         yield [
             (f"parallel.{axis}={size}", replace(config, parallel=replace(parallel, **{axis: size}))) for size in sizes
         ]
 
 
-def all_at_once(config: TrainConfig) -> Change:
-    """The combination of changes with the lowest memory per rank for this tp x cp."""
-    engine = replace(config.engine, recompute="full", recompute_every=1)
-    words = "data.micro_batch=1 engine.recompute=full"
-    if engine.name == "deepspeed" and engine.zero_stage < 3:
-        engine, words = replace(engine, zero_stage=3), f"{words} engine=zero3"
-    return words, replace(config, engine=engine, data=replace(config.data, micro_batch=1))
+def larger_tensor_parallel(config: TrainConfig) -> list[int]:
+    """Within a node, where its GPUs are known: a plan warns of tensor parallelism beyond it."""
+    sizes, node = [factor * config.parallel.tp for factor in (2, 4, 8)], config.cluster.gpus_per_node
+    return [size for size in sizes if not node or size <= node]
+
+
+def combinations(config: TrainConfig) -> Iterator[Change]:
+    """All changes at once, for this tensor parallelism and for larger ones: the lowest memory per rank for each."""
+    for size in (config.parallel.tp, *larger_tensor_parallel(config)):
+        words, parallel = "data.micro_batch=1 engine.recompute=full", config.parallel
+        if size > parallel.tp:
+            words = f"parallel.tp={size} parallel.sequence_parallel=true {words}"
+            parallel = replace(parallel, tp=size, sequence_parallel=True)
+        engine = replace(config.engine, recompute="full", recompute_every=1)
+        changed = replace(config, parallel=parallel, engine=engine, data=replace(config.data, micro_batch=1))
+        if engine.name == "deepspeed" and engine.zero_stage < 3:
+            yield f"{words} engine=zero3", replace(changed, engine=replace(engine, zero_stage=3))
+            yield f"{words} engine=fsdp2", replace(changed, engine=replace(engine, name="fsdp2"))
+        elif changed != config:
+            yield words, changed
 
 
 def remedies(config: TrainConfig, world_size: int) -> list[tuple[str, MemoryPlan]]:
-    """For each setting, the first value whose plan fits cluster.gpu_memory_gib. If no single setting is enough:
-    `all_at_once`; if that does not fit either: the change with the smallest plan. A few layers tell of all: 175B on 512
-    GPUs takes 6 s of one core instead of a minute."""
+    """For each setting, the first value whose plan fits cluster.gpu_memory_gib. If no single setting is enough: the
+    first of `combinations` that fits; if none does: the change with the smallest plan. A few layers tell
+    of all: 175B on 512 GPUs takes 6 s of one core instead of a minute."""
     limit = config.cluster.gpu_memory_gib * GIB
     plans: list[tuple[str, MemoryPlan]] = []
 
@@ -65,7 +76,7 @@ def remedies(config: TrainConfig, world_size: int) -> list[tuple[str, MemoryPlan
         return None
 
     fitting = [found for changes in changes_by_setting(config) if (found := first_that_fits(changes))]
-    if not fitting and (found := first_that_fits([all_at_once(config)])):
+    if not fitting and (found := first_that_fits(list(combinations(config)))):
         fitting = [found]
     return fitting or sorted(plans, key=lambda pair: pair[1].total)[:1]
 
@@ -82,7 +93,9 @@ def memory_problems(config: TrainConfig, world_size: int) -> list[str]:
     kinds = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in plan.kinds.items() if size >= 0.05 * GIB)
     found = remedies(config, world_size)
     offered = "; ".join(f"{words} needs {better.total / GIB:.1f}" for words, better in found)
-    if found and found[0][1].total > limit * GIB:
+    if found and found[0][1].total >= 0.999 * plan.total:  # they follow a few layers
+        offered = "nothing tried needs less: take more nodes"
+    elif found and found[0][1].total > limit * GIB:
         offered = f"nothing tried is enough, the closest is {offered}: take more nodes"
     engine, parallel, data = config.engine, config.parallel, config.data
     return [

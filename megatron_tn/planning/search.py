@@ -5,10 +5,11 @@ A setting that the command line names stays as it is.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 
-from megatron_tn.config import EngineConfig, TrainConfig
+from megatron_tn.config import ConfigError, EngineConfig, TrainConfig
 from megatron_tn.config.model import SOFTMAX_KINDS
 from megatron_tn.planning.batch import usual_tokens, with_usual_batch
 from megatron_tn.planning.estimate import GIB, plan_memory
@@ -25,6 +26,7 @@ POLICIES = ("none", "selective", "full")  # the fastest first
 LEAST_SLICE = 4096  # tokens of a slice: shorter sequences are not cut
 MOST_TOKENS = 32768  # most tokens of a microbatch: products are at full rate long before
 MOST_BATCH = 2.0  # times the usual batch, when the batch is free
+SHARED = "parallel.sequence_parallel"  # goes with any parallel.tp > 1, so it leaves the layout open
 LAYOUT = ("parallel", "engine", "experiment", "data.micro_batch")  # settings that name a layout
 
 
@@ -46,12 +48,14 @@ class Candidate:
 
     @property
     def order(self) -> tuple[bool, float]:
-        """Fitting ones first, the fastest first."""
-        return bool(self.reason), -self.time.tokens_per_second if self.time else 0.0
+        """Fitting ones first, the fastest first; then those that do not fit, the leanest first."""
+        if self.reason:
+            return True, math.inf if self.memory is None else self.memory
+        return False, -self.time.tokens_per_second
 
 
 def names_a_layout(named: Collection[str]) -> bool:
-    return any(word.startswith(LAYOUT) for word in named)
+    return any(word.startswith(LAYOUT) and word != SHARED for word in named)
 
 
 def layout_words(config: TrainConfig) -> str:
@@ -72,7 +76,13 @@ def search(config: TrainConfig, world_size: int, named: Collection[str]) -> list
     """Layouts that fit, the fastest first, and then those that do not. named: settings of the command line.
 
     The first one's memory and time are of all its layers; the others' may be extrapolated from a few.
+
+    Raises:
+        ConfigError: the settings go with no layout, however much memory there is.
     """
+    layouts = [each.problems() for each in parallel_layouts(config, world_size, named)] or [config.problems()]
+    if problems := min(layouts, key=len):  # those that no tensor or context parallelism mends
+        raise ConfigError(problems)
     found: list[Candidate] = []
     for parallel in parallel_layouts(config, world_size, named):
         for rows in _microbatch_sizes(parallel, named):
@@ -80,14 +90,16 @@ def search(config: TrainConfig, world_size: int, named: Collection[str]) -> list
             found += tried
             if all(candidate.reason for candidate in tried):
                 break  # a larger microbatch needs more memory
+    if all(each.memory is None for each in found):
+        raise ConfigError(_refusal(found, world_size))
     found.sort(key=lambda candidate: candidate.order)
-    if found and not found[0].reason and found[0].config.parallel.tp > 1 and not _fixes_slices(named):
+    if not found[0].reason and found[0].config.parallel.tp > 1 and not _fixes_slices(named):
         # Without slices of tokens every rank repeats the norms and keeps all tokens, but the backward pass gathers
         # nothing again: compared for the best layout alone.
         parallel = replace(found[0].config.parallel, sequence_parallel=False)
         found.append(_evaluated(replace(found[0].config, parallel=parallel), world_size, named))
         found.sort(key=lambda candidate: candidate.order)
-    while found and not found[0].reason:
+    while not found[0].reason:
         found[0] = _evaluated(found[0].config, world_size, named, work_of=microbatch)
         if not found[0].reason:
             break
@@ -95,8 +107,24 @@ def search(config: TrainConfig, world_size: int, named: Collection[str]) -> list
     return sorted(found, key=lambda candidate: candidate.order)
 
 
+def _refusal(found: list[Candidate], world_size: int) -> str:
+    """Why none of `found` goes with the settings: the reason of the one with the fewest data-parallel ranks."""
+
+    def ranks(candidate: Candidate) -> int:
+        return candidate.config.parallel.tp * candidate.config.parallel.cp
+
+    last = max([each for each in found if world_size % ranks(each) == 0] or found[:1], key=ranks)
+    reason, config = last.reason.removeprefix("divisibility: "), last.config
+    if len(set(map(ranks, found))) == 1:
+        return reason
+    return (
+        f"no division of nodes={config.nodes} x cluster.gpus_per_node={config.cluster.gpus_per_node} goes with the "
+        f"settings; with parallel.tp={config.parallel.tp}, parallel.cp={config.parallel.cp}: {reason}"
+    )
+
+
 def _fixes_slices(named: Collection[str]) -> bool:
-    return _fixes(named, "parallel") or "parallel.sequence_parallel" in named
+    return _fixes(named, "parallel") or SHARED in named
 
 
 def parallel_layouts(config: TrainConfig, world_size: int, named: Collection[str]) -> Iterator[TrainConfig]:
@@ -143,7 +171,8 @@ def _evaluated(
     if "data.global_batch" not in named:
         config = with_usual_batch(config, world_size)
         tokens = config.data.global_batch * config.data.sequence_length
-        if tokens > MOST_BATCH * usual_tokens(config) and config.data.micro_batch > 1:
+        free = config.data.micro_batch > 1 and "data.micro_batch" not in named
+        if free and tokens > MOST_BATCH * usual_tokens(config):
             return Candidate(config, None, None, f"batch: {tokens / 1e6:.1f} M tokens at least")
     if problems := config.problems(world_size):
         return Candidate(config, None, None, f"divisibility: {problems[0]}")

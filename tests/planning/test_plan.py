@@ -11,6 +11,7 @@ from megatron_tn.plan import main
 from megatron_tn.planning.concerns import checkpoint_bytes, checkpoint_seconds, concerns
 from megatron_tn.planning.estimate import plan_memory
 from megatron_tn.planning.microbatch import extrapolated
+from megatron_tn.planning.remedies import combinations
 from megatron_tn.planning.speed import step_time
 from tests.helpers.models import TINY, tiny_config
 from tests.helpers.training import call
@@ -49,6 +50,32 @@ def test_a_search_keeps_what_is_named_and_says_why_not(capsys):
         assert fitting[0]["memory_bytes"] < 10 * 2**30
     assert call(main, *SMALL, "engine=zero1", "parallel.tp=1", "data.global_batch=3", "search=true") == 2
     assert "data.global_batch=3 is not a multiple" in capsys.readouterr().err
+    assert call(main, *SMALL, "nodes=2", "data.global_batch=3") == 2  # 2 and 4 data-parallel ranks
+    assert capsys.readouterr().err.startswith(
+        "error: no division of nodes=2 x cluster.gpus_per_node=2 goes with the settings; with parallel.tp=2, "
+        "parallel.cp=1: data.global_batch=3 is not a multiple of data.micro_batch=1 x data-parallel size 2 = 2"
+    )
+    assert call(main, *SMALL, "nodes=2", "parallel.cp=7") == 2
+    assert "world size 4 (nodes=2 x cluster.gpus_per_node=2) is not a multiple" in capsys.readouterr().err
+
+
+def test_what_fits_nowhere_has_the_leanest_layout_and_slices_alone_name_none(capsys):
+    tiny = (*SMALL, "model.layers=2", "data.global_batch=32")
+    assert call(main, *tiny, "cluster.gpu_memory_gib=2", "--json") == 2
+    done = capsys.readouterr()
+    found = json.loads(done.out)
+    least = min(each["memory_bytes"] for each in found["search"] if each["memory_bytes"])
+    assert found["memory_bytes"]["all"] == pytest.approx(least, rel=1e-3)
+    assert "parallel.tp=2" in found["layout"]
+    assert "take more nodes" in done.err
+    engine = EngineConfig(name="deepspeed", zero_stage=1)
+    offered = [words for words, _ in combinations(tiny_config(cluster=cluster("a100_80g"), engine=engine))]
+    for sharded in ("zero3", "fsdp2"):
+        least = f"parallel.sequence_parallel=true data.micro_batch=1 engine.recompute=full engine={sharded}"
+        assert f"parallel.tp=8 {least}" in offered
+    assert call(main, *tiny, "parallel.sequence_parallel=true", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert all("parallel.tp=2 " in each["layout"] for each in found["search"] if not each["reason"])
 
 
 def test_a_search_needs_to_know_the_cluster(capsys):
@@ -64,6 +91,7 @@ def test_a_search_needs_to_know_the_cluster(capsys):
     "wrong",
     [
         *("parallel.tp=0", "parallel.cp=-1", "data.micro_batch=0", "data.sequence_length=0", "nodes=0"),
+        *("data.sequence_length=1000000000000", "data.micro_batch=4611686018427387904"),
         *(f"cluster.matrix_rates={rates}" for rates in ("[[512]]", "[[512,0]]", "[[1024,9],[512,9]]", "[[512,9,9]]")),
     ],
 )
@@ -72,22 +100,26 @@ def test_what_no_layout_can_have_is_named(wrong, capsys):
     assert wrong.partition("=")[0] in capsys.readouterr().err
 
 
-def test_a_sweep_goes_past_layouts_that_do_not_fit_and_ends_with_a_table(capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "1000")
-    sweep = (
-        "--multirun",
-        *SMALL,
-        "model.layers=2",
-        "data.micro_batch=1,64,3",
-        "data.global_batch=128",
-        f"run_dir={tmp_path}",
-    )
+def test_a_sweep_goes_past_layouts_that_do_not_fit_and_ends_with_a_table_or_json(capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)  # into a pipe nothing is cut
+    shared = (*SMALL, "model.layers=2", "data.global_batch=128", f"run_dir={tmp_path}")
+    sweep = ("--multirun", *shared, "data.micro_batch=1,64,3")
     assert call(main, *sweep) == 0
-    out = " ".join(capsys.readouterr().out.split())
-    for words in ("why not", "a rank needs", "multiple"):
-        assert words in out
-    assert re.search(r"cluster.gpu_memory_gib=10.0; in GiB: data.micro_batch=\d+ needs \d", out)
-    assert call(main, *sweep, "nodes=512") == 2  # 4096 processes have no batch of 128
+    rows = [line for line in capsys.readouterr().out.splitlines() if "data.micro_batch=" in line]
+    fits, large, odd = (line.split("│")[1:-1] for line in rows)
+    assert [cells[0].strip() for cells in (fits, large, odd)] == [f"data.micro_batch={rows}" for rows in (1, 64, 3)]
+    assert not fits[-1].strip()
+    assert re.search(r"a rank needs .* cluster.gpu_memory_gib=10.0; in GiB: data.micro_batch=\d+ needs \d", large[-1])
+    assert odd[-1].rstrip().endswith("multiple of data.micro_batch=3 x data-parallel size 2 = 6")
+    assert call(main, *sweep, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [each["fits"] for each in found] == [True, False, False]
+    assert found[0]["overrides"][-1] == "data.micro_batch=1"
+    assert found[0]["days"] > 0
+    assert found[1]["problems"][0].startswith("a rank needs ")
+    assert set(found[2]) == {"overrides", "fits", "problems"}
+    assert call(main, *sweep, "nodes=512", "json=true") == 2  # 4096 processes have no batch of 128
+    assert not any(each["fits"] for each in json.loads(capsys.readouterr().out))
 
 
 def test_warnings_name_what_is_seldom_meant():
