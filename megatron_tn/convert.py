@@ -25,7 +25,7 @@ from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest
 from megatron_tn.checkpoint.verify import verify
 from megatron_tn.cli import command
 from megatron_tn.config import ConfigError, ConvertConfig, ModelConfig, out_of_bounds, resolved
-from megatron_tn.loading import DTYPES, open_weights, resolve_checkpoint, tokenizer_path
+from megatron_tn.loading import DTYPES, open_weights, resolve_checkpoint, tokenizer_path, unreadable
 from megatron_tn.model.registry import problems_of_export
 from megatron_tn.released.card import card, training_facts
 from megatron_tn.released.to_checkpoint import write_checkpoint
@@ -67,7 +67,7 @@ def export(config: ConvertConfig) -> None:
     directory, output = check_output(config), Path(config.output)
     if problems := problems_of_output(output):
         raise ConfigError(problems)
-    with open_weights(directory) as weights:
+    with unreadable(config.checkpoint, directory), open_weights(directory) as weights:
         if problems := problems_of_export(weights.config):
             raise ConfigError(problems)
         data = shards_of(weights)
@@ -106,7 +106,7 @@ def export(config: ConvertConfig) -> None:
 def import_weights(config: ConvertConfig) -> None:
     """Write a released folder's or checkpoint's weights as the first checkpoint of a run, without optimizer state."""
     directory, run = check_output(config), RunFolder(config.output)
-    with open_weights(directory) as weights:
+    with unreadable(config.checkpoint, directory), open_weights(directory) as weights:
         stored = "bf16" if set(weights.dtypes.values()) <= {torch.bfloat16, torch.float16} else "fp32"
         written = write_checkpoint(
             weights, run.checkpoints, stored if config.precision == "trained" else config.precision

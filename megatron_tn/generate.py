@@ -22,14 +22,17 @@ from megatron_tn.cli import command, run_program
 from megatron_tn.config import ConfigError, GenerateConfig, out_of_bounds, unwritable
 from megatron_tn.inference.generator import Generator, Request, check_length
 from megatron_tn.inference.prefix import Prefix, check_ids
-from megatron_tn.inference.prefix_file import load_prefix, save_prefix
+from megatron_tn.inference.prefix_file import identity, load_prefix, replacing_problem, save_prefix
 from megatron_tn.inference.records import (
+    END,
+    SAMPLE,
     OrderedLines,
     open_output,
     output_problems,
     prompt_problems,
     read_prompts,
     whole_lines,
+    written,
 )
 from megatron_tn.inference.sampler import Sampler
 from megatron_tn.inference.text import TextStream
@@ -40,8 +43,6 @@ from megatron_tn.parallel.world import join_world, leave_world, world_size
 
 log = logging.getLogger(__name__)
 
-END = "end"  # key of an output line: why its text ends, eos, length or stop
-SAMPLE = "sample"  # key of an output line with samples > 1: which of them, from 0
 TIMEOUT_S = 1800  # seconds that a collective between tensor-parallel ranks waits
 
 
@@ -54,7 +55,7 @@ def main(config: GenerateConfig) -> None:
         model = load_any_model(config.checkpoint, device, config.precision, context, fp8_weights=config.fp8_weights)
         job = Job(config, model, tokenizer)
         if config.prompts:
-            job.continue_file()
+            job.write_lines()
         else:
             job.continue_prompt()
 
@@ -69,6 +70,8 @@ class Job:
         self.writes = model.context.tp.rank == 0
         self.sampler = sampler_of(config)
         self.stop = stop_strings(config.stop)
+        if config.save_state and (problem := replacing_problem(config.save_state, identity(model))):
+            raise ConfigError(f"save_state={config.save_state} cannot be written: {problem}")
         self.beginning = load_prefix(config.state, model) if config.state else None
         rows = config.batch if config.prompts else min(config.batch, config.samples)
         self.generator = Generator(
@@ -115,7 +118,7 @@ class Job:
             save_prefix(prefix, self.model, config.save_state)
             log.info("save_state=%s holds %d tokens", config.save_state, prefix.length)
         if config.output or config.samples > 1:
-            self._write_lines([{config.text_key: config.prompt}])
+            self.write_lines()
             return
         request, text = self.request(ids, prefix, 0)
         self._print(config.prompt)
@@ -125,16 +128,12 @@ class Job:
             self._print(text.take())
         self._print("\n")
 
-    def continue_file(self) -> None:
-        self._write_lines(read_prompts(self.config.prompts))
-
-    def _write_lines(self, records: Iterable[dict[str, Any]]) -> None:
-        """One JSON line for each continuation, in the order of `records`, written as it goes."""
+    def write_lines(self) -> None:
+        """One JSON line for each continuation, in the order of the texts, written as it goes."""
         config, open_texts = self.config, {}
-        first, size = whole_lines(config.output)
 
         def requests() -> Iterator[Request]:
-            for index, record in enumerate(records):
+            for index, record in enumerate(texts(config)):
                 numbers = range(max(index * config.samples, first), (index + 1) * config.samples)
                 name = f"text {index + 1} of prompts={config.prompts}" if config.prompts else "prompt"
                 ids, prefix = self.ids(record[config.text_key], name), self.beginning
@@ -146,7 +145,7 @@ class Job:
                     yield request
 
         with contextlib.ExitStack() as stack:
-            file = stack.enter_context(self._output(size))
+            file, first = stack.enter_context(self._output())
             lines = OrderedLines(file, first)
             columns = (TextColumn("continuations"), BarColumn(), MofNCompleteColumn())
             console = Console(stderr=True)
@@ -165,28 +164,52 @@ class Job:
                     lines.put(first + piece.index, record | added)
                 bar.advance(task)
         if config.output:
-            log.info("output=%s holds %d continuations", config.output, whole_lines(config.output)[0])
+            log.info("output=%s holds %d continuations", config.output, lines.count)
 
-    def _output(self, size: int) -> contextlib.AbstractContextManager[BinaryIO]:
-        if self.config.output and self.writes:
-            return open_output(self.config.output, size)
-        return contextlib.nullcontext(sys.stdout.buffer)
+    @contextlib.contextmanager
+    def _output(self) -> Iterator[tuple[BinaryIO, int]]:
+        """The file that lines go to, and how many are there. Only rank 0 writes to it."""
+        output = self.config.output
+        if not output or not self.writes:
+            with written("standard output"):
+                yield sys.stdout.buffer, whole_lines(output)[0]
+            return
+        with open_output(output) as file:
+            if problems := existing_problems(self.config):  # written since `check`, by another process
+                raise ConfigError(problems)
+            lines, size = whole_lines(output)
+            if Path(output).is_file():
+                file.truncate(size)
+            yield file, lines
 
     def _print(self, text: str) -> None:
         if self.writes and text:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            with written("standard output"):
+                sys.stdout.write(text)
+                sys.stdout.flush()
+
+
+def texts(config: GenerateConfig) -> Iterable[dict[str, Any]]:
+    """The records to continue."""
+    return read_prompts(config.prompts) if config.prompts else [{config.text_key: config.prompt}]
+
+
+def existing_problems(config: GenerateConfig) -> list[str]:
+    """Why continuations must not be written behind what output holds."""
+    read = {name: value for name in ("prompts", "state", "tokenizer") if (value := getattr(config, name))}
+    return output_problems(config.output, config.resume, read, texts(config), config.output_key, config.samples)
 
 
 def check(config: GenerateConfig) -> None:
     """Raises ConfigError with every problem that can be known before anything is loaded."""
-    problems = [*sampler_of(config).problems(), *out_of_bounds(config).values()]
-    try:
-        resolve_checkpoint(config.checkpoint)
-        stop_strings(config.stop)
-    except ConfigError as error:
-        problems += error.problems
-    record = {config.text_key: config.prompt}
+    problems = [*out_of_bounds(config).values()]
+    readers = ((sampler_of, config), (resolve_checkpoint, config.checkpoint), (stop_strings, config.stop))
+    for read, value in readers:
+        try:
+            read(value)
+        except ConfigError as error:
+            problems += error.problems
+    found = []
     if config.prompts:
         for name in ("prompt", "save_state"):
             if getattr(config, name):
@@ -195,7 +218,6 @@ def check(config: GenerateConfig) -> None:
                 )
         added = {config.output_key, END} | ({SAMPLE} if config.samples > 1 else set())
         found = prompt_problems(config.prompts, config.text_key, added)
-        record = {} if found else next(read_prompts(config.prompts), {})
         problems += found
     if config.state and not Path(config.state).is_file():
         why = (
@@ -208,8 +230,14 @@ def check(config: GenerateConfig) -> None:
         problems.append(f"output_key={config.output_key} must be none of {config.text_key!r}, {END!r} and {SAMPLE!r}")
     for name in ("output", "save_state"):
         problems += unwritable(name, getattr(config, name))
-    read = {name: value for name in ("prompts", "state", "tokenizer") if (value := getattr(config, name))}
-    problems += output_problems(config.output, config.resume, read, config.output_key, record)
+    if config.save_state and not Path(config.save_state).is_dir() and (problem := replacing_problem(config.save_state)):
+        problems.append(f"save_state={config.save_state} cannot be written: {problem}")
+    if config.output and config.save_state and Path(config.output).absolute() == Path(config.save_state).absolute():
+        problems.append(f"output={config.output} is save_state={config.save_state} itself")
+    if config.resume and not config.output:
+        problems.append("resume=true goes on behind the lines of output, which is not set")
+    if not found:
+        problems += existing_problems(config)
     for name in ("prompt", "stop"):
         if any("\ud800" <= character <= "\udfff" for character in getattr(config, name)):
             problems.append(f"{name}={getattr(config, name)!r} is no text: it has bytes that are not UTF-8")

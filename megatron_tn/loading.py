@@ -1,5 +1,7 @@
 """Finding what a command line names: a checkpoint or a released model, and its tokenizer."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -39,10 +41,22 @@ def load_any_model(
         torch.empty(0, device=device).tolist()  # the meta device holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"device={device} is not available here: {str(error).splitlines()[0]}") from None
-    with open_weights(directory) as weights:
+    with unreadable(path, directory), open_weights(directory) as weights:
         stored = set(weights.dtypes.values())
         trained = torch.bfloat16 if stored == {torch.bfloat16} else torch.float32
         return model_of(weights, context, device, DTYPES.get(precision, trained), fp8_weights=fp8_weights)
+
+
+@contextlib.contextmanager
+def unreadable(checkpoint: str, directory: Path) -> Iterator[None]:
+    """Problems with files in `directory`, the folder of weights that `checkpoint` names, begin with that setting."""
+    try:
+        yield
+    except ConfigError as error:
+        begin = f"checkpoint={checkpoint} cannot be read: "
+        raise ConfigError(
+            [f"{begin if problem.startswith(str(directory)) else ''}{problem}" for problem in error.problems]
+        ) from None
 
 
 def open_weights(directory: Path) -> CheckpointWeights | ReleasedWeights:

@@ -53,8 +53,9 @@ class CommandLine:
     @classmethod
     def parse(cls, kind: type, config_name: str, words: Sequence[str]) -> CommandLine:
         """Parse `words`; Hydra's flags may be anywhere among them. Exit code 2 for an unknown flag. Raises ConfigError
-        for --config-path, which would replace conf/ and the settings' schema, and for --multirun without run_dir."""
+        for --config-path, which would replace conf/ and the settings' schema, and for a sweep without run_dir."""
         asked = get_args_parser().parse_intermixed_args(list(words))
+        asked.multirun = asked.multirun or "hydra.mode=multirun" in (word.lstrip("+").lower() for word in words)
         flags = list(words)
         for word in asked.overrides:
             flags.remove(word)

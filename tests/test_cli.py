@@ -128,7 +128,7 @@ def test_a_reader_that_does_not_answer_is_not_waited_for():
         os.kill(pid.value, 0)
 
 
-def print_much(folder: str, *words: str) -> None:
+def print_much(folder: str, words: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     os.dup2(writer, 1)
@@ -137,9 +137,9 @@ def print_much(folder: str, *words: str) -> None:
     run_program(command(ConvertConfig, "convert")(lambda config: print("x" * 100_000)))
 
 
-@pytest.mark.parametrize("words", [[], ["--help"]])
-def test_output_into_a_closed_pipe_ends_quietly(words, tmp_path):
-    (process,) = fork_ranks(1, print_much, str(tmp_path), *words)
+@pytest.mark.parametrize("words", [[], ["--help"]], ids=["output", "help"])
+def test_output_into_a_closed_pipe_ends_quietly(tmp_path, words):
+    (process,) = fork_ranks(1, print_much, str(tmp_path), words)
     process.join(60)
     assert process.exitcode == 128 + signal.SIGPIPE
     assert (tmp_path / "err").read_text() == ""
@@ -151,3 +151,4 @@ def test_help_says_what_a_command_does_and_lists_its_own_settings(capsys):
     assert said.startswith("Continue a text with a trained model.")
     assert "  temperature=0.8\n      the logits are divided by it; 0: always the likeliest token\n" in said
     assert "optim.lr" not in said
+    assert "--multirun" not in said  # it has no run_dir

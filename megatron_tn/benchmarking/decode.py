@@ -147,9 +147,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--fp8-weights", action="store_true", help="keep the matrices of the blocks in fp8")
     parser.add_argument("--peer", choices=["llama", "retnet"], help="time this model instead of ours")
     asked = parser.parse_args(arguments)
-    sampler = Sampler(asked.temperature, asked.top_k, asked.top_p)
-    if problems := sampler.problems():
-        parser.error("; ".join(problems))
+    try:
+        sampler = Sampler(asked.temperature, asked.top_k, asked.top_p)
+    except ConfigError as error:
+        parser.error("; ".join(error.problems))
     if asked.peer and (least := min(asked.positions)) <= (steps := peer_steps(asked.tokens)):
         parser.error(
             f"--positions {least} must be more than {steps}, the tokens that are decoded with --tokens {asked.tokens}"

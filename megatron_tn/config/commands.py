@@ -117,8 +117,8 @@ class GenerateConfig:
     output_key: str = "continuation"
     resume: bool = False  # true: go on after the last whole line of output; false: output must not exist yet
     state: str = ""  # file that save_state wrote; the prompt then follows the text whose state it holds. empty: none
-    # File to write the model's state after the prompt to, from which any number of continuations can begin; empty:
-    # none.
+    # File to write the model's state after the prompt to, from which any number of continuations can begin; it replaces
+    # no file but an earlier state of the same model. empty: none.
     save_state: str = ""
     samples: Positive = 1  # continuations of each prompt
     batch: Positive = 8  # continuations that are decoded at a time

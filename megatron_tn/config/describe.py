@@ -73,9 +73,9 @@ def help_text(kind: type, about: str) -> str:
     for name, default, meaning in settings(kind):
         lines.append(f"  {name}={default}")
         lines += textwrap.wrap(meaning, 110, initial_indent="      ", subsequent_indent="      ")
-    return "\n".join(
-        [*lines, "", "-m, --multirun: a sweep over KEY=A,B; --cfg job: print the settings; more: --hydra-help"]
-    )
+    sweeps = any(field.name == "run_dir" for field in dataclasses.fields(kind))
+    sweep = "-m, --multirun: a sweep over KEY=A,B; " if sweeps else ""
+    return "\n".join([*lines, "", f"{sweep}--cfg job: print the settings; more: --hydra-help"])
 
 
 COMMANDS = {

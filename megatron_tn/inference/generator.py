@@ -5,8 +5,10 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Literal, NamedTuple
 
+from megatron_tn.config.bounds import MOST_SEED
 from megatron_tn.device.host_copy import HostCopy
 from megatron_tn.inference.decoder import build_decoder
 from megatron_tn.inference.prefill import CHUNK
@@ -44,9 +46,12 @@ class Request:
         if isinstance(self.prompt, int):
             raise ValueError(f"the prompt {self.prompt} is an id: give a list of prompts, each a list of ids")
         object.__setattr__(self, "prompt", as_ids(self.prompt))
-        problems = self.sampler.problems()
+        problems = []
         if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 0:
             problems.append(f"max_new_tokens={self.max_new_tokens} must be at least 0, and whole")
+        for name in ("seed", "number"):
+            if not isinstance(value := getattr(self, name), Integral) or not 0 <= value <= MOST_SEED:
+                problems.append(f"{name}={value} must be from 0 to {MOST_SEED}, and whole")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -107,7 +112,8 @@ class Generator:
 
         Raises:
             RuntimeError: a later stream of this Generator has begun.
-            ValueError: a prompt without tokens, with an id outside the vocabulary, or too long for model.max_length.
+            ValueError: a prompt without tokens, with an id outside the vocabulary, too long for model.max_length, or
+                with a prefix of a model of another kind.
         """
         self._streams += 1
         this = self._streams

@@ -5,15 +5,20 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from megatron_tn.config import ModelConfig, differences, to_mapping
 from megatron_tn.inference.prefill import CHUNK, prefill
 from megatron_tn.model.base import DecodingState, Model
+from megatron_tn.parallel.fp8_weights import keeps_fp8
+
+NO_DIFFERENCE = {"name": "", "init_std": 0.0}  # settings that do not change what a model computes
 
 
 @dataclass(frozen=True)
 class Prefix:
     """state: after all tokens but the last, B = 1; None for a single token. last: that token's id. seen: every id that
-    occurs, which repetition penalties fall on.
+    occurs, which repetition penalties fall on. kind: config and `types` of the model that computed the state.
 
     Never written to after it is made, so any number of continuations may begin at it.
     """
@@ -21,16 +26,19 @@ class Prefix:
     state: DecodingState | None
     last: int
     seen: frozenset[int]
+    kind: tuple[ModelConfig, str] | None = None
 
     @classmethod
     def of(cls, model: Model, ids: Sequence[int], before: Prefix | None = None, chunk: int = CHUNK) -> Prefix:
         """`before` and then `ids`. chunk: see `prefill`. Collective over tensor parallelism.
 
         Raises:
-            ValueError: there are no tokens, they are no ids, or an id outside the vocabulary.
+            ValueError: there are no tokens, they are no ids, an id is outside the vocabulary, or a model of another
+                kind computed `before`.
         """
         ids = as_ids(ids)
         if before is not None:
+            before.check_kind(model)
             if not ids:
                 return before
             ids = [before.last, *ids]
@@ -38,12 +46,41 @@ class Prefix:
             raise ValueError("the prompt has no tokens; begin a document with its bos id")
         seen = frozenset(ids) if before is None else before.seen | frozenset(ids)
         check_ids(seen, model.config.vocab_size)
-        return cls(prefill(model, ids[:-1], None if before is None else before.state, chunk), int(ids[-1]), seen)
+        state = prefill(model, ids[:-1], None if before is None else before.state, chunk)
+        return cls(state, int(ids[-1]), seen, None if state is None else (model.config, types(model)))
 
     @property
     def length(self) -> int:
         """Number of tokens."""
         return 1 if self.state is None else self.state.position + 1
+
+    def check_kind(self, model: Model) -> None:
+        """Raise ValueError if a model of another config, computing type or type of weights computed the state. Weights
+        of the same kind are compared in files alone, see `prefix_file`."""
+        if self.state is None or self.kind is None:
+            return
+        config, dtype = self.kind
+        own = types(model)
+        if config is model.config and dtype == own:
+            return
+        if found := kind_difference((to_mapping(config), dtype), (to_mapping(model.config), own)):
+            raise ValueError(f"the prefix was computed by another model: {found}")
+
+
+def kind_difference(theirs: tuple[dict[str, Any], str], own: tuple[dict[str, Any], str]) -> str:
+    """How a model's (config, `types`) differ from its `own`, in words that name settings; empty where they do not."""
+    if changed := differences(theirs[0] | NO_DIFFERENCE, own[0] | NO_DIFFERENCE):
+        return ", ".join(changed)
+    if theirs[1] == own[1]:
+        return ""
+    setting = "fp8_weights" if theirs[1].split()[0] == own[1].split()[0] else "precision"
+    return f"weights in {theirs[1]}, not {own[1]} (setting {setting})"
+
+
+def types(model: Model) -> str:
+    """The type that the model computes in, and whether its weights are kept in another."""
+    computing = str(next(model.parameters()).dtype)
+    return f"{computing} and fp8" if keeps_fp8(model.blocks[0]) else computing  # as every block: few parameters to ask
 
 
 def as_ids(ids: Sequence[int]) -> list[int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -19,14 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_tn.config import ConfigError, differences, to_mapping
-from megatron_tn.inference.prefix import Prefix, check_ids
+from megatron_tn.config import ConfigError, to_mapping
+from megatron_tn.inference.prefix import Prefix, check_ids, kind_difference, types
 from megatron_tn.model.base import DecodingState, Model
 from megatron_tn.parallel.collectives import all_gather, all_reduce_
-from megatron_tn.parallel.fp8_weights import keeps_fp8
 
 FORMAT = "megatron_tn prefix 1"
-NO_DIFFERENCE = {"name": "", "init_std": 0.0}  # settings that do not change what a model computes
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 HEADS = -3  # the dimension of every state that is split over tensor parallelism: [.., H / tp, K, d]
 
@@ -36,23 +34,25 @@ def save_prefix(prefix: Prefix, model: Model, path: str | Path) -> None:
     """Write `prefix`, computed by `model`, to `path`. Rank 0 writes, and every rank returns when the file is there.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: it cannot be written, or something else than a prefix of this model is there.
+        ValueError: a model of another kind computed it.
     """
-    axis, config = model.context.tp, model.config
+    prefix.check_kind(model)
+    axis = model.context.tp
     layers = [] if prefix.state is None else prefix.state.layers
     tensors = {f"layer.{n}": all_gather(layer[0], axis, HEADS).cpu() for n, layer in enumerate(layers)}
     tensors["seen"] = torch.tensor(sorted(prefix.seen), dtype=torch.int32)
     metadata = {
         "format": FORMAT,
-        "model": fingerprint(model),
-        "config": json.dumps(to_mapping(config)),
-        "dtype": types(model),
+        **identity(model),
         "length": str(prefix.length),
         "last": str(prefix.last),
     }
     error = "rank 0 failed"
     written = torch.zeros(1, dtype=torch.int64, device=next(model.parameters()).device)
-    if axis.rank == 0:
+    if axis.rank == 0 and (obstacle := replacing_problem(path, metadata)):
+        error = obstacle
+    elif axis.rank == 0:
         partial = Path(path).with_name(f".{Path(path).name}.{secrets.token_hex(8)}.tmp")  # nobody else can foresee it
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
@@ -63,6 +63,25 @@ def save_prefix(prefix: Prefix, model: Model, path: str | Path) -> None:
             error = str(failure)
     if not all_reduce_(written, axis).item():
         raise ConfigError(f"{path} cannot be written: {error}")
+
+
+def replacing_problem(path: str | Path, own: Mapping[str, str] | None = None) -> str:
+    """Why `save_prefix` must not replace what is at `path`; empty where nothing is there, or the file of a prefix.
+    own: `identity` of the model, whose prefixes alone may then be replaced."""
+    place = Path(path)
+    if place.is_symlink() or (place.exists() and not place.is_file()):
+        return "it is no regular file"
+    if not place.exists():
+        return ""
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+        other = own is not None and _difference(metadata, own) if metadata.get("format") == FORMAT else None
+    except (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError):
+        other = None
+    if other is None:
+        return "a file is there that holds no saved state: name another"
+    return f"the state of another model is there: {other}" if other else ""
 
 
 @torch.no_grad()
@@ -80,8 +99,9 @@ def load_prefix(path: str | Path, model: Model) -> Prefix:
         raise ConfigError(f"state={path} cannot be read: {error}") from None
     if metadata.get("format") != FORMAT:
         raise ConfigError(f"state={path} has format {metadata.get('format')!r}, not {FORMAT!r}")
+    own = identity(model)
     try:
-        if problem := _other_model(metadata, model):
+        if problem := _difference(metadata, own):
             raise ConfigError(f"state={path} was computed by another model: {problem}")
         return _prefix(metadata, tensors, model)
     except ConfigError:
@@ -103,7 +123,7 @@ def _prefix(metadata: dict[str, str], tensors: dict[str, Tensor], model: Model) 
     for n, (layer, wanted) in enumerate(zip(layers, _layers_of(model, length - 1), strict=True)):
         if (layer.dtype, list(layer.shape)) != wanted:
             raise ValueError(f"layer.{n} is {layer.dtype} {list(layer.shape)}, not {wanted[0]} {wanted[1]}")
-    return Prefix(DecodingState(layers, length - 1), last, seen)
+    return Prefix(DecodingState(layers, length - 1), last, seen, (model.config, types(model)))
 
 
 def _layers_of(model: Model, tokens: int) -> Iterator[tuple[torch.dtype, list[int]]]:
@@ -117,22 +137,19 @@ def _layers_of(model: Model, tokens: int) -> Iterator[tuple[torch.dtype, list[in
             yield dtype, [1, 2, heads, mixer.kept_tokens(tokens), mixer.head_dim]
 
 
-def _other_model(metadata: dict[str, str], model: Model) -> str:
-    """The differences between `model` and the metadata, in words; empty without any."""
-    own, theirs = to_mapping(model.config), json.loads(metadata["config"])
-    if changed := differences(theirs | NO_DIFFERENCE, own | NO_DIFFERENCE):
-        return ", ".join(changed)
-    if (dtype := types(model)) != metadata["dtype"]:
-        return f"weights in {metadata['dtype']}, not {dtype}"
-    if (found := fingerprint(model)) != metadata["model"]:
-        return f"weights with fingerprint {metadata['model']}, not {found}"
+def identity(model: Model) -> dict[str, str]:
+    """The metadata that name a model. Collective over tensor parallelism."""
+    return {"model": fingerprint(model), "config": json.dumps(to_mapping(model.config)), "dtype": types(model)}
+
+
+def _difference(theirs: Mapping[str, str], own: Mapping[str, str]) -> str:
+    """The differences between the `identity` in a file's metadata and a model's own, in words; empty without any."""
+    kinds = ((json.loads(each["config"]), each["dtype"]) for each in (theirs, own))
+    if found := kind_difference(*kinds):
+        return found
+    if theirs["model"] != own["model"]:
+        return f"weights with fingerprint {theirs['model']}, not {own['model']}"
     return ""
-
-
-def types(model: Model) -> str:
-    """The type that the model computes in, and whether its weights are kept in another."""
-    computing = str(next(model.parameters()).dtype)
-    return f"{computing} and fp8" if keeps_fp8(model) else computing
 
 
 def fingerprint(model: Model) -> str:

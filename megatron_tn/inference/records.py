@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_tn.config import ConfigError
 
+END = "end"  # key of an output line: why its text ends
+ENDS = ("eos", "length", "stop")
+SAMPLE = "sample"  # key of an output line with samples > 1: which of them, from 0
 MOST_PROBLEMS = 5  # malformed lines of a file of prompts that one message names
 
 
@@ -18,23 +22,29 @@ def prompt_problems(path: str, text_key: str, taken: set[str]) -> list[str]:
 
     Reads the file once, so that nothing is computed for one that breaks off in the middle.
     """
+    if Path(path).exists() and not Path(path).is_dir() and not Path(path).is_file():
+        return [f"prompts={path} is no regular file, and is read more than once"]
     try:
         with Path(path).open("rb") as file:
-            found = []
+            found, empty = [], True
             for number, line in enumerate(file, 1):
+                empty = empty and not line.strip()
                 if line.strip() and (problem := _problem(line, text_key, taken)):
                     found.append(f"prompts={path}, line {number}: {problem}")
                 if len(found) == MOST_PROBLEMS:
                     break
     except OSError as error:
         return [f"prompts={path} cannot be read: {error.strerror}"]
-    return found
+    return [f"prompts={path} has no texts"] if empty else found
 
 
 def read_prompts(path: str) -> Iterator[dict[str, Any]]:
     """The records of a file without `prompt_problems`, one at a time. Blank lines are none."""
-    with Path(path).open("rb") as file:
-        yield from (json.loads(line) for line in file if line.strip())
+    try:
+        with Path(path).open("rb") as file:
+            yield from (json.loads(line) for line in file if line.strip())
+    except OSError as error:
+        raise ConfigError(f"prompts={path} cannot be read: {error.strerror}") from None
 
 
 def _problem(line: bytes, text_key: str, taken: set[str]) -> str | None:
@@ -60,18 +70,18 @@ def _problem(line: bytes, text_key: str, taken: set[str]) -> str | None:
 
 class OrderedLines:
     """Writes numbered records to a JSON lines file in the order of their numbers, each as soon as all before it are
-    there. first: the first number."""
+    there. count: the number of the next line, from `first`."""
 
     def __init__(self, file: BinaryIO, first: int = 0):
         self._file = file
-        self._next = first
+        self.count = first
         self._waiting: dict[int, dict[str, Any]] = {}
 
     def put(self, number: int, record: dict[str, Any]) -> None:
         self._waiting[number] = record
-        while self._next in self._waiting:
-            self._file.write(_line(self._waiting.pop(self._next)))
-            self._next += 1
+        while self.count in self._waiting:
+            self._file.write(_line(self._waiting.pop(self.count)))
+            self.count += 1
         self._file.flush()
 
 
@@ -83,11 +93,10 @@ def _line(record: dict[str, Any]) -> bytes:
 
 
 def output_problems(
-    path: str, resume: bool, read: Mapping[str, str], output_key: str, record: Mapping[str, Any]
+    path: str, resume: bool, read: Mapping[str, str], records: Iterable[dict[str, Any]], output_key: str, samples: int
 ) -> list[str]:
     """Why continuations cannot be written to output=`path` beyond `config.unwritable`. read: other settings -> files
-    that are read. output_key: a key that every line of earlier output has. record: the first text to continue, with
-    whose keys an output begins that broke off in its first line."""
+    that are read. records: the texts to continue, of which the lines of an earlier output begin with the first ones."""
     if not path or not Path(path).is_file():
         return []
     same = [f"output={path} is {name}={file} itself" for name, file in read.items() if _is_file(file, path)]
@@ -95,17 +104,39 @@ def output_problems(
         return same
     if not resume:
         return [f"output={path} exists: resume=true goes on behind its last line; or name another file"]
+    wanted = ((record, sample) for record in records for sample in range(samples))
     with Path(path).open("rb") as file:
-        first = file.readline()
-    if first.endswith(b"\n"):
-        try:
-            own = output_key in json.loads(first)
-        except (ValueError, TypeError, RecursionError):
-            own = False
-    else:
+        for number, line in enumerate(file, 1):
+            record, sample = next(wanted, (None, 0))
+            if record is None:
+                problem = f"samples={samples} of the texts are {number - 1} continuations alone"
+            else:
+                problem = _line_problem(line, record, output_key, sample if samples > 1 else None)
+            if problem:
+                return [f"output={path}, line {number}: {problem}: resume=true cannot go on"]
+    return []
+
+
+def _line_problem(line: bytes, record: dict[str, Any], output_key: str, sample: int | None) -> str:
+    """Why `line` is not the continuation of `record`, or the beginning of its line; empty where it is."""
+    if not line.endswith(b"\n"):  # the writer broke off
         begin = _line({**record, output_key: ""}).removesuffix(b'"}\n')
-        own = begin.startswith(first) or first.startswith(begin)
-    return [] if own else [f"output={path} does not begin with a line that has {output_key}: resume=true cannot go on"]
+        return "" if begin.startswith(line) or line.startswith(begin) else "it does not begin as the line of its text"
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return f"no JSON: {error}"
+    if not isinstance(found, dict):
+        return f"a JSON {type(found).__name__}, no object"
+    for key, values in ((output_key, None), (END, ENDS)):
+        if not isinstance(found.get(key), str) or (values and found[key] not in values):
+            return f"it has no {key}"
+    wanted = record | {key: found[key] for key in (output_key, END)} | ({} if sample is None else {SAMPLE: sample})
+    for key in [*wanted, *found]:
+        here, there = (json.dumps(each[key]) if key in each else "missing" for each in (found, wanted))
+        if here != there:
+            return f"{key} is {here:.60}, not {there:.60}"
+    return ""
 
 
 def _is_file(one: str, other: str) -> bool:
@@ -123,11 +154,33 @@ def whole_lines(path: str) -> tuple[int, int]:
     return lines, size
 
 
-def open_output(path: str, size: int) -> BinaryIO:
-    """The file at `path`, cut to `size` bytes, for writing behind them."""
-    try:
+@contextlib.contextmanager
+def open_output(path: str) -> Iterator[BinaryIO]:
+    """The file at `path`, for writing behind its end. No other process opens it so until the block ends.
+
+    Raises:
+        ConfigError: it cannot be written, or another process has it open so.
+    """
+    with written(f"output={path}"), Path(path).open("ab") as file:
         if Path(path).is_file():
-            os.truncate(path, size)
-        return Path(path).open("ab")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"output={path} is being written by another process") from None
+            except OSError:
+                pass  # a file system without locks
+        yield file
+
+
+@contextlib.contextmanager
+def written(name: str) -> Iterator[None]:
+    """Within the block a file is written to, and its errors, such as a full disk, become ConfigErrors that begin with
+    `name`. A reader that has gone stays a BrokenPipeError."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        raise ConfigError(f"output={path} cannot be written: {error.strerror}") from None
+        if error.filename is not None and str(error.filename) not in name:
+            raise  # another file's
+        raise ConfigError(f"{name} cannot be written: {error.strerror or error}") from None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels import sample_tokens
+from megatron_tn.config import ConfigError
 
 MOST_PENALTY = 1e30  # logits are multiplied by it in fp32
 
@@ -25,6 +26,9 @@ class Sampler:
         arXiv 1904.09751); 1: all.
     repetition_penalty: before everything else, logits of tokens that were seen, in the prompt or since, are divided by
         it where positive and multiplied where negative (CTRL, arXiv 1909.05858, section 4.1); 1: none.
+
+    Raises:
+        ConfigError: settings out of their ranges, a line each.
     """
 
     temperature: float = 0.8
@@ -32,8 +36,7 @@ class Sampler:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
 
-    def problems(self) -> list[str]:
-        """A line for each setting that is out of its range."""
+    def __post_init__(self) -> None:
         found = []
         if not 0 <= self.temperature < math.inf:
             found.append(f"temperature={self.temperature} must be at least 0, and finite")
@@ -44,7 +47,8 @@ class Sampler:
         if not 1 / MOST_PENALTY <= self.repetition_penalty <= MOST_PENALTY:
             between = f"from {1 / MOST_PENALTY:g} to {MOST_PENALTY:g}"
             found.append(f"repetition_penalty={self.repetition_penalty} must be above 0, and {between}")
-        return found
+        if found:
+            raise ConfigError(found)
 
 
 class Plan(NamedTuple):

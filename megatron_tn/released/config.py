@@ -16,11 +16,21 @@ def read_config(directory: Path) -> ModelConfig:
 
     Raises:
         FileNotFoundError: it has no config.json.
-        ConfigError: config.json is damaged, or of a model that this package does not have.
+        ConfigError: config.json is damaged, of a run, or of a model that this package does not have; each line begins
+            with the file's path.
     """
     if not (directory / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{directory} has no {CONFIG_FILE}: not a model in the released layout")
-    return config_from_released(read_mapping(directory / CONFIG_FILE))
+    values = read_mapping(directory / CONFIG_FILE)
+    if isinstance(values.get("model"), dict):  # the settings of a run
+        raise ConfigError(
+            f"{directory / CONFIG_FILE} is of a run, not of a model in the released layout: "
+            "megatron_tn.loading.load_any_model loads a run's newest checkpoint, and convert export writes that layout"
+        )
+    try:
+        return config_from_released(values)
+    except ConfigError as error:
+        raise ConfigError([f"{directory}/{problem}" for problem in error.problems]) from None
 
 
 def config_from_released(values: dict[str, Any]) -> ModelConfig:

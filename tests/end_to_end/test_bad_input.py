@@ -263,9 +263,10 @@ def test_a_run_folder_that_cannot_be_made(shards, tmp_path, capsys, run, message
         ([], "checkpoint is not set"),
         (["checkpoint=nowhere"], "checkpoint=nowhere: no checkpoint"),
         (["--multirun", "checkpoint=a,b"], " has no run_dir for a sweep; call it once for each value"),
+        (["hydra.mode=MULTIRUN", "precision=fp32,bf16"], " has no run_dir for a sweep; call it once for each value"),
         (["precision=fp32,bf16"], "precision=fp32,bf16: a sweep over several values is not for "),
     ],
-    ids=["unset", "absent", "sweep", "values"],
+    ids=["unset", "absent", "sweep", "mode", "values"],
 )
 def test_checkpoints_that_are_not_there(capsys, main, words, message):
     assert call(main, *words) == 2
@@ -332,6 +333,11 @@ WRONG_KINDS = [  # a command, and its settings of `wrong_kinds`, each with its o
         ("prompt=a", "checkpoint=released"),
         {"tokenizer=words.txt": " cannot be read as a tokenizer.json: "},
     ),
+    (
+        generate,
+        ("prompt=a", "tokenizer=shards/tokenizer.json"),
+        {"checkpoint=released": " cannot be read: released/config.json is of a run, not of a model in the released"},
+    ),
 ]
 
 
@@ -343,7 +349,7 @@ def wrong_kinds(tmp_path_factory, shards) -> Path:
     for name, file, content in (
         ("torn", "manifest.json", '{"seed"'),
         ("saved", "manifest.json", '{"format": "megatron_tn checkpoint"}'),
-        ("released", "config.json", "{}"),
+        ("released", "config.json", '{"model": {}}'),
         (".", "words.txt", "a b"),
     ):
         (folder / name).mkdir(exist_ok=True)

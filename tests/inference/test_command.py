@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_tn.generate import main as generate
-from megatron_tn.inference.records import output_problems
+from megatron_tn.inference.records import open_output, output_problems
 from megatron_tn.released.write import save_pretrained
 from tests.helpers.models import TINY, reference_model
 from tests.helpers.training import call, fork_ranks
@@ -67,6 +68,14 @@ def test_a_file_is_continued_in_order_at_any_batch_and_from_where_it_broke_off(c
     assert call(generate, *words(checkpoint, f"prompts={prompts}", f"output={again}", *settings)) == 2
     assert f"output={again} exists: resume=true goes on" in capsys.readouterr().err
     assert continued(checkpoint, prompts, again, *settings, "resume=true") == found
+    assert call(generate, *words(checkpoint, f"prompts={prompts}", f"output={again}", "resume=true")) == 2
+    assert f"output={again}, line 1: sample is 0, not missing: resume=true cannot" in capsys.readouterr().err
+    with open_output(str(again)):
+        assert (
+            call(generate, *words(checkpoint, f"prompts={prompts}", f"output={again}", *settings, "resume=true")) == 2
+        )
+    assert capsys.readouterr().err == f"error: output={again} is being written by another process\n"
+    assert again.read_bytes() == found
     for length in (1, 9, 40, found.index(b"\n")):  # it broke off in its first line
         again.write_bytes(found[:length])
         capsys.readouterr()
@@ -97,6 +106,7 @@ def test_a_state_is_continued_as_its_text_is(checkpoint, prompts, tmp_path, caps
     prompts.write_text("".join(json.dumps(record) + "\n" for record in whole))
     same = [json.loads(line) for line in continued(checkpoint, prompts, wanted).splitlines()]
     assert [record["continuation"] for record in records] == [record["continuation"] for record in same]
+    assert call(generate, *words(checkpoint, "prompt=Twice", f"save_state={state}", "max_new_tokens=0")) == 0
     other = tmp_path / "other"
     save_pretrained(
         reference_model(dataclasses.replace(TINY, vocab_size=259, layers=3), seed=2, dtype=torch.float32), other
@@ -104,6 +114,14 @@ def test_a_state_is_continued_as_its_text_is(checkpoint, prompts, tmp_path, caps
     (other / "tokenizer.json").write_bytes((checkpoint / "tokenizer.json").read_bytes())
     assert call(generate, *words(other, f"state={state}")) == 2
     assert f"state={state} was computed by another model: layers: 2 -> 3" in capsys.readouterr().err
+    assert call(generate, *words(other, f"save_state={state}")) == 2
+    assert f"save_state={state} cannot be written: the state of another model is there" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(state)
+    os.mkfifo(tmp_path / "pipe")
+    for name, why in (("other/tokenizer.json", "a file is there"), ("link", "it is no"), ("pipe", "it is no")):
+        assert call(generate, *words(checkpoint, f"save_state={tmp_path / name}")) == 2
+        assert f"save_state={tmp_path / name} cannot be written: {why}" in capsys.readouterr().err
+    assert (other / "tokenizer.json").read_bytes() == (checkpoint / "tokenizer.json").read_bytes()
     assert call(generate, *words(checkpoint, f"state={state}", "fp8_weights=true")) == 2
     assert "another model: weights in torch.float32, not torch.float32 and fp8" in capsys.readouterr().err
 
@@ -164,15 +182,37 @@ def test_everything_that_is_wrong_is_said_at_the_start(checkpoint, prompts, tmp_
     said = capsys.readouterr().err
     assert f"error: output={prompts} is prompts={prompts} itself" in said
     assert r"error: stop='\udcff' is no text: it has bytes that are not UTF-8" in said
-    for content in ('{"mine": 1}', '{"continuation": "a"}', "mine\n", '{"mine": 1}\n', "[1]\n", "1\n"):
+    whole = '{"id": 1, "text": "a", "continuation": "b", "end": "eos", "sample": 0}\n'
+    for content, why in (
+        ('{"mine": 1}', "line 1: it does not begin as the line of its text"),
+        ('{"continuation": "a"}', "line 1: it does not begin as the line of its text"),
+        ("mine\n", "line 1: no JSON: "),
+        ('{"mine": 1}\n', "line 1: it has no continuation: "),
+        ("[1]\n", "line 1: a JSON list, no object"),
+        ("1\n", "line 1: a JSON int, no object"),
+        (whole + "mine\n", "line 2: no JSON: "),
+        (whole + "mine", "line 2: it does not begin as the line of its text"),
+        (whole.replace('"eos"', "7"), "line 1: it has no end: "),
+        (whole.replace('"id": 1', '"id": 2'), "line 1: id is 2, not 1: "),
+        (whole.replace('"a"', '"c"'), 'line 1: text is "c", not "a": '),
+        (whole.replace(', "sample": 0', ""), "line 1: sample is missing, not 0: "),
+        (whole.replace('"id"', '"x": 3, "id"'), "line 1: x is 3, not missing: "),
+        (whole * 2, "line 2: sample is 0, not 1: "),
+        (whole + whole.replace("0}", "1}") + whole, "line 3: samples=2 of the texts are 2 continuations alone: "),
+    ):
         prompts.write_text(content)
-        (problem,) = output_problems(str(prompts), True, {}, "continuation", {"text": "a"})
-        assert problem.startswith(f"output={prompts} does not begin with a line that has continuation: ")
+        (problem,) = output_problems(str(prompts), True, {}, [{"id": 1, "text": "a"}], "continuation", 2)
+        assert problem.startswith(f"output={prompts}, {why}")
+        assert problem.endswith(": resume=true cannot go on")
     prompts.write_text('{"text": "!"}\n{"text": "z"}\n')
     small = reference_model(dataclasses.replace(TINY, vocab_size=60), seed=2, dtype=torch.float32)
     save_pretrained(small, tmp_path / "small")
     given = (f"prompts={prompts}", f"output={tmp_path / 'out'}", f"tokenizer={checkpoint / 'tokenizer.json'}")
     assert call(generate, f"checkpoint={tmp_path / 'small'}", *given) == 2
     assert f"cannot continue text 2 of prompts={prompts}: the prompt holds id " in capsys.readouterr().err
+    assert call(generate, *words(checkpoint, f"prompts={prompts}", "output=/dev/full")) == 2
+    assert capsys.readouterr().err == "error: output=/dev/full cannot be written: No space left on device\n"
+    assert call(generate, f"checkpoint={checkpoint}", "resume=true", f"save_state={tmp_path}/s") == 2
+    assert "error: resume=true goes on behind the lines of output, which is not set" in capsys.readouterr().err
     assert call(generate, f"checkpoint={checkpoint}", "prompt=a", "device=meta") == 2
     assert "error: device=meta is not available here: Cannot copy out of meta tensor" in capsys.readouterr().err

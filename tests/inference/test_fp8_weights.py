@@ -8,7 +8,7 @@ import torch
 from kernels.float8_linear.reference import dequantized
 from megatron_tn.config import ConfigError, ScoreConfig
 from megatron_tn.evaluation.perplexity import Documents, evaluate_documents
-from megatron_tn.inference import Prefix, Sampler, Session, generate, keep_in_fp8
+from megatron_tn.inference import Generator, Prefix, Request, Sampler, Session, generate, keep_in_fp8
 from megatron_tn.loading import load_any_model
 from megatron_tn.model.base import Model
 from megatron_tn.parallel import fp8_weights
@@ -102,6 +102,17 @@ def test_every_way_to_decode(kept, tmp_path):
     assert list(Session.load(kept, tmp_path / "prefix").ask(max_new_tokens=COUNT, sampler=GREEDY)) == ids
     with pytest.raises(ConfigError, match=r"weights in torch\.float32 and fp8, not torch\.float32"):
         Session.load(exact, tmp_path / "prefix")
+    given, kinds = (
+        Prefix.of(kept, prompts()[3]),
+        r"another model: weights in .* and fp8, not .*32 \(setting fp8_weights\)",
+    )
+    for use in (
+        lambda: Session(exact, given).save(tmp_path / "other"),
+        lambda: Session(exact, given).feed([1]),
+        lambda: list(Generator(exact, 1).stream([Request((), given)])),
+    ):
+        with pytest.raises(ValueError, match=kinds):
+            use()
 
 
 def test_held_out_figures_are_those_of_the_numbers(trained, kept):

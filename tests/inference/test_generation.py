@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_tn.inference import Session
+from megatron_tn.inference import Prefix, Session
 from megatron_tn.inference.generator import Generator, Request, generate, stream
 from megatron_tn.inference.rows import batches_of, generate_rows
 from megatron_tn.inference.sampler import Sampler
@@ -75,6 +75,12 @@ def test_bad_requests(prompt, count, message):
         generate(reference_model(TINY, 0), [prompt], max_new_tokens=count)
 
 
+@pytest.mark.parametrize("given", [{"seed": -1}, {"seed": 1.5}, {"seed": 2**70}, {"number": -1}], ids=str)
+def test_keys_of_random_numbers_that_are_none(given):
+    with pytest.raises(ValueError, match=r"^(seed|number)=\S+ must be from 0 to 18446744073709551615, and whole$"):
+        Request([1], **given)
+
+
 def test_ids_may_be_a_tensor_or_an_array():
     model, ids = reference_model(TINY, 0), [1, 5, 9]
     wanted = generate(model, [ids] * 2, max_new_tokens=3)
@@ -82,6 +88,25 @@ def test_ids_may_be_a_tensor_or_an_array():
     session = Session(model)
     session.feed(torch.tensor(ids))
     assert list(session.ask(max_new_tokens=3)) == wanted[0]
+
+
+def test_an_open_ask_of_a_session(monkeypatch):
+    model = reference_model(TINY, 0)
+    (ids,) = generate(model, [[1, 5, 9]], max_new_tokens=6, sampler=Sampler(temperature=0))
+    session = Session(model, Prefix.of(model, [1, 5, 9]))
+    ask = session.ask(max_new_tokens=6, sampler=Sampler(temperature=0))
+    assert [next(ask), next(ask)] == ids[:2]
+    other = session.fork()
+    assert (other.length, session.length) == (5, 5)
+    assert list(other.ask(max_new_tokens=4, sampler=Sampler(temperature=0))) == ids[2:]
+    for call, use in (("feed", lambda: session.feed([7])), ("ask", lambda: next(session.ask()))):
+        with pytest.raises(RuntimeError, match=rf"^{call}\(\) while an ask\(\) of this session is open"):
+            use()
+    assert next(ask) == ids[2]
+    with monkeypatch.context() as shutdown:
+        shutdown.setattr(Prefix, "of", None)  # closing computes nothing
+        ask.close()
+    assert list(session.ask(max_new_tokens=3, sampler=Sampler(temperature=0))) == ids[3:]
 
 
 def test_a_second_stream_of_a_generator_ends_the_first():

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from kernels.sampling.uniform import uniform
-from megatron_tn.inference.generator import Request
 from megatron_tn.inference.sampler import Plan, Sampler, SamplingRows, sample
 from megatron_tn.inference.uniform import stream_key
 
@@ -47,20 +46,20 @@ def test_sampling_follows_the_probabilities_of_each_rows_own_settings():
 
 
 @pytest.mark.parametrize(
-    ("sampler", "problem"),
+    ("given", "problem"),
     [
-        (Sampler(temperature=-1), "temperature=-1 must be at least 0"),
-        (Sampler(top_k=-1), "top_k=-1 must be at least 0"),
-        (Sampler(top_p=0), "top_p=0 must be above 0"),
-        (Sampler(repetition_penalty=0), "repetition_penalty=0 must be above 0"),
-        (Sampler(repetition_penalty=1e-40), "repetition_penalty=1e-40 must be above 0, and from 1e-30 to 1e+30"),
-        (Sampler(top_k=1.5), "top_k=1.5 must be at least 0, and whole"),
+        ({"temperature": -1}, "temperature=-1 must be at least 0"),
+        ({"top_k": -1}, "top_k=-1 must be at least 0"),
+        ({"top_p": 0}, "top_p=0 must be above 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty=0 must be above 0"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty=1e-40 must be above 0, and from 1e-30 to 1e+30"),
+        ({"top_k": 1.5}, "top_k=1.5 must be at least 0, and whole"),
     ],
     ids=["temperature", "top_k", "top_p", "repetition_penalty", "penalty that fp32 rounds to 0", "half a token"],
 )
-def test_settings_that_make_no_sense_are_named(sampler, problem):
+def test_settings_that_make_no_sense_are_named(given, problem):
     with pytest.raises(ValueError, match=re.escape(problem)):
-        Request([1], sampler=sampler)
+        Sampler(**given)
 
 
 def test_a_row_is_drawn_as_if_it_were_alone():

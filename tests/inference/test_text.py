@@ -105,4 +105,9 @@ def test_prompts_that_cannot_be_read_are_named_by_line(tmp_path):
     path.write_text('{"text": "a", "id": 1}\n\n{"text": "b"}')
     assert [record["text"] for record in read_prompts(str(path))] == ["a", "b"]
     assert whole_lines(str(path)) == (2, len('{"text": "a", "id": 1}\n\n'))
+    path.write_text(" \n\n")
+    assert prompt_problems(str(path), "text", set()) == [f"prompts={path} has no texts"]
+    assert prompt_problems("/dev/null", "text", set()) == [
+        "prompts=/dev/null is no regular file, and is read more than once"
+    ]
     assert prompt_problems(str(tmp_path), "text", set()) == [f"prompts={tmp_path} cannot be read: Is a directory"]

@@ -121,13 +121,15 @@ def index_of(file) -> str:
     [
         ("config.json", "{", "config.json is damaged"),
         ("config.json", "[]", "config.json is damaged: it holds list"),
+        ("config.json", "{}", r"/test_damaged_\S+/config.json has no "),
+        ("config.json", '{"model": {}}', r"/config.json is of a run, .*: megatron_tn.loading.load_any_model loads"),
         ("model.safetensors", "{", "model.safetensors is damaged"),
         (INDEX, "{}", "index.json is damaged: it has no weight_map"),
         (INDEX, index_of(3), "index.json is damaged: it has no weight_map"),
         (INDEX, index_of("a.safetensors"), "a.safetensors is missing"),
         (INDEX, index_of("b.safetensors"), "b.safetensors has no tensor"),
     ],
-    ids=["no JSON", "no mapping", "weights", "no map", "no file name", "missing", "elsewhere"],
+    ids=["no JSON", "no mapping", "no fields", "of a run", "weights", "no map", "no file name", "missing", "elsewhere"],
 )
 def test_damaged_files_are_named(tmp_path, file, content, message):
     save_pretrained(reference_model(TINY, seed=1, dtype=torch.float32), tmp_path)
