@@ -1,6 +1,7 @@
 """The self-cleaning filter in the stream: thresholds from config, scores from sidecars, counts from their cache."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import signal
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.pool import process_pool
 from data_pipeline.shards import read_documents
 from data_pipeline.shards.reading import read_shard
 from data_pipeline.shards.scores import save_scores, scores_file
@@ -125,6 +127,16 @@ def test_a_killed_count_goes_on_where_it_was(manifest, torn, monkeypatch):
     assert again.content_hash == expected.content_hash
     assert counted[4:] == [shard.name for shard in manifest.shards[3:]]
     assert not path.with_suffix(".progress").exists()
+
+
+def test_a_signal_to_a_worker_that_has_just_started_is_ignored(capfd):
+    for _ in range(5):
+        with process_pool(3, multiprocessing.get_context("fork")) as pool:
+            waiting = [pool.submit(int) for _ in range(3)]
+            for worker in list(pool._processes):
+                os.kill(worker, signal.SIGINT)
+            assert [each.result(60) for each in waiting] == [0, 0, 0]
+    assert capfd.readouterr().err == ""
 
 
 def test_an_interrupted_count_says_so_in_one_line_and_goes_on(tmp_path):
