@@ -47,13 +47,19 @@ def read_prompts(path: str) -> Iterator[dict[str, Any]]:
         raise ConfigError(f"prompts={path} cannot be read: {error.strerror}") from None
 
 
-def _problem(line: bytes, text_key: str, taken: set[str]) -> str | None:
+def _object(line: bytes) -> dict[str, Any] | str:
+    """The JSON object of a line; why the line holds none."""
     try:
-        record = json.loads(line)
+        found = json.loads(line)
     except (ValueError, RecursionError) as error:
         return f"no JSON: {error}"
-    if not isinstance(record, dict):
-        return f"a JSON {type(record).__name__}, no object"
+    return found if isinstance(found, dict) else f"a JSON {type(found).__name__}, no object"
+
+
+def _problem(line: bytes, text_key: str, taken: set[str]) -> str | None:
+    record = _object(line)
+    if isinstance(record, str):
+        return record
     if text_key not in record:
         return f"text_key={text_key}: no such key; there are {', '.join(sorted(record)) or 'none'}"
     text = record[text_key]
@@ -122,12 +128,9 @@ def _line_problem(line: bytes, record: dict[str, Any], output_key: str, sample: 
     if not line.endswith(b"\n"):  # the writer broke off
         begin = _line({**record, output_key: ""}).removesuffix(b'"}\n')
         return "" if begin.startswith(line) or line.startswith(begin) else "it does not begin as the line of its text"
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return f"no JSON: {error}"
-    if not isinstance(found, dict):
-        return f"a JSON {type(found).__name__}, no object"
+    found = _object(line)
+    if isinstance(found, str):
+        return found
     for key, values in ((output_key, None), (END, ENDS)):
         if not isinstance(found.get(key), str) or (values and found[key] not in values):
             return f"it has no {key}"
