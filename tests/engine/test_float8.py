@@ -75,11 +75,13 @@ def assert_operands_are_of_the_weights(engine: Engine) -> None:
                     assert torch.equal(*(torch.as_tensor(each).view(torch.uint8) for each in (kept, wanted)))
 
 
-def test_gradients_of_every_layout():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu(2))])
+def test_gradients_of_every_layout(device):
     """Against one process: data-parallel ranks that see the same microbatches make the same numbers."""
     _, exact = reference_gradients(TINY, SEED, *random_batch(BATCH, LENGTH))
     sizes = (4, 2, 1)
-    one = dict(zip(sizes, gradients_of(1, False, [(fp8(LOCAL), BATCH // size) for size in sizes]), strict=True))
+    alone = [(fp8(LOCAL), BATCH // size) for size in sizes]
+    one = dict(zip(sizes, run_shared(1, gradients_of, 1, False, alone, device=device)[0], strict=True))
     for gradients in one.values():
         assert max(relative_errors(gradients, exact).values()) < FROM_FP64
     split = [CASES[index] for index in (0, 2, 4, 5)]
@@ -88,7 +90,7 @@ def test_gradients_of_every_layout():
         (2, False, None, split[:1]),
         (2, True, 2, split),
     ):
-        for rank in run_shared(2, gradients_of, tp, sequence_parallel, cases, chunk):
+        for rank in run_shared(2, gradients_of, tp, sequence_parallel, cases, chunk, device=device):
             for (engine, microbatches), gradients in zip(cases, rank, strict=True):
                 wanted = one[BATCH * tp // 2 // microbatches]
                 bound = 1e-6 if tp == 1 else FROM_ANOTHER_LAYOUT
