@@ -25,7 +25,15 @@ from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest
 from megatron_tn.checkpoint.verify import verify
 from megatron_tn.cli import command
 from megatron_tn.config import ConfigError, ConvertConfig, ModelConfig, out_of_bounds, resolved
-from megatron_tn.loading import DTYPES, open_weights, resolve_checkpoint, tokenizer_path, unreadable
+from megatron_tn.loading import (
+    DTYPES,
+    open_weights,
+    problems_of_vocabulary,
+    read_tokenizer,
+    resolve_checkpoint,
+    tokenizer_path,
+    unreadable,
+)
 from megatron_tn.model.registry import problems_of_export
 from megatron_tn.released.card import card, training_facts
 from megatron_tn.released.to_checkpoint import write_checkpoint
@@ -108,12 +116,17 @@ def import_weights(config: ConvertConfig) -> None:
     directory, run = check_output(config), RunFolder(config.output)
     if run.path.is_dir() and any(not path.name.startswith(".") for path in run.path.iterdir()):
         raise ConfigError(f"output={run.path} holds files: name a new folder for the run")
+    tokenizer = tokenizer_path("", config.checkpoint)
     with unreadable(config.checkpoint, directory), open_weights(directory) as weights:
+        if tokenizer is not None:
+            problems = problems_of_vocabulary(read_tokenizer(tokenizer), weights.config, config.checkpoint)
+            if problems:
+                raise ConfigError(problems)
         stored = "bf16" if set(weights.dtypes.values()) <= {torch.bfloat16, torch.float16} else "fp32"
         written = write_checkpoint(
             weights, run.checkpoints, stored if config.precision == "trained" else config.precision
         )
-    if (tokenizer := tokenizer_path("", config.checkpoint)) is not None:
+    if tokenizer is not None:
         run.keep_tokenizer(tokenizer)
     print(f"wrote {written}")
 

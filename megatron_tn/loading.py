@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from data_pipeline.shards.manifest import Manifest
 from megatron_tn.checkpoint.load import CheckpointWeights, model_of
 from megatron_tn.checkpoint.manifest import FORMAT, MANIFEST, format_of
-from megatron_tn.config import ConfigError
+from megatron_tn.config import ConfigError, ModelConfig
 from megatron_tn.device.allocator import use_expandable_segments
 from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import ParallelContext
@@ -67,6 +67,21 @@ def open_weights(directory: Path) -> CheckpointWeights | ReleasedWeights:
         return ReleasedWeights(directory)
     except FileNotFoundError as error:
         raise ConfigError(str(error)) from None
+
+
+def model_config(checkpoint: str) -> ModelConfig:
+    """The settings of the model that `checkpoint` names; of its weights the headers alone are read."""
+    directory = resolve_checkpoint(checkpoint)
+    with unreadable(checkpoint, directory), open_weights(directory) as weights:
+        return weights.config
+
+
+def problems_of_vocabulary(tokenizer: Tokenizer, model: ModelConfig, checkpoint: str) -> list[str]:
+    """One line where the tokenizer has ids that the model of `checkpoint` has no embedding of."""
+    if (entries := 1 + max(tokenizer.get_vocab().values(), default=-1)) <= model.vocab_size:
+        return []
+    size = model.vocab_size
+    return [f"checkpoint={checkpoint}: its tokenizer has {entries} entries, more than model.vocab_size={size}"]
 
 
 def load_tokenizer(path: str, checkpoint: str) -> Tokenizer:
