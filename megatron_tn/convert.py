@@ -93,10 +93,8 @@ def export(config: ConvertConfig) -> None:
                 )
             texts = tokenizer_files(tokenizer, model)
             bos = json.loads(texts[TOKENIZER_CONFIG_FILE])["bos_token"]
-        facts, sequence_length = {}, None
-        if not isinstance(weights, ReleasedWeights):
-            facts = training_facts(weights.manifest, text_of_sources(data))
-            sequence_length = weights.manifest.config["data"].get("sequence_length")
+        known = not isinstance(weights, ReleasedWeights)
+        facts = training_facts(weights.manifest, text_of_sources(data)) if known else {}
         texts["README.md"] = card(model, next(iter(dtypes.values())), facts, bos)
         write_released(
             output,
@@ -106,7 +104,7 @@ def export(config: ConvertConfig) -> None:
             lambda name: whole_tensor(weights, name, dtypes[name]),
             shard_bytes=config.shard_mib << 20,
             texts=texts,
-            sequence_length=sequence_length,
+            sequence_length=length_of(weights),
         )
     print(f"wrote {output}")
 
@@ -124,7 +122,10 @@ def import_weights(config: ConvertConfig) -> None:
                 raise ConfigError(problems)
         stored = "bf16" if set(weights.dtypes.values()) <= {torch.bfloat16, torch.float16} else "fp32"
         written = write_checkpoint(
-            weights, run.checkpoints, stored if config.precision == "trained" else config.precision
+            weights,
+            run.checkpoints,
+            stored if config.precision == "trained" else config.precision,
+            length_of(weights),
         )
     if tokenizer is not None:
         run.keep_tokenizer(tokenizer)
@@ -154,6 +155,13 @@ def shards_of(weights: CheckpointWeights | ReleasedWeights) -> Shards | None:
         return Shards.load(path, check_files=False) if path and Path(path).is_file() else None
     except (KeyError, TypeError, ValueError):  # none in an old checkpoint, an unset variable, damage
         return None
+
+
+def length_of(weights: CheckpointWeights | ReleasedWeights) -> int | None:
+    """data.sequence_length of training; None where it is not known."""
+    if isinstance(weights, ReleasedWeights):
+        return weights.sequence_length
+    return weights.manifest.config["data"].get("sequence_length")
 
 
 def text_of_sources(data: Shards | None) -> dict[str, tuple[int, int]]:

@@ -138,7 +138,8 @@ def resolve_checkpoint(path: str, setting: str = "checkpoint") -> Path:
     if not path:
         raise ConfigError(f"{setting} is not set: name a checkpoint's folder or a released model's")
     directory = Path(path)
-    weights = (path for pattern in ("*.safetensors", "pytorch_model*.bin") for path in directory.glob(pattern))
+    patterns = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "pytorch_model.bin.index.json")
+    weights = (path for pattern in patterns for path in directory.glob(pattern))
     if (directory / "config.json").is_file() and any(weights):
         return directory
     if found := find_checkpoint(directory):
