@@ -27,6 +27,8 @@ from megatron_tn.released.config import read_config, trained_length
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 OLD_WEIGHTS_FILE, OLD_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
+TYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights
+
 
 class SafetensorsFile:
     """shapes: tensor -> (type, shape). Raises ConfigError where the file is missing or damaged."""
@@ -147,10 +149,13 @@ class ReleasedWeights:
             problems.append(f"{self.directory}: tensor {_and_others(unknown)} unknown")
         there = {name: shapes[repeated.get(name, name)] for name in self._files if name not in unknown}
         for name, wanted in there.items():
-            if (shape := self._stored(name)[1]) != wanted:
+            dtype, shape = self._stored(name)
+            if shape != wanted:
                 problems.append(
                     f"{self.directory}: {name} has shape {list(shape)}, but config.json makes it {list(wanted)}"
                 )
+            if dtype not in TYPES:
+                problems.append(f"{self.directory}: {name} has type {dtype}, not one of {', '.join(map(str, TYPES))}")
         if not problems:
             problems = [
                 f"{self.directory}: {name} differs from {origin}, but this model has one weight for both"

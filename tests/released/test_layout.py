@@ -101,9 +101,13 @@ def edit_weights(directory, edit):
         (lambda w: [w.pop(name) for name in list(w) if "l1" in name], r"l1\.weight, and 1 more, are missing"),
         (lambda w: w.update(extra=torch.zeros(1)), "tensor extra is unknown"),
         (lambda w: w.update(extra=torch.zeros(1, dtype=torch.int8)), "extra has type I8, not one of F32, "),
+        (
+            lambda w: w.update({name: w[name].byte() for name in w if "l1" in name}),
+            r"l1\.weight has type torch\.uint8, ",
+        ),
         (lambda w: w.update({"model.layers.1.channel_mixer.l1.weight": torch.zeros(95, 64)}), r"has shape \[95, 64\]"),
     ],
-    ids=["missing", "some missing", "unknown", "type", "shape"],
+    ids=["missing", "some missing", "unknown", "type", "no numbers", "shape"],
 )
 def test_weights_that_do_not_fit_are_refused(tmp_path, edit, message):
     save_pretrained(reference_model(TINY, seed=1, dtype=torch.float32), tmp_path)
