@@ -36,7 +36,14 @@ from megatron_tn.held_out import (
     load_manifest,
     problems_of_held_out,
 )
-from megatron_tn.loading import load_any_model, load_tokenizer, other_tokenizer, read_tokenizer, resolve_checkpoint
+from megatron_tn.loading import (
+    load_any_model,
+    load_tokenizer,
+    memory_is_named,
+    other_tokenizer,
+    read_tokenizer,
+    resolve_checkpoint,
+)
 from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.world import join_world, leave_world, world_size
@@ -59,10 +66,11 @@ def main(config: EvaluateConfig) -> None:
         tokenizer = load_tokenizer(config.tokenizer, config.checkpoint)
         model = load_any_model(config.checkpoint, device, config.precision, context, fp8_weights=config.fp8_weights)
         result: dict[str, Any] = {"checkpoint": config.checkpoint}
-        if config.manifest:
-            result |= held_out_figures(config, model, tokenizer)
-        if tasks:
-            result["tasks"] = task_scores(config, model, tokenizer, tasks)
+        with memory_is_named(f"batch_tokens={config.batch_tokens}"):
+            if config.manifest:
+                result |= held_out_figures(config, model, tokenizer)
+            if tasks:
+                result["tasks"] = task_scores(config, model, tokenizer, tasks)
     finally:
         leave_world()
     if is_first_process():

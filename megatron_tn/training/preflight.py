@@ -16,7 +16,7 @@ from megatron_tn.config import (
 )
 from megatron_tn.engine.deepspeed.settings import deepspeed_settings
 from megatron_tn.parallel.world import processes_here
-from megatron_tn.planning.host import host_memory_problems
+from megatron_tn.planning.host import host_memory_problems, step_memory_problems
 from megatron_tn.planning.remedies import memory_problems
 from megatron_tn.training.resume import Start
 from megatron_tn.training.run_folder import RunFolder
@@ -49,6 +49,8 @@ def problems_before_start(
     try:
         if config.engine.name == "deepspeed":
             deepspeed_settings(config, world_size // (config.parallel.tp * config.parallel.cp))
+        if gpus is None:
+            found += step_memory_problems(config, world_size, processes_here())
         if gpus is None and not cuda and config.cluster.gpu_memory_gib <= 0:
             return [*found, *host_memory_problems(config, world_size, processes_here())]
         return [*found, *memory_problems(config, world_size)]

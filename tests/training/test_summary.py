@@ -138,6 +138,10 @@ def test_what_cannot_fit_into_this_machine_is_refused(monkeypatch):
     (line,) = host.host_memory_problems(config(micro_batch=32768, global_batch=32768), 1, 1)
     assert "but this machine has 2.0 GiB free" in line
     assert "data.micro_batch=32768" in line
+    (line,) = host.step_memory_problems(config(global_batch=2**23), 1, 1)
+    assert line.startswith("data.global_batch=8388608 x data.sequence_length=32: ")
+    assert "a step need 4.0 GiB of memory in 1 process, but this machine has 2.0 GiB free" in line
+    assert host.step_memory_problems(config(global_batch=2**23), 4, 1) == []
     (line,) = host.host_memory_problems(config(), 8, 8)
     assert "in 8 processes" in line
 
