@@ -80,12 +80,12 @@ def check(config: EvaluateConfig) -> TaskSet | None:
         problems += error.problems
     if not config.manifest and not config.tasks:
         problems.append("manifest is not set: name the manifest.json of held-out shards, or tasks")
-    for setting in ("manifest", "train_manifest"):
+    for path, prefix in ((config.manifest, ""), (config.train_manifest, "train_")):
         try:
-            if getattr(config, setting):
-                Manifest.load(getattr(config, setting))
+            if path:
+                Manifest.load(path)
         except InputError as error:
-            problems += [f"{setting}: {problem}" for problem in error.problems]
+            problems += [f"{prefix}{problem}" for problem in error.problems]
     for setting in ("max_document_tokens", "sequence_tokens"):
         if getattr(config, setting) == 1:
             problems.append(f"{setting}=1 must be 0 or at least 2: nothing predicts the first token of a sequence")
@@ -173,7 +173,7 @@ def problems_in_training(config: TrainConfig) -> list[str]:
             problems += problems_of_held_out(held_out, setting, config.model.vocab_size)
             problems += other_tokenizer_than_training(held_out, config)
     except InputError as error:
-        problems += [f"evaluation.manifest: {problem}" for problem in error.problems]
+        problems += [f"evaluation.{problem}" for problem in error.problems]
     try:
         if evaluation.tasks:
             _tasks_in_training(config)

@@ -74,11 +74,11 @@ def checked(config: ScoreConfig) -> tuple[Manifest, str]:
         problems.append(f"name={name!r} must be up to 60 letters, digits, _ or -: it becomes part of file names")
     try:
         if not config.manifest:
-            raise InputError("not set: name the manifest.json of the shards to score")
+            raise InputError("manifest: not set: name the manifest.json of the shards to score")
         manifest = Manifest.load(config.manifest)
         problems += manifest.score_problems(f"manifest={config.manifest}")
     except InputError as error:
-        problems += [f"manifest: {problem}" for problem in error.problems]
+        problems += error.problems
     try:
         directory = resolve_checkpoint(config.checkpoint)
         name = name or f"eval-{model_hash(directory)[:16]}{'-fp8' if config.fp8_weights else ''}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -57,14 +58,18 @@ def test_what_stopped_a_run_last(run):
     assert (row["state"], row["step"], row["last failure"]) == ("failed", "41 of 100", "step 41: OSError: disk full")
 
 
-def test_starts_by_hand_are_restarts_and_may_fail(run):
-    """Steps that a later start took back count, too, and a kill may leave a record twice."""
+def test_starts_by_hand_are_restarts_and_may_fail(run, monkeypatch):
+    """Steps that a later start took back count, too, and a kill may leave a record twice. A journal is read once."""
     started = [{"step": step, "time": NOW + step, "start/began": NOW + step} for step in (0, 20, 20, 30)]
     failed = {"step": 30, "time": NOW + 35, "stop/state": "failed", "stop/error": "OSError: disk full"}
     run.journal.append(started[:2])
     run.journal.superseded.write_text("".join(json.dumps(record) + "\n" for record in [*started[2:], failed]))
+    opened, real = [], Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *rest, **named: opened.append(path) or real(path, *rest, **named))
     row = row_of(run, [], NOW)
     assert (row["restarts"], row["last failure"]) == ("2", "step 30: OSError: disk full")
+    assert opened.count(run.journal.path) == 2  # its end, and all of it
+    assert opened.count(run.journal.superseded) == 1
     lines = ['job=17 restart=0 code=75 cause="a hang" saved=20 step=34', "job=17 restart=1 code=0 saved=34 step=34"]
     for hung, cause in ((NOW + 30, "step 30: OSError: disk full"), (NOW + 40, "step 34: a hang")):
         times = [time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(at)) for at in (hung, NOW + 50)]

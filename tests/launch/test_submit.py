@@ -157,7 +157,7 @@ def test_a_run_folder_is_read_as_it_was_written(path):
         ("slurm.processes_per_node=16", "slurm.processes_per_node=16 is above cluster.gpus_per_node=8"),
         ("slurm.tokens=99999999", "slurm.tokens=99999999 is above what schedule.steps=50 steps train on"),
         ("cluster.gpu_memory_gib=1.5", "a rank needs 1.5 GiB, but cluster.gpu_memory_gib=1.5"),
-        ("data.manifest=nowhere.json", "data.manifest: manifest nowhere.json: No such file"),
+        ("data.manifest=nowhere.json", "data.manifest=nowhere.json: No such file"),
         ("init_from=nowhere", "init_from=nowhere: no checkpoint, run or released model is there"),
         ("checkpoint.resume=40", "checkpoint.resume=40 does not exist; run_dir=run has steps: none"),
         ("model.vocab_size=300", "model.vocab_size=300 is smaller than the 401 entries of the tokenizer"),
@@ -187,8 +187,8 @@ def test_a_server_that_does_not_answer_is_told_soon(sbatch, words, capsys, monke
     urls = ["data.manifest=https://127.0.0.1:1/m.json", "evaluation.manifest=https://127.0.0.1:1/e.json"]
     assert call(submit, *words, "run_dir=run", *urls) == 2
     said = capsys.readouterr().err
-    assert "error: data.manifest: manifest https://127.0.0.1:1/m.json: " in said
-    assert "error: evaluation.manifest: manifest https://127.0.0.1:1/e.json: " in said
+    assert "error: data.manifest=https://127.0.0.1:1/m.json: " in said
+    assert "error: evaluation.manifest=https://127.0.0.1:1/e.json: " in said
     assert sum(waits) < 10
 
 

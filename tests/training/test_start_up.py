@@ -68,7 +68,7 @@ def test_what_is_wrong_on_one_host_alone_is_told_by_its_ranks(monkeypatch, caplo
     assert preflight.inspect(TrainConfig(), 2, once=lambda read: next(of_rank_0)) == (None, None, ["lr"])
     assert not caplog.text  # rank 0 tells it
     url = dataclasses.replace(TrainConfig(), data=DataConfig(manifest="https://localhost:1/manifest.json"))
-    monkeypatch.setattr(preflight, "open_stream", lambda _: _raise(InputError("no route")))
+    monkeypatch.setattr(preflight, "open_stream", lambda _: _raise(InputError("manifest: no route")))
     of_rank_0 = iter([[], ([], []), None])
     found = preflight.inspect(url, 2, once=lambda read: next(of_rank_0))
     assert found == (None, None, ["data.manifest: no route", "no GPU"])
