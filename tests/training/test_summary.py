@@ -72,11 +72,15 @@ def test_the_end_names_figures_files_and_next_commands(tmp_path, capsys):
 
 def test_a_journal_with_foreign_records_ends_no_run_with_an_error(tmp_path, caplog):
     folder = make_run(tmp_path / "run", 20, 2.0)
-    folder.journal.append([{"step": 21, "loss": {"a": 1}}])
+    folder.journal.append([{"step": 20, "loss": {"a": 1}, "time": time} for time in ("now", 1.0)])
     run = Run(TrainConfig(run_dir=str(folder), schedule=ScheduleConfig(steps=20)), None, open_weights)
     run.is_first = True
+    run.sinks = [Journal(folder.journal, StepFigures(Work(1, 1, None)))]
+    run._record_stop("finished", {})
     run._sum_up("finished")
-    assert [record.message.partition(" cannot")[0] for record in caplog.records] == ["loss.png", "the table"]
+    said = [record.message.partition(" cannot")[0] for record in caplog.records]
+    assert said == ["goodput", "loss.png", "the table"]
+    assert folder.records("stop/state")[-1]["stop/state"] == "finished"
 
 
 def test_plot_takes_runs_and_folders_of_runs(tmp_path, capsys):
