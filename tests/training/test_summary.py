@@ -1,6 +1,7 @@
 """What a run says of itself: tables, pictures, and speeds that count training alone."""
 
 import json
+import math
 import re
 import time
 import warnings
@@ -115,6 +116,10 @@ def test_losses_by_position_are_drawn(tmp_path, capsys, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a label as long as two paths left no room for curves
         assert draw({f"data.manifest={'a' * 300}": folder, f"data.manifest={'b' * 300}": folder}, Path("long.png"))
+    names = ("heldout_loss", "heldout_bits_per_byte", "heldout_loss/after_1")
+    folder.journal.append([{"step": 5} | dict.fromkeys(names, math.nan)])  # a run that diverged
+    assert math.isnan(positions_of([folder])[1])
+    assert draw({"diverged": folder}, Path("diverged.png"))
     assert call(plot.main, "tasks.json") == 2
     assert "error: tasks.json: it is no output of megatron_tn.evaluate" in capsys.readouterr().err
 
