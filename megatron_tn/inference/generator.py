@@ -113,7 +113,7 @@ class Generator:
         Raises:
             RuntimeError: a later stream of this Generator has begun.
             ValueError: a prompt without tokens, with an id outside the vocabulary, too long for model.max_length, or
-                with a prefix of a model of another kind.
+                with a prefix of another model.
         """
         self._streams += 1
         this = self._streams
