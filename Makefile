@@ -39,7 +39,7 @@ test-full: setup ## every CPU test, with all combinations of parameters
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not slurm"
 
 test-gpu: setup ## tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -n 5 --dist worksteal -m gpu
 
 bench: bench-kernels ## every benchmark
 

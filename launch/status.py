@@ -7,6 +7,7 @@ python -m launch.status --user=anna --wide     a line for every figure, for narr
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import shutil
 import statistics
@@ -66,17 +67,19 @@ def main() -> None:
         runs = list(dict.fromkeys(run for folder in folders for run in runs_below(folder)))
         if not runs:
             raise ConfigError(f"no run in {', '.join(map(str, folders)) or 'the jobs of SLURM'}")
-        show([row_of(RunFolder(run), jobs) for run in runs], wide="--wide" in sys.argv)
+        show([_row_or_why_not(RunFolder(run), jobs) for run in runs], wide="--wide" in sys.argv)
 
 
 def runs_below(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
-    """The folder itself where it is a run's, else those below it, in the order of their names."""
+    """The folder itself where it is a run's, else those below it, in the order of their names. Folders that this user
+    may not read are left out."""
     run = RunFolder(folder)
-    if run.is_there or run.config_file.is_file() or any(run.submitted.glob("*/config.json")):
-        yield folder
-    elif depth and folder.is_dir():
-        for below in sorted(path for path in folder.iterdir() if path.is_dir() and path != run.submitted):
-            yield from runs_below(below, depth - 1)
+    with contextlib.suppress(PermissionError):
+        if run.is_there or run.config_file.is_file() or any(run.submitted.glob("*/config.json")):
+            yield folder
+        elif depth and folder.is_dir():
+            for below in sorted(path for path in folder.iterdir() if path.is_dir() and path != run.submitted):
+                yield from runs_below(below, depth - 1)
 
 
 def queue(user: str = "") -> list[Job]:
@@ -109,6 +112,15 @@ def jobs_of(run: RunFolder, jobs: Sequence[Job]) -> list[Job]:
             task = tasks.index(run.path.absolute().name)
             names |= {f"{number}_{task}" for number in record.get("jobs", [])}
     return [job for job in jobs if job.number == run.job() or job.name in names]
+
+
+def _row_or_why_not(run: RunFolder, jobs: Sequence[Job]) -> dict[str, str]:
+    """`row_of`; of a run with a damaged file, which must not hide the others, what is wrong."""
+    try:
+        return row_of(run, jobs)
+    except Exception as error:
+        why = f"a file of it cannot be read: {type(error).__name__}: {error}"
+        return dict.fromkeys(TITLES, "") | {"run": shown(str(run)), "state": shown(why)}
 
 
 def row_of(run: RunFolder, jobs: Sequence[Job], now: float | None = None) -> dict[str, str]:

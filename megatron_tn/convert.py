@@ -106,6 +106,8 @@ def export(config: ConvertConfig) -> None:
 def import_weights(config: ConvertConfig) -> None:
     """Write a released folder's or checkpoint's weights as the first checkpoint of a run, without optimizer state."""
     directory, run = check_output(config), RunFolder(config.output)
+    if run.path.is_dir() and any(not path.name.startswith(".") for path in run.path.iterdir()):
+        raise ConfigError(f"output={run.path} holds files: name a new folder for the run")
     with unreadable(config.checkpoint, directory), open_weights(directory) as weights:
         stored = "bf16" if set(weights.dtypes.values()) <= {torch.bfloat16, torch.float16} else "fp32"
         written = write_checkpoint(

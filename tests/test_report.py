@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch import report, requeue
+from launch import compare, report, requeue
 from launch.chart import POINTS, Line, chart, thinned
 from launch.curves import marks_of, series_of
+from megatron_tn import plot
 from megatron_tn.config import DataConfig, EvaluationConfig, ModelConfig, ScheduleConfig, TrainConfig, save
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.submission import Submission
@@ -123,9 +124,13 @@ def test_a_run_that_has_only_begun_or_whose_settings_are_damaged_has_a_page(tmp_
     run.config_file.write_text("{")
     assert call(report.main, str(run.path), f"output={tmp_path / 'page.html'}") == 0
     assert "config.json" in (tmp_path / "page.html").read_text()
-    run.journal.append([{"step": 1, "loss": {"a": 1}}])
+    run.journal.append([{"step": 1, "loss": 10**400, "tokens": 1, "tokens_per_second": 1.0, "step_seconds": 1.0}])
+    for main in (report.main, compare.main, plot.main):
+        assert call(main, str(run.path)) == 2
+        assert f"error: {run}: log.jsonl has records that no run wrote" in capsys.readouterr().err
+    run.journal.superseded.mkdir()
     assert call(report.main, str(run.path)) == 2
-    assert "log.jsonl has records that no run wrote" in capsys.readouterr().err
+    assert f"error: {run.journal.superseded}: Is a directory" in capsys.readouterr().err
     assert call(report.main, str(tmp_path / "nowhere")) == 2
     assert call(report.main, str(run.path), str(run.path)) == 2
     assert "2 runs; a report is of one" in capsys.readouterr().err

@@ -66,6 +66,13 @@ def checkpoint_problems(config: TrainConfig, start: Start) -> list[str]:
     # A setting added after the checkpoint was written has its default value there.
     changed = model_differences(from_mapping(ModelConfig, manifest.config["model"]), config.model)
     found = [f"checkpoint {directory} holds another model: {line}" for line in changed]
+    saved_by = (manifest.config.get("optim") or {}).get("name", "adamw")
+    if manifest.state_kinds and saved_by != config.optim.name:
+        found.append(
+            f"optim.name={config.optim.name} cannot go on from checkpoint {directory}, whose moments are those of "
+            f"optim.name={saved_by}: go on with that one, or begin a new run from the weights, with "
+            f"init_from={directory} and another run_dir"
+        )
     if manifest.step > config.schedule.steps:
         found.append(f"checkpoint {directory} is at step {manifest.step}, above schedule.steps={config.schedule.steps}")
     try:

@@ -126,12 +126,14 @@ printf '17|17|N/A|RUNNING|%s/submitted/a/job.sbatch\\n19|18|1|PENDING|/elsewhere
 def test_the_command_line(run, tmp_path, monkeypatch, capsys):
     other = RunFolder(tmp_path / "runs/deep/er")
     other.freeze(TrainConfig(), None)
+    other.journal.append([{"step": "two", "step_seconds": None, "time": NOW}])
     assert list(runs_below(tmp_path)) == [other.path, run.path]
     assert call(main, str(tmp_path / "runs")) == 0
     said = capsys.readouterr().out
     assert all(title in said for title in TITLES)
     assert str(run) in said
     assert str(other) in said
+    assert "a file of it cannot be read: TypeError" in " ".join(said.split())
     squeue = tmp_path / "bin/squeue"
     squeue.parent.mkdir()
     squeue.write_text(SQUEUE.format(run=run))
@@ -147,5 +149,16 @@ def test_the_command_line(run, tmp_path, monkeypatch, capsys):
     assert call(main) == 2
 
 
-def test_folders_that_are_no_runs_have_none(tmp_path):
+def test_folders_that_are_no_runs_have_none(tmp_path, monkeypatch):
     assert list(runs_below(tmp_path / "nowhere")) == []
+    for name in ("hers", "mine"):
+        RunFolder(tmp_path / name).freeze(TrainConfig(), None)
+    is_there = RunFolder.is_there.fget
+
+    def guarded(run: RunFolder) -> bool:
+        if run.path.name == "hers":
+            raise PermissionError
+        return is_there(run)
+
+    monkeypatch.setattr(RunFolder, "is_there", property(guarded))
+    assert list(runs_below(tmp_path)) == [tmp_path / "mine"]
