@@ -8,8 +8,6 @@ others (megatron_tn.training.compare); of several with one seed the last one tra
 page compare.html holds table and curves in one file, compare.md the table.
 """
 
-from __future__ import annotations
-
 from html import escape
 from pathlib import Path
 

@@ -5,8 +5,6 @@ python -m launch.status --user           of one's own jobs in the queue, submitt
 python -m launch.status --user=anna --wide     a line for every figure, for narrow terminals and for scripts
 """
 
-from __future__ import annotations
-
 import contextlib
 import getpass
 import shutil

@@ -12,8 +12,6 @@ job trains with whatever happens to YAML files, the code's revision and diff, th
 `sbatch` takes as well. Settings: `--help`, docs/operations.md. The exit code is sbatch's.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import getpass
 import shlex

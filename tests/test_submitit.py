@@ -1,7 +1,5 @@
 """What a sweep with hydra/launcher=submitit_slurm is given; tests/slurm/test_submitit.py runs one."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import subprocess

@@ -1,7 +1,5 @@
 """What can be wrong with a submission, found without a GPU and without SLURM."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from collections.abc import Iterator, Sequence

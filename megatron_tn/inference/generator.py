@@ -1,7 +1,5 @@
 """Continuations of many prompts: rows of a batch that are filled again as soon as their sequences end."""
 
-from __future__ import annotations
-
 import collections
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field

@@ -6,8 +6,6 @@ A file is read into any tensor-parallel layout. Its size does not depend on the 
 not.
 """
 
-from __future__ import annotations
-
 import json
 import secrets
 from collections.abc import Iterator, Mapping

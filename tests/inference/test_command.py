@@ -1,7 +1,5 @@
 """`python -m megatron_tn.generate`: files of prompts, states of prefixes, tensor parallel ranks, what it refuses."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

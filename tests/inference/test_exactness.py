@@ -1,7 +1,5 @@
 """Every way to decode gives the greedy ids of the plain recurrence on a trained model, and its logits within 1e-5."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import gc

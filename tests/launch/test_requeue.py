@@ -1,7 +1,5 @@
 """Which jobs are requeued: decisions of launch/requeue.py, which runs with the standard library alone."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

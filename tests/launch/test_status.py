@@ -1,7 +1,5 @@
 """launch.status: what it says of runs that train, wait, failed and fell silent."""
 
-from __future__ import annotations
-
 import json
 import os
 import time

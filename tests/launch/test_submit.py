@@ -1,7 +1,5 @@
 """launch.submit: what it refuses, freezes, writes and shows; sbatch is a program that notes its words."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -1,7 +1,5 @@
 """wandb as a copy of the journal: it may fail, asks nothing, and after a rewind or a kill shows one whole curve."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import json
