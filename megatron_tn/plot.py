@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from megatron_tn.cli import of_words
-from megatron_tn.config import ConfigError, read_mapping, unwritable
+from megatron_tn.config import ConfigError, read_mapping, shown, unwritable
 from megatron_tn.training.compare import Group, groups_of, table_of
 from megatron_tn.training.curve import curve_of, draw
 from megatron_tn.training.run_folder import RunFolder
@@ -118,7 +118,7 @@ def compare(
     for note in (note for group in groups for note in group.notes()):
         print(note)
     if draw({group.name: group.runs for group in groups}, output, evaluated):
-        print(f"wrote {output}")
+        print(shown(f"wrote {output}"))
     return groups
 
 
