@@ -15,7 +15,7 @@ from data_pipeline.html_page import document, table
 from launch.chart import STYLE
 from launch.curves import losses, positions
 from megatron_tn.cli import of_words
-from megatron_tn.config import ConfigError, replacing, unwritable
+from megatron_tn.config import ConfigError, replacing, shown, unwritable
 from megatron_tn.plot import compare, journals_are_read, paths_and_output, runs_in
 from megatron_tn.training.compare import Group, table_of
 from megatron_tn.training.curve import curve_of
@@ -37,7 +37,7 @@ def main(words: list[str]) -> None:
     for path, content in contents.items():
         with replacing(path) as file:
             file.write(content)
-    print(f"wrote {page}\nwrote {text}")
+    print(shown(f"wrote {page}\nwrote {text}"))
 
 
 def page_of(groups: list[Group]) -> str:

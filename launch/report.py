@@ -20,7 +20,7 @@ from data_pipeline.html_page import document, short, table, tiles
 from launch import curves, requeue
 from launch.chart import COLOURS, STYLE
 from megatron_tn.cli import of_words
-from megatron_tn.config import ConfigError, TrainConfig, replacing, to_mapping, unwritable
+from megatron_tn.config import ConfigError, TrainConfig, replacing, shown, to_mapping, unwritable
 from megatron_tn.planning.estimate import GIB, OUTSIDE, plan_memory
 from megatron_tn.plot import journals_are_read, paths_and_output, runs_in
 from megatron_tn.training.compare import flat
@@ -48,7 +48,7 @@ def main(words: list[str]) -> None:
         page = page_of(RunFolder(found[0]))
     with replacing(output) as file:
         file.write(page)
-    print(f"wrote {output}")
+    print(shown(f"wrote {output}"))
 
 
 def page_of(run: RunFolder) -> str:

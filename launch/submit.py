@@ -29,7 +29,7 @@ from data_pipeline.shards.remote import few_attempts
 from launch.submission.checks import GIB, HOUR, Checked, check, disk_problems
 from launch.submission.provenance import Code, code, packages, without_secrets
 from launch.submission.script import job_name, job_number, script
-from megatron_tn.cli import bad_input_exits, command
+from megatron_tn.cli import bad_input_exits, command, unusable_files_are_named
 from megatron_tn.config import ConfigError, storable
 from megatron_tn.config.slurm import SubmitConfig
 from megatron_tn.training.run_folder import RunFolder
@@ -60,7 +60,7 @@ def main() -> None:
         sys.exit(2)
     configs.clear()
     sys.argv[1:] = words
-    with bad_input_exits():
+    with bad_input_exits(), unusable_files_are_named():
         if any(word.startswith("hydra/launcher") for word in words):
             raise ConfigError(
                 "hydra/launcher: a sweep of launch.submit is a job array; the launcher is one of training"

@@ -28,7 +28,7 @@ from megatron_tn.evaluation.baselines import compressor_bits_per_byte, unigram_b
 from megatron_tn.evaluation.continuations import continue_texts, prompt_problems
 from megatron_tn.evaluation.perplexity import Documents, Sums, evaluate_documents
 from megatron_tn.evaluation.progress import DocumentProgress
-from megatron_tn.evaluation.tasks import TaskSet, journal_names, load_tasks, run_tasks
+from megatron_tn.evaluation.tasks import TaskSet, journal_names, load_tasks, problems_of_tasks, run_tasks
 from megatron_tn.held_out import (
     held_out_documents,
     held_out_loss,
@@ -40,7 +40,9 @@ from megatron_tn.loading import (
     load_any_model,
     load_tokenizer,
     memory_is_named,
+    model_config,
     other_tokenizer,
+    problems_of_vocabulary,
     read_tokenizer,
     resolve_checkpoint,
 )
@@ -101,6 +103,10 @@ def check(config: EvaluateConfig) -> TaskSet | None:
     try:
         if config.tasks:
             tasks = load_tasks(tuple(config.tasks), config.task_folder)
+        if tasks and not problems:
+            model, tokenizer = model_config(config.checkpoint), load_tokenizer(config.tokenizer, config.checkpoint)
+            problems += problems_of_vocabulary(tokenizer, model, config.checkpoint)
+            problems += problems_of_tasks(tasks, model.max_length, config.shots)
     except ConfigError as error:
         problems += error.problems
     if problems:
@@ -184,7 +190,8 @@ def problems_in_training(config: TrainConfig) -> list[str]:
         problems += [f"evaluation.{problem}" for problem in error.problems]
     try:
         if evaluation.tasks:
-            _tasks_in_training(config)
+            tasks = _tasks_in_training(config)
+            problems += problems_of_tasks(tasks, config.model.max_length, setting="evaluation.tasks")
     except ConfigError as error:
         problems += error.problems
     needing = [name for name in ("tasks", "prompts") if getattr(evaluation, name)]

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from data_pipeline.shards.manifest import Manifest
 from megatron_tn.checkpoint.load import CheckpointWeights, model_of
 from megatron_tn.checkpoint.manifest import FORMAT, MANIFEST, format_of
-from megatron_tn.config import ConfigError
+from megatron_tn.config import ConfigError, ModelConfig
 from megatron_tn.device.allocator import use_expandable_segments
 from megatron_tn.device.free_memory import is_out_of_memory
 from megatron_tn.model.base import Model
@@ -82,6 +82,21 @@ def open_weights(directory: Path) -> CheckpointWeights | ReleasedWeights:
         raise ConfigError(str(error)) from None
 
 
+def model_config(checkpoint: str) -> ModelConfig:
+    """The settings of the model that `checkpoint` names; of its weights the headers alone are read."""
+    directory = resolve_checkpoint(checkpoint)
+    with unreadable(checkpoint, directory), open_weights(directory) as weights:
+        return weights.config
+
+
+def problems_of_vocabulary(tokenizer: Tokenizer, model: ModelConfig, checkpoint: str) -> list[str]:
+    """One line where the tokenizer has ids that the model of `checkpoint` has no embedding of."""
+    if (entries := 1 + max(tokenizer.get_vocab().values(), default=-1)) <= model.vocab_size:
+        return []
+    size = model.vocab_size
+    return [f"checkpoint={checkpoint}: its tokenizer has {entries} entries, more than model.vocab_size={size}"]
+
+
 def load_tokenizer(path: str, checkpoint: str) -> Tokenizer:
     """tokenizer.json at `path`, or, where that is empty, in the checkpoint's folder or its run's. It neither cuts nor
     pads nor drops merges, whatever the file says, adds no entries, and reads `</s>` in a text as those four characters.
@@ -136,7 +151,8 @@ def resolve_checkpoint(path: str, setting: str = "checkpoint") -> Path:
     if not path:
         raise ConfigError(f"{setting} is not set: name a checkpoint's folder or a released model's")
     directory = Path(path)
-    weights = (path for pattern in ("*.safetensors", "pytorch_model*.bin") for path in directory.glob(pattern))
+    patterns = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "pytorch_model.bin.index.json")
+    weights = (path for pattern in patterns for path in directory.glob(pattern))
     if (directory / "config.json").is_file() and any(weights):
         return directory
     if found := find_checkpoint(directory):

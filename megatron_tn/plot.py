@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from megatron_tn.cli import of_words
-from megatron_tn.config import ConfigError, read_mapping, unwritable
+from megatron_tn.config import ConfigError, read_mapping, shown, unwritable
 from megatron_tn.training.compare import Group, groups_of, table_of
 from megatron_tn.training.curve import curve_of, draw
 from megatron_tn.training.run_folder import RunFolder
@@ -66,14 +66,12 @@ def runs_in(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def journals_are_read(runs: Sequence[Path]) -> Iterator[None]:
-    """Raises ConfigError where the block fails on a journal of `runs`: it cannot be read, or has records of a damaged
-    file or another program. Named is the first run whose figures fail, or else all of them."""
+    """Raises ConfigError where the block fails on a journal of `runs`, which has records of a damaged file or another
+    program. Named is the first run whose figures fail, or else all of them."""
     try:
         yield
     except ConfigError:
         raise
-    except OSError as error:
-        raise ConfigError(f"{error.filename}: {error.strerror}") from None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         named = next((run for run in runs if _is_foreign(RunFolder(run))), ", ".join(map(str, runs)))
         raise ConfigError(f"{named}: log.jsonl has records that no run wrote: {error!r}") from None
@@ -118,7 +116,7 @@ def compare(
     for note in (note for group in groups for note in group.notes()):
         print(note)
     if draw({group.name: group.runs for group in groups}, output, evaluated):
-        print(f"wrote {output}")
+        print(shown(f"wrote {output}"))
     return groups
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_tn.config import replacing
+from megatron_tn.config import replacing, shown
 from megatron_tn.evaluation.perplexity import AFTER
 from megatron_tn.training.run_folder import RunFolder
 
@@ -84,6 +84,7 @@ def draw(
 
 def _shortened(label: str) -> str:
     """A label that leaves room for the curves beside it: settings such as data.manifest are long paths."""
+    label = shown(label)
     return label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL // 2]}...{label[-LONGEST_LABEL // 2 :]}"
 
 

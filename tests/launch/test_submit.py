@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -263,6 +264,11 @@ def test_time_and_disk(sbatch, words, tmp_path, monkeypatch, capsys):
     sweep = ["--multirun", "seed=0,1", f"run_dir={tmp_path}/sweep"]
     assert call(submit, *words, *sweep) == 2
     assert "/sweep/0_seed-0 and 1 runs more have 0.0 GiB free, but 4 checkpoints of" in capsys.readouterr().err
+    (tmp_path / "sweep/0_seed-0").mkdir(parents=True)
+    (tmp_path / "sweep/0_seed-0/submitted").touch()
+    assert call(submit, *words, *sweep, "dry_run=true") == 2
+    assert re.search("error: .*sweep/0_seed-0/submitted/.*: Not a directory", capsys.readouterr().err)
+    (tmp_path / "sweep/0_seed-0/submitted").unlink()
     assert call(submit, *words, *sweep, "dry_run=true") == 0
     assert "note: run_dir=" in capsys.readouterr().out
 
