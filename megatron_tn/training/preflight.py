@@ -15,6 +15,7 @@ from megatron_tn.config import (
     to_mapping,
 )
 from megatron_tn.engine.deepspeed.settings import deepspeed_settings
+from megatron_tn.optim.build import STATE_KINDS
 from megatron_tn.parallel.world import processes_here
 from megatron_tn.planning.host import host_memory_problems, step_memory_problems
 from megatron_tn.planning.remedies import memory_problems
@@ -66,12 +67,13 @@ def checkpoint_problems(config: TrainConfig, start: Start) -> list[str]:
     # A setting added after the checkpoint was written has its default value there.
     changed = model_differences(from_mapping(ModelConfig, manifest.config["model"]), config.model)
     found = [f"checkpoint {directory} holds another model: {line}" for line in changed]
-    saved_by = (manifest.config.get("optim") or {}).get("name", "adamw")
-    if manifest.state_kinds and saved_by != config.optim.name:
+    kinds = set(manifest.state_kinds)
+    if kinds and kinds != set(STATE_KINDS[config.optim.name]):
+        saved_by = [f"optim.name={name}" for name, of_it in STATE_KINDS.items() if kinds == set(of_it)]
         found.append(
             f"optim.name={config.optim.name} cannot go on from checkpoint {directory}, whose moments are those of "
-            f"optim.name={saved_by}: go on with that one, or begin a new run from the weights, with "
-            f"init_from={directory} and another run_dir"
+            f"{', '.join(saved_by or ['another optimizer', *sorted(kinds)])}: go on with that one, or begin a new run "
+            f"from the weights, with init_from={directory} and another run_dir"
         )
     if manifest.step > config.schedule.steps:
         found.append(f"checkpoint {directory} is at step {manifest.step}, above schedule.steps={config.schedule.steps}")

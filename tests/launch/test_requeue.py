@@ -115,6 +115,15 @@ def test_the_status_of_an_earlier_start_is_no_cause(run_dir):
     assert "a hang (exit code 75)" in after(run_dir, 75)[1]
 
 
+def test_a_damaged_file_of_the_run_keeps_no_job_from_being_requeued(run_dir):
+    settings = run_dir / "settings.json"
+    for text in ('{"time": null, "step": null, "state": "finished", "schedule": [1]}', "[" * 5000):
+        for file in (run_dir / "status.json", settings):
+            file.write_text(text)
+        assert after(run_dir, 75)[0]
+        assert call("ready", str(run_dir), str(settings), "c")[0]
+
+
 def test_a_job_that_is_told_to_stop_without_a_step_of_progress_gives_up(run_dir):
     (run_dir / "requeues.log").write_text(
         "".join(f"2026-11-01T00:00:00+0000 job=17 restart={n} step=4\n" for n in (0, 1))
