@@ -153,7 +153,7 @@ def shards_of(weights: CheckpointWeights | ReleasedWeights) -> Shards | None:
     try:
         path = "" if isinstance(weights, ReleasedWeights) else resolved(weights.manifest.config["data"]["manifest"])
         return Shards.load(path, check_files=False) if path and Path(path).is_file() else None
-    except (KeyError, TypeError, ValueError):  # none in an old checkpoint, an unset variable, damage
+    except (KeyError, TypeError, ValueError, OSError):  # none in an old checkpoint, an unset variable, damage
         return None
 
 

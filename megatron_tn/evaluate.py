@@ -39,6 +39,7 @@ from megatron_tn.held_out import (
 from megatron_tn.loading import (
     load_any_model,
     load_tokenizer,
+    memory_is_named,
     model_config,
     other_tokenizer,
     problems_of_vocabulary,
@@ -67,10 +68,11 @@ def main(config: EvaluateConfig) -> None:
         tokenizer = load_tokenizer(config.tokenizer, config.checkpoint)
         model = load_any_model(config.checkpoint, device, config.precision, context, fp8_weights=config.fp8_weights)
         result: dict[str, Any] = {"checkpoint": config.checkpoint}
-        if config.manifest:
-            result |= held_out_figures(config, model, tokenizer)
-        if tasks:
-            result["tasks"] = task_scores(config, model, tokenizer, tasks)
+        with memory_is_named(f"batch_tokens={config.batch_tokens}"):
+            if config.manifest:
+                result |= held_out_figures(config, model, tokenizer)
+            if tasks:
+                result["tasks"] = task_scores(config, model, tokenizer, tasks)
     finally:
         leave_world()
     if is_first_process():
@@ -88,12 +90,12 @@ def check(config: EvaluateConfig) -> TaskSet | None:
         problems += error.problems
     if not config.manifest and not config.tasks:
         problems.append("manifest is not set: name the manifest.json of held-out shards, or tasks")
-    for setting in ("manifest", "train_manifest"):
+    for path, prefix in ((config.manifest, ""), (config.train_manifest, "train_")):
         try:
-            if getattr(config, setting):
-                Manifest.load(getattr(config, setting))
+            if path:
+                Manifest.load(path)
         except InputError as error:
-            problems += [f"{setting}: {problem}" for problem in error.problems]
+            problems += [f"{prefix}{problem}" for problem in error.problems]
     for setting in ("max_document_tokens", "sequence_tokens"):
         if getattr(config, setting) == 1:
             problems.append(f"{setting}=1 must be 0 or at least 2: nothing predicts the first token of a sequence")
@@ -185,7 +187,7 @@ def problems_in_training(config: TrainConfig) -> list[str]:
             problems += problems_of_held_out(held_out, setting, config.model.vocab_size)
             problems += other_tokenizer_than_training(held_out, config)
     except InputError as error:
-        problems += [f"evaluation.manifest: {problem}" for problem in error.problems]
+        problems += [f"evaluation.{problem}" for problem in error.problems]
     try:
         if evaluation.tasks:
             tasks = _tasks_in_training(config)

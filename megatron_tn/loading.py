@@ -12,6 +12,7 @@ from megatron_tn.checkpoint.load import CheckpointWeights, model_of
 from megatron_tn.checkpoint.manifest import FORMAT, MANIFEST, format_of
 from megatron_tn.config import ConfigError, ModelConfig
 from megatron_tn.device.allocator import use_expandable_segments
+from megatron_tn.device.free_memory import is_out_of_memory
 from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.released.weights import ReleasedWeights
@@ -57,6 +58,18 @@ def unreadable(checkpoint: str, directory: Path) -> Iterator[None]:
         raise ConfigError(
             [f"{begin if problem.startswith(str(directory)) else ''}{problem}" for problem in error.problems]
         ) from None
+
+
+@contextlib.contextmanager
+def memory_is_named(settings: str) -> Iterator[None]:
+    """PyTorch's error of a tensor that does not fit into memory becomes a ConfigError that begins with `settings`, by
+    which the tensors grow."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(f"{settings}: out of memory: {' '.join(str(error).split())[:200]}") from None
 
 
 def open_weights(directory: Path) -> CheckpointWeights | ReleasedWeights:

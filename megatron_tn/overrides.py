@@ -240,7 +240,7 @@ class CommandLine:
             return None, error.problems
         except OmegaConfBaseException:
             return None, []  # an interpolation such as ${hydra:...}, resolved only when the job runs
-        return config, config.problems() if hasattr(config, "problems") else []
+        return config, config.job_problems()
 
     def _explain(self, error: Exception, words: Sequence[str]) -> list[str]:
         known = known_keys(self.kind)
