@@ -27,7 +27,15 @@ GRADIENT_DTYPE = "engine.gradient_dtype=bf16 needs engine.name=deepspeed and eng
     ("words", "messages"),
     [
         (["model.embd_dim=64"], ["unknown setting model.embd_dim; did you mean model.embed_dim"]),
-        (["lr=3"], ["unknown setting lr; did you mean optim.lr"]),
+        (
+            ["lr=3", "engine=zero4", "optim.beta2=3", "schedule.steps=-1"],
+            [
+                "unknown setting lr; did you mean optim.lr",
+                "engine=zero4: conf/engine has",
+                "optim.beta2=3.0 must be from 0 to below 1",
+                "schedule.steps=-1 must be at least 1",
+            ],
+        ),
         (
             ["engine=zero4"],
             ["engine=zero4: conf/engine has fsdp2, local, zero0, zero1, zero2, zero3; did you mean zero"],
