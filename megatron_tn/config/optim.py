@@ -18,6 +18,9 @@ class OptimConfig:
     # lr and weight_decay fit; AdamW for embedding, head, norm weights and LRPE's theta.
     name: Literal["adamw", "muon"] = "adamw"
     lr: AboveZero = 3e-4  # learning rate at the peak of the schedule, after warm-up
+    # learning rate of the embedding, which is also the head, divided by that of the other parameters. AdamW steps it
+    # whatever optim.name is.
+    embedding_lr_ratio: AboveZero = 1.0
     beta1: Beta = 0.9  # AdamW: decay rate of the first moment
     beta2: Beta = 0.95  # AdamW: decay rate of the second moment
     eps: AboveZero = 1e-8  # AdamW: added to the square root of the second moment

@@ -22,7 +22,7 @@ from torch import Tensor
 from kernels import muon_apply_, muon_direction_, newton_schulz
 from kernels.newton_schulz import op
 from megatron_tn.optim.adamw import MOMENTS
-from megatron_tn.optim.groups import MATRICES
+from megatron_tn.optim.groups import MATRICES, set_rates
 from megatron_tn.optim.protocol import Optimizer
 
 MOMENTUM = "momentum"
@@ -122,8 +122,7 @@ class Muon:
         self.adamw.step(lr, divisor)
         momentum = self._momentum()
         self._steps += 1
-        for group in self.inner.param_groups:
-            group["lr"] = lr
+        set_rates(self.inner, lr)
         for matrices in self.rounds:
             buffer, places = matrices.send_buffer(self.dtype)
             for part, place in zip(matrices.parts, places, strict=True):

@@ -34,7 +34,7 @@ from tests.helpers.ranks import layout, run_shared, this_device
 
 CPU = torch.device("cpu")
 LR = 1e-2
-MUON = OptimConfig(name="muon", lr=LR, clip_norm=1.0, momentum_warmup_steps=4)
+MUON = OptimConfig(name="muon", lr=LR, embedding_lr_ratio=3.0, clip_norm=1.0, momentum_warmup_steps=4)
 # With an uneven split over two ranks, a packed projection, and both orientations.
 SPECS = {
     "model.embed_tokens.weight": ShardSpec((11, 6), dim=0, padded=12),
@@ -292,13 +292,14 @@ def test_steps_are_those_of_torchs_muon_and_adamw():
     percent; without its cast they are in fp32, as this engine's."""
     _, engine = muon_engine(1, LOCAL)
     specs, held = engine.model.shard_specs(), {owned.name: owned.values["param"] for owned in engine.owned_ranges()}
-    theirs, kinds = {}, {"matrix": [], "decayed": [], "rest": []}
+    theirs, kinds = {}, {"matrix": [], "embedding": [], "rest": []}
     for name, spec in specs.items():
         theirs[name] = [nn.Parameter(part.clone()) for part in held[name].view(spec.shape).chunk(spec.blocks)]
         matrix, decayed = is_block_matrix(name, len(spec.shape)), is_decayed(name, len(spec.shape))
-        kinds["matrix" if matrix else "decayed" if decayed else "rest"] += theirs[name]
+        kinds["matrix" if matrix else "embedding" if decayed else "rest"] += theirs[name]
     muon = torch.optim.Muon(kinds["matrix"], lr=LR, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    groups = [{"params": kinds["decayed"], "weight_decay": 0.1}, {"params": kinds["rest"], "weight_decay": 0}]
+    embedding = {"params": kinds["embedding"], "weight_decay": 0.1, "lr": 3 * LR}
+    groups = [embedding, {"params": kinds["rest"], "weight_decay": 0}]
     adamw = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95))
     for step in range(3):
         tokens, targets = random_batch(4, 23, RMSNORM, seed=step)
