@@ -41,6 +41,15 @@ def newton_schulz(matrices: Tensor, iterations: int = 5) -> Tensor:
     return x.to(matrices.dtype)
 
 
+@torch.no_grad()
+def equalize_rows_(matrices: Tensor) -> None:
+    """Scale the rows of each of `matrices` [n, rows, columns] to one norm, and keep the matrix's: R / |R| * |X|_F /
+    sqrt(rows) for a row R of X, as the second moment of NorMuon (arXiv 2510.05491, algorithm 1) does with beta2 = 0.
+    A row of zeros stays. Norms are summed in fp32 at least."""
+    norms = vector_norm(matrices, dim=2, keepdim=True, dtype=torch.promote_types(matrices.dtype, torch.float32))
+    matrices.mul_(norms.square().mean(dim=1, keepdim=True).sqrt() / norms.clamp(min=EPS))
+
+
 def parts(rows: int, columns: int, iterations: int) -> Iterator[int]:
     """Sizes of the groups of iterations that are made as one product with X each, such as 3 and 2; or 1, 1, ..."""
     most = JOINED if max(rows, columns) >= WIDE * min(rows, columns) else 1

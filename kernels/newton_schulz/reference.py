@@ -15,6 +15,12 @@ A, B, C = 3.4445, -4.7750, 2.0315
 EPS = 1e-7  # least Frobenius norm to divide by: a zero matrix stays zero
 
 
+def equalize_rows(matrix: Tensor) -> Tensor:
+    """matrix [rows, columns] -> the same directions of rows, all of one norm, and the same Frobenius norm."""
+    rows = matrix / vector_norm(matrix, dim=1, keepdim=True)
+    return rows * vector_norm(matrix) / vector_norm(rows)
+
+
 def gram_polynomial(x: Tensor) -> Tensor:
     """b A + c A^2 for A = X X^T, X [rows, columns]."""
     gram = x @ x.mT

@@ -39,6 +39,17 @@ def test_singular_values_come_near_1_and_vectors_stay():
     assert found.diagonal().max() < 1.21
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_rows_are_scaled_to_one_norm(dtype, bound):
+    given = matrices(12, 7, dtype)
+    given[0, 3] *= 1e-3
+    found = given.clone()
+    kernels.equalize_rows_(found)
+    for one, matrix in zip(found[:2], given, strict=False):
+        assert relative_error(one, reference.equalize_rows(matrix.double())) < bound
+    assert not found[2].any()
+
+
 def test_other_shapes_are_refused():
     with pytest.raises(ValueError, match=r"matrices.shape=\(4, 4\) must be \[n, rows, columns\]"):
         kernels.newton_schulz(torch.ones(4, 4))
