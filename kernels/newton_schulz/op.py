@@ -42,12 +42,13 @@ def newton_schulz(matrices: Tensor, iterations: int = 5) -> Tensor:
 
 
 @torch.no_grad()
-def equalize_rows_(matrices: Tensor) -> None:
-    """Scale the rows of each of `matrices` [n, rows, columns] to one norm, and keep the matrix's: R / |R| * |X|_F /
-    sqrt(rows) for a row R of X, as the second moment of NorMuon (arXiv 2510.05491, algorithm 1) does with beta2 = 0.
-    A row of zeros stays. Norms are summed in fp32 at least."""
-    norms = vector_norm(matrices, dim=2, keepdim=True, dtype=torch.promote_types(matrices.dtype, torch.float32))
-    matrices.mul_(norms.square().mean(dim=1, keepdim=True).sqrt() / norms.clamp(min=EPS))
+def equalize_norms_(matrices: Tensor) -> None:
+    """Scale the rows of each of `matrices` [n, rows, columns] to one norm, or the columns where they are more, and keep
+    the matrix's: v / |v| * |X|_F / sqrt(max(rows, columns)) for each such vector v of X. A v of zeros stays. Norms are
+    summed in fp32 at least."""
+    along = 2 if matrices.shape[1] >= matrices.shape[2] else 1
+    norms = vector_norm(matrices, dim=along, keepdim=True, dtype=torch.promote_types(matrices.dtype, torch.float32))
+    matrices.mul_(norms.square().mean(dim=3 - along, keepdim=True).sqrt() / norms.clamp(min=EPS))
 
 
 def parts(rows: int, columns: int, iterations: int) -> Iterator[int]:

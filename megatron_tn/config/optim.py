@@ -7,7 +7,7 @@ from pydantic.dataclasses import dataclass
 from megatron_tn.config.bounds import AboveZero, Bounds, Count, FromZero, Unlimited
 from megatron_tn.config.mapping import STRICT
 
-OF_MUON = ("momentum", "momentum_warmup_steps", "equal_rows")  # settings that optim.name=muon alone reads
+OF_MUON = ("momentum", "momentum_warmup_steps", "equal_norms")  # settings that optim.name=muon alone reads
 Beta = Annotated[float, Bounds(0, 1, below=True)]
 
 
@@ -35,6 +35,6 @@ class OptimConfig:
     # muon: applied steps over which momentum rises linearly from 0.85 to optim.momentum; 0: constant momentum, since
     # the learning rate warms up. Jordan's speed runs have 300, and no warm-up of the learning rate.
     momentum_warmup_steps: Count = 0
-    # muon: scale the rows of an orthogonalised update, one an output neuron, to one norm, and keep the update's norm
-    # (NorMuon, arXiv 2510.05491, without its average over steps).
-    equal_rows: bool = False
+    # muon: scale the rows of an orthogonalised update to one norm, or its columns where they are more, and keep the
+    # update's norm (NorMuon, arXiv 2510.05491, but by this step's norms instead of an average over steps).
+    equal_norms: bool = False

@@ -35,7 +35,7 @@ from tests.helpers.ranks import layout, run_shared, this_device
 CPU = torch.device("cpu")
 LR = 1e-2
 MUON = OptimConfig(name="muon", lr=LR, embedding_lr_ratio=3.0, clip_norm=1.0, momentum_warmup_steps=4)
-EQUAL_ROWS = dataclasses.replace(MUON, equal_rows=True)
+EQUAL_NORMS = dataclasses.replace(MUON, equal_norms=True)
 # With an uneven split over two ranks, a packed projection, and both orientations.
 SPECS = {
     "model.embed_tokens.weight": ShardSpec((11, 6), dim=0, padded=12),
@@ -73,8 +73,8 @@ def by_definition(config: OptimConfig) -> dict[str, Tensor]:
                 gradient = blocks(name, whole(name, step + 1))[index]
                 momentum = mu * momentum + (1 - mu) * gradient
                 update = reference.newton_schulz((1 - mu) * gradient + mu * momentum, 5)
-                if config.equal_rows:
-                    update = reference.equalize_rows(update)
+                if config.equal_norms:
+                    update = reference.equalize_norms(update)
                 matrix = matrix - LR * (0.2 * math.sqrt(max(matrix.shape)) * update + 0.1 * matrix)
             updated.append(matrix)
         found[name] = torch.cat(updated)
@@ -143,7 +143,7 @@ class CutShards:
 
 
 def cut_steps(
-    tp: int, dtypes: list[torch.dtype], round_elements: int, config: OptimConfig = EQUAL_ROWS
+    tp: int, dtypes: list[torch.dtype], round_elements: int, config: OptimConfig = EQUAL_NORMS
 ) -> dict[str, list[tuple[str, int, Tensor]]]:
     """By cut and type of the iterations: this rank's (name, start, elements) of the blocks' matrices after STEPS."""
     found, before = {}, matrices.ROUND_ELEMENTS
@@ -173,10 +173,10 @@ def steps_alone(dtype: torch.dtype, config: OptimConfig) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def alone() -> dict[torch.dtype, dict[str, Tensor]]:
     """By type of the iterations."""
-    return {dtype: steps_alone(dtype, EQUAL_ROWS) for dtype in BOUNDS}
+    return {dtype: steps_alone(dtype, EQUAL_NORMS) for dtype in BOUNDS}
 
 
-@pytest.mark.parametrize("config", [MUON, EQUAL_ROWS], ids=["rows as they are", "equal rows"])
+@pytest.mark.parametrize("config", [MUON, EQUAL_NORMS], ids=["norms as they are", "equal norms"])
 def test_one_process_takes_the_steps_of_the_definition(config):
     found, wanted = steps_alone(torch.float64, config), by_definition(config)
     for name in MATRICES:
@@ -395,7 +395,7 @@ def test_a_checkpoint_of_another_optimizer_and_a_lost_momentum_are_named(tmp_pat
 
 
 def test_settings_of_muon_are_not_read_in_silence():
-    problems = tiny_config(optim=OptimConfig(momentum=0.9, momentum_warmup_steps=3, equal_rows=True)).problems()
+    problems = tiny_config(optim=OptimConfig(momentum=0.9, momentum_warmup_steps=3, equal_norms=True)).problems()
     assert [line for line in problems if "is a setting of optim.name=muon, but optim.name=adamw" in line] == problems
     assert len(problems) == 3
     assert tiny_config(optim=MUON).problems() == []
