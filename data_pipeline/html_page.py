@@ -28,14 +28,15 @@ svg .bar { fill: var(--bar) } svg .band { fill: var(--band) } svg .lost { fill: 
 
 
 def document(title: str, parts: Iterable[str], style: str = "") -> str:
-    """A whole page. title: its heading. parts: HTML below it. style: CSS besides STYLE."""
+    """A whole page. title: its heading. parts: HTML below it. style: CSS besides STYLE. Bytes of a file's name that are
+    no UTF-8 are escaped."""
     head = (
         "<!DOCTYPE html>\n<html lang=en><head><meta charset=utf-8>",
         "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; style-src 'unsafe-inline'\">",
         '<meta name=viewport content="width=device-width">',
         f"<title>{escape(title)}</title><style>{STYLE}{style}</style></head><body><h1>{escape(title)}</h1>",
     )
-    return "\n".join((*head, *parts, "</body></html>\n"))
+    return "\n".join((*head, *parts, "</body></html>\n")).encode(errors="backslashreplace").decode()
 
 
 def tiles(figures: Iterable[tuple[str, str]]) -> str:

@@ -8,8 +8,6 @@ others (megatron_tn.training.compare); of several with one seed the last one tra
 page compare.html holds table and curves in one file, compare.md the table.
 """
 
-from __future__ import annotations
-
 from html import escape
 from pathlib import Path
 
@@ -17,8 +15,8 @@ from data_pipeline.html_page import document, table
 from launch.chart import STYLE
 from launch.curves import losses, positions
 from megatron_tn.cli import of_words
-from megatron_tn.config import ConfigError, replacing, unwritable
-from megatron_tn.plot import compare, paths_and_output, runs_in
+from megatron_tn.config import ConfigError, replacing, shown, unwritable
+from megatron_tn.plot import compare, journals_are_read, paths_and_output, runs_in
 from megatron_tn.training.compare import Group, table_of
 from megatron_tn.training.curve import curve_of
 
@@ -31,13 +29,15 @@ def main(words: list[str]) -> None:
     picture, page, text = (output / f"compare.{kind}" for kind in ("png", "html", "md"))
     if problems := [problem for path in (picture, page, text) for problem in unwritable("output", str(path))]:
         raise ConfigError(problems)
-    groups = compare(runs, picture)
-    titles, rows = table_of(groups)
-    lines = (f"| {' | '.join(cells)} |\n" for cells in (titles, ["---"] * len(titles), *rows))
-    for path, content in ((page, page_of(groups)), (text, "".join(lines))):
+    with journals_are_read(runs):
+        groups = compare(runs, picture)
+        titles, rows = table_of(groups)
+        lines = (f"| {' | '.join(cells)} |\n" for cells in (titles, ["---"] * len(titles), *rows))
+        contents = {page: page_of(groups), text: "".join(lines)}
+    for path, content in contents.items():
         with replacing(path) as file:
             file.write(content)
-    print(f"wrote {page}\nwrote {text}")
+    print(shown(f"wrote {page}\nwrote {text}"))
 
 
 def page_of(groups: list[Group]) -> str:

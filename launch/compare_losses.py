@@ -14,8 +14,6 @@ Prints the first step that differs and the difference at the last step. Exit cod
 fewer steps; 2: a run failed, or the command is wrong.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os

@@ -20,9 +20,9 @@ from data_pipeline.html_page import document, short, table, tiles
 from launch import curves, requeue
 from launch.chart import COLOURS, STYLE
 from megatron_tn.cli import of_words
-from megatron_tn.config import ConfigError, TrainConfig, replacing, to_mapping, unwritable
+from megatron_tn.config import ConfigError, TrainConfig, replacing, shown, to_mapping, unwritable
 from megatron_tn.planning.estimate import GIB, OUTSIDE, plan_memory
-from megatron_tn.plot import paths_and_output, runs_in
+from megatron_tn.plot import journals_are_read, paths_and_output, runs_in
 from megatron_tn.training.compare import flat
 from megatron_tn.training.goodput import CAUSES, Goodput, goodput_of
 from megatron_tn.training.hooks.figures import TEXTS
@@ -44,13 +44,11 @@ def main(words: list[str]) -> None:
     output = Path(named) if named else found[0] / "report.html"
     if problems := unwritable("output", str(output)):
         raise ConfigError(problems)
-    try:
+    with journals_are_read(found):
         page = page_of(RunFolder(found[0]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{found[0]}/log.jsonl has records that no run wrote: {error!r}") from None
     with replacing(output) as file:
         file.write(page)
-    print(f"wrote {output}")
+    print(shown(f"wrote {output}"))
 
 
 def page_of(run: RunFolder) -> str:

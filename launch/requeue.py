@@ -54,20 +54,21 @@ def main():
 def ready_to_train(options):
     """Whether a job of a chain has anything to do: not where the run is finished, or an earlier job of it gave up."""
     status, settings = read(options.run_dir, "status.json"), read(options.settings)
-    steps = (settings.get("schedule") or {}).get("steps", 0)
-    last = min(settings.get("stop_after") or steps, steps)
-    if status.get("state") == "finished" and last and status.get("step", 0) >= last:
+    schedule = settings.get("schedule")
+    steps = number(schedule if isinstance(schedule, dict) else {}, "steps")
+    last = min(number(settings, "stop_after") or steps, steps)
+    if status.get("state") == "finished" and last and number(status, "step") >= last:
         return False, "the run has reached step {}, its last: nothing to do".format(status["step"])
     before = records(options.run_dir)
     if before and before[-1].get("chain") == options.chain != "" and "gave-up" in before[-1]:
-        return False, "job {} of this chain gave up, so this one does not start".format(before[-1]["job"])
+        return False, "job {} of this chain gave up, so this one does not start".format(before[-1].get("job"))
     return True, f"the run goes on from step {max(newest(options.run_dir), 0)}"
 
 
 def requeued(options):
     """Whether to requeue the job, by the trainers' exit code, status.json and the newest checkpoint."""
     status, saved = read(options.run_dir, "status.json"), newest(options.run_dir)
-    if status.get("time", 0) < options.since - SKEW_S:
+    if number(status, "time") < options.since - SKEW_S:
         status = {}  # status.json is of an earlier start
     told = options.code == 0
     cause = "told to stop" if told else status.get("error") or in_words(options.code)
@@ -151,9 +152,15 @@ def read(*path):
     try:
         with open(os.path.join(*path)) as file:
             found = json.load(file)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def number(values, key):
+    """A number of a JSON object; 0 where it has none, as in a damaged file."""
+    found = values.get(key)
+    return found if isinstance(found, (int, float)) else 0
 
 
 def in_words(code):

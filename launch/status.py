@@ -5,8 +5,7 @@ python -m launch.status --user           of one's own jobs in the queue, submitt
 python -m launch.status --user=anna --wide     a line for every figure, for narrow terminals and for scripts
 """
 
-from __future__ import annotations
-
+import contextlib
 import getpass
 import shutil
 import statistics
@@ -25,11 +24,12 @@ from rich.table import Table
 from launch.requeue import in_words, records
 from megatron_tn.cli import bad_input_exits
 from megatron_tn.config import ConfigError, load, shown
-from megatron_tn.training.run_folder import RunFolder
+from megatron_tn.training.run_folder import RunFolder, starts_in
 from megatron_tn.training.submission import Submission
 
 DEPTH = 3  # folders below the one that is named
 SILENT_S = 600.0  # a running run without a record for so long, and for twenty steps, is said to be silent
+EVENTS = ("start/began", "stop/error")  # keys of the journal's records of starts and failures
 TITLES = ("run", "state", "step", "loss", "tokens/s", "utilisation", "time left", "restarts", "last failure")
 
 
@@ -65,17 +65,19 @@ def main() -> None:
         runs = list(dict.fromkeys(run for folder in folders for run in runs_below(folder)))
         if not runs:
             raise ConfigError(f"no run in {', '.join(map(str, folders)) or 'the jobs of SLURM'}")
-        show([row_of(RunFolder(run), jobs) for run in runs], wide="--wide" in sys.argv)
+        show([_row_or_why_not(RunFolder(run), jobs) for run in runs], wide="--wide" in sys.argv)
 
 
 def runs_below(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
-    """The folder itself where it is a run's, else those below it, in the order of their names."""
+    """The folder itself where it is a run's, else those below it, in the order of their names. Folders that this user
+    may not read are left out."""
     run = RunFolder(folder)
-    if run.is_there or run.config_file.is_file() or any(run.submitted.glob("*/config.json")):
-        yield folder
-    elif depth and folder.is_dir():
-        for below in sorted(path for path in folder.iterdir() if path.is_dir() and path != run.submitted):
-            yield from runs_below(below, depth - 1)
+    with contextlib.suppress(PermissionError):
+        if run.is_there or run.config_file.is_file() or any(run.submitted.glob("*/config.json")):
+            yield folder
+        elif depth and folder.is_dir():
+            for below in sorted(path for path in folder.iterdir() if path.is_dir() and path != run.submitted):
+                yield from runs_below(below, depth - 1)
 
 
 def queue(user: str = "") -> list[Job]:
@@ -110,6 +112,15 @@ def jobs_of(run: RunFolder, jobs: Sequence[Job]) -> list[Job]:
     return [job for job in jobs if job.number == run.job() or job.name in names]
 
 
+def _row_or_why_not(run: RunFolder, jobs: Sequence[Job]) -> dict[str, str]:
+    """`row_of`; of a run with a damaged file, which must not hide the others, what is wrong."""
+    try:
+        return row_of(run, jobs)
+    except Exception as error:
+        why = f"a file of it cannot be read: {type(error).__name__}: {error}"
+        return dict.fromkeys(TITLES, "") | {"run": shown(str(run)), "state": shown(why)}
+
+
 def row_of(run: RunFolder, jobs: Sequence[Job], now: float | None = None) -> dict[str, str]:
     """TITLES -> what is known of a run."""
     now = time.time() if now is None else now
@@ -122,6 +133,7 @@ def row_of(run: RunFolder, jobs: Sequence[Job], now: float | None = None) -> dic
         step = max(step, last["step"])
     rates = [record["tokens_per_second"] for record in steps if "tokens_per_second" in record]
     requeues = records(run.path)
+    events = [*run.records(*EVENTS), *run.superseded(*EVENTS)]
     found = {
         "run": str(run),
         "state": state_of(run, status, tail, jobs_of(run, jobs), max(SILENT_S, 20 * seconds), now),
@@ -131,8 +143,8 @@ def row_of(run: RunFolder, jobs: Sequence[Job], now: float | None = None) -> dic
         "utilisation": f"{last['utilisation']:.1%}" if "utilisation" in last else "",
         "time left": duration((end - step) * seconds) if seconds and end > step else "",
         # The journal has starts by hand too, and no start that ended before its first step.
-        "restarts": str(max(len(run.starts()) - 1, sum("gave-up" not in record for record in requeues))),
-        "last failure": failure_of(run, status, requeues),
+        "restarts": str(max(len(starts_in(events)) - 1, sum("gave-up" not in record for record in requeues))),
+        "last failure": failure_of(status, requeues, events),
     }
     return {title: shown(text) for title, text in found.items()}
 
@@ -163,12 +175,13 @@ def state_of(
     return ", ".join([state, *(f"job {job.name} {job.state.lower()}" for job in jobs)])
 
 
-def failure_of(run: RunFolder, status: dict[str, Any], requeues: Sequence[dict[str, str]]) -> str:
-    """The last failure's cause and step, by status.json, requeues.log or the journal, which has starts by hand too."""
+def failure_of(status: dict[str, Any], requeues: Sequence[dict[str, str]], events: Sequence[dict[str, Any]]) -> str:
+    """The last failure's cause and step, by status.json, requeues.log or the journal's `events`, which has starts by
+    hand too."""
     if status.get("state") == "failed" and status.get("error"):
         return f"step {status.get('step', 0):,}: {status['error']}"
     requeued = [record for record in requeues if record.get("code", "0") != "0"][-1:]
-    stopped = [*run.records("stop/error"), *run.superseded("stop/error")]
+    stopped = [record for record in events if "stop/error" in record]
     last = max(stopped, key=lambda record: record["time"], default={"time": 0.0})
     if stopped and not (requeued and _time_of(requeued[0]) > last["time"]):
         return f"step {last['step']:,}: {last['stop/error']}"

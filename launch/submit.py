@@ -12,8 +12,6 @@ job trains with whatever happens to YAML files, the code's revision and diff, th
 `sbatch` takes as well. Settings: `--help`, docs/operations.md. The exit code is sbatch's.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import getpass
 import shlex
@@ -28,14 +26,15 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.shards.remote import few_attempts
-from launch.submission.checks import GIB, HOUR, Checked, check
+from launch.submission.checks import GIB, HOUR, Checked, check, disk_problems
 from launch.submission.provenance import Code, code, packages, without_secrets
 from launch.submission.script import job_name, job_number, script
-from megatron_tn.cli import bad_input_exits, command
+from megatron_tn.cli import bad_input_exits, command, unusable_files_are_named
 from megatron_tn.config import ConfigError, storable
 from megatron_tn.config.slurm import SubmitConfig
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.submission import Submission
+from megatron_tn.training.summary import engine_in_words
 
 SWEEP = {"-m", "--multirun"}
 SBATCH = ("sbatch", "--parsable")
@@ -61,7 +60,7 @@ def main() -> None:
         sys.exit(2)
     configs.clear()
     sys.argv[1:] = words
-    with bad_input_exits():
+    with bad_input_exits(), unusable_files_are_named():
         if any(word.startswith("hydra/launcher") for word in words):
             raise ConfigError(
                 "hydra/launcher: a sweep of launch.submit is a job array; the launcher is one of training"
@@ -80,7 +79,8 @@ def submit(configs: Sequence[SubmitConfig], options: list[str], typed: list[str]
     with few_attempts():
         runs = [check(_with_options(config, options)) for config in configs]
     problems = [problem for run in runs for problem in run.problems]
-    first = runs[0].config
+    first, full = runs[0].config, disk_problems(runs)
+    problems += [] if first.dry_run else full  # a dry run may be on a machine without the run's file system
     if any(getattr(run.config, name) != getattr(first, name) for run in runs for name in SHAPE):
         problems.append(f"a sweep is one job array, whose tasks share {', '.join(SHAPE)}: submit other shapes apart")
     if not first.dry_run and shutil.which("sbatch") is None:
@@ -96,7 +96,7 @@ def submit(configs: Sequence[SubmitConfig], options: list[str], typed: list[str]
     submission.write("packages.txt", packages())
     if state.diff:
         submission.write("code.diff", state.diff)
-    show(runs, submission, state, options, array=array)
+    show(runs, submission, state, options, full, array=array)
     record = {
         "time": time.time(),
         "user": getpass.getuser(),
@@ -167,18 +167,25 @@ def _sbatch(config: SubmitConfig, submission: Submission, options: list[str], re
     return 0
 
 
-def show(runs: Sequence[Checked], submission: Submission, state: Code, options: Sequence[str], *, array: bool) -> None:
-    """One table of what will run, and the command, the tasks and notes below it."""
+def show(
+    runs: Sequence[Checked],
+    submission: Submission,
+    state: Code,
+    options: Sequence[str],
+    full: Sequence[str],
+    *,
+    array: bool,
+) -> None:
+    """One table of what will run, and the command, the tasks and notes below it. full: notes of the disk."""
     run, config = runs[0], runs[0].config
     slurm, figures = config.slurm, run.outline
     tp, cp, world = config.parallel.tp, config.parallel.cp, config.world_size
-    zero = f" ZeRO {config.engine.zero_stage}" if config.engine.name == "deepspeed" else ""
     rows = {
         "job": job_name(config, submission) + (f", an array of {len(runs)} runs" if array else ""),
         "nodes": f"{config.nodes} x {config.processes_per_node} "
         + (f"GPUs ({config.cluster.name})" if config.cluster.gpus_per_node else f"processes ({config.cluster.name})"),
         "layout": f"{world} processes: tp {tp} x cp {cp} x dp {world // (tp * cp)}",
-        "engine": f"{config.engine.name}{zero}, {config.engine.precision}, recompute {config.engine.recompute}",
+        "engine": engine_in_words(config),
         "parameters": f"{figures.parameters:,} ({config.model.name})",
         "tokens a step": f"{figures.tokens_a_step:,}",
         "steps": f"{figures.step + 1:,} to {figures.last_step:,}",
@@ -201,7 +208,7 @@ def show(runs: Sequence[Checked], submission: Submission, state: Code, options: 
     print(f"command: {shlex.join([*SBATCH, *options, str(submission.script)])}")
     for task, other in enumerate(runs if array else ()):
         print(f"task {task}: {other.config.run_dir}")
-    for note in dict.fromkeys(note for one in runs for note in one.notes):
+    for note in dict.fromkeys([*full, *(note for one in runs for note in one.notes)]):
         print(f"note: {note}")
     sys.stdout.flush()
 

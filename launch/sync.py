@@ -8,8 +8,6 @@ one (docs/operations.md). A project that did not exist gets the panels of launch
 panels); panels=true adds the view to a project that exists, panels=false to none. Exit code 1 where wandb fails.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from collections.abc import Sequence

@@ -147,7 +147,7 @@ def of_words(function: Callable[[list[str]], None]) -> Callable[[], None]:
             with closed_pipe_exits():
                 print(function.__globals__["__doc__"])
             return
-        with bad_input_exits():
+        with bad_input_exits(), unusable_files_are_named():
             function(words)
 
     return main
@@ -233,6 +233,17 @@ def bad_input_exits() -> Iterator[None]:
         else:
             time.sleep(2)  # a launcher kills all ranks as soon as one ends; rank 0 must print its lines first
         sys.exit(BAD_INPUT)
+
+
+@contextlib.contextmanager
+def unusable_files_are_named() -> Iterator[None]:
+    """Raise ConfigError for a file that cannot be read or written, as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise ConfigError(f"{error.filename}: {error.strerror}") from None
 
 
 @contextlib.contextmanager

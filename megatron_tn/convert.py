@@ -25,7 +25,15 @@ from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest
 from megatron_tn.checkpoint.verify import verify
 from megatron_tn.cli import command
 from megatron_tn.config import ConfigError, ConvertConfig, ModelConfig, out_of_bounds, resolved
-from megatron_tn.loading import DTYPES, open_weights, resolve_checkpoint, tokenizer_path, unreadable
+from megatron_tn.loading import (
+    DTYPES,
+    open_weights,
+    problems_of_vocabulary,
+    read_tokenizer,
+    resolve_checkpoint,
+    tokenizer_path,
+    unreadable,
+)
 from megatron_tn.model.registry import problems_of_export
 from megatron_tn.released.card import card, training_facts
 from megatron_tn.released.to_checkpoint import write_checkpoint
@@ -85,10 +93,8 @@ def export(config: ConvertConfig) -> None:
                 )
             texts = tokenizer_files(tokenizer, model)
             bos = json.loads(texts[TOKENIZER_CONFIG_FILE])["bos_token"]
-        facts, sequence_length = {}, None
-        if not isinstance(weights, ReleasedWeights):
-            facts = training_facts(weights.manifest, text_of_sources(data))
-            sequence_length = weights.manifest.config["data"].get("sequence_length")
+        known = not isinstance(weights, ReleasedWeights)
+        facts = training_facts(weights.manifest, text_of_sources(data)) if known else {}
         texts["README.md"] = card(model, next(iter(dtypes.values())), facts, bos)
         write_released(
             output,
@@ -98,7 +104,7 @@ def export(config: ConvertConfig) -> None:
             lambda name: whole_tensor(weights, name, dtypes[name]),
             shard_bytes=config.shard_mib << 20,
             texts=texts,
-            sequence_length=sequence_length,
+            sequence_length=length_of(weights),
         )
     print(f"wrote {output}")
 
@@ -106,12 +112,22 @@ def export(config: ConvertConfig) -> None:
 def import_weights(config: ConvertConfig) -> None:
     """Write a released folder's or checkpoint's weights as the first checkpoint of a run, without optimizer state."""
     directory, run = check_output(config), RunFolder(config.output)
+    if run.path.is_dir() and any(not path.name.startswith(".") for path in run.path.iterdir()):
+        raise ConfigError(f"output={run.path} holds files: name a new folder for the run")
+    tokenizer = tokenizer_path("", config.checkpoint)
     with unreadable(config.checkpoint, directory), open_weights(directory) as weights:
+        if tokenizer is not None:
+            problems = problems_of_vocabulary(read_tokenizer(tokenizer), weights.config, config.checkpoint)
+            if problems:
+                raise ConfigError(problems)
         stored = "bf16" if set(weights.dtypes.values()) <= {torch.bfloat16, torch.float16} else "fp32"
         written = write_checkpoint(
-            weights, run.checkpoints, stored if config.precision == "trained" else config.precision
+            weights,
+            run.checkpoints,
+            stored if config.precision == "trained" else config.precision,
+            length_of(weights),
         )
-    if (tokenizer := tokenizer_path("", config.checkpoint)) is not None:
+    if tokenizer is not None:
         run.keep_tokenizer(tokenizer)
     print(f"wrote {written}")
 
@@ -137,8 +153,15 @@ def shards_of(weights: CheckpointWeights | ReleasedWeights) -> Shards | None:
     try:
         path = "" if isinstance(weights, ReleasedWeights) else resolved(weights.manifest.config["data"]["manifest"])
         return Shards.load(path, check_files=False) if path and Path(path).is_file() else None
-    except (KeyError, TypeError, ValueError):  # none in an old checkpoint, an unset variable, damage
+    except (KeyError, TypeError, ValueError, OSError):  # none in an old checkpoint, an unset variable, damage
         return None
+
+
+def length_of(weights: CheckpointWeights | ReleasedWeights) -> int | None:
+    """data.sequence_length of training; None where it is not known."""
+    if isinstance(weights, ReleasedWeights):
+        return weights.sequence_length
+    return weights.manifest.config["data"].get("sequence_length")
 
 
 def text_of_sources(data: Shards | None) -> dict[str, tuple[int, int]]:

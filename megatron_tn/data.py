@@ -75,10 +75,11 @@ def open_stream(config: TrainConfig) -> TokenStream:
 
     Raises:
         InputError: data.manifest is not set, shards are missing or damaged, or the filter or mixture does not fit them.
+            Each line begins with a setting's name, without "data.".
     """
     data = config.data
     if not data.manifest:
-        raise InputError("not set: name the manifest.json that `python -m data_pipeline.run` wrote")
+        raise InputError("manifest: not set: name the manifest.json that `python -m data_pipeline.run` wrote")
     return build_stream(
         Manifest.load(data.manifest, cache_bytes=data.cache_bytes),
         sequence_length=data.sequence_length,

@@ -28,7 +28,7 @@ from megatron_tn.evaluation.baselines import compressor_bits_per_byte, unigram_b
 from megatron_tn.evaluation.continuations import continue_texts, prompt_problems
 from megatron_tn.evaluation.perplexity import Documents, Sums, evaluate_documents
 from megatron_tn.evaluation.progress import DocumentProgress
-from megatron_tn.evaluation.tasks import TaskSet, journal_names, load_tasks, run_tasks
+from megatron_tn.evaluation.tasks import TaskSet, journal_names, load_tasks, problems_of_tasks, run_tasks
 from megatron_tn.held_out import (
     held_out_documents,
     held_out_loss,
@@ -36,7 +36,16 @@ from megatron_tn.held_out import (
     load_manifest,
     problems_of_held_out,
 )
-from megatron_tn.loading import load_any_model, load_tokenizer, other_tokenizer, read_tokenizer, resolve_checkpoint
+from megatron_tn.loading import (
+    load_any_model,
+    load_tokenizer,
+    memory_is_named,
+    model_config,
+    other_tokenizer,
+    problems_of_vocabulary,
+    read_tokenizer,
+    resolve_checkpoint,
+)
 from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.world import join_world, leave_world, world_size
@@ -59,10 +68,11 @@ def main(config: EvaluateConfig) -> None:
         tokenizer = load_tokenizer(config.tokenizer, config.checkpoint)
         model = load_any_model(config.checkpoint, device, config.precision, context, fp8_weights=config.fp8_weights)
         result: dict[str, Any] = {"checkpoint": config.checkpoint}
-        if config.manifest:
-            result |= held_out_figures(config, model, tokenizer)
-        if tasks:
-            result["tasks"] = task_scores(config, model, tokenizer, tasks)
+        with memory_is_named(f"batch_tokens={config.batch_tokens}"):
+            if config.manifest:
+                result |= held_out_figures(config, model, tokenizer)
+            if tasks:
+                result["tasks"] = task_scores(config, model, tokenizer, tasks)
     finally:
         leave_world()
     if is_first_process():
@@ -80,12 +90,12 @@ def check(config: EvaluateConfig) -> TaskSet | None:
         problems += error.problems
     if not config.manifest and not config.tasks:
         problems.append("manifest is not set: name the manifest.json of held-out shards, or tasks")
-    for setting in ("manifest", "train_manifest"):
+    for path, prefix in ((config.manifest, ""), (config.train_manifest, "train_")):
         try:
-            if getattr(config, setting):
-                Manifest.load(getattr(config, setting))
+            if path:
+                Manifest.load(path)
         except InputError as error:
-            problems += [f"{setting}: {problem}" for problem in error.problems]
+            problems += [f"{prefix}{problem}" for problem in error.problems]
     for setting in ("max_document_tokens", "sequence_tokens"):
         if getattr(config, setting) == 1:
             problems.append(f"{setting}=1 must be 0 or at least 2: nothing predicts the first token of a sequence")
@@ -93,6 +103,10 @@ def check(config: EvaluateConfig) -> TaskSet | None:
     try:
         if config.tasks:
             tasks = load_tasks(tuple(config.tasks), config.task_folder)
+        if tasks and not problems:
+            model, tokenizer = model_config(config.checkpoint), load_tokenizer(config.tokenizer, config.checkpoint)
+            problems += problems_of_vocabulary(tokenizer, model, config.checkpoint)
+            problems += problems_of_tasks(tasks, model.max_length, config.shots)
     except ConfigError as error:
         problems += error.problems
     if problems:
@@ -173,10 +187,11 @@ def problems_in_training(config: TrainConfig) -> list[str]:
             problems += problems_of_held_out(held_out, setting, config.model.vocab_size)
             problems += other_tokenizer_than_training(held_out, config)
     except InputError as error:
-        problems += [f"evaluation.manifest: {problem}" for problem in error.problems]
+        problems += [f"evaluation.{problem}" for problem in error.problems]
     try:
         if evaluation.tasks:
-            _tasks_in_training(config)
+            tasks = _tasks_in_training(config)
+            problems += problems_of_tasks(tasks, config.model.max_length, setting="evaluation.tasks")
     except ConfigError as error:
         problems += error.problems
     needing = [name for name in ("tasks", "prompts") if getattr(evaluation, name)]

@@ -20,7 +20,8 @@ from tokenizers import Tokenizer
 
 from megatron_tn.cli import command, run_program
 from megatron_tn.config import ConfigError, GenerateConfig, out_of_bounds, unwritable
-from megatron_tn.inference.generator import Generator, Request, check_length
+from megatron_tn.device.free_memory import free_bytes
+from megatron_tn.inference.generator import Generator, Request, check_length, least_bytes
 from megatron_tn.inference.prefix import Prefix, check_ids
 from megatron_tn.inference.prefix_file import identity, load_prefix, replacing_problem, save_prefix
 from megatron_tn.inference.records import (
@@ -36,13 +37,14 @@ from megatron_tn.inference.records import (
 )
 from megatron_tn.inference.sampler import Sampler
 from megatron_tn.inference.text import TextStream
-from megatron_tn.loading import load_any_model, load_tokenizer, resolve_checkpoint
+from megatron_tn.loading import load_any_model, load_tokenizer, memory_is_named, resolve_checkpoint
 from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.world import join_world, leave_world, world_size
 
 log = logging.getLogger(__name__)
 
+SIZES = ("batch", "together", "prefill_chunk", "check_every", "max_new_tokens")  # settings by which tensors grow
 TIMEOUT_S = 1800  # seconds that a collective between tensor-parallel ranks waits
 
 
@@ -53,11 +55,13 @@ def main(config: GenerateConfig) -> None:
         tokenizer = load_tokenizer(config.tokenizer, config.checkpoint)
         tokenizer.encode_special_tokens = not config.special_tokens
         model = load_any_model(config.checkpoint, device, config.precision, context, fp8_weights=config.fp8_weights)
-        job = Job(config, model, tokenizer)
-        if config.prompts:
-            job.write_lines()
-        else:
-            job.continue_prompt()
+        sizes = ", ".join(f"{name}={getattr(config, name)}" for name in SIZES)
+        with memory_is_named(sizes):
+            job = Job(config, model, tokenizer)
+            if config.prompts:
+                job.write_lines()
+            else:
+                job.continue_prompt()
 
 
 class Job:
@@ -74,9 +78,20 @@ class Job:
             raise ConfigError(f"save_state={config.save_state} cannot be written: {problem}")
         self.beginning = load_prefix(config.state, model) if config.state else None
         rows = config.batch if config.prompts else min(config.batch, config.samples)
+        self._check_memory(rows)
         self.generator = Generator(
             model, rows, together=config.together, check_every=config.check_every, chunk=config.prefill_chunk
         )
+
+    def _check_memory(self, rows: int) -> None:
+        """Raise ConfigError where `rows` rows do not fit into the memory that is free."""
+        config, device = self.config, next(self.model.parameters()).device
+        need, free = least_bytes(self.model, rows, config.together), free_bytes(device)
+        if free is not None and need > free:
+            raise ConfigError(
+                f"batch={config.batch}, together={config.together}: the states of so many texts need "
+                f"{need / 2**30:.1f} GiB, but {device} has {free / 2**30:.1f} GiB free"
+            )
 
     def ids(self, text: str, name: str) -> list[int]:
         """The tokens of `text`, which follow those of state= or begin a document. name: of the text, in errors."""

@@ -10,8 +10,9 @@ from tokenizers import Tokenizer
 from data_pipeline.shards.manifest import Manifest
 from megatron_tn.checkpoint.load import CheckpointWeights, model_of
 from megatron_tn.checkpoint.manifest import FORMAT, MANIFEST, format_of
-from megatron_tn.config import ConfigError
+from megatron_tn.config import ConfigError, ModelConfig
 from megatron_tn.device.allocator import use_expandable_segments
+from megatron_tn.device.free_memory import is_out_of_memory
 from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.released.weights import ReleasedWeights
@@ -59,6 +60,18 @@ def unreadable(checkpoint: str, directory: Path) -> Iterator[None]:
         ) from None
 
 
+@contextlib.contextmanager
+def memory_is_named(settings: str) -> Iterator[None]:
+    """PyTorch's error of a tensor that does not fit into memory becomes a ConfigError that begins with `settings`, by
+    which the tensors grow."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(f"{settings}: out of memory: {' '.join(str(error).split())[:200]}") from None
+
+
 def open_weights(directory: Path) -> CheckpointWeights | ReleasedWeights:
     """The weights in a checkpoint or a released folder, as `resolve_checkpoint` found it; a context manager."""
     if (directory / MANIFEST).is_file():
@@ -67,6 +80,21 @@ def open_weights(directory: Path) -> CheckpointWeights | ReleasedWeights:
         return ReleasedWeights(directory)
     except FileNotFoundError as error:
         raise ConfigError(str(error)) from None
+
+
+def model_config(checkpoint: str) -> ModelConfig:
+    """The settings of the model that `checkpoint` names; of its weights the headers alone are read."""
+    directory = resolve_checkpoint(checkpoint)
+    with unreadable(checkpoint, directory), open_weights(directory) as weights:
+        return weights.config
+
+
+def problems_of_vocabulary(tokenizer: Tokenizer, model: ModelConfig, checkpoint: str) -> list[str]:
+    """One line where the tokenizer has ids that the model of `checkpoint` has no embedding of."""
+    if (entries := 1 + max(tokenizer.get_vocab().values(), default=-1)) <= model.vocab_size:
+        return []
+    size = model.vocab_size
+    return [f"checkpoint={checkpoint}: its tokenizer has {entries} entries, more than model.vocab_size={size}"]
 
 
 def load_tokenizer(path: str, checkpoint: str) -> Tokenizer:
@@ -123,7 +151,8 @@ def resolve_checkpoint(path: str, setting: str = "checkpoint") -> Path:
     if not path:
         raise ConfigError(f"{setting} is not set: name a checkpoint's folder or a released model's")
     directory = Path(path)
-    weights = (path for pattern in ("*.safetensors", "pytorch_model*.bin") for path in directory.glob(pattern))
+    patterns = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "pytorch_model.bin.index.json")
+    weights = (path for pattern in patterns for path in directory.glob(pattern))
     if (directory / "config.json").is_file() and any(weights):
         return directory
     if found := find_checkpoint(directory):

@@ -228,7 +228,7 @@ class CommandLine:
             return error.problems
         except OmegaConfBaseException:
             return []  # an interpolation such as ${hydra:...}, resolved only when the job runs
-        return config.problems() if hasattr(config, "problems") else []
+        return config.job_problems()
 
     def _explain(self, error: Exception, words: Sequence[str]) -> list[str]:
         known = known_keys(self.kind)

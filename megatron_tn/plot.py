@@ -10,17 +10,19 @@ with one seed the last one trained counts, and a line says so.
 `python -m launch.compare` writes the same as a page.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Column, Table
 
 from megatron_tn.cli import of_words
-from megatron_tn.config import ConfigError, read_mapping, unwritable
+from megatron_tn.config import ConfigError, read_mapping, shown, unwritable
 from megatron_tn.training.compare import Group, groups_of, table_of
-from megatron_tn.training.curve import draw
+from megatron_tn.training.curve import curve_of, draw
 from megatron_tn.training.run_folder import RunFolder
+from megatron_tn.training.summary import figures_of
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -36,7 +38,8 @@ def main(words: list[str]) -> None:
         problems.append(f"output={place} must end in {', '.join(FORMATS)}: the ending is the picture's format")
     if problems:
         raise ConfigError(problems)
-    compare(runs, Path(place), evaluated)
+    with journals_are_read(runs):
+        compare(runs, Path(place), evaluated)
 
 
 def paths_and_output(words: Sequence[str]) -> tuple[list[Path], str]:
@@ -59,6 +62,28 @@ def runs_in(folder: Path) -> list[Path]:
     if not found:
         raise ConfigError(f"{folder}: there is no run (no log.jsonl in it or in a folder right below)")
     return found[:1] if found[0] == folder else found
+
+
+@contextlib.contextmanager
+def journals_are_read(runs: Sequence[Path]) -> Iterator[None]:
+    """Raises ConfigError where the block fails on a journal of `runs`, which has records of a damaged file or another
+    program. Named is the first run whose figures fail, or else all of them."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        named = next((run for run in runs if _is_foreign(RunFolder(run))), ", ".join(map(str, runs)))
+        raise ConfigError(f"{named}: log.jsonl has records that no run wrote: {error!r}") from None
+
+
+def _is_foreign(run: RunFolder) -> bool:
+    try:
+        figures_of(run)
+        curve_of([run])
+    except Exception:
+        return True
+    return False
 
 
 def positions_in(file: Path) -> dict[int, float]:
@@ -91,7 +116,7 @@ def compare(
     for note in (note for group in groups for note in group.notes()):
         print(note)
     if draw({group.name: group.runs for group in groups}, output, evaluated):
-        print(f"wrote {output}")
+        print(shown(f"wrote {output}"))
     return groups
 
 

@@ -77,7 +77,7 @@ def inspect(
         of_url = is_remote(config.data.manifest)  # whose cache is each node's own
         stream = open_stream(config) if of_url else once(lambda: open_stream(config))
     except InputError as error:
-        data = [f"data.manifest: {problem}" for problem in error.problems]
+        data = [f"data.{problem}" for problem in error.problems]
     vocabulary = stream and stream.manifest.tokenizer.vocab_size
     check = functools.partial(problems_before_start, config, world_size, vocabulary, gpus=gpus)
     of_rank_0 = once(lambda: (data, check()))

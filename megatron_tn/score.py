@@ -21,7 +21,7 @@ from megatron_tn.cli import command
 from megatron_tn.config import ConfigError, ScoreConfig, out_of_bounds
 from megatron_tn.evaluation.progress import DocumentProgress
 from megatron_tn.evaluation.scorer import ModelScorer
-from megatron_tn.loading import load_any_model, other_tokenizer, resolve_checkpoint
+from megatron_tn.loading import load_any_model, memory_is_named, other_tokenizer, resolve_checkpoint
 from megatron_tn.parallel.world import number
 
 
@@ -49,14 +49,15 @@ def main(config: ScoreConfig) -> None:
     with DocumentProgress(f"score {name}", *totals, hidden=rank > 0) as shown:
         scorer = ModelScorer(model, batch_tokens=config.batch_tokens, progress=shown.advance)
         try:
-            scored = score_shards(
-                manifest,
-                scorer,
-                name,
-                rank=rank,
-                size=size,
-                passed_over=lambda shard: shown.pass_over(shard.documents, shard.tokens),
-            )
+            with memory_is_named(f"batch_tokens={config.batch_tokens}"):
+                scored = score_shards(
+                    manifest,
+                    scorer,
+                    name,
+                    rank=rank,
+                    size=size,
+                    passed_over=lambda shard: shown.pass_over(shard.documents, shard.tokens),
+                )
         except InputError as error:
             raise ConfigError(error.problems) from None
     whose = f" (process {rank} of {size})" if size > 1 else ""
@@ -74,11 +75,11 @@ def checked(config: ScoreConfig) -> tuple[Manifest, str]:
         problems.append(f"name={name!r} must be up to 60 letters, digits, _ or -: it becomes part of file names")
     try:
         if not config.manifest:
-            raise InputError("not set: name the manifest.json of the shards to score")
+            raise InputError("manifest: not set: name the manifest.json of the shards to score")
         manifest = Manifest.load(config.manifest)
         problems += manifest.score_problems(f"manifest={config.manifest}")
     except InputError as error:
-        problems += [f"manifest: {problem}" for problem in error.problems]
+        problems += error.problems
     try:
         directory = resolve_checkpoint(config.checkpoint)
         name = name or f"eval-{model_hash(directory)[:16]}{'-fp8' if config.fp8_weights else ''}"

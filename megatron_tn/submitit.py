@@ -8,6 +8,7 @@ submitit's handler; and time-outs are allowed. Before a job has unpickled its fu
 signal ends it for good: so the pickle imports little (`cli._Program`).
 """
 
+import atexit
 import contextlib
 import importlib.util
 import os
@@ -44,18 +45,37 @@ def settings_for_submitit(words: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def failure_is_told() -> Iterator[None]:
-    """In a job of submitit, an exit code above 0 becomes an error, which ends the sweep's command: SystemExit would end
-    the job without a result, and where sacct does not work the command would wait for one for ever. Other errors go
-    into the job's log; Hydra would hand them to the command alone."""
+    """In a job of submitit, a failed run, and one that was told to stop by another signal than submitit's, become an
+    error, which ends the sweep's command: SystemExit would end the job without a result, and where sacct does not work
+    the command would wait for one for ever. Other errors go into the job's log; Hydra would hand them to the command
+    alone.
+
+    For submitit an error is a result like others, and it ends the job's process with 0, COMPLETED for SLURM: so the
+    process ends with 1 here, or the run's own exit code, when the result is written."""
+    if "SUBMITIT_EXECUTOR" not in os.environ:
+        yield
+        return
+    failed: list[int] = []
+    atexit.register(_end_if, failed)  # before the program's imports register theirs, and so called after those
     try:
         yield
     except SystemExit as stop:
-        if "SUBMITIT_EXECUTOR" not in os.environ or not isinstance(stop.code, int) or stop.code <= 0:
-            raise
+        if not isinstance(stop.code, int) or stop.code < 0:
+            raise  # submitit requeues the job
         from submitit import JobEnvironment
 
-        raise RuntimeError(f"exit code {stop.code}: {JobEnvironment().paths.stderr} says why") from None
+        failed.append(stop.code or 1)
+        why = f"{JobEnvironment().paths.stderr} says why" if stop.code else "told to stop; the same command goes on"
+        raise RuntimeError(f"exit code {failed[0]}: {why}") from None
     except Exception as error:
-        if "SUBMITIT_EXECUTOR" in os.environ:
-            print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr, flush=True)
+        failed.append(1)
+        print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr, flush=True)
         raise
+
+
+def _end_if(failed: list[int]) -> None:
+    """End the process with the first exit code of `failed`, where there is one."""
+    if failed:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(failed[0])

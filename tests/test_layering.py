@@ -57,7 +57,13 @@ ALLOWED = {
         "megatron_tn.device",
         "megatron_tn.config",
     ],
-    "megatron_tn.planning": ["megatron_tn.model", "megatron_tn.parallel", "megatron_tn.engine", "megatron_tn.config"],
+    "megatron_tn.planning": [
+        "megatron_tn.model",
+        "megatron_tn.parallel",
+        "megatron_tn.engine",
+        "megatron_tn.device",
+        "megatron_tn.config",
+    ],
     "megatron_tn": [
         "kernels",
         "megatron_tn",

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch import report, requeue
+from launch import compare, report, requeue
 from launch.chart import POINTS, Line, chart, thinned
 from launch.curves import marks_of, series_of
+from megatron_tn import plot
 from megatron_tn.config import DataConfig, EvaluationConfig, ModelConfig, ScheduleConfig, TrainConfig, save
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.submission import Submission
@@ -117,15 +118,25 @@ def test_the_page_of_a_run_in_a_browser(tmp_path, capsys):
 
 
 def test_a_run_that_has_only_begun_or_whose_settings_are_damaged_has_a_page(tmp_path, capsys):
-    run = RunFolder(tmp_path / "run")
+    run = RunFolder(tmp_path / "new\x1b[31m\udcff")
     run.path.mkdir()
     run.journal.append([{"step": 0, "start/began": 1.0, "time": 2.0}])
     run.config_file.write_text("{")
-    assert call(report.main, str(run.path), f"output={tmp_path / 'page.html'}") == 0
-    assert "config.json" in (tmp_path / "page.html").read_text()
-    run.journal.append([{"step": 1, "loss": {"a": 1}}])
+    assert call(report.main, str(run.path)) == 0
+    assert "config.json" in (run.path / "report.html").read_text()
+    run.journal.append([{"step": 1, "loss": 2.0, "tokens": 1, "tokens_per_second": 1.0, "step_seconds": 1.0}])
+    for main in (compare.main, plot.main):
+        assert call(main, str(run.path)) == 0
+    assert r"new\x1b[31m\udcff" in (run.path / "compare.md").read_text()
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out + said.err
+    run.journal.append([{"step": 2, "loss": 10**400, "tokens": 1, "tokens_per_second": 1.0, "step_seconds": 1.0}])
+    for main in (report.main, compare.main, plot.main):
+        assert call(main, str(run.path)) == 2
+        assert "udcff: log.jsonl has records that no run wrote: OverflowError" in capsys.readouterr().err
+    run.journal.superseded.mkdir()
     assert call(report.main, str(run.path)) == 2
-    assert "log.jsonl has records that no run wrote" in capsys.readouterr().err
+    assert "log.superseded.jsonl: Is a directory" in capsys.readouterr().err
     assert call(report.main, str(tmp_path / "nowhere")) == 2
     assert call(report.main, str(run.path), str(run.path)) == 2
     assert "2 runs; a report is of one" in capsys.readouterr().err

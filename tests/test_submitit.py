@@ -1,7 +1,5 @@
 """What a sweep with hydra/launcher=submitit_slurm is given; tests/slurm/test_submitit.py runs one."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import subprocess
@@ -58,16 +56,40 @@ def test_a_job_calls_the_function_of_a_decorated_command():
         program(EvaluateConfig())
 
 
-@pytest.mark.parametrize(("code", "kind"), [(2, RuntimeError), (0, SystemExit), (-1, SystemExit)])
-def test_a_job_that_fails_has_a_result_and_one_that_is_requeued_has_none(monkeypatch, capsys, code, kind):
+@pytest.mark.parametrize(
+    ("code", "kind", "said", "ends"),
+    [
+        (2, RuntimeError, "exit code 2: sweep/.submitit/17_0/log.err says why", [2]),
+        (0, RuntimeError, "exit code 1: told to stop", [1]),  # by SIGTERM, after its save
+        (-1, SystemExit, "-1", []),  # submitit requeues it
+    ],
+)
+def test_a_job_that_fails_has_a_result_and_one_that_is_requeued_has_none(monkeypatch, capsys, code, kind, said, ends):
+    ended = []
+    monkeypatch.setattr("atexit.register", lambda end, failed: ended.append(failed))
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
     there = SimpleNamespace(paths=SimpleNamespace(stderr="sweep/.submitit/17_0/log.err"))
     monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(JobEnvironment=lambda: there))
-    with pytest.raises(kind, match=str(code)), failure_is_told():
+    with pytest.raises(kind, match=said), failure_is_told():
         sys.exit(code)
     with pytest.raises(ValueError, match="odd"), failure_is_told():
         raise ValueError("odd")
     assert capsys.readouterr().err.endswith("ValueError: odd\n")
+    with failure_is_told():
+        pass
+    assert ended == [ends, [1], []]
+
+
+def test_a_job_that_fails_ends_with_its_exit_code_when_its_result_is_written():
+    script = """if True:
+        import contextlib
+        from megatron_tn.submitit import failure_is_told
+        with contextlib.suppress(ValueError), failure_is_told():
+            raise ValueError("odd")
+        print("the result is written")"""
+    job = os.environ | {"SUBMITIT_EXECUTOR": "slurm"}
+    done = subprocess.run([sys.executable, "-c", script], env=job, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (1, "the result is written\n")
 
 
 def test_without_the_extra_it_is_named(monkeypatch, capsys):

@@ -84,30 +84,29 @@ class Manifest:
             content = CONTENT.validate_json(written)
         except IsADirectoryError:
             inside = path / "manifest.json"
-            ours = inside.is_file() and _format(inside.read_bytes()) in (FORMAT, None)
-            name = f"name the file {inside}" if ours else "name the manifest.json of shards"
-            raise InputError(f"manifest {path}: it is a folder; {name}") from None
+            name = f"file {inside}" if _may_be_ours(inside) else "manifest.json of shards"
+            raise InputError(f"manifest={path}: it is a folder; name the {name}") from None
         except OSError as error:
-            raise InputError(f"manifest {path}: {error.strerror or error}") from None
+            raise InputError(f"manifest={path}: {error.strerror or error}") from None
         except ValidationError as error:
             if (found := _format(written)) is not None and found != FORMAT:
                 raise InputError(
-                    f"manifest {path}: format={found!r} is not {FORMAT!r}: no manifest of shards"
+                    f"manifest={path}: format={found!r} is not {FORMAT!r}: no manifest of shards"
                 ) from None
             raise InputError(
                 *(
-                    f"manifest {path}: {'.'.join(map(str, e['loc'])) or 'document'}={_short(e['input'])}: {e['msg']}"
+                    f"manifest={path}: {'.'.join(map(str, e['loc'])) or 'document'}={_short(e['input'])}: {e['msg']}"
                     for e in error.errors()
                 )
             ) from None
-        _refuse(f"manifest {path}", contradictions(content))
+        _refuse(f"manifest={path}", contradictions(content))
         manifest = cls(content, path.parent, remote)
         if remote and cache_bytes < (least := ROOM * max((shard.size for shard in content.shards), default=0)):
             raise InputError(
                 f"cache_bytes={cache_bytes} is below {least}, the size of {ROOM} of the largest shards: raise it"
             )
         if check_files:
-            _refuse(f"manifest {path}", [*manifest.tokenizer_problems(), *manifest.missing_or_truncated()])
+            _refuse(f"manifest={path}", [*manifest.tokenizer_problems(), *manifest.missing_or_truncated()])
         return manifest
 
     def save(self) -> Path:
@@ -253,7 +252,7 @@ def _open_remote(path: str, cache: str | Path | None, cache_bytes: int) -> tuple
     try:
         remote.fetch(name, fresh=True)
     except (OSError, CacheFull) as error:
-        raise InputError(f"manifest {path}: {error}") from None
+        raise InputError(f"manifest={path}: {error}") from None
     return remote, name
 
 
@@ -264,6 +263,14 @@ def _format(written: bytes) -> object:
     except (ValueError, RecursionError):
         return None
     return values.get("format", "") if isinstance(values, dict) else None
+
+
+def _may_be_ours(path: Path) -> bool:
+    """Whether a file is a manifest of shards, or damaged JSON."""
+    try:
+        return path.is_file() and _format(path.read_bytes()) in (FORMAT, None)
+    except OSError:
+        return False
 
 
 def _refuse(where: str, problems: list[str]) -> None:

@@ -46,7 +46,7 @@ def is_remote(path: str) -> bool:
     try:
         openable(path)
     except ValueError as error:
-        raise InputError(f"manifest {path}: {error}") from None
+        raise InputError(f"manifest={path}: {error}") from None
     return True
 
 

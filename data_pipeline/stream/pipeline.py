@@ -115,25 +115,25 @@ def load_filter(text: str) -> DocumentFilter:
     if NAME.fullmatch(text):
         found = _load("filter", text)
         if not (isinstance(getattr(found, "filter_hash", None), str) and callable(getattr(found, "kept", None))):
-            raise InputError(f"filter {text!r} is {found!r}, which has no filter_hash and no method kept")
+            raise InputError(f"filter={text}: it is {found!r}, which has no filter_hash and no method kept")
         return found
     return ScoreFilter.load(text)
 
 
 def load_document_stage(name: str) -> DocumentStage:
     """A document stage from `module:function`, which is also its name in the stream's hash. Raises InputError."""
-    function = _load("document stage", name)
+    function = _load("document_stages", name)
     if not callable(function):
-        raise InputError(f"document stage {name!r} is {function!r}, which is no function")
+        raise InputError(f"document_stages={name}: it is {function!r}, which is no function")
     return DocumentStage(name, function)
 
 
-def _load(what: str, name: str) -> Any:
+def _load(setting: str, name: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"{what} {name!r}: {error}; it must be module:name, importable from here") from None
+        raise InputError(f"{setting}={name}: {error}; it must be module:name, importable from here") from None
 
 
 def _stage(name: str, function: Callable[[Corpus], Any]) -> Callable[[Corpus], Any]:

@@ -64,7 +64,7 @@ class ScoreFilter:
     def load(cls, text: str) -> "ScoreFilter":
         """A filter from a YAML file, or from inline JSON (beginning with a brace). Raises InputError, a line per
         problem."""
-        where = "filter" if text.lstrip().startswith("{") else f"filter {text}"
+        where = "filter" if text.lstrip().startswith("{") else f"filter={text}"
         try:
             if where == "filter":
                 return FILTER.validate_json(text)
@@ -80,7 +80,7 @@ class ScoreFilter:
                 *(f"{where}: {key}={str(e['input'])[:SHOWN]!r}: {e['msg']}" for key, e in found.items())
             ) from None
         except (ValueError, RecursionError) as error:
-            raise InputError(f"filter {text}: {' '.join(str(error).split())}") from None
+            raise InputError(f"{where}: {' '.join(str(error).split())}") from None
 
     def to_json(self) -> str:
         return json.dumps(FILTER.dump_python(self, mode="json"), sort_keys=True)
@@ -146,20 +146,20 @@ class KeptCounts:
         """The cached counts of this filter and manifest. Raises InputError naming the counting command if there are
         none."""
         name, command = counts_file(manifest, filter), count_command(manifest, filter)
-        path = f"{manifest.place}/{name}"
+        where = f"filter: {manifest.place}/{name}"
         try:
             record = RECORD.validate_json(manifest.read(name))
         except FileNotFoundError:
-            raise InputError(f"{path}: this filter's kept documents are not counted yet; run {command}") from None
+            raise InputError(f"{where}: this filter's kept documents are not counted yet; run {command}") from None
         except ValidationError as error:
-            raise InputError(f"{path}: {error.errors()[0]['msg']}; remove it and run {command}") from None
+            raise InputError(f"{where}: {error.errors()[0]['msg']}; remove it and run {command}") from None
         except OSError as error:
-            raise InputError(f"{path}: {error}") from None
+            raise InputError(f"{where}: {error}") from None
         if (record.get("manifest"), record.get("filter")) != (manifest.content_hash, filter.filter_hash):
-            raise InputError(f"{path}: counted for another manifest or filter; run {command}")
+            raise InputError(f"{where}: counted for another manifest or filter; run {command}")
         rows = record.get("shards", [])
         if len(rows) != len(manifest.shards):
-            raise InputError(f"{path}: {len(rows)} shards, the manifest has {len(manifest.shards)}; run {command}")
+            raise InputError(f"{where}: {len(rows)} shards, the manifest has {len(manifest.shards)}; run {command}")
         numbers = np.array([row[:3] for row in rows], dtype=np.int64).reshape(-1, 3)
         return cls(*numbers.T.copy(), tuple(row[3] for row in rows))
 

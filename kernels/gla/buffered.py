@@ -13,8 +13,6 @@ so a token moves (1 + 1/W) states instead of 2. All rows share the slot. A row w
 two folds has `start` b > 0: its S is the state before slot b. There s + 1 and W become s + 1 - b and W - b, and j >= b.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula

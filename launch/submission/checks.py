@@ -1,18 +1,16 @@
 """What can be wrong with a submission, found without a GPU and without SLURM."""
 
-from __future__ import annotations
-
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from launch.submission.provenance import secrets
 from launch.submission.script import is_sweep, override
 from megatron_tn.config import ConfigError, differences, has_credentials, redacted, storable, to_mapping, to_stored
-from megatron_tn.config.slurm import SubmitConfig
+from megatron_tn.config.slurm import MOST_CHAIN, SubmitConfig
 from megatron_tn.data import with_token_ids
 from megatron_tn.outline import Outline, outline, step_with_tokens
 from megatron_tn.preflight import inspect
@@ -22,15 +20,26 @@ GIB = 2**30
 HOUR = 3600.0
 
 
+class Disk(NamedTuple):
+    """The file system of a run's checkpoints. free, needed: bytes; needed: beside what checkpoints of the run have
+    already. count: of checkpoints at a time."""
+
+    device: int
+    free: int
+    needed: int
+    count: int
+
+
 @dataclass(frozen=True)
 class Checked:
-    """One run to submit. outline: None where there are problems. seconds: estimated; None where cluster.bf16_tflops is
-    not known. epochs: of the data. notes: what is no error, one line each."""
+    """One run to submit. outline, disk: None where there are problems. seconds: estimated; None where
+    cluster.bf16_tflops is not known. epochs: of the data. notes: what is no error, one line each."""
 
     config: SubmitConfig
     problems: list[str]
     notes: list[str]
     outline: Outline | None = None
+    disk: Disk | None = None
     seconds: float | None = None
     epochs: float | None = None
 
@@ -53,13 +62,11 @@ def check(config: SubmitConfig) -> Checked:
     manifest = start.manifest if start else None
     figures = outline(train, world, manifest.step if manifest else 0)
     config, seconds, found = _time(config, figures)
-    full = _disk(config, figures)
-    problems = list(dict.fromkeys([*problems, *found, *([] if config.dry_run else full)]))
+    problems = list(dict.fromkeys([*problems, *found]))
     if problems:
         return Checked(config, problems, [])
     epochs = figures.tokens / config.data.sequence_length / max(stream.samples_per_epoch, 1)
-    notes = [*full, *_notes(config, figures)]  # a dry run may be on a machine without the run's file system
-    return Checked(config, [], notes, figures, seconds, epochs)
+    return Checked(config, [], _notes(config, figures), figures, _disk(config, figures), seconds, epochs)
 
 
 def _names(config: SubmitConfig) -> Iterator[str]:
@@ -109,6 +116,11 @@ def _layout(config: SubmitConfig) -> Iterator[str]:
     here, gpus = config.processes_per_node, config.cluster.gpus_per_node
     if gpus and here > gpus:
         yield f"slurm.processes_per_node={here} is above cluster.gpus_per_node={gpus}: a process needs a GPU of its own"
+    if config.engine.products == "fp8" and gpus and config.cluster.bf16_tflops and not config.cluster.fp8_tflops:
+        yield (
+            f"engine.products=fp8 needs GPUs of Hopper or later, and cluster={config.cluster.name} has no "
+            "cluster.fp8_tflops, the rate of their fp8 products: set engine.products=bf16"
+        )
 
 
 def _with_budget(config: SubmitConfig) -> tuple[SubmitConfig, list[str]]:
@@ -137,7 +149,17 @@ def _time(config: SubmitConfig, figures: Outline) -> tuple[SubmitConfig, float |
         return config, seconds, ["slurm.chain=0 needs slurm.time"] * (slurm.chain == 0)
     job = slurm.seconds - slurm.grace_s
     if slurm.chain == 0:
-        config = replace(config, slurm=replace(slurm, chain=max(math.ceil(seconds / job), 1)))
+        jobs = max(math.ceil(seconds / job), 1)
+        if jobs > MOST_CHAIN:
+            return (
+                config,
+                seconds,
+                [
+                    f"slurm.chain=0 with slurm.time={slurm.time} is {jobs:,} jobs for about {seconds / HOUR:,.0f} h, "
+                    f"above {MOST_CHAIN}: raise slurm.time"
+                ],
+            )
+        config = replace(config, slurm=replace(slurm, chain=jobs))
     elif not slurm.requeue and peak > slurm.chain * job:
         return (
             config,
@@ -151,23 +173,39 @@ def _time(config: SubmitConfig, figures: Outline) -> tuple[SubmitConfig, float |
     return config, seconds, []
 
 
-def _disk(config: SubmitConfig, figures: Outline) -> list[str]:
-    """A problem where the disk is too small for the checkpoints: retention keeps checkpoint.keep of them while the next
-    one is written."""
+def _disk(config: SubmitConfig, figures: Outline) -> Disk:
     checkpoints = RunFolder(config.run_dir).checkpoints.absolute()
     existing = next(folder for folder in (checkpoints, *checkpoints.parents) if folder.is_dir())
-    free = shutil.disk_usage(existing).free
     there = (
         sum(file.stat().st_size for file in checkpoints.rglob("*") if file.is_file()) if existing == checkpoints else 0
     )
     count = max(config.checkpoint.keep, 1) + 1
-    if free + there >= count * figures.checkpoint_bytes:
-        return []
+    needed = count * figures.checkpoint_bytes
+    return Disk(existing.stat().st_dev, shutil.disk_usage(existing).free, max(needed - there, 0), count)
+
+
+def disk_problems(runs: Sequence[Checked]) -> list[str]:
+    """A problem for each file system that is too small for the checkpoints of the runs together: retention keeps
+    checkpoint.keep of each run's while the next one is written."""
+    by_device: dict[int, list[Checked]] = {}
+    for run in runs:
+        if run.disk is not None:
+            by_device.setdefault(run.disk.device, []).append(run)
     return [
-        f"run_dir={config.run_dir} has {free / GIB:.1f} GiB free, but {count} checkpoints of "
-        f"{figures.checkpoint_bytes / GIB:.1f} GiB (checkpoint.keep={config.checkpoint.keep}, and the one being "
-        f"written) need {count * figures.checkpoint_bytes / GIB:.1f}"
+        _too_small(group)
+        for group in by_device.values()
+        if sum(run.disk.needed for run in group) > min(run.disk.free for run in group)
     ]
+
+
+def _too_small(group: Sequence[Checked]) -> str:
+    config, disk = group[0].config, group[0].disk
+    others = f" and {len(group) - 1} runs more have" if len(group) > 1 else " has"
+    return (
+        f"run_dir={config.run_dir}{others} {disk.free / GIB:.1f} GiB free, but {disk.count} checkpoints of "
+        f"{group[0].outline.checkpoint_bytes / GIB:.1f} GiB (checkpoint.keep={config.checkpoint.keep}, and the one "
+        f"being written){' a run' if len(group) > 1 else ''} need {sum(run.disk.needed for run in group) / GIB:.1f}"
+    )
 
 
 def _notes(config: SubmitConfig, figures: Outline) -> list[str]:

@@ -1,7 +1,5 @@
 """What code and packages a run was submitted with, and which values must stand in no file of it."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform

@@ -1,7 +1,5 @@
 """The text of a job's script. Every value from a config is one quoted word, for sbatch and for bash."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import time

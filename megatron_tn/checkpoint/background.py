@@ -22,7 +22,7 @@ from megatron_tn.device.threads import start_thread
 
 @dataclass
 class Save:
-    """One save. pause_s: seconds that training waited for the save, of which wait_s for the previous save's write.
+    """One save. pause_s: seconds that `CheckpointWriter.save` took, of which wait_s for the previous save's write.
     write_s: seconds from the snapshot to the rename. error: set on every rank when the save failed."""
 
     step: int
@@ -58,7 +58,7 @@ class CheckpointWriter:
             self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
         self._memory = (memory or HostMemory()) if background else None
         self._thread: threading.Thread | None = None
-        self._current: Save | None = None
+        self.current: Save | None = None  # the last save, until `wait` or `finished` has returned it
 
     def prepare(self, engine: Trainable) -> None:
         """Begin to make the host memory of the saves, in a thread: else the first save waits for it. Not collective."""
@@ -71,7 +71,7 @@ class CheckpointWriter:
         before = self.wait()
         waited = time.perf_counter() - began
         snapshot = take_snapshot(engine, self.folder, step=step, memory=self._memory, **content)
-        self._current = save = Save(step, wait_s=waited)
+        self.current = save = Save(step, wait_s=waited)
 
         def write() -> None:
             since = time.perf_counter()
@@ -106,7 +106,7 @@ class CheckpointWriter:
         if self._thread is None:
             return None
         self.join()
-        done, self._thread, self._current = self._current, None, None
+        done, self._thread, self.current = self.current, None, None
         return done
 
     def close(self) -> Save | None:

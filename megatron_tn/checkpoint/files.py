@@ -187,6 +187,8 @@ class TensorFile:
             header.pop("__metadata__", None)
             # Other writers may name tensors in another order than that of their bytes.
             for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
+                if item["dtype"] not in DTYPES:
+                    raise ConfigError(f"{self.path}: {name} has type {item['dtype']}, not one of {', '.join(DTYPES)}")
                 dtype, shape = DTYPES[item["dtype"]], tuple(int(extent) for extent in item["shape"])
                 start, stop = (int(edge) + 8 + length for edge in item["data_offsets"])
                 if min(shape, default=0) < 0 or stop - start != math.prod(shape) * dtype.itemsize or start != end:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic.dataclasses import dataclass
 
-from megatron_tn.config.bounds import MOST_INT, Bounds, Count, Positive, Seed
+from megatron_tn.config.bounds import MOST_INT, Bounds, Count, Positive, Seed, out_of_bounds
 from megatron_tn.config.evaluation import Names
 from megatron_tn.config.mapping import STRICT, unwritable
 from megatron_tn.config.run import TrainConfig
@@ -26,6 +26,10 @@ class PlanSettings:
 @dataclass(frozen=True, config=STRICT)
 class PlanConfig(TrainConfig, PlanSettings):
     """`python -m megatron_tn.plan`: a run's settings, and what to print of its plan."""
+
+    def job_problems(self) -> list[str]:
+        """Bounds alone: a search may find the layout that a relation asks for, and the sweep's table names the rest."""
+        return list(out_of_bounds(self).values())
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -67,6 +67,10 @@ class TrainConfig:
         """
         return run_problems(self, world_size)
 
+    def job_problems(self) -> list[str]:
+        """What refuses a sweep that has this job, before its first job starts."""
+        return self.problems()
+
 
 def load(path: Path, kind: type = TrainConfig) -> Any:
     """Read a config written by `save`. Raises ConfigError."""

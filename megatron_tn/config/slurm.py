@@ -7,10 +7,12 @@ from typing import Annotated, Literal
 
 from pydantic.dataclasses import dataclass
 
-from megatron_tn.config.bounds import Bounds, Count, Positive
+from megatron_tn.config.bounds import Bounds, Count, Positive, out_of_bounds
 from megatron_tn.config.mapping import STRICT
 from megatron_tn.config.run import TrainConfig
 
+MOST_CHAIN = 1000  # jobs; each names all before it, and SLURM keeps 10 000 jobs by default (MaxJobCount)
+Chain = Annotated[int, Bounds(0, MOST_CHAIN)]
 Utilisation = Annotated[float, Bounds(0, 1, above=True)]
 
 # Options that the launcher writes itself -> the setting that says them.
@@ -65,7 +67,7 @@ class SlurmConfig:
     failures: Count = 3
     # Number of jobs submitted for one run, each to start after the one before; a job that finds the run at its last
     # step ends at once. 0: as many as the estimated time needs.
-    chain: Count = 1
+    chain: Chain = 1
     # afterany: each job of a chain waits for those before it; singleton: it waits for all of the user's jobs with the
     # same name.
     dependency: Literal["afterany", "singleton"] = "afterany"
@@ -106,8 +108,9 @@ class SlurmConfig:
             yield f"slurm.environment.{key}", str(value)
 
     def problems(self) -> list[str]:
-        """One line for each setting that no script can hold, or that contradicts another."""
-        found = [
+        """One line for each setting that is out of bounds, that no script can hold, or that contradicts another."""
+        found = list(out_of_bounds(self, "slurm.").values())
+        found += [
             f"{name}={value!r}: a backslash or a control character in it cannot stand in a job script"
             for name, value in self.words()
             if "\\" in value or not value.isprintable()
@@ -144,11 +147,12 @@ class SubmitConfig(TrainConfig):
 
     @property
     def processes_per_node(self) -> int:
-        return self.slurm.processes_per_node or self.cluster.gpus_per_node or 1
+        return max(self.slurm.processes_per_node or self.cluster.gpus_per_node, 1)
 
     @property
     def world_size(self) -> int:
-        return self.nodes * self.processes_per_node
+        """Number of processes; 0 where `nodes` is out of bounds."""
+        return max(self.nodes, 0) * self.processes_per_node
 
     @property
     def train(self) -> TrainConfig:
@@ -157,4 +161,4 @@ class SubmitConfig(TrainConfig):
         return TrainConfig(**{name: getattr(self, name) for name in names})
 
     def problems(self, world_size: int | None = None) -> list[str]:
-        return [*super().problems(world_size), *self.slurm.problems()]
+        return list(dict.fromkeys([*super().problems(world_size), *self.slurm.problems()]))

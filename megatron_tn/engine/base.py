@@ -1,7 +1,5 @@
 """The engine interface that the training loop and checkpoints call, the same for local, DeepSpeed and FSDP2."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 

@@ -1,7 +1,5 @@
 """Builds the engine from the config: the order of sharding, recomputation, compilation and engine is fixed here."""
 
-from __future__ import annotations
-
 import torch
 
 from megatron_tn.config import TrainConfig

@@ -5,8 +5,6 @@ for a moment after each change of the masters, to be gathered over ranks and qua
 gradients, such as an evaluation. At other times the memory of its storage is freed.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ masters: FSDP2 casts them to the computing type when it gathers them, and reduce
 rows of this tensor-parallel rank's part over dp x cp.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh

@@ -5,8 +5,6 @@ the host; replaying a graph costs the host one launch. A graph holds the address
 those must not be reallocated.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

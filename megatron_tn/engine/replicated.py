@@ -3,8 +3,6 @@
 Nothing is sharded over data parallelism; tests compare the other engines with this one.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

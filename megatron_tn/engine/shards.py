@@ -1,7 +1,5 @@
 """What an engine tells `engine.update.Update` of the masters that a rank holds."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 

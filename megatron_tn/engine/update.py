@@ -4,8 +4,6 @@ Engines differ in the masters and gradients that a rank holds (`Shards`) and in 
 the reduction is here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 

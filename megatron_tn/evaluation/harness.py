@@ -10,6 +10,7 @@ from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
 from tokenizers import Tokenizer
 
+from megatron_tn.config import ConfigError
 from megatron_tn.evaluation.encoding import encode_pair, encode_text
 from megatron_tn.evaluation.scores import SHORTEST, row_scores
 from megatron_tn.inference.rows import batches_of, generate_rows
@@ -69,7 +70,7 @@ class HarnessModel(LM):
         settings: `GENERATION`. Sampled text depends on the seed and the request's place, not on the batch.
         """
         texts = [
-            _Text(self.tokenizer, self.model.config.eos_id, normalize_gen_kwargs(request.args[1] or {}))
+            _Text(self.tokenizer, self.model.config.eos_id, *generation_of(request.args[1] or {}))
             for request in requests
         ]
         prompts = [self._prompt(request.args[0], text.most) for request, text in zip(requests, texts, strict=True)]
@@ -101,14 +102,14 @@ class HarnessModel(LM):
 
 
 class _Text:
-    """What is generated for one request. settings: as `normalize_gen_kwargs` returns them."""
+    """What is generated for one request. stops, most, sampler: as `generation_of` returns them."""
 
-    def __init__(self, tokenizer: Tokenizer, eos: int, settings: dict[str, Any]):
+    def __init__(self, tokenizer: Tokenizer, eos: int, stops: list[str], most: int, sampler: Sampler):
         self.tokenizer = tokenizer
         self.eos = eos
-        self.stops = [stop for stop in settings["until"] if stop]
-        self.most = settings["max_gen_toks"]
-        self.sampler = sampler_of(settings)
+        self.stops = stops
+        self.most = most
+        self.sampler = sampler
         self.found = ""
 
     def is_done(self, ids: list[int]) -> bool:
@@ -120,8 +121,23 @@ class _Text:
         return ended or bool(places) or len(ids) >= self.most
 
 
-def sampler_of(settings: dict[str, Any]) -> Sampler:
-    """The sampler that a task's generation settings ask for. settings: as `normalize_gen_kwargs` returns them."""
-    if not settings["do_sample"]:
-        return Sampler(temperature=0)
-    return Sampler(settings.get("temperature", 1.0), settings.get("top_k", 0), settings.get("top_p", 1.0))
+def generation_of(settings: dict[str, Any]) -> tuple[list[str], int, Sampler]:
+    """(Stop texts, most tokens, sampler) that a task's generation_kwargs ask for.
+
+    Raises:
+        ConfigError: a value of another type or out of its range.
+    """
+    try:
+        values = normalize_gen_kwargs(settings)
+        if wrong := [stop for stop in values["until"] if not isinstance(stop, str)]:
+            raise ConfigError(f"until={wrong[0]!r} is not a text")
+        if (most := values["max_gen_toks"]) < 1:
+            raise ConfigError(f"max_gen_toks={most} must be at least 1")
+        sampler = Sampler(temperature=0)
+        if values["do_sample"]:
+            sampler = Sampler(values.get("temperature", 1.0), values.get("top_k", 0), values.get("top_p", 1.0))
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from None
+    return [stop for stop in values["until"] if stop], most, sampler

@@ -78,11 +78,17 @@ def _load(manager: Any, name: str) -> TaskSet:
     try:
         with _quiet():
             loaded = manager.load([name])
+    except StopIteration:
+        raise ConfigError("its data has no documents") from None
     except Exception as error:  # whatever YAML, jinja, datasets or a task's own code raises
-        raise ConfigError(f"it cannot be read: {type(error).__name__}: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"it cannot be read: {_line(error.__cause__ or error)}") from None
     if problems := [line for task in loaded["tasks"].values() for line in _unsupported(task)]:
         raise ConfigError(problems)
     return loaded
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 @functools.lru_cache(maxsize=2)
@@ -113,16 +119,51 @@ def _unreadable(folder: str, setting: str) -> list[str]:
 
 
 def _unsupported(task: Any) -> Iterator[str]:
-    from megatron_tn.evaluation.harness import GENERATION
+    from megatron_tn.evaluation.harness import GENERATION, generation_of
 
     if getattr(task, "UNSAFE_CODE", False):
         yield f"{task.task_name} runs code that the model writes, which is refused here"
     if getattr(task, "MULTIMODAL", False):
         yield f"{task.task_name} has images or sound, but the model reads text alone"
+    if task.OUTPUT_TYPE == "multiple_choice" and not getattr(task, "multiple_input", True):
+        document = task.task_docs[0]
+        target, choices = task.doc_to_target(document), task.doc_to_choice(document)
+        if isinstance(target, str) and target not in choices:  # the harness counts every such question as wrong
+            yield f"{task.task_name}: doc_to_target gives {target!r}, which is none of the choices {choices}"
     settings = (task.get_config("generation_kwargs") or {}) if task.OUTPUT_TYPE == "generate_until" else {}
     if unknown := settings.keys() - set(GENERATION):
         wrong, known = ", ".join(sorted(unknown)), ", ".join(GENERATION)
         yield f"{task.task_name} sets {wrong} in generation_kwargs; known are {known}"
+        return
+    try:
+        generation_of(settings)
+    except ConfigError as error:
+        yield from (f"{task.task_name}: generation_kwargs: {line}" for line in error.problems)
+
+
+def problems_of_tasks(tasks: TaskSet, max_length: int, shots: int = -1, setting: str = "tasks") -> list[str]:
+    """Why tasks that were loaded cannot be run by a model built for `max_length` tokens (0: any number), one line each.
+    shots: see `run_tasks`; setting: the one that names the tasks."""
+    from megatron_tn.evaluation.harness import generation_of
+
+    found = []
+    for name, task in tasks["tasks"].items():
+        if task.OUTPUT_TYPE == "generate_until" and max_length:
+            _, most, _ = generation_of(task.get_config("generation_kwargs") or {})
+            if most > max_length:
+                found.append(f"{setting}: {name} generates max_gen_toks={most} > model.max_length={max_length} tokens")
+        if number := _shots(task, shots):
+            try:
+                with _quiet():
+                    task.fewshot_context(next(iter(task.eval_docs)), number)
+            except Exception as error:  # whatever jinja or the harness's choice of examples raises
+                of = len(list(task.fewshot_docs()))
+                found.append(f"{setting}: {name} cannot have {number} of {of} documents as examples: {_line(error)}")
+    return found
+
+
+def _shots(task: Any, shots: int) -> int:
+    return (task.get_config("num_fewshot") if shots < 0 else shots) or 0
 
 
 def run_tasks(
@@ -148,8 +189,7 @@ def run_tasks(
     for task in tasks["tasks"].values():
         # The harness leaves both to its command line. A task draws on from where its last evaluation stopped.
         task.set_fewshot_seed(SEED)
-        number = task.get_config("num_fewshot") if shots < 0 else shots
-        task.set_config("num_fewshot", number or 0)
+        task.set_config("num_fewshot", _shots(task, shots))
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the bootstrap would fork a process that has threads
     with random_states_kept(), _quiet():
         found = evaluate(

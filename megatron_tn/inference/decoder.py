@@ -1,7 +1,5 @@
 """Decoding of several rows together, over buffers at fixed addresses: on a GPU one CUDA graph a token."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

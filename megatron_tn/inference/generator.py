@@ -1,7 +1,5 @@
 """Continuations of many prompts: rows of a batch that are filled again as soon as their sequences end."""
 
-from __future__ import annotations
-
 import collections
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -93,9 +91,7 @@ class Generator:
         feed_below: int | None = None,
     ) -> None:
         cuda = next(model.parameters()).is_cuda
-        if not has_fixed_state(model):
-            together = 1
-        together = together or (rows if cuda else 1)
+        together = rows_together(model, rows, together)
         check_every = check_every or (CHECK_EVERY if cuda else 1)
         for name, value in (("rows", rows), ("together", together), ("check_every", check_every), ("chunk", chunk)):
             if value < 1:
@@ -113,7 +109,7 @@ class Generator:
         Raises:
             RuntimeError: a later stream of this Generator has begun.
             ValueError: a prompt without tokens, with an id outside the vocabulary, too long for model.max_length, or
-                with a prefix of a model of another kind.
+                with a prefix of another model.
         """
         self._streams += 1
         this = self._streams
@@ -234,6 +230,20 @@ class _Lane:
                         self.decoder.free(row)
                     if piece.ids or running.done:
                         yield piece
+
+
+def rows_together(model: Model, rows: int, together: int) -> int:
+    """Rows of one forward pass of a Generator: `together`, where it is not 0 and the architecture can."""
+    if not has_fixed_state(model):
+        return 1
+    return together or (rows if next(model.parameters()).is_cuda else 1)
+
+
+def least_bytes(model: Model, rows: int, together: int) -> int:
+    """Bytes of the states of a Generator's rows, and of the marks of the ids that each has seen."""
+    together = rows_together(model, rows, together)
+    states = model.model.initial_state(1) if has_fixed_state(model) else []
+    return -(-rows // together) * together * (sum(state.nbytes for state in states) + model.config.vocab_size)
 
 
 def check_length(model: Model, length: int, max_new_tokens: int) -> None:

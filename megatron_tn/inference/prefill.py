@@ -1,7 +1,5 @@
 """The state after a prompt: the training-style forward pass, chunk by chunk."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

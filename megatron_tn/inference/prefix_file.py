@@ -6,9 +6,6 @@ A file is read into any tensor-parallel layout. Its size does not depend on the 
 not.
 """
 
-from __future__ import annotations
-
-import hashlib
 import json
 import secrets
 from collections.abc import Iterator, Mapping
@@ -20,12 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_tn.config import ConfigError, to_mapping
-from megatron_tn.inference.prefix import Prefix, check_ids, kind_difference, types
+from megatron_tn.inference.prefix import Origin, Prefix, check_ids, fingerprint, kind_difference, types
 from megatron_tn.model.base import DecodingState, Model
 from megatron_tn.parallel.collectives import all_gather, all_reduce_
 
 FORMAT = "megatron_tn prefix 1"
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 HEADS = -3  # the dimension of every state that is split over tensor parallelism: [.., H / tp, K, d]
 
 
@@ -35,9 +31,9 @@ def save_prefix(prefix: Prefix, model: Model, path: str | Path) -> None:
 
     Raises:
         ConfigError: it cannot be written, or something else than a prefix of this model is there.
-        ValueError: a model of another kind computed it.
+        ValueError: another model computed it.
     """
-    prefix.check_kind(model)
+    prefix.check_origin(model)
     axis = model.context.tp
     layers = [] if prefix.state is None else prefix.state.layers
     tensors = {f"layer.{n}": all_gather(layer[0], axis, HEADS).cpu() for n, layer in enumerate(layers)}
@@ -123,7 +119,7 @@ def _prefix(metadata: dict[str, str], tensors: dict[str, Tensor], model: Model) 
     for n, (layer, wanted) in enumerate(zip(layers, _layers_of(model, length - 1), strict=True)):
         if (layer.dtype, list(layer.shape)) != wanted:
             raise ValueError(f"layer.{n} is {layer.dtype} {list(layer.shape)}, not {wanted[0]} {wanted[1]}")
-    return Prefix(DecodingState(layers, length - 1), last, seen, (model.config, types(model)))
+    return Prefix(DecodingState(layers, length - 1), last, seen, Origin.of(model))
 
 
 def _layers_of(model: Model, tokens: int) -> Iterator[tuple[torch.dtype, list[int]]]:
@@ -150,19 +146,3 @@ def _difference(theirs: Mapping[str, str], own: Mapping[str, str]) -> str:
     if theirs["model"] != own["model"]:
         return f"weights with fingerprint {theirs['model']}, not {own['model']}"
     return ""
-
-
-def fingerprint(model: Model) -> str:
-    """16 hex digits of the weights' values, equal for every tensor-parallel layout. Collective over tensor parallelism.
-
-    SHA-256 of each parameter's name and of the sum of its elements' bit patterns modulo 2^64, which does not depend on
-    the order of summation.
-    """
-    axis, sums = model.context.tp, []
-    for parameter in model.parameters():
-        bits = parameter.detach().contiguous().view(INTEGERS[parameter.itemsize])
-        replica = parameter.shard_spec.replicated and axis.rank > 0
-        sums.append(torch.zeros_like(bits.sum()) if replica else bits.sum())
-    total = all_reduce_(torch.stack(sums), axis).tolist()
-    names = [name for name, _ in model.named_parameters()]
-    return hashlib.sha256(json.dumps([names, total]).encode()).hexdigest()[:16]

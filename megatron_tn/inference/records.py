@@ -1,7 +1,5 @@
 """JSON lines files of prompts and of their continuations."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json

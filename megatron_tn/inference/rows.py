@@ -2,8 +2,6 @@
 
 `generator.Generator` is faster on a GPU, but its kernels need all parameters of the model on the rank."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 
 import torch

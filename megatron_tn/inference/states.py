@@ -1,7 +1,5 @@
 """The states of a decoder's rows, in buffers at fixed addresses that decoding steps write over."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from megatron_tn.inference.token import token_logits

@@ -1,7 +1,5 @@
 """Text of ids as they come: characters whose bytes are spread over several tokens, and stop strings."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer

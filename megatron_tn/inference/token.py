@@ -3,8 +3,6 @@
 Whatever `token_logits` does, the decoder captures as a CUDA graph.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from megatron_tn.model.base import DecodingState, Model

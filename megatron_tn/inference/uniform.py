@@ -1,7 +1,5 @@
 """Keys of the random numbers for sampling, one for each (seed, request). See `kernels.sampling.uniform`."""
 
-from __future__ import annotations
-
 import hashlib
 
 

@@ -3,11 +3,12 @@
 import torch
 
 from megatron_tn.config import ConfigError, OptimConfig
-from megatron_tn.optim.adamw import ApexAdamW, TorchAdamW, TritonAdamW
+from megatron_tn.optim.adamw import MOMENTS, ApexAdamW, TorchAdamW, TritonAdamW
 from megatron_tn.optim.muon import Muon
 from megatron_tn.optim.protocol import Optimizer
 
 KERNELS = {"triton": TritonAdamW, "torch": TorchAdamW, "apex": ApexAdamW}
+STATE_KINDS = {"adamw": MOMENTS, "muon": Muon.state_kinds}  # optim.name -> `Optimizer.state_kinds`
 
 
 def build_optimizer(groups: list[dict], config: OptimConfig, dtype: torch.dtype = torch.float32) -> Optimizer:

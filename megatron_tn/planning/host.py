@@ -1,11 +1,11 @@
 """What a run needs of a machine without a GPU: memory before it starts, and hours."""
 
 import time
-from pathlib import Path
 
 import torch
 
 from megatron_tn.config import ModelConfig, TrainConfig
+from megatron_tn.device.free_memory import free_bytes
 from megatron_tn.engine.base import DTYPES
 from megatron_tn.model.init import initialize
 from megatron_tn.model.registry import build_model, training_flops_per_token
@@ -46,20 +46,19 @@ def _guessed_activations(config: TrainConfig) -> float:
     return 4.0 * data.micro_batch * data.sequence_length * token
 
 
-def free_bytes() -> int | None:
-    """Memory that processes can still take: of the machine, or of this container where that is less."""
-    found = []
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        found.append(1024 * int(lines["MemAvailable"].split()[0]))
-    except (OSError, KeyError, ValueError):
-        return None
-    try:
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        found.append(limit - used)
-    except (OSError, ValueError):
-        pass  # no container, or no limit
-    return min(found)
+def step_memory_problems(config: TrainConfig, world_size: int, processes: int) -> list[str]:
+    """One line where the tokens and targets of one step, int64, which its ranks read before they begin it, are more
+    than the memory that this machine has free; none where that is not known."""
+    data, free = config.data, free_bytes()
+    sequences = data.global_batch // (world_size // (config.parallel.tp * config.parallel.cp))
+    need = processes * sequences * data.sequence_length * 16
+    if free is None or need <= free:
+        return []
+    return [
+        f"data.global_batch={data.global_batch} x data.sequence_length={data.sequence_length}: the tokens and targets "
+        f"of a step need {need / GIB:.1f} GiB of memory in {counted(processes, 'process')}, but this machine has "
+        f"{free / GIB:.1f} GiB free"
+    ]
 
 
 def cpu_cost(config: TrainConfig, processes: int, done: int = 0) -> str:

@@ -13,8 +13,6 @@ parallel/float8_products.py makes layers of these, in passes with gradients. Pas
 the weights as they are, so that a loss measured during training is the exported model's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -6,8 +6,6 @@ bytes of traffic an element in bf16, and 4 to clear the sum. Accumulated in the 
 `main_grad`.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

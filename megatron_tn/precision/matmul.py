@@ -9,8 +9,6 @@ products chunk by chunk, beside their collectives. The loss forms its products t
 (kernels/cross_entropy).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -33,6 +33,12 @@ def read_config(directory: Path) -> ModelConfig:
         raise ConfigError([f"{directory}/{problem}" for problem in error.problems]) from None
 
 
+def trained_length(directory: Path) -> int | None:
+    """Tokens of a sequence in training, of a LLaMA's config.json; None where it has none."""
+    found = read_mapping(directory / CONFIG_FILE).get("max_position_embeddings")
+    return found if isinstance(found, int) and found >= 1 else None
+
+
 def config_from_released(values: dict[str, Any]) -> ModelConfig:
     """A released config.json as a `ModelConfig`.
 

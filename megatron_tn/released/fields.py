@@ -15,11 +15,27 @@ def whole_numbers(values: dict[str, Any], names: Iterable[str]) -> list[str]:
     for name in names:
         if name not in values:
             problems.append(f"config.json has no {name}")
-        elif not isinstance(values[name], int):
+        elif not _is_whole(values[name]):
             problems.append(f"config.json: {name}={values[name]!r} is not a whole number")
         elif name in LAYERS and values[name] not in NUMBER:
             problems.append(f"config.json: {name}={values[name]} {NUMBER.describe(values[name])}")
     return problems
+
+
+def special_ids(values: dict[str, Any], pad: int = 0) -> tuple[dict[str, int], list[str]]:
+    """pad_id, bos_id and eos_id of config.json, `pad`, 1 and 2 where a field is absent or null; and one line for each
+    that is no whole number, such as a list of ends."""
+    ids, problems = {}, []
+    for name, absent in (("pad", pad), ("bos", 1), ("eos", 2)):
+        given = values.get(f"{name}_token_id")
+        ids[f"{name}_id"] = absent if given is None else given
+        if given is not None and not _is_whole(given):
+            problems.append(f"config.json: {name}_token_id={given!r} is not a whole number")
+    return ids, problems
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def model_config(fields: dict[str, Any]) -> ModelConfig:

@@ -6,7 +6,7 @@ transformers' own LlamaForCausalLM runs the export. Its RoPE, as ours, rotates a
 from typing import Any
 
 from megatron_tn.config import ConfigError, ModelConfig
-from megatron_tn.released.fields import model_config, whole_numbers
+from megatron_tn.released.fields import model_config, special_ids, whole_numbers
 
 # Field -> (its value where it is absent, the one value that this Transformer has).
 FIXED = {
@@ -43,7 +43,9 @@ def from_released(values: dict[str, Any]) -> ModelConfig:
     extra = values.get("megatron_tn", {})  # settings that a LLaMA lacks
     if not isinstance(extra, dict):
         problems.append(f"config.json: megatron_tn={extra!r} is not a mapping")
-    if problems:
+        extra = {}
+    ids, wrong = special_ids(values, extra.get("pad_id", 0))
+    if problems := problems + wrong:
         raise ConfigError(problems)
     fields = {
         "name": extra.get("name", "released"),
@@ -59,10 +61,8 @@ def from_released(values: dict[str, Any]) -> ModelConfig:
         "glu_act": "silu",
         "rope_base": rope.get("rope_theta", 10000.0),
         "init_std": values.get("initializer_range", 0.02),
+        **ids,
     }
-    for name, absent in (("pad", extra.get("pad_id", 0)), ("bos", 1), ("eos", 2)):
-        given = values.get(f"{name}_token_id", absent)
-        fields[f"{name}_id"] = absent if given is None else given
     return model_config(fields)
 
 

@@ -10,14 +10,15 @@ import torch
 from megatron_tn.checkpoint.files import stream_tensors, sync_folder
 from megatron_tn.checkpoint.load import Weights
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, checkpoint_name, rank_file
-from megatron_tn.config import ConfigError, EngineConfig, TrainConfig, to_stored
+from megatron_tn.config import ConfigError, DataConfig, EngineConfig, TrainConfig, to_stored
 from megatron_tn.released.write import whole_tensor
 
 
-def write_checkpoint(weights: Weights, folder: Path, precision: str) -> Path:
+def write_checkpoint(weights: Weights, folder: Path, precision: str, sequence_length: int | None = None) -> Path:
     """Write `weights` to `folder`/step_00000000, one tensor after the other. Any layout and engine can resume from it.
 
-    precision: engine.precision that the checkpoint says it was trained in, "bf16" or "fp32". Returns the checkpoint.
+    precision: engine.precision that the checkpoint says it was trained in, "bf16" or "fp32". sequence_length:
+    data.sequence_length that it says it was trained with, where that is known. Returns the checkpoint.
 
     Raises:
         ConfigError: the checkpoint is there already.
@@ -29,7 +30,7 @@ def write_checkpoint(weights: Weights, folder: Path, precision: str) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _write(weights, partial, precision)
+        _write(weights, partial, precision, sequence_length)
         partial.rename(final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -40,9 +41,10 @@ def write_checkpoint(weights: Weights, folder: Path, precision: str) -> Path:
     return final
 
 
-def _write(weights: Weights, partial: Path, precision: str) -> None:
+def _write(weights: Weights, partial: Path, precision: str, sequence_length: int | None) -> None:
     """The checkpoint's file and, last, its manifest."""
-    config = TrainConfig(model=weights.config, engine=EngineConfig(precision=precision))
+    data = DataConfig() if sequence_length is None else DataConfig(sequence_length=sequence_length)
+    config = TrainConfig(model=weights.config, engine=EngineConfig(precision=precision), data=data)
     file = rank_file(0)
     keys = {name: f"param/{name}/0" for name in weights.shapes}
     entries = {keys[name]: (torch.float32, (math.prod(shape),)) for name, shape in weights.shapes.items()}

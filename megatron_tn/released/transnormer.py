@@ -10,7 +10,7 @@ import torch
 
 from megatron_tn.config import ConfigError, ModelConfig
 from megatron_tn.model.decay import all_decay_rates
-from megatron_tn.released.fields import model_config, whole_numbers
+from megatron_tn.released.fields import model_config, special_ids, whole_numbers
 
 _NORMS = ("simplermsnorm", "rmsnorm", "layernorm")
 _ACTS = {"swish": "silu", "silu": "silu", "none": "none", "1+elu": "1+elu", "relu": "relu"}
@@ -44,9 +44,13 @@ def from_released(values: dict[str, Any]) -> ModelConfig:
     extra = values.get("megatron_tn", {})  # settings that the released family lacks
     if not isinstance(extra, dict):
         problems.append(f"config.json: megatron_tn={extra!r} is not a mapping")
-    if problems:
+    ids, wrong = special_ids(values)
+    if problems := problems + wrong:
         raise ConfigError(problems)
     layers = values["decoder_layers"]
+    flags = values.get("linear_use_lrpe_list") or [1] + [0] * (layers - 1)
+    if len(flags) != layers:
+        raise ConfigError(f"config.json: linear_use_lrpe_list has {len(flags)} entries but decoder_layers={layers}")
     fields = {
         "name": extra.get("name", "released"),
         "vocab_size": values["vocab_size"],
@@ -61,13 +65,11 @@ def from_released(values: dict[str, Any]) -> ModelConfig:
         "act": _ACTS[act],
         "glu_act": extra.get("glu_act", "none"),
         "gate": extra.get("gate", True),
-        "lrpe": _lrpe([bool(flag) for flag in values.get("linear_use_lrpe_list") or [1] + [0] * (layers - 1)]),
+        "lrpe": _lrpe([bool(flag) for flag in flags]),
         "decay": extra.get("decay", "released"),
         "decay_temperature": extra.get("decay_temperature", True),
         "init_std": values.get("init_std", 0.02),
-        "pad_id": values.get("pad_token_id", 0),
-        "bos_id": values.get("bos_token_id", 1),
-        "eos_id": values.get("eos_token_id", 2),
+        **ids,
     }
     config = model_config(fields)
     stored = values.get("decay_rates")

@@ -22,10 +22,12 @@ from megatron_tn.config import ConfigError, ModelConfig, read_mapping
 from megatron_tn.model.base import Model
 from megatron_tn.model.registry import architecture, build_model
 from megatron_tn.parallel.context import ParallelContext
-from megatron_tn.released.config import read_config
+from megatron_tn.released.config import read_config, trained_length
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 OLD_WEIGHTS_FILE, OLD_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights
 
 
 class SafetensorsFile:
@@ -60,9 +62,9 @@ class PickleFile:
         except FileNotFoundError:
             raise ConfigError(f"{path} is missing") from None
         except pickle.UnpicklingError as error:
-            # The first line is advice to load the file without this protection; the next one says what is wrong.
-            why = [line for line in str(error).splitlines() if line.strip()][1:2] or ["a damaged pickle"]
-            raise ConfigError(f"{path} is refused: {why[0].strip()}") from None
+            # Advice to load the file without this protection stands before and after what is wrong with it.
+            why = str(error).rpartition("WeightsUnpickler error:")[2].partition("Check the documentation")[0]
+            raise ConfigError(f"{path} is refused: {' '.join(why.split())}") from None
         except Exception as error:  # whatever a damaged pickle raises
             why = str(error).partition("\n")[0]
             raise ConfigError(f"{path} is damaged: {type(error).__name__}: {why}") from None
@@ -81,7 +83,8 @@ class PickleFile:
 
 
 class ReleasedWeights:
-    """`checkpoint.load.Weights` of a released folder. Use as a context manager.
+    """`checkpoint.load.Weights` of a released folder. Use as a context manager. sequence_length: of training, where
+    config.json has it.
 
     Raises:
         FileNotFoundError: no config.json, or no weights.
@@ -92,6 +95,7 @@ class ReleasedWeights:
     def __init__(self, directory: Path):
         self.directory = directory
         self.config: ModelConfig = read_config(directory)
+        self.sequence_length = trained_length(directory)
         specs = build_model(self.config, None, "meta").shard_specs()
         self.shapes: dict[str, tuple[int, ...]] = {name: spec.shape for name, spec in specs.items()}
         self._released = architecture(self.config).released
@@ -138,15 +142,20 @@ class ReleasedWeights:
     def _check(self) -> None:
         repeated = self._released.repeated
         shapes = {tensor: self.shapes[name] for name, tensor in self._tensors.items()}
-        problems = [f"{self.directory}: tensor {name} is missing" for name in shapes if name not in self._files]
-        unknown = self._files.keys() - shapes.keys() - repeated.keys()
-        problems += [f"{self.directory}: unknown tensor {name}" for name in sorted(unknown)]
+        problems = []
+        if missing := [name for name in shapes if name not in self._files]:
+            problems.append(f"{self.directory}: tensor {_and_others(missing)} missing")
+        if unknown := sorted(self._files.keys() - shapes.keys() - repeated.keys()):
+            problems.append(f"{self.directory}: tensor {_and_others(unknown)} unknown")
         there = {name: shapes[repeated.get(name, name)] for name in self._files if name not in unknown}
         for name, wanted in there.items():
-            if (shape := self._stored(name)[1]) != wanted:
+            dtype, shape = self._stored(name)
+            if shape != wanted:
                 problems.append(
                     f"{self.directory}: {name} has shape {list(shape)}, but config.json makes it {list(wanted)}"
                 )
+            if dtype not in TYPES:
+                problems.append(f"{self.directory}: {name} has type {dtype}, not one of {', '.join(map(str, TYPES))}")
         if not problems:
             problems = [
                 f"{self.directory}: {name} differs from {origin}, but this model has one weight for both"
@@ -167,6 +176,11 @@ class ReleasedWeights:
             if not torch.equal(one, two.to(one.dtype)):
                 return False
         return True
+
+
+def _and_others(names: list[str]) -> str:
+    """The subject and the verb of a line about some of a model's many tensors."""
+    return f"{names[0]} is" if len(names) == 1 else f"{names[0]}, and {len(names) - 1} more, are"
 
 
 def weight_files(directory: Path) -> dict[Path, list[str] | None]:

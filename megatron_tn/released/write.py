@@ -4,11 +4,14 @@ Tensors are written one at a time, so memory holds the largest of them and not t
 folder of their own inside the target; when all are there, the old export's files are removed and the new ones moved.
 """
 
+import contextlib
+import fcntl
 import json
 import math
+import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +37,12 @@ EXPORT_FILES = (
     CONFIG_FILE,
     "generation_config.json",
     "README.md",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "pytorch_model*.bin",
-    "pytorch_model*.bin.index.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model-*.bin",
+    "pytorch_model.bin.index.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -48,19 +53,38 @@ EXPORT_FILES = (
 
 
 def problems_of_output(directory: Path) -> list[str]:
-    """Reasons why no export can be written to `directory`: it must be absent, empty, or hold an export, which is
-    replaced."""
+    """Reasons why no export can be written to `directory`: it must be absent, empty, or hold an export of this package,
+    also one that a kill left half replaced. Another's model is never replaced: its weights may be the only copy."""
     if directory.exists() and not directory.is_dir():
         return [f"output={directory} is a file: name a folder to write the model to"]
     if not directory.is_dir() or all(path.name.startswith(".") for path in directory.iterdir()):
         return []
-    try:
-        values = json.loads((directory / CONFIG_FILE).read_text())
-        if "model_type" in values or "decoder_layers" in values:
+    if any(directory.glob(f"{STAGING}*")):
+        return []
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+        if "megatron_tn" in json.loads((directory / CONFIG_FILE).read_text()):  # all exports have this field
             return []
-    except (OSError, ValueError, TypeError, RecursionError):
-        pass
-    return [f"output={directory} holds files that are no export: name a new folder to write the model to"]
+    return [f"output={directory} holds files that are no export of megatron_tn: name a new folder for the model"]
+
+
+@contextlib.contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """No other export is written to `directory` until the block ends, on file systems that lock folders.
+
+    Raises:
+        ConfigError: one is being written.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"output={directory} is being written by another export") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_released(
@@ -81,31 +105,34 @@ def write_released(
         where it is known.
 
     Raises:
-        ConfigError: the released layout cannot say this model, or `directory` holds files that are no export.
+        ConfigError: the released layout cannot say this model, or `directory` holds files that are no export, or
+            another export is being written to it.
     """
     if problems := problems_of_export(config) + problems_of_output(directory):
         raise ConfigError(problems)
     directory.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.glob(f"{STAGING}*"):  # left by an export that was killed
-        shutil.rmtree(leftover)
-    staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=directory))
-    try:
-        released = architecture(config).released
-        _write_weights(staging, shapes, dtypes, tensor, shard_bytes, released.tensor)
-        main_dtype = dtypes[next(iter(shapes))]
-        ids = {f"{name}_token_id": getattr(config, f"{name}_id") for name in ("bos", "eos", "pad")}
-        settings = config_to_released(config, sequence_length) | {"dtype": str(main_dtype).removeprefix("torch.")}
-        modelling = MODELLING.get(released.model_type)
-        for name, content in {
-            "generation_config.json": _json(ids),
-            **({} if modelling is None else {modelling.name: modelling.read_text()}),
-            **(texts or {}),
-            CONFIG_FILE: _json(settings),
-        }.items():
-            (staging / name).write_text(content)
-        _publish(staging, directory)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    released = architecture(config).released
+    main_dtype = dtypes[next(iter(shapes))]
+    ids = {f"{name}_token_id": getattr(config, f"{name}_id") for name in ("bos", "eos", "pad")}
+    settings = config_to_released(config, sequence_length) | {"dtype": str(main_dtype).removeprefix("torch.")}
+    modelling = MODELLING.get(released.model_type)
+    contents = {
+        "generation_config.json": _json(ids),
+        **({} if modelling is None else {modelling.name: modelling.read_text()}),
+        **(texts or {}),
+        CONFIG_FILE: _json(settings),
+    }
+    with alone_in(directory):
+        staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=directory))
+        try:
+            for leftover in set(directory.glob(f"{STAGING}*")) - {staging}:  # left by an export that was killed
+                shutil.rmtree(leftover)
+            _write_weights(staging, shapes, dtypes, tensor, shard_bytes, released.tensor)
+            for name, content in contents.items():
+                (staging / name).write_text(content)
+            _publish(staging, directory)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def save_pretrained(model: Model, directory: str | Path, dtype: torch.dtype | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_tn.config import ConfigError, to_mapping
+from megatron_tn.config import ConfigError, shown, to_mapping
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.summary import figures_of
 
@@ -40,7 +40,9 @@ class Group:
 
     def notes(self) -> list[str]:
         """A line for each run that is left out."""
-        return [f"{run} is left out: {last} is a later run of its settings and seed" for run, last in self.repeated]
+        return [
+            shown(f"{run} is left out: {last} is a later run of its settings and seed") for run, last in self.repeated
+        ]
 
     def values(self, figure: str) -> list[float]:
         """The figure of every run that has it (see `summary.figures_of`)."""
@@ -57,7 +59,8 @@ def groups_of(runs: Sequence[RunFolder]) -> list[Group]:
         key = json.dumps(values, sort_keys=True)
         settings.setdefault(key, values)
         members.setdefault(key, []).append(run)
-    names = group_names(list(settings.values()), [[run.path.name for run in found] for found in members.values()])
+    folders = [[shown(run.path.name) for run in found] for found in members.values()]
+    names = group_names(list(settings.values()), folders)
     groups = [_group(name, found, seeds) for name, found in zip(names, members.values(), strict=True)]
     figures = [figure for figure in ORDER if all(group.values(figure) for group in groups)]
     return sorted(groups, key=lambda group: _rank(group, figures[0])) if figures else groups

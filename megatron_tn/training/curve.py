@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_tn.config import replacing
+from megatron_tn.config import replacing, shown
 from megatron_tn.evaluation.perplexity import AFTER
 from megatron_tn.training.run_folder import RunFolder
 
@@ -84,16 +84,18 @@ def draw(
 
 def _shortened(label: str) -> str:
     """A label that leaves room for the curves beside it: settings such as data.manifest are long paths."""
+    label = shown(label)
     return label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL // 2]}...{label[-LONGEST_LABEL // 2 :]}"
 
 
 def positions_of(runs: Sequence[RunFolder]) -> dict[int, float]:
     """2^k -> the last held-out loss, in nats a token, of predictions after 2^k to 2^(k+1) - 1 tokens of a document: the
-    mean over runs, where all of them have it."""
+    mean over runs, where all of them have it; NaN where a loss was."""
     each = []
     for run in runs:
-        last = run.records("heldout_loss")[-1:]
-        each.append({int(name.removeprefix(AFTER)): v for r in last for name, v in r.items() if AFTER in name})
+        last = {name: value for record in run.records("heldout_loss")[-1:] for name, value in record.items()}
+        found = {int(name.removeprefix(AFTER)): value for name, value in last.items() if AFTER in name}
+        each.append({place: math.nan if loss is None else loss for place, loss in found.items()})
     first = sorted(set.intersection(*map(set, each))) if each else []
     return {place: float(np.mean([losses[place] for losses in each])) for place in first}
 

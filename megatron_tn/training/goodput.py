@@ -25,7 +25,7 @@ CAUSES = {
     "data": "waiting for data",  # of rank 0, in steps that count
     "replayed": "replayed steps",  # trained on again after a failure or a rewind
     "down": "between starts",  # from a start's last record to the next one's process start; not after a finished run
-    "other": "other",  # reloading in a rewind, saves whose end was not recorded, sums and tables at the end
+    "other": "other",  # reloading in a rewind, sums and tables at the end
 }
 BEGAN = time.time()
 
@@ -118,7 +118,8 @@ def account(kept: Iterable[dict[str, Any]], superseded: Iterable[dict[str, Any]]
         for cause, seconds in pauses.items():
             lost[cause] += seconds
             start.paused += seconds
-        start.finished = record.get("stop/state") == "finished"
+        if "stop/state" in record:
+            start.finished = record["stop/state"] == "finished"
         if "rewind/from" in record:
             start.at = record["step"]
         if "loss" in record and record["step"] > start.at:

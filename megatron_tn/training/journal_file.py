@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,14 @@ class JournalFile:
         self.superseded = superseded
         self._descriptor: int | None = None
 
-    def read(self, key: str = "") -> list[dict[str, Any]]:
-        """All complete records, or those that have `key`, in the order of writing; empty where there is no journal."""
-        return read_records(self.path, key=key)
+    def read(self, *keys: str) -> list[dict[str, Any]]:
+        """All complete records, or those with one of `keys`, in the order of writing; empty where there is no
+        journal."""
+        return read_records(self.path, *keys)
 
     def tail(self, size: int = TAIL_BYTES) -> list[dict[str, Any]]:
         """The complete records in the last `size` bytes: of a run of months the file is large."""
-        return read_records(self.path, size)
+        return read_records(self.path, last=size)
 
     def append(self, records: list[dict[str, Any]]) -> int:
         """Append records; returns how many were written: all, unless the disk is full.
@@ -89,29 +90,35 @@ class JournalFile:
             os.close(descriptor)
 
 
-def read_records(path: Path, last: int | None = None, key: str = "") -> list[dict[str, Any]]:
+def read_records(path: Path, *keys: str, last: int | None = None) -> list[dict[str, Any]]:
     """All complete records of a file, or of its `last` bytes, in the order of writing; empty where there is no file.
-    key: only records that have it; other lines are not parsed."""
-    named = f'"{key}"'.encode() if key else b""
+    keys: only records that have one of them; other lines are not parsed."""
     found = []
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         if last is not None:
             file.seek(max(os.fstat(file.fileno()).st_size - last, 0))
-        for line in _lines(file.read(), named):
+        for line in _lines(file.read(), keys):
             with contextlib.suppress(ValueError, RecursionError):
                 record = json.loads(line)
-                if isinstance(record, dict) and (not key or key in record):
+                if isinstance(record, dict) and (not keys or any(key in record for key in keys)):
                     found.append(record)
     return found
 
 
-def _lines(content: bytes, named: bytes) -> Iterator[bytes]:
-    """The lines that hold `named`. No other one is taken apart: of a run of months the file is large."""
+def _lines(content: bytes, keys: Sequence[str]) -> Iterator[bytes]:
+    """The lines that name one of `keys`. No other one is taken apart: of a run of months the file is large."""
+    spans = {span for key in keys for span in _spans(content, f'"{key}"'.encode())}
+    for begin, end in sorted(spans) if keys else _spans(content, b""):
+        yield content[begin:end]
+
+
+def _spans(content: bytes, named: bytes) -> Iterator[tuple[int, int]]:
+    """Begin and end of each line that holds `named`."""
     at = content.find(named)
     while at >= 0:
         begin, end = content.rfind(b"\n", 0, at) + 1, content.find(b"\n", at)
         end = len(content) if end < 0 else end
-        yield content[begin:end]
+        yield begin, end
         at = content.find(named, end + 1)
 
 

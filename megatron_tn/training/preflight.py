@@ -15,8 +15,9 @@ from megatron_tn.config import (
     to_mapping,
 )
 from megatron_tn.engine.deepspeed.settings import deepspeed_settings
+from megatron_tn.optim.build import STATE_KINDS
 from megatron_tn.parallel.world import processes_here
-from megatron_tn.planning.host import host_memory_problems
+from megatron_tn.planning.host import host_memory_problems, step_memory_problems
 from megatron_tn.planning.remedies import memory_problems
 from megatron_tn.training.resume import Start
 from megatron_tn.training.run_folder import RunFolder
@@ -49,6 +50,8 @@ def problems_before_start(
     try:
         if config.engine.name == "deepspeed":
             deepspeed_settings(config, world_size // (config.parallel.tp * config.parallel.cp))
+        if gpus is None:
+            found += step_memory_problems(config, world_size, processes_here())
         if gpus is None and not cuda and config.cluster.gpu_memory_gib <= 0:
             return [*found, *host_memory_problems(config, world_size, processes_here())]
         return [*found, *memory_problems(config, world_size)]
@@ -64,6 +67,14 @@ def checkpoint_problems(config: TrainConfig, start: Start) -> list[str]:
     # A setting added after the checkpoint was written has its default value there.
     changed = model_differences(from_mapping(ModelConfig, manifest.config["model"]), config.model)
     found = [f"checkpoint {directory} holds another model: {line}" for line in changed]
+    kinds = set(manifest.state_kinds)
+    if kinds and kinds != set(STATE_KINDS[config.optim.name]):
+        saved_by = [f"optim.name={name}" for name, of_it in STATE_KINDS.items() if kinds == set(of_it)]
+        found.append(
+            f"optim.name={config.optim.name} cannot go on from checkpoint {directory}, whose moments are those of "
+            f"{', '.join(saved_by or ['another optimizer', *sorted(kinds)])}: go on with that one, or begin a new run "
+            f"from the weights, with init_from={directory} and another run_dir"
+        )
     if manifest.step > config.schedule.steps:
         found.append(f"checkpoint {directory} is at step {manifest.step}, above schedule.steps={config.schedule.steps}")
     try:

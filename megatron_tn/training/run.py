@@ -146,7 +146,8 @@ class Run:
         self.record({"stop/state": state} | why, self.state.step)
         try:
             goodput = goodput_of(self.folder)
-        except OSError:
+        except Exception as error:  # the run is saved, whatever is wrong with its journal
+            log.warning("goodput cannot be computed: %s: %s", type(error).__name__, error)
             return
         if goodput is not None:
             self.record(goodput.values(), self.state.step)

@@ -26,6 +26,7 @@ import os
 import socket
 import time
 import traceback
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -96,18 +97,18 @@ class RunFolder:
         weights = next(iter(sorted(self.path.glob("*.safetensors"))), None) if self.config_file.is_file() else None
         return None if weights is None else f"a released model: it has {self.config_file.name} and {weights.name}"
 
-    def records(self, key: str = "step") -> list[dict[str, Any]]:
-        """The journal's records that have `key`, in the order of writing."""
-        return self.journal.read(key)
+    def records(self, *keys: str) -> list[dict[str, Any]]:
+        """The journal's records that have one of `keys`, by default "step", in the order of writing."""
+        return self.journal.read(*keys or ("step",))
 
-    def superseded(self, key: str = "step") -> list[dict[str, Any]]:
-        """The records with `key` of steps that a resume or a rewind took back, in the order of taking back."""
-        return read_records(self.journal.superseded, key=key)
+    def superseded(self, *keys: str) -> list[dict[str, Any]]:
+        """The records with one of `keys`, by default "step", of steps that a resume or a rewind took back, in the order
+        of taking back."""
+        return read_records(self.journal.superseded, *keys or ("step",))
 
     def starts(self) -> list[float]:
         """When the processes of the starts began that reached training, those of superseded steps too, in order."""
-        records = [*self.records("start/began"), *self.superseded("start/began")]
-        return sorted({record["start/began"] for record in records})
+        return starts_in([*self.records("start/began"), *self.superseded("start/began")])
 
     # Checkpoints
 
@@ -256,6 +257,11 @@ class RunFolder:
         if tokenizer.is_file():
             with replacing(self.tokenizer, "xb") as file:
                 file.write(tokenizer.read_bytes())
+
+
+def starts_in(records: Iterable[dict[str, Any]]) -> list[float]:
+    """When the processes of the starts among a run's records began, each once, in order."""
+    return sorted({record["start/began"] for record in records if "start/began" in record})
 
 
 def find_checkpoint(path: Path) -> Path | None:

@@ -37,14 +37,13 @@ def show_start(
     first, _ = batch_of_step(step, data.global_batch, config.schedule)
     last, size = batch_of_step(config.last_step - 1, data.global_batch, config.schedule)
     sequences = max(last + size - first, 0)
-    name = config.engine.name + (f" ZeRO {config.engine.zero_stage}" if config.engine.name == "deepspeed" else "")
     dp, cp, tp = context.dp.size, context.cp.size, context.tp.size
     _print(
         f"training {config.model.name}",
         {
             "device": _device(device, context.world_size),
             "layout": f"{counted(context.world_size, 'process')}: tp {tp} x cp {cp} x dp {dp}",
-            "engine": f"{name}, {config.engine.precision}, recompute {config.engine.recompute}",
+            "engine": engine_in_words(config),
             "kernels": kernels,
             "parameters": f"{parameters:,}",
             "tokens a step": f"{data.global_batch * data.sequence_length:,} = {data.global_batch} sequences of "
@@ -54,6 +53,13 @@ def show_start(
             "run folder": config.run_dir,
         },
     )
+
+
+def engine_in_words(config: TrainConfig) -> str:
+    engine = config.engine
+    zero = f" ZeRO {engine.zero_stage}" if engine.name == "deepspeed" else ""
+    fp8 = ", fp8 products" if engine.products == "fp8" else ""
+    return f"{engine.name}{zero}, {engine.precision}{fp8}, recompute {engine.recompute}, {config.optim.name}"
 
 
 def _device(device: torch.device, processes: int) -> str:

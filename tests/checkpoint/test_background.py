@@ -1,6 +1,7 @@
 """Saving while training goes on, and dying at any moment of it."""
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import random
@@ -23,9 +24,12 @@ from megatron_tn.checkpoint.save import CheckpointError, save_checkpoint, write_
 from megatron_tn.config import to_mapping
 from megatron_tn.engine.build import initialize_engine
 from megatron_tn.parallel.world import join_world
+from megatron_tn.training.hooks.checkpoint import CheckpointEvery
+from megatron_tn.training.state import TrainingState
 from tests.checkpoint.test_save_load import make_engine, one_step
 from tests.engine.test_parity import LOCAL, ZERO
 from tests.helpers.ranks import run_shared
+from tests.helpers.steps import REPORT
 from tests.helpers.training import fork_ranks
 
 
@@ -91,6 +95,37 @@ def test_training_goes_on_while_the_disk_is_slow_and_the_next_save_waits(tmp_pat
     assert last.pause_s >= last.wait_s > 0.2  # it waited for the first
     load_checkpoint(engine, before.path)
     assert all(torch.equal(a, b.values["param"]) for a, b in zip(saved, engine.owned_ranges(), strict=True))
+
+
+def test_a_pause_is_recorded_at_once_and_the_last_step_waits_for_the_write(tmp_path, slow):
+    config, engine = make_engine(1, LOCAL)
+    initialize_engine(engine, seed=5)
+    writer = CheckpointWriter(tmp_path, Retention(), background=True, timeout_s=60)
+    recorded = []
+    hook = CheckpointEvery(
+        writer,
+        functools.partial(writer.prepare, engine),
+        lambda state: writer.save(engine, state.step, **content(config, state.step)),
+        report=lambda *_: None,
+        record=lambda values, step: recorded.append((step, values)),
+        every=2,
+        last=3,
+        at_end=False,
+        abort=False,
+    )
+    hook.on_start(TrainingState(step=1))
+    hook.on_step(TrainingState(step=2), REPORT)
+    ((step, pause),) = recorded
+    assert (step, pause["checkpoint/step"]) == (2, 2)
+    assert 0 < pause["checkpoint/pause_s"] < 0.2
+    assert whole_checkpoints(tmp_path) == []
+    threading.Timer(0.3, slow.set).start()
+    hook.on_step(TrainingState(step=3), REPORT)
+    _, (_, wait), (step, written) = recorded
+    assert (step, written["checkpoint/step"], written["checkpoint/failed"]) == (3, 2, False)
+    assert 0.2 < wait["checkpoint/pause_s"] < written["checkpoint/write_s"]
+    assert [path.name for path in whole_checkpoints(tmp_path)] == ["step_00000002"]
+    hook.on_stop(TrainingState(step=3))
 
 
 def fail_on_one_rank(folder: Path) -> tuple[str, list[str]]:

@@ -72,7 +72,7 @@ def test_the_process_s_own_arguments_and_exit_code_are_used():
     words = [sys.executable, "-m", "data_pipeline.shards.verify", "/no/such/manifest.json"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("manifest /no/such/manifest.json: ")
+    assert done.stderr.startswith("manifest=/no/such/manifest.json: ")
     assert len(done.stderr.splitlines()) == 1
 
 

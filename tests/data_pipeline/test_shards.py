@@ -251,6 +251,14 @@ def test_what_is_no_manifest_is_refused(tmp_path, content):
         Manifest.load(tmp_path / "absent.json")
     with pytest.raises(InputError, match=r"it is a folder; name the file .*manifest\.json"):
         Manifest.load(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "manifest.json").symlink_to("/proc/self/mem")  # as of a bad disk: reading it fails
+    for path, problem in (
+        (tmp_path / "manifest.json", "Input/output error"),
+        (tmp_path, "it is a folder; name the ma"),
+    ):
+        with pytest.raises(InputError, match=f"manifest={path}: {problem}"):
+            Manifest.load(path)
 
 
 class Bomb:

@@ -267,7 +267,7 @@ def test_a_bad_sidecar_is_refused_by_name(manifest, content):
         ('{"scores": "a", "measure": "bits"}', "measure='bits'"),
         ('{"scores": "a", "default": [2, 1]}', "low=2.0 is above high=1.0"),
         ('{"scores": "a", "treshold": 2}', "treshold"),
-        (sys.executable, f"filter {sys.executable}: 'utf-8' codec can't decode"),
+        (sys.executable, f"filter={sys.executable}: 'utf-8' codec can't decode"),
     ],
     ids=str,
 )

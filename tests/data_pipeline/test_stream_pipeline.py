@@ -187,7 +187,7 @@ def test_stages_and_filters_are_named_as_module_and_object():
     assert load_filter(f"{here}:german") is german
     assert isinstance(load_filter('{"scores": "a"}'), ScoreFilter)
     for name in ("no.such.module:f", f"{here}:absent", "masked"):
-        with pytest.raises(InputError, match=f"document stage '{name}'"):
+        with pytest.raises(InputError, match=f"document_stages={name}: "):
             load_document_stage(name)
 
 

@@ -46,7 +46,7 @@ GRADIENT_DTYPE = "engine.gradient_dtype=bf16 needs engine.name=deepspeed and eng
         (["model.vocab_size=300"], ["model.vocab_size=300 is smaller than the 401 entries of the tokenizer"]),
         (
             ["checkpoint.resume=nowhere", "data.manifest=nowhere.json"],
-            ["checkpoint.resume=nowhere does not exist", "data.manifest: manifest nowhere.json: No such file"],
+            ["checkpoint.resume=nowhere does not exist", "data.manifest=nowhere.json: No such file"],
         ),
         (
             [
@@ -68,13 +68,13 @@ GRADIENT_DTYPE = "engine.gradient_dtype=bf16 needs engine.name=deepspeed and eng
         ),
         (["schedule.warmup_steps=5000"], ["schedule.warmup_steps=5000 must be below schedule.steps=1000"]),
         (["what is this"], ["not an override"]),
-        (["+data.mixture.epochs.wiki=2"], ["data.manifest: mixture"]),
+        (["+data.mixture.epochs.wiki=2"], ["data.mixture: no source or category 'wiki'"]),
         (
             ["data.filter=nowhere.yaml", "checkpoint.resume=-3"],
-            ["data.manifest: filter nowhere.yaml: No such file", "checkpoint.resume=-3 does not exist"],
+            ["data.filter=nowhere.yaml: No such file", "checkpoint.resume=-3 does not exist"],
         ),
-        (["data.filter=os:getcwd"], ["data.manifest: filter 'os:getcwd' is <built-in function getcwd>, which has no"]),
-        (["data.document_stages=[os:sep]"], ["data.manifest: document stage 'os:sep' is '/', which is no function"]),
+        (["data.filter=os:getcwd"], ["data.filter=os:getcwd: it is <built-in function getcwd>, which has no"]),
+        (["data.document_stages=[os:sep]"], ["data.document_stages=os:sep: it is '/', which is no function"]),
         (["model=null"], ["model=null: conf/model has 13b, "]),
         (["optim.lr=1e-3,1e-2"], ["optim.lr=1e-3,1e-2: a sweep over several values needs --multirun"]),
         (["seed=18446744073709551616"], ["seed=18446744073709551616 must be from 0 to 18446744073709551615"]),
@@ -126,7 +126,9 @@ def test_every_problem_is_named_at_once(tmp_path, capsys):
 def test_a_filter_whose_counts_are_missing_names_the_command_that_makes_them(shards, tmp_path, capsys):
     band = 'data.filter=\'{"scores": "small", "default": [1.0, 3.0]}\''
     assert call(train, *SMALL, f"data.manifest={shards}", f"run_dir={tmp_path / 'run'}", band) == 2
-    assert "python -m data_pipeline.stream.count" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: data.filter: {shards.parent}/")
+    assert "python -m data_pipeline.stream.count" in said
 
 
 @pytest.mark.parametrize("harm", ["missing", "truncated"])
@@ -283,8 +285,8 @@ WRONG_KINDS = [  # a command, and its settings of `wrong_kinds`, each with its o
         {
             "init_from=shards": f": {NO_CHECKPOINT}: {OF_SHARDS}",
             "run_dir=shards": " is the folder of a checkpoint or of shards: it has a manifest.json: name another for",
-            "data.manifest=released": ": manifest released: it is a folder; name the manifest.json of shards",
-            "evaluation.manifest=torn/manifest.json": ": manifest torn/manifest.json: document=b'{",
+            "data.manifest=released": ": it is a folder; name the manifest.json of shards",
+            "evaluation.manifest=torn/manifest.json": ": document=b'{",
         },
     ),
     (
@@ -293,8 +295,8 @@ WRONG_KINDS = [  # a command, and its settings of `wrong_kinds`, each with its o
         {
             "init_from=torn": " cannot be read: torn/manifest.json is damaged: ",
             "run_dir=released": " is the folder of a released model: it has config.json and model.safetensors: name",
-            "evaluation.manifest=shards/tokenizer.json": ": manifest shards/tokenizer.json: format='' is not 'meg",
-            "data.filter=shards/tokenizer.json": ": filter shards/tokenizer.json: it does not name its scores; a f",
+            "evaluation.manifest=shards/tokenizer.json": ": format='' is not 'megatron_tn.shards': no manifest",
+            "data.filter=shards/tokenizer.json": ": it does not name its scores; a f",
         },
     ),
     (
@@ -302,8 +304,8 @@ WRONG_KINDS = [  # a command, and its settings of `wrong_kinds`, each with its o
         RUN,
         {
             "checkpoint.resume=words.txt": " is a file, not a checkpoint's folder; run_dir=new has steps: none",
-            "data.manifest=torn": ": manifest torn: it is a folder; name the file torn/manifest.json",
-            "evaluation.manifest=saved": ": manifest saved: it is a folder; name the manifest.json of shards",
+            "data.manifest=torn": ": it is a folder; name the file torn/manifest.json",
+            "evaluation.manifest=saved": ": it is a folder; name the manifest.json of shards",
         },
     ),
     (
@@ -311,8 +313,8 @@ WRONG_KINDS = [  # a command, and its settings of `wrong_kinds`, each with its o
         (),
         {
             "checkpoint=shards": f": {NO_CHECKPOINT}: {OF_SHARDS}",
-            "manifest=shards/tokenizer.json": ": manifest shards/tokenizer.json: format='' is not 'megatron_tn.sh",
-            "train_manifest=shards": ": manifest shards: it is a folder; name the file shards/manifest.json",
+            "manifest=shards/tokenizer.json": ": format='' is not 'megatron_tn.shards': no manifest",
+            "train_manifest=shards": ": it is a folder; name the file shards/manifest.json",
         },
     ),
     (
@@ -364,10 +366,8 @@ def test_files_and_folders_of_another_kind(wrong_kinds, capsys, monkeypatch, mai
     assert call(main, *words, *lines) == 2
     said = capsys.readouterr().err
     for word, line in lines.items():
-        setting = word.partition("=")[0].replace("data.filter", "data.manifest")  # the filter is one of its data
-        begin = word if f"error: {word}" in said else setting  # of shards the line names the file
-        assert f"error: {begin}{line}" in said
-        assert len(re.findall(rf"^error: {re.escape(setting)}\W", said, re.MULTILINE)) == 1
+        assert f"error: {word}{line}" in said
+        assert len(re.findall(rf"^error: {re.escape(word.partition('=')[0])}\W", said, re.MULTILINE)) == 1
     assert not Path("new").exists()
 
 
@@ -387,7 +387,7 @@ def test_scoring_names_every_problem(capsys):
     for problem in (
         "batch_tokens=0 must be",
         "name='a/b' must be",
-        "manifest nowhere.json",
+        "error: manifest=nowhere.json: No such file",
         "checkpoint=nowhere: no checkpoint",
     ):
         assert problem in said

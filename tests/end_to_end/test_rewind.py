@@ -112,7 +112,7 @@ def test_the_save_that_a_rewind_waits_for_is_in_the_log(words, tmp_path):
     arguments = (*words, "checkpoint.every=6", f"run_dir={run}")
     train_forked(2, *arguments, function=train_with_a_bad_batch, args=("spike",))
     assert records(run, "rewind/from")[0]["step"] == BAD - 1
-    assert [record["checkpoint/step"] for record in records(run, "checkpoint/pause_s")] == [BAD - 1, STEPS]
+    assert [record["checkpoint/step"] for record in records(run, "checkpoint/write_s")] == [BAD - 1, STEPS]
 
 
 def train_and_die_after_the_rewind(overrides: tuple[str, ...]) -> None:

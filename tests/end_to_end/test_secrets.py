@@ -83,7 +83,7 @@ def test_secrets_are_in_no_file_and_are_asked_for_again(shards, tmp_path, train,
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     other = [word for word in words if "cluster" not in word]
     refusals = {
-        "data.manifest: manifest": ("nowhere-at-all", words),
+        "data.manifest=": ("nowhere-at-all", words),
         "data.manifest: ": (None, words),
         "cluster.name=x://***@host/?***: the credentials are not stored": ("moved", other),
     }

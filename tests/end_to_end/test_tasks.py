@@ -5,13 +5,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_tn.checkpoint.load import Reader
 from megatron_tn.checkpoint.manifest import CheckpointManifest
 from megatron_tn.convert import main as convert
 from megatron_tn.evaluate import main as evaluate
+from megatron_tn.released.write import save_pretrained
 from megatron_tn.train import main as train
 from megatron_tn.training.run_folder import RunFolder
+from tests.helpers.models import TINY, reference_model
 from tests.helpers.tasks import lm_eval, write_tasks
 from tests.helpers.training import SMALL, call, fork_ranks, losses, records, train_forked
 
@@ -91,6 +94,16 @@ def test_bad_tasks_before_anything_is_started(shards, folder, tmp_path, capsys):
     assert "error: evaluation.tasks=nowhere.yaml: there is no such file" in said
     assert "model.heads=3" in said
     assert not (tmp_path / "run").exists()
+    cosine = ("model=50m_cosformer", *SMALL[1:], "model.max_length=8", "evaluation.tasks=[our_gsm8k]")
+    assert call(train, *cosine, *words[:2], f"evaluation.task_folder={folder}") == 2
+    line = "error: evaluation.tasks: our_gsm8k generates max_gen_toks=12 > model.max_length=8 tokens\n"
+    assert line in capsys.readouterr().err
+    save_pretrained(reference_model(TINY, 1, torch.float32), tmp_path / "export")
+    small = (f"checkpoint={tmp_path / 'export'}", f"tokenizer={shards.parent / 'tokenizer.json'}")
+    assert call(evaluate, *small, f"task_folder={folder}", "tasks=[our_piqa]", "shots=6") == 2
+    said = capsys.readouterr().err
+    assert "error: tasks: our_piqa cannot have 6 of 5 documents as examples: " in said
+    assert f"error: {small[0]}: its tokenizer has " in said
     assert call(evaluate, "checkpoint=nowhere", "tasks=[a.yaml,b.yaml]", "shots=-2") == 2
     said = capsys.readouterr().err
     for line in ("tasks=a.yaml: there is", "tasks=b.yaml: there is", "checkpoint=nowhere: no", "shots=-2 must be"):

@@ -1,7 +1,5 @@
 """A microbatch's passes in one replayed CUDA graph: the same numbers, whatever is added up, and whoever looks on."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """A DeepSpeed file of the user's own: merged where it is free, refused by name where it contradicts the run."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """engine.products=fp8: every engine and layout against one process, evaluation, resuming, and what is not finite."""
 
-from __future__ import annotations
-
 import dataclasses
 from unittest import mock
 

@@ -1,7 +1,5 @@
 """The same layouts on CUDA devices with NCCL: `make test-gpu`."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 

@@ -1,7 +1,5 @@
 """Initial values depend on seed, name and place alone, and building an engine takes about what it keeps."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import os

@@ -1,7 +1,5 @@
 """No step is skipped in silence: a non-finite value on one rank stops the update on all of them."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from typing import NamedTuple

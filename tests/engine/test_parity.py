@@ -1,7 +1,5 @@
 """Every layout equals one process: each gradient against fp64, and training itself against training."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Calls out of order are refused by every engine, and leave the sums as they are."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

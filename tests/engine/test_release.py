@@ -1,7 +1,5 @@
 """A world that is left takes its engine's memory with it: a sweep trains one model after another in a process."""
 
-from __future__ import annotations
-
 import gc
 import os
 

@@ -1,7 +1,5 @@
 """Parameters that tensor-parallel ranks repeat stay bit-equal, and a reduction that is left out is noticed."""
 
-from __future__ import annotations
-
 from unittest import mock
 
 import pytest

@@ -1,7 +1,5 @@
 """One update for every engine: what it refuses, and steps that must change nothing."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from data_pipeline.tokenizer import train
 from megatron_tn.config import ConfigError
-from megatron_tn.evaluation.tasks import load_tasks, run_tasks
+from megatron_tn.evaluation.tasks import load_tasks, problems_of_tasks, run_tasks
 from megatron_tn.inference.generator import generate
 from megatron_tn.inference.sampler import Sampler
 from megatron_tn.loading import read_tokenizer
@@ -161,7 +161,7 @@ def test_shots_and_limits(model, tokenizer, folder):
 
 
 UNREADABLE = "output_type: ["
-SAMPLED = TASKS["our_gsm8k"][0].replace("max_gen_toks: 12", "num_beams: 4")
+GENERATED, QUESTIONS = TASKS["our_gsm8k"]
 
 
 @pytest.mark.parametrize(
@@ -169,15 +169,31 @@ SAMPLED = TASKS["our_gsm8k"][0].replace("max_gen_toks: 12", "num_beams: 4")
     [
         (("{folder}/absent.yaml",), "tasks={folder}/absent.yaml: there is no such file"),
         (("beams",), "tasks=beams: beams sets num_beams in generation_kwargs; known are until, "),
+        (("none",), "tasks=none: none: generation_kwargs: max_gen_toks=0 must be at least 1"),
+        (("many",), "tasks=many: many: generation_kwargs: invalid literal for int() with base 10: 'many'"),
+        (("cold",), "tasks=cold: cold: generation_kwargs: temperature=-1.0 must be at least 0, and finite"),
+        (("stop",), "tasks=stop: stop: generation_kwargs: until=3 is not a text"),
+        (("empty",), "tasks=empty: its data has no documents"),
+        (("words",), "tasks=words: words: doc_to_target gives 'the cat sat on the mat', which is none of the choices"),
         (("no_data",), "tasks=no_data: it cannot be read: FileNotFoundError: "),
         (("no_field",), "tasks=no_field: it cannot be read: UndefinedError: 'pasage' is undefined"),
         (("fine", "{folder}/fine.yaml"), "tasks={folder}/fine.yaml: task fine is in another one of fine,"),
     ],
-    ids=["absent file", "unknown setting", "no data", "no field", "twice"],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
 def test_tasks_that_cannot_be_run(tmp_path, names, message):
     text, documents = TASKS["our_boolq"]
-    write_task(tmp_path, "beams", SAMPLED, TASKS["our_gsm8k"][1])
+    for name, setting in {
+        "beams": "num_beams: 4",
+        "none": "max_gen_toks: 0",
+        "many": "max_gen_toks: many",
+        "cold": "temperature: -1",
+    }.items():
+        text_of = GENERATED.replace("max_gen_toks: 12", setting)
+        write_task(tmp_path, name, text_of.replace("do_sample: false", "do_sample: true"), QUESTIONS)
+    write_task(tmp_path, "stop", GENERATED.replace('["Question:", " x"]', "3"), QUESTIONS)
+    write_task(tmp_path, "empty", text, [])
+    write_task(tmp_path, "words", text.replace("doc_to_target: label", "doc_to_target: passage"), documents)
     write_task(tmp_path, "fine", text, documents)
     write_task(tmp_path, "no_field", text.replace("{{passage}}", "{{pasage.x}}"), documents)
     write_task(tmp_path, "no_data", text, documents)
@@ -187,6 +203,20 @@ def test_tasks_that_cannot_be_run(tmp_path, names, message):
     (line,) = error.value.problems
     assert line.startswith(message.format(folder=tmp_path))
     assert "\n" not in line
+
+
+def test_what_a_model_cannot_run_is_known_before(folder):
+    """More examples than documents; more tokens than a cosFormer is built for."""
+    tasks = load_tasks(("our_piqa", "our_gsm8k"), str(folder))
+    assert problems_of_tasks(tasks, max_length=12) == []
+    assert problems_of_tasks(tasks, max_length=0, shots=3) == []
+    (line,) = problems_of_tasks(tasks, max_length=11)
+    assert line == "tasks: our_gsm8k generates max_gen_toks=12 > model.max_length=11 tokens"
+    lines = problems_of_tasks(tasks, 0, shots=9, setting="evaluation.tasks")
+    assert [line[: line.index(":", 18)] for line in lines] == [
+        "evaluation.tasks: our_piqa cannot have 9 of 5 documents as examples",
+        "evaluation.tasks: our_gsm8k cannot have 9 of 4 documents as examples",
+    ]
 
 
 def test_a_task_file_that_is_no_yaml_is_named(tmp_path):

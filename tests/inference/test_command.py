@@ -1,7 +1,5 @@
 """`python -m megatron_tn.generate`: files of prompts, states of prefixes, tensor parallel ranks, what it refuses."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -138,6 +136,25 @@ def test_tensor_parallel_ranks_write_what_one_process_writes(checkpoint, prompts
         rank.join(timeout=300)
     assert [rank.exitcode for rank in ranks] == [0, 0]
     assert (tmp_path / "two").read_bytes() == wanted
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            ["batch=1000000000000", "samples=1000000000000"],
+            "batch=1000000000000, together=0: the states of so",
+        ),
+        (["together=1000000000000"], "batch=8, together=1000000000000: the states of so many texts need "),
+        (["max_new_tokens=99999999999999999", "check_every=99999999999999999"], "batch=8, together=0, prefill_chunk="),
+    ],
+    ids=["batch", "together", "check_every"],
+)
+def test_what_does_not_fit_into_memory_is_a_line(checkpoint, capsys, words, line):
+    assert call(generate, f"checkpoint={checkpoint}", "prompt=a", "device=cpu", *words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {line}")
+    assert said.count("\n") == 1
 
 
 def test_everything_that_is_wrong_is_said_at_the_start(checkpoint, prompts, tmp_path, capsys, monkeypatch):

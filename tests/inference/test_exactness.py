@@ -1,8 +1,8 @@
 """Every way to decode gives the greedy ids of the plain recurrence on a trained model, and its logits within 1e-5."""
 
-from __future__ import annotations
-
+import copy
 import dataclasses
+import gc
 import itertools
 from pathlib import Path
 
@@ -12,7 +12,8 @@ import torch
 from megatron_tn import load_pretrained
 from megatron_tn.config import ConfigError
 from megatron_tn.inference import Generator, Prefix, Request, Sampler, Session, generate, keep_in_fp8
-from megatron_tn.inference.prefix_file import fingerprint, load_prefix, save_prefix
+from megatron_tn.inference.prefix import fingerprint
+from megatron_tn.inference.prefix_file import load_prefix, save_prefix
 from megatron_tn.model.base import Model
 from megatron_tn.released.write import save_pretrained
 from tests.helpers.decoding import plain, prompts, recorded_logits, trained_model
@@ -197,7 +198,15 @@ def test_a_state_of_another_model_is_refused_by_name(model, tmp_path):
         session.save(path)
     session.feed([1, 2, 3])
     session.save(path)
-    changed = trained_model(steps=1)
+    changed, equal = trained_model(steps=1), copy.deepcopy(model)
+    assert list(Session(equal, session.prefix).ask(max_new_tokens=2, sampler=GREEDY))
+    with pytest.raises(ValueError, match="was computed by another model: weights with fingerprint"):
+        Session(changed, session.prefix).feed([1])
+    gone = Prefix.of(equal, [1, 2, 3])
+    del equal
+    gc.collect()
+    with pytest.raises(ValueError, match="was computed by another model: its weights are no longer in memory"):
+        Prefix.of(model, [1], gone)
     with pytest.raises(Exception, match="was computed by another model: weights with fingerprint"):
         Session.load(changed, path)
     with pytest.raises(Exception, match=r"another model: weights in torch\.float32, not torch\.float64"):

@@ -1,7 +1,5 @@
 """Weights kept in fp8: every way to decode gives what the numbers that they stand for give."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

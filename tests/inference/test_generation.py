@@ -1,7 +1,5 @@
 """Decoding: what ends a continuation, and prompts that cannot be continued."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

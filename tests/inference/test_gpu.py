@@ -1,7 +1,5 @@
 """Decoding on a GPU: one CUDA graph a token gives what kernels launched one by one give."""
 
-from __future__ import annotations
-
 import dataclasses
 import gc
 

@@ -1,7 +1,5 @@
 """Sampling: the shares of each row's settings, its independence of other rows, and its random numbers."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -1,7 +1,5 @@
 """Text of ids as they come: split characters, stop strings across token borders, and files of prompts."""
 
-from __future__ import annotations
-
 import io
 import json
 

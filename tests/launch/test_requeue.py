@@ -1,7 +1,5 @@
 """Which jobs are requeued: decisions of launch/requeue.py, which runs with the standard library alone."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -115,6 +113,15 @@ def test_settings_that_a_job_has_trained_with_are_not_what_is_wrong(run_dir):
 def test_the_status_of_an_earlier_start_is_no_cause(run_dir):
     status(run_dir, state="failed", step=9, error="OSError: of yesterday", time=STARTED - 60)
     assert "a hang (exit code 75)" in after(run_dir, 75)[1]
+
+
+def test_a_damaged_file_of_the_run_keeps_no_job_from_being_requeued(run_dir):
+    settings = run_dir / "settings.json"
+    for text in ('{"time": null, "step": null, "state": "finished", "schedule": [1]}', "[" * 5000):
+        for file in (run_dir / "status.json", settings):
+            file.write_text(text)
+        assert after(run_dir, 75)[0]
+        assert call("ready", str(run_dir), str(settings), "c")[0]
 
 
 def test_a_job_that_is_told_to_stop_without_a_step_of_progress_gives_up(run_dir):

@@ -1,7 +1,5 @@
 """The soak and its checks: each check sees a recovery that was broken on purpose; a short soak ends as it should."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,10 +1,9 @@
 """launch.status: what it says of runs that train, wait, failed and fell silent."""
 
-from __future__ import annotations
-
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -57,14 +56,18 @@ def test_what_stopped_a_run_last(run):
     assert (row["state"], row["step"], row["last failure"]) == ("failed", "41 of 100", "step 41: OSError: disk full")
 
 
-def test_starts_by_hand_are_restarts_and_may_fail(run):
-    """Steps that a later start took back count, too, and a kill may leave a record twice."""
+def test_starts_by_hand_are_restarts_and_may_fail(run, monkeypatch):
+    """Steps that a later start took back count, too, and a kill may leave a record twice. A journal is read once."""
     started = [{"step": step, "time": NOW + step, "start/began": NOW + step} for step in (0, 20, 20, 30)]
     failed = {"step": 30, "time": NOW + 35, "stop/state": "failed", "stop/error": "OSError: disk full"}
     run.journal.append(started[:2])
     run.journal.superseded.write_text("".join(json.dumps(record) + "\n" for record in [*started[2:], failed]))
+    opened, real = [], Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *rest, **named: opened.append(path) or real(path, *rest, **named))
     row = row_of(run, [], NOW)
     assert (row["restarts"], row["last failure"]) == ("2", "step 30: OSError: disk full")
+    assert opened.count(run.journal.path) == 2  # its end, and all of it
+    assert opened.count(run.journal.superseded) == 1
     lines = ['job=17 restart=0 code=75 cause="a hang" saved=20 step=34', "job=17 restart=1 code=0 saved=34 step=34"]
     for hung, cause in ((NOW + 30, "step 30: OSError: disk full"), (NOW + 40, "step 34: a hang")):
         times = [time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(at)) for at in (hung, NOW + 50)]
@@ -121,12 +124,14 @@ printf '17|17|N/A|RUNNING|%s/submitted/a/job.sbatch\\n19|18|1|PENDING|/elsewhere
 def test_the_command_line(run, tmp_path, monkeypatch, capsys):
     other = RunFolder(tmp_path / "runs/deep/er")
     other.freeze(TrainConfig(), None)
+    other.journal.append([{"step": "two", "step_seconds": None, "time": NOW}])
     assert list(runs_below(tmp_path)) == [other.path, run.path]
     assert call(main, str(tmp_path / "runs")) == 0
     said = capsys.readouterr().out
     assert all(title in said for title in TITLES)
     assert str(run) in said
     assert str(other) in said
+    assert "a file of it cannot be read: TypeError" in " ".join(said.split())
     squeue = tmp_path / "bin/squeue"
     squeue.parent.mkdir()
     squeue.write_text(SQUEUE.format(run=run))
@@ -142,5 +147,16 @@ def test_the_command_line(run, tmp_path, monkeypatch, capsys):
     assert call(main) == 2
 
 
-def test_folders_that_are_no_runs_have_none(tmp_path):
+def test_folders_that_are_no_runs_have_none(tmp_path, monkeypatch):
     assert list(runs_below(tmp_path / "nowhere")) == []
+    for name in ("hers", "mine"):
+        RunFolder(tmp_path / name).freeze(TrainConfig(), None)
+    is_there = RunFolder.is_there.fget
+
+    def guarded(run: RunFolder) -> bool:
+        if run.path.name == "hers":
+            raise PermissionError
+        return is_there(run)
+
+    monkeypatch.setattr(RunFolder, "is_there", property(guarded))
+    assert list(runs_below(tmp_path)) == [tmp_path / "mine"]

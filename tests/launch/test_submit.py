@@ -1,10 +1,9 @@
 """launch.submit: what it refuses, freezes, writes and shows; sbatch is a program that notes its words."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from launch.submission.checks import check
+from launch.submission.checks import check, disk_problems
 from launch.submission.script import override
 from launch.submit import main as submit
 from megatron_tn.config import ClusterConfig, ParallelConfig, load
@@ -155,9 +154,11 @@ def test_a_run_folder_is_read_as_it_was_written(path):
         ),
         ("cluster.name=x://me:pw@host/", "cluster.name=x://***@host/: its credentials would"),
         ("slurm.processes_per_node=16", "slurm.processes_per_node=16 is above cluster.gpus_per_node=8"),
+        ("slurm.chain=1001", "slurm.chain=1001 must be from 0 to 1000"),
+        ("cluster=a100_80g engine.products=fp8", "engine.products=fp8 needs GPUs of Hopper or later, and cluster=a100"),
         ("slurm.tokens=99999999", "slurm.tokens=99999999 is above what schedule.steps=50 steps train on"),
         ("cluster.gpu_memory_gib=1.5", "a rank needs 1.5 GiB, but cluster.gpu_memory_gib=1.5"),
-        ("data.manifest=nowhere.json", "data.manifest: manifest nowhere.json: No such file"),
+        ("data.manifest=nowhere.json", "data.manifest=nowhere.json: No such file"),
         ("init_from=nowhere", "init_from=nowhere: no checkpoint, run or released model is there"),
         ("checkpoint.resume=40", "checkpoint.resume=40 does not exist; run_dir=run has steps: none"),
         ("model.vocab_size=300", "model.vocab_size=300 is smaller than the 401 entries of the tokenizer"),
@@ -171,7 +172,7 @@ def test_what_is_refused(sbatch, words, capsys, monkeypatch, word, message):
     monkeypatch.setenv("DOOR", "mellon-mellon")
     alone = ("slurm.tim=", "slurm.tokens=", "cluster.gpu_memory_gib=")
     other = [] if word.startswith(alone) else ["data.micro_batch=3"]
-    given = [*words, "cluster=h200_141g", "data.global_batch=8", "run_dir=run", word, *other]
+    given = [*words, "cluster=h200_141g", "data.global_batch=8", "run_dir=run", *word.split(" "), *other]
     assert call(submit, *given) == 2
     said = capsys.readouterr().err
     assert message in said
@@ -187,8 +188,8 @@ def test_a_server_that_does_not_answer_is_told_soon(sbatch, words, capsys, monke
     urls = ["data.manifest=https://127.0.0.1:1/m.json", "evaluation.manifest=https://127.0.0.1:1/e.json"]
     assert call(submit, *words, "run_dir=run", *urls) == 2
     said = capsys.readouterr().err
-    assert "error: data.manifest: manifest https://127.0.0.1:1/m.json: " in said
-    assert "error: evaluation.manifest: manifest https://127.0.0.1:1/e.json: " in said
+    assert "error: data.manifest=https://127.0.0.1:1/m.json: " in said
+    assert "error: evaluation.manifest=https://127.0.0.1:1/e.json: " in said
     assert sum(waits) < 10
 
 
@@ -236,7 +237,7 @@ def test_a_chain_lasts_until_its_budget(sbatch, words, tmp_path, monkeypatch, ca
     assert "every job of the chain would go back to it" in capsys.readouterr().err
 
 
-def test_time_and_disk(sbatch, words, tmp_path, monkeypatch):
+def test_time_and_disk(sbatch, words, tmp_path, monkeypatch, capsys):
     assert call(submit, *words, f"run_dir={tmp_path}/run", "dry_run=true") == 0
     (submission,) = Submission.all_of(RunFolder(tmp_path / "run"))
     cluster = ClusterConfig(name="slow", gpus_per_node=2, bf16_tflops=2e-7)
@@ -248,13 +249,28 @@ def test_time_and_disk(sbatch, words, tmp_path, monkeypatch):
     assert chain.config.slurm.chain == pytest.approx(hours * 60 / 58, abs=1)
     short = check(dataclasses.replace(base, slurm=SlurmConfig(time="30", requeue=False)))
     assert "slurm.time=30 and slurm.chain=1 with slurm.requeue=false are 0.5 h of training" in short.problems[0]
+    (long,) = check(dataclasses.replace(base, slurm=SlurmConfig(chain=0, time="2:01"))).problems
+    assert "slurm.chain=0 with slurm.time=2:01 is " in long
+    assert "above 1000: raise slurm.time" in long
     unknown = dataclasses.replace(base, cluster=ClusterConfig(), slurm=SlurmConfig(chain=0))
     assert "slurm.chain=0 needs cluster.bf16_tflops" in check(unknown).problems[0]
     wide = dataclasses.replace(base, parallel=ParallelConfig(tp=4), nodes=2)
     assert any("parallel.tp=4 crosses nodes of cluster.gpus_per_node=2" in note for note in check(wide).notes)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=3 * 12 * 32_320))
-    (full,) = check(dataclasses.replace(base, dry_run=False)).problems
-    assert "GiB free, but 4 checkpoints of 0.0 GiB (checkpoint.keep=3, and the one being written) need" in full
+    (full,) = disk_problems([check(base)])
+    assert "run has 0.0 GiB free, but 4 checkpoints of 0.0 GiB (checkpoint.keep=3, and the one being written)" in full
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=7 * 12 * 32_320))
+    assert disk_problems([check(base)]) == []
+    sweep = ["--multirun", "seed=0,1", f"run_dir={tmp_path}/sweep"]
+    assert call(submit, *words, *sweep) == 2
+    assert "/sweep/0_seed-0 and 1 runs more have 0.0 GiB free, but 4 checkpoints of" in capsys.readouterr().err
+    (tmp_path / "sweep/0_seed-0").mkdir(parents=True)
+    (tmp_path / "sweep/0_seed-0/submitted").touch()
+    assert call(submit, *words, *sweep, "dry_run=true") == 2
+    assert re.search("error: .*sweep/0_seed-0/submitted/.*: Not a directory", capsys.readouterr().err)
+    (tmp_path / "sweep/0_seed-0/submitted").unlink()
+    assert call(submit, *words, *sweep, "dry_run=true") == 0
+    assert "note: run_dir=" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

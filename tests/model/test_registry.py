@@ -11,7 +11,7 @@ import torch
 
 from megatron_tn.checkpoint.load import load_checkpoint, load_model
 from megatron_tn.checkpoint.save import save_checkpoint
-from megatron_tn.config import ModelConfig, TrainConfig, from_mapping, to_mapping
+from megatron_tn.config import ModelConfig, OptimConfig, TrainConfig, from_mapping, to_mapping
 from megatron_tn.engine.base import Engine
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.evaluation.perplexity import document_nats
@@ -79,6 +79,9 @@ def test_a_checkpoint_older_than_the_registry_loads_and_resumes(tmp_path):
     assert checkpoint_problems(other, Start.at(checkpoint)) == [
         f"checkpoint {checkpoint} holds another model: decay: 'released' -> 'paper'"
     ]
+    muon = dataclasses.replace(config, optim=OptimConfig(name="muon"))
+    (problem,) = checkpoint_problems(muon, Start.at(checkpoint))
+    assert problem.startswith(f"optim.name=muon cannot go on from checkpoint {checkpoint}, whose moments are those of")
 
 
 def test_a_model_is_built_without_a_layout():

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from megatron_tn.config import CheckpointConfig, DataConfig, EngineConfig, ParallelConfig
+from megatron_tn.config import CheckpointConfig, DataConfig, EngineConfig, ParallelConfig, PlanConfig
+from megatron_tn.overrides import CommandLine
 from megatron_tn.plan import main
 from megatron_tn.planning.batch import with_usual_batch
 from megatron_tn.planning.concerns import checkpoint_bytes, checkpoint_seconds, concerns
@@ -123,6 +124,13 @@ def test_a_sweep_goes_past_layouts_that_do_not_fit_and_ends_with_a_table_or_json
     assert set(found[2]) == {"overrides", "fits", "problems"}
     assert call(main, *sweep, "nodes=512", "json=true") == 2  # 4096 processes have no batch of 128
     assert not any(each["fits"] for each in json.loads(capsys.readouterr().out))
+    with_tokens_shared = ("parallel.sequence_parallel=true", "parallel.tp=1,2", "--json")
+    assert call(main, *sweep[:-1], "data.micro_batch=1", *with_tokens_shared) == 0
+    wrong, right = json.loads(capsys.readouterr().out)
+    assert "parallel.tp=1: raise parallel.tp" in wrong["problems"][0]
+    assert right["fits"]
+    left_open = ("--multirun", "parallel.sequence_parallel=true,false", "run_dir=a")  # a search finds parallel.tp
+    CommandLine.parse(PlanConfig, "plan", left_open).check()
 
 
 def test_warnings_name_what_is_seldom_meant():

@@ -19,7 +19,7 @@ from megatron_tn.config import ConfigError
 from megatron_tn.convert import main as convert
 from megatron_tn.model.registry import build_model
 from megatron_tn.released.weights import ReleasedWeights
-from megatron_tn.released.write import save_pretrained, write_released
+from megatron_tn.released.write import alone_in, save_pretrained, write_released
 from tests.helpers.golden import golden
 from tests.helpers.models import TINY, random_batch, reference_model
 from tests.helpers.ranks import layout, run_shared
@@ -89,12 +89,15 @@ def test_an_export_leaves_no_file_of_the_one_it_replaces(tmp_path, old, new):
     for name in ("pytorch_model.bin", "configuration_old.py", "special_tokens_map.json"):
         (folder / name).write_text("old")
     (folder / ".git").mkdir()
-    (folder / "LICENSE").write_text("mine")
+    (folder / ".export-killed").mkdir()
+    for name in ("LICENSE", "adapter_model.safetensors"):
+        (folder / name).write_text("mine")
     export_of(folder, seed=2, shard_bytes=new)
     assert {path.name for path in folder.iterdir()} == {
         *(path.name for path in (tmp_path / "fresh").iterdir()),
         ".git",
         "LICENSE",
+        "adapter_model.safetensors",
     }
     for path in (tmp_path / "fresh").iterdir():
         assert (folder / path.name).read_bytes() == path.read_bytes()
@@ -112,13 +115,42 @@ def test_an_export_that_fails_leaves_the_old_one(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_folder_of_other_files_is_not_written_to(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "files",
+    [{"README.md": "of my project"}, {"config.json": '{"model_type": "transnormer"}', "pytorch_model.bin": "mine"}],
+    ids=["files", "another's model"],
+)
+@pytest.mark.parametrize("action", ["export", "import"])
+def test_a_folder_of_other_files_is_not_written_to(tmp_path, capsys, files, action):
     released, mine = export_of(tmp_path / "released"), tmp_path / "mine"
     mine.mkdir()
-    (mine / "README.md").write_text("of my project")
-    assert call(convert, "export", f"checkpoint={released}", f"output={mine}") == 2
-    assert f"output={mine} holds files that are no export" in capsys.readouterr().err
-    assert [path.name for path in mine.iterdir()] == ["README.md"]
+    for name, content in files.items():
+        (mine / name).write_text(content)
+    assert call(convert, action, f"checkpoint={released}", f"output={mine}") == 2
+    assert f"output={mine} holds files" in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in mine.iterdir()} == files
+
+
+def test_two_exports_do_not_write_to_one_folder(tmp_path, capsys):
+    released = export_of(tmp_path / "released", seed=1)
+    before = {path.name: path.read_bytes() for path in released.iterdir()}
+    other = export_of(tmp_path / "other", seed=2)
+    with alone_in(released):
+        assert call(convert, "export", f"checkpoint={other}", f"output={released}") == 2
+    assert capsys.readouterr().err == f"error: output={released} is being written by another export\n"
+    assert {path.name: path.read_bytes() for path in released.iterdir()} == before
+
+
+def test_an_export_that_was_killed_while_it_replaced_another_is_made_again(tmp_path):
+    """A kill after config.json of the older export is gone, and before the new one is there."""
+    folder = export_of(tmp_path / "export", seed=1)
+    (folder / "config.json").unlink()
+    (folder / ".export-killed").mkdir()
+    export_of(folder, seed=2)
+    export_of(tmp_path / "fresh", seed=2)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "fresh").iterdir()
+    }
 
 
 def as_pickle(folder: Path, split: bool, **options) -> Path:

@@ -72,10 +72,13 @@ def test_absent_decay_rates_mean_the_released_form():
         ({"glu_dim": None}, "no glu_dim"),
         ({"decoder_layers": "many"}, "decoder_layers='many' is not a whole number"),
         ({"megatron_tn": 3}, "megatron_tn=3 is not a mapping"),
-        ({"pad_token_id": "x"}, "config.json: pad_id='x': input should be a valid integer"),
+        ({"linear_use_lrpe_list": [1]}, "linear_use_lrpe_list has 1 entries but decoder_layers=2"),
+        ({"pad_token_id": "x"}, "config.json: pad_token_id='x' is not a whole number"),
+        ({"eos_token_id": [2, 3]}, r"config.json: eos_token_id=\[2, 3\] is not a whole number"),
+        ({"vocab_size": True}, "config.json: vocab_size=True is not a whole number"),
         ({"decay_rates": [[1.0], "x"]}, "the stored decay_rates are not those"),
     ],
-    ids=["bias", "act", "acts", "no flags", "flags", "norm", "hidden", "missing", "words", "no mapping", "id", "rates"],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_config_that_is_not_this_model_is_refused(change, message):
     stored = config_to_released(TINY) | change
@@ -95,10 +98,16 @@ def edit_weights(directory, edit):
     ("edit", "message"),
     [
         (lambda w: w.pop("model.layers.0.token_mixer.lrpe.theta"), "lrpe.theta is missing"),
-        (lambda w: w.update(extra=torch.zeros(1)), "unknown tensor extra"),
+        (lambda w: [w.pop(name) for name in list(w) if "l1" in name], r"l1\.weight, and 1 more, are missing"),
+        (lambda w: w.update(extra=torch.zeros(1)), "tensor extra is unknown"),
+        (lambda w: w.update(extra=torch.zeros(1, dtype=torch.int8)), "extra has type I8, not one of F32, "),
+        (
+            lambda w: w.update({name: w[name].byte() for name in w if "l1" in name}),
+            r"l1\.weight has type torch\.uint8, ",
+        ),
         (lambda w: w.update({"model.layers.1.channel_mixer.l1.weight": torch.zeros(95, 64)}), r"has shape \[95, 64\]"),
     ],
-    ids=["missing", "unknown", "shape"],
+    ids=["missing", "some missing", "unknown", "type", "no numbers", "shape"],
 )
 def test_weights_that_do_not_fit_are_refused(tmp_path, edit, message):
     save_pretrained(reference_model(TINY, seed=1, dtype=torch.float32), tmp_path)

@@ -4,14 +4,18 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from data_pipeline import tokenizer as tokenizers
 from megatron_tn.config import ConfigError
+from megatron_tn.convert import main as convert
 from megatron_tn.released.config import config_to_released
 from megatron_tn.released.tokenizer import tokenizer_files
+from megatron_tn.released.write import save_pretrained
 from tests.helpers import hub
-from tests.helpers.models import TINY, TRANSFORMER
+from tests.helpers.models import TINY, TRANSFORMER, reference_model
+from tests.helpers.training import call
 
 CORPUS = [f"def function_{n}(value):\n    return [value] * {n}  # a heron, an otter and a stoat\n" for n in range(200)]
 TEXTS = (
@@ -94,6 +98,18 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, change, message):
     ours(tmp_path / "tokenizer.json")
     with pytest.raises(ConfigError, match=message):
         tokenizer_files(tmp_path / "tokenizer.json", dataclasses.replace(TINY, **change))
+
+
+@pytest.mark.parametrize("action", ["export", "import"])
+@pytest.mark.parametrize(("content", "message"), [("", "has 500 entries, "), ("{", "tokenizer.json cannot be read")])
+def test_a_released_folder_with_such_a_tokenizer_is_not_converted(tmp_path, capsys, action, content, message):
+    save_pretrained(reference_model(TINY, 1, torch.float32), tmp_path / "released")
+    ours(tmp_path / "released" / "tokenizer.json")
+    if content:
+        (tmp_path / "released" / "tokenizer.json").write_text(content)
+    assert call(convert, action, f"checkpoint={tmp_path / 'released'}", f"output={tmp_path / 'new'}") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", json.dumps({"model": {"vocab": 3}})])

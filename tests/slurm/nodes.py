@@ -1,7 +1,5 @@
 """Virtual nodes that crash and come back, and a disk that fills."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -5,8 +5,6 @@ A table, a fault a row. `make test-slurm` runs four of them, one after the other
 each in a job of its own.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import re

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import gc
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def test_what_is_wrong_on_one_host_alone_is_told_by_its_ranks(monkeypatch, caplo
     assert preflight.inspect(TrainConfig(), 2, once=lambda read: next(of_rank_0)) == (None, None, ["lr"])
     assert not caplog.text  # rank 0 tells it
     url = dataclasses.replace(TrainConfig(), data=DataConfig(manifest="https://localhost:1/manifest.json"))
-    monkeypatch.setattr(preflight, "open_stream", lambda _: _raise(InputError("no route")))
+    monkeypatch.setattr(preflight, "open_stream", lambda _: _raise(InputError("manifest: no route")))
     of_rank_0 = iter([[], ([], []), None])
     found = preflight.inspect(url, 2, once=lambda read: next(of_rank_0))
     assert found == (None, None, ["data.manifest: no route", "no GPU"])
@@ -118,13 +119,16 @@ def test_what_rank_0_reads_or_raises_is_every_rank_s(ranks):
         assert process.exitcode == 0
 
 
-def test_garbage_is_collected_but_while_a_program_imports():
-    """Not in a notebook that imports megatron_tn.train: what is garbage there already would be kept for ever."""
+def test_garbage_is_collected_but_while_a_program_imports(capfd):
+    """Not in a notebook that imports megatron_tn.train: what is garbage there already would be kept for ever. SIGUSR2
+    prints stacks from then on."""
     before = gc.get_freeze_count()
     imports.done()
     assert (gc.isenabled(), gc.get_freeze_count()) == (True, before)
     imports.begin()
     assert not gc.isenabled()
+    os.kill(os.getpid(), signal.SIGUSR2)
+    assert "most recent call first" in capfd.readouterr().err
     imports.done()
     assert gc.isenabled()
     assert gc.get_freeze_count() > before

@@ -1,6 +1,7 @@
 """What a run says of itself: tables, pictures, and speeds that count training alone."""
 
 import json
+import math
 import re
 import time
 import warnings
@@ -72,11 +73,15 @@ def test_the_end_names_figures_files_and_next_commands(tmp_path, capsys):
 
 def test_a_journal_with_foreign_records_ends_no_run_with_an_error(tmp_path, caplog):
     folder = make_run(tmp_path / "run", 20, 2.0)
-    folder.journal.append([{"step": 21, "loss": {"a": 1}}])
+    folder.journal.append([{"step": 20, "loss": {"a": 1}, "time": time} for time in ("now", 1.0)])
     run = Run(TrainConfig(run_dir=str(folder), schedule=ScheduleConfig(steps=20)), None, open_weights)
     run.is_first = True
+    run.sinks = [Journal(folder.journal, StepFigures(Work(1, 1, None)))]
+    run._record_stop("finished", {})
     run._sum_up("finished")
-    assert [record.message.partition(" cannot")[0] for record in caplog.records] == ["loss.png", "the table"]
+    said = [record.message.partition(" cannot")[0] for record in caplog.records]
+    assert said == ["goodput", "loss.png", "the table"]
+    assert folder.records("stop/state")[-1]["stop/state"] == "finished"
 
 
 def test_plot_takes_runs_and_folders_of_runs(tmp_path, capsys):
@@ -111,6 +116,10 @@ def test_losses_by_position_are_drawn(tmp_path, capsys, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a label as long as two paths left no room for curves
         assert draw({f"data.manifest={'a' * 300}": folder, f"data.manifest={'b' * 300}": folder}, Path("long.png"))
+    names = ("heldout_loss", "heldout_bits_per_byte", "heldout_loss/after_1")
+    folder.journal.append([{"step": 5} | dict.fromkeys(names, math.nan)])  # a run that diverged
+    assert math.isnan(positions_of([folder])[1])
+    assert draw({"diverged": folder}, Path("diverged.png"))
     assert call(plot.main, "tasks.json") == 2
     assert "error: tasks.json: it is no output of megatron_tn.evaluate" in capsys.readouterr().err
 
@@ -138,6 +147,10 @@ def test_what_cannot_fit_into_this_machine_is_refused(monkeypatch):
     (line,) = host.host_memory_problems(config(micro_batch=32768, global_batch=32768), 1, 1)
     assert "but this machine has 2.0 GiB free" in line
     assert "data.micro_batch=32768" in line
+    (line,) = host.step_memory_problems(config(global_batch=2**23), 1, 1)
+    assert line.startswith("data.global_batch=8388608 x data.sequence_length=32: ")
+    assert "a step need 4.0 GiB of memory in 1 process, but this machine has 2.0 GiB free" in line
+    assert host.step_memory_problems(config(global_batch=2**23), 4, 1) == []
     (line,) = host.host_memory_problems(config(), 8, 8)
     assert "in 8 processes" in line
 

@@ -1,7 +1,5 @@
 """TensorBoard as a copy of the journal: one whole curve after a rewind and a restart; it may fail."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

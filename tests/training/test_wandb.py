@@ -1,7 +1,5 @@
 """wandb as a copy of the journal: it may fail, asks nothing, and after a rewind or a kill shows one whole curve."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import json
@@ -126,12 +124,24 @@ def test_one_curve_after_a_rewind_and_one_id_for_all_processes(folder, monkeypat
 
 
 def test_where_nobody_is_logged_in_it_logs_offline_and_says_so_once(folder, monkeypatch, caplog):
+    import wandb
+
     server = Server(monkeypatch, logged_in=False)
     hook(folder, "online").on_start(TrainingState())
-    assert server.modes == ["offline"]
+
+    def wrong_key(**_):
+        raise wandb.Error("WANDB_API_KEY invalid: API key must have 40+ characters, has 5.")
+
+    monkeypatch.setattr(wandb, "login", wrong_key)
+    hook(folder, "online").on_start(TrainingState())
+    assert server.modes == ["offline"] * 2
+    offline = ", so it logs offline; `python -m launch.sync` uploads it later"
     assert [record.message for record in caplog.records] == [
-        "wandb: nobody is logged in here, so it logs offline; `python -m launch.sync` uploads it later"
+        f"wandb: nobody is logged in here{offline}",
+        f"wandb: WANDB_API_KEY invalid: API key must have 40+ characters, has 5{offline}",
     ]
+    folder.journal.append([{"step": 1, "loss": 2.0}])
+    assert call(sync.main, str(folder)) == 2
 
 
 def test_where_no_server_answers_a_start_logs_offline_and_sync_fails(folder, monkeypatch, caplog):

@@ -1,7 +1,5 @@
 """The watchdog by tables, without processes; hangs and deaths of real ranks are in tests/end_to_end/test_hang.py."""
 
-from __future__ import annotations
-
 import os
 import socket
 import sys

@@ -5,8 +5,6 @@ without `sums_own_gradients`) and the gathering of partitioned parameters (stage
 the optimizer step. The private attributes used here exist in DeepSpeed WRITTEN_FOR; other versions are refused.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import io

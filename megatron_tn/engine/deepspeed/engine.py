@@ -5,8 +5,6 @@ If `EngineConfig.sums_own_gradients` (stage 1 in bf16 with fp32 gradient sums), 
 gradients; otherwise DeepSpeed's `engine.backward` does. adapter.py describes DeepSpeed's buffers.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

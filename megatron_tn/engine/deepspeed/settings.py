@@ -1,7 +1,5 @@
 """The configuration passed to DeepSpeed: keys derived from the run's settings, merged with engine.deepspeed_config."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -5,8 +5,6 @@ rank, divides them and copies the result: about 25 bytes of traffic an element, 
 when three buckets are in flight, so that at a block's end the GPU runs nothing but a reduction.
 """
 
-from __future__ import annotations
-
 import collections
 from collections.abc import Callable, Mapping
 

@@ -130,6 +130,7 @@ def _checkpoints(
         run.report,
         run.record,
         every=keep.every,
-        last=config.last_step if keep.at_end else 0,
+        last=config.last_step,
+        at_end=keep.at_end,
         abort=keep.on_failure == "abort",
     )

@@ -13,12 +13,13 @@ WORTH_SAYING_S = 1.0  # seconds that a save waited for the one before it
 
 
 class CheckpointEvery(Hook):
-    """Calls `save(state)` on all ranks, and reports each save when it is on disk.
+    """Calls `save(state)` on all ranks. Records the pause of each save at once, and its write when it is on disk.
 
     prepare: begins to make what the first save needs. save: starts a save with `writer`; returns the previous save if
     not yet reported. report(line, values, step): prints a line once and records values. record(values, step): records
-    values. every: steps; 0 saves only on a stop signal and at the end. last: the run's last step; 0 for no save at the
-    end. abort: whether a failed save ends the run; a failure of the run's last save always does.
+    values. every: steps; 0 saves only on a stop signal and at the end. last: the run's last step, which waits for the
+    last write. at_end: whether it saves. abort: whether a failed save ends the run; a failure of a save at the run's
+    last step always does.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class CheckpointEvery(Hook):
         *,
         every: int,
         last: int,
+        at_end: bool,
         abort: bool,
     ):
         self.writer = writer
@@ -40,37 +42,33 @@ class CheckpointEvery(Hook):
         self.record = record
         self.every = every
         self.last = last
+        self.at_end = at_end
         self.abort = abort
         self._said = False
 
     def on_start(self, state: TrainingState) -> None:
-        if self.every or self.last > state.step:
+        if self.every or (self.at_end and self.last > state.step):
             self.prepare()
 
     def on_step(self, state: TrainingState, report: StepReport) -> None:
-        self._report(self.writer.finished(), state)
-        due = self.every and state.step % self.every == 0
+        self._written(self.writer.finished(), state)
         final = report.stop or state.step == self.last
-        if due or final:
-            self._report(self.save(state), state)
+        due = report.stop or (self.at_end and final) or (bool(self.every) and state.step % self.every == 0)
+        if due:
+            self._written(self.save(state), state)
+            self._paused(self.writer.current, state)
         if final:
             began = time.perf_counter()
             if (done := self.writer.wait()) is not None:
-                done.pause_s += time.perf_counter() - began
-            self._report(done, state, fatal=True)
+                self._record(done, state, {"checkpoint/pause_s": time.perf_counter() - began})
+                self._written(done, state, fatal=due)
 
     def on_stop(self, state: TrainingState) -> None:
         done = self.writer.close()  # a save may be in progress when a step raises
         if done is not None and done.error is not None:
             self.report(str(done.error), {}, state.step)
 
-    def _report(self, save: Save | None, state: TrainingState, *, fatal: bool = False) -> None:
-        if save is None:
-            return
-        if save.error is not None:
-            if fatal or self.abort:
-                raise save.error
-            self.report(f"{save.error}; training goes on (checkpoint.on_failure=report)", {}, state.step)
+    def _paused(self, save: Save, state: TrainingState) -> None:
         if save.wait_s > WORTH_SAYING_S and self.every and save.step % self.every == 0 and not self._said:
             self._said = True
             self.report(
@@ -79,6 +77,16 @@ class CheckpointEvery(Hook):
                 {},
                 state.step,
             )
-        figures = {name: getattr(save, name) for name in ("step", "pause_s", "wait_s", "write_s")}
-        figures["failed"] = bool(save.error)
-        self.record({f"checkpoint/{name}": value for name, value in figures.items()}, state.step)
+        self._record(save, state, {"checkpoint/pause_s": save.pause_s, "checkpoint/wait_s": save.wait_s})
+
+    def _written(self, save: Save | None, state: TrainingState, *, fatal: bool = False) -> None:
+        if save is None:
+            return
+        if save.error is not None:
+            if fatal or self.abort:
+                raise save.error
+            self.report(f"{save.error}; training goes on (checkpoint.on_failure=report)", {}, state.step)
+        self._record(save, state, {"checkpoint/write_s": save.write_s, "checkpoint/failed": bool(save.error)})
+
+    def _record(self, save: Save, state: TrainingState, values: dict[str, Any]) -> None:
+        self.record({"checkpoint/step": save.step} | values, state.step)

@@ -1,7 +1,5 @@
 """A copy of the journal for another program, such as wandb and TensorBoard."""
 
-from __future__ import annotations
-
 import logging
 from bisect import bisect_right
 from typing import Any

@@ -1,7 +1,5 @@
 """Copies the journal to an event file of TensorBoard, run_dir/tensorboard (the package tensorboard, an extra)."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

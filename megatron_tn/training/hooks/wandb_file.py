@@ -5,8 +5,6 @@ bytes of file header, then blocks of 32 KiB, in which a record is crc (4 bytes),
 whole, 2: first, 3: middle, 4: last part) and a piece of a protobuf `Record` message.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

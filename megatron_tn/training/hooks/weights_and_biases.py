@@ -57,8 +57,8 @@ class WeightsAndBiases(JournalCopy):
         import wandb
 
         mode = self.config.mode
-        if mode == "online" and not wandb.login(prompt=False, verify=False):
-            log.warning("wandb: nobody is logged in here, so it logs offline; `python -m launch.sync` uploads it later")
+        if mode == "online" and (why := why_not_logged_in()):
+            log.warning("wandb: %s, so it logs offline; `python -m launch.sync` uploads it later", why)
             mode = "offline"
         if mode == "online" and not self.must_reach:
             try:
@@ -119,12 +119,19 @@ class WeightsAndBiases(JournalCopy):
 
 
 def log_in() -> None:
-    """Log in to wandb by WANDB_API_KEY, or by what `wandb login` left on the machine. Raises ConfigError without
-    either."""
+    """Raises ConfigError where `why_not_logged_in` says something."""
+    if why := why_not_logged_in():
+        raise ConfigError(f"wandb: {why}: `wandb login`, or set WANDB_API_KEY")
+
+
+def why_not_logged_in() -> str:
+    """Log in to wandb by WANDB_API_KEY, or by what `wandb login` left on the machine. Returns "", or why that fails."""
     import wandb
 
-    if not wandb.login(prompt=False, verify=False):
-        raise ConfigError("wandb: nobody is logged in here: `wandb login`, or set WANDB_API_KEY")
+    try:
+        return "" if wandb.login(prompt=False, verify=False) else "nobody is logged in here"
+    except wandb.Error as error:  # a key that is none
+        return str(error).partition("\n")[0].rstrip(".")
 
 
 def push(folder: RunFolder, config: TrainConfig) -> str:

@@ -1,7 +1,5 @@
 """From all ranks' signs of life: silent ranks, ranks that others wait for, ranks that failed first. Pure functions."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Messages about an observed hang or failure."""
 
-from __future__ import annotations
-
 from megatron_tn.training.watchdog.detect import Observation, waited_for
 from megatron_tn.training.watchdog.signs import Sign
 

@@ -1,7 +1,5 @@
 """The first rank to notice a hang or failure compares all ranks' signs; the others read its result."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import time

@@ -1,7 +1,5 @@
 """From a thread's Python stack: its source line, and whether it waits for other ranks."""
 
-from __future__ import annotations
-
 import linecache
 import sys
 import threading

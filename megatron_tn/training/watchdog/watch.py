@@ -65,7 +65,6 @@ class Watchdog:
             if thread.is_alive():
                 thread.join(2 * self.interval_s)
         faulthandler.cancel_dump_traceback_later()
-        faulthandler.unregister(signal.SIGUSR2)
 
     @property
     def folder(self) -> Path:
