@@ -131,6 +131,13 @@ def test_every_problem_is_named_at_once(tmp_path, capsys):
         assert name in said
 
 
+def test_a_bound_that_the_stream_has_too_is_named_once(shards, tmp_path, capsys):
+    words = ("seed=-1", "data.shuffle_window=0", "data.sequence_length=-7")
+    assert call(train, *SMALL, f"data.manifest={shards}", f"run_dir={tmp_path / 'run'}", *words) == 2
+    named = [line.split()[1] for line in capsys.readouterr().err.splitlines()]
+    assert sorted(named) == sorted(words)
+
+
 def test_a_filter_whose_counts_are_missing_names_the_command_that_makes_them(shards, tmp_path, capsys):
     band = 'data.filter=\'{"scores": "small", "default": [1.0, 3.0]}\''
     assert call(train, *SMALL, f"data.manifest={shards}", f"run_dir={tmp_path / 'run'}", band) == 2
