@@ -21,7 +21,7 @@ from rich.table import Table
 from data_pipeline.shards.manifest import Manifest as Shards
 from data_pipeline.shards.manifest import TokenizerInfo
 from megatron_tn.checkpoint.load import CheckpointWeights
-from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest
+from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, checkpoint_name
 from megatron_tn.checkpoint.verify import verify
 from megatron_tn.cli import command
 from megatron_tn.config import ConfigError, ConvertConfig, ModelConfig, out_of_bounds, resolved
@@ -39,7 +39,7 @@ from megatron_tn.released.card import card, training_facts
 from megatron_tn.released.to_checkpoint import write_checkpoint
 from megatron_tn.released.tokenizer import TOKENIZER_CONFIG_FILE, tokenizer_files
 from megatron_tn.released.weights import ReleasedWeights
-from megatron_tn.released.write import problems_of_output, whole_tensor, write_released
+from megatron_tn.released.write import alone_in, problems_of_output, whole_tensor, write_released
 from megatron_tn.training.run_folder import RunFolder
 
 DAMAGED = 1  # exit code
@@ -112,7 +112,8 @@ def export(config: ConvertConfig) -> None:
 def import_weights(config: ConvertConfig) -> None:
     """Write a released folder's or checkpoint's weights as the first checkpoint of a run, without optimizer state."""
     directory, run = check_output(config), RunFolder(config.output)
-    if run.path.is_dir() and any(not path.name.startswith(".") for path in run.path.iterdir()):
+    inside = [path.name for path in run.path.iterdir()] if run.path.is_dir() else []
+    if any(not name.startswith(".") for name in inside) and not left_by_a_kill(run):
         raise ConfigError(f"output={run.path} holds files: name a new folder for the run")
     tokenizer = tokenizer_path("", config.checkpoint)
     with unreadable(config.checkpoint, directory), open_weights(directory) as weights:
@@ -121,12 +122,10 @@ def import_weights(config: ConvertConfig) -> None:
             if problems:
                 raise ConfigError(problems)
         stored = "bf16" if set(weights.dtypes.values()) <= {torch.bfloat16, torch.float16} else "fp32"
-        written = write_checkpoint(
-            weights,
-            run.checkpoints,
-            stored if config.precision == "trained" else config.precision,
-            length_of(weights),
-        )
+        precision = stored if config.precision == "trained" else config.precision
+        run.path.mkdir(parents=True, exist_ok=True)
+        with alone_in(run.path):
+            written = write_checkpoint(weights, run.checkpoints, precision, length_of(weights))
     if tokenizer is not None:
         run.keep_tokenizer(tokenizer)
     print(f"wrote {written}")
@@ -140,12 +139,21 @@ def check_output(config: ConvertConfig) -> Path:
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output={output} is a file: name a folder to write the model to")
     # An export into the folder of a run or a checkpoint would overwrite its config.json.
-    if (output / MANIFEST).exists() or RunFolder(output).is_there:
+    run = RunFolder(output)
+    if (output / MANIFEST).exists() or (run.is_there and not left_by_a_kill(run)):
         raise ConfigError(f"output={output} is the folder of a run or a checkpoint: name another to write the model to")
     directory = resolve_checkpoint(config.checkpoint)
     if output.exists() and output.samefile(directory):
         raise ConfigError(f"output={output} is checkpoint={config.checkpoint} itself: name another folder")
     return directory
+
+
+def left_by_a_kill(run: RunFolder) -> bool:
+    """Whether the folder holds what an import had written when it was killed, and nothing else."""
+    partial = run.checkpoints / f"{checkpoint_name(0)}.tmp"
+    return partial.is_dir() and all(
+        list(folder.iterdir()) == [only] for folder, only in ((run.path, run.checkpoints), (run.checkpoints, partial))
+    )
 
 
 def shards_of(weights: CheckpointWeights | ReleasedWeights) -> Shards | None:

@@ -134,15 +134,18 @@ def tokenizer_path(path: str, checkpoint: str) -> Path | None:
     return next((place for place in ([Path(path)] if path else near) if place.is_file()), None)
 
 
-def other_tokenizer(manifest: Manifest, setting: str, path: str, checkpoint: str) -> list[str]:
+def other_tokenizer(
+    manifest: Manifest, setting: str, path: str, checkpoint: str, named: str = "checkpoint"
+) -> list[str]:
     """One line where shards were made with another tokenizer than the checkpoint's model was trained with; none where
-    either tokenizer.json is not there. setting: the one that names the shards; path: see `load_tokenizer`."""
+    either tokenizer.json is not there. setting: the one that names the shards, with its value; named: the setting that
+    names the checkpoint; path: see `load_tokenizer`."""
     ours, theirs = tokenizer_path(path, checkpoint), manifest.directory / manifest.tokenizer.file
     if ours is None or not theirs.is_file():
         return []
     if load_tokenizer(str(ours), checkpoint).get_vocab() == load_tokenizer(str(theirs), checkpoint).get_vocab():
         return []
-    return [f"{setting} was made with another tokenizer than {ours}, that of checkpoint={checkpoint}"]
+    return [f"{setting} was made with another tokenizer than {ours}, that of {named}={checkpoint}"]
 
 
 def resolve_checkpoint(path: str, setting: str = "checkpoint") -> Path:

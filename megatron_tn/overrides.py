@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline import redaction
 from data_pipeline.words import as_typed, quoted
-from megatron_tn.config import ConfigError, from_mapping, known_keys, out_of_bounds, unknown_key
+from megatron_tn.config import ConfigError, from_mapping, known_keys, out_of_bounds, to_mapping, unknown_key
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 EXPERIMENT = "experiment"  # config group whose files override values of other groups
@@ -159,7 +159,7 @@ class CommandLine:
 
         Raises:
             ConfigError: an unknown key, an unknown choice of a group, an invalid value, a word that is not KEY=VALUE, a
-                sweep without --multirun, or a sweep without values.
+                sweep without --multirun, a sweep without values, or one in which two jobs have the same settings.
         """
         parsed, problems = [], []
         if self.config_dir and not Path(self.config_dir).is_dir():
@@ -184,8 +184,19 @@ class CommandLine:
                 problems += error.problems
         if problems:
             raise ConfigError(problems)
-        jobs = itertools.product(*values)
-        problems = itertools.chain.from_iterable(self._job_problems(job, values=bool(swept)) for job in jobs)
+        swept_places = [place for place, each in enumerate(values) if len(each) > 1]
+        names: dict[str, str] = {}  # settings -> the swept words of the first job that has them
+        for job in itertools.product(*values):
+            config, found = self._job(job, values=bool(swept))
+            problems += found
+            name = " ".join(job[place] for place in swept_places)
+            if config is None:
+                continue
+            if first := names.get(key := json.dumps(to_mapping(config))):
+                problems.append(
+                    f"{name} has the settings of {first}: leave one out, or the word that replaces what differs in them"
+                )
+            names.setdefault(key, name)
         if problems := list(dict.fromkeys(problems)):
             raise ConfigError(problems)
 
@@ -214,21 +225,22 @@ class CommandLine:
             raise ConfigError(f"{override.input_line}: there is no value to sweep over")
         return [f"{name}={value}" for value in values]
 
-    def _job_problems(self, words: Sequence[str], *, values: bool) -> list[str]:
-        """Error lines of one job. values: of a sweep, whose values are checked as well, not only names."""
+    def _job(self, words: Sequence[str], *, values: bool) -> tuple[Any, list[str]]:
+        """One job's config, of a sweep, and its error lines. values: of a sweep, whose values are checked as well, not
+        only names."""
         try:
             composed = self.compose(self.choices_win(words)) if values else self.composed
         except (HydraException, OmegaConfBaseException, ValueError) as error:
-            return self._explain(error, words)
+            return None, self._explain(error, words)
         if not values:
-            return []
+            return None, []
         try:
             config = from_mapping(self.kind, settings(composed))
         except ConfigError as error:
-            return error.problems
+            return None, error.problems
         except OmegaConfBaseException:
-            return []  # an interpolation such as ${hydra:...}, resolved only when the job runs
-        return config.job_problems()
+            return None, []  # an interpolation such as ${hydra:...}, resolved only when the job runs
+        return config, config.job_problems()
 
     def _explain(self, error: Exception, words: Sequence[str]) -> list[str]:
         """Error lines of words that cannot be composed: unknown names, and then values that are wrong by themselves.

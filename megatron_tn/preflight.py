@@ -17,7 +17,7 @@ from megatron_tn.cli import is_first_process
 from megatron_tn.config import ConfigError, TrainConfig
 from megatron_tn.data import open_stream, with_token_ids
 from megatron_tn.evaluate import problems_in_training
-from megatron_tn.loading import open_weights, resolve_checkpoint
+from megatron_tn.loading import open_weights, other_tokenizer, resolve_checkpoint
 from megatron_tn.parallel.world import number, of_first, processes_here, world_size
 from megatron_tn.planning.concerns import other_world
 from megatron_tn.planning.host import cpu_cost
@@ -95,7 +95,7 @@ def inspect(
         start = choose_start(config, RunFolder(config.run_dir), requeued=requeued)
         if config.init_from and start.checkpoint is None:
             start = start.with_weights(folder_of_weights(config))
-        if found := checkpoint_problems(config, start):
+        if found := checkpoint_problems(config, start) + weights_of_other_tokens(config, start, stream):
             raise ConfigError(found)
         if not problems:
             go_to(stream, start)
@@ -125,6 +125,19 @@ def folder_of_weights(config: TrainConfig) -> Path:
     if changed:
         raise ConfigError([f"{setting} holds another model: {line}" for line in changed])
     return directory
+
+
+def weights_of_other_tokens(config: TrainConfig, start: Start, stream: TokenStream | None) -> list[str]:
+    """One line where a run's first weights were trained with another tokenizer than the data is made with: init_from's,
+    or those of a checkpoint that an import made. Other checkpoints belong to their data (`go_to`)."""
+    if config.init_from and start.checkpoint is None:
+        named, weights = "init_from", config.init_from
+    elif start.manifest is not None and not start.manifest.training.get("stream"):
+        named, weights = "checkpoint", str(start.checkpoint)
+    else:
+        return []
+    data = f"data.manifest={config.data.manifest}"
+    return [] if stream is None else other_tokenizer(stream.manifest, data, "", weights, named)
 
 
 def go_to(stream: TokenStream, start: Start) -> None:

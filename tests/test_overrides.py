@@ -130,8 +130,13 @@ def test_flags_are_as_hydra_spells_them(tmp_path, capsys):
         (["model=glob(1*b)", "model.layers=0"], ["model.layers=0 must be from 1 to 2048"]),
         (["seed=choice()"], ["not an override: 'seed=choice()'"]),
         (["optim.lr=1e-3,-1"], ["optim.lr=-1.0 must be above 0"]),
+        (
+            ["experiment=paper/architecture/hybrid,paper/gate/without,paper/architecture/transformer", "model=demo"],
+            ["experiment=paper/architecture/transformer has the settings of experiment=paper/architecture/hybrid: "],
+        ),
+        (["seed=0,1,0", "model.decay=paper"], ["seed=0 has the settings of seed=0: "]),
     ],
-    ids=["interval", "no values", "glob", "empty", "value"],
+    ids=["interval", "no values", "glob", "empty", "value", "same model", "same seed"],
 )
 def test_a_bad_sweep_is_a_line_each(capsys, words, said):
     assert call(main, "--multirun", *words) == 2

@@ -69,7 +69,7 @@ def problems_of_output(directory: Path) -> list[str]:
 
 @contextlib.contextmanager
 def alone_in(directory: Path) -> Iterator[None]:
-    """No other export is written to `directory` until the block ends, on file systems that lock folders.
+    """No other export or import writes to `directory` until the block ends, on file systems that lock folders.
 
     Raises:
         ConfigError: one is being written.
@@ -79,7 +79,7 @@ def alone_in(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"output={directory} is being written by another export") from None
+            raise ConfigError(f"output={directory} is being written by another process") from None
         except OSError:
             pass
         yield

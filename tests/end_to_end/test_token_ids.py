@@ -115,5 +115,14 @@ def test_ids_and_shards_of_another_tokenizer_are_refused(run, shards, tmp_path, 
     )
     assert call(train, *settings, f"evaluation.manifest={tmp_path / 'manifest.json'}") == 2
     assert "were made with different tokenizers" in capsys.readouterr().err
-    assert call(evaluate, f"checkpoint={run}", f"manifest={tmp_path / 'manifest.json'}", "device=cpu") == 2
+    theirs = f"manifest={tmp_path / 'manifest.json'}"
+    assert call(evaluate, f"checkpoint={run}", theirs, "device=cpu") == 2
     assert "was made with another tokenizer than" in capsys.readouterr().err
+    imported = tmp_path / "imported"
+    assert call(convert, "import", f"checkpoint={run}", f"output={imported}") == 0
+    first = imported / "checkpoints" / "step_00000000"
+    for words in ((f"init_from={run}", f"run_dir={tmp_path / 'none'}"), (f"run_dir={imported}",)):
+        assert call(train, *SMALL, f"data.{theirs}", "schedule.steps=60", *words) == 2
+        said = capsys.readouterr().err
+        assert f"error: data.{theirs} was made with another tokenizer than " in said
+        assert said.endswith(f", that of {words[0] if len(words) > 1 else f'checkpoint={first}'}\n")

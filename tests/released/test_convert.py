@@ -137,7 +137,7 @@ def test_two_exports_do_not_write_to_one_folder(tmp_path, capsys):
     other = export_of(tmp_path / "other", seed=2)
     with alone_in(released):
         assert call(convert, "export", f"checkpoint={other}", f"output={released}") == 2
-    assert capsys.readouterr().err == f"error: output={released} is being written by another export\n"
+    assert capsys.readouterr().err == f"error: output={released} is being written by another process\n"
     assert {path.name: path.read_bytes() for path in released.iterdir()} == before
 
 
@@ -151,6 +151,22 @@ def test_an_export_that_was_killed_while_it_replaced_another_is_made_again(tmp_p
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
         path.name: path.read_bytes() for path in (tmp_path / "fresh").iterdir()
     }
+
+
+def test_an_import_that_was_killed_is_made_again_by_one_process(tmp_path, capsys):
+    run = tmp_path / "run"
+    partial = run / "checkpoints" / "step_00000000.tmp"
+    partial.mkdir(parents=True)
+    (partial / "rank_00000.safetensors").write_text("half")
+    words = (f"checkpoint={golden('heads4').directory}", f"output={run}")
+    assert call(convert, "export", *words) == 2
+    with alone_in(run):
+        assert call(convert, "import", *words) == 2
+    assert "is being written by another process" in capsys.readouterr().err
+    assert partial.is_dir()
+    assert call(convert, "import", *words) == 0
+    assert verify(run / "checkpoints" / "step_00000000") == []
+    assert call(convert, "import", *words) == 2
 
 
 def as_pickle(folder: Path, split: bool, **options) -> Path:
