@@ -222,7 +222,10 @@ def _notes(config: SubmitConfig, figures: Outline) -> list[str]:
         notes.append(f"{folder} is in use, as its status says: a job that starts before that run has ended is refused")
     if (before := folder.frozen_mapping()) is not None:
         now = to_stored(config.train)
-        changed = differences(before | {"run_dir": now["run_dir"], "model": before["model"] | _ids(now)}, now)
+        model = before.get("model")  # of another version of this project it may be anything
+        if isinstance(model, dict):
+            before |= {"model": model | _ids(now)}
+        changed = differences(before | {"run_dir": now["run_dir"]}, now)
         if changed:
             notes.append(
                 "settings of this submission that differ from the run's last start, and win: " + "; ".join(changed)

@@ -99,6 +99,9 @@ def test_a_run_is_written_shown_and_submitted(sbatch, words, tmp_path, capsys, m
     assert "and win: nodes: 2 -> 1; optim.lr: 0.01 -> 0.02" in said
     assert "not submitted" in said
     assert len(sbatch()) == 1
+    RunFolder(run).config_file.write_text('{"model": 5}')  # of another program
+    assert call(submit, *words, f"run_dir={run}", "dry_run=true") == 0
+    assert "and win: checkpoint: None -> " in capsys.readouterr().out
 
 
 def test_hostile_names_are_words_and_nothing_else(sbatch, words, tmp_path):
