@@ -12,7 +12,7 @@ from kernels.gla.op import gla
 from kernels.gla.slice import StateExchange, gla_slice
 from kernels.lightning.op import lightning_attention
 from kernels.muon.op import muon_apply_, muon_direction_
-from kernels.newton_schulz.op import newton_schulz
+from kernels.newton_schulz.op import equalize_norms_, newton_schulz
 from kernels.rmsnorm.op import add_rms_norm, branch_rms_norm
 from kernels.rope.op import rope
 from kernels.sampling.op import sample_tokens

@@ -14,7 +14,7 @@ from data_pipeline.stream import (
     load_document_stage,
     load_filter,
 )
-from megatron_tn.config import ConfigError, ModelConfig, TrainConfig
+from megatron_tn.config import ConfigError, ModelConfig, TrainConfig, out_of_bounds
 
 
 def with_token_ids(config: TrainConfig) -> TrainConfig:
@@ -75,19 +75,25 @@ def open_stream(config: TrainConfig) -> TokenStream:
 
     Raises:
         InputError: data.manifest is not set, shards are missing or damaged, or the filter or mixture does not fit them.
-            Each line begins with a setting's name, without "data.".
+            Each line begins with a setting's name, without "data."; there is none for settings out of bounds.
     """
     data = config.data
     if not data.manifest:
         raise InputError("manifest: not set: name the manifest.json that `python -m data_pipeline.run` wrote")
+    manifest = Manifest.load(data.manifest, cache_bytes=data.cache_bytes)
+    options = {
+        "filter": load_filter(data.filter) if data.filter else None,
+        "document_stages": [load_document_stage(name) for name in data.document_stages],
+        "mixture": Mixture.parse(data.mixture) if data.mixture else None,
+    }
+    if out_of_bounds(config):
+        raise InputError()  # `config.problems` names them, by the names of the settings
     return build_stream(
-        Manifest.load(data.manifest, cache_bytes=data.cache_bytes),
+        manifest,
         sequence_length=data.sequence_length,
         seed=config.seed,
         isolate_documents=data.isolate_documents,
         window=data.shuffle_window,
         max_damaged=data.max_damaged,
-        filter=load_filter(data.filter) if data.filter else None,
-        document_stages=[load_document_stage(name) for name in data.document_stages],
-        mixture=Mixture.parse(data.mixture) if data.mixture else None,
+        **options,
     )

@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline import redaction
 from data_pipeline.words import as_typed, quoted
-from megatron_tn.config import ConfigError, from_mapping, known_keys, to_mapping, unknown_key
+from megatron_tn.config import ConfigError, from_mapping, known_keys, out_of_bounds, to_mapping, unknown_key
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 EXPERIMENT = "experiment"  # config group whose files override values of other groups
@@ -243,26 +243,41 @@ class CommandLine:
         return config, config.job_problems()
 
     def _explain(self, error: Exception, words: Sequence[str]) -> list[str]:
+        """Error lines of words that cannot be composed: unknown names, and then values that are wrong by themselves.
+        Relations are not checked, since a misspelt setting may be one side of them."""
+        if unknown := dict(self._unknown(words)):
+            return [*unknown.values(), *self._wrong_values([word for word in words if word not in unknown])]
+        return [_first_line(error) + (f": {_first_line(error.__cause__)}" if error.__cause__ else "")]
+
+    def _wrong_values(self, words: Sequence[str]) -> list[str]:
+        try:
+            config = from_mapping(self.kind, settings(self.compose(self.choices_win(words))))
+        except ConfigError as error:
+            return error.problems
+        except (HydraException, OmegaConfBaseException, ValueError):
+            return []
+        return list(out_of_bounds(config).values())
+
+    def _unknown(self, words: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """(word, error line) of each word that names no setting, no group, or no choice of a group."""
         known = known_keys(self.kind)
-        problems = []
         for word in words:
             key, _, value = word.lstrip("+~").partition("=")
             if (choices := self.groups.get(key)) is not None:
                 if value not in choices:
                     if inside := _files_in(value, choices):
-                        problems.append(
+                        yield (
+                            word,
                             f"{word}: conf/{key}/{value} is a folder of {len(inside)} files: name one, such as "
-                            f"{key}={inside[0]}, or run all of them with --multirun"
+                            f"{key}={inside[0]}, or run all of them with --multirun",
                         )
                         continue
                     choices = [choice for choice in choices if not choice.startswith("_")]  # _X: part of others
                     close = difflib.get_close_matches(value, choices, n=1)
                     hint = f"; did you mean {close[0]}?" if close else ""
-                    problems.append(f"{key}={value}: conf/{key} has {', '.join(choices)}{hint}")
+                    yield word, f"{key}={value}: conf/{key} has {', '.join(choices)}{hint}"
             elif key not in known and not key.startswith(("hydra.", "hydra/")):
-                problems.append(unknown_key(key, sorted({*known, *self.groups})))
-        cause = f": {_first_line(error.__cause__)}" if error.__cause__ else ""
-        return problems or [_first_line(error) + cause]
+                yield word, unknown_key(key, sorted({*known, *self.groups}))
 
 
 @contextlib.contextmanager

@@ -41,6 +41,16 @@ def newton_schulz(matrices: Tensor, iterations: int = 5) -> Tensor:
     return x.to(matrices.dtype)
 
 
+@torch.no_grad()
+def equalize_norms_(matrices: Tensor) -> None:
+    """Scale the rows of each of `matrices` [n, rows, columns] to one norm, or the columns where they are more, and keep
+    the matrix's: v / |v| * |X|_F / sqrt(max(rows, columns)) for each such vector v of X. A v of zeros stays. Norms are
+    summed in fp32 at least."""
+    along = 2 if matrices.shape[1] >= matrices.shape[2] else 1
+    norms = vector_norm(matrices, dim=along, keepdim=True, dtype=torch.promote_types(matrices.dtype, torch.float32))
+    matrices.mul_(norms.square().mean(dim=3 - along, keepdim=True).sqrt() / norms.clamp(min=EPS))
+
+
 def parts(rows: int, columns: int, iterations: int) -> Iterator[int]:
     """Sizes of the groups of iterations that are made as one product with X each, such as 3 and 2; or 1, 1, ..."""
     most = JOINED if max(rows, columns) >= WIDE * min(rows, columns) else 1

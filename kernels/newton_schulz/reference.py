@@ -15,6 +15,13 @@ A, B, C = 3.4445, -4.7750, 2.0315
 EPS = 1e-7  # least Frobenius norm to divide by: a zero matrix stays zero
 
 
+def equalize_norms(matrix: Tensor) -> Tensor:
+    """matrix [rows, columns] -> the same directions of rows, or of columns where they are more, all of one norm, and
+    the same Frobenius norm. (NorMuon, arXiv 2510.05491, algorithm 1, with beta2 = 0 takes rows for every shape.)"""
+    vectors = matrix / vector_norm(matrix, dim=1 if len(matrix) >= len(matrix.T) else 0, keepdim=True)
+    return vectors * vector_norm(matrix) / vector_norm(vectors)
+
+
 def gram_polynomial(x: Tensor) -> Tensor:
     """b A + c A^2 for A = X X^T, X [rows, columns]."""
     gram = x @ x.mT

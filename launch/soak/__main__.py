@@ -14,7 +14,7 @@
 Other words are overrides for training, which is the demo's model on a small corpus made here unless data.manifest= is
 among them. output/summary.json has every fault, goodput and time lost by cause; output/trainers.log what the trainers
 print. Exit code 1 when the runs differ, a start ends with an exit code that its fault does not allow, or files or
-processes are left behind.
+processes are left behind; 2 when the trainers refuse the settings.
 """
 
 from __future__ import annotations
@@ -130,6 +130,11 @@ def summary_of(settings: Settings, soak: Soak) -> dict[str, Any]:
     }
 
 
+def refusals(log: Path) -> list[str]:
+    """What the trainers said of settings that they did not take."""
+    return [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+
+
 def show(summary: dict[str, Any]) -> None:
     table = Table(title=f"{summary['steps']:,} steps, {len(summary['events'])} faults", show_header=False)
     for name, count in sorted(summary["faults"].items()):
@@ -178,6 +183,9 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     end = time.monotonic() + 60 * settings.minutes
     soak.run(lambda: time.monotonic() > end)
+    if soak.problems and not soak.folder.is_there and (lines := refusals(output / "trainers.log")):
+        print("\n".join(lines), file=sys.stderr)
+        return 2
     if not soak.problems:
         soak.compare(RunFolder(output / "undisturbed"))
     summary = summary_of(settings, soak)

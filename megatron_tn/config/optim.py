@@ -7,6 +7,7 @@ from pydantic.dataclasses import dataclass
 from megatron_tn.config.bounds import AboveZero, Bounds, Count, FromZero, Unlimited
 from megatron_tn.config.mapping import STRICT
 
+OF_MUON = ("momentum", "momentum_warmup_steps", "equal_norms")  # settings that optim.name=muon alone reads
 Beta = Annotated[float, Bounds(0, 1, below=True)]
 
 
@@ -18,6 +19,9 @@ class OptimConfig:
     # lr and weight_decay fit; AdamW for embedding, head, norm weights and LRPE's theta.
     name: Literal["adamw", "muon"] = "adamw"
     lr: AboveZero = 3e-4  # learning rate at the peak of the schedule, after warm-up
+    # learning rate of the embedding, which is also the head, divided by that of the other parameters. AdamW steps it
+    # whatever optim.name is.
+    embedding_lr_ratio: AboveZero = 1.0
     beta1: Beta = 0.9  # AdamW: decay rate of the first moment
     beta2: Beta = 0.95  # AdamW: decay rate of the second moment
     eps: AboveZero = 1e-8  # AdamW: added to the square root of the second moment
@@ -31,3 +35,6 @@ class OptimConfig:
     # muon: applied steps over which momentum rises linearly from 0.85 to optim.momentum; 0: constant momentum, since
     # the learning rate warms up. Jordan's speed runs have 300, and no warm-up of the learning rate.
     momentum_warmup_steps: Count = 0
+    # muon: scale the rows of an orthogonalised update to one norm, or its columns where they are more, and keep the
+    # update's norm (NorMuon, arXiv 2510.05491, but by this step's norms instead of an average over steps).
+    equal_norms: bool = False

@@ -16,7 +16,7 @@ from megatron_tn.config.data import DataConfig
 from megatron_tn.config.engine import EngineConfig
 from megatron_tn.config.evaluation import EvaluationConfig
 from megatron_tn.config.model import SOFTMAX_KINDS, ModelConfig
-from megatron_tn.config.optim import OptimConfig
+from megatron_tn.config.optim import OF_MUON, OptimConfig
 from megatron_tn.config.parallel import ParallelConfig
 from megatron_tn.config.schedule import ScheduleConfig
 
@@ -185,10 +185,10 @@ def _apex_keeps_its_own_masters(config: Settings) -> Iterator[str]:
 
 
 @RELATIONS.reads()
-def _momentum_is_muons(config: Settings) -> Iterator[str]:
+def _muons_settings_are_read(config: Settings) -> Iterator[str]:
     for field in dataclasses.fields(OptimConfig):
         value = getattr(config.optim, field.name)
-        if field.name.startswith("momentum") and config.optim.name != "muon" and value != field.default:
+        if field.name in OF_MUON and config.optim.name != "muon" and value != field.default:
             yield f"optim.{field.name}={value} is a setting of optim.name=muon, but optim.name={config.optim.name}"
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import adamw_
+from megatron_tn.optim.groups import set_rates
 from megatron_tn.optim.protocol import masters_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -43,8 +44,8 @@ class TritonAdamW:
     @torch.no_grad()
     def step(self, lr: float, divisor: Tensor) -> None:
         self._steps += 1
+        set_rates(self.inner, lr)
         for group in self.inner.param_groups:
-            group["lr"] = lr
             for master in group["params"]:
                 state = self.state_of(master)
                 adamw_(
@@ -52,7 +53,7 @@ class TritonAdamW:
                     master.grad,
                     state["exp_avg"],
                     state["exp_avg_sq"],
-                    lr=lr,
+                    lr=group["lr"],
                     betas=group["betas"],
                     eps=group["eps"],
                     weight_decay=group["weight_decay"],
@@ -86,8 +87,7 @@ class _Waiting:
         value = divisor.item()
         if not value < float("inf"):
             return
-        for group in self.inner.param_groups:
-            group["lr"] = lr
+        set_rates(self.inner, lr)
         self._apply(None if value == 1 else divisor)
         write_copies(self.copies)
 

@@ -26,6 +26,7 @@ def build_optimizer(groups: list[dict], config: OptimConfig, dtype: torch.dtype 
             adamw=lambda others: _adamw(others, config),
             momentum=config.momentum,
             momentum_warmup_steps=config.momentum_warmup_steps,
+            equal_norms=config.equal_norms,
             dtype=dtype,
         )
     return _adamw(groups, config)

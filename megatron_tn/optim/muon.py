@@ -7,6 +7,9 @@ rest. Of each logical matrix P [rows, columns] (q, k, v and u of a packed projec
 
 O has min(rows, columns) singular values near 1, so an element's root mean square is 1 / sqrt(max(rows, columns)); the
 factor makes that 0.2, about AdamW's (arXiv 2502.16982, section 2.2), so that one rate and one weight decay serve both.
+optim.equal_norms scales the rows of O to one norm, or its columns where they are more, and keeps |O|_F: NorMuon
+(arXiv 2510.05491) without its average of a row's mean square over steps, so without state. The columns of
+a tall O and the rows of a wide one have norms near 1 already.
 
 M and P are updated element by element, wherever the engine keeps them. Only the Newton-Schulz iteration needs whole
 matrices: `MatrixRound` brings them together.
@@ -19,10 +22,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from kernels import muon_apply_, muon_direction_, newton_schulz
+from kernels import equalize_norms_, muon_apply_, muon_direction_, newton_schulz
 from kernels.newton_schulz import op
 from megatron_tn.optim.adamw import MOMENTS
-from megatron_tn.optim.groups import MATRICES
+from megatron_tn.optim.groups import MATRICES, set_rates
 from megatron_tn.optim.protocol import Optimizer
 
 MOMENTUM = "momentum"
@@ -79,6 +82,7 @@ class Muon:
     adamw: makes the optimizer of the other groups. It keeps the group dictionaries that it is given, so that masters
         that DeepSpeed puts in the place of parameters are in both.
     momentum, momentum_warmup_steps: mu rises linearly from FIRST_MOMENTUM to `momentum` over so many applied steps.
+    equal_norms: whether the rows of O, or its columns where they are more, are scaled to one norm.
     dtype: type of the matrices that ranks send each other, and that `newton_schulz` takes and returns.
     rounds: set by `engine.update.Update`. weight_decays: master -> its weight decay, for the masters of the matrices.
     """
@@ -93,12 +97,14 @@ class Muon:
         adamw: Callable[[list[dict]], Optimizer],
         momentum: float,
         momentum_warmup_steps: int,
+        equal_norms: bool,
         dtype: torch.dtype,
     ):
         self.inner = _Groups(groups, {"weight_decay": 0.0, MATRICES: False})
         self.adamw = adamw([group for group in self.inner.param_groups if not group[MATRICES]])
         self.momentum = momentum
         self.momentum_warmup_steps = momentum_warmup_steps
+        self.equal_norms = equal_norms
         self.dtype = dtype
         self.rounds: Sequence[MatrixRound] = ()
         self.weight_decays: dict[Tensor, float] = {}
@@ -122,8 +128,7 @@ class Muon:
         self.adamw.step(lr, divisor)
         momentum = self._momentum()
         self._steps += 1
-        for group in self.inner.param_groups:
-            group["lr"] = lr
+        set_rates(self.inner, lr)
         for matrices in self.rounds:
             buffer, places = matrices.send_buffer(self.dtype)
             for part, place in zip(matrices.parts, places, strict=True):
@@ -131,7 +136,7 @@ class Muon:
                 muon_direction_(place, held, gradient, beta=momentum, divisor=divisor)
             whole = matrices.gather(buffer)
             del buffer, places  # before the iterations, whose temporaries are as large
-            updates = matrices.scatter(newton_schulz(whole, ITERATIONS) if len(whole) else whole)
+            updates = matrices.scatter(self._orthogonal(whole) if len(whole) else whole)
             del whole
             for part, update in zip(matrices.parts, updates, strict=True):
                 copy = self._copies.get(part.master)
@@ -144,6 +149,13 @@ class Muon:
                     divisor=divisor,
                     copy=None if copy is None else part.of(copy),
                 )
+
+    def _orthogonal(self, matrices: Tensor) -> Tensor:
+        """O [n, rows, columns] of the directions `matrices`."""
+        found = newton_schulz(matrices, ITERATIONS)
+        if self.equal_norms:
+            equalize_norms_(found)
+        return found
 
     def _momentum(self) -> float:
         """mu of the next step."""

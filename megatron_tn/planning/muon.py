@@ -17,6 +17,7 @@ from megatron_tn.engine.matrices import Matrix, batches, block_matrices, product
 # Bytes per parameter: direction 14, application 12 (kernels/muon), gradient norm 4; a matrix's norm, its division by
 # it and the result in bf16 10 (kernels/newton_schulz).
 ELEMENT_BYTES = 40
+EQUAL_NORMS_BYTES = 6  # optim.equal_norms: bf16, read twice and written
 # Share of a plain product's rate that iterations reach: symmetric products make their diagonal tiles whole, and store
 # their other half. 128 matrices of 1B, 26.3 TFLOP: 55.8 ms (docs/measurements/2026-11-30.md), 39.3 at 670 TFLOP/s.
 ITERATION_RATE = 0.70

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from megatron_tn.config import ClusterConfig, TrainConfig
 from megatron_tn.model.registry import parameter_count
 from megatron_tn.planning.microbatch import Microbatch
-from megatron_tn.planning.muon import ELEMENT_BYTES, ITERATION_RATE, matrix_elements, most_work
+from megatron_tn.planning.muon import ELEMENT_BYTES, EQUAL_NORMS_BYTES, ITERATION_RATE, matrix_elements, most_work
 from megatron_tn.planning.traffic import (
     LAST_BACKWARD,
     LAYER,
@@ -139,7 +139,8 @@ def updated_bytes(config: TrainConfig, world_size: int) -> float:
     size, quantised = UPDATE_BYTES * parameter_count(config.model), 0
     engine = config.engine
     if config.optim.name == "muon":
-        size += (ELEMENT_BYTES - UPDATE_BYTES) * matrix_elements(config.model)
+        element = ELEMENT_BYTES + (EQUAL_NORMS_BYTES if config.optim.equal_norms else 0)
+        size += (element - UPDATE_BYTES) * matrix_elements(config.model)
     if engine.frees_weights:
         size += 4 * matrix_elements(config.model)
         quantised = (6 if engine.keeps_fp8_transposes else 5) * matrix_elements(config.model) / config.parallel.tp

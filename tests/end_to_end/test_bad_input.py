@@ -27,7 +27,15 @@ GRADIENT_DTYPE = "engine.gradient_dtype=bf16 needs engine.name=deepspeed and eng
     ("words", "messages"),
     [
         (["model.embd_dim=64"], ["unknown setting model.embd_dim; did you mean model.embed_dim"]),
-        (["lr=3"], ["unknown setting lr; did you mean optim.lr"]),
+        (
+            ["lr=3", "engine=zero4", "optim.beta2=3", "schedule.steps=-1"],
+            [
+                "unknown setting lr; did you mean optim.lr",
+                "engine=zero4: conf/engine has",
+                "optim.beta2=3.0 must be from 0 to below 1",
+                "schedule.steps=-1 must be at least 1",
+            ],
+        ),
         (
             ["engine=zero4"],
             ["engine=zero4: conf/engine has fsdp2, local, zero0, zero1, zero2, zero3; did you mean zero"],
@@ -121,6 +129,13 @@ def test_every_problem_is_named_at_once(tmp_path, capsys):
     said = capsys.readouterr().err
     for name in ("model.heads=4", "data.micro_batch=0", "optim.lr=-1", "data.manifest: not set", "world size 1"):
         assert name in said
+
+
+def test_a_bound_that_the_stream_has_too_is_named_once(shards, tmp_path, capsys):
+    words = ("seed=-1", "data.shuffle_window=0", "data.sequence_length=-7")
+    assert call(train, *SMALL, f"data.manifest={shards}", f"run_dir={tmp_path / 'run'}", *words) == 2
+    named = [line.split()[1] for line in capsys.readouterr().err.splitlines()]
+    assert sorted(named) == sorted(words)
 
 
 def test_a_filter_whose_counts_are_missing_names_the_command_that_makes_them(shards, tmp_path, capsys):

@@ -39,6 +39,21 @@ def test_singular_values_come_near_1_and_vectors_stay():
     assert found.diagonal().max() < 1.21
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(12, 7), (7, 12)], ids=str)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_rows_or_columns_are_scaled_to_one_norm(rows, columns, dtype, bound):
+    given = matrices(rows, columns, dtype)
+    given[0, 3] *= 1e-3
+    given[0, :, 2] *= 1e-3
+    found = given.clone()
+    kernels.equalize_norms_(found)
+    for one, matrix in zip(found[:2], given, strict=False):
+        assert relative_error(one, reference.equalize_norms(matrix.double())) < bound
+        norms = one.double().norm(dim=0 if columns > rows else 1)
+        assert (norms / norms.mean() - 1).abs().max() < bound
+    assert not found[2].any()
+
+
 def test_other_shapes_are_refused():
     with pytest.raises(ValueError, match=r"matrices.shape=\(4, 4\) must be \[n, rows, columns\]"):
         kernels.newton_schulz(torch.ones(4, 4))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch.soak import agent
-from launch.soak.__main__ import Settings, show, summary_of
+from launch.soak.__main__ import Settings, main, show, summary_of
 from launch.soak.check import Outcome, outcome_of, problems
 from launch.soak.soak import Soak
 from megatron_tn.training.run_folder import RunFolder
@@ -94,6 +94,25 @@ def test_what_is_left_behind_is_found(tmp_path):
 def test_settings(words, message):
     with pytest.raises(ValueError, match=message):
         Settings.parse(words.split())
+
+
+def test_settings_that_the_trainers_refuse_are_told(tmp_path, monkeypatch, capsys):
+    class Refusing:
+        def __init__(self, processes: int, folder: Path, overrides: Sequence[str], log: Path):
+            log.write_text("error: unknown setting optim.lrr\na launcher's own lines\n")
+
+        def pids(self) -> dict[int, int]:
+            return {}
+
+        def exit_code(self) -> int:
+            return 2
+
+        def kill(self) -> None:
+            pass
+
+    monkeypatch.setattr("launch.soak.__main__.LocalTrainers", Refusing)
+    assert main([f"output={tmp_path}", "data.manifest=x", "optim.lrr=1"]) == 2
+    assert capsys.readouterr().err == "error: unknown setting optim.lrr\n"
 
 
 def test_settings_leave_other_words_to_training():

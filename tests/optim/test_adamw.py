@@ -48,7 +48,8 @@ def test_apex_that_is_not_installed_is_named(monkeypatch):
 
 
 def engine_with(fused: str, engine: EngineConfig | None = None, context: ParallelContext | None = None):
-    config = tiny_config(optim=OptimConfig(lr=1e-2, fused=fused), **({} if engine is None else {"engine": engine}))
+    optim = OptimConfig(lr=1e-2, embedding_lr_ratio=0.5, fused=fused)
+    config = tiny_config(optim=optim, **({} if engine is None else {"engine": engine}))
     engine = build_engine(config, context or ParallelContext(), CPU)
     initialize_engine(engine, seed=3)
     return config, engine

@@ -34,7 +34,8 @@ from tests.helpers.ranks import layout, run_shared, this_device
 
 CPU = torch.device("cpu")
 LR = 1e-2
-MUON = OptimConfig(name="muon", lr=LR, clip_norm=1.0, momentum_warmup_steps=4)
+MUON = OptimConfig(name="muon", lr=LR, embedding_lr_ratio=3.0, clip_norm=1.0, momentum_warmup_steps=4)
+EQUAL_NORMS = dataclasses.replace(MUON, equal_norms=True)
 # With an uneven split over two ranks, a packed projection, and both orientations.
 SPECS = {
     "model.embed_tokens.weight": ShardSpec((11, 6), dim=0, padded=12),
@@ -60,18 +61,20 @@ def blocks(name: str, tensor: Tensor, specs: dict[str, ShardSpec] = SPECS) -> tu
     return tensor.chunk(specs[name].blocks)
 
 
-def by_definition(dtype: torch.dtype) -> dict[str, Tensor]:
-    """The blocks' matrices after STEPS steps: each logical matrix by itself, in `dtype`."""
+def by_definition(config: OptimConfig) -> dict[str, Tensor]:
+    """The blocks' matrices after STEPS steps: each logical matrix by itself, in fp64."""
     found = {}
     for name in MATRICES:
         updated = []
-        for index, matrix in enumerate(blocks(name, whole(name, 0).to(dtype))):
+        for index, matrix in enumerate(blocks(name, whole(name, 0))):
             momentum = torch.zeros_like(matrix)
             for step in range(STEPS):
                 mu = 0.85 + (0.95 - 0.85) * step / 4
-                gradient = blocks(name, whole(name, step + 1).to(dtype))[index]
+                gradient = blocks(name, whole(name, step + 1))[index]
                 momentum = mu * momentum + (1 - mu) * gradient
                 update = reference.newton_schulz((1 - mu) * gradient + mu * momentum, 5)
+                if config.equal_norms:
+                    update = reference.equalize_norms(update)
                 matrix = matrix - LR * (0.2 * math.sqrt(max(matrix.shape)) * update + 0.1 * matrix)
             updated.append(matrix)
         found[name] = torch.cat(updated)
@@ -139,7 +142,9 @@ class CutShards:
         pass
 
 
-def cut_steps(tp: int, dtypes: list[torch.dtype], round_elements: int) -> dict[str, list[tuple[str, int, Tensor]]]:
+def cut_steps(
+    tp: int, dtypes: list[torch.dtype], round_elements: int, config: OptimConfig = EQUAL_NORMS
+) -> dict[str, list[tuple[str, int, Tensor]]]:
     """By cut and type of the iterations: this rank's (name, start, elements) of the blocks' matrices after STEPS."""
     found, before = {}, matrices.ROUND_ELEMENTS
     matrices.ROUND_ELEMENTS = round_elements
@@ -147,7 +152,7 @@ def cut_steps(tp: int, dtypes: list[torch.dtype], round_elements: int) -> dict[s
     for cut in CUTS:
         for dtype in dtypes:
             shards = CutShards(context, cut)
-            optimizer = build_optimizer(shards.groups, dataclasses.replace(MUON, fused="torch"), dtype)
+            optimizer = build_optimizer(shards.groups, dataclasses.replace(config, fused="torch"), dtype)
             update = Update(optimizer, shards, SPECS, context.tp, clip_norm=0)
             for _ in range(STEPS):
                 assert update.step(LR).applied
@@ -159,21 +164,24 @@ def cut_steps(tp: int, dtypes: list[torch.dtype], round_elements: int) -> dict[s
 BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 3e-2}
 
 
+def steps_alone(dtype: torch.dtype, config: OptimConfig) -> dict[str, Tensor]:
+    """The changes of the blocks' matrices in one process."""
+    steps = cut_steps(1, [dtype], 72, config)[f"whole {dtype}"]
+    return {name: part.view(SPECS[name].shape) - whole(name, 0) for name, _, part in steps if name in MATRICES}
+
+
 @pytest.fixture(scope="module")
 def alone() -> dict[torch.dtype, dict[str, Tensor]]:
-    """The changes of the blocks' matrices in one process, by type of the iterations."""
-    found = {}
-    for dtype in BOUNDS:
-        steps = cut_steps(1, [dtype], 72)[f"whole {dtype}"]
-        found[dtype] = {n: part.view(SPECS[n].shape) - whole(n, 0) for n, _, part in steps if n in MATRICES}
-    return found
+    """By type of the iterations."""
+    return {dtype: steps_alone(dtype, EQUAL_NORMS) for dtype in BOUNDS}
 
 
-def test_one_process_takes_the_steps_of_the_definition(alone):
-    wanted = by_definition(torch.float64)
+@pytest.mark.parametrize("config", [MUON, EQUAL_NORMS], ids=["norms as they are", "equal norms"])
+def test_one_process_takes_the_steps_of_the_definition(config):
+    found, wanted = steps_alone(torch.float64, config), by_definition(config)
     for name in MATRICES:
         change = wanted[name] - whole(name, 0)
-        assert (alone[torch.float64][name] - change).norm() <= 1e-9 * change.norm(), name
+        assert (found[name] - change).norm() <= 1e-9 * change.norm(), name
 
 
 @pytest.mark.parametrize(("world", "tp", "round_elements"), [(2, 2, 1 << 26), (2, 1, 72), (4, 2, 72)], ids=str)
@@ -292,13 +300,14 @@ def test_steps_are_those_of_torchs_muon_and_adamw():
     percent; without its cast they are in fp32, as this engine's."""
     _, engine = muon_engine(1, LOCAL)
     specs, held = engine.model.shard_specs(), {owned.name: owned.values["param"] for owned in engine.owned_ranges()}
-    theirs, kinds = {}, {"matrix": [], "decayed": [], "rest": []}
+    theirs, kinds = {}, {"matrix": [], "embedding": [], "rest": []}
     for name, spec in specs.items():
         theirs[name] = [nn.Parameter(part.clone()) for part in held[name].view(spec.shape).chunk(spec.blocks)]
         matrix, decayed = is_block_matrix(name, len(spec.shape)), is_decayed(name, len(spec.shape))
-        kinds["matrix" if matrix else "decayed" if decayed else "rest"] += theirs[name]
+        kinds["matrix" if matrix else "embedding" if decayed else "rest"] += theirs[name]
     muon = torch.optim.Muon(kinds["matrix"], lr=LR, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    groups = [{"params": kinds["decayed"], "weight_decay": 0.1}, {"params": kinds["rest"], "weight_decay": 0}]
+    embedding = {"params": kinds["embedding"], "weight_decay": 0.1, "lr": 3 * LR}
+    groups = [embedding, {"params": kinds["rest"], "weight_decay": 0}]
     adamw = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95))
     for step in range(3):
         tokens, targets = random_batch(4, 23, RMSNORM, seed=step)
@@ -386,9 +395,9 @@ def test_a_checkpoint_of_another_optimizer_and_a_lost_momentum_are_named(tmp_pat
 
 
 def test_settings_of_muon_are_not_read_in_silence():
-    problems = tiny_config(optim=OptimConfig(momentum=0.9, momentum_warmup_steps=3)).problems()
+    problems = tiny_config(optim=OptimConfig(momentum=0.9, momentum_warmup_steps=3, equal_norms=True)).problems()
     assert [line for line in problems if "is a setting of optim.name=muon, but optim.name=adamw" in line] == problems
-    assert len(problems) == 2
+    assert len(problems) == 3
     assert tiny_config(optim=MUON).problems() == []
 
 
