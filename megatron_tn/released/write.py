@@ -25,6 +25,7 @@ from megatron_tn.config import ConfigError, ModelConfig
 from megatron_tn.model.base import Model
 from megatron_tn.model.registry import architecture, problems_of_export
 from megatron_tn.parallel.fp8_weights import keeps_fp8
+from megatron_tn.parallel.world import first_for_all
 from megatron_tn.released.config import CONFIG_FILE, config_to_released
 from megatron_tn.released.weights import INDEX_FILE, WEIGHTS_FILE
 
@@ -136,13 +137,16 @@ def write_released(
 
 
 def save_pretrained(model: Model, directory: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write `model` in the released layout; global rank 0 writes. Collective over tensor parallel.
+    """Write `model` in the released layout; global rank 0 writes. Collective over all ranks.
 
     Raises:
-        ConfigError: the weights are kept in fp8.
+        ConfigError: the weights are kept in fp8; or on every rank, as `write_released`.
     """
     if keeps_fp8(model):
         raise ConfigError("fp8_weights=true is for decoding and evaluation: no released layout holds weights in fp8")
+    # Rank 0 alone looks at the folder; the others would wait in `gathered` for a rank 0 that has raised.
+    if problems := first_for_all(lambda: problems_of_export(model.config) + problems_of_output(Path(directory))):
+        raise ConfigError(problems)
     parameters = dict(model.named_parameters())
     shapes = {name: parameter.shard_spec.shape for name, parameter in parameters.items()}
     dtypes = {name: dtype or parameter.dtype for name, parameter in parameters.items()}

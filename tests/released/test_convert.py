@@ -53,9 +53,11 @@ def test_released_to_checkpoint_and_back_is_the_same_model(tmp_path):
 
 
 def save_at(tp: int, folder: Path) -> bool:
-    """Export at one layout and read back at it."""
+    """Export at one layout and read back at it; a folder of other files is refused on every rank."""
     context = layout(tp)
     model = load_pretrained(golden("heads4").directory, context)
+    with pytest.raises(ConfigError, match="holds files that are no export"):
+        save_pretrained(model, folder.parent)
     save_pretrained(model, folder)
     torch.distributed.barrier()
     again = dict(load_pretrained(folder, context).named_parameters())
