@@ -1,6 +1,7 @@
 """README.md of an export: what the model is, what it was trained on, and how to run it."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def training_facts(manifest: CheckpointManifest, sources: Mapping[str, tuple[int
         "optimizer": f"{optim.get('name', 'adamw')}, peak learning rate {optim.get('lr', 0):g}",
         "precision": config["engine"].get("precision", "unknown"),
         "seed": config.get("seed", 0),
-        "shards": f"`{storable(data.get('manifest', ''))}`",
+        "shards": f"`{_public(storable(data.get('manifest', '')))}`",
     }
     facts |= {
         f"source `{name}`": f"{documents:,} documents, {size:,} bytes of text"
@@ -105,3 +106,8 @@ def training_facts(manifest: CheckpointManifest, sources: Mapping[str, tuple[int
     if held_out := training.get("held_out"):
         facts["held out"] = ", ".join(f"{name} {value:g}" for name, value in held_out.items())
     return facts
+
+
+def _public(path: str) -> str:
+    """The last three names of an absolute path, without the folders of this machine."""
+    return str(Path(*Path(path).parts[-3:])) if Path(path).is_absolute() else path

@@ -141,6 +141,7 @@ def save_pretrained(model: Model, directory: str | Path, dtype: torch.dtype | No
 
     Raises:
         ConfigError: the weights are kept in fp8; or on every rank, as `write_released`.
+        OSError: on every rank, where rank 0 could not write.
     """
     if keeps_fp8(model):
         raise ConfigError("fp8_weights=true is for decoding and evaluation: no released layout holds weights in fp8")
@@ -150,16 +151,27 @@ def save_pretrained(model: Model, directory: str | Path, dtype: torch.dtype | No
     parameters = dict(model.named_parameters())
     shapes = {name: parameter.shard_spec.shape for name, parameter in parameters.items()}
     dtypes = {name: dtype or parameter.dtype for name, parameter in parameters.items()}
+    left = list(shapes)  # to be gathered, on every rank in this order, even if rank 0 fails to write
 
     def gathered(name: str) -> Tensor:
+        left.remove(name)
         whole = parameters[name].shard_spec.gather(parameters[name].detach(), model.context.tp)
         return whole.to(device="cpu", dtype=dtypes[name]).contiguous()
 
+    failures = []
     if model.context.is_first:
-        write_released(Path(directory), model.config, shapes, dtypes, gathered)
-    else:
-        for name in shapes:
-            gathered(name)
+        try:
+            write_released(Path(directory), model.config, shapes, dtypes, gathered)
+        except Exception as error:
+            failures.append(error)
+    for name in list(left):
+        gathered(name)
+
+    def failed() -> None:
+        for error in failures:
+            raise error
+
+    first_for_all(failed)
 
 
 def whole_tensor(weights: Weights, name: str, dtype: torch.dtype) -> Tensor:

@@ -172,7 +172,10 @@ def test_exported_model_is_the_trained_one(trained, tmp_path):
     assert "- steps: 12\n" in said
     assert "documents" in said  # of its data's sources
     assert said.count("trust_remote_code=True") == 2  # else transformers asks, of the tokenizer too, and waits
-    tokenizer = Manifest.load(settings_of(trained)[len(SMALL)].partition("=")[2]).tokenizer
+    manifest = settings_of(trained)[len(SMALL)].partition("=")[2]
+    assert Path(manifest).name in said
+    assert manifest not in said  # no folders of this machine
+    tokenizer = Manifest.load(manifest).tokenizer
     generation = json.loads((folder / "generation_config.json").read_text())
     wanted = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
     assert generation == wanted

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from megatron_tn.checkpoint.verify import verify
 from megatron_tn.config import ConfigError
 from megatron_tn.convert import main as convert
 from megatron_tn.model.registry import build_model
+from megatron_tn.released import write
 from megatron_tn.released.weights import ReleasedWeights
 from megatron_tn.released.write import alone_in, save_pretrained, write_released
 from tests.helpers.golden import golden
@@ -53,11 +55,14 @@ def test_released_to_checkpoint_and_back_is_the_same_model(tmp_path):
 
 
 def save_at(tp: int, folder: Path) -> bool:
-    """Export at one layout and read back at it; a folder of other files is refused on every rank."""
+    """Export at one layout and read back at it. What rank 0 refuses, or fails to write, is raised on every rank."""
     context = layout(tp)
     model = load_pretrained(golden("heads4").directory, context)
     with pytest.raises(ConfigError, match="holds files that are no export"):
         save_pretrained(model, folder.parent)
+    full = mock.patch.object(write, "_write_weights", side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    with full, pytest.raises(OSError, match="No space left"):
+        save_pretrained(model, folder)
     save_pretrained(model, folder)
     torch.distributed.barrier()
     again = dict(load_pretrained(folder, context).named_parameters())
