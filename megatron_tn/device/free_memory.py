@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+CGROUP = Path("/sys/fs/cgroup")  # of this container, version 2
 # Of PyTorch's errors that have no type of their own: the allocator of a CPU, and sizes beyond 64 bits.
 MESSAGES = ("can't allocate memory", "Storage size calculation overflowed")
 
@@ -21,9 +22,11 @@ def free_bytes(device: torch.device | None = None) -> int | None:
     except (OSError, KeyError, ValueError):
         return None
     try:
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        found.append(limit - used)
-    except (OSError, ValueError):
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        parts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        # `used` has the page cache of files too, which the kernel gives up where a process needs the memory.
+        found.append(limit - used + int(parts["active_file"]) + int(parts["inactive_file"]))
+    except (OSError, KeyError, ValueError):
         pass  # no container, or no limit
     return min(found)
 
