@@ -119,7 +119,7 @@ def _layout(config: SubmitConfig) -> Iterator[str]:
     if config.engine.products == "fp8" and gpus and config.cluster.bf16_tflops and not config.cluster.fp8_tflops:
         yield (
             f"engine.products=fp8 needs GPUs of Hopper or later, and cluster={config.cluster.name} has no "
-            "cluster.fp8_tflops, the rate of their fp8 products: set engine.products=bf16"
+            "cluster.fp8_tflops, the rate of their fp8 products: set that rate, or engine.products=bf16"
         )
 
 

@@ -36,7 +36,7 @@ class ClusterConfig:
     # peak of the GPU that CUDA reports.
     bf16_tflops: Rate = None
     # Dense fp8 peak of one GPU, TFLOP/s; null: not known, or a GPU without fp8 products: plans warn of
-    # engine.products=fp8.
+    # engine.products=fp8, and launch.submit refuses it where cluster.bf16_tflops is known.
     fp8_tflops: Rate = None
     memory_bandwidth_gbs: Rate = None  # GB/s of a GPU's memory; null: not known: plans have no times
     interconnect_gbs: Rate = None  # GB/s between nodes, per GPU and direction; null: not known: plans have no times

@@ -158,7 +158,10 @@ def test_a_run_folder_is_read_as_it_was_written(path):
         ("cluster.name=x://me:pw@host/", "cluster.name=x://***@host/: its credentials would"),
         ("slurm.processes_per_node=16", "slurm.processes_per_node=16 is above cluster.gpus_per_node=8"),
         ("slurm.chain=1001", "slurm.chain=1001 must be from 0 to 1000"),
-        ("cluster=a100_80g engine.products=fp8", "engine.products=fp8 needs GPUs of Hopper or later, and cluster=a100"),
+        (
+            "cluster=a100_80g engine.products=fp8",
+            "cluster=a100_80g has no cluster.fp8_tflops, the rate of their fp8 products: set that rate, or engine.prod",
+        ),
         ("slurm.tokens=99999999", "slurm.tokens=99999999 is above what schedule.steps=50 steps train on"),
         ("cluster.gpu_memory_gib=1.5", "a rank needs 1.5 GiB, but cluster.gpu_memory_gib=1.5"),
         ("data.manifest=nowhere.json", "data.manifest=nowhere.json: No such file"),
