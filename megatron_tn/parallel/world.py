@@ -108,14 +108,15 @@ def of_first(read: Callable[[], T], timeout_s: int) -> T:
     return value
 
 
-def first_for_all(act: Callable[[], T]) -> T:
-    """What `act()` returns, or raises, on rank 0, on every rank. It may write: no other rank ever runs it. Pickle must
-    carry what it returns; an exception that pickle cannot carry is a RuntimeError on the other ranks. Collective."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+def first_for_all(act: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """What `act()` returns, or raises, on rank 0 of `group` (None: of all ranks), on every rank of it. It may write: no
+    other rank ever runs it. Pickle must carry what it returns; an exception that pickle cannot carry is a RuntimeError
+    on the other ranks. Collective over `group`."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return act()
-    value, error = _outcome(act) if dist.get_rank() == 0 else (None, None)
+    value, error = _outcome(act) if dist.get_rank(group) == 0 else (None, None)
     sent = [value, _carried(error)]
-    dist.broadcast_object_list(sent, src=0)
+    dist.broadcast_object_list(sent, src=0 if group is None else dist.get_global_rank(group, 0), group=group)
     if error := error or sent[1]:
         raise error
     return sent[0]

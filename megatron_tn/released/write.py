@@ -24,6 +24,7 @@ from megatron_tn.checkpoint.manifest import Piece
 from megatron_tn.config import ConfigError, ModelConfig
 from megatron_tn.model.base import Model
 from megatron_tn.model.registry import architecture, problems_of_export
+from megatron_tn.parallel.context import Axis
 from megatron_tn.parallel.fp8_weights import keeps_fp8
 from megatron_tn.parallel.world import first_for_all
 from megatron_tn.released.config import CONFIG_FILE, config_to_released
@@ -137,17 +138,22 @@ def write_released(
 
 
 def save_pretrained(model: Model, directory: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write `model` in the released layout; global rank 0 writes. Collective over all ranks.
+    """Write `model` in the released layout; global rank 0 writes. Collective over tensor parallelism.
 
     Raises:
-        ConfigError: the weights are kept in fp8; or on every rank, as `write_released`.
-        OSError: on every rank, where rank 0 could not write.
+        ConfigError: the weights are kept in fp8; or on rank 0 and its tensor-parallel ranks, as `write_released`.
+        OSError: on those ranks, where rank 0 could not write.
     """
     if keeps_fp8(model):
         raise ConfigError("fp8_weights=true is for decoding and evaluation: no released layout holds weights in fp8")
+    axis, is_first = model.context.tp, model.context.is_first
+
+    def check() -> None:
+        if is_first and (problems := problems_of_export(model.config) + problems_of_output(Path(directory))):
+            raise ConfigError(problems)
+
     # Rank 0 alone looks at the folder; the others would wait in `gathered` for a rank 0 that has raised.
-    if problems := first_for_all(lambda: problems_of_export(model.config) + problems_of_output(Path(directory))):
-        raise ConfigError(problems)
+    _first_of(axis, check)
     parameters = dict(model.named_parameters())
     shapes = {name: parameter.shard_spec.shape for name, parameter in parameters.items()}
     dtypes = {name: dtype or parameter.dtype for name, parameter in parameters.items()}
@@ -155,11 +161,11 @@ def save_pretrained(model: Model, directory: str | Path, dtype: torch.dtype | No
 
     def gathered(name: str) -> Tensor:
         left.remove(name)
-        whole = parameters[name].shard_spec.gather(parameters[name].detach(), model.context.tp)
+        whole = parameters[name].shard_spec.gather(parameters[name].detach(), axis)
         return whole.to(device="cpu", dtype=dtypes[name]).contiguous()
 
     failures = []
-    if model.context.is_first:
+    if is_first:
         try:
             write_released(Path(directory), model.config, shapes, dtypes, gathered)
         except Exception as error:
@@ -171,7 +177,12 @@ def save_pretrained(model: Model, directory: str | Path, dtype: torch.dtype | No
         for error in failures:
             raise error
 
-    first_for_all(failed)
+    _first_of(axis, failed)
+
+
+def _first_of(axis: Axis, act: Callable[[], None]) -> None:
+    """What `act()` raises on the first rank of `axis`, on all its ranks."""
+    act() if axis.group is None else first_for_all(act, axis.group)
 
 
 def whole_tensor(weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
