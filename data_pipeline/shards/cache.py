@@ -100,7 +100,7 @@ class Cache:
         try:
             lock = open_lock(path := self.folder / ".lock")
         except OSError as error:
-            raise InputError(f"cache {path}: {error.strerror}") from None
+            raise InputError(f"manifest: cache {path}: {error.strerror}") from None
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # flock, because lockf does not exclude threads of one process
             yield

@@ -248,8 +248,8 @@ def _open_remote(path: str, cache: str | Path | None, cache_bytes: int) -> tuple
         return None, ""
     address, mark, query = path.partition("?") if path.startswith(("http://", "https://")) else (path, "", "")
     url, _, name = address.rpartition("/")
-    remote = Remote(url, Cache(Path(cache) if cache else default_cache(), cache_bytes), mark + query)
     try:
+        remote = Remote(url, Cache(Path(cache) if cache else default_cache(), cache_bytes), mark + query)
         remote.fetch(name, fresh=True)
     except (OSError, CacheFull) as error:
         raise InputError(f"manifest={path}: {error}") from None

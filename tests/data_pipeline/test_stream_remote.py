@@ -280,6 +280,16 @@ def test_a_disk_that_stays_full_stops_the_run_and_is_no_damage(url, tmp_path, sm
     assert stream.state(0).skipped == ()
 
 
+def test_a_cache_that_cannot_be_written_is_a_line_of_the_manifest(url, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=f"^manifest={url}.*File exists: '{tmp_path}/file'"):
+        Manifest.load(f"{url}/manifest.json", cache=tmp_path / "file")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / ".lock").symlink_to(tmp_path / "file")
+    with pytest.raises(InputError, match=f"^manifest: cache {tmp_path}/cache/.lock: Too many levels"):
+        load(url, tmp_path)
+
+
 def test_many_ranks_load_one_url_at_once(local, tmp_path):
     """Ranks of one node share a cache: none may take away the manifest that another is about to read."""
     with ThreadPoolExecutor(8) as pool:
