@@ -43,7 +43,8 @@ class Origin(NamedTuple):
             return ""
         if found := kind_difference((to_mapping(self.config), self.types), (to_mapping(model.config), own)):
             return found
-        if theirs is None:
+        gone = torch.tensor(float(theirs is None), device=next(model.parameters()).device)
+        if all_reduce_(gone, model.context.tp).item():  # on any rank: each collects its garbage at a time of its own
             return "its weights are no longer in memory, to be compared; a state in a file goes on with equal weights"
         if model is theirs or model in EQUAL.setdefault(theirs, weakref.WeakSet()):
             return ""

@@ -103,8 +103,16 @@ def test_forked_saved_and_fed(model, wanted, tmp_path):
 
 
 def on_ranks(folder: Path, path: Path) -> tuple:
-    """Greedy and sampled continuations, the ways of a prefix, one of another layout, and one with fp8 weights."""
-    model = load_pretrained(folder, layout(tp=2))
+    """Greedy and sampled continuations, the ways of a prefix, one of another layout, and one with fp8 weights. A prefix
+    of a model that one rank has no longer is refused on both."""
+    model, equal = load_pretrained(folder, layout(tp=2)), load_pretrained(folder, layout(tp=2))
+    before = Prefix.of(equal, [1, 2, 3])
+    held = [equal] * model.context.tp.rank
+    del equal
+    gc.collect()
+    with pytest.raises(ValueError, match="its weights are no longer in memory"):
+        Prefix.of(model, [1], before)
+    held.clear()
     given = {"max_new_tokens": COUNT, "rows": 4, "chunk": 5}
     other = Session.load(model, path)
     kept = load_pretrained(folder, layout(tp=2), fp8_weights=True)
