@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from launch.requeue import in_words, records
 from megatron_tn.cli import bad_input_exits
@@ -210,7 +210,8 @@ def show(rows: Sequence[dict[str, str]], *, wide: bool) -> None:
         for row in rows:
             print("\n".join(f"{title}: {row[title]}" for title in TITLES if row[title]), end="\n\n")
         return
-    table = Table(*TITLES)
+    run, *others = TITLES
+    table = Table(Column(run, no_wrap=True, overflow="fold"), *others)  # a run is known by its whole name
     for row in rows:
         table.add_row(*(row[title] for title in TITLES))
     width = None if sys.stdout.isatty() else 240

@@ -141,7 +141,7 @@ def other_tokenizer(
     either tokenizer.json is not there. setting: the one that names the shards, with its value; named: the setting that
     names the checkpoint; path: see `load_tokenizer`."""
     ours, theirs = tokenizer_path(path, checkpoint), manifest.directory / manifest.tokenizer.file
-    if ours is None or not theirs.is_file():
+    if ours is None or not theirs.is_file() or ours.read_bytes() == theirs.read_bytes():
         return []
     if load_tokenizer(str(ours), checkpoint).get_vocab() == load_tokenizer(str(theirs), checkpoint).get_vocab():
         return []
