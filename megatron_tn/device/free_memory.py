@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
-CGROUP = Path("/sys/fs/cgroup")  # of this container, version 2
-# Of PyTorch's errors that have no type of their own: the allocator of a CPU, and sizes beyond 64 bits.
+CGROUP = Path("/sys/fs/cgroup")  # folder of the control group, version 2, that limits this container
+# Texts of PyTorch's errors of too little memory that have no type of their own: from a CPU's allocator, and for sizes
+# beyond 64 bits.
 MESSAGES = ("can't allocate memory", "Storage size calculation overflowed")
 
 

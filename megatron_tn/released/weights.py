@@ -27,7 +27,7 @@ from megatron_tn.released.config import read_config, trained_length
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 OLD_WEIGHTS_FILE, OLD_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
-TYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights
+TYPES = (torch.float32, torch.bfloat16, torch.float16)  # types that released weights may have
 
 
 class SafetensorsFile:

@@ -56,6 +56,7 @@ def show_start(
 
 
 def engine_in_words(config: TrainConfig) -> str:
+    """Engine, precision, products, recomputation and optimizer of a run, for tables."""
     engine = config.engine
     zero = f" ZeRO {engine.zero_stage}" if engine.name == "deepspeed" else ""
     fp8 = ", fp8 products" if engine.products == "fp8" else ""

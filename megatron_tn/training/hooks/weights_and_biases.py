@@ -130,7 +130,7 @@ def why_not_logged_in() -> str:
 
     try:
         return "" if wandb.login(prompt=False, verify=False) else "nobody is logged in here"
-    except wandb.Error as error:  # a key that is none
+    except wandb.Error as error:  # WANDB_API_KEY is malformed
         return str(error).partition("\n")[0].rstrip(".")
 
 
