@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "torch", "triton")
 ENVIRONMENT_VARIABLE = "MEGATRON_TN_KERNELS"
+HOPPER = 9  # major compute capability of the first with bulk tensor copies (TMA)
 OLDEST_CAPABILITY = 8  # major compute capability of Ampere: the first with bf16 products, the oldest with tiles
 
 _override: str | None = None
@@ -87,6 +88,11 @@ def in_words(device: str) -> str:
     if device != "cuda":
         return "plain PyTorch: no GPU"
     return "Triton" if has_triton() else "plain PyTorch: triton is not installed"
+
+
+def capability_of(x: Tensor) -> int:
+    """The major compute capability of x's GPU; Hopper's for a CPU tensor, which Triton's interpreter runs."""
+    return _capability(x.device) if x.is_cuda else HOPPER
 
 
 @functools.cache

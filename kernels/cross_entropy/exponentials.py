@@ -12,6 +12,7 @@ from kernels.cross_entropy.triton_exponentials import (
     repair_kernel,
     totals_kernel,
 )
+from kernels.dispatch import HOPPER, capability_of
 
 
 def exponentials(
@@ -99,7 +100,7 @@ def totals_(
 
 def _product_arguments(tile: HeadTile, *, hidden: Tensor, weight: Tensor, out: Tensor, columns: int) -> dict:
     """Arguments of both exponentials_kernel and repair_kernel."""
-    described = _capability(hidden) >= 9 and all(map(_describable, (hidden, weight, out)))
+    described = capability_of(hidden) >= HOPPER and all(map(_describable, (hidden, weight, out)))
     operands = {"hidden": hidden, "weight": weight, "out": out}
     if described:
         blocks = {
@@ -126,11 +127,7 @@ def _product_arguments(tile: HeadTile, *, hidden: Tensor, weight: Tensor, out: T
 
 
 def _tile(x: Tensor) -> HeadTile:
-    return TILES[min(_capability(x), max(TILES))]
-
-
-def _capability(x: Tensor) -> int:
-    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else max(TILES)
+    return TILES[min(capability_of(x), max(TILES))]
 
 
 def _multiprocessors(x: Tensor) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.dependent_launch import launch_options
+from kernels.dispatch import capability_of
 from kernels.gla.inputs import GlaInputs
 from kernels.gla.step_buffer import StepBuffer
 from kernels.gla.triton_features import ACTIVATIONS, activate, turn_of
@@ -156,8 +157,7 @@ def step(inputs: GlaInputs, buffer: StepBuffer) -> tuple[Tensor, Tensor]:
     qkvu, theta, positions = inputs.qkvu, inputs.theta, inputs.positions
     batch, _, fused = qkvu.shape
     _, heads, summed, width = buffer.state.shape
-    capability = torch.cuda.get_device_capability(qkvu.device)[0] if qkvu.is_cuda else max(TILES)
-    tile = TILES[min(capability, max(TILES))][buffer.fold]
+    tile = TILES[min(capability_of(qkvu), max(TILES))][buffer.fold]
     y = torch.empty(batch, 1, fused // 4, dtype=qkvu.dtype, device=qkvu.device)
     sums = torch.empty(batch, 1, heads, dtype=torch.float32, device=qkvu.device)
     with torch.cuda.device_of(qkvu):

@@ -5,10 +5,11 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.dispatch import HOPPER, capability_of
 from kernels.lightning import tiles
 from kernels.lightning.descriptors import describable, descriptor
 from kernels.lightning.sequences import Sequences
-from kernels.lightning.tiles import HOPPER, capability_of, padded, tile_for
+from kernels.lightning.tiles import padded, tile_for
 from kernels.lightning.triton_scan import scan_kernel
 from kernels.lightning.triton_segments import combine_kernel, piece_states_kernel
 

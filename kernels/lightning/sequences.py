@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.lightning.tiles import Tile, capability_of, padded, tile_for
+from kernels.dispatch import capability_of
+from kernels.lightning.tiles import Tile, padded, tile_for
 
 # Overhead of a segment, in scanned positions, fitted to measured times: program start, and the pass over two of the
 # scan's four tensors that computes the segment's state.

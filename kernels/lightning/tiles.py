@@ -1,12 +1,6 @@
 """Triton tile sizes by architecture, input type and width, fixed so that all ranks and runs agree bitwise."""
 
-import functools
 from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
-
-HOPPER = 9  # major compute capability of the first architecture with bulk tensor copies
 
 
 @dataclass(frozen=True)
@@ -77,16 +71,6 @@ def tile_for(capability: int, element_bytes: int, summed_width: int, out_width: 
         return tile
     # A narrower output has too few rows for two warp groups, which would compute the same rows twice.
     return replace(tile, out=out_width, warps=min(tile.warps, 4))
-
-
-def capability_of(x: Tensor) -> int:
-    """The major compute capability of x's GPU; Hopper's for a CPU tensor, which Triton's interpreter runs."""
-    return _device_capability(x.device) if x.is_cuda else HOPPER
-
-
-@functools.cache
-def _device_capability(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0]
 
 
 def padded(width: int) -> int:

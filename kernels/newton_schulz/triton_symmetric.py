@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-HOPPER = 9  # major compute capability from which on tiles are loaded by bulk tensor copies (TMA)
+from kernels.dispatch import HOPPER, capability_of
 
 
 class Tile(NamedTuple):
@@ -117,7 +117,7 @@ def symmetric_product(
     [n, c, r], of any strides; `added` [n, r, r] is contiguous."""
     count, rows, depth = x.shape
     out = x.new_empty(count, rows, rows)
-    capability = min(torch.cuda.get_device_capability(x.device)[0], HOPPER) if x.is_cuda else HOPPER
+    capability = min(capability_of(x), HOPPER)
     tile = TILES[capability]
     x_transposed, y_transposed = not x.is_contiguous(), not y.is_contiguous()
     stored = (x.mT if x_transposed else x, y.mT if y_transposed else y, added, out, out)
