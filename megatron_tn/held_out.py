@@ -8,10 +8,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from data_pipeline.shards import read_shard
+from data_pipeline.shards.token_bytes import token_bytes
 from data_pipeline.stream import InputError, Manifest
 from megatron_tn.config import ConfigError, TrainConfig
 from megatron_tn.evaluation.perplexity import AFTER, Documents, evaluate_documents
-from megatron_tn.evaluation.token_bytes import token_bytes
 from megatron_tn.model.base import Model
 
 CPU_TOKENS, GPU_TOKENS = 4096, 16384  # tokens per batch: a small batch leaves a GPU waiting for launches

@@ -8,8 +8,9 @@ import numpy as np
 from data_pipeline.errors import InputError
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.reading import read_documents
+from data_pipeline.shards.token_bytes import token_bytes
 from data_pipeline.shards.writer import ShardWriter
-from data_pipeline.tokenizer import BYTE, SPECIAL, load
+from data_pipeline.tokenizer import load
 
 SHARD_TOKENS = 1_000_000
 
@@ -17,7 +18,7 @@ SHARD_TOKENS = 1_000_000
 def cut(manifest: Manifest, length: int, folder: Path) -> Manifest:
     """Writes the documents as pieces of at most `length` >= 2 tokens, bos first, to `folder`; returns their manifest.
     Every token of a document, eos included, follows bos or the tokens before it in exactly one piece."""
-    sizes = token_bytes(manifest.directory / manifest.tokenizer.file)
+    sizes = token_bytes(load(manifest.directory / manifest.tokenizer.file))
     folder.mkdir(parents=True, exist_ok=True)
     with ShardWriter(folder, "pieces", dtype=manifest.dtype, shard_tokens=SHARD_TOKENS) as writer:
         for document in read_documents(manifest):
@@ -38,12 +39,3 @@ def cut(manifest: Manifest, length: int, folder: Path) -> Manifest:
     pieces = Manifest.create(folder, info, writer.shards, manifest.sources)
     pieces.save()
     return pieces
-
-
-def token_bytes(path: Path) -> np.ndarray:
-    """UTF-8 bytes of each entry of a tokenizer that data_pipeline.tokenizer trained, int64 [V]; 0 of special ones."""
-    vocabulary = load(path).get_vocab()
-    found = np.zeros(1 + max(vocabulary.values()), dtype=np.int64)
-    for entry, place in vocabulary.items():
-        found[place] = 0 if entry in SPECIAL else 1 if BYTE.fullmatch(entry) else len(entry.encode())
-    return found

@@ -1,12 +1,11 @@
 """How many bytes of text each entry of a tokenizer stands for."""
 
 import json
-import re
 
 import numpy as np
 from tokenizers import Tokenizer
 
-BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+from data_pipeline.tokenizer import BYTE
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from data_pipeline.shards.token_bytes import token_bytes
 from data_pipeline.tokenizer import train
 from megatron_tn.config import ConfigError
 from megatron_tn.evaluation.baselines import compressor_bits_per_byte, unigram_bits_per_byte
 from megatron_tn.evaluation.perplexity import Documents, document_nats, evaluate_documents
 from megatron_tn.evaluation.scores import row_scores
-from megatron_tn.evaluation.token_bytes import token_bytes
 from megatron_tn.held_out import held_out_documents, laid_end_to_end
 from tests.data_pipeline.shard_factory import make_shards
 from tests.helpers.models import HYBRID, TINY, TRANSFORMER, TRANSNORMER_2022, reference_model
