@@ -79,7 +79,7 @@ def _batch_scores(
 ) -> tuple[np.ndarray, np.ndarray]:
     """tokens, targets [B, N], lengths [B] descending -> nats fp32 [B, N] and hits bool [B, N].
 
-    Each window runs only for the rows that extend into it, to avoid padding.
+    Each window runs only for the rows that extend into it, to avoid padding; after the last there is no state.
     """
     nats = torch.zeros(tokens.shape, dtype=torch.float32, device=device)
     hits = torch.zeros(tokens.shape, dtype=torch.bool, device=device)
@@ -92,11 +92,12 @@ def _batch_scores(
         piece = (slice(rows), slice(begin, end))
         wanted = torch.from_numpy(targets[piece]).to(device)
         inputs = torch.from_numpy(tokens[piece]).to(device)
+        goes_on = lengths[0] > end
         if greedy and (targets[piece] != IGNORE).any():
-            out = model(inputs, state=state, return_state=True)
+            out = model(inputs, state=state, return_state=goes_on)
             nats[piece], hits[piece] = _from_logits(out.logits, wanted)
         else:
-            out = model(inputs, targets=wanted, reduction="none", state=state, return_state=True)
+            out = model(inputs, targets=wanted, reduction="none", state=state, return_state=goes_on)
             nats[piece] = out.loss
         state = out.state
     return nats.cpu().numpy(), hits.cpu().numpy()
