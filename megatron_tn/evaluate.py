@@ -210,20 +210,21 @@ def problems_in_training(config: TrainConfig) -> list[str]:
 def evaluate_in_training(engine: Engine, config: TrainConfig, progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Held-out figures, task scores and generated texts, by their names in the journal.
 
-    Every rank evaluates the same documents, so that engines that gather parameters in the forward pass stay in step.
-    progress(n, tokens): called after each batch of n documents or requests, of so many tokens.
+    Ranks with the same parameters share documents and requests, but for those that generate texts; all get the
+    figures. progress(n, tokens): called after each batch of n documents or requests, of so many tokens.
     """
     model, evaluation, found = engine.model, config.evaluation, {}
+    share = engine.context.data
     with engine.whole_weights():
         if evaluation.manifest:
-            found |= held_out_loss(model, config, progress)
+            found |= held_out_loss(model, config, progress, share)
         if evaluation.prompts:
             tokenizer = read_tokenizer(tokenizer_file(config.data.manifest))
             found["texts"] = continue_texts(model, tokenizer, evaluation.prompts, evaluation.prompt_tokens)
         if evaluation.tasks:
             tokenizer, tasks = read_tokenizer(tokenizer_file(config.data.manifest)), _tasks_in_training(config)
-            limit = evaluation.task_documents
-            found |= journal_names(run_tasks(model, tokenizer, tasks, limit=limit, progress=progress))
+            options = {"limit": evaluation.task_documents, "progress": progress, "share": share}
+            found |= journal_names(run_tasks(model, tokenizer, tasks, **options))
     return found
 
 

@@ -46,7 +46,12 @@ ALLOWED = {
         "megatron_tn.device",
         "megatron_tn.config",
     ],
-    "megatron_tn.evaluation": ["megatron_tn.inference", "megatron_tn.model", "megatron_tn.config"],
+    "megatron_tn.evaluation": [
+        "megatron_tn.inference",
+        "megatron_tn.model",
+        "megatron_tn.parallel",
+        "megatron_tn.config",
+    ],
     "megatron_tn.training": [
         "megatron_tn.engine",
         "megatron_tn.checkpoint",
