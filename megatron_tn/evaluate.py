@@ -45,12 +45,10 @@ from megatron_tn.loading import (
     problems_of_vocabulary,
     read_tokenizer,
     resolve_checkpoint,
+    tensor_parallel,
 )
 from megatron_tn.model.base import Model
-from megatron_tn.parallel.context import ParallelContext
-from megatron_tn.parallel.world import join_world, leave_world, world_size
 
-TIMEOUT_S = 1800  # seconds that a collective waits for other ranks
 # Long documents are read DOCUMENTS at a time, in windows of batch_tokens // DOCUMENTS tokens: few windows, since each
 # costs a forward pass's kernel launches, and few decoding states, since a Transformer's grow with the document.
 DOCUMENTS, SHORTEST_WINDOW = 8, 256
@@ -59,12 +57,7 @@ DOCUMENTS, SHORTEST_WINDOW = 8, 256
 @command(EvaluateConfig, "evaluate")
 def main(config: EvaluateConfig) -> None:
     tasks = check(config)
-    context, device = None, config.device
-    if world_size() > 1:
-        joined = join_world(TIMEOUT_S)
-        device = str(joined) if device == "auto" else device
-        context = ParallelContext.create(tp=world_size())
-    try:
+    with tensor_parallel(config.device) as (context, device):
         tokenizer = load_tokenizer(config.tokenizer, config.checkpoint)
         model = load_any_model(config.checkpoint, device, config.precision, context, fp8_weights=config.fp8_weights)
         result: dict[str, Any] = {"checkpoint": config.checkpoint}
@@ -73,8 +66,6 @@ def main(config: EvaluateConfig) -> None:
                 result |= held_out_figures(config, model, tokenizer)
             if tasks:
                 result["tasks"] = task_scores(config, model, tokenizer, tasks)
-    finally:
-        leave_world()
     if is_first_process():
         if config.output:
             Path(config.output).write_text(json.dumps(result, indent=1) + "\n")

@@ -1,17 +1,11 @@
-"""Preprocessing of command-line overrides before Hydra: quoting of paths, precedence of group choices over
-experiment=..., and one error line for each override that Hydra cannot compose."""
+"""A command line for Hydra: its words parsed, quoted and composed; group choices win over experiment=..."""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
-import fnmatch
 import functools
-import hashlib
-import itertools
 import json
 import os
-import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -22,15 +16,13 @@ from typing import Any
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline import redaction
 from data_pipeline.words import as_typed, quoted
-from megatron_tn.config import ConfigError, from_mapping, known_keys, out_of_bounds, to_mapping, unknown_key
+from megatron_tn.config import ConfigError
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 EXPERIMENT = "experiment"  # config group whose files override values of other groups
@@ -59,7 +51,7 @@ class CommandLine:
         flags = list(words)
         for word in asked.overrides:
             flags.remove(word)
-        kinds = _kinds(kind)
+        kinds = kinds_of(kind)
         overrides = [
             as_typed(word, lambda key: kinds.get(key, ()), multirun=asked.multirun) for word in asked.overrides
         ]
@@ -118,7 +110,7 @@ class CommandLine:
         tables have in common, the first alone is kept."""
         group, equals, value = word.partition("=")
         choices, parts = self.groups.get(group, []), value.split(",")
-        inside = {part: _files_in(part, choices) for part in parts if part not in choices}
+        inside = {part: files_in(part, choices) for part in parts if part not in choices}
         if not equals or not any(inside.values()):
             return word
         named: dict[str, str] = {}  # settings -> choice
@@ -152,132 +144,6 @@ class CommandLine:
                 composed = OmegaConf.to_container(hydra.compose(f"{group}/{choice}"))
                 values += [f"{key}={literal(value)}" for key, value in _leaves(composed)]
         return [*values, *overrides]
-
-    def check(self) -> None:
-        """Compose the config as Hydra will, and turn Hydra's errors into one line each. All jobs of a sweep are
-        composed and checked first, so that no job is refused after hours of earlier jobs.
-
-        Raises:
-            ConfigError: an unknown key, an unknown choice of a group, an invalid value, a word that is not KEY=VALUE, a
-                sweep without --multirun, a sweep without values, or one in which two jobs have the same settings.
-        """
-        parsed, problems = [], []
-        if self.config_dir and not Path(self.config_dir).is_dir():
-            raise ConfigError(f"--config-dir {self.config_dir}: there is no such folder")
-        for word in self.overrides:
-            try:
-                parsed += OverridesParser.create().parse_overrides([word])
-            except HydraException as error:
-                problems.append(
-                    f"not an override: {word!r}: {_first_line(error)}; it must be KEY=VALUE, and a value with spaces "
-                    """or signs such as = ~ [ ( { , goes in quotes of its own: "KEY='a, b'\""""
-                )
-        swept = [override for override in parsed if override.is_sweep_override()]
-        if swept and not self.multirun and not problems:
-            needed = "needs --multirun" if "run_dir" in _kinds(self.kind) else f"is not for {self.config_name}"
-            problems = [f"{override.input_line}: a sweep over several values {needed}" for override in swept]
-        values = []
-        for override in [] if problems else parsed:
-            try:
-                values.append(self._values(override))
-            except ConfigError as error:
-                problems += error.problems
-        if problems:
-            raise ConfigError(problems)
-        swept_places = [place for place, each in enumerate(values) if len(each) > 1]
-        names: dict[str, str] = {}  # settings -> the swept words of the first job that has them
-        for job in itertools.product(*values):
-            config, found = self._job(job, values=bool(swept))
-            problems += found
-            name = " ".join(job[place] for place in swept_places)
-            if config is None:
-                continue
-            if first := names.get(key := json.dumps(to_mapping(config))):
-                problems.append(
-                    f"{name} has the settings of {first}: leave one out, or the word that replaces what differs in them"
-                )
-            names.setdefault(key, name)
-        if problems := list(dict.fromkeys(problems)):
-            raise ConfigError(problems)
-
-    def _values(self, override: Override) -> list[str]:
-        """KEY=VALUE for each value of a (swept) override. Raises ConfigError for a sweep without values."""
-        if not override.is_sweep_override():
-            return [override.input_line]
-        name = override.input_line.partition("=")[0]
-        if override.value_type == ValueType.INTERVAL_SWEEP:
-            if any(word.startswith("hydra/sweeper=") for word in self.overrides):
-                return []  # a sweeper plugin draws values from the interval: jobs cannot be checked in advance
-            raise ConfigError(
-                f"{override.input_line}: an interval has no list of values to sweep over; name them, as in "
-                f"{name}=0.1,0.2 or {name}=range(1,4)"
-            )
-        if override.value_type == ValueType.GLOB_CHOICE_SWEEP:
-            choices, globs = self.groups.get(name.lstrip("+"), []), override.value()
-            values = [choice for choice in choices if any(fnmatch.fnmatch(choice, glob) for glob in globs.include)]
-            values = [value for value in values if not any(fnmatch.fnmatch(value, glob) for glob in globs.exclude)]
-        else:
-            try:
-                values = list(override.sweep_string_iterator())
-            except (HydraException, ValueError, TypeError) as error:
-                raise ConfigError(f"{override.input_line}: {_first_line(error)}") from None
-        if not values:
-            raise ConfigError(f"{override.input_line}: there is no value to sweep over")
-        return [f"{name}={value}" for value in values]
-
-    def _job(self, words: Sequence[str], *, values: bool) -> tuple[Any, list[str]]:
-        """One job's config, of a sweep, and its error lines. values: of a sweep, whose values are checked as well, not
-        only names."""
-        try:
-            composed = self.compose(self.choices_win(words)) if values else self.composed
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            return None, self._explain(error, words)
-        if not values:
-            return None, []
-        try:
-            config = from_mapping(self.kind, settings(composed))
-        except ConfigError as error:
-            return None, error.problems
-        except OmegaConfBaseException:
-            return None, []  # an interpolation such as ${hydra:...}, resolved only when the job runs
-        return config, config.job_problems()
-
-    def _explain(self, error: Exception, words: Sequence[str]) -> list[str]:
-        """Error lines of words that cannot be composed: unknown names, and then values that are wrong by themselves.
-        Relations are not checked, since a misspelt setting may be one side of them."""
-        if unknown := dict(self._unknown(words)):
-            return [*unknown.values(), *self._wrong_values([word for word in words if word not in unknown])]
-        return [_first_line(error) + (f": {_first_line(error.__cause__)}" if error.__cause__ else "")]
-
-    def _wrong_values(self, words: Sequence[str]) -> list[str]:
-        try:
-            config = from_mapping(self.kind, settings(self.compose(self.choices_win(words))))
-        except ConfigError as error:
-            return error.problems
-        except (HydraException, OmegaConfBaseException, ValueError):
-            return []
-        return list(out_of_bounds(config).values())
-
-    def _unknown(self, words: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """(word, error line) of each word that names no setting, no group, or no choice of a group."""
-        known = known_keys(self.kind)
-        for word in words:
-            key, _, value = word.lstrip("+~").partition("=")
-            if (choices := self.groups.get(key)) is not None:
-                if value not in choices:
-                    if inside := _files_in(value, choices):
-                        yield (
-                            word,
-                            f"{word}: conf/{key}/{value} is a folder of {len(inside)} files: name one, such as "
-                            f"{key}={inside[0]}, or run all of them with --multirun",
-                        )
-                        continue
-                    choices = [choice for choice in choices if not choice.startswith("_")]  # _X: part of others
-                    close = difflib.get_close_matches(value, choices, n=1)
-                    hint = f"; did you mean {close[0]}?" if close else ""
-                    yield word, f"{key}={value}: conf/{key} has {', '.join(choices)}{hint}"
-            elif key not in known and not key.startswith(("hydra.", "hydra/")):
-                yield word, unknown_key(key, sorted({*known, *self.groups}))
 
 
 @contextlib.contextmanager
@@ -313,44 +179,18 @@ def _with_home(value: Any, key: str) -> Any:
     return expanded
 
 
-LONGEST_SETTING, LONGEST_NAME = 60, 150  # characters of a sweep's folder; file systems take 255 bytes
-
-
-def job_folder(run_dir: str, job: DictConfig, words: list[str]) -> str:
-    """The folder of one job of a sweep: job number and swept settings, such as run_dir/0_model.decay-none.
-
-    The name consists of letters, digits and _ . + -, so that it can be typed as a setting's value. A name that is
-    shortened or has characters replaced ends with a hash of the settings: the same command gives the same folders, and
-    another sweep in run_dir other folders. words: overrides of the sweep. job: Hydra's settings of the job.
-    """
-    parsed = OverridesParser.create().parse_overrides(words)
-    swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
-    varied = [word.lstrip("+") for word in job.overrides.task if word.lstrip("+").partition("=")[0] in swept]
-    named = [re.sub(r"[^A-Za-z0-9_.+-]", "-", word.replace("'", "").replace('"', "")) for word in varied]
-    short = [name if len(name) <= LONGEST_SETTING else f"{name[:30]}..{name[-28:]}" for name in named]
-    name = "_".join([str(job.job.num), *short])[:LONGEST_NAME]
-    plain = "_".join([str(job.job.num), *(word.replace("=", "-", 1) for word in varied)])
-    if name != plain:
-        name += f"-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
-    earlier = Path(run_dir) / "_".join([str(job.job.num), *varied]).replace("/", "-")  # the name until 2026-11
-    with contextlib.suppress(OSError):  # too long for a file system
-        if earlier.is_dir():
-            return str(earlier)
-    return f"{run_dir}/{name}"
-
-
 @functools.cache
-def _kinds(kind: type, prefix: str = "") -> dict[str, tuple[type, ...]]:
+def kinds_of(kind: type, prefix: str = "") -> dict[str, tuple[type, ...]]:
     """Dotted name of each setting of a config dataclass -> the types whose union it takes."""
     found = {}
     for name, hint in typing.get_type_hints(kind).items():
         if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
-            found |= _kinds(hint, f"{prefix}{name}.")
+            found |= kinds_of(hint, f"{prefix}{name}.")
         found[f"{prefix}{name}"] = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return found
 
 
-def _files_in(folder: str, choices: Sequence[str]) -> list[str]:
+def files_in(folder: str, choices: Sequence[str]) -> list[str]:
     """The choices right in `folder` of their group."""
     return [choice for choice in choices if choice.rpartition("/")[0] == folder]
 
@@ -370,7 +210,3 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _first_line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error).strip().split("\n")[0])

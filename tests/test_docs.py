@@ -27,6 +27,7 @@ from megatron_tn.config import (
     TrainConfig,
 )
 from megatron_tn.config.slurm import SubmitConfig
+from megatron_tn.override_check import check_overrides
 from megatron_tn.overrides import CommandLine
 
 ROOT = Path(__file__).parents[1]
@@ -99,7 +100,7 @@ def check(module: str, arguments: list[str]) -> None:
     # The launchers of the extra submitit, which the tests do without.
     arguments = [word for word in arguments if not word.startswith(("hydra/launcher=", "hydra.launcher."))]
     if package in ("megatron_tn", "launch") and (found := TRAINERS.get(importlib.import_module(module))):
-        CommandLine.parse(*found, arguments).check()
+        check_overrides(CommandLine.parse(*found, arguments))
     elif package == "data_pipeline" and name in CLEANERS:
         CLEANERS[name]([word for word in arguments if not word.startswith("per_kind=")])
 
