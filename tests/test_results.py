@@ -13,7 +13,7 @@ import megatron_tn.benchmark
 from launch import render_results
 from launch.planned_run import Run
 from launch.render_table import fill
-from launch.results import main
+from launch.results import main, stages
 from launch.run_plan import grid_runs, read_plan
 from launch.runs import Failed, Programs, TimeUp
 from megatron_tn import cli
@@ -152,6 +152,19 @@ def test_a_run_that_was_stopped_within_its_last_evaluation(place, programs, monk
         s for _, s in programs if s.get("output", "").endswith("lr=0.001,seed=0/pieces.json") and "ours" in s["output"]
     )
     assert said.get("max_documents") == (None if held_out == "evaluate" else "256")  # as the training's evaluations
+
+
+def test_pieces_share_the_gpus_unless_one_reads_the_rows_of_another():
+    pieces = {
+        "rates": [{"optim.lr": [0.1, 0.2]}],
+        "more": [{"optim.lr": [0.3]}],
+        "seeds": [{"optim.lr": ["best of 50m"], "seed": [1]}],
+        "other": [{"optim.lr": [0.4]}],
+        "speed": [{"optim.lr": [0.1]}, {"benchmark.loop_steps": [20]}],
+        "last": [{"optim.lr": [0.5]}],
+    }
+    assert stages([*pieces], {"pieces": pieces}) == [["rates", "more"], ["seeds", "other", "speed"], ["last"]]
+    assert stages(["last", "rates"], {"pieces": pieces}) == [["last", "rates"]]
 
 
 def test_the_best_rate_is_that_of_the_variant():
