@@ -3,6 +3,7 @@
 python -m megatron_tn.evaluate checkpoint=runs/demo manifest=runs/demo/data/heldout/manifest.json
 python -m megatron_tn.evaluate checkpoint=export/ tasks=[boolq,piqa,hellaswag]           docs/evaluation.md
 torchrun --nproc-per-node 8 -m megatron_tn.evaluate checkpoint=runs/65b ...              split by tensor parallelism
+torchrun --nproc-per-node 8 -m megatron_tn.evaluate checkpoint=runs/1b tp=1 ...          each process evaluates a share
 
 Bits per byte are given by source and by position in the document, beside those of gzip, xz and, with train_manifest=, a
 unigram model on the same text.
@@ -48,6 +49,7 @@ from megatron_tn.loading import (
     tensor_parallel,
 )
 from megatron_tn.model.base import Model
+from megatron_tn.parallel.world import world_size
 
 # Long documents are read DOCUMENTS at a time, in windows of batch_tokens // DOCUMENTS tokens: few windows, since each
 # costs a forward pass's kernel launches, and few decoding states, since a Transformer's grow with the document.
@@ -57,7 +59,7 @@ DOCUMENTS, SHORTEST_WINDOW = 8, 256
 @command(EvaluateConfig, "evaluate")
 def main(config: EvaluateConfig) -> None:
     tasks = check(config)
-    with tensor_parallel(config.device) as (context, device):
+    with tensor_parallel(config.device, config.tp) as (context, device):
         tokenizer = load_tokenizer(config.tokenizer, config.checkpoint)
         model = load_any_model(config.checkpoint, device, config.precision, context, fp8_weights=config.fp8_weights)
         result: dict[str, Any] = {"checkpoint": config.checkpoint}
@@ -91,6 +93,8 @@ def check(config: EvaluateConfig) -> TaskSet | None:
         if getattr(config, setting) == 1:
             problems.append(f"{setting}=1 must be 0 or at least 2: nothing predicts the first token of a sequence")
     problems += unwritable("output", config.output)
+    if config.tp and world_size() % config.tp:
+        problems.append(f"tp={config.tp} must divide the number of processes, which is {world_size()}")
     try:
         if config.tasks:
             tasks = load_tasks(tuple(config.tasks), config.task_folder)
@@ -205,17 +209,16 @@ def evaluate_in_training(engine: Engine, config: TrainConfig, progress: Callable
     figures. progress(n, tokens): called after each batch of n documents or requests, of so many tokens.
     """
     model, evaluation, found = engine.model, config.evaluation, {}
-    share = engine.context.data
     with engine.whole_weights():
         if evaluation.manifest:
-            found |= held_out_loss(model, config, progress, share)
+            found |= held_out_loss(model, config, progress)
         if evaluation.prompts:
             tokenizer = read_tokenizer(tokenizer_file(config.data.manifest))
             found["texts"] = continue_texts(model, tokenizer, evaluation.prompts, evaluation.prompt_tokens)
         if evaluation.tasks:
             tokenizer, tasks = read_tokenizer(tokenizer_file(config.data.manifest)), _tasks_in_training(config)
-            options = {"limit": evaluation.task_documents, "progress": progress, "share": share}
-            found |= journal_names(run_tasks(model, tokenizer, tasks, **options))
+            limit = evaluation.task_documents
+            found |= journal_names(run_tasks(model, tokenizer, tasks, limit=limit, progress=progress))
     return found
 
 

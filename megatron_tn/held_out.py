@@ -13,7 +13,6 @@ from megatron_tn.config import ConfigError, TrainConfig
 from megatron_tn.evaluation.perplexity import AFTER, Documents, evaluate_documents
 from megatron_tn.evaluation.token_bytes import token_bytes
 from megatron_tn.model.base import Model
-from megatron_tn.parallel.context import Axis
 
 CPU_TOKENS = 4096  # tokens of a batch
 GPU_ELEMENTS = 1 << 26  # of one activation [tokens, D]: a narrow model's small batch leaves a GPU waiting for launches
@@ -33,19 +32,16 @@ def problems_of_held_out(manifest: Manifest, setting: str, vocab_size: int) -> l
     return []
 
 
-def held_out_loss(
-    model: Model, config: TrainConfig, progress: Callable[[int, int], None], share: Axis
-) -> dict[str, float]:
+def held_out_loss(model: Model, config: TrainConfig, progress: Callable[[int, int], None]) -> dict[str, float]:
     """For the training loop: held-out figures, by the names that the journal has for them. progress(n, tokens): told
-    of n more documents done, of so many tokens. share: ranks that share the documents, see `row_scores`."""
+    of n more documents done, of so many tokens. Collective, see `row_scores`."""
     documents = held_out_documents(config.evaluation.manifest, config.evaluation.max_documents)
     window = config.data.sequence_length
     batch_tokens = CPU_TOKENS
     if next(model.parameters()).is_cuda:  # memory suffices for the tokens of a microbatch
         most = GPU_ELEMENTS // config.model.embed_dim
         batch_tokens = max(min(config.data.micro_batch * window, most), CPU_TOKENS)
-    options = {"window": window, "batch_tokens": batch_tokens, "progress": progress, "share": share}
-    found = evaluate_documents(model, documents, **options)
+    found = evaluate_documents(model, documents, window=window, batch_tokens=batch_tokens, progress=progress)
     values = {"heldout_loss": found.nats_per_token, "heldout_bits_per_byte": found.bits_per_byte}
     if len(found.sources) > 1:
         values |= {f"heldout_bits_per_byte/{name}": sums.bits_per_byte for name, sums in found.sources.items()}

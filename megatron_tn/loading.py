@@ -51,15 +51,15 @@ def load_any_model(
 
 
 @contextlib.contextmanager
-def tensor_parallel(device: str) -> Iterator[tuple[ParallelContext, str]]:
-    """All processes of the launcher as one tensor-parallel group, and this process's device: with device "auto" that of
-    its rank where there are several."""
+def tensor_parallel(device: str, tp: int = 0) -> Iterator[tuple[ParallelContext, str]]:
+    """The processes of the launcher in tensor-parallel groups of `tp` (0: of all), and this process's device: with
+    device "auto" that of its rank where there are several."""
     if world_size() == 1:
         yield ParallelContext(), device
         return
     joined = join_world(TIMEOUT_S)
     try:
-        yield ParallelContext.create(tp=world_size()), str(joined) if device == "auto" else device
+        yield ParallelContext.create(tp or world_size()), str(joined) if device == "auto" else device
     finally:
         leave_world()
 

@@ -12,23 +12,22 @@ from tokenizers import Tokenizer
 
 from megatron_tn.config import ConfigError
 from megatron_tn.evaluation.encoding import encode_pair, encode_text
-from megatron_tn.evaluation.scores import ALONE, SHORTEST, row_scores
+from megatron_tn.evaluation.scores import SHORTEST, row_scores
 from megatron_tn.inference.rows import batches_of, generate_rows
 from megatron_tn.inference.sampler import Plan, Sampler, SamplingRows, sample
 from megatron_tn.inference.uniform import stream_key
 from megatron_tn.model.base import Model
-from megatron_tn.parallel.context import Axis
 
 GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")  # generation_kwargs of tasks
 
 
 class HarnessModel(LM):
-    """tokenizer: reads `</s>` in a text as those four letters. batch_tokens, window, share: see `row_scores`.
-    progress(n, tokens): called after each batch of n requests, of so many tokens. seed: of sampled generation.
+    """tokenizer: reads `</s>` in a text as those four letters. batch_tokens, window: see `row_scores`. progress(n,
+    tokens): called after each batch of n requests, of so many tokens. seed: of sampled generation.
 
     Every text begins with the model's bos, once, which is never scored. A text's whole past is seen, however long it
-    is. Collective over tensor parallelism and `share`, whose ranks generate every text alike; every rank gets all
-    results.
+    is. Collective over the ranks of model.context, of which those with the same parameters generate every text alike;
+    every rank gets all results.
     """
 
     def __init__(
@@ -40,12 +39,11 @@ class HarnessModel(LM):
         window: int = 256,
         seed: int = 0,
         progress: Callable[[int, int], None] = lambda requests, tokens: None,
-        share: Axis = ALONE,
     ):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
-        self.options = {"batch_tokens": batch_tokens, "window": window, "progress": progress, "share": share}
+        self.options = {"batch_tokens": batch_tokens, "window": window, "progress": progress}
         self.seed = seed
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:

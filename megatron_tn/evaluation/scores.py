@@ -16,7 +16,6 @@ from megatron_tn.parallel.context import Axis
 # Batches are padded to a multiple of 16 tokens: Triton specialises kernels on divisibility of lengths by 16.
 ALIGNMENT = 16
 SHORTEST = 64  # tokens that a row of a batch counts for at least: each row has a decoding state, however short it is
-ALONE = Axis()  # a rank that shares no batches
 
 
 class RowScores(NamedTuple):
@@ -38,7 +37,6 @@ def row_scores(
     window: int = 256,
     greedy: bool = False,
     progress: Callable[[int, int], None] = lambda rows, tokens: None,
-    share: Axis = ALONE,
 ) -> Iterator[RowScores]:
     """The scores of tokens first[i], first[i] + 1, ... of rows[i] (ids [n], n >= 1), the longest rows first.
 
@@ -49,10 +47,11 @@ def row_scores(
     built for sequences of config.max_length tokens begins afresh after each so many.
     greedy: logits [rows, window, V] are formed in each window that has a scored token.
     progress(n, tokens): called after each batch of n rows, of so many tokens.
-    share: ranks with the same parameters. Of every `share.size` batches each rank computes one, in as many forward
-    passes as the others, since engines gather parameters in these; then all get the scores of all.
-    Collective over tensor parallelism and `share`.
+    Collective over the ranks of model.context, which all have the same rows. Of every D batches each of D ranks with
+    the same parameters computes one, in as many forward passes as the others, since engines gather parameters in
+    these; then all get the scores of all.
     """
+    share = model.context.data
     first = first or [1] * len(rows)
     device = next(model.parameters()).device
     batches = _batches(list(map(len, rows)), batch_tokens, window)

@@ -43,10 +43,11 @@ def test_a_document_scores_the_same_however_it_is_batched(documents, batch_token
 
 def scores_of_shares(documents: list[np.ndarray], options: dict[str, int]) -> list[tuple[int, np.ndarray, np.ndarray]]:
     """On each rank: the scores of all documents, by as many forward passes as on the other ranks."""
-    model, axis = reference_model(TINY, seed=1), ParallelContext.create().data
+    model = reference_model(TINY, seed=1)
+    model.context = ParallelContext.create()
     with mock.patch.object(model, "forward", wraps=model.forward) as forward:
-        found = [tuple(scores) for scores in row_scores(model, documents, greedy=True, share=axis, **options)]
-    passes = all_gather(torch.tensor([forward.call_count]), axis)
+        found = [tuple(scores) for scores in row_scores(model, documents, greedy=True, **options)]
+    passes = all_gather(torch.tensor([forward.call_count]), model.context.data)
     assert passes.unique().numel() == 1
     return found
 
