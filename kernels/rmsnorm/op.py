@@ -143,9 +143,5 @@ _add_forward.register_autograd(_add_differentiate, setup_context=_add_save)
 
 
 def _backend(x: Tensor) -> str:
-    unsupported = None
-    if x.dtype == torch.float64:
-        unsupported = "its fp32 sums cannot serve float64 inputs"
-    elif x.shape[-1] > MAX_TRITON_WIDTH:
-        unsupported = f"the width {x.shape[-1]} exceeds {MAX_TRITON_WIDTH}"
-    return dispatch.choose("rms_norm", x, unsupported)
+    too_wide = f"the width {x.shape[-1]} exceeds {MAX_TRITON_WIDTH}" if x.shape[-1] > MAX_TRITON_WIDTH else None
+    return dispatch.choose("rms_norm", x, too_wide)

@@ -265,9 +265,5 @@ def _scale_of(square_sum: Tensor, width: int, eps: float) -> Tensor:
 
 
 def _backend(x: Tensor) -> str:
-    unsupported = None
-    if x.dtype == torch.float64:
-        unsupported = "its fp32 sums cannot serve float64 inputs"
-    elif x.shape[-1] > MAX_TRITON_WIDTH:
-        unsupported = f"the width {x.shape[-1]} exceeds {MAX_TRITON_WIDTH}"
-    return dispatch.choose("simple_rms_norm", x, unsupported)
+    too_wide = f"the width {x.shape[-1]} exceeds {MAX_TRITON_WIDTH}" if x.shape[-1] > MAX_TRITON_WIDTH else None
+    return dispatch.choose("simple_rms_norm", x, too_wide)
