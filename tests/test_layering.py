@@ -17,6 +17,7 @@ ALLOWED = {
     "kernels": [],
     "data_pipeline": [],
     "megatron_tn.config": ["data_pipeline.redaction"],
+    "megatron_tn.cli": ["megatron_tn.config", "data_pipeline.redaction", "data_pipeline.words"],
     "megatron_tn.device": [],
     "megatron_tn.precision": ["kernels", "megatron_tn.device"],
     "megatron_tn.parallel": ["kernels", "megatron_tn.device", "megatron_tn.precision", "megatron_tn.config"],

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels import self_check
 from megatron_tn.checkpoint.load import load_model
+from megatron_tn.cli.overrides import CONF
 from megatron_tn.config import ConfigError, DataConfig, ModelConfig, ParallelConfig
 from megatron_tn.convert import main as convert
 from megatron_tn.evaluation.perplexity import document_nats
@@ -18,7 +19,6 @@ from megatron_tn.model.base import Model
 from megatron_tn.model.check import attentions
 from megatron_tn.model.init import initialize
 from megatron_tn.model.registry import build_model, parameter_count
-from megatron_tn.overrides import CONF
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.released.write import save_pretrained
 from tests.helpers.definition import definition_gradients
