@@ -21,7 +21,7 @@ from megatron_tn.parallel.collectives import all_gather
 from megatron_tn.parallel.context import ParallelContext
 from tests.data_pipeline.shard_factory import make_shards
 from tests.helpers.models import HYBRID, TINY, TRANSFORMER, TRANSNORMER_2022, reference_model
-from tests.helpers.ranks import run_shared
+from tests.helpers.ranks import run_shared, this_device
 from tests.helpers.shards import make_text_shards
 
 
@@ -43,20 +43,25 @@ def test_a_document_scores_the_same_however_it_is_batched(documents, batch_token
 
 def scores_of_shares(documents: list[np.ndarray], options: dict[str, int]) -> list[tuple[int, np.ndarray, np.ndarray]]:
     """On each rank: the scores of all documents, by as many forward passes as on the other ranks."""
-    model = reference_model(TINY, seed=1)
+    model = reference_model(TINY, seed=1, dtype=torch.float32).to(this_device())
     model.context = ParallelContext.create()
     with mock.patch.object(model, "forward", wraps=model.forward) as forward:
         found = [tuple(scores) for scores in row_scores(model, documents, greedy=True, **options)]
-    passes = all_gather(torch.tensor([forward.call_count]), model.context.data)
+    passes = all_gather(torch.tensor([forward.call_count], device=this_device()), model.context.data)
     assert passes.unique().numel() == 1
     return found
 
 
 @pytest.mark.parametrize(("batch_tokens", "window"), [(64, 16), (4096, 256), (30, 7)], ids=str)
-def test_ranks_share_documents_and_get_the_scores_of_all(documents, batch_tokens, window):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_ranks_share_documents_and_get_the_scores_of_all(documents, device, batch_tokens, window):
+    ranks = 3 if device == "cpu" else 2
+    if device == "cuda" and torch.cuda.device_count() < ranks:
+        pytest.skip("needs 2 GPUs")
     options = {"batch_tokens": batch_tokens, "window": window}
-    alone = [tuple(scores) for scores in row_scores(reference_model(TINY, seed=1), documents, greedy=True, **options)]
-    for found in run_shared(3, scores_of_shares, documents, options):
+    model = reference_model(TINY, seed=1, dtype=torch.float32).to(device)
+    alone = [tuple(scores) for scores in row_scores(model, documents, greedy=True, **options)]
+    for found in run_shared(ranks, scores_of_shares, documents, options, device=device):
         assert [index for index, *_ in found] == [index for index, *_ in alone]
         for mine, wanted in zip(found, alone, strict=True):
             np.testing.assert_array_equal(mine[1], wanted[1])
