@@ -4,7 +4,7 @@ A kernel that is right with one Triton version or GPU may be silently wrong with
 the first step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +83,9 @@ def self_check(
     theta_learnt: bool = True,
     float8: bool = False,
     length: int = 4097,
+    unused: Container[str] = (),
     fall_back: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> dict[str, float]:
     """Compare the operators of a training step, forward and backward, with their fp64 definitions; return the largest
     relative error of each.
@@ -99,7 +101,9 @@ def self_check(
     float8: whether the operators of fp8 products are checked.
     decay: [heads], the rates (default: evenly spaced from 0 to 1, slow and fast heads in one call).
     length: positions of a sequence; the default is odd, and long enough to be cut into segments if there are few heads.
+    unused: operators that the run does not call: they are not checked.
     fall_back: if an operator is wrong, log it, switch this process to plain PyTorch, and check again.
+    share: (r, R) for the rth of R processes of a machine: see `comparison.compare`.
 
     Raises KernelMismatchError, which names the operator, its error and the bound.
     """
@@ -121,7 +125,11 @@ def self_check(
         length=length,
         dtype=dtype,
     )
-    return compare(lambda: _checks(sizes), dtype, device, fall_back)
+
+    def used() -> Iterator[Check]:
+        return (check for check in _checks(sizes) if check.operator not in unused)
+
+    return compare(used, dtype, device, fall_back, share)
 
 
 def _checks(sizes: _Sizes) -> Iterator[Check]:

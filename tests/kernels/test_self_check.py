@@ -114,6 +114,27 @@ def test_a_broken_operator_is_named(monkeypatch, one_operator, module, function,
         check("cpu")
 
 
+@pytest.mark.parametrize("rank", range(3))
+def test_processes_of_a_machine_begin_with_different_operators_and_name_the_same_error(monkeypatch, rank):
+    names = list(check("cpu"))
+    wrong, checked = {names[4], names[9]}, []
+
+    def error_of(check, *_) -> float:
+        checked.append(check.operator)
+        return float("nan") if check.operator in wrong else 0.0
+
+    monkeypatch.setattr("kernels.comparison._worst_error", error_of)
+    with pytest.raises(KernelMismatchError, match=f"^{names[4]} at "):
+        check("cpu", share=(rank, 3))
+    begin = rank * len(names) // 3
+    assert checked[0] == names[begin]
+    assert set(names[:5]) <= set(checked)
+    wrong.clear()
+    checked.clear()
+    assert list(check("cpu", share=(rank, 3), unused=names[:2])) == names[2:]
+    assert sorted(checked) == sorted(names[2:])
+
+
 def off_scale(right):
     return lambda total, *, scale, **others: right(total, scale=1.01 * scale, **others)
 
