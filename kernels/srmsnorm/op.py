@@ -3,12 +3,10 @@
 import torch
 from torch import Tensor
 
-from kernels import dispatch
 from kernels.numerics import accumulation_dtype, dot
 from kernels.quantize.noted import note, slots
 from kernels.quantize.op import note_plainly
-
-MAX_TRITON_WIDTH = 65536
+from kernels.rows import backend_of_rows, check_rows
 
 
 def simple_rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -17,7 +15,7 @@ def simple_rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     x: [..., D] of any floating type; statistics in fp32 (fp64 for fp64), the result in x's type. Only x is saved; the
     backward pass recomputes the statistics. Raises ValueError for eps < 0, a scalar or an integer type.
     """
-    _check(x, eps)
+    check_rows(x, eps)
     return torch.ops.megatron_tn.srmsnorm_forward(x, eps)
 
 
@@ -27,7 +25,7 @@ def add_simple_rms_norm(x: Tensor, residual: Tensor, eps: float = 1e-6) -> tuple
     x, residual: [..., D], of the same shape and floating type. s is rounded to that type before the norm, as with two
     separate operators. Raises ValueError if shapes or types differ, and as simple_rms_norm does.
     """
-    _check(x, eps, residual)
+    check_rows(x, eps, residual)
     return torch.ops.megatron_tn.add_srmsnorm_forward(x, residual, None, eps)
 
 
@@ -43,7 +41,7 @@ def add_scaled_simple_rms_norm(
     elements. The scaled residual is not rounded before the addition. noting: whether the backward pass notes the
     largest element of the residual's gradient (kernels/quantize/noted.py). Raises ValueError for other shapes or types.
     """
-    _check(x, eps, residual)
+    check_rows(x, eps, residual)
     wide = accumulation_dtype(x.dtype)
     if square_sum.shape != x.shape[:-1] or square_sum.dtype != wide:
         raise ValueError(
@@ -60,7 +58,7 @@ def branch_simple_rms_norm(x: Tensor, eps: float = 1e-6, noting: bool = False) -
     x: [..., D]. The first result is x itself, under autograd. noting: whether the backward pass notes the largest
     element of x's gradient (kernels/quantize/noted.py). Raises ValueError as simple_rms_norm does.
     """
-    _check(x, eps)
+    check_rows(x, eps)
     return _Branch.apply(x, eps, noting)
 
 
@@ -82,21 +80,9 @@ class _Branch(torch.autograd.Function):
         return note(dx, bits), None, None
 
 
-def _check(x: Tensor, eps: float, residual: Tensor | None = None) -> None:
-    if residual is not None and (x.shape != residual.shape or x.dtype != residual.dtype):
-        raise ValueError(
-            f"x is {tuple(x.shape)} {x.dtype} and residual is {tuple(residual.shape)} {residual.dtype}; "
-            "they must be alike in shape and type"
-        )
-    if x.dim() == 0 or not torch.is_floating_point(x):
-        raise ValueError(f"x.shape={tuple(x.shape)}, x.dtype={x.dtype} must be [..., D] of a floating type")
-    if not eps >= 0:  # also refuses NaN
-        raise ValueError(f"eps={eps} must be >= 0")
-
-
 @torch.library.custom_op("megatron_tn::srmsnorm_forward", mutates_args=())
 def _forward(x: Tensor, eps: float) -> Tensor:
-    if _backend(x) == "triton":
+    if backend_of_rows("simple_rms_norm", x) == "triton":
         from kernels.srmsnorm import triton_norm
 
         return triton_norm.forward(x=x, eps=eps)[1]
@@ -110,7 +96,7 @@ def _backward(
     """dtotal: gradient of what is normalised, by its other use; None: it has none. -> dx, and its largest element
     (empty unless noting)."""
     bits = slots(total, noting)
-    if _backend(total) == "triton":
+    if backend_of_rows("simple_rms_norm", total) == "triton":
         from kernels.srmsnorm import triton_norm
 
         given = {"dtotal": dtotal, "dy": dy, "total": total, "eps": eps}
@@ -149,7 +135,7 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 def _add_forward(
     x: Tensor, residual: Tensor, square_sum: Tensor | None, eps: float, noting: bool = False
 ) -> tuple[Tensor, Tensor]:
-    if _backend(x) == "triton":
+    if backend_of_rows("simple_rms_norm", x) == "triton":
         from kernels.srmsnorm import triton_norm
 
         return triton_norm.forward(x=x, residual=residual, square_sum=square_sum, eps=eps)
@@ -171,7 +157,7 @@ def _add_scaled_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, residual and square_sum, and the residual's largest element (empty unless noting)."""
     bits = slots(total, noting)
-    if _backend(total) == "triton":
+    if backend_of_rows("simple_rms_norm", total) == "triton":
         from kernels.srmsnorm import triton_norm
 
         given = {"dtotal": dtotal, "dy": dy, "total": total, "residual": residual, "square_sum": square_sum, "eps": eps}
@@ -231,8 +217,3 @@ def _scale(x: Tensor, eps: float) -> Tensor:
 def _scale_of(square_sum: Tensor, width: int, eps: float) -> Tensor:
     """1 / sqrt(square_sum / width + eps): [...] -> [..., 1]."""
     return torch.rsqrt(square_sum / width + eps).unsqueeze(-1)
-
-
-def _backend(x: Tensor) -> str:
-    too_wide = f"the width {x.shape[-1]} exceeds {MAX_TRITON_WIDTH}" if x.shape[-1] > MAX_TRITON_WIDTH else None
-    return dispatch.choose("simple_rms_norm", x, too_wide)
