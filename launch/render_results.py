@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.render_table import ROOT, TABLES, NotRows, Row, Table, commit, fill, machine, markdown, read, write
-from launch.time_to_loss import TimeToLoss, curves_of, label, mean_of, variant_of
+from launch.results.time_to_loss import TimeToLoss, curves_of, label, mean_of, variant_of
 
 PAGE = ROOT / "docs/results.md"
 ROWS = ROOT / "docs/measurements/results"
