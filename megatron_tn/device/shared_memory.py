@@ -26,7 +26,8 @@ class Address(NamedTuple):
 
 class SharedMemory:
     """`block`: fp32 [elements] of zeros at a page boundary; a page takes memory once it is written to. `address`: for
-    other processes; None where the system has no anonymous files. Forked processes keep the memory until they end.
+    other processes; None where the system has no anonymous files. Processes that are forked or map the memory keep it,
+    beyond this object, until they end or `free` is called.
 
     Raises:
         OSError: the system has not so much memory.
@@ -46,7 +47,13 @@ class SharedMemory:
             self.address = Address(f"/proc/{os.getpid()}/fd/{descriptor}", f"/memfd:{name} (deleted)")
         if hasattr(mmap, "MADV_DONTFORK"):
             memory.madvise(mmap.MADV_DONTFORK)  # data workers are forked, and need no pages of this memory
+        self._memory = memory
         self.block = torch.frombuffer(memory, dtype=torch.float32)[:elements]
+
+    def free(self) -> None:
+        """Give the pages back to the system, whoever has them mapped: `block` is zeros from then on."""
+        if self.address is not None:
+            self._memory.madvise(mmap.MADV_REMOVE)
 
 
 def mapped(address: Address) -> np.ndarray | None:
