@@ -119,7 +119,7 @@ def _batch_scores(
     for begin, end, afresh in passes:
         rows = sum(length > begin for length in lengths)
         if not rows:
-            padding = torch.zeros(1, ALIGNMENT, dtype=torch.int64, device=device)
+            padding = torch.zeros(1, min(ALIGNMENT, end - begin), dtype=torch.int64, device=device)
             model(padding, targets=padding, reduction="none", return_state=model.splits_tokens)
             continue
         state = None if afresh else state.first_rows(rows)
