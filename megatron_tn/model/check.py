@@ -6,10 +6,11 @@ from typing import Any
 import torch
 
 from kernels import decoding_check, self_check
-from megatron_tn.config import ModelConfig
+from megatron_tn.config import ModelConfig, TrainConfig
 from megatron_tn.config.model import SOFTMAX_KINDS
 from megatron_tn.model.base import Model
 from megatron_tn.model.cosine_attention import MORE_COLUMNS
+from megatron_tn.parallel.embedding import padded_vocab
 from megatron_tn.parallel.fp8_weights import keeps_fp8
 from megatron_tn.parallel.world import processes_here
 
@@ -25,10 +26,11 @@ NORM_OPERATORS = {
 _checked: set[tuple[str, int, torch.dtype, torch.device, bool]] = set()
 
 
-def check_kernels(model: Model, device: torch.device, dtype: torch.dtype, optimizer: str) -> None:
-    """Compare the operators of the model and of `optimizer` (optim.name), in `dtype` and at this rank's widths, with
-    their fp64 references. Does nothing on a CPU. PyTorch's attention is not checked. The ranks of a machine begin with
-    different operators, so that they compile different kernels, which Triton's cache then has for all of them.
+def check_kernels(model: Model, device: torch.device, dtype: torch.dtype, run: TrainConfig) -> None:
+    """Compare the operators of the model and of the optimizer, in `dtype` and at this rank's widths, with their fp64
+    references, by the kernels that Triton compiles for the microbatches of `run`. Does nothing on a CPU. PyTorch's
+    attention is not checked. The ranks of a machine begin with different operators, so that they compile different
+    kernels, which Triton's cache then has for all of them.
 
     If a Triton kernel is wrong, the mismatch is logged and all operators fall back to plain PyTorch.
 
@@ -51,7 +53,10 @@ def check_kernels(model: Model, device: torch.device, dtype: torch.dtype, optimi
             embed_width=config.embed_dim,
             glu_act=config.glu_act,
             float8=float8,
-            unused=unused(config, optimizer),
+            unused=unused(config, run.optim.name),
+            batch=run.data.micro_batch,
+            length=-(-run.data.sequence_length // run.parallel.cp),
+            vocabulary=padded_vocab(config.vocab_size, tp) // tp,
             fall_back=True,
             share=(rank, ranks),
             **of_attention,
