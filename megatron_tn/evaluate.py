@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from data_pipeline.shards import read_documents
 from data_pipeline.stream import InputError, Manifest
-from megatron_tn.cli import command, is_first_process
+from megatron_tn.cli import command, is_first_process, run_program
 from megatron_tn.config import ConfigError, EvaluateConfig, TrainConfig, out_of_bounds, unwritable
 from megatron_tn.data import other_tokenizer as other_tokenizer_than_training
 from megatron_tn.data import tokenizer_file
@@ -227,4 +227,4 @@ def _tasks_in_training(config: TrainConfig) -> TaskSet:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -156,7 +156,7 @@ def of_words(function: Callable[[list[str]], None]) -> Callable[[], None]:
 
 
 def run_program(main: Callable[[], None]) -> NoReturn:
-    """Run a command line that trains, and end this process with its exit code.
+    """Run a command line that joins other ranks, and end this process with its exit code.
 
     Everything that Python does at its end is done here, but for tearing down the interpreter, as `multiprocessing` ends
     its processes. That teardown would abort, now and then, a process whose work is done: gloo's threads take Python's
