@@ -61,7 +61,7 @@ class HostMemory:
         return self._memory.address if self._memory is not None else None
 
     def release(self) -> None:
-        """Free the block: tensors of earlier calls are zeros from then on, or keep it (not on Linux)."""
+        """Free the block. Tensors of earlier calls are zeros from then on; without anonymous files they keep it."""
         self.join()
         if self._pinned:
             torch.cuda.cudart().cudaHostUnregister(self._block.data_ptr())

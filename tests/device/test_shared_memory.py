@@ -46,6 +46,22 @@ def test_a_larger_block_takes_the_place_of_one_that_forked_processes_keep():
     assert memory.address is None
 
 
+def forbidden(name: str) -> int:
+    raise PermissionError
+
+
+@pytest.mark.parametrize("anonymous_files", ["forbidden", "none"])
+def test_memory_is_this_process_s_own_where_there_are_no_anonymous_files(monkeypatch, anonymous_files):
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    if anonymous_files == "forbidden":
+        monkeypatch.setattr(os, "memfd_create", forbidden, raising=False)
+    memory = HostMemory()
+    block = memory.take(1000, pinned=False).fill_(1)
+    assert memory.address is None
+    memory.release()
+    assert block.sum() == 1000
+
+
 def test_too_much_memory_is_refused():
     with pytest.raises(OSError, match="memory"):
         SharedMemory(1 << 48)
