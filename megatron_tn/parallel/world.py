@@ -214,11 +214,9 @@ def release_holders() -> None:
 
 
 def leave_world() -> None:
-    """Release holders and destroy the process groups. All ranks do so together, but for a rank that an exception takes
-    out of the world.
-
-    Such a rank keeps NCCL's groups, and its process must end: NCCL frees a communicator together with the other ranks
-    of the machine, and those wait for this one in a collective, until its process has ended.
+    """Release holders and destroy the process groups. Collective, but for a rank that leaves because of an exception:
+    it keeps NCCL's groups, and its process must end next. To free a communicator NCCL waits for the other ranks of the
+    machine, and those wait for the failed rank in a collective, until its process has ended.
     """
     failed = sys.exc_info()[0] is not None
     if failed and dist.is_initialized() and dist.get_world_size() > 1 and "nccl" in dist.get_backend_config():
