@@ -17,6 +17,7 @@ from kernels.cross_entropy import reference as cross_entropy_reference
 from kernels.cross_entropy.op import linear_cross_entropy
 from kernels.embedding import reference as embedding_reference
 from kernels.embedding.op import scaled_embedding
+from kernels.gla.inputs import document_positions
 from kernels.gla.op import gla
 from kernels.lightning.op import lightning_attention
 from kernels.lightning.sequences import few_positions
@@ -65,6 +66,7 @@ class _Sizes:
     float8: bool
     batch: int
     length: int
+    packed: bool
     tokens: int
     vocabulary: int
     dtype: torch.dtype
@@ -91,6 +93,7 @@ def self_check(
     float8: bool = False,
     batch: int = 1,
     length: int = 4097,
+    packed: bool = False,
     vocabulary: int = 4099,
     unused: Container[str] = (),
     fall_back: bool = False,
@@ -112,6 +115,7 @@ def self_check(
     batch, length: sequences of a microbatch, and positions of one on this rank. Attention is checked on about 4096
         positions, for which Triton compiles the kernels of these sizes. The default is odd, and long enough to be cut
         into segments if there are few heads.
+    packed: whether attention is checked on documents, packed into the one sequence.
     vocabulary: rows of the output head on this rank. The check's head has about 4096, aligned alike.
     unused: operators that the run does not call: they are not checked.
     fall_back: if an operator is wrong, log it, switch this process to plain PyTorch, and check again.
@@ -147,6 +151,7 @@ def self_check(
         float8=float8,
         batch=batch,
         length=length,
+        packed=packed,
         tokens=TOKENS + _remainder(positions),
         vocabulary=VOCABULARY + _remainder(vocabulary),
         dtype=dtype,
@@ -177,15 +182,18 @@ def _checks(sizes: _Sizes) -> Iterator[Check]:
 
 def _attention_checks(sizes: _Sizes) -> Iterator[Check]:
     heads, width, decay, batch, length = sizes.heads, sizes.value_width, sizes.decay, sizes.batch, sizes.length
-    positions = torch.arange(length, device=decay.device)
+    bounds, positions = None, torch.arange(length, device=decay.device)
+    if sizes.packed:
+        bounds = torch.tensor([0, length // 3, length, length], dtype=torch.int32, device=decay.device)
+        positions = document_positions(bounds, length)
     with_lrpe = sizes.key_width == 2 * width
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return lightning_attention(q, k, v, decay)
+        return lightning_attention(q, k, v, decay, cu_seqlens=bounds)
 
     def mixer(qkvu: Tensor, theta: Tensor | None) -> Tensor:
         """y / rms(o), which depends on both results, y and the sum of o^2."""
-        y, square_sum, _ = gla(qkvu, decay, theta, act=sizes.act, positions=positions)
+        y, square_sum, _ = gla(qkvu, decay, theta, act=sizes.act, positions=positions, cu_seqlens=bounds)
         scale = torch.rsqrt(square_sum / y.shape[-1] + 1e-6).unsqueeze(-1)
         return (y * scale).to(y.dtype)
 
