@@ -10,9 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.adamw import reference as adamw_reference
-from kernels.adamw.op import adamw_
-from kernels.comparison import LARGEST_ERROR, Check, compare
+from kernels.comparison import Check, compare
 from kernels.cross_entropy import reference as cross_entropy_reference
 from kernels.cross_entropy.op import linear_cross_entropy
 from kernels.embedding import reference as embedding_reference
@@ -22,11 +20,9 @@ from kernels.gla.op import gla
 from kernels.lightning.op import lightning_attention
 from kernels.lightning.sequences import few_positions
 from kernels.lightning.tiles import capability_of
-from kernels.muon import reference as muon_reference
-from kernels.muon.op import muon_apply_, muon_direction_
 from kernels.newton_schulz import op as newton_schulz_op
-from kernels.newton_schulz import reference as newton_schulz_reference
 from kernels.numerics import accumulation_dtype
+from kernels.optimizer_checks import adamw_check, gram_check, muon_check
 from kernels.quantize.many import ManyMatrices
 from kernels.quantize.op import TYPES, largest, quantize, transpose
 from kernels.rmsnorm import reference as rmsnorm_reference
@@ -40,8 +36,6 @@ from kernels.srmsnorm.op import add_scaled_simple_rms_norm, add_simple_rms_norm,
 
 # dtheta is a sum of terms that cancel, so its relative error is larger.
 LARGEST_THETA_ERROR = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-# The optimizer's arithmetic is fp32 for every model type.
-LARGEST_UPDATE_ERROR = dict.fromkeys(LARGEST_ERROR, 1e-6)
 
 # Sizes of the inputs, to which the remainder by 16 of the run's sizes is added: Triton compiles one kernel for
 # multiples of 16 and another for other sizes.
@@ -174,10 +168,10 @@ def _checks(sizes: _Sizes) -> Iterator[Check]:
     if sizes.float8:
         yield from _float8_checks(sizes)
     yield from _vocabulary_checks(sizes)
-    yield _muon_check(sizes)
+    yield muon_check((sizes.tokens, sizes.width))
     if sizes.dtype in newton_schulz_op.HALF_TYPES:
-        yield _gram_check()
-    yield _update_check(sizes)
+        yield gram_check()
+    yield adamw_check((sizes.tokens, sizes.width))
 
 
 def _attention_checks(sizes: _Sizes) -> Iterator[Check]:
@@ -343,54 +337,3 @@ def _vocabulary_checks(sizes: _Sizes) -> Iterator[Check]:
     yield Check("scaled_embedding", embedding, exact_embedding, (rows,))
     yield Check("scaled_embedding_sum", gradient_sum, exact_gradient_sum, (tokens,), differentiable=False)
     yield Check("linear_cross_entropy", head, exact_head, (tokens, rows))
-
-
-def _gram_check() -> Check:
-    """Check of gram_polynomial on matrices with singular values from 0 to 1.4, like those within the iterations."""
-    rows = columns = newton_schulz_op.LEAST_ROWS + 8  # not whole tiles, but rows of whole 16 bytes, as models have them
-
-    def polynomial(x: Tensor) -> Tensor:
-        return newton_schulz_op.gram_polynomial(x.detach() / 32)
-
-    def exact_polynomial(x: Tensor) -> Tensor:
-        return newton_schulz_reference.gram_polynomial(x.detach() / 32)
-
-    return Check("gram_polynomial", polynomial, exact_polynomial, ((2, rows, columns),), differentiable=False)
-
-
-def _muon_check(sizes: _Sizes) -> Check:
-    settings = {"lr": 0.1, "scale": 9.0, "weight_decay": 0.1}
-
-    def update(master: Tensor, gradient: Tensor, momentum: Tensor) -> Tensor:
-        master, gradient, momentum = (x.detach().float().clone().view(-1) for x in (master, gradient, momentum))
-        direction, copy, divisor = *torch.empty_like(momentum.expand(2, -1)), torch.full((), 2.0, device=master.device)
-        muon_direction_(direction, momentum, gradient, beta=0.95, divisor=divisor)
-        muon_apply_(master, direction, **settings, divisor=divisor, copy=copy)
-        return torch.stack((momentum, direction, master, copy))
-
-    def exact_update(master: Tensor, gradient: Tensor, momentum: Tensor) -> Tensor:
-        momentum, direction = muon_reference.direction(momentum, gradient / 2, beta=0.95)
-        master = muon_reference.apply(master, direction, **settings)
-        return torch.stack((momentum, direction, master, master)).flatten(1)
-
-    shapes = ((sizes.tokens, sizes.width),) * 3
-    return Check("muon_", update, exact_update, shapes, LARGEST_UPDATE_ERROR, differentiable=False)
-
-
-def _update_check(sizes: _Sizes) -> Check:
-    settings = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "step": 3}
-
-    def update(master: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        state = [x.detach().float().clone() for x in (master, first, second)]
-        state[2].square_()
-        divisor = torch.full((), 2.0, device=master.device)
-        copy = torch.empty_like(state[0])
-        adamw_(state[0], gradient.detach().float(), *state[1:], divisor=divisor, copy=copy, **settings)
-        return torch.stack((*state, copy))
-
-    def exact_update(master: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        state = adamw_reference.adamw(master, gradient / 2, first, second.square(), **settings)
-        return torch.stack((*state, state[0]))
-
-    shapes = ((sizes.tokens, sizes.width),) * 4
-    return Check("adamw_", update, exact_update, shapes, LARGEST_UPDATE_ERROR, differentiable=False)
