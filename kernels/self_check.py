@@ -10,22 +10,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.adamw import reference as adamw_reference
-from kernels.adamw.op import adamw_
-from kernels.comparison import LARGEST_ERROR, Check, compare
+from kernels.comparison import Check, compare
 from kernels.cross_entropy import reference as cross_entropy_reference
 from kernels.cross_entropy.op import linear_cross_entropy
 from kernels.embedding import reference as embedding_reference
 from kernels.embedding.op import scaled_embedding
+from kernels.gla.inputs import document_positions
 from kernels.gla.op import gla
 from kernels.lightning.op import lightning_attention
 from kernels.lightning.sequences import few_positions
 from kernels.lightning.tiles import capability_of
-from kernels.muon import reference as muon_reference
-from kernels.muon.op import muon_apply_, muon_direction_
 from kernels.newton_schulz import op as newton_schulz_op
-from kernels.newton_schulz import reference as newton_schulz_reference
 from kernels.numerics import accumulation_dtype
+from kernels.optimizer_checks import adamw_check, gram_check, muon_check
 from kernels.quantize.many import ManyMatrices
 from kernels.quantize.op import TYPES, largest, quantize, transpose
 from kernels.rmsnorm import reference as rmsnorm_reference
@@ -39,8 +36,6 @@ from kernels.srmsnorm.op import add_scaled_simple_rms_norm, add_simple_rms_norm,
 
 # dtheta is a sum of terms that cancel, so its relative error is larger.
 LARGEST_THETA_ERROR = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-# The optimizer's arithmetic is fp32 for every model type.
-LARGEST_UPDATE_ERROR = dict.fromkeys(LARGEST_ERROR, 1e-6)
 
 # Sizes of the inputs, to which the remainder by 16 of the run's sizes is added: Triton compiles one kernel for
 # multiples of 16 and another for other sizes.
@@ -65,6 +60,7 @@ class _Sizes:
     float8: bool
     batch: int
     length: int
+    packed: bool
     tokens: int
     vocabulary: int
     dtype: torch.dtype
@@ -91,6 +87,7 @@ def self_check(
     float8: bool = False,
     batch: int = 1,
     length: int = 4097,
+    packed: bool = False,
     vocabulary: int = 4099,
     unused: Container[str] = (),
     fall_back: bool = False,
@@ -112,6 +109,7 @@ def self_check(
     batch, length: sequences of a microbatch, and positions of one on this rank. Attention is checked on about 4096
         positions, for which Triton compiles the kernels of these sizes. The default is odd, and long enough to be cut
         into segments if there are few heads.
+    packed: whether attention is checked on documents, packed into the one sequence.
     vocabulary: rows of the output head on this rank. The check's head has about 4096, aligned alike.
     unused: operators that the run does not call: they are not checked.
     fall_back: if an operator is wrong, log it, switch this process to plain PyTorch, and check again.
@@ -147,6 +145,7 @@ def self_check(
         float8=float8,
         batch=batch,
         length=length,
+        packed=packed,
         tokens=TOKENS + _remainder(positions),
         vocabulary=VOCABULARY + _remainder(vocabulary),
         dtype=dtype,
@@ -169,23 +168,26 @@ def _checks(sizes: _Sizes) -> Iterator[Check]:
     if sizes.float8:
         yield from _float8_checks(sizes)
     yield from _vocabulary_checks(sizes)
-    yield _muon_check(sizes)
+    yield muon_check((sizes.tokens, sizes.width))
     if sizes.dtype in newton_schulz_op.HALF_TYPES:
-        yield _gram_check()
-    yield _update_check(sizes)
+        yield gram_check()
+    yield adamw_check((sizes.tokens, sizes.width))
 
 
 def _attention_checks(sizes: _Sizes) -> Iterator[Check]:
     heads, width, decay, batch, length = sizes.heads, sizes.value_width, sizes.decay, sizes.batch, sizes.length
-    positions = torch.arange(length, device=decay.device)
+    bounds, positions = None, torch.arange(length, device=decay.device)
+    if sizes.packed:
+        bounds = torch.tensor([0, length // 3, length, length], dtype=torch.int32, device=decay.device)
+        positions = document_positions(bounds, length)
     with_lrpe = sizes.key_width == 2 * width
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return lightning_attention(q, k, v, decay)
+        return lightning_attention(q, k, v, decay, cu_seqlens=bounds)
 
     def mixer(qkvu: Tensor, theta: Tensor | None) -> Tensor:
         """y / rms(o), which depends on both results, y and the sum of o^2."""
-        y, square_sum, _ = gla(qkvu, decay, theta, act=sizes.act, positions=positions)
+        y, square_sum, _ = gla(qkvu, decay, theta, act=sizes.act, positions=positions, cu_seqlens=bounds)
         scale = torch.rsqrt(square_sum / y.shape[-1] + 1e-6).unsqueeze(-1)
         return (y * scale).to(y.dtype)
 
@@ -335,54 +337,3 @@ def _vocabulary_checks(sizes: _Sizes) -> Iterator[Check]:
     yield Check("scaled_embedding", embedding, exact_embedding, (rows,))
     yield Check("scaled_embedding_sum", gradient_sum, exact_gradient_sum, (tokens,), differentiable=False)
     yield Check("linear_cross_entropy", head, exact_head, (tokens, rows))
-
-
-def _gram_check() -> Check:
-    """Check of gram_polynomial on matrices with singular values from 0 to 1.4, like those within the iterations."""
-    rows = columns = newton_schulz_op.LEAST_ROWS + 8  # not whole tiles, but rows of whole 16 bytes, as models have them
-
-    def polynomial(x: Tensor) -> Tensor:
-        return newton_schulz_op.gram_polynomial(x.detach() / 32)
-
-    def exact_polynomial(x: Tensor) -> Tensor:
-        return newton_schulz_reference.gram_polynomial(x.detach() / 32)
-
-    return Check("gram_polynomial", polynomial, exact_polynomial, ((2, rows, columns),), differentiable=False)
-
-
-def _muon_check(sizes: _Sizes) -> Check:
-    settings = {"lr": 0.1, "scale": 9.0, "weight_decay": 0.1}
-
-    def update(master: Tensor, gradient: Tensor, momentum: Tensor) -> Tensor:
-        master, gradient, momentum = (x.detach().float().clone().view(-1) for x in (master, gradient, momentum))
-        direction, copy, divisor = *torch.empty_like(momentum.expand(2, -1)), torch.full((), 2.0, device=master.device)
-        muon_direction_(direction, momentum, gradient, beta=0.95, divisor=divisor)
-        muon_apply_(master, direction, **settings, divisor=divisor, copy=copy)
-        return torch.stack((momentum, direction, master, copy))
-
-    def exact_update(master: Tensor, gradient: Tensor, momentum: Tensor) -> Tensor:
-        momentum, direction = muon_reference.direction(momentum, gradient / 2, beta=0.95)
-        master = muon_reference.apply(master, direction, **settings)
-        return torch.stack((momentum, direction, master, master)).flatten(1)
-
-    shapes = ((sizes.tokens, sizes.width),) * 3
-    return Check("muon_", update, exact_update, shapes, LARGEST_UPDATE_ERROR, differentiable=False)
-
-
-def _update_check(sizes: _Sizes) -> Check:
-    settings = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "step": 3}
-
-    def update(master: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        state = [x.detach().float().clone() for x in (master, first, second)]
-        state[2].square_()
-        divisor = torch.full((), 2.0, device=master.device)
-        copy = torch.empty_like(state[0])
-        adamw_(state[0], gradient.detach().float(), *state[1:], divisor=divisor, copy=copy, **settings)
-        return torch.stack((*state, copy))
-
-    def exact_update(master: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        state = adamw_reference.adamw(master, gradient / 2, first, second.square(), **settings)
-        return torch.stack((*state, state[0]))
-
-    shapes = ((sizes.tokens, sizes.width),) * 4
-    return Check("adamw_", update, exact_update, shapes, LARGEST_UPDATE_ERROR, differentiable=False)

@@ -41,7 +41,7 @@ def check_kernels(model: Model, device: torch.device, dtype: torch.dtype, run: T
         return
     config, tp = model.config, model.context.tp.size
     float8 = any(getattr(module, "float8", None) is not None for module in model.modules())
-    ranks = processes_here()
+    ranks, packed = processes_here(), run.data.isolate_documents
     rank, kinds = (device.index or 0) % ranks, list(attentions(config))
     begin = rank * len(kinds) // ranks
     for of_attention in kinds[begin:] + kinds[:begin]:
@@ -54,8 +54,9 @@ def check_kernels(model: Model, device: torch.device, dtype: torch.dtype, run: T
             glu_act=config.glu_act,
             float8=float8,
             unused=unused(config, run.optim.name),
-            batch=run.data.micro_batch,
-            length=-(-run.data.sequence_length // run.parallel.cp),
+            batch=1 if packed else run.data.micro_batch,
+            length=-(-run.data.sequence_length // run.parallel.cp) * (run.data.micro_batch if packed else 1),
+            packed=packed,
             vocabulary=padded_vocab(config.vocab_size, tp) // tp,
             fall_back=True,
             share=(rank, ranks),

@@ -48,13 +48,15 @@ def launched(triton_device, monkeypatch) -> set[tuple]:
     return found
 
 
-@pytest.mark.parametrize("model", [MODEL, TRANSFORMER], ids=lambda model: model.name)
+@pytest.mark.parametrize(
+    ("model", "packed"), [(MODEL, False), (MODEL, True), (TRANSFORMER, False)], ids=["rows", "documents", "transformer"]
+)
 @pytest.mark.parametrize("triton_device", ["interpreter"], indirect=True)
-def test_a_step_launches_only_kernels_that_were_checked(launched, monkeypatch, model):
+def test_a_step_launches_only_kernels_that_were_checked(launched, monkeypatch, model, packed):
     asked = []
     monkeypatch.setattr(check, "self_check", lambda **arguments: asked.append(arguments))
     built = build_model(model, None, "cpu", torch.float32)
-    data = DataConfig(sequence_length=LENGTH, global_batch=BATCH, micro_batch=BATCH)
+    data = DataConfig(sequence_length=LENGTH, global_batch=BATCH, micro_batch=BATCH, isolate_documents=packed)
     run = tiny_config(model=model, data=data)
     check.check_kernels(built, torch.device("cuda", 0), torch.float32, run)
 
@@ -71,7 +73,10 @@ def test_a_step_launches_only_kernels_that_were_checked(launched, monkeypatch, m
     checked = launched.copy()
     launched.clear()
     tokens = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH) % 512
-    built(tokens, targets=tokens).loss.backward()
+    bounds = None
+    if packed:
+        tokens, bounds = tokens.view(1, -1), torch.tensor([0, 100, 128, 200, 300, 512, 512, 512], dtype=torch.int32)
+    built(tokens, targets=tokens, cu_seqlens=bounds).loss.backward()
     assert len(launched) > 12
     assert not launched - checked, launched - checked
 

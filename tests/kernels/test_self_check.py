@@ -38,7 +38,13 @@ def test_plain_pytorch_passes(dtype):
         others.insert(-1, "gram_polynomial")
     names = ["lightning_attention", "gla", "gla_theta", *norms, *others]
     assert list(check("cpu", dtype, key_width=48)) == names
-    assert list(check("cpu", dtype)) == [name for name in names if name != "gla_theta"]
+    plain = [name for name in names if name != "gla_theta"]
+    assert (
+        list(check("cpu", dtype))
+        == list(check("cpu", dtype, packed=True))
+        == list(check("cpu", dtype, batch=3))
+        == plain
+    )
     assert list(check("cpu", dtype, rope_base=1e4, glu_act="silu")) == ["rope", *norms, *others]
     float8 = check("cpu", dtype, rope_base=1e4, float8=True).keys() - {"rope", *norms, *others}
     assert float8 == {"quantize_48", "quantize_40", "quantize_many", "sglu_pair"}
