@@ -14,10 +14,11 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from launch.render_table import ROOT, TABLES, NotRows, Row, Table, commit, fill, machine, markdown, read, write
-from launch.time_to_loss import TimeToLoss, curves_of, label, mean_of, variant_of
+from launch.results.time_to_loss import TimeToLoss, curves_of, label, mean_of, variant_of
 
 PAGE = ROOT / "docs/results.md"
 ROWS = ROOT / "docs/measurements/results"
@@ -134,12 +135,12 @@ def package_table(summary: dict) -> str:
     return markdown(("package", *said, "files", "MB"), lines)
 
 
+@dataclass(frozen=True)
 class Corpus:
     """A table that is made from corpus.json instead of rows; empty without the file."""
 
-    def __init__(self, path: Path, table: Callable[[dict], str]):
-        self.path = path
-        self.table = table
+    path: Path
+    table: Callable[[dict], str]
 
     def render(self, _rows: Sequence[Row]) -> str:
         return self.table(json.loads(self.path.read_text())) if self.path.exists() else ""

@@ -15,9 +15,11 @@ from megatron_tn.device.allocator import use_expandable_segments
 from megatron_tn.device.free_memory import is_out_of_memory
 from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.parallel.world import join_world, leave_world, world_size
 from megatron_tn.released.weights import ReleasedWeights
 from megatron_tn.training.run_folder import find_checkpoint
 
+TIMEOUT_S = 1800  # seconds that a collective between tensor-parallel ranks waits
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # values of precision=; "trained" keeps the weights' own type
 
 
@@ -46,6 +48,20 @@ def load_any_model(
         stored = set(weights.dtypes.values())
         trained = torch.bfloat16 if stored == {torch.bfloat16} else torch.float32
         return model_of(weights, context, device, DTYPES.get(precision, trained), fp8_weights=fp8_weights)
+
+
+@contextlib.contextmanager
+def tensor_parallel(device: str, tp: int = 0) -> Iterator[tuple[ParallelContext, str]]:
+    """The processes of the launcher in tensor-parallel groups of `tp` (0: of all), and this process's device: with
+    device "auto" that of its rank where there are several."""
+    if world_size() == 1:
+        yield ParallelContext(), device
+        return
+    joined = join_world(TIMEOUT_S)
+    try:
+        yield ParallelContext.create(tp or world_size()), str(joined) if device == "auto" else device
+    finally:
+        leave_world()
 
 
 @contextlib.contextmanager

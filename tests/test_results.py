@@ -11,11 +11,11 @@ from omegaconf import OmegaConf
 
 import megatron_tn.benchmark
 from launch import render_results
-from launch.planned_run import Run
 from launch.render_table import fill
-from launch.results import main, stages
-from launch.run_plan import grid_runs, read_plan
-from launch.runs import Failed, Programs, TimeUp
+from launch.results.__main__ import main, stages
+from launch.results.planned_run import Run
+from launch.results.run_plan import grid_runs, read_plan
+from launch.results.runs import Failed, Programs, TimeUp
 from megatron_tn import cli
 from megatron_tn.config import (
     BenchmarkConfig,

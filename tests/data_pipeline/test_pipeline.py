@@ -1,17 +1,13 @@
 """The pipeline end to end on a small planted corpus: what it drops, what it writes, and that a kill loses nothing."""
 
-import contextlib
 import errno
 import gzip
 import hashlib
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -125,46 +121,6 @@ def test_a_complete_run_is_left_alone(planted, output, capsys):
 def test_workers_do_not_change_a_byte(planted, output, tmp_path):
     run(compose(arguments(planted[0], tmp_path / "again", "workers=1")))
     assert fingerprint(tmp_path / "again") == fingerprint(output)
-
-
-def test_killed_in_one_stage_after_another_and_run_again_it_gives_the_same_bytes(planted, output, tmp_path):
-    again = tmp_path / "data"
-    for stage in ("rules", "near_pairs"):
-        with started(planted[0], again) as process:
-            kill_in(stage, process, os.killpg, again)
-    with started(planted[0], again) as process:
-        kill_in("shards", process, os.kill, again)  # its workers live on for a moment
-    run(compose(arguments(planted[0], again)))
-    assert fingerprint(again) == fingerprint(output)
-
-
-@contextlib.contextmanager
-def started(source, output, *more, stderr=subprocess.DEVNULL):
-    """The run in a process group of its own, of which nothing is left at the end."""
-    command = [sys.executable, "-m", "data_pipeline.run", *arguments(source, output, *more)]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=stderr, text=True)
-    try:
-        yield process
-    finally:
-        deadline = time.monotonic() + 30
-        with contextlib.suppress(ProcessLookupError):
-            while time.monotonic() < deadline:  # a worker that is not gone yet keeps its files from being cleared
-                os.killpg(process.pid, signal.SIGKILL)
-                process.poll()
-                time.sleep(0.01)
-        process.wait()
-
-
-def kill_in(stage, process, kill, output):
-    """Kills when the stage has the marker of its first task: others are under way."""
-    deadline = time.monotonic() + 60
-    while not list(output.glob(f"work/stages/*_{stage}/completions/*")) and process.poll() is None:
-        assert time.monotonic() < deadline, "the stage never began"
-        time.sleep(0.01)
-    kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
-    assert not (output / "report.json").exists()
 
 
 def test_a_task_without_documents_leaves_the_others_in_place(tmp_path):

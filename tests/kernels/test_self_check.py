@@ -26,7 +26,7 @@ def few_tiles(monkeypatch):
     """Whole tiles and a part of one, of the head and of symmetric products, where there is no GPU: the interpreter is
     slow."""
     if not torch.cuda.is_available():
-        monkeypatch.setattr(inspect.getmodule(self_check), "VOCABULARY", 523)
+        monkeypatch.setattr(inspect.getmodule(self_check), "VOCABULARY", 512)
         monkeypatch.setattr(importlib.import_module("kernels.newton_schulz.op"), "LEAST_ROWS", 128)
 
 
@@ -114,6 +114,27 @@ def test_a_broken_operator_is_named(monkeypatch, one_operator, module, function,
         check("cpu")
 
 
+@pytest.mark.parametrize("rank", range(3))
+def test_processes_of_a_machine_begin_with_different_operators_and_name_the_same_error(monkeypatch, rank):
+    names = list(check("cpu"))
+    wrong, checked = {names[4], names[9]}, []
+
+    def error_of(check, *_) -> float:
+        checked.append(check.operator)
+        return float("nan") if check.operator in wrong else 0.0
+
+    monkeypatch.setattr("kernels.comparison._worst_error", error_of)
+    with pytest.raises(KernelMismatchError, match=f"^{names[4]} at "):
+        check("cpu", share=(rank, 3))
+    begin = rank * len(names) // 3
+    assert checked[0] == names[begin]
+    assert set(names[:5]) <= set(checked)
+    wrong.clear()
+    checked.clear()
+    assert list(check("cpu", share=(rank, 3), unused=names[:2])) == names[2:]
+    assert sorted(checked) == sorted(names[2:])
+
+
 def off_scale(right):
     return lambda total, *, scale, **others: right(total, scale=1.01 * scale, **others)
 
@@ -133,7 +154,7 @@ def off_beta(right):
         ("kernels.lightning.passes", "backward", "lightning_attention"),
         ("kernels.gla.triton_gate", "gate", "gla"),
         ("kernels.srmsnorm.triton_norm", "backward", "simple_rms_norm"),
-        ("kernels.srmsnorm.triton_norm", "add_scaled_backward", "add_scaled_simple_rms_norm"),
+        ("kernels.srmsnorm.triton_norm", "scaled_backward", "add_scaled_simple_rms_norm"),
         ("kernels.sglu.triton_sglu", "backward", "sglu"),
         ("kernels.rope.triton_rope", "rotate_heads", "rope"),
         ("kernels.rmsnorm.triton_rmsnorm", "backward", "rms_norm"),

@@ -9,16 +9,16 @@ from torch import Tensor
 
 from kernels import self_check
 from megatron_tn.checkpoint.load import load_model
+from megatron_tn.cli.overrides import CONF
 from megatron_tn.config import ConfigError, DataConfig, ModelConfig, ParallelConfig
 from megatron_tn.convert import main as convert
 from megatron_tn.evaluation.perplexity import document_nats
 from megatron_tn.inference.generator import generate
 from megatron_tn.inference.sampler import Sampler
 from megatron_tn.model.base import Model
-from megatron_tn.model.check import attentions
+from megatron_tn.model.check import NORM_OPERATORS, attentions, unused
 from megatron_tn.model.init import initialize
 from megatron_tn.model.registry import build_model, parameter_count
-from megatron_tn.overrides import CONF
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.released.write import save_pretrained
 from tests.helpers.definition import definition_gradients
@@ -159,7 +159,11 @@ def test_the_operators_of_every_kind_of_layer_are_checked(config):
     assert len(of_attention) == kinds[config.name]
     common = {"heads": 2, "glu_width": 8, "embed_width": 16, "length": 65, "dtype": torch.float32, "device": CPU}
     for arguments in of_attention:
-        assert ("rope" if "rope_base" in arguments else "gla") in self_check(**common, **arguments)
+        found = self_check(**common, **arguments, unused=unused(config, "adamw"))
+        assert ("rope" if "rope_base" in arguments else "gla") in found
+        assert not {"muon_", "rms_norm" if config.norm != "rmsnorm" else "simple_rms_norm"} & found.keys()
+        assert {"adamw_", *NORM_OPERATORS.get(config.norm, ())} < found.keys()
+    assert not {"muon_", "gram_polynomial"} & unused(config, "muon")
 
 
 TOO_LONG = "a sequence of 25 tokens is longer than model.max_length=24"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_tn.parallel import world
 from megatron_tn.parallel.world import join_world, leave_world, release_on_leaving
@@ -100,6 +101,21 @@ def test_who_holds_communicators_is_told_of_the_end():
     release_on_leaving(holder)
     leave_world()
     assert holder.released == 1
+
+
+@pytest.mark.parametrize(("backend", "keeps"), [("cpu:gloo,cuda:nccl", True), ("cpu:gloo", False)])
+def test_a_rank_that_fails_does_not_wait_for_the_others(monkeypatch, backend, keeps):
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: backend)
+    holder = Holder()
+    release_on_leaving(holder)
+    try:
+        raise MemoryError
+    except MemoryError:
+        leave_world()
+    assert (dist.is_initialized(), holder.released) == (keeps, not keeps)
+    leave_world()
+    assert (dist.is_initialized(), holder.released) == (False, 1)
 
 
 def test_ranks_from_srun(tmp_path, monkeypatch):

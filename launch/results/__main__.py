@@ -25,9 +25,9 @@ import time
 from pathlib import Path
 
 from kernels.bench import rows
-from launch.planned_run import Run, runs_per_gpu
-from launch.run_plan import BEST, SPLITS, Bad, Row, grid_runs, read_plan
-from launch.runs import Failed, Programs, TimeUp
+from launch.results.planned_run import Run, runs_per_gpu
+from launch.results.run_plan import BEST, SPLITS, Bad, Row, grid_runs, read_plan
+from launch.results.runs import Failed, Programs, TimeUp
 from megatron_tn.config import unwritable
 
 FAILED, TIME_UP = 1, 3

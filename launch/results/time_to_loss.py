@@ -34,7 +34,7 @@ def variant_of(row: Row) -> str:
 
 
 def _words(row: Row) -> list[str]:
-    """What sets a trained run apart (launch.results.Run.variant): words of VARIANTS, a number of steps, or others."""
+    """What sets a trained run apart (planned_run.Run.variant): words of VARIANTS, a number of steps, or others."""
     return list(filter(None, row.get("variant", "").split(",")))
 
 
