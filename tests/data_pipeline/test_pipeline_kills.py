@@ -37,7 +37,7 @@ def undisturbed(source, tmp_path_factory) -> dict[str, str]:
 @contextlib.contextmanager
 def started(source, output, *more, stderr=subprocess.DEVNULL):
     """The run in a process group of its own, of which nothing is left at the end."""
-    command = [sys.executable, "-m", "data_pipeline.run", *arguments(source, output, *more)]
+    command = [sys.executable, "-m", "data_pipeline.run", *arguments(source, output, "workers=2", *more)]
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=stderr, text=True)
     try:
         yield process
