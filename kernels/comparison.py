@@ -32,35 +32,49 @@ class Check:
 
 
 def compare(
-    checks: Callable[[], Iterable[Check]], dtype: torch.dtype, device: torch.device, fall_back: bool
+    checks: Callable[[], Iterable[Check]],
+    dtype: torch.dtype,
+    device: torch.device,
+    fall_back: bool,
+    share: tuple[int, int] = (0, 1),
 ) -> dict[str, float]:
     """Operator -> the largest relative error of its output and its inputs' gradients.
 
     fall_back: if an operator is wrong, log it, switch this process to plain PyTorch, and check again.
+    share: (r, R) begins with the check r / R of the way through them. So R processes of a machine compile different
+        kernels at first, and find the others' in Triton's cache.
 
-    Raises KernelMismatchError, which names the operator, its error and the bound.
+    Raises KernelMismatchError, which names the first wrong operator in the order of `checks`, its error and the bound.
     """
     try:
-        return _errors(checks(), dtype, device)
+        return _errors(checks(), dtype, device, share)
     except KernelMismatchError as mismatch:
         if not fall_back or dispatch.requested_backend() == "torch":
             raise
         logger.error("%s; all operators run in PyTorch from here on", mismatch)
     dispatch.set_backend("torch")
-    return _errors(checks(), dtype, device)
+    return _errors(checks(), dtype, device, share)
 
 
-def _errors(checks: Iterable[Check], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Raises KernelMismatchError at the first error above its bound."""
-    errors = {}
-    for check in checks:
-        error = errors[check.operator] = _worst_error(check, dtype, device)
-        if not error <= check.bounds[dtype]:  # NaN fails, too
-            raise KernelMismatchError(
-                f"{check.operator} at {check.shapes} in {dtype} on {device} is off by {error:.1e} relative to fp64, "
-                f"more than {check.bounds[dtype]:.0e}"
-            )
-    return errors
+def _errors(
+    checks: Iterable[Check], dtype: torch.dtype, device: torch.device, share: tuple[int, int]
+) -> dict[str, float]:
+    in_order = list(checks)
+    (rank, ranks), count = share, len(in_order)
+    begin, wrong = rank * count // ranks, count
+    errors = [0.0] * count
+    for index in (*range(begin, count), *range(begin)):
+        if index < wrong:  # of those behind a wrong one none is named
+            errors[index] = _worst_error(in_order[index], dtype, device)
+            if not errors[index] <= in_order[index].bounds[dtype]:  # NaN fails, too
+                wrong = index
+    if wrong < count:
+        check = in_order[wrong]
+        raise KernelMismatchError(
+            f"{check.operator} at {check.shapes} in {dtype} on {device} is off by {errors[wrong]:.1e} relative to "
+            f"fp64, more than {check.bounds[dtype]:.0e}"
+        )
+    return {check.operator: error for check, error in zip(in_order, errors, strict=True)}
 
 
 def _worst_error(check: Check, dtype: torch.dtype, device: torch.device) -> float:

@@ -4,26 +4,25 @@ A kernel that is right with one Triton version or GPU may be silently wrong with
 the first step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kernels.adamw import reference as adamw_reference
-from kernels.adamw.op import adamw_
-from kernels.comparison import LARGEST_ERROR, Check, compare
+from kernels.comparison import Check, compare
 from kernels.cross_entropy import reference as cross_entropy_reference
 from kernels.cross_entropy.op import linear_cross_entropy
+from kernels.dispatch import capability_of
 from kernels.embedding import reference as embedding_reference
 from kernels.embedding.op import scaled_embedding
+from kernels.gla.inputs import document_positions
 from kernels.gla.op import gla
 from kernels.lightning.op import lightning_attention
-from kernels.muon import reference as muon_reference
-from kernels.muon.op import muon_apply_, muon_direction_
+from kernels.lightning.sequences import few_positions
 from kernels.newton_schulz import op as newton_schulz_op
-from kernels.newton_schulz import reference as newton_schulz_reference
 from kernels.numerics import accumulation_dtype
+from kernels.optimizer_checks import adamw_check, gram_check, muon_check
 from kernels.quantize.many import ManyMatrices
 from kernels.quantize.op import TYPES, largest, quantize, transpose
 from kernels.rmsnorm import reference as rmsnorm_reference
@@ -37,11 +36,11 @@ from kernels.srmsnorm.op import add_scaled_simple_rms_norm, add_simple_rms_norm,
 
 # dtheta is a sum of terms that cancel, so its relative error is larger.
 LARGEST_THETA_ERROR = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-# The optimizer's arithmetic is fp32 for every model type.
-LARGEST_UPDATE_ERROR = dict.fromkeys(LARGEST_ERROR, 1e-6)
 
-TOKENS = 65  # for operators that act per token
-VOCABULARY = 4099  # full tiles of the output head and a partial one
+# Sizes of the inputs, to which the remainder by 16 of the run's sizes is added: Triton compiles one kernel for
+# multiples of 16 and another for other sizes.
+TOKENS = 64  # for operators that act per token, and of a chunk of the output head
+VOCABULARY = 4096  # full tiles of the output head; the remainder is a partial one
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,11 @@ class _Sizes:
     rope_base: float | None
     theta_learnt: bool
     float8: bool
+    batch: int
     length: int
+    packed: bool
+    tokens: int
+    vocabulary: int
     dtype: torch.dtype
 
     @property
@@ -82,8 +85,13 @@ def self_check(
     rope_base: float | None = None,
     theta_learnt: bool = True,
     float8: bool = False,
+    batch: int = 1,
     length: int = 4097,
+    packed: bool = False,
+    vocabulary: int = 4099,
+    unused: Container[str] = (),
     fall_back: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> dict[str, float]:
     """Compare the operators of a training step, forward and backward, with their fp64 definitions; return the largest
     relative error of each.
@@ -98,14 +106,31 @@ def self_check(
     theta_learnt: whether the gradient of LRPE's theta is checked.
     float8: whether the operators of fp8 products are checked.
     decay: [heads], the rates (default: evenly spaced from 0 to 1, slow and fast heads in one call).
-    length: positions of a sequence; the default is odd, and long enough to be cut into segments if there are few heads.
+    batch, length: sequences of a microbatch, and positions of one on this rank. Attention is checked on about 4096
+        positions, for which Triton compiles the kernels of these sizes. The default is odd, and long enough to be cut
+        into segments if there are few heads.
+    packed: whether attention is checked on documents, packed into the one sequence.
+    vocabulary: rows of the output head on this rank. The check's head has about 4096, aligned alike.
+    unused: operators that the run does not call: they are not checked.
     fall_back: if an operator is wrong, log it, switch this process to plain PyTorch, and check again.
+    share: (r, R) for the rth of R processes of a machine: see `comparison.compare`.
 
     Raises KernelMismatchError, which names the operator, its error and the bound.
     """
     if decay is None:
         decay = torch.linspace(0, 1, heads, device=device)
     embed_width = embed_width or heads * value_width
+    positions = batch * length
+    if rope_base is None:
+        batch, length = few_positions(
+            batch,
+            length,
+            capability=capability_of(decay),
+            element_bytes=dtype.itemsize,
+            heads=heads,
+            key=key_width,
+            value=value_width,
+        )
     sizes = _Sizes(
         heads=heads,
         key_width=key_width,
@@ -118,10 +143,23 @@ def self_check(
         rope_base=rope_base,
         theta_learnt=theta_learnt,
         float8=float8,
+        batch=batch,
         length=length,
+        packed=packed,
+        tokens=TOKENS + _remainder(positions),
+        vocabulary=VOCABULARY + _remainder(vocabulary),
         dtype=dtype,
     )
-    return compare(lambda: _checks(sizes), dtype, device, fall_back)
+
+    def used() -> Iterator[Check]:
+        return (check for check in _checks(sizes) if check.operator not in unused)
+
+    return compare(used, dtype, device, fall_back, share)
+
+
+def _remainder(size: int) -> int:
+    """1 to 16."""
+    return (size - 1) % 16 + 1
 
 
 def _checks(sizes: _Sizes) -> Iterator[Check]:
@@ -130,22 +168,26 @@ def _checks(sizes: _Sizes) -> Iterator[Check]:
     if sizes.float8:
         yield from _float8_checks(sizes)
     yield from _vocabulary_checks(sizes)
-    yield _muon_check(sizes)
+    yield muon_check((sizes.tokens, sizes.width))
     if sizes.dtype in newton_schulz_op.HALF_TYPES:
-        yield _gram_check()
-    yield _update_check(sizes)
+        yield gram_check()
+    yield adamw_check((sizes.tokens, sizes.width))
 
 
 def _attention_checks(sizes: _Sizes) -> Iterator[Check]:
-    heads, width, decay, length = sizes.heads, sizes.value_width, sizes.decay, sizes.length
+    heads, width, decay, batch, length = sizes.heads, sizes.value_width, sizes.decay, sizes.batch, sizes.length
+    bounds, positions = None, torch.arange(length, device=decay.device)
+    if sizes.packed:
+        bounds = torch.tensor([0, length // 3, length, length], dtype=torch.int32, device=decay.device)
+        positions = document_positions(bounds, length)
     with_lrpe = sizes.key_width == 2 * width
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return lightning_attention(q, k, v, decay)
+        return lightning_attention(q, k, v, decay, cu_seqlens=bounds)
 
     def mixer(qkvu: Tensor, theta: Tensor | None) -> Tensor:
         """y / rms(o), which depends on both results, y and the sum of o^2."""
-        y, square_sum, _ = gla(qkvu, decay, theta, act=sizes.act)
+        y, square_sum, _ = gla(qkvu, decay, theta, act=sizes.act, positions=positions, cu_seqlens=bounds)
         scale = torch.rsqrt(square_sum / y.shape[-1] + 1e-6).unsqueeze(-1)
         return (y * scale).to(y.dtype)
 
@@ -155,19 +197,19 @@ def _attention_checks(sizes: _Sizes) -> Iterator[Check]:
 
     def of_theta(theta: Tensor) -> Tensor:
         generator = torch.Generator(theta.device).manual_seed(1)
-        qkvu = torch.randn((1, length, 4 * heads * width), generator=generator, device=theta.device)
+        qkvu = torch.randn((batch, length, 4 * heads * width), generator=generator, device=theta.device)
         return mixer(qkvu.to(sizes.dtype).to(theta.dtype), theta)
 
-    key, value = (1, length, heads, sizes.key_width), (1, length, heads, width)
+    key, value = (batch, length, heads, sizes.key_width), (batch, length, heads, width)
     # Definition: the chunked form in fp64, because the recurrence launches several kernels per position.
     yield Check("lightning_attention", attention, attention, (key, key, value))
-    yield Check("gla", of_qkvu, of_qkvu, ((1, length, 4 * heads * width),))
+    yield Check("gla", of_qkvu, of_qkvu, ((batch, length, 4 * heads * width),))
     if with_lrpe and sizes.theta_learnt:
         yield Check("gla_theta", of_theta, of_theta, ((heads, 1, width),), LARGEST_THETA_ERROR)
 
 
 def _rope_check(sizes: _Sizes) -> Iterator[Check]:
-    positions = torch.arange(TOKENS, device=sizes.decay.device) * 101  # as far as the context of today's models
+    positions = torch.arange(sizes.tokens, device=sizes.decay.device) * 101  # as far as the context of today's models
     options = {"head_dim": sizes.value_width, "base": sizes.rope_base}
 
     def rotated(q: Tensor, k: Tensor) -> Tensor:
@@ -176,7 +218,7 @@ def _rope_check(sizes: _Sizes) -> Iterator[Check]:
     def exactly_rotated(q: Tensor, k: Tensor) -> Tensor:
         return torch.cat([rope_reference.rope(x, positions, **options) for x in (q, k)], dim=-1)
 
-    yield Check("rope", rotated, exactly_rotated, ((1, TOKENS, sizes.width),) * 2)
+    yield Check("rope", rotated, exactly_rotated, ((1, sizes.tokens, sizes.width),) * 2)
 
 
 def _norm_checks(sizes: _Sizes) -> Iterator[Check]:
@@ -197,7 +239,12 @@ def _norm_checks(sizes: _Sizes) -> Iterator[Check]:
         return exactly_added(x, norm(update))
 
     def weighted(x: Tensor, weight: Tensor) -> Tensor:
-        return torch.cat(branch_rms_norm(x, weight), dim=-1)
+        """Before a block, and after the last one, where no gradient of x itself arrives."""
+        return torch.cat((*branch_rms_norm(x, weight), branch_rms_norm(x, weight)[1]), dim=-1)
+
+    def exactly_weighted(x: Tensor, weight: Tensor) -> Tensor:
+        y = rmsnorm_reference.rms_norm(x, weight)
+        return torch.cat((x, y, y), dim=-1)
 
     def added_weighted(x: Tensor, update: Tensor, weight: Tensor) -> Tensor:
         return torch.cat(add_rms_norm(x, update, weight), dim=-1)
@@ -211,13 +258,13 @@ def _norm_checks(sizes: _Sizes) -> Iterator[Check]:
     def exact_product(a: Tensor, b: Tensor) -> Tensor:
         return sglu_reference.sglu(a, b, sizes.glu_act)
 
-    rows = (TOKENS, sizes.width)
+    rows = (sizes.tokens, sizes.width)
     yield Check("simple_rms_norm", simple_rms_norm, norm, (rows,))
     yield Check("add_simple_rms_norm", added, exactly_added, (rows, rows))
     yield Check("add_scaled_simple_rms_norm", added_scaled, exactly_added_scaled, (rows, rows))
-    yield Check("rms_norm", weighted, lambda x, weight: exactly_added_weighted(x, 0, weight), (rows, rows[1:]))
+    yield Check("rms_norm", weighted, exactly_weighted, (rows, rows[1:]))
     yield Check("add_rms_norm", added_weighted, exactly_added_weighted, (rows, rows, rows[1:]))
-    yield Check("sglu", product, exact_product, ((TOKENS, sizes.glu_width),) * 2)
+    yield Check("sglu", product, exact_product, ((sizes.tokens, sizes.glu_width),) * 2)
 
 
 def _float8_checks(sizes: _Sizes) -> Iterator[Check]:
@@ -253,17 +300,17 @@ def _float8_checks(sizes: _Sizes) -> Iterator[Check]:
         )
 
     for width in (sizes.width, sizes.glu_width):
-        yield Check(f"quantize_{width}", quantized, quantized, ((TOKENS, width),), differentiable=False)
-    matrices = ((16 * TOKENS, 128), (16, 128))
+        yield Check(f"quantize_{width}", quantized, quantized, ((sizes.tokens, width),), differentiable=False)
+    matrices = ((16 * sizes.tokens, 128), (16, 128))
     yield Check("quantize_many", many, many, matrices, differentiable=False)
-    yield Check("sglu_pair", pair, exact_pair, ((TOKENS, 2 * sizes.glu_width),), differentiable=False)
+    yield Check("sglu_pair", pair, exact_pair, ((sizes.tokens, 2 * sizes.glu_width),), differentiable=False)
 
 
 def _vocabulary_checks(sizes: _Sizes) -> Iterator[Check]:
     """Checks of the embedding, with and without gradient sum, and of the output head with its loss."""
-    width, device = sizes.embed_width, sizes.decay.device
+    width, device, vocabulary = sizes.embed_width, sizes.decay.device, sizes.vocabulary
     small = 2.0 ** -(width.bit_length() // 2)  # scales logits to about 1; a power of two, so without rounding
-    ids = torch.arange(TOKENS, device=device) // 2 * 63 % VOCABULARY
+    ids = torch.arange(sizes.tokens, device=device) // 2 * 63 % vocabulary
     targets = ids.masked_fill(ids % 5 == 1, -100)
 
     def embedding(weight: Tensor) -> Tensor:
@@ -273,71 +320,20 @@ def _vocabulary_checks(sizes: _Sizes) -> Iterator[Check]:
         return embedding_reference.scaled_embedding(ids, weight, 3.0)
 
     def gradient_sum(dy: Tensor) -> Tensor:
-        total = torch.zeros(VOCABULARY, width, device=dy.device)
+        total = torch.zeros(vocabulary, width, device=dy.device)
         torch.ops.megatron_tn.add_embedding_gradient_(total, dy.detach(), ids, 3.0, 0)
         return total
 
     def exact_gradient_sum(dy: Tensor) -> Tensor:
-        return dy.new_zeros(VOCABULARY, width).index_add(0, ids, 3.0 * dy)
+        return dy.new_zeros(vocabulary, width).index_add(0, ids, 3.0 * dy)
 
     def head(hidden: Tensor, weight: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden, weight * small, targets, chunk_tokens=TOKENS // 2)[0]
+        return linear_cross_entropy(hidden, weight * small, targets, chunk_tokens=TOKENS)[0]
 
     def exact_head(hidden: Tensor, weight: Tensor) -> Tensor:
         return cross_entropy_reference.linear_cross_entropy(hidden, weight * small, targets)[0]
 
-    tokens, vocabulary = (TOKENS, width), (VOCABULARY, width)
-    yield Check("scaled_embedding", embedding, exact_embedding, (vocabulary,))
+    tokens, rows = (sizes.tokens, width), (vocabulary, width)
+    yield Check("scaled_embedding", embedding, exact_embedding, (rows,))
     yield Check("scaled_embedding_sum", gradient_sum, exact_gradient_sum, (tokens,), differentiable=False)
-    yield Check("linear_cross_entropy", head, exact_head, (tokens, vocabulary))
-
-
-def _gram_check() -> Check:
-    """Check of gram_polynomial on matrices with singular values from 0 to 1.4, like those within the iterations."""
-    rows = columns = newton_schulz_op.LEAST_ROWS + 8  # not whole tiles, but rows of whole 16 bytes, as models have them
-
-    def polynomial(x: Tensor) -> Tensor:
-        return newton_schulz_op.gram_polynomial(x.detach() / 32)
-
-    def exact_polynomial(x: Tensor) -> Tensor:
-        return newton_schulz_reference.gram_polynomial(x.detach() / 32)
-
-    return Check("gram_polynomial", polynomial, exact_polynomial, ((2, rows, columns),), differentiable=False)
-
-
-def _muon_check(sizes: _Sizes) -> Check:
-    settings = {"lr": 0.1, "scale": 9.0, "weight_decay": 0.1}
-
-    def update(master: Tensor, gradient: Tensor, momentum: Tensor) -> Tensor:
-        master, gradient, momentum = (x.detach().float().clone().view(-1) for x in (master, gradient, momentum))
-        direction, copy, divisor = *torch.empty_like(momentum.expand(2, -1)), torch.full((), 2.0, device=master.device)
-        muon_direction_(direction, momentum, gradient, beta=0.95, divisor=divisor)
-        muon_apply_(master, direction, **settings, divisor=divisor, copy=copy)
-        return torch.stack((momentum, direction, master, copy))
-
-    def exact_update(master: Tensor, gradient: Tensor, momentum: Tensor) -> Tensor:
-        momentum, direction = muon_reference.direction(momentum, gradient / 2, beta=0.95)
-        master = muon_reference.apply(master, direction, **settings)
-        return torch.stack((momentum, direction, master, master)).flatten(1)
-
-    shapes = ((TOKENS, sizes.width),) * 3
-    return Check("muon_", update, exact_update, shapes, LARGEST_UPDATE_ERROR, differentiable=False)
-
-
-def _update_check(sizes: _Sizes) -> Check:
-    settings = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "step": 3}
-
-    def update(master: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        state = [x.detach().float().clone() for x in (master, first, second)]
-        state[2].square_()
-        divisor = torch.full((), 2.0, device=master.device)
-        copy = torch.empty_like(state[0])
-        adamw_(state[0], gradient.detach().float(), *state[1:], divisor=divisor, copy=copy, **settings)
-        return torch.stack((*state, copy))
-
-    def exact_update(master: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        state = adamw_reference.adamw(master, gradient / 2, first, second.square(), **settings)
-        return torch.stack((*state, state[0]))
-
-    shapes = ((TOKENS, sizes.width),) * 4
-    return Check("adamw_", update, exact_update, shapes, LARGEST_UPDATE_ERROR, differentiable=False)
+    yield Check("linear_cross_entropy", head, exact_head, (tokens, rows))

@@ -3,6 +3,7 @@
 python -m megatron_tn.evaluate checkpoint=runs/demo manifest=runs/demo/data/heldout/manifest.json
 python -m megatron_tn.evaluate checkpoint=export/ tasks=[boolq,piqa,hellaswag]           docs/evaluation.md
 torchrun --nproc-per-node 8 -m megatron_tn.evaluate checkpoint=runs/65b ...              split by tensor parallelism
+torchrun --nproc-per-node 8 -m megatron_tn.evaluate checkpoint=runs/1b tp=1 ...          each process evaluates a share
 
 Bits per byte are given by source and by position in the document, beside those of gzip, xz and, with train_manifest=, a
 unigram model on the same text.
@@ -19,7 +20,7 @@ from tokenizers import Tokenizer
 
 from data_pipeline.shards import read_documents
 from data_pipeline.stream import InputError, Manifest
-from megatron_tn.cli import command, is_first_process
+from megatron_tn.cli import command, is_first_process, run_program
 from megatron_tn.config import ConfigError, EvaluateConfig, TrainConfig, out_of_bounds, unwritable
 from megatron_tn.data import other_tokenizer as other_tokenizer_than_training
 from megatron_tn.data import tokenizer_file
@@ -48,6 +49,7 @@ from megatron_tn.loading import (
     tensor_parallel,
 )
 from megatron_tn.model.base import Model
+from megatron_tn.parallel.world import world_size
 
 # Long documents are read DOCUMENTS at a time, in windows of batch_tokens // DOCUMENTS tokens: few windows, since each
 # costs a forward pass's kernel launches, and few decoding states, since a Transformer's grow with the document.
@@ -57,7 +59,7 @@ DOCUMENTS, SHORTEST_WINDOW = 8, 256
 @command(EvaluateConfig, "evaluate")
 def main(config: EvaluateConfig) -> None:
     tasks = check(config)
-    with tensor_parallel(config.device) as (context, device):
+    with tensor_parallel(config.device, config.tp) as (context, device):
         tokenizer = load_tokenizer(config.tokenizer, config.checkpoint)
         model = load_any_model(config.checkpoint, device, config.precision, context, fp8_weights=config.fp8_weights)
         result: dict[str, Any] = {"checkpoint": config.checkpoint}
@@ -91,6 +93,8 @@ def check(config: EvaluateConfig) -> TaskSet | None:
         if getattr(config, setting) == 1:
             problems.append(f"{setting}=1 must be 0 or at least 2: nothing predicts the first token of a sequence")
     problems += unwritable("output", config.output)
+    if config.tp and world_size() % config.tp:
+        problems.append(f"tp={config.tp} must divide the number of processes, which is {world_size()}")
     try:
         if config.tasks:
             tasks = load_tasks(tuple(config.tasks), config.task_folder)
@@ -201,8 +205,8 @@ def problems_in_training(config: TrainConfig) -> list[str]:
 def evaluate_in_training(engine: Engine, config: TrainConfig, progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Held-out figures, task scores and generated texts, by their names in the journal.
 
-    Every rank evaluates the same documents, so that engines that gather parameters in the forward pass stay in step.
-    progress(n, tokens): called after each batch of n documents or requests, of so many tokens.
+    Ranks with the same parameters share documents and requests, but for those that generate texts; all get the
+    figures. progress(n, tokens): called after each batch of n documents or requests, of so many tokens.
     """
     model, evaluation, found = engine.model, config.evaluation, {}
     with engine.whole_weights():
@@ -223,4 +227,4 @@ def _tasks_in_training(config: TrainConfig) -> TaskSet:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -63,7 +63,7 @@ def train(config: TrainConfig) -> int | None:
             config.parallel.tp, config.parallel.cp, sequence_parallel=config.parallel.sequence_parallel
         )
         engine = build_engine(config, context, run.device)
-        check_kernels(engine.model, run.device, DTYPES[config.engine.precision])
+        check_kernels(engine.model, run.device, DTYPES[config.engine.precision], config)
         state = restore(run, engine)
         go_to(stream, run.start)  # restore may have taken an older checkpoint, for one that is damaged
         tokenizer = stream.manifest.directory / stream.manifest.tokenizer.file

@@ -20,6 +20,8 @@ _COST_OF_START = 256
 _COST_OF_STATES = 0.4
 _SHORTEST_SEGMENT = 1024
 _GRAIN = 128  # a multiple of every tile's chunk
+FEW = 4096  # positions of `few_positions`
+MOST_ROWS = 32
 
 
 @functools.cache
@@ -49,6 +51,23 @@ def plan_segment(
     """
     tile = tile_for(capability, element_bytes, padded(key), padded(value))
     return segment_length(tile, rows * heads * -(-value // tile.out), total)
+
+
+def few_positions(rows: int, total: int, **sizes: int) -> tuple[int, int]:
+    """(rows, positions of a row), about FEW positions in all, for which Triton compiles the same kernels as for `rows`
+    rows of `total` positions: cut or not as those are, and with the same `total` % _GRAIN. sizes: of `plan_segment`."""
+    if rows * total <= FEW + _GRAIN:
+        return rows, total
+    cut = _is_cut(rows, total, **sizes)
+    for fewer in (min(rows, MOST_ROWS), min(rows, 2), 1):
+        length = min(total, max(FEW // fewer // _GRAIN, 1) * _GRAIN + total % _GRAIN)
+        if _is_cut(fewer, length, **sizes) == cut:
+            break
+    return fewer, length
+
+
+def _is_cut(rows: int, total: int, **sizes: int) -> bool:
+    return plan_segment(rows=rows, total=total, **sizes) < total
 
 
 def piece_count(total: int, segment: int, *, rows: int, documents: int | None) -> int:

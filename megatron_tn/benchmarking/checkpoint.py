@@ -191,7 +191,8 @@ def _check_and_load(state: State, checkpoint: Path, device: torch.device) -> Non
     ahead = ReadAhead(0, 1, memory, verify=True, pinned=device.type == "cuda")
     if damage := ahead.problems(checkpoint):
         raise RuntimeError("; ".join(damage))
-    load_checkpoint(state, checkpoint, ahead.contents(checkpoint))
+    with ahead.contents(checkpoint) as contents:
+        load_checkpoint(state, checkpoint, contents)
     memory.release()
 
 

@@ -1,26 +1,63 @@
 """Read a checkpoint while the model is built: one read of the disk checks the files and feeds the load.
 
 Rank r of R reads the files r, r + R, ... into the block of host memory that its saves use later, and hashes them on the
-way. In the layout that saved the checkpoint these are the bytes that the rank owns, and its load reads no file; in
-another layout the load reads what is missing.
+way. In the layout that saved the checkpoint these are the bytes that the rank owns. In another layout it owns parts of
+many files. Files that other ranks of its machine have read are in their blocks, which it maps (`shared_memory`); the
+load reads from the disk only what ranks of other machines hold.
 """
 
 import contextlib
+import functools
+import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tn.checkpoint.direct import round_up
 from megatron_tn.checkpoint.manifest import Piece
 from megatron_tn.checkpoint.parts import FileRecord, read_file
-from megatron_tn.checkpoint.shares import files_of_rank
+from megatron_tn.checkpoint.shares import files_of_rank, scattered
 from megatron_tn.checkpoint.verify import problems_of_file
 from megatron_tn.device.host_memory import HostMemory
+from megatron_tn.device.shared_memory import Address, mapped
 from megatron_tn.device.threads import start_thread
+
+
+class Holding(NamedTuple):
+    """Files that a rank has in memory. places: file -> the bytes [first, last) of its block that the file lies in."""
+
+    address: Address
+    places: dict[str, tuple[int, int]]
+
+
+class Contents(Mapping[str, np.ndarray]):
+    """File -> its bytes, uint8 [size], to be read only. mine: in this rank's block. others: in other ranks' blocks; a
+    block is mapped when a file in it is first asked for."""
+
+    def __init__(self, mine: Mapping[str, np.ndarray], others: Sequence[Holding] = ()):
+        self._mine = mine
+        self._others = {name: (other.address, *place) for other in others for name, place in other.places.items()}
+        self._mapped = functools.cache(mapped)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name in self._mine:
+            return self._mine[name]
+        address, first, last = self._others[name]
+        if (block := self._mapped(address)) is None:
+            raise KeyError(name)
+        return block[first:last]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._mine.keys() | self._others.keys())
+
+    def __len__(self) -> int:
+        return len(self._mine.keys() | self._others.keys())
 
 
 class ReadAhead:
@@ -59,16 +96,40 @@ class ReadAhead:
             raise self._error
         return self._problems
 
-    def contents(self, directory: Path) -> dict[str, np.ndarray]:
-        """File -> its bytes, uint8 [size], for the files of `directory` that are in memory. Waits for them."""
+    @contextlib.contextmanager
+    def contents(self, directory: Path) -> Iterator[Contents]:
+        """The files of `directory` that are in the memory of ranks of this machine. Waits for them, and at the end for
+        all ranks: no rank uses them any more, and a save may overwrite them. Collective."""
         self._join()
-        return self._contents if directory == self._directory else {}
+        mine = self._contents if directory == self._directory else {}
+        if self.size == 1 or not dist.is_initialized():
+            yield Contents(mine)
+        else:
+            yield Contents(mine, self._neighbours(mine))
+            dist.barrier()
+
+    def _neighbours(self, mine: Mapping[str, np.ndarray]) -> list[Holding]:
+        """What ranks with this rank's host name hold. Collective."""
+        held = None
+        if mine and self.memory.address is not None:
+            held = Holding(self.memory.address, {name: self._places[name] for name in mine})
+        everyones: list[tuple[str, Holding | None]] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object((socket.gethostname(), held), everyones, dst=0)
+
+        def shares() -> list[list[Holding]]:
+            on: dict[str, list[Holding]] = {host: [] for host, _ in everyones}
+            for host, held in everyones:
+                on[host] += [held] if held else []
+            return [on[host] for host, _ in everyones]
+
+        return scattered(shares, self.rank, self.size)
 
     def forget(self) -> None:
         """Leave the memory to the next save."""
         self._join()
         self._directory: Path | None = None
         self._contents: dict[str, np.ndarray] = {}
+        self._places: dict[str, tuple[int, int]] = {}
         self._problems: list[str] = []
         self._error: Exception | None = None
         self._ended = False
@@ -88,9 +149,9 @@ class ReadAhead:
                 into = None
                 if block is not None:
                     into = block.numpy().view(np.uint8)[at : at + round_up(record.size)]
-                    at += len(into)
                 if self._is_whole(name, record, pieces, into) and into is not None:
-                    self._contents[name] = into[: record.size]
+                    self._contents[name], self._places[name] = into[: record.size], (at, at + record.size)
+                at += round_up(record.size)
         except Exception as error:  # raised by `problems`
             self._error = error
         self._ended = True

@@ -142,13 +142,8 @@ class TensorFile:
 
     def read(self, name: str, first: int, destination: Tensor) -> None:
         """Fill `destination` [n], contiguous and on any device, with elements [first, first + n) of tensor `name`."""
-        dtype, shape, offset = self.entry(name)
-        if dtype != destination.dtype or first + destination.numel() > math.prod(shape):
-            raise ConfigError(
-                f"{self.path} is damaged: {name} is {dtype} {list(shape)}, but {destination.dtype} elements "
-                f"{first} to {first + destination.numel()} were requested"
-            )
-        at, target = offset + first * destination.element_size(), destination.view(-1).view(torch.uint8)
+        at = self._place(name, first, destination.numel(), destination.dtype)
+        target = destination.view(-1).view(torch.uint8)
         if self._content is not None:
             target.copy_(torch.from_numpy(self._content[at : at + len(target)]))
             return
@@ -163,6 +158,27 @@ class TensorFile:
             else:
                 part.copy_(torch.from_numpy(data))
 
+    def read_rows(self, name: str, first: int, pitch: int, destination: Tensor) -> None:
+        """Fill `destination` [rows, columns], contiguous on the host, with rows of tensor `name` that begin at elements
+        first, first + pitch, ... The kernel is told of all of them before the first one is read: it then reads from the
+        disk as for one large range, once for the ranks that each take other columns of the same rows."""
+        count = (len(destination) - 1) * pitch + destination.shape[1]
+        at, step = self._place(name, first, count, destination.dtype), pitch * destination.element_size()
+        rows = destination.view(torch.uint8).numpy()
+        if hasattr(os, "posix_fadvise"):  # Linux
+            os.posix_fadvise(self._descriptor, at, len(rows) * step, os.POSIX_FADV_WILLNEED)
+        for number, row in enumerate(rows):
+            self._fill(row, at + number * step)
+
+    def view(self, name: str, first: int, count: int) -> Tensor | None:
+        """Elements [first, first + count) of the fp32 tensor `name`, to be read only, where they are in memory."""
+        if self._content is None:
+            return None
+        at = self._place(name, first, count, torch.float32)
+        found = self._content[at : at + count * torch.float32.itemsize]
+        # Older files have no spaces that align their tensors.
+        return torch.from_numpy(found if at % torch.float32.itemsize == 0 else found.copy()).view(torch.float32)
+
     def get(self, name: str) -> Tensor:
         """All elements of tensor `name`, in the shape of the file's header."""
         dtype, shape, _ = self.entry(name)
@@ -175,6 +191,16 @@ class TensorFile:
         if name not in self.entries:
             raise ConfigError(f"{self.path} is damaged: it has no tensor {name}")
         return self.entries[name]
+
+    def _place(self, name: str, first: int, count: int, dtype: torch.dtype) -> int:
+        """The byte of the file at which elements [first, first + count) of tensor `name` begin."""
+        stored, shape, offset = self.entry(name)
+        if stored != dtype or first + count > math.prod(shape):
+            raise ConfigError(
+                f"{self.path} is damaged: {name} is {stored} {list(shape)}, but {dtype} elements "
+                f"{first} to {first + count} were requested"
+            )
+        return offset + first * dtype.itemsize
 
     def _read_header(self) -> dict[str, tuple[torch.dtype, tuple[int, ...], int]]:
         size = os.fstat(self._descriptor).st_size

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megatron_tn.checkpoint.files import TensorFile
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, Trainable, rank_file
-from megatron_tn.checkpoint.reshard import Rectangle, bands, overlaps, pieces_of_local_range, spans_of, view_of
+from megatron_tn.checkpoint.reshard import Grid, Rectangle, bands, overlaps, pieces_of_local_range, span_of, view_of
 from megatron_tn.checkpoint.retention import reading
 from megatron_tn.checkpoint.shares import share_of_manifest
 from megatron_tn.config import ConfigError, ModelConfig, from_mapping
@@ -28,6 +28,7 @@ from megatron_tn.parallel.linear import SplitLinear
 from megatron_tn.parallel.sharding import OwnedRange, mark
 
 BAND_ELEMENTS = 2 << 20  # fp32, of one read: 8 MiB
+SMALL_GAP = 256  # fp32 elements between two rows: up to this gap, one read is faster than two
 
 
 class Reader:
@@ -101,15 +102,25 @@ class Reader:
 
 @torch.no_grad()
 def _read(file: TensorFile, stored: Piece, band: Rectangle, target: Tensor) -> None:
-    """Fill `target` [rows, columns], a view of fp32 values or of another type, with `band` of the piece `stored`."""
-    for part, first, last in spans_of(stored, band):
-        rows = target[part.top - band.top : part.bottom - band.top]
-        if rows.dtype == torch.float32 and rows.is_contiguous() and rows.numel() == last - first:
-            file.read(stored.key, first, rows.view(-1))
-        else:
-            values = torch.empty(last - first)
-            file.read(stored.key, first, values)
-            rows.copy_(view_of(stored, values, part, first))
+    """Fill `target` [rows, columns], a view of fp32 values or of another type, with `band` of the piece `stored`.
+
+    Rows at most SMALL_GAP elements apart are read as one range. Otherwise each row is read alone: a rank that needs one
+    eighth of every row copies no more than that from the page cache, into which the rows come once for all ranks of a
+    machine (`TensorFile.read_rows`).
+    """
+    (first, last), pitch = span_of(stored, band), Grid.of(stored).width
+    if (values := file.view(stored.key, first, last - first)) is not None:
+        target.copy_(view_of(stored, values, band, first))
+    elif len(target) > 1 and pitch - target.shape[1] > SMALL_GAP:
+        rows = torch.empty(target.shape)
+        file.read_rows(stored.key, first, pitch, rows)
+        target.copy_(rows)
+    elif target.dtype == torch.float32 and target.is_contiguous() and target.numel() == last - first:
+        file.read(stored.key, first, target.view(-1))
+    else:
+        values = torch.empty(last - first)
+        file.read(stored.key, first, values)
+        target.copy_(view_of(stored, values, band, first))
 
 
 def load_checkpoint(
@@ -148,7 +159,8 @@ def fill_owned(
         )
     context, specs = engine.context, engine.model.shard_specs()
     _zero(engine)
-    with Reader(directory, manifest, direct=True, contents=contents) as reader:
+    # Ranks that own the same elements read them through the page cache: from the disk they come once.
+    with Reader(directory, manifest, direct=engine.partitioned or context.data.size == 1, contents=contents) as reader:
         reads = (
             read
             for owned, piece, place in _owned_pieces(engine)

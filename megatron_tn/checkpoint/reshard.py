@@ -17,8 +17,6 @@ from torch import Tensor
 from megatron_tn.checkpoint.manifest import Piece
 from megatron_tn.parallel.sharding import ShardSpec
 
-SMALL_GAP = 256  # fp32 elements between two row ranges: up to this gap, one read is faster than two
-
 
 class Rectangle(NamedTuple):
     """Rows [top, bottom) and columns [left, right) of the logical matrix."""
@@ -95,18 +93,10 @@ def view_of(piece: Piece, values: Tensor, rectangle: Rectangle, first: int = 0) 
     return torch.as_strided(values, shape, (grid.width, 1), values.storage_offset() + offset)
 
 
-def spans_of(piece: Piece, rectangle: Rectangle) -> Iterator[tuple[Rectangle, int, int]]:
-    """Parts of `rectangle`, each with the element range [first, last) of `piece` to read for it.
-
-    Rows at most SMALL_GAP elements apart share one range. Otherwise each row has its own, so a rank that needs one
-    eighth of every row does not read the other seven.
-    """
+def span_of(piece: Piece, rectangle: Rectangle) -> tuple[int, int]:
+    """The elements [first, last) of `piece` from the first to the last one of `rectangle`."""
     grid = Grid.of(piece)
-    gap = grid.width - (rectangle.right - rectangle.left)
-    rows = 1 if gap > SMALL_GAP else rectangle.bottom - rectangle.top
-    for top in range(rectangle.top, rectangle.bottom, rows):
-        part = Rectangle(top, top + rows, rectangle.left, rectangle.right)
-        yield part, grid.offset(part.top, part.left), grid.offset(part.bottom - 1, part.right - 1) + 1
+    return grid.offset(rectangle.top, rectangle.left), grid.offset(rectangle.bottom - 1, rectangle.right - 1) + 1
 
 
 def pieces_of_local_range(spec: ShardSpec, rank: int, size: int, start: int, stop: int) -> Iterator[tuple[Piece, int]]:

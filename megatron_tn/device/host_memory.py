@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_tn.device.graph import CAPTURE
+from megatron_tn.device.shared_memory import Address, SharedMemory
 from megatron_tn.device.threads import in_parallel, start_thread
 
 FAULT_THREADS = 8
@@ -27,6 +28,7 @@ class HostMemory:
     """
 
     def __init__(self) -> None:
+        self._memory: SharedMemory | None = None
         self._block = torch.empty(0)
         self._pinned = False
         self._preparing: threading.Thread | None = None
@@ -53,11 +55,19 @@ class HostMemory:
             raise self._error
         return self._block[:elements]
 
+    @property
+    def address(self) -> Address | None:
+        """Of the block, for the other processes of this machine."""
+        return self._memory.address if self._memory is not None else None
+
     def release(self) -> None:
+        """Free the block. Tensors of earlier calls are zeros from then on; without anonymous files they keep it."""
         self.join()
         if self._pinned:
             torch.cuda.cudart().cudaHostUnregister(self._block.data_ptr())
-        self._block, self._pinned = torch.empty(0), False
+        if self._memory is not None:
+            self._memory.free()  # data workers, which are forked, would keep it
+        self._memory, self._block, self._pinned = None, torch.empty(0), False
 
     def join(self) -> None:
         """Wait until a block that `prepare` began is made."""
@@ -67,7 +77,8 @@ class HostMemory:
 
     def _make(self, elements: int, pinned: bool, fill: Callable[[Tensor], None] | None) -> None:
         try:
-            self._block = block = reserved(elements)
+            self._memory = SharedMemory(elements)
+            self._block = block = self._memory.block
             (fill or fault_in)(block)
         except Exception as error:  # out of memory: `take` tries again, and raises
             self._error = error
@@ -80,21 +91,7 @@ class HostMemory:
                 self._pinned = int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), size, 0)) == 0
 
 
-def reserved(elements: int) -> Tensor:
-    """fp32 [elements] of zeros at a page boundary; a page takes memory once it is written to.
-
-    Raises:
-        OSError: the system has not so much memory.
-    """
-    if elements == 0:
-        return torch.empty(0)
-    memory = mmap.mmap(-1, elements * torch.float32.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_DONTFORK"):  # Linux
-        memory.madvise(mmap.MADV_DONTFORK)  # data workers are forked: they need no copy of the page table of this block
-    return torch.frombuffer(memory, dtype=torch.float32)
-
-
 def fault_in(block: Tensor) -> None:
-    """Write to every page of `block`, fp32 [n] of `reserved`."""
+    """Write to every page of `block`, fp32 [n] of `SharedMemory`."""
     per_page = mmap.PAGESIZE // torch.float32.itemsize
     in_parallel(Tensor.zero_, block[::per_page].split(FAULT_BYTES // mmap.PAGESIZE), threads=FAULT_THREADS)

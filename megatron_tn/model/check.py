@@ -6,18 +6,31 @@ from typing import Any
 import torch
 
 from kernels import decoding_check, self_check
-from megatron_tn.config import ModelConfig
+from megatron_tn.config import ModelConfig, TrainConfig
+from megatron_tn.config.model import SOFTMAX_KINDS
 from megatron_tn.model.base import Model
 from megatron_tn.model.cosine_attention import MORE_COLUMNS
+from megatron_tn.parallel.embedding import padded_vocab
 from megatron_tn.parallel.fp8_weights import keeps_fp8
+from megatron_tn.parallel.world import processes_here
+
+# model.norm -> its operators. After linear attention, whose output lacks its norm's scale, RMSNorm is
+# add_scaled_simple_rms_norm times the weight.
+NORM_OPERATORS = {
+    "simplermsnorm": {"simple_rms_norm", "add_simple_rms_norm", "add_scaled_simple_rms_norm"},
+    "rmsnorm": {"rms_norm", "add_rms_norm", "add_scaled_simple_rms_norm"},
+    "layernorm": set(),
+}
 
 # Of decoding: configuration, tp, type, device, whether weights are in fp8.
 _checked: set[tuple[str, int, torch.dtype, torch.device, bool]] = set()
 
 
-def check_kernels(model: Model, device: torch.device, dtype: torch.dtype) -> None:
-    """Compare the operators, in `dtype` and at this rank's widths, with their fp64 references. Does nothing
-    on a CPU. PyTorch's attention is not checked.
+def check_kernels(model: Model, device: torch.device, dtype: torch.dtype, run: TrainConfig) -> None:
+    """Compare the operators of the model and of the optimizer, in `dtype` and at this rank's widths, with their fp64
+    references, by the kernels that Triton compiles for the microbatches of `run`. Does nothing on a CPU. PyTorch's
+    attention is not checked. The ranks of a machine begin with different operators, so that they compile different
+    kernels, which Triton's cache then has for all of them.
 
     If a Triton kernel is wrong, the mismatch is logged and all operators fall back to plain PyTorch.
 
@@ -28,7 +41,10 @@ def check_kernels(model: Model, device: torch.device, dtype: torch.dtype) -> Non
         return
     config, tp = model.config, model.context.tp.size
     float8 = any(getattr(module, "float8", None) is not None for module in model.modules())
-    for of_attention in attentions(config):
+    ranks, packed = processes_here(), run.data.isolate_documents
+    rank, kinds = (device.index or 0) % ranks, list(attentions(config))
+    begin = rank * len(kinds) // ranks
+    for of_attention in kinds[begin:] + kinds[:begin]:
         self_check(
             heads=config.heads // tp,
             glu_width=config.glu_dim // tp,
@@ -37,7 +53,13 @@ def check_kernels(model: Model, device: torch.device, dtype: torch.dtype) -> Non
             embed_width=config.embed_dim,
             glu_act=config.glu_act,
             float8=float8,
+            unused=unused(config, run.optim.name),
+            batch=1 if packed else run.data.micro_batch,
+            length=-(-run.data.sequence_length // run.parallel.cp) * (run.data.micro_batch if packed else 1),
+            packed=packed,
+            vocabulary=padded_vocab(config.vocab_size, tp) // tp,
             fall_back=True,
+            share=(rank, ranks),
             **of_attention,
         )
 
@@ -65,6 +87,14 @@ def check_decoding_kernels(model: Model) -> None:
             fall_back=True,
         )
     _checked.add(key)
+
+
+def unused(config: ModelConfig, optimizer: str) -> set[str]:
+    """Operators of `self_check` that no step of this model with `optimizer` calls."""
+    found = set().union(*NORM_OPERATORS.values()) - NORM_OPERATORS[config.norm]
+    if set(config.mixers) <= set(SOFTMAX_KINDS):
+        found.add("add_scaled_simple_rms_norm")
+    return found if optimizer == "muon" else found | {"muon_", "gram_polynomial"}
 
 
 def attentions(config: ModelConfig) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from megatron_tn.config import ConfigError, ModelConfig
+from megatron_tn.config import ConfigError, ModelConfig, TrainConfig
 from megatron_tn.model import check, decoder, decoding, flops, transformer, transnormer
 from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import ParallelContext
@@ -63,7 +63,8 @@ class Architecture:
     initial_box(name, shape, box, config, seed): initial values within `box` of the logical parameter `name` of
         `shape`, fp32 on the CPU.
     fused_token: a faster forward pass of a decoding step; None: there is none.
-    check_kernels(model, device, dtype): compares the model's operators with fp64 references, at this rank's shapes.
+    check_kernels(model, device, dtype, run): compares the operators of the model and of its optimizer with fp64
+        references, at this rank's shapes in `run`.
     released: None for an architecture that no released layout can say.
     """
 
@@ -73,7 +74,7 @@ class Architecture:
     parameter_count: Callable[[ModelConfig], int] = flops.parameter_count
     forward_flops_per_token: Callable[[ModelConfig, int], dict[str, int]] = flops.forward_flops_per_token
     initial_box: Callable[[str, tuple[int, ...], Box, ModelConfig, int], Tensor] = decoder.initial_box
-    check_kernels: Callable[[Model, torch.device, torch.dtype], None] = check.check_kernels
+    check_kernels: Callable[[Model, torch.device, torch.dtype, TrainConfig], None] = check.check_kernels
     fused_token: FusedToken | None = None
 
 
@@ -168,13 +169,14 @@ def problems_of_export(config: ModelConfig) -> list[str]:
     return []
 
 
-def check_kernels(model: Model, device: torch.device, dtype: torch.dtype) -> None:
-    """Compare the operators of `model` with their fp64 references, at this rank's shapes and in `dtype`.
+def check_kernels(model: Model, device: torch.device, dtype: torch.dtype, run: TrainConfig) -> None:
+    """Compare the operators of `model` and of its optimizer with their fp64 references, at this rank's shapes in `run`
+    and in `dtype`.
 
     Raises:
         KernelMismatchError: an operator's plain PyTorch implementation is wrong, too.
     """
-    architecture(model.config).check_kernels(model, device, dtype)
+    architecture(model.config).check_kernels(model, device, dtype, run)
 
 
 def check_decoding_kernels(model: Model) -> None:

@@ -98,7 +98,8 @@ def _load(run: Run, engine: Engine, start: Start) -> None:
             initialize_engine(engine, run.config.seed)
         run.state.become(TrainingState())
     else:
-        manifest = load_checkpoint(engine, start.checkpoint, run.ahead.contents(start.checkpoint))
+        with run.ahead.contents(start.checkpoint) as contents:
+            manifest = load_checkpoint(engine, start.checkpoint, contents)
         run.ahead.forget()
         run.state.become(TrainingState.from_json(manifest.training))
 

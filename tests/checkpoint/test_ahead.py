@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tn.checkpoint.ahead import ReadAhead
+from megatron_tn.checkpoint.ahead import Contents, Holding, ReadAhead
 from megatron_tn.checkpoint.background import CheckpointWriter
 from megatron_tn.checkpoint.load import load_checkpoint
 from megatron_tn.checkpoint.manifest import MANIFEST, rank_file
 from megatron_tn.checkpoint.retention import Retention
 from megatron_tn.checkpoint.save import save_checkpoint
 from megatron_tn.device.host_memory import HostMemory
+from megatron_tn.device.shared_memory import Address
 from megatron_tn.engine.build import initialize_engine
 from tests.checkpoint.test_background import content
-from tests.checkpoint.test_save_load import make_engine
+from tests.checkpoint.test_save_load import make_engine, reads
 from tests.engine.test_parity import LOCAL
 
 
@@ -40,31 +41,28 @@ def values_of(engine) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("digest", ["in parts", "as one"])
-def test_the_disk_is_read_once(engine, checkpoint, monkeypatch, verify, digest):
-    file, wanted, real, counts = checkpoint / rank_file(0), values_of(engine), os.preadv, []
+def test_the_disk_is_read_once(engine, checkpoint, verify, digest):
+    file, wanted = checkpoint / rank_file(0), values_of(engine)
     if digest == "as one":  # of an older checkpoint
         values = json.loads((checkpoint / MANIFEST).read_text())
         values["files"][file.name]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
         (checkpoint / MANIFEST).write_text(json.dumps(values))
-
-    def read(descriptor, buffers, at):
-        counts.append(real(descriptor, buffers, at))
-        return counts[-1]
-
-    monkeypatch.setattr(os, "preadv", read)
     memory = HostMemory()
-    ahead = ReadAhead(0, 1, memory, verify=verify, pinned=False)
-    ahead.begin(checkpoint)
-    assert ahead.problems(checkpoint) == []
-    for values in (values for owned in engine.owned_ranges() for values in owned.values.values()):
-        values.fill_(7)
-    load_checkpoint(engine, checkpoint, ahead.contents(checkpoint))
+    with reads() as counts:
+        ahead = ReadAhead(0, 1, memory, verify=verify, pinned=False)
+        ahead.begin(checkpoint)
+        assert ahead.problems(checkpoint) == []
+        for values in (values for owned in engine.owned_ranges() for values in owned.values.values()):
+            values.fill_(7)
+        with ahead.contents(checkpoint) as contents:
+            load_checkpoint(engine, checkpoint, contents)
     assert all(map(torch.equal, values_of(engine), wanted))
     size, header = file.stat().st_size, int.from_bytes(file.read_bytes()[:8], "little") + 8
     assert size <= sum(counts) <= size + 2 * header
     # The next save uses the same memory.
     ahead.forget()
-    assert ahead.contents(checkpoint) == {}
+    with ahead.contents(checkpoint) as contents:
+        assert not contents
     block = memory.take(size // 8, pinned=False)
     writer = CheckpointWriter(checkpoint.parent, Retention(), background=True, timeout_s=60, memory=memory)
     writer.save(engine, 2, **content(engine.run_config, 2))
@@ -80,14 +78,21 @@ def test_damage_is_found_wherever_the_bytes_go(checkpoint, monkeypatch, kept):
         opened.seek(-1000, os.SEEK_END)
         opened.write(b"\xff\xfe")
     if kept == "not enough":
-        monkeypatch.setattr("megatron_tn.device.host_memory.reserved", lambda elements: 1 / 0)
+        monkeypatch.setattr("megatron_tn.device.host_memory.SharedMemory", lambda elements: 1 / 0)
     memory = None if kept == "no memory" else HostMemory()
     ahead = ReadAhead(0, 1, memory, verify=True, pinned=False)
     ahead.begin(checkpoint)
     (problem,) = ahead.problems(checkpoint)
     assert problem.startswith(f"{file} is damaged: its sha256 is ")
-    assert ahead.contents(checkpoint) == {}
+    with ahead.contents(checkpoint) as contents:
+        assert not contents
     file.unlink()
     assert ReadAhead(0, 1, memory, verify=True, pinned=False).problems(checkpoint) == [f"{file} is missing"]
     assert ReadAhead(0, 1, memory, verify=False, pinned=False).problems(checkpoint) == []
     assert ReadAhead(1, 2, memory, verify=True, pinned=False).problems(checkpoint) == []  # another rank's file
+
+
+def test_what_another_machine_holds_is_read_from_the_disk():
+    elsewhere = Address(f"/proc/{os.getpid()}/fd/0", "/memfd:megatron_tn-of-another-machine (deleted)")
+    contents = Contents({}, [Holding(elsewhere, {rank_file(1): (0, 4096)})])
+    assert contents.get(rank_file(1)) is None

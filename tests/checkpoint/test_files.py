@@ -1,5 +1,6 @@
 """Tensor files: what the safetensors library reads, exactly what was asked for, and nothing that is damaged."""
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -8,6 +9,7 @@ import os
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,7 +18,7 @@ from megatron_tn.checkpoint import direct
 from megatron_tn.checkpoint.files import TensorFile, stream_tensors, write_tensors
 from megatron_tn.checkpoint.parts import FileRecord, digest_of
 from megatron_tn.config import ConfigError
-from megatron_tn.device.host_memory import reserved
+from megatron_tn.device.shared_memory import SharedMemory
 
 TENSORS = {
     "a": torch.arange(1000.0),
@@ -48,7 +50,7 @@ def digest_by_definition(path: Path, part: int) -> str:
 def test_the_record_and_the_bytes_are_the_same_however_the_file_is_cut(path, tmp_path, monkeypatch, part):
     """Tensors of one block, as a snapshot has them, among others: parts are written from the block or from a copy."""
     monkeypatch.setattr("megatron_tn.checkpoint.files.PART_BYTES", part)
-    block = reserved(20_000).copy_(torch.arange(20_000.0))
+    block = SharedMemory(20_000).block.copy_(torch.arange(20_000.0))
     tensors = {f"block/{number}": one for number, one in enumerate(block.split(4099))} | TENSORS
     record = write_tensors(path, tensors)
     assert record == FileRecord(path.stat().st_size, digest_by_definition(path, part))
@@ -89,6 +91,12 @@ def test_a_range_reads_its_own_bytes_and_no_others(path, monkeypatch, chunk, dir
     file.read("a", 300, values)
     assert torch.equal(values, torch.arange(300.0, 350.0))
     assert file.bytes_read - before == 200
+    rows = torch.empty(3, 5)
+    file.read_rows("a", 300, 20, rows)
+    assert torch.equal(rows, torch.arange(300.0, 360.0).view(3, 20)[:, :5])
+    assert file.bytes_read - before == 260
+    with pytest.raises(ConfigError, match="elements 300 to 345 were requested"):
+        file.read_rows("rng/cpu", 300, 20, rows)
     assert torch.equal(file.get("a"), TENSORS["a"])
     assert torch.equal(file.get("rng/cpu"), TENSORS["rng/cpu"])  # up to the file's last byte
     path.write_bytes(path.read_bytes()[:-1])
@@ -100,6 +108,18 @@ def test_a_range_reads_its_own_bytes_and_no_others(path, monkeypatch, chunk, dir
 def with_header(header: dict, data: bytes = b"\0" * 16) -> bytes:
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
+
+
+@pytest.mark.parametrize("spaces", range(4))
+def test_a_file_in_memory_gives_views(tmp_path, spaces):
+    """At any byte a tensor of an older file may begin."""
+    path, values = tmp_path / "a.safetensors", torch.arange(20.0)
+    header = json.dumps({"a": {"dtype": "F32", "shape": [20], "data_offsets": [0, 80]}}).encode() + b" " * spaces
+    path.write_bytes(struct.pack("<Q", len(header)) + header + values.numpy().tobytes())
+    with contextlib.closing(TensorFile(path)) as file:
+        assert file.view("a", 0, 20) is None
+    with contextlib.closing(TensorFile(path, content=np.fromfile(path, np.uint8))) as file:
+        assert torch.equal(file.view("a", 3, 10), values[3:13])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_tn.checkpoint.manifest import Piece
-from megatron_tn.checkpoint.reshard import overlaps, pieces_of_local_range, rectangles, spans_of, view_of
+from megatron_tn.checkpoint.reshard import overlaps, pieces_of_local_range, rectangles, span_of, view_of
 from tests.parallel.test_sharding import SPECS, values
 
 
@@ -37,17 +37,15 @@ def test_rectangles_hold_a_piece_exactly(shape):
         assert found.tolist() == elements(piece, whole).tolist()
 
 
-@pytest.mark.parametrize("gap", [0, 256])
 @pytest.mark.parametrize("shape", [(17,), (7, 5), (4, 1, 3)], ids=str)
-def test_overlaps_copy_what_two_pieces_share_and_nothing_else(shape, gap, monkeypatch):
-    monkeypatch.setattr("megatron_tn.checkpoint.reshard.SMALL_GAP", gap)
+def test_overlaps_copy_what_two_pieces_share_and_nothing_else(shape):
     whole, draw = torch.arange(1, 1 + math.prod(shape)).float().view(shape), random.Random(1)
     for _ in range(300):
         stored, wanted = random_piece(shape, draw), random_piece(shape, draw)
         source, target = elements(stored, whole).clone(), torch.zeros(wanted.stop - wanted.start)
         for rectangle in overlaps(stored, wanted):
-            for part, first, last in spans_of(stored, rectangle):
-                view_of(wanted, target, part).copy_(view_of(stored, source[first:last].clone(), part, first))
+            first, last = span_of(stored, rectangle)
+            view_of(wanted, target, rectangle).copy_(view_of(stored, source[first:last].clone(), rectangle, first))
         expected = elements(wanted, whole)
         shared = torch.isin(expected, source)
         assert target.tolist() == (expected * shared).tolist()

@@ -1,10 +1,13 @@
 """One format for every engine and layout: saved anywhere, loaded anywhere, bitwise; whole or absent."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -72,20 +75,38 @@ def load_and_step(
     shared: bool = False,
     model: ModelConfig = RMSNORM,
 ) -> float:
-    """Load, save what was loaded, and take the next step. What is read ahead gives the same."""
+    """Load, save what was loaded, and take the next step. What is read ahead gives the same: then the files are in the
+    memory of ranks of this machine, and the load reads nothing but headers."""
     config, engine = make_engine(tp, engine_config, model, cp, shared)
     load_checkpoint(engine, checkpoint)
     values = [values.clone() for owned in engine.owned_ranges() for values in owned.values.values()]
     context = engine.context
     ahead = ReadAhead(context.rank, context.world_size, HostMemory(), verify=True, pinned=False)
     assert ahead.problems(checkpoint) == []
-    manifest = load_checkpoint(engine, checkpoint, ahead.contents(checkpoint))
+    with ahead.contents(checkpoint) as contents, reads() as counts:
+        manifest = load_checkpoint(engine, checkpoint, contents)
+    files = list(checkpoint.glob("*.safetensors"))
+    assert contents.keys() == {file.name for file in files}
+    assert sum(counts) <= sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in files)
     loaded = [values for owned in engine.owned_ranges() for values in owned.values.values()]
     assert all(map(torch.equal, values, loaded))
     save_checkpoint(
         engine, again, step=2, optimizer_step=manifest.optimizer_step, config=to_mapping(config), training={}
     )
     return one_step(engine, seed=2)
+
+
+@contextlib.contextmanager
+def reads() -> Iterator[list[int]]:
+    """Bytes of each read of a file, in any thread of this process."""
+    real, counts = os.preadv, []
+
+    def read(descriptor, buffers, at):
+        counts.append(real(descriptor, buffers, at))
+        return counts[-1]
+
+    with mock.patch.object(os, "preadv", read):
+        yield counts
 
 
 def logical(checkpoint: Path) -> dict[str, torch.Tensor]:

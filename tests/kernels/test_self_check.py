@@ -26,7 +26,7 @@ def few_tiles(monkeypatch):
     """Whole tiles and a part of one, of the head and of symmetric products, where there is no GPU: the interpreter is
     slow."""
     if not torch.cuda.is_available():
-        monkeypatch.setattr(inspect.getmodule(self_check), "VOCABULARY", 523)
+        monkeypatch.setattr(inspect.getmodule(self_check), "VOCABULARY", 512)
         monkeypatch.setattr(importlib.import_module("kernels.newton_schulz.op"), "LEAST_ROWS", 128)
 
 
@@ -38,7 +38,13 @@ def test_plain_pytorch_passes(dtype):
         others.insert(-1, "gram_polynomial")
     names = ["lightning_attention", "gla", "gla_theta", *norms, *others]
     assert list(check("cpu", dtype, key_width=48)) == names
-    assert list(check("cpu", dtype)) == [name for name in names if name != "gla_theta"]
+    plain = [name for name in names if name != "gla_theta"]
+    assert (
+        list(check("cpu", dtype))
+        == list(check("cpu", dtype, packed=True))
+        == list(check("cpu", dtype, batch=3))
+        == plain
+    )
     assert list(check("cpu", dtype, rope_base=1e4, glu_act="silu")) == ["rope", *norms, *others]
     float8 = check("cpu", dtype, rope_base=1e4, float8=True).keys() - {"rope", *norms, *others}
     assert float8 == {"quantize_48", "quantize_40", "quantize_many", "sglu_pair"}
@@ -112,6 +118,27 @@ def test_a_broken_operator_is_named(monkeypatch, one_operator, module, function,
     break_output(monkeypatch, module, function, wrong)
     with pytest.raises(KernelMismatchError, match=f"{operator} at .* is off by .* more than 1e-04"):
         check("cpu")
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_processes_of_a_machine_begin_with_different_operators_and_name_the_same_error(monkeypatch, rank):
+    names = list(check("cpu"))
+    wrong, checked = {names[4], names[9]}, []
+
+    def error_of(check, *_) -> float:
+        checked.append(check.operator)
+        return float("nan") if check.operator in wrong else 0.0
+
+    monkeypatch.setattr("kernels.comparison._worst_error", error_of)
+    with pytest.raises(KernelMismatchError, match=f"^{names[4]} at "):
+        check("cpu", share=(rank, 3))
+    begin = rank * len(names) // 3
+    assert checked[0] == names[begin]
+    assert set(names[:5]) <= set(checked)
+    wrong.clear()
+    checked.clear()
+    assert list(check("cpu", share=(rank, 3), unused=names[:2])) == names[2:]
+    assert sorted(checked) == sorted(names[2:])
 
 
 def off_scale(right):

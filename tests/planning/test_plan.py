@@ -6,9 +6,9 @@ import re
 
 import pytest
 
+from megatron_tn.cli.override_check import check_overrides
+from megatron_tn.cli.overrides import CommandLine
 from megatron_tn.config import CheckpointConfig, DataConfig, EngineConfig, ParallelConfig, PlanConfig
-from megatron_tn.override_check import check_overrides
-from megatron_tn.overrides import CommandLine
 from megatron_tn.plan import main
 from megatron_tn.planning.batch import with_usual_batch
 from megatron_tn.planning.concerns import checkpoint_bytes, checkpoint_seconds, concerns

@@ -14,8 +14,8 @@ from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_tn.cli.overrides import CommandLine, files_in, kinds_of, settings
 from megatron_tn.config import ConfigError, from_mapping, known_keys, out_of_bounds, to_mapping, unknown_key
-from megatron_tn.overrides import CommandLine, files_in, kinds_of, settings
 
 
 def check_overrides(line: CommandLine) -> None:

@@ -24,7 +24,7 @@ from data_pipeline import redaction
 from data_pipeline.words import as_typed, quoted
 from megatron_tn.config import ConfigError
 
-CONF = Path(__file__).resolve().parents[1] / "conf"
+CONF = Path(__file__).resolve().parents[2] / "conf"
 EXPERIMENT = "experiment"  # config group whose files override values of other groups
 
 
