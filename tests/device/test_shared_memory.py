@@ -34,12 +34,13 @@ def test_another_process_reads_it_and_no_other_memory():
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="no anonymous files")
-def test_a_larger_block_takes_the_place_of_one_that_forked_processes_keep():
+@pytest.mark.parametrize("pinned", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_a_larger_block_takes_the_place_of_one_that_forked_processes_keep(pinned):
     memory, mebibyte = HostMemory(), 1 << 18
-    memory.take(mebibyte, pinned=False).fill_(1)
+    memory.take(mebibyte, pinned).fill_(1)
     forked = os.open(memory.address.link, os.O_RDWR)  # a data worker has the file open, too
     assert os.fstat(forked).st_blocks * 512 >= 1 << 20
-    assert memory.take(2 * mebibyte, pinned=False).sum() == 0
+    assert memory.take(2 * mebibyte, pinned).sum() == 0
     assert os.fstat(forked).st_blocks == 0
     os.close(forked)
     memory.release()
