@@ -7,7 +7,6 @@ import functools
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,9 +87,9 @@ def vocabulary(text: str) -> str:
     return " ".join(word_counts(text)).lower()
 
 
-def in_any_case(found: Iterable[str]) -> frozenset[str]:
-    """All upper- and lower-case spellings of these ASCII words."""
-    ways = (itertools.product(*({letter, letter.upper()} for letter in word)) for word in found)
+def in_any_case(text: str) -> frozenset[str]:
+    """All upper- and lower-case spellings of the words, in ASCII, of a text."""
+    ways = (itertools.product(*({letter, letter.upper()} for letter in word)) for word in text.split())
     return frozenset(map("".join, itertools.chain.from_iterable(ways)))
 
 

@@ -46,12 +46,16 @@ def run(settings: Settings) -> dict | None:
             log = (work / "pipeline.log").open("a", buffering=1)
         except OSError as error:
             raise StageError(f"output={output}: {explain(error, output)}") from error
-        with log, show(stages) as display:
-            if settings.executor == "slurm":
-                complete = _run_on_slurm(settings, stages, work, log, display)
-            else:
-                _run_here(settings, stages, work, log, display)
-                complete = True
+        try:
+            with show(stages) as display:
+                if settings.executor == "slurm":
+                    complete = _run_on_slurm(settings, stages, work, log, display)
+                else:
+                    _run_here(settings, stages, work, log, display)
+                    complete = True
+        finally:
+            with contextlib.suppress(OSError):  # the disk is full, as the stage says with its name
+                log.close()
     if not complete:
         return None
     report = json.loads((output / "report.json").read_bytes())

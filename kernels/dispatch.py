@@ -62,8 +62,8 @@ def requested_backend() -> str:
 def choose(operator: str, tensor: Tensor, unsupported: str | None = None) -> str:
     """ "torch" or "triton", for this call of `operator`. Each choice is logged once.
 
-    tensor: an input; its device decides. unsupported: why the Triton kernel does not support the inputs; None if it
-    does. Raises ValueError where backend "triton" is configured and cannot run.
+    tensor: an input; its device and type decide: no kernel sums in fp64. unsupported: what else the Triton kernel does
+    not support of the inputs; None if nothing. Raises ValueError where backend "triton" is configured and cannot run.
     """
     request = requested_backend()
     obstacle = unsupported or _triton_obstacle(tensor)
@@ -101,6 +101,8 @@ def _check(name: str, argument: str) -> None:
 
 
 def _triton_obstacle(tensor: Tensor) -> str | None:
+    if tensor.dtype == torch.float64:
+        return "its fp32 sums cannot serve float64 inputs"
     if not has_triton():
         return "triton is not installed (pip install triton)"
     if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":

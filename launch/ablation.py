@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from launch.runs import Failed, Programs
+from launch.results.runs import Failed, Programs
 from megatron_tn.training.curve import draw
 from megatron_tn.training.run_folder import RunFolder
 

@@ -14,10 +14,11 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from launch.render_table import ROOT, TABLES, NotRows, Row, Table, commit, fill, machine, markdown, read, write
-from launch.time_to_loss import TimeToLoss, curves_of, mean_of, variant_of
+from launch.results.time_to_loss import TimeToLoss, curves_of, label, mean_of, variant_of
 
 PAGE = ROOT / "docs/results.md"
 ROWS = ROOT / "docs/measurements/results"
@@ -49,8 +50,6 @@ BITS = {
 }
 SEQUENCE_POSITIONS = (256, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 POSITION = {"peak rate": BITS["peak rate"]} | {f"after {first}": mean(f"positions/{first}") for first in POSITIONS}
-
-
 LONG = {
     "peak rate": BITS["peak rate"],
     "seeds": BITS["seeds"],
@@ -59,6 +58,13 @@ LONG = {
     **{f"after {first}": mean(f"end_to_end/{first}") for first in SEQUENCE_POSITIONS},
     "GPU": machine,
     "commit": commit,
+}
+LEVERS = {  # what shortens Muon's schedule
+    "model": lambda rows: rows[0]["model"],
+    "optimizer, products": lambda rows: label(rows[0]),
+    **{title: BITS[title] for title in ("peak rate", "seeds")},
+    "steps": lambda rows: str(rows[0]["steps"]),
+    **{title: BITS[title] for title in ("tokens", "bits/byte", "GPU", "commit")},
 }
 
 
@@ -78,6 +84,13 @@ RESULTS = {
     "50m positions": of_runs("results_50m", "model", POSITION),
     "50m long": of_runs("results_long", "model", LONG),
     "385m": of_runs("results_385m", "model", BITS),
+    "levers": Table(
+        holds=lambda row: row["name"] == "result" and row["plan"] == "results_levers",
+        same=("run",),
+        line=("model", "tokens", "variant", "lr"),
+        order=lambda row: (row["model"], -row["tokens"], row["variant"], row["lr"]),
+        columns=LEVERS,
+    ),
     "ablations": of_runs("results_ablations", "variant", BITS),
     "training": TABLES["training"],
 }
@@ -122,12 +135,12 @@ def package_table(summary: dict) -> str:
     return markdown(("package", *said, "files", "MB"), lines)
 
 
+@dataclass(frozen=True)
 class Corpus:
     """A table that is made from corpus.json instead of rows; empty without the file."""
 
-    def __init__(self, path: Path, table: Callable[[dict], str]):
-        self.path = path
-        self.table = table
+    path: Path
+    table: Callable[[dict], str]
 
     def render(self, _rows: Sequence[Row]) -> str:
         return self.table(json.loads(self.path.read_text())) if self.path.exists() else ""

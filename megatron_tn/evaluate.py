@@ -3,6 +3,7 @@
 python -m megatron_tn.evaluate checkpoint=runs/demo manifest=runs/demo/data/heldout/manifest.json
 python -m megatron_tn.evaluate checkpoint=export/ tasks=[boolq,piqa,hellaswag]           docs/evaluation.md
 torchrun --nproc-per-node 8 -m megatron_tn.evaluate checkpoint=runs/65b ...              split by tensor parallelism
+torchrun --nproc-per-node 8 -m megatron_tn.evaluate checkpoint=runs/1b tp=1 ...          each process evaluates a share
 
 Bits per byte are given by source and by position in the document, beside those of gzip, xz and, with train_manifest=, a
 unigram model on the same text.
@@ -19,7 +20,7 @@ from tokenizers import Tokenizer
 
 from data_pipeline.shards import read_documents
 from data_pipeline.stream import InputError, Manifest
-from megatron_tn.cli import command, is_first_process
+from megatron_tn.cli import command, is_first_process, run_program
 from megatron_tn.config import ConfigError, EvaluateConfig, TrainConfig, out_of_bounds, unwritable
 from megatron_tn.data import other_tokenizer as other_tokenizer_than_training
 from megatron_tn.data import tokenizer_file
@@ -45,12 +46,11 @@ from megatron_tn.loading import (
     problems_of_vocabulary,
     read_tokenizer,
     resolve_checkpoint,
+    tensor_parallel,
 )
 from megatron_tn.model.base import Model
-from megatron_tn.parallel.context import ParallelContext
-from megatron_tn.parallel.world import join_world, leave_world, world_size
+from megatron_tn.parallel.world import world_size
 
-TIMEOUT_S = 1800  # seconds that a collective waits for other ranks
 # Long documents are read DOCUMENTS at a time, in windows of batch_tokens // DOCUMENTS tokens: few windows, since each
 # costs a forward pass's kernel launches, and few decoding states, since a Transformer's grow with the document.
 DOCUMENTS, SHORTEST_WINDOW = 8, 256
@@ -59,12 +59,7 @@ DOCUMENTS, SHORTEST_WINDOW = 8, 256
 @command(EvaluateConfig, "evaluate")
 def main(config: EvaluateConfig) -> None:
     tasks = check(config)
-    context, device = None, config.device
-    if world_size() > 1:
-        joined = join_world(TIMEOUT_S)
-        device = str(joined) if device == "auto" else device
-        context = ParallelContext.create(tp=world_size())
-    try:
+    with tensor_parallel(config.device, config.tp) as (context, device):
         tokenizer = load_tokenizer(config.tokenizer, config.checkpoint)
         model = load_any_model(config.checkpoint, device, config.precision, context, fp8_weights=config.fp8_weights)
         result: dict[str, Any] = {"checkpoint": config.checkpoint}
@@ -73,8 +68,6 @@ def main(config: EvaluateConfig) -> None:
                 result |= held_out_figures(config, model, tokenizer)
             if tasks:
                 result["tasks"] = task_scores(config, model, tokenizer, tasks)
-    finally:
-        leave_world()
     if is_first_process():
         if config.output:
             Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
@@ -100,6 +93,8 @@ def check(config: EvaluateConfig) -> TaskSet | None:
         if getattr(config, setting) == 1:
             problems.append(f"{setting}=1 must be 0 or at least 2: nothing predicts the first token of a sequence")
     problems += unwritable("output", config.output)
+    if config.tp and world_size() % config.tp:
+        problems.append(f"tp={config.tp} must divide the number of processes, which is {world_size()}")
     try:
         if config.tasks:
             tasks = load_tasks(tuple(config.tasks), config.task_folder)
@@ -210,8 +205,8 @@ def problems_in_training(config: TrainConfig) -> list[str]:
 def evaluate_in_training(engine: Engine, config: TrainConfig, progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Held-out figures, task scores and generated texts, by their names in the journal.
 
-    Every rank evaluates the same documents, so that engines that gather parameters in the forward pass stay in step.
-    progress(n, tokens): called after each batch of n documents or requests, of so many tokens.
+    Ranks with the same parameters share documents and requests, but for those that generate texts; all get the
+    figures. progress(n, tokens): called after each batch of n documents or requests, of so many tokens.
     """
     model, evaluation, found = engine.model, config.evaluation, {}
     with engine.whole_weights():
@@ -232,4 +227,4 @@ def _tasks_in_training(config: TrainConfig) -> TaskSet:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -37,21 +37,19 @@ from megatron_tn.inference.records import (
 )
 from megatron_tn.inference.sampler import Sampler
 from megatron_tn.inference.text import TextStream
-from megatron_tn.loading import load_any_model, load_tokenizer, memory_is_named, resolve_checkpoint
+from megatron_tn.loading import load_any_model, load_tokenizer, memory_is_named, resolve_checkpoint, tensor_parallel
 from megatron_tn.model.base import Model
-from megatron_tn.parallel.context import ParallelContext
-from megatron_tn.parallel.world import join_world, leave_world, world_size
+from megatron_tn.parallel.world import world_size
 
 log = logging.getLogger(__name__)
 
 SIZES = ("batch", "together", "prefill_chunk", "check_every", "max_new_tokens")  # settings by which tensors grow
-TIMEOUT_S = 1800  # seconds that a collective between tensor-parallel ranks waits
 
 
 @command(GenerateConfig, "generate", literal=("prompt", "stop"))
 def main(config: GenerateConfig) -> None:
     check(config)
-    with tensor_parallel(config) as (context, device):
+    with tensor_parallel(config.device) as (context, device):
         tokenizer = load_tokenizer(config.tokenizer, config.checkpoint)
         tokenizer.encode_special_tokens = not config.special_tokens
         model = load_any_model(config.checkpoint, device, config.precision, context, fp8_weights=config.fp8_weights)
@@ -283,19 +281,6 @@ def stop_strings(text: str) -> list[str]:
     if not all(isinstance(each, str) and each for each in found):
         raise ConfigError(f"stop={text} must be a list of texts that are not empty")
     return found
-
-
-@contextlib.contextmanager
-def tensor_parallel(config: GenerateConfig) -> Iterator[tuple[ParallelContext, str]]:
-    """All processes of the launcher as one tensor-parallel group, and this process's device."""
-    if world_size() == 1:
-        yield ParallelContext(), config.device
-        return
-    device = join_world(TIMEOUT_S)
-    try:
-        yield ParallelContext.create(tp=world_size()), "cpu" if config.device == "cpu" else str(device)
-    finally:
-        leave_world()
 
 
 if __name__ == "__main__":

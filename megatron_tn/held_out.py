@@ -14,7 +14,8 @@ from megatron_tn.evaluation.perplexity import AFTER, Documents, evaluate_documen
 from megatron_tn.evaluation.token_bytes import token_bytes
 from megatron_tn.model.base import Model
 
-CPU_TOKENS, GPU_TOKENS = 4096, 16384  # tokens per batch: a small batch leaves a GPU waiting for launches
+CPU_TOKENS = 4096  # tokens of a batch
+GPU_ELEMENTS = 1 << 26  # of one activation [tokens, D]: a narrow model's small batch leaves a GPU waiting for launches
 
 
 def problems_of_held_out(manifest: Manifest, setting: str, vocab_size: int) -> list[str]:
@@ -32,14 +33,14 @@ def problems_of_held_out(manifest: Manifest, setting: str, vocab_size: int) -> l
 
 
 def held_out_loss(model: Model, config: TrainConfig, progress: Callable[[int, int], None]) -> dict[str, float]:
-    """For the training loop: held-out figures, by the names that the journal has for them. Every rank evaluates the
-    same documents, so that engines that gather parameters in the forward pass stay in step. progress(n, tokens): told
-    of n more documents done, of so many tokens."""
+    """For the training loop: held-out figures, by the names that the journal has for them. progress(n, tokens): told
+    of n more documents done, of so many tokens. Collective, see `row_scores`."""
     documents = held_out_documents(config.evaluation.manifest, config.evaluation.max_documents)
     window = config.data.sequence_length
     batch_tokens = CPU_TOKENS
     if next(model.parameters()).is_cuda:  # memory suffices for the tokens of a microbatch
-        batch_tokens = max(min(config.data.micro_batch * window, GPU_TOKENS), CPU_TOKENS)
+        most = GPU_ELEMENTS // config.model.embed_dim
+        batch_tokens = max(min(config.data.micro_batch * window, most), CPU_TOKENS)
     found = evaluate_documents(model, documents, window=window, batch_tokens=batch_tokens, progress=progress)
     values = {"heldout_loss": found.nats_per_token, "heldout_bits_per_byte": found.bits_per_byte}
     if len(found.sources) > 1:

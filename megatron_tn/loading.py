@@ -1,10 +1,12 @@
 """Finding what a command line names: a checkpoint or a released model, and its tokenizer."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer
 
 from data_pipeline.shards.manifest import Manifest
@@ -15,9 +17,13 @@ from megatron_tn.device.allocator import use_expandable_segments
 from megatron_tn.device.free_memory import is_out_of_memory
 from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.parallel.world import join_world, leave_world, world_size
 from megatron_tn.released.weights import ReleasedWeights
 from megatron_tn.training.run_folder import find_checkpoint
 
+log = logging.getLogger(__name__)
+
+TIMEOUT_S = 1800  # seconds that a collective waits for the other ranks
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # values of precision=; "trained" keeps the weights' own type
 
 
@@ -49,6 +55,20 @@ def load_any_model(
 
 
 @contextlib.contextmanager
+def tensor_parallel(device: str, tp: int = 0) -> Iterator[tuple[ParallelContext, str]]:
+    """The processes of the launcher in tensor-parallel groups of `tp` (0: of all), and this process's device: with
+    device "auto" that of its rank where there are several."""
+    if world_size() == 1:
+        yield ParallelContext(), device
+        return
+    joined = join_world(TIMEOUT_S)
+    try:
+        yield ParallelContext.create(tp or world_size()), str(joined) if device == "auto" else device
+    finally:
+        leave_world()
+
+
+@contextlib.contextmanager
 def unreadable(checkpoint: str, directory: Path) -> Iterator[None]:
     """Problems with files in `directory`, the folder of weights that `checkpoint` names, begin with that setting."""
     try:
@@ -63,13 +83,17 @@ def unreadable(checkpoint: str, directory: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def memory_is_named(settings: str) -> Iterator[None]:
     """PyTorch's error of a tensor that does not fit into memory becomes a ConfigError that begins with `settings`, by
-    which the tensors grow."""
+    which the tensors grow. It is logged on a rank above 0, which may have been alone with it: command lines print the
+    problems of rank 0."""
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise ConfigError(f"{settings}: out of memory: {' '.join(str(error).split())[:200]}") from None
+        problem = f"{settings}: out of memory: {' '.join(str(error).split())[:200]}"
+        if dist.is_initialized() and dist.get_rank() > 0:
+            log.error("rank %d: %s", dist.get_rank(), problem)
+        raise ConfigError(problem) from None
 
 
 def open_weights(directory: Path) -> CheckpointWeights | ReleasedWeights:

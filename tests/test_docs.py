@@ -17,6 +17,8 @@ from data_pipeline.config import compose_settings
 from data_pipeline.selfclean.settings import RoundsSettings
 from launch import submit
 from megatron_tn import benchmark, convert, evaluate, generate, plan, score, train
+from megatron_tn.cli.override_check import check_overrides
+from megatron_tn.cli.overrides import CommandLine
 from megatron_tn.config import (
     BenchmarkConfig,
     ConvertConfig,
@@ -27,7 +29,6 @@ from megatron_tn.config import (
     TrainConfig,
 )
 from megatron_tn.config.slurm import SubmitConfig
-from megatron_tn.overrides import CommandLine
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md"))]
@@ -99,7 +100,7 @@ def check(module: str, arguments: list[str]) -> None:
     # The launchers of the extra submitit, which the tests do without.
     arguments = [word for word in arguments if not word.startswith(("hydra/launcher=", "hydra.launcher."))]
     if package in ("megatron_tn", "launch") and (found := TRAINERS.get(importlib.import_module(module))):
-        CommandLine.parse(*found, arguments).check()
+        check_overrides(CommandLine.parse(*found, arguments))
     elif package == "data_pipeline" and name in CLEANERS:
         CLEANERS[name]([word for word in arguments if not word.startswith("per_kind=")])
 

@@ -17,6 +17,7 @@ ALLOWED = {
     "kernels": [],
     "data_pipeline": [],
     "megatron_tn.config": ["data_pipeline.redaction"],
+    "megatron_tn.cli": ["megatron_tn.config", "data_pipeline.redaction", "data_pipeline.words"],
     "megatron_tn.device": [],
     "megatron_tn.precision": ["kernels", "megatron_tn.device"],
     "megatron_tn.parallel": ["kernels", "megatron_tn.device", "megatron_tn.precision", "megatron_tn.config"],
@@ -46,7 +47,12 @@ ALLOWED = {
         "megatron_tn.device",
         "megatron_tn.config",
     ],
-    "megatron_tn.evaluation": ["megatron_tn.inference", "megatron_tn.model", "megatron_tn.config"],
+    "megatron_tn.evaluation": [
+        "megatron_tn.inference",
+        "megatron_tn.model",
+        "megatron_tn.parallel",
+        "megatron_tn.config",
+    ],
     "megatron_tn.training": [
         "megatron_tn.engine",
         "megatron_tn.checkpoint",

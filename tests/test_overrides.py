@@ -9,8 +9,10 @@ from omegaconf import OmegaConf
 
 from data_pipeline.words import as_typed, quoted
 from megatron_tn.cli import command
+from megatron_tn.cli.override_check import check_overrides
+from megatron_tn.cli.overrides import CommandLine, settings
+from megatron_tn.cli.sweep_folder import job_folder
 from megatron_tn.config import ConfigError, GenerateConfig, TrainConfig, from_mapping
-from megatron_tn.overrides import CommandLine, job_folder, settings
 from tests.helpers.training import call
 
 seen: list[TrainConfig] = []
@@ -25,7 +27,7 @@ def _nothing_seen(monkeypatch):
 
 def parsed(*words: str) -> TrainConfig:
     line = CommandLine.parse(TrainConfig, "config", words)
-    line.check()
+    check_overrides(line)
     return from_mapping(TrainConfig, settings(line.compose(line.words())))
 
 

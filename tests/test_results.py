@@ -11,11 +11,11 @@ from omegaconf import OmegaConf
 
 import megatron_tn.benchmark
 from launch import render_results
-from launch.planned_run import Run
 from launch.render_table import fill
-from launch.results import main
-from launch.run_plan import grid_runs, read_plan
-from launch.runs import Failed, Programs, TimeUp
+from launch.results.__main__ import main, stages
+from launch.results.planned_run import Run
+from launch.results.run_plan import grid_runs, read_plan
+from launch.results.runs import Failed, Programs, TimeUp
 from megatron_tn import cli
 from megatron_tn.config import (
     BenchmarkConfig,
@@ -152,6 +152,19 @@ def test_a_run_that_was_stopped_within_its_last_evaluation(place, programs, monk
         s for _, s in programs if s.get("output", "").endswith("lr=0.001,seed=0/pieces.json") and "ours" in s["output"]
     )
     assert said.get("max_documents") == (None if held_out == "evaluate" else "256")  # as the training's evaluations
+
+
+def test_pieces_share_the_gpus_unless_one_reads_the_rows_of_another():
+    pieces = {
+        "rates": [{"optim.lr": [0.1, 0.2]}],
+        "more": [{"optim.lr": [0.3]}],
+        "seeds": [{"optim.lr": ["best of 50m"], "seed": [1]}],
+        "other": [{"optim.lr": [0.4]}],
+        "speed": [{"optim.lr": [0.1]}, {"benchmark.loop_steps": [20]}],
+        "last": [{"optim.lr": [0.5]}],
+    }
+    assert stages([*pieces], {"pieces": pieces}) == [["rates", "more"], ["seeds", "other", "speed"], ["last"]]
+    assert stages(["last", "rates"], {"pieces": pieces}) == [["last", "rates"]]
 
 
 def test_the_best_rate_is_that_of_the_variant():
@@ -348,6 +361,8 @@ def test_time_to_the_same_loss_is_read_from_the_curves():
         trained("muon", 0.001, 1, 1.8, 1.4, 1.29),  # mean 1.85, 1.40, 1.30: 1.41 at 20 M + 20 M * 0.44 / 0.45
         trained("fp8", 0.002, 0, 2.0, 1.7, 1.45),
         trained("muon,fp8", 0.001, 0, 1.4, 1.3, 1.25),
+        trained("muon,0.8", 0.001, 0, 1.9, 1.3, 1.2, run="50m,optim=muon,optim.momentum=0.8,optim.lr=0.001,seed=0"),
+        trained("0.8", 0.002, 0, 1.9, 1.3, run="50m,optim.beta1=0.8,optim.lr=0.002,seed=0"),  # not today's AdamW
         trained("muon,fp8,300", 0.001, 0, 1.7, 1.4, tokens=30_000_000, curve="15.0:1.7000 30.0:1.4000"),
         trained("paper/decay/none", 0.001, 0, 1.0, 1.0),  # of another table
         *(measured("tp 1", value) for value in (70.0, 65.536, 60.0)),  # 1 us a token
@@ -360,7 +375,9 @@ def test_time_to_the_same_loss_is_read_from_the_curves():
         ["50m", "60.0 M", *line]
         for line in (
             ["AdamW, bf16", "0.002 (of 3, bracketed)", "3", "1.4100 ± 0.0100", "65.5", "60.0 M", "60.0", "1.00"],
+            ["AdamW, bf16, beta1 0.8", "0.002 (the only one)", "1", "1.3000", "65.5", "54.5 M", "54.5", "0.91"],
             ["Muon, bf16", "0.001 (of 2, not bracketed)", "2", "1.3000 ± 0.0141", "131.1", "39.6 M", "79.1", "1.32"],
+            ["Muon, bf16, momentum 0.8", "0.001 (the only one)", "1", "1.2000", "131.1", "36.3 M", "72.7", "1.21"],
             ["AdamW, fp8", "0.002 (the only one)", "1", "1.4500", "", "not reached", "", ""],
             ["Muon, fp8", "0.001 (the only one)", "1", "1.2500", "32.8", "20.0 M", "10.0", "0.17"],
         )
@@ -371,7 +388,7 @@ def test_time_to_the_same_loss_is_read_from_the_curves():
         trained("", 0.002, 3, 1.0, curve=""),
         trained("muon", 0.008, 0, 1.0, curve=""),
     ]
-    found[0][3], found[1][3] = "0.002 (of 3, bracketed)", "0.001 (of 3, not bracketed)"
+    found[0][3], found[2][3] = "0.002 (of 3, bracketed)", "0.001 (of 3, not bracketed)"
     assert [[cells[0], cells[4], *cells[1:4], *cells[5:]] for cells in time_to_loss([*rows, *odd])] == found
     assert time_to_loss(odd) == []
     assert time_to_loss([trained("", 0.002, seed, 1.5, curve=f"{seed}.0:1.5") for seed in (1, 2)]) == []

@@ -10,9 +10,9 @@ import pytest
 
 from megatron_tn import evaluate
 from megatron_tn import train as module
-from megatron_tn.cli import _Program
+from megatron_tn.cli.program import _Program
+from megatron_tn.cli.submitit import MOST, failure_is_told, settings_for_submitit
 from megatron_tn.config import ConfigError, EvaluateConfig
-from megatron_tn.submitit import MOST, failure_is_told, settings_for_submitit
 from megatron_tn.train import main as train
 from tests.helpers.training import ROOT, call
 
@@ -83,7 +83,7 @@ def test_a_job_that_fails_has_a_result_and_one_that_is_requeued_has_none(monkeyp
 def test_a_job_that_fails_ends_with_its_exit_code_when_its_result_is_written():
     script = """if True:
         import contextlib
-        from megatron_tn.submitit import failure_is_told
+        from megatron_tn.cli.submitit import failure_is_told
         with contextlib.suppress(ValueError), failure_is_told():
             raise ValueError("odd")
         print("the result is written")"""

@@ -12,6 +12,7 @@ from data_pipeline.audit.samples import Sample, Samples
 PIECE = 40_000  # characters of text per response: a browser lays them out without a pause
 LONGEST_NOTE = 2000
 LONGEST_SECONDS = 86_400.0
+FILTER_VIEW = ("verdict", "place", "measure", "nats_per_token", "nats_per_byte", "low", "high", "probability")
 
 
 class Refused(Exception):
@@ -148,16 +149,7 @@ class Audit:
 
 
 def _filter_view(sample: Sample) -> dict:
-    return {
-        "verdict": sample.verdict,
-        "place": sample.place,
-        "measure": sample.measure,
-        "nats_per_token": sample.nats_per_token,
-        "nats_per_byte": sample.nats_per_byte,
-        "low": sample.low,
-        "high": sample.high,
-        "probability": sample.probability,
-    }
+    return {name: getattr(sample, name) for name in FILTER_VIEW}
 
 
 def _checked(body: object, known: Mapping[str, int]) -> tuple[str, str, str, float]:

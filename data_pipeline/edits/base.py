@@ -1,6 +1,7 @@
 """Base of edits: their interface, registration and application."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,15 +62,19 @@ def _in_order(parts: list[str], text: str) -> bool:
     return True
 
 
-def substitute(pattern: re.Pattern, replacement, text: str) -> tuple[str, int]:
-    """(`text` with each match of `pattern` outside protected parts replaced, number of matches)."""
-    count = 0
+def counted(text: str, change: Callable[[str], tuple[str, int]]) -> tuple[str, int]:
+    """(`text` with `change` applied to each piece outside protected parts, sum of the counts that it returns)."""
+    counts = []
 
-    def change(piece: str) -> str:
-        nonlocal count
-        piece, made = pattern.subn(replacement, piece)
-        count += made
+    def changed(piece: str) -> str:
+        piece, count = change(piece)
+        counts.append(count)
         return piece
 
+    return outside_protected(text, changed), sum(counts)
+
+
+def substitute(pattern: re.Pattern, replacement, text: str) -> tuple[str, int]:
+    """(`text` with each match of `pattern` outside protected parts replaced, number of matches)."""
     # Most texts have no match, and a search is cheaper than finding protected parts.
-    return (outside_protected(text, change), count) if pattern.search(text) else (text, 0)
+    return counted(text, lambda piece: pattern.subn(replacement, piece)) if pattern.search(text) else (text, 0)

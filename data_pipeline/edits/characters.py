@@ -5,9 +5,8 @@ import unicodedata
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.edits.base import Edit, edit
+from data_pipeline.edits.base import Edit, counted, edit
 from data_pipeline.letters import WINDOWS_1252
-from data_pipeline.protected import outside_protected
 from data_pipeline.thresholds import STRICT, Count
 
 # Removed: zero-width space, word joiner, soft hyphen, byte order mark, direction marks and controls, tags; controls
@@ -36,15 +35,7 @@ class Characters:
     def __call__(self, text: str) -> Edit | None:
         if text.isascii() and not text.encode().translate(None, STANDARD_ASCII):
             return None
-        count = 0
-
-        def change(piece: str) -> str:
-            nonlocal count
-            piece, made = standard_characters(piece)
-            count += made
-            return piece
-
-        changed = outside_protected(text, change) if standard_characters(text)[1] else text
+        changed, count = counted(text, standard_characters) if standard_characters(text)[1] else (text, 0)
         return Edit("special_characters", count, self.max_count, changed) if count > self.max_count else None
 
 

@@ -6,7 +6,7 @@ from html.entities import html5
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.edits.base import Edit, edit
+from data_pipeline.edits.base import Edit, counted, edit
 from data_pipeline.edits.characters import standard_characters
 from data_pipeline.pages.client import EXTRACTOR, Refused
 from data_pipeline.protected import outside_protected
@@ -61,21 +61,19 @@ class Html:
             return Edit("html_tags", tags, self.max_count, _extracted(text), True) if tags > self.max_count else None
         if "<" not in text and "&" not in text:
             return None
-        count = 0
-
-        def clean(piece: str) -> str:
-            nonlocal count
-            piece, hidden = _without_hidden(piece)
-            piece, breaks = BREAKS.subn("\n", piece)
-            piece, tags = TAGS.subn("", piece)
-            piece, entities = _without_entities(piece)
-            count += hidden + breaks + tags + entities
-            return piece
-
         if not (MARKUP.search(text) or ENTITIES.search(text)):
             return None
-        changed = outside_protected(text, clean)
+        changed, count = counted(text, _cleaned)
         return Edit("html_tags", count, self.max_count, changed) if count > self.max_count else None
+
+
+def _cleaned(piece: str) -> tuple[str, int]:
+    """(The piece without markup, number of tags, comments and entities)."""
+    piece, hidden = _without_hidden(piece)
+    piece, breaks = BREAKS.subn("\n", piece)
+    piece, tags = TAGS.subn("", piece)
+    piece, entities = _without_entities(piece)
+    return piece, hidden + breaks + tags + entities
 
 
 def _extracted(page: str) -> str:

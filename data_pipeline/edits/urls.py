@@ -4,9 +4,8 @@ import re
 
 from pydantic.dataclasses import dataclass
 
-from data_pipeline.edits.base import Edit, edit
+from data_pipeline.edits.base import Edit, counted, edit
 from data_pipeline.letters import HANGUL, MARKS, SPACELESS
-from data_pipeline.protected import outside_protected
 from data_pipeline.thresholds import STRICT, Count
 
 # Non-ASCII letters of an address: only of scripts with spaces between words; in other scripts, and before a Korean
@@ -31,15 +30,7 @@ class Urls:
     def __call__(self, text: str) -> Edit | None:
         if "://" not in text and "www." not in text.lower():
             return None
-        count = 0
-
-        def change(piece: str) -> str:
-            nonlocal count
-            piece, made = _without_addresses(piece)
-            count += made
-            return piece
-
-        changed = outside_protected(text, change) if ADDRESS.search(text) else text
+        changed, count = counted(text, _without_addresses) if ADDRESS.search(text) else (text, 0)
         return Edit("urls", count, self.max_count, changed) if count > self.max_count else None
 
 

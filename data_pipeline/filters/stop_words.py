@@ -6,30 +6,7 @@ from data_pipeline.filters.base import Drop, rule
 from data_pipeline.measures import in_any_case, word_counts, words
 from data_pipeline.thresholds import STRICT, Count
 
-STOP_WORDS = in_any_case(
-    [
-        "the",
-        "be",
-        "to",
-        "of",
-        "and",
-        "that",
-        "have",
-        "with",
-        "is",
-        "in",
-        "it",
-        "for",
-        "on",
-        "was",
-        "are",
-        "as",
-        "this",
-        "not",
-        "or",
-        "a",
-    ]
-)
+STOP_WORDS = in_any_case("the be to of and that have with is in it for on was are as this not or a")
 
 
 @rule("stop_words", place=130)

@@ -9,31 +9,8 @@ from data_pipeline.measures import in_any_case, words
 from data_pipeline.thresholds import STRICT, Positive, Share
 
 # An article is followed by a noun or its modifier, never by one of the words below.
-ARTICLES = in_any_case(("the", "an"))
-NEVER_NEXT = in_any_case(
-    [
-        "the",
-        "a",
-        "an",
-        "of",
-        "and",
-        "to",
-        "in",
-        "is",
-        "was",
-        "are",
-        "were",
-        "with",
-        "by",
-        "from",
-        "for",
-        "at",
-        "that",
-        "it",
-        "be",
-        "or",
-    ]
-)
+ARTICLES = in_any_case("the an")
+NEVER_NEXT = in_any_case("the a an of and to in is was are were with by from for at that it be or")
 
 
 @rule("word_order", place=140)

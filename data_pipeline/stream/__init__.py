@@ -14,7 +14,7 @@ from data_pipeline.stream.pipeline import (
     load_filter,
     token_stages,
 )
-from data_pipeline.stream.sample import IGNORED, Batch, Sample, batches_hash
+from data_pipeline.stream.sample import IGNORED, Batch, Sample
 from data_pipeline.stream.score_filter import ScoreFilter
 from data_pipeline.stream.state import Ledger, StreamState
 from data_pipeline.stream.token_stream import DamageLimitError, TokenStream

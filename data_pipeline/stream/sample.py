@@ -1,7 +1,6 @@
 """Samples (sequences) and batches for the trainer."""
 
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,13 +56,3 @@ def collate(indices: Sequence[int], samples: Sequence[Sample], max_documents: in
     starts = torch.cat([sample.document_starts + place * length for place, sample in enumerate(samples)])
     cu_seqlens[: len(starts)] = starts
     return Batch(tokens.view(1, -1), targets.view(1, -1), cu_seqlens, tuple(indices), counted, damaged, pad)
-
-
-def batches_hash(batches: Iterable[Batch]) -> str:
-    """sha256 over indices, tokens and targets of the batches, in order; independent of the division into batches: a
-    global batch and the sequence of its shares have the same hash."""
-    parts = [hashlib.sha256() for _ in range(3)]
-    for batch in batches:
-        for part, values in zip(parts, (torch.tensor(batch.indices), batch.tokens, batch.targets), strict=True):
-            part.update(values.contiguous().numpy().tobytes())
-    return hashlib.sha256(b"".join(part.digest() for part in parts)).hexdigest()

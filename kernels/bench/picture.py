@@ -9,14 +9,12 @@ def draw(lines: dict[str, list[tuple[int, float]]], path: Path, *, title: str) -
     if not any(len(line) > 1 for line in lines.values()):
         return False
     try:
-        import matplotlib
+        from matplotlib.figure import Figure  # not pyplot: it would look for a display
     except ImportError:
         print("no picture: matplotlib is not installed (pip install matplotlib)")
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     for name, line in lines.items():
         lengths, times = zip(*sorted(line), strict=True)
         axes.plot(lengths, times, marker="o", linewidth=2.5 if name == "lightning attention" else 1.2, label=name)
@@ -28,5 +26,4 @@ def draw(lines: dict[str, list[tuple[int, float]]], path: Path, *, title: str) -
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
     return True

@@ -139,8 +139,7 @@ def _gradient_fake(exponentials, scaled, hidden, target_rows, has_loss, referenc
 @torch.library.custom_op("megatron_tn::head_scaled", mutates_args=())
 def head_scaled(x: Tensor, factor: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x [n, D] times factor, a scalar, and times scales [n] row by row where given, in `dtype`; rounded once."""
-    unsupported = "its fp32 sums cannot serve float64 inputs" if x.dtype == torch.float64 else None
-    if dispatch.choose("linear_cross_entropy", x, unsupported) == "triton":
+    if dispatch.choose("linear_cross_entropy", x) == "triton":
         from kernels.cross_entropy import triton_gradient
 
         return triton_gradient.scaled(x, factor=factor, scales=scales, dtype=dtype)
@@ -165,9 +164,7 @@ def add_weight_gradient(total: Tensor, dlogits: Tensor, hidden: Tensor, *, first
 
 def _backend(hidden: Tensor) -> str:
     unsupported = None
-    if hidden.dtype == torch.float64:
-        unsupported = "its fp32 sums cannot serve float64 inputs"
-    elif hidden.dtype == torch.float16:
+    if hidden.dtype == torch.float16:
         unsupported = "exponentials before normalisation, up to exp(60), exceed the range of fp16"
     elif hidden.is_cuda and hidden.dtype == torch.float32:
         unsupported = "its tiles are for tensor cores, which have no fp32 product of full precision"

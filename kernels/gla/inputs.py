@@ -96,9 +96,7 @@ def backend(v: Tensor, theta: Tensor | None) -> str:
     """Which implementation runs for v [B, T, H, d]."""
     width, unsupported = v.shape[-1], None
     limit = MAX_TRITON_WIDTH if theta is None else MAX_TRITON_LRPE_WIDTH
-    if v.dtype == torch.float64:
-        unsupported = "its fp32 sums cannot serve float64 inputs"
-    elif width > limit:
+    if width > limit:
         unsupported = f"the width {width} exceeds {limit}{'' if theta is None else ', the most that LRPE may double'}"
     elif width * v.shape[2] > MAX_TRITON_ROW:
         unsupported = f"H d = {width * v.shape[2]} exceeds {MAX_TRITON_ROW}"

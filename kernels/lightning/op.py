@@ -147,9 +147,7 @@ def _backward_flops(do_shape, dstate_shape, q_shape, k_shape, v_shape, *args, ou
 def backend(q: Tensor, v: Tensor) -> str:
     """Which implementation runs for q [B, T, H, K] and v [B, T, H, V]."""
     unsupported = None
-    if q.dtype == torch.float64:
-        unsupported = "its fp32 sums cannot serve float64 inputs"
-    elif max(q.shape[-1], v.shape[-1]) > MAX_TRITON_WIDTH:
+    if max(q.shape[-1], v.shape[-1]) > MAX_TRITON_WIDTH:
         unsupported = f"widths K={q.shape[-1]}, V={v.shape[-1]} exceed {MAX_TRITON_WIDTH}"
     return dispatch.choose("lightning_attention", q, unsupported)
 

@@ -61,7 +61,7 @@ def transpose(rows: Tensor) -> Tensor:
 
 @torch.library.custom_op("megatron_tn::largest", mutates_args=())
 def _largest(x: Tensor) -> Tensor:
-    if _backend(x) == "triton":
+    if dispatch.choose("quantize", x) == "triton":
         from kernels.quantize import triton_quantize
 
         return triton_quantize.largest(x.contiguous())
@@ -103,7 +103,7 @@ def _quantize_in_place_fake(x, largest, rows, transposed, scale):
 
 
 def _write(x: Tensor, largest: Tensor, rows: Tensor, transposed: Tensor, scale: Tensor) -> None:
-    if _backend(x) == "triton":
+    if dispatch.choose("quantize", x) == "triton":
         from kernels.quantize import triton_quantize
 
         triton_quantize.quantize(x.contiguous(), largest, rows=rows, transposed=transposed, scale=scale)
@@ -120,7 +120,7 @@ def _write(x: Tensor, largest: Tensor, rows: Tensor, transposed: Tensor, scale: 
 @torch.library.custom_op("megatron_tn::transpose_fp8", mutates_args=())
 def _transpose(rows: Tensor) -> Tensor:
     out = _transpose_fake(rows)
-    if _backend(rows) == "triton":
+    if dispatch.choose("quantize", rows) == "triton":
         from kernels.quantize import triton_quantize
 
         triton_quantize.transpose(rows.contiguous(), out)
@@ -132,8 +132,3 @@ def _transpose(rows: Tensor) -> Tensor:
 @_transpose.register_fake
 def _transpose_fake(rows):
     return rows.new_empty(rows.shape[1], padded(rows.shape[0]))
-
-
-def _backend(x: Tensor) -> str:
-    unsupported = "its scale is of fp32 numbers, not of float64" if x.dtype == torch.float64 else None
-    return dispatch.choose("quantize", x, unsupported)

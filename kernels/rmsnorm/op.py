@@ -3,10 +3,8 @@
 import torch
 from torch import Tensor
 
-from kernels import dispatch
 from kernels.numerics import accumulation_dtype
-
-MAX_TRITON_WIDTH = 65536
+from kernels.rows import backend_of_rows, check_rows
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -15,11 +13,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6)
     x, residual: [..., D], weight: [D], of one floating type. s is rounded to that type before the norm; statistics and
     sums are fp32 (fp64 for fp64). Only s and weight are saved. Raises ValueError for other shapes or types and eps < 0.
     """
-    _check(x, weight, eps)
-    if x.shape != residual.shape or x.dtype != residual.dtype:
-        raise ValueError(
-            f"residual is {tuple(residual.shape)} {residual.dtype}; it must be as x, {tuple(x.shape)} {x.dtype}"
-        )
+    _check(x, weight, eps, residual)
     return torch.ops.megatron_tn.add_rmsnorm_forward(x, residual, weight, eps)
 
 
@@ -49,18 +43,15 @@ class _Branch(torch.autograd.Function):
         return *torch.ops.megatron_tn.rmsnorm_backward(dx, dy, *ctx.saved_tensors, ctx.eps), None
 
 
-def _check(x: Tensor, weight: Tensor, eps: float) -> None:
-    if x.dim() == 0 or not torch.is_floating_point(x):
-        raise ValueError(f"x.shape={tuple(x.shape)}, x.dtype={x.dtype} must be [..., D] of a floating type")
+def _check(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> None:
+    check_rows(x, eps, residual)
     if weight.shape != x.shape[-1:] or weight.dtype != x.dtype:
         raise ValueError(f"weight is {tuple(weight.shape)} {weight.dtype}; it must be ({x.shape[-1]},) of {x.dtype}")
-    if not eps >= 0:  # also refuses NaN
-        raise ValueError(f"eps={eps} must be >= 0")
 
 
 @torch.library.custom_op("megatron_tn::rmsnorm_forward", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if _backend(x) == "triton":
+    if backend_of_rows("rms_norm", x) == "triton":
         from kernels.rmsnorm import triton_rmsnorm
 
         return triton_rmsnorm.forward(x=x, residual=None, weight=weight, eps=eps)[1]
@@ -69,7 +60,7 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @torch.library.custom_op("megatron_tn::add_rmsnorm_forward", mutates_args=())
 def _add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    if _backend(x) == "triton":
+    if backend_of_rows("rms_norm", x) == "triton":
         from kernels.rmsnorm import triton_rmsnorm
 
         return triton_rmsnorm.forward(x=x, residual=residual, weight=weight, eps=eps)
@@ -80,7 +71,7 @@ def _add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 @torch.library.custom_op("megatron_tn::rmsnorm_backward", mutates_args=())
 def _backward(dtotal: Tensor | None, dy: Tensor, total: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """dtotal: gradient of the sum that is normalised, by its other use; None: it has none. -> dx, dweight."""
-    if _backend(total) == "triton":
+    if backend_of_rows("rms_norm", total) == "triton":
         from kernels.rmsnorm import triton_rmsnorm
 
         return triton_rmsnorm.backward(dtotal=dtotal, dy=dy, total=total, weight=weight, eps=eps)
@@ -140,12 +131,3 @@ def _add_differentiate(ctx, dtotal, dy):
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 _add_forward.register_autograd(_add_differentiate, setup_context=_add_save)
-
-
-def _backend(x: Tensor) -> str:
-    unsupported = None
-    if x.dtype == torch.float64:
-        unsupported = "its fp32 sums cannot serve float64 inputs"
-    elif x.shape[-1] > MAX_TRITON_WIDTH:
-        unsupported = f"the width {x.shape[-1]} exceeds {MAX_TRITON_WIDTH}"
-    return dispatch.choose("rms_norm", x, unsupported)

@@ -33,8 +33,7 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, *, head_dim: int, base: float 
 @torch.library.custom_op("megatron_tn::rope", mutates_args=())
 def _rope(q: Tensor, k: Tensor, positions: Tensor, head_dim: int, base: float, back: bool) -> tuple[Tensor, Tensor]:
     """back: rotate by the negative angles, which is the gradient of the rotation."""
-    unsupported = "its fp32 products cannot serve float64 inputs" if q.dtype == torch.float64 else None
-    if dispatch.choose("rope", q, unsupported) == "triton":
+    if dispatch.choose("rope", q) == "triton":
         from kernels.rope import triton_rope
 
         return triton_rope.rotate_heads(q, k, positions, head_dim=head_dim, base=base, back=back)

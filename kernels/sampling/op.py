@@ -55,8 +55,7 @@ def _sample(
     candidates: int,
     nucleus: bool,
 ) -> Tensor:
-    unsupported = "it computes in fp32" if logits.dtype == torch.float64 else None
-    if dispatch.choose("sample_tokens", logits, unsupported) == "triton":
+    if dispatch.choose("sample_tokens", logits) == "triton":
         from kernels.sampling import triton_sampling
 
         return triton_sampling.sample(

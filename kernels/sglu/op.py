@@ -42,7 +42,7 @@ def sglu_pair_backward(dy: Tensor, pair: Tensor, act: str) -> tuple[Tensor, Tens
 
 @torch.library.custom_op("megatron_tn::sglu_forward", mutates_args=())
 def _forward(a: Tensor, b: Tensor, act: str) -> Tensor:
-    if _backend(a) == "triton":
+    if dispatch.choose("sglu", a) == "triton":
         from kernels.sglu import triton_sglu
 
         return triton_sglu.forward(a=a, b=b, act=act)
@@ -53,7 +53,7 @@ def _forward(a: Tensor, b: Tensor, act: str) -> Tensor:
 
 @torch.library.custom_op("megatron_tn::sglu_backward", mutates_args=())
 def _backward(dy: Tensor, a: Tensor, b: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    if _backend(a) == "triton":
+    if dispatch.choose("sglu", a) == "triton":
         from kernels.sglu import triton_sglu
 
         return triton_sglu.backward(dy=dy, a=a, b=b, act=act)
@@ -79,7 +79,7 @@ def _backward_fake(dy, a, b, act):
 @torch.library.custom_op("megatron_tn::sglu_pair_forward", mutates_args=())
 def _pair_forward(pair: Tensor, act: str) -> tuple[Tensor, Tensor]:
     a, b = pair.chunk(2, dim=-1)
-    if _backend(pair) == "triton":
+    if dispatch.choose("sglu", pair) == "triton":
         from kernels.sglu import triton_sglu
 
         bits = slots(pair)
@@ -90,7 +90,7 @@ def _pair_forward(pair: Tensor, act: str) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("megatron_tn::sglu_pair_backward", mutates_args=())
 def _pair_backward(dy: Tensor, pair: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    if _backend(pair) == "triton":
+    if dispatch.choose("sglu", pair) == "triton":
         from kernels.sglu import triton_sglu
 
         bits = slots(pair)
@@ -119,8 +119,3 @@ def _differentiate(ctx, dy):
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def _backend(a: Tensor) -> str:
-    unsupported = "its fp32 sums cannot serve float64 inputs" if a.dtype == torch.float64 else None
-    return dispatch.choose("sglu", a, unsupported)

@@ -3,12 +3,10 @@
 import torch
 from torch import Tensor
 
-from kernels import dispatch
 from kernels.numerics import accumulation_dtype, dot
 from kernels.quantize.noted import note, slots
 from kernels.quantize.op import note_plainly
-
-MAX_TRITON_WIDTH = 65536
+from kernels.rows import backend_of_rows, check_rows
 
 
 def simple_rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -17,7 +15,7 @@ def simple_rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     x: [..., D] of any floating type; statistics in fp32 (fp64 for fp64), the result in x's type. Only x is saved; the
     backward pass recomputes the statistics. Raises ValueError for eps < 0, a scalar or an integer type.
     """
-    _check(x, eps)
+    check_rows(x, eps)
     return torch.ops.megatron_tn.srmsnorm_forward(x, eps)
 
 
@@ -27,8 +25,8 @@ def add_simple_rms_norm(x: Tensor, residual: Tensor, eps: float = 1e-6) -> tuple
     x, residual: [..., D], of the same shape and floating type. s is rounded to that type before the norm, as with two
     separate operators. Raises ValueError if shapes or types differ, and as simple_rms_norm does.
     """
-    _check(x, eps, residual)
-    return torch.ops.megatron_tn.add_srmsnorm_forward(x, residual, eps)
+    check_rows(x, eps, residual)
+    return torch.ops.megatron_tn.add_srmsnorm_forward(x, residual, None, eps)
 
 
 def add_scaled_simple_rms_norm(
@@ -43,14 +41,14 @@ def add_scaled_simple_rms_norm(
     elements. The scaled residual is not rounded before the addition. noting: whether the backward pass notes the
     largest element of the residual's gradient (kernels/quantize/noted.py). Raises ValueError for other shapes or types.
     """
-    _check(x, eps, residual)
+    check_rows(x, eps, residual)
     wide = accumulation_dtype(x.dtype)
     if square_sum.shape != x.shape[:-1] or square_sum.dtype != wide:
         raise ValueError(
             f"square_sum is {tuple(square_sum.shape)} {square_sum.dtype}; it must be x.shape[:-1]="
             f"{tuple(x.shape[:-1])} of {wide}"
         )
-    return torch.ops.megatron_tn.add_scaled_srmsnorm_forward(x, residual, square_sum, eps, noting)
+    return torch.ops.megatron_tn.add_srmsnorm_forward(x, residual, square_sum, eps, noting)
 
 
 def branch_simple_rms_norm(x: Tensor, eps: float = 1e-6, noting: bool = False) -> tuple[Tensor, Tensor]:
@@ -60,7 +58,7 @@ def branch_simple_rms_norm(x: Tensor, eps: float = 1e-6, noting: bool = False) -
     x: [..., D]. The first result is x itself, under autograd. noting: whether the backward pass notes the largest
     element of x's gradient (kernels/quantize/noted.py). Raises ValueError as simple_rms_norm does.
     """
-    _check(x, eps)
+    check_rows(x, eps)
     return _Branch.apply(x, eps, noting)
 
 
@@ -77,40 +75,38 @@ class _Branch(torch.autograd.Function):
     def backward(ctx, dx, dy):
         if dy is None:
             return dx, None, None
-        if dx is None:
-            return torch.ops.megatron_tn.srmsnorm_backward(dy, *ctx.saved_tensors, ctx.eps), None, None
-        dx, bits = torch.ops.megatron_tn.add_srmsnorm_backward(dx, dy, *ctx.saved_tensors, ctx.eps, ctx.noting)
+        noting = ctx.noting and dx is not None
+        dx, bits = torch.ops.megatron_tn.srmsnorm_backward(dx, dy, *ctx.saved_tensors, ctx.eps, noting)
         return note(dx, bits), None, None
-
-
-def _check(x: Tensor, eps: float, residual: Tensor | None = None) -> None:
-    if residual is not None and (x.shape != residual.shape or x.dtype != residual.dtype):
-        raise ValueError(
-            f"x is {tuple(x.shape)} {x.dtype} and residual is {tuple(residual.shape)} {residual.dtype}; "
-            "they must be alike in shape and type"
-        )
-    if x.dim() == 0 or not torch.is_floating_point(x):
-        raise ValueError(f"x.shape={tuple(x.shape)}, x.dtype={x.dtype} must be [..., D] of a floating type")
-    if not eps >= 0:  # also refuses NaN
-        raise ValueError(f"eps={eps} must be >= 0")
 
 
 @torch.library.custom_op("megatron_tn::srmsnorm_forward", mutates_args=())
 def _forward(x: Tensor, eps: float) -> Tensor:
-    if _backend(x) == "triton":
+    if backend_of_rows("simple_rms_norm", x) == "triton":
         from kernels.srmsnorm import triton_norm
 
-        return triton_norm.forward(x, eps=eps)
+        return triton_norm.forward(x=x, eps=eps)[1]
     return (x * _scale(x, eps)).to(x.dtype, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("megatron_tn::srmsnorm_backward", mutates_args=())
-def _backward(dy: Tensor, x: Tensor, eps: float) -> Tensor:
-    if _backend(x) == "triton":
+def _backward(
+    dtotal: Tensor | None, dy: Tensor, total: Tensor, eps: float, noting: bool = False
+) -> tuple[Tensor, Tensor]:
+    """dtotal: gradient of what is normalised, by its other use; None: it has none. -> dx, and its largest element
+    (empty unless noting)."""
+    bits = slots(total, noting)
+    if backend_of_rows("simple_rms_norm", total) == "triton":
         from kernels.srmsnorm import triton_norm
 
-        return triton_norm.backward(dy=dy, x=x, eps=eps)
-    return _plain_backward(dy, x, eps).to(x.dtype, memory_format=torch.contiguous_format)
+        given = {"dtotal": dtotal, "dy": dy, "total": total, "eps": eps}
+        return triton_norm.backward(**given, largest=bits if noting else None), bits
+    dx = _plain_backward(dy, total, eps)
+    if dtotal is not None:
+        dx = dtotal + dx
+    dx = dx.to(total.dtype, memory_format=torch.contiguous_format)
+    note_plainly(dx, bits)
+    return dx, bits
 
 
 @_forward.register_fake
@@ -119,8 +115,8 @@ def _forward_fake(x, eps):
 
 
 @_backward.register_fake
-def _backward_fake(dy, x, eps):
-    return x.new_empty(x.shape)
+def _backward_fake(dtotal, dy, total, eps, noting=False):
+    return total.new_empty(total.shape), slots(total, noting)
 
 
 def _save(ctx, inputs, output):
@@ -129,68 +125,23 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dy):
-    return torch.ops.megatron_tn.srmsnorm_backward(dy, *ctx.saved_tensors, ctx.eps), None
+    return torch.ops.megatron_tn.srmsnorm_backward(None, dy, *ctx.saved_tensors, ctx.eps)[0], None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 @torch.library.custom_op("megatron_tn::add_srmsnorm_forward", mutates_args=())
-def _add_forward(x: Tensor, residual: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    if _backend(x) == "triton":
-        from kernels.srmsnorm import triton_norm
-
-        return triton_norm.add_forward(x=x, residual=residual, square_sum=None, eps=eps)
-    total = (x + residual).contiguous()
-    return total, (total * _scale(total, eps)).to(x.dtype)
-
-
-@torch.library.custom_op("megatron_tn::add_srmsnorm_backward", mutates_args=())
-def _add_backward(dtotal: Tensor, dy: Tensor, total: Tensor, eps: float, noting: bool = False) -> tuple[Tensor, Tensor]:
-    """dx, and its largest element (empty unless noting)."""
-    bits = slots(total, noting)
-    if _backend(total) == "triton":
-        from kernels.srmsnorm import triton_norm
-
-        given = {"dtotal": dtotal, "dy": dy, "total": total, "eps": eps}
-        return triton_norm.add_backward(**given, largest=bits if noting else None), bits
-    dx = (dtotal + _plain_backward(dy, total, eps)).to(total.dtype, memory_format=torch.contiguous_format)
-    note_plainly(dx, bits)
-    return dx, bits
-
-
-@_add_forward.register_fake
-def _add_forward_fake(x, residual, eps):
-    return x.new_empty(x.shape), x.new_empty(x.shape)
-
-
-@_add_backward.register_fake
-def _add_backward_fake(dtotal, dy, total, eps, noting=False):
-    return total.new_empty(total.shape), slots(total, noting)
-
-
-def _add_save(ctx, inputs, output):
-    ctx.eps = inputs[2]
-    ctx.save_for_backward(output[0])
-
-
-def _add_differentiate(ctx, dtotal, dy):
-    dx, _ = torch.ops.megatron_tn.add_srmsnorm_backward(dtotal, dy, *ctx.saved_tensors, ctx.eps)
-    return dx, dx, None
-
-
-_add_forward.register_autograd(_add_differentiate, setup_context=_add_save)
-
-
-@torch.library.custom_op("megatron_tn::add_scaled_srmsnorm_forward", mutates_args=())
-def _add_scaled_forward(
-    x: Tensor, residual: Tensor, square_sum: Tensor, eps: float, noting: bool = False
+def _add_forward(
+    x: Tensor, residual: Tensor, square_sum: Tensor | None, eps: float, noting: bool = False
 ) -> tuple[Tensor, Tensor]:
-    if _backend(x) == "triton":
+    if backend_of_rows("simple_rms_norm", x) == "triton":
         from kernels.srmsnorm import triton_norm
 
-        return triton_norm.add_forward(x=x, residual=residual, square_sum=square_sum, eps=eps)
-    total = (x + residual * _scale_of(square_sum, x.shape[-1], eps)).to(x.dtype).contiguous()
+        return triton_norm.forward(x=x, residual=residual, square_sum=square_sum, eps=eps)
+    if square_sum is not None:
+        residual = residual * _scale_of(square_sum, x.shape[-1], eps)
+    total = (x + residual).to(x.dtype).contiguous()
     return total, (total * _scale(total, eps)).to(x.dtype)
 
 
@@ -206,11 +157,11 @@ def _add_scaled_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, residual and square_sum, and the residual's largest element (empty unless noting)."""
     bits = slots(total, noting)
-    if _backend(total) == "triton":
+    if backend_of_rows("simple_rms_norm", total) == "triton":
         from kernels.srmsnorm import triton_norm
 
         given = {"dtotal": dtotal, "dy": dy, "total": total, "residual": residual, "square_sum": square_sum, "eps": eps}
-        return *triton_norm.add_scaled_backward(**given, largest=bits if noting else None), bits
+        return *triton_norm.scaled_backward(**given, largest=bits if noting else None), bits
     dx, width = dtotal + _plain_backward(dy, total, eps), total.shape[-1]
     scale = _scale_of(square_sum, width, eps)
     along = dot(dx, residual.to(dx.dtype)) * scale.squeeze(-1) ** 3
@@ -219,8 +170,8 @@ def _add_scaled_backward(
     return *narrow, along * (-0.5 / width), bits
 
 
-@_add_scaled_forward.register_fake
-def _add_scaled_forward_fake(x, residual, square_sum, eps, noting=False):
+@_add_forward.register_fake
+def _add_forward_fake(x, residual, square_sum, eps, noting=False):
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
@@ -230,19 +181,23 @@ def _add_scaled_backward_fake(dtotal, dy, total, residual, square_sum, eps, noti
     return *shapes, slots(total, noting)
 
 
-def _add_scaled_save(ctx, inputs, output):
+def _add_save(ctx, inputs, output):
     _, residual, square_sum, ctx.eps, ctx.noting = inputs
-    ctx.save_for_backward(output[0], residual, square_sum)
+    ctx.save_for_backward(output[0], *(() if square_sum is None else (residual, square_sum)))
 
 
-def _add_scaled_differentiate(ctx, dtotal, dy):
+def _add_differentiate(ctx, dtotal, dy):
+    total, *scaling = ctx.saved_tensors
+    if not scaling:
+        dx, _ = torch.ops.megatron_tn.srmsnorm_backward(dtotal, dy, total, ctx.eps)
+        return dx, dx, None, None, None
     dx, dresidual, dsquare_sum, bits = torch.ops.megatron_tn.add_scaled_srmsnorm_backward(
-        dtotal, dy, *ctx.saved_tensors, ctx.eps, ctx.noting
+        dtotal, dy, total, *scaling, ctx.eps, ctx.noting
     )
     return dx, note(dresidual, bits), dsquare_sum, None, None
 
 
-_add_scaled_forward.register_autograd(_add_scaled_differentiate, setup_context=_add_scaled_save)
+_add_forward.register_autograd(_add_differentiate, setup_context=_add_save)
 
 
 def _plain_backward(dy: Tensor, x: Tensor, eps: float) -> Tensor:
@@ -262,12 +217,3 @@ def _scale(x: Tensor, eps: float) -> Tensor:
 def _scale_of(square_sum: Tensor, width: int, eps: float) -> Tensor:
     """1 / sqrt(square_sum / width + eps): [...] -> [..., 1]."""
     return torch.rsqrt(square_sum / width + eps).unsqueeze(-1)
-
-
-def _backend(x: Tensor) -> str:
-    unsupported = None
-    if x.dtype == torch.float64:
-        unsupported = "its fp32 sums cannot serve float64 inputs"
-    elif x.shape[-1] > MAX_TRITON_WIDTH:
-        unsupported = f"the width {x.shape[-1]} exceeds {MAX_TRITON_WIDTH}"
-    return dispatch.choose("simple_rms_norm", x, unsupported)

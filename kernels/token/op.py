@@ -157,8 +157,6 @@ def _check(x: Tensor, weight: Tensor, scale: Tensor | None) -> None:
 
 def _backend(x: Tensor, scale: Tensor | None) -> str:
     unsupported = None if scale is None else obstacle(x.device)
-    if x.dtype == torch.float64:
-        unsupported = "its fp32 sums cannot serve float64 inputs"
-    elif x.shape[0] > MAX_WIDTH:
+    if x.shape[0] > MAX_WIDTH:
         unsupported = f"its programs hold a whole row, and {x.shape[0]} elements are more than {MAX_WIDTH}"
     return dispatch.choose("token products", x, unsupported)

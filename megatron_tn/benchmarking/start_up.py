@@ -36,9 +36,10 @@ from data_pipeline.stream.bench import write_shards
 from megatron_tn.checkpoint.files import write_tensors
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, checkpoint_name, rank_file
 from megatron_tn.checkpoint.reshard import pieces_of_local_range
+from megatron_tn.cli.override_check import check_overrides
+from megatron_tn.cli.overrides import CommandLine, settings
 from megatron_tn.config import TrainConfig, from_mapping, to_stored
 from megatron_tn.model.registry import build_model
-from megatron_tn.overrides import CommandLine, settings
 from megatron_tn.parallel.world import leave_world
 from megatron_tn.train import main as train
 from megatron_tn.training.state import TrainingState
@@ -234,7 +235,7 @@ def prepare(folder: Path, ranks: int) -> list[str]:
     words = [*WORDS, f"data.manifest={folder / 'shards' / MANIFEST}", f"run_dir={folder / 'run'}"]
     words += [f"data.global_batch={ranks // TP}", "optim.lr=1e-3"]
     line = CommandLine.parse(TrainConfig, "config", words)
-    line.check()
+    check_overrides(line)
     config = from_mapping(TrainConfig, settings(line.composed))
     checkpoint = folder / "run" / "checkpoints" / checkpoint_name(4)
     checkpoint.mkdir(parents=True)

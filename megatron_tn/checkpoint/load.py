@@ -104,8 +104,9 @@ class Reader:
 def _read(file: TensorFile, stored: Piece, band: Rectangle, target: Tensor) -> None:
     """Fill `target` [rows, columns], a view of fp32 values or of another type, with `band` of the piece `stored`.
 
-    Rows at most SMALL_GAP elements apart are read as one range. Otherwise each row is read alone, so a rank that needs
-    one eighth of every row does not read the other seven.
+    Rows at most SMALL_GAP elements apart are read as one range. Otherwise each row is read alone: a rank that needs one
+    eighth of every row copies no more than that from the page cache, into which the rows come once for all ranks of a
+    machine (`TensorFile.read_rows`).
     """
     (first, last), pitch = span_of(stored, band), Grid.of(stored).width
     if (values := file.view(stored.key, first, last - first)) is not None:

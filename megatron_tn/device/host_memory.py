@@ -61,9 +61,12 @@ class HostMemory:
         return self._memory.address if self._memory is not None else None
 
     def release(self) -> None:
+        """Free the block. Tensors of earlier calls are zeros from then on; without anonymous files they keep it."""
         self.join()
         if self._pinned:
             torch.cuda.cudart().cudaHostUnregister(self._block.data_ptr())
+        if self._memory is not None:
+            self._memory.free()  # data workers, which are forked, would keep it
         self._memory, self._block, self._pinned = None, torch.empty(0), False
 
     def join(self) -> None:

@@ -7,6 +7,7 @@ never taken for the owner.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import uuid
@@ -26,7 +27,8 @@ class Address(NamedTuple):
 
 class SharedMemory:
     """`block`: fp32 [elements] of zeros at a page boundary; a page takes memory once it is written to. `address`: for
-    other processes; None where the system has no anonymous files. Forked processes keep the memory until they end.
+    other processes; None where the system has or allows no anonymous files. Processes that are forked or map the memory
+    keep it, beyond this object, until they end or `free` is called.
 
     Raises:
         OSError: the system has not so much memory.
@@ -36,9 +38,10 @@ class SharedMemory:
         size = max(elements, 1) * torch.float32.itemsize
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.address: Address | None = None
-        if hasattr(os, "memfd_create"):  # Linux, which refuses too large a private memory, but no file of any size
-            memory.close()
-            name = f"megatron_tn-{uuid.uuid4().hex}"
+        name = f"megatron_tn-{uuid.uuid4().hex}"
+        # AttributeError: not Linux. OSError: a sandbox or vm.memfd_noexec forbids anonymous files. Linux refuses too
+        # large a private memory, but no file of any size.
+        with contextlib.suppress(AttributeError, OSError):
             descriptor = os.memfd_create(name)
             weakref.finalize(self, os.close, descriptor)
             os.ftruncate(descriptor, size)
@@ -46,7 +49,13 @@ class SharedMemory:
             self.address = Address(f"/proc/{os.getpid()}/fd/{descriptor}", f"/memfd:{name} (deleted)")
         if hasattr(mmap, "MADV_DONTFORK"):
             memory.madvise(mmap.MADV_DONTFORK)  # data workers are forked, and need no pages of this memory
+        self._memory = memory
         self.block = torch.frombuffer(memory, dtype=torch.float32)[:elements]
+
+    def free(self) -> None:
+        """Give the pages back to the system, whoever has them mapped: `block` is zeros from then on."""
+        if self.address is not None:
+            self._memory.madvise(mmap.MADV_REMOVE)
 
 
 def mapped(address: Address) -> np.ndarray | None:

@@ -26,7 +26,8 @@ class HarnessModel(LM):
     tokens): called after each batch of n requests, of so many tokens. seed: of sampled generation.
 
     Every text begins with the model's bos, once, which is never scored. A text's whole past is seen, however long it
-    is. Collective over tensor parallelism; every rank gets all results.
+    is. Collective over the ranks of model.context, of which those with the same parameters generate every text alike;
+    every rank gets all results.
     """
 
     def __init__(

@@ -85,6 +85,12 @@ class Model(nn.Module):
         """The blocks, see `Body.layers`."""
         return self.model.layers
 
+    @property
+    def splits_tokens(self) -> bool:
+        """Whether context- or sequence-parallel ranks split the tokens of a forward pass with targets and without
+        states."""
+        return self.context.cp.size > 1 or self.context.sequence_parallel
+
     def forward(
         self,
         tokens: Tensor,

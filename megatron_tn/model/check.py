@@ -7,15 +7,18 @@ import torch
 
 from kernels import decoding_check, self_check
 from megatron_tn.config import ModelConfig, TrainConfig
+from megatron_tn.config.model import SOFTMAX_KINDS
 from megatron_tn.model.base import Model
 from megatron_tn.model.cosine_attention import MORE_COLUMNS
 from megatron_tn.parallel.embedding import padded_vocab
 from megatron_tn.parallel.fp8_weights import keeps_fp8
 
-# model.norm -> its operators.
+# model.norm -> its operators. After linear attention, whose output lacks its norm's scale, RMSNorm is
+# add_scaled_simple_rms_norm times the weight.
 NORM_OPERATORS = {
-    "simplermsnorm": ("simple_rms_norm", "add_simple_rms_norm", "add_scaled_simple_rms_norm"),
-    "rmsnorm": ("rms_norm", "add_rms_norm"),
+    "simplermsnorm": {"simple_rms_norm", "add_simple_rms_norm", "add_scaled_simple_rms_norm"},
+    "rmsnorm": {"rms_norm", "add_rms_norm", "add_scaled_simple_rms_norm"},
+    "layernorm": set(),
 }
 
 # Of decoding: configuration, tp, type, device, whether weights are in fp8.
@@ -85,8 +88,10 @@ def check_decoding_kernels(model: Model) -> None:
 
 def unused(config: ModelConfig, optimizer: str) -> set[str]:
     """Operators of `self_check` that no step of this model with `optimizer` calls."""
-    found = set() if optimizer == "muon" else {"muon_", "gram_polynomial"}
-    return found.union(*(operators for norm, operators in NORM_OPERATORS.items() if norm != config.norm))
+    found = set().union(*NORM_OPERATORS.values()) - NORM_OPERATORS[config.norm]
+    if set(config.mixers) <= set(SOFTMAX_KINDS):
+        found.add("add_scaled_simple_rms_norm")
+    return found if optimizer == "muon" else found | {"muon_", "gram_polynomial"}
 
 
 def attentions(config: ModelConfig) -> Iterator[dict[str, Any]]:

@@ -69,22 +69,18 @@ class Architecture:
     """
 
     build: Callable[[ModelConfig, ParallelContext], Model]
-    problems: Callable[[ModelConfig, int], list[str]]
-    parameter_count: Callable[[ModelConfig], int]
-    forward_flops_per_token: Callable[[ModelConfig, int], dict[str, int]]
-    initial_box: Callable[[str, tuple[int, ...], Box, ModelConfig, int], Tensor]
-    check_kernels: Callable[[Model, torch.device, torch.dtype, TrainConfig], None]
     released: ReleasedNames | None
+    problems: Callable[[ModelConfig, int], list[str]] = ModelConfig.problems
+    parameter_count: Callable[[ModelConfig], int] = flops.parameter_count
+    forward_flops_per_token: Callable[[ModelConfig, int], dict[str, int]] = flops.forward_flops_per_token
+    initial_box: Callable[[str, tuple[int, ...], Box, ModelConfig, int], Tensor] = decoder.initial_box
+    check_kernels: Callable[[Model, torch.device, torch.dtype, TrainConfig], None] = check.check_kernels
     fused_token: FusedToken | None = None
 
 
 TRANSNORMER = Architecture(
     build=transnormer.build,
-    problems=ModelConfig.problems,
-    parameter_count=flops.parameter_count,
-    forward_flops_per_token=flops.forward_flops_per_token,
     initial_box=transnormer.initial_box,
-    check_kernels=check.check_kernels,
     released=ReleasedNames(
         model_type="transnormer",
         class_name="TransnormerForCausalLM",
@@ -100,11 +96,6 @@ ARCHITECTURES = {
     "transnormer_2022": replace(TRANSNORMER, released=None, fused_token=None),
     "transformer": Architecture(
         build=transformer.build,
-        problems=ModelConfig.problems,
-        parameter_count=flops.parameter_count,
-        forward_flops_per_token=flops.forward_flops_per_token,
-        initial_box=decoder.initial_box,
-        check_kernels=check.check_kernels,
         released=ReleasedNames(
             model_type="llama",
             class_name="LlamaForCausalLM",

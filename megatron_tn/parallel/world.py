@@ -7,6 +7,7 @@ import itertools
 import os
 import pickle
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Protocol, TypeVar
@@ -213,6 +214,13 @@ def release_holders() -> None:
 
 
 def leave_world() -> None:
+    """Release holders and destroy the process groups. Collective, but for a rank that leaves because of an exception:
+    it keeps NCCL's groups, and its process must end next. To free a communicator NCCL waits for the other ranks of the
+    machine, and those wait for the failed rank in a collective, until its process has ended.
+    """
+    failed = sys.exc_info()[0] is not None
+    if failed and dist.is_initialized() and dist.get_world_size() > 1 and "nccl" in dist.get_backend_config():
+        return
     release_holders()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -8,6 +8,7 @@ recovery means loading an earlier checkpoint.
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from megatron_tn.config import GuardConfig
@@ -27,15 +28,15 @@ class Rewind(NamedTuple):
     reason: str
 
 
+@dataclass(frozen=True)
 class Guard:
     """Call `check` after every step, on every rank.
 
     report(line, values, step): prints a line and logs values; called on every rank.
     """
 
-    def __init__(self, config: GuardConfig, report: Callable[[str, dict[str, Any], int], None]):
-        self.config = config
-        self.report = report
+    config: GuardConfig
+    report: Callable[[str, dict[str, Any], int], None]
 
     def check(
         self, state: TrainingState, report: StepReport, diagnose: Callable[[], Sequence[Culprit]]

@@ -1,13 +1,16 @@
 """Small shards of random documents, for tests that need tokens and no text."""
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from data_pipeline.shards.content import SourceInfo, TokenizerInfo, token_dtype
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.writer import ShardWriter
+from data_pipeline.stream import Batch
 
 PAD, BOS, EOS = 0, 1, 2
 
@@ -62,3 +65,13 @@ def make_shards(
     manifest = Manifest.create(directory, info, writer.shards, known)
     manifest.save()
     return manifest
+
+
+def batches_hash(batches: Iterable[Batch]) -> str:
+    """sha256 over indices, tokens and targets of the batches, in order; independent of the division into batches: a
+    global batch and the sequence of its shares have the same hash."""
+    parts = [hashlib.sha256() for _ in range(3)]
+    for batch in batches:
+        for part, values in zip(parts, (torch.tensor(batch.indices), batch.tokens, batch.targets), strict=True):
+            part.update(values.contiguous().numpy().tobytes())
+    return hashlib.sha256(b"".join(part.digest() for part in parts)).hexdigest()

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,15 +15,15 @@ import pytest
 from data_pipeline.config import compose
 from data_pipeline.run import run
 from tests.data_pipeline.corpus import plant
-from tests.data_pipeline.test_pipeline import arguments, fingerprint, started
+from tests.data_pipeline.test_pipeline import ROOT, arguments, fingerprint
 
-SLOW = "tasks=6"  # more, shorter tasks: more places to be killed in
+SLOW = "tasks=4"  # more, shorter tasks: more places to be killed in
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     source = tmp_path_factory.mktemp("corpus") / "text"
-    plant(source, good=60)
+    plant(source)
     return source
 
 
@@ -33,39 +34,53 @@ def undisturbed(source, tmp_path_factory) -> dict[str, str]:
     return fingerprint(output)
 
 
+@contextlib.contextmanager
+def started(source, output, *more, stderr=subprocess.DEVNULL):
+    """The run in a process group of its own, of which nothing is left at the end."""
+    command = [sys.executable, "-m", "data_pipeline.run", *arguments(source, output, "workers=2", *more)]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=stderr, text=True)
+    try:
+        yield process
+    finally:
+        deadline = time.monotonic() + 30
+        with contextlib.suppress(ProcessLookupError):
+            while time.monotonic() < deadline:  # a worker that is not gone yet keeps its files from being cleared
+                os.killpg(process.pid, signal.SIGKILL)
+                process.poll()
+                time.sleep(0.01)
+        process.wait()
+
+
 def workers(process: subprocess.Popen) -> list[int]:
     with contextlib.suppress(OSError):
         return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     return []
 
 
-def wait_for_stage(output: Path, process: subprocess.Popen, stage: str) -> None:
+def wait_for_stage(output: Path, process: subprocess.Popen, stage: str, sign: str = "logs") -> None:
+    """Until its first task has begun, or has ended: sign `completions`, when others are under way."""
     deadline = time.monotonic() + 60
-    while not list(output.glob(f"work/stages/*_{stage}/logs/*")) and process.poll() is None:
+    while not list(output.glob(f"work/stages/*_{stage}/{sign}/*")) and process.poll() is None:
         assert time.monotonic() < deadline, "the stage never began"
         time.sleep(0.002)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
-def test_a_killed_worker_ends_the_run_with_one_line(source, undisturbed, tmp_path):
-    """A pool that only replaces the worker would wait for its task for ever."""
-    for stage in ("rules", "shards"):  # the second run goes on where the first one ended
-        with started(source, tmp_path / "data", SLOW, stderr=subprocess.PIPE) as process:
-            wait_for_stage(tmp_path / "data", process, stage)
-            os.kill(random.choice(workers(process)), signal.SIGKILL)
-            _, errors = process.communicate(timeout=60)
-        if process.returncode == 0:  # the worker had just become idle for good
-            break
-        assert process.returncode == 1
-        line = errors.strip().splitlines()[-1]
-        assert line.startswith(f"stage {stage}: a worker was killed (is the memory enough for workers=2?); task")
-    run(compose(arguments(source, tmp_path / "data", SLOW)))
-    assert fingerprint(tmp_path / "data") == undisturbed
-
-
-def test_workers_end_when_their_run_is_killed(source, tmp_path):
-    with started(source, tmp_path / "data", SLOW) as process:
-        wait_for_stage(tmp_path / "data", process, "rules")
+def test_killed_in_one_stage_after_another_and_run_again_it_gives_the_same_bytes(source, undisturbed, tmp_path):
+    """A worker, all processes, the run alone. A pool that only replaces the worker would wait for its task for ever."""
+    output = tmp_path / "data"
+    with started(source, output, SLOW, stderr=subprocess.PIPE) as process:
+        wait_for_stage(output, process, "rules")
+        os.kill(random.choice(workers(process)), signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    line = errors.strip().splitlines()[-1]
+    assert line.startswith("stage rules: a worker was killed (is the memory enough for workers=2?); task")
+    with started(source, output, SLOW) as process:
+        wait_for_stage(output, process, "near_pairs")
+        os.killpg(process.pid, signal.SIGKILL)
+    with started(source, output, SLOW) as process:
+        wait_for_stage(output, process, "shards", "completions")
         left = workers(process)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
@@ -73,6 +88,9 @@ def test_workers_end_when_their_run_is_killed(source, tmp_path):
         while alive := [pid for pid in left if Path(f"/proc/{pid}/cmdline").exists() and not zombie(pid)]:
             assert time.monotonic() < deadline, alive
             time.sleep(0.05)
+    assert not (output / "report.json").exists()
+    run(compose(arguments(source, output, SLOW)))
+    assert fingerprint(output) == undisturbed
 
 
 def zombie(pid: int) -> bool:
@@ -108,7 +126,7 @@ def disturb(source: Path, output: Path, seed: int) -> str:
     return kind
 
 
-@pytest.mark.full  # test_pipeline kills the run in its stages
+@pytest.mark.full  # the test above kills the run in its stages
 def test_killed_at_random_points_the_bytes_are_the_same(source, undisturbed, tmp_path):
     kills = 4
     for number in range(6):

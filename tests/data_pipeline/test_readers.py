@@ -411,6 +411,7 @@ def test_sources_keep_their_categories_epochs_and_shards(tmp_path):
         "pipeline=jsonl",
         f"output={output}",
         "tasks=2",
+        "workers=1",
         "tokenizer.vocab_size=400",
         "~sources.main",
         f"sources={{wiki: {{kind: jsonl, path: {tmp_path}/wiki, category: encyclopedia, epochs: 1.5, language: tlh}}, "

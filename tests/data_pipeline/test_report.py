@@ -27,7 +27,7 @@ def output(tmp_path_factory):
             (folder / name / f"{number}<b>.txt").write_text(text)
     sources = ", ".join(f"{n}: {{kind: tree, path: {folder / n}, suffixes: [.txt]}}" for n in ("good", "bad"))
     options = ["~sources.main", f"sources={{{sources}}}", "heldout_fraction=0.2", "tokenizer.vocab_size=400", "tasks=2"]
-    options += ["rules.length.min_bytes=200", "edits.html=null"]
+    options += ["rules.length.min_bytes=200", "edits.html=null", "workers=1"]
     run(compose(["pipeline=text", f"output={folder}/out", *options]))
     return folder / "out"
 

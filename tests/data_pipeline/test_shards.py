@@ -191,7 +191,7 @@ def test_workers_find_the_same_in_the_same_order(manifest):
 def test_verify_s_arguments(manifest, capsys):
     assert main([str(manifest.directory / "manifest.json"), "--workers=0"]) == 2
     assert "--workers=0 must be at least 1" in capsys.readouterr().err
-    assert main([str(manifest.directory / "manifest.json"), "--workers=2", "--content"]) == 0
+    assert main([str(manifest.directory / "manifest.json"), "--workers=1", "--content"]) == 0
 
 
 def test_metadata_nested_too_deep_is_refused(manifest):

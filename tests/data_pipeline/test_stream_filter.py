@@ -20,10 +20,10 @@ from data_pipeline.pool import process_pool
 from data_pipeline.shards import read_documents
 from data_pipeline.shards.reading import read_shard
 from data_pipeline.shards.scores import save_scores, scores_file
-from data_pipeline.stream import IGNORED, InputError, Manifest, ScoreFilter, batches_hash, build_stream
+from data_pipeline.stream import IGNORED, InputError, Manifest, ScoreFilter, build_stream
 from data_pipeline.stream import count as counting
 from data_pipeline.stream.score_filter import KeptCounts, counts_file
-from tests.data_pipeline.shard_factory import make_shards
+from tests.data_pipeline.shard_factory import batches_hash, make_shards
 from tests.data_pipeline.test_pipeline import ROOT
 
 BAND = ScoreFilter(scores="small", default=(0.2, 0.8))

@@ -19,11 +19,10 @@ from data_pipeline.stream import (
     Manifest,
     ScoreFilter,
     StreamState,
-    batches_hash,
     build_stream,
 )
 from data_pipeline.stream import count as counting
-from tests.data_pipeline.shard_factory import PAD, make_shards
+from tests.data_pipeline.shard_factory import PAD, batches_hash, make_shards
 
 pytest.importorskip("aiohttp")
 

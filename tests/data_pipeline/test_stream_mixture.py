@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from data_pipeline.stream import BatchLoader, InputError, Mixture, StreamState, batches_hash, build_stream
+from data_pipeline.stream import BatchLoader, InputError, Mixture, StreamState, build_stream
 from data_pipeline.stream.interleave import BLOCK, Interleave
-from tests.data_pipeline.shard_factory import make_shards
+from tests.data_pipeline.shard_factory import batches_hash, make_shards
 
 LENGTH = 16
 SOURCES = {"a": 0.5, "b": 0.3, "c": 0.2}

@@ -15,10 +15,9 @@ from data_pipeline.stream import (
     Ledger,
     Manifest,
     StreamState,
-    batches_hash,
     build_stream,
 )
-from tests.data_pipeline.shard_factory import PAD, make_shards
+from tests.data_pipeline.shard_factory import PAD, batches_hash, make_shards
 
 LENGTH, GLOBAL = 17, 24
 

@@ -24,7 +24,6 @@ from data_pipeline.stream import (
     ScoreFilter,
     StreamState,
     batches,
-    batches_hash,
     build_stream,
     compose,
     load_document_stage,
@@ -36,7 +35,7 @@ from data_pipeline.stream import loader as loader_module
 from data_pipeline.stream import pipeline as stages_of
 from data_pipeline.stream.loader import _end_by_parent_alone
 from data_pipeline.stream.score_filter import counts_file
-from tests.data_pipeline.shard_factory import BOS, EOS, make_shards
+from tests.data_pipeline.shard_factory import BOS, EOS, batches_hash, make_shards
 
 LENGTH = 16
 

@@ -18,11 +18,10 @@ from data_pipeline.stream import (
     Mixture,
     ScoreFilter,
     StreamState,
-    batches_hash,
     build_stream,
 )
 from data_pipeline.stream import count as counting
-from tests.data_pipeline.shard_factory import make_shards
+from tests.data_pipeline.shard_factory import batches_hash, make_shards
 
 CASES = range(12)
 

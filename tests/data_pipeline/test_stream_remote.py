@@ -15,10 +15,10 @@ from data_pipeline.shards import read_documents, verify
 from data_pipeline.shards.cache import EVICTED, CacheFull, files_of
 from data_pipeline.shards.remote import Remote
 from data_pipeline.shards.scores import load_scores, save_scores
-from data_pipeline.stream import BatchLoader, InputError, Manifest, ScoreFilter, batches_hash, build_stream
+from data_pipeline.stream import BatchLoader, InputError, Manifest, ScoreFilter, build_stream
 from data_pipeline.stream import count as counting
 from data_pipeline.stream.score_filter import counts_file
-from tests.data_pipeline.shard_factory import make_shards
+from tests.data_pipeline.shard_factory import batches_hash, make_shards
 from tests.data_pipeline.test_selfclean import LengthScorer
 
 

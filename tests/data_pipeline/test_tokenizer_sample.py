@@ -42,7 +42,7 @@ def corpus(tmp_path_factory):
         entries.append(f"{name}: {{kind: tree, path: {folder / name}, suffixes: [.txt], category: '{category}'}}")
     off = "{length: null, garbled: null, symbols: null, lines: null, logs: null, repetition: null}"
     options = ["~sources.main", f"sources={{{', '.join(entries)}}}", "near_duplicates=null", f"++rules={off}"]
-    return ["pipeline=code", *options, "tokenizer.vocab_size=700", "tasks=3", "heldout_fraction=0.2"]
+    return ["pipeline=code", *options, "tokenizer.vocab_size=700", "tasks=3", "workers=1", "heldout_fraction=0.2"]
 
 
 def metadata(output):
@@ -110,7 +110,7 @@ def test_a_tokenizer_that_loses_text_is_refused_with_category_document_and_place
     lossy.normalizer = normalizers.Lowercase()
     lossy.save(str(tmp_path / "lossy.json"))
     capsys.readouterr()
-    assert main([*corpus, f"tokenizer.file={tmp_path}/lossy.json", f"output={tmp_path}/out", "workers=1"]) == 2
+    assert main([*corpus, f"tokenizer.file={tmp_path}/lossy.json", f"output={tmp_path}/out"]) == 2
     (error,) = capsys.readouterr().err.strip().splitlines()
     assert not (tmp_path / "out").exists()  # before anything is written
     first = prose(0)[0]
@@ -119,7 +119,7 @@ def test_a_tokenizer_that_loses_text_is_refused_with_category_document_and_place
     assert "and becomes '" + first.lower() in error
     # Where the first documents say nothing, the shards stage does.
     monkeypatch.setattr("data_pipeline.round_trip.round_trip_problem", lambda *_: None)
-    assert main([*corpus, f"tokenizer.file={tmp_path}/lossy.json", f"output={tmp_path}/out", "workers=1"]) == 2
+    assert main([*corpus, f"tokenizer.file={tmp_path}/lossy.json", f"output={tmp_path}/out"]) == 2
     assert f"tokenizer {tmp_path}/out/tokenizer.json: category 'web', document 'web/" in capsys.readouterr().err
 
 

@@ -232,11 +232,12 @@ def test_held_out_shards_without_anything_to_predict(shards, tmp_path, capsys):
             evaluate,
             [
                 *("max_documents=-1", "batch_tokens=0", "output=/nowhere/file"),
-                *("max_document_tokens=1", "sequence_tokens=1"),
+                *("max_document_tokens=1", "sequence_tokens=1", "tp=2"),
             ],
             [
                 *("manifest is not set", "max_documents=-1 must", "batch_tokens=0 must", "output=/nowhere/file cannot"),
                 *("max_document_tokens=1 must be 0 or at least 2", "sequence_tokens=1 must be 0 or at least 2"),
+                "tp=2 must divide the number of processes, which is 1",
             ],
         ),
         (benchmark, ["benchmark.steps=0", "benchmark.loop_steps=-1"], ["benchmark.steps=0", "benchmark.loop_steps=-1"]),

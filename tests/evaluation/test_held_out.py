@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,14 +11,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_pipeline.tokenizer import train
-from megatron_tn.config import ConfigError
+from megatron_tn.config import ConfigError, ModelConfig
 from megatron_tn.evaluation.baselines import compressor_bits_per_byte, unigram_bits_per_byte
 from megatron_tn.evaluation.perplexity import Documents, document_nats, evaluate_documents
 from megatron_tn.evaluation.scores import row_scores
 from megatron_tn.evaluation.token_bytes import token_bytes
 from megatron_tn.held_out import held_out_documents, laid_end_to_end
+from megatron_tn.parallel.collectives import all_gather
+from megatron_tn.parallel.context import ParallelContext
 from tests.data_pipeline.shard_factory import make_shards
-from tests.helpers.models import HYBRID, TINY, TRANSFORMER, TRANSNORMER_2022, reference_model
+from tests.helpers.models import COSFORMER, HYBRID, TINY, TRANSFORMER, TRANSNORMER_2022, reference_model
+from tests.helpers.ranks import run_shared, this_device
 from tests.helpers.shards import make_text_shards
 
 
@@ -35,6 +39,36 @@ def test_a_document_scores_the_same_however_it_is_batched(documents, batch_token
         tokens = torch.from_numpy(ids).view(1, -1)
         alone = model(tokens[:, :-1], targets=tokens[:, 1:], reduction="sum").loss.item()
         assert nats == pytest.approx(alone, rel=1e-6)
+
+
+def scores_of_shares(
+    config: ModelConfig, documents: list[np.ndarray], options: dict[str, int]
+) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """On each rank: the scores of all documents, by as many forward passes as on the other ranks."""
+    model = reference_model(config, seed=1, dtype=torch.float32).to(this_device())
+    model.context = ParallelContext.create()
+    with mock.patch.object(model, "forward", wraps=model.forward) as forward:
+        found = [tuple(scores) for scores in row_scores(model, documents, greedy=True, **options)]
+    passes = all_gather(torch.tensor([forward.call_count], device=this_device()), model.context.data)
+    assert passes.unique().numel() == 1
+    return found
+
+
+@pytest.mark.parametrize(("batch_tokens", "window"), [(64, 16), (4096, 256), (30, 7)], ids=str)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_ranks_share_documents_and_get_the_scores_of_all(documents, device, batch_tokens, window):
+    ranks = 3 if device == "cpu" else 2
+    if device == "cuda" and torch.cuda.device_count() < ranks:
+        pytest.skip("needs 2 GPUs")
+    options = {"batch_tokens": batch_tokens, "window": window}
+    config = dataclasses.replace(COSFORMER, max_length=8) if window == 7 else TINY  # shorter than ranks' padding
+    model = reference_model(config, seed=1, dtype=torch.float32).to(device)
+    alone = [tuple(scores) for scores in row_scores(model, documents, greedy=True, **options)]
+    for found in run_shared(ranks, scores_of_shares, config, documents, options, device=device):
+        assert [index for index, *_ in found] == [index for index, *_ in alone]
+        for mine, wanted in zip(found, alone, strict=True):
+            np.testing.assert_array_equal(mine[1], wanted[1])
+            np.testing.assert_array_equal(mine[2], wanted[2])
 
 
 def test_sums_by_source_and_by_position(documents):

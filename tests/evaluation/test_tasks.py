@@ -131,15 +131,16 @@ def test_scores_depend_neither_on_the_batch_nor_on_the_window(scores, model, tok
             assert other[name] == pytest.approx(values, abs=1e-5, rel=1e-5), (name, options)
 
 
-def on_ranks(tokenizer: str, folder: str) -> dict[str, dict[str, float]]:
-    model = build_model(CONFIG, ParallelContext.create(tp=2))
+def on_ranks(tokenizer: str, folder: str, tp: int) -> dict[str, dict[str, float]]:
+    model = build_model(CONFIG, ParallelContext.create(tp))
     initialize(model, 1)
     return run_tasks(model, read_tokenizer(Path(tokenizer)), load_tasks(NAMES, folder), batch_tokens=512)
 
 
-def test_tensor_parallel_ranks_score_as_one(scores, tokenizer, folder, tmp_path):
+@pytest.mark.parametrize("tp", [2, 1], ids="tp={}".format)
+def test_ranks_score_as_one(scores, tokenizer, folder, tmp_path, tp):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    for found in run_ranks(2, on_ranks, str(tmp_path / "tokenizer.json"), str(folder)):
+    for found in run_ranks(2, on_ranks, str(tmp_path / "tokenizer.json"), str(folder), tp):
         assert found == {name: pytest.approx(values, abs=1e-4, rel=1e-4) for name, values in scores.items()}
 
 

@@ -11,8 +11,8 @@ import megatron_tn.engine.build
 import megatron_tn.engine.deepspeed.engine
 import megatron_tn.engine.fsdp2
 import megatron_tn.train  # noqa: F401
+from megatron_tn.cli.overrides import CommandLine
 from megatron_tn.config import TrainConfig
-from megatron_tn.overrides import CommandLine
 from tests.helpers.training import SMALL
 
 # What is read, parsed and looked up once in a process: Hydra's plugins and grammar, the compiler's table of functions.

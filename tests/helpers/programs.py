@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 import torch
 
-from launch import runs
+from launch.results import runs
 
 REAL = subprocess.run
 
 
 @pytest.fixture
 def forked_programs(monkeypatch):
-    """Until the test ends, subprocess.run and launch.runs fork what would start Python with a module, here and in what
-    is forked."""
+    """Until the test ends, subprocess.run and launch.results.runs fork what would start Python with a module, here and
+    in what is forked."""
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(runs, "Popen", Forked)
 

@@ -64,7 +64,8 @@ def test_gpus_older_than_the_tiles_get_pytorch(monkeypatch):
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(dispatch, "_capability", lambda device: device.index)
-    volta, ampere = (SimpleNamespace(is_cuda=True, device=torch.device("cuda", index)) for index in (7, 8))
+    devices = (torch.device("cuda", index) for index in (7, 8))
+    volta, ampere = (SimpleNamespace(is_cuda=True, device=device, dtype=torch.bfloat16) for device in devices)
     assert dispatch.choose("an operator", volta) == "torch"
     assert dispatch.choose("an operator", ampere) == "triton"
     kernels.set_backend("triton")

@@ -160,7 +160,7 @@ def off_beta(right):
         ("kernels.lightning.passes", "backward", "lightning_attention"),
         ("kernels.gla.triton_gate", "gate", "gla"),
         ("kernels.srmsnorm.triton_norm", "backward", "simple_rms_norm"),
-        ("kernels.srmsnorm.triton_norm", "add_scaled_backward", "add_scaled_simple_rms_norm"),
+        ("kernels.srmsnorm.triton_norm", "scaled_backward", "add_scaled_simple_rms_norm"),
         ("kernels.sglu.triton_sglu", "backward", "sglu"),
         ("kernels.rope.triton_rope", "rotate_heads", "rope"),
         ("kernels.rmsnorm.triton_rmsnorm", "backward", "rms_norm"),

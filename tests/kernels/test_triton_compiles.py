@@ -181,15 +181,16 @@ def row_kernels():
     from kernels.quantize import triton_quantize as quantize
     from kernels.srmsnorm import triton_norm as norm
 
-    scaling = ("r_pointer", "square_sum_pointer", "dr_pointer", "dsquare_sum_pointer")
+    unscaled = dict.fromkeys(("r_pointer", "square_sum_pointer", "dr_pointer", "dsquare_sum_pointer"))
+    alone = unscaled | dict.fromkeys(("dsum_pointer", "largest_pointer"))
     return [
+        (norm.forward_kernel, dict.fromkeys(("r_pointer", "square_sum_pointer", "sum_pointer"))),
+        (norm.forward_kernel, {"square_sum_pointer": None}),
         (norm.forward_kernel, {}),
-        (norm.backward_kernel, {}),
-        (norm.add_forward_kernel, {"SCALED": False, "square_sum_pointer": None}),
-        (norm.add_forward_kernel, {"SCALED": True}),
-        (norm.add_backward_kernel, {"SCALED": False, "SLOTS": SLOTS} | dict.fromkeys(scaling)),
-        (norm.add_backward_kernel, {"SCALED": True, "SLOTS": SLOTS}),
-        (norm.add_backward_kernel, {"SCALED": True, "SLOTS": SLOTS, "largest_pointer": None}),
+        (norm.backward_kernel, {"SLOTS": SLOTS} | alone),
+        (norm.backward_kernel, {"SLOTS": SLOTS} | unscaled),
+        (norm.backward_kernel, {"SLOTS": SLOTS}),
+        (norm.backward_kernel, {"SLOTS": SLOTS, "largest_pointer": None}),
         (quantize.note_rows_kernel, {"SLOTS": SLOTS}),
     ]
 

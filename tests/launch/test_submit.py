@@ -15,9 +15,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from launch.submission.checks import check, disk_problems
 from launch.submission.script import override
 from launch.submit import main as submit
+from megatron_tn.cli.overrides import CommandLine
 from megatron_tn.config import ClusterConfig, ParallelConfig, load
 from megatron_tn.config.slurm import SlurmConfig, SubmitConfig
-from megatron_tn.overrides import CommandLine
 from megatron_tn.training.run_folder import SUBMITTED, RunFolder
 from megatron_tn.training.submission import Submission
 from tests.helpers.shards import make_text_shards

@@ -1,28 +1,39 @@
 """Every row of the paper's tables, as its file of conf/experiment/paper says it, equals its definition in fp64."""
 
 import dataclasses
+import inspect
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import self_check
 from megatron_tn.checkpoint.load import load_model
+from megatron_tn.cli.overrides import CONF
 from megatron_tn.config import ConfigError, DataConfig, ModelConfig, ParallelConfig
 from megatron_tn.convert import main as convert
 from megatron_tn.evaluation.perplexity import document_nats
 from megatron_tn.inference.generator import generate
 from megatron_tn.inference.sampler import Sampler
 from megatron_tn.model.base import Model
-from megatron_tn.model.check import NORM_OPERATORS, attentions, unused
+from megatron_tn.model.check import attentions, unused
 from megatron_tn.model.init import initialize
 from megatron_tn.model.registry import build_model, parameter_count
-from megatron_tn.overrides import CONF
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.released.write import save_pretrained
 from tests.helpers.definition import definition_gradients
-from tests.helpers.models import COSFORMER, HYBRID, TINY, TRANSNORMER_2022, random_batch, relative_errors, tiny_config
+from tests.helpers.models import (
+    COSFORMER,
+    HYBRID,
+    TINY,
+    TRANSFORMER,
+    TRANSNORMER_2022,
+    random_batch,
+    relative_errors,
+    tiny_config,
+)
 from tests.helpers.ranks import layout, run_shared
 from tests.helpers.training import call
 from tests.model.test_registry import CPU, saved, trained
@@ -152,18 +163,44 @@ def test_every_variant_on_two_ranks_equals_its_definition():
             check(config, found)
 
 
-@pytest.mark.parametrize("config", [HYBRID, COSFORMER, TRANSNORMER_2022], ids=lambda config: config.name)
-def test_the_operators_of_every_kind_of_layer_are_checked(config):
-    of_attention = list(attentions(config))
-    kinds = {HYBRID.name: 2, COSFORMER.name: 1, TRANSNORMER_2022.name: 2}
-    assert len(of_attention) == kinds[config.name]
-    common = {"heads": 2, "glu_width": 8, "embed_width": 16, "length": 65, "dtype": torch.float32, "device": CPU}
-    for arguments in of_attention:
-        found = self_check(**common, **arguments, unused=unused(config, "adamw"))
-        assert ("rope" if "rope_base" in arguments else "gla") in found
-        assert not {"muon_", "rms_norm" if config.norm != "rmsnorm" else "simple_rms_norm"} & found.keys()
-        assert {"adamw_", *NORM_OPERATORS.get(config.norm, ())} < found.keys()
-    assert not {"muon_", "gram_polynomial"} & unused(config, "muon")
+class Operators(TorchDispatchMode):
+    """names: of the operators of kernels/ that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == "megatron_tn":
+            self.names.add(operator.__name__)
+        return operator(*args, **(kwargs or {}))
+
+
+def test_the_check_of_a_start_calls_every_operator_of_a_step(monkeypatch):
+    monkeypatch.setattr(inspect.getmodule(self_check), "VOCABULARY", 512)
+    norms = [CONFIGS[f"norm/{norm}"] for norm in ("rmsnorm", "layernorm")]
+    for config in (TINY, *norms, HYBRID, COSFORMER, TRANSNORMER_2022, TRANSFORMER):
+        model = model_of(config, None).float()
+        with Operators() as step:
+            model.loss(*random_batch(1, LENGTH, config)).backward()
+        common = {"heads": 2, "glu_width": 8, "embed_width": 16, "length": 33, "dtype": torch.float32, "device": CPU}
+        found = set()
+        with Operators() as checked:
+            for arguments in attentions(config):
+                found |= self_check(**common, **arguments, unused=unused(config, "adamw")).keys()
+        assert step.names <= checked.names, config
+        assert not found & {"muon_", "gram_polynomial"}
+        assert ("rms_norm" in found, "simple_rms_norm" in found) == (
+            config.norm == "rmsnorm",
+            config.norm == "simplermsnorm",
+        )
+    assert "add_scaled_simple_rms_norm" in unused(TRANSFORMER, "adamw")
+    assert not {"muon_", "gram_polynomial"} & unused(TINY, "muon")
+
+
+@pytest.mark.parametrize(("config", "kinds"), [(HYBRID, 2), (COSFORMER, 1), (TRANSNORMER_2022, 2), (TRANSFORMER, 1)])
+def test_every_kind_of_attention_is_checked(config, kinds):
+    assert len(list(attentions(config))) == kinds
 
 
 TOO_LONG = "a sequence of 25 tokens is longer than model.max_length=24"

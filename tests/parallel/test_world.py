@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megatron_tn.config import ConfigError
+from megatron_tn.loading import memory_is_named
 from megatron_tn.parallel import world
 from megatron_tn.parallel.world import join_world, leave_world, release_on_leaving
 from tests.helpers.training import fork_ranks
@@ -102,6 +105,30 @@ def test_who_holds_communicators_is_told_of_the_end():
     assert holder.released == 1
 
 
+@contextlib.contextmanager
+def world_of_two(rank):
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("backend", "keeps"), [("cpu:gloo,cuda:nccl", True), ("cpu:gloo", False)])
+def test_a_rank_that_fails_does_not_wait_for_the_others(monkeypatch, backend, keeps):
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: backend)
+    holder = Holder()
+    release_on_leaving(holder)
+    try:
+        raise MemoryError
+    except MemoryError:
+        leave_world()
+    assert (dist.is_initialized(), holder.released) == (keeps, not keeps)
+    leave_world()
+    assert (dist.is_initialized(), holder.released) == (False, 1)
+
+
 def test_ranks_from_srun(tmp_path, monkeypatch):
     scontrol = tmp_path / "scontrol"
     scontrol.write_text("#!/bin/sh\nprintf 'node7\\nnode8\\n'\n")
@@ -117,3 +144,12 @@ def test_ranks_from_srun(tmp_path, monkeypatch):
     world._translate_slurm()
     found = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")]
     assert found == ["3", "4", "1", "node7", "24321"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_alone_out_of_memory_says_so(caplog, rank):
+    """Command lines print rank 0's problems alone."""
+    problem = "batch_tokens=8: out of memory: CUDA out of memory. Tried"
+    with world_of_two(rank), pytest.raises(ConfigError, match=problem), memory_is_named("batch_tokens=8"):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried")
+    assert caplog.messages == [f"rank 1: {problem}"] * rank

@@ -6,8 +6,9 @@ import re
 
 import pytest
 
+from megatron_tn.cli.override_check import check_overrides
+from megatron_tn.cli.overrides import CommandLine
 from megatron_tn.config import CheckpointConfig, DataConfig, EngineConfig, ParallelConfig, PlanConfig
-from megatron_tn.overrides import CommandLine
 from megatron_tn.plan import main
 from megatron_tn.planning.batch import with_usual_batch
 from megatron_tn.planning.concerns import checkpoint_bytes, checkpoint_seconds, concerns
@@ -130,7 +131,7 @@ def test_a_sweep_goes_past_layouts_that_do_not_fit_and_ends_with_a_table_or_json
     assert "parallel.tp=1: raise parallel.tp" in wrong["problems"][0]
     assert right["fits"]
     left_open = ("--multirun", "parallel.sequence_parallel=true,false", "run_dir=a")  # a search finds parallel.tp
-    CommandLine.parse(PlanConfig, "plan", left_open).check()
+    check_overrides(CommandLine.parse(PlanConfig, "plan", left_open))
 
 
 def test_warnings_name_what_is_seldom_meant():

@@ -8,9 +8,9 @@ from unittest import mock
 import pytest
 import torch
 
-from data_pipeline.stream import BatchLoader, batches_hash, build_stream
+from data_pipeline.stream import BatchLoader, build_stream
 from megatron_tn.training.step import train_step
-from tests.data_pipeline.shard_factory import make_shards
+from tests.data_pipeline.shard_factory import batches_hash, make_shards
 from tests.helpers.models import TINY, tiny_config
 from tests.helpers.ranks import run_ranks
 

@@ -276,7 +276,7 @@ def logged(folder: RunFolder) -> list[dict[str, object]]:
 
     found = []
     for path in sorted(folder.wandb.glob(f"offline-run-*/run-{folder.wandb_id.read_text()}.wandb")):
-        for message in messages(path.read_bytes()):
+        for message, _ in messages(path.read_bytes()):
             items = Record.FromString(message).history.item
             found.append({"/".join(item.nested_key): json.loads(item.value_json) for item in items})
     return [row for row in found if row]
@@ -288,7 +288,7 @@ def settings_in(folder: RunFolder) -> list[dict[str, object]]:
 
     found = []
     for path in folder.wandb.glob("offline-run-*/*.wandb"):
-        for message in messages(path.read_bytes()):
+        for message, _ in messages(path.read_bytes()):
             items = Record.FromString(message).run.config.update
             found.append({item.key: json.loads(item.value_json) for item in items if item.key != "_wandb"})
     return [settings for settings in found if settings]
@@ -409,9 +409,9 @@ def test_a_copy_that_was_cut_short_is_read_as_far_as_it_goes_and_ends_there_for_
         left = block - len(content) % block
         content += b"\0" * left if left < 7 else b""
         content += whole(record)
-    assert list(messages(content)) == records
+    assert [message for message, _ in messages(content)] == records
     left = content[: len(content) - cut if cut >= 0 else -cut]
-    assert list(messages(left)) == (records if not cut else records[:2] if cut > 0 else [])
+    assert [message for message, _ in messages(left)] == (records if not cut else records[:2] if cut > 0 else [])
     path, online = tmp_path / "offline-run-1-a/run-a.wandb", tmp_path / "run-1-a/run-a.wandb"
     for file in (path, online):
         file.parent.mkdir()

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from megatron_tn.checkpoint.background import CheckpointWriter, Save
@@ -12,6 +13,7 @@ from megatron_tn.training.step import StepReport
 WORTH_SAYING_S = 1.0  # seconds that a save waited for the one before it
 
 
+@dataclass
 class CheckpointEvery(Hook):
     """Calls `save(state)` on all ranks. Records the pause of each save at once, and its write when it is on disk.
 
@@ -22,29 +24,17 @@ class CheckpointEvery(Hook):
     last step always does.
     """
 
-    def __init__(
-        self,
-        writer: CheckpointWriter,
-        prepare: Callable[[], None],
-        save: Callable[[TrainingState], Save | None],
-        report: Callable[[str, dict[str, Any], int], None],
-        record: Callable[[dict[str, Any], int], None],
-        *,
-        every: int,
-        last: int,
-        at_end: bool,
-        abort: bool,
-    ):
-        self.writer = writer
-        self.prepare = prepare
-        self.save = save
-        self.report = report
-        self.record = record
-        self.every = every
-        self.last = last
-        self.at_end = at_end
-        self.abort = abort
-        self._said = False
+    writer: CheckpointWriter
+    prepare: Callable[[], None]
+    save: Callable[[TrainingState], Save | None]
+    report: Callable[[str, dict[str, Any], int], None]
+    record: Callable[[dict[str, Any], int], None]
+    _: KW_ONLY
+    every: int
+    last: int
+    at_end: bool
+    abort: bool
+    _said: bool = field(default=False, init=False)
 
     def on_start(self, state: TrainingState) -> None:
         if self.every or (self.at_end and self.last > state.step):

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_tn.training.hooks import Hook
@@ -14,21 +15,15 @@ class Interrupted(Exception):
     """Raised on every rank within an evaluation after a stop signal."""
 
 
+@dataclass
 class EvaluateEvery(Hook):
     """Calls `evaluate()` on all ranks every `every` steps (0: never) and after step `last`, and `record(values, step)`
     with the held-out figures that it returns, and the seconds that they took."""
 
-    def __init__(
-        self,
-        evaluate: Callable[[], dict[str, Any]],
-        record: Callable[[dict[str, Any], int], None],
-        every: int,
-        last: int,
-    ):
-        self.evaluate = evaluate
-        self.record = record
-        self.every = every
-        self.last = last
+    evaluate: Callable[[], dict[str, Any]]
+    record: Callable[[dict[str, Any], int], None]
+    every: int
+    last: int
 
     def on_step(self, state: TrainingState, report: StepReport) -> None:
         if (self.every and state.step % self.every == 0) or state.step == self.last:

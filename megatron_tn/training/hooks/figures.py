@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_tn.training.state import TrainingState
@@ -12,22 +13,18 @@ from megatron_tn.training.throughput import Work
 TEXTS = "texts"  # key of a record with generated texts: [{"prompt": ..., "text": ...}]
 
 
+@dataclass
 class StepFigures:
     """Counts tokens and seconds between records. every: steps between records; a skipped step, a step whose update was
     refused, the last one before a stop, and steps of which also(step) is true have a record in any case. waited_s:
     seconds that rank 0 has waited for data so far."""
 
-    def __init__(
-        self,
-        work: Work,
-        every: int = 1,
-        waited_s: Callable[[], float] = lambda: 0.0,
-        also: Callable[[int], bool] = lambda _: False,
-    ):
-        self.work = work
-        self.every = every
-        self.waited_s = waited_s
-        self.also = also
+    work: Work
+    every: int = 1
+    waited_s: Callable[[], float] = lambda: 0.0
+    also: Callable[[int], bool] = lambda _: False
+
+    def __post_init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:

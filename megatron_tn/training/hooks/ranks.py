@@ -10,6 +10,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,24 +26,18 @@ SLOW = 1.2  # a rank above SLOW x the median is reported
 GIB = 2**30
 
 
+@dataclass
 class RankReport(Hook):
     """On all ranks. report(line, values, step): prints a line once and records values. record(values, step): records
     values. every: steps between reports."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        progress: Progress,
-        report: Callable[[str, dict[str, Any], int], None],
-        record: Callable[[dict[str, Any], int], None],
-        every: int,
-    ):
-        self.engine = engine
-        self.progress = progress
-        self.report = report
-        self.record = record
-        self.every = every
-        self._marks: list[Any] = []  # times or CUDA events: start, end, start, end, ... of forward passes
+    engine: Engine
+    progress: Progress
+    report: Callable[[str, dict[str, Any], int], None]
+    record: Callable[[dict[str, Any], int], None]
+    every: int
+    # Times or CUDA events: start, end, start, end, ... of forward passes.
+    _marks: list[Any] = field(default_factory=list, init=False)
 
     def on_start(self, state: TrainingState) -> None:
         self.hosts = [socket.gethostname()] * dist.get_world_size()

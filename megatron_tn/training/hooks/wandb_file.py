@@ -25,7 +25,7 @@ def last_step_in(folder: Path, run_id: str) -> int:
     found = 0
     # [offline-]run-TIME-ID, and run-TIME-ID-1 where two processes began in the same second
     for path in folder.glob(f"*run-*/run-{run_id}.wandb"):
-        for message in messages(path.read_bytes()):
+        for message, _ in messages(path.read_bytes()):
             with contextlib.suppress(Exception):  # of protobuf or json, or no number
                 for item in Record.FromString(message).history.item:
                     if item.key == "_step" or list(item.nested_key) == ["_step"]:
@@ -42,20 +42,15 @@ def mend_files(folder: Path) -> None:
             content = path.read_bytes()
             if not MAGIC.startswith(content[: len(MAGIC)]):
                 continue
-            ends = [end for _, end in _messages(content)]
+            ends = [end for _, end in messages(content)]
             if len(ends) < RUN_RECORD:
                 path.unlink()
             elif ends[-1] < len(content):
                 os.truncate(path, ends[-1])
 
 
-def messages(content: bytes) -> Iterator[bytes]:
-    """The messages of a .wandb file, up to the first truncated one."""
-    return (message for message, _ in _messages(content))
-
-
-def _messages(content: bytes) -> Iterator[tuple[bytes, int]]:
-    """Each message, and where it ends."""
+def messages(content: bytes) -> Iterator[tuple[bytes, int]]:
+    """The messages of a .wandb file, up to the first truncated one, and where each ends."""
     at, parts = FILE_HEADER, b""
     while at + RECORD_HEADER <= len(content):
         if BLOCK - at % BLOCK < RECORD_HEADER:

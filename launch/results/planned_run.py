@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kernels.bench import rows
-from launch.run_plan import OF_ALL, RESULT, SPLITS, Row
-from launch.runs import Programs
+from launch.results.run_plan import OF_ALL, RESULT, SPLITS, Row
+from launch.results.runs import Programs
 from megatron_tn.training.run_folder import RunFolder
 
 LOOP = "training loop"  # name of the row of a measured run

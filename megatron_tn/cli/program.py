@@ -23,10 +23,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_tn.cli.override_check import check_overrides
+from megatron_tn.cli.overrides import CONF, CommandLine, settings
+from megatron_tn.cli.submitit import failure_is_told, settings_for_submitit
+from megatron_tn.cli.sweep_folder import job_folder
 from megatron_tn.config import ConfigError, from_mapping, redacted, shown, to_mapping
 from megatron_tn.config.describe import help_text
-from megatron_tn.overrides import CONF, CommandLine, job_folder, settings
-from megatron_tn.submitit import failure_is_told, settings_for_submitit
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +99,7 @@ def command(
             with bad_input_exits():
                 words += settings_for_submitit(words)
                 line = CommandLine.parse(kind, config_name, words)
-                line.check()
+                check_overrides(line)
             if not line.needs_hydra:  # Hydra would compose the config twice more: 0.15 s of each rank's start
                 run(line.composed)
                 return
@@ -154,7 +156,7 @@ def of_words(function: Callable[[list[str]], None]) -> Callable[[], None]:
 
 
 def run_program(main: Callable[[], None]) -> NoReturn:
-    """Run a command line that trains, and end this process with its exit code.
+    """Run a command line that joins other ranks, and end this process with its exit code.
 
     Everything that Python does at its end is done here, but for tearing down the interpreter, as `multiprocessing` ends
     its processes. That teardown would abort, now and then, a process whose work is done: gloo's threads take Python's

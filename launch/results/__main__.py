@@ -7,10 +7,11 @@ A plan (launch/plans/) lists runs as grids of settings, in pieces. Each run is t
 the held-out text (megatron_tn.evaluate; a plan may add evaluations), and a row is appended to --output; runs that have
 a row there are not run again, and a stopped one goes on from its checkpoint in --runs. With `held_out: curve` in the
 plan, the last evaluation of the training is the row's figure instead. A grid with settings benchmark.* is measured
-(megatron_tn.benchmark), one run at a time: the speed of runs side by side says nothing. With --minutes a run does not
-begin if one like it took longer than the minutes that are left, unless it took longer than all of --minutes; the
-pieces after it then do not begin either, since they may read its row. Words after -- are overrides of every run.
-Exit code 1 when a run fails, 3 when --minutes ended before the runs did.
+(megatron_tn.benchmark), one run at a time: the speed of runs side by side says nothing. Consecutive pieces share the
+GPUs, but a piece with "best of" begins when all runs before it have their rows, and pieces after a measured one begin
+when it has its rows. With --minutes a run does not begin if one like it took longer than the minutes that are left,
+unless it took longer than all of --minutes; the pieces that wait for its row then do not begin either. Words after --
+are overrides of every run. Exit code 1 when a run fails, 3 when --minutes ended before the runs did.
 """
 
 import argparse
@@ -24,9 +25,9 @@ import time
 from pathlib import Path
 
 from kernels.bench import rows
-from launch.planned_run import Run, runs_per_gpu
-from launch.run_plan import SPLITS, Bad, Row, grid_runs, read_plan
-from launch.runs import Failed, Programs, TimeUp
+from launch.results.planned_run import Run, runs_per_gpu
+from launch.results.run_plan import BEST, SPLITS, Bad, Row, grid_runs, read_plan
+from launch.results.runs import Failed, Programs, TimeUp
 from megatron_tn.config import unwritable
 
 FAILED, TIME_UP = 1, 3
@@ -44,12 +45,26 @@ def read_rows(path: Path) -> list[Row]:
     return found
 
 
-def run_piece(grids: list[dict], plan: dict, options: argparse.Namespace, programs: Programs) -> list[Run]:
+def stages(pieces: list[str], plan: dict) -> list[list[str]]:
+    """The pieces in their order, consecutive ones together where their runs may share the GPUs: none reads a row of
+    another ("best of"), and none but the last is measured (benchmark.*)."""
+    found: list[list[str]] = []
+    closed = True
+    for piece in pieces:
+        grids = plan["pieces"][piece]
+        if closed or any(BEST.fullmatch(str(value)) for grid in grids for values in grid.values() for value in values):
+            found.append([])
+        found[-1].append(piece)
+        closed = any(key.startswith("benchmark.") for grid in grids for key in grid)
+    return found
+
+
+def run_grids(grids: list[dict], plan: dict, options: argparse.Namespace, programs: Programs) -> list[Run]:
     """Runs what has no row yet; returns the runs for which there was no time. Raises Bad and Failed."""
     known = read_rows(options.output)
     chosen = [own for grid in grids for own in grid_runs(grid, known)]
     runs = [Run(options.plan.stem, plan["settings"], own, options.runs, plan["evaluations"]) for own in chosen]
-    once = {run.name: run for run in runs}.values()  # the best rate may be one that the piece lists, too
+    once = {run.name: run for run in runs}.values()  # the best rate may be one that a grid lists, too
     left = [run for run in once if not run.has_row(known, options.overrides)]
     with contextlib.suppress(TimeUp):
         train([run for run in left if not run.is_benchmark], known, options, programs)
@@ -147,16 +162,16 @@ def main(arguments: list[str] | None = None) -> int:
             options.output.parent.mkdir(parents=True, exist_ok=True)
         for problem in unwritable("--output", str(options.output)):
             raise Bad(problem)
-        pieces = options.pieces or list(plan["pieces"])
-        for index, piece in enumerate(pieces):
-            say(f"piece {piece}")
-            if left := run_piece(plan["pieces"][piece], plan, options, programs):
+        together = stages(options.pieces or list(plan["pieces"]), plan)
+        for index, pieces in enumerate(together):
+            say(f"{'piece' if len(pieces) == 1 else 'pieces'} {', '.join(pieces)}")
+            if left := run_grids([grid for piece in pieces for grid in plan["pieces"][piece]], plan, options, programs):
                 say(
                     "\n  ".join(
                         [
                             "time is up. Left:",
                             *(run.name for run in left),
-                            *(f"piece {later}" for later in pieces[index + 1 :]),
+                            *(f"piece {later}" for later in itertools.chain(*together[index + 1 :])),
                         ]
                     )
                 )

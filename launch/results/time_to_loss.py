@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from launch.render_table import Row, commit, machine, markdown
 
 PLAN = "results_time"  # first letters of the plans' names
+# Settings of a run that a line shows elsewhere.
+SHOWN = ("optim", "engine.products", "optim.lr", "seed", "schedule.steps", "schedule.warmup_steps")
 LABELS = {"": "AdamW, bf16", "muon": "Muon, bf16", "fp8": "AdamW, fp8", "muon,fp8": "Muon, fp8"}
 VARIANTS = {"muon": ", Muon", "fp8": ", fp8 products"}  # word of a trained run -> text in the layout of a measured one
 COLUMNS = (
@@ -21,6 +23,8 @@ COLUMNS = (
 )
 STEP = ("model", "sequence_length", "global_batch")
 
+Variant = tuple[str, str]  # a key of LABELS, and the other settings
+TODAY: Variant = ("", "")  # AdamW in bf16
 Curve = list[tuple[float, float]]  # (tokens, bits per byte), in order
 
 
@@ -30,8 +34,19 @@ def variant_of(row: Row) -> str:
 
 
 def _words(row: Row) -> list[str]:
-    """What sets a trained run apart (launch.results.Run.variant): words of VARIANTS, a number of steps, or others."""
+    """What sets a trained run apart (planned_run.Run.variant): words of VARIANTS, a number of steps, or others."""
     return list(filter(None, row.get("variant", "").split(",")))
+
+
+def others_of(row: Row) -> str:
+    """Settings of a trained run beside those of SHOWN, each by its last word: "momentum 0.8, equal_norms True"."""
+    pairs = (word.split("=", 1) for word in row.get("run", "").split(",") if "=" in word)
+    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in pairs if key not in SHOWN)
+
+
+def label(row: Row) -> str:
+    """Optimizer and products of a trained run, and its other settings."""
+    return ", ".join(filter(None, (LABELS[variant_of(row)], others_of(row))))
 
 
 def mean_of(values: list[float]) -> str:
@@ -84,7 +99,7 @@ class Line:
         seconds = self.seconds(reached)
         ratio = f"{seconds / todays_seconds:.2f}" if seconds and todays_seconds else ""
         return [
-            *(row["model"], LABELS[variant_of(row)], self.rate, str(len(values)), f"{row['tokens'] / 1e6:.1f} M"),
+            *(row["model"], label(row), self.rate, str(len(values)), f"{row['tokens'] / 1e6:.1f} M"),
             mean_of(values),
             "" if self.step_ms is None else f"{self.step_ms:.1f}",
             "not reached" if reached is None else f"{reached / 1e6:.1f} M",
@@ -94,35 +109,37 @@ class Line:
 
 
 class TimeToLoss:
-    """For each model, a line a variant (and number of tokens, where runs of several are there) at its best peak rate.
-    AdamW's final loss: that of the last evaluation in bf16, the mean over seeds."""
+    """For each model, a line a variant (and number of tokens and other settings, where there are several) at its
+    best peak rate. AdamW's final loss: that of the last evaluation in bf16, the mean over seeds."""
 
     def render(self, rows: Sequence[Row]) -> str:
         shown = []
         for lines in _by_model(rows).values():
-            today = max((line for variant, line in lines if not variant), key=lambda line: line.rows[0]["tokens"])
+            today = max((line for variant, line in lines if variant == TODAY), key=lambda line: line.rows[0]["tokens"])
             target = today.curve[-1][1]
             seconds = today.seconds(first_reached(today.curve, target))
-            order = sorted(lines, key=lambda found: (-found[1].rows[0]["tokens"], [*LABELS].index(found[0])))
+            order = sorted(
+                lines, key=lambda found: (-found[1].rows[0]["tokens"], [*LABELS].index(found[0][0]), found[0])
+            )
             shown += [line.cells(target, seconds) for _, line in order]
         return markdown(COLUMNS, shown)
 
 
-def _by_model(rows: Sequence[Row]) -> dict[tuple, list[tuple[str, Line]]]:
-    """(model, sequence_length, global_batch, GPU) -> its variants' lines, where AdamW in bf16 is among them."""
+def _by_model(rows: Sequence[Row]) -> dict[tuple, list[tuple[Variant, Line]]]:
+    """(model, sequence_length, global_batch, GPU) -> its variants' lines, where TODAY is among them."""
     measured, trained = defaultdict(list), defaultdict(list)
     for row in sorted(rows, key=lambda row: row["date"]):
         of_model = (*(row.get(key) for key in STEP), row["gpu"])
         if row["name"] == "training loop" and row.get("gpus", 1) == 1:
             measured[of_model, variant_of(row)].append(row["value"])
-        elif row["name"] == "result" and all(word in VARIANTS or word.isdigit() for word in _words(row)):
-            trained[of_model, variant_of(row), row["tokens"]].append(row)
+        elif row["name"] == "result" and (others_of(row) or all(w in VARIANTS or w.isdigit() for w in _words(row))):
+            trained[of_model, (variant_of(row), others_of(row)), row["tokens"]].append(row)
     found = defaultdict(list)
     for (of_model, variant, _), runs in trained.items():
-        speeds = measured.get((of_model, variant))
+        speeds = measured.get((of_model, variant[0]))
         if (line := _line(runs, statistics.median(speeds) if speeds else None)) is not None:
             found[of_model].append((variant, line))
-    return {key: found[key] for key in sorted(found, key=str) if any(not variant for variant, _ in found[key])}
+    return {key: found[key] for key in sorted(found, key=str) if any(variant == TODAY for variant, _ in found[key])}
 
 
 def _line(runs: list[Row], step_ms: float | None) -> Line | None:

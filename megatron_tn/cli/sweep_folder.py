@@ -1,0 +1,34 @@
+"""The folder of each job of a sweep."""
+
+import contextlib
+import hashlib
+import re
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
+
+LONGEST_SETTING, LONGEST_NAME = 60, 150  # characters of a sweep's folder; file systems take 255 bytes
+
+
+def job_folder(run_dir: str, job: DictConfig, words: list[str]) -> str:
+    """The folder of one job of a sweep: job number and swept settings, such as run_dir/0_model.decay-none.
+
+    The name consists of letters, digits and _ . + -, so that it can be typed as a setting's value. A name that is
+    shortened or has characters replaced ends with a hash of the settings: the same command gives the same folders, and
+    another sweep in run_dir other folders. words: overrides of the sweep. job: Hydra's settings of the job.
+    """
+    parsed = OverridesParser.create().parse_overrides(words)
+    swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
+    varied = [word.lstrip("+") for word in job.overrides.task if word.lstrip("+").partition("=")[0] in swept]
+    named = [re.sub(r"[^A-Za-z0-9_.+-]", "-", word.replace("'", "").replace('"', "")) for word in varied]
+    short = [name if len(name) <= LONGEST_SETTING else f"{name[:30]}..{name[-28:]}" for name in named]
+    name = "_".join([str(job.job.num), *short])[:LONGEST_NAME]
+    plain = "_".join([str(job.job.num), *(word.replace("=", "-", 1) for word in varied)])
+    if name != plain:
+        name += f"-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
+    earlier = Path(run_dir) / "_".join([str(job.job.num), *varied]).replace("/", "-")  # the name until 2026-11
+    with contextlib.suppress(OSError):  # too long for a file system
+        if earlier.is_dir():
+            return str(earlier)
+    return f"{run_dir}/{name}"
