@@ -1,6 +1,7 @@
 """Comparison of operators with their definitions in fp64, on random inputs, with a fall back to plain PyTorch."""
 
 import logging
+import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -36,34 +37,33 @@ def compare(
     dtype: torch.dtype,
     device: torch.device,
     fall_back: bool,
-    share: tuple[int, int] = (0, 1),
+    order: int = 0,
 ) -> dict[str, float]:
     """Operator -> the largest relative error of its output and its inputs' gradients.
 
     fall_back: if an operator is wrong, log it, switch this process to plain PyTorch, and check again.
-    share: (r, R) begins with the check r / R of the way through them. So R processes of a machine compile different
-        kernels at first, and find the others' in Triton's cache.
+    order: 0 runs the checks one after the other, each other number in another order. Processes of one machine compile
+        different kernels then, and find those of the others in Triton's cache.
 
     Raises KernelMismatchError, which names the first wrong operator in the order of `checks`, its error and the bound.
     """
     try:
-        return _errors(checks(), dtype, device, share)
+        return _errors(checks(), dtype, device, order)
     except KernelMismatchError as mismatch:
         if not fall_back or dispatch.requested_backend() == "torch":
             raise
         logger.error("%s; all operators run in PyTorch from here on", mismatch)
     dispatch.set_backend("torch")
-    return _errors(checks(), dtype, device, share)
+    return _errors(checks(), dtype, device, order)
 
 
-def _errors(
-    checks: Iterable[Check], dtype: torch.dtype, device: torch.device, share: tuple[int, int]
-) -> dict[str, float]:
+def _errors(checks: Iterable[Check], dtype: torch.dtype, device: torch.device, order: int) -> dict[str, float]:
     in_order = list(checks)
-    (rank, ranks), count = share, len(in_order)
-    begin, wrong = rank * count // ranks, count
-    errors = [0.0] * count
-    for index in (*range(begin, count), *range(begin)):
+    wrong = count = len(in_order)
+    errors, indices = [0.0] * count, list(range(count))
+    if order > 1:
+        random.Random(order // 2).shuffle(indices)
+    for index in reversed(indices) if order % 2 else indices:  # two processes meet in the middle
         if index < wrong:  # of those behind a wrong one none is named
             errors[index] = _worst_error(in_order[index], dtype, device)
             if not errors[index] <= in_order[index].bounds[dtype]:  # NaN fails, too

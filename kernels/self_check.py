@@ -91,7 +91,7 @@ def self_check(
     vocabulary: int = 4099,
     unused: Container[str] = (),
     fall_back: bool = False,
-    share: tuple[int, int] = (0, 1),
+    order: int = 0,
 ) -> dict[str, float]:
     """Compare the operators of a training step, forward and backward, with their fp64 definitions; return the largest
     relative error of each.
@@ -113,7 +113,7 @@ def self_check(
     vocabulary: rows of the output head on this rank. The check's head has about 4096, aligned alike.
     unused: operators that the run does not call: they are not checked.
     fall_back: if an operator is wrong, log it, switch this process to plain PyTorch, and check again.
-    share: (r, R) for the rth of R processes of a machine: see `comparison.compare`.
+    order: of the checks, another number for each process of a machine: see `comparison.compare`.
 
     Raises KernelMismatchError, which names the operator, its error and the bound.
     """
@@ -154,7 +154,7 @@ def self_check(
     def used() -> Iterator[Check]:
         return (check for check in _checks(sizes) if check.operator not in unused)
 
-    return compare(used, dtype, device, fall_back, share)
+    return compare(used, dtype, device, fall_back, order)
 
 
 def _remainder(size: int) -> int:

@@ -12,7 +12,6 @@ from megatron_tn.model.base import Model
 from megatron_tn.model.cosine_attention import MORE_COLUMNS
 from megatron_tn.parallel.embedding import padded_vocab
 from megatron_tn.parallel.fp8_weights import keeps_fp8
-from megatron_tn.parallel.world import processes_here
 
 # model.norm -> its operators. After linear attention, whose output lacks its norm's scale, RMSNorm is
 # add_scaled_simple_rms_norm times the weight.
@@ -29,8 +28,8 @@ _checked: set[tuple[str, int, torch.dtype, torch.device, bool]] = set()
 def check_kernels(model: Model, device: torch.device, dtype: torch.dtype, run: TrainConfig) -> None:
     """Compare the operators of the model and of the optimizer, in `dtype` and at this rank's widths, with their fp64
     references, by the kernels that Triton compiles for the microbatches of `run`. Does nothing on a CPU. PyTorch's
-    attention is not checked. The ranks of a machine begin with different operators, so that they compile different
-    kernels, which Triton's cache then has for all of them.
+    attention is not checked. The ranks of a machine check the operators in different orders, so that they compile
+    different kernels, which Triton's cache then has for all of them.
 
     If a Triton kernel is wrong, the mismatch is logged and all operators fall back to plain PyTorch.
 
@@ -41,10 +40,8 @@ def check_kernels(model: Model, device: torch.device, dtype: torch.dtype, run: T
         return
     config, tp = model.config, model.context.tp.size
     float8 = any(getattr(module, "float8", None) is not None for module in model.modules())
-    ranks, packed = processes_here(), run.data.isolate_documents
-    rank, kinds = (device.index or 0) % ranks, list(attentions(config))
-    begin = rank * len(kinds) // ranks
-    for of_attention in kinds[begin:] + kinds[:begin]:
+    order, packed, kinds = device.index or 0, run.data.isolate_documents, list(attentions(config))
+    for of_attention in reversed(kinds) if order % 2 else kinds:
         self_check(
             heads=config.heads // tp,
             glu_width=config.glu_dim // tp,
@@ -59,7 +56,7 @@ def check_kernels(model: Model, device: torch.device, dtype: torch.dtype, run: T
             packed=packed,
             vocabulary=padded_vocab(config.vocab_size, tp) // tp,
             fall_back=True,
-            share=(rank, ranks),
+            order=order,
             **of_attention,
         )
 

@@ -120,8 +120,8 @@ def test_a_broken_operator_is_named(monkeypatch, one_operator, module, function,
         check("cpu")
 
 
-@pytest.mark.parametrize("rank", range(3))
-def test_processes_of_a_machine_begin_with_different_operators_and_name_the_same_error(monkeypatch, rank):
+@pytest.mark.parametrize("order", range(4))
+def test_the_same_error_is_named_in_each_order_of_the_checks(monkeypatch, order):
     names = list(check("cpu"))
     wrong, checked = {names[4], names[9]}, []
 
@@ -131,14 +131,14 @@ def test_processes_of_a_machine_begin_with_different_operators_and_name_the_same
 
     monkeypatch.setattr("kernels.comparison._worst_error", error_of)
     with pytest.raises(KernelMismatchError, match=f"^{names[4]} at "):
-        check("cpu", share=(rank, 3))
-    begin = rank * len(names) // 3
-    assert checked[0] == names[begin]
+        check("cpu", order=order)
     assert set(names[:5]) <= set(checked)
     wrong.clear()
     checked.clear()
-    assert list(check("cpu", share=(rank, 3), unused=names[:2])) == names[2:]
+    assert list(check("cpu", order=order, unused=names[:2])) == names[2:]
     assert sorted(checked) == sorted(names[2:])
+    assert (checked == names[2:]) == (order == 0)
+    assert (checked[::-1] == names[2:]) == (order == 1)
 
 
 def off_scale(right):
