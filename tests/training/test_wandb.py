@@ -104,9 +104,13 @@ def test_one_curve_after_a_rewind_and_one_id_for_all_processes(folder, monkeypat
     for one in (journal, board):
         one.on_start(state)
     take(6)
+    unwritten = folder.wandb / "offline-run-1" / "run-1.wandb"  # what wandb's process has not written yet
+    unwritten.parent.mkdir(parents=True)
+    unwritten.touch()
     state.become(TrainingState(step=4, rewinds=[{"from": 7, "to": 4}]))
     for one in (journal, board):
         one.on_rewind(state)
+    assert unwritten.exists()
     take(3)
     first = folder.wandb_id.read_text()
     part = f"{first}-r1"
@@ -115,6 +119,7 @@ def test_one_curve_after_a_rewind_and_one_id_for_all_processes(folder, monkeypat
     server.steps[part] = [1, 2, 3, 4, 5, 6]
     board = hook(folder, "online")
     board.on_start(state)
+    assert not unwritten.exists()
     assert server.steps[part] == [1, 2, 3, 4, 5, 6, 7]
     board = hook(folder, "online")
     board.on_start(TrainingState(step=5, rewinds=state.rewinds))  # of the newest checkpoint

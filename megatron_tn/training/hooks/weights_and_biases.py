@@ -53,6 +53,10 @@ class WeightsAndBiases(JournalCopy):
         mend_files(self.folder.wandb)  # not in `push`: the run may go on, and write to its file
         super().on_start(state)
 
+    def on_rewind(self, state: TrainingState) -> None:
+        self.on_stop(state)
+        super().on_start(state)  # nothing to mend: wandb's own process may still be writing the file of the part before
+
     def open(self, state: TrainingState) -> int:
         import wandb
 
