@@ -123,7 +123,7 @@ def test_a_pause_is_recorded_at_once_and_the_last_step_waits_for_the_write(tmp_p
     hook.on_step(TrainingState(step=3), REPORT)
     _, (_, wait), (step, written) = recorded
     assert (step, written["checkpoint/step"], written["checkpoint/failed"]) == (3, 2, False)
-    assert 0.2 < wait["checkpoint/pause_s"] < written["checkpoint/write_s"]
+    assert 0.2 < wait["checkpoint/pause_s"] < written["checkpoint/write_s"] + 0.1  # until this thread runs again
     assert [path.name for path in whole_checkpoints(tmp_path)] == ["step_00000002"]
     hook.on_stop(TrainingState(step=3))
 
