@@ -7,7 +7,12 @@ from pydantic.dataclasses import dataclass
 from megatron_tn.config.bounds import AboveZero, Bounds, Count, FromZero, Unlimited
 from megatron_tn.config.mapping import STRICT
 
-OF_MUON = ("momentum", "momentum_warmup_steps", "equal_norms")  # settings that optim.name=muon alone reads
+OF_MUON = (
+    "momentum",
+    "momentum_warmup_steps",
+    "equal_norms",
+    "heads_apart",
+)  # settings that optim.name=muon alone reads
 Beta = Annotated[float, Bounds(0, 1, below=True)]
 
 
@@ -38,3 +43,5 @@ class OptimConfig:
     # muon: scale the rows of an orthogonalised update to one norm, or its columns where they are more, and keep the
     # update's norm (NorMuon, arXiv 2510.05491, but by this step's norms instead of an average over steps).
     equal_norms: bool = False
+    # muon: orthogonalise each head of q, k, v and u by itself. false: the heads of each together.
+    heads_apart: bool = False

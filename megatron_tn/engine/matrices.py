@@ -33,15 +33,17 @@ ROUND_ELEMENTS = 2**26  # 16 matrices of 2048 x 2048: enough to fill a GPU, 128 
 
 
 class Matrix(NamedTuple):
-    """Block `block` of parameter `name`: a logical matrix of `shape` (rows, columns).
+    """Rows of parameter `name` from row `top` on: a logical matrix of `shape` (rows, columns).
 
-    sizes: elements of each tensor-parallel rank's part. dim: the dimension that the parts are cut along.
+    sizes, starts: elements of each tensor-parallel rank's part, and where they begin in the rank's part of the
+    parameter, flattened. dim: the dimension that the parts are cut along.
     """
 
     name: str
-    block: int
+    top: int
     shape: tuple[int, int]
     sizes: tuple[int, ...]
+    starts: tuple[int, ...]
     dim: int
 
 
@@ -56,8 +58,9 @@ class Piece(NamedTuple):
     start: int
 
 
-def matrices_of(name: str, spec: ShardSpec, tp: int) -> list[Matrix]:
-    """The logical matrices of a parameter: one, or one for each block of a packed projection.
+def matrices_of(name: str, spec: ShardSpec, tp: int, *, heads_apart: bool) -> list[Matrix]:
+    """The logical matrices of a parameter: one, or one for each block of a packed projection; with `heads_apart` one
+    for each head of a projection to heads.
 
     Raises:
         ConfigError: the parameter is replicated over several tensor-parallel ranks.
@@ -68,15 +71,29 @@ def matrices_of(name: str, spec: ShardSpec, tp: int) -> list[Matrix]:
             f"optim.name=muon has no update for {name}, of which parallel.tp={tp} ranks hold copies: set parallel.tp=1 "
             "or optim.name=adamw"
         )
-    sizes = tuple(math.prod(spec.local_shape(rank, tp)) // spec.blocks for rank in range(tp))
-    return [Matrix(name, block, (rows // spec.blocks, columns), sizes, spec.dim or 0) for block in range(spec.blocks)]
+    if spec.dim == 1:
+        sizes = tuple(math.prod(spec.local_shape(rank, tp)) for rank in range(tp))
+        return [Matrix(name, 0, (rows, columns), sizes, (0,) * tp, 1)]
+    of_block = spec.heads if heads_apart else 1
+    height = rows // spec.blocks // of_block
+    found = []
+    for number in range(spec.blocks * of_block):
+        top, parts = number * height, []
+        for rank in range(tp):
+            block = number // of_block
+            (begin, end), _ = spec.boxes(rank, tp)[block]
+            at, _ = spec.local_rows(rank, tp)[block]
+            first, last = max(top, begin), min(top + height, end)
+            parts.append((max(last - first, 0) * columns, (at + first - begin) * columns))
+        sizes, starts = zip(*parts, strict=True)
+        found.append(Matrix(name, top, (height, columns), sizes, starts, 0))
+    return found
 
 
 def pieces_of(matrix: Matrix, placements: Sequence[Placement], tp_rank: int) -> list[Piece]:
     """The parts of `matrix` among a rank's placements of its parameter."""
     size, before = matrix.sizes[tp_rank], sum(matrix.sizes[:tp_rank])
-    first = matrix.block * size  # in the rank's part of the parameter
-    found = []
+    first, found = matrix.starts[tp_rank], []
     for place in placements:
         start, stop = max(place.start, first), min(place.stop, first + size)
         if start < stop:
@@ -85,11 +102,11 @@ def pieces_of(matrix: Matrix, placements: Sequence[Placement], tp_rank: int) -> 
     return found
 
 
-def block_matrices(config: ModelConfig) -> list[Matrix]:
+def block_matrices(config: ModelConfig, *, heads_apart: bool) -> list[Matrix]:
     """All logical matrices that Muon updates, of a model without tensor parallelism."""
     specs = build_model(config, None, "meta").shard_specs().items()
     chosen = ((name, spec) for name, spec in specs if is_block_matrix(name, len(spec.shape)))
-    return [matrix for name, spec in chosen for matrix in matrices_of(name, spec, 1)]
+    return [matrix for name, spec in chosen for matrix in matrices_of(name, spec, 1, heads_apart=heads_apart)]
 
 
 def shared_out(matrices: Sequence[Matrix], ranks: int) -> list[list[Matrix]]:
@@ -123,11 +140,11 @@ def batches(matrices: Sequence[Matrix]) -> list[list[Matrix]]:
     return found
 
 
-def matrix_rounds(shards: Shards, specs: Mapping[str, ShardSpec], tp: Axis) -> list[Round]:
+def matrix_rounds(shards: Shards, specs: Mapping[str, ShardSpec], tp: Axis, *, heads_apart: bool) -> list[Round]:
     """The rounds in which all matrices that Muon updates are updated. Collective.
 
-    specs: parameter name -> its split over tensor parallelism, in the same order on every rank. Every rank knows which
-    rank updates which matrix, and tells it which pieces of it to expect.
+    specs: parameter name -> its split over tensor parallelism, in the same order on every rank. heads_apart: see
+    `matrices_of`. Every rank knows which rank updates which matrix, and tells it which pieces of it to expect.
     """
     axis = _ranks(tp, shards.sharded_over)
     named = [(name, spec) for name, spec in specs.items() if is_block_matrix(name, len(spec.shape))]
@@ -135,7 +152,7 @@ def matrix_rounds(shards: Shards, specs: Mapping[str, ShardSpec], tp: Axis) -> l
     for place in shards.placements:
         if place.name in by_name:
             by_name[place.name].append(place)
-    matrices = [matrix for name, spec in named for matrix in matrices_of(name, spec, tp.size)]
+    matrices = [m for name, spec in named for m in matrices_of(name, spec, tp.size, heads_apart=heads_apart)]
     shares = shared_out(matrices, axis.size)
     sent = [[pieces_of(matrix, by_name[matrix.name], tp.rank) for matrix in share] for share in shares]
     received = _told(sent, axis, shards.masters[0].device)

@@ -51,7 +51,7 @@ class Update:
         self.float8: FreedWeights | None = None
         optimizer.copies = shards.copies
         if optimizer.whole_matrices:
-            optimizer.rounds = matrix_rounds(shards, specs, tp)
+            optimizer.rounds = matrix_rounds(shards, specs, tp, heads_apart=optimizer.heads_apart)
 
     @torch.no_grad()
     def step(self, lr: float, tokens: Tensor | None = None) -> StepResult:

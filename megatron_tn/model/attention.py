@@ -64,7 +64,7 @@ class GatedLinearAttention(nn.Module):
         self.act = config.act
         self.gate = config.gate
         self.state_widths = (config.head_dim * (2 if config.lrpe_layers[layer] else 1), config.head_dim)  # K, d
-        self.add_projection(config.embed_dim, axis)
+        self.add_projection(config.embed_dim, config.heads, axis)
         self.out_proj = RowParallelLinear(config.embed_dim, config.embed_dim, axis)
         self.lrpe = LRPE(config.heads, config.head_dim, axis) if config.lrpe_layers[layer] else None
         self.norm = None
@@ -73,8 +73,8 @@ class GatedLinearAttention(nn.Module):
         elif config.norm == "layernorm":
             self.norm = HeadLayerNorm(config.embed_dim, config.norm_eps, axis)
 
-    def add_projection(self, width: int, axis: Axis) -> None:
-        self.qkvu_proj = ColumnParallelLinear(width, 4 * width, axis, blocks=4)
+    def add_projection(self, width: int, heads: int, axis: Axis) -> None:
+        self.qkvu_proj = ColumnParallelLinear(width, 4 * width, axis, blocks=4, heads=heads)
 
     def projected(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """q | k | v | u of this rank's heads, [B, n, 4 D / tp]."""
@@ -102,8 +102,8 @@ class NormAttention(GatedLinearAttention):
     Otherwise as `GatedLinearAttention`, at model.gate=false.
     """
 
-    def add_projection(self, width: int, axis: Axis) -> None:
-        self.qkv_proj = ColumnParallelLinear(width, 3 * width, axis, blocks=3)
+    def add_projection(self, width: int, heads: int, axis: Axis) -> None:
+        self.qkv_proj = ColumnParallelLinear(width, 3 * width, axis, blocks=3, heads=heads)
 
     def projected(self, x: Tensor, layout: TokenLayout) -> Tensor:
         qkv = self.qkv_proj(x, layout.token_slices)

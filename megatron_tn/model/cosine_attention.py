@@ -35,7 +35,7 @@ class CosineAttention(nn.Module):
         self.head_dim, self.eps = config.head_dim, config.norm_eps
         self.state_widths = (2 * (self.head_dim + MORE_COLUMNS), self.head_dim + MORE_COLUMNS)
         self.angle = math.pi / 2 / config.max_length  # radians a position
-        self.qkv_proj = ColumnParallelLinear(config.embed_dim, 3 * config.embed_dim, axis, blocks=3)
+        self.qkv_proj = ColumnParallelLinear(config.embed_dim, 3 * config.embed_dim, axis, blocks=3, heads=config.heads)
         self.out_proj = RowParallelLinear(config.embed_dim, config.embed_dim, axis)
 
     def forward(self, x: Tensor, layout: TokenLayout, decay: Tensor) -> tuple[Tensor, None, Tensor | None]:

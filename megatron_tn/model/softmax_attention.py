@@ -45,7 +45,7 @@ class SoftmaxAttention(nn.Module):
         self.head_dim = config.head_dim
         self.rope_base = config.rope_base
         self.q_proj, self.k_proj, self.v_proj = (
-            ColumnParallelLinear(config.embed_dim, config.embed_dim, axis) for _ in range(3)
+            ColumnParallelLinear(config.embed_dim, config.embed_dim, axis, heads=config.heads) for _ in range(3)
         )
         share_input(self.q_proj, self.k_proj, self.v_proj)
         self.out_proj = RowParallelLinear(config.embed_dim, config.embed_dim, axis)

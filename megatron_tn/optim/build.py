@@ -27,6 +27,7 @@ def build_optimizer(groups: list[dict], config: OptimConfig, dtype: torch.dtype 
             momentum=config.momentum,
             momentum_warmup_steps=config.momentum_warmup_steps,
             equal_norms=config.equal_norms,
+            heads_apart=config.heads_apart,
             dtype=dtype,
         )
     return _adamw(groups, config)

@@ -9,7 +9,8 @@ O has min(rows, columns) singular values near 1, so an element's root mean squar
 factor makes that 0.2, about AdamW's (arXiv 2502.16982, section 2.2), so that one rate and one weight decay serve both.
 optim.equal_norms scales the rows of O to one norm, or its columns where they are more, and keeps |O|_F: NorMuon
 (arXiv 2510.05491) without its average of a row's mean square over steps, so without state. The columns of
-a tall O and the rows of a wide one have norms near 1 already.
+a tall O and the rows of a wide one have norms near 1 already. With optim.heads_apart each head's rows of q, k, v and u
+[d, D] are a logical matrix: every head has an update of the same size, and the iterations have D / d times fewer FLOPs.
 
 M and P are updated element by element, wherever the engine keeps them. Only the Newton-Schulz iteration needs whole
 matrices: `MatrixRound` brings them together.
@@ -83,6 +84,7 @@ class Muon:
         that DeepSpeed puts in the place of parameters are in both.
     momentum, momentum_warmup_steps: mu rises linearly from FIRST_MOMENTUM to `momentum` over so many applied steps.
     equal_norms: whether the rows of O, or its columns where they are more, are scaled to one norm.
+    heads_apart: whether each head of a projection to heads is a logical matrix; read by `engine.update.Update`.
     dtype: type of the matrices that ranks send each other, and that `newton_schulz` takes and returns.
     rounds: set by `engine.update.Update`. weight_decays: master -> its weight decay, for the masters of the matrices.
     """
@@ -98,6 +100,7 @@ class Muon:
         momentum: float,
         momentum_warmup_steps: int,
         equal_norms: bool,
+        heads_apart: bool,
         dtype: torch.dtype,
     ):
         self.inner = _Groups(groups, {"weight_decay": 0.0, MATRICES: False})
@@ -105,6 +108,7 @@ class Muon:
         self.momentum = momentum
         self.momentum_warmup_steps = momentum_warmup_steps
         self.equal_norms = equal_norms
+        self.heads_apart = heads_apart
         self.dtype = dtype
         self.rounds: Sequence[MatrixRound] = ()
         self.weight_decays: dict[Tensor, float] = {}

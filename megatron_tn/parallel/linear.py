@@ -59,13 +59,13 @@ class ColumnParallelLinear(SplitLinear):
     """y_local = x W_local^T with W [out, in] split along `out`, block by block for a fused projection.
 
     x [..., in], the same on every rank -> this rank's columns [..., out / tp], block after block. With `slices`: x is
-    this rank's slice [S, in] of [B, N] tokens -> [B, N, out / tp].
+    this rank's slice [S, in] of [B, N] tokens -> [B, N, out / tp]. heads: of each block, see `ShardSpec`.
     """
 
-    def __init__(self, in_features: int, out_features: int, axis: Axis, *, blocks: int = 1):
+    def __init__(self, in_features: int, out_features: int, axis: Axis, *, blocks: int = 1, heads: int = 1):
         super().__init__()
         self.axis = axis
-        spec = ShardSpec((out_features, in_features), dim=0, blocks=blocks)
+        spec = ShardSpec((out_features, in_features), dim=0, blocks=blocks, heads=heads)
         self.weight = mark(nn.Parameter(torch.empty(spec.local_shape(axis.rank, axis.size))), spec)
 
     def forward(self, x: Tensor, slices: TokenSlices | None = None) -> Tensor:

@@ -24,6 +24,7 @@ class ShardSpec:
     shape: of the logical tensor, without padding.
     dim: the dimension split over tensor-parallel ranks; None for a replicated parameter.
     blocks: number of equal blocks along `dim`, each split over the ranks.
+    heads: number of heads along each block of a projection to heads, equal in rows; 1: the rows are no heads'.
     padded: length of `dim` after padding (the vocabulary); 0 means no padding.
 
     Where a block's length is not a multiple of the number of ranks, its parts differ in length by at most one.
@@ -33,6 +34,7 @@ class ShardSpec:
     dim: int | None = None
     blocks: int = 1
     padded: int = 0
+    heads: int = 1
 
     @property
     def replicated(self) -> bool:

@@ -33,7 +33,7 @@ def sharing(config: TrainConfig, world_size: int) -> tuple[str, int]:
 
 def matrix_elements(model: ModelConfig) -> int:
     """Elements of all parameters that Muon updates."""
-    return sum(math.prod(matrix.shape) for matrix in _matrices(_key(model)))
+    return sum(math.prod(matrix.shape) for matrix in _matrices(_key(model), heads_apart=False))
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,13 @@ class Work:
 
 
 def most_work(config: TrainConfig, world_size: int) -> Work:
-    return _most_work(_key(config.model), sharing(config, world_size)[1], DTYPES[config.engine.precision])
+    ranks, dtype = sharing(config, world_size)[1], DTYPES[config.engine.precision]
+    return _most_work(_key(config.model), config.optim.heads_apart, ranks, dtype)
 
 
 @functools.cache
-def _most_work(model: str, ranks: int, dtype: torch.dtype) -> Work:
-    shares = shared_out(_matrices(model), ranks)
+def _most_work(model: str, heads_apart: bool, ranks: int, dtype: torch.dtype) -> Work:
+    shares = shared_out(_matrices(model, heads_apart), ranks)
     products = max((products_of(share, dtype) for share in shares), key=lambda each: sum(each.values()))
     rounds = [batches(share) for share in shares]
     largest = max(sum(math.prod(matrix.shape) for matrix in batch) for share in rounds for batch in share)
@@ -60,8 +61,8 @@ def _most_work(model: str, ranks: int, dtype: torch.dtype) -> Work:
 
 
 @functools.cache
-def _matrices(model: str) -> list[Matrix]:
-    return block_matrices(from_mapping(ModelConfig, json.loads(model)))
+def _matrices(model: str, heads_apart: bool) -> list[Matrix]:
+    return block_matrices(from_mapping(ModelConfig, json.loads(model)), heads_apart=heads_apart)
 
 
 def _key(model: ModelConfig) -> str:

@@ -35,11 +35,11 @@ from tests.helpers.ranks import layout, run_shared, this_device
 CPU = torch.device("cpu")
 LR = 1e-2
 MUON = OptimConfig(name="muon", lr=LR, embedding_lr_ratio=3.0, clip_norm=1.0, momentum_warmup_steps=4)
-EQUAL_NORMS = dataclasses.replace(MUON, equal_norms=True)
-# With an uneven split over two ranks, a packed projection, and both orientations.
+OPTIONS = dataclasses.replace(MUON, equal_norms=True, heads_apart=True)
+# With an uneven split over two ranks, a packed projection, a head that two ranks share, and both orientations.
 SPECS = {
     "model.embed_tokens.weight": ShardSpec((11, 6), dim=0, padded=12),
-    "model.layers.0.token_mixer.qkvu_proj.weight": ShardSpec((24, 6), dim=0, blocks=4),
+    "model.layers.0.token_mixer.qkvu_proj.weight": ShardSpec((24, 6), dim=0, blocks=4, heads=3),
     "model.layers.0.token_mixer.out_proj.weight": ShardSpec((6, 6), dim=1),
     "model.layers.0.channel_mixer.l1.weight": ShardSpec((9, 6), dim=0),
     "model.layers.0.channel_mixer.l3.weight": ShardSpec((6, 9), dim=1),
@@ -56,9 +56,9 @@ def whole(name: str, number: int) -> Tensor:
     return torch.randn(SPECS[name].shape, generator=draw, dtype=torch.float64)
 
 
-def blocks(name: str, tensor: Tensor, specs: dict[str, ShardSpec] = SPECS) -> tuple[Tensor, ...]:
+def blocks(name: str, tensor: Tensor, config: OptimConfig) -> tuple[Tensor, ...]:
     """The logical matrices of a parameter."""
-    return tensor.chunk(specs[name].blocks)
+    return tensor.chunk(SPECS[name].blocks * (SPECS[name].heads if config.heads_apart else 1))
 
 
 def by_definition(config: OptimConfig) -> dict[str, Tensor]:
@@ -66,11 +66,11 @@ def by_definition(config: OptimConfig) -> dict[str, Tensor]:
     found = {}
     for name in MATRICES:
         updated = []
-        for index, matrix in enumerate(blocks(name, whole(name, 0))):
+        for index, matrix in enumerate(blocks(name, whole(name, 0), config)):
             momentum = torch.zeros_like(matrix)
             for step in range(STEPS):
                 mu = 0.85 + (0.95 - 0.85) * step / 4
-                gradient = blocks(name, whole(name, step + 1))[index]
+                gradient = blocks(name, whole(name, step + 1), config)[index]
                 momentum = mu * momentum + (1 - mu) * gradient
                 update = reference.newton_schulz((1 - mu) * gradient + mu * momentum, 5)
                 if config.equal_norms:
@@ -143,7 +143,7 @@ class CutShards:
 
 
 def cut_steps(
-    tp: int, dtypes: list[torch.dtype], round_elements: int, config: OptimConfig = EQUAL_NORMS
+    tp: int, dtypes: list[torch.dtype], round_elements: int, config: OptimConfig = OPTIONS
 ) -> dict[str, list[tuple[str, int, Tensor]]]:
     """By cut and type of the iterations: this rank's (name, start, elements) of the blocks' matrices after STEPS."""
     found, before = {}, matrices.ROUND_ELEMENTS
@@ -173,10 +173,10 @@ def steps_alone(dtype: torch.dtype, config: OptimConfig) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def alone() -> dict[torch.dtype, dict[str, Tensor]]:
     """By type of the iterations."""
-    return {dtype: steps_alone(dtype, EQUAL_NORMS) for dtype in BOUNDS}
+    return {dtype: steps_alone(dtype, OPTIONS) for dtype in BOUNDS}
 
 
-@pytest.mark.parametrize("config", [MUON, EQUAL_NORMS], ids=["norms as they are", "equal norms"])
+@pytest.mark.parametrize("config", [MUON, OPTIONS], ids=["no options", "equal norms, heads apart"])
 def test_one_process_takes_the_steps_of_the_definition(config):
     found, wanted = steps_alone(torch.float64, config), by_definition(config)
     for name in MATRICES:
@@ -215,8 +215,8 @@ def label(engine: EngineConfig) -> str:
     return f"{name_of(engine)} {engine.precision}"
 
 
-def muon_engine(tp: int, engine_config: EngineConfig):
-    config = tiny_config(model=RMSNORM, engine=engine_config, parallel=ParallelConfig(tp=tp), optim=MUON)
+def muon_engine(tp: int, engine_config: EngineConfig, optim: OptimConfig = MUON):
+    config = tiny_config(model=RMSNORM, engine=engine_config, parallel=ParallelConfig(tp=tp), optim=optim)
     engine = build_engine(config, layout(tp), this_device())
     initialize_engine(engine, seed=3)
     return config, engine
@@ -235,7 +235,7 @@ def changes(tp: int, engines: list[EngineConfig]) -> dict[str, list[Part]]:
     """By engine, of the second step."""
     found = {}
     for engine_config in engines:
-        _, engine = muon_engine(tp, engine_config)
+        _, engine = muon_engine(tp, engine_config, dataclasses.replace(MUON, heads_apart=True))
         one_step(engine, seed=0)
         before = [owned.values["param"].clone() for owned in engine.owned_ranges()]
         one_step(engine, seed=1)
@@ -395,21 +395,23 @@ def test_a_checkpoint_of_another_optimizer_and_a_lost_momentum_are_named(tmp_pat
 
 
 def test_settings_of_muon_are_not_read_in_silence():
-    problems = tiny_config(optim=OptimConfig(momentum=0.9, momentum_warmup_steps=3, equal_norms=True)).problems()
+    options = {"momentum": 0.9, "momentum_warmup_steps": 3, "equal_norms": True, "heads_apart": True}
+    problems = tiny_config(optim=OptimConfig(**options)).problems()
     assert [line for line in problems if "is a setting of optim.name=muon, but optim.name=adamw" in line] == problems
-    assert len(problems) == 3
+    assert len(problems) == len(options)
     assert tiny_config(optim=MUON).problems() == []
 
 
 def test_a_matrix_that_tensor_parallel_ranks_hold_twice_is_refused():
     with pytest.raises(ConfigError, match=r"optim\.name=muon has no update for w, of which parallel.tp=2 ranks hold"):
-        matrices.matrices_of("w", ShardSpec((4, 4)), 2)
+        matrices.matrices_of("w", ShardSpec((4, 4)), 2, heads_apart=False)
 
 
 def test_work_is_shared_out_evenly_and_in_rounds_of_one_shape(monkeypatch):
     monkeypatch.setattr(matrices, "ROUND_ELEMENTS", 64)
     specs = {"wide": ShardSpec((4, 8), dim=0), "packed": ShardSpec((16, 4), dim=0, blocks=4)}
-    found = [m for layer in range(3) for name in specs for m in matrices.matrices_of(f"{name}{layer}", specs[name], 1)]
+    named = [(f"{name}{layer}", spec) for layer in range(3) for name, spec in specs.items()]
+    found = [m for name, spec in named for m in matrices.matrices_of(name, spec, 1, heads_apart=False)]
     shares = matrices.shared_out(found, 2)
     assert sorted(m[:2] for share in shares for m in share) == sorted(m[:2] for m in found)
     first, second = (sum(flops(m.shape) for m in share) for share in shares)
