@@ -4,11 +4,14 @@
 takes a tenth of one, and runs the same `__main__`.
 """
 
+import math
 import multiprocessing
 import os
 import runpy
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +21,8 @@ import torch
 from launch.results import runs
 
 REAL = subprocess.run
+# A start reads the exit codes of all children that have ended: of two threads that read one, the second gets 255.
+ONE_AT_A_TIME = threading.Lock()
 
 
 @pytest.fixture
@@ -42,11 +47,18 @@ class Forked:
         server.set_forkserver_preload(["tests.helpers.preload"])
         names = [None if file is None else file.name for file in (stdout, stderr)]
         self._process = server.Process(target=_program, args=(dict(env), command[2:], *names))
-        self._process.start()
+        with ONE_AT_A_TIME:
+            self._process.start()
 
     def wait(self, timeout: float | None = None) -> int | None:
-        self._process.join(timeout)
-        return self._process.exitcode
+        until = time.monotonic() + (math.inf if timeout is None else timeout)
+        while (code := self._exit_code()) is None and time.monotonic() < until:
+            time.sleep(0.01)
+        return code
+
+    def _exit_code(self) -> int | None:
+        with ONE_AT_A_TIME:
+            return self._process.exitcode
 
 
 def _program(environment: dict[str, str], words: list[str], stdout: str | None, stderr: str | None) -> None:
