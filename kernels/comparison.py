@@ -64,7 +64,7 @@ def _errors(checks: Iterable[Check], dtype: torch.dtype, device: torch.device, o
     if order > 1:
         random.Random(order // 2).shuffle(indices)
     for index in reversed(indices) if order % 2 else indices:  # two processes meet in the middle
-        if index < wrong:  # of those behind a wrong one none is named
+        if index < wrong:  # a check after a wrong one cannot be the first wrong one
             errors[index] = _worst_error(in_order[index], dtype, device)
             if not errors[index] <= in_order[index].bounds[dtype]:  # NaN fails, too
                 wrong = index

@@ -5,7 +5,7 @@ any such signal for a time-out once min(0.8 T, T - 10 minutes) of a time limit T
 or less also a preemption in its first second; and hydra's launcher allows no time-out (max_num_timeout=0): the job is
 given up. Here the signal is SIGUSR1, which the trainer takes (training/preemption.py): it saves, stops, and then calls
 submitit's handler; and time-outs are allowed. Before a job has unpickled its function there is no handler, and the
-signal ends it for good: so the pickle imports little (`cli._Program`).
+signal ends it for good: so the pickle imports little (`program._Program`).
 """
 
 import atexit

@@ -80,7 +80,8 @@ class EvaluateConfig:
     # N: lay held-out documents end to end, as training does, and cut them into sequences of N tokens, for the loss at
     # positions that few documents reach; 0: each document is a sequence.
     sequence_tokens: Count = 0
-    # Processes of a launcher that split every matrix; the groups of so many share documents and requests. 0: all.
+    # Tensor-parallel size: so many processes of the launcher split every matrix, and the groups of them share documents
+    # and requests. 0: all processes are one group.
     tp: Count = 0
     batch_tokens: Positive = 4096  # tokens of one forward pass at most; more use more memory, and keep a GPU busier
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: the GPU if there is one, else the CPU

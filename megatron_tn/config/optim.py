@@ -7,12 +7,8 @@ from pydantic.dataclasses import dataclass
 from megatron_tn.config.bounds import AboveZero, Bounds, Count, FromZero, Unlimited
 from megatron_tn.config.mapping import STRICT
 
-OF_MUON = (
-    "momentum",
-    "momentum_warmup_steps",
-    "equal_norms",
-    "heads_apart",
-)  # settings that optim.name=muon alone reads
+# Settings that optim.name=muon alone reads.
+OF_MUON = ("momentum", "momentum_warmup_steps", "equal_norms", "heads_apart")
 Beta = Annotated[float, Bounds(0, 1, below=True)]
 
 

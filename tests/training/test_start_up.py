@@ -24,7 +24,7 @@ from tests.helpers.training import fork_ranks
 @pytest.mark.parametrize("first", [False, True], ids=["a resume", "init_from, with Muon"])
 def test_a_start_of_a_rank_does_not_grow_with_the_world(tmp_path, first):
     opens, found = Opens(), {}
-    for ranks in (16, 128):
+    for ranks in (16, 512):
         found[ranks] = simulate(tmp_path, ranks, opens, first=first)
     for few, many in zip(*found.values(), strict=True):
         assert (many.shared, many.software, many.groups) == (few.shared, few.software, few.groups), (few, many)
@@ -32,7 +32,7 @@ def test_a_start_of_a_rank_does_not_grow_with_the_world(tmp_path, first):
         for each in others:
             assert each.manifests == 2  # its end, to see that it is rank 0's; and the lock against its removal
             assert each.read < 1e6
-            assert each.told < 3e4
+            assert each.told < 1e5
             assert each.groups <= 4
 
 
