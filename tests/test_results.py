@@ -362,11 +362,13 @@ def test_time_to_the_same_loss_is_read_from_the_curves():
         trained("fp8", 0.002, 0, 2.0, 1.7, 1.45),
         trained("muon,fp8", 0.001, 0, 1.4, 1.3, 1.25),
         trained("muon,0.8", 0.001, 0, 1.9, 1.3, 1.2, run="50m,optim=muon,optim.momentum=0.8,optim.lr=0.001,seed=0"),
+        trained("muon,True", 0.001, 0, 1.9, 1.21, run="50m,optim=muon,optim.heads_apart=True,optim.lr=0.001,seed=0"),
         trained("0.8", 0.002, 0, 1.9, 1.3, run="50m,optim.beta1=0.8,optim.lr=0.002,seed=0"),  # not today's AdamW
         trained("muon,fp8,300", 0.001, 0, 1.7, 1.4, tokens=30_000_000, curve="15.0:1.7000 30.0:1.4000"),
         trained("paper/decay/none", 0.001, 0, 1.0, 1.0),  # of another table
         *(measured("tp 1", value) for value in (70.0, 65.536, 60.0)),  # 1 us a token
         measured("tp 1, Muon", 131.072),
+        measured("tp 1, Muon, heads apart", 65.536),
         measured("tp 1, Muon, fp8 products", 32.768),
         measured("tp 1, Muon", 1.0, global_batch=8),
     ]
@@ -377,6 +379,7 @@ def test_time_to_the_same_loss_is_read_from_the_curves():
             ["AdamW, bf16", "0.002 (of 3, bracketed)", "3", "1.4100 ± 0.0100", "65.5", "60.0 M", "60.0", "1.00"],
             ["AdamW, bf16, beta1 0.8", "0.002 (the only one)", "1", "1.3000", "65.5", "54.5 M", "54.5", "0.91"],
             ["Muon, bf16", "0.001 (of 2, not bracketed)", "2", "1.3000 ± 0.0141", "131.1", "39.6 M", "79.1", "1.32"],
+            ["Muon, bf16, heads_apart True", "0.001 (the only one)", "1", "1.2100", "65.5", "51.3 M", "51.3", "0.86"],
             ["Muon, bf16, momentum 0.8", "0.001 (the only one)", "1", "1.2000", "131.1", "36.3 M", "72.7", "1.21"],
             ["AdamW, fp8", "0.002 (the only one)", "1", "1.4500", "", "not reached", "", ""],
             ["Muon, fp8", "0.001 (the only one)", "1", "1.2500", "32.8", "20.0 M", "10.0", "0.17"],

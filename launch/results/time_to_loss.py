@@ -44,6 +44,11 @@ def others_of(row: Row) -> str:
     return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in pairs if key not in SHOWN)
 
 
+def _step_of(row: Row) -> tuple[str, bool]:
+    """What the time of a step depends on: a key of LABELS, and whether optim.heads_apart is set."""
+    return variant_of(row), ", heads apart" in row.get("layout", "") or "heads_apart True" in others_of(row)
+
+
 def label(row: Row) -> str:
     """Optimizer and products of a trained run, and its other settings."""
     return ", ".join(filter(None, (LABELS[variant_of(row)], others_of(row))))
@@ -131,12 +136,12 @@ def _by_model(rows: Sequence[Row]) -> dict[tuple, list[tuple[Variant, Line]]]:
     for row in sorted(rows, key=lambda row: row["date"]):
         of_model = (*(row.get(key) for key in STEP), row["gpu"])
         if row["name"] == "training loop" and row.get("gpus", 1) == 1:
-            measured[of_model, variant_of(row)].append(row["value"])
+            measured[of_model, _step_of(row)].append(row["value"])
         elif row["name"] == "result" and (others_of(row) or all(w in VARIANTS or w.isdigit() for w in _words(row))):
             trained[of_model, (variant_of(row), others_of(row)), row["tokens"]].append(row)
     found = defaultdict(list)
     for (of_model, variant, _), runs in trained.items():
-        speeds = measured.get((of_model, variant[0]))
+        speeds = measured.get((of_model, _step_of(runs[0])))
         if (line := _line(runs, statistics.median(speeds) if speeds else None)) is not None:
             found[of_model].append((variant, line))
     return {key: found[key] for key in sorted(found, key=str) if any(variant == TODAY for variant, _ in found[key])}

@@ -75,6 +75,7 @@ def layout_of(config: BenchmarkConfig, gpus: int) -> dict[str, Any]:
         "layout": f"tp {parallel.tp}, cp {parallel.cp}, dp {gpus // (parallel.tp * parallel.cp)}"
         + (", sequence parallel" if parallel.sequence_parallel else "")
         + (", Muon" if config.optim.name == "muon" else "")
+        + (", heads apart" if config.optim.heads_apart else "")
         + (", fp8 products" if engine.products == "fp8" else ""),
         "recompute": f"{engine.recompute}{every}",
         "replay": "CUDA graph" if engine.cuda_graph else engine.compile,

@@ -63,7 +63,9 @@ def config_of(row: dict) -> TrainConfig:
         model=from_mapping(ModelConfig, compose_model(row["model"])),
         parallel=ParallelConfig(tp=tp, cp=cp, sequence_parallel="sequence parallel" in row["layout"]),
         engine=engine,
-        optim=OptimConfig(name="muon" if "Muon" in row["layout"] else "adamw"),
+        optim=OptimConfig(
+            name="muon" if "Muon" in row["layout"] else "adamw", heads_apart="heads apart" in row["layout"]
+        ),
         cluster=cluster(CLUSTERS[row["gpu"]]),
         data=DataConfig(**{key: row[key] for key in ("sequence_length", "micro_batch", "global_batch")}),
     )
