@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.render_table import ROOT, TABLES, NotRows, Row, Table, commit, fill, machine, markdown, read, write
-from launch.results.time_to_loss import TimeToLoss, curves_of, label, mean_of, variant_of
+from launch.results.time_to_loss import TimeToLoss, curves_of, label, mean_of, others_of, variant_of
 
 PAGE = ROOT / "docs/results.md"
 ROWS = ROOT / "docs/measurements/results"
@@ -99,6 +99,13 @@ RESULTS = {
         same=("run",),
         line=("model", "tokens", "variant", "lr"),
         order=lambda row: (row["model"], -row["tokens"], row["variant"], row["lr"]),
+        columns=LEVERS,
+    ),
+    "widths": Table(
+        holds=lambda row: row["name"] == "result" and "heads_apart True" in others_of(row),
+        same=("run",),
+        line=("model", "tokens", "variant", "lr"),
+        order=lambda row: (row["steps"], row["model"], row["lr"]),
         columns=LEVERS,
     ),
     "defaults": Table(
