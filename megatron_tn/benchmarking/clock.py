@@ -11,7 +11,7 @@ from megatron_tn.device.matrix_rate import Marks, elapsed, matmul_tflops
 
 GIB = 2**30
 WARM_UP = 4  # steps: compilation ends after two, growth of the allocator after three
-GROUP = 4  # consecutive steps between two samples of the matrix rate
+GROUP = 4  # most consecutive steps between two samples of the matrix rate
 
 
 def sampled(step: Callable[[], Marks], count: int, device: torch.device) -> tuple[list[list[float]], float, float]:
@@ -28,9 +28,10 @@ def sampled(step: Callable[[], Marks], count: int, device: torch.device) -> tupl
     times, rates = [], []
     while len(times) < count:
         rates.append(matmul_tflops(device))
-        _, *group = [step() for _ in range(1 + GROUP)]  # drop a group's first step: the device queue was idle
+        left = min(GROUP, count - len(times))
+        _, *group = [step() for _ in range(1 + left)]  # drop a group's first step: the device queue was idle
         times += [elapsed(marks) for marks in group]
-    return times[:count], statistics.median(rates), peak
+    return times, statistics.median(rates), peak
 
 
 def peak_gib() -> float:
