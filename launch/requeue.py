@@ -122,7 +122,7 @@ def newest(run_dir):
 def records(run_dir):
     """The lines of requeues.log as dictionaries, each with the local time of the decision as "at"."""
     try:
-        with open(os.path.join(run_dir, "requeues.log"), errors="replace") as file:
+        with opened(run_dir, "requeues.log") as file:
             lines = file.read().splitlines()
     except OSError:
         return []
@@ -150,11 +150,19 @@ def append(run_dir, line):
 def read(*path):
     """The JSON object in a file; empty where there is none."""
     try:
-        with open(os.path.join(*path)) as file:
+        with opened(*path) as file:
             found = json.load(file)
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def opened(*path):
+    """A regular file of text, open for reading; raises OSError for any other: who opens a FIFO waits."""
+    path = os.path.join(*path)
+    if not os.path.isfile(path):
+        raise OSError(f"{path} is no regular file")
+    return open(path, errors="replace")
 
 
 def number(values, key):

@@ -205,8 +205,8 @@ def problems_in_training(config: TrainConfig) -> list[str]:
 def evaluate_in_training(engine: Engine, config: TrainConfig, progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Held-out figures, task scores and generated texts, by their names in the journal.
 
-    Ranks with the same parameters share documents and requests, but for those that generate texts; all get the
-    figures. progress(n, tokens): called after each batch of n documents or requests, of so many tokens.
+    Ranks with the same parameters share documents, requests and prompts; all get the figures. progress(n, tokens):
+    called after each batch of n documents or requests, of so many tokens.
     """
     model, evaluation, found = engine.model, config.evaluation, {}
     with engine.whole_weights():

@@ -136,9 +136,17 @@ def test_flags_are_as_hydra_spells_them(tmp_path, capsys):
             ["experiment=paper/architecture/hybrid,paper/gate/without,paper/architecture/transformer", "model=demo"],
             ["experiment=paper/architecture/transformer has the settings of experiment=paper/architecture/hybrid: "],
         ),
-        (["seed=0,1,0", "model.decay=paper"], ["seed=0 has the settings of seed=0: "]),
+        (["seed=0,0.0", "model.decay=paper"], ["seed=0.0 has the settings of seed=0: "]),
+        (
+            ["model=1b,7b,1b", "seed=choice(0,1,1,0)"],
+            [
+                "model=1b,7b,1b: two jobs would have model=1b: name it once",
+                "seed=choice(0,1,1,0): two jobs would have seed=0: ",
+                "seed=choice(0,1,1,0): two jobs would have seed=1: ",
+            ],
+        ),
     ],
-    ids=["interval", "no values", "glob", "empty", "value", "same model", "same seed"],
+    ids=["interval", "no values", "glob", "empty", "value", "same model", "same seed", "twice"],
 )
 def test_a_bad_sweep_is_a_line_each(capsys, words, said):
     assert call(main, "--multirun", *words) == 2

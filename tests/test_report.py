@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -134,9 +135,9 @@ def test_a_run_that_has_only_begun_or_whose_settings_are_damaged_has_a_page(tmp_
     for main in (report.main, compare.main, plot.main):
         assert call(main, str(run.path)) == 2
         assert "udcff: log.jsonl has records that no run wrote: OverflowError" in capsys.readouterr().err
-    run.journal.superseded.mkdir()
+    os.mkfifo(run.journal.superseded)
     assert call(report.main, str(run.path)) == 2
-    assert "log.superseded.jsonl: Is a directory" in capsys.readouterr().err
+    assert "log.superseded.jsonl: not a regular file" in capsys.readouterr().err
     assert call(report.main, str(tmp_path / "nowhere")) == 2
     assert call(report.main, str(run.path), str(run.path)) == 2
     assert "2 runs; a report is of one" in capsys.readouterr().err

@@ -26,7 +26,7 @@ def make_corpus(settings: CorpusSettings, say: Callable[[str], None] = print) ->
     result = output / "corpus.json"
     if result.exists():
         return json.loads(result.read_bytes())
-    say(f"{len(settings.packages)} packages: fetched, and documents taken out")
+    say(f"{len(settings.packages)} packages: fetched, then documents taken out")
     taken = once(output / "taken.json", lambda: _take(settings, output, say))
     say("cleaned, deduplicated, tokenised: pipeline=packages")
     words = ["pipeline=packages", f"input={output}/text", f"output={output}/corpus", f"tasks={settings.tasks}"]
@@ -74,11 +74,11 @@ def _stage_seconds(output: Path) -> dict[str, float]:
 
 def _take(settings: CorpusSettings, output: Path, say: Callable[[str], None]) -> dict:
     began, packages = time.perf_counter(), {}
+    files = fetch(settings.packages, output / "packages")
     for name, package in settings.packages.items():
-        path = fetch(name, package, output / "packages")
         folder = output / "text" / package.source / name
         share = settings.fraction * settings.shares.get(package.source, 1.0)
-        taking = functools.partial(take, name, package, path, folder, share)
+        taking = functools.partial(take, name, package, files[name], folder, share)
         found = once(output / "taken" / f"{name}.json", taking)
         packages[name] = {"version": package.version, "source": package.source, "licence": package.licence, **found}
         say(f"  {name} {package.version}: {found['files']} files, {found['bytes'] / 1e6:.1f} MB")

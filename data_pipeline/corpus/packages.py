@@ -7,7 +7,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
@@ -21,25 +21,42 @@ WHEEL = ["--python-version=3.13", "--implementation=cp", *(f"--abi={abi}" for ab
 WHEEL += [f"--platform=manylinux{number}_x86_64" for number in ("_2_28", "_2_27", "_2_24", "_2_17", "2014")]
 
 
-def fetch(name: str, package: Package, folder: Path) -> Path:
-    """The package's file in `folder`, downloaded if it is not there. Raises StageError when it cannot be had, and
-    InputError when its hash is another."""
-    path = folder / package.file_name(name)
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            done = subprocess.run(_download(name, package), cwd=place, capture_output=True, text=True)
-            found = list(Path(place).iterdir())
-            if done.returncode or len(found) != 1:
-                said = (done.stderr.strip() or done.stdout.strip() or "nothing came").splitlines()[-1]
-                raise StageError(f"packages.{name}: version {package.version} cannot be downloaded: {said}")
-            found[0].rename(path)
-    if (hashed := sha256_of(path)) != package.sha256:
-        raise InputError(f"packages.{name}.sha256={package.sha256}: {path} has sha256 {hashed}")
-    return path
+def fetch(packages: Mapping[str, Package], folder: Path) -> dict[str, Path]:
+    """name -> the package's file in `folder`, downloaded if it is not there. All packages are tried. Raises InputError,
+    where the hash of a file is another, or StageError, with a line for each package that cannot be had."""
+    found, wrong, missing = {}, [], []
+    for name, package in packages.items():
+        path = folder / package.file_name(name)
+        if not path.exists() and (why := _download(name, package, path)):
+            advice = "refresh the package lists with apt-get update, or " if package.kind == "debian" else ""
+            advice += f"put the file that has sha256 {package.sha256} at {path}"
+            missing.append(f"packages.{name}: version {package.version} cannot be downloaded: {why}; {advice}")
+        elif (hashed := sha256_of(path)) != package.sha256:
+            wrong.append(f"packages.{name}.sha256={package.sha256}: {path} has sha256 {hashed}")
+        found[name] = path
+    if wrong:
+        raise InputError(*wrong, *missing)
+    if missing:
+        raise StageError("\n".join(missing))
+    return found
 
 
-def _download(name: str, package: Package) -> list[str]:
+def _download(name: str, package: Package, path: Path) -> str:
+    """Downloads the package's file to `path`; returns why that failed, "" on success."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as place:
+        try:
+            done = subprocess.run(_command(name, package), cwd=place, capture_output=True, text=True)
+        except FileNotFoundError as error:
+            return str(error)
+        found = list(Path(place).iterdir())
+        if done.returncode or len(found) != 1:
+            return (done.stderr.strip() or done.stdout.strip() or "nothing came").splitlines()[-1]
+        found[0].rename(path)
+    return ""
+
+
+def _command(name: str, package: Package) -> list[str]:
     if package.kind == "debian":
         return ["apt-get", "download", f"{name}={package.version}"]
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "download", "--no-deps"]

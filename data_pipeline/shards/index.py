@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.errors import InputError
+from data_pipeline.shards.content import Shard
 
 OFFSET, TOKENS, TEXT_BYTES, LANGUAGE = range(4)
 COLUMNS = 4
@@ -133,16 +134,17 @@ def read_npy(data: bytes, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     return np.frombuffer(data, dtype, offset=len(expected)).reshape(shape)
 
 
-def parse_index(data: bytes, name: str, *, documents: int, tokens: int, size: int, itemsize: int) -> np.ndarray:
-    """The index [documents, 4] of a shard with these numbers of documents, tokens and bytes. Raises InputError naming
-    the file when it holds a pickle, is damaged, or does not fit the shard."""
+def parse_index(data: bytes, shard: Shard, itemsize: int) -> np.ndarray:
+    """The index [documents, 4] of a shard, whose tokens have `itemsize` bytes. Raises InputError naming the file when
+    it holds a pickle, is damaged, or does not fit the shard."""
+    name = shard.index
     try:
-        index = read_npy(data, (documents, COLUMNS), np.int64)
+        index = read_npy(data, (shard.documents, COLUMNS), np.int64)
     except ValueError as error:
         raise InputError(f"index {name}: {error}") from None
     lengths, offsets = index[:, TOKENS], index[:, OFFSET]
-    if (lengths < 1).any() or lengths.sum() != tokens:
-        raise InputError(f"index {name}: lengths sum to {lengths.sum()} tokens, the manifest says {tokens}")
-    if (offsets < 0).any() or (lengths > (size - offsets) // itemsize).any():
-        raise InputError(f"index {name}: a document lies outside the shard's {size} bytes")
+    if (lengths < 1).any() or lengths.sum() != shard.tokens:
+        raise InputError(f"index {name}: lengths sum to {lengths.sum()} tokens, the manifest says {shard.tokens}")
+    if (offsets < 0).any() or (lengths > (shard.size - offsets) // itemsize).any():
+        raise InputError(f"index {name}: a document lies outside the shard's {shard.size} bytes")
     return index

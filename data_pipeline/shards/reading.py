@@ -26,14 +26,7 @@ def shard_index(manifest: Manifest, shard: Shard) -> np.ndarray:
     # An index of other documents may have the same totals but other offsets.
     if hashlib.sha256(data).hexdigest() != shard.index_sha256:
         raise InputError(f"index {shard.index}: its sha256 is not the manifest's")
-    return parse_index(
-        data,
-        shard.index,
-        documents=shard.documents,
-        tokens=shard.tokens,
-        size=shard.size,
-        itemsize=manifest.dtype.itemsize,
-    )
+    return parse_index(data, shard, manifest.dtype.itemsize)
 
 
 def read_documents(manifest: Manifest) -> Iterator[StoredDocument]:

@@ -93,14 +93,7 @@ def _check_shard(manifest: Manifest, shard: Shard) -> Checked:
             return _bad(f"shard {shard.name}: altered: its sha256 is not the manifest's")
         built, metadata = build_index(path, itemsize)
         packed = (manifest.directory / shard.index).read_bytes()
-        stored = parse_index(
-            packed,
-            shard.index,
-            documents=shard.documents,
-            tokens=shard.tokens,
-            size=shard.size,
-            itemsize=itemsize,
-        )
+        stored = parse_index(packed, shard, itemsize)
         if hashlib.sha256(packed).hexdigest() != shard.index_sha256 or not np.array_equal(built, stored):
             return _bad(f"shard {shard.name}: its index {shard.index} is altered")
         data = path.read_bytes()

@@ -1,9 +1,10 @@
 """Read a checkpoint while the model is built: one read of the disk checks the files and feeds the load.
 
 Rank r of R reads the files r, r + R, ... into the block of host memory that its saves use later, and hashes them on the
-way. In the layout that saved the checkpoint these are the bytes that the rank owns. In another layout it owns parts of
-many files. Files that other ranks of its machine have read are in their blocks, which it maps (`shared_memory`); the
-load reads from the disk only what ranks of other machines hold.
+way; where there are fewer files than ranks, several ranks read a file, each its share (`shares.files_of_rank`). In the
+layout that saved the checkpoint these are the bytes that the rank owns. In another layout it owns parts of many files.
+What other ranks of its machine have read is in their blocks, which it maps (`shared_memory`); the load reads from the
+disk only what ranks of other machines hold.
 """
 
 import contextlib
@@ -20,38 +21,50 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tn.checkpoint.direct import round_up
-from megatron_tn.checkpoint.manifest import Piece
-from megatron_tn.checkpoint.parts import FileRecord, read_file
-from megatron_tn.checkpoint.shares import files_of_rank, scattered
-from megatron_tn.checkpoint.verify import problems_of_file
+from megatron_tn.checkpoint.parts import digests_of_share, joined_digest, read_file
+from megatron_tn.checkpoint.shares import FileShare, files_of_rank, scattered
+from megatron_tn.checkpoint.verify import problems_of_digest, problems_of_file, problems_of_header
 from megatron_tn.device.host_memory import HostMemory
 from megatron_tn.device.shared_memory import Address, mapped
 from megatron_tn.device.threads import start_thread
 
 
+class Place(NamedTuple):
+    """Bytes of a file from byte `at` on, which lie in bytes [first, last) of a block."""
+
+    at: int
+    first: int
+    last: int
+
+
 class Holding(NamedTuple):
-    """Files that a rank has in memory. places: file -> the bytes [first, last) of its block that the file lies in."""
+    """What a rank has in memory: file -> the place of its share."""
 
     address: Address
-    places: dict[str, tuple[int, int]]
+    places: dict[str, Place]
 
 
-class Contents(Mapping[str, np.ndarray]):
-    """File -> its bytes, uint8 [size], to be read only. mine: in this rank's block. others: in other ranks' blocks; a
-    block is mapped when a file in it is first asked for."""
+class Contents(Mapping[str, list[tuple[int, np.ndarray]]]):
+    """File -> (first byte, uint8 [n]) of each share of it that is in memory, in the file's order, to be read only.
+    mine: in this rank's block. others: in the blocks of this machine's ranks; a block is mapped when a file in it is
+    first asked for."""
 
-    def __init__(self, mine: Mapping[str, np.ndarray], others: Sequence[Holding] = ()):
+    def __init__(self, mine: Mapping[str, tuple[int, np.ndarray]], others: Sequence[Holding] = ()):
         self._mine = mine
-        self._others = {name: (other.address, *place) for other in others for name, place in other.places.items()}
+        self._others: dict[str, list[tuple[Place, Address]]] = {}
+        for other in others:
+            for name, place in other.places.items():
+                self._others.setdefault(name, []).append((place, other.address))
         self._mapped = functools.cache(mapped)
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name in self._mine:
-            return self._mine[name]
-        address, first, last = self._others[name]
-        if (block := self._mapped(address)) is None:
+    def __getitem__(self, name: str) -> list[tuple[int, np.ndarray]]:
+        found = dict([self._mine[name]] if name in self._mine else [])
+        for place, address in self._others.get(name, []):
+            if place.at not in found and (block := self._mapped(address)) is not None:
+                found[place.at] = block[place.first : place.last]
+        if not found:
             raise KeyError(name)
-        return block[first:last]
+        return sorted(found.items())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._mine.keys() | self._others.keys())
@@ -80,21 +93,34 @@ class ReadAhead:
         if self.memory is not None:
             if self.pinned:
                 torch.cuda.init()  # a thread begins on this thread's device only if CUDA is initialised
-            size = sum(round_up(record.size) for record, _ in self._files.values())
+            size = sum(round_up(share.last - share.first) for share in self._files.values())
             self.memory.prepare(size // torch.float32.itemsize, self.pinned, fill=self._read)
         elif self.verify:
             self._thread = start_thread(self._read, "read-ahead")
 
     def problems(self, directory: Path) -> list[str]:
-        """One line for each problem in this rank's files; none without `verify`. Waits for the files."""
+        """One line for each problem in this rank's files, on one of the ranks that share a file; none without `verify`.
+        Waits for the files. Collective."""
         if directory != self._directory:
             self.begin(directory)
         self._join()
         if self.verify and not self._ended:  # there was not enough memory
             self._read()
+        everyones = [self._digests]
+        if self.verify and self.size > 1 and dist.is_initialized():
+            everyones = [{}] * self.size
+            dist.all_gather_object(everyones, self._digests)
         if self._error is not None:
             raise self._error
-        return self._problems
+        return [*self._problems, *self._problems_of_digests(everyones)]
+
+    def _problems_of_digests(self, everyones: Sequence[Mapping[str, dict[int, bytes] | None]]) -> Iterator[str]:
+        """Of files whose first share is this rank's. everyones: each rank's `_digests`."""
+        for name, share in self._files.items():
+            found = [digests[name] for digests in everyones if name in digests]
+            if found and share.first == 0 and None not in found:
+                digest = joined_digest(found, share.record.sha256)
+                yield from problems_of_digest(self._directory / name, share.record, digest)
 
     @contextlib.contextmanager
     def contents(self, directory: Path) -> Iterator[Contents]:
@@ -108,11 +134,11 @@ class ReadAhead:
             yield Contents(mine, self._neighbours(mine))
             dist.all_reduce(torch.zeros(1))  # a barrier that no GPU takes part in
 
-    def _neighbours(self, mine: Mapping[str, np.ndarray]) -> list[Holding]:
+    def _neighbours(self, mine: Mapping[str, tuple[int, np.ndarray]]) -> list[Holding]:
         """What ranks with this rank's host name hold. Collective."""
         held = None
         if mine and self.memory.address is not None:
-            held = Holding(self.memory.address, {name: self._places[name] for name in mine})
+            held = Holding(self.memory.address, dict(self._places))
         everyones: list[tuple[str, Holding | None]] | None = [None] * self.size if self.rank == 0 else None
         dist.gather_object((socket.gethostname(), held), everyones, dst=0)
 
@@ -128,9 +154,11 @@ class ReadAhead:
         """Leave the memory to the next save."""
         self._join()
         self._directory: Path | None = None
-        self._contents: dict[str, np.ndarray] = {}
-        self._places: dict[str, tuple[int, int]] = {}
+        self._contents: dict[str, tuple[int, np.ndarray]] = {}
+        self._places: dict[str, Place] = {}
         self._problems: list[str] = []
+        # Of files that several ranks read: those of this rank's parts, by their first bytes; None if it cannot be read.
+        self._digests: dict[str, dict[int, bytes] | None] = {}
         self._error: Exception | None = None
         self._ended = False
 
@@ -145,23 +173,33 @@ class ReadAhead:
         """Read, check and, in `block`, keep this rank's files."""
         try:
             at = 0
-            for name, (record, pieces) in self._files.items():
-                into = None
+            for name, share in self._files.items():
+                into, size = None, share.last - share.first
                 if block is not None:
-                    into = block.numpy().view(np.uint8)[at : at + round_up(record.size)]
-                if self._is_whole(name, record, pieces, into) and into is not None:
-                    self._contents[name], self._places[name] = into[: record.size], (at, at + record.size)
-                at += round_up(record.size)
+                    into = block.numpy().view(np.uint8)[at : at + round_up(size)]
+                if self._is_sound(name, share, into) and into is not None:
+                    self._contents[name] = share.first, into[:size]
+                    self._places[name] = Place(share.first, at, at + size)
+                at += round_up(size)
         except Exception as error:  # raised by `problems`
             self._error = error
         self._ended = True
 
-    def _is_whole(self, name: str, record: FileRecord, pieces: Mapping[str, Piece], into: np.ndarray | None) -> bool:
-        path = self._directory / name
+    def _is_sound(self, name: str, share: FileShare, into: np.ndarray | None) -> bool:
+        """Whether the share could be read and has no problem, but for those that its parts' digests will show."""
+        path, (record, pieces, first, last) = self._directory / name, share
         if not self.verify:
             with contextlib.suppress(OSError):  # else the load reads the file itself, and says what is wrong with it
-                return read_file(path, into) == record.size
+                return read_file(path, into, first) == last - first
             return False
-        found = problems_of_file(path, record, pieces, into)
+        if share.is_whole:
+            found = problems_of_file(path, record, pieces, into)
+        else:
+            found = problems_of_header(path, record, pieces) if first == 0 else []
+            self._digests[name] = None
+            try:
+                self._digests[name] = digests_of_share(path, record.sha256, first, last, into)
+            except OSError as error:
+                found.append(f"{path} cannot be read: {error.strerror}")
         self._problems += found
         return not found

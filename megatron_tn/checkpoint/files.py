@@ -12,7 +12,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -109,14 +109,15 @@ class TensorFile:
     """An open tensor file. Reads exactly the requested bytes and counts them in `bytes_read`.
 
     direct: whether large reads are direct I/O: for a file that is read once, on a disk that is faster than the page
-    cache. content: the file's bytes, uint8 [size], where they are in memory already: no tensor is read from the disk.
+    cache. content: what is in memory of the file already, and is not read from the disk: (first byte, uint8 [n]) each,
+    in the order of the file.
     `read` and `get` may be called by several threads.
 
     Raises:
         ConfigError: the file is missing or damaged, or lacks the requested tensor.
     """
 
-    def __init__(self, path: Path, *, direct: bool = False, content: np.ndarray | None = None):
+    def __init__(self, path: Path, *, direct: bool = False, content: Sequence[tuple[int, np.ndarray]] = ()):
         self.path = path
         self._content = content
         self.bytes_read = 0
@@ -130,7 +131,7 @@ class TensorFile:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
         try:
             self.entries = self._read_header()
-            self._direct = DirectFile(path, os.O_RDONLY) if direct and content is None else None
+            self._direct = DirectFile(path, os.O_RDONLY) if direct else None
         except BaseException:
             self.close()
             raise
@@ -144,8 +145,8 @@ class TensorFile:
         """Fill `destination` [n], contiguous and on any device, with elements [first, first + n) of tensor `name`."""
         at = self._place(name, first, destination.numel(), destination.dtype)
         target = destination.view(-1).view(torch.uint8)
-        if self._content is not None:
-            target.copy_(torch.from_numpy(self._content[at : at + len(target)]))
+        if (held := self._in_memory(at, len(target))) is not None:
+            target.copy_(torch.from_numpy(held))
             return
         if target.is_cpu and (self._direct is None or len(target) < WORTH_DIRECT):
             self._fill(target.numpy(), at)
@@ -172,12 +173,22 @@ class TensorFile:
 
     def view(self, name: str, first: int, count: int) -> Tensor | None:
         """Elements [first, first + count) of the fp32 tensor `name`, to be read only, where they are in memory."""
-        if self._content is None:
-            return None
         at = self._place(name, first, count, torch.float32)
-        found = self._content[at : at + count * torch.float32.itemsize]
+        if (found := self._in_memory(at, count * torch.float32.itemsize)) is None:
+            return None
         # Older files have no spaces that align their tensors.
         return torch.from_numpy(found if at % torch.float32.itemsize == 0 else found.copy()).view(torch.float32)
+
+    def _in_memory(self, at: int, count: int) -> np.ndarray | None:
+        """Bytes [at, at + count) where all are in memory; a copy where they are not in one piece."""
+        found, end = [], at
+        for first, data in self._content:
+            if first <= end < min(first + len(data), at + count):
+                found.append(data[end - first : at + count - first])
+                end += len(found[-1])
+        if end < at + count:
+            return None
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
     def get(self, name: str) -> Tensor:
         """All elements of tensor `name`, in the shape of the file's header."""

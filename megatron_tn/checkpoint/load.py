@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from megatron_tn.parallel.fp8_weights import check_device, keep_layer_in_fp8
 from megatron_tn.parallel.linear import SplitLinear
 from megatron_tn.parallel.sharding import OwnedRange, mark
 
+InMemory = Mapping[str, Sequence[tuple[int, np.ndarray]]]  # file -> (first byte, uint8 [n]) of what is in memory of it
 BAND_ELEMENTS = 2 << 20  # fp32, of one read: 8 MiB
 SMALL_GAP = 256  # fp32 elements between two rows: up to this gap, one read is faster than two
 
@@ -34,8 +35,7 @@ SMALL_GAP = 256  # fp32 elements between two rows: up to this gap, one read is f
 class Reader:
     """Open files of one checkpoint, locked against removal by a run's retention. Use as a context manager.
 
-    direct: see `TensorFile`. contents: file -> its bytes, of those that are in memory. `bytes_read`: bytes read from
-    all files.
+    direct: see `TensorFile`. contents: file -> what is in memory of it. `bytes_read`: bytes read from all files.
 
     Raises:
         ConfigError: a file is missing or damaged, a tensor is incomplete or of another shape.
@@ -47,7 +47,7 @@ class Reader:
         manifest: CheckpointManifest,
         *,
         direct: bool = False,
-        contents: Mapping[str, np.ndarray] | None = None,
+        contents: InMemory | None = None,
     ):
         self.directory = directory
         self.manifest = manifest
@@ -95,7 +95,7 @@ class Reader:
 
     def _open(self, name: str) -> TensorFile:
         if name not in self._files:
-            file = TensorFile(self.directory / name, direct=self.direct, content=self.contents.get(name))
+            file = TensorFile(self.directory / name, direct=self.direct, content=self.contents.get(name, ()))
             self._files[name] = self._stack.enter_context(closing(file))
         return self._files[name]
 
@@ -123,13 +123,11 @@ def _read(file: TensorFile, stored: Piece, band: Rectangle, target: Tensor) -> N
         target.copy_(view_of(stored, values, band, first))
 
 
-def load_checkpoint(
-    engine: Trainable, directory: Path, contents: Mapping[str, np.ndarray] | None = None
-) -> CheckpointManifest:
+def load_checkpoint(engine: Trainable, directory: Path, contents: InMemory | None = None) -> CheckpointManifest:
     """Restore masters, optimizer state and step and, at the same world size, RNG states. Returns the manifest, of
     several ranks with the pieces that this one needs. Collective.
 
-    contents: file -> its bytes, of those that are in memory (`ReadAhead.contents`).
+    contents: file -> what is in memory of it (`ReadAhead.contents`).
 
     Raises:
         ConfigError: the checkpoint is damaged, or of another model or optimizer.
@@ -144,7 +142,7 @@ def fill_owned(
     engine: Trainable,
     directory: Path,
     manifest: CheckpointManifest,
-    contents: Mapping[str, np.ndarray] | None = None,
+    contents: InMemory | None = None,
 ) -> None:
     """Fill this rank's masters and optimizer state, and RNG states of the same world size, from files of a checkpoint.
 

@@ -9,7 +9,7 @@ import itertools
 import os
 import queue
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,8 +103,9 @@ def _parts(contents: Iterable[np.ndarray], part_bytes: int, buffers: queue.Simpl
         yield _Part(at, buffer[:filled], buffer)
 
 
-def read_file(path: Path, into: np.ndarray) -> int:
-    """Fill `into`, uint8, aligned, of `round_up(size)` bytes, with a file. Returns how many bytes were read.
+def read_file(path: Path, into: np.ndarray, first: int = 0) -> int:
+    """Fill `into`, uint8, aligned, of `round_up(size)` bytes, with a file from byte `first` on, a multiple of
+    ALIGNMENT. Returns how many bytes were read.
 
     Raises:
         OSError: the file cannot be read.
@@ -112,7 +113,7 @@ def read_file(path: Path, into: np.ndarray) -> int:
     counts: list[int] = []
     with closing(DirectFile(path, os.O_RDONLY)) as file:
         in_parallel(
-            lambda at: counts.append(file.read(into[at : at + READ_BYTES], at)), range(0, len(into), READ_BYTES)
+            lambda at: counts.append(file.read(into[at : at + READ_BYTES], first + at)), range(0, len(into), READ_BYTES)
         )
     return sum(counts)
 
@@ -127,23 +128,44 @@ def digest_of(path: Path, like: str, into: np.ndarray | None = None) -> str:
     """
     with closing(DirectFile(path, os.O_RDONLY)) as file:
         if part_bytes := _part_bytes_of(like):
-            return _in_parts(file, os.fstat(file.descriptor).st_size, part_bytes, into)
+            return joined_digest([_in_parts(file, 0, os.fstat(file.descriptor).st_size, part_bytes, into)], like)
         return _as_one(file, into)
 
 
-def _in_parts(file: DirectFile, size: int, part_bytes: int, into: np.ndarray | None) -> str:
+def digests_of_share(path: Path, like: str, first: int, last: int, into: np.ndarray | None = None) -> dict[int, bytes]:
+    """`digest_of` for bytes [first, last) of a file, a share by `share_of`: first byte -> digest of each part."""
+    with closing(DirectFile(path, os.O_RDONLY)) as file:
+        return _in_parts(file, first, last, _part_bytes_of(like), into)
+
+
+def joined_digest(shares: Iterable[Mapping[int, bytes]], like: str) -> str:
+    """The digest of a file, as `like` is, by `digests_of_share` of all its shares."""
+    parts = sorted(part for share in shares for part in share.items())
+    return _digest_of_parts([digest for _, digest in parts], _part_bytes_of(like))
+
+
+def share_of(record: FileRecord, number: int, count: int) -> tuple[int, int]:
+    """Bytes [first, last) of share `number` of `count` of a file: whole parts, about equally many in each. Share 0
+    is all of a file that has a digest as one."""
+    part_bytes = _part_bytes_of(record.sha256) or max(record.size, 1)
+    parts = -(-record.size // part_bytes)
+    first, last = (-(-parts * end // count) * part_bytes for end in (number, number + 1))
+    return min(first, record.size), min(last, record.size)
+
+
+def _in_parts(file: DirectFile, first: int, last: int, part_bytes: int, into: np.ndarray | None) -> dict[int, bytes]:
     digests: dict[int, bytes] = {}
 
     def read(at: int) -> None:
         digest = hashlib.sha256()
-        for start in range(at, min(at + part_bytes, size), READ_BYTES):
-            buffer = buffer_of_this_thread(READ_BYTES) if into is None else into[start:]
+        for start in range(at, min(at + part_bytes, last), READ_BYTES):
+            buffer = buffer_of_this_thread(READ_BYTES) if into is None else into[start - first :]
             data = buffer[: min(READ_BYTES, at + part_bytes - start)]
             digest.update(data[: file.read(data, start)])
         digests[at] = digest.digest()
 
-    in_parallel(read, range(0, size, part_bytes))
-    return _digest_of_parts([digests[at] for at in sorted(digests)], part_bytes)
+    in_parallel(read, range(first, last, part_bytes))
+    return digests
 
 
 def _as_one(file: DirectFile, into: np.ndarray | None) -> str:

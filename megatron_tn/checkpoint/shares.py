@@ -7,13 +7,13 @@ each says which pieces it fills, and rank 0 sends it the stored pieces that over
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch.distributed as dist
 
 from megatron_tn.checkpoint.manifest import CheckpointManifest, Piece
-from megatron_tn.checkpoint.parts import FileRecord
+from megatron_tn.checkpoint.parts import FileRecord, share_of
 from megatron_tn.checkpoint.reshard import Grid
 from megatron_tn.parallel.context import ParallelContext
 
@@ -70,19 +70,45 @@ def _edges(pieces: Sequence[Piece]) -> np.ndarray:
     return found
 
 
-def files_of_rank(directory: Path, rank: int, size: int) -> dict[str, tuple[FileRecord, dict[str, Piece]]]:
-    """Every `size`th file of a checkpoint from the one of number `rank` on: name -> its record and its pieces by key.
+class FileShare(NamedTuple):
+    """Bytes [first, last) of a file. record, pieces by key: of the whole file."""
+
+    record: FileRecord
+    pieces: dict[str, Piece]
+    first: int
+    last: int
+
+    @property
+    def is_whole(self) -> bool:
+        return self.last - self.first == self.record.size
+
+
+def files_of_rank(directory: Path, rank: int, size: int) -> dict[str, FileShare]:
+    """What rank `rank` of `size` reads of a checkpoint, each byte one of them: name -> its share of that file. Every
+    `size`th file from the one of number `rank` on, whole; of fewer files than ranks several ranks share each.
     Collective over `size` ranks, where there are process groups.
 
     Raises:
         ConfigError: on every rank: see `CheckpointManifest.read`.
     """
 
-    def shares() -> list[dict[str, tuple[FileRecord, dict[str, Piece]]]]:
+    def shares() -> list[dict[str, FileShare]]:
         contents = by_file(CheckpointManifest.read(directory))
-        return [{name: contents[name] for name in sorted(contents)[first::size]} for first in range(size)]
+        return [_files_of_rank(contents, each, size) for each in range(size)]
 
     return scattered(shares, rank, size) if dist.is_initialized() else shares()[rank]
+
+
+def _files_of_rank(
+    contents: Mapping[str, tuple[FileRecord, dict[str, Piece]]], rank: int, size: int
+) -> dict[str, FileShare]:
+    names = sorted(contents)
+    if size <= len(names) or not names:
+        return {name: FileShare(*contents[name], 0, contents[name][0].size) for name in names[rank::size]}
+    number, place = divmod(rank, len(names))
+    record, pieces = contents[names[place]]
+    share = FileShare(record, pieces, *share_of(record, number, len(range(place, size, len(names)))))
+    return {names[place]: share} if share.first < share.last else {}
 
 
 def by_file(manifest: CheckpointManifest) -> dict[str, tuple[FileRecord, dict[str, Piece]]]:

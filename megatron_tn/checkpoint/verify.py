@@ -125,6 +125,16 @@ def problems_of_file(
 ) -> list[str]:
     """Problems of one file, of its header and then of its bytes. pieces: key -> the piece that the file should hold
     under it. into: filled with the file's bytes, see `parts.read_file`."""
+    if found := problems_of_header(path, record, pieces):
+        return found
+    try:
+        return problems_of_digest(path, record, digest_of(path, record.sha256, into))
+    except OSError as error:
+        return [f"{path} cannot be read: {error.strerror}"]
+
+
+def problems_of_header(path: Path, record: FileRecord, pieces: Mapping[str, Piece]) -> list[str]:
+    """Problems of a file's header and size."""
     try:
         with closing(TensorFile(path)) as file:
             entries = dict(file.entries)
@@ -140,15 +150,13 @@ def problems_of_file(
             )
     strangers = sorted(key for key in entries.keys() - pieces.keys() if not key.startswith("rng/"))
     found += [f"{path}: {key} belongs to no tensor" for key in strangers]
-    try:
-        if path.stat().st_size != record.size:
-            return [*found, _wrong_size(path, record.size)]
-        digest = digest_of(path, record.sha256, into)
-    except OSError as error:
-        return [*found, f"{path} cannot be read: {error.strerror}"]
-    if digest != record.sha256:
-        found.append(f"{path} is damaged: its sha256 is {digest[:25]}..., but {record.sha256[:25]}... was written")
-    return found
+    return found if path.stat().st_size == record.size else [*found, _wrong_size(path, record.size)]
+
+
+def problems_of_digest(path: Path, record: FileRecord, digest: str) -> list[str]:
+    if digest == record.sha256:
+        return []
+    return [f"{path} is damaged: its sha256 is {digest[:25]}..., but {record.sha256[:25]}... was written"]
 
 
 def _wrong_size(path: Path, size: int) -> str:

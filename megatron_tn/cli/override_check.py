@@ -5,6 +5,7 @@ import fnmatch
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ def check_overrides(line: CommandLine) -> None:
 
 
 def _values(line: CommandLine, override: Override) -> list[str]:
-    """KEY=VALUE for each value of a (swept) override. Raises ConfigError for a sweep without values."""
+    """KEY=VALUE for each value of a (swept) override. Raises ConfigError for a sweep without values, or with a
+    value twice."""
     if not override.is_sweep_override():
         return [override.input_line]
     name = override.input_line.partition("=")[0]
@@ -89,6 +91,10 @@ def _values(line: CommandLine, override: Override) -> list[str]:
             raise ConfigError(f"{override.input_line}: {_first_line(error)}") from None
     if not values:
         raise ConfigError(f"{override.input_line}: there is no value to sweep over")
+    if repeated := [value for value, count in Counter(values).items() if count > 1]:
+        raise ConfigError(
+            f"{override.input_line}: two jobs would have {name}={value}: name it once" for value in repeated
+        )
     return [f"{name}={value}" for value in values]
 
 

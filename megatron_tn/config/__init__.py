@@ -34,6 +34,7 @@ from megatron_tn.config.mapping import (
     known_keys,
     open_new,
     read_mapping,
+    regular,
     replacing,
     save,
     to_mapping,

@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import difflib
+import errno
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -105,12 +107,20 @@ def read_mapping(path: Path) -> dict[str, Any]:
         ConfigError: the file cannot be read, or holds no JSON object.
     """
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(regular(path).read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is damaged: it holds {type(values).__name__}, not settings")
     return values
+
+
+def regular(path: Path) -> Path:
+    """The path, of a regular file or a link to one: who opens a FIFO waits for its other end, and a device may never
+    end. Raises OSError where it is none."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path
 
 
 def save(config: Any, path: Path) -> None:

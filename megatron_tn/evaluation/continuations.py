@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 
 from megatron_tn.evaluation.encoding import encode_text
-from megatron_tn.inference.rows import batches_of, generate_rows
-from megatron_tn.inference.sampler import Plan, Sampler, SamplingRows, sample
+from megatron_tn.inference.rows import generate_shared
+from megatron_tn.inference.sampler import Sampler
 from megatron_tn.inference.uniform import stream_key
 from megatron_tn.model.base import Model
 
@@ -19,17 +19,15 @@ def continue_texts(model: Model, tokenizer: Tokenizer, prompts: Sequence[str], t
     random numbers from the key (0, n) at every call; the generators of the process are left alone. Collective."""
     eos, found = model.config.eos_id, [""] * len(prompts)
     ids = [encode_text(tokenizer, model.config.bos_id, prompt).tolist() for prompt in prompts]
-    plan = Plan.of([SAMPLER], model.config.vocab_size)
-    for batch in batches_of(list(map(len, ids)), ROWS):
-        sampling = SamplingRows(len(batch), model.config.vocab_size, next(model.parameters()).device)
-        for row, number in enumerate(batch):
-            sampling.set(row, SAMPLER, stream_key(0, number), ids[number])
-        rows = generate_rows(
-            model,
-            [ids[number] for number in batch],
-            choose=lambda logits, positions, sampling=sampling: sample(logits, sampling, positions, plan),
-            is_done=lambda row, chosen: chosen[-1] == eos or len(chosen) >= tokens,
-        )
+    keys = [stream_key(0, number) for number in range(len(prompts))]
+    for batch, rows in generate_shared(
+        model,
+        ids,
+        [SAMPLER] * len(ids),
+        keys,
+        is_done=lambda _, chosen: chosen[-1] == eos or len(chosen) >= tokens,
+        rows=ROWS,
+    ):
         for number, chosen in zip(batch, rows, strict=True):
             found[number] = tokenizer.decode(chosen[:-1] if chosen[-1] == eos else chosen)
     return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, found, strict=True)]

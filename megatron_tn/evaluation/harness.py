@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 from megatron_tn.config import ConfigError
 from megatron_tn.evaluation.encoding import encode_pair, encode_text
 from megatron_tn.evaluation.scores import SHORTEST, row_scores
-from megatron_tn.inference.rows import batches_of, generate_rows
-from megatron_tn.inference.sampler import Plan, Sampler, SamplingRows, sample
+from megatron_tn.inference.rows import generate_shared
+from megatron_tn.inference.sampler import Sampler
 from megatron_tn.inference.uniform import stream_key
 from megatron_tn.model.base import Model
 
@@ -26,8 +26,8 @@ class HarnessModel(LM):
     tokens): called after each batch of n requests, of so many tokens. seed: of sampled generation.
 
     Every text begins with the model's bos, once, which is never scored. A text's whole past is seen, however long it
-    is. Collective over the ranks of model.context, of which those with the same parameters generate every text alike;
-    every rank gets all results.
+    is. Collective over the ranks of model.context, of which those with the same parameters share the requests; every
+    rank gets all results.
     """
 
     def __init__(
@@ -75,25 +75,20 @@ class HarnessModel(LM):
             for request in requests
         ]
         prompts = [self._prompt(request.args[0], text.most) for request, text in zip(requests, texts, strict=True)]
-        rows = max(self.options["batch_tokens"] // SHORTEST, 1)
-        for batch in batches_of(list(map(len, prompts)), rows):
-            self._generate([prompts[number] for number in batch], [texts[number] for number in batch], batch)
-            self.options["progress"](len(batch), sum(len(prompts[number]) for number in batch))
-        return [text.found for text in texts]
-
-    def _generate(self, prompts: list[list[int]], texts: list[_Text], numbers: list[int]) -> None:
-        vocab_size = self.model.config.vocab_size
-        sampling = SamplingRows(len(prompts), vocab_size, next(self.model.parameters()).device)
-        for row, (text, number) in enumerate(zip(texts, numbers, strict=True)):
-            sampling.set(row, text.sampler, stream_key(self.seed, number), prompts[row])
-        plan = Plan.of([text.sampler for text in texts], vocab_size)
-        generate_rows(
+        found = [""] * len(texts)
+        for batch, rows in generate_shared(
             self.model,
             prompts,
-            choose=lambda logits, positions: sample(logits, sampling, positions, plan),
-            is_done=lambda row, ids: texts[row].is_done(ids),
+            [text.sampler for text in texts],
+            [stream_key(self.seed, number) for number in range(len(texts))],
+            is_done=lambda number, ids: texts[number].read(ids)[1],
+            rows=max(self.options["batch_tokens"] // SHORTEST, 1),
             window=self.options["window"],
-        )
+        ):
+            for number, ids in zip(batch, rows, strict=True):
+                found[number], _ = texts[number].read(ids)
+            self.options["progress"](len(batch), sum(len(prompts[number]) for number in batch))
+        return found
 
     def _prompt(self, context: str, new: int) -> list[int]:
         """The prompt; its beginning is cut off where a model built for max_length tokens has no room for it."""
@@ -111,15 +106,13 @@ class _Text:
         self.stops = stops
         self.most = most
         self.sampler = sampler
-        self.found = ""
 
-    def is_done(self, ids: list[int]) -> bool:
-        """Whether the text of these ids, which becomes `found`, is at its end."""
+    def read(self, ids: list[int]) -> tuple[str, bool]:
+        """(The text of these ids, whether it is at its end)."""
         ended = ids[-1] == self.eos
         text = self.tokenizer.decode(ids[:-1] if ended else ids)
         places = [place for stop in self.stops if (place := text.find(stop)) >= 0]
-        self.found = text[: min(places)] if places else text
-        return ended or bool(places) or len(ids) >= self.most
+        return text[: min(places, default=None)], ended or bool(places) or len(ids) >= self.most
 
 
 def generation_of(settings: dict[str, Any]) -> tuple[list[str], int, Sampler]:

@@ -5,9 +5,13 @@
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tn.inference.sampler import Plan, Sampler, SamplingRows, sample
 from megatron_tn.model.base import IGNORE, Model
+from megatron_tn.parallel.collectives import all_reduce_, gather_objects
+from megatron_tn.parallel.context import Axis
 
 SPREAD = 64  # tokens by which the prompts of a batch may differ in length
 
@@ -22,6 +26,54 @@ def batches_of(lengths: Sequence[int], rows: int) -> Iterator[list[int]]:
         batch.append(place)
     if batch:
         yield batch
+
+
+def generate_shared(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    samplers: Sequence[Sampler],
+    keys: Sequence[int],
+    *,
+    is_done: Callable[[int, list[int]], bool],
+    rows: int,
+    window: int = 256,
+) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """(Places, the ids that follow the prompt at each) of every batch of up to `rows` prompts, see `batches_of`.
+
+    samplers, keys: of each prompt; a key, `uniform.stream_key`, determines its random numbers. is_done(place, ids):
+    whether a prompt's continuation is at its end.
+    Collective over the ranks of model.context, which all have the same prompts. Of every D batches each of D ranks with
+    the same parameters generates one; then all get the ids of all, which are those of one rank.
+    """
+    share = model.context.data
+    batches = list(batches_of(list(map(len, prompts)), rows))
+    for start in range(0, len(batches), share.size):
+        together = batches[start : start + share.size]
+        mine = together[share.rank] if share.rank < len(together) else []
+        own = [[values[place] for place in mine] for values in (prompts, samplers, keys)]
+        found = _sampled(model, *own, lambda row, ids, mine=mine: is_done(mine[row], ids), window)
+        yield from zip(together, gather_objects(found, share), strict=False)  # the last ranks may have no batch
+
+
+def _sampled(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    samplers: Sequence[Sampler],
+    keys: Sequence[int],
+    is_done: Callable[[int, list[int]], bool],
+    window: int,
+) -> list[list[int]]:
+    sampling = SamplingRows(len(prompts), model.config.vocab_size, next(model.parameters()).device)
+    for row, settings in enumerate(zip(samplers, keys, prompts, strict=True)):
+        sampling.set(row, *settings)
+    plan = Plan.of(samplers, model.config.vocab_size)
+    return generate_rows(
+        model,
+        prompts,
+        choose=lambda logits, positions: sample(logits, sampling, positions, plan),
+        is_done=is_done,
+        window=window,
+    )
 
 
 @torch.inference_mode()
@@ -39,12 +91,18 @@ def generate_rows(
     time; then one token of each row at a time, the prompt's while it lasts and the chosen one after it.
 
     choose(logits [B, V], positions int64 [B] of the tokens that they follow) -> ids [B]; ids of rows whose prompt is
-    not at its end, or that are done, are dropped. Collective over tensor parallelism.
+    not at its end, or that are done, are dropped.
+    Collective over the ranks of model.context. Those with the same parameters have prompts of their own, or none. They
+    run equally many forward passes, since engines gather parameters in these: a rank whose rows are done runs padding.
     """
-    device = next(model.parameters()).device
-    given = min(map(len, prompts)) - 1
+    device, share = next(model.parameters()).device, model.context.data
+    padding = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    given = min(map(len, prompts), default=1) - 1
     state = None
-    for begin in range(0, given, window):
+    for begin in range(0, _most(given, share, device), window):
+        if begin >= given:
+            model(padding, targets=padding, reduction="none", return_state=True)
+            continue
         piece = torch.tensor([prompt[begin : min(begin + window, given)] for prompt in prompts], device=device)
         ignored = torch.full_like(piece, IGNORE)  # no logits are needed
         state = model(piece, targets=ignored, reduction="none", state=state, return_state=True).state
@@ -52,7 +110,10 @@ def generate_rows(
     running = set(range(len(prompts)))
     now = [prompt[given] for prompt in prompts]
     place = given
-    while running:
+    while _most(len(running), share, device):
+        if not running:
+            model(padding, return_state=True)
+            continue
         out = model(torch.tensor(now, device=device).unsqueeze(1), state=state, return_state=True)
         positions = torch.full((len(prompts),), place, device=device)
         state, place = out.state, place + 1
@@ -65,3 +126,10 @@ def generate_rows(
                 if is_done(row, found[row]):
                     running.discard(row)
     return found
+
+
+def _most(count: int, share: Axis, device: torch.device) -> int:
+    """The largest count of the ranks of `share`."""
+    if share.size == 1:
+        return count
+    return int(all_reduce_(torch.tensor(count, device=device), share, dist.ReduceOp.MAX))

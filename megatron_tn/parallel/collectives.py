@@ -9,6 +9,7 @@ On an axis of size 1 each returns its input, so model code needs no branch on tp
 
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,6 +84,15 @@ def all_gather(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(axis.size)]
     dist.all_gather(parts, x.contiguous(), group=axis.group)
     return torch.cat(parts, dim=dim)
+
+
+def gather_objects(value: Any, axis: Axis) -> list[Any]:
+    """Every rank's value, in rank order. Pickle must carry it."""
+    if axis.size == 1:
+        return [value]
+    found: list[Any] = [None] * axis.size
+    dist.all_gather_object(found, value, group=axis.group)
+    return found
 
 
 def gather_parts_(buffers: Sequence[Tensor], axis: Axis) -> None:

@@ -51,7 +51,8 @@ class SafetensorsFile:
 
 
 class PickleFile:
-    """As `SafetensorsFile`, of a file that torch.save wrote; memory-mapped where it has today's zip format."""
+    """As `SafetensorsFile`, of a file that torch.save wrote; memory-mapped where it has today's zip format. Tensors in
+    fp64 are read as fp32."""
 
     def __init__(self, path: Path):
         try:
@@ -71,7 +72,10 @@ class PickleFile:
         if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
             raise ConfigError(f"{path} is damaged: it does not hold a mapping of names to tensors")
         self._tensors: dict[str, Tensor] = tensors
-        self.shapes = {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
+        self.shapes = {
+            name: (torch.float32 if value.dtype == torch.float64 else value.dtype, tuple(value.shape))
+            for name, value in tensors.items()
+        }
 
     def read(self, name: str, rectangle: Rectangle, destination: Tensor) -> None:
         top, bottom, left, right = rectangle

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_tn.config import replacing
+from megatron_tn.config import regular, replacing
 
 TAIL_BYTES = 100_000  # about 300 records
 APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
@@ -65,7 +65,7 @@ class JournalFile:
         with contextlib.suppress(OSError):  # a network file system reports a failed write on close
             self.close()
         try:
-            content = self.path.read_bytes()  # bytes: a truncated line may not be UTF-8
+            content = regular(self.path).read_bytes()  # bytes: a truncated line may not be UTF-8
         except FileNotFoundError:
             return
         kept, later = [], []
@@ -92,9 +92,9 @@ class JournalFile:
 
 def read_records(path: Path, *keys: str, last: int | None = None) -> list[dict[str, Any]]:
     """All complete records of a file, or of its `last` bytes, in the order of writing; empty where there is no file.
-    keys: only records that have one of them; other lines are not parsed."""
+    Raises OSError where it is no regular file. keys: only records that have one of them; other lines are not parsed."""
     found = []
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+    with contextlib.suppress(FileNotFoundError), regular(path).open("rb") as file:
         if last is not None:
             file.seek(max(os.fstat(file.fileno()).st_size - last, 0))
         for line in _lines(file.read(), keys):

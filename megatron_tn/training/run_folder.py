@@ -41,6 +41,7 @@ from megatron_tn.config import (
     open_new,
     read_mapping,
     redacted,
+    regular,
     replacing,
     save,
 )
@@ -275,7 +276,7 @@ def find_checkpoint(path: Path) -> Path | None:
 def _read(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty where the file is absent or unreadable."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        found = json.loads(path.read_text())
+        found = json.loads(regular(path).read_text())
         return found if isinstance(found, dict) else {}
     return {}
 

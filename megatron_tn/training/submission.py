@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from megatron_tn.config import TrainConfig, open_new, save
+from megatron_tn.config import TrainConfig, open_new, regular, save
 from megatron_tn.training.run_folder import RunFolder
 
 
@@ -77,7 +77,7 @@ class Submission:
     def read(self) -> dict[str, Any]:
         """submission.json; empty where it is absent or damaged."""
         try:
-            found = json.loads((self.path / self.RECORD).read_text())
+            found = json.loads(regular(self.path / self.RECORD).read_text())
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}

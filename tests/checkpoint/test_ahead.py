@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tn.checkpoint.ahead import Contents, Holding, ReadAhead
+from megatron_tn.checkpoint.ahead import Contents, Holding, Place, ReadAhead
 from megatron_tn.checkpoint.background import CheckpointWriter
 from megatron_tn.checkpoint.load import load_checkpoint
 from megatron_tn.checkpoint.manifest import MANIFEST, rank_file
@@ -20,6 +20,7 @@ from megatron_tn.engine.build import initialize_engine
 from tests.checkpoint.test_background import content
 from tests.checkpoint.test_save_load import make_engine, reads
 from tests.engine.test_parity import LOCAL
+from tests.helpers.ranks import run_shared
 
 
 @pytest.fixture
@@ -71,6 +72,49 @@ def test_the_disk_is_read_once(engine, checkpoint, verify, digest):
     assert (again / file.name).read_bytes() == file.read_bytes()
 
 
+def read_shares(checkpoint: Path, verify: bool) -> tuple[list[str], int, list[int]]:
+    """On each rank: problems, bytes that it read ahead, and bytes in the memory of each rank, of the one file of
+    `checkpoint`. The load takes them from there, and reads the header alone."""
+    _, engine = make_engine(1, LOCAL)
+    load_checkpoint(engine, checkpoint)
+    wanted, context = values_of(engine), engine.context
+    with reads() as counts:
+        ahead = ReadAhead(context.rank, context.world_size, HostMemory(), verify=verify, pinned=False)
+        ahead.begin(checkpoint)
+        problems = ahead.problems(checkpoint)
+        ahead.memory.join()
+    for values in (values for owned in engine.owned_ranges() for values in owned.values.values()):
+        values.fill_(7)
+    with ahead.contents(checkpoint) as contents:
+        held = [len(data) for _, data in contents[rank_file(0)]]
+        with reads() as more:
+            load_checkpoint(engine, checkpoint, contents)
+    assert all(map(torch.equal, values_of(engine), wanted))
+    assert sum(more) == 8 + int.from_bytes((checkpoint / rank_file(0)).read_bytes()[:8], "little")
+    return problems, sum(counts), held
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_ranks_share_a_file_where_there_are_fewer(engine, tmp_path, monkeypatch, verify):
+    """Each reads and keeps whole parts of it, a third of the bytes."""
+    part = 16 << 10
+    monkeypatch.setattr("megatron_tn.checkpoint.files.PART_BYTES", part)
+    checkpoint = save_checkpoint(engine, tmp_path, step=1, **content(engine.run_config, 1))
+    file = checkpoint / rank_file(0)
+    size, header = file.stat().st_size, int.from_bytes(file.read_bytes()[:8], "little") + 8
+    for problems, read, held in run_shared(3, read_shares, checkpoint, verify):
+        assert problems == []
+        assert read <= size / 3 + part + header
+        assert sum(held) == size
+        assert max(held) <= size / 3 + part
+    with file.open("r+b") as opened:
+        opened.seek(size // 2)
+        opened.write(b"\xff\xfe\xff\xfe")
+    first, *others = [problems for problems, _, _ in run_shared(3, read_shares, checkpoint, verify)]
+    assert others == [[], []]
+    assert [line.partition(" its")[0] for line in first] == [f"{file} is damaged:"] * verify
+
+
 @pytest.mark.parametrize("kept", ["memory", "no memory", "not enough"])
 def test_damage_is_found_wherever_the_bytes_go(checkpoint, monkeypatch, kept):
     file = checkpoint / rank_file(0)
@@ -94,5 +138,5 @@ def test_damage_is_found_wherever_the_bytes_go(checkpoint, monkeypatch, kept):
 
 def test_what_another_machine_holds_is_read_from_the_disk():
     elsewhere = Address(f"/proc/{os.getpid()}/fd/0", "/memfd:megatron_tn-of-another-machine (deleted)")
-    contents = Contents({}, [Holding(elsewhere, {rank_file(1): (0, 4096)})])
+    contents = Contents({}, [Holding(elsewhere, {rank_file(1): Place(0, 0, 4096)})])
     assert contents.get(rank_file(1)) is None

@@ -118,7 +118,7 @@ def test_a_file_in_memory_gives_views(tmp_path, spaces):
     path.write_bytes(struct.pack("<Q", len(header)) + header + values.numpy().tobytes())
     with contextlib.closing(TensorFile(path)) as file:
         assert file.view("a", 0, 20) is None
-    with contextlib.closing(TensorFile(path, content=np.fromfile(path, np.uint8))) as file:
+    with contextlib.closing(TensorFile(path, content=[(0, np.fromfile(path, np.uint8))])) as file:
         assert torch.equal(file.view("a", 3, 10), values[3:13])
 
 

@@ -144,15 +144,32 @@ def test_a_package_of_another_hash_or_without_files_is_refused(tmp_path):
     package = Package("code", "pypi", "1.0", ANY, "free", ("*.txt",))
     wheel(tmp_path / "made_1.0.whl", {"a.md": "text"})
     with pytest.raises(InputError, match=r"packages.made.sha256=000.*: .*made_1.0.whl has sha256 "):
-        packages.fetch("made", package, tmp_path)
+        packages.fetch({"made": package}, tmp_path)
     with pytest.raises(InputError, match=r"packages.made.files=\['\*.txt'\]: no file of made_1.0.whl matches"):
         take("made", package, tmp_path / "made_1.0.whl", tmp_path / "text", 1.0)
 
 
-def test_a_package_that_cannot_be_had_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(packages, "_download", lambda name, package: ["sh", "-c", "echo no such version >&2; exit 1"])
-    with pytest.raises(StageError, match=r"packages.made: version 1.0 cannot be downloaded: no such version"):
-        packages.fetch("made", Package("code", "debian", "1.0", ANY, "free", ("*",)), tmp_path)
+def test_all_packages_that_cannot_be_had_are_named_at_once_with_what_to_do(tmp_path, monkeypatch):
+    """The program's last line, or that there is no such program; a package that can be had is kept."""
+    commands = {
+        "old": ["sh", "-c", "echo no such version >&2; exit 1"],
+        "here": ["sh", "-c", "printf text > here.deb"],
+        "lost": ["no-such-program"],
+    }
+    monkeypatch.setattr(packages, "_command", lambda name, package: commands[name])
+    debian = Package("code", "debian", "1.0", hashlib.sha256(b"text").hexdigest(), "free", ("*",))
+    wanted = {"old": debian, "here": debian, "lost": dataclasses.replace(debian, kind="pypi")}
+    with pytest.raises(StageError) as raised:
+        packages.fetch(wanted, tmp_path)
+    old, lost = str(raised.value).splitlines()
+    by_hand = f"put the file that has sha256 {debian.sha256} at {tmp_path}"
+    advice = f"refresh the package lists with apt-get update, or {by_hand}/old_1.0.deb"
+    assert old == f"packages.old: version 1.0 cannot be downloaded: no such version; {advice}"
+    assert lost.startswith("packages.lost: version 1.0 cannot be downloaded: [Errno 2]")
+    assert lost.endswith(f"'no-such-program'; {by_hand}/lost_1.0.whl")
+    (tmp_path / "old_1.0.deb").write_text("text")
+    (tmp_path / "lost_1.0.whl").write_text("text")
+    assert [path.read_text() for path in packages.fetch(wanted, tmp_path).values()] == ["text"] * 3
 
 
 def test_files_of_an_archive_within_a_debian_package_are_taken(tmp_path):

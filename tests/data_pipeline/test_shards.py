@@ -271,10 +271,6 @@ class Bomb:
         return (open, (str(self.path), "w"))
 
 
-def load_index(path, **sizes):
-    return parse_index(path.read_bytes(), path.name, **sizes)
-
-
 def test_a_pickled_index_is_refused_and_never_run(manifest, tmp_path):
     shard, victim = manifest.shards[0], tmp_path / "victim"
     for save in (
@@ -284,7 +280,7 @@ def test_a_pickled_index_is_refused_and_never_run(manifest, tmp_path):
         path = manifest.directory / shard.index
         save(path)
         with pytest.raises(InputError, match=shard.index):
-            load_index(path, documents=shard.documents, tokens=shard.tokens, size=shard.size, itemsize=2)
+            parse_index(path.read_bytes(), shard, itemsize=2)
         assert verify(manifest)
     assert not victim.exists()
 
@@ -306,7 +302,7 @@ def test_an_index_that_points_outside_is_refused(manifest, change):
     change(index)
     np.save(path, index)
     with pytest.raises(InputError, match=shard.index):
-        load_index(path, documents=shard.documents, tokens=shard.tokens, size=shard.size, itemsize=2)
+        parse_index(path.read_bytes(), shard, itemsize=2)
 
 
 def hostile_tar(path, member, content=None):
@@ -381,8 +377,8 @@ def test_indexes_are_read_by_many_threads_at_once(manifest):
     from concurrent.futures import ThreadPoolExecutor
 
     shard = manifest.shards[0]
-    sizes = {"documents": shard.documents, "tokens": shard.tokens, "size": shard.size, "itemsize": 2}
-    expected = load_index(manifest.directory / shard.index, **sizes)
+    path = manifest.directory / shard.index
+    expected = parse_index(path.read_bytes(), shard, itemsize=2)
     with ThreadPoolExecutor(8) as pool:
-        for index in pool.map(lambda _: load_index(manifest.directory / shard.index, **sizes), range(2000)):
+        for index in pool.map(lambda _: parse_index(path.read_bytes(), shard, itemsize=2), range(2000)):
             assert np.array_equal(index, expected)

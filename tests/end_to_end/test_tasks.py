@@ -50,7 +50,7 @@ def evaluate_on_a_rank(words: list[str]) -> None:
 
 
 def test_in_training_from_a_checkpoint_split_in_two_and_from_an_export(shards, folder, tmp_path):
-    """ZeRO 3 gathers parameters in the forward pass, so both ranks score all documents."""
+    """ZeRO 3 gathers parameters in the forward pass, so a rank without requests of its own runs padding."""
     run = tmp_path / "run"
     settings = (f"evaluation.tasks={TASKS}", f"evaluation.task_folder={folder}", "evaluation.every=2", "engine=zero3")
     train_forked(2, *FP32, *settings, f"data.manifest={shards}", f"run_dir={run}")

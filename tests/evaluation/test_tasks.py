@@ -4,6 +4,7 @@ import dataclasses
 import math
 import random
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -104,24 +105,30 @@ def test_likelihood_and_perplexity(scores, model, tokenizer):
     assert scores["our_wikitext"]["bits_per_byte"] == pytest.approx(-nats / size / math.log(2), 1e-5)
 
 
-def test_generation(model, tokenizer, folder):
+CONTEXTS = [f"Question: {d['question']}\nAnswer:" for d in TASKS["our_gsm8k"][1]]
+
+
+def requests() -> list:
+    """Each context, continued by greedy decoding and by sampling."""
     from lm_eval.api.instance import Instance
 
-    from megatron_tn.evaluation.harness import HarnessModel
-
-    contexts = [f"Question: {d['question']}\nAnswer:" for d in TASKS["our_gsm8k"][1]]
     greedy = {"until": ["sat", "\n"], "max_gen_toks": 15, "do_sample": False}
     sampled = {"do_sample": True, "temperature": 0.7, "top_k": 20, "max_gen_toks": 15, "until": []}
-    both = [(context, settings) for settings in (greedy, sampled) for context in contexts]
-    requests = [Instance("generate_until", {}, arguments, index) for index, arguments in enumerate(both)]
-    found = HarnessModel(model, tokenizer, window=5).generate_until(requests)
-    for context, text in zip(contexts, found, strict=False):
+    both = [(context, settings) for settings in (greedy, sampled) for context in CONTEXTS]
+    return [Instance("generate_until", {}, arguments, index) for index, arguments in enumerate(both)]
+
+
+def test_generation(model, tokenizer, folder):
+    from megatron_tn.evaluation.harness import HarnessModel
+
+    found = HarnessModel(model, tokenizer, window=5).generate_until(requests())
+    for context, text in zip(CONTEXTS, found, strict=False):
         prompt = [CONFIG.bos_id, *tokenizer.encode(context, add_special_tokens=False).ids]
         (ids,) = generate(model, [prompt], max_new_tokens=15, sampler=Sampler(temperature=0))
         alone = tokenizer.decode(ids)
         assert text == alone.partition("sat")[0].partition("\n")[0]
-    assert HarnessModel(model, tokenizer, batch_tokens=64).generate_until(requests) == found
-    assert len(set(found[len(contexts) :])) == len(contexts)
+    assert HarnessModel(model, tokenizer, batch_tokens=64).generate_until(requests()) == found
+    assert len(set(found[len(CONTEXTS) :])) == len(CONTEXTS)
 
 
 def test_scores_depend_neither_on_the_batch_nor_on_the_window(scores, model, tokenizer, folder):
@@ -131,17 +138,33 @@ def test_scores_depend_neither_on_the_batch_nor_on_the_window(scores, model, tok
             assert other[name] == pytest.approx(values, abs=1e-5, rel=1e-5), (name, options)
 
 
-def on_ranks(tokenizer: str, folder: str, tp: int) -> dict[str, dict[str, float]]:
+def generated(model: Model, tokenizer: Tokenizer) -> tuple[list[str], int]:
+    """Texts of `requests` from batches of three rows, one batch more than two ranks can share; and forward passes."""
+    from megatron_tn.evaluation.harness import HarnessModel
+
+    with mock.patch.object(model, "forward", wraps=model.forward) as forward:
+        texts = HarnessModel(model, tokenizer, batch_tokens=3 * 64, window=5).generate_until(requests())
+    return texts, forward.call_count
+
+
+def on_ranks(tokenizer: str, folder: str, tp: int) -> tuple[dict[str, dict[str, float]], list[str], int]:
     model = build_model(CONFIG, ParallelContext.create(tp))
     initialize(model, 1)
-    return run_tasks(model, read_tokenizer(Path(tokenizer)), load_tasks(NAMES, folder), batch_tokens=512)
+    read = read_tokenizer(Path(tokenizer))
+    return run_tasks(model, read, load_tasks(NAMES, folder), batch_tokens=512), *generated(model, read)
 
 
 @pytest.mark.parametrize("tp", [2, 1], ids="tp={}".format)
-def test_ranks_score_as_one(scores, tokenizer, folder, tmp_path, tp):
+def test_ranks_score_as_one(scores, model, tokenizer, folder, tmp_path, tp):
+    """Data-parallel ranks share the generation of texts, in equally many forward passes: the texts are those of one."""
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    for found in run_ranks(2, on_ranks, str(tmp_path / "tokenizer.json"), str(folder), tp):
-        assert found == {name: pytest.approx(values, abs=1e-4, rel=1e-4) for name, values in scores.items()}
+    alone, alone_passes = generated(model, tokenizer)
+    found = run_ranks(2, on_ranks, str(tmp_path / "tokenizer.json"), str(folder), tp)
+    for own, texts, passes in found:
+        assert own == {name: pytest.approx(values, abs=1e-4, rel=1e-4) for name, values in scores.items()}
+        assert texts == (alone if tp == 1 else found[0][1])
+        assert passes == found[0][2]
+        assert passes < alone_passes if tp == 1 else passes == alone_passes
 
 
 def test_few_shot_examples_are_the_same_each_time_and_random_states_stay(scores, model, tokenizer, folder):

@@ -1,7 +1,9 @@
 """launch.status: what it says of runs that train, wait, failed and fell silent."""
 
+import contextlib
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -99,11 +101,30 @@ def test_a_task_of_a_sweep_has_its_own_job(tmp_path):
     ]
 
 
-def test_a_damaged_run_has_a_row(tmp_path):
-    for name in ("config.json", "status.json", "log.jsonl", "requeues.log", "job.json"):
-        (tmp_path / name).write_bytes(b'\xff{"step":\0 [')
-    row = row_of(RunFolder(tmp_path), [], NOW)
-    assert (row["state"], row["step"], row["restarts"]) == ("not started", "0", "1")
+OTHERS = ("config.json", "status.json", "requeues.log", "job.json", "submitted/a/submission.json")
+
+
+@pytest.mark.parametrize("make", [lambda file: file.write_bytes(b'\xff{"step":\0 ['), os.mkfifo], ids=["bytes", "fifo"])
+def test_a_damaged_run_has_a_row(make, tmp_path):
+    """Also where a file is a FIFO, whose reader would wait for a writer."""
+    (tmp_path / "submitted/a").mkdir(parents=True)
+    for name in OTHERS:
+        make(tmp_path / name)
+    (tmp_path / "log.jsonl").write_bytes(b'\xff{"step":\0 [')
+    with no_waiting():
+        row = row_of(RunFolder(tmp_path), [], NOW)
+    assert (row["state"], row["step"]) == ("not started", "0")
+
+
+@contextlib.contextmanager
+def no_waiting():
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
+    signal.alarm(20)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_the_end_of_a_long_journal_is_read(run):
@@ -125,14 +146,20 @@ def test_the_command_line(run, tmp_path, monkeypatch, capsys):
     other = RunFolder(tmp_path / "runs/deep/er")
     other.freeze(TrainConfig(), None)
     other.journal.append([{"step": "two", "step_seconds": None, "time": NOW}])
-    assert list(runs_below(tmp_path)) == [other.path, run.path]
-    assert call(main, str(tmp_path / "runs")) == 0
+    piped = RunFolder(tmp_path / "runs/piped")
+    piped.freeze(TrainConfig(), None)
+    os.mkfifo(piped.journal.path)
+    assert list(runs_below(tmp_path)) == [other.path, run.path, piped.path]
+    with no_waiting():
+        assert call(main, str(tmp_path / "runs")) == 0
     said = capsys.readouterr().out
     assert all(title in said for title in TITLES)
     assert str(run) in said
     assert str(other) in said
     assert call(main, str(tmp_path / "runs"), "--wide") == 0
-    assert "state: a file of it cannot be read: TypeError" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "state: a file of it cannot be read: TypeError" in said
+    assert f"OSError: [Errno 22] not a regular file: '{piped.journal.path}'" in said
     squeue = tmp_path / "bin/squeue"
     squeue.parent.mkdir()
     squeue.write_text(SQUEUE.format(run=run))

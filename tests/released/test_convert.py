@@ -179,10 +179,10 @@ def test_an_import_that_was_killed_is_made_again_by_one_process(tmp_path, capsys
     assert call(convert, "import", *words) == 2
 
 
-def as_pickle(folder: Path, split: bool, **options) -> Path:
+def as_pickle(folder: Path, split: bool, dtype: torch.dtype = torch.float32, **options) -> Path:
     """The export in `folder` with its weights as torch.save writes them, in one file or by an index."""
     file = folder / "model.safetensors"
-    weights = load_file(file)
+    weights = {name: weight.to(dtype) for name, weight in load_file(file).items()}
     file.unlink()
     parts = {"pytorch_model.bin": list(weights)}
     if split:
@@ -197,13 +197,16 @@ def as_pickle(folder: Path, split: bool, **options) -> Path:
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "index"])
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before 1.6"])
-def test_old_weight_files_are_read(tmp_path, capsys, split, zipped):
-    folder = as_pickle(export_of(tmp_path / "old"), split, _use_new_zipfile_serialization=zipped)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_old_weight_files_are_read(tmp_path, capsys, split, zipped, dtype):
+    """As fp32, into which fp64 tensors are rounded."""
+    folder = as_pickle(export_of(tmp_path / "old"), split, dtype, _use_new_zipfile_serialization=zipped)
     tokens, _ = random_batch(1, 9)
     wanted = reference_model(TINY, 1, torch.float32)(tokens).logits
     assert torch.equal(load_pretrained(folder)(tokens).logits, wanted)
     assert call(convert, "export", f"checkpoint={folder}", f"output={tmp_path / 'new'}") == 0
     assert torch.equal(load_pretrained(tmp_path / "new")(tokens).logits, wanted)
+    assert {weight.dtype for weight in load_file(tmp_path / "new/model.safetensors").values()} == {torch.float32}
 
 
 class Harm:

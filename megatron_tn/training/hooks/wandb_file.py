@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_tn.config import regular
+
 FILE_HEADER, RECORD_HEADER, BLOCK = 7, 7, 32 * 1024
 WHOLE, FIRST, LAST = 1, 2, 4
 MAGIC = b":W&B"  # a file begins with it
@@ -25,7 +27,7 @@ def last_step_in(folder: Path, run_id: str) -> int:
     found = 0
     # [offline-]run-TIME-ID, and run-TIME-ID-1 where two processes began in the same second
     for path in folder.glob(f"*run-*/run-{run_id}.wandb"):
-        for message, _ in messages(path.read_bytes()):
+        for message, _ in messages(regular(path).read_bytes()):
             with contextlib.suppress(Exception):  # of protobuf or json, or no number
                 for item in Record.FromString(message).history.item:
                     if item.key == "_step" or list(item.nested_key) == ["_step"]:
@@ -39,7 +41,7 @@ def mend_files(folder: Path) -> None:
     come to the files of the run's later starts. No process may be writing to a file: it would go on behind the cut."""
     for path in folder.glob("offline-run-*/*.wandb"):
         with contextlib.suppress(OSError):
-            content = path.read_bytes()
+            content = regular(path).read_bytes()
             if not MAGIC.startswith(content[: len(MAGIC)]):
                 continue
             ends = [end for _, end in messages(content)]
