@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -25,6 +26,9 @@ def fetch(packages: Mapping[str, Package], folder: Path) -> dict[str, Path]:
     """name -> the package's file in `folder`, downloaded if it is not there. All packages are tried. Raises InputError,
     where the hash of a file is another, or StageError, with a line for each package that cannot be had."""
     found, wrong, missing = {}, [], []
+    of_debian = [name for name, package in packages.items() if package.kind == "debian"]
+    if of_debian and shutil.which("dpkg-deb") is None:
+        raise InputError(f"packages.{of_debian[0]}.kind=debian needs the program dpkg-deb, which is not on PATH")
     for name, package in packages.items():
         path = folder / package.file_name(name)
         if not path.exists() and (why := _download(name, package, path)):

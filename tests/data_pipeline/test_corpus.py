@@ -156,6 +156,7 @@ def test_all_packages_that_cannot_be_had_are_named_at_once_with_what_to_do(tmp_p
         "here": ["sh", "-c", "printf text > here.deb"],
         "lost": ["no-such-program"],
     }
+    monkeypatch.setattr(packages.shutil, "which", lambda name: name)
     monkeypatch.setattr(packages, "_command", lambda name, package: commands[name])
     debian = Package("code", "debian", "1.0", hashlib.sha256(b"text").hexdigest(), "free", ("*",))
     wanted = {"old": debian, "here": debian, "lost": dataclasses.replace(debian, kind="pypi")}
@@ -170,6 +171,9 @@ def test_all_packages_that_cannot_be_had_are_named_at_once_with_what_to_do(tmp_p
     (tmp_path / "old_1.0.deb").write_text("text")
     (tmp_path / "lost_1.0.whl").write_text("text")
     assert [path.read_text() for path in packages.fetch(wanted, tmp_path).values()] == ["text"] * 3
+    monkeypatch.setattr(packages.shutil, "which", lambda name: None)
+    with pytest.raises(InputError, match=r"packages\.\w+\.kind=debian needs the program dpkg-deb"):
+        packages.fetch(wanted, tmp_path)
 
 
 def test_files_of_an_archive_within_a_debian_package_are_taken(tmp_path):
