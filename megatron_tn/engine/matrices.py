@@ -39,6 +39,11 @@ class Matrix(NamedTuple):
     starts: tuple[int, ...]
     dim: int
 
+    @property
+    def cut_along_columns(self) -> bool:
+        """Whether the concatenation of its flattened parts is not the flattened matrix."""
+        return self.dim == 1 and len(self.sizes) > 1
+
 
 def matrices_of(name: str, spec: ShardSpec, tp: int, *, heads_apart: bool) -> list[Matrix]:
     """The logical matrices of a parameter: one, or one for each block of a packed projection; with `heads_apart` one
@@ -72,19 +77,19 @@ def matrices_of(name: str, spec: ShardSpec, tp: int, *, heads_apart: bool) -> li
     return found
 
 
-def block_matrices(config: ModelConfig, *, heads_apart: bool) -> list[Matrix]:
-    """All logical matrices that Muon updates, of a model without tensor parallelism."""
+def block_matrices(config: ModelConfig, tp: int = 1, *, heads_apart: bool) -> list[Matrix]:
+    """All logical matrices of a model that Muon updates."""
     specs = build_model(config, None, "meta").shard_specs().items()
     chosen = ((name, spec) for name, spec in specs if is_block_matrix(name, len(spec.shape)))
-    return [matrix for name, spec in chosen for matrix in matrices_of(name, spec, 1, heads_apart=heads_apart)]
+    return [matrix for name, spec in chosen for matrix in matrices_of(name, spec, tp, heads_apart=heads_apart)]
 
 
 def shared_out(matrices: Sequence[Matrix], ranks: int) -> list[list[Matrix]]:
     """Each rank's matrices, ordered by shape: every matrix, the costliest first, goes to the rank with the least work
-    so far."""
+    so far. Of a shape those that are cut along columns are last."""
     found: list[list[Matrix]] = [[] for _ in range(ranks)]
     least = [(0, rank) for rank in range(ranks)]  # a heap of (work, rank)
-    for matrix in sorted(matrices, key=lambda matrix: (-flops(matrix.shape), matrix.shape)):
+    for matrix in sorted(matrices, key=lambda matrix: (-flops(matrix.shape), matrix.shape, matrix.cut_along_columns)):
         work, rank = least[0]
         heapq.heapreplace(least, (work + flops(matrix.shape), rank))
         found[rank].append(matrix)

@@ -1,13 +1,14 @@
 """Brings parts of matrices together and the results back, for an optimizer that needs whole matrices (Muon).
 
-In a round every rank gets its matrices by one all-to-all, and returns the results by another. A rank's matrices of a
-round have one shape, so that they are one batch.
+In a round every rank gets what it lacks of its matrices by one all-to-all, and returns the results by another. A rank's
+matrices of a round have one shape, so that they are one batch; what it holds of them itself is written to the batch,
+and read from it, in place.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from megatron_tn.engine.matrices import Matrix, batches, matrices_of, shared_out
 from megatron_tn.engine.shards import Placement, Shards
 from megatron_tn.optim.groups import is_block_matrix
-from megatron_tn.optim.muon import MatrixPart
+from megatron_tn.optim.muon import Buffers, MatrixSpan
 from megatron_tn.parallel.context import Axis
 from megatron_tn.parallel.sharding import ShardSpec
 
@@ -51,46 +52,42 @@ def matrix_rounds(shards: Shards, specs: Mapping[str, ShardSpec], tp: Axis, *, h
     specs: parameter name -> its split over tensor parallelism, in the same order on every rank. heads_apart: see
     `matrices_of`. Every rank knows which rank updates which matrix, and tells it which pieces of it to expect.
     """
-    axis = _ranks(tp, shards.sharded_over)
+    axis, device = _ranks(tp, shards.sharded_over), shards.masters[0].device
     named = [(name, spec) for name, spec in specs.items() if is_block_matrix(name, len(spec.shape))]
     by_name: dict[str, list[Placement]] = {name: [] for name, _ in named}
     for place in shards.placements:
         if place.name in by_name:
             by_name[place.name].append(place)
     matrices = [m for name, spec in named for m in matrices_of(name, spec, tp.size, heads_apart=heads_apart)]
+    pieces = {matrix: pieces_of(matrix, by_name[matrix.name], tp.rank) for matrix in matrices}
     shares = shared_out(matrices, axis.size)
-    sent = [[pieces_of(matrix, by_name[matrix.name], tp.rank) for matrix in share] for share in shares]
-    received = _told(sent, axis, shards.masters[0].device)
-    of_ranks = [_rounds(share) for share in shares]
-    found = []
-    for number in range(max(map(len, of_ranks))):
-        of_round = [rounds[number] if number < len(rounds) else slice(0, 0) for rounds in of_ranks]
-        mine = of_round[axis.rank]
+    received = _told([[pieces[matrix] for matrix in share] for share in shares], axis, device)
+    of_ranks = [batches(share) for share in shares]
+    found, first = [], 0
+    for of_round in itertools.zip_longest(*of_ranks, fillvalue=()):
+        last = first + len(of_round[axis.rank])
         found.append(
             Round(
-                shares[axis.rank][mine],
-                [list(itertools.chain(*pieces[rows])) for pieces, rows in zip(sent, of_round, strict=True)],
-                [[(row - mine.start, *at) for row, *at in rows if mine.start <= row < mine.stop] for rows in received],
+                of_round[axis.rank],
+                [[pieces[matrix] for matrix in part] for part in of_round],
+                [[(row - first, *at) for row, *at in rows if first <= row < last] for rows in received],
                 shards.masters,
                 axis,
             )
         )
+        first = last
     return found
-
-
-def _rounds(share: Sequence[Matrix]) -> list[slice]:
-    """For each round of a rank, the slice of its matrices `share` that the round updates."""
-    edges = itertools.accumulate(map(len, batches(share)), initial=0)
-    return [slice(*pair) for pair in itertools.pairwise(edges)]
 
 
 def _told(sent: Sequence[Sequence[Sequence[Piece]]], axis: Axis, device: torch.device) -> list[list[list[int]]]:
     """Exchange what the ranks send each other. sent[n]: this rank's pieces of each matrix that rank n updates. Returns
-    for every rank its pieces of the matrices that this rank updates: [index of the matrix, offset, length] each.
+    for every other rank its pieces of the matrices that this rank updates: [index of the matrix, offset, length] each.
     Collective."""
     rows = [
         [[index, piece.offset, piece.length] for index, pieces in enumerate(share) for piece in pieces]
-        for share in sent
+        if rank != axis.rank
+        else []
+        for rank, share in enumerate(sent)
     ]
     if axis.size == 1:
         return rows
@@ -112,73 +109,118 @@ def _ranks(tp: Axis, sharded_over: Axis) -> Axis:
     return Axis(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
 
 
+class Run(NamedTuple):
+    """`length` elements from `first` on in one flat tensor, and from `second` on in another. key: names the tensors."""
+
+    key: Hashable
+    first: int
+    second: int
+    length: int
+
+
+def merged(runs: Iterable[Run]) -> list[Run]:
+    """Joins runs of one key that follow each other in both tensors."""
+    found: list[Run] = []
+    for run in runs:
+        before = found[-1] if found else None
+        if before and run[:3] == (before.key, before.first + before.length, before.second + before.length):
+            found[-1] = before._replace(length=before.length + run.length)
+        else:
+            found.append(run)
+    return found
+
+
 class Round:
     """See `optim.muon.MatrixRound`.
 
-    mine: the matrices that this rank updates, of one shape. sent: of each rank, this rank's pieces of the matrices that
-    it updates. received: of each rank, its pieces of `mine`: (row of the matrix, offset, length) each.
+    mine: the matrices that this rank updates, of one shape, those cut along columns last. sent: of each rank, this
+    rank's pieces of each matrix that it updates. received: of each other rank, its pieces of `mine`: (row of the
+    matrix, offset, length) each.
     """
 
     def __init__(
         self,
         mine: Sequence[Matrix],
-        sent: Sequence[Sequence[Piece]],
+        sent: Sequence[Sequence[Sequence[Piece]]],
         received: Sequence[Sequence[tuple[int, int, int]]],
         masters: Sequence[Tensor],
         axis: Axis,
     ):
         self.axis = axis
         self.device = masters[0].device
-        self.mine = mine
-        self.sent = [sum(piece.length for piece in part) for part in sent]
-        self.received = [sum(length for _, _, length in part) for part in received]
-        self.parts = [
-            MatrixPart(masters[piece.master], piece.start, piece.start + piece.length, piece.matrix.shape)
-            for part in sent
-            for piece in part
+        self.shape = (len(mine), *(mine[0].shape if mine else (0, 0)))
+        self.whole = sum(not matrix.cut_along_columns for matrix in mine)
+        self.widths = [size // mine[-1].shape[0] for size in mine[-1].sizes] if self.whole < len(mine) else []
+        elements = self.shape[1] * self.shape[2]
+        kept = [(row * elements, piece) for row, pieces in enumerate(sent[axis.rank]) for piece in pieces]
+        given = [
+            [piece for pieces in share for piece in pieces] if rank != axis.rank else []
+            for rank, share in enumerate(sent)
         ]
-        self.places = [(row, start, start + length) for part in received for row, start, length in part]
+        self.sent = [sum(piece.length for piece in part) for part in given]
+        self.received = [sum(length for *_, length in part) for part in received]
+        # first: position in the master. second: in this rank's matrices, or in what it sends.
+        self.kept = merged(
+            Run((piece.master, piece.matrix.shape), piece.start, start + piece.offset, piece.length)
+            for start, piece in kept
+        )
+        flat = list(itertools.chain(*given))
+        ends = itertools.accumulate((piece.length for piece in flat), initial=0)
+        self.given = merged(
+            Run((piece.master, piece.matrix.shape), piece.start, at, piece.length)
+            for piece, at in zip(flat, ends, strict=False)
+        )
+        # first: position in what this rank receives. second: in its matrices.
+        flat = list(itertools.chain(*received))
+        ends = itertools.accumulate((length for *_, length in flat), initial=0)
+        self.taken = merged(
+            Run(None, at, row * elements + offset, length)
+            for (row, offset, length), at in zip(flat, ends, strict=False)
+        )
+        self.spans = [
+            MatrixSpan(masters[master], run.first, run.first + run.length, shape)
+            for run in (*self.kept, *self.given)
+            for master, shape in [run.key]
+        ]
 
-    def send_buffer(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-        if self.axis.size == 1:
-            return self._empty(dtype)
-        buffer = torch.empty(sum(self.sent), dtype=dtype, device=self.device)
-        return buffer, list(buffer.split([part.stop - part.start for part in self.parts]))
+    def buffers(self, dtype: torch.dtype) -> tuple[Buffers, list[Tensor]]:
+        matrices = torch.empty(self.shape, dtype=dtype, device=self.device)
+        sent = torch.empty(sum(self.sent), dtype=dtype, device=self.device)
+        return Buffers(matrices, sent), self._places(matrices.view(-1), sent)
 
-    def _empty(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-        """This rank's matrices, flat, uninitialised, and the place of each received piece in them."""
-        rows, columns = self.mine[0].shape if self.mine else (0, 0)
-        flat = torch.empty(len(self.mine), rows * columns, dtype=dtype, device=self.device)
-        return flat, [flat[row, start:stop] for row, start, stop in self.places]
+    def _places(self, matrices: Tensor, others: Tensor) -> list[Tensor]:
+        """The elements of each span in this rank's matrices, flattened, or among those of other ranks' matrices."""
+        kept = [matrices[run.second : run.second + run.length] for run in self.kept]
+        return kept + [others[run.second : run.second + run.length] for run in self.given]
 
-    def gather(self, buffer: Tensor) -> Tensor:
-        flat = buffer
+    def gather(self, buffers: Buffers) -> Tensor:
+        matrices, sent = buffers
         if self.axis.size > 1:
-            flat, places = self._empty(buffer.dtype)
-            received = self._exchange(buffer, self.received, self.sent)
-            _copy(places, received.split([len(place) for place in places]))
-        rows, columns = self.mine[0].shape if self.mine else (0, 0)
-        matrices = flat.view(len(self.mine), rows, columns)
-        for matrix, whole in zip(self.mine, matrices, strict=True):
-            if matrix.dim == 1 and len(matrix.sizes) > 1:
-                parts = whole.view(-1).split(matrix.sizes)
-                whole.copy_(torch.cat([part.view(rows, -1) for part in parts], dim=1))
+            received = self._exchange(sent, self.received, self.sent)
+            _copy(
+                [matrices.view(-1)[run.second : run.second + run.length] for run in self.taken],
+                [received[run.first : run.first + run.length] for run in self.taken],
+            )
+        if self.widths:
+            cut = matrices[self.whole :]
+            parts = cut.flatten(1).split([self.shape[1] * width for width in self.widths], dim=1)
+            cut.copy_(torch.cat([part.unflatten(1, (self.shape[1], -1)) for part in parts], dim=2))
         return matrices
 
     def scatter(self, matrices: Tensor) -> list[Tensor]:
-        flat = []
-        for matrix, whole in zip(self.mine, matrices, strict=True):
-            if matrix.dim == 1 and len(matrix.sizes) > 1:
-                widths = [size // matrix.shape[0] for size in matrix.sizes]
-                whole = torch.cat([part.reshape(-1) for part in whole.split(widths, dim=1)])
-            flat.append(whole.reshape(-1))
-        values = [flat[row][start:stop] for row, start, stop in self.places]
-        if self.axis.size == 1:
-            return values
-        packed = torch.empty(sum(self.received), dtype=matrices.dtype, device=self.device)
-        _copy(packed.split([len(value) for value in values]), values)
-        lengths = [part.stop - part.start for part in self.parts]
-        return list(self._exchange(packed, self.sent, self.received).split(lengths))
+        matrices = matrices.contiguous()
+        if self.widths:
+            cut = matrices[self.whole :]
+            cut.flatten(1).copy_(torch.cat([part.flatten(1) for part in cut.split(self.widths, dim=2)], dim=1))
+        flat, others = matrices.view(-1), matrices.new_empty(0)
+        if self.axis.size > 1:
+            packed = matrices.new_empty(sum(self.received))
+            _copy(
+                [packed[run.first : run.first + run.length] for run in self.taken],
+                [flat[run.second : run.second + run.length] for run in self.taken],
+            )
+            others = self._exchange(packed, self.sent, self.received)
+        return self._places(flat, others)
 
     def _exchange(self, packed: Tensor, received: list[int], sent: list[int]) -> Tensor:
         """All-to-all: sent[n] elements of `packed` go to rank n; received[n] come from it."""
