@@ -1,8 +1,8 @@
 """The logical matrices of an optimizer that needs them whole (Muon), and the rank that updates each.
 
 Tensor parallelism gives a rank rows or columns of a logical matrix; ZeRO and FSDP2 give it an element range of that.
-Each matrix is assigned to one of the ranks that hold parts of it, so that no rank repeats another's work.
-`engine.matrix_rounds` brings it there.
+Each matrix is assigned to one rank, so that no rank repeats another's work: to the one that holds most of it, where
+that leaves the work as evenly shared. `engine.matrix_rounds` brings it there.
 
 Where every data-parallel rank holds all masters (engine=local, zero0), each of them updates all matrices, as it updates
 all elements; the matrices are shared out over tensor-parallel ranks.
@@ -11,7 +11,7 @@ all elements; the matrices are shared out over tensor-parallel ranks.
 import heapq
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,6 +43,13 @@ class Matrix(NamedTuple):
     def cut_along_columns(self) -> bool:
         """Whether the concatenation of its flattened parts is not the flattened matrix."""
         return self.dim == 1 and len(self.sizes) > 1
+
+
+class Held(NamedTuple):
+    """The most elements of a matrix that one rank holds, and the first rank that holds so many."""
+
+    elements: int
+    rank: int
 
 
 def matrices_of(name: str, spec: ShardSpec, tp: int, *, heads_apart: bool) -> list[Matrix]:
@@ -84,16 +91,53 @@ def block_matrices(config: ModelConfig, tp: int = 1, *, heads_apart: bool) -> li
     return [matrix for name, spec in chosen for matrix in matrices_of(name, spec, tp, heads_apart=heads_apart)]
 
 
-def shared_out(matrices: Sequence[Matrix], ranks: int) -> list[list[Matrix]]:
-    """Each rank's matrices, ordered by shape: every matrix, the costliest first, goes to the rank with the least work
-    so far. Of a shape those that are cut along columns are last."""
+def shared_out(matrices: Sequence[Matrix], ranks: int, held: Mapping[Matrix, Held] | None = None) -> list[list[Matrix]]:
+    """Each rank's matrices, ordered by shape.
+
+    How many it has of a shape: each matrix, the costliest first, counts for the rank with the least work so far. Which
+    of them: those of which it holds most (`held`), as far as it may have so many; others go to the first rank after the
+    one that holds most, which may have more.
+    """
     found: list[list[Matrix]] = [[] for _ in range(ranks)]
     least = [(0, rank) for rank in range(ranks)]  # a heap of (work, rank)
-    for matrix in sorted(matrices, key=lambda matrix: (-flops(matrix.shape), matrix.shape, matrix.cut_along_columns)):
-        work, rank = least[0]
-        heapq.heapreplace(least, (work + flops(matrix.shape), rank))
-        found[rank].append(matrix)
+    of_shape: dict[tuple[int, int], list[Matrix]] = {}
+    for matrix in sorted(matrices, key=lambda matrix: matrix.cut_along_columns):
+        of_shape.setdefault(matrix.shape, []).append(matrix)
+    for shape, members in sorted(of_shape.items(), key=lambda item: (-flops(item[0]), item[0])):
+        cost, counts = flops(shape), [0] * ranks
+        for _ in members:
+            work, rank = least[0]
+            heapq.heapreplace(least, (work + cost, rank))
+            counts[rank] += 1
+        owners = _owners(held or dict.fromkeys(members, Held(0, 0)), members, counts)
+        for matrix in members:
+            found[owners[matrix]].append(matrix)
     return found
+
+
+def _owners(held: Mapping[Matrix, Held], matrices: Sequence[Matrix], counts: Sequence[int]) -> dict[Matrix, int]:
+    """The rank that updates each of `matrices`; counts: of each rank."""
+    found, left = {}, list(counts)
+    ordered = sorted(matrices, key=lambda matrix: -held[matrix].elements)
+    for matrix in ordered:
+        if left[held[matrix].rank]:
+            left[held[matrix].rank] -= 1
+            found[matrix] = held[matrix].rank
+    following = list(range(len(left)))  # for each rank, the first from it on that may have more
+    for matrix in ordered:
+        if matrix not in found:
+            rank = following[held[matrix].rank]
+            while not left[rank]:
+                rank = (rank + 1) % len(left)
+            following[held[matrix].rank] = rank
+            left[rank] -= 1
+            found[matrix] = rank
+    return found
+
+
+def stays(matrix: Matrix, held: Held, rank: int) -> bool:
+    """Whether no other rank holds elements of `matrix`, which `rank` updates."""
+    return held == (math.prod(matrix.shape), rank)
 
 
 def products_of(matrices: Sequence[Matrix], dtype: torch.dtype) -> dict[int, int]:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tn.engine.matrices import Matrix, batches, matrices_of, shared_out
+from megatron_tn.engine.matrices import Held, Matrix, batches, matrices_of, shared_out, stays
 from megatron_tn.engine.shards import Placement, Shards
 from megatron_tn.optim.groups import is_block_matrix
 from megatron_tn.optim.muon import Buffers, MatrixSpan
@@ -60,7 +60,8 @@ def matrix_rounds(shards: Shards, specs: Mapping[str, ShardSpec], tp: Axis, *, h
             by_name[place.name].append(place)
     matrices = [m for name, spec in named for m in matrices_of(name, spec, tp.size, heads_apart=heads_apart)]
     pieces = {matrix: pieces_of(matrix, by_name[matrix.name], tp.rank) for matrix in matrices}
-    shares = shared_out(matrices, axis.size)
+    held = _most_held(pieces, axis, device)
+    shares = shared_out(matrices, axis.size, held)
     received = _told([[pieces[matrix] for matrix in share] for share in shares], axis, device)
     of_ranks = [batches(share) for share in shares]
     found, first = [], 0
@@ -73,10 +74,24 @@ def matrix_rounds(shards: Shards, specs: Mapping[str, ShardSpec], tp: Axis, *, h
                 [[(row - first, *at) for row, *at in rows if first <= row < last] for rows in received],
                 shards.masters,
                 axis,
+                exchanged=not all(stays(m, held[m], rank) for rank, part in enumerate(of_round) for m in part),
             )
         )
         first = last
     return found
+
+
+def _most_held(pieces: Mapping[Matrix, Sequence[Piece]], axis: Axis, device: torch.device) -> dict[Matrix, Held]:
+    """pieces: this rank's of each matrix. Collective."""
+    held = [sum(piece.length for piece in parts) for parts in pieces.values()]
+    # Elements and rank in one number, whose maximum over ranks is that of the first rank with most elements.
+    codes = torch.tensor(held, dtype=torch.int64, device=device) * axis.size + axis.size - 1 - axis.rank
+    if axis.size > 1:
+        dist.all_reduce(codes, dist.ReduceOp.MAX, group=axis.group)
+    found = (divmod(code, axis.size) for code in codes.tolist())
+    return {
+        matrix: Held(elements, axis.size - 1 - last) for matrix, (elements, last) in zip(pieces, found, strict=True)
+    }
 
 
 def _told(sent: Sequence[Sequence[Sequence[Piece]]], axis: Axis, device: torch.device) -> list[list[list[int]]]:
@@ -135,7 +150,7 @@ class Round:
 
     mine: the matrices that this rank updates, of one shape, those cut along columns last. sent: of each rank, this
     rank's pieces of each matrix that it updates. received: of each other rank, its pieces of `mine`: (row of the
-    matrix, offset, length) each.
+    matrix, offset, length) each. exchanged: whether any rank holds pieces of a matrix that another updates.
     """
 
     def __init__(
@@ -145,8 +160,11 @@ class Round:
         received: Sequence[Sequence[tuple[int, int, int]]],
         masters: Sequence[Tensor],
         axis: Axis,
+        *,
+        exchanged: bool,
     ):
         self.axis = axis
+        self.exchanged = exchanged
         self.device = masters[0].device
         self.shape = (len(mine), *(mine[0].shape if mine else (0, 0)))
         self.whole = sum(not matrix.cut_along_columns for matrix in mine)
@@ -195,7 +213,7 @@ class Round:
 
     def gather(self, buffers: Buffers) -> Tensor:
         matrices, sent = buffers
-        if self.axis.size > 1:
+        if self.exchanged:
             received = self._exchange(sent, self.received, self.sent)
             _copy(
                 [matrices.view(-1)[run.second : run.second + run.length] for run in self.taken],
@@ -213,7 +231,7 @@ class Round:
             cut = matrices[self.whole :]
             cut.flatten(1).copy_(torch.cat([part.flatten(1) for part in cut.split(self.widths, dim=2)], dim=1))
         flat, others = matrices.view(-1), matrices.new_empty(0)
-        if self.axis.size > 1:
+        if self.exchanged:
             packed = matrices.new_empty(sum(self.received))
             _copy(
                 [packed[run.first : run.first + run.length] for run in self.taken],

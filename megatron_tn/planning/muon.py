@@ -14,7 +14,7 @@ import torch
 
 from megatron_tn.config import ModelConfig, TrainConfig, from_mapping, to_mapping
 from megatron_tn.engine.base import DTYPES
-from megatron_tn.engine.matrices import Matrix, batches, block_matrices, products_of, shared_out
+from megatron_tn.engine.matrices import Held, Matrix, batches, block_matrices, products_of, shared_out, stays
 
 # Bytes per parameter: direction 14, application 12 (kernels/muon), gradient norm 4; a matrix's norm, its division by
 # it and the result in bf16 10 (kernels/newton_schulz).
@@ -69,7 +69,7 @@ class Links(NamedTuple):
 
 @dataclass(frozen=True)
 class Exchange:
-    """What the ranks of an update send each other. rounds: of an update. elements: that another rank
+    """What the ranks of an update send each other. rounds: those with an all-to-all. elements: that another rank
     updates than holds them. gathered, scattered: of the all-to-alls before and after the iterations."""
 
     rounds: int
@@ -90,7 +90,8 @@ def exchange(config: TrainConfig, world_size: int, on_a_node: int) -> Exchange:
 def _exchange(model: str, heads_apart: bool, tp: int, data: int, cut: str, on_a_node: int) -> Exchange:
     matrices = _matrices(model, heads_apart, tp)
     holders = dict(zip(matrices, _holders(matrices, tp, data, cut), strict=True))
-    shares = shared_out(matrices, tp * data)
+    held = {matrix: _most(of) for matrix, of in holders.items()}
+    shares = shared_out(matrices, tp * data, held)
     gathered, scattered = ([[0, 0] for _ in shares] for _ in range(2))  # of each rank, by link
     for rank, share in enumerate(shares):
         for matrix in share:
@@ -99,8 +100,16 @@ def _exchange(model: str, heads_apart: bool, tp: int, data: int, cut: str, on_a_
                     link = int(holder // on_a_node != rank // on_a_node)
                     gathered[rank][link] += length
                     scattered[holder][link] += length
+    of_rounds = itertools.zip_longest(*map(batches, shares), fillvalue=())
+    rounds = sum(not all(stays(m, held[m], rank) for rank, part in enumerate(of) for m in part) for of in of_rounds)
     links = (Links(*map(max, zip(*of_ranks, strict=True))) for of_ranks in (gathered, scattered))
-    return Exchange(max(len(batches(share)) for share in shares), sum(map(sum, gathered)), *links)
+    return Exchange(rounds, sum(map(sum, gathered)), *links)
+
+
+def _most(elements: Mapping[int, int]) -> Held:
+    """elements: by rank."""
+    rank = min(elements, key=lambda rank: (-elements[rank], rank))
+    return Held(elements[rank], rank)
 
 
 def _holders(matrices: list[Matrix], tp: int, data: int, cut: str) -> list[dict[int, int]]:

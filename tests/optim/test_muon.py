@@ -426,6 +426,19 @@ def test_work_is_shared_out_evenly_and_in_rounds_of_one_shape(monkeypatch):
             assert len(batch) * math.prod(batch[0].shape) <= 64
 
 
+def test_a_rank_s_work_is_the_same_whatever_the_ranks_hold():
+    found = matrices.matrices_of("packed", ShardSpec((24, 6), dim=0, blocks=4, heads=3), 1, heads_apart=True)
+    found += matrices.matrices_of("wide", ShardSpec((6, 9), dim=0), 1, heads_apart=True)
+    held = {matrix: matrices.Held(*(12, 1) if index < 9 else (11, 2)) for index, matrix in enumerate(found)}
+    shares, without = matrices.shared_out(found, 3, held), matrices.shared_out(found, 3)
+    assert [[m.shape for m in share] for share in shares] == [[m.shape for m in share] for share in without]
+    assert sorted(len(share) for share in shares) == [1, 6, 6]
+    heads = [[m.top // 2 for m in share if m.name == "packed"] for share in shares]
+    assert heads == [[], [0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
+    at_rest = [m.top // 2 for rank, share in enumerate(shares) for m in share if matrices.stays(m, held[m], rank)]
+    assert at_rest == heads[1]  # 6 to 8 are held by another rank, of 9 to 11 an element is
+
+
 class Calls(TorchDispatchMode):
     """Context manager. `number`: of calls of torch's operators."""
 
