@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_tn.device.host_copy import HostCopy
 from megatron_tn.engine.freed_weights import FreedWeights
-from megatron_tn.engine.matrices import matrix_rounds
+from megatron_tn.engine.matrix_rounds import matrix_rounds
 from megatron_tn.engine.shards import Shards
 from megatron_tn.gradients.clipping import clipping_divisor
 from megatron_tn.gradients.norm import gradient_norm

@@ -35,8 +35,9 @@ RMS = 0.2  # root mean square of an update's elements / learning rate
 FIRST_MOMENTUM = 0.85  # at the first step of a momentum warm-up (Jordan's NanoGPT speed runs)
 
 
-class MatrixPart(NamedTuple):
-    """Elements [start, stop) of `master`, flattened: a part of one logical matrix of `shape` (rows, columns)."""
+class MatrixSpan(NamedTuple):
+    """Elements [start, stop) of `master`, flattened: of one logical matrix of `shape` (rows, columns), or of several of
+    that shape that follow each other."""
 
     master: Tensor
     start: int
@@ -44,29 +45,38 @@ class MatrixPart(NamedTuple):
     shape: tuple[int, int]
 
     def of(self, tensor: Tensor) -> Tensor:
-        """View [stop - start] of the part's elements. tensor: of the master's shape."""
+        """View [stop - start] of the span's elements. tensor: of the master's shape."""
         return tensor.view(-1)[self.start : self.stop]
+
+
+class Buffers(NamedTuple):
+    """matrices: this rank's, [n, rows, columns], n >= 0. sent: elements of other ranks' matrices, flat."""
+
+    matrices: Tensor
+    sent: Tensor
 
 
 class MatrixRound(Protocol):
     """Logical matrices that are updated together, each by one of the ranks that hold parts of it.
 
-    parts: this rank's parts of all ranks' matrices.
+    spans: this rank's elements of all ranks' matrices. Each takes one launch, so they are as few and long as the
+    masters, the matrices and what is sent allow.
     """
 
-    parts: Sequence[MatrixPart]
+    spans: Sequence[MatrixSpan]
 
-    def send_buffer(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-        """A buffer of `dtype` for the elements of this rank's parts, and the place of each part in it."""
+    def buffers(self, dtype: torch.dtype) -> tuple[Buffers, list[Tensor]]:
+        """Uninitialised buffers of `dtype`, and the place of each span's elements in them."""
         ...
 
-    def gather(self, buffer: Tensor) -> Tensor:
-        """The whole matrices [n, rows, columns], n >= 0, that this rank orthogonalises, from all ranks' buffers.
-        Collective."""
+    def gather(self, buffers: Buffers) -> Tensor:
+        """The whole matrices [n, rows, columns], n >= 0, that this rank orthogonalises, from all ranks' buffers: those
+        of `buffers`, filled. Collective."""
         ...
 
     def scatter(self, matrices: Tensor) -> list[Tensor]:
-        """The elements of each of this rank's parts, from the matrices [n, rows, columns] of all ranks. Collective."""
+        """The elements of each span, from the matrices [n, rows, columns] of all ranks, which it may overwrite.
+        Collective."""
         ...
 
 
@@ -134,24 +144,24 @@ class Muon:
         self._steps += 1
         set_rates(self.inner, lr)
         for matrices in self.rounds:
-            buffer, places = matrices.send_buffer(self.dtype)
-            for part, place in zip(matrices.parts, places, strict=True):
-                held, gradient = part.of(self.state_of(part.master)[MOMENTUM]), part.of(part.master.grad)
+            buffers, places = matrices.buffers(self.dtype)
+            for span, place in zip(matrices.spans, places, strict=True):
+                held, gradient = span.of(self.state_of(span.master)[MOMENTUM]), span.of(span.master.grad)
                 muon_direction_(place, held, gradient, beta=momentum, divisor=divisor)
-            whole = matrices.gather(buffer)
-            del buffer, places  # before the iterations, whose temporaries are as large
+            whole = matrices.gather(buffers)
+            del buffers, places  # before the iterations, whose temporaries are as large
             updates = matrices.scatter(self._orthogonal(whole) if len(whole) else whole)
             del whole
-            for part, update in zip(matrices.parts, updates, strict=True):
-                copy = self._copies.get(part.master)
+            for span, update in zip(matrices.spans, updates, strict=True):
+                copy = self._copies.get(span.master)
                 muon_apply_(
-                    part.of(part.master),
+                    span.of(span.master),
                     update,
                     lr=lr,
-                    scale=RMS * math.sqrt(max(part.shape)),
-                    weight_decay=self.weight_decays[part.master],
+                    scale=RMS * math.sqrt(max(span.shape)),
+                    weight_decay=self.weight_decays[span.master],
                     divisor=divisor,
-                    copy=None if copy is None else part.of(copy),
+                    copy=None if copy is None else span.of(copy),
                 )
 
     def _orthogonal(self, matrices: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ def buffer_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
 
 
 def update_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
-    """Bytes of a round of Muon's update (engine/matrices.py, kernels/newton_schulz): in the computing type, the
+    """Bytes of a round of Muon's update (engine/matrix_rounds.py, kernels/newton_schulz): in the computing type, the
     matrices as they are sent, X, and at most twice as much for X X^T, polynomials of it and the next X. They reuse the
     memory of the freed activations, which a CUDA graph keeps."""
     if config.optim.name != "muon":

@@ -6,11 +6,8 @@ reduce-scatter
     over NVLink      S (r - 1) / r           the parts that arrive at the other ranks of its node
     over the network S (k - 1) / (k r)       its share of what arrives at its node: each GPU has a port of its own
 
-and in an all-reduce, which is one of each, twice as much: NCCL's rings, as nccl-tests count bus bandwidth. Of an
-all-to-all in which a tensor of S bytes in all comes to rest, 1 / (k r) of it on each rank:
-
-    over NVLink      S (r - 1) / (k r)^2     the parts that come from its node
-    over the network S (k r - r) / (k r)^2
+and in an all-reduce, which is one of each, twice as much: NCCL's rings, as nccl-tests count bus bandwidth. An
+all-to-all's bytes are counted piece by piece (planning/muon.py).
 """
 
 import math
@@ -20,7 +17,7 @@ from megatron_tn.config import TrainConfig
 from megatron_tn.engine.deepspeed.settings import zero3_live_parameters
 from megatron_tn.model.registry import parameter_count
 from megatron_tn.planning.microbatch import Microbatch
-from megatron_tn.planning.muon import matrix_elements, most_work, sharing
+from megatron_tn.planning.muon import exchange, sharing
 
 # What a collective runs beside, so that its time can be hidden.
 NOTHING, LAYER, MICROBATCH, LAST_BACKWARD = "nothing", "a layer's products", "a microbatch", "the last backward pass"
@@ -30,7 +27,8 @@ NOTHING, LAYER, MICROBATCH, LAST_BACKWARD = "nothing", "a layer's products", "a 
 class Traffic:
     """One kind of collective, summed over a step.
 
-    size: bytes of the whole tensors. nvlink, network: bytes that a rank receives. beside: what hides it.
+    size: bytes of the whole tensors; of an all-to-all, those that change ranks. nvlink, network: bytes that a rank
+    receives; in an all-to-all, the rank with most. beside: what hides it.
     """
 
     name: str
@@ -66,9 +64,13 @@ def step_traffic(config: TrainConfig, world_size: int, work: Microbatch) -> list
         add(name, "data", kind, calls, width * elements, beside)
     if config.optim.name == "muon":
         axis, _ = sharing(config, world_size)
-        size = matrix_elements(config.model) * (2 if config.engine.precision == "bf16" else 4)
-        for name in ("matrices, to be updated", "updates of matrices"):
-            add(name, axis, "all-to-all", most_work(config, world_size).rounds, size, NOTHING)
+        width = 2 if config.engine.precision == "bf16" else 4
+        moved = exchange(config, world_size, spans[axis][0])
+        for name, links in (("matrices, to be updated", moved.gathered), ("updates of matrices", moved.scattered)):
+            if moved.elements:
+                nvlink, network = (width * elements for elements in links)
+                size = width * moved.elements
+                found.append(Traffic(name, axis, "all-to-all", moved.rounds, size, nvlink, network, NOTHING))
     return found
 
 
@@ -126,8 +128,5 @@ def spans_of(config: TrainConfig, world_size: int, axis: str) -> tuple[int, int]
 
 def received(kind: str, size: float, ranks: int, nodes: int) -> tuple[float, float]:
     """Bytes over NVLink and over the network: the formulas above, r = ranks on each of k = nodes."""
-    if kind == "all-to-all":
-        world = nodes * ranks
-        return size * (ranks - 1) / world**2, size * (world - ranks) / world**2
     both = 2 if kind == "all-reduce" else 1
     return both * size * (ranks - 1) / ranks, both * size * (nodes - 1) / (nodes * ranks)

@@ -23,7 +23,6 @@ from megatron_tn.plan import main
 from megatron_tn.planning.collectives import CollectiveLog
 from megatron_tn.planning.dry_run import dry_run, meeting_ranks
 from megatron_tn.planning.microbatch import microbatch
-from megatron_tn.planning.muon import matrix_elements
 from megatron_tn.planning.traffic import engine_exchanges, step_traffic
 from tests.helpers.models import TINY, random_batch, tiny_config
 from tests.helpers.ranks import layout as every_rank
@@ -166,17 +165,22 @@ ZERO = [
 
 
 BATCH = DataConfig(sequence_length=32, micro_batch=1, global_batch=8)
-CONFIGS = [
-    tiny_config(engine=engine, optim=OptimConfig(name=optimizer), model=WIDE, data=BATCH)
-    for engine, optimizer in (*((engine, "adamw") for engine in ZERO), (ZERO[0], "muon"))
+MUON = [  # engine, tensor parallelism, heads apart
+    (EngineConfig(zero_stage=1), 1, False),
+    (EngineConfig(zero_stage=1), 2, True),
+    (EngineConfig(zero_stage=2), 2, False),
+    (EngineConfig(zero_stage=3), 1, True),
+    (EngineConfig(name="fsdp2"), 1, False),
+    (EngineConfig(name="fsdp2"), 2, True),
+    (EngineConfig(name="local"), 2, True),
 ]
 
 
-def recorded(configs: list[TrainConfig]) -> list[dict[str, int]]:
-    """Bytes of each engine's collectives over data-parallel ranks in a step of two microbatches, by kind."""
+def recorded(configs: list[TrainConfig]) -> list[list[tuple[str, int]]]:
+    """Kind and bytes of each engine's collectives in a step of two microbatches."""
     found = []
     for config in configs:
-        engine = build_engine(config, every_rank(), torch.device("cpu"))
+        engine = build_engine(config, every_rank(config.parallel.tp), torch.device("cpu"))
         initialize_engine(engine, 0)
         tokens, targets = random_batch(1, 32, config.model)
         for _ in range(2 if config.engine.zero_stage == 3 else 1):  # it gathers ahead by the first step's trace
@@ -184,10 +188,7 @@ def recorded(configs: list[TrainConfig]) -> list[dict[str, int]]:
                 for last in (False, True):
                     engine.forward_backward(tokens, targets, None, scale=torch.tensor(1e-3), last=last)
                 engine.step(1e-4)
-        sizes = Counter()
-        for each in log.calls:
-            sizes[each.kind] += each.size
-        found.append(dict(sizes))
+        found.append([(each.kind, each.size) for each in log.calls])
     return found
 
 
@@ -195,15 +196,37 @@ def test_formulas_of_zero_are_what_four_processes_exchange():
     """gloo has no reduce-scatter without a copy: ZeRO 1 reduces each rank's part on its own there. ZeRO 3 that frees
     weights at once gathers the tied embedding once more than the formula has."""
     parameters = parameter_count(WIDE)
-    everyones = run_shared(4, recorded, CONFIGS)
-    for *ranks, _ in everyones:
-        for engine, sizes in zip(ZERO, ranks, strict=True):
-            planned = Counter()
+    configs = [tiny_config(engine=engine, model=WIDE, data=BATCH) for engine in ZERO]
+    for ranks in run_shared(4, recorded, configs):
+        for engine, calls in zip(ZERO, ranks, strict=True):
+            sizes, planned = Counter(), Counter()
+            for kind, size in calls:
+                sizes[kind] += size
             for _, kind, width, times, _ in engine_exchanges(tiny_config(engine=engine, model=WIDE), 2):
                 planned["reduce" if engine.zero_stage == 1 and kind == "reduce-scatter" else kind] += width * times
             for kind, bytes_an_element in planned.items():
                 assert sizes[kind] / parameters == pytest.approx(bytes_an_element, rel=0.05), (engine, kind)
             assert sum(size for kind, size in sizes.items() if kind not in planned) < 100  # the gradient norm
-    exchanges = [each for each in step_traffic(CONFIGS[-1], 4, microbatch(CONFIGS[-1])) if each.kind == "all-to-all"]
-    assert [each.size for each in exchanges] == [2 * matrix_elements(WIDE)] * 2
-    assert sum(ranks[-1]["all-to-all"] for ranks in everyones) == sum(each.size for each in exchanges)
+
+
+def test_muons_exchange_is_what_four_processes_make_of_it():
+    """In three layers, which ZeRO 1 does not cut between two matrices."""
+    configs = [
+        tiny_config(
+            engine=engine,
+            optim=OptimConfig(name="muon", heads_apart=heads_apart),
+            parallel=ParallelConfig(tp=tp),
+            model=dataclasses.replace(TINY, layers=3),
+            data=BATCH,
+        )
+        for engine, tp, heads_apart in MUON
+    ]
+    for config, *ranks in zip(configs, *run_shared(4, recorded, configs), strict=True):
+        planned = [each for each in step_traffic(config, 4, microbatch(config)) if each.kind == "all-to-all"]
+        made = [[size for kind, size in calls if kind == "all-to-all"] for calls in ranks]
+        assert {len(calls) for calls in made} == {sum(each.calls for each in planned)}
+        copies = 2 if config.engine.name == "local" else 1
+        for direction, each in enumerate(planned):  # a round brings matrices together, and sends updates back
+            sizes = [sum(calls[direction::2]) for calls in made]
+            assert sum(sizes) == copies * each.size > 0
+            assert max(sizes) == each.nvlink

@@ -22,7 +22,7 @@ from megatron_tn.config import (
 )
 from megatron_tn.optim.muon import flops
 from megatron_tn.planning.microbatch import extrapolated, microbatch
-from megatron_tn.planning.muon import most_work
+from megatron_tn.planning.muon import exchange, most_work
 from megatron_tn.planning.speed import matrix_rate, step_time
 from megatron_tn.planning.traffic import engine_exchanges, received, spans_of
 from tests.helpers.models import TINY, tiny_config
@@ -102,7 +102,6 @@ def test_bytes_over_nvlink_and_network_by_hand():
     assert received("all-gather", 800, 8, 1) == (700, 0)
     assert received("reduce-scatter", 6400, 1, 64) == (0, 6300)
     assert received("all-reduce", 6400, 8, 64) == (2 * 5600, 2 * 6300 / 8)  # the node receives 6300 at eight ports
-    assert received("all-to-all", 6400, 8, 2) == (6400 / 16 * 7 / 16, 6400 / 16 * 8 / 16)  # 400 come to rest here
     config = tiny_config(cluster=cluster("a100_80g"), parallel=ParallelConfig(tp=4, cp=4))
     assert [spans_of(config, 64, axis) for axis in ("tp", "cp", "data")] == [(4, 1), (2, 2), (2, 8)]
 
@@ -140,6 +139,34 @@ def test_muon_adds_the_products_of_the_rank_with_most_matrices():
     time, plain = (step_time(one, 64, extrapolated(one)) for one in (muon, config))
     assert time.passes == plain.passes
     assert time.update > plain.update + work.products[d] / matrix_rate(config.cluster, d)
+
+
+@pytest.mark.parametrize(
+    ("engine", "tp", "world", "heads_apart", "in_heads", "in_others"),
+    [
+        (EngineConfig(name="local"), 2, 2, False, 1 / 2, 1 / 2),
+        (EngineConfig(name="local"), 2, 2, True, 0, 1 / 2),  # a rank holds its heads whole
+        (EngineConfig(zero_stage=1), 1, 4, False, 0, 0),  # and six of the 24 layers
+        (EngineConfig(zero_stage=1), 1, 4, True, 0, 0),
+        (EngineConfig(zero_stage=1), 2, 8, False, 1 / 2, 1 / 2),
+        (EngineConfig(zero_stage=1), 2, 8, True, 0, 1 / 2),
+        (EngineConfig(zero_stage=3), 1, 4, False, 0, 3 / 4),  # q, k, v or u of every layer
+        (EngineConfig(zero_stage=3), 1, 8, False, 1 / 2, 7 / 8),
+        (EngineConfig(name="fsdp2"), 1, 4, True, 0, 3 / 4),
+    ],
+)
+def test_muons_matrices_stay_on_the_ranks_that_hold_them(engine, tp, world, heads_apart, in_heads, in_others):
+    """in_heads, in_others: shares of the elements of q, k, v and u, and of the other matrices, that change ranks."""
+    model = from_mapping(ModelConfig, compose_model("385m"))
+    optim = OptimConfig(name="muon", heads_apart=heads_apart)
+    config = tiny_config(model=model, engine=engine, parallel=ParallelConfig(tp=tp), optim=optim)
+    d, f = model.embed_dim, model.glu_dim
+    found = exchange(config, world, on_a_node=4)
+    assert found.elements == model.layers * (in_heads * 4 * d * d + in_others * (d * d + 3 * d * f))
+    assert (found.rounds == 0) == (found.elements == 0)
+    for links in (found.gathered, found.scattered):
+        assert found.elements / world <= sum(links) <= 1.1 * found.elements / world
+        assert (links.network > 0) == (world > 4 and engine.zero_stage == 3)
 
 
 def test_a_matrix_rate_between_two_that_are_known():
