@@ -276,3 +276,7 @@ def test_a_sweep_gives_every_job_a_folder_named_by_what_it_varies(shards, tmp_pa
     curves = [losses(tmp_path / "sweep" / name) for name in names]
     assert len({tuple(curve.values()) for curve in curves}) == 4
     assert all(list(curve) == [1, 2, 3] for curve in curves)
+    # A job's goodput is of its own time: it begins where the job before ended.
+    folders = [RunFolder(tmp_path / "sweep" / name) for name in names]
+    ends = [folder.records("time")[-1]["time"] for folder in folders]
+    assert all(end <= folder.starts()[0] for end, folder in zip(ends[:-1], folders[1:], strict=True))
