@@ -91,9 +91,9 @@ def checkpoint_problems(config: TrainConfig, start: Start) -> list[str]:
 
 
 def model_differences(stored: ModelConfig, wanted: ModelConfig) -> list[str]:
-    """Settings, as 'name: stored -> wanted', for which stored weights do not fit a model."""
+    """Settings, as 'model.NAME: stored -> wanted', for which stored weights do not fit a model."""
     # A released config.json lists the layers that apply LRPE.
     old, new = (to_mapping(replace(model, lrpe=model.lrpe_layers)) for model in (stored, wanted))
     # Ids are those of the data's tokenizer; older checkpoints have the defaults, whatever their tokenizer's were.
-    free = ("name:", "init_std:", "bos_id:", "eos_id:", "pad_id:")
-    return [line for line in differences(old, new) if not line.startswith(free)]
+    free = tuple(f"model.{name}:" for name in ("name", "init_std", "bos_id", "eos_id", "pad_id"))
+    return [line for line in differences(old, new, "model.") if not line.startswith(free)]
