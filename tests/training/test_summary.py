@@ -1,6 +1,7 @@
 """What a run says of itself: tables, pictures, and speeds that count training alone."""
 
 import json
+import logging
 import math
 import re
 import time
@@ -161,7 +162,8 @@ def test_a_benchmark_that_cannot_fit_is_refused(monkeypatch, capsys):
     assert "but this machine has 0.0 GiB free" in capsys.readouterr().err
 
 
-def test_a_long_run_without_a_gpu_says_what_it_will_cost(monkeypatch):
+def test_a_long_run_without_a_gpu_says_what_it_will_cost(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
     assert host.cpu_cost(config(), 1) == ""
     monkeypatch.setattr(host, "WORTH_TIMING_S", 0)
     monkeypatch.setattr(host, "_seconds", lambda config, model: 0.5 + 0.25 * model.layers)
@@ -171,6 +173,9 @@ def test_a_long_run_without_a_gpu_says_what_it_will_cost(monkeypatch):
     assert said.endswith("10 steps about 30 s")
     said = host.cpu_cost(replace(config(), parallel=ParallelConfig(tp=2)), 2)
     assert said.endswith("(4 sequences over 2 processes), 10 steps at least 15 s")
+    assert caplog.text == ""
+    host.cpu_cost(config(sequence_length=2**20), 1)
+    assert "no GPU: a microbatch of 2,097,152 tokens is timed" in caplog.text
 
 
 @pytest.mark.parametrize("layers", [1, 2])
