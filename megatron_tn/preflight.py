@@ -14,7 +14,7 @@ import torch
 from data_pipeline.shards.remote import is_remote
 from data_pipeline.stream import InputError, StreamState, TokenStream
 from megatron_tn.cli import is_first_process
-from megatron_tn.config import ConfigError, TrainConfig
+from megatron_tn.config import ConfigError, TrainConfig, differences, to_stored
 from megatron_tn.data import open_stream, with_token_ids
 from megatron_tn.evaluate import problems_in_training
 from megatron_tn.loading import open_weights, other_tokenizer, resolve_checkpoint
@@ -27,6 +27,12 @@ from megatron_tn.training.resume import Start, choose_start
 from megatron_tn.training.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
+
+# Settings, or groups of them, that decide which samples the stream has.
+OF_STREAM = (
+    *("seed:", "data.manifest:", "data.sequence_length:", "data.shuffle_window:", "data.isolate_documents:"),
+    *("data.filter:", "data.document_stages:", "data.mixture"),
+)
 
 
 def preflight(config: TrainConfig) -> tuple[TrainConfig, TokenStream, Start | None]:
@@ -98,7 +104,7 @@ def inspect(
         if found := checkpoint_problems(config, start) + weights_of_other_tokens(config, start, stream):
             raise ConfigError(found)
         if not problems:
-            go_to(stream, start)
+            go_to(config, stream, start)
 
     try:
         once(choose)
@@ -140,13 +146,19 @@ def weights_of_other_tokens(config: TrainConfig, start: Start, stream: TokenStre
     return [] if stream is None else other_tokenizer(stream.manifest, data, "", weights, named)
 
 
-def go_to(stream: TokenStream, start: Start) -> None:
-    """Bring the stream to where a checkpoint was saved. Raises ConfigError when it was trained on other data."""
+def go_to(config: TrainConfig, stream: TokenStream, start: Start) -> None:
+    """Bring the stream to where a checkpoint was saved. Raises ConfigError when it was trained on other data; the line
+    names the settings that make it other, or else says what may have changed in their files."""
     manifest = start.manifest
     if manifest is None or not manifest.training.get("stream"):  # initial values, or a checkpoint of weights alone
         return
     try:
         stream.restore(StreamState.from_json(json.dumps(manifest.training.get("stream", {}))))
     except InputError as error:
+        stored, mine = manifest.config, to_stored(config)
+        old, new = ({"seed": of.get("seed"), "data": of["data"]} for of in (stored, mine))
+        changed = [line for line in differences(old, new) if line.startswith(OF_STREAM)]
         where = f"checkpoint {start.checkpoint} was trained on other data"
-        raise ConfigError([f"{where}: {problem}" for problem in error.problems]) from None
+        instead = f"begin a new run from its weights, with init_from={start.checkpoint} and another run_dir"
+        found = ", ".join(changed or error.problems)
+        raise ConfigError(f"{where}: {found}; train on its data, or {instead}") from None

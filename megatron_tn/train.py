@@ -65,7 +65,7 @@ def train(config: TrainConfig) -> int | None:
         engine = build_engine(config, context, run.device)
         check_kernels(engine.model, run.device, DTYPES[config.engine.precision], config)
         state = restore(run, engine)
-        go_to(stream, run.start)  # restore may have taken an older checkpoint, for one that is damaged
+        go_to(config, stream, run.start)  # restore may have taken an older checkpoint, for one that is damaged
         tokenizer = stream.manifest.directory / stream.manifest.tokenizer.file
         first_for_all(functools.partial(run.folder.keep_tokenizer, tokenizer))
         if run.is_first and config.logging.progress and state.step < config.last_step:

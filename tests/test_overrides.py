@@ -180,6 +180,21 @@ def test_a_sweeps_folders_fit_differ_and_can_be_typed_again(tmp_path):
         assert not set(name) & set("=,'\"[](){}:~ ")
 
 
+def test_a_sweep_with_more_values_says_which_runs_it_repeats(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    words, job = ["optim.lr=1,2", "seed=0,1,2"], ["optim.lr=2", "seed=0"]
+    for name in ("2_optim.lr-2_seed-0", "x_3_optim.lr-2_seed-0", "2_optim.lr-2_seed-00"):
+        (tmp_path / name).mkdir()
+    assert folder(2, words, job, str(tmp_path)) == f"{tmp_path}/2_optim.lr-2_seed-0"
+    assert caplog.text == ""
+    assert folder(3, words, job, str(tmp_path)) == f"{tmp_path}/3_optim.lr-2_seed-0"
+    assert f"{tmp_path}/3_optim.lr-2_seed-0 begins anew, beside {tmp_path}/2_optim.lr-2_seed-0 of the" in caplog.text
+    caplog.clear()
+    (tmp_path / "3_optim.lr-2_seed-0").mkdir()
+    folder(3, words, job, str(tmp_path))
+    assert caplog.text == ""
+
+
 def test_a_sweep_that_was_begun_with_longer_names_goes_on_in_its_folders(tmp_path):
     (tmp_path / "0_model.decay=none").mkdir()
     found = folder(0, ["model.decay=none,paper"], ["model.decay=none"], str(tmp_path))

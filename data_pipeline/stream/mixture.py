@@ -35,8 +35,9 @@ class Mixture:
         try:
             return TypeAdapter(cls).validate_python(data)
         except ValidationError as error:
+            found = [(".".join(["mixture", *map(str, e["loc"])]), e["input"], e["msg"]) for e in error.errors()]
             raise InputError(
-                *(f"mixture.{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors())
+                *(f"{name}={value!r}: {why.removeprefix('Value error, ')}" for name, value, why in found)
             ) from None
 
 

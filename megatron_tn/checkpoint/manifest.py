@@ -172,9 +172,14 @@ def rank_file(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
-def whole_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in `folder`, oldest first: folders named as `NAME` that have a manifest. An interrupted save
-    has none; a name such as step_00000500_copy does not match."""
+def named_checkpoints(folder: Path) -> list[Path]:
+    """What is named as a checkpoint (`NAME`) in `folder`, oldest first; a name such as step_00000500_copy does not
+    match. A save gives the name to a folder that has its manifest: without one it is damaged, as where a copy of the
+    run broke off or a symbolic link's disk is not mounted."""
     found = (path for path in folder.glob("step_*") if NAME.fullmatch(path.name))
-    whole = (path for path in found if (path / MANIFEST).is_file())
-    return sorted(whole, key=lambda path: (step_of(path), path.name))
+    return sorted(found, key=lambda path: (step_of(path), path.name))
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder` that have a manifest, oldest first."""
+    return [path for path in named_checkpoints(folder) if (path / MANIFEST).is_file()]

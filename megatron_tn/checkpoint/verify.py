@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from megatron_tn.checkpoint.files import TensorFile
-from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, whole_checkpoints
+from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, named_checkpoints
 from megatron_tn.checkpoint.parts import FileRecord, digest_of
 from megatron_tn.checkpoint.reshard import rectangles
 from megatron_tn.checkpoint.shares import by_file
@@ -53,7 +53,7 @@ def whole_from(
     """The newest checkpoint that is not in `known` (problems of checkpoints) and has no problems by `glance`, if any;
     and the problems of each newer checkpoint."""
     known, damage = known or {}, {}
-    for checkpoint in reversed(whole_checkpoints(folder)):
+    for checkpoint in reversed(named_checkpoints(folder)):
         if not (problems := known.get(checkpoint) or glance(checkpoint)):
             return checkpoint, damage
         damage[checkpoint] = problems

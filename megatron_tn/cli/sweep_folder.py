@@ -2,11 +2,14 @@
 
 import contextlib
 import hashlib
+import logging
 import re
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
+
+log = logging.getLogger(__name__)
 
 LONGEST_SETTING, LONGEST_NAME = 60, 150  # characters of a sweep's folder; file systems take 255 bytes
 
@@ -16,7 +19,8 @@ def job_folder(run_dir: str, job: DictConfig, words: list[str]) -> str:
 
     The name consists of letters, digits and _ . + -, so that it can be typed as a setting's value. A name that is
     shortened or has characters replaced ends with a hash of the settings: the same command gives the same folders, and
-    another sweep in run_dir other folders. words: overrides of the sweep. job: Hydra's settings of the job.
+    another sweep in run_dir other folders, which is told where it may surprise: a sweep with more values numbers its
+    jobs anew. words: overrides of the sweep. job: Hydra's settings of the job.
     """
     parsed = OverridesParser.create().parse_overrides(words)
     swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
@@ -31,4 +35,21 @@ def job_folder(run_dir: str, job: DictConfig, words: list[str]) -> str:
     with contextlib.suppress(OSError):  # too long for a file system
         if earlier.is_dir():
             return str(earlier)
+    folder = Path(run_dir) / name
+    if alike := _with_another_number(folder):
+        log.info(
+            "%s begins anew, beside %s of the same swept values: the number is the job's place in the sweep, which has "
+            "other values now. To add values, sweep those alone in another run_dir; launch.compare takes several",
+            folder,
+            alike,
+        )
     return f"{run_dir}/{name}"
+
+
+def _with_another_number(folder: Path) -> Path | None:
+    """For a job's folder that is not there, one beside it that has the same name but for the job's number, if any."""
+    name = folder.name.partition("_")[2]
+    if not name or folder.exists():
+        return None
+    beside = sorted(folder.parent.glob(f"*_{name}"))
+    return next((path for path in beside if path.name.removesuffix(f"_{name}").isdecimal()), None)

@@ -16,8 +16,10 @@ class ScheduleConfig:
     name: Literal["cosine", "wsd", "constant"] = "cosine"
     steps: Positive = 1000  # optimizer steps of the whole run
     warmup_steps: Count = 100  # steps over which the learning rate rises linearly to optim.lr; 0: no warm-up
-    decay_fraction: Share = 0.2  # wsd: the learning rate falls over this share of schedule.steps, the last ones
-    min_lr_ratio: Share = 0.1  # cosine, wsd: learning rate of the last step divided by optim.lr
+    # wsd: the learning rate falls over this share of schedule.steps, the last ones; 0: it does not fall.
+    decay_fraction: Share = 0.2
+    # cosine, and wsd with schedule.decay_fraction above 0: learning rate of the last step divided by optim.lr.
+    min_lr_ratio: Share = 0.1
     # Batch-size ramp: sequences of the first step's batch, which grows to data.global_batch in increments spread evenly
     # over the first ramp_steps steps. 0: every step has data.global_batch.
     ramp_from: Count = 0

@@ -1,5 +1,6 @@
 """What a run needs of a machine without a GPU: memory before it starts, and hours."""
 
+import logging
 import time
 
 import torch
@@ -16,6 +17,9 @@ from megatron_tn.planning.microbatch import microbatch
 PYTHON = 0.5 * GIB  # resident bytes of a process that has imported PyTorch and DeepSpeed
 CORE_FLOPS = 2e10  # operations a second of one core, to guess by before anything is timed
 WORTH_TIMING_S = 60  # a run that is guessed to be shorter is not timed
+WORTH_SAYING_S = 5  # a microbatch that is guessed to take longer is announced before it is timed
+
+log = logging.getLogger(__name__)
 
 
 def host_memory_problems(config: TrainConfig, world_size: int, processes: int) -> list[str]:
@@ -70,8 +74,12 @@ def cpu_cost(config: TrainConfig, processes: int, done: int = 0) -> str:
     data, steps = config.data, max(config.last_step - done, 0)
     sequences = data.global_batch * steps
     flops = training_flops_per_token(config.model, data.sequence_length) * sequences * data.sequence_length
-    if flops / (CORE_FLOPS * torch.get_num_threads() * processes) < WORTH_TIMING_S:
+    guessed_s = flops / (CORE_FLOPS * torch.get_num_threads() * processes)
+    if guessed_s < WORTH_TIMING_S:
         return ""
+    if guessed_s * processes * data.micro_batch / sequences > WORTH_SAYING_S:
+        tokens = data.micro_batch * data.sequence_length
+        log.info("no GPU: a microbatch of %s tokens is timed, to say what the run will cost", f"{tokens:,}")
     one, two = (_seconds(config, config.model.shortened(layers)) for layers in (1, 2))
     microbatch = one + (config.model.layers - 1) * max(two - one, 0)
     step = microbatch * data.global_batch / data.micro_batch / processes

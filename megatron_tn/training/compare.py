@@ -39,10 +39,16 @@ class Group:
     repeated: list[tuple[RunFolder, RunFolder]] = field(default_factory=list)
 
     def notes(self) -> list[str]:
-        """A line for each run that is left out."""
-        return [
-            shown(f"{run} is left out: {last} is a later run of its settings and seed") for run, last in self.repeated
+        """A line for each run that is left out, and for each that has been trained on fewer tokens than the others."""
+        lines = [f"{run} is left out: {last} is a later run of its settings and seed" for run, last in self.repeated]
+        tokens = {run: figures_of(run).get("tokens", 0) for run in self.runs}
+        most = max(tokens.values())
+        lines += [
+            f"{run} is at {count:,} tokens, others of its settings at {most:,}: their row is a mean of unequal runs"
+            for run, count in tokens.items()
+            if count < most
         ]
+        return list(map(shown, lines))
 
     def values(self, figure: str) -> list[float]:
         """The figure of every run that has it (see `summary.figures_of`)."""
@@ -75,20 +81,24 @@ def _group(name: str, runs: Sequence[RunFolder], seeds: Mapping[RunFolder, int |
 
 
 def table_of(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
-    """Titles, and a row of cells for each group: means over its runs, losses ± the standard deviation."""
+    """Titles, and a row of cells for each group: means over its runs, losses ± the standard deviation; of tokens the
+    range where they differ."""
     shown = [figure for figure in COLUMNS if any(group.values(figure) for group in groups)]
     rows = []
     for group in groups:
-        cells = [_cell(group.values(figure), COLUMNS[figure][1], figure in SPREAD) for figure in shown]
+        cells = [_cell(figure, group.values(figure)) for figure in shown]
         rows.append([group.name, str(len(group.runs)), *cells])
     return ["run", "seeds", *(COLUMNS[figure][0] for figure in shown)], rows
 
 
-def _cell(values: list[float], form: str, spread: bool) -> str:
+def _cell(figure: str, values: list[float]) -> str:
     if not values:
         return "-"
+    form = COLUMNS[figure][1]
+    if figure == "tokens" and min(values) < max(values):
+        return f"{min(values):{form}} to {max(values):{form}}"
     mean = f"{np.mean(values):{form}}"
-    return f"{mean} ± {np.std(values, ddof=1):{form}}" if spread and len(values) > 1 else mean
+    return f"{mean} ± {np.std(values, ddof=1):{form}}" if figure in SPREAD and len(values) > 1 else mean
 
 
 def _rank(group: Group, figure: str) -> float:

@@ -3,8 +3,9 @@
     goodput = (seconds of useful steps) / (wall seconds)
 
 Computed from the journal's records alone, those of log.superseded.jsonl included: steps that a later start or a rewind
-took back. A start is a record with "start/began", the Unix time at which its process began. Its last record is the last
-sign of it: an orderly end or an exception leaves one with "stop/state", a kill leaves none.
+took back. A start is a record with "start/began", the Unix time at which its process began or, for a later job of a
+sweep in one process, at which the job before ended. Its last record is the last sign of it: an orderly end or an
+exception leaves one with "stop/state", a kill leaves none.
 """
 
 import itertools
@@ -18,13 +19,13 @@ from typing import Any
 from megatron_tn.training.run_folder import RunFolder
 
 CAUSES = {
-    "startup": "start-up",  # process start to first step: imports, process groups, model, checkpoint
+    "startup": "start-up",  # begin of a start to its first step: imports, process groups, model, checkpoint
     "first_step": "first steps",  # what the first step of a start takes beyond a usual one: compilation, warm-up
     "checkpoint": "checkpoint pauses",
     "evaluation": "evaluation",
     "data": "waiting for data",  # of rank 0, in steps that count
     "replayed": "replayed steps",  # trained on again after a failure or a rewind
-    "down": "between starts",  # from a start's last record to the next one's process start; not after a finished run
+    "down": "between starts",  # from a start's last record to the next one's begin; not after a finished run
     "other": "other",  # reloading in a rewind, sums and tables at the end
 }
 BEGAN = time.time()
@@ -32,8 +33,8 @@ BEGAN = time.time()
 
 @dataclass(frozen=True)
 class Goodput:
-    """wall_s: from the first start's process start to the last record, without the time after a finished run until
-    somebody continued it. useful_s: seconds of steps of the journal's curve. steps: of that curve. lost_s: cause of
+    """wall_s: from the first start's begin to the last record, without the time after a finished run until somebody
+    continued it. useful_s: seconds of steps of the journal's curve. steps: of that curve. lost_s: cause of
     CAUSES -> seconds; useful_s and these sum to wall_s."""
 
     wall_s: float

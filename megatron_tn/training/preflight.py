@@ -10,7 +10,6 @@ from megatron_tn.config import (
     ModelConfig,
     TrainConfig,
     device_problems,
-    differences,
     from_mapping,
     to_mapping,
 )
@@ -91,9 +90,10 @@ def checkpoint_problems(config: TrainConfig, start: Start) -> list[str]:
 
 
 def model_differences(stored: ModelConfig, wanted: ModelConfig) -> list[str]:
-    """Settings, as 'name: stored -> wanted', for which stored weights do not fit a model."""
+    """Settings, as 'model.NAME=STORED, not WANTED', for which stored weights do not fit a model."""
     # A released config.json lists the layers that apply LRPE.
     old, new = (to_mapping(replace(model, lrpe=model.lrpe_layers)) for model in (stored, wanted))
     # Ids are those of the data's tokenizer; older checkpoints have the defaults, whatever their tokenizer's were.
-    free = ("name:", "init_std:", "bos_id:", "eos_id:", "pad_id:")
-    return [line for line in differences(old, new) if not line.startswith(free)]
+    free = ("name", "init_std", "bos_id", "eos_id", "pad_id")
+    differing = (name for name in old if name not in free and old[name] != new[name])
+    return [f"model.{name}={old[name]!r}, not {new[name]!r}" for name in differing]

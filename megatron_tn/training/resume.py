@@ -20,7 +20,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_tn.checkpoint.ahead import ReadAhead
-from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, step_of
+from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, named_checkpoints, step_of
 from megatron_tn.checkpoint.verify import whole_from
 from megatron_tn.config import ConfigError, TrainConfig, differences, to_mapping
 from megatron_tn.parallel.world import first_for_all
@@ -78,7 +78,7 @@ def choose_start(config: TrainConfig, folder: RunFolder, *, requeued: bool) -> S
             checkpoints are damaged.
     """
     asked = str(config.checkpoint.resume)
-    there = folder.whole_checkpoints()
+    there = named_checkpoints(folder.checkpoints)
     if asked == "auto" or (requeued and there):
         return newest_start(folder)
     if asked == "none":

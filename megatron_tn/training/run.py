@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,7 @@ class Run:
     """
 
     writer: CheckpointWriter  # set by hooks.build.start_hooks
+    ended: ClassVar[float] = 0.0  # Unix time at which the run before in this process ended: a sweep's job before
 
     def __init__(
         self,
@@ -116,6 +118,7 @@ class Run:
             leave_world()
             self.watchdog.__exit__(None, None, None)
             self.folder.release()
+            Run.ended = time.time()
 
     def _read_ahead(self) -> None:
         """Begin to read the checkpoint, while the model is built."""

@@ -114,7 +114,20 @@ def test_weights_to_start_from_are_a_runs_or_an_exports(trained, tmp_path, capsy
     assert call(train, *settings, none, f"init_from={tmp_path / 'gone'}") == 2
     assert f"init_from={tmp_path / 'gone'}: no checkpoint, run or released model is there" in capsys.readouterr().err
     assert call(train, *settings, none, f"init_from={trained}", "model.glu_dim=64") == 2
-    assert "holds another model: glu_dim: 48 -> 64" in capsys.readouterr().err
+    assert "holds another model: model.glu_dim=48, not 64" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_other_data_is_refused_by_the_settings_or_the_shards(trained, shards, tmp_path, capsys):
+    settings = (*settings_of(trained), "parallel.tp=1", f"run_dir={tmp_path / 'run'}", f"checkpoint.resume={trained}")
+    assert call(train, *settings, "data.sequence_length=16", "seed=5", "data.global_batch=8") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert " was trained on other data: data.sequence_length: 32 -> 16, seed: 0 -> 5; train on its data, or " in line
+    copy = Path(shutil.copytree(shards.parent, tmp_path / "shards")) / shards.name
+    manifest = json.loads(copy.read_text())
+    manifest["shards"][0]["sha256"] = "0" * 64
+    copy.write_text(json.dumps(manifest))
+    assert call(train, *settings, f"data.manifest={copy}") == 2
+    assert f"was trained on other data: data.manifest: '{shards}' -> '{copy}'; train on" in capsys.readouterr().err
 
 
 def signal_in_a_step(overrides: tuple[str, ...], number: int) -> None:
@@ -276,3 +289,7 @@ def test_a_sweep_gives_every_job_a_folder_named_by_what_it_varies(shards, tmp_pa
     curves = [losses(tmp_path / "sweep" / name) for name in names]
     assert len({tuple(curve.values()) for curve in curves}) == 4
     assert all(list(curve) == [1, 2, 3] for curve in curves)
+    # A job's goodput is of its own time: it begins where the job before ended.
+    folders = [RunFolder(tmp_path / "sweep" / name) for name in names]
+    ends = [folder.records("time")[-1]["time"] for folder in folders]
+    assert all(end <= folder.starts()[0] for end, folder in zip(ends[:-1], folders[1:], strict=True))

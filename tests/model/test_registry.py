@@ -77,7 +77,7 @@ def test_a_checkpoint_older_than_the_registry_loads_and_resumes(tmp_path):
     assert checkpoint_problems(config, Start.at(checkpoint)) == []
     other = dataclasses.replace(config, model=dataclasses.replace(TINY, decay="paper"))
     assert checkpoint_problems(other, Start.at(checkpoint)) == [
-        f"checkpoint {checkpoint} holds another model: decay: 'released' -> 'paper'"
+        f"checkpoint {checkpoint} holds another model: model.decay='released', not 'paper'"
     ]
     muon = dataclasses.replace(config, optim=OptimConfig(name="muon"))
     (problem,) = checkpoint_problems(muon, Start.at(checkpoint))

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,26 @@ def test_auto_takes_the_newest_whole_one_with_what_was_noted_since(folder):
     assert [path for path, problems in start.damage.items() if problems] == [nine, eight]
 
 
+def test_a_checkpoint_without_its_manifest_is_damaged_and_stays(folder, tmp_path):
+    """As where a copy of the run broke off, or the disk that a link leads to is not mounted."""
+    four, eight = save(folder, 4), save(folder, 8)
+    (eight / MANIFEST).unlink()
+    (nine := folder.checkpoints / checkpoint_name(9)).symlink_to(tmp_path / "not mounted")
+    start = choose(folder)
+    assert (start.checkpoint, start.later) == (four, (eight, nine))
+    assert choose(folder, 4).later == (eight, nine)
+    leave_later_behind(folder, start, "auto")
+    assert [path.name.partition("-")[0] for path in sorted(folder.checkpoints.iterdir())] == [
+        "step_00000004",
+        "step_00000008.damaged",
+        "step_00000009.damaged",
+    ]
+    (four / MANIFEST).unlink()
+    for asked, message in (("auto", "all checkpoints in .* are damaged"), ("none", "already holds step_00000004")):
+        with pytest.raises(ConfigError, match=message):
+            choose(folder, asked)
+
+
 def test_a_runs_folder_stands_for_its_newest_checkpoint(folder, tmp_path):
     save(folder, 4)
     eight, other = save(folder, 8), RunFolder(tmp_path / "other")
@@ -69,7 +90,7 @@ def test_a_person_chooses_a_step_or_a_path_and_its_past(folder, tmp_path):
     assert (start.checkpoint, start.by_hand, start.later, start.ledger) == (four, True, (eight, again), Ledger())
     # A kill while step 8 was replaced by a newer one of the same step left the newer under this name, maybe alone.
     assert choose(folder, 8).checkpoint == again
-    (eight / MANIFEST).unlink()
+    shutil.rmtree(eight)
     assert choose(folder, "8").checkpoint == again
     elsewhere = save(RunFolder(tmp_path / "other"), 6)
     start = choose(folder, str(elsewhere))

@@ -1,6 +1,7 @@
 """What a run says of itself: tables, pictures, and speeds that count training alone."""
 
 import json
+import logging
 import math
 import re
 import time
@@ -161,7 +162,8 @@ def test_a_benchmark_that_cannot_fit_is_refused(monkeypatch, capsys):
     assert "but this machine has 0.0 GiB free" in capsys.readouterr().err
 
 
-def test_a_long_run_without_a_gpu_says_what_it_will_cost(monkeypatch):
+def test_a_long_run_without_a_gpu_says_what_it_will_cost(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
     assert host.cpu_cost(config(), 1) == ""
     monkeypatch.setattr(host, "WORTH_TIMING_S", 0)
     monkeypatch.setattr(host, "_seconds", lambda config, model: 0.5 + 0.25 * model.layers)
@@ -171,6 +173,9 @@ def test_a_long_run_without_a_gpu_says_what_it_will_cost(monkeypatch):
     assert said.endswith("10 steps about 30 s")
     said = host.cpu_cost(replace(config(), parallel=ParallelConfig(tp=2)), 2)
     assert said.endswith("(4 sequences over 2 processes), 10 steps at least 15 s")
+    assert caplog.text == ""
+    host.cpu_cost(config(sequence_length=2**20), 1)
+    assert "no GPU: a microbatch of 2,097,152 tokens is timed" in caplog.text
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -195,6 +200,8 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row_and_one_curve(tmp_path
         save(replace(base, optim=replace(base.optim, lr=1.0), seed=seed), folder.config_file)
     journal = diverged[1].journal.path
     journal.write_text(re.sub(r'loss": [0-9.]+', 'loss": null', journal.read_text()))
+    behind = make_run(tmp_path / "behind", 2, 3.1)  # still under way
+    save(replace(base, seed=2, run_dir=str(behind.path)), behind.config_file)
     assert call(compare.main, str(tmp_path)) == 0
     said = capsys.readouterr().out
     assert said.index("model.gate=false") < said.index("reference") < said.index("optim.lr=1.0 ")  # diverged: the worst
@@ -209,6 +216,8 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row_and_one_curve(tmp_path
     left_out = f"{tmp_path}/gateless1 is left out: {again} is a later run of its settings and seed"
     assert left_out in page
     assert left_out in said
+    assert f"{behind} is at 20 tokens, others of its settings at 50: their row is a mean of unequal runs" in said
+    assert "| reference | 3 | 20 to 50 |" in (tmp_path / "compare.md").read_text()
     assert "| model.gate=false | 2 | 50 | 2.100 ± 0.141 |" in (tmp_path / "compare.md").read_text()
     curve = curve_of([RunFolder(tmp_path / f"plain{seed}") for seed in (0, 1)])
     assert (curve.loss.tolist(), curve.lowest.tolist(), curve.highest.tolist()) == ([3.1] * 5, [3.0] * 5, [3.2] * 5)

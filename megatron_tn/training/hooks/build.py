@@ -74,7 +74,7 @@ def _of_rank_0(run: Run, work: Work) -> list[Hook]:
             also=lambda step: step == config.last_step or bool(evaluated and step % evaluated == 0),
         )
 
-    run.sinks.append(Journal(run.folder.journal, figures(), began=process_began()))
+    run.sinks.append(Journal(run.folder.journal, figures(), began=max(process_began(), run.ended)))
     if logging.wandb.mode != "disabled":
         run.sinks.append(WeightsAndBiases(logging.wandb, run.folder, settings, figures()))
     if logging.tensorboard:

@@ -23,8 +23,8 @@ class Journal(Sink):
     Logging never stops training: while writes fail, records are buffered in memory, with one warning at the first
     failure and a line when they are written.
 
-    figures: which steps have a record, and what is in it. began: Unix time at which this process began; None records no
-    start.
+    figures: which steps have a record, and what is in it. began: Unix time at which this start began: of its process
+    or, for a later job of a sweep, of the end of the job before. None records no start.
     """
 
     def __init__(self, file: JournalFile, figures: StepFigures, *, began: float | None = None):
