@@ -134,7 +134,7 @@ class TokenStream:
             logger.warning("sample %d is fed as padding: %s", damage.index, damage.reason)
             if self.damaged > self.max_damaged:
                 raise DamageLimitError(
-                    f"{self.damaged} samples could not be read, max_damaged={self.max_damaged}; the last: "
+                    f"{self.damaged} samples could not be read, data.max_damaged={self.max_damaged}; the last: "
                     f"{damage.reason}"
                 )
 
