@@ -74,7 +74,7 @@ class Run:
     def __enter__(self) -> Run:
         if self.config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(self.config.deterministic)  # the job before, of a sweep, may differ
         self.device = join_world(self.config.distributed_timeout_s)
         try:
             self.is_first = dist.get_rank() == 0

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from data_pipeline.errors import InputError
@@ -17,6 +18,8 @@ from megatron_tn.checkpoint.manifest import Piece
 from megatron_tn.checkpoint.shares import needed, scattered
 from megatron_tn.config import ConfigError, DataConfig, TrainConfig
 from megatron_tn.parallel.world import of_first
+from megatron_tn.training import run
+from tests.helpers.models import tiny_config
 from tests.helpers.ranks import run_shared
 from tests.helpers.training import fork_ranks
 
@@ -34,6 +37,20 @@ def test_a_start_of_a_rank_does_not_grow_with_the_world(tmp_path, first):
             assert each.read < 1e6
             assert each.told < 1e5
             assert each.groups <= 4
+
+
+def test_one_job_of_a_sweep_is_deterministic_and_the_next_is_not(monkeypatch):
+    def join(_timeout_s: float):
+        joined.append(torch.are_deterministic_algorithms_enabled())
+        raise RuntimeError("no world")
+
+    joined: list[bool] = []
+    monkeypatch.setattr(run, "join_world", join)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    for deterministic in (True, False):
+        with pytest.raises(RuntimeError, match="no world"):
+            run.Run(tiny_config(deterministic=deterministic), None, open_weights=lambda _: None).__enter__()
+    assert joined == [True, False]
 
 
 def test_a_rank_is_sent_the_pieces_that_overlap_its_own():
