@@ -66,16 +66,11 @@ LEVERS = {  # what shortens Muon's schedule
     "steps": lambda rows: str(rows[0]["steps"]),
     **{title: BITS[title] for title in ("tokens", "bits/byte", "GPU", "commit")},
 }
+RATE_AND_SEED = ("optim.lr", "seed")
 DEFAULTS = {  # choices of training that the paper leaves open
-    "settings": lambda rows: own_settings(rows[0]) or "as in results.yaml",
+    "settings": lambda rows: others_of(rows[0], RATE_AND_SEED) or "as in results.yaml",
     **{title: BITS[title] for title in ("peak rate", "bits/byte", "GPU", "commit")},
 }
-
-
-def own_settings(row: Row) -> str:
-    """Settings of a run beside model, peak rate and seed: "warmup_steps 18"."""
-    pairs = (word.split("=") for word in row["run"].split(",") if "=" in word)
-    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in pairs if key not in ("optim.lr", "seed"))
 
 
 def of_runs(plan: str, name: str, columns: dict[str, Callable[[list[Row]], str]]) -> Table:
@@ -112,7 +107,7 @@ RESULTS = {
         holds=lambda row: row["name"] == "result" and row["plan"] == "results_defaults",
         same=("run",),
         line=("run",),
-        order=lambda row: (own_settings(row), row["lr"]),
+        order=lambda row: (others_of(row, RATE_AND_SEED), row["lr"]),
         columns=DEFAULTS,
     ),
     "ablations": of_runs("results_ablations", "variant", BITS),

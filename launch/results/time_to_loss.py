@@ -38,10 +38,10 @@ def _words(row: Row) -> list[str]:
     return list(filter(None, row.get("variant", "").split(",")))
 
 
-def others_of(row: Row) -> str:
-    """Settings of a trained run beside those of SHOWN, each by its last word: "momentum 0.8, equal_norms True"."""
+def others_of(row: Row, shown: Sequence[str] = SHOWN) -> str:
+    """Settings of a trained run beside those of `shown`, each by its last word: "momentum 0.8, equal_norms True"."""
     pairs = (word.split("=", 1) for word in row.get("run", "").split(",") if "=" in word)
-    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in pairs if key not in SHOWN)
+    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in pairs if key not in shown)
 
 
 def _step_of(row: Row) -> tuple[str, bool]:

@@ -157,7 +157,7 @@ class ReadAhead:
         self._contents: dict[str, tuple[int, np.ndarray]] = {}
         self._places: dict[str, Place] = {}
         self._problems: list[str] = []
-        # Of files that several ranks read: those of this rank's parts, by their first bytes; None if it cannot be read.
+        # Of files that several ranks read: those of this rank's parts, by their first bytes; None where it read none.
         self._digests: dict[str, dict[int, bytes] | None] = {}
         self._error: Exception | None = None
         self._ended = False
@@ -198,7 +198,8 @@ class ReadAhead:
             found = problems_of_header(path, record, pieces) if first == 0 else []
             self._digests[name] = None
             try:
-                self._digests[name] = digests_of_share(path, record.sha256, first, last, into)
+                if not found:
+                    self._digests[name] = digests_of_share(path, record.sha256, first, last, into)
             except OSError as error:
                 found.append(f"{path} cannot be read: {error.strerror}")
         self._problems += found

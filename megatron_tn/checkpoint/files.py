@@ -186,7 +186,7 @@ class TensorFile:
             if first <= end < min(first + len(data), at + count):
                 found.append(data[end - first : at + count - first])
                 end += len(found[-1])
-        if end < at + count:
+        if not found or end < at + count:
             return None
         return found[0] if len(found) == 1 else np.concatenate(found)
 

@@ -95,8 +95,8 @@ def shared_out(matrices: Sequence[Matrix], ranks: int, held: Mapping[Matrix, Hel
     """Each rank's matrices, ordered by shape.
 
     How many it has of a shape: each matrix, the costliest first, counts for the rank with the least work so far. Which
-    of them: those of which it holds most (`held`), as far as it may have so many; others go to the first rank after the
-    one that holds most, which may have more.
+    of them: those of which it holds most (`held`), up to that number. A matrix whose holder has its number goes to the
+    next rank that has not.
     """
     found: list[list[Matrix]] = [[] for _ in range(ranks)]
     least = [(0, rank) for rank in range(ranks)]  # a heap of (work, rank)

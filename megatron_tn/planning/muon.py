@@ -1,5 +1,5 @@
-"""What an update by Muon takes of a rank (optim/muon.py, engine/matrices.py): the Newton-Schulz iterations of the
-matrices that it updates, and their exchange with the ranks that hold parts of them.
+"""What an update by Muon takes of a rank: the Newton-Schulz iterations of the matrices that it updates (optim/muon.py,
+engine/matrices.py), and their exchange with the ranks that hold parts of them (engine/matrix_rounds.py).
 """
 
 import functools
@@ -69,8 +69,8 @@ class Links(NamedTuple):
 
 @dataclass(frozen=True)
 class Exchange:
-    """What the ranks of an update send each other. rounds: those with an all-to-all. elements: that another rank
-    updates than holds them. gathered, scattered: of the all-to-alls before and after the iterations."""
+    """What the ranks of an update send each other. rounds: those with an all-to-all. elements: held by one rank and
+    updated by another. gathered, scattered: of the all-to-alls before and after the iterations."""
 
     rounds: int
     elements: int

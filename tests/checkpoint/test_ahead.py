@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_tn.checkpoint.ahead import Contents, Holding, Place, ReadAhead
 from megatron_tn.checkpoint.background import CheckpointWriter
@@ -113,6 +114,22 @@ def test_ranks_share_a_file_where_there_are_fewer(engine, tmp_path, monkeypatch,
     first, *others = [problems for problems, _, _ in run_shared(3, read_shares, checkpoint, verify)]
     assert others == [[], []]
     assert [line.partition(" its")[0] for line in first] == [f"{file} is damaged:"] * verify
+
+
+def problems_on_a_rank(checkpoint: Path) -> list[str]:
+    return ReadAhead(dist.get_rank(), dist.get_world_size(), None, verify=True, pinned=False).problems(checkpoint)
+
+
+def test_a_damaged_header_of_a_shared_file_is_one_line(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_tn.checkpoint.files.PART_BYTES", 16 << 10)
+    checkpoint = save_checkpoint(engine, tmp_path, step=1, **content(engine.run_config, 1))
+    file = checkpoint / rank_file(0)
+    with file.open("r+b") as opened:
+        opened.seek(8)
+        opened.write(b"[")
+    (line,), *others = run_shared(3, problems_on_a_rank, checkpoint)
+    assert line.startswith(f"{file} is damaged: its header: ")
+    assert others == [[], []]
 
 
 @pytest.mark.parametrize("kept", ["memory", "no memory", "not enough"])

@@ -112,14 +112,22 @@ def with_header(header: dict, data: bytes = b"\0" * 16) -> bytes:
 
 @pytest.mark.parametrize("spaces", range(4))
 def test_a_file_in_memory_gives_views(tmp_path, spaces):
-    """At any byte a tensor of an older file may begin."""
+    """At any byte a tensor of an older file may begin. Where several pieces of the file are in memory, also of values
+    that span two; none of values that are not all there."""
     path, values = tmp_path / "a.safetensors", torch.arange(20.0)
-    header = json.dumps({"a": {"dtype": "F32", "shape": [20], "data_offsets": [0, 80]}}).encode() + b" " * spaces
+    entries = {"a": {"shape": [20], "data_offsets": [0, 80]}, "none": {"shape": [0], "data_offsets": [80, 80]}}
+    header = json.dumps({key: {"dtype": "F32"} | entry for key, entry in entries.items()}).encode() + b" " * spaces
     path.write_bytes(struct.pack("<Q", len(header)) + header + values.numpy().tobytes())
-    with contextlib.closing(TensorFile(path)) as file:
-        assert file.view("a", 0, 20) is None
-    with contextlib.closing(TensorFile(path, content=[(0, np.fromfile(path, np.uint8))])) as file:
-        assert torch.equal(file.view("a", 3, 10), values[3:13])
+    data, middle = np.fromfile(path, np.uint8), 8 + len(header) + 30
+    pieces = [(0, data[:middle]), (middle, data[middle:])]
+    for content, held in ((), []), ([(0, data)], [3, 8]), (pieces, [3, 8]), (pieces[1:], [8]):
+        with contextlib.closing(TensorFile(path, content=content)) as file:
+            for first in (3, 8):
+                view, target = file.view("a", first, 10), torch.empty(10)
+                assert view is None if first not in held else torch.equal(view, values[first : first + 10])
+                file.read("a", first, target)
+                assert torch.equal(target, values[first : first + 10])
+            assert torch.equal(file.get("none"), torch.empty(0))
 
 
 @pytest.mark.parametrize(

@@ -104,8 +104,12 @@ def test_a_task_of_a_sweep_has_its_own_job(tmp_path):
 OTHERS = ("config.json", "status.json", "requeues.log", "job.json", "submitted/a/submission.json")
 
 
-@pytest.mark.parametrize("make", [lambda file: file.write_bytes(b'\xff{"step":\0 ['), os.mkfifo], ids=["bytes", "fifo"])
-def test_a_damaged_run_has_a_row(make, tmp_path):
+@pytest.mark.parametrize(
+    ("make", "restarts"),
+    [(lambda file: file.write_bytes(b'\xff{"step":\0 ['), "1"), (os.mkfifo, "0")],
+    ids=["bytes", "fifo"],
+)
+def test_a_damaged_run_has_a_row(make, restarts, tmp_path):
     """Also where a file is a FIFO, whose reader would wait for a writer."""
     (tmp_path / "submitted/a").mkdir(parents=True)
     for name in OTHERS:
@@ -113,7 +117,7 @@ def test_a_damaged_run_has_a_row(make, tmp_path):
     (tmp_path / "log.jsonl").write_bytes(b'\xff{"step":\0 [')
     with no_waiting():
         row = row_of(RunFolder(tmp_path), [], NOW)
-    assert (row["state"], row["step"]) == ("not started", "0")
+    assert (row["state"], row["step"], row["restarts"]) == ("not started", "0", restarts)
 
 
 @contextlib.contextmanager
