@@ -97,7 +97,7 @@ class LocalExecutor(_Described, LocalPipelineExecutor):
                     f"{name_tasks(running)} {'was' if len(running) == 1 else 'were'} under way"
                 ) from None
             except BaseException as error:
-                pool.shutdown(wait=False, cancel_futures=True)  # running tasks finish, no new ones start
+                pool.shutdown(cancel_futures=True)  # running tasks finish, no new ones start
                 raise (TaskError(futures[future], error) if isinstance(error, Exception) else error) from None
 
     def task_log(self, rank: int) -> Path:

@@ -28,5 +28,7 @@ def process_pool(workers: int, context: BaseContext | None = None) -> Iterator[P
         try:
             yield pool
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            # Waits for tasks that have begun: with the pool's thread still alive at the interpreter's exit, CPython
+            # 3.11 may write to a pipe that the thread has just closed, and print a traceback.
+            pool.shutdown(cancel_futures=True)
             raise

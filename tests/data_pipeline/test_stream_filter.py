@@ -139,6 +139,20 @@ def test_a_signal_to_a_worker_that_has_just_started_is_ignored(capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_an_interrupted_pool_leaves_no_thread_to_the_interpreters_exit():
+    def interrupted() -> None:
+        with process_pool(1, multiprocessing.get_context("fork")) as pool:
+            begun = pool.submit(time.sleep, 0.5)
+            while not begun.running():
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert threading.active_count() == before
+
+
 def test_an_interrupted_count_says_so_in_one_line_and_goes_on(tmp_path):
     """Ctrl-C reaches every process of the terminal."""
     manifest = make_shards(tmp_path, documents=150, shard_tokens=100)
