@@ -363,6 +363,7 @@ def test_time_to_the_same_loss_is_read_from_the_curves():
         trained("muon,fp8", 0.001, 0, 1.4, 1.3, 1.25),
         trained("muon,0.8", 0.001, 0, 1.9, 1.3, 1.2, run="50m,optim=muon,optim.momentum=0.8,optim.lr=0.001,seed=0"),
         trained("muon,True", 0.001, 0, 1.9, 1.21, run="50m,optim=muon,optim.heads_apart=True,optim.lr=0.001,seed=0"),
+        trained("18", 0.016, 0, 1.2, run="50m,schedule.warmup_steps=18,optim.lr=0.016,seed=0", plan="results_defaults"),
         trained("0.8", 0.002, 0, 1.9, 1.3, run="50m,optim.beta1=0.8,optim.lr=0.002,seed=0"),  # not today's AdamW
         trained("muon,fp8,300", 0.001, 0, 1.7, 1.4, tokens=30_000_000, curve="15.0:1.7000 30.0:1.4000"),
         trained("paper/decay/none", 0.001, 0, 1.0, 1.0),  # of another table

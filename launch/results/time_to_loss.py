@@ -39,9 +39,11 @@ def _words(row: Row) -> list[str]:
 
 
 def others_of(row: Row, shown: Sequence[str] = SHOWN) -> str:
-    """Settings of a trained run beside those of `shown`, each by its last word: "momentum 0.8, equal_norms True"."""
-    pairs = (word.split("=", 1) for word in row.get("run", "").split(",") if "=" in word)
-    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in pairs if key not in shown)
+    """Settings of a trained run beside those of `shown`, each by its last word: "momentum 0.8, equal_norms True". A
+    warm-up that goes with a number of steps is shown by that; one by itself is another setting."""
+    own = dict(word.split("=", 1) for word in row.get("run", "").split(",") if "=" in word)
+    shown = set(shown) - ({"schedule.warmup_steps"} if "schedule.steps" not in own else set())
+    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in own.items() if key not in shown)
 
 
 def _step_of(row: Row) -> tuple[str, bool]:
