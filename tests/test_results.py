@@ -369,6 +369,7 @@ def test_time_to_the_same_loss_is_read_from_the_curves():
         trained("paper/decay/none", 0.001, 0, 1.0, 1.0),  # of another table
         *(measured("tp 1", value) for value in (70.0, 65.536, 60.0)),  # 1 us a token
         measured("tp 1, Muon", 131.072),
+        measured("tp 1", 900.0, commit="of an earlier day", date="2025-12-31"),
         measured("tp 1, Muon, heads apart", 65.536),
         measured("tp 1, Muon, fp8 products", 32.768),
         measured("tp 1, Muon", 1.0, global_batch=8),

@@ -87,7 +87,7 @@ class Line:
 
     rows: list[Row]
     rate: str
-    step_ms: float | None  # time of a step of the training loop, median of the measurements
+    step_ms: float | None  # time of a step of the training loop, median of the newest commit's measurements
 
     @property
     def curve(self) -> Curve:
@@ -138,15 +138,20 @@ def _by_model(rows: Sequence[Row]) -> dict[tuple, list[tuple[Variant, Line]]]:
     for row in sorted(rows, key=lambda row: row["date"]):
         of_model = (*(row.get(key) for key in STEP), row["gpu"])
         if row["name"] == "training loop" and row.get("gpus", 1) == 1:
-            measured[of_model, _step_of(row)].append(row["value"])
+            measured[of_model, _step_of(row)].append(row)
         elif row["name"] == "result" and (others_of(row) or all(w in VARIANTS or w.isdigit() for w in _words(row))):
             trained[of_model, (variant_of(row), others_of(row)), row["tokens"]].append(row)
     found = defaultdict(list)
     for (of_model, variant, _), runs in trained.items():
-        speeds = measured.get((of_model, _step_of(runs[0])))
-        if (line := _line(runs, statistics.median(speeds) if speeds else None)) is not None:
+        if (line := _line(runs, _newest(measured[of_model, _step_of(runs[0])]))) is not None:
             found[of_model].append((variant, line))
     return {key: found[key] for key in sorted(found, key=str) if any(variant == TODAY for variant, _ in found[key])}
+
+
+def _newest(measured: list[Row]) -> float | None:
+    """Median of the values of the last row's commit; None without rows. measured: the oldest first."""
+    values = [row["value"] for row in measured if row["commit"] == measured[-1]["commit"]]
+    return statistics.median(values) if values else None
 
 
 def _line(runs: list[Row], step_ms: float | None) -> Line | None:
