@@ -17,6 +17,8 @@ PLAN = "results_time"  # first letters of the plans' names
 SHOWN = ("optim", "engine.products", "optim.lr", "seed", "schedule.steps", "schedule.warmup_steps")
 LABELS = {"": "AdamW, bf16", "muon": "Muon, bf16", "fp8": "AdamW, fp8", "muon,fp8": "Muon, fp8"}
 VARIANTS = {"muon": ", Muon", "fp8": ", fp8 products"}  # word of a trained run -> text in the layout of a measured one
+# Settings that a label shows together.
+SHORT = {"momentum 0.8", "equal_norms True", "heads_apart True", "schedule wsd", "decay_fraction 0.5"}
 COLUMNS = (
     *("model", "optimizer, products", "peak rate", "seeds", "tokens", "bits/byte", "ms a step"),
     *("AdamW's final loss after", "seconds", "ratio", "GPU", "commit"),
@@ -53,7 +55,10 @@ def _step_of(row: Row) -> tuple[str, bool]:
 
 def label(row: Row) -> str:
     """Optimizer and products of a trained run, and its other settings."""
-    return ", ".join(filter(None, (LABELS[variant_of(row)], others_of(row))))
+    others = list(filter(None, others_of(row).split(", ")))
+    if SHORT <= set(others):
+        others = ["settings for short schedules", *(word for word in others if word not in SHORT)]
+    return ", ".join([LABELS[variant_of(row)], *others])
 
 
 def mean_of(values: list[float]) -> str:
