@@ -56,7 +56,7 @@ def _step_of(row: Row) -> tuple[str, bool]:
 def label(row: Row) -> str:
     """Optimizer and products of a trained run, and its other settings."""
     others = list(filter(None, others_of(row).split(", ")))
-    if SHORT <= set(others):
+    if SHORT.issubset(others):
         others = ["settings for short schedules", *(word for word in others if word not in SHORT)]
     return ", ".join([LABELS[variant_of(row)], *others])
 
