@@ -15,7 +15,7 @@ from launch.render_table import fill
 from launch.results.__main__ import main, stages
 from launch.results.planned_run import Run
 from launch.results.run_plan import grid_runs, read_plan
-from launch.results.runs import Failed, Programs, TimeUp
+from launch.results.runs import Failed, Programs, TimeUp, end_of
 from megatron_tn import cli
 from megatron_tn.config import (
     BenchmarkConfig,
@@ -293,6 +293,8 @@ def test_a_failure_has_the_end_of_its_log_and_stops_what_waits(tmp_path):
     ):
         programs.side_by_side([fails, lambda: programs.run("this", [], tmp_path / "x"), lambda: done.append(1)], 1)
     assert not (tmp_path / "x").exists()
+    (tmp_path / "log").write_text("Error: why\n" + "".join(f"frame #{n}: _start + 0x25\n" for n in range(33)) + "\n")
+    assert end_of(tmp_path / "log") == "Error: why"
 
 
 def test_a_program_is_told_to_stop_at_the_deadline(tmp_path, monkeypatch):

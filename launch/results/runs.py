@@ -22,6 +22,12 @@ class TimeUp(Exception):
     """The deadline has passed, before the command was started or while it ran."""
 
 
+def end_of(log: Path) -> str:
+    """The last lines of a program's log, without the frames of C++ that an aborted program prints after its error."""
+    lines = log.read_text(errors="replace").splitlines()
+    return "\n".join([line for line in lines if line and not line.startswith("frame #")][-TAIL:])
+
+
 class Programs:
     """Runs command lines of this project. deadline: `time.monotonic()` after which running ones are told to stop, by
     SIGTERM, and no further one starts; None for none."""
@@ -49,8 +55,7 @@ class Programs:
                     program.kill()
                 raise TimeUp from None
         if code:
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])
-            raise Failed(f"python -m {module} {' '.join(words)}: exit code {code}; the end of {log}:\n{tail}")
+            raise Failed(f"python -m {module} {' '.join(words)}: exit code {code}; the end of {log}:\n{end_of(log)}")
 
     def left(self) -> float | None:
         if self._stopped.is_set():
