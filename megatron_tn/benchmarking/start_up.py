@@ -217,7 +217,6 @@ def _started(folder: Path, words: list[str], opens: Opens, others: Others, rank:
         opens.on, sys.argv = False, argv
         counted = count()
         leave_world()
-        shutil.rmtree(folder / "run" / "alive", ignore_errors=True)
     return counted, came_far
 
 
