@@ -27,6 +27,7 @@ from megatron_tn.checkpoint.verify import problems_of_digest, problems_of_file, 
 from megatron_tn.device.host_memory import HostMemory
 from megatron_tn.device.shared_memory import Address, mapped
 from megatron_tn.device.threads import start_thread
+from megatron_tn.parallel.world import of_all
 
 
 class Place(NamedTuple):
@@ -106,10 +107,7 @@ class ReadAhead:
         self._join()
         if self.verify and not self._ended:  # there was not enough memory
             self._read()
-        everyones = [self._digests]
-        if self.verify and self.size > 1 and dist.is_initialized():
-            everyones = [{}] * self.size
-            dist.all_gather_object(everyones, self._digests)
+        everyones = of_all(self._digests) if self.verify else [self._digests]
         if self._error is not None:
             raise self._error
         return [*self._problems, *self._problems_of_digests(everyones)]
