@@ -32,7 +32,7 @@ TaskSet = dict[
 
 
 @functools.lru_cache(maxsize=4)
-def load_tasks(names: tuple[str, ...], folder: str = "", setting: str = "tasks") -> TaskSet:
+def load_tasks(names: tuple[str, ...], folder: str, setting: str = "tasks") -> TaskSet:
     """The tasks with their data. names: of tasks, groups or tags that the harness or a file below `folder` has, or
     paths of task files. setting: the one that names them.
 
