@@ -158,7 +158,7 @@ def engine_bytes(config: TrainConfig, world_size: int) -> float:
     """
     engine = config.engine
     local = parameter_count(config.model) / config.parallel.tp
-    if engine.name == "fsdp2" or engine.zero_stage == 3:
+    if not engine.keeps_weights:
         cast = 6 / math.prod(spans_of(config, world_size, "data")) if engine.name == "fsdp2" else 0
         return local * (gathers(config) * (cast + 4) + 6)
     return local * (4 if engine.sums_own_gradients else 25)

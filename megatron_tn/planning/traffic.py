@@ -59,7 +59,7 @@ def step_traffic(config: TrainConfig, world_size: int, work: Microbatch) -> list
     for name, kind, width, times, beside in engine_exchanges(config, microbatches):
         elements = math.ceil(parameter_count(config.model) / parallel.tp) * times
         calls = -(-elements // config.engine.reduce_bucket_elements)
-        if config.engine.name == "fsdp2" or config.engine.zero_stage == 3:
+        if not config.engine.keeps_weights:
             calls = times * (config.model.layers + 1)
         add(name, "data", kind, calls, width * elements, beside)
     if config.optim.name == "muon":
