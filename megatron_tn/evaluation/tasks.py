@@ -26,9 +26,8 @@ log = logging.getLogger(__name__)
 SEED = 1234  # for the choice of few-shot examples; the harness's own default
 RESAMPLES = 100  # of the bootstrap, for the standard error of metrics that are no mean
 
-TaskSet = dict[
-    str, Any
-]  # {"tasks": {name: task}, "groups": ..., "group_map": ...}, as lm_eval's TaskManager returns it
+# {"tasks": {name: task}, "groups": ..., "group_map": ...}, as lm_eval's TaskManager returns it.
+TaskSet = dict[str, Any]
 
 
 @functools.lru_cache(maxsize=4)
