@@ -1,7 +1,7 @@
 """Write a checkpoint: every rank writes its file, rank 0 the manifest, then one rename makes the checkpoint visible.
 
 `take_snapshot` copies this rank's tensors to host memory; then training may continue. `write_snapshot` writes the
-files: `background.CheckpointWriter` calls it in a thread; `save_checkpoint` at once, without a copy.
+files: `background.CheckpointWriter` calls it in a thread.
 """
 
 import logging
@@ -43,25 +43,6 @@ class Snapshot:
     world_size: int
     tensors: dict[str, Tensor]
     manifest: CheckpointManifest
-
-
-def save_checkpoint(
-    engine: Trainable,
-    folder: Path,
-    *,
-    step: int,
-    optimizer_step: int,
-    config: dict[str, Any],
-    training: dict[str, Any],
-    retention: Retention | None = None,
-) -> Path:
-    """Save masters, moments and training state as `folder`/step_NNNNNNNN. Collective over all ranks.
-
-    Raises:
-        CheckpointError: on every rank, when any rank could not write.
-    """
-    snapshot = take_snapshot(engine, folder, step=step, optimizer_step=optimizer_step, config=config, training=training)
-    return write_snapshot(snapshot, retention)
 
 
 @torch.no_grad()

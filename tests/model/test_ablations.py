@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import self_check
-from megatron_tn.checkpoint.load import load_model
 from megatron_tn.cli.overrides import CONF
 from megatron_tn.config import ConfigError, DataConfig, ModelConfig, ParallelConfig
 from megatron_tn.convert import main as convert
@@ -23,6 +22,7 @@ from megatron_tn.model.init import initialize
 from megatron_tn.model.registry import build_model, parameter_count
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.released.write import save_pretrained
+from tests.helpers.checkpoints import load_model
 from tests.helpers.definition import definition_gradients
 from tests.helpers.models import (
     COSFORMER,
