@@ -18,13 +18,13 @@ import torch.distributed as dist
 
 from megatron_tn.engine.base import Engine
 from megatron_tn.parallel.world import of_all
+from megatron_tn.planning.estimate import GIB
 from megatron_tn.training.hooks import Hook
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
 from megatron_tn.training.watchdog import Progress
 
 SLOW = 1.2  # a rank above SLOW x the median is reported
-GIB = 2**30
 
 
 @dataclass
