@@ -49,7 +49,7 @@ class MemoryPlan:
 def plan_memory(config: TrainConfig, world_size: int, work_of: Callable = microbatch) -> MemoryPlan:
     """The plan for `world_size` processes. `config.problems(world_size)` must be empty.
 
-    work_of: `microbatch`, or `extrapolated` for a search.
+    work_of: `microbatch`, or `extrapolated_in_rows` for a search.
 
     Raises:
         ValueError: torch.distributed is already initialised in this process.
