@@ -89,3 +89,16 @@ class Attention:
 
     def check(self, tolerance: float | None = None) -> None:
         assert_close("o state dq dk dv dinitial", self.run(), self.expected(), tolerance or TOLERANCE[self.q.dtype])
+
+    def check_views(self) -> None:
+        """Views of a fused projection, and a strided gradient, give the same bits as tensors of their own."""
+        fused = torch.stack((self.q, self.k, self.v, self.v), dim=2).requires_grad_()
+        q, k, v, _ = fused.unbind(2)
+        o = kernels.lightning_attention(q, k, v, self.decay, cu_seqlens=self.cu_seqlens)
+        o.backward(self.do.transpose(1, 2).contiguous().transpose(1, 2))
+        self.initial_state.zero_()
+        self.dstate.zero_()
+        plain = self.run()
+        assert torch.equal(o, plain[0])
+        for got, expected in zip(fused.grad.unbind(2), plain[2:5], strict=False):
+            assert torch.equal(got, expected)

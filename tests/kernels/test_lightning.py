@@ -82,17 +82,7 @@ def test_one_token_at_a_time_equals_the_whole():
 
 @pytest.mark.parametrize("bounds", [None, (0, 30, 70)], ids=["rows", "packed"])
 def test_views_of_a_fused_projection(bounds):
-    case = Attention.random(bounds=bounds, widths=(16, 16))
-    fused = torch.stack((case.q, case.k, case.v, case.v), dim=2).requires_grad_()
-    q, k, v, _ = fused.unbind(2)
-    o = kernels.lightning_attention(q, k, v, case.decay, cu_seqlens=case.cu_seqlens)
-    o.backward(case.do.transpose(1, 2).contiguous().transpose(1, 2))
-    case.initial_state.zero_()
-    case.dstate.zero_()
-    plain = case.run()
-    assert torch.equal(o, plain[0])
-    for got, expected in zip(fused.grad.unbind(2), plain[2:5], strict=False):
-        assert torch.equal(got, expected)
+    Attention.random(bounds=bounds, widths=(16, 16)).check_views()
 
 
 def test_gradient_through_the_state_alone():

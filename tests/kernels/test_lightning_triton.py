@@ -139,17 +139,7 @@ def test_bf16_segments_on_the_gpu(cuda, short_segments, widths):
 
 
 def test_views_of_a_fused_projection(triton_device):
-    case = Attention.random(length=40, batch=2, widths=(16, 16), rates=(0.1, 0.0), device=triton_device)
-    fused = torch.stack((case.q, case.k, case.v, case.v), dim=2).requires_grad_()
-    q, k, v, _ = fused.unbind(2)
-    o = kernels.lightning_attention(q, k, v, case.decay)
-    o.backward(case.do.transpose(1, 2).contiguous().transpose(1, 2))
-    case.initial_state.zero_()
-    case.dstate.zero_()
-    plain = case.run()
-    assert torch.equal(o, plain[0])
-    for got, expected in zip(fused.grad.unbind(2), plain[2:5], strict=False):
-        assert torch.equal(got, expected)
+    Attention.random(length=40, batch=2, widths=(16, 16), rates=(0.1, 0.0), device=triton_device).check_views()
 
 
 @pytest.mark.parametrize("bounds", [None, (0, 5, 40)], ids=["rows", "packed"])
