@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import self_check
+from kernels import StepSizes, self_check
 from megatron_tn.cli.overrides import CONF
 from megatron_tn.config import ConfigError, DataConfig, ModelConfig, ParallelConfig
 from megatron_tn.convert import main as convert
@@ -187,7 +187,7 @@ def test_the_check_of_a_start_calls_every_operator_of_a_step(monkeypatch):
         found = set()
         with Operators() as checked:
             for arguments in attentions(config):
-                found |= self_check(**common, **arguments, unused=unused(config, "adamw")).keys()
+                found |= self_check(StepSizes(**common, **arguments), unused=unused(config, "adamw")).keys()
         assert step.names <= checked.names, config
         assert not found & {"muon_", "gram_polynomial"}
         assert ("rms_norm" in found, "simple_rms_norm" in found) == (
