@@ -11,9 +11,9 @@ FALL, NARROW = 34, 3  # distance of loss bands below the bars, and their minimum
 def page(report: dict) -> str:
     parts = [
         _figures(report),
-        flow([*report["stages"], *_final(report)]),
+        flow([*report["stages"], _final(report)]),
         "<h2>Stages</h2><p>Tokens are estimates from bytes up to the last stage; those of the shards are counted.</p>",
-        _stages([*report["stages"], *_final(report)]),
+        _stages([*report["stages"], _final(report)]),
         "<h2>By source</h2>",
         _groups(report["stages"], "sources"),
         "<h2>By language</h2><p>A language is known once the rules have run; — stands for none.</p>",
@@ -48,22 +48,20 @@ def page(report: dict) -> str:
     return document("Cleaning report", parts)
 
 
-def _final(report: dict) -> list[dict]:
+def _final(report: dict) -> dict:
     """The shards as a last stage, with exact token counts."""
     splits = report["splits"].values()
     sums = {key: sum(split[key] for split in splits) for key in ("documents", "text_bytes", "tokens")}
-    return [
-        {
-            "stage": "shards",
-            "documents": sums["documents"],
-            "bytes": sums["text_bytes"],
-            "tokens_estimated": sums["tokens"],
-        }
-    ]
+    return {
+        "stage": "shards",
+        "documents": sums["documents"],
+        "bytes": sums["text_bytes"],
+        "tokens_estimated": sums["tokens"],
+    }
 
 
 def _figures(report: dict) -> str:
-    (final,) = _final(report)
+    final = _final(report)
     first = report["stages"][0] if report["stages"] else final
     quarantined = sum(entry["documents"] for entry in report["quarantine"].values())
     figures = (

@@ -16,7 +16,7 @@ from kernels.newton_schulz.op import equalize_norms_, newton_schulz
 from kernels.rmsnorm.op import add_rms_norm, branch_rms_norm
 from kernels.rope.op import rope
 from kernels.sampling.op import sample_tokens
-from kernels.self_check import self_check
+from kernels.self_check import StepSizes, self_check
 from kernels.sglu.op import sglu
 from kernels.srmsnorm.op import (
     add_scaled_simple_rms_norm,

@@ -43,118 +43,70 @@ TOKENS = 64  # for operators that act per token, and of a chunk of the output he
 VOCABULARY = 4096  # full tiles of the output head; the remainder is a partial one
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """The arguments of `self_check` that determine the inputs."""
+@dataclass(frozen=True, kw_only=True)
+class StepSizes:
+    """What the operators of a training step are given on this rank.
+
+    heads, key_width, value_width: lightning attention; key_width = 2 value_width: gla is checked with LRPE. The norms
+        are checked at width heads * value_width.
+    glu_width: width of the gated product.
+    embed_width: width of the embedding and the output head, over all ranks.
+    act: the activation of q and k. glu_act: the gated product's.
+    rope_base: of softmax attention, with heads of value_width: rope is checked in the place of lightning attention and
+        gla; None: linear attention.
+    theta_learnt: whether the gradient of LRPE's theta is checked.
+    float8: whether the operators of fp8 products are checked.
+    batch, length: sequences of a microbatch, and positions of one on this rank. Attention is checked on about 4096
+        positions, for which Triton compiles the kernels of these sizes. The default is odd, and long enough to be cut
+        into segments if there are few heads.
+    packed: whether attention is checked on documents, packed into the one sequence.
+    vocabulary: rows of the output head on this rank. The check's head has about 4096, aligned alike.
+    """
 
     heads: int
     key_width: int
     value_width: int
     glu_width: int
     embed_width: int
-    act: str
-    glu_act: str
-    decay: Tensor
-    rope_base: float | None
-    theta_learnt: bool
-    float8: bool
-    batch: int
-    length: int
-    packed: bool
-    tokens: int
-    vocabulary: int
     dtype: torch.dtype
+    device: torch.device
+    act: str = "silu"
+    glu_act: str = "none"
+    rope_base: float | None = None
+    theta_learnt: bool = True
+    float8: bool = False
+    batch: int = 1
+    length: int = 4097
+    packed: bool = False
+    vocabulary: int = 4099
 
     @property
     def width(self) -> int:
         return self.heads * self.value_width
 
+    @property
+    def tokens(self) -> int:
+        """Rows of the inputs of operators that act per token."""
+        return TOKENS + _remainder(self.batch * self.length)
+
 
 def self_check(
-    *,
-    heads: int,
-    key_width: int,
-    value_width: int,
-    glu_width: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    embed_width: int | None = None,
-    act: str = "silu",
-    glu_act: str = "none",
-    decay: Tensor | None = None,
-    rope_base: float | None = None,
-    theta_learnt: bool = True,
-    float8: bool = False,
-    batch: int = 1,
-    length: int = 4097,
-    packed: bool = False,
-    vocabulary: int = 4099,
-    unused: Container[str] = (),
-    fall_back: bool = False,
-    order: int = 0,
+    sizes: StepSizes, *, unused: Container[str] = (), fall_back: bool = False, order: int = 0
 ) -> dict[str, float]:
     """Compare the operators of a training step, forward and backward, with their fp64 definitions; return the largest
     relative error of each.
 
-    heads, key_width, value_width: lightning attention on this rank; key_width = 2 value_width: gla is checked with
-        LRPE. The norms are checked at width heads * value_width.
-    glu_width: width of the gated product.
-    embed_width: width of the embedding and the output head, over all ranks (default: heads * value_width).
-    act: the activation of q and k. glu_act: the gated product's.
-    rope_base: of softmax attention, with heads of value_width: rope is checked in the place of lightning attention and
-        gla; None: linear attention.
-    theta_learnt: whether the gradient of LRPE's theta is checked.
-    float8: whether the operators of fp8 products are checked.
-    decay: [heads], the rates (default: evenly spaced from 0 to 1, slow and fast heads in one call).
-    batch, length: sequences of a microbatch, and positions of one on this rank. Attention is checked on about 4096
-        positions, for which Triton compiles the kernels of these sizes. The default is odd, and long enough to be cut
-        into segments if there are few heads.
-    packed: whether attention is checked on documents, packed into the one sequence.
-    vocabulary: rows of the output head on this rank. The check's head has about 4096, aligned alike.
     unused: operators that the run does not call: they are not checked.
     fall_back: if an operator is wrong, log it, switch this process to plain PyTorch, and check again.
     order: of the checks, another number for each process of a machine: see `comparison.compare`.
 
     Raises KernelMismatchError, which names the operator, its error and the bound.
     """
-    if decay is None:
-        decay = torch.linspace(0, 1, heads, device=device)
-    embed_width = embed_width or heads * value_width
-    positions = batch * length
-    if rope_base is None:
-        batch, length = few_positions(
-            batch,
-            length,
-            capability=capability_of(decay),
-            element_bytes=dtype.itemsize,
-            heads=heads,
-            key=key_width,
-            value=value_width,
-        )
-    sizes = _Sizes(
-        heads=heads,
-        key_width=key_width,
-        value_width=value_width,
-        glu_width=glu_width,
-        embed_width=embed_width,
-        act=act,
-        glu_act=glu_act,
-        decay=decay,
-        rope_base=rope_base,
-        theta_learnt=theta_learnt,
-        float8=float8,
-        batch=batch,
-        length=length,
-        packed=packed,
-        tokens=TOKENS + _remainder(positions),
-        vocabulary=VOCABULARY + _remainder(vocabulary),
-        dtype=dtype,
-    )
 
     def used() -> Iterator[Check]:
         return (check for check in _checks(sizes) if check.operator not in unused)
 
-    return compare(used, dtype, device, fall_back, order)
+    return compare(used, sizes.dtype, sizes.device, fall_back, order)
 
 
 def _remainder(size: int) -> int:
@@ -162,7 +114,7 @@ def _remainder(size: int) -> int:
     return (size - 1) % 16 + 1
 
 
-def _checks(sizes: _Sizes) -> Iterator[Check]:
+def _checks(sizes: StepSizes) -> Iterator[Check]:
     yield from _attention_checks(sizes) if sizes.rope_base is None else _rope_check(sizes)
     yield from _norm_checks(sizes)
     if sizes.float8:
@@ -174,11 +126,21 @@ def _checks(sizes: _Sizes) -> Iterator[Check]:
     yield adamw_check((sizes.tokens, sizes.width))
 
 
-def _attention_checks(sizes: _Sizes) -> Iterator[Check]:
-    heads, width, decay, batch, length = sizes.heads, sizes.value_width, sizes.decay, sizes.batch, sizes.length
-    bounds, positions = None, torch.arange(length, device=decay.device)
+def _attention_checks(sizes: StepSizes) -> Iterator[Check]:
+    heads, width = sizes.heads, sizes.value_width
+    decay = torch.linspace(0, 1, heads, device=sizes.device)  # slow and fast heads in one call
+    batch, length = few_positions(
+        sizes.batch,
+        sizes.length,
+        capability=capability_of(decay),
+        element_bytes=sizes.dtype.itemsize,
+        heads=heads,
+        key=sizes.key_width,
+        value=width,
+    )
+    bounds, positions = None, torch.arange(length, device=sizes.device)
     if sizes.packed:
-        bounds = torch.tensor([0, length // 3, length, length], dtype=torch.int32, device=decay.device)
+        bounds = torch.tensor([0, length // 3, length, length], dtype=torch.int32, device=sizes.device)
         positions = document_positions(bounds, length)
     with_lrpe = sizes.key_width == 2 * width
 
@@ -208,8 +170,8 @@ def _attention_checks(sizes: _Sizes) -> Iterator[Check]:
         yield Check("gla_theta", of_theta, of_theta, ((heads, 1, width),), LARGEST_THETA_ERROR)
 
 
-def _rope_check(sizes: _Sizes) -> Iterator[Check]:
-    positions = torch.arange(sizes.tokens, device=sizes.decay.device) * 101  # as far as the context of today's models
+def _rope_check(sizes: StepSizes) -> Iterator[Check]:
+    positions = torch.arange(sizes.tokens, device=sizes.device) * 101  # as far as the context of today's models
     options = {"head_dim": sizes.value_width, "base": sizes.rope_base}
 
     def rotated(q: Tensor, k: Tensor) -> Tensor:
@@ -221,7 +183,7 @@ def _rope_check(sizes: _Sizes) -> Iterator[Check]:
     yield Check("rope", rotated, exactly_rotated, ((1, sizes.tokens, sizes.width),) * 2)
 
 
-def _norm_checks(sizes: _Sizes) -> Iterator[Check]:
+def _norm_checks(sizes: StepSizes) -> Iterator[Check]:
     """Checks of the norms, without and with a weight and residual additions, and of the gated product."""
     norm = srmsnorm_reference.simple_rms_norm
 
@@ -267,7 +229,7 @@ def _norm_checks(sizes: _Sizes) -> Iterator[Check]:
     yield Check("sglu", product, exact_product, ((sizes.tokens, sizes.glu_width),) * 2)
 
 
-def _float8_checks(sizes: _Sizes) -> Iterator[Check]:
+def _float8_checks(sizes: StepSizes) -> Iterator[Check]:
     """Checks of the cast to fp8 and its transposes, and of the gated product of one tensor."""
 
     def quantized(x: Tensor) -> Tensor:
@@ -306,9 +268,9 @@ def _float8_checks(sizes: _Sizes) -> Iterator[Check]:
     yield Check("sglu_pair", pair, exact_pair, ((sizes.tokens, 2 * sizes.glu_width),), differentiable=False)
 
 
-def _vocabulary_checks(sizes: _Sizes) -> Iterator[Check]:
+def _vocabulary_checks(sizes: StepSizes) -> Iterator[Check]:
     """Checks of the embedding, with and without gradient sum, and of the output head with its loss."""
-    width, device, vocabulary = sizes.embed_width, sizes.decay.device, sizes.vocabulary
+    width, device, vocabulary = sizes.embed_width, sizes.device, VOCABULARY + _remainder(sizes.vocabulary)
     small = 2.0 ** -(width.bit_length() // 2)  # scales logits to about 1; a power of two, so without rounding
     ids = torch.arange(sizes.tokens, device=device) // 2 * 63 % vocabulary
     targets = ids.masked_fill(ids % 5 == 1, -100)

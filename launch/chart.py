@@ -15,9 +15,8 @@ LEFT, RIGHT, TOP, BOTTOM = 62, 12, 10, 42  # margins around the axes
 POINTS = 150  # most points of a line; a longer line is drawn as means, with a band from the lowest to the highest value
 COLOURS = 6
 BOX = f"{LEFT} 0 {WIDTH - LEFT} {HEIGHT - BOTTOM + 3}"
-INSIDE = (
-    '<svg x="{}" y="{}" width="{}" height="{}" '.format(*BOX.split()) + f'viewBox="{BOX}">'
-)  # cuts off what leaves it
+# Cuts off what leaves it.
+INSIDE = '<svg x="{}" y="{}" width="{}" height="{}" '.format(*BOX.split()) + f'viewBox="{BOX}">'
 STYLE = """
 :root { --c0: #2b6cb0; --c1: #c05621; --c2: #2f855a; --c3: #97266d; --c4: #6b5b00; --c5: #4c51bf; --mark: #c53030 }
 @media (prefers-color-scheme: dark) { :root { --c0: #63a4e0; --c1: #f0965a; --c2: #68c18c; --c3: #e07ab5; --c4: #d6bf4a;

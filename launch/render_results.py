@@ -181,11 +181,11 @@ def tables() -> dict[str, Table | Corpus | Picture | TimeToLoss]:
     )
 
 
-def curves(rows: Sequence[Row], plan: str = "results_50m") -> dict[str, list[Row]]:
-    """model -> the runs of its best peak rate in a plan: the one of the lowest mean bits per byte."""
+def curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """model -> the runs of its best peak rate at 50M: the one of the lowest mean bits per byte."""
     found: dict[str, dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        if row["name"] == "result" and row["plan"] == plan:
+        if row["name"] == "result" and row["plan"] == "results_50m":
             found[row["model"]][row["lr"]].append(row)
     value = lambda own: statistics.fmean(row["value"] for row in own)  # noqa: E731
     return {model: min(rates.values(), key=value) for model, rates in found.items()}

@@ -26,12 +26,13 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.shards.remote import few_attempts
-from launch.submission.checks import GIB, HOUR, Checked, check, disk_problems
+from launch.submission.checks import HOUR, Checked, check, disk_problems
 from launch.submission.provenance import Code, code, packages, without_secrets
 from launch.submission.script import job_name, job_number, script
 from megatron_tn.cli import bad_input_exits, command, unusable_files_are_named
 from megatron_tn.config import ConfigError, storable
 from megatron_tn.config.slurm import SubmitConfig
+from megatron_tn.planning.estimate import GIB
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.submission import Submission
 from megatron_tn.training.summary import engine_in_words

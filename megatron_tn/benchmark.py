@@ -21,9 +21,9 @@ import torch
 from kernels.bench import rows
 from megatron_tn.benchmarking.measure import measure
 from megatron_tn.benchmarking.result import Result, show
-from megatron_tn.cli import command, run_program
+from megatron_tn.cli import command, is_first_process, run_program
 from megatron_tn.config import BenchmarkConfig, ConfigError, device_problems
-from megatron_tn.parallel.world import number, processes_here, world_size
+from megatron_tn.parallel.world import processes_here, world_size
 from megatron_tn.planning.host import host_memory_problems
 
 
@@ -34,7 +34,7 @@ def benchmark(config: BenchmarkConfig) -> None:
         problems = host_memory_problems(config, size, processes_here())
     if problems:
         raise ConfigError(problems)
-    first = number("RANK", default=0) == 0
+    first = is_first_process()
     results: list[Result] = []
     try:
         for found in measure(config):

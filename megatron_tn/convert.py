@@ -25,8 +25,8 @@ from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, checkp
 from megatron_tn.checkpoint.verify import verify
 from megatron_tn.cli import command
 from megatron_tn.config import ConfigError, ConvertConfig, ModelConfig, out_of_bounds, resolved
+from megatron_tn.engine.base import DTYPES
 from megatron_tn.loading import (
-    DTYPES,
     open_weights,
     problems_of_vocabulary,
     read_tokenizer,

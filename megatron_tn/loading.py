@@ -15,6 +15,7 @@ from megatron_tn.checkpoint.manifest import FORMAT, MANIFEST, format_of
 from megatron_tn.config import ConfigError, ModelConfig
 from megatron_tn.device.allocator import use_expandable_segments
 from megatron_tn.device.free_memory import is_out_of_memory
+from megatron_tn.engine.base import DTYPES
 from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.world import join_world, leave_world, world_size
@@ -24,7 +25,6 @@ from megatron_tn.training.run_folder import find_checkpoint
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 1800  # seconds that a collective waits for the other ranks
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # values of precision=; "trained" keeps the weights' own type
 
 
 def load_any_model(

@@ -41,7 +41,7 @@ class Outline:
         return self.flops / (tflops * 1e12)
 
 
-def outline(config: TrainConfig, world_size: int, step: int = 0) -> Outline:
+def outline(config: TrainConfig, world_size: int, step: int) -> Outline:
     """The outline of a run whose first `step` steps are done. `config.problems(world_size)` must be empty."""
     last = max(config.last_step, step)
     tokens = tokens_before(last, config) - tokens_before(step, config)

@@ -19,7 +19,6 @@ if __name__ == "__main__":
 
 # isort: split
 import torch
-import torch.distributed as dist
 from webdataset import DataPipeline
 
 from data_pipeline.shards.remote import is_remote
@@ -33,7 +32,7 @@ from megatron_tn.loading import open_weights
 from megatron_tn.model.registry import check_kernels, parameter_count, training_flops_per_token
 from megatron_tn.optim.schedule import batch_of_step, learning_rate
 from megatron_tn.parallel.context import ParallelContext
-from megatron_tn.parallel.world import first_for_all
+from megatron_tn.parallel.world import first_for_all, of_all
 from megatron_tn.plot import compare
 from megatron_tn.preflight import go_to, preflight
 from megatron_tn.training.diagnose import find_nonfinite
@@ -166,11 +165,7 @@ def open_batches(
 
 def stream_state(stream: TokenStream, next_sample: int) -> dict[str, Any]:
     """The stream's state at `next_sample`, with the damaged samples that each rank has met. Collective."""
-    mine = stream.state(next_sample)
-    states = [mine] * dist.get_world_size()
-    if len(states) > 1:
-        dist.all_gather_object(states, mine)
-    return json.loads(StreamState.merge(states).to_json())
+    return json.loads(StreamState.merge(of_all(stream.state(next_sample))).to_json())
 
 
 def show_sweep(run_dir: str, runs: list[str]) -> None:

@@ -45,6 +45,16 @@ def test_rows_of_a_small_model(tmp_path):
     assert min(later) <= loop["tokens_per_second"] <= max(later)
 
 
+def test_one_process_of_srun_writes_the_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_tn.benchmark.measure", lambda config: [mock.Mock(row=lambda: {"name": "step"})])
+    monkeypatch.setattr("megatron_tn.benchmark.show", lambda results: None)
+    output = tmp_path / "rows.jsonl"
+    for rank in ("1", "0"):
+        monkeypatch.setenv("SLURM_PROCID", rank)
+        assert call(main, *SMALL, "engine=local", "engine.precision=fp32", f"benchmark.output={output}") == 0
+        assert output.exists() == (rank == "0")
+
+
 def test_one_rank_s_slice_beside_the_plan(tmp_path, capsys):
     output = tmp_path / "rows.jsonl"
     words = ("model.layers=7", "parallel.tp=2", "parallel.sequence_parallel=true", "engine.precision=fp32")

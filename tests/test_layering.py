@@ -189,9 +189,8 @@ def test_a_circle_is_found():
 
 # What modules outside megatron_tn/model may import of it; all else belongs to one architecture, and is looked up.
 MODEL = {f"megatron_tn.model.{name}" for name in ("base", "registry", "init")}
-RELEASED = {
-    "megatron_tn/released/transnormer.py": {"megatron_tn.model.decay"}
-}  # decay rates stand in a released config.json
+# Decay rates stand in a released config.json.
+RELEASED = {"megatron_tn/released/transnormer.py": {"megatron_tn.model.decay"}}
 
 
 def test_no_module_outside_model_imports_an_architecture():

@@ -17,7 +17,7 @@ from data_pipeline.config import compose_settings
 def main(arguments: list[str]) -> None:
     given = overrides("data_pipeline.ablation", __doc__, arguments, AblationSettings)
     settings = compose_settings("ablation", given, AblationSettings)
-    summary = make_corpora(settings, say=lambda line: print(line, flush=True))
+    summary = make_corpora(settings)
     for name, found in summary["corpora"].items():
         print(f"{name}: {found['documents']} documents, {found['tokens']} tokens, {100 * found['noise']:.1f} % noise")
         if taken := ", ".join(f"{kind} {100 * share:.1f} %" for kind, share in found["taken"].items() if share):

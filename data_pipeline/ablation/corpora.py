@@ -32,7 +32,7 @@ PARTS = 16  # files of JSON lines, one per task of the pipeline
 REAL, NEAR_DUPLICATE = "real", "near_duplicate"
 
 
-def make_corpora(settings: AblationSettings, say=print) -> dict:
+def make_corpora(settings: AblationSettings) -> dict:
     """Makes the missing corpora below `settings.output` and returns the content of corpora.json. Raises InputError and
     StageError."""
     output = Path(settings.output)
@@ -42,27 +42,27 @@ def make_corpora(settings: AblationSettings, say=print) -> dict:
     if result.exists():
         return json.loads(result.read_bytes())
 
-    say("gathering text of the installed packages")
+    print("gathering text of the installed packages", flush=True)
     packages = once(output / "packages.json", lambda: _gather(settings, output))
     common = [f"tasks={PARTS}", f"workers={settings.workers}"]
-    say("real text: duplicates go, a tokenizer is trained, a part is held out")
+    print("real text: duplicates go, a tokenizer is trained, a part is held out", flush=True)
     words = ["pipeline=raw", f"input={output}/gathered", f"output={output}/real", "exact_duplicates=true"]
     words += ["near_duplicates={words: 5}", f"heldout_fraction={settings.heldout_fraction}"]
     run(compose([*words, f"tokenizer.vocab_size={settings.vocab_size}", *common]))
     real = Manifest.load(str(output / "real/train/manifest.json"))
-    say("planting noise")
+    print("planting noise", flush=True)
     planted = once(output / "planted.json", lambda: plant(real, settings, output / "planted"))
     common += [f"input={output}/planted", "heldout_fraction=0", f"tokenizer.file={output}/real/tokenizer.json"]
     whole = {}
     for name, pipeline in (("raw", "raw"), ("cleaned", "mixed")):
-        say(f"{name}: pipeline={pipeline}")
+        print(f"{name}: pipeline={pipeline}", flush=True)
         run(compose([f"pipeline={pipeline}", f"output={output}/pipelines/{name}", *common]))
         whole[name] = Manifest.load(f"{output}/pipelines/{name}/train/manifest.json")
 
     tokens = min(manifest.totals.tokens for manifest in whole.values())
     figures = {}
     for name, manifest in whole.items():
-        say(f"{name}: cut to {tokens} tokens")
+        print(f"{name}: cut to {tokens} tokens", flush=True)
         cut(manifest, tokens, settings.seed, output / name)
         figures[name] = describe(output / name, manifest, planted)
     shutil.copytree(output / "real/heldout", output / "heldout", dirs_exist_ok=True)

@@ -52,13 +52,12 @@ def draw(settings: AuditSettings) -> None:
 
 def judge(settings: AuditSettings) -> None:
     """Serves the audit page until Ctrl-C."""
-    from data_pipeline.audit.answers import AnswersFile
     from data_pipeline.audit.app import Audit
     from data_pipeline.audit.samples import Samples
     from data_pipeline.audit.server import AuditServer
 
     samples = Samples.load(settings.samples)
-    answers = _answers(settings, AnswersFile)
+    answers = _answers(settings)
     folder = answers.path.absolute().parent
     target = answers.path if answers.path.exists() else next(p for p in (folder, *folder.parents) if p.exists())
     if not os.access(target, os.W_OK):
@@ -82,22 +81,23 @@ def judge(settings: AuditSettings) -> None:
 def summarise(settings: AuditSettings) -> None:
     """Prints the audit's summary as tables."""
     from data_pipeline.audit.agreement import summary
-    from data_pipeline.audit.answers import AnswersFile
     from data_pipeline.audit.samples import Samples
     from data_pipeline.audit.tables import show
 
     samples = Samples.load(settings.samples)
-    answers = _answers(settings, AnswersFile)
+    answers = _answers(settings)
     if not answers.path.exists():
         raise InputError(f"answers={answers.path}: there is no such file; judge some documents first")
     show(summary(samples.entries, answers.all()), answers.problems())
 
 
-def _answers(settings: AuditSettings, kind: type):
+def _answers(settings: AuditSettings):
+    from data_pipeline.audit.answers import AnswersFile
+
     path = Path(settings.answers_path)
     if path.exists() and path.samefile(settings.samples):
         raise InputError(f"answers={path} is the file of samples={settings.samples}")
-    return kind(path)
+    return AnswersFile(path)
 
 
 COMMANDS = {"draw": draw, "judge": judge, "summary": summarise}

@@ -37,30 +37,16 @@ def draw(
     """
     from data_pipeline.tokenizer import load
 
-    values, places = group_scores(manifest, filter.scores, filter.measure, progress)
-    chosen: dict[tuple[int, int], tuple[Group, Chosen]] = {}
-    for group in sorted(values):
-        low, high = filter.band(*group)
-        for one in tails_and_borders(values[group], low, high, each=each, seed=_group_seed(seed, group), border=border):
-            number, position = map(int, places[group][one.index])
-            chosen[number, position] = (group, one)
-    if not chosen:
-        raise InputError(
-            f"scores {filter.scores}: no document of {manifest.directory} has a score; python -m megatron_tn.score "
-            "writes scores"
-        )
+    chosen = _choose(manifest, filter, each, seed, border, progress)
     tokenizer = load(manifest.local(manifest.tokenizer.file))
-    wanted = defaultdict(set)
-    for number, position in chosen:
-        wanted[number].add(position)
     found: dict[str, tuple[Sample, str]] = {}
-    for done, (number, positions) in enumerate(sorted(wanted.items()), 1):
+    for done, (number, here) in enumerate(sorted(chosen.items()), 1):
         shard = manifest.shards[number]
         scores, _ = load_scores(manifest.read, shard, filter.scores)
         for position, document in enumerate(read_shard(manifest, shard)):
-            if position not in positions:
+            if position not in here:
                 continue
-            (source, language), one = chosen[number, position]
+            (source, language), one = here[position]
             low, high = filter.band(source, language)
             text = tokenizer.decode(_body(document.tokens, manifest).tolist(), skip_special_tokens=False)
             measured = {name: _number(score) for name, score in zip(MEASURES, scores[position], strict=True)}
@@ -85,10 +71,29 @@ def draw(
                 probability=one.probability,
             )
             found.setdefault(sample.id, (sample, text[:max_characters]))
-        progress("texts", done, len(wanted))
+        progress("texts", done, len(chosen))
     order = list(found.values())
     for place in np.random.default_rng(seed).permutation(len(order)):
         yield order[place]
+
+
+def _choose(
+    manifest: Manifest, filter: ScoreFilter, each: int, seed: int, border: float, progress: Progress
+) -> dict[int, dict[int, tuple[Group, Chosen]]]:
+    """{number of a shard: {position in it: the document chosen there, and its group}}."""
+    values, places = group_scores(manifest, filter.scores, filter.measure, progress)
+    chosen = defaultdict(dict)
+    for group in sorted(values):
+        low, high = filter.band(*group)
+        for one in tails_and_borders(values[group], low, high, each=each, seed=_group_seed(seed, group), border=border):
+            number, position = map(int, places[group][one.index])
+            chosen[number][position] = (group, one)
+    if not chosen:
+        raise InputError(
+            f"scores {filter.scores}: no document of {manifest.directory} has a score; python -m megatron_tn.score "
+            "writes scores"
+        )
+    return chosen
 
 
 def group_scores(

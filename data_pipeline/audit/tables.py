@@ -17,7 +17,7 @@ def show(found: Summary, problems: list[str], console: Console | None = None) ->
         if found.weighted
         else "Filter against people, sample not stratified: unweighted"
     )
-    table = _table(f"{how}; 95 % intervals", "")
+    table = _table(f"{how}; 95 % intervals", "samples", "judged", "agreement", "precision", "recall")
     _row(table, "all", found.overall)
     for title, groups in (("source ", found.sources), ("language ", found.languages), ("", found.places)):
         table.add_section()
@@ -25,9 +25,7 @@ def show(found: Summary, problems: list[str], console: Console | None = None) ->
             _row(table, f"{title}{name or '—'}", figures)
     console.print(table)
     counts = found.overall.counts
-    grid = Table(title="Samples, unweighted", title_justify="left")
-    for header in ("", "people keep", "people drop"):
-        grid.add_column(header, justify="right" if header else "left")
+    grid = _table("Samples, unweighted", "people keep", "people drop")
     for verdict in ("keep", "drop"):
         grid.add_row(f"filter {verdict}s", *(f"{counts[verdict][people]:,}" for people in ("keep", "drop")))
     console.print(grid)
@@ -47,10 +45,10 @@ def show(found: Summary, problems: list[str], console: Console | None = None) ->
         console.print(escape(remark))
 
 
-def _table(title: str, first: str) -> Table:
-    table = Table(title=title, title_justify="left", padding=(0, 1))
-    for header in (first, "samples", "judged", "agreement", "precision", "recall"):
-        table.add_column(header, justify="left" if header == first else "right")
+def _table(title: str, *headers: str) -> Table:
+    table = Table("", title=title, title_justify="left")
+    for header in headers:
+        table.add_column(header, justify="right")
     return table
 
 

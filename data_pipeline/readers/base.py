@@ -94,7 +94,7 @@ def printable(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def opener(folder, path: str, source: Source, compression: str | None = "infer") -> Callable[[], BinaryIO]:
+def opener(folder, path: str, source: Source, compression: str | None) -> Callable[[], BinaryIO]:
     """A function that opens a file of a datatrove folder, decompressed by its suffix unless `compression` is None."""
     if compression is None:
         return lambda: folder.open(path, "rb")

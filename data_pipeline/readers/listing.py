@@ -108,7 +108,7 @@ def _below(folder: DataFolder, exclude: frozenset[str]) -> Below:
     return Below([path for path in folder.list_files() if not set(path.split("/")[:-1]) & exclude], [], [])
 
 
-def files_below(root: Path, exclude: frozenset[str] = frozenset()) -> Below:
+def files_below(root: Path, exclude: frozenset[str]) -> Below:
     """The files below a local folder. Symbolic links are followed last, those to folders before those to files, which
     may lie in these folders; a link to an already listed file or folder is skipped with a note. Raises OSError for a
     folder that cannot be listed."""

@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> None:
     given = overrides("data_pipeline.selfclean", __doc__, arguments, RoundsSettings)
     settings = compose_settings("rounds", given, RoundsSettings)
     try:
-        reports = run_rounds(settings, say=lambda line: print(line, flush=True))
+        reports = run_rounds(settings)
     except WaitingForPeople as waiting:
         print(waiting)
         return

@@ -40,7 +40,7 @@ class WaitingForPeople(Exception):
     """The sample of a round is not judged yet. The message says how to judge it and how to continue."""
 
 
-def run_rounds(settings: RoundsSettings, say=print) -> list[dict]:
+def run_rounds(settings: RoundsSettings) -> list[dict]:
     """Runs all rounds that are not done; returns all rounds' reports. Raises InputError, StageError when training or
     scoring fails, and WaitingForPeople."""
     manifest = Manifest.load(settings.manifest)
@@ -57,7 +57,7 @@ def run_rounds(settings: RoundsSettings, say=print) -> list[dict]:
             if not one.report.exists():
                 if problems := manifest.score_problems(f"manifest={settings.manifest}"):
                     raise InputError(*problems)
-                one.run(say, lock)
+                one.run(lock)
             reports.append(json.loads(one.report.read_text()))
             if number < settings.rounds:
                 if settings.audit == "wait" and settings.each:
@@ -119,7 +119,7 @@ class Round:
         ]
         return f"round{self.number}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
 
-    def run(self, say, lock: IO) -> None:
+    def run(self, lock: IO) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         # Everybody on the machine may read a program's arguments: it resolves variables itself.
         manifest = f"manifest={value(written(self.settings.manifest))}"
@@ -127,9 +127,9 @@ class Round:
         words = [f"model={self.settings.evaluation_model}", f"data.{manifest}", f"run_dir={value(str(run_dir))}"]
         if self.before:
             words.append(f"data.filter={value(str(self.before.filter))}")
-        self._program("train", [*self.settings.trainer, *words, *self.settings.train], say, lock)
+        self._program("train", [*self.settings.trainer, *words, *self.settings.train], lock)
         words = [f"checkpoint={value(str(run_dir))}", manifest, f"name={self.scores}", *self.settings.score]
-        self._program("score", [*self.settings.scorer, *words], say, lock)
+        self._program("score", [*self.settings.scorer, *words], lock)
         if not self.filter.exists():
             values, _ = group_scores(self.manifest, self.scores, self.settings.measure, lambda *_: None)
             chosen = choose_bands(values, self.quantiles, name=self.scores, measure=self.settings.measure)
@@ -141,11 +141,11 @@ class Round:
             write_samples(self.samples, samples)
         replace_file(self.report, json.dumps(self._figures(chosen, counts), indent=1).encode() + b"\n")
 
-    def _program(self, name: str, command: list[str], say, lock: IO) -> None:
+    def _program(self, name: str, command: list[str], lock: IO) -> None:
         done = self.folder / f"{name}.done"
         if done.exists():
             return
-        say(redacted(f"round {self.number}: {shlex.join(command)}"))
+        print(redacted(f"round {self.number}: {shlex.join(command)}"), flush=True)
         finished = subprocess.run(command, check=False, pass_fds=(lock.fileno(),))
         if finished.returncode:
             raise StageError(

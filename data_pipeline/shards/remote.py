@@ -73,10 +73,10 @@ class _Watch(Callback):
 
 
 @contextlib.contextmanager
-def few_attempts(number: int = 3) -> Iterator[None]:
-    """Context manager: `number` tries per download, for a person who waits for the answer: eight tries of a server that
+def few_attempts() -> Iterator[None]:
+    """Context manager: three tries per download, for a person who waits for the answer: eight tries of a server that
     does not answer take a minute."""
-    before = ATTEMPTS.set(number)
+    before = ATTEMPTS.set(3)
     try:
         yield
     finally:
@@ -93,7 +93,6 @@ class Remote:
     query: str = ""  # appended to every file's URL, with its `?`: a signature that holds for the whole folder
     attempts: int = field(default_factory=ATTEMPTS.get)
     first_wait: float = 0.5
-    downloads: int = 0  # number of downloads by this process, for tests and logs
     folder: Path = field(init=False)  # cache folder of this URL's files without a known hash
     _asked: set[str] = field(default_factory=set, repr=False)
 
@@ -278,7 +277,6 @@ class Remote:
             if sha256 is not None and sha256_of(temporary) != sha256:
                 raise OSError("its sha256 is not the manifest's")
             self.cache.publish(temporary, path)
-            self.downloads += 1
 
 
 def _says_absent(error: BaseException) -> bool:

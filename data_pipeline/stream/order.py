@@ -38,7 +38,7 @@ class EpochOrder:
         seed: int,
         epoch: int,
         window: int,
-        key: tuple[str, ...] = (),
+        key: tuple[str, ...],
     ):
         window = min(window, len(shard_tokens))
         self.shards = permutation(len(shard_tokens), seed, epoch, "shards", *key)

@@ -42,7 +42,7 @@ class Batch:
         return len(self.indices)
 
 
-def collate(indices: Sequence[int], samples: Sequence[Sample], max_documents: int | None, pad: int = 0) -> Batch:
+def collate(indices: Sequence[int], samples: Sequence[Sample], max_documents: int | None, pad: int) -> Batch:
     """A batch of stacked samples or, if `max_documents` (per sample) is given, of concatenated samples with
     cu_seqlens."""
     tokens = torch.stack([sample.tokens for sample in samples])

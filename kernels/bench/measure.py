@@ -7,11 +7,12 @@ from collections.abc import Callable
 import torch
 
 MIB = 2**20
+REPEATS = 20
 HEAD_START = 4_000_000  # GPU clock cycles of idle wait before each run, about 2 ms
 
 
-def milliseconds(function: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
-    """Median time of `function` over `repeats` runs, after three to warm up.
+def milliseconds(function: Callable[[], object], device: torch.device) -> float:
+    """Median time of `function` over REPEATS runs, after three to warm up.
 
     On a GPU: time between two CUDA events, with a cold L2 cache. A wait of HEAD_START is queued first to hide the
     host's launch time, as in a training step, where earlier layers still run.
@@ -20,13 +21,13 @@ def milliseconds(function: Callable[[], object], device: torch.device, repeats: 
         function()
     if device.type != "cuda":
         times = []
-        for _ in range(repeats):
+        for _ in range(REPEATS):
             start = time.perf_counter()
             function()
             times.append(1e3 * (time.perf_counter() - start))
         return statistics.median(times)
     flush = torch.empty(256 * MIB, dtype=torch.int8, device=device)
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
     for start, stop in events:
         flush.zero_()
         torch.cuda._sleep(HEAD_START)

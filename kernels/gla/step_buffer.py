@@ -42,11 +42,6 @@ class StepBuffer(NamedTuple):
         self.slot.add_(1).remainder_(self.keys.shape[2])
         self.start.mul_(self.slot != 0)
 
-    def row(self, index: int) -> StepBuffer:
-        """Views of one row, B = 1."""
-        rows = slice(index, index + 1)
-        return StepBuffer(self.state[rows], self.keys[rows], self.values[rows], self.slot, self.start[rows])
-
     def folded(self, decay: Tensor) -> Tensor:
         """The state after the keys and values of the slots start <= j < slot, [B, H, K, d]; `self` is unchanged."""
         return fold(self, self.slot - 1, decay)

@@ -13,10 +13,10 @@ from megatron_tn.config import ConfigError, differences, has_credentials, redact
 from megatron_tn.config.slurm import MOST_CHAIN, SubmitConfig
 from megatron_tn.data import with_token_ids
 from megatron_tn.outline import Outline, outline, step_with_tokens
+from megatron_tn.planning.estimate import GIB
 from megatron_tn.preflight import inspect
 from megatron_tn.training.run_folder import RunFolder
 
-GIB = 2**30
 HOUR = 3600.0
 
 

@@ -197,10 +197,8 @@ def _check_and_load(state: State, checkpoint: Path, device: torch.device) -> Non
 
 
 def _verify(checkpoint: Path) -> None:
-    damaged = [
-        problem for problem in verify(checkpoint) if " are in none of the files" not in problem
-    ]  # a share lacks the rest
-    if damaged:
+    # A share lacks the rest of the model.
+    if damaged := [problem for problem in verify(checkpoint) if " are in none of the files" not in problem]:
         raise RuntimeError("; ".join(damaged))
 
 

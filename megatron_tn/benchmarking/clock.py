@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 
 from megatron_tn.device.matrix_rate import Marks, elapsed, matmul_tflops
+from megatron_tn.planning.estimate import GIB
 
-GIB = 2**30
 WARM_UP = 4  # steps: compilation ends after two, growth of the allocator after three
 GROUP = 4  # most consecutive steps between two samples of the matrix rate
 

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from kernels.bench import rows
 from megatron_tn.config import BenchmarkConfig
+from megatron_tn.planning.search import engine_word
 
 STEP, WITH_OPTIMIZER, LOOP = "step", "step + optimizer", "training loop"
 
@@ -68,10 +69,9 @@ class Result:
 def layout_of(config: BenchmarkConfig, gpus: int) -> dict[str, Any]:
     """The settings that identify a row, as flat values. gpus: number of processes, one per GPU."""
     engine, parallel, data = config.engine, config.parallel, config.data
-    name = f"zero{engine.zero_stage}" if engine.name == "deepspeed" else engine.name
     every = f", every {engine.recompute_every} blocks" if engine.recompute_every > 1 else ""
     return {
-        "engine": name,
+        "engine": engine_word(engine),
         "layout": f"tp {parallel.tp}, cp {parallel.cp}, dp {gpus // (parallel.tp * parallel.cp)}"
         + (", sequence parallel" if parallel.sequence_parallel else "")
         + (", Muon" if config.optim.name == "muon" else "")

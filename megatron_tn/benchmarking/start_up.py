@@ -167,7 +167,7 @@ def _stop(*arguments: Any, **options: Any) -> None:
     raise _FirstStep
 
 
-def simulate(folder: Path, ranks: int, opens: Opens, *, first: bool = False) -> list[Count]:
+def simulate(folder: Path, ranks: int, opens: Opens, *, first: bool) -> list[Count]:
     """Counts of rank 0, an inner rank and the last one of a start of `ranks` ranks, from a checkpoint of theirs. first:
     a first start, with Muon, from that checkpoint's weights."""
     words = prepare(folder, ranks)
@@ -217,7 +217,6 @@ def _started(folder: Path, words: list[str], opens: Opens, others: Others, rank:
         opens.on, sys.argv = False, argv
         counted = count()
         leave_world()
-        shutil.rmtree(folder / "run" / "alive", ignore_errors=True)
     return counted, came_far
 
 

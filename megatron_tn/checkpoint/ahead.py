@@ -22,11 +22,12 @@ from torch import Tensor
 
 from megatron_tn.checkpoint.direct import round_up
 from megatron_tn.checkpoint.parts import digests_of_share, joined_digest, read_file
-from megatron_tn.checkpoint.shares import FileShare, files_of_rank, scattered
+from megatron_tn.checkpoint.shares import FileShare, files_of_rank, gathered, scattered
 from megatron_tn.checkpoint.verify import problems_of_digest, problems_of_file, problems_of_header
 from megatron_tn.device.host_memory import HostMemory
 from megatron_tn.device.shared_memory import Address, mapped
 from megatron_tn.device.threads import start_thread
+from megatron_tn.parallel.world import of_all
 
 
 class Place(NamedTuple):
@@ -106,10 +107,7 @@ class ReadAhead:
         self._join()
         if self.verify and not self._ended:  # there was not enough memory
             self._read()
-        everyones = [self._digests]
-        if self.verify and self.size > 1 and dist.is_initialized():
-            everyones = [{}] * self.size
-            dist.all_gather_object(everyones, self._digests)
+        everyones = of_all(self._digests) if self.verify else [self._digests]
         if self._error is not None:
             raise self._error
         return [*self._problems, *self._problems_of_digests(everyones)]
@@ -139,8 +137,7 @@ class ReadAhead:
         held = None
         if mine and self.memory.address is not None:
             held = Holding(self.memory.address, dict(self._places))
-        everyones: list[tuple[str, Holding | None]] | None = [None] * self.size if self.rank == 0 else None
-        dist.gather_object((socket.gethostname(), held), everyones, dst=0)
+        everyones: list[tuple[str, Holding | None]] = gathered((socket.gethostname(), held), self.rank, self.size)
 
         def shares() -> list[list[Holding]]:
             on: dict[str, list[Holding]] = {host: [] for host, _ in everyones}

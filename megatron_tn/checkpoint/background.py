@@ -66,7 +66,7 @@ class CheckpointWriter:
             prepare_host_memory(engine, self._memory)
 
     def save(self, engine: Trainable, step: int, **content) -> Save | None:
-        """Save `step`; content: `save_checkpoint`'s arguments. Returns the previous `Save`, as `wait` does."""
+        """Save `step`; content: of `take_snapshot`. Returns the previous `Save`, as `wait` does."""
         began = time.perf_counter()
         before = self.wait()
         waited = time.perf_counter() - began

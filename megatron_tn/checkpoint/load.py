@@ -311,14 +311,3 @@ def _read_parameter(
     for piece, at in pieces_of_local_range(spec, tp.rank, tp.size, 0, local.numel()):
         weights.fill(name, piece, local.view(-1)[at : at + piece.stop - piece.start])
     return mark(nn.Parameter(local.to(device, empty.dtype)), spec)
-
-
-def load_model(
-    directory: Path,
-    context: ParallelContext | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-) -> Model:
-    """The model of a checkpoint, without an engine. dtype None: the precision it was trained in."""
-    with CheckpointWeights(directory) as weights:
-        return model_of(weights, context, device, dtype)

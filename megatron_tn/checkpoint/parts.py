@@ -132,7 +132,7 @@ def digest_of(path: Path, like: str, into: np.ndarray | None = None) -> str:
         return _as_one(file, into)
 
 
-def digests_of_share(path: Path, like: str, first: int, last: int, into: np.ndarray | None = None) -> dict[int, bytes]:
+def digests_of_share(path: Path, like: str, first: int, last: int, into: np.ndarray | None) -> dict[int, bytes]:
     """`digest_of` for bytes [first, last) of a file, a share by `share_of`: first byte -> digest of each part."""
     with closing(DirectFile(path, os.O_RDONLY)) as file:
         return _in_parts(file, first, last, _part_bytes_of(like), into)

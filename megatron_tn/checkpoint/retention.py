@@ -42,7 +42,7 @@ def superfluous(saved: Sequence[Saved], retention: Retention) -> list[Path]:
     if retention.newest == 0:
         return []
     by_age = sorted(saved, key=lambda one: one.step)
-    kept = {one.path for one in by_age[-max(retention.newest, 1) :]}
+    kept = {one.path for one in by_age[-retention.newest :]}
     if retention.every:
         kept |= {one.path for one in by_age if one.step % retention.every == 0}
     # NaN compares false with every number and would break the sort.

@@ -1,7 +1,7 @@
 """Write a checkpoint: every rank writes its file, rank 0 the manifest, then one rename makes the checkpoint visible.
 
 `take_snapshot` copies this rank's tensors to host memory; then training may continue. `write_snapshot` writes the
-files: `background.CheckpointWriter` calls it in a thread; `save_checkpoint` at once, without a copy.
+files: `background.CheckpointWriter` calls it in a thread.
 """
 
 import logging
@@ -20,6 +20,7 @@ from megatron_tn.checkpoint.files import FileRecord, sync_folder, write_tensors
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, Trainable, checkpoint_name, rank_file
 from megatron_tn.checkpoint.reshard import pieces_of_local_range
 from megatron_tn.checkpoint.retention import Retention, apply_retention, discard, remove
+from megatron_tn.checkpoint.shares import gathered
 from megatron_tn.device.host_memory import HostMemory
 
 log = logging.getLogger(__name__)
@@ -42,25 +43,6 @@ class Snapshot:
     world_size: int
     tensors: dict[str, Tensor]
     manifest: CheckpointManifest
-
-
-def save_checkpoint(
-    engine: Trainable,
-    folder: Path,
-    *,
-    step: int,
-    optimizer_step: int,
-    config: dict[str, Any],
-    training: dict[str, Any],
-    retention: Retention | None = None,
-) -> Path:
-    """Save masters, moments and training state as `folder`/step_NNNNNNNN. Collective over all ranks.
-
-    Raises:
-        CheckpointError: on every rank, when any rank could not write.
-    """
-    snapshot = take_snapshot(engine, folder, step=step, optimizer_step=optimizer_step, config=config, training=training)
-    return write_snapshot(snapshot, retention)
 
 
 @torch.no_grad()
@@ -164,7 +146,7 @@ def write_snapshot(
     try:
         _together(prepare if first else None, snapshot, group)
         record = _together(write, snapshot, group)
-        contents = _gather((record, snapshot.manifest.pieces), snapshot, group)
+        contents = gathered((record, snapshot.manifest.pieces), snapshot.rank, snapshot.world_size, group)
         _together(publish if first else None, snapshot, group)
     except CheckpointError as error:
         if first:
@@ -205,15 +187,6 @@ def _written_here(engine: Trainable) -> tuple[dict[str, Tensor], dict[str, list[
     return sources, pieces
 
 
-def _gather(value: Any, snapshot: Snapshot, group: dist.ProcessGroup | None) -> list[Any]:
-    """On rank 0, every rank's `value` in rank order; on the other ranks, an empty list."""
-    if snapshot.world_size == 1:
-        return [value]
-    found = [None] * snapshot.world_size if snapshot.rank == 0 else None
-    dist.gather_object(value, found, dst=0, group=group)
-    return found or []
-
-
 def _together(action: Callable[[], Any] | None, snapshot: Snapshot, group: dist.ProcessGroup | None) -> Any:
     """Run `action` where it is not None and wait for all ranks. Returns this rank's result; raises CheckpointError on
     every rank when one failed."""
@@ -223,7 +196,7 @@ def _together(action: Callable[[], Any] | None, snapshot: Snapshot, group: dist.
             result = action()
     except Exception as caught:
         failure = f"rank {snapshot.rank}: {type(caught).__name__}: {caught}"
-    failures = ["; ".join(filter(None, _gather(failure, snapshot, group)))]
+    failures = ["; ".join(filter(None, gathered(failure, snapshot.rank, snapshot.world_size, group)))]
     if snapshot.world_size > 1:
         dist.broadcast_object_list(failures, src=0, group=group)
     if failures[0]:

@@ -29,8 +29,7 @@ def share_of_manifest(directory: Path, wanted: Wanted, context: ParallelContext)
     """
     if context.world_size == 1:
         return CheckpointManifest.read(directory)
-    everyones = [None] * context.world_size if context.is_first else None
-    dist.gather_object(dict(wanted), everyones, dst=0)
+    everyones = gathered(dict(wanted), context.rank, context.world_size)
 
     def shares() -> list[CheckpointManifest]:
         manifest = CheckpointManifest.read(directory)
@@ -119,6 +118,15 @@ def by_file(manifest: CheckpointManifest) -> dict[str, tuple[FileRecord, dict[st
             if piece.file in found:
                 found[piece.file][1][piece.key] = piece
     return found
+
+
+def gathered(value: Any, rank: int, size: int, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """On rank 0 the value of every one of ranks 0 .. size - 1, in their order, and on the others none. Collective."""
+    if size == 1:
+        return [value]
+    found = [None] * size if rank == 0 else None
+    dist.gather_object(value, found, dst=0, group=group)
+    return found or []
 
 
 def scattered(shares: Callable[[], Sequence[Any]], rank: int, size: int) -> Any:

@@ -47,6 +47,16 @@ class EngineConfig:
     deepspeed_config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
+    def element_bytes(self) -> int:
+        """Bytes of an element of the parameters and activations."""
+        return 2 if self.precision == "bf16" else 4
+
+    @property
+    def shards_state(self) -> bool:
+        """Whether masters and moments are sharded over the ranks with the same weights."""
+        return self.name == "fsdp2" or (self.name == "deepspeed" and self.zero_stage > 0)
+
+    @property
     def sums_own_gradients(self) -> bool:
         """Whether gradients/accumulator.py sums gradients over microbatches and ranks in fp32; else FSDP2 or DeepSpeed
         does."""

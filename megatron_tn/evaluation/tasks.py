@@ -26,13 +26,12 @@ log = logging.getLogger(__name__)
 SEED = 1234  # for the choice of few-shot examples; the harness's own default
 RESAMPLES = 100  # of the bootstrap, for the standard error of metrics that are no mean
 
-TaskSet = dict[
-    str, Any
-]  # {"tasks": {name: task}, "groups": ..., "group_map": ...}, as lm_eval's TaskManager returns it
+# {"tasks": {name: task}, "groups": ..., "group_map": ...}, as lm_eval's TaskManager returns it.
+TaskSet = dict[str, Any]
 
 
 @functools.lru_cache(maxsize=4)
-def load_tasks(names: tuple[str, ...], folder: str = "", setting: str = "tasks") -> TaskSet:
+def load_tasks(names: tuple[str, ...], folder: str, setting: str = "tasks") -> TaskSet:
     """The tasks with their data. names: of tasks, groups or tags that the harness or a file below `folder` has, or
     paths of task files. setting: the one that names them.
 

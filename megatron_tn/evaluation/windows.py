@@ -12,7 +12,7 @@ class Window(NamedTuple):
     afresh: bool
 
 
-def windows(length: int, window: int, longest: int = 0) -> Iterator[Window]:
+def windows(length: int, window: int, longest: int) -> Iterator[Window]:
     """Consecutive windows of at most `window` tokens. longest: model.max_length, the most tokens of a sequence that the
     model is built for, after which it begins afresh, whatever `window` is; 0: it has no such limit."""
     longest = longest or length

@@ -137,9 +137,6 @@ class Decoder:
 class GrowingDecoder(Decoder):
     """One row of an architecture whose state grows with every token (not `Body.fixed_state`): without a graph."""
 
-    def __init__(self, model: Model, most_fed: int = 0):
-        super().__init__(model, 1, most_fed)
-
     def _make_states(self) -> None:
         return None
 
@@ -154,4 +151,4 @@ class GrowingDecoder(Decoder):
 
 def build_decoder(model: Model, rows: int, most_fed: int = 0) -> Decoder:
     """rows is 1 for a state that grows."""
-    return Decoder(model, rows, most_fed) if has_fixed_state(model) else GrowingDecoder(model, most_fed)
+    return (Decoder if has_fixed_state(model) else GrowingDecoder)(model, rows, most_fed)

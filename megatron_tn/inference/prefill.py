@@ -10,9 +10,7 @@ CHUNK = 4096  # tokens
 
 
 @torch.no_grad()
-def prefill(
-    model: Model, ids: Sequence[int], state: DecodingState | None = None, chunk: int = CHUNK
-) -> DecodingState | None:
+def prefill(model: Model, ids: Sequence[int], state: DecodingState | None, chunk: int) -> DecodingState | None:
     """The state (B = 1) after `ids`, which follow the tokens of `state`. Without ids, `state` itself.
 
     chunk: tokens of one forward pass; device memory depends on it and not on the number of ids. Collective over tensor

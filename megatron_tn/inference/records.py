@@ -76,7 +76,7 @@ class OrderedLines:
     """Writes numbered records to a JSON lines file in the order of their numbers, each as soon as all before it are
     there. count: the number of the next line, from `first`."""
 
-    def __init__(self, file: BinaryIO, first: int = 0):
+    def __init__(self, file: BinaryIO, first: int):
         self._file = file
         self.count = first
         self._waiting: dict[int, dict[str, Any]] = {}

@@ -83,7 +83,7 @@ def generate_rows(
     *,
     choose: Callable[[Tensor, Tensor], Tensor],
     is_done: Callable[[int, list[int]], bool],
-    window: int = 256,
+    window: int,
 ) -> list[list[int]]:
     """The ids that follow each prompt (at least one id), up to the one that makes is_done(row, ids) true.
 

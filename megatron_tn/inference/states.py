@@ -26,10 +26,6 @@ class RowStates:
         for layer, buffer in enumerate(self.layers):
             buffer[row] = 0 if state is None else state.layers[layer][0]
 
-    def take(self, row: int) -> list[Tensor]:
-        """Copies of the states of `row`, B = 1."""
-        return [layer[row : row + 1].clone() for layer in self.layers]
-
     def logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """tokens, positions int64 [B] -> [B, V]; the states become those after the tokens."""
         return token_logits(self.model, tokens, positions, self.layers)
@@ -55,10 +51,6 @@ class BufferedRowStates(RowStates):
         super().put(row, state)
         first = self.buffers[0]
         first.start[row : row + 1].copy_(first.slot)
-
-    def take(self, row: int) -> list[Tensor]:
-        decay = self.model.model.decay(self.layers[0].device)
-        return [b.row(row).folded(decay[layer]) for layer, b in enumerate(self.buffers)]
 
     def logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
         state = DecodingState([buffer._replace(fold=self.writes) for buffer in self.buffers], positions)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from kernels import decoding_check, self_check
+from kernels import StepSizes, decoding_check, self_check
 from megatron_tn.config import ModelConfig, TrainConfig
 from megatron_tn.config.model import SOFTMAX_KINDS
 from megatron_tn.model.base import Model
@@ -42,7 +42,7 @@ def check_kernels(model: Model, device: torch.device, dtype: torch.dtype, run: T
     float8 = any(getattr(module, "float8", None) is not None for module in model.modules())
     order, packed, kinds = device.index or 0, run.data.isolate_documents, list(attentions(config))
     for of_attention in reversed(kinds) if order % 2 else kinds:
-        self_check(
+        sizes = StepSizes(
             heads=config.heads // tp,
             glu_width=config.glu_dim // tp,
             dtype=dtype,
@@ -50,15 +50,13 @@ def check_kernels(model: Model, device: torch.device, dtype: torch.dtype, run: T
             embed_width=config.embed_dim,
             glu_act=config.glu_act,
             float8=float8,
-            unused=unused(config, run.optim.name),
             batch=1 if packed else run.data.micro_batch,
             length=-(-run.data.sequence_length // run.parallel.cp) * (run.data.micro_batch if packed else 1),
             packed=packed,
             vocabulary=padded_vocab(config.vocab_size, tp) // tp,
-            fall_back=True,
-            order=order,
             **of_attention,
         )
+        self_check(sizes, unused=unused(config, run.optim.name), fall_back=True, order=order)
 
 
 def check_decoding_kernels(model: Model) -> None:
@@ -95,7 +93,7 @@ def unused(config: ModelConfig, optimizer: str) -> set[str]:
 
 
 def attentions(config: ModelConfig) -> Iterator[dict[str, Any]]:
-    """For each kind of attention in the layers, the arguments of `self_check` that it determines."""
+    """For each kind of attention in the layers, the sizes of `self_check` that it determines."""
     d = config.head_dim
     for kind, lrpe in dict.fromkeys(zip(config.mixers, config.lrpe_layers, strict=True)):
         if kind in ("softmax", "block"):

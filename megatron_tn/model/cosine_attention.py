@@ -40,9 +40,7 @@ class CosineAttention(nn.Module):
 
     def forward(self, x: Tensor, layout: TokenLayout, decay: Tensor) -> tuple[Tensor, None, Tensor | None]:
         qkv = self.qkv_proj(x, layout.token_slices).unflatten(-1, (3, -1, self.head_dim))
-        wide = pad(
-            qkv, (0, MORE_COLUMNS, 0, 0, 0, 1)
-        )  # [B, n, 4, H / tp, w]; the fourth part is u, which nothing reads
+        wide = pad(qkv, (0, MORE_COLUMNS, 0, 0, 0, 1))  # [B, n, 4, H / tp, w]; nothing reads the fourth part, u
         wide[..., 2, :, self.head_dim] = 1
         dtype = torch.promote_types(x.dtype, torch.float32)
         theta = torch.full((wide.shape[-2], 1, wide.shape[-1]), self.angle, dtype=dtype, device=x.device)

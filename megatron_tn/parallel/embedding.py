@@ -24,7 +24,7 @@ class VocabParallelEmbedding(nn.Module):
     Rows of E beyond vocab_size are padding: zero, never looked up, and left out of the loss and the logits.
     """
 
-    def __init__(self, vocab_size: int, embed_dim: int, axis: Axis, scale: float = 1.0):
+    def __init__(self, vocab_size: int, embed_dim: int, axis: Axis, scale: float):
         super().__init__()
         self.axis = axis
         self.scale = scale

@@ -123,6 +123,16 @@ def first_for_all(act: Callable[[], T], group: dist.ProcessGroup | None = None) 
     return sent[0]
 
 
+def of_all(value: T) -> list[T]:
+    """Every rank's value, in rank order, on every rank; without process groups `value` alone. Pickle must carry it.
+    Collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    found: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def _carried(error: Exception | None) -> Exception | None:
     """`error`, or its text where pickle cannot carry it."""
     try:

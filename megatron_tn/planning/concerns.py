@@ -24,9 +24,7 @@ def checkpoint_bytes(config: TrainConfig) -> int:
 def rank_checkpoint_bytes(config: TrainConfig, world_size: int) -> float:
     """Bytes that one rank writes: masters and moments are split over all ranks with ZeRO and FSDP2, else over
     tensor-parallel ranks."""
-    engine = config.engine
-    sharded = engine.name == "fsdp2" or (engine.name == "deepspeed" and engine.zero_stage > 0)
-    return checkpoint_bytes(config) / (world_size if sharded else config.parallel.tp)
+    return checkpoint_bytes(config) / (world_size if config.engine.shards_state else config.parallel.tp)
 
 
 def checkpoint_seconds(config: TrainConfig) -> float | None:

@@ -49,7 +49,7 @@ class MemoryPlan:
 def plan_memory(config: TrainConfig, world_size: int, work_of: Callable = microbatch) -> MemoryPlan:
     """The plan for `world_size` processes. `config.problems(world_size)` must be empty.
 
-    work_of: `microbatch`, or `extrapolated` for a search.
+    work_of: `microbatch`, or `extrapolated_in_rows` for a search.
 
     Raises:
         ValueError: torch.distributed is already initialised in this process.
@@ -86,7 +86,7 @@ def state_bytes(config: TrainConfig, world_size: int) -> dict[str, int]:
     data = world_size // config.parallel.tp
     stage = {"deepspeed": engine.zero_stage, "fsdp2": 3, "local": 0}[engine.name]
     local = math.ceil(parameter_count(config.model) / config.parallel.tp)
-    width = 2 if engine.precision == "bf16" and engine.name != "fsdp2" else 4
+    width = engine.element_bytes if engine.name != "fsdp2" else 4
     gradient_width = 4 if engine.name != "deepspeed" or engine.gradient_dtype == "fp32" else width
 
     def over_data(count: int, from_stage: int) -> int:
@@ -118,7 +118,7 @@ def buffer_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
     engine, model = config.engine, config.model
     tp = config.parallel.tp
     data = world_size // tp
-    width = 2 if engine.precision == "bf16" else 4
+    width = engine.element_bytes
     local = math.ceil(parameter_count(model) / tp)
     embedding = math.ceil(model.vocab_size * model.embed_dim / tp)
     block = math.ceil((local - embedding) / model.layers)
@@ -150,7 +150,7 @@ def update_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
     engine = config.engine
     elements = most_work(config, world_size).elements
     reused = 0 if engine.cuda_graph else activations
-    return max(0, 4 * elements * (2 if engine.precision == "bf16" else 4) - reused)
+    return max(0, 4 * elements * engine.element_bytes - reused)
 
 
 def float8_moment_bytes(config: TrainConfig, world_size: int, activations: int) -> int:
@@ -160,7 +160,7 @@ def float8_moment_bytes(config: TrainConfig, world_size: int, activations: int) 
     engine, tp = config.engine, config.parallel.tp
     if not engine.frees_weights:
         return 0
-    width = 2 if engine.precision == "bf16" else 4
+    width = engine.element_bytes
     size = width * math.ceil(matrix_elements(config.model) / tp)
     if not config.evaluation.is_on:
         bucket = 2 * config.model.glu_dim * config.model.embed_dim // tp  # the largest weights that are stacked
@@ -180,4 +180,4 @@ def side_stream_bytes(config: TrainConfig) -> int:
         return 0
     model, data = config.model, config.data
     values = 3 * model.glu_dim // config.parallel.tp + 3 * model.embed_dim
-    return values * data.micro_batch * data.sequence_length * (2 if config.engine.precision == "bf16" else 4)
+    return values * data.micro_batch * data.sequence_length * config.engine.element_bytes

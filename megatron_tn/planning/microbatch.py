@@ -181,7 +181,7 @@ def _mm(a: Tensor, b: Tensor, *rest: object) -> list[Product]:
     return [(a.shape[-2] * a.shape[:-2].numel(), b.shape[-1], a.shape[-1])]
 
 
-def _rows(x: Tensor, weights: Sequence[Tensor], rows: int) -> list[Product]:
+def _rows(weights: Sequence[Tensor], rows: int) -> list[Product]:
     return [(rows, *weight.shape) for weight in weights]
 
 
@@ -198,20 +198,20 @@ PRODUCTS: dict[str, Callable[..., list[Product]]] = {
     "aten.mm": _mm,
     "aten.bmm": _mm,
     "aten.addmm": lambda total, a, b, *rest: _mm(a, b),
-    "megatron_tn.column_forward": lambda x, weights, group, rows: _rows(x, weights, rows or x.shape[0]),
-    "megatron_tn.row_forward": lambda x, weight, *rest: _rows(x, [weight], x.shape[0]),
-    "megatron_tn.row_backward": lambda gradient, beside, weight, group, rows: _rows(gradient, [weight], rows),
+    "megatron_tn.column_forward": lambda x, weights, group, rows: _rows(weights, rows or x.shape[0]),
+    "megatron_tn.row_forward": lambda x, weight, *rest: _rows([weight], x.shape[0]),
+    "megatron_tn.row_backward": lambda gradient, beside, weight, group, rows: _rows([weight], rows),
     "aten._scaled_mm": _mm,
     "megatron_tn.column_forward_fp8": lambda x, scale, weight, weight_scale, width, group, rows, dtype: _rows(
-        x, [weight], rows or x.shape[0]
+        [weight], rows or x.shape[0]
     ),
-    "megatron_tn.row_forward_fp8": lambda x, scale, weight, *rest: _rows(x, [weight], x.shape[0]),
+    "megatron_tn.row_forward_fp8": lambda x, scale, weight, *rest: _rows([weight], x.shape[0]),
     "megatron_tn.row_backward_fp8": lambda gradient, scale, beside, weight, weight_scale, width, group, rows, dtype: (
-        _rows(gradient, [weight], rows)
+        _rows([weight], rows)
     ),
     "aten._scaled_dot_product_flash_attention_for_cpu": lambda q, *rest: _attention(q, 2),
     "aten._scaled_dot_product_flash_attention_for_cpu_backward": lambda dy, q, *rest: _attention(q, 5),
-    "megatron_tn.head_exponentials": lambda hidden, weight, *rest: _rows(hidden, [weight], hidden.shape[0]),
+    "megatron_tn.head_exponentials": lambda hidden, weight, *rest: _rows([weight], hidden.shape[0]),
 }
 
 FP8_PRODUCTS = [name for name in PRODUCTS if name.endswith(("_fp8", "_scaled_mm"))]

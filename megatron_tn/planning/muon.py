@@ -27,8 +27,8 @@ ITERATION_RATE = 0.70
 
 def sharing(config: TrainConfig, world_size: int) -> tuple[str, int]:
     """The axis whose ranks share out the matrices, and their number."""
-    engine, tp = config.engine, config.parallel.tp
-    if engine.name == "local" or (engine.name == "deepspeed" and engine.zero_stage == 0):
+    tp = config.parallel.tp
+    if not config.engine.shards_state:
         return "tp", tp
     return ("world" if tp > 1 else "data"), world_size
 

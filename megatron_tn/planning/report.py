@@ -117,7 +117,7 @@ def make_plan(
     tokens: int,
     problems: Sequence[str] = (),
     *,
-    chosen: bool = False,
+    chosen: bool,
     logs: Mapping[int, Sequence[Call]] | None = None,
 ) -> Plan:
     """The plan of a layout. tokens: the budget; 0: TOKENS_A_PARAMETER a parameter. chosen, logs: see `Plan`."""

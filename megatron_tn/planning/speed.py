@@ -144,8 +144,8 @@ def updated_bytes(config: TrainConfig, world_size: int) -> float:
     if engine.frees_weights:
         size += 4 * matrix_elements(config.model)
         quantised = (6 if engine.keeps_fp8_transposes else 5) * matrix_elements(config.model) / config.parallel.tp
-    sharded = engine.name == "fsdp2" or (engine.name == "deepspeed" and engine.zero_stage > 0)
-    return quantised + size / config.parallel.tp / (math.prod(spans_of(config, world_size, "data")) if sharded else 1)
+    ranks = math.prod(spans_of(config, world_size, "data")) if engine.shards_state else 1
+    return quantised + size / config.parallel.tp / ranks
 
 
 def engine_bytes(config: TrainConfig, world_size: int) -> float:
@@ -158,7 +158,7 @@ def engine_bytes(config: TrainConfig, world_size: int) -> float:
     """
     engine = config.engine
     local = parameter_count(config.model) / config.parallel.tp
-    if engine.name == "fsdp2" or engine.zero_stage == 3:
+    if not engine.keeps_weights:
         cast = 6 / math.prod(spans_of(config, world_size, "data")) if engine.name == "fsdp2" else 0
         return local * (gathers(config) * (cast + 4) + 6)
     return local * (4 if engine.sums_own_gradients else 25)

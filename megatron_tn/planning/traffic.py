@@ -59,17 +59,16 @@ def step_traffic(config: TrainConfig, world_size: int, work: Microbatch) -> list
     for name, kind, width, times, beside in engine_exchanges(config, microbatches):
         elements = math.ceil(parameter_count(config.model) / parallel.tp) * times
         calls = -(-elements // config.engine.reduce_bucket_elements)
-        if config.engine.name == "fsdp2" or config.engine.zero_stage == 3:
+        if not config.engine.keeps_weights:
             calls = times * (config.model.layers + 1)
         add(name, "data", kind, calls, width * elements, beside)
     if config.optim.name == "muon":
         axis, _ = sharing(config, world_size)
-        width = 2 if config.engine.precision == "bf16" else 4
         moved = exchange(config, world_size, spans[axis][0])
         for name, links in (("matrices, to be updated", moved.gathered), ("updates of matrices", moved.scattered)):
             if moved.elements:
-                nvlink, network = (width * elements for elements in links)
-                size = width * moved.elements
+                nvlink, network = (config.engine.element_bytes * elements for elements in links)
+                size = config.engine.element_bytes * moved.elements
                 found.append(Traffic(name, axis, "all-to-all", moved.rounds, size, nvlink, network, NOTHING))
     return found
 
@@ -78,7 +77,7 @@ def engine_exchanges(config: TrainConfig, microbatches: int) -> list[tuple[str, 
     """(name, kind, bytes an element, times in a step, beside) of each exchange over data x context parallel ranks, of
     all parameters of a tensor-parallel rank: arXiv 1910.02054, section 7; docs/parallelism.md."""
     engine = config.engine
-    width = 2 if engine.precision == "bf16" else 4
+    width = engine.element_bytes
     gradient = width if engine.name == "deepspeed" and engine.gradient_dtype == "bf16" else 4
     if engine.name == "local":
         return [("gradients", "all-reduce", 4, 1, LAST_BACKWARD)]

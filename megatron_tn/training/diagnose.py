@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from megatron_tn.engine.base import Engine
+from megatron_tn.parallel.world import of_all
 from megatron_tn.training.step import Microbatch, run_microbatch
 
 
@@ -105,9 +106,5 @@ def find_nonfinite(engine: Engine, microbatches: Sequence[Microbatch], device: t
     if engine.step(0.0).applied:
         raise RuntimeError("an engine applied a gradient that is not finite")
     mine = watch.found and Culprit(dist.get_rank() if dist.is_initialized() else 0, *watch.found)
-    everyone = [mine]
-    if engine.context.world_size > 1:
-        everyone = [None] * engine.context.world_size
-        dist.all_gather_object(everyone, mine)
-    found = [culprit for culprit in everyone if culprit]
+    found = [culprit for culprit in of_all(mine) if culprit]
     return [culprit for culprit in found if culprit.when == min(one.when for one in found)]

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from megatron_tn.checkpoint.ahead import ReadAhead
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, named_checkpoints, step_of
+from megatron_tn.checkpoint.shares import gathered
 from megatron_tn.checkpoint.verify import whole_from
 from megatron_tn.config import ConfigError, TrainConfig, differences, to_mapping
 from megatron_tn.parallel.world import first_for_all
@@ -142,7 +143,7 @@ def verified(start: Start, folder: RunFolder, ahead: ReadAhead) -> Start:
         ConfigError: on all ranks: a checkpoint chosen by hand, or every checkpoint, is damaged.
     """
     while start.checkpoint is not None:
-        found = _gathered(ahead.problems(start.checkpoint))
+        found = gathered(ahead.problems(start.checkpoint), ahead.rank, ahead.size)
         damage = first_for_all(partial(list, chain.from_iterable(found)))
         if not damage:
             break
@@ -212,15 +213,6 @@ def _fingerprint(checkpoint: Path) -> str:
 
 def _everywhere(problem: str) -> str:
     """All ranks' problems, those of the first SHOWN ranks spelled out, in one line; empty without any. Collective."""
-    found = [one for one in _gathered(problem) if one]
+    found = [one for one in gathered(problem, dist.get_rank(), dist.get_world_size()) if one]
     more = [f"and {len(found) - SHOWN} ranks more"] if len(found) > SHOWN else []
     return first_for_all(lambda: "; ".join(found[:SHOWN] + more))
-
-
-def _gathered(value: Any) -> list[Any]:
-    """On rank 0 every rank's `value`, on the others none. Collective."""
-    if dist.get_world_size() == 1:
-        return [value]
-    values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(value, values, dst=0)
-    return values or []

@@ -20,7 +20,7 @@ from megatron_tn.checkpoint.background import CheckpointWriter
 from megatron_tn.checkpoint.load import Reader, load_checkpoint
 from megatron_tn.checkpoint.manifest import CheckpointManifest, whole_checkpoints
 from megatron_tn.checkpoint.retention import Retention
-from megatron_tn.checkpoint.save import CheckpointError, save_checkpoint, write_tensors
+from megatron_tn.checkpoint.save import CheckpointError, write_tensors
 from megatron_tn.config import to_mapping
 from megatron_tn.engine.build import initialize_engine
 from megatron_tn.parallel.world import join_world
@@ -28,6 +28,7 @@ from megatron_tn.training.hooks.checkpoint import CheckpointEvery
 from megatron_tn.training.state import TrainingState
 from tests.checkpoint.test_save_load import make_engine, one_step
 from tests.engine.test_parity import LOCAL, ZERO
+from tests.helpers.checkpoints import save_checkpoint
 from tests.helpers.ranks import run_shared
 from tests.helpers.steps import REPORT
 from tests.helpers.training import fork_ranks

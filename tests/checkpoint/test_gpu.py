@@ -11,13 +11,13 @@ from megatron_tn.checkpoint.background import CheckpointWriter
 from megatron_tn.checkpoint.load import load_checkpoint
 from megatron_tn.checkpoint.manifest import whole_checkpoints
 from megatron_tn.checkpoint.retention import Retention
-from megatron_tn.checkpoint.save import save_checkpoint
 from megatron_tn.config import EngineConfig
 from megatron_tn.device.host_memory import HostMemory
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.training.diagnose import find_nonfinite
 from megatron_tn.training.step import train_step
 from tests.checkpoint.test_background import content
+from tests.helpers.checkpoints import save_checkpoint
 from tests.helpers.models import TINY, Rows, random_batch, tiny_config
 from tests.helpers.ranks import layout, run_shared, this_device
 

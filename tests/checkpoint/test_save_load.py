@@ -14,17 +14,18 @@ import torch
 
 from megatron_tn.checkpoint.ahead import ReadAhead
 from megatron_tn.checkpoint.files import TensorFile
-from megatron_tn.checkpoint.load import Reader, load_checkpoint, load_model
+from megatron_tn.checkpoint.load import Reader, load_checkpoint
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, whole_checkpoints
 from megatron_tn.checkpoint.reshard import pieces_of_local_range
 from megatron_tn.checkpoint.retention import Retention
-from megatron_tn.checkpoint.save import CheckpointError, save_checkpoint
+from megatron_tn.checkpoint.save import CheckpointError
 from megatron_tn.config import ConfigError, EngineConfig, ModelConfig, ParallelConfig, to_mapping
 from megatron_tn.device.host_memory import HostMemory
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.training.step import train_step
 from tests.engine.test_parity import FSDP2, LAYOUTS, LOCAL, RMSNORM, ZERO, name_of
+from tests.helpers.checkpoints import load_model, save_checkpoint
 from tests.helpers.models import TINY, TRANSFORMER, Rows, random_batch, tiny_config
 from tests.helpers.ranks import layout, run_shared
 

@@ -1,7 +1,8 @@
 """Small shards of random documents, for tests that need tokens and no text."""
 
 import hashlib
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from data_pipeline.shards.content import SourceInfo, TokenizerInfo, token_dtype
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.writer import ShardWriter
-from data_pipeline.stream import Batch
+from data_pipeline.stream import Batch, BatchLoader
+from data_pipeline.stream import count as counting
 
 PAD, BOS, EOS = 0, 1, 2
 
@@ -75,3 +77,32 @@ def batches_hash(batches: Iterable[Batch]) -> str:
         for part, values in zip(parts, (torch.tensor(batch.indices), batch.tokens, batch.targets), strict=True):
             part.update(values.contiguous().numpy().tobytes())
     return hashlib.sha256(b"".join(part.digest() for part in parts)).hexdigest()
+
+
+def global_hashes(streams: Sequence, plan: Callable, steps: range, **options) -> list[str]:
+    """Hash of each step's global batch, put together from what the ranks read, each its own stream. options: of
+    `BatchLoader`."""
+    loaders = [
+        BatchLoader(stream, plan, rank=rank, size=len(streams), step=steps.start, **options)
+        for rank, stream in enumerate(streams)
+    ]
+    try:
+        ranks = [iter(loader) for loader in loaders]
+        return [batches_hash(itertools.chain.from_iterable(next(rank) for rank in ranks)) for _ in steps]
+    finally:
+        for loader in loaders:
+            loader.close()
+
+
+def stop_at_the_fourth_shard(monkeypatch) -> list[str]:
+    """Interrupts `count` when it begins the fourth shard; returns the names of all that it begins, then and later."""
+    begun, work = [], counting.count_shard
+
+    def stopping(manifest, filter, shard):
+        begun.append(shard.name)
+        if len(begun) == 4:
+            raise KeyboardInterrupt
+        return work(manifest, filter, shard)
+
+    monkeypatch.setattr(counting, "count_shard", stopping)
+    return begun

@@ -58,7 +58,7 @@ def made(tmp_path_factory):
     settings = CorpusSettings(
         output=str(output), packages=given, vocab_size=600, heldout_fraction=0.1, part_bytes=60_000, tasks=2, workers=1
     )
-    make_corpus(settings, say=lambda line: None)
+    make_corpus(settings)
     return output, texts
 
 

@@ -285,11 +285,11 @@ def test_too_little_text_says_what_is_missing(tmp_path, capsys):
 
 
 def test_the_standard_library_is_enough_for_the_demo():
-    from data_pipeline.readers import list_inputs
+    from data_pipeline.readers import list_source
 
-    inputs = list_inputs(compose(["output=x"]).sources)
-    assert sum(size for _, size in inputs) >= 10_000_000
-    assert not [name for name, _ in inputs if "site-packages" in name or "__pycache__" in name]
+    files = [file for name, source in compose(["output=x"]).sources.items() for file in list_source(name, source).files]
+    assert sum(file.size for file in files) >= 10_000_000
+    assert not [file.id for file in files if "site-packages" in file.id or "__pycache__" in file.id]
 
 
 def test_a_full_disk_stops_with_one_line_and_the_next_run_completes(planted, output, tmp_path):

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from data_pipeline.config import compose
 from data_pipeline.errors import InputError
-from data_pipeline.readers import ReadSources, list_inputs, list_source
+from data_pipeline.readers import ReadSources, list_source
 from data_pipeline.run import main, run
 from data_pipeline.shards import Manifest, read_documents
 from data_pipeline.sources import AnySource
@@ -314,7 +314,7 @@ def test_parquet_without_pyarrow_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"sources\.p\.kind=parquet needs the package pyarrow: pip install pyarrow"):
-        list_inputs({"p": source(tmp_path, kind="parquet")})
+        list_source("p", source(tmp_path, kind="parquet"))
 
 
 @pytest.mark.parametrize("kind", ["tree", "jsonl"])

@@ -23,7 +23,7 @@ from data_pipeline.shards.scores import save_scores, scores_file
 from data_pipeline.stream import IGNORED, InputError, Manifest, ScoreFilter, build_stream
 from data_pipeline.stream import count as counting
 from data_pipeline.stream.score_filter import KeptCounts, counts_file
-from tests.data_pipeline.shard_factory import batches_hash, make_shards
+from tests.data_pipeline.shard_factory import batches_hash, make_shards, stop_at_the_fourth_shard
 from tests.data_pipeline.test_pipeline import ROOT
 
 BAND = ScoreFilter(scores="small", default=(0.2, 0.8))
@@ -109,15 +109,7 @@ def test_a_killed_count_goes_on_where_it_was(manifest, torn, monkeypatch):
     expected = counting.count(manifest, BAND)
     path = manifest.directory / counts_file(manifest, BAND)
     path.unlink()
-    counted, work = [], counting.count_shard
-
-    def stop_at_the_fourth(manifest, filter, shard):
-        counted.append(shard.name)
-        if len(counted) == 4:
-            raise KeyboardInterrupt
-        return work(manifest, filter, shard)
-
-    monkeypatch.setattr(counting, "count_shard", stop_at_the_fourth)
+    counted = stop_at_the_fourth_shard(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         counting.count(manifest, BAND)
     assert not path.exists()

@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from data_pipeline.stream import BatchLoader, InputError, Mixture, StreamState, build_stream
+from data_pipeline.stream import InputError, Mixture, StreamState, build_stream
 from data_pipeline.stream.interleave import BLOCK, Interleave
-from tests.data_pipeline.shard_factory import batches_hash, make_shards
+from tests.data_pipeline.shard_factory import batches_hash, global_hashes, make_shards
 
 LENGTH = 16
 SOURCES = {"a": 0.5, "b": 0.3, "c": 0.2}
@@ -79,30 +79,19 @@ def test_equal_epochs_are_one_corpus_and_the_manifest_s_epochs_are_the_default(m
     assert batches_hash([default.batch(range(50))]) == batches_hash([asked.batch(range(50))])
 
 
-def global_hashes(stream, steps, size, workers):
-    loaders = [
-        BatchLoader(
-            stream, lambda step: (step * 24, 24), rank=r, size=size, micro_batch=3, workers=workers, step=steps[0]
-        )
-        for r in range(size)
-    ]
-    try:
-        ranks = [iter(loader) for loader in loaders]
-        return [batches_hash(itertools.chain.from_iterable(next(rank) for rank in ranks)) for _ in steps]
-    finally:
-        for loader in loaders:
-            loader.close()
+def hashes(stream, steps, size, workers):
+    return global_hashes([stream] * size, lambda step: (step * 24, 24), steps, micro_batch=3, workers=workers)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 def test_any_topology_resumes_a_mixture(manifest):
     mixture = Mixture(epochs={"a": 1.53, "code": 0.44})
-    expected = global_hashes(make_stream(manifest, mixture), range(40), 1, 0)
+    expected = hashes(make_stream(manifest, mixture), range(40), 1, 0)
     assert len(set(expected)) == 40
     state = StreamState.from_json(make_stream(manifest, mixture).state(20 * 24).to_json())
     resumed = make_stream(manifest, mixture)
     assert resumed.restore(state) == 20 * 24
-    assert global_hashes(resumed, range(20, 40), 4, 2) == expected[20:]
+    assert hashes(resumed, range(20, 40), 4, 2) == expected[20:]
     assert make_stream(manifest).stream_hash != resumed.stream_hash
 
 

@@ -1,6 +1,5 @@
 """What a global batch holds depends on manifest, seed and step, on nothing else."""
 
-import itertools
 import json
 
 import numpy as np
@@ -17,7 +16,7 @@ from data_pipeline.stream import (
     StreamState,
     build_stream,
 )
-from tests.data_pipeline.shard_factory import PAD, batches_hash, make_shards
+from tests.data_pipeline.shard_factory import PAD, batches_hash, global_hashes, make_shards
 
 LENGTH, GLOBAL = 17, 24
 
@@ -36,20 +35,8 @@ def plan(step):
     return (step * GLOBAL, GLOBAL) if step < 6 else (6 * GLOBAL + (step - 6) * 2 * GLOBAL, 2 * GLOBAL)
 
 
-def global_hashes(manifest, steps, *, size, workers, micro_batch):
-    """Hash of each step's global batch, put together from what `size` ranks read."""
-    loaders = [
-        BatchLoader(
-            stream(manifest), plan, rank=rank, size=size, micro_batch=micro_batch, workers=workers, step=steps.start
-        )
-        for rank in range(size)
-    ]
-    try:
-        ranks = [iter(loader) for loader in loaders]
-        return [batches_hash(itertools.chain.from_iterable(next(rank) for rank in ranks)) for _ in steps]
-    finally:
-        for loader in loaders:
-            loader.close()
+def hashes(manifest, steps, *, size, **options):
+    return global_hashes([stream(manifest) for _ in range(size)], plan, steps, **options)
 
 
 def test_a_window_beyond_all_shards_mixes_all_of_them(manifest):
@@ -60,15 +47,15 @@ def test_a_window_beyond_all_shards_mixes_all_of_them(manifest):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 def test_any_topology_resumes_the_same_global_batches(manifest):
-    expected = global_hashes(manifest, range(100), size=1, workers=0, micro_batch=24)
+    expected = hashes(manifest, range(100), size=1, workers=0, micro_batch=24)
     assert len(set(expected)) == 100
     # Runs at 4 ranks with 2 workers until step 7, is saved there, and goes on elsewhere.
-    assert global_hashes(manifest, range(7), size=4, workers=2, micro_batch=3) == expected[:7]
+    assert hashes(manifest, range(7), size=4, workers=2, micro_batch=3) == expected[:7]
     state = stream(manifest).state(next_sample=plan(7)[0])
     resumed = StreamState.from_json(state.to_json())
     assert stream(manifest).restore(resumed) == plan(7)[0]
-    assert global_hashes(manifest, range(7, 20), size=2, workers=3, micro_batch=2) == expected[7:20]
-    assert global_hashes(manifest, range(7, 100), size=8, workers=0, micro_batch=1) == expected[7:]
+    assert hashes(manifest, range(7, 20), size=2, workers=3, micro_batch=2) == expected[7:20]
+    assert hashes(manifest, range(7, 100), size=8, workers=0, micro_batch=1) == expected[7:]
 
 
 def test_a_fixed_stream_keeps_its_order(tmp_path):

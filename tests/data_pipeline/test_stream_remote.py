@@ -18,7 +18,7 @@ from data_pipeline.shards.scores import load_scores, save_scores
 from data_pipeline.stream import BatchLoader, InputError, Manifest, ScoreFilter, build_stream
 from data_pipeline.stream import count as counting
 from data_pipeline.stream.score_filter import counts_file
-from tests.data_pipeline.shard_factory import batches_hash, make_shards
+from tests.data_pipeline.shard_factory import batches_hash, make_shards, stop_at_the_fourth_shard
 from tests.data_pipeline.test_selfclean import LengthScorer
 
 
@@ -193,15 +193,7 @@ def test_scores_lie_beside_remote_shards_for_every_machine(url, tmp_path):
 
 
 def test_a_killed_count_of_remote_shards_goes_on_where_it_was(local, url, scored, tmp_path, monkeypatch):
-    counted, work = [], counting.count_shard
-
-    def stop_at_the_fourth(manifest, filter, shard):
-        counted.append(shard.name)
-        if len(counted) == 4:
-            raise KeyboardInterrupt
-        return work(manifest, filter, shard)
-
-    monkeypatch.setattr(counting, "count_shard", stop_at_the_fourth)
+    counted = stop_at_the_fourth_shard(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         counting.count(load(url, tmp_path), BAND)
     counts = counting.count(load(url, tmp_path), BAND)

@@ -19,7 +19,6 @@ from data_pipeline.stream.score_filter import ScoreFilter
 from launch.curves import series_of
 from launch.panels import SECTIONS, keys_of
 from megatron_tn import load_pretrained
-from megatron_tn.checkpoint.load import load_model
 from megatron_tn.convert import main as convert
 from megatron_tn.evaluate import main as evaluate
 from megatron_tn.evaluation.perplexity import document_nats
@@ -29,6 +28,7 @@ from megatron_tn.score import main as score
 from megatron_tn.train import main as train
 from megatron_tn.training.run_folder import RunFolder
 from tests.helpers import hub
+from tests.helpers.checkpoints import load_model
 from tests.helpers.golden import relative_to_max
 from tests.helpers.training import SMALL, call, fork_ranks, losses, records, train_forked, train_here
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from kernels.gla.step_buffer import StepBuffer
 from megatron_tn.inference import states as inference_states
 from megatron_tn.inference.states import BufferedRowStates, RowStates
 from megatron_tn.inference.token import token_logits
@@ -87,6 +88,14 @@ def test_other_models_take_their_own_forward_pass():
         assert relative_error(got, model(tokens[:, None]).logits[:, 0]) < 1e-6
 
 
+def row_of(states: RowStates, row: int) -> list[torch.Tensor]:
+    """Copies of the states of `row`, B = 1."""
+    layers = states.layers
+    if isinstance(states, BufferedRowStates):
+        layers = map(StepBuffer.folded, states.buffers, states.model.model.decay("cpu"))
+    return [layer[row : row + 1].clone() for layer in layers]
+
+
 def test_buffered_states_give_the_greedy_tokens_of_plain_ones(monkeypatch):
     """Rows that begin at different times, over several folds, and a state taken out between two of them."""
     model = reference_model(TINY, seed=1)
@@ -98,12 +107,12 @@ def test_buffered_states_give_the_greedy_tokens_of_plain_ones(monkeypatch):
         with torch.no_grad():
             for step in range(11):
                 if step == 6:
-                    states.put(1, DecodingState(states.take(2), 0))
+                    states.put(1, DecodingState(row_of(states, 2), 0))
                 logits = states.logits(tokens, positions)
                 states.advance()
                 tokens, positions = logits.argmax(-1), positions + 1
                 found.append(logits)
-        return torch.stack(found), states.take(1)
+        return torch.stack(found), row_of(states, 1)
 
     monkeypatch.setattr(inference_states, "SLOTS", 4)
     (buffered, buffered_state), (plain, plain_state) = run(BufferedRowStates), run(RowStates)

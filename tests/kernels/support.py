@@ -89,3 +89,27 @@ class Attention:
 
     def check(self, tolerance: float | None = None) -> None:
         assert_close("o state dq dk dv dinitial", self.run(), self.expected(), tolerance or TOLERANCE[self.q.dtype])
+
+    def changed_by(self, document: int, before: list[Tensor]) -> list[tuple[str, Tensor, Tensor]]:
+        """Run again after a change of one document's inputs: what is not this document's is as `before`, to the bit.
+        Returns what is: (name, before, now) of each result."""
+        place, found = slice(*self.cu_seqlens[document : document + 2].tolist()), []
+        for name, old, new in zip(["o", "state", "dq", "dk", "dv", "dinitial"], before, self.run(), strict=True):
+            inside = torch.zeros_like(old, dtype=torch.bool)
+            inside[document if name in ("state", "dinitial") else (slice(None), place)] = True
+            assert torch.equal(old[~inside], new[~inside]), name
+            found.append((name, old[inside], new[inside]))
+        return found
+
+    def check_views(self) -> None:
+        """Views of a fused projection, and a strided gradient, give the same bits as tensors of their own."""
+        fused = torch.stack((self.q, self.k, self.v, self.v), dim=2).requires_grad_()
+        q, k, v, _ = fused.unbind(2)
+        o = kernels.lightning_attention(q, k, v, self.decay, cu_seqlens=self.cu_seqlens)
+        o.backward(self.do.transpose(1, 2).contiguous().transpose(1, 2))
+        self.initial_state.zero_()
+        self.dstate.zero_()
+        plain = self.run()
+        assert torch.equal(o, plain[0])
+        for got, expected in zip(fused.grad.unbind(2), plain[2:5], strict=False):
+            assert torch.equal(got, expected)

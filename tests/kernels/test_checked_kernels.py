@@ -54,7 +54,7 @@ def launched(triton_device, monkeypatch) -> set[tuple]:
 @pytest.mark.parametrize("triton_device", ["interpreter"], indirect=True)
 def test_a_step_launches_only_kernels_that_were_checked(launched, monkeypatch, model, packed):
     asked = []
-    monkeypatch.setattr(check, "self_check", lambda **arguments: asked.append(arguments))
+    monkeypatch.setattr(check, "self_check", lambda sizes, **how: asked.append((sizes, how)))
     built = build_model(model, None, "cpu", torch.float32)
     data = DataConfig(sequence_length=LENGTH, global_batch=BATCH, micro_batch=BATCH, isolate_documents=packed)
     run = tiny_config(model=model, data=data)
@@ -68,8 +68,8 @@ def test_a_step_launches_only_kernels_that_were_checked(launched, monkeypatch, m
         return 0.0
 
     monkeypatch.setattr("kernels.comparison._worst_error", call)
-    for arguments in asked:
-        self_check(**arguments | {"device": torch.device("cpu")})
+    for sizes, how in asked:
+        self_check(replace(sizes, device=torch.device("cpu")), **how)
     checked = launched.copy()
     launched.clear()
     tokens = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH) % 512

@@ -47,11 +47,8 @@ def test_documents_do_not_leak(triton_device):
     before = case.run()
     for x in (case.q, case.k, case.v, case.do):
         x[:, document] = 3 * x[:, document] - 1
-    for name, old, new in zip(["o", "state", "dq", "dk", "dv", "dinitial"], before, case.run(), strict=True):
-        inside = torch.zeros_like(old, dtype=torch.bool)
-        inside[4 if name in ("state", "dinitial") else (slice(None), document)] = True
-        assert torch.equal(old[~inside], new[~inside]), name
-        assert not torch.equal(old[inside], new[inside]), name
+    for name, old, new in case.changed_by(4, before):
+        assert not torch.equal(old, new), name
 
 
 def test_a_document_beyond_the_range_of_fp16_scales_no_other(triton_device):
@@ -61,10 +58,7 @@ def test_a_document_beyond_the_range_of_fp16_scales_no_other(triton_device):
     before = case.run()
     for x in (case.q, case.k, case.do):
         x[:, document] *= 300
-    for name, old, new in zip(["o", "state", "dq", "dk", "dv", "dinitial"], before, case.run(), strict=True):
-        inside = torch.zeros_like(old, dtype=torch.bool)
-        inside[4 if name in ("state", "dinitial") else (slice(None), document)] = True
-        assert torch.equal(old[~inside], new[~inside]), name
+    case.changed_by(4, before)
 
 
 def check_nan_stays(device: torch.device, dtype: torch.dtype, bounds: tuple[int, ...], document: int) -> None:
@@ -73,11 +67,7 @@ def check_nan_stays(device: torch.device, dtype: torch.dtype, bounds: tuple[int,
     before = case.run()
     for x in (case.q, case.k, case.v, case.do):
         x[:, positions] = float("nan")
-    for name, old, new in zip(["o", "state", "dq", "dk", "dv", "dinitial"], before, case.run(), strict=True):
-        inside = torch.zeros_like(old, dtype=torch.bool)
-        inside[document if name in ("state", "dinitial") else (slice(None), positions)] = True
-        assert torch.equal(old[~inside], new[~inside]), name
-        assert new[inside].isnan().all(), name
+    assert all(new.isnan().all() for _, _, new in case.changed_by(document, before))
 
 
 @DTYPES
@@ -118,10 +108,7 @@ def test_documents_in_segments_do_not_leak(triton_device, short_segments):
     before, document = case.run(), slice(5, 75)
     for x in (case.q, case.k, case.v, case.do):
         x[:, document] = 3 * x[:, document] - 1
-    for name, old, new in zip(["o", "state", "dq", "dk", "dv", "dinitial"], before, case.run(), strict=True):
-        inside = torch.zeros_like(old, dtype=torch.bool)
-        inside[1 if name in ("state", "dinitial") else (slice(None), document)] = True
-        assert torch.equal(old[~inside], new[~inside]), name
+    case.changed_by(1, before)
 
 
 @DTYPES
@@ -139,17 +126,7 @@ def test_bf16_segments_on_the_gpu(cuda, short_segments, widths):
 
 
 def test_views_of_a_fused_projection(triton_device):
-    case = Attention.random(length=40, batch=2, widths=(16, 16), rates=(0.1, 0.0), device=triton_device)
-    fused = torch.stack((case.q, case.k, case.v, case.v), dim=2).requires_grad_()
-    q, k, v, _ = fused.unbind(2)
-    o = kernels.lightning_attention(q, k, v, case.decay)
-    o.backward(case.do.transpose(1, 2).contiguous().transpose(1, 2))
-    case.initial_state.zero_()
-    case.dstate.zero_()
-    plain = case.run()
-    assert torch.equal(o, plain[0])
-    for got, expected in zip(fused.grad.unbind(2), plain[2:5], strict=False):
-        assert torch.equal(got, expected)
+    Attention.random(length=40, batch=2, widths=(16, 16), rates=(0.1, 0.0), device=triton_device).check_views()
 
 
 @pytest.mark.parametrize("bounds", [None, (0, 5, 40)], ids=["rows", "packed"])

@@ -12,13 +12,14 @@ import kernels
 from kernels import dispatch
 from kernels.comparison import KernelMismatchError
 from kernels.decoding_check import decoding_check
-from kernels.self_check import self_check
+from kernels.self_check import StepSizes, self_check
 
-SHAPES = {"heads": 2, "key_width": 16, "value_width": 24, "glu_width": 40, "length": 67}
+SHAPES = {"heads": 2, "key_width": 16, "value_width": 24, "glu_width": 40, "embed_width": 48, "length": 67}
 
 
-def check(device: str, dtype=torch.float32, **changes) -> dict[str, float]:
-    return self_check(**{**SHAPES, "dtype": dtype, "device": torch.device(device)} | changes)
+def check(device: str, dtype=torch.float32, unused=(), fall_back=False, order=0, **changes) -> dict[str, float]:
+    sizes = StepSizes(**{**SHAPES, "dtype": dtype, "device": torch.device(device)} | changes)
+    return self_check(sizes, unused=unused, fall_back=fall_back, order=order)
 
 
 @pytest.fixture(autouse=True)

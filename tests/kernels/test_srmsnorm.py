@@ -53,24 +53,6 @@ def check_add(shape, dtype, device):
     assert_close("y dx", (y, dx), (expected, dexpected), tolerance)
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("shape", [(7,), (2, 5, 257)], ids=str)
-def test_torch_with_the_residual_add(shape, dtype):
-    check_add(shape, dtype, "cpu")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(7,), (2, 5, 257), (4, 2048)], ids=str)
-def test_triton_with_the_residual_add(triton_device, shape, dtype):
-    check_add(shape, dtype, triton_device)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("width", [2560, 4096])
-def test_bf16_with_the_residual_add_on_the_gpu(cuda, width):
-    check_add((33, width), torch.bfloat16, cuda)
-
-
 def check_add_scaled(shape, dtype, device):
     """Sum and gradients against the two operators one after the other in fp64; the norm against that of the sum."""
     torch.manual_seed(0)
@@ -91,22 +73,28 @@ def check_add_scaled(shape, dtype, device):
     assert_close("s y dx dr dsquares", (s, y, *found), (total, expected, *wanted), tolerance)
 
 
+RESIDUALS = pytest.mark.parametrize("check", [check_add, check_add_scaled], ids=["added", "to be scaled"])
+
+
+@RESIDUALS
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("shape", [(7,), (2, 5, 257)], ids=str)
-def test_torch_with_a_residual_to_be_scaled(shape, dtype):
-    check_add_scaled(shape, dtype, "cpu")
+def test_torch_with_a_residual(check, shape, dtype):
+    check(shape, dtype, "cpu")
 
 
+@RESIDUALS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(7,), (2, 5, 257), (4, 2048)], ids=str)
-def test_triton_with_a_residual_to_be_scaled(triton_device, shape, dtype):
-    check_add_scaled(shape, dtype, triton_device)
+def test_triton_with_a_residual(triton_device, check, shape, dtype):
+    check(shape, dtype, triton_device)
 
 
 @pytest.mark.gpu
+@RESIDUALS
 @pytest.mark.parametrize("width", [2560, 4096])
-def test_bf16_with_a_residual_to_be_scaled_on_the_gpu(cuda, width):
-    check_add_scaled((33, width), torch.bfloat16, cuda)
+def test_bf16_with_a_residual_on_the_gpu(cuda, check, width):
+    check((33, width), torch.bfloat16, cuda)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)

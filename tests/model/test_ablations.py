@@ -9,8 +9,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import self_check
-from megatron_tn.checkpoint.load import load_model
+from kernels import StepSizes, self_check
 from megatron_tn.cli.overrides import CONF
 from megatron_tn.config import ConfigError, DataConfig, ModelConfig, ParallelConfig
 from megatron_tn.convert import main as convert
@@ -23,6 +22,7 @@ from megatron_tn.model.init import initialize
 from megatron_tn.model.registry import build_model, parameter_count
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.released.write import save_pretrained
+from tests.helpers.checkpoints import load_model
 from tests.helpers.definition import definition_gradients
 from tests.helpers.models import (
     COSFORMER,
@@ -187,7 +187,7 @@ def test_the_check_of_a_start_calls_every_operator_of_a_step(monkeypatch):
         found = set()
         with Operators() as checked:
             for arguments in attentions(config):
-                found |= self_check(**common, **arguments, unused=unused(config, "adamw")).keys()
+                found |= self_check(StepSizes(**common, **arguments), unused=unused(config, "adamw")).keys()
         assert step.names <= checked.names, config
         assert not found & {"muon_", "gram_polynomial"}
         assert ("rms_norm" in found, "simple_rms_norm" in found) == (

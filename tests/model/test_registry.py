@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_tn.checkpoint.load import load_checkpoint, load_model
-from megatron_tn.checkpoint.save import save_checkpoint
+from megatron_tn.checkpoint.load import load_checkpoint
 from megatron_tn.config import ModelConfig, OptimConfig, TrainConfig, from_mapping, to_mapping
 from megatron_tn.engine.base import Engine
 from megatron_tn.engine.build import build_engine, initialize_engine
@@ -23,6 +22,7 @@ from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.training.preflight import checkpoint_problems
 from megatron_tn.training.resume import Start
 from megatron_tn.training.step import train_step
+from tests.helpers.checkpoints import load_model, save_checkpoint
 from tests.helpers.models import TINY, TRANSFORMER, Rows, random_batch, tiny_config
 
 CPU = torch.device("cpu")

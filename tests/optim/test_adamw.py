@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from megatron_tn.checkpoint.load import load_checkpoint
-from megatron_tn.checkpoint.save import save_checkpoint
 from megatron_tn.config import ConfigError, EngineConfig, OptimConfig, to_mapping
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.optim.adamw import ApexAdamW, TorchAdamW, TritonAdamW
@@ -15,6 +14,7 @@ from megatron_tn.optim.build import build_optimizer
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.training.step import train_step
 from tests.helpers.apex import FusedAdam
+from tests.helpers.checkpoints import save_checkpoint
 from tests.helpers.models import Rows, random_batch, tiny_config
 from tests.helpers.ranks import layout, run_shared
 

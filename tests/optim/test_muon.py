@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from kernels.newton_schulz import reference
 from megatron_tn.checkpoint.load import load_checkpoint
-from megatron_tn.checkpoint.save import save_checkpoint
 from megatron_tn.checkpoint.verify import verify
 from megatron_tn.config import ConfigError, EngineConfig, OptimConfig, ParallelConfig, to_mapping
 from megatron_tn.engine import matrices
@@ -28,6 +27,7 @@ from megatron_tn.parallel.sharding import ShardSpec
 from megatron_tn.training.step import train_step
 from tests.checkpoint.test_save_load import logical
 from tests.engine.test_parity import FSDP2, LOCAL, RMSNORM, ZERO, ZERO_BF16, name_of
+from tests.helpers.checkpoints import save_checkpoint
 from tests.helpers.models import Rows, random_batch, tiny_config
 from tests.helpers.ranks import layout, run_shared, this_device
 

@@ -169,6 +169,13 @@ def test_muons_matrices_stay_on_the_ranks_that_hold_them(engine, tp, world, head
         assert (links.network > 0) == (world > 4 and engine.zero_stage == 3)
 
 
+def test_the_local_engine_has_no_zero_stage():
+    config = tiny_config(cluster=cluster("h200_141g"))
+    work = microbatch(config)
+    other = dataclasses.replace(config, engine=dataclasses.replace(config.engine, zero_stage=3))
+    assert step_time(other, 2, work) == step_time(config, 2, work)
+
+
 def test_a_matrix_rate_between_two_that_are_known():
     rates = ClusterConfig(matrix_rates=[[512, 500.0], [1024, 600.0]])
     assert [matrix_rate(rates, size) / 1e12 for size in (256, 512, 768, 1024, 9999)] == [250, 500, 550, 600, 600]

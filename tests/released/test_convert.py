@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_tn import load_pretrained
-from megatron_tn.checkpoint.load import load_model
 from megatron_tn.checkpoint.verify import verify
 from megatron_tn.config import ConfigError
 from megatron_tn.convert import main as convert
@@ -22,6 +21,7 @@ from megatron_tn.model.registry import build_model
 from megatron_tn.released import write
 from megatron_tn.released.weights import ReleasedWeights
 from megatron_tn.released.write import alone_in, save_pretrained, write_released
+from tests.helpers.checkpoints import load_model
 from tests.helpers.golden import golden
 from tests.helpers.models import TINY, random_batch, reference_model
 from tests.helpers.ranks import layout, run_shared

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_tn import ParallelContext, load_pretrained
-from megatron_tn.checkpoint.load import load_model
 from megatron_tn.config import ConfigError
 from megatron_tn.convert import main as convert
 from megatron_tn.inference.generator import generate
@@ -17,6 +16,7 @@ from megatron_tn.model.registry import architecture
 from megatron_tn.released.config import config_from_released, config_to_released
 from megatron_tn.released.write import save_pretrained
 from tests.helpers import hub
+from tests.helpers.checkpoints import load_model
 from tests.helpers.golden import relative_to_max
 from tests.helpers.models import TRANSFORMER, random_batch, reference_model, relative_errors
 from tests.helpers.ranks import run_ranks

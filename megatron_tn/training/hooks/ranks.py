@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_tn.engine.base import Engine
+from megatron_tn.parallel.world import of_all
+from megatron_tn.planning.estimate import GIB
 from megatron_tn.training.hooks import Hook
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
 from megatron_tn.training.watchdog import Progress
 
 SLOW = 1.2  # a rank above SLOW x the median is reported
-GIB = 2**30
 
 
 @dataclass
@@ -40,9 +41,7 @@ class RankReport(Hook):
     _marks: list[Any] = field(default_factory=list, init=False)
 
     def on_start(self, state: TrainingState) -> None:
-        self.hosts = [socket.gethostname()] * dist.get_world_size()
-        if len(self.hosts) > 1:
-            dist.all_gather_object(self.hosts, self.hosts[0])
+        self.hosts = of_all(socket.gethostname())
         # engine.compile=blocks compiles only the blocks, so hooks of the outermost module still run.
         self._handles = [
             self.engine.model.register_forward_pre_hook(lambda *_: self._mark()),
