@@ -134,9 +134,9 @@ def agree_on(choose: Callable[[], Start]) -> Start:
     return sent
 
 
-def verified(start: Start, folder: RunFolder, ahead: ReadAhead) -> Start:
+def verified(start: Start, folder: RunFolder, ahead: ReadAhead, resume: int | str) -> Start:
     """`start` or, where bytes of its checkpoint are not those that were saved, the newest older one whose are.
-    Collective: the ranks share the reading, which `ahead` may have begun.
+    Collective: the ranks share the reading, which `ahead` may have begun. resume: the setting checkpoint.resume.
 
     Raises:
         ConfigError: on all ranks: a checkpoint chosen by hand, or every checkpoint, is damaged.
@@ -147,7 +147,7 @@ def verified(start: Start, folder: RunFolder, ahead: ReadAhead) -> Start:
         if not damage:
             break
         if start.by_hand:
-            raise ConfigError(damage)
+            raise ConfigError([f"checkpoint.resume={resume}: {problem}" for problem in damage])
         start = agree_on(partial(newest_start, folder, start.damage | {start.checkpoint: damage}))
     return start
 

@@ -25,7 +25,7 @@ def restore(run: Run, engine: Engine) -> TrainingState:
     Newer checkpoints are renamed, so that a start after a crash before the next save does not resume from them.
     """
     state, config = run.state, run.config
-    run.start = start = verified(run.start, run.folder, run.ahead)
+    run.start = start = verified(run.start, run.folder, run.ahead, config.checkpoint.resume)
     _load(run, engine, start)
     if start.checkpoint is not None and run.is_first:
         log.info("resumed from %s at step %d", start.checkpoint, state.step)
@@ -67,7 +67,7 @@ def rewind(run: Run, engine: Engine, wanted: Rewind) -> None:
         start = newest_start(run.folder)
         return start if start.checkpoint else replace(run.start, later=(), damage={})  # `restore` has renamed those
 
-    start = verified(agree_on(choose), run.folder, run.ahead)
+    start = verified(agree_on(choose), run.folder, run.ahead, run.config.checkpoint.resume)
     state, before = run.state, run.state.step
     earlier = state.ledger
     _load(run, engine, start)
