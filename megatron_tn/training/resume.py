@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -147,9 +147,14 @@ def verified(start: Start, folder: RunFolder, ahead: ReadAhead, resume: int | st
         if not damage:
             break
         if start.by_hand:
-            raise ConfigError([f"checkpoint.resume={resume}: {problem}" for problem in damage])
+            raise ConfigError(named(start, resume, damage))
         start = agree_on(partial(newest_start, folder, start.damage | {start.checkpoint: damage}))
     return start
+
+
+def named(start: Start, resume: int | str, problems: Iterable[str]) -> list[str]:
+    """Problems of the start's checkpoint, behind the setting checkpoint.resume where that chose it."""
+    return [f"checkpoint.resume={resume}: {problem}" if start.by_hand else problem for problem in problems]
 
 
 def agree_on_settings(config: TrainConfig) -> None:

@@ -12,7 +12,7 @@ from megatron_tn.engine.base import Engine
 from megatron_tn.engine.build import initialize_engine
 from megatron_tn.parallel.world import first_for_all
 from megatron_tn.training.guard import Rewind
-from megatron_tn.training.resume import Start, agree_on, leave_later_behind, newest_start, verified
+from megatron_tn.training.resume import Start, agree_on, leave_later_behind, named, newest_start, verified
 from megatron_tn.training.run import Run
 from megatron_tn.training.state import TrainingState
 
@@ -98,8 +98,11 @@ def _load(run: Run, engine: Engine, start: Start) -> None:
             initialize_engine(engine, run.config.seed)
         run.state.become(TrainingState())
     else:
-        with run.ahead.contents(start.checkpoint) as contents:
-            manifest = load_checkpoint(engine, start.checkpoint, contents)
+        try:
+            with run.ahead.contents(start.checkpoint) as contents:
+                manifest = load_checkpoint(engine, start.checkpoint, contents)
+        except ConfigError as error:  # as with checkpoint.verify=false
+            raise ConfigError(named(start, run.config.checkpoint.resume, error.problems)) from None
         run.ahead.forget()
         run.state.become(TrainingState.from_json(manifest.training))
 
