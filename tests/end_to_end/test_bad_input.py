@@ -63,7 +63,7 @@ GRADIENT_DTYPE = "engine.gradient_dtype=bf16 needs engine.name=deepspeed and eng
             [
                 *("optim.lr=nan", "optim.beta2=1.5", "optim.clip_norm=-1", "optim.weight_decay=inf"),
                 *("model.norm_eps=-1", "model.init_std=nan", "schedule.min_lr_ratio=2"),
-                *("engine.reduce_bucket_elements=0", "cluster.bf16_tflops=0"),
+                *("engine.reduce_bucket_elements=0", "cluster.bf16_tflops=0", "distributed_timeout_s=8000000000"),
             ],
             [
                 "optim.lr=nan must be above 0, and finite",
@@ -75,6 +75,7 @@ GRADIENT_DTYPE = "engine.gradient_dtype=bf16 needs engine.name=deepspeed and eng
                 "schedule.min_lr_ratio=2.0 must be from 0 to 1",
                 "engine.reduce_bucket_elements=0 must be at least 1",
                 "cluster.bf16_tflops=0.0 must be above 0",
+                "distributed_timeout_s=8000000000 must be from 1 to 1000000000",
             ],
         ),
         (["schedule.warmup_steps=5000"], ["schedule.warmup_steps=5000 must be below schedule.steps=1000"]),
