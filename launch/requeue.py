@@ -139,12 +139,17 @@ def records(run_dir):
 
 
 def append(run_dir, line):
+    """Whether the line could be written; not to a FIFO that nobody reads, whose open would wait."""
     try:
-        with open(os.path.join(run_dir, "requeues.log"), "a") as file:
+        with open(os.path.join(run_dir, "requeues.log"), "a", opener=without_waiting) as file:
             file.write(line + "\n")
     except OSError:
         return False
     return True
+
+
+def without_waiting(path, flags):
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 def read(*path):

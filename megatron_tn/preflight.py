@@ -98,18 +98,23 @@ def inspect(
 
     def choose() -> None:
         nonlocal start
-        start = choose_start(config, RunFolder(config.run_dir), requeued=requeued)
-        if config.init_from and start.checkpoint is None:
-            start = start.with_weights(folder_of_weights(config))
-        if found := checkpoint_problems(config, start) + weights_of_other_tokens(config, start, stream):
-            raise ConfigError(found)
-        if not problems:
-            go_to(config, stream, start)
+        found: list[str] = []
+        try:
+            start = choose_start(config, RunFolder(config.run_dir), requeued=requeued)
+            if config.init_from and start.checkpoint is None:
+                start = start.with_weights(folder_of_weights(config))
+            found = checkpoint_problems(config, start) + weights_of_other_tokens(config, start, stream)
+            if not problems and not found:
+                go_to(config, stream, start)
+        except ConfigError as error:
+            found = error.problems
+        if problems or found:  # told to all ranks before rank 0, which may serve their store, ends
+            raise ConfigError([*problems, *found])
 
     try:
         once(choose)
     except ConfigError as error:
-        problems += error.problems
+        problems = list(dict.fromkeys([*problems, *error.problems]))
     except OSError:
         if not problems:  # a run_dir that is no folder, or cannot be read, is among the problems
             raise

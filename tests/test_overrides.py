@@ -127,6 +127,27 @@ def test_flags_are_as_hydra_spells_them(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["+data.mixture.epochs.wiki=2", "lr=3"], ["unknown setting lr; did you mean optim.lr?"]),
+        (
+            ["data.mixture={epochs: {a: 2}}", "engine.deepspeed_config.steps=7"],
+            [
+                "data.mixture={epochs: {a: 2}}: a new key of data.mixture needs a + in front: +data.mixture={epochs: "
+                "{a: 2}}",
+                "engine.deepspeed_config.steps=7: a new key of engine.deepspeed_config needs a + in front: "
+                "+engine.deepspeed_config.steps=7",
+            ],
+        ),
+    ],
+    ids=["with a +", "without"],
+)
+def test_a_key_that_is_the_user_s_own_needs_a_plus(words, said, capsys):
+    assert call(main, *words) == 2
+    assert capsys.readouterr().err.splitlines() == [f"error: {line}" for line in said]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
         (["optim.lr=interval(0,1)"], ["optim.lr=interval(0,1): an interval has no list of values"]),
         (["seed=range(1,1)", "model=glob(z*)"], ["seed=range(1,1): there is no value", "model=glob(z*): there is no"]),
         (["model=glob(1*b)", "model.layers=0"], ["model.layers=0 must be from 1 to 2048"]),

@@ -20,7 +20,8 @@ def newton_schulz(matrices: Tensor, iterations: int = 5) -> Tensor:
     """Bring the singular values of each of `matrices` [n, rows, columns] near 1, and keep its singular vectors: the
     result of `reference.newton_schulz` for each. A new tensor of matrices' type, bf16, fp16, fp32 or fp64. Products are
     made in that type, but in fp16 for bf16: |X| <= 1.3 and |Q| <= 41 (see `_joined`) need fp16's digits, not bf16's
-    range. Frobenius norms are summed in fp32 at least. Without a gradient.
+    range. Frobenius norms are summed in fp32 at least: a matrix whose norm is above 1.8e19 there gives zeros. Without a
+    gradient.
 
     FLOPs, see `flops`: with r = min(rows, columns) and c = max(rows, columns), an iteration multiplies the Gram matrix
     [r, r] of the short side. In bf16 and fp16, from r = LEAST_ROWS on, a Triton kernel makes half of each symmetric

@@ -5,6 +5,7 @@ import fnmatch
 import itertools
 import json
 import re
+import typing
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -135,11 +136,16 @@ def _wrong_values(line: CommandLine, words: Sequence[str]) -> list[str]:
 
 
 def _unknown(line: CommandLine, words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(word, error line) of each word that names no setting, no group, or no choice of a group."""
+    """(word, error line) of each word that names no setting, no group, or no choice of a group; or a new key of a
+    setting whose keys are the user's, such as data.mixture, without the + that Hydra wants for it."""
     known = known_keys(line.kind)
+    free = [name for name, kind in kinds_of(line.kind).items() if typing.get_origin(kind[0]) is dict]
     for word in words:
         key, _, value = word.lstrip("+~").partition("=")
-        if (choices := line.groups.get(key)) is not None:
+        if setting := next((name for name in free if f"{key}.".startswith(f"{name}.")), ""):
+            if word.startswith(key) and (key != setting or (value.startswith("{") and value != "{}")):
+                yield word, f"{word}: a new key of {setting} needs a + in front: +{word}"
+        elif (choices := line.groups.get(key)) is not None:
             if value not in choices:
                 if inside := files_in(value, choices):
                     yield (

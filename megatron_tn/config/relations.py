@@ -167,11 +167,15 @@ def _warm_up_ends_before_the_run(config: Settings) -> Iterator[str]:
 @RELATIONS.reads("schedule.warmup_steps", "schedule.steps", "schedule.decay_fraction")
 def _warm_up_ends_before_the_decay(config: Settings) -> Iterator[str]:
     schedule = config.schedule
-    if schedule.name == "wsd" and schedule.steps > schedule.warmup_steps > schedule.steps - schedule.decay_steps:
+    begin = schedule.steps - schedule.decay_steps
+    if schedule.name == "wsd" and schedule.steps > schedule.warmup_steps > begin:
+        room = (schedule.steps - schedule.warmup_steps) / schedule.steps
+        room = math.floor(1000 * room) / 1000 or room  # rounded down
         yield (
             f"schedule.warmup_steps={schedule.warmup_steps} overlaps the decay of schedule.name=wsd, which begins "
-            f"after step {schedule.steps - schedule.decay_steps}: schedule.decay_fraction={schedule.decay_fraction} of "
-            f"schedule.steps={schedule.steps} is {schedule.decay_steps} steps"
+            f"after step {begin}: schedule.decay_fraction={schedule.decay_fraction} of schedule.steps={schedule.steps} "
+            f"is {schedule.decay_steps} steps; set schedule.decay_fraction to at most {room}, or "
+            f"schedule.warmup_steps to at most {begin}"
         )
 
 

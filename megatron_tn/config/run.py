@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic.dataclasses import dataclass
 
-from megatron_tn.config.bounds import Bounds, Count, Positive, Seed
+from megatron_tn.config.bounds import Bounds, Count, Seed
 from megatron_tn.config.checkpoint import CheckpointConfig
 from megatron_tn.config.cluster import ClusterConfig
 from megatron_tn.config.data import DataConfig
@@ -39,7 +39,7 @@ class TrainConfig:
     deterministic: bool = False
     # Seconds that a collective waits for other ranks before it fails. Must exceed the time of start-up, of compilation
     # and of an evaluation.
-    distributed_timeout_s: Positive = 1800
+    distributed_timeout_s: Annotated[int, Bounds(1, 1_000_000_000)] = 1800
     # Seconds that a rank may stay in one phase of a step; then the run ends and names the rank that the others wait
     # for. 0: no such watch.
     hang_timeout_s: Count = 600

@@ -38,21 +38,28 @@ def generate_shared(
     rows: int,
     window: int = 256,
 ) -> Iterator[tuple[list[int], list[list[int]]]]:
-    """(Places, the ids that follow the prompt at each) of every batch of up to `rows` prompts, see `batches_of`.
+    """(Places, the ids that follow the prompt at each) of every batch of up to `rows` prompts, see `batches_of`: of
+    fewer where D ranks with the same parameters can so share the prompts evenly.
 
     samplers, keys: of each prompt; a key, `uniform.stream_key`, determines its random numbers. is_done(place, ids):
     whether a prompt's continuation is at its end.
-    Collective over the ranks of model.context, which all have the same prompts. Of every D batches each of D ranks with
-    the same parameters generates one; then all get the ids of all, which are those of one rank.
+    Collective over the ranks of model.context, which all have the same prompts. Of every D batches each of the D ranks
+    generates one; then all get the ids of all.
     """
     share = model.context.data
-    batches = list(batches_of(list(map(len, prompts)), rows))
+    batches = list(batches_of(list(map(len, prompts)), _even_rows(len(prompts), rows, share.size)))
     for start in range(0, len(batches), share.size):
         together = batches[start : start + share.size]
         mine = together[share.rank] if share.rank < len(together) else []
         own = [[values[place] for place in mine] for values in (prompts, samplers, keys)]
         found = _sampled(model, *own, lambda row, ids, mine=mine: is_done(mine[row], ids), window)
         yield from zip(together, gather_objects(found, share), strict=False)  # the last ranks may have no batch
+
+
+def _even_rows(prompts: int, rows: int, ranks: int) -> int:
+    """Rows of a batch, at most `rows`, of as few batches a rank as `rows` allows, equally many on each rank."""
+    batches = ranks * -(-prompts // (rows * ranks))
+    return -(-prompts // max(batches, 1))
 
 
 def _sampled(

@@ -34,8 +34,9 @@ BEGAN = time.time()
 @dataclass(frozen=True)
 class Goodput:
     """wall_s: from the first start's begin to the last record, without the time after a finished run until somebody
-    continued it. useful_s: seconds of steps of the journal's curve. steps: of that curve. lost_s: cause of
-    CAUSES -> seconds; useful_s and these sum to wall_s."""
+    continued it; at least the seconds of steps and pauses, whose clock nobody sets back. useful_s: seconds of steps of
+    the journal's curve. steps: of that curve. lost_s: cause of CAUSES -> seconds, at least 0; useful_s and these sum to
+    wall_s."""
 
     wall_s: float
     useful_s: float
@@ -136,7 +137,7 @@ def _sum(starts: Sequence[_Start], lost: dict[str, float]) -> Goodput:
     useful, steps = 0.0, 0
     everywhere = [seconds for start in starts for seconds in start.usual()]
     for start in starts:
-        lost["startup"] += start.ready - start.began
+        lost["startup"] += max(start.ready - start.began, 0.0)
         usual = start.usual() or everywhere
         for index, (count, seconds, data, counts) in enumerate(start.steps):
             if not index and usual:
@@ -152,5 +153,6 @@ def _sum(starts: Sequence[_Start], lost: dict[str, float]) -> Goodput:
         if not before.finished:
             lost["down"] += max(after.began - before.last, 0.0)
     wall = sum(start.last - start.began for start in starts) + lost["down"]
-    lost["other"] = max(wall - useful - sum(lost.values()), 0.0)
-    return Goodput(wall, useful, steps, len(starts), lost)
+    known = useful + sum(lost.values())
+    lost["other"] = max(wall - known, 0.0)
+    return Goodput(max(wall, known), useful, steps, len(starts), lost)

@@ -44,7 +44,7 @@ class JournalFile:
             OSError: not even the first record could be written.
         """
         if self._descriptor is None:
-            self._descriptor = os.open(self.path, APPEND, 0o666)
+            self._descriptor = _open_to_append(self.path)
         for count, record in enumerate(records):
             try:
                 _append_whole(self._descriptor, _line(record))
@@ -83,7 +83,7 @@ class JournalFile:
                 self._append_superseded(later)
 
     def _append_superseded(self, lines: list[bytes]) -> None:
-        descriptor = os.open(self.superseded, APPEND, 0o666)
+        descriptor = _open_to_append(self.superseded)
         try:
             _append_whole(descriptor, b"".join(line + b"\n" for line in lines))
         finally:
@@ -125,6 +125,13 @@ def _spans(content: bytes, named: bytes) -> Iterator[tuple[int, int]]:
 def _line(record: dict[str, Any]) -> bytes:
     finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
     return json.dumps(finite).encode() + b"\n"
+
+
+def _open_to_append(path: Path) -> int:
+    """Raises OSError where it is no regular file."""
+    with contextlib.suppress(FileNotFoundError):
+        regular(path)
+    return os.open(path, APPEND, 0o666)
 
 
 def _append_whole(descriptor: int, content: bytes) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -135,9 +135,9 @@ def agree_on(choose: Callable[[], Start]) -> Start:
     return sent
 
 
-def verified(start: Start, folder: RunFolder, ahead: ReadAhead) -> Start:
+def verified(start: Start, folder: RunFolder, ahead: ReadAhead, resume: int | str) -> Start:
     """`start` or, where bytes of its checkpoint are not those that were saved, the newest older one whose are.
-    Collective: the ranks share the reading, which `ahead` may have begun.
+    Collective: the ranks share the reading, which `ahead` may have begun. resume: the setting checkpoint.resume.
 
     Raises:
         ConfigError: on all ranks: a checkpoint chosen by hand, or every checkpoint, is damaged.
@@ -148,9 +148,14 @@ def verified(start: Start, folder: RunFolder, ahead: ReadAhead) -> Start:
         if not damage:
             break
         if start.by_hand:
-            raise ConfigError(damage)
+            raise ConfigError(named(start, resume, damage))
         start = agree_on(partial(newest_start, folder, start.damage | {start.checkpoint: damage}))
     return start
+
+
+def named(start: Start, resume: int | str, problems: Iterable[str]) -> list[str]:
+    """Problems of the start's checkpoint, behind the setting checkpoint.resume where that chose it."""
+    return [f"checkpoint.resume={resume}: {problem}" if start.by_hand else problem for problem in problems]
 
 
 def agree_on_settings(config: TrainConfig) -> None:

@@ -12,7 +12,7 @@ from megatron_tn.engine.base import Engine
 from megatron_tn.engine.build import initialize_engine
 from megatron_tn.parallel.world import first_for_all
 from megatron_tn.training.guard import Rewind
-from megatron_tn.training.resume import Start, agree_on, leave_later_behind, newest_start, verified
+from megatron_tn.training.resume import Start, agree_on, leave_later_behind, named, newest_start, verified
 from megatron_tn.training.run import Run
 from megatron_tn.training.state import TrainingState
 
@@ -25,7 +25,7 @@ def restore(run: Run, engine: Engine) -> TrainingState:
     Newer checkpoints are renamed, so that a start after a crash before the next save does not resume from them.
     """
     state, config = run.state, run.config
-    run.start = start = verified(run.start, run.folder, run.ahead)
+    run.start = start = verified(run.start, run.folder, run.ahead, config.checkpoint.resume)
     _load(run, engine, start)
     if start.checkpoint is not None and run.is_first:
         log.info("resumed from %s at step %d", start.checkpoint, state.step)
@@ -67,7 +67,7 @@ def rewind(run: Run, engine: Engine, wanted: Rewind) -> None:
         start = newest_start(run.folder)
         return start if start.checkpoint else replace(run.start, later=(), damage={})  # `restore` has renamed those
 
-    start = verified(agree_on(choose), run.folder, run.ahead)
+    start = verified(agree_on(choose), run.folder, run.ahead, run.config.checkpoint.resume)
     state, before = run.state, run.state.step
     earlier = state.ledger
     _load(run, engine, start)
@@ -98,8 +98,11 @@ def _load(run: Run, engine: Engine, start: Start) -> None:
             initialize_engine(engine, run.config.seed)
         run.state.become(TrainingState())
     else:
-        with run.ahead.contents(start.checkpoint) as contents:
-            manifest = load_checkpoint(engine, start.checkpoint, contents)
+        try:
+            with run.ahead.contents(start.checkpoint) as contents:
+                manifest = load_checkpoint(engine, start.checkpoint, contents)
+        except ConfigError as error:  # as with checkpoint.verify=false
+            raise ConfigError(named(start, run.config.checkpoint.resume, error.problems)) from None
         run.ahead.forget()
         run.state.become(TrainingState.from_json(manifest.training))
 

@@ -254,10 +254,14 @@ class RunFolder:
             self._lock = None
 
     def keep_tokenizer(self, tokenizer: Path) -> None:
-        """Copy tokenizer.json to the folder, so that a copied run folder can still decode tokens."""
-        if tokenizer.is_file():
-            with replacing(self.tokenizer, "xb") as file:
-                file.write(tokenizer.read_bytes())
+        """Copy tokenizer.json to the folder, so that a copied run folder can still decode tokens. A resume, perhaps on
+        a full disk, has it there already."""
+        if not tokenizer.is_file():
+            return
+        content, kept = tokenizer.read_bytes(), self.tokenizer
+        if kept.is_symlink() or not kept.is_file() or kept.read_bytes() != content:
+            with replacing(kept, "xb") as file:
+                file.write(content)
 
 
 def starts_in(records: Iterable[dict[str, Any]]) -> list[float]:

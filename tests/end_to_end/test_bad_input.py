@@ -1,8 +1,10 @@
 """Bad input: one clear line each, exit code 2, before anything is started or overwritten."""
 
+import os
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +17,11 @@ from megatron_tn.benchmark import main as benchmark
 from megatron_tn.convert import main as convert
 from megatron_tn.evaluate import main as evaluate
 from megatron_tn.generate import main as generate
+from megatron_tn.parallel.world import of_first
 from megatron_tn.plan import main as plan
 from megatron_tn.score import main as score
 from megatron_tn.train import main as train
-from tests.helpers.training import SMALL, call
+from tests.helpers.training import SMALL, call, fork_ranks, train_here
 
 GRADIENT_DTYPE = "engine.gradient_dtype=bf16 needs engine.name=deepspeed and engine.precision=bf16; here"
 
@@ -60,7 +63,7 @@ GRADIENT_DTYPE = "engine.gradient_dtype=bf16 needs engine.name=deepspeed and eng
             [
                 *("optim.lr=nan", "optim.beta2=1.5", "optim.clip_norm=-1", "optim.weight_decay=inf"),
                 *("model.norm_eps=-1", "model.init_std=nan", "schedule.min_lr_ratio=2"),
-                *("engine.reduce_bucket_elements=0", "cluster.bf16_tflops=0"),
+                *("engine.reduce_bucket_elements=0", "cluster.bf16_tflops=0", "distributed_timeout_s=8000000000"),
             ],
             [
                 "optim.lr=nan must be above 0, and finite",
@@ -72,6 +75,7 @@ GRADIENT_DTYPE = "engine.gradient_dtype=bf16 needs engine.name=deepspeed and eng
                 "schedule.min_lr_ratio=2.0 must be from 0 to 1",
                 "engine.reduce_bucket_elements=0 must be at least 1",
                 "cluster.bf16_tflops=0.0 must be above 0",
+                "distributed_timeout_s=8000000000 must be from 1 to 1000000000",
             ],
         ),
         (["schedule.warmup_steps=5000"], ["schedule.warmup_steps=5000 must be below schedule.steps=1000"]),
@@ -109,6 +113,26 @@ def test_settings(shards, tmp_path, capsys, words, messages):
     assert "Traceback" not in said
     assert not run.exists()
     assert not dist.is_initialized()
+
+
+def read_late(overrides: tuple[str, ...]) -> None:
+    """Train; rank 1 asks for what rank 0 has read a while after it."""
+    from megatron_tn import preflight
+
+    def late(*args, **options):
+        time.sleep(0.4 * (os.environ["RANK"] == "1"))
+        return of_first(*args, **options)
+
+    preflight.of_first = late
+    train_here(overrides)
+
+
+def test_rank_0_which_serves_the_ranks_store_ends_after_they_have_the_lines(shards, tmp_path):
+    words = (*SMALL, f"data.manifest={shards}", f"run_dir={tmp_path / 'run'}", "optim.beta2=3")
+    ranks = fork_ranks(2, read_late, words)
+    for process in ranks:
+        process.join(timeout=300)
+    assert [process.exitcode for process in ranks] == [2, 2]
 
 
 def test_a_deepspeed_config_that_contradicts_the_run(shards, tmp_path, capsys):

@@ -289,9 +289,15 @@ def test_damaged_newest_checkpoints_are_left_out_and_kept(words, uninterrupted, 
     cut(fourth)
     flip(third)  # of the size that was written
     assert call(train, *again, "checkpoint.resume=3", "parallel.tp=1") == 2
-    assert f"error: {third / 'rank_00000.safetensors'} is damaged: its sha256 is " in capsys.readouterr().err
+    damaged = f"{third / 'rank_00000.safetensors'} is damaged: its sha256 is "
+    assert f"error: checkpoint.resume=3: {damaged}" in capsys.readouterr().err
     status = run.status()
     assert (status["state"], status["step"]) == ("failed", 3)  # known before the checkpoint is loaded
+    read_alone = fourth / "rank_00000.safetensors"
+    os.truncate(read_alone, 7)
+    assert call(train, *again, "checkpoint.resume=4", "checkpoint.verify=false", "parallel.tp=1") == 2
+    damaged = f"{read_alone} is damaged: it ends at byte 7"
+    assert f"error: checkpoint.resume=4: {damaged}" in capsys.readouterr().err
     train_forked(2, *again)
     assert losses(run.path) == losses(uninterrupted)
     assert len(list(run.checkpoints.glob("step_0000000[34].damaged-*"))) == 2

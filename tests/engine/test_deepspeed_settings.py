@@ -17,6 +17,11 @@ def test_without_one_nothing_changes():
     assert deepspeed_settings(config(""), 2) == deepspeed_settings(config({}), 2)
 
 
+def test_a_bucket_of_an_odd_number_of_elements_is_gathered_with_one_more():
+    zero = deepspeed_settings(config({}, reduce_bucket_elements=1001), 2)["zero_optimization"]
+    assert (zero["reduce_bucket_size"], zero["allgather_bucket_size"]) == (1001, 1002)
+
+
 def test_free_keys_are_laid_over_ours():
     theirs = {
         "zero_optimization": {"reduce_bucket_size": 7, "round_robin_gradients": True},
@@ -62,6 +67,7 @@ def test_keys_that_agree_and_auto_are_taken():
         ({"managed_gradient_accumulation": False}, r"managed_gradient_accumulation=False contradicts this engine"),
         ({"bf16": {"bf16_master_weights_and_grads": True}}, r"bf16.bf16_master_.*=True contradicts the masters"),
         ({"zero_optimization": {"reduce_buckets": 3}}, r"DeepSpeed does not take it: .*reduce_buckets Extra inputs"),
+        ({"zero_optimization": {"allgather_bucket_size": 7}}, r"allgather_bucket_size=7 must be even"),
         ({"elasticity": {"enabled": True}}, r"DeepSpeed does not take it: Elastic training has been removed"),
     ],
     ids=lambda p: next(iter(p)) if isinstance(p, dict) else "",

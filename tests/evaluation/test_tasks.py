@@ -4,6 +4,7 @@ import dataclasses
 import math
 import random
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -138,33 +139,47 @@ def test_scores_depend_neither_on_the_batch_nor_on_the_window(scores, model, tok
             assert other[name] == pytest.approx(values, abs=1e-5, rel=1e-5), (name, options)
 
 
-def generated(model: Model, tokenizer: Tokenizer) -> tuple[list[str], int]:
-    """Texts of `requests` from batches of three rows, one batch more than two ranks can share; and forward passes."""
+class Generated(NamedTuple):
+    """passes: forward passes. rows: of the largest."""
+
+    texts: list[str]
+    passes: int
+    rows: int
+
+
+def generated(model: Model, tokenizer: Tokenizer, rows: int) -> Generated:
+    """Of `requests`, in batches of up to `rows`, however long their contexts are."""
     from megatron_tn.evaluation.harness import HarnessModel
 
-    with mock.patch.object(model, "forward", wraps=model.forward) as forward:
-        texts = HarnessModel(model, tokenizer, batch_tokens=3 * 64, window=5).generate_until(requests())
-    return texts, forward.call_count
+    spread = mock.patch("megatron_tn.inference.rows.SPREAD", 200)
+    with spread, mock.patch.object(model, "forward", wraps=model.forward) as forward:
+        texts = HarnessModel(model, tokenizer, batch_tokens=rows * 64, window=5).generate_until(requests())
+    return Generated(texts, forward.call_count, max(call.args[0].shape[0] for call in forward.call_args_list))
 
 
-def on_ranks(tokenizer: str, folder: str, tp: int) -> tuple[dict[str, dict[str, float]], list[str], int]:
+def on_ranks(tokenizer: str, folder: str, tp: int) -> tuple[dict[str, dict[str, float]], list[Generated]]:
+    """Three rows: a batch more than two ranks can share. 64: one batch on one rank."""
     model = build_model(CONFIG, ParallelContext.create(tp))
     initialize(model, 1)
     read = read_tokenizer(Path(tokenizer))
-    return run_tasks(model, read, load_tasks(NAMES, folder), batch_tokens=512), *generated(model, read)
+    scores = run_tasks(model, read, load_tasks(NAMES, folder), batch_tokens=512)
+    return scores, [generated(model, read, rows) for rows in (3, 64)]
 
 
 @pytest.mark.parametrize("tp", [2, 1], ids="tp={}".format)
 def test_ranks_score_as_one(scores, model, tokenizer, folder, tmp_path, tp):
     """Data-parallel ranks share the generation of texts, in equally many forward passes: the texts are those of one."""
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    alone, alone_passes = generated(model, tokenizer)
+    alone = [generated(model, tokenizer, rows) for rows in (3, 64)]
     found = run_ranks(2, on_ranks, str(tmp_path / "tokenizer.json"), str(folder), tp)
-    for own, texts, passes in found:
+    for own, of_rank in found:
         assert own == {name: pytest.approx(values, abs=1e-4, rel=1e-4) for name, values in scores.items()}
-        assert texts == (alone if tp == 1 else found[0][1])
-        assert passes == found[0][2]
-        assert passes < alone_passes if tp == 1 else passes == alone_passes
+        for one, other, wanted in zip(of_rank, found[0][1], alone, strict=True):
+            assert one.texts == (wanted.texts if tp == 1 else other.texts)
+            assert one.passes == other.passes
+        few, many = of_rank
+        assert few.passes < alone[0].passes if tp == 1 else few.passes == alone[0].passes
+        assert (alone[1].rows, many.rows) == (8, 8 if tp == 2 else 4)
 
 
 def test_few_shot_examples_are_the_same_each_time_and_random_states_stay(scores, model, tokenizer, folder):

@@ -1,6 +1,7 @@
 """Which jobs are requeued: decisions of launch/requeue.py, which runs with the standard library alone."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from launch.requeue import newest, records
 from megatron_tn.training.run_folder import RunFolder
 from tests.helpers.training import ROOT
+from tests.helpers.waiting import no_waiting
 
 STARTED = 1000.0
 CUDA_ERROR = """CUDA error: device-side assert triggered
@@ -136,10 +138,12 @@ def test_a_job_that_is_told_to_stop_without_a_step_of_progress_gives_up(run_dir)
     assert after(run_dir, 0, restart=4, failures=0)[0]
 
 
-def test_without_a_log_the_number_of_restarts_decides(run_dir):
-    (run_dir / "requeues.log").mkdir()
-    assert after(run_dir, 1, restart=1)[0]
-    assert not after(run_dir, 1, restart=2)[0]
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_without_a_log_the_number_of_restarts_decides(run_dir, make):
+    make(run_dir / "requeues.log")
+    with no_waiting():
+        assert after(run_dir, 1, restart=1)[0]
+        assert not after(run_dir, 1, restart=2)[0]
 
 
 def test_a_job_of_a_chain_starts_while_there_is_something_to_train(run_dir):

@@ -1,9 +1,7 @@
 """launch.status: what it says of runs that train, wait, failed and fell silent."""
 
-import contextlib
 import json
 import os
-import signal
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from megatron_tn.config import ScheduleConfig, TrainConfig
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.submission import Submission
 from tests.helpers.training import call
+from tests.helpers.waiting import no_waiting
 
 NOW = 1_800_000_000.0
 
@@ -118,17 +117,6 @@ def test_a_damaged_run_has_a_row(make, restarts, tmp_path):
     with no_waiting():
         row = row_of(RunFolder(tmp_path), [], NOW)
     assert (row["state"], row["step"], row["restarts"]) == ("not started", "0", restarts)
-
-
-@contextlib.contextmanager
-def no_waiting():
-    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
-    signal.alarm(20)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def test_the_end_of_a_long_journal_is_read(run):

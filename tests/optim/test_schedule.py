@@ -42,12 +42,18 @@ def test_the_last_step_has_the_floor_wherever_warm_up_ends():
 
 def test_a_decay_that_begins_within_the_warm_up_is_refused():
     def problems(**settings) -> list[str]:
-        return TrainConfig(schedule=ScheduleConfig(name="wsd", steps=10, **settings)).problems()
+        return TrainConfig(schedule=ScheduleConfig(name="wsd", **({"steps": 10} | settings))).problems()
 
     (found,) = problems(warmup_steps=6, decay_fraction=0.5)
     assert "schedule.warmup_steps=6 overlaps the decay of schedule.name=wsd, which begins after step 5" in found
     assert problems(warmup_steps=5, decay_fraction=0.5) == []
     assert problems(warmup_steps=9, decay_fraction=0) == []
+    (found,) = problems(warmup_steps=3, decay_fraction=1)
+    assert found.endswith("; set schedule.decay_fraction to at most 0.7, or schedule.warmup_steps to at most 0")
+    for steps, warmup_steps in ((7, 3), (1000, 1), (10**7, 10**7 - 1)):
+        (found,) = problems(steps=steps, warmup_steps=warmup_steps, decay_fraction=1)
+        fraction = float(re.search(r"schedule.decay_fraction to at most (\S+),", found)[1])
+        assert problems(steps=steps, warmup_steps=warmup_steps, decay_fraction=fraction) == []
     (found,) = problems(warmup_steps=10, decay_fraction=0.5)
     assert "must be below schedule.steps=10" in found
 

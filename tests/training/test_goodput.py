@@ -98,6 +98,16 @@ def test_a_rewind_inside_a_start():
     check_whole(found)
 
 
+@pytest.mark.parametrize("back", [5, 30, 3600])
+@pytest.mark.parametrize("at", [5, 10, 25], ids=["start-up", "steps", "more steps"])
+def test_a_clock_that_is_set_back_makes_no_second_negative_and_no_share_above_1(back, at):
+    written = [*start(0), *steps(1, 30, begin=10), stop("finished", 30, 40.0)]
+    found = account([r | {"time": r["time"] - back * (r["time"] > at)} for r in written], [])
+    assert min(found.lost_s.values()) >= 0
+    assert 0 <= found.share <= 1
+    check_whole(found)
+
+
 def test_journals_from_before_starts_were_recorded():
     assert account(steps(1, 5, begin=10), []) is None
     found = account([*steps(1, 5, begin=10), *start(30, step=5), *steps(6, 9, begin=40)], [])

@@ -7,9 +7,11 @@ import pytest
 
 from megatron_tn.training.hooks.figures import StepFigures
 from megatron_tn.training.hooks.journal import Journal
+from megatron_tn.training.journal_file import JournalFile
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import TrainingState
 from tests.helpers.steps import REPORT, WORK
+from tests.helpers.waiting import no_waiting
 
 
 @pytest.fixture
@@ -60,6 +62,20 @@ def test_a_last_line_without_its_end_stays_a_line(folder):
     path.write_bytes(path.read_bytes()[:-1])
     run_steps(folder, 4, 4)
     assert steps_in(folder) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["path", "superseded"])
+def test_a_fifo_is_no_journal_and_training_does_not_wait_for_its_reader(folder, caplog, name):
+    run_steps(folder, 1, 3)
+    content, file = folder.journal.path.read_bytes(), getattr(folder.journal, name)
+    file.unlink(missing_ok=True)
+    os.mkfifo(file)
+    with no_waiting():
+        run_steps(folder, 2, 4)
+        with pytest.raises(OSError, match="not a regular file"):
+            JournalFile(file, file).append([{"step": 1}])
+    assert len(caplog.records) == 2  # the failed write, and what could not be written
+    assert name == "path" or folder.journal.path.read_bytes() == content
 
 
 def test_every_so_many_steps(folder):

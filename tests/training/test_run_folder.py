@@ -124,6 +124,16 @@ def test_a_step_is_found_under_the_name_that_a_kill_inside_publication_left(fold
     }
 
 
+def test_a_tokenizer_that_is_there_takes_no_room_on_a_full_disk(folder, tmp_path, monkeypatch):
+    given = tmp_path / "given.json"
+    for content in ("{}", "[]"):
+        given.write_text(content)
+        folder.keep_tokenizer(given)
+        assert folder.tokenizer.read_text() == content
+    monkeypatch.setattr(run_folder, "replacing", lambda *_: pytest.fail("it is written"))
+    folder.keep_tokenizer(given)
+
+
 def test_no_link_in_the_place_of_a_temporary_file_is_followed(folder, tmp_path):
     """In a folder that others may write to, a link would have the run overwrite a file of its owner."""
     victim = tmp_path / "victim"

@@ -376,6 +376,8 @@ def test_damage_of_its_files_and_of_the_journal_costs_no_more_than_what_is_damag
     (folder.wandb / f"run-1-{run_id}").mkdir(parents=True)
     file = folder.wandb / f"run-1-{run_id}/run-{run_id}.wandb"
     file.write_bytes(b":W&B\0\0\0" + b"".join(map(whole, [b"\xff\xff\xff", *told, b"x"])))
+    (folder.wandb / "offline-run-2").mkdir()
+    os.mkfifo(folder.wandb / f"offline-run-2/run-{run_id}.wandb")
     assert last_step_in(folder.wandb, run_id) == 7
 
 

@@ -63,7 +63,8 @@ def deepspeed_settings(config: TrainConfig, dp: int) -> dict:
         "zero_optimization": {
             "stage": engine.zero_stage,
             "reduce_bucket_size": engine.reduce_bucket_elements,
-            "allgather_bucket_size": engine.reduce_bucket_elements,
+            # DeepSpeed's ZeRO 1 and 2 assert that it is even.
+            "allgather_bucket_size": engine.reduce_bucket_elements + engine.reduce_bucket_elements % 2,
             # Prefetch: all weights of block l + 1 are gathered while block l computes.
             "stage3_prefetch_bucket_size": max(block_parameters(config), engine.reduce_bucket_elements),
             "stage3_max_live_parameters": zero3_live_parameters(config),
@@ -75,6 +76,12 @@ def deepspeed_settings(config: TrainConfig, dp: int) -> dict:
     settings = _merged(ours, engine.deepspeed_config, _decided(config, ours), problems)
     if engine.deepspeed_config and not problems:
         problems += _refused_by_deepspeed(settings)
+        gathered = settings["zero_optimization"]["allgather_bucket_size"]
+        if engine.zero_stage in (1, 2) and isinstance(gathered, int) and gathered % 2:
+            problems.append(
+                f"engine.deepspeed_config: zero_optimization.allgather_bucket_size={gathered} must be even with "
+                f"engine.zero_stage={engine.zero_stage}"
+            )
     if problems:
         raise ConfigError(problems)
     return settings

@@ -21,13 +21,16 @@ RUN_RECORD = 2  # the number of the message with the run's id and settings; the 
 
 def last_step_in(folder: Path, run_id: str) -> int:
     """The largest step in the history records of run `run_id` below `folder` (wandb/); 0 where there are none. Damaged
-    records are skipped."""
+    records are skipped, and files that cannot be read."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     found = 0
     # [offline-]run-TIME-ID, and run-TIME-ID-1 where two processes began in the same second
     for path in folder.glob(f"*run-*/run-{run_id}.wandb"):
-        for message, _ in messages(regular(path).read_bytes()):
+        content = b""
+        with contextlib.suppress(OSError):
+            content = regular(path).read_bytes()
+        for message, _ in messages(content):
             with contextlib.suppress(Exception):  # of protobuf or json, or no number
                 for item in Record.FromString(message).history.item:
                     if item.key == "_step" or list(item.nested_key) == ["_step"]:
