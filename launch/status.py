@@ -26,6 +26,7 @@ from megatron_tn.cli import bad_input_exits
 from megatron_tn.config import ConfigError, load, shown
 from megatron_tn.training.run_folder import RunFolder, starts_in
 from megatron_tn.training.submission import Submission
+from megatron_tn.training.watchdog.signs import died
 
 DEPTH = 3  # folders below the one that is named
 SILENT_S = 600.0  # a running run without a record for so long, and for twenty steps, is said to be silent
@@ -165,11 +166,13 @@ def state_of(
     run: RunFolder, status: dict[str, Any], tail: list[dict[str, Any]], jobs: Sequence[Job], silent: float, now: float
 ) -> str:
     """The run's state: that of status.json, with what SLURM says of its jobs, and whether a run that should be running
-    has fallen silent."""
+    was killed, or has fallen silent."""
     state = status.get("state", "not started")
     times = [record["time"] for record in (status, *tail) if isinstance(record.get("time"), int | float)]
     if state == "running" and any(job.number == run.job() and job.state == "PENDING" for job in jobs):
         state = "requeued"
+    elif state == "running" and died(run):
+        state = "died without a word"
     elif state == "running" and times and now - max(times) > silent:
         state = f"running, silent for {duration(now - max(times))}"
     return ", ".join([state, *(f"job {job.name} {job.state.lower()}" for job in jobs)])

@@ -4,7 +4,9 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from launch.status import TITLES, Job, main, row_of, runs_below
 from megatron_tn.config import ScheduleConfig, TrainConfig
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.submission import Submission
+from megatron_tn.training.watchdog.signs import Sign, new_folder
 from tests.helpers.training import call
 
 NOW = 1_800_000_000.0
@@ -44,6 +47,13 @@ def test_a_run_under_way(run):
         "last failure": "",
     }
     assert row_of(run, [], NOW + 3600)["state"] == "running, silent for 60.0 min"
+    sign = Sign(0, socket.gethostname(), os.getpid())
+    sign.write(folder := new_folder(run))
+    assert row_of(run, [], NOW)["state"] == "running"
+    replace(sign, pid=2**22 + 1).write(folder)  # no such process here
+    assert row_of(run, [], NOW)["state"] == "died without a word"
+    replace(sign, pid=2**22 + 1, host="another").write(folder)
+    assert row_of(run, [], NOW)["state"] == "running"
     assert row_of(run, [Job("17", "17", "N/A", "PENDING", "x")], NOW + 3600)["state"] == "requeued, job 17 pending"
 
 
