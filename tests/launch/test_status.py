@@ -186,7 +186,12 @@ def test_the_command_line(run, tmp_path, monkeypatch, capsys):
     assert str(other) not in said
     assert call(main, str(tmp_path / "bin")) == 2
     assert f"no run in {tmp_path / 'bin'}" in capsys.readouterr().err
-    assert call(main) == 2
+    for words, line in (
+        (("--wide",), "no folder of runs is named, and no --user"),
+        (("runs", "--wde"), "unknown option --wde"),
+    ):
+        assert call(main, *words) == 2
+        assert line in capsys.readouterr().err
 
 
 def test_folders_that_are_no_runs_have_none(tmp_path, monkeypatch):
