@@ -10,7 +10,6 @@ import getpass
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,14 +17,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Column, Table
 
 from launch.requeue import in_words, records
-from megatron_tn.cli import bad_input_exits
+from megatron_tn.cli import of_words
+from megatron_tn.cli.tables import table_console
 from megatron_tn.config import ConfigError, load, shown
 from megatron_tn.training.run_folder import RunFolder, starts_in
 from megatron_tn.training.submission import Submission
+from megatron_tn.training.watchdog.signs import died
 
 DEPTH = 3  # folders below the one that is named
 SILENT_S = 600.0  # a running run without a record for so long, and for twenty steps, is said to be silent
@@ -50,22 +50,22 @@ class Job:
         return f"{self.array}_{self.task}" if self.task.isdecimal() else self.number
 
 
-def main() -> None:
-    words = [word for word in sys.argv[1:] if word != "--wide"]
+@of_words
+def main(words: list[str]) -> None:
     users = [word for word in words if word == "--user" or word.startswith("--user=")]
     folders = [Path(word) for word in words if not word.startswith("-")]
-    if {"-h", "--help"} & set(words) or len(users) + len(folders) != len(words) or not words:
-        print(__doc__)
-        sys.exit(0 if {"-h", "--help"} & set(words) else 2)
-    with bad_input_exits():
-        jobs = queue()
-        if users:
-            user = users[-1].partition("=")[2] or getpass.getuser()
-            folders += folders_of_jobs(queue(user))
-        runs = list(dict.fromkeys(run for folder in folders for run in runs_below(folder)))
-        if not runs:
-            raise ConfigError(f"no run in {', '.join(map(str, folders)) or 'the jobs of SLURM'}")
-        show([_row_or_why_not(RunFolder(run), jobs) for run in runs], wide="--wide" in sys.argv)
+    if unknown := [word for word in words if word.startswith("-") and word != "--wide" and word not in users]:
+        raise ConfigError(f"unknown option {unknown[0]}; there are --user, --user=NAME and --wide")
+    if not users and not folders:
+        raise ConfigError("no folder of runs is named, and no --user")
+    jobs = queue()
+    if users:
+        user = users[-1].partition("=")[2] or getpass.getuser()
+        folders += folders_of_jobs(queue(user))
+    runs = list(dict.fromkeys(run for folder in folders for run in runs_below(folder)))
+    if not runs:
+        raise ConfigError(f"no run in {', '.join(map(str, folders)) or 'the jobs of SLURM'}")
+    show([_row_or_why_not(RunFolder(run), jobs) for run in runs], wide="--wide" in words)
 
 
 def runs_below(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
@@ -165,11 +165,13 @@ def state_of(
     run: RunFolder, status: dict[str, Any], tail: list[dict[str, Any]], jobs: Sequence[Job], silent: float, now: float
 ) -> str:
     """The run's state: that of status.json, with what SLURM says of its jobs, and whether a run that should be running
-    has fallen silent."""
+    was killed, or has fallen silent."""
     state = status.get("state", "not started")
     times = [record["time"] for record in (status, *tail) if isinstance(record.get("time"), int | float)]
     if state == "running" and any(job.number == run.job() and job.state == "PENDING" for job in jobs):
         state = "requeued"
+    elif state == "running" and died(run):
+        state = "died without a word"
     elif state == "running" and times and now - max(times) > silent:
         state = f"running, silent for {duration(now - max(times))}"
     return ", ".join([state, *(f"job {job.name} {job.state.lower()}" for job in jobs)])
@@ -214,8 +216,7 @@ def show(rows: Sequence[dict[str, str]], *, wide: bool) -> None:
     table = Table(Column(run, no_wrap=True, overflow="fold"), *others)  # a run is known by its whole name
     for row in rows:
         table.add_row(*(row[title] for title in TITLES))
-    width = None if sys.stdout.isatty() else 240
-    Console(highlight=False, markup=False, width=width).print(table)
+    table_console().print(table)
 
 
 if __name__ == "__main__":

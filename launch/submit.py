@@ -22,14 +22,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.shards.remote import few_attempts
 from launch.submission.checks import HOUR, Checked, check, disk_problems
 from launch.submission.provenance import Code, code, packages, without_secrets
 from launch.submission.script import job_name, job_number, script
-from megatron_tn.cli import bad_input_exits, command, unusable_files_are_named
+from megatron_tn.cli import bad_input_exits, closed_pipe_exits, command, unusable_files_are_named
+from megatron_tn.cli.tables import table_console
 from megatron_tn.config import ConfigError, storable
 from megatron_tn.config.slurm import SubmitConfig
 from megatron_tn.planning.estimate import GIB
@@ -61,7 +61,7 @@ def main() -> None:
         sys.exit(2)
     configs.clear()
     sys.argv[1:] = words
-    with bad_input_exits(), unusable_files_are_named():
+    with bad_input_exits(), unusable_files_are_named(), closed_pipe_exits():
         if any(word.startswith("hydra/launcher") for word in words):
             raise ConfigError(
                 "hydra/launcher: a sweep of launch.submit is a job array; the launcher is one of training"
@@ -204,8 +204,7 @@ def show(
     for name, value in rows.items():
         if value:
             table.add_row(name, value)
-    console = Console(highlight=False, markup=False)
-    console.print(table)
+    table_console().print(table)
     print(f"command: {shlex.join([*SBATCH, *options, str(submission.script)])}")
     for task, other in enumerate(runs if array else ()):
         print(f"task {task}: {other.config.run_dir}")

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.shards.manifest import Manifest as Shards
@@ -24,6 +23,7 @@ from megatron_tn.checkpoint.load import CheckpointWeights
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, checkpoint_name
 from megatron_tn.checkpoint.verify import verify
 from megatron_tn.cli import command
+from megatron_tn.cli.tables import table_console
 from megatron_tn.config import ConfigError, ConvertConfig, ModelConfig, out_of_bounds, resolved
 from megatron_tn.engine.base import DTYPES
 from megatron_tn.loading import (
@@ -234,7 +234,7 @@ def describe(directory: Path) -> dict[str, Any]:
 
 def show(facts: dict[str, Any]) -> None:
     """Print `describe`'s result as a table of facts and a table of tensors."""
-    console = Console(markup=False)
+    console = table_console()
     saved_by = " x ".join(f"{name} {value}" for name, value in facts["saved_by"].items())
     model = facts["model"]
     rewinds = [f"from {one['from']} to {one['to']}, by {one['by']}" for one in facts["rewinds"]]

@@ -20,10 +20,11 @@ from megatron_tn.model.base import Model
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.world import join_world, leave_world, world_size
 from megatron_tn.released.weights import ReleasedWeights
-from megatron_tn.training.run_folder import find_checkpoint
+from megatron_tn.training.run_folder import RunFolder, find_checkpoint
 
 log = logging.getLogger(__name__)
 
+MOST_NAMED = 4  # folders, in a message
 TIMEOUT_S = 1800  # seconds that a collective waits for the other ranks
 
 
@@ -189,4 +190,19 @@ def resolve_checkpoint(path: str, setting: str = "checkpoint") -> Path:
                 f"{kind!r}, not {FORMAT!r}"
             )
         return found
-    raise ConfigError(f"{setting}={path}: no checkpoint, run or released model is there")
+    raise ConfigError(f"{setting}={path}: no checkpoint, run or released model is there{_instead(directory)}")
+
+
+def _instead(directory: Path) -> str:
+    """What a folder without weights is, where it is a run's or has runs below it."""
+    if RunFolder(directory).is_there:
+        return ": the run has no whole checkpoint yet"
+    if below := [path.name for path in sorted(directory.glob("*")) if _has_checkpoint(path)]:
+        return f", but in folders of it: {', '.join(below[:MOST_NAMED])}{', ...' if below[MOST_NAMED:] else ''}"
+    return ""
+
+
+def _has_checkpoint(directory: Path) -> bool:
+    with contextlib.suppress(PermissionError):
+        return directory.is_dir() and (found := find_checkpoint(directory)) is not None and format_of(found) == FORMAT
+    return False

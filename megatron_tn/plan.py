@@ -18,11 +18,12 @@ from hydra.core.hydra_config import HydraConfig
 from rich.table import Table
 
 from megatron_tn.cli import BAD_INPUT, command
+from megatron_tn.cli.tables import table_console
 from megatron_tn.config import ConfigError, PlanConfig
 from megatron_tn.planning.batch import with_usual_batch
 from megatron_tn.planning.estimate import GIB
 from megatron_tn.planning.remedies import memory_problems
-from megatron_tn.planning.report import Plan, console, make_plan, print_json, print_plan, print_search
+from megatron_tn.planning.report import Plan, make_plan, print_json, print_plan, print_search
 from megatron_tn.planning.search import Candidate, names_a_layout, search
 from megatron_tn.planning.speed import missing_rates
 
@@ -89,7 +90,7 @@ def show(plan: Plan, candidates: list[Candidate], config: PlanConfig) -> None:
     if config.json:
         print_json(plan, candidates)
     else:
-        out = console()
+        out = table_console()
         if config.search:
             print_search(candidates, plan.world_size, out)
         print_plan(plan, out)
@@ -116,7 +117,7 @@ def _show_jobs(run_dir: str, runs: list[str]) -> None:
     if any(job.json for job in jobs):
         print(json.dumps([job.as_json() for job in jobs], indent=1))
     else:
-        console().print(_table_of(jobs))
+        table_console().print(_table_of(jobs))
     if all(job.problems for job in jobs):
         sys.exit(BAD_INPUT)
 

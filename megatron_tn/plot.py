@@ -6,24 +6,28 @@ python -m megatron_tn.plot runs/decay runs/other output=all.png  a sweep's folde
 python -m megatron_tn.plot ours.json theirs.json                 files of evaluate's output=: losses by position
 
 Runs that differ in their seed alone share a row (mean ± standard deviation) and a curve (mean and range); of several
-with one seed the last one trained counts, and a line says so.
+with one seed the last one trained counts, and a line says so. A row is named by the settings in which it differs from
+most others, or "reference" if it differs in none.
 `python -m launch.compare` writes the same as a page.
 """
 
 import contextlib
+import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Column, Table
 
 from megatron_tn.cli import of_words
+from megatron_tn.cli.tables import table_console
 from megatron_tn.config import ConfigError, read_mapping, shown, unwritable
 from megatron_tn.training.compare import Group, groups_of, table_of
 from megatron_tn.training.curve import curve_of, draw
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.summary import figures_of
 
+NAME = 10  # characters of a line of a group's name, at least
 FORMATS = (".png", ".svg", ".pdf")
 
 
@@ -108,16 +112,31 @@ def compare(
     """
     groups = groups_of([RunFolder(path) for path in runs]) if runs else []
     if groups:
-        titles, rows = table_of(groups)
-        table = Table(Column(titles[0], overflow="fold"), *titles[1:])
-        for row in rows:
-            table.add_row(*row)
-        Console(highlight=False, markup=False).print(table)
+        out = table_console()
+        out.print(_table(*table_of(groups), out.width))
     for note in (note for group in groups for note in group.notes()):
         print(note)
     if draw({group.name: group.runs for group in groups}, output, evaluated):
         print(shown(f"wrote {output}"))
     return groups
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Table:
+    """Where the table is wider than `width` characters, figures are broken behind ±, names to a setting a line."""
+    cells = list(zip(titles, *rows, strict=True))
+    widths = [max(map(len, column)) for column in cells]
+    room = width - 3 * len(titles) - 1  # two spaces and a line beside each column
+    if sum(widths) > room:
+        narrow = [max(len(line) for cell in column for line in re.split("(?<=±) ", cell)) for column in cells[1:]]
+        widths = [max(room - sum(narrow), NAME), *narrow]
+        rows = [
+            ("\n".join(line for word in name.split() for line in textwrap.wrap(word, widths[0])), *rest)
+            for name, *rest in rows
+        ]
+    table = Table(*(Column(title, width=characters) for title, characters in zip(titles, widths, strict=True)))
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tn.cli import command, run_program
+from megatron_tn.cli import command, of_words, run_program
 from megatron_tn.config import ConvertConfig
 from megatron_tn.generate import main as generate
 from tests.helpers.training import call, fork_ranks
@@ -128,16 +128,21 @@ def test_a_reader_that_does_not_answer_is_not_waited_for():
         os.kill(pid.value, 0)
 
 
+def many_lines() -> None:
+    print("x" * 100_000)
+
+
 def print_much(folder: str, words: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     os.dup2(writer, 1)
     os.dup2(os.open(f"{folder}/err", os.O_CREAT | os.O_WRONLY), 2)
     sys.argv = ["program", *words]
-    run_program(command(ConvertConfig, "convert")(lambda config: print("x" * 100_000)))
+    of_settings = command(ConvertConfig, "convert")(lambda config: many_lines())
+    run_program(of_words(lambda words: many_lines()) if words == ["folder"] else of_settings)
 
 
-@pytest.mark.parametrize("words", [[], ["--help"]], ids=["output", "help"])
+@pytest.mark.parametrize("words", [[], ["--help"], ["folder"]], ids=["output", "help", "of words"])
 def test_output_into_a_closed_pipe_ends_quietly(tmp_path, words):
     (process,) = fork_ranks(1, print_much, str(tmp_path), words)
     process.join(60)

@@ -92,9 +92,9 @@ ALLOWED = {
         "megatron_tn.training.compare",
         "megatron_tn.training.curve",
         "megatron_tn.training.summary",
-        "megatron_tn.training.goodput",
         "megatron_tn.training.hooks",
         "megatron_tn.training.submission",
+        "megatron_tn.training.watchdog.signs",  # whether a run's process has ended
         "megatron_tn.plot",
         "megatron_tn.data",
         "megatron_tn.outline",

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch import compare, report, requeue
+from launch import compare, report, requeue, status, sync
 from launch.chart import POINTS, Line, chart, thinned
 from launch.curves import marks_of, series_of
 from megatron_tn import plot
@@ -116,6 +116,13 @@ def test_the_page_of_a_run_in_a_browser(tmp_path, capsys):
             size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
             driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
             assert run("return document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("main", [compare.main, plot.main, report.main, status.main, sync.main])
+def test_a_command_without_words_says_what_it_does(main, capsys):
+    for words, code in (((), 2), (("--help",), 0)):
+        assert call(main, *words) == code
+        assert "python -m " in capsys.readouterr().out
 
 
 def test_a_run_that_has_only_begun_or_whose_settings_are_damaged_has_a_page(tmp_path, capsys):

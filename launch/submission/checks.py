@@ -12,7 +12,7 @@ from launch.submission.script import is_sweep, override
 from megatron_tn.config import ConfigError, differences, has_credentials, redacted, storable, to_mapping, to_stored
 from megatron_tn.config.slurm import MOST_CHAIN, SubmitConfig
 from megatron_tn.data import with_token_ids
-from megatron_tn.outline import Outline, outline, step_with_tokens
+from megatron_tn.outline import Outline, outline, step_with_tokens, tokens_before
 from megatron_tn.planning.estimate import GIB
 from megatron_tn.preflight import inspect
 from megatron_tn.training.run_folder import RunFolder
@@ -46,7 +46,8 @@ class Checked:
 
 def check(config: SubmitConfig) -> Checked:
     """The config with its token budget as stop_after, and every problem with it."""
-    problems = [*config.slurm.problems(), *_names(config), *_leaks(config), *_layout(config)]
+    unusable = config.slurm.problems()
+    problems = [*unusable, *_names(config), *_leaks(config), *_layout(config)]
     if config.slurm.tokens and not config.problems():
         config, found = _with_budget(config)
         problems += found
@@ -57,7 +58,7 @@ def check(config: SubmitConfig) -> Checked:
         problems += error.problems
     stream, start, found = inspect(train, world, gpus=config.cluster.gpus_per_node > 0)
     problems += found
-    if train.problems(world):
+    if unusable or train.problems(world):  # no time can be told with them
         return Checked(config, list(dict.fromkeys(problems)), [])
     manifest = start.manifest if start else None
     figures = outline(train, world, manifest.step if manifest else 0)
@@ -126,9 +127,10 @@ def _layout(config: SubmitConfig) -> Iterator[str]:
 def _with_budget(config: SubmitConfig) -> tuple[SubmitConfig, list[str]]:
     step = step_with_tokens(config.slurm.tokens, config.train)
     if step is None:
-        steps, tokens = config.schedule.steps, config.slurm.tokens
+        steps = config.schedule.steps
         return config, [
-            f"slurm.tokens={tokens} is above what schedule.steps={steps} steps train on: raise schedule.steps"
+            f"slurm.tokens={config.slurm.tokens} is above the {tokens_before(steps, config.train)} tokens of "
+            f"schedule.steps={steps} steps: raise schedule.steps"
         ]
     if 0 < config.stop_after < step:
         return config, [

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from kernels.bench import rows
@@ -23,6 +22,7 @@ from megatron_tn.benchmarking.local_copies import world_of_copies
 from megatron_tn.benchmarking.measure import random_tokens
 from megatron_tn.benchmarking.result import layout_of
 from megatron_tn.cli import command, run_program
+from megatron_tn.cli.tables import table_console
 from megatron_tn.config import BenchmarkConfig, ConfigError
 from megatron_tn.device.matrix_rate import mark
 from megatron_tn.engine.build import build_engine
@@ -111,7 +111,7 @@ def benchmark(config: BenchmarkConfig) -> None:
     for name, value in values.items():
         rate = 1e3 * tokens / config.parallel.tp / value if name not in ("block", REST) else None
         table.add_row(name, f"{value:.2f}", f"{rate:,.0f}" if rate else "")
-    console = Console(highlight=False, markup=False)
+    console = table_console()
     console.print(table)
     console.print(
         f"the plan is {100 * (1e3 * plan.passes / wired - 1):+.1f} % off; 8192^3 product {more.sampled_tflops:.0f} "

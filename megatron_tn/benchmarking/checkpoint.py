@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.stream.bench import write_shards
@@ -32,6 +31,7 @@ from megatron_tn.checkpoint.background import CheckpointWriter, Save
 from megatron_tn.checkpoint.load import load_checkpoint
 from megatron_tn.checkpoint.retention import Retention
 from megatron_tn.checkpoint.verify import verify
+from megatron_tn.cli.tables import table_console
 from megatron_tn.config import ModelConfig, TrainConfig, to_stored
 from megatron_tn.device.host_memory import HostMemory
 from megatron_tn.model.registry import build_model
@@ -89,7 +89,7 @@ class Bench:
                 for key, digits in (("gigabytes", 1), ("of_dd", 2), ("cpu_s_a_gb", 2))
             )
             table.add_row(row["model"], size, row["name"], f"{row['value']:.3f}", row["unit"], share, cpu)
-        Console(highlight=False, markup=False, width=120).print(table)
+        table_console().print(table)
 
 
 def dd_rates(folder: Path, size: int, rounds: int) -> tuple[float, float]:

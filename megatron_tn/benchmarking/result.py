@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from kernels.bench import rows
+from megatron_tn.cli.tables import table_console
 from megatron_tn.config import BenchmarkConfig
 from megatron_tn.planning.search import engine_word
 
@@ -112,4 +112,4 @@ def show(results: Sequence[Result]) -> None:
             f"{100 * of_datasheet:.1f} % of {found.datasheet_tflops:.0f}" if of_datasheet else "not known",
             f"{found.peak_gib:.1f}",
         )
-    Console(highlight=False, markup=False, width=140).print(table)
+    table_console().print(table)

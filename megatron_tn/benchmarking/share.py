@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from kernels.bench import rows
@@ -24,6 +23,7 @@ from megatron_tn.checkpoint.load import fill_owned
 from megatron_tn.checkpoint.manifest import CheckpointManifest
 from megatron_tn.checkpoint.save import take_snapshot, write_snapshot
 from megatron_tn.cli import command, run_program
+from megatron_tn.cli.tables import table_console
 from megatron_tn.config import BenchmarkConfig, ConfigError, TrainConfig, to_stored
 from megatron_tn.device.host_memory import HostMemory
 from megatron_tn.engine.build import build_engine, initialize_engine
@@ -109,7 +109,7 @@ def benchmark(config: BenchmarkConfig) -> None:
     table = Table(f"rank 0 of {ranks}", "", "")
     for name, (unit, value) in values.items():
         table.add_row(name, f"{value:.2f}", unit)
-    console = Console(highlight=False, markup=False)
+    console = table_console()
     console.print(table)
     console.print("read back bit for bit")
     if config.benchmark.output:

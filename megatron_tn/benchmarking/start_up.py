@@ -28,7 +28,6 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from rich.table import Table
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -38,6 +37,7 @@ from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, checkp
 from megatron_tn.checkpoint.reshard import pieces_of_local_range
 from megatron_tn.cli.override_check import check_overrides
 from megatron_tn.cli.overrides import CommandLine, settings
+from megatron_tn.cli.tables import table_console
 from megatron_tn.config import TrainConfig, from_mapping, to_stored
 from megatron_tn.model.registry import build_model
 from megatron_tn.parallel.world import leave_world
@@ -295,7 +295,7 @@ def main() -> None:
                 table.add_row(str(each.ranks), start, *map(str, cells + rest))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    console = Console(highlight=False, markup=False)
+    console = table_console()
     console.print(table)
     said = subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True, text=True).stdout.strip()
     console.print(f"before that, importing the software, equal for each rank: {said}", soft_wrap=True)

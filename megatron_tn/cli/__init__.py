@@ -4,6 +4,7 @@ from megatron_tn.cli.overrides import CONF
 from megatron_tn.cli.program import (
     BAD_INPUT,
     bad_input_exits,
+    closed_pipe_exits,
     command,
     is_first_process,
     of_words,
@@ -15,6 +16,7 @@ __all__ = [
     "BAD_INPUT",
     "CONF",
     "bad_input_exits",
+    "closed_pipe_exits",
     "command",
     "is_first_process",
     "of_words",

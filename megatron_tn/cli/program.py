@@ -140,16 +140,16 @@ class _Named:
 
 
 def of_words(function: Callable[[list[str]], None]) -> Callable[[], None]:
-    """Decorator: `function(words)` becomes a command line outside Hydra, of paths and few settings. Without words, or
-    with --help, the docstring of its module is printed; bad input exits with 2."""
+    """Decorator: `function(words)` becomes a command line outside Hydra, of paths and few settings. With --help, or
+    without words, which are bad input then, the docstring of its module is printed; bad input exits with 2."""
 
     def main() -> None:
         words = sys.argv[1:]
         if not words or {"-h", "--help"} & set(words):
             with closed_pipe_exits():
                 print(function.__globals__["__doc__"])
-            return
-        with bad_input_exits(), unusable_files_are_named():
+            sys.exit(0 if words else BAD_INPUT)
+        with bad_input_exits(), unusable_files_are_named(), closed_pipe_exits():
             function(words)
 
     return main

@@ -7,6 +7,7 @@ from local files.
 import contextlib
 import difflib
 import functools
+import itertools
 import logging
 import os
 import random
@@ -25,6 +26,12 @@ log = logging.getLogger(__name__)
 
 SEED = 1234  # for the choice of few-shot examples; the harness's own default
 RESAMPLES = 100  # of the bootstrap, for the standard error of metrics that are no mean
+
+# What raises IndexError in the harness, by the error's text.
+FIRST_DOCUMENT = {
+    "list index out of range": "document 1: doc_to_target gives a place that is none of doc_to_choice's",
+    "string index out of range": "document 1: a choice is empty",
+}
 
 # {"tasks": {name: task}, "groups": ..., "group_map": ...}, as lm_eval's TaskManager returns it.
 TaskSet = dict[str, Any]
@@ -79,6 +86,8 @@ def _load(manager: Any, name: str) -> TaskSet:
             loaded = manager.load([name])
     except StopIteration:
         raise ConfigError("its data has no documents") from None
+    except IndexError as error:  # the harness tries the first document
+        raise ConfigError(FIRST_DOCUMENT.get(str(error), f"it cannot be read: {_line(error)}")) from None
     except Exception as error:  # whatever YAML, jinja, datasets or a task's own code raises
         raise ConfigError(f"it cannot be read: {_line(error.__cause__ or error)}") from None
     if problems := [line for task in loaded["tasks"].values() for line in _unsupported(task)]:
@@ -125,10 +134,7 @@ def _unsupported(task: Any) -> Iterator[str]:
     if getattr(task, "MULTIMODAL", False):
         yield f"{task.task_name} has images or sound, but the model reads text alone"
     if task.OUTPUT_TYPE == "multiple_choice" and not getattr(task, "multiple_input", True):
-        document = task.task_docs[0]
-        target, choices = task.doc_to_target(document), task.doc_to_choice(document)
-        if isinstance(target, str) and target not in choices:  # the harness counts every such question as wrong
-            yield f"{task.task_name}: doc_to_target gives {target!r}, which is none of the choices {choices}"
+        yield from itertools.islice(_questions_without_answer(task), 1)
     settings = (task.get_config("generation_kwargs") or {}) if task.OUTPUT_TYPE == "generate_until" else {}
     if unknown := settings.keys() - set(GENERATION):
         wrong, known = ", ".join(sorted(unknown)), ", ".join(GENERATION)
@@ -138,6 +144,17 @@ def _unsupported(task: Any) -> Iterator[str]:
         generation_of(settings)
     except ConfigError as error:
         yield from (f"{task.task_name}: generation_kwargs: {line}" for line in error.problems)
+
+
+def _questions_without_answer(task: Any) -> Iterator[str]:
+    """A line for each document whose target is none of its choices: the harness counts every such question as wrong."""
+    for number, document in enumerate(task.task_docs, start=1):
+        target, choices = task.doc_to_target(document), task.doc_to_choice(document)
+        where = f"{task.task_name}: document {number}: doc_to_target gives {target!r}"
+        if isinstance(target, str) and target not in choices:
+            yield f"{where}, which is none of the choices {choices}"
+        if isinstance(target, int) and not 0 <= target < len(choices):
+            yield f"{where}, but the places of the choices {choices} are 0 to {len(choices) - 1}"
 
 
 def problems_of_tasks(tasks: TaskSet, max_length: int, shots: int = -1, setting: str = "tasks") -> list[str]:
@@ -157,7 +174,10 @@ def problems_of_tasks(tasks: TaskSet, max_length: int, shots: int = -1, setting:
                     task.fewshot_context(next(iter(task.eval_docs)), number)
             except Exception as error:  # whatever jinja or the harness's choice of examples raises
                 of = len(list(task.fewshot_docs()))
-                found.append(f"{setting}: {name} cannot have {number} of {of} documents as examples: {_line(error)}")
+                which = "num_fewshot" if shots < 0 else "shots"
+                found.append(
+                    f"{setting}: {name}: {which}={number} of its {of} documents cannot be examples: {_line(error)}"
+                )
     return found
 
 

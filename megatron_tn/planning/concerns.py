@@ -69,7 +69,8 @@ def concerns(config: TrainConfig, time: StepTime | None, environment: Mapping[st
 def _host_concern(config: TrainConfig, time: StepTime) -> str | None:
     parallel, data = config.parallel, config.data
     tokens = data.micro_batch * data.sequence_length / (parallel.tp * parallel.cp)
-    block = time.passes * tokens / time.tokens_per_gpu / config.model.layers
+    microbatch = time.products + time.memory + time.tensor_parallel  # what data parallel ranks exchange is no block's
+    block = microbatch * tokens / time.tokens_per_gpu / config.model.layers
     if parallel.tp == 1 or config.engine.cuda_graph or block > HOST_BLOCK_S:
         return None
     return (

@@ -6,6 +6,7 @@ from dataclasses import replace
 from megatron_tn.config import TrainConfig
 from megatron_tn.planning.estimate import GIB, MemoryPlan, plan_memory
 from megatron_tn.planning.microbatch import extrapolated_in_rows
+from megatron_tn.planning.search import layout_words
 
 Change = tuple[str, TrainConfig]  # command-line overrides, and the resulting config
 
@@ -93,15 +94,11 @@ def memory_problems(config: TrainConfig, world_size: int) -> list[str]:
     kinds = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in plan.kinds.items() if size >= 0.05 * GIB)
     found = remedies(config, world_size)
     offered = "; ".join(f"{words} needs {better.total / GIB:.1f}" for words, better in found)
-    if found and found[0][1].total >= 0.999 * plan.total:  # they follow a few layers
+    if not found or found[0][1].total >= 0.999 * plan.total:  # they follow a few layers
         offered = "nothing tried needs less: take more nodes"
     elif found and found[0][1].total > limit * GIB:
         offered = f"nothing tried is enough, the closest is {offered}: take more nodes"
-    engine, parallel, data = config.engine, config.parallel, config.data
     return [
-        f"a rank needs {plan.total / GIB:.1f} GiB, but cluster.gpu_memory_gib={limit} ({kinds}), with parallel.tp="
-        f"{parallel.tp}, parallel.cp={parallel.cp}, parallel.sequence_parallel="
-        f"{str(parallel.sequence_parallel).lower()}, engine.name={engine.name}, engine.zero_stage={engine.zero_stage}, "
-        f"engine.recompute={engine.recompute}, data.micro_batch={data.micro_batch}, data.sequence_length="
-        f"{data.sequence_length}; in GiB: {offered or 'none'}"
+        f"a rank needs {plan.total / GIB:.1f} GiB, but cluster.gpu_memory_gib={limit} ({kinds}), with "
+        f"{layout_words(config)} data.sequence_length={config.data.sequence_length}; in GiB: {offered}"
     ]

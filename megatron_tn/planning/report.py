@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,6 @@ from megatron_tn.planning.speed import CONTENTION, MEMORY_SHARE, StepTime, missi
 from megatron_tn.planning.traffic import Traffic, step_traffic
 
 TOKENS_A_PARAMETER = 20  # arXiv 2203.15556
-UNLIMITED = 10_000  # characters of a line that no terminal breaks
 AXES = {"data": "data x context", "world": "all ranks"}
 
 
@@ -126,14 +124,6 @@ def make_plan(
     tokens = tokens or TOKENS_A_PARAMETER * parameter_count(config.model)
     traffic = step_traffic(config, world_size, work)
     return Plan(config, world_size, tokens, plan_memory(config, world_size), traffic, time, problems, chosen, logs)
-
-
-def console() -> Console:
-    """Standard output: as wide as the terminal or COLUMNS; into a pipe or a file, as wide as the tables."""
-    out = Console(highlight=False, markup=False)
-    return (
-        out if out.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, markup=False, width=UNLIMITED)
-    )
 
 
 def print_json(plan: Plan, candidates: Sequence[Candidate]) -> None:

@@ -16,6 +16,7 @@ from megatron_tn.training.summary import figures_of
 # Settings that change neither the model nor what it learns from.
 ASIDE = ("run_dir", "nodes", "stop_after", "hang_timeout_s", "distributed_timeout_s")
 GROUPS_ASIDE = ("logging.", "checkpoint.", "cluster.", "guard.")
+REFERENCE = "reference"  # name of the group that differs in nothing from the most common values
 MOST_SETTINGS = 4  # in a group's name; runs with less in common are named by their folders
 # Figure -> column title and format.
 COLUMNS = {
@@ -39,8 +40,10 @@ class Group:
     repeated: list[tuple[RunFolder, RunFolder]] = field(default_factory=list)
 
     def notes(self) -> list[str]:
-        """A line for each run that is left out, and for each that has been trained on fewer tokens than the others."""
-        lines = [f"{run} is left out: {last} is a later run of its settings and seed" for run, last in self.repeated]
+        """A line for the reference, for each run that is left out, and for each that has been trained on fewer tokens
+        than the others."""
+        lines = [f"{REFERENCE}: the value that most rows have, for every setting"] * (self.name == REFERENCE)
+        lines += [f"{run} is left out: {last} is a later run of its settings and seed" for run, last in self.repeated]
         tokens = {run: figures_of(run).get("tokens", 0) for run in self.runs}
         most = max(tokens.values())
         lines += [
@@ -126,7 +129,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def group_names(settings: list[dict[str, Any]], folders: list[list[str]]) -> list[str]:
     """One name a group: its settings that differ from the most common value, or all values where none is. Settings of a
-    model are compared among groups of one model.name, which says the others. "reference" for a group that differs in
+    model are compared among groups of one model.name, which says the others. REFERENCE for a group that differs in
     nothing; the folders' names in the place of more than MOST_SETTINGS settings."""
     keys = dict.fromkeys(key for own in settings for key in own)
     columns = {key: [json.dumps(own.get(key)).strip('"') for own in settings] for key in keys}
@@ -142,7 +145,7 @@ def group_names(settings: list[dict[str, Any]], folders: list[list[str]]) -> lis
         if len(settings) == 1 or len(differing) > MOST_SETTINGS:
             names.append(", ".join(own))
         else:
-            names.append(", ".join(differing) or "reference")
+            names.append(", ".join(differing) or REFERENCE)
     return names
 
 

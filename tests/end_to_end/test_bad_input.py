@@ -367,6 +367,16 @@ WRONG_KINDS = [  # a command, and its settings of `wrong_kinds`, each with its o
     ),
     (
         generate,
+        ("prompt=a",),
+        {"checkpoint=.": f": {NO_CHECKPOINT}, but in folders of it: saved\n"},
+    ),
+    (
+        generate,
+        ("prompt=a",),
+        {"checkpoint=begun": f": {NO_CHECKPOINT}: the run has no whole checkpoint yet"},
+    ),
+    (
+        generate,
         ("prompt=a", "checkpoint=released"),
         {"tokenizer=shards": " is a folder: name a tokenizer.json"},
     ),
@@ -385,13 +395,14 @@ WRONG_KINDS = [  # a command, and its settings of `wrong_kinds`, each with its o
 
 @pytest.fixture(scope="module")
 def wrong_kinds(tmp_path_factory, shards) -> Path:
-    """A folder with shards, a torn manifest, a text, and what begins a released model."""
+    """A folder with shards, a torn manifest, a text, and what begins a released model and a run."""
     folder = tmp_path_factory.mktemp("kinds")
     (folder / "shards").symlink_to(shards.parent)
     for name, file, content in (
         ("torn", "manifest.json", '{"seed"'),
         ("saved", "manifest.json", '{"format": "megatron_tn checkpoint"}'),
         ("released", "config.json", '{"model": {}}'),
+        ("begun", "status.json", "{}"),
         (".", "words.txt", "a b"),
     ):
         (folder / name).mkdir(exist_ok=True)

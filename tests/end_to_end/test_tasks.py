@@ -102,7 +102,7 @@ def test_bad_tasks_before_anything_is_started(shards, folder, tmp_path, capsys):
     small = (f"checkpoint={tmp_path / 'export'}", f"tokenizer={shards.parent / 'tokenizer.json'}")
     assert call(evaluate, *small, f"task_folder={folder}", "tasks=[our_piqa]", "shots=6") == 2
     said = capsys.readouterr().err
-    assert "error: tasks: our_piqa cannot have 6 of 5 documents as examples: " in said
+    assert "error: tasks: our_piqa: shots=6 of its 5 documents cannot be examples: " in said
     assert f"error: {small[0]}: its tokenizer has " in said
     assert call(evaluate, "checkpoint=nowhere", "tasks=[a.yaml,b.yaml]", "shots=-2") == 2
     said = capsys.readouterr().err

@@ -213,7 +213,19 @@ GENERATED, QUESTIONS = TASKS["our_gsm8k"]
         (("cold",), "tasks=cold: cold: generation_kwargs: temperature=-1.0 must be at least 0, and finite"),
         (("stop",), "tasks=stop: stop: generation_kwargs: until=3 is not a text"),
         (("empty",), "tasks=empty: its data has no documents"),
-        (("words",), "tasks=words: words: doc_to_target gives 'the cat sat on the mat', which is none of the choices"),
+        (
+            ("words",),
+            "tasks=words: words: document 1: doc_to_target gives 'the cat sat on the mat', which is none of the",
+        ),
+        (("beyond",), "tasks=beyond: document 1: doc_to_target gives a place that is none of doc_to_choice's"),
+        (
+            ("later",),
+            "tasks=later: later: document 2: doc_to_target gives 2, but the places of the choices ['no', 'yes'] are",
+        ),
+        (
+            ("before",),
+            "tasks=before: before: document 2: doc_to_target gives -1, but the places of the choices ['no', 'yes']",
+        ),
         (("no_data",), "tasks=no_data: it cannot be read: FileNotFoundError: "),
         (("no_field",), "tasks=no_field: it cannot be read: UndefinedError: 'pasage' is undefined"),
         (("fine", "{folder}/fine.yaml"), "tasks={folder}/fine.yaml: task fine is in another one of fine,"),
@@ -233,6 +245,9 @@ def test_tasks_that_cannot_be_run(tmp_path, names, message):
     write_task(tmp_path, "stop", GENERATED.replace('["Question:", " x"]', "3"), QUESTIONS)
     write_task(tmp_path, "empty", text, [])
     write_task(tmp_path, "words", text.replace("doc_to_target: label", "doc_to_target: passage"), documents)
+    for name, changed, label in (("beyond", 0, 2), ("later", 1, 2), ("before", 1, -1)):
+        labelled = [one | {"label": label} if number == changed else one for number, one in enumerate(documents)]
+        write_task(tmp_path, name, text, labelled)
     write_task(tmp_path, "fine", text, documents)
     write_task(tmp_path, "no_field", text.replace("{{passage}}", "{{pasage.x}}"), documents)
     write_task(tmp_path, "no_data", text, documents)
@@ -252,9 +267,9 @@ def test_what_a_model_cannot_run_is_known_before(folder):
     (line,) = problems_of_tasks(tasks, max_length=11)
     assert line == "tasks: our_gsm8k generates max_gen_toks=12 > model.max_length=11 tokens"
     lines = problems_of_tasks(tasks, 0, shots=9, setting="evaluation.tasks")
-    assert [line[: line.index(":", 18)] for line in lines] == [
-        "evaluation.tasks: our_piqa cannot have 9 of 5 documents as examples",
-        "evaluation.tasks: our_gsm8k cannot have 9 of 4 documents as examples",
+    assert [line.rpartition(": ValueError")[0] for line in lines] == [
+        "evaluation.tasks: our_piqa: shots=9 of its 5 documents cannot be examples",
+        "evaluation.tasks: our_gsm8k: shots=9 of its 4 documents cannot be examples",
     ]
 
 

@@ -2,7 +2,9 @@
 
 import json
 import os
+import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from launch.status import TITLES, Job, main, row_of, runs_below
 from megatron_tn.config import ScheduleConfig, TrainConfig
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.submission import Submission
+from megatron_tn.training.watchdog.signs import Sign, new_folder
 from tests.helpers.training import call
 from tests.helpers.waiting import no_waiting
 
@@ -43,6 +46,13 @@ def test_a_run_under_way(run):
         "last failure": "",
     }
     assert row_of(run, [], NOW + 3600)["state"] == "running, silent for 60.0 min"
+    sign = Sign(0, socket.gethostname(), os.getpid())
+    sign.write(folder := new_folder(run))
+    assert row_of(run, [], NOW)["state"] == "running"
+    replace(sign, pid=2**22 + 1).write(folder)  # no such process here
+    assert row_of(run, [], NOW)["state"] == "died without a word"
+    replace(sign, pid=2**22 + 1, host="another").write(folder)
+    assert row_of(run, [], NOW)["state"] == "running"
     assert row_of(run, [Job("17", "17", "N/A", "PENDING", "x")], NOW + 3600)["state"] == "requeued, job 17 pending"
 
 
@@ -164,7 +174,12 @@ def test_the_command_line(run, tmp_path, monkeypatch, capsys):
     assert str(other) not in said
     assert call(main, str(tmp_path / "bin")) == 2
     assert f"no run in {tmp_path / 'bin'}" in capsys.readouterr().err
-    assert call(main) == 2
+    for words, line in (
+        (("--wide",), "no folder of runs is named, and no --user"),
+        (("runs", "--wde"), "unknown option --wde"),
+    ):
+        assert call(main, *words) == 2
+        assert line in capsys.readouterr().err
 
 
 def test_folders_that_are_no_runs_have_none(tmp_path, monkeypatch):

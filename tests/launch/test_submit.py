@@ -162,7 +162,7 @@ def test_a_run_folder_is_read_as_it_was_written(path):
             "cluster=a100_80g engine.products=fp8",
             "cluster=a100_80g has no cluster.fp8_tflops, the rate of their fp8 products: set that rate, or engine.prod",
         ),
-        ("slurm.tokens=99999999", "slurm.tokens=99999999 is above what schedule.steps=50 steps train on"),
+        ("slurm.tokens=99999999", "slurm.tokens=99999999 is above the 12800 tokens of schedule.steps=50 steps"),
         ("cluster.gpu_memory_gib=1.5", "a rank needs 1.5 GiB, but cluster.gpu_memory_gib=1.5"),
         ("data.manifest=nowhere.json", "data.manifest=nowhere.json: No such file"),
         ("init_from=nowhere", "init_from=nowhere: no checkpoint, run or released model is there"),
@@ -173,10 +173,10 @@ def test_a_run_folder_is_read_as_it_was_written(path):
     ids=lambda value: value.partition("=")[0] if "=" in value else None,
 )
 def test_what_is_refused(sbatch, words, capsys, monkeypatch, word, message):
-    """Together with another problem: all are told at once."""
+    """Together with another problem, unless it is told only without one: all are told at once."""
     monkeypatch.setenv("KEY", "c0ffee-c0ffee")
     monkeypatch.setenv("DOOR", "mellon-mellon")
-    alone = ("slurm.tim=", "slurm.tokens=", "cluster.gpu_memory_gib=")
+    alone = ("slurm.tim=", "slurm.time=", "slurm.tokens=", "cluster.gpu_memory_gib=")
     other = [] if word.startswith(alone) else ["data.micro_batch=3"]
     given = [*words, "cluster=h200_141g", "data.global_batch=8", "run_dir=run", *word.split(" "), *other]
     assert call(submit, *given) == 2

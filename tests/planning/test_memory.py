@@ -287,6 +287,11 @@ def test_remedies_of_the_largest_model_follow_a_few_layers_each(monkeypatch):
     assert followed[0] == model.layers
     assert len(followed) > 5
     assert max(followed[1:]) <= 3
+    none = dataclasses.replace(
+        config, data=DataConfig(global_batch=1), engine=EngineConfig(name="fsdp2", recompute="full")
+    )
+    (problem,) = memory_problems(none, 8)
+    assert problem.endswith("; in GiB: nothing tried needs less: take more nodes")
 
 
 def step_peaks(configs: list[TrainConfig]) -> list[int]:

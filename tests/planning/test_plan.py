@@ -155,6 +155,7 @@ def test_warnings_name_what_is_seldom_meant():
     split = dataclasses.replace(base, parallel=ParallelConfig(tp=2))
     (line,) = concerns(split, time, {})
     assert line.startswith("data.micro_batch=1 x data.sequence_length=2048, parallel.tp=2: a block takes the GPU 0.")
+    assert list(concerns(split, dataclasses.replace(time, data_parallel=60.0), {})) == [line]  # once a step
     assert list(concerns(split, slow, {})) == []
     (line,) = concerns(base, slow, {"SLURM_JOB_NUM_NODES": "3"})
     assert line == "nodes=2, but this SLURM job has 3"

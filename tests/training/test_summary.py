@@ -224,6 +224,14 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row_and_one_curve(tmp_path
     assert curve.tokens.tolist() == [10, 20, 30, 40, 50]
     assert curve.held_out[0, 2] == pytest.approx(4.1)
     assert call(compare.main, str(tmp_path / "nothing")) == 2
+    capsys.readouterr()
+    monkeypatch.setenv("COLUMNS", "80")
+    assert call(compare.main, str(tmp_path)) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert {len(row) for row in rows} == {80}
+    assert any(re.match(r"│ optim.lr=1.0 +│ 2 ", row) for row in rows)  # a name and figures are whole
+    assert any("│ 2.100 ± │ 3.100 ±" in row for row in rows)
+    assert "reference: the value that most rows have" in page
 
 
 def test_a_group_is_named_by_what_sets_it_apart():

@@ -138,6 +138,12 @@ def new_folder(run: RunFolder) -> Path:
     return folder
 
 
+def died(run: RunFolder) -> bool:
+    """Whether rank 0 of the run's last start ran on this host, and its process has ended."""
+    last = [Sign.read(path) for path in run.ranks.glob("*/00000.json")]
+    return bool(last) and all(sign is not None and sign.process_has_ended for sign in last)
+
+
 def living_run(run: RunFolder) -> str:
     """The name of rank 0 of a run that lives in the folder, by its signs of life; "" without one.
 
