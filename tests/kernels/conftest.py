@@ -11,8 +11,11 @@ from unittest import mock
 import pytest
 import torch
 import torch._dynamo  # before a test replaces torch.empty, which its tables list by identity
+from torch.utils import _device
 
 from kernels import dispatch
+
+_device._device_constructors()  # the functions that `with torch.device(...)` places: a table of the same kind
 
 # In the order of import: a copy finds the copies of those before it.
 TRITON_MODULES = (
