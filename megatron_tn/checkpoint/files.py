@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_tn.checkpoint.direct import ALIGNMENT, DirectFile, buffer_of_this_thread, round_up
 from megatron_tn.checkpoint.parts import FileRecord, write_file
-from megatron_tn.config import ConfigError
+from megatron_tn.config import ConfigError, regular
 
 DTYPES = {
     "F32": torch.float32,
@@ -124,7 +124,7 @@ class TensorFile:
         self._lock = threading.Lock()
         self._direct: DirectFile | None = None
         try:
-            self._descriptor = os.open(path, os.O_RDONLY)
+            self._descriptor = os.open(regular(path), os.O_RDONLY)
         except FileNotFoundError:
             raise ConfigError(f"{path} is missing") from None
         except OSError as error:

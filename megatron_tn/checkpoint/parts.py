@@ -25,6 +25,7 @@ from megatron_tn.checkpoint.direct import (
     is_aligned,
     round_up,
 )
+from megatron_tn.config import regular
 from megatron_tn.device.threads import in_parallel
 
 READ_BYTES = 8 << 20  # at most: of one access of `digest_of`
@@ -111,7 +112,7 @@ def read_file(path: Path, into: np.ndarray, first: int = 0) -> int:
         OSError: the file cannot be read.
     """
     counts: list[int] = []
-    with closing(DirectFile(path, os.O_RDONLY)) as file:
+    with closing(DirectFile(regular(path), os.O_RDONLY)) as file:
         in_parallel(
             lambda at: counts.append(file.read(into[at : at + READ_BYTES], first + at)), range(0, len(into), READ_BYTES)
         )

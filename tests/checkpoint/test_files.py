@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 
 from megatron_tn.checkpoint import direct
 from megatron_tn.checkpoint.files import TensorFile, stream_tensors, write_tensors
-from megatron_tn.checkpoint.parts import FileRecord, digest_of
+from megatron_tn.checkpoint.parts import FileRecord, digest_of, read_file
 from megatron_tn.config import ConfigError
 from megatron_tn.device.shared_memory import SharedMemory
+from tests.helpers.waiting import no_waiting
 
 TENSORS = {
     "a": torch.arange(1000.0),
@@ -32,6 +33,16 @@ TENSORS = {
 def path(tmp_path):
     write_tensors(tmp_path / "file.safetensors", TENSORS)
     return tmp_path / "file.safetensors"
+
+
+def test_a_fifo_is_refused_and_keeps_no_reader_waiting(tmp_path):
+    pipe = tmp_path / "model.safetensors"
+    os.mkfifo(pipe)
+    with no_waiting():
+        with pytest.raises(ConfigError, match=r"model.safetensors cannot be read: not a regular file"):
+            TensorFile(pipe)
+        with pytest.raises(OSError, match="not a regular file"):  # of a checkpoint that is not verified
+            read_file(pipe, direct.aligned_buffer(direct.ALIGNMENT))
 
 
 def test_it_is_a_safetensors_file(path):
