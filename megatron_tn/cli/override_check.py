@@ -119,7 +119,7 @@ def _job(line: CommandLine, words: Sequence[str], *, values: bool) -> tuple[Any,
 def _explain(line: CommandLine, error: Exception, words: Sequence[str]) -> list[str]:
     """Error lines of words that cannot be composed: unknown names, and then values that are wrong by themselves.
     Relations are not checked, since a misspelt setting may be one side of them."""
-    if unknown := dict(_unknown(line, words)):
+    if unknown := dict(_unknown(line, words, _first_line(error))):
         return [*unknown.values(), *_wrong_values(line, [word for word in words if word not in unknown])]
     return [_first_line(error) + (f": {_first_line(error.__cause__)}" if error.__cause__ else "")]
 
@@ -134,9 +134,10 @@ def _wrong_values(line: CommandLine, words: Sequence[str]) -> list[str]:
     return list(out_of_bounds(config).values())
 
 
-def _unknown(line: CommandLine, words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(word, error line) of each word that names no setting, no group, or no choice of a group."""
-    known = known_keys(line.kind)
+def _unknown(line: CommandLine, words: Sequence[str], failed: str) -> Iterator[tuple[str, str]]:
+    """(word, error line) of each word that names no setting, no group, or no choice of a group. failed: Hydra's words
+    for the first of them."""
+    known, with_own_keys = known_keys(line.kind), known_keys(line.kind, free=True)
     for word in words:
         key, _, value = word.lstrip("+~").partition("=")
         if (choices := line.groups.get(key)) is not None:
@@ -152,6 +153,9 @@ def _unknown(line: CommandLine, words: Sequence[str]) -> Iterator[tuple[str, str
                 close = difflib.get_close_matches(value, choices, n=1)
                 hint = f"; did you mean {close[0]}?" if close else ""
                 yield word, f"{key}={value}: conf/{key} has {', '.join(choices)}{hint}"
+        elif any(key.startswith(f"{name}.") for name in with_own_keys):
+            if f"'{key}'" in failed and not word.startswith("~"):  # else it may be set in a file
+                yield word, f"{key} is not set yet: +{key}={value} adds it"
         elif key not in known and not key.startswith(("hydra.", "hydra/")):
             yield word, unknown_key(key, sorted({*known, *line.groups}))
 

@@ -155,14 +155,16 @@ def open_new(path: Path, mode: str = "x") -> IO:
     return path.open(mode)
 
 
-def known_keys(kind: type, prefix: str = "") -> list[str]:
-    """Dotted names of all settings and groups of config dataclass `kind`."""
+def known_keys(kind: type, prefix: str = "", *, free: bool = False) -> list[str]:
+    """Dotted names of all settings and groups of config dataclass `kind`. free: of those alone that have keys of one's
+    own, such as data.mixture."""
     keys = []
     for field in dataclasses.fields(kind):
         name = f"{prefix}{field.name}"
-        keys.append(name)
+        if not free or field.default_factory is dict:
+            keys.append(name)
         if dataclasses.is_dataclass(field.default_factory):
-            keys += known_keys(field.default_factory, f"{name}.")
+            keys += known_keys(field.default_factory, f"{name}.", free=free)
     return keys
 
 
@@ -200,4 +202,5 @@ def _describe(item: Any, known: list[str]) -> str:
     key = ".".join(_setting(item))
     if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return unknown_key(key, known)
-    return f"{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+    said = item["msg"].removeprefix("Value error, ")
+    return f"{key}={item['input']!r}: {said[0].lower()}{said[1:]}"

@@ -27,6 +27,7 @@ GRADIENT_DTYPE = "engine.gradient_dtype=bf16 needs engine.name=deepspeed and eng
     ("words", "messages"),
     [
         (["model.embd_dim=64"], ["unknown setting model.embd_dim; did you mean model.embed_dim"]),
+        (["data.mixture.epochs.web=2"], ["data.mixture.epochs.web is not set yet: +data.mixture.epochs.web=2 adds it"]),
         (
             ["lr=3", "engine=zero4", "optim.beta2=3", "schedule.steps=-1"],
             [
