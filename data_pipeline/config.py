@@ -223,7 +223,7 @@ def _line(error: dict, names: list[str]) -> str:
         return f"{key}.kind={kind!r}: no such kind{_nearest(str(kind), KINDS)}: {spelled}"
     if error["input"] is None and key.startswith("sources."):
         return f"{key}: missing; give input=FOLDER, or {key}=..."
-    return f"{key}={error['input']!r}: {error['msg']}"
+    return f"{key}={error['input']!r}: {error['msg'].removeprefix('Value error, ')}"
 
 
 def _nearest(name: str, names: list[str]) -> str:

@@ -128,6 +128,7 @@ def test_flags_are_as_hydra_spells_them(tmp_path, capsys):
     ("words", "said"),
     [
         (["+data.mixture.epochs.wiki=2", "lr=3"], ["unknown setting lr; did you mean optim.lr?"]),
+        (["lr=3", "data.mixture.epochs.a=2"], ["unknown setting lr; did you mean optim.lr?"]),
         (
             ["data.mixture={epochs: {a: 2}}", "engine.deepspeed_config.steps=7"],
             [
@@ -138,7 +139,7 @@ def test_flags_are_as_hydra_spells_them(tmp_path, capsys):
             ],
         ),
     ],
-    ids=["with a +", "without"],
+    ids=["with a +", "beside an unknown setting", "without"],
 )
 def test_a_key_that_is_the_user_s_own_needs_a_plus(words, said, capsys):
     assert call(main, *words) == 2

@@ -20,7 +20,7 @@ TRAILER, MAGIC = 8, b"PAR1"  # bytes at a file's end: the footer's length, 4 byt
 def require_pyarrow(name: str) -> None:
     """Raises InputError saying how to install pyarrow where it is missing."""
     if importlib.util.find_spec("pyarrow") is None:
-        raise InputError(f"sources.{name}.kind=parquet needs the package pyarrow: pip install pyarrow")
+        raise InputError(f"sources.{name}.kind=parquet needs the extra parquet: pip install -e '.[parquet]'")
 
 
 def read_parquet(file: BinaryIO, source: Parquet, size: int) -> Items:

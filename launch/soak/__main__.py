@@ -19,6 +19,7 @@ processes are left behind; 2 when the trainers refuse the settings.
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import random
@@ -37,6 +38,7 @@ from rich.table import Table
 
 from launch.soak.faults import FAULTS
 from launch.soak.soak import KNOWN, ROOT, LocalTrainers, Soak
+from megatron_tn.config import unknown_key
 from megatron_tn.training.goodput import CAUSES, goodput_of
 from megatron_tn.training.run_folder import RunFolder
 
@@ -92,6 +94,8 @@ class Settings:
                     found[name] = kinds[name](value)
                 except ValueError:
                     raise ValueError(f"{word}: not a number") from None
+            elif equals and "." not in name and difflib.get_close_matches(name, kinds, n=1, cutoff=0.8):
+                raise ValueError(unknown_key(name, kinds))
             elif equals:
                 found["overrides"] += (word,)
             else:
@@ -160,9 +164,12 @@ def main(words: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    training = [*TRAINING, *settings.overrides]
+    shown = [sys.executable, "-m", "megatron_tn.train", "--cfg", "job", *training]  # names and values, before a corpus
+    if code := subprocess.run(shown, check=False, stdout=subprocess.DEVNULL).returncode:
+        return code
     output = Path(settings.output)
     output.mkdir(parents=True, exist_ok=True)
-    training = [*TRAINING, *settings.overrides]
     if not any(word.startswith("data.manifest=") for word in training):
         data = make_corpus(output / "data")
         training += [f"data.manifest={data}/train/manifest.json", f"evaluation.manifest={data}/heldout/manifest.json"]

@@ -15,7 +15,7 @@ def llama(shape: ModelConfig, device: torch.device, *, head: bool = False) -> to
     try:
         from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
     except ImportError:
-        raise ConfigError("peer llama needs transformers: pip install transformers") from None
+        raise ConfigError("peer llama needs the extra hub: pip install -e '.[hub]'") from None
     sizes = LlamaConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.embed_dim,
@@ -42,7 +42,7 @@ def retnet(shape: ModelConfig, device: torch.device) -> torch.nn.Module:
     try:
         from fla.models import RetNetConfig, RetNetForCausalLM
     except ImportError:
-        raise ConfigError("peer retnet needs flash-linear-attention: pip install -e '.[bench]'") from None
+        raise ConfigError("peer retnet needs the extra bench: pip install -e '.[bench]'") from None
     sizes = RetNetConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.embed_dim,

@@ -120,7 +120,7 @@ def _job(line: CommandLine, words: Sequence[str], *, values: bool) -> tuple[Any,
 def _explain(line: CommandLine, error: Exception, words: Sequence[str]) -> list[str]:
     """Error lines of words that cannot be composed: unknown names, and then values that are wrong by themselves.
     Relations are not checked, since a misspelt setting may be one side of them."""
-    if unknown := dict(_unknown(line, words)):
+    if unknown := dict(_unknown(line, words, _first_line(error))):
         return [*unknown.values(), *_wrong_values(line, [word for word in words if word not in unknown])]
     return [_first_line(error) + (f": {_first_line(error.__cause__)}" if error.__cause__ else "")]
 
@@ -135,15 +135,17 @@ def _wrong_values(line: CommandLine, words: Sequence[str]) -> list[str]:
     return list(out_of_bounds(config).values())
 
 
-def _unknown(line: CommandLine, words: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _unknown(line: CommandLine, words: Sequence[str], failed: str) -> Iterator[tuple[str, str]]:
     """(word, error line) of each word that names no setting, no group, or no choice of a group; or a new key of a
-    setting whose keys are the user's, such as data.mixture, without the + that Hydra wants for it."""
+    setting whose keys are the user's, such as data.mixture, without the + that Hydra wants for it. failed: Hydra's
+    words for the first of them; where they name another setting, such a key may be in a file, and so no new one."""
     known = known_keys(line.kind)
     free = [name for name, kind in kinds_of(line.kind).items() if typing.get_origin(kind[0]) is dict]
+    is_new = any(f"'{name}'" in failed or f"'{name}." in failed for name in free)
     for word in words:
         key, _, value = word.lstrip("+~").partition("=")
         if setting := next((name for name in free if f"{key}.".startswith(f"{name}.")), ""):
-            if word.startswith(key) and (key != setting or (value.startswith("{") and value != "{}")):
+            if is_new and word.startswith(key) and (key != setting or (value.startswith("{") and value != "{}")):
                 yield word, f"{word}: a new key of {setting} needs a + in front: +{word}"
         elif (choices := line.groups.get(key)) is not None:
             if value not in choices:

@@ -200,4 +200,5 @@ def _describe(item: Any, known: list[str]) -> str:
     key = ".".join(_setting(item))
     if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return unknown_key(key, known)
-    return f"{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+    said = item["msg"].removeprefix("Value error, ")
+    return f"{key}={item['input']!r}: {said[0].lower()}{said[1:]}"

@@ -90,7 +90,12 @@ def checkpoint_problems(config: TrainConfig, start: Start) -> list[str]:
 
 
 def model_differences(stored: ModelConfig, wanted: ModelConfig) -> list[str]:
-    """Settings, as 'model.NAME=STORED, not WANTED', for which stored weights do not fit a model."""
+    """Settings, as 'model.NAME=STORED, not WANTED', for which stored weights do not fit a model. None for a model whose
+    settings contradict each other: that is told of them."""
+    if wanted.problems():
+        return []
+    if contradictions := stored.problems():
+        return contradictions
     # A released config.json lists the layers that apply LRPE.
     old, new = (to_mapping(replace(model, lrpe=model.lrpe_layers)) for model in (stored, wanted))
     # Ids are those of the data's tokenizer; older checkpoints have the defaults, whatever their tokenizer's were.

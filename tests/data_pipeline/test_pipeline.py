@@ -169,7 +169,7 @@ BAD = {
     "no such input": ("input=/no/such/folder", "sources.main.path=/no/such/folder: no such folder"),
     "output to a URL": (
         "output=s3://bucket/x",
-        "output='s3://bucket/x': Value error, is a URL: it must be a local or mounted folder",
+        "output='s3://bucket/x': is a URL: it must be a local or mounted folder",
     ),
     "a bound below another": (
         "rules.length={min_bytes: 100, max_bytes: 10}",
@@ -178,12 +178,12 @@ BAD = {
     "a share above 1": ("rules.garbled.max_share=2", "rules.garbled.max_share=2: Input should be less than or equal"),
     "runs of no words": ("rules.repetition.words=0", "rules.repetition.words=0: Input should be greater than or equal"),
     "runs of no marks": ("edits.punctuation.max_run=0", "edits.punctuation.max_run=0: Input should be greater"),
-    "no phrase": ("rules.boilerplate.phrases=[]", "rules.boilerplate.phrases=[]: Value error, must be one phrase or"),
+    "no phrase": ("rules.boilerplate.phrases=[]", "rules.boilerplate.phrases=[]: must be one phrase or"),
     "an empty phrase": ("edits.notices.phrases=[a, '']", "none of them empty, all in lower case"),
     "a phrase in capitals": ("rules.placeholder.phrases=[TODO]", "none of them empty, all in lower case"),
     "a language too long to be stored": (
         "sources.main.language=zh-Hant-TW",
-        "sources.main.language='zh-Hant-TW': Value error, language='zh-Hant-TW' is not an ASCII code of at most 7",
+        "sources.main.language='zh-Hant-TW': language='zh-Hant-TW' is not an ASCII code of at most 7",
     ),
     "no input": ("input=null", "sources.main.path: missing; give input=FOLDER"),
     "a source of no kind": (

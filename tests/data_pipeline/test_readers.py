@@ -313,7 +313,7 @@ def test_names_of_parquet_rows(tmp_path):
 def test_parquet_without_pyarrow_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"sources\.p\.kind=parquet needs the package pyarrow: pip install pyarrow"):
+    with pytest.raises(InputError, match=r"sources\.p\.kind=parquet needs the extra parquet: pip install -e "):
         list_source("p", source(tmp_path, kind="parquet"))
 
 

@@ -12,7 +12,9 @@ import torch.distributed.run
 
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, whole_checkpoints
 from megatron_tn.train import main as train
+from megatron_tn.training.hooks.profile import Profile
 from megatron_tn.training.run_folder import RunFolder
+from megatron_tn.training.state import TrainingState
 from tests.helpers.training import SMALL, call, fork_ranks, losses, records, train_forked, train_here
 
 STEPS = 6
@@ -224,6 +226,16 @@ def test_a_profile_of_the_steps_that_were_asked_for(words, uninterrupted, tmp_pa
     assert "Self CPU" in table
     assert "aten::mm" in table
     assert losses(run) == losses(uninterrupted)
+
+
+def test_a_start_that_ends_before_its_profile_says_so(tmp_path, caplog):
+    hook, state = Profile(tmp_path / "profile", skip=10, steps=3), TrainingState()
+    hook.on_start(state)
+    state.step = 2
+    hook.on_step(state, None)
+    hook.on_stop(state)
+    assert "this start ended with step 2, before step 11; lower logging.profile_skip=10" in caplog.text
+    assert not hook.folder.exists()
 
 
 def fail_to_write(overrides: tuple[str, ...], said: str, from_save: int) -> None:

@@ -28,7 +28,7 @@ def test_a_row_for_each_batch_and_position(tmp_path, monkeypatch, capsys):
         ("--model 2b", "--model 2b: conf/model has no such file"),
         (
             "--model demo --peer retnet --positions 999 --tokens 1",
-            "peer retnet needs flash-linear-attention: pip install",
+            "peer retnet needs the extra bench: pip install",
         ),
         ("--peer llama --positions 8 --tokens 2", "--positions 8 must be more than 15, the tokens that are decoded"),
         ("--peer llama --positions 999 --fp8-weights", "--fp8-weights does not go with --peer llama: only our model"),

@@ -89,6 +89,7 @@ def test_what_is_left_behind_is_found(tmp_path):
         ("minutes=long", "minutes=long: not a number"),
         ("faults=kill,flood", "faults=flood: unknown; there are kill, segv, term,"),
         ("kill", "kill: not NAME=VALUE"),
+        ("minuts=1", "unknown setting minuts; did you mean minutes"),
     ],
 )
 def test_settings(words, message):
@@ -96,10 +97,10 @@ def test_settings(words, message):
         Settings.parse(words.split())
 
 
-def test_settings_that_the_trainers_refuse_are_told(tmp_path, monkeypatch, capsys):
+def test_settings_that_the_trainers_refuse_are_told(tmp_path, monkeypatch, capfd):
     class Refusing:
         def __init__(self, processes: int, folder: Path, overrides: Sequence[str], log: Path):
-            log.write_text("error: unknown setting optim.lrr\na launcher's own lines\n")
+            log.write_text("error: model.heads=4 is not divisible by parallel.tp=3\na launcher's own lines\n")
 
         def pids(self) -> dict[int, int]:
             return {}
@@ -111,8 +112,11 @@ def test_settings_that_the_trainers_refuse_are_told(tmp_path, monkeypatch, capsy
             pass
 
     monkeypatch.setattr("launch.soak.__main__.LocalTrainers", Refusing)
-    assert main([f"output={tmp_path}", "data.manifest=x", "optim.lrr=1"]) == 2
-    assert capsys.readouterr().err == "error: unknown setting optim.lrr\n"
+    assert main([f"output={tmp_path}", "data.manifest=x", "parallel.tp=3"]) == 2
+    assert capfd.readouterr().err == "error: model.heads=4 is not divisible by parallel.tp=3\n"
+    assert main([f"output={tmp_path / 'new'}", "optim.lrr=1"]) == 2  # before a corpus is made
+    assert "error: unknown setting optim.lrr; did you mean optim.lr" in capfd.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_settings_leave_other_words_to_training():

@@ -79,6 +79,13 @@ def test_a_checkpoint_older_than_the_registry_loads_and_resumes(tmp_path):
     assert checkpoint_problems(other, Start.at(checkpoint)) == [
         f"checkpoint {checkpoint} holds another model: model.decay='released', not 'paper'"
     ]
+    other = dataclasses.replace(config, model=dataclasses.replace(TINY, lrpe=[True]))
+    assert other.model.problems() == [line := f"model.lrpe has 1 entries but model.layers={TINY.layers}"]
+    assert checkpoint_problems(other, Start.at(checkpoint)) == []  # that line is told
+    manifest["config"]["model"]["lrpe"] = [True]
+    (damaged := checkpoint.with_name("damaged")).mkdir()
+    (damaged / "manifest.json").write_text(json.dumps(manifest))
+    assert checkpoint_problems(config, Start.at(damaged)) == [f"checkpoint {damaged} holds another model: {line}"]
     muon = dataclasses.replace(config, optim=OptimConfig(name="muon"))
     (problem,) = checkpoint_problems(muon, Start.at(checkpoint))
     assert problem.startswith(f"optim.name=muon cannot go on from checkpoint {checkpoint}, whose moments are those of")

@@ -57,6 +57,11 @@ class Profile(Hook):
         running, self._running = self._running, None
         if running is not None:
             running.stop()
+            if self._last < self._first:
+                log.warning(
+                    "no profile: this start ended with step %d, before step %d; lower logging.profile_skip=%d",
+                    *(self._last, self._first, self.skip),
+                )
 
     def _write(self, found: profile) -> None:
         name = f"steps_{self._first}_to_{self._last}"
