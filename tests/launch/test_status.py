@@ -145,6 +145,7 @@ printf '17|17|N/A|RUNNING|%s/submitted/a/job.sbatch\\n19|18|1|PENDING|/elsewhere
 
 
 def test_the_command_line(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)  # readline, which pytest imports, sets it
     other = RunFolder(tmp_path / "runs/deep/er")
     other.freeze(TrainConfig(), None)
     other.journal.append([{"step": "two", "step_seconds": None, "time": NOW}])

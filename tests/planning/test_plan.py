@@ -106,7 +106,7 @@ def test_what_no_layout_can_have_is_named(wrong, capsys):
 
 
 def test_a_sweep_goes_past_layouts_that_do_not_fit_and_ends_with_a_table_or_json(capsys, tmp_path, monkeypatch):
-    monkeypatch.delenv("COLUMNS", raising=False)  # into a pipe nothing is cut
+    monkeypatch.delenv("COLUMNS", raising=False)  # into a pipe nothing is cut; readline, which pytest imports, sets it
     shared = (*SMALL, "model.layers=2", "data.global_batch=128", f"run_dir={tmp_path}")
     sweep = ("--multirun", *shared, "data.micro_batch=1,64,3")
     assert call(main, *sweep) == 0
