@@ -17,7 +17,7 @@ from launch.curves import losses, positions
 from megatron_tn.cli import of_words
 from megatron_tn.config import ConfigError, replacing, shown, unwritable
 from megatron_tn.plot import compare, journals_are_read, paths_and_output, runs_in
-from megatron_tn.training.compare import Group, table_of
+from megatron_tn.training.compare import Group, notes_of, table_of
 from megatron_tn.training.curve import curve_of
 
 
@@ -51,7 +51,7 @@ def page_of(groups: list[Group]) -> str:
         f'<div class="charts">{"".join(charts)}</div>',
         "<h2>Folders</h2>",
         table(("run", "folders"), folders),
-        *(f"<p>{escape(note)}</p>" for group in groups for note in group.notes()),
+        *(f"<p>{escape(note)}</p>" for note in notes_of(groups)),
     ]
     return document("Runs compared", parts, STYLE)
 

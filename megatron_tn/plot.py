@@ -22,7 +22,7 @@ from rich.table import Column, Table
 from megatron_tn.cli import of_words
 from megatron_tn.cli.tables import table_console
 from megatron_tn.config import ConfigError, read_mapping, shown, unwritable
-from megatron_tn.training.compare import Group, groups_of, table_of
+from megatron_tn.training.compare import Group, groups_of, notes_of, table_of
 from megatron_tn.training.curve import curve_of, draw
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.summary import figures_of
@@ -114,20 +114,22 @@ def compare(
     if groups:
         out = table_console()
         out.print(_table(*table_of(groups), out.width))
-    for note in (note for group in groups for note in group.notes()):
-        print(note)
+        for note in notes_of(groups):
+            print(note)
     if draw({group.name: group.runs for group in groups}, output, evaluated):
         print(shown(f"wrote {output}"))
     return groups
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Table:
-    """Where the table is wider than `width` characters, figures are broken behind ±, names to a setting a line."""
+    """Where the table is wider than `width` characters, titles are broken at spaces, figures behind ±, names to a
+    setting a line."""
     cells = list(zip(titles, *rows, strict=True))
     widths = [max(map(len, column)) for column in cells]
     room = width - 3 * len(titles) - 1  # two spaces and a line beside each column
     if sum(widths) > room:
-        narrow = [max(len(line) for cell in column for line in re.split("(?<=±) ", cell)) for column in cells[1:]]
+        lines = ([*title.split(), *re.split("(?<=±) |\n", "\n".join(column))] for title, *column in cells[1:])
+        narrow = [max(map(len, of_column)) for of_column in lines]
         widths = [max(room - sum(narrow), NAME), *narrow]
         rows = [
             ("\n".join(line for word in name.split() for line in textwrap.wrap(word, widths[0])), *rest)

@@ -33,10 +33,11 @@ ORDER = ("heldout_bits_per_byte", "heldout_loss", "loss")  # the first figure th
 @dataclass(frozen=True)
 class Group:
     """Runs of equal settings but for the seed. name: the settings that set it apart, as on a command line. repeated:
-    pairs of a run that is left out, and the later one of the same seed in `runs`."""
+    pairs of a run that is left out, and the later one of the same seed in `runs`. seeds: of each run."""
 
     name: str
     runs: list[RunFolder]
+    seeds: Mapping[RunFolder, int | str]
     repeated: list[tuple[RunFolder, RunFolder]] = field(default_factory=list)
 
     def notes(self) -> list[str]:
@@ -57,6 +58,17 @@ class Group:
         """The figure of every run that has it (see `summary.figures_of`)."""
         return [found[figure] for run in self.runs if figure in (found := figures_of(run))]
 
+    def above(self, base: "Group", figure: str) -> list[float]:
+        """Differences of the figure from that of base's run of the same seed, over as many tokens. Such runs have read
+        the same tokens in one order, so their difference varies less over seeds than either figure."""
+        of_base = {(base.seeds[run], found.get("tokens")): found for run in base.runs if (found := figures_of(run))}
+        pairs = (
+            (found, of_base.get((self.seeds[run], found.get("tokens")), {}))
+            for run in self.runs
+            if (found := figures_of(run))
+        )
+        return [own[figure] - other[figure] for own, other in pairs if figure in own and figure in other]
+
 
 def groups_of(runs: Sequence[RunFolder]) -> list[Group]:
     """Best first: by held-out bits per byte, or held-out loss, or loss, whichever all groups have."""
@@ -71,8 +83,13 @@ def groups_of(runs: Sequence[RunFolder]) -> list[Group]:
     folders = [[shown(run.path.name) for run in found] for found in members.values()]
     names = group_names(list(settings.values()), folders)
     groups = [_group(name, found, seeds) for name, found in zip(names, members.values(), strict=True)]
-    figures = [figure for figure in ORDER if all(group.values(figure) for group in groups)]
-    return sorted(groups, key=lambda group: _rank(group, figures[0])) if figures else groups
+    figure = _ranking(groups)
+    return sorted(groups, key=lambda group: _rank(group, figure)) if figure else groups
+
+
+def _ranking(groups: Sequence[Group]) -> str | None:
+    """The figure that sorts the groups."""
+    return next((figure for figure in ORDER if all(group.values(figure) for group in groups)), None)
 
 
 def _group(name: str, runs: Sequence[RunFolder], seeds: Mapping[RunFolder, int | str]) -> Group:
@@ -80,27 +97,58 @@ def _group(name: str, runs: Sequence[RunFolder], seeds: Mapping[RunFolder, int |
     by_time = sorted(runs, key=lambda run: max((record.get("time", 0.0) for record in run.journal.tail()), default=0.0))
     last = {seeds[run]: run for run in by_time}
     repeated = [(run, last[seeds[run]]) for run in runs if last[seeds[run]] is not run]
-    return Group(name, [run for run in runs if last[seeds[run]] is run], repeated)
+    return Group(name, [run for run in runs if last[seeds[run]] is run], seeds, repeated)
 
 
 def table_of(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
     """Titles, and a row of cells for each group: means over its runs, losses ± the standard deviation; of tokens the
-    range where they differ."""
+    range where they differ. The last column, where runs share seeds: the difference by seed from the reference, or from
+    the best group where none is one."""
     shown = [figure for figure in COLUMNS if any(group.values(figure) for group in groups)]
     rows = []
     for group in groups:
         cells = [_cell(figure, group.values(figure)) for figure in shown]
         rows.append([group.name, str(len(group.runs)), *cells])
-    return ["run", "seeds", *(COLUMNS[figure][0] for figure in shown)], rows
+    titles = ["run", "seeds", *(COLUMNS[figure][0] for figure in shown)]
+    if (paired := _paired(groups)) is not None:
+        titles.append(paired.title)
+        rows = [[*row, _cell(paired.figure, values, "+")] for row, values in zip(rows, paired.values, strict=True)]
+    return titles, rows
 
 
-def _cell(figure: str, values: list[float]) -> str:
+def notes_of(groups: Sequence[Group]) -> list[str]:
+    """Lines below the table of groups."""
+    paired, notes = _paired(groups), []
+    if paired is not None:
+        notes.append(f"{paired.title}: difference of {COLUMNS[paired.figure][0]} by seed, over as many tokens")
+    return [*notes, *(note for group in groups for note in group.notes())]
+
+
+@dataclass(frozen=True)
+class _Paired:
+    """Differences of a figure by seed from one group, for each group; none for that one."""
+
+    title: str
+    figure: str
+    values: list[list[float]]
+
+
+def _paired(groups: Sequence[Group]) -> _Paired | None:
+    """From the reference, or from the best group where none is one; None where no runs share a seed."""
+    base = next((group for group in groups if group.name == REFERENCE), groups[0])
+    figure = _ranking(groups)
+    values = [group.above(base, figure) if figure and group is not base else [] for group in groups]
+    title = f"to {REFERENCE if base.name == REFERENCE else 'the first'}"
+    return _Paired(title, figure, values) if any(values) else None
+
+
+def _cell(figure: str, values: list[float], sign: str = "") -> str:
     if not values:
         return "-"
     form = COLUMNS[figure][1]
     if figure == "tokens" and min(values) < max(values):
         return f"{min(values):{form}} to {max(values):{form}}"
-    mean = f"{np.mean(values):{form}}"
+    mean = f"{np.mean(values):{sign}{form}}"
     return f"{mean} ± {np.std(values, ddof=1):{form}}" if figure in SPREAD and len(values) > 1 else mean
 
 

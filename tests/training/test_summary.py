@@ -204,7 +204,8 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row_and_one_curve(tmp_path
     save(replace(base, seed=2, run_dir=str(behind.path)), behind.config_file)
     assert call(compare.main, str(tmp_path)) == 0
     said = capsys.readouterr().out
-    assert said.index("model.gate=false") < said.index("reference") < said.index("optim.lr=1.0 ")  # diverged: the worst
+    first, second, diverged = map(said.index, ("model.gate=false", "│ reference", "optim.lr=1.0 "))
+    assert first < second < diverged
     assert "nan ± nan" in said
     assert re.search(r"model.gate=false.* 2 .* 2.100 ± 0.141 .* 3.100 ± 0.141 ", said)
     page = (tmp_path / "compare.html").read_text()
@@ -217,8 +218,11 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row_and_one_curve(tmp_path
     assert left_out in page
     assert left_out in said
     assert f"{behind} is at 20 tokens, others of its settings at 50: their row is a mean of unequal runs" in said
-    assert "| reference | 3 | 20 to 50 |" in (tmp_path / "compare.md").read_text()
-    assert "| model.gate=false | 2 | 50 | 2.100 ± 0.141 |" in (tmp_path / "compare.md").read_text()
+    text = (tmp_path / "compare.md").read_text()
+    assert re.search(r"\| reference \| 3 \| 20 to 50 \|.*\| - \|\n", text)
+    assert re.search(r"\| model.gate=false \| 2 \| 50 \| 2.100 ± 0.141 \|.*\| -1.000 ± 0.000 \|\n", text)
+    assert "to reference: difference of held-out by seed, over as many tokens" in page
+    assert "to reference: difference of held-out by seed" in said
     curve = curve_of([RunFolder(tmp_path / f"plain{seed}") for seed in (0, 1)])
     assert (curve.loss.tolist(), curve.lowest.tolist(), curve.highest.tolist()) == ([3.1] * 5, [3.0] * 5, [3.2] * 5)
     assert curve.tokens.tolist() == [10, 20, 30, 40, 50]
