@@ -14,7 +14,7 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch.render_table import ROOT, TABLES, NotRows, Row, Table, commit, fill, machine, markdown, read, write
@@ -84,6 +84,22 @@ def of_runs(plan: str, name: str, columns: dict[str, Callable[[list[Row]], str]]
     )
 
 
+class Ablations:
+    """A line for each variant, with its difference from the base by seed: mean and standard deviation over seeds."""
+
+    def render(self, rows: Sequence[Row]) -> str:
+        table = of_runs("results_ablations", "variant", BITS)
+        bases = {row["seed"]: row["value"] for row in filter(table.holds, rows) if row["variant"] == "paper/base"}
+
+        def to_base(line: list[Row]) -> str:
+            others = [row for row in line if row["variant"] != "paper/base" and row["seed"] in bases]
+            return mean_of([row["value"] - bases[row["seed"]] for row in others], "+")
+
+        columns = list(table.columns.items())
+        columns.insert([name for name, _ in columns].index("bits/byte") + 1, ("to base", to_base))
+        return replace(table, columns=dict(columns)).render(rows)
+
+
 RESULTS = {
     "50m": of_runs("results_50m", "model", BITS),
     "50m positions": of_runs("results_50m", "model", POSITION),
@@ -110,7 +126,7 @@ RESULTS = {
         order=lambda row: (others_of(row, RATE_AND_SEED), row["lr"]),
         columns=DEFAULTS,
     ),
-    "ablations": of_runs("results_ablations", "variant", BITS),
+    "ablations": Ablations(),
     "training": TABLES["training"],
 }
 

@@ -62,6 +62,7 @@ def test_time_to_the_same_loss_is_read_from_the_curves():
         *(measured("tp 1", value) for value in (70.0, 65.536, 60.0)),  # 1 us a token
         measured("tp 1, Muon", 131.072),
         measured("tp 1", 900.0, commit="of an earlier day", date="2025-12-31"),
+        measured("tp 1", 80.0, commit="of a later day", date="2026-01-02", micro_batch=4),  # slower than at 8
         measured("tp 1, Muon, heads apart", 65.536),
         measured("tp 1, Muon, fp8 products", 32.768),
         measured("tp 1, Muon", 1.0, global_batch=8),
@@ -104,6 +105,19 @@ def test_the_page_shows_means_and_spread_of_seeds():
     assert "| 50m | 0.002 | 2 | 60.0 M | 1.2500 ± 0.0707 | 0.8000 ± 0.0000 |  |  |  | H200 | 0123456 |" in lines
     assert "| 50m | 0.002 |  | 1.5000 ± 0.0000 |  |  |  |  |" in lines
     assert "![held-out bits per byte by tokens and by seconds](results.png)" in lines
+
+
+def test_an_ablation_is_compared_with_the_base_by_seed():
+    bits = {"paper/base": {0: 1.5, 1: 1.7}, "paper/act/none": {0: 1.6, 1: 1.82, 2: 1.9}}
+    found = [
+        RESULT | {"plan": "results_ablations", "variant": variant, "seed": seed, "value": value}
+        for variant, of in bits.items()
+        for seed, value in of.items()
+    ]
+    lines = fill("<!-- rows: ablations -->\n<!-- end of rows -->\n", found, render_results.tables()).splitlines()
+    assert lines[1].startswith("| variant | peak rate | seeds | tokens | bits/byte | to base |")
+    assert lines[3].startswith("| act/none | 0.002 | 3 | 60.0 M | 1.7733 ± 0.1553 | +0.1100 ± 0.0141 |")
+    assert lines[4].startswith("| base | 0.002 | 2 | 60.0 M | 1.6000 ± 0.1414 |  |")
 
 
 def test_the_page_shows_the_corpus(tmp_path, monkeypatch):

@@ -61,12 +61,12 @@ def label(row: Row) -> str:
     return ", ".join([LABELS[variant_of(row)], *others])
 
 
-def mean_of(values: list[float]) -> str:
-    """Mean, and the standard deviation where there are several; "" for none."""
+def mean_of(values: list[float], sign: str = "") -> str:
+    """Mean, and the standard deviation where there are several; "" for none. sign: "+" shows it of all means."""
     if not values:
         return ""
     spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4f}{spread}"
+    return f"{statistics.fmean(values):{sign}.4f}{spread}"
 
 
 def curves_of(rows: list[Row]) -> list[tuple[float, list[float]]]:
@@ -92,7 +92,7 @@ class Line:
 
     rows: list[Row]
     rate: str
-    step_ms: float | None  # time of a step of the training loop, median of the newest commit's measurements
+    step_ms: float | None  # time of a step of the training loop, of the newest commit (_newest)
 
     @property
     def curve(self) -> Curve:
@@ -154,9 +154,16 @@ def _by_model(rows: Sequence[Row]) -> dict[tuple, list[tuple[Variant, Line]]]:
 
 
 def _newest(measured: list[Row]) -> float | None:
-    """Median of the values of the last row's commit; None without rows. measured: the oldest first."""
-    values = [row["value"] for row in measured if row["commit"] == measured[-1]["commit"]]
-    return statistics.median(values) if values else None
+    """Median of the values of the newest commit, at the fastest micro-batch; None without rows. measured: the oldest
+    first."""
+    by_micro_batch = defaultdict(list)
+    for row in measured:
+        by_micro_batch[row.get("micro_batch")].append(row)
+    newest = [
+        statistics.median(row["value"] for row in rows if row["commit"] == rows[-1]["commit"])
+        for rows in by_micro_batch.values()
+    ]
+    return min(newest, default=None)
 
 
 def _line(runs: list[Row], step_ms: float | None) -> Line | None:
