@@ -14,6 +14,7 @@ import torch._dynamo  # before a test replaces torch.empty, which its tables lis
 from torch.utils import _device
 
 from kernels import dispatch
+from tests.kernels.guard_page import guard_arguments
 
 _device._device_constructors()  # the functions that `with torch.device(...)` places: a table of the same kind
 
@@ -143,6 +144,7 @@ def triton_device(request, monkeypatch, poisoned):
             monkeypatch.setenv("TRITON_INTERPRET", "1")
             stack.enter_context(interpreted_language())
             refuse_unknown_arguments(monkeypatch)
+            guard_arguments(monkeypatch)
             for name in TRITON_MODULES:
                 package, leaf = name.rsplit(".", 1)
                 monkeypatch.setitem(sys.modules, name, interpreted_module(name))
