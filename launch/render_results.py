@@ -84,20 +84,24 @@ def of_runs(plan: str, name: str, columns: dict[str, Callable[[list[Row]], str]]
     )
 
 
-class Ablations:
-    """A line for each variant, with its difference from the base by seed: mean and standard deviation over seeds."""
+@dataclass(frozen=True)
+class AgainstBase:
+    """A table with a column more behind that of bits: the difference from the base's run of the same seed, mean and
+    standard deviation over seeds."""
+
+    table: Table
+    is_base: Callable[[Row], bool]
 
     def render(self, rows: Sequence[Row]) -> str:
-        table = of_runs("results_ablations", "variant", BITS)
-        bases = {row["seed"]: row["value"] for row in filter(table.holds, rows) if row["variant"] == "paper/base"}
+        bases = {row["seed"]: row["value"] for row in filter(self.table.holds, rows) if self.is_base(row)}
 
         def to_base(line: list[Row]) -> str:
-            others = [row for row in line if row["variant"] != "paper/base" and row["seed"] in bases]
+            others = [row for row in line if row["seed"] in bases and not self.is_base(row)]
             return mean_of([row["value"] - bases[row["seed"]] for row in others], "+")
 
-        columns = list(table.columns.items())
+        columns = list(self.table.columns.items())
         columns.insert([name for name, _ in columns].index("bits/byte") + 1, ("to base", to_base))
-        return replace(table, columns=dict(columns)).render(rows)
+        return replace(self.table, columns=dict(columns)).render(rows)
 
 
 RESULTS = {
@@ -119,14 +123,19 @@ RESULTS = {
         order=lambda row: (row["steps"], row["model"], row["lr"]),
         columns=LEVERS,
     ),
-    "defaults": Table(
-        holds=lambda row: row["name"] == "result" and row["plan"] == "results_defaults",
-        same=("run",),
-        line=("run",),
-        order=lambda row: (others_of(row, RATE_AND_SEED), row["lr"]),
-        columns=DEFAULTS,
+    "defaults": AgainstBase(
+        Table(
+            holds=lambda row: row["name"] == "result" and row["plan"] == "results_defaults",
+            same=("run",),
+            line=("run",),
+            order=lambda row: (others_of(row, RATE_AND_SEED), row["lr"]),
+            columns=DEFAULTS,
+        ),
+        is_base=lambda row: not others_of(row, RATE_AND_SEED),
     ),
-    "ablations": Ablations(),
+    "ablations": AgainstBase(
+        of_runs("results_ablations", "variant", BITS), is_base=lambda row: row["variant"] == "paper/base"
+    ),
     "training": TABLES["training"],
 }
 

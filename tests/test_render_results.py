@@ -107,7 +107,7 @@ def test_the_page_shows_means_and_spread_of_seeds():
     assert "![held-out bits per byte by tokens and by seconds](results.png)" in lines
 
 
-def test_an_ablation_is_compared_with_the_base_by_seed():
+def test_a_run_is_compared_with_the_base_by_seed():
     bits = {"paper/base": {0: 1.5, 1: 1.7}, "paper/act/none": {0: 1.6, 1: 1.82, 2: 1.9}}
     found = [
         RESULT | {"plan": "results_ablations", "variant": variant, "seed": seed, "value": value}
@@ -118,6 +118,13 @@ def test_an_ablation_is_compared_with_the_base_by_seed():
     assert lines[1].startswith("| variant | peak rate | seeds | tokens | bits/byte | to base |")
     assert lines[3].startswith("| act/none | 0.002 | 3 | 60.0 M | 1.7733 ± 0.1553 | +0.1100 ± 0.0141 |")
     assert lines[4].startswith("| base | 0.002 | 2 | 60.0 M | 1.6000 ± 0.1414 |  |")
+    found = [
+        RESULT | {"plan": "results_defaults", "seed": 0, "value": value, "run": f"50m,{own}optim.lr=0.004,seed=0"}
+        for own, value in (("", 1.25), ("schedule.warmup_steps=18,", 1.23))
+    ]
+    lines = fill("<!-- rows: defaults -->\n<!-- end of rows -->\n", found, render_results.tables()).splitlines()
+    assert lines[3] == "| as in results.yaml | 0.002 | 1.2500 |  | H200 | 0123456 |"
+    assert lines[4] == "| warmup_steps 18 | 0.002 | 1.2300 | -0.0200 | H200 | 0123456 |"
 
 
 def test_the_page_shows_the_corpus(tmp_path, monkeypatch):
