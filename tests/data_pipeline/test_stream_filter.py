@@ -317,7 +317,6 @@ def test_isolation_bounds_follow_what_is_kept(manifest):
     assert Manifest.load(manifest.directory / "manifest.json").content_hash == manifest.content_hash
 
 
-def test_the_filter_of_the_documentation_loads_by_its_former_name():
-    """conf/selfclean.yaml was its name when it was taken for the settings of the command."""
+def test_the_filter_of_the_documentation_loads():
     conf = Path(__file__).resolve().parents[2] / "conf"
-    assert ScoreFilter.load(str(conf / "selfclean.yaml")) == ScoreFilter.load(str(conf / "score_filter.yaml"))
+    assert ScoreFilter.load(str(conf / "score_filter.yaml")).default == (0.5, 6.0)
