@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tn import imports
+from megatron_tn.training.preemption import Preemption, hold_signals
 
 if __name__ == "__main__":
+    hold_signals()
     imports.begin()  # before the imports below
 
 # isort: split
@@ -38,7 +40,6 @@ from megatron_tn.preflight import go_to, preflight
 from megatron_tn.training.diagnose import find_nonfinite
 from megatron_tn.training.guard import Guard
 from megatron_tn.training.hooks.build import start_hooks
-from megatron_tn.training.preemption import Preemption
 from megatron_tn.training.resume import agree_on_files
 from megatron_tn.training.rewind import restore, rewind
 from megatron_tn.training.run import Run
