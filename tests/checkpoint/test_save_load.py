@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -14,7 +14,7 @@ import torch
 
 from megatron_tn.checkpoint.ahead import ReadAhead
 from megatron_tn.checkpoint.files import TensorFile
-from megatron_tn.checkpoint.load import Reader, load_checkpoint
+from megatron_tn.checkpoint.load import Reader, load_checkpoint, load_checkpoint_weights
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, whole_checkpoints
 from megatron_tn.checkpoint.reshard import pieces_of_local_range
 from megatron_tn.checkpoint.retention import Retention
@@ -350,6 +350,22 @@ def test_damage_is_named(copy, harm, message):
     _, engine = make_engine(1, LOCAL)
     with pytest.raises(ConfigError, match=message):
         load_checkpoint(engine, copy)
+
+
+def load_damaged(checkpoint: Path, load: Callable[..., object]) -> str:
+    _, engine = make_engine(1, ZERO[1])
+    with pytest.raises(ConfigError) as caught:
+        load(engine, checkpoint)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("load", [load_checkpoint, load_checkpoint_weights], ids=["all", "weights"])
+def test_damage_that_one_rank_meets_ends_all_with_its_line(tmp_path, load):
+    """Of a layout in which each rank reads a file of its own."""
+    run_shared(2, save_after_two_steps, tmp_path, 1, ZERO[1])
+    file = tmp_path / "step_00000002" / "rank_00001.safetensors"
+    os.truncate(file, 7)
+    assert run_shared(2, load_damaged, file.parent, load) == [f"{file} is damaged: it ends at byte 7"] * 2
 
 
 def test_another_model_is_refused(checkpoint):

@@ -10,6 +10,7 @@ from megatron_tn.checkpoint.background import CheckpointWriter, Save
 from megatron_tn.checkpoint.retention import Retention
 from megatron_tn.config import to_stored
 from megatron_tn.engine.base import Engine
+from megatron_tn.parallel.world import anywhere
 from megatron_tn.training.goodput import process_began
 from megatron_tn.training.hooks import Hook
 from megatron_tn.training.hooks.checkpoint import CheckpointEvery
@@ -23,7 +24,6 @@ from megatron_tn.training.hooks.tensorboard import TensorBoard
 from megatron_tn.training.hooks.weights_and_biases import WeightsAndBiases
 from megatron_tn.training.run import Run
 from megatron_tn.training.state import TrainingState
-from megatron_tn.training.step import anywhere
 from megatron_tn.training.throughput import Work
 
 
