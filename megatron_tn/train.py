@@ -7,7 +7,6 @@ torchrun --nproc-per-node 8 -m megatron_tn.train model=7b parallel.tp=8 data.man
 import contextlib
 import functools
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,6 @@ from megatron_tn.training.summary import show_start
 from megatron_tn.training.watchdog import Progress
 
 imports.done()
-log = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig) -> int | None:

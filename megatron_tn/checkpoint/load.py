@@ -36,7 +36,7 @@ SMALL_GAP = 256  # fp32 elements between two rows: up to this gap, one read is f
 class Reader:
     """Open files of one checkpoint, locked against removal by a run's retention. Use as a context manager.
 
-    direct: see `TensorFile`. contents: file -> what is in memory of it. `bytes_read`: bytes read from all files.
+    direct: see `TensorFile`. contents: file -> what is in memory of it.
 
     Raises:
         ConfigError: a file is missing or damaged, a tensor is incomplete or of another shape.
@@ -89,10 +89,6 @@ class Reader:
     def rng(self, rank: int) -> dict[str, Tensor]:
         stored = self._open(rank_file(rank))
         return {key: stored.get(key) for key in stored.entries if key.startswith("rng/")}
-
-    @property
-    def bytes_read(self) -> int:
-        return sum(file.bytes_read for file in self._files.values())
 
     def _open(self, name: str) -> TensorFile:
         if name not in self._files:
