@@ -272,6 +272,7 @@ def test_a_bad_sidecar_is_refused_by_name(manifest, content):
         ('{"scores": "../x"}', "scores='../x'"),
         ('{"scores": "a", "measure": "bits"}', "measure='bits'"),
         ('{"scores": "a", "default": [2, 1]}', "low=2.0 is above high=1.0"),
+        ('{"scores": "a", "default": [true, 3]}', "default.0='True': Input should be a valid number"),
         ('{"scores": "a", "treshold": 2}', "treshold"),
         (sys.executable, f"filter={sys.executable}: 'utf-8' codec can't decode"),
     ],
