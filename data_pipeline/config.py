@@ -17,6 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from data_pipeline import edits, filters
+from data_pipeline.booleans import booleans_as_numbers
 from data_pipeline.errors import InputError
 from data_pipeline.files import read_object, replace_file
 from data_pipeline.filters.language import Language
@@ -169,10 +170,13 @@ def compose_plain(root: str, overrides: list[str], cls: type, directory: Path = 
 def parse(data: dict, extra_names: set[str] = frozenset(), cls: type = Settings) -> typing.Any:
     """Settings from plain data; raises InputError naming every unknown or missing key and every wrong value."""
     try:
-        return TypeAdapter(cls).validate_python(data)
+        settings = TypeAdapter(cls).validate_python(data)
     except ValidationError as error:
         names = sorted({*known_keys(cls, data), *extra_names})
         raise InputError(*dict.fromkeys(_line(item, names) for item in error.errors())) from None
+    if booleans := dict(booleans_as_numbers(data, dataclasses.asdict(settings))):
+        raise InputError(*booleans.values())
+    return settings
 
 
 def difference(old: dict, new: dict, prefix: str = "") -> list[str]:

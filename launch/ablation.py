@@ -4,9 +4,9 @@
     python -m launch.ablation --corpora runs/ablation/corpora --run-dir runs/ablation --seeds 3 --at-once 3
 
 trains experiment=ablation for each corpus and seed (megatron_tn.train), evaluates each model on held-out documents that
-are in no corpus and were not cleaned (megatron_tn.evaluate), and writes summary.json and worth.png to the run folder.
-Further arguments are overrides for training. Completed models are not trained again. Exit code 1 when a run fails; the
-message names its log, with its last lines.
+are in no corpus and were not cleaned (megatron_tn.evaluate), and writes summary.json and ablation.png to the run's
+folder. Further arguments are overrides for training. Completed models are not trained again. Exit code 1 when a run
+fails; the message names its log, with its last lines.
 """
 
 import argparse
@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     show(summary)
     names = dict.fromkeys(run.arm.name for run in runs)
     arms_of = {name: [RunFolder(run.folder) for run in runs if run.arm.name == name] for name in names}
-    draw(arms_of, options.run_dir / "worth.png")
+    draw(arms_of, options.run_dir / "ablation.png")
     return 0
 
 

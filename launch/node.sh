@@ -5,8 +5,8 @@
 # SIGUSR1 (the time limit is near) and SIGTERM (cancelled; also Ctrl-C and a closed terminal) mean: save a checkpoint and
 # stop. torchrun reacts differently: SIGUSR1 kills it, and after SIGTERM it gives its workers 30 s and exits with 1. So
 # torchrun and the trainers start with these signals ignored, and this shell signals each trainer once, as soon as the
-# trainer has installed its handler: a trainer that is still importing would miss the signal. Trainers keep SIGINT
-# ignored, so Ctrl-C, which a terminal sends to all processes, reaches them only as this shell's SIGTERM.
+# trainer has installed its handler: before, it could miss the signal. Trainers keep SIGINT ignored, so Ctrl-C, which a
+# terminal sends to all processes, reaches them only as this shell's SIGTERM.
 set -euo pipefail
 
 asked='' interrupts=0

@@ -7,14 +7,15 @@ torchrun --nproc-per-node 8 -m megatron_tn.train model=7b parallel.tp=8 data.man
 import contextlib
 import functools
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_tn import imports
+from megatron_tn.training.preemption import Preemption, hold_signals
 
 if __name__ == "__main__":
+    hold_signals()
     imports.begin()  # before the imports below
 
 # isort: split
@@ -38,7 +39,6 @@ from megatron_tn.preflight import go_to, preflight
 from megatron_tn.training.diagnose import find_nonfinite
 from megatron_tn.training.guard import Guard
 from megatron_tn.training.hooks.build import start_hooks
-from megatron_tn.training.preemption import Preemption
 from megatron_tn.training.resume import agree_on_files
 from megatron_tn.training.rewind import restore, rewind
 from megatron_tn.training.run import Run
@@ -48,7 +48,6 @@ from megatron_tn.training.summary import show_start
 from megatron_tn.training.watchdog import Progress
 
 imports.done()
-log = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig) -> int | None:

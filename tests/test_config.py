@@ -1,6 +1,7 @@
 """Settings: strict, all problems at once, and every file in conf/ holds."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import hydra
 import pytest
@@ -61,15 +62,45 @@ def test_mappings_come_back_as_they_were(tmp_path):
 
 def test_all_bad_keys_and_values_are_in_one_error():
     bad = {"model": {"emb_dim": 3, "act": "gelu"}, "engine": {"zero_stage": 4}, "learning_rate": 1, "nodes": 0}
+    bad["schedule"] = {"steps": False}
     with pytest.raises(ConfigError) as caught:
         from_mapping(TrainConfig, bad)
     text = str(caught.value)
-    assert len(caught.value.problems) == 5
+    assert len(caught.value.problems) == 6
+    assert "schedule.steps=False must not be a boolean: it would be read as 0" in text
     assert "nodes=0 must be from 1 to 1000000" in text
     assert "unknown setting model.emb_dim; did you mean model.embed_dim" in text
     assert "model.act='gelu'" in text
     assert "engine.zero_stage=4" in text
     assert "unknown setting learning_rate" in text
+
+
+def numbers(values: dict, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the settings below `values` that are numbers."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from numbers(value, f"{prefix}{key}.")
+        elif type(value) in (int, float):
+            yield f"{prefix}{key}"
+
+
+KINDS = [kind for kind, _ in describe.COMMANDS.values()]
+NUMBERS = [(kind, name, True) for kind in KINDS for name in numbers(to_mapping(kind()))]
+NUMBERS += [  # in unions, lists and mappings
+    (TrainConfig, "cluster.bf16_tflops", True),
+    (TrainConfig, "checkpoint.resume", True),
+    (TrainConfig, "cluster.matrix_rates", [[16, True]]),
+    (TrainConfig, "data.skip_batches", [7, True]),
+    (TrainConfig, "data.mixture.epochs.web", True),
+]
+
+
+def test_no_number_is_given_as_a_boolean():
+    for kind, name, given in NUMBERS:
+        for key in reversed(name.split(".")):
+            given = {key: given}
+        with pytest.raises(ConfigError, match=rf"^{name}=True must not be a boolean: it would be read as 1(\.0)?$"):
+            from_mapping(kind, given)
 
 
 @pytest.mark.parametrize(
@@ -161,5 +192,4 @@ def test_the_settings_page_is_that_of_today():
 
 
 def test_every_setting_has_a_meaning():
-    kinds = [kind for kind, _ in describe.COMMANDS.values()]
-    assert [setting.name for kind in kinds for setting in describe.settings(kind) if not setting.meaning] == []
+    assert [setting.name for kind in KINDS for setting in describe.settings(kind) if not setting.meaning] == []

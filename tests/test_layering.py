@@ -16,7 +16,7 @@ PACKAGES = ("kernels", "data_pipeline", "megatron_tn", "launch")
 ALLOWED = {
     "kernels": [],
     "data_pipeline": [],
-    "megatron_tn.config": ["data_pipeline.redaction"],
+    "megatron_tn.config": ["data_pipeline.booleans", "data_pipeline.redaction"],
     "megatron_tn.cli": ["megatron_tn.config", "data_pipeline.redaction", "data_pipeline.words"],
     "megatron_tn.device": [],
     "megatron_tn.precision": ["kernels", "megatron_tn.device"],

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from megatron_tn.cli.program import _Program
 from megatron_tn.cli.submitit import MOST, failure_is_told, settings_for_submitit
 from megatron_tn.config import ConfigError, EvaluateConfig
 from megatron_tn.train import main as train
+from megatron_tn.training.preemption import HELD, hold_signals
 from tests.helpers.training import ROOT, call
 
 CHOSEN = "hydra/launcher=submitit_slurm"
@@ -31,8 +33,10 @@ def test_a_job_may_time_out_and_is_signalled_as_the_trainer_listens(submitit):
     assert settings_for_submitit(["model=demo"]) == []
     assert "SUBMITIT_PREEMPT_SIGNAL" not in os.environ
     name = "hydra.launcher.name=megatron_tn"
+    hold_signals()
     assert settings_for_submitit([CHOSEN, "model=demo"]) == [name, f"hydra.launcher.max_num_timeout={MOST}"]
     assert os.environ["SUBMITIT_PREEMPT_SIGNAL"] == "USR1"
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {*HELD}  # of this process, which waits for its jobs
     assert settings_for_submitit([CHOSEN, "hydra.launcher.max_num_timeout=3"]) == [name]
     assert settings_for_submitit(["hydra/launcher=submitit_local", "hydra.launcher.name=mine"]) == []
 

@@ -21,7 +21,6 @@ LONGEST_HEAD = 1 << 16  # bytes of a record's headers
 MOST_RESTARTS = 1000  # damaged records per file, before the file is given up
 MOST_REREAD = 8  # x the bytes decompressed so far: time stays linear if every Content-Length covers the rest
 BEGINNING = re.compile(rb"\nWARC/1\.")
-CONTENT = ("response", "resource", "conversion")
 ABOUT = ("warcinfo", "request", "metadata")  # records about other records, without documents
 
 

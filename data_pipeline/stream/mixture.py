@@ -11,7 +11,7 @@ from data_pipeline.errors import InputError
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.stream.order import sequences_per_epoch
 
-Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]  # strict: true is no 1.0
 
 
 @checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))

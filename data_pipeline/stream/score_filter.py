@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -25,7 +25,8 @@ from data_pipeline.shards.index import LANGUAGE, TOKENS, language_code
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.scores import MEASURES, ScoresName, load_scores
 
-Band = tuple[float | None, float | None]
+Bound = Annotated[float, Field(strict=True)] | None  # strict: true is no 1.0
+Band = tuple[Bound, Bound]
 LARGEST = 1 << 18  # bytes of a filter's file
 DEEPEST = 8  # collections inside one another in a filter's file
 SHOWN = 80  # characters of a wrong value in a message

@@ -17,7 +17,7 @@ from megatron_tn.checkpoint.files import TensorFile
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, Trainable, rank_file
 from megatron_tn.checkpoint.reshard import Grid, Rectangle, bands, overlaps, pieces_of_local_range, span_of, view_of
 from megatron_tn.checkpoint.retention import reading
-from megatron_tn.checkpoint.shares import share_of_manifest
+from megatron_tn.checkpoint.shares import everyones_problems, share_of_manifest
 from megatron_tn.config import ConfigError, ModelConfig, from_mapping
 from megatron_tn.device.threads import in_parallel
 from megatron_tn.model.base import Model
@@ -26,6 +26,7 @@ from megatron_tn.parallel.context import Axis, ParallelContext
 from megatron_tn.parallel.fp8_weights import check_device, keep_layer_in_fp8
 from megatron_tn.parallel.linear import SplitLinear
 from megatron_tn.parallel.sharding import OwnedRange, mark
+from megatron_tn.parallel.world import anywhere
 
 InMemory = Mapping[str, Sequence[tuple[int, np.ndarray]]]  # file -> (first byte, uint8 [n]) of what is in memory of it
 BAND_ELEMENTS = 2 << 20  # fp32, of one read: 8 MiB
@@ -35,7 +36,7 @@ SMALL_GAP = 256  # fp32 elements between two rows: up to this gap, one read is f
 class Reader:
     """Open files of one checkpoint, locked against removal by a run's retention. Use as a context manager.
 
-    direct: see `TensorFile`. contents: file -> what is in memory of it. `bytes_read`: bytes read from all files.
+    direct: see `TensorFile`. contents: file -> what is in memory of it.
 
     Raises:
         ConfigError: a file is missing or damaged, a tensor is incomplete or of another shape.
@@ -89,10 +90,6 @@ class Reader:
         stored = self._open(rank_file(rank))
         return {key: stored.get(key) for key in stored.entries if key.startswith("rng/")}
 
-    @property
-    def bytes_read(self) -> int:
-        return sum(file.bytes_read for file in self._files.values())
-
     def _open(self, name: str) -> TensorFile:
         if name not in self._files:
             file = TensorFile(self.directory / name, direct=self.direct, content=self.contents.get(name, ()))
@@ -130,10 +127,10 @@ def load_checkpoint(engine: Trainable, directory: Path, contents: InMemory | Non
     contents: file -> what is in memory of it (`ReadAhead.contents`).
 
     Raises:
-        ConfigError: the checkpoint is damaged, or of another model or optimizer.
+        ConfigError: on every rank: the checkpoint is damaged, or of another model or optimizer.
     """
     manifest = _share(engine, directory)
-    fill_owned(engine, directory, manifest, contents)
+    _on_all_ranks(engine, partial(fill_owned, engine, directory, manifest, contents))
     engine.refresh(manifest.optimizer_step)
     return manifest
 
@@ -172,6 +169,18 @@ def fill_owned(
                 torch.set_rng_state(rng["rng/cpu"])
             if torch.cuda.is_available() and "rng/cuda" in rng:
                 torch.cuda.set_rng_state(rng["rng/cuda"])
+
+
+def _on_all_ranks(engine: Trainable, fill: Callable[[], None]) -> None:
+    """Call `fill()`, which loads what one rank owns. Raises ConfigError on every rank if it does on any: the others
+    would wait for that one in the next collective. Collective."""
+    problems: list[str] = []
+    try:
+        fill()
+    except ConfigError as error:
+        problems = error.problems
+    if anywhere(bool(problems)):
+        raise ConfigError(everyones_problems(problems, engine.context.rank, engine.context.world_size))
 
 
 def _owned_pieces(engine: Trainable) -> Iterator[tuple[OwnedRange, Piece, slice]]:
@@ -251,16 +260,20 @@ def load_checkpoint_weights(engine: Trainable, directory: Path) -> None:
 
 @torch.no_grad()
 def load_weights(engine: Trainable, weights: Weights) -> None:
-    """Fill the masters with `weights`, of the same model; the optimizer begins afresh.
+    """Fill the masters with `weights`, of the same model; the optimizer begins afresh. Collective.
 
     Raises:
-        ConfigError: a file is missing or damaged.
+        ConfigError: on every rank: a file is missing or damaged.
     """
     _zero(engine)
-    for owned, piece, place in _owned_pieces(engine):
-        values = torch.empty(piece.stop - piece.start)
-        weights.fill(owned.name, piece, values)
-        owned.values["param"][place].copy_(values)
+
+    def fill() -> None:
+        for owned, piece, place in _owned_pieces(engine):
+            values = torch.empty(piece.stop - piece.start)
+            weights.fill(owned.name, piece, values)
+            owned.values["param"][place].copy_(values)
+
+    _on_all_ranks(engine, fill)
     engine.refresh(optimizer_step=0)
 
 

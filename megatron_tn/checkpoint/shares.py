@@ -6,6 +6,7 @@ each says which pieces it fills, and rank 0 sends it the stored pieces that over
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from megatron_tn.checkpoint.manifest import CheckpointManifest, Piece
 from megatron_tn.checkpoint.parts import FileRecord, share_of
 from megatron_tn.checkpoint.reshard import Grid
 from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.parallel.world import first_for_all
 
 Wanted = Mapping[str, Sequence[Piece]]  # parameter -> pieces of it that a rank fills
 
@@ -127,6 +129,12 @@ def gathered(value: Any, rank: int, size: int, group: dist.ProcessGroup | None =
     found = [None] * size if rank == 0 else None
     dist.gather_object(value, found, dst=0, group=group)
     return found or []
+
+
+def everyones_problems(problems: list[str], rank: int, size: int) -> list[str]:
+    """The lines of all of ranks 0 .. size - 1, each line once, on every one of them. Collective."""
+    found = gathered(problems, rank, size)
+    return first_for_all(lambda: list(dict.fromkeys(chain.from_iterable(found))))
 
 
 def scattered(shares: Callable[[], Sequence[Any]], rank: int, size: int) -> Any:

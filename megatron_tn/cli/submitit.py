@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import importlib.util
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ MOST = 100  # time-outs of a job that goes on from its checkpoints each time; th
 
 def settings_for_submitit(words: Sequence[str]) -> list[str]:
     """What to add to the overrides `words`; nothing where they do not choose submitit. Names the signal for submitit in
-    the environment, which its jobs inherit.
+    the environment, which its jobs inherit, and unblocks the signals that end this process.
 
     Raises:
         ConfigError: the launcher is chosen and not installed.
@@ -36,6 +37,8 @@ def settings_for_submitit(words: Sequence[str]) -> list[str]:
     if importlib.util.find_spec("submitit") is None:
         raise ConfigError(f"{chosen[0]} needs the extra submitit: pip install --no-build-isolation -e '.[submitit]'")
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
+    # Blocked for a training run that does not come in this process: it waits for its jobs, until a signal ends it.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1))
     added = {"hydra.launcher.name": "megatron_tn"}  # hydra's is that of this file
     if chosen[0] == LAUNCHERS[0]:
         added[TIMEOUTS] = str(MOST)

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from data_pipeline.booleans import booleans_as_numbers
 from data_pipeline.redaction import lines_of, restored, storable
 from megatron_tn.config.bounds import out_of_bounds
 
@@ -65,15 +66,21 @@ def from_mapping(kind: type, values: Mapping[str, Any]) -> Any:
         ConfigError: unknown keys or values of a wrong type; lists all of them, and all values that are out of bounds.
     """
     adapter = TypeAdapter(kind)
+    problems: list[str] = []
     try:
-        return adapter.validate_python(dict(values))
+        config = adapter.validate_python(dict(values))
     except ValidationError as error:
         known, refused = known_keys(kind), error.errors(include_url=False)[:MOST]
-        problems = [_describe(item, known) for item in refused]
-        with contextlib.suppress(ValidationError):
-            rest = adapter.validate_python(_without([_setting(item) for item in refused], values))
-            problems += out_of_bounds(rest).values()
-        raise ConfigError(problems) from None
+        problems += [_describe(item, known) for item in refused]
+        try:
+            config = adapter.validate_python(_without([_setting(item) for item in refused], values))
+        except ValidationError:
+            raise ConfigError(problems) from None
+    booleans = dict(booleans_as_numbers(values, to_mapping(config)))
+    problems += booleans.values()
+    if problems:
+        raise ConfigError([*problems, *(line for name, line in out_of_bounds(config).items() if name not in booleans)])
+    return config
 
 
 def _without(settings: list[list[str]], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -133,6 +133,14 @@ def of_all(value: T) -> list[T]:
     return found
 
 
+def anywhere(here: bool) -> bool:
+    """Whether `here` is True on any rank. Collective, on the CPU, without a wait for the GPU."""
+    flag = torch.tensor(int(here))
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
+
+
 def _carried(error: Exception | None) -> Exception | None:
     """`error`, or its text where pickle cannot carry it."""
     try:

@@ -10,6 +10,13 @@ from typing import Any
 
 SAME_S = 1.0  # seconds; closer SIGINTs are one Ctrl-C, sent by the terminal and forwarded by torchrun
 INTERRUPTED = 128 + signal.SIGINT  # exit code, a shell's code for Ctrl-C
+HELD = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def hold_signals() -> None:
+    """Block SIGTERM and SIGUSR1, which end a process by default, until a `Preemption` takes them: for the time of
+    imports and preflight. Threads and programs that are started meanwhile inherit the mask."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
 
 
 class Preemption:
@@ -47,9 +54,12 @@ class Preemption:
         os.set_blocking(self._writer, False)
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        self._mask_before = signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
         return self
 
     def __exit__(self, kind, *_) -> None:
+        if kind is None:  # what comes between two jobs of a sweep is for the next one
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask_before)
         for number, handler in self._before.items():
             # Repeated signals during the exit must not change the exit code.
             signal.signal(number, signal.SIG_IGN if self.received else handler)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from megatron_tn.checkpoint.ahead import ReadAhead
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, named_checkpoints, step_of
-from megatron_tn.checkpoint.shares import gathered
+from megatron_tn.checkpoint.shares import everyones_problems, gathered
 from megatron_tn.checkpoint.verify import whole_from
 from megatron_tn.config import ConfigError, TrainConfig, differences, to_mapping
 from megatron_tn.parallel.world import first_for_all
@@ -143,8 +143,7 @@ def verified(start: Start, folder: RunFolder, ahead: ReadAhead, resume: int | st
         ConfigError: on all ranks: a checkpoint chosen by hand, or every checkpoint, is damaged.
     """
     while start.checkpoint is not None:
-        found = gathered(ahead.problems(start.checkpoint), ahead.rank, ahead.size)
-        damage = first_for_all(partial(list, chain.from_iterable(found)))
+        damage = everyones_problems(ahead.problems(start.checkpoint), ahead.rank, ahead.size)
         if not damage:
             break
         if start.by_hand:

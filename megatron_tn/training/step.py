@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_tn.device.host_copy import HostCopy
 from megatron_tn.engine.base import Engine
 from megatron_tn.parallel.collectives import all_reduce_
+from megatron_tn.parallel.world import anywhere
 from megatron_tn.training.agreement import Microbatch, agreed_target_tokens
 
 
@@ -42,14 +43,6 @@ def skipped_step(lr: float, *, stop: bool = False) -> StepReport:
     stop: whether this rank received a stop signal.
     """
     return StepReport(math.nan, 0, lr, math.nan, applied=False, stop=anywhere(stop), skipped=True)
-
-
-def anywhere(here: bool) -> bool:
-    """Whether `here` is True on any rank. Collective, on the CPU, without a wait for the GPU."""
-    flag = torch.tensor(int(here))
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag)
 
 
 def run_microbatch(engine: Engine, batch: Microbatch, scale: Tensor, device: torch.device, *, last: bool) -> Tensor:

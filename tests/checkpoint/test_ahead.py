@@ -17,8 +17,8 @@ from megatron_tn.checkpoint.retention import Retention
 from megatron_tn.device.host_memory import HostMemory
 from megatron_tn.device.shared_memory import Address
 from megatron_tn.engine.build import initialize_engine
+from tests.checkpoint.engines import make_engine, reads
 from tests.checkpoint.test_background import content
-from tests.checkpoint.test_save_load import make_engine, reads
 from tests.engine.test_parity import LOCAL
 from tests.helpers.checkpoints import save_checkpoint
 from tests.helpers.ranks import run_shared

@@ -26,7 +26,7 @@ from megatron_tn.engine.build import initialize_engine
 from megatron_tn.parallel.world import join_world
 from megatron_tn.training.hooks.checkpoint import CheckpointEvery
 from megatron_tn.training.state import TrainingState
-from tests.checkpoint.test_save_load import make_engine, one_step
+from tests.checkpoint.engines import make_engine, one_step
 from tests.engine.test_parity import LOCAL, ZERO
 from tests.helpers.checkpoints import save_checkpoint
 from tests.helpers.ranks import run_shared

@@ -1,70 +1,31 @@
 """One format for every engine and layout: saved anywhere, loaded anywhere, bitwise; whole or absent."""
 
-import contextlib
 import dataclasses
-import json
 import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 
 from megatron_tn.checkpoint.ahead import ReadAhead
 from megatron_tn.checkpoint.files import TensorFile
-from megatron_tn.checkpoint.load import Reader, load_checkpoint
-from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, Piece, whole_checkpoints
+from megatron_tn.checkpoint.load import load_checkpoint
+from megatron_tn.checkpoint.manifest import CheckpointManifest, whole_checkpoints
 from megatron_tn.checkpoint.reshard import pieces_of_local_range
 from megatron_tn.checkpoint.retention import Retention
 from megatron_tn.checkpoint.save import CheckpointError
-from megatron_tn.config import ConfigError, EngineConfig, ModelConfig, ParallelConfig, to_mapping
+from megatron_tn.config import EngineConfig, ModelConfig, to_mapping
 from megatron_tn.device.host_memory import HostMemory
-from megatron_tn.engine.build import build_engine, initialize_engine
-from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.engine.build import initialize_engine
 from megatron_tn.training.step import train_step
+from tests.checkpoint.engines import CPU, logical, make_engine, one_step, reads, save_after_two_steps
 from tests.engine.test_parity import FSDP2, LAYOUTS, LOCAL, RMSNORM, ZERO, name_of
 from tests.helpers.checkpoints import load_model, save_checkpoint
-from tests.helpers.models import TINY, TRANSFORMER, Rows, random_batch, tiny_config
-from tests.helpers.ranks import layout, run_shared
-
-CPU = torch.device("cpu")
-
+from tests.helpers.models import TINY, TRANSFORMER, Rows, random_batch
+from tests.helpers.ranks import run_shared
 
 # Rows wide enough that a slice of each is worth reading by itself.
 WIDE = dataclasses.replace(TINY, embed_dim=1024, glu_dim=1536, layers=1)
-
-
-def make_engine(
-    tp: int, engine: EngineConfig, model: ModelConfig = RMSNORM, cp: int = 1, sequence_parallel: bool = False
-):
-    context = layout(tp, cp, sequence_parallel)
-    parallel = ParallelConfig(tp=tp, cp=cp, sequence_parallel=sequence_parallel)
-    config = tiny_config(model=model, engine=engine, parallel=parallel)
-    return config, build_engine(config, context, CPU)
-
-
-def one_step(engine, seed: int) -> float:
-    """One step on the same four rows, however many ranks share them."""
-    dp = engine.context.dp
-    tokens, targets = random_batch(4, 23, RMSNORM, seed=seed)
-    share = 4 // dp.size
-    mine = slice(dp.rank * share, (dp.rank + 1) * share)
-    return train_step(engine, [Rows(tokens[mine], targets[mine])], 1e-2, CPU).loss
-
-
-def save_after_two_steps(
-    folder: Path, tp: int, engine_config: EngineConfig, cp: int = 1, shared: bool = False, model: ModelConfig = RMSNORM
-) -> float:
-    """Save at step 2; return the loss of the step after it. shared: sequence parallel."""
-    config, engine = make_engine(tp, engine_config, model, cp, shared)
-    initialize_engine(engine, seed=5)
-    for seed in range(2):
-        one_step(engine, seed)
-    options = {"config": to_mapping(config), "training": {"step": 2, "tokens": 1}}
-    save_checkpoint(engine, folder, step=2, optimizer_step=2, **options)
-    return one_step(engine, seed=2)
 
 
 def load_and_step(
@@ -95,34 +56,6 @@ def load_and_step(
         engine, again, step=2, optimizer_step=manifest.optimizer_step, config=to_mapping(config), training={}
     )
     return one_step(engine, seed=2)
-
-
-@contextlib.contextmanager
-def reads() -> Iterator[list[int]]:
-    """Bytes of each read of a file, in any thread of this process."""
-    real, counts = os.preadv, []
-
-    def read(descriptor, buffers, at):
-        counts.append(real(descriptor, buffers, at))
-        return counts[-1]
-
-    with mock.patch.object(os, "preadv", read):
-        yield counts
-
-
-def logical(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every kind/NAME of a checkpoint as one whole tensor."""
-    manifest = CheckpointManifest.read(checkpoint)
-    found = {}
-    with Reader(checkpoint, manifest) as reader:
-        for key in manifest.pieces:
-            kind, _, name = key.partition("/")
-            shape = tuple(manifest.shapes[name])
-            whole = torch.empty(shape)
-            box = tuple((0, length) for length in shape)
-            reader.fill(kind, name, shape, Piece(box, 0, whole.numel()), whole.view(-1))
-            found[key] = whole
-    return found
 
 
 # (world, tp, engine[, cp, sequence parallel, model]) at the save -> at the load: every engine, tensor-parallel and
@@ -266,19 +199,6 @@ def test_a_load_leaves_nothing_of_what_memory_held(checkpoint, engine):
     assert len({loss for loss, _ in found}) == 1
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoints")
-    run_shared(1, save_after_two_steps, folder, 1, LOCAL)
-    return folder / "step_00000002"
-
-
-@pytest.fixture
-def copy(checkpoint, tmp_path) -> Path:
-    """A checkpoint that a test may damage."""
-    return Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name))
-
-
 def test_only_fp32_values_without_padding_are_stored(checkpoint):
     manifest = CheckpointManifest.read(checkpoint)
     stored = sum(piece.stop - piece.start for pieces in manifest.pieces.values() for piece in pieces)
@@ -297,69 +217,6 @@ def test_the_model_alone_can_be_loaded(checkpoint):
     stored = logical(checkpoint)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, stored[f"param/{name}"])
-
-
-def damage_file(copy: Path) -> None:
-    file = copy / "rank_00000.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def remove_file(copy: Path) -> None:
-    (copy / "rank_00000.safetensors").unlink()
-
-
-def edit(copy: Path, **changes) -> None:
-    path = copy / MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def remove_piece(copy: Path) -> None:
-    pieces = json.loads((copy / MANIFEST).read_text())["pieces"]
-    pieces["exp_avg/model.final_norm.weight"] = []
-    edit(copy, pieces=pieces)
-
-
-def name_a_file_elsewhere(copy: Path) -> None:
-    pieces = json.loads((copy / MANIFEST).read_text())["pieces"]
-    pieces["exp_avg/model.final_norm.weight"][0]["file"] = "../outside.safetensors"
-    edit(copy, pieces=pieces)
-
-
-def name_a_pickle(copy: Path) -> None:
-    pieces = json.loads((copy / MANIFEST).read_text())["pieces"]
-    pieces["exp_avg/model.final_norm.weight"][0]["file"] = "rank_00000.pt"
-    edit(copy, pieces=pieces)
-
-
-@pytest.mark.parametrize(
-    ("harm", "message"),
-    [
-        (damage_file, "rank_00000.safetensors is damaged"),
-        (remove_file, "rank_00000.safetensors is missing"),
-        (lambda copy: (copy / MANIFEST).unlink(), "is not a checkpoint"),
-        (lambda copy: (copy / MANIFEST).write_text("{"), "is damaged"),
-        (lambda copy: edit(copy, version=99), "format and version"),
-        (remove_piece, "64 elements of exp_avg/model.final_norm.weight are in none"),
-        (name_a_file_elsewhere, "not a safetensors file in its own folder"),
-        (name_a_pickle, "not a safetensors file in its own folder"),
-    ],
-    ids=["truncated", "missing", "no manifest", "bad json", "version", "incomplete", "traversal", "pickle"],
-)
-def test_damage_is_named(copy, harm, message):
-    harm(copy)
-    _, engine = make_engine(1, LOCAL)
-    with pytest.raises(ConfigError, match=message):
-        load_checkpoint(engine, copy)
-
-
-def test_another_model_is_refused(checkpoint):
-    engine = build_engine(tiny_config(), ParallelContext(), CPU)  # norm=simplermsnorm: fewer parameters, same shapes
-    load_checkpoint(engine, checkpoint)
-    engine = build_engine(tiny_config(model=dataclasses.replace(TINY, glu_dim=95)), ParallelContext(), CPU)
-    with pytest.raises(
-        ConfigError, match=r"channel_mixer.l1.weight has shape \[96, 64\], but the model needs \[95, 64\]"
-    ):
-        load_checkpoint(engine, checkpoint)
 
 
 def test_old_checkpoints_go_only_after_the_new_one_is_whole(tmp_path):

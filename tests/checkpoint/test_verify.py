@@ -14,8 +14,8 @@ from megatron_tn.checkpoint.files import write_tensors
 from megatron_tn.checkpoint.manifest import MANIFEST, MOMENTS, Piece
 from megatron_tn.checkpoint.verify import times_covered, verify, whole_from
 from megatron_tn.convert import main as convert
+from tests.checkpoint.engines import save_after_two_steps
 from tests.checkpoint.test_reshard import random_piece
-from tests.checkpoint.test_save_load import save_after_two_steps
 from tests.engine.test_parity import ZERO
 from tests.helpers.ranks import run_shared
 from tests.helpers.training import call

@@ -18,7 +18,7 @@ from data_pipeline.pages.structure import FEWEST_TAGS, MOST_ATTRIBUTES, structur
 from data_pipeline.pages.worker import extract
 from data_pipeline.readers import limit
 from data_pipeline.readers.lines import FEWEST_VALUES, read_jsonl
-from tests.data_pipeline.test_readers import read, source, warc_record
+from tests.data_pipeline.source_factory import read, source, warc_record
 from tests.helpers.peaks import costs_of_reading
 
 WORDS = "Some words of text. "

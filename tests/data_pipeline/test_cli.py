@@ -2,7 +2,6 @@
 
 import errno
 import importlib
-import runpy
 import subprocess
 import sys
 
@@ -99,12 +98,3 @@ def test_help_lists_every_setting_with_its_default(kind, capsys):
         assert "    tokenizer.vocab_size=64000\n" in said
         assert "    sources.NAME.text_key=text\n" in said
         assert said.count("    sources.NAME.priority=0\n") == 1
-
-
-@pytest.mark.parametrize("module", ["data_pipeline.worth", "launch.worth"])
-def test_a_former_name_is_still_a_command(module, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [module, "--help"])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_module(module, run_name="__main__")
-    assert not ended.value.code
-    assert "ablation" in capsys.readouterr().out

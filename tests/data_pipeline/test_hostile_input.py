@@ -21,8 +21,8 @@ from data_pipeline.protected import spans
 from data_pipeline.run import main, run
 from data_pipeline.shards import Manifest
 from tests.data_pipeline.corpus import plant, prose
+from tests.data_pipeline.source_factory import PAGE, read, response, source, warc_record
 from tests.data_pipeline.test_pipeline import arguments, fingerprint
-from tests.data_pipeline.test_readers import PAGE, read, response, source, warc_record
 from tests.helpers.peaks import costs_of_reading
 
 GOOD = b'{"text": "good"}'

@@ -165,6 +165,8 @@ BAD = {
     "unknown choice": ("pipeline=txt", "did you mean text?"),
     "wrong value": ("heldout_fraction=2", "heldout_fraction=2: Input should be less than 1"),
     "wrong type": ("tasks=many", "tasks='many'"),
+    "a boolean for a number": ("tasks=true", "tasks=True must not be a boolean: it would be read as 1"),
+    "a boolean below": ("sources.main.epochs=true", "sources.main.epochs=True must not be a boolean"),
     "vocabulary too small": ("tokenizer.vocab_size=100", "tokenizer.vocab_size=100 must be at least 358"),
     "no such input": ("input=/no/such/folder", "sources.main.path=/no/such/folder: no such folder"),
     "output to a URL": (

@@ -272,6 +272,7 @@ def test_a_bad_sidecar_is_refused_by_name(manifest, content):
         ('{"scores": "../x"}', "scores='../x'"),
         ('{"scores": "a", "measure": "bits"}', "measure='bits'"),
         ('{"scores": "a", "default": [2, 1]}', "low=2.0 is above high=1.0"),
+        ('{"scores": "a", "default": [true, 3]}', "default.0='True': Input should be a valid number"),
         ('{"scores": "a", "treshold": 2}', "treshold"),
         (sys.executable, f"filter={sys.executable}: 'utf-8' codec can't decode"),
     ],
@@ -317,7 +318,6 @@ def test_isolation_bounds_follow_what_is_kept(manifest):
     assert Manifest.load(manifest.directory / "manifest.json").content_hash == manifest.content_hash
 
 
-def test_the_filter_of_the_documentation_loads_by_its_former_name():
-    """conf/selfclean.yaml was its name when it was taken for the settings of the command."""
+def test_the_filter_of_the_documentation_loads():
     conf = Path(__file__).resolve().parents[2] / "conf"
-    assert ScoreFilter.load(str(conf / "selfclean.yaml")) == ScoreFilter.load(str(conf / "score_filter.yaml"))
+    assert ScoreFilter.load(str(conf / "score_filter.yaml")).default == (0.5, 6.0)

@@ -138,6 +138,7 @@ def test_skipped_samples_are_padding_in_every_later_run(manifest):
         ({"weights": {"a": 1}}, "no weight for b, c"),
         ({"epochs": {"a": 0, "code": 0}}, "every source is left out"),
         ({"epochs": {"a": -1}}, r"epochs\.a=-1"),
+        ({"epochs": {"a": True}}, r"epochs\.a=True: Input should be a valid number"),
         ({}, "either epochs or weights"),
         ({"weights": {"a": 1}, "epochs": {"a": 1}}, r"^mixture=\{.*\}: a mixture has either epochs or weights$"),
         ({"wieghts": {"a": 1}}, "wieghts"),

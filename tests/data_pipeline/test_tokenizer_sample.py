@@ -12,7 +12,7 @@ from data_pipeline.run import main, run
 from data_pipeline.sample import allot, strata
 from data_pipeline.tokenizer import ASCII, SPECIAL
 from tests.data_pipeline.corpus import prose
-from tests.data_pipeline.test_readers import source
+from tests.data_pipeline.source_factory import source
 
 HAN = "学习语言模型的数据需要清洗和去重并且保持原文不变我们用字节回退处理罕见字符"
 

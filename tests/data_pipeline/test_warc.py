@@ -10,7 +10,7 @@ import pytest
 import zstandard
 
 from data_pipeline.pages.encodings import codec, decode_page
-from tests.data_pipeline.test_readers import PAGE, read, source, warc_record
+from tests.data_pipeline.source_factory import PAGE, read, source, warc_record
 
 TEXT = "bears fruit & shade"
 BODY = PAGE.encode()

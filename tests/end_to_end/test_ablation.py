@@ -62,7 +62,7 @@ def test_the_better_corpus_wins_and_what_is_done_is_not_done_again(corpora, tmp_
     assert 0.9 * there < kept < there
     filter = json.loads((runs / "selfcleaned-0/config.json").read_text())["data"]["filter"]
     assert filter == str(runs / "selfclean/round_01/filter.json")
-    assert (runs / "worth.png").stat().st_size > 10_000
+    assert (runs / "ablation.png").stat().st_size > 10_000
 
     logs = {path: path.stat().st_mtime_ns for path in runs.glob("*/console.log")}
     assert len(logs) == 4

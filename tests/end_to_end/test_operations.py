@@ -13,6 +13,7 @@ import torch.distributed.run
 from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, whole_checkpoints
 from megatron_tn.train import main as train
 from megatron_tn.training.hooks.profile import Profile
+from megatron_tn.training.preemption import hold_signals
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import TrainingState
 from tests.helpers.training import SMALL, call, fork_ranks, losses, records, train_forked, train_here
@@ -46,9 +47,12 @@ def test_the_best_checkpoint_stays(uninterrupted):
 
 
 def signal_at(overrides: tuple[str, ...], moment: str) -> None:
-    """Rank 1 is told to stop while kernels are checked, or within the evaluation after step 4."""
+    """Rank 1 is told to stop before the preflight, while kernels are checked, or within the evaluation after step 4."""
     import megatron_tn.train as module
 
+    if os.environ["RANK"] == "1" and moment == "start":
+        hold_signals()
+        os.kill(os.getpid(), signal.SIGUSR1)
     if os.environ["RANK"] == "1" and moment == "warm-up":
         module.check_kernels = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
     if os.environ["RANK"] == "1" and moment == "evaluation":
@@ -64,7 +68,7 @@ def signal_at(overrides: tuple[str, ...], moment: str) -> None:
     train_here(overrides)
 
 
-@pytest.mark.parametrize(("moment", "step"), [("warm-up", 1), ("evaluation", 5)])
+@pytest.mark.parametrize(("moment", "step"), [("start", 1), ("warm-up", 1), ("evaluation", 5)])
 def test_told_to_stop_at_any_moment_it_saves_and_goes_on(words, uninterrupted, tmp_path, moment, step):
     run = tmp_path / "run"
     train_forked(2, *words, f"run_dir={run}", function=signal_at, args=(moment,))

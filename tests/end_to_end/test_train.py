@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -41,8 +42,15 @@ def trained(shards, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     settings = (*settings_over(shards), "logging.wandb.mode=offline", "evaluation.prompts=[the cat,'']")
     evaluation = (f"evaluation.manifest={shards}", "evaluation.max_documents=20", "evaluation.prompt_tokens=5")
-    train_forked(2, *settings, *evaluation, f"run_dir={folder / 'run'}")
+    words = (*settings, *evaluation, "logging.progress=true", f"run_dir={folder / 'run'}")
+    train_forked(2, *words, function=train_and_say, args=(str(folder / "said"),))
     return folder / "run"
+
+
+def train_and_say(overrides: tuple[str, ...], said: str) -> None:
+    """Train; standard output goes to the end of the file `said`."""
+    os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND), 1)
+    train_here(overrides)
 
 
 def settings_over(manifest: Path | str) -> tuple[str, ...]:
@@ -65,6 +73,8 @@ def test_it_learns_and_leaves_everything_behind(trained):
     assert [text["prompt"] for text in evaluated["texts"]] == ["the cat", ""]
     assert all(text["text"] for text in evaluated["texts"])
     assert 0 < evaluated["heldout_bits_per_byte"] < 8
+    (progress,) = re.findall(f"^step {STEPS}/.*", (trained.parent / "said").read_text(), re.MULTILINE)
+    assert f"  held-out {evaluated['heldout_loss']:.3f}  " in progress
     values = series_of(RunFolder(trained).records())
     without = {panel.title for section in SECTIONS.values() for panel in section if not keys_of(panel, values)}
     assert without == {"Tasks", "Ranks", "Utilisation", "Peak of a GPU"}  # of every hundredth step, or of a GPU

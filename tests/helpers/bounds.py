@@ -24,7 +24,7 @@ from data_pipeline.shards.cache import Cache
 from data_pipeline.shards.index import build_index
 from data_pipeline.shards.remote import Remote
 from data_pipeline.stream.score_filter import ScoreFilter
-from tests.data_pipeline.test_readers import warc_record
+from tests.data_pipeline.source_factory import warc_record
 from tests.helpers.peaks import costs_of_reading
 from tests.test_hostile_files import TARS
 

@@ -13,7 +13,7 @@ import json, os, sys, time
 from pathlib import Path
 from data_pipeline.readers import ReadSources
 from data_pipeline.pages.client import EXTRACTOR
-from tests.data_pipeline.test_readers import source
+from tests.data_pipeline.source_factory import source
 
 def read(folder, options):
     step = ReadSources({"s": source(folder, **options)}, Path(folder, "quarantine"))

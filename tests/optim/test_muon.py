@@ -25,7 +25,7 @@ from megatron_tn.optim.groups import is_block_matrix, is_decayed, parameter_grou
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.parallel.sharding import ShardSpec
 from megatron_tn.training.step import train_step
-from tests.checkpoint.test_save_load import logical
+from tests.checkpoint.engines import logical
 from tests.engine.test_parity import FSDP2, LOCAL, RMSNORM, ZERO, ZERO_BF16, name_of
 from tests.helpers.checkpoints import save_checkpoint
 from tests.helpers.models import Rows, random_batch, tiny_config

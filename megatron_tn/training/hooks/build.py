@@ -10,6 +10,7 @@ from megatron_tn.checkpoint.background import CheckpointWriter, Save
 from megatron_tn.checkpoint.retention import Retention
 from megatron_tn.config import to_stored
 from megatron_tn.engine.base import Engine
+from megatron_tn.parallel.world import anywhere
 from megatron_tn.training.goodput import process_began
 from megatron_tn.training.hooks import Hook
 from megatron_tn.training.hooks.checkpoint import CheckpointEvery
@@ -23,7 +24,6 @@ from megatron_tn.training.hooks.tensorboard import TensorBoard
 from megatron_tn.training.hooks.weights_and_biases import WeightsAndBiases
 from megatron_tn.training.run import Run
 from megatron_tn.training.state import TrainingState
-from megatron_tn.training.step import anywhere
 from megatron_tn.training.throughput import Work
 
 
@@ -36,7 +36,7 @@ def start_hooks(
     interrupted: Callable[[], bool],
     flops_per_token: int,
 ) -> Sequence[Hook]:
-    """Collective. Sinks, the console and the profile are on global rank 0 alone; the others are on all ranks.
+    """Collective. Sinks, the profile and the console are on global rank 0 alone; the others are on all ranks.
 
     stream_state(sample): the token stream's state at index `sample`. evaluate(progress=f): held-out figures; calls f on
     all ranks every few documents. interrupted: whether this rank received a stop signal. flops_per_token: FLOPs of
@@ -48,6 +48,8 @@ def start_hooks(
     hooks = _of_rank_0(run, work)
     if evaluate is not None:
         hooks.append(_evaluation(run, work, evaluate, interrupted))
+    if run.is_first and config.logging.progress:  # after the evaluation, whose loss it shows
+        hooks.append(ConsoleProgress(config.last_step, work))
     if config.logging.ranks_every:
         hooks.append(RankReport(engine, run.progress, run.report, run.record, config.logging.ranks_every))
     hooks.append(_checkpoints(run, work, engine, stream_state))
@@ -80,8 +82,6 @@ def _of_rank_0(run: Run, work: Work) -> list[Hook]:
     if logging.tensorboard:
         run.sinks.append(TensorBoard(run.folder, settings, figures()))
     hooks: list[Hook] = [*run.sinks]
-    if logging.progress:
-        hooks.append(ConsoleProgress(config.last_step, work))
     if logging.profile:
         hooks.append(Profile(run.folder.profile, logging.profile_skip, logging.profile_steps))
     return hooks
