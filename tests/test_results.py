@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import megatron_tn.benchmark
-from launch.results.__main__ import main, stages
+from launch.results.__main__ import main, stages, told_to_stop
 from launch.results.planned_run import Run
 from launch.results.run_plan import grid_runs, read_plan
 from launch.results.runs import Failed, Programs, TimeUp, end_of
@@ -24,6 +27,7 @@ from megatron_tn.config import (
     from_mapping,
     save,
 )
+from megatron_tn.training.run_folder import RunFolder
 
 PLAN = """
 settings: {experiment: results}
@@ -150,6 +154,65 @@ def test_a_run_that_was_stopped_within_its_last_evaluation(place, programs, monk
         s for _, s in programs if s.get("output", "").endswith("lr=0.001,seed=0/pieces.json") and "ours" in s["output"]
     )
     assert said.get("max_documents") == (None if held_out == "evaluate" else "256")  # as the training's evaluations
+
+
+def test_the_runs_that_do_not_fail_go_on(place, programs, monkeypatch, capsys):
+    """Pieces that read the best of other runs wait, until they are asked for."""
+    run = Programs.run
+
+    def fails(self, module, words, log, gpu=None):
+        if "model=ours" in words:
+            raise Failed(f"{module}: the end of {log}")
+        run(self, module, words, log, gpu)
+
+    monkeypatch.setattr(Programs, "run", fails)
+    assert main(command(place)) == 1
+    assert {row["model"] for row in rows(place)} == {"rival"}
+    assert len(rows(place)) == 4
+    said = capsys.readouterr().out
+    assert "ours,optim.lr=0.001,seed=0: failed: megatron_tn.train: the end of " in said
+    failed = [f"ours,optim.lr={lr},seed=0" for lr in (0.001, 0.002, 0.004)]
+    waiting = [f"piece {piece}: not begun, since it reads the best of other runs" for piece in ("seeds", "again")]
+    assert said.split("failed:\n")[1].splitlines() == [
+        f"  {line}" for line in (*failed, "ours,benchmark.loop_steps=20", *waiting)
+    ]
+
+
+def test_a_run_that_was_told_to_stop_has_no_row(place, programs, monkeypatch):
+    """The trainer saves and exits with 0, and the same command goes on."""
+    run, states = Programs.run, ["preempted", "finished"]
+
+    def stopped(self, module, words, log, gpu=None):
+        run(self, module, words, log, gpu)
+        if module == "megatron_tn.train":
+            log.with_name("status.json").write_text(json.dumps({"state": states.pop(0), "step": 2}))
+
+    monkeypatch.setattr(Programs, "run", stopped)
+    (place / "plan.yaml").write_text("pieces: {one: [{model: [ours], optim.lr: [1.0e-3], seed: [0]}]}")
+    assert main(command(place)) == 1
+    assert not (place / "rows.jsonl").exists()
+    assert main(command(place)) == 0
+    assert len(rows(place)) == 1
+
+
+def test_runs_of_one_name_are_apart_by_plan_and_each_plan_is_run_once_at_a_time(place, programs, capsys):
+    (place / "other.yaml").write_text(PLAN)
+    assert main(command(place, "--pieces", "rates")) == 0
+    assert main(command(place, "--pieces", "rates", "--plan", str(place / "other.yaml"))) == 0
+    folders = [said["run_dir"] for module, said in programs if module == "megatron_tn.train"]
+    assert len(set(folders)) == len(folders) == 12
+    if not (other := os.fork()):  # locks are those of a process
+        RunFolder(place / "runs" / "other").claim()
+        os.kill(os.getpid(), signal.SIGSTOP)
+    os.waitpid(other, os.WUNTRACED)
+    try:
+        with pytest.raises(SystemExit):
+            main(command(place, "--plan", str(place / "other.yaml")))
+        assert f"process {other}) runs other there" in capsys.readouterr().err
+        assert main(command(place, "--pieces", "rates")) == 0
+    finally:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
 
 
 def test_pieces_share_the_gpus_unless_one_reads_the_rows_of_another():
@@ -295,8 +358,8 @@ def test_a_failure_has_the_end_of_its_log_and_stops_what_waits(tmp_path):
     assert end_of(tmp_path / "log") == "Error: why"
 
 
-def test_a_program_is_told_to_stop_at_the_deadline(tmp_path, monkeypatch):
-    """It gets SIGTERM, as a training run does that then saves; no further one starts."""
+def test_a_signal_tells_programs_to_stop(tmp_path, monkeypatch):
+    """They get SIGTERM, as a training run does that then saves; no further one starts."""
     (tmp_path / "waits.py").write_text(
         "import signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(143)))\n"
@@ -305,16 +368,17 @@ def test_a_program_is_told_to_stop_at_the_deadline(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     programs, log = Programs(), tmp_path / "log"
 
-    def left() -> float | None:
-        if not log.exists():
-            return None
-        while "ready" not in log.read_text():
+    def send() -> None:
+        while not log.exists() or "ready" not in log.read_text():
             time.sleep(0.05)
-        return 0.0
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(programs, "left", left)
-    with pytest.raises(TimeUp):
-        programs.run("waits", [], log)
+    before = signal.getsignal(signal.SIGTERM)
+    with told_to_stop(programs):
+        threading.Thread(target=send).start()
+        with pytest.raises(TimeUp):
+            programs.run("waits", [], log)
     assert log.read_text() == "ready\nsaved\n"
+    assert signal.getsignal(signal.SIGTERM) is before
     with pytest.raises(TimeUp):
         programs.run("waits", [], log)

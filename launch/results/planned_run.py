@@ -11,7 +11,7 @@ from typing import Any
 
 from kernels.bench import rows
 from launch.results.run_plan import OF_ALL, RESULT, SPLITS, Row
-from launch.results.runs import Programs
+from launch.results.runs import Failed, Programs, TimeUp
 from megatron_tn.training.run_folder import RunFolder
 
 LOOP = "training loop"  # name of the row of a measured run
@@ -19,7 +19,7 @@ LOOP = "training loop"  # name of the row of a measured run
 
 @dataclass(frozen=True)
 class Run:
-    """A run of a plan: settings that all runs share, its own, the folder of all runs, and its evaluations."""
+    """A run of a plan: settings that all runs share, its own, the folder of all plans' runs, and its evaluations."""
 
     plan: str
     shared: dict[str, Any]
@@ -38,7 +38,7 @@ class Run:
 
     @property
     def folder(self) -> RunFolder:
-        return RunFolder(self.runs / self.name.replace("/", "-"))
+        return RunFolder(self.runs / self.plan / self.name.replace("/", "-"))
 
     @property
     def is_benchmark(self) -> bool:
@@ -79,6 +79,10 @@ class Run:
             asked["evaluation.max_documents"] = options.documents
         words = [f"{key}={value}" for key, value in asked.items()]
         programs.run("megatron_tn.train", [*words, *options.overrides], folder / "console.log", gpu)
+        if self.folder.status().get("state") == "preempted":
+            if programs.left() == 0:
+                raise TimeUp
+            raise Failed(f"{self.name}: told to stop at step {self.folder.status()['step']}")
         evaluations, found = self.evaluations, {}
         if self.is_read_from_curve and self._ended() not in self._curve():  # stopped within its last evaluation
             most = self.folder.frozen_config().evaluation.max_documents
