@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import signal
 import threading
@@ -129,6 +130,29 @@ def test_the_last_evaluation_of_the_training_is_enough_where_the_plan_says_so(pl
     assert {(row["value"], row["long"], row.get("whole")) for row in rows(place)} == {(1.5, 9.0, None)}
 
 
+def test_a_run_that_diverged_has_a_row(place, programs, monkeypatch, capsys):
+    """Its journal has null for what is not finite."""
+    pieces = "pieces: {one: [{model: [ours], optim.lr: [1.0e-3], seed: [0]}]}"
+    (place / "plan.yaml").write_text(f"held_out: curve\nsettings: {{data.filter: null}}\n{pieces}")
+    monkeypatch.setattr("launch.results.__main__.REPORT_S", 0.01)
+    run = Programs.run
+
+    def diverged(self, module, words, log, gpu=None):
+        run(self, module, words, log, gpu)
+        journal = log.with_name("log.jsonl")
+        journal.write_text(journal.read_text().replace("3.0", "null").replace("1.5", "null"))
+        until = time.monotonic() + 10
+        while "step 2, loss not finite" not in capsys.readouterr().out:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
+    monkeypatch.setattr(Programs, "run", diverged)
+    assert main(command(place)) == 0
+    assert math.isnan(rows(place)[0]["value"])
+    assert rows(place)[0]["curve"] == "2.000:nan"
+    assert programs[0][1]["data.filter"] == "null"
+
+
 @pytest.mark.parametrize("held_out", ["evaluate", "curve"])
 def test_a_run_that_was_stopped_within_its_last_evaluation(place, programs, monkeypatch, held_out):
     """Its curve ends before the training does: the last value of it is no figure of the run, which is evaluated."""
@@ -231,6 +255,7 @@ def test_pieces_share_the_gpus_unless_one_reads_the_rows_of_another():
 def test_the_best_rate_is_that_of_the_variant():
     rows = [{"name": "result", "model": "ours", "lr": lr, "value": bits} for lr, bits in ((1e-3, 1.2), (2e-3, 1.3))]
     rows += [row | {"variant": "muon", "value": 3 - row["value"]} for row in rows]
+    rows = [rows[0] | {"lr": 4e-3, "value": math.nan}, *rows]  # of a run that diverged
     for asked, lr in (("best of ours", 1e-3), ("best of ours muon", 2e-3)):
         assert [*grid_runs({"optim.lr": [asked]}, rows)] == [{"optim.lr": lr}]
 
@@ -285,6 +310,8 @@ BAD_PLANS = {
     "{pieces: {}, evaluations: {long: {split: train, batch: 1}}}": "evaluations.long: unknown setting batch; did you",
     "[pieces]": "it holds ['pieces'], not keys and values: a plan has settings, pieces, evaluations, held_out",
     "": "it holds None, not keys and values",
+    "{pieces: {a: [], a: []}}": "a is there twice in one mapping, at line 1",
+    "{pieces: {a: [{seed: [0], seed: [1]}]}}": "seed is there twice in one mapping, at line 1",
     "{": "no plan: while parsing",
 }
 
@@ -299,11 +326,15 @@ def test_bad_input_is_said_before_anything_runs(place, programs, capsys):
         for n, t in enumerate(BAD_PLANS)
     ]
     (place / "torn.jsonl").write_text('{"name": "result", "plan')
+    (place / "number.jsonl").write_text("5\n")
+    (place / "other.jsonl").write_text('{"name": "result", "model": "ours"}\n')
+    (place / "bytes.jsonl").write_bytes(b"\xff\xfe\n")
+    no_rows = (("number.jsonl", "'int' object"), ("other.jsonl", "plan is missing"), ("bytes.jsonl", "Expecting value"))
     for words, line in (
         *plans,
         (command(place, "--pieces", "rate"), "--pieces rate: "),
         (command(place, "--pieces", "rate"), "has rates, seeds, again, speed"),
-        (command(place, "--pieces", "seeds"), "optim.lr=best of ours: no run of ours has a row yet"),
+        (command(place, "--pieces", "speed", "seeds"), "optim.lr=best of ours: no run of ours has a row yet"),
         (command(place, "--plan", str(place / "none.yaml")), "none.yaml: no plan: [Errno 2] No such file"),
         (command(place, "--data", str(place)), "/train/manifest.json; python -m data_pipeline.corpus.join makes it"),
         (command(place, "--at-once", "0"), "--at-once 0 must be at least 1"),
@@ -311,6 +342,7 @@ def test_bad_input_is_said_before_anything_runs(place, programs, capsys):
         (command(place, "--documents", "-1"), "--documents -1 must be at least 0"),
         (command(place, "--output", str(place)), f"--output={place} is a folder: name a file"),
         (command(place, "--output", str(place / "torn.jsonl")), "torn.jsonl: line 1 is no row (Unterminated string"),
+        *((command(place, "--output", str(place / name)), f"{name}: line 1 is no row ({why}") for name, why in no_rows),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(words)

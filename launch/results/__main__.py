@@ -29,25 +29,42 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kernels.bench import rows
-from launch.results.planned_run import Run, runs_per_gpu
-from launch.results.run_plan import BEST, SPLITS, Bad, Row, grid_runs, read_plan
+from launch.results.planned_run import LOOP, Run, runs_per_gpu
+from launch.results.run_plan import BEST, RESULT, SPLITS, Bad, Row, grid_runs, read_plan
 from launch.results.runs import Failed, Programs, TimeUp
 from megatron_tn.config import unwritable
 from megatron_tn.training.run_folder import RunFolder
 
 FAILED, TIME_UP = 1, 3
+OF_ROWS = {RESULT: ("plan", "run", "model", "lr", "value"), LOOP: ("command",)}  # name of a row -> keys that it needs
 REPORT_S = 20.0  # between two lines on the runs under way
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Raises Bad where a kill cut a line off."""
+    """Raises Bad for a line that is no row, as where a kill cut one off."""
     found = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
         try:
             found.append(json.loads(line))
-        except ValueError as error:
+            if missing := [key for key in OF_ROWS.get(found[-1]["name"], ()) if key not in found[-1]]:
+                raise ValueError(f"{missing[0]} is missing")
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise Bad(f"--output {path}: line {number} is no row ({error}): remove it") from None
     return found
+
+
+def check_best(together: list[list[str]], plan: dict, options: argparse.Namespace) -> None:
+    """Raises Bad for a "best of" runs that neither have rows nor are among the pieces before."""
+    there = {(row.get("model"), row.get("variant", "")) for row in read_rows(options.output) if row["name"] == RESULT}
+    for pieces in together:
+        grids = [grid for piece in pieces for grid in plan["pieces"][piece]]
+        chosen = [dict(zip(grid, own, strict=True)) for grid in grids for own in itertools.product(*grid.values())]
+        for key, value in itertools.chain.from_iterable(own.items() for own in chosen):
+            asked = BEST.fullmatch(str(value))
+            if asked and not there & {(asked[1], asked[2] or ""), (None, asked[2] or "")}:
+                raise Bad(f"{key}={value}: no run of {value.removeprefix('best of ')} has a row yet, or comes before")
+        runs = [Run(options.plan.stem, plan["settings"], own, options.runs, {}) for own in chosen]
+        there |= {((run.shared | run.own).get("model"), run.variant) for run in runs}  # None: an experiment says it
 
 
 def stages(pieces: list[str], plan: dict) -> list[list[str]]:
@@ -138,7 +155,8 @@ def train(
         while not ended.wait(REPORT_S):
             for run in list(under_way.values()):
                 if records := run.folder.records("loss"):
-                    say(f"  {run.name}: step {records[-1]['step']}, loss {records[-1]['loss']:.3f}")
+                    step, loss = (records[-1][key] for key in ("step", "loss"))
+                    say(f"  {run.name}: step {step}, loss {'not finite' if loss is None else f'{loss:.3f}'}")
 
     reporter = threading.Thread(target=report, daemon=True)
     reporter.start()
@@ -228,6 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run_pieces(plan: dict, options: argparse.Namespace, programs: Programs) -> int:
     """Runs the pieces; returns the exit code. Raises Bad."""
     together = stages(options.pieces or list(plan["pieces"]), plan)
+    check_best(together, plan, options)
     failed: list[Run] = []
     waiting: list[str] = []  # pieces that may read the rows of failed runs
     left: list[Run] = []

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import shlex
 import statistics
 import time
@@ -47,7 +48,7 @@ class Run:
     def has_row(self, known: list[Row], overrides: list[str]) -> bool:
         """Whether one of the rows is this run's. overrides: settings that this call adds to every run."""
         if self.is_benchmark:
-            asked = {f"{key}={value}" for key, value in (self.shared | self.own).items()} - set(overrides)
+            asked = {*words_of(self.shared | self.own)} - set(overrides)
             return any(row["name"] == LOOP and asked == settings_of(row) - set(overrides) for row in known)
         return any(row["name"] == RESULT and (row["plan"], row["run"]) == (self.plan, self.name) for row in known)
 
@@ -65,7 +66,7 @@ class Run:
 
     def measure(self, programs: Programs, options: argparse.Namespace) -> None:
         """Appends the rows of megatron_tn.benchmark to the output. Raises Failed and TimeUp."""
-        words = [f"{key}={value}" for key, value in (self.shared | self.own).items()]
+        words = words_of(self.shared | self.own)
         words += [f"run_dir={self.folder.path}", f"benchmark.output={options.output}", *options.overrides]
         programs.run("megatron_tn.benchmark", words, self.folder.path / "console.log")
 
@@ -77,7 +78,7 @@ class Run:
         asked |= {"data.manifest": manifests["train"], "evaluation.manifest": manifests["pieces"]}
         if options.documents and self.is_read_from_curve:
             asked["evaluation.max_documents"] = options.documents
-        words = [f"{key}={value}" for key, value in asked.items()]
+        words = words_of(asked)
         programs.run("megatron_tn.train", [*words, *options.overrides], folder / "console.log", gpu)
         if self.folder.status().get("state") == "preempted":
             if programs.left() == 0:
@@ -92,7 +93,7 @@ class Run:
             words = [f"checkpoint={folder}", f"manifest={manifests[settings.pop('split')]}", f"output={output}"]
             if options.documents:
                 settings["max_documents"] = options.documents
-            words += [f"{key}={value}" for key, value in settings.items()]
+            words += words_of(settings)
             programs.run("megatron_tn.evaluate", words, folder / "console.log", gpu)
             found[name] = json.loads(output.read_text())
         return self._row(found, runs_per_gpu(options), time.monotonic() - began if is_new else None)
@@ -103,8 +104,9 @@ class Run:
         return "pieces" not in self.evaluations
 
     def _curve(self) -> dict[int, float]:
-        """Step -> held-out bits per byte of the training's evaluations, in order."""
-        return {record["step"]: record["heldout_bits_per_byte"] for record in self.folder.records("heldout_loss")}
+        """Step -> held-out bits per byte of the training's evaluations, in order. The journal has null for NaN."""
+        values = {record["step"]: record["heldout_bits_per_byte"] for record in self.folder.records("heldout_loss")}
+        return {step: math.nan if value is None else value for step, value in values.items()}
 
     def _ended(self) -> int:
         """The last step of the run so far."""
@@ -157,6 +159,11 @@ class Run:
             global_batch=config.data.global_batch,
             **figures,
         )
+
+
+def words_of(settings: dict[str, Any]) -> list[str]:
+    """KEY=VALUE of each setting, for a command line."""
+    return [f"{key}={'null' if value is None else value}" for key, value in settings.items()]
 
 
 def by_part(kind: str, parts: dict[str, Row]) -> Row:
