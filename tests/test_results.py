@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 import megatron_tn.benchmark
 from launch.results.__main__ import main, stages, told_to_stop
 from launch.results.planned_run import Run
-from launch.results.run_plan import grid_runs, read_plan
+from launch.results.run_plan import Bad, grid_runs, read_plan
 from launch.results.runs import Failed, Programs, TimeUp, end_of
 from megatron_tn import cli
 from megatron_tn.config import (
@@ -148,8 +148,7 @@ def test_a_run_that_diverged_has_a_row(place, programs, monkeypatch, capsys):
 
     monkeypatch.setattr(Programs, "run", diverged)
     assert main(command(place)) == 0
-    assert math.isnan(rows(place)[0]["value"])
-    assert rows(place)[0]["curve"] == "2.000:nan"
+    assert (rows(place)[0]["value"], rows(place)[0]["curve"]) == (math.inf, "2.000:inf")
     assert programs[0][1]["data.filter"] == "null"
 
 
@@ -255,9 +254,11 @@ def test_pieces_share_the_gpus_unless_one_reads_the_rows_of_another():
 def test_the_best_rate_is_that_of_the_variant():
     rows = [{"name": "result", "model": "ours", "lr": lr, "value": bits} for lr, bits in ((1e-3, 1.2), (2e-3, 1.3))]
     rows += [row | {"variant": "muon", "value": 3 - row["value"]} for row in rows]
-    rows = [rows[0] | {"lr": 4e-3, "value": math.nan}, *rows]  # of a run that diverged
+    rows.append(rows[0] | {"variant": "fp8", "value": math.inf})
     for asked, lr in (("best of ours", 1e-3), ("best of ours muon", 2e-3)):
         assert [*grid_runs({"optim.lr": [asked]}, rows)] == [{"optim.lr": lr}]
+    with pytest.raises(Bad, match="no run of ours fp8 that did not diverge has a row yet"):
+        [*grid_runs({"optim.lr": ["best of ours fp8"]}, rows)]
 
 
 def test_a_run_that_cannot_end_in_time_does_not_begin(place, programs, capsys, monkeypatch):

@@ -46,7 +46,7 @@ def read_rows(path: Path) -> list[Row]:
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
         try:
             found.append(json.loads(line))
-            if missing := [key for key in OF_ROWS.get(found[-1]["name"], ()) if key not in found[-1]]:
+            if missing := [key for key in OF_ROWS.get(found[-1]["name"], ()) if found[-1].get(key) is None]:
                 raise ValueError(f"{missing[0]} is missing")
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise Bad(f"--output {path}: line {number} is no row ({error}): remove it") from None

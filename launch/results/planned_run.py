@@ -104,9 +104,9 @@ class Run:
         return "pieces" not in self.evaluations
 
     def _curve(self) -> dict[int, float]:
-        """Step -> held-out bits per byte of the training's evaluations, in order. The journal has null for NaN."""
-        values = {record["step"]: record["heldout_bits_per_byte"] for record in self.folder.records("heldout_loss")}
-        return {step: math.nan if value is None else value for step, value in values.items()}
+        """Step -> held-out bits per byte of the training's evaluations, in order."""
+        records = self.folder.records("heldout_loss")
+        return {record["step"]: comparable(record["heldout_bits_per_byte"]) for record in records}
 
     def _ended(self) -> int:
         """The last step of the run so far."""
@@ -120,7 +120,7 @@ class Run:
         curve, ended = self._curve(), self._ended()
         tokens = {record["step"]: record["tokens"] for record in self.folder.records("tokens")}  # skipped steps, too
         if self.is_read_from_curve and "pieces" in found:
-            curve[ended] = found["pieces"]["bits_per_byte"]["model"]
+            curve[ended] = comparable(found["pieces"]["bits_per_byte"]["model"])
         value = curve.get(ended)
         figures = {
             "peak_gib": max(memory, default=None),
@@ -135,7 +135,7 @@ class Run:
         for name, of in found.items():
             bits = of["bits_per_byte"]
             if name == "pieces":
-                value = bits["model"]
+                value = comparable(bits["model"])
                 figures |= {"heldout_tokens": of["tokens"], "heldout_bytes": of["text_bytes"]}
                 figures |= {"gzip": bits["gzip -9"], "xz": bits["xz -9"]} | by_part("sources", of["sources"])
             elif name == "heldout":
@@ -159,6 +159,11 @@ class Run:
             global_batch=config.data.global_batch,
             **figures,
         )
+
+
+def comparable(bits: float | None) -> float:
+    """Bits per byte of a model; of one that diverged infinity, for NaN and for the journal's null."""
+    return bits if bits is not None and math.isfinite(bits) else math.inf
 
 
 def words_of(settings: dict[str, Any]) -> list[str]:

@@ -114,7 +114,8 @@ def _resolved(key: str, value: Any, done: list[Row]) -> Any:
     column = key.rpartition(".")[2]
     asked = (RESULT, wanted[1], wanted[2] or "")
     found = [row for row in done if (row["name"], row.get("model"), row.get("variant", "")) == asked]
-    found = [row for row in found if math.isfinite(row["value"] or math.nan)]  # not of a run that diverged
+    diverged = " that did not diverge" if found else ""
+    found = [row for row in found if math.isfinite(row["value"])]
     if not found:
-        raise Bad(f"{key}={value}: no run of {wanted[0].removeprefix('best of ')} has a row yet")
+        raise Bad(f"{key}={value}: no run of {wanted[0].removeprefix('best of ')}{diverged} has a row yet")
     return min(found, key=lambda row: row["value"])[column]
