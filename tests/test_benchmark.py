@@ -120,6 +120,15 @@ def mock_out_of_memory(*_):
     raise torch.OutOfMemoryError
 
 
+def test_a_row_begins_a_line(tmp_path):
+    output = tmp_path / "rows.jsonl"
+    for text in ("", '{"name": "edited"}', '{"name": "edited"}\n'):
+        output.write_text(text)
+        rows.append(output, [{"name": "one"}, {"name": "other"}])
+        found = [json.loads(line)["name"] for line in output.read_text().splitlines()]
+        assert found == ["edited"] * bool(text) + ["one", "other"]
+
+
 def test_a_row_says_how_to_repeat_it():
     words = ["/usr/bin/python3", "-u", "-m", "megatron_tn.benchmark", "model=1b", "run_dir=my run"]
     assert rows.command(words, {}) == "python -m megatron_tn.benchmark model=1b 'run_dir=my run'"

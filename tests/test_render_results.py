@@ -101,7 +101,10 @@ def test_the_page_shows_means_and_spread_of_seeds():
         RESULT | {"seed": seed, "value": 1.2 + seed / 10, "sources/code": 0.8, "positions/64": 1.5} for seed in (0, 1)
     ]
     page = "".join(f"<!-- rows: {name} -->\n<!-- end of rows -->\n" for name in ("50m", "50m positions", "curves"))
-    lines = fill(page, found, render_results.tables()).splitlines()
+    diverged = found[0] | {"lr": 0.004, "value": float("inf"), "curve": "60.0:inf"}
+    lines = fill(page, [diverged, *found], render_results.tables()).splitlines()
+    assert render_results.curves([diverged, *found]) == {"50m": found}
+    assert "| 50m | 0.004 | 1 | 60.0 M | 1 of 1 diverged | 0.8000 |  |  |  | H200 | 0123456 |" in lines
     assert "| 50m | 0.002 | 2 | 60.0 M | 1.2500 ± 0.0707 | 0.8000 ± 0.0000 |  |  |  | H200 | 0123456 |" in lines
     assert "| 50m | 0.002 |  | 1.5000 ± 0.0000 |  |  |  |  |" in lines
     assert "![held-out bits per byte by tokens and by seconds](results.png)" in lines

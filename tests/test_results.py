@@ -2,6 +2,10 @@
 
 import itertools
 import json
+import math
+import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -10,9 +14,9 @@ import pytest
 from omegaconf import OmegaConf
 
 import megatron_tn.benchmark
-from launch.results.__main__ import main, stages
+from launch.results.__main__ import main, stages, told_to_stop
 from launch.results.planned_run import Run
-from launch.results.run_plan import grid_runs, read_plan
+from launch.results.run_plan import Bad, grid_runs, read_plan
 from launch.results.runs import Failed, Programs, TimeUp, end_of
 from megatron_tn import cli
 from megatron_tn.config import (
@@ -24,6 +28,7 @@ from megatron_tn.config import (
     from_mapping,
     save,
 )
+from megatron_tn.training.run_folder import RunFolder
 
 PLAN = """
 settings: {experiment: results}
@@ -125,6 +130,28 @@ def test_the_last_evaluation_of_the_training_is_enough_where_the_plan_says_so(pl
     assert {(row["value"], row["long"], row.get("whole")) for row in rows(place)} == {(1.5, 9.0, None)}
 
 
+def test_a_run_that_diverged_has_a_row(place, programs, monkeypatch, capsys):
+    """Its journal has null for what is not finite."""
+    pieces = "pieces: {one: [{model: [ours], optim.lr: [1.0e-3], seed: [0]}]}"
+    (place / "plan.yaml").write_text(f"held_out: curve\nsettings: {{data.filter: null}}\n{pieces}")
+    monkeypatch.setattr("launch.results.__main__.REPORT_S", 0.01)
+    run = Programs.run
+
+    def diverged(self, module, words, log, gpu=None):
+        run(self, module, words, log, gpu)
+        journal = log.with_name("log.jsonl")
+        journal.write_text(journal.read_text().replace("3.0", "null").replace("1.5", "null"))
+        until = time.monotonic() + 10
+        while "step 2, loss not finite" not in capsys.readouterr().out:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
+    monkeypatch.setattr(Programs, "run", diverged)
+    assert main(command(place)) == 0
+    assert (rows(place)[0]["value"], rows(place)[0]["curve"]) == (math.inf, "2.000:inf")
+    assert programs[0][1]["data.filter"] == "null"
+
+
 @pytest.mark.parametrize("held_out", ["evaluate", "curve"])
 def test_a_run_that_was_stopped_within_its_last_evaluation(place, programs, monkeypatch, held_out):
     """Its curve ends before the training does: the last value of it is no figure of the run, which is evaluated."""
@@ -152,6 +179,65 @@ def test_a_run_that_was_stopped_within_its_last_evaluation(place, programs, monk
     assert said.get("max_documents") == (None if held_out == "evaluate" else "256")  # as the training's evaluations
 
 
+def test_the_runs_that_do_not_fail_go_on(place, programs, monkeypatch, capsys):
+    """Pieces that read the best of other runs wait, until they are asked for."""
+    run = Programs.run
+
+    def fails(self, module, words, log, gpu=None):
+        if "model=ours" in words:
+            raise Failed(f"{module}: the end of {log}")
+        run(self, module, words, log, gpu)
+
+    monkeypatch.setattr(Programs, "run", fails)
+    assert main(command(place)) == 1
+    assert {row["model"] for row in rows(place)} == {"rival"}
+    assert len(rows(place)) == 4
+    said = capsys.readouterr().out
+    assert "ours,optim.lr=0.001,seed=0: failed: megatron_tn.train: the end of " in said
+    failed = [f"ours,optim.lr={lr},seed=0" for lr in (0.001, 0.002, 0.004)]
+    waiting = [f"piece {piece}: not begun, since it reads the best of other runs" for piece in ("seeds", "again")]
+    assert said.split("failed:\n")[1].splitlines() == [
+        f"  {line}" for line in (*failed, "ours,benchmark.loop_steps=20", *waiting)
+    ]
+
+
+def test_a_run_that_was_told_to_stop_has_no_row(place, programs, monkeypatch):
+    """The trainer saves and exits with 0, and the same command goes on."""
+    run, states = Programs.run, ["preempted", "finished"]
+
+    def stopped(self, module, words, log, gpu=None):
+        run(self, module, words, log, gpu)
+        if module == "megatron_tn.train":
+            log.with_name("status.json").write_text(json.dumps({"state": states.pop(0), "step": 2}))
+
+    monkeypatch.setattr(Programs, "run", stopped)
+    (place / "plan.yaml").write_text("pieces: {one: [{model: [ours], optim.lr: [1.0e-3], seed: [0]}]}")
+    assert main(command(place)) == 1
+    assert not (place / "rows.jsonl").exists()
+    assert main(command(place)) == 0
+    assert len(rows(place)) == 1
+
+
+def test_runs_of_one_name_are_apart_by_plan_and_each_plan_is_run_once_at_a_time(place, programs, capsys):
+    (place / "other.yaml").write_text(PLAN)
+    assert main(command(place, "--pieces", "rates")) == 0
+    assert main(command(place, "--pieces", "rates", "--plan", str(place / "other.yaml"))) == 0
+    folders = [said["run_dir"] for module, said in programs if module == "megatron_tn.train"]
+    assert len(set(folders)) == len(folders) == 12
+    if not (other := os.fork()):  # locks are those of a process
+        RunFolder(place / "runs" / "other").claim()
+        os.kill(os.getpid(), signal.SIGSTOP)
+    os.waitpid(other, os.WUNTRACED)
+    try:
+        with pytest.raises(SystemExit):
+            main(command(place, "--plan", str(place / "other.yaml")))
+        assert f"process {other}) runs other there" in capsys.readouterr().err
+        assert main(command(place, "--pieces", "rates")) == 0
+    finally:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+
+
 def test_pieces_share_the_gpus_unless_one_reads_the_rows_of_another():
     pieces = {
         "rates": [{"optim.lr": [0.1, 0.2]}],
@@ -168,8 +254,11 @@ def test_pieces_share_the_gpus_unless_one_reads_the_rows_of_another():
 def test_the_best_rate_is_that_of_the_variant():
     rows = [{"name": "result", "model": "ours", "lr": lr, "value": bits} for lr, bits in ((1e-3, 1.2), (2e-3, 1.3))]
     rows += [row | {"variant": "muon", "value": 3 - row["value"]} for row in rows]
+    rows.append(rows[0] | {"variant": "fp8", "value": math.inf})
     for asked, lr in (("best of ours", 1e-3), ("best of ours muon", 2e-3)):
         assert [*grid_runs({"optim.lr": [asked]}, rows)] == [{"optim.lr": lr}]
+    with pytest.raises(Bad, match="no run of ours fp8 that did not diverge has a row yet"):
+        [*grid_runs({"optim.lr": ["best of ours fp8"]}, rows)]
 
 
 def test_a_run_that_cannot_end_in_time_does_not_begin(place, programs, capsys, monkeypatch):
@@ -222,6 +311,8 @@ BAD_PLANS = {
     "{pieces: {}, evaluations: {long: {split: train, batch: 1}}}": "evaluations.long: unknown setting batch; did you",
     "[pieces]": "it holds ['pieces'], not keys and values: a plan has settings, pieces, evaluations, held_out",
     "": "it holds None, not keys and values",
+    "{pieces: {a: [], a: []}}": "a is there twice in one mapping, at line 1",
+    "{pieces: {a: [{seed: [0], seed: [1]}]}}": "seed is there twice in one mapping, at line 1",
     "{": "no plan: while parsing",
 }
 
@@ -236,11 +327,15 @@ def test_bad_input_is_said_before_anything_runs(place, programs, capsys):
         for n, t in enumerate(BAD_PLANS)
     ]
     (place / "torn.jsonl").write_text('{"name": "result", "plan')
+    (place / "number.jsonl").write_text("5\n")
+    (place / "other.jsonl").write_text('{"name": "result", "model": "ours"}\n')
+    (place / "bytes.jsonl").write_bytes(b"\xff\xfe\n")
+    no_rows = (("number.jsonl", "'int' object"), ("other.jsonl", "plan is missing"), ("bytes.jsonl", "Expecting value"))
     for words, line in (
         *plans,
         (command(place, "--pieces", "rate"), "--pieces rate: "),
         (command(place, "--pieces", "rate"), "has rates, seeds, again, speed"),
-        (command(place, "--pieces", "seeds"), "optim.lr=best of ours: no run of ours has a row yet"),
+        (command(place, "--pieces", "speed", "seeds"), "optim.lr=best of ours: no run of ours has a row yet"),
         (command(place, "--plan", str(place / "none.yaml")), "none.yaml: no plan: [Errno 2] No such file"),
         (command(place, "--data", str(place)), "/train/manifest.json; python -m data_pipeline.corpus.join makes it"),
         (command(place, "--at-once", "0"), "--at-once 0 must be at least 1"),
@@ -248,6 +343,7 @@ def test_bad_input_is_said_before_anything_runs(place, programs, capsys):
         (command(place, "--documents", "-1"), "--documents -1 must be at least 0"),
         (command(place, "--output", str(place)), f"--output={place} is a folder: name a file"),
         (command(place, "--output", str(place / "torn.jsonl")), "torn.jsonl: line 1 is no row (Unterminated string"),
+        *((command(place, "--output", str(place / name)), f"{name}: line 1 is no row ({why}") for name, why in no_rows),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(words)
@@ -295,8 +391,8 @@ def test_a_failure_has_the_end_of_its_log_and_stops_what_waits(tmp_path):
     assert end_of(tmp_path / "log") == "Error: why"
 
 
-def test_a_program_is_told_to_stop_at_the_deadline(tmp_path, monkeypatch):
-    """It gets SIGTERM, as a training run does that then saves; no further one starts."""
+def test_a_signal_tells_programs_to_stop(tmp_path, monkeypatch):
+    """They get SIGTERM, as a training run does that then saves; no further one starts."""
     (tmp_path / "waits.py").write_text(
         "import signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(143)))\n"
@@ -305,16 +401,17 @@ def test_a_program_is_told_to_stop_at_the_deadline(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     programs, log = Programs(), tmp_path / "log"
 
-    def left() -> float | None:
-        if not log.exists():
-            return None
-        while "ready" not in log.read_text():
+    def send() -> None:
+        while not log.exists() or "ready" not in log.read_text():
             time.sleep(0.05)
-        return 0.0
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(programs, "left", left)
-    with pytest.raises(TimeUp):
-        programs.run("waits", [], log)
+    before = signal.getsignal(signal.SIGTERM)
+    with told_to_stop(programs):
+        threading.Thread(target=send).start()
+        with pytest.raises(TimeUp):
+            programs.run("waits", [], log)
     assert log.read_text() == "ready\nsaved\n"
+    assert signal.getsignal(signal.SIGTERM) is before
     with pytest.raises(TimeUp):
         programs.run("waits", [], log)

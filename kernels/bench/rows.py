@@ -46,7 +46,9 @@ def row(name: str, unit: str, value: float | None, **extras: Any) -> dict[str, A
 
 
 def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    ends = not path.is_file() or path.read_bytes()[-1:] in (b"\n", b"")  # an editor, or a kill, may leave no newline
     with path.open("a") as file:
+        file.write("" if ends else "\n")
         file.writelines(json.dumps(found) + "\n" for found in rows)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import shlex
 import statistics
 import time
@@ -11,7 +12,7 @@ from typing import Any
 
 from kernels.bench import rows
 from launch.results.run_plan import OF_ALL, RESULT, SPLITS, Row
-from launch.results.runs import Programs
+from launch.results.runs import Failed, Programs, TimeUp
 from megatron_tn.training.run_folder import RunFolder
 
 LOOP = "training loop"  # name of the row of a measured run
@@ -19,7 +20,7 @@ LOOP = "training loop"  # name of the row of a measured run
 
 @dataclass(frozen=True)
 class Run:
-    """A run of a plan: settings that all runs share, its own, the folder of all runs, and its evaluations."""
+    """A run of a plan: settings that all runs share, its own, the folder of all plans' runs, and its evaluations."""
 
     plan: str
     shared: dict[str, Any]
@@ -38,7 +39,7 @@ class Run:
 
     @property
     def folder(self) -> RunFolder:
-        return RunFolder(self.runs / self.name.replace("/", "-"))
+        return RunFolder(self.runs / self.plan / self.name.replace("/", "-"))
 
     @property
     def is_benchmark(self) -> bool:
@@ -47,7 +48,7 @@ class Run:
     def has_row(self, known: list[Row], overrides: list[str]) -> bool:
         """Whether one of the rows is this run's. overrides: settings that this call adds to every run."""
         if self.is_benchmark:
-            asked = {f"{key}={value}" for key, value in (self.shared | self.own).items()} - set(overrides)
+            asked = {*words_of(self.shared | self.own)} - set(overrides)
             return any(row["name"] == LOOP and asked == settings_of(row) - set(overrides) for row in known)
         return any(row["name"] == RESULT and (row["plan"], row["run"]) == (self.plan, self.name) for row in known)
 
@@ -65,7 +66,7 @@ class Run:
 
     def measure(self, programs: Programs, options: argparse.Namespace) -> None:
         """Appends the rows of megatron_tn.benchmark to the output. Raises Failed and TimeUp."""
-        words = [f"{key}={value}" for key, value in (self.shared | self.own).items()]
+        words = words_of(self.shared | self.own)
         words += [f"run_dir={self.folder.path}", f"benchmark.output={options.output}", *options.overrides]
         programs.run("megatron_tn.benchmark", words, self.folder.path / "console.log")
 
@@ -77,8 +78,12 @@ class Run:
         asked |= {"data.manifest": manifests["train"], "evaluation.manifest": manifests["pieces"]}
         if options.documents and self.is_read_from_curve:
             asked["evaluation.max_documents"] = options.documents
-        words = [f"{key}={value}" for key, value in asked.items()]
+        words = words_of(asked)
         programs.run("megatron_tn.train", [*words, *options.overrides], folder / "console.log", gpu)
+        if self.folder.status().get("state") == "preempted":
+            if programs.left() == 0:
+                raise TimeUp
+            raise Failed(f"{self.name}: told to stop at step {self.folder.status()['step']}")
         evaluations, found = self.evaluations, {}
         if self.is_read_from_curve and self._ended() not in self._curve():  # stopped within its last evaluation
             most = self.folder.frozen_config().evaluation.max_documents
@@ -88,7 +93,7 @@ class Run:
             words = [f"checkpoint={folder}", f"manifest={manifests[settings.pop('split')]}", f"output={output}"]
             if options.documents:
                 settings["max_documents"] = options.documents
-            words += [f"{key}={value}" for key, value in settings.items()]
+            words += words_of(settings)
             programs.run("megatron_tn.evaluate", words, folder / "console.log", gpu)
             found[name] = json.loads(output.read_text())
         return self._row(found, runs_per_gpu(options), time.monotonic() - began if is_new else None)
@@ -100,7 +105,8 @@ class Run:
 
     def _curve(self) -> dict[int, float]:
         """Step -> held-out bits per byte of the training's evaluations, in order."""
-        return {record["step"]: record["heldout_bits_per_byte"] for record in self.folder.records("heldout_loss")}
+        records = self.folder.records("heldout_loss")
+        return {record["step"]: comparable(record["heldout_bits_per_byte"]) for record in records}
 
     def _ended(self) -> int:
         """The last step of the run so far."""
@@ -114,7 +120,7 @@ class Run:
         curve, ended = self._curve(), self._ended()
         tokens = {record["step"]: record["tokens"] for record in self.folder.records("tokens")}  # skipped steps, too
         if self.is_read_from_curve and "pieces" in found:
-            curve[ended] = found["pieces"]["bits_per_byte"]["model"]
+            curve[ended] = comparable(found["pieces"]["bits_per_byte"]["model"])
         value = curve.get(ended)
         figures = {
             "peak_gib": max(memory, default=None),
@@ -129,7 +135,7 @@ class Run:
         for name, of in found.items():
             bits = of["bits_per_byte"]
             if name == "pieces":
-                value = bits["model"]
+                value = comparable(bits["model"])
                 figures |= {"heldout_tokens": of["tokens"], "heldout_bytes": of["text_bytes"]}
                 figures |= {"gzip": bits["gzip -9"], "xz": bits["xz -9"]} | by_part("sources", of["sources"])
             elif name == "heldout":
@@ -153,6 +159,16 @@ class Run:
             global_batch=config.data.global_batch,
             **figures,
         )
+
+
+def comparable(bits: float | None) -> float:
+    """Bits per byte of a model; of one that diverged infinity, for NaN and for the journal's null."""
+    return bits if bits is not None and math.isfinite(bits) else math.inf
+
+
+def words_of(settings: dict[str, Any]) -> list[str]:
+    """KEY=VALUE of each setting, for a command line."""
+    return [f"{key}={'null' if value is None else value}" for key, value in settings.items()]
 
 
 def by_part(kind: str, parts: dict[str, Row]) -> Row:

@@ -1,7 +1,9 @@
 """A plan of runs (launch/plans/): what its YAML file may hold, and the runs of its grids."""
 
 import itertools
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,17 @@ RESULT = "result"  # name of the row of a trained run
 Row = dict[str, Any]
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a mapping that has a key twice, of which YAML's would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for key, count in Counter(keys).items():
+            if count > 1:
+                raise Bad(f"{key} is there twice in one mapping, at line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
 class Bad(Exception):
     """A plan that cannot be run; the message is one line."""
 
@@ -38,7 +51,7 @@ def read_plan(path: Path) -> dict[str, Any]:
     """{"settings": {setting: value}, "pieces": {name: [grid]}, "evaluations": {name: {"split": ..., setting: value}},
     "held_out": one of HELD_OUT}. OF_ALL is among the evaluations unless the plan says `held_out: curve`. Raises Bad."""
     try:
-        plan = yaml.safe_load(path.read_text())
+        plan = yaml.load(path.read_text(), _Loader)
         _check(plan)
     except Bad as bad:
         raise Bad(f"{path}: {bad}") from None
@@ -101,6 +114,8 @@ def _resolved(key: str, value: Any, done: list[Row]) -> Any:
     column = key.rpartition(".")[2]
     asked = (RESULT, wanted[1], wanted[2] or "")
     found = [row for row in done if (row["name"], row.get("model"), row.get("variant", "")) == asked]
+    diverged = " that did not diverge" if found else ""
+    found = [row for row in found if math.isfinite(row["value"])]
     if not found:
-        raise Bad(f"{key}={value}: no run of {wanted[0].removeprefix('best of ')} has a row yet")
+        raise Bad(f"{key}={value}: no run of {wanted[0].removeprefix('best of ')}{diverged} has a row yet")
     return min(found, key=lambda row: row["value"])[column]

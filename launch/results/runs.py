@@ -1,5 +1,6 @@
 """Command lines of this project as subprocesses, several side by side, up to a common deadline."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ from subprocess import Popen, TimeoutExpired
 
 TAIL = 15  # lines of a log in a message
 GRACE_S = 60.0  # seconds that a program has to save after it was told to stop
+POLL_S = 0.5  # seconds until a running program's deadline is looked at again: `Programs.stop` may have set it
 
 
 class Failed(Exception):
@@ -19,7 +21,7 @@ class Failed(Exception):
 
 
 class TimeUp(Exception):
-    """The deadline has passed, before the command was started or while it ran."""
+    """The deadline has passed, or `Programs.stop` was called, before the command was started or while it ran."""
 
 
 def end_of(log: Path) -> str:
@@ -45,17 +47,25 @@ class Programs:
         environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
         with log.open("a") as file:
             program = Popen([sys.executable, "-m", module, *words], stdout=file, stderr=file, env=environment)
-            try:
-                code = program.wait(self.left())
-            except TimeoutExpired:
+            while (left := self.left()) != 0:
+                with contextlib.suppress(TimeoutExpired):
+                    code = program.wait(POLL_S if left is None else min(left, POLL_S))
+                    break
+            else:
                 program.send_signal(signal.SIGTERM)
                 try:
                     program.wait(GRACE_S)
                 except TimeoutExpired:
                     program.kill()
-                raise TimeUp from None
+                raise TimeUp
         if code:
+            if self.left() == 0:  # a signal to the process group has reached the program, too
+                raise TimeUp
             raise Failed(f"python -m {module} {' '.join(words)}: exit code {code}; the end of {log}:\n{end_of(log)}")
+
+    def stop(self) -> None:
+        """Tell the running commands to stop; no further one starts."""
+        self.deadline = time.monotonic()
 
     def left(self) -> float | None:
         if self._stopped.is_set():

@@ -5,6 +5,7 @@ held-out bits per byte of a run's evaluations, which all read the same text; bet
 """
 
 import itertools
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -62,9 +63,12 @@ def label(row: Row) -> str:
 
 
 def mean_of(values: list[float], sign: str = "") -> str:
-    """Mean, and the standard deviation where there are several; "" for none. sign: "+" shows it of all means."""
+    """Mean, and the standard deviation where there are several; "" for none. Of diverged runs how many there are. sign:
+    "+" shows it of all means."""
     if not values:
         return ""
+    if diverged := sum(not math.isfinite(value) for value in values):
+        return f"{diverged} of {len(values)} diverged"
     spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):{sign}.4f}{spread}"
 

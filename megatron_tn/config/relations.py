@@ -197,6 +197,16 @@ def _muons_settings_are_read(config: Settings) -> Iterator[str]:
 
 
 @RELATIONS.reads()
+def _a_share_of_steps_decays_in_wsd(config: Settings) -> Iterator[str]:
+    schedule = config.schedule
+    if schedule.name != "wsd" and schedule.decay_fraction != ScheduleConfig.decay_fraction:
+        yield (
+            f"schedule.decay_fraction={schedule.decay_fraction} is a setting of schedule.name=wsd, but schedule.name="
+            f"{schedule.name}: set schedule=wsd, or leave it out"
+        )
+
+
+@RELATIONS.reads()
 def _deepspeed_reads_its_own_settings(config: Settings) -> Iterator[str]:
     if config.engine.deepspeed_config and config.engine.name != "deepspeed":
         yield f"engine.deepspeed_config is set, but engine.name={config.engine.name} is not deepspeed"

@@ -38,10 +38,19 @@ def _adamw(groups: list[dict], config: OptimConfig) -> Optimizer:
     kernel = config.fused
     if kernel == "auto":
         kernel = "triton" if groups[0]["params"][0].is_cuda else "torch"
-    try:
-        return KERNELS[kernel](groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
-    except ImportError:
-        raise ConfigError(
-            "optim.fused=apex, but NVIDIA's apex is not installed: build it from its source "
-            "(the package called apex on PyPI is a different project), or set optim.fused=auto"
-        ) from None
+    if problems := kernel_problems(config):
+        raise ConfigError(problems)
+    return KERNELS[kernel](groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+
+
+def kernel_problems(config: OptimConfig) -> list[str]:
+    """One line where the kernel of optim.fused is not installed here."""
+    if config.fused == "apex":
+        try:
+            from apex.optimizers import FusedAdam  # noqa: F401
+        except ImportError:
+            return [
+                "optim.fused=apex, but NVIDIA's apex is not installed: build it from its source "
+                "(the package called apex on PyPI is a different project), or set optim.fused=auto"
+            ]
+    return []

@@ -8,6 +8,7 @@ On an axis of size 1 each returns its input, so model code needs no branch on tp
 """
 
 import contextlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tn.parallel.context import Axis
+
+# PyTorch 2.13 names some collectives anew; PyTorch 2.11 and DeepSpeed have the old names alone.
+warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated", category=FutureWarning)
 
 
 class _CopyTo(torch.autograd.Function):

@@ -33,7 +33,7 @@ def show_start(
 ) -> None:
     """parameters: of the model. kernels: what operators run with. step: steps done already. epoch_samples: sequences in
     one pass over the data."""
-    data = config.data
+    data, emulated = config.data, config.engine.products == "fp8" and device.type == "cpu"
     first, _ = batch_of_step(step, data.global_batch, config.schedule)
     last, size = batch_of_step(config.last_step - 1, data.global_batch, config.schedule)
     sequences = max(last + size - first, 0)
@@ -44,7 +44,7 @@ def show_start(
             "device": _device(device, context.world_size),
             "layout": f"{counted(context.world_size, 'process')}: tp {tp} x cp {cp} x dp {dp}",
             "engine": engine_in_words(config),
-            "kernels": kernels,
+            "kernels": kernels + ("; fp8 products are emulated" if emulated else ""),
             "parameters": f"{parameters:,}",
             "tokens a step": f"{data.global_batch * data.sequence_length:,} = {data.global_batch} sequences of "
             f"{data.sequence_length}, {data.micro_batch} at a time",

@@ -43,6 +43,7 @@ class Forked:
     """`python -m MODULE WORDS` in a forked process. stdout, stderr: open files, or None for those of this process."""
 
     def __init__(self, command: list[str], stdout: Any, stderr: Any, env: Mapping[str, str]):
+        self.args = command
         server = multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(["tests.helpers.preload"])
         names = [None if file is None else file.name for file in (stdout, stderr)]
@@ -50,9 +51,11 @@ class Forked:
         with ONE_AT_A_TIME:
             self._process.start()
 
-    def wait(self, timeout: float | None = None) -> int | None:
+    def wait(self, timeout: float | None = None) -> int:
         until = time.monotonic() + (math.inf if timeout is None else timeout)
-        while (code := self._exit_code()) is None and time.monotonic() < until:
+        while (code := self._exit_code()) is None:
+            if time.monotonic() >= until:
+                raise subprocess.TimeoutExpired(self.args, timeout)
             time.sleep(0.01)
         return code
 

@@ -12,6 +12,7 @@ from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.optim.adamw import ApexAdamW, TorchAdamW, TritonAdamW
 from megatron_tn.optim.build import build_optimizer
 from megatron_tn.parallel.context import ParallelContext
+from megatron_tn.training.preflight import problems_before_start
 from megatron_tn.training.step import train_step
 from tests.helpers.apex import FusedAdam
 from tests.helpers.checkpoints import save_checkpoint
@@ -45,6 +46,9 @@ def test_apex_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "apex", None)
     with pytest.raises(ConfigError, match="NVIDIA's apex is not installed"):
         build_optimizer(groups(), OptimConfig(fused="apex"))
+    config = tiny_config(optim=OptimConfig(fused="apex"))
+    assert any("apex is not installed" in problem for problem in problems_before_start(config, 1, None))
+    assert problems_before_start(config, 1, None, gpus=True) == []  # a job's machine may have it
 
 
 def engine_with(fused: str, engine: EngineConfig | None = None, context: ParallelContext | None = None):

@@ -42,7 +42,7 @@ def test_the_last_step_has_the_floor_wherever_warm_up_ends():
 
 def test_a_decay_that_begins_within_the_warm_up_is_refused():
     def problems(**settings) -> list[str]:
-        return TrainConfig(schedule=ScheduleConfig(name="wsd", **({"steps": 10} | settings))).problems()
+        return TrainConfig(schedule=ScheduleConfig(**({"name": "wsd", "steps": 10} | settings))).problems()
 
     (found,) = problems(warmup_steps=6, decay_fraction=0.5)
     assert "schedule.warmup_steps=6 overlaps the decay of schedule.name=wsd, which begins after step 5" in found
@@ -56,6 +56,9 @@ def test_a_decay_that_begins_within_the_warm_up_is_refused():
         assert problems(steps=steps, warmup_steps=warmup_steps, decay_fraction=fraction) == []
     (found,) = problems(warmup_steps=10, decay_fraction=0.5)
     assert "must be below schedule.steps=10" in found
+    for name in ("cosine", "constant"):
+        (found,) = problems(name=name, warmup_steps=1, decay_fraction=0.5)
+        assert f"is a setting of schedule.name=wsd, but schedule.name={name}" in found
 
 
 def test_constant_after_warm_up():

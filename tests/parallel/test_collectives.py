@@ -1,5 +1,8 @@
 """Parts of flat buffers that ranks hold reach all of an axis."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -28,3 +31,9 @@ def test_every_rank_of_an_axis_has_all_parts(world, tp, device):
             members = range(tp_rank, world, tp)
             parts = [torch.full((length // len(members),), 10.0 * index + rank) for rank in members]
             torch.testing.assert_close(buffer.float(), torch.cat(parts), rtol=0, atol=0)
+
+
+def test_a_new_name_of_a_collective_is_no_news_to_a_user():
+    warns = "import warnings; warnings.warn('`torch.distributed.all_gather` is deprecated', FutureWarning)"
+    code = f"import megatron_tn.parallel.collectives; {warns}"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stderr == b""

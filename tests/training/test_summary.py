@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch import compare
 from megatron_tn import plot
 from megatron_tn.benchmark import main as benchmark
-from megatron_tn.config import DataConfig, ModelConfig, ParallelConfig, ScheduleConfig, TrainConfig, save
+from megatron_tn.config import DataConfig, EngineConfig, ModelConfig, ParallelConfig, ScheduleConfig, TrainConfig, save
 from megatron_tn.loading import open_weights
 from megatron_tn.planning import host
 from megatron_tn.training.compare import group_names
@@ -27,8 +28,9 @@ from megatron_tn.training.run import Run
 from megatron_tn.training.run_folder import RunFolder
 from megatron_tn.training.state import TrainingState
 from megatron_tn.training.step import StepReport
-from megatron_tn.training.summary import figures_of, show_end
+from megatron_tn.training.summary import figures_of, show_end, show_start
 from megatron_tn.training.throughput import Work
+from tests.helpers.ranks import layout
 from tests.helpers.training import SMALL, call
 
 REPORT = StepReport(loss=2.5, tokens=100, lr=3e-4, grad_norm=1.0, applied=True, stop=False)
@@ -60,6 +62,13 @@ def test_speeds_do_not_count_evaluations_and_saves(tmp_path, capsys):
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith("step 1/2  loss 2.500  lr 3.00e-04  ")
     assert last.startswith("step 2/2  loss 2.500  held-out 2.250  lr 3.00e-04  ")
+
+
+@pytest.mark.parametrize(("products", "kernels"), [("bf16", "Triton"), ("fp8", "Triton; fp8 products are emulated")])
+def test_the_start_says_what_is_emulated(capsys, products, kernels):
+    config = TrainConfig(engine=EngineConfig(products=products))
+    show_start(config, layout(1), torch.device("cpu"), parameters=1, kernels="Triton", step=0, epoch_samples=1)
+    assert re.search(rf"kernels +│ {kernels} +│", capsys.readouterr().out)
 
 
 def test_the_end_names_figures_files_and_next_commands(tmp_path, capsys):

@@ -10,7 +10,6 @@ import inspect
 import io
 import logging
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -54,7 +53,6 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.utils import logger, safe_get_full_grad, set_z3_leaf_modules  # noqa: E402
 
 logger.setLevel(logging.ERROR)  # its warnings concern settings that are intended here
-warnings.filterwarnings("ignore", message=".*torch.distributed.*deprecated", category=FutureWarning)  # by its calls
 # On a CPU DeepSpeed would compile a shared-memory all-reduce with g++ at start-up: 95 s, and a stale lock file if the
 # process is killed. With that operator declared incompatible DeepSpeed uses gloo's all-reduce.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
