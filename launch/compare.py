@@ -5,7 +5,7 @@ python -m launch.compare runs/a runs/b output=out    runs and sweeps; into the f
 
 Runs that differ in their seed alone are one row and one curve, named by the settings in which they differ from most
 others (megatron_tn.training.compare); of several with one seed the last one trained counts, and a line says so. The
-page compare.html holds table and curves in one file, compare.md the table.
+page compare.html holds table and curves in one file, compare.md the table and its notes.
 """
 
 from html import escape
@@ -33,7 +33,8 @@ def main(words: list[str]) -> None:
         groups = compare(runs, picture)
         titles, rows = table_of(groups)
         lines = (f"| {' | '.join(cells)} |\n" for cells in (titles, ["---"] * len(titles), *rows))
-        contents = {page: page_of(groups), text: "".join(lines)}
+        notes = (f"\n{note}\n" for note in notes_of(groups))
+        contents = {page: page_of(groups), text: "".join([*lines, *notes])}
     for path, content in contents.items():
         with replacing(path) as file:
             file.write(content)

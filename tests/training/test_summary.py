@@ -231,6 +231,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_row_and_one_curve(tmp_path
     assert re.search(r"\| reference \| 3 \| 20 to 50 \|.*\| - \|\n", text)
     assert re.search(r"\| model.gate=false \| 2 \| 50 \| 2.100 ± 0.141 \|.*\| -1.000 ± 0.000 \|\n", text)
     assert "to reference: difference of held-out by seed, over as many tokens" in page
+    assert "to reference: difference of held-out by seed, over as many tokens" in text
     assert "to reference: difference of held-out by seed" in said
     curve = curve_of([RunFolder(tmp_path / f"plain{seed}") for seed in (0, 1)])
     assert (curve.loss.tolist(), curve.lowest.tolist(), curve.highest.tolist()) == ([3.1] * 5, [3.0] * 5, [3.2] * 5)
