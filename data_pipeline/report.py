@@ -57,6 +57,13 @@ def write_report(output: Path, work: Path, splits: tuple[str, ...]) -> dict:
     return report
 
 
+def stages_in_words(report: dict) -> str:
+    """How many documents each stage has left, in a line."""
+    first, *later = report["stages"]
+    left = (f"{stage['documents']:,} after {stage['stage']}" for stage in later)
+    return ", ".join([f"{first['documents']:,} documents {first['stage']}", *left])
+
+
 def _stage(tally: dict[tuple[str, str], tuple[int, int]], bytes_per_token: float) -> dict:
     """Totals, also by source and by language. Tokens of stages before the tokenizer are estimated: bytes /
     bytes_per_token of the final shards."""

@@ -244,9 +244,12 @@ def main(arguments: list[str]) -> None:
     if report is None:
         print(f"jobs submitted; the same command follows them until {settings.output}/report.json is written")
         return
+    from data_pipeline.report import stages_in_words
+
+    print(stages_in_words(report))
     for split, figures in report["splits"].items():
         print(f"{settings.output}/{split}: " + ", ".join(f"{value} {key}" for key, value in figures.items()))
-    print(f"{time.perf_counter() - began:.1f} s; every stage and every drop by rule: {settings.output}/report.json")
+    print(f"{time.perf_counter() - began:.1f} s; every stage and every drop by rule: {settings.output}/report.html")
 
 
 if __name__ == "__main__":

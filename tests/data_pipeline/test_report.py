@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from data_pipeline.config import compose
+from data_pipeline.report import stages_in_words
 from data_pipeline.report_page import flow, page
 from data_pipeline.run import run
 from tests.data_pipeline.corpus import prose
@@ -40,6 +41,7 @@ def test_stages_add_up_by_source_and_language(output):
                 assert sum(entry[unit] for entry in stage[kind].values()) == stage[unit]
     counts = {stage["stage"]: stage["documents"] for stage in report["stages"]}
     assert counts == {"read": 13, "rules": 11, "exact": 10, "lines": 10, "near": 10}
+    assert stages_in_words(report) == "13 documents read, 11 after rules, 10 after exact, 10 after lines, 10 after near"
     last = report["stages"][-1]
     assert set(last["languages"]) == {"en"}
     tokens = sum(split["tokens"] for split in report["splits"].values())
