@@ -48,11 +48,11 @@ def page_of(groups: list[Group]) -> str:
     folders = ((group.name, ", ".join(str(run.path) for run in group.runs)) for group in groups)
     parts = [
         table(*table_of(groups)),
+        *(f"<p>{escape(note)}</p>" for note in notes_of(groups)),
         "<p>Mean ± standard deviation over seeds, the best first. Curves: mean over seeds, and their range.</p>",
         f'<div class="charts">{"".join(charts)}</div>',
         "<h2>Folders</h2>",
         table(("run", "folders"), folders),
-        *(f"<p>{escape(note)}</p>" for note in notes_of(groups)),
     ]
     return document("Runs compared", parts, STYLE)
 

@@ -17,6 +17,7 @@ from megatron_tn.training.summary import figures_of
 ASIDE = ("run_dir", "nodes", "stop_after", "hang_timeout_s", "distributed_timeout_s")
 GROUPS_ASIDE = ("logging.", "checkpoint.", "cluster.", "guard.")
 REFERENCE = "reference"  # name of the group that differs in nothing from the most common values
+PADDING = 0.01  # share of tokens that padding may take from a run and not from another
 MOST_SETTINGS = 4  # in a group's name; runs with less in common are named by their folders
 # Figure -> column title and format.
 COLUMNS = {
@@ -50,7 +51,7 @@ class Group:
         lines += [
             f"{run} is at {count:,} tokens, others of its settings at {most:,}: their row is a mean of unequal runs"
             for run, count in tokens.items()
-            if count < most
+            if not as_many(count, most)
         ]
         return list(map(shown, lines))
 
@@ -59,15 +60,20 @@ class Group:
         return [found[figure] for run in self.runs if figure in (found := figures_of(run))]
 
     def above(self, base: "Group", figure: str) -> list[float]:
-        """Differences of the figure from that of base's run of the same seed, over as many tokens. Such runs have read
+        """Differences of the figure from that of base's run of the same seed, after as many tokens. Such runs have read
         the same tokens in one order, so their difference varies less over seeds than either figure."""
-        of_base = {(base.seeds[run], found.get("tokens")): found for run in base.runs if (found := figures_of(run))}
-        pairs = (
-            (found, of_base.get((self.seeds[run], found.get("tokens")), {}))
-            for run in self.runs
-            if (found := figures_of(run))
-        )
-        return [own[figure] - other[figure] for own, other in pairs if figure in own and figure in other]
+        of_base = {base.seeds[run]: figures_of(run) for run in base.runs}
+        pairs = ((figures_of(run), of_base.get(self.seeds[run], {})) for run in self.runs)
+        return [
+            own[figure] - other[figure]
+            for own, other in pairs
+            if figure in own and figure in other and as_many(own.get("tokens", 0), other.get("tokens", 0))
+        ]
+
+
+def as_many(tokens: int, others: int) -> bool:
+    """Whether two runs have been trained on equally many tokens, but for padding."""
+    return abs(tokens - others) <= PADDING * max(tokens, others)
 
 
 def groups_of(runs: Sequence[RunFolder]) -> list[Group]:
@@ -112,7 +118,7 @@ def table_of(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
     titles = ["run", "seeds", *(COLUMNS[figure][0] for figure in shown)]
     if (paired := _paired(groups)) is not None:
         titles.append(paired.title)
-        rows = [[*row, _cell(paired.figure, values, "+")] for row, values in zip(rows, paired.values, strict=True)]
+        rows = [[*row, _cell(paired.figure, values, "+z")] for row, values in zip(rows, paired.values, strict=True)]
     return titles, rows
 
 
@@ -120,7 +126,8 @@ def notes_of(groups: Sequence[Group]) -> list[str]:
     """Lines below the table of groups."""
     paired, notes = _paired(groups), []
     if paired is not None:
-        notes.append(f"{paired.title}: difference of {COLUMNS[paired.figure][0]} by seed, over as many tokens")
+        figure = COLUMNS[paired.figure][0]
+        notes.append(f"{paired.title}: difference in {figure} from its run of the same seed after equal tokens")
     return [*notes, *(note for group in groups for note in group.notes())]
 
 
@@ -138,7 +145,7 @@ def _paired(groups: Sequence[Group]) -> _Paired | None:
     base = next((group for group in groups if group.name == REFERENCE), groups[0])
     figure = _ranking(groups)
     values = [group.above(base, figure) if figure and group is not base else [] for group in groups]
-    title = f"to {REFERENCE if base.name == REFERENCE else 'the first'}"
+    title = f"to {REFERENCE if base.name == REFERENCE else 'first row'}"
     return _Paired(title, figure, values) if any(values) else None
 
 
