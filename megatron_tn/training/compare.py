@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ class Group:
         than the others."""
         lines = [f"{REFERENCE}: the value that most rows have, for every setting"] * (self.name == REFERENCE)
         lines += [f"{run} is left out: {last} is a later run of its settings and seed" for run, last in self.repeated]
-        tokens = {run: figures_of(run).get("tokens", 0) for run in self.runs}
+        tokens = {run: found.get("tokens", 0) for run, found in self.figures.items()}
         most = max(tokens.values())
         lines += [
             f"{run} is at {count:,} tokens, others of its settings at {most:,}: their row is a mean of unequal runs"
@@ -55,15 +56,20 @@ class Group:
         ]
         return list(map(shown, lines))
 
+    @cached_property
+    def figures(self) -> dict[RunFolder, dict[str, Any]]:
+        """`summary.figures_of` every run, whose journal is read once for all of them."""
+        return {run: figures_of(run) for run in self.runs}
+
     def values(self, figure: str) -> list[float]:
-        """The figure of every run that has it (see `summary.figures_of`)."""
-        return [found[figure] for run in self.runs if figure in (found := figures_of(run))]
+        """The figure of every run that has it."""
+        return [found[figure] for found in self.figures.values() if figure in found]
 
     def above(self, base: "Group", figure: str) -> list[float]:
         """Differences of the figure from that of base's run of the same seed, after as many tokens. Such runs have read
         the same tokens in one order, so their difference varies less over seeds than either figure."""
-        of_base = {base.seeds[run]: figures_of(run) for run in base.runs}
-        pairs = ((figures_of(run), of_base.get(self.seeds[run], {})) for run in self.runs)
+        of_base = {base.seeds[run]: found for run, found in base.figures.items()}
+        pairs = ((found, of_base.get(self.seeds[run], {})) for run, found in self.figures.items())
         return [
             own[figure] - other[figure]
             for own, other in pairs
