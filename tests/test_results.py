@@ -5,7 +5,6 @@ import json
 import math
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 
@@ -14,10 +13,10 @@ import pytest
 from omegaconf import OmegaConf
 
 import megatron_tn.benchmark
-from launch.results.__main__ import main, stages, told_to_stop
+from launch.results.__main__ import main, stages
 from launch.results.planned_run import Run
 from launch.results.run_plan import Bad, grid_runs, read_plan
-from launch.results.runs import Failed, Programs, TimeUp, end_of
+from launch.results.runs import Failed, Programs
 from megatron_tn import cli
 from megatron_tn.config import (
     BenchmarkConfig,
@@ -377,41 +376,3 @@ def test_the_runs_of_every_plan_are_there(path, tmp_path):
 
 def names_in(folder: Path) -> set[str]:
     return {str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml")}
-
-
-def test_a_failure_has_the_end_of_its_log_and_stops_what_waits(tmp_path):
-    programs, done = Programs(), []
-    fails = lambda: programs.run("no_such_module", ["a=1"], tmp_path / "log")  # noqa: E731
-    with pytest.raises(
-        Failed, match=r"python -m no_such_module a=1: exit code 1; the end of .*log:\n.*No module named"
-    ):
-        programs.side_by_side([fails, lambda: programs.run("this", [], tmp_path / "x"), lambda: done.append(1)], 1)
-    assert not (tmp_path / "x").exists()
-    (tmp_path / "log").write_text("Error: why\n" + "".join(f"frame #{n}: _start + 0x25\n" for n in range(33)) + "\n")
-    assert end_of(tmp_path / "log") == "Error: why"
-
-
-def test_a_signal_tells_programs_to_stop(tmp_path, monkeypatch):
-    """They get SIGTERM, as a training run does that then saves; no further one starts."""
-    (tmp_path / "waits.py").write_text(
-        "import signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(143)))\n"
-        "print('ready', flush=True)\ntime.sleep(60)\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    programs, log = Programs(), tmp_path / "log"
-
-    def send() -> None:
-        while not log.exists() or "ready" not in log.read_text():
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    before = signal.getsignal(signal.SIGTERM)
-    with told_to_stop(programs):
-        threading.Thread(target=send).start()
-        with pytest.raises(TimeUp):
-            programs.run("waits", [], log)
-    assert log.read_text() == "ready\nsaved\n"
-    assert signal.getsignal(signal.SIGTERM) is before
-    with pytest.raises(TimeUp):
-        programs.run("waits", [], log)
