@@ -2,14 +2,14 @@
 
 import torch
 
-from megatron_tn.config import TrainConfig
+from megatron_tn.config import ConfigError, TrainConfig
 from megatron_tn.device.allocator import return_cached_segments
 from megatron_tn.engine.base import DTYPES, Engine
 from megatron_tn.engine.replicated import ReplicatedEngine
 from megatron_tn.model.init import fill_initial
 from megatron_tn.model.registry import build_model, norm_bound
 from megatron_tn.parallel.context import ParallelContext
-from megatron_tn.parallel.float8_layers import check_device, float8_layers
+from megatron_tn.parallel.float8_layers import float8_layers, products_problems
 from megatron_tn.parallel.recompute import recompute_blocks
 
 COMPILE_MODES = {"blocks": None, "cuda_graphs": "reduce-overhead"}
@@ -22,6 +22,8 @@ def build_engine(config: TrainConfig, context: ParallelContext, device: torch.de
         ConfigError: engine.products=fp8 on a GPU without fp8 products.
     """
     settings = config.engine
+    if problems := products_problems(settings.products, device):
+        raise ConfigError(problems)
     # 1. Layers allocate this rank's tensor-parallel part only, never the whole weight. Parameters are in the computing
     #    type and the engine keeps fp32 masters. FSDP2's fp32 parameters are the masters, allocated after sharding.
     zero3 = settings.name == "deepspeed" and settings.zero_stage == 3
@@ -35,7 +37,6 @@ def build_engine(config: TrainConfig, context: ParallelContext, device: torch.de
         model = build_model(config.model, context, device, DTYPES[settings.precision])
     layers = []
     if settings.products == "fp8":
-        check_device(device)
         layers = float8_layers(model.blocks, norm_bound(config.model))
     # 2. Recomputation replaces a block's forward, so it comes before compilers and engines wrap the block.
     recompute_blocks(model.blocks, settings.recompute, settings.recompute_every)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import nn
 
-from megatron_tn.config import ConfigError
 from megatron_tn.parallel.linear import ColumnParallelLinear, SplitLinear
 from megatron_tn.precision.fp8 import OLDEST_CAPABILITY, Float8Weights, KeptWeights
 
@@ -48,14 +47,15 @@ def kept_weights(groups: Sequence[tuple[SplitLinear, ...]], *, transposed: bool)
     return lambda: kept.quantize([[layer.weight.detach() for layer in group] for group in groups])
 
 
-def check_device(device: torch.device) -> None:
-    """
-    Raises:
-        ConfigError: a GPU older than Hopper. Ada (8.9) multiplies fp8 too, but nothing here was measured on it.
-    """
-    if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < OLDEST_CAPABILITY:
-        oldest, found = (".".join(map(str, each)) for each in (OLDEST_CAPABILITY, found))
-        raise ConfigError(
-            f"engine.products=fp8 needs a GPU of compute capability {oldest} (Hopper) or later, and this one has "
-            f"{found}: set engine.products=bf16"
-        )
+def products_problems(products: str, device: torch.device) -> list[str]:
+    """One line where `device` is a GPU older than the setting engine.products needs. Ada (8.9) multiplies fp8 too, but
+    nothing here was measured on it."""
+    if products == "bf16" or device.type != "cuda":
+        return []
+    if (found := torch.cuda.get_device_capability(device)) >= OLDEST_CAPABILITY:
+        return []
+    oldest, found = (".".join(map(str, each)) for each in (OLDEST_CAPABILITY, found))
+    return [
+        f"engine.products={products} needs a GPU of compute capability {oldest} (Hopper) or later, and this one has "
+        f"{found}: set engine.products=bf16"
+    ]

@@ -48,6 +48,14 @@ def processes_here() -> int:
     return number("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", default=0, least=1) or world_size()
 
 
+def device_here() -> torch.device:
+    """The GPU of this process's LOCAL_RANK, or the CPU; needs no process group."""
+    local_rank = number("LOCAL_RANK", default=0)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
 def join_world(timeout_s: int) -> torch.device:
     """Initialise the default process group and return this process's device.
 
@@ -60,15 +68,14 @@ def join_world(timeout_s: int) -> torch.device:
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     gc.collect()  # in a sweep, frees the last job's engine, which has reference cycles
     os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed requires the variable
-    local_rank, *_ = (number(name, default=0) for name in ("LOCAL_RANK", "RANK", "MASTER_PORT"))
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    for name in ("RANK", "MASTER_PORT"):
+        number(name, default=0)
+    device, backend = device_here(), "gloo"
+    if device.type == "cuda":
         torch.cuda.set_device(device)
         use_expandable_segments()
         torch.cuda.empty_cache()
         backend = "cpu:gloo,cuda:nccl"
-    else:
-        device, backend = torch.device("cpu"), "gloo"
     timeout = datetime.timedelta(seconds=timeout_s)
     if "RANK" in os.environ:
         with _joining(timeout_s):

@@ -15,7 +15,8 @@ from megatron_tn.config import (
 )
 from megatron_tn.engine.deepspeed.settings import deepspeed_settings
 from megatron_tn.optim.build import STATE_KINDS, kernel_problems
-from megatron_tn.parallel.world import processes_here
+from megatron_tn.parallel.float8_layers import products_problems
+from megatron_tn.parallel.world import device_here, processes_here
 from megatron_tn.planning.host import host_memory_problems, step_memory_problems
 from megatron_tn.planning.remedies import memory_problems
 from megatron_tn.training.resume import Start
@@ -30,7 +31,9 @@ def problems_before_start(
     gpus: of a run on other machines, whether its processes have GPUs; None for a run that starts here."""
     cuda = torch.cuda.is_available() if gpus is None else gpus
     settings = [*config.problems(world_size), *device_problems(config, cuda=cuda)]
-    found = settings + (kernel_problems(config.optim) if gpus is None else [])
+    found = list(settings)
+    if gpus is None:
+        found += kernel_problems(config.optim) + products_problems(config.engine.products, device_here())
     if tokenizer_vocab is not None and config.model.vocab_size < tokenizer_vocab:
         found.append(
             f"model.vocab_size={config.model.vocab_size} is smaller than the {tokenizer_vocab} entries of the "

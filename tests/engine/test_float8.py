@@ -1,6 +1,7 @@
 """engine.products=fp8: every engine and layout against one process, evaluation, resuming, and what is not finite."""
 
 import dataclasses
+import re
 from unittest import mock
 
 import pytest
@@ -11,9 +12,10 @@ from megatron_tn.engine import freed_weights
 from megatron_tn.engine.base import Engine
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.parallel.context import ParallelContext
-from megatron_tn.parallel.float8_layers import check_device, layer_groups, marked_layers
+from megatron_tn.parallel.float8_layers import layer_groups, marked_layers
 from megatron_tn.precision import fp8 as float8
 from megatron_tn.precision.fp8 import OPERAND, quantized
+from megatron_tn.training.preflight import problems_before_start
 from megatron_tn.training.step import train_step
 from tests.engine.test_parity import ALL_PARTITIONED, FSDP2, LOCAL, ZERO
 from tests.helpers.gradients import step_gradients
@@ -196,11 +198,17 @@ def test_what_is_not_finite_in_activations_skips_the_step(value):
     assert train_step(engine, [Rows(tokens, targets)], 1e-2, torch.device("cpu")).applied
 
 
-def test_an_older_gpu_is_refused_by_name():
+def test_an_older_gpu_is_refused_by_name_before_a_run_writes_anything():
+    refusal = "engine.products=fp8 needs a GPU of compute capability 9.0 (Hopper) or later, and this one has 8.9"
+    config = tiny_config(engine=fp8(LOCAL))
     with (
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(torch.cuda, "device_count", return_value=1),
         mock.patch.object(torch.cuda, "get_device_capability", return_value=(8, 9)),
-        pytest.raises(ConfigError, match=r"engine.products=fp8 needs .* 9.0 \(Hopper\) or later, and this one has 8.9"),
     ):
-        check_device(torch.device("cuda"))
+        assert [line for line in problems_before_start(config, 1, None) if line.startswith(refusal)]
+        assert problems_before_start(config, 1, None, gpus=True) == []  # a job's machine may have another
+        with pytest.raises(ConfigError, match=re.escape(refusal)):
+            build_engine(config, ParallelContext(), torch.device("cuda"))
     (problem,) = tiny_config(engine=fp8(LOCAL, compile="blocks")).problems(1)
     assert problem.startswith("engine.products=fp8 does not go with engine.compile=blocks")
