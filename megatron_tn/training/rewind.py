@@ -48,6 +48,7 @@ def restore(run: Run, engine: Engine) -> TrainingState:
         run.folder.mark_begun()
 
     first_for_all(write)
+    run.has_begun = True
     return state
 
 

@@ -45,7 +45,8 @@ class Run:
     `start.weights`. given: the settings of this rank's command line, which must be those of rank 0; None: `config`.
 
     Raises, on entry and on every rank:
-        ConfigError: another run has the folder, ranks' settings differ, or some rank does not see the checkpoint.
+        ConfigError: another run has the folder, ranks' settings differ, or some rank does not see the checkpoint. The
+            folder is as it was.
         RuntimeError: not all ranks joined within distributed_timeout_s.
     """
 
@@ -68,6 +69,7 @@ class Run:
         self.sinks: list[Sink] = []
         self.state = TrainingState()
         self.is_first = False
+        self.has_begun = False  # set by rewind.restore: a ConfigError before is a start that is refused
         self.progress = Progress()
         self._status_is_written = True
 
@@ -86,9 +88,9 @@ class Run:
             self.sampled_tflops = self._sample_matrix_rate()
             limits = {"timeout_s": self.config.hang_timeout_s, "long_s": self.config.distributed_timeout_s}
             self.watchdog = Watchdog(self.folder, self.progress, **limits)
-        except BaseException:
+        except BaseException as error:
             leave_world()
-            self.folder.release()
+            self._release(error)
             raise
         self.watchdog.__enter__()
         self.status("running")  # last: after this, __exit__ is called and replaces the status
@@ -117,8 +119,15 @@ class Run:
                 self._say_how_to_go_on()
             leave_world()
             self.watchdog.__exit__(None, None, None)
-            self.folder.release()
+            self._release(error)
             Run.ended = time.time()
+
+    def _release(self, error: BaseException | None) -> None:
+        """Unlock the folder, as it was where this start is refused: by a ConfigError before training could begin, such
+        as a checkpoint whose bytes are not those that were saved."""
+        if self.is_first and not self.has_begun and isinstance(error, ConfigError):
+            self.folder.put_back()
+        self.folder.release()
 
     def _read_ahead(self) -> None:
         """Begin to read the checkpoint, while the model is built."""

@@ -23,6 +23,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import socket
 import time
 import traceback
@@ -76,6 +77,8 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.wandb_id = self.path / "wandb_id"
         self._lock: int | None = None
+        self._made: list[Path] = []  # by `claim`: the lock's file, the folder
+        self._before: dict[Path, bytes | None] = {}  # file that a start replaces -> its content before, if any
 
     def __str__(self) -> str:
         return str(self.path)
@@ -139,6 +142,8 @@ class RunFolder:
     def freeze(self, config: TrainConfig, job: str | None) -> None:
         """Write the settings to config.json and the SLURM job id `job` to job.json."""
         self.path.mkdir(parents=True, exist_ok=True)
+        replaced = (self.config_file, self.job_file, self.status_file)
+        self._before = {path: path.read_bytes() if path.is_file() else None for path in replaced}
         begun = self.is_begun_by(job)
         if not self.is_frozen_by(job):
             _replace(self.job_file, {"job": None})  # a kill here must not assign the old settings to the new job
@@ -231,8 +236,10 @@ class RunFolder:
         A POSIX record lock: forked reader processes do not inherit it, and on network file systems it holds across
         hosts. On a file system without locks every process succeeds.
         """
+        lock = self.path / "run.lock"
+        made = [path for path in (lock, self.path) if not path.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path / "run.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -241,8 +248,9 @@ class RunFolder:
             return holder or "another run"
         except OSError:
             os.close(descriptor)  # the file system has no locks
+            self._made = made
             return ""
-        self._lock = descriptor
+        self._lock, self._made = descriptor, made
         with contextlib.suppress(OSError):  # full disk: locked, without the holder's name in the file
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"rank 0 (host {socket.gethostname()}, process {os.getpid()})\n".encode(), 0)
@@ -252,6 +260,22 @@ class RunFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def put_back(self) -> None:
+        """Leave the folder as `claim` found it, which has the lock still: the start was refused. Of an earlier run the
+        signs of life are gone. A file that cannot be put back, as on a full disk, stays as it is."""
+        for path, content in self._before.items():
+            with contextlib.suppress(OSError):
+                if content is None:
+                    path.unlink()
+                else:
+                    with replacing(path, "xb") as file:
+                        file.write(content)
+        if self._made:
+            shutil.rmtree(self.ranks, ignore_errors=True)
+        for path in self._made:
+            with contextlib.suppress(OSError):
+                path.rmdir() if path.is_dir() else path.unlink()
 
     def keep_tokenizer(self, tokenizer: Path) -> None:
         """Copy tokenizer.json to the folder, so that a copied run folder can still decode tokens. A resume, perhaps on

@@ -77,6 +77,7 @@ def test_a_run_folder_that_cannot_be_made(shards, tmp_path, capsys, run, message
     (tmp_path / "ranks").write_text("in the way")
     assert call(train, *SMALL, f"data.manifest={shards}", f"run_dir={tmp_path / run}") == 2
     assert f"{message} cannot be written" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["ranks"]
 
 
 @pytest.mark.parametrize("main", [generate, evaluate, convert, score], ids=["generate", "evaluate", "convert", "score"])

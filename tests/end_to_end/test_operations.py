@@ -297,18 +297,29 @@ def flip(checkpoint) -> None:
         file.write(bytes([byte ^ 1]))
 
 
-def test_damaged_newest_checkpoints_are_left_out_and_kept(words, uninterrupted, tmp_path, capsys):
+def content_of(run: RunFolder) -> dict:
+    """File of a run -> its content, without the lock and signs of life."""
+    files = [path for path in run.path.rglob("*") if path.is_file() and run.ranks not in path.parents]
+    return {path: path.read_bytes() for path in files if path.name != "run.lock"}
+
+
+def test_damaged_newest_checkpoints_are_left_out_and_kept(words, uninterrupted, tmp_path, capsys, monkeypatch):
+    statuses, put_back = [], RunFolder.put_back
+    monkeypatch.setattr(RunFolder, "put_back", lambda self: (statuses.append(self.status()), put_back(self)))
     run = RunFolder(tmp_path / "run")
     again = (*words, NO_EVALUATION, f"run_dir={run}")
     train_forked(2, *again, "checkpoint.every=1", "stop_after=4")
     second, third, fourth = run.whole_checkpoints()
     cut(fourth)
     flip(third)  # of the size that was written
+    before = content_of(run)
     assert call(train, *again, "checkpoint.resume=3", "parallel.tp=1") == 2
     damaged = f"{third / 'rank_00000.safetensors'} is damaged: its sha256 is "
     assert f"error: checkpoint.resume=3: {damaged}" in capsys.readouterr().err
-    status = run.status()
-    assert (status["state"], status["step"]) == ("failed", 3)  # known before the checkpoint is loaded
+    assert statuses[0]["step"] == 3  # known before the checkpoint is loaded
+    assert content_of(run) == before
+    assert call(train, *again, f"run_dir={tmp_path / 'new'}", f"checkpoint.resume={third}") == 2
+    assert not (tmp_path / "new").exists()
     read_alone = fourth / "rank_00000.safetensors"
     os.truncate(read_alone, 7)
     assert call(train, *again, "checkpoint.resume=4", "checkpoint.verify=false", "parallel.tp=1") == 2
