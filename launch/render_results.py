@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch.render_table import ROOT, TABLES, NotRows, Row, Table, commit, fill, machine, markdown, read, write
+from launch.render_table import ROOT, TABLES, Table, commit, fill, machine, markdown, write
 from launch.results.time_to_loss import TimeToLoss, curves_of, label, mean_of, others_of, variant_of
+from launch.rows import NotRows, Row, read
 
 PAGE = ROOT / "docs/results.md"
 ROWS = ROOT / "docs/measurements/results"
@@ -187,7 +188,15 @@ class Corpus:
     table: Callable[[dict], str]
 
     def render(self, _rows: Sequence[Row]) -> str:
-        return self.table(json.loads(self.path.read_text())) if self.path.exists() else ""
+        """Raises NotRows for a file that data_pipeline.corpus did not write, or that is cut off."""
+        if not self.path.exists():
+            return ""
+        try:
+            return self.table(json.loads(self.path.read_text()))
+        except KeyError as error:
+            raise NotRows(f"{self.path}: {error.args[0]} missing") from None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise NotRows(f"{self.path}: {error}") from None
 
 
 class Picture:
@@ -249,12 +258,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         rows = read(sorted(ROWS.glob("*.jsonl")))
+        page = fill(PAGE.read_text(), rows, tables())
     except NotRows as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if not options.check and curves(rows):
         draw(rows, PICTURE)
-    return write(PAGE, fill(PAGE.read_text(), rows, tables()), check=options.check, command=COMMAND)
+    return write(PAGE, page, check=options.check, command=COMMAND)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ on the same kind of machine, the newest is shown. Exit code 2: a file holds some
 
 import argparse
 import itertools
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,20 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.rows import PASSES, STEPS, NotRows, Row, kind_of, read
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/performance.md"
 ROWS = ROOT / "docs/measurements"
 BLOCK = re.compile(r"(<!-- rows: (?P<table>[\w ]+) -->\n).*?(<!-- end of rows -->)", re.DOTALL)
-REQUIRED = ("commit", "command", "date", "gpu", "cpu", "name", "unit", "value")
-STEPS = ("step", "step + optimizer", "training loop")
-PASSES = ("forward", "forward + backward")
 ENGINES = {"zero0": "ZeRO 0", "zero1": "ZeRO 1", "zero2": "ZeRO 2", "zero3": "ZeRO 3", "fsdp2": "FSDP2"}
-
-Row = dict[str, Any]
-
-
-class NotRows(Exception):
-    """A file holds something other than rows; the message names file, line and problem."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +111,8 @@ def layout(rows: list[Row]) -> str:
 
 def share(kind: str) -> Callable[[list[Row]], str]:
     def cell(rows: list[Row]) -> str:
-        if rows[0].get(f"utilisation_{kind}") is None:
-            return ""
-        return f"{100 * rows[0][f'utilisation_{kind}']:.1f} % of {rows[0][f'{kind}_tflops']:.0f}"
+        used, rate = (rows[0].get(key) for key in (f"utilisation_{kind}", f"{kind}_tflops"))
+        return "" if used is None or rate is None else f"{100 * used:.1f} % of {rate:.0f}"
 
     return cell
 
@@ -157,7 +148,7 @@ def at_batch(batch: int) -> Callable[[list[Row]], str]:
 RUN = ("model", "engine", "layout", "recompute", "replay", "gpus", "sequence_length", "micro_batch", "global_batch")
 TABLES = {
     "training": Table(
-        holds=lambda row: row["name"] in STEPS,
+        holds=lambda row: kind_of(row) == "training",
         same=(*RUN, "name"),
         line=(*RUN, "gpu", "name"),
         order=lambda row: (
@@ -181,7 +172,7 @@ TABLES = {
         blank=4,
     ),
     "kernels": Table(
-        holds=lambda row: row.get("passes") in PASSES,
+        holds=lambda row: kind_of(row) == "kernel",
         same=("operator", "shape", "by", "passes"),
         line=("operator", "shape", "by", "gpu"),
         order=lambda row: (
@@ -201,7 +192,7 @@ TABLES = {
         blank=1,
     ),
     "decoding": Table(
-        holds=lambda row: row["name"].startswith("decoding"),
+        holds=lambda row: kind_of(row) == "decoding",
         same=("name", "model", "position", "fp8_weights", "batch"),
         line=("name", "model", "position", "fp8_weights", "gpu"),
         order=lambda row: (_natural(row["model"].removeprefix("transformer_")), row["name"], row["position"]),
@@ -216,7 +207,7 @@ TABLES = {
         blank=1,
     ),
     "data stream": Table(
-        holds=lambda row: row["name"].startswith("stream: "),
+        holds=lambda row: kind_of(row) == "stream",
         same=("name",),
         line=("name",),
         order=lambda row: row["name"],
@@ -228,7 +219,7 @@ TABLES = {
         },
     ),
     "cleaning": Table(
-        holds=lambda row: row["name"].startswith("cleaning: "),
+        holds=lambda row: kind_of(row) == "cleaning",
         same=("name",),
         line=("name",),
         order=lambda row: row["name"],
@@ -241,29 +232,6 @@ TABLES = {
         },
     ),
 }  # fmt: skip
-
-
-def read(paths: Iterable[Path]) -> list[Row]:
-    """The rows of all files. Raises NotRows."""
-    rows = []
-    for path in paths:
-        try:
-            lines = path.read_text().splitlines()
-        except OSError as error:
-            raise NotRows(f"{path}: {error.strerror}") from None
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise NotRows(f"{path}:{number}: {error}") from None
-            if not isinstance(row, dict):
-                raise NotRows(f"{path}:{number}: a row is an object, not {type(row).__name__}")
-            if missing := [key for key in REQUIRED if key not in row]:
-                raise NotRows(f"{path}:{number}: {', '.join(missing)} missing")
-            if nested := [key for key, value in row.items() if isinstance(value, dict | list)]:
-                raise NotRows(f"{path}:{number}: {nested[0]} is not a plain value, but a list or an object")
-            rows.append(row)
-    return rows
 
 
 def fill(page: str, rows: Sequence[Row], tables: Mapping[str, Table] = TABLES) -> str:

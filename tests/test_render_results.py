@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
+
 from launch import render_results
 from launch.render_table import fill
+from launch.rows import NotRows
 
 BASE = {
     "commit": "0123456789",
@@ -150,6 +153,11 @@ def test_the_page_shows_the_corpus(tmp_path, monkeypatch):
     assert "| code | 12.5 % | 59 | 6 |" in lines
     assert "| read | 1,234 | 5.6 |" in lines
     assert "| made | 1:2-3 | MIT | code | 7 | 0.9 |" in lines
+    damaged = {"{": "Expecting property name", '{"stages": {"read": {}}}': "documents missing", "[]": "list indices"}
+    for content, said in damaged.items():
+        (tmp_path / "corpus.json").write_text(content)
+        with pytest.raises(NotRows, match=f"corpus.json: .*{said}"):
+            fill("<!-- rows: stages -->\n<!-- end of rows -->\n", [], render_results.tables())
 
 
 def test_curves_are_of_the_best_rate_and_drawn(tmp_path):

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from launch.render_table import PAGE, ROWS, TABLES, fill, main, read
+from launch import render_results
+from launch.render_table import PAGE, ROWS, TABLES, fill, main
+from launch.rows import KINDS, NotRows, kind_of, read
 
 BASE = {"commit": "0123456789abcdef", "dirty": False, "command": "python -m x", "gpu": "NVIDIA H200", "cpu": None}
 RUN = BASE | {
@@ -66,18 +68,50 @@ def test_only_what_stands_between_the_marks_is_replaced():
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("{", "rows.jsonl:2: Expecting"),
+        (json.dumps(step("step", 1.0, "2026"))[:-9], "rows.jsonl:2: no JSON: Expecting ':' delimiter at col"),
+        ("\xff", "rows.jsonl:2: no JSON: Expecting value at column 1"),
         ("[]", "rows.jsonl:2: a row is an object, not list"),
-        ('{"name": "step"}', "rows.jsonl:2: commit, command, date, gpu, cpu, unit, value missing"),
+        ('{"name": "step"}', "rows.jsonl:2: command, date, unit, commit, gpu, cpu, value missing"),
         (json.dumps(step("step", 1.0, "2026") | {"layout": {"tp": 1}}), "rows.jsonl:2: layout is not a plain value"),
+        (
+            json.dumps(BASE | {"name": "result", "unit": "b", "value": 1.0, "date": "2026"}),
+            "rows.jsonl:2: plan, run, va",
+        ),
+        (json.dumps(step("step", 1.0, "2026", gpus="2")), "rows.jsonl:2: gpus='2' must be a whole number above 0"),
+        (json.dumps(step("step", 1.0, "2026", peak_gib="2")), "rows.jsonl:2: peak_gib='2' must be a number, or null"),
     ],
-    ids=["torn", "list", "keys", "nested"],
+    ids=["torn", "bytes", "list", "keys", "nested", "keys of its kind", "type", "type or null"],
 )
 def test_what_is_no_row_is_named(tmp_path, capsys, line, said):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(step("step", 1.0, "2026")) + "\n" + line + "\n")
     assert main([str(path)]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_no_row_that_is_read_ends_in_a_traceback(tmp_path):
+    """A row of each kind, with each of its keys missing or of another value, is refused or shown."""
+    tables = TABLES | render_results.tables()
+    page = "".join(f"<!-- rows: {name} -->\n<!-- end of rows -->\n" for name in tables)
+    there = read([*ROWS.glob("*.jsonl"), render_results.ROWS / "time.jsonl"])
+    samples = {kind_of(row): row for row in there if kind_of(row) and not row.get("variant")}
+    assert samples.keys() == KINDS.keys()
+    path, refused, shown = tmp_path / "rows.jsonl", 0, 0
+    for kind, row in samples.items():
+        for key in row:
+            changed = [row | {key: value} for value in (None, "x", 0, float("inf"))]
+            for new in (*changed, {other: value for other, value in row.items() if other != key}):
+                path.write_text(json.dumps(new))
+                rows, why = [], ""
+                try:
+                    rows = read([path])
+                except NotRows as error:
+                    why = str(error)
+                assert rows or (why.startswith(f"{path}:1: ") and (key in why or key == "name"))
+                fill(page, [*rows, *(other for name, other in samples.items() if name != kind)], tables)
+                render_results.curves(rows)
+                refused, shown = refused + bool(why), shown + len(rows)
+    assert min(refused, shown) > 100
 
 
 def test_the_page_holds_what_its_rows_say():

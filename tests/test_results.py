@@ -329,7 +329,12 @@ def test_bad_input_is_said_before_anything_runs(place, programs, capsys):
     (place / "number.jsonl").write_text("5\n")
     (place / "other.jsonl").write_text('{"name": "result", "model": "ours"}\n')
     (place / "bytes.jsonl").write_bytes(b"\xff\xfe\n")
-    no_rows = (("number.jsonl", "'int' object"), ("other.jsonl", "plan is missing"), ("bytes.jsonl", "Expecting value"))
+    typed = {"name": "result", "plan": "plan", "run": "ours", "model": "ours", "lr": 0.1, "value": "1.4"}
+    (place / "typed.jsonl").write_text(json.dumps(typed))
+    no_rows = (
+        *(("number.jsonl", "'int' object"), ("other.jsonl", "plan is missing"), ("bytes.jsonl", "Expecting value")),
+        ("typed.jsonl", "value='1.4' must be a number"),
+    )
     for words, line in (
         *plans,
         (command(place, "--pieces", "rate"), "--pieces rate: "),

@@ -32,11 +32,13 @@ from kernels.bench import rows
 from launch.results.planned_run import LOOP, Run, runs_per_gpu
 from launch.results.run_plan import BEST, RESULT, SPLITS, Bad, Row, grid_runs, read_plan
 from launch.results.runs import Failed, Programs, TimeUp
+from launch.rows import EVERY, KINDS
 from megatron_tn.config import unwritable
 from megatron_tn.training.run_folder import RunFolder
 
 FAILED, TIME_UP = 1, 3
 OF_ROWS = {RESULT: ("plan", "run", "model", "lr", "value"), LOOP: ("command",)}  # name of a row -> keys that it needs
+FORMS = EVERY | KINDS[RESULT]
 REPORT_S = 20.0  # between two lines on the runs under way
 
 
@@ -46,8 +48,11 @@ def read_rows(path: Path) -> list[Row]:
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
         try:
             found.append(json.loads(line))
-            if missing := [key for key in OF_ROWS.get(found[-1]["name"], ()) if found[-1].get(key) is None]:
-                raise ValueError(f"{missing[0]} is missing")
+            for key in OF_ROWS.get(found[-1]["name"], ()):
+                if (value := found[-1].get(key)) is None:
+                    raise ValueError(f"{key} is missing")
+                if why := FORMS[key].problem(value):
+                    raise ValueError(f"{key}={value!r:.50} {why}")
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise Bad(f"--output {path}: line {number} is no row ({error}): remove it") from None
     return found

@@ -11,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launch.render_table import Row, commit, machine, markdown
+from launch.render_table import commit, machine, markdown
+from launch.rows import Row
 
 PLAN = "results_time"  # first letters of the plans' names
 # Settings of a run that a line shows elsewhere.
