@@ -200,9 +200,9 @@ def test_the_runs_that_do_not_fail_go_on(place, programs, monkeypatch, capsys):
     ]
 
 
-def test_a_run_that_was_told_to_stop_has_no_row(place, programs, monkeypatch):
+def test_a_run_that_was_told_to_stop_has_no_row_and_goes_on_as_it_was_begun(place, programs, monkeypatch, capsys):
     """The trainer saves and exits with 0, and the same command goes on."""
-    run, states = Programs.run, ["preempted", "finished"]
+    run, states = Programs.run, ["preempted", "preempted", "finished"]
 
     def stopped(self, module, words, log, gpu=None):
         run(self, module, words, log, gpu)
@@ -211,9 +211,21 @@ def test_a_run_that_was_told_to_stop_has_no_row(place, programs, monkeypatch):
 
     monkeypatch.setattr(Programs, "run", stopped)
     (place / "plan.yaml").write_text("pieces: {one: [{model: [ours], optim.lr: [1.0e-3], seed: [0]}]}")
-    assert main(command(place)) == 1
+    assert main(command(place, "--", "schedule.steps=9", "seed=0")) == 1  # a seed that the plan says, too
+    assert main(command(place, "--", "schedule.steps=7")) == 1  # it has no checkpoint, and begins anew
     assert not (place / "rows.jsonl").exists()
-    assert main(command(place)) == 0
+    (run_dir,) = {Path(said["run_dir"]) for _, said in programs}
+    checkpoint = run_dir / "checkpoints" / "step_00000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").touch()
+    programs.clear()
+    with pytest.raises(SystemExit) as refused:
+        main(command(place, "--", "schedule.steps=8"))
+    assert refused.value.code == 2
+    line = f"{run_dir} was begun with other settings (schedule.steps: '7' -> '8'): give those, or move the folder away"
+    assert line in capsys.readouterr().err
+    assert programs == []
+    assert main(command(place, "--", "seed=0", "schedule.steps=7")) == 0
     assert len(rows(place)) == 1
 
 

@@ -12,8 +12,12 @@ GPUs, but a piece with "best of" begins when all runs before it have their rows,
 when it has its rows. With --minutes a run does not begin if one like it took longer than the minutes that are left,
 unless it took longer than all of --minutes; the pieces that wait for its row then do not begin either. SIGTERM and
 Ctrl-C end it as --minutes does. When a run fails, the others go on, but for later pieces with "best of"; named by
---pieces, these take the best of the rows that there are. Words after -- are overrides of every run. Exit code 1 when a
-run failed; 3 when --minutes or a signal ended it before all runs had their rows.
+--pieces, these take the best of the rows that there are.
+
+Words after -- are overrides of every run. A run that has a checkpoint goes on only with the settings that it was begun
+with: where the plan, these words or --documents give it others, that is said and no run begins. A run that has a row is
+done, whatever words the row was made with: its key "command" has them. Exit code 1 when a run failed; 2 for bad input;
+3 when --minutes or a signal ended it before all runs had their rows.
 """
 
 import argparse
@@ -95,6 +99,8 @@ def run_grids(
     runs = [Run(options.plan.stem, plan["settings"], own, options.runs, plan["evaluations"]) for own in chosen]
     once = {run.name: run for run in runs}.values()  # the best rate may be one that a grid lists, too
     left = [run for run in once if not run.has_row(known, options.overrides)]
+    if changed := list(filter(None, (run.changed(options) for run in left))):
+        raise Bad(changed[0] + (f" (and {len(changed) - 1} runs more)" if len(changed) > 1 else ""))
     failed: list[Run] = []
     with contextlib.suppress(TimeUp):
         train([run for run in left if not run.is_benchmark], known, failed, options, programs)

@@ -13,8 +13,10 @@ from typing import Any
 from kernels.bench import rows
 from launch.results.run_plan import OF_ALL, RESULT, SPLITS, Row
 from launch.results.runs import Failed, Programs, TimeUp
+from megatron_tn.config import differences, replacing
 from megatron_tn.training.run_folder import RunFolder
 
+BEGUN_WITH = "begun_with.json"  # in a run's folder: the words of `Run._words` of the last start
 LOOP = "training loop"  # name of the row of a measured run
 
 
@@ -74,12 +76,12 @@ class Run:
         """Trains, or goes on training, and evaluates, on one GPU; returns the row. Raises Failed and TimeUp."""
         folder, began, is_new = self.folder.path, time.monotonic(), not self.folder.is_there
         manifests = {split: options.data / split / "manifest.json" for split in SPLITS}
-        asked = self.shared | self.own | {"run_dir": folder}
-        asked |= {"data.manifest": manifests["train"], "evaluation.manifest": manifests["pieces"]}
-        if options.documents and self.is_read_from_curve:
-            asked["evaluation.max_documents"] = options.documents
-        words = words_of(asked)
-        programs.run("megatron_tn.train", [*words, *options.overrides], folder / "console.log", gpu)
+        words = words_of({"run_dir": folder, "data.manifest": manifests["train"]})
+        words += [f"evaluation.manifest={manifests['pieces']}", *self._words(options)]
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / BEGUN_WITH) as file:
+            file.write(json.dumps(self._words(options)) + "\n")
+        programs.run("megatron_tn.train", words, folder / "console.log", gpu)
         if self.folder.status().get("state") == "preempted":
             if programs.left() == 0:
                 raise TimeUp
@@ -97,6 +99,24 @@ class Run:
             programs.run("megatron_tn.evaluate", words, folder / "console.log", gpu)
             found[name] = json.loads(output.read_text())
         return self._row(found, runs_per_gpu(options), time.monotonic() - began if is_new else None)
+
+    def changed(self, options: argparse.Namespace) -> str:
+        """One line where the run has a checkpoint, and was begun with other settings than this call gives it: it would
+        go on with these, and its row would say nothing of the others."""
+        file = self.folder.path / BEGUN_WITH
+        if not self.folder.saved() or not file.is_file():
+            return ""
+        before, now = (_last_of(words) for words in (json.loads(file.read_text()), self._words(options)))
+        if not (found := differences(before, now)):
+            return ""
+        return f"{self.folder} was begun with other settings ({'; '.join(found)}): give those, or move the folder away"
+
+    def _words(self, options: argparse.Namespace) -> list[str]:
+        """KEY=VALUE of the training's settings: the plan's and this call's, but for the places of files."""
+        settings = self.shared | self.own
+        if options.documents and self.is_read_from_curve:
+            settings |= {"evaluation.max_documents": options.documents}
+        return [*words_of(settings), *options.overrides]
 
     @property
     def is_read_from_curve(self) -> bool:
@@ -169,6 +189,11 @@ def comparable(bits: float | None) -> float:
 def words_of(settings: dict[str, Any]) -> list[str]:
     """KEY=VALUE of each setting, for a command line."""
     return [f"{key}={'null' if value is None else value}" for key, value in settings.items()]
+
+
+def _last_of(words: list[str]) -> dict[str, str]:
+    """Setting -> its value, of several the last one's."""
+    return {key: value for key, _, value in (word.partition("=") for word in words)}
 
 
 def by_part(kind: str, parts: dict[str, Row]) -> Row:
