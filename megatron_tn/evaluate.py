@@ -16,11 +16,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from tokenizers import Tokenizer
 
 from data_pipeline.shards import read_documents
 from data_pipeline.stream import InputError, Manifest
 from megatron_tn.cli import command, is_first_process, run_program
+from megatron_tn.cli.tables import table_console
 from megatron_tn.config import ConfigError, EvaluateConfig, TrainConfig, out_of_bounds, unwritable
 from megatron_tn.data import other_tokenizer as other_tokenizer_than_training
 from megatron_tn.data import tokenizer_file
@@ -69,9 +71,14 @@ def main(config: EvaluateConfig) -> None:
             if tasks:
                 result["tasks"] = task_scores(config, model, tokenizer, tasks)
     if is_first_process():
+        content = json.dumps(result, indent=1)
         if config.output:
-            Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
-        print(json.dumps(result, indent=1))
+            Path(config.output).write_text(content + "\n")
+        if config.json:
+            print(content)
+        else:
+            show(result)
+            print(f"wrote {config.output}" if config.output else "json=true prints all of it, output=FILE writes it")
 
 
 def check(config: EvaluateConfig) -> TaskSet | None:
@@ -168,6 +175,38 @@ def task_scores(
             batch_tokens=config.batch_tokens,
             progress=lambda requests, tokens: bar.advance(done, requests),
         )
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print tables of a result: held-out figures without those by position, and task scores."""
+    out = table_console()
+    if "manifest" in result:
+        table = Table("held-out text", "bits/byte", "nats/token", "tokens", "documents")
+        bits_per_byte = result["bits_per_byte"]
+        of_all = {"bits_per_byte": bits_per_byte["model"], "documents": result["documents"]}
+        table.add_row("model", *_cells(result | of_all))
+        if len(result["sources"]) > 1:
+            for source, found in sorted(result["sources"].items()):
+                table.add_row(f"model, {source}", *_cells(found))
+        for name, value in bits_per_byte.items():
+            if name != "model":
+                table.add_row(name, *_cells({"bits_per_byte": value}))
+        out.print(table)
+    if "tasks" in result:
+        table = Table("task", "metric", "value", "stderr", "documents")
+        for task, scores in result["tasks"].items():
+            documents = f"{scores['samples']:,}" if "samples" in scores else ""  # a group of tasks has none
+            for metric, value in scores.items():
+                name, comma, chosen = metric.partition(",")  # chosen: a filter of the task
+                if metric != "samples" and not name.endswith("_stderr"):
+                    error = scores.get(f"{name}_stderr{comma}{chosen}")
+                    table.add_row(task, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}", documents)
+        out.print(table)
+
+
+def _cells(found: dict[str, Any]) -> list[str]:
+    forms = {"bits_per_byte": ".4f", "nats_per_token": ".4f", "tokens": ",", "documents": ","}
+    return [format(found[key], form) if key in found else "" for key, form in forms.items()]
 
 
 # In training

@@ -89,7 +89,8 @@ class EvaluateConfig:
     # true: keep the blocks' matrices in fp8, with one scale per row: half the bytes of bf16 to read for each decoded
     # token. false: keep them in the type of precision.
     fp8_weights: bool = False
-    output: str = ""  # JSON file for the result; empty: the result is only printed
+    output: str = ""  # JSON file for the result, with the loss by position; empty: none
+    json: bool = False  # print the JSON instead of tables
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -11,6 +11,7 @@ from megatron_tn.checkpoint.load import Reader
 from megatron_tn.checkpoint.manifest import CheckpointManifest
 from megatron_tn.convert import main as convert
 from megatron_tn.evaluate import main as evaluate
+from megatron_tn.evaluate import show
 from megatron_tn.released.write import save_pretrained
 from megatron_tn.train import main as train
 from megatron_tn.training.run_folder import RunFolder
@@ -49,7 +50,7 @@ def evaluate_on_a_rank(words: list[str]) -> None:
     sys.exit(call(evaluate, *words))
 
 
-def test_in_training_from_a_checkpoint_split_in_two_and_from_an_export(shards, folder, tmp_path):
+def test_in_training_from_a_checkpoint_split_in_two_and_from_an_export(shards, folder, tmp_path, capsys):
     """ZeRO 3 gathers parameters in the forward pass, so a rank without requests of its own runs padding."""
     run = tmp_path / "run"
     settings = (f"evaluation.tasks={TASKS}", f"evaluation.task_folder={folder}", "evaluation.every=2", "engine=zero3")
@@ -67,7 +68,16 @@ def test_in_training_from_a_checkpoint_split_in_two_and_from_an_export(shards, f
     for process in fork_ranks(2, evaluate_on_a_rank, words):
         process.join(timeout=300)
         assert process.exitcode == 0
-    assert flat(json.loads(output.read_text())["tasks"]) == pytest.approx(at_end, abs=1e-4, rel=1e-4)
+    found = json.loads(output.read_text())
+    assert flat(found["tasks"]) == pytest.approx(at_end, abs=1e-4, rel=1e-4)
+    capsys.readouterr()
+    show(found)
+    lines = [line.replace("│", "").split() for line in capsys.readouterr().out.splitlines()[3:-1]]
+    assert [f"tasks/{task}/{metric}" for task, metric, *_ in lines] == list(at_end)
+    task, metric, value, stderr, documents = next(line for line in lines if line[:2] == ["our_boolq", "acc"])
+    scores = found["tasks"][task]
+    assert (value, stderr) == (f"{scores[metric]:.4f}", f"{scores['acc_stderr']:.4f}")
+    assert documents == "2"
 
 
 def test_evaluating_changes_neither_losses_nor_random_states_nor_the_data(shards, folder, tmp_path):

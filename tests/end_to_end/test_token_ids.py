@@ -71,7 +71,8 @@ def test_a_run_takes_the_tokenizers_ids_and_ends_where_a_document_ends(run, shar
     said = capsys.readouterr().out
     assert said.startswith(prompt)  # which has more tokens than the 3 that the file cuts to
     assert len(said) < 60
-    assert call(evaluate, f"checkpoint={run}", f"manifest={shards}", "device=cpu") == 0
+    assert call(evaluate, f"checkpoint={run}", f"manifest={shards}", "device=cpu", "json=true") == 0
+    assert json.loads(capsys.readouterr().out)["checkpoint"] == str(run)
 
 
 def test_an_output_that_is_no_utf8_is_said_at_the_start(run, monkeypatch, caplog):

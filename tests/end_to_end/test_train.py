@@ -248,12 +248,17 @@ def test_generate_continues_a_prompt_with_spaces_and_signs(trained, capsys):
     assert len(said[0]) > len(" the cat's (${x}), [y=1] ") + 4
 
 
-def test_evaluate_agrees_with_the_loop(trained, tmp_path):
+def test_evaluate_agrees_with_the_loop(trained, tmp_path, capsys):
     manifest = json.loads((trained / "config.json").read_text())["data"]["manifest"]
     output = tmp_path / "evaluation.json"
     words = (f"checkpoint={trained}", f"manifest={manifest}", f"train_manifest={manifest}", "max_documents=20")
     assert call(evaluate, *words, f"output={output}", "device=cpu") == 0
     found = json.loads(output.read_text())
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.strip("│ ").split()[0] for line in shown[3:-2]] == ["model", "unigram", "gzip", "xz"]
+    figures = (f"{found['bits_per_byte']['model']:.4f}", f"{found['nats_per_token']:.4f}", f"{found['tokens']:,}", "20")
+    assert shown[3].replace("│", "").split() == ["model", *figures]
+    assert shown[-1] == f"wrote {output}"
     (in_loop,) = records(trained, "heldout_bits_per_byte")
     assert found["bits_per_byte"]["model"] == pytest.approx(in_loop["heldout_bits_per_byte"], rel=5e-3)
     assert set(found["bits_per_byte"]) == {"model", "unigram", "gzip -9", "xz -9"}
