@@ -85,10 +85,16 @@ def test_the_command_line_wins_over_an_experiments_file():
     assert parsed("data.sequence_length=64", "experiment=demo", "data=8k").data.sequence_length == 64
 
 
-def test_every_job_of_a_sweep_has_its_own_choice(tmp_path):
-    assert call(main, "experiment=demo", "data=2k,8k", f"run_dir={tmp_path}", "-m", "model=demo") == 0
+def test_every_job_of_a_sweep_has_its_own_choice_and_is_listed_by_it(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    words = ("experiment=demo", "data=2k,8k", f"run_dir={tmp_path}", "-m", "model=demo", "model.decay=none,paper")
+    assert call(main, *words) == 0
+    named = [f"data={data} model.decay={decay}" for data in ("2k", "8k") for decay in ("none", "paper")]
+    assert [line.partition(" : ")[2] for line in caplog.messages if " : " in line] == named
+    del seen[1::2]
     assert [config.data.sequence_length for config in seen] == [2048, 8192]
-    assert [Path(config.run_dir).name for config in seen] == ["0_data-2k", "1_data-8k"]
+    folders = ["0_data-2k_model.decay-none", "2_data-8k_model.decay-none"]
+    assert [Path(config.run_dir).name for config in seen] == folders
 
 
 def test_a_command_that_asks_nothing_of_hydra_has_the_config_that_hydra_composes():

@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from megatron_tn.cli.override_check import check_overrides
 from megatron_tn.cli.overrides import CONF, CommandLine, settings
 from megatron_tn.cli.submitit import failure_is_told, settings_for_submitit
-from megatron_tn.cli.sweep_folder import job_folder
+from megatron_tn.cli.sweep_folder import job_folder, listed_by_swept_settings
 from megatron_tn.config import ConfigError, from_mapping, redacted, shown, to_mapping
 from megatron_tn.config.describe import help_text
 
@@ -104,7 +104,8 @@ def command(
                 run(line.composed)
                 return
             sys.argv[1:] = line.words()
-            hydra.main(version_base=None, config_path=str(CONF), config_name=config_name)(run)()
+            with listed_by_swept_settings(line.overrides):
+                hydra.main(version_base=None, config_path=str(CONF), config_name=config_name)(run)()
             if jobs and is_first_process():
                 after_sweep(jobs[0][0], [folder for _, folder in jobs])
 

@@ -1,9 +1,11 @@
-"""The folder of each job of a sweep."""
+"""A sweep's jobs: the folder of each, and how they are listed."""
 
 import contextlib
 import hashlib
 import logging
 import re
+import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -11,7 +13,47 @@ from omegaconf import DictConfig
 
 log = logging.getLogger(__name__)
 
+# Loggers of Hydra's launchers: a line for each job has all its words, and those that an experiment's groups stand for.
+LAUNCHERS = (
+    "hydra._internal.core_plugins.basic_launcher",
+    "hydra_plugins.hydra_submitit_launcher.submitit_launcher",
+)
+JOB = re.compile(r"\t#\d+ : ")
 LONGEST_SETTING, LONGEST_NAME = 60, 150  # characters of a sweep's folder; file systems take 255 bytes
+
+
+def swept_settings(words: Sequence[str]) -> set[str]:
+    """The settings and groups that overrides sweep over."""
+    parsed = OverridesParser.create().parse_overrides(list(words))
+    return {override.key_or_group for override in parsed if override.is_sweep_override()}
+
+
+@contextlib.contextmanager
+def listed_by_swept_settings(words: Sequence[str]) -> Iterator[None]:
+    """Within the block, Hydra's list of the jobs names the swept settings of each alone. words: overrides of the
+    sweep."""
+    swept = swept_settings(words)
+
+    def shorten(record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        if job := JOB.match(said):
+            with contextlib.suppress(ValueError):  # a quote within a value
+                named = [word for word in shlex.split(said[job.end() :]) if _setting(word) in swept]
+                record.msg, record.args = job[0] + " ".join(named), ()
+        return True
+
+    loggers = [logging.getLogger(name) for name in LAUNCHERS]
+    for logger in loggers:
+        logger.addFilter(shorten)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(shorten)
+
+
+def _setting(word: str) -> str:
+    return word.lstrip("+").partition("=")[0]
 
 
 def job_folder(run_dir: str, job: DictConfig, words: list[str]) -> str:
@@ -22,9 +64,8 @@ def job_folder(run_dir: str, job: DictConfig, words: list[str]) -> str:
     another sweep in run_dir other folders, which is told where it may surprise: a sweep with more values numbers its
     jobs anew. words: overrides of the sweep. job: Hydra's settings of the job.
     """
-    parsed = OverridesParser.create().parse_overrides(words)
-    swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
-    varied = [word.lstrip("+") for word in job.overrides.task if word.lstrip("+").partition("=")[0] in swept]
+    swept = swept_settings(words)
+    varied = [word.lstrip("+") for word in job.overrides.task if _setting(word) in swept]
     named = [re.sub(r"[^A-Za-z0-9_.+-]", "-", word.replace("'", "").replace('"', "")) for word in varied]
     short = [name if len(name) <= LONGEST_SETTING else f"{name[:30]}..{name[-28:]}" for name in named]
     name = "_".join([str(job.job.num), *short])[:LONGEST_NAME]
