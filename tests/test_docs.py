@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import itertools
 import re
 import shlex
 from functools import partial
@@ -17,6 +18,7 @@ from data_pipeline.config import compose_settings
 from data_pipeline.selfclean.settings import RoundsSettings
 from launch import submit
 from megatron_tn import benchmark, convert, evaluate, generate, plan, score, train
+from megatron_tn.benchmarking import block, share
 from megatron_tn.cli.override_check import check_overrides
 from megatron_tn.cli.overrides import CommandLine
 from megatron_tn.config import (
@@ -27,6 +29,7 @@ from megatron_tn.config import (
     PlanConfig,
     ScoreConfig,
     TrainConfig,
+    known_keys,
 )
 from megatron_tn.config.slurm import SubmitConfig
 
@@ -37,7 +40,7 @@ HERE_DOCUMENT = re.compile(r"^(.*) - <<'END'\n(.*?)^END$", re.DOTALL | re.MULTIL
 TRAINERS = {  # module -> (settings, file of conf/); importing a module registers its schema
     train: (TrainConfig, "config"),
     plan: (PlanConfig, "plan"),
-    benchmark: (BenchmarkConfig, "benchmark"),
+    **dict.fromkeys((benchmark, block, share), (BenchmarkConfig, "benchmark")),
     convert: (ConvertConfig, "convert"),
     evaluate: (EvaluateConfig, "evaluate"),
     generate: (GenerateConfig, "generate"),
@@ -78,6 +81,7 @@ def commands(shell: str) -> list[list[str]]:
 
 def program(words: list[str]) -> tuple[str, list[str]]:
     """(Module, its arguments) of a command; the module is empty for a command that is not the project's."""
+    words = list(itertools.dropwhile(re.compile(r"[A-Z_]+=").match, words))  # variables of its environment
     if words[0].endswith(("python", "torchrun")) and "-m" in words:
         module = words.index("-m") + 1
         return words[module], words[module + 1 :]
@@ -93,6 +97,7 @@ def program(words: list[str]) -> tuple[str, list[str]]:
 def check(module: str, arguments: list[str]) -> None:
     """Raises an error that names the setting."""
     assert importlib.util.find_spec(module), module
+    assert not [word for word in arguments if word.startswith(("launch/", "conf/")) and not (ROOT / word).is_file()]
     package, _, name = module.partition(".")
     arguments = arguments[arguments[0] in FIRST_WORDS :]
     if module == "launch.compare_losses":
@@ -129,3 +134,22 @@ def test_a_command_can_be_pasted_and_has_settings_that_exist(example):
         module, arguments = program(words)
         if module:
             check(module, arguments)
+
+
+SETTINGS = {key for kind, _ in TRAINERS.values() for key in known_keys(kind)}
+NAMED = re.compile(r"`\+?([a-z_0-9]+\.[a-z_0-9.]+)(?:=[^`]*)?`")  # `optim.lr` or `optim.lr=1e-3`
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_prose_names_exists(page):
+    """Programs, and settings of the groups that training and the other commands have."""
+    text = page.read_text()
+    modules = set(re.findall(r"-m ((?:megatron_tn|launch|data_pipeline|kernels)[\w.]*)", text))
+    assert not [module for module in modules if importlib.util.find_spec(module) is None]
+    names = {
+        name.rstrip(".") for name in NAMED.findall(FENCE.sub("", text)) if not name.endswith((".json", ".safetensors"))
+    }
+    groups = {key.partition(".")[0] for key in SETTINGS if "." in key} - {"slurm"}  # which the pipeline has, too
+    below = tuple(f"{key}." for key in ("data.mixture", "engine.deepspeed_config"))  # whose keys are the user's
+    of_groups = {name for name in names if name.partition(".")[0] in groups and not name.startswith(below)}
+    assert not {name for name in of_groups if not any(f"{key}.".startswith(f"{name}.") for key in SETTINGS)}
