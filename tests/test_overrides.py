@@ -28,7 +28,7 @@ def _nothing_seen(monkeypatch):
 def parsed(*words: str) -> TrainConfig:
     line = CommandLine.parse(TrainConfig, "config", words)
     check_overrides(line)
-    return from_mapping(TrainConfig, settings(line.compose(line.words())))
+    return from_mapping(TrainConfig, settings(line.composed))
 
 
 KINDS = {"run_dir": (str,), "checkpoint.resume": (int, str), "logging.wandb.entity": (str, type(None))}
@@ -92,6 +92,7 @@ def test_every_job_of_a_sweep_has_its_own_choice_and_is_listed_by_it(tmp_path, c
     named = [f"data={data} model.decay={decay}" for data in ("2k", "8k") for decay in ("none", "paper")]
     assert [line.partition(" : ")[2] for line in caplog.messages if " : " in line] == named
     del seen[1::2]
+    assert list(tmp_path.iterdir()) == []  # a job makes its folder itself, once it is not refused
     assert [config.data.sequence_length for config in seen] == [2048, 8192]
     folders = ["0_data-2k_model.decay-none", "2_data-8k_model.decay-none"]
     assert [Path(config.run_dir).name for config in seen] == folders

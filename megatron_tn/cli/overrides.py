@@ -66,9 +66,12 @@ class CommandLine:
         line = cls(kind, name, flags, overrides, asked.multirun, asked.config_dir)
         return replace(line, overrides=[line.of_folders(word) for word in overrides]) if asked.multirun else line
 
-    def words(self) -> list[str]:
-        """The arguments for Hydra, which accepts flags only before overrides."""
-        return [*self.flags, *self.choices_win(self.overrides)]
+    def words(self, aside: str) -> list[str]:
+        """The arguments for Hydra, which accepts flags only before overrides. aside: a folder for the file that Hydra
+        writes of a sweep that it runs here: in run_dir it would be left behind where the first job is refused."""
+        launched = any(word.lstrip("+").startswith("hydra/launcher=") for word in self.overrides)
+        own = [f"hydra.sweep.dir={quoted(aside)}"] if self.multirun and not launched else []
+        return [*self.flags, *own, *self.choices_win(self.overrides)]
 
     @property
     def roots(self) -> list[Path]:

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -103,8 +104,8 @@ def command(
             if not line.needs_hydra:  # Hydra would compose the config twice more: 0.15 s of each rank's start
                 run(line.composed)
                 return
-            sys.argv[1:] = line.words()
-            with listed_by_swept_settings(line.overrides):
+            with listed_by_swept_settings(line.overrides), tempfile.TemporaryDirectory() as aside:
+                sys.argv[1:] = line.words(aside)
                 hydra.main(version_base=None, config_path=str(CONF), config_name=config_name)(run)()
             if jobs and is_first_process():
                 after_sweep(jobs[0][0], [folder for _, folder in jobs])
