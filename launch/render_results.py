@@ -23,7 +23,7 @@ from launch.rows import NotRows, Row, read
 
 PAGE = ROOT / "docs/results.md"
 ROWS = ROOT / "docs/measurements/results"
-PICTURE = ROOT / "docs/results.png"
+PICTURES = {"results_50m": "results.png", "results_385m": "results_385m.png"}  # plan -> its curves, beside the page
 COMMAND = "python -m launch.render_results"
 SOURCES = ("code", "documentation", "prose")
 POSITIONS = (16, 64, 256, 1024, 4096, 16384)
@@ -199,41 +199,51 @@ class Corpus:
             raise NotRows(f"{self.path}: {error}") from None
 
 
+@dataclass(frozen=True)
 class Picture:
-    """A link to the curves, where there are any."""
+    """A link to the curves of a plan's runs, where there are any."""
+
+    plan: str
 
     def render(self, rows: Sequence[Row]) -> str:
-        return f"![held-out bits per byte by tokens and by seconds]({PICTURE.name})\n" if curves(rows) else ""
+        link = f"![held-out bits per byte by tokens and by seconds]({PICTURES[self.plan]})\n"
+        return link if curves(rows, self.plan) else ""
 
 
 def tables() -> dict[str, Table | Corpus | Picture | TimeToLoss]:
     of_corpus = {"corpus": corpus_table, "overlap": overlap_table, "stages": stage_table, "packages": package_table}
     return (
         RESULTS
-        | {"curves": Picture(), "time to the same loss": TimeToLoss()}
+        | {"curves": Picture("results_50m"), "385m curves": Picture("results_385m")}
+        | {"time to the same loss": TimeToLoss()}
         | {name: Corpus(ROWS / "corpus.json", table) for name, table in of_corpus.items()}
     )
 
 
-def curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """model -> the runs of its best peak rate at 50M: the one of the lowest mean bits per byte."""
+def curves(rows: Sequence[Row], plan: str) -> dict[str, list[Row]]:
+    """model -> a plan's runs of its best peak rate: the one of the lowest mean bits per byte."""
     found: dict[str, dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        if row["name"] == "result" and row["plan"] == "results_50m":
+        if row["name"] == "result" and row["plan"] == plan:
             found[row["model"]][row["lr"]].append(row)
     value = lambda own: statistics.fmean(row["value"] for row in own)  # noqa: E731
     return {model: min(rates.values(), key=value) for model, rates in found.items()}
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """Held-out bits per byte against tokens and against seconds: mean over seeds, and their range."""
+def draw(rows: Sequence[Row], plan: str, path: Path) -> None:
+    """Held-out bits per byte against tokens and against seconds: mean over seeds, and their range. Seconds are by the
+    speeds of the commit that measured most of the plan's models."""
     from matplotlib.figure import Figure  # not pyplot: it would look for a display
 
-    loops = [row for row in rows if row["name"] == "training loop" and not variant_of(row)]
-    speeds = {row["model"]: row["tokens_per_second"] for row in loops}
+    models = curves(rows, plan)
+    calls: dict[str, dict[str, float]] = defaultdict(dict)  # commit -> model -> tokens/s
+    for row in rows:
+        if row["name"] == "training loop" and not variant_of(row):
+            calls[row["commit"]][row["model"]] = row["tokens_per_second"]
+    speeds = max(calls.values(), key=lambda call: len(call.keys() & models.keys()), default={})
     figure = Figure(figsize=(11, 4), dpi=90, layout="constrained")
     by_tokens, by_seconds = figure.subplots(1, 2, sharey=True)
-    for number, (model, own) in enumerate(sorted(curves(rows).items())):
+    for number, (model, own) in enumerate(sorted(models.items())):
         color = f"C{number}"  # the model's color, the same in both panels
         points = curves_of(own)
         tokens, values = [place for place, _ in points], [each for _, each in points]
@@ -262,8 +272,9 @@ def main(arguments: list[str] | None = None) -> int:
     except NotRows as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if not options.check and curves(rows):
-        draw(rows, PICTURE)
+    for plan, picture in PICTURES.items():
+        if not options.check and curves(rows, plan):
+            draw(rows, plan, PAGE.with_name(picture))
     return write(PAGE, page, check=options.check, command=COMMAND)
 
 

@@ -106,7 +106,7 @@ def test_the_page_shows_means_and_spread_of_seeds():
     page = "".join(f"<!-- rows: {name} -->\n<!-- end of rows -->\n" for name in ("50m", "50m positions", "curves"))
     diverged = found[0] | {"lr": 0.004, "value": float("inf"), "curve": "60.0:inf"}
     lines = fill(page, [diverged, *found], render_results.tables()).splitlines()
-    assert render_results.curves([diverged, *found]) == {"50m": found}
+    assert render_results.curves([diverged, *found], "results_50m") == {"50m": found}
     assert "| 50m | 0.004 | 1 | 60.0 M | 1 of 1 diverged | 0.8000 |  |  |  | H200 | 0123456 |" in lines
     assert "| 50m | 0.002 | 2 | 60.0 M | 1.2500 ± 0.0707 | 0.8000 ± 0.0000 |  |  |  | H200 | 0123456 |" in lines
     assert "| 50m | 0.002 |  | 1.5000 ± 0.0000 |  |  |  |  |" in lines
@@ -165,8 +165,8 @@ def test_curves_are_of_the_best_rate_and_drawn(tmp_path):
         RESULT | {"seed": 0, "value": value, "lr": lr, "curve": "10.0:1.5 20.0:1.3"}
         for lr, value in ((0.001, 1.4), (0.002, 1.2))
     ]
-    assert [row["lr"] for row in render_results.curves(found)["50m"]] == [0.002]
-    render_results.draw([*found, measured("tp 1", 65.5)], tmp_path / "a.png")
+    assert [row["lr"] for row in render_results.curves(found, "results_50m")["50m"]] == [0.002]
+    render_results.draw([*found, measured("tp 1", 65.5)], "results_50m", tmp_path / "a.png")
     assert 1_000 < (tmp_path / "a.png").stat().st_size < 100_000
 
 
