@@ -5,8 +5,9 @@ python -m megatron_tn.evaluate checkpoint=export/ tasks=[boolq,piqa,hellaswag]  
 torchrun --nproc-per-node 8 -m megatron_tn.evaluate checkpoint=runs/65b ...              split by tensor parallelism
 torchrun --nproc-per-node 8 -m megatron_tn.evaluate checkpoint=runs/1b tp=1 ...          each process evaluates a share
 
-Tables have bits per byte by source, beside those of gzip, xz and, with train_manifest=, a unigram model on the same text,
-and the tasks' scores. output=FILE writes all as JSON, bits per byte by position in the document too; json=true prints that.
+Tables have bits per byte by source, beside those of gzip, xz and, with train_manifest=, a unigram model on the same
+text, and the tasks' scores. output=FILE writes all as JSON, bits per byte by position in the document too; json=true
+prints that.
 """
 
 import json
