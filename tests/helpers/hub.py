@@ -1,6 +1,8 @@
 """An export as users of transformers load it."""
 
+import atexit
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -17,7 +19,8 @@ def transformers() -> ModuleType:
     """The package, told to look nothing up on a network. Skips the test where it is not installed."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     if "HF_MODULES_CACHE" not in os.environ:  # where it copies the modelling files of exports to
-        os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hub-modules-")
+        os.environ["HF_MODULES_CACHE"] = cache = tempfile.mkdtemp(prefix="hub-modules-")
+        atexit.register(shutil.rmtree, cache, ignore_errors=True)
     return pytest.importorskip("transformers", reason="transformers is not installed (pip install -e '.[hub]')")
 
 

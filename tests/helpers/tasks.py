@@ -1,8 +1,10 @@
 """Tasks in the formats of lm-evaluation-harness's own BoolQ, PIQA, HellaSwag, ARC, LAMBADA, WikiText and GSM8K, with
 data of our own beside them."""
 
+import atexit
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from types import ModuleType
@@ -118,7 +120,8 @@ def lm_eval() -> ModuleType:
     is not installed."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     if "HF_DATASETS_CACHE" not in os.environ:
-        os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
+        os.environ["HF_DATASETS_CACHE"] = cache = tempfile.mkdtemp(prefix="datasets-")
+        atexit.register(shutil.rmtree, cache, ignore_errors=True)
     return pytest.importorskip("lm_eval", reason="lm_eval is not installed (pip install -e '.[eval]')")
 
 
