@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.gla.activations import NAMES
+from kernels.activations.plain import NAMES
 from kernels.lightning.check import DTYPES, check_decay_and_states, check_devices, check_values
 from kernels.numerics import accumulation_dtype
 

@@ -6,8 +6,9 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels.activations.triton_activations import ACTIVATIONS
 from kernels.gla.theta_gradient import distances_from_middle, middle_of_first
-from kernels.gla.triton_features import ACTIVATIONS, feature_gradients_kernel, features_kernel
+from kernels.gla.triton_features import feature_gradients_kernel, features_kernel
 from kernels.lightning import tiles
 from kernels.lightning.tiles import padded
 from kernels.quantize.noted import SLOTS

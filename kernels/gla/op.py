@@ -40,7 +40,7 @@ def gla(
     decay: [H], fp32 (or fp64). decay, cu_seqlens, initial_state and return_state: as in `lightning_attention`.
     theta: [H, 1, d], radians a position; None for a layer without LRPE. LRPE makes [x cos(theta t), x sin(theta t)] of
         x, so that states are [.., H, 2 d, d], and [.., H, d, d] without it.
-    act: of q and k: "silu", "none", "1+elu" or "relu".
+    act: of q and k: a name of kernels/activations.
     gate: False for y = o, an ablation that does not use u.
     positions: the integers t, [T] or [B, T], rising by 1 within a row or document; None counts each from 0. The first
         value matters only with an initial or a final state. Values are checked only on CPU.

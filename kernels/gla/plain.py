@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.gla.activations import ACTIVATIONS
+from kernels.activations.plain import ACTIVATIONS
 from kernels.gla.inputs import GlaInputs, Saved, parts
 from kernels.lightning import chunked
 from kernels.numerics import accumulation_dtype

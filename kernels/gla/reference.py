@@ -6,14 +6,8 @@ It uses the recurrence of kernels/lightning/reference.py and shares no code with
 import torch
 from torch import Tensor
 
+from kernels.activations.reference import ACTIVATIONS
 from kernels.lightning.reference import recurrence
-
-ACTIVATIONS = {
-    "none": lambda x: x,
-    "silu": lambda x: x / (1 + torch.exp(-x)),
-    "1+elu": lambda x: torch.where(x > 0, 1 + x, torch.exp(x.clamp(max=0))),
-    "relu": lambda x: torch.where(x > 0, x, 0.0),
-}
 
 
 def gla(

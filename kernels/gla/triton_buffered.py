@@ -14,11 +14,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels.activations.triton_activations import ACTIVATIONS, activate
 from kernels.dependent_launch import launch_options
 from kernels.dispatch import capability_of
 from kernels.gla.inputs import GlaInputs
 from kernels.gla.step_buffer import StepBuffer
-from kernels.gla.triton_features import ACTIVATIONS, activate, turn_of
+from kernels.gla.triton_features import turn_of
 from kernels.lightning.tiles import padded
 
 

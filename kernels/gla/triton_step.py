@@ -10,9 +10,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels.activations.triton_activations import ACTIVATIONS, activate
 from kernels.dependent_launch import launch_options
 from kernels.gla.inputs import PIECE, GlaInputs
-from kernels.gla.triton_features import ACTIVATIONS, activate, turn_of
+from kernels.gla.triton_features import turn_of
 from kernels.lightning.tiles import padded
 
 SLICE, WARPS = PIECE, 4  # columns of the state: rows of 128 bytes

@@ -1,25 +1,23 @@
 """SGLU's elementwise product: a gated linear unit without activation (arXiv 2307.14995, equation 10)."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import dispatch
+from kernels.activations.plain import ACTIVATIONS, NAMES
 from kernels.numerics import accumulation_dtype
 from kernels.quantize.noted import slots
 from kernels.quantize.op import largest
-
-ACTS = ("none", "silu")
 
 
 def sglu(a: Tensor, b: Tensor, act: str = "none") -> Tensor:
     """act(a) * b, in the shape and type of a. a, b: any strides, the same shape and floating type.
 
-    act: "none" (the released models) or "silu" (SwiGLU). Raises ValueError for another act, if shapes or types differ,
-    and for integer types.
+    act: a name of kernels/activations; "none" in the released models, "silu" for SwiGLU. Raises ValueError for another
+    act, if shapes or types differ, and for integer types.
     """
-    if act not in ACTS:
-        raise ValueError(f"act={act!r} is not one of {ACTS}")
+    if act not in NAMES:
+        raise ValueError(f"act={act!r} is not one of {NAMES}")
     if a.shape != b.shape or a.dtype != b.dtype:
         raise ValueError(
             f"a is {tuple(a.shape)} {a.dtype} and b is {tuple(b.shape)} {b.dtype}; they must be alike in shape and type"
@@ -48,7 +46,7 @@ def _forward(a: Tensor, b: Tensor, act: str) -> Tensor:
         return triton_sglu.forward(a=a, b=b, act=act)
     if act == "none":
         return (a * b).contiguous()
-    return (F.silu(a.to(accumulation_dtype(a.dtype))) * b).to(a.dtype).contiguous()
+    return (ACTIVATIONS[act].function(a.to(accumulation_dtype(a.dtype))) * b).to(a.dtype).contiguous()
 
 
 @torch.library.custom_op("megatron_tn::sglu_backward", mutates_args=())
@@ -60,9 +58,8 @@ def _backward(dy: Tensor, a: Tensor, b: Tensor, act: str) -> tuple[Tensor, Tenso
     if act == "none":
         return (dy * b).contiguous(), (dy * a).contiguous()
     wide = a.to(accumulation_dtype(a.dtype))
-    gate = torch.sigmoid(wide)
-    da = dy * b.to(wide.dtype) * (gate * (1 + wide * (1 - gate)))
-    db = dy * (wide * gate)
+    da = dy * b.to(wide.dtype) * ACTIVATIONS[act].derivative(wide)
+    db = dy * ACTIVATIONS[act].function(wide)
     return da.to(a.dtype).contiguous(), db.to(b.dtype).contiguous()
 
 

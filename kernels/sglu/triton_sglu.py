@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.activations.triton_activations import ACTIVATIONS, activate, slope
 from kernels.quantize.noted import SLOTS
 from kernels.quantize.triton_quantize import note_largest
 from kernels.rows import as_rows
@@ -21,7 +22,7 @@ def forward_kernel(
     a_row,
     b_row,
     width,
-    SILU: tl.constexpr,
+    ACT: tl.constexpr,
     BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
@@ -31,9 +32,7 @@ def forward_kernel(
     mask = column < width
     a = tl.load(a_pointer + row * a_row + column, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(b_pointer + row * b_row + column, mask=mask, other=0.0).to(tl.float32)
-    if SILU:
-        a *= tl.sigmoid(a)
-    y = (a * b).to(y_pointer.dtype.element_ty)
+    y = (activate(a, ACT, QUICK=False) * b).to(y_pointer.dtype.element_ty)
     tl.store(y_pointer + row * width + column, y, mask=mask)
     if largest_pointer is not None:
         note_largest(largest_pointer, y, SLOTS)
@@ -52,7 +51,7 @@ def backward_kernel(
     b_row,
     out_row,
     width,
-    SILU: tl.constexpr,
+    ACT: tl.constexpr,
     BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
@@ -63,11 +62,7 @@ def backward_kernel(
     dy = tl.load(dy_pointer + row * dy_row + column, mask=mask, other=0.0).to(tl.float32)
     a = tl.load(a_pointer + row * a_row + column, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(b_pointer + row * b_row + column, mask=mask, other=0.0).to(tl.float32)
-    da, db = dy * b, dy * a
-    if SILU:
-        gate = tl.sigmoid(a)
-        da *= gate * (1.0 + a * (1.0 - gate))
-        db *= gate
+    da, db = dy * b * slope(a, ACT, QUICK=False), dy * activate(a, ACT, QUICK=False)
     da, db = da.to(da_pointer.dtype.element_ty), db.to(db_pointer.dtype.element_ty)
     tl.store(da_pointer + row * out_row + column, da, mask=mask)
     tl.store(db_pointer + row * out_row + column, db, mask=mask)
@@ -114,5 +109,5 @@ def _launch(kernel, inputs: dict[str, Tensor], *, act: str, **arguments: Tensor 
         arguments.setdefault("out_row", width)
     with torch.cuda.device_of(rows["a"]):
         kernel[(triton.cdiv(width, BLOCK) * count,)](
-            **arguments, width=width, SILU=act == "silu", BLOCK=BLOCK, SLOTS=SLOTS, num_warps=WARPS
+            **arguments, width=width, ACT=ACTIVATIONS[act], BLOCK=BLOCK, SLOTS=SLOTS, num_warps=WARPS
         )

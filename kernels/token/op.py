@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import dispatch
+from kernels.activations.plain import NAMES
 from kernels.float8_linear.op import TYPE, obstacle
 from kernels.float8_linear.reference import dequantized
 from kernels.numerics import accumulation_dtype
-from kernels.sglu.op import ACTS
 from kernels.token import reference
 
 MAX_WIDTH = 32768  # K: a program holds one row of the weight in registers
@@ -59,7 +59,7 @@ def token_glu(
     """act(W_1 n) * W_2 n, n = simple_rms_norm(x, eps): the norm, both products and the gate of SGLU.
 
     x: [K]; gate W_1 and value W_2: [F, K], contiguous, of x's type, or both in e4m3 with their scales fp32 [F], as of
-    `token_linear`. act: "none" or "silu".
+    `token_linear`. act: a name of kernels/activations.
     Returns [F] in x's type. Raises ValueError naming the argument that does not fit.
     """
     _check(x, gate, gate_scale)
@@ -68,8 +68,8 @@ def token_glu(
         raise ValueError(
             f"gate is {list(gate.shape)} {gate.dtype}, value {list(value.shape)} {value.dtype}; they must be alike"
         )
-    if act not in ACTS:
-        raise ValueError(f"act={act!r} is not one of {ACTS}")
+    if act not in NAMES:
+        raise ValueError(f"act={act!r} is not one of {NAMES}")
     return torch.ops.megatron_tn.token_glu(x, gate, value, gate_scale, value_scale, eps, act)
 
 

@@ -1,7 +1,8 @@
 """The definition of `token_linear` and `token_glu`, in the type of the inputs."""
 
-import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.activations.plain import ACTIVATIONS
 
 
 def token_linear(
@@ -20,8 +21,7 @@ def token_linear(
 def token_glu(x: Tensor, gate: Tensor, value: Tensor, *, eps: float, act: str = "none") -> Tensor:
     """x [K], gate and value [F, K] -> [F]."""
     normed = x * _scale(x, eps, None)
-    a = gate @ normed
-    return (F.silu(a) if act == "silu" else a) * (value @ normed)
+    return ACTIVATIONS[act].function(gate @ normed) * (value @ normed)
 
 
 def _scale(x: Tensor, eps: float | None, square_sum: Tensor | None) -> Tensor | float:

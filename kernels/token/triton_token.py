@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels.activations.triton_activations import ACTIVATIONS, activate
 from kernels.dependent_launch import launch_options
 from kernels.lightning.tiles import padded
 
@@ -33,7 +34,7 @@ def token_kernel(
     parts,  # P
     eps,
     NORM: tl.constexpr,
-    SILU: tl.constexpr,
+    ACT: tl.constexpr,
     OUT: tl.constexpr,
     WIDTH: tl.constexpr,  # columns of the weight that a program holds
     PIECES: tl.constexpr,  # of so many columns that it reads
@@ -81,8 +82,7 @@ def token_kernel(
     y = tl.sum(weighted, 1) * scale
     if weight_scale_pointer is not None:
         y *= tl.load(weight_scale_pointer + n, mask=held, other=0.0)
-    if SILU:
-        y *= tl.sigmoid(y)
+    y = activate(y, ACT, QUICK=False)
     if value_pointer is not None:
         if PIECES == 1:
             valued = value.to(tl.float32) * x[None, :]
@@ -106,7 +106,7 @@ def linear(
     """See `token_linear` in op.py."""
     scales = weight_scale, None
     return _launch(
-        x=x, weight=weight, value=None, scales=scales, eps=eps, square_sum=square_sum, residual=residual, silu=False
+        x=x, weight=weight, value=None, scales=scales, eps=eps, square_sum=square_sum, residual=residual, act="none"
     )
 
 
@@ -121,8 +121,8 @@ def glu(
     act: str,
 ) -> Tensor:
     """See `token_glu` in op.py."""
-    scales, silu = (gate_scale, value_scale), act == "silu"
-    return _launch(x=x, weight=gate, value=value, scales=scales, eps=eps, square_sum=None, residual=None, silu=silu)
+    scales = gate_scale, value_scale
+    return _launch(x=x, weight=gate, value=value, scales=scales, eps=eps, square_sum=None, residual=None, act=act)
 
 
 def _launch(
@@ -134,7 +134,7 @@ def _launch(
     eps: float | None,
     square_sum: Tensor | None,
     residual: Tensor | None,
-    silu: bool,
+    act: str,
 ) -> Tensor:
     width, outs = x.shape[0], weight.shape[0]
     narrow = weight.element_size() == 1 and width > FLOAT8_WIDTH
@@ -157,7 +157,7 @@ def _launch(
             parts=0 if square_sum is None else square_sum.shape[0],
             eps=0.0 if eps is None else eps,
             NORM=eps is not None,
-            SILU=silu,
+            ACT=ACTIVATIONS[act],
             OUT=out,
             WIDTH=whole,
             PIECES=triton.cdiv(width, whole),

@@ -16,6 +16,7 @@ Vocabulary = Annotated[int, Bounds(1, 2**32)]  # the widest token that shards ca
 Width = Annotated[int, Bounds(1, 2**24)]
 NUMBER = Bounds(1, 2**11)
 Number = Annotated[int, NUMBER]
+Act = Literal["silu", "none", "1+elu", "relu"]  # activation functions, of kernels/activations
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -45,9 +46,9 @@ class ModelConfig:
     # softmax]; [linear]: linear attention in every layer.
     attention: list[Literal["linear", "softmax"]] = dataclasses.field(default_factory=lambda: ["linear"])
     # activation function of q and k; none: the identity; 1+elu: 1 + elu(x).
-    act: Literal["silu", "none", "1+elu", "relu"] = "silu"
+    act: Act = "silu"
     # activation function of SGLU's gate; none: the identity, as in TransNormerLLM.
-    glu_act: Literal["none", "silu"] = "none"
+    glu_act: Act = "none"
     gate: bool = True  # true: the token mixer's output is multiplied by a gate u, linear in x; false: there is no u
     # first, all, none, or a list of one bool per layer: the layers whose q and k get LRPE (linearised relative
     # positional encoding). first: layer 0 alone.

@@ -4,16 +4,17 @@ The released family computes decay rates from the layer index. This writer also 
 the reader compares them: a model with other decay rates than in training would be silently wrong.
 """
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from megatron_tn.config import ConfigError, ModelConfig
+from megatron_tn.config.model import Act
 from megatron_tn.model.decay import all_decay_rates
 from megatron_tn.released.fields import model_config, special_ids, whole_numbers
 
 _NORMS = ("simplermsnorm", "rmsnorm", "layernorm")
-_ACTS = {"swish": "silu", "silu": "silu", "none": "none", "1+elu": "1+elu", "relu": "relu"}
+_ACTS = {"swish": "silu"} | {name: name for name in get_args(Act)}
 
 
 def from_released(values: dict[str, Any]) -> ModelConfig:

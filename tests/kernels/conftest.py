@@ -28,6 +28,7 @@ TRITON_MODULES = (
     "kernels.lightning.triton_segments",
     "kernels.lightning.scan",
     "kernels.lightning.passes",
+    "kernels.activations.triton_activations",
     "kernels.gla.triton_features",
     "kernels.gla.triton_gate",
     "kernels.gla.triton_step",

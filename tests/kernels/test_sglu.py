@@ -4,11 +4,12 @@ import pytest
 import torch
 
 import kernels
+from kernels.activations.plain import NAMES
 from kernels.sglu import reference
 from kernels.sglu.op import sglu_pair_backward, sglu_pair_forward
 from tests.kernels.support import TOLERANCE, assert_close
 
-ACTS = pytest.mark.parametrize("act", ["none", "silu"])
+ACTS = pytest.mark.parametrize("act", NAMES)
 
 
 def check(shape, dtype, act="none", device="cpu"):

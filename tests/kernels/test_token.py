@@ -112,5 +112,5 @@ def test_wrong_options_are_named():
         kernels.token_linear(x, weight.to(torch.float8_e4m3fn), weight_scale=torch.ones(6)[::2])
     with pytest.raises(ValueError, match=r"residual is \[4\]"):
         kernels.token_linear(x, weight, residual=x)
-    with pytest.raises(ValueError, match="act='relu' is not one of"):
-        kernels.token_glu(x, weight, weight, eps=0.0, act="relu")
+    with pytest.raises(ValueError, match="act='gelu' is not one of"):
+        kernels.token_glu(x, weight, weight, eps=0.0, act="gelu")

@@ -44,13 +44,14 @@ def test_row_kernels(capability, width):
 
 
 @pytest.mark.parametrize("capability", sorted(TILES))
-@pytest.mark.parametrize("silu", [pytest.param(False, marks=pytest.mark.full), True])
-def test_sglu(capability, silu):
+@pytest.mark.parametrize("act", [pytest.param("none", marks=pytest.mark.full), "silu"])
+def test_sglu(capability, act):
+    from kernels.activations.triton_activations import ACTIVATIONS
     from kernels.sglu import triton_sglu
 
     for kernel in (triton_sglu.forward_kernel, triton_sglu.backward_kernel):
         types = {name: "*bf16" for name in kernel.arg_names if name.endswith("pointer")} | {"largest_pointer": "*i32"}
-        constants = {"SILU": silu, "BLOCK": triton_sglu.BLOCK, "SLOTS": triton_sglu.SLOTS}
+        constants = {"ACT": ACTIVATIONS[act], "BLOCK": triton_sglu.BLOCK, "SLOTS": triton_sglu.SLOTS}
         assert resources(compiled(kernel, capability, types, constants, num_warps=triton_sglu.WARPS))[1] == 0
 
 
@@ -119,6 +120,7 @@ def test_decoding_step(capability, with_lrpe):
 @pytest.mark.parametrize(("capability", "weight"), [(8, "bf16"), (9, "bf16"), (9, "fp8e4nv")])
 @pytest.mark.parametrize("gated", [False, True], ids=["linear", "glu"])
 def test_token_products(capability, weight, gated):
+    from kernels.activations.triton_activations import ACTIVATIONS
     from kernels.token import triton_token
 
     types = {f"{name}_pointer": "*bf16" for name in ("x", "residual", "y")}
@@ -130,7 +132,12 @@ def test_token_products(capability, weight, gated):
     elif not gated:
         absent += ("value_scale_pointer",)
     types = {name: type_ for name, type_ in types.items() if name not in absent}
-    constants = {"NORM": True, "SILU": gated, "PARTS": 64, "DEPENDENT": capability >= 9} | dict.fromkeys(absent)
+    constants = {
+        "NORM": True,
+        "ACT": ACTIVATIONS["silu" if gated else "none"],
+        "PARTS": 64,
+        "DEPENDENT": capability >= 9,
+    } | dict.fromkeys(absent)
     out = triton_token.TILE_BYTES // 2048 // (2 if weight == "bf16" else 1)
     constants |= {"OUT": out // 2 if gated else out, "WIDTH": 2048, "PIECES": 1}
     if weight != "bf16" and not gated:  # 7B's widest
