@@ -1,5 +1,8 @@
 """Builds the optimizer from the settings `optim.*`."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 
 from megatron_tn.config import ConfigError, OptimConfig
@@ -8,7 +11,6 @@ from megatron_tn.optim.muon import Muon
 from megatron_tn.optim.protocol import Optimizer
 
 KERNELS = {"triton": TritonAdamW, "torch": TorchAdamW, "apex": ApexAdamW}
-STATE_KINDS = {"adamw": MOMENTS, "muon": Muon.state_kinds}  # optim.name -> `Optimizer.state_kinds`
 
 
 def build_optimizer(groups: list[dict], config: OptimConfig, dtype: torch.dtype = torch.float32) -> Optimizer:
@@ -20,20 +22,22 @@ def build_optimizer(groups: list[dict], config: OptimConfig, dtype: torch.dtype 
     Raises:
         ConfigError: optim.fused=apex without apex.
     """
-    if config.name == "muon":
-        return Muon(
-            groups,
-            adamw=lambda others: _adamw(others, config),
-            momentum=config.momentum,
-            momentum_warmup_steps=config.momentum_warmup_steps,
-            equal_norms=config.equal_norms,
-            heads_apart=config.heads_apart,
-            dtype=dtype,
-        )
-    return _adamw(groups, config)
+    return OPTIMIZERS[config.name].build(groups, config, dtype)
 
 
-def _adamw(groups: list[dict], config: OptimConfig) -> Optimizer:
+def _muon(groups: list[dict], config: OptimConfig, dtype: torch.dtype) -> Optimizer:
+    return Muon(
+        groups,
+        adamw=lambda others: _adamw(others, config, dtype),
+        momentum=config.momentum,
+        momentum_warmup_steps=config.momentum_warmup_steps,
+        equal_norms=config.equal_norms,
+        heads_apart=config.heads_apart,
+        dtype=dtype,
+    )
+
+
+def _adamw(groups: list[dict], config: OptimConfig, dtype: torch.dtype) -> Optimizer:
     """AdamW with the kernel of optim.fused; "auto": this package's on a GPU, torch's on a CPU."""
     kernel = config.fused
     if kernel == "auto":
@@ -41,6 +45,16 @@ def _adamw(groups: list[dict], config: OptimConfig) -> Optimizer:
     if problems := kernel_problems(config):
         raise ConfigError(problems)
     return KERNELS[kernel](groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+
+
+class Entry(NamedTuple):
+    """state_kinds: those of the `Optimizer` that `build` makes; no run goes on from a checkpoint with others."""
+
+    state_kinds: tuple[str, ...]
+    build: Callable[[list[dict], OptimConfig, torch.dtype], Optimizer]
+
+
+OPTIMIZERS = {"adamw": Entry(MOMENTS, _adamw), "muon": Entry(Muon.state_kinds, _muon)}  # by optim.name
 
 
 def kernel_problems(config: OptimConfig) -> list[str]:

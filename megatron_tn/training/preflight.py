@@ -14,7 +14,7 @@ from megatron_tn.config import (
     to_mapping,
 )
 from megatron_tn.engine.deepspeed.settings import deepspeed_settings
-from megatron_tn.optim.build import STATE_KINDS, kernel_problems
+from megatron_tn.optim.build import OPTIMIZERS, kernel_problems
 from megatron_tn.parallel.float8_layers import products_problems
 from megatron_tn.parallel.world import device_here, processes_here
 from megatron_tn.planning.host import host_memory_problems, step_memory_problems
@@ -70,8 +70,8 @@ def checkpoint_problems(config: TrainConfig, start: Start) -> list[str]:
     changed = model_differences(from_mapping(ModelConfig, manifest.config["model"]), config.model)
     found = [f"checkpoint {directory} holds another model: {line}" for line in changed]
     kinds = set(manifest.state_kinds)
-    if kinds and kinds != set(STATE_KINDS[config.optim.name]):
-        saved_by = [f"optim.name={name}" for name, of_it in STATE_KINDS.items() if kinds == set(of_it)]
+    if kinds and kinds != set(OPTIMIZERS[config.optim.name].state_kinds):
+        saved_by = [f"optim.name={name}" for name, entry in OPTIMIZERS.items() if kinds == set(entry.state_kinds)]
         found.append(
             f"optim.name={config.optim.name} cannot go on from checkpoint {directory}, whose moments are those of "
             f"{', '.join(saved_by or ['another optimizer', *sorted(kinds)])}: go on with that one, or begin a new run "

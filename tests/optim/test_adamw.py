@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from megatron_tn.checkpoint.load import load_checkpoint
 from megatron_tn.config import ConfigError, EngineConfig, OptimConfig, to_mapping
 from megatron_tn.engine.build import build_engine, initialize_engine
 from megatron_tn.optim.adamw import ApexAdamW, TorchAdamW, TritonAdamW
-from megatron_tn.optim.build import build_optimizer
+from megatron_tn.optim.build import OPTIMIZERS, build_optimizer
 from megatron_tn.parallel.context import ParallelContext
 from megatron_tn.training.preflight import problems_before_start
 from megatron_tn.training.step import train_step
@@ -24,6 +25,10 @@ CPU = torch.device("cpu")
 
 def groups() -> list[dict]:
     return [{"params": [torch.nn.Parameter(torch.zeros(2, 2))], "weight_decay": 0.0}]
+
+
+def test_every_name_of_the_settings_has_an_optimizer():
+    assert set(OPTIMIZERS) == set(get_args(get_type_hints(OptimConfig)["name"]))
 
 
 def test_torchs_fused_adamw_is_the_default_on_a_cpu(apex):
