@@ -227,6 +227,10 @@ def _line(error: dict, names: list[str]) -> str:
         return f"{key}.kind={kind!r}: no such kind{_nearest(str(kind), KINDS)}: {spelled}"
     if error["input"] is None and key.startswith("sources."):
         return f"{key}: missing; give input=FOLDER, or {key}=..."
+    if error["type"] == "dataclass_type" and location[0] in ("rules", "edits"):
+        below = next((name for name in names if name.startswith(f"{key}.")), None)
+        one = f", {below}=... sets one" if below else ""
+        return f"{key}={error['input']!r}: null turns it off, {{}} on with its defaults{one}"
     return f"{key}={error['input']!r}: {error['msg'].removeprefix('Value error, ')}"
 
 

@@ -177,6 +177,10 @@ BAD = {
         "rules.length={min_bytes: 100, max_bytes: 10}",
         "min_bytes=100 must be at most max_bytes=10: nothing would be kept",
     ),
+    "no thresholds": (
+        "rules.logs=true",
+        "rules.logs=True: null turns it off, {} on with its defaults, rules.logs.max_share=... sets one",
+    ),
     "a share above 1": ("rules.garbled.max_share=2", "rules.garbled.max_share=2: Input should be less than or equal"),
     "runs of no words": ("rules.repetition.words=0", "rules.repetition.words=0: Input should be greater than or equal"),
     "runs of no marks": ("edits.punctuation.max_run=0", "edits.punctuation.max_run=0: Input should be greater"),
