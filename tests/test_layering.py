@@ -64,6 +64,7 @@ ALLOWED = {
         "megatron_tn.config",
     ],
     "megatron_tn.planning": [
+        "megatron_tn.optim",
         "megatron_tn.model",
         "megatron_tn.parallel",
         "megatron_tn.engine",

@@ -13,6 +13,7 @@ from megatron_tn.config import TrainConfig
 from megatron_tn.engine.deepspeed.settings import zero3_live_parameters
 from megatron_tn.engine.freed_weights import PORTION_BYTES
 from megatron_tn.model.registry import parameter_count
+from megatron_tn.optim.build import OPTIMIZERS
 from megatron_tn.planning.microbatch import Microbatch, microbatch
 from megatron_tn.planning.muon import matrix_elements, most_work
 
@@ -92,9 +93,10 @@ def state_bytes(config: TrainConfig, world_size: int) -> dict[str, int]:
     def over_data(count: int, from_stage: int) -> int:
         return math.ceil(count / data) if stage >= from_stage else count
 
-    moments = 8 * local
-    if config.optim.name == "muon":
-        moments -= 4 * math.ceil(matrix_elements(config.model) / config.parallel.tp)
+    if config.optim.name == "muon":  # a matrix has its momentum alone, the rest AdamW's two moments
+        moments = 8 * local - 4 * math.ceil(matrix_elements(config.model) / config.parallel.tp)
+    else:
+        moments = 4 * len(OPTIMIZERS[config.optim.name].state_kinds) * local
     separate_masters = engine.name != "fsdp2" and (engine.precision == "bf16" or stage > 0)
     matrices = math.ceil(matrix_elements(config.model) / config.parallel.tp)
     freed = width * matrices if engine.frees_weights else 0
