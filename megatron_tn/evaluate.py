@@ -109,7 +109,7 @@ def check(config: EvaluateConfig) -> TaskSet | None:
         if tasks and not problems:
             model, tokenizer = model_config(config.checkpoint), load_tokenizer(config.tokenizer, config.checkpoint)
             problems += problems_of_vocabulary(tokenizer, model, config.checkpoint)
-            problems += problems_of_tasks(tasks, model.max_length, config.shots)
+            problems += problems_of_tasks(tasks, model.max_length, config.shots, config.task_documents)
     except ConfigError as error:
         problems += error.problems
     if problems:
@@ -226,7 +226,8 @@ def problems_in_training(config: TrainConfig) -> list[str]:
     try:
         if evaluation.tasks:
             tasks = _tasks_in_training(config)
-            problems += problems_of_tasks(tasks, config.model.max_length, setting="evaluation.tasks")
+            limit, setting = evaluation.task_documents, "evaluation.tasks"
+            problems += problems_of_tasks(tasks, config.model.max_length, limit=limit, setting=setting)
     except ConfigError as error:
         problems += error.problems
     needing = [name for name in ("tasks", "prompts") if getattr(evaluation, name)]
