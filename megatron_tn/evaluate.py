@@ -7,10 +7,11 @@ torchrun --nproc-per-node 8 -m megatron_tn.evaluate checkpoint=runs/1b tp=1 ... 
 
 Tables have bits per byte by source, beside those of gzip, xz and, with train_manifest=, a unigram model on the same
 text, and the tasks' scores. output=FILE writes all as JSON, bits per byte by position in the document too; json=true
-prints that.
+prints that. A figure that is not finite, as of a model that diverged, is null there.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,14 +73,32 @@ def main(config: EvaluateConfig) -> None:
             if tasks:
                 result["tasks"] = task_scores(config, model, tokenizer, tasks)
     if is_first_process():
-        content = json.dumps(result, indent=1)
-        if config.output:
-            Path(config.output).write_text(content + "\n")
+        content = json.dumps(_with_null(result), indent=1, allow_nan=False)
         if config.json:
             print(content)
         else:
             show(result)
+        if config.output:
+            write(content, config)
+        if not config.json:
             print(f"wrote {config.output}" if config.output else "json=true prints all of it, output=FILE writes it")
+
+
+def write(content: str, config: EvaluateConfig) -> None:
+    """Write the figures to the output, and print them where they would be lost otherwise. Raises ConfigError."""
+    try:
+        Path(config.output).write_text(content + "\n")
+    except OSError as error:
+        if not config.json:
+            print(content)
+        raise ConfigError(f"output={config.output} cannot be written: {error.strerror}") from None
+
+
+def _with_null(value: Any) -> Any:
+    """`value` with null for NaN and infinity, which JSON does not have; as in a run's journal."""
+    if isinstance(value, dict):
+        return {key: _with_null(below) for key, below in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check(config: EvaluateConfig) -> TaskSet | None:

@@ -1,8 +1,10 @@
 """Tasks of lm-evaluation-harness on the command line and in training."""
 
 import json
+import math
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -78,6 +80,17 @@ def test_in_training_from_a_checkpoint_split_in_two_and_from_an_export(shards, f
     scores = found["tasks"][task]
     assert (value, stderr) == (f"{scores[metric]:.4f}", f"{scores['acc_stderr']:.4f}")
     assert documents == "2"
+
+    # A disk that is full when the figures are there; figures that JSON does not have.
+    scores = {"own": {"acc": math.nan, "acc_stderr": math.inf, "samples": 2}}
+    words = [f"checkpoint={run}", f"tasks={TASKS}", f"task_folder={folder}", "output=/dev/full"]
+    with mock.patch("megatron_tn.evaluate.task_scores", return_value=scores):
+        assert call(evaluate, *words) == 2
+    printed = capsys.readouterr()
+    assert printed.err == "error: output=/dev/full cannot be written: No space left on device\n"
+    assert "own" in printed.out.partition("{")[0]
+    shown = json.loads(printed.out[printed.out.index("{") :], parse_constant=pytest.fail)
+    assert shown == {"checkpoint": str(run), "tasks": {"own": {"acc": None, "acc_stderr": None, "samples": 2}}}
 
 
 def test_evaluating_changes_neither_losses_nor_random_states_nor_the_data(shards, folder, tmp_path):
