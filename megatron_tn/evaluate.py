@@ -25,7 +25,7 @@ from data_pipeline.shards import read_documents
 from data_pipeline.stream import InputError, Manifest
 from megatron_tn.cli import command, is_first_process, run_program
 from megatron_tn.cli.tables import table_console
-from megatron_tn.config import ConfigError, EvaluateConfig, TrainConfig, out_of_bounds, unwritable
+from megatron_tn.config import ConfigError, EvaluateConfig, TrainConfig, changed, out_of_bounds, unwritable
 from megatron_tn.data import other_tokenizer as other_tokenizer_than_training
 from megatron_tn.data import tokenizer_file
 from megatron_tn.engine.base import Engine
@@ -55,6 +55,11 @@ from megatron_tn.loading import (
 from megatron_tn.model.base import Model
 from megatron_tn.parallel.world import world_size
 
+# What is evaluated -> the settings that are of it alone.
+OF_INPUTS = {
+    "manifest": ("train_manifest", "max_documents", "max_document_tokens", "sequence_tokens"),
+    "tasks": ("task_folder", "task_documents", "shots"),
+}
 # Long documents are read DOCUMENTS at a time, in windows of batch_tokens // DOCUMENTS tokens: few windows, since each
 # costs a forward pass's kernel launches, and few decoding states, since a Transformer's grow with the document.
 DOCUMENTS, SHORTEST_WINDOW = 8, 256
@@ -110,6 +115,9 @@ def check(config: EvaluateConfig) -> TaskSet | None:
         problems += error.problems
     if not config.manifest and not config.tasks:
         problems.append("manifest is not set: name the manifest.json of held-out shards, or tasks")
+    for needed, names in OF_INPUTS.items():
+        if not getattr(config, needed):
+            problems += [f"{said} needs {needed}, which is not set" for said in changed(config, names)]
     for path, prefix in ((config.manifest, ""), (config.train_manifest, "train_")):
         try:
             if path:
