@@ -11,6 +11,7 @@ prints that. A figure that is not finite, as of a model that diverged, is null t
 """
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,6 +55,8 @@ from megatron_tn.loading import (
 )
 from megatron_tn.model.base import Model
 from megatron_tn.parallel.world import world_size
+
+log = logging.getLogger(__name__)
 
 # What is evaluated -> the settings that are of it alone.
 OF_INPUTS = {
@@ -271,7 +274,8 @@ def problems_in_training(config: TrainConfig) -> list[str]:
 
 
 def evaluate_in_training(engine: Engine, config: TrainConfig, progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """Held-out figures, task scores and generated texts, by their names in the journal.
+    """Held-out figures, task scores and generated texts, by their names in the journal; without scores, and with a
+    warning, where a task cannot be scored.
 
     Ranks with the same parameters share documents, requests and prompts; all get the figures. progress(n, tokens):
     called after each batch of n documents or requests, of so many tokens.
@@ -286,7 +290,11 @@ def evaluate_in_training(engine: Engine, config: TrainConfig, progress: Callable
         if evaluation.tasks:
             tokenizer, tasks = read_tokenizer(tokenizer_file(config.data.manifest)), _tasks_in_training(config)
             limit = evaluation.task_documents
-            found |= journal_names(run_tasks(model, tokenizer, tasks, limit=limit, progress=progress))
+            try:
+                found |= journal_names(run_tasks(model, tokenizer, tasks, limit=limit, progress=progress))
+            except ConfigError as error:  # of a metric, on every rank alike, when all answers are there
+                if is_first_process():
+                    log.warning("%s; training goes on without this evaluation's scores", error)
     return found
 
 
