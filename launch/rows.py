@@ -12,6 +12,7 @@ STEPS = ("step", "step + optimizer", "training loop")
 PASSES = ("forward", "forward + backward")
 CURVE = re.compile(r"(\d+(\.\d+)?:(\d+(\.\d+)?|inf|nan)( |$))*")  # as of results.planned_run
 
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, which JSON may have and no file can
 LARGEST = sys.float_info.max  # a whole number above is none that can be divided
 
 Row = dict[str, Any]
@@ -37,7 +38,7 @@ class Form:
         return "" if (value is None and self.or_null) or self.fits(value) else f"must be {self.words}"
 
 
-TEXT = Form("a text", lambda value: isinstance(value, str))
+TEXT = Form("a text", lambda value: isinstance(value, str) and not SURROGATE.search(value))
 FLAG = Form("true or false", lambda value: isinstance(value, bool))
 WHOLE = Form("a whole number", lambda value: type(value) is int and abs(value) <= LARGEST)
 COUNT = Form("a whole number above 0", lambda value: type(value) is int and 0 < value <= LARGEST)

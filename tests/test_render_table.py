@@ -99,7 +99,7 @@ def test_no_row_that_is_read_ends_in_a_traceback(tmp_path):
     path, refused, shown = tmp_path / "rows.jsonl", 0, 0
     for kind, row in samples.items():
         for key in row:
-            changed = [row | {key: value} for value in (None, "x", 0, float("inf"), 10**400)]
+            changed = [row | {key: value} for value in (None, "x", 0, float("inf"), 10**400, "\ud800")]
             for new in (*changed, {other: value for other, value in row.items() if other != key}):
                 path.write_text(json.dumps(new))
                 rows, why = [], ""
@@ -108,7 +108,8 @@ def test_no_row_that_is_read_ends_in_a_traceback(tmp_path):
                 except NotRows as error:
                     why = str(error)
                 assert rows or (why.startswith(f"{path}:1: ") and (key in why or key == "name"))
-                fill(page, [*rows, *(other for name, other in samples.items() if name != kind)], tables)
+                filled = fill(page, [*rows, *(other for name, other in samples.items() if name != kind)], tables)
+                assert filled.encode()
                 refused, shown = refused + bool(why), shown + len(rows)
     assert min(refused, shown) > 100
 
