@@ -14,6 +14,7 @@ from pathlib import Path
 from data_pipeline.html_page import document, table
 from launch.chart import STYLE
 from launch.curves import losses, positions
+from launch.render_table import markdown
 from megatron_tn.cli import of_words
 from megatron_tn.config import ConfigError, replacing, shown, unwritable
 from megatron_tn.plot import compare, journals_are_read, paths_and_output, runs_in
@@ -31,10 +32,8 @@ def main(words: list[str]) -> None:
         raise ConfigError(problems)
     with journals_are_read(runs):
         groups = compare(runs, picture)
-        titles, rows = table_of(groups)
-        lines = (f"| {' | '.join(cells)} |\n" for cells in (titles, ["---"] * len(titles), *rows))
         notes = (f"\n{note}\n" for note in notes_of(groups))
-        contents = {page: page_of(groups), text: "".join([*lines, *notes])}
+        contents = {page: page_of(groups), text: "".join([markdown(*table_of(groups)), *notes])}
     for path, content in contents.items():
         with replacing(path) as file:
             file.write(content)

@@ -54,9 +54,10 @@ class Table:
 
 
 def markdown(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    """A table of Markdown."""
+    """A table of Markdown. A cell with a line break is on one line; its | stays a character."""
     titles = list(header)
-    rows = [f"| {' | '.join(cells)} |" for cells in (titles, *lines)]
+    table = [[" ".join(cell.replace("|", "\\|").split("\n")) for cell in cells] for cells in (titles, *lines)]
+    rows = [f"| {' | '.join(cells)} |" for cells in table]
     return "\n".join([rows[0], "|" + "---|" * len(titles), *rows[1:]]) + "\n"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 STEPS = ("step", "step + optimizer", "training loop")
 PASSES = ("forward", "forward + backward")
 CURVE = re.compile(r"(\d+(\.\d+)?:(\d+(\.\d+)?|inf|nan)( |$))*")  # as of results.planned_run
+
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, which JSON may have and no file can
+LARGEST = sys.float_info.max  # a whole number above is none that can be divided
 
 Row = dict[str, Any]
 
@@ -34,11 +38,11 @@ class Form:
         return "" if (value is None and self.or_null) or self.fits(value) else f"must be {self.words}"
 
 
-TEXT = Form("a text", lambda value: isinstance(value, str))
+TEXT = Form("a text", lambda value: isinstance(value, str) and not SURROGATE.search(value))
 FLAG = Form("true or false", lambda value: isinstance(value, bool))
-WHOLE = Form("a whole number", lambda value: type(value) is int)
-COUNT = Form("a whole number above 0", lambda value: type(value) is int and value > 0)
-NUMBER = Form("a number", lambda value: type(value) in (int, float))
+WHOLE = Form("a whole number", lambda value: type(value) is int and abs(value) <= LARGEST)
+COUNT = Form("a whole number above 0", lambda value: type(value) is int and 0 < value <= LARGEST)
+NUMBER = Form("a number", lambda value: type(value) is float or (type(value) is int and abs(value) <= LARGEST))
 POINTS = Form("pairs MILLION_TOKENS:BITS", lambda value: isinstance(value, str) and bool(CURVE.fullmatch(value)))
 
 Forms = Mapping[str, Form]  # key -> form of its value

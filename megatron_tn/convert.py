@@ -24,7 +24,7 @@ from megatron_tn.checkpoint.manifest import MANIFEST, CheckpointManifest, checkp
 from megatron_tn.checkpoint.verify import verify
 from megatron_tn.cli import command
 from megatron_tn.cli.tables import table_console
-from megatron_tn.config import ConfigError, ConvertConfig, ModelConfig, out_of_bounds, resolved
+from megatron_tn.config import ConfigError, ConvertConfig, ModelConfig, changed, out_of_bounds, resolved
 from megatron_tn.engine.base import DTYPES
 from megatron_tn.loading import (
     open_weights,
@@ -45,9 +45,22 @@ from megatron_tn.training.run_folder import RunFolder
 DAMAGED = 1  # exit code
 
 
+# Actions -> the settings that they alone read.
+OF_ACTIONS = {
+    ("export",): ("shard_mib",),
+    ("export", "import"): ("output", "precision"),
+    ("describe", "verify"): ("json",),
+}
+
+
 def convert(config: ConvertConfig) -> None:
-    if problems := out_of_bounds(config):
-        raise ConfigError(list(problems.values()))
+    problems = list(out_of_bounds(config).values())
+    for actions, names in OF_ACTIONS.items():
+        if config.action not in actions:
+            of = " and ".join(actions)
+            problems += [f"{said} is of {of}, not of action={config.action}" for said in changed(config, names)]
+    if problems:
+        raise ConfigError(problems)
     if config.action in ("export", "import"):
         try:
             (export if config.action == "export" else import_weights)(config)

@@ -7,10 +7,12 @@ torchrun --nproc-per-node 8 -m megatron_tn.evaluate checkpoint=runs/1b tp=1 ... 
 
 Tables have bits per byte by source, beside those of gzip, xz and, with train_manifest=, a unigram model on the same
 text, and the tasks' scores. output=FILE writes all as JSON, bits per byte by position in the document too; json=true
-prints that.
+prints that. A figure that is not finite, as of a model that diverged, is null there.
 """
 
 import json
+import logging
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from data_pipeline.shards import read_documents
 from data_pipeline.stream import InputError, Manifest
 from megatron_tn.cli import command, is_first_process, run_program
 from megatron_tn.cli.tables import table_console
-from megatron_tn.config import ConfigError, EvaluateConfig, TrainConfig, out_of_bounds, unwritable
+from megatron_tn.config import ConfigError, EvaluateConfig, TrainConfig, changed, out_of_bounds, unwritable
 from megatron_tn.data import other_tokenizer as other_tokenizer_than_training
 from megatron_tn.data import tokenizer_file
 from megatron_tn.engine.base import Engine
@@ -54,6 +56,13 @@ from megatron_tn.loading import (
 from megatron_tn.model.base import Model
 from megatron_tn.parallel.world import world_size
 
+log = logging.getLogger(__name__)
+
+# What is evaluated -> the settings that are of it alone.
+OF_INPUTS = {
+    "manifest": ("train_manifest", "max_documents", "max_document_tokens", "sequence_tokens"),
+    "tasks": ("task_folder", "task_documents", "shots"),
+}
 # Long documents are read DOCUMENTS at a time, in windows of batch_tokens // DOCUMENTS tokens: few windows, since each
 # costs a forward pass's kernel launches, and few decoding states, since a Transformer's grow with the document.
 DOCUMENTS, SHORTEST_WINDOW = 8, 256
@@ -72,14 +81,32 @@ def main(config: EvaluateConfig) -> None:
             if tasks:
                 result["tasks"] = task_scores(config, model, tokenizer, tasks)
     if is_first_process():
-        content = json.dumps(result, indent=1)
-        if config.output:
-            Path(config.output).write_text(content + "\n")
+        content = json.dumps(_with_null(result), indent=1, allow_nan=False)
         if config.json:
             print(content)
         else:
             show(result)
+        if config.output:
+            write(content, config)
+        if not config.json:
             print(f"wrote {config.output}" if config.output else "json=true prints all of it, output=FILE writes it")
+
+
+def write(content: str, config: EvaluateConfig) -> None:
+    """Write the figures to the output, and print them where they would be lost otherwise. Raises ConfigError."""
+    try:
+        Path(config.output).write_text(content + "\n")
+    except OSError as error:
+        if not config.json:
+            print(content)
+        raise ConfigError(f"output={config.output} cannot be written: {error.strerror}") from None
+
+
+def _with_null(value: Any) -> Any:
+    """`value` with null for NaN and infinity, which JSON does not have; as in a run's journal."""
+    if isinstance(value, dict):
+        return {key: _with_null(below) for key, below in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check(config: EvaluateConfig) -> TaskSet | None:
@@ -91,6 +118,9 @@ def check(config: EvaluateConfig) -> TaskSet | None:
         problems += error.problems
     if not config.manifest and not config.tasks:
         problems.append("manifest is not set: name the manifest.json of held-out shards, or tasks")
+    for needed, names in OF_INPUTS.items():
+        if not getattr(config, needed):
+            problems += [f"{said} needs {needed}, which is not set" for said in changed(config, names)]
     for path, prefix in ((config.manifest, ""), (config.train_manifest, "train_")):
         try:
             if path:
@@ -109,7 +139,7 @@ def check(config: EvaluateConfig) -> TaskSet | None:
         if tasks and not problems:
             model, tokenizer = model_config(config.checkpoint), load_tokenizer(config.tokenizer, config.checkpoint)
             problems += problems_of_vocabulary(tokenizer, model, config.checkpoint)
-            problems += problems_of_tasks(tasks, model.max_length, config.shots)
+            problems += problems_of_tasks(tasks, model.max_length, config.shots, config.task_documents)
     except ConfigError as error:
         problems += error.problems
     if problems:
@@ -226,7 +256,8 @@ def problems_in_training(config: TrainConfig) -> list[str]:
     try:
         if evaluation.tasks:
             tasks = _tasks_in_training(config)
-            problems += problems_of_tasks(tasks, config.model.max_length, setting="evaluation.tasks")
+            limit, setting = evaluation.task_documents, "evaluation.tasks"
+            problems += problems_of_tasks(tasks, config.model.max_length, limit=limit, setting=setting)
     except ConfigError as error:
         problems += error.problems
     needing = [name for name in ("tasks", "prompts") if getattr(evaluation, name)]
@@ -243,7 +274,8 @@ def problems_in_training(config: TrainConfig) -> list[str]:
 
 
 def evaluate_in_training(engine: Engine, config: TrainConfig, progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """Held-out figures, task scores and generated texts, by their names in the journal.
+    """Held-out figures, task scores and generated texts, by their names in the journal; without scores, and with a
+    warning, where a task cannot be scored.
 
     Ranks with the same parameters share documents, requests and prompts; all get the figures. progress(n, tokens):
     called after each batch of n documents or requests, of so many tokens.
@@ -258,7 +290,11 @@ def evaluate_in_training(engine: Engine, config: TrainConfig, progress: Callable
         if evaluation.tasks:
             tokenizer, tasks = read_tokenizer(tokenizer_file(config.data.manifest)), _tasks_in_training(config)
             limit = evaluation.task_documents
-            found |= journal_names(run_tasks(model, tokenizer, tasks, limit=limit, progress=progress))
+            try:
+                found |= journal_names(run_tasks(model, tokenizer, tasks, limit=limit, progress=progress))
+            except ConfigError as error:  # of a metric, on every rank alike, when all answers are there
+                if is_first_process():
+                    log.warning("%s; training goes on without this evaluation's scores", error)
     return found
 
 

@@ -14,6 +14,7 @@ most others, or "reference" if it differs in none.
 import contextlib
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -34,7 +35,9 @@ FORMATS = (".png", ".svg", ".pdf")
 @of_words
 def main(words: list[str]) -> None:
     paths, output = paths_and_output(words)
-    evaluated = {path.stem: positions_in(path) for path in paths if path.suffix == ".json"}
+    files = [path for path in paths if path.suffix == ".json"]
+    names = Counter(path.name for path in files)
+    evaluated = {path.name if names[path.name] == 1 else str(path): positions_in(path) for path in files}
     runs = [run for path in paths if path.suffix != ".json" for run in runs_in(path)]
     place = output or str((paths[0] if len(paths) == 1 and runs else Path()) / "loss.png")
     problems = unwritable("output", place)

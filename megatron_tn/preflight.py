@@ -103,6 +103,11 @@ def inspect(
             start = choose_start(config, RunFolder(config.run_dir), requeued=requeued)
             if config.init_from and start.checkpoint is None:
                 start = start.with_weights(folder_of_weights(config))
+            elif config.init_from and not start.checkpoint.resolve().is_relative_to(Path(config.run_dir).resolve()):
+                raise ConfigError(
+                    f"init_from={config.init_from} and checkpoint.resume={config.checkpoint.resume}, of another run, "
+                    "both say what the run begins from: leave one out"
+                )
             found = checkpoint_problems(config, start) + weights_of_other_tokens(config, start, stream)
             if not problems and not found:
                 go_to(config, stream, start)

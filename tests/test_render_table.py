@@ -5,7 +5,7 @@ import json
 import pytest
 
 from launch import render_results
-from launch.render_table import PAGE, ROWS, TABLES, fill, main
+from launch.render_table import PAGE, ROWS, TABLES, fill, main, markdown
 from launch.rows import KINDS, NotRows, kind_of, read
 
 BASE = {"commit": "0123456789abcdef", "dirty": False, "command": "python -m x", "gpu": "NVIDIA H200", "cpu": None}
@@ -99,7 +99,7 @@ def test_no_row_that_is_read_ends_in_a_traceback(tmp_path):
     path, refused, shown = tmp_path / "rows.jsonl", 0, 0
     for kind, row in samples.items():
         for key in row:
-            changed = [row | {key: value} for value in (None, "x", 0, float("inf"))]
+            changed = [row | {key: value} for value in (None, "x", 0, float("inf"), 10**400, "\ud800")]
             for new in (*changed, {other: value for other, value in row.items() if other != key}):
                 path.write_text(json.dumps(new))
                 rows, why = [], ""
@@ -108,9 +108,14 @@ def test_no_row_that_is_read_ends_in_a_traceback(tmp_path):
                 except NotRows as error:
                     why = str(error)
                 assert rows or (why.startswith(f"{path}:1: ") and (key in why or key == "name"))
-                fill(page, [*rows, *(other for name, other in samples.items() if name != kind)], tables)
+                filled = fill(page, [*rows, *(other for name, other in samples.items() if name != kind)], tables)
+                assert filled.encode()
                 refused, shown = refused + bool(why), shown + len(rows)
     assert min(refused, shown) > 100
+
+
+def test_a_cell_stays_within_its_column():
+    assert markdown(("run",), [["model.name=a|b,\nlr=1"]]) == "| run |\n|---|\n| model.name=a\\|b, lr=1 |\n"
 
 
 def test_the_page_holds_what_its_rows_say():

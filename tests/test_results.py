@@ -357,6 +357,11 @@ def test_bad_input_is_said_before_anything_runs(place, programs, capsys):
         (command(place, "--at-once", "0"), "--at-once 0 must be at least 1"),
         (command(place, "--minutes", "nan"), "--minutes nan must be at least 0"),
         (command(place, "--documents", "-1"), "--documents -1 must be at least 0"),
+        (
+            command(place, "--output", "/dev/null"),
+            "--output /dev/null is not a regular file: rows are read from it, too",
+        ),
+        (command(place, "--", "+run_dir=elsewhere"), "+run_dir=elsewhere: --runs says it; leave it out"),
         (command(place, "--output", str(place)), f"--output={place} is a folder: name a file"),
         (command(place, "--output", str(place / "torn.jsonl")), "torn.jsonl: line 1 is no row (Unterminated string"),
         *((command(place, "--output", str(place / name)), f"{name}: line 1 is no row ({why}") for name, why in no_rows),

@@ -8,11 +8,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from hydra._internal.utils import run_and_report
 
 from megatron_tn import evaluate
 from megatron_tn import train as module
 from megatron_tn.cli.program import _Program
-from megatron_tn.cli.submitit import MOST, failure_is_told, settings_for_submitit
+from megatron_tn.cli.submitit import MOST, JobFailed, failure_is_told, settings_for_submitit
 from megatron_tn.config import ConfigError, EvaluateConfig
 from megatron_tn.train import main as train
 from megatron_tn.training.preemption import HELD, hold_signals
@@ -63,8 +64,8 @@ def test_a_job_calls_the_function_of_a_decorated_command():
 @pytest.mark.parametrize(
     ("code", "kind", "said", "ends"),
     [
-        (2, RuntimeError, "exit code 2: sweep/.submitit/17_0/log.err says why", [2]),
-        (0, RuntimeError, "exit code 1: told to stop", [1]),  # by SIGTERM, after its save
+        (2, JobFailed, "exit code 2: sweep/.submitit/17_0/log.err says why", [2]),
+        (0, JobFailed, "exit code 1: told to stop", [1]),  # by SIGTERM, after its save
         (-1, SystemExit, "-1", []),  # submitit requeues it
     ],
 )
@@ -74,8 +75,15 @@ def test_a_job_that_fails_has_a_result_and_one_that_is_requeued_has_none(monkeyp
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
     there = SimpleNamespace(paths=SimpleNamespace(stderr="sweep/.submitit/17_0/log.err"))
     monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(JobEnvironment=lambda: there))
-    with pytest.raises(kind, match=said), failure_is_told():
+    with pytest.raises(kind, match=said) as failed, failure_is_told():
         sys.exit(code)
+
+    def in_the_sweeps_command():
+        raise pickle.loads(pickle.dumps(failed.value))
+
+    with pytest.raises(SystemExit):
+        run_and_report(in_the_sweeps_command)
+    assert "Traceback" not in capsys.readouterr().err
     with pytest.raises(ValueError, match="odd"), failure_is_told():
         raise ValueError("odd")
     assert capsys.readouterr().err.endswith("ValueError: odd\n")

@@ -34,7 +34,7 @@ from pathlib import Path
 
 from kernels.bench import rows
 from launch.results.planned_run import LOOP, Run, runs_per_gpu
-from launch.results.run_plan import BEST, RESULT, SPLITS, Bad, Row, grid_runs, read_plan
+from launch.results.run_plan import BEST, ELSEWHERE, RESULT, SPLITS, Bad, Row, grid_runs, read_plan
 from launch.results.runs import Failed, Programs, TimeUp
 from launch.rows import EVERY, KINDS
 from megatron_tn.config import unwritable
@@ -248,6 +248,11 @@ def main(arguments: list[str] | None = None) -> int:
             options.output.parent.mkdir(parents=True, exist_ok=True)
         for problem in unwritable("--output", str(options.output)):
             raise Bad(problem)
+        if options.output.exists() and not options.output.is_file():  # whose end a reader may never see
+            raise Bad(f"--output {options.output} is not a regular file: rows are read from it, too")
+        for word in options.overrides:
+            if says := ELSEWHERE.get(word.lstrip("+").partition("=")[0]):
+                raise Bad(f"{word}: {says} says it; leave it out")
         with alone(options), told_to_stop(programs):
             return run_pieces(plan, options, programs)
     except Bad as bad:

@@ -17,11 +17,17 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 
+from hydra.errors import CompactHydraException
+
 from megatron_tn.config import ConfigError, redacted
 
 LAUNCHERS = ("hydra/launcher=submitit_slurm", "hydra/launcher=submitit_local")
 TIMEOUTS = "hydra.launcher.max_num_timeout"
 MOST = 100  # time-outs of a job that goes on from its checkpoints each time; the command line may say another number
+
+
+class JobFailed(CompactHydraException):
+    """A job that has told why it ended; of this kind Hydra prints no traceback."""
 
 
 def settings_for_submitit(words: Sequence[str]) -> list[str]:
@@ -69,7 +75,7 @@ def failure_is_told() -> Iterator[None]:
 
         failed.append(stop.code or 1)
         why = f"{JobEnvironment().paths.stderr} says why" if stop.code else "told to stop; the same command goes on"
-        raise RuntimeError(f"exit code {failed[0]}: {why}") from None
+        raise JobFailed(f"exit code {failed[0]}: {why}") from None
     except Exception as error:
         failed.append(1)
         print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr, flush=True)

@@ -28,6 +28,7 @@ from megatron_tn.config.guard import GuardConfig
 from megatron_tn.config.logging import WandbConfig
 from megatron_tn.config.mapping import (
     ConfigError,
+    changed,
     differences,
     from_mapping,
     from_stored,

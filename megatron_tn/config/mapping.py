@@ -107,6 +107,13 @@ def unwritable(name: str, path: str) -> list[str]:
     return []
 
 
+def changed(config: Any, names: Iterable[str]) -> list[str]:
+    """NAME=VALUE of those settings `names` of a config that have another value than their default."""
+    usual = type(config)()
+    values = {name: value for name in names if (value := getattr(config, name)) != getattr(usual, name)}
+    return [f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in values.items()]
+
+
 def read_mapping(path: Path) -> dict[str, Any]:
     """The JSON object in the file `path`.
 

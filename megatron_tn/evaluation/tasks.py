@@ -9,8 +9,10 @@ import difflib
 import functools
 import itertools
 import logging
+import math
 import os
 import random
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,8 @@ def _unsupported(task: Any) -> Iterator[str]:
         yield f"{task.task_name} runs code that the model writes, which is refused here"
     if getattr(task, "MULTIMODAL", False):
         yield f"{task.task_name} has images or sound, but the model reads text alone"
+    if "bypass" in task.aggregation():
+        yield f"{task.task_name} has the metric bypass, which stands for no score"
     if task.OUTPUT_TYPE == "multiple_choice" and not getattr(task, "multiple_input", True):
         yield from itertools.islice(_questions_without_answer(task), 1)
     settings = (task.get_config("generation_kwargs") or {}) if task.OUTPUT_TYPE == "generate_until" else {}
@@ -157,9 +161,11 @@ def _questions_without_answer(task: Any) -> Iterator[str]:
             yield f"{where}, but the places of the choices {choices} are 0 to {len(choices) - 1}"
 
 
-def problems_of_tasks(tasks: TaskSet, max_length: int, shots: int = -1, setting: str = "tasks") -> list[str]:
+def problems_of_tasks(
+    tasks: TaskSet, max_length: int, shots: int = -1, limit: int = 0, setting: str = "tasks"
+) -> list[str]:
     """Why tasks that were loaded cannot be run by a model built for `max_length` tokens (0: any number), one line each.
-    shots: see `run_tasks`; setting: the one that names the tasks."""
+    shots, limit: see `run_tasks`; setting: the one that names the tasks."""
     from megatron_tn.evaluation.harness import generation_of
 
     found = []
@@ -178,7 +184,34 @@ def problems_of_tasks(tasks: TaskSet, max_length: int, shots: int = -1, setting:
                 found.append(
                     f"{setting}: {name}: {which}={number} of its {of} documents cannot be examples: {_line(error)}"
                 )
+        found += [f"{setting}: {name}: {line}" for line in (*_unmeasurable(task), *_unaskable(task, limit))]
     return found
+
+
+def _unmeasurable(task: Any) -> Iterator[str]:
+    """A line for each metric whose library is not installed: the harness imports it when all answers are there."""
+    for metric, aggregate in task.aggregation().items():
+        try:
+            aggregate([])
+        except ImportError as error:
+            yield f"{metric} cannot be computed: {_line(error)}"
+        except Exception:  # of no answers there is no mean
+            pass
+
+
+def _unaskable(task: Any, limit: int) -> Iterator[str]:
+    """A line for the first document of which no requests can be made, or one without a token to be scored."""
+    for number, document in enumerate(itertools.islice(task.eval_docs, limit or None), start=1):
+        try:
+            context = task.fewshot_context(document, 0, gen_prefix=task.doc_to_prefix(document))
+            made = task.construct_requests(doc=document, ctx=context, metadata=(task.task_name, number, 1))
+        except Exception as error:  # whatever jinja or the task's own code raises
+            yield f"document {number} cannot be read: {_line(error)}"
+            return
+        for request in made if isinstance(made, list) else [made]:
+            if request.request_type == "loglikelihood" and not request.args[1]:
+                yield f"document {number}: nothing can be scored: an answer is empty, and so is target_delimiter"
+                return
 
 
 def _shots(task: Any, shots: int) -> int:
@@ -195,11 +228,15 @@ def run_tasks(
     **options: Any,
 ) -> dict[str, dict[str, float]]:
     """Task or group -> metric -> score; metrics of a filter of the task are named METRIC,FILTER. "samples" is the
-    number of documents, METRIC_stderr the standard error.
+    number of documents, METRIC_stderr the standard error. A metric that is no number is left out, with
+    a line in the log.
 
     shots: examples in front of each question; -1: as many as the task says. limit: documents of each task, the first
     ones; 0: all. options: of `HarnessModel`. Few-shot examples depend on SEED alone, and no random state is
     changed. Collective: every rank gets the scores.
+
+    Raises:
+        ConfigError: a task's own code failed on the answers.
     """
     from lm_eval.evaluator import evaluate
 
@@ -210,7 +247,7 @@ def run_tasks(
         task.set_fewshot_seed(SEED)
         task.set_config("num_fewshot", _shots(task, shots))
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the bootstrap would fork a process that has threads
-    with random_states_kept(), _quiet():
+    with random_states_kept(), _quiet(), _failure_is_named(tasks):
         found = evaluate(
             HarnessModel(model, tokenizer, **options),
             tasks,
@@ -220,11 +257,38 @@ def run_tasks(
         )
     scores = {}
     for name, values in found["results"].items():
-        named = {key.removesuffix(",none"): value for key, value in values.items() if isinstance(value, float | int)}
-        scores[name] = {key: float(value) for key, value in named.items() if key not in ("sample_len", "sample_count")}
+        metrics = {key.removesuffix(",none"): value for key, value in values.items() if "," in key}
+        numbers = {metric: number for metric, value in metrics.items() if (number := _number(value)) is not None}
+        for metric in metrics.keys() - numbers.keys():
+            if "_stderr" not in metric:  # "N/A" where it is not known
+                log.info("task %s: %s is left out: %.50r is no number", name, metric, metrics[metric])  # on rank 0
+        scores[name] = numbers
         if name in found["n-samples"]:
             scores[name]["samples"] = found["n-samples"][name]["effective"]
     return scores
+
+
+def _number(value: Any) -> float | None:
+    """A number of Python's, numpy's or PyTorch's; None for anything else."""
+    if isinstance(value, np.generic | np.ndarray | torch.Tensor) and math.prod(value.shape) == 1:
+        value = value.item()
+    return float(value) if isinstance(value, float | int) else None
+
+
+@contextlib.contextmanager
+def _failure_is_named(tasks: TaskSet) -> Iterator[None]:
+    """An error of a task's own code, such as a metric's, becomes a ConfigError that names the task; the model's errors
+    stay what they are."""
+    from megatron_tn.evaluation.harness import HarnessModel
+
+    try:
+        yield
+    except Exception as error:
+        places = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+        failed = [name for place in places for name, task in tasks["tasks"].items() if place.get("task") is task]
+        if not failed or any(isinstance(place.get("self"), HarnessModel) for place in places):
+            raise
+        raise ConfigError(f"task {failed[-1]} cannot be scored: {_line(error)}") from error
 
 
 def journal_names(scores: dict[str, dict[str, float]]) -> dict[str, float]:

@@ -22,6 +22,16 @@ def whole_numbers(values: dict[str, Any], names: Iterable[str]) -> list[str]:
     return problems
 
 
+def flags_of(values: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """One line for each of the fields `names` that is there and neither true nor false, nor null, as an absent one."""
+    there = {name: values[name] for name in names if values.get(name) is not None}
+    return [
+        f"config.json: {name}={value!r} is not true or false"
+        for name, value in there.items()
+        if not isinstance(value, bool)
+    ]
+
+
 def special_ids(values: dict[str, Any], pad: int = 0) -> tuple[dict[str, int], list[str]]:
     """pad_id, bos_id and eos_id of config.json, `pad`, 1 and 2 where a field is absent or null; and one line for each
     that is no whole number, such as a list of ends."""

@@ -34,12 +34,18 @@ def from_released(values: dict[str, Any]) -> ModelConfig:
         problems.append(f"config.json: num_key_value_heads={groups!r} differs from num_attention_heads={heads!r}")
     if not problems and heads and (head_dim := values.get("head_dim") or width // heads) != width // heads:
         problems.append(f"config.json: head_dim={head_dim!r} is not hidden_size={width} / num_attention_heads={heads}")
-    rope = values.get("rope_parameters") or {"rope_theta": values.get("rope_theta", 10000.0)}
+    rope = values.get("rope_parameters") or {}
     scaling = values.get("rope_scaling") or rope
     if not isinstance(rope, dict) or not isinstance(scaling, dict):
         problems.append(f"config.json: rope_parameters={rope!r} is not a mapping")
     elif (kind := scaling.get("rope_type", scaling.get("type", "default"))) != "default":
         problems.append(f"config.json: rope_type={kind!r} is not default")
+    else:
+        bases = [base for base in (rope.get("rope_theta"), values.get("rope_theta")) if base is not None]
+        if len(bases) > 1 and bases[0] != bases[1]:
+            problems.append(
+                f"config.json: rope_theta={bases[1]!r} differs from rope_parameters.rope_theta={bases[0]!r}"
+            )
     extra = values.get("megatron_tn", {})  # settings that a LLaMA lacks
     if not isinstance(extra, dict):
         problems.append(f"config.json: megatron_tn={extra!r} is not a mapping")
@@ -59,7 +65,7 @@ def from_released(values: dict[str, Any]) -> ModelConfig:
         "norm": "rmsnorm",
         "norm_eps": values.get("rms_norm_eps", 1e-6),
         "glu_act": "silu",
-        "rope_base": rope.get("rope_theta", 10000.0),
+        "rope_base": bases[0] if bases else 10000.0,
         "init_std": values.get("initializer_range", 0.02),
         **ids,
     }

@@ -11,7 +11,7 @@ import torch
 from megatron_tn.config import ConfigError, ModelConfig
 from megatron_tn.config.model import Act
 from megatron_tn.model.decay import all_decay_rates
-from megatron_tn.released.fields import model_config, special_ids, whole_numbers
+from megatron_tn.released.fields import flags_of, model_config, special_ids, whole_numbers
 
 _NORMS = ("simplermsnorm", "rmsnorm", "layernorm")
 _ACTS = {"swish": "silu"} | {name: name for name in get_args(Act)}
@@ -24,7 +24,7 @@ def from_released(values: dict[str, Any]) -> ModelConfig:
         ConfigError: a field is missing, or its value is not supported.
     """
     required = ("vocab_size", "decoder_embed_dim", "decoder_layers", "decoder_attention_heads", "glu_dim")
-    problems = whole_numbers(values, required)
+    problems = whole_numbers(values, required) + flags_of(values, ("no_scale_embedding", "tie_word_embeddings", "bias"))
     act, norm = values.get("linear_act_fun", "swish"), values.get("norm_type", "simplermsnorm")
     if not isinstance(act, str) or act not in _ACTS:
         problems.append(f"config.json: linear_act_fun={act!r} is not one of {', '.join(_ACTS)}")
@@ -35,13 +35,11 @@ def from_released(values: dict[str, Any]) -> ModelConfig:
         problems.append(f"config.json: linear_use_lrpe_list={flags!r} is not a list of 0 and 1")
     if values.get("tie_word_embeddings", True) is False:
         problems.append("config.json: tie_word_embeddings=false, but this model's head is its embedding")
-    if values.get("bias", False):
+    if values.get("bias") is True:
         problems.append("config.json: bias=true, but this model has no biases")
-    if values.get("hidden_dim", values.get("decoder_embed_dim")) != values.get("decoder_embed_dim"):
-        problems.append(
-            f"config.json: hidden_dim={values['hidden_dim']} differs from "
-            f"decoder_embed_dim={values['decoder_embed_dim']}"
-        )
+    width = values.get("decoder_embed_dim")
+    if not problems and values.get("hidden_dim", width) != width:
+        problems.append(f"config.json: hidden_dim={values['hidden_dim']} differs from decoder_embed_dim={width}")
     extra = values.get("megatron_tn", {})  # settings that the released family lacks
     if not isinstance(extra, dict):
         problems.append(f"config.json: megatron_tn={extra!r} is not a mapping")
@@ -55,7 +53,7 @@ def from_released(values: dict[str, Any]) -> ModelConfig:
     fields = {
         "name": extra.get("name", "released"),
         "vocab_size": values["vocab_size"],
-        "embed_dim": values["decoder_embed_dim"],
+        "embed_dim": width,
         "layers": layers,
         "heads": values["decoder_attention_heads"],
         "glu_dim": values["glu_dim"],

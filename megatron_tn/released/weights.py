@@ -140,6 +140,8 @@ class ReleasedWeights:
             for name in file.shapes if names is None else names:
                 if name not in file.shapes:
                     raise ConfigError(f"{path} has no tensor {name}, which the index looks for in it")
+                if name in found:  # without an index
+                    raise ConfigError(f"{path} has tensor {name}, which another file without an index has, too")
                 found[name] = file
         return found
 

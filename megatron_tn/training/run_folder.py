@@ -50,7 +50,7 @@ from megatron_tn.training.journal_file import JournalFile, read_records
 from megatron_tn.training.state import Ledger
 
 BLOCK_BYTES = 4096  # file-system block: a status up to this size can be rewritten in place on a full disk
-
+OPENINGS = 20  # of the lock's file, while other starts remove its folder
 
 SUBMITTED = "MEGATRON_TN_SUBMITTED"  # environment variable: path of the settings that launch.submit froze
 
@@ -77,7 +77,7 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.wandb_id = self.path / "wandb_id"
         self._lock: int | None = None
-        self._made: list[Path] = []  # by `claim`: the lock's file, the folder
+        self._made: list[Path] = []  # by `claim`: the lock's file, the folder, its parents
         self._before: dict[Path, bytes | None] = {}  # file that a start replaces -> its content before, if any
 
     def __str__(self) -> str:
@@ -237,9 +237,8 @@ class RunFolder:
         hosts. On a file system without locks every process succeeds.
         """
         lock = self.path / "run.lock"
-        made = [path for path in (lock, self.path) if not path.exists()]
-        self.path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        made = [path for path in (lock, self.path, *self.path.parents) if not path.exists()]
+        descriptor = _open_in_folder(lock)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -250,6 +249,9 @@ class RunFolder:
             os.close(descriptor)  # the file system has no locks
             self._made = made
             return ""
+        if not _is_at(lock, descriptor):  # a start that was refused has removed the file meanwhile: `put_back`
+            os.close(descriptor)
+            return self.claim()
         self._lock, self._made = descriptor, made
         with contextlib.suppress(OSError):  # full disk: locked, without the holder's name in the file
             os.ftruncate(descriptor, 0)
@@ -299,6 +301,24 @@ def find_checkpoint(path: Path) -> Path | None:
         return path
     folder = path.parent if path.name == "latest" else path
     return next((there[-1] for place in (folder, folder / "checkpoints") if (there := whole_checkpoints(place))), None)
+
+
+def _open_in_folder(lock: Path) -> int:
+    """A descriptor of the lock's file, which is made where it is missing, and so is its folder."""
+    for left in reversed(range(OPENINGS)):
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:  # a start that was refused has removed the folder meanwhile
+            if not left:
+                raise
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the open file is the one at `path`."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    return False
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -195,14 +195,24 @@ def test_a_sweep_is_checked_before_its_first_job(shards, tmp_path, capsys, words
             evaluate,
             [
                 *("max_documents=-1", "batch_tokens=0", "output=/nowhere/file"),
-                *("max_document_tokens=1", "sequence_tokens=1", "tp=2"),
+                *("max_document_tokens=1", "sequence_tokens=1", "tp=2", "shots=3"),
             ],
             [
+                *("max_documents=-1 needs manifest, which is not set", "shots=3 needs tasks, which is not set"),
                 *("manifest is not set", "max_documents=-1 must", "batch_tokens=0 must", "output=/nowhere/file cannot"),
                 *("max_document_tokens=1 must be 0 or at least 2", "sequence_tokens=1 must be 0 or at least 2"),
                 "tp=2 must divide the number of processes, which is 1",
             ],
         ),
+        (
+            convert,
+            ["verify", "checkpoint=runs/mine", "output=copy", "shard_mib=9"],
+            [
+                "shard_mib=9 is of export, not of action=verify",
+                "output=copy is of export and import, not of action=verify",
+            ],
+        ),
+        (convert, ["import", "json=true"], ["json=true is of describe and verify, not of action=import"]),
         (benchmark, ["benchmark.steps=0", "benchmark.loop_steps=-1"], ["benchmark.steps=0", "benchmark.loop_steps=-1"]),
         (plan, ["nodes=0"], ["nodes=0 must be from 1 to 1000000"]),
         (
@@ -211,7 +221,7 @@ def test_a_sweep_is_checked_before_its_first_job(shards, tmp_path, capsys, words
             ["Error merging override cluster.matrix_rates={}: Cannot merge DictConfig"],
         ),
     ],
-    ids=["generate", "evaluate", "benchmark", "plan", "a mapping for a list"],
+    ids=["generate", "evaluate", "verify", "import", "benchmark", "plan", "a mapping for a list"],
 )
 def test_values_that_other_commands_cannot_have(capsys, main, words, messages):
     assert call(main, *words) == 2

@@ -1,8 +1,10 @@
 """Tasks of lm-evaluation-harness on the command line and in training."""
 
 import json
+import math
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -79,15 +81,32 @@ def test_in_training_from_a_checkpoint_split_in_two_and_from_an_export(shards, f
     assert (value, stderr) == (f"{scores[metric]:.4f}", f"{scores['acc_stderr']:.4f}")
     assert documents == "2"
 
+    # A disk that is full when the figures are there; figures that JSON does not have.
+    scores = {"own": {"acc": math.nan, "acc_stderr": math.inf, "samples": 2}}
+    words = [f"checkpoint={run}", f"tasks={TASKS}", f"task_folder={folder}", "output=/dev/full"]
+    with mock.patch("megatron_tn.evaluate.task_scores", return_value=scores):
+        assert call(evaluate, *words) == 2
+    printed = capsys.readouterr()
+    assert printed.err == "error: output=/dev/full cannot be written: No space left on device\n"
+    assert "own" in printed.out.partition("{")[0]
+    shown = json.loads(printed.out[printed.out.index("{") :], parse_constant=pytest.fail)
+    assert shown == {"checkpoint": str(run), "tasks": {"own": {"acc": None, "acc_stderr": None, "samples": 2}}}
 
-def test_evaluating_changes_neither_losses_nor_random_states_nor_the_data(shards, folder, tmp_path):
+
+def test_evaluating_changes_neither_losses_nor_random_states_nor_the_data(shards, folder, tmp_path, caplog):
     words = (*FP32, "engine=fsdp2", f"data.manifest={shards}")
     tasks = (f"evaluation.tasks={TASKS}", f"evaluation.task_folder={folder}", "evaluation.every=1")
     tasks += ("logging.every=3",)  # steps that are evaluated have a record all the same
     assert call(train, *words, f"run_dir={tmp_path / 'without'}") == 0
     assert call(train, *words, *tasks, f"run_dir={tmp_path / 'with'}") == 0
     assert len(journal(tmp_path / "with")) == 4
-    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    failing = mock.patch("lm_eval.api.task.ConfigurableTask.process_results", side_effect=KeyError("odd"))
+    with failing, caplog.at_level("WARNING"):  # a metric's own fault
+        assert call(train, *words, *tasks, f"run_dir={tmp_path / 'failing'}") == 0
+    warning = "task our_boolq cannot be scored: KeyError: 'odd'; training goes on without this evaluation's scores"
+    assert caplog.messages.count(warning) == 4
+    for run in ("with", "failing"):
+        assert losses(tmp_path / run) == losses(tmp_path / "without")
     states = []
     for name in ("with", "without"):
         checkpoint = RunFolder(tmp_path / name).whole_checkpoints()[-1]

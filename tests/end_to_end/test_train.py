@@ -125,6 +125,9 @@ def test_weights_to_start_from_are_a_runs_or_an_exports(trained, tmp_path, capsy
     assert f"init_from={tmp_path / 'gone'}: no checkpoint, run or released model is there" in capsys.readouterr().err
     assert call(train, *settings, none, f"init_from={trained}", "model.glu_dim=64") == 2
     assert "holds another model: model.glu_dim=48, not 64" in capsys.readouterr().err
+    assert call(train, *settings, none, f"init_from={trained}", f"checkpoint.resume={saved}") == 2
+    both = f"init_from={trained} and checkpoint.resume={saved}, of another run, both say what the run begins from"
+    assert both in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_other_data_is_refused_by_the_settings_or_the_shards(trained, shards, tmp_path, capsys):

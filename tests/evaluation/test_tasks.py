@@ -24,7 +24,7 @@ from megatron_tn.model.registry import build_model
 from megatron_tn.parallel.context import ParallelContext
 from tests.helpers.models import TINY, reference_model
 from tests.helpers.ranks import run_ranks
-from tests.helpers.tasks import TASKS, lm_eval, write_task, write_tasks
+from tests.helpers.tasks import CHOICES, TASKS, lm_eval, write_task, write_tasks
 
 lm_eval()
 CONFIG = dataclasses.replace(TINY, vocab_size=401)
@@ -208,6 +208,7 @@ GENERATED, QUESTIONS = TASKS["our_gsm8k"]
     [
         (("{folder}/absent.yaml",), "tasks={folder}/absent.yaml: there is no such file"),
         (("beams",), "tasks=beams: beams sets num_beams in generation_kwargs; known are until, "),
+        (("bypass",), "tasks=bypass: bypass has the metric bypass, which stands for no score"),
         (("none",), "tasks=none: none: generation_kwargs: max_gen_toks=0 must be at least 1"),
         (("many",), "tasks=many: many: generation_kwargs: invalid literal for int() with base 10: 'many'"),
         (("cold",), "tasks=cold: cold: generation_kwargs: temperature=-1.0 must be at least 0, and finite"),
@@ -244,6 +245,7 @@ def test_tasks_that_cannot_be_run(tmp_path, names, message):
         write_task(tmp_path, name, text_of.replace("do_sample: false", "do_sample: true"), QUESTIONS)
     write_task(tmp_path, "stop", GENERATED.replace('["Question:", " x"]', "3"), QUESTIONS)
     write_task(tmp_path, "empty", text, [])
+    write_task(tmp_path, "bypass", text.replace("metric: acc", "metric: bypass"), documents)
     write_task(tmp_path, "words", text.replace("doc_to_target: label", "doc_to_target: passage"), documents)
     for name, changed, label in (("beyond", 0, 2), ("later", 1, 2), ("before", 1, -1)):
         labelled = [one | {"label": label} if number == changed else one for number, one in enumerate(documents)]
@@ -271,6 +273,57 @@ def test_what_a_model_cannot_run_is_known_before(folder):
         "evaluation.tasks: our_piqa: shots=9 of its 5 documents cannot be examples",
         "evaluation.tasks: our_gsm8k: shots=9 of its 4 documents cannot be examples",
     ]
+
+
+ANSWERS = 'output_type: multiple_choice\ndoc_to_text: "{{q.x}}"\ndoc_to_target: 0\ndoc_to_choice: "{{c}}"\n'
+CODE = """
+import numpy, torch
+def results(doc, results): return dict.fromkeys(("numpy", "torch", "text"), 1.0)
+def of_numpy(items): return numpy.float32(0.5)
+def of_torch(items): return torch.tensor(0.25)
+def of_text(items): return "good"
+def fails(items): raise KeyError("no\\nkey")
+def needs(items): import no_such_library
+"""
+
+
+def own_metrics(folder: Path, name: str, functions: dict[str, str]) -> None:
+    """A task whose metrics are computed by functions of CODE."""
+    listed = ", ".join(f"{{metric: {key}, aggregation: !function {name}_code.{of}}}" for key, of in functions.items())
+    (folder / f"{name}_code.py").write_text(CODE)
+    text = f"{ANSWERS}process_results: !function {name}_code.results\nmetric_list: [{listed}]"
+    write_task(folder, name, text, [{"q": {"x": "the"}, "c": ["a", "b"]}] * 2)
+
+
+def test_a_task_whose_later_documents_or_metrics_cannot_be_used_is_known_before(tmp_path):
+    """The harness finds the first when the model is loaded, the second when all answers are there."""
+    choices = ANSWERS + 'target_delimiter: ""\n' + CHOICES
+    write_task(tmp_path, "gap", choices, [{"q": {"x": "the"}, "c": ["a", "b"]}, {"q": None, "c": ["a", "b"]}])
+    write_task(tmp_path, "blank", choices, [{"q": {"x": "the"}, "c": ["a", "b"]}, {"q": {"x": "cat"}, "c": ["a", ""]}])
+    own_metrics(tmp_path, "library", {"numpy": "needs"})
+    tasks = load_tasks(("gap", "blank", "library"), str(tmp_path))
+    assert problems_of_tasks(tasks, 0, setting="evaluation.tasks") == [
+        "evaluation.tasks: gap: document 2 cannot be read: UndefinedError: 'None' has no attribute 'x'",
+        "evaluation.tasks: blank: document 2: nothing can be scored: an answer is empty, and so is target_delimiter",
+        "evaluation.tasks: library: numpy cannot be computed: ModuleNotFoundError: No module named 'no_such_library'",
+    ]
+    assert problems_of_tasks({"tasks": {"gap": tasks["tasks"]["gap"]}}, 0, limit=1) == []
+
+
+def test_metrics_of_a_tasks_own(model, tokenizer, tmp_path, caplog):
+    """Numbers of numpy and PyTorch are scores; a text is left out with a line; code that fails is named."""
+    own_metrics(tmp_path, "own", {"numpy": "of_numpy", "torch": "of_torch", "text": "of_text"})
+    own_metrics(tmp_path, "failing", {"numpy": "fails"})
+    caplog.set_level("INFO")
+    found = run_tasks(model, tokenizer, load_tasks(("own",), str(tmp_path)))
+    assert found == {"own": {"numpy": 0.5, "torch": 0.25, "samples": 2}}
+    assert "task own: text is left out: 'good' is no number" in caplog.messages
+    tasks = load_tasks(("failing", "own"), str(tmp_path))
+    with pytest.raises(ConfigError, match=r"^task failing cannot be scored: KeyError: 'no\\nkey'$"):
+        run_tasks(model, tokenizer, tasks)
+    broken = mock.patch.object(model, "forward", side_effect=KeyError("the model's"))
+    with broken, pytest.raises(KeyError, match="the model's"):
+        run_tasks(model, tokenizer, tasks)
 
 
 def test_a_task_file_that_is_no_yaml_is_named(tmp_path):

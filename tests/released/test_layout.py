@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -70,6 +71,8 @@ def test_absent_decay_rates_mean_the_released_form():
         ({"norm_type": "batchnorm"}, "norm_type='batchnorm'"),
         ({"hidden_dim": 32}, "hidden_dim=32 differs from decoder_embed_dim=64"),
         ({"glu_dim": None}, "no glu_dim"),
+        ({"decoder_embed_dim": None}, "no decoder_embed_dim"),
+        ({"no_scale_embedding": "false"}, "config.json: no_scale_embedding='false' is not true or false"),
         ({"decoder_layers": "many"}, "decoder_layers='many' is not a whole number"),
         ({"megatron_tn": 3}, "megatron_tn=3 is not a mapping"),
         ({"linear_use_lrpe_list": [1]}, "linear_use_lrpe_list has 1 entries but decoder_layers=2"),
@@ -147,6 +150,18 @@ def test_damaged_files_are_named(tmp_path, file, content, message):
         save_file({"another": torch.zeros(1)}, tmp_path / "b.safetensors")
     (tmp_path / file).write_text(content)
     with pytest.raises(ConfigError, match=message):
+        load_pretrained(tmp_path)
+
+
+def test_a_tensor_that_two_files_have_is_refused(tmp_path):
+    """Without an index nothing says which of them is meant."""
+    save_pretrained(reference_model(TINY, seed=1, dtype=torch.float32), tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
+    load_pretrained(tmp_path)
+    shutil.copy(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    with pytest.raises(
+        ConfigError, match=r"/b\.safetensors has tensor \S+, which another file without an index has, too"
+    ):
         load_pretrained(tmp_path)
 
 

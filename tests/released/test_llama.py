@@ -135,6 +135,8 @@ def test_config_json_says_all_of_the_model():
     del older["rope_parameters"], older["head_dim"], older["num_key_value_heads"], older["megatron_tn"]
     assert config_from_released(older) == dataclasses.replace(LIVELY, name="released")
     assert config_from_released(older | {"pad_token_id": None, "rope_scaling": None}).pad_id == 0
+    half_new = older | {"rope_parameters": {"rope_type": "default"}}
+    assert config_from_released(half_new).rope_base == LIVELY.rope_base
 
 
 @pytest.mark.parametrize(
@@ -147,6 +149,7 @@ def test_config_json_says_all_of_the_model():
         ({"hidden_act": "gelu"}, "hidden_act='gelu', but this model has 'silu'"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope_type='llama3' is not default"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+        ({"rope_theta": 7.0}, "rope_theta=7.0 differs from rope_parameters.rope_theta="),
         ({"rope_parameters": [1]}, r"rope_parameters=\[1\] is not a mapping"),
         ({"intermediate_size": None}, "config.json has no intermediate_size"),
         ({"num_hidden_layers": "many"}, "num_hidden_layers='many' is not a whole number"),

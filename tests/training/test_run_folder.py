@@ -1,6 +1,7 @@
 """The files of a run: whole or absent, one run at a time, and written as far as a full disk allows."""
 
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -90,6 +91,29 @@ def test_one_process_at_a_time_has_the_folder_whatever_becomes_of_it(folder):
         first.join()
     assert folder.claim() == ""  # the kernel releases what a killed process held
     folder.release()
+
+
+@pytest.mark.parametrize("when", ["open", "lockf"])
+def test_a_lock_is_of_the_file_that_others_find_while_a_refused_start_leaves(tmp_path, monkeypatch, when):
+    """A start that is refused removes the new folder: between this start's mkdir and open, or its open and lock."""
+    one, other = RunFolder(tmp_path / "new/run"), RunFolder(tmp_path / "new/run")
+    module, left = (os, []) if when == "open" else (fcntl, [])
+    real = getattr(module, when)
+
+    def leaving(*args):
+        if not left:
+            left.append(other.path)
+            other._made = [other.path / "run.lock", other.path, other.path.parent]
+            other.put_back()
+        return real(*args)
+
+    monkeypatch.setattr(module, when, leaving)
+    assert one.claim() == ""
+    assert left
+    assert os.path.samestat(os.fstat(one._lock), (one.path / "run.lock").stat())
+    one.put_back()
+    one.release()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_lock_that_is_a_link_to_somebody_elses_file_is_not_opened(folder, tmp_path):

@@ -4,10 +4,12 @@ import json
 import logging
 import math
 import re
+import shutil
 import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -122,6 +124,14 @@ def test_losses_by_position_are_drawn(tmp_path, capsys, monkeypatch):
     assert call(plot.main, "run", "other.json") == 0
     assert "wrote loss.png" in capsys.readouterr().out
     assert call(plot.main, "other.json", "output=alone.png") == 0
+    for folder_of_file in ("a", "b"):  # files of one name, and one of a run's name
+        (tmp_path / folder_of_file).mkdir()
+        shutil.copy("other.json", f"{folder_of_file}/other.json")
+    shutil.copy("other.json", "run.json")
+    with mock.patch("megatron_tn.plot.draw") as drawn:
+        assert call(plot.main, "run", "run.json", "a/other.json", "b/other.json") == 0
+    (groups, _, evaluated), _ = drawn.call_args
+    assert [*groups, *evaluated] == ["run", "run.json", "a/other.json", "b/other.json"]
     assert (tmp_path / "alone.png").stat().st_size < (tmp_path / "loss.png").stat().st_size
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a label as long as two paths left no room for curves
