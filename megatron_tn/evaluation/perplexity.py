@@ -49,8 +49,8 @@ class Documents:
 @dataclass
 class HeldOut(Sums):
     """Sums over all documents. sources: by source, in the order of the documents. positions: by the number of tokens
-    that the model saw of the document: 2^k -> sums over predictions after 2^k to 2^(k+1) - 1 tokens; text_bytes is 0
-    where the bytes of a token are not known."""
+    before them in the document, also where a model began afresh among these (model.max_length): 2^k -> sums over
+    predictions after 2^k to 2^(k+1) - 1 tokens; text_bytes is 0 where the bytes of a token are not known."""
 
     documents: int = 0
     sources: dict[str, Sums] = field(default_factory=dict)
