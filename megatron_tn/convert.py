@@ -138,9 +138,13 @@ def import_weights(config: ConvertConfig) -> None:
         precision = stored if config.precision == "trained" else config.precision
         run.path.mkdir(parents=True, exist_ok=True)
         with alone_in(run.path):
-            written = write_checkpoint(weights, run.checkpoints, precision, length_of(weights))
-    if tokenizer is not None:
-        run.keep_tokenizer(tokenizer)
+            try:
+                if tokenizer is not None:
+                    run.keep_tokenizer(tokenizer)
+                written = write_checkpoint(weights, run.checkpoints, precision, length_of(weights))
+            except BaseException:
+                run.tokenizer.unlink(missing_ok=True)
+                raise
     print(f"wrote {written}")
 
 
@@ -164,9 +168,8 @@ def check_output(config: ConvertConfig) -> Path:
 def left_by_a_kill(run: RunFolder) -> bool:
     """Whether the folder holds what an import had written when it was killed, and nothing else."""
     partial = run.checkpoints / f"{checkpoint_name(0)}.tmp"
-    return partial.is_dir() and all(
-        list(folder.iterdir()) == [only] for folder, only in ((run.path, run.checkpoints), (run.checkpoints, partial))
-    )
+    written = {run.checkpoints, run.tokenizer}
+    return partial.is_dir() and [*run.checkpoints.iterdir()] == [partial] and {*run.path.iterdir()} <= written
 
 
 def shards_of(weights: CheckpointWeights | ReleasedWeights) -> Shards | None:

@@ -12,6 +12,8 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from megatron_tn import load_pretrained
 from megatron_tn.checkpoint.verify import verify
@@ -177,6 +179,25 @@ def test_an_import_that_was_killed_is_made_again_by_one_process(tmp_path, capsys
     assert call(convert, "import", *words) == 0
     assert verify(run / "checkpoints" / "step_00000000") == []
     assert call(convert, "import", *words) == 2
+
+
+@pytest.mark.parametrize(
+    "place", ["megatron_tn.convert.RunFolder.keep_tokenizer", "megatron_tn.convert.write_checkpoint"]
+)
+def test_an_import_onto_a_full_disk_leaves_nothing_in_the_way_of_the_next(tmp_path, capsys, place):
+    released, run = export_of(tmp_path / "released"), tmp_path / "run"
+    tokenizer = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    tokenizer.save(str(released / "tokenizer.json"))
+    words = (f"checkpoint={released}", f"output={run}")
+    with mock.patch(place, side_effect=OSError(errno.ENOSPC, "No space left on device")):
+        assert call(convert, "import", *words) == 2
+    assert f"error: output={run} cannot be written: No space left on device" in capsys.readouterr().err
+    assert list(run.iterdir()) == []
+    partial = run / "checkpoints" / "step_00000000.tmp"  # a kill leaves both
+    partial.mkdir(parents=True)
+    (run / "tokenizer.json").write_text("older")
+    assert call(convert, "import", *words) == 0
+    assert (run / "tokenizer.json").read_bytes() == (released / "tokenizer.json").read_bytes()
 
 
 def as_pickle(folder: Path, split: bool, dtype: torch.dtype = torch.float32, **options) -> Path:
